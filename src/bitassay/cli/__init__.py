@@ -1,0 +1,73 @@
+"""The command line: `bitassay VERB`. Verbs are imported when they are called, so that `--help` is instant.
+
+Results go to stdout, progress and logs to stderr. Exit status: 0 done or PASS, 1 FAIL or INCONCLUSIVE, 2 bad usage or bad input, 3 something
+missing in the environment, 130 interrupted. An expected error is one message without a traceback; `--debug` shows the traceback.
+"""
+
+import os
+import sys
+
+from cyclopts import App, CycloptsError
+
+from bitassay import __version__
+from bitassay.errors import BitassayError
+
+VERBS = {
+    "assay": "Quantize a model by several recipes; one table of what each costs and whether a verifier notices.",
+    "quantize": "Quantize a model by a recipe and save it as a checkpoint that transformers loads.",
+    "eval": "Perplexity and divergence of one model, or of one against another.",
+    "prove": "Generate text and write a trace that shows which model ran.",
+    "verify": "Check a trace against a model of your own: PASS, FAIL or INCONCLUSIVE.",
+    "calibrate": "Fit a verification profile to honest runs on this machine.",
+    "report": "Turn run folders into one HTML file that opens offline.",
+    "models": "List, pull and check models.",
+    "recipes": "List the shipped recipes or print one.",
+    "doctor": "Check Python, packages, devices, disk and models.",
+}
+
+app = App(name="bitassay", help="Fewer bits, known cost, provable identity for language models.", version=__version__)
+for verb, summary in VERBS.items():
+    app.command(f"bitassay.cli.{verb}:{verb}", name=verb, help=summary)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit with its status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    if debug:
+        arguments.remove("--debug")
+    sys.exit(run(arguments, debug))
+
+
+def run(arguments: list[str], debug: bool = False) -> int:
+    """The exit status of one command line; with `debug`, exceptions propagate."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        result = app(arguments, exit_on_error=False, print_error=True, result_action="return_value")
+        return result if isinstance(result, int) else 0
+    except BitassayError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    except CycloptsError:
+        return 2  # cyclopts has printed what was wrong
+    except KeyboardInterrupt:
+        print("\ninterrupted; finished parts are kept: run the same command again to go on", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except MemoryError:
+        if debug:
+            raise
+        print("error: out of memory\n  try: a smaller model, fewer recipes, or a shorter --window", file=sys.stderr)
+        return 3
+    except OSError as error:
+        if debug:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        return 3

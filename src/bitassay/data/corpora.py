@@ -1,0 +1,91 @@
+"""Text to measure on: corpora and prompts, from a local folder or from what this package carries.
+
+`BITASSAY_DATA` names a folder of data sets (searched first); without it the bundled files are used. A result always says which.
+"""
+
+import gzip
+import io
+import json
+import os
+import zlib
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from bitassay.errors import BitassayError, nearest
+
+# name -> (paths searched under BITASSAY_DATA, bundled file)
+CORPORA = {
+    "wikitext2": (("wikitext2/wiki.test.raw.gz", "wikitext2/wiki.test.raw"), "wikitext2-test.raw.gz"),
+}
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """One long text and where it came from."""
+
+    name: str
+    text: str
+    source: str
+
+
+def corpus(name: str) -> Corpus:
+    """The corpus called `name`, joined as its protocol wants. Raises BitassayError for an unknown name or an empty file.
+
+    wikitext2: the lines of the raw test set joined by two newlines, blank lines as empty strings. That is how the data set's rows are
+    joined in GPTQ's evaluation, which the published WikiText-2 perplexities of quantized models follow.
+    """
+    if name not in CORPORA:
+        raise BitassayError(f"unknown corpus {name!r}; the nearest are {nearest(name, CORPORA)}")
+    path, source = _locate(*CORPORA[name])
+    lines = io.StringIO(read_text(path))  # splits at \n alone, unlike str.splitlines
+    text = "\n\n".join(line if line.strip() else "" for line in lines)
+    if not text.strip():
+        raise BitassayError(f"{path}: the corpus is empty", "restore the file, or unset BITASSAY_DATA")
+    return Corpus(name, text, source)
+
+
+def bundled_prompts() -> list[str]:
+    """800 instructions in a fixed order: the 80 first turns of MT-bench, then 720 from Dolly."""
+    path = Path(str(files("bitassay") / "data" / "bundled" / "prompts.jsonl.gz"))
+    return prompts_from(path)
+
+
+def prompts_from(path: Path) -> list[str]:
+    """Prompts from a `.jsonl` file (field `prompt`; may be gzipped) or a text file with one prompt a line."""
+    lines = [line for line in read_text(path).split("\n") if line.strip()]
+    if not lines:
+        raise BitassayError(f"{path}: no prompts in it", "write one prompt a line, or JSON lines with a field 'prompt'")
+    if ".jsonl" not in path.name:
+        return lines
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        try:
+            prompt = json.loads(line)["prompt"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise BitassayError(f"{path}:{number}: not a JSON object with a field 'prompt'") from error
+        if not isinstance(prompt, str) or not prompt:
+            raise BitassayError(f"{path}:{number}: the prompt is empty or not a string")
+        prompts.append(prompt)
+    return prompts
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, gunzipped where its name ends in .gz; a BitassayError names the file and the defect."""
+    try:
+        data = path.read_bytes()
+        return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
+    except OSError as error:
+        raise BitassayError(f"{path}: {error.strerror or error}", "check the path") from error
+    except (EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise BitassayError(f"{path}: truncated or not UTF-8 text ({error})", "restore the file") from error
+
+
+def _locate(candidates: tuple[str, ...], bundled: str) -> tuple[Path, str]:
+    if root := os.environ.get("BITASSAY_DATA"):
+        if not Path(root).is_dir():
+            raise BitassayError(f"BITASSAY_DATA={root}: no such folder", "point it at a folder of data sets, or unset it")
+        for candidate in candidates:
+            if (path := Path(root) / candidate).is_file():
+                return path, f"BITASSAY_DATA {candidate}"
+    return Path(str(files("bitassay") / "data" / "bundled" / bundled)), f"bundled {bundled}"

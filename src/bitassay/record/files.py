@@ -1,0 +1,100 @@
+"""Files that are either whole or absent: written beside their place, then renamed into it."""
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from bitassay.errors import BitassayError, MissingError
+
+
+def explain_os_error(error: OSError, path: Path) -> BitassayError:
+    """Say what went wrong with `path` and what to do about it."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return MissingError(f"{path}: no space left on the disk", "free some space or choose another folder, then run the same command again")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return BitassayError(f"{path}: not writable ({error.strerror})", "choose a folder that you may write to")
+    if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+        return BitassayError(f"{path}: a file is where a folder should be, or the reverse ({error.strerror})", "choose another path")
+    return BitassayError(f"{path}: {error.strerror or error}")
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path in the same folder; on success it is renamed to `path`, on any failure it is removed.
+
+    Raises BitassayError that names `path` where the disk is full or the folder cannot be written.
+    """
+    path = Path(path)
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        temporary = Path(name)
+        yield temporary
+        with open(temporary, "rb") as stream:
+            os.fsync(stream.fileno())
+        # mkstemp makes private files; a result is as readable as any other file of its owner.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise explain_os_error(error, path) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Like `atomic_file` for a folder, which must not exist yet or be empty."""
+    path = Path(path)
+    temporary: Path | None = None
+    try:
+        if path.is_dir() and any(path.iterdir()):
+            raise BitassayError(f"{path}: the folder is not empty", "choose another folder or remove this one first")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o777 & ~umask)
+        if path.is_dir():
+            path.rmdir()
+        os.replace(temporary, path)
+    except OSError as error:
+        raise explain_os_error(error, path) from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path, *, limit_bytes: int = 64 * 2**20) -> Any:
+    """Read a JSON file that may come from anyone: its size is checked first, and a defect names the file."""
+    path = Path(path)
+    try:
+        if path.stat().st_size > limit_bytes:
+            raise BitassayError(f"{path}: {path.stat().st_size} bytes, more than the {limit_bytes} that such a file may have")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise BitassayError(f"{path}: no such file") from error
+    except OSError as error:
+        raise explain_os_error(error, path) from error
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise BitassayError(f"{path}: not a JSON file ({error})", "write it again with the command that made it") from error

@@ -1,0 +1,12 @@
+"""How long work tells its caller that it moves: a function that the command line draws and a script may ignore."""
+
+from typing import Protocol
+
+
+class Progress(Protocol):
+    def __call__(self, what: str, done: int = 0, total: int = 0) -> None:
+        """Say what is being done; with `total`, that `done` of `total` steps are finished."""
+
+
+def silent(what: str, done: int = 0, total: int = 0) -> None:
+    """A Progress that says nothing."""

@@ -1,0 +1,61 @@
+"""Tiny models for tests: seeded random weights in the real architectures, and one that was really trained.
+
+They are part of the package so that users can test their own code without a download.
+"""
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from bitassay.errors import BitassayError, nearest
+from bitassay.models.load import Identity, load
+from bitassay.models.source import Source, resolve
+
+_DENSE = {
+    "hidden_size": 96,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 24,
+    "vocab_size": 512,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+}
+_MOE = {"moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2}
+ARCHITECTURES = {
+    "llama": ("llama", {}),
+    "mistral": ("mistral", {"sliding_window": None}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {}),
+    "gemma3": ("gemma3_text", {"sliding_window": 64}),
+    "qwen2_moe": ("qwen2_moe", _MOE | {"shared_expert_intermediate_size": 64}),
+    "qwen3_moe": ("qwen3_moe", _MOE),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
+}
+
+
+def stories260k(**options) -> PreTrainedModel:
+    """The trained 260-thousand-parameter Llama that this package carries; `options` go to `bitassay.load`."""
+    return load("stories260k", **options)
+
+
+def tiny_model(architecture: str, seed: int = 0, **changes) -> PreTrainedModel:
+    """A randomly initialised model of `architecture` with hidden size 96 (no power of two) and three layers.
+
+    It uses stories260k's tokenizer. `changes` override fields of the configuration.
+    """
+    if architecture not in ARCHITECTURES:
+        raise BitassayError(f"unknown architecture {architecture!r}; the nearest are {nearest(architecture, ARCHITECTURES)}")
+    model_type, extra = ARCHITECTURES[architecture]
+    config = AutoConfig.for_model(model_type, **(_DENSE | extra | changes))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    from transformers import AutoTokenizer
+
+    stories = resolve("stories260k")
+    model.tokenizer = AutoTokenizer.from_pretrained(stories.folder)
+    model.identity = Identity(Source(f"tiny-{architecture}", stories.folder, f"random weights, seed {seed}"))
+    return model.eval().requires_grad_(False)

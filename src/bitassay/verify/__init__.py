@@ -1,0 +1,3 @@
+from bitassay import _callable_package
+
+_callable_package(__name__, "bitassay.verify.verdict:verify")
