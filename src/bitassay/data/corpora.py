@@ -16,7 +16,7 @@ from bitassay.errors import BitassayError, nearest
 
 # name -> (paths searched under BITASSAY_DATA, bundled file)
 CORPORA = {
-    "wikitext2": (("wikitext2/wiki.test.raw.gz", "wikitext2/wiki.test.raw"), "wikitext2-test.raw.gz"),
+    "wikitext2-raw": (("wikitext2/wiki.test.raw.gz", "wikitext2/wiki.test.raw"), "wikitext2-test.raw.gz"),
 }
 
 
@@ -32,7 +32,7 @@ class Corpus:
 def corpus(name: str) -> Corpus:
     """The corpus called `name`, joined as its protocol wants. Raises BitassayError for an unknown name or an empty file.
 
-    wikitext2: the lines of the raw test set joined by two newlines, blank lines as empty strings. That is how the data set's rows are
+    wikitext2-raw: the lines of the raw test set joined by two newlines, blank lines as empty strings. That is how the data set's rows are
     joined in GPTQ's evaluation, which the published WikiText-2 perplexities of quantized models follow.
     """
     if name not in CORPORA:

@@ -1,0 +1,154 @@
+"""Measure candidates against a base model, in one pass: `evaluate` for one, `score_windows` and `summarise` for many.
+
+The base model runs once per window and every candidate is compared with it there and then; full logits are never stored. Each candidate keeps a
+few numbers per token, from which all figures and their paired intervals are made.
+"""
+
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from bitassay.errors import BitassayError
+from bitassay.evaluate.divergence import TokenScores, token_scores, window_logits
+from bitassay.evaluate.protocol import Protocol, token_windows
+from bitassay.evaluate.statistics import bootstrap_means, percentile_interval
+from bitassay.models.load import tokenizer
+from bitassay.record.progress import Progress, silent
+
+Interval = tuple[float, float] | None
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How well a model predicts a text, and how far it is from its base. Perplexities are exp of the mean loss in nats; KL in nats a token;
+    intervals are 95 %, paired with the base by window."""
+
+    ppl: float
+    ppl_ci: Interval
+    ppl_delta: float
+    ppl_delta_ci: Interval
+    kl_mean: float
+    kl_ci: Interval
+    kl_median: float
+    kl_p99: float
+    top1_agreement: float
+    top1_ci: Interval
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The quality of one model under a named protocol; `base` says what it was compared with."""
+
+    model: str
+    base: str | None
+    protocol: str
+    corpus_source: str
+    windows: int
+    predicted_tokens: int
+    seed: int
+    quality: Quality
+
+    def __str__(self) -> str:
+        q = self.quality
+        lines = [f"{self.model}: perplexity {q.ppl:.4g} {_interval(q.ppl_ci)} on {self.protocol}, {self.windows} windows"]
+        if self.base is not None:
+            lines += [
+                f"  against {self.base}: {q.ppl_delta:+.4g} {_interval(q.ppl_delta_ci)}",
+                f"  KL divergence {q.kl_mean:.4g} {_interval(q.kl_ci)} nats a token, median {q.kl_median:.3g}, 99 % {q.kl_p99:.3g}",
+                f"  top-1 agreement {q.top1_agreement:.2%} {_interval(q.top1_ci)}",
+            ]
+        return "\n".join(lines)
+
+
+def evaluate(
+    model: PreTrainedModel,
+    *,
+    against: PreTrainedModel | None = None,
+    protocol: Protocol | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Evaluation:
+    """Perplexity of `model`; with `against`, also its difference from that model, with paired intervals.
+
+    The default protocol is `wikitext2-raw/2048[n=16]`. Raises BitassayError where the two models have different vocabularies.
+    """
+    protocol = protocol or Protocol(windows=16)
+    windows, source = token_windows(tokenizer(against if against is not None else model), protocol)
+    base, candidates = (model, {}) if against is None else (against, {"model": model})
+    scores: dict[str, list[TokenScores]] = {BASE: [], **{name: [] for name in candidates}}
+    for index, found in score_windows(base, candidates, windows):
+        for name, score in found.items():
+            scores[name].append(score)
+        progress(f"evaluating on {protocol.id}", index + 1, len(windows))
+    quality = summarise(scores["model" if candidates else BASE], scores[BASE], seed)
+    predicted = windows.shape[0] * (windows.shape[1] - 1)
+    return Evaluation(
+        _name(model), None if against is None else _name(against), protocol.id, source, len(windows), predicted, seed, quality
+    )
+
+
+def score_windows(
+    base: PreTrainedModel,
+    candidates: Mapping[str, PreTrainedModel],
+    windows: Int[Tensor, "windows tokens"],
+    skip: Container[int] = (),
+) -> Iterator[tuple[int, dict[str, TokenScores]]]:
+    """Yield, window by window, the scores of the base (under BASE) and of every candidate; `skip` holds windows that are done."""
+    for name, candidate in candidates.items():
+        if candidate.config.vocab_size != base.config.vocab_size:
+            raise BitassayError(
+                f"{name} has a vocabulary of {candidate.config.vocab_size}, the base model of {base.config.vocab_size}",
+                "compare a model with one that uses the same tokenizer",
+            )
+    for index, window in enumerate(windows):
+        if index in skip:
+            continue
+        base_logits, targets = window_logits(base, window), window[1:]
+        scores = {BASE: token_scores(base_logits, targets)}
+        for name, candidate in candidates.items():
+            scores[name] = token_scores(window_logits(candidate, window), targets, base_logits)
+        yield index, scores
+
+
+def summarise(scores: Sequence[TokenScores], base: Sequence[TokenScores], seed: int = 0) -> Quality:
+    """Figures and intervals from the scores of equal windows; for the base itself pass its scores twice."""
+    nll, base_nll, kl, agree = (
+        np.array([getattr(window, field).double().mean().item() for window in group])
+        for group, field in ((scores, "nll"), (base, "nll"), (scores, "kl"), (scores, "agree"))
+    )
+    resampled = bootstrap_means(np.stack([nll, base_nll, kl, agree]), seed)
+    ppl, delta = np.exp(resampled[0]), np.exp(resampled[0]) - np.exp(resampled[1])
+    kl_tokens = np.concatenate([window.kl.numpy() for window in scores])
+    n = len(nll)
+    return Quality(
+        ppl=float(np.exp(nll.mean())),
+        ppl_ci=percentile_interval(ppl, n),
+        ppl_delta=float(np.exp(nll.mean()) - np.exp(base_nll.mean())),
+        ppl_delta_ci=percentile_interval(delta, n),
+        kl_mean=float(kl.mean()),
+        kl_ci=percentile_interval(resampled[2], n),
+        kl_median=float(np.median(kl_tokens)),
+        kl_p99=float(np.quantile(kl_tokens, 0.99)),
+        top1_agreement=float(agree.mean()),
+        top1_ci=percentile_interval(resampled[3], n),
+    )
+
+
+def _name(model: PreTrainedModel) -> str:
+    known = getattr(model, "identity", None)
+    if known is None:
+        return type(model).__name__
+    return known.name if known.recipe_name is None else f"{known.name} ({known.recipe_name})"
+
+
+def _interval(interval: Interval) -> str:
+    return "[one window, no interval]" if interval is None else f"[{interval[0]:.4g}, {interval[1]:.4g}]"

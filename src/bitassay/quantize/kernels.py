@@ -1,0 +1,63 @@
+"""Products with packed weights: where torch has a kernel that reads the codes themselves.
+
+Decoding one token at a time is bound by the bytes of weights that are read, so a kernel that reads 4 or 8 bits instead of 16 is several times faster
+than a bf16 product. Many rows at once are bound by arithmetic instead, and there dequantizing first is faster: `QuantizedLinear` chooses by
+MAX_ROWS. On a CPU with bf16 input:
+
+    int8 codes, one scale a row            torch._weight_int8pack_mm          8 bits read a weight
+    codes of at most 4 bits, equal groups   torch._weight_int4pack_mm_for_cpu   4 bits read a weight, whatever was stored
+
+Both round differently from the dequantized product: the scale is applied to the sum, or is itself held in bf16. The result differs by bf16 rounding
+(`tests/quantize/test_kernels.py` bounds it), in fp32 there is no kernel and no difference.
+"""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import BFloat16
+from torch import Tensor
+
+from bitassay.quantize.tensor import QuantizedTensor
+
+MAX_ROWS = 32
+INT4_GROUPS = (32, 64, 128, 256)
+
+Product = Callable[[BFloat16[Tensor, "rows in"]], BFloat16[Tensor, "rows out"]]
+
+
+def packed_product(quantized: QuantizedTensor) -> Product | None:
+    """`x -> x W'^T` on the codes for bf16 `x`; None where torch has no kernel for this scheme, shape or device."""
+    if quantized.packed.device.type != "cpu":
+        return None
+    if quantized.scheme.format == "int8" and quantized.scheme.symmetric and quantized.scheme.granularity == "channel":
+        return _int8_product(quantized)
+    rows, columns = quantized.shape
+    group_size = quantized.granularity.group_size
+    integer = quantized.format.float_dtype is None and quantized.format.bits <= 4
+    if integer and group_size in INT4_GROUPS and columns % group_size == 0 and rows % 16 == 0:
+        return _int4_product(quantized, group_size)
+    return None
+
+
+def _int8_product(quantized: QuantizedTensor) -> Product:
+    codes = quantized.codes().to(torch.int8)
+    scale = quantized.scale[:, 0].float()
+    ones = torch.ones(len(scale), dtype=torch.bfloat16)
+    # The kernel takes scales in bf16; kept out of it, they keep their precision.
+    return lambda x: (torch._weight_int8pack_mm(x, codes, ones).float() * scale).to(torch.bfloat16)
+
+
+def _int4_product(quantized: QuantizedTensor, group_size: int) -> Product:
+    """The kernel computes `(q - 8) * s + m` with q in 0..15; every format of at most 16 levels can be written so.
+
+    Where `q - z` fits into -8..7 it is what the kernel gets, so that m is exactly 0; only asymmetric 4-bit codes need an m, in bf16.
+    """
+    codes, scale, zero_points = quantized.codes(), quantized.scale.float(), quantized.zero_points()
+    offset = torch.zeros_like(scale) if quantized.mean is None else quantized.mean.float()
+    if zero_points is not None and quantized.format.bits < 4:
+        codes = codes - zero_points.repeat_interleave(group_size, dim=1)
+    elif zero_points is not None:
+        codes, offset = codes - 8, (8 - zero_points) * scale
+    packed = torch._convert_weight_to_int4pack_for_cpu((codes + 8).int(), 1)
+    grids = torch.stack((scale, offset), dim=-1).transpose(0, 1).contiguous().to(torch.bfloat16)
+    return lambda x: torch._weight_int4pack_mm_for_cpu(x, packed, group_size, grids)

@@ -1,0 +1,131 @@
+"""Apply a recipe to a model: `quantize`.
+
+The result is a transformers model still. A *fake* quantized model holds the dequantized weights, so that everything transformers can do works and runs at
+full speed; a *real* one (`packed=True`) holds the packed codes. Both give the same logits. Parameters that the recipe leaves alone (embeddings,
+norms, the head) are shared with the base model, not copied.
+"""
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from bitassay.errors import BitassayError, nearest
+from bitassay.models.load import Identity
+from bitassay.models.walk import walk
+from bitassay.quantize.linear import QuantizedLinear
+from bitassay.quantize.recipe import Recipe, find_recipe
+from bitassay.quantize.tensor import QuantizedTensor, quantize_tensor
+from bitassay.record.progress import Progress, silent
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What was done to a model: the recipe, and the quantized matrices by module name."""
+
+    recipe: Recipe
+    tensors: dict[str, QuantizedTensor]
+
+
+def quantize(
+    base: PreTrainedModel, recipe: str | Path | Recipe, *, packed: bool = False, progress: Progress = silent
+) -> PreTrainedModel:
+    """A copy of `base` with the decoder layers' linears quantized by `recipe`; `base` stays as it is.
+
+    packed: store codes (a real model) instead of dequantized weights (a fake one). The copy carries `.quantization`. Raises BitassayError where the
+    recipe names modules that do not exist, where weights are not finite, or where the model has matrices that would be skipped.
+    """
+    recipe = find_recipe(recipe)
+    if getattr(base, "quantization", None) is not None:
+        raise BitassayError("the model is quantized already", "quantize the base model instead")
+    linears = check_recipe(base, recipe)
+    tensors = {}
+    for done, (name, linear) in enumerate(linears.items()):
+        progress(f"quantizing by {recipe.name}", done, len(linears))
+        if scheme := recipe.scheme_for(name):
+            tensors[name] = quantize_tensor(linear.weight, scheme, name)
+    progress(f"quantizing by {recipe.name}", len(linears), len(linears))
+    return with_tensors(base, Quantization(recipe, tensors), packed=packed)
+
+
+def with_tensors(base: PreTrainedModel, quantization: Quantization, *, packed: bool = False) -> PreTrainedModel:
+    """A copy of `base` whose linears are those of `quantization`; everything else is shared."""
+    replaced = set(quantization.tensors)
+    model = _copy_sharing_parameters(base)
+    for name, tensor in quantization.tensors.items():
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        if packed:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, QuantizedLinear(tensor, linear.bias, linear.weight.dtype))
+        else:
+            linear.weight = nn.Parameter(tensor.dequantize().to(linear.weight.dtype), requires_grad=False)
+    assert replaced <= {name for name, _ in model.named_modules()}
+    model.quantization = quantization
+    if isinstance(getattr(base, "identity", None), Identity):
+        model.identity = base.identity.with_recipe(quantization.recipe.recipe_id, quantization.recipe.name)
+    return model
+
+
+def check_recipe(model: PreTrainedModel, recipe: Recipe) -> dict[str, nn.Linear]:
+    """The model's linears, once it is sure that the recipe accounts for every matrix of the decoder layers."""
+    found = walk(model)
+    names = list(found.linears) + list(found.experts) + list(found.others)
+    for override in recipe.overrides:
+        if not any(recipe.override_for(name) is override for name in names):
+            raise BitassayError(
+                f"recipe {recipe.name}: the override {override.match!r} applies to no module of {type(model).__name__}; "
+                f"the nearest names are {nearest(override.match, _last_words(names))}",
+                "match full names with a glob, such as '*.down_proj' or 'model.layers.0.*'; the first match wins",
+            )
+    skipped = [name for name in (*found.experts, *found.others) if recipe.scheme_for(name) is not None]
+    if skipped:
+        kind = "fused experts" if skipped[0] in found.experts else "matrices that are not linears"
+        raise BitassayError(
+            f"{type(model).__name__} has {kind} that this version cannot quantize, such as {skipped[0]}",
+            f"leave them in high precision with an override: {{match: '*.{skipped[0].rpartition('.')[2]}', weights: null}} placed "
+            "so that it matches them alone, e.g. '*.experts.*'",
+        )
+    return found.linears
+
+
+def bits_per_weight(model: PreTrainedModel) -> float:
+    """Average bits of a quantized weight, scales and zero points included; 16 for a model that is not quantized."""
+    tensors = _tensors(model)
+    weights = sum(t.shape[0] * t.shape[1] for t in tensors.values())
+    return sum(t.stored_bits for t in tensors.values()) / weights if weights else 16.0
+
+
+def size_bytes(model: PreTrainedModel) -> int:
+    """Bytes of the whole checkpoint: packed matrices as stored, every other parameter (tied ones once) at 16 bits."""
+    tensors = _tensors(model)
+    held = {f"{name}.weight" for name in tensors}
+    other = sum(p.numel() for name, p in model.named_parameters() if name not in held)
+    return other * 2 + sum(t.stored_bits for t in tensors.values()) // 8
+
+
+def parameter_count(model: PreTrainedModel) -> int:
+    """Parameters of the dense model, tied ones once."""
+    tensors = _tensors(model)
+    held = {f"{name}.weight" for name in tensors}
+    other = sum(p.numel() for name, p in model.named_parameters() if name not in held)
+    return other + sum(t.shape[0] * t.shape[1] for t in tensors.values())
+
+
+def _tensors(model: PreTrainedModel) -> dict[str, QuantizedTensor]:
+    quantization = getattr(model, "quantization", None)
+    return quantization.tensors if quantization is not None else {}
+
+
+def _copy_sharing_parameters(model: PreTrainedModel) -> PreTrainedModel:
+    shared: Iterable[Tensor] = [*model.parameters(), *model.buffers()]
+    attached = [getattr(model, name) for name in ("tokenizer", "identity") if hasattr(model, name)]
+    return copy.deepcopy(model, {id(item): item for item in (*shared, *attached)})
+
+
+def _last_words(names: list[str]) -> set[str]:
+    return {f"*.{name.rpartition('.')[2]}" for name in names}

@@ -1,0 +1,136 @@
+"""A recipe: everything that makes the changed model, from YAML or Python.
+
+    name: w4
+    weights: {format: int4, granularity: g64, symmetric: false}
+    overrides:
+      - {match: "*.down_proj", weights: {format: int8, granularity: channel}}
+      - {match: "model.layers.0.*", weights: null}        # left as it is
+
+The first override whose pattern matches a module's name wins. A recipe's id is the digest of its canonical JSON without name and description: the
+same change has the same id, whatever it is called.
+"""
+
+from fnmatch import fnmatchcase
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from bitassay.errors import BitassayError, nearest
+from bitassay.quantize.formats import FORMATS
+from bitassay.quantize.granularity import Granularity
+from bitassay.record.hashing import digest_json
+
+RECIPE_BYTES = 2**20
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class WeightScheme(_Part):
+    """How one matrix is quantized to nearest. `scale` defaults to mse below 4 bits and absmax from there on."""
+
+    format: str
+    granularity: str = "channel"
+    symmetric: bool = True
+    scale: Literal["absmax", "mse"] = "absmax"
+    scale_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_scale(cls, given: Any) -> Any:
+        if isinstance(given, dict) and "scale" not in given and given.get("format") in FORMATS:
+            return given | {"scale": "mse" if FORMATS[given["format"]].bits < 4 else "absmax"}
+        return given
+
+    @field_validator("format")
+    @classmethod
+    def _known_format(cls, name: str) -> str:
+        if name not in FORMATS:
+            raise ValueError(f"unknown format {name!r}; the nearest are {nearest(name, FORMATS)}")
+        return name
+
+    @field_validator("granularity")
+    @classmethod
+    def _known_granularity(cls, text: str) -> str:
+        return Granularity.parse(text).name
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> "WeightScheme":
+        fmt = FORMATS[self.format]
+        if not self.symmetric and not fmt.has_asymmetric:
+            raise ValueError(f"{self.format} codes are symmetric around zero: a zero point cannot shift them")
+        if fmt.kind == "binary" and self.scale == "absmax":
+            raise ValueError("binary has no code for zero, so an absmax scale would only add error: use scale: mse")
+        return self
+
+
+class Override(_Part):
+    """Another scheme, or none, for the modules whose full name matches the glob `match`."""
+
+    match: str
+    weights: WeightScheme | None
+
+
+class Recipe(_Part):
+    """What is done to the decoder layers' matrices; embeddings, norms and the output head are left as they are."""
+
+    name: str = Field(pattern=r"^[\w.+-]{1,64}$")
+    description: str = Field("", max_length=1000)
+    weights: WeightScheme | None
+    overrides: tuple[Override, ...] = ()
+
+    @property
+    def recipe_id(self) -> str:
+        return digest_json(self.model_dump(mode="json", exclude={"name", "description"}))
+
+    def override_for(self, module: str) -> Override | None:
+        """The first override whose pattern matches."""
+        return next((o for o in self.overrides if fnmatchcase(module, o.match)), None)
+
+    def scheme_for(self, module: str) -> WeightScheme | None:
+        """The scheme of the module of that full name; None: leave it."""
+        override = self.override_for(module)
+        return self.weights if override is None else override.weights
+
+
+def shipped_recipes() -> dict[str, Recipe]:
+    """The recipes that come with the package, by name."""
+    folder = Path(str(files("bitassay") / "recipes"))
+    return {path.stem: read_recipe(path) for path in sorted(folder.glob("*.yaml"))}
+
+
+def find_recipe(recipe: "str | Path | Recipe") -> Recipe:
+    """A recipe itself, the name of a shipped one, or the path of a YAML file. Raises BitassayError that names the nearest choices."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    if (path := Path(recipe)).suffix in (".yaml", ".yml"):
+        return read_recipe(path)
+    shipped = Path(str(files("bitassay") / "recipes")) / f"{recipe}.yaml"
+    if "/" in str(recipe) or not shipped.is_file():
+        names = [found.stem for found in shipped.parent.glob("*.yaml")]
+        raise BitassayError(
+            f"no recipe is called {str(recipe)!r}; the nearest are {nearest(str(recipe), names)}",
+            "bitassay recipes list, or give the path of a .yaml file",
+        )
+    return read_recipe(shipped)
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read a recipe from YAML; a defect is a BitassayError that names the file and the field."""
+    try:
+        if path.stat().st_size > RECIPE_BYTES:
+            raise BitassayError(f"{path}: more than {RECIPE_BYTES} bytes, which no recipe needs")
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BitassayError(f"{path}: {error.strerror or error}", "check the path, or see `bitassay recipes list`") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise BitassayError(f"{path}: not valid YAML ({error})") from error
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        defects = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg']}" for e in error.errors())
+        raise BitassayError(f"{path}: not a recipe: {defects}", "compare it with `bitassay recipes show w4`") from error

@@ -1,0 +1,84 @@
+"""Scales: how wide a step is, for every group at once.
+
+absmax: the largest magnitude (asymmetric: the range, widened to hold zero) lands on the outermost code, so nothing is clipped.
+
+mse: the scale that minimises `sum (w - w')^2` within the group. For integers and FP8 it is searched over a grid of multiples of the absmax scale,
+because the error is not convex in the scale; clipping the tails this way is worth 3.2 dB at 2 bits on Gaussian weights. For ternary and binary
+the optimum is exact:
+
+    ternary   keep the k largest magnitudes, s = their mean; the error falls by (sum_k |w|)^2 / k, so scan k over the sorted magnitudes
+    binary    s = mean |w|, or around the mean m: s = mean |w - m|
+
+Scales are rounded to the dtype they will be stored in *before* any code is computed, so that the stored numbers are the ones that were used.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bitassay.quantize.formats import NumberFormat
+from bitassay.quantize.rounding import dequantize, round_to_nearest
+
+SEARCH_FACTORS = tuple(0.30 + 0.025 * step for step in range(29))  # 0.30 ... 1.00
+BLOCK_ELEMENTS = 2**17  # a block of the search that stays in the cache
+
+
+class Grid(NamedTuple):
+    """What a group shares. scale > 0 (binary: >= 0); zero_point is a whole number of steps; mean is in the weights' unit."""
+
+    scale: Float[Tensor, "groups 1"]
+    zero_point: Float[Tensor, "groups 1"] | None = None
+    mean: Float[Tensor, "groups 1"] | None = None
+
+
+def absmax_grid(w: Float[Tensor, "groups size"], fmt: NumberFormat, symmetric: bool, dtype: torch.dtype) -> Grid:
+    """The widest grid: no weight is clipped (beyond what rounding the scale to `dtype` costs)."""
+    if symmetric:
+        return Grid(_stored(w.abs().amax(1, keepdim=True) / fmt.largest, dtype))
+    low, high = w.amin(1, keepdim=True).clamp(max=0), w.amax(1, keepdim=True).clamp(min=0)
+    _, qmax = fmt.code_range(symmetric=False)
+    scale = _stored((high - low) / qmax, dtype)
+    return Grid(scale, (-low / scale).round().clamp(0, qmax))
+
+
+def mse_grid(w: Float[Tensor, "groups size"], fmt: NumberFormat, symmetric: bool, dtype: torch.dtype) -> Grid:
+    """The grid with the least squared error: exact for ternary and binary, searched over SEARCH_FACTORS otherwise."""
+    if fmt.kind == "ternary":
+        return Grid(_stored(_ternary_scale(w), dtype))
+    if fmt.kind == "binary":
+        if symmetric:
+            return Grid(w.abs().mean(1, keepdim=True).to(dtype).float())
+        mean = w.mean(1, keepdim=True).to(dtype).float()
+        return Grid((w - mean).abs().mean(1, keepdim=True).to(dtype).float(), mean=mean)
+    blocks = [_search(block, fmt, symmetric, dtype) for block in w.split(max(1, BLOCK_ELEMENTS // w.shape[1]))]
+    zero_point = None if symmetric else torch.cat([b.zero_point for b in blocks if b.zero_point is not None])
+    return Grid(torch.cat([b.scale for b in blocks]), zero_point)
+
+
+def _search(w: Float[Tensor, "groups size"], fmt: NumberFormat, symmetric: bool, dtype: torch.dtype) -> Grid:
+    widest = absmax_grid(w, fmt, symmetric, dtype)
+    best_scale, least = widest.scale, torch.full_like(widest.scale, torch.inf)
+    for factor in SEARCH_FACTORS:
+        grid = widest._replace(scale=_stored(widest.scale * factor, dtype))
+        error = (dequantize(round_to_nearest(w, grid, fmt, symmetric), grid, fmt) - w).square().sum(1, keepdim=True)
+        better = error < least
+        best_scale, least = torch.where(better, grid.scale, best_scale), torch.where(better, error, least)
+    return widest._replace(scale=best_scale)
+
+
+def _ternary_scale(w: Float[Tensor, "groups size"]) -> Float[Tensor, "groups 1"]:
+    largest_first = w.abs().sort(dim=1, descending=True).values
+    kept = torch.arange(1, w.shape[1] + 1, device=w.device)
+    total = largest_first.double().cumsum(1)
+    best = (total.square() / kept).argmax(1, keepdim=True)
+    return (total.gather(1, best) / (best + 1)).float()
+
+
+def _stored(scale: Float[Tensor, "groups 1"], dtype: torch.dtype) -> Float[Tensor, "groups 1"]:
+    """`scale` as it will read back from storage; 1 where a group is all zero, never 0 and never infinite."""
+    info = torch.finfo(dtype)
+    smallest = info.smallest_normal * info.eps  # the smallest subnormal number
+    stored = scale.clamp(smallest, info.max).to(dtype).float()
+    return torch.where(scale > 0, stored, torch.ones_like(stored))
