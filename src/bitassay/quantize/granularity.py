@@ -13,7 +13,8 @@ from torch import Tensor
 
 from bitassay.errors import BitassayError
 
-Groups = Float[Tensor, "groups size"]
+# [groups, size]; unnamed, since the members of a list differ in both
+Groups = Float[Tensor, "_ _"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Granularity:
         """The inverse of `to_groups`; also joins one number a group into `[rows, groups]` (or `[1, 1]`)."""
         return torch.cat([part.reshape(1 if part.numel() == 1 else rows, -1) for part in parts], dim=1)
 
-    def scales_to_groups(self, scales: Float[Tensor, "rows groups"], columns: int) -> list[Float[Tensor, "groups 1"]]:
+    def scales_to_groups(self, scales: Float[Tensor, "rows groups"], columns: int) -> list[Float[Tensor, "_ 1"]]:
         """`[rows, groups]` as one column for each tensor that `to_groups` returns."""
         if self.name == "tensor":
             return [scales.reshape(1, 1)]

@@ -1,8 +1,9 @@
 """How long work tells its caller that it moves: a function that the command line draws and a script may ignore."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
+@runtime_checkable
 class Progress(Protocol):
     def __call__(self, what: str, done: int = 0, total: int = 0) -> None:
         """Say what is being done; with `total`, that `done` of `total` steps are finished."""

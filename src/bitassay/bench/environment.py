@@ -1,0 +1,37 @@
+"""The machine and the software that a result came from."""
+
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+VERSIONS = ("bitassay", "torch", "transformers", "compressed-tensors")
+
+
+def environment() -> dict[str, Any]:
+    """Versions, processor, load (runnable processes over 1, 5 and 15 minutes) and devices, as JSON values."""
+    return {
+        **{name: version(name) for name in VERSIONS},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": [round(value, 2) for value in os.getloadavg()],
+        "device": "cpu",
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def cpu_name() -> str:
+    """The processor's name as the system gives it."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

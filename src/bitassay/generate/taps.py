@@ -1,0 +1,56 @@
+"""Taps: hidden states read off while a model runs.
+
+A tap on decoder layer l (counted from 1) records what that layer returns. For the last layer this is the layer's own output, *before* the final norm,
+so that all taps are alike (transformers' `output_hidden_states` gives the last one after the norm). The embedding output is never tapped: it depends on
+the token ids alone, so it would match whatever ran.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from bitassay.errors import BitassayError
+from bitassay.models.walk import decoder_layers
+
+EVERY = 8
+
+
+def tap_layers(model: PreTrainedModel) -> tuple[int, ...]:
+    """The layers that are sampled: every 8th, counted from 1, and always the last."""
+    count = len(decoder_layers(model))
+    return tuple(sorted({*range(EVERY, count + 1, EVERY), count}))
+
+
+@contextmanager
+def record_states(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[dict[int, list[Float[Tensor, "batch tokens hidden"]]]]:
+    """Within the context, each forward appends every tapped layer's output to the list of that layer, on the model's device.
+
+    Raises BitassayError for a layer that the model does not have.
+    """
+    modules = decoder_layers(model)
+    if unknown := [layer for layer in layers if not 1 <= layer <= len(modules)]:
+        raise BitassayError(f"there is no decoder layer {unknown[0]}", f"layers are counted from 1 to {len(modules)}")
+    recorded: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+
+    def tap(layer: int):
+        def hook(_module: nn.Module, _arguments: object, output: Tensor | tuple[Tensor, ...]) -> None:
+            states = output if isinstance(output, Tensor) else output[0]
+            recorded[layer].append(states.detach().clone())  # a model may go on to change its own tensor in place
+
+        return hook
+
+    handles = [modules[layer - 1].register_forward_hook(tap(layer)) for layer in layers]
+    try:
+        yield recorded
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def joined_states(recorded: dict[int, list[Tensor]]) -> dict[int, Float[Tensor, "batch tokens hidden"]]:
+    """What the forwards recorded, one after the other along the tokens, on the CPU."""
+    return {layer: torch.cat(pieces, dim=1).cpu() for layer, pieces in recorded.items()}

@@ -1,0 +1,82 @@
+"""A run folder: the plan of a long piece of work and every part of it that is finished.
+
+Parts are written whole, so an interrupted run loses at most the part it was working on; running the same command again opens the same folder and
+goes on. A folder belongs to one plan: a different plan is refused instead of mixed in.
+
+    plan.json            what is to be done; never changes
+    parts/<name>.json    a finished part
+    parts/<name>.safetensors
+    run.json             the result
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bitassay.errors import BitassayError
+from bitassay.record.files import atomic_file, explain_os_error, read_json, write_json
+from bitassay.record.hashing import canonical_json, digest_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class RunFolder:
+    """The folder of one plan. Raises BitassayError where the folder cannot be written or holds something else."""
+
+    def __init__(self, path: Path, plan: dict[str, Any]):
+        self.path, self.plan = Path(path), plan
+        self.run_id = digest_json(plan)[:12]
+        plan_file = self.path / "plan.json"
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            occupied = any(self.path.iterdir())
+        except OSError as error:
+            raise explain_os_error(error, self.path) from error
+        if plan_file.exists():
+            changed = _differences(read_json(plan_file), plan)
+            if changed:
+                raise BitassayError(
+                    f"{self.path}: holds a run of another plan (different: {', '.join(changed)})",
+                    "give another --out, or remove that folder",
+                )
+        elif occupied:
+            raise BitassayError(f"{self.path}: the folder is not empty and holds no run", "give another --out")
+        else:
+            write_json(plan_file, plan)
+
+    def part(self, name: str, compute: Callable[[], Any]) -> Any:
+        """The JSON value of a part: read where it is finished, else computed and written."""
+        path = self.path / "parts" / f"{name}.json"
+        if path.exists():
+            return read_json(path)
+        value = compute()
+        write_json(path, value)
+        return value
+
+    def has_tensors(self, name: str) -> bool:
+        return (self.path / "parts" / f"{name}.safetensors").exists()
+
+    def write_tensors(self, name: str, tensors: "dict[str, Tensor]") -> None:
+        """Keep tensors as a finished part."""
+        from safetensors.torch import save_file
+
+        with atomic_file(self.path / "parts" / f"{name}.safetensors") as temporary:
+            save_file(tensors, temporary)
+
+    def read_tensors(self, name: str) -> "dict[str, Tensor]":
+        """The tensors of a finished part; a damaged file is a BitassayError that names it."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        path = self.path / "parts" / f"{name}.safetensors"
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise BitassayError(f"{path}: damaged ({error})", "remove this file and run the same command again") from error
+
+
+def _differences(old: Any, new: dict[str, Any]) -> list[str]:
+    if not isinstance(old, dict):
+        return ["plan.json"]
+    return [key for key in sorted(old.keys() | new.keys()) if canonical_json(old.get(key)) != canonical_json(new.get(key))]

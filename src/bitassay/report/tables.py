@@ -1,0 +1,106 @@
+"""Rows of results as text: an aligned table for a terminal, Markdown, or CSV with raw values.
+
+A Column says which key of a row it shows and how. CSV ignores the formatting: it is for programs, so numbers keep every digit, an interval becomes two
+columns, and what is missing is empty.
+"""
+
+import csv
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+MISSING = "-"
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Column:
+    """`format` gets the value under `key`, or the whole row where `whole_row` is set. A title may have several lines."""
+
+    key: str
+    title: str
+    format: Callable[[Any], str] = str
+    align: Literal["left", "right"] = "right"
+    whole_row: bool = False
+
+    def text(self, row: Row) -> str:
+        value = row.get(self.key)
+        return MISSING if value is None else self.format(row if self.whole_row else value)
+
+
+def render(rows: Sequence[Row], columns: Sequence[Column], format: Literal["table", "csv", "md"]) -> str:
+    """The rows in one of the three formats; `table` never cuts a value, however narrow the terminal is."""
+    if format == "csv":
+        return _csv(rows, columns)
+    cells = [[column.text(row) for column in columns] for row in rows]
+    return _markdown(cells, columns) if format == "md" else _table(cells, columns)
+
+
+def _table(cells: list[list[str]], columns: Sequence[Column]) -> str:
+    titles = [column.title.split("\n") for column in columns]
+    height = max(map(len, titles))
+    heads = [[""] * (height - len(title)) + title for title in titles]
+    lines = [[head[line] for head in heads] for line in range(height)] + cells
+    widths = [max(len(line[place]) for line in lines) for place in range(len(columns))]
+    drawn = [
+        "  ".join(_aligned(text, width, column.align) for text, width, column in zip(line, widths, columns, strict=True)).rstrip()
+        for line in lines
+    ]
+    return "\n".join([*drawn[:height], "  ".join("-" * width for width in widths), *drawn[height:]])
+
+
+def _aligned(text: str, width: int, align: str) -> str:
+    return text.ljust(width) if align == "left" else text.rjust(width)
+
+
+def _markdown(cells: list[list[str]], columns: Sequence[Column]) -> str:
+    def line(texts: Sequence[str]) -> str:
+        return "| " + " | ".join(text.replace("|", "\\|").replace("\n", " ") for text in texts) + " |"
+
+    rule = "|" + "|".join("---" if column.align == "left" else "---:" for column in columns) + "|"
+    return "\n".join([line([column.title for column in columns]), rule, *map(line, cells)])
+
+
+def _csv(rows: Sequence[Row], columns: Sequence[Column]) -> str:
+    keys = list(dict.fromkeys(column.key for column in columns))
+    pairs = {key for key in keys if any(isinstance(row.get(key), (list, tuple)) and len(row[key]) == 2 for row in rows)}
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow([name for key in keys for name in ([f"{key}_low", f"{key}_high"] if key in pairs else [key])])
+    for row in rows:
+        values: list[Any] = []
+        for key in keys:
+            value = row.get(key)
+            values += (value or [None, None]) if key in pairs else [value]
+        writer.writerow(["" if value is None else value for value in values])
+    return out.getvalue()
+
+
+def number(digits: int) -> Callable[[float], str]:
+    """Fixed decimals; scientific notation from a million on, where decimals say nothing."""
+    return lambda value: f"{value:.{digits}f}" if abs(value) < 1e6 else f"{value:.2e}"
+
+
+def significant(digits: int) -> Callable[[float], str]:
+    """So many significant digits."""
+    return lambda value: f"{value:.{digits}g}"
+
+
+def percent(digits: int) -> Callable[[float], str]:
+    """A fraction as a percentage."""
+    return lambda value: f"{value * 100:.{digits}f} %"
+
+
+def size(value: float) -> str:
+    """Bytes in decimal units: 98.4 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"
+
+
+def interval(form: Callable[[float], str]) -> Callable[[Sequence[float]], str]:
+    """`[low, high]`, both in the same form."""
+    return lambda pair: f"[{form(pair[0])}, {form(pair[1])}]"

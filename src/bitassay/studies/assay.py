@@ -1,0 +1,262 @@
+"""The main job: quantize a model by several recipes, and say of each what it costs and whether a verifier notices.
+
+1. evaluate   all recipes against the base model in one pass over the text, in the model's dtype (fp32 by default)
+2. bench      real models (packed codes) in bf16, in turn
+3. verify     a profile is fitted to honest bf16 runs of the base model; then each quantized model generates while claiming to be the base model, and a
+              verifier that holds the base model checks its traces
+
+Every step keeps its finished parts in the run folder, so that the same command goes on where it was stopped.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers import PreTrainedModel
+
+from bitassay.bench.environment import environment
+from bitassay.bench.throughput import throughput
+from bitassay.data.corpora import bundled_prompts
+from bitassay.errors import BitassayError
+from bitassay.evaluate.compare import BASE, score_windows, summarise
+from bitassay.evaluate.divergence import TokenScores
+from bitassay.evaluate.protocol import Protocol, token_windows
+from bitassay.models.load import identity, load, tokenizer
+from bitassay.quantize.model import (
+    Quantization,
+    bits_per_weight,
+    check_recipe,
+    parameter_count,
+    quantize,
+    size_bytes,
+    with_tensors,
+)
+from bitassay.quantize.recipe import Recipe, find_recipe
+from bitassay.record.files import write_json
+from bitassay.record.progress import Progress, silent
+from bitassay.record.run import RunFolder
+from bitassay.verify.calibrate import calibrate
+from bitassay.verify.profile import Profile
+from bitassay.verify.prove import prove_many
+from bitassay.verify.verdict import pooled_verdict, verify_many
+
+SCHEMA = 1
+INTERVAL = "95 %, expanded percentile bootstrap over windows, paired with the base model"
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How verdicts are reached: `calibration_prompts` honest runs fit the profile, then `prompts` others are proved by every recipe."""
+
+    prompts: int = 8
+    calibration_prompts: int = 240
+    new_tokens: int = 32
+    alpha: float = 0.01
+
+
+@dataclass(frozen=True)
+class AssayPlan:
+    """What an assay does. `verification` None leaves the verdicts out, `bench_repeats` 0 the timings."""
+
+    model: str
+    recipes: tuple[Recipe, ...]
+    protocol: Protocol = Protocol(windows=16)
+    dtype: str = "float32"
+    seed: int = 0
+    bench_repeats: int = 3
+    bench_tokens: int = 256
+    verification: Verification | None = Verification()
+
+    def __post_init__(self) -> None:
+        names = [recipe.name for recipe in self.recipes]
+        if not names:
+            raise BitassayError("no recipe was given", "--recipe w4, or see `bitassay recipes list`")
+        if repeated := sorted({name for name in names if names.count(name) > 1 or name == BASE}):
+            raise BitassayError(f"two rows would be called {repeated[0]!r}", "give each recipe a name of its own")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            **asdict(self),
+            "protocol": self.protocol.id,
+            "recipes": [recipe.model_dump(mode="json") for recipe in self.recipes],
+        }
+
+
+def assay(
+    model: str,
+    recipes: Sequence[str | Path | Recipe],
+    *,
+    out: Path | None = None,
+    progress: Progress = silent,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> tuple[dict[str, Any], Path]:
+    """Run the whole job; `options` are fields of AssayPlan. Returns the run (the content of run.json) and its folder.
+
+    Raises BitassayError for bad input before any work is done.
+    """
+    plan = AssayPlan(model, tuple(find_recipe(recipe) for recipe in recipes), **options)
+    base = load(model, dtype=plan.dtype, progress=progress, trust_remote_code=trust_remote_code)
+    for recipe in plan.recipes:
+        check_recipe(base, recipe)
+    windows, corpus_source = token_windows(tokenizer(base), plan.protocol)
+    folder = _open_folder(plan, base, corpus_source, out)
+    progress(f"run {folder.run_id} in {folder.path}")
+
+    stopwatch = _Stopwatch()
+    quantizations = {
+        recipe.name: quantize(base, recipe, packed=True, progress=progress).quantization for recipe in plan.recipes
+    }
+    models = {BASE: base, **{name: with_tensors(base, q, packed=True) for name, q in quantizations.items()}}
+    facts = {name: _facts(model) for name, model in models.items()}
+    stopwatch.lap("quantize")
+    scores = _evaluate(plan, folder, base, quantizations, windows, progress)
+    quality = {name: summarise(scores[name], scores[BASE], plan.seed).to_dict() for name in models}
+    stopwatch.lap("evaluate")
+    head = _head(plan, folder, base, corpus_source, windows)
+    del base, models  # timing and verification run in bf16
+
+    speed, verification, verdicts = {}, None, {}
+    if plan.bench_repeats or plan.verification:
+        base = load(model, dtype="bfloat16", progress=progress, trust_remote_code=trust_remote_code)
+        if plan.bench_repeats:
+            prompt = windows[0, : plan.bench_tokens]
+            speed = folder.part("bench", lambda: _bench(plan, base, quantizations, prompt, progress))
+            stopwatch.lap("bench")
+        if plan.verification:
+            verification, verdicts = _verify(plan.verification, folder, base, quantizations, plan.seed, progress)
+            stopwatch.lap("verify")
+    rows = [facts[name] | quality[name] | speed.get(name, _NO_SPEED) | verdicts.get(name, _NO_VERDICT) for name in facts]
+    run = {**head, "verification": verification, "rows": rows, "seconds": stopwatch.laps}
+    write_json(folder.path / "run.json", run)
+    return run, folder.path
+
+
+_NO_SPEED = {"prefill_tok_s": None, "decode_tok_s": None}
+_NO_VERDICT = {"hidden_distance": None, "verdict": None}
+
+
+class _Stopwatch:
+    """Seconds of each step of this invocation (a resumed run has spent more)."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self.last = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        now = time.monotonic()
+        self.laps[name], self.last = round(now - self.last, 2), now
+
+
+def _open_folder(plan: AssayPlan, base: PreTrainedModel, corpus_source: str, out: Path | None) -> RunFolder:
+    content = {
+        "kind": "assay",
+        "schema": SCHEMA,
+        **plan.to_dict(),
+        "model": identity(base).name,
+        "weights_digest": identity(base).weights_digest,
+        "corpus_source": corpus_source,
+        "versions": {name: version(name) for name in ("bitassay", "torch", "transformers")},
+    }
+    if out is None:
+        from bitassay.record.hashing import digest_json
+
+        out = Path("runs") / f"assay-{identity(base).name}-{digest_json(content)[:8]}"
+    return RunFolder(out, content)
+
+
+def _head(
+    plan: AssayPlan, folder: RunFolder, base: PreTrainedModel, corpus_source: str, windows: torch.Tensor
+) -> dict[str, Any]:
+    """Everything in run.json that is not a result."""
+    who = identity(base)
+    return {
+        "schema": SCHEMA,
+        "kind": "assay",
+        "run_id": folder.run_id,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "model": {
+            "name": who.name,
+            "origin": who.source.origin,
+            "weights_digest": who.weights_digest,
+            "tokenizer_digest": who.tokenizer_digest,
+            "parameters": parameter_count(base),
+            "dtype": plan.dtype,
+        },
+        "protocol": {
+            "id": plan.protocol.id,
+            "corpus_source": corpus_source,
+            "windows": len(windows),
+            "window_tokens": windows.shape[1],
+            "predicted_tokens": windows.numel() - len(windows),
+            "seed": plan.seed,
+            "interval": INTERVAL,
+        },
+        "recipes": {recipe.name: recipe.model_dump(mode="json") for recipe in plan.recipes},
+        "environment": environment(),
+    }
+
+
+def _facts(model: PreTrainedModel) -> dict[str, Any]:
+    """The columns of a row that need no run."""
+    done = getattr(model, "quantization", None)
+    return {
+        "recipe": done.recipe.name if done else BASE,
+        "recipe_id": done.recipe.recipe_id if done else None,
+        "bits_per_weight": bits_per_weight(model),
+        "checkpoint_bits_per_weight": size_bytes(model) * 8 / parameter_count(model),
+        "size_bytes": size_bytes(model),
+    }
+
+
+def _evaluate(
+    plan: AssayPlan,
+    folder: RunFolder,
+    base: PreTrainedModel,
+    quantizations: dict[str, Quantization],
+    windows: torch.Tensor,
+    progress: Progress,
+) -> dict[str, list[TokenScores]]:
+    """Scores by model and window; windows that have a finished part are read, not run again."""
+    done = {index for index in range(len(windows)) if folder.has_tensors(_window(index))}
+    what, finished = f"evaluating on {plan.protocol.id}", len(done)
+    progress(what, finished, len(windows))
+    if finished < len(windows):
+        # Dense candidates run faster; where memory is short they stay packed.
+        weights = sum(t.shape[0] * t.shape[1] for q in quantizations.values() for t in q.tensors.values())
+        packed = weights * base.dtype.itemsize > psutil.virtual_memory().available / 2
+        candidates = {name: with_tensors(base, q, packed=packed) for name, q in quantizations.items()}
+        for index, scores in score_windows(base, candidates, windows, skip=done):
+            named = {f"{name}/{field}": value for name, s in scores.items() for field, value in s._asdict().items()}
+            folder.write_tensors(_window(index), named)
+            finished += 1
+            progress(what, finished, len(windows))
+    parts = [folder.read_tensors(_window(index)) for index in range(len(windows))]
+    return {
+        name: [TokenScores(*(part[f"{name}/{field}"] for field in TokenScores._fields)) for part in parts]
+        for name in (BASE, *quantizations)
+    }
+
+
+def _window(index: int) -> str:
+    return f"window-{index:04d}"
+
+
+def _bench(
+    plan: AssayPlan,
+    base: PreTrainedModel,
+    quantizations: dict[str, Quantization],
+    prompt: torch.Tensor,
+    progress: Progress,
+) -> dict[str, Any]:
+    models = {BASE: base, **{name: with_tensors(base, q, packed=True) for name, q in quantizations.items()}}
+    found = throughput(
+        {name: (lambda m=m: m) for name, m in models.items()}, prompt, repeats=plan.bench_repeats, progress=progress
+    )
+    return {name: value.to_dict() for name, value in found.items()}

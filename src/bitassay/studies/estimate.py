@@ -1,0 +1,87 @@
+"""What an assay will need, before it runs: memory and time, from the model's configuration and a short timing of this machine.
+
+Time is arithmetic over measured speed: two floating-point operations a parameter and token for prefill; for decoding, the bytes of the weights over the
+measured read bandwidth. It leaves out loading, the bootstrap and everything else that is short.
+"""
+
+import time
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from bitassay.models.load import as_dtype
+from bitassay.models.source import resolve
+from bitassay.quantize.model import check_recipe, parameter_count
+from bitassay.quantize.recipe import find_recipe
+from bitassay.record.progress import Progress, silent
+from bitassay.studies.assay import AssayPlan
+
+PROMPT_TOKENS = 60  # about the mean of the bundled prompts with a chat template
+
+
+def estimate_assay(model: str, recipes: list[str], *, progress: Progress = silent, **options: Any) -> list[dict[str, Any]]:
+    """Rows `step, work, memory_bytes, seconds`. The model is fetched where it is not here yet, but no weights are loaded."""
+    plan = AssayPlan(model, tuple(find_recipe(recipe) for recipe in recipes), **options)
+    config = AutoConfig.from_pretrained(resolve(model, progress).folder)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config)
+    for recipe in plan.recipes:
+        check_recipe(empty, recipe)
+    parameters, models = parameter_count(empty), len(plan.recipes) + 1
+    item = as_dtype(plan.dtype).itemsize
+    tokens = (plan.protocol.windows or 0) * plan.protocol.window_tokens
+    logits = 2 * plan.protocol.window_tokens * config.get_text_config().vocab_size * item
+    rate, rate16 = _flops(as_dtype(plan.dtype)), _flops(torch.bfloat16)
+    rows = [
+        {
+            "step": "evaluate",
+            "work": f"{models} models x {tokens} tokens, {plan.protocol.id}",
+            "memory_bytes": parameters * item * models + logits,
+            "seconds": 2 * parameters * tokens * models / rate,
+        }
+    ]
+    decode_s = parameters * 2 / _bandwidth()
+    if plan.bench_repeats:
+        one = 2 * parameters * plan.bench_tokens / rate16 + 12 * decode_s
+        rows.append(
+            {
+                "step": "bench",
+                "work": f"{models} models x {plan.bench_repeats} rounds",
+                "memory_bytes": parameters * 2 * models,
+                "seconds": one * models * plan.bench_repeats,
+            }
+        )
+    if v := plan.verification:
+        traces = v.calibration_prompts + v.prompts * models
+        prefill = 2 * parameters * (2 * PROMPT_TOKENS + v.new_tokens) * traces / rate16
+        rows.append(
+            {
+                "step": "verify",
+                "work": f"{traces} traces of {v.new_tokens} tokens",
+                "memory_bytes": parameters * 2 * 2,
+                "seconds": prefill + v.new_tokens * traces * decode_s / 4,
+            }
+        )
+    return rows
+
+
+def _flops(dtype: torch.dtype) -> float:
+    """Measured floating-point operations a second of a matrix product of a decoder's size."""
+    a, b = torch.ones(512, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+    return 2 * 512 * 1024 * 1024 / _median_seconds(lambda: a @ b)
+
+
+def _bandwidth() -> float:
+    """Measured bytes a second of reading a matrix far larger than the caches."""
+    a, x = torch.ones(8192, 4096), torch.ones(4096)
+    return a.numel() * 4 / _median_seconds(lambda: a @ x)
+
+
+def _median_seconds(work) -> float:
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return sorted(times)[2]

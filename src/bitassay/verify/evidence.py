@@ -1,0 +1,85 @@
+"""What one prefill of the verifier says about a trace, before anything is decided.
+
+Hidden states alone are forgeable: decode with a cheap model, then run one honest prefill over its tokens. So the evidence has two halves, the distances of
+the states and the margins of the tokens: by how much the verifier's own logits (with the sampling noise rebuilt) prefer another token to the claimed one.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from bitassay.generate.decode import Prefill, prefill, token_batches
+from bitassay.generate.sampling import Draw
+from bitassay.record.progress import Progress, silent
+from bitassay.verify.distance import distance_floor, mean_log_distance, relative_distances
+from bitassay.verify.trace import Trace
+from bitassay.verify.verillm import FORMAT_OF_DTYPE, RULE_SETS, cell_statistics, summary
+
+BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class LayerEvidence:
+    """Mean log distances over prompt and over generated positions (None where there are none), and the VeriLLM statistics of
+    both: `verillm[part][rules]` with part "prompt" or "generated"."""
+
+    layer: int
+    prompt: float
+    generated: float | None
+    verillm: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """margins: nats by which each claimed token loses. format: the one that the VeriLLM statistics declare."""
+
+    layers: tuple[LayerEvidence, ...]
+    margins: tuple[float, ...]
+    format: str
+
+    @property
+    def mean_margin(self) -> float:
+        return sum(self.margins) / len(self.margins)
+
+    @property
+    def n_generated(self) -> int:
+        """Generated positions that carry states: one less than there are output tokens."""
+        return len(self.margins) - 1
+
+
+def gather(
+    traces: Sequence[Trace], model: PreTrainedModel, *, verillm: bool = True, progress: Progress = silent
+) -> list[Evidence]:
+    """The evidence of each trace, by prefills in batches. The traces must have passed `structure.shape_defects`."""
+    found: dict[int, Evidence] = {}
+    lengths = [len(trace.header.positions) for trace in traces]
+    for batch in token_batches(lengths, BATCH_TOKENS):
+        progress("verifying", len(found), len(traces))
+        headers = [traces[index].header for index in batch]
+        done = prefill(model, [h.prompt_ids for h in headers], [h.output_ids for h in headers], layers=headers[0].layers)
+        for index, own in zip(batch, done, strict=True):
+            found[index] = _evidence(traces[index], own, model.dtype, verillm)
+    progress("verifying", len(traces), len(traces))
+    return [found[index] for index in range(len(traces))]
+
+
+def _evidence(trace: Trace, own: Prefill, dtype: torch.dtype, verillm: bool) -> Evidence:
+    floor, format = distance_floor(dtype), FORMAT_OF_DTYPE[str(dtype).removeprefix("torch.")]
+    layers = []
+    for layer in trace.header.layers:
+        x, y, prompt = trace.states[layer], own.states[layer], trace.n_prompt
+        distances = relative_distances(x, y)
+        parts = {"prompt": slice(0, prompt), "generated": slice(prompt, None)}
+        statistics = {
+            part: {name: summary(cell_statistics(x[cells], y[cells], rules, format), rules) for name, rules in RULE_SETS.items()}
+            for part, cells in (parts.items() if verillm else ())
+        }
+        generated = mean_log_distance(distances[prompt:], floor) if len(distances) > prompt else None
+        layers.append(LayerEvidence(layer, mean_log_distance(distances[:prompt], floor), generated, statistics))
+    header = trace.header
+    draws = [Draw(header.nonce, index) for index in range(trace.n_tokens)]
+    margins = header.sampling.to_sampler().margins(own.logits, torch.tensor(header.output_ids), draws)
+    return Evidence(tuple(layers), tuple(margins.tolist()), format)

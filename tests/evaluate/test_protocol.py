@@ -1,0 +1,61 @@
+import hashlib
+
+import pytest
+import torch
+
+from bitassay.data.corpora import corpus
+from bitassay.errors import BitassayError
+from bitassay.evaluate.protocol import Protocol, token_windows
+
+
+def test_ids_name_what_changes_the_number():
+    assert Protocol().id == "wikitext2-raw/2048"
+    assert Protocol(window_tokens=512, windows=12).id == "wikitext2-raw/512[n=12]"
+
+
+def test_all_windows_are_the_text_cut_in_order(stories):
+    windows, source = token_windows(stories.tokenizer, Protocol(window_tokens=500))
+    ids = stories.tokenizer(corpus("wikitext2-raw").text, verbose=False).input_ids
+    assert windows.reshape(-1).tolist() == ids[: windows.numel()]
+    assert len(ids) - windows.numel() < 500
+    assert source.startswith("bundled")
+
+
+def test_chosen_windows_are_evenly_spaced_members_of_all(stories):
+    every, _ = token_windows(stories.tokenizer, Protocol(window_tokens=500))
+    some, _ = token_windows(stories.tokenizer, Protocol(window_tokens=500, windows=7))
+    places = [int((every == window).all(1).nonzero()[0, 0]) for window in some]
+    gaps = {b - a for a, b in zip(places, places[1:], strict=False)}
+    assert places[0] == 0
+    assert max(gaps) - min(gaps) <= 1
+    assert places[-1] + max(gaps) >= len(every) - 1
+
+
+@pytest.mark.parametrize("protocol", [Protocol(window_tokens=1), Protocol(windows=0), Protocol(windows=10**6), Protocol(window_tokens=10**8)])
+def test_impossible_windows_say_what_is_possible(stories, protocol):
+    with pytest.raises(BitassayError, match="window"):
+        token_windows(stories.tokenizer, protocol)
+
+
+def test_the_published_join(monkeypatch, tmp_path):
+    """Rows of the data set: a line with its newline, or an empty string; joined by two newlines."""
+    folder = tmp_path / "wikitext2"
+    folder.mkdir()
+    (folder / "wiki.test.raw").write_text(" \n = Title = \n \n A line .\n")
+    monkeypatch.setenv("BITASSAY_DATA", str(tmp_path))
+    assert corpus("wikitext2-raw").text == "\n\n = Title = \n\n\n\n\n A line .\n"
+
+
+def test_the_bundled_text_is_the_published_file():
+    import gzip
+    from importlib.resources import files
+
+    raw = gzip.decompress((files("bitassay") / "data" / "bundled" / "wikitext2-test.raw.gz").read_bytes())
+    # sha256 of wiki.test.raw as published with the data set
+    assert hashlib.sha256(raw).hexdigest() == "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"
+
+
+def test_windows_are_integers(stories):
+    windows, _ = token_windows(stories.tokenizer, Protocol(window_tokens=64, windows=2))
+    assert windows.shape == (2, 64)
+    assert windows.dtype == torch.int64
