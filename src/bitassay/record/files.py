@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -24,6 +25,14 @@ def explain_os_error(error: OSError, path: Path) -> BitassayError:
     return BitassayError(f"{path}: {error.strerror or error}")
 
 
+def as_os_error(error: Exception) -> OSError | None:
+    """The operating system's error behind `error`. safetensors wraps a full disk in an error of its own, which keeps the number only in its text."""
+    if isinstance(error, OSError):
+        return error
+    number = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
+    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else None
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the same folder; on success it is renamed to `path`, on any failure it is removed.
@@ -38,15 +47,16 @@ def atomic_file(path: Path) -> Iterator[Path]:
         os.close(handle)
         temporary = Path(name)
         yield temporary
-        with open(temporary, "rb") as stream:
-            os.fsync(stream.fileno())
+        _sync(temporary)
         # mkstemp makes private files; a result is as readable as any other file of its owner.
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
-    except OSError as error:
-        raise explain_os_error(error, path) from error
+    except Exception as error:
+        if (cause := as_os_error(error)) is None:
+            raise
+        raise explain_os_error(cause, path) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -63,17 +73,28 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
         yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _sync(file)
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o777 & ~umask)
         if path.is_dir():
             path.rmdir()
         os.replace(temporary, path)
-    except OSError as error:
-        raise explain_os_error(error, path) from error
+    except Exception as error:
+        if (cause := as_os_error(error)) is None:
+            raise
+        raise explain_os_error(cause, path) from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Bring a file's content to the disk: a rename may get there first, and a power cut between the two would leave a whole name on half a file."""
+    with open(path, "rb") as stream:
+        os.fsync(stream.fileno())
 
 
 def write_text(path: Path, text: str) -> None:

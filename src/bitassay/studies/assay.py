@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from transformers import PreTrainedModel
@@ -42,11 +43,13 @@ from bitassay.record.files import write_json
 from bitassay.record.progress import Progress, silent
 from bitassay.record.run import RunFolder
 from bitassay.verify.calibrate import calibrate
+from bitassay.verify.pooled import pooled_verdict
 from bitassay.verify.profile import Profile
 from bitassay.verify.prove import prove_many
-from bitassay.verify.verdict import pooled_verdict, verify_many
+from bitassay.verify.verdict import verify_many
 
 SCHEMA = 1
+DISTANCE_FLOOR = 1e-12  # identical arithmetic on both sides gives a distance of exactly 0
 INTERVAL = "95 %, expanded percentile bootstrap over windows, paired with the base model"
 
 
@@ -260,3 +263,81 @@ def _bench(
         {name: (lambda m=m: m) for name, m in models.items()}, prompt, repeats=plan.bench_repeats, progress=progress
     )
     return {name: value.to_dict() for name, value in found.items()}
+
+
+def _verify(
+    plan: Verification,
+    folder: RunFolder,
+    base: PreTrainedModel,
+    quantizations: dict[str, Quantization],
+    seed: int,
+    progress: Progress,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the profile is, and the verdict columns of every model, each of which claims to be the base model."""
+    prompts = _shuffled_prompts(plan.prompts + plan.calibration_prompts, seed)
+    proved, calibration = prompts[: plan.prompts], prompts[plan.prompts :]
+    profile = Profile.model_validate(folder.part("profile", lambda: _calibrated(plan, base, calibration, progress)))
+    columns = {}
+    for name in (BASE, *quantizations):
+        columns[name] = folder.part(
+            f"verdict-{name}", lambda name=name: _verdict(plan, base, quantizations.get(name), proved, profile, progress)
+        )
+    held_out = profile.held_out
+    described = {
+        **asdict(plan),
+        "dtype": profile.prover.dtype,
+        "layers": sorted(profile.layers),
+        "honest_runs_scored": profile.n,
+        "held_out_runs": held_out.n,
+        "held_out_false_positive_rate": held_out.false_positive_rate,
+        "held_out_interval": held_out.interval,
+    }
+    return described, columns
+
+
+def _calibrated(plan: Verification, base: PreTrainedModel, prompts: list[str], progress: Progress) -> dict[str, Any]:
+    profile = calibrate(
+        base, base, prompts, max_new_tokens=plan.new_tokens, alpha=plan.alpha, progress=progress
+    )
+    return profile.model_dump(mode="json")
+
+
+def _verdict(
+    plan: Verification,
+    base: PreTrainedModel,
+    quantization: Quantization | None,
+    prompts: list[str],
+    profile: Profile,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Prove with one model under the base model's name, verify with the base model."""
+    prover = base if quantization is None else with_tensors(base, quantization)
+    progress(f"proving with {quantization.recipe.name if quantization else BASE}")
+    traces = prove_many(prover, prompts, max_new_tokens=plan.new_tokens, claim=identity(base))
+    verdicts = verify_many(traces, base, profile=profile, alpha=plan.alpha)
+    pooled = pooled_verdict(verdicts, plan.alpha)
+    layers = sorted(profile.layers)
+    by_layer = [[d for v in verdicts if (d := v.distance(layer)) is not None] for layer in layers]
+    return {
+        "hidden_distance": _geometric_mean(by_layer[-1]),
+        "hidden_distance_by_layer": [_geometric_mean(distances) for distances in by_layer],
+        "hidden_distance_range_by_layer": [[min(distances), max(distances)] for distances in by_layer],
+        "verdict": pooled.status,
+        "traces": len(verdicts),
+        "traces_passed": pooled.counts.get("PASS", 0),
+        "p_value": pooled.p_value,
+    }
+
+
+def _shuffled_prompts(count: int, seed: int) -> list[str]:
+    """Bundled prompts in an order in which those that calibrate and those that are judged are exchangeable."""
+    prompts = bundled_prompts()
+    if count > len(prompts):
+        raise BitassayError(
+            f"{count} prompts were asked for, the package has {len(prompts)}", "fewer --prompts or --calibration-prompts"
+        )
+    return [prompts[index] for index in np.random.default_rng(seed).permutation(len(prompts))[:count]]
+
+
+def _geometric_mean(values: list[float]) -> float:
+    return float(np.exp(np.mean(np.log(np.maximum(values, DISTANCE_FLOOR)))))

@@ -1,7 +1,8 @@
 """What one prefill of the verifier says about a trace, before anything is decided.
 
-Hidden states alone are forgeable: decode with a cheap model, then run one honest prefill over its tokens. So the evidence has two halves, the distances of
-the states and the margins of the tokens: by how much the verifier's own logits (with the sampling noise rebuilt) prefer another token to the claimed one.
+Hidden states alone are forgeable: decode with a cheap model, then run one honest prefill over its tokens. So
+the evidence has two halves, the distances of the states and the margins of the tokens: by how much the
+verifier's own logits (with the sampling noise rebuilt) prefer another token to the claimed one.
 """
 
 from collections.abc import Sequence
@@ -18,13 +19,15 @@ from bitassay.verify.distance import distance_floor, mean_log_distance, relative
 from bitassay.verify.trace import Trace
 from bitassay.verify.verillm import FORMAT_OF_DTYPE, RULE_SETS, cell_statistics, summary
 
-BATCH_TOKENS = 4096
+# Tokens in a prefill, padding included. On a CPU larger batches are slower (attention over padding), not
+# faster.
+CPU_BATCH_TOKENS, BATCH_TOKENS = 512, 16384
 
 
 @dataclass(frozen=True)
 class LayerEvidence:
-    """Mean log distances over prompt and over generated positions (None where there are none), and the VeriLLM statistics of
-    both: `verillm[part][rules]` with part "prompt" or "generated"."""
+    """Mean log distances over prompt and over generated positions (None where there are none), and the
+    VeriLLM statistics of both: `verillm[part][rules]` with part "prompt" or "generated"."""
 
     layer: int
     prompt: float
@@ -34,7 +37,8 @@ class LayerEvidence:
 
 @dataclass(frozen=True)
 class Evidence:
-    """margins: nats by which each claimed token loses. format: the one that the VeriLLM statistics declare."""
+    """margins: nats by which each claimed token loses. format: the one that the VeriLLM statistics
+    declare."""
 
     layers: tuple[LayerEvidence, ...]
     margins: tuple[float, ...]
@@ -53,13 +57,17 @@ class Evidence:
 def gather(
     traces: Sequence[Trace], model: PreTrainedModel, *, verillm: bool = True, progress: Progress = silent
 ) -> list[Evidence]:
-    """The evidence of each trace, by prefills in batches. The traces must have passed `structure.shape_defects`."""
+    """The evidence of each trace, by prefills in batches. The traces must have passed
+    `structure.shape_defects`."""
     found: dict[int, Evidence] = {}
     lengths = [len(trace.header.positions) for trace in traces]
-    for batch in token_batches(lengths, BATCH_TOKENS):
+    budget = CPU_BATCH_TOKENS if model.device.type == "cpu" else BATCH_TOKENS
+    for batch in token_batches(lengths, budget):
         progress("verifying", len(found), len(traces))
         headers = [traces[index].header for index in batch]
-        done = prefill(model, [h.prompt_ids for h in headers], [h.output_ids for h in headers], layers=headers[0].layers)
+        done = prefill(
+            model, [h.prompt_ids for h in headers], [h.output_ids for h in headers], layers=headers[0].layers
+        )
         for index, own in zip(batch, done, strict=True):
             found[index] = _evidence(traces[index], own, model.dtype, verillm)
     progress("verifying", len(traces), len(traces))
@@ -74,11 +82,16 @@ def _evidence(trace: Trace, own: Prefill, dtype: torch.dtype, verillm: bool) -> 
         distances = relative_distances(x, y)
         parts = {"prompt": slice(0, prompt), "generated": slice(prompt, None)}
         statistics = {
-            part: {name: summary(cell_statistics(x[cells], y[cells], rules, format), rules) for name, rules in RULE_SETS.items()}
+            part: {
+                name: summary(cell_statistics(x[cells], y[cells], rules, format), rules)
+                for name, rules in RULE_SETS.items()
+            }
             for part, cells in (parts.items() if verillm else ())
         }
         generated = mean_log_distance(distances[prompt:], floor) if len(distances) > prompt else None
-        layers.append(LayerEvidence(layer, mean_log_distance(distances[:prompt], floor), generated, statistics))
+        layers.append(
+            LayerEvidence(layer, mean_log_distance(distances[:prompt], floor), generated, statistics)
+        )
     header = trace.header
     draws = [Draw(header.nonce, index) for index in range(trace.n_tokens)]
     margins = header.sampling.to_sampler().margins(own.logits, torch.tensor(header.output_ids), draws)

@@ -1,7 +1,8 @@
 """The numerics fingerprint: what decides the last bits of a forward pass besides the weights.
 
-Two runs of the same model with equal fingerprints are assumed to differ by no more than honest runs do, so a calibration profile belongs to one pair of
-them. A prover *declares* its own; a false declaration gains it nothing but a profile that the verifier already trusts.
+Two runs of the same model with equal fingerprints are assumed to differ by no more than honest runs do, so a
+calibration profile belongs to one pair of them. A prover *declares* its own; a false declaration gains it
+nothing but a profile that the verifier already trusts.
 """
 
 import torch

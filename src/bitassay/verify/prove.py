@@ -29,11 +29,15 @@ def prove(
 ) -> Trace:
     """Generate for one prompt and return the trace of it.
 
-    prompt: text (put into the chat template where the tokenizer has one) or token ids, taken as they are. nonce: a word that the verifier chose for this request, so
-    that no older trace answers it; it also keys the sampling noise. claim: the identity to put into the header instead of the model's own, as a host would that
-    runs another model than it sells; measurements of the verifier use it. Raises BitassayError for an empty prompt or one that does not fit.
+    prompt: text (put into the chat template where the tokenizer has one) or token ids, taken as they are.
+    nonce: a word that the verifier chose for this request, so that no older trace answers it; it also keys
+    the sampling noise. claim: the identity to put into the header instead of the model's own, as a host would
+    that runs another model than it sells; measurements of the verifier use it. Raises BitassayError for an
+    empty prompt or one that does not fit.
     """
-    return prove_many(model, [prompt], max_new_tokens=max_new_tokens, sampler=sampler, claim=claim, nonces=[nonce])[0]
+    return prove_many(
+        model, [prompt], max_new_tokens=max_new_tokens, sampler=sampler, claim=claim, nonces=[nonce]
+    )[0]
 
 
 def prove_many(
@@ -47,13 +51,22 @@ def prove_many(
     batch_size: int = BATCH,
     progress: Progress = silent,
 ) -> list[Trace]:
-    """`prove` for many prompts, in batches of similar length; traces in the order of the prompts. Default nonces: "0", "1", ..."""
+    """`prove` for many prompts, in batches of similar length; traces in the order of the prompts. Default
+    nonces: "0", "1", ..."""
     nonces = [str(index) for index in range(len(prompts))] if nonces is None else list(nonces)
     if len(nonces) != len(prompts):
-        raise BitassayError(f"{len(nonces)} nonces for {len(prompts)} prompts", "give one for each prompt, or none")
-    claimed, ids = ModelClaim.of(claim or identity(model)), [encode_prompt(model, prompt) for prompt in prompts]
+        raise BitassayError(
+            f"{len(nonces)} nonces for {len(prompts)} prompts", "give one for each prompt, or none"
+        )
+    claimed, ids = (
+        ModelClaim.of(claim or identity(model)),
+        [encode_prompt(model, prompt) for prompt in prompts],
+    )
     if numerics(model).dtype not in STATE_DTYPES:
-        raise BitassayError(f"traces cannot hold {numerics(model).dtype} states", f"load the model in {', '.join(STATE_DTYPES)}")
+        raise BitassayError(
+            f"traces cannot hold {numerics(model).dtype} states",
+            f"load the model in {', '.join(STATE_DTYPES)}",
+        )
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
     traces: dict[int, Trace] = {}
     for start in range(0, len(order), batch_size):
@@ -68,14 +81,22 @@ def prove_many(
             layers=tap_layers(model),
         )
         for index, generation in zip(batch, done, strict=True):
-            header = _header(model, claimed, Sampling.of(sampler, max_new_tokens), nonces[index], ids[index], generation.output_ids)
+            header = _header(
+                model,
+                claimed,
+                Sampling.of(sampler, max_new_tokens),
+                nonces[index],
+                ids[index],
+                generation.output_ids,
+            )
             traces[index] = Trace(header, generation.states)
     progress("generating", len(order), len(order))
     return [traces[index] for index in range(len(ids))]
 
 
 def encode_prompt(model: PreTrainedModel, prompt: str | TokenIds) -> tuple[int, ...]:
-    """Token ids of a prompt: text as one user message in the chat template, or as it is where there is none."""
+    """Token ids of a prompt: text as one user message in the chat template, or as it is where there is
+    none."""
     if not isinstance(prompt, str):
         return tuple(int(token) for token in prompt)
     tokens = tokenizer(model)
@@ -91,7 +112,12 @@ def fresh_nonce() -> str:
 
 
 def _header(
-    model: PreTrainedModel, claim: ModelClaim, sampling: Sampling, nonce: str, prompt: TokenIds, output: TokenIds
+    model: PreTrainedModel,
+    claim: ModelClaim,
+    sampling: Sampling,
+    nonce: str,
+    prompt: TokenIds,
+    output: TokenIds,
 ) -> Header:
     try:
         return Header(
@@ -106,4 +132,7 @@ def _header(
         )
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        raise BitassayError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}", "nonces have up to 128 of A-Z a-z 0-9 . _ : -") from error
+        raise BitassayError(
+            f"{'.'.join(map(str, first['loc']))}: {first['msg']}",
+            "nonces have up to 128 of A-Z a-z 0-9 . _ : -",
+        ) from error

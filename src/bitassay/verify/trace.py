@@ -1,10 +1,12 @@
 """The trace: what a prover claims (the header) and shows (hidden states), and how it travels.
 
-A trace is one safetensors file. Its `__metadata__` has one entry, `bitassay`: the header as JSON text. Its tensors are `layer.<n>`, one for each sampled decoder
-layer, `[positions, hidden]` in the declared dtype, before the final norm for the last layer.
+A trace is one safetensors file. Its `__metadata__` has one entry, `bitassay`: the header as JSON text. Its
+tensors are `layer.<n>`, one for each sampled decoder layer, `[positions, hidden]` in the declared dtype,
+before the final norm for the last layer.
 
-A trace is untrusted. `read_trace` looks at sizes before it allocates, at the header before the tensors, and refuses every defect with a TraceError that has
-a short code. What it returns is consistent in itself; whether it fits the verifier's model is for `structure.py` to say.
+A trace is untrusted. `read_trace` looks at sizes before it allocates, at the header before the tensors, and
+refuses every defect with a TraceError that has a short code. What it returns is consistent in itself; whether
+it fits the verifier's model is for `structure.py` to say.
 """
 
 import json
@@ -13,6 +15,7 @@ import os
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -47,7 +50,10 @@ class TraceError(BitassayError):
     """A defect of a trace file; `code` is short and stable, such as "truncated" or "wrong-shape"."""
 
     def __init__(self, code: str, problem: str):
-        super().__init__(f"{problem} [{code}]", "ask the prover for the trace again; a prover that cannot send a whole one has failed")
+        super().__init__(
+            f"{problem} [{code}]",
+            "ask the prover for the trace again; a prover that cannot send a whole one has failed",
+        )
         self.code = code
 
 
@@ -103,7 +109,8 @@ class Sampling(_Part):
 
 
 class Header(_Part):
-    """Everything in a trace but the states. `positions` are those of prompt and output but for the last token, from 0."""
+    """Everything in a trace but the states. `positions` are those of prompt and output but for the last
+    token, from 0."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
     model: ModelClaim
@@ -146,7 +153,8 @@ def write_trace(path: str | Path, trace: Trace) -> None:
 
 
 def read_trace(path: str | Path) -> Trace:
-    """Read a trace that may come from anyone. Raises TraceError for each defect of the content, BitassayError where there is no file to read."""
+    """Read a trace that may come from anyone. Raises TraceError for each defect of the content, BitassayError
+    where there is no file to read."""
     path = Path(path)
     try:
         if not stat.S_ISREG(path.stat().st_mode):
@@ -170,23 +178,35 @@ def read_trace(path: str | Path) -> Trace:
 
 
 def check_consistent(trace: Trace, where: str = "trace") -> None:
-    """Raise the TraceError for the first way in which header and states do not fit together, or in which a state is not finite."""
+    """Raise the TraceError for the first way in which header and states do not fit together, or in which a
+    state is not finite."""
     header = validate_header(trace.header.model_dump(), where)
     wanted = STATE_DTYPES.get(header.numerics.dtype)
     if wanted is None:
-        raise TraceError("wrong-dtype", f"{where}: states in {header.numerics.dtype!r}; known are {', '.join(STATE_DTYPES)}")
+        raise TraceError(
+            "wrong-dtype",
+            f"{where}: states in {header.numerics.dtype!r}; known are {', '.join(STATE_DTYPES)}",
+        )
     if len(set(header.layers)) != len(header.layers):
         raise TraceError("duplicate-layer", f"{where}: a layer is named twice in {header.layers}")
     if missing := sorted(set(header.layers) - set(trace.states)):
         raise TraceError("missing-layer", f"{where}: no states of layer {missing[0]}, which the header names")
     if extra := sorted(set(trace.states) - set(header.layers)):
-        raise TraceError("extra-layer", f"{where}: states of layer {extra[0]}, which the header does not name")
+        raise TraceError(
+            "extra-layer", f"{where}: states of layer {extra[0]}, which the header does not name"
+        )
     hidden = {states.shape[-1] for states in trace.states.values() if states.ndim == 2}
     for layer, states in trace.states.items():
         if states.dtype != wanted:
-            raise TraceError("wrong-dtype", f"{where}: layer {layer} is {states.dtype}, the header says {header.numerics.dtype}")
+            raise TraceError(
+                "wrong-dtype",
+                f"{where}: layer {layer} is {states.dtype}, the header says {header.numerics.dtype}",
+            )
         if states.ndim != 2 or len(states) != len(header.positions) or len(hidden) > 1 or not states.shape[1]:
-            raise TraceError("wrong-shape", f"{where}: layer {layer} is {list(states.shape)}, not [{len(header.positions)}, hidden]")
+            raise TraceError(
+                "wrong-shape",
+                f"{where}: layer {layer} is {list(states.shape)}, not [{len(header.positions)}, hidden]",
+            )
         if not states.isfinite().all():
             raise TraceError("not-finite", f"{where}: layer {layer} has NaN or infinity")
 
@@ -194,7 +214,10 @@ def check_consistent(trace: Trace, where: str = "trace") -> None:
 def validate_header(content: Any, where: str = "trace") -> Header:
     """The header in `content`, every field of it checked."""
     if isinstance(content, dict) and content.get("schema_version") != SCHEMA_VERSION:
-        raise TraceError("schema-version", f"{where}: schema version {content.get('schema_version')!r:.40}; this reads {SCHEMA_VERSION}")
+        raise TraceError(
+            "schema-version",
+            f"{where}: schema version {content.get('schema_version')!r:.40}; this reads {SCHEMA_VERSION}",
+        )
     try:
         return Header.model_validate(content)
     except ValidationError as error:
@@ -211,9 +234,14 @@ def _declared_size(first: bytes, size: int, path: Path) -> int:
         raise TraceError("oversize", f"{path}: {size} bytes; at most {FILE_BYTES} are read")
     declared = int.from_bytes(first, "little")
     if declared > HEADER_BYTES:
-        raise TraceError("header-oversize", f"{path}: declares a header of {declared} bytes; at most {HEADER_BYTES} are read")
+        raise TraceError(
+            "header-oversize",
+            f"{path}: declares a header of {declared} bytes; at most {HEADER_BYTES} are read",
+        )
     if declared > size - 8:
-        raise TraceError("truncated", f"{path}: declares a header of {declared} bytes, {size - 8} are left in the file")
+        raise TraceError(
+            "truncated", f"{path}: declares a header of {declared} bytes, {size - 8} are left in the file"
+        )
     return declared
 
 
@@ -221,7 +249,11 @@ def _read_header(raw: bytes, path: Path) -> tuple[dict[str, Any], Header]:
     """The safetensors entries by tensor name, and the trace's own header."""
     entries = _strict_json(raw, path)
     metadata = entries.pop("__metadata__", None) if isinstance(entries, dict) else None
-    if not isinstance(metadata, dict) or set(metadata) != {HEADER_KEY} or not isinstance(metadata[HEADER_KEY], str):
+    if (
+        not isinstance(metadata, dict)
+        or set(metadata) != {HEADER_KEY}
+        or not isinstance(metadata[HEADER_KEY], str)
+    ):
         raise TraceError("not-a-trace", f"{path}: a safetensors file without a bitassay header")
     return entries, validate_header(_strict_json(metadata[HEADER_KEY], path), str(path))
 
@@ -244,11 +276,12 @@ def _strict_json(raw: str | bytes, path: Path) -> Any:
     except TraceError:
         raise
     except (ValueError, RecursionError) as error:
-        raise TraceError("header-malformed", f"{path}: the header is not JSON ({str(error):.80})") from error
+        raise TraceError("header-malformed", f"{path}: the header is not JSON ({error!s:.80})") from error
 
 
 def _check_tensors(entries: dict[str, Any], header: Header, data_bytes: int, path: Path) -> None:
-    """Names, dtypes, shapes and offsets of all tensors, before a byte of them is read. They must tile the rest of the file."""
+    """Names, dtypes, shapes and offsets of all tensors, before a byte of them is read. They must tile the
+    rest of the file."""
     names = {tensor_name(layer) for layer in header.layers}
     if missing := sorted(names - set(entries)):
         raise TraceError("missing-layer", f"{path}: no tensor {missing[0]}, which the header names")
@@ -258,14 +291,21 @@ def _check_tensors(entries: dict[str, Any], header: Header, data_bytes: int, pat
     for name, entry in entries.items():
         shape, offsets, dtype = _tensor_entry(name, entry, path)
         if _SAFETENSORS_DTYPES.get(dtype) != header.numerics.dtype:
-            raise TraceError("wrong-dtype", f"{path}: {name} is {dtype:.20}, the header says {header.numerics.dtype}")
+            raise TraceError(
+                "wrong-dtype", f"{path}: {name} is {dtype:.20}, the header says {header.numerics.dtype}"
+            )
         if len(shape) != 2 or shape[0] != len(header.positions) or not 0 < shape[1] <= HIDDEN:
-            raise TraceError("wrong-shape", f"{path}: {name} is {shape!s:.60}, not [{len(header.positions)}, hidden]")
+            raise TraceError(
+                "wrong-shape", f"{path}: {name} is {shape!s:.60}, not [{len(header.positions)}, hidden]"
+            )
         if offsets[1] - offsets[0] != math.prod(shape) * _ITEM_BYTES[dtype]:
-            raise TraceError("wrong-offsets", f"{path}: {name} declares bytes {offsets}, its shape {shape} needs another number")
+            raise TraceError(
+                "wrong-offsets",
+                f"{path}: {name} declares bytes {offsets}, its shape {shape} needs another number",
+            )
         spans.append(offsets)
     spans.sort()
-    if spans[0][0] != 0 or any(a[1] != b[0] for a, b in zip(spans, spans[1:], strict=False)):
+    if spans[0][0] != 0 or any(a[1] != b[0] for a, b in pairwise(spans)):
         raise TraceError("wrong-offsets", f"{path}: the tensors overlap or leave gaps")
     if spans[-1][1] != data_bytes:
         code = "truncated" if spans[-1][1] > data_bytes else "trailing-bytes"
@@ -274,7 +314,12 @@ def _check_tensors(entries: dict[str, Any], header: Header, data_bytes: int, pat
 
 def _tensor_entry(name: str, entry: Any, path: Path) -> tuple[list[int], list[int], str]:
     match entry:
-        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(), int()] as offsets, **rest} if not rest:
+        case {
+            "dtype": str(dtype),
+            "shape": list(shape),
+            "data_offsets": [int(), int()] as offsets,
+            **rest,
+        } if not rest:
             if len(shape) <= 8 and all(type(n) is int and 0 <= n < 2**63 for n in (*shape, *offsets)):
-                return shape, offsets, dtype
+                return shape, list(offsets), dtype
     raise TraceError("malformed", f"{path}: {name!r:.80} is not a safetensors entry")

@@ -1,19 +1,24 @@
-"""The VeriLLM statistics (arXiv 2509.24257): compare hidden states by the bit fields of their floating-point numbers.
+"""The VeriLLM statistics (arXiv 2509.24257): compare hidden states by the bit fields of their floating-point
+numbers.
 
-For one cell (layer, position), x is the prover's vector and y the verifier's, both rounded to nearest even to one declared format: fp16 (5 exponent
-bits, M = 10 mantissa bits), bf16 (8, 7) or fp32 (8, 23).
+For one cell (layer, position), x is the prover's vector and y the verifier's, both rounded to nearest even to
+one declared format: fp16 (5 exponent bits, M = 10 mantissa bits), bf16 (8, 7) or fp32 (8, 23).
 
-    V = indices where both are finite;  X = those of V whose exponent fields differ;  C = V without X;  d = |m_x - m_y| / 2^M
+    V = indices where both are finite;  X = those of V whose exponent fields differ;  C = V without X
+    d = |m_x - m_y| / 2^M
     Pe = |X| / |V|
-    Pm = share of X with d > e_m     two neighbours across a power of two have mantissas near 1 and near 0: the honest pattern, so high is good
+    Pm = share of X with d > e_m
     Pw = share of C with d < e_w     a sign mismatch (both nonzero) is never small
     mean_epsilon = mean of x - y over V
 
-Zeros and subnormals have the exponent field 0, and +0 equals -0. X empty: Pm is vacuous (NaN here) and holds. C empty: Pw is 0. V empty: nothing is accepted.
-Where one side is NaN or infinite and the other is not, or infinities have opposite signs, the cell is refused whatever else it shows.
+Two near numbers across a power of two have mantissas near 1 and near 0. That is the honest pattern in X, so a
+high Pm is good. Zeros and subnormals have the exponent field 0, and +0 equals -0. X empty: Pm is vacuous (NaN
+here) and holds. C empty: Pw is 0. V empty: nothing is accepted. Where one side is NaN or infinite and the
+other is not, or infinities have opposite signs, the cell is refused whatever else it shows.
 
-Two rule sets: `paper`, and `documents`, the thresholds of the first experiment documents. The paper's values of e_m and e_w are not known to us; they are
-parameters, named in every result. Neither set is calibrated: on real models the fixed thresholds refuse honest runs, so the verdict does not rest on them.
+Two rule sets: `paper`, and `documents`, the thresholds of the first experiment documents. The paper's values
+of e_m and e_w are not known to us; they are parameters, named in every result. Neither set is calibrated: on
+real models the fixed thresholds refuse honest runs, so the verdict does not rest on them.
 """
 
 from dataclasses import dataclass
@@ -36,7 +41,8 @@ FORMAT_OF_DTYPE = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "fl
 
 @dataclass(frozen=True)
 class Rules:
-    """A cell is accepted where Pe < max_Pe, Pm > min_Pm, Pw > min_Pw and |mean_epsilon| < max_mean; e_m and e_w as above."""
+    """A cell is accepted where Pe < max_Pe, Pm > min_Pm, Pw > min_Pw and |mean_epsilon| < max_mean; e_m and
+    e_w as above."""
 
     name: str
     max_Pe: float
@@ -54,7 +60,8 @@ RULE_SETS = {rules.name: rules for rules in (PAPER, DOCUMENTS)}
 
 @dataclass(frozen=True)
 class CellStatistics:
-    """One number a cell. compared: |V|; sign_mismatches: indices of V; refused: a one-sided or opposite NaN or infinity."""
+    """One number a cell. compared: |V|; sign_mismatches: indices of V; refused: a one-sided or opposite NaN
+    or infinity."""
 
     Pe: Float[Tensor, " cells"]
     Pm: Float[Tensor, " cells"]
@@ -67,25 +74,35 @@ class CellStatistics:
 
 
 def cell_statistics(
-    prover: Float[Tensor, "cells hidden"], verifier: Float[Tensor, "cells_ hidden_"], rules: Rules, format: str
+    prover: Float[Tensor, "cells hidden"],
+    verifier: Float[Tensor, "cells_ hidden_"],
+    rules: Rules,
+    format: str,
 ) -> CellStatistics:
     """The statistics of each cell, with the e_m and e_w of `rules`, in `format` (fp16, bf16 or fp32).
 
     Raises BitassayError where the shapes differ: cells that cannot be compared are never accepted.
     """
     if prover.shape != verifier.shape:
-        raise BitassayError(f"states of shape {list(prover.shape)} cannot be compared with {list(verifier.shape)}")
+        raise BitassayError(
+            f"states of shape {list(prover.shape)} cannot be compared with {list(verifier.shape)}"
+        )
     if format not in _FORMATS:
         raise BitassayError(f"unknown format {format!r}; the nearest are {nearest(format, _FORMATS)}")
     x, y = prover.to(_FORMATS[format][0]), verifier.to(_FORMATS[format][0])
-    (sign_x, exponent_x, mantissa_x), (sign_y, exponent_y, mantissa_y) = bit_fields(x, format), bit_fields(y, format)
+    (sign_x, exponent_x, mantissa_x), (sign_y, exponent_y, mantissa_y) = (
+        bit_fields(x, format),
+        bit_fields(y, format),
+    )
     V = x.isfinite() & y.isfinite()
     X = V & (exponent_x != exponent_y)
     C = V & ~X
     d = (mantissa_x - mantissa_y).abs().double() / 2.0 ** _FORMATS[format][2]
     signs_differ = V & (sign_x != sign_y) & (x != 0) & (y != 0)
     epsilon = torch.where(V, x.double() - y.double(), 0.0)
-    refused = (x.isnan() != y.isnan()) | (x.isinf() != y.isinf()) | (x.isinf() & y.isinf() & (sign_x != sign_y))
+    refused = (
+        (x.isnan() != y.isnan()) | (x.isinf() != y.isinf()) | (x.isinf() & y.isinf() & (sign_x != sign_y))
+    )
     return CellStatistics(
         Pe=_share(X, V),
         Pm=_share(X & (d > rules.e_m), X),
@@ -99,7 +116,8 @@ def cell_statistics(
 
 
 def accepted(cells: CellStatistics, rules: Rules) -> Bool[Tensor, " cells"]:
-    """Which cells hold to all four rules. A comparison with NaN is false, so V empty (Pe is NaN) is not accepted."""
+    """Which cells hold to all four rules. A comparison with NaN is false, so V empty (Pe is NaN) is not
+    accepted."""
     Pm_holds = (cells.Pm > rules.min_Pm) | cells.Pm.isnan()
     mean_holds = cells.mean_epsilon.abs() < rules.max_mean
     return (cells.Pe < rules.max_Pe) & Pm_holds & (cells.Pw > rules.min_Pw) & mean_holds & ~cells.refused
@@ -143,6 +161,8 @@ def summary(cells: CellStatistics, rules: Rules) -> dict[str, Any]:
     }
 
 
-def _share(part: Bool[Tensor, "cells hidden"], whole: Bool[Tensor, "cells hidden"]) -> Float[Tensor, " cells"]:
+def _share(
+    part: Bool[Tensor, "cells hidden"], whole: Bool[Tensor, "cells hidden"]
+) -> Float[Tensor, " cells"]:
     """|part| / |whole| in each cell; NaN where `whole` is empty."""
     return part.sum(-1).double() / whole.sum(-1).double()

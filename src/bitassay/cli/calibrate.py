@@ -1,0 +1,133 @@
+"""`bitassay calibrate`: fit a verification profile to honest runs."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from bitassay.cli.output import Format, emit
+
+
+def calibrate(
+    model: str,
+    *,
+    recipe: str | None = None,
+    prompts: str = "240",
+    max_new_tokens: int = 32,
+    alpha: float = 0.01,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    prover_dtype: str | None = None,
+    prover_attention: str | None = None,
+    dtype: str = "bfloat16",
+    device: str = "cpu",
+    attention: str = "sdpa",
+    batch: int = 16,
+    expires_days: int = 90,
+    out: Path | None = None,
+    trust_remote_code: Annotated[bool, Parameter(negative=())] = False,
+    format: Format = "table",
+) -> int:
+    """Fit a verification profile for MODEL to honest runs on this machine.
+
+    Parameters
+    ----------
+    model: A name from `bitassay models list`, a folder, a .gguf file or a hub id.
+    recipe: Calibrate MODEL quantized by this recipe, as both sides run it.
+    prompts: How many of the bundled prompts, or a file of prompts.
+    max_new_tokens: Tokens in an honest run. The profile decides on traces up to this length.
+    alpha: How often an honest run may be accused.
+    temperature: 0 takes the most likely token.
+    top_p: Sample from the most likely tokens that have this probability together.
+    seed: Of the sampling, and of the order of the prompts.
+    prover_dtype: The prover's arithmetic (default: the verifier's).
+    prover_attention: The prover's attention implementation (default: the verifier's).
+    dtype: The verifier's arithmetic.
+    device: Where to run: cpu, cuda, mps.
+    attention: The verifier's attention implementation of transformers.
+    batch: Prompts generated at a time.
+    expires_days: How long the profile is valid.
+    out: The profile's file (default: the cache folder, where `bitassay verify` finds it).
+    trust_remote_code: Run code that comes with the model.
+    format: What to print on stdout.
+    """
+    from bitassay.cli.progress import show_progress
+    from bitassay.generate.sampling import Sampler
+    from bitassay.models.load import load
+    from bitassay.verify.calibrate import calibrate, check_enough
+    from bitassay.verify.profile import write_profile
+
+    texts = _prompts(prompts)
+    check_enough(len(texts), alpha)
+    with show_progress() as progress:
+        where = {"device": device, "trust_remote_code": trust_remote_code, "progress": progress}
+        verifier = load(model, dtype=dtype, attention=attention, **where)
+        prover = verifier
+        if prover_dtype or prover_attention:
+            prover = load(
+                model, dtype=prover_dtype or dtype, attention=prover_attention or attention, **where
+            )
+        if recipe:
+            from bitassay.quantize.model import quantize
+
+            same = prover is verifier
+            verifier = quantize(verifier, recipe, progress=progress)
+            prover = verifier if same else quantize(prover, recipe, progress=progress)
+        profile = calibrate(
+            prover,
+            verifier,
+            texts,
+            max_new_tokens=max_new_tokens,
+            sampler=Sampler(temperature, top_p, seed),
+            alpha=alpha,
+            batch_size=batch,
+            expires_days=expires_days,
+            seed=seed,
+            progress=progress,
+        )
+    path = write_profile(profile, out)
+    row = {
+        "profile": str(path),
+        "model": profile.model.name,
+        "recipe_id": profile.model.recipe_id,
+        "alpha": profile.alpha,
+        "n_calibration": profile.n,
+        "n_held_out": profile.held_out.n,
+        "false_positive_rate": profile.held_out.false_positive_rate,
+        "false_positive_interval": list(profile.held_out.interval),
+        "tokens": [position + 1 for position in profile.generated_positions],
+        "expires": profile.expires.isoformat(),
+    }
+    emit([row], _columns(), format)
+    return 0
+
+
+def _prompts(given: str) -> list[str]:
+    from bitassay.data.corpora import bundled_prompts, prompts_from
+    from bitassay.errors import BitassayError
+
+    if not given.isdigit():
+        return prompts_from(Path(given))
+    bundled = bundled_prompts()
+    if not 0 < int(given) <= len(bundled):
+        raise BitassayError(
+            f"--prompts {given}: the package has {len(bundled)}", f"1 to {len(bundled)}, or a file of prompts"
+        )
+    return [bundled[index * len(bundled) // int(given)] for index in range(int(given))]
+
+
+def _columns() -> list[Any]:
+    from bitassay.report.tables import Column, interval, percent, significant
+
+    return [
+        Column("model", "model", align="left"),
+        Column("alpha", "alpha", significant(2)),
+        Column("n_calibration", "honest\nscores"),
+        Column("n_held_out", "held out"),
+        Column("false_positive_rate", "refused", percent(1)),
+        Column("false_positive_interval", "95 % interval", interval(percent(1))),
+        Column("tokens", "output tokens", lambda pair: f"{pair[0]}-{pair[1]}"),
+        Column("expires", "expires", lambda text: text[:10]),
+        Column("profile", "profile", align="left"),
+    ]

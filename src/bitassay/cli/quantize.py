@@ -1,0 +1,120 @@
+"""`bitassay quantize`: a recipe and a model to a checkpoint folder that transformers loads."""
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from bitassay.cli.output import Format, emit
+
+if TYPE_CHECKING:
+    from bitassay.models.source import Source
+    from bitassay.quantize.recipe import Recipe
+
+
+def quantize(
+    model: str,
+    *,
+    recipe: str,
+    out: Path,
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
+    check: bool = True,
+    dry_run: Annotated[bool, Parameter(negative=())] = False,
+    trust_remote_code: Annotated[bool, Parameter(negative=())] = False,
+    format: Format = "table",
+) -> int:
+    """Quantize MODEL by a recipe and save it as a compressed-tensors folder that plain transformers loads.
+
+    Run again on a finished folder, the same command checks its files and says that it is done.
+
+    Parameters
+    ----------
+    model: A name from `bitassay models list`, a folder, a .gguf file or a hub id.
+    recipe: A shipped recipe or a YAML file.
+    out: The folder to write; it must not exist or be empty.
+    dtype: What is not quantized is stored in this dtype.
+    check: Load the folder with plain transformers and compare its logits.
+    dry_run: Say what would be written, and stop.
+    trust_remote_code: Run code that comes with the model.
+    format: What to print on stdout.
+    """
+    from bitassay.cli.progress import show_progress
+    from bitassay.data.corpora import bundled_prompts
+    from bitassay.models.load import load, tokenizer
+    from bitassay.models.source import resolve
+    from bitassay.quantize.export import reload_difference, save
+    from bitassay.quantize.model import quantize
+    from bitassay.quantize.recipe import find_recipe
+    from bitassay.report.tables import Column, number, significant, size
+
+    columns = (
+        Column("recipe", "recipe", align="left"),
+        Column("bits_per_weight", "bits/weight", number(3)),
+        Column("size_bytes", "size", size),
+        Column("file_bytes", "files", size),
+        Column("seconds", "seconds", number(1)),
+        Column("max_logits_difference", "largest logits\ndifference", significant(3)),
+    )
+    found = find_recipe(recipe)
+    with show_progress() as progress:
+        source = resolve(model, progress)
+        row = _finished(out, source, found, dtype)
+        if row is None:
+            row = _planned(source, found, trust_remote_code)
+            if not dry_run:
+                started = time.monotonic()
+                base = load(model, dtype=dtype, trust_remote_code=trust_remote_code, progress=progress)
+                quantized = quantize(base, found, progress=progress)
+                save(quantized, out, progress=progress)
+                row |= {"seconds": time.monotonic() - started, "file_bytes": _file_bytes(out)}
+                if check:
+                    progress(f"loading {out} with plain transformers")
+                    tokens = tokenizer(base)(bundled_prompts()[0], return_tensors="pt").input_ids
+                    row["max_logits_difference"] = reload_difference(quantized, out, tokens)
+    emit([row], columns, format)
+    return 0
+
+
+def _planned(source: "Source", recipe: "Recipe", trust_remote_code: bool) -> dict[str, Any]:
+    """The row as far as it is known before any weight is read; refuses what could not be saved."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from bitassay.quantize.export import plan_export
+
+    config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        plan = plan_export(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code), recipe)
+    known = {"recipe": recipe.name, "bits_per_weight": plan.bits_per_weight, "size_bytes": plan.size_bytes}
+    return known | dict.fromkeys(("file_bytes", "seconds", "max_logits_difference"))
+
+
+def _finished(out: Path, source: "Source", recipe: "Recipe", dtype: str) -> dict[str, Any] | None:
+    """The row of a folder that this very command has written before; None where nothing is there. Anything else there is refused."""
+    from bitassay.errors import BitassayError
+    from bitassay.models.checkpoint import read_card
+    from bitassay.models.load import Identity
+    from bitassay.record.files import explain_os_error
+
+    try:
+        if not out.exists() or not any(out.iterdir()):
+            return None
+    except OSError as error:
+        raise explain_os_error(error, out) from error
+    if (card := read_card(out)) is None:
+        raise BitassayError(f"{out}: holds something else than a model that `bitassay quantize` wrote", "give another --out")
+    same_base = card.base.weights_digest == Identity(source).weights_digest
+    if not same_base or (card.recipe_id, card.dtype) != (recipe.recipe_id, dtype):
+        raise BitassayError(
+            f"{out}: holds {card.base.name} quantized by {card.recipe_name} in {card.dtype}, not {source.name} by {recipe.name} in {dtype}",
+            "give another --out, or remove that folder",
+        )
+    print(f"{out}: finished before; its files are unchanged", file=sys.stderr)
+    row = {"recipe": card.recipe_name, "bits_per_weight": card.bits_per_weight, "size_bytes": card.size_bytes}
+    return row | {"file_bytes": _file_bytes(out), "seconds": None, "max_logits_difference": None}
+
+
+def _file_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())

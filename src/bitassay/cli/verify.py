@@ -1,0 +1,159 @@
+"""`bitassay verify`: check traces against a model of one's own."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from bitassay.cli.output import Format, emit
+
+if TYPE_CHECKING:
+    from bitassay.verify.verdict import Verdict
+
+
+def verify(
+    traces: list[Path],
+    /,
+    *,
+    model: str,
+    recipe: str | None = None,
+    profile: Path | None = None,
+    prompt: str | None = None,
+    prompts: Path | None = None,
+    nonce: str | None = None,
+    max_new_tokens: int | None = None,
+    alpha: float | None = None,
+    dtype: str = "bfloat16",
+    device: str = "cpu",
+    attention: str = "sdpa",
+    trust_remote_code: Annotated[bool, Parameter(negative=())] = False,
+    format: Format = "table",
+) -> int:
+    """Check TRACES against a model: PASS, FAIL or INCONCLUSIVE for each. Exit status 0 where all pass, else
+    1.
+
+    Parameters ---------- traces: Trace files, or folders of them. model: The model that should have run: a
+    name from `bitassay models list`, a folder, a .gguf file or a hub id. recipe: Expect MODEL quantized by
+    this recipe. profile: A calibration profile (default: the one that `bitassay calibrate` kept for this
+    model and these numerics). prompt: The prompt that every trace should answer. prompts: A file of the
+    prompts that the traces should answer, in order. nonce: The nonce that was asked for; with --prompts, "-"
+    and the number of the prompt are appended. max_new_tokens: The length that was asked for. alpha: How often
+    an honest run may be accused (default: the profile's). dtype: The verifier's arithmetic. device: Where to
+    run: cpu, cuda, mps. attention: transformers' attention implementation. trust_remote_code: Run code that
+    comes with the model. format: What to print on stdout; json has everything, layer by layer and by both
+    VeriLLM rule sets.
+    """
+    from bitassay.cli.progress import show_progress
+    from bitassay.models.load import load
+    from bitassay.verify.pooled import pooled_verdict
+    from bitassay.verify.profile import read_profile
+    from bitassay.verify.trace import TraceError, read_trace
+    from bitassay.verify.verdict import failed, verify_many
+
+    paths = trace_files(traces)
+    requests = _requests(len(paths), prompt, prompts, nonce, max_new_tokens)
+    known = read_profile(profile) if profile else None
+    with show_progress() as progress:
+        own = load(
+            model,
+            dtype=dtype,
+            device=device,
+            attention=attention,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+        if recipe:
+            from bitassay.quantize.model import quantize
+
+            own = quantize(own, recipe, progress=progress)
+        verdicts: dict[int, Verdict] = {}
+        readable = {}
+        for index, path in enumerate(paths):
+            try:
+                readable[index] = read_trace(path)
+            except TraceError as error:
+                verdicts[index] = failed(error, model)
+        asked = [requests[index] for index in readable]
+        found = verify_many(
+            list(readable.values()), own, profile=known, alpha=alpha, requests=asked, progress=progress
+        )
+        verdicts |= dict(zip(readable, found, strict=True))
+    ordered = [verdicts[index] for index in range(len(paths))]
+    rows = [_row(path, verdict) for path, verdict in zip(paths, ordered, strict=True)]
+    whole: dict[str, Any] = {
+        "rows": [{"trace": str(path), **v.to_dict()} for path, v in zip(paths, ordered, strict=True)]
+    }
+    whole["pooled"] = pooled_verdict(ordered, _alpha(ordered, alpha)).to_dict()
+    emit(rows, _columns(), format, whole=whole)
+    return 0 if all(verdict.status == "PASS" for verdict in ordered) else 1
+
+
+def trace_files(given: list[Path]) -> list[Path]:
+    """The files named, and those in the folders named, sorted. Raises BitassayError for a path that is not
+    there or a folder without traces."""
+    from bitassay.errors import BitassayError
+
+    found = []
+    for path in given:
+        inside = sorted(path.glob("*.trace")) if path.is_dir() else [path]
+        if not inside or not inside[0].exists():
+            raise BitassayError(
+                f"{path}: no trace there", "give the files or the folder that `bitassay prove --out` wrote"
+            )
+        found += inside
+    if not found:
+        raise BitassayError("no traces were given", "bitassay verify TRACE... --model MODEL")
+    return found
+
+
+def _requests(
+    count: int, prompt: str | None, prompts: Path | None, nonce: str | None, max_new_tokens: int | None
+) -> list[Any]:
+    from bitassay.data.corpora import prompts_from
+    from bitassay.errors import BitassayError
+    from bitassay.verify.structure import Request
+
+    if prompts is None:
+        return [Request(prompt, nonce, None, max_new_tokens)] * count
+    texts = prompts_from(prompts)
+    if prompt is not None or len(texts) != count:
+        raise BitassayError(
+            f"--prompts names {len(texts)} prompts for {count} traces", "one prompt a trace, and no --prompt"
+        )
+    nonces = [None if nonce is None else f"{nonce}-{index}" for index in range(count)]
+    return [Request(text, word, None, max_new_tokens) for text, word in zip(texts, nonces, strict=True)]
+
+
+def _alpha(verdicts: "list[Verdict]", alpha: float | None) -> float:
+    return alpha or next((verdict.alpha for verdict in verdicts if verdict.alpha), 0.05)
+
+
+def _row(path: Path, verdict: "Verdict") -> dict[str, Any]:
+    return {
+        "trace": str(path),
+        "status": verdict.status,
+        "p_value": verdict.p_value,
+        "output_tokens": verdict.n_tokens,
+        "hidden_distance": verdict.hidden_distance,
+        "mean_margin": verdict.evidence.mean_margin if verdict.evidence else None,
+        "accept_rate_paper": verdict.accept_rate("paper"),
+        "accept_rate_documents": verdict.accept_rate("documents"),
+        "code": ", ".join(reason.code for reason in verdict.reasons),
+        "reason": "; ".join(reason.sentence for reason in verdict.reasons),
+    }
+
+
+def _columns() -> list[Any]:
+    from bitassay.report.tables import Column, percent, significant
+
+    return [
+        Column("trace", "trace", align="left"),
+        Column("status", "verdict", align="left"),
+        Column("p_value", "p", significant(2)),
+        Column("output_tokens", "tokens"),
+        Column("hidden_distance", "distance\nlast layer", significant(3)),
+        Column("mean_margin", "margin\nnats", significant(2)),
+        Column("accept_rate_paper", "VeriLLM\npaper", percent(0)),
+        Column("accept_rate_documents", "VeriLLM\ndocuments", percent(0)),
+        Column("reason", "why", align="left"),
+    ]

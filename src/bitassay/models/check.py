@@ -1,0 +1,88 @@
+"""Is a model whole? `check` reads all of it once and says what it is.
+
+What can be wrong with a checkpoint without any error at load time: a digest that differs from the published one, a forward pass that overflows. What
+`load` refuses by itself: truncated files, weights that are missing or not finite, no tokenizer.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitassay.errors import BitassayError
+from bitassay.models.load import identity, load, tokenizer
+from bitassay.models.walk import decoder_layers, walk
+from bitassay.record.progress import Progress, silent
+
+PROBE = "The quick brown fox jumps over the lazy dog."
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a sound model is. `linears`, `experts` (fused parameters) and `routers` count matrices of the decoder layers; `parameters` counts tied
+    weights once; the digests are those of `Identity`."""
+
+    model: str
+    origin: str
+    folder: str
+    architecture: str
+    layers: int
+    hidden_size: int
+    heads: int
+    key_value_heads: int
+    vocabulary: int
+    linears: int
+    experts: int
+    routers: int
+    parameters: int
+    stored_bytes: int
+    weights_sha256: str
+    tokenizer_sha256: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def check(model: str | Path, *, trust_remote_code: bool = False, progress: Progress = silent) -> Checked:
+    """Load `model` (as `load` does, in bfloat16) and run it once.
+
+    Raises BitassayError where a file is damaged, a weight is missing or not finite, the tokenizer does not fit or the logits are not finite.
+    """
+    loaded = load(model, dtype=torch.bfloat16, trust_remote_code=trust_remote_code, progress=progress)
+    name, source, config = identity(loaded).name, identity(loaded).source, loaded.config.get_text_config()
+    progress(f"running {name} once")
+    tokens = tokenizer(loaded)(PROBE, return_tensors="pt").input_ids
+    if not tokens.numel() or int(tokens.max()) >= config.vocab_size:
+        raise BitassayError(
+            f"{source.folder}: the tokenizer gives tokens up to {int(tokens.max()) if tokens.numel() else 'nothing'}, but the "
+            f"model knows {config.vocab_size}",
+            "restore the tokenizer that came with the model",
+        )
+    with torch.inference_mode():
+        logits = loaded(tokens).logits
+    if not logits.isfinite().all():
+        bad = int((~logits.isfinite()).sum())
+        raise BitassayError(
+            f"{source.folder}: {bad} of {logits.numel()} logits are NaN or infinite", "restore the checkpoint from its source"
+        )
+    progress(f"hashing the weights of {name}")
+    found = walk(loaded)
+    return Checked(
+        model=name,
+        origin=source.origin,
+        folder=str(source.folder),
+        architecture=type(loaded).__name__,
+        layers=len(decoder_layers(loaded)),
+        hidden_size=config.hidden_size,
+        heads=config.num_attention_heads,
+        key_value_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        vocabulary=config.vocab_size,
+        linears=len(found.linears),
+        experts=len(found.experts),
+        routers=len(found.routers),
+        parameters=sum(parameter.numel() for parameter in loaded.parameters()),
+        stored_bytes=sum(path.stat().st_size for path in source.folder.glob("*.safetensors")),
+        weights_sha256=identity(loaded).weights_digest,
+        tokenizer_sha256=identity(loaded).tokenizer_digest,
+    )

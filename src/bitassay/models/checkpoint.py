@@ -1,0 +1,89 @@
+"""`bitassay.json`: what a quantized checkpoint folder says of itself, and the check that its files are the ones that were written.
+
+The folder itself is a plain compressed-tensors checkpoint. This card adds what that format has no place for: the recipe, the model it was applied to, and
+the SHA-256 of every file that decides what the model computes. The digests find damage and careless editing; they are no signature, since whoever
+changes a file can change the card too.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from bitassay.errors import BitassayError
+from bitassay.record.files import read_json
+from bitassay.record.hashing import digest_file, digest_json
+
+CARD_FILE = "bitassay.json"
+CARD_BYTES = 2**20
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+ShortText = Annotated[str, Field(max_length=1000)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Base(_Part):
+    """The model that the recipe was applied to, as its owner's machine knew it."""
+
+    name: ShortText
+    origin: ShortText
+    weights_digest: Digest
+    tokenizer_digest: Digest
+
+
+class Card(_Part):
+    """The content of `bitassay.json`. Bits are per quantized weight, scales and zero points included: as the recipe counts them, and as stored here."""
+
+    schema_version: Literal[1]
+    recipe: dict[str, Any]
+    base: Base
+    dtype: Literal["float32", "float16", "bfloat16"]
+    bits_per_weight: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    stored_bits_per_weight: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    size_bytes: Annotated[int, Field(gt=0)]
+    versions: dict[str, ShortText]
+    files: Annotated[dict[str, Digest], Field(min_length=1)]
+
+    @property
+    def recipe_id(self) -> str:
+        """The recipe's id, computed from its content rather than believed."""
+        return digest_json({key: value for key, value in self.recipe.items() if key not in ("name", "description")})
+
+    @property
+    def recipe_name(self) -> str:
+        return str(self.recipe.get("name"))
+
+
+def hashed_files(folder: Path) -> list[Path]:
+    """The files that decide what the model computes: its weights and its configuration."""
+    return sorted([*folder.glob("*.safetensors"), folder / "config.json"])
+
+
+def read_card(folder: Path) -> Card | None:
+    """The card of a folder, once its files are checked against it; None where the folder has none.
+
+    Raises BitassayError where the card is malformed, or a file is missing, added or changed.
+    """
+    path = folder / CARD_FILE
+    if not path.is_file():
+        return None
+    try:
+        card = Card.model_validate(read_json(path, limit_bytes=CARD_BYTES))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "its top level"
+        raise BitassayError(f"{path}: {where}: {first['msg']}", "save the model again with `bitassay quantize`") from error
+    found = {file.name: file for file in hashed_files(folder)}
+    if changed := sorted(found.keys() ^ card.files.keys()):
+        state = "is not one that was saved" if changed[0] in found else "is missing"
+        raise BitassayError(f"{folder / changed[0]}: this file {state} ({CARD_FILE} lists the others)", "save the model again")
+    for name, file in found.items():
+        if (digest := digest_file(file)) != card.files[name]:
+            raise BitassayError(
+                f"{file}: changed since it was saved: its sha256 is {digest[:12]}..., {CARD_FILE} says {card.files[name][:12]}...",
+                f"save the model again, or remove {CARD_FILE} to load the folder as it is, without a recipe",
+            )
+    return card

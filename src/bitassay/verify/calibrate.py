@@ -1,0 +1,167 @@
+"""Fit a verification profile to honest runs: `calibrate`.
+
+The prompts are shuffled and each makes one honest trace, which the verifier checks. A quarter of them gives
+mean and standard deviation of the statistics, half gives the honest scores that p-values count, and the last
+quarter, which neither has seen, measures the false-positive rate that comes of it.
+"""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+
+import numpy as np
+from scipy import stats
+from transformers import PreTrainedModel
+
+from bitassay.errors import BitassayError
+from bitassay.generate.decode import TokenIds
+from bitassay.generate.sampling import GREEDY, Sampler
+from bitassay.models.load import identity
+from bitassay.record.hashing import digest_json
+from bitassay.record.progress import Progress, silent
+from bitassay.verify.evidence import Evidence, gather
+from bitassay.verify.numerics import numerics
+from bitassay.verify.profile import Fit, HeldOut, Profile, evidence_score, runs_needed, token_statistic
+from bitassay.verify.prove import BATCH, encode_prompt, prove_many
+from bitassay.verify.trace import ModelClaim, Sampling
+
+MIN_POSITIONS = 8
+MIN_FIT = 8
+CHUNK = 4 * BATCH  # traces that exist at a time; prompts are batched by length within it
+# A spread below these is too small to be told from that of a few runs: 2 % of a distance, a tenth of the
+# offset of the margins.
+STATES_SD, TOKENS_SD = 0.02, 0.1
+
+
+def calibrate(
+    prover_model: PreTrainedModel,
+    verifier_model: PreTrainedModel,
+    prompts: Sequence[str | TokenIds],
+    *,
+    max_new_tokens: int = 32,
+    sampler: Sampler = GREEDY,
+    alpha: float = 0.05,
+    batch_size: int = BATCH,
+    min_positions: int = MIN_POSITIONS,
+    expires_days: int = 90,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Profile:
+    """A profile from one honest run of `prover_model` for each prompt, checked by `verifier_model` (they may
+    be the same object).
+
+    Runs with fewer than `min_positions` generated positions are left out, in calibration as in verification.
+    Raises BitassayError where the two are not the same model, or where too few runs are left for `alpha`; it
+    says how many are needed.
+    """
+    claim = ModelClaim.of(identity(verifier_model))
+    if ModelClaim.of(identity(prover_model)).model_dump(exclude={"name"}) != claim.model_dump(
+        exclude={"name"}
+    ):
+        raise BitassayError(
+            "prover and verifier are not the same model",
+            "calibrate with honest runs: the same weights and recipe on both sides",
+        )
+    check_enough(len(prompts), alpha)
+    evidence = honest_evidence(
+        prover_model,
+        verifier_model,
+        [prompts[index] for index in np.random.default_rng(seed).permutation(len(prompts))],
+        max_new_tokens=max_new_tokens,
+        sampler=sampler,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    evidence = [one for one in evidence if one.n_generated >= min_positions]
+    check_enough(
+        len(evidence), alpha, f" with {min_positions} or more generated positions, of {len(prompts)} prompts"
+    )
+    fit, conformal, held_out = split(evidence)
+    layers, tokens = fit_layers(fit), fit_values([token_statistic(one) for one in fit], TOKENS_SD)
+    created = datetime.now(UTC).replace(microsecond=0)
+    profile = Profile(
+        model=claim,
+        prover=numerics(prover_model),
+        verifier=numerics(verifier_model),
+        sampling=Sampling.of(sampler, max_new_tokens),
+        layers=layers,
+        tokens=tokens,
+        scores=tuple(sorted(evidence_score(one, layers, tokens).value for one in conformal)),
+        held_out=HeldOut(n=len(held_out), rejected=0, interval=(0.0, 1.0)),
+        alpha=alpha,
+        generated_positions=(min_positions, max(min_positions, max_new_tokens - 1)),
+        prompts_digest=digest_json([list(encode_prompt(verifier_model, prompt)) for prompt in prompts]),
+        created=created,
+        expires=created + timedelta(days=expires_days),
+    )
+    return profile.model_copy(update={"held_out": measure(profile, held_out)})
+
+
+def honest_evidence(
+    prover_model: PreTrainedModel,
+    verifier_model: PreTrainedModel,
+    prompts: Sequence[str | TokenIds],
+    *,
+    max_new_tokens: int,
+    sampler: Sampler,
+    batch_size: int,
+    progress: Progress = silent,
+) -> list[Evidence]:
+    """The evidence of one honest run for each prompt; only CHUNK traces exist at a time."""
+    evidence: list[Evidence] = []
+    for start in range(0, len(prompts), CHUNK):
+        progress("honest runs", start, len(prompts))
+        chunk = prompts[start : start + CHUNK]
+        traces = prove_many(
+            prover_model,
+            chunk,
+            max_new_tokens=max_new_tokens,
+            sampler=sampler,
+            nonces=[f"calibrate-{start + index}" for index in range(len(chunk))],
+            batch_size=batch_size,
+        )
+        evidence += gather(traces, verifier_model, verillm=False)
+    progress("honest runs", len(prompts), len(prompts))
+    return evidence
+
+
+def split(evidence: Sequence[Evidence]) -> tuple[list[Evidence], list[Evidence], list[Evidence]]:
+    """Fit (a quarter), conformal (half) and held-out (a quarter) parts, in the order given."""
+    quarter = len(evidence) // 4
+    return (
+        list(evidence[:quarter]),
+        list(evidence[quarter : len(evidence) - quarter]),
+        list(evidence[len(evidence) - quarter :]),
+    )
+
+
+def fit_layers(evidence: Sequence[Evidence]) -> dict[int, Fit]:
+    """For each layer, mean and standard deviation of the generated positions' mean log distance."""
+    by_layer: dict[int, list[float]] = {}
+    for one in evidence:
+        for layer in one.layers:
+            assert layer.generated is not None
+            by_layer.setdefault(layer.layer, []).append(layer.generated)
+    return {layer: fit_values(values, STATES_SD) for layer, values in by_layer.items()}
+
+
+def fit_values(values: Sequence[float], smallest_sd: float) -> Fit:
+    return Fit(mean=float(np.mean(values)), sd=max(float(np.std(values, ddof=1)), smallest_sd))
+
+
+def measure(profile: Profile, held_out: Sequence[Evidence]) -> HeldOut:
+    """How many of the held-out honest runs the profile refuses at its alpha."""
+    rejected = sum(profile.p_value(profile.score(one).value) <= profile.alpha for one in held_out)
+    interval = stats.binomtest(rejected, len(held_out)).proportion_ci(method="exact")
+    return HeldOut(n=len(held_out), rejected=rejected, interval=(float(interval.low), float(interval.high)))
+
+
+def check_enough(runs: int, alpha: float, of_which: str = "") -> None:
+    """Refuse fewer runs than give a p-value of `alpha` and a usable fit."""
+    if not 0 < alpha < 1:
+        raise BitassayError(f"alpha {alpha} is not between 0 and 1", "--alpha 0.05")
+    needed = max(2 * runs_needed(alpha), 4 * MIN_FIT)
+    if runs < needed:
+        raise BitassayError(
+            f"{runs} honest runs{of_which} are too few for alpha {alpha:g}, which needs {needed}",
+            f"calibrate with {needed} prompts or more, longer outputs, or a larger alpha",
+        )
