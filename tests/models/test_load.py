@@ -7,9 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bitassay.errors import BitassayError
-from bitassay.models.check import check
+from bitassay.models.check import PROBE, check
 from bitassay.models.load import as_dtype, identity, load, stored_tensors, tokenizer
 from bitassay.record.hashing import digest_tensors
+from bitassay.testing.tiny import tiny_model
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 
@@ -151,10 +152,12 @@ def test_unknown_dtype():
 
 
 def test_a_model_from_elsewhere_has_no_identity():
+    model = tiny_model("llama")
+    del model.identity, model.tokenizer
     with pytest.raises(BitassayError, match="no identity"):
-        identity(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
+        identity(model)
     with pytest.raises(BitassayError, match="no tokenizer"):
-        tokenizer(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
+        tokenizer(model)
 
 
 def test_check_says_what_a_model_is(folder):
@@ -168,17 +171,18 @@ def test_check_runs_the_model(folder):
     """Finite weights, infinite logits: only a forward pass shows it."""
 
     def enlarge(weights):
-        for name in ("model.norm.weight", "model.embed_tokens.weight"):
-            weights[name][:] = 1e38
+        weights["model.norm.weight"][:] = 1e38
+        weights["model.embed_tokens.weight"] *= 1000
 
     change_weights(folder, enlarge)
     with pytest.raises(BitassayError, match="logits are NaN or infinite"):
         check(folder)
 
 
-def test_check_refuses_a_tokenizer_of_another_model(folder):
+def test_check_refuses_a_tokenizer_of_another_model(folder, stories):
     content = json.loads((folder / "tokenizer.json").read_text())
-    content["model"]["vocab"]["T"] = 600
+    used = stories.tokenizer.tokenize(PROBE)[0]
+    content["model"]["vocab"][used] = 600
     (folder / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(BitassayError, match=r"tokens up to 600, but the model knows 512"):
         check(folder)

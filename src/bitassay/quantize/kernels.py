@@ -20,6 +20,7 @@ from torch import Tensor
 from bitassay.quantize.tensor import QuantizedTensor
 
 MAX_ROWS = 32
+INT8_COLUMNS = 32  # torch 2.13's kernel reads past the end of other rows (seen at 168 columns: a segmentation fault)
 INT4_GROUPS = (32, 64, 128, 256)
 
 Product = Callable[[BFloat16[Tensor, "rows in"]], BFloat16[Tensor, "rows out"]]
@@ -29,9 +30,10 @@ def packed_product(quantized: QuantizedTensor) -> Product | None:
     """`x -> x W'^T` on the codes for bf16 `x`; None where torch has no kernel for this scheme, shape or device."""
     if quantized.packed.device.type != "cpu":
         return None
-    if quantized.scheme.format == "int8" and quantized.scheme.symmetric and quantized.scheme.granularity == "channel":
-        return _int8_product(quantized)
     rows, columns = quantized.shape
+    scheme = quantized.scheme
+    if (scheme.format, scheme.symmetric, scheme.granularity) == ("int8", True, "channel"):
+        return _int8_product(quantized) if columns % INT8_COLUMNS == 0 else None
     group_size = quantized.granularity.group_size
     integer = quantized.format.float_dtype is None and quantized.format.bits <= 4
     if integer and group_size in INT4_GROUPS and columns % group_size == 0 and rows % 16 == 0:

@@ -28,6 +28,7 @@ from bitassay.errors import BitassayError
 from bitassay.evaluate.compare import BASE, score_windows, summarise
 from bitassay.evaluate.divergence import TokenScores
 from bitassay.evaluate.protocol import Protocol, token_windows
+from bitassay.generate.decode import TokenIds
 from bitassay.models.load import identity, load, tokenizer
 from bitassay.quantize.model import (
     Quantization,
@@ -45,10 +46,11 @@ from bitassay.record.run import RunFolder
 from bitassay.verify.calibrate import calibrate
 from bitassay.verify.pooled import pooled_verdict
 from bitassay.verify.profile import Profile
-from bitassay.verify.prove import prove_many
+from bitassay.verify.prove import encode_prompt, prove_many
 from bitassay.verify.verdict import verify_many
 
 SCHEMA = 1
+MAX_PROMPT_TOKENS = 128
 DISTANCE_FLOOR = 1e-12  # identical arithmetic on both sides gives a distance of exactly 0
 INTERVAL = "95 %, expanded percentile bootstrap over windows, paired with the base model"
 
@@ -274,7 +276,7 @@ def _verify(
     progress: Progress,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the profile is, and the verdict columns of every model, each of which claims to be the base model."""
-    prompts = _shuffled_prompts(plan.prompts + plan.calibration_prompts, seed)
+    prompts = _chosen_prompts(base, plan.prompts + plan.calibration_prompts, seed)
     proved, calibration = prompts[: plan.prompts], prompts[plan.prompts :]
     profile = Profile.model_validate(folder.part("profile", lambda: _calibrated(plan, base, calibration, progress)))
     columns = {}
@@ -295,7 +297,7 @@ def _verify(
     return described, columns
 
 
-def _calibrated(plan: Verification, base: PreTrainedModel, prompts: list[str], progress: Progress) -> dict[str, Any]:
+def _calibrated(plan: Verification, base: PreTrainedModel, prompts: list[TokenIds], progress: Progress) -> dict[str, Any]:
     profile = calibrate(
         base, base, prompts, max_new_tokens=plan.new_tokens, alpha=plan.alpha, progress=progress
     )
@@ -306,7 +308,7 @@ def _verdict(
     plan: Verification,
     base: PreTrainedModel,
     quantization: Quantization | None,
-    prompts: list[str],
+    prompts: list[TokenIds],
     profile: Profile,
     progress: Progress,
 ) -> dict[str, Any]:
@@ -329,14 +331,16 @@ def _verdict(
     }
 
 
-def _shuffled_prompts(count: int, seed: int) -> list[str]:
-    """Bundled prompts in an order in which those that calibrate and those that are judged are exchangeable."""
-    prompts = bundled_prompts()
-    if count > len(prompts):
+def _chosen_prompts(model: PreTrainedModel, count: int, seed: int) -> list[TokenIds]:
+    """Bundled prompts of at most MAX_PROMPT_TOKENS tokens, in an order in which those that calibrate and those that are judged are exchangeable."""
+    prompts = [encode_prompt(model, prompt) for prompt in bundled_prompts()]
+    short = [prompt for prompt in prompts if len(prompt) <= MAX_PROMPT_TOKENS]
+    if count > len(short):
         raise BitassayError(
-            f"{count} prompts were asked for, the package has {len(prompts)}", "fewer --prompts or --calibration-prompts"
+            f"{count} prompts were asked for, the package has {len(short)} of at most {MAX_PROMPT_TOKENS} tokens",
+            "fewer --prompts or --calibration-prompts",
         )
-    return [prompts[index] for index in np.random.default_rng(seed).permutation(len(prompts))[:count]]
+    return [short[index] for index in np.random.default_rng(seed).permutation(len(short))[:count]]
 
 
 def _geometric_mean(values: list[float]) -> float:

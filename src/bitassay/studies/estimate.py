@@ -17,7 +17,7 @@ from bitassay.quantize.recipe import find_recipe
 from bitassay.record.progress import Progress, silent
 from bitassay.studies.assay import AssayPlan
 
-PROMPT_TOKENS = 60  # about the mean of the bundled prompts with a chat template
+PROMPT_TOKENS = 60  # about the mean of the prompts that are used
 
 
 def estimate_assay(model: str, recipes: list[str], *, progress: Progress = silent, **options: Any) -> list[dict[str, Any]]:

@@ -1,0 +1,69 @@
+"""What is recorded beside a result, and what doctor concludes."""
+
+import json
+import platform
+import shutil
+from collections import namedtuple
+
+import pytest
+import torch
+from packaging.specifiers import SpecifierSet
+
+from bitassay.bench import doctor
+from bitassay.bench.doctor import Finding, memory, package, place, verbs
+from bitassay.bench.environment import cpu_name, environment
+
+
+def test_environment_is_plain_json():
+    found = environment()
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert found["torch"] == torch.__version__
+    assert found["python"] == platform.python_version()
+    assert len(found["load"]) == 3
+    assert found["threads"] == torch.get_num_threads()
+
+
+def test_the_processor_has_a_name():
+    assert cpu_name().strip()
+
+
+@pytest.mark.parametrize(("specifier", "status"), [(">=2", "ok"), ("<1", "missing"), ("", "ok"), (">=1000", "missing")])
+def test_a_version_against_what_is_needed(specifier, status):
+    assert package("numpy", SpecifierSet(specifier)).status == status
+
+
+def test_a_prerelease_counts(monkeypatch):
+    monkeypatch.setattr(doctor.metadata, "version", lambda _: "2.14.0.dev20260101+cpu")
+    assert package("torch", SpecifierSet(">=2.13")).status == "ok"
+
+
+def test_space_that_is_short(tmp_path):
+    free = shutil.disk_usage(tmp_path).free
+    assert place("cache", tmp_path / "new" / "deep", free // 2, "r") == Finding(
+        "cache", f"{tmp_path / 'new' / 'deep'}: {free / 1e9:.1f} GB free", f"writable, {free // 2 / 1e9:.2g} GB free"
+    )
+    short = place("cache", tmp_path, free * 2, "elsewhere")
+    assert (short.status, short.remedy) == ("missing", "elsewhere")
+
+
+def test_a_file_in_the_place_of_the_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert place("cache", tmp_path / "file", 0, "r").status == "missing"
+
+
+@pytest.mark.parametrize(("available", "status"), [(doctor.MEMORY_BYTES - 1, "warning"), (doctor.MEMORY_BYTES, "ok")])
+def test_memory_that_is_short(monkeypatch, available, status):
+    now = namedtuple("Memory", "available total")(available, 10 * available)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: now)
+    assert memory().status == status
+
+
+def test_verbs_need_only_what_they_use():
+    found = {row.subject: row.found for row in verbs([Finding("matplotlib", "", status="missing"), Finding("scipy", "", status="warning")])}
+    assert found["verb assay"] == found["verb report"] == "cannot run: matplotlib"
+    assert found["verb eval"] == "can run"
+
+
+def test_torch_that_does_not_import_stops_what_needs_it():
+    found = {row.subject: row.status for row in verbs([Finding("torch import", "", status="missing")])}
+    assert (found["verb eval"], found["verb report"]) == ("missing", "ok")
