@@ -27,7 +27,9 @@ def test_the_processor_has_a_name():
     assert cpu_name().strip()
 
 
-@pytest.mark.parametrize(("specifier", "status"), [(">=2", "ok"), ("<1", "missing"), ("", "ok"), (">=1000", "missing")])
+@pytest.mark.parametrize(
+    ("specifier", "status"), [(">=2", "ok"), ("<1", "missing"), ("", "ok"), (">=1000", "missing")]
+)
 def test_a_version_against_what_is_needed(specifier, status):
     assert package("numpy", SpecifierSet(specifier)).status == status
 
@@ -40,7 +42,9 @@ def test_a_prerelease_counts(monkeypatch):
 def test_space_that_is_short(tmp_path):
     free = shutil.disk_usage(tmp_path).free
     assert place("cache", tmp_path / "new" / "deep", free // 2, "r") == Finding(
-        "cache", f"{tmp_path / 'new' / 'deep'}: {free / 1e9:.1f} GB free", f"writable, {free // 2 / 1e9:.2g} GB free"
+        "cache",
+        f"{tmp_path / 'new' / 'deep'}: {free / 1e9:.1f} GB free",
+        f"writable, {free // 2 / 1e9:.2g} GB free",
     )
     short = place("cache", tmp_path, free * 2, "elsewhere")
     assert (short.status, short.remedy) == ("missing", "elsewhere")
@@ -51,7 +55,9 @@ def test_a_file_in_the_place_of_the_folder(tmp_path):
     assert place("cache", tmp_path / "file", 0, "r").status == "missing"
 
 
-@pytest.mark.parametrize(("available", "status"), [(doctor.MEMORY_BYTES - 1, "warning"), (doctor.MEMORY_BYTES, "ok")])
+@pytest.mark.parametrize(
+    ("available", "status"), [(doctor.MEMORY_BYTES - 1, "warning"), (doctor.MEMORY_BYTES, "ok")]
+)
 def test_memory_that_is_short(monkeypatch, available, status):
     now = namedtuple("Memory", "available total")(available, 10 * available)
     monkeypatch.setattr("psutil.virtual_memory", lambda: now)
@@ -59,7 +65,12 @@ def test_memory_that_is_short(monkeypatch, available, status):
 
 
 def test_verbs_need_only_what_they_use():
-    found = {row.subject: row.found for row in verbs([Finding("matplotlib", "", status="missing"), Finding("scipy", "", status="warning")])}
+    found = {
+        row.subject: row.found
+        for row in verbs(
+            [Finding("matplotlib", "", status="missing"), Finding("scipy", "", status="warning")]
+        )
+    }
     assert found["verb assay"] == found["verb report"] == "cannot run: matplotlib"
     assert found["verb eval"] == "can run"
 

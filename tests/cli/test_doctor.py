@@ -53,7 +53,9 @@ def test_a_missing_package(bitassay, monkeypatch):
 
 def test_a_package_that_is_too_old(bitassay, monkeypatch):
     version = metadata.version
-    monkeypatch.setattr(doctor.metadata, "version", lambda name: "2.12.1" if name == "torch" else version(name))
+    monkeypatch.setattr(
+        doctor.metadata, "version", lambda name: "2.12.1" if name == "torch" else version(name)
+    )
     done = bitassay("doctor", "--format", "json")
     assert done.status == 3
     assert findings(done)["torch"]["status"] == "missing"
@@ -79,9 +81,11 @@ def test_it_leaves_nothing_behind(bitassay, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("broken", ["torch", "psutil", "huggingface_hub"])
 def test_it_answers_without_a_package_that_does_not_import(broken):
-    script = f"import sys; sys.modules[{broken!r}] = None; from bitassay.cli import main; main(['doctor', '--format', 'json'])"
+    words = ["doctor", "--format", "json"]
+    script = f"import sys; sys.modules[{broken!r}] = None; from bitassay.cli import main; main({words})"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert "Traceback" not in done.stderr
     rows = {row["subject"]: row for row in json.loads(done.stdout)["rows"]}
     assert done.returncode == (3 if broken == "torch" else 0)
     assert (rows["verb assay"]["status"] == "missing") == (broken == "torch")
+    assert rows["verb report"]["status"] == "ok"

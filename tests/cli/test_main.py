@@ -13,11 +13,22 @@ from bitassay import cli
 from bitassay.errors import BitassayError, MissingError, nearest
 
 COMMAND = [sys.executable, "-c", "from bitassay.cli import main; main()"]
-HEAVY = {"torch", "transformers", "numpy", "scipy", "matplotlib", "pydantic", "huggingface_hub", "compressed_tensors"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "numpy",
+    "scipy",
+    "matplotlib",
+    "pydantic",
+    "huggingface_hub",
+    "compressed_tensors",
+}
 
 
 def start(*words, **options):
-    return subprocess.Popen([*COMMAND, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    return subprocess.Popen(
+        [*COMMAND, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
 
 
 @pytest.mark.parametrize("words", [["--help"], ["--version"], [], ["nonsense"]])
@@ -34,7 +45,8 @@ print("imported:", *sorted({HEAVY!r} & set(sys.modules)), file=sys.stderr)
 
 @pytest.mark.parametrize("verb", cli.VERBS)
 def test_help_of_a_verb_imports_no_torch(verb):
-    script = f"import sys; from bitassay import cli; cli.run([{verb!r}, '--help']); sys.exit('torch' in sys.modules)"
+    words = [verb, "--help"]
+    script = f"import sys; from bitassay import cli; cli.run({words}); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f"bitassay {verb}" in done.stdout
@@ -113,12 +125,12 @@ def test_a_bug_is_not_dressed_up(failing):
 
 
 def test_debug_shows_the_traceback_and_may_stand_anywhere():
-    for words in (["--debug", "recipes", "show", "w44"], ["recipes", "show", "w44", "--debug"]):
+    for words in (["--debug", "asay"], ["asay", "--debug"]):
         process = start(*words)
         out, err = process.communicate(timeout=60)
         assert (process.returncode, out) == (1, "")
         assert "Traceback" in err
-        assert "no recipe is called 'w44'" in err
+        assert "no verb is called 'asay'" in err
 
 
 def test_interrupted_from_outside():
@@ -133,7 +145,9 @@ def wait(*_):
 source.resolve = wait
 cli.main(["models", "pull", "stories260k"])
 """
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
     assert process.stdout.readline() == "waiting\n"
     time.sleep(0.1)
@@ -147,7 +161,7 @@ cli.main(["models", "pull", "stories260k"])
 def test_a_reader_that_goes_away_is_no_error():
     read, write = os.pipe()
     os.close(read)
-    process = subprocess.Popen([*COMMAND, "recipes", "list"], stdout=write, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*COMMAND, "models", "list"], stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (0, "")
@@ -156,7 +170,7 @@ def test_a_reader_that_goes_away_is_no_error():
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
 def test_stdout_that_is_full():
     with open("/dev/full", "w") as full:
-        process = subprocess.run([*COMMAND, "recipes", "list"], stdout=full, stderr=subprocess.PIPE, text=True)
+        process = subprocess.run([*COMMAND, "models", "list"], stdout=full, stderr=subprocess.PIPE, text=True)
     assert process.returncode == 3
     assert process.stderr == "error: No space left on device\n"
 
@@ -165,16 +179,23 @@ def test_a_verb_on_a_full_disk(bitassay, tmp_path, monkeypatch):
     """The cache is on a file system with room for nothing."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], capture_output=True
+    ).returncode:
         pytest.skip("mounting is not permitted here")
     try:
         (disk / "filler").write_bytes(b"x" * 60_000)
-        monkeypatch.setattr("bitassay.models.source._dequantize", lambda path, digest, out: (out / "w").write_bytes(b"x" * 100_000))
+        monkeypatch.setattr(
+            "bitassay.models.source._dequantize",
+            lambda path, digest, out: (out / "w").write_bytes(b"x" * 100_000),
+        )
         monkeypatch.setenv("BITASSAY_CACHE", str(disk / "cache"))
         (tmp_path / "m.gguf").write_bytes(b"GGUF")
         done = bitassay("models", "pull", str(tmp_path / "m.gguf"))
         assert done.status == 3
-        assert re.search(rf"error: {disk}/cache/dequantized/m-\w+: no space left on the disk\n  try: ", done.err)
+        assert re.search(
+            rf"error: {disk}/cache/dequantized/m-\w+: no space left on the disk\n  try: ", done.err
+        )
         assert not list((disk / "cache" / "dequantized").iterdir())
     finally:
         subprocess.run(["umount", str(disk)], check=True)

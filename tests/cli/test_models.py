@@ -40,7 +40,12 @@ def test_check_prints_one_object(bitassay):
     done = bitassay("models", "check", "stories260k", "--format", "json")
     found = json.loads(done.out)
     assert done.status == 0
-    assert (found["origin"], found["layers"], found["linears"], found["parameters"]) == ("bundled with bitassay", 5, 35, 260_032)
+    assert (found["origin"], found["layers"], found["linears"], found["parameters"]) == (
+        "bundled with bitassay",
+        5,
+        35,
+        260_032,
+    )
     assert "running stories260k once" in done.err
 
 
@@ -68,5 +73,10 @@ def test_pull_of_what_is_here(bitassay):
 def test_pull_and_check_the_default_model(bitassay):
     assert bitassay("models", "pull", "smollm2-135m").status == 0
     found = json.loads(bitassay("models", "check", "smollm2-135m", "--format", "json").out)
-    assert (found["layers"], found["hidden_size"], found["linears"], found["parameters"]) == (30, 576, 210, 134_515_008)
+    assert (found["layers"], found["hidden_size"], found["linears"], found["parameters"]) == (
+        30,
+        576,
+        210,
+        134_515_008,
+    )
     assert found["weights_sha256"] == "b73ce363117e93b2854ee619d72581bda616b770a59380e2c65af00bd7a01280"

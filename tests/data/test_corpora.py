@@ -60,7 +60,9 @@ def test_an_empty_corpus(data, content):
         corpus("wikitext2-raw")
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[:-20], lambda b: b[:5], lambda b: b[:50] + b"\0" * 20 + b[70:], lambda b: b"text"])
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[:-20], lambda b: b[:5], lambda b: b[:50] + b"\0" * 20 + b[70:], lambda b: b"text"]
+)
 def test_a_damaged_gz(data, damage):
     path = data / "wikitext2" / "wiki.test.raw.gz"
     path.write_bytes(damage(gzip.compress(bytes(range(32, 127)) * 3)))
@@ -99,7 +101,9 @@ def test_prompts_from_json_lines(tmp_path, name):
     assert prompts_from(tmp_path / name) == ["one\nline", "zwei ä"]
 
 
-@pytest.mark.parametrize("line", ["{", '{"text": "x"}', "[1]", '"x"', "3", '{"prompt": ""}', '{"prompt": 3}', '{"prompt": null}'])
+@pytest.mark.parametrize(
+    "line", ["{", '{"text": "x"}', "[1]", '"x"', "3", '{"prompt": ""}', '{"prompt": 3}', '{"prompt": null}']
+)
 def test_a_bad_line_is_named(tmp_path, line):
     (tmp_path / "p.jsonl").write_text('{"prompt": "good"}\n' + line + "\n")
     with pytest.raises(BitassayError, match=r"p\.jsonl:2: "):

@@ -98,6 +98,11 @@ def test_one_margin_is_capped():
     assert GREEDY.margins(torch.tensor([[0.0, 1e4]]), torch.tensor([0]), [Draw("", 0)]).item() == MARGIN_CAP
 
 
+def test_logits_that_are_not_finite_give_the_largest_margin():
+    logits = torch.tensor([[torch.nan, 1.0], [torch.inf, torch.inf]])
+    assert GREEDY.margins(logits, torch.tensor([1, 1]), [Draw("", 0)] * 2).tolist() == [MARGIN_CAP] * 2
+
+
 @pytest.mark.parametrize(
     "wrong", [{"temperature": -1.0}, {"temperature": math.nan}, {"top_p": 0.0}, {"top_p": 1.1}, {"seed": -1}]
 )

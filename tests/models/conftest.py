@@ -1,4 +1,5 @@
-"""Checkpoints to break: a copy of the tiny trained model that a test may change, and the same weights as a GGUF file."""
+"""Checkpoints to break: a copy of the tiny trained model that a test may change, and the same weights as a
+GGUF file."""
 
 import json
 import shutil
@@ -42,8 +43,8 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def gguf_file(tmp_path) -> Path:
-    """stories260k's weights as fp32 GGUF: llama.cpp's names, and its order of the rotary halves in q and k. The tokenizer is a byte-level one of the
-    same size, the kind that most GGUF files carry."""
+    """stories260k's weights as fp32 GGUF: llama.cpp's names, and its order of the rotary halves in q and k.
+    The tokenizer is a byte-level one of the same size, the kind that most GGUF files carry."""
     source = resolve("stories260k").folder
     config = json.loads((source / "config.json").read_text())
     letters = sorted(ByteLevel.alphabet())
@@ -68,7 +69,10 @@ def gguf_file(tmp_path) -> Path:
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
-    tensors = {"token_embd": weights["model.embed_tokens.weight"], "output_norm": weights["model.norm.weight"]}
+    tensors = {
+        "token_embd": weights["model.embed_tokens.weight"],
+        "output_norm": weights["model.norm.weight"],
+    }
     for layer in range(config["num_hidden_layers"]):
         for theirs, ours in BLOCK.items():
             weight = weights[f"model.layers.{layer}.{ours}.weight"]

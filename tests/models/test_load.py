@@ -31,7 +31,10 @@ def test_a_loaded_model_is_ready_for_inference(folder):
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-    assert tokenizer(model).decode(tokenizer(model)("Once upon a time").input_ids, skip_special_tokens=True) == "Once upon a time"
+    assert (
+        tokenizer(model).decode(tokenizer(model)("Once upon a time").input_ids, skip_special_tokens=True)
+        == "Once upon a time"
+    )
     assert identity(model).name == "model"
 
 
@@ -129,7 +132,8 @@ def test_a_broken_config(folder, text):
 
 
 @pytest.mark.parametrize(
-    "values", [{"model_type": "lamma"}, {"hidden_act": "zap"}, {"hidden_size": "x"}, {"num_attention_heads": 0}]
+    "values",
+    [{"model_type": "lamma"}, {"hidden_act": "zap"}, {"hidden_size": "x"}, {"num_attention_heads": 0}],
 )
 def test_a_config_that_makes_no_sense(folder, values):
     change_config(folder, **values)
@@ -162,7 +166,13 @@ def test_a_model_from_elsewhere_has_no_identity():
 
 def test_check_says_what_a_model_is(folder):
     found = check(folder)
-    assert (found.layers, found.hidden_size, found.heads, found.key_value_heads, found.vocabulary) == (5, 64, 8, 4, 512)
+    assert (found.layers, found.hidden_size, found.heads, found.key_value_heads, found.vocabulary) == (
+        5,
+        64,
+        8,
+        4,
+        512,
+    )
     assert (found.linears, found.experts, found.routers, found.parameters) == (35, 0, 0, 260_032)
     assert found.weights_sha256 == digest_tensors(stored_tensors(folder))
 

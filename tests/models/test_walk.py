@@ -9,9 +9,13 @@ from bitassay.models.walk import decoder_layers, walk
 from bitassay.testing.tiny import ARCHITECTURES, tiny_model
 
 LAYERS = 3
-# Per layer: attention q, k, v, o, and a dense MLP's gate, up, down; a mixture has fused gate_up and down instead, and
-# Qwen2-MoE a dense shared expert beside them with a gate of its own.
-LINEARS = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma3"), 7) | {"qwen2_moe": 7, "qwen3_moe": 4, "mixtral": 4}
+# Per layer: attention q, k, v, o, and a dense MLP's gate, up, down; a mixture has fused gate_up and down
+# instead, and Qwen2-MoE a dense shared expert beside them with a gate of its own.
+LINEARS = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma3"), 7) | {
+    "qwen2_moe": 7,
+    "qwen3_moe": 4,
+    "mixtral": 4,
+}
 EXPERTS = {"qwen2_moe": 2, "qwen3_moe": 2, "mixtral": 2}
 ROUTERS = {"qwen2_moe": 2, "qwen3_moe": 1, "mixtral": 1}
 

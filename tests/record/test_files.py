@@ -21,7 +21,9 @@ def small_disk(tmp_path):
     """A file system of 64 KiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], capture_output=True, text=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], capture_output=True, text=True
+    )
     if done.returncode != 0:
         pytest.skip(f"mounting is not permitted here: {done.stderr.strip()}")
     yield folder
@@ -68,16 +70,14 @@ def test_an_interrupted_folder_leaves_nothing(tmp_path, interruption):
 
 def test_a_folder_replaces_an_empty_one_but_no_other(tmp_path):
     (tmp_path / "out").mkdir()
-    for _ in range(2):
-        try:
-            with atomic_folder(tmp_path / "out") as temporary:
-                (temporary / "a").write_text("whole")
-        except BitassayError as error:
-            assert "the folder is not empty" in str(error)
-        else:
-            assert (tmp_path / "out" / "a").read_text() == "whole"
-            (tmp_path / "out" / "a").write_text("mine")
-    assert (tmp_path / "out" / "a").read_text() == "mine"
+    with atomic_folder(tmp_path / "out") as temporary:
+        (temporary / "a").write_text("first")
+    with (
+        pytest.raises(BitassayError, match="the folder is not empty"),
+        atomic_folder(tmp_path / "out") as temporary,
+    ):
+        (temporary / "a").write_text("second")
+    assert (tmp_path / "out" / "a").read_text() == "first"
     assert os.listdir(tmp_path) == ["out"]
 
 
@@ -85,7 +85,9 @@ def test_content_is_on_the_disk_before_the_name(tmp_path, monkeypatch):
     """The order that survives a power cut: sync, then rename."""
     steps = []
     sync, replace = os.fsync, os.replace
-    monkeypatch.setattr(files.os, "fsync", lambda number: (steps.append(f"sync {_size(number)}"), sync(number)))
+    monkeypatch.setattr(
+        files.os, "fsync", lambda number: (steps.append(f"sync {_size(number)}"), sync(number))
+    )
     monkeypatch.setattr(files.os, "replace", lambda a, b: (steps.append("rename"), replace(a, b)))
     write_text(tmp_path / "a.txt", "12345")
     with atomic_folder(tmp_path / "out") as temporary:
@@ -101,7 +103,9 @@ def _size(number):
 def test_results_are_as_readable_as_any_file(tmp_path):
     (tmp_path / "plain").write_text("")
     write_text(tmp_path / "a.txt", "text")
-    assert stat.S_IMODE((tmp_path / "a.txt").stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
+    assert stat.S_IMODE((tmp_path / "a.txt").stat().st_mode) == stat.S_IMODE(
+        (tmp_path / "plain").stat().st_mode
+    )
 
 
 def test_full_disk(small_disk):
@@ -120,13 +124,19 @@ def test_full_disk_while_tensors_are_saved(small_disk):
         save_file(tensors, small_disk / "direct")
     (small_disk / "direct").unlink(missing_ok=True)
     path = small_disk / "a.safetensors"
-    with pytest.raises(MissingError, match=rf"{path}: no space left on the disk"), atomic_file(path) as temporary:
+    with (
+        pytest.raises(MissingError, match=rf"{path}: no space left on the disk"),
+        atomic_file(path) as temporary,
+    ):
         save_file(tensors, temporary)
     assert not os.listdir(small_disk)
 
 
 def test_full_disk_while_a_model_is_saved(small_disk, stories):
-    with pytest.raises(MissingError, match=rf"{small_disk}/out: no space"), atomic_folder(small_disk / "out") as temporary:
+    with (
+        pytest.raises(MissingError, match=rf"{small_disk}/out: no space"),
+        atomic_folder(small_disk / "out") as temporary,
+    ):
         stories.save_pretrained(temporary)
     assert not os.listdir(small_disk)
 
@@ -143,8 +153,9 @@ def test_the_number_behind_a_safetensors_error(tmp_path):
 
 @pytest.mark.parametrize(
     ("number", "kind", "text"),
-    [(errno.ENOSPC, MissingError, "no space"), (errno.EDQUOT, MissingError, "no space"), (errno.EACCES, BitassayError, "not writable"),
-     (errno.EROFS, BitassayError, "not writable"), (errno.EIO, BitassayError, "Input/output")],
+    [(errno.ENOSPC, MissingError, "no space"), (errno.EDQUOT, MissingError, "no space"), (errno.EACCES,
+    BitassayError, "not writable"), (errno.EROFS, BitassayError, "not writable"), (errno.EIO, BitassayError,
+    "Input/output")],
 )  # fmt: skip
 def test_every_os_error_names_the_path(tmp_path, number, kind, text):
     with pytest.raises(kind, match=f"a.txt: .*{text}"), atomic_file(tmp_path / "a.txt"):

@@ -9,7 +9,11 @@ from hypothesis import strategies as st
 
 from bitassay.record.hashing import canonical_json, digest_file, digest_json, digest_tensors
 
-VALUES = st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda v: st.lists(v) | st.dictionaries(st.text(), v), max_leaves=10)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(),
+    lambda v: st.lists(v) | st.dictionaries(st.text(), v),
+    max_leaves=10,
+)
 
 
 @given(st.dictionaries(st.text(), VALUES))
@@ -30,8 +34,17 @@ def test_digest_of_a_file(tmp_path):
 
 def test_digest_of_tensors_is_written_down():
     """The definition in the module's text, by hand."""
-    sha = hashlib.sha256(b"bitassay weights 1\0" + b"a\0torch.int8\0(2, 1)\0" + bytes([1, 2]) + b"b\0torch.float32\0()\0" + bytes([0, 0, 0x80, 0x3F]))
-    assert digest_tensors([("a", torch.tensor([[1], [2]], dtype=torch.int8)), ("b", torch.tensor(1.0))]) == sha.hexdigest()
+    sha = hashlib.sha256(
+        b"bitassay weights 1\0"
+        + b"a\0torch.int8\0(2, 1)\0"
+        + bytes([1, 2])
+        + b"b\0torch.float32\0()\0"
+        + bytes([0, 0, 0x80, 0x3F])
+    )
+    assert (
+        digest_tensors([("a", torch.tensor([[1], [2]], dtype=torch.int8)), ("b", torch.tensor(1.0))])
+        == sha.hexdigest()
+    )
 
 
 def test_digest_of_tensors_sees_everything_but_the_memory_layout():

@@ -51,7 +51,9 @@ def test_a_plan_that_lost_a_key_is_refused(tmp_path):
 
 
 def test_the_id_is_of_the_plan(tmp_path):
-    one, same, other = (RunFolder(tmp_path / str(i), plan) for i, plan in enumerate((PLAN, PLAN, PLAN | {"seed": 1})))
+    one, same, other = (
+        RunFolder(tmp_path / str(i), plan) for i, plan in enumerate((PLAN, PLAN, PLAN | {"seed": 1}))
+    )
     assert one.run_id == same.run_id != other.run_id
 
 

@@ -70,13 +70,18 @@ def sampled(model, prompts):
     return prove_many(model, prompts[:1], max_new_tokens=TOKENS, sampler=Sampler(0.9, 0.95, 5))[0]
 
 
-def round_weights(model, bits, group=None):
-    """A copy with the decoder layers' matrices rounded to `bits` bits per row, or per `group` input columns,
-    symmetric absmax."""
-    rounded = copy.deepcopy(model)
-    for name, weight in rounded.named_parameters():
-        if weight.ndim == 2 and ".layers." in name:
-            groups = weight.data.float().view(weight.shape[0], -1, group or weight.shape[1])
-            scale = groups.abs().amax(-1, keepdim=True).clamp(min=1e-12) / (2 ** (bits - 1) - 1)
-            weight.data = ((groups / scale).round() * scale).view_as(weight).to(weight.dtype)
-    return rounded
+@pytest.fixture(scope="session")
+def round_weights():
+    """A function (model, bits, group=None) -> a copy with the decoder layers' matrices rounded to `bits` bits
+    per row, or per `group` input columns, symmetric absmax."""
+
+    def rounded_copy(model, bits, group=None):
+        rounded = copy.deepcopy(model)
+        for name, weight in rounded.named_parameters():
+            if weight.ndim == 2 and ".layers." in name:
+                groups = weight.data.float().view(weight.shape[0], -1, group or weight.shape[1])
+                scale = groups.abs().amax(-1, keepdim=True).clamp(min=1e-12) / (2 ** (bits - 1) - 1)
+                weight.data = ((groups / scale).round() * scale).view_as(weight).to(weight.dtype)
+        return rounded
+
+    return rounded_copy

@@ -1,7 +1,9 @@
-"""Can this machine do the work? `examine` looks at Python, packages, devices, memory, disk and models, and says which verbs can run.
+"""Can this machine do the work? `examine` looks at Python, packages, devices, memory, disk and models, and
+says which verbs can run.
 
-What is needed is read from the installed package's own metadata, never from a list kept here. Nothing touches the network. Heavy packages are imported
-only to learn whether they import, so that a machine without them still gets its answer.
+What is needed is read from the installed package's own metadata, never from a list kept here. Nothing touches
+the network. Heavy packages are imported only to learn whether they import, so that a machine without them
+still gets its answer.
 """
 
 import os
@@ -15,7 +17,8 @@ from typing import Any, Literal
 
 from bitassay.models.catalogue import CATALOGUE
 
-# `bitassay eval smollm2-135m` peaks at 1.6 GB resident: the default model in float32, the logits of one window, the libraries.
+# `bitassay eval smollm2-135m` peaks at 1.6 GB resident: the default model in float32, the logits of one
+# window, the libraries.
 MEMORY_BYTES = 2 * 10**9
 # The default model in the cache: its GGUF file and the float32 folder made from it.
 CACHE_BYTES = 98_000_000 + 542_000_000
@@ -31,7 +34,7 @@ VERBS = {
     "calibrate": (*_MODEL, "scipy"),
     "report": ("matplotlib", "jinja2"),
     "models": _MODEL,
-    "recipes": ("pyyaml", "pydantic"),
+    "recipes": ("torch", "pyyaml", "pydantic"),
 }
 
 Status = Literal["ok", "warning", "missing"]
@@ -39,7 +42,8 @@ Status = Literal["ok", "warning", "missing"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at: what was found, what is needed (empty: nothing), and one thing to do where it is not ok."""
+    """One thing that was looked at: what was found, what is needed (empty: nothing), and one thing to do
+    where it is not ok."""
 
     subject: str
     found: str
@@ -63,19 +67,25 @@ def python() -> Finding:
     needed = metadata.metadata("bitassay")["Requires-Python"]
     version = platform.python_version()
     fits = SpecifierSet(needed).contains(version, prereleases=True)
-    return Finding("python", version, needed, "ok" if fits else "missing", "" if fits else f"install Python {needed}")
+    return Finding(
+        "python", version, needed, "ok" if fits else "missing", "" if fits else f"install Python {needed}"
+    )
 
 
 def packages() -> list[Finding]:
-    """Every requirement of the installed package that applies here (extras left out), against what is installed."""
+    """Every requirement of the installed package that applies here (extras left out), against what is
+    installed."""
     from packaging.requirements import Requirement
 
     wanted = [Requirement(line) for line in metadata.requires("bitassay") or ()]
-    return [package(w.name, w.specifier) for w in wanted if w.marker is None or w.marker.evaluate({"extra": ""})]
+    return [
+        package(w.name, w.specifier) for w in wanted if w.marker is None or w.marker.evaluate({"extra": ""})
+    ]
 
 
 def package(name: str, specifier: Any) -> Finding:
-    """Whether distribution `name` is installed in a version that `specifier` (a packaging SpecifierSet) allows."""
+    """Whether distribution `name` is installed in a version that `specifier` (a packaging SpecifierSet)
+    allows."""
     remedy = f'pip install "{name}{specifier}"'
     try:
         version = metadata.version(name)
@@ -91,10 +101,18 @@ def torch_build() -> list[Finding]:
         import torch
     except (ImportError, OSError) as error:  # OSError: a shared library that does not load
         return [Finding("torch import", f"fails: {error}", "imports", "missing", "install torch again")]
-    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}" if torch.version.hip else "CPU only"
+    build = (
+        f"CUDA {torch.version.cuda}"
+        if torch.version.cuda
+        else f"ROCm {torch.version.hip}"
+        if torch.version.hip
+        else "CPU only"
+    )
     capability = torch.backends.cpu.get_cpu_capability()
     slow = "no vector instructions that torch knows: expect a slow run" if capability == "DEFAULT" else ""
-    devices = [_cuda(index) for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    devices = (
+        [_cuda(index) for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    )
     return [
         Finding("torch import", f"{build}, {torch.get_num_threads()} threads"),
         Finding("CPU capability", capability, status="warning" if slow else "ok", remedy=slow),
@@ -107,7 +125,10 @@ def _cuda(index: int) -> Finding:
     import torch
 
     about = torch.cuda.get_device_properties(index)
-    return Finding(f"cuda:{index}", f"{about.name}, {about.total_memory / 1e9:.1f} GB, compute capability {about.major}.{about.minor}")
+    return Finding(
+        f"cuda:{index}",
+        f"{about.name}, {about.total_memory / 1e9:.1f} GB, compute capability {about.major}.{about.minor}",
+    )
 
 
 def machine() -> list[Finding]:
@@ -140,14 +161,25 @@ def places() -> list[Finding]:
     from bitassay.models.source import cache_folder, is_cached
 
     needed = 0 if is_cached(CATALOGUE["smollm2-135m"]) else CACHE_BYTES
-    cache = place("cache folder", cache_folder(), needed, "set BITASSAY_CACHE to a folder that has room and may be written")
+    cache = place(
+        "cache folder",
+        cache_folder(),
+        needed,
+        "set BITASSAY_CACHE to a folder that has room and may be written",
+    )
     here = place("working folder", Path.cwd(), 0, "change to a folder that may be written, or give --out")
     # Results can go elsewhere; the cache is needed whatever the options.
-    return [cache, here if here.status == "ok" else Finding(here.subject, here.found, here.needed, "warning", here.remedy)]
+    return [
+        cache,
+        here
+        if here.status == "ok"
+        else Finding(here.subject, here.found, here.needed, "warning", here.remedy),
+    ]
 
 
 def place(subject: str, folder: Path, needed_bytes: int, remedy: str) -> Finding:
-    """Whether files can be written into `folder` (made or not yet) and `needed_bytes` are free there; leaves nothing behind."""
+    """Whether files can be written into `folder` (made or not yet) and `needed_bytes` are free there; leaves
+    nothing behind."""
     nearest = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     needed = "writable" + (f", {needed_bytes / 1e9:.2g} GB free" if needed_bytes else "")
     try:
@@ -155,10 +187,18 @@ def place(subject: str, folder: Path, needed_bytes: int, remedy: str) -> Finding
             probe.write(b"\0" * 4096)
             probe.flush()
     except OSError as error:
-        return Finding(subject, f"{folder}: not writable ({error.strerror or error})", needed, "missing", remedy)
+        return Finding(
+            subject, f"{folder}: not writable ({error.strerror or error})", needed, "missing", remedy
+        )
     free = shutil.disk_usage(nearest).free
     fits = free >= needed_bytes
-    return Finding(subject, f"{folder}: {free / 1e9:.1f} GB free", needed, "ok" if fits else "missing", "" if fits else remedy)
+    return Finding(
+        subject,
+        f"{folder}: {free / 1e9:.1f} GB free",
+        needed,
+        "ok" if fits else "missing",
+        "" if fits else remedy,
+    )
 
 
 def models() -> list[Finding]:
@@ -173,7 +213,12 @@ def models() -> list[Finding]:
     remedy = "" if default else "bitassay models pull smollm2-135m"
     return [
         Finding("models here", here),
-        Finding("default model", "cached" if default else "not fetched yet", status="ok" if default else "warning", remedy=remedy),
+        Finding(
+            "default model",
+            "cached" if default else "not fetched yet",
+            status="ok" if default else "warning",
+            remedy=remedy,
+        ),
     ]
 
 

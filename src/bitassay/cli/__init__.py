@@ -1,7 +1,8 @@
 """The command line: `bitassay VERB`. Verbs are imported when they are called, so that `--help` is instant.
 
-Results go to stdout, progress and logs to stderr. Exit status: 0 done or PASS, 1 FAIL or INCONCLUSIVE, 2 bad usage or bad input, 3 something
-missing in the environment, 130 interrupted. An expected error is one message without a traceback; `--debug` shows the traceback.
+Results go to stdout, progress and logs to stderr. Exit status: 0 done or PASS, 1 FAIL or INCONCLUSIVE, 2 bad
+usage or bad input, 3 something missing in the environment, 130 interrupted. An expected error is one message
+without a traceback; `--debug` shows the traceback.
 """
 
 import os
@@ -13,7 +14,8 @@ from bitassay import __version__
 from bitassay.errors import BitassayError, nearest
 
 VERBS = {
-    "assay": "Quantize a model by several recipes; one table of what each costs and whether a verifier notices.",
+    "assay": "Quantize a model by several recipes; one table of what each costs "
+    "and whether a verifier notices.",
     "quantize": "Quantize a model by a recipe and save it as a checkpoint that transformers loads.",
     "eval": "Perplexity and divergence of one model, or of one against another.",
     "prove": "Generate text and write a trace that shows which model ran.",
@@ -25,7 +27,13 @@ VERBS = {
     "doctor": "Check Python, packages, devices, disk and models.",
 }
 
-app = App(name="bitassay", help="Fewer bits, known cost, provable identity for language models.", version=__version__)
+# Otherwise cyclopts exits at Ctrl-C without a word on what to do next.
+app = App(
+    name="bitassay",
+    help="Fewer bits, known cost, provable identity for language models.",
+    version=__version__,
+    suppress_keyboard_interrupt=False,
+)
 for verb, summary in VERBS.items():
     app.command(f"bitassay.cli.{verb}:{verb}", name=verb, help=summary)
 
@@ -47,7 +55,10 @@ def run(arguments: list[str], debug: bool = False) -> int:
     try:
         # Left to cyclopts, an unknown verb imports all the others to describe them.
         if arguments and not arguments[0].startswith("-") and arguments[0] not in VERBS:
-            raise BitassayError(f"no verb is called {arguments[0]!r}; the nearest are {nearest(arguments[0], VERBS)}", "bitassay --help")
+            raise BitassayError(
+                f"no verb is called {arguments[0]!r}; the nearest are {nearest(arguments[0], VERBS)}",
+                "bitassay --help",
+            )
         result = app(arguments, exit_on_error=False, print_error=True, result_action="return_value")
         sys.stdout.flush()  # here, where a reader that went away or a full disk can still be dealt with
         return result if isinstance(result, int) else 0
@@ -67,7 +78,10 @@ def run(arguments: list[str], debug: bool = False) -> int:
     except MemoryError:
         if debug:
             raise
-        print("error: out of memory\n  try: a smaller model, fewer recipes, or a shorter --window", file=sys.stderr)
+        print(
+            "error: out of memory\n  try: a smaller model, fewer recipes, or a shorter --window",
+            file=sys.stderr,
+        )
         return 3
     except OSError as error:
         if debug:

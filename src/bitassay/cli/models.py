@@ -78,7 +78,10 @@ def pull(model: str, *, format: Format = "table") -> int:
 
 @models.command
 def check(
-    model: str, *, trust_remote_code: Annotated[bool, Parameter(negative=())] = False, format: Format = "table"
+    model: str,
+    *,
+    trust_remote_code: Annotated[bool, Parameter(negative=())] = False,
+    format: Format = "table",
 ) -> int:
     """Read all of MODEL, run it once, and say what it is.
 

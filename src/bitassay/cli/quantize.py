@@ -86,7 +86,9 @@ def _planned(source: "Source", recipe: "Recipe", trust_remote_code: bool) -> dic
 
     config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
-        plan = plan_export(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code), recipe)
+        plan = plan_export(
+            AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code), recipe
+        )
     known = {"recipe": recipe.name, "bits_per_weight": plan.bits_per_weight, "size_bytes": plan.size_bytes}
     return known | dict.fromkeys(("file_bytes", "seconds", "max_logits_difference"))
 
@@ -104,7 +106,9 @@ def _finished(out: Path, source: "Source", recipe: "Recipe", dtype: str) -> dict
     except OSError as error:
         raise explain_os_error(error, out) from error
     if (card := read_card(out)) is None:
-        raise BitassayError(f"{out}: holds something else than a model that `bitassay quantize` wrote", "give another --out")
+        raise BitassayError(
+            f"{out}: holds something else than a model that `bitassay quantize` wrote", "give another --out"
+        )
     same_base = card.base.weights_digest == Identity(source).weights_digest
     if not same_base or (card.recipe_id, card.dtype) != (recipe.recipe_id, dtype):
         raise BitassayError(

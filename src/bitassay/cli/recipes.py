@@ -30,7 +30,9 @@ def list_(*, format: Format = "table") -> int:
         {
             "name": name,
             "weights": " ".join(
-                (w.format, w.granularity, "symmetric" if w.symmetric else "asymmetric", w.scale) if (w := recipe.weights) else ("left",)
+                (w.format, w.granularity, "symmetric" if w.symmetric else "asymmetric", w.scale)
+                if (w := recipe.weights)
+                else ("left",)
             ),
             "overrides": len(recipe.overrides),
             "recipe_id": recipe.recipe_id,

@@ -1,6 +1,7 @@
 """Text to measure on: corpora and prompts, from a local folder or from what this package carries.
 
-`BITASSAY_DATA` names a folder of data sets (searched first); without it the bundled files are used. A result always says which.
+`BITASSAY_DATA` names a folder of data sets (searched first); without it the bundled files are used. A result
+always says which.
 """
 
 import gzip
@@ -30,10 +31,12 @@ class Corpus:
 
 
 def corpus(name: str) -> Corpus:
-    """The corpus called `name`, joined as its protocol wants. Raises BitassayError for an unknown name or an empty file.
+    """The corpus called `name`, joined as its protocol wants. Raises BitassayError for an unknown name or an
+    empty file.
 
-    wikitext2-raw: the lines of the raw test set joined by two newlines, blank lines as empty strings. That is how the data set's rows are
-    joined in GPTQ's evaluation, which the published WikiText-2 perplexities of quantized models follow.
+    wikitext2-raw: the lines of the raw test set joined by two newlines, blank lines as empty strings. That is
+    how the data set's rows are joined in GPTQ's evaluation, which the published WikiText-2 perplexities of
+    quantized models follow.
     """
     if name not in CORPORA:
         raise BitassayError(f"unknown corpus {name!r}; the nearest are {nearest(name, CORPORA)}")
@@ -55,7 +58,9 @@ def prompts_from(path: Path) -> list[str]:
     """Prompts from a `.jsonl` file (field `prompt`; may be gzipped) or a text file with one prompt a line."""
     lines = [line for line in read_text(path).split("\n") if line.strip()]
     if not lines:
-        raise BitassayError(f"{path}: no prompts in it", "write one prompt a line, or JSON lines with a field 'prompt'")
+        raise BitassayError(
+            f"{path}: no prompts in it", "write one prompt a line, or JSON lines with a field 'prompt'"
+        )
     if ".jsonl" not in path.name:
         return lines
     prompts = []
@@ -71,7 +76,8 @@ def prompts_from(path: Path) -> list[str]:
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, gunzipped where its name ends in .gz; a BitassayError names the file and the defect."""
+    """The text of a UTF-8 file, gunzipped where its name ends in .gz; a BitassayError names the file and the
+    defect."""
     try:
         data = path.read_bytes()
         return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
@@ -84,7 +90,9 @@ def read_text(path: Path) -> str:
 def _locate(candidates: tuple[str, ...], bundled: str) -> tuple[Path, str]:
     if root := os.environ.get("BITASSAY_DATA"):
         if not Path(root).is_dir():
-            raise BitassayError(f"BITASSAY_DATA={root}: no such folder", "point it at a folder of data sets, or unset it")
+            raise BitassayError(
+                f"BITASSAY_DATA={root}: no such folder", "point it at a folder of data sets, or unset it"
+            )
         for candidate in candidates:
             if (path := Path(root) / candidate).is_file():
                 return path, f"BITASSAY_DATA {candidate}"

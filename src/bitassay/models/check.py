@@ -1,7 +1,8 @@
 """Is a model whole? `check` reads all of it once and says what it is.
 
-What can be wrong with a checkpoint without any error at load time: a digest that differs from the published one, a forward pass that overflows. What
-`load` refuses by itself: truncated files, weights that are missing or not finite, no tokenizer.
+What can be wrong with a checkpoint without any error at load time: a digest that differs from the published
+one, a forward pass that overflows. What `load` refuses by itself: truncated files, weights that are missing
+or not finite, no tokenizer.
 """
 
 from dataclasses import asdict, dataclass
@@ -20,8 +21,8 @@ PROBE = "The quick brown fox jumps over the lazy dog."
 
 @dataclass(frozen=True)
 class Checked:
-    """What a sound model is. `linears`, `experts` (fused parameters) and `routers` count matrices of the decoder layers; `parameters` counts tied
-    weights once; the digests are those of `Identity`."""
+    """What a sound model is. `linears`, `experts` (fused parameters) and `routers` count matrices of the
+    decoder layers; `parameters` counts tied weights once; the digests are those of `Identity`."""
 
     model: str
     origin: str
@@ -47,16 +48,18 @@ class Checked:
 def check(model: str | Path, *, trust_remote_code: bool = False, progress: Progress = silent) -> Checked:
     """Load `model` (as `load` does, in bfloat16) and run it once.
 
-    Raises BitassayError where a file is damaged, a weight is missing or not finite, the tokenizer does not fit or the logits are not finite.
+    Raises BitassayError where a file is damaged, a weight is missing or not finite, the tokenizer does not
+    fit or the logits are not finite.
     """
     loaded = load(model, dtype=torch.bfloat16, trust_remote_code=trust_remote_code, progress=progress)
     name, source, config = identity(loaded).name, identity(loaded).source, loaded.config.get_text_config()
     progress(f"running {name} once")
     tokens = tokenizer(loaded)(PROBE, return_tensors="pt").input_ids
-    if not tokens.numel() or int(tokens.max()) >= config.vocab_size:
+    largest = int(tokens.max()) if tokens.numel() else -1
+    if not 0 <= largest < config.vocab_size:
         raise BitassayError(
-            f"{source.folder}: the tokenizer gives tokens up to {int(tokens.max()) if tokens.numel() else 'nothing'}, but the "
-            f"model knows {config.vocab_size}",
+            f"{source.folder}: the tokenizer gives tokens up to {largest}, "
+            f"but the model knows {config.vocab_size}",
             "restore the tokenizer that came with the model",
         )
     with torch.inference_mode():
@@ -64,7 +67,8 @@ def check(model: str | Path, *, trust_remote_code: bool = False, progress: Progr
     if not logits.isfinite().all():
         bad = int((~logits.isfinite()).sum())
         raise BitassayError(
-            f"{source.folder}: {bad} of {logits.numel()} logits are NaN or infinite", "restore the checkpoint from its source"
+            f"{source.folder}: {bad} of {logits.numel()} logits are NaN or infinite",
+            "restore the checkpoint from its source",
         )
     progress(f"hashing the weights of {name}")
     found = walk(loaded)

@@ -50,7 +50,9 @@ class Card(_Part):
     @property
     def recipe_id(self) -> str:
         """The recipe's id, computed from its content rather than believed."""
-        return digest_json({key: value for key, value in self.recipe.items() if key not in ("name", "description")})
+        return digest_json(
+            {key: value for key, value in self.recipe.items() if key not in ("name", "description")}
+        )
 
     @property
     def recipe_name(self) -> str:
@@ -75,11 +77,15 @@ def read_card(folder: Path) -> Card | None:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "its top level"
-        raise BitassayError(f"{path}: {where}: {first['msg']}", "save the model again with `bitassay quantize`") from error
+        raise BitassayError(
+            f"{path}: {where}: {first['msg']}", "save the model again with `bitassay quantize`"
+        ) from error
     found = {file.name: file for file in hashed_files(folder)}
     if changed := sorted(found.keys() ^ card.files.keys()):
         state = "is not one that was saved" if changed[0] in found else "is missing"
-        raise BitassayError(f"{folder / changed[0]}: this file {state} ({CARD_FILE} lists the others)", "save the model again")
+        raise BitassayError(
+            f"{folder / changed[0]}: this file {state} ({CARD_FILE} lists the others)", "save the model again"
+        )
     for name, file in found.items():
         if (digest := digest_file(file)) != card.files[name]:
             raise BitassayError(

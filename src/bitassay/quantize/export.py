@@ -23,7 +23,12 @@ from pathlib import Path
 import torch
 from compressed_tensors.compressors import ModelCompressor
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
-from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme, QuantizationStatus
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationConfig,
+    QuantizationScheme,
+    QuantizationStatus,
+)
 from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -78,9 +83,13 @@ def save(model: PreTrainedModel, folder: str | Path, *, progress: Progress = sil
             bits_per_weight=bits_per_weight(model),
             stored_bits_per_weight=stored_bits_per_weight,
             size_bytes=size_bytes(model),
-            versions={name: version(name) for name in ("bitassay", "compressed-tensors", "transformers", "torch")},
+            versions={
+                name: version(name) for name in ("bitassay", "compressed-tensors", "transformers", "torch")
+            },
             files={path.name: digest_file(path) for path in hashed_files(temporary)},
         )
+        for path in hashed_files(temporary):
+            path.chmod((temporary / "config.json").stat().st_mode)  # safetensors makes private files
         write_json(temporary / CARD_FILE, card.model_dump(mode="json"))
     return card
 
@@ -101,13 +110,22 @@ def plan_export(model: PreTrainedModel, recipe: Recipe) -> Plan:
         if scheme := recipe.scheme_for(name):
             shape = (linear.out_features, linear.in_features)
             weight_args(scheme, shape, name)
-            bits, weights, matrices = bits + planned_bits(scheme, shape), weights + shape[0] * shape[1], matrices + 1
+            bits, weights, matrices = (
+                bits + planned_bits(scheme, shape),
+                weights + shape[0] * shape[1],
+                matrices + 1,
+            )
     if not matrices:
-        raise BitassayError(f"recipe {recipe.name} quantizes nothing in {type(model).__name__}", "another recipe; see `bitassay recipes list`")
+        raise BitassayError(
+            f"recipe {recipe.name} quantizes nothing in {type(model).__name__}",
+            "another recipe; see `bitassay recipes list`",
+        )
     return Plan(matrices, bits / weights, (parameter_count(model) - weights) * 2 + bits // 8)
 
 
-def reload_difference(model: PreTrainedModel, folder: str | Path, tokens: Int[Tensor, "batch tokens"]) -> float:
+def reload_difference(
+    model: PreTrainedModel, folder: str | Path, tokens: Int[Tensor, "batch tokens"]
+) -> float:
     """The largest difference between the logits of `model` and of the folder as plain transformers loads it, in the model's dtype."""
     reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).to(model.device).eval()
     with torch.inference_mode():
@@ -118,14 +136,22 @@ def weight_args(scheme: WeightScheme, shape: tuple[int, int], name: str = "weigh
     """How the library describes a matrix of `shape` quantized by `scheme`. Raises BitassayError that names the matrix where it cannot."""
     fmt, granularity = FORMATS[scheme.format], Granularity.parse(scheme.granularity)
     if fmt.kind == "binary" or fmt.name == "fp8_e5m2":
-        why = "its only 8-bit float is e4m3" if fmt.kind == "float" else "it has no codes of one bit without a zero"
+        why = (
+            "its only 8-bit float is e4m3"
+            if fmt.kind == "float"
+            else "it has no codes of one bit without a zero"
+        )
         other = "fp8_e4m3" if fmt.kind == "float" else "ternary"
         raise BitassayError(
             f"{name}: a compressed-tensors folder cannot hold {fmt.name} exactly: {why}",
             f"a recipe with {other}, or keep the model in memory: bitassay.quantize(base, recipe, packed=True)",
         )
     kind = "float" if fmt.kind == "float" else "int"
-    common = {"num_bits": 2 if fmt.kind == "ternary" else int(fmt.bits), "type": kind, "symmetric": scheme.symmetric}
+    common = {
+        "num_bits": 2 if fmt.kind == "ternary" else int(fmt.bits),
+        "type": kind,
+        "symmetric": scheme.symmetric,
+    }
     columns, size = shape[1], granularity.group_size
     if granularity.name == "tensor":
         return QuantizationArgs(strategy="tensor", **common)  # type: ignore[arg-type]
@@ -198,20 +224,29 @@ def _left_alone(model: PreTrainedModel, quantization: Quantization) -> list[str]
 def _quantization(model: PreTrainedModel) -> Quantization:
     quantization = getattr(model, "quantization", None)
     if not isinstance(quantization, Quantization) or not quantization.tensors:
-        raise BitassayError("this model is not quantized, so there is nothing to export", "bitassay.quantize(model, recipe='w4') first")
+        raise BitassayError(
+            "this model is not quantized, so there is nothing to export",
+            "bitassay.quantize(model, recipe='w4') first",
+        )
     return quantization
 
 
 def _state(model: PreTrainedModel, quantization: Quantization) -> dict[str, Tensor]:
     """The checkpoint: codes and scales instead of the quantized weights, everything else as it is."""
-    state = {key: value for key, value in model.state_dict().items() if key.removesuffix(".weight") not in quantization.tensors}
+    state = {
+        key: value
+        for key, value in model.state_dict().items()
+        if key.removesuffix(".weight") not in quantization.tensors
+    }
     for name, tensor in quantization.tensors.items():
         state |= {f"{name}.{part}": value for part, value in stored_tensors(tensor, name).items()}
     return state
 
 
 def _stored_bits(state: dict[str, Tensor], quantization: Quantization) -> float:
-    kept = [state[key] for name in quantization.tensors for part in PARTS if (key := f"{name}.{part}") in state]
+    kept = [
+        state[key] for name in quantization.tensors for part in PARTS if (key := f"{name}.{part}") in state
+    ]
     weights = sum(tensor.shape[0] * tensor.shape[1] for tensor in quantization.tensors.values())
     return sum(tensor.numel() * tensor.element_size() * 8 for tensor in kept) / weights
 

@@ -22,7 +22,7 @@ class NumberFormat:
 
     name: str
     kind: Literal["integer", "ternary", "binary", "float"]
-    bits: int | float
+    bits: float
     float_dtype: torch.dtype | None = None
 
     @property

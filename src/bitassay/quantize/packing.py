@@ -33,7 +33,7 @@ PACKINGS = {
 }
 
 
-def pack(codes: Int[Tensor, "..."] | UInt8[Tensor, "..."], bits: int | float) -> UInt8[Tensor, " bytes"]:
+def pack(codes: Int[Tensor, "..."] | UInt8[Tensor, "..."], bits: float) -> UInt8[Tensor, " bytes"]:
     """Pack codes in [0, base), in row-major order. Raises KeyError for a width that has no packing."""
     packing = PACKINGS[bits]
     flat = codes.reshape(-1).to(torch.uint8)
@@ -47,7 +47,7 @@ def pack(codes: Int[Tensor, "..."] | UInt8[Tensor, "..."], bits: int | float) ->
     return torch.stack(bytes_of_word, dim=1).to(torch.uint8).reshape(-1)
 
 
-def unpack(packed: UInt8[Tensor, " bytes"], bits: int | float, count: int) -> UInt8[Tensor, " count"]:
+def unpack(packed: UInt8[Tensor, " bytes"], bits: float, count: int) -> UInt8[Tensor, " count"]:
     """The first `count` codes of `packed`: the inverse of `pack`."""
     packing = PACKINGS[bits]
     assert packed.numel() == packing.packed_bytes(count), "packed bytes do not match the number of codes"

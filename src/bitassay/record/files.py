@@ -17,25 +17,37 @@ from bitassay.errors import BitassayError, MissingError
 def explain_os_error(error: OSError, path: Path) -> BitassayError:
     """Say what went wrong with `path` and what to do about it."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return MissingError(f"{path}: no space left on the disk", "free some space or choose another folder, then run the same command again")
+        return MissingError(
+            f"{path}: no space left on the disk",
+            "free some space or choose another folder, then run the same command again",
+        )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return BitassayError(f"{path}: not writable ({error.strerror})", "choose a folder that you may write to")
+        return BitassayError(
+            f"{path}: not writable ({error.strerror})", "choose a folder that you may write to"
+        )
     if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
-        return BitassayError(f"{path}: a file is where a folder should be, or the reverse ({error.strerror})", "choose another path")
+        return BitassayError(
+            f"{path}: a file is where a folder should be, or the reverse ({error.strerror})",
+            "choose another path",
+        )
     return BitassayError(f"{path}: {error.strerror or error}")
 
 
 def as_os_error(error: Exception) -> OSError | None:
-    """The operating system's error behind `error`. safetensors wraps a full disk in an error of its own, which keeps the number only in its text."""
+    """The operating system's error behind `error`. safetensors wraps a full disk in an error of its own,
+    which keeps the number only in its text."""
     if isinstance(error, OSError):
         return error
-    number = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
+    number = (
+        re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
+    )
     return OSError(int(number[1]), os.strerror(int(number[1]))) if number else None
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in the same folder; on success it is renamed to `path`, on any failure it is removed.
+    """Yield a temporary path in the same folder; on success it is renamed to `path`, on any failure it is
+    removed.
 
     Raises BitassayError that names `path` where the disk is full or the folder cannot be written.
     """
@@ -69,7 +81,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     temporary: Path | None = None
     try:
         if path.is_dir() and any(path.iterdir()):
-            raise BitassayError(f"{path}: the folder is not empty", "choose another folder or remove this one first")
+            raise BitassayError(
+                f"{path}: the folder is not empty", "choose another folder or remove this one first"
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
         yield temporary
@@ -92,7 +106,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def _sync(path: Path) -> None:
-    """Bring a file's content to the disk: a rename may get there first, and a power cut between the two would leave a whole name on half a file."""
+    """Bring a file's content to the disk: a rename may get there first, and a power cut between the two would
+    leave a whole name on half a file."""
     with open(path, "rb") as stream:
         os.fsync(stream.fileno())
 
@@ -111,11 +126,15 @@ def read_json(path: Path, *, limit_bytes: int = 64 * 2**20) -> Any:
     path = Path(path)
     try:
         if path.stat().st_size > limit_bytes:
-            raise BitassayError(f"{path}: {path.stat().st_size} bytes, more than the {limit_bytes} that such a file may have")
+            raise BitassayError(
+                f"{path}: {path.stat().st_size} bytes, more than the {limit_bytes} that such a file may have"
+            )
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise BitassayError(f"{path}: no such file") from error
     except OSError as error:
         raise explain_os_error(error, path) from error
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise BitassayError(f"{path}: not a JSON file ({error})", "write it again with the command that made it") from error
+        raise BitassayError(
+            f"{path}: not a JSON file ({error})", "write it again with the command that made it"
+        ) from error

@@ -1,7 +1,7 @@
 """Digests: how a recipe, a file or a set of weights is named so that two people mean the same thing.
 
-All are SHA-256 in lower-case hex. A digest of weights covers names, dtypes, shapes and bytes in the order of the names, so
-that it does not depend on how a checkpoint is sharded, but does change when a weight is cast.
+All are SHA-256 in lower-case hex. A digest of weights covers names, dtypes, shapes and bytes in the order of
+the names, so that it does not depend on how a checkpoint is sharded, but does change when a weight is cast.
 """
 
 import hashlib

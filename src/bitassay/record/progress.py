@@ -1,4 +1,5 @@
-"""How long work tells its caller that it moves: a function that the command line draws and a script may ignore."""
+"""How long work tells its caller that it moves: a function that the command line draws and a script may
+ignore."""
 
 from typing import Protocol, runtime_checkable
 

@@ -1,7 +1,8 @@
 """A run folder: the plan of a long piece of work and every part of it that is finished.
 
-Parts are written whole, so an interrupted run loses at most the part it was working on; running the same command again opens the same folder and
-goes on. A folder belongs to one plan: a different plan is refused instead of mixed in.
+Parts are written whole, so an interrupted run loses at most the part it was working on; running the same
+command again opens the same folder and goes on. A folder belongs to one plan: a different plan is refused
+instead of mixed in.
 
     plan.json            what is to be done; never changes
     parts/<name>.json    a finished part
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 
 
 class RunFolder:
-    """The folder of one plan. Raises BitassayError where the folder cannot be written or holds something else."""
+    """The folder of one plan. Raises BitassayError where the folder cannot be written or holds something
+    else."""
 
     def __init__(self, path: Path, plan: dict[str, Any]):
         self.path, self.plan = Path(path), plan
@@ -41,7 +43,9 @@ class RunFolder:
                     "give another --out, or remove that folder",
                 )
         elif occupied:
-            raise BitassayError(f"{self.path}: the folder is not empty and holds no run", "give another --out")
+            raise BitassayError(
+                f"{self.path}: the folder is not empty and holds no run", "give another --out"
+            )
         else:
             write_json(plan_file, plan)
 
@@ -73,10 +77,16 @@ class RunFolder:
         try:
             return load_file(path)
         except (SafetensorError, OSError) as error:
-            raise BitassayError(f"{path}: damaged ({error})", "remove this file and run the same command again") from error
+            raise BitassayError(
+                f"{path}: damaged ({error})", "remove this file and run the same command again"
+            ) from error
 
 
 def _differences(old: Any, new: dict[str, Any]) -> list[str]:
     if not isinstance(old, dict):
         return ["plan.json"]
-    return [key for key in sorted(old.keys() | new.keys()) if canonical_json(old.get(key)) != canonical_json(new.get(key))]
+    return [
+        key
+        for key in sorted(old.keys() | new.keys())
+        if canonical_json(old.get(key)) != canonical_json(new.get(key))
+    ]

@@ -53,7 +53,7 @@ def speed_figure(run: AssayRun) -> Figure | None:
         axes = figure.add_subplot(1, 2, place + 1)
         values = [getattr(row, key) for row in rows]
         bars = axes.barh([row.recipe for row in rows], values, color=[_style(i)[0] for i in range(len(rows))])
-        axes.bar_label(bars, [f"{value:.3g}" for value in values], padding=3)
+        axes.bar_label(bars, [f"{value:,.1f}" if value < 100 else f"{value:,.0f}" for value in values], padding=3)
         axes.set(xlabel=title, xlim=(0, max(values) * 1.2))
         axes.invert_yaxis()
         _clean(axes)
@@ -76,6 +76,7 @@ def draw_divergence(axes: Axes, rows: Sequence[Row]) -> None:
     for index, row in enumerate(rows):
         if row.kl_mean > 0:
             _point(axes, index, row, max(row.kl_mean, KL_FLOOR), row.kl_ci)
+    axes.locator_params(axis="x", nbins=6)
     axes.set(yscale="log", xlabel="checkpoint, MB", ylabel="KL divergence to the base, nats a token")
     _clean(axes)
 
@@ -85,6 +86,7 @@ def draw_perplexity(axes: Axes, rows: Sequence[Row]) -> None:
     axes.axhline(base, color="#777777", linewidth=1, linestyle="--")
     for index, row in enumerate(rows):
         _point(axes, index, row, row.ppl, row.ppl_ci)
+    axes.locator_params(axis="x", nbins=6)
     axes.set(yscale="log", xlabel="checkpoint, MB", ylabel="perplexity")
     _clean(axes)
 

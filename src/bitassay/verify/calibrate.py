@@ -28,7 +28,7 @@ MIN_POSITIONS = 8
 MIN_FIT = 8
 CHUNK = 4 * BATCH  # traces that exist at a time; prompts are batched by length within it
 # A spread below these is too small to be told from that of a few runs: 2 % of a distance, a tenth of the
-# offset of the margins.
+# margin and its offset.
 STATES_SD, TOKENS_SD = 0.02, 0.1
 
 

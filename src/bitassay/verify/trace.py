@@ -146,7 +146,7 @@ def tensor_name(layer: int) -> str:
 
 def write_trace(path: str | Path, trace: Trace) -> None:
     """Write `trace` to `path`, whole or not at all."""
-    tensors = {tensor_name(layer): states.contiguous() for layer, states in trace.states.items()}
+    tensors = {tensor_name(layer): states.contiguous().clone() for layer, states in trace.states.items()}
     metadata = {HEADER_KEY: canonical_json(trace.header.model_dump(mode="json"))}
     with atomic_file(Path(path)) as temporary:
         temporary.write_bytes(safetensors.torch.save(tensors, metadata))

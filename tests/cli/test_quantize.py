@@ -1,0 +1,131 @@
+"""`bitassay quantize`, as a user types it."""
+
+import json
+
+import pytest
+
+from bitassay.cli import run
+from bitassay.models.load import load
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "out"
+
+
+def quantize(out, *options, recipe="w4"):
+    return run(["quantize", "stories260k", "--recipe", str(recipe), "--out", str(out), *options])
+
+
+def row(capsys):
+    return json.loads(capsys.readouterr().out)["rows"][0]
+
+
+def test_writes_a_folder_and_one_row(out, capsys):
+    assert quantize(out, "--dtype", "float32", "--format", "json") == 0
+    found = row(capsys)
+    assert list(found) == [
+        "recipe",
+        "bits_per_weight",
+        "size_bytes",
+        "file_bytes",
+        "seconds",
+        "max_logits_difference",
+    ]
+    assert found["recipe"] == "w4"
+    assert 4 < found["bits_per_weight"] < 5
+    assert found["file_bytes"] == sum(path.stat().st_size for path in out.iterdir())
+    assert found["seconds"] > 0
+    assert found["max_logits_difference"] == 0
+    assert load(out).identity.recipe_name == "w4"
+
+
+def test_sixteen_bit_scales_and_weights_of_another_dtype_differ_and_say_so(out, capsys):
+    assert quantize(out, "--format", "json") == 0
+    assert 0 < row(capsys)["max_logits_difference"] < 1
+
+
+def test_no_check_leaves_the_difference_out(out, capsys):
+    assert quantize(out, "--no-check", "--format", "csv") == 0
+    header, line = capsys.readouterr().out.splitlines()
+    assert dict(zip(header.split(","), line.split(","), strict=True))["max_logits_difference"] == ""
+
+
+def test_the_same_command_again_says_that_it_is_done(out, capsys):
+    assert quantize(out, "--no-check", "--format", "json") == 0
+    first = row(capsys)
+    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert quantize(out, "--no-check", "--format", "json") == 0
+    captured = capsys.readouterr()
+    assert "finished before" in captured.err
+    again = json.loads(captured.out)["rows"][0]
+    assert {key: again[key] for key in ("recipe", "bits_per_weight", "size_bytes", "file_bytes")} == {
+        key: first[key] for key in ("recipe", "bits_per_weight", "size_bytes", "file_bytes")
+    }
+    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
+
+
+def test_another_recipe_or_dtype_in_the_same_folder_is_refused(out, capsys):
+    assert quantize(out, "--no-check") == 0
+    assert quantize(out, "--no-check", recipe="w8") == 2
+    assert (
+        "holds stories260k quantized by w4 in bfloat16, not stories260k by w8 in bfloat16"
+        in capsys.readouterr().err
+    )
+    assert quantize(out, "--no-check", "--dtype", "float16") == 2
+    assert "in float16" in capsys.readouterr().err
+
+
+def test_a_damaged_folder_is_not_called_finished(out, capsys):
+    assert quantize(out, "--no-check") == 0
+    with open(out / "model.safetensors", "r+b") as file:
+        file.seek(-1, 2)
+        last = file.read(1)
+        file.seek(-1, 2)
+        file.write(bytes([last[0] ^ 1]))
+    assert quantize(out, "--no-check") == 2
+    assert "changed since it was saved" in capsys.readouterr().err
+
+
+def test_a_folder_with_something_else_is_refused(out, capsys):
+    out.mkdir()
+    (out / "mine.txt").write_text("keep me")
+    assert quantize(out) == 2
+    assert "holds something else" in capsys.readouterr().err
+    assert (out / "mine.txt").read_text() == "keep me"
+
+
+def test_a_file_in_the_way_is_refused(out, capsys):
+    out.write_text("a file")
+    assert quantize(out) == 2
+    assert "a file is where a folder should be" in capsys.readouterr().err
+
+
+def test_dry_run_plans_what_the_run_then_writes(out, capsys):
+    assert quantize(out, "--dry-run", "--format", "json") == 0
+    planned = row(capsys)
+    assert not out.exists()
+    assert planned["file_bytes"] is planned["seconds"] is None
+    assert quantize(out, "--no-check", "--format", "json") == 0
+    assert quantize(out, "--format", "json") == 0  # from the card, which counted the real tensors
+    captured = capsys.readouterr().out
+    finished = json.loads(captured[captured.rindex('{\n  "rows"') :])["rows"][0]
+    assert (planned["bits_per_weight"], planned["size_bytes"]) == (
+        finished["bits_per_weight"],
+        finished["size_bytes"],
+    )
+
+
+def test_what_the_format_cannot_hold_is_refused_before_any_work(out, capsys):
+    assert quantize(out, recipe="w1") == 2
+    captured = capsys.readouterr()
+    assert "cannot hold binary exactly" in captured.err
+    assert "quantizing" not in captured.err
+    assert not out.exists()
+
+
+def test_a_recipe_that_quantizes_nothing_is_refused(out, capsys, tmp_path):
+    nothing = tmp_path / "nothing.yaml"
+    nothing.write_text("name: nothing\nweights: null\n")
+    assert quantize(out, recipe=nothing) == 2
+    assert not out.exists()

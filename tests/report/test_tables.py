@@ -1,0 +1,75 @@
+import csv
+import io
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bitassay.report.tables import Column, interval, number, percent, render, significant, size
+
+ROWS = [
+    {"name": "base", "ppl": 22.7, "ci": None, "note": None},
+    {"name": "w2", "ppl": 41234567.0, "ci": [1.5, 2.25], "note": "a|b, \"c\""},
+]
+COLUMNS = [
+    Column("name", "recipe", align="left"),
+    Column("ppl", "perplexity\n(nats)", number(2)),
+    Column("ci", "95 %", interval(number(1))),
+    Column("note", "note", align="left"),
+]
+
+
+def test_a_table_is_aligned_and_shows_what_is_missing():
+    assert render(ROWS, COLUMNS, "table") == "\n".join(
+        [
+            "        perplexity",
+            "recipe      (nats)        95 %  note",
+            "------  ----------  ----------  --------",
+            "base         22.70           -  -",
+            'w2        4.12e+07  [1.5, 2.2]  a|b, "c"',
+        ]
+    )
+
+
+def test_markdown_escapes_bars():
+    lines = render(ROWS, COLUMNS, "md").splitlines()
+    assert lines[0] == "| recipe | perplexity (nats) | 95 % | note |"
+    assert lines[1] == "|---|---:|---:|---|"
+    assert lines[3].endswith('| a\\|b, "c" |')
+
+
+def test_csv_keeps_every_digit_and_splits_intervals():
+    rows = list(csv.DictReader(io.StringIO(render(ROWS, COLUMNS, "csv"))))
+    assert list(rows[0]) == ["name", "ppl", "ci_low", "ci_high", "note"]
+    assert rows[0] == {"name": "base", "ppl": "22.7", "ci_low": "", "ci_high": "", "note": ""}
+    assert rows[1]["ci_low"] == "1.5"
+    assert rows[1]["ci_high"] == "2.25"
+    assert rows[1]["note"] == 'a|b, "c"'
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False))
+def test_csv_numbers_read_back_exactly(value):
+    text = render([{"x": value}], [Column("x", "x", number(1))], "csv")
+    assert float(text.splitlines()[1]) == value
+
+
+@pytest.mark.parametrize(
+    ("form", "value", "text"),
+    [
+        (number(2), 999999.0, "999999.00"),
+        (number(2), -3e6, "-3.00e+06"),
+        (percent(1), 0.9876, "98.8 %"),
+        (significant(3), 0.0123456, "0.0123"),
+        (size, 999, "999 B"),
+        (size, 98_362_432, "98.4 MB"),
+        (size, 2.5e12, "2.5 TB"),
+    ],
+)
+def test_forms(form, value, text):
+    assert form(value) == text
+
+
+def test_a_column_may_show_several_fields():
+    column = Column("a", "a", lambda row: f"{row['a']}/{row['b']}", whole_row=True)
+    assert column.text({"a": 1, "b": 2}) == "1/2"
+    assert column.text({"a": None, "b": 2}) == "-"

@@ -1,0 +1,188 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bitassay.errors import BitassayError
+from bitassay.evaluate.protocol import Protocol
+from bitassay.quantize.recipe import Recipe, find_recipe
+from bitassay.studies.assay import AssayPlan, Verification, assay
+from bitassay.studies.estimate import estimate_assay
+
+SMALL = {
+    "protocol": Protocol(window_tokens=64, windows=3),
+    "bench_repeats": 1,
+    "bench_tokens": 32,
+    "verification": Verification(prompts=4, calibration_prompts=60, new_tokens=24, alpha=0.05),
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "assay"
+    run, folder = assay("stories260k", ["w8", "w2"], out=out, **SMALL)
+    assert folder == out
+    return run, folder
+
+
+def test_rows_hold_what_was_promised(finished):
+    run, folder = finished
+    keys = """recipe bits_per_weight size_bytes ppl ppl_delta ppl_delta_ci kl_mean top1_agreement prefill_tok_s decode_tok_s
+        hidden_distance verdict""".split()
+    assert [row["recipe"] for row in run["rows"]] == ["base", "w8", "w2"]
+    for row in run["rows"]:
+        assert all(row[key] is not None for key in keys)
+    base, w8, w2 = run["rows"]
+    assert base["verdict"] == "PASS"
+    assert w2["verdict"] == "FAIL"
+    assert base["kl_mean"] == 0 < w8["kl_mean"] < w2["kl_mean"]
+    assert base["hidden_distance"] < w8["hidden_distance"] < w2["hidden_distance"]
+    assert base["size_bytes"] > w8["size_bytes"] > w2["size_bytes"]
+    assert json.loads((folder / "run.json").read_text())["rows"] == json.loads(json.dumps(run["rows"]))
+
+
+def test_running_again_repeats_nothing(finished, monkeypatch):
+    run, folder = finished
+    import bitassay.studies.assay as module
+
+    def never(*_, **__):
+        raise AssertionError("finished work was done again")
+
+    for name in ("score_windows", "throughput", "calibrate", "prove_many"):
+        monkeypatch.setattr(module, name, never)
+    again, _ = assay("stories260k", ["w8", "w2"], out=folder, **SMALL)
+    assert json.dumps(again["rows"]) == json.dumps(run["rows"])
+
+
+def test_an_interrupted_run_goes_on_at_the_window_where_it_stopped(tmp_path, monkeypatch):
+    import bitassay.studies.assay as module
+
+    options = SMALL | {"verification": None, "bench_repeats": 0}
+    whole, _ = assay("stories260k", ["w4"], out=tmp_path / "whole", **options)
+    original, seen = module.score_windows, []
+
+    def interrupted(*args, **kwargs):
+        for index, scores in original(*args, **kwargs):
+            if index == 2 and "stopped" not in seen:
+                seen.append("stopped")
+                raise KeyboardInterrupt
+            seen.append(index)
+            yield index, scores
+
+    monkeypatch.setattr(module, "score_windows", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        assay("stories260k", ["w4"], out=tmp_path / "cut", **options)
+    assert not (tmp_path / "cut" / "run.json").exists()
+    run, _ = assay("stories260k", ["w4"], out=tmp_path / "cut", **options)
+    assert seen == [0, 1, "stopped", 2]
+    assert run["rows"] == whole["rows"]
+
+
+def test_a_folder_of_another_plan_is_refused(finished):
+    _, folder = finished
+    with pytest.raises(BitassayError, match=r"another plan \(different: recipes\)"):
+        assay("stories260k", ["w8"], out=folder, **SMALL)
+
+
+def test_a_damaged_part_is_named(tmp_path):
+    options = SMALL | {"verification": None, "bench_repeats": 0}
+    assay("stories260k", ["w8"], out=tmp_path / "run", **options)
+    part = tmp_path / "run" / "parts" / "window-0001.safetensors"
+    part.write_bytes(part.read_bytes()[:-40])
+    with pytest.raises(BitassayError, match="window-0001"):
+        assay("stories260k", ["w8"], out=tmp_path / "run", **options)
+
+
+def test_bad_plans_fail_before_any_work():
+    w4 = find_recipe("w4")
+    with pytest.raises(BitassayError, match="no recipe"):
+        AssayPlan("stories260k", ())
+    with pytest.raises(BitassayError, match="two rows"):
+        AssayPlan("stories260k", (w4, w4))
+    with pytest.raises(BitassayError, match="two rows"):
+        AssayPlan("stories260k", (Recipe(name="base", weights=None),))
+
+
+def test_estimates_grow_with_the_work():
+    few = estimate_assay("stories260k", ["w8"], **SMALL)
+    many = estimate_assay("stories260k", ["w8", "w4", "w2"], **SMALL)
+    assert [row["step"] for row in few] == ["evaluate", "bench", "verify"]
+    assert all(row["seconds"] > 0 and row["memory_bytes"] > 0 for row in few)
+    assert many[0]["memory_bytes"] > few[0]["memory_bytes"]
+
+
+COMMAND = [sys.executable, "-m", "bitassay.cli", "assay", "stories260k", "--recipe", "w8", "--window", "64"]
+
+
+def run_command(*arguments: str, windows: int = 3, **kwargs) -> subprocess.CompletedProcess:
+    command = [*COMMAND, "--windows", str(windows), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **kwargs)
+
+
+def test_json_is_the_only_thing_on_stdout(tmp_path):
+    done = run_command("--no-verify", "--no-bench", "--format", "json", "--out", str(tmp_path / "run"))
+    assert done.returncode == 0, done.stderr
+    assert [row["recipe"] for row in json.loads(done.stdout)["rows"]] == ["base", "w8"]
+    assert (tmp_path / "run" / "report.html").exists()
+    assert "evaluating" in done.stderr
+
+
+def test_a_dry_run_writes_nothing(tmp_path):
+    done = run_command("--dry-run", "--format", "csv", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == "step,work,memory_bytes,seconds"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_leaves_a_run_that_the_same_command_finishes(tmp_path):
+    arguments = ["--no-verify", "--no-bench", "--format", "csv", "--out", str(tmp_path / "run")]
+    process = subprocess.Popen([*COMMAND, "--windows", "400", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    parts = tmp_path / "run" / "parts"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and len(list(parts.glob("window-*.safetensors"))) < 3:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert stdout == ""
+    assert "same command again" in stderr
+    assert "Traceback" not in stderr
+    kept = {path.name: path.stat().st_mtime_ns for path in parts.glob("window-*.safetensors")}
+    assert 3 <= len(kept) < 400
+    done = run_command(*arguments, windows=400)
+    assert done.returncode == 0, done.stderr
+    assert {name: (parts / name).stat().st_mtime_ns for name in kept} == kept
+    assert len(done.stdout.splitlines()) == 3
+    assert not [path for path in parts.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_a_full_disk_is_a_clear_error_and_what_was_finished_stays():
+    disk = Path(subprocess.run(["mktemp", "-d"], capture_output=True, text=True, check=True).stdout.strip())
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=28k", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("mounting is not permitted here")
+    try:
+        done = run_command("--no-verify", "--no-bench", "--out", str(disk / "run"), windows=50)
+        assert done.returncode == 3, done.stderr
+        assert "no space left" in done.stderr
+        assert str(disk / "run") in done.stderr
+        assert "Traceback" not in done.stderr
+        assert done.stdout == ""
+        left = [path.name for path in (disk / "run" / "parts").iterdir()]
+        assert left
+        assert all(name.startswith("window-") for name in left)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_file_where_the_folder_should_be(tmp_path):
+    (tmp_path / "run").write_text("")
+    done = run_command("--no-verify", "--no-bench", "--out", str(tmp_path / "run"))
+    assert done.returncode == 2
+    assert str(tmp_path / "run") in done.stderr
+    assert "Traceback" not in done.stderr

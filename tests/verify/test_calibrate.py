@@ -1,0 +1,173 @@
+import json
+import math
+from datetime import UTC, datetime, timedelta
+
+import numpy as np
+import pytest
+import torch
+
+from bitassay.errors import BitassayError
+from bitassay.testing.tiny import tiny_model
+from bitassay.verify.calibrate import calibrate, check_enough, fit_values, split
+from bitassay.verify.evidence import Evidence, LayerEvidence
+from bitassay.verify.numerics import numerics
+from bitassay.verify.profile import (
+    OFFSET,
+    Fit,
+    Profile,
+    evidence_score,
+    find_profile,
+    profile_path,
+    read_profile,
+    runs_needed,
+    write_profile,
+)
+
+
+def evidence(generated, prompt=(-9.0, -9.0), margin=0.0):
+    layers = tuple(LayerEvidence(layer, p, g) for layer, p, g in zip((8, 16), prompt, generated, strict=True))
+    return Evidence(layers, (margin,) * 10, "bf16")
+
+
+FITS = {8: Fit(mean=-4.0, sd=0.5), 16: Fit(mean=-3.0, sd=0.25)}
+TOKENS = Fit(mean=math.log(OFFSET), sd=0.5)
+
+
+def test_score_is_the_largest_standardised_statistic():
+    assert evidence_score(evidence((-4.0, -3.0)), FITS, TOKENS).value == 0
+    assert evidence_score(evidence((-3.0, -3.0)), FITS, TOKENS).value == 2
+    assert evidence_score(evidence((-4.0, -2.0)), FITS, TOKENS)[:2] == (4, 4)
+    assert evidence_score(evidence((-5.0, -4.0)), FITS, TOKENS).states < 0, (
+        "nearer than usual is no evidence against a run"
+    )
+    far_prompt = evidence_score(evidence((-4.0, -3.0), prompt=(-9.0, -1.0)), FITS, TOKENS)
+    assert (far_prompt.value, far_prompt.layer, far_prompt.part) == (8, 16, "prompt")
+    tokens = evidence_score(evidence((-4.0, -3.0), margin=OFFSET * (math.e - 1)), FITS, TOKENS)
+    assert tokens.tokens == pytest.approx(2)
+    assert tokens.value == tokens.tokens > tokens.states
+
+
+def test_p_value_counts_honest_scores_at_least_as_bad(profile):
+    four = profile.model_copy(update={"scores": (0.0, 1.0, 2.0, 3.0)})
+    assert [four.p_value(score) for score in (-1.0, 0.0, 1.5, 3.0, 99.0)] == [1, 1, 0.6, 0.4, 0.2]
+
+
+def test_conformal_threshold_keeps_alpha_whatever_the_distribution(profile):
+    """5,000 honest worlds with a heavy-tailed score: the share refused is at most alpha, and not far
+    below."""
+    choose, alpha, refused = np.random.default_rng(0), 0.1, 0
+    for _ in range(5000):
+        scores = choose.standard_cauchy(20)
+        world = profile.model_copy(update={"scores": tuple(sorted(scores[1:]))})
+        refused += world.p_value(scores[0]) <= alpha
+    assert 0.08 < refused / 5000 < 0.115
+
+
+@pytest.mark.parametrize(("alpha", "needed"), [(0.05, 19), (0.01, 99), (0.1, 9), (0.001, 999), (0.3, 3)])
+def test_runs_needed(alpha, needed):
+    assert runs_needed(alpha) == needed
+    assert 1 / (needed + 1) <= alpha < 1 / needed
+
+
+def test_too_few_runs_are_refused_with_the_number_needed(model, prompts):
+    check_enough(198, 0.01)
+    with pytest.raises(BitassayError, match=r"197 honest runs are too few for alpha 0\.01, which needs 198"):
+        check_enough(197, 0.01)
+    with pytest.raises(BitassayError, match="needs 38"):
+        calibrate(model, model, prompts[:37])
+    with pytest.raises(BitassayError, match="with 8 or more generated positions"):
+        calibrate(model, model, prompts[:38], max_new_tokens=2)
+    with pytest.raises(BitassayError, match="alpha"):
+        check_enough(1000, 0.0)
+
+
+def test_split_is_a_quarter_half_and_quarter_without_overlap():
+    runs = [evidence((float(index), 0.0)) for index in range(43)]
+    fit, conformal, held_out = split(runs)
+    assert (len(fit), len(conformal), len(held_out)) == (10, 23, 10)
+    assert fit + conformal + held_out == runs
+
+
+def test_fit_is_mean_and_standard_deviation_with_a_floor():
+    assert fit_values([1.0, 3.0], 0.1) == Fit(mean=2.0, sd=math.sqrt(2))
+    assert fit_values([1.0, 1.0], 0.1).sd == 0.1
+
+
+def test_a_profile_says_what_it_was_made_from(profile, model):
+    assert profile.n == 28
+    assert profile.held_out.n == 14
+    assert (
+        profile.held_out.interval[0] <= profile.held_out.false_positive_rate <= profile.held_out.interval[1]
+    )
+    assert profile.prover == profile.verifier == numerics(model)
+    assert profile.generated_positions == (6, 11)
+    assert set(profile.layers) == {8, 16, 17}
+    assert profile.expires - profile.created == timedelta(days=90)
+    assert not profile.expired()
+    assert profile.expired(profile.expires)
+    assert not profile.expired(profile.expires - timedelta(seconds=1))
+
+
+def test_prover_and_verifier_must_be_the_same_model(model, prompts):
+    other = tiny_model("llama", num_hidden_layers=17)
+    other.identity = other.identity.with_recipe("0" * 64, "w4")
+    with pytest.raises(BitassayError, match="not the same model"):
+        calibrate(other, model, prompts)
+
+
+def test_profiles_are_written_read_and_found(profile, model, tmp_path):
+    assert read_profile(write_profile(profile, tmp_path / "p.json")) == profile
+    key = (profile.model, profile.prover, profile.verifier, profile.sampling)
+    assert find_profile(*key) is None
+    path = write_profile(profile)
+    try:
+        assert path == profile_path(profile.key)
+        assert find_profile(*key) == profile
+        other = profile.verifier.model_copy(update={"threads": profile.verifier.threads + 1})
+        assert find_profile(profile.model, profile.prover, other, profile.sampling) is None
+    finally:
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("scores", [2.0, 1.0]),
+        ("scores", []),
+        ("scores", [1e999]),
+        ("layers", {}),
+        ("layers", {"8": {"mean": 0, "sd": 0}}),
+        ("layers", {"8": {"mean": 0, "sd": -1}}),
+        ("alpha", 0),
+        ("alpha", 1),
+        ("generated_positions", [9, 3]),
+        ("expires", "2026-01-01T00:00:00"),
+        ("expires", "soon"),
+        ("schema_version", 2),
+        ("note", "unknown"),
+    ],
+)
+def test_a_damaged_profile_is_refused_and_named(profile, tmp_path, field, value):
+    content = profile.model_dump(mode="json") | {field: value}
+    (tmp_path / "p.json").write_text(json.dumps(content))
+    with pytest.raises(BitassayError, match=r"p\.json"):
+        read_profile(tmp_path / "p.json")
+
+
+def test_a_profile_in_the_past_is_expired(profile):
+    assert isinstance(profile, Profile)
+    assert profile.expired(datetime.now(UTC) + timedelta(days=91))
+
+
+def test_thread_count_is_part_of_the_numerics(model):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert numerics(model).threads == 2
+        assert (numerics(model).dtype, numerics(model).attention, numerics(model).device) == (
+            "bfloat16",
+            "sdpa",
+            "cpu",
+        )
+    finally:
+        torch.set_num_threads(before)

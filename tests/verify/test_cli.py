@@ -1,0 +1,158 @@
+"""`bitassay prove`, `calibrate` and `verify` at the command line, with the tiny trained model."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from bitassay.cli import run
+from bitassay.verify.trace import read_trace
+
+MODEL = "stories260k"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "prompts.txt").write_text("".join(f"Once upon a time {name} had a\n" for name in "abcd"))
+    words = "a the big cat dog sun red hat boy girl saw ran sat ate new old".split()
+    many = [f"{first} {second} {third}" for first in words[:4] for second in words for third in words[:1]]
+    (folder / "many.txt").write_text("\n".join(many))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def profile(folder):
+    path = folder / "profile.json"
+    assert (
+        run(
+            ["calibrate", MODEL, "--prompts", str(folder / "many.txt"), "--alpha", "0.05", "--out", str(path)]
+        )
+        == 0
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def traces(folder):
+    out = folder / "traces"
+    arguments = [
+        "prove",
+        MODEL,
+        "--prompts",
+        str(folder / "prompts.txt"),
+        "--out",
+        str(out),
+        "--max-new-tokens",
+        "24",
+    ]
+    assert run(arguments) == 0
+    return out
+
+
+def objects(capsys, arguments, status):
+    capsys.readouterr()
+    assert run([*arguments, "--format", "json"]) == status
+    return json.loads(capsys.readouterr().out)
+
+
+def test_honest_folder_passes_and_another_model_fails(folder, traces, profile, capsys):
+    common = ["--model", MODEL, "--profile", str(profile)]
+    asked = ["--prompts", str(folder / "prompts.txt"), "--nonce", "0", "--max-new-tokens", "24"]
+    found = objects(capsys, ["verify", str(traces), *common, *asked], 0)
+    assert [row["status"] for row in found["rows"]] == ["PASS"] * 4
+    assert found["pooled"]["status"] == "PASS"
+    cheap = folder / "cheap.trace"
+    claim = ["--recipe", "w2", "--claim", MODEL, "--max-new-tokens", "24"]
+    assert run(["prove", MODEL, "--prompt", "Once upon a time", "--out", str(cheap), *claim]) == 0
+    found = objects(capsys, ["verify", str(cheap), *common], 1)
+    assert found["rows"][0]["status"] == "FAIL"
+    assert found["rows"][0]["p_value"] < 0.05
+
+
+def test_a_quantized_model_that_says_so_is_verified_as_such(folder, capsys):
+    out = folder / "open.trace"
+    assert (
+        run(
+            [
+                "prove",
+                MODEL,
+                "--recipe",
+                "w4",
+                "--prompt",
+                "Once",
+                "--out",
+                str(out),
+                "--max-new-tokens",
+                "12",
+            ]
+        )
+        == 0
+    )
+    assert (
+        objects(capsys, ["verify", str(out), "--model", MODEL], 1)["rows"][0]["reasons"][0]["code"]
+        == "other-recipe"
+    )
+    row = objects(capsys, ["verify", str(out), "--model", MODEL, "--recipe", "w4"], 1)["rows"][0]
+    assert [reason["code"] for reason in row["reasons"]] == ["no-profile"]
+
+
+def test_prove_keeps_finished_traces_and_makes_damaged_ones_again(folder, traces, capsys):
+    kept, damaged = traces / "00000.trace", traces / "00001.trace"
+    before = kept.stat().st_mtime_ns
+    damaged.write_bytes(damaged.read_bytes()[:-5])
+    arguments = [
+        "prove",
+        MODEL,
+        "--prompts",
+        str(folder / "prompts.txt"),
+        "--out",
+        str(traces),
+        "--max-new-tokens",
+        "24",
+    ]
+    rows = objects(capsys, arguments, 0)["rows"]
+    assert kept.stat().st_mtime_ns == before
+    assert read_trace(damaged).n_tokens == rows[1]["output_tokens"]
+    assert run([*arguments, "--recipe", "w4", "--claim", MODEL]) == 2
+    assert "another run" in capsys.readouterr().err
+
+
+def test_defects_are_rows_and_missing_files_are_usage_errors(folder, traces, profile, capsys):
+    broken = folder / "broken.trace"
+    broken.write_bytes(b"\0" * 20)
+    found = objects(
+        capsys,
+        ["verify", str(broken), str(traces / "00000.trace"), "--model", MODEL, "--profile", str(profile)],
+        1,
+    )
+    assert [row["status"] for row in found["rows"]] == ["FAIL", "PASS"]
+    assert run(["verify", str(folder / "none.trace"), "--model", MODEL]) == 2
+    assert "no trace there" in capsys.readouterr().err
+    assert run(["verify", str(traces), "--model", MODEL, "--profile", str(broken)]) == 2
+
+
+def test_tables_and_csv(traces, profile, capsys):
+    capsys.readouterr()
+    assert run(["verify", str(traces), "--model", MODEL, "--profile", str(profile), "--format", "csv"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("trace,status,p_value")
+    assert len(lines) == 5
+    assert run(["verify", str(traces), "--model", MODEL]) == 1
+    assert "INCONCLUSIVE" in capsys.readouterr().out
+
+
+def test_usage_errors(folder, capsys):
+    assert run(["prove", MODEL, "--out", str(folder / "x")]) == 2
+    assert "--prompt" in capsys.readouterr().err
+    assert run(["calibrate", MODEL, "--prompts", "20", "--alpha", "0.01"]) == 2
+    assert "needs 198" in capsys.readouterr().err
+    assert run(["calibrate", MODEL, "--prompts", "9000"]) == 2
+
+
+def test_these_verbs_import_no_torch():
+    code = "import bitassay.cli.prove, bitassay.cli.verify, bitassay.cli.calibrate, sys; print('torch' in sys.modules)"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+    )
