@@ -13,6 +13,8 @@ from bitassay import cli
 from bitassay.errors import BitassayError, MissingError, nearest
 
 COMMAND = [sys.executable, "-c", "from bitassay.cli import main; main()"]
+# Output is held back until the end, as it is for most users, whatever this test run is set to.
+BUFFERED = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
 HEAVY = {
     "torch",
     "transformers",
@@ -161,7 +163,9 @@ cli.main(["models", "pull", "stories260k"])
 def test_a_reader_that_goes_away_is_no_error():
     read, write = os.pipe()
     os.close(read)
-    process = subprocess.Popen([*COMMAND, "models", "list"], stdout=write, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*COMMAND, "models", "list"], stdout=write, stderr=subprocess.PIPE, text=True, env=BUFFERED
+    )
     os.close(write)
     _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (0, "")
@@ -170,7 +174,9 @@ def test_a_reader_that_goes_away_is_no_error():
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
 def test_stdout_that_is_full():
     with open("/dev/full", "w") as full:
-        process = subprocess.run([*COMMAND, "models", "list"], stdout=full, stderr=subprocess.PIPE, text=True)
+        process = subprocess.run(
+            [*COMMAND, "models", "list"], stdout=full, stderr=subprocess.PIPE, text=True, env=BUFFERED
+        )
     assert process.returncode == 3
     assert process.stderr == "error: No space left on device\n"
 

@@ -45,13 +45,14 @@ from transformers import AutoModelForCausalLM
 ids, out, *folders = sys.argv[1:]
 tokens = load_file(ids)["ids"]
 with torch.inference_mode():
-    save_file({folder: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(tokens).logits.contiguous() for folder in folders}, out)
+    load = lambda folder: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    save_file({folder: load(folder)(tokens).logits.contiguous() for folder in folders}, out)
 assert not [name for name in sys.modules if name.startswith("bitassay")]
 """
 
 
 def recipe(overrides=(), **weights) -> Recipe:
-    """Scales are absmax unless asked otherwise: searching them takes most of the time and changes nothing in how they are stored."""
+    """Scales are absmax unless asked otherwise: searching them takes long and they are stored the same."""
     return Recipe.model_validate(
         {"name": "test", "weights": {"scale": "absmax"} | weights, "overrides": list(overrides)}
     )

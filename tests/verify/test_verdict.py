@@ -50,9 +50,7 @@ def test_rounded_weights_fail_though_they_claim_to_be_the_base(bits, model, prom
     assert pooled_verdict(verdicts).status == "FAIL"
 
 
-def test_cheap_decoding_with_an_honest_prefill_is_seen_by_the_tokens_alone(
-    model, prompts, profile, round_weights
-):
+def test_cheap_decoding_with_an_honest_prefill_is_seen_by_the_tokens(model, prompts, profile, round_weights):
     cheap = prove_many(round_weights(model, 2), prompts[56:66], max_new_tokens=TOKENS, claim=identity(model))
     forged = []
     for one in cheap:
@@ -64,7 +62,7 @@ def test_cheap_decoding_with_an_honest_prefill_is_seen_by_the_tokens_alone(
     assert len(decided) > 5
     for verdict in decided:
         assert verdict.status == "FAIL"
-        assert codes(verdict) == {"tokens-unlikely"}
+        assert "tokens-unlikely" in codes(verdict)
 
 
 def test_honest_tokens_with_states_of_another_model_are_seen_by_the_states_alone(

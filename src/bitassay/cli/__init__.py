@@ -73,7 +73,7 @@ def run(arguments: list[str], debug: bool = False) -> int:
         print("\ninterrupted; finished parts are kept: run the same command again to go on", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 0
     except MemoryError:
         if debug:
@@ -86,6 +86,15 @@ def run(arguments: list[str], debug: bool = False) -> int:
     except OSError as error:
         if debug:
             raise
+        _drop_output()
         where = f"{error.filename}: " if error.filename else ""
         print(f"error: {where}{error.strerror or error}", file=sys.stderr)
         return 3
+
+
+def _drop_output() -> None:
+    """Forget output that cannot be written, lest Python try again at exit and complain."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -94,7 +94,7 @@ def _planned(source: "Source", recipe: "Recipe", trust_remote_code: bool) -> dic
 
 
 def _finished(out: Path, source: "Source", recipe: "Recipe", dtype: str) -> dict[str, Any] | None:
-    """The row of a folder that this very command has written before; None where nothing is there. Anything else there is refused."""
+    """The row of a folder that this very command has written before; None where it is empty or absent."""
     from bitassay.errors import BitassayError
     from bitassay.models.checkpoint import read_card
     from bitassay.models.load import Identity
@@ -112,7 +112,8 @@ def _finished(out: Path, source: "Source", recipe: "Recipe", dtype: str) -> dict
     same_base = card.base.weights_digest == Identity(source).weights_digest
     if not same_base or (card.recipe_id, card.dtype) != (recipe.recipe_id, dtype):
         raise BitassayError(
-            f"{out}: holds {card.base.name} quantized by {card.recipe_name} in {card.dtype}, not {source.name} by {recipe.name} in {dtype}",
+            f"{out}: holds {card.base.name} quantized by {card.recipe_name} in {card.dtype}, "
+            f"not {source.name} by {recipe.name} in {dtype}",
             "give another --out, or remove that folder",
         )
     print(f"{out}: finished before; its files are unchanged", file=sys.stderr)

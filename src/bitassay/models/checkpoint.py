@@ -1,8 +1,9 @@
-"""`bitassay.json`: what a quantized checkpoint folder says of itself, and the check that its files are the ones that were written.
+"""`bitassay.json`: what a quantized folder says of itself, and the check that its files are unchanged.
 
-The folder itself is a plain compressed-tensors checkpoint. This card adds what that format has no place for: the recipe, the model it was applied to, and
-the SHA-256 of every file that decides what the model computes. The digests find damage and careless editing; they are no signature, since whoever
-changes a file can change the card too.
+The folder itself is a plain compressed-tensors checkpoint. This card adds what that format has no place for:
+the recipe, the model it was applied to, and the SHA-256 of every file that decides what the model computes.
+The digests find damage and careless editing; they are no signature, since whoever changes a file can change
+the card too.
 """
 
 from pathlib import Path
@@ -35,7 +36,9 @@ class Base(_Part):
 
 
 class Card(_Part):
-    """The content of `bitassay.json`. Bits are per quantized weight, scales and zero points included: as the recipe counts them, and as stored here."""
+    """The content of `bitassay.json`. Bits are per quantized weight, scales and zero points included: as the
+    recipe counts them, and as stored here.
+    """
 
     schema_version: Literal[1]
     recipe: dict[str, Any]
@@ -89,7 +92,8 @@ def read_card(folder: Path) -> Card | None:
     for name, file in found.items():
         if (digest := digest_file(file)) != card.files[name]:
             raise BitassayError(
-                f"{file}: changed since it was saved: its sha256 is {digest[:12]}..., {CARD_FILE} says {card.files[name][:12]}...",
+                f"{file}: changed since it was saved: its sha256 is {digest[:12]}..., "
+                f"{CARD_FILE} says {card.files[name][:12]}...",
                 f"save the model again, or remove {CARD_FILE} to load the folder as it is, without a recipe",
             )
     return card

@@ -83,7 +83,7 @@ def load(
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
         compressed = is_compressed(config)
-        loaded, report = AutoModelForCausalLM.from_pretrained(
+        loaded, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
             source.folder,
             config=config,
             dtype=torch.float32 if compressed else wanted,  # scales must not be rounded before they are used
@@ -126,10 +126,10 @@ def make_dense(model: PreTrainedModel, dtype: torch.dtype) -> None:
         for parameter in module.parameters(recurse=False):
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(dtype)
-    assert model.hf_quantizer is not None
-    model.hf_quantizer.compressor.remove_decompression_hook(model)
-    model.hf_quantizer = None
-    del model.config.quantization_config
+    quantizer: Any = model.hf_quantizer
+    quantizer.compressor.remove_decompression_hook(model)
+    model.hf_quantizer = None  # type: ignore[assignment]
+    del model.config.quantization_config  # type: ignore[attr-defined]
     model.config.dtype = dtype
 
 

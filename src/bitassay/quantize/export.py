@@ -1,18 +1,22 @@
-"""Save a quantized model as a compressed-tensors folder, which plain `AutoModelForCausalLM.from_pretrained` loads.
+"""Save a quantized model as a compressed-tensors folder, which `AutoModelForCausalLM.from_pretrained` loads.
 
-A weight is stored as codes and as what the library calls a strategy: which block of the matrix shares a scale. It decodes `(q - z) * s` in the dtype it
-was loaded in, so in fp32 the weights are ours to the bit; in 16 bits the scales are rounded to the model's dtype first.
+A weight is stored as codes and as what the library calls a strategy: which block of the matrix shares a
+scale. It decodes `(q - z) * s` in the dtype it was loaded in, so in fp32 the weights are ours to the bit; in
+16 bits the scales are rounded to the model's dtype first.
 
-    codes       integers: `pack-quantized`, b bits a code in 32-bit words, each row padded to a whole word; shifted to -2^(b-1) ... 2^(b-1)-1
-                ternary:  the same with b = 2, codes -1, 0, 1
-                fp8_e4m3: `float-quantized`, torch.float8_e4m3fn
-    granularity tensor -> `tensor`, channel -> `channel`, groups that divide the row -> `group`
-                zero points of channels and groups, and groups with a shorter last one -> `block` of one row and that many columns
+    codes       integers  `pack-quantized`: b bits a code in 32-bit words, each row padded to a whole word;
+                          shifted to -2^(b-1) ... 2^(b-1)-1
+                ternary   the same with b = 2, codes -1, 0, 1
+                fp8_e4m3  `float-quantized`: torch.float8_e4m3fn
+    granularity tensor -> `tensor`, channel -> `channel`, groups that divide the row -> `group`;
+                with zero points, or a shorter last group -> `block` of one row and that many columns
 
-The detour over `block` is there because transformers cannot load the packed zero points of `group` and `channel` (compressed-tensors 0.20 expects them
-unpacked when it prepares the model and packed when it decodes). Blocks keep them as int8, one byte a group, and decode the same.
+The detour over `block` is there because transformers cannot load packed zero points of `group` and `channel`:
+compressed-tensors 0.20 expects them unpacked when it prepares the model and packed when it decodes. Blocks
+keep them as int8, one byte a group, and decode the same.
 
-What the format cannot say is refused: e5m2 (the library's 8-bit float is e4m3), and binary, which would take two bits.
+What the format cannot say is refused: e5m2 (the library's 8-bit float is e4m3), and binary (it would take two
+bits).
 """
 
 import shutil
@@ -54,8 +58,9 @@ MARGIN_BYTES = 2**24  # configuration, tokenizer and file headers
 def save(model: PreTrainedModel, folder: str | Path, *, progress: Progress = silent) -> Card:
     """Write a model that `quantize` made, fake or packed, into `folder`, which must not exist or be empty.
 
-    Everything that the recipe left alone is stored in the model's dtype; tokenizer and generation settings go along, and `bitassay.json` says what the
-    folder is. Raises BitassayError where the format cannot express a scheme exactly, MissingError where the disk is too small.
+    Everything that the recipe left alone is stored in the model's dtype; tokenizer and generation settings go
+    along, and `bitassay.json` says what the folder is. Raises BitassayError where the format cannot express a
+    scheme exactly, MissingError where the disk is too small.
     """
     folder, quantization, base = Path(folder), _quantization(model), identity(model)
     configuration = quantization_config(model, quantization)
@@ -65,7 +70,8 @@ def save(model: PreTrainedModel, folder: str | Path, *, progress: Progress = sil
     stored_bits_per_weight = _stored_bits(state, quantization)
     progress(f"writing {folder}")
     with atomic_folder(folder) as temporary:
-        # transformers decodes the experts of a compressed checkpoint that come one by one, even dense ones, and loses them; fused, they load as they are.
+        # transformers decodes the experts of a compressed checkpoint that come one by one, even dense ones,
+        # and loses them; fused, they load as they are.
         model.save_pretrained(temporary, state_dict=state, save_original_format=not walk(model).experts)
         ModelCompressor(quantization_config=configuration).update_config(str(temporary))
         if getattr(model, "tokenizer", None) is not None:
@@ -96,7 +102,9 @@ def save(model: PreTrainedModel, folder: str | Path, *, progress: Progress = sil
 
 @dataclass(frozen=True)
 class Plan:
-    """What quantizing by a recipe will give, known from shapes alone. `size_bytes` counts as `quantize.model.size_bytes` does."""
+    """What quantizing by a recipe will give, known from shapes alone. `size_bytes` counts as
+    `quantize.model.size_bytes` does.
+    """
 
     matrices: int
     bits_per_weight: float
@@ -104,7 +112,9 @@ class Plan:
 
 
 def plan_export(model: PreTrainedModel, recipe: Recipe) -> Plan:
-    """Check that `recipe` fits `model` (which may be on the meta device) and that every matrix can be saved. Raises BitassayError where not."""
+    """Check that `recipe` fits `model` (which may be on the meta device) and that every matrix can be saved.
+    Raises BitassayError where not.
+    """
     bits = weights = matrices = 0
     for name, linear in check_recipe(model, recipe).items():
         if scheme := recipe.scheme_for(name):
@@ -126,14 +136,18 @@ def plan_export(model: PreTrainedModel, recipe: Recipe) -> Plan:
 def reload_difference(
     model: PreTrainedModel, folder: str | Path, tokens: Int[Tensor, "batch tokens"]
 ) -> float:
-    """The largest difference between the logits of `model` and of the folder as plain transformers loads it, in the model's dtype."""
-    reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).to(model.device).eval()
+    """The largest difference between the logits of `model` and of the folder as plain transformers loads it,
+    in the model's dtype.
+    """
+    reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype, device_map=model.device).eval()
     with torch.inference_mode():
         return (model(tokens).logits.float() - reloaded(tokens).logits.float()).abs().max().item()
 
 
 def weight_args(scheme: WeightScheme, shape: tuple[int, int], name: str = "weight") -> QuantizationArgs:
-    """How the library describes a matrix of `shape` quantized by `scheme`. Raises BitassayError that names the matrix where it cannot."""
+    """How the library describes a matrix of `shape` quantized by `scheme`. Raises BitassayError that names
+    the matrix where it cannot.
+    """
     fmt, granularity = FORMATS[scheme.format], Granularity.parse(scheme.granularity)
     if fmt.kind == "binary" or fmt.name == "fp8_e5m2":
         why = (
@@ -144,7 +158,7 @@ def weight_args(scheme: WeightScheme, shape: tuple[int, int], name: str = "weigh
         other = "fp8_e4m3" if fmt.kind == "float" else "ternary"
         raise BitassayError(
             f"{name}: a compressed-tensors folder cannot hold {fmt.name} exactly: {why}",
-            f"a recipe with {other}, or keep the model in memory: bitassay.quantize(base, recipe, packed=True)",
+            f"a recipe with {other}, or keep the model in memory: bitassay.quantize(..., packed=True)",
         )
     kind = "float" if fmt.kind == "float" else "int"
     common = {
@@ -179,7 +193,8 @@ def stored_tensors(tensor: QuantizedTensor, name: str = "weight") -> dict[str, T
     stored = {"weight_scale": scale.contiguous()}
     if args.type == "float":
         return stored | {"weight": tensor.codes().to(torch.float8_e4m3fn)}
-    # Asymmetric codes start at 0 here and at -2^(b-1) there; moving the zero points along leaves q - z as it is.
+    # Asymmetric codes start at 0 here and at -2^(b-1) there; moving the zero points along leaves q - z as it
+    # is.
     shift = 0 if args.symmetric else 2 ** (args.num_bits - 1)
     codes, zero_points = tensor.codes() - shift, tensor.zero_points()
     stored["weight_packed"] = pack_to_int32(codes.to(torch.int8), args.num_bits)
@@ -190,7 +205,9 @@ def stored_tensors(tensor: QuantizedTensor, name: str = "weight") -> dict[str, T
 
 
 def quantization_config(model: PreTrainedModel, quantization: Quantization) -> QuantizationConfig:
-    """One config group for each distinct description: the commonest targets every Linear, the others name theirs; the rest is ignored."""
+    """One config group for each distinct description: the commonest targets every Linear, the others name
+    theirs; the rest is ignored.
+    """
     groups: dict[str, tuple[QuantizationArgs, list[str]]] = {}
     for name, tensor in quantization.tensors.items():
         args = weight_args(tensor.scheme, tensor.shape, name)
@@ -214,7 +231,9 @@ def quantization_config(model: PreTrainedModel, quantization: Quantization) -> Q
 
 
 def _left_alone(model: PreTrainedModel, quantization: Quantization) -> list[str]:
-    """Modules that a target of every Linear would catch (routers and experts: in engines that build them from Linears) but the recipe did not."""
+    """Modules that a target of every Linear would catch (routers and experts: in engines that build them from
+    Linears) but the recipe did not.
+    """
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     found = walk(model)
     parents = [name.rpartition(".")[0] for name in (*found.routers, *found.experts)]
@@ -256,6 +275,7 @@ def _check_space(folder: Path, needed_bytes: int) -> None:
     free_bytes = shutil.disk_usage(existing).free
     if free_bytes < needed_bytes + MARGIN_BYTES:
         raise MissingError(
-            f"{folder}: needs {(needed_bytes + MARGIN_BYTES) / 1e6:.0f} MB, {free_bytes / 1e6:.0f} MB are free",
+            f"{folder}: needs {(needed_bytes + MARGIN_BYTES) / 1e6:.0f} MB, "
+            f"{free_bytes / 1e6:.0f} MB are free",
             "free some space or choose another folder",
         )

@@ -24,6 +24,7 @@ from bitassay.quantize.granularity import Granularity
 from bitassay.record.hashing import digest_json
 
 RECIPE_BYTES = 2**20
+SHIPPED = Path(str(files("bitassay") / "recipes"))
 
 
 class _Part(BaseModel):
@@ -99,8 +100,7 @@ class Recipe(_Part):
 
 def shipped_recipes() -> dict[str, Recipe]:
     """The recipes that come with the package, by name."""
-    folder = Path(str(files("bitassay") / "recipes"))
-    return {path.stem: read_recipe(path) for path in sorted(folder.glob("*.yaml"))}
+    return {path.stem: read_recipe(path) for path in sorted(SHIPPED.glob("*.yaml"))}
 
 
 def find_recipe(recipe: "str | Path | Recipe") -> Recipe:
@@ -109,14 +109,13 @@ def find_recipe(recipe: "str | Path | Recipe") -> Recipe:
         return recipe
     if (path := Path(recipe)).suffix in (".yaml", ".yml"):
         return read_recipe(path)
-    shipped = Path(str(files("bitassay") / "recipes")) / f"{recipe}.yaml"
-    if "/" in str(recipe) or not shipped.is_file():
-        names = [found.stem for found in shipped.parent.glob("*.yaml")]
+    names = [found.stem for found in SHIPPED.glob("*.yaml")]
+    if str(recipe) not in names:
         raise BitassayError(
             f"no recipe is called {str(recipe)!r}; the nearest are {nearest(str(recipe), names)}",
             "bitassay recipes list, or give the path of a .yaml file",
         )
-    return read_recipe(shipped)
+    return read_recipe(SHIPPED / f"{recipe}.yaml")
 
 
 def read_recipe(path: Path) -> Recipe:

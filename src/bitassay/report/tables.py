@@ -1,7 +1,7 @@
 """Rows of results as text: an aligned table for a terminal, Markdown, or CSV with raw values.
 
-A Column says which key of a row it shows and how. CSV ignores the formatting: it is for programs, so numbers keep every digit, an interval becomes two
-columns, and what is missing is empty.
+A Column says which key of a row it shows and how. CSV ignores the formatting: it is for programs, so numbers
+keep every digit, an interval becomes two columns, and what is missing is empty.
 """
 
 import csv
@@ -16,13 +16,15 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Column:
-    """`format` gets the value under `key`, or the whole row where `whole_row` is set. A title may have several lines."""
+    """`format` gets the value under `key`, or the whole row where `whole_row` is set. `also`: other keys that the
+    text shows, which are columns of their own in CSV. A title may have several lines."""
 
     key: str
     title: str
     format: Callable[[Any], str] = str
     align: Literal["left", "right"] = "right"
     whole_row: bool = False
+    also: tuple[str, ...] = ()
 
     def text(self, row: Row) -> str:
         value = row.get(self.key)
@@ -41,17 +43,22 @@ def _table(cells: list[list[str]], columns: Sequence[Column]) -> str:
     titles = [column.title.split("\n") for column in columns]
     height = max(map(len, titles))
     heads = [[""] * (height - len(title)) + title for title in titles]
-    lines = [[head[line] for head in heads] for line in range(height)] + cells
+    lines = [[head[line] for head in heads] for line in range(height)]
+    lines += [[printable(text) for text in row] for row in cells]
     widths = [max(len(line[place]) for line in lines) for place in range(len(columns))]
     drawn = [
-        "  ".join(_aligned(text, width, column.align) for text, width, column in zip(line, widths, columns, strict=True)).rstrip()
+        "  ".join(
+            text.ljust(width) if column.align == "left" else text.rjust(width)
+            for text, width, column in zip(line, widths, columns, strict=True)
+        ).rstrip()
         for line in lines
     ]
     return "\n".join([*drawn[:height], "  ".join("-" * width for width in widths), *drawn[height:]])
 
 
-def _aligned(text: str, width: int, align: str) -> str:
-    return text.ljust(width) if align == "left" else text.rjust(width)
+def printable(text: str) -> str:
+    """`text` without line breaks, and without what could move a terminal's cursor or hide other text."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
 def _markdown(cells: list[list[str]], columns: Sequence[Column]) -> str:
@@ -63,11 +70,13 @@ def _markdown(cells: list[list[str]], columns: Sequence[Column]) -> str:
 
 
 def _csv(rows: Sequence[Row], columns: Sequence[Column]) -> str:
-    keys = list(dict.fromkeys(column.key for column in columns))
-    pairs = {key for key in keys if any(isinstance(row.get(key), (list, tuple)) and len(row[key]) == 2 for row in rows)}
+    keys = list(dict.fromkeys(key for column in columns for key in (column.key, *column.also)))
+    pairs = {key for key in keys if _holds_pairs([row.get(key) for row in rows])}
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([name for key in keys for name in ([f"{key}_low", f"{key}_high"] if key in pairs else [key])])
+    writer.writerow(
+        [name for key in keys for name in ([f"{key}_low", f"{key}_high"] if key in pairs else [key])]
+    )
     for row in rows:
         values: list[Any] = []
         for key in keys:
@@ -75,6 +84,11 @@ def _csv(rows: Sequence[Row], columns: Sequence[Column]) -> str:
             values += (value or [None, None]) if key in pairs else [value]
         writer.writerow(["" if value is None else value for value in values])
     return out.getvalue()
+
+
+def _holds_pairs(values: list[Any]) -> bool:
+    present = [value for value in values if value is not None]
+    return bool(present) and all(isinstance(value, (list, tuple)) and len(value) == 2 for value in present)
 
 
 def number(digits: int) -> Callable[[float], str]:

@@ -276,7 +276,7 @@ def _verify(
     progress: Progress,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the profile is, and the verdict columns of every model, each of which claims to be the base model."""
-    prompts = _chosen_prompts(base, plan.prompts + plan.calibration_prompts, seed)
+    prompts = chosen_prompts(base, plan.prompts + plan.calibration_prompts, seed)
     proved, calibration = prompts[: plan.prompts], prompts[plan.prompts :]
     profile = Profile.model_validate(folder.part("profile", lambda: _calibrated(plan, base, calibration, progress)))
     columns = {}
@@ -331,7 +331,7 @@ def _verdict(
     }
 
 
-def _chosen_prompts(model: PreTrainedModel, count: int, seed: int) -> list[TokenIds]:
+def chosen_prompts(model: PreTrainedModel, count: int, seed: int) -> list[TokenIds]:
     """Bundled prompts of at most MAX_PROMPT_TOKENS tokens, in an order in which those that calibrate and those that are judged are exchangeable."""
     prompts = [encode_prompt(model, prompt) for prompt in bundled_prompts()]
     short = [prompt for prompt in prompts if len(prompt) <= MAX_PROMPT_TOKENS]

@@ -36,8 +36,8 @@ from bitassay.verify.numerics import Numerics
 from bitassay.verify.trace import ModelClaim, Sampling
 
 SCHEMA_VERSION = 1
-# Nats a token. Honest margins are mostly 0; one lost token among a few dozen, at the step of bf16 logits (1/16 between 8
-# and 16), must not count as far off.
+# Nats a token. Honest margins are mostly 0; one lost token among a few dozen, at the step of bf16 logits
+# (1/16 between 8 and 16), must not count as far off.
 OFFSET = 0.05
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 

@@ -201,7 +201,7 @@ def _decide(
     alpha, score = alpha or profile.alpha, profile.score(evidence)
     p_value = profile.p_value(score.value)
     if p_value <= alpha:
-        reasons += _too_far(score, profile)
+        reasons += _too_far(score, profile, alpha)
     status = "FAIL" if reasons else "PASS"
     reasons = reasons or [Reason("as-honest", "states and tokens are those of an honest run")]
     return Verdict(
@@ -282,10 +282,10 @@ def _refused_cells(evidence: Evidence) -> list[Reason]:
     return [Reason("nonfinite-mismatch", sentence)] if cells else []
 
 
-def _too_far(score: Score, profile: Profile) -> list[Reason]:
-    """Which half of the evidence is worse than every score that alpha lets pass; both where both are."""
+def _too_far(score: Score, profile: Profile, alpha: float) -> list[Reason]:
+    """Which half of the evidence is too unlike honest runs by itself; both where both are."""
     found = []
-    if profile.p_value(score.states) <= profile.p_value(score.value):
+    if profile.p_value(score.states) <= alpha:
         where = f"{score.part} positions at layer {score.layer}"
         found.append(
             Reason(
@@ -293,7 +293,7 @@ def _too_far(score: Score, profile: Profile) -> list[Reason]:
                 f"hidden states are {score.states:.1f} sd farther off than honest ones ({where})",
             )
         )
-    if profile.p_value(score.tokens) <= profile.p_value(score.value):
+    if profile.p_value(score.tokens) <= alpha:
         found.append(
             Reason(
                 "tokens-unlikely",

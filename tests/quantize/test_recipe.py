@@ -1,0 +1,91 @@
+import pytest
+from pydantic import ValidationError
+
+from bitassay.errors import BitassayError
+from bitassay.quantize.recipe import RECIPE_BYTES, Recipe, WeightScheme, find_recipe, read_recipe, shipped_recipes
+
+W4 = {"format": "int4", "granularity": "g64"}
+
+
+def test_the_shipped_recipes_are_whole():
+    shipped = shipped_recipes()
+    assert {"w8", "fp8", "w4", "w3", "w2", "w1.58", "w1"} <= set(shipped)
+    for name, recipe in shipped.items():
+        assert recipe.name == name
+        assert recipe.description
+        assert find_recipe(name) == recipe
+    assert len({recipe.recipe_id for recipe in shipped.values()}) == len(shipped)
+
+
+def test_the_id_is_that_of_the_change_not_of_its_name():
+    recipe = Recipe(name="a", weights=W4)
+    assert Recipe(name="b", description="other", weights=W4).recipe_id == recipe.recipe_id
+    others = [
+        {"weights": W4 | {"granularity": "g32"}},
+        {"weights": W4 | {"symmetric": False}},
+        {"weights": W4 | {"scale": "mse"}},
+        {"weights": W4 | {"scale_dtype": "float32"}},
+        {"weights": W4 | {"format": "int3"}},
+        {"weights": None},
+        {"weights": W4, "overrides": [{"match": "*.q_proj", "weights": None}]},
+    ]
+    assert len({Recipe(name="a", **other).recipe_id for other in others} | {recipe.recipe_id}) == len(others) + 1
+
+
+def test_the_first_matching_override_wins():
+    recipe = Recipe(
+        name="mixed",
+        weights=W4,
+        overrides=[{"match": "*.0.mlp.*", "weights": None}, {"match": "*.down_proj", "weights": {"format": "int8"}}],
+    )
+    assert recipe.scheme_for("layers.0.mlp.down_proj") is None
+    assert recipe.scheme_for("layers.1.mlp.down_proj").format == "int8"
+    assert recipe.scheme_for("layers.1.mlp.up_proj").format == "int4"
+
+
+def test_scales_are_searched_below_four_bits_unless_told_otherwise():
+    assert WeightScheme(format="int3").scale == "mse"
+    assert WeightScheme(format="int4").scale == "absmax"
+    assert WeightScheme(format="int2", scale="absmax").scale == "absmax"
+
+
+@pytest.mark.parametrize("scheme", [
+    {"format": "int5"}, {"format": "int4", "granularity": "g0"}, {"format": "int4", "granularity": "row"}, {"format": "int4", "granularity": "g-1"},
+    {"format": "fp8_e4m3", "symmetric": False}, {"format": "ternary", "symmetric": False}, {"format": "binary", "scale": "absmax"},
+    {"format": "int4", "scale": "best"}, {"format": "int4", "scale_dtype": "float8"}, {"format": "int4", "groups": 64}, {},
+])  # fmt: skip
+def test_schemes_that_make_no_sense_are_refused(scheme):
+    with pytest.raises(ValidationError):
+        WeightScheme(**scheme)
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("name: x\nweights: {format: int9}", "int8"),
+    ("name: x\nweights: {format: int4}\nextra: 1", "extra"),
+    ("weights: {format: int4}", "name"),
+    ("name: a/b\nweights: null", "name"),
+    ("[1, 2]", "not a recipe"),
+    ("", "not a recipe"),
+    ("name: [", "not valid YAML"),
+    ("name: !!python/object/apply:os.system ['true']", "not valid YAML"),
+])  # fmt: skip
+def test_defects_of_a_file_are_named(tmp_path, text, message):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(BitassayError, match=message) as caught:
+        read_recipe(path)
+    assert str(path) in str(caught.value)
+
+
+def test_files_that_are_missing_or_too_large(tmp_path):
+    with pytest.raises(BitassayError, match="No such file"):
+        find_recipe(tmp_path / "none.yaml")
+    (tmp_path / "big.yaml").write_bytes(b"#" * (RECIPE_BYTES + 1))
+    with pytest.raises(BitassayError, match="bytes"):
+        find_recipe(tmp_path / "big.yaml")
+
+
+@pytest.mark.parametrize("name", ["w44", "../w4", "/etc/passwd"])
+def test_unknown_names_suggest_the_nearest(name):
+    with pytest.raises(BitassayError, match="'w4'"):
+        find_recipe(name)
