@@ -24,7 +24,9 @@ EXTRA = [
 ]
 
 base, base16 = bitassay.load(MODEL), bitassay.load(MODEL, dtype="bfloat16")
-ids = base.tokenizer("The assay tells how pure a metal is, and the hallmark proves it.", return_tensors="pt").input_ids
+ids = base.tokenizer(
+    "The assay tells how pure a metal is, and the hallmark proves it.", return_tensors="pt"
+).input_ids
 rows = []
 for recipe in [*shipped_recipes().values(), *EXTRA]:
     fake = bitassay.quantize(base, recipe)

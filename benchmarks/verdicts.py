@@ -30,7 +30,9 @@ rows = []
 for name in ("honest", "w8", "fp8", "w4", "w3", "w2"):
     start = time.perf_counter()
     prover = base if name == "honest" else quantize(base, name)
-    traces = prove_many(prover, prompts[:PROMPTS], max_new_tokens=NEW_TOKENS, claim=identity(base), batch_size=BATCH)
+    traces = prove_many(
+        prover, prompts[:PROMPTS], max_new_tokens=NEW_TOKENS, claim=identity(base), batch_size=BATCH
+    )
     verdicts = verify_many(traces, base, profile=profile)
     judged = [verdict for verdict in verdicts if verdict.status != "INCONCLUSIVE"]
     failed = sum(verdict.status == "FAIL" for verdict in judged)
@@ -54,4 +56,15 @@ for name in ("honest", "w8", "fp8", "w4", "w3", "w2"):
     )
     print(rows[-1], file=sys.stderr)
 held_out = profile.held_out.model_dump(mode="json")
-print(json.dumps({"alpha": ALPHA, "rows": rows, "held_out": held_out, "seconds": seconds, "environment": environment()}, indent=2))
+print(
+    json.dumps(
+        {
+            "alpha": ALPHA,
+            "rows": rows,
+            "held_out": held_out,
+            "seconds": seconds,
+            "environment": environment(),
+        },
+        indent=2,
+    )
+)

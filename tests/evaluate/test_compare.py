@@ -23,7 +23,9 @@ def plain_perplexity(model, windows) -> float:
 def test_perplexity_equals_a_plain_transformers_loop(architecture):
     model = tiny_model(architecture)
     windows, _ = token_windows(model.tokenizer, SHORT)
-    assert bitassay.evaluate(model, protocol=SHORT).quality.ppl == pytest.approx(plain_perplexity(model, windows), rel=1e-5)
+    assert bitassay.evaluate(model, protocol=SHORT).quality.ppl == pytest.approx(
+        plain_perplexity(model, windows), rel=1e-5
+    )
 
 
 def test_figures_against_a_base_follow_from_the_tokens(stories):
@@ -78,4 +80,6 @@ def test_real_perplexity_equals_a_plain_transformers_loop():
     model = bitassay.load("smollm2-135m")
     protocol = Protocol(window_tokens=512, windows=3)
     windows, _ = token_windows(model.tokenizer, protocol)
-    assert bitassay.evaluate(model, protocol=protocol).quality.ppl == pytest.approx(plain_perplexity(model, windows), rel=1e-4)
+    assert bitassay.evaluate(model, protocol=protocol).quality.ppl == pytest.approx(
+        plain_perplexity(model, windows), rel=1e-4
+    )

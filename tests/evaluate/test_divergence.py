@@ -10,12 +10,21 @@ from bitassay.evaluate.divergence import ROWS, token_scores
 def brute_force(logits, targets, base):
     """The definitions, in fp64, one token at a time."""
     nll, kl, agree = [], [], []
-    for q_row, p_row, target in zip(logits.double().tolist(), base.double().tolist(), targets.tolist(), strict=True):
+    for q_row, p_row, target in zip(
+        logits.double().tolist(), base.double().tolist(), targets.tolist(), strict=True
+    ):
         log_z_q = math.log(sum(math.exp(v) for v in q_row))
         log_z_p = math.log(sum(math.exp(v) for v in p_row))
         nll.append(log_z_q - q_row[target])
-        kl.append(sum(math.exp(p - log_z_p) * ((p - log_z_p) - (q - log_z_q)) for p, q in zip(p_row, q_row, strict=True)))
-        agree.append(max(range(len(p_row)), key=p_row.__getitem__) == max(range(len(q_row)), key=q_row.__getitem__))
+        kl.append(
+            sum(
+                math.exp(p - log_z_p) * ((p - log_z_p) - (q - log_z_q))
+                for p, q in zip(p_row, q_row, strict=True)
+            )
+        )
+        agree.append(
+            max(range(len(p_row)), key=p_row.__getitem__) == max(range(len(q_row)), key=q_row.__getitem__)
+        )
     return nll, kl, agree
 
 
@@ -28,7 +37,9 @@ def test_scores_equal_their_definitions(seed, rows, spread):
     targets = torch.randint(0, 17, (rows,), generator=generator)
     nll, kl, agree = brute_force(logits, targets, base)
     found = token_scores(logits, targets, base)
-    torch.testing.assert_close(found.nll.double(), torch.tensor(nll, dtype=torch.float64), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        found.nll.double(), torch.tensor(nll, dtype=torch.float64), rtol=1e-5, atol=1e-5
+    )
     torch.testing.assert_close(found.kl.double(), torch.tensor(kl, dtype=torch.float64), rtol=1e-4, atol=2e-6)
     assert found.agree.tolist() == agree
 
@@ -36,7 +47,9 @@ def test_scores_equal_their_definitions(seed, rows, spread):
 def test_bf16_logits_are_scored_in_fp32():
     logits = (torch.randn(5, 300) * 4).bfloat16()
     targets = torch.arange(5)
-    torch.testing.assert_close(token_scores(logits, targets).nll, token_scores(logits.float(), targets).nll, rtol=0, atol=0)
+    torch.testing.assert_close(
+        token_scores(logits, targets).nll, token_scores(logits.float(), targets).nll, rtol=0, atol=0
+    )
 
 
 def test_a_model_does_not_diverge_from_itself():

@@ -31,7 +31,10 @@ def test_chosen_windows_are_evenly_spaced_members_of_all(stories):
     assert places[-1] + max(gaps) >= len(every) - 1
 
 
-@pytest.mark.parametrize("protocol", [Protocol(window_tokens=1), Protocol(windows=0), Protocol(windows=10**6), Protocol(window_tokens=10**8)])
+@pytest.mark.parametrize(
+    "protocol",
+    [Protocol(window_tokens=1), Protocol(windows=0), Protocol(windows=10**6), Protocol(window_tokens=10**8)],
+)
 def test_impossible_windows_say_what_is_possible(stories, protocol):
     with pytest.raises(BitassayError, match="window"):
         token_windows(stories.tokenizer, protocol)
@@ -52,7 +55,9 @@ def test_the_bundled_text_is_the_published_file():
 
     raw = gzip.decompress((files("bitassay") / "data" / "bundled" / "wikitext2-test.raw.gz").read_bytes())
     # sha256 of wiki.test.raw as published with the data set
-    assert hashlib.sha256(raw).hexdigest() == "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"
+    assert (
+        hashlib.sha256(raw).hexdigest() == "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"
+    )
 
 
 def test_windows_are_integers(stories):

@@ -42,4 +42,6 @@ def test_one_window_has_no_interval():
 
 @pytest.mark.parametrize("windows", [2, 5, 100])
 def test_interval_of_a_constant_is_that_constant(windows):
-    assert percentile_interval(bootstrap_means(np.full((1, windows), 2.5), 0)[0], windows) == pytest.approx((2.5, 2.5))
+    assert percentile_interval(bootstrap_means(np.full((1, windows), 2.5), 0)[0], windows) == pytest.approx(
+        (2.5, 2.5)
+    )

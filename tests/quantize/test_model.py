@@ -55,7 +55,10 @@ def test_overrides_apply_to_the_modules_they_name(stories):
     recipe = Recipe(
         name="mixed",
         weights={"format": "int4"},
-        overrides=[{"match": "*.down_proj", "weights": {"format": "int8"}}, {"match": "model.layers.0.*", "weights": None}],
+        overrides=[
+            {"match": "*.down_proj", "weights": {"format": "int8"}},
+            {"match": "model.layers.0.*", "weights": None},
+        ],
     )
     tensors = bitassay.quantize(stories, recipe).quantization.tensors
     assert "model.layers.0.self_attn.q_proj" not in tensors
@@ -88,7 +91,9 @@ def test_experts_are_refused_not_skipped(architecture):
     model = tiny_model(architecture)
     with pytest.raises(BitassayError, match="fused experts"):
         bitassay.quantize(model, "w8")
-    recipe = Recipe(name="dense-part", weights={"format": "int8"}, overrides=[{"match": "*.experts.*", "weights": None}])
+    recipe = Recipe(
+        name="dense-part", weights={"format": "int8"}, overrides=[{"match": "*.experts.*", "weights": None}]
+    )
     quantized = bitassay.quantize(model, recipe)
     assert not [name for name in quantized.quantization.tensors if ".experts" in name]
     assert logits(quantized).isfinite().all()
@@ -100,10 +105,18 @@ def test_bits_and_bytes_are_those_of_what_is_stored(stories):
     groups = sum(linear.out_features * -(-linear.in_features // 64) for linear in linears)
     quantized = bitassay.quantize(stories, "w4")
     # Whole bytes per matrix: an odd number of 4-bit zero points wastes half a byte.
-    stored = weights * 4 + groups * 16 + sum(-(-linear.out_features * -(-linear.in_features // 64) // 2) * 8 for linear in linears)
+    stored = (
+        weights * 4
+        + groups * 16
+        + sum(-(-linear.out_features * -(-linear.in_features // 64) // 2) * 8 for linear in linears)
+    )
     assert bits_per_weight(quantized) == stored / weights
     assert size_bytes(quantized) == stored // 8 + 2 * (parameter_count(stories) - weights)
-    assert size_bytes(stories) == 2 * parameter_count(stories) == 2 * sum(p.numel() for p in stories.parameters())
+    assert (
+        size_bytes(stories)
+        == 2 * parameter_count(stories)
+        == 2 * sum(p.numel() for p in stories.parameters())
+    )
     packed = with_tensors(stories, quantized.quantization, packed=True)
     assert parameter_count(packed) == parameter_count(quantized) == parameter_count(stories)
     assert size_bytes(packed) == size_bytes(quantized)
@@ -120,7 +133,11 @@ def test_a_real_model_follows_to_bf16():
 
 KERNELS = [
     {"format": "int8"},
-    *({"format": name, "granularity": "g64", "symmetric": symmetric} for name in ("int4", "int3", "int2") for symmetric in (True, False)),
+    *(
+        {"format": name, "granularity": "g64", "symmetric": symmetric}
+        for name in ("int4", "int3", "int2")
+        for symmetric in (True, False)
+    ),
     {"format": "ternary", "granularity": "g32"},
     {"format": "binary", "granularity": "g64"},
     {"format": "binary", "granularity": "g64", "symmetric": False},

@@ -30,6 +30,8 @@ def test_the_first_code_is_in_the_lowest_place(bits, codes, expected):
     assert pack(torch.tensor(codes), bits).tolist() == expected
 
 
-@pytest.mark.parametrize(("bits", "bytes_of_1000"), [(8, 1000), (4, 500), (3, 375), (2, 250), (1.6, 200), (1, 125)])
+@pytest.mark.parametrize(
+    ("bits", "bytes_of_1000"), [(8, 1000), (4, 500), (3, 375), (2, 250), (1.6, 200), (1, 125)]
+)
 def test_nothing_is_wasted(bits, bytes_of_1000):
     assert pack(torch.zeros(1000, dtype=torch.int64), bits).numel() == bytes_of_1000

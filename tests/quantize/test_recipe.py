@@ -2,7 +2,14 @@ import pytest
 from pydantic import ValidationError
 
 from bitassay.errors import BitassayError
-from bitassay.quantize.recipe import RECIPE_BYTES, Recipe, WeightScheme, find_recipe, read_recipe, shipped_recipes
+from bitassay.quantize.recipe import (
+    RECIPE_BYTES,
+    Recipe,
+    WeightScheme,
+    find_recipe,
+    read_recipe,
+    shipped_recipes,
+)
 
 W4 = {"format": "int4", "granularity": "g64"}
 
@@ -29,14 +36,19 @@ def test_the_id_is_that_of_the_change_not_of_its_name():
         {"weights": None},
         {"weights": W4, "overrides": [{"match": "*.q_proj", "weights": None}]},
     ]
-    assert len({Recipe(name="a", **other).recipe_id for other in others} | {recipe.recipe_id}) == len(others) + 1
+    assert (
+        len({Recipe(name="a", **other).recipe_id for other in others} | {recipe.recipe_id}) == len(others) + 1
+    )
 
 
 def test_the_first_matching_override_wins():
     recipe = Recipe(
         name="mixed",
         weights=W4,
-        overrides=[{"match": "*.0.mlp.*", "weights": None}, {"match": "*.down_proj", "weights": {"format": "int8"}}],
+        overrides=[
+            {"match": "*.0.mlp.*", "weights": None},
+            {"match": "*.down_proj", "weights": {"format": "int8"}},
+        ],
     )
     assert recipe.scheme_for("layers.0.mlp.down_proj") is None
     assert recipe.scheme_for("layers.1.mlp.down_proj").format == "int8"

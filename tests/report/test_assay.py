@@ -21,7 +21,14 @@ W8 = BASE | {
     "kl_mean": 0.004, "kl_ci": [0.003, 0.005], "top1_agreement": 0.971, "verdict": "FAIL", "traces_passed": 1, "p_value": 1e-9,
     "hidden_distance_by_layer": [0.02, 0.05],
 }  # fmt: skip
-W2 = W8 | {"recipe": "w2", "ppl": 4.1e6, "ppl_delta": 4.0e6, "ppl_delta_ci": [3e6, 5e6], "kl_mean": 8.0, "kl_ci": [7.0, 9.0]}
+W2 = W8 | {
+    "recipe": "w2",
+    "ppl": 4.1e6,
+    "ppl_delta": 4.0e6,
+    "ppl_delta_ci": [3e6, 5e6],
+    "kl_mean": 8.0,
+    "kl_ci": [7.0, 9.0],
+}
 RUN = {
     "schema": 1,
     "kind": "assay",
@@ -46,7 +53,11 @@ class Checker(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
-        self.loads += [value for key, value in attrs if key in ("src", "href", "xlink:href") and value and not value.startswith("#")]
+        self.loads += [
+            value
+            for key, value in attrs
+            if key in ("src", "href", "xlink:href") and value and not value.startswith("#")
+        ]
 
 
 def page(tmp_path, run) -> tuple[str, Checker]:
@@ -71,7 +82,16 @@ def test_equal_runs_give_equal_pages(tmp_path):
     assert page(tmp_path, RUN)[0] == page(tmp_path, copy.deepcopy(RUN))[0]
 
 
-@pytest.mark.parametrize("path", [("model", "name"), ("model", "origin"), ("environment", "python"), ("recipes", "w8", "name"), ("created",)])
+@pytest.mark.parametrize(
+    "path",
+    [
+        ("model", "name"),
+        ("model", "origin"),
+        ("environment", "python"),
+        ("recipes", "w8", "name"),
+        ("created",),
+    ],
+)
 def test_text_from_a_run_cannot_become_markup(tmp_path, path):
     run = copy.deepcopy(RUN)
     place = run
@@ -90,7 +110,13 @@ def test_a_recipe_name_cannot_become_markup_in_a_plot(tmp_path):
 
 
 def test_without_verdicts_and_timings_the_rest_is_shown(tmp_path):
-    bare = {"hidden_distance": None, "hidden_distance_by_layer": None, "verdict": None, "prefill_tok_s": None, "decode_tok_s": None}
+    bare = {
+        "hidden_distance": None,
+        "hidden_distance_by_layer": None,
+        "verdict": None,
+        "prefill_tok_s": None,
+        "decode_tok_s": None,
+    }
     run = RUN | {"verification": None, "rows": [row | bare for row in (BASE, W8)]}
     text, checker = page(tmp_path, run)
     assert checker.tags.count("svg") == 1

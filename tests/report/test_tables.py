@@ -9,7 +9,7 @@ from bitassay.report.tables import Column, interval, number, percent, render, si
 
 ROWS = [
     {"name": "base", "ppl": 22.7, "ci": None, "note": None},
-    {"name": "w2", "ppl": 41234567.0, "ci": [1.5, 2.25], "note": "a|b, \"c\""},
+    {"name": "w2", "ppl": 41234567.0, "ci": [1.5, 2.25], "note": 'a|b, "c"'},
 ]
 COLUMNS = [
     Column("name", "recipe", align="left"),

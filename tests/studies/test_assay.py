@@ -32,8 +32,7 @@ def finished(tmp_path_factory):
 
 def test_rows_hold_what_was_promised(finished):
     run, folder = finished
-    keys = """recipe bits_per_weight size_bytes ppl ppl_delta ppl_delta_ci kl_mean top1_agreement prefill_tok_s decode_tok_s
-        hidden_distance verdict""".split()
+    keys = ["recipe", "bits_per_weight", "size_bytes", "ppl", "ppl_delta", "ppl_delta_ci", "kl_mean", "top1_agreement", "prefill_tok_s", "decode_tok_s", "hidden_distance", "verdict"]
     assert [row["recipe"] for row in run["rows"]] == ["base", "w8", "w2"]
     for row in run["rows"]:
         assert all(row[key] is not None for key in keys)
@@ -141,7 +140,9 @@ def test_a_dry_run_writes_nothing(tmp_path):
 
 def test_ctrl_c_leaves_a_run_that_the_same_command_finishes(tmp_path):
     arguments = ["--no-verify", "--no-bench", "--format", "csv", "--out", str(tmp_path / "run")]
-    process = subprocess.Popen([*COMMAND, "--windows", "400", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*COMMAND, "--windows", "400", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     parts = tmp_path / "run" / "parts"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and len(list(parts.glob("window-*.safetensors"))) < 3:
@@ -161,10 +162,14 @@ def test_ctrl_c_leaves_a_run_that_the_same_command_finishes(tmp_path):
     assert not [path for path in parts.iterdir() if path.name.startswith(".")]
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounting a small disk needs root")
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounting a small disk needs root"
+)
 def test_a_full_disk_is_a_clear_error_and_what_was_finished_stays():
     disk = Path(subprocess.run(["mktemp", "-d"], capture_output=True, text=True, check=True).stdout.strip())
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=28k", "tmpfs", str(disk)], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=28k", "tmpfs", str(disk)], capture_output=True
+    ).returncode:
         pytest.skip("mounting is not permitted here")
     try:
         done = run_command("--no-verify", "--no-bench", "--out", str(disk / "run"), windows=50)

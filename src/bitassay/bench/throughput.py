@@ -62,7 +62,9 @@ def _run(model: PreTrainedModel, prompt: Int[Tensor, " tokens"], decode_tokens: 
     tokens = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
     filled = _now(model)
     for _ in range(decode_tokens):
-        tokens = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
+        tokens = (
+            model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
+        )
     return filled - start, _now(model) - filled
 
 

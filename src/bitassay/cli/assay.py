@@ -80,7 +80,9 @@ def assay(
         emit(rows, columns, format)
         return 0
     with show_progress() as progress:
-        run, folder = assay(model, recipe, out=out, progress=progress, trust_remote_code=trust_remote_code, **options)
+        run, folder = assay(
+            model, recipe, out=out, progress=progress, trust_remote_code=trust_remote_code, **options
+        )
     report = folder / "report.html"
     write_report(run, report)
     emit(run["rows"], ASSAY_COLUMNS, format, whole=run)

@@ -49,11 +49,21 @@ def eval(
         if recipe:
             pairs = [(name, quantize(loaded, name, progress=progress), loaded) for name in recipe]
         elif against:
-            pairs = [(model, loaded, load(against, dtype=dtype, progress=progress, trust_remote_code=trust_remote_code))]
+            pairs = [
+                (
+                    model,
+                    loaded,
+                    load(against, dtype=dtype, progress=progress, trust_remote_code=trust_remote_code),
+                )
+            ]
         else:
             pairs = [(model, loaded, None)]
-        found = [(n, evaluate(m, against=b, protocol=protocol, seed=seed, progress=progress)) for n, m, b in pairs]
-    rows = [{"recipe": name, "protocol": e.protocol, "against": e.base, **e.quality.to_dict()} for name, e in found]
+        found = [
+            (n, evaluate(m, against=b, protocol=protocol, seed=seed, progress=progress)) for n, m, b in pairs
+        ]
+    rows = [
+        {"recipe": name, "protocol": e.protocol, "against": e.base, **e.quality.to_dict()}
+        for name, e in found
+    ]
     emit(rows, QUALITY_COLUMNS, format)
     return 0
-

@@ -17,10 +17,22 @@ def show_progress() -> Iterator[Progress]:
         yield _PlainProgress()
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
     from rich.progress import Progress as Bar
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Bar(*columns, console=Console(stderr=True)) as bar:
         tasks: dict[str, int] = {}
 
@@ -52,5 +64,9 @@ class _PlainProgress:
             return
         self.printed = now
         moved = done - self.first
-        left = f", about {(now - self.started) / moved * (total - done):.0f} s left" if 0 < moved and done < total else ""
+        left = (
+            f", about {(now - self.started) / moved * (total - done):.0f} s left"
+            if moved > 0 and done < total
+            else ""
+        )
         print(f"{what}: {done}/{total}{left}", file=sys.stderr, flush=True)

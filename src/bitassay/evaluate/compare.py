@@ -59,7 +59,9 @@ class Evaluation:
 
     def __str__(self) -> str:
         q = self.quality
-        lines = [f"{self.model}: perplexity {q.ppl:.4g} {_interval(q.ppl_ci)} on {self.protocol}, {self.windows} windows"]
+        lines = [
+            f"{self.model}: perplexity {q.ppl:.4g} {_interval(q.ppl_ci)} on {self.protocol}, {self.windows} windows"
+        ]
         if self.base is not None:
             lines += [
                 f"  against {self.base}: {q.ppl_delta:+.4g} {_interval(q.ppl_delta_ci)}",
@@ -92,7 +94,14 @@ def evaluate(
     quality = summarise(scores["model" if candidates else BASE], scores[BASE], seed)
     predicted = windows.shape[0] * (windows.shape[1] - 1)
     return Evaluation(
-        _name(model), None if against is None else _name(against), protocol.id, source, len(windows), predicted, seed, quality
+        _name(model),
+        None if against is None else _name(against),
+        protocol.id,
+        source,
+        len(windows),
+        predicted,
+        seed,
+        quality,
     )
 
 

@@ -26,7 +26,9 @@ class TokenScores(NamedTuple):
 
 
 @torch.inference_mode()
-def window_logits(model: PreTrainedModel, window: Int[Tensor, " tokens"]) -> Float[Tensor, "predicted vocabulary"]:
+def window_logits(
+    model: PreTrainedModel, window: Int[Tensor, " tokens"]
+) -> Float[Tensor, "predicted vocabulary"]:
     """Next-token logits at all positions but the last, which has no token to predict, in the model's dtype."""
     return model(window[None].to(model.device), use_cache=False).logits[0, :-1]
 

@@ -29,13 +29,17 @@ class Protocol:
         return f"{self.corpus}/{self.window_tokens}{chosen}"
 
 
-def token_windows(tokenizer: PreTrainedTokenizerBase, protocol: Protocol) -> tuple[Int[Tensor, "windows tokens"], str]:
+def token_windows(
+    tokenizer: PreTrainedTokenizerBase, protocol: Protocol
+) -> tuple[Int[Tensor, "windows tokens"], str]:
     """The windows as token ids, and where the text came from.
 
     Raises BitassayError where the text is shorter than what is asked for.
     """
     if protocol.window_tokens < 2:
-        raise BitassayError(f"a window of {protocol.window_tokens} tokens predicts nothing", "--window 2 or more")
+        raise BitassayError(
+            f"a window of {protocol.window_tokens} tokens predicts nothing", "--window 2 or more"
+        )
     text = corpus(protocol.corpus)
     # The text is far longer than any model's context; it is cut right below, so the tokenizer need not warn.
     ids = tokenizer(text.text, return_tensors="pt", verbose=False).input_ids[0]
@@ -47,4 +51,6 @@ def token_windows(tokenizer: PreTrainedTokenizerBase, protocol: Protocol) -> tup
             f"--windows 1 to {available}, or a shorter --window",
         )
     starts = torch.arange(wanted) * available // wanted
-    return torch.stack([ids[s * protocol.window_tokens :][: protocol.window_tokens] for s in starts]), text.source
+    return torch.stack(
+        [ids[s * protocol.window_tokens :][: protocol.window_tokens] for s in starts]
+    ), text.source

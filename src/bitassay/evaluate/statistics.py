@@ -14,7 +14,9 @@ def bootstrap_means(values: np.ndarray, seed: int) -> np.ndarray:
     return values.astype(np.float64) @ (picks.T / count)
 
 
-def percentile_interval(resampled: np.ndarray, windows: int, level: float = 0.95) -> tuple[float, float] | None:
+def percentile_interval(
+    resampled: np.ndarray, windows: int, level: float = 0.95
+) -> tuple[float, float] | None:
     """The expanded percentile interval of a bootstrap distribution; None for a single window, which says nothing of spread.
 
     A plain percentile interval is too narrow for few windows, by sqrt((n - 1) / n) and by using normal instead of t quantiles; the tails are

@@ -30,7 +30,9 @@ class Granularity:
         if text in ("tensor", "channel"):
             return cls(text)
         if (found := re.fullmatch(r"g([1-9][0-9]{0,6})", text)) is None:
-            raise BitassayError(f"unknown granularity {text!r}", "use tensor, channel, or a group size such as g64")
+            raise BitassayError(
+                f"unknown granularity {text!r}", "use tensor, channel, or a group size such as g64"
+            )
         return cls(text, int(found[1]))
 
     def spans(self, columns: int) -> list[tuple[int, int, int]]:
@@ -55,7 +57,9 @@ class Granularity:
         """The inverse of `to_groups`; also joins one number a group into `[rows, groups]` (or `[1, 1]`)."""
         return torch.cat([part.reshape(1 if part.numel() == 1 else rows, -1) for part in parts], dim=1)
 
-    def scales_to_groups(self, scales: Float[Tensor, "rows groups"], columns: int) -> list[Float[Tensor, "_ 1"]]:
+    def scales_to_groups(
+        self, scales: Float[Tensor, "rows groups"], columns: int
+    ) -> list[Float[Tensor, "_ 1"]]:
         """`[rows, groups]` as one column for each tensor that `to_groups` returns."""
         if self.name == "tensor":
             return [scales.reshape(1, 1)]

@@ -20,7 +20,9 @@ from torch import Tensor
 from bitassay.quantize.tensor import QuantizedTensor
 
 MAX_ROWS = 32
-INT8_COLUMNS = 32  # torch 2.13's kernel reads past the end of other rows (seen at 168 columns: a segmentation fault)
+INT8_COLUMNS = (
+    32  # torch 2.13's kernel reads past the end of other rows (seen at 168 columns: a segmentation fault)
+)
 INT4_GROUPS = (32, 64, 128, 256)
 
 Product = Callable[[BFloat16[Tensor, "rows in"]], BFloat16[Tensor, "rows out"]]

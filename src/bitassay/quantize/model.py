@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -52,7 +51,9 @@ def quantize(
     return with_tensors(base, Quantization(recipe, tensors), packed=packed)
 
 
-def with_tensors(base: PreTrainedModel, quantization: Quantization, *, packed: bool = False) -> PreTrainedModel:
+def with_tensors(
+    base: PreTrainedModel, quantization: Quantization, *, packed: bool = False
+) -> PreTrainedModel:
     """A copy of `base` whose linears are those of `quantization`; everything else is shared."""
     replaced = set(quantization.tensors)
     model = _copy_sharing_parameters(base)
@@ -61,7 +62,9 @@ def with_tensors(base: PreTrainedModel, quantization: Quantization, *, packed: b
         assert isinstance(linear, nn.Linear)
         if packed:
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, QuantizedLinear(tensor, linear.bias, linear.weight.dtype))
+            setattr(
+                model.get_submodule(parent), child, QuantizedLinear(tensor, linear.bias, linear.weight.dtype)
+            )
         else:
             linear.weight = nn.Parameter(tensor.dequantize().to(linear.weight.dtype), requires_grad=False)
     assert replaced <= {name for name, _ in model.named_modules()}

@@ -59,7 +59,9 @@ def unpack(packed: UInt8[Tensor, " bytes"], bits: float, count: int) -> UInt8[Te
         word = packed
     else:
         parts = packed.view(-1, packing.width).int()
-        word = sum((parts[:, byte] << (8 * byte) for byte in range(packing.width)), torch.zeros_like(parts[:, 0]))
+        word = sum(
+            (parts[:, byte] << (8 * byte) for byte in range(packing.width)), torch.zeros_like(parts[:, 0])
+        )
     shift, mask = packing.base.bit_length() - 1, packing.base - 1
     codes = torch.stack([(word >> (shift * place)) & mask for place in range(packing.digits)], dim=1)
     return codes.to(torch.uint8).view(-1)[:count]

@@ -32,7 +32,11 @@ class _Part(BaseModel):
 
 
 class WeightScheme(_Part):
-    """How one matrix is quantized to nearest. `scale` defaults to mse below 4 bits and absmax from there on."""
+    """How one matrix is quantized to nearest.
+
+    `scale` defaults to mse below 4 bits and absmax from there on. `scale_dtype` defaults to float16, for FP8 to bfloat16: an FP8 scale is absmax over 448 or 57344, so small
+    that float16 would hold it as a subnormal number of few bits.
+    """
 
     format: str
     granularity: str = "channel"
@@ -42,10 +46,16 @@ class WeightScheme(_Part):
 
     @model_validator(mode="before")
     @classmethod
-    def _default_scale(cls, given: Any) -> Any:
-        if isinstance(given, dict) and "scale" not in given and given.get("format") in FORMATS:
-            return given | {"scale": "mse" if FORMATS[given["format"]].bits < 4 else "absmax"}
-        return given
+    def _defaults_of_the_format(cls, given: Any) -> Any:
+        fmt = (
+            FORMATS.get(given["format"])
+            if isinstance(given, dict) and isinstance(given.get("format"), str)
+            else None
+        )
+        if fmt is None:
+            return given
+        scale = "mse" if fmt.bits < 4 else "absmax"
+        return {"scale": scale, "scale_dtype": "bfloat16" if fmt.kind == "float" else "float16", **given}
 
     @field_validator("format")
     @classmethod
@@ -65,7 +75,9 @@ class WeightScheme(_Part):
         if not self.symmetric and not fmt.has_asymmetric:
             raise ValueError(f"{self.format} codes are symmetric around zero: a zero point cannot shift them")
         if fmt.kind == "binary" and self.scale == "absmax":
-            raise ValueError("binary has no code for zero, so an absmax scale would only add error: use scale: mse")
+            raise ValueError(
+                "binary has no code for zero, so an absmax scale would only add error: use scale: mse"
+            )
         return self
 
 
@@ -125,11 +137,15 @@ def read_recipe(path: Path) -> Recipe:
             raise BitassayError(f"{path}: more than {RECIPE_BYTES} bytes, which no recipe needs")
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise BitassayError(f"{path}: {error.strerror or error}", "check the path, or see `bitassay recipes list`") from error
+        raise BitassayError(
+            f"{path}: {error.strerror or error}", "check the path, or see `bitassay recipes list`"
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise BitassayError(f"{path}: not valid YAML ({error})") from error
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
         defects = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg']}" for e in error.errors())
-        raise BitassayError(f"{path}: not a recipe: {defects}", "compare it with `bitassay recipes show w4`") from error
+        raise BitassayError(
+            f"{path}: not a recipe: {defects}", "compare it with `bitassay recipes show w4`"
+        ) from error

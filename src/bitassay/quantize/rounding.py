@@ -29,7 +29,9 @@ def round_to_nearest(
     return codes.clamp_(*fmt.code_range(symmetric))
 
 
-def dequantize(codes: Float[Tensor, "groups size"], grid: "Grid", fmt: NumberFormat) -> Float[Tensor, "groups size"]:
+def dequantize(
+    codes: Float[Tensor, "groups size"], grid: "Grid", fmt: NumberFormat
+) -> Float[Tensor, "groups size"]:
     """`(q - z) * s`, or `q * s + m` where the grid has a mean."""
     if grid.zero_point is not None:
         codes = codes - grid.zero_point

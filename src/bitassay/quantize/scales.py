@@ -3,7 +3,8 @@
 absmax: the largest magnitude (asymmetric: the range, widened to hold zero) lands on the outermost code, so nothing is clipped.
 
 mse: the scale that minimises `sum (w - w')^2` within the group. For integers and FP8 it is searched over a grid of multiples of the absmax scale,
-because the error is not convex in the scale; clipping the tails this way is worth 3.2 dB at 2 bits on Gaussian weights. For ternary and binary
+because the error is not convex in the scale; clipping the tails this way is worth 2.2 dB at 2 bits on Gaussian
+weights in groups of 64, and comes within 7 % of the noise of the best uniform quantizer of four levels (`tests/quantize/test_tensor.py`). For ternary and binary
 the optimum is exact:
 
     ternary   keep the k largest magnitudes, s = their mean; the error falls by (sum_k |w|)^2 / k, so scan k over the sorted magnitudes
@@ -33,7 +34,9 @@ class Grid(NamedTuple):
     mean: Float[Tensor, "groups 1"] | None = None
 
 
-def absmax_grid(w: Float[Tensor, "groups size"], fmt: NumberFormat, symmetric: bool, dtype: torch.dtype) -> Grid:
+def absmax_grid(
+    w: Float[Tensor, "groups size"], fmt: NumberFormat, symmetric: bool, dtype: torch.dtype
+) -> Grid:
     """The widest grid: no weight is clipped (beyond what rounding the scale to `dtype` costs)."""
     if symmetric:
         return Grid(_stored(w.abs().amax(1, keepdim=True) / fmt.largest, dtype))
@@ -52,7 +55,9 @@ def mse_grid(w: Float[Tensor, "groups size"], fmt: NumberFormat, symmetric: bool
             return Grid(w.abs().mean(1, keepdim=True).to(dtype).float())
         mean = w.mean(1, keepdim=True).to(dtype).float()
         return Grid((w - mean).abs().mean(1, keepdim=True).to(dtype).float(), mean=mean)
-    blocks = [_search(block, fmt, symmetric, dtype) for block in w.split(max(1, BLOCK_ELEMENTS // w.shape[1]))]
+    blocks = [
+        _search(block, fmt, symmetric, dtype) for block in w.split(max(1, BLOCK_ELEMENTS // w.shape[1]))
+    ]
     zero_point = None if symmetric else torch.cat([b.zero_point for b in blocks if b.zero_point is not None])
     return Grid(torch.cat([b.scale for b in blocks]), zero_point)
 
@@ -62,7 +67,11 @@ def _search(w: Float[Tensor, "groups size"], fmt: NumberFormat, symmetric: bool,
     best_scale, least = widest.scale, torch.full_like(widest.scale, torch.inf)
     for factor in SEARCH_FACTORS:
         grid = widest._replace(scale=_stored(widest.scale * factor, dtype))
-        error = (dequantize(round_to_nearest(w, grid, fmt, symmetric), grid, fmt) - w).square().sum(1, keepdim=True)
+        error = (
+            (dequantize(round_to_nearest(w, grid, fmt, symmetric), grid, fmt) - w)
+            .square()
+            .sum(1, keepdim=True)
+        )
         better = error < least
         best_scale, least = torch.where(better, grid.scale, best_scale), torch.where(better, error, least)
     return widest._replace(scale=best_scale)

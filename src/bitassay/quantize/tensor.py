@@ -63,7 +63,10 @@ class QuantizedTensor:
         zeros = split(zero_points, columns) if zero_points is not None else [None] * len(scales)
         means = split(self.mean.float(), columns) if self.mean is not None else [None] * len(scales)
         groups = self.granularity.to_groups(self.codes())
-        parts = [dequantize(q, Grid(s, z, m), self.format) for q, s, z, m in zip(groups, scales, zeros, means, strict=True)]
+        parts = [
+            dequantize(q, Grid(s, z, m), self.format)
+            for q, s, z, m in zip(groups, scales, zeros, means, strict=True)
+        ]
         return self.granularity.from_groups(parts, self.shape[0])
 
     @property
@@ -78,7 +81,9 @@ class QuantizedTensor:
         return QuantizedTensor(self.scheme, self.shape, *(p if p is None else p.to(device) for p in parts))  # type: ignore[arg-type]
 
 
-def quantize_tensor(weight: Float[Tensor, "out in"], scheme: WeightScheme, name: str = "weight") -> QuantizedTensor:
+def quantize_tensor(
+    weight: Float[Tensor, "out in"], scheme: WeightScheme, name: str = "weight"
+) -> QuantizedTensor:
     """Round a matrix to nearest on the grids that `scheme` asks for.
 
     Raises BitassayError that names the tensor where a value is NaN or infinite, or too large for the scale's dtype.
@@ -88,10 +93,16 @@ def quantize_tensor(weight: Float[Tensor, "out in"], scheme: WeightScheme, name:
     fmt, granularity = FORMATS[scheme.format], Granularity.parse(scheme.granularity)
     dtype = getattr(torch, scheme.scale_dtype)
     if weight.abs().max() > torch.finfo(dtype).max:
-        raise BitassayError(f"{name}: weights up to {weight.abs().max():.3g} overflow scales in {scheme.scale_dtype}", "scale_dtype: float32")
+        raise BitassayError(
+            f"{name}: weights up to {weight.abs().max():.3g} overflow scales in {scheme.scale_dtype}",
+            "scale_dtype: float32",
+        )
     groups = granularity.to_groups(weight.detach().float())
     grids = [GRIDS[scheme.scale](group, fmt, scheme.symmetric, dtype) for group in groups]
-    codes = [round_to_nearest(group, grid, fmt, scheme.symmetric) for group, grid in zip(groups, grids, strict=True)]
+    codes = [
+        round_to_nearest(group, grid, fmt, scheme.symmetric)
+        for group, grid in zip(groups, grids, strict=True)
+    ]
     return from_codes(
         granularity.from_groups(codes, weight.shape[0]),
         granularity.from_groups([grid.scale for grid in grids], weight.shape[0]),

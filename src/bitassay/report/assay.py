@@ -1,6 +1,6 @@
 """An assay for people: the columns of its table, and one HTML file that opens offline."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -9,41 +9,61 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from bitassay.record.files import atomic_file, write_text
-from bitassay.report.figures import layers_figure, quality_figure, speed_figure, summary_figure, svg
-from bitassay.report.schema import AssayRun, Row, parse_run
-from bitassay.report.tables import Column, number, percent, significant, size
+from bitassay.report.figures import (
+    layers_figure,
+    quality_figure,
+    speed_figure,
+    summary_figure,
+    svg,
+    svg_file,
+)
+from bitassay.report.schema import AssayRun, parse_run
+from bitassay.report.tables import Column, interval, number, percent, significant, size
 
+RowText = Callable[[dict[str, Any]], str]
 _ppl, _kl = number(2), significant(3)
 
 
-def _interval(key: str, interval_key: str, form) -> Any:
+def _with_interval(key: str, interval_key: str, form: Callable[[float], str]) -> RowText:
     """Value and interval of one row: `1.23 [1.10, 1.36]`."""
 
     def text(row: dict[str, Any]) -> str:
         pair = row.get(interval_key)
-        return form(row[key]) + (f" [{form(pair[0])}, {form(pair[1])}]" if pair else "")
+        return form(row[key]) + (f" {interval(form)(pair)}" if pair else "")
 
     return text
 
 
-def _not_for_base(form):
+def _not_for_base(form: RowText) -> RowText:
     """The base model is not compared with itself."""
     return lambda row: "" if row["recipe"] == "base" else form(row)
 
 
-RECIPE = Column("recipe", "recipe", align="left")
-_DELTA = Column("ppl_delta", "ppl delta\n[95 %]", _not_for_base(_interval("ppl_delta", "ppl_delta_ci", _ppl)), whole_row=True)
-_KL = Column("kl_mean", "KL to base\n[95 %]", _not_for_base(_interval("kl_mean", "kl_ci", _kl)), whole_row=True)
-_TOP1 = Column("top1_agreement", "top-1\nagreement", _not_for_base(lambda row: percent(1)(row["top1_agreement"])), whole_row=True)
+def _compared(form: RowText) -> RowText:
+    """`-` where there was nothing to compare with."""
+    return lambda row: form(row) if row.get("against") else "-"
 
+
+def _column(title: str, key: str, interval_key: str, form: Callable[[float], str], shown: Any) -> Column:
+    text = shown(_with_interval(key, interval_key, form))
+    return Column(key, title, text, whole_row=True, also=(interval_key,))
+
+
+RECIPE = Column("recipe", "recipe", align="left")
 ASSAY_COLUMNS = [
     RECIPE,
     Column("bits_per_weight", "bits/\nweight", number(2)),
     Column("size_bytes", "size", size),
-    Column("ppl", "ppl", _ppl),
-    _DELTA,
-    _KL,
-    _TOP1,
+    Column("ppl", "ppl", _ppl, also=("ppl_ci",)),
+    _column("ppl delta\n[95 %]", "ppl_delta", "ppl_delta_ci", _ppl, _not_for_base),
+    _column("KL to base\n[95 %]", "kl_mean", "kl_ci", _kl, _not_for_base),
+    Column(
+        "top1_agreement",
+        "top-1\nagreement",
+        _not_for_base(lambda row: percent(1)(row["top1_agreement"])),
+        whole_row=True,
+        also=("top1_ci",),
+    ),
     Column("prefill_tok_s", "prefill\ntok/s", number(0)),
     Column("decode_tok_s", "decode\ntok/s", number(1)),
     Column("hidden_distance", "hidden\ndistance", significant(3)),
@@ -54,75 +74,146 @@ QUALITY_COLUMNS = [
     RECIPE,
     Column("protocol", "protocol", align="left"),
     Column("against", "against", align="left"),
-    Column("ppl", "ppl\n[95 %]", _interval("ppl", "ppl_ci", _ppl), whole_row=True),
-    Column("ppl_delta", "ppl delta\n[95 %]", lambda row: _compared(row, _interval("ppl_delta", "ppl_delta_ci", _ppl)), whole_row=True),
-    Column("kl_mean", "KL\n[95 %]", lambda row: _compared(row, _interval("kl_mean", "kl_ci", _kl)), whole_row=True),
-    Column("kl_p99", "KL 99 %", lambda row: _compared(row, lambda r: _kl(r["kl_p99"])), whole_row=True),
-    Column("top1_agreement", "top-1 agreement\n[95 %]", lambda row: _compared(row, _interval("top1_agreement", "top1_ci", number(3))), whole_row=True),
+    _column("ppl\n[95 %]", "ppl", "ppl_ci", _ppl, lambda text: text),
+    _column("ppl delta\n[95 %]", "ppl_delta", "ppl_delta_ci", _ppl, _compared),
+    _column("KL\n[95 %]", "kl_mean", "kl_ci", _kl, _compared),
+    Column("kl_p99", "KL 99 %", _compared(lambda row: _kl(row["kl_p99"])), whole_row=True),
+    _column("top-1 agreement\n[95 %]", "top1_agreement", "top1_ci", number(3), _compared),
 ]
-
-
-def _compared(row: dict[str, Any], form) -> str:
-    return form(row) if row.get("against") else "-"
 
 
 def write_report(runs: Sequence[dict[str, Any]] | dict[str, Any], path: Path) -> None:
     """One HTML file for one or several assays. Raises BitassayError for a value that is not an assay."""
     many = [runs] if isinstance(runs, dict) else runs
     parsed = [parse_run(run, f"run {index + 1}") for index, run in enumerate(many)]
-    template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
-        (files("bitassay") / "report" / "assay.html.j2").read_text(encoding="utf-8")
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    write_text(path, template.render(runs=[_page(run) for run in parsed]))
+    environment.filters["plain"] = plain
+    source = (files("bitassay") / "report" / "assay.html.j2").read_text(encoding="utf-8")
+    pages = [_page(run, f"run{index + 1}-") for index, run in enumerate(parsed)]
+    write_text(path, environment.from_string(source).render(pages=pages))
 
 
 def write_picture(run: dict[str, Any], path: Path) -> None:
     """The summary figure of a run, as .svg or .png by the name of `path`."""
     figure = summary_figure(parse_run(run, str(path)))
     if path.suffix == ".svg":
-        write_text(path, svg(figure))
+        write_text(path, svg_file(figure))
         return
     with atomic_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=160)
+        figure.savefig(temporary, format="png", dpi=160, facecolor="white")
 
 
-def _page(run: AssayRun) -> dict[str, Any]:
-    """What the template shows of one run."""
+def plain(value: Any) -> str:
+    """A value of a run as text: numbers to four digits, lists and objects spelled out."""
+    if value is None:
+        return "none"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(plain, value))
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {plain(item)}" for key, item in value.items())
+    return str(value)
+
+
+def _page(run: AssayRun, prefix: str) -> dict[str, Any]:
+    """What the template shows of one run; `prefix` starts its ids."""
     rows = [row.model_dump() for row in run.rows]
-    figures = [
-        (quality_figure(run), "Quality against size", "KL divergence to the base model and perplexity, against the size of the checkpoint; bars are 95 % intervals"),
-        (layers_figure(run), "What a verifier sees", "Relative distance of hidden states between prover and verifier by decoder layer, on generated positions; the band is what honest runs spanned"),
-        (speed_figure(run), "Speed", "Decode and prefill speed of the packed models in bf16"),
+    verification = run.verification
+    drawn = [
+        (
+            quality_figure(run),
+            "Quality against size",
+            "KL divergence to the base model (left) and change of perplexity (right) against the size of the "
+            "checkpoint. Bars are 95 % intervals; the right axis is linear around zero, logarithmic beyond.",
+        ),
+        (
+            layers_figure(run),
+            "What a verifier sees",
+            "Relative distance between the hidden states that each model produced and those that the base "
+            "model recomputes, by decoder layer, on generated tokens (geometric mean over traces). The band "
+            "is what the honest base model spanned.",
+        ),
+        (speed_figure(run), "Speed", _speed_caption(run)),
     ]
     return {
+        "id": prefix.rstrip("-"),
         "run": run,
         "headline": headline(run),
         "titles": [column.title.replace("\n", " ") for column in ASSAY_COLUMNS],
-        "table": [[column.text(row) for column in ASSAY_COLUMNS] for row in rows],
+        "table": [[_value_and_interval(column.text(row)) for column in ASSAY_COLUMNS] for row in rows],
         "verdicts": [row for row in run.rows if row.verdict],
-        "figures": [(Markup(svg(figure)), title, text) for figure, title, text in figures if figure is not None],
+        "figures": [
+            (Markup(svg(figure, f"{prefix}{place}-")), title, text)
+            for place, (figure, title, text) in enumerate(drawn)
+            if figure is not None
+        ],
+        "about": {
+            "verification": verification.model_dump() if verification else {},
+            "model": run.model.model_dump(),
+            "protocol": run.protocol.model_dump(),
+        },
     }
 
 
+def _value_and_interval(text: str) -> tuple[str, str]:
+    value, bracket, rest = text.partition(" [")
+    return value, f"[{rest}" if bracket else ""
+
+
+def _speed_caption(run: AssayRun) -> str:
+    caption = (
+        "Speed of the packed models in bf16, one sequence, models timed in turn; "
+        "in brackets the ratio to the base."
+    )
+    spreads = [s for row in run.rows for s in (row.prefill_spread, row.decode_spread) if s is not None]
+    if spreads:
+        caption += (
+            f" Repeats of one measurement differed by up to {percent(0)(max(spreads))} of their median."
+        )
+    return caption
+
+
 def headline(run: AssayRun) -> str:
-    """One sentence that the intervals support: which recipes show no difference in perplexity, and which a verifier caught."""
-    candidates = run.rows[1:]
-    harmless = [row.recipe for row in candidates if _holds_zero(row)]
-    caught = [row.recipe for row in candidates if row.verdict == "FAIL"]
-    parts = []
-    if harmless:
-        parts.append(f"no difference in perplexity is visible for {_listed(harmless)} (the 95 % interval holds zero)")
-    if worse := [row.recipe for row in candidates if row.recipe not in harmless]:
-        parts.append(f"{_listed(worse)} differ{'s' if len(worse) == 1 else ''} from the base model")
-    if any(row.verdict for row in candidates):
-        parts.append(f"a verifier that expects the base model rejects {_listed(caught) if caught else 'none of them'}")
-    text = "; ".join(parts) or "only the base model was measured"
+    """What the intervals and the verdicts support, in a few clauses, and nothing more."""
+    recipes = run.rows[1:]
+    compared = [(row.recipe, *row.ppl_delta_ci) for row in recipes if row.ppl_delta_ci]
+    clauses = [
+        f"no difference in perplexity is visible for {_listed(names)} (the 95 % interval holds zero)"
+        if (names := [name for name, low, high in compared if low <= 0 <= high])
+        else "",
+        f"perplexity is higher than the base model's for {_listed(names)}"
+        if (names := [name for name, low, _ in compared if low > 0])
+        else "",
+        f"perplexity is lower than the base model's for {_listed(names)}"
+        if (names := [name for name, _, high in compared if high < 0])
+        else "",
+        *_verdict_clauses(run),
+    ]
+    text = "; ".join(clause for clause in clauses if clause)
+    text = text or f"{len(run.rows)} models were measured; no interval supports a comparison"
     return text[0].upper() + text[1:] + "."
 
 
-def _holds_zero(row: Row) -> bool:
-    return row.ppl_delta_ci is not None and row.ppl_delta_ci[0] <= 0 <= row.ppl_delta_ci[1]
+def _verdict_clauses(run: AssayRun) -> list[str]:
+    base, recipes = run.rows[0], run.rows[1:]
+    by_verdict = {
+        verdict: [row.recipe for row in recipes if row.verdict == verdict]
+        for verdict in ("FAIL", "PASS", "INCONCLUSIVE")
+    }
+    says = {
+        "FAIL": "rejects {}",
+        "PASS": "cannot tell {} from it",
+        "INCONCLUSIVE": "comes to no decision on {}",
+    }
+    found = [says[verdict].format(_listed(names)) for verdict, names in by_verdict.items() if names]
+    clauses = [f"a verifier that expects the base model {_listed(found)}"] if found else []
+    if base.verdict == "FAIL":
+        clauses.append("it also rejected the honest base model, so its verdicts are in doubt")
+    return clauses
 
 
-def _listed(names: list[str]) -> str:
+def _listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -1,5 +1,5 @@
-"""What a run.json must hold before anything is drawn from it. A run folder may come from anyone, so sizes, types
-and everything that the page names are checked."""
+"""What a run.json must hold before anything is drawn from it. A run folder may come from anyone, so sizes,
+types and everything that the page names are checked."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,6 +14,7 @@ MAX_LAYERS = 1000
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Distance = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0, le=2**63)]
 Pair = tuple[Finite, Finite]
@@ -51,9 +52,9 @@ class Row(_Part):
     decode_tok_s: Positive | None = None
     prefill_spread: Finite | None = None
     decode_spread: Finite | None = None
-    hidden_distance: Finite | None = None
-    hidden_distance_by_layer: list[Positive] | None = None
-    hidden_distance_range_by_layer: list[tuple[Positive, Positive]] | None = None
+    hidden_distance: Distance | None = None
+    hidden_distance_by_layer: list[Distance] | None = None
+    hidden_distance_range_by_layer: list[tuple[Distance, Distance]] | None = None
     verdict: Literal["PASS", "FAIL", "INCONCLUSIVE"] | None = None
     traces_passed: Count | None = None
     traces: Count | None = None
@@ -109,8 +110,12 @@ def parse_run(value: object, where: str) -> AssayRun:
     try:
         return AssayRun.model_validate(value)
     except ValidationError as error:
-        defects = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'run'}: {e['msg']}" for e in error.errors()[:3])
-        raise BitassayError(f"{where}: not a run of `bitassay assay`: {defects}", "run the assay again") from error
+        defects = "; ".join(
+            f"{'.'.join(map(str, e['loc'])) or 'run'}: {e['msg']}" for e in error.errors()[:3]
+        )
+        raise BitassayError(
+            f"{where}: not a run of `bitassay assay`: {defects}", "run the assay again"
+        ) from error
 
 
 def read_run(folder: Path) -> AssayRun:

@@ -16,8 +16,8 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Column:
-    """`format` gets the value under `key`, or the whole row where `whole_row` is set. `also`: other keys that the
-    text shows, which are columns of their own in CSV. A title may have several lines."""
+    """`format` gets the value under `key`, or the whole row where `whole_row` is set. `also`: other keys that
+    the text shows, which are columns of their own in CSV. A title may have several lines."""
 
     key: str
     title: str

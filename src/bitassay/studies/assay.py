@@ -83,7 +83,9 @@ class AssayPlan:
         if not names:
             raise BitassayError("no recipe was given", "--recipe w4, or see `bitassay recipes list`")
         if repeated := sorted({name for name in names if names.count(name) > 1 or name == BASE}):
-            raise BitassayError(f"two rows would be called {repeated[0]!r}", "give each recipe a name of its own")
+            raise BitassayError(
+                f"two rows would be called {repeated[0]!r}", "give each recipe a name of its own"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -116,7 +118,8 @@ def assay(
 
     stopwatch = _Stopwatch()
     quantizations = {
-        recipe.name: quantize(base, recipe, packed=True, progress=progress).quantization for recipe in plan.recipes
+        recipe.name: quantize(base, recipe, packed=True, progress=progress).quantization
+        for recipe in plan.recipes
     }
     models = {BASE: base, **{name: with_tensors(base, q, packed=True) for name, q in quantizations.items()}}
     facts = {name: _facts(model) for name, model in models.items()}
@@ -135,9 +138,14 @@ def assay(
             speed = folder.part("bench", lambda: _bench(plan, base, quantizations, prompt, progress))
             stopwatch.lap("bench")
         if plan.verification:
-            verification, verdicts = _verify(plan.verification, folder, base, quantizations, plan.seed, progress)
+            verification, verdicts = _verify(
+                plan.verification, folder, base, quantizations, plan.seed, progress
+            )
             stopwatch.lap("verify")
-    rows = [facts[name] | quality[name] | speed.get(name, _NO_SPEED) | verdicts.get(name, _NO_VERDICT) for name in facts]
+    rows = [
+        facts[name] | quality[name] | speed.get(name, _NO_SPEED) | verdicts.get(name, _NO_VERDICT)
+        for name in facts
+    ]
     run = {**head, "verification": verification, "rows": rows, "seconds": stopwatch.laps}
     write_json(folder.path / "run.json", run)
     return run, folder.path
@@ -238,7 +246,9 @@ def _evaluate(
         packed = weights * base.dtype.itemsize > psutil.virtual_memory().available / 2
         candidates = {name: with_tensors(base, q, packed=packed) for name, q in quantizations.items()}
         for index, scores in score_windows(base, candidates, windows, skip=done):
-            named = {f"{name}/{field}": value for name, s in scores.items() for field, value in s._asdict().items()}
+            named = {
+                f"{name}/{field}": value for name, s in scores.items() for field, value in s._asdict().items()
+            }
             folder.write_tensors(_window(index), named)
             finished += 1
             progress(what, finished, len(windows))
@@ -262,7 +272,10 @@ def _bench(
 ) -> dict[str, Any]:
     models = {BASE: base, **{name: with_tensors(base, q, packed=True) for name, q in quantizations.items()}}
     found = throughput(
-        {name: (lambda m=m: m) for name, m in models.items()}, prompt, repeats=plan.bench_repeats, progress=progress
+        {name: (lambda m=m: m) for name, m in models.items()},
+        prompt,
+        repeats=plan.bench_repeats,
+        progress=progress,
     )
     return {name: value.to_dict() for name, value in found.items()}
 
@@ -278,11 +291,14 @@ def _verify(
     """What the profile is, and the verdict columns of every model, each of which claims to be the base model."""
     prompts = chosen_prompts(base, plan.prompts + plan.calibration_prompts, seed)
     proved, calibration = prompts[: plan.prompts], prompts[plan.prompts :]
-    profile = Profile.model_validate(folder.part("profile", lambda: _calibrated(plan, base, calibration, progress)))
+    profile = Profile.model_validate(
+        folder.part("profile", lambda: _calibrated(plan, base, calibration, progress))
+    )
     columns = {}
     for name in (BASE, *quantizations):
         columns[name] = folder.part(
-            f"verdict-{name}", lambda name=name: _verdict(plan, base, quantizations.get(name), proved, profile, progress)
+            f"verdict-{name}",
+            lambda name=name: _verdict(plan, base, quantizations.get(name), proved, profile, progress),
         )
     held_out = profile.held_out
     described = {
@@ -297,7 +313,9 @@ def _verify(
     return described, columns
 
 
-def _calibrated(plan: Verification, base: PreTrainedModel, prompts: list[TokenIds], progress: Progress) -> dict[str, Any]:
+def _calibrated(
+    plan: Verification, base: PreTrainedModel, prompts: list[TokenIds], progress: Progress
+) -> dict[str, Any]:
     profile = calibrate(
         base, base, prompts, max_new_tokens=plan.new_tokens, alpha=plan.alpha, progress=progress
     )

@@ -20,7 +20,9 @@ from bitassay.studies.assay import AssayPlan
 PROMPT_TOKENS = 60  # about the mean of the prompts that are used
 
 
-def estimate_assay(model: str, recipes: list[str], *, progress: Progress = silent, **options: Any) -> list[dict[str, Any]]:
+def estimate_assay(
+    model: str, recipes: list[str], *, progress: Progress = silent, **options: Any
+) -> list[dict[str, Any]]:
     """Rows `step, work, memory_bytes, seconds`. The model is fetched where it is not here yet, but no weights are loaded."""
     plan = AssayPlan(model, tuple(find_recipe(recipe) for recipe in recipes), **options)
     config = AutoConfig.from_pretrained(resolve(model, progress).folder)

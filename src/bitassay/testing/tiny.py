@@ -47,7 +47,9 @@ def tiny_model(architecture: str, seed: int = 0, **changes) -> PreTrainedModel:
     It uses stories260k's tokenizer. `changes` override fields of the configuration.
     """
     if architecture not in ARCHITECTURES:
-        raise BitassayError(f"unknown architecture {architecture!r}; the nearest are {nearest(architecture, ARCHITECTURES)}")
+        raise BitassayError(
+            f"unknown architecture {architecture!r}; the nearest are {nearest(architecture, ARCHITECTURES)}"
+        )
     model_type, extra = ARCHITECTURES[architecture]
     config = AutoConfig.for_model(model_type, **(_DENSE | extra | changes))
     with torch.random.fork_rng(devices=[]):
