@@ -51,6 +51,7 @@ def run(arguments: list[str], debug: bool = False) -> int:
     """The exit status of one command line; with `debug`, exceptions propagate."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         # Left to cyclopts, an unknown verb imports all the others to describe them.

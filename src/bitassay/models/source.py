@@ -182,8 +182,8 @@ def _dequantize(path: Path, digest: str, out: Path) -> None:
         ) from error
     # transformers refuses to save a model that still says it is quantized; these weights are plain numbers by
     # now.
-    del model.config.quantization_config
-    model.hf_quantizer = None
+    del model.config.quantization_config  # pyright: ignore[reportAttributeAccessIssue]
+    vars(model).pop("hf_quantizer", None)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     origin = f"dequantized from GGUF {path.name} ({', '.join(kinds) or 'F32'})"

@@ -48,7 +48,7 @@ def _int8_product(quantized: QuantizedTensor) -> Product:
     scale = quantized.scale[:, 0].float()
     ones = torch.ones(len(scale), dtype=torch.bfloat16)
     # The kernel takes scales in bf16; kept out of it, they keep their precision.
-    return lambda x: (torch._weight_int8pack_mm(x, codes, ones).float() * scale).to(torch.bfloat16)
+    return lambda x: (torch.ops.aten._weight_int8pack_mm(x, codes, ones).float() * scale).to(torch.bfloat16)
 
 
 def _int4_product(quantized: QuantizedTensor, group_size: int) -> Product:
@@ -62,6 +62,6 @@ def _int4_product(quantized: QuantizedTensor, group_size: int) -> Product:
         codes = codes - zero_points.repeat_interleave(group_size, dim=1)
     elif zero_points is not None:
         codes, offset = codes - 8, (8 - zero_points) * scale
-    packed = torch._convert_weight_to_int4pack_for_cpu((codes + 8).int(), 1)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu((codes + 8).int(), 1)
     grids = torch.stack((scale, offset), dim=-1).transpose(0, 1).contiguous().to(torch.bfloat16)
-    return lambda x: torch._weight_int4pack_mm_for_cpu(x, packed, group_size, grids)
+    return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group_size, grids)

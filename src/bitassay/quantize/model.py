@@ -38,8 +38,13 @@ def quantize(
     packed: store codes (a real model) instead of dequantized weights (a fake one). The copy carries `.quantization`. Raises BitassayError where the
     recipe names modules that do not exist, where weights are not finite, or where the model has matrices that would be skipped.
     """
-    recipe = find_recipe(recipe)
-    if getattr(base, "quantization", None) is not None:
+    return with_tensors(base, quantize_tensors(base, find_recipe(recipe), progress), packed=packed)
+
+
+def quantize_tensors(base: PreTrainedModel, recipe: Recipe, progress: Progress = silent) -> Quantization:
+    """The quantized matrices alone, without a model around them; errors as `quantize`."""
+    known = getattr(base, "identity", None)
+    if quantization_of(base) is not None or (isinstance(known, Identity) and known.recipe_id is not None):
         raise BitassayError("the model is quantized already", "quantize the base model instead")
     linears = check_recipe(base, recipe)
     tensors = {}
@@ -48,14 +53,13 @@ def quantize(
         if scheme := recipe.scheme_for(name):
             tensors[name] = quantize_tensor(linear.weight, scheme, name)
     progress(f"quantizing by {recipe.name}", len(linears), len(linears))
-    return with_tensors(base, Quantization(recipe, tensors), packed=packed)
+    return Quantization(recipe, tensors)
 
 
 def with_tensors(
     base: PreTrainedModel, quantization: Quantization, *, packed: bool = False
 ) -> PreTrainedModel:
     """A copy of `base` whose linears are those of `quantization`; everything else is shared."""
-    replaced = set(quantization.tensors)
     model = _copy_sharing_parameters(base)
     for name, tensor in quantization.tensors.items():
         linear = model.get_submodule(name)
@@ -67,11 +71,17 @@ def with_tensors(
             )
         else:
             linear.weight = nn.Parameter(tensor.dequantize().to(linear.weight.dtype), requires_grad=False)
-    assert replaced <= {name for name, _ in model.named_modules()}
-    model.quantization = quantization
-    if isinstance(getattr(base, "identity", None), Identity):
-        model.identity = base.identity.with_recipe(quantization.recipe.recipe_id, quantization.recipe.name)
+    # nn.Module's own __setattr__ is for tensors and modules.
+    object.__setattr__(model, "quantization", quantization)
+    if isinstance(known := getattr(base, "identity", None), Identity):
+        recipe = quantization.recipe
+        object.__setattr__(model, "identity", known.with_recipe(recipe.recipe_id, recipe.name))
     return model
+
+
+def quantization_of(model: PreTrainedModel) -> Quantization | None:
+    """What was done to a model by `quantize`; None for one that was not quantized here."""
+    return getattr(model, "quantization", None)
 
 
 def check_recipe(model: PreTrainedModel, recipe: Recipe) -> dict[str, nn.Linear]:
@@ -120,7 +130,7 @@ def parameter_count(model: PreTrainedModel) -> int:
 
 
 def _tensors(model: PreTrainedModel) -> dict[str, QuantizedTensor]:
-    quantization = getattr(model, "quantization", None)
+    quantization = quantization_of(model)
     return quantization.tensors if quantization is not None else {}
 
 

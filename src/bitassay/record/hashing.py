@@ -39,5 +39,5 @@ def digest_tensors(tensors: "Iterable[tuple[str, Tensor]]") -> str:
         assert previous < name, f"tensors out of order: {previous} before {name}"
         previous = name
         sha.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        sha.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        sha.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()

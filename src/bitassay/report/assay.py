@@ -142,7 +142,7 @@ def _page(run: AssayRun, prefix: str) -> dict[str, Any]:
         "id": prefix.rstrip("-"),
         "run": run,
         "headline": headline(run),
-        "titles": [column.title.replace("\n", " ") for column in ASSAY_COLUMNS],
+        "titles": [column.title.replace(" %", "\N{NO-BREAK SPACE}%").split("\n") for column in ASSAY_COLUMNS],
         "table": [[_value_and_interval(column.text(row)) for column in ASSAY_COLUMNS] for row in rows],
         "verdicts": [row for row in run.rows if row.verdict],
         "figures": [

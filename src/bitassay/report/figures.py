@@ -23,6 +23,7 @@ MARKERS = "osD^vPX*<>ph"
 LABEL_LETTERS = 20
 LABEL_HEIGHT = 15  # pixels, at the 100 an inch of an unsaved figure
 LETTER_WIDTH = 7
+POINTS = 0.72  # in such a pixel
 
 # Where a name belongs, in the units of the axes: x, y, name.
 Labels = list[tuple[float, float, str]]
@@ -170,11 +171,13 @@ def draw_layers(axes: Axes, run: AssayRun) -> Labels:
             _draw_band(axes, layers, [(max(a, floor), b) for a, b in row.hidden_distance_range_by_layer])
         values = [max(value, floor) for value in row.hidden_distance_by_layer]
         axes.plot(layers, values, color=colour, marker=marker)
-        labels.append((layers[-1], values[-1], "base, honest" if index == 0 else row.recipe))
+        labels.append((layers[-1], values[-1], "honest" if index == 0 else row.recipe))
     _log_axis(axes)
     axes.set(xlabel="after decoder layer", ylabel="relative distance of hidden states", xticks=layers)
+    longest = max((len(_short(name)) for _, _, name in labels), default=0)
+    room = (32 + LETTER_WIDTH * longest) / axes.get_window_extent().width  # for the names
     width = max(layers) - min(layers) or 1
-    axes.set_xlim(min(layers) - 0.06 * width, max(layers) + 0.25 * width)  # room for the names
+    axes.set_xlim(min(layers) - 0.06 * width, max(layers) + width * room / (1 - room))
     return labels
 
 
@@ -218,10 +221,11 @@ def label_points(axes: Axes, labels: Labels) -> None:
                 wanted = other + LABEL_HEIGHT
         taken.append((start, end, wanted))
         moved = wanted - height > LABEL_HEIGHT / 2
+        aside = 20 if moved else 8
         axes.annotate(
             text,
             (x, y),
-            xytext=((-8 if leftwards else 8) * 0.72, (wanted - height) * 0.72),
+            xytext=((-aside if leftwards else aside) * POINTS, (wanted - height) * POINTS),
             textcoords="offset points",
             ha="right" if leftwards else "left",
             va="center",

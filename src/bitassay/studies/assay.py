@@ -35,7 +35,8 @@ from bitassay.quantize.model import (
     bits_per_weight,
     check_recipe,
     parameter_count,
-    quantize,
+    quantization_of,
+    quantize_tensors,
     size_bytes,
     with_tensors,
 )
@@ -117,10 +118,7 @@ def assay(
     progress(f"run {folder.run_id} in {folder.path}")
 
     stopwatch = _Stopwatch()
-    quantizations = {
-        recipe.name: quantize(base, recipe, packed=True, progress=progress).quantization
-        for recipe in plan.recipes
-    }
+    quantizations = {recipe.name: quantize_tensors(base, recipe, progress) for recipe in plan.recipes}
     models = {BASE: base, **{name: with_tensors(base, q, packed=True) for name, q in quantizations.items()}}
     facts = {name: _facts(model) for name, model in models.items()}
     stopwatch.lap("quantize")
@@ -218,7 +216,7 @@ def _head(
 
 def _facts(model: PreTrainedModel) -> dict[str, Any]:
     """The columns of a row that need no run."""
-    done = getattr(model, "quantization", None)
+    done = quantization_of(model)
     return {
         "recipe": done.recipe.name if done else BASE,
         "recipe_id": done.recipe.recipe_id if done else None,
