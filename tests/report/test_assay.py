@@ -1,164 +1,249 @@
+"""What an assay says to people: table, headline, page."""
+
 import copy
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
+from report.example import BASE, NO_SPEED, NO_VERDICT, RUN, W1, W4, W8
 
 from bitassay.errors import BitassayError
-from bitassay.report.assay import ASSAY_COLUMNS, headline, write_picture, write_report
+from bitassay.report.assay import ASSAY_COLUMNS, headline, plain, write_picture, write_report
 from bitassay.report.schema import parse_run, read_run
-from bitassay.report.tables import render
+from bitassay.report.tables import printable, render
 
-BASE = {
-    "recipe": "base", "recipe_id": None, "bits_per_weight": 16.0, "size_bytes": 269_000_000, "ppl": 22.7, "ppl_ci": [20.1, 25.0],
-    "ppl_delta": 0.0, "ppl_delta_ci": [0.0, 0.0], "kl_mean": 0.0, "kl_ci": [0.0, 0.0], "top1_agreement": 1.0, "top1_ci": [1.0, 1.0],
-    "prefill_tok_s": 900.0, "decode_tok_s": 30.0, "hidden_distance": 0.016, "hidden_distance_by_layer": [0.008, 0.016],
-    "hidden_distance_range_by_layer": [[0.007, 0.009], [0.014, 0.018]], "verdict": "PASS", "traces": 8, "traces_passed": 8, "p_value": 0.4,
-}  # fmt: skip
-W8 = BASE | {
-    "recipe": "w8", "bits_per_weight": 8.02, "size_bytes": 163_000_000, "ppl": 22.8, "ppl_delta": 0.1, "ppl_delta_ci": [-0.1, 0.3],
-    "kl_mean": 0.004, "kl_ci": [0.003, 0.005], "top1_agreement": 0.971, "verdict": "FAIL", "traces_passed": 1, "p_value": 1e-9,
-    "hidden_distance_by_layer": [0.02, 0.05],
-}  # fmt: skip
-W2 = W8 | {
-    "recipe": "w2",
-    "ppl": 4.1e6,
-    "ppl_delta": 4.0e6,
-    "ppl_delta_ci": [3e6, 5e6],
-    "kl_mean": 8.0,
-    "kl_ci": [7.0, 9.0],
-}
-RUN = {
-    "schema": 1,
-    "kind": "assay",
-    "run_id": "0123456789ab",
-    "created": "2026-01-01T00:00:00+00:00",
-    "model": {"name": "toy", "origin": "bundled", "parameters": 10},
-    "protocol": {"id": "wikitext2-raw/512[n=4]", "windows": 4, "predicted_tokens": 2044, "interval": "95 %"},
-    "recipes": {"w8": {"name": "w8"}, "w2": {"name": "w2"}},
-    "verification": {"layers": [8, 16], "alpha": 0.01},
-    "environment": {"python": "3.11"},
-    "seconds": {"evaluate": 1.0},
-    "rows": [BASE, W8, W2],
-}
+GOLDEN = Path(__file__).parent / "assay_table.txt"
+EVIL = '<script>alert("x")</script><img src=x onerror=alert(1)>'
 
 
-class Checker(HTMLParser):
-    """Counts tags and collects attributes that would load something."""
+class Reader(HTMLParser):
+    """What a page is made of: tags, ids, what it would load, and its text."""
 
     def __init__(self):
         super().__init__()
-        self.tags, self.loads = [], []
+        self.tags, self.ids, self.links, self.handlers, self.words = [], [], [], [], []
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
-        self.loads += [
-            value
-            for key, value in attrs
-            if key in ("src", "href", "xlink:href") and value and not value.startswith("#")
-        ]
+        for key, value in attrs:
+            if key == "id":
+                self.ids.append(value)
+            if key in ("src", "href", "xlink:href", "srcset", "action", "data"):
+                self.links.append(value)
+            if key.startswith("on"):
+                self.handlers.append(value)
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.words).split())
 
 
-def page(tmp_path, run) -> tuple[str, Checker]:
-    write_report(run, tmp_path / "report.html")
-    text = (tmp_path / "report.html").read_text()
-    checker = Checker()
-    checker.feed(text)
-    return text, checker
+def page(folder, run) -> tuple[str, Reader]:
+    write_report(run, folder / "report.html")
+    source = (folder / "report.html").read_text()
+    reader = Reader()
+    reader.feed(source)
+    return source, reader
 
 
-def test_the_page_is_whole_and_loads_nothing(tmp_path):
-    text, checker = page(tmp_path, RUN)
-    assert checker.loads == []
-    assert "script" not in checker.tags
-    assert not re.search(r"url\((?!#)|@import", text)
-    assert checker.tags.count("svg") == 3
-    for value in ("4.10e+06", "97.1 %", "wikitext2-raw/512[n=4]", "1 of 8", "1e-09", "toy", "3.11"):
-        assert value in text
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory) -> tuple[str, Reader]:
+    """The page of two runs."""
+    return page(tmp_path_factory.mktemp("page"), [RUN, RUN | {"model": {"name": "second", "origin": "hub"}}])
 
 
-def test_equal_runs_give_equal_pages(tmp_path):
-    assert page(tmp_path, RUN)[0] == page(tmp_path, copy.deepcopy(RUN))[0]
+def test_the_page_loads_nothing(shown):
+    source, reader = shown
+    assert all(link.startswith("#") for link in reader.links)
+    assert not {"script", "link", "iframe", "img", "object"} & set(reader.tags)
+    assert not re.search(r"url\((?!#)|@import|@font-face", source)
+    addresses = set(re.findall(r"\w+://[^\"'<> ]*", source))
+    assert addresses == {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}  # names, not addresses
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        ("model", "name"),
-        ("model", "origin"),
-        ("environment", "python"),
-        ("recipes", "w8", "name"),
-        ("created",),
-    ],
-)
-def test_text_from_a_run_cannot_become_markup(tmp_path, path):
+def test_every_number_of_a_row_is_on_the_page(shown):
+    text = shown[1].text
+    for column in ASSAY_COLUMNS:
+        for row in RUN["rows"]:
+            value, _, interval = column.text(row).partition(" [")
+            assert value in text
+            assert interval in text
+    for said in ("8 of 8", "5 of 8", "0.41", "0.012", "1.2e-09", "[-0.13, 0.34]", "[0.00333, 0.00519]"):
+        assert said in text
+
+
+def test_where_the_numbers_come_from_is_on_the_page(shown):
+    text = shown[1].text
+    for said in ("toy", "second", "0123456789ab", "wikitext2-raw/512[n=4]", "2044", "95 %, paired", "d" * 64):
+        assert said in text
+    for said in ("3.11.7", "0.25, 0.5, 0.75", "61.25", "0.0004, 0.0894", "8" * 64, '"format": "int8"'):
+        assert said in text
+
+
+def test_tables_have_headers_and_plots_a_description(shown):
+    source, reader = shown
+    assert reader.tags.count("svg") == 2 * 3
+    assert source.count('role="img" aria-label="') == 2 * 3
+    assert source.count('scope="row"') == 2 * (4 + 4)
+    assert '<html lang="en">' in source
+
+
+def test_ids_are_unique_and_links_lead_somewhere(shown):
+    source, reader = shown
+    assert len(set(reader.ids)) == len(reader.ids)
+    assert {link[1:] for link in reader.links} <= set(reader.ids)
+    assert set(re.findall(r"url\(#([^)]*)\)", source)) <= set(reader.ids)
+
+
+def test_plots_follow_light_and_dark(shown):
+    source, _ = shown
+    drawings = "".join(re.findall(r"<svg.*?</svg>", source, flags=re.DOTALL))
+    used = set(re.findall(r"var\((--series-\d)\)", drawings))
+    assert {"--series-0", "--series-1", "--series-2", "--series-3"} <= used
+    for name in used:
+        assert source.count(f"{name}: #") == 2  # light and dark
+    assert not re.search(r"fill: ?#fff", drawings)
+
+
+def test_equal_runs_give_equal_pages(tmp_path, shown):
+    again = [RUN, RUN | {"model": {"name": "second", "origin": "hub"}}]
+    assert page(tmp_path, copy.deepcopy(again))[0] == shown[0]
+
+
+def test_text_from_a_run_cannot_become_markup(tmp_path):
     run = copy.deepcopy(RUN)
-    place = run
-    for key in path[:-1]:
-        place = place[key]
-    place[path[-1]] = "<script>alert(1)</script><img src=x>"
-    text, checker = page(tmp_path, run)
-    assert "script" not in checker.tags
-    assert "img" not in checker.tags
-    assert "alert(1)" in text
+    run |= {"run_id": EVIL, "created": EVIL, "seconds": {EVIL: 1.0}, "recipes": {EVIL: {EVIL: [EVIL]}}}
+    for part in ("model", "protocol", "verification", "environment"):
+        kept = {key: value for key, value in run[part].items() if not isinstance(value, str)}
+        run[part] = run[part] | dict.fromkeys(run[part].keys() - kept.keys(), EVIL) | {EVIL: EVIL}
+    run["rows"][1]["recipe_id"] = EVIL
+    for row in run["rows"][1:]:
+        row["recipe"] = f"<img src=x {row['recipe']}>"
+    _, reader = page(tmp_path, run)
+    assert not {"script", "img"} & set(reader.tags)
+    assert reader.handlers == []
+    assert reader.text.count(EVIL) >= 10
+    assert "<img src=x w8>" in reader.text
 
 
-def test_a_recipe_name_cannot_become_markup_in_a_plot(tmp_path):
-    run = RUN | {"rows": [BASE, W8 | {"recipe": "<script>$x^</script>"}]}
-    assert "script" not in page(tmp_path, run)[1].tags
+@pytest.mark.parametrize("name", ["$x^$", "_private", "100 %\tü\x00\u202e", "\\frac{", "]]>", "-->"])
+def test_any_recipe_name_can_be_drawn(tmp_path, name):
+    """Not taken for a formula, a hidden label or the end of anything."""
+    run = RUN | {"rows": [BASE, W8 | NO_SPEED | {"recipe": name}]}
+    write_picture(run, tmp_path / "picture.svg")
+    drawn = Reader()
+    drawn.feed((tmp_path / "picture.svg").read_text())
+    assert drawn.text.count(printable(name)) == 2
+    assert headline(parse_run(run, "x")).count(name) == 2
+
+
+def test_a_long_name_does_not_push_the_plot_aside(tmp_path):
+    write_picture(RUN | {"rows": [BASE, W8 | {"recipe": "x" * 64}]}, tmp_path / "picture.svg")
+    drawn = (tmp_path / "picture.svg").read_text()
+    assert "x" * 19 + "…" in drawn
+    assert "x" * 21 not in drawn
 
 
 def test_without_verdicts_and_timings_the_rest_is_shown(tmp_path):
-    bare = {
-        "hidden_distance": None,
-        "hidden_distance_by_layer": None,
-        "verdict": None,
-        "prefill_tok_s": None,
-        "decode_tok_s": None,
-    }
-    run = RUN | {"verification": None, "rows": [row | bare for row in (BASE, W8)]}
-    text, checker = page(tmp_path, run)
-    assert checker.tags.count("svg") == 1
-    assert "Verdicts" not in text
+    rows = [row | NO_VERDICT | NO_SPEED for row in (BASE, W8)]
+    _, reader = page(tmp_path, RUN | {"verification": None, "rows": rows})
+    assert reader.tags.count("svg") == 1
+    assert "Verdicts" not in reader.text
+    assert "0.12" in reader.text
 
 
-def test_several_runs_in_one_page(tmp_path):
-    text, _ = page(tmp_path, [RUN, RUN | {"model": {"name": "second", "origin": "x"}}])
-    assert "toy" in text
-    assert "second" in text
+def test_only_the_base_model(tmp_path):
+    _, reader = page(tmp_path, RUN | {"verification": None, "rows": [BASE | NO_VERDICT]})
+    assert "Only the base model was measured." in reader.text
+    assert "svg" not in reader.tags
 
 
-def test_the_headline_claims_only_what_intervals_show():
-    text = headline(parse_run(RUN, "x"))
-    assert "No difference in perplexity is visible for w8" in text
-    assert "w2 differs" in text
-    assert "rejects w8 and w2" in text
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (
+            [BASE, W8, W4, W1],
+            "No difference in perplexity is visible for w8 (the 95 % interval holds zero); perplexity is higher "
+            "than the base model's for w4 and w1; a verifier that expects the base model rejects w4 and w1 and "
+            "comes to no decision on w8.",
+        ),
+        (
+            [BASE | NO_VERDICT, W4 | NO_VERDICT | {"ppl_delta_ci": [-2.0, -1.0]}],
+            "Perplexity is lower than the base model's for w4.",
+        ),
+        ([BASE | NO_VERDICT, W4 | NO_VERDICT | {"ppl_delta_ci": None}], "No interval supports a comparison."),
+        (
+            [BASE | {"verdict": "FAIL"}, W8 | {"ppl_delta_ci": None, "verdict": "PASS"}],
+            "A verifier that expects the base model cannot tell w8 from it; it also rejected the honest base "
+            "model, so its verdicts are in doubt.",
+        ),
+    ],
+)
+def test_the_headline_claims_only_what_the_run_supports(rows, said):
+    verification = None if rows[0]["verdict"] is None else RUN["verification"]
+    assert headline(parse_run(RUN | {"rows": rows, "verification": verification}, "x")) == said
 
 
 def test_the_table_of_an_assay():
-    text = render(RUN["rows"], ASSAY_COLUMNS, "table")
-    assert "0.10 [-0.10, 0.30]" in text
-    assert "163.0 MB" in text
-    assert max(map(len, text.splitlines())) <= 140
-    base = next(line for line in text.splitlines() if line.startswith("base"))
-    assert "[" not in base
+    assert render(RUN["rows"][:3], ASSAY_COLUMNS, "table") == GOLDEN.read_text().rstrip("\n")
+    assert max(map(len, render(RUN["rows"], ASSAY_COLUMNS, "table").splitlines())) <= 145
 
 
-def test_pictures(tmp_path):
-    write_picture(RUN, tmp_path / "a.png")
-    write_picture(RUN, tmp_path / "a.svg")
-    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
-    assert (tmp_path / "a.svg").read_text().startswith("<svg")
+def test_csv_has_the_intervals_and_every_digit():
+    header, base, *rest = render(RUN["rows"], ASSAY_COLUMNS, "csv").splitlines()
+    keys = header.split(",")
+    row = dict(zip(keys, rest[0].split(","), strict=True))
+    assert {"ppl_ci_low", "ppl_delta_ci_high", "kl_ci_low", "top1_ci_high"} <= set(keys)
+    assert (row["ppl_delta_ci_low"], row["ppl_delta_ci_high"]) == ("-0.13", "0.34")
+    assert row["size_bytes"] == "163000000"
+    assert base.startswith("base,16.0,269000000,22.71,20.1,25.0,0.0")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "none"),
+        (0.0166666666, "0.01667"),
+        (134_515_008, "134515008"),
+        ([1.5, None], "1.5, none"),
+        ({"a": 0.25}, "a 0.25"),
+    ],
+)
+def test_values_of_a_run_as_text(value, text):
+    assert plain(value) == text
 
 
 @pytest.mark.parametrize(
     "defect",
     [
-        {"schema": 2}, {"kind": "study"}, {"rows": []}, {"rows": [BASE | {"ppl": "many"}]}, {"rows": [BASE | {"ppl": None}]},
-        {"rows": [BASE | {"verdict": "MAYBE"}]}, {"rows": [BASE | {"recipe": "x" * 100}]}, {"model": "toy"},
+        {"schema": 2},
+        {"kind": "study"},
+        {"model": "toy"},
+        {"model": {"origin": "x"}},
+        {"protocol": {"id": "x"}},
+        {"seconds": {"a": float("inf")}},
+        {"verification": {"alpha": 0.01, "layers": 5}},
+        {"verification": {"alpha": 0.01, "layers": [8]}},
+        {"verification": None},
+        {"rows": []},
+        {"rows": [BASE] * 1001},
+        {"rows": [BASE | {"ppl": "many"}]},
+        {"rows": [BASE | {"ppl": None}]},
+        {"rows": [BASE | {"ppl": 0.0}]},
+        {"rows": [BASE | {"ppl": float("nan")}]},
+        {"rows": [BASE | {"ppl_ci": [1.0]}]},
+        {"rows": [BASE | {"size_bytes": 10**400}]},
+        {"rows": [BASE | {"top1_agreement": 97.1}]},
+        {"rows": [BASE | {"verdict": "MAYBE"}]},
+        {"rows": [BASE | {"recipe": "x" * 100}]},
+        {"rows": [BASE | {"hidden_distance_range_by_layer": [[1, 2]]}]},
     ],
-)  # fmt: skip
+)
 def test_what_is_not_an_assay_is_refused(defect):
     with pytest.raises(BitassayError, match="not a run of"):
         parse_run(RUN | defect, "here")
@@ -167,8 +252,15 @@ def test_what_is_not_an_assay_is_refused(defect):
 def test_reading_a_folder(tmp_path):
     with pytest.raises(BitassayError, match="not finished"):
         read_run(tmp_path)
-    (tmp_path / "run.json").write_text(json.dumps(RUN).replace("22.7", "NaN", 1))
-    with pytest.raises(BitassayError, match="finite"):
-        read_run(tmp_path)
     (tmp_path / "run.json").write_text(json.dumps(RUN))
     assert read_run(tmp_path).rows[1].recipe == "w8"
+    assert read_run(tmp_path / "run.json").rows[1].recipe == "w8"
+
+
+def test_pictures(tmp_path):
+    write_picture(RUN, tmp_path / "a.png")
+    write_picture(RUN, tmp_path / "a.svg")
+    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+    drawn = (tmp_path / "a.svg").read_text()
+    assert drawn.startswith("<svg")
+    assert "var(" not in drawn  # a file of its own has no style sheet around it

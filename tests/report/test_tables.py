@@ -31,6 +31,16 @@ def test_a_table_is_aligned_and_shows_what_is_missing():
     )
 
 
+def test_a_cell_cannot_steer_the_terminal_or_break_its_line():
+    rows = [{"name": "a\x1b[2J\nb\u202e", "ppl": 1.0}]
+    assert render(rows, COLUMNS[:2], "table").splitlines()[-1] == "a\ufffd[2J\ufffdb\ufffd        1.00"
+
+
+def test_no_rows_is_a_head_alone():
+    assert render([], COLUMNS[:1], "table") == "recipe\n------"
+    assert render([], COLUMNS, "csv") == "name,ppl,ci,note\n"
+
+
 def test_markdown_escapes_bars():
     lines = render(ROWS, COLUMNS, "md").splitlines()
     assert lines[0] == "| recipe | perplexity (nats) | 95 % | note |"
@@ -45,6 +55,18 @@ def test_csv_keeps_every_digit_and_splits_intervals():
     assert rows[1]["ci_low"] == "1.5"
     assert rows[1]["ci_high"] == "2.25"
     assert rows[1]["note"] == 'a|b, "c"'
+
+
+def test_csv_spells_out_what_a_text_also_shows():
+    column = Column("kl", "KL", str, also=("kl_ci",))
+    assert (
+        render([{"kl": 0.5, "kl_ci": [0.25, 1]}], [column], "csv") == "kl,kl_ci_low,kl_ci_high\n0.5,0.25,1\n"
+    )
+
+
+def test_csv_does_not_take_any_list_for_an_interval():
+    text = render([{"layers": [1, 2]}, {"layers": [1, 2, 3]}], [Column("layers", "layers")], "csv")
+    assert list(csv.reader(io.StringIO(text))) == [["layers"], ["[1, 2]"], ["[1, 2, 3]"]]
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False))

@@ -1,11 +1,10 @@
 """`bitassay report`: run folders to one HTML file."""
 
-import sys
 from pathlib import Path
 
 
 def report(*runs: Path, out: Path = Path("report.html")) -> int:
-    """Turn run folders into one HTML file that opens offline.
+    """Turn run folders into one HTML file that opens offline, and print where it is.
 
     Parameters
     ----------
@@ -20,5 +19,4 @@ def report(*runs: Path, out: Path = Path("report.html")) -> int:
         raise BitassayError("no run folder was given", "bitassay report runs/demo --out report.html")
     write_report([read_run(folder).model_dump(by_alias=True) for folder in runs], out)
     print(out)
-    print(f"report: {out}", file=sys.stderr)
     return 0

@@ -192,8 +192,8 @@ def headline(run: AssayRun) -> str:
         else "",
         *_verdict_clauses(run),
     ]
-    text = "; ".join(clause for clause in clauses if clause)
-    text = text or f"{len(run.rows)} models were measured; no interval supports a comparison"
+    nothing = "only the base model was measured" if not recipes else "no interval supports a comparison"
+    text = "; ".join(clause for clause in clauses if clause) or nothing
     return text[0].upper() + text[1:] + "."
 
 

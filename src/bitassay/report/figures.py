@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, SymmetricalLogLocator
 
 from bitassay.report.schema import AssayRun, Row
+from bitassay.report.tables import printable
 
 INK = "#1b1b1a"
 COLOURS = (INK, "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -50,7 +51,7 @@ def svg(figure: Figure, prefix: str) -> str:
     text = _drawn(figure, facecolor="none")
     used = set(re.findall(r"#([\w-]+)", text))
     text = re.sub(
-        r' id="([\w-]+)"', lambda found: f' id="{prefix}{found[1]}"' if found[1] in used else "", text
+        r' id="([^"]+)"', lambda found: f' id="{prefix}{found[1]}"' if found[1] in used else "", text
     )
     text = re.sub(r'(url\(#|href="#)', rf"\g<1>{prefix}", text)
     for index, colour in enumerate(COLOURS):
@@ -72,8 +73,11 @@ def _drawn(figure: Figure, facecolor: str) -> str:
     return text[text.index("<svg") :]
 
 
-def quality_figure(run: AssayRun) -> Figure:
-    """KL divergence and change of perplexity against the size of the checkpoint, with 95 % intervals."""
+def quality_figure(run: AssayRun) -> Figure | None:
+    """KL divergence and change of perplexity against the size of the checkpoint, with 95 % intervals; None
+    where only the base model was measured."""
+    if len(run.rows) < 2:
+        return None
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(9, 3.9), layout="constrained")
         left, right = figure.subplots(1, 2)
@@ -243,6 +247,7 @@ def _style(index: int) -> tuple[str, str]:
 
 
 def _short(name: str) -> str:
+    name = printable(name)
     return name if len(name) <= LABEL_LETTERS else name[: LABEL_LETTERS - 1] + "…"
 
 
