@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from report.example import RUN
 
 

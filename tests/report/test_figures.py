@@ -5,7 +5,6 @@ from itertools import combinations
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
-from report.example import BASE, NO_SPEED, NO_VERDICT, RUN, W1, W4, W8
 
 from bitassay.report.figures import (
     draw_divergence,
@@ -18,6 +17,7 @@ from bitassay.report.figures import (
     speed_figure,
 )
 from bitassay.report.schema import parse_run
+from report.example import BASE, NO_SPEED, NO_VERDICT, RUN, W1, W4, W8
 
 
 @pytest.fixture

@@ -191,3 +191,11 @@ def test_a_file_where_the_folder_should_be(tmp_path):
     assert done.returncode == 2
     assert str(tmp_path / "run") in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_too_few_honest_runs_cost_the_verdict_not_the_run(tmp_path):
+    few = SMALL | {"bench_repeats": 0, "verification": Verification(prompts=2, calibration_prompts=10, new_tokens=12)}
+    run, _ = assay("stories260k", ["w8"], out=tmp_path / "run", **few)
+    assert [row["verdict"] for row in run["rows"]] == ["INCONCLUSIVE", "INCONCLUSIVE"]
+    assert "too few" in run["verification"]["reason"]
+    assert run["rows"][1]["kl_mean"] > 0

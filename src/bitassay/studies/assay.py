@@ -51,7 +51,8 @@ from bitassay.verify.prove import encode_prompt, prove_many
 from bitassay.verify.verdict import verify_many
 
 SCHEMA = 1
-MAX_PROMPT_TOKENS = 128
+MAX_PROMPT_TOKENS = 96
+PROOF_BATCH = 32
 DISTANCE_FLOOR = 1e-12  # identical arithmetic on both sides gives a distance of exactly 0
 INTERVAL = "95 %, expanded percentile bootstrap over windows, paired with the base model"
 
@@ -61,8 +62,8 @@ class Verification:
     """How verdicts are reached: `calibration_prompts` honest runs fit the profile, then `prompts` others are proved by every recipe."""
 
     prompts: int = 8
-    calibration_prompts: int = 240
-    new_tokens: int = 32
+    calibration_prompts: int = 220
+    new_tokens: int = 24
     alpha: float = 0.01
 
 
@@ -289,9 +290,16 @@ def _verify(
     """What the profile is, and the verdict columns of every model, each of which claims to be the base model."""
     prompts = chosen_prompts(base, plan.prompts + plan.calibration_prompts, seed)
     proved, calibration = prompts[: plan.prompts], prompts[plan.prompts :]
-    profile = Profile.model_validate(
-        folder.part("profile", lambda: _calibrated(plan, base, calibration, progress))
-    )
+    try:
+        profile = Profile.model_validate(
+            folder.part("profile", lambda: _calibrated(plan, base, calibration, progress))
+        )
+    except BitassayError as error:
+        # The other columns are worth having without a verdict; the reason goes into the run and to the user.
+        progress(f"no verdicts: {error}")
+        return {"reason": str(error)}, {
+            name: _NO_VERDICT | {"verdict": "INCONCLUSIVE"} for name in (BASE, *quantizations)
+        }
     columns = {}
     for name in (BASE, *quantizations):
         columns[name] = folder.part(
@@ -315,7 +323,13 @@ def _calibrated(
     plan: Verification, base: PreTrainedModel, prompts: list[TokenIds], progress: Progress
 ) -> dict[str, Any]:
     profile = calibrate(
-        base, base, prompts, max_new_tokens=plan.new_tokens, alpha=plan.alpha, progress=progress
+        base,
+        base,
+        prompts,
+        max_new_tokens=plan.new_tokens,
+        alpha=plan.alpha,
+        batch_size=PROOF_BATCH,
+        progress=progress,
     )
     return profile.model_dump(mode="json")
 
@@ -331,15 +345,16 @@ def _verdict(
     """Prove with one model under the base model's name, verify with the base model."""
     prover = base if quantization is None else with_tensors(base, quantization)
     progress(f"proving with {quantization.recipe.name if quantization else BASE}")
-    traces = prove_many(prover, prompts, max_new_tokens=plan.new_tokens, claim=identity(base))
+    traces = prove_many(prover, prompts, max_new_tokens=plan.new_tokens, claim=identity(base), batch_size=PROOF_BATCH)
     verdicts = verify_many(traces, base, profile=profile, alpha=plan.alpha)
     pooled = pooled_verdict(verdicts, plan.alpha)
     layers = sorted(profile.layers)
     by_layer = [[d for v in verdicts if (d := v.distance(layer)) is not None] for layer in layers]
+    measured = all(by_layer)  # states that are not finite have no distance
     return {
-        "hidden_distance": _geometric_mean(by_layer[-1]),
-        "hidden_distance_by_layer": [_geometric_mean(distances) for distances in by_layer],
-        "hidden_distance_range_by_layer": [[min(distances), max(distances)] for distances in by_layer],
+        "hidden_distance": _geometric_mean(by_layer[-1]) if measured else None,
+        "hidden_distance_by_layer": [_geometric_mean(d) for d in by_layer] if measured else None,
+        "hidden_distance_range_by_layer": [[min(d), max(d)] for d in by_layer] if measured else None,
         "verdict": pooled.status,
         "traces": len(verdicts),
         "traces_passed": pooled.counts.get("PASS", 0),

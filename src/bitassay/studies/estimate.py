@@ -62,7 +62,7 @@ def estimate_assay(
                 "step": "verify",
                 "work": f"{traces} traces of {v.new_tokens} tokens",
                 "memory_bytes": parameters * 2 * 2,
-                "seconds": prefill + v.new_tokens * traces * decode_s / 4,
+                "seconds": prefill + v.new_tokens * traces * decode_s / 8,
             }
         )
     return rows

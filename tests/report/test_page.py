@@ -7,12 +7,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from report.example import BASE, NO_SPEED, NO_VERDICT, RUN, W1, W4, W8
 
 from bitassay.errors import BitassayError
 from bitassay.report.assay import ASSAY_COLUMNS, headline, plain, write_picture, write_report
 from bitassay.report.schema import parse_run, read_run
 from bitassay.report.tables import printable, render
+from report.example import BASE, NO_SPEED, NO_VERDICT, RUN, W1, W4, W8
 
 GOLDEN = Path(__file__).parent / "assay_table.txt"
 EVIL = '<script>alert("x")</script><img src=x onerror=alert(1)>'
@@ -168,9 +168,9 @@ def test_only_the_base_model(tmp_path):
     [
         (
             [BASE, W8, W4, W1],
-            "No difference in perplexity is visible for w8 (the 95 % interval holds zero); perplexity is higher "
-            "than the base model's for w4 and w1; a verifier that expects the base model rejects w4 and w1 and "
-            "comes to no decision on w8.",
+            "No difference in perplexity is visible for w8 (the 95 % interval holds zero); perplexity is "
+            "higher than the base model's for w4 and w1; a verifier that expects the base model rejects w4 "
+            "and w1 and comes to no decision on w8.",
         ),
         (
             [BASE | NO_VERDICT, W4 | NO_VERDICT | {"ppl_delta_ci": [-2.0, -1.0]}],
