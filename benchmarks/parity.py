@@ -1,7 +1,9 @@
-"""The largest difference between the logits of a fake and a real model, for every shipped recipe and every further format, in fp32 and with the bf16 kernels.
+"""The largest difference between the logits of a fake and a real model, for every shipped recipe and every
+further format, in fp32 and with the bf16 kernels.
 
-In fp32 both compute the same products, so the difference should be 0. In bf16 a decode step of the real model runs on the packed codes and rounds elsewhere; beside it stands what bf16
-costs the fake model itself (against fp32). Run: python benchmarks/parity.py [MODEL]
+In fp32 both compute the same products, so the difference should be 0. In bf16 a decode step of the real model
+runs on the packed codes and rounds elsewhere; beside it stands what bf16 costs the fake model itself (against
+fp32). Run: python benchmarks/parity.py [MODEL]
 """
 
 import json

@@ -1,7 +1,9 @@
-"""Our perplexity pass beside the loop that everybody writes around transformers' own loss: the same number? as fast?
+"""Our perplexity pass beside the loop that everybody writes around transformers' own loss: the same number?
+as fast?
 
-Both run over the same windows in turn, order swapped each round; printed are the median time ratio (plain / ours, above 1: ours is faster) and the relative difference
-of the perplexities. Run: python benchmarks/perplexity.py [MODEL]
+Both run over the same windows in turn, order swapped each round; printed are the median time ratio (plain /
+ours, above 1: ours is faster) and the relative difference of the perplexities. Run: python
+benchmarks/perplexity.py [MODEL]
 """
 
 import json

@@ -1,7 +1,9 @@
-"""How often verdicts are right: honest traces, and traces of quantized models that claim to be the base model.
+"""How often verdicts are right: honest traces, and traces of quantized models that claim to be the base
+model.
 
-A profile is fitted to honest bf16 runs at `ALPHA`; then every model proves the same PROMPTS other prompts, 32 tokens each, and the base model verifies them. Printed
-for each: the share of single traces that FAIL with its 95 % Clopper-Pearson interval. Run: python benchmarks/verdicts.py [MODEL]
+A profile is fitted to honest bf16 runs at `ALPHA`; then every model proves the same PROMPTS other prompts, 32
+tokens each, and the base model verifies them. Printed for each: the share of single traces that FAIL with its
+95 % Clopper-Pearson interval. Run: python benchmarks/verdicts.py [MODEL]
 """
 
 import json

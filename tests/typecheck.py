@@ -1,4 +1,5 @@
-"""The run-time type checker of the tests: beartype, taking an int where a float is annotated, as Python's own checkers do (PEP 484)."""
+"""The run-time type checker of the tests: beartype, taking an int where a float is annotated, as Python's own
+checkers do (PEP 484)."""
 
 from beartype import BeartypeConf, beartype
 

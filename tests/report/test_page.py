@@ -157,6 +157,15 @@ def test_without_verdicts_and_timings_the_rest_is_shown(tmp_path):
     assert "0.12" in reader.text
 
 
+def test_a_verification_that_did_not_come_about_says_why(tmp_path):
+    rows = [row | NO_VERDICT | {"verdict": "INCONCLUSIVE"} for row in (BASE, W8)]
+    _, reader = page(tmp_path, RUN | {"verification": {"reason": "too few honest runs"}, "rows": rows})
+    assert "No verdict was reached: too few honest runs" in reader.text
+    assert "comes to no decision on w8" in reader.text
+    assert "checked every trace" not in reader.text
+    assert "What a verifier sees" not in reader.text
+
+
 def test_only_the_base_model(tmp_path):
     _, reader = page(tmp_path, RUN | {"verification": None, "rows": [BASE | NO_VERDICT]})
     assert "Only the base model was measured." in reader.text
@@ -227,6 +236,7 @@ def test_values_of_a_run_as_text(value, text):
         {"model": {"origin": "x"}},
         {"protocol": {"id": "x"}},
         {"seconds": {"a": float("inf")}},
+        {"verification": {}},
         {"verification": {"alpha": 0.01, "layers": 5}},
         {"verification": {"alpha": 0.01, "layers": [8]}},
         {"verification": None},

@@ -32,7 +32,9 @@ def finished(tmp_path_factory):
 
 def test_rows_hold_what_was_promised(finished):
     run, folder = finished
-    keys = ["recipe", "bits_per_weight", "size_bytes", "ppl", "ppl_delta", "ppl_delta_ci", "kl_mean", "top1_agreement", "prefill_tok_s", "decode_tok_s", "hidden_distance", "verdict"]
+    quality = ["ppl", "ppl_delta", "ppl_delta_ci", "kl_mean", "top1_agreement"]
+    speed = ["prefill_tok_s", "decode_tok_s", "hidden_distance", "verdict"]
+    keys = ["recipe", "bits_per_weight", "size_bytes", *quality, *speed]
     assert [row["recipe"] for row in run["rows"]] == ["base", "w8", "w2"]
     for row in run["rows"]:
         assert all(row[key] is not None for key in keys)
@@ -194,7 +196,10 @@ def test_a_file_where_the_folder_should_be(tmp_path):
 
 
 def test_too_few_honest_runs_cost_the_verdict_not_the_run(tmp_path):
-    few = SMALL | {"bench_repeats": 0, "verification": Verification(prompts=2, calibration_prompts=10, new_tokens=12)}
+    few = SMALL | {
+        "bench_repeats": 0,
+        "verification": Verification(prompts=2, calibration_prompts=10, new_tokens=12),
+    }
     run, _ = assay("stories260k", ["w8"], out=tmp_path / "run", **few)
     assert [row["verdict"] for row in run["rows"]] == ["INCONCLUSIVE", "INCONCLUSIVE"]
     assert "too few" in run["verification"]["reason"]

@@ -1,7 +1,9 @@
-"""How fast models run: prefill and decode, measured alternately so that a busy neighbour slows all of them alike.
+"""How fast models run: prefill and decode, measured alternately so that a busy neighbour slows all of them
+alike.
 
-Prefill: tokens of a prompt a second, one forward pass that fills the cache and returns the last logits. Decode: tokens a second of greedy decoding, one sequence,
-one token a step, with that cache. Each number is the median of its repeats after one warm-up.
+Prefill: tokens of a prompt a second, one forward pass that fills the cache and returns the last logits.
+Decode: tokens a second of greedy decoding, one sequence, one token a step, with that cache. Each number is
+the median of its repeats after one warm-up.
 """
 
 import statistics
@@ -41,8 +43,8 @@ def throughput(
     repeats: int = 3,
     progress: Progress = silent,
 ) -> dict[str, Throughput]:
-    """Time every model in turn, `repeats` rounds over all of them. A model is given as a function that returns it, so that the
-    caller decides how many are in memory."""
+    """Time every model in turn, `repeats` rounds over all of them. A model is given as a function that
+    returns it, so that the caller decides how many are in memory."""
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     for round_ in range(repeats):
         for index, (name, model) in enumerate(models.items()):

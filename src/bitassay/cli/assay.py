@@ -31,7 +31,7 @@ def assay(
 ) -> int:
     """Quantize MODEL by several recipes; one table of what each costs and whether a verifier notices.
 
-    Writes run.json and report.html into a run folder. Interrupted, the same command goes on where it was stopped.
+    Writes run.json and report.html into a run folder. Interrupted, the same command goes on.
 
     Parameters
     ----------

@@ -13,7 +13,8 @@ Format = Literal["table", "json", "csv", "md"]
 def emit(
     rows: list[dict[str, Any]], columns: Sequence[Column], format: Format, whole: dict[str, Any] | None = None
 ) -> None:
-    """Print `rows`; as JSON, the object `whole` (default: `{"rows": rows}`), which is the only thing on stdout."""
+    """Print `rows`; as JSON, the object `whole` (default: `{"rows": rows}`), which is the only thing on
+    stdout."""
     if format == "json":
         text = json.dumps(
             whole if whole is not None else {"rows": rows}, indent=2, ensure_ascii=False, allow_nan=False

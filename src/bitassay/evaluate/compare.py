@@ -1,7 +1,9 @@
-"""Measure candidates against a base model, in one pass: `evaluate` for one, `score_windows` and `summarise` for many.
+"""Measure candidates against a base model, in one pass: `evaluate` for one, `score_windows` and `summarise`
+for many.
 
-The base model runs once per window and every candidate is compared with it there and then; full logits are never stored. Each candidate keeps a
-few numbers per token, from which all figures and their paired intervals are made.
+The base model runs once per window and every candidate is compared with it there and then; full logits are
+never stored. Each candidate keeps a few numbers per token, from which all figures and their paired intervals
+are made.
 """
 
 from collections.abc import Container, Iterator, Mapping, Sequence
@@ -26,8 +28,8 @@ BASE = "base"
 
 @dataclass(frozen=True)
 class Quality:
-    """How well a model predicts a text, and how far it is from its base. Perplexities are exp of the mean loss in nats; KL in nats a token;
-    intervals are 95 %, paired with the base by window."""
+    """How well a model predicts a text, and how far it is from its base. Perplexities are exp of the mean
+    loss in nats; KL in nats a token; intervals are 95 %, paired with the base by window."""
 
     ppl: float
     ppl_ci: Interval
@@ -60,12 +62,14 @@ class Evaluation:
     def __str__(self) -> str:
         q = self.quality
         lines = [
-            f"{self.model}: perplexity {q.ppl:.4g} {_interval(q.ppl_ci)} on {self.protocol}, {self.windows} windows"
+            f"{self.model}: perplexity {q.ppl:.4g} {_interval(q.ppl_ci)} "
+            f"on {self.protocol}, {self.windows} windows"
         ]
         if self.base is not None:
             lines += [
                 f"  against {self.base}: {q.ppl_delta:+.4g} {_interval(q.ppl_delta_ci)}",
-                f"  KL divergence {q.kl_mean:.4g} {_interval(q.kl_ci)} nats a token, median {q.kl_median:.3g}, 99 % {q.kl_p99:.3g}",
+                f"  KL divergence {q.kl_mean:.4g} {_interval(q.kl_ci)} nats a token, "
+                f"median {q.kl_median:.3g}, 99 % {q.kl_p99:.3g}",
                 f"  top-1 agreement {q.top1_agreement:.2%} {_interval(q.top1_ci)}",
             ]
         return "\n".join(lines)
@@ -81,7 +85,8 @@ def evaluate(
 ) -> Evaluation:
     """Perplexity of `model`; with `against`, also its difference from that model, with paired intervals.
 
-    The default protocol is `wikitext2-raw/2048[n=16]`. Raises BitassayError where the two models have different vocabularies.
+    The default protocol is `wikitext2-raw/2048[n=16]`. Raises BitassayError where the two models have
+    different vocabularies.
     """
     protocol = protocol or Protocol(windows=16)
     windows, source = token_windows(tokenizer(against if against is not None else model), protocol)
@@ -111,11 +116,13 @@ def score_windows(
     windows: Int[Tensor, "windows tokens"],
     skip: Container[int] = (),
 ) -> Iterator[tuple[int, dict[str, TokenScores]]]:
-    """Yield, window by window, the scores of the base (under BASE) and of every candidate; `skip` holds windows that are done."""
+    """Yield, window by window, the scores of the base (under BASE) and of every candidate; `skip` holds
+    windows that are done."""
     for name, candidate in candidates.items():
         if candidate.config.vocab_size != base.config.vocab_size:
             raise BitassayError(
-                f"{name} has a vocabulary of {candidate.config.vocab_size}, the base model of {base.config.vocab_size}",
+                f"{name} has a vocabulary of {candidate.config.vocab_size}, "
+                f"the base model of {base.config.vocab_size}",
                 "compare a model with one that uses the same tokenizer",
             )
     for index, window in enumerate(windows):

@@ -1,7 +1,8 @@
 """Perplexity protocols: which text, cut how. The id names everything that changes the number.
 
-`wikitext2-raw/2048` is the published one: the raw test set joined by blank lines, tokenized once, cut into non-overlapping windows of 2048, the rest dropped; the
-first token of a window predicts nothing. With `windows`, that many windows evenly spaced over the text are taken, and the id says so.
+`wikitext2-raw/2048` is the published one: the raw test set joined by blank lines, tokenized once, cut into
+non-overlapping windows of 2048, the rest dropped; the first token of a window predicts nothing. With
+`windows`, that many windows evenly spaced over the text are taken, and the id says so.
 """
 
 from dataclasses import dataclass
@@ -47,7 +48,8 @@ def token_windows(
     wanted = available if protocol.windows is None else protocol.windows
     if not 1 <= wanted <= available:
         raise BitassayError(
-            f"{text.source}: {len(ids)} tokens make {available} windows of {protocol.window_tokens}, {wanted} were asked for",
+            f"{text.source}: {len(ids)} tokens make {available} windows of {protocol.window_tokens}, "
+            f"{wanted} were asked for",
             f"--windows 1 to {available}, or a shorter --window",
         )
     starts = torch.arange(wanted) * available // wanted

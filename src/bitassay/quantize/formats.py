@@ -5,9 +5,9 @@ A group of weights `w` shares a scale `s` and, where the format is asymmetric, a
     q  = clamp(round(w / s) + z, qmin, qmax)        round to nearest, ties to even
     w' = (q - z) * s
 
-Integers: symmetric codes use the full two's-complement range, `[-2^(b-1), 2^(b-1) - 1]`; asymmetric ones `[0, 2^b - 1]`. Ternary is {-1, 0, 1}. Binary is
-{-1, 1}, `w' = q s`, or with a mean `w' = q s + m`. FP8 codes are the values of torch's own dtypes (e4m3fn has no infinity, largest 448; e5m2
-largest 57344) times the scale.
+Integers: symmetric codes use the full two's-complement range, `[-2^(b-1), 2^(b-1) - 1]`; asymmetric ones
+`[0, 2^b - 1]`. Ternary is {-1, 0, 1}. Binary is {-1, 1}, `w' = q s`, or with a mean `w' = q s + m`. FP8 codes
+are the values of torch's own dtypes: e4m3fn, which has no infinity, up to 448; e5m2 up to 57344.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,8 @@
 """Granularity: which weights of a matrix `[out, in]` share a scale.
 
-`tensor`: all of them. `channel`: an output row. `g64`: 64 neighbours along the input dimension of a row; where 64 does not divide the row, the
-last group is shorter, exactly, so that no size is ever changed behind the user's back.
+`tensor`: all of them. `channel`: an output row. `g64`: 64 neighbours along the input dimension of a row;
+where 64 does not divide the row, the last group is shorter, exactly, so that no size is ever changed behind
+the user's back.
 """
 
 import re
@@ -36,7 +37,7 @@ class Granularity:
         return cls(text, int(found[1]))
 
     def spans(self, columns: int) -> list[tuple[int, int, int]]:
-        """`(start, stop, size)` of runs of equal groups along a row: the whole ones, then the shorter last one."""
+        """`(start, stop, size)` of runs of equal groups of a row: the whole ones, then a shorter last one."""
         size = min(self.group_size or columns, columns)
         whole = columns // size * size
         return [(0, whole, size)] + ([(whole, columns, columns - whole)] if whole < columns else [])

@@ -1,14 +1,16 @@
 """Products with packed weights: where torch has a kernel that reads the codes themselves.
 
-Decoding one token at a time is bound by the bytes of weights that are read, so a kernel that reads 4 or 8 bits instead of 16 is several times faster
-than a bf16 product. Many rows at once are bound by arithmetic instead, and there dequantizing first is faster: `QuantizedLinear` chooses by
-MAX_ROWS. On a CPU with bf16 input:
+Decoding one token at a time is bound by the bytes of weights that are read, so a kernel that reads 4 or 8
+bits instead of 16 is several times faster than a bf16 product. Many rows at once are bound by arithmetic
+instead, and there dequantizing first is faster: `QuantizedLinear` chooses by MAX_ROWS. On a CPU with bf16
+input:
 
-    int8 codes, one scale a row            torch._weight_int8pack_mm          8 bits read a weight
-    codes of at most 4 bits, equal groups   torch._weight_int4pack_mm_for_cpu   4 bits read a weight, whatever was stored
+    int8 codes, one scale a row              _weight_int8pack_mm          8 bits read a weight
+    codes of at most 4 bits, equal groups    _weight_int4pack_mm_for_cpu  4 bits read, whatever was stored
 
-Both round differently from the dequantized product: the scale is applied to the sum, or is itself held in bf16. The result differs by bf16 rounding
-(`tests/quantize/test_kernels.py` bounds it), in fp32 there is no kernel and no difference.
+Both round differently from the dequantized product: the scale is applied to the sum, or is itself held in
+bf16. The result differs by bf16 rounding (`tests/quantize/test_kernels.py` bounds it), in fp32 there is no
+kernel and no difference.
 """
 
 from collections.abc import Callable
@@ -29,7 +31,8 @@ Product = Callable[[BFloat16[Tensor, "rows in"]], BFloat16[Tensor, "rows out"]]
 
 
 def packed_product(quantized: QuantizedTensor) -> Product | None:
-    """`x -> x W'^T` on the codes for bf16 `x`; None where torch has no kernel for this scheme, shape or device."""
+    """`x -> x W'^T` on the codes for bf16 `x`; None where torch has no kernel for this scheme, shape or
+    device."""
     if quantized.packed.device.type != "cpu":
         return None
     rows, columns = quantized.shape
@@ -52,9 +55,11 @@ def _int8_product(quantized: QuantizedTensor) -> Product:
 
 
 def _int4_product(quantized: QuantizedTensor, group_size: int) -> Product:
-    """The kernel computes `(q - 8) * s + m` with q in 0..15; every format of at most 16 levels can be written so.
+    """The kernel computes `(q - 8) * s + m` with q in 0..15; every format of at most 16 levels can be written
+    so.
 
-    Where `q - z` fits into -8..7 it is what the kernel gets, so that m is exactly 0; only asymmetric 4-bit codes need an m, in bf16.
+    Where `q - z` fits into -8..7 it is what the kernel gets, so that m is exactly 0; only asymmetric 4-bit
+    codes need an m, in bf16.
     """
     codes, scale, zero_points = quantized.codes(), quantized.scale.float(), quantized.zero_points()
     offset = torch.zeros_like(scale) if quantized.mean is None else quantized.mean.float()

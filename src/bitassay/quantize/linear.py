@@ -13,8 +13,8 @@ from bitassay.quantize.tensor import QuantizedTensor
 class QuantizedLinear(nn.Module):
     """`y = x W'^T + b` with `W'` from a QuantizedTensor.
 
-    For a few rows of bf16 input the product reads the codes, where there is a kernel for them (which keeps its own arrangement of the codes in memory);
-    otherwise `weight` is dequantized at each call.
+    For a few rows of bf16 input the product reads the codes, where there is a kernel for them (which keeps
+    its own arrangement of the codes in memory); otherwise `weight` is dequantized at each call.
     """
 
     def __init__(self, quantized: QuantizedTensor, bias: Tensor | None, dtype: torch.dtype):

@@ -1,8 +1,9 @@
 """Apply a recipe to a model: `quantize`.
 
-The result is a transformers model still. A *fake* quantized model holds the dequantized weights, so that everything transformers can do works and runs at
-full speed; a *real* one (`packed=True`) holds the packed codes. Both give the same logits. Parameters that the recipe leaves alone (embeddings,
-norms, the head) are shared with the base model, not copied.
+The result is a transformers model still. A *fake* quantized model holds the dequantized weights, so that
+everything transformers can do works and runs at full speed; a *real* one (`packed=True`) holds the packed
+codes. Both give the same logits. Parameters that the recipe leaves alone (embeddings, norms, the head) are
+shared with the base model, not copied.
 """
 
 import copy
@@ -35,8 +36,9 @@ def quantize(
 ) -> PreTrainedModel:
     """A copy of `base` with the decoder layers' linears quantized by `recipe`; `base` stays as it is.
 
-    packed: store codes (a real model) instead of dequantized weights (a fake one). The copy carries `.quantization`. Raises BitassayError where the
-    recipe names modules that do not exist, where weights are not finite, or where the model has matrices that would be skipped.
+    packed: store codes (a real model) instead of dequantized weights (a fake one). The copy carries
+    `.quantization`. Raises BitassayError where the recipe names modules that do not exist, where weights are
+    not finite, or where the model has matrices that would be skipped.
     """
     return with_tensors(base, quantize_tensors(base, find_recipe(recipe), progress), packed=packed)
 
@@ -85,36 +87,39 @@ def quantization_of(model: PreTrainedModel) -> Quantization | None:
 
 
 def check_recipe(model: PreTrainedModel, recipe: Recipe) -> dict[str, nn.Linear]:
-    """The model's linears, once it is sure that the recipe accounts for every matrix of the decoder layers."""
+    """The model's linears, once it is sure that the recipe accounts for every matrix of the layers."""
     found = walk(model)
     names = list(found.linears) + list(found.experts) + list(found.others)
     for override in recipe.overrides:
         if not any(recipe.override_for(name) is override for name in names):
             raise BitassayError(
-                f"recipe {recipe.name}: the override {override.match!r} applies to no module of {type(model).__name__}; "
+                f"recipe {recipe.name}: the override {override.match!r} applies to no module of "
+                f"{type(model).__name__}; "
                 f"the nearest names are {nearest(override.match, _last_words(names))}",
-                "match full names with a glob, such as '*.down_proj' or 'model.layers.0.*'; the first match wins",
+                "match full names with a glob, such as '*.down_proj' or 'model.layers.0.*'; "
+                "the first match wins",
             )
     skipped = [name for name in (*found.experts, *found.others) if recipe.scheme_for(name) is not None]
     if skipped:
         kind = "fused experts" if skipped[0] in found.experts else "matrices that are not linears"
+        pattern = "*.experts.*" if ".experts." in skipped[0] else f"*.{skipped[0].rpartition('.')[2]}"
         raise BitassayError(
             f"{type(model).__name__} has {kind} that this version cannot quantize, such as {skipped[0]}",
-            f"leave them in high precision with an override: {{match: '*.{skipped[0].rpartition('.')[2]}', weights: null}} placed "
-            "so that it matches them alone, e.g. '*.experts.*'",
+            f"leave them in high precision with an override: {{match: '{pattern}', weights: null}}",
         )
     return found.linears
 
 
 def bits_per_weight(model: PreTrainedModel) -> float:
-    """Average bits of a quantized weight, scales and zero points included; 16 for a model that is not quantized."""
+    """Average bits of a quantized weight, scales and zero points included; 16 for an unquantized model."""
     tensors = _tensors(model)
     weights = sum(t.shape[0] * t.shape[1] for t in tensors.values())
     return sum(t.stored_bits for t in tensors.values()) / weights if weights else 16.0
 
 
 def size_bytes(model: PreTrainedModel) -> int:
-    """Bytes of the whole checkpoint: packed matrices as stored, every other parameter (tied ones once) at 16 bits."""
+    """Bytes of the whole checkpoint: packed matrices, and every other parameter (tied ones once) at 16
+    bits."""
     tensors = _tensors(model)
     held = {f"{name}.weight" for name in tensors}
     other = sum(p.numel() for name, p in model.named_parameters() if name not in held)

@@ -1,7 +1,8 @@
 """Codes to bytes and back, without waste.
 
-`digits` codes in base `base` make one little-endian word of `width` bytes: word = sum_i code_i * base^i. Powers of two pack as bit fields
-(3 bits: eight codes to three bytes); ternary packs five codes to a byte, since 3^5 = 243 < 256. Only the end of a tensor is padded.
+`digits` codes in base `base` make one little-endian word of `width` bytes: word = sum_i code_i * base^i.
+Powers of two pack as bit fields (3 bits: eight codes to three bytes); ternary packs five codes to a byte,
+since 3^5 = 243 < 256. Only the end of a tensor is padded.
 """
 
 import math
@@ -68,6 +69,6 @@ def unpack(packed: UInt8[Tensor, " bytes"], bits: float, count: int) -> UInt8[Te
 
 
 def _ternary_digits(device: torch.device) -> UInt8[Tensor, "256 5"]:
-    """The five base-3 digits of every byte: dividing bytes one by one is many times slower than looking them up."""
+    """The five base-3 digits of every byte: looking them up is many times faster than dividing."""
     byte = torch.arange(256, device=device)
     return torch.stack([byte // 3**place % 3 for place in range(5)], dim=1).to(torch.uint8)

@@ -6,8 +6,8 @@
       - {match: "*.down_proj", weights: {format: int8, granularity: channel}}
       - {match: "model.layers.0.*", weights: null}        # left as it is
 
-The first override whose pattern matches a module's name wins. A recipe's id is the digest of its canonical JSON without name and description: the
-same change has the same id, whatever it is called.
+The first override whose pattern matches a module's name wins. A recipe's id is the digest of its canonical
+JSON without name and description: the same change has the same id, whatever it is called.
 """
 
 from fnmatch import fnmatchcase
@@ -34,8 +34,9 @@ class _Part(BaseModel):
 class WeightScheme(_Part):
     """How one matrix is quantized to nearest.
 
-    `scale` defaults to mse below 4 bits and absmax from there on. `scale_dtype` defaults to float16, for FP8 to bfloat16: an FP8 scale is absmax over 448 or 57344, so small
-    that float16 would hold it as a subnormal number of few bits.
+    `scale` defaults to mse below 4 bits and absmax from there on. `scale_dtype` defaults to float16, for FP8
+    to bfloat16: an FP8 scale is absmax over 448 or 57344, so small that float16 would hold it as a subnormal
+    number of few bits.
     """
 
     format: str
@@ -89,7 +90,8 @@ class Override(_Part):
 
 
 class Recipe(_Part):
-    """What is done to the decoder layers' matrices; embeddings, norms and the output head are left as they are."""
+    """What is done to the decoder layers' matrices; embeddings, norms and the output head stay as they
+    are."""
 
     name: str = Field(pattern=r"^[\w.+-]{1,64}$")
     description: str = Field("", max_length=1000)
@@ -116,7 +118,10 @@ def shipped_recipes() -> dict[str, Recipe]:
 
 
 def find_recipe(recipe: "str | Path | Recipe") -> Recipe:
-    """A recipe itself, the name of a shipped one, or the path of a YAML file. Raises BitassayError that names the nearest choices."""
+    """A recipe itself, the name of a shipped one, or the path of a YAML file.
+
+    Raises BitassayError that names the nearest choices.
+    """
     if isinstance(recipe, Recipe):
         return recipe
     if (path := Path(recipe)).suffix in (".yaml", ".yml"):

@@ -1,16 +1,19 @@
 """Scales: how wide a step is, for every group at once.
 
-absmax: the largest magnitude (asymmetric: the range, widened to hold zero) lands on the outermost code, so nothing is clipped.
+absmax: the largest magnitude (asymmetric: the range, widened to hold zero) lands on the outermost code, so
+nothing is clipped.
 
-mse: the scale that minimises `sum (w - w')^2` within the group. For integers and FP8 it is searched over a grid of multiples of the absmax scale,
-because the error is not convex in the scale; clipping the tails this way is worth 2.2 dB at 2 bits on Gaussian
-weights in groups of 64, and comes within 7 % of the noise of the best uniform quantizer of four levels (`tests/quantize/test_tensor.py`). For ternary and binary
-the optimum is exact:
+mse: the scale that minimises `sum (w - w')^2` within the group. For integers and FP8 it is searched over a
+grid of multiples of the absmax scale, because the error is not convex in the scale; clipping the tails this
+way is worth 2.2 dB at 2 bits on Gaussian weights in groups of 64, and comes within 7 % of the noise of the
+best uniform quantizer of four levels (`tests/quantize/test_tensor.py`). For ternary and binary the optimum is
+exact:
 
-    ternary   keep the k largest magnitudes, s = their mean; the error falls by (sum_k |w|)^2 / k, so scan k over the sorted magnitudes
+    ternary   keep the k largest magnitudes, s = their mean; the error falls by (sum_k |w|)^2 / k, so scan k
     binary    s = mean |w|, or around the mean m: s = mean |w - m|
 
-Scales are rounded to the dtype they will be stored in *before* any code is computed, so that the stored numbers are the ones that were used.
+Scales are rounded to the dtype they will be stored in *before* any code is computed, so that the stored
+numbers are the ones that were used.
 """
 
 from typing import NamedTuple
@@ -27,7 +30,8 @@ BLOCK_ELEMENTS = 2**17  # a block of the search that stays in the cache
 
 
 class Grid(NamedTuple):
-    """What a group shares. scale > 0 (binary: >= 0); zero_point is a whole number of steps; mean is in the weights' unit."""
+    """What a group shares. scale > 0 (binary: >= 0); zero_point is a whole number of steps; mean is in the
+    unit of the weights."""
 
     scale: Float[Tensor, "groups 1"]
     zero_point: Float[Tensor, "groups 1"] | None = None
@@ -47,7 +51,7 @@ def absmax_grid(
 
 
 def mse_grid(w: Float[Tensor, "groups size"], fmt: NumberFormat, symmetric: bool, dtype: torch.dtype) -> Grid:
-    """The grid with the least squared error: exact for ternary and binary, searched over SEARCH_FACTORS otherwise."""
+    """The grid with the least squared error: exact for ternary and binary, else of SEARCH_FACTORS."""
     if fmt.kind == "ternary":
         return Grid(_stored(_ternary_scale(w), dtype))
     if fmt.kind == "binary":

@@ -1,4 +1,7 @@
-"""A quantized matrix: packed codes and the grids they live on. Fake quantization is `quantize_tensor(w, scheme).dequantize()`."""
+"""A quantized matrix: packed codes and the grids they live on.
+
+Fake quantization is `quantize_tensor(w, scheme).dequantize()`.
+"""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,8 +25,8 @@ GRIDS = {"absmax": absmax_grid, "mse": mse_grid}
 class QuantizedTensor:
     """A matrix `[out, in]` as it would be stored.
 
-    packed: codes, row by row, shifted to start at 0 (FP8: the raw bytes). scale: one a group, in the scheme's dtype. zero_point: packed like the
-    codes, with as many bits, or None. mean: one a group, or None.
+    packed: codes, row by row, shifted to start at 0 (FP8: the raw bytes). scale: one a group, in the scheme's
+    dtype. zero_point: packed like the codes, with as many bits, or None. mean: one a group, or None.
     """
 
     scheme: WeightScheme
@@ -86,7 +89,8 @@ def quantize_tensor(
 ) -> QuantizedTensor:
     """Round a matrix to nearest on the grids that `scheme` asks for.
 
-    Raises BitassayError that names the tensor where a value is NaN or infinite, or too large for the scale's dtype.
+    Raises BitassayError that names the tensor where a value is NaN or infinite, or too large for the scale's
+    dtype.
     """
     if not weight.isfinite().all():
         raise BitassayError(f"{name}: NaN or infinite weights cannot be quantized", "restore the checkpoint")

@@ -151,7 +151,7 @@ def _page(run: AssayRun, prefix: str) -> dict[str, Any]:
             if figure is not None
         ],
         "about": {
-            "verification": verification.model_dump() if verification else {},
+            "verification": verification.model_dump(exclude_unset=True) if verification else {},
             "model": run.model.model_dump(),
             "protocol": run.protocol.model_dump(),
         },

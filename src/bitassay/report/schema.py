@@ -74,10 +74,11 @@ class Protocol(_Described):
 
 
 class Verification(_Described):
-    """How verdicts were reached. `layers`: after which decoder layers hidden states were compared."""
+    """How verdicts were reached. `layers`: after which decoder layers hidden states were compared; none where
+    verification did not come about, and then `reason` says why."""
 
-    layers: Annotated[list[Count], Field(min_length=1, max_length=MAX_LAYERS)]
-    alpha: Fraction
+    layers: Annotated[list[Count], Field(max_length=MAX_LAYERS)] = []
+    reason: Text | None = None
 
 
 class AssayRun(_Part):
@@ -97,6 +98,8 @@ class AssayRun(_Part):
 
     @model_validator(mode="after")
     def _one_distance_for_each_layer(self) -> "AssayRun":
+        if self.verification and not self.verification.layers and self.verification.reason is None:
+            raise ValueError("verification has neither layers nor a reason why not")
         layers = len(self.verification.layers) if self.verification else 0
         for row in self.rows:
             for found in (row.hidden_distance_by_layer, row.hidden_distance_range_by_layer):

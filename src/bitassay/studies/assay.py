@@ -1,9 +1,10 @@
-"""The main job: quantize a model by several recipes, and say of each what it costs and whether a verifier notices.
+"""The main job: quantize a model by several recipes, and say of each what it costs and whether a verifier
+notices.
 
-1. evaluate   all recipes against the base model in one pass over the text, in the model's dtype (fp32 by default)
-2. bench      real models (packed codes) in bf16, in turn
-3. verify     a profile is fitted to honest bf16 runs of the base model; then each quantized model generates while claiming to be the base model, and a
-              verifier that holds the base model checks its traces
+1. evaluate: all recipes against the base model in one pass over the text, in fp32 by default;
+2. bench: real models (packed codes) in bf16, in turn;
+3. verify: a profile is fitted to honest bf16 runs of the base model; then each quantized model generates
+   while claiming to be the base model, and a verifier that holds the base model checks its traces.
 
 Every step keeps its finished parts in the run folder, so that the same command goes on where it was stopped.
 """
@@ -59,7 +60,8 @@ INTERVAL = "95 %, expanded percentile bootstrap over windows, paired with the ba
 
 @dataclass(frozen=True)
 class Verification:
-    """How verdicts are reached: `calibration_prompts` honest runs fit the profile, then `prompts` others are proved by every recipe."""
+    """How verdicts are reached: `calibration_prompts` honest runs fit the profile, then `prompts` others are
+    proved by every recipe."""
 
     prompts: int = 8
     calibration_prompts: int = 220
@@ -106,7 +108,8 @@ def assay(
     trust_remote_code: bool = False,
     **options: Any,
 ) -> tuple[dict[str, Any], Path]:
-    """Run the whole job; `options` are fields of AssayPlan. Returns the run (the content of run.json) and its folder.
+    """Run the whole job; `options` are fields of AssayPlan. Returns the run (the content of run.json) and its
+    folder.
 
     Raises BitassayError for bad input before any work is done.
     """
@@ -287,7 +290,8 @@ def _verify(
     seed: int,
     progress: Progress,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the profile is, and the verdict columns of every model, each of which claims to be the base model."""
+    """What the profile is, and the verdict columns of every model, each of which claims to be the base
+    model."""
     prompts = chosen_prompts(base, plan.prompts + plan.calibration_prompts, seed)
     proved, calibration = prompts[: plan.prompts], prompts[plan.prompts :]
     try:
@@ -345,11 +349,14 @@ def _verdict(
     """Prove with one model under the base model's name, verify with the base model."""
     prover = base if quantization is None else with_tensors(base, quantization)
     progress(f"proving with {quantization.recipe.name if quantization else BASE}")
-    traces = prove_many(prover, prompts, max_new_tokens=plan.new_tokens, claim=identity(base), batch_size=PROOF_BATCH)
+    traces = prove_many(
+        prover, prompts, max_new_tokens=plan.new_tokens, claim=identity(base), batch_size=PROOF_BATCH
+    )
     verdicts = verify_many(traces, base, profile=profile, alpha=plan.alpha)
     pooled = pooled_verdict(verdicts, plan.alpha)
-    layers = sorted(profile.layers)
-    by_layer = [[d for v in verdicts if (d := v.distance(layer)) is not None] for layer in layers]
+    by_layer = [
+        [d for v in verdicts if (d := v.distance(layer)) is not None] for layer in sorted(profile.layers)
+    ]
     measured = all(by_layer)  # states that are not finite have no distance
     return {
         "hidden_distance": _geometric_mean(by_layer[-1]) if measured else None,
@@ -363,12 +370,14 @@ def _verdict(
 
 
 def chosen_prompts(model: PreTrainedModel, count: int, seed: int) -> list[TokenIds]:
-    """Bundled prompts of at most MAX_PROMPT_TOKENS tokens, in an order in which those that calibrate and those that are judged are exchangeable."""
+    """Bundled prompts of at most MAX_PROMPT_TOKENS tokens, in an order that makes those that calibrate and
+    those that are judged exchangeable."""
     prompts = [encode_prompt(model, prompt) for prompt in bundled_prompts()]
     short = [prompt for prompt in prompts if len(prompt) <= MAX_PROMPT_TOKENS]
     if count > len(short):
         raise BitassayError(
-            f"{count} prompts were asked for, the package has {len(short)} of at most {MAX_PROMPT_TOKENS} tokens",
+            f"{count} prompts were asked for, the package has {len(short)} "
+            f"of at most {MAX_PROMPT_TOKENS} tokens",
             "fewer --prompts or --calibration-prompts",
         )
     return [short[index] for index in np.random.default_rng(seed).permutation(len(short))[:count]]

@@ -1,7 +1,9 @@
-"""What an assay will need, before it runs: memory and time, from the model's configuration and a short timing of this machine.
+"""What an assay will need, before it runs: memory and time, from the model's configuration and a short timing
+of this machine.
 
-Time is arithmetic over measured speed: two floating-point operations a parameter and token for prefill; for decoding, the bytes of the weights over the
-measured read bandwidth. It leaves out loading, the bootstrap and everything else that is short.
+Time is arithmetic over measured speed: two floating-point operations a parameter and token for prefill; for
+decoding, the bytes of the weights over the measured read bandwidth. It leaves out loading, the bootstrap and
+everything else that is short.
 """
 
 import time
@@ -23,7 +25,8 @@ PROMPT_TOKENS = 60  # about the mean of the prompts that are used
 def estimate_assay(
     model: str, recipes: list[str], *, progress: Progress = silent, **options: Any
 ) -> list[dict[str, Any]]:
-    """Rows `step, work, memory_bytes, seconds`. The model is fetched where it is not here yet, but no weights are loaded."""
+    """Rows `step, work, memory_bytes, seconds`. The model is fetched where it is not here yet, but no weights
+    are loaded."""
     plan = AssayPlan(model, tuple(find_recipe(recipe) for recipe in recipes), **options)
     config = AutoConfig.from_pretrained(resolve(model, progress).folder)
     with torch.device("meta"):
