@@ -1,4 +1,5 @@
 import hashlib
+from itertools import pairwise
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ def test_chosen_windows_are_evenly_spaced_members_of_all(stories):
     every, _ = token_windows(stories.tokenizer, Protocol(window_tokens=500))
     some, _ = token_windows(stories.tokenizer, Protocol(window_tokens=500, windows=7))
     places = [int((every == window).all(1).nonzero()[0, 0]) for window in some]
-    gaps = {b - a for a, b in zip(places, places[1:], strict=False)}
+    gaps = {b - a for a, b in pairwise(places)}
     assert places[0] == 0
     assert max(gaps) - min(gaps) <= 1
     assert places[-1] + max(gaps) >= len(every) - 1

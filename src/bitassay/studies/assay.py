@@ -55,6 +55,7 @@ SCHEMA = 1
 MAX_PROMPT_TOKENS = 96
 PROOF_BATCH = 32
 DISTANCE_FLOOR = 1e-12  # identical arithmetic on both sides gives a distance of exactly 0
+DEFAULT_PROTOCOL = Protocol(windows=16)
 INTERVAL = "95 %, expanded percentile bootstrap over windows, paired with the base model"
 
 
@@ -75,7 +76,7 @@ class AssayPlan:
 
     model: str
     recipes: tuple[Recipe, ...]
-    protocol: Protocol = Protocol(windows=16)
+    protocol: Protocol = DEFAULT_PROTOCOL
     dtype: str = "float32"
     seed: int = 0
     bench_repeats: int = 3
