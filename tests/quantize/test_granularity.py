@@ -49,7 +49,9 @@ def test_the_last_group_is_shorter_exactly(name, columns, sizes):
     assert {part.shape[1]: part.shape[0] // 3 for part in parts} == sizes
 
 
-@pytest.mark.parametrize("text", ["", "g", "g0", "g064", "g-1", "g6.4", "g64 ", "64", "row", "Tensor", "g12345678"])
+@pytest.mark.parametrize(
+    "text", ["", "g", "g0", "g064", "g-1", "g6.4", "g64 ", "64", "row", "Tensor", "g12345678"]
+)
 def test_what_is_no_granularity_is_refused(text):
     with pytest.raises(BitassayError, match="granularity"):
         Granularity.parse(text)

@@ -15,7 +15,11 @@ GROUPED = [
 KERNELS = [
     {"format": "int8"},
     {"format": "int8", "scale_dtype": "float32"},
-    *(scheme | {"granularity": size} for scheme in (*GROUPED, {"format": "ternary"}) for size in ("g32", "g64")),
+    *(
+        scheme | {"granularity": size}
+        for scheme in (*GROUPED, {"format": "ternary"})
+        for size in ("g32", "g64")
+    ),
     {"format": "int4", "granularity": "g64", "symmetric": False, "scale": "mse", "scale_dtype": "bfloat16"},
     {"format": "int4", "granularity": "g128"},
     {"format": "int2", "granularity": "g256", "symmetric": False},

@@ -47,9 +47,7 @@ def test_an_asymmetric_range_is_used_to_its_ends_and_holds_zero(name):
         codes = round_to_nearest(w, grid, fmt, False)
         assert (codes.amax(1) - codes.amin(1)).min() >= (top - 1 if expected is None else 0)
         assert expected is None or (grid.zero_point == expected).all()
-        assert not dequantize(
-            round_to_nearest(torch.zeros_like(w), grid, fmt, False), grid, fmt
-        ).any()
+        assert not dequantize(round_to_nearest(torch.zeros_like(w), grid, fmt, False), grid, fmt).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -121,7 +119,9 @@ def test_binary_is_the_best_of_every_choice_of_signs_and_scale(values):
         energy - float(w.double()[0] @ torch.tensor(signs, dtype=torch.float64)) ** 2 / len(values)
         for signs in itertools.product((-1, 1), repeat=len(values))
     )
-    assert squared_error(w, grid, "binary", True).item() == pytest.approx(best, rel=1e-4, abs=1e-6 * energy + 1e-30)
+    assert squared_error(w, grid, "binary", True).item() == pytest.approx(
+        best, rel=1e-4, abs=1e-6 * energy + 1e-30
+    )
 
 
 def test_binary_with_a_mean_is_the_deviation_from_it():

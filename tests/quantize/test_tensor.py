@@ -94,7 +94,15 @@ def absmax_by_hand(w: np.ndarray, scheme: WeightScheme) -> tuple[FLOAT32, FLOAT3
         low, high, top = min(w.min(), FLOAT32(0)), max(w.max(), FLOAT32(0)), 2 ** int(fmt.bits) - 1
         scale = stored_scale((high - low) / FLOAT32(top), scheme.scale_dtype)
         return scale, FLOAT32(min(max(round(float(-low / scale)), 0), top))
-    outermost = {"int8": 127, "int4": 7, "int3": 3, "int2": 1, "ternary": 1, "fp8_e4m3": 448, "fp8_e5m2": 57344}
+    outermost = {
+        "int8": 127,
+        "int4": 7,
+        "int3": 3,
+        "int2": 1,
+        "ternary": 1,
+        "fp8_e4m3": 448,
+        "fp8_e5m2": 57344,
+    }
     return stored_scale(np.abs(w).max() / FLOAT32(outermost[fmt.name]), scheme.scale_dtype), FLOAT32(0)
 
 
@@ -225,7 +233,9 @@ def test_edge_values_stay_finite(scheme, dtype):
 def test_constant_groups_come_back(scheme):
     for value in (0.25, -3.0):
         back = quantize_tensor(torch.full((2, 70), value), scheme).dequantize()
-        assert back.numpy() == pytest.approx(np.full((2, 70), value), rel=0.3 if scheme.format == "int2" else 0.02)
+        assert back.numpy() == pytest.approx(
+            np.full((2, 70), value), rel=0.3 if scheme.format == "int2" else 0.02
+        )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

@@ -19,7 +19,7 @@ def prove(
     prompts: Path | None = None,
     recipe: str | None = None,
     claim: str | None = None,
-    max_new_tokens: int = 64,
+    max_new_tokens: int = 32,
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,

@@ -1,4 +1,4 @@
-"""Weights to codes and codes to weights, for groups that share a grid; in fp32, whatever the model's dtype."""
+"""Weights to codes and back, for groups that share a grid; in fp32, whatever the model's dtype."""
 
 from typing import TYPE_CHECKING
 
