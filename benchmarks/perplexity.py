@@ -18,8 +18,8 @@ from bitassay.bench.environment import environment
 from bitassay.evaluate.compare import BASE, score_windows
 from bitassay.evaluate.protocol import Protocol, token_windows
 
-ROUNDS = 5
-PROTOCOL = Protocol(window_tokens=1024, windows=4)
+ROUNDS = 3
+PROTOCOL = Protocol(window_tokens=1024, windows=2)
 
 
 def plain(model, windows) -> float:

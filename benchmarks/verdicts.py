@@ -21,7 +21,7 @@ from bitassay.verify.calibrate import calibrate
 from bitassay.verify.prove import prove_many
 from bitassay.verify.verdict import verify_many
 
-PROMPTS, CALIBRATION, NEW_TOKENS, ALPHA, BATCH = 60, 260, 32, 0.01, 32
+PROMPTS, CALIBRATION, NEW_TOKENS, ALPHA, BATCH = 40, 220, 24, 0.01, 32
 
 base = bitassay.load(sys.argv[1] if len(sys.argv) > 1 else "smollm2-135m", dtype="bfloat16")
 prompts = chosen_prompts(base, PROMPTS + CALIBRATION, seed=1)
@@ -29,7 +29,7 @@ start = time.perf_counter()
 profile = calibrate(base, base, prompts[PROMPTS:], max_new_tokens=NEW_TOKENS, alpha=ALPHA, batch_size=BATCH)
 seconds = {"calibrate": time.perf_counter() - start}
 rows = []
-for name in ("honest", "w8", "fp8", "w4", "w3", "w2"):
+for name in ("honest", "w4", "w2", "w8", "fp8", "w3"):
     start = time.perf_counter()
     prover = base if name == "honest" else quantize(base, name)
     traces = prove_many(

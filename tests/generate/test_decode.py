@@ -92,20 +92,20 @@ def test_taps_leave_no_hooks_behind(stories):
         pass
 
 
-def test_generation_stops_at_the_end_token(stories):
-    (free,) = generate(stories, [PROMPTS[0]], max_new_tokens=10)
-    stop = free.output_ids[4]
+def test_generation_stops_at_the_end_token_and_the_rest_of_the_batch_goes_on(stories):
+    one, two = (run.output_ids for run in generate(stories, PROMPTS[:2], max_new_tokens=10))
+    stop = next(token for token in one[2:6] if token not in two)
     original = stories.generation_config.eos_token_id
     stories.generation_config.eos_token_id = [stop, 511]
     try:
         assert end_tokens(stories) == {stop, 511}
-        ended, other = generate(stories, [PROMPTS[0], PROMPTS[1]], max_new_tokens=10, layers=(5,))
+        ended, other = generate(stories, PROMPTS[:2], max_new_tokens=10, layers=(5,))
     finally:
         stories.generation_config.eos_token_id = original
-    first = free.output_ids.index(stop)
-    assert ended.output_ids == free.output_ids[: first + 1]
-    assert len(ended.states[5]) == len(PROMPTS[0]) + first
-    assert len(other.output_ids) == 10 or other.output_ids[-1] == stop
+    assert ended.output_ids == one[: one.index(stop) + 1]
+    assert len(ended.states[5]) == len(PROMPTS[0]) + one.index(stop)
+    assert other.output_ids == two
+    assert len(other.states[5]) == len(PROMPTS[1]) + 9
 
 
 def test_one_token_has_states_for_the_prompt_alone(stories):

@@ -168,6 +168,7 @@ def test_e_m_and_e_w_are_strict():
     assert cell([(1.0, 3.515625)]).Pm.item() == 1  # d = 97 / 128
     assert cell([(1.0, 1.046875)]).Pw.item() == 1  # d = 6 / 128 < .05
     assert cell([(1.0, 1.0546875)]).Pw.item() == 0  # d = 7 / 128
+    assert cell([(1.0, 1.0546875)], rules=dataclasses.replace(PAPER, e_w=7 / 128)).Pw.item() == 0
 
 
 def test_zeros_subnormals_and_signs():
