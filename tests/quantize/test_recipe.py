@@ -79,6 +79,12 @@ def test_schemes_that_make_no_sense_are_refused(scheme):
     ("[1, 2]", "not a recipe"),
     ("", "not a recipe"),
     ("name: [", "not valid YAML"),
+    ("name: 2020-13-01\nweights: null", "not valid YAML"),
+    ("name: " + "1" * 5000, "not valid YAML"),
+    ("name: !!int ''", "not valid YAML"),
+    ("name: !!bool x", "not valid YAML"),
+    ("name: !!timestamp x", "not valid YAML"),
+    ("1: 2", "not a recipe"),
     ("name: !!python/object/apply:os.system ['true']", "not valid YAML"),
 ])  # fmt: skip
 def test_defects_of_a_file_are_named(tmp_path, text, message):

@@ -138,14 +138,18 @@ def find_recipe(recipe: "str | Path | Recipe") -> Recipe:
 def read_recipe(path: Path) -> Recipe:
     """Read a recipe from YAML; a defect is a BitassayError that names the file and the field."""
     try:
-        if path.stat().st_size > RECIPE_BYTES:
-            raise BitassayError(f"{path}: more than {RECIPE_BYTES} bytes, which no recipe needs")
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            raw = file.read(RECIPE_BYTES + 1)
     except OSError as error:
         raise BitassayError(
             f"{path}: {error.strerror or error}", "check the path, or see `bitassay recipes list`"
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    if len(raw) > RECIPE_BYTES:
+        raise BitassayError(f"{path}: more than {RECIPE_BYTES} bytes, which no recipe needs")
+    try:
+        content = yaml.safe_load(raw.decode("utf-8"))
+    # PyYAML lets the last four out of values that do not fit their tag: 2020-13-01, `!!int ''`, `!!bool x`.
+    except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError) as error:
         raise BitassayError(f"{path}: not valid YAML ({error})") from error
     try:
         return Recipe.model_validate(content)

@@ -96,7 +96,8 @@ def quantize_tensor(
         raise BitassayError(f"{name}: NaN or infinite weights cannot be quantized", "restore the checkpoint")
     fmt, granularity = FORMATS[scheme.format], Granularity.parse(scheme.granularity)
     dtype = getattr(torch, scheme.scale_dtype)
-    if weight.abs().max() > torch.finfo(dtype).max:
+    # Half, since the range of a group and the distance from its mean are up to twice the largest weight.
+    if weight.abs().max() > torch.finfo(dtype).max / 2:
         raise BitassayError(
             f"{name}: weights up to {weight.abs().max():.3g} overflow scales in {scheme.scale_dtype}",
             "scale_dtype: float32",
