@@ -1,6 +1,7 @@
 """`bitassay quantize`, as a user types it."""
 
 import json
+import shutil
 
 import pytest
 
@@ -101,19 +102,28 @@ def test_a_file_in_the_way_is_refused(out, capsys):
     assert "a file is where a folder should be" in capsys.readouterr().err
 
 
-def test_dry_run_plans_what_the_run_then_writes(out, capsys):
-    assert quantize(out, "--dry-run", "--format", "json") == 0
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("recipe", ["w8", "w3", "fp8", "w1.58"])
+def test_dry_run_plans_what_the_run_then_writes(out, capsys, recipe, dtype):
+    assert quantize(out, "--dry-run", "--dtype", dtype, "--format", "json", recipe=recipe) == 0
     planned = row(capsys)
     assert not out.exists()
-    assert planned["file_bytes"] is planned["seconds"] is None
-    assert quantize(out, "--no-check", "--format", "json") == 0
-    assert quantize(out, "--format", "json") == 0  # from the card, which counted the real tensors
-    captured = capsys.readouterr().out
-    finished = json.loads(captured[captured.rindex('{\n  "rows"') :])["rows"][0]
-    assert (planned["bits_per_weight"], planned["size_bytes"]) == (
-        finished["bits_per_weight"],
-        finished["size_bytes"],
-    )
+    assert quantize(out, "--no-check", "--dtype", dtype, "--format", "json", recipe=recipe) == 0
+    written = row(capsys)
+    for exact in ("recipe", "bits_per_weight", "size_bytes"):
+        assert planned[exact] == written[exact]
+    # The configuration grows, and safetensors names its tensors.
+    assert abs(planned["file_bytes"] - written["file_bytes"]) < 20_000
+    assert planned["memory_bytes"] > 2 * planned["file_bytes"]
+
+
+def test_a_disk_that_is_too_small_is_refused_before_any_work(out, capsys, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**5))
+    assert quantize(out) == 3
+    captured = capsys.readouterr()
+    assert "0 MB are free" in captured.err
+    assert "quantizing" not in captured.err
+    assert not out.exists()
 
 
 def test_what_the_format_cannot_hold_is_refused_before_any_work(out, capsys):

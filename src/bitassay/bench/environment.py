@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
-VERSIONS = ("bitassay", "torch", "transformers", "compressed-tensors")
+VERSIONS = ("bitassay", "transformers", "compressed-tensors")
 
 
 def environment() -> dict[str, Any]:
     """Versions, processor, load (runnable processes over 1, 5 and 15 minutes) and devices, as JSON values."""
     return {
         **{name: version(name) for name in VERSIONS},
+        "torch": str(torch.__version__),  # names the build (+cpu, +cu130), as the metadata may not
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": cpu_name(),

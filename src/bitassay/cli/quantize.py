@@ -10,8 +10,10 @@ from cyclopts import Parameter
 from bitassay.cli.output import Format, emit
 
 if TYPE_CHECKING:
+    from bitassay.models.checkpoint import Card
     from bitassay.models.source import Source
     from bitassay.quantize.recipe import Recipe
+    from bitassay.record.progress import Progress
 
 
 def quantize(
@@ -37,24 +39,24 @@ def quantize(
     dtype: What is not quantized is stored in this dtype. In float32 the checkpoint loads exactly; in 16
         bits it is smaller, and transformers rounds the scales once more.
     check: Load the folder with plain transformers and compare its logits.
-    dry_run: Say what would be written, and stop.
+    dry_run: Estimate the files and the memory, and stop.
     trust_remote_code: Run code that comes with the model.
     format: What to print on stdout.
     """
     from bitassay.cli.progress import show_progress
-    from bitassay.data.corpora import bundled_prompts
-    from bitassay.models.load import load, tokenizer
     from bitassay.models.source import resolve
-    from bitassay.quantize.export import reload_difference, save
-    from bitassay.quantize.model import quantize
+    from bitassay.quantize.export import check_space
     from bitassay.quantize.recipe import find_recipe
     from bitassay.report.tables import Column, number, significant, size
 
-    columns = (
+    sizes = (
         Column("recipe", "recipe", align="left"),
         Column("bits_per_weight", "bits/weight", number(3)),
         Column("size_bytes", "size", size),
         Column("file_bytes", "files", size),
+    )
+    columns = (
+        *sizes,
         Column("seconds", "seconds", number(1)),
         Column("max_logits_difference", "largest logits\ndifference", significant(3)),
     )
@@ -63,35 +65,69 @@ def quantize(
         source = resolve(model, progress)
         row = _finished(out, source, found, dtype)
         if row is None:
-            row = _planned(source, found, trust_remote_code)
-            if not dry_run:
-                started = time.monotonic()
-                base = load(model, dtype=dtype, trust_remote_code=trust_remote_code, progress=progress)
-                quantized = quantize(base, found, progress=progress)
-                save(quantized, out, progress=progress)
-                row |= {"seconds": time.monotonic() - started, "file_bytes": _file_bytes(out)}
-                if check:
-                    progress(f"loading {out} with plain transformers")
-                    tokens = tokenizer(base)(bundled_prompts()[0], return_tensors="pt").input_ids
-                    row["max_logits_difference"] = reload_difference(quantized, out, tokens)
+            row = _planned(source, found, dtype, trust_remote_code)
+            if dry_run:
+                columns = (*sizes, Column("memory_bytes", "memory", size))
+            else:
+                check_space(out, row["file_bytes"])
+                row = _written(model, found, out, dtype, check, trust_remote_code, progress)
     emit([row], columns, format)
     return 0
 
 
-def _planned(source: "Source", recipe: "Recipe", trust_remote_code: bool) -> dict[str, Any]:
-    """The row as far as it is known before any weight is read; refuses what could not be saved."""
+def _written(
+    model: str,
+    recipe: "Recipe",
+    out: Path,
+    dtype: str,
+    check: bool,
+    trust_remote_code: bool,
+    progress: "Progress",
+) -> dict[str, Any]:
+    """The row of a folder that is written now."""
+    from bitassay.data.corpora import bundled_prompts
+    from bitassay.models.load import load, tokenizer
+    from bitassay.quantize.export import reload_difference, save
+    from bitassay.quantize.model import quantize
+
+    started = time.monotonic()
+    base = load(model, dtype=dtype, trust_remote_code=trust_remote_code, progress=progress)
+    quantized = quantize(base, recipe, progress=progress)
+    row = _row(save(quantized, out, progress=progress), out) | {"seconds": time.monotonic() - started}
+    if check:
+        progress(f"loading {out} with plain transformers")
+        tokens = tokenizer(base)(bundled_prompts()[0], return_tensors="pt").input_ids
+        row["max_logits_difference"] = reload_difference(quantized, out, tokens)
+    return row
+
+
+def _planned(source: "Source", recipe: "Recipe", dtype: str, trust_remote_code: bool) -> dict[str, Any]:
+    """What is known before any weight is read; refuses what could not be saved. The files are the tensors and
+    what else the model's folder holds."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from bitassay.models.load import as_dtype
     from bitassay.quantize.export import plan_export
 
     config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
-        plan = plan_export(
-            AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code), recipe
+        empty = AutoModelForCausalLM.from_config(
+            config, dtype=as_dtype(dtype), trust_remote_code=trust_remote_code
         )
-    known = {"recipe": recipe.name, "bits_per_weight": plan.bits_per_weight, "size_bytes": plan.size_bytes}
-    return known | dict.fromkeys(("file_bytes", "seconds", "max_logits_difference"))
+    plan = plan_export(empty, recipe)
+    others = sum(
+        path.stat().st_size
+        for path in source.folder.iterdir()
+        if path.is_file() and path.suffix != ".safetensors"
+    )
+    return {
+        "recipe": recipe.name,
+        "bits_per_weight": plan.bits_per_weight,
+        "size_bytes": plan.size_bytes,
+        "file_bytes": plan.tensor_bytes + others,
+        "memory_bytes": plan.memory_bytes,
+    }
 
 
 def _finished(out: Path, source: "Source", recipe: "Recipe", dtype: str) -> dict[str, Any] | None:
@@ -118,9 +154,15 @@ def _finished(out: Path, source: "Source", recipe: "Recipe", dtype: str) -> dict
             "give another --out, or remove that folder",
         )
     print(f"{out}: finished before; its files are unchanged", file=sys.stderr)
-    row = {"recipe": card.recipe_name, "bits_per_weight": card.bits_per_weight, "size_bytes": card.size_bytes}
-    return row | {"file_bytes": _file_bytes(out), "seconds": None, "max_logits_difference": None}
+    return _row(card, out)
 
 
-def _file_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+def _row(card: "Card", folder: Path) -> dict[str, Any]:
+    return {
+        "recipe": card.recipe_name,
+        "bits_per_weight": card.bits_per_weight,
+        "size_bytes": card.size_bytes,
+        "file_bytes": sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
+        "seconds": None,
+        "max_logits_difference": None,
+    }

@@ -19,10 +19,12 @@ What the format cannot say is refused: e5m2 (the library's 8-bit float is e4m3),
 bits).
 """
 
+import math
 import shutil
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import get_args
 
 import torch
 from compressed_tensors.compressors import ModelCompressor
@@ -63,10 +65,13 @@ def save(model: PreTrainedModel, folder: str | Path, *, progress: Progress = sil
     scheme exactly, MissingError where the disk is too small.
     """
     folder, quantization, base = Path(folder), _quantization(model), identity(model)
+    dtype, dtypes = str(model.dtype).removeprefix("torch."), get_args(Card.model_fields["dtype"].annotation)
+    if dtype not in dtypes:
+        raise BitassayError(f"a checkpoint holds {', '.join(dtypes)}, not {dtype}", f"load it in {dtypes[0]}")
     configuration = quantization_config(model, quantization)
     progress(f"packing {len(quantization.tensors)} matrices")
     state = _state(model, quantization)
-    _check_space(folder, sum(tensor.numel() * tensor.element_size() for tensor in state.values()))
+    check_space(folder, sum(tensor.numel() * tensor.element_size() for tensor in state.values()))
     stored_bits_per_weight = _stored_bits(state, quantization)
     progress(f"writing {folder}")
     with atomic_folder(folder) as temporary:
@@ -85,7 +90,7 @@ def save(model: PreTrainedModel, folder: str | Path, *, progress: Progress = sil
                 weights_digest=base.weights_digest,
                 tokenizer_digest=base.tokenizer_digest,
             ),
-            dtype=str(model.dtype).removeprefix("torch."),  # type: ignore[arg-type]
+            dtype=dtype,  # type: ignore[arg-type]
             bits_per_weight=bits_per_weight(model),
             stored_bits_per_weight=stored_bits_per_weight,
             size_bytes=size_bytes(model),
@@ -102,35 +107,45 @@ def save(model: PreTrainedModel, folder: str | Path, *, progress: Progress = sil
 
 @dataclass(frozen=True)
 class Plan:
-    """What quantizing by a recipe will give, known from shapes alone. `size_bytes` counts as
-    `quantize.model.size_bytes` does.
+    """What quantizing by a recipe will give, known from shapes alone.
+
+    size_bytes: as `quantize.model.size_bytes` counts. tensor_bytes: what the folder's tensors take.
+    memory_bytes: the base model, the quantized one, its codes twice (as kept and as stored), and the reloaded
+    model beside them.
     """
 
     matrices: int
     bits_per_weight: float
     size_bytes: int
+    tensor_bytes: int
+    memory_bytes: int
 
 
 def plan_export(model: PreTrainedModel, recipe: Recipe) -> Plan:
     """Check that `recipe` fits `model` (which may be on the meta device) and that every matrix can be saved.
     Raises BitassayError where not.
     """
-    bits = weights = matrices = 0
+    bits = weights = matrices = stored = 0
     for name, linear in check_recipe(model, recipe).items():
         if scheme := recipe.scheme_for(name):
             shape = (linear.out_features, linear.in_features)
-            weight_args(scheme, shape, name)
-            bits, weights, matrices = (
-                bits + planned_bits(scheme, shape),
-                weights + shape[0] * shape[1],
-                matrices + 1,
-            )
+            bits += planned_bits(scheme, shape)
+            stored += planned_bytes(scheme, shape, name)
+            weights += shape[0] * shape[1]
+            matrices += 1
     if not matrices:
         raise BitassayError(
             f"recipe {recipe.name} quantizes nothing in {type(model).__name__}",
             "another recipe; see `bitassay recipes list`",
         )
-    return Plan(matrices, bits / weights, (parameter_count(model) - weights) * 2 + bits // 8)
+    parameters, item = parameter_count(model), model.dtype.itemsize
+    return Plan(
+        matrices=matrices,
+        bits_per_weight=bits / weights,
+        size_bytes=(parameters - weights) * 2 + bits // 8,
+        tensor_bytes=(parameters - weights) * item + stored,
+        memory_bytes=(2 * parameters + weights) * item + bits // 8 + 2 * stored,
+    )
 
 
 def reload_difference(
@@ -184,6 +199,16 @@ def planned_bits(scheme: WeightScheme, shape: tuple[int, int]) -> int:
     if not scheme.symmetric:
         grids += grids if fmt.kind == "binary" else packing.packed_bytes(rows * groups)
     return (packing.packed_bytes(shape[0] * shape[1]) + grids) * 8
+
+
+def planned_bytes(scheme: WeightScheme, shape: tuple[int, int], name: str = "weight") -> int:
+    """Bytes of `stored_tensors` of a matrix of `shape`, without quantizing it; errors as `weight_args`."""
+    args = weight_args(scheme, shape, name)
+    rows, groups = Granularity.parse(scheme.granularity).scale_shape(*shape)
+    grids = rows * groups * (getattr(torch, scheme.scale_dtype).itemsize + (not scheme.symmetric))
+    if args.type == "float":
+        return shape[0] * shape[1] + grids
+    return shape[0] * math.ceil(shape[1] * args.num_bits / 32) * 4 + 2 * torch.int64.itemsize + grids
 
 
 def stored_tensors(tensor: QuantizedTensor, name: str = "weight") -> dict[str, Tensor]:
@@ -270,7 +295,8 @@ def _stored_bits(state: dict[str, Tensor], quantization: Quantization) -> float:
     return sum(tensor.numel() * tensor.element_size() * 8 for tensor in kept) / weights
 
 
-def _check_space(folder: Path, needed_bytes: int) -> None:
+def check_space(folder: Path, needed_bytes: int) -> None:
+    """Raise MissingError where the disk of `folder`, which need not exist yet, has no room for that much."""
     existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
     free_bytes = shutil.disk_usage(existing).free
     if free_bytes < needed_bytes + MARGIN_BYTES:
