@@ -33,25 +33,24 @@ def assay(
 
     Writes run.json and report.html into a run folder. Interrupted, the same command goes on.
 
-    Parameters
-    ----------
-    model: A name from `bitassay models list`, a folder, a .gguf file or a hub id.
-    recipe: A shipped recipe or a YAML file; repeat it for more rows.
-    windows: How many windows of WikiText-2 to evaluate, evenly spaced.
-    window: Tokens in a window.
-    dtype: Arithmetic of the evaluation; timing and verification run in bfloat16.
-    prompts: Traces that each recipe has to prove.
-    calibration_prompts: Honest runs that the verification profile is fitted to.
-    new_tokens: Tokens generated for each trace.
-    alpha: How often an honest run may be accused.
-    repeats: Rounds of timing.
-    verify: Reach verdicts.
-    bench: Time prefill and decode.
-    seed: Of the bootstrap and of sampling.
-    out: Run folder (default: runs/assay-MODEL-ID).
-    dry_run: Print the plan with an estimate of memory and time, and stop.
-    trust_remote_code: Run code that comes with the model.
-    format: What to print on stdout.
+    Args:
+        model: A name from `bitassay models list`, a folder, a .gguf file or a hub id.
+        recipe: A shipped recipe or a YAML file; repeat it for more rows.
+        windows: How many windows of WikiText-2 to evaluate, evenly spaced.
+        window: Tokens in a window.
+        dtype: Arithmetic of the evaluation; timing and verification run in bfloat16.
+        prompts: Traces that each recipe has to prove.
+        calibration_prompts: Honest runs that the verification profile is fitted to.
+        new_tokens: Tokens generated for each trace.
+        alpha: How often an honest run may be accused.
+        repeats: Rounds of timing.
+        verify: Reach verdicts.
+        bench: Time prefill and decode.
+        seed: Of the bootstrap and of sampling.
+        out: Run folder (default: runs/assay-MODEL-ID).
+        dry_run: Print the plan with an estimate of memory and time, and stop.
+        trust_remote_code: Run code that comes with the model.
+        format: What to print on stdout.
     """
     from bitassay.cli.progress import show_progress
     from bitassay.evaluate.protocol import Protocol

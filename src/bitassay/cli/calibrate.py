@@ -31,26 +31,25 @@ def calibrate(
 ) -> int:
     """Fit a verification profile for MODEL to honest runs on this machine.
 
-    Parameters
-    ----------
-    model: A name from `bitassay models list`, a folder, a .gguf file or a hub id.
-    recipe: Calibrate MODEL quantized by this recipe, as both sides run it.
-    prompts: How many of the bundled prompts, or a file of prompts.
-    max_new_tokens: Tokens in an honest run. The profile decides on traces up to this length.
-    alpha: How often an honest run may be accused.
-    temperature: 0 takes the most likely token.
-    top_p: Sample from the most likely tokens that have this probability together.
-    seed: Of the sampling, and of the order of the prompts.
-    prover_dtype: The prover's arithmetic (default: the verifier's).
-    prover_attention: The prover's attention implementation (default: the verifier's).
-    dtype: The verifier's arithmetic.
-    device: Where to run: cpu, cuda, mps.
-    attention: The verifier's attention implementation of transformers.
-    batch: Prompts generated at a time.
-    expires_days: How long the profile is valid.
-    out: The profile's file (default: the cache folder, where `bitassay verify` finds it).
-    trust_remote_code: Run code that comes with the model.
-    format: What to print on stdout.
+    Args:
+        model: A name from `bitassay models list`, a folder, a .gguf file or a hub id.
+        recipe: Calibrate MODEL quantized by this recipe, as both sides run it.
+        prompts: How many of the bundled prompts, or a file of prompts.
+        max_new_tokens: Tokens in an honest run. The profile decides on traces up to this length.
+        alpha: How often an honest run may be accused.
+        temperature: 0 takes the most likely token.
+        top_p: Sample from the most likely tokens that have this probability together.
+        seed: Of the sampling, and of the order of the prompts.
+        prover_dtype: The prover's arithmetic (default: the verifier's).
+        prover_attention: The prover's attention implementation (default: the verifier's).
+        dtype: The verifier's arithmetic.
+        device: Where to run: cpu, cuda, mps.
+        attention: The verifier's attention implementation of transformers.
+        batch: Prompts generated at a time.
+        expires_days: How long the profile is valid.
+        out: The profile's file (default: the cache folder, where `bitassay verify` finds it).
+        trust_remote_code: Run code that comes with the model.
+        format: What to print on stdout.
     """
     from bitassay.cli.progress import show_progress
     from bitassay.generate.sampling import Sampler

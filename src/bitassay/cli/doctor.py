@@ -11,9 +11,8 @@ def doctor(*, format: Format = "table") -> int:
 
     Looks at this machine alone; nothing is fetched. Exit status 3 where something that is needed is missing.
 
-    Parameters
-    ----------
-    format: What to print on stdout.
+    Args:
+        format: What to print on stdout.
     """
     from bitassay.bench.doctor import examine
 

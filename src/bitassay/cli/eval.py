@@ -21,17 +21,18 @@ def eval(
 ) -> int:
     """Perplexity of MODEL; with --recipe or --against also divergence, with paired intervals.
 
-    Parameters
-    ----------
-    model: A name from `bitassay models list`, a folder (a quantized one too), a .gguf file or a hub id.
-    recipe: Evaluate MODEL quantized by this recipe, against MODEL itself; may be repeated.
-    against: Compare MODEL with this model instead; both must share a vocabulary.
-    windows: How many windows of WikiText-2, evenly spaced; 0 means all of them, the published protocol.
-    window: Tokens in a window.
-    dtype: Arithmetic of both models.
-    seed: Of the bootstrap.
-    trust_remote_code: Run code that comes with the model.
-    format: What to print on stdout.
+    Args:
+        model: A name from `bitassay models list`, a folder (a quantized one too), a .gguf file or a
+            hub id.
+        recipe: Evaluate MODEL quantized by this recipe, against MODEL itself; may be repeated.
+        against: Compare MODEL with this model instead; both must share a vocabulary.
+        windows: How many windows of WikiText-2, evenly spaced; 0 means all of them, the published
+            protocol.
+        window: Tokens in a window.
+        dtype: Arithmetic of both models.
+        seed: Of the bootstrap.
+        trust_remote_code: Run code that comes with the model.
+        format: What to print on stdout.
     """
     from bitassay.cli.progress import show_progress
     from bitassay.errors import BitassayError

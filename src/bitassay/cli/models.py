@@ -30,9 +30,8 @@ _CHECKED = (Column("property", "property", align="left"), Column("value", "value
 def list_(*, format: Format = "table") -> int:
     """The models that go by a short name.
 
-    Parameters
-    ----------
-    format: What to print on stdout.
+    Args:
+        format: What to print on stdout.
     """
     from bitassay.models.catalogue import CATALOGUE
     from bitassay.models.source import is_cached
@@ -56,10 +55,9 @@ def list_(*, format: Format = "table") -> int:
 def pull(model: str, *, format: Format = "table") -> int:
     """Fetch MODEL into the cache, and convert it where needed.
 
-    Parameters
-    ----------
-    model: A name from `bitassay models list`, a hub id, or a .gguf file, which is dequantized.
-    format: What to print on stdout.
+    Args:
+        model: A name from `bitassay models list`, a hub id, or a .gguf file, which is dequantized.
+        format: What to print on stdout.
     """
     from bitassay.cli.progress import show_progress
     from bitassay.models.source import resolve
@@ -85,11 +83,10 @@ def check(
 ) -> int:
     """Read all of MODEL, run it once, and say what it is.
 
-    Parameters
-    ----------
-    model: A name from `bitassay models list`, a folder, a .gguf file or a hub id.
-    trust_remote_code: Run code that comes with the model.
-    format: What to print on stdout.
+    Args:
+        model: A name from `bitassay models list`, a folder, a .gguf file or a hub id.
+        trust_remote_code: Run code that comes with the model.
+        format: What to print on stdout.
     """
     from bitassay.cli.progress import show_progress
     from bitassay.models.check import check as check_model

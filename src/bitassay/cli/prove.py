@@ -35,25 +35,26 @@ def prove(
 
     With --prompts, traces that --out holds already are kept: the same command goes on where it was stopped.
 
-    Parameters
-    ----------
-    model: A name from `bitassay models list`, a folder, a .gguf file or a hub id.
-    out: The trace file for --prompt; the folder of traces for --prompts.
-    prompt: One prompt.
-    prompts: A file with one prompt a line, or JSON lines with a field `prompt`.
-    recipe: Quantize MODEL by this recipe first.
-    claim: Say in the trace that this model ran, as a dishonest host would. For tests of the verifier.
-    max_new_tokens: Tokens to generate, at most.
-    temperature: 0 takes the most likely token.
-    top_p: Sample from the most likely tokens that have this probability together.
-    seed: Of the sampling.
-    nonce: A word from the verifier; with --prompts, "-" and the number of the prompt are appended.
-    dtype: Arithmetic, and the dtype of the states in the trace.
-    device: Where to run: cpu, cuda, mps.
-    attention: transformers' attention implementation.
-    batch: Prompts generated at a time.
-    trust_remote_code: Run code that comes with the model.
-    format: What to print on stdout.
+    Args:
+        model: A name from `bitassay models list`, a folder, a .gguf file or a hub id.
+        out: The trace file for --prompt; the folder of traces for --prompts.
+        prompt: One prompt.
+        prompts: A file with one prompt a line, or JSON lines with a field `prompt`.
+        recipe: Quantize MODEL by this recipe first.
+        claim: Say in the trace that this model ran, as a dishonest host would. For tests of the
+            verifier.
+        max_new_tokens: Tokens to generate, at most.
+        temperature: 0 takes the most likely token.
+        top_p: Sample from the most likely tokens that have this probability together.
+        seed: Of the sampling.
+        nonce: A word from the verifier; with --prompts, "-" and the number of the prompt are
+            appended.
+        dtype: Arithmetic, and the dtype of the states in the trace.
+        device: Where to run: cpu, cuda, mps.
+        attention: transformers' attention implementation.
+        batch: Prompts generated at a time.
+        trust_remote_code: Run code that comes with the model.
+        format: What to print on stdout.
     """
     from bitassay.cli.progress import show_progress
     from bitassay.data.corpora import prompts_from

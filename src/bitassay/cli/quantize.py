@@ -31,17 +31,16 @@ def quantize(
 
     Run again on a finished folder, the same command checks its files and says that it is done.
 
-    Parameters
-    ----------
-    model: A name from `bitassay models list`, a folder, a .gguf file or a hub id.
-    recipe: A shipped recipe or a YAML file.
-    out: The folder to write; it must not exist or be empty.
-    dtype: What is not quantized is stored in this dtype. In float32 the checkpoint loads exactly; in 16
-        bits it is smaller, and transformers rounds the scales once more.
-    check: Load the folder with plain transformers and compare its logits.
-    dry_run: Estimate the files and the memory, and stop.
-    trust_remote_code: Run code that comes with the model.
-    format: What to print on stdout.
+    Args:
+        model: A name from `bitassay models list`, a folder, a .gguf file or a hub id.
+        recipe: A shipped recipe or a YAML file.
+        out: The folder to write; it must not exist or be empty.
+        dtype: What is not quantized is stored in this dtype. In float32 the checkpoint loads exactly;
+            in 16 bits it is smaller, and transformers rounds the scales once more.
+        check: Load the folder with plain transformers and compare its logits.
+        dry_run: Estimate the files and the memory, and stop.
+        trust_remote_code: Run code that comes with the model.
+        format: What to print on stdout.
     """
     from bitassay.cli.progress import show_progress
     from bitassay.models.source import resolve

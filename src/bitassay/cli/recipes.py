@@ -20,9 +20,8 @@ _COLUMNS = (
 def list_(*, format: Format = "table") -> int:
     """The recipes that come with the package.
 
-    Parameters
-    ----------
-    format: What to print on stdout.
+    Args:
+        format: What to print on stdout.
     """
     from bitassay.quantize.recipe import shipped_recipes
 
@@ -48,9 +47,8 @@ def list_(*, format: Format = "table") -> int:
 def show(recipe: str) -> int:
     """Print RECIPE as YAML with every default spelled out; saved to a file, it is a recipe again.
 
-    Parameters
-    ----------
-    recipe: A shipped recipe or a YAML file.
+    Args:
+        recipe: A shipped recipe or a YAML file.
     """
     import yaml
 

@@ -6,10 +6,9 @@ from pathlib import Path
 def report(*runs: Path, out: Path = Path("report.html")) -> int:
     """Turn run folders into one HTML file that opens offline, and print where it is.
 
-    Parameters
-    ----------
-    runs: Folders that `bitassay assay` wrote (or their run.json).
-    out: The file to write.
+    Args:
+        runs: Folders that `bitassay assay` wrote (or their run.json).
+        out: The file to write.
     """
     from bitassay.errors import BitassayError
     from bitassay.report.assay import write_report

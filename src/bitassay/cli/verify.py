@@ -29,19 +29,27 @@ def verify(
     trust_remote_code: Annotated[bool, Parameter(negative=())] = False,
     format: Format = "table",
 ) -> int:
-    """Check TRACES against a model: PASS, FAIL or INCONCLUSIVE for each. Exit status 0 where all pass, else
-    1.
+    """Check TRACES against a model: PASS, FAIL or INCONCLUSIVE for each. Exit status 0 where all pass.
 
-    Parameters ---------- traces: Trace files, or folders of them. model: The model that should have run: a
-    name from `bitassay models list`, a folder, a .gguf file or a hub id. recipe: Expect MODEL quantized by
-    this recipe. profile: A calibration profile (default: the one that `bitassay calibrate` kept for this
-    model and these numerics). prompt: The prompt that every trace should answer. prompts: A file of the
-    prompts that the traces should answer, in order. nonce: The nonce that was asked for; with --prompts, "-"
-    and the number of the prompt are appended. max_new_tokens: The length that was asked for. alpha: How often
-    an honest run may be accused (default: the profile's). dtype: The verifier's arithmetic. device: Where to
-    run: cpu, cuda, mps. attention: transformers' attention implementation. trust_remote_code: Run code that
-    comes with the model. format: What to print on stdout; json has everything, layer by layer and by both
-    VeriLLM rule sets.
+    Args:
+        traces: Trace files, or folders of them.
+        model: The model that should have run: a name from `bitassay models list`, a folder, a .gguf
+            file, a hub id.
+        recipe: Expect MODEL quantized by this recipe.
+        profile: A calibration profile (default: the one that `bitassay calibrate` kept for model and
+            numerics).
+        prompt: The prompt that every trace should answer.
+        prompts: A file of the prompts that the traces should answer, in order.
+        nonce: The nonce that was asked for; with --prompts, "-" and the number of the prompt are
+            appended.
+        max_new_tokens: The length that was asked for.
+        alpha: How often an honest run may be accused (default: the profile's).
+        dtype: The verifier's arithmetic.
+        device: Where to run: cpu, cuda, mps.
+        attention: transformers' attention implementation.
+        trust_remote_code: Run code that comes with the model.
+        format: What to print on stdout; json has everything, layer by layer and by both VeriLLM rule
+            sets.
     """
     from bitassay.cli.progress import show_progress
     from bitassay.models.load import load

@@ -2,9 +2,11 @@
 
 It turns evidence into one score and the score into a p-value.
 
-    z_l    = (mean log distance of layer l - mean_l) / sd_l        for generated positions, and for prompt
-    positions by the same mean_l, sd_l z_tok  = (log(mean margin + OFFSET) - mean_tok) / sd_tok score  = max
-    over all of them p      = (1 + #{honest calibration scores >= score}) / (n + 1)
+    z_l   = (mean log distance of layer l - mean_l) / sd_l for generated positions, and for prompt positions
+            by the same mean_l, sd_l
+    z_tok = (log(mean margin + OFFSET) - mean_tok) / sd_tok
+    score = max over all of them
+    p     = (1 + #{honest calibration scores >= score}) / (n + 1)
 
 mean and sd come from the fit part of the calibration runs, the n honest scores from another part, so that the
 score of one more honest run is equally likely to take any rank among them: P(p <= alpha) <= alpha, whatever
