@@ -16,7 +16,7 @@ from bitassay.generate.taps import tap_layers
 from bitassay.models.load import identity
 from bitassay.verify.numerics import STATE_DTYPES
 from bitassay.verify.prove import encode_prompt
-from bitassay.verify.trace import ModelClaim, Sampling, Trace, TraceError, check_consistent
+from bitassay.verify.trace import Header, ModelClaim, Sampling, Trace, TraceError, check_consistent
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,21 @@ def shape_defects(trace: Trace, model: PreTrainedModel) -> list[Reason]:
         check_consistent(trace)
     except TraceError as error:
         return [Reason(error.code, error.problem)]
-    header, found = trace.header, []
+    found = header_defects(trace.header, model)
+    hidden = model.config.get_text_config().hidden_size
+    wrong = [f"{layer} has {len(rows[0])}" for layer, rows in trace.states.items() if rows.shape[1] != hidden]
+    if wrong:
+        found.append(
+            Reason(
+                "wrong-hidden-size", f"states of layer {wrong[0]} numbers a position, the model has {hidden}"
+            )
+        )
+    return found
+
+
+def header_defects(header: Header, model: PreTrainedModel) -> list[Reason]:
+    """Why a run with this header cannot be compared with one of `model`, whatever its states."""
+    found = []
     expected = tap_layers(model)
     if missing := sorted(set(expected) - set(header.layers)):
         found.append(
@@ -54,19 +68,11 @@ def shape_defects(trace: Trace, model: PreTrainedModel) -> list[Reason]:
         )
     elif header.layers != expected:
         found.append(Reason("wrong-layers", f"layers {_some(header.layers)} instead of {_some(expected)}"))
-    count = trace.n_prompt + trace.n_tokens - 1
+    count = len(header.prompt_ids) + len(header.output_ids) - 1
     if len(header.positions) < count:
         found.append(Reason("missing-position", f"{len(header.positions)} positions instead of {count}"))
     elif header.positions != tuple(range(count)):
         found.append(Reason("wrong-positions", f"positions are not 0 to {count - 1} in order, each once"))
-    hidden = model.config.get_text_config().hidden_size
-    wrong = [f"{layer} has {len(rows[0])}" for layer, rows in trace.states.items() if rows.shape[1] != hidden]
-    if wrong:
-        found.append(
-            Reason(
-                "wrong-hidden-size", f"states of layer {wrong[0]} numbers a position, the model has {hidden}"
-            )
-        )
     largest, size = max(*header.prompt_ids, *header.output_ids), vocabulary_size(model)
     if largest >= size:
         found.append(Reason("token-outside-vocabulary", f"token id {largest}; the vocabulary has {size}"))

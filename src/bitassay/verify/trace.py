@@ -9,13 +9,11 @@ refuses every defect with a TraceError that has a short code. What it returns is
 it fits the verifier's model is for `structure.py` to say.
 """
 
-import json
 import math
 import os
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,36 +23,29 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from safetensors import SafetensorError
 from torch import Tensor
 
-from bitassay.errors import BitassayError
 from bitassay.generate.sampling import Sampler
 from bitassay.models.load import Identity
 from bitassay.record.files import atomic_file, explain_os_error
 from bitassay.record.hashing import canonical_json
+from bitassay.verify.container import (
+    HEADER_KEY,
+    TraceError,
+    check_tiling,
+    declared_size,
+    read_metadata,
+    tensor_entry,
+)
 from bitassay.verify.numerics import STATE_DTYPES, Numerics
 
 SCHEMA_VERSION = 1
-FILE_BYTES = 2**32
-HEADER_BYTES = 2**23
 TOKENS = 2**18
 LAYERS = 1024
 HIDDEN = 2**16
-HEADER_KEY = "bitassay"
-_SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _Index = Annotated[int, Field(ge=0, lt=2**31)]
-
-
-class TraceError(BitassayError):
-    """A defect of a trace file; `code` is short and stable, such as "truncated" or "wrong-shape"."""
-
-    def __init__(self, code: str, problem: str):
-        super().__init__(
-            f"{problem} [{code}]",
-            "ask the prover for the trace again; a prover that cannot send a whole one has failed",
-        )
-        self.code = code
 
 
 class _Part(BaseModel):
@@ -161,7 +152,7 @@ def read_trace(path: str | Path) -> Trace:
             raise TraceError("not-a-file", f"{path}: not a regular file")
         with open(path, "rb") as stream:
             size = os.fstat(stream.fileno()).st_size
-            declared = _declared_size(stream.read(8), size, path)
+            declared = declared_size(stream.read(8), size, path)
             entries, header = _read_header(stream.read(declared), path)
             _check_tensors(entries, header, size - 8 - declared, path)
             stream.seek(0)
@@ -226,57 +217,10 @@ def validate_header(content: Any, where: str = "trace") -> Header:
         raise TraceError("header-field", f"{where}: header field {field:.80}: {first['msg']}") from error
 
 
-def _declared_size(first: bytes, size: int, path: Path) -> int:
-    """The length of the safetensors header, once it is plausible."""
-    if len(first) < 8:
-        raise TraceError("truncated", f"{path}: {size} bytes; a trace has more than 8")
-    if size > FILE_BYTES:
-        raise TraceError("oversize", f"{path}: {size} bytes; at most {FILE_BYTES} are read")
-    declared = int.from_bytes(first, "little")
-    if declared > HEADER_BYTES:
-        raise TraceError(
-            "header-oversize",
-            f"{path}: declares a header of {declared} bytes; at most {HEADER_BYTES} are read",
-        )
-    if declared > size - 8:
-        raise TraceError(
-            "truncated", f"{path}: declares a header of {declared} bytes, {size - 8} are left in the file"
-        )
-    return declared
-
-
 def _read_header(raw: bytes, path: Path) -> tuple[dict[str, Any], Header]:
     """The safetensors entries by tensor name, and the trace's own header."""
-    entries = _strict_json(raw, path)
-    metadata = entries.pop("__metadata__", None) if isinstance(entries, dict) else None
-    if (
-        not isinstance(metadata, dict)
-        or set(metadata) != {HEADER_KEY}
-        or not isinstance(metadata[HEADER_KEY], str)
-    ):
-        raise TraceError("not-a-trace", f"{path}: a safetensors file without a bitassay header")
-    return entries, validate_header(_strict_json(metadata[HEADER_KEY], path), str(path))
-
-
-def _strict_json(raw: str | bytes, path: Path) -> Any:
-    """JSON without duplicate keys, NaN or infinity."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            raise TraceError("duplicate-key", f"{path}: a JSON object has a key twice")
-        return found
-
-    def refuse(constant: str) -> None:
-        raise TraceError("header-malformed", f"{path}: {constant} in the header")
-
-    try:
-        text = raw.decode("utf-8") if isinstance(raw, bytes) else raw
-        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
-    except TraceError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise TraceError("header-malformed", f"{path}: the header is not JSON ({error!s:.80})") from error
+    entries, content = read_metadata(raw, path)
+    return entries, validate_header(content, str(path))
 
 
 def _check_tensors(entries: dict[str, Any], header: Header, data_bytes: int, path: Path) -> None:
@@ -289,8 +233,8 @@ def _check_tensors(entries: dict[str, Any], header: Header, data_bytes: int, pat
         raise TraceError("extra-layer", f"{path}: a tensor {extra[0]!r:.80}, which the header does not name")
     spans = []
     for name, entry in entries.items():
-        shape, offsets, dtype = _tensor_entry(name, entry, path)
-        if _SAFETENSORS_DTYPES.get(dtype) != header.numerics.dtype:
+        shape, offsets, dtype = tensor_entry(name, entry, path)
+        if SAFETENSORS_DTYPES.get(dtype) != header.numerics.dtype:
             raise TraceError(
                 "wrong-dtype", f"{path}: {name} is {dtype:.20}, the header says {header.numerics.dtype}"
             )
@@ -298,28 +242,10 @@ def _check_tensors(entries: dict[str, Any], header: Header, data_bytes: int, pat
             raise TraceError(
                 "wrong-shape", f"{path}: {name} is {shape!s:.60}, not [{len(header.positions)}, hidden]"
             )
-        if offsets[1] - offsets[0] != math.prod(shape) * _ITEM_BYTES[dtype]:
+        if offsets[1] - offsets[0] != math.prod(shape) * ITEM_BYTES[dtype]:
             raise TraceError(
                 "wrong-offsets",
                 f"{path}: {name} declares bytes {offsets}, its shape {shape} needs another number",
             )
         spans.append(offsets)
-    spans.sort()
-    if spans[0][0] != 0 or any(a[1] != b[0] for a, b in pairwise(spans)):
-        raise TraceError("wrong-offsets", f"{path}: the tensors overlap or leave gaps")
-    if spans[-1][1] != data_bytes:
-        code = "truncated" if spans[-1][1] > data_bytes else "trailing-bytes"
-        raise TraceError(code, f"{path}: the tensors need {spans[-1][1]} bytes, the file has {data_bytes}")
-
-
-def _tensor_entry(name: str, entry: Any, path: Path) -> tuple[list[int], list[int], str]:
-    match entry:
-        case {
-            "dtype": str(dtype),
-            "shape": list(shape),
-            "data_offsets": [int(), int()] as offsets,
-            **rest,
-        } if not rest:
-            if len(shape) <= 8 and all(type(n) is int and 0 <= n < 2**63 for n in (*shape, *offsets)):
-                return shape, list(offsets), dtype
-    raise TraceError("malformed", f"{path}: {name!r:.80} is not a safetensors entry")
+    check_tiling(spans, data_bytes, path)
