@@ -21,6 +21,7 @@ VERBS = {
     "prove": "Generate text and write a trace that shows which model ran.",
     "verify": "Check a trace against a model of your own: PASS, FAIL or INCONCLUSIVE.",
     "calibrate": "Fit a verification profile to honest runs on this machine.",
+    "attack": "Attack the verifier of a model in every known way; which detector catches what.",
     "report": "Turn run folders into one HTML file that opens offline.",
     "models": "List, pull and check models.",
     "recipes": "List the shipped recipes or print one.",

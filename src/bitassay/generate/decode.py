@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from bitassay.errors import BitassayError
+from bitassay.generate.cache import RoundedCache
 from bitassay.generate.sampling import GREEDY, Draw, Sampler
 from bitassay.generate.taps import joined_states, record_states
 
@@ -51,12 +52,15 @@ def generate(
     sampler: Sampler = GREEDY,
     nonces: Sequence[str] | None = None,
     layers: Sequence[int] = (),
+    cache_bits: int | None = None,
 ) -> list[Generation]:
     """Generate for all prompts as one batch, token by token with a KV cache, until each has ended or has
     `max_new_tokens`.
 
-    nonces: one a prompt, part of the key of the sampling noise (default: "0", "1", ...). Raises BitassayError
-    for an empty prompt, ids outside the vocabulary, or more tokens than the model has positions.
+    nonces: one a prompt, part of the key of the sampling noise (default: "0", "1", ...). cache_bits: round
+    keys and values to so many bits (see `RoundedCache`; default: as the model computes them). Raises
+    BitassayError for an empty prompt, ids outside the vocabulary, or more tokens than the model has
+    positions.
     """
     nonces = [str(index) for index in range(len(prompts))] if nonces is None else list(nonces)
     assert len(nonces) == len(prompts)
@@ -68,7 +72,8 @@ def generate(
     ends = torch.tensor(sorted(end_tokens(model)), device=model.device, dtype=torch.long)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
     chosen: list[Int[Tensor, " batch"]] = []
-    cache = DynamicCache(config=model.config)
+    rounds = cache_bits is not None
+    cache = RoundedCache(model.config, cache_bits) if rounds else DynamicCache(config=model.config)
     with record_states(model, layers) as recorded:
         for index in range(max_new_tokens):
             forward = model(

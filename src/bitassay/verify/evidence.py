@@ -5,18 +5,20 @@ the evidence has two halves, the distances of the states and the margins of the 
 verifier's own logits (with the sampling noise rebuilt) prefer another token to the claimed one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from bitassay.generate.decode import Prefill, prefill, token_batches
 from bitassay.generate.sampling import Draw
 from bitassay.record.progress import Progress, silent
 from bitassay.verify.distance import distance_floor, mean_log_distance, relative_distances
-from bitassay.verify.trace import Trace
+from bitassay.verify.trace import Header, Trace
 from bitassay.verify.verillm import FORMAT_OF_DTYPE, RULE_SETS, cell_statistics, summary
 
 # Tokens in a prefill, padding included. On a CPU larger batches are slower (attention over padding), not
@@ -60,39 +62,60 @@ def gather(
     """The evidence of each trace, by prefills in batches. The traces must have passed
     `structure.shape_defects`."""
     found: dict[int, Evidence] = {}
-    lengths = [len(trace.header.positions) for trace in traces]
-    budget = CPU_BATCH_TOKENS if model.device.type == "cpu" else BATCH_TOKENS
-    for batch in token_batches(lengths, budget):
+    for index, own in own_prefills(traces, model):
         progress("verifying", len(found), len(traces))
-        headers = [traces[index].header for index in batch]
-        done = prefill(
-            model, [h.prompt_ids for h in headers], [h.output_ids for h in headers], layers=headers[0].layers
-        )
-        for index, own in zip(batch, done, strict=True):
-            found[index] = _evidence(traces[index], own, model.dtype, verillm)
+        found[index] = _evidence(traces[index], own, model.dtype, verillm)
     progress("verifying", len(traces), len(traces))
     return [found[index] for index in range(len(traces))]
 
 
-def _evidence(trace: Trace, own: Prefill, dtype: torch.dtype, verillm: bool) -> Evidence:
-    floor, format = distance_floor(dtype), FORMAT_OF_DTYPE[str(dtype).removeprefix("torch.")]
-    layers = []
-    for layer in trace.header.layers:
-        x, y, prompt = trace.states[layer], own.states[layer], trace.n_prompt
-        distances = relative_distances(x, y)
-        parts = {"prompt": slice(0, prompt), "generated": slice(prompt, None)}
-        statistics = {
-            part: {
-                name: summary(cell_statistics(x[cells], y[cells], rules, format), rules)
-                for name, rules in RULE_SETS.items()
-            }
-            for part, cells in (parts.items() if verillm else ())
-        }
-        generated = mean_log_distance(distances[prompt:], floor) if len(distances) > prompt else None
-        layers.append(
-            LayerEvidence(layer, mean_log_distance(distances[:prompt], floor), generated, statistics)
+def own_prefills(traces: Sequence[Trace], model: PreTrainedModel) -> Iterator[tuple[int, Prefill]]:
+    """The verifier's own states and logits for each trace, by its index, in batches of similar length."""
+    lengths = [len(trace.header.positions) for trace in traces]
+    budget = CPU_BATCH_TOKENS if model.device.type == "cpu" else BATCH_TOKENS
+    for batch in token_batches(lengths, budget):
+        headers = [traces[index].header for index in batch]
+        done = prefill(
+            model, [h.prompt_ids for h in headers], [h.output_ids for h in headers], layers=headers[0].layers
         )
-    header = trace.header
-    draws = [Draw(header.nonce, index) for index in range(trace.n_tokens)]
-    margins = header.sampling.to_sampler().margins(own.logits, torch.tensor(header.output_ids), draws)
-    return Evidence(tuple(layers), tuple(margins.tolist()), format)
+        yield from zip(batch, done, strict=True)
+
+
+def _evidence(trace: Trace, own: Prefill, dtype: torch.dtype, verillm: bool) -> Evidence:
+    layers = tuple(
+        layer_evidence(layer, trace.states[layer], own.states[layer], trace.n_prompt, dtype, verillm)
+        for layer in trace.header.layers
+    )
+    format = FORMAT_OF_DTYPE[str(dtype).removeprefix("torch.")]
+    return Evidence(layers, token_margins(trace.header, own), format)
+
+
+def layer_evidence(
+    layer: int,
+    x: Float[Tensor, "positions hidden"],
+    y: Float[Tensor, "positions hidden"],
+    n_prompt: int,
+    dtype: torch.dtype,
+    verillm: bool = True,
+) -> LayerEvidence:
+    """Of the prover's states x and the verifier's y at the same positions, the first `n_prompt` of them in
+    the prompt. dtype: the verifier's."""
+    floor, format = distance_floor(dtype), FORMAT_OF_DTYPE[str(dtype).removeprefix("torch.")]
+    distances = relative_distances(x, y)
+    parts = {"prompt": slice(0, n_prompt), "generated": slice(n_prompt, None)}
+    statistics = {
+        part: {
+            name: summary(cell_statistics(x[cells], y[cells], rules, format), rules)
+            for name, rules in RULE_SETS.items()
+        }
+        for part, cells in (parts.items() if verillm else ())
+    }
+    generated = mean_log_distance(distances[n_prompt:], floor) if len(distances) > n_prompt else None
+    return LayerEvidence(layer, mean_log_distance(distances[:n_prompt], floor), generated, statistics)
+
+
+def token_margins(header: Header, own: Prefill) -> tuple[float, ...]:
+    """By how many nats each claimed token loses to the verifier's own choice."""
+    draws = [Draw(header.nonce, index) for index in range(len(header.output_ids))]
+    sampler = header.sampling.to_sampler()
+    return tuple(sampler.margins(own.logits, torch.tensor(header.output_ids), draws).tolist())

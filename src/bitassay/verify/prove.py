@@ -49,10 +49,12 @@ def prove_many(
     claim: Identity | None = None,
     nonces: Sequence[str] | None = None,
     batch_size: int = BATCH,
+    cache_bits: int | None = None,
     progress: Progress = silent,
 ) -> list[Trace]:
     """`prove` for many prompts, in batches of similar length; traces in the order of the prompts. Default
-    nonces: "0", "1", ..."""
+    nonces: "0", "1", ... cache_bits: as in `generate`; the header does not say so, since this is what a host
+    does that saves memory in silence."""
     nonces = [str(index) for index in range(len(prompts))] if nonces is None else list(nonces)
     if len(nonces) != len(prompts):
         raise BitassayError(
@@ -79,6 +81,7 @@ def prove_many(
             sampler=sampler,
             nonces=[nonces[index] for index in batch],
             layers=tap_layers(model),
+            cache_bits=cache_bits,
         )
         for index, generation in zip(batch, done, strict=True):
             header = _header(

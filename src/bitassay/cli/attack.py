@@ -1,0 +1,61 @@
+"""`bitassay attack`: attacks against detectors."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from bitassay.cli.output import Format, emit
+
+
+def attack(
+    model: str,
+    *,
+    attacks: Annotated[list[str] | None, Parameter(negative=(), consume_multiple=True)] = None,
+    numerics: Annotated[list[str] | None, Parameter(negative=(), consume_multiple=True)] = None,
+    sequences: int = 100,
+    tokens: int = 64,
+    alpha: float = 0.01,
+    batch: int = 32,
+    seed: int = 0,
+    out: Path | None = None,
+    trust_remote_code: Annotated[bool, Parameter(negative=())] = False,
+    format: Format = "table",
+) -> int:
+    """Attack the verifier of MODEL in every known way, and say which detector catches what.
+
+    Honest runs under several numerics set the thresholds. Writes run.json and report.html into a run folder.
+    Interrupted, the same command goes on.
+
+    Args:
+        model: A name from `bitassay models list`, a folder, a .gguf file or a hub id.
+        attacks: Which attacks (default: all).
+        numerics: Which honest numerics are pooled (default: all that this machine has).
+        sequences: Requests that every honest host and every attacker answers.
+        tokens: Tokens of an output.
+        alpha: How often an honest run may be accused.
+        batch: Requests generated at a time.
+        seed: Of the choice of requests.
+        out: Run folder (default: runs/attack-MODEL-ID).
+        trust_remote_code: Run code that comes with the model.
+        format: What to print on stdout; json and csv have every cell with its interval.
+    """
+    from bitassay.cli.progress import show_progress
+    from bitassay.report.attack import ATTACK_COLUMNS, matrix, matrix_columns, write_attack_report
+    from bitassay.studies.attack import AttackPlan, attack
+
+    plan = AttackPlan(sequences, tokens, alpha, batch, seed)
+    if attacks:
+        plan = AttackPlan(sequences, tokens, alpha, batch, seed, tuple(attacks))
+    if numerics:
+        plan = AttackPlan(sequences, tokens, alpha, batch, seed, plan.attacks, tuple(numerics))
+    with show_progress() as progress:
+        run, folder = attack(model, plan, out=out, trust_remote_code=trust_remote_code, progress=progress)
+    write_attack_report(run, folder / "report.html")
+    if format in ("table", "md"):
+        emit(matrix(run), matrix_columns(run), format)
+    else:
+        emit(run["rows"], ATTACK_COLUMNS, format, whole=run)
+    print(f"report: {folder / 'report.html'}", file=sys.stderr)
+    return 0

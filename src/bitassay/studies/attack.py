@@ -1,0 +1,472 @@
+"""Attacks against detectors: how often does each detector catch each attack, at what rate of false
+accusations?
+
+1. Honest runs answer the same requests under several numerics (`VARIANTS`), pooled: a threshold must hold for
+   all of them, not only for the verifier's own. Sampled requests have honest runs of their own.
+2. Each attack answers them too (`verify/attacks.py`), and `observe` reduces every trace to a few numbers a
+   position.
+3. Requests are dealt into FOLDS. The statistics of a fold's runs are standardised and judged by honest runs
+   of the other folds only: a quarter of these requests fits mean and spread, the others give the scores that
+   p-values count. So each run is judged once, by requests that are not its own, and the honest ones give a
+   held-out rate of false accusations. A run is caught where p = (1 + #{honest scores >= score}) / (n + 1) <=
+   alpha.
+
+Intervals are Clopper-Pearson, 95 %. For honest runs they take the runs as independent; runs of one request
+under several numerics are not quite.
+"""
+
+import functools
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import TypeAdapter
+from scipy import stats
+from transformers import PreTrainedModel
+
+from bitassay.bench.environment import environment
+from bitassay.errors import BitassayError, nearest
+from bitassay.generate.decode import TokenIds
+from bitassay.generate.sampling import GREEDY, Sampler
+from bitassay.models.load import identity, load
+from bitassay.record.files import read_json, write_json
+from bitassay.record.hashing import digest_json
+from bitassay.record.progress import Progress, silent
+from bitassay.record.run import RunFolder
+from bitassay.studies.assay import chosen_prompts
+from bitassay.verify.attacks import ATTACKS, Setting, honest_prefill
+from bitassay.verify.detectors import DETECTORS, GRID, HonestFit, Observation, Statistics, observe
+from bitassay.verify.profile import runs_needed
+from bitassay.verify.prove import prove_many
+from bitassay.verify.structure import Request
+from bitassay.verify.trace import Trace, read_trace, write_trace
+
+SCHEMA = 1
+FOLDS = 5
+SAMPLED = Sampler(temperature=0.8, top_p=0.95, seed=7)
+TARGET = 0.99
+_OBSERVATIONS = TypeAdapter(list[Observation])
+
+
+@dataclass(frozen=True)
+class AttackPlan:
+    """sequences: requests that honest runs and attacks answer, each with an honest output of `tokens`
+    tokens."""
+
+    sequences: int = 100
+    tokens: int = 64
+    alpha: float = 0.01
+    batch: int = 32
+    seed: int = 0
+    attacks: tuple[str, ...] = tuple(sorted(ATTACKS))
+    variants: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What a variant of honest numerics may use."""
+
+    name: str
+    model: PreTrainedModel
+    prompts: Sequence[TokenIds]
+    sampler: Sampler
+    plan: AttackPlan
+
+    def prove(self, model: PreTrainedModel | None = None, batch: int | None = None) -> list[Trace]:
+        return prove_many(
+            model or self.model,
+            self.prompts,
+            max_new_tokens=self.plan.tokens,
+            sampler=self.sampler,
+            nonces=nonces(len(self.prompts)),
+            batch_size=batch or self.plan.batch,
+        )
+
+
+def _eager(bench: Bench) -> list[Trace]:
+    return bench.prove(load(bench.name, dtype="bfloat16", attention="eager"))
+
+
+def _prefill(bench: Bench) -> list[Trace]:
+    traces = bench.prove()
+    return honest_prefill(traces, bench.model, [trace.header.output_ids for trace in traces])
+
+
+def _one_thread(bench: Bench) -> list[Trace]:
+    with threads(1):
+        return bench.prove()
+
+
+def _other_instructions(bench: Bench) -> list[Trace]:
+    """The same in a process of its own that is told to use other vector instructions."""
+    here = torch.backends.cpu.get_cpu_capability()
+    other = "avx2" if here not in ("AVX2", "DEFAULT") else "default"
+    with tempfile.TemporaryDirectory() as folder:
+        job = Path(folder) / "job.json"
+        write_json(
+            job, {"model": bench.name, "prompts": list(map(list, bench.prompts)), **asdict(bench.plan)}
+        )
+        done = subprocess.run(
+            [sys.executable, "-m", "bitassay.studies.attack", str(job), folder],
+            env={**os.environ, "ATEN_CPU_CAPABILITY": other},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        if done.returncode:
+            raise BitassayError(
+                f"the {other} process failed: {done.stderr[-400:]}", "leave out `--numerics isa`"
+            )
+        return [read_trace(path) for path in sorted(Path(folder).glob("*.trace"))]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way of running the model honestly. sampled: with the sampler SAMPLED instead of greedily."""
+
+    about: str
+    run: Callable[[Bench], list[Trace]]
+    sampled: bool = False
+
+
+VARIANTS = {
+    "same": Variant("cached decode in batches, as the verifier's numerics are", lambda bench: bench.prove()),
+    "eager": Variant("eager attention", _eager),
+    "thread-1": Variant("one thread", _one_thread),
+    "batch-1": Variant("one request at a time", lambda bench: bench.prove(batch=1)),
+    "batch-8": Variant("eight requests at a time", lambda bench: bench.prove(batch=8)),
+    "isa": Variant("a process with AVX2 where AVX-512 is the default", _other_instructions),
+    "prefill": Variant("states from one prefill instead of cached decode", _prefill),
+    "sampled": Variant("sampled, otherwise the same", lambda bench: bench.prove(), sampled=True),
+    "sampled-eager": Variant("sampled, eager attention", _eager, sampled=True),
+    "sampled-thread-1": Variant("sampled, one thread", _one_thread, sampled=True),
+}
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Within the context, PyTorch runs on `count` threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def nonces(count: int) -> list[str]:
+    return [f"attack-{index}" for index in range(count)]
+
+
+def attack(
+    model: str,
+    plan: AttackPlan,
+    *,
+    out: Path | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress = silent,
+) -> tuple[dict[str, Any], Path]:
+    """Run the study; the finished run and its folder. Interrupted, the same call goes on.
+
+    Raises BitassayError for an unknown attack or variant, and where the honest runs are too few for alpha.
+    """
+    plan = replace(plan, variants=plan.variants or tuple(VARIANTS))
+    check_plan(plan)
+    base = load(model, dtype="bfloat16", trust_remote_code=trust_remote_code, progress=progress)
+    described = {"schema": SCHEMA, "kind": "attack", "model": identity(base).weights_digest, **asdict(plan)}
+    described |= {"numerics": environment()["cpu_capability"], "threads": torch.get_num_threads()}
+    folder = _folder(out, model, described)
+    chosen = folder.part("requests", lambda: _choose(base, plan, progress))
+    prompts = [tuple(prompt) for prompt in chosen]
+    honest: dict[str, list[Observation]] = {}
+    for name in plan.variants:
+        variant = VARIANTS[name]
+        bench = Bench(model, base, prompts, SAMPLED if variant.sampled else GREEDY, plan)
+        requests = _requests(bench)
+        honest[name] = _part(
+            folder, f"honest-{name}", lambda v=variant, b=bench: v.run(b), base, requests, progress
+        )
+    references: dict[bool, list[Trace]] = {}
+
+    def setting(sampled: bool) -> Setting:
+        if sampled not in references:
+            references[sampled] = Bench(model, base, prompts, SAMPLED if sampled else GREEDY, plan).prove()
+        return Setting(base, references[sampled], plan.batch)
+
+    attacked: dict[str, list[Observation]] = {}
+    for name in plan.attacks:
+        one = ATTACKS[name]
+        requests = _requests(Bench(model, base, prompts, SAMPLED if one.sampled else GREEDY, plan))
+        attacked[name] = _part(
+            folder, f"attack-{name}", lambda one=one: one.run(setting(one.sampled)), base, requests, progress
+        )
+    courts = {
+        sampled: Court({name: runs for name, runs in honest.items() if VARIANTS[name].sampled == sampled})
+        for sampled in sorted({VARIANTS[name].sampled for name in plan.variants})
+    }
+    layers = len(honest[plan.variants[0]][0].log_distances)
+    hidden = base.config.get_text_config().hidden_size
+    run = {
+        **described,
+        "model": {"name": model, "weights_digest": identity(base).weights_digest},
+        "run_id": folder.run_id,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "environment": environment(),
+        "rows": [
+            row
+            for name in plan.attacks
+            for row in judged_rows(name, courts[ATTACKS[name].sampled], attacked[name], plan, layers, hidden)
+        ],
+        "honest": honest_rows(courts, plan),
+        "about": {name: ATTACKS[name].about for name in plan.attacks},
+        "numerics_pooled": {name: VARIANTS[name].about for name in plan.variants},
+    }
+    write_json(folder.path / "run.json", run)
+    return run, folder.path
+
+
+def check_plan(plan: AttackPlan) -> None:
+    """Raises BitassayError for what the plan cannot mean."""
+    for given, known, kind in ((plan.attacks, ATTACKS, "attack"), (plan.variants, VARIANTS, "numerics")):
+        for name in given:
+            if name not in known:
+                raise BitassayError(f"no {kind} is called {name!r}; the nearest are {nearest(name, known)}")
+    if plan.tokens < 2 or plan.sequences < 2 * FOLDS:
+        raise BitassayError("a study needs 2 tokens and 10 sequences at least", "--tokens 64 --sequences 100")
+    for sampled in {ATTACKS[name].sampled for name in plan.attacks}:
+        pooled = [name for name in plan.variants if VARIANTS[name].sampled == sampled]
+        scores = int(len(pooled) * plan.sequences * (FOLDS - 1) / FOLDS * 3 / 4)
+        if scores < (needed := runs_needed(plan.alpha)):
+            raise BitassayError(
+                f"{plan.sequences} sequences under {len(pooled)} {'sampled ' * sampled}numerics give "
+                f"about {scores} honest scores; alpha {plan.alpha:g} needs {needed}",
+                "more --sequences, more --numerics or a larger --alpha",
+            )
+
+
+def _choose(model: PreTrainedModel, plan: AttackPlan, progress: Progress) -> list[list[int]]:
+    """Prompts whose honest output, greedy and sampled, has all the tokens."""
+    found: list[list[int]] = []
+    candidates = chosen_prompts(model, 400, plan.seed)
+    for start in range(0, len(candidates), plan.batch):
+        progress("choosing requests", len(found), plan.sequences)
+        chunk = candidates[start : start + plan.batch]
+        both = [
+            Bench("", model, chunk, sampler, plan).prove()
+            for sampler in (GREEDY, *([SAMPLED] if any(VARIANTS[n].sampled for n in plan.variants) else []))
+        ]
+        for prompt, *traces in zip(chunk, *both, strict=True):
+            if all(trace.n_tokens == plan.tokens for trace in traces):
+                found.append(list(prompt))
+        if len(found) >= plan.sequences:
+            return found[: plan.sequences]
+    raise BitassayError(
+        f"only {len(found)} of {len(candidates)} prompts get {plan.tokens} tokens from this model",
+        "fewer --tokens or --sequences",
+    )
+
+
+def _requests(bench: Bench) -> list[Request]:
+    words = nonces(len(bench.prompts))
+    return [
+        Request(prompt, nonce, bench.sampler, bench.plan.tokens)
+        for prompt, nonce in zip(bench.prompts, words, strict=True)
+    ]
+
+
+def _part(
+    folder: RunFolder,
+    name: str,
+    run: Callable[[], list[Trace]],
+    model: PreTrainedModel,
+    requests: Sequence[Request],
+    progress: Progress,
+) -> list[Observation]:
+    def compute() -> Any:
+        progress(name)
+        return _OBSERVATIONS.dump_python(observe(run(), model, requests, progress=progress), mode="json")
+
+    return _OBSERVATIONS.validate_python(folder.part(name, compute))
+
+
+def _folder(out: Path | None, model: str, described: dict[str, Any]) -> RunFolder:
+    if out is not None:
+        return RunFolder(out, described)
+    return RunFolder(Path("runs") / f"attack-{Path(model).stem}-{digest_json(described)[:8]}", described)
+
+
+# --- judging ---
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What one fold's runs are judged by: a fit, and the scores of other honest runs, ascending."""
+
+    fit: HonestFit
+    counted: np.ndarray
+
+    def score_and_p(self, statistics: Statistics | None) -> tuple[float, float]:
+        score = self.fit.score(statistics)
+        at_least = len(self.counted) - np.searchsorted(self.counted, score, side="left")
+        return score, float((1 + at_least) / (len(self.counted) + 1))
+
+
+class Court:
+    """The judges of all folds for each detector and number of tokens, by one pool of honest runs. A judge is
+    made when it is first asked for."""
+
+    def __init__(self, honest: Mapping[str, Sequence[Observation]]):
+        self.honest = honest
+        self._judges: dict[tuple[str, int], list[Judge]] = {}
+
+    def judges(self, detector: str, n: int) -> list[Judge]:
+        if (detector, n) not in self._judges:
+            known = [
+                (index, DETECTORS[detector].statistics(one, n))
+                for runs in self.honest.values()
+                for index, one in enumerate(runs)
+            ]
+            self._judges[detector, n] = [_judge(known, fold) for fold in range(FOLDS)]
+        return self._judges[detector, n]
+
+    def decide(self, detector: str, n: int, runs: Sequence[Observation]) -> tuple[np.ndarray, np.ndarray]:
+        """Score and p-value of each run after n tokens; the runs answer the same requests in the same
+        order."""
+        judges, statistics = self.judges(detector, n), DETECTORS[detector].statistics
+        pairs = [judges[index % FOLDS].score_and_p(statistics(one, n)) for index, one in enumerate(runs)]
+        scores, p_values = zip(*pairs, strict=True)
+        return np.array(scores), np.array(p_values)
+
+    @functools.cache  # noqa: B019 a court lives as long as its study
+    def honest_scores(self, detector: str, n: int) -> np.ndarray:
+        """Of all honest runs, each by the judge of its own fold."""
+        return np.concatenate([self.decide(detector, n, runs)[0] for runs in self.honest.values()])
+
+
+def _judge(known: Sequence[tuple[int, Statistics | None]], fold: int) -> Judge:
+    """By requests of the other folds: a quarter fits, the others count."""
+    others = [(index // FOLDS, one) for index, one in known if one is not None and index % FOLDS != fold]
+    fit = HonestFit.of([one for request, one in others if request % 4 == 0])
+    return Judge(fit, np.sort([fit.score(one) for request, one in others if request % 4]))
+
+
+def judged_rows(
+    attack: str,
+    court: Court,
+    attacked: Sequence[Observation],
+    plan: AttackPlan,
+    layers: int,
+    hidden: int,
+) -> list[dict[str, Any]]:
+    """One row a detector."""
+    grid = [n for n in GRID if n < plan.tokens] + [plan.tokens]
+    rows = []
+    for name, detector in DETECTORS.items():
+        caught = {}
+        for n in grid:
+            scores, p_values = court.decide(name, n, attacked)
+            caught[n] = int((p_values <= plan.alpha).sum())
+        honest_scores = court.honest_scores(name, plan.tokens)
+        low, high = interval(caught[plan.tokens], len(attacked))
+        fixed = [detector.accepts(one, plan.tokens) for one in attacked]
+        decided = [accepts for accepts in fixed if accepts is not None]
+        rows.append(
+            {
+                "attack": attack,
+                "detector": name,
+                "auc": auc(honest_scores, scores),
+                "tpr_at_1pct_fpr": caught[plan.tokens] / len(attacked),
+                "tpr_ci": [low, high],
+                "tokens_to_99": tokens_to(caught, len(attacked)),
+                "bytes_per_token": detector.evidence_bytes(layers, hidden),
+                "n_honest": len(honest_scores),
+                "n_attacked": len(attacked),
+                "tokens": plan.tokens,
+                "alpha": plan.alpha,
+                "sees": "all" if low >= 0.9 else "nothing" if low <= plan.alpha else "some",
+                "tpr_by_tokens": {str(n): count / len(attacked) for n, count in caught.items()},
+                "refused_at_published_limits": 1 - float(np.mean(decided)) if decided else None,
+            }
+        )
+    return rows
+
+
+def honest_rows(courts: Mapping[bool, Court], plan: AttackPlan) -> list[dict[str, Any]]:
+    """Held-out false accusations of each detector under each of the numerics, and pooled."""
+    rows = []
+    for sampled, court in courts.items():
+        pool = court.honest
+        for detector in DETECTORS:
+            refused = {
+                name: int((court.decide(detector, plan.tokens, runs)[1] <= plan.alpha).sum())
+                for name, runs in pool.items()
+            }
+            counts = {name: (refused[name], len(runs)) for name, runs in pool.items()}
+            counts["sampled, pooled" if sampled else "pooled"] = (
+                sum(refused.values()),
+                sum(map(len, pool.values())),
+            )
+            accepts = DETECTORS[detector].accepts
+            fixed = [accepts(one, plan.tokens) for runs in pool.values() for one in runs]
+            decided = [one for one in fixed if one is not None]
+            rows += [
+                {
+                    "numerics": name,
+                    "detector": detector,
+                    "refused": bad,
+                    "n": n,
+                    "false_positive_rate": bad / n,
+                    "false_positive_ci": list(interval(bad, n)),
+                    "refused_at_published_limits": 1 - float(np.mean(decided))
+                    if decided and name.endswith("pooled")
+                    else None,
+                }
+                for name, (bad, n) in counts.items()
+            ]
+    return rows
+
+
+def tokens_to(caught: Mapping[int, int], runs: int) -> int | None:
+    """The fewest tokens from which on TARGET of the runs are caught; None where that is never so."""
+    found = None
+    for n in sorted(caught, reverse=True):
+        if caught[n] < TARGET * runs:
+            break
+        found = n
+    return found
+
+
+def auc(honest: np.ndarray, attacked: np.ndarray) -> float:
+    """P(an attacked run scores higher than an honest one), ties counted half."""
+    order = np.sort(honest)
+    below = np.searchsorted(order, attacked, side="left")
+    not_above = np.searchsorted(order, attacked, side="right")
+    return float((below + not_above).mean() / (2 * len(order)))
+
+
+def interval(count: int, of: int) -> tuple[float, float]:
+    """Clopper-Pearson, 95 %."""
+    found = stats.binomtest(count, of).proportion_ci(method="exact")
+    return float(found.low), float(found.high)
+
+
+def _prove_job(job: str, folder: str) -> None:
+    """The other process of `_other_instructions`: prove what the job says, greedily."""
+    given = read_json(Path(job))
+    plan = AttackPlan(sequences=given["sequences"], tokens=given["tokens"], batch=given["batch"])
+    base = load(given["model"], dtype="bfloat16")
+    for index, trace in enumerate(Bench(given["model"], base, given["prompts"], GREEDY, plan).prove()):
+        write_trace(Path(folder) / f"{index:05d}.trace", trace)
+
+
+if __name__ == "__main__":
+    _prove_job(*sys.argv[1:])

@@ -1,0 +1,273 @@
+"""The detectors, side by side: what each makes of the first n tokens of a trace.
+
+`observe` reduces a trace and one prefill of the verifier to a few numbers a position (`Observation`); a
+detector turns those of the first n tokens into one or more *statistics*, larger for less honest runs.
+Statistics become a score as in `profile.py`: each is standardised by its mean and standard deviation over
+honest runs (`Fit`), and the score is the largest. So every detector gets the same calibration, and what is
+compared is the evidence.
+
+    detector             evidence a token                         source
+    verillm-paper        full states at the sampled layers        arXiv 2509.24257; share of cells not
+    accepted verillm-documents    the same                                 the experiment documents'
+    thresholds distance             the same                                 mean log relative distance by
+    layer toploc               258 bytes for 32 tokens                  arXiv 2501.16007, on the last sampled
+    layer activation-difr      a few projected numbers                  arXiv 2511.20621
+    token-difr           nothing: ids, nonce and seed             arXiv 2511.20621
+    structure            the header                               `structure.py`: exact, so its score is 0 or
+    infinite combined             distance, token-difr and structure       the verdict of this package
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from bitassay.generate.decode import Prefill
+from bitassay.generate.sampling import Draw
+from bitassay.record.progress import Progress, silent
+from bitassay.verify import difr, toploc
+from bitassay.verify.calibrate import STATES_SD, TOKENS_SD
+from bitassay.verify.distance import distance_floor, mean_log_distance, relative_distances
+from bitassay.verify.evidence import own_prefills
+from bitassay.verify.profile import OFFSET
+from bitassay.verify.structure import Request, claim_defects, shape_defects
+from bitassay.verify.trace import Trace
+from bitassay.verify.verillm import FORMAT_OF_DTYPE, RULE_SETS, accepted, cell_statistics
+
+GRID = (1, 2, 4, 8, 16, 32, 64, 96, 128)  # token counts at which detectors are compared
+PROJECTION_SEED = 0
+STRUCTURE_CAUGHT = math.inf
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What one trace shows. Lists run over generated positions; lists of lists over layers first.
+
+    log_distances, prompt_log_distances (means by layer); refused_cells by rule set: share of layers at a
+    position that the rules do not accept; projected: log distance of projections; toploc: (statistic,
+    accepted by the published limits) after n tokens, by n of GRID; margins by output token; defects: codes of
+    structural defects. A trace whose shape is wrong has defects only.
+    """
+
+    tokens: int
+    defects: tuple[str, ...]
+    margins: tuple[float, ...] = ()
+    log_distances: tuple[tuple[float, ...], ...] = ()
+    prompt_log_distances: tuple[float, ...] = ()
+    refused_cells: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    projected: tuple[float, ...] = ()
+    toploc: Mapping[int, tuple[float, bool]] = field(default_factory=dict)
+
+
+def observe(
+    traces: Sequence[Trace],
+    model: PreTrainedModel,
+    requests: Sequence[Request],
+    *,
+    progress: Progress = silent,
+) -> list[Observation]:
+    """What each trace shows to a verifier that holds `model` and knows what was asked."""
+    found = {}
+    for index, trace in enumerate(traces):
+        if defects := shape_defects(trace, model):
+            found[index] = Observation(trace.n_tokens, tuple(defect.code for defect in defects))
+    sound = [index for index in range(len(traces)) if index not in found]
+    for index, own in own_prefills([traces[index] for index in sound], model):
+        progress("verifying", len(found), len(traces))
+        trace, request = traces[sound[index]], requests[sound[index]]
+        defects = tuple(defect.code for defect in claim_defects(trace, model, request))
+        found[sound[index]] = reduced(trace, own, model.dtype, defects)
+    progress("verifying", len(traces), len(traces))
+    return [found[index] for index in range(len(traces))]
+
+
+def reduced(trace: Trace, own: Prefill, dtype: torch.dtype, defects: tuple[str, ...] = ()) -> Observation:
+    """One trace and the verifier's prefill of it in numbers."""
+    header, prompt, last = trace.header, trace.n_prompt, trace.header.layers[-1]
+    floor, format = distance_floor(dtype), FORMAT_OF_DTYPE[str(dtype).removeprefix("torch.")]
+    logs, prompt_logs = [], []
+    refused = {name: torch.zeros(trace.n_tokens - 1, dtype=torch.float64) for name in RULE_SETS}
+    for layer in header.layers:
+        x, y = trace.states[layer], own.states[layer]
+        distances = relative_distances(x, y)
+        logs.append(tuple(distances[prompt:].clamp(min=floor).log().tolist()))
+        prompt_logs.append(mean_log_distance(distances[:prompt], floor))
+        for name, rules in RULE_SETS.items():
+            cells = cell_statistics(x[prompt:], y[prompt:], rules, format)
+            refused[name] += (~accepted(cells, rules)).double() / len(header.layers)
+    draws = [Draw(header.nonce, index) for index in range(trace.n_tokens)]
+    margins = header.sampling.to_sampler().margins(own.logits, torch.tensor(header.output_ids), draws)
+    x, y = trace.states[last][prompt:], own.states[last][prompt:]
+    return Observation(
+        tokens=trace.n_tokens,
+        defects=defects,
+        margins=tuple(margins.tolist()),
+        log_distances=tuple(logs),
+        prompt_log_distances=tuple(prompt_logs),
+        refused_cells={name: tuple(values.tolist()) for name, values in refused.items()},
+        projected=_projected(x, y, floor),
+        toploc={n: _toploc(x[:n], y[:n]) for n in GRID if n <= trace.n_tokens and len(x)},
+    )
+
+
+def _projected(
+    x: Float[Tensor, "generated hidden"], y: Float[Tensor, "generated hidden"], floor: float
+) -> tuple[float, ...]:
+    """Log distance of each position's projections, relative to the verifier's."""
+    distances = difr.projection_distances(difr.project(x, PROJECTION_SEED), y, PROJECTION_SEED)
+    return tuple(distances.clamp(min=floor).log().tolist())
+
+
+def _toploc(x: Float[Tensor, "tokens hidden"], y: Float[Tensor, "tokens hidden"]) -> tuple[float, bool]:
+    """The score of the chunks, and whether all are within the published limits."""
+    chunks = toploc.check_chunks(toploc.prove_chunks(x), y)
+    return toploc.score(chunks), all(toploc.accepted(chunk) for chunk in chunks)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What a detector makes of n tokens: numbers, and for each the smallest spread that a fit may have.
+    `fitted_as` names for each number the one whose fit it is standardised by: prompt positions are judged by
+    the generated ones, as in `profile.py`."""
+
+    values: tuple[float, ...]
+    smallest_sd: tuple[float, ...]
+    fitted_as: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Detector:
+    """statistics: of an observation's first n tokens, None where there is nothing to see. evidence_bytes:
+    what a token's evidence takes, for `layers` sampled layers of `hidden` 16-bit numbers."""
+
+    name: str
+    statistics: Callable[[Observation, int], Statistics | None]
+    evidence_bytes: Callable[[int, int], float]
+    accepts: Callable[[Observation, int], bool | None] = lambda observation, n: None
+
+
+def _verillm(rules: str) -> Callable[[Observation, int], Statistics | None]:
+    def statistics(observation: Observation, n: int) -> Statistics | None:
+        cells = observation.refused_cells.get(rules, ())[:n]
+        return _single(float(np.mean(cells)), 0.01) if cells else None
+
+    return statistics
+
+
+def _distance(observation: Observation, n: int) -> Statistics | None:
+    generated = tuple(float(np.mean(layer[:n])) for layer in observation.log_distances if layer[:n])
+    if not generated:
+        return None
+    count = len(generated)
+    return Statistics(
+        generated + observation.prompt_log_distances,
+        (STATES_SD,) * (2 * count),
+        tuple(range(count)) * 2,
+    )
+
+
+def _toploc_at(observation: Observation, n: int) -> tuple[float, bool] | None:
+    """By n tokens, or by all where there are fewer."""
+    return observation.toploc.get(max((m for m in observation.toploc if m <= n), default=0))
+
+
+def _toploc_statistics(observation: Observation, n: int) -> Statistics | None:
+    found = _toploc_at(observation, n)
+    return _single(found[0], 0.1) if found else None
+
+
+def _toploc_accepts(observation: Observation, n: int) -> bool | None:
+    found = _toploc_at(observation, n)
+    return found[1] if found else None
+
+
+def _activation_difr(observation: Observation, n: int) -> Statistics | None:
+    cells = observation.projected[:n]
+    return _single(float(np.mean(cells)), STATES_SD) if cells else None
+
+
+def _token_difr(observation: Observation, n: int) -> Statistics | None:
+    margins = observation.margins[:n]
+    return _single(math.log(float(np.mean(margins)) + OFFSET), TOKENS_SD) if margins else None
+
+
+def _structure(observation: Observation, n: int) -> Statistics:
+    return _single(STRUCTURE_CAUGHT if observation.defects else 0.0, 1.0)
+
+
+def _combined(observation: Observation, n: int) -> Statistics | None:
+    structure = _structure(observation, n)
+    if observation.defects:
+        return structure
+    states, tokens = _distance(observation, n), _token_difr(observation, n)
+    if states is None or tokens is None:
+        return None
+    parts = (structure, states, tokens)
+    offsets = np.cumsum([0, *(len(part.values) for part in parts)])
+    return Statistics(
+        tuple(value for part in parts for value in part.values),
+        tuple(sd for part in parts for sd in part.smallest_sd),
+        tuple(
+            int(offset) + index
+            for offset, part in zip(offsets, parts, strict=False)
+            for index in part.fitted_as
+        ),
+    )
+
+
+def _single(value: float, smallest_sd: float) -> Statistics:
+    return Statistics((value,), (smallest_sd,), (0,))
+
+
+def _full_states(layers: int, hidden: int) -> float:
+    return 2.0 * layers * hidden
+
+
+def _nothing(layers: int, hidden: int) -> float:
+    return 0.0
+
+
+DETECTORS = {
+    detector.name: detector
+    for detector in (
+        Detector("verillm-paper", _verillm("paper"), _full_states),
+        Detector("verillm-documents", _verillm("documents"), _full_states),
+        Detector("distance", _distance, _full_states),
+        Detector(
+            "toploc", _toploc_statistics, lambda *_: (2 + 2 * toploc.TOP) / toploc.CHUNK, _toploc_accepts
+        ),
+        Detector("activation-difr", _activation_difr, lambda *_: 2.0 * difr.DIMENSIONS),
+        Detector("token-difr", _token_difr, _nothing),
+        Detector("structure", _structure, _nothing),
+        Detector("combined", _combined, _full_states),
+    )
+}
+
+
+@dataclass(frozen=True)
+class HonestFit:
+    """Mean and standard deviation of each statistic over honest runs, and how to apply them."""
+
+    mean: np.ndarray
+    sd: np.ndarray
+
+    @classmethod
+    def of(cls, honest: Sequence[Statistics]) -> "HonestFit":
+        values = np.array([one.values for one in honest])
+        columns = np.array(honest[0].fitted_as)
+        sd = np.maximum(values.std(0, ddof=1), honest[0].smallest_sd)
+        return cls(values.mean(0)[columns], sd[columns])
+
+    def score(self, statistics: Statistics | None) -> float:
+        """The largest standardised statistic: infinite for a structural defect, minus infinite where the
+        detector sees nothing, so that blindness is never a detection."""
+        if statistics is None:
+            return -math.inf
+        if STRUCTURE_CAUGHT in statistics.values:
+            return math.inf
+        return float(np.max((np.array(statistics.values) - self.mean) / self.sd))
