@@ -13,6 +13,7 @@ What is not here: attacks on receipts, which never touch a state (their tests ar
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -179,7 +180,7 @@ def skip(model: PreTrainedModel, count: int) -> Iterator[None]:
     """Within the context, `count` evenly spaced decoder layers return what they are given."""
     layers = decoder_layers(model)
 
-    def given(_module: object, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: object) -> object:
+    def given(_module: object, args: tuple[Tensor, ...], kwargs: dict[str, Any], output: object) -> object:
         states = args[0] if args else kwargs["hidden_states"]
         return (states, *output[1:]) if isinstance(output, tuple) else states
 

@@ -1,0 +1,147 @@
+"""The attack study on the tiny model: its rows, its rates, and that it goes on where it was stopped."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from bitassay.cli import run as command
+from bitassay.errors import BitassayError
+from bitassay.report.attack import matrix, write_attack_report
+from bitassay.studies import attack as study
+from bitassay.studies.attack import AttackPlan, Court, attack, check_plan, tokens_to
+from bitassay.verify.detectors import DETECTORS, Observation
+
+PLAN = AttackPlan(
+    sequences=40,
+    tokens=16,
+    alpha=0.05,
+    attacks=("int2", "decode-int4", "replayed", "seed"),
+    variants=("same", "batch-8", "sampled"),
+)
+KEYS = [
+    "attack",
+    "detector",
+    "auc",
+    "tpr_at_1pct_fpr",
+    "tpr_ci",
+    "tokens_to_99",
+    "bytes_per_token",
+    "n_honest",
+    "n_attacked",
+]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return attack("stories260k", PLAN, out=tmp_path_factory.mktemp("runs") / "attack")
+
+
+def cell(run, attack, detector):
+    return next(row for row in run["rows"] if (row["attack"], row["detector"]) == (attack, detector))
+
+
+def test_one_row_for_each_attack_and_detector(finished):
+    run, folder = finished
+    assert {(row["attack"], row["detector"]) for row in run["rows"]} == {
+        (name, detector) for name in PLAN.attacks for detector in DETECTORS
+    }
+    for row in run["rows"]:
+        assert all(key in row for key in KEYS)
+        assert row["n_honest"] == (40 if row["attack"] == "seed" else 80)
+        assert row["tpr_ci"][0] <= row["tpr_at_1pct_fpr"] <= row["tpr_ci"][1]
+    assert json.loads((folder / "run.json").read_text())["rows"] == json.loads(json.dumps(run["rows"]))
+
+
+def test_who_sees_what(finished):
+    run, _ = finished
+    assert cell(run, "int2", "distance")["tokens_to_99"] <= 2
+    for hidden_states in ("distance", "toploc", "activation-difr"):
+        assert cell(run, "decode-int4", hidden_states)["sees"] == "nothing"
+        assert cell(run, "seed", hidden_states)["sees"] == "nothing"
+    assert cell(run, "decode-int4", "combined")["tpr_at_1pct_fpr"] > 0.8
+    assert cell(run, "seed", "token-difr")["tpr_at_1pct_fpr"] == 1
+    assert cell(run, "replayed", "structure")["tpr_at_1pct_fpr"] == 1
+    assert cell(run, "replayed", "combined")["tokens_to_99"] == 1
+    assert cell(run, "int2", "structure")["sees"] == "nothing"
+
+
+def test_honest_runs_are_accused_no_more_often_than_allowed(finished):
+    for row in finished[0]["honest"]:
+        assert row["false_positive_ci"][0] <= PLAN.alpha
+
+
+def test_it_goes_on_where_it_was_stopped(finished, tmp_path, monkeypatch):
+    run, folder = finished
+    (folder / "parts" / "attack-replayed.json").unlink()
+    calls = []
+    real = study.observe
+    monkeypatch.setattr(study, "observe", lambda *a, **k: calls.append(1) or real(*a, **k))
+    again, _ = attack("stories260k", PLAN, out=folder)
+    assert len(calls) == 1
+    assert again["rows"] == run["rows"]
+
+
+def test_the_page(finished, tmp_path):
+    run, _ = finished
+    write_attack_report(run, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "blind" in page
+    assert all(name in page for name in DETECTORS)
+    assert "://" not in page
+    assert [row["attack"] for row in matrix(run)] == list(PLAN.attacks)
+
+
+def test_refusals():
+    for plan, words in [
+        (replace(PLAN, attacks=("int22",)), "int2"),
+        (replace(PLAN, variants=("sam",)), "same"),
+        (replace(PLAN, alpha=0.001), "honest scores"),
+        (replace(PLAN, tokens=1), "2 tokens"),
+        (replace(PLAN, variants=("same",)), "sampled"),
+    ]:
+        with pytest.raises(BitassayError, match=words):
+            check_plan(plan)
+
+
+def test_command_line(tmp_path, capsys):
+    few = ["--attacks", "int2", "--numerics", "same", "--sequences", "30", "--tokens", "4", "--alpha", "0.1"]
+    assert command(["attack", "stories260k", *few, "--out", str(tmp_path / "run"), "--format", "json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {row["detector"] for row in found["rows"]} == set(DETECTORS)
+    assert (tmp_path / "run" / "report.html").exists()
+    assert command(["attack", "stories260k", *few, "--out", str(tmp_path / "run")]) == 0
+    assert "100 % @" in capsys.readouterr().out
+    assert command(["attack", "stories260k", "--attacks", "int22"]) == 2
+    assert "int2" in capsys.readouterr().err
+
+
+def observed(value):
+    return Observation(
+        2, (), margins=(value, value), log_distances=((value,),), prompt_log_distances=(value,)
+    )
+
+
+def test_a_run_is_not_judged_by_its_own_request():
+    """Runs of one fold are far off, honest or not; the judges of that fold have not seen them."""
+    honest = [observed(5.0 if index % 5 == 0 else index / 1000) for index in range(100)]
+    _, p_values = Court({"same": honest}).decide("distance", 1, honest)
+    assert (p_values[::5] == 1 / 61).all()
+    assert p_values.min() > 0
+
+
+def test_rates_are_those_of_exchangeable_scores():
+    random = np.random.default_rng(1)
+    honest = [observed(float(value)) for value in random.normal(size=4000)]
+    _, p_values = Court({"same": honest}).decide("distance", 1, honest)
+    for alpha in (0.01, 0.05, 0.5):
+        assert (p_values <= alpha).mean() == pytest.approx(alpha, abs=4 * (alpha * (1 - alpha) / 4000) ** 0.5)
+
+
+@pytest.mark.parametrize(
+    ("caught", "expected"),
+    [({1: 0, 2: 99, 4: 100}, 2), ({1: 100, 2: 50, 4: 99}, 4), ({1: 100, 2: 98}, None), ({1: 99, 2: 99}, 1)],
+)
+def test_tokens_from_which_on_attacks_are_caught(caught, expected):
+    assert tokens_to(caught, 100) == expected
