@@ -10,8 +10,12 @@ import torch
 from bitassay.generate.sampling import Sampler
 from bitassay.testing.tiny import tiny_model
 from bitassay.verify.calibrate import calibrate
+from bitassay.verify.challenge import challenge
+from bitassay.verify.opening import open_trace
 from bitassay.verify.prove import prove_many
+from bitassay.verify.receipt import commit
 from bitassay.verify.verdict import verify_many
+from verify.receipts import BEACON, KEY
 
 TOKENS = 12
 
@@ -68,6 +72,22 @@ def trace(model, profile, honest):
 def sampled(model, prompts):
     """An honest sampled trace."""
     return prove_many(model, prompts[:1], max_new_tokens=TOKENS, sampler=Sampler(0.9, 0.95, 5))[0]
+
+
+@pytest.fixture(scope="package")
+def receipt(trace):
+    return commit(trace, KEY)
+
+
+@pytest.fixture(scope="package")
+def asked(receipt):
+    """Opens 8 of 11 generated positions, and 3 of the prompt's."""
+    return challenge(receipt, beacon=BEACON, generated=8, prompt=3)
+
+
+@pytest.fixture(scope="package")
+def opening(trace, asked):
+    return open_trace(trace, asked)
 
 
 @pytest.fixture(scope="session")

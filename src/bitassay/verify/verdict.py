@@ -169,7 +169,7 @@ def verify_many(
             verdicts.append(Verdict("FAIL", tuple(shapes[index]), identity(model).name, _tokens(trace)))
             continue
         claims = claim_defects(trace, model, request)
-        verdicts.append(_decide(trace, model, evidence[index], claims, profile, alpha, now))
+        verdicts.append(decide(trace, model, evidence[index], claims, profile, alpha, now))
     return verdicts
 
 
@@ -178,7 +178,7 @@ def failed(error: TraceError, model: str) -> Verdict:
     return Verdict("FAIL", (Reason(error.code, error.problem),), model, 0)
 
 
-def _decide(
+def decide(
     trace: Trace,
     model: PreTrainedModel,
     evidence: Evidence,
@@ -186,14 +186,16 @@ def _decide(
     profile: Profile | None,
     alpha: float | None,
     now: datetime | None,
+    more_doubts: Sequence[Reason] = (),
 ) -> Verdict:
-    """Structure first, then statistics; a structural FAIL carries the statistics too where a profile fits."""
+    """Structure first, then statistics; a structural FAIL carries the statistics too where a profile fits.
+    more_doubts: other reasons why the statistics cannot decide."""
     own, header = ModelClaim.of(identity(model)), trace.header
     if profile is None:
         profile = find_profile(own, header.numerics, numerics(model), header.sampling)
     reasons, doubts = (
         [*claims, *_refused_cells(evidence)],
-        profile_doubts(profile, trace, model, evidence, alpha, now),
+        [*more_doubts, *profile_doubts(profile, trace, model, evidence, alpha, now)],
     )
     if profile is None or doubts:
         status: Status = "FAIL" if reasons else "INCONCLUSIVE"
