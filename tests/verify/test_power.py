@@ -36,6 +36,8 @@ def test_the_threshold_is_a_score_of_this_rank():
     assert threshold(honest, 0.02) == 98
     assert threshold(honest, 0.05) == 95
     assert threshold(honest[:98], 0.01) == math.inf
+    assert threshold(np.arange(1.0, 10), 0.7) == 3, "10 * (1 - 0.7) is 3 and a little in floating point"
+    assert threshold(np.arange(5.0), 1 - 1e-12) == 0
 
 
 def test_one_honest_score_flips_a_decision():

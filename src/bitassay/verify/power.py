@@ -54,7 +54,7 @@ def threshold(honest: Float64[np.ndarray, " n"], fpr: float) -> float:
     """The score above which a sequence is refused; infinite where there are too few honest scores."""
     if not 0 < fpr < 1:
         raise BitassayError(f"a false-positive rate of {fpr} is not between 0 and 1", "0.01")
-    rank = math.ceil((len(honest) + 1) * (1 - fpr) - 1e-9)
+    rank = max(math.ceil((len(honest) + 1) * (1 - fpr) - 1e-9), 1)
     return float(np.sort(honest)[rank - 1]) if rank <= len(honest) else math.inf
 
 

@@ -1,0 +1,123 @@
+"""Evidence over many requests of one host, looked at after each, with a bounded false-accusation rate for
+ever.
+
+The p-values of many requests against one profile all count the same n honest scores. They are not
+independent, so neither their product nor products of e-values made from each are evidence: one profile with
+unluckily low scores would accuse every honest host in time (with n = 10, a third of them within 1000
+requests where 5 % were promised; see the tests). What is independent of everything before is the *rank* of
+each new score among all earlier ones, honest scores and requests alike, as long as all are exchangeable
+(Vovk, Nouretdinov and Gammerman 2003, "Testing exchangeability on-line"). A capital that bets on these
+ranks at fair odds is a conformal test martingale: it starts at 1, and whenever one looks, however often,
+and wherever one stops (Ville 1939),
+
+    P(the capital ever reaches 1 / alpha) <= alpha.
+
+The bet here is the likelihood ratio of the whole order of the n + k scores, under "the requests are of
+another kind" against "all orders are equally likely". The other kind is a Lehmann alternative, P(request >
+s) = P(honest > s)^delta with delta < 1, for which the order has a closed form (Savage 1956; as a sequential
+test: Savage and Sethuraman 1966). With items from the smallest score to the largest, of weight w_i = delta
+for a request and 1 for an honest score, and N = n + k,
+
+    LR = product over i of w_i (N - i + 1) / (w_i + ... + w_N)
+
+which for delta -> 0 and every request above every honest score is C(n + k, k), all the evidence that ranks
+can give: 2 requests suffice for alpha = 0.01 from n = 13 on, before the mixtures. Since the requests are
+known to be requests, those of a cheating host do not water down the pool, as they do in a product of bets
+on p-values.
+
+delta is not known, nor when a host begins to cheat. The capital is split, which keeps it a martingale:
+evenly over delta = 1/2, 1/4, ..., 1/256, and over the request from which on delta holds, half of it on the
+first and 1 / (2 j (j + 1)) on the j-th of the later starts, which grow sparser (eight to an octave). A bet
+that has not begun is kept as it is, and so is what no start takes. Requests before a start count as honest
+scores.
+
+Ties are broken against the alarm (a request before the honest scores that it equals). That never gives more
+than breaking them by lot would, which is fair; so nothing is random.
+
+Power at alpha = 0.01, for normal scores of which an attack shifts the mean by so many standard deviations:
+the median number of requests until the alarm, over 200 simulated hosts that cheat from the first request on
+(the tests repeat it with fewer).
+
+    shift (AUC)    1 (.76)    2 (.92)    3 (.98)
+    n = 20         > 60 (*)   6          3
+    n = 50         23         5          2
+    n = 100        19         4          2          (*) 48 % of the hosts within 60 requests
+
+Left out: the bound is an average over calibration sets, as that of every conformal method is; for one given
+set it may be larger. It needs exchangeable scores: requests like the calibration prompts, chosen before
+their scores are known. The evidence that n honest scores can ever give is limited; a weak attack may need
+more of them rather than more requests. The cost grows as k^2 (n + k).
+"""
+
+import math
+
+import numpy as np
+from jaxtyping import Float64, Int64
+
+from bitassay.errors import BitassayError
+
+DELTAS = 2.0 ** -np.arange(1, 9)
+STARTS_PER_OCTAVE = 8
+
+
+def log_wealth(
+    scores: Float64[np.ndarray, " k"], honest: Float64[np.ndarray, " n"]
+) -> Float64[np.ndarray, " k"]:
+    """Log capital after each of the requests' `scores`, in their order, given the `honest` scores of a
+    profile; larger scores are less honest. What comes later never changes what was before.
+
+    Raises BitassayError for NaN, or without honest scores.
+    """
+    if not len(honest):
+        raise BitassayError("there are no honest scores to rank the requests among")
+    if np.isnan(scores).any() or np.isnan(honest).any():
+        raise BitassayError("scores of requests and honest scores must not be NaN")
+    everything, begins = np.concatenate([honest, scores]), starts(len(scores))
+    weights = start_weights(len(begins))
+    wealth = np.zeros(len(scores))
+    for k in range(1, len(scores) + 1):
+        items = np.arange(len(honest) + k)
+        order = np.lexsort((-items, everything[: len(items)]))
+        begun = begins < k
+        ratios = log_ratios(order >= len(honest) + begins[begun, None])
+        kept = np.log1p(-weights[begun].sum())
+        wealth[k - 1] = np.logaddexp.reduce(np.append(np.log(weights[begun]) + ratios, kept))
+    return wealth
+
+
+def alarm_at(wealth: Float64[np.ndarray, " k"], alpha: float = 0.01) -> int | None:
+    """After how many requests the capital first reaches 1 / alpha; None where it never does. An honest host
+    ever gets here with a probability of at most `alpha`."""
+    if not 0 < alpha < 1:
+        raise BitassayError(f"alpha {alpha} is not between 0 and 1", "0.01")
+    reached = np.flatnonzero(wealth >= -math.log(alpha))
+    return int(reached[0]) + 1 if len(reached) else None
+
+
+def anytime_p_value(wealth: Float64[np.ndarray, " k"]) -> float:
+    """The smallest alpha at which there has been an alarm; 1 where the capital never grew."""
+    return math.exp(-max(float(wealth.max(initial=0.0)), 0.0))
+
+
+def starts(k: int) -> Int64[np.ndarray, " starts"]:
+    """How many requests go before each start, below `k`: all up to STARTS_PER_OCTAVE, then so many to a
+    doubling."""
+    each = np.arange(k)
+    octave = np.maximum(np.log2(np.maximum(each, 1) / STARTS_PER_OCTAVE).astype(np.int64), 0)
+    return each[each % 2**octave == 0]
+
+
+def start_weights(count: int) -> Float64[np.ndarray, " starts"]:
+    """Shares of the capital; over all starts that there will ever be they sum to 1."""
+    later = np.arange(1.0, count)
+    return np.append(0.5, 0.5 / (later * (later + 1)))[:count]
+
+
+def log_ratios(requests: np.ndarray) -> Float64[np.ndarray, " starts"]:
+    """log LR, averaged over DELTAS, of orders from the smallest score to the largest that say what is a
+    request: bool [starts, N]."""
+    total = np.arange(requests.shape[-1], 0, -1)
+    left = np.cumsum(requests[:, ::-1], axis=-1)[:, ::-1]  # requests from here on
+    weights = total - left + DELTAS[:, None, None] * left
+    by_delta = np.log(DELTAS)[:, None] * requests.sum(-1) - np.log(weights / total).sum(-1)
+    return np.logaddexp.reduce(by_delta, axis=0) - math.log(len(DELTAS))
