@@ -121,6 +121,10 @@ MALFORMED = {
     "numerics wrong": (lambda data: replaced(data, numerics=[None] * 8), "header-field"),
     "sampling an object": (lambda data: replaced(data, sampling={}), "header-field"),
     "model has no digest": (lambda data: replaced(data, model=["m", None, None, None]), "header-field"),
+    "half a character": (
+        lambda data: data.replace(b'"tiny-llama"', b'"tiny-\\ud800"'),
+        "header-malformed",
+    ),
     "nonce with a blank": (lambda data: replaced(data, nonce="a b"), "header-field"),
 }
 

@@ -20,6 +20,8 @@ VERBS = {
     "eval": "Perplexity and divergence of one model, or of one against another.",
     "prove": "Generate text and write a trace that shows which model ran.",
     "verify": "Check a trace against a model of your own: PASS, FAIL or INCONCLUSIVE.",
+    "challenge": "Draw the positions that the host behind a signed receipt must open.",
+    "open": "Answer a challenge with the challenged cells of a trace, and proof that they were committed to.",
     "calibrate": "Fit a verification profile to honest runs on this machine.",
     "attack": "Attack the verifier of a model in every known way; which detector catches what.",
     "report": "Turn run folders into one HTML file that opens offline.",

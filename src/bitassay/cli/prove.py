@@ -28,6 +28,8 @@ def prove(
     device: str = "cpu",
     attention: str = "sdpa",
     batch: int = 16,
+    commit_only: Annotated[bool, Parameter(negative=())] = False,
+    key: Path | None = None,
     trust_remote_code: Annotated[bool, Parameter(negative=())] = False,
     format: Format = "table",
 ) -> int:
@@ -53,6 +55,10 @@ def prove(
         device: Where to run: cpu, cuda, mps.
         attention: transformers' attention implementation.
         batch: Prompts generated at a time.
+        commit_only: Keep the traces, and write a signed receipt beside each, named `.receipt`, to send
+            instead. `bitassay challenge` then draws what `bitassay open` must show.
+        key: The file of the private key that signs receipts; made, readable to you alone, where there
+            is none.
         trust_remote_code: Run code that comes with the model.
         format: What to print on stdout.
     """
@@ -70,6 +76,8 @@ def prove(
             "give either --prompt or --prompts",
             'bitassay prove MODEL --prompt "Why is the sky blue?" --out x.trace',
         )
+    if commit_only != (key is not None):
+        raise BitassayError("--commit-only and --key go together", "--commit-only --key host.pem")
     texts = [prompt] if prompt is not None else prompts_from(prompts)  # type: ignore[arg-type]
     sampler = Sampler(temperature, top_p, seed)
     with show_progress() as progress:
@@ -93,8 +101,24 @@ def prove(
             rows = [_row(loaded, out, trace)]
         else:
             rows = _prove_folder(loaded, texts, nonce, out, batch, options, progress)
-    emit(rows, _columns(), format)
+    if key is not None:
+        _write_receipts(rows, key)
+    emit(rows, _columns(commit_only), format)
     return 0
+
+
+def _write_receipts(rows: list[dict[str, Any]], key: Path) -> None:
+    """A receipt beside each trace; its path and size, and the public key, into the rows."""
+    from bitassay.verify.keys import private_key
+    from bitassay.verify.receipt import commit, write_receipt
+    from bitassay.verify.trace import read_trace
+
+    private = private_key(key)
+    for row in rows:
+        trace = Path(row["trace"])
+        path, receipt = trace.with_suffix(".receipt"), commit(read_trace(trace), private)
+        write_receipt(path, receipt)
+        row |= {"receipt": str(path), "receipt_bytes": path.stat().st_size, "public_key": receipt.key.hex()}
 
 
 def _prove_folder(
@@ -178,16 +202,26 @@ def _row(model: Any, path: Path, trace: "Trace") -> dict[str, Any]:
     }
 
 
-def _columns() -> list[Any]:
+def _columns(receipts: bool) -> list[Any]:
     from bitassay.report.tables import Column
 
     def short(text: str) -> str:
         line = " ".join(text.split())
         return line if len(line) <= 60 else line[:59] + "…"
 
-    return [
+    shown = [
         Column("trace", "trace", align="left"),
         Column("prompt_tokens", "prompt"),
         Column("output_tokens", "output"),
+    ]
+    if receipts:
+        return [
+            *shown,
+            Column("receipt", "receipt", align="left"),
+            Column("receipt_bytes", "bytes"),
+            Column("public_key", "public key", align="left"),
+        ]
+    return [
+        *shown,
         Column("text", "text", short, align="left"),
     ]

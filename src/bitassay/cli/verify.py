@@ -23,6 +23,9 @@ def verify(
     nonce: str | None = None,
     max_new_tokens: int | None = None,
     alpha: float | None = None,
+    receipt: Path | None = None,
+    challenge: Path | None = None,
+    signer: str | None = None,
     dtype: str = "bfloat16",
     device: str = "cpu",
     attention: str = "sdpa",
@@ -32,7 +35,7 @@ def verify(
     """Check TRACES against a model: PASS, FAIL or INCONCLUSIVE for each. Exit status 0 where all pass.
 
     Args:
-        traces: Trace files, or folders of them.
+        traces: Trace files, or folders of them; with --receipt, the opening.
         model: The model that should have run: a name from `bitassay models list`, a folder, a .gguf
             file, a hub id.
         recipe: Expect MODEL quantized by this recipe.
@@ -44,6 +47,10 @@ def verify(
             appended.
         max_new_tokens: The length that was asked for.
         alpha: How often an honest run may be accused (default: the profile's).
+        receipt: The host's signed receipt; TRACES is then the one opening that answers --challenge.
+        challenge: The challenge of the receipt that you drew; never a copy from the host.
+        signer: The host's public key in hex, as you know it from elsewhere. Without it nothing that is
+            signed passes.
         dtype: The verifier's arithmetic.
         device: Where to run: cpu, cuda, mps.
         attention: transformers' attention implementation.
@@ -58,7 +65,8 @@ def verify(
     from bitassay.verify.trace import TraceError, read_trace
     from bitassay.verify.verdict import failed, verify_many
 
-    paths = trace_files(traces)
+    signed = _signed_files(traces, receipt, challenge, signer)
+    paths = traces if signed else trace_files(traces)
     requests = _requests(len(paths), prompt, prompts, nonce, max_new_tokens)
     known = read_profile(profile) if profile else None
     with show_progress() as progress:
@@ -76,7 +84,9 @@ def verify(
             own = quantize(own, recipe, progress=progress)
         verdicts: dict[int, Verdict] = {}
         readable = {}
-        for index, path in enumerate(paths):
+        if signed:
+            verdicts[0] = _receipt_verdict(traces[0], *signed, own, model, known, alpha, requests[0])
+        for index, path in enumerate(paths if not signed else []):
             try:
                 readable[index] = read_trace(path)
             except TraceError as error:
@@ -112,6 +122,50 @@ def trace_files(given: list[Path]) -> list[Path]:
     if not found:
         raise BitassayError("no traces were given", "bitassay verify TRACE... --model MODEL")
     return found
+
+
+def _signed_files(
+    traces: list[Path], receipt: Path | None, challenge: Path | None, signer: str | None
+) -> tuple[Path, Any, bytes | None] | None:
+    """Receipt, challenge and the signer's key, where a receipt is to be verified; None otherwise."""
+    from bitassay.errors import BitassayError
+    from bitassay.verify.challenge import read_challenge
+    from bitassay.verify.keys import public_key
+
+    if receipt is None and challenge is None and signer is None:
+        return None
+    if receipt is None or challenge is None or len(traces) != 1:
+        raise BitassayError(
+            "a receipt is verified by one opening and the challenge that it answers",
+            "bitassay verify OPENING --receipt FILE --challenge FILE --signer KEY --model MODEL",
+        )
+    return receipt, read_challenge(challenge), None if signer is None else public_key(signer)
+
+
+def _receipt_verdict(
+    opening: Path,
+    receipt: Path,
+    asked: Any,
+    signer: bytes | None,
+    own: Any,
+    model: str,
+    profile: Any,
+    alpha: float | None,
+    request: Any,
+) -> "Verdict":
+    from bitassay.verify.container import TraceError
+    from bitassay.verify.opening import read_opening, verify_opening
+    from bitassay.verify.receipt import read_receipt
+    from bitassay.verify.verdict import failed
+
+    try:
+        signed = read_receipt(receipt)
+        shown = read_opening(opening, signed, asked)
+    except TraceError as error:
+        return failed(error, model)
+    return verify_opening(
+        signed, asked, shown, own, signer=signer, profile=profile, alpha=alpha, request=request
+    )
 
 
 def _requests(

@@ -90,7 +90,10 @@ def strict_json(raw: str | bytes, path: Path) -> Any:
 
     try:
         text = raw.decode("utf-8") if isinstance(raw, bytes) else raw
-        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+        value = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+        if "\\u" in text:  # half a surrogate pair is valid JSON, but no text that could be hashed or printed
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except TraceError:
         raise
     except (ValueError, RecursionError) as error:

@@ -129,7 +129,7 @@ def decode(data: bytes, where: Path) -> Receipt:
     values = strict_json(data, where)
     if not isinstance(values, list) or len(values) != len(_FIELDS) or values[0] != _VERSION:
         raise TraceError("not-a-receipt", f"{where}: not a {_VERSION!r}")
-    content = dict(zip(_FIELDS, values, strict=True))
+    content: dict[str, Any] = dict(zip(_FIELDS, values, strict=True))
     model, prompt = _listed(content, "model", 1 + len(_DIGESTS), where), content["prompt"]
     ids = np.frombuffer(_binary(content, "ids", None, where), "<u4").tolist()
     if type(prompt) is not int or not 0 < prompt < len(ids):
