@@ -10,7 +10,7 @@ from bitassay.cli import run as command
 from bitassay.errors import BitassayError
 from bitassay.report.attack import matrix, write_attack_report
 from bitassay.studies import attack as study
-from bitassay.studies.attack import AttackPlan, Court, attack, check_plan, tokens_to
+from bitassay.studies.attack import AttackPlan, Court, attack, check_plan
 from bitassay.verify.detectors import DETECTORS, Observation
 
 PLAN = AttackPlan(
@@ -126,22 +126,14 @@ def observed(value):
 def test_a_run_is_not_judged_by_its_own_request():
     """Runs of one fold are far off, honest or not; the judges of that fold have not seen them."""
     honest = [observed(5.0 if index % 5 == 0 else index / 1000) for index in range(100)]
-    _, p_values = Court({"same": honest}).decide("distance", 1, honest)
-    assert (p_values[::5] == 1 / 61).all()
-    assert p_values.min() > 0
+    _, caught = Court({"same": honest}, 1 / 61).decide("distance", 1, honest)
+    assert caught[::5].all()
+    assert caught.sum() == 20
 
 
 def test_rates_are_those_of_exchangeable_scores():
     random = np.random.default_rng(1)
     honest = [observed(float(value)) for value in random.normal(size=4000)]
-    _, p_values = Court({"same": honest}).decide("distance", 1, honest)
     for alpha in (0.01, 0.05, 0.5):
-        assert (p_values <= alpha).mean() == pytest.approx(alpha, abs=4 * (alpha * (1 - alpha) / 4000) ** 0.5)
-
-
-@pytest.mark.parametrize(
-    ("caught", "expected"),
-    [({1: 0, 2: 99, 4: 100}, 2), ({1: 100, 2: 50, 4: 99}, 4), ({1: 100, 2: 98}, None), ({1: 99, 2: 99}, 1)],
-)
-def test_tokens_from_which_on_attacks_are_caught(caught, expected):
-    assert tokens_to(caught, 100) == expected
+        _, caught = Court({"same": honest}, alpha).decide("distance", 1, honest)
+        assert caught.mean() == pytest.approx(alpha, abs=4 * (alpha * (1 - alpha) / 4000) ** 0.5)

@@ -92,20 +92,12 @@ def test_a_false_positive_rate_must_be_one(fpr):
         threshold(np.arange(5.0), fpr)
 
 
-def caught(share):
-    """100 attacked scores of which this share is above all 99 honest ones."""
-    hit = round(100 * share)
-    return np.arange(99.0), np.array([1e3] * hit + [0.0] * (100 - hit))
-
-
 def test_tokens_to_is_where_the_rate_stays():
     rates = {8: 0.5, 16: 1.0, 32: 0.98, 64: 0.99, 128: 1.0}
-    scores = {tokens: caught(rate) for tokens, rate in rates.items()}
-    assert tokens_to(scores) == 64, "16 tokens were enough by luck: 32 are not"
-    assert tokens_to(dict(reversed(scores.items()))) == 64
-    assert tokens_to(scores, target_tpr=0.98) == 16
-    assert tokens_to(scores, target_tpr=0.5) == 8
-    assert tokens_to(scores, target_tpr=1) == 128
-    assert tokens_to(scores | {256: caught(0.9)}) is None
+    assert tokens_to(rates) == 64, "16 tokens were enough by luck: 32 are not"
+    assert tokens_to(dict(reversed(rates.items()))) == 64
+    assert tokens_to(rates, target=0.98) == 16
+    assert tokens_to(rates, target=0.5) == 8
+    assert tokens_to(rates, target=1) == 128
+    assert tokens_to(rates | {256: 0.9}) is None
     assert tokens_to({}) is None
-    assert tokens_to(scores, fpr=0.005) is None, "99 honest scores know no 0.5 %"

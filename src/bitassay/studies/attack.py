@@ -30,7 +30,6 @@ from typing import Any
 import numpy as np
 import torch
 from pydantic import TypeAdapter
-from scipy import stats
 from transformers import PreTrainedModel
 
 from bitassay.bench.environment import environment
@@ -45,6 +44,7 @@ from bitassay.record.run import RunFolder
 from bitassay.studies.assay import chosen_prompts
 from bitassay.verify.attacks import ATTACKS, Setting, honest_prefill
 from bitassay.verify.detectors import DETECTORS, GRID, HonestFit, Observation, Statistics, observe
+from bitassay.verify.power import auc, share, threshold, tokens_to
 from bitassay.verify.profile import runs_needed
 from bitassay.verify.prove import prove_many
 from bitassay.verify.structure import Request
@@ -52,15 +52,15 @@ from bitassay.verify.trace import Trace, read_trace, write_trace
 
 SCHEMA = 1
 FOLDS = 5
+MOST_CANDIDATES = 400
 SAMPLED = Sampler(temperature=0.8, top_p=0.95, seed=7)
-TARGET = 0.99
 _OBSERVATIONS = TypeAdapter(list[Observation])
 
 
 @dataclass(frozen=True)
 class AttackPlan:
-    """sequences: requests that honest runs and attacks answer, each with an honest output of `tokens`
-    tokens."""
+    """sequences: requests that honest runs and attacks answer, each with an honest greedy output of `tokens`
+    tokens (sampled ones may end sooner)."""
 
     sequences: int = 100
     tokens: int = 64
@@ -210,7 +210,9 @@ def attack(
             folder, f"attack-{name}", lambda one=one: one.run(setting(one.sampled)), base, requests, progress
         )
     courts = {
-        sampled: Court({name: runs for name, runs in honest.items() if VARIANTS[name].sampled == sampled})
+        sampled: Court(
+            {name: runs for name, runs in honest.items() if VARIANTS[name].sampled == sampled}, plan.alpha
+        )
         for sampled in sorted({VARIANTS[name].sampled for name in plan.variants})
     }
     layers = len(honest[plan.variants[0]][0].log_distances)
@@ -254,19 +256,16 @@ def check_plan(plan: AttackPlan) -> None:
 
 
 def _choose(model: PreTrainedModel, plan: AttackPlan, progress: Progress) -> list[list[int]]:
-    """Prompts whose honest output, greedy and sampled, has all the tokens."""
+    """Prompts whose greedy honest output has all the tokens."""
     found: list[list[int]] = []
-    candidates = chosen_prompts(model, 400, plan.seed)
+    candidates = chosen_prompts(model, MOST_CANDIDATES, plan.seed)
     for start in range(0, len(candidates), plan.batch):
         progress("choosing requests", len(found), plan.sequences)
         chunk = candidates[start : start + plan.batch]
-        both = [
-            Bench("", model, chunk, sampler, plan).prove()
-            for sampler in (GREEDY, *([SAMPLED] if any(VARIANTS[n].sampled for n in plan.variants) else []))
+        traces = Bench("", model, chunk, GREEDY, plan).prove()
+        found += [
+            list(prompt) for prompt, trace in zip(chunk, traces, strict=True) if trace.n_tokens == plan.tokens
         ]
-        for prompt, *traces in zip(chunk, *both, strict=True):
-            if all(trace.n_tokens == plan.tokens for trace in traces):
-                found.append(list(prompt))
         if len(found) >= plan.sequences:
             return found[: plan.sequences]
     raise BitassayError(
@@ -307,56 +306,42 @@ def _folder(out: Path | None, model: str, described: dict[str, Any]) -> RunFolde
 # --- judging ---
 
 
-@dataclass(frozen=True)
-class Judge:
-    """What one fold's runs are judged by: a fit, and the scores of other honest runs, ascending."""
-
-    fit: HonestFit
-    counted: np.ndarray
-
-    def score_and_p(self, statistics: Statistics | None) -> tuple[float, float]:
-        score = self.fit.score(statistics)
-        at_least = len(self.counted) - np.searchsorted(self.counted, score, side="left")
-        return score, float((1 + at_least) / (len(self.counted) + 1))
-
-
 class Court:
-    """The judges of all folds for each detector and number of tokens, by one pool of honest runs. A judge is
-    made when it is first asked for."""
+    """One pool of honest runs, which decides on runs that answer the same requests in the same order. For
+    each detector and number of tokens every fold has a fit and a threshold, by honest runs of the other
+    folds."""
 
-    def __init__(self, honest: Mapping[str, Sequence[Observation]]):
-        self.honest = honest
-        self._judges: dict[tuple[str, int], list[Judge]] = {}
-
-    def judges(self, detector: str, n: int) -> list[Judge]:
-        if (detector, n) not in self._judges:
-            known = [
-                (index, DETECTORS[detector].statistics(one, n))
-                for runs in self.honest.values()
-                for index, one in enumerate(runs)
-            ]
-            self._judges[detector, n] = [_judge(known, fold) for fold in range(FOLDS)]
-        return self._judges[detector, n]
+    def __init__(self, honest: Mapping[str, Sequence[Observation]], alpha: float):
+        self.honest, self.alpha = honest, alpha
+        self._judges: dict[tuple[str, int], list[tuple[HonestFit, float]]] = {}
 
     def decide(self, detector: str, n: int, runs: Sequence[Observation]) -> tuple[np.ndarray, np.ndarray]:
-        """Score and p-value of each run after n tokens; the runs answer the same requests in the same
-        order."""
-        judges, statistics = self.judges(detector, n), DETECTORS[detector].statistics
-        pairs = [judges[index % FOLDS].score_and_p(statistics(one, n)) for index, one in enumerate(runs)]
-        scores, p_values = zip(*pairs, strict=True)
-        return np.array(scores), np.array(p_values)
+        """Score of each run after n tokens, and whether it is caught."""
+        statistics = DETECTORS[detector].statistics
+        if (detector, n) not in self._judges:
+            known = [
+                (index, statistics(one, n)) for pool in self.honest.values() for index, one in enumerate(pool)
+            ]
+            self._judges[detector, n] = [_judge(known, fold, self.alpha) for fold in range(FOLDS)]
+        judges = [self._judges[detector, n][index % FOLDS] for index in range(len(runs))]
+        scores = [fit.score(statistics(one, n)) for (fit, _), one in zip(judges, runs, strict=True)]
+        caught = [score > limit for (_, limit), score in zip(judges, scores, strict=True)]
+        return np.array(scores, np.float64), np.array(caught, bool)
 
     @functools.cache  # noqa: B019 a court lives as long as its study
     def honest_scores(self, detector: str, n: int) -> np.ndarray:
-        """Of all honest runs, each by the judge of its own fold."""
+        """Of all honest runs, each by the fit of its own fold."""
         return np.concatenate([self.decide(detector, n, runs)[0] for runs in self.honest.values()])
 
 
-def _judge(known: Sequence[tuple[int, Statistics | None]], fold: int) -> Judge:
-    """By requests of the other folds: a quarter fits, the others count."""
+def _judge(
+    known: Sequence[tuple[int, Statistics | None]], fold: int, alpha: float
+) -> tuple[HonestFit, float]:
+    """Fit and threshold by requests of the other folds: a quarter fits, the others are counted."""
     others = [(index // FOLDS, one) for index, one in known if one is not None and index % FOLDS != fold]
     fit = HonestFit.of([one for request, one in others if request % 4 == 0])
-    return Judge(fit, np.sort([fit.score(one) for request, one in others if request % 4]))
+    counted = [fit.score(one) for request, one in others if request % 4]
+    return fit, threshold(np.array(counted, np.float64), alpha)
 
 
 def judged_rows(
@@ -373,27 +358,28 @@ def judged_rows(
     for name, detector in DETECTORS.items():
         caught = {}
         for n in grid:
-            scores, p_values = court.decide(name, n, attacked)
-            caught[n] = int((p_values <= plan.alpha).sum())
+            scores, hits = court.decide(name, n, attacked)
+            caught[n] = share(int(hits.sum()), len(attacked))
         honest_scores = court.honest_scores(name, plan.tokens)
-        low, high = interval(caught[plan.tokens], len(attacked))
+        ranked, found = auc(honest_scores, scores), caught[plan.tokens]
         fixed = [detector.accepts(one, plan.tokens) for one in attacked]
         decided = [accepts for accepts in fixed if accepts is not None]
         rows.append(
             {
                 "attack": attack,
                 "detector": name,
-                "auc": auc(honest_scores, scores),
-                "tpr_at_1pct_fpr": caught[plan.tokens] / len(attacked),
-                "tpr_ci": [low, high],
-                "tokens_to_99": tokens_to(caught, len(attacked)),
+                "auc": ranked.value,
+                "auc_ci": [ranked.low, ranked.high],
+                "tpr_at_1pct_fpr": found.value,
+                "tpr_ci": [found.low, found.high],
+                "tokens_to_99": tokens_to({n: rate.value for n, rate in caught.items()}),
                 "bytes_per_token": detector.evidence_bytes(layers, hidden),
                 "n_honest": len(honest_scores),
                 "n_attacked": len(attacked),
                 "tokens": plan.tokens,
                 "alpha": plan.alpha,
-                "sees": "all" if low >= 0.9 else "nothing" if low <= plan.alpha else "some",
-                "tpr_by_tokens": {str(n): count / len(attacked) for n, count in caught.items()},
+                "sees": "all" if found.low >= 0.9 else "nothing" if found.low <= plan.alpha else "some",
+                "tpr_by_tokens": {str(n): rate.value for n, rate in caught.items()},
                 "refused_at_published_limits": 1 - float(np.mean(decided)) if decided else None,
             }
         )
@@ -407,8 +393,7 @@ def honest_rows(courts: Mapping[bool, Court], plan: AttackPlan) -> list[dict[str
         pool = court.honest
         for detector in DETECTORS:
             refused = {
-                name: int((court.decide(detector, plan.tokens, runs)[1] <= plan.alpha).sum())
-                for name, runs in pool.items()
+                name: int(court.decide(detector, plan.tokens, runs)[1].sum()) for name, runs in pool.items()
             }
             counts = {name: (refused[name], len(runs)) for name, runs in pool.items()}
             counts["sampled, pooled" if sampled else "pooled"] = (
@@ -425,7 +410,7 @@ def honest_rows(courts: Mapping[bool, Court], plan: AttackPlan) -> list[dict[str
                     "refused": bad,
                     "n": n,
                     "false_positive_rate": bad / n,
-                    "false_positive_ci": list(interval(bad, n)),
+                    "false_positive_ci": list(share(bad, n)[1:]),
                     "refused_at_published_limits": 1 - float(np.mean(decided))
                     if decided and name.endswith("pooled")
                     else None,
@@ -433,30 +418,6 @@ def honest_rows(courts: Mapping[bool, Court], plan: AttackPlan) -> list[dict[str
                 for name, (bad, n) in counts.items()
             ]
     return rows
-
-
-def tokens_to(caught: Mapping[int, int], runs: int) -> int | None:
-    """The fewest tokens from which on TARGET of the runs are caught; None where that is never so."""
-    found = None
-    for n in sorted(caught, reverse=True):
-        if caught[n] < TARGET * runs:
-            break
-        found = n
-    return found
-
-
-def auc(honest: np.ndarray, attacked: np.ndarray) -> float:
-    """P(an attacked run scores higher than an honest one), ties counted half."""
-    order = np.sort(honest)
-    below = np.searchsorted(order, attacked, side="left")
-    not_above = np.searchsorted(order, attacked, side="right")
-    return float((below + not_above).mean() / (2 * len(order)))
-
-
-def interval(count: int, of: int) -> tuple[float, float]:
-    """Clopper-Pearson, 95 %."""
-    found = stats.binomtest(count, of).proportion_ci(method="exact")
-    return float(found.low), float(found.high)
 
 
 def _prove_job(job: str, folder: str) -> None:

@@ -3,18 +3,21 @@
 `observe` reduces a trace and one prefill of the verifier to a few numbers a position (`Observation`); a
 detector turns those of the first n tokens into one or more *statistics*, larger for less honest runs.
 Statistics become a score as in `profile.py`: each is standardised by its mean and standard deviation over
-honest runs (`Fit`), and the score is the largest. So every detector gets the same calibration, and what is
-compared is the evidence.
+honest runs (`HonestFit`), and the score is the largest. So every detector gets the same calibration, and what
+is compared is the evidence.
 
-    detector             evidence a token                         source
-    verillm-paper        full states at the sampled layers        arXiv 2509.24257; share of cells not
-    accepted verillm-documents    the same                                 the experiment documents'
-    thresholds distance             the same                                 mean log relative distance by
-    layer toploc               258 bytes for 32 tokens                  arXiv 2501.16007, on the last sampled
-    layer activation-difr      a few projected numbers                  arXiv 2511.20621
-    token-difr           nothing: ids, nonce and seed             arXiv 2511.20621
-    structure            the header                               `structure.py`: exact, so its score is 0 or
-    infinite combined             distance, token-difr and structure       the verdict of this package
+    detector             evidence a token                       source
+    verillm-paper        full states at the sampled layers      arXiv 2509.24257; cells not accepted
+    verillm-documents    the same                               the experiment documents' thresholds
+    distance             the same                               mean log relative distance by layer
+    toploc               258 bytes for 32 tokens                arXiv 2501.16007, on the last sampled layer
+    activation-difr      a few projected numbers                arXiv 2511.20621
+    token-difr           nothing: ids, nonce and seed           arXiv 2511.20621
+    structure            the header                             `structure.py`: exact, so 0 or infinite
+    combined             distance, token-difr and structure     the verdict of this package
+
+Proofs and projections are made from the full states here, by a fixed seed. A host would send them alone, with
+a seed that the verifier draws after it has committed.
 """
 
 import math

@@ -70,27 +70,28 @@ def tpr_at_fpr(
     """
     _check(honest, attacked)
     refused = int((attacked > threshold(honest, fpr)).sum())
-    interval = stats.binomtest(refused, len(attacked)).proportion_ci(level, method="exact")
-    return Rate(refused / len(attacked), float(interval.low), float(interval.high))
+    return share(refused, len(attacked), level)
 
 
-def tokens_to(
-    scores: Mapping[int, tuple[Float64[np.ndarray, " n"], Float64[np.ndarray, " m"]]],
-    target_tpr: float = 0.99,
-    fpr: float = 0.01,
-) -> int | None:
-    """The smallest number of tokens from which on the TPR stays at the target or above it, from (honest,
-    attacked) scores for each number of tokens; None where the largest number does not reach it.
+def tokens_to(rates: Mapping[int, float], target: float = 0.99) -> int | None:
+    """The smallest number of tokens from which on the TPR stays at the target or above it, given the TPR for
+    each number of tokens; None where the largest number does not reach it.
 
     The TPR is the estimate, not the lower end of its interval, which reaches 0.99 with 368 attacked sequences
     and no miss.
     """
     reached = None
-    for tokens in sorted(scores, reverse=True):
-        if tpr_at_fpr(*scores[tokens], fpr).value < target_tpr:
+    for tokens in sorted(rates, reverse=True):
+        if rates[tokens] < target:
             break
         reached = tokens
     return reached
+
+
+def share(count: int, of: int, level: float = 0.95) -> Rate:
+    """count / of with the Clopper-Pearson interval."""
+    interval = stats.binomtest(count, of).proportion_ci(level, method="exact")
+    return Rate(count / of, float(interval.low), float(interval.high))
 
 
 def _wilson(value: float, size: int, level: float) -> tuple[float, float]:
