@@ -41,6 +41,7 @@ def test_the_hashes_are_those_of_the_essay():
     assert cell_leaf(8, 3, "bfloat16", b"x") == hashlib.sha256(b"\0bitassay cell 1\0" + where + b"x").digest()
 
 
+@settings(deadline=None)
 @given(opened_trees())
 def test_what_is_opened_gives_the_root(tree):
     n, opened = tree
@@ -51,7 +52,7 @@ def test_what_is_opened_gives_the_root(tree):
     assert len(proof) <= len(opened) * max(1, (n - 1).bit_length())
 
 
-@settings(max_examples=60)
+@settings(deadline=None, max_examples=60)
 @given(opened_trees(), st.data())
 def test_any_change_gives_another_root_or_none(tree, data):
     n, opened = tree

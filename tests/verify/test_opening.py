@@ -1,9 +1,11 @@
 """Openings: an honest one passes, and every attack on one is caught by name."""
 
 import json
+import math
 import os
 import struct
 from dataclasses import replace
+from itertools import combinations
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from bitassay.errors import BitassayError
 from bitassay.models.load import identity
 from bitassay.testing.tiny import tiny_model
+from bitassay.verify.audit import sampling_margin, verify_opening
 from bitassay.verify.challenge import challenge, opened_positions
 from bitassay.verify.container import TraceError
 from bitassay.verify.opening import (
@@ -20,7 +23,6 @@ from bitassay.verify.opening import (
     check_opening,
     open_trace,
     read_opening,
-    verify_opening,
     write_opening,
 )
 from bitassay.verify.profile import write_profile
@@ -91,6 +93,30 @@ def test_few_opened_positions_of_a_text_longer_than_calibrated_do_not_decide(tra
     short = profile.model_copy(update={"generated_positions": (low, TOKENS - 2)})
     verdict = judged(trace, model, short, generated=low)
     assert (verdict.status, codes(verdict)) == ("INCONCLUSIVE", {"beyond-profile"})
+
+
+def test_the_mean_over_a_part_is_taken_two_standard_errors_lower():
+    """Against all samples of 4 of 8 numbers: the standard error is the standard deviation of their means."""
+    numbers = torch.tensor([0.0, 1, 1, 2, 3, 5, 8, 13], dtype=torch.float64)
+    means = torch.tensor([numbers[list(some)].mean() for some in combinations(range(8), 4)])
+    scale = means.std(correction=0) / (numbers.std() * (0.5 / 4) ** 0.5)
+    assert scale.item() == pytest.approx(1, abs=1e-6)
+    assert sampling_margin(numbers[::2], 8, 100) == pytest.approx(2 * numbers[::2].std() * (0.5 / 4) ** 0.5)
+    assert sampling_margin(numbers[::2], 8, 0.1) == pytest.approx(0.2 * (0.5 / 4) ** 0.5)
+    assert sampling_margin(numbers[:1], 5, 0.1) == pytest.approx(0.2 * 0.8**0.5)
+    assert sampling_margin(numbers, 8, 100) == sampling_margin(numbers[:0], 0, 100) == 0
+
+
+def test_the_verdict_takes_the_lower_bound_and_reports_the_mean(trace, model, profile):
+    part, whole = judged(trace, model, profile, generated=8), verify(trace, model, profile=profile)
+    assert part.score is not None
+    assert part.evidence is not None
+    last = part.evidence.layers[-1]
+    assert part.score.states < max(
+        profile.layers[one.layer].standardised(one.generated) for one in part.evidence.layers
+    )
+    assert part.hidden_distance == pytest.approx(math.exp(last.generated))
+    assert whole.hidden_distance == pytest.approx(part.hidden_distance, rel=0.2)
 
 
 def test_the_profile_in_the_cache_folder_is_found(trace, model, profile):
@@ -289,7 +315,7 @@ def test_a_file_that_is_no_file_is_refused(receipt, asked, tmp_path):
             read_opening(tmp_path / "x", receipt, asked)
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_damaged_opening_is_refused(data, receipt, asked, opening, tmp_path):
     """One byte changed, put in or taken out, anywhere: nothing is read but what was committed to."""

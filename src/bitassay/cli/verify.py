@@ -153,8 +153,9 @@ def _receipt_verdict(
     alpha: float | None,
     request: Any,
 ) -> "Verdict":
+    from bitassay.verify.audit import verify_opening
     from bitassay.verify.container import TraceError
-    from bitassay.verify.opening import read_opening, verify_opening
+    from bitassay.verify.opening import read_opening
     from bitassay.verify.receipt import read_receipt
     from bitassay.verify.verdict import failed
 

@@ -4,19 +4,11 @@ It is a safetensors file, as a trace is. Its metadata names the commitment and t
 tensor `layer.<l>` has the opened positions' states, ascending, in the declared dtype, and `proof` has the
 hashes of `merkle_proof`, 32 bytes a row. What must be in it follows from receipt and challenge alone, so a
 reader knows every name, dtype and shape before it reads: only the hidden size is the file's to say.
-
-To verify an opening needs the receipt (with the token ids), the challenge and the opening, not the trace: the
-verifier prefills all tokens and compares the opened cells. The tokens are judged in full, the states by the
-mean over opened positions. The calibration profile is that of whole traces. So it decides only if the opened
-generated positions are at least as many as it was calibrated on, and the generated ones at most; and a mean
-over a part spreads more than one over all, so that honest runs fail somewhat more often than alpha unless
-all generated positions are opened.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from itertools import product
 from pathlib import Path
 
@@ -25,11 +17,8 @@ import torch
 from jaxtyping import Shaped
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError
-from bitassay.generate.decode import Prefill, prefill
-from bitassay.models.load import identity
 from bitassay.record.files import atomic_file
 from bitassay.record.hashing import canonical_json
 from bitassay.verify.challenge import Challenge, opened_positions
@@ -44,7 +33,6 @@ from bitassay.verify.container import (
     read_regular,
     tensor_entry,
 )
-from bitassay.verify.evidence import Evidence, layer_evidence, token_margins
 from bitassay.verify.merkle import (
     DIGEST_BYTES,
     cell_leaves,
@@ -53,21 +41,16 @@ from bitassay.verify.merkle import (
     proof_length,
     root_from_proof,
 )
-from bitassay.verify.numerics import STATE_DTYPES, numerics
-from bitassay.verify.profile import Profile, find_profile
-from bitassay.verify.receipt import Receipt, check_signature, commitment_of, trace_leaves
-from bitassay.verify.structure import Reason, Request, claim_defects, header_defects
+from bitassay.verify.numerics import STATE_DTYPES
+from bitassay.verify.receipt import Receipt, commitment_of, trace_leaves
 from bitassay.verify.trace import (
     HIDDEN,
     ITEM_BYTES,
     SAFETENSORS_DTYPES,
-    ModelClaim,
     Trace,
     check_consistent,
     tensor_name,
 )
-from bitassay.verify.verdict import Verdict, decide
-from bitassay.verify.verillm import FORMAT_OF_DTYPE
 
 PROOF = "proof"
 
@@ -81,17 +64,6 @@ class Opening:
     beacon: str
     states: Mapping[int, Shaped[Tensor, "opened hidden"]]
     proof: tuple[bytes, ...]
-
-
-@dataclass(frozen=True)
-class OpenedEvidence(Evidence):
-    """opened: generated positions whose states are part of it."""
-
-    opened: int = 0
-
-    @property
-    def n_generated(self) -> int:
-        return self.opened
 
 
 def open_trace(trace: Trace, one: Challenge) -> Opening:
@@ -176,76 +148,6 @@ def check_opening(opening: Opening, receipt: Receipt, one: Challenge, where: str
         raise TraceError("other-root", f"{where}: these states are not those that were committed to")
     if not all(rows.isfinite().all() for rows in opening.states.values()):
         raise TraceError("not-finite", f"{where}: a state has NaN or infinity")
-
-
-def verify_opening(
-    receipt: Receipt,
-    one: Challenge,
-    opening: Opening,
-    model: PreTrainedModel,
-    *,
-    signer: bytes | None,
-    profile: Profile | None = None,
-    alpha: float | None = None,
-    request: Request | None = None,
-    now: datetime | None = None,
-) -> Verdict:
-    """Check a receipt and what was opened of it against the verifier's own `model`.
-
-    one: the challenge that the verifier itself made. signer: the host's public key, as the verifier knows it
-    from elsewhere; None: not known, and then there is neither a PASS nor a statistical FAIL, because anyone
-    could have signed. profile: default, the one in the cache folder. request: what was asked for.
-    """
-    header, name = receipt.header, identity(model).name
-    try:
-        check_signature(receipt)
-        if signer is not None and signer != receipt.key:
-            raise TraceError("other-signer", f"signed by {receipt.key.hex()}, not {signer.hex()}")
-        check_opening(opening, receipt, one)
-    except TraceError as error:
-        return Verdict("FAIL", (Reason(error.code, error.problem),), name, len(header.output_ids))
-    hidden = next(iter(opening.states.values())).shape[1]
-    defects = header_defects(header, model)
-    if hidden != (own_hidden := model.config.get_text_config().hidden_size):
-        defects.append(Reason("wrong-hidden-size", f"states of {hidden} numbers, the model has {own_hidden}"))
-    if defects:
-        return Verdict("FAIL", tuple(defects), name, len(header.output_ids))
-    (own,) = prefill(model, [header.prompt_ids], [header.output_ids], layers=header.layers)
-    evidence = opened_evidence(opening, receipt, opened_positions(one, header), own, model.dtype)
-    trace = Trace(header, {})
-    claims = claim_defects(trace, model, request or Request())
-    if profile is None:
-        profile = find_profile(
-            ModelClaim.of(identity(model)), header.numerics, numerics(model), header.sampling
-        )
-    doubts = _doubts(receipt, signer, profile)
-    return decide(trace, model, evidence, claims, profile, alpha, now, doubts)
-
-
-def opened_evidence(
-    opening: Opening, receipt: Receipt, positions: Sequence[int], own: Prefill, dtype: torch.dtype
-) -> OpenedEvidence:
-    """States at the opened positions against the verifier's own, and the margins of all tokens."""
-    header = receipt.header
-    n_prompt, at = sum(position < len(header.prompt_ids) for position in positions), list(positions)
-    layers = tuple(
-        layer_evidence(layer, rows, own.states[layer][at], n_prompt, dtype)
-        for layer, rows in opening.states.items()
-    )
-    format = FORMAT_OF_DTYPE[str(dtype).removeprefix("torch.")]
-    return OpenedEvidence(layers, token_margins(header, own), format, len(positions) - n_prompt)
-
-
-def _doubts(receipt: Receipt, signer: bytes | None, profile: Profile | None) -> list[Reason]:
-    found = []
-    if signer is None:
-        sentence = f"signed by {receipt.key.hex()}; nobody has said whose key that is"
-        found.append(Reason("unknown-signer", sentence))
-    if profile is not None and (n := len(receipt.header.output_ids) - 1) > profile.generated_positions[1]:
-        high = profile.generated_positions[1]
-        sentence = f"{n} generated positions; the profile was calibrated on at most {high}"
-        found.append(Reason("beyond-profile", sentence))
-    return found
 
 
 def _check_tensors(entries: dict, receipt: Receipt, one: Challenge, data_bytes: int, path: Path) -> None:
