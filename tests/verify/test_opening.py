@@ -18,8 +18,10 @@ from bitassay.testing.tiny import tiny_model
 from bitassay.verify.audit import sampling_margin, verify_opening
 from bitassay.verify.challenge import challenge, opened_positions
 from bitassay.verify.container import TraceError
+from bitassay.verify.merkle import merkle_proof, merkle_root
 from bitassay.verify.opening import (
     Opening,
+    cell_indices,
     check_opening,
     open_trace,
     read_opening,
@@ -27,7 +29,7 @@ from bitassay.verify.opening import (
 )
 from bitassay.verify.profile import write_profile
 from bitassay.verify.prove import prove
-from bitassay.verify.receipt import commit
+from bitassay.verify.receipt import commit, trace_leaves
 from bitassay.verify.structure import Request
 from bitassay.verify.trace import Trace
 from bitassay.verify.verdict import verify
@@ -238,10 +240,19 @@ def test_a_changed_opening_is_refused(code, change, receipt, asked, opening):
     refused(code, check_opening, replace(opening, **change(opening)), receipt, asked)
 
 
-def test_committed_states_that_are_not_finite_fail(trace, receipt, asked):
-    """`commit` refuses them, so the host must have its own."""
-    with pytest.raises(TraceError):
-        commit(Trace(trace.header, {layer: rows * torch.nan for layer, rows in trace.states.items()}), KEY)
+def test_committed_states_that_are_not_finite_fail(trace, receipt, model, profile):
+    """`commit` refuses them, but a host may sign what it likes."""
+    broken = Trace(trace.header, {layer: rows * torch.nan for layer, rows in trace.states.items()})
+    refused("not-finite", commit, broken, KEY)
+    leaves = trace_leaves(broken)
+    own = signed(replace(receipt, root=merkle_root(leaves)))
+    one = challenge(own, beacon=BEACON, generated=8, prompt=3)
+    at = opened_positions(one, trace.header)
+    proof = merkle_proof(leaves, cell_indices(at, len(trace.header.layers)))
+    states = {layer: rows[list(at)] for layer, rows in broken.states.items()}
+    forged = Opening(one.commitment, one.beacon, states, tuple(proof))
+    verdict = verify_opening(own, one, forged, model, signer=SIGNER, profile=profile)
+    assert (verdict.status, codes(verdict)) == ("FAIL", {"not-finite"})
 
 
 # --- files that are not openings ---
