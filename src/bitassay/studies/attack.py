@@ -356,14 +356,12 @@ def judged_rows(
     grid = [n for n in GRID if n < plan.tokens] + [plan.tokens]
     rows = []
     for name, detector in DETECTORS.items():
-        caught = {}
-        for n in grid:
-            scores, hits = court.decide(name, n, attacked)
-            caught[n] = share(int(hits.sum()), len(attacked))
+        decided = {n: court.decide(name, n, attacked) for n in grid}
+        caught = {n: share(int(hits.sum()), len(attacked)) for n, (_, hits) in decided.items()}
         honest_scores = court.honest_scores(name, plan.tokens)
-        ranked, found = auc(honest_scores, scores), caught[plan.tokens]
+        ranked, found = auc(honest_scores, decided[plan.tokens][0]), caught[plan.tokens]
         fixed = [detector.accepts(one, plan.tokens) for one in attacked]
-        decided = [accepts for accepts in fixed if accepts is not None]
+        by_limits = [accepts for accepts in fixed if accepts is not None]
         rows.append(
             {
                 "attack": attack,
@@ -380,7 +378,7 @@ def judged_rows(
                 "alpha": plan.alpha,
                 "sees": "all" if found.low >= 0.9 else "nothing" if found.low <= plan.alpha else "some",
                 "tpr_by_tokens": {str(n): rate.value for n, rate in caught.items()},
-                "refused_at_published_limits": 1 - float(np.mean(decided)) if decided else None,
+                "refused_at_published_limits": 1 - float(np.mean(by_limits)) if by_limits else None,
             }
         )
     return rows

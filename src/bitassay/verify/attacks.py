@@ -30,7 +30,9 @@ from bitassay.verify.evidence import own_prefills
 from bitassay.verify.prove import prove_many
 from bitassay.verify.trace import Sampling, Trace
 
-INT8_GROUP64 = Recipe(name="w8-g64", weights=WeightScheme(format="int8", granularity="g64"))
+INT8_GROUP64 = Recipe(
+    name="w8-g64", description="INT8, groups of 64", weights=WeightScheme(format="int8", granularity="g64")
+)
 
 
 @dataclass(frozen=True)
