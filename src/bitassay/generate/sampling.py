@@ -28,6 +28,8 @@ from bitassay.errors import BitassayError
 
 # In nats: a token on the rim of the nucleus may lose by any amount, and one token must not decide a mean.
 MARGIN_CAP = 10.0
+# A nucleus is looked for among so many most likely tokens before all are sorted, which takes ten times longer.
+NUCLEUS_SIZES = (1024, 8192)
 ROWS = 64  # rows of the vocabulary's size in float64 that exist at a time
 
 
@@ -119,9 +121,17 @@ def gumbel_noise(seed: int, draw: Draw, size: int) -> np.ndarray:
 
 
 def nucleus(scaled: Float[Tensor, "rows vocabulary"], top_p: float) -> Bool[Tensor, "rows vocabulary"]:
-    """The smallest set of most likely tokens whose probabilities sum to at least `top_p`."""
+    """The smallest set of most likely tokens whose probabilities sum to at least `top_p`, and what is as
+    likely as the last of them: logits in 16 bits are often equal, and two hosts must not choose among them
+    by the order of a sort.
+    """
     if top_p == 1:
         return torch.ones_like(scaled, dtype=torch.bool)
-    ordered, order = scaled.softmax(-1).sort(-1, descending=True)
-    before = ordered.cumsum(-1) - ordered
-    return torch.zeros_like(scaled, dtype=torch.bool).scatter(1, order, before < top_p)
+    probabilities = scaled.softmax(-1)
+    for size in (*(size for size in NUCLEUS_SIZES if size < scaled.shape[-1]), scaled.shape[-1]):
+        ordered = probabilities.topk(size, sorted=True).values
+        inside = ordered.cumsum(-1) - ordered < top_p
+        if size == scaled.shape[-1] or not inside[:, -1].any():
+            break
+    smallest = ordered.masked_fill(~inside, torch.inf).amin(-1, keepdim=True)
+    return probabilities >= smallest

@@ -184,7 +184,10 @@ def attack(
     base = load(model, dtype="bfloat16", trust_remote_code=trust_remote_code, progress=progress)
     described = {"schema": SCHEMA, "kind": "attack", "model": identity(base).weights_digest, **asdict(plan)}
     described |= {"numerics": environment()["cpu_capability"], "threads": torch.get_num_threads()}
-    folder = _folder(out, model, described)
+    # A run may be widened: what is attacked and what is pooled do not change the parts that are there.
+    folder = _folder(
+        out, model, {key: value for key, value in described.items() if key not in ("attacks", "variants")}
+    )
     chosen = folder.part("requests", lambda: _choose(base, plan, progress))
     prompts = [tuple(prompt) for prompt in chosen]
     honest: dict[str, list[Observation]] = {}
