@@ -58,8 +58,20 @@ def test_nucleus_is_the_smallest_set_that_reaches_p(values, top_p):
     while total < top_p - 1e-12 and count < len(values):
         total += ordered[count]
         count += 1
-    assert abs(int(kept.sum()) - count) <= (top_p == 1 or abs(total - top_p) < 1e-9)
-    assert probabilities[kept].min() >= probabilities[~kept].max() if (~kept).any() else True
+    wanted = len(values) if top_p == 1 else int((probabilities >= ordered[count - 1]).sum())
+    assert int(kept.sum()) == wanted or abs(total - top_p) < 1e-9
+    assert probabilities[kept].min() > probabilities[~kept].max() if (~kept).any() else True
+
+
+@pytest.mark.parametrize("temperature", [0.3, 3.0])
+def test_the_nucleus_of_a_large_vocabulary(temperature):
+    """Found among few tokens, or, where probability is spread, among all: the same as by sorting all."""
+    logits = torch.randn(6, 20_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    scaled = logits / temperature
+    ordered, order = scaled.softmax(-1).sort(-1, descending=True)
+    inside = ordered.cumsum(-1) - ordered < 0.9
+    assert (inside.sum() < 6 * 1024) == (temperature < 1)
+    assert torch.equal(nucleus(scaled, 0.9), torch.zeros_like(inside).scatter(1, order, inside))
 
 
 @pytest.mark.parametrize("sampler", [GREEDY, Sampler(0.8, 1.0, 3), Sampler(1.2, 0.7, 4)])
