@@ -27,7 +27,8 @@ def folder(tmp_path_factory):
     prompts = [
         f"Once upon a {a} there was {b}" for a in ("time", "day", "hill", "night") for b in "abcdefghijkl"
     ]
-    write_profile(calibrate(model, model, prompts, max_new_tokens=24), folder / "profile.json")
+    profile = calibrate(model, model, prompts, max_new_tokens=24, alpha=0.05)
+    write_profile(profile, folder / "profile.json")
     words = [
         "--prompt",
         "One day a girl",

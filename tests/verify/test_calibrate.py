@@ -29,8 +29,12 @@ def evidence(generated, prompt=(-9.0, -9.0), margin=0.0):
     return Evidence(layers, (margin,) * 10, "bf16")
 
 
-FITS = {8: Fit(mean=-4.0, sd=0.5), 16: Fit(mean=-3.0, sd=0.25)}
-TOKENS = Fit(mean=math.log(OFFSET), sd=0.5)
+def constant(mean, sd):
+    return Fit(lengths=(8,), mean=(mean,), sd=(sd,))
+
+
+FITS = {8: constant(-4.0, 0.5), 16: constant(-3.0, 0.25)}
+TOKENS = constant(math.log(OFFSET), 0.5)
 
 
 def test_score_is_the_largest_standardised_statistic():
@@ -48,8 +52,19 @@ def test_score_is_the_largest_standardised_statistic():
 
 
 def test_p_value_counts_honest_scores_at_least_as_bad(profile):
-    four = profile.model_copy(update={"scores": (0.0, 1.0, 2.0, 3.0)})
-    assert [four.p_value(score) for score in (-1.0, 0.0, 1.5, 3.0, 99.0)] == [1, 1, 0.6, 0.4, 0.2]
+    four = profile.model_copy(update={"scores": ((0.0,), (1.0,), (2.0,), (3.0,))})
+    assert [four.p_value(score, 11) for score in (-1.0, 0.0, 1.5, 3.0, 99.0)] == [1, 1, 0.6, 0.4, 0.2]
+
+
+def test_a_score_is_ranked_among_honest_runs_cut_at_the_same_limit(profile):
+    """Positions 6 to 11: a run of 8, one of 6 and one of 11."""
+    scores = ((5.0, 6.0, 7.0), (1.0,), (0.0, 1.0, 2.0, 3.0, 4.0, 9.0))
+    three = profile.model_copy(update={"scores": scores})
+    assert three.honest_scores(6) == [5, 1, 0]
+    assert three.honest_scores(7) == [6, 1, 1]
+    assert three.honest_scores(10) == [7, 1, 4]
+    assert three.honest_scores(11) == three.honest_scores(99) == [7, 1, 9]
+    assert (three.p_value(6.5, 6), three.p_value(6.5, 11)) == (0.25, 0.75)
 
 
 def test_conformal_threshold_keeps_alpha_whatever_the_distribution(profile):
@@ -58,8 +73,8 @@ def test_conformal_threshold_keeps_alpha_whatever_the_distribution(profile):
     choose, alpha, refused = np.random.default_rng(0), 0.1, 0
     for _ in range(5000):
         scores = choose.standard_cauchy(20)
-        world = profile.model_copy(update={"scores": tuple(sorted(scores[1:]))})
-        refused += world.p_value(scores[0]) <= alpha
+        world = profile.model_copy(update={"scores": tuple((score,) for score in scores[1:])})
+        refused += world.p_value(scores[0], 11) <= alpha
     assert 0.08 < refused / 5000 < 0.115
 
 
@@ -74,9 +89,11 @@ def test_too_few_runs_are_refused_with_the_number_needed(model, prompts):
     with pytest.raises(BitassayError, match=r"197 honest runs are too few for alpha 0\.01, which needs 198"):
         check_enough(197, 0.01)
     with pytest.raises(BitassayError, match="needs 38"):
-        calibrate(model, model, prompts[:37])
+        calibrate(model, model, prompts[:37], alpha=0.05)
+    with pytest.raises(BitassayError, match="needs 198"):
+        calibrate(model, model, prompts[:38])
     with pytest.raises(BitassayError, match="with 8 or more generated positions"):
-        calibrate(model, model, prompts[:38], max_new_tokens=2)
+        calibrate(model, model, prompts[:38], max_new_tokens=2, alpha=0.05)
     with pytest.raises(BitassayError, match="alpha"):
         check_enough(1000, 0.0)
 
@@ -89,8 +106,8 @@ def test_split_is_a_quarter_half_and_quarter_without_overlap():
 
 
 def test_fit_is_mean_and_standard_deviation_with_a_floor():
-    assert fit_values([1.0, 3.0], 0.1) == Fit(mean=2.0, sd=math.sqrt(2))
-    assert fit_values([1.0, 1.0], 0.1).sd == 0.1
+    fit = fit_values([4, 8], [[1.0, 3.0], [1.0, 1.0]], 0.1)
+    assert fit == Fit(lengths=(4, 8), mean=(2.0, 1.0), sd=(math.sqrt(2), 0.1))
 
 
 def test_a_profile_says_what_it_was_made_from(profile, model):
@@ -112,7 +129,7 @@ def test_prover_and_verifier_must_be_the_same_model(model, prompts):
     other = tiny_model("llama", num_hidden_layers=17)
     other.identity = other.identity.with_recipe("0" * 64, "w4")
     with pytest.raises(BitassayError, match="not the same model"):
-        calibrate(other, model, prompts)
+        calibrate(other, model, prompts, alpha=0.05)
 
 
 def test_profiles_are_written_read_and_found(profile, model, tmp_path):
@@ -134,16 +151,23 @@ def test_profiles_are_written_read_and_found(profile, model, tmp_path):
     [
         ("scores", [2.0, 1.0]),
         ("scores", []),
-        ("scores", [1e999]),
+        ("scores", [[]]),
+        ("scores", [[1e999]]),
+        ("scores", [[0.0] * 7]),
         ("layers", {}),
-        ("layers", {"8": {"mean": 0, "sd": 0}}),
-        ("layers", {"8": {"mean": 0, "sd": -1}}),
+        ("layers", {"8": {"lengths": [6], "mean": [0], "sd": [0]}}),
+        ("layers", {"8": {"lengths": [6], "mean": [math.nan], "sd": [1]}}),
+        ("layers", {"8": {"lengths": [6], "mean": [0, 1], "sd": [1]}}),
+        ("layers", {"8": {"lengths": [6, 6], "mean": [0, 1], "sd": [1, 1]}}),
+        ("layers", {"8": {"lengths": [], "mean": [], "sd": []}}),
+        ("layers", {"8": {"lengths": list(range(1, 66)), "mean": [0] * 65, "sd": [1] * 65}}),
+        ("layers", {"8": {"lengths": [6], "mean": [0], "sd": [1], "note": 1}}),
         ("alpha", 0),
         ("alpha", 1),
         ("generated_positions", [9, 3]),
         ("expires", "2026-01-01T00:00:00"),
         ("expires", "soon"),
-        ("schema_version", 2),
+        ("schema_version", 1),
         ("note", "unknown"),
     ],
 )

@@ -115,7 +115,7 @@ def test_the_verdict_takes_the_lower_bound_and_reports_the_mean(trace, model, pr
     assert part.evidence is not None
     last = part.evidence.layers[-1]
     assert part.score.states < max(
-        profile.layers[one.layer].standardised(one.generated) for one in part.evidence.layers
+        profile.layers[one.layer].standardised(one.generated, TOKENS - 1) for one in part.evidence.layers
     )
     assert part.hidden_distance == pytest.approx(math.exp(last.generated))
     assert whole.hidden_distance == pytest.approx(part.hidden_distance, rel=0.2)

@@ -130,7 +130,8 @@ def lower_bound(
             return evidence  # another model's profile, which will not decide
         rows = opening.states[one.layer]
         logs = relative_distances(rows, own.states[one.layer][list(positions)]).clamp(min=floor).log()
-        most = profile.layers[one.layer].sd * math.sqrt(profile.generated_positions[1])
+        longest = profile.generated_positions[1]
+        most = profile.layers[one.layer].at(longest)[1] * math.sqrt(longest)
         off = sampling_margin(logs[k_prompt:], n - n_prompt, most)
         generated = None if one.generated is None else one.generated - off
         prompt = one.prompt - sampling_margin(logs[:k_prompt], n_prompt, most)

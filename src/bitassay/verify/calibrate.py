@@ -2,10 +2,12 @@
 
 The prompts are shuffled and each makes one honest trace, which the verifier checks. A quarter of them gives
 mean and standard deviation of the statistics, half gives the honest scores that p-values count, and the last
-quarter, which neither has seen, measures the false-positive rate that comes of it.
+quarter, which neither has seen, measures the false-positive rate that comes of it. Cut after n positions, a
+run is an honest run of a shorter request, so one run of each prompt gives all lengths.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
@@ -20,7 +22,15 @@ from bitassay.record.hashing import digest_json
 from bitassay.record.progress import Progress, silent
 from bitassay.verify.evidence import Evidence, gather
 from bitassay.verify.numerics import numerics
-from bitassay.verify.profile import Fit, HeldOut, Profile, evidence_score, runs_needed, token_statistic
+from bitassay.verify.profile import (
+    ALPHA,
+    Fit,
+    HeldOut,
+    Profile,
+    evidence_score,
+    runs_needed,
+    token_statistic,
+)
 from bitassay.verify.prove import BATCH, encode_prompt, prove_many
 from bitassay.verify.trace import ModelClaim, Sampling
 
@@ -39,7 +49,7 @@ def calibrate(
     *,
     max_new_tokens: int = 32,
     sampler: Sampler = GREEDY,
-    alpha: float = 0.05,
+    alpha: float = ALPHA,
     batch_size: int = BATCH,
     min_positions: int = MIN_POSITIONS,
     expires_days: int = 90,
@@ -76,7 +86,7 @@ def calibrate(
         len(evidence), alpha, f" with {min_positions} or more generated positions, of {len(prompts)} prompts"
     )
     fit, conformal, held_out = split(evidence)
-    layers, tokens = fit_layers(fit), fit_values([token_statistic(one) for one in fit], TOKENS_SD)
+    layers, tokens = fit_by_length(fit, min_positions)
     created = datetime.now(UTC).replace(microsecond=0)
     profile = Profile(
         model=claim,
@@ -85,7 +95,7 @@ def calibrate(
         sampling=Sampling.of(sampler, max_new_tokens),
         layers=layers,
         tokens=tokens,
-        scores=tuple(sorted(evidence_score(one, layers, tokens).value for one in conformal)),
+        scores=tuple(scores_by_length(one, layers, tokens, min_positions) for one in conformal),
         held_out=HeldOut(n=len(held_out), rejected=0, interval=(0.0, 1.0)),
         alpha=alpha,
         generated_positions=(min_positions, max(min_positions, max_new_tokens - 1)),
@@ -134,23 +144,50 @@ def split(evidence: Sequence[Evidence]) -> tuple[list[Evidence], list[Evidence],
     )
 
 
-def fit_layers(evidence: Sequence[Evidence]) -> dict[int, Fit]:
-    """For each layer, mean and standard deviation of the generated positions' mean log distance."""
-    by_layer: dict[int, list[float]] = {}
-    for one in evidence:
-        for layer in one.layers:
-            assert layer.generated is not None
-            by_layer.setdefault(layer.layer, []).append(layer.generated)
-    return {layer: fit_values(values, STATES_SD) for layer, values in by_layer.items()}
+def fit_by_length(evidence: Sequence[Evidence], shortest: int) -> tuple[dict[int, Fit], Fit]:
+    """Mean and standard deviation of each layer's mean log distance and of the token statistic, over the runs
+    cut at several lengths."""
+    lengths = fit_lengths([one.n_generated for one in evidence], shortest)
+    cut = [[one.prefix(n) for one in evidence if one.n_generated >= n] for n in lengths]
+    layers = {
+        one.layer: fit_values(
+            lengths, [[run.layers[index].generated or 0.0 for run in runs] for runs in cut], STATES_SD
+        )
+        for index, one in enumerate(evidence[0].layers)
+    }
+    return layers, fit_values(lengths, [[token_statistic(run) for run in runs] for runs in cut], TOKENS_SD)
 
 
-def fit_values(values: Sequence[float], smallest_sd: float) -> Fit:
-    return Fit(mean=float(np.mean(values)), sd=max(float(np.std(values, ddof=1)), smallest_sd))
+def fit_lengths(reached: Sequence[int], shortest: int) -> list[int]:
+    """`shortest`, then a factor of sqrt(2) apart up to what at least MIN_FIT of the runs have `reached`."""
+    longest = sorted(reached)[-MIN_FIT]
+    steps = math.ceil(2 * math.log2(longest / shortest))
+    return sorted({*(round(shortest * 2 ** (step / 2)) for step in range(steps)), longest})
+
+
+def fit_values(lengths: Sequence[int], values: Sequence[Sequence[float]], smallest_sd: float) -> Fit:
+    """values: those of all runs at each of the lengths."""
+    return Fit(
+        lengths=tuple(lengths),
+        mean=tuple(float(np.mean(runs)) for runs in values),
+        sd=tuple(max(float(np.std(runs, ddof=1)), smallest_sd) for runs in values),
+    )
+
+
+def scores_by_length(
+    evidence: Evidence, layers: Mapping[int, Fit], tokens: Fit, shortest: int
+) -> tuple[float, ...]:
+    """The scores of one run cut at `shortest` generated positions, at one more, ..., and not cut."""
+    return tuple(
+        evidence_score(evidence.prefix(n), layers, tokens).value
+        for n in range(shortest, evidence.n_generated + 1)
+    )
 
 
 def measure(profile: Profile, held_out: Sequence[Evidence]) -> HeldOut:
     """How many of the held-out honest runs the profile refuses at its alpha."""
-    rejected = sum(profile.p_value(profile.score(one).value) <= profile.alpha for one in held_out)
+    limit = profile.generated_positions[1]
+    rejected = sum(profile.p_value(profile.score(one).value, limit) <= profile.alpha for one in held_out)
     interval = stats.binomtest(rejected, len(held_out)).proportion_ci(method="exact")
     return HeldOut(n=len(held_out), rejected=rejected, interval=(float(interval.low), float(interval.high)))
 

@@ -6,7 +6,7 @@ verifier's own logits (with the sampling noise rebuilt) prefer another token to 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,12 +29,14 @@ CPU_BATCH_TOKENS, BATCH_TOKENS = 512, 16384
 @dataclass(frozen=True)
 class LayerEvidence:
     """Mean log distances over prompt and over generated positions (None where there are none), and the
-    VeriLLM statistics of both: `verillm[part][rules]` with part "prompt" or "generated"."""
+    VeriLLM statistics of both: `verillm[part][rules]` with part "prompt" or "generated". by_position: the log
+    distances whose mean `generated` is."""
 
     layer: int
     prompt: float
     generated: float | None
     verillm: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    by_position: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,16 @@ class Evidence:
     def n_generated(self) -> int:
         """Generated positions that carry states: one less than there are output tokens."""
         return len(self.margins) - 1
+
+    def prefix(self, n: int) -> "Evidence":
+        """What it would be of the same run with at most `n` generated positions, so n + 1 output tokens;
+        without the VeriLLM statistics."""
+        layers = tuple(
+            LayerEvidence(one.layer, one.prompt, sum(cut) / len(cut) if cut else None, by_position=cut)
+            for one in self.layers
+            for cut in [one.by_position[:n]]
+        )
+        return replace(self, layers=layers, margins=self.margins[: n + 1])
 
 
 def gather(
@@ -110,8 +122,10 @@ def layer_evidence(
         }
         for part, cells in (parts.items() if verillm else ())
     }
-    generated = mean_log_distance(distances[n_prompt:], floor) if len(distances) > n_prompt else None
-    return LayerEvidence(layer, mean_log_distance(distances[:n_prompt], floor), generated, statistics)
+    by_position = tuple(distances[n_prompt:].clamp(min=floor).log().tolist())
+    generated = mean_log_distance(distances[n_prompt:], floor) if by_position else None
+    prompt = mean_log_distance(distances[:n_prompt], floor)
+    return LayerEvidence(layer, prompt, generated, statistics, by_position)
 
 
 def token_margins(header: Header, own: Prefill) -> tuple[float, ...]:

@@ -1,32 +1,43 @@
 """A calibration profile: how far honest runs are from the verifier, for one model and one pair of numerics.
 
-It turns evidence into one score and the score into a p-value.
+It turns evidence of n generated positions into one score and the score into a p-value.
 
-    z_l   = (mean log distance of layer l - mean_l) / sd_l for generated positions, and for prompt positions
-            by the same mean_l, sd_l
-    z_tok = (log(mean margin + OFFSET) - mean_tok) / sd_tok
+    z_l   = (mean log distance of layer l - mean_l(n)) / sd_l(n) for generated positions, and for prompt
+            positions by the same mean_l, sd_l
+    z_tok = (log(mean margin + OFFSET) - mean_tok(n)) / sd_tok(n)
     score = max over all of them
-    p     = (1 + #{honest calibration scores >= score}) / (n + 1)
+    p     = (1 + #{honest calibration scores >= score}) / (n_scores + 1)
 
-mean and sd come from the fit part of the calibration runs, the n honest scores from another part, so that the
+**Length.** A mean over few positions spreads more than one over many, and few tokens rarely hold the one
+that loses, so mean and sd depend on n. They are kept at a few lengths, a factor of sqrt(2) apart, and are
+linear in log n between. No form such as sd^2 = a + b / n is assumed: that holds for distances, but the
+token statistic is nearly constant in short runs, spreads as rare margins come in, and narrows again. The
+honest scores are kept by length too: a trace whose host was asked for at most m + 1 tokens is compared with
+the calibration runs as they were after at most m positions, which is what honest runs of that request are.
+
+mean and sd come from the fit part of the calibration runs, the honest scores from another part, so that the
 score of one more honest run is equally likely to take any rank among them: P(p <= alpha) <= alpha, whatever
-the distribution (split conformal prediction: Vovk et al. 2005; Papadopoulos et al. 2002). One combined score
-instead of a Bonferroni correction over two p-values halves the honest runs that a given alpha needs.
+the distribution, for each limit m (split conformal prediction: Vovk et al. 2005; Papadopoulos et al. 2002).
+One combined score instead of a Bonferroni correction over two p-values halves the honest runs that a given
+alpha needs.
 
 Prompt positions are judged by the generated ones because an honest prefill is nearer to the verifier's own
 prefill than cached decoding is, at times equal to the last bit, which leaves no spread to standardise by;
 judged this way they never raise an honest score much, and wrong prompt states still do.
 
-What the guarantee needs: the verified request is like the calibration prompts (exchangeable with them). It is
-marginal over requests, not for each length.
+What the guarantee needs: the verified request is like the calibration prompts (exchangeable with them), and
+its limit is within those calibrated. It is marginal over requests: for those of one limit that happen to end
+early it holds only as well as the fit does.
 """
 
 import math
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bitassay.errors import BitassayError
@@ -35,13 +46,16 @@ from bitassay.record.files import read_json, write_json
 from bitassay.record.hashing import digest_json
 from bitassay.verify.evidence import Evidence
 from bitassay.verify.numerics import Numerics
-from bitassay.verify.trace import ModelClaim, Sampling
+from bitassay.verify.trace import TOKENS, ModelClaim, Sampling
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+ALPHA = 0.01  # how often an honest run may be accused, where nobody says otherwise
+MAX_LENGTHS = 64  # a factor of sqrt(2) apart they reach from 1 to 2^31
 # Nats a token. Honest margins are mostly 0; one lost token among a few dozen, at the step of bf16 logits
 # (1/16 between 8 and 16), must not count as far off.
 OFFSET = 0.05
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+Part = Literal["prompt", "generated"]
 
 
 class _Part(BaseModel):
@@ -49,13 +63,29 @@ class _Part(BaseModel):
 
 
 class Fit(_Part):
-    """Mean and standard deviation over the fit part."""
+    """Mean and standard deviation of a statistic over the fit part, by `lengths`: generated positions,
+    ascending."""
 
-    mean: Finite
-    sd: float = Field(gt=0, allow_inf_nan=False)
+    lengths: tuple[Annotated[int, Field(ge=1, le=TOKENS)], ...] = Field(min_length=1, max_length=MAX_LENGTHS)
+    mean: tuple[Finite, ...] = Field(max_length=MAX_LENGTHS)
+    sd: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = Field(max_length=MAX_LENGTHS)
 
-    def standardised(self, value: float) -> float:
-        return (value - self.mean) / self.sd
+    @model_validator(mode="after")
+    def _is_a_curve(self) -> "Fit":
+        if any(a >= b for a, b in pairwise(self.lengths)):
+            raise ValueError("lengths are not ascending")
+        if not len(self.lengths) == len(self.mean) == len(self.sd):
+            raise ValueError("not one mean and one sd for each length")
+        return self
+
+    def at(self, n: int) -> tuple[float, float]:
+        """Mean and sd for `n` generated positions: linear in log n between the lengths, constant beyond."""
+        at, lengths = math.log(n), np.log(self.lengths)
+        return float(np.interp(at, lengths, self.mean)), float(np.interp(at, lengths, self.sd))
+
+    def standardised(self, value: float, n: int) -> float:
+        mean, sd = self.at(n)
+        return (value - mean) / sd
 
 
 class HeldOut(_Part):
@@ -78,21 +108,24 @@ class Score(NamedTuple):
     states: float
     tokens: float
     layer: int
-    part: Literal["prompt", "generated"]
+    part: Part
 
 
 class Profile(_Part):
-    """`layers` by layer number; `scores` ascending; `generated_positions` the range of them that was
-    calibrated; dates in UTC."""
+    """`layers` by layer number; `generated_positions` the range of them that was calibrated; `scores` of each
+    honest run, cut to as many positions as that range begins with, one more, and so on up to all that the run
+    has; dates in UTC."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
     model: ModelClaim
     prover: Numerics
     verifier: Numerics
     sampling: Sampling
     layers: Mapping[int, Fit] = Field(min_length=1, max_length=1024)
     tokens: Fit
-    scores: tuple[Finite, ...] = Field(min_length=1, max_length=10**6)
+    scores: tuple[Annotated[tuple[Finite, ...], Field(min_length=1, max_length=TOKENS)], ...] = Field(
+        min_length=1, max_length=10**6
+    )
     held_out: HeldOut
     alpha: float = Field(gt=0, lt=1)
     generated_positions: tuple[int, int]
@@ -102,10 +135,11 @@ class Profile(_Part):
 
     @model_validator(mode="after")
     def _makes_sense(self) -> "Profile":
-        if list(self.scores) != sorted(self.scores):
-            raise ValueError("scores are not ascending")
-        if not 1 <= self.generated_positions[0] <= self.generated_positions[1]:
+        low, high = self.generated_positions
+        if not 1 <= low <= high <= TOKENS:
             raise ValueError("generated_positions is not a range")
+        if max(map(len, self.scores)) > high - low + 1:
+            raise ValueError("scores of more positions than generated_positions allows")
         if self.created.tzinfo is None or self.expires.tzinfo is None:
             raise ValueError("dates without a time zone")
         return self
@@ -127,9 +161,15 @@ class Profile(_Part):
         profile's layers."""
         return evidence_score(evidence, self.layers, self.tokens)
 
-    def p_value(self, score: float) -> float:
-        """The share of runs as bad or worse among the honest ones and this one; never below 1 / (n + 1)."""
-        return (1 + sum(honest >= score for honest in self.scores)) / (self.n + 1)
+    def honest_scores(self, limit: int) -> list[float]:
+        """Of the calibration runs after at most `limit` generated positions."""
+        most = max(limit - self.generated_positions[0], 0)
+        return [scores[min(most, len(scores) - 1)] for scores in self.scores]
+
+    def p_value(self, score: float, limit: int) -> float:
+        """The share of runs as bad or worse among the honest ones that were asked for at most `limit`
+        generated positions, and this one; never below 1 / (n + 1)."""
+        return (1 + sum(honest >= score for honest in self.honest_scores(limit))) / (self.n + 1)
 
     def expired(self, now: datetime | None = None) -> bool:
         return (now or datetime.now(UTC)) >= self.expires
@@ -137,14 +177,23 @@ class Profile(_Part):
 
 def evidence_score(evidence: Evidence, layers: Mapping[int, Fit], tokens: Fit) -> Score:
     """The score of one sequence, given the fits."""
-    parts = [
-        (layers[one.layer].standardised(value), one.layer, part)
+    states, by_tokens = standardised(evidence, layers, tokens)
+    (value, layer, part) = max(states)
+    return Score(max(value, by_tokens), value, by_tokens, layer, part)
+
+
+def standardised(
+    evidence: Evidence, layers: Mapping[int, Fit], tokens: Fit
+) -> tuple[list[tuple[float, int, Part]], float]:
+    """The standardised statistics: (z, layer, part) of the states, and that of the tokens."""
+    n = len(evidence.margins) - 1
+    states = [
+        (layers[one.layer].standardised(value, n), one.layer, part)
         for one in evidence.layers
         for part, value in (("prompt", one.prompt), ("generated", one.generated))
         if value is not None
     ]
-    (states, layer, part), by_tokens = max(parts), tokens.standardised(token_statistic(evidence))
-    return Score(max(states, by_tokens), states, by_tokens, layer, part)  # type: ignore[arg-type]
+    return states, tokens.standardised(token_statistic(evidence), n)  # type: ignore[return-value]
 
 
 def token_statistic(evidence: Evidence) -> float:
@@ -180,8 +229,15 @@ def write_profile(profile: Profile, path: Path | None = None) -> Path:
 def read_profile(path: Path) -> Profile:
     """Read a profile that may come from anyone; a defect is a BitassayError that names the file and the
     field."""
+    content = read_json(path)
+    if isinstance(content, dict) and content.get("schema_version") != SCHEMA_VERSION:
+        found = content.get("schema_version")
+        raise BitassayError(
+            f"{path}: a profile of version {found!r:.40}; this reads {SCHEMA_VERSION}",
+            "bitassay calibrate MODEL",
+        )
     try:
-        return Profile.model_validate(read_json(path))
+        return Profile.model_validate(content)
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         field = ".".join(map(str, first["loc"])) or "profile"

@@ -26,7 +26,7 @@ from bitassay.verify.evidence import Evidence, gather
 from bitassay.verify.numerics import numerics
 from bitassay.verify.profile import Profile, Score, find_profile, profile_key, read_profile, runs_needed
 from bitassay.verify.structure import Reason, Request, claim_defects, shape_defects
-from bitassay.verify.trace import ModelClaim, Trace, TraceError
+from bitassay.verify.trace import Header, ModelClaim, Trace, TraceError
 
 Status = Literal["PASS", "FAIL", "INCONCLUSIVE"]
 
@@ -36,6 +36,7 @@ class Verdict:
     """status and why, with the numbers that led there; those are None where they could not be computed.
 
     n_tokens: output tokens. p_value, score, alpha, n_calibration: from the profile whose digest is `profile`.
+    limit: the generated positions that the honest runs were cut at which the score was ranked among.
     evidence: distances by layer, VeriLLM statistics, margins by token.
     """
 
@@ -49,6 +50,7 @@ class Verdict:
     alpha: float | None = None
     profile: str | None = None
     n_calibration: int | None = None
+    limit: int | None = None
 
     @property
     def hidden_distance(self) -> float | None:
@@ -85,6 +87,7 @@ class Verdict:
             "score": self.score._asdict() if self.score else None,
             "profile": self.profile,
             "n_calibration": self.n_calibration,
+            "limit": self.limit,
             "hidden_distance": self.hidden_distance,
             "mean_margin": self.evidence.mean_margin if self.evidence else None,
             "max_margin": max(margins) if margins else None,
@@ -190,26 +193,27 @@ def decide(
 ) -> Verdict:
     """Structure first, then statistics; a structural FAIL carries the statistics too where a profile fits.
     more_doubts: other reasons why the statistics cannot decide."""
-    own, header = ModelClaim.of(identity(model)), trace.header
+    name = identity(model).name
     if profile is None:
-        profile = find_profile(own, header.numerics, numerics(model), header.sampling)
+        profile = profile_for(trace.header, model)
     reasons, doubts = (
         [*claims, *_refused_cells(evidence)],
         [*more_doubts, *profile_doubts(profile, trace, model, evidence, alpha, now)],
     )
     if profile is None or doubts:
         status: Status = "FAIL" if reasons else "INCONCLUSIVE"
-        return Verdict(status, tuple(reasons or doubts), own.name, trace.n_tokens, evidence)
+        return Verdict(status, tuple(reasons or doubts), name, trace.n_tokens, evidence)
     alpha, score = alpha or profile.alpha, profile.score(evidence)
-    p_value = profile.p_value(score.value)
+    limit = min(trace.header.sampling.max_new_tokens - 1, profile.generated_positions[1])
+    p_value = profile.p_value(score.value, limit)
     if p_value <= alpha:
-        reasons += _too_far(score, profile, alpha)
+        reasons += _too_far(score, profile, alpha, limit)
     status = "FAIL" if reasons else "PASS"
     reasons = reasons or [Reason("as-honest", "states and tokens are those of an honest run")]
     return Verdict(
         status,
         tuple(reasons),
-        own.name,
+        name,
         trace.n_tokens,
         evidence,
         p_value,
@@ -217,7 +221,14 @@ def decide(
         alpha,
         profile.digest,
         profile.n,
+        limit,
     )
+
+
+def profile_for(header: Header, model: PreTrainedModel) -> Profile | None:
+    """The profile in the cache folder for what `header` claims and the verifier's own `model`; None where
+    there is none."""
+    return find_profile(ModelClaim.of(identity(model)), header.numerics, numerics(model), header.sampling)
 
 
 def profile_doubts(
@@ -284,10 +295,10 @@ def _refused_cells(evidence: Evidence) -> list[Reason]:
     return [Reason("nonfinite-mismatch", sentence)] if cells else []
 
 
-def _too_far(score: Score, profile: Profile, alpha: float) -> list[Reason]:
+def _too_far(score: Score, profile: Profile, alpha: float, limit: int) -> list[Reason]:
     """Which half of the evidence is too unlike honest runs by itself; both where both are."""
     found = []
-    if profile.p_value(score.states) <= alpha:
+    if profile.p_value(score.states, limit) <= alpha:
         where = f"{score.part} positions at layer {score.layer}"
         found.append(
             Reason(
@@ -295,7 +306,7 @@ def _too_far(score: Score, profile: Profile, alpha: float) -> list[Reason]:
                 f"hidden states are {score.states:.1f} sd farther off than honest ones ({where})",
             )
         )
-    if profile.p_value(score.tokens) <= alpha:
+    if profile.p_value(score.tokens, limit) <= alpha:
         found.append(
             Reason(
                 "tokens-unlikely",
