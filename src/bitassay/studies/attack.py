@@ -3,8 +3,8 @@ accusations?
 
 1. Honest runs answer the same requests under several numerics (`VARIANTS`), pooled: a threshold must hold for
    all of them, not only for the verifier's own. Sampled requests have honest runs of their own.
-2. Each attack answers them too (`verify/attacks.py`), and `observe` reduces every trace to a few numbers a
-   position.
+2. Each attack answers them too, by traces (`verify/attacks.py`) or by receipts (`verify/forgeries.py`), and
+   `observe` reduces every answer to a few numbers a position.
 3. Requests are dealt into FOLDS. The statistics of a fold's runs are standardised and judged by honest runs
    of the other folds only: a quarter of these requests fits mean and spread, the others give the scores that
    p-values count. So each run is judged once, by requests that are not its own, and the honest ones give a
@@ -42,8 +42,10 @@ from bitassay.record.hashing import digest_json
 from bitassay.record.progress import Progress, silent
 from bitassay.record.run import RunFolder
 from bitassay.studies.assay import chosen_prompts
-from bitassay.verify.attacks import ATTACKS, Setting, honest_prefill
+from bitassay.verify.attacks import TRACE_ATTACKS, Setting, honest_prefill
 from bitassay.verify.detectors import DETECTORS, GRID, HonestFit, Observation, Statistics, observe
+from bitassay.verify.exchange import Handed
+from bitassay.verify.forgeries import RECEIPT_ATTACKS
 from bitassay.verify.power import auc, share, threshold, tokens_to
 from bitassay.verify.profile import runs_needed
 from bitassay.verify.prove import prove_many
@@ -51,6 +53,7 @@ from bitassay.verify.structure import Request
 from bitassay.verify.trace import Trace, read_trace, write_trace
 
 SCHEMA = 1
+ATTACKS = TRACE_ATTACKS | RECEIPT_ATTACKS
 FOLDS = 5
 MOST_CANDIDATES = 400
 SAMPLED = Sampler(temperature=0.8, top_p=0.95, seed=7)
@@ -288,7 +291,7 @@ def _requests(bench: Bench) -> list[Request]:
 def _part(
     folder: RunFolder,
     name: str,
-    run: Callable[[], list[Trace]],
+    run: Callable[[], Sequence[Handed]],
     model: PreTrainedModel,
     requests: Sequence[Request],
     progress: Progress,

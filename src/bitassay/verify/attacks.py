@@ -7,13 +7,14 @@ the real model over them gives the states, so that only the tokens are left to j
 threats named by TOPLOC (arXiv 2501.16007), VeriLLM (2509.24257) and DiFR (2511.20621), with the structural
 ones of any protocol.
 
-What is not here: attacks on receipts, which never touch a state (their tests are in tests/verify).
+What is handed over is a whole trace here; attacks that go by receipt, and those of verifiers in a committee,
+are in `forgeries.py`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from bitassay.models.walk import decoder_layers
 from bitassay.quantize.model import quantize
 from bitassay.quantize.recipe import Recipe, WeightScheme
 from bitassay.verify.evidence import own_prefills
+from bitassay.verify.exchange import Handed
 from bitassay.verify.prove import prove_many
 from bitassay.verify.trace import Sampling, Trace
 
@@ -62,27 +64,37 @@ class Setting:
 
 @dataclass(frozen=True)
 class Attack:
-    """structural: exact checks must catch it, whatever the states. sampled: it needs requests that are
-    sampled."""
+    """run: what a verifier gets, one for each request of the setting. structural: exact checks must catch it,
+    whatever the states. sampled: it needs requests that are sampled."""
 
     name: str
     about: str
-    run: Callable[[Setting], list[Trace]]
+    run: Callable[[Setting], Sequence[Handed]]
     structural: bool = False
     sampled: bool = False
 
 
-ATTACKS: dict[str, Attack] = {}
+Run = TypeVar("Run", bound=Callable[..., Sequence[Handed]])
 
 
-def _attack(name: str, about: str, *arguments: object, structural: bool = False, sampled: bool = False):
-    def register(function: Callable[..., list[Trace]]) -> Callable[..., list[Trace]]:
-        ATTACKS[name] = Attack(
-            name, about, lambda setting: function(setting, *arguments), structural, sampled
-        )
-        return function
+def listed_in(table: dict[str, Attack]) -> Callable[..., Callable[[Run], Run]]:
+    """A decorator that puts a function into `table` as an attack; the function is called with the setting and
+    `arguments`."""
 
-    return register
+    def attack(name: str, about: str, *arguments: object, structural: bool = False, sampled: bool = False):
+        def register(function: Run) -> Run:
+            table[name] = Attack(
+                name, about, lambda setting: function(setting, *arguments), structural, sampled
+            )
+            return function
+
+        return register
+
+    return attack
+
+
+TRACE_ATTACKS: dict[str, Attack] = {}
+_attack = listed_in(TRACE_ATTACKS)
 
 
 def _answer(

@@ -69,18 +69,7 @@ def verify_opening(
     could have signed. profile: default, the one in the cache folder. request: what was asked for.
     """
     header, name = receipt.header, identity(model).name
-    try:
-        check_signature(receipt)
-        if signer is not None and signer != receipt.key:
-            raise TraceError("other-signer", f"signed by {receipt.key.hex()}, not {signer.hex()}")
-        check_opening(opening, receipt, one)
-    except TraceError as error:
-        return Verdict("FAIL", (Reason(error.code, error.problem),), name, len(header.output_ids))
-    hidden = next(iter(opening.states.values())).shape[1]
-    defects = header_defects(header, model)
-    if hidden != (own_hidden := model.config.get_text_config().hidden_size):
-        defects.append(Reason("wrong-hidden-size", f"states of {hidden} numbers, the model has {own_hidden}"))
-    if defects:
+    if defects := opening_defects(receipt, one, opening, model, signer):
         return Verdict("FAIL", tuple(defects), name, len(header.output_ids))
     (own,) = prefill(model, [header.prompt_ids], [header.output_ids], layers=header.layers)
     positions = opened_positions(one, header)
@@ -97,6 +86,25 @@ def verify_opening(
     doubts = _doubts(receipt, signer, profile)
     verdict = decide(trace, model, cautious, claims, profile, alpha, now, doubts)
     return replace(verdict, evidence=evidence)
+
+
+def opening_defects(
+    receipt: Receipt, one: Challenge, opening: Opening, model: PreTrainedModel, signer: bytes | None
+) -> list[Reason]:
+    """Why what was opened cannot be compared with `model`'s states, or is not what `signer` committed to;
+    empty where it can and is."""
+    try:
+        check_signature(receipt)
+        if signer is not None and signer != receipt.key:
+            raise TraceError("other-signer", f"signed by {receipt.key.hex()}, not {signer.hex()}")
+        check_opening(opening, receipt, one)
+    except TraceError as error:
+        return [Reason(error.code, error.problem)]
+    found = header_defects(receipt.header, model)
+    hidden = next(iter(opening.states.values())).shape[1]
+    if hidden != (own_hidden := model.config.get_text_config().hidden_size):
+        found.append(Reason("wrong-hidden-size", f"states of {hidden} numbers, the model has {own_hidden}"))
+    return found
 
 
 def opened_evidence(

@@ -13,7 +13,7 @@ is compared is the evidence.
     toploc               258 bytes for 32 tokens                arXiv 2501.16007, on the last sampled layer
     activation-difr      a few projected numbers                arXiv 2511.20621
     token-difr           nothing: ids, nonce and seed           arXiv 2511.20621
-    structure            the header                             `structure.py`: exact, so 0 or infinite
+    structure            the header; receipt and opening        `exchange.py`: exact, so 0 or infinite
     combined             distance, token-difr and structure     the verdict of this package
 
 Proofs and projections are made from the full states here, by a fixed seed. A host would send them alone, with
@@ -31,14 +31,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bitassay.generate.decode import Prefill
-from bitassay.generate.sampling import Draw
 from bitassay.record.progress import Progress, silent
 from bitassay.verify import difr, toploc
 from bitassay.verify.calibrate import STATES_SD, TOKENS_SD
 from bitassay.verify.distance import distance_floor, mean_log_distance, relative_distances
-from bitassay.verify.evidence import own_prefills
+from bitassay.verify.evidence import own_prefills, token_margins
+from bitassay.verify.exchange import Handed, Shown, codes, examine
 from bitassay.verify.profile import OFFSET
-from bitassay.verify.structure import Request, claim_defects, shape_defects
+from bitassay.verify.structure import Request
 from bitassay.verify.trace import Trace
 from bitassay.verify.verillm import FORMAT_OF_DTYPE, RULE_SETS, accepted, cell_statistics
 
@@ -68,67 +68,96 @@ class Observation:
 
 
 def observe(
-    traces: Sequence[Trace],
+    handed: Sequence[Handed],
     model: PreTrainedModel,
     requests: Sequence[Request],
     *,
     progress: Progress = silent,
 ) -> list[Observation]:
-    """What each trace shows to a verifier that holds `model` and knows what was asked."""
-    found = {}
-    for index, trace in enumerate(traces):
-        if defects := shape_defects(trace, model):
-            found[index] = Observation(trace.n_tokens, tuple(defect.code for defect in defects))
-    sound = [index for index in range(len(traces)) if index not in found]
-    for index, own in own_prefills([traces[index] for index in sound], model):
-        progress("verifying", len(found), len(traces))
-        trace, request = traces[sound[index]], requests[sound[index]]
-        defects = tuple(defect.code for defect in claim_defects(trace, model, request))
-        found[sound[index]] = reduced(trace, own, model.dtype, defects)
-    progress("verifying", len(traces), len(traces))
-    return [found[index] for index in range(len(traces))]
+    """What each trace or answer shows to a verifier that holds `model` and knows what was asked."""
+    examined = [examine(one, model, request) for one, request in zip(handed, requests, strict=True)]
+    found = {
+        index: Observation(one.tokens, codes(one.defects))
+        for index, one in enumerate(examined)
+        if one.shown is None
+    }
+    compared = [(index, one.shown) for index, one in enumerate(examined) if one.shown]
+    for place, own in own_prefills([Trace(shown.header, {}) for _, shown in compared], model):
+        progress("verifying", len(found), len(handed))
+        index, shown = compared[place]
+        found[index] = reduced(shown, own, model.dtype, codes(examined[index].defects))
+    progress("verifying", len(handed), len(handed))
+    return [found[index] for index in range(len(handed))]
 
 
-def reduced(trace: Trace, own: Prefill, dtype: torch.dtype, defects: tuple[str, ...] = ()) -> Observation:
-    """One trace and the verifier's prefill of it in numbers."""
-    header, prompt, last = trace.header, trace.n_prompt, trace.header.layers[-1]
-    floor, format = distance_floor(dtype), FORMAT_OF_DTYPE[str(dtype).removeprefix("torch.")]
-    logs, prompt_logs = [], []
-    refused = {name: torch.zeros(trace.n_tokens - 1, dtype=torch.float64) for name in RULE_SETS}
-    for layer in header.layers:
-        x, y = trace.states[layer], own.states[layer]
-        distances = relative_distances(x, y)
-        logs.append(tuple(distances[prompt:].clamp(min=floor).log().tolist()))
-        prompt_logs.append(mean_log_distance(distances[:prompt], floor))
-        for name, rules in RULE_SETS.items():
-            cells = cell_statistics(x[prompt:], y[prompt:], rules, format)
-            refused[name] += (~accepted(cells, rules)).double() / len(header.layers)
-    draws = [Draw(header.nonce, index) for index in range(trace.n_tokens)]
-    margins = header.sampling.to_sampler().margins(own.logits, torch.tensor(header.output_ids), draws)
-    x, y = trace.states[last][prompt:], own.states[last][prompt:]
+@dataclass(frozen=True)
+class Pair:
+    """The states of one layer, x the prover's and y the verifier's, at the same positions; the first
+    `n_prompt` of them in the prompt."""
+
+    x: Float[Tensor, "positions hidden"]
+    y: Float[Tensor, "positions hidden"]
+    n_prompt: int
+
+    @property
+    def generated(self) -> tuple[Float[Tensor, "generated hidden"], Float[Tensor, "generated hidden"]]:
+        return self.x[self.n_prompt :], self.y[self.n_prompt :]
+
+
+def pairs(shown: Shown, own: Prefill) -> list[Pair]:
+    """Of the sampled layers, in the header's order."""
+    header, at = shown.header, list(shown.positions)
+    n_prompt = sum(position < len(header.prompt_ids) for position in at)
+    return [Pair(shown.states[layer], own.states[layer][at], n_prompt) for layer in header.layers]
+
+
+def reduced(shown: Shown, own: Prefill, dtype: torch.dtype, defects: tuple[str, ...] = ()) -> Observation:
+    """What was shown, and the verifier's prefill of it, in numbers."""
+    layers, tokens = pairs(shown, own), len(shown.header.output_ids)
+    x, y = layers[-1].generated
+    generated, prompt = log_distances(layers, dtype)
     return Observation(
-        tokens=trace.n_tokens,
+        tokens=tokens,
         defects=defects,
-        margins=tuple(margins.tolist()),
-        log_distances=tuple(logs),
-        prompt_log_distances=tuple(prompt_logs),
-        refused_cells={name: tuple(values.tolist()) for name, values in refused.items()},
-        projected=_projected(x, y, floor),
-        toploc={n: _toploc(x[:n], y[:n]) for n in GRID if n <= trace.n_tokens and len(x)},
+        margins=token_margins(shown.header, own),
+        log_distances=generated,
+        prompt_log_distances=prompt,
+        refused_cells={name: refused_cells(layers, name, dtype) for name in RULE_SETS},
+        projected=projected(difr.project(x, PROJECTION_SEED), y, dtype),
+        toploc={n: _toploc(toploc.prove_chunks(x[:n]), y[:n]) for n in GRID if n <= tokens and len(x)},
     )
 
 
-def _projected(
-    x: Float[Tensor, "generated hidden"], y: Float[Tensor, "generated hidden"], floor: float
+def log_distances(
+    layers: Sequence[Pair], dtype: torch.dtype
+) -> tuple[tuple[tuple[float, ...], ...], tuple[float, ...]]:
+    """By layer: log distance of each generated position, and the mean over the prompt's."""
+    floor, generated, prompt = distance_floor(dtype), [], []
+    for one in layers:
+        distances = relative_distances(one.x, one.y)
+        generated.append(tuple(distances[one.n_prompt :].clamp(min=floor).log().tolist()))
+        prompt.append(mean_log_distance(distances[: one.n_prompt], floor))
+    return tuple(generated), tuple(prompt)
+
+
+def refused_cells(layers: Sequence[Pair], rules: str, dtype: torch.dtype) -> tuple[float, ...]:
+    """At each generated position, the share of layers that the VeriLLM rules do not accept."""
+    wanted, format = RULE_SETS[rules], FORMAT_OF_DTYPE[str(dtype).removeprefix("torch.")]
+    refused = [~accepted(cell_statistics(*one.generated, wanted, format), wanted) for one in layers]
+    return tuple((sum(cells.double() / len(layers) for cells in refused)).tolist())  # type: ignore[union-attr]
+
+
+def projected(
+    claimed: Float[Tensor, "generated k"], y: Float[Tensor, "generated hidden"], dtype: torch.dtype
 ) -> tuple[float, ...]:
     """Log distance of each position's projections, relative to the verifier's."""
-    distances = difr.projection_distances(difr.project(x, PROJECTION_SEED), y, PROJECTION_SEED)
-    return tuple(distances.clamp(min=floor).log().tolist())
+    distances = difr.projection_distances(claimed, y, PROJECTION_SEED)
+    return tuple(distances.clamp(min=distance_floor(dtype)).log().tolist())
 
 
-def _toploc(x: Float[Tensor, "tokens hidden"], y: Float[Tensor, "tokens hidden"]) -> tuple[float, bool]:
+def _toploc(proofs: Sequence[bytes], y: Float[Tensor, "tokens hidden"]) -> tuple[float, bool]:
     """The score of the chunks, and whether all are within the published limits."""
-    chunks = toploc.check_chunks(toploc.prove_chunks(x), y)
+    chunks = toploc.check_chunks(proofs, y)
     return toploc.score(chunks), all(toploc.accepted(chunk) for chunk in chunks)
 
 

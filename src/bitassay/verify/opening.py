@@ -87,13 +87,18 @@ def cell_indices(positions: Sequence[int], n_layers: int) -> list[int]:
 
 
 def write_opening(path: str | Path, opening: Opening) -> None:
+    with atomic_file(Path(path)) as temporary:
+        temporary.write_bytes(encode_opening(opening))
+
+
+def encode_opening(opening: Opening) -> bytes:
+    """The file's content."""
     content = {"opening": 1, "commitment": opening.commitment, "beacon": opening.beacon}
     tensors = {tensor_name(layer): rows.contiguous().clone() for layer, rows in opening.states.items()}
     if opening.proof:
         rows = torch.frombuffer(bytearray(b"".join(opening.proof)), dtype=torch.uint8)
         tensors[PROOF] = rows.view(-1, DIGEST_BYTES)
-    with atomic_file(Path(path)) as temporary:
-        temporary.write_bytes(safetensors.torch.save(tensors, {HEADER_KEY: canonical_json(content)}))
+    return safetensors.torch.save(tensors, {HEADER_KEY: canonical_json(content)})
 
 
 def read_opening(path: str | Path, receipt: Receipt, one: Challenge) -> Opening:
@@ -101,10 +106,16 @@ def read_opening(path: str | Path, receipt: Receipt, one: Challenge) -> Opening:
     receipt commits to it. Raises TraceError for each defect, "withheld-opening" where there is no file."""
     path = Path(path)
     if not path.exists():
-        raise TraceError("withheld-opening", f"{path}: the challenge has not been answered")
+        raise withheld(path)
     check_challenge(receipt, one)
     cells = len(opened_positions(one, receipt.header)) * len(receipt.header.layers)
-    data = read_regular(path, min(FILE_BYTES, HEADER_BYTES + cells * (4 * HIDDEN + 32 * 32)))
+    limit = min(FILE_BYTES, HEADER_BYTES + cells * (4 * HIDDEN + 32 * 32))
+    return decode_opening(read_regular(path, limit), receipt, one, path)
+
+
+def decode_opening(data: bytes, receipt: Receipt, one: Challenge, path: Path) -> Opening:
+    """The opening in `data`, checked as `read_opening` says; `path` is what errors name."""
+    check_challenge(receipt, one)
     declared = declared_size(data[:8], len(data), path)
     entries, content = read_metadata(data[8 : 8 + declared], path)
     if content != {"opening": 1, "commitment": one.commitment, "beacon": one.beacon}:
@@ -119,6 +130,10 @@ def read_opening(path: str | Path, receipt: Receipt, one: Challenge) -> Opening:
     opening = Opening(one.commitment, one.beacon, states, proof)
     check_opening(opening, receipt, one, str(path))
     return opening
+
+
+def withheld(where: str | Path) -> TraceError:
+    return TraceError("withheld-opening", f"{where}: the challenge has not been answered")
 
 
 def check_challenge(receipt: Receipt, one: Challenge) -> None:
