@@ -156,14 +156,6 @@ def test_bad_usage(folder, bitassay, tmp_path):
     said(2, "another trace", "open", folder / "y.trace", "--challenge", asked, "--out", tmp_path / "o")
     said(2, "one opening", "verify", trace, *VERIFY, "--receipt", receipt)
     said(2, "one opening", "verify", trace, trace, *VERIFY, "--receipt", receipt, "--challenge", asked)
-    said(
-        2,
-        "not a challenge",
-        "verify",
-        trace,
-        *VERIFY,
-        "--receipt",
-        receipt,
-        "--challenge",
-        folder / "profile.json",
-    )
+    (tmp_path / "no.json").write_text("{}")
+    words = ("--receipt", receipt, "--challenge", tmp_path / "no.json")
+    said(2, "not a challenge", "verify", trace, *VERIFY, *words)

@@ -1,6 +1,7 @@
 """`bitassay prove`, `calibrate` and `verify` at the command line, with the tiny trained model."""
 
 import json
+import math
 import subprocess
 import sys
 
@@ -69,6 +70,29 @@ def test_honest_folder_passes_and_another_model_fails(folder, traces, profile, c
     found = objects(capsys, ["verify", str(cheap), *common], 1)
     assert found["rows"][0]["status"] == "FAIL"
     assert found["rows"][0]["p_value"] < 0.05
+
+
+def test_the_sequence_of_requests_is_judged_and_kept(folder, traces, profile, capsys):
+    kept, common = folder / "host.ledger", ["--model", MODEL, "--profile", str(profile)]
+    found = objects(capsys, ["verify", str(traces), *common], 0)["sequential"]
+    assert (found["n_requests"], found["alarm_at"], found["alpha"]) == (4, None, 0.05)
+    for _ in range(2):
+        assert run(["verify", str(traces), *common, "--ledger", str(kept)]) == 0
+        assert "no alarm of 4; anytime p" in capsys.readouterr().err
+    cheap, claim = folder / "many-cheap", ["--recipe", "w2", "--claim", MODEL, "--max-new-tokens", "24"]
+    prompts = ["--prompts", str(folder / "prompts.txt"), "--nonce", "cheap"]
+    assert run(["prove", MODEL, *prompts, "--out", str(cheap), *claim]) == 0
+    found = objects(capsys, ["verify", str(cheap), *common, "--ledger", str(kept)], 1)["sequential"]
+    assert found["n_requests"] == 8
+    assert 4 < found["alarm_at"] <= 8
+    assert found["p_value"] == pytest.approx(math.exp(-max(found["log_wealth"], 0)), rel=0.5)
+    found = objects(capsys, ["verify", str(traces), *common, "--ledger", str(kept)], 1)
+    assert [row["status"] for row in found["rows"]] == ["PASS"] * 4
+    assert found["sequential"]["alarm_at"], "an alarm stays"
+    assert run(["verify", str(traces), "--model", MODEL, "--ledger", str(folder / "new.ledger")]) == 1
+    assert "nothing could be scored" in capsys.readouterr().err
+    assert run(["verify", str(traces), *common, "--ledger", str(folder / "prompts.txt")]) == 2
+    assert "not a ledger" in capsys.readouterr().err
 
 
 def test_a_quantized_model_that_says_so_is_verified_as_such(folder, capsys):

@@ -296,6 +296,16 @@ def test_pooled_verdict():
         pooled_verdict([])
 
 
+def test_traces_of_different_limits_are_pooled_apart():
+    verdicts = [
+        dataclasses.replace(scored("PASS", p), limit=limit) for p, limit in ((0.1, 8), (0.1, 8), (0.3, 9))
+    ]
+    p_value = pooled_verdict(verdicts).p_value
+    assert p_value == pytest.approx(2 * pooled_p_value([0.1, 0.1], 19))
+    assert pooled_verdict(verdicts[1:]).p_value == pytest.approx(0.2)
+    assert pooled_verdict([dataclasses.replace(scored("PASS", 0.9), limit=n) for n in (8, 9)]).p_value == 1
+
+
 def test_a_pool_of_mostly_honest_traces_with_a_third_cheated_fails():
     verdicts = [scored("PASS", p, n=59) for p in np.linspace(0.05, 1, 20).tolist()] + [
         scored("FAIL", 1 / 60, n=59)

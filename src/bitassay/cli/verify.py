@@ -1,5 +1,6 @@
 """`bitassay verify`: check traces against a model of one's own."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -7,7 +8,14 @@ from cyclopts import Parameter
 
 from bitassay.cli.output import Format, emit
 
+CHUNK = 64  # traces in memory at a time
+
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from bitassay.record.progress import Progress
+    from bitassay.verify.ledger import Line
+    from bitassay.verify.profile import Profile
     from bitassay.verify.verdict import Verdict
 
 
@@ -26,13 +34,16 @@ def verify(
     receipt: Path | None = None,
     challenge: Path | None = None,
     signer: str | None = None,
+    ledger: Path | None = None,
     dtype: str = "bfloat16",
     device: str = "cpu",
     attention: str = "sdpa",
     trust_remote_code: Annotated[bool, Parameter(negative=())] = False,
     format: Format = "table",
 ) -> int:
-    """Check TRACES against a model: PASS, FAIL or INCONCLUSIVE for each. Exit status 0 where all pass.
+    """Check TRACES against a model: PASS, FAIL or INCONCLUSIVE for each, and what they prove together.
+
+    Exit status 0 where all pass, and the sequence of them gives no alarm.
 
     Args:
         traces: Trace files, or folders of them; with --receipt, the opening.
@@ -51,6 +62,8 @@ def verify(
         challenge: The challenge of the receipt that you drew; never a copy from the host.
         signer: The host's public key in hex, as you know it from elsewhere. Without it nothing that is
             signed passes.
+        ledger: Keep the scores of this host's requests in this file, from call to call, and judge all of
+            them in their order. One file for each host and profile; no trace counts twice.
         dtype: The verifier's arithmetic.
         device: Where to run: cpu, cuda, mps.
         attention: transformers' attention implementation.
@@ -58,12 +71,14 @@ def verify(
         format: What to print on stdout; json has everything, layer by layer and by both VeriLLM rule
             sets.
     """
+    import numpy as np
+
     from bitassay.cli.progress import show_progress
     from bitassay.models.load import load
+    from bitassay.verify.ledger import extended, scored, update_ledger
     from bitassay.verify.pooled import pooled_verdict
-    from bitassay.verify.profile import read_profile
-    from bitassay.verify.trace import TraceError, read_trace
-    from bitassay.verify.verdict import failed, verify_many
+    from bitassay.verify.profile import ALPHA, read_profile
+    from bitassay.verify.sequential import SequentialEvidence
 
     signed = _signed_files(traces, receipt, challenge, signer)
     paths = traces if signed else trace_files(traces)
@@ -82,28 +97,36 @@ def verify(
             from bitassay.quantize.model import quantize
 
             own = quantize(own, recipe, progress=progress)
-        verdicts: dict[int, Verdict] = {}
-        readable = {}
-        if signed:
-            verdicts[0] = _receipt_verdict(traces[0], *signed, own, model, known, alpha, requests[0])
-        for index, path in enumerate(paths if not signed else []):
-            try:
-                readable[index] = read_trace(path)
-            except TraceError as error:
-                verdicts[index] = failed(error, model)
-        asked = [requests[index] for index in readable]
-        found = verify_many(
-            list(readable.values()), own, profile=known, alpha=alpha, requests=asked, progress=progress
-        )
-        verdicts |= dict(zip(readable, found, strict=True))
-    ordered = [verdicts[index] for index in range(len(paths))]
-    rows = [_row(path, verdict) for path, verdict in zip(paths, ordered, strict=True)]
+        host = signer.lower() if signer else None
+        verdicts: list[Verdict] = []
+        lines: list[Line] = []
+        scale: Profile | None = None
+        for start in range(0, len(paths), CHUNK):
+            chunk = slice(start, start + CHUNK)
+            if signed:
+                found = [_receipt_verdict(paths[0], *signed, own, model, known, alpha, requests[0])]
+            else:
+                found = _verdicts(paths[chunk], own, model, known, alpha, requests[chunk], progress)
+            verdicts += found
+            scale = scale or next((one.calibration for one in found if one.calibration), None)
+            if scale:
+                new = scored(found, scale)
+                lines = update_ledger(ledger, new, scale, host) if ledger else extended(lines, new, scale)
+    level = alpha or (scale.alpha if scale else ALPHA)
+    together = SequentialEvidence.of(np.array([line.log_wealth for line in lines]), level) if lines else None
+    pooled = pooled_verdict(verdicts, level)
+    rows = [_row(path, verdict) for path, verdict in zip(paths, verdicts, strict=True)]
     whole: dict[str, Any] = {
-        "rows": [{"trace": str(path), **v.to_dict()} for path, v in zip(paths, ordered, strict=True)]
+        "rows": [{"trace": str(path), **v.to_dict()} for path, v in zip(paths, verdicts, strict=True)],
+        "pooled": pooled.to_dict(),
+        "sequential": together.to_dict() if together else None,
     }
-    whole["pooled"] = pooled_verdict(ordered, _alpha(ordered, alpha)).to_dict()
     emit(rows, _columns(), format, whole=whole)
-    return 0 if all(verdict.status == "PASS" for verdict in ordered) else 1
+    if len(verdicts) > 1 or ledger:
+        print(f"as a set      {pooled}", file=sys.stderr)
+        print(f"in sequence   {together or 'nothing could be scored'}", file=sys.stderr)
+    passed = all(verdict.status == "PASS" for verdict in verdicts)
+    return 0 if passed and not (together and together.alarm_at) else 1
 
 
 def trace_files(given: list[Path]) -> list[Path]:
@@ -140,6 +163,32 @@ def _signed_files(
             "bitassay verify OPENING --receipt FILE --challenge FILE --signer KEY --model MODEL",
         )
     return receipt, read_challenge(challenge), None if signer is None else public_key(signer)
+
+
+def _verdicts(
+    paths: list[Path],
+    own: "PreTrainedModel",
+    model: str,
+    known: "Profile | None",
+    alpha: float | None,
+    requests: list[Any],
+    progress: "Progress",
+) -> "list[Verdict]":
+    from bitassay.verify.trace import TraceError, read_trace
+    from bitassay.verify.verdict import failed, verify_many
+
+    verdicts, readable = {}, {}
+    for index, path in enumerate(paths):
+        try:
+            readable[index] = read_trace(path)
+        except TraceError as error:
+            verdicts[index] = failed(error, model)
+    asked = [requests[index] for index in readable]
+    found = verify_many(
+        list(readable.values()), own, profile=known, alpha=alpha, requests=asked, progress=progress
+    )
+    verdicts |= dict(zip(readable, found, strict=True))
+    return [verdicts[index] for index in range(len(paths))]
 
 
 def _receipt_verdict(
@@ -185,10 +234,6 @@ def _requests(
         )
     nonces = [None if nonce is None else f"{nonce}-{index}" for index in range(count)]
     return [Request(text, word, None, max_new_tokens) for text, word in zip(texts, nonces, strict=True)]
-
-
-def _alpha(verdicts: "list[Verdict]", alpha: float | None) -> float:
-    return alpha or next((verdict.alpha for verdict in verdicts if verdict.alpha), 0.05)
 
 
 def _row(path: Path, verdict: "Verdict") -> dict[str, Any]:

@@ -9,7 +9,9 @@ exchangeability is known,
     P(U = u) = coefficient of q^u in the Gaussian binomial [n + k choose k] / C(n + k, k),
 
 and a small U says that the new runs are farther off than the honest ones. Ties were counted against
-rejection, so the p-value P(U <= u) is valid with them. Compare Bates et al. 2023 ("Testing for outliers with
+rejection, so the p-value P(U <= u) is valid with them. Traces of different limits (see `profile.py`) were
+ranked among different honest scores: each limit gets its own U, and the smallest p-value times the number of
+limits is the answer (Bonferroni). Compare Bates et al. 2023 ("Testing for outliers with
 conformal p-values"), who show how far conformal p-values are from independent.
 """
 
@@ -20,6 +22,7 @@ from math import comb
 from typing import Any
 
 from bitassay.errors import BitassayError
+from bitassay.verify.profile import ALPHA
 from bitassay.verify.structure import Reason
 from bitassay.verify.verdict import Status, Verdict
 
@@ -50,10 +53,7 @@ class PooledVerdict:
         return f"{self.status}: {'; '.join(reason.sentence for reason in self.reasons)}"
 
 
-STATISTICAL = {"states-too-far", "tokens-unlikely"}
-
-
-def pooled_verdict(verdicts: Sequence[Verdict], alpha: float = 0.05) -> PooledVerdict:
+def pooled_verdict(verdicts: Sequence[Verdict], alpha: float = ALPHA) -> PooledVerdict:
     """Are all traces together those of an honest host? The false-positive rate is at most `alpha` for the
     whole set.
 
@@ -64,32 +64,31 @@ def pooled_verdict(verdicts: Sequence[Verdict], alpha: float = 0.05) -> PooledVe
     if not verdicts:
         raise BitassayError("there are no verdicts to pool")
     counts = dict(Counter(verdict.status for verdict in verdicts))
-    structural = [
-        reason
-        for verdict in verdicts
-        if verdict.status == "FAIL"
-        for reason in verdict.reasons
-        if reason.code not in STATISTICAL
-    ]
-    p_values = [verdict.p_value for verdict in verdicts if verdict.p_value is not None]
+    structural = [reason for verdict in verdicts for reason in verdict.structural]
+    p_values: dict[int | None, list[float]] = {}
+    for verdict in verdicts:
+        if verdict.p_value is not None:
+            p_values.setdefault(verdict.limit, []).append(verdict.p_value)
+    n_pooled = sum(map(len, p_values.values()))
     calibrations = {(verdict.profile, verdict.n_calibration or 0) for verdict in verdicts if verdict.profile}
     if len(calibrations) > 1:
         raise BitassayError(
             "the verdicts come from different profiles", "pool traces of one model and one pair of numerics"
         )
-    p_value = pooled_p_value(p_values, calibrations.pop()[1]) if p_values else None
+    p_value = None
+    if p_values:
+        n = calibrations.pop()[1]
+        p_value = min(1.0, len(p_values) * min(pooled_p_value(alike, n) for alike in p_values.values()))
     if structural:
-        return PooledVerdict("FAIL", tuple(dict.fromkeys(structural)), counts, len(p_values), p_value, alpha)
+        return PooledVerdict("FAIL", tuple(dict.fromkeys(structural)), counts, n_pooled, p_value, alpha)
     if p_value is None:
         doubts = tuple(dict.fromkeys(reason for verdict in verdicts for reason in verdict.reasons))
         return PooledVerdict("INCONCLUSIVE", doubts, counts, 0, None, alpha)
     failing = sum(verdict.status == "FAIL" for verdict in verdicts)
-    sentence = f"{failing} of {len(p_values)} traces fail alone; as a set p = {p_value:.2g} under honesty"
+    sentence = f"{failing} of {n_pooled} traces fail alone; as a set p = {p_value:.2g} under honesty"
     if p_value <= alpha:
-        return PooledVerdict(
-            "FAIL", (Reason("pooled-too-far", sentence),), counts, len(p_values), p_value, alpha
-        )
-    return PooledVerdict("PASS", (Reason("as-honest", sentence),), counts, len(p_values), p_value, alpha)
+        return PooledVerdict("FAIL", (Reason("pooled-too-far", sentence),), counts, n_pooled, p_value, alpha)
+    return PooledVerdict("PASS", (Reason("as-honest", sentence),), counts, n_pooled, p_value, alpha)
 
 
 def pooled_p_value(p_values: Sequence[float], n: int) -> float:

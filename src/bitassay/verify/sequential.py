@@ -43,13 +43,22 @@ the median number of requests until the alarm, over 200 simulated hosts that che
     n = 50         23         5          2
     n = 100        19         4          2          (*) 48 % of the hosts within 60 requests
 
+Requests of different limits (see `profile.py`) are ranked among different honest scores, and there is no
+order of all of them. Each limit plays its own game, with the share 1 / (g (g + 1)) of alpha for the g-th to
+appear; the shares sum to at most 1, so by the union bound the promise holds for all games together. The
+first costs a factor of 2 that way, and whoever asks every time for another length learns little.
+
 Left out: the bound is an average over calibration sets, as that of every conformal method is; for one given
 set it may be larger. It needs exchangeable scores: requests like the calibration prompts, chosen before
 their scores are known. The evidence that n honest scores can ever give is limited; a weak attack may need
-more of them rather than more requests. The cost grows as k^2 (n + k).
+more of them rather than more requests. The cost grows as k^2 (n + k); where
+the capital so far is known, that of one more request as k + n times the number of starts.
 """
 
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float64, Int64
@@ -60,11 +69,54 @@ DELTAS = 2.0 ** -np.arange(1, 9)
 STARTS_PER_OCTAVE = 8
 
 
-def log_wealth(
-    scores: Float64[np.ndarray, " k"], honest: Float64[np.ndarray, " n"]
+@dataclass(frozen=True)
+class SequentialEvidence:
+    """What `n_requests` prove together. log_wealth: after the last. p_value: the smallest alpha at which
+    there has been an alarm. alarm_at: the request, counted from 1, at which it came for this alpha."""
+
+    n_requests: int
+    log_wealth: float
+    p_value: float
+    alarm_at: int | None
+    alpha: float
+
+    @classmethod
+    def of(cls, wealth: Float64[np.ndarray, " k"], alpha: float) -> "SequentialEvidence":
+        last = float(wealth[-1]) if len(wealth) else 0.0
+        return cls(len(wealth), last, anytime_p_value(wealth), alarm_at(wealth, alpha), alpha)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        found = f"alarm at request {self.alarm_at}" if self.alarm_at else "no alarm"
+        return f"{found} of {self.n_requests}; anytime p {self.p_value:.2g}, alpha {self.alpha:g}"
+
+
+def wealth_by_limit(
+    scores: Float64[np.ndarray, " k"],
+    limits: Sequence[int],
+    honest: Callable[[int], Float64[np.ndarray, " n"]],
+    known: Sequence[float] = (),
 ) -> Float64[np.ndarray, " k"]:
-    """Log capital after each of the requests' `scores`, in their order, given the `honest` scores of a
-    profile; larger scores are less honest. What comes later never changes what was before.
+    """Log capital, in its limit's game, after each of the requests; honest(limit): the profile's scores for a
+    limit. known: what was found for the first of them."""
+    wealth = np.array([*known, *[0.0] * (len(scores) - len(known))])
+    for game, limit in enumerate(dict.fromkeys(limits), 1):
+        mine = np.flatnonzero(np.array(limits) == limit)
+        new = mine[mine >= len(known)]
+        share = -math.log(game * (game + 1))
+        if len(new):
+            wealth[new] = share + log_wealth(scores[mine], honest(limit), after=len(mine) - len(new))
+    return wealth
+
+
+def log_wealth(
+    scores: Float64[np.ndarray, " k"], honest: Float64[np.ndarray, " n"], after: int = 0
+) -> Float64[np.ndarray, " looks"]:
+    """Log capital after each of the requests' `scores` but the first `after`, in their order, given the
+    `honest` scores of a profile; larger scores are less honest. What comes later never changes what was
+    before.
 
     Raises BitassayError for NaN, or without honest scores.
     """
@@ -74,14 +126,14 @@ def log_wealth(
         raise BitassayError("scores of requests and honest scores must not be NaN")
     everything, begins = np.concatenate([honest, scores]), starts(len(scores))
     weights = start_weights(len(begins))
-    wealth = np.zeros(len(scores))
-    for k in range(1, len(scores) + 1):
+    wealth = np.zeros(len(scores) - after)
+    for k in range(after + 1, len(scores) + 1):
         items = np.arange(len(honest) + k)
         order = np.lexsort((-items, everything[: len(items)]))
         begun = begins < k
         ratios = log_ratios(order >= len(honest) + begins[begun, None])
         kept = np.log1p(-weights[begun].sum())
-        wealth[k - 1] = np.logaddexp.reduce(np.append(np.log(weights[begun]) + ratios, kept))
+        wealth[k - after - 1] = np.logaddexp.reduce(np.append(np.log(weights[begun]) + ratios, kept))
     return wealth
 
 

@@ -10,7 +10,7 @@ that the host served these tokens to anybody.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from math import exp
 from pathlib import Path
@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from bitassay.generate.decode import TokenIds
 from bitassay.generate.sampling import Sampler
 from bitassay.models.load import identity
+from bitassay.record.hashing import digest_json
 from bitassay.record.progress import Progress, silent
 from bitassay.verify.evidence import Evidence, gather
 from bitassay.verify.numerics import numerics
@@ -29,6 +30,7 @@ from bitassay.verify.structure import Reason, Request, claim_defects, shape_defe
 from bitassay.verify.trace import Header, ModelClaim, Trace, TraceError
 
 Status = Literal["PASS", "FAIL", "INCONCLUSIVE"]
+STATISTICAL = frozenset({"states-too-far", "tokens-unlikely"})  # codes of a FAIL that could be bad luck
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,8 @@ class Verdict:
 
     n_tokens: output tokens. p_value, score, alpha, n_calibration: from the profile whose digest is `profile`.
     limit: the generated positions that the honest runs were cut at which the score was ranked among.
-    evidence: distances by layer, VeriLLM statistics, margins by token.
+    evidence: distances by layer, VeriLLM statistics, margins by token. trace: digest of the header judged.
+    calibration: the profile itself.
     """
 
     status: Status
@@ -51,6 +54,14 @@ class Verdict:
     profile: str | None = None
     n_calibration: int | None = None
     limit: int | None = None
+    trace: str | None = None
+    calibration: Profile | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def structural(self) -> tuple[Reason, ...]:
+        """Why it fails whatever the statistics say."""
+        reasons = self.reasons if self.status == "FAIL" else ()
+        return tuple(reason for reason in reasons if reason.code not in STATISTICAL)
 
     @property
     def hidden_distance(self) -> float | None:
@@ -88,6 +99,7 @@ class Verdict:
             "profile": self.profile,
             "n_calibration": self.n_calibration,
             "limit": self.limit,
+            "trace_digest": self.trace,
             "hidden_distance": self.hidden_distance,
             "mean_margin": self.evidence.mean_margin if self.evidence else None,
             "max_margin": max(margins) if margins else None,
@@ -222,6 +234,8 @@ def decide(
         profile.digest,
         profile.n,
         limit,
+        digest_json(trace.header.model_dump(mode="json")),
+        profile,
     )
 
 
