@@ -14,10 +14,10 @@ from bitassay.studies.attack import AttackPlan, Court, attack, check_plan
 from bitassay.verify.detectors import DETECTORS, Observation
 
 PLAN = AttackPlan(
-    sequences=40,
+    sequences=32,
     tokens=16,
     alpha=0.05,
-    attacks=("int2", "decode-int4", "replayed", "seed"),
+    attacks=("int2", "decode-int4", "replayed", "root-forged", "verifier-copies", "seed"),
     variants=("same", "batch-8", "sampled"),
 )
 KEYS = [
@@ -28,6 +28,9 @@ KEYS = [
     "tpr_ci",
     "tokens_to_99",
     "bytes_per_token",
+    "seconds_per_token",
+    "prefill_seconds_per_token",
+    "prover_seconds_per_token",
     "n_honest",
     "n_attacked",
 ]
@@ -49,7 +52,7 @@ def test_one_row_for_each_attack_and_detector(finished):
     }
     for row in run["rows"]:
         assert all(key in row for key in KEYS)
-        assert row["n_honest"] == (40 if row["attack"] == "seed" else 80)
+        assert row["n_honest"] == (32 if row["attack"] == "seed" else 64)
         assert row["tpr_ci"][0] <= row["tpr_at_1pct_fpr"] <= row["tpr_ci"][1]
     assert json.loads((folder / "run.json").read_text())["rows"] == json.loads(json.dumps(run["rows"]))
 
@@ -65,6 +68,30 @@ def test_who_sees_what(finished):
     assert cell(run, "replayed", "structure")["tpr_at_1pct_fpr"] == 1
     assert cell(run, "replayed", "combined")["tokens_to_99"] == 1
     assert cell(run, "int2", "structure")["sees"] == "nothing"
+
+
+def test_exact_checks_catch_what_no_state_shows(finished):
+    run, _ = finished
+    for name in ("root-forged", "verifier-copies"):
+        for detector in ("structure", "combined"):
+            assert cell(run, name, detector)["tpr_at_1pct_fpr"] == 1
+            assert cell(run, name, detector)["tokens_to_99"] == 1
+        for detector in ("distance", "toploc", "token-difr"):
+            assert cell(run, name, detector)["sees"] == "nothing"
+
+
+def test_what_each_detector_costs_was_measured(finished):
+    run, _ = finished
+    found = {(row["sampler"], row["detector"]): row for row in run["costs"]}
+    assert set(found) == {(sampler, name) for sampler in ("greedy", "sampled") for name in DETECTORS}
+    for (_, name), row in found.items():
+        works = name not in ("token-difr", "structure")
+        assert (row["prover_seconds_per_token"] > 0) == works
+        assert row["seconds_per_token"] > 0 < row["prefill_seconds_per_token"]
+    assert len({row["seconds_per_token"] for row in run["costs"]}) == len(found)
+    both = {sampler: found[sampler, "token-difr"]["seconds_per_token"] for sampler in ("greedy", "sampled")}
+    assert cell(run, "seed", "token-difr")["seconds_per_token"] == both["sampled"]
+    assert cell(run, "int2", "token-difr")["seconds_per_token"] == both["greedy"]
 
 
 def test_honest_runs_are_accused_no_more_often_than_allowed(finished):
@@ -112,7 +139,9 @@ def test_command_line(tmp_path, capsys):
     assert {row["detector"] for row in found["rows"]} == set(DETECTORS)
     assert (tmp_path / "run" / "report.html").exists()
     assert command(["attack", "stories260k", *few, "--out", str(tmp_path / "run")]) == 0
-    assert "100 % @" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "100 % @" in shown
+    assert "host's seconds" in shown
     assert command(["attack", "stories260k", "--attacks", "int22"]) == 2
     assert "int2" in capsys.readouterr().err
 

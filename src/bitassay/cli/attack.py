@@ -42,7 +42,13 @@ def attack(
         format: What to print on stdout; json and csv have every cell with its interval.
     """
     from bitassay.cli.progress import show_progress
-    from bitassay.report.attack import ATTACK_COLUMNS, matrix, matrix_columns, write_attack_report
+    from bitassay.report.attack import (
+        ATTACK_COLUMNS,
+        COST_COLUMNS,
+        matrix,
+        matrix_columns,
+        write_attack_report,
+    )
     from bitassay.studies.attack import AttackPlan, attack
 
     plan = AttackPlan(sequences, tokens, alpha, batch, seed)
@@ -55,6 +61,8 @@ def attack(
     write_attack_report(run, folder / "report.html")
     if format in ("table", "md"):
         emit(matrix(run), matrix_columns(run), format)
+        print()
+        emit(run["costs"], COST_COLUMNS, format)
     else:
         emit(run["rows"], ATTACK_COLUMNS, format, whole=run)
     print(f"report: {folder / 'report.html'}", file=sys.stderr)

@@ -17,9 +17,22 @@ ATTACK_COLUMNS = [
     Column("tpr_ci", "95 % interval", interval(percent(1))),
     Column("tokens_to_99", "tokens\nto 99 %"),
     Column("bytes_per_token", "bytes\na token", significant(3)),
+    Column("seconds_per_token", "seconds\na token", significant(3)),
+    Column("prover_seconds_per_token", "host's seconds\na token", significant(3)),
+    Column("prefill_seconds_per_token", "prefill seconds\na token", significant(3)),
     Column("n_honest", "honest"),
     Column("n_attacked", "attacked"),
     Column("sees", "sees", align="left"),
+]
+
+
+COST_COLUMNS = [
+    Column("sampler", "sampler", align="left"),
+    Column("detector", "detector", align="left"),
+    Column("bytes_per_token", "bytes\na token", significant(3)),
+    Column("seconds_per_token", "verifier's seconds\na token", significant(2)),
+    Column("prefill_seconds_per_token", "its prefill\na token", significant(2)),
+    Column("prover_seconds_per_token", "host's seconds\na token", significant(2)),
 ]
 
 
@@ -56,7 +69,7 @@ def write_attack_report(run: dict[str, Any], path: Path) -> None:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"percent": percent(1), "cell": cell}
+    environment.filters |= {"percent": percent(1), "cell": cell, "two": significant(2)}
     source = (files("bitassay") / "report" / "attack.html.j2").read_text(encoding="utf-8")
     page = environment.from_string(source).render(run=run, rows=matrix(run), detectors=detectors_of(run))
     write_text(path, page)

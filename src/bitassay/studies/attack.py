@@ -43,7 +43,16 @@ from bitassay.record.progress import Progress, silent
 from bitassay.record.run import RunFolder
 from bitassay.studies.assay import chosen_prompts
 from bitassay.verify.attacks import TRACE_ATTACKS, Setting, honest_prefill
-from bitassay.verify.detectors import DETECTORS, GRID, HonestFit, Observation, Statistics, observe
+from bitassay.verify.detectors import (
+    DETECTORS,
+    GRID,
+    HonestFit,
+    Observation,
+    Seconds,
+    Statistics,
+    measure,
+    observe,
+)
 from bitassay.verify.exchange import Handed
 from bitassay.verify.forgeries import RECEIPT_ATTACKS
 from bitassay.verify.power import auc, share, threshold, tokens_to
@@ -57,7 +66,8 @@ ATTACKS = TRACE_ATTACKS | RECEIPT_ATTACKS
 FOLDS = 5
 MOST_CANDIDATES = 400
 SAMPLED = Sampler(temperature=0.8, top_p=0.95, seed=7)
-_OBSERVATIONS = TypeAdapter(list[Observation])
+TIMED = 3  # traces on which the detectors are timed
+_OBSERVATIONS, _SECONDS = TypeAdapter(list[Observation]), TypeAdapter(Seconds)
 
 
 @dataclass(frozen=True)
@@ -223,6 +233,7 @@ def attack(
     }
     layers = len(honest[plan.variants[0]][0].log_distances)
     hidden = base.config.get_text_config().hidden_size
+    seconds = {sampled: _seconds(folder, base, prompts, sampled, plan, progress) for sampled in courts}
     run = {
         **described,
         "model": {"name": model, "weights_digest": identity(base).weights_digest},
@@ -232,7 +243,19 @@ def attack(
         "rows": [
             row
             for name in plan.attacks
-            for row in judged_rows(name, courts[ATTACKS[name].sampled], attacked[name], plan, layers, hidden)
+            for row in judged_rows(
+                name,
+                courts[ATTACKS[name].sampled],
+                attacked[name],
+                plan,
+                costs(seconds[ATTACKS[name].sampled], layers, hidden),
+            )
+        ],
+        "timed": TIMED,
+        "costs": [
+            {"sampler": "sampled" if sampled else "greedy", "detector": name, **cost}
+            for sampled, measured in seconds.items()
+            for name, cost in costs(measured, layers, hidden).items()
         ],
         "honest": honest_rows(courts, plan),
         "about": {name: ATTACKS[name].about for name in plan.attacks},
@@ -303,6 +326,38 @@ def _part(
     return _OBSERVATIONS.validate_python(folder.part(name, compute))
 
 
+def _seconds(
+    folder: RunFolder,
+    model: PreTrainedModel,
+    prompts: Sequence[TokenIds],
+    sampled: bool,
+    plan: AttackPlan,
+    progress: Progress,
+) -> Seconds:
+    """What the detectors take on a few honest traces, here and now."""
+
+    def compute() -> Any:
+        progress("timing the detectors")
+        bench = Bench("", model, prompts[:TIMED], SAMPLED if sampled else GREEDY, plan)
+        return _SECONDS.dump_python(measure(bench.prove(), model, _requests(bench)), mode="json")
+
+    return _SECONDS.validate_python(folder.part("seconds-sampled" if sampled else "seconds", compute))
+
+
+def costs(seconds: Seconds, layers: int, hidden: int) -> dict[str, dict[str, float]]:
+    """Of each detector, for a token of the output: bytes of evidence, the verifier's seconds beyond the
+    prefill, the prefill's, and the host's beyond generation."""
+    return {
+        name: {
+            "bytes_per_token": detector.evidence_bytes(layers, hidden),
+            "seconds_per_token": seconds.check[name],
+            "prefill_seconds_per_token": seconds.prefill,
+            "prover_seconds_per_token": seconds.prove[name],
+        }
+        for name, detector in DETECTORS.items()
+    }
+
+
 def _folder(out: Path | None, model: str, described: dict[str, Any]) -> RunFolder:
     if out is not None:
         return RunFolder(out, described)
@@ -355,10 +410,9 @@ def judged_rows(
     court: Court,
     attacked: Sequence[Observation],
     plan: AttackPlan,
-    layers: int,
-    hidden: int,
+    cost: Mapping[str, Mapping[str, float]],
 ) -> list[dict[str, Any]]:
-    """One row a detector."""
+    """One row a detector; `cost` as `costs` gives it."""
     grid = [n for n in GRID if n < plan.tokens] + [plan.tokens]
     rows = []
     for name, detector in DETECTORS.items():
@@ -377,7 +431,7 @@ def judged_rows(
                 "tpr_at_1pct_fpr": found.value,
                 "tpr_ci": [found.low, found.high],
                 "tokens_to_99": tokens_to({n: rate.value for n, rate in caught.items()}),
-                "bytes_per_token": detector.evidence_bytes(layers, hidden),
+                **cost[name],
                 "n_honest": len(honest_scores),
                 "n_attacked": len(attacked),
                 "tokens": plan.tokens,

@@ -20,9 +20,13 @@ Proofs and projections are made from the full states here, by a fixed seed. A ho
 a seed that the verifier draws after it has committed.
 """
 
+import functools
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,8 +41,10 @@ from bitassay.verify.calibrate import STATES_SD, TOKENS_SD
 from bitassay.verify.distance import distance_floor, mean_log_distance, relative_distances
 from bitassay.verify.evidence import own_prefills, token_margins
 from bitassay.verify.exchange import Handed, Shown, codes, examine
+from bitassay.verify.merkle import merkle_root
 from bitassay.verify.profile import OFFSET
-from bitassay.verify.structure import Request
+from bitassay.verify.receipt import trace_leaves
+from bitassay.verify.structure import Request, claim_defects, shape_defects
 from bitassay.verify.trace import Trace
 from bitassay.verify.verillm import FORMAT_OF_DTYPE, RULE_SETS, accepted, cell_statistics
 
@@ -173,13 +179,32 @@ class Statistics:
 
 
 @dataclass(frozen=True)
+class Desk:
+    """What a verifier has in hand once its prefill of one trace is done."""
+
+    trace: Trace
+    own: Prefill
+    layers: Sequence[Pair]
+    model: PreTrainedModel
+    request: Request
+
+    @property
+    def last(self) -> Float[Tensor, "generated hidden"]:
+        """The verifier's states at the last sampled layer."""
+        return self.layers[-1].generated[1]
+
+
+@dataclass(frozen=True)
 class Detector:
     """statistics: of an observation's first n tokens, None where there is nothing to see. evidence_bytes:
-    what a token's evidence takes, for `layers` sampled layers of `hidden` 16-bit numbers."""
+    what a token's evidence takes, for `layers` sampled layers of `hidden` 16-bit numbers. check: the
+    verifier's work beyond the prefill, on what `prove`, the host's work beyond generation, has made."""
 
     name: str
     statistics: Callable[[Observation, int], Statistics | None]
     evidence_bytes: Callable[[int, int], float]
+    check: Callable[[Desk, Any], object]
+    prove: Callable[[Trace], object] | None = None
     accepts: Callable[[Observation, int], bool | None] = lambda observation, n: None
 
 
@@ -264,21 +289,112 @@ def _nothing(layers: int, hidden: int) -> float:
     return 0.0
 
 
+# --- the work of host and verifier, apart ---
+
+
+def _last(trace: Trace) -> Float[Tensor, "generated hidden"]:
+    return trace.states[trace.header.layers[-1]][trace.n_prompt :]
+
+
+def _commit(trace: Trace) -> bytes:
+    return merkle_root(trace_leaves(trace))
+
+
+def _check_structure(desk: Desk, _: Any) -> object:
+    return shape_defects(desk.trace, desk.model) + claim_defects(desk.trace, desk.model, desk.request)
+
+
+def _check_states(desk: Desk, _: Any) -> object:
+    return log_distances(desk.layers, desk.model.dtype)
+
+
+def _check_cells(rules: str) -> Callable[[Desk, Any], object]:
+    return lambda desk, _: refused_cells(desk.layers, rules, desk.model.dtype)
+
+
+def _check_tokens(desk: Desk, _: Any) -> object:
+    return token_margins(desk.trace.header, desk.own)
+
+
+def _check_all(desk: Desk, _: Any) -> object:
+    return _check_structure(desk, _), _check_states(desk, _), _check_tokens(desk, _)
+
+
 DETECTORS = {
     detector.name: detector
     for detector in (
-        Detector("verillm-paper", _verillm("paper"), _full_states),
-        Detector("verillm-documents", _verillm("documents"), _full_states),
-        Detector("distance", _distance, _full_states),
-        Detector(
-            "toploc", _toploc_statistics, lambda *_: (2 + 2 * toploc.TOP) / toploc.CHUNK, _toploc_accepts
+        *(
+            Detector(f"verillm-{rules}", _verillm(rules), _full_states, _check_cells(rules), _commit)
+            for rules in RULE_SETS
         ),
-        Detector("activation-difr", _activation_difr, lambda *_: 2.0 * difr.DIMENSIONS),
-        Detector("token-difr", _token_difr, _nothing),
-        Detector("structure", _structure, _nothing),
-        Detector("combined", _combined, _full_states),
+        Detector("distance", _distance, _full_states, _check_states, _commit),
+        Detector(
+            "toploc",
+            _toploc_statistics,
+            lambda *_: (2 + 2 * toploc.TOP) / toploc.CHUNK,
+            lambda desk, proofs: _toploc(proofs, desk.last),
+            lambda trace: toploc.prove_chunks(_last(trace)),
+            _toploc_accepts,
+        ),
+        Detector(
+            "activation-difr",
+            _activation_difr,
+            lambda *_: 2.0 * difr.DIMENSIONS,
+            lambda desk, claimed: projected(claimed, desk.last, desk.model.dtype),
+            lambda trace: difr.project(_last(trace), PROJECTION_SEED),
+        ),
+        Detector("token-difr", _token_difr, _nothing, _check_tokens),
+        Detector("structure", _structure, _nothing, _check_structure),
+        Detector("combined", _combined, _full_states, _check_all, _commit),
     )
 }
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """For each token of the output: the verifier's prefill, which all detectors share; beyond it the check of
+    each, and what each makes the host do beyond generation."""
+
+    prefill: float
+    check: dict[str, float]
+    prove: dict[str, float]
+
+
+def measure(
+    traces: Sequence[Trace], model: PreTrainedModel, requests: Sequence[Request], rounds: int = 3
+) -> Seconds:
+    """Medians over `rounds` and traces, one trace at a time; the detectors take turns, so that what else the
+    machine does falls on all of them alike. A first round is not counted."""
+    found: dict[tuple[str, str], list[float]] = {}
+
+    def timed(part: str, name: str, tokens: int, work: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
+        value = work()
+        found.setdefault((part, name), []).append((time.perf_counter() - start) / tokens)
+        return value
+
+    for round_ in range(rounds + 1):
+        if round_ == 1:
+            found.clear()
+        for trace, request in zip(traces, requests, strict=True):
+            tokens = trace.n_tokens
+            [(_, own)] = timed("prefill", "", tokens, lambda trace=trace: list(own_prefills([trace], model)))
+            shown = Shown(trace.header, trace.header.positions, trace.states)
+            desk = Desk(trace, own, pairs(shown, own), model, request)
+            for name, detector in DETECTORS.items():
+                proof = None
+                if detector.prove is not None:
+                    proof = timed("prove", name, tokens, functools.partial(detector.prove, trace))
+                timed("check", name, tokens, functools.partial(detector.check, desk, proof))
+
+    def middle(part: str, name: str = "") -> float:
+        return median(found.get((part, name), [0.0]))
+
+    return Seconds(
+        middle("prefill"),
+        {name: middle("check", name) for name in DETECTORS},
+        {name: middle("prove", name) for name in DETECTORS},
+    )
 
 
 @dataclass(frozen=True)
