@@ -14,7 +14,7 @@ from bitassay.studies.attack import AttackPlan, Court, attack, check_plan
 from bitassay.verify.detectors import DETECTORS, Observation
 
 PLAN = AttackPlan(
-    sequences=32,
+    sequences=35,
     tokens=16,
     alpha=0.05,
     attacks=("int2", "decode-int4", "replayed", "root-forged", "verifier-copies", "seed"),
@@ -52,7 +52,7 @@ def test_one_row_for_each_attack_and_detector(finished):
     }
     for row in run["rows"]:
         assert all(key in row for key in KEYS)
-        assert row["n_honest"] == (32 if row["attack"] == "seed" else 64)
+        assert row["n_honest"] == (35 if row["attack"] == "seed" else 70)
         assert row["tpr_ci"][0] <= row["tpr_at_1pct_fpr"] <= row["tpr_ci"][1]
     assert json.loads((folder / "run.json").read_text())["rows"] == json.loads(json.dumps(run["rows"]))
 
@@ -125,6 +125,7 @@ def test_refusals():
         (replace(PLAN, attacks=("int22",)), "int2"),
         (replace(PLAN, variants=("sam",)), "same"),
         (replace(PLAN, alpha=0.001), "honest scores"),
+        (replace(PLAN, sequences=32), "17 honest scores; alpha 0.05 needs 19"),  # else nothing is ever caught
         (replace(PLAN, tokens=1), "2 tokens"),
         (replace(PLAN, variants=("same",)), "sampled"),
     ]:

@@ -275,11 +275,11 @@ def check_plan(plan: AttackPlan) -> None:
         raise BitassayError("a study needs 2 tokens and 10 sequences at least", "--tokens 64 --sequences 100")
     for sampled in {ATTACKS[name].sampled for name in plan.attacks}:
         pooled = [name for name in plan.variants if VARIANTS[name].sampled == sampled]
-        scores = int(len(pooled) * plan.sequences * (FOLDS - 1) / FOLDS * 3 / 4)
+        scores = len(pooled) * fewest_counted(plan.sequences)
         if scores < (needed := runs_needed(plan.alpha)):
             raise BitassayError(
                 f"{plan.sequences} sequences under {len(pooled)} {'sampled ' * sampled}numerics give "
-                f"about {scores} honest scores; alpha {plan.alpha:g} needs {needed}",
+                f"{scores} honest scores; alpha {plan.alpha:g} needs {needed}",
                 "more --sequences, more --numerics or a larger --alpha",
             )
 
@@ -395,13 +395,24 @@ class Court:
         return np.concatenate([self.decide(detector, n, runs)[0] for runs in self.honest.values()])
 
 
+def fits(request: int) -> bool:
+    """Whether a request's honest runs go into the fit of other folds; those of the others are counted."""
+    return request // FOLDS % 4 == 0
+
+
+def fewest_counted(sequences: int) -> int:
+    """The requests that are counted for the fold that has the fewest of them."""
+    counted = [request % FOLDS for request in range(sequences) if not fits(request)]
+    return min(len(counted) - counted.count(fold) for fold in range(FOLDS))
+
+
 def _judge(
     known: Sequence[tuple[int, Statistics | None]], fold: int, alpha: float
 ) -> tuple[HonestFit, float]:
     """Fit and threshold by requests of the other folds: a quarter fits, the others are counted."""
-    others = [(index // FOLDS, one) for index, one in known if one is not None and index % FOLDS != fold]
-    fit = HonestFit.of([one for request, one in others if request % 4 == 0])
-    counted = [fit.score(one) for request, one in others if request % 4]
+    others = [(index, one) for index, one in known if one is not None and index % FOLDS != fold]
+    fit = HonestFit.of([one for request, one in others if fits(request)])
+    counted = [fit.score(one) for request, one in others if not fits(request)]
     return fit, threshold(np.array(counted, np.float64), alpha)
 
 
