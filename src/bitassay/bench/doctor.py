@@ -35,6 +35,7 @@ VERBS = {
     "open": ("torch", "cryptography"),
     "calibrate": (*_MODEL, "scipy"),
     "attack": (*_MODEL, "scipy", "matplotlib", "jinja2"),
+    "study": (*_MODEL, "scipy", "matplotlib", "jinja2", "pyyaml"),
     "report": ("matplotlib", "jinja2"),
     "models": _MODEL,
     "recipes": ("torch", "pyyaml", "pydantic"),

@@ -24,6 +24,7 @@ VERBS = {
     "open": "Answer a challenge with the challenged cells of a trace, and proof that they were committed to.",
     "calibrate": "Fit a verification profile to honest runs on this machine.",
     "attack": "Attack the verifier of a model in every known way; which detector catches what.",
+    "study": "List and run the experiments: what fixed thresholds accept, and what they catch.",
     "report": "Turn run folders into one HTML file that opens offline.",
     "models": "List, pull and check models.",
     "recipes": "List the shipped recipes or print one.",

@@ -28,7 +28,7 @@ from bitassay.errors import BitassayError
 
 # In nats: a token on the rim of the nucleus may lose by any amount, and one token must not decide a mean.
 MARGIN_CAP = 10.0
-# A nucleus is looked for among so many most likely tokens before all are sorted, which takes ten times longer.
+# So many most likely tokens are looked through for the nucleus before all are, which takes longer.
 NUCLEUS_SIZES = (1024, 8192)
 ROWS = 64  # rows of the vocabulary's size in float64 that exist at a time
 

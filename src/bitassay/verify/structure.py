@@ -107,10 +107,11 @@ def claim_defects(
         found.append(
             Reason("dtype-not-allowed", f"{header.numerics.dtype}; allowed are {', '.join(allowed_dtypes)}")
         )
-    return found + _request_defects(trace, model, request) + _length_defects(trace, model)
+    return found + request_defects(trace, model, request) + _length_defects(trace, model)
 
 
-def _request_defects(trace: Trace, model: PreTrainedModel, request: Request) -> list[Reason]:
+def request_defects(trace: Trace, model: PreTrainedModel, request: Request) -> list[Reason]:
+    """In what the header contradicts what was asked for."""
     header, found = trace.header, []
     if request.prompt is not None and header.prompt_ids != encode_prompt(model, request.prompt):
         found.append(Reason("other-prompt", "the prompt tokens are not those of the request"))

@@ -1,0 +1,194 @@
+"""`bitassay study`: the experiments of the VeriLLM replication, as rows of data."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import App, Parameter
+
+from bitassay.cli.output import Format, emit
+from bitassay.report.tables import Column, interval, percent
+
+if TYPE_CHECKING:
+    from bitassay.studies.experiments import Plan
+
+study = App(name="study", help="List and run the experiments.")
+
+_STUDIES = (
+    Column("study", "study", align="left"),
+    Column("prover", "prover", align="left"),
+    Column("verifier", "verifier", align="left"),
+    Column("hardware", "hardware", align="left"),
+    Column("expected", "accept rate\nexpected", interval(percent(0))),
+    Column("bar", "bar", percent(0)),
+    Column("about", "about", align="left"),
+)
+Names = Annotated[list[str], Parameter(consume_multiple=True, negative=())]
+
+
+@study.command(name="list")
+def list_(*, format: Format = "table") -> int:
+    """The studies and what the documents expect of them.
+
+    Args:
+        format: What to print on stdout.
+    """
+    from bitassay.studies.experiments import EXPERIMENTS
+
+    side = {"full": "FP16", "quantized": "INT4"}
+    rows: list[dict[str, Any]] = [
+        {
+            "study": one.name,
+            "prover": side[one.prover],
+            "verifier": side[one.verifier],
+            "hardware": "other, both directions" if one.other_hardware else "same",
+            "expected": list(one.expected),
+            "bar": one.bar,
+            "about": one.about,
+        }
+        for one in EXPERIMENTS.values()
+    ]
+    every = {"prover": "every precision", "verifier": "every precision", "hardware": "same"}
+    about = "which precisions a verifier can tell apart"
+    rows.append({"study": "separability", **every, "expected": None, "bar": None, "about": about})
+    emit(rows, _STUDIES, format)
+    return 0
+
+
+@study.command
+def run(
+    studies: list[str],
+    /,
+    *,
+    model: str,
+    tokens: int | None = None,
+    prompt_tokens: int | None = None,
+    trials: int | None = None,
+    verifiers: int = 3,
+    devices: Names | None = None,
+    here: Names | None = None,
+    role: Literal["prove", "verify"] | None = None,
+    precision: str = "fp16",
+    quantized: str = "w4",
+    attacks: Names | None = None,
+    precisions: Names | None = None,
+    rules: str = "documents",
+    alpha: float = 0.01,
+    jobs: int = 1,
+    gpus: Annotated[list[int] | None, Parameter(consume_multiple=True, negative=())] = None,
+    out: Path = Path("data"),
+    trust_remote_code: Annotated[bool, Parameter(negative=())] = False,
+    format: Format = "table",
+) -> int:
+    """Run STUDIES on a model: provers and verifiers each in a process of their own, everything through files.
+
+    Measured stands beside expected, and beside what the same bar does to INT8 and INT4 provers. Writes
+    OUT/raw/STUDY/..._trialK.json and ..._summary.json, and OUT/report.html. Interrupted, the same command
+    goes on. For two computers: run with `--role prove` on one, copy OUT to the other, and run there with
+    `--role verify` and the same --devices.
+
+    Args:
+        studies: exp1 to exp5, separability.
+        model: A name from `bitassay models list`, a folder, a .gguf file or a hub id.
+        tokens: Tokens of an output (default: 1000; separability: 16).
+        prompt_tokens: Tokens of a prompt, taken from WikiText-2 (default: 300; separability: 48).
+        trials: Prompts (default: 3; separability: 100).
+        verifiers: Verifiers in a trial. They differ in numerics; past those that there are, they repeat.
+        devices: The machine of same-hardware studies, and the other one: cpu, cuda:0, mps; numerics may
+            follow, as in cpu+avx2+eager+1thread (default: what is at hand; beside a lone CPU its own other
+            vector instructions stand in).
+        here: Which of the devices this computer is (default: those that it has).
+        role: Do one half only, prove or verify.
+        precision: Of the dense model: fp16, bf16, fp32. Quantized sides run in it too.
+        quantized: The INT4 side: a recipe, or a quantized checkpoint that transformers loads.
+        attacks: Provers that the same bar is tried on (default: w8 and the quantized side).
+        precisions: What separability compares (default: fp32 fp16 bf16 w8 fp8 w4 w3 w2).
+        rules: documents, paper, or a YAML file that `bitassay calibrate --study` wrote.
+        alpha: False-positive rate in separability.
+        jobs: Processes at a time. More than 1 disturbs the timings.
+        gpus: Which GPUs the processes are dealt to.
+        out: Folder of results and of the work in progress.
+        trust_remote_code: Run code that comes with the model.
+        format: What to print on stdout; json has everything.
+    """
+    from bitassay.cli.progress import show_progress
+    from bitassay.report import study as report
+    from bitassay.studies.experiments import run_experiments
+    from bitassay.studies.separability import PRECISIONS, run_separability
+
+    experiments = [name for name in studies if name != "separability"]
+    plan = _plan(
+        model,
+        devices or [],
+        here=here or [],
+        verifiers=verifiers,
+        precision=precision,
+        quantized=quantized,
+        attacks=tuple(attacks or ("w8", quantized)),
+        role=role,
+        jobs=jobs,
+        gpus=tuple(gpus or ()),
+        trust_remote_code=trust_remote_code,
+        **_rules(rules),
+    )
+    runs = []
+    with show_progress() as progress:
+        if experiments:
+            asked = _lengths(plan, tokens or 1000, prompt_tokens or 300, trials or 3)
+            runs.append(run_experiments(experiments, asked, out=out, progress=progress))
+        if "separability" in studies:
+            asked = _lengths(plan, tokens or 16, prompt_tokens or 48, trials or 100)
+            names = precisions or PRECISIONS
+            runs.append(run_separability(asked, precisions=names, alpha=alpha, out=out, progress=progress))
+    for one in (one for found in runs for one in found["missing"]):
+        sys.stderr.write(f"{one['study']}: waits for {one['missing']}\n")
+    if any(found["rows"] for found in runs):
+        report.write_study_report(runs, out / "report.html")
+    if format == "json":
+        whole = {"rows": [{"kind": one["kind"], **row} for one in runs for row in one["rows"]], "runs": runs}
+        emit([], [], "json", whole=whole)
+        return 0
+    for found in runs:
+        if found["kind"] == "separability":
+            emit(report.separability_rows(found), report.separability_columns(found), format)
+        else:
+            emit(found["rows"], report.EXPERIMENT_COLUMNS, format)
+    return 0
+
+
+def _plan(model: str, devices: list[str], *, here: list[str], **fields: Any) -> "Plan":
+    from bitassay.errors import BitassayError
+    from bitassay.studies.experiments import Plan
+    from bitassay.studies.parties import Machine, first_machine, other_machine
+
+    if len(devices) > 2:
+        raise BitassayError(
+            f"--devices names {len(devices)} machines", "one, or two: the prover's and the other one"
+        )
+    machines: list[Machine] = [Machine(name) for name in devices]
+    first = machines[0] if machines else first_machine()
+    second = machines[1] if len(machines) == 2 else other_machine(first)
+    return Plan(model, (first, second), here=tuple(map(Machine, here)), **fields)
+
+
+def _lengths(plan: "Plan", tokens: int, prompt_tokens: int, trials: int) -> "Plan":
+    from dataclasses import replace
+
+    return replace(plan, tokens=tokens, prompt_tokens=prompt_tokens, trials=trials)
+
+
+def _rules(given: str) -> dict[str, Any]:
+    """Rules and bar by name or from a file."""
+    from bitassay.errors import BitassayError, nearest
+    from bitassay.studies.thresholds import read_thresholds
+    from bitassay.verify.verillm import RULE_SETS
+
+    if given in RULE_SETS:
+        return {"rules": RULE_SETS[given]}
+    if Path(given).suffix not in (".yaml", ".yml"):
+        raise BitassayError(
+            f"no rules are called {given!r}; the nearest are {nearest(given, RULE_SETS)}",
+            "or give a .yaml file that `bitassay calibrate MODEL --study exp1` wrote",
+        )
+    rules, bar = read_thresholds(Path(given))
+    return {"rules": rules, "bar": bar}

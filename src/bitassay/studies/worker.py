@@ -1,0 +1,224 @@
+"""One party of an experiment at work, in a process of its own: `python -m bitassay.studies.worker JOB`.
+
+A job is a JSON file: who works, on which model, and a list of items, each with the file that it makes.
+
+    prove     prompt, nonce, tokens                 -> a trace, and beside it how long it took (.json)
+    verify    the trace's path, prompt, nonce       -> the statistics of each cell (.safetensors)
+
+A file that is there is not made again. Everything goes through files, so a job is the same for a process of
+this computer and for another computer. Model and recipe are what the user named; traces are untrusted.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from pydantic import TypeAdapter
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from bitassay.bench.environment import environment
+from bitassay.errors import BitassayError
+from bitassay.record.files import atomic_file, read_json, write_json
+from bitassay.studies.parties import Machine, Party
+from bitassay.verify.distance import distance_floor, relative_distances
+from bitassay.verify.evidence import own_prefills, token_margins
+from bitassay.verify.numerics import numerics
+from bitassay.verify.prove import prove_many
+from bitassay.verify.structure import Request, request_defects, shape_defects
+from bitassay.verify.trace import Trace, read_trace, write_trace
+from bitassay.verify.verillm import DOCUMENTS, FORMAT_OF_DTYPE, cell_statistics
+
+WARM_UP = 2  # tokens, before a generation is timed
+_BOOLEAN = ("refused",)
+STATISTICS = ("Pe", "Pm", "Pw", "mean_epsilon", "mean_absolute", "distance")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One prompt's work. trace: the file that a prover makes and a verifier reads; out: what a verifier
+    makes."""
+
+    prompt: tuple[int, ...]
+    nonce: str
+    tokens: int
+    trace: Path
+    out: Path | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """batch: prompts generated at a time. checkpoint: the dense model."""
+
+    role: str
+    model: str
+    precision: str
+    machine: str
+    dtype: str
+    items: tuple[Item, ...]
+    batch: int = 1
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Cells:
+    """The VeriLLM statistics (with e_m and e_w of the documents' rules) and the relative distance of all
+    cells of one trace, and how long the verifier took.
+
+    Distances are not below the verifier's floor; margins in nats, by output token; n_prompt: positions of the
+    prompt; verifier: its numerics.
+    """
+
+    layers: tuple[int, ...]
+    n_prompt: int
+    seconds: float
+    verifier: dict[str, Any]
+    Pe: Float[Tensor, "layers positions"]
+    Pm: Float[Tensor, "layers positions"]
+    Pw: Float[Tensor, "layers positions"]
+    mean_epsilon: Float[Tensor, "layers positions"]
+    mean_absolute: Float[Tensor, "layers positions"]
+    distance: Float[Tensor, "layers positions"]
+    refused: Bool[Tensor, "layers positions"]
+    margins: Float[Tensor, " outputs"]
+
+    def part(self, generated: bool) -> slice:
+        return slice(self.n_prompt, None) if generated else slice(0, self.n_prompt)
+
+
+def verification_file(trace: Path) -> Path:
+    """Where a prover says how long a trace took."""
+    return trace.with_suffix(".json")
+
+
+def run_job(job: Job) -> None:
+    """Do what is not done yet."""
+    items = [item for item in job.items if not _done(job, item)]
+    if not items:
+        return
+    party = Party(job.precision, Machine(job.machine), job.dtype)
+    model = party.load(job.model, trust_remote_code=job.trust_remote_code)
+    (_prove if job.role == "prove" else _verify)(job, model, items)
+
+
+def _done(job: Job, item: Item) -> bool:
+    made = verification_file(item.trace) if job.role == "prove" else item.out
+    return made is not None and made.exists()
+
+
+def _prove(job: Job, model: PreTrainedModel, items: Sequence[Item]) -> None:
+    prove_many(model, [items[0].prompt], max_new_tokens=min(WARM_UP, items[0].tokens))
+    for start in range(0, len(items), job.batch):
+        batch = items[start : start + job.batch]
+        traces, seconds = timed(
+            model,
+            lambda batch=batch: prove_many(
+                model,
+                [item.prompt for item in batch],
+                max_new_tokens=batch[0].tokens,
+                nonces=[item.nonce for item in batch],
+                batch_size=len(batch),
+            ),
+        )
+        for item, trace in zip(batch, traces, strict=True):
+            write_trace(item.trace, trace)
+            spent = {"seconds": seconds / len(batch), "output_tokens": trace.n_tokens, "batch": len(batch)}
+            write_json(verification_file(item.trace), {**spent, "environment": environment()})
+
+
+def _verify(job: Job, model: PreTrainedModel, items: Sequence[Item]) -> None:
+    for index, item in enumerate(items):
+        trace = read_trace(item.trace)
+        request = Request(item.prompt, item.nonce, None, item.tokens)
+        if defects := shape_defects(trace, model) or request_defects(trace, model, request):
+            raise BitassayError(
+                f"{item.trace}: {defects[0].sentence}", "remove the file and run the same command again"
+            )
+        assert item.out is not None
+        if index == 0:
+            statistics_of(trace, model)  # a first forward is slower than all others
+        tensors, seconds = timed(model, lambda trace=trace: statistics_of(trace, model))
+        about = {
+            "layers": trace.header.layers,
+            "n_prompt": trace.n_prompt,
+            "seconds": seconds,
+            "verifier": numerics(model).model_dump(),
+        }
+        with atomic_file(item.out) as temporary:
+            save_file(tensors, temporary, metadata={"bitassay": json.dumps(about)})
+
+
+def statistics_of(trace: Trace, model: PreTrainedModel) -> dict[str, Tensor]:
+    """All statistics of `Cells` by the verifier's own prefill."""
+    [(_, own)] = own_prefills([trace], model)
+    format = FORMAT_OF_DTYPE[str(model.dtype).removeprefix("torch.")]
+    floor = distance_floor(model.dtype)
+    rows: dict[str, list[Tensor]] = {name: [] for name in (*STATISTICS, *_BOOLEAN)}
+    for layer in trace.header.layers:
+        x, y = trace.states[layer].to(model.device), own.states[layer]
+        cells = cell_statistics(x, y, DOCUMENTS, format)
+        for name in (*STATISTICS, *_BOOLEAN):
+            value = relative_distances(x, y).clamp(min=floor) if name == "distance" else getattr(cells, name)
+            rows[name].append(value if name in _BOOLEAN else value.float())
+    found = {name: torch.stack(values).cpu() for name, values in rows.items()}
+    return found | {"margins": torch.tensor(token_margins(trace.header, own))}
+
+
+def timed(model: PreTrainedModel, work: Any) -> tuple[Any, float]:
+    """What `work` returns and the seconds that it took, the device's queue included."""
+    _synchronise(model)
+    start = time.perf_counter()
+    done = work()
+    _synchronise(model)
+    return done, time.perf_counter() - start
+
+
+def _synchronise(model: PreTrainedModel) -> None:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    elif model.device.type == "mps":
+        torch.mps.synchronize()
+
+
+def read_cells(path: Path) -> Cells:
+    """What `_verify` wrote. Raises BitassayError where the file is damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {})["bitassay"])
+            tensors = {name: file.get_tensor(name) for name in (*STATISTICS, *_BOOLEAN, "margins")}
+        return Cells(
+            tuple(about["layers"]), about["n_prompt"], about["seconds"], about["verifier"], **tensors
+        )
+    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
+        raise BitassayError(
+            f"{path}: damaged ({error})", "remove this file and run the same command again"
+        ) from error
+
+
+_JOB = TypeAdapter(Job)
+
+
+def write_job(path: Path, job: Job) -> None:
+    write_json(path, _JOB.dump_python(job, mode="json"))
+
+
+def main(path: str) -> int:
+    """Run the job in the file; an error that a user can act on goes to stderr without a traceback."""
+    try:
+        run_job(_JOB.validate_python(read_json(Path(path))))
+    except BitassayError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.exit_status
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
