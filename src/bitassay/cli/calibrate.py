@@ -24,6 +24,8 @@ def calibrate(
     device: str = "cpu",
     attention: str = "sdpa",
     batch: int = 16,
+    suspects: Annotated[list[str] | None, Parameter(consume_multiple=True, negative=())] = None,
+    suspect_runs: int = 48,
     expires_days: int = 90,
     out: Path | None = None,
     trust_remote_code: Annotated[bool, Parameter(negative=())] = False,
@@ -46,6 +48,10 @@ def calibrate(
         device: Where to run: cpu, cuda, mps.
         attention: The verifier's attention implementation of transformers.
         batch: Prompts generated at a time.
+        suspects: Attacks that verdicts are to name where the evidence fits them, such as int8 fp8 int4 kv8:
+            any that `bitassay attack` has, but for those that exact checks catch.
+        suspect_runs: On how many of the prompts each suspect is run, half of them to measure how often it
+            is named rightly.
         expires_days: How long the profile is valid.
         out: The profile's file (default: the cache folder, where `bitassay verify` finds it).
         trust_remote_code: Run code that comes with the model.
@@ -83,6 +89,8 @@ def calibrate(
             batch_size=batch,
             expires_days=expires_days,
             seed=seed,
+            suspects=suspects or (),
+            suspect_runs=suspect_runs,
             progress=progress,
         )
     path = write_profile(profile, out)
@@ -98,7 +106,12 @@ def calibrate(
         "tokens": [position + 1 for position in profile.generated_positions],
         "expires": profile.expires.isoformat(),
     }
-    emit([row], _columns(), format)
+    library = profile.library
+    confusion = [{"kind": kind, **called} for kind, called in library.confusion.items()] if library else []
+    emit([row], _columns(), format, whole={"rows": [row], "confusion": confusion})
+    if library and format in ("table", "md"):
+        print()
+        emit(confusion, _confusion_columns(list(library.kinds)), format)
     return 0
 
 
@@ -114,6 +127,14 @@ def _prompts(given: str) -> list[str]:
             f"--prompts {given}: the package has {len(bundled)}", f"1 to {len(bundled)}, or a file of prompts"
         )
     return [bundled[index * len(bundled) // int(given)] for index in range(int(given))]
+
+
+def _confusion_columns(kinds: list[str]) -> list[Any]:
+    from bitassay.report.tables import Column
+    from bitassay.verify.attribution import NONE
+
+    first = Column("kind", "held-out runs of", align="left")
+    return [first, *(Column(name, f"called\n{name}") for name in (*kinds, NONE))]
 
 
 def _columns() -> list[Any]:

@@ -246,6 +246,7 @@ def _row(path: Path, verdict: "Verdict") -> dict[str, Any]:
         "mean_margin": verdict.evidence.mean_margin if verdict.evidence else None,
         "accept_rate_paper": verdict.accept_rate("paper"),
         "accept_rate_documents": verdict.accept_rate("documents"),
+        "fits_best": str(verdict.attribution) if verdict.attribution and verdict.status == "FAIL" else None,
         "code": ", ".join(reason.code for reason in verdict.reasons),
         "reason": "; ".join(reason.sentence for reason in verdict.reasons),
     }
@@ -263,5 +264,6 @@ def _columns() -> list[Any]:
         Column("mean_margin", "margin\nnats", significant(2)),
         Column("accept_rate_paper", "VeriLLM\npaper", percent(0)),
         Column("accept_rate_documents", "VeriLLM\ndocuments", percent(0)),
+        Column("fits_best", "fits best", align="left"),
         Column("reason", "why", align="left"),
     ]

@@ -9,17 +9,20 @@ run is an honest run of a shorter request, so one run of each prompt gives all l
 import math
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import numpy as np
 from scipy import stats
 from transformers import PreTrainedModel
 
-from bitassay.errors import BitassayError
+from bitassay.errors import BitassayError, nearest
 from bitassay.generate.decode import TokenIds
 from bitassay.generate.sampling import GREEDY, Sampler
 from bitassay.models.load import identity
 from bitassay.record.hashing import digest_json
 from bitassay.record.progress import Progress, silent
+from bitassay.verify.attacks import TRACE_ATTACKS, Attack, Setting
+from bitassay.verify.attribution import HONEST, Library, fit_library
 from bitassay.verify.evidence import Evidence, gather
 from bitassay.verify.numerics import numerics
 from bitassay.verify.profile import (
@@ -29,13 +32,16 @@ from bitassay.verify.profile import (
     Profile,
     evidence_score,
     runs_needed,
+    statistics,
     token_statistic,
 )
 from bitassay.verify.prove import BATCH, encode_prompt, prove_many
-from bitassay.verify.trace import ModelClaim, Sampling
+from bitassay.verify.structure import shape_defects
+from bitassay.verify.trace import ModelClaim, Sampling, Trace
 
 MIN_POSITIONS = 8
 MIN_FIT = 8
+SUSPECT_RUNS = 48
 CHUNK = 4 * BATCH  # traces that exist at a time; prompts are batched by length within it
 # A spread below these is too small to be told from that of a few runs: 2 % of a distance, a tenth of the
 # margin and its offset.
@@ -54,14 +60,17 @@ def calibrate(
     min_positions: int = MIN_POSITIONS,
     expires_days: int = 90,
     seed: int = 0,
+    suspects: Sequence[str] = (),
+    suspect_runs: int = SUSPECT_RUNS,
     progress: Progress = silent,
 ) -> Profile:
     """A profile from one honest run of `prover_model` for each prompt, checked by `verifier_model` (they may
     be the same object).
 
     Runs with fewer than `min_positions` generated positions are left out, in calibration as in verification.
-    Raises BitassayError where the two are not the same model, or where too few runs are left for `alpha`; it
-    says how many are needed.
+    suspects: attacks (`attacks.TRACE_ATTACKS`) that verdicts are to name, each run on `suspect_runs` of the
+    prompts. Raises BitassayError where the two are not the same model, or where too few runs are left for
+    `alpha` or of a suspect; it says how many are needed.
     """
     claim = ModelClaim.of(identity(verifier_model))
     if ModelClaim.of(identity(prover_model)).model_dump(exclude={"name"}) != claim.model_dump(
@@ -72,15 +81,18 @@ def calibrate(
             "calibrate with honest runs: the same weights and recipe on both sides",
         )
     check_enough(len(prompts), alpha)
-    evidence = honest_evidence(
-        prover_model,
-        verifier_model,
-        [prompts[index] for index in np.random.default_rng(seed).permutation(len(prompts))],
-        max_new_tokens=max_new_tokens,
-        sampler=sampler,
-        batch_size=batch_size,
-        progress=progress,
+    attacks = chosen_attacks(suspects, sampler, min(suspect_runs, len(prompts)))
+    shuffled = [prompts[index] for index in np.random.default_rng(seed).permutation(len(prompts))]
+    options: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "sampler": sampler,
+        "batch_size": batch_size,
+        "progress": progress,
+    }
+    suspected = suspect_evidence(
+        prover_model, verifier_model, shuffled[:suspect_runs], attacks, min_positions, **options
     )
+    evidence = honest_evidence(prover_model, verifier_model, shuffled, **options)
     evidence = [one for one in evidence if one.n_generated >= min_positions]
     check_enough(
         len(evidence), alpha, f" with {min_positions} or more generated positions, of {len(prompts)} prompts"
@@ -102,6 +114,7 @@ def calibrate(
         prompts_digest=digest_json([list(encode_prompt(verifier_model, prompt)) for prompt in prompts]),
         created=created,
         expires=created + timedelta(days=expires_days),
+        library=suspects_library(fit, held_out, suspected, layers, tokens, alpha) if suspected else None,
     )
     return profile.model_copy(update={"held_out": measure(profile, held_out)})
 
@@ -190,6 +203,101 @@ def measure(profile: Profile, held_out: Sequence[Evidence]) -> HeldOut:
     rejected = sum(profile.p_value(profile.score(one).value, limit) <= profile.alpha for one in held_out)
     interval = stats.binomtest(rejected, len(held_out)).proportion_ci(method="exact")
     return HeldOut(n=len(held_out), rejected=rejected, interval=(float(interval.low), float(interval.high)))
+
+
+def chosen_attacks(names: Sequence[str], sampler: Sampler, runs: int) -> list[Attack]:
+    """The attacks that statistics could tell apart, by name; BitassayError for any other."""
+    for name in names:
+        if name not in TRACE_ATTACKS:
+            raise BitassayError(
+                f"--suspects {name}: no such attack; the nearest are {nearest(name, TRACE_ATTACKS)}"
+            )
+        if TRACE_ATTACKS[name].structural:
+            raise BitassayError(
+                f"--suspects {name}: exact checks catch it, whatever its statistics", "leave it out"
+            )
+        if TRACE_ATTACKS[name].sampled and sampler == GREEDY:
+            raise BitassayError(
+                f"--suspects {name}: greedy runs do not tell it from honest ones", "--temperature 1"
+            )
+    if names and runs < 2 * MIN_FIT:
+        raise BitassayError(
+            f"{runs} runs of each suspect are too few", f"--suspect-runs {2 * MIN_FIT} or more"
+        )
+    return [TRACE_ATTACKS[name] for name in dict.fromkeys(names)]
+
+
+def suspect_evidence(
+    prover_model: PreTrainedModel,
+    verifier_model: PreTrainedModel,
+    prompts: Sequence[str | TokenIds],
+    attacks: Sequence[Attack],
+    min_positions: int,
+    *,
+    max_new_tokens: int,
+    sampler: Sampler,
+    batch_size: int,
+    progress: Progress = silent,
+) -> dict[str, list[Evidence]]:
+    """By name, the evidence of the runs of each attack that are long enough. Raises BitassayError where those
+    are too few."""
+    if not attacks:
+        return {}
+    honest = prove_many(
+        prover_model,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        sampler=sampler,
+        nonces=[f"suspect-{index}" for index in range(len(prompts))],
+        batch_size=batch_size,
+    )
+    setting, found = Setting(prover_model, honest, batch_size), {}
+    for done, attack in enumerate(attacks):
+        progress("suspects", done, len(attacks))
+        traces = [one for one in attack.run(setting) if isinstance(one, Trace)]
+        sound = [trace for trace in traces if not shape_defects(trace, verifier_model)]
+        evidence = gather(sound, verifier_model, verillm=False)
+        found[attack.name] = [one for one in evidence if one.n_generated >= min_positions]
+        if (count := len(found[attack.name])) < 2 * MIN_FIT:
+            raise BitassayError(
+                f"{count} of {len(prompts)} runs of {attack.name} have {min_positions} or more generated "
+                f"positions; {2 * MIN_FIT} are needed",
+                "a larger --suspect-runs, longer outputs, or leave it out of --suspects",
+            )
+    progress("suspects", len(attacks), len(attacks))
+    return found
+
+
+def suspects_library(
+    fit: Sequence[Evidence],
+    held_out: Sequence[Evidence],
+    suspects: Mapping[str, Sequence[Evidence]],
+    layers: Mapping[int, Fit],
+    tokens: Fit,
+    alpha: float,
+) -> Library:
+    """Of honest runs (those of the fit, and those held out) and of suspects, every other one held out; at
+    lengths that MIN_FIT runs of each reach, in both halves."""
+    fitted = {HONEST: fit} | {name: runs[::2] for name, runs in suspects.items()}
+    unseen = {HONEST: held_out} | {name: runs[1::2] for name, runs in suspects.items()}
+    longest = min(
+        sorted(one.n_generated for one in runs)[-MIN_FIT]
+        for kinds in (fitted, unseen)
+        for runs in kinds.values()
+    )
+    lengths = [n for n in tokens.lengths if n <= longest]
+
+    def at_lengths(runs: Sequence[Evidence]) -> dict[int, np.ndarray]:
+        return {
+            n: np.array([statistics(one.prefix(n), layers, tokens) for one in runs if one.n_generated >= n])
+            for n in lengths
+        }
+
+    return fit_library(
+        {name: at_lengths(runs) for name, runs in fitted.items()},
+        {name: at_lengths(runs) for name, runs in unseen.items()},
+        alpha,
+    )
 
 
 def check_enough(runs: int, alpha: float, of_which: str = "") -> None:

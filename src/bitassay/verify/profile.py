@@ -10,8 +10,8 @@ It turns evidence of n generated positions into one score and the score into a p
 
 **Length.** A mean over few positions spreads more than one over many, and few tokens rarely hold the one
 that loses, so mean and sd depend on n. They are kept at a few lengths, a factor of sqrt(2) apart, and are
-linear in log n between. No form such as sd^2 = a + b / n is assumed: that holds for distances, but the
-token statistic is nearly constant in short runs, spreads as rare margins come in, and narrows again. The
+linear in log n between. No form such as sd^2 = a + b / n is assumed: distances follow it, but the log
+of a mean of rare margins need not. The
 honest scores are kept by length too: a trace whose host was asked for at most m + 1 tokens is compared with
 the calibration runs as they were after at most m positions, which is what honest runs of that request are.
 
@@ -38,12 +38,14 @@ from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
+from jaxtyping import Float64
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bitassay.errors import BitassayError
 from bitassay.models.source import cache_folder
 from bitassay.record.files import read_json, write_json
 from bitassay.record.hashing import digest_json
+from bitassay.verify.attribution import Attribution, Library
 from bitassay.verify.evidence import Evidence
 from bitassay.verify.numerics import Numerics
 from bitassay.verify.trace import TOKENS, ModelClaim, Sampling
@@ -114,7 +116,7 @@ class Score(NamedTuple):
 class Profile(_Part):
     """`layers` by layer number; `generated_positions` the range of them that was calibrated; `scores` of each
     honest run, cut to as many positions as that range begins with, one more, and so on up to all that the run
-    has; dates in UTC."""
+    has; `library` what suspects look like, which names and never decides; dates in UTC."""
 
     schema_version: Literal[2] = SCHEMA_VERSION
     model: ModelClaim
@@ -130,6 +132,7 @@ class Profile(_Part):
     alpha: float = Field(gt=0, lt=1)
     generated_positions: tuple[int, int]
     prompts_digest: str = Field(max_length=64)
+    library: Library | None = None
     created: datetime
     expires: datetime
 
@@ -142,6 +145,8 @@ class Profile(_Part):
             raise ValueError("scores of more positions than generated_positions allows")
         if self.created.tzinfo is None or self.expires.tzinfo is None:
             raise ValueError("dates without a time zone")
+        if self.library and self.library.dimensions != 2 * len(self.layers) + 1:
+            raise ValueError("the library is of other statistics")
         return self
 
     @property
@@ -171,6 +176,13 @@ class Profile(_Part):
         generated positions, and this one; never below 1 / (n + 1)."""
         return (1 + sum(honest >= score for honest in self.honest_scores(limit))) / (self.n + 1)
 
+    def attribution(self, evidence: Evidence) -> Attribution | None:
+        """What the evidence fits best; None without a library, and for runs too short for it."""
+        length = self.library.length(evidence.n_generated) if self.library else None
+        if self.library is None or length is None:
+            return None
+        return self.library.attribute(statistics(evidence.prefix(length), self.layers, self.tokens), length)
+
     def expired(self, now: datetime | None = None) -> bool:
         return (now or datetime.now(UTC)) >= self.expires
 
@@ -194,6 +206,14 @@ def standardised(
         if value is not None
     ]
     return states, tokens.standardised(token_statistic(evidence), n)  # type: ignore[return-value]
+
+
+def statistics(
+    evidence: Evidence, layers: Mapping[int, Fit], tokens: Fit
+) -> Float64[np.ndarray, " statistics"]:
+    """All standardised statistics: by layer those of generated and prompt positions, then the tokens'."""
+    states, by_tokens = standardised(evidence, layers, tokens)
+    return np.array([z for z, *_ in sorted(states, key=lambda one: one[1:])] + [by_tokens])
 
 
 def token_statistic(evidence: Evidence) -> float:

@@ -23,6 +23,7 @@ from bitassay.generate.sampling import Sampler
 from bitassay.models.load import identity
 from bitassay.record.hashing import digest_json
 from bitassay.record.progress import Progress, silent
+from bitassay.verify.attribution import Attribution
 from bitassay.verify.evidence import Evidence, gather
 from bitassay.verify.numerics import numerics
 from bitassay.verify.profile import Profile, Score, find_profile, profile_key, read_profile, runs_needed
@@ -40,7 +41,8 @@ class Verdict:
     n_tokens: output tokens. p_value, score, alpha, n_calibration: from the profile whose digest is `profile`.
     limit: the generated positions that the honest runs were cut at which the score was ranked among.
     evidence: distances by layer, VeriLLM statistics, margins by token. trace: digest of the header judged.
-    calibration: the profile itself.
+    calibration: the profile itself. attribution: what the evidence fits best, where the profile has a
+    library; it has no part in the status.
     """
 
     status: Status
@@ -56,6 +58,7 @@ class Verdict:
     limit: int | None = None
     trace: str | None = None
     calibration: Profile | None = field(default=None, repr=False, compare=False)
+    attribution: Attribution | None = None
 
     @property
     def structural(self) -> tuple[Reason, ...]:
@@ -100,6 +103,7 @@ class Verdict:
             "n_calibration": self.n_calibration,
             "limit": self.limit,
             "trace_digest": self.trace,
+            "attribution": self.attribution.to_dict() if self.attribution else None,
             "hidden_distance": self.hidden_distance,
             "mean_margin": self.evidence.mean_margin if self.evidence else None,
             "max_margin": max(margins) if margins else None,
@@ -134,6 +138,8 @@ class Verdict:
             lines.append(
                 f"  p-value {self.p_value:.3g} against {self.n_calibration} honest runs, alpha {self.alpha:g}"
             )
+        if self.attribution and self.status == "FAIL":
+            lines.append(f"  fits best: {self.attribution}")
         return "\n".join(lines)
 
 
@@ -236,6 +242,7 @@ def decide(
         limit,
         digest_json(trace.header.model_dump(mode="json")),
         profile,
+        profile.attribution(evidence),
     )
 
 
