@@ -33,6 +33,7 @@ VERBS = {
     "verify": (*_MODEL, "scipy"),
     "challenge": ("torch", "cryptography"),
     "open": ("torch", "cryptography"),
+    "committee": ("torch", "cryptography", "scipy"),
     "calibrate": (*_MODEL, "scipy"),
     "attack": (*_MODEL, "scipy", "matplotlib", "jinja2"),
     "study": (*_MODEL, "scipy", "matplotlib", "jinja2", "pyyaml"),

@@ -22,6 +22,7 @@ VERBS = {
     "verify": "Check a trace against a model of your own: PASS, FAIL or INCONCLUSIVE.",
     "challenge": "Draw the positions that the host behind a signed receipt must open.",
     "open": "Answer a challenge with the challenged cells of a trace, and proof that they were committed to.",
+    "committee": "Verifiers that commit before they reveal; planted items catch the lazy.",
     "calibrate": "Fit a verification profile to honest runs on this machine.",
     "attack": "Attack the verifier of a model in every known way; which detector catches what.",
     "study": "List and run the experiments: what fixed thresholds accept, and what they catch.",
