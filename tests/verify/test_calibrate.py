@@ -8,8 +8,18 @@ import torch
 
 from bitassay.errors import BitassayError
 from bitassay.testing.tiny import tiny_model
-from bitassay.verify.calibrate import calibrate, check_enough, fit_values, split
-from bitassay.verify.evidence import Evidence, LayerEvidence
+from bitassay.verify.calibrate import (
+    STATES_SD,
+    TOKENS_SD,
+    calibrate,
+    check_enough,
+    fit_by_length,
+    fit_lengths,
+    fit_values,
+    scores_by_length,
+    split,
+)
+from bitassay.verify.evidence import Evidence, LayerEvidence, gather
 from bitassay.verify.numerics import numerics
 from bitassay.verify.profile import (
     OFFSET,
@@ -20,8 +30,10 @@ from bitassay.verify.profile import (
     profile_path,
     read_profile,
     runs_needed,
+    token_statistic,
     write_profile,
 )
+from bitassay.verify.prove import prove_many
 
 
 def evidence(generated, prompt=(-9.0, -9.0), margin=0.0):
@@ -110,6 +122,110 @@ def test_fit_is_mean_and_standard_deviation_with_a_floor():
     assert fit == Fit(lengths=(4, 8), mean=(2.0, 1.0), sd=(math.sqrt(2), 0.1))
 
 
+def test_a_fit_is_linear_in_log_n_and_constant_beyond():
+    fit = Fit(lengths=(8, 32), mean=(1.0, 3.0), sd=(0.5, 0.1))
+    assert fit.at(8) == (1, 0.5)
+    assert fit.at(16) == pytest.approx((2, 0.3))
+    assert fit.at(2) == fit.at(8)
+    assert fit.at(99) == fit.at(32) == (3, 0.1)
+    assert fit.standardised(2.6, 16) == pytest.approx(2)
+
+
+def test_lengths_are_half_octaves_up_to_what_enough_runs_reach():
+    assert fit_lengths([31] * 8, 8) == [8, 11, 16, 23, 31]
+    assert fit_lengths([31] * 7 + [20] + [8] * 50, 8) == [8, 11, 16, 20]
+    assert fit_lengths([8] * 8, 8) == [8]
+    assert fit_lengths([11] * 9, 6) == [6, 8, 11]
+
+
+# --- length
+
+
+def synthetic(rng, most, farther=0.0):
+    """A run of at most `most` generated positions: its own offset, noise by position, and rare margins; one
+    in five ends by itself. farther: than honest states, in nats."""
+    n = most if rng.random() < 0.8 else int(rng.integers(8, most + 1))
+    layers = []
+    for layer in (8, 16):
+        logs = -4 + farther + 0.05 * rng.normal() + 0.4 * rng.normal(size=n)
+        layers.append(LayerEvidence(layer, -6.0, float(logs.mean()), by_position=tuple(logs.tolist())))
+    margins = rng.exponential(0.3, n + 1) * (rng.random(n + 1) < 0.05)
+    return Evidence(tuple(layers), tuple(margins.tolist()), "bf16")
+
+
+@pytest.fixture(scope="module")
+def by_length(profile):
+    """A profile of synthetic runs of 8 to 48 generated positions, and one that ignores their lengths."""
+    rng = np.random.default_rng(0)
+    fit, conformal = ([synthetic(rng, 48) for _ in range(count)] for count in (100, 199))
+    layers, tokens = fit_by_length(fit, 8)
+    flat = (
+        [fit_values([8], [[one.layers[at].generated for one in fit]], STATES_SD) for at in (0, 1)],
+        fit_values([8], [[token_statistic(one) for one in fit]], TOKENS_SD),
+    )
+    flat_layers = dict(zip((8, 16), flat[0], strict=True))
+    return [
+        profile.model_copy(
+            update={"layers": a, "tokens": b, "scores": tuple(scores), "generated_positions": (8, 48)}
+        )
+        for a, b, scores in (
+            (layers, tokens, [scores_by_length(one, layers, tokens, 8) for one in conformal]),
+            (flat_layers, flat[1], [(evidence_score(one, flat_layers, flat[1]).value,) for one in conformal]),
+        )
+    ]
+
+
+def refused(profile, rng, limit, alpha, farther=0.0, runs=600):
+    cut = (synthetic(rng, 48, farther).prefix(limit) for _ in range(runs))
+    return np.mean([profile.p_value(profile.score(one).value, limit) <= alpha for one in cut])
+
+
+@pytest.mark.parametrize("limit", [8, 13, 24, 48])
+def test_honest_runs_of_every_length_are_accused_at_alpha(by_length, limit):
+    """199 honest scores give alpha to within 0.015; the binomial adds 0.009."""
+    profile, _ = by_length
+    found = refused(profile, np.random.default_rng(limit), limit, 0.05)
+    assert 0.01 < found < 0.05 + 2.5 * math.hypot(0.015, 0.009)
+
+
+def test_one_fit_for_all_lengths_accuses_short_honest_runs(by_length):
+    """What the lengths are for."""
+    _, flat = by_length
+    short, long = (refused(flat, np.random.default_rng(1), limit, 0.05) for limit in (8, 48))
+    assert short > 0.2
+    assert long < 0.09
+
+
+def test_long_dishonest_runs_are_seen_better_than_short_ones(by_length):
+    profile, _ = by_length
+    short, long = (refused(profile, np.random.default_rng(2), limit, 0.05, 0.2, 200) for limit in (8, 48))
+    assert 0.1 < short < 0.6
+    assert long > short + 0.2
+
+
+def test_a_run_cut_short_is_the_run_of_a_shorter_request(model, prompts, profile):
+    """Up to what batches of other lengths do to bf16."""
+    long, short = (prove_many(model, prompts[:6], max_new_tokens=n, nonces=["n"] * 6) for n in (12, 8))
+    for whole, cut in zip(gather(long, model), gather(short, model), strict=True):
+        prefix = whole.prefix(7)
+        assert len(prefix.margins) == len(cut.margins)
+        assert prefix.margins == pytest.approx(cut.margins, abs=0.1)
+        for a, b in zip(prefix.layers, cut.layers, strict=True):
+            assert (a.layer, len(a.by_position)) == (b.layer, len(b.by_position))
+            assert a.generated == pytest.approx(b.generated, abs=0.2)
+            assert a.prompt == pytest.approx(b.prompt, abs=0.2)
+        assert whole.prefix(99).layers[0].generated == pytest.approx(whole.layers[0].generated)
+
+
+def test_scores_of_all_lengths_are_those_of_runs_cut_there(by_length):
+    profile, _ = by_length
+    run = synthetic(np.random.default_rng(9), 20).prefix(12)
+    scores = scores_by_length(run, profile.layers, profile.tokens, 8)
+    assert len(scores) == run.n_generated - 7
+    assert scores[-1] == profile.score(run).value
+    assert scores[1] == profile.score(run.prefix(9)).value
+
+
 def test_a_profile_says_what_it_was_made_from(profile, model):
     assert profile.n == 28
     assert profile.held_out.n == 14
@@ -146,6 +262,17 @@ def test_profiles_are_written_read_and_found(profile, model, tmp_path):
         path.unlink()
 
 
+def test_an_old_profile_is_named_with_the_remedy(profile, tmp_path):
+    old = profile.model_dump(mode="json") | {"schema_version": 1, "scores": [0.0, 1.0]}
+    (tmp_path / "p.json").write_text(json.dumps(old))
+    with pytest.raises(BitassayError, match=r"p\.json: a profile of version 1; this reads 2") as error:
+        read_profile(tmp_path / "p.json")
+    assert error.value.remedy == "bitassay calibrate MODEL"
+    (tmp_path / "p.json").write_bytes(b"[" + b"0," * 2**25 + b"0]")
+    with pytest.raises(BitassayError, match="more than the"):
+        read_profile(tmp_path / "p.json")
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -168,6 +295,10 @@ def test_profiles_are_written_read_and_found(profile, model, tmp_path):
         ("expires", "2026-01-01T00:00:00"),
         ("expires", "soon"),
         ("schema_version", 1),
+        ("prompts_digest", "x" * 65),
+        ("held_out", {"n": 0, "rejected": 0, "interval": [0, 1]}),
+        ("held_out", {"n": 9, "rejected": 1, "interval": [math.nan, 1]}),
+        ("library", {}),
         ("note", "unknown"),
     ],
 )
