@@ -131,6 +131,14 @@ def test_a_fit_is_linear_in_log_n_and_constant_beyond():
     assert fit.standardised(2.6, 16) == pytest.approx(2)
 
 
+def test_statistics_are_standardised_for_the_generated_positions_of_the_run():
+    """10 output tokens are 9 generated positions, of which prompt states and tokens are judged too."""
+    fit = Fit(lengths=(8, 9, 10), mean=(50.0, 1.0, 50.0), sd=(9.0, 2.0, 9.0))
+    tokens = Fit(lengths=(8, 9, 10), mean=(50.0, math.log(OFFSET) - 6, 50.0), sd=(9.0, 3.0, 9.0))
+    found = evidence_score(evidence((3.0, 1.0), prompt=(-1.0, 0.0)), {8: fit, 16: fit}, tokens)
+    assert (found.states, found.tokens) == (1, pytest.approx(2))
+
+
 def test_lengths_are_half_octaves_up_to_what_enough_runs_reach():
     assert fit_lengths([31] * 8, 8) == [8, 11, 16, 23, 31]
     assert fit_lengths([31] * 7 + [20] + [8] * 50, 8) == [8, 11, 16, 20]
@@ -139,6 +147,19 @@ def test_lengths_are_half_octaves_up_to_what_enough_runs_reach():
 
 
 # --- length
+
+
+def test_each_length_is_fitted_to_the_runs_that_reach_it():
+    def run(n, value):
+        layers = tuple(LayerEvidence(layer, -6.0, value, by_position=(value,) * n) for layer in (8, 16))
+        return Evidence(layers, (0.0,) * (n + 1), "bf16")
+
+    layers, tokens = fit_by_length([run(n, v) for n, v in ((16, -4.0), (8, -1.0)) for _ in range(8)], 8)
+    assert layers[8] == layers[16]
+    assert layers[8].lengths == tokens.lengths == (8, 11, 16)
+    assert layers[8].mean == (-2.5, -4, -4)
+    assert layers[8].sd == pytest.approx((1.5 * (16 / 15) ** 0.5, STATES_SD, STATES_SD))
+    assert (tokens.mean[2], tokens.sd[2]) == (pytest.approx(math.log(OFFSET)), TOKENS_SD)
 
 
 def synthetic(rng, most, farther=0.0):

@@ -1,5 +1,6 @@
 """`bitassay prove`, `calibrate` and `verify` at the command line, with the tiny trained model."""
 
+import inspect
 import json
 import math
 import subprocess
@@ -8,6 +9,10 @@ import sys
 import pytest
 
 from bitassay.cli import run
+from bitassay.cli.calibrate import calibrate as calibrate_command
+from bitassay.verify.calibrate import calibrate
+from bitassay.verify.pooled import pooled_verdict
+from bitassay.verify.sequential import alarm_at
 from bitassay.verify.trace import read_trace
 
 MODEL = "stories260k"
@@ -93,6 +98,41 @@ def test_the_sequence_of_requests_is_judged_and_kept(folder, traces, profile, ca
     assert "nothing could be scored" in capsys.readouterr().err
     assert run(["verify", str(traces), *common, "--ledger", str(folder / "prompts.txt")]) == 2
     assert "not a ledger" in capsys.readouterr().err
+
+
+def test_suspects_are_shown_stored_and_named(folder, profile, capsys):
+    path, cheap = folder / "suspects.json", folder / "int4.trace"
+    words = ["calibrate", MODEL, "--prompts", str(folder / "many.txt"), "--alpha", "0.05", "--out", str(path)]
+    suspects = ["--suspects", "int4", "kv4", "--suspect-runs", "16", "--max-new-tokens", "12"]
+    capsys.readouterr()
+    assert run([*words, *suspects]) == 0
+    table = capsys.readouterr().out
+    assert "held-out runs of" in table
+    assert "none of these" in table
+    found = objects(capsys, [*words, *suspects], 0)
+    assert found["rows"][0]["alpha"] == 0.05
+    assert [row["kind"] for row in found["confusion"]] == ["honest", "int4", "kv4"]
+    assert sum(found["confusion"][1][kind] for kind in ("honest", "int4", "kv4", "none of these")) == 8
+    claim = ["--recipe", "w4", "--claim", MODEL, "--max-new-tokens", "12", "--out", str(cheap)]
+    assert run(["prove", MODEL, "--prompt", "the big cat", *claim]) == 0
+    verify = ["verify", str(cheap), "--model", MODEL, "--profile"]
+    row = objects(capsys, [*verify, str(path)], 1)["rows"][0]
+    assert row["attribution"]["best"] == "int4"
+    assert set(row["attribution"]["posterior"]) == {"honest", "int4", "kv4"}
+    assert run([*verify, str(path)]) == 1
+    assert "int4 (1.00)" in capsys.readouterr().out
+    assert objects(capsys, [*verify, str(profile)], 1)["rows"][0]["attribution"] is None
+    assert run([*words, "--suspects", "int9"]) == 2
+    assert "no such attack; the nearest are 'int" in capsys.readouterr().err
+
+
+def test_the_command_line_has_the_defaults_of_the_library():
+    command = inspect.signature(calibrate_command).parameters
+    function = inspect.signature(calibrate).parameters
+    for name in ("alpha", "suspect_runs", "max_new_tokens", "expires_days"):
+        assert command[name].default == function[name].default
+    assert inspect.signature(pooled_verdict).parameters["alpha"].default == function["alpha"].default
+    assert inspect.signature(alarm_at).parameters["alpha"].default == function["alpha"].default
 
 
 def test_a_quantized_model_that_says_so_is_verified_as_such(folder, capsys):
