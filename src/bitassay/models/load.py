@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from bitassay.errors import BitassayError, nearest
+from bitassay.errors import BitassayError, MissingError, nearest
 from bitassay.models.checkpoint import read_card
 from bitassay.models.source import Source, resolve
 from bitassay.record.hashing import digest_file, digest_json, digest_tensors
@@ -30,6 +31,13 @@ DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
     "float64": torch.float64,
+}
+
+# What transformers needs to load a checkpoint of such a method; the package's extras are named alike.
+PACKAGES_OF_METHOD = {
+    "awq": ("gptqmodel",),
+    "gptq": ("gptqmodel", "optimum"),
+    "bitsandbytes": ("bitsandbytes",),
 }
 
 
@@ -82,6 +90,7 @@ def load(
     try:
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
+        check_method(config, source.folder)
         compressed = is_compressed(config)
         loaded, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
             source.folder,
@@ -93,6 +102,8 @@ def load(
             ignore_mismatched_sizes=True,  # reported below, with names
             output_loading_info=True,
         )
+    except MissingError:
+        raise
     except Exception as error:  # a defect of config.json shows as whatever it happens to trip over
         raise BitassayError(f"{source.folder}: transformers cannot load it ({error})") from error
     check_keys(report, source.folder)
@@ -104,9 +115,27 @@ def load(
     return loaded.eval().requires_grad_(False).to(device)
 
 
+def check_method(config: PretrainedConfig, folder: Path) -> None:
+    """Refuse a quantized checkpoint whose packages are not here. Raises MissingError that says which extra
+    has them."""
+    method = quantization_method(config)
+    missing = [name for name in PACKAGES_OF_METHOD.get(method, ()) if find_spec(name) is None]
+    if missing:
+        raise MissingError(
+            f"{folder}: a checkpoint in the {method} format, which needs {' and '.join(missing)}",
+            f"pip install 'bitassay[{method}]'",
+        )
+
+
+def quantization_method(config: PretrainedConfig) -> str:
+    """What the checkpoint's config says it is quantized by; empty where it says nothing."""
+    said = getattr(config, "quantization_config", None) or {}
+    return str((said if isinstance(said, dict) else said.to_dict()).get("quant_method", ""))
+
+
 def is_compressed(config: PretrainedConfig) -> bool:
     """Whether the checkpoint holds codes in the compressed-tensors format."""
-    return (getattr(config, "quantization_config", None) or {}).get("quant_method") == "compressed-tensors"
+    return quantization_method(config) == "compressed-tensors"
 
 
 def make_dense(model: PreTrainedModel, dtype: torch.dtype) -> None:

@@ -21,16 +21,17 @@ A trial passes where most of its verifiers find an accept rate above the bar. Ge
 sampled layers count; those of the prompt are reported beside them.
 """
 
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from subprocess import DEVNULL, PIPE, Popen
 from typing import Any
 
 import numpy as np
+import torch
 from scipy import stats
 from transformers import AutoTokenizer
 
@@ -236,7 +237,7 @@ class Work:
 
     def __init__(self, plan: Plan, out: Path, progress: Progress):
         self.plan, self.out, self.progress = plan, out, progress
-        self._children: list[subprocess.Popen[str]] = []
+        self._children: list[Popen[str]] = []
         self._stopped = False
         source = resolve(plan.model, progress)
         self.name = Path(source.name).name
@@ -399,11 +400,11 @@ class Work:
         write_job(path, job)
         if self._stopped:
             return
-        child = subprocess.Popen(
+        child = Popen(
             [sys.executable, "-m", "bitassay.studies.worker", str(path)],
             env=process_environment(party.machine, gpu),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
+            stdout=DEVNULL,
+            stderr=PIPE,
             text=True,
         )
         self._children.append(child)
@@ -431,6 +432,8 @@ class Work:
 
 # --- judging ---
 
+MEANS = ("Pe", "Pm", "Pw", "mean_epsilon", "mean_absolute")
+
 
 def cell_rules(cells: Cells, rules: Rules) -> np.ndarray:
     """Which cells hold to `rules`: bool [layers, positions]. The rules' e_m and e_w must be those that the
@@ -440,20 +443,10 @@ def cell_rules(cells: Cells, rules: Rules) -> np.ndarray:
             f"rules {rules.name!r} have e_m {rules.e_m} and e_w {rules.e_w}; the cells were computed with "
             f"{DOCUMENTS.e_m} and {DOCUMENTS.e_w}"
         )
-    unused = cells.Pe.new_zeros(cells.Pe.shape)
-    return accepted(
-        CellStatistics(
-            cells.Pe.double(),
-            cells.Pm.double(),
-            cells.Pw.double(),
-            cells.mean_epsilon.double(),
-            cells.mean_absolute.double(),
-            unused,
-            unused,
-            cells.refused,
-        ),
-        rules,
-    ).numpy()
+    floats = [getattr(cells, name).double().flatten() for name in MEANS]
+    unused = torch.zeros(cells.Pe.numel(), dtype=torch.int64)
+    flat = CellStatistics(*floats, unused, unused, cells.refused.flatten())
+    return accepted(flat, rules).reshape(cells.Pe.shape).numpy()
 
 
 def judged(verifier: Party, cells: Cells, generation_seconds: float, rules: Rules) -> dict[str, Any]:
@@ -483,9 +476,6 @@ def judged(verifier: Party, cells: Cells, generation_seconds: float, rules: Rule
             for index, layer in enumerate(cells.layers)
         ],
     }
-
-
-MEANS = ("Pe", "Pm", "Pw", "mean_epsilon", "mean_absolute")
 
 
 def means(cells: Cells, part: slice) -> dict[str, float | None]:

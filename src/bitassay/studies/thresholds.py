@@ -66,11 +66,9 @@ def optimise_thresholds(
     distributions as JSON beside it. Raises BitassayError where the trials are too few for alpha.
     """
     check_plan(names, plan)
-    counted = plan.trials - 1 - math.ceil((plan.trials - 1) / FIT_SHARE)
-    if counted < runs_needed(alpha):
-        needed = math.ceil((runs_needed(alpha) + 1) * FIT_SHARE / (FIT_SHARE - 1)) + 1
+    if plan.trials < (needed := trials_needed(alpha)):
         raise BitassayError(
-            f"{plan.trials} trials are too few for a false-positive rate of {alpha:g}",
+            f"{plan.trials} trials are too few for a false-positive rate of {alpha:g}, which needs {needed}",
             f"--trials {needed}, or a larger --alpha",
         )
     work = Work(plan, out, progress)
@@ -101,6 +99,14 @@ def optimise_thresholds(
         "environment": environment(),
         "rows": rows,
     }
+
+
+def trials_needed(alpha: float) -> int:
+    """Honest trials of which all but one, those that fit thresholds left out, give a p-value of `alpha`."""
+    others = runs_needed(alpha)
+    while others - math.ceil(others / FIT_SHARE) < runs_needed(alpha):
+        others += 1
+    return others + 1
 
 
 def optimised(
@@ -178,12 +184,12 @@ def recommend(honest: Sequence[Trial], alpha: float, percentile: float) -> tuple
     return rules, _below(rates[rank - 1]) if rank else -math.inf
 
 
-def _above(value: float) -> float:
+def _above(value: np.floating) -> float:
     """The rules compare strictly: a threshold must lie above the value that it is to let pass."""
     return float(np.nextafter(np.float32(value), np.float32(np.inf)))
 
 
-def _below(value: float) -> float:
+def _below(value: np.floating) -> float:
     return float(np.nextafter(np.float32(value), np.float32(-np.inf)))
 
 
