@@ -20,9 +20,7 @@ def setting(request, model, prompts):
     sampler = SAMPLED if request.param == "sampled" else Sampler()
     chosen = sorted(prompts, key=len)[-COUNT:]
     nonces = [f"a{index}" for index in range(COUNT)]
-    return Setting(
-        model, prove_many(model, chosen, max_new_tokens=TOKENS, sampler=sampler, nonces=nonces)
-    )
+    return Setting(model, prove_many(model, chosen, max_new_tokens=TOKENS, sampler=sampler, nonces=nonces))
 
 
 def requests(setting):
