@@ -22,7 +22,6 @@ from bitassay.verify.forgeries import (
     exchange,
     grind,
     n_bad_opened,
-    with_bad_cells,
 )
 from bitassay.verify.receipt import commit
 from bitassay.verify.structure import Request

@@ -18,7 +18,7 @@ from bitassay.verify.challenge import Challenge, opened_positions
 from bitassay.verify.committee import Assignment, Report, judge
 from bitassay.verify.container import TraceError
 from bitassay.verify.opening import decode_opening, withheld
-from bitassay.verify.receipt import check_signature, decode
+from bitassay.verify.receipt import decode
 from bitassay.verify.structure import Reason, Request, claim_defects, shape_defects
 from bitassay.verify.trace import Header, Trace
 
@@ -87,7 +87,6 @@ def _examined_answer(answer: Answer, model: PreTrainedModel, request: Request) -
     try:
         receipt = decode(answer.receipt, Path("receipt"))
         tokens = len(receipt.header.output_ids)
-        check_signature(receipt)
         if answer.opening is None:
             raise withheld("opening")
         opening = decode_opening(answer.opening, receipt, answer.asked, Path("opening"))
