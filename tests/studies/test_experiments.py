@@ -15,18 +15,19 @@ from bitassay.studies.experiments import EXPERIMENTS, Plan, directions, mean_int
 from bitassay.studies.parties import Machine, Party
 from bitassay.studies.worker import read_cells
 from bitassay.verify.verillm import PAPER
+from workers import InProcess
 
 CPU, OTHER = Machine("cpu"), Machine("cpu+avx2")
 PLAN = Plan("stories260k", (CPU, OTHER), tokens=6, prompt_tokens=12, trials=2, verifiers=2, precision="bf16")
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, in_process):
+def finished(tmp_path_factory):
     """exp2 and exp3, run once; tests must not change the folder."""
     out = tmp_path_factory.mktemp("data")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiments, "Popen", in_process)
-        patch.setattr(in_process, "started", [], raising=False)
+        patch.setattr(experiments, "Popen", InProcess)
+        patch.setattr(InProcess, "started", [], raising=False)
         return run_experiments(["exp2", "exp3"], PLAN, out=out), out
 
 
@@ -169,10 +170,10 @@ def test_an_error_in_a_worker_says_who_and_what(tmp_path, started):
         run_experiments(["exp3"], plan, out=tmp_path / "data")
 
 
-def test_an_interrupt_stops_the_workers(tmp_path, monkeypatch, in_process):
+def test_an_interrupt_stops_the_workers(tmp_path, monkeypatch):
     stopped = []
 
-    class Endless(in_process):
+    class Endless(InProcess):
         def communicate(self):
             while not stopped:
                 torch.rand(1)

@@ -1,4 +1,4 @@
-"""`bitassay calibrate`: fit a verification profile to honest runs."""
+"""`bitassay calibrate`: fit a verification profile, or the thresholds of an experiment, to honest runs."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -7,6 +7,8 @@ from cyclopts import Parameter
 
 from bitassay.cli.output import Format, emit
 
+Names = Annotated[list[str], Parameter(consume_multiple=True, negative=())]
+
 
 def calibrate(
     model: str,
@@ -14,7 +16,7 @@ def calibrate(
     recipe: str | None = None,
     prompts: str = "240",
     max_new_tokens: int = 32,
-    alpha: float = 0.01,
+    alpha: float | None = None,
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
@@ -24,21 +26,35 @@ def calibrate(
     device: str = "cpu",
     attention: str = "sdpa",
     batch: int = 16,
-    suspects: Annotated[list[str] | None, Parameter(consume_multiple=True, negative=())] = None,
+    suspects: Names | None = None,
     suspect_runs: int = 48,
     expires_days: int = 90,
+    study: Names | None = None,
+    trials: int = 30,
+    prompt_tokens: int = 300,
+    verifiers: int = 1,
+    devices: Names | None = None,
+    precision: str = "fp16",
+    attacks: Names | None = None,
+    jobs: int = 1,
+    gpus: Annotated[list[int] | None, Parameter(consume_multiple=True, negative=())] = None,
     out: Path | None = None,
     trust_remote_code: Annotated[bool, Parameter(negative=())] = False,
     format: Format = "table",
 ) -> int:
-    """Fit a verification profile for MODEL to honest runs on this machine.
+    """Fit a verification profile for MODEL to honest runs on this machine, or an experiment's thresholds.
+
+    With --study it writes OUT/threshold_optimization/...yaml, which `bitassay study run --rules` takes, the
+    distributions beside it, and OUT/threshold_optimization/report.html. Fitted on honest runs alone, scored on
+    attacks. Interrupted, the same command goes on.
 
     Args:
         model: A name from `bitassay models list`, a folder, a .gguf file or a hub id.
         recipe: Calibrate MODEL quantized by this recipe, as both sides run it.
         prompts: How many of the bundled prompts, or a file of prompts.
         max_new_tokens: Tokens in an honest run. The profile decides on traces up to this length.
-        alpha: How often an honest run may be accused.
+        alpha: How often an honest run may be accused (default: 0.01; with --study 0.05, the least that 30
+            trials can show).
         temperature: 0 takes the most likely token.
         top_p: Sample from the most likely tokens that have this probability together.
         seed: Of the sampling, and of the order of the prompts.
@@ -53,10 +69,38 @@ def calibrate(
         suspect_runs: On how many of the prompts each suspect is run, half of them to measure how often it
             is named rightly.
         expires_days: How long the profile is valid.
-        out: The profile's file (default: the cache folder, where `bitassay verify` finds it).
+        study: Fit the thresholds of these experiments instead: exp1 to exp5.
+        trials: Honest runs in a study, and runs of each attack.
+        prompt_tokens: Tokens of a study's prompt.
+        verifiers: Verifiers in a study's trial.
+        devices: As in `bitassay study run`.
+        precision: Of the dense model in a study: fp16, bf16, fp32.
+        attacks: Provers that a study's thresholds are scored on (default: w8 fp8 w4).
+        jobs: A study's processes at a time.
+        gpus: Which GPUs a study's processes are dealt to.
+        out: The profile's file (default: the cache folder, where `bitassay verify` finds it); with --study a
+            folder (default: data).
         trust_remote_code: Run code that comes with the model.
         format: What to print on stdout.
     """
+    if study:
+        from bitassay.cli.study import make_plan, optimise
+
+        plan = make_plan(
+            model,
+            devices or [],
+            tokens=max_new_tokens,
+            prompt_tokens=prompt_tokens,
+            trials=trials,
+            verifiers=verifiers,
+            precision=precision,
+            attacks=tuple(attacks or ("w8", "fp8", "w4")),
+            jobs=jobs,
+            gpus=tuple(gpus or ()),
+            trust_remote_code=trust_remote_code,
+        )
+        return optimise(study, plan, 0.05 if alpha is None else alpha, out or Path("data"), format)
+    alpha = 0.01 if alpha is None else alpha
     from bitassay.cli.progress import show_progress
     from bitassay.generate.sampling import Sampler
     from bitassay.models.load import load

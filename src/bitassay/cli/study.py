@@ -1,6 +1,7 @@
 """`bitassay study`: the experiments of the VeriLLM replication, as rows of data."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -117,7 +118,7 @@ def run(
     from bitassay.studies.separability import PRECISIONS, run_separability
 
     experiments = [name for name in studies if name != "separability"]
-    plan = _plan(
+    plan = make_plan(
         model,
         devices or [],
         here=here or [],
@@ -156,7 +157,23 @@ def run(
     return 0
 
 
-def _plan(model: str, devices: list[str], *, here: list[str], **fields: Any) -> "Plan":
+def optimise(studies: list[str], plan: "Plan", alpha: float, out: Path, format: Format) -> int:
+    """What `bitassay calibrate --study` does."""
+    from bitassay.cli.progress import show_progress
+    from bitassay.report import study as report
+    from bitassay.studies.thresholds import optimise_thresholds
+
+    with show_progress() as progress:
+        found = optimise_thresholds(studies, plan, alpha=alpha, out=out, progress=progress)
+    report.write_study_report([found], out / "threshold_optimization" / "report.html")
+    emit(report.threshold_rows(found), report.THRESHOLD_COLUMNS, format, whole=found)
+    for row in found["rows"]:
+        sys.stderr.write(f"thresholds: {row['file']}\n")
+    return 0
+
+
+def make_plan(model: str, devices: list[str], *, here: Sequence[str] = (), **fields: Any) -> "Plan":
+    """A plan on these machines, or on those at hand."""
     from bitassay.errors import BitassayError
     from bitassay.studies.experiments import Plan
     from bitassay.studies.parties import Machine, first_machine, other_machine

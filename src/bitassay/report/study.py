@@ -145,15 +145,15 @@ def _section(run: Mapping[str, Any], index: int) -> dict[str, Any]:
         figures = [experiment_figure(run["rows"])] if run["rows"] else []
         rows, columns, title = run["rows"], EXPERIMENT_COLUMNS, "Experiments"
         text = (
-            "Share of hidden-state cells that verifiers accept by fixed thresholds, beside what the experiment "
-            "documents expect. A bar that a quantized prover passes is one that a cheat passes."
+            "Share of hidden-state cells that verifiers accept by fixed thresholds, beside what the "
+            "experiment documents expect. A bar that a quantized prover passes is one that a cheat passes."
         )
     elif run["kind"] == "separability":
         rows, columns, title = separability_rows(run), separability_columns(run), "Separability"
         figures = []
         text = (
-            f"Share of {run['trials']} runs of each prover that a verifier refuses by relative distance, with "
-            f"{run['tokens']} tokens, at a false-positive rate of {run['alpha']:g} for its own precision."
+            f"Share of {run['trials']} runs of each prover that a verifier refuses by relative distance, "
+            f"with {run['tokens']} tokens, at a false-positive rate of {run['alpha']:g} for its own precision."
         )
     else:
         figures = [distribution_figure(row) for row in run["rows"]]
