@@ -44,9 +44,9 @@ def calibrate(
 ) -> int:
     """Fit a verification profile for MODEL to honest runs on this machine, or an experiment's thresholds.
 
-    With --study it writes OUT/threshold_optimization/...yaml, which `bitassay study run --rules` takes, the
-    distributions beside it, and OUT/threshold_optimization/report.html. Fitted on honest runs alone, scored on
-    attacks. Interrupted, the same command goes on.
+    With --study it writes OUT/threshold_optimization/...yaml, for `bitassay study run --rules`, beside it the
+    distributions and report.html. Fitted on honest runs alone, scored on attacks. Interrupted, the same command
+    goes on.
 
     Args:
         model: A name from `bitassay models list`, a folder, a .gguf file or a hub id.

@@ -153,7 +153,7 @@ def _section(run: Mapping[str, Any], index: int) -> dict[str, Any]:
         figures = []
         text = (
             f"Share of {run['trials']} runs of each prover that a verifier refuses by relative distance, "
-            f"with {run['tokens']} tokens, at a false-positive rate of {run['alpha']:g} for its own precision."
+            f"with {run['tokens']} tokens, at a false-positive rate of {run['alpha']:g} for its own."
         )
     else:
         figures = [distribution_figure(row) for row in run["rows"]]
