@@ -34,7 +34,7 @@ def calibrate(
     prompt_tokens: int = 300,
     verifiers: int = 1,
     devices: Names | None = None,
-    precision: str = "fp16",
+    precision: str | None = None,
     attacks: Names | None = None,
     jobs: int = 1,
     gpus: Annotated[list[int] | None, Parameter(consume_multiple=True, negative=())] = None,
@@ -45,7 +45,7 @@ def calibrate(
     """Fit a verification profile for MODEL to honest runs on this machine, or an experiment's thresholds.
 
     With --study it writes OUT/threshold_optimization/...yaml, for `bitassay study run --rules`, beside it the
-    distributions and report.html. Fitted on honest runs alone, scored on attacks. Interrupted, the same command
+    distributions and report.html. Fitted on honest runs alone, scored on attacks. Interrupted, the same
     goes on.
 
     Args:
@@ -74,7 +74,7 @@ def calibrate(
         prompt_tokens: Tokens of a study's prompt.
         verifiers: Verifiers in a study's trial.
         devices: As in `bitassay study run`.
-        precision: Of the dense model in a study: fp16, bf16, fp32.
+        precision: Of the dense model in a study, as in `bitassay study run`.
         attacks: Provers that a study's thresholds are scored on (default: w8 fp8 w4).
         jobs: A study's processes at a time.
         gpus: Which GPUs a study's processes are dealt to.

@@ -69,7 +69,7 @@ def run(
     devices: Names | None = None,
     here: Names | None = None,
     role: Literal["prove", "verify"] | None = None,
-    precision: str = "fp16",
+    precision: str | None = None,
     quantized: str = "w4",
     attacks: Names | None = None,
     precisions: Names | None = None,
@@ -100,7 +100,8 @@ def run(
             vector instructions stand in).
         here: Which of the devices this computer is (default: those that it has).
         role: Do one half only, prove or verify.
-        precision: Of the dense model: fp16, bf16, fp32. Quantized sides run in it too.
+        precision: Of the dense model: fp16, bf16, fp32 (default: fp16 as in the documents; bf16 where a device
+            is a CPU, most of which compute fp16 many times slower). Quantized sides run in it too.
         quantized: The INT4 side: a recipe, or a quantized checkpoint that transformers loads.
         attacks: Provers that the same bar is tried on (default: w8 and the quantized side).
         precisions: What separability compares (default: fp32 fp16 bf16 w8 fp8 w4 w3 w2).
@@ -172,8 +173,10 @@ def optimise(studies: list[str], plan: "Plan", alpha: float, out: Path, format: 
     return 0
 
 
-def make_plan(model: str, devices: list[str], *, here: Sequence[str] = (), **fields: Any) -> "Plan":
-    """A plan on these machines, or on those at hand."""
+def make_plan(
+    model: str, devices: list[str], *, here: Sequence[str] = (), precision: str | None = None, **fields: Any
+) -> "Plan":
+    """A plan on these machines, or on those at hand, in `precision` or the one that suits them."""
     from bitassay.errors import BitassayError
     from bitassay.studies.experiments import Plan
     from bitassay.studies.parties import Machine, first_machine, other_machine
@@ -185,7 +188,10 @@ def make_plan(model: str, devices: list[str], *, here: Sequence[str] = (), **fie
     machines: list[Machine] = [Machine(name) for name in devices]
     first = machines[0] if machines else first_machine()
     second = machines[1] if len(machines) == 2 else other_machine(first)
-    return Plan(model, (first, second), here=tuple(map(Machine, here)), **fields)
+    suits = "bf16" if "cpu" in (first.device, second.device) else "fp16"
+    return Plan(
+        model, (first, second), precision=precision or suits, here=tuple(map(Machine, here)), **fields
+    )
 
 
 def _lengths(plan: "Plan", tokens: int, prompt_tokens: int, trials: int) -> "Plan":

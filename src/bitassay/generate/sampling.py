@@ -128,10 +128,17 @@ def nucleus(scaled: Float[Tensor, "rows vocabulary"], top_p: float) -> Bool[Tens
     if top_p == 1:
         return torch.ones_like(scaled, dtype=torch.bool)
     probabilities = scaled.softmax(-1)
-    for size in (*(size for size in NUCLEUS_SIZES if size < scaled.shape[-1]), scaled.shape[-1]):
-        ordered = probabilities.topk(size, sorted=True).values
-        inside = ordered.cumsum(-1) - ordered < top_p
-        if size == scaled.shape[-1] or not inside[:, -1].any():
-            break
-    smallest = ordered.masked_fill(~inside, torch.inf).amin(-1, keepdim=True)
-    return probabilities >= smallest
+    return probabilities >= _smallest_inside(probabilities, top_p, NUCLEUS_SIZES)
+
+
+def _smallest_inside(
+    probabilities: Float[Tensor, "rows vocabulary"], top_p: float, sizes: tuple[int, ...]
+) -> Float[Tensor, "rows 1"]:
+    """The nucleus's smallest probability, looked for among the `sizes[0]` most likely tokens, then among
+    more."""
+    size = min([*sizes[:1], probabilities.shape[-1]])
+    ordered = probabilities.topk(size).values
+    inside = ordered.cumsum(-1) - ordered < top_p
+    if size < probabilities.shape[-1] and inside[:, -1].any():
+        return _smallest_inside(probabilities, top_p, sizes[1:])
+    return ordered.masked_fill(~inside, torch.inf).amin(-1, keepdim=True)

@@ -101,7 +101,7 @@ class Plan:
     prompt_tokens: int = 300
     trials: int = 3
     verifiers: int = 3
-    precision: str = "fp16"
+    precision: str = "bf16"
     quantized: str = "w4"
     attacks: tuple[str, ...] = ("w8", "w4")
     rules: Rules = DOCUMENTS
@@ -443,9 +443,13 @@ def cell_rules(cells: Cells, rules: Rules) -> np.ndarray:
             f"rules {rules.name!r} have e_m {rules.e_m} and e_w {rules.e_w}; the cells were computed with "
             f"{DOCUMENTS.e_m} and {DOCUMENTS.e_w}"
         )
-    floats = [getattr(cells, name).double().flatten() for name in MEANS]
     unused = torch.zeros(cells.Pe.numel(), dtype=torch.int64)
-    flat = CellStatistics(*floats, unused, unused, cells.refused.flatten())
+    flat = CellStatistics(
+        **{name: getattr(cells, name).double().flatten() for name in MEANS},
+        compared=unused,
+        sign_mismatches=unused,
+        refused=cells.refused.flatten(),
+    )
     return accepted(flat, rules).reshape(cells.Pe.shape).numpy()
 
 
