@@ -100,8 +100,8 @@ def run(
             vector instructions stand in).
         here: Which of the devices this computer is (default: those that it has).
         role: Do one half only, prove or verify.
-        precision: Of the dense model: fp16, bf16, fp32 (default: fp16 as in the documents; bf16 where a device
-            is a CPU, most of which compute fp16 many times slower). Quantized sides run in it too.
+        precision: Of the dense model: fp16, bf16, fp32 (default: fp16 as in the documents; bf16 where a
+            machine is a CPU, which computes fp16 many times slower). Quantized sides run in it too.
         quantized: The INT4 side: a recipe, or a quantized checkpoint that transformers loads.
         attacks: Provers that the same bar is tried on (default: w8 and the quantized side).
         precisions: What separability compares (default: fp32 fp16 bf16 w8 fp8 w4 w3 w2).
