@@ -160,6 +160,7 @@ def first_machine() -> Machine:
 
 
 def process_environment(machine: Machine, gpu: int | None = None) -> dict[str, str]:
-    """The variables of a process on `machine`; gpu: the only GPU that it may see."""
+    """The variables of a process on `machine`; gpu: the only GPU that it may see. Threads that wait sleep:
+    spinning, two busy processes slow each other down many times over."""
     seen = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)}
-    return {**os.environ, **machine.variables(), **seen}
+    return {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, **machine.variables(), **seen}
