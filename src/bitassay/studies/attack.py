@@ -80,7 +80,7 @@ class AttackPlan:
     alpha: float = 0.01
     batch: int = 32
     seed: int = 0
-    attacks: tuple[str, ...] = tuple(sorted(ATTACKS))
+    attacks: tuple[str, ...] = tuple(ATTACKS)
     variants: tuple[str, ...] = ()
 
 
