@@ -61,6 +61,13 @@ def test_the_documents_fields_hold_what_the_trials_say(finished):
             assert [layer["layer"] for layer in verdict["layers"]] == [5]
     assert found["summary"]["expected_accept_rate"] == [0.8, 0.85]
     assert found["hardware"].startswith("the same machine")
+    assert aggregate["different_verifiers"] == 2
+
+
+def test_verifiers_that_agree_to_the_last_bit_are_one(tmp_path, started):
+    """The third verifier on a CPU has one thread, as all have in this process."""
+    run = run_experiments(["exp1"], replace(PLAN, verifiers=3, trials=1, attacks=()), out=tmp_path)
+    assert (run["rows"][0]["verifiers"], run["rows"][0]["different_verifiers"]) == (3, 2)
 
 
 def test_int4_accepts_fewer_cells_than_full_precision_and_lies_farther(finished):
@@ -170,7 +177,7 @@ def test_an_error_in_a_worker_says_who_and_what(tmp_path, started):
         run_experiments(["exp3"], plan, out=tmp_path / "data")
 
 
-def test_an_interrupt_stops_the_workers(tmp_path, monkeypatch):
+def test_an_interrupt_stops_the_workers(tmp_path, monkeypatch, started):
     stopped = []
 
     class Endless(InProcess):

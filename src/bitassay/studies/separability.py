@@ -8,6 +8,7 @@ is precision alone.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from bitassay.studies.worker import Cells
 from bitassay.verify.power import auc, tpr_at_fpr
 from bitassay.verify.profile import runs_needed
 
+BATCH = 25  # prompts that a prover answers at a time: nothing is timed
 PRECISIONS = ("fp32", "fp16", "bf16", "w8", "fp8", "w4", "w3", "w2")
 
 
@@ -45,7 +47,7 @@ def run_separability(
             f"which needs {runs_needed(alpha)}",
             f"--trials {runs_needed(alpha)}, or a larger --alpha",
         )
-    work = Work(plan, out, progress)
+    work = Work(replace(plan, batch=BATCH), out, progress)
     machine = plan.machines[0]
     parties = [plan.party(precision, machine) for precision in precisions]
     if plan.role != "verify":
