@@ -5,7 +5,7 @@ import json
 import pytest
 
 from bitassay.record.files import write_text
-from bitassay.studies import experiments
+from bitassay.studies import work
 from bitassay.studies.thresholds import read_thresholds
 from workers import InProcess
 
@@ -14,7 +14,7 @@ SMALL = ("--tokens", "4", "--prompt-tokens", "8", "--trials", "1", "--verifiers"
 
 @pytest.fixture
 def study(bitassay, monkeypatch, tmp_path):
-    monkeypatch.setattr(experiments, "Popen", InProcess)
+    monkeypatch.setattr(work, "Popen", InProcess)
     monkeypatch.setattr(InProcess, "started", [], raising=False)
 
     def call(*words):
@@ -98,7 +98,7 @@ def test_what_it_refuses(study, bitassay, words, said):
 
 def test_thresholds_of_an_experiment(bitassay, monkeypatch, tmp_path):
     """Fitted, written as a file that a later run takes, and scored."""
-    monkeypatch.setattr(experiments, "Popen", InProcess)
+    monkeypatch.setattr(work, "Popen", InProcess)
     monkeypatch.setattr(InProcess, "started", [], raising=False)
     out = tmp_path / "data"
     words = ("--max-new-tokens", "4", "--prompt-tokens", "8", "--precision", "bf16", "--attacks", "w2")

@@ -2,13 +2,13 @@
 
 import pytest
 
-from bitassay.studies import experiments
+from bitassay.studies import work
 from workers import InProcess
 
 
 @pytest.fixture
 def started(monkeypatch):
     """The jobs that were started, by the names of their files."""
-    monkeypatch.setattr(experiments, "Popen", InProcess)
+    monkeypatch.setattr(work, "Popen", InProcess)
     monkeypatch.setattr(InProcess, "started", [], raising=False)
     return InProcess.started

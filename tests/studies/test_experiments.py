@@ -10,9 +10,10 @@ import torch
 
 from bitassay.errors import BitassayError
 from bitassay.record.files import read_json
-from bitassay.studies import experiments
-from bitassay.studies.experiments import EXPERIMENTS, Plan, directions, mean_interval, run_experiments
+from bitassay.studies import work
+from bitassay.studies.experiments import EXPERIMENTS, directions, mean_interval, run_experiments
 from bitassay.studies.parties import Machine, Party
+from bitassay.studies.work import Plan
 from bitassay.studies.worker import read_cells
 from bitassay.verify.verillm import PAPER
 from workers import InProcess
@@ -26,7 +27,7 @@ def finished(tmp_path_factory):
     """exp2 and exp3, run once; tests must not change the folder."""
     out = tmp_path_factory.mktemp("data")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiments, "Popen", InProcess)
+        patch.setattr(work, "Popen", InProcess)
         patch.setattr(InProcess, "started", [], raising=False)
         return run_experiments(["exp2", "exp3"], PLAN, out=out), out
 
@@ -193,7 +194,7 @@ def test_an_interrupt_stops_the_workers(tmp_path, monkeypatch, started):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(experiments, "Popen", Endless)
+    monkeypatch.setattr(work, "Popen", Endless)
     with pytest.raises(KeyboardInterrupt):
         run_experiments(
             ["exp1"], PLAN, out=tmp_path, progress=lambda what, *_: what == "proving" and interrupt()
@@ -283,11 +284,11 @@ def test_real_processes_have_their_machines_numerics(tmp_path):
     plan = replace(
         PLAN, trials=1, verifiers=1, attacks=(), machines=(CPU, Machine("cpu+default+eager+1thread"))
     )
-    work = experiments.Work(plan, tmp_path, lambda *_: None)
+    ours = work.Work(plan, tmp_path, lambda *_: None)
     prover, verifier = Party("bf16", plan.machines[0]), Party("bf16", plan.machines[1])
-    work.prove([prover])
-    work.verify([(prover, verifier)])
-    [[cells]] = work.cells(prover, [verifier])
+    ours.prove([prover])
+    ours.verify([(prover, verifier)])
+    [[cells]] = ours.cells(prover, [verifier])
     assert cells.verifier["cpu_capability"] == "DEFAULT"
     assert (cells.verifier["attention"], cells.verifier["threads"]) == ("eager", 1)
     assert json.loads(next(tmp_path.glob("work/*/traces/*/trial1.json")).read_text())["output_tokens"] == 6

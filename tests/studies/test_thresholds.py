@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bitassay.errors import BitassayError
-from bitassay.studies.experiments import Plan, directions
+from bitassay.studies.experiments import directions
 from bitassay.studies.parties import Machine
 from bitassay.studies.thresholds import (
     accept_rate,
@@ -20,6 +20,7 @@ from bitassay.studies.thresholds import (
     read_thresholds,
     recommend,
 )
+from bitassay.studies.work import Plan
 from bitassay.studies.worker import Cells
 from bitassay.verify.verillm import DOCUMENTS
 

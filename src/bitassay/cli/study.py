@@ -11,7 +11,7 @@ from bitassay.cli.output import Format, emit
 from bitassay.report.tables import Column, interval, percent
 
 if TYPE_CHECKING:
-    from bitassay.studies.experiments import Plan
+    from bitassay.studies.work import Plan
 
 study = App(name="study", help="List and run the experiments.")
 
@@ -178,8 +178,8 @@ def make_plan(
 ) -> "Plan":
     """A plan on these machines, or on those at hand, in `precision` or the one that suits them."""
     from bitassay.errors import BitassayError
-    from bitassay.studies.experiments import Plan
     from bitassay.studies.parties import Machine, first_machine, other_machine
+    from bitassay.studies.work import Plan
 
     if len(devices) > 2:
         raise BitassayError(

@@ -19,7 +19,7 @@ from bitassay.bench.environment import environment
 from bitassay.errors import BitassayError
 from bitassay.record.files import write_json
 from bitassay.record.progress import Progress, silent
-from bitassay.studies.experiments import SCHEMA, Plan, Work, check_plan
+from bitassay.studies.work import SCHEMA, Plan, Work, check_plan
 from bitassay.studies.worker import Cells
 from bitassay.verify.power import auc, tpr_at_fpr
 from bitassay.verify.profile import runs_needed
@@ -40,7 +40,7 @@ def run_separability(
 
     Raises BitassayError where the trials are too few for alpha, or for an unknown precision.
     """
-    check_plan([], plan, precisions)
+    check_plan(plan, precisions)
     if plan.trials < runs_needed(alpha):
         raise BitassayError(
             f"{plan.trials} trials are too few for a false-positive rate of {alpha:g}, "

@@ -29,17 +29,9 @@ from bitassay.bench.environment import environment
 from bitassay.errors import BitassayError
 from bitassay.record.files import write_json, write_text
 from bitassay.record.progress import Progress, silent
-from bitassay.studies.experiments import (
-    SCHEMA,
-    Direction,
-    Plan,
-    Work,
-    cell_rules,
-    check_plan,
-    directions,
-    rules_of,
-)
+from bitassay.studies.experiments import Direction, cell_rules, check_names, directions, rules_of
 from bitassay.studies.separability import mean_log_distance
+from bitassay.studies.work import SCHEMA, Plan, Work, check_plan
 from bitassay.studies.worker import Cells
 from bitassay.verify.power import share
 from bitassay.verify.profile import runs_needed
@@ -65,7 +57,8 @@ def optimise_thresholds(
     Writes `out`/threshold_optimization/..._thresholds.yaml, which `bitassay study run --rules` reads, and all
     distributions as JSON beside it. Raises BitassayError where the trials are too few for alpha.
     """
-    check_plan(names, plan)
+    check_names(names)
+    check_plan(plan)
     if plan.trials < (needed := trials_needed(alpha)):
         raise BitassayError(
             f"{plan.trials} trials are too few for a false-positive rate of {alpha:g}, which needs {needed}",
