@@ -126,11 +126,13 @@ def test_suspects_are_shown_stored_and_named(folder, profile, capsys):
     assert "no such attack; the nearest are 'int" in capsys.readouterr().err
 
 
-def test_the_command_line_has_the_defaults_of_the_library():
+def test_the_command_line_has_the_defaults_of_the_library(capsys):
     command = inspect.signature(calibrate_command).parameters
     function = inspect.signature(calibrate).parameters
-    for name in ("alpha", "suspect_runs", "max_new_tokens", "expires_days"):
+    for name in ("suspect_runs", "max_new_tokens", "expires_days"):
         assert command[name].default == function[name].default
+    assert run(["calibrate", MODEL, "--prompts", "5"]) == 2
+    assert f"too few for alpha {function['alpha'].default}," in capsys.readouterr().err
     assert inspect.signature(pooled_verdict).parameters["alpha"].default == function["alpha"].default
     assert inspect.signature(alarm_at).parameters["alpha"].default == function["alpha"].default
 

@@ -100,13 +100,13 @@ def calibrate(
             trust_remote_code=trust_remote_code,
         )
         return optimise(study, plan, 0.05 if alpha is None else alpha, out or Path("data"), format)
-    alpha = 0.01 if alpha is None else alpha
     from bitassay.cli.progress import show_progress
     from bitassay.generate.sampling import Sampler
     from bitassay.models.load import load
     from bitassay.verify.calibrate import calibrate, check_enough
-    from bitassay.verify.profile import write_profile
+    from bitassay.verify.profile import ALPHA, write_profile
 
+    alpha = ALPHA if alpha is None else alpha
     texts = _prompts(prompts)
     check_enough(len(texts), alpha)
     with show_progress() as progress:
