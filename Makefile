@@ -14,7 +14,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 demo: $(VENV)/.ready  ## quantize, evaluate and verify SmolLM2-135M; prints the table, writes runs/demo/report.html
 	$(BIN)/bitassay assay smollm2-135m --recipe w8 --recipe fp8 --recipe w4 --recipe w2 \
-	  --windows 8 --window 512 --repeats 2 --new-tokens 16 --out runs/demo
+	  --windows 6 --window 512 --repeats 1 --new-tokens 16 --out runs/demo
 
 test: $(VENV)/.ready  ## unit tests and those on the real model (fetched once, 98 MB)
 	$(BIN)/pytest -q -m "not gpu"
