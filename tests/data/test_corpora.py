@@ -29,6 +29,22 @@ def test_bundled_wikitext_is_the_whole_test_set():
     assert "Robert Boulter is an English film , television and theatre actor" in found.text
 
 
+def test_bundled_c4_is_a_thousand_documents():
+    found = corpus("c4-train")
+    assert found.source == "bundled c4-train-1000.jsonl.gz"
+    assert len(found.text) == 2_189_457 + 999 * 2
+
+
+def test_documents_of_json_lines_are_joined_by_an_empty_line(data):
+    (data / "c4").mkdir()
+    path = data / "c4" / "c4_en_train_first1000.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"text": "one"}\n\n{"text": "two\\nlines"}\n'))
+    assert corpus("c4-train").text == "one\n\ntwo\nlines"
+    path.write_bytes(gzip.compress(b'{"text": "one"}\n{"prompt": "two"}\n'))
+    with pytest.raises(BitassayError, match=rf"{path}:2: not a JSON object with a field 'text'"):
+        corpus("c4-train")
+
+
 def test_rows_are_joined_as_in_the_published_protocol(data):
     (data / "wikitext2" / "wiki.test.raw").write_text(" one \n \n two\x0bthree\n")
     found = corpus("wikitext2-raw")

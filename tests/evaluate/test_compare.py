@@ -6,7 +6,7 @@ import torch
 import bitassay
 from bitassay.errors import BitassayError
 from bitassay.evaluate.compare import BASE, score_windows, summarise
-from bitassay.evaluate.protocol import Protocol, token_windows
+from bitassay.data.windows import Protocol, token_windows
 from bitassay.testing.tiny import tiny_model
 
 SHORT = Protocol(window_tokens=128, windows=6)

@@ -53,7 +53,7 @@ def assay(
         format: What to print on stdout.
     """
     from bitassay.cli.progress import show_progress
-    from bitassay.evaluate.protocol import Protocol
+    from bitassay.data.windows import Protocol
     from bitassay.report.assay import ASSAY_COLUMNS, write_report
     from bitassay.studies.assay import Verification, assay
     from bitassay.studies.estimate import estimate_assay

@@ -37,7 +37,7 @@ def eval(
     from bitassay.cli.progress import show_progress
     from bitassay.errors import BitassayError
     from bitassay.evaluate.compare import evaluate
-    from bitassay.evaluate.protocol import Protocol
+    from bitassay.data.windows import Protocol
     from bitassay.models.load import load
     from bitassay.quantize.model import quantize
     from bitassay.report.assay import QUALITY_COLUMNS

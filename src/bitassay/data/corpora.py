@@ -18,6 +18,7 @@ from bitassay.errors import BitassayError, nearest
 # name -> (paths searched under BITASSAY_DATA, bundled file)
 CORPORA = {
     "wikitext2-raw": (("wikitext2/wiki.test.raw.gz", "wikitext2/wiki.test.raw"), "wikitext2-test.raw.gz"),
+    "c4-train": (("c4/c4_en_train_first1000.jsonl.gz",), "c4-train-1000.jsonl.gz"),
 }
 
 
@@ -36,13 +37,17 @@ def corpus(name: str) -> Corpus:
 
     wikitext2-raw: the lines of the raw test set joined by two newlines, blank lines as empty strings. That is
     how the data set's rows are joined in GPTQ's evaluation, which the published WikiText-2 perplexities of
-    quantized models follow.
+    quantized models follow. c4-train: the first 1000 documents of C4's English training set, joined by an
+    empty line; for calibration, never for measuring.
     """
     if name not in CORPORA:
         raise BitassayError(f"unknown corpus {name!r}; the nearest are {nearest(name, CORPORA)}")
     path, source = _locate(*CORPORA[name])
-    lines = io.StringIO(read_text(path))  # splits at \n alone, unlike str.splitlines
-    text = "\n\n".join(line if line.strip() else "" for line in lines)
+    if ".jsonl" in path.name:
+        text = "\n\n".join(_field(path, "text"))
+    else:
+        lines = io.StringIO(read_text(path))  # splits at \n alone, unlike str.splitlines
+        text = "\n\n".join(line if line.strip() else "" for line in lines)
     if not text.strip():
         raise BitassayError(f"{path}: the corpus is empty", "restore the file, or unset BITASSAY_DATA")
     return Corpus(name, text, source)
@@ -56,23 +61,31 @@ def bundled_prompts() -> list[str]:
 
 def prompts_from(path: Path) -> list[str]:
     """Prompts from a `.jsonl` file (field `prompt`; may be gzipped) or a text file with one prompt a line."""
-    lines = [line for line in read_text(path).split("\n") if line.strip()]
+    if ".jsonl" in path.name:
+        lines = _field(path, "prompt")
+    else:
+        lines = [line for line in read_text(path).split("\n") if line.strip()]
     if not lines:
         raise BitassayError(
             f"{path}: no prompts in it", "write one prompt a line, or JSON lines with a field 'prompt'"
         )
-    if ".jsonl" not in path.name:
-        return lines
-    prompts = []
-    for number, line in enumerate(lines, 1):
+    return lines
+
+
+def _field(path: Path, name: str) -> list[str]:
+    """The field `name` of every JSON line of a file."""
+    values = []
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
         try:
-            prompt = json.loads(line)["prompt"]
+            value = json.loads(line)[name]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise BitassayError(f"{path}:{number}: not a JSON object with a field 'prompt'") from error
-        if not isinstance(prompt, str) or not prompt:
-            raise BitassayError(f"{path}:{number}: the prompt is empty or not a string")
-        prompts.append(prompt)
-    return prompts
+            raise BitassayError(f"{path}:{number}: not a JSON object with a field {name!r}") from error
+        if not isinstance(value, str) or not value:
+            raise BitassayError(f"{path}:{number}: the {name} is empty or not a string")
+        values.append(value)
+    return values
 
 
 def read_text(path: Path) -> str:

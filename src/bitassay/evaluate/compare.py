@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError
 from bitassay.evaluate.divergence import TokenScores, token_scores, window_logits
-from bitassay.evaluate.protocol import Protocol, token_windows
+from bitassay.data.windows import Protocol, token_windows
 from bitassay.evaluate.statistics import bootstrap_means, percentile_interval
 from bitassay.models.load import tokenizer
 from bitassay.record.progress import Progress, silent

@@ -28,7 +28,7 @@ from bitassay.data.corpora import bundled_prompts
 from bitassay.errors import BitassayError
 from bitassay.evaluate.compare import BASE, score_windows, summarise
 from bitassay.evaluate.divergence import TokenScores
-from bitassay.evaluate.protocol import Protocol, token_windows
+from bitassay.data.windows import Protocol, token_windows
 from bitassay.generate.decode import TokenIds
 from bitassay.models.load import identity, load, tokenizer
 from bitassay.quantize.model import (

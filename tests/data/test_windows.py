@@ -6,7 +6,7 @@ import torch
 
 from bitassay.data.corpora import corpus
 from bitassay.errors import BitassayError
-from bitassay.evaluate.protocol import Protocol, token_windows
+from bitassay.data.windows import Protocol, token_windows
 
 
 def test_ids_name_what_changes_the_number():
