@@ -8,7 +8,7 @@ shared with the base model, not copied.
 
 import copy
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -25,10 +25,12 @@ from bitassay.record.progress import Progress, silent
 
 @dataclass(frozen=True)
 class Quantization:
-    """What was done to a model: the recipe, and the quantized matrices by module name."""
+    """What was done to a model: the recipe, the quantized matrices by module name, and the new dense values
+    of other parameters that the recipe changed, by full name."""
 
     recipe: Recipe
     tensors: dict[str, QuantizedTensor]
+    parameters: dict[str, Tensor] = field(default_factory=dict)
 
 
 def quantize(
@@ -61,8 +63,10 @@ def quantize_tensors(base: PreTrainedModel, recipe: Recipe, progress: Progress =
 def with_tensors(
     base: PreTrainedModel, quantization: Quantization, *, packed: bool = False
 ) -> PreTrainedModel:
-    """A copy of `base` whose linears are those of `quantization`; everything else is shared."""
+    """A copy of `base` with what `quantization` changed; everything else is shared."""
     model = _copy_sharing_parameters(base)
+    for name, value in quantization.parameters.items():
+        _replace_parameter(model, name, value)
     for name, tensor in quantization.tensors.items():
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
@@ -143,6 +147,17 @@ def _copy_sharing_parameters(model: PreTrainedModel) -> PreTrainedModel:
     shared: Iterable[Tensor] = [*model.parameters(), *model.buffers()]
     attached = [getattr(model, name) for name in ("tokenizer", "identity") if hasattr(model, name)]
     return copy.deepcopy(model, {id(item): item for item in (*shared, *attached)})
+
+
+def _replace_parameter(model: PreTrainedModel, name: str, value: Tensor) -> None:
+    """Give `model` alone a new value, in the dtype of the old one; an output head that gets one is no longer
+    the embedding."""
+    owner, _, key = name.rpartition(".")
+    module = model.get_submodule(owner)
+    old = module.get_parameter(key)
+    module.register_parameter(key, nn.Parameter(value.to(old.device, old.dtype), requires_grad=False))
+    if module is model.get_output_embeddings():
+        model.config.tie_word_embeddings = False
 
 
 def _last_words(names: list[str]) -> set[str]:
