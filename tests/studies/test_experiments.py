@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from bitassay.errors import BitassayError
-from bitassay.record.files import read_json
+from bitassay.record.files import read_json, write_json
 from bitassay.studies import work
 from bitassay.studies.experiments import EXPERIMENTS, directions, mean_interval, run_experiments
 from bitassay.studies.parties import Machine, Party
 from bitassay.studies.work import Plan
 from bitassay.studies.worker import read_cells
-from bitassay.verify.verillm import PAPER
+from bitassay.verify.verillm import DOCUMENTS, PAPER
 from workers import InProcess
 
 CPU, OTHER = Machine("cpu"), Machine("cpu+avx2")
@@ -86,16 +86,16 @@ def test_the_judged_numbers_come_from_the_cells(finished):
     [file] = out.glob("work/*/cells/bf16_cpu_to_bf16_cpu+avx2/trial1.safetensors")
     cells = read_cells(file)
     assert cells.n_prompt == 12
-    part = slice(12, None)
+    found = cells.statistics
     holds = (
-        (cells.Pe < 0.05)
-        & ((cells.Pm > 0.75) | cells.Pm.isnan())
-        & (cells.Pw > 0.5)
-        & (cells.mean_epsilon.abs() < 0.01)
-        & ~cells.refused
+        (found.Pe < 0.05)
+        & ((found.Pm > 0.75) | found.Pm.isnan())
+        & (found.Pw > 0.5)
+        & (found.mean_epsilon.abs() < 0.01)
+        & ~found.refused
     )
     verdict = trial["verifiers"][0]
-    assert verdict["accept_rate"] == pytest.approx(float(holds[:, part].double().mean()))
+    assert verdict["accept_rate"] == pytest.approx(float(holds[:, 12:].double().mean()))
     assert verdict["prompt_accept_rate"] == pytest.approx(float(holds[:, :12].double().mean()))
     assert verdict["numerics"]["attention"] == "sdpa"
     assert trial["verifiers"][1]["numerics"]["attention"] == "eager"
@@ -171,6 +171,22 @@ def test_damaged_cells_are_named(finished, tmp_path, started):
         run_experiments(["exp3"], PLAN, out=tmp_path / "data")
 
 
+def test_damaged_timings_are_named(finished, tmp_path, started):
+    """They may come from another computer: a time of nothing would be divided by."""
+    _, out = finished
+    shutil.copytree(out, tmp_path / "data")
+    file = next((tmp_path / "data").glob("work/*/traces/bf16_cpu/trial1.json"))
+    write_json(file, {**read_json(file), "seconds": 0})
+    with pytest.raises(BitassayError, match=r"trial1\.json: damaged .*greater than 0"):
+        run_experiments(["exp2"], PLAN, out=tmp_path / "data")
+
+
+def test_gpus_are_dealt_to_the_parties_that_run_on_one():
+    parties = [Party("w4", Machine(name)) for name in ("cuda:0", "cpu", "cuda:1+eager", "cuda:0")]
+    assert work.dealt((2, 3), parties) == [2, None, 3, 2]
+    assert work.dealt((), parties) == [None] * 4
+
+
 def test_an_error_in_a_worker_says_who_and_what(tmp_path, started):
     plan = replace(PLAN, quantized=str(tmp_path / "nothing"), attacks=())
     (tmp_path / "nothing").mkdir()
@@ -213,6 +229,7 @@ def test_an_interrupt_stops_the_workers(tmp_path, monkeypatch, started):
         ({"attacks": ("int4",)}, "neither a recipe nor a checkpoint"),
         ({"role": "watch"}, "no role"),
         ({"jobs": 0}, "--jobs 0"),
+        ({"rules": replace(DOCUMENTS, e_w=0.3)}, "e_w 0.3; cells are kept with"),
         ({"trials": 10_000}, "at most 256 trials"),
     ],
 )

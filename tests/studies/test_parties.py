@@ -31,6 +31,7 @@ def test_a_process_sees_its_gpu_alone():
     found = process_environment(Machine("cpu+avx2"), gpu=3)
     assert (found["CUDA_VISIBLE_DEVICES"], found["ATEN_CPU_CAPABILITY"]) == ("3", "avx2")
     assert "PATH" in found
+    assert Machine("cuda:3+eager").seen_alone().name == "cuda:0+eager"
 
 
 def test_labels_can_be_file_names():

@@ -14,7 +14,7 @@ from bitassay.studies.thresholds import (
     accept_rate,
     as_yaml,
     cell_values,
-    distance_limit,
+    distances,
     optimise_thresholds,
     optimised,
     read_thresholds,
@@ -22,7 +22,8 @@ from bitassay.studies.thresholds import (
 )
 from bitassay.studies.work import Plan
 from bitassay.studies.worker import Cells
-from bitassay.verify.verillm import DOCUMENTS
+from bitassay.verify.power import threshold
+from bitassay.verify.verillm import DOCUMENTS, CellStatistics
 
 PLAN = Plan("stories260k", (Machine("cpu"), Machine("cpu+avx2")), tokens=4, prompt_tokens=8, verifiers=1)
 DIRECTION = directions("exp1", PLAN)[0]
@@ -32,21 +33,25 @@ def made(generator, Pe=0.06, Pw=0.8, distance=0.015, n_prompt=5, positions=45):
     """Cells around the given means; the prompt's are far off, and must not count."""
 
     def around(mean, spread):
-        values = mean * (1 + spread * torch.randn(2, positions, generator=generator))
-        return torch.cat([torch.full((2, n_prompt), 9.0), values], 1)
+        values = mean * (1 + spread * torch.randn(2, positions, generator=generator, dtype=torch.float64))
+        return torch.cat([torch.full((2, n_prompt), 9.0, dtype=torch.float64), values], 1)
 
     return Cells(
         layers=(8, 16),
         n_prompt=n_prompt,
         seconds=1.0,
         verifier={},
-        Pe=around(Pe, 0.2),
-        Pm=around(0.5, 0.1),
-        Pw=around(Pw, 0.05),
-        mean_epsilon=around(1e-3, 1.0),
-        mean_absolute=around(1e-2, 0.1),
+        statistics=CellStatistics(
+            Pe=around(Pe, 0.2),
+            Pm=around(0.5, 0.1),
+            Pw=around(Pw, 0.05),
+            mean_epsilon=around(1e-3, 1.0),
+            mean_absolute=around(1e-2, 0.1),
+            compared=torch.full((2, n_prompt + positions), 64),
+            sign_mismatches=torch.zeros(2, n_prompt + positions, dtype=torch.int64),
+            refused=torch.zeros(2, n_prompt + positions, dtype=torch.bool),
+        ),
         distance=around(distance, 0.1),
-        refused=torch.zeros(2, n_prompt + positions, dtype=torch.bool),
         margins=torch.zeros(positions + 1),
     )
 
@@ -59,7 +64,7 @@ def trials(count, seed=0, **means):
 def test_thresholds_are_percentiles_of_the_fit_trials_generated_cells():
     honest = trials(31)
     rules, bar = recommend(honest, 0.05, 95)
-    fit = np.concatenate([cells.Pe[:, 5:].numpy().ravel() for trial in honest[::3] for cells in trial])
+    fit = np.concatenate([cells.generated.Pe.numpy().ravel() for trial in honest[::3] for cells in trial])
     assert rules.max_Pe == pytest.approx(np.percentile(fit, 95), rel=1e-6)
     assert (fit < rules.max_Pe).mean() == pytest.approx(0.95, abs=0.002)
     assert cell_values(honest)["Pe"].max() < 1
@@ -70,7 +75,7 @@ def test_thresholds_are_percentiles_of_the_fit_trials_generated_cells():
 
 def test_too_few_trials_for_alpha_refuse_nothing():
     assert recommend(trials(9), 0.05, 95)[1] == -math.inf
-    assert distance_limit(trials(9), 0.05) == math.inf
+    assert threshold(distances(trials(9)), 0.05) == math.inf
 
 
 def test_honest_trials_pass_and_others_do_not():

@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from scipy import stats
 
 from bitassay.bench.environment import environment
@@ -38,8 +37,9 @@ from bitassay.record.progress import Progress, silent
 from bitassay.studies.parties import Party
 from bitassay.studies.work import SCHEMA, Plan, Work, check_plan
 from bitassay.studies.worker import Cells
+from bitassay.verify import verillm
 from bitassay.verify.power import share
-from bitassay.verify.verillm import DOCUMENTS, RULE_SETS, CellStatistics, Rules, accepted
+from bitassay.verify.verillm import RULE_SETS, Rules, accept_rate
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def trials_of(work: Work, one: Direction, prover: Party) -> list[dict[str, Any]]
     for index, cells in enumerate(work.cells(prover, one.verifiers)):
         spent = work.spent(prover, index)
         verdicts = [
-            judged(verifier, seen, spent["seconds"], plan.rules)
+            judged(verifier, seen, spent.seconds, plan.rules)
             for verifier, seen in zip(one.verifiers, cells, strict=True)
         ]
         accepting = sum(verdict["accept_rate"] > one.experiment.bar for verdict in verdicts)
@@ -190,8 +190,8 @@ def trials_of(work: Work, one: Direction, prover: Party) -> list[dict[str, Any]]
                 "model": plan.model,
                 "prover": {"precision": prover.precision, "machine": prover.machine.name},
                 "prompt_tokens": plan.prompt_tokens,
-                "output_tokens": spent["output_tokens"],
-                "generation_seconds": spent["seconds"],
+                "output_tokens": spent.output_tokens,
+                "generation_seconds": spent.seconds,
                 "rules": rules_of(plan.rules),
                 "verifiers": verdicts,
                 "accept_rate": float(np.mean([verdict["accept_rate"] for verdict in verdicts])),
@@ -204,63 +204,31 @@ def trials_of(work: Work, one: Direction, prover: Party) -> list[dict[str, Any]]
     return found
 
 
-MEANS = ("Pe", "Pm", "Pw", "mean_epsilon", "mean_absolute")
-
-
-def cell_rules(cells: Cells, rules: Rules) -> np.ndarray:
-    """Which cells hold to `rules`: bool [layers, positions]. The rules' e_m and e_w must be those that the
-    cells were computed with."""
-    if (rules.e_m, rules.e_w) != (DOCUMENTS.e_m, DOCUMENTS.e_w):
-        raise BitassayError(
-            f"rules {rules.name!r} have e_m {rules.e_m} and e_w {rules.e_w}; the cells were computed with "
-            f"{DOCUMENTS.e_m} and {DOCUMENTS.e_w}"
-        )
-    unused = torch.zeros(cells.Pe.numel(), dtype=torch.int64)
-    flat = CellStatistics(
-        **{name: getattr(cells, name).double().flatten() for name in MEANS},
-        compared=unused,
-        sign_mismatches=unused,
-        refused=cells.refused.flatten(),
-    )
-    return accepted(flat, rules).reshape(cells.Pe.shape).numpy()
-
-
 def judged(verifier: Party, cells: Cells, generation_seconds: float, rules: Rules) -> dict[str, Any]:
     """What one verifier says of one trace: means over the generated cells, and by layer."""
-    part, prompt = cells.part(True), cells.part(False)
-    by_rules = {name: cell_rules(cells, one) for name, one in {**RULE_SETS, rules.name: rules}.items()}
-    chosen = by_rules[rules.name]
+    by_layer = cells.log_distances.exp().tolist()
     return {
         "machine": verifier.machine.name,
         "precision": verifier.precision,
         "numerics": cells.verifier,
-        "accept_rate": float(chosen[:, part].mean()),
-        "accept_rates": {name: float(found[:, part].mean()) for name, found in by_rules.items()},
-        "prompt_accept_rate": float(chosen[:, prompt].mean()),
-        **means(cells, part),
-        "relative_distance": float(cells.distance[-1, part].log().mean().exp()),
+        **verillm.summary(cells.generated, rules),
+        "accept_rates": {
+            name: accept_rate(cells.generated, one) for name, one in {**RULE_SETS, rules.name: rules}.items()
+        },
+        "prompt_accept_rate": accept_rate(cells.prompt, rules),
+        "relative_distance": by_layer[-1],
         "mean_margin": float(cells.margins.mean()),
         "verification_seconds": cells.seconds,
         "overhead_percentage": 100 * cells.seconds / generation_seconds,
         "layers": [
             {
                 "layer": layer,
-                "accept_rate": float(chosen[index, part].mean()),
-                **{name: _mean(getattr(cells, name)[index, part]) for name in MEANS},
-                "relative_distance": float(cells.distance[index, part].log().mean().exp()),
+                **verillm.summary(cells.generated[index], rules),
+                "relative_distance": by_layer[index],
             }
             for index, layer in enumerate(cells.layers)
         ],
     }
-
-
-def means(cells: Cells, part: slice) -> dict[str, float | None]:
-    return {name: _mean(getattr(cells, name)[:, part]) for name in MEANS}
-
-
-def _mean(values: Any) -> float | None:
-    present = values[~values.isnan()]
-    return float(present.double().mean()) if len(present) else None
 
 
 def summary(

@@ -87,6 +87,10 @@ class Machine:
                 found["OMP_NUM_THREADS"] = threads[1]
         return found
 
+    def seen_alone(self) -> "Machine":
+        """The same for a process that sees this GPU alone, as number 0."""
+        return Machine("+".join(("cuda:0", *self.options)))
+
     def is_here(self) -> bool:
         """Whether this computer has the device."""
         if self.device.startswith("cuda"):

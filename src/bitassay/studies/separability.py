@@ -20,7 +20,6 @@ from bitassay.errors import BitassayError
 from bitassay.record.files import write_json
 from bitassay.record.progress import Progress, silent
 from bitassay.studies.work import SCHEMA, Plan, Work, check_plan
-from bitassay.studies.worker import Cells
 from bitassay.verify.power import auc, tpr_at_fpr
 from bitassay.verify.profile import runs_needed
 
@@ -61,7 +60,7 @@ def run_separability(
             continue
         scores = {
             prover.precision: np.array(
-                [mean_log_distance(cells) for [cells] in work.cells(prover, [verifier])], np.float64
+                [float(cells.log_distances.mean()) for [cells] in work.cells(prover, [verifier])], np.float64
             )
             for prover in parties
         }
@@ -100,8 +99,3 @@ def run_separability(
     if rows:
         write_json(out / "raw" / "separability" / f"{work.name}_{machine.label}_summary.json", run)
     return run
-
-
-def mean_log_distance(cells: Cells) -> float:
-    """Over generated cells of all layers."""
-    return float(cells.distance[:, cells.part(True)].log().mean())

@@ -29,11 +29,11 @@ from bitassay.bench.environment import environment
 from bitassay.errors import BitassayError
 from bitassay.record.files import write_json, write_text
 from bitassay.record.progress import Progress, silent
-from bitassay.studies.experiments import Direction, cell_rules, check_names, directions, rules_of
-from bitassay.studies.separability import mean_log_distance
+from bitassay.studies.experiments import Direction, check_names, directions, rules_of
 from bitassay.studies.work import SCHEMA, Plan, Work, check_plan
 from bitassay.studies.worker import Cells
-from bitassay.verify.power import share
+from bitassay.verify import verillm
+from bitassay.verify.power import share, threshold
 from bitassay.verify.profile import runs_needed
 from bitassay.verify.verillm import DOCUMENTS, Rules
 
@@ -111,16 +111,15 @@ def optimised(
 ) -> dict[str, Any]:
     """Everything about one direction, from its cells."""
     rules, bar = recommend(honest, alpha, percentile)
-    left_out = [
-        recommend([*honest[:index], *honest[index + 1 :]], alpha, percentile) for index in range(len(honest))
-    ]
+    without = [[*honest[:index], *honest[index + 1 :]] for index in range(len(honest))]
+    left_out = [recommend(others, alpha, percentile) for others in without]
     refused = [
         accept_rate(trial, found[0]) <= found[1] for trial, found in zip(honest, left_out, strict=True)
     ]
-    far = distance_limit(honest, alpha)
+    far = threshold(distances(honest), alpha)
     too_far = [
-        distance(trial) > distance_limit([*honest[:index], *honest[index + 1 :]], alpha)
-        for index, trial in enumerate(honest)
+        distances([trial])[0] > threshold(distances(others), alpha)
+        for trial, others in zip(honest, without, strict=True)
     ]
     everything = {one.attackers[0].precision: honest, **attacked}
     return {
@@ -144,7 +143,7 @@ def optimised(
                 "caught_by_documents": float(
                     np.mean([accept_rate(t, DOCUMENTS) <= one.experiment.bar for t in trials])
                 ),
-                "caught_by_distance": float(np.mean([distance(t) > far for t in trials])),
+                "caught_by_distance": float(np.mean(distances(trials) > far)),
             }
             for name, trials in attacked.items()
         },
@@ -172,18 +171,17 @@ def recommend(honest: Sequence[Trial], alpha: float, percentile: float) -> tuple
         min_Pw=_below(np.percentile(values["Pw"], 100 - percentile)),
         max_mean=_above(np.percentile(values["mean_error"], percentile)),
     )
-    rates = np.sort([accept_rate(trial, rules) for trial in counted])
-    rank = math.floor(alpha * (len(rates) + 1) + 1e-9)
-    return rules, _below(rates[rank - 1]) if rank else -math.inf
+    rates = np.array([accept_rate(trial, rules) for trial in counted], np.float64)
+    return rules, _below(-threshold(-rates, alpha))
 
 
-def _above(value: np.floating) -> float:
+def _above(value: float) -> float:
     """The rules compare strictly: a threshold must lie above the value that it is to let pass."""
-    return float(np.nextafter(np.float32(value), np.float32(np.inf)))
+    return float(np.nextafter(value, np.inf))
 
 
-def _below(value: np.floating) -> float:
-    return float(np.nextafter(np.float32(value), np.float32(-np.inf)))
+def _below(value: float) -> float:
+    return float(np.nextafter(value, -np.inf))
 
 
 def cell_values(trials: Sequence[Trial]) -> dict[str, np.ndarray]:
@@ -191,9 +189,7 @@ def cell_values(trials: Sequence[Trial]) -> dict[str, np.ndarray]:
     differs)."""
     names = {"Pe": "Pe", "Pm": "Pm", "Pw": "Pw", "mean_error": "mean_epsilon"}
     found = {
-        name: np.concatenate(
-            [getattr(c, field)[:, c.part(True)].numpy().ravel() for trial in trials for c in trial]
-        )
+        name: np.concatenate([getattr(c.generated, field).numpy().ravel() for trial in trials for c in trial])
         for name, field in names.items()
     }
     found["mean_error"] = np.abs(found["mean_error"])
@@ -202,19 +198,12 @@ def cell_values(trials: Sequence[Trial]) -> dict[str, np.ndarray]:
 
 def accept_rate(trial: Trial, rules: Rules) -> float:
     """The mean over verifiers of the share of generated cells that hold to `rules`."""
-    return float(np.mean([cell_rules(cells, rules)[:, cells.part(True)].mean() for cells in trial]))
+    return float(np.mean([verillm.accept_rate(cells.generated, rules) for cells in trial]))
 
 
-def distance(trial: Trial) -> float:
-    """The mean log relative distance over verifiers and generated cells."""
-    return float(np.mean([mean_log_distance(cells) for cells in trial]))
-
-
-def distance_limit(honest: Sequence[Trial], alpha: float) -> float:
-    """The conformal threshold of `distance`."""
-    found = np.sort([distance(trial) for trial in honest])
-    rank = math.ceil((len(found) + 1) * (1 - alpha) - 1e-9)
-    return float(found[rank - 1]) if rank <= len(found) else math.inf
+def distances(trials: Sequence[Trial]) -> np.ndarray:
+    """For each trial the mean log relative distance over verifiers, layers and generated cells."""
+    return np.array([np.mean([float(c.log_distances.mean()) for c in trial]) for trial in trials], np.float64)
 
 
 def described(values: np.ndarray) -> dict[str, Any]:

@@ -10,13 +10,13 @@ What is there is not made again, so an interrupted run goes on, more trials or p
 the folder can be carried to another computer for the other half.
 """
 
+import itertools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import DEVNULL, PIPE, Popen
-from typing import Any
 
 from transformers import AutoTokenizer
 
@@ -25,12 +25,11 @@ from bitassay.errors import BitassayError, nearest
 from bitassay.models.load import Identity
 from bitassay.models.source import resolve
 from bitassay.quantize.recipe import find_recipe
-from bitassay.record.files import read_json
 from bitassay.record.hashing import digest_file, digest_json
 from bitassay.record.progress import Progress
 from bitassay.record.run import RunFolder
 from bitassay.studies.parties import DTYPES, Machine, Party, is_recipe, process_environment
-from bitassay.studies.worker import Cells, Item, Job, read_cells, verification_file, write_job
+from bitassay.studies.worker import Cells, Item, Job, Spent, read_cells, read_timing, timing_file, write_job
 from bitassay.verify.verillm import DOCUMENTS, Rules
 
 SCHEMA = 1
@@ -91,6 +90,12 @@ def check_plan(plan: Plan, precisions: Sequence[str] = ()) -> None:
         raise BitassayError(f"--jobs {plan.jobs}: at least 1 process is needed", "--jobs 1")
     if plan.role not in (None, "prove", "verify"):
         raise BitassayError(f"no role is called {plan.role!r}", "--role prove or --role verify")
+    if (plan.rules.e_m, plan.rules.e_w) != (DOCUMENTS.e_m, DOCUMENTS.e_w):
+        raise BitassayError(
+            f"rules {plan.rules.name!r} have e_m {plan.rules.e_m:g} and e_w {plan.rules.e_w:g}; cells are "
+            f"kept with {DOCUMENTS.e_m:g} and {DOCUMENTS.e_w:g}",
+            "leave e_m and e_w out of the file",
+        )
     for precision in (plan.quantized, *plan.attacks, *precisions):
         if is_recipe(precision):
             find_recipe(precision)
@@ -99,6 +104,12 @@ def check_plan(plan: Plan, precisions: Sequence[str] = ()) -> None:
                 f"{precision!r} is neither a recipe nor a checkpoint",
                 "bitassay recipes list, or give a folder",
             )
+
+
+def dealt(gpus: Sequence[int], parties: Sequence[Party]) -> list[int | None]:
+    """The GPU of each party, in turn; None where no GPUs are given or a machine is none."""
+    turns = itertools.cycle(gpus or (None,))
+    return [next(turns) if party.machine.device.startswith("cuda") else None for party in parties]
 
 
 class Work:
@@ -140,8 +151,7 @@ class Work:
         for prover, verifier in pairs:
             for trial in range(self.plan.trials):
                 item = self._item(prover, verifier, trial)
-                # Machines of one computer are told apart by their first word alone.
-                if verification_file(item.trace).exists() and self._verifier_is_here(verifier):
+                if timing_file(item.trace).exists() and self._verifier_is_here(verifier):
                     assert item.out is not None
                     items.setdefault(verifier, {})[item.out] = item
         self._run("verify", {party: list(found.values()) for party, found in items.items()})
@@ -156,7 +166,7 @@ class Work:
     def lacking(self, prover: Party, verifiers: Sequence[Party]) -> str:
         """What is still needed to judge a prover; empty where nothing."""
         for trial in range(self.plan.trials):
-            if not verification_file(self._item(prover, None, trial).trace).exists():
+            if not timing_file(self._item(prover, None, trial).trace).exists():
                 return f"traces of {prover.name}"
             for verifier in verifiers:
                 if not self._cells_file(prover, verifier, trial).exists():
@@ -168,9 +178,9 @@ class Work:
         for trial in range(self.plan.trials):
             yield [read_cells(self._cells_file(prover, verifier, trial)) for verifier in verifiers]
 
-    def spent(self, prover: Party, trial: int) -> dict[str, Any]:
-        """What a prover's generation took: seconds, output_tokens."""
-        return read_json(verification_file(self._item(prover, None, trial).trace))
+    def spent(self, prover: Party, trial: int) -> Spent:
+        """What a prover's generation took."""
+        return read_timing(self._item(prover, None, trial).trace)
 
     def _cells_file(self, prover: Party, verifier: Party, trial: int) -> Path:
         pair = f"{self._label(prover)}_to_{self._label(verifier)}"
@@ -195,7 +205,7 @@ class Work:
         """A process for each party, `jobs` at a time; an error of one stops the others from starting."""
         plan = self.plan
         files = {
-            party: [path for i in items if (path := verification_file(i.trace) if role == "prove" else i.out)]
+            party: [path for i in items if (path := timing_file(i.trace) if role == "prove" else i.out)]
             for party, items in work.items()
         }
         todo = [party for party, made in files.items() if not all(path.exists() for path in made)]
@@ -204,8 +214,7 @@ class Work:
         with ThreadPoolExecutor(plan.jobs) as pool:
             try:
                 running = []
-                for index, party in enumerate(todo):
-                    gpu = plan.gpus[index % len(plan.gpus)] if plan.gpus else None
+                for party, gpu in zip(todo, dealt(plan.gpus, todo), strict=True):
                     running.append(pool.submit(self._process, role, party, work[party], gpu))
                 while running:
                     finished, waiting = wait(running, timeout=1, return_when=FIRST_EXCEPTION)
@@ -226,7 +235,7 @@ class Work:
             role,
             plan.model,
             party.precision,
-            party.machine.name,
+            (party.machine if gpu is None else party.machine.seen_alone()).name,
             party.dtype,
             tuple(items),
             plan.batch,

@@ -13,13 +13,13 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
-from pydantic import TypeAdapter
+from jaxtyping import Float
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -35,11 +35,10 @@ from bitassay.verify.numerics import numerics
 from bitassay.verify.prove import prove_many
 from bitassay.verify.structure import Request, request_defects, shape_defects
 from bitassay.verify.trace import Trace, read_trace, write_trace
-from bitassay.verify.verillm import DOCUMENTS, FORMAT_OF_DTYPE, cell_statistics
+from bitassay.verify.verillm import DOCUMENTS, FORMAT_OF_DTYPE, CellStatistics, cell_statistics
 
 WARM_UP = 2  # tokens, before a generation is timed
-_BOOLEAN = ("refused",)
-STATISTICS = ("Pe", "Pm", "Pw", "mean_epsilon", "mean_absolute", "distance")
+STATISTICS = tuple(field.name for field in fields(CellStatistics))
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Job:
-    """batch: prompts generated at a time. checkpoint: the dense model."""
+    """model: the dense one. batch: prompts generated at a time."""
 
     role: str
     model: str
@@ -68,33 +67,56 @@ class Job:
     trust_remote_code: bool = False
 
 
+class Spent(BaseModel):
+    """What a generation took. The file may come from another computer."""
+
+    model_config = ConfigDict(frozen=True)
+
+    seconds: float = Field(gt=0, allow_inf_nan=False)
+    output_tokens: int = Field(ge=1)
+
+
+class _About(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    layers: tuple[int, ...] = Field(min_length=1)
+    n_prompt: int = Field(ge=0)
+    seconds: float = Field(gt=0, allow_inf_nan=False)
+    verifier: dict[str, Any]
+
+
 @dataclass(frozen=True)
 class Cells:
-    """The VeriLLM statistics (with e_m and e_w of the documents' rules) and the relative distance of all
-    cells of one trace, and how long the verifier took.
+    """What a verifier found in one trace: the VeriLLM statistics (with e_m and e_w of the documents' rules)
+    and the relative distance (not below the verifier's floor) of each cell, [layers, positions].
 
-    Distances are not below the verifier's floor; margins in nats, by output token; n_prompt: positions of the
-    prompt; verifier: its numerics.
+    margins in nats, by output token; n_prompt: positions of the prompt; seconds: of the verifier's work;
+    verifier: its numerics.
     """
 
     layers: tuple[int, ...]
     n_prompt: int
     seconds: float
     verifier: dict[str, Any]
-    Pe: Float[Tensor, "layers positions"]
-    Pm: Float[Tensor, "layers positions"]
-    Pw: Float[Tensor, "layers positions"]
-    mean_epsilon: Float[Tensor, "layers positions"]
-    mean_absolute: Float[Tensor, "layers positions"]
+    statistics: CellStatistics
     distance: Float[Tensor, "layers positions"]
-    refused: Bool[Tensor, "layers positions"]
     margins: Float[Tensor, " outputs"]
 
-    def part(self, generated: bool) -> slice:
-        return slice(self.n_prompt, None) if generated else slice(0, self.n_prompt)
+    @property
+    def prompt(self) -> CellStatistics:
+        return self.statistics[:, : self.n_prompt]
+
+    @property
+    def generated(self) -> CellStatistics:
+        return self.statistics[:, self.n_prompt :]
+
+    @property
+    def log_distances(self) -> Float[Tensor, " layers"]:
+        """The mean log relative distance of each layer's generated cells."""
+        return self.distance[:, self.n_prompt :].log().mean(-1)
 
 
-def verification_file(trace: Path) -> Path:
+def timing_file(trace: Path) -> Path:
     """Where a prover says how long a trace took."""
     return trace.with_suffix(".json")
 
@@ -110,7 +132,7 @@ def run_job(job: Job) -> None:
 
 
 def _done(job: Job, item: Item) -> bool:
-    made = verification_file(item.trace) if job.role == "prove" else item.out
+    made = timing_file(item.trace) if job.role == "prove" else item.out
     return made is not None and made.exists()
 
 
@@ -131,7 +153,7 @@ def _prove(job: Job, model: PreTrainedModel, items: Sequence[Item]) -> None:
         for item, trace in zip(batch, traces, strict=True):
             write_trace(item.trace, trace)
             spent = {"seconds": seconds / len(batch), "output_tokens": trace.n_tokens, "batch": len(batch)}
-            write_json(verification_file(item.trace), {**spent, "environment": environment()})
+            write_json(timing_file(item.trace), {**spent, "environment": environment()})
 
 
 def _verify(job: Job, model: PreTrainedModel, items: Sequence[Item]) -> None:
@@ -161,15 +183,14 @@ def statistics_of(trace: Trace, model: PreTrainedModel) -> dict[str, Tensor]:
     [(_, own)] = own_prefills([trace], model)
     format = FORMAT_OF_DTYPE[str(model.dtype).removeprefix("torch.")]
     floor = distance_floor(model.dtype)
-    rows: dict[str, list[Tensor]] = {name: [] for name in (*STATISTICS, *_BOOLEAN)}
+    cells, distances = [], []
     for layer in trace.header.layers:
         x, y = trace.states[layer].to(model.device), own.states[layer]
-        cells = cell_statistics(x, y, DOCUMENTS, format)
-        for name in (*STATISTICS, *_BOOLEAN):
-            value = relative_distances(x, y).clamp(min=floor) if name == "distance" else getattr(cells, name)
-            rows[name].append(value if name in _BOOLEAN else value.float())
-    found = {name: torch.stack(values).cpu() for name, values in rows.items()}
-    return found | {"margins": torch.tensor(token_margins(trace.header, own))}
+        cells.append(cell_statistics(x, y, DOCUMENTS, format))
+        distances.append(relative_distances(x, y).clamp(min=floor))
+    found = {name: torch.stack([getattr(one, name) for one in cells]) for name in STATISTICS}
+    found |= {"distance": torch.stack(distances), "margins": torch.tensor(token_margins(trace.header, own))}
+    return {name: values.cpu() for name, values in found.items()}
 
 
 def timed(model: PreTrainedModel, work: Any) -> tuple[Any, float]:
@@ -192,14 +213,30 @@ def read_cells(path: Path) -> Cells:
     """What `_verify` wrote. Raises BitassayError where the file is damaged."""
     try:
         with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {})["bitassay"])
-            tensors = {name: file.get_tensor(name) for name in (*STATISTICS, *_BOOLEAN, "margins")}
-        return Cells(
-            tuple(about["layers"]), about["n_prompt"], about["seconds"], about["verifier"], **tensors
-        )
-    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
+            about = _About.model_validate_json((file.metadata() or {})["bitassay"])
+            tensors = {name: file.get_tensor(name) for name in (*STATISTICS, "distance", "margins")}
+        shape = (len(about.layers), tensors["distance"].shape[-1])
+        if shape[1] <= about.n_prompt or any(tensors[n].shape != shape for n in (*STATISTICS, "distance")):
+            raise ValueError("the shapes do not fit")
+    except (SafetensorError, OSError, LookupError, ValueError) as error:
         raise BitassayError(
             f"{path}: damaged ({error})", "remove this file and run the same command again"
+        ) from error
+    statistics = CellStatistics(*(tensors[name] for name in STATISTICS))
+    return Cells(
+        **dict(about), statistics=statistics, distance=tensors["distance"], margins=tensors["margins"]
+    )
+
+
+def read_timing(trace: Path) -> Spent:
+    """What the generation of `trace` took. Raises BitassayError where the file does not say."""
+    path = timing_file(trace)
+    try:
+        return Spent.model_validate(read_json(path))
+    except ValidationError as error:
+        raise BitassayError(
+            f"{path}: damaged ({error.errors(include_input=False, include_url=False)[0]['msg']})",
+            f"remove it and {trace.name}, and prove again",
         ) from error
 
 

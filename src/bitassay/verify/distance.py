@@ -17,8 +17,8 @@ CEILING = 1e6
 
 
 def relative_distances(
-    prover: Float[Tensor, "cells hidden"], verifier: Float[Tensor, "cells hidden"]
-) -> Float[Tensor, " cells"]:
+    prover: Float[Tensor, "*cells hidden"], verifier: Float[Tensor, "*cells hidden"]
+) -> Float[Tensor, "*cells"]:
     """||x - y|| / ||y|| of each cell in float64, at most CEILING, which also stands for what cannot be
     computed."""
     x, y = prover.double(), verifier.double()

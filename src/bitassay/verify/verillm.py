@@ -21,7 +21,7 @@ of e_m and e_w are not known to us; they are parameters, named in every result. 
 real models the fixed thresholds refuse honest runs, so the verdict does not rest on them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -61,21 +61,24 @@ RULE_SETS = {rules.name: rules for rules in (PAPER, DOCUMENTS)}
 @dataclass(frozen=True)
 class CellStatistics:
     """One number a cell. compared: |V|; sign_mismatches: indices of V; refused: a one-sided or opposite NaN
-    or infinity."""
+    or infinity. Indexed as a tensor of cells is: a slice of it are the statistics of those cells."""
 
-    Pe: Float[Tensor, " cells"]
-    Pm: Float[Tensor, " cells"]
-    Pw: Float[Tensor, " cells"]
-    mean_epsilon: Float[Tensor, " cells"]
-    mean_absolute: Float[Tensor, " cells"]
-    compared: Int[Tensor, " cells"]
-    sign_mismatches: Int[Tensor, " cells"]
-    refused: Bool[Tensor, " cells"]
+    Pe: Float[Tensor, "*cells"]
+    Pm: Float[Tensor, "*cells"]
+    Pw: Float[Tensor, "*cells"]
+    mean_epsilon: Float[Tensor, "*cells"]
+    mean_absolute: Float[Tensor, "*cells"]
+    compared: Int[Tensor, "*cells"]
+    sign_mismatches: Int[Tensor, "*cells"]
+    refused: Bool[Tensor, "*cells"]
+
+    def __getitem__(self, cells: Any) -> "CellStatistics":
+        return CellStatistics(*(getattr(self, one.name)[cells] for one in fields(self)))
 
 
 def cell_statistics(
-    prover: Float[Tensor, "cells hidden"],
-    verifier: Float[Tensor, "cells_ hidden_"],
+    prover: Float[Tensor, "*cells hidden"],
+    verifier: Float[Tensor, "*cells_ hidden_"],
     rules: Rules,
     format: str,
 ) -> CellStatistics:
@@ -115,7 +118,7 @@ def cell_statistics(
     )
 
 
-def accepted(cells: CellStatistics, rules: Rules) -> Bool[Tensor, " cells"]:
+def accepted(cells: CellStatistics, rules: Rules) -> Bool[Tensor, "*cells"]:
     """Which cells hold to all four rules. A comparison with NaN is false, so V empty (Pe is NaN) is not
     accepted."""
     Pm_holds = (cells.Pm > rules.min_Pm) | cells.Pm.isnan()
@@ -125,12 +128,12 @@ def accepted(cells: CellStatistics, rules: Rules) -> Bool[Tensor, " cells"]:
 
 def accept_rate(cells: CellStatistics, rules: Rules) -> float:
     """Accepted cells / cells compared; 0 where there are none."""
-    return float(accepted(cells, rules).double().mean()) if len(cells.Pe) else 0.0
+    return float(accepted(cells, rules).double().mean()) if cells.Pe.numel() else 0.0
 
 
 def bit_fields(
-    x: Float[Tensor, "cells hidden"], format: str
-) -> tuple[Bool[Tensor, "cells hidden"], Int[Tensor, "cells hidden"], Int[Tensor, "cells hidden"]]:
+    x: Float[Tensor, "*cells hidden"], format: str
+) -> tuple[Bool[Tensor, "*cells hidden"], Int[Tensor, "*cells hidden"], Int[Tensor, "*cells hidden"]]:
     """Sign (true: negative), exponent field and mantissa field of numbers that are stored in `format`."""
     _, integer, mantissa_bits, exponent_bits = _FORMATS[format]
     bits = x.contiguous().view(integer).to(torch.int64)
@@ -149,7 +152,7 @@ def summary(cells: CellStatistics, rules: Rules) -> dict[str, Any]:
         "rules": rules.name,
         "e_m": rules.e_m,
         "e_w": rules.e_w,
-        "cells": len(cells.Pe),
+        "cells": cells.Pe.numel(),
         "accept_rate": accept_rate(cells, rules),
         "Pe": mean(cells.Pe),
         "Pm": mean(cells.Pm),
@@ -162,7 +165,7 @@ def summary(cells: CellStatistics, rules: Rules) -> dict[str, Any]:
 
 
 def _share(
-    part: Bool[Tensor, "cells hidden"], whole: Bool[Tensor, "cells hidden"]
-) -> Float[Tensor, " cells"]:
+    part: Bool[Tensor, "*cells hidden"], whole: Bool[Tensor, "*cells hidden"]
+) -> Float[Tensor, "*cells"]:
     """|part| / |whole| in each cell; NaN where `whole` is empty."""
     return part.sum(-1).double() / whole.sum(-1).double()
