@@ -13,83 +13,27 @@ JSON without name and description: the same change has the same id, whatever it 
 from fnmatch import fnmatchcase
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError
 
 from bitassay.errors import BitassayError, nearest
-from bitassay.quantize.formats import FORMATS
-from bitassay.quantize.granularity import Granularity
+from bitassay.quantize.calibration import Calibration
+from bitassay.quantize.scheme import Part, WeightScheme
 from bitassay.record.hashing import digest_json
 
 RECIPE_BYTES = 2**20
 SHIPPED = Path(str(files("bitassay") / "recipes"))
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class WeightScheme(_Part):
-    """How one matrix is quantized to nearest.
-
-    `scale` defaults to mse below 4 bits and absmax from there on. `scale_dtype` defaults to float16, for FP8
-    to bfloat16: an FP8 scale is absmax over 448 or 57344, so small that float16 would hold it as a subnormal
-    number of few bits.
-    """
-
-    format: str
-    granularity: str = "channel"
-    symmetric: bool = True
-    scale: Literal["absmax", "mse"] = "absmax"
-    scale_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _defaults_of_the_format(cls, given: Any) -> Any:
-        fmt = (
-            FORMATS.get(given["format"])
-            if isinstance(given, dict) and isinstance(given.get("format"), str)
-            else None
-        )
-        if fmt is None:
-            return given
-        scale = "mse" if fmt.bits < 4 else "absmax"
-        return {"scale": scale, "scale_dtype": "bfloat16" if fmt.kind == "float" else "float16", **given}
-
-    @field_validator("format")
-    @classmethod
-    def _known_format(cls, name: str) -> str:
-        if name not in FORMATS:
-            raise ValueError(f"unknown format {name!r}; the nearest are {nearest(name, FORMATS)}")
-        return name
-
-    @field_validator("granularity")
-    @classmethod
-    def _known_granularity(cls, text: str) -> str:
-        return Granularity.parse(text).name
-
-    @model_validator(mode="after")
-    def _makes_sense(self) -> "WeightScheme":
-        fmt = FORMATS[self.format]
-        if not self.symmetric and not fmt.has_asymmetric:
-            raise ValueError(f"{self.format} codes are symmetric around zero: a zero point cannot shift them")
-        if fmt.kind == "binary" and self.scale == "absmax":
-            raise ValueError(
-                "binary has no code for zero, so an absmax scale would only add error: use scale: mse"
-            )
-        return self
-
-
-class Override(_Part):
+class Override(Part):
     """Another scheme, or none, for the modules whose full name matches the glob `match`."""
 
     match: str
     weights: WeightScheme | None
 
 
-class Recipe(_Part):
+class Recipe(Part):
     """What is done to the decoder layers' matrices; embeddings, norms and the output head stay as they
     are."""
 
@@ -97,10 +41,11 @@ class Recipe(_Part):
     description: str = Field("", max_length=1000)
     weights: WeightScheme | None
     overrides: tuple[Override, ...] = ()
+    calibration: Calibration | None = None
 
     @property
     def recipe_id(self) -> str:
-        return digest_json(self.model_dump(mode="json", exclude={"name", "description"}))
+        return digest_json(self.model_dump(mode="json", exclude={"name", "description"}, exclude_none=True))
 
     def override_for(self, module: str) -> Override | None:
         """The first override whose pattern matches."""

@@ -1,0 +1,28 @@
+"""Calibration text: what the calibrated methods look at while they quantize.
+
+Windows of C4, evenly spaced over the text: 128 of 512 tokens are what AutoRound takes by default, and enough
+for GPTQ. The text is never one that quality is measured on.
+"""
+
+from jaxtyping import Int
+from pydantic import Field
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from bitassay.data.windows import Protocol, token_windows
+from bitassay.models.load import tokenizer
+from bitassay.quantize.scheme import Part
+
+
+class Calibration(Part):
+    """`samples` windows of `tokens` tokens of a corpus."""
+
+    corpus: str = "c4-train"
+    samples: int = Field(128, ge=1)
+    tokens: int = Field(512, ge=2)
+
+
+def calibration_tokens(model: PreTrainedModel, spec: Calibration) -> Int[Tensor, "samples tokens"]:
+    """The windows as the model's token ids. Raises BitassayError where the corpus is unknown or too short."""
+    protocol = Protocol(spec.corpus, window_tokens=spec.tokens, windows=spec.samples)
+    return token_windows(tokenizer(model), protocol)[0]
