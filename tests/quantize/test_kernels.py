@@ -1,11 +1,13 @@
 """Products with packed weights are as exact as a dense bf16 product, and are there for the schemes that they know only."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from bitassay.quantize.kernels import MAX_ROWS, packed_product
 from bitassay.quantize.recipe import WeightScheme
-from bitassay.quantize.tensor import quantize_tensor
+from bitassay.quantize.tensor import LowRank, quantize_tensor
 
 GROUPED = [
     {"format": name, "symmetric": symmetric}
@@ -53,6 +55,13 @@ def test_kernels_are_as_exact_as_a_bf16_product(scheme, rows):
 ])  # fmt: skip
 def test_what_no_kernel_computes_has_none(scheme, shape):
     assert packed_product(quantize_tensor(torch.randn(shape), WeightScheme(**scheme))) is None
+
+
+def test_what_is_more_than_codes_has_no_kernel():
+    done = quantize_tensor(torch.randn(48, 192), WeightScheme(format="int8"))
+    factors = LowRank(torch.zeros(48, 1).half(), torch.zeros(1, 192).half())
+    assert packed_product(replace(done, residual=done)) is None
+    assert packed_product(replace(done, low_rank=factors)) is None
 
 
 def test_there_is_no_kernel_off_the_cpu():

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from bitassay.quantize.formats import FORMATS
 from bitassay.quantize.recipe import WeightScheme
 from bitassay.quantize.rounding import dequantize, round_to_nearest
-from bitassay.quantize.scales import BLOCK_ELEMENTS, SEARCH_FACTORS, absmax_grid, mse_grid
+from bitassay.quantize.scales import BLOCK_ELEMENTS, SEARCH_FACTORS, absmax_grid, grid_for, mse_grid
 from bitassay.quantize.tensor import quantize_tensor
 
 INTEGERS = ("int8", "int4", "int3", "int2")
@@ -130,6 +130,49 @@ def test_binary_with_a_mean_is_the_deviation_from_it():
     mean = w.double().mean(1, keepdim=True)
     assert torch.allclose(grid.mean.double(), mean)
     assert torch.allclose(grid.scale.double(), (w - mean).abs().mean(1, keepdim=True), rtol=1e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.floats(-4, 4, width=32), st.sampled_from([0, 1, 2, 5])), min_size=1, max_size=5))
+def test_weighed_ternary_and_binary_are_the_best_of_every_choice(pairs):
+    values, importance = (torch.tensor([column]).float() for column in zip(*pairs, strict=True))
+    w, h = values.double()[0], (importance if importance.any() else torch.ones_like(importance)).double()[0]
+    for name, choices in (("ternary", (-1, 0, 1)), ("binary", (-1, 1))):
+        grid = mse_grid(values, FORMATS[name], True, torch.float32, importance)
+        codes = round_to_nearest(values, grid, FORMATS[name], True)
+        found = (h * (dequantize(codes, grid, FORMATS[name])[0] - w).square()).sum().item()
+        energy = best = (h * w.square()).sum().item()
+        for codes in itertools.product(choices, repeat=len(pairs)):
+            q = torch.tensor(codes, dtype=torch.float64)
+            if (h * q.square()).any():
+                best = min(best, energy - float(h * w @ q) ** 2 / float(h @ q.square()))
+        assert found == pytest.approx(best, rel=1e-4, abs=1e-6 * energy + 1e-30)
+
+
+@pytest.mark.parametrize(("name", "symmetric"), [case for case in SEARCHED if case[0] != "ternary"])
+def test_the_weighed_search_finds_the_best_of_its_factors(name, symmetric):
+    w, fmt = noise(5), FORMATS[name]
+    importance = torch.rand(w.shape, generator=torch.Generator().manual_seed(1)) ** 8
+    widest = absmax_grid(w, fmt, symmetric, torch.float32)
+
+    def error(grid):
+        back = dequantize(round_to_nearest(w, grid, fmt, symmetric), grid, fmt)
+        return (importance * (back - w).square()).sum(1)
+
+    tried = [error(widest._replace(scale=widest.scale * factor)) for factor in SEARCH_FACTORS]
+    weighed = mse_grid(w, fmt, symmetric, torch.float32, importance)
+    assert torch.allclose(error(weighed), torch.stack(tried).amin(0), rtol=1e-5)
+    assert not torch.equal(weighed.scale, mse_grid(w, fmt, symmetric, torch.float32).scale)
+
+
+def test_what_has_no_importance_is_as_if_none_was_given():
+    w, none = noise(6), torch.zeros(20, 48)
+    for name, symmetric in (*SEARCHED, ("binary", False)):
+        scheme = WeightScheme(format=name, symmetric=symmetric, scale="mse")
+        for alike in (none, none + 3):
+            found, plain = grid_for(w, scheme, alike), grid_for(w, scheme)
+            assert torch.equal(found.scale, plain.scale)
+            assert found.mean is None or torch.equal(found.mean, plain.mean)
 
 
 def test_a_zero_group_has_a_scale_that_divides():

@@ -1,6 +1,7 @@
 """One matrix: every format, granularity, symmetry and scale rule, equal to the last bit to plain loops over its groups, and within the bounds that must hold."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from bitassay.errors import BitassayError
 from bitassay.quantize.formats import FORMATS
 from bitassay.quantize.recipe import WeightScheme
 from bitassay.quantize.scales import SEARCH_FACTORS
-from bitassay.quantize.tensor import quantize_tensor
+from bitassay.quantize.tensor import LowRank, quantize_tensor
 
 GRANULARITIES = ("tensor", "channel", "g32", "g64")
 DTYPES = ("float16", "bfloat16", "float32")
@@ -306,6 +307,34 @@ def test_every_stored_bit_is_counted(scheme, row_bits):
 def test_bits_per_weight_of_groups_of_64(scheme, bits):
     done = quantize_tensor(weights(0, 40, 128), WeightScheme(granularity="g64", **scheme))
     assert done.stored_bits / (40 * 128) == bits
+
+
+@pytest.mark.parametrize("granularity", ["channel", "g64", "g48"])
+def test_importance_is_that_of_the_columns(granularity):
+    """A column that counts for all the others together is rounded as if it was alone with its kind."""
+    w = weights(3, 40, 128)
+    scheme = WeightScheme(format="int2", granularity=granularity, symmetric=False)
+    importance = torch.full((128,), 1e-6)
+    importance[5::32] = 1
+    error, plain = (
+        (quantize_tensor(w, scheme, importance=given).dequantize() - w).square()
+        for given in (importance, None)
+    )
+    assert error[:, 5::32].sum() < 0.7 * plain[:, 5::32].sum()
+    assert error.sum() > plain.sum()
+
+
+def test_a_second_plane_and_low_rank_factors_are_added_counted_and_moved():
+    w = weights(4, 40, 128)
+    scheme = WeightScheme(format="int4", granularity="g64")
+    plain, plane = quantize_tensor(w, scheme), quantize_tensor(w * 0.1, scheme)
+    factors = LowRank(weights(5, 40, 3).half(), weights(6, 3, 128).half())
+    both = replace(plain, residual=plane, low_rank=factors)
+    expected = plain.dequantize() + plane.dequantize() + factors.a.float() @ factors.b.float()
+    assert torch.equal(both.dequantize(), expected)
+    assert both.stored_bits == 2 * plain.stored_bits + 16 * 3 * (40 + 128)
+    moved = both.to("meta")
+    assert moved.residual.scale.device.type == moved.low_rank.a.device.type == "meta"
 
 
 @pytest.mark.parametrize("theirs", [

@@ -33,7 +33,7 @@ Product = Callable[[BFloat16[Tensor, "rows in"]], BFloat16[Tensor, "rows out"]]
 def packed_product(quantized: QuantizedTensor) -> Product | None:
     """`x -> x W'^T` on the codes for bf16 `x`; None where torch has no kernel for this scheme, shape or
     device."""
-    if quantized.packed.device.type != "cpu":
+    if quantized.packed.device.type != "cpu" or quantized.residual or quantized.low_rank:
         return None
     rows, columns = quantized.shape
     scheme = quantized.scheme

@@ -22,8 +22,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bitassay.quantize.formats import NumberFormat
+from bitassay.quantize.formats import FORMATS, NumberFormat
 from bitassay.quantize.rounding import dequantize, round_to_nearest
+from bitassay.quantize.scheme import WeightScheme
 
 # 1.00 ... 0.30: of equally good scales the widest wins, so that nothing is clipped for nothing
 SEARCH_FACTORS = tuple(1 - 0.025 * step for step in range(29))
@@ -39,6 +40,19 @@ class Grid(NamedTuple):
     mean: Float[Tensor, "groups 1"] | None = None
 
 
+def grid_for(
+    w: Float[Tensor, "groups size"],
+    scheme: WeightScheme,
+    importance: Float[Tensor, "groups size"] | None = None,
+) -> Grid:
+    """The grid that `scheme` asks for, one for each row of `w`. `importance` weighs the squared errors of
+    scale: mse, such as by the mean squared input of each column; it may be zero, never negative."""
+    fmt, dtype = FORMATS[scheme.format], getattr(torch, scheme.scale_dtype)
+    if scheme.scale == "absmax":
+        return absmax_grid(w, fmt, scheme.symmetric, dtype)
+    return mse_grid(w, fmt, scheme.symmetric, dtype, importance)
+
+
 def absmax_grid(
     w: Float[Tensor, "groups size"], fmt: NumberFormat, symmetric: bool, dtype: torch.dtype
 ) -> Grid:
@@ -51,48 +65,76 @@ def absmax_grid(
     return Grid(scale, (-low / scale).round().clamp(0, qmax))
 
 
-def mse_grid(w: Float[Tensor, "groups size"], fmt: NumberFormat, symmetric: bool, dtype: torch.dtype) -> Grid:
-    """The grid with the least squared error: exact for ternary and binary, else of SEARCH_FACTORS."""
+def mse_grid(
+    w: Float[Tensor, "groups size"],
+    fmt: NumberFormat,
+    symmetric: bool,
+    dtype: torch.dtype,
+    importance: Float[Tensor, "groups size"] | None = None,
+) -> Grid:
+    """The grid with the least squared error: exact for ternary and binary, else of SEARCH_FACTORS. A group
+    without importance is as if it had none given."""
+    if importance is not None:
+        importance = torch.where(importance.amax(1, keepdim=True) > 0, importance, 1)
     if fmt.kind == "ternary":
-        return Grid(_stored(_ternary_scale(w), dtype))
+        return Grid(_stored(_ternary_scale(w, importance), dtype))
     if fmt.kind == "binary":
         if symmetric:
-            return Grid(_mean(w.abs(), dtype))
-        mean = _mean(w, dtype)
-        return Grid(_mean((w - mean).abs(), dtype), mean=mean)
+            return Grid(_mean(w.abs(), dtype, importance))
+        mean = _mean(w, dtype, importance)
+        return Grid(_mean((w - mean).abs(), dtype, importance), mean=mean)
+    rows = max(1, BLOCK_ELEMENTS // w.shape[1])
+    weighed = [None] * -(-len(w) // rows) if importance is None else importance.split(rows)
     blocks = [
-        _search(block, fmt, symmetric, dtype) for block in w.split(max(1, BLOCK_ELEMENTS // w.shape[1]))
+        _search(block, fmt, symmetric, dtype, weights)
+        for block, weights in zip(w.split(rows), weighed, strict=True)
     ]
     zero_point = None if symmetric else torch.cat([b.zero_point for b in blocks if b.zero_point is not None])
     return Grid(torch.cat([b.scale for b in blocks]), zero_point)
 
 
-def _search(w: Float[Tensor, "groups size"], fmt: NumberFormat, symmetric: bool, dtype: torch.dtype) -> Grid:
+def _search(
+    w: Float[Tensor, "groups size"],
+    fmt: NumberFormat,
+    symmetric: bool,
+    dtype: torch.dtype,
+    importance: Float[Tensor, "groups size"] | None,
+) -> Grid:
     widest = absmax_grid(w, fmt, symmetric, dtype)
     best_scale, least = widest.scale, torch.full_like(widest.scale, torch.inf)
     for factor in SEARCH_FACTORS:
         grid = widest._replace(scale=_stored(widest.scale * factor, dtype))
-        error = (
-            (dequantize(round_to_nearest(w, grid, fmt, symmetric), grid, fmt) - w)
-            .square()
-            .sum(1, keepdim=True)
-        )
+        errors = (dequantize(round_to_nearest(w, grid, fmt, symmetric), grid, fmt) - w).square()
+        error = (errors if importance is None else errors * importance).sum(1, keepdim=True)
         better = error < least
         best_scale, least = torch.where(better, grid.scale, best_scale), torch.where(better, error, least)
     return widest._replace(scale=best_scale)
 
 
-def _ternary_scale(w: Float[Tensor, "groups size"]) -> Float[Tensor, "groups 1"]:
-    largest_first = w.abs().sort(dim=1, descending=True).values
-    kept = torch.arange(1, w.shape[1] + 1, device=w.device)
-    total = largest_first.double().cumsum(1)
-    best = (total.square() / kept).argmax(1, keepdim=True)
-    return (total.gather(1, best) / (best + 1)).float()
+def _ternary_scale(
+    w: Float[Tensor, "groups size"], importance: Float[Tensor, "groups size"] | None
+) -> Float[Tensor, "groups 1"]:
+    largest_first, order = w.abs().sort(dim=1, descending=True)
+    if importance is None:
+        weight = torch.ones_like(w, dtype=torch.float64)
+    else:
+        weight = importance.double().gather(1, order)
+    kept, total = weight.cumsum(1), (weight * largest_first).cumsum(1)
+    mean = total / kept.clamp(min=torch.finfo(torch.float64).tiny)
+    best = (total * mean).argmax(1, keepdim=True)
+    return mean.gather(1, best).float()
 
 
-def _mean(w: Float[Tensor, "groups size"], dtype: torch.dtype) -> Float[Tensor, "groups 1"]:
+def _mean(
+    w: Float[Tensor, "groups size"],
+    dtype: torch.dtype,
+    importance: Float[Tensor, "groups size"] | None = None,
+) -> Float[Tensor, "groups 1"]:
     """Each group's mean as it will read back from storage; summed in fp64, where no sum overflows."""
-    return w.mean(1, keepdim=True, dtype=torch.float64).to(dtype).float()
+    if importance is None:
+        return w.mean(1, keepdim=True, dtype=torch.float64).to(dtype).float()
+    weight = importance.double()
+    return ((w * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True)).to(dtype).float()
 
 
 def _stored(scale: Float[Tensor, "groups 1"], dtype: torch.dtype) -> Float[Tensor, "groups 1"]:

@@ -3,7 +3,7 @@
 Fake quantization is `quantize_tensor(w, scheme).dequantize()`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 import torch
@@ -14,11 +14,23 @@ from bitassay.errors import BitassayError
 from bitassay.quantize.formats import FORMATS, NumberFormat
 from bitassay.quantize.granularity import Granularity
 from bitassay.quantize.packing import pack, unpack
-from bitassay.quantize.recipe import WeightScheme
 from bitassay.quantize.rounding import dequantize, round_to_nearest
-from bitassay.quantize.scales import Grid, absmax_grid, mse_grid
+from bitassay.quantize.scales import Grid, grid_for
+from bitassay.quantize.scheme import WeightScheme
 
-GRIDS = {"absmax": absmax_grid, "mse": mse_grid}
+
+@dataclass(frozen=True)
+class LowRank:
+    """`a b`, added to what the codes stand for; both factors in bf16 or fp16."""
+
+    a: Float[Tensor, "out rank"]
+    b: Float[Tensor, "rank in"]
+
+    def product(self) -> Float[Tensor, "out in"]:
+        return self.a.float() @ self.b.float()
+
+    def to(self, device: torch.device | str) -> "LowRank":
+        return LowRank(self.a.to(device), self.b.to(device))
 
 
 @dataclass(frozen=True)
@@ -27,6 +39,7 @@ class QuantizedTensor:
 
     packed: codes, row by row, shifted to start at 0 (FP8: the raw bytes). scale: one a group, in the scheme's
     dtype. zero_point: packed like the codes, with as many bits, or None. mean: one a group, or None.
+    residual: a second plane, and low_rank: 16-bit factors; both are added to what the codes stand for.
     """
 
     scheme: WeightScheme
@@ -35,6 +48,8 @@ class QuantizedTensor:
     scale: Float[Tensor, "rows groups"]
     zero_point: UInt8[Tensor, " zero_bytes"] | None = None
     mean: Float[Tensor, "rows groups"] | None = None
+    residual: "QuantizedTensor | None" = None
+    low_rank: LowRank | None = None
 
     @property
     def format(self) -> NumberFormat:
@@ -70,24 +85,34 @@ class QuantizedTensor:
             dequantize(q, Grid(s, z, m), self.format)
             for q, s, z, m in zip(groups, scales, zeros, means, strict=True)
         ]
-        return self.granularity.from_groups(parts, self.shape[0])
+        weight = self.granularity.from_groups(parts, self.shape[0])
+        if self.residual is not None:
+            weight = weight + self.residual.dequantize()
+        return weight if self.low_rank is None else weight + self.low_rank.product()
 
     @property
     def stored_bits(self) -> int:
-        """Everything that has to be kept: codes, scales, zero points, means."""
-        kept = (self.packed, self.scale, self.zero_point, self.mean)
-        return sum(part.numel() * part.element_size() * 8 for part in kept if part is not None)
+        """Everything that has to be kept: codes, scales, zero points, means, the residual, the factors."""
+        kept = [self.packed, self.scale, self.zero_point, self.mean]
+        if self.low_rank is not None:
+            kept += [self.low_rank.a, self.low_rank.b]
+        own = sum(part.numel() * part.element_size() * 8 for part in kept if part is not None)
+        return own if self.residual is None else own + self.residual.stored_bits
 
     def to(self, device: torch.device | str) -> "QuantizedTensor":
         """The same tensor on another device."""
-        parts = [self.packed, self.scale, self.zero_point, self.mean]
-        return QuantizedTensor(self.scheme, self.shape, *(p if p is None else p.to(device) for p in parts))  # type: ignore[arg-type]
+        held = {field.name: getattr(self, field.name) for field in fields(self)[2:]}
+        return replace(self, **{name: part.to(device) for name, part in held.items() if part is not None})
 
 
 def quantize_tensor(
-    weight: Float[Tensor, "out in"], scheme: WeightScheme, name: str = "weight"
+    weight: Float[Tensor, "out in"],
+    scheme: WeightScheme,
+    name: str = "weight",
+    importance: Float[Tensor, " in"] | None = None,
 ) -> QuantizedTensor:
-    """Round a matrix to nearest on the grids that `scheme` asks for.
+    """Round a matrix to nearest on the grids that `scheme` asks for, each column's error weighed by its
+    `importance`: the mean squared input, or a Hessian's diagonal.
 
     Raises BitassayError that names the tensor where a value is NaN or infinite, or too large for the scale's
     dtype.
@@ -103,7 +128,11 @@ def quantize_tensor(
             "scale_dtype: float32",
         )
     groups = granularity.to_groups(weight.detach().float())
-    grids = [GRIDS[scheme.scale](group, fmt, scheme.symmetric, dtype) for group in groups]
+    if importance is None:
+        weighed = [None] * len(groups)
+    else:
+        weighed = granularity.to_groups(importance.float().expand(weight.shape))
+    grids = [grid_for(group, scheme, weights) for group, weights in zip(groups, weighed, strict=True)]
     codes = [
         round_to_nearest(group, grid, fmt, scheme.symmetric)
         for group, grid in zip(groups, grids, strict=True)
