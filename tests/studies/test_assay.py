@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from bitassay.errors import BitassayError
 from bitassay.data.windows import Protocol
+from bitassay.errors import BitassayError
 from bitassay.quantize.recipe import Recipe, find_recipe
 from bitassay.studies.assay import AssayPlan, Verification, assay
 from bitassay.studies.estimate import estimate_assay

@@ -25,10 +25,10 @@ from transformers import PreTrainedModel
 from bitassay.bench.environment import environment
 from bitassay.bench.throughput import throughput
 from bitassay.data.corpora import bundled_prompts
+from bitassay.data.windows import Protocol, token_windows
 from bitassay.errors import BitassayError
 from bitassay.evaluate.compare import BASE, score_windows, summarise
 from bitassay.evaluate.divergence import TokenScores
-from bitassay.data.windows import Protocol, token_windows
 from bitassay.generate.decode import TokenIds
 from bitassay.models.load import identity, load, tokenizer
 from bitassay.quantize.model import (
