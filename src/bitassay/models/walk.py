@@ -3,12 +3,13 @@ there.
 
 transformers 5 stores the experts of a mixture as 3-D parameters, not as `nn.Linear`; a walk over linears
 alone would skip most of such a model without a word. `walk` therefore sorts *every* matrix of the decoder
-layers into a bin.
+layers into a bin, and `matrices` gives what can be quantized as `[out, in]` views under one name each.
 """
 
 from dataclasses import dataclass
 
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError
@@ -18,9 +19,9 @@ from bitassay.errors import BitassayError
 class Walk:
     """Matrices inside the decoder layers, by full name.
 
-    linears: `nn.Linear` modules. experts: fused expert parameters `[experts, ...]`. routers: matrices that
-    choose experts, or weigh a shared one. others: anything else with two or more dimensions, which nothing
-    here knows how to treat.
+    linears: `nn.Linear` modules. experts: fused expert parameters, `[experts, out, in]` or, where their
+    module says `is_transposed`, `[experts, in, out]`. routers: matrices that choose experts, or weigh a
+    shared one. others: anything else with two or more dimensions, which nothing here knows how to treat.
     """
 
     linears: dict[str, nn.Linear]
@@ -60,13 +61,40 @@ def walk(model: PreTrainedModel) -> Walk:
             continue
         for key, parameter in module.named_parameters(recurse=False):
             full = f"{name}.{key}"
-            if parameter.ndim >= 3 and "expert" in (name + type(module).__name__).lower():
+            if is_fused_experts(module) and parameter.ndim == 3:
                 found.experts[full] = parameter
+            elif is_fused_experts(module) and key.endswith("_bias"):
+                continue  # a vector for each expert
             elif parameter.ndim == 2 and "router" in type(module).__name__.lower():
                 found.routers[full] = parameter
             elif parameter.ndim >= 2:
                 found.others[full] = parameter
     return found
+
+
+def is_fused_experts(module: nn.Module) -> bool:
+    """Whether a module keeps its experts as transformers' fused ones do, and says in which orientation. A
+    norm after each expert is not known here, so such a module is none."""
+    return hasattr(module, "is_transposed") and not getattr(module, "has_post_expert_norm", True)
+
+
+def fused_experts(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The modules of fused experts in the decoder layers, by full name."""
+    prefix = module_name(model, decoder_layers(model))
+    named = decoder_layers(model).named_modules(prefix=prefix)
+    return {name: module for name, module in named if is_fused_experts(module)}
+
+
+def matrices(model: PreTrainedModel) -> dict[str, Float[Tensor, "_ _"]]:
+    """Every matrix that can be quantized, as a view `[out, in]` of the model's own memory: linears by module
+    name, the slice of each expert as `<parameter>.<expert>`."""
+    found = walk(model)
+    views = {name: linear.weight.detach() for name, linear in found.linears.items()}
+    for name, parameter in found.experts.items():
+        transposed = model.get_submodule(name.rpartition(".")[0]).is_transposed
+        for expert, matrix in enumerate(parameter.detach()):
+            views[f"{name}.{expert}"] = matrix.T if transposed else matrix
+    return views
 
 
 def _steers_experts(model: nn.Module, linear: str) -> bool:

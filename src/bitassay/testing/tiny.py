@@ -24,6 +24,19 @@ _DENSE = {
     "pad_token_id": 2,
 }
 _MOE = {"moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2}
+_LATENT = {
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+    "q_lora_rank": 48,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 24,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+}
+_PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 ARCHITECTURES = {
     "llama": ("llama", {}),
     "mistral": ("mistral", {"sliding_window": None}),
@@ -33,6 +46,12 @@ ARCHITECTURES = {
     "qwen2_moe": ("qwen2_moe", _MOE | {"shared_expert_intermediate_size": 64}),
     "qwen3_moe": ("qwen3_moe", _MOE),
     "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
+    "deepseek_v2": ("deepseek_v2", _LATENT | {"first_k_dense_replace": 1, "n_shared_experts": 1}),
+    # the only one here whose experts are [in, out] and have biases
+    "gpt_oss": (
+        "gpt_oss",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": _PLAIN_ROPE},
+    ),
 }
 
 
