@@ -2,11 +2,12 @@
 
 import io
 import sys
+from subprocess import Popen
 
 from bitassay.studies import worker
 
 
-class InProcess:
+class InProcess(Popen):
     """A child process that is none. `started` has the names of the jobs' files."""
 
     started: list[str]

@@ -8,9 +8,12 @@ import pytest
 
 from bitassay.cli import run as command
 from bitassay.errors import BitassayError
+from bitassay.generate.sampling import GREEDY
+from bitassay.models.load import load
 from bitassay.report.attack import matrix, write_attack_report
 from bitassay.studies import attack as study
-from bitassay.studies.attack import AttackPlan, Court, attack, check_plan
+from bitassay.studies.attack import VARIANTS, AttackPlan, Bench, attack, check_plan
+from bitassay.studies.court import Court
 from bitassay.verify.detectors import DETECTORS, Observation
 
 PLAN = AttackPlan(
@@ -159,6 +162,19 @@ def test_a_run_is_not_judged_by_its_own_request():
     _, caught = Court({"same": honest}, 1 / 61).decide("distance", 1, honest)
     assert caught[::5].all()
     assert caught.sum() == 20
+
+
+def test_another_process_answers_in_the_same_batches(started):
+    """Run in this process it has our numerics, so its traces are those of the bench to the last bit."""
+    prompts = [tuple(range(10, 10 + length)) for length in (9, 3, 6, 3, 12)]
+    bench = Bench(
+        "stories260k", load("stories260k", dtype="bfloat16"), prompts, GREEDY, replace(PLAN, batch=2)
+    )
+    theirs = VARIANTS["isa"].run(bench)
+    assert started == ["job.json"]
+    for ours, other in zip(bench.traces, theirs, strict=True):
+        assert ours.header == other.header
+        assert all(ours.states[layer].equal(other.states[layer]) for layer in ours.header.layers)
 
 
 def test_rates_are_those_of_exchangeable_scores():

@@ -112,6 +112,28 @@ def dealt(gpus: Sequence[int], parties: Sequence[Party]) -> list[int | None]:
     return [next(turns) if party.machine.device.startswith("cuda") else None for party in parties]
 
 
+def start(path: Path, job: Job, gpu: int | None = None) -> Popen[str]:
+    """A process at work on a job, which is written to `path`. gpu: the only GPU that it may see."""
+    write_job(path, job)
+    return Popen(
+        [sys.executable, "-m", "bitassay.studies.worker", str(path)],
+        env=process_environment(Machine(job.machine), gpu),
+        stdout=DEVNULL,
+        stderr=PIPE,
+        text=True,
+    )
+
+
+def problem_of(child: Popen[str]) -> str:
+    """Wait for a process; why it failed, empty where it did not."""
+    try:
+        _, said = child.communicate()
+    except BaseException:
+        child.terminate()
+        raise
+    return (said.strip()[-1500:] or f"exit status {child.returncode}") if child.returncode else ""
+
+
 class Work:
     """Files of one model and one way of asking: `work/ID` holds traces and cells, `raw` the documents'
     files."""
@@ -241,22 +263,13 @@ class Work:
             plan.batch,
             trust_remote_code=plan.trust_remote_code,
         )
-        path = self.folder.path / "jobs" / f"{role}-{self._label(party)}.json"
-        write_job(path, job)
         if self._stopped:
             return
-        child = Popen(
-            [sys.executable, "-m", "bitassay.studies.worker", str(path)],
-            env=process_environment(party.machine, gpu),
-            stdout=DEVNULL,
-            stderr=PIPE,
-            text=True,
-        )
+        child = start(self.folder.path / "jobs" / f"{role}-{self._label(party)}.json", job, gpu)
         self._children.append(child)
-        _, problem = child.communicate()
-        if child.returncode and not self._stopped:
+        if (problem := problem_of(child)) and not self._stopped:
             raise BitassayError(
-                f"{party.name} failed: {problem.strip()[-1500:] or f'exit status {child.returncode}'}",
+                f"{party.name} failed: {problem}",
                 "mend that and run the same command again; it goes on where it stopped",
             )
 
