@@ -27,6 +27,7 @@ def test_writes_a_folder_and_one_row(out, capsys):
     found = row(capsys)
     assert list(found) == [
         "recipe",
+        "layout",
         "bits_per_weight",
         "size_bytes",
         "file_bytes",
@@ -103,14 +104,14 @@ def test_a_file_in_the_way_is_refused(out, capsys):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("recipe", ["w8", "w3", "fp8", "w1.58"])
+@pytest.mark.parametrize("recipe", ["w8", "w3", "fp8", "w1.58", "w1"])
 def test_dry_run_plans_what_the_run_then_writes(out, capsys, recipe, dtype):
     assert quantize(out, "--dry-run", "--dtype", dtype, "--format", "json", recipe=recipe) == 0
     planned = row(capsys)
     assert not out.exists()
     assert quantize(out, "--no-check", "--dtype", dtype, "--format", "json", recipe=recipe) == 0
     written = row(capsys)
-    for exact in ("recipe", "bits_per_weight", "size_bytes"):
+    for exact in ("recipe", "layout", "bits_per_weight", "size_bytes"):
         assert planned[exact] == written[exact]
     # The configuration grows, and safetensors names its tensors.
     assert abs(planned["file_bytes"] - written["file_bytes"]) < 20_000
@@ -126,10 +127,26 @@ def test_a_disk_that_is_too_small_is_refused_before_any_work(out, capsys, monkey
     assert not out.exists()
 
 
-def test_what_the_format_cannot_hold_is_refused_before_any_work(out, capsys):
-    assert quantize(out, recipe="w1") == 2
+@pytest.mark.parametrize(("recipe", "layout"), [("w4", "compressed-tensors"), ("w1", "bitassay")])
+def test_the_layout_that_holds_the_recipe_is_chosen_and_said(out, capsys, recipe, layout):
+    assert quantize(out, "--format", "json", recipe=recipe) == 0
     captured = capsys.readouterr()
-    assert "cannot hold binary exactly" in captured.err
+    found = json.loads(captured.out)["rows"][0]
+    assert (found["layout"], found["max_logits_difference"]) == (layout, 0)
+    assert f"({layout} layout)" in captured.err
+
+
+def test_a_layout_may_be_asked_for(out, capsys):
+    assert quantize(out, "--layout", "bitassay", "--format", "json") == 0
+    assert row(capsys)["layout"] == "bitassay"
+    assert quantize(out, "--layout", "compressed-tensors") == 2
+    assert "holds the bitassay layout" in capsys.readouterr().err
+
+
+def test_what_the_format_cannot_hold_is_refused_before_any_work(out, capsys):
+    assert quantize(out, "--layout", "compressed-tensors", recipe="w1") == 2
+    captured = capsys.readouterr()
+    assert "cannot hold model.layers.0.self_attn.q_proj in binary exactly" in captured.err
     assert "quantizing" not in captured.err
     assert not out.exists()
 

@@ -15,9 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import bitassay
 from bitassay.data.corpora import corpus
 from bitassay.errors import BitassayError, MissingError
-from bitassay.models.checkpoint import CARD_FILE, read_card
+from bitassay.models.checkpoint import CARD_BYTES, CARD_FILE, read_card
 from bitassay.models.load import load
-from bitassay.quantize.export import planned_bits, save, weight_args
+from bitassay.quantize import layout as own
+from bitassay.quantize.compressed import weight_args
+from bitassay.quantize.export import save
 from bitassay.quantize.formats import FORMATS
 from bitassay.quantize.model import bits_per_weight, quantize
 from bitassay.quantize.recipe import Recipe, WeightScheme, find_recipe
@@ -246,13 +248,17 @@ def test_planned_bits_are_the_stored_ones(format, granularity, symmetric):
         pytest.skip("the format is symmetric")
     scheme = WeightScheme(format=format, granularity=granularity, symmetric=symmetric, scale="mse")
     weight = torch.randn(24, 100, generator=torch.Generator().manual_seed(0))
-    assert planned_bits(scheme, (24, 100)) == quantize_tensor(weight, scheme).stored_bits
+    assert (
+        own.planned_bits(own.Stored(scheme=scheme), (24, 100)) == quantize_tensor(weight, scheme).stored_bits
+    )
 
 
 @pytest.mark.parametrize("format", ["fp8_e5m2", "binary"])
 def test_what_the_format_cannot_say_is_refused(tiny, tmp_path, format):
-    with pytest.raises(BitassayError, match=r"q_proj: a compressed-tensors folder cannot hold"):
-        save(quantize(tiny, recipe(format=format, scale="mse")), tmp_path / "out")
+    with pytest.raises(BitassayError, match=r"cannot hold model.layers.0.self_attn.q_proj in"):
+        save(
+            quantize(tiny, recipe(format=format, scale="mse")), tmp_path / "out", layout="compressed-tensors"
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -323,7 +329,7 @@ def test_a_card_that_is_no_json_or_too_large_is_refused(copied):
     (copied / CARD_FILE).write_text("{")
     with pytest.raises(BitassayError, match="not a JSON file"):
         load(copied)
-    (copied / CARD_FILE).write_text(" " * (2**20 + 1))
+    (copied / CARD_FILE).write_text(" " * (CARD_BYTES + 1))
     with pytest.raises(BitassayError, match="bytes, more than"):
         load(copied)
 

@@ -12,6 +12,7 @@ from bitassay.cli.output import Format, emit
 if TYPE_CHECKING:
     from bitassay.models.checkpoint import Card
     from bitassay.models.source import Source
+    from bitassay.quantize.export import Layout
     from bitassay.quantize.recipe import Recipe
     from bitassay.record.progress import Progress
 
@@ -21,13 +22,15 @@ def quantize(
     *,
     recipe: str,
     out: Path,
+    layout: Literal["compressed-tensors", "bitassay"] | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     check: bool = True,
     dry_run: Annotated[bool, Parameter(negative=())] = False,
     trust_remote_code: Annotated[bool, Parameter(negative=())] = False,
     format: Format = "table",
 ) -> int:
-    """Quantize MODEL by a recipe and save it as a compressed-tensors folder that plain transformers loads.
+    """Quantize MODEL by a recipe and save it as a folder that bitassay loads; plain transformers too, where its
+    compressed-tensors format holds the recipe exactly.
 
     Run again on a finished folder, the same command checks its files and says that it is done.
 
@@ -35,9 +38,10 @@ def quantize(
         model: A name from `bitassay models list`, a folder, a .gguf file or a hub id.
         recipe: A shipped recipe or a YAML file.
         out: The folder to write; it must not exist or be empty.
+        layout: How codes are stored. Without it, compressed-tensors wherever that is exact.
         dtype: What is not quantized is stored in this dtype. In float32 the checkpoint loads exactly;
             in 16 bits it is smaller, and transformers rounds the scales once more.
-        check: Load the folder with plain transformers and compare its logits.
+        check: Load the folder, with plain transformers where it can, and compare its logits.
         dry_run: Estimate the files and the memory, and stop.
         trust_remote_code: Run code that comes with the model.
         format: What to print on stdout.
@@ -50,6 +54,7 @@ def quantize(
 
     sizes = (
         Column("recipe", "recipe", align="left"),
+        Column("layout", "layout", align="left"),
         Column("bits_per_weight", "bits/weight", number(3)),
         Column("size_bytes", "size", size),
         Column("file_bytes", "files", size),
@@ -62,14 +67,14 @@ def quantize(
     found = find_recipe(recipe)
     with show_progress() as progress:
         source = resolve(model, progress)
-        row = _finished(out, source, found, dtype)
+        row = _finished(out, source, found, dtype, layout)
         if row is None:
-            row = _planned(source, found, dtype, trust_remote_code)
+            row = _planned(source, found, dtype, layout, trust_remote_code)
             if dry_run:
                 columns = (*sizes, Column("memory_bytes", "memory", size))
             else:
                 check_space(out, row["file_bytes"])
-                row = _written(model, found, out, dtype, check, trust_remote_code, progress)
+                row = _written(model, found, out, dtype, layout, check, trust_remote_code, progress)
     emit([row], columns, format)
     return 0
 
@@ -79,6 +84,7 @@ def _written(
     recipe: "Recipe",
     out: Path,
     dtype: str,
+    layout: "Layout | None",
     check: bool,
     trust_remote_code: bool,
     progress: "Progress",
@@ -92,15 +98,21 @@ def _written(
     started = time.monotonic()
     base = load(model, dtype=dtype, trust_remote_code=trust_remote_code, progress=progress)
     quantized = quantize(base, recipe, progress=progress)
-    row = _row(save(quantized, out, progress=progress), out) | {"seconds": time.monotonic() - started}
+    card = save(quantized, out, layout=layout, progress=progress)
+    row = _row(card, out) | {"seconds": time.monotonic() - started}
     if check:
-        progress(f"loading {out} with plain transformers")
+        reader = "plain transformers" if card.layout == "compressed-tensors" else "bitassay.load"
+        progress(f"loading {out} with {reader}")
         tokens = tokenizer(base)(bundled_prompts()[0], return_tensors="pt").input_ids
-        row["max_logits_difference"] = reload_difference(quantized, out, tokens)
+        row["max_logits_difference"] = reload_difference(
+            quantized, out, tokens, trust_remote_code=trust_remote_code
+        )
     return row
 
 
-def _planned(source: "Source", recipe: "Recipe", dtype: str, trust_remote_code: bool) -> dict[str, Any]:
+def _planned(
+    source: "Source", recipe: "Recipe", dtype: str, layout: "Layout | None", trust_remote_code: bool
+) -> dict[str, Any]:
     """What is known before any weight is read; refuses what could not be saved. The files are the tensors and
     what else the model's folder holds."""
     import torch
@@ -114,7 +126,7 @@ def _planned(source: "Source", recipe: "Recipe", dtype: str, trust_remote_code: 
         empty = AutoModelForCausalLM.from_config(
             config, dtype=as_dtype(dtype), trust_remote_code=trust_remote_code
         )
-    plan = plan_export(empty, recipe)
+    plan = plan_export(empty, recipe, layout)
     others = sum(
         path.stat().st_size
         for path in source.folder.iterdir()
@@ -122,6 +134,7 @@ def _planned(source: "Source", recipe: "Recipe", dtype: str, trust_remote_code: 
     )
     return {
         "recipe": recipe.name,
+        "layout": plan.layout,
         "bits_per_weight": plan.bits_per_weight,
         "size_bytes": plan.size_bytes,
         "file_bytes": plan.tensor_bytes + others,
@@ -129,7 +142,9 @@ def _planned(source: "Source", recipe: "Recipe", dtype: str, trust_remote_code: 
     }
 
 
-def _finished(out: Path, source: "Source", recipe: "Recipe", dtype: str) -> dict[str, Any] | None:
+def _finished(
+    out: Path, source: "Source", recipe: "Recipe", dtype: str, layout: "Layout | None"
+) -> dict[str, Any] | None:
     """The row of a folder that this very command has written before; None where it is empty or absent."""
     from bitassay.errors import BitassayError
     from bitassay.models.checkpoint import read_card
@@ -152,6 +167,11 @@ def _finished(out: Path, source: "Source", recipe: "Recipe", dtype: str) -> dict
             f"not {source.name} by {recipe.name} in {dtype}",
             "give another --out, or remove that folder",
         )
+    if layout not in (None, card.layout):
+        raise BitassayError(
+            f"{out}: holds the {card.layout} layout, not {layout}",
+            "give another --out, or remove that folder",
+        )
     print(f"{out}: finished before; its files are unchanged", file=sys.stderr)
     return _row(card, out)
 
@@ -159,6 +179,7 @@ def _finished(out: Path, source: "Source", recipe: "Recipe", dtype: str) -> dict
 def _row(card: "Card", folder: Path) -> dict[str, Any]:
     return {
         "recipe": card.recipe_name,
+        "layout": card.layout,
         "bits_per_weight": card.bits_per_weight,
         "size_bytes": card.size_bytes,
         "file_bytes": sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),

@@ -1,7 +1,8 @@
 """`bitassay.json`: what a quantized folder says of itself, and the check that its files are unchanged.
 
-The folder itself is a plain compressed-tensors checkpoint. This card adds what that format has no place for:
-the recipe, the model it was applied to, and the SHA-256 of every file that decides what the model computes.
+The folder itself is a plain compressed-tensors checkpoint, or holds codes in the layout of
+`quantize/layout.py`. This card adds what those have no place for: the recipe, the model it was applied to,
+which matrix is stored by which scheme, and the SHA-256 of every file that decides what the model computes.
 The digests find damage and careless editing; they are no signature, since whoever changes a file can change
 the card too.
 """
@@ -16,7 +17,7 @@ from bitassay.record.files import read_json
 from bitassay.record.hashing import digest_file, digest_json
 
 CARD_FILE = "bitassay.json"
-CARD_BYTES = 2**20
+CARD_BYTES = 2**24
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 ShortText = Annotated[str, Field(max_length=1000)]
@@ -37,11 +38,16 @@ class Base(_Part):
 
 class Card(_Part):
     """The content of `bitassay.json`. Bits are per quantized weight, scales and zero points included: as the
-    recipe counts them, and as stored here.
+    recipe counts them, and as stored here. `matrices` gives the place in `schemes` of each quantized matrix;
+    `parameters` names what else the recipe changed.
     """
 
     schema_version: Literal[1]
+    layout: Literal["compressed-tensors", "bitassay"]
     recipe: dict[str, Any]
+    schemes: Annotated[tuple[dict[str, Any], ...], Field(min_length=1)]
+    matrices: Annotated[dict[ShortText, Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    parameters: tuple[ShortText, ...] = ()
     base: Base
     dtype: Literal["float32", "float16", "bfloat16"]
     bits_per_weight: Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -53,13 +59,19 @@ class Card(_Part):
     @property
     def recipe_id(self) -> str:
         """The recipe's id, computed from its content rather than believed."""
-        return digest_json(
-            {key: value for key, value in self.recipe.items() if key not in ("name", "description")}
-        )
+        said = {key: value for key, value in self.recipe.items() if key not in ("name", "description")}
+        return digest_json(_without_none(said))
 
     @property
     def recipe_name(self) -> str:
         return str(self.recipe.get("name"))
+
+
+def _without_none(value: Any) -> Any:
+    """A part of a recipe that is null is one that is not there."""
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return [_without_none(item) for item in value] if isinstance(value, list) else value
 
 
 def hashed_files(folder: Path) -> list[Path]:

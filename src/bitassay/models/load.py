@@ -1,8 +1,9 @@
 """Load a causal LM, with its tokenizer and its identity attached."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from compressed_tensors.compressors import decompress_module
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -74,45 +75,79 @@ def load(
     dtype: str | torch.dtype = torch.float32,
     device: str = "cpu",
     attention: str = "sdpa",
+    packed: bool = False,
     trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> PreTrainedModel:
     """Load `model`: a catalogue name, a local folder, a local GGUF file or a Hugging Face id.
 
-    Returns the transformers model in eval mode, without gradients, with `.tokenizer` and `.identity` set.
-    Raises BitassayError where the files are missing, truncated or not finite, MissingError where they cannot
-    be fetched.
+    Returns the transformers model in eval mode, without gradients, with `.tokenizer` and `.identity` set. A
+    folder that `bitassay quantize` wrote comes back as `quantize` made it, with its `.quantization`: fake, or
+    as codes where `packed`. Raises BitassayError where the files are missing, truncated or not finite,
+    MissingError where they cannot be fetched.
     """
     source = resolve(model, progress)
     check_files(source.folder)
     card = read_card(source.folder)
     wanted = as_dtype(dtype)
+    if packed and card is None:
+        raise BitassayError(
+            f"{source.folder}: holds no codes that `bitassay quantize` wrote",
+            "bitassay.quantize(model, recipe='w4', packed=True)",
+        )
     try:
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
-        check_method(config, source.folder)
-        compressed = is_compressed(config)
-        loaded, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
-            source.folder,
-            config=config,
-            dtype=torch.float32 if compressed else wanted,  # scales must not be rounded before they are used
-            attn_implementation=attention,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # reported below, with names
-            output_loading_info=True,
-        )
-    except MissingError:
+        if card is None:
+            loaded = _plain(source.folder, config, wanted, attention, trust_remote_code)
+        else:
+            loaded = _reader()(
+                source.folder,
+                card,
+                config,
+                dtype=wanted,
+                attention=attention,
+                trust_remote_code=trust_remote_code,
+                packed=packed,
+            )
+    except BitassayError:
         raise
     except Exception as error:  # a defect of config.json shows as whatever it happens to trip over
         raise BitassayError(f"{source.folder}: transformers cannot load it ({error})") from error
-    check_keys(report, source.folder)
-    if compressed:
-        make_dense(loaded, wanted)
     check_finite(loaded, source.folder)
-    loaded.tokenizer = tokenizer
-    loaded.identity = Identity(source) if card is None else Identity(source, card.recipe_id, card.recipe_name)
-    return loaded.eval().requires_grad_(False).to(device)
+    known = Identity(source) if card is None else Identity(source, card.recipe_id, card.recipe_name)
+    # nn.Module's own __setattr__ is for tensors and modules.
+    object.__setattr__(loaded, "tokenizer", tokenizer)
+    object.__setattr__(loaded, "identity", known)
+    return loaded.eval().requires_grad_(False).to(device)  # type: ignore[arg-type]
+
+
+def _reader() -> Callable[..., PreTrainedModel]:
+    """What reads our quantized folders. It belongs to `quantize`, which is built on this file, so it is only
+    named here."""
+    return import_module("bitassay.quantize.reload").read_quantized
+
+
+def _plain(
+    folder: Path, config: PretrainedConfig, dtype: torch.dtype, attention: str, trust_remote_code: bool
+) -> PreTrainedModel:
+    """A folder that transformers loads."""
+    check_method(config, folder)
+    compressed = is_compressed(config)
+    loaded, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
+        folder,
+        config=config,
+        dtype=torch.float32 if compressed else dtype,  # scales must not be rounded before they are used
+        attn_implementation=attention,
+        trust_remote_code=trust_remote_code,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,  # reported below, with names
+        output_loading_info=True,
+    )
+    check_keys(report, folder)
+    if compressed:
+        make_dense(loaded, dtype, folder)
+    return loaded
 
 
 def check_method(config: PretrainedConfig, folder: Path) -> None:
@@ -138,19 +173,22 @@ def is_compressed(config: PretrainedConfig) -> bool:
     return quantization_method(config) == "compressed-tensors"
 
 
-def make_dense(model: PreTrainedModel, dtype: torch.dtype) -> None:
+def make_dense(model: PreTrainedModel, dtype: torch.dtype, folder: Path) -> None:
     """Decode a compressed-tensors model that was loaded in fp32 into plain weights of `dtype`, as `quantize`
     makes them.
 
-    Raises BitassayError where it also quantizes activations, which plain weights would silently leave out.
+    Raises BitassayError where it also quantizes activations, which plain weights would silently leave out,
+    and where a stored shape is not the module's.
     """
     for name, module in model.named_modules():
         if (scheme := getattr(module, "quantization_scheme", None)) is not None:
             if scheme.input_activations is not None or scheme.output_activations is not None:
                 raise BitassayError(
-                    f"{name}: the checkpoint quantizes activations too, which this version does not do",
+                    f"{folder}: {name}: the checkpoint quantizes activations too, "
+                    "which this version does not do",
                     "a checkpoint with quantized weights only",
                 )
+            _check_stored_shape(module, name, folder)
             decompress_module(module, leave_decompressed=False)
         for parameter in module.parameters(recurse=False):
             if parameter.is_floating_point():
@@ -160,6 +198,18 @@ def make_dense(model: PreTrainedModel, dtype: torch.dtype) -> None:
     model.hf_quantizer = None  # type: ignore[assignment]
     del model.config.quantization_config  # type: ignore[attr-defined]
     model.config.dtype = dtype
+
+
+def _check_stored_shape(module: nn.Module, name: str, folder: Path) -> None:
+    stored = getattr(module, "weight_shape", None)
+    if stored is None or not isinstance(module, nn.Linear):
+        return
+    if stored.tolist() != [module.out_features, module.in_features]:
+        raise BitassayError(
+            f"{folder}: {name}.weight_shape says {stored.tolist()}, "
+            f"config.json {[module.out_features, module.in_features]}",
+            "download or save the checkpoint again",
+        )
 
 
 def as_dtype(dtype: str | torch.dtype) -> torch.dtype:

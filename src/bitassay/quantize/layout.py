@@ -1,0 +1,128 @@
+"""Our own layout, for what no standard format can express: binary, residual planes, low-rank factors and all
+else that a QuantizedTensor may have.
+
+It is the QuantizedTensor itself, part by part, in safetensors files:
+
+    <matrix>.packed     the codes without waste, `quantize/packing.py`
+    <matrix>.scale      one a group, in the scheme's dtype
+    <matrix>.zero_point, .mean                    where the scheme has them
+    <matrix>.residual.packed, .residual.scale ...  a second plane, stored alike
+    <matrix>.low_rank.a, .low_rank.b               factors in 16 bits
+
+The card (`bitassay.json`) says which scheme each matrix has. Shapes are not stored: the model's configuration
+has them, and the parts must fit them to the byte. `bitassay.load` reads the folder, plain transformers
+refuses it.
+"""
+
+import math
+from dataclasses import fields
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from bitassay.errors import BitassayError
+from bitassay.quantize.formats import FORMATS
+from bitassay.quantize.granularity import Granularity
+from bitassay.quantize.packing import PACKINGS
+from bitassay.quantize.scheme import Part, WeightScheme
+from bitassay.quantize.tensor import LowRank, QuantizedTensor
+
+TERNARY_BYTES = 3**5  # a byte of five ternary codes is smaller
+
+Expected = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+class Factors(Part):
+    """Low-rank factors `a [out, rank]` and `b [rank, in]`."""
+
+    rank: int = Field(gt=0)
+    dtype: Literal["float16", "bfloat16"]
+
+
+class Stored(Part):
+    """How a matrix is stored, apart from its shape."""
+
+    scheme: WeightScheme
+    residual: "Stored | None" = None
+    low_rank: Factors | None = None
+
+
+def description(tensor: QuantizedTensor) -> Stored:
+    """How `tensor` is stored."""
+    low_rank = tensor.low_rank
+    return Stored(
+        scheme=tensor.scheme,
+        residual=None if tensor.residual is None else description(tensor.residual),
+        low_rank=None
+        if low_rank is None
+        else Factors(rank=low_rank.a.shape[1], dtype=str(low_rank.a.dtype).removeprefix("torch.")),  # type: ignore[arg-type]
+    )
+
+
+def expected_tensors(stored: Stored, shape: tuple[int, int]) -> Expected:
+    """Dtype and shape of every part of a matrix `[out, in]`, by name."""
+    scheme, (rows, columns) = stored.scheme, shape
+    fmt, packing = FORMATS[scheme.format], PACKINGS[FORMATS[scheme.format].bits]
+    grid = Granularity.parse(scheme.granularity).scale_shape(rows, columns)
+    dtype = getattr(torch, scheme.scale_dtype)
+    expected: Expected = {
+        "packed": (torch.uint8, (packing.packed_bytes(rows * columns),)),
+        "scale": (dtype, grid),
+    }
+    if not scheme.symmetric and fmt.kind == "binary":
+        expected["mean"] = (dtype, grid)
+    elif not scheme.symmetric:
+        expected["zero_point"] = (torch.uint8, (packing.packed_bytes(grid[0] * grid[1]),))
+    if stored.residual is not None:
+        plane = expected_tensors(stored.residual, shape)
+        expected |= {f"residual.{part}": what for part, what in plane.items()}
+    if (low_rank := stored.low_rank) is not None:
+        dtype = getattr(torch, low_rank.dtype)
+        expected["low_rank.a"] = (dtype, (rows, low_rank.rank))
+        expected["low_rank.b"] = (dtype, (low_rank.rank, columns))
+    return expected
+
+
+def planned_bits(stored: Stored, shape: tuple[int, int]) -> int:
+    """`QuantizedTensor.stored_bits` of a matrix of `shape`, without quantizing it."""
+    return 8 * expected_bytes(expected_tensors(stored, shape))
+
+
+def expected_bytes(expected: Expected) -> int:
+    """What such tensors take."""
+    return sum(math.prod(shape) * dtype.itemsize for dtype, shape in expected.values())
+
+
+def stored_tensors(tensor: QuantizedTensor | LowRank) -> dict[str, Tensor]:
+    """The parts of one matrix, by name."""
+    parts: dict[str, Tensor] = {}
+    for field in fields(tensor):
+        value = getattr(tensor, field.name)
+        if isinstance(value, Tensor):
+            parts[field.name] = value.contiguous()
+        elif isinstance(value, QuantizedTensor | LowRank):
+            parts |= {f"{field.name}.{part}": kept for part, kept in stored_tensors(value).items()}
+    return parts
+
+
+def read_tensor(parts: dict[str, Tensor], stored: Stored, shape: tuple[int, int]) -> QuantizedTensor:
+    """The inverse of `stored_tensors`, for parts that are as `expected_tensors` says. Raises BitassayError
+    for values that no writer makes."""
+    own = {part: value for part, value in parts.items() if "." not in part}
+    if FORMATS[stored.scheme.format].kind == "ternary" and own["packed"].max() >= TERNARY_BYTES:
+        raise BitassayError("packed holds bytes that are no ternary codes")
+    plane = _below(parts, "residual.")
+    factors = _below(parts, "low_rank.")
+    return QuantizedTensor(
+        stored.scheme,
+        shape,
+        **own,
+        residual=None if stored.residual is None else read_tensor(plane, stored.residual, shape),
+        low_rank=LowRank(**factors) if factors else None,
+    )
+
+
+def _below(parts: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {part.removeprefix(prefix): value for part, value in parts.items() if part.startswith(prefix)}

@@ -1,0 +1,215 @@
+"""A folder that `quantize.export.save` wrote, back to the model that was saved: codes, recipe and all.
+
+Anybody may have written the folder, so nothing is read before it is sure that it fits. The card names every
+quantized matrix and its scheme, `config.json` gives the shapes; from these follow the name, dtype and shape
+of each part, which the headers of the files must state, part for part. What else the files hold are plain
+parameters, and transformers loads them: none may be missing and none left over.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+
+from bitassay.errors import BitassayError
+from bitassay.models.checkpoint import CARD_FILE, Card
+from bitassay.models.load import check_keys
+from bitassay.models.walk import matrices
+from bitassay.quantize import compressed, layout
+from bitassay.quantize.layout import Stored
+from bitassay.quantize.model import Quantization, with_tensors
+from bitassay.quantize.recipe import Recipe
+from bitassay.quantize.tensor import QuantizedTensor
+
+LAYOUTS: dict[str, ModuleType] = {"compressed-tensors": compressed, "bitassay": layout}
+AGAIN = "save the model again with `bitassay quantize`"
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of a safetensors file, as the file's header describes it."""
+
+    file: Path
+    dtype: torch.dtype | None
+    shape: tuple[int, ...]
+
+    def read(self, name: str) -> Tensor:
+        with safe_open(self.file, framework="pt") as file:
+            return file.get_tensor(name)
+
+
+def read_quantized(
+    folder: Path,
+    card: Card,
+    config: PretrainedConfig,
+    *,
+    dtype: torch.dtype,
+    attention: str,
+    trust_remote_code: bool,
+    packed: bool,
+) -> PreTrainedModel:
+    """The quantized model in `folder`, whose files `card` describes; fake, or `packed`. Raises BitassayError
+    that names the file where the two do not fit."""
+    recipe, schemes = _recipe(card, folder), _schemes(card, folder)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # type: ignore[attr-defined] # the codes are decoded here
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    entries = stored_entries(folder)
+    shapes = {name: (view.shape[0], view.shape[1]) for name, view in matrices(empty).items()}
+    described, plain = {}, dict(entries)
+    for name, place in card.matrices.items():
+        if name not in shapes:
+            raise BitassayError(f"{folder / CARD_FILE}: the model has no matrix {name}", AGAIN)
+        stored = schemes[place]
+        expected = LAYOUTS[card.layout].expected_tensors(stored, shapes[name])
+        parts = {f"{name}.{part}": what for part, what in expected.items()}
+        _check_parts(parts, entries, folder)
+        for key in parts:
+            plain.pop(key, None)
+        described[name] = stored
+    model = _with_plain_parameters(empty, config, folder, plain, set(described), dtype, attention)
+    tensors = {
+        name: _read_matrix(name, stored, shapes[name], card.layout, entries)
+        for name, stored in described.items()
+    }
+    parameters = _changed_parameters(model, card, folder)
+    return with_tensors(model, Quantization(recipe, tensors, parameters), packed=packed)
+
+
+def stored_entries(folder: Path) -> dict[str, Entry]:
+    """What the safetensors files of a folder hold, from their headers alone."""
+    entries: dict[str, Entry] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                if name in entries:
+                    raise BitassayError(f"{path}: {name} is in {entries[name].file.name} too", AGAIN)
+                header = file.get_slice(name)
+                entries[name] = Entry(path, DTYPES.get(header.get_dtype()), tuple(header.get_shape()))
+    return entries
+
+
+def _check_parts(parts: layout.Expected, entries: dict[str, Entry], folder: Path) -> None:
+    for key, (dtype, shape) in parts.items():
+        if key not in entries:
+            raise BitassayError(f"{folder}: no file holds {key}", AGAIN)
+        entry = entries[key]
+        if (entry.dtype, entry.shape) != (dtype, tuple(shape)):
+            raise BitassayError(
+                f"{entry.file}: {key} is {entry.dtype} {list(entry.shape)}, "
+                f"the model and its recipe need {dtype} {list(shape)}",
+                AGAIN,
+            )
+
+
+def _read_matrix(
+    name: str, stored: Stored, shape: tuple[int, int], chosen: str, entries: dict[str, Entry]
+) -> QuantizedTensor:
+    parts = {
+        part: entries[f"{name}.{part}"].read(f"{name}.{part}")
+        for part in LAYOUTS[chosen].expected_tensors(stored, shape)
+    }
+    file = entries[f"{name}.{next(iter(parts))}"].file
+    for part, value in parts.items():
+        if value.is_floating_point() and not value.float().isfinite().all():
+            raise BitassayError(f"{file}: {name}.{part} has values that are NaN or infinite", AGAIN)
+    with _naming(f"{file}: {name}"):
+        return LAYOUTS[chosen].read_tensor(parts, stored, shape)
+
+
+@contextmanager
+def _naming(where: str) -> Iterator[None]:
+    try:
+        yield
+    except BitassayError as error:
+        raise BitassayError(f"{where}: {error.problem}", error.remedy or AGAIN) from error
+
+
+def _with_plain_parameters(
+    empty: PreTrainedModel,
+    config: PretrainedConfig,
+    folder: Path,
+    plain: dict[str, Entry],
+    quantized: set[str],
+    dtype: torch.dtype,
+    attention: str,
+) -> PreTrainedModel:
+    """The model with every parameter but the quantized matrices, whose memory is not even touched."""
+    own = dict(empty.named_parameters())
+    state: dict[str, Any] = {key: entry.read(key) for key, entry in plain.items()}
+    for name in quantized:
+        key = f"{name}.weight" if f"{name}.weight" in own else name.rpartition(".")[0]
+        if key not in state:
+            state[key] = torch.empty(own[key].shape, dtype=dtype)
+    model, report = type(empty).from_pretrained(  # type: ignore[misc]
+        None,
+        config=config,
+        state_dict=state,
+        dtype=dtype,
+        attn_implementation=attention,
+        ignore_mismatched_sizes=True,  # reported by check_keys, with names
+        output_loading_info=True,
+    )
+    check_keys(report, folder)
+    if unused := sorted(report["unexpected_keys"]):
+        file = plain[unused[0]].file if unused[0] in plain else folder
+        raise BitassayError(f"{file}: {unused[0]} belongs to nothing in the model", AGAIN)
+    model.config.name_or_path = str(folder)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
+
+
+def _changed_parameters(model: PreTrainedModel, card: Card, folder: Path) -> dict[str, Tensor]:
+    # A tied head has no name of its own among the parameters.
+    own = dict(model.named_parameters(remove_duplicate=False))
+    for name in card.parameters:
+        if name not in own:
+            raise BitassayError(f"{folder / CARD_FILE}: the model has no parameter {name}", AGAIN)
+    return {name: own[name].detach() for name in card.parameters}
+
+
+def _recipe(card: Card, folder: Path) -> Recipe:
+    try:
+        return Recipe.model_validate(card.recipe)
+    except ValidationError as error:
+        raise BitassayError(f"{folder / CARD_FILE}: recipe: {_first(error)}", AGAIN) from error
+
+
+def _schemes(card: Card, folder: Path) -> list[Stored]:
+    try:
+        schemes = [Stored.model_validate(scheme) for scheme in card.schemes]
+    except ValidationError as error:
+        raise BitassayError(f"{folder / CARD_FILE}: schemes: {_first(error)}", AGAIN) from error
+    if max(card.matrices.values()) >= len(schemes):
+        raise BitassayError(f"{folder / CARD_FILE}: matrices: no such place in schemes", AGAIN)
+    if card.layout == "compressed-tensors":
+        for scheme in schemes:
+            if why := compressed.obstacle(scheme):
+                raise BitassayError(f"{folder / CARD_FILE}: schemes: {why}", AGAIN)
+    return schemes
+
+
+def _first(error: ValidationError) -> str:
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
