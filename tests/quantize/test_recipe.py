@@ -3,13 +3,13 @@ from pydantic import ValidationError
 
 from bitassay.errors import BitassayError
 from bitassay.quantize.recipe import (
-    RECIPE_BYTES,
     Recipe,
     WeightScheme,
     find_recipe,
     read_recipe,
     shipped_recipes,
 )
+from bitassay.record.files import YAML_BYTES
 
 W4 = {"format": "int4", "granularity": "g64"}
 
@@ -98,7 +98,7 @@ def test_defects_of_a_file_are_named(tmp_path, text, message):
 def test_files_that_are_missing_or_too_large(tmp_path):
     with pytest.raises(BitassayError, match="No such file"):
         find_recipe(tmp_path / "none.yaml")
-    (tmp_path / "big.yaml").write_bytes(b"#" * (RECIPE_BYTES + 1))
+    (tmp_path / "big.yaml").write_bytes(b"#" * (YAML_BYTES + 1))
     with pytest.raises(BitassayError, match="bytes"):
         find_recipe(tmp_path / "big.yaml")
 

@@ -14,15 +14,14 @@ from fnmatch import fnmatchcase
 from importlib.resources import files
 from pathlib import Path
 
-import yaml
 from pydantic import Field, ValidationError
 
 from bitassay.errors import BitassayError, nearest
 from bitassay.quantize.calibration import Calibration
 from bitassay.quantize.scheme import Part, WeightScheme
+from bitassay.record.files import read_yaml
 from bitassay.record.hashing import digest_json
 
-RECIPE_BYTES = 2**20
 SHIPPED = Path(str(files("bitassay") / "recipes"))
 
 
@@ -82,20 +81,7 @@ def find_recipe(recipe: "str | Path | Recipe") -> Recipe:
 
 def read_recipe(path: Path) -> Recipe:
     """Read a recipe from YAML; a defect is a BitassayError that names the file and the field."""
-    try:
-        with path.open("rb") as file:
-            raw = file.read(RECIPE_BYTES + 1)
-    except OSError as error:
-        raise BitassayError(
-            f"{path}: {error.strerror or error}", "check the path, or see `bitassay recipes list`"
-        ) from error
-    if len(raw) > RECIPE_BYTES:
-        raise BitassayError(f"{path}: more than {RECIPE_BYTES} bytes, which no recipe needs")
-    try:
-        content = yaml.safe_load(raw.decode("utf-8"))
-    # PyYAML lets the last four out of values that do not fit their tag: 2020-13-01, `!!int ''`, `!!bool x`.
-    except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError) as error:
-        raise BitassayError(f"{path}: not valid YAML ({error})") from error
+    content = read_yaml(path)
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:

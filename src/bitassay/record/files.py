@@ -13,6 +13,8 @@ from typing import Any
 
 from bitassay.errors import BitassayError, MissingError
 
+YAML_BYTES = 2**20
+
 
 def explain_os_error(error: OSError, path: Path) -> BitassayError:
     """Say what went wrong with `path` and what to do about it."""
@@ -138,3 +140,21 @@ def read_json(path: Path, *, limit_bytes: int = 64 * 2**20) -> Any:
         raise BitassayError(
             f"{path}: not a JSON file ({error})", "write it again with the command that made it"
         ) from error
+
+
+def read_yaml(path: Path) -> Any:
+    """Read a YAML file that may come from anyone: at most YAML_BYTES of it, and a defect names the file."""
+    import yaml
+
+    try:
+        with path.open("rb") as file:
+            raw = file.read(YAML_BYTES + 1)
+    except OSError as error:
+        raise BitassayError(f"{path}: {error.strerror or error}", "check the path") from error
+    if len(raw) > YAML_BYTES:
+        raise BitassayError(f"{path}: more than the {YAML_BYTES} bytes that such a file may have")
+    try:
+        return yaml.safe_load(raw.decode("utf-8"))
+    # PyYAML lets the last four out of values that do not fit their tag: 2020-13-01, `!!int ''`, `!!bool x`.
+    except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError) as error:
+        raise BitassayError(f"{path}: not valid YAML ({error})") from error

@@ -27,7 +27,7 @@ import yaml
 
 from bitassay.bench.environment import environment
 from bitassay.errors import BitassayError
-from bitassay.record.files import write_json, write_text
+from bitassay.record.files import read_yaml, write_json, write_text
 from bitassay.record.progress import Progress, silent
 from bitassay.studies.experiments import Direction, check_names, directions, rules_of
 from bitassay.studies.work import SCHEMA, Plan, Work, check_plan
@@ -243,8 +243,9 @@ def as_yaml(result: Mapping[str, Any]) -> str:
 
 def read_thresholds(path: Path) -> tuple[Rules, float]:
     """Rules and bar from such a file. Raises BitassayError that names the file and the field."""
+    content = read_yaml(path)
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))["experiment"]
+        found = content["experiment"]
         numbers = {name: float(value) for name, value in found["thresholds"].items()}
         rules = Rules(
             path.stem,
@@ -255,11 +256,7 @@ def read_thresholds(path: Path) -> tuple[Rules, float]:
             **numbers,
         )
         bar = float(found["accept_rate_min"])
-    except OSError as error:
-        raise BitassayError(
-            f"{path}: {error.strerror or error}", "bitassay calibrate MODEL --study exp1"
-        ) from error
-    except (KeyError, TypeError, ValueError, AttributeError, yaml.YAMLError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BitassayError(
             f"{path}: not a file of thresholds ({error})",
             "experiment: {thresholds: {Pe, Pm, Pw, mean_epsilon}, accept_rate_min}",
