@@ -1,11 +1,9 @@
 """An assay for people: the columns of its table, and one HTML file that opens offline."""
 
 from collections.abc import Callable, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from bitassay.record.files import atomic_file, write_text
@@ -17,6 +15,7 @@ from bitassay.report.figures import (
     svg,
     svg_file,
 )
+from bitassay.report.page import write_page
 from bitassay.report.schema import AssayRun, parse_run
 from bitassay.report.tables import Column, interval, number, percent, significant, size
 
@@ -86,13 +85,8 @@ def write_report(runs: Sequence[dict[str, Any]] | dict[str, Any], path: Path) ->
     """One HTML file for one or several assays. Raises BitassayError for a value that is not an assay."""
     many = [runs] if isinstance(runs, dict) else runs
     parsed = [parse_run(run, f"run {index + 1}") for index, run in enumerate(many)]
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["plain"] = plain
-    source = (files("bitassay") / "report" / "assay.html.j2").read_text(encoding="utf-8")
     pages = [_page(run, f"run{index + 1}-") for index, run in enumerate(parsed)]
-    write_text(path, environment.from_string(source).render(pages=pages))
+    write_page(path, "assay.html.j2", filters={"plain": plain}, pages=pages)
 
 
 def write_picture(run: dict[str, Any], path: Path) -> None:

@@ -1,13 +1,10 @@
 """Attacks against detectors for people: a matrix for the terminal, and one HTML file with a heat map."""
 
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
-
-from bitassay.record.files import write_text
-from bitassay.report.tables import Column, interval, number, percent, significant
+from bitassay.report.page import write_page
+from bitassay.report.tables import Column, interval, number, percent, pivot, significant
 
 ATTACK_COLUMNS = [
     Column("attack", "attack", align="left"),
@@ -42,10 +39,7 @@ def detectors_of(run: dict[str, Any]) -> list[str]:
 
 def matrix(run: dict[str, Any]) -> list[dict[str, Any]]:
     """One row an attack: under each detector's name its cell of the study."""
-    rows: dict[str, dict[str, Any]] = {}
-    for row in run["rows"]:
-        rows.setdefault(row["attack"], {"attack": row["attack"]})[row["detector"]] = row
-    return list(rows.values())
+    return pivot(run["rows"], "attack", "detector")
 
 
 def matrix_columns(run: dict[str, Any]) -> list[Column]:
@@ -66,10 +60,6 @@ def cell(row: dict[str, Any]) -> str:
 
 def write_attack_report(run: dict[str, Any], path: Path) -> None:
     """One HTML file that opens offline."""
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"percent": percent(1), "cell": cell, "two": significant(2)}
-    source = (files("bitassay") / "report" / "attack.html.j2").read_text(encoding="utf-8")
-    page = environment.from_string(source).render(run=run, rows=matrix(run), detectors=detectors_of(run))
-    write_text(path, page)
+    filters = {"percent": percent(1), "cell": cell, "two": significant(2)}
+    found = {"run": run, "rows": matrix(run), "detectors": detectors_of(run)}
+    write_page(path, "attack.html.j2", filters=filters, **found)

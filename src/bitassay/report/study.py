@@ -1,18 +1,16 @@
 """The experiments for people: tables for the terminal, and one HTML file that opens offline."""
 
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
 
-from bitassay.record.files import write_text
 from bitassay.report.figures import COLOURS, MARKERS, STYLE, svg
-from bitassay.report.tables import Column, interval, number, percent, significant
+from bitassay.report.page import write_page
+from bitassay.report.tables import Column, interval, number, percent, pivot, significant
 
 EXPERIMENT_COLUMNS = [
     Column("study", "study", align="left"),
@@ -62,10 +60,7 @@ def threshold_rows(run: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def separability_rows(run: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The matrix: a line for each verifier, under each prover's name its cell."""
-    rows: dict[str, dict[str, Any]] = {}
-    for row in run["rows"]:
-        rows.setdefault(row["verifier"], {"verifier": row["verifier"]})[row["prover"]] = row
-    return list(rows.values())
+    return pivot(run["rows"], "verifier", "prover")
 
 
 def separability_columns(run: Mapping[str, Any]) -> list[Column]:
@@ -133,10 +128,8 @@ def distribution_figure(row: Mapping[str, Any]) -> Figure:
 
 def write_study_report(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
     """One HTML file of experiments, separability and thresholds, in the order given."""
-    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    source = (files("bitassay") / "report" / "study.html.j2").read_text(encoding="utf-8")
     sections = [_section(run, index) for index, run in enumerate(runs)]
-    write_text(path, page.from_string(source).render(sections=sections, model=runs[0]["model"]))
+    write_page(path, "study.html.j2", filters={}, sections=sections, model=runs[0]["model"])
 
 
 def _section(run: Mapping[str, Any], index: int) -> dict[str, Any]:

@@ -6,7 +6,7 @@ keep every digit, an interval becomes two columns, and what is missing is empty.
 
 import csv
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -37,6 +37,14 @@ def render(rows: Sequence[Row], columns: Sequence[Column], format: Literal["tabl
         return _csv(rows, columns)
     cells = [[column.text(row) for column in columns] for row in rows]
     return _markdown(cells, columns) if format == "md" else _table(cells, columns)
+
+
+def pivot(rows: Sequence[Mapping[str, Any]], down: str, across: str) -> list[Row]:
+    """One row for each value under `down`, with the whole of each given row under its value of `across`."""
+    found: dict[str, Row] = {}
+    for row in rows:
+        found.setdefault(row[down], {down: row[down]})[row[across]] = row
+    return list(found.values())
 
 
 def _table(cells: list[list[str]], columns: Sequence[Column]) -> str:
