@@ -29,8 +29,9 @@ def quantize(
     trust_remote_code: Annotated[bool, Parameter(negative=())] = False,
     format: Format = "table",
 ) -> int:
-    """Quantize MODEL by a recipe and save it as a folder that bitassay loads; plain transformers too, where its
-    compressed-tensors format holds the recipe exactly.
+    """Quantize MODEL by a recipe and save it as a folder.
+
+    Wherever the compressed-tensors format is exact, plain transformers loads the folder, else bitassay alone.
 
     Run again on a finished folder, the same command checks its files and says that it is done.
 
