@@ -83,17 +83,18 @@ def test_rules_from_a_file(study, tmp_path):
         (("exp1", "--rules", "nothing.yaml"), "nothing.yaml: No such file"),
         (("exp1", "--quantized", "w99"), "neither a recipe nor a checkpoint"),
         (("exp1", "--trials", "-1"), "-1 trials"),
-        (("separability",), "no model"),
     ],
 )
-def test_what_it_refuses(study, bitassay, words, said):
-    if said == "no model":
-        assert "--model" in bitassay("study", "run", *words).err
-        return
+def test_what_it_refuses(study, words, said):
     done = study(*words)
     assert done.status == 2
     assert said in done.err
     assert done.out == ""
+
+
+def test_a_run_needs_a_model(bitassay):
+    done = bitassay("study", "run", "separability")
+    assert (done.status, "--model" in done.err) == (2, True)
 
 
 def test_thresholds_of_an_experiment(bitassay, monkeypatch, tmp_path):

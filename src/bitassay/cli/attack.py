@@ -7,13 +7,14 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from bitassay.cli.output import Format, emit
+from bitassay.cli.parameters import Names
 
 
 def attack(
     model: str,
     *,
-    attacks: Annotated[list[str] | None, Parameter(negative=(), consume_multiple=True)] = None,
-    numerics: Annotated[list[str] | None, Parameter(negative=(), consume_multiple=True)] = None,
+    attacks: Names | None = None,
+    numerics: Names | None = None,
     sequences: int = 100,
     tokens: int = 64,
     alpha: float = 0.01,
@@ -49,13 +50,11 @@ def attack(
         matrix_columns,
         write_attack_report,
     )
-    from bitassay.studies.attack import AttackPlan, attack
+    from bitassay.studies.attack import ATTACKS, VARIANTS, AttackPlan, attack
 
-    plan = AttackPlan(sequences, tokens, alpha, batch, seed)
-    if attacks:
-        plan = AttackPlan(sequences, tokens, alpha, batch, seed, tuple(attacks))
-    if numerics:
-        plan = AttackPlan(sequences, tokens, alpha, batch, seed, plan.attacks, tuple(numerics))
+    plan = AttackPlan(
+        sequences, tokens, alpha, batch, seed, tuple(attacks or ATTACKS), tuple(numerics or VARIANTS)
+    )
     with show_progress() as progress:
         run, folder = attack(model, plan, out=out, trust_remote_code=trust_remote_code, progress=progress)
     write_attack_report(run, folder / "report.html")

@@ -6,8 +6,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from bitassay.cli.output import Format, emit
-
-Names = Annotated[list[str], Parameter(consume_multiple=True, negative=())]
+from bitassay.cli.parameters import Names, Numbers
 
 
 def calibrate(
@@ -37,7 +36,7 @@ def calibrate(
     precision: str | None = None,
     attacks: Names | None = None,
     jobs: int = 1,
-    gpus: Annotated[list[int] | None, Parameter(consume_multiple=True, negative=())] = None,
+    gpus: Numbers | None = None,
     out: Path | None = None,
     trust_remote_code: Annotated[bool, Parameter(negative=())] = False,
     format: Format = "table",

@@ -4,11 +4,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from cyclopts import App, Parameter
+from cyclopts import App
 
 from bitassay.cli.output import Format, emit
+from bitassay.cli.parameters import Names
 from bitassay.report.tables import Column
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ def reveal(
     task: Path,
     commitments: Path,
     out: Path,
-    without: Annotated[list[str] | None, Parameter(negative=(), consume_multiple=True)] = None,
+    without: Names | None = None,
     format: Format = "table",
 ) -> int:
     """Reveal REPORT, once everybody has committed (a verifier).

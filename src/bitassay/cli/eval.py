@@ -35,9 +35,9 @@ def eval(
         format: What to print on stdout.
     """
     from bitassay.cli.progress import show_progress
+    from bitassay.data.windows import Protocol
     from bitassay.errors import BitassayError
     from bitassay.evaluate.compare import evaluate
-    from bitassay.data.windows import Protocol
     from bitassay.models.load import load
     from bitassay.quantize.model import quantize
     from bitassay.report.assay import QUALITY_COLUMNS

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import App, Parameter
 
 from bitassay.cli.output import Format, emit
+from bitassay.cli.parameters import Names, Numbers
 from bitassay.report.tables import Column, interval, percent
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ _STUDIES = (
     Column("bar", "bar", percent(0)),
     Column("about", "about", align="left"),
 )
-Names = Annotated[list[str], Parameter(consume_multiple=True, negative=())]
 
 
 @study.command(name="list")
@@ -76,7 +76,7 @@ def run(
     rules: str = "documents",
     alpha: float = 0.01,
     jobs: int = 1,
-    gpus: Annotated[list[int] | None, Parameter(consume_multiple=True, negative=())] = None,
+    gpus: Numbers | None = None,
     out: Path = Path("data"),
     trust_remote_code: Annotated[bool, Parameter(negative=())] = False,
     format: Format = "table",

@@ -12,7 +12,7 @@ import functools
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ class AttackPlan:
     batch: int = 32
     seed: int = 0
     attacks: tuple[str, ...] = tuple(ATTACKS)
-    variants: tuple[str, ...] = ()
+    variants: tuple[str, ...] = field(default_factory=lambda: tuple(VARIANTS))
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,6 @@ def attack(
 
     Raises BitassayError for an unknown attack or variant, and where the honest runs are too few for alpha.
     """
-    plan = replace(plan, variants=plan.variants or tuple(VARIANTS))
     check_plan(plan)
     base = load(model, dtype=DTYPES[PRECISION], trust_remote_code=trust_remote_code, progress=progress)
     described = {"schema": SCHEMA, "kind": "attack", "model": identity(base).weights_digest, **asdict(plan)}

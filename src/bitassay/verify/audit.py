@@ -29,13 +29,12 @@ from bitassay.verify.challenge import Challenge, opened_positions
 from bitassay.verify.container import TraceError
 from bitassay.verify.distance import distance_floor, relative_distances
 from bitassay.verify.evidence import Evidence, layer_evidence, token_margins
-from bitassay.verify.numerics import numerics
 from bitassay.verify.opening import Opening, check_opening
-from bitassay.verify.profile import Profile, find_profile
+from bitassay.verify.profile import Profile
 from bitassay.verify.receipt import Receipt, check_signature
 from bitassay.verify.structure import Reason, Request, claim_defects, header_defects
-from bitassay.verify.trace import Header, ModelClaim, Trace
-from bitassay.verify.verdict import Verdict, decide
+from bitassay.verify.trace import Header, Trace
+from bitassay.verify.verdict import Verdict, decide, profile_for
 from bitassay.verify.verillm import FORMAT_OF_DTYPE
 
 
@@ -77,9 +76,7 @@ def verify_opening(
     trace = Trace(header, {})  # its states were compared
     claims = claim_defects(trace, model, request or Request())
     if profile is None:
-        profile = find_profile(
-            ModelClaim.of(identity(model)), header.numerics, numerics(model), header.sampling
-        )
+        profile = profile_for(header, model)
     cautious = evidence
     if profile is not None:
         cautious = lower_bound(evidence, opening, header, positions, own, profile, model.dtype)

@@ -163,12 +163,17 @@ def fit_by_length(evidence: Sequence[Evidence], shortest: int) -> tuple[dict[int
     lengths = fit_lengths([one.n_generated for one in evidence], shortest)
     cut = [[one.prefix(n) for one in evidence if one.n_generated >= n] for n in lengths]
     layers = {
-        one.layer: fit_values(
-            lengths, [[run.layers[index].generated or 0.0 for run in runs] for runs in cut], STATES_SD
-        )
+        one.layer: fit_values(lengths, [[_distance(run, index) for run in runs] for runs in cut], STATES_SD)
         for index, one in enumerate(evidence[0].layers)
     }
     return layers, fit_values(lengths, [[token_statistic(run) for run in runs] for runs in cut], TOKENS_SD)
+
+
+def _distance(run: Evidence, index: int) -> float:
+    """The mean log distance of a run that has generated positions, at one of its layers."""
+    found = run.layers[index].generated
+    assert found is not None
+    return found
 
 
 def fit_lengths(reached: Sequence[int], shortest: int) -> list[int]:
