@@ -1,4 +1,4 @@
-"""The real model's linear: it keeps codes, not weights."""
+"""The real model's linear, which keeps codes, not weights; and the fake model's where inputs are rounded."""
 
 from functools import cached_property
 
@@ -6,20 +6,45 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from bitassay.quantize.activations import InputRounding, rounded_inputs
 from bitassay.quantize.kernels import MAX_ROWS, Product, packed_product
+from bitassay.quantize.products import RoundedProduct, product_kind, rounded_product
 from bitassay.quantize.tensor import QuantizedTensor
 
 
+class RoundedInputLinear(nn.Linear):
+    """`y = x' W^T + b` with `x'` what `inputs` rounds `x` to; weight and bias are the given linear's own."""
+
+    def __init__(self, linear: nn.Linear, inputs: InputRounding):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.inputs = inputs
+
+    def forward(self, input: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
+        return nn.functional.linear(rounded_inputs(input, self.inputs), self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.inputs}, fake"
+
+
 class QuantizedLinear(nn.Module):
-    """`y = x W'^T + b` with `W'` from a QuantizedTensor.
+    """`y = x W'^T + b` with `W'` from a QuantizedTensor; with `inputs`, of `x'` instead of `x`.
 
     For a few rows of bf16 input the product reads the codes, where there is a kernel for them (which keeps
-    its own arrangement of the codes in memory); otherwise `weight` is dequantized at each call.
+    its own arrangement of the codes in memory); otherwise `weight` is dequantized at each call. Where inputs
+    are rounded too, the product is of codes on both sides wherever there is one (`products.py`).
     """
 
-    def __init__(self, quantized: QuantizedTensor, bias: Tensor | None, dtype: torch.dtype):
+    def __init__(
+        self,
+        quantized: QuantizedTensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        inputs: InputRounding | None = None,
+    ):
         super().__init__()
-        self.quantized = quantized
+        self.quantized, self.inputs = quantized, inputs
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.out_features, self.in_features = quantized.shape
         self.dtype = dtype
@@ -34,7 +59,16 @@ class QuantizedLinear(nn.Module):
         """The kernel for a few rows of bf16 input; made at first use."""
         return packed_product(self.quantized) if self.dtype == torch.bfloat16 else None
 
+    @cached_property
+    def rounded_product(self) -> RoundedProduct | None:
+        """The product of rounded inputs with the codes; made at first use."""
+        if self.inputs is None:
+            return None
+        return rounded_product(self.quantized, self.inputs, self.dtype)
+
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
+        if self.inputs is not None:
+            return self._forward_rounded(x, self.inputs)
         rows = x.numel() // self.in_features
         if rows <= MAX_ROWS and self.product is not None:
             y = self.product(x.reshape(rows, self.in_features).contiguous()).view(
@@ -43,14 +77,25 @@ class QuantizedLinear(nn.Module):
             return y if self.bias is None else y + self.bias
         return nn.functional.linear(x, self.weight, self.bias)
 
+    def _forward_rounded(self, x: Float[Tensor, "... in"], inputs: InputRounding) -> Float[Tensor, "... out"]:
+        if self.rounded_product is None:
+            return nn.functional.linear(rounded_inputs(x, inputs), self.weight, self.bias)
+        y = self.rounded_product(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias
+
     def _apply(self, fn, recurse: bool = True):
         """Follow `model.to(device)` and `model.to(dtype)`; the codes keep their dtypes."""
         super()._apply(fn, recurse)
         moved = fn(torch.empty(0, dtype=self.dtype, device=self.quantized.packed.device))
         self.dtype, self.quantized = moved.dtype, self.quantized.to(moved.device)
         self.__dict__.pop("product", None)
+        self.__dict__.pop("rounded_product", None)
         return self
 
     def extra_repr(self) -> str:
         scheme = self.quantized.scheme
-        return f"in={self.in_features}, out={self.out_features}, {scheme.format} {scheme.granularity}"
+        weights = f"in={self.in_features}, out={self.out_features}, {scheme.format} {scheme.granularity}"
+        if self.inputs is None:
+            return weights
+        kind = product_kind(self.quantized, self.inputs, self.dtype)
+        return f"{weights}, {self.inputs}, {'both dequantized (fake)' if kind is None else f'{kind} product'}"
