@@ -7,6 +7,7 @@ shared with the base model, not copied.
 """
 
 import copy
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,8 @@ from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError, nearest
 from bitassay.models.load import Identity
-from bitassay.models.walk import walk
+from bitassay.models.walk import matrices, walk
+from bitassay.quantize.experts import put_experts
 from bitassay.quantize.linear import QuantizedLinear
 from bitassay.quantize.recipe import Recipe, find_recipe
 from bitassay.quantize.tensor import QuantizedTensor, quantize_tensor
@@ -25,8 +27,8 @@ from bitassay.record.progress import Progress, silent
 
 @dataclass(frozen=True)
 class Quantization:
-    """What was done to a model: the recipe, the quantized matrices by module name, and the new dense values
-    of other parameters that the recipe changed, by full name."""
+    """What was done to a model: the recipe, the quantized matrices by their names in `matrices(model)`, and
+    the new dense values of other parameters that the recipe changed, by full name."""
 
     recipe: Recipe
     tensors: dict[str, QuantizedTensor]
@@ -36,7 +38,8 @@ class Quantization:
 def quantize(
     base: PreTrainedModel, recipe: str | Path | Recipe, *, packed: bool = False, progress: Progress = silent
 ) -> PreTrainedModel:
-    """A copy of `base` with the decoder layers' linears quantized by `recipe`; `base` stays as it is.
+    """A copy of `base` with the decoder layers' linears and experts quantized by `recipe`; `base` stays as it
+    is.
 
     packed: store codes (a real model) instead of dequantized weights (a fake one). The copy carries
     `.quantization`. Raises BitassayError where the recipe names modules that do not exist, where weights are
@@ -50,13 +53,13 @@ def quantize_tensors(base: PreTrainedModel, recipe: Recipe, progress: Progress =
     known = getattr(base, "identity", None)
     if quantization_of(base) is not None or (isinstance(known, Identity) and known.recipe_id is not None):
         raise BitassayError("the model is quantized already", "quantize the base model instead")
-    linears = check_recipe(base, recipe)
+    weights = check_recipe(base, recipe)
     tensors = {}
-    for done, (name, linear) in enumerate(linears.items()):
-        progress(f"quantizing by {recipe.name}", done, len(linears))
+    for done, (name, weight) in enumerate(weights.items()):
+        progress(f"quantizing by {recipe.name}", done, len(weights))
         if scheme := recipe.scheme_for(name):
-            tensors[name] = quantize_tensor(linear.weight, scheme, name)
-    progress(f"quantizing by {recipe.name}", len(linears), len(linears))
+            tensors[name] = quantize_tensor(weight, scheme, name)
+    progress(f"quantizing by {recipe.name}", len(weights), len(weights))
     return Quantization(recipe, tensors)
 
 
@@ -67,9 +70,12 @@ def with_tensors(
     model = _copy_sharing_parameters(base)
     for name, value in quantization.parameters.items():
         _replace_parameter(model, name, value)
-    for name, tensor in quantization.tensors.items():
-        linear = model.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
+    linears = walk(model).linears
+    slices = {name: tensor for name, tensor in quantization.tensors.items() if name not in linears}
+    put_experts(model, slices, packed)
+    for name, linear in linears.items():
+        if (tensor := quantization.tensors.get(name)) is None:
+            continue
         if packed:
             parent, _, child = name.rpartition(".")
             setattr(
@@ -90,28 +96,35 @@ def quantization_of(model: PreTrainedModel) -> Quantization | None:
     return getattr(model, "quantization", None)
 
 
-def check_recipe(model: PreTrainedModel, recipe: Recipe) -> dict[str, nn.Linear]:
-    """The model's linears, once it is sure that the recipe accounts for every matrix of the layers."""
-    found = walk(model)
-    names = list(found.linears) + list(found.experts) + list(found.others)
+def check_recipe(model: PreTrainedModel, recipe: Recipe) -> dict[str, Tensor]:
+    """The model's `matrices`, once it is sure that the recipe accounts for every matrix of the layers."""
+    found, views = walk(model), matrices(model)
+    names = [*views, *found.others]
+    routers = {name.removesuffix(".weight") for name in found.routers} | set(found.routers)
     for override in recipe.overrides:
-        if not any(recipe.override_for(name) is override for name in names):
+        if any(recipe.override_for(name) is override for name in names):
+            continue
+        if named := [name for name in sorted(routers) if recipe.override_for(name) is override]:
             raise BitassayError(
-                f"recipe {recipe.name}: the override {override.match!r} applies to no module of "
-                f"{type(model).__name__}; "
-                f"the nearest names are {nearest(override.match, _last_words(names))}",
-                "match full names with a glob, such as '*.down_proj' or 'model.layers.0.*'; "
-                "the first match wins",
+                f"recipe {recipe.name}: the override {override.match!r} names a router, {named[0]}: "
+                "routers stay in high precision, since an error in one changes which expert answers",
+                "remove the override; nothing else matches it",
             )
-    skipped = [name for name in (*found.experts, *found.others) if recipe.scheme_for(name) is not None]
+        raise BitassayError(
+            f"recipe {recipe.name}: the override {override.match!r} applies to no module of "
+            f"{type(model).__name__}; "
+            f"the nearest names are {nearest(override.match, _patterns(names))}",
+            "match full names with a glob, such as '*.down_proj' or 'model.layers.0.*'; the first match wins",
+        )
+    skipped = [name for name in found.others if recipe.scheme_for(name) is not None]
     if skipped:
-        kind = "fused experts" if skipped[0] in found.experts else "matrices that are not linears"
         pattern = "*.experts.*" if ".experts." in skipped[0] else f"*.{skipped[0].rpartition('.')[2]}"
         raise BitassayError(
-            f"{type(model).__name__} has {kind} that this version cannot quantize, such as {skipped[0]}",
+            f"{type(model).__name__} has matrices of a kind that this version cannot quantize, such as "
+            f"{skipped[0]}",
             f"leave them in high precision with an override: {{match: '{pattern}', weights: null}}",
         )
-    return found.linears
+    return views
 
 
 def bits_per_weight(model: PreTrainedModel) -> float:
@@ -124,18 +137,24 @@ def bits_per_weight(model: PreTrainedModel) -> float:
 def size_bytes(model: PreTrainedModel) -> int:
     """Bytes of the whole checkpoint: packed matrices, and every other parameter (tied ones once) at 16
     bits."""
-    tensors = _tensors(model)
-    held = {f"{name}.weight" for name in tensors}
-    other = sum(p.numel() for name, p in model.named_parameters() if name not in held)
-    return other * 2 + sum(t.stored_bits for t in tensors.values()) // 8
+    return _dense_parameters(model) * 2 + sum(t.stored_bits for t in _tensors(model).values()) // 8
 
 
 def parameter_count(model: PreTrainedModel) -> int:
     """Parameters of the dense model, tied ones once."""
+    return _dense_parameters(model) + sum(t.shape[0] * t.shape[1] for t in _tensors(model).values())
+
+
+def _dense_parameters(model: PreTrainedModel) -> int:
+    """Parameters beside the quantized matrices, which a fake model holds as parameters too, a packed one
+    does not."""
     tensors = _tensors(model)
-    held = {f"{name}.weight" for name in tensors}
-    other = sum(p.numel() for name, p in model.named_parameters() if name not in held)
-    return other + sum(t.shape[0] * t.shape[1] for t in tensors.values())
+    dense = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    for name, tensor in tensors.items():
+        for held in (f"{name}.weight", name.rpartition(".")[0]):  # of a linear, of an expert
+            if held in dense:
+                dense[held] -= tensor.shape[0] * tensor.shape[1]
+    return sum(dense.values())
 
 
 def _tensors(model: PreTrainedModel) -> dict[str, QuantizedTensor]:
@@ -160,5 +179,10 @@ def _replace_parameter(model: PreTrainedModel, name: str, value: Tensor) -> None
         model.config.tie_word_embeddings = False
 
 
-def _last_words(names: list[str]) -> set[str]:
-    return {f"*.{name.rpartition('.')[2]}" for name in names}
+def _patterns(names: list[str]) -> set[str]:
+    """Globs for the last words of names: `*.down_proj`, and `*.experts.down_proj.*` for slices of experts."""
+    slices = re.compile(r"^.*\.(\w+\.\w+)\.\d+$")
+    return {
+        f"*.{found[1]}.*" if (found := slices.match(name)) else f"*.{name.rpartition('.')[2]}"
+        for name in names
+    }

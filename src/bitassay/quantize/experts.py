@@ -1,0 +1,239 @@
+"""Mixtures of experts: quantized slice by slice, calibrated on the tokens that reach each expert.
+
+A layer's router sends token t to its k best experts E(t) with shares g; expert e is an MLP:
+
+    y_t = sum_{e in E(t)} g_te * W2_e h,    h = act(gate) * up,    [gate; up] = W1_e x_t
+
+transformers keeps all W1_e in one 3-D parameter, and all W2_e in another. Each slice is quantized with scales
+of its own, under the name `<parameter>.<expert>`. Routers stay as they are: they are a thousandth of such a
+model, and an error in one changes which expert answers.
+
+What an expert's Hessian and counts are made of is seen only from inside the fused module. `expert_inputs`
+therefore runs it expert by expert for a while, as transformers' own `eager` implementation does, and shows
+the input of every slice to a tap. An expert that few tokens reach has a poor Hessian, one that none reaches
+has none: such a slice is rounded to nearest, and `warn_of_few` says so. With `every=True` each token is shown
+to every expert (the output is still the routed one): no expert goes short, but all see inputs that they would
+never answer.
+
+`QuantizedExperts` is the real model's module: it keeps codes and dequantizes the experts that were reached.
+
+Left out: a norm after each expert (Muse Spark), and expert parallelism.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from bitassay.models.walk import fused_experts
+from bitassay.quantize.tensor import QuantizedTensor
+from bitassay.record.progress import Progress, silent
+
+FEW_TOKENS = 256  # below that, the Hessian of a slice says little about most of its input columns
+
+Tap = Callable[[str, int, Float[Tensor, "rows _"]], None]
+"""Gets a parameter's own name, the expert, and the inputs of that slice."""
+Load = dict[str, Int[Tensor, " _"]]
+"""For each module of fused experts, by full name, how many tokens each expert got."""
+Routes = dict[str, Int[Tensor, "_ _"]]
+"""For each module of fused experts, by full name, the experts `[tokens, k]` of every token."""
+
+
+def one_by_one(
+    experts: nn.Module,
+    x: Float[Tensor, "tokens hidden"],
+    chosen: Int[Tensor, "tokens k"],
+    shares: Float[Tensor, "tokens k"],
+    matrix: Callable[[str, int], Float[Tensor, "_ _"]],
+    tap: Tap | None = None,
+) -> Float[Tensor, "tokens hidden"]:
+    """The output of a fused module, one expert after the other, with `matrix(parameter, expert)` `[out, in]`
+    as weights. The order of all operations is that of transformers' `eager` implementation."""
+    y = torch.zeros_like(x)
+    for expert in chosen.unique().tolist():
+        place, token = torch.where((chosen == expert).T)
+        h = _inner(experts, x[token], expert, matrix, tap)
+        if tap is not None:
+            tap("down_proj", expert, h)
+        out = nn.functional.linear(h, matrix("down_proj", expert), _bias(experts, "down_proj", expert))
+        y.index_add_(0, token, (out * shares[token, place, None]).to(y.dtype))
+    return y
+
+
+def _inner(
+    experts: nn.Module, x: Tensor, expert: int, matrix: Callable[[str, int], Tensor], tap: Tap | None
+) -> Tensor:
+    """`act(gate) * up`, or `act(up)` where nothing is gated."""
+    first = "gate_up_proj" if experts.has_gate else "up_proj"
+    if tap is not None:
+        tap(first, expert, x)
+    h = nn.functional.linear(x, matrix(first, expert), _bias(experts, first, expert))
+    return experts._apply_gate(h) if experts.has_gate else experts.act_fn(h)  # type: ignore[operator]
+
+
+def _bias(experts: nn.Module, parameter: str, expert: int) -> Tensor | None:
+    return experts.get_parameter(f"{parameter}_bias")[expert] if experts.has_bias else None
+
+
+def dense_matrix(experts: nn.Module, parameter: str, expert: int) -> Float[Tensor, "_ _"]:
+    """The slice of one expert as `[out, in]`."""
+    matrix = experts.get_parameter(parameter)[expert]
+    return matrix.T if experts.is_transposed else matrix
+
+
+@contextmanager
+def expert_inputs(
+    model: PreTrainedModel, tap: Callable[[str, Float[Tensor, "rows _"]], None], *, every: bool = False
+) -> Iterator[Load]:
+    """While this lasts, each forward pass of a decoder layer calls `tap(name, x)` with the inputs `x` of each
+    expert's slice that got any, under its name in `matrices(model)`. Yields the tokens routed to each expert
+    so far, whatever `every` is."""
+    found = fused_experts(model)
+    load: Load = {}
+
+    def patch(name: str, experts: nn.Module) -> None:
+        count = experts.get_parameter("down_proj").shape[0]
+        load[name] = torch.zeros(count, dtype=torch.int64)
+
+        def matrix(parameter: str, expert: int) -> Tensor:
+            return dense_matrix(experts, parameter, expert)
+
+        def show(parameter: str, expert: int, x: Tensor) -> None:
+            tap(f"{name}.{parameter}.{expert}", x)
+
+        def forward(x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
+            load[name] += torch.bincount(chosen.flatten(), minlength=count).cpu()
+            if every:
+                for expert in range(count):
+                    show("down_proj", expert, _inner(experts, x, expert, matrix, show))
+            return one_by_one(experts, x, chosen, shares, matrix, None if every else show)
+
+        experts.forward = forward
+
+    try:
+        for name, experts in found.items():
+            patch(name, experts)
+        yield load
+    finally:
+        for experts in found.values():
+            experts.__dict__.pop("forward", None)  # the class has its own
+
+
+def warn_of_few(load: Load, minimum: int = FEW_TOKENS, progress: Progress = silent) -> list[str]:
+    """Say which experts got fewer than `minimum` tokens. Returns those that got none, as
+    `<module>.<expert>`."""
+    none = []
+    for name, tokens in load.items():
+        few = [(expert, count) for expert, count in enumerate(tokens.tolist()) if count < minimum]
+        none += [f"{name}.{expert}" for expert, count in few if not count]
+        if few:
+            each = ", ".join(f"{expert} ({count})" for expert, count in few)
+            unreached = any(not count for _, count in few)
+            progress(
+                f"{name}: calibrated on fewer than {minimum} tokens: expert {each}"
+                + ("; those with none are rounded to nearest" if unreached else "")
+            )
+    return none
+
+
+@torch.inference_mode()
+def routes(model: PreTrainedModel, tokens: Int[Tensor, "batch tokens"], names: list[str]) -> Routes:
+    """The experts that the routers of `model`, fake or packed or not quantized, choose in the modules
+    `names`."""
+    chosen: Routes = {}
+
+    def keep(name: str) -> RemovableHandle:
+        def hook(_: nn.Module, given: tuple[Tensor, Tensor, Tensor]) -> None:
+            chosen[name] = given[1].cpu()
+
+        return model.get_submodule(name).register_forward_pre_hook(hook)
+
+    hooks = [keep(name) for name in names]
+    try:
+        model(tokens.to(model.device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return chosen
+
+
+def load_of(chosen: Int[Tensor, "tokens k"], experts: int) -> Int[Tensor, " experts"]:
+    """Tokens that each expert got."""
+    return torch.bincount(chosen.flatten(), minlength=experts)
+
+
+def changed_fraction(base: Int[Tensor, "tokens k"], other: Int[Tensor, "tokens k"]) -> float:
+    """The fraction of tokens whose set of experts is another, in whatever order the routers list them."""
+    return (base.sort(1).values != other.sort(1).values).any(1).double().mean().item()
+
+
+class QuantizedExperts(nn.Module):
+    """A fused module with codes instead of (some of) its slices; takes what the fused module takes.
+
+    `experts` keeps whatever else the module has; slices that the recipe left alone are in `kept`.
+    """
+
+    def __init__(self, experts: nn.Module, tensors: dict[str, dict[int, QuantizedTensor]]):
+        """`tensors`: by the parameter's own name, then by expert. `experts` loses those parameters."""
+        super().__init__()
+        self.experts, self.tensors = experts, tensors
+        self.dtype = experts.get_parameter("down_proj").dtype
+        self.kept = nn.ParameterDict()
+        for parameter, slices in tensors.items():
+            count = experts.get_parameter(parameter).shape[0]
+            for expert in set(range(count)) - set(slices):
+                matrix = dense_matrix(experts, parameter, expert).detach().clone()
+                self.kept[f"{parameter}_{expert}"] = nn.Parameter(matrix, requires_grad=False)
+            delattr(experts, parameter)
+
+    def matrix(self, parameter: str, expert: int) -> Float[Tensor, "_ _"]:
+        """A slice `[out, in]`, dequantized to the model's dtype exactly as the fake model holds it."""
+        if parameter not in self.tensors:
+            return dense_matrix(self.experts, parameter, expert)
+        if expert in self.tensors[parameter]:
+            return self.tensors[parameter][expert].dequantize().to(self.dtype)
+        return self.kept[f"{parameter}_{expert}"]
+
+    def forward(
+        self,
+        x: Float[Tensor, "tokens hidden"],
+        chosen: Int[Tensor, "tokens k"],
+        shares: Float[Tensor, "tokens k"],
+    ) -> Float[Tensor, "tokens hidden"]:
+        return one_by_one(self.experts, x, chosen, shares, self.matrix)
+
+    def _apply(self, fn, recurse: bool = True):
+        """Follow `model.to(device)` and `model.to(dtype)`; the codes keep their dtypes."""
+        super()._apply(fn, recurse)
+        device = next(iter(next(iter(self.tensors.values())).values())).packed.device
+        moved = fn(torch.empty(0, dtype=self.dtype, device=device))
+        self.dtype = moved.dtype
+        self.tensors = {
+            parameter: {expert: tensor.to(moved.device) for expert, tensor in slices.items()}
+            for parameter, slices in self.tensors.items()
+        }
+        return self
+
+
+def put_experts(model: PreTrainedModel, tensors: dict[str, QuantizedTensor], packed: bool) -> None:
+    """Put quantized slices, by their names in `matrices(model)`, into a model that shares its parameters with
+    another one."""
+    for name, experts in fused_experts(model).items():
+        own: dict[str, dict[int, QuantizedTensor]] = {}
+        for key in [key for key in tensors if key.startswith(f"{name}.")]:
+            parameter, _, expert = key.removeprefix(f"{name}.").partition(".")
+            own.setdefault(parameter, {})[int(expert)] = tensors[key]
+        if own and packed:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, QuantizedExperts(experts, own))
+            continue
+        for parameter, slices in own.items():
+            dense = experts.get_parameter(parameter).detach().clone()
+            for expert, tensor in slices.items():
+                matrix = tensor.dequantize().to(dense.dtype)
+                dense[expert] = matrix.T if experts.is_transposed else matrix
+            experts.register_parameter(parameter, nn.Parameter(dense, requires_grad=False))
