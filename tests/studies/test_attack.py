@@ -14,7 +14,8 @@ from bitassay.report.attack import matrix, write_attack_report
 from bitassay.studies import attack as study
 from bitassay.studies.attack import VARIANTS, AttackPlan, Bench, attack, check_plan
 from bitassay.studies.court import Court
-from bitassay.verify.detectors import DETECTORS, Observation
+from bitassay.verify.detectors import DETECTORS
+from bitassay.verify.observation import Observation
 
 PLAN = AttackPlan(
     sequences=35,

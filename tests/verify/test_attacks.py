@@ -7,7 +7,7 @@ from bitassay.generate.sampling import Sampler
 from bitassay.models.walk import decoder_layers
 from bitassay.studies.attack import ATTACKS
 from bitassay.verify.attacks import Setting, low_rank_update, skip
-from bitassay.verify.detectors import observe
+from bitassay.verify.observation import observe
 from bitassay.verify.prove import prove_many
 from bitassay.verify.structure import Request
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from bitassay.verify.detectors import DETECTORS, HonestFit, Observation, Statistics, observe
+from bitassay.verify.detectors import DETECTORS, HonestFit, Statistics
+from bitassay.verify.observation import Observation, observe
 from bitassay.verify.structure import Request
 
 

@@ -10,7 +10,6 @@ import pytest
 from bitassay.verify.attacks import Setting
 from bitassay.verify.challenge import evasion_probability, grinding_tries, opened_positions
 from bitassay.verify.committee import judge
-from bitassay.verify.detectors import observe
 from bitassay.verify.exchange import Ballot, codes, examine
 from bitassay.verify.forgeries import (
     HOST,
@@ -23,6 +22,7 @@ from bitassay.verify.forgeries import (
     grind,
     n_bad_opened,
 )
+from bitassay.verify.observation import observe
 from bitassay.verify.receipt import commit
 from bitassay.verify.structure import Request
 

@@ -36,9 +36,10 @@ from bitassay.studies.parties import DTYPES, Machine, other_machine
 from bitassay.studies.work import problem_of, start
 from bitassay.studies.worker import Item, Job
 from bitassay.verify.attacks import TRACE_ATTACKS, Setting, honest_prefill
-from bitassay.verify.detectors import DETECTORS, Observation, Seconds, measure, observe
+from bitassay.verify.detectors import DETECTORS, Seconds, measure
 from bitassay.verify.exchange import Handed
 from bitassay.verify.forgeries import RECEIPT_ATTACKS
+from bitassay.verify.observation import Observation, observe
 from bitassay.verify.profile import runs_needed
 from bitassay.verify.prove import prove_many
 from bitassay.verify.structure import Request

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from bitassay.verify.detectors import DETECTORS, GRID, HonestFit, Observation, Statistics
+from bitassay.verify.detectors import DETECTORS, HonestFit, Statistics
+from bitassay.verify.observation import GRID, Observation
 from bitassay.verify.power import auc, share, threshold, tokens_to
 
 FOLDS = 5
