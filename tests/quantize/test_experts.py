@@ -8,6 +8,7 @@ from torch import nn
 
 import bitassay
 from bitassay.errors import BitassayError
+from bitassay.models.load import load
 from bitassay.models.walk import fused_experts, matrices, walk
 from bitassay.quantize.experts import (
     QuantizedExperts,
@@ -17,6 +18,7 @@ from bitassay.quantize.experts import (
     routes,
     warn_of_few,
 )
+from bitassay.quantize.export import save
 from bitassay.quantize.linear import QuantizedLinear
 from bitassay.quantize.model import bits_per_weight, parameter_count, size_bytes, with_tensors
 from bitassay.quantize.recipe import Recipe
@@ -247,3 +249,17 @@ def test_nan_weights_are_refused_by_the_name_of_the_slice():
     model.model.layers[1].mlp.experts.down_proj[2, 3, 4] = float("nan")
     with pytest.raises(BitassayError, match=r"model\.layers\.1\.mlp\.experts\.down_proj\.2"):
         bitassay.quantize(model, W4)
+
+
+@pytest.mark.parametrize("architecture", ["deepseek_v2", "gpt_oss"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_saved_mixture_loads_as_it_was(architecture, packed, tmp_path):
+    base = mixture(architecture)
+    some = [{"match": "*.experts.down_proj.2", "weights": None}]
+    model = bitassay.quantize(base, Recipe(name="some", weights=W4.weights, overrides=some), packed=packed)
+    save(model, tmp_path / "saved")
+    again = load(tmp_path / "saved", attention=base.config._attn_implementation)
+    again.set_experts_implementation("eager")
+    same(architecture, logits(again), logits(model))
+    assert bits_per_weight(again) == bits_per_weight(model)
+    assert size_bytes(again) == size_bytes(model)

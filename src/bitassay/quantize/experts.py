@@ -171,32 +171,43 @@ def changed_fraction(base: Int[Tensor, "tokens k"], other: Int[Tensor, "tokens k
     return (base.sort(1).values != other.sort(1).values).any(1).double().mean().item()
 
 
-class QuantizedExperts(nn.Module):
-    """A fused module with codes instead of (some of) its slices; takes what the fused module takes.
+_KEPT = "_left_alone_"
 
-    `experts` keeps whatever else the module has; slices that the recipe left alone are in `kept`.
-    """
+
+def _kept(parameter: str, expert: int) -> str:
+    return f"{parameter}{_KEPT}{expert}"
+
+
+class QuantizedExperts(nn.Module):
+    """A fused module with codes instead of (some of) its slices; takes what the fused module takes, and has
+    its attributes and its other parameters."""
 
     def __init__(self, experts: nn.Module, tensors: dict[str, dict[int, QuantizedTensor]]):
         """`tensors`: by the parameter's own name, then by expert. `experts` loses those parameters."""
         super().__init__()
-        self.experts, self.tensors = experts, tensors
-        self.dtype = experts.get_parameter("down_proj").dtype
-        self.kept = nn.ParameterDict()
+        self.tensors, self.dtype = tensors, experts.get_parameter("down_proj").dtype
+        self.is_transposed, self.has_post_expert_norm = experts.is_transposed, False
+        self.has_gate, self.has_bias = experts.has_gate, experts.has_bias
+        if experts.has_gate:
+            self._apply_gate = experts._apply_gate
+        else:
+            self.act_fn = experts.act_fn
+        self.counts = {parameter: experts.get_parameter(parameter).shape[0] for parameter in tensors}
         for parameter, slices in tensors.items():
-            count = experts.get_parameter(parameter).shape[0]
-            for expert in set(range(count)) - set(slices):
+            for expert in set(range(self.counts[parameter])) - set(slices):
                 matrix = dense_matrix(experts, parameter, expert).detach().clone()
-                self.kept[f"{parameter}_{expert}"] = nn.Parameter(matrix, requires_grad=False)
+                self.register_parameter(_kept(parameter, expert), nn.Parameter(matrix, requires_grad=False))
             delattr(experts, parameter)
+        for name, parameter in experts.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
 
     def matrix(self, parameter: str, expert: int) -> Float[Tensor, "_ _"]:
         """A slice `[out, in]`, dequantized to the model's dtype exactly as the fake model holds it."""
         if parameter not in self.tensors:
-            return dense_matrix(self.experts, parameter, expert)
+            return dense_matrix(self, parameter, expert)
         if expert in self.tensors[parameter]:
             return self.tensors[parameter][expert].dequantize().to(self.dtype)
-        return self.kept[f"{parameter}_{expert}"]
+        return self.get_parameter(_kept(parameter, expert))
 
     def forward(
         self,
@@ -204,7 +215,18 @@ class QuantizedExperts(nn.Module):
         chosen: Int[Tensor, "tokens k"],
         shares: Float[Tensor, "tokens k"],
     ) -> Float[Tensor, "tokens hidden"]:
-        return one_by_one(self.experts, x, chosen, shares, self.matrix)
+        return one_by_one(self, x, chosen, shares, self.matrix)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        """Parameters by the fused module's names: one of which only some slices are codes is whole, and one
+        of which all are is missing."""
+        kept = {name for name in self._parameters if _KEPT in name}
+        for name in set(self._parameters) - kept:
+            destination[prefix + name] = self.get_parameter(name).detach()
+        for parameter, count in self.counts.items():
+            if len(self.tensors[parameter]) < count:
+                dense = torch.stack([self.matrix(parameter, expert) for expert in range(count)])
+                destination[prefix + parameter] = dense.transpose(1, 2) if self.is_transposed else dense
 
     def _apply(self, fn, recurse: bool = True):
         """Follow `model.to(device)` and `model.to(dtype)`; the codes keep their dtypes."""

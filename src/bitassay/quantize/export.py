@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from bitassay.errors import BitassayError, MissingError
 from bitassay.models.checkpoint import CARD_FILE, Base, Card, hashed_files, read_card
 from bitassay.models.load import identity, load
-from bitassay.models.walk import walk
+from bitassay.models.walk import fused_experts, walk
 from bitassay.quantize import compressed
 from bitassay.quantize.layout import Stored, description, expected_bytes, planned_bits
 from bitassay.quantize.model import (
@@ -74,7 +74,7 @@ def save(
     with atomic_folder(folder) as temporary:
         # transformers decodes the experts of a compressed checkpoint that come one by one, even dense ones,
         # and loses them; fused, they load as they are.
-        model.save_pretrained(temporary, state_dict=state, save_original_format=not walk(model).experts)
+        model.save_pretrained(temporary, state_dict=state, save_original_format=not fused_experts(model))
         _describe(model, quantization, temporary, chosen)
         if getattr(model, "tokenizer", None) is not None:
             model.tokenizer.save_pretrained(temporary)  # type: ignore[union-attr]
@@ -127,9 +127,7 @@ def plan_export(model: PreTrainedModel, recipe: Recipe, layout: Layout | None = 
     """Check that `recipe` fits `model` (which may be on the meta device) and that every matrix can be saved.
     Raises BitassayError where not.
     """
-    shapes = {
-        name: (view.shape[0], view.shape[1]) for name, view in check_recipe(model, recipe).items()
-    }
+    shapes = {name: (view.shape[0], view.shape[1]) for name, view in check_recipe(model, recipe).items()}
     planned = {name: Stored(scheme=scheme) for name in shapes if (scheme := recipe.scheme_for(name))}
     if not planned:
         raise BitassayError(
