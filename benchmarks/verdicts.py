@@ -15,7 +15,7 @@ from scipy import stats
 import bitassay
 from bitassay.bench.environment import environment
 from bitassay.models.load import identity
-from bitassay.quantize.model import quantize
+from bitassay.quantize.pipeline import quantize
 from bitassay.studies.assay import chosen_prompts
 from bitassay.verify.calibrate import calibrate
 from bitassay.verify.prove import prove_many

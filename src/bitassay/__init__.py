@@ -18,7 +18,7 @@ __all__ = ["evaluate", "load", "prove", "quantize", "verify"]
 if TYPE_CHECKING:
     from bitassay.evaluate.compare import evaluate
     from bitassay.models.load import load
-    from bitassay.quantize.model import quantize
+    from bitassay.quantize.pipeline import quantize
     from bitassay.verify.prove import prove
     from bitassay.verify.verdict import verify
 

@@ -21,7 +21,8 @@ from bitassay.quantize import layout as own
 from bitassay.quantize.compressed import weight_args
 from bitassay.quantize.export import save
 from bitassay.quantize.formats import FORMATS
-from bitassay.quantize.model import bits_per_weight, quantize
+from bitassay.quantize.model import bits_per_weight
+from bitassay.quantize.pipeline import quantize
 from bitassay.quantize.recipe import Recipe, WeightScheme, find_recipe
 from bitassay.quantize.tensor import quantize_tensor
 from bitassay.testing.tiny import tiny_model

@@ -11,7 +11,7 @@ from scipy import stats
 from bitassay.errors import BitassayError
 from bitassay.generate.sampling import GREEDY, Sampler
 from bitassay.models.load import identity
-from bitassay.quantize.model import quantize
+from bitassay.quantize.pipeline import quantize
 from bitassay.verify.attribution import (
     HONEST,
     NONE,

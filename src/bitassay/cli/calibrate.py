@@ -117,7 +117,7 @@ def calibrate(
                 model, dtype=prover_dtype or dtype, attention=prover_attention or attention, **where
             )
         if recipe:
-            from bitassay.quantize.model import quantize
+            from bitassay.quantize.pipeline import quantize
 
             same = prover is verifier
             verifier = quantize(verifier, recipe, progress=progress)

@@ -39,7 +39,7 @@ def eval(
     from bitassay.errors import BitassayError
     from bitassay.evaluate.compare import evaluate
     from bitassay.models.load import load
-    from bitassay.quantize.model import quantize
+    from bitassay.quantize.pipeline import quantize
     from bitassay.report.assay import QUALITY_COLUMNS
 
     if recipe and against:

@@ -90,7 +90,7 @@ def prove(
             progress=progress,
         )
         if recipe:
-            from bitassay.quantize.model import quantize
+            from bitassay.quantize.pipeline import quantize
 
             loaded = quantize(loaded, recipe, progress=progress)
         claimed = Identity(resolve(claim, progress)) if claim else identity(loaded)

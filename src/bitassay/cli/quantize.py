@@ -1,7 +1,8 @@
-"""`bitassay quantize`: a recipe and a model to a checkpoint folder that transformers loads."""
+"""`bitassay quantize`: a recipe and a model to a checkpoint folder, a GGUF file, or both."""
 
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -10,6 +11,8 @@ from cyclopts import Parameter
 from bitassay.cli.output import Format, emit
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from bitassay.models.checkpoint import Card
     from bitassay.models.source import Source
     from bitassay.quantize.export import Layout
@@ -21,7 +24,8 @@ def quantize(
     model: str,
     *,
     recipe: str,
-    out: Path,
+    out: Path | None = None,
+    gguf: Path | None = None,
     layout: Literal["compressed-tensors", "bitassay"] | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     check: bool = True,
@@ -29,30 +33,32 @@ def quantize(
     trust_remote_code: Annotated[bool, Parameter(negative=())] = False,
     format: Format = "table",
 ) -> int:
-    """Quantize MODEL by a recipe and save it as a folder.
+    """Quantize MODEL by a recipe and save it as a folder, as a GGUF file for llama.cpp, or as both.
 
     Wherever the compressed-tensors format is exact, plain transformers loads the folder, else bitassay alone.
-
-    Run again on a finished folder, the same command checks its files and says that it is done.
+    Run again, the same command checks what is finished, says so, and does the rest.
 
     Args:
         model: A name from `bitassay models list`, a folder, a .gguf file or a hub id.
         recipe: A shipped recipe or a YAML file.
         out: The folder to write; it must not exist or be empty.
-        layout: How codes are stored. Without it, compressed-tensors wherever that is exact.
+        gguf: The file to write for llama.cpp; it must not exist.
+        layout: How the folder stores codes. Without it, compressed-tensors wherever that is exact.
         dtype: What is not quantized is stored in this dtype. In float32 the checkpoint loads exactly;
             in 16 bits it is smaller, and transformers rounds the scales once more.
-        check: Load the folder, with plain transformers where it can, and compare its logits.
+        check: Load what was written, with plain transformers where it can, and compare its logits.
         dry_run: Estimate the files and the memory, and stop.
         trust_remote_code: Run code that comes with the model.
         format: What to print on stdout.
     """
     from bitassay.cli.progress import show_progress
+    from bitassay.errors import BitassayError
     from bitassay.models.source import resolve
-    from bitassay.quantize.export import check_space
     from bitassay.quantize.recipe import find_recipe
     from bitassay.report.tables import Column, number, significant, size
 
+    if out is None and gguf is None:
+        raise BitassayError("nowhere to write to", "--out FOLDER, --gguf FILE, or both")
     sizes = (
         Column("recipe", "recipe", align="left"),
         Column("layout", "layout", align="left"),
@@ -68,90 +74,144 @@ def quantize(
     found = find_recipe(recipe)
     with show_progress() as progress:
         source = resolve(model, progress)
-        row = _finished(out, source, found, dtype, layout)
-        if row is None:
-            row = _planned(source, found, dtype, layout, trust_remote_code)
-            if dry_run:
-                columns = (*sizes, Column("memory_bytes", "memory", size))
-            else:
-                check_space(out, row["file_bytes"])
-                row = _written(model, found, out, dtype, layout, check, trust_remote_code, progress)
-    emit([row], columns, format)
+        order = _Order(model, source, found, out, gguf, layout, dtype, check, trust_remote_code, progress)
+        folder_row, gguf_row = _finished_folder(order), _finished_gguf(order)
+        if (out is None or folder_row) and (gguf is None or gguf_row):
+            rows = [folder_row, gguf_row]
+        elif dry_run:
+            rows, columns = _planned(order), (*sizes, Column("memory_bytes", "memory", size))
+        else:
+            rows = _written(order, folder_row, gguf_row)
+    emit([row for row in rows if row is not None], columns, format)
     return 0
 
 
-def _written(
-    model: str,
-    recipe: "Recipe",
-    out: Path,
-    dtype: str,
-    layout: "Layout | None",
-    check: bool,
-    trust_remote_code: bool,
-    progress: "Progress",
-) -> dict[str, Any]:
-    """The row of a folder that is written now."""
+@dataclass(frozen=True)
+class _Order:
+    """What was asked for."""
+
+    model: str
+    source: "Source"
+    recipe: "Recipe"
+    out: Path | None
+    gguf: Path | None
+    layout: "Layout | None"
+    dtype: str
+    check: bool
+    trust_remote_code: bool
+    progress: "Progress"
+
+
+Row = dict[str, Any] | None
+
+
+def _written(order: _Order, folder_row: Row, gguf_row: Row) -> list[Row]:
+    """The rows of what was finished before and of what is written now."""
     from bitassay.data.corpora import bundled_prompts
     from bitassay.models.load import load, tokenizer
-    from bitassay.quantize.export import reload_difference, save
-    from bitassay.quantize.model import quantize
+    from bitassay.quantize.export import check_space
 
+    for row in _planned(order):
+        if order.out is not None and folder_row is None and row is not None and row["layout"] != "gguf":
+            check_space(order.out, row["file_bytes"])
     started = time.monotonic()
-    base = load(model, dtype=dtype, trust_remote_code=trust_remote_code, progress=progress)
-    quantized = quantize(base, recipe, progress=progress)
-    card = save(quantized, out, layout=layout, progress=progress)
-    row = _row(card, out) | {"seconds": time.monotonic() - started}
-    if check:
+    base = load(
+        order.model, dtype=order.dtype, trust_remote_code=order.trust_remote_code, progress=order.progress
+    )
+    quantized = _quantized(order, base, folder_row)
+    tokens = tokenizer(base)(bundled_prompts()[0], return_tensors="pt").input_ids if order.check else None
+    if order.out is not None and folder_row is None:
+        folder_row = _save_folder(order, quantized, order.out, tokens, started)
+    if order.gguf is not None and gguf_row is None:
+        gguf_row = _save_gguf(order, quantized, order.gguf, tokens, started)
+    return [folder_row, gguf_row]
+
+
+def _quantized(order: _Order, base: "PreTrainedModel", folder_row: Row) -> "PreTrainedModel":
+    """`base`, quantized now, or with what a finished folder holds."""
+    from bitassay.models.load import load
+    from bitassay.quantize.model import quantization_of, with_tensors
+    from bitassay.quantize.pipeline import quantize
+
+    if order.out is None or folder_row is None:
+        return quantize(base, order.recipe, progress=order.progress)
+    done = quantization_of(
+        load(order.out, dtype=base.dtype, trust_remote_code=order.trust_remote_code, progress=order.progress)
+    )
+    assert done is not None
+    return with_tensors(base, done)
+
+
+def _save_folder(order: _Order, quantized: "PreTrainedModel", out: Path, tokens: Any, started: float) -> Row:
+    from bitassay.quantize.export import reload_difference, save
+
+    card = save(quantized, out, layout=order.layout, progress=order.progress)
+    row = _folder_row(card, out) | {"seconds": time.monotonic() - started}
+    if tokens is not None:
         reader = "plain transformers" if card.layout == "compressed-tensors" else "bitassay.load"
-        progress(f"loading {out} with {reader}")
-        tokens = tokenizer(base)(bundled_prompts()[0], return_tensors="pt").input_ids
+        order.progress(f"loading {out} with {reader}")
         row["max_logits_difference"] = reload_difference(
-            quantized, out, tokens, trust_remote_code=trust_remote_code
+            quantized, out, tokens, trust_remote_code=order.trust_remote_code
         )
     return row
 
 
-def _planned(
-    source: "Source", recipe: "Recipe", dtype: str, layout: "Layout | None", trust_remote_code: bool
-) -> dict[str, Any]:
+def _save_gguf(order: _Order, quantized: "PreTrainedModel", path: Path, tokens: Any, started: float) -> Row:
+    from bitassay.quantize.gguf_file import reload_difference, write_gguf
+
+    written = write_gguf(quantized, path, progress=order.progress)
+    for how, count in sorted(written.stored_as.items()):
+        order.progress(f"{path.name}: {how}: {count} matrices")
+    for note in written.notes:
+        order.progress(f"{path.name}: {note}")
+    row = _gguf_row(order, path, written.bits_per_weight) | {"seconds": time.monotonic() - started}
+    if tokens is not None:
+        order.progress(f"loading {path} with plain transformers")
+        row["max_logits_difference"] = reload_difference(quantized, path, tokens)
+    return row
+
+
+def _planned(order: _Order) -> list[Row]:
     """What is known before any weight is read; refuses what could not be saved. The files are the tensors and
-    what else the model's folder holds."""
+    what else the model's folder holds; which blocks a GGUF file has depends on the codes."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from bitassay.models.load import as_dtype
     from bitassay.quantize.export import plan_export
+    from bitassay.quantize.gguf_file import check_gguf
 
-    config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
+    trust = order.trust_remote_code
+    config = AutoConfig.from_pretrained(order.source.folder, trust_remote_code=trust)
     with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(
-            config, dtype=as_dtype(dtype), trust_remote_code=trust_remote_code
-        )
-    plan = plan_export(empty, recipe, layout)
-    others = sum(
-        path.stat().st_size
-        for path in source.folder.iterdir()
-        if path.is_file() and path.suffix != ".safetensors"
-    )
-    return {
-        "recipe": recipe.name,
+        empty = AutoModelForCausalLM.from_config(config, dtype=as_dtype(order.dtype), trust_remote_code=trust)
+    plan = plan_export(empty, order.recipe, order.layout)
+    files = [path for path in order.source.folder.iterdir() if path.is_file()]
+    others = sum(path.stat().st_size for path in files if path.suffix != ".safetensors")
+    row = {
+        "recipe": order.recipe.name,
         "layout": plan.layout,
         "bits_per_weight": plan.bits_per_weight,
         "size_bytes": plan.size_bytes,
         "file_bytes": plan.tensor_bytes + others,
         "memory_bytes": plan.memory_bytes,
     }
+    if order.gguf is None:
+        return [row]
+    check_gguf(empty, order.recipe)
+    unknown = {"layout": "gguf", "bits_per_weight": None, "file_bytes": None}
+    return [row if order.out is not None else None, row | unknown]
 
 
-def _finished(
-    out: Path, source: "Source", recipe: "Recipe", dtype: str, layout: "Layout | None"
-) -> dict[str, Any] | None:
+def _finished_folder(order: _Order) -> Row:
     """The row of a folder that this very command has written before; None where it is empty or absent."""
     from bitassay.errors import BitassayError
     from bitassay.models.checkpoint import read_card
     from bitassay.models.load import Identity
     from bitassay.record.files import explain_os_error
 
+    if (out := order.out) is None:
+        return None
     try:
         if not out.exists() or not any(out.iterdir()):
             return None
@@ -161,29 +221,58 @@ def _finished(
         raise BitassayError(
             f"{out}: holds something else than a model that `bitassay quantize` wrote", "give another --out"
         )
-    same_base = card.base.weights_digest == Identity(source).weights_digest
-    if not same_base or (card.recipe_id, card.dtype) != (recipe.recipe_id, dtype):
+    same_base = card.base.weights_digest == Identity(order.source).weights_digest
+    if not same_base or (card.recipe_id, card.dtype) != (order.recipe.recipe_id, order.dtype):
         raise BitassayError(
             f"{out}: holds {card.base.name} quantized by {card.recipe_name} in {card.dtype}, "
-            f"not {source.name} by {recipe.name} in {dtype}",
+            f"not {order.source.name} by {order.recipe.name} in {order.dtype}",
             "give another --out, or remove that folder",
         )
-    if layout not in (None, card.layout):
+    if order.layout not in (None, card.layout):
         raise BitassayError(
-            f"{out}: holds the {card.layout} layout, not {layout}",
+            f"{out}: holds the {card.layout} layout, not {order.layout}",
             "give another --out, or remove that folder",
         )
     print(f"{out}: finished before; its files are unchanged", file=sys.stderr)
-    return _row(card, out)
+    return _folder_row(card, out)
 
 
-def _row(card: "Card", folder: Path) -> dict[str, Any]:
+def _finished_gguf(order: _Order) -> Row:
+    """The row of a GGUF file of the same base model and recipe; None where there is no file."""
+    from bitassay.errors import BitassayError
+    from bitassay.models.load import Identity
+    from bitassay.quantize.gguf_file import written_before
+
+    if (path := order.gguf) is None or not path.exists():
+        return None
+    if written_before(path) != (order.recipe.recipe_id, Identity(order.source).weights_digest):
+        raise BitassayError(
+            f"{path}: holds something else than {order.source.name} by {order.recipe.name}",
+            "give another --gguf, or remove that file",
+        )
+    print(f"{path}: finished before", file=sys.stderr)
+    return _gguf_row(order, path, None)
+
+
+def _folder_row(card: "Card", folder: Path) -> dict[str, Any]:
     return {
         "recipe": card.recipe_name,
         "layout": card.layout,
         "bits_per_weight": card.bits_per_weight,
         "size_bytes": card.size_bytes,
         "file_bytes": sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
+        "seconds": None,
+        "max_logits_difference": None,
+    }
+
+
+def _gguf_row(order: _Order, path: Path, bits_per_weight: float | None) -> dict[str, Any]:
+    return {
+        "recipe": order.recipe.name,
+        "layout": "gguf",
+        "bits_per_weight": bits_per_weight,
+        "size_bytes": path.stat().st_size,
+        "file_bytes": path.stat().st_size,
         "seconds": None,
         "max_logits_difference": None,
     }

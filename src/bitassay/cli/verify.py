@@ -94,7 +94,7 @@ def verify(
             progress=progress,
         )
         if recipe:
-            from bitassay.quantize.model import quantize
+            from bitassay.quantize.pipeline import quantize
 
             own = quantize(own, recipe, progress=progress)
         host = signer.lower() if signer else None

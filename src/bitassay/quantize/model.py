@@ -1,6 +1,6 @@
-"""Apply a recipe to a model: `quantize`.
+"""A quantized model around quantized matrices.
 
-The result is a transformers model still. A *fake* quantized model holds the dequantized weights, so that
+It is a transformers model still. A *fake* quantized model holds the dequantized weights, so that
 everything transformers can do works and runs at full speed; a *real* one (`packed=True`) holds the packed
 codes. Both give the same logits. Parameters that the recipe leaves alone (embeddings, norms, the head) are
 shared with the base model, not copied.
@@ -10,7 +10,6 @@ import copy
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -20,9 +19,8 @@ from bitassay.models.load import Identity
 from bitassay.models.walk import matrices, walk
 from bitassay.quantize.experts import put_experts
 from bitassay.quantize.linear import QuantizedLinear
-from bitassay.quantize.recipe import Recipe, find_recipe
-from bitassay.quantize.tensor import QuantizedTensor, quantize_tensor
-from bitassay.record.progress import Progress, silent
+from bitassay.quantize.recipe import Recipe
+from bitassay.quantize.tensor import QuantizedTensor
 
 
 @dataclass(frozen=True)
@@ -35,39 +33,11 @@ class Quantization:
     parameters: dict[str, Tensor] = field(default_factory=dict)
 
 
-def quantize(
-    base: PreTrainedModel, recipe: str | Path | Recipe, *, packed: bool = False, progress: Progress = silent
-) -> PreTrainedModel:
-    """A copy of `base` with the decoder layers' linears and experts quantized by `recipe`; `base` stays as it
-    is.
-
-    packed: store codes (a real model) instead of dequantized weights (a fake one). The copy carries
-    `.quantization`. Raises BitassayError where the recipe names modules that do not exist, where weights are
-    not finite, or where the model has matrices that would be skipped.
-    """
-    return with_tensors(base, quantize_tensors(base, find_recipe(recipe), progress), packed=packed)
-
-
-def quantize_tensors(base: PreTrainedModel, recipe: Recipe, progress: Progress = silent) -> Quantization:
-    """The quantized matrices alone, without a model around them; errors as `quantize`."""
-    known = getattr(base, "identity", None)
-    if quantization_of(base) is not None or (isinstance(known, Identity) and known.recipe_id is not None):
-        raise BitassayError("the model is quantized already", "quantize the base model instead")
-    weights = check_recipe(base, recipe)
-    tensors = {}
-    for done, (name, weight) in enumerate(weights.items()):
-        progress(f"quantizing by {recipe.name}", done, len(weights))
-        if scheme := recipe.scheme_for(name):
-            tensors[name] = quantize_tensor(weight, scheme, name)
-    progress(f"quantizing by {recipe.name}", len(weights), len(weights))
-    return Quantization(recipe, tensors)
-
-
 def with_tensors(
     base: PreTrainedModel, quantization: Quantization, *, packed: bool = False
 ) -> PreTrainedModel:
     """A copy of `base` with what `quantization` changed; everything else is shared."""
-    model = _copy_sharing_parameters(base)
+    model = copy_sharing_parameters(base)
     for name, value in quantization.parameters.items():
         _replace_parameter(model, name, value)
     linears = walk(model).linears
@@ -162,7 +132,8 @@ def _tensors(model: PreTrainedModel) -> dict[str, QuantizedTensor]:
     return quantization.tensors if quantization is not None else {}
 
 
-def _copy_sharing_parameters(model: PreTrainedModel) -> PreTrainedModel:
+def copy_sharing_parameters(model: PreTrainedModel) -> PreTrainedModel:
+    """Modules of its own around the same parameters, tokenizer and identity."""
     shared: Iterable[Tensor] = [*model.parameters(), *model.buffers()]
     attached = [getattr(model, name) for name in ("tokenizer", "identity") if hasattr(model, name)]
     return copy.deepcopy(model, {id(item): item for item in (*shared, *attached)})

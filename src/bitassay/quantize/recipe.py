@@ -18,7 +18,10 @@ from pydantic import Field, ValidationError
 
 from bitassay.errors import BitassayError, nearest
 from bitassay.quantize.calibration import Calibration
+from bitassay.quantize.gptq import Gptq
+from bitassay.quantize.learned import Learned
 from bitassay.quantize.scheme import Part, WeightScheme
+from bitassay.quantize.tune import Tune
 from bitassay.record.files import read_yaml
 from bitassay.record.hashing import digest_json
 
@@ -41,6 +44,15 @@ class Recipe(Part):
     weights: WeightScheme | None
     overrides: tuple[Override, ...] = ()
     calibration: Calibration | None = None
+    gptq: Gptq | None = None
+    learned: Learned | None = None
+    tune: Tune | None = None
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether the weights depend on calibration text."""
+        parts = (self.calibration, self.gptq, self.learned, self.tune)
+        return any(part is not None for part in parts)
 
     @property
     def recipe_id(self) -> str:

@@ -2,10 +2,10 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_serializer, model_validator
 
 from bitassay.errors import nearest
-from bitassay.quantize.formats import FORMATS
+from bitassay.quantize.formats import FORMATS, NumberFormat
 from bitassay.quantize.granularity import Granularity
 
 
@@ -16,18 +16,35 @@ class Part(BaseModel):
 
 
 class WeightScheme(Part):
-    """How one matrix is quantized to nearest.
+    """How one matrix is quantized.
 
-    `scale` defaults to mse below 4 bits and absmax from there on. `scale_dtype` defaults to float16, for FP8
-    to bfloat16: an FP8 scale is absmax over 448 or 57344, so small that float16 would hold it as a subnormal
-    number of few bits.
+    restricted: leave out the lowest code of a symmetric integer format, so that both ends are 2^(b-1)-1.
+    scale: how the scale is found (`scales.py`); mse by default below 4 bits, absmax from there on.
+    percentile: where `scale: percentile` clips, in percent. scale_dtype: what scales are stored in; float16
+    by default, for FP8 bfloat16: an FP8 scale is absmax over 448 or 57344, so small that float16 would hold
+    it as a subnormal number of few bits. zero_point: a whole number of steps (`integer`), the same searched
+    jointly with the scale (`searched`), or any number in scale_dtype (`free`). offset: shifts the grid by a
+    share of a step; stored nowhere. rounding, noise (in steps), seed: see `rounding.py`.
+
+    An option that is as if it was not there is not written out: recipes keep their ids when options come.
     """
 
     format: str
     granularity: str = "channel"
     symmetric: bool = True
-    scale: Literal["absmax", "mse"] = "absmax"
+    restricted: bool = False
+    scale: Literal["absmax", "mse", "percentile"] = "absmax"
+    percentile: float = Field(99.9, gt=50, le=100)
     scale_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    zero_point: Literal["integer", "searched", "free"] = "integer"
+    offset: float = Field(0.0, ge=0, le=0.5)
+    rounding: Literal["nearest", "stochastic", "feedback"] = "nearest"
+    noise: float = Field(0.0, ge=0, le=1)
+    seed: int = Field(0, ge=0, lt=2**63)
+
+    @property
+    def number_format(self) -> NumberFormat:
+        return FORMATS[self.format]
 
     @model_validator(mode="before")
     @classmethod
@@ -56,11 +73,59 @@ class WeightScheme(Part):
 
     @model_validator(mode="after")
     def _makes_sense(self) -> "WeightScheme":
-        fmt = FORMATS[self.format]
-        if not self.symmetric and not fmt.has_asymmetric:
-            raise ValueError(f"{self.format} codes are symmetric around zero: a zero point cannot shift them")
-        if fmt.kind == "binary" and self.scale == "absmax":
-            raise ValueError(
-                "binary has no code for zero, so an absmax scale would only add error: use scale: mse"
-            )
+        for wrong, why in _contradictions(self):
+            if wrong:
+                raise ValueError(why)
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_idle_options(self, dump: Any) -> dict[str, Any]:
+        return {
+            key: value for key, value in dump(self).items() if key not in OPTIONS or value != OPTIONS[key]
+        }
+
+
+ALWAYS = ("format", "granularity", "symmetric", "scale", "scale_dtype")
+OPTIONS = {name: field.default for name, field in WeightScheme.model_fields.items() if name not in ALWAYS}
+
+
+def _contradictions(s: WeightScheme) -> list[tuple[bool, str]]:
+    """Combinations that make no sense, and why."""
+    fmt, given = s.number_format, s.model_fields_set
+    random = s.rounding == "stochastic" or s.noise > 0
+    return [
+        (
+            not s.symmetric and not fmt.has_asymmetric,
+            f"{s.format} codes are symmetric around zero: a zero point cannot shift them",
+        ),
+        (
+            fmt.kind == "binary" and s.scale != "mse",
+            f"binary has no code for zero, so scale: {s.scale} would only add error: use scale: mse",
+        ),
+        (
+            "percentile" in given and s.scale != "percentile",
+            f"percentile says where scale: percentile clips; scale: {s.scale} does not use it",
+        ),
+        (
+            s.restricted and (fmt.kind != "integer" or not s.symmetric),
+            "restricted leaves out the lowest code of symmetric integers; no other codes have one to spare",
+        ),
+        (
+            s.zero_point != "integer" and (fmt.kind != "integer" or s.symmetric),
+            f"zero_point: {s.zero_point} needs zero points: an integer format with symmetric: false",
+        ),
+        (
+            s.zero_point == "searched" and s.scale != "mse",
+            "zero_point: searched looks for the least squared error, as the scale must: use scale: mse",
+        ),
+        (s.offset > 0 and fmt.kind != "integer", f"offset shifts a grid of integers, not of {s.format}"),
+        (
+            s.offset > 0 and (s.restricted or s.zero_point == "free"),
+            "an offset adds nothing to a free zero point, and takes back the symmetry of a restricted range",
+        ),
+        (
+            (s.rounding != "nearest" or s.noise > 0) and fmt.kind == "float",
+            f"{s.format} is rounded to nearest by torch's own cast, and has no step to measure noise in",
+        ),
+        ("seed" in given and not random, "seed is of stochastic rounding and of noise; there is neither"),
+    ]

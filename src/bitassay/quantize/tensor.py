@@ -14,7 +14,14 @@ from bitassay.errors import BitassayError
 from bitassay.quantize.formats import FORMATS, NumberFormat
 from bitassay.quantize.granularity import Granularity
 from bitassay.quantize.packing import pack, unpack
-from bitassay.quantize.rounding import dequantize, round_to_nearest
+from bitassay.quantize.rounding import (
+    dequantize,
+    generator_for,
+    noisy,
+    round_stochastically,
+    round_to_nearest,
+    round_with_feedback,
+)
 from bitassay.quantize.scales import Grid, grid_for
 from bitassay.quantize.scheme import WeightScheme
 
@@ -38,7 +45,8 @@ class QuantizedTensor:
     """A matrix `[out, in]` as it would be stored.
 
     packed: codes, row by row, shifted to start at 0 (FP8: the raw bytes). scale: one a group, in the scheme's
-    dtype. zero_point: packed like the codes, with as many bits, or None. mean: one a group, or None.
+    dtype. zero_point: packed like the codes, with as many bits; a free one in the scale's dtype; or None.
+    mean: one a group, or None.
     residual: a second plane, and low_rank: 16-bit factors; both are added to what the codes stand for.
     """
 
@@ -46,7 +54,7 @@ class QuantizedTensor:
     shape: tuple[int, int]
     packed: UInt8[Tensor, " bytes"]
     scale: Float[Tensor, "rows groups"]
-    zero_point: UInt8[Tensor, " zero_bytes"] | None = None
+    zero_point: UInt8[Tensor, " zero_bytes"] | Float[Tensor, "rows groups"] | None = None
     mean: Float[Tensor, "rows groups"] | None = None
     residual: "QuantizedTensor | None" = None
     low_rank: LowRank | None = None
@@ -69,22 +77,21 @@ class QuantizedTensor:
 
     def zero_points(self) -> Float[Tensor, "rows groups"] | None:
         """Zero points as fp32 numbers, None for a symmetric format."""
-        if self.zero_point is None:
-            return None
+        if self.zero_point is None or self.scheme.zero_point == "free":
+            return None if self.zero_point is None else self.zero_point.float()
         return unpack(self.zero_point, self.format.bits, self.scale.numel()).float().view(self.scale.shape)
+
+    @property
+    def grid(self) -> Grid:
+        """What the groups share, in fp32; its tensors are `[rows, groups]`."""
+        mean = None if self.mean is None else self.mean.float()
+        return Grid(self.scale.float(), self.zero_points(), mean, self.scheme.offset, self.scheme.restricted)
 
     def dequantize(self) -> Float[Tensor, "out in"]:
         """The weights that the codes stand for, in fp32."""
-        columns, zero_points = self.shape[1], self.zero_points()
-        split = self.granularity.scales_to_groups
-        scales = split(self.scale.float(), columns)
-        zeros = split(zero_points, columns) if zero_points is not None else [None] * len(scales)
-        means = split(self.mean.float(), columns) if self.mean is not None else [None] * len(scales)
         groups = self.granularity.to_groups(self.codes())
-        parts = [
-            dequantize(q, Grid(s, z, m), self.format)
-            for q, s, z, m in zip(groups, scales, zeros, means, strict=True)
-        ]
+        grids = split(self.granularity, self.grid, self.shape[1])
+        parts = [dequantize(q, grid, self.format) for q, grid in zip(groups, grids, strict=True)]
         weight = self.granularity.from_groups(parts, self.shape[0])
         if self.residual is not None:
             weight = weight + self.residual.dequantize()
@@ -117,33 +124,70 @@ def quantize_tensor(
     Raises BitassayError that names the tensor where a value is NaN or infinite, or too large for the scale's
     dtype.
     """
-    if not weight.isfinite().all():
-        raise BitassayError(f"{name}: NaN or infinite weights cannot be quantized", "restore the checkpoint")
-    fmt, granularity = FORMATS[scheme.format], Granularity.parse(scheme.granularity)
-    dtype = getattr(torch, scheme.scale_dtype)
-    # Half, since the range of a group and the distance from its mean are up to twice the largest weight.
-    if weight.abs().max() > torch.finfo(dtype).max / 2:
-        raise BitassayError(
-            f"{name}: weights up to {weight.abs().max():.3g} overflow scales in {scheme.scale_dtype}",
-            "scale_dtype: float32",
-        )
-    groups = granularity.to_groups(weight.detach().float())
+    check_weight(weight, scheme, name)
+    granularity = Granularity.parse(scheme.granularity)
+    w = weight.detach().float()
+    groups = granularity.to_groups(w)
     if importance is None:
         weighed = [None] * len(groups)
     else:
         weighed = granularity.to_groups(importance.float().expand(weight.shape))
-    grids = [grid_for(group, scheme, weights) for group, weights in zip(groups, weighed, strict=True)]
-    codes = [
-        round_to_nearest(group, grid, fmt, scheme.symmetric)
-        for group, grid in zip(groups, grids, strict=True)
-    ]
-    return from_codes(
-        granularity.from_groups(codes, weight.shape[0]),
-        granularity.from_groups([grid.scale for grid in grids], weight.shape[0]),
-        scheme,
-        zero_point=_joined(granularity, [grid.zero_point for grid in grids], weight.shape[0]),
-        mean=_joined(granularity, [grid.mean for grid in grids], weight.shape[0]),
+    grids = [grid_for(group, scheme, h) for group, h in zip(groups, weighed, strict=True)]
+    codes = round_matrix(w, grids, granularity, scheme, name)
+    shared = joined(granularity, grids, len(w))
+    return from_codes(codes, shared.scale, scheme, shared.zero_point, shared.mean)
+
+
+def check_weight(weight: Float[Tensor, "out in"], scheme: WeightScheme, name: str) -> None:
+    """Raises BitassayError where weights are not finite, or scales in the scheme's dtype cannot hold them."""
+    if not weight.isfinite().all():
+        raise BitassayError(f"{name}: NaN or infinite weights cannot be quantized", "restore the checkpoint")
+    # Half, since the range of a group and the distance from its mean are up to twice the largest weight.
+    if weight.abs().max() > torch.finfo(getattr(torch, scheme.scale_dtype)).max / 2:
+        raise BitassayError(
+            f"{name}: weights up to {weight.abs().max():.3g} overflow scales in {scheme.scale_dtype}",
+            "scale_dtype: float32",
+        )
+
+
+def round_matrix(
+    w: Float[Tensor, "out in"], grids: list[Grid], granularity: Granularity, scheme: WeightScheme, name: str
+) -> Float[Tensor, "out in"]:
+    """The codes of a matrix, rounded as the scheme says; `name` seeds what is random."""
+    fmt, symmetric, generator = scheme.number_format, scheme.symmetric, generator_for(scheme.seed, name)
+    pairs = list(zip(granularity.to_groups(w), grids, strict=True))
+    if scheme.noise:
+        pairs = [(noisy(group, grid, scheme.noise, generator), grid) for group, grid in pairs]
+    if scheme.rounding == "feedback":
+        matrix = granularity.from_groups([group for group, _ in pairs], len(w))
+        spread = [grid.each(lambda part, group=group: part.expand_as(group)) for group, grid in pairs]
+        return round_with_feedback(matrix, joined(granularity, spread, len(w)), fmt, symmetric)
+    if scheme.rounding == "stochastic":
+        codes = [round_stochastically(group, grid, fmt, symmetric, generator) for group, grid in pairs]
+    else:
+        codes = [round_to_nearest(group, grid, fmt, symmetric) for group, grid in pairs]
+    return granularity.from_groups(codes, len(w))
+
+
+def joined(granularity: Granularity, grids: list[Grid], rows: int) -> Grid:
+    """The grids of all groups as one, its tensors `[rows, groups]`."""
+    scale, zero_point, mean = zip(*(grid.parts for grid in grids), strict=True)
+    join = granularity.from_groups
+    return grids[0]._replace(
+        scale=join(list(scale), rows),
+        zero_point=None if zero_point[0] is None else join(list(zero_point), rows),
+        mean=None if mean[0] is None else join(list(mean), rows),
     )
+
+
+def split(granularity: Granularity, grid: Grid, columns: int) -> list[Grid]:
+    """The inverse of `joined`: the grids as `granularity.to_groups` orders the groups."""
+    parts = [None if part is None else granularity.scales_to_groups(part, columns) for part in grid.parts]
+    scales, zeros, means = (part or [None] * len(parts[0] or []) for part in parts)
+    return [
+        grid._replace(scale=scale, zero_point=zero, mean=mean)
+        for scale, zero, mean in zip(scales, zeros, means, strict=True)
+    ]
 
 
 def from_codes(
@@ -165,7 +209,7 @@ def from_codes(
         (codes.shape[0], codes.shape[1]),
         pack(raw, fmt.bits),
         scale.to(dtype),
-        None if zero_point is None else pack(zero_point.to(torch.uint8), fmt.bits),
+        _packed_zero_points(zero_point, scheme),
         None if mean is None else mean.to(dtype),
     )
 
@@ -175,6 +219,7 @@ def _code_steps(fmt: NumberFormat, symmetric: bool) -> tuple[int, int]:
     return (2 if fmt.kind == "binary" else 1), fmt.code_range(symmetric)[0]
 
 
-def _joined(granularity: Granularity, parts: list[Tensor | None], rows: int) -> Tensor | None:
-    present = [part for part in parts if part is not None]
-    return granularity.from_groups(present, rows) if present else None
+def _packed_zero_points(zero_point: Tensor | None, scheme: WeightScheme) -> Tensor | None:
+    if zero_point is None or scheme.zero_point == "free":
+        return None if zero_point is None else zero_point.to(getattr(torch, scheme.scale_dtype))
+    return pack(zero_point.to(torch.uint8), scheme.number_format.bits)

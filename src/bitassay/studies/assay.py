@@ -37,10 +37,10 @@ from bitassay.quantize.model import (
     check_recipe,
     parameter_count,
     quantization_of,
-    quantize_tensors,
     size_bytes,
     with_tensors,
 )
+from bitassay.quantize.pipeline import quantize_tensors
 from bitassay.quantize.recipe import Recipe, find_recipe
 from bitassay.record.files import write_json
 from bitassay.record.progress import Progress, silent

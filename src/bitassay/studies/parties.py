@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError, nearest
 from bitassay.models.load import load
-from bitassay.quantize.model import quantize
+from bitassay.quantize.pipeline import quantize
 from bitassay.quantize.recipe import find_recipe, shipped_recipes
 from bitassay.record.progress import Progress, silent
 

@@ -25,7 +25,7 @@ from bitassay.generate.decode import TokenIds, end_tokens, vocabulary_size
 from bitassay.generate.sampling import Sampler
 from bitassay.models.load import identity
 from bitassay.models.walk import decoder_layers
-from bitassay.quantize.model import quantize
+from bitassay.quantize.pipeline import quantize
 from bitassay.quantize.recipe import Recipe, WeightScheme
 from bitassay.verify.evidence import own_prefills
 from bitassay.verify.exchange import Handed

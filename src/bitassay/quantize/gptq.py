@@ -1,0 +1,143 @@
+"""GPTQ: round a matrix column by column, and let the columns that follow make up for each error.
+
+For a linear `y = W x` the squared error of the output over the calibration inputs is `tr(D H D^T)` with
+`D = W - W'` and `H = sum x x^T`: a quadratic form, the same for each row of W. Fixing one column at its
+rounded value and minimising over the columns not yet rounded gives the update (2210.17323, eq. 2)
+
+    d = (w_j - w'_j) / [H_F^-1]_jj          W[:, F] -= d [H_F^-1]_j,F
+
+where F are the columns from j on. All the inverses that are needed are rows of one matrix, the upper Cholesky
+factor U of H^-1: `[H_F^-1]_j,F = U_jj U_j,F` (section 3.3, step 3). Columns are taken in blocks, so that most
+of the update is a matrix product.
+
+    order   `activation`: columns of large `H_jj` first, while many columns are left to make up for them. The
+            grids of all groups are then fixed beforehand from the weights as they are (static groups).
+            `natural`: from left to right; each group's grid is fixed when its turn comes, from the weights as
+            updated until then.
+    damping a share of the mean of H's diagonal that is added to the diagonal. Where the Cholesky
+            factorisation fails it is multiplied by ten until it succeeds, and the caller is told.
+
+A column that no calibration input reached (`H_jj = 0`) has no error to make up for and is rounded to nearest.
+Left out: the paper's variant without groups is granularity `channel`.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+
+from bitassay.errors import BitassayError
+from bitassay.quantize.granularity import Granularity
+from bitassay.quantize.rounding import dequantize, round_to_nearest
+from bitassay.quantize.scales import Grid, grid_for
+from bitassay.quantize.scheme import Part, WeightScheme
+from bitassay.quantize.tensor import joined
+
+BLOCK_COLUMNS = 128  # columns whose updates are gathered into one product
+
+
+class Gptq(Part):
+    """How GPTQ is run; the header of `gptq.py` says what the fields mean."""
+
+    order: Literal["activation", "natural"] = "activation"
+    damping: float = Field(0.01, gt=0, le=1)
+
+
+class Rounded(NamedTuple):
+    """codes `[out, in]` and their grid, its tensors `[rows, groups]`; compensated: each column as it was when
+    its turn to be rounded came; damping: the share of the mean diagonal that was needed."""
+
+    codes: Float[Tensor, "out in"]
+    grid: Grid
+    compensated: Float[Tensor, "out in"]
+    damping: float
+
+
+def gptq(
+    weight: Float[Tensor, "out in"], hessian: Float[Tensor, "in in"], scheme: WeightScheme, spec: Gptq
+) -> Rounded:
+    """Round `weight` for the inputs whose `sum x x^T` is `hessian`. Rows are independent of each other
+    (granularity `tensor` apart), so matrices that read the same input may be stacked."""
+    fmt, granularity = scheme.number_format, Granularity.parse(scheme.granularity)
+    rows, columns = weight.shape
+    importance = hessian.diagonal().float()
+    by_activation = spec.order == "activation"
+    order = importance.argsort(descending=True) if by_activation else torch.arange(columns)
+    factor, damping = inverse_factor(hessian[order][:, order], spec.damping)
+    factor = factor.float()
+
+    bounds = group_bounds(granularity, columns)
+    static = by_activation or granularity.name == "tensor"
+    grids = _static_grids(weight, importance, scheme, granularity) if static else []
+    group_of = [g for g, (start, stop) in enumerate(bounds) for _ in range(start, stop)]
+    # Column j of the weight is row j here, so that what is read together lies together.
+    w = weight.float().T[order].contiguous()
+    codes, compensated = torch.empty_like(w), torch.empty_like(w)
+    for first, last in [(0, columns)] if static else bounds:
+        if not static:  # the group's turn has come
+            group = w[first:last].T.contiguous()
+            grids.append(grid_for(group, scheme, importance[first:last].expand_as(group)))
+        for start in range(first, last, BLOCK_COLUMNS):
+            stop = min(start + BLOCK_COLUMNS, last)
+            block, errors = w[start:stop], torch.empty(stop - start, rows)
+            for j in range(stop - start):
+                column, u = block[j], factor[start + j, start:stop]
+                grid = grids[group_of[order[start + j]]]
+                q = round_to_nearest(column[:, None], grid, fmt, scheme.symmetric)
+                errors[j] = (column - dequantize(q, grid, fmt)[:, 0]) / u[j]
+                codes[start + j], compensated[start + j] = q[:, 0], column
+                block[j + 1 :].addr_(u[j + 1 :], errors[j], alpha=-1)
+            w[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+    back = order.argsort()
+    return Rounded(codes[back].T, _beside(grids), compensated[back].T, damping)
+
+
+def inverse_factor(hessian: Float[Tensor, "in in"], damping: float) -> tuple[Float[Tensor, "in in"], float]:
+    """The upper Cholesky factor of `(H + c I)^-1` in fp64, and the share c / mean(diag H) that it took."""
+    if not hessian.isfinite().all():
+        raise BitassayError("the calibration inputs are not finite", "check the model in a wider dtype")
+    h = hessian.double()
+    mean = h.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
+    # A column without inputs is on its own: whatever is on its diagonal, it touches no other.
+    h = h + torch.diag((h.diagonal() <= 0) * mean)
+    while True:
+        damped = h + damping * mean * torch.eye(len(h), dtype=h.dtype)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed and factor.isfinite().all():
+                return factor, damping
+        damping *= 10
+
+
+def group_bounds(granularity: Granularity, columns: int) -> list[tuple[int, int]]:
+    """First column and the one after the last of every group of a row."""
+    return [
+        (a, a + size) for start, stop, size in granularity.spans(columns) for a in range(start, stop, size)
+    ]
+
+
+def _static_grids(
+    weight: Float[Tensor, "out in"],
+    importance: Float[Tensor, " in"],
+    scheme: WeightScheme,
+    granularity: Granularity,
+) -> list[Grid]:
+    """The grid of every group of columns, from the weights as they are; tensors `[out, 1]`, or `[1, 1]`."""
+    groups = granularity.to_groups(weight.float())
+    weighed = granularity.to_groups(importance.expand(weight.shape))
+    grids = [grid_for(w, scheme, h) for w, h in zip(groups, weighed, strict=True)]
+    whole = joined(granularity, grids, len(weight))
+    return [whole.each(lambda part, g=g: part[:, g : g + 1]) for g in range(whole.scale.shape[1])]
+
+
+def _beside(grids: list[Grid]) -> Grid:
+    """The inverse: the grids of all groups, side by side."""
+    scale, zero_point, mean = zip(*(grid.parts for grid in grids), strict=True)
+    return grids[0]._replace(
+        scale=torch.cat(scale, dim=1),
+        zero_point=None if zero_point[0] is None else torch.cat(zero_point, dim=1),
+        mean=None if mean[0] is None else torch.cat(mean, dim=1),
+    )

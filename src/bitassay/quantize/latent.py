@@ -1,0 +1,150 @@
+"""Latent weights: codes that gradients can move.
+
+A code is a rounded position on the grid. While learning, the position is kept unrounded, as the latent `u`,
+and every forward pass rounds it:
+
+    q = clamp(round(u), qmin, qmax)         w' = (q - c) s + m
+
+with `c = z - o`, the position of zero. Gradients pass the rounding as if it were not there (straight through,
+1308.3432), and reach everything else exactly:
+
+    dL/du = dL/dw' s     dL/ds = sum over the group of dL/dw' (q - c)     dL/dc = -s sum dL/dw'     dL/dm = sum dL/dw'
+
+Since `u` counts steps, one learning rate suits all matrices, and moving a scale moves the weights with it
+instead of changing codes (in LSQ, 1902.08153, both follow from `w / s`). `u` is kept within half a step of
+the outermost codes, so that a clipped weight can come back. Scales are rounded to the dtype they are stored
+in at each pass: what is learned is what is stored. Whole zero points stay as they are; free ones are learned.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from bitassay.quantize.formats import NumberFormat
+from bitassay.quantize.gptq import group_bounds
+from bitassay.quantize.granularity import Granularity
+from bitassay.quantize.scales import Grid
+from bitassay.quantize.scheme import WeightScheme
+from bitassay.quantize.tensor import QuantizedTensor, from_codes
+
+
+class LatentWeight(nn.Module):
+    """A matrix whose codes and grid are being learned.
+
+    u: positions on the grid, `[out, in]`. gain: what the first scales are multiplied by, `[out, groups]`, 1 at
+    first, so that one learning rate suits all of them. zero: the position of zero. mean: as the grid's.
+    """
+
+    def __init__(self, scheme: WeightScheme, weight: Float[Tensor, "out in"], grid: Grid):
+        """Starts at `weight` on `grid`, its tensors `[out, groups]`: codes begin where these values round
+        to."""
+        super().__init__()
+        self.scheme, self.fmt = scheme, scheme.number_format
+        bounds = group_bounds(Granularity.parse(scheme.granularity), weight.shape[1])
+        self.sizes = torch.tensor([stop - start for start, stop in bounds])
+        self.limits = grid.code_range(self.fmt, scheme.symmetric)
+        self.first_scale, self.zero_point = grid.scale.float(), grid.zero_point
+        zero = torch.zeros_like(self.first_scale) if grid.zero_point is None else grid.zero_point.float()
+        self.zero = nn.Parameter(zero - grid.offset)
+        self.gain = nn.Parameter(torch.ones_like(self.first_scale))
+        self.mean = None if grid.mean is None else nn.Parameter(grid.mean.float().clone())
+        centred = weight.float() if grid.mean is None else weight.float() - self._wide(grid.mean.float())
+        self.u = nn.Parameter(centred / self._wide(self.first_scale) + self._wide(self.zero.detach()))
+        self.offset = grid.offset
+        self.clamp()
+
+    def _wide(self, per_group: Float[Tensor, "out groups"]) -> Float[Tensor, "out in"]:
+        return per_group.repeat_interleave(self.sizes, dim=1)
+
+    def grid_parameters(self) -> list[nn.Parameter]:
+        """What is learned beside the codes."""
+        free = self.zero if self.scheme.zero_point == "free" else None
+        return [part for part in (self.gain, free, self.mean) if part is not None]
+
+    @torch.no_grad()
+    def clamp(self) -> None:
+        """Bring `u` back to within half a step of the outermost codes."""
+        lowest, highest = self.limits
+        self.u.clamp_(lowest - 0.499, highest + 0.499)
+
+    def scale(self) -> Float[Tensor, "out groups"]:
+        return self._stored(self.first_scale * self.gain)
+
+    def _stored(self, exact: Tensor) -> Tensor:
+        """As it will be stored; the gradient passes the rounding to the scales' dtype."""
+        return exact + (exact.to(getattr(torch, self.scheme.scale_dtype)).float() - exact).detach()
+
+    def forward(self) -> Float[Tensor, "out in"]:
+        zero = self._stored(self.zero) if self.scheme.zero_point == "free" else self.zero
+        weight = _OnGrid.apply(self.u, self.scale(), zero, self.sizes, self.fmt, self.limits)
+        return weight if self.mean is None else weight + self._wide(self._stored(self.mean))
+
+    @torch.no_grad()
+    def weight(self) -> Float[Tensor, "out in"]:
+        """The latent as an unrounded weight, from which another `LatentWeight` goes on."""
+        weight = (self.u - self._wide(self.zero)) * self._wide(self.scale())
+        return weight if self.mean is None else weight + self._wide(self.mean)
+
+    @torch.no_grad()
+    def quantized(self) -> QuantizedTensor:
+        """What has been learned, packed."""
+        zero = None if self.zero_point is None else self.zero + self.offset
+        codes = _rounded(self.u, self.fmt, self.limits)
+        return from_codes(codes, self.scale(), self.scheme, zero_point=zero, mean=self.mean)
+
+
+def _rounded(u: Tensor, fmt: NumberFormat, limits: tuple[int, int]) -> Tensor:
+    """Codes of positions; binary has the two codes -1 and 1."""
+    return torch.where(u < 0, -1.0, 1.0) if fmt.kind == "binary" else u.round().clamp_(*limits)
+
+
+class LatentLinear(nn.Module):
+    """A linear that computes with a latent weight."""
+
+    def __init__(self, latent: LatentWeight, bias: Tensor | None):
+        super().__init__()
+        self.latent, self.bias = latent, bias
+
+    def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
+        return nn.functional.linear(x, self.latent(), self.bias)
+
+
+@contextmanager
+def latent_linears(model: nn.Module, latents: Mapping[str, LatentWeight]) -> Iterator[None]:
+    """While this lasts, the linears of those names compute with latent weights."""
+    owners = {
+        name: (model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in latents
+    }
+    linears = {name: getattr(owner, own) for name, (owner, own) in owners.items()}
+    try:
+        for name, (owner, own) in owners.items():
+            setattr(owner, own, LatentLinear(latents[name], linears[name].bias))
+        yield
+    finally:
+        for name, (owner, own) in owners.items():
+            setattr(owner, own, linears[name])
+
+
+class _OnGrid(torch.autograd.Function):
+    """`(round(u) - c) s`, straight through the rounding."""
+
+    @staticmethod
+    def forward(ctx, u, scale, zero, sizes, fmt, limits):  # type: ignore[override]
+        centred = _rounded(u, fmt, limits).sub_(zero.repeat_interleave(sizes, dim=1))
+        ctx.save_for_backward(centred.half(), scale, sizes)
+        return centred * scale.repeat_interleave(sizes, dim=1)
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[override]
+        centred, scale, sizes = ctx.saved_tensors
+        groups = sizes.tolist()
+
+        def by_group(x: Tensor) -> Tensor:
+            return torch.stack([part.sum(1) for part in x.split(groups, dim=1)], dim=1)
+
+        of_zero = -scale * by_group(gradient) if ctx.needs_input_grad[2] else None
+        of_scale = by_group(gradient * centred)
+        return gradient * scale.repeat_interleave(sizes, dim=1), of_scale, of_zero, None, None, None

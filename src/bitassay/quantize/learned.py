@@ -1,0 +1,70 @@
+"""Learned rounding: a layer's codes and scales, moved until its output is that of the unquantized layer.
+
+Rounding to nearest minimises the error of each weight, GPTQ that of each matrix's output; here it is the
+output of a whole decoder layer, for the inputs that the quantized layers before it give,
+
+    L = mean || layer'(x') - layer(x) ||^2
+
+with straight-through gradients (`latent.py`) and Adam. AutoRound (2309.05516) learns the same with signed
+gradients and rounding offsets of at most half a step; latents may go further, and start where GPTQ left them
+off. Learning all of a layer's weights so is the first phase of EfficientQAT (2407.11062). Products are in
+bf16.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from bitassay.quantize.latent import LatentWeight, latent_linears
+from bitassay.quantize.layerwise import Hidden, call_layer
+from bitassay.quantize.schedule import learning_rate, sample_order
+from bitassay.quantize.scheme import Part
+
+
+class Learned(Part):
+    """steps of `batch` calibration samples for each layer. Learning rates: `codes` in steps of the grid,
+    `scales` relative to their first value; zero leaves that kind as it is."""
+
+    steps: int = Field(50, ge=1)
+    batch: int = Field(8, ge=1)
+    codes: float = Field(5e-3, ge=0)
+    scales: float = Field(1e-3, ge=0)
+    warmup: float = Field(0.05, ge=0, le=1)
+    seed: int = 0
+
+
+def learn_layer(
+    layer: nn.Module,
+    latents: Mapping[str, LatentWeight],
+    hidden: Hidden,
+    targets: Hidden,
+    arguments: dict[str, Any],
+    spec: Learned,
+) -> list[float]:
+    """Learn the latents of a layer's linears (by their names within it) in place; the loss of every step,
+    relative to the mean square of the targets."""
+    codes = [latent.u for latent in latents.values()]
+    grids = [parameter for latent in latents.values() for parameter in latent.grid_parameters()]
+    kinds = [(parameters, rate) for parameters, rate in ((codes, spec.codes), (grids, spec.scales)) if rate]
+    groups = [{"params": parameters, "lr": rate, "rate": rate} for parameters, rate in kinds]
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
+    order = sample_order(len(hidden), spec.steps * spec.batch, spec.seed)
+    size, losses = targets.float().square().mean(), []
+    with latent_linears(layer, latents), torch.enable_grad():
+        for step in range(spec.steps):
+            chosen = order[step * spec.batch : (step + 1) * spec.batch]
+            for group in optimizer.param_groups:
+                group["lr"] = group["rate"] * learning_rate(step, spec.steps, spec.warmup)
+            with torch.autocast(hidden.device.type, torch.bfloat16):
+                output = call_layer(layer, hidden[chosen], arguments)
+            loss = (output.float() - targets[chosen].float()).square().mean() / size
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            for latent in latents.values():
+                latent.clamp()
+            losses.append(loss.item())
+    return losses

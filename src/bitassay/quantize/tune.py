@@ -1,0 +1,128 @@
+"""End-to-end tuning: after the layers were quantized one by one, learn them all together.
+
+What a user loses is the distance between the two models' predictions, so that is the loss: the KL divergence
+from the unquantized model's next-token distribution, over the calibration text,
+
+    L = mean over tokens of sum_t p_t (log p_t - log p'_t)
+
+and everything that is stored may move: codes (through their latents, `latent.py`), scales, and the gains of
+the norms. Adam, one learning rate for latents in steps, one for scales relative to their first value, a
+cosine decay to zero. Tuning scales alone is the second phase of EfficientQAT (2407.11062); moving the codes too
+is distillation of a quantized network as in LLM-QAT (2305.17888), here with the text that the other methods
+calibrate on, instead of the model's own samples.
+
+The base model's last hidden states are kept instead of its logits, which are `vocabulary / hidden` times larger
+and are one product away. Products are in bf16, what is learned in fp32.
+"""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from bitassay.models.walk import module_name
+from bitassay.quantize.latent import LatentWeight
+from bitassay.quantize.layerwise import BATCH_SAMPLES
+from bitassay.quantize.schedule import learning_rate, sample_order
+from bitassay.quantize.scheme import Part
+
+CHUNK_TOKENS = 512  # logits that are held at once
+
+
+class Tune(Part):
+    """steps of `batch` calibration samples each. Learning rates: `codes` in steps of the grid, `scales`
+    relative to their first value, `norms` absolute; zero leaves that kind as it is."""
+
+    steps: int = Field(128, ge=1)
+    batch: int = Field(4, ge=1)
+    codes: float = Field(2e-3, ge=0)
+    scales: float = Field(1e-3, ge=0)
+    norms: float = Field(1e-4, ge=0)
+    warmup: float = Field(0.05, ge=0, le=1)
+    seed: int = 0
+
+
+def own_norms(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """The gains of the decoder's norms by full name, each replaced by a copy in fp32 that may be changed."""
+    decoder, norms = model.get_decoder(), {}
+    prefix = module_name(model, decoder)
+    for name, module in decoder.named_modules(prefix=prefix):
+        gain = module._parameters.get("weight")
+        if gain is not None and gain.ndim == 1:
+            module.register_parameter("weight", nn.Parameter(gain.detach().float().clone()))
+            norms[f"{name}.weight"] = module.get_parameter("weight")
+    return norms
+
+
+@torch.no_grad()
+def last_states(
+    model: PreTrainedModel, tokens: Int[Tensor, "samples tokens"], batch: int = BATCH_SAMPLES
+) -> Float[Tensor, "samples tokens hidden"]:
+    """What the output head reads, in bf16."""
+    with torch.autocast(tokens.device.type, torch.bfloat16):
+        parts = [
+            model.get_decoder()(input_ids=part, use_cache=False).last_hidden_state.bfloat16()
+            for part in tokens.split(batch)
+        ]
+    return torch.cat(parts)
+
+
+def divergence(
+    states: Float[Tensor, "... hidden"],
+    base_states: Float[Tensor, "... hidden"],
+    head: Float[Tensor, "vocabulary hidden"],
+    base_head: Float[Tensor, "vocabulary hidden"],
+) -> tuple[float, Float[Tensor, "... hidden"]]:
+    """The mean KL divergence from the base model's distributions, and its gradient in `states`; logits exist
+    for CHUNK_TOKENS at a time."""
+    flat, base = states.detach().reshape(-1, states.shape[-1]), base_states.reshape(-1, states.shape[-1])
+    total, gradients = 0.0, []
+    for part, base_part in zip(flat.split(CHUNK_TOKENS), base.split(CHUNK_TOKENS), strict=True):
+        wanted = (base_part.to(base_head.dtype) @ base_head.T).float().log_softmax(-1)
+        log_p = (part.to(head.dtype) @ head.T).float().log_softmax(-1)
+        p = wanted.exp()
+        total += (p * (wanted - log_p)).sum().item()
+        # d KL / d logits = p' - p
+        gradients.append((log_p.exp_().sub_(p).to(head.dtype) @ head).float())
+    count = len(flat)
+    return total / count, (torch.cat(gradients) / count).view(states.shape)
+
+
+def tune(
+    student: PreTrainedModel,
+    latents: dict[str, LatentWeight],
+    norms: Iterable[nn.Parameter],
+    tokens: Int[Tensor, "samples tokens"],
+    base_states: Float[Tensor, "samples tokens hidden"],
+    spec: Tune,
+) -> Iterator[float]:
+    """Learn in place; yields each step's loss. `student` computes with the latents, `norms` are its gains."""
+    norms = list(norms)
+    head = student.get_output_embeddings().weight.detach().bfloat16()
+    codes = [latent.u for latent in latents.values()]
+    scales = [parameter for latent in latents.values() for parameter in latent.grid_parameters()]
+    for latent in latents.values():
+        latent.requires_grad_(False)
+    kinds = [(codes, spec.codes), (scales, spec.scales), (norms, spec.norms)]
+    for parameters, rate in kinds:
+        for parameter in parameters:
+            parameter.requires_grad_(rate > 0)
+    groups = [{"params": parameters, "lr": rate, "rate": rate} for parameters, rate in kinds if rate > 0]
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
+    order = sample_order(len(tokens), spec.steps * spec.batch, spec.seed)
+    for step in range(spec.steps):
+        chosen = order[step * spec.batch : (step + 1) * spec.batch]
+        for group in optimizer.param_groups:
+            group["lr"] = group["rate"] * learning_rate(step, spec.steps, spec.warmup)
+        with torch.autocast(tokens.device.type, torch.bfloat16):
+            states = student.get_decoder()(input_ids=tokens[chosen], use_cache=False).last_hidden_state
+        loss, gradient = divergence(states, base_states[chosen], head, head)
+        states.backward(gradient.to(states.dtype))
+        optimizer.step()
+        optimizer.zero_grad()
+        for latent in latents.values():
+            latent.clamp()
+        yield loss
