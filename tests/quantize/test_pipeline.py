@@ -1,0 +1,131 @@
+"""Calibrated recipes on a small trained model: each ingredient helps, an interrupted run goes on, and what
+cannot be calibrated is refused."""
+
+import pytest
+import torch
+
+from bitassay.data.windows import Protocol
+from bitassay.errors import BitassayError
+from bitassay.evaluate.compare import evaluate
+from bitassay.models.walk import decoder_layers
+from bitassay.quantize import pipeline
+from bitassay.quantize.layerwise import first_inputs, input_groups, run_layer
+from bitassay.quantize.model import bits_per_weight, quantization_of
+from bitassay.quantize.pipeline import quantize
+from bitassay.quantize.recipe import Recipe
+from bitassay.testing.tiny import stories260k, tiny_model
+
+W2 = {"format": "int2", "granularity": "g32", "symmetric": False}
+CALIBRATION = {"samples": 16, "tokens": 64}
+PROTOCOL = Protocol(window_tokens=256, windows=3)
+RECIPES = {
+    "nearest": {},
+    "gptq": {"gptq": {"order": "natural"}},
+    "learned": {"gptq": {"order": "natural"}, "learned": {"steps": 12}},
+    "tune": {"gptq": {"order": "natural"}, "tune": {"steps": 12}},
+}
+
+
+def recipe(name, **changes):
+    return Recipe(name=name, weights=W2, **{"calibration": CALIBRATION} | RECIPES[name] | changes)
+
+
+@pytest.fixture(scope="module")
+def base():
+    return stories260k()
+
+
+@pytest.fixture(scope="module")
+def divergences(base):
+    plain = quantize(base, Recipe(name="plain", weights=W2))
+    models = {"plain": plain} | {name: quantize(base, recipe(name)) for name in RECIPES}
+    bits = {bits_per_weight(model) for model in models.values()}
+    assert len(bits) == 1
+    return {
+        name: evaluate(model, against=base, protocol=PROTOCOL).quality.kl_mean
+        for name, model in models.items()
+    }
+
+
+@pytest.mark.parametrize(("better", "worse"), [("gptq", "nearest"), ("learned", "gptq"), ("tune", "gptq")])
+def test_each_ingredient_helps_at_equal_bits(divergences, better, worse):
+    assert divergences[better] < 0.95 * divergences[worse]
+
+
+def test_the_base_model_stays_as_it_is(base):
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    changed = quantize(base, recipe("tune"))
+    assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in base.parameters())
+    norms = quantization_of(changed).parameters
+    assert len(norms) == 2 * len(decoder_layers(base)) + 1
+    assert any(not torch.equal(value, before[name]) for name, value in norms.items())
+
+
+@pytest.mark.parametrize("name", ["gptq", "learned"])
+def test_an_interrupted_run_goes_on(base, tmp_path, monkeypatch, name):
+    wanted = quantize(base, recipe(name))
+    finished, write = [], pipeline._write_layer
+
+    def write_two(folder, index, solved):
+        if index == 2:
+            raise KeyboardInterrupt
+        finished.append(index)
+        write(folder, index, solved)
+
+    monkeypatch.setattr(pipeline, "_write_layer", write_two)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(base, recipe(name), work=tmp_path / "work")
+    monkeypatch.undo()
+    assert finished == [0, 1]
+    solved = []
+    monkeypatch.setattr(pipeline, "_write_layer", lambda folder, index, s: solved.append(index))
+    found = quantize(base, recipe(name), work=tmp_path / "work")
+    assert solved == list(range(2, len(decoder_layers(base))))
+    for key, value in wanted.state_dict().items():
+        assert torch.equal(found.state_dict()[key], value), key
+
+
+def test_a_work_folder_belongs_to_one_recipe(base, tmp_path):
+    quantize(base, recipe("nearest"), work=tmp_path)
+    with pytest.raises(BitassayError, match="another plan"):
+        quantize(base, recipe("gptq"), work=tmp_path)
+
+
+def test_overrides_hold_while_calibrating(base):
+    overrides = (
+        {"match": "model.layers.0.*", "weights": None},
+        {"match": "*.down_proj", "weights": {"format": "int8"}},
+    )
+    found = quantize(base, recipe("gptq", overrides=overrides))
+    tensors = quantization_of(found).tensors
+    assert {t.scheme.format for n, t in tensors.items() if n.endswith("down_proj")} == {"int8"}
+    assert not any(name.startswith("model.layers.0.") for name in tensors)
+
+
+def test_linears_that_read_the_same_tensor_are_one_group(base):
+    layer = decoder_layers(base)[0]
+    linears = {name: module for name, module in layer.named_modules() if isinstance(module, torch.nn.Linear)}
+    tokens = torch.arange(20)[None] + 5
+    hidden, arguments = first_inputs(base, tokens)
+    groups = input_groups(layer, hidden, arguments[0], linears)
+    words = [tuple(name.rpartition(".")[2] for name in group) for group in groups]
+    assert words == [("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+def test_layer_by_layer_is_the_model(architecture):
+    model = tiny_model(architecture)
+    tokens = torch.randint(3, 500, (20, 24), generator=torch.Generator().manual_seed(0))
+    hidden, arguments = first_inputs(model, tokens)
+    for layer, own in zip(decoder_layers(model), arguments, strict=True):
+        hidden = run_layer(layer, hidden, own)
+    wanted = model.get_decoder()(tokens).last_hidden_state
+    assert torch.allclose(model.get_decoder().norm(hidden), wanted, atol=1e-5)
+
+
+def test_nan_weights_are_named(base):
+    broken = tiny_model("llama")
+    broken.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(BitassayError, match=r"model\.layers\.1\.mlp\.up_proj: NaN"):
+        quantize(broken, recipe("gptq"))
