@@ -8,7 +8,7 @@ from bitassay.data.windows import Protocol
 from bitassay.errors import BitassayError
 from bitassay.evaluate.compare import evaluate
 from bitassay.models.walk import decoder_layers
-from bitassay.quantize import pipeline
+from bitassay.quantize import pipeline, tune
 from bitassay.quantize.layerwise import first_inputs, input_groups, run_layer
 from bitassay.quantize.model import bits_per_weight, quantization_of
 from bitassay.quantize.pipeline import quantize
@@ -82,6 +82,28 @@ def test_an_interrupted_run_goes_on(base, tmp_path, monkeypatch, name):
     monkeypatch.setattr(pipeline, "_write_layer", lambda folder, index, s: solved.append(index))
     found = quantize(base, recipe(name), work=tmp_path / "work")
     assert solved == list(range(2, len(decoder_layers(base))))
+    for key, value in wanted.state_dict().items():
+        assert torch.equal(found.state_dict()[key], value), key
+
+
+def test_interrupted_tuning_goes_on(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(tune, "KEEP_STEPS", 4)
+    wanted = quantize(base, recipe("tune"))
+    seen = []
+
+    def stop(what, done=0, total=0):
+        if what.startswith("tuning"):
+            seen.append(done)
+            if done == 7:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(base, recipe("tune"), work=tmp_path, progress=stop)
+    seen.clear()
+    found = quantize(
+        base, recipe("tune"), work=tmp_path, progress=lambda what, done=0, total=0: seen.append(what)
+    )
+    assert sum(what.startswith("tuning") for what in seen) == 12 - 4
     for key, value in wanted.state_dict().items():
         assert torch.equal(found.state_dict()[key], value), key
 

@@ -91,7 +91,7 @@ def gptq(
                 block[j + 1 :].addr_(u[j + 1 :], errors[j], alpha=-1)
             w[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
     back = order.argsort()
-    return Rounded(codes[back].T, _beside(grids), compensated[back].T, damping)
+    return Rounded(codes[back].T.contiguous(), _beside(grids), compensated[back].T.contiguous(), damping)
 
 
 def inverse_factor(hessian: Float[Tensor, "in in"], damping: float) -> tuple[Float[Tensor, "in in"], float]:

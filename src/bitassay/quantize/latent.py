@@ -52,7 +52,8 @@ class LatentWeight(nn.Module):
         self.gain = nn.Parameter(torch.ones_like(self.first_scale))
         self.mean = None if grid.mean is None else nn.Parameter(grid.mean.float().clone())
         centred = weight.float() if grid.mean is None else weight.float() - self._wide(grid.mean.float())
-        self.u = nn.Parameter(centred / self._wide(self.first_scale) + self._wide(self.zero.detach()))
+        positions = centred / self._wide(self.first_scale) + self._wide(self.zero.detach())
+        self.u = nn.Parameter(positions.contiguous())
         self.offset = grid.offset
         self.clamp()
 

@@ -6,7 +6,8 @@ Each part of a recipe that is present is done, in this order; `Recipe` says whic
 of them a matrix is rounded to nearest on its own and no text is read. Everything else works on a copy of the
 model, and calibrates it with the text that `calibration` names.
 
-With a work folder every finished layer is a file there, and the same call goes on where the last one stopped.
+With a work folder every finished layer is a file there, and so is tuning every few steps; the same call goes
+on where the last one stopped.
 """
 
 from collections.abc import Iterable, Mapping
@@ -100,7 +101,7 @@ def quantize_tensors(
     schemes = {name: recipe.scheme_for(name) for name in weights}
     solved = quantize_layers(draft, schemes, recipe, tokens, folder, progress)
     if recipe.tune is not None:
-        return _tuned(base, draft, solved, recipe, tokens, progress)
+        return _tuned(base, draft, solved, recipe, tokens, folder, progress)
     return Quantization(recipe, {name: found.tensor for name, found in solved.items()})
 
 
@@ -110,6 +111,7 @@ def _tuned(
     solved: Mapping[str, Solved],
     recipe: Recipe,
     tokens: Int[Tensor, "samples tokens"],
+    folder: RunFolder | None,
     progress: Progress,
 ) -> Quantization:
     """What end-to-end tuning makes of the layers' solutions."""
@@ -120,8 +122,8 @@ def _tuned(
     latents = {name: found.latent_weight() for name, found in solved.items()}
     norms = own_norms(draft)
     with latent_linears(draft, latents):
-        for step, loss in enumerate(tune(draft, latents, norms.values(), tokens, wanted, spec)):
-            progress(f"tuning by {recipe.name}, KL {loss:.3f}", step + 1, spec.steps)
+        for step, loss in tune(draft, latents, norms.values(), tokens, wanted, spec, folder):
+            progress(f"tuning by {recipe.name}, KL {loss:.3f}", step, spec.steps)
     tensors = {name: latent.quantized() for name, latent in latents.items()}
     return Quantization(recipe, tensors, {name: gain.detach() for name, gain in norms.items()})
 

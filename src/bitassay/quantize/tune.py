@@ -28,7 +28,10 @@ from bitassay.quantize.latent import LatentWeight
 from bitassay.quantize.layerwise import BATCH_SAMPLES
 from bitassay.quantize.schedule import learning_rate, sample_order
 from bitassay.quantize.scheme import Part
+from bitassay.record.run import RunFolder
 
+KEEP_STEPS = 16
+MOMENTS = ("exp_avg", "exp_avg_sq")
 CHUNK_TOKENS = 512  # logits that are held at once
 
 
@@ -98,8 +101,10 @@ def tune(
     tokens: Int[Tensor, "samples tokens"],
     base_states: Float[Tensor, "samples tokens hidden"],
     spec: Tune,
-) -> Iterator[float]:
-    """Learn in place; yields each step's loss. `student` computes with the latents, `norms` are its gains."""
+    folder: RunFolder | None = None,
+) -> Iterator[tuple[int, float]]:
+    """Learn in place; yields each step, counted from 1, and its loss. `student` computes with the latents,
+    `norms` are its gains. With a folder the state is kept there every KEEP_STEPS steps, and gone on from."""
     norms = list(norms)
     head = student.get_output_embeddings().weight.detach().bfloat16()
     codes = [latent.u for latent in latents.values()]
@@ -113,7 +118,8 @@ def tune(
     groups = [{"params": parameters, "lr": rate, "rate": rate} for parameters, rate in kinds if rate > 0]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
     order = sample_order(len(tokens), spec.steps * spec.batch, spec.seed)
-    for step in range(spec.steps):
+    learned = [parameter for group in groups for parameter in group["params"]]
+    for step in range(_restore(folder, learned, optimizer), spec.steps):
         chosen = order[step * spec.batch : (step + 1) * spec.batch]
         for group in optimizer.param_groups:
             group["lr"] = group["rate"] * learning_rate(step, spec.steps, spec.warmup)
@@ -125,4 +131,29 @@ def tune(
         optimizer.zero_grad()
         for latent in latents.values():
             latent.clamp()
-        yield loss
+        if folder is not None and (step + 1) % KEEP_STEPS == 0:
+            _keep(folder, step + 1, learned, optimizer)
+        yield step + 1, loss
+
+
+def _keep(
+    folder: RunFolder, step: int, learned: list[nn.Parameter], optimizer: torch.optim.Optimizer
+) -> None:
+    """Write what has been learned after `step` steps, and Adam's moments."""
+    kept = {"step": torch.tensor(step)}
+    for place, parameter in enumerate(learned):
+        kept[f"{place}.value"] = parameter.detach()
+        kept |= {f"{place}.{moment}": optimizer.state[parameter][moment] for moment in MOMENTS}
+    folder.write_tensors("tune", kept)
+
+
+def _restore(folder: RunFolder | None, learned: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
+    """The steps that are done, once their state is back in place."""
+    if folder is None or not folder.has_tensors("tune"):
+        return 0
+    kept = folder.read_tensors("tune")
+    for place, parameter in enumerate(learned):
+        parameter.data.copy_(kept[f"{place}.value"])
+        moments = {moment: kept[f"{place}.{moment}"] for moment in MOMENTS}
+        optimizer.state[parameter] = {"step": kept["step"].float(), **moments}
+    return int(kept["step"])
