@@ -15,12 +15,19 @@ from bitassay.quantize.experts import (
     changed_fraction,
     expert_inputs,
     load_of,
+    own_slices,
     routes,
     warn_of_few,
 )
 from bitassay.quantize.export import save
 from bitassay.quantize.linear import QuantizedLinear
-from bitassay.quantize.model import bits_per_weight, parameter_count, size_bytes, with_tensors
+from bitassay.quantize.model import (
+    bits_per_weight,
+    copy_sharing_parameters,
+    parameter_count,
+    size_bytes,
+    with_tensors,
+)
 from bitassay.quantize.recipe import Recipe
 from bitassay.quantize.tensor import quantize_tensor
 from bitassay.testing.tiny import tiny_model
@@ -152,6 +159,37 @@ def test_taps_see_what_each_slice_multiplies(architecture, every):
             inner = experts._apply_gate(rows @ views[first].T + bias)
             torch.testing.assert_close(torch.cat(seen[second]), inner, rtol=1e-4, atol=1e-6)
     assert set(seen) <= set(views)
+
+
+@pytest.mark.parametrize("every", [False, True])
+@pytest.mark.parametrize("architecture", ["deepseek_v2", "gpt_oss"])
+def test_a_tap_that_writes_quantizes_a_layer_in_passing(architecture, every):
+    base = mixture(architecture)
+    draft = copy_sharing_parameters(base)
+    layer, before = draft.model.layers[2], logits(base)
+    x, slices, written = (
+        torch.randn(1, 20, 96, generator=torch.Generator().manual_seed(0)),
+        own_slices(layer),
+        [],
+    )
+
+    def double(name: str, inputs: torch.Tensor) -> None:
+        assert len(inputs)
+        slices[name] *= 2
+        written.append(name)
+
+    def output(layer) -> torch.Tensor:
+        found = layer.mlp(x)
+        return found[0] if isinstance(found, tuple) else found
+
+    with expert_inputs(layer, double, every=every):
+        passed = output(layer)
+    assert written[0].startswith("mlp.experts.gate_up_proj.")
+    assert sorted(written) == sorted(set(written))
+    assert torch.equal(output(layer), passed)
+    assert not torch.equal(output(base.model.layers[2]), passed)
+    assert torch.equal(logits(base), before)
+    assert set(written) == set(slices) if every else set(written) <= set(slices)
 
 
 def starved(architecture: str = "mixtral"):

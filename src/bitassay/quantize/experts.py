@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from bitassay.models.walk import fused_experts
+from bitassay.models.walk import fused_experts, is_fused_experts
 from bitassay.quantize.tensor import QuantizedTensor
 from bitassay.record.progress import Progress, silent
 
@@ -85,14 +85,32 @@ def dense_matrix(experts: nn.Module, parameter: str, expert: int) -> Float[Tenso
     return matrix.T if experts.is_transposed else matrix
 
 
+def own_slices(module: nn.Module) -> dict[str, Float[Tensor, "_ _"]]:
+    """Every expert's slice in a layer or model, as a view `[out, in]` by name within `module`. Its fused
+    parameters become copies first, so that the views may be written to where another model shares them."""
+    views = {}
+    for name, experts in _fused(module).items():
+        for key, parameter in list(experts.named_parameters(recurse=False)):
+            if parameter.ndim == 3:
+                experts.register_parameter(key, nn.Parameter(parameter.detach().clone(), requires_grad=False))
+                for expert in range(len(parameter)):
+                    views[f"{name}.{key}.{expert}"] = dense_matrix(experts, key, expert).detach()
+    return views
+
+
+def _fused(module: nn.Module) -> dict[str, nn.Module]:
+    return {name: found for name, found in module.named_modules() if is_fused_experts(found)}
+
+
 @contextmanager
 def expert_inputs(
-    model: PreTrainedModel, tap: Callable[[str, Float[Tensor, "rows _"]], None], *, every: bool = False
+    module: nn.Module, tap: Callable[[str, Float[Tensor, "rows _"]], None], *, every: bool = False
 ) -> Iterator[Load]:
-    """While this lasts, each forward pass of a decoder layer calls `tap(name, x)` with the inputs `x` of each
-    expert's slice that got any, under its name in `matrices(model)`. Yields the tokens routed to each expert
-    so far, whatever `every` is."""
-    found = fused_experts(model)
+    """While this lasts, each forward pass of `module`, a decoder layer or a whole model, calls `tap(name, x)`
+    with the inputs `x` of each expert's slice that got any, by the slice's name within `module`, just before
+    they are multiplied: a tap that writes to the slice quantizes it in passing. Yields the tokens routed to
+    each expert so far, whatever `every` is."""
+    found = _fused(module)
     load: Load = {}
 
     def patch(name: str, experts: nn.Module) -> None:
