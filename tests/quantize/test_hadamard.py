@@ -83,7 +83,7 @@ def test_sizes_without_one(size):
 
 def test_a_block_is_never_larger_than_the_limit():
     q = 1051  # a prime, 3 mod 4: Paley's order 1052 is beyond the limit
-    assert LARGEST_BLOCK < q + 1
+    assert q + 1 > LARGEST_BLOCK
     assert paley_block(q + 1) is None
 
 

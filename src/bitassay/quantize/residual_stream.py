@@ -1,0 +1,175 @@
+"""Which parameters touch the residual stream of a decoder, and how: what its rotation has to know.
+
+    h_0 = embedding;   h <- h + W_o attention(norm(h) W_q, ...);   h <- h + W_down mlp(norm(h) W_gate, ...)
+    logits = norm(h) W_head
+
+Matrices *read* a normed stream along their input dimension, or *write* to it along their output dimension,
+with a bias or without. RMSNorm divides by a length, which no rotation changes, so it commutes with one as
+soon as its gains are all the same; the gains of a norm that matrices read are folded into these. Gains after
+a block (Gemma 2 and 3, OLMo 2) have no matrix behind them to go into, and LayerNorm subtracts a mean, which a
+rotation does change: such models are refused by name. So is anything in the decoder that has no known role.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from bitassay.errors import BitassayError
+from bitassay.models.walk import Walk, decoder_layers, module_name, walk
+
+ATTENTION_READS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "q_a_proj", "kv_a_proj_with_mqa")
+MLP_READS = ("gate_proj", "up_proj", "gate_up_proj")
+WRITES = ("o_proj", "down_proj")
+WITHIN_ATTENTION = ("q_b_proj", "kv_b_proj")
+REMEDY = "rotation: {r1: null}, which leaves the residual stream as it is"
+
+
+class Weight(NamedTuple):
+    """A parameter of a module, read in fp64 as `[..., out, in]` (a bias: `[..., out]`) and written back in
+    its own dtype. A new value is a new parameter: a model that shares the old one keeps it."""
+
+    module: nn.Module
+    key: str
+    transposed: bool = False
+
+    def read(self) -> Float[Tensor, "..."]:
+        value = self.module.get_parameter(self.key).detach().double()
+        return value.transpose(-1, -2) if self.transposed else value
+
+    def write(self, value: Float[Tensor, "..."]) -> None:
+        stored = (value.transpose(-1, -2) if self.transposed else value).contiguous()
+        dtype = self.module.get_parameter(self.key).dtype
+        self.module.register_parameter(self.key, nn.Parameter(stored.to(dtype), requires_grad=False))
+
+
+class Norm(NamedTuple):
+    """An RMSNorm with the gains `offset + weight`: offset is 0, or 1 in Gemma's."""
+
+    module: nn.Module
+    offset: float
+
+    def gain(self) -> Float[Tensor, " hidden"]:
+        return self.offset + Weight(self.module, "weight").read()
+
+    def set_to_one(self) -> None:
+        gain = self.gain()
+        Weight(self.module, "weight").write(torch.full_like(gain, 1 - self.offset))
+
+
+@dataclass(frozen=True)
+class LayerStream:
+    """What a decoder layer does to the stream. reads: norms, and the matrices that read what they put out.
+    biases: of the matrices that write."""
+
+    reads: list[tuple[Norm | None, list[Weight]]]
+    writes: list[Weight]
+    biases: list[Weight]
+
+
+@dataclass(frozen=True)
+class ResidualStream:
+    """head: the output matrix, which reads what `final_norm` puts out; it may be the embedding itself."""
+
+    embedding: Weight
+    layers: list[LayerStream]
+    final_norm: Norm
+    head: Weight
+
+
+def residual_stream(model: PreTrainedModel) -> ResidualStream:
+    """Everything that touches the stream. Raises BitassayError that names the first part of the model that
+    cannot go along with a rotation, and why."""
+    decoder, embedding = model.get_decoder(), model.get_input_embeddings()
+    head, final = model.get_output_embeddings(), getattr(decoder, "norm", None)
+    if not isinstance(head, nn.Linear) or not isinstance(final, nn.Module):
+        raise BitassayError(f"{type(model).__name__}: found no final norm and linear output head", REMEDY)
+    prefix = f"{module_name(model, decoder_layers(model))}."
+    found = walk(model)
+    known = {id(parameter) for part in (embedding, head, final) for parameter in part.parameters()}
+    for name, parameter in model.named_parameters():
+        if not name.startswith(prefix) and id(parameter) not in known:
+            raise BitassayError(f"{name}: no known role beside the residual stream", REMEDY)
+    return ResidualStream(
+        Weight(embedding, "weight"),
+        [
+            _layer_stream(model, found, layer, f"{prefix}{index}.")
+            for index, layer in enumerate(decoder_layers(model))
+        ],
+        find_norm(final, module_name(model, final)),
+        Weight(head, "weight"),
+    )
+
+
+def find_norm(module: nn.Module, name: str) -> Norm:
+    """How an RMSNorm uses its weight, found by asking it: classes differ, numbers do not. Raises
+    BitassayError where it is no RMSNorm."""
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor):
+        generator = torch.Generator().manual_seed(0)
+        x = 1000 * torch.randn(4, len(weight), generator=generator) + 500  # far above any epsilon
+        x = x.to(weight.device, weight.dtype)
+        bare = x.double() / x.double().square().mean(-1, keepdim=True).sqrt()
+        for offset in (0.0, 1.0):
+            expected = bare * (offset + weight.double())
+            if (module(x) - expected).norm() <= 1e-3 * expected.norm():
+                return Norm(module, offset)
+    raise BitassayError(
+        f"{name}: {type(module).__name__} is no RMSNorm: a rotation changes what it does", REMEDY
+    )
+
+
+def _layer_stream(model: PreTrainedModel, found: Walk, layer: nn.Module, here: str) -> LayerStream:
+    """`here` is the layer's full name and a dot."""
+    attention, mlp, writes, biases = [], [], [], []
+    for name, linear in found.linears.items():
+        own = name.rpartition(".")[2]
+        if not name.startswith(here) or own in WITHIN_ATTENTION:
+            continue
+        if own in WRITES:
+            writes.append(Weight(linear, "weight"))
+            biases += [Weight(linear, "bias")] if linear.bias is not None else []
+        elif own in ATTENTION_READS or own in MLP_READS:
+            (attention if own in ATTENTION_READS else mlp).append(Weight(linear, "weight"))
+        else:
+            raise BitassayError(f"{name}: no known role in the residual stream", REMEDY)
+    for name in (name for name in found.experts if name.startswith(here)):
+        owner, _, key = name.rpartition(".")
+        module = model.get_submodule(owner)
+        weight = Weight(module, key, transposed=bool(getattr(module, "is_transposed", False)))
+        (writes if key in WRITES else mlp).append(weight)
+        if key in WRITES and getattr(module, f"{key}_bias", None) is not None:
+            biases.append(Weight(module, f"{key}_bias"))
+    for name in (name for name in found.routers if name.startswith(here)):
+        owner, _, key = name.rpartition(".")
+        mlp.append(Weight(model.get_submodule(owner), key))
+    if other := next((name for name in found.others if name.startswith(here)), None):
+        raise BitassayError(f"{other}: no known role in the residual stream", REMEDY)
+    attention_norm, mlp_norm = _read_norms(layer, here)
+    return LayerStream([(attention_norm, attention), (mlp_norm, mlp)], writes, biases)
+
+
+def _read_norms(layer: nn.Module, here: str) -> tuple[Norm | None, Norm | None]:
+    """The norms that attention and MLP read. Whatever other norms a layer owns come after a block, and have
+    to have equal gains."""
+    norms = {
+        name: find_norm(module, here + name)
+        for name, module in layer.named_children()
+        if name.endswith("norm") and any(True for _ in module.parameters())
+    }
+    if "pre_feedforward_layernorm" in norms:
+        reads = ("input_layernorm", "pre_feedforward_layernorm")
+    elif "input_layernorm" in norms:
+        reads = ("input_layernorm", "post_attention_layernorm")
+    else:
+        reads = ("", "")
+    for name, norm in norms.items():
+        gain = norm.gain()
+        if name not in reads and not torch.equal(gain, gain[:1].expand_as(gain)):
+            raise BitassayError(
+                f"{here}{name}: its gains come after the block, where no matrix can take them up", REMEDY
+            )
+    return norms.get(reads[0]), norms.get(reads[1])
