@@ -15,12 +15,13 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError
 from bitassay.generate.cache import RoundedCache
 from bitassay.generate.sampling import GREEDY, Draw, Sampler
 from bitassay.generate.taps import joined_states, record_states
+from bitassay.quantize.kv_cache import empty_cache
 
 TokenIds = Sequence[int]
 
@@ -72,8 +73,7 @@ def generate(
     ends = torch.tensor(sorted(end_tokens(model)), device=model.device, dtype=torch.long)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
     chosen: list[Int[Tensor, " batch"]] = []
-    rounds = cache_bits is not None
-    cache = RoundedCache(model.config, cache_bits) if rounds else DynamicCache(config=model.config)
+    cache = empty_cache(model) if cache_bits is None else RoundedCache(model.config, cache_bits)
     with record_states(model, layers) as recorded:
         for index in range(max_new_tokens):
             forward = model(
