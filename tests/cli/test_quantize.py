@@ -7,6 +7,7 @@ import pytest
 
 from bitassay.cli import run
 from bitassay.models.load import load
+from bitassay.testing.tiny import tiny_model
 
 
 @pytest.fixture
@@ -156,3 +157,76 @@ def test_a_recipe_that_quantizes_nothing_is_refused(out, capsys, tmp_path):
     nothing.write_text("name: nothing\nweights: null\n")
     assert quantize(out, recipe=nothing) == 2
     assert not out.exists()
+
+
+def test_a_gguf_file_beside_the_folder_or_alone(out, capsys, tmp_path):
+    path = tmp_path / "w4.gguf"
+    assert quantize(out, "--gguf", str(path), "--format", "json", recipe="w4") == 0
+    captured = capsys.readouterr()
+    folder, file = json.loads(captured.out)["rows"]
+    assert (folder["layout"], file["layout"]) == ("compressed-tensors", "gguf")
+    assert file["file_bytes"] == path.stat().st_size
+    assert folder["max_logits_difference"] == 0 < file["max_logits_difference"] < 0.3
+    assert "w4.gguf: int4 g64 -> Q4_1: " in captured.err
+    command = ["quantize", "stories260k", "--recipe", "w4", "--gguf"]
+    assert run([*command, str(tmp_path / "alone.gguf"), "--no-check"]) == 0
+    assert (tmp_path / "alone.gguf").read_bytes() == path.read_bytes()
+
+
+def test_a_finished_folder_is_not_quantized_again_for_a_gguf_file(out, capsys, tmp_path):
+    assert quantize(out, "--no-check") == 0
+    assert quantize(out, "--gguf", str(tmp_path / "later.gguf"), "--no-check") == 0
+    captured = capsys.readouterr()
+    assert "finished before" in captured.err
+    assert captured.err.count("quantizing by w4: 35/35") == 1
+    assert quantize(out, "--gguf", str(tmp_path / "later.gguf"), "--no-check") == 0
+    assert capsys.readouterr().err.count("finished before") == 2
+    assert quantize(tmp_path / "other", "--gguf", str(tmp_path / "later.gguf"), recipe="w8") == 2
+    assert "later.gguf: holds something else" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
+def test_nowhere_to_write_to_is_refused(capsys):
+    assert run(["quantize", "stories260k", "--recipe", "w4"]) == 2
+    assert "--out FOLDER, --gguf FILE" in capsys.readouterr().err
+
+
+def test_a_gguf_of_what_llama_cpp_does_not_do_is_refused_before_any_work(capsys, tmp_path):
+    base = tiny_model("gemma3", num_hidden_layers=1)
+    base.save_pretrained(tmp_path / "gemma")
+    base.tokenizer.save_pretrained(tmp_path / "gemma")
+    assert (
+        run(["quantize", str(tmp_path / "gemma"), "--recipe", "w4", "--gguf", str(tmp_path / "x.gguf")]) == 2
+    )
+    captured = capsys.readouterr()
+    assert "gemma3_text family" in captured.err
+    assert "quantizing" not in captured.err
+
+
+CALIBRATED = """
+name: calibrated
+weights: {format: int4, granularity: g32, scale: absmax}
+gptq: {}
+calibration: {samples: 2, tokens: 16}
+"""
+
+
+def test_finished_layers_of_a_calibrated_recipe_are_kept_until_the_end(out, capsys, tmp_path, monkeypatch):
+    recipe, work = tmp_path / "calibrated.yaml", tmp_path / "out.work"
+    recipe.write_text(CALIBRATED)
+    with monkeypatch.context() as patched:
+        patched.setattr("bitassay.quantize.export.save", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            quantize(out, recipe=recipe)
+    before = {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.is_file()}
+    assert len(before) >= 5
+    with monkeypatch.context() as patched:
+        patched.setattr("bitassay.cli.quantize.shutil.rmtree", lambda *_, **__: None)
+        assert quantize(out, "--no-check", recipe=recipe) == 0
+    layers = [path for path in before if path.suffix == ".safetensors"]
+    assert layers
+    assert all(path.stat().st_mtime_ns == before[path] for path in layers)
+    assert quantize(tmp_path / "other", "--no-check", "--work", str(work), recipe=recipe) == 0
+    assert work.is_dir()
+    assert quantize(tmp_path / "third", "--no-check", recipe=recipe) == 0
+    assert not (tmp_path / "third.work").exists()

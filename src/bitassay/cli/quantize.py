@@ -1,5 +1,6 @@
 """`bitassay quantize`: a recipe and a model to a checkpoint folder, a GGUF file, or both."""
 
+import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ def quantize(
     out: Path | None = None,
     gguf: Path | None = None,
     layout: Literal["compressed-tensors", "bitassay"] | None = None,
+    work: Path | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     check: bool = True,
     dry_run: Annotated[bool, Parameter(negative=())] = False,
@@ -36,7 +38,8 @@ def quantize(
     """Quantize MODEL by a recipe and save it as a folder, as a GGUF file for llama.cpp, or as both.
 
     Wherever the compressed-tensors format is exact, plain transformers loads the folder, else bitassay alone.
-    Run again, the same command checks what is finished, says so, and does the rest.
+    Run again, the same command checks what is finished, says so, and does the rest: a calibrated recipe goes
+    on after the last layer that was finished.
 
     Args:
         model: A name from `bitassay models list`, a folder, a .gguf file or a hub id.
@@ -44,6 +47,8 @@ def quantize(
         out: The folder to write; it must not exist or be empty.
         gguf: The file to write for llama.cpp; it must not exist.
         layout: How the folder stores codes. Without it, compressed-tensors wherever that is exact.
+        work: Where a calibrated recipe keeps its finished layers. Without it, beside the output in a folder that
+            ends in .work and is removed at the end.
         dtype: What is not quantized is stored in this dtype. In float32 the checkpoint loads exactly;
             in 16 bits it is smaller, and transformers rounds the scales once more.
         check: Load what was written, with plain transformers where it can, and compare its logits.
@@ -74,7 +79,9 @@ def quantize(
     found = find_recipe(recipe)
     with show_progress() as progress:
         source = resolve(model, progress)
-        order = _Order(model, source, found, out, gguf, layout, dtype, check, trust_remote_code, progress)
+        order = _Order(
+            model, source, found, out, gguf, layout, work, dtype, check, trust_remote_code, progress
+        )
         folder_row, gguf_row = _finished_folder(order), _finished_gguf(order)
         if (out is None or folder_row) and (gguf is None or gguf_row):
             rows = [folder_row, gguf_row]
@@ -96,10 +103,18 @@ class _Order:
     out: Path | None
     gguf: Path | None
     layout: "Layout | None"
+    work: Path | None
     dtype: str
     check: bool
     trust_remote_code: bool
     progress: "Progress"
+
+    @property
+    def own_work(self) -> Path:
+        """The work folder that nobody asked for."""
+        beside = self.out or self.gguf
+        assert beside is not None
+        return beside.with_name(f"{beside.name}.work")
 
 
 Row = dict[str, Any] | None
@@ -124,6 +139,8 @@ def _written(order: _Order, folder_row: Row, gguf_row: Row) -> list[Row]:
         folder_row = _save_folder(order, quantized, order.out, tokens, started)
     if order.gguf is not None and gguf_row is None:
         gguf_row = _save_gguf(order, quantized, order.gguf, tokens, started)
+    if order.work is None:
+        shutil.rmtree(order.own_work, ignore_errors=True)
     return [folder_row, gguf_row]
 
 
@@ -134,7 +151,7 @@ def _quantized(order: _Order, base: "PreTrainedModel", folder_row: Row) -> "PreT
     from bitassay.quantize.pipeline import quantize
 
     if order.out is None or folder_row is None:
-        return quantize(base, order.recipe, progress=order.progress)
+        return quantize(base, order.recipe, work=order.work or order.own_work, progress=order.progress)
     done = quantization_of(
         load(order.out, dtype=base.dtype, trust_remote_code=order.trust_remote_code, progress=order.progress)
     )

@@ -28,11 +28,13 @@ SOURCE_FILE = "bitassay-source.json"
 
 @dataclass(frozen=True)
 class Source:
-    """A local folder with `config.json`, safetensors and a tokenizer, and what is known of its origin."""
+    """A local folder with `config.json`, safetensors and a tokenizer, and what is known of its origin; `gguf`
+    is the file that was dequantized into the folder."""
 
     name: str
     folder: Path
     origin: str
+    gguf: Path | None = None
 
 
 def cache_folder() -> Path:
@@ -161,7 +163,7 @@ def _from_gguf(path: Path, name: str, progress: Progress) -> Source:
         progress(f"dequantizing {path.name} (once; kept in {folder})")
         with atomic_folder(folder) as temporary:
             _dequantize(path, digest, temporary)
-    return Source(name, folder, _from_folder(folder).origin)
+    return Source(name, folder, _from_folder(folder).origin, path)
 
 
 def _dequantize(path: Path, digest: str, out: Path) -> None:

@@ -1,0 +1,235 @@
+"""A quantized model as a GGUF file, which llama.cpp and everything built on it runs.
+
+Matrices become blocks (`gguf_blocks.py`). Those that no block type holds, the embedding and the head are
+stored in 16 bits (bf16 if the model is in it, else fp16), vectors in fp32. llama.cpp's "llama" wants the
+rotary halves of q and k interleaved: row `2 i + j` of a head is our row `j d/2 + i`. Everything else is
+renamed by the gguf package's own table.
+
+llama.cpp rounds the inputs of its products to 8 bits, so its logits are not ours to the bit, whatever the
+file says. Left out: mixtures of experts, other families than ARCHITECTURES, stretched rotary embeddings,
+sliding windows, rotations at run time: all refused, with the reason.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType as Kind
+from gguf import GGUFReader, GGUFWriter
+from jaxtyping import Int
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from bitassay.errors import BitassayError
+from bitassay.models.load import identity, tokenizer
+from bitassay.quantize.export import AT_RUN_TIME, check_space
+from bitassay.quantize.gguf_blocks import Blocks, as_blocks
+from bitassay.quantize.gguf_tokenizer import copy_tokenizer, write_tokenizer
+from bitassay.quantize.model import quantization_of
+from bitassay.quantize.recipe import Recipe
+from bitassay.quantize.tensor import QuantizedTensor
+from bitassay.record.files import atomic_file
+from bitassay.record.progress import Progress, silent
+
+LLAMA = gguf.MODEL_ARCH.LLAMA
+ARCHITECTURES = {
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "qwen2": gguf.MODEL_ARCH.QWEN2,
+    "qwen3": gguf.MODEL_ARCH.QWEN3,
+}
+RECIPE_KEY, BASE_KEY = "bitassay.recipe_id", "bitassay.base_weights_sha256"
+
+
+@dataclass
+class GgufFile:
+    """What was written. `stored_as` counts matrices by scheme and block type, such as `int4 g32 -> Q4_0`;
+    `relative_error` is the length of what rounding to the blocks changed in the quantized matrices, by
+    theirs; `notes` say what the file does not hold."""
+
+    path: Path
+    stored_as: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
+    bits_per_weight: float = 0.0
+    relative_error: float = 0.0
+
+    @property
+    def size_bytes(self) -> int:
+        return self.path.stat().st_size
+
+
+def write_gguf(model: PreTrainedModel, path: str | Path, *, progress: Progress = silent) -> GgufFile:
+    """Write a model, quantized (fake or packed) or not, into the file `path`, which must not exist.
+
+    Raises BitassayError for what llama.cpp would run as another model, MissingError where the disk is too
+    small.
+    """
+    path, config, done = Path(path), model.config.get_text_config(), quantization_of(model)
+    recipe = None if done is None else done.recipe
+    check_gguf(model, recipe)
+    if path.exists():
+        raise BitassayError(f"{path}: exists already", "choose another file or remove this one first")
+    progress(f"arranging {path.name} for llama.cpp")
+    left_out = [part for part in AT_RUN_TIME if getattr(recipe, part, None) is not None]
+    notes = [f"{part}: left out, llama.cpp has its own way" for part in left_out]
+    written = GgufFile(path, notes=notes)
+    tensors = dict(_tensors(model, written))
+    check_space(path, sum(data.nbytes for _, data in tensors.values()))
+    progress(f"writing {path}")
+    with atomic_file(path) as temporary:
+        writer = GGUFWriter(temporary, gguf.MODEL_ARCH_NAMES[ARCHITECTURES[config.model_type]])
+        _write_description(writer, model, config, tensors)
+        base = identity(model).source.gguf
+        if base is not None:
+            copy_tokenizer(writer, base)
+        else:
+            write_tokenizer(writer, tokenizer(model), config.vocab_size)
+        for name, (kind, data) in tensors.items():
+            writer.add_tensor(name, data, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return written
+
+
+def check_gguf(model: PreTrainedModel, recipe: Recipe | None) -> None:
+    """Refuse what a GGUF file cannot say, or llama.cpp does not do, for a model that may be on the meta
+    device."""
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    rotation = getattr(recipe, "rotation", None)
+    wrong = {
+        f"models of the {config.model_type} family are not written, only {', '.join(ARCHITECTURES)}": (
+            config.model_type not in ARCHITECTURES
+        ),
+        f"stretched rotary embeddings ({rope.get('rope_type')}) are not written": (
+            rope.get("rope_type", "default") != "default"
+        ),
+        "sliding windows are not written": bool(kinds or getattr(config, "sliding_window", None)),
+        "llama.cpp does not rotate at run time, as this recipe does": getattr(rotation, "online", False),
+    }
+    for why, is_so in wrong.items():
+        if is_so:
+            raise BitassayError(f"{type(model).__name__} as GGUF: {why}", "save a folder: --out")
+
+
+def reload_difference(model: PreTrainedModel, path: str | Path, tokens: Int[Tensor, "batch tokens"]) -> float:
+    """The largest difference between the logits of `model` and of the file as plain transformers loads it, in
+    the model's dtype."""
+    path = Path(path)
+    reloaded = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=model.dtype, device_map=model.device
+    ).eval()
+    with torch.inference_mode():
+        return (model(tokens).logits.float() - reloaded(tokens).logits.float()).abs().max().item()
+
+
+def written_before(path: Path) -> tuple[str, str] | None:
+    """The recipe's id and the digest of the base model's weights, as a GGUF file of ours names them; None for
+    another file."""
+    try:
+        fields = GGUFReader(path).fields
+        return str(fields[RECIPE_KEY].contents()), str(fields[BASE_KEY].contents())
+    except (KeyError, ValueError, IndexError, OverflowError, OSError):
+        return None
+
+
+def _tensors(model: PreTrainedModel, written: GgufFile) -> Iterator[tuple[str, Blocks]]:
+    """Every tensor under llama.cpp's name."""
+    config = model.config.get_text_config()
+    arch = ARCHITECTURES[config.model_type]
+    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    quantized = {} if (done := quantization_of(model)) is None else done.tensors
+    bits = weights = 0
+    lost, length = 0.0, 1e-300
+    plain = dict(model.state_dict())
+    for name in [*plain, *(f"{name}.weight" for name in quantized if f"{name}.weight" not in plain)]:
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if theirs is None:
+            raise BitassayError(f"{name}: llama.cpp knows no such tensor", "save a folder: --out")
+        tensor = quantized.get(name.removesuffix(".weight"))
+        if tensor is None:
+            kind, data = _plain(plain[name])
+        else:
+            kind, data = _quantized(tensor, model, written)
+            weight = tensor.dequantize().double()
+            lost += (torch.from_numpy(gguf.dequantize(data, kind).copy()) - weight).square().sum().item()
+            length += weight.square().sum().item()
+            bits, weights = bits + data.nbytes * 8, weights + weight.numel()
+        if arch is LLAMA and theirs.split(".")[-2] in ("attn_q", "attn_k"):
+            data = data[_interleaved(len(data), _head_size(config))]
+        yield theirs, Blocks(kind, data)
+    written.bits_per_weight = bits / weights if weights else 16.0
+    written.relative_error = (lost / length) ** 0.5
+
+
+def _quantized(tensor: QuantizedTensor, model: PreTrainedModel, written: GgufFile) -> Blocks:
+    scheme = tensor.scheme
+    blocks = as_blocks(tensor)
+    if blocks is None:
+        blocks = _plain(tensor.dequantize().to(model.dtype))
+    beside = [part for part in ("residual", "low_rank") if getattr(tensor, part) is not None]
+    written.stored_as[
+        f"{' + '.join([scheme.format, *beside])} {scheme.granularity} -> {blocks.kind.name}"
+    ] += 1
+    return blocks
+
+
+def _plain(value: Tensor) -> Blocks:
+    """A matrix in 16 bits, a vector in 32."""
+    if value.ndim == 1:
+        return Blocks(Kind.F32, value.float().cpu().numpy())
+    if value.dtype == torch.bfloat16:
+        return Blocks(Kind.BF16, value.contiguous().view(torch.uint8).cpu().numpy())
+    half = value.half()
+    if not half.isfinite().all():
+        return Blocks(Kind.F32, value.float().cpu().numpy())
+    return Blocks(Kind.F16, half.cpu().numpy())
+
+
+def _interleaved(rows: int, size: int) -> np.ndarray:
+    """Where each row of llama.cpp's q or k comes from."""
+    return np.arange(rows).reshape(-1, 2, size // 2).swapaxes(1, 2).reshape(-1)
+
+
+def _head_size(config: PretrainedConfig) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _write_description(
+    writer: GGUFWriter,
+    model: PreTrainedModel,
+    config: PretrainedConfig,
+    tensors: dict[str, Blocks],
+) -> None:
+    known, done = identity(model), quantization_of(model)
+    commonest = Counter(kind for kind, data in tensors.values() if data.ndim > 1).most_common(1)[0][0]
+    file_type = {Kind.F32: "ALL_F32", Kind.Q2_K: "MOSTLY_Q2_K", Kind.Q3_K: "MOSTLY_Q3_K_M"}
+    writer.add_name(known.name if done is None else f"{known.name} {done.recipe.name}")
+    writer.add_file_type(gguf.LlamaFileType[file_type.get(commonest, f"MOSTLY_{commonest.name}")])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    if done is not None:
+        writer.add_string(RECIPE_KEY, done.recipe.recipe_id)
+        writer.add_string("bitassay.recipe", done.recipe.model_dump_json())
+        writer.add_string(BASE_KEY, known.weights_digest)
+    size = _head_size(config)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(size)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_key_length(size)
+    writer.add_value_length(size)
+    writer.add_vocab_size(config.vocab_size)
