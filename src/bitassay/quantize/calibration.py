@@ -15,11 +15,13 @@ from bitassay.quantize.scheme import Part
 
 
 class Calibration(Part):
-    """`samples` windows of `tokens` tokens of a corpus."""
+    """`samples` windows of `tokens` tokens of a corpus. every_expert: show every token to every expert of a
+    mixture, not only to those that its router chooses."""
 
     corpus: str = "c4-train"
     samples: int = Field(128, ge=1)
     tokens: int = Field(512, ge=2)
+    every_expert: bool = False
 
 
 def calibration_tokens(model: PreTrainedModel, spec: Calibration) -> Int[Tensor, "samples tokens"]:

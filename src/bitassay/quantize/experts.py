@@ -102,6 +102,13 @@ def _fused(module: nn.Module) -> dict[str, nn.Module]:
     return {name: found for name, found in module.named_modules() if is_fused_experts(found)}
 
 
+def expert_matrix(model: PreTrainedModel, name: str) -> Float[Tensor, "_ _"]:
+    """The slice of that name in `matrices(model)`, as a view `[out, in]` of the model's own memory."""
+    parameter, _, expert = name.rpartition(".")
+    owner, _, key = parameter.rpartition(".")
+    return dense_matrix(model.get_submodule(owner), key, int(expert)).detach()
+
+
 @contextmanager
 def expert_inputs(
     module: nn.Module, tap: Callable[[str, Float[Tensor, "rows _"]], None], *, every: bool = False

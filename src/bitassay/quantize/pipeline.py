@@ -10,7 +10,7 @@ With a work folder every finished layer is a file there, and so is tuning every 
 on where the last one stopped.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,15 @@ from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError
 from bitassay.models.load import Identity
-from bitassay.models.walk import decoder_layers, module_name
+from bitassay.models.walk import decoder_layers, matrices, module_name, walk
 from bitassay.quantize.calibration import Calibration, calibration_tokens
-from bitassay.quantize.gptq import gptq
+from bitassay.quantize.experts import expert_inputs, expert_matrix, warn_of_few
+from bitassay.quantize.gptq import Gptq, Rounded, gptq
 from bitassay.quantize.latent import LatentWeight, latent_linears
-from bitassay.quantize.layerwise import Hidden, first_inputs, quantize_in_passing, run_layer
+from bitassay.quantize.layerwise import Hidden, first_inputs, hessian_of, quantize_in_passing, run_layer
 from bitassay.quantize.layout import Stored, description, read_tensor, stored_tensors
-from bitassay.quantize.learned import Learned, learn_layer
+from bitassay.quantize.learned import learn_layer
+from bitassay.quantize.low_rank import corrected
 from bitassay.quantize.model import (
     Quantization,
     check_recipe,
@@ -93,39 +95,62 @@ def quantize_tensors(
     if quantization_of(base) is not None or (isinstance(known, Identity) and known.recipe_id is not None):
         raise BitassayError("the model is quantized already", "quantize the base model instead")
     weights = check_recipe(base, recipe)
-    if not recipe.is_calibrated:
-        return Quantization(recipe, _to_nearest(weights, recipe, progress))
     draft = copy_sharing_parameters(base)
-    tokens = calibration_tokens(base, recipe.calibration or Calibration())
-    folder = None if work is None else RunFolder(Path(work), _plan(base, recipe))
-    schemes = {name: recipe.scheme_for(name) for name in weights}
-    solved = quantize_layers(draft, schemes, recipe, tokens, folder, progress)
-    if recipe.tune is not None:
-        return _tuned(base, draft, solved, recipe, tokens, folder, progress)
-    return Quantization(recipe, {name: found.tensor for name, found in solved.items()})
+    if recipe.is_calibrated:
+        tokens = calibration_tokens(base, recipe.calibration or Calibration())
+        folder = None if work is None else RunFolder(Path(work), _plan(base, recipe))
+        tensors = _calibrated(base, draft, list(weights), recipe, tokens, folder, progress)
+    else:
+        tensors = _to_nearest(matrices(draft), recipe, progress)
+    return Quantization(recipe, tensors, _changed(base, draft, tensors))
 
 
-def _tuned(
+def _calibrated(
     base: PreTrainedModel,
     draft: PreTrainedModel,
-    solved: Mapping[str, Solved],
+    names: list[str],
     recipe: Recipe,
     tokens: Int[Tensor, "samples tokens"],
     folder: RunFolder | None,
     progress: Progress,
-) -> Quantization:
-    """What end-to-end tuning makes of the layers' solutions."""
-    spec = recipe.tune
-    assert spec is not None
+) -> dict[str, QuantizedTensor]:
+    """Layer by layer, then all layers together; `draft` is left with the norms that go with the result."""
+    schemes = {name: recipe.scheme_for(name) for name in names}
+    if recipe.learned is not None or recipe.tune is not None:
+        _refuse_experts(draft, schemes)
+    solved = quantize_layers(draft, schemes, recipe, tokens, folder, progress)
+    if recipe.tune is None:
+        return {name: found.tensor for name, found in solved.items()}
     progress("running the base model over the calibration text")
     wanted = last_states(base, tokens)
     latents = {name: found.latent_weight() for name, found in solved.items()}
     norms = own_norms(draft)
     with latent_linears(draft, latents):
-        for step, loss in tune(draft, latents, norms.values(), tokens, wanted, spec, folder):
-            progress(f"tuning by {recipe.name}, KL {loss:.3f}", step, spec.steps)
-    tensors = {name: latent.quantized() for name, latent in latents.items()}
-    return Quantization(recipe, tensors, {name: gain.detach() for name, gain in norms.items()})
+        for step, loss in tune(draft, latents, norms, tokens, wanted, recipe.tune, folder):
+            progress(f"tuning by {recipe.name}, KL {loss:.3f}", step, recipe.tune.steps)
+    return {name: latent.quantized() for name, latent in latents.items()}
+
+
+def _changed(
+    base: PreTrainedModel, draft: PreTrainedModel, tensors: Mapping[str, QuantizedTensor]
+) -> dict[str, Tensor]:
+    """The parameters of `draft` that are neither those of `base` nor among the quantized matrices."""
+    before = dict(base.named_parameters(remove_duplicate=False))
+    quantized = {f"{name}.weight" for name in tensors} | {name.rpartition(".")[0] for name in tensors}
+    return {
+        name: parameter.detach()
+        for name, parameter in draft.named_parameters(remove_duplicate=False)
+        if parameter is not before.get(name) and name not in quantized
+    }
+
+
+def _refuse_experts(model: PreTrainedModel, schemes: Mapping[str, WeightScheme | None]) -> None:
+    linears = walk(model).linears
+    if experts := [name for name, scheme in schemes.items() if scheme is not None and name not in linears]:
+        raise BitassayError(
+            f"learned and tune move the weights of linears, and {experts[0]} is an expert's slice",
+            "gptq alone, or leave the experts to another recipe: {match: '*.experts.*', weights: null}",
+        )
 
 
 def _to_nearest(
@@ -164,101 +189,166 @@ def quantize_layers(
     for index, layer in enumerate(layers):
         progress(what, index, len(layers))
         here = f"{prefix}.{index}."
-        own = {name.removeprefix(here): scheme for name, scheme in schemes.items() if name.startswith(here)}
-        work = _LayerWork(layer, own, recipe, here, progress)
+        own = {
+            name: scheme for name, scheme in schemes.items() if name.startswith(here) and scheme is not None
+        }
+        work = _LayerWork(draft, own, recipe, progress)
         targets = None if reference is None else run_layer(layer, reference, arguments[index])
         if folder is not None and folder.has_tensors(f"layer-{index:04d}"):
-            work.solved = _read_layer(folder, index, layer)
-            work.put_weights()
+            work.solved = _read_layer(folder, index, work)
+            work.put(work.solved)
             hidden = run_layer(layer, hidden, arguments[index])
         else:
             entering = hidden
-            hidden = quantize_in_passing(layer, hidden, arguments[index], work.linears, work.solve)
+            hidden = work.run(layer, entering, arguments[index])
             if recipe.learned is not None:
                 assert targets is not None
-                work.learn(entering, targets, arguments[index], recipe.learned)
+                work.learn(layer, here, entering, targets, arguments[index])
                 hidden = run_layer(layer, entering, arguments[index])
             if folder is not None:
                 _write_layer(folder, index, work.solved)
         reference = targets
-        solved |= {here + name: found for name, found in work.solved.items()}
+        solved |= work.solved
     progress(what, len(layers), len(layers))
     return solved
 
 
 class _LayerWork:
-    """One layer's matrices while they are quantized, by their names within it."""
+    """One layer's matrices while they are quantized, by their full names."""
 
     def __init__(
         self,
-        layer: nn.Module,
-        schemes: Mapping[str, WeightScheme | None],
+        draft: PreTrainedModel,
+        schemes: Mapping[str, WeightScheme],
         recipe: Recipe,
-        prefix: str,
         progress: Progress,
     ):
-        self.layer, self.schemes, self.recipe = layer, schemes, recipe
-        self.prefix, self.progress = prefix, progress
+        self.draft, self.schemes, self.recipe, self.progress = draft, schemes, recipe, progress
+        modules = dict(draft.named_modules())
         self.linears = {
-            name: module
-            for name in schemes
-            if schemes[name] is not None and isinstance(module := layer.get_submodule(name), nn.Linear)
+            name: module for name in schemes if isinstance(module := modules.get(name), nn.Linear)
         }
+        self.slices = [name for name in schemes if name not in self.linears]
+        for parameter in dict.fromkeys(name.rpartition(".")[0] for name in self.slices):
+            owner, _, key = parameter.rpartition(".")
+            fused = draft.get_submodule(owner).get_parameter(key)
+            draft.get_submodule(owner).register_parameter(
+                key, nn.Parameter(fused.clone(), requires_grad=False)
+            )
         self.solved: dict[str, Solved] = {}
 
+    def run(self, layer: nn.Module, hidden: Hidden, arguments: dict[str, Any]) -> Hidden:
+        """The layer's output, every matrix quantized on the way when its input arrives."""
+        calibration = self.recipe.calibration or Calibration()
+        if not self.slices:
+            return quantize_in_passing(layer, hidden, arguments, self.linears, self.solve)
+
+        def reached(name: str, inputs: Float[Tensor, "rows _"]) -> None:
+            if name in self.schemes and name not in self.solved:
+                self.solve((name,), hessian_of(inputs))
+
+        with expert_inputs(self.draft, reached, every=calibration.every_expert) as load:
+            output = quantize_in_passing(layer, hidden, arguments, self.linears, self.solve)
+        warn_of_few({name: counts for name, counts in load.items() if counts.any()}, progress=self.progress)
+        for name in self.slices:
+            if name not in self.solved:  # no token came by: its Hessian is unknown
+                weight = self.weight(name)
+                self.solved[name] = Solved(quantize_tensor(weight, self.schemes[name], name), weight.float())
+        self.put([name for name in self.slices])
+        return output
+
+    def weight(self, name: str) -> Float[Tensor, "out in"]:
+        """The matrix as the draft holds it now."""
+        return self.linears[name].weight if name in self.linears else expert_matrix(self.draft, name)
+
+    def put(self, names: Iterable[str]) -> None:
+        """Give the draft the dequantized weights, in its dtype."""
+        for name in names:
+            weight = self.solved[name].tensor.dequantize()
+            if name in self.linears:
+                linear = self.linears[name]
+                linear.weight = nn.Parameter(weight.to(linear.weight.dtype), requires_grad=False)
+            else:
+                self.weight(name).copy_(weight)
+
     def solve(self, names: tuple[str, ...], hessian: Float[Tensor, "in in"]) -> None:
-        """Quantize linears that read the same input, and give them the dequantized weights."""
+        """Quantize matrices that read the same input; those of one scheme in one go."""
         by_scheme: dict[str, list[str]] = {}
         for name in names:
-            by_scheme.setdefault(self.schemes[name].model_dump_json(), []).append(name)  # type: ignore[union-attr]
+            by_scheme.setdefault(self.schemes[name].model_dump_json(), []).append(name)
         for members in by_scheme.values():
             scheme = self.schemes[members[0]]
-            assert scheme is not None
-            if self.recipe.gptq is None or scheme.granularity == "tensor":
-                groups = [[name] for name in members]
+            weights = [self.weight(name) for name in members]
+            for name, weight in zip(members, weights, strict=True):
+                check_weight(weight, scheme, name)
+            low_rank, spec = self.recipe.low_rank, self.recipe.gptq
+            if low_rank is not None or spec is None or scheme.granularity == "tensor":
+                for name, weight in zip(members, weights, strict=True):
+                    self.solved[name] = self._alone(name, weight, hessian, scheme)
             else:
-                groups = [members]
-            for group in groups:
-                self._solve_alike(group, hessian, scheme)
-        self.put_weights(names)
+                found = self._by_gptq(members[0], torch.cat(weights), hessian, scheme, spec)
+                parts = zip(members, _rows(found, [len(weight) for weight in weights]), strict=True)
+                self.solved |= {name: _packed(part, scheme) for name, part in parts}
+        self.put(names)
 
-    def _solve_alike(self, names: list[str], hessian: Float[Tensor, "in in"], scheme: WeightScheme) -> None:
-        weights = [self.linears[name].weight for name in names]
-        for name, weight in zip(names, weights, strict=True):
-            check_weight(weight, scheme, self.prefix + name)
-        if self.recipe.gptq is None:
-            (name,), (weight,) = names, weights
-            tensor = quantize_tensor(weight, scheme, self.prefix + name, hessian.diagonal().float())
-            self.solved[name] = Solved(tensor, weight.float())
-            return
-        found = gptq(torch.cat(weights), hessian, scheme, self.recipe.gptq)
-        if found.damping > self.recipe.gptq.damping:
-            self.progress(f"{self.prefix}{names[0]}: the Hessian needed damping of {found.damping:g}")
-        start = 0
-        for name, weight in zip(names, weights, strict=True):
-            rows = slice(start, start + len(weight))
-            start += len(weight)
-            grid = (
-                found.grid
-                if scheme.granularity == "tensor"
-                else found.grid.each(lambda part, r=rows: part[r])
-            )
-            tensor = from_codes(found.codes[rows], grid.scale, scheme, grid.zero_point, grid.mean)
-            self.solved[name] = Solved(tensor, found.compensated[rows])
+    def _alone(
+        self,
+        name: str,
+        weight: Float[Tensor, "out in"],
+        hessian: Float[Tensor, "in in"],
+        scheme: WeightScheme,
+    ) -> Solved:
+        spec, low_rank, last = self.recipe.gptq, self.recipe.low_rank, weight.float()
 
-    def put_weights(self, names: Iterable[str] | None = None) -> None:
-        """The dequantized weights into the layer, in its dtype."""
-        for name in self.solved if names is None else names:
-            weight = self.solved[name].tensor.dequantize().to(self.linears[name].weight.dtype)
-            self.linears[name].weight = nn.Parameter(weight, requires_grad=False)
+        def quantized(w: Float[Tensor, "out in"]) -> QuantizedTensor:
+            nonlocal last
+            if spec is None:
+                last = w.float()
+                return quantize_tensor(w, scheme, name, hessian.diagonal().float())
+            found = _packed(self._by_gptq(name, w, hessian, scheme, spec), scheme)
+            last = found.latent
+            return found.tensor
 
-    def learn(self, hidden: Hidden, targets: Hidden, arguments: dict[str, Any], spec: Learned) -> None:
+        if low_rank is None:
+            tensor = quantized(weight)
+        else:
+            tensor = corrected(weight, hessian, low_rank, quantized)
+        return Solved(tensor, last)
+
+    def _by_gptq(
+        self, name: str, weight: Tensor, hessian: Tensor, scheme: WeightScheme, spec: Gptq
+    ) -> Rounded:
+        found = gptq(weight, hessian, scheme, spec)
+        if found.damping > spec.damping:
+            self.progress(f"{name}: the Hessian needed damping of {found.damping:g}")
+        return found
+
+    def learn(
+        self, layer: nn.Module, prefix: str, hidden: Hidden, targets: Hidden, arguments: dict[str, Any]
+    ) -> None:
         """Go on from what was solved, to the layer's own output."""
-        latents = {name: found.latent_weight() for name, found in self.solved.items()}
-        losses = learn_layer(self.layer, latents, hidden, targets, arguments, spec)
-        self.progress(f"{self.prefix[:-1]}: error {losses[0]:.3g} -> {losses[-1]:.3g}")
+        assert self.recipe.learned is not None
+        latents = {name: self.solved[name].latent_weight() for name in self.linears}
+        own = {name.removeprefix(prefix): latent for name, latent in latents.items()}
+        losses = learn_layer(layer, own, hidden, targets, arguments, self.recipe.learned)
+        self.progress(f"{prefix[:-1]}: error {losses[0]:.3g} -> {losses[-1]:.3g}")
         self.solved = {name: Solved(latent.quantized(), latent.weight()) for name, latent in latents.items()}
-        self.put_weights()
+        self.put(self.solved)
+
+
+def _rows(found: Rounded, counts: list[int]) -> Iterator[Rounded]:
+    """What was solved as a stack, as the matrices that it was stacked from."""
+    start = 0
+    for count in counts:
+        rows = slice(start, start + count)
+        grid = found.grid.each(lambda part, rows=rows: part[rows])
+        yield Rounded(found.codes[rows], grid, found.compensated[rows], found.damping)
+        start += count
+
+
+def _packed(found: Rounded, scheme: WeightScheme) -> Solved:
+    grid = found.grid
+    return Solved(from_codes(found.codes, grid.scale, scheme, grid.zero_point, grid.mean), found.compensated)
 
 
 def _write_layer(folder: RunFolder, index: int, solved: Mapping[str, Solved]) -> None:
@@ -272,12 +362,11 @@ def _write_layer(folder: RunFolder, index: int, solved: Mapping[str, Solved]) ->
     folder.write_tensors(name, {key: value.contiguous() for key, value in (parts | latents).items()})
 
 
-def _read_layer(folder: RunFolder, index: int, layer: nn.Module) -> dict[str, Solved]:
+def _read_layer(folder: RunFolder, index: int, work: _LayerWork) -> dict[str, Solved]:
     name = f"layer-{index:04d}"
     kept, parts, solved = folder.part(name, dict), folder.read_tensors(name), {}
     for own, stored in kept.items():
         found = {k.removeprefix(f"{own}/"): v for k, v in parts.items() if k.startswith(f"{own}/")}
-        latent = found.pop("latent")
-        shape = tuple(layer.get_submodule(own).weight.shape)
+        latent, shape = found.pop("latent"), tuple(work.weight(own).shape)
         solved[own] = Solved(read_tensor(found, Stored.model_validate(stored), shape), latent)
     return solved

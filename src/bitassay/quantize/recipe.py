@@ -20,6 +20,7 @@ from bitassay.errors import BitassayError, nearest
 from bitassay.quantize.calibration import Calibration
 from bitassay.quantize.gptq import Gptq
 from bitassay.quantize.learned import Learned
+from bitassay.quantize.low_rank import LowRankSpec
 from bitassay.quantize.scheme import Part, WeightScheme
 from bitassay.quantize.tune import Tune
 from bitassay.record.files import read_yaml
@@ -46,12 +47,13 @@ class Recipe(Part):
     calibration: Calibration | None = None
     gptq: Gptq | None = None
     learned: Learned | None = None
+    low_rank: LowRankSpec | None = None
     tune: Tune | None = None
 
     @property
     def is_calibrated(self) -> bool:
         """Whether the weights depend on calibration text."""
-        parts = (self.calibration, self.gptq, self.learned, self.tune)
+        parts = (self.calibration, self.gptq, self.learned, self.low_rank, self.tune)
         return any(part is not None for part in parts)
 
     @property

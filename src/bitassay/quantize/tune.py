@@ -15,7 +15,7 @@ The base model's last hidden states are kept instead of its logits, which are `v
 and are one product away. Products are in bf16, what is learned in fp32.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 from jaxtyping import Float, Int
@@ -23,7 +23,6 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bitassay.models.walk import module_name
 from bitassay.quantize.latent import LatentWeight
 from bitassay.quantize.layerwise import BATCH_SAMPLES
 from bitassay.quantize.schedule import learning_rate, sample_order
@@ -48,15 +47,14 @@ class Tune(Part):
     seed: int = 0
 
 
-def own_norms(model: PreTrainedModel) -> dict[str, nn.Parameter]:
-    """The gains of the decoder's norms by full name, each replaced by a copy in fp32 that may be changed."""
-    decoder, norms = model.get_decoder(), {}
-    prefix = module_name(model, decoder)
-    for name, module in decoder.named_modules(prefix=prefix):
+def own_norms(model: PreTrainedModel) -> list[nn.Parameter]:
+    """The gains of the decoder's norms, each replaced by a copy in fp32 that may be changed."""
+    norms = []
+    for module in model.get_decoder().modules():
         gain = module._parameters.get("weight")
         if gain is not None and gain.ndim == 1:
             module.register_parameter("weight", nn.Parameter(gain.detach().float().clone()))
-            norms[f"{name}.weight"] = module.get_parameter("weight")
+            norms.append(module.get_parameter("weight"))
     return norms
 
 
@@ -97,7 +95,7 @@ def divergence(
 def tune(
     student: PreTrainedModel,
     latents: dict[str, LatentWeight],
-    norms: Iterable[nn.Parameter],
+    norms: list[nn.Parameter],
     tokens: Int[Tensor, "samples tokens"],
     base_states: Float[Tensor, "samples tokens hidden"],
     spec: Tune,
@@ -105,7 +103,6 @@ def tune(
 ) -> Iterator[tuple[int, float]]:
     """Learn in place; yields each step, counted from 1, and its loss. `student` computes with the latents,
     `norms` are its gains. With a folder the state is kept there every KEEP_STEPS steps, and gone on from."""
-    norms = list(norms)
     head = student.get_output_embeddings().weight.detach().bfloat16()
     codes = [latent.u for latent in latents.values()]
     scales = [parameter for latent in latents.values() for parameter in latent.grid_parameters()]
