@@ -47,8 +47,8 @@ def quantize(
         out: The folder to write; it must not exist or be empty.
         gguf: The file to write for llama.cpp; it must not exist.
         layout: How the folder stores codes. Without it, compressed-tensors wherever that is exact.
-        work: Where a calibrated recipe keeps its finished layers. Without it, beside the output in a folder that
-            ends in .work and is removed at the end.
+        work: Where a calibrated recipe keeps its finished layers. Without it, beside the output in a folder
+            that ends in .work and is removed at the end.
         dtype: What is not quantized is stored in this dtype. In float32 the checkpoint loads exactly;
             in 16 bits it is smaller, and transformers rounds the scales once more.
         check: Load what was written, with plain transformers where it can, and compare its logits.
