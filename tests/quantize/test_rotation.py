@@ -13,7 +13,7 @@ from bitassay.errors import BitassayError
 from bitassay.models.walk import walk
 from bitassay.quantize.model import Quantization, with_tensors
 from bitassay.quantize.recipe import Recipe
-from bitassay.quantize.rotation import Rotation, add_online, rotate
+from bitassay.quantize.rotation import Rotation, add_online, changed_parameters, rotate
 from bitassay.quantize.tensor import quantize_tensor
 from bitassay.testing.tiny import tiny_model
 
@@ -187,8 +187,9 @@ def test_quantized_copies_turn_at_run_time(rotation, packed):
     tensors = {
         name: quantize_tensor(linear.weight, recipe.weights) for name, linear in walk(work).linears.items()
     }
-    kept = {**dict(work.named_parameters()), "lm_head.weight": work.lm_head.weight}
-    others = {name: p for name, p in kept.items() if name.removesuffix(".weight") not in tensors}
+    changed = changed_parameters(base, work)
+    others = {name: p for name, p in changed.items() if name.removesuffix(".weight") not in tensors}
+    assert ("lm_head.weight" in others) == (rotation.r1 == "folded")
     quantized = with_tensors(base, Quantization(recipe, tensors, others), packed=packed)
     add_online(quantized, rotation)
     once = logits(quantized)

@@ -117,7 +117,7 @@ def rotate(
     chosen = rotation.chosen(len(layers))
     if not chosen:
         return
-    before = _probe(model)
+    before = probe(model)
     if rotation.r1 is not None:
         stream = residual_stream(model)
         q = _orthogonal(rotation, stream.embedding.read().shape[-1], "r1")
@@ -140,7 +140,7 @@ def rotate(
                 q = _orthogonal(rotation, down.in_features, "r4", name)
                 Weight(down, "weight").write(q.apply(Weight(down, "weight").read()))
     add_online(model, rotation)
-    change = ((_probe(model) - before).norm() / before.norm()).item()
+    change = ((probe(model) - before).norm() / before.norm()).item()
     if not change <= PROBE_TOLERANCE:
         raise BitassayError(
             f"{type(model).__name__}: rotated, it says something else (logits differ by {change:.2g} of "
@@ -172,6 +172,18 @@ def add_online(model: PreTrainedModel, rotation: Rotation) -> None:
                 q = _orthogonal(rotation, down.in_features, "r4", name)
                 down.register_forward_pre_hook(_Turn(q).input)
     object.__setattr__(model, "online_rotation", rotation)
+
+
+def changed_parameters(base: PreTrainedModel, changed: PreTrainedModel) -> dict[str, Tensor]:
+    """Every parameter of `changed` that is not the base model's, by full name; an output head that was tied
+    in the base model has a name of its own."""
+    before = dict(base.named_parameters(remove_duplicate=False))
+    after = changed.named_parameters(remove_duplicate=False)
+    return {name: value.detach() for name, value in after if not _same(value, before[name])}
+
+
+def _same(new: Tensor, old: Tensor) -> bool:
+    return new is old or torch.equal(new.to(old.dtype), old)
 
 
 def _fold_gains(layers: list[LayerStream]) -> None:
@@ -298,7 +310,8 @@ class _Turn:
         return (self(output[0]), *output[1:]) if isinstance(output, tuple) else self(output)
 
 
-def _probe(model: PreTrainedModel) -> Float[Tensor, "tokens vocabulary"]:
+def probe(model: PreTrainedModel) -> Float[Tensor, "tokens vocabulary"]:
+    """Logits on PROBE_TOKENS random tokens, the same at every call."""
     vocabulary = len(model.get_input_embeddings().get_parameter("weight"))
     tokens = torch.randint(0, vocabulary, (1, PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
     return model(tokens.to(model.device), use_cache=False).logits[0].double()
