@@ -10,7 +10,7 @@ from bitassay.evaluate.compare import evaluate
 from bitassay.models.walk import decoder_layers
 from bitassay.quantize import pipeline, tune
 from bitassay.quantize.layerwise import first_inputs, input_groups, run_layer
-from bitassay.quantize.model import bits_per_weight, quantization_of
+from bitassay.quantize.model import bits_per_weight, quantization_of, with_tensors
 from bitassay.quantize.pipeline import quantize
 from bitassay.quantize.recipe import Recipe
 from bitassay.testing.tiny import stories260k, tiny_model
@@ -27,7 +27,7 @@ RECIPES = {
 
 
 def recipe(name, **changes):
-    return Recipe(name=name, weights=W2, **{"calibration": CALIBRATION} | RECIPES[name] | changes)
+    return Recipe(**{"name": name, "weights": W2, "calibration": CALIBRATION} | RECIPES[name] | changes)
 
 
 @pytest.fixture(scope="module")
@@ -151,3 +151,40 @@ def test_nan_weights_are_named(base):
     broken.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
     with pytest.raises(BitassayError, match=r"model\.layers\.1\.mlp\.up_proj: NaN"):
         quantize(broken, recipe("gptq"))
+
+
+@pytest.mark.parametrize("name", ["nearest", "learned", "tune"])
+@pytest.mark.parametrize(
+    "rotation",
+    [{"kind": "hadamard"}, {"r1": "online", "r2": False, "r4": True, "without_hadamard": "orthogonal"}],
+    ids=["folded", "online"],
+)
+def test_rotated_recipes_keep_what_the_model_says(base, name, rotation):
+    """With eight bits next to nothing is lost, whatever the basis that codes, norms and head are in."""
+    weights = {"format": "int8", "granularity": "g32"}
+    found = quantize(
+        base, recipe(name, weights=weights, rotation=rotation, calibration={"samples": 4, "tokens": 64})
+    )
+    packed = with_tensors(base, quantization_of(found), packed=True)
+    for model in (found, packed):
+        assert evaluate(model, against=base, protocol=PROTOCOL).quality.kl_mean < 5e-3
+
+
+def test_low_rank_factors_bring_the_output_closer(base):
+    plain, helped = (quantize(base, recipe("nearest", **more)) for more in ({}, {"low_rank": {"rank": 8}}))
+    kl = [evaluate(model, against=base, protocol=PROTOCOL).quality.kl_mean for model in (plain, helped)]
+    assert kl[1] < kl[0]
+    assert bits_per_weight(helped) > bits_per_weight(plain)
+
+
+def test_experts_are_calibrated_too():
+    model = tiny_model("qwen3_moe")
+    found = quantize(model, recipe("gptq"))
+    names = [name for name in quantization_of(found).tensors if ".experts." in name]
+    assert len(names) == 3 * 2 * 4
+    nearest = quantize(model, Recipe(name="plain", weights=W2))
+    tokens = torch.randint(3, 500, (4, 48), generator=torch.Generator().manual_seed(0))
+    errors = [(m(tokens).logits - model(tokens).logits).square().mean().item() for m in (found, nearest)]
+    assert errors[0] < errors[1]
+    with pytest.raises(BitassayError, match="is an expert's slice"):
+        quantize(model, recipe("tune"))

@@ -19,8 +19,8 @@ class Calibration(Part):
     mixture, not only to those that its router chooses."""
 
     corpus: str = "c4-train"
-    samples: int = Field(128, ge=1)
-    tokens: int = Field(512, ge=2)
+    samples: int = Field(default=128, ge=1)
+    tokens: int = Field(default=512, ge=2)
     every_expert: bool = False
 
 

@@ -8,7 +8,8 @@ and every forward pass rounds it:
 with `c = z - o`, the position of zero. Gradients pass the rounding as if it were not there (straight through,
 1308.3432), and reach everything else exactly:
 
-    dL/du = dL/dw' s     dL/ds = sum over the group of dL/dw' (q - c)     dL/dc = -s sum dL/dw'     dL/dm = sum dL/dw'
+    dL/du = dL/dw' s            dL/ds = sum of dL/dw' (q - c)
+    dL/dc = -s sum of dL/dw'    dL/dm = sum of dL/dw'           sums over the group
 
 Since `u` counts steps, one learning rate suits all matrices, and moving a scale moves the weights with it
 instead of changing codes (in LSQ, 1902.08153, both follow from `w / s`). `u` is kept within half a step of
@@ -34,8 +35,8 @@ from bitassay.quantize.tensor import QuantizedTensor, from_codes
 class LatentWeight(nn.Module):
     """A matrix whose codes and grid are being learned.
 
-    u: positions on the grid, `[out, in]`. gain: what the first scales are multiplied by, `[out, groups]`, 1 at
-    first, so that one learning rate suits all of them. zero: the position of zero. mean: as the grid's.
+    u: positions on the grid, `[out, in]`. gain: what the first scales are multiplied by, `[out, groups]`, 1
+    at first, so that one learning rate suits all of them. zero: the position of zero. mean: as the grid's.
     """
 
     def __init__(self, scheme: WeightScheme, weight: Float[Tensor, "out in"], grid: Grid):
@@ -102,31 +103,21 @@ def _rounded(u: Tensor, fmt: NumberFormat, limits: tuple[int, int]) -> Tensor:
     return torch.where(u < 0, -1.0, 1.0) if fmt.kind == "binary" else u.round().clamp_(*limits)
 
 
-class LatentLinear(nn.Module):
-    """A linear that computes with a latent weight."""
-
-    def __init__(self, latent: LatentWeight, bias: Tensor | None):
-        super().__init__()
-        self.latent, self.bias = latent, bias
-
-    def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
-        return nn.functional.linear(x, self.latent(), self.bias)
-
-
 @contextmanager
 def latent_linears(model: nn.Module, latents: Mapping[str, LatentWeight]) -> Iterator[None]:
-    """While this lasts, the linears of those names compute with latent weights."""
-    owners = {
-        name: (model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in latents
-    }
-    linears = {name: getattr(owner, own) for name, (owner, own) in owners.items()}
+    """While this lasts, the linears of those names compute with latent weights; their hooks stay."""
+    linears = {name: model.get_submodule(name) for name in latents}
+
+    def with_latent(latent: LatentWeight, bias: Tensor | None):
+        return lambda x: nn.functional.linear(x, latent(), bias)
+
     try:
-        for name, (owner, own) in owners.items():
-            setattr(owner, own, LatentLinear(latents[name], linears[name].bias))
+        for name, linear in linears.items():
+            linear.forward = with_latent(latents[name], linear.bias)  # type: ignore[arg-type]
         yield
     finally:
-        for name, (owner, own) in owners.items():
-            setattr(owner, own, linears[name])
+        for linear in linears.values():
+            linear.__dict__.pop("forward", None)  # the class has its own
 
 
 class _OnGrid(torch.autograd.Function):

@@ -20,6 +20,7 @@ from bitassay.models.walk import matrices, walk
 from bitassay.quantize.experts import put_experts
 from bitassay.quantize.linear import QuantizedLinear
 from bitassay.quantize.recipe import Recipe
+from bitassay.quantize.rotation import add_online
 from bitassay.quantize.tensor import QuantizedTensor
 
 
@@ -53,6 +54,8 @@ def with_tensors(
             )
         else:
             linear.weight = nn.Parameter(tensor.dequantize().to(linear.weight.dtype), requires_grad=False)
+    if quantization.recipe.rotation is not None:
+        add_online(model, quantization.recipe.rotation)
     # nn.Module's own __setattr__ is for tensors and modules.
     object.__setattr__(model, "quantization", quantization)
     if isinstance(known := getattr(base, "identity", None), Identity):

@@ -39,10 +39,11 @@ from bitassay.quantize.model import (
     with_tensors,
 )
 from bitassay.quantize.recipe import Recipe, find_recipe
+from bitassay.quantize.rotation import changed_parameters, rotate
 from bitassay.quantize.scales import Grid
 from bitassay.quantize.scheme import WeightScheme
 from bitassay.quantize.tensor import QuantizedTensor, check_weight, from_codes, quantize_tensor
-from bitassay.quantize.tune import last_states, own_norms, tune
+from bitassay.quantize.tune import head_weight, last_states, own_norms, tune
 from bitassay.record.progress import Progress, silent
 from bitassay.record.run import RunFolder
 
@@ -96,13 +97,17 @@ def quantize_tensors(
         raise BitassayError("the model is quantized already", "quantize the base model instead")
     weights = check_recipe(base, recipe)
     draft = copy_sharing_parameters(base)
-    if recipe.is_calibrated:
-        tokens = calibration_tokens(base, recipe.calibration or Calibration())
+    needs_text = recipe.is_calibrated
+    tokens = calibration_tokens(base, recipe.calibration or Calibration()) if needs_text else None
+    if recipe.rotation is not None:
+        progress(f"rotating by {recipe.name}")
+        rotate(draft, recipe.rotation, tokens)
+    if tokens is not None:
         folder = None if work is None else RunFolder(Path(work), _plan(base, recipe))
         tensors = _calibrated(base, draft, list(weights), recipe, tokens, folder, progress)
     else:
         tensors = _to_nearest(matrices(draft), recipe, progress)
-    return Quantization(recipe, tensors, _changed(base, draft, tensors))
+    return Quantization(recipe, tensors, _beside(base, draft, tensors))
 
 
 def _calibrated(
@@ -124,24 +129,21 @@ def _calibrated(
     progress("running the base model over the calibration text")
     wanted = last_states(base, tokens)
     latents = {name: found.latent_weight() for name, found in solved.items()}
-    norms = own_norms(draft)
+    head = head_weight(base)
+    steps = tune(draft, latents, own_norms(draft), tokens, wanted, head, recipe.tune, folder)
     with latent_linears(draft, latents):
-        for step, loss in tune(draft, latents, norms, tokens, wanted, recipe.tune, folder):
+        for step, loss in steps:
             progress(f"tuning by {recipe.name}, KL {loss:.3f}", step, recipe.tune.steps)
     return {name: latent.quantized() for name, latent in latents.items()}
 
 
-def _changed(
+def _beside(
     base: PreTrainedModel, draft: PreTrainedModel, tensors: Mapping[str, QuantizedTensor]
 ) -> dict[str, Tensor]:
-    """The parameters of `draft` that are neither those of `base` nor among the quantized matrices."""
-    before = dict(base.named_parameters(remove_duplicate=False))
+    """What changed that is not a quantized matrix."""
     quantized = {f"{name}.weight" for name in tensors} | {name.rpartition(".")[0] for name in tensors}
-    return {
-        name: parameter.detach()
-        for name, parameter in draft.named_parameters(remove_duplicate=False)
-        if parameter is not before.get(name) and name not in quantized
-    }
+    changed = changed_parameters(base, draft)
+    return {name: value for name, value in changed.items() if name not in quantized}
 
 
 def _refuse_experts(model: PreTrainedModel, schemes: Mapping[str, WeightScheme | None]) -> None:
@@ -254,7 +256,7 @@ class _LayerWork:
             if name not in self.solved:  # no token came by: its Hessian is unknown
                 weight = self.weight(name)
                 self.solved[name] = Solved(quantize_tensor(weight, self.schemes[name], name), weight.float())
-        self.put([name for name in self.slices])
+        self.put(self.slices)
         return output
 
     def weight(self, name: str) -> Float[Tensor, "out in"]:
@@ -309,11 +311,8 @@ class _LayerWork:
             last = found.latent
             return found.tensor
 
-        if low_rank is None:
-            tensor = quantized(weight)
-        else:
-            tensor = corrected(weight, hessian, low_rank, quantized)
-        return Solved(tensor, last)
+        alone = low_rank is None
+        return Solved(quantized(weight) if alone else corrected(weight, hessian, low_rank, quantized), last)
 
     def _by_gptq(
         self, name: str, weight: Tensor, hessian: Tensor, scheme: WeightScheme, spec: Gptq
@@ -367,6 +366,6 @@ def _read_layer(folder: RunFolder, index: int, work: _LayerWork) -> dict[str, So
     kept, parts, solved = folder.part(name, dict), folder.read_tensors(name), {}
     for own, stored in kept.items():
         found = {k.removeprefix(f"{own}/"): v for k, v in parts.items() if k.startswith(f"{own}/")}
-        latent, shape = found.pop("latent"), tuple(work.weight(own).shape)
-        solved[own] = Solved(read_tensor(found, Stored.model_validate(stored), shape), latent)
+        latent, (rows, columns) = found.pop("latent"), work.weight(own).shape
+        solved[own] = Solved(read_tensor(found, Stored.model_validate(stored), (rows, columns)), latent)
     return solved

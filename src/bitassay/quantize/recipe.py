@@ -14,13 +14,15 @@ from fnmatch import fnmatchcase
 from importlib.resources import files
 from pathlib import Path
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from bitassay.errors import BitassayError, nearest
 from bitassay.quantize.calibration import Calibration
 from bitassay.quantize.gptq import Gptq
 from bitassay.quantize.learned import Learned
 from bitassay.quantize.low_rank import LowRankSpec
+from bitassay.quantize.mixed import Mixed
+from bitassay.quantize.rotation import Rotation
 from bitassay.quantize.scheme import Part, WeightScheme
 from bitassay.quantize.tune import Tune
 from bitassay.record.files import read_yaml
@@ -45,16 +47,27 @@ class Recipe(Part):
     weights: WeightScheme | None
     overrides: tuple[Override, ...] = ()
     calibration: Calibration | None = None
+    rotation: Rotation | None = None
+    mixed: Mixed | None = None
     gptq: Gptq | None = None
     learned: Learned | None = None
     low_rank: LowRankSpec | None = None
     tune: Tune | None = None
 
+    @model_validator(mode="after")
+    def _choices_make_sense(self) -> "Recipe":
+        if self.mixed is not None:
+            if self.weights is None:
+                raise ValueError("mixed: its formats are variants of weights, of which there are none")
+            self.mixed.choices(self.weights)
+        return self
+
     @property
     def is_calibrated(self) -> bool:
         """Whether the weights depend on calibration text."""
-        parts = (self.calibration, self.gptq, self.learned, self.low_rank, self.tune)
-        return any(part is not None for part in parts)
+        refined = self.rotation is not None and self.rotation.kind == "refined"
+        parts = (self.calibration, self.mixed, self.gptq, self.learned, self.low_rank, self.tune)
+        return refined or any(part is not None for part in parts)
 
     @property
     def recipe_id(self) -> str:

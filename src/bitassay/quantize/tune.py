@@ -5,14 +5,14 @@ from the unquantized model's next-token distribution, over the calibration text,
 
     L = mean over tokens of sum_t p_t (log p_t - log p'_t)
 
-and everything that is stored may move: codes (through their latents, `latent.py`), scales, and the gains of
-the norms. Adam, one learning rate for latents in steps, one for scales relative to their first value, a
-cosine decay to zero. Tuning scales alone is the second phase of EfficientQAT (2407.11062); moving the codes too
-is distillation of a quantized network as in LLM-QAT (2305.17888), here with the text that the other methods
-calibrate on, instead of the model's own samples.
+and everything that is stored may move: codes (through their latents, `latent.py`), scales, and the gains
+of the norms. Adam, one learning rate for latents in steps, one for scales relative to their first value, a
+cosine decay to zero. Tuning scales alone is the second phase of EfficientQAT (2407.11062); moving the codes
+too is distillation of a quantized network as in LLM-QAT (2305.17888), here with the text that the other
+methods calibrate on, instead of the model's own samples.
 
-The base model's last hidden states are kept instead of its logits, which are `vocabulary / hidden` times larger
-and are one product away. Products are in bf16, what is learned in fp32.
+The base model's last hidden states are kept instead of its logits, which are `vocabulary / hidden` times
+larger and are one product away. Products are in bf16, what is learned in fp32.
 """
 
 from collections.abc import Iterator
@@ -23,6 +23,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from bitassay.errors import BitassayError
 from bitassay.quantize.latent import LatentWeight
 from bitassay.quantize.layerwise import BATCH_SAMPLES
 from bitassay.quantize.schedule import learning_rate, sample_order
@@ -45,6 +46,21 @@ class Tune(Part):
     norms: float = Field(1e-4, ge=0)
     warmup: float = Field(0.05, ge=0, le=1)
     seed: int = 0
+
+
+def head_weight(model: PreTrainedModel) -> Float[Tensor, "vocabulary hidden"]:
+    """The matrix that makes logits of the last hidden states. Raises BitassayError for a model that does more
+    than a product there."""
+    head = model.get_output_embeddings()
+    capped = [
+        name for name in ("final_logit_softcapping", "logit_scale") if getattr(model.config, name, None)
+    ]
+    if head is None or capped:
+        raise BitassayError(
+            f"{type(model).__name__}: tune needs a plain output head, and this one has {(capped or 'none')[0]}",
+            "a recipe without tune",
+        )
+    return head.get_parameter("weight").detach()
 
 
 def own_norms(model: PreTrainedModel) -> list[nn.Parameter]:
@@ -98,12 +114,14 @@ def tune(
     norms: list[nn.Parameter],
     tokens: Int[Tensor, "samples tokens"],
     base_states: Float[Tensor, "samples tokens hidden"],
+    base_head: Float[Tensor, "vocabulary hidden"],
     spec: Tune,
     folder: RunFolder | None = None,
 ) -> Iterator[tuple[int, float]]:
     """Learn in place; yields each step, counted from 1, and its loss. `student` computes with the latents,
-    `norms` are its gains. With a folder the state is kept there every KEEP_STEPS steps, and gone on from."""
-    head = student.get_output_embeddings().weight.detach().bfloat16()
+    `norms` are its gains; the base model's states and head say what it should say. With a folder the state
+    is kept there every KEEP_STEPS steps, and gone on from."""
+    head, base_head = head_weight(student).bfloat16(), base_head.bfloat16()
     codes = [latent.u for latent in latents.values()]
     scales = [parameter for latent in latents.values() for parameter in latent.grid_parameters()]
     for latent in latents.values():
@@ -122,7 +140,7 @@ def tune(
             group["lr"] = group["rate"] * learning_rate(step, spec.steps, spec.warmup)
         with torch.autocast(tokens.device.type, torch.bfloat16):
             states = student.get_decoder()(input_ids=tokens[chosen], use_cache=False).last_hidden_state
-        loss, gradient = divergence(states, base_states[chosen], head, head)
+        loss, gradient = divergence(states, base_states[chosen], head, base_head)
         states.backward(gradient.to(states.dtype))
         optimizer.step()
         optimizer.zero_grad()
