@@ -1,0 +1,157 @@
+"""How much a model minds that one of its matrices, or one of its layers, is quantized.
+
+Two measures, both on text:
+
+    error   ||x (W' - W)^T||^2 / ||x W^T||^2, the relative energy of what rounding adds to the matrix's own
+            output: one pass over the text for any number of candidates
+    KL      sum_v p_v (log p_v - log q_v), the mean over tokens of the divergence of the model's next-token
+            distributions when only these matrices are quantized: it knows what the rest of the model makes of
+            the error, and costs a run of all layers from the first changed one to the head
+
+`observe` shows a tap what enters every matrix, experts included.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from bitassay.models.walk import decoder_layers, matrices, module_name, walk
+from bitassay.quantize.experts import Load, expert_inputs
+from bitassay.quantize.model import Quantization, with_tensors
+from bitassay.quantize.recipe import Recipe
+from bitassay.quantize.tensor import QuantizedTensor
+
+NOTHING_ELSE = Recipe.model_validate({"name": "one-group", "weights": None})
+ROWS = 64  # tokens whose distributions exist at a time
+
+
+class Place(NamedTuple):
+    """Where a matrix sits: the number of its layer, and its name there, which all slices of one parameter
+    share."""
+
+    layer: int
+    kind: str
+
+
+def places(model: PreTrainedModel) -> dict[str, Place]:
+    """The place of each of `matrices(model)`."""
+    prefix, linears = module_name(model, decoder_layers(model)), walk(model).linears
+    found = {}
+    for name in matrices(model):
+        layer, _, kind = name.removeprefix(f"{prefix}.").partition(".")
+        found[name] = Place(int(layer), kind if name in linears else kind.rpartition(".")[0])
+    return found
+
+
+@torch.no_grad()
+def observe(
+    model: PreTrainedModel,
+    tokens: Int[Tensor, "samples tokens"],
+    tap: Callable[[str, Float[Tensor, "rows _"]], None],
+    progress: Callable[[int], None] = lambda done: None,
+) -> Load:
+    """Run the text, a sample at a time, and show the inputs of every matrix by its name. Returns how many
+    tokens each expert got; `progress` gets the number of finished samples."""
+
+    def shows(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _, given: tap(name, given[0].reshape(-1, given[0].shape[-1]))
+
+    handles = [m.register_forward_pre_hook(shows(name)) for name, m in walk(model).linears.items()]
+    try:
+        with expert_inputs(model, tap) as load:
+            for done, sample in enumerate(tokens):
+                model.get_decoder()(input_ids=sample[None].to(model.device), use_cache=False)
+                progress(done + 1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return load
+
+
+class OutputError:
+    """The energy of matrices' outputs, and of what each candidate adds to them. It is a tap for `observe`;
+    matrices that have no candidates are passed over."""
+
+    def __init__(self, model: PreTrainedModel, candidates: Mapping[str, Sequence[QuantizedTensor]]):
+        self.weights, self.candidates = matrices(model), candidates
+        self.signal = dict.fromkeys(candidates, 0.0)
+        self.noise = {name: [0.0] * len(tensors) for name, tensors in candidates.items()}
+        self.rows = dict.fromkeys(candidates, 0)
+
+    def __call__(self, name: str, x: Float[Tensor, "rows in"]) -> None:
+        if name not in self.candidates:
+            return
+        x, weight = x.float(), self.weights[name].float()
+        self.rows[name] += len(x)
+        self.signal[name] += _energy(x @ weight.T)
+        for place, tensor in enumerate(self.candidates[name]):
+            self.noise[name][place] += _energy(x @ (tensor.dequantize() - weight).T)
+
+    def relative(self, name: str) -> list[float] | None:
+        """Each candidate's relative energy; None where no input came, or nothing but zeros."""
+        if self.signal[name] == 0:
+            return None
+        return [noise / self.signal[name] for noise in self.noise[name]]
+
+
+def _energy(y: Tensor) -> float:
+    return y.square().sum(dtype=torch.float64).item()
+
+
+@torch.no_grad()
+def divergences(
+    model: PreTrainedModel,
+    groups: Mapping[str, Mapping[str, QuantizedTensor]],
+    window: Int[Tensor, " tokens"],
+) -> Iterator[tuple[str, float]]:
+    """For each group of matrices in turn, the mean KL divergence over a window when only it is quantized."""
+    entering: dict[int, Tensor] = {}
+
+    def keep(index: int) -> Callable[..., None]:
+        return lambda _, given: entering.__setitem__(index, given[0])
+
+    handles = [m.register_forward_pre_hook(keep(i)) for i, m in enumerate(decoder_layers(model))]
+    try:
+        wanted = _logits(model, window)
+    finally:
+        for handle in handles:
+            handle.remove()
+    where = places(model)
+    for label, tensors in groups.items():
+        changed = with_tensors(model, Quantization(NOTHING_ELSE, dict(tensors)))
+        first = min((where[name].layer for name in tensors), default=0)
+        _start_at(changed, first, entering[first])
+        yield label, mean_divergence(wanted, _logits(changed, window))
+
+
+def _start_at(model: PreTrainedModel, index: int, hidden: Float[Tensor, "1 tokens hidden"]) -> None:
+    """Let a copy of a model go through its first layers without doing anything, and enter the layer `index`
+    with `hidden`."""
+
+    def pass_on(x: Tensor, *_: Any, **__: Any) -> Tensor:
+        return x
+
+    layers = decoder_layers(model)
+    for layer in layers[:index]:
+        layer.forward = pass_on
+    layers[index].register_forward_pre_hook(lambda _, given: (hidden, *given[1:]))
+
+
+def _logits(model: PreTrainedModel, window: Int[Tensor, " tokens"]) -> Float[Tensor, "tokens vocabulary"]:
+    return model(window[None].to(model.device), use_cache=False).logits[0]
+
+
+def mean_divergence(
+    base: Float[Tensor, "tokens vocabulary"], other: Float[Tensor, "tokens vocabulary"]
+) -> float:
+    """The mean of KL(base || other) over tokens, in nats. Never negative: what fp32 leaves below zero is
+    removed."""
+    total = 0.0
+    for wanted, found in zip(base.split(ROWS), other.split(ROWS), strict=True):
+        log_p, log_q = wanted.float().log_softmax(1), found.float().log_softmax(1)
+        total += (log_p.exp() * (log_p - log_q)).sum(1).clamp(min=0).sum(dtype=torch.float64).item()
+    return total / len(base)
