@@ -151,6 +151,19 @@ def test_a_model_that_shares_the_parameters_stays_as_it_is():
     assert not base.model.layers[0].mlp.down_proj._forward_pre_hooks
 
 
+@pytest.mark.parametrize("r1", ["folded", "online"])
+def test_a_model_in_16_bits_is_rotated_in_fp32(r1):
+    base = small("qwen2", tie_word_embeddings=True).to(torch.bfloat16)
+    draft = copy.deepcopy(base, {id(p): p for p in base.parameters()})
+    rotate(draft, Rotation(r1=r1))
+    assert {p.dtype for p in draft.parameters()} == {torch.float32}
+    assert {p.dtype for p in base.parameters()} == {torch.bfloat16}
+    assert (draft.lm_head.weight is draft.model.embed_tokens.weight) == (r1 == "online")
+    exact = copy.deepcopy(base).float()
+    assert (logits(draft) - logits(exact)).abs().max() < 1e-4
+    assert ("model.embed_tokens.weight" in changed_parameters(base, draft)) == (r1 == "folded")
+
+
 def test_outliers_spread():
     model = small("llama")
     model.model.embed_tokens.weight[:, 7] *= 50

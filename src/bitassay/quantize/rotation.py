@@ -105,18 +105,17 @@ class Rotation(Part):
 def rotate(
     model: PreTrainedModel, rotation: Rotation, tokens: Int[Tensor, "samples tokens"] | None = None
 ) -> None:
-    """Rotate a working copy in fp32 or fp64, in place, products in fp64; what it computes stays the same.
+    """Rotate a working copy in place, products in fp64; what it computes stays the same. A copy in 16 bits is
+    in fp32 afterwards: rounded to 16 bits again, rotated weights are no longer quite the model's.
 
     Only new parameters are made: another model that shares the old ones keeps them. `tokens` are for
     `refined`. Raises BitassayError that names the part of an architecture that cannot be rotated.
     """
-    assert model.dtype in (torch.float32, torch.float64), (
-        "a rotation folded in 16 bits would change the model"
-    )
     layers = decoder_layers(model)
     chosen = rotation.chosen(len(layers))
     if not chosen:
         return
+    _to_fp32(model)
     before = probe(model)
     if rotation.r1 is not None:
         stream = residual_stream(model)
@@ -184,6 +183,17 @@ def changed_parameters(base: PreTrainedModel, changed: PreTrainedModel) -> dict[
 
 def _same(new: Tensor, old: Tensor) -> bool:
     return new is old or torch.equal(new.to(old.dtype), old)
+
+
+def _to_fp32(model: PreTrainedModel) -> None:
+    """New parameters in fp32 for those in 16 bits; what was one parameter stays one."""
+    wide: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for key, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            if parameter.dtype in (torch.float16, torch.bfloat16):
+                if parameter not in wide:
+                    wide[parameter] = nn.Parameter(parameter.detach().float(), requires_grad=False)
+                module.register_parameter(key, wide[parameter])
 
 
 def _fold_gains(layers: list[LayerStream]) -> None:
