@@ -24,6 +24,10 @@ KERNELS = [
     ),
     {"format": "int4", "granularity": "g64", "symmetric": False, "scale": "mse", "scale_dtype": "bfloat16"},
     {"format": "int4", "granularity": "g128"},
+    {"format": "int4", "granularity": "g64", "symmetric": False, "zero_point": "free"},
+    {"format": "int3", "granularity": "g64", "symmetric": False, "zero_point": "free"},
+    {"format": "int2", "granularity": "g64", "offset": 0.5},
+    {"format": "int3", "granularity": "g64", "symmetric": False, "offset": 0.5},
     {"format": "int2", "granularity": "g256", "symmetric": False},
 ]
 
@@ -55,6 +59,17 @@ def test_kernels_are_as_exact_as_a_bf16_product(scheme, rows):
 ])  # fmt: skip
 def test_what_no_kernel_computes_has_none(scheme, shape):
     assert packed_product(quantize_tensor(torch.randn(shape), WeightScheme(**scheme))) is None
+
+
+def test_free_zero_points_far_from_zero_have_a_kernel_too():
+    w = torch.rand(48, 64, generator=torch.Generator().manual_seed(0)) * 0.1 + 5
+    for name in ("int4", "int3", "int2"):
+        scheme = WeightScheme(format=name, granularity="g64", symmetric=False, zero_point="free")
+        done = quantize_tensor(w, scheme)
+        assert done.zero_points().max() < -100
+        x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+        product, exact = packed_product(done), x.double() @ done.dequantize().double().T
+        assert (product(x).double() - exact).norm() / exact.norm() < 0.004
 
 
 def test_what_is_more_than_codes_has_no_kernel():

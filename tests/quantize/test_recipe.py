@@ -41,6 +41,17 @@ def test_the_id_is_that_of_the_change_not_of_its_name():
     )
 
 
+def test_options_that_are_idle_change_no_id():
+    """An option that came later leaves the ids of older recipes as they were."""
+    plain = WeightScheme(format="int4", granularity="g64")
+    assert set(plain.model_dump()) == {"format", "granularity", "symmetric", "scale", "scale_dtype"}
+    said = W4 | {"offset": 0.0, "rounding": "nearest"}
+    assert Recipe(name="a", weights=said).recipe_id == Recipe(name="a", weights=W4).recipe_id
+    shifted = WeightScheme(**W4, offset=0.5, noise=0.1, seed=3)
+    assert shifted.model_dump()["offset"] == 0.5
+    assert WeightScheme.model_validate(shifted.model_dump(mode="json")) == shifted
+
+
 def test_the_first_matching_override_wins():
     recipe = Recipe(
         name="mixed",
@@ -64,6 +75,13 @@ def test_scales_are_searched_below_four_bits_unless_told_otherwise():
 @pytest.mark.parametrize("scheme", [
     {"format": "int5"}, {"format": "int4", "granularity": "g0"}, {"format": "int4", "granularity": "row"}, {"format": "int4", "granularity": "g-1"},
     {"format": "fp8_e4m3", "symmetric": False}, {"format": "ternary", "symmetric": False}, {"format": "binary", "scale": "absmax"},
+    {"format": "int4", "restricted": True, "symmetric": False}, {"format": "ternary", "restricted": True},
+    {"format": "int4", "percentile": 99}, {"format": "int4", "scale": "percentile", "percentile": 50}, {"format": "binary", "scale": "percentile"},
+    {"format": "int4", "zero_point": "free"}, {"format": "binary", "symmetric": False, "zero_point": "free"},
+    {"format": "int4", "symmetric": False, "zero_point": "searched", "scale": "absmax"}, {"format": "ternary", "offset": 0.5},
+    {"format": "int4", "offset": 0.6}, {"format": "int4", "offset": 0.5, "restricted": True}, {"format": "fp8_e4m3", "noise": 0.1},
+    {"format": "int2", "symmetric": False, "offset": 0.5, "zero_point": "free"}, {"format": "fp8_e4m3", "rounding": "stochastic"},
+    {"format": "int4", "seed": 1}, {"format": "int4", "rounding": "feedback", "seed": 1}, {"format": "int4", "noise": -0.1},
     {"format": "int4", "scale": "best"}, {"format": "int4", "scale_dtype": "float8"}, {"format": "int4", "groups": 64}, {},
 ])  # fmt: skip
 def test_schemes_that_make_no_sense_are_refused(scheme):

@@ -20,21 +20,33 @@ GRANULARITIES = ("tensor", "channel", "g32", "g64")
 DTYPES = ("float16", "bfloat16", "float32")
 SHAPES = [(1, 1), (3, 1), (3, 7), (5, 64), (2, 96), (4, 100), (1, 160)]
 FLOAT32 = np.float32
+WEIGHTS = ("format", "granularity", "symmetric", "scale", "scale_dtype")
+
+
+OPTIONS = ({}, {"zero_point": "searched"}, {"zero_point": "free"}, {"offset": 0.5}, {"restricted": True})
 
 
 def schemes():
-    """Every scheme that a recipe may ask for, but for the dtype of its scales."""
-    for name, granularity, symmetric, scale in itertools.product(
-        FORMATS, GRANULARITIES, (True, False), ("absmax", "mse")
+    """Every scheme that a recipe may ask for, but for the dtype of its scales and how weights are rounded."""
+    for name, granularity, symmetric, scale, options in itertools.product(
+        FORMATS, GRANULARITIES, (True, False), ("absmax", "percentile", "mse"), OPTIONS
     ):
+        if options and (name not in ("int4", "int2") or granularity != "g32" or scale == "percentile"):
+            continue
+        if scale == "percentile" and granularity not in ("tensor", "g32"):
+            continue
         try:
-            yield WeightScheme(format=name, granularity=granularity, symmetric=symmetric, scale=scale)
+            yield WeightScheme(
+                format=name, granularity=granularity, symmetric=symmetric, scale=scale, **options
+            )
         except ValidationError:
             continue
 
 
 def label(s: WeightScheme) -> str:
-    return f"{s.format}-{s.granularity}-{'sym' if s.symmetric else 'asym'}-{s.scale}"
+    idle = WeightScheme(format=s.format)
+    options = [f"{k}={v}" for k, v in s.model_dump().items() if k not in WEIGHTS and v != getattr(idle, k)]
+    return "-".join([s.format, s.granularity, "sym" if s.symmetric else "asym", s.scale, *options])
 
 
 ALL = list(schemes())
@@ -78,59 +90,88 @@ def nearest_fp8(values: np.ndarray, dtype: torch.dtype) -> np.ndarray:
     return table[np.abs(inside[:, None] - table).argmin(axis=1)].astype(FLOAT32)
 
 
+def code_range(scheme: WeightScheme) -> tuple[int, int]:
+    fmt, b = FORMATS[scheme.format], int(FORMATS[scheme.format].bits)
+    if fmt.kind == "ternary":
+        return -1, 1
+    return (-(2 ** (b - 1)) + scheme.restricted, 2 ** (b - 1) - 1) if scheme.symmetric else (0, 2**b - 1)
+
+
 def rounded(w: np.ndarray, scale: FLOAT32, zero: FLOAT32, scheme: WeightScheme) -> np.ndarray:
     fmt = FORMATS[scheme.format]
     if fmt.float_dtype is not None:
         return nearest_fp8(w / scale, fmt.float_dtype)
-    b = int(fmt.bits)
-    low, high = (-1, 1) if fmt.kind == "ternary" else (-(2 ** (b - 1)), 2 ** (b - 1) - 1)
-    if not scheme.symmetric:
-        low, high = 0, 2**b - 1
-    return np.array([min(max(round(float(v)) + zero, low), high) for v in w / scale], dtype=FLOAT32)
+    low, high = code_range(scheme)
+    whole = FLOAT32(round(float(zero)))
+    part = zero - whole - FLOAT32(scheme.offset)
+    return np.array([min(max(round(float(v + part)) + whole, low), high) for v in w / scale], dtype=FLOAT32)
 
 
-def absmax_by_hand(w: np.ndarray, scheme: WeightScheme) -> tuple[FLOAT32, FLOAT32]:
-    fmt = FORMATS[scheme.format]
-    if not scheme.symmetric:
-        low, high, top = min(w.min(), FLOAT32(0)), max(w.max(), FLOAT32(0)), 2 ** int(fmt.bits) - 1
-        scale = stored_scale((high - low) / FLOAT32(top), scheme.scale_dtype)
-        return scale, FLOAT32(min(max(round(float(-low / scale)), 0), top))
-    outermost = {
-        "int8": 127,
-        "int4": 7,
-        "int3": 3,
-        "int2": 1,
-        "ternary": 1,
-        "fp8_e4m3": 448,
-        "fp8_e5m2": 57344,
-    }
-    return stored_scale(np.abs(w).max() / FLOAT32(outermost[fmt.name]), scheme.scale_dtype), FLOAT32(0)
+def weights_of(codes: np.ndarray, scale: FLOAT32, zero: FLOAT32, scheme: WeightScheme) -> np.ndarray:
+    return (codes - zero + FLOAT32(scheme.offset)) * scale
 
 
-def by_hand(w: np.ndarray, scheme: WeightScheme, found_scale: FLOAT32):
-    """Scale, zero point, mean, codes and weights of one group; of scales whose error ties, the found one."""
+def first_by_hand(w: np.ndarray, scheme: WeightScheme) -> tuple[FLOAT32, FLOAT32]:
+    """The grid of absmax and percentile, where the search begins."""
+    fmt, dtype = FORMATS[scheme.format], scheme.scale_dtype
+    percent = scheme.percentile if scheme.scale == "percentile" else 100
+    if scheme.symmetric:
+        outermost = {
+            "int8": 127,
+            "int4": 7,
+            "int3": 3,
+            "int2": 1,
+            "ternary": 1,
+            "fp8_e4m3": 448,
+            "fp8_e5m2": 57344,
+        }
+        reach = FLOAT32(np.percentile(np.abs(w), percent))
+        return stored_scale(reach / FLOAT32(outermost[fmt.name] + scheme.offset), dtype), FLOAT32(0)
+    low, high, top = (
+        FLOAT32(np.percentile(w, 100 - percent)),
+        FLOAT32(np.percentile(w, percent)),
+        2**fmt.bits - 1,
+    )
+    if scheme.zero_point == "free":
+        reach = FLOAT32(max(-low, high, 0)) if percent < 100 else np.abs(w).max()
+        scale = stored_scale(max((high - low) / FLOAT32(top), reach / FLOAT32(4096)), dtype)
+        return scale, stored(-low / scale, dtype)
+    low, high = min(low, FLOAT32(0)), max(high, FLOAT32(0))
+    scale = stored_scale((high - low) / FLOAT32(top), dtype)
+    return scale, FLOAT32(min(max(round(float(FLOAT32(scheme.offset) - low / scale)), 0), top))
+
+
+def by_hand(w: np.ndarray, scheme: WeightScheme, found_scale: FLOAT32, found_zero: FLOAT32):
+    """Scale, zero point, mean, codes and weights of one group. Where the search has the choice, it must not be
+    worse than what it began with, and the found grid is taken as given."""
     kind, dtype = FORMATS[scheme.format].kind, scheme.scale_dtype
     if kind == "binary":
         mean = FLOAT32(0) if scheme.symmetric else stored(np.float64(w).mean(), dtype)
         scale = stored(np.float64(np.abs(w - mean)).mean(), dtype)
         codes = np.where(w < mean, FLOAT32(-1), FLOAT32(1))
         return scale, FLOAT32(0), mean, codes, codes * scale + mean
-    scale, zero = absmax_by_hand(w, scheme)
+    scale, zero = first_by_hand(w, scheme)
     if scheme.scale == "mse" and kind == "ternary":
         top = np.sort(np.abs(np.float64(w)))[::-1]
         gain = [top[:k].sum() ** 2 / k for k in range(1, len(top) + 1)]
         scale = stored_scale(FLOAT32(top[: int(np.argmax(gain)) + 1].mean()), dtype)
     elif scheme.scale == "mse":
-        errors = {}
-        for factor in SEARCH_FACTORS:
-            tried = stored_scale(scale * FLOAT32(factor), dtype)
-            back = (rounded(w, tried, zero, scheme) - zero) * tried
-            errors[tried] = ((back - w).astype(np.float64) ** 2).sum()
-        scale = min(errors, key=errors.get)  # type: ignore[arg-type]
-        if errors.get(found_scale, np.inf) <= errors[scale] * (1 + 1e-5):
-            scale = found_scale
+
+        def error(scale: FLOAT32, zero: FLOAT32) -> float:
+            back = weights_of(rounded(w, scale, zero, scheme), scale, zero, scheme)
+            return ((back - w).astype(np.float64) ** 2).sum()
+
+        factors = (1,) if scheme.zero_point == "free" else SEARCH_FACTORS
+        least = min(error(stored_scale(scale * FLOAT32(factor), dtype), zero) for factor in factors)
+        assert error(found_scale, found_zero) <= least * (1 + 1e-5)
+        scale = stored_scale(found_scale, dtype)
+        zero = found_zero if scheme.zero_point != "integer" else zero
+    elif scheme.scale == "percentile":  # which numpy interpolates in another order
+        assert found_scale == pytest.approx(scale, rel=2e-3)
+        assert abs(found_zero - zero) <= 1
+        scale, zero = found_scale, found_zero
     codes = rounded(w, scale, zero, scheme)
-    return scale, zero, FLOAT32(0), codes, (codes - zero) * scale
+    return scale, zero, FLOAT32(0), codes, weights_of(codes, scale, zero, scheme)
 
 
 @every_scheme
@@ -145,9 +186,8 @@ def test_scales_zero_points_codes_and_weights_are_those_of_the_definition(scheme
     assert done.scale.dtype == getattr(torch, dtype)
     assert back.shape == codes.shape == shape
     for place, where in groups_of(scheme, shape):
-        scale, zero, mean, by_hand_codes, by_hand_back = by_hand(
-            w.numpy()[place].ravel(), scheme, scales[where]
-        )
+        found = scales[where], FLOAT32(0) if zero_points is None else zero_points[where].numpy()
+        scale, zero, mean, by_hand_codes, by_hand_back = by_hand(w.numpy()[place].ravel(), scheme, *found)
         assert scales[where] == scale
         assert zero_points is None or zero_points[where].item() == zero
         assert means is None or means[where] == mean
@@ -174,13 +214,17 @@ def test_the_error_is_at_most_half_a_step_inside_the_range(scheme, seed, shape):
     elif fmt.kind == "binary":
         return  # two values: nothing is between them
     else:
-        low, high = fmt.code_range(scheme.symmetric)
+        low, high = code_range(scheme)
+        zero = zero - scheme.offset
         inside = ((low - zero) * scale <= w) & (w <= (high - zero) * scale)
         bound = scale / 2
     assert (error <= bound * (1 + 1e-5) + 1e-12)[inside].all()
     if scheme.scale == "absmax":  # nothing is outside but by the rounding of scale and zero point
         whole = scale * (fmt.largest if scheme.symmetric else fmt.code_range(False)[1])
-        assert (error <= bound + whole * 2.0**-8 + (0 if scheme.symmetric else scale / 2)).all()
+        shifted = 0 if scheme.symmetric else scale / 2
+        if scheme.zero_point == "free":
+            shifted = np.abs(w).max() * 2.0**-8  # at most that many steps from zero, in fp16
+        assert (error <= bound + whole * 2.0**-8 + shifted).all()
 
 
 def test_fp8_is_a_cast_by_torch():
@@ -228,8 +272,8 @@ def test_edge_values_stay_finite(scheme, dtype):
         done = quantize_tensor(w, scheme)
         assert done.scale.isfinite().all()
         assert done.dequantize().isfinite().all()
-        if not w.any():
-            assert not done.dequantize().any()
+        if not w.any():  # a grid with an offset has no zero
+            assert (done.dequantize().abs() <= scheme.offset * stored_scale(FLOAT32(1e-45), dtype)).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -243,11 +287,10 @@ def test_binary_is_exact_for_the_largest_weights_that_are_taken(dtype):
 
 @every_scheme
 def test_constant_groups_come_back(scheme):
+    tolerance = 0.3 if scheme.format == "int2" else 0.04 if scheme.offset else 0.02
     for value in (0.25, -3.0):
         back = quantize_tensor(torch.full((2, 70), value), scheme).dequantize()
-        assert back.numpy() == pytest.approx(
-            np.full((2, 70), value), rel=0.3 if scheme.format == "int2" else 0.02
-        )
+        assert back.numpy() == pytest.approx(np.full((2, 70), value), rel=tolerance)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

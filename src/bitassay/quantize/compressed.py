@@ -50,6 +50,8 @@ def obstacle(stored: Stored) -> str | None:
         return "it has no codes of one bit without a zero"
     if fmt.kind == "float" and fmt.float_dtype is not E4M3:
         return f"its only 8-bit float is e4m3, not {fmt.name}"
+    if stored.scheme.offset or stored.scheme.zero_point == "free":
+        return "its grids are whole steps away from zero"
     if stored.residual is not None:
         return "it has no second plane of codes"
     if stored.low_rank is not None:

@@ -58,15 +58,17 @@ def _int4_product(quantized: QuantizedTensor, group_size: int) -> Product:
     """The kernel computes `(q - 8) * s + m` with q in 0..15; every format of at most 16 levels can be written
     so.
 
-    Where `q - z` fits into -8..7 it is what the kernel gets, so that m is exactly 0; only asymmetric 4-bit
-    codes need an m, in bf16.
+    Where `q - z` fits into -8..7 it is what the kernel gets, so that m is 0 but for an offset or the rest of
+    a free zero point; only 4-bit codes with zero points, or free ones far from zero, need a larger m, in bf16.
     """
-    codes, scale, zero_points = quantized.codes(), quantized.scale.float(), quantized.zero_points()
-    offset = torch.zeros_like(scale) if quantized.mean is None else quantized.mean.float()
-    if zero_points is not None and quantized.format.bits < 4:
-        codes = codes - zero_points.repeat_interleave(group_size, dim=1)
-    elif zero_points is not None:
-        codes, offset = codes - 8, (8 - zero_points) * scale
+    codes, grid = quantized.codes(), quantized.grid
+    rest = torch.full_like(grid.scale, grid.offset)
+    if grid.zero_point is not None:
+        _, qmax = quantized.format.code_range(symmetric=False)
+        whole = grid.zero_point.round().clamp(qmax - 7, 8)  # q - z in -8..7
+        codes = codes - whole.repeat_interleave(group_size, dim=1)
+        rest = rest + whole - grid.zero_point
+    shift = rest * grid.scale + (0 if grid.mean is None else grid.mean)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu((codes + 8).int(), 1)
-    grids = torch.stack((scale, offset), dim=-1).transpose(0, 1).contiguous().to(torch.bfloat16)
+    grids = torch.stack((grid.scale, shift), dim=-1).transpose(0, 1).contiguous().to(torch.bfloat16)
     return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group_size, grids)

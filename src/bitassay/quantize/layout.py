@@ -73,6 +73,8 @@ def expected_tensors(stored: Stored, shape: tuple[int, int]) -> Expected:
     }
     if not scheme.symmetric and fmt.kind == "binary":
         expected["mean"] = (dtype, grid)
+    elif scheme.zero_point == "free":
+        expected["zero_point"] = (dtype, grid)
     elif not scheme.symmetric:
         expected["zero_point"] = (torch.uint8, (packing.packed_bytes(grid[0] * grid[1]),))
     if stored.residual is not None:
