@@ -70,7 +70,8 @@ def units_of(model: PreTrainedModel, recipe: Recipe) -> list[Unit]:
     found: dict[tuple[int, str, bool], list[str]] = {}
     for name, place in places(model).items():
         if recipe.scheme_for(name) is not None:
-            found.setdefault((*place, recipe.override_for(name) is None), []).append(name)
+            key = (place.layer, place.kind, recipe.override_for(name) is None)
+            found.setdefault(key, []).append(name)
     return [Unit(tuple(members), key[2]) for key, members in found.items()]
 
 

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from bitassay.errors import BitassayError
 from bitassay.models.load import Identity
 from bitassay.models.walk import decoder_layers, matrices, module_name, walk
+from bitassay.quantize.budget import mixed_schemes
 from bitassay.quantize.calibration import Calibration, calibration_tokens
 from bitassay.quantize.experts import expert_inputs, expert_matrix, warn_of_few
 from bitassay.quantize.gptq import Gptq, Rounded, gptq
@@ -65,7 +66,7 @@ class Solved:
             tensor.scheme.offset,
             tensor.scheme.restricted,
         )
-        return LatentWeight(tensor.scheme, self.latent, grid)
+        return LatentWeight(tensor.scheme, self.latent, grid, tensor.low_rank)
 
 
 def quantize(
@@ -120,7 +121,10 @@ def _calibrated(
     progress: Progress,
 ) -> dict[str, QuantizedTensor]:
     """Layer by layer, then all layers together; `draft` is left with the norms that go with the result."""
-    schemes = {name: recipe.scheme_for(name) for name in names}
+    if recipe.mixed is None:
+        schemes = {name: recipe.scheme_for(name) for name in names}
+    else:
+        schemes = mixed_schemes(draft, recipe, tokens, progress, folder)
     if recipe.learned is not None or recipe.tune is not None:
         _refuse_experts(draft, schemes)
     solved = quantize_layers(draft, schemes, recipe, tokens, folder, progress)
