@@ -52,11 +52,16 @@ RECIPES = (
     recipe("int4-g32"),
     recipe("int4-g32-asymmetric", symmetric=False),
     recipe("int3-g32-asymmetric", format="int3", symmetric=False),
-    recipe("fp8-channel", format="fp8_e4m3", granularity="channel"),
-    # Rows of 256 and more are needed for these three; SmolLM2 has them in its down projections only.
-    recipe("int4-g32-Q3_K", [only("*.down_proj", format="int3")]),
-    recipe("int4-g32-Q2_K", [only("*.1?.mlp.down_proj", format="int2", symmetric=False)]),
-    recipe("int4-g32-TQ2_0", [only("*.1?.mlp.down_proj", format="ternary")]),
+    # Blocks of 256 need such rows; SmolLM2 has them in its down projections only.
+    recipe(
+        "int4-g32-and-super-blocks",
+        [
+            only("*.1[0-4].mlp.down_proj", format="int2", symmetric=False),
+            only("*.1[5-9].mlp.down_proj", format="ternary"),
+            only("*.mlp.down_proj", format="int3"),
+            only("*.0.self_attn.o_proj", format="fp8_e4m3", granularity="channel"),
+        ],
+    ),
 )
 
 

@@ -18,9 +18,9 @@ from bitassay.errors import BitassayError, MissingError
 from bitassay.models.checkpoint import CARD_FILE, hashed_files, read_card
 from bitassay.models.load import load
 from bitassay.quantize import layout
-from bitassay.quantize.export import save
+from bitassay.quantize.export import plan_export, save
 from bitassay.quantize.formats import FORMATS
-from bitassay.quantize.model import Quantization, bits_per_weight, with_tensors
+from bitassay.quantize.model import Quantization, bits_per_weight, size_bytes, with_tensors
 from bitassay.quantize.pipeline import quantize
 from bitassay.quantize.recipe import Recipe, WeightScheme
 from bitassay.quantize.tensor import LowRank, QuantizedTensor, quantize_tensor
@@ -330,6 +330,74 @@ def test_ternary_codes_of_compressed_tensors_beyond_one_are_refused(tiny, tmp_pa
     forge(tmp_path / "out", tensors=change(f"{Q_PROJ}.weight_packed", lambda t: torch.zeros_like(t)))
     with pytest.raises(BitassayError, match=r"weight_packed holds codes beyond -1 \.\.\. 1"):
         load(tmp_path / "out")
+
+
+INT4 = {"format": "int4", "granularity": "g32"}
+
+
+def test_a_rotation_at_run_time_comes_back(tiny, tmp_path):
+    rotated = Recipe.model_validate(
+        {"name": "rotated", "weights": INT4, "rotation": {"r4": True, "without_hadamard": "blocks"}}
+    )
+    quantized = quantize(tiny, rotated)
+    assert save(quantized, tmp_path / "out").layout == "bitassay"
+    for packed in (False, True):
+        again = load(tmp_path / "out", packed=packed)
+        assert torch.equal(logits(again), logits(with_tensors(tiny, quantized.quantization, packed=packed)))
+    with pytest.raises(BitassayError, match="the recipe's rotation"):
+        save(quantized, tmp_path / "other", layout="compressed-tensors")
+
+
+def test_a_folded_rotation_is_plain_weights(tiny, tmp_path):
+    rotated = Recipe.model_validate({"name": "rotated", "weights": INT4, "rotation": {}})
+    quantized = quantize(tiny, rotated)
+    planned = plan_export(tiny, rotated)
+    assert save(quantized, tmp_path / "out").layout == planned.layout == "compressed-tensors"
+    assert (planned.bits_per_weight, planned.size_bytes) == (
+        bits_per_weight(quantized),
+        size_bytes(quantized),
+    )
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(quantized))
+    assert torch.equal(logits(load(tmp_path / "out")), logits(quantized))
+
+
+def test_low_rank_factors_are_planned_and_come_back(tiny, tmp_path):
+    wanted = Recipe.model_validate(
+        {
+            "name": "low-rank",
+            "weights": INT4,
+            "low_rank": {"rank": 3, "dtype": "bfloat16"},
+            "calibration": {"samples": 2, "tokens": 16},
+        }
+    )
+    planned, quantized = plan_export(tiny, wanted), quantize(tiny, wanted)
+    assert save(quantized, tmp_path / "out").layout == planned.layout == "bitassay"
+    assert (planned.bits_per_weight, planned.size_bytes) == (
+        bits_per_weight(quantized),
+        size_bytes(quantized),
+    )
+    assert torch.equal(logits(load(tmp_path / "out")), logits(quantized))
+
+
+@pytest.mark.parametrize("architecture", ["qwen2_moe", "qwen3_moe", "mixtral", "deepseek_v2", "gpt_oss"])
+@pytest.mark.parametrize("some", [True, False])
+def test_mixtures_of_experts(tmp_path, architecture, some):
+    base = tiny_model(architecture, num_hidden_layers=2)
+    overrides = [{"match": "*.experts.*.2", "weights": None}] if some else []
+    quantized = quantize(
+        base, Recipe.model_validate({"name": "moe", "weights": INT4, "overrides": overrides})
+    )
+    assert save(quantized, tmp_path / "out").layout == "bitassay"
+    attention = "eager" if architecture == "gpt_oss" else "sdpa"
+    again, packed = (load(tmp_path / "out", packed=codes, attention=attention) for codes in (False, True))
+    assert same(again.quantization, quantized.quantization)
+    ours, theirs = quantized.state_dict(), again.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    torch.testing.assert_close(logits(packed), logits(quantized), rtol=0, atol=1e-6)
+    assert save(with_tensors(base, quantized.quantization, packed=True), tmp_path / "packed") == read_card(
+        tmp_path / "out"
+    )
 
 
 def test_stored_tensors_cover_every_field(tiny):

@@ -23,7 +23,7 @@ from bitassay.models.checkpoint import CARD_FILE, Base, Card, hashed_files, read
 from bitassay.models.load import identity, load
 from bitassay.models.walk import fused_experts, walk
 from bitassay.quantize import compressed
-from bitassay.quantize.layout import Stored, description, expected_bytes, planned_bits
+from bitassay.quantize.layout import Factors, Stored, description, expected_bytes, planned_bits
 from bitassay.quantize.model import (
     Quantization,
     bits_per_weight,
@@ -128,27 +128,55 @@ def plan_export(model: PreTrainedModel, recipe: Recipe, layout: Layout | None = 
     Raises BitassayError where not.
     """
     shapes = {name: (view.shape[0], view.shape[1]) for name, view in check_recipe(model, recipe).items()}
-    planned = {name: Stored(scheme=scheme) for name in shapes if (scheme := recipe.scheme_for(name))}
-    if not planned:
+    ways = _planned(recipe, list(shapes))
+    if not ways[0]:
         raise BitassayError(
             f"recipe {recipe.name} quantizes nothing in {type(model).__name__}",
             "another recipe; see `bitassay recipes list`",
         )
-    chosen = choose_layout(recipe, planned, layout)
-    weights = sum(shapes[name][0] * shapes[name][1] for name in planned)
-    bits = sum(planned_bits(planned[name], shapes[name]) for name in planned)
-    stored = sum(
-        expected_bytes(LAYOUTS[chosen].expected_tensors(planned[name], shapes[name])) for name in planned
+    layouts: set[Layout] = {choose_layout(recipe, way, layout) for way in ways}
+    chosen: Layout = layouts.pop() if len(layouts) == 1 else "bitassay"
+    # Of several ways, the one of the most bits; a budget of mixed bits stays below it.
+    bits = max(sum(planned_bits(way[name], shapes[name]) for name in way) for way in ways)
+    expected_tensors = LAYOUTS[chosen].expected_tensors
+    stored = max(
+        sum(expected_bytes(expected_tensors(way[name], shapes[name])) for name in way) for way in ways
     )
-    parameters, item = parameter_count(model), model.dtype.itemsize
+    weights = sum(shapes[name][0] * shapes[name][1] for name in ways[0])
+    parameters, item = parameter_count(model) + _untied(model, recipe), model.dtype.itemsize
     return Plan(
         layout=chosen,
-        matrices=len(planned),
+        matrices=len(ways[0]),
         bits_per_weight=bits / weights,
         size_bytes=(parameters - weights) * 2 + bits // 8,
         tensor_bytes=(parameters - weights) * item + stored,
         memory_bytes=(2 * parameters + weights) * item + bits // 8 + 2 * stored,
     )
+
+
+def _planned(recipe: Recipe, names: list[str]) -> list[dict[str, Stored]]:
+    """How matrices will be stored; one way for each choice that mixed bits have."""
+    spec, factors = recipe.low_rank, None
+    if spec is not None and spec.rank:
+        factors = Factors(rank=spec.rank, dtype=spec.dtype)
+    given = {name: scheme for name in names if (scheme := recipe.scheme_for(name))}
+    if recipe.mixed is None or recipe.weights is None:
+        return [{name: Stored(scheme=scheme, low_rank=factors) for name, scheme in given.items()}]
+    return [
+        {
+            name: Stored(scheme=choice if recipe.override_for(name) is None else scheme, low_rank=factors)
+            for name, scheme in given.items()
+        }
+        for choice in recipe.mixed.choices(recipe.weights)
+    ]
+
+
+def _untied(model: PreTrainedModel, recipe: Recipe) -> int:
+    """Parameters of a head that was the embedding, and that a folded rotation makes a matrix of its own."""
+    spec, config = recipe.rotation, model.config.get_text_config()
+    if spec is None or spec.r1 != "folded" or spec.layers == "none" or not config.tie_word_embeddings:
+        return 0
+    return model.get_input_embeddings().get_parameter("weight").numel()
 
 
 def reload_difference(
@@ -190,6 +218,8 @@ def _obstacle(recipe: Recipe, matrices: dict[str, Stored]) -> str | None:
     for part in AT_RUN_TIME:
         if getattr(recipe, part, None) is not None:
             return f"the recipe's {part}: plain transformers would run the model without"
+    if recipe.rotation is not None and recipe.rotation.online:
+        return "the recipe's rotation: plain transformers would run the model without its part at run time"
     for name, stored in matrices.items():
         if ".experts." in name and name.rpartition(".")[2].isdigit():
             return f"{name} exactly: transformers keeps experts in one tensor and cannot decode their codes"
