@@ -177,6 +177,14 @@ def test_low_rank_factors_bring_the_output_closer(base):
     assert bits_per_weight(helped) > bits_per_weight(plain)
 
 
+@pytest.mark.parametrize("name", ["learned", "tune"])
+def test_learning_keeps_the_low_rank_factors(base, name):
+    found = quantization_of(quantize(base, recipe(name, low_rank={"rank": 4})))
+    assert all(tensor.low_rank.a.shape[1] == 4 for tensor in found.tensors.values())
+    kl = evaluate(with_tensors(base, found), against=base, protocol=PROTOCOL).quality.kl_mean
+    assert kl < evaluate(quantize(base, recipe("nearest")), against=base, protocol=PROTOCOL).quality.kl_mean
+
+
 def test_experts_are_calibrated_too():
     model = tiny_model("qwen3_moe")
     found = quantize(model, recipe("gptq"))

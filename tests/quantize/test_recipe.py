@@ -125,3 +125,18 @@ def test_files_that_are_missing_or_too_large(tmp_path):
 def test_unknown_names_suggest_the_nearest(name):
     with pytest.raises(BitassayError, match="'w4'"):
         find_recipe(name)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"weights": None, "gptq": {}}, "no weights to round"),
+        ({"weights": {"format": "int4", "rounding": "stochastic"}, "gptq": {}}, "rounding and noise have no say"),
+        ({"weights": {"format": "fp8_e4m3"}, "learned": {}}, "no common step"),
+        ({"weights": {"format": "int4", "granularity": "tensor"}, "tune": {}}, "a scale for each row"),
+        ({"weights": {"format": "int4"}, "tune": {"codes": 0, "scales": 0, "norms": 0}}, "learning rates are zero"),
+    ],
+)
+def test_combinations_that_make_no_sense(fields, reason):
+    with pytest.raises(ValidationError, match=reason):
+        Recipe(name="x", **fields)

@@ -19,6 +19,7 @@ in at each pass: what is learned is what is stored. Whole zero points stay as th
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -29,7 +30,7 @@ from bitassay.quantize.gptq import group_bounds
 from bitassay.quantize.granularity import Granularity
 from bitassay.quantize.scales import Grid
 from bitassay.quantize.scheme import WeightScheme
-from bitassay.quantize.tensor import QuantizedTensor, from_codes
+from bitassay.quantize.tensor import LowRank, QuantizedTensor, from_codes
 
 
 class LatentWeight(nn.Module):
@@ -39,10 +40,18 @@ class LatentWeight(nn.Module):
     at first, so that one learning rate suits all of them. zero: the position of zero. mean: as the grid's.
     """
 
-    def __init__(self, scheme: WeightScheme, weight: Float[Tensor, "out in"], grid: Grid):
+    def __init__(
+        self,
+        scheme: WeightScheme,
+        weight: Float[Tensor, "out in"],
+        grid: Grid,
+        low_rank: LowRank | None = None,
+    ):
         """Starts at `weight` on `grid`, its tensors `[out, groups]`: codes begin where these values round
-        to."""
+        to. Low-rank factors beside the codes stay as they are."""
         super().__init__()
+        self.low_rank = low_rank
+        self.beside = None if low_rank is None else low_rank.product()
         self.scheme, self.fmt = scheme, scheme.number_format
         bounds = group_bounds(Granularity.parse(scheme.granularity), weight.shape[1])
         self.sizes = torch.tensor([stop - start for start, stop in bounds])
@@ -82,7 +91,9 @@ class LatentWeight(nn.Module):
     def forward(self) -> Float[Tensor, "out in"]:
         zero = self._stored(self.zero) if self.scheme.zero_point == "free" else self.zero
         weight = _OnGrid.apply(self.u, self.scale(), zero, self.sizes, self.fmt, self.limits)
-        return weight if self.mean is None else weight + self._wide(self._stored(self.mean))
+        if self.mean is not None:
+            weight = weight + self._wide(self._stored(self.mean))
+        return weight if self.beside is None else weight + self.beside
 
     @torch.no_grad()
     def weight(self) -> Float[Tensor, "out in"]:
@@ -95,7 +106,8 @@ class LatentWeight(nn.Module):
         """What has been learned, packed."""
         zero = None if self.zero_point is None else self.zero + self.offset
         codes = _rounded(self.u, self.fmt, self.limits)
-        return from_codes(codes, self.scale(), self.scheme, zero_point=zero, mean=self.mean)
+        tensor = from_codes(codes, self.scale(), self.scheme, zero_point=zero, mean=self.mean)
+        return replace(tensor, low_rank=self.low_rank)
 
 
 def _rounded(u: Tensor, fmt: NumberFormat, limits: tuple[int, int]) -> Tensor:

@@ -60,6 +60,9 @@ class Recipe(Part):
             if self.weights is None:
                 raise ValueError("mixed: its formats are variants of weights, of which there are none")
             self.mixed.choices(self.weights)
+        for wrong, why in _contradictions(self):
+            if wrong:
+                raise ValueError(why)
         return self
 
     @property
@@ -81,6 +84,33 @@ class Recipe(Part):
         """The scheme of the module of that full name; None: leave it."""
         override = self.override_for(module)
         return self.weights if override is None else override.weights
+
+
+def _contradictions(recipe: Recipe) -> list[tuple[bool, str]]:
+    """Combinations that make no sense, and why."""
+    schemes = [s for s in (recipe.weights, *(o.weights for o in recipe.overrides)) if s is not None]
+    moving = [name for name in ("learned", "tune") if getattr(recipe, name) is not None]
+    solving = [*moving, *(["gptq"] if recipe.gptq is not None else [])]
+    tuned = recipe.tune is not None
+    return [
+        (not schemes and bool(solving), f"{' and '.join(solving)}: there are no weights to round"),
+        (
+            bool(solving) and any(s.rounding != "nearest" or s.noise for s in schemes),
+            f"{' and '.join(solving)}: decides what is rounded where, so rounding and noise have no say",
+        ),
+        (
+            bool(moving) and any(s.number_format.kind == "float" for s in schemes),
+            f"{' and '.join(moving)}: moves codes by steps, and FP8 codes have no common step",
+        ),
+        (
+            bool(moving) and any(s.granularity == "tensor" for s in schemes),
+            f"{' and '.join(moving)}: needs a scale for each row or group",
+        ),
+        (
+            tuned and not any((recipe.tune.codes, recipe.tune.scales, recipe.tune.norms)),  # type: ignore[union-attr]
+            "tune: all learning rates are zero",
+        ),
+    ]
 
 
 def shipped_recipes() -> dict[str, Recipe]:
