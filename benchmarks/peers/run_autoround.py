@@ -1,0 +1,42 @@
+"""AutoRound: sign-gradient learning of rounding and clipping, block by block, in its default settings, but
+computing in fp32: its default on a CPU is bf16, in which the base model would be another one."""
+
+import torch
+from auto_round import AutoRound
+from auto_round_extension.torch.qlinear_torch import QuantLinear
+from peer import arguments, decoded, decoder_linears, stored_bits, timed, write
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+BATCH = 8
+
+given = arguments()
+settings = {
+    "bits": given.bits,
+    "group_size": given.group,
+    "sym": False,
+    "iters": given.iters,
+    "seqlen": given.tokens.shape[1],
+    "nsamples": given.tokens.shape[0],
+    "batch_size": min(BATCH, given.tokens.shape[0]),
+    "amp": False,
+}
+model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32)
+tokenizer = AutoTokenizer.from_pretrained(given.model)
+rounder = AutoRound(
+    model, tokenizer, scheme="W4A16", dataset=list(given.tokens.split(BATCH)), device_map="cpu", **settings
+)
+seconds = timed(lambda: rounder.quantize_and_save(str(given.out / "checkpoint"), format="auto_round"))
+packed = decoder_linears(rounder.model, QuantLinear)
+write(
+    given.out,
+    "auto-round",
+    settings,
+    seconds,
+    {name: decoded(layer) for name, layer in packed.items()},
+    bits=given.bits,
+    groups=sum(layer.scales.numel() for layer in packed.values()),
+    zero_bits=given.bits,
+    checkpoint_bits=sum(
+        stored_bits([layer.qweight, layer.qzeros, layer.scales.half()]) for layer in packed.values()
+    ),
+)

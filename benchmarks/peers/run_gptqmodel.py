@@ -1,0 +1,45 @@
+"""GPTQ by GPTQModel: act-order with static groups, its default damping, asymmetric."""
+
+import os
+
+os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # it refuses to start with one, its default on two cores
+
+import torch
+from gptqmodel import GPTQModel
+from gptqmodel.nn_modules.qlinear import BaseQuantLinear
+from gptqmodel.quantization import GPTQConfig
+from peer import arguments, decoded, decoder_linears, stored_bits, timed, write
+
+BATCH = 8
+
+given = arguments()
+config = GPTQConfig(
+    bits=given.bits, group_size=given.group, sym=False, desc_act=True, static_groups=True, device="cpu"
+)
+model = GPTQModel.load(given.model, config, dtype=torch.float32, device="cpu")
+samples = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in given.tokens]
+seconds = timed(lambda: model.quantize(samples, batch_size=BATCH))
+packed = decoder_linears(model.model, BaseQuantLinear)
+write(
+    given.out,
+    "gptqmodel",
+    {
+        "method": "gptq",
+        "desc_act": True,
+        "static_groups": True,
+        "sym": False,
+        "damp_percent": config.damp_percent,
+        "mse": config.mse,
+        "batch_size": BATCH,
+        "samples": len(samples),
+    },
+    seconds,
+    {name: decoded(layer) for name, layer in packed.items()},
+    bits=given.bits,
+    groups=sum(layer.scales.numel() for layer in packed.values()),
+    zero_bits=given.bits,
+    checkpoint_bits=sum(
+        stored_bits([layer.qweight, layer.qzeros, layer.scales.half(), layer.g_idx])
+        for layer in packed.values()
+    ),
+)
