@@ -23,7 +23,9 @@ TOKENS = torch.randint(3, 500, (3, 40), generator=torch.Generator().manual_seed(
 def ranges_of(inputs: torch.Tensor) -> Ranges:
     """Of inputs `[batches, tokens, in]`, all of them sampled."""
     flat = inputs.flatten(0, 1)
-    return Ranges(inputs.amin(1), inputs.amax(1), flat.mean(0), flat.square().mean(0), flat)
+    return Ranges(
+        inputs.amin(1), inputs.amax(1), flat.mean(0), flat.square().mean(0), flat.abs().mean(0), flat
+    )
 
 
 def inputs(*shape: int) -> torch.Tensor:
@@ -53,6 +55,7 @@ def test_ranges_are_those_of_the_inputs(architecture):
         assert torch.equal(got.batch_low[2].double(), batches[2].double().amin(0))
         torch.testing.assert_close(got.mean.double(), every.mean(0), rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(got.mean_square.double(), every.square().mean(0), rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(got.mean_magnitude.double(), every.abs().mean(0), rtol=1e-5, atol=1e-9)
         assert got.deviation == pytest.approx(every.std(unbiased=False).item(), rel=1e-4)
         assert len(got.sample) == 120 <= SAMPLED_TOKENS  # every token of so few
         assert torch.equal(got.sample.double(), every)

@@ -43,6 +43,7 @@ class Ranges:
     batch_high: Float[Tensor, "batches in"]
     mean: Float[Tensor, " in"]
     mean_square: Float[Tensor, " in"]
+    mean_magnitude: Float[Tensor, " in"]
     sample: Float[Tensor, "sampled in"]
 
     @property
@@ -91,6 +92,7 @@ class _Watch:
         self.sampled: list[Tensor] = []
         self.total = torch.zeros(linear.in_features, dtype=torch.float64)
         self.square = torch.zeros_like(self.total)
+        self.magnitude = torch.zeros_like(self.total)
         self.count, self.quota = 0, -(-SAMPLED_TOKENS // batches)
 
     def __call__(self, _module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
@@ -102,6 +104,7 @@ class _Watch:
         self.high.append(exact.amax(0).cpu())
         self.total += exact.sum(0).double().cpu()
         self.square += exact.square().sum(0).double().cpu()
+        self.magnitude += exact.abs().sum(0).double().cpu()
         self.count += len(tokens)
         picked = torch.linspace(0, len(tokens) - 1, min(self.quota, len(tokens))).round().long()
         self.sampled.append(tokens[picked.to(tokens.device)].cpu())
@@ -109,16 +112,13 @@ class _Watch:
     def ranges(self, name: str) -> Ranges:
         if not self.count:
             raise BitassayError(f"{name}: no calibration token reached it", "calibrate on more samples")
-        mean, mean_square = (total / self.count for total in (self.total, self.square))
-        if not mean_square.isfinite().all():
+        if not self.square.isfinite().all():
             raise BitassayError(f"{name}: its inputs are not finite on the calibration text")
-        return Ranges(
-            torch.stack(self.low),
-            torch.stack(self.high),
-            mean.float(),
-            mean_square.float(),
-            torch.cat(self.sampled),
+        mean, square, magnitude = (
+            t.div(self.count).float() for t in (self.total, self.square, self.magnitude)
         )
+        low, high, sample = torch.stack(self.low), torch.stack(self.high), torch.cat(self.sampled)
+        return Ranges(low, high, mean, square, magnitude, sample)
 
 
 def input_roundings(
