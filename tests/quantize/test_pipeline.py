@@ -8,7 +8,7 @@ from bitassay.data.windows import Protocol
 from bitassay.errors import BitassayError
 from bitassay.evaluate.compare import evaluate
 from bitassay.models.walk import decoder_layers
-from bitassay.quantize import pipeline, tune
+from bitassay.quantize import layers, tune
 from bitassay.quantize.layerwise import first_inputs, input_groups, run_layer
 from bitassay.quantize.model import bits_per_weight, quantization_of, with_tensors
 from bitassay.quantize.pipeline import quantize
@@ -65,7 +65,7 @@ def test_the_base_model_stays_as_it_is(base):
 @pytest.mark.parametrize("name", ["gptq", "learned"])
 def test_an_interrupted_run_goes_on(base, tmp_path, monkeypatch, name):
     wanted = quantize(base, recipe(name))
-    finished, write = [], pipeline._write_layer
+    finished, write = [], layers._write_layer
 
     def write_two(folder, index, solved):
         if index == 2:
@@ -73,13 +73,13 @@ def test_an_interrupted_run_goes_on(base, tmp_path, monkeypatch, name):
         finished.append(index)
         write(folder, index, solved)
 
-    monkeypatch.setattr(pipeline, "_write_layer", write_two)
+    monkeypatch.setattr(layers, "_write_layer", write_two)
     with pytest.raises(KeyboardInterrupt):
         quantize(base, recipe(name), work=tmp_path / "work")
     monkeypatch.undo()
     assert finished == [0, 1]
     solved = []
-    monkeypatch.setattr(pipeline, "_write_layer", lambda folder, index, s: solved.append(index))
+    monkeypatch.setattr(layers, "_write_layer", lambda folder, index, s: solved.append(index))
     found = quantize(base, recipe(name), work=tmp_path / "work")
     assert solved == list(range(2, len(decoder_layers(base))))
     for key, value in wanted.state_dict().items():

@@ -108,11 +108,11 @@ def quantize_in_passing(
     hidden: Hidden,
     arguments: dict[str, Any],
     linears: Mapping[str, nn.Linear],
+    groups: list[tuple[str, ...]],
     solve: Callable[[tuple[str, ...], Float[Tensor, "in in"]], None],
 ) -> Hidden:
-    """Run a layer once over all samples, and quantize each group of linears when its input arrives: `solve`
-    replaces their weights, and what follows sees it. Returns the quantized layer's output."""
-    groups = {names[0]: names for names in input_groups(layer, hidden[:1], arguments, linears)}
+    """Run a layer once over all samples, and quantize each of the `input_groups` when its input arrives:
+    `solve` replaces their weights, and what follows sees it. Returns the quantized layer's output."""
 
     def arrive(names: tuple[str, ...]):
         def quantize(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -120,7 +120,7 @@ def quantize_in_passing(
 
         return quantize
 
-    with _pre_hooks({linears[first]: arrive(names) for first, names in groups.items()}):
+    with _pre_hooks({linears[names[0]]: arrive(names) for names in groups}):
         return call_layer(layer, hidden, arguments)
 
 

@@ -1,0 +1,256 @@
+"""One decoder layer after the other: every matrix quantized for the inputs that will reach it.
+
+A matrix is solved at the moment when its input arrives (`layerwise.py`): rounded to nearest or by GPTQ, with
+low-rank factors where the recipe wants them. Where it wants the layer's own output learned, that follows. A
+finished layer is written to the work folder, and read from there the next time.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from bitassay.models.walk import decoder_layers, module_name
+from bitassay.quantize.calibration import Calibration
+from bitassay.quantize.experts import expert_inputs, expert_matrix, warn_of_few
+from bitassay.quantize.gptq import Gptq, Rounded, gptq
+from bitassay.quantize.latent import LatentWeight
+from bitassay.quantize.layerwise import (
+    Hidden,
+    first_inputs,
+    hessian_of,
+    input_groups,
+    quantize_in_passing,
+    run_layer,
+)
+from bitassay.quantize.layout import Stored, description, read_tensor, stored_tensors
+from bitassay.quantize.learned import learn_layer
+from bitassay.quantize.low_rank import corrected
+from bitassay.quantize.recipe import Recipe
+from bitassay.quantize.scales import Grid
+from bitassay.quantize.scheme import WeightScheme
+from bitassay.quantize.tensor import QuantizedTensor, check_weight, from_codes, quantize_tensor
+from bitassay.record.progress import Progress
+from bitassay.record.run import RunFolder
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A quantized matrix, and its weights in front of their last rounding, from where learning goes on."""
+
+    tensor: QuantizedTensor
+    latent: Float[Tensor, "out in"]
+
+    def latent_weight(self) -> LatentWeight:
+        """Where learning starts."""
+        tensor = self.tensor
+        grid = Grid(
+            tensor.scale.float(),
+            tensor.zero_points(),
+            None if tensor.mean is None else tensor.mean.float(),
+            tensor.scheme.offset,
+            tensor.scheme.restricted,
+        )
+        return LatentWeight(tensor.scheme, self.latent, grid, tensor.low_rank)
+
+
+def quantize_layers(
+    draft: PreTrainedModel,
+    schemes: Mapping[str, WeightScheme | None],
+    recipe: Recipe,
+    tokens: Int[Tensor, "samples tokens"],
+    folder: RunFolder | None,
+    progress: Progress,
+) -> dict[str, Solved]:
+    """Every matrix that has a scheme, layer by layer; `draft` gets the dequantized weights on the way."""
+    layers, what = decoder_layers(draft), f"quantizing by {recipe.name}"
+    prefix = module_name(draft, layers)
+    hidden, arguments = first_inputs(draft, tokens)
+    reference = hidden if recipe.learned is not None else None
+    solved: dict[str, Solved] = {}
+    for index, layer in enumerate(layers):
+        progress(what, index, len(layers))
+        here = f"{prefix}.{index}."
+        own = {
+            name: scheme for name, scheme in schemes.items() if name.startswith(here) and scheme is not None
+        }
+        work = _LayerWork(draft, own, recipe, progress)
+        targets = None if reference is None else run_layer(layer, reference, arguments[index])
+        if folder is not None and folder.has_tensors(f"layer-{index:04d}"):
+            work.solved = _read_layer(folder, index, work)
+            work.put(work.solved)
+            hidden = run_layer(layer, hidden, arguments[index])
+        else:
+            entering = hidden
+            hidden = work.run(layer, entering, arguments[index])
+            if recipe.learned is not None:
+                assert targets is not None
+                work.learn(layer, here, entering, targets, arguments[index])
+                hidden = run_layer(layer, entering, arguments[index])
+            if folder is not None:
+                _write_layer(folder, index, work.solved)
+        reference = targets
+        solved |= work.solved
+    progress(what, len(layers), len(layers))
+    return solved
+
+
+class _LayerWork:
+    """One layer's matrices while they are quantized, by their full names."""
+
+    def __init__(
+        self,
+        draft: PreTrainedModel,
+        schemes: Mapping[str, WeightScheme],
+        recipe: Recipe,
+        progress: Progress,
+    ):
+        self.draft, self.schemes, self.recipe, self.progress = draft, schemes, recipe, progress
+        modules = dict(draft.named_modules())
+        self.linears = {
+            name: module for name in schemes if isinstance(module := modules.get(name), nn.Linear)
+        }
+        self.slices = [name for name in schemes if name not in self.linears]
+        for parameter in dict.fromkeys(name.rpartition(".")[0] for name in self.slices):
+            owner, _, key = parameter.rpartition(".")
+            fused = draft.get_submodule(owner).get_parameter(key)
+            draft.get_submodule(owner).register_parameter(
+                key, nn.Parameter(fused.clone(), requires_grad=False)
+            )
+        self.solved: dict[str, Solved] = {}
+
+    def run(self, layer: nn.Module, hidden: Hidden, arguments: dict[str, Any]) -> Hidden:
+        """The layer's output, every matrix quantized on the way when its input arrives."""
+        calibration = self.recipe.calibration or Calibration()
+        groups = input_groups(layer, hidden[:1], arguments, self.linears)
+        if not self.slices:
+            return quantize_in_passing(layer, hidden, arguments, self.linears, groups, self.solve)
+
+        def reached(name: str, inputs: Float[Tensor, "rows _"]) -> None:
+            if name in self.schemes and name not in self.solved:
+                self.solve((name,), hessian_of(inputs))
+
+        with expert_inputs(self.draft, reached, every=calibration.every_expert) as load:
+            output = quantize_in_passing(layer, hidden, arguments, self.linears, groups, self.solve)
+        warn_of_few({name: counts for name, counts in load.items() if counts.any()}, progress=self.progress)
+        for name in self.slices:
+            if name not in self.solved:  # no token came by: its Hessian is unknown
+                weight = self.weight(name)
+                self.solved[name] = Solved(quantize_tensor(weight, self.schemes[name], name), weight.float())
+        self.put(self.slices)
+        return output
+
+    def weight(self, name: str) -> Float[Tensor, "out in"]:
+        """The matrix as the draft holds it now."""
+        return self.linears[name].weight if name in self.linears else expert_matrix(self.draft, name)
+
+    def put(self, names: Iterable[str]) -> None:
+        """Give the draft the dequantized weights, in its dtype."""
+        for name in names:
+            weight = self.solved[name].tensor.dequantize()
+            if name in self.linears:
+                linear = self.linears[name]
+                linear.weight = nn.Parameter(weight.to(linear.weight.dtype), requires_grad=False)
+            else:
+                self.weight(name).copy_(weight)
+
+    def solve(self, names: tuple[str, ...], hessian: Float[Tensor, "in in"]) -> None:
+        """Quantize matrices that read the same input; those of one scheme in one go."""
+        by_scheme: dict[str, list[str]] = {}
+        for name in names:
+            by_scheme.setdefault(self.schemes[name].model_dump_json(), []).append(name)
+        for members in by_scheme.values():
+            scheme = self.schemes[members[0]]
+            weights = [self.weight(name) for name in members]
+            for name, weight in zip(members, weights, strict=True):
+                check_weight(weight, scheme, name)
+            low_rank, spec = self.recipe.low_rank, self.recipe.gptq
+            if low_rank is not None or spec is None or scheme.granularity == "tensor":
+                for name, weight in zip(members, weights, strict=True):
+                    self.solved[name] = self._alone(name, weight, hessian, scheme)
+            else:
+                found = self._by_gptq(members[0], torch.cat(weights), hessian, scheme, spec)
+                parts = zip(members, _rows(found, [len(weight) for weight in weights]), strict=True)
+                self.solved |= {name: _packed(part, scheme) for name, part in parts}
+        self.put(names)
+
+    def _alone(
+        self,
+        name: str,
+        weight: Float[Tensor, "out in"],
+        hessian: Float[Tensor, "in in"],
+        scheme: WeightScheme,
+    ) -> Solved:
+        spec, low_rank, last = self.recipe.gptq, self.recipe.low_rank, weight.float()
+
+        def quantized(w: Float[Tensor, "out in"]) -> QuantizedTensor:
+            nonlocal last
+            if spec is None:
+                last = w.float()
+                return quantize_tensor(w, scheme, name, hessian.diagonal().float())
+            found = _packed(self._by_gptq(name, w, hessian, scheme, spec), scheme)
+            last = found.latent
+            return found.tensor
+
+        alone = low_rank is None
+        return Solved(quantized(weight) if alone else corrected(weight, hessian, low_rank, quantized), last)
+
+    def _by_gptq(
+        self, name: str, weight: Tensor, hessian: Tensor, scheme: WeightScheme, spec: Gptq
+    ) -> Rounded:
+        found = gptq(weight, hessian, scheme, spec)
+        if found.damping > spec.damping:
+            self.progress(f"{name}: the Hessian needed damping of {found.damping:g}")
+        return found
+
+    def learn(
+        self, layer: nn.Module, prefix: str, hidden: Hidden, targets: Hidden, arguments: dict[str, Any]
+    ) -> None:
+        """Go on from what was solved, to the layer's own output."""
+        assert self.recipe.learned is not None
+        latents = {name: self.solved[name].latent_weight() for name in self.linears}
+        own = {name.removeprefix(prefix): latent for name, latent in latents.items()}
+        losses = learn_layer(layer, own, hidden, targets, arguments, self.recipe.learned)
+        self.progress(f"{prefix[:-1]}: error {losses[0]:.3g} -> {losses[-1]:.3g}")
+        self.solved = {name: Solved(latent.quantized(), latent.weight()) for name, latent in latents.items()}
+        self.put(self.solved)
+
+
+def _rows(found: Rounded, counts: list[int]) -> Iterator[Rounded]:
+    """What was solved as a stack, as the matrices that it was stacked from."""
+    start = 0
+    for count in counts:
+        rows = slice(start, start + count)
+        grid = found.grid.each(lambda part, rows=rows: part[rows])
+        yield Rounded(found.codes[rows], grid, found.compensated[rows], found.damping)
+        start += count
+
+
+def _packed(found: Rounded, scheme: WeightScheme) -> Solved:
+    grid = found.grid
+    return Solved(from_codes(found.codes, grid.scale, scheme, grid.zero_point, grid.mean), found.compensated)
+
+
+def _write_layer(folder: RunFolder, index: int, solved: Mapping[str, Solved]) -> None:
+    """Keep a finished layer: how each matrix is stored, then the parts, which make it finished."""
+    name = f"layer-{index:04d}"
+    folder.part(name, lambda: {n: description(s.tensor).model_dump(mode="json") for n, s in solved.items()})
+    parts = {
+        f"{n}/{part}": value for n, s in solved.items() for part, value in stored_tensors(s.tensor).items()
+    }
+    latents = {f"{n}/latent": s.latent for n, s in solved.items()}
+    folder.write_tensors(name, {key: value.contiguous() for key, value in (parts | latents).items()})
+
+
+def _read_layer(folder: RunFolder, index: int, work: _LayerWork) -> dict[str, Solved]:
+    name = f"layer-{index:04d}"
+    kept, parts, solved = folder.part(name, dict), folder.read_tensors(name), {}
+    for own, stored in kept.items():
+        found = {k.removeprefix(f"{own}/"): v for k, v in parts.items() if k.startswith(f"{own}/")}
+        latent, (rows, columns) = found.pop("latent"), work.weight(own).shape
+        solved[own] = Solved(read_tensor(found, Stored.model_validate(stored), (rows, columns)), latent)
+    return solved
