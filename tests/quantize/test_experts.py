@@ -10,6 +10,7 @@ import bitassay
 from bitassay.errors import BitassayError
 from bitassay.models.load import load
 from bitassay.models.walk import fused_experts, matrices, walk
+from bitassay.quantize import layers
 from bitassay.quantize.experts import (
     QuantizedExperts,
     changed_fraction,
@@ -301,3 +302,19 @@ def test_a_saved_mixture_loads_as_it_was(architecture, packed, tmp_path):
     same(architecture, logits(again), logits(model))
     assert bits_per_weight(again) == bits_per_weight(model)
     assert size_bytes(again) == size_bytes(model)
+
+
+def test_the_pipeline_calibrates_on_all_tokens_that_reach_an_expert(monkeypatch):
+    base, rows = mixture("mixtral"), []
+    original = layers.hessian_of
+    monkeypatch.setattr(layers, "hessian_of", lambda x: (rows.append(len(x)), original(x))[1])
+    calibration = {"samples": 3, "tokens": 40}
+    said = []
+    bitassay.quantize(
+        base,
+        Recipe.model_validate({"name": "gptq", "weights": W4.weights, "gptq": {}, "calibration": calibration}),
+        progress=lambda what, *_: said.append(what),
+    )
+    # Each token goes to two experts, and each of them has two matrices.
+    assert sum(rows) == 3 * (3 * 40 * 2 * 2)
+    assert any("calibrated on fewer than" in line for line in said)
