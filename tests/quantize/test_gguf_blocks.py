@@ -8,7 +8,7 @@ from gguf import dequantize
 
 from bitassay.quantize.gguf_blocks import as_blocks
 from bitassay.quantize.scheme import WeightScheme
-from bitassay.quantize.tensor import LowRank, quantize_tensor
+from bitassay.quantize.tensor import LowRank, from_codes, quantize_tensor
 
 
 def matrix(columns=512):
@@ -107,3 +107,31 @@ def test_scales_beyond_half_precision_have_no_type():
     assert as_blocks(quantize_tensor(matrix() * 1e-7, scheme)) is None
     zero = quantize_tensor(torch.zeros(24, 512), scheme)
     assert torch.equal(decoded(as_blocks(zero)), torch.zeros(24, 512))
+
+
+@pytest.mark.parametrize(
+    ("format", "zero_point", "granularity", "kind"),
+    [
+        ("int4", 8, "g32", "Q4_0"),  # -8 ... 7
+        ("int4", 7, "g32", "Q4_1"),  # -7 ... 8
+        ("int4", 9, "g32", "Q4_1"),  # -9 ... 6
+        ("int3", 4, "channel", "Q3_K"),  # -4 ... 3
+        ("int3", 3, "channel", "Q4_0"),  # -3 ... 4
+        ("int3", 5, "channel", "Q4_0"),  # -5 ... 2
+        ("int2", 0, "channel", "Q2_K"),
+        ("int8", 128, "g32", "Q8_0"),  # -128 ... 127
+        ("int8", 127, "g32", None),
+        ("int8", 129, "g32", None),
+    ],
+)
+def test_the_ends_of_each_range(format, zero_point, granularity, kind):
+    scheme = WeightScheme(format=format, granularity=granularity, symmetric=False)
+    levels = 2 ** int(scheme.number_format.bits)
+    codes = (torch.arange(2 * 512) % levels).float().view(2, 512)
+    groups = 16 if granularity == "g32" else 1
+    scale = torch.full((2, groups), 0.125)
+    tensor = from_codes(codes, scale, scheme, zero_point=torch.full((2, groups), float(zero_point)))
+    blocks = as_blocks(tensor)
+    assert (None if blocks is None else blocks.kind.name) == kind
+    if blocks is not None:
+        assert torch.equal(decoded(blocks), tensor.dequantize())
