@@ -49,8 +49,50 @@ def test_the_last_group_is_shorter_exactly(name, columns, sizes):
     assert {part.shape[1]: part.shape[0] // 3 for part in parts} == sizes
 
 
+@pytest.mark.parametrize(("digits", "columns", "sizes"), [
+    ("0", 40, [40]), ("1", 40, [32, 8]), ("2", 40, [16, 16, 8]), ("012", 192, [64, 32, 32, 16, 16, 16, 16]),
+    ("021", 136, [64, 16, 16, 16, 16, 8]), ("0000", 200, [64, 64, 64, 8]),
+])  # fmt: skip
+def test_adaptive_groups_are_those_of_their_digits(digits, columns, sizes):
+    granularity = Granularity.parse(f"adaptive32/{digits}")
+    matrix = torch.arange(2.0 * columns).view(2, columns)
+    parts = granularity.to_groups(matrix)
+    assert granularity.scale_shape(2, columns) == (2, len(sizes))
+    assert torch.equal(granularity.from_groups(parts, 2), matrix)
+    firsts = granularity.from_groups([part[:, :1] for part in parts], 2)
+    starts = [sum(sizes[:place]) for place in range(len(sizes))]
+    assert firsts[0].tolist() == starts
+    back = granularity.scales_to_groups(firsts, columns)
+    spread = [first.expand_as(part) for first, part in zip(back, parts, strict=True)]
+    expected = torch.tensor(firsts[0].tolist()).repeat_interleave(torch.tensor(sizes))
+    assert torch.equal(granularity.from_groups(spread, 2)[0], expected)
+
+
+def test_adaptive_groups_of_another_matrix_are_refused():
+    with pytest.raises(BitassayError, match="3 blocks"):
+        Granularity.parse("adaptive32/012").to_groups(torch.zeros(2, 128))
+
+
 @pytest.mark.parametrize(
-    "text", ["", "g", "g0", "g064", "g-1", "g6.4", "g64 ", "64", "row", "Tensor", "g12345678"]
+    "text",
+    [
+        "adaptive",
+        "adaptive63",
+        "adaptive64/",
+        "adaptive64/3",
+        "adaptive064",
+        "",
+        "g",
+        "g0",
+        "g064",
+        "g-1",
+        "g6.4",
+        "g64 ",
+        "64",
+        "row",
+        "Tensor",
+        "g12345678",
+    ],
 )
 def test_what_is_no_granularity_is_refused(text):
     with pytest.raises(BitassayError, match="granularity"):

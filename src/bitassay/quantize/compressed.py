@@ -52,6 +52,8 @@ def obstacle(stored: Stored) -> str | None:
         return f"its only 8-bit float is e4m3, not {fmt.name}"
     if stored.scheme.offset or stored.scheme.zero_point == "free":
         return "its grids are whole steps away from zero"
+    if Granularity.parse(stored.scheme.granularity).block_sizes is not None:
+        return "its groups are all of one size"
     if stored.residual is not None:
         return "it has no second plane of codes"
     if stored.low_rank is not None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bitassay.models.walk import decoder_layers, module_name
+from bitassay.quantize.adaptive import adapted
 from bitassay.quantize.calibration import Calibration
 from bitassay.quantize.experts import expert_inputs, expert_matrix, warn_of_few
 from bitassay.quantize.gptq import Gptq, Rounded, gptq
@@ -173,7 +174,9 @@ class _LayerWork:
                 for name, weight in zip(members, weights, strict=True):
                     self.solved[name] = self._alone(name, weight, hessian, scheme)
             else:
-                found = self._by_gptq(members[0], torch.cat(weights), hessian, scheme, spec)
+                stacked = torch.cat(weights)
+                scheme = adapted(stacked, scheme, hessian.diagonal().float())
+                found = self._by_gptq(members[0], stacked, hessian, scheme, spec)
                 parts = zip(members, _rows(found, [len(weight) for weight in weights]), strict=True)
                 self.solved |= {name: _packed(part, scheme) for name, part in parts}
         self.put(names)
@@ -186,6 +189,7 @@ class _LayerWork:
         scheme: WeightScheme,
     ) -> Solved:
         spec, low_rank, last = self.recipe.gptq, self.recipe.low_rank, weight.float()
+        scheme = adapted(weight, scheme, hessian.diagonal().float())
 
         def quantized(w: Float[Tensor, "out in"]) -> QuantizedTensor:
             nonlocal last

@@ -89,7 +89,8 @@ def expected_tensors(stored: Stored, shape: tuple[int, int]) -> Expected:
 
 def planned_bits(stored: Stored, shape: tuple[int, int]) -> int:
     """`QuantizedTensor.stored_bits` of a matrix of `shape`, without quantizing it."""
-    return 8 * expected_bytes(expected_tensors(stored, shape))
+    own = 8 * expected_bytes(expected_tensors(stored, shape))
+    return own + Granularity.parse(stored.scheme.granularity).layout_bits(shape[1])
 
 
 def expected_bytes(expected: Expected) -> int:

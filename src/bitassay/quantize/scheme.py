@@ -46,6 +46,9 @@ class WeightScheme(Part):
     def number_format(self) -> NumberFormat:
         return FORMATS[self.format]
 
+    def with_granularity(self, granularity: str) -> "WeightScheme":
+        return self.model_copy(update={"granularity": granularity})
+
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_the_format(cls, given: Any) -> Any:

@@ -11,6 +11,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from bitassay.errors import BitassayError
+from bitassay.quantize.adaptive import adapted
 from bitassay.quantize.formats import FORMATS, NumberFormat
 from bitassay.quantize.granularity import Granularity
 from bitassay.quantize.packing import pack, unpack
@@ -99,11 +100,13 @@ class QuantizedTensor:
 
     @property
     def stored_bits(self) -> int:
-        """Everything that has to be kept: codes, scales, zero points, means, the residual, the factors."""
+        """Everything that has to be kept: codes, scales, zero points, means, which groups there are, the
+        residual, the factors."""
         kept = [self.packed, self.scale, self.zero_point, self.mean]
         if self.low_rank is not None:
             kept += [self.low_rank.a, self.low_rank.b]
         own = sum(part.numel() * part.element_size() * 8 for part in kept if part is not None)
+        own += self.granularity.layout_bits(self.shape[1])
         return own if self.residual is None else own + self.residual.stored_bits
 
     def to(self, device: torch.device | str) -> "QuantizedTensor":
@@ -125,6 +128,7 @@ def quantize_tensor(
     dtype.
     """
     check_weight(weight, scheme, name)
+    scheme = adapted(weight.detach(), scheme, importance)
     granularity = Granularity.parse(scheme.granularity)
     w = weight.detach().float()
     groups = granularity.to_groups(w)
