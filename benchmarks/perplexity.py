@@ -15,8 +15,8 @@ import torch
 
 import bitassay
 from bitassay.bench.environment import environment
-from bitassay.evaluate.compare import BASE, score_windows
 from bitassay.data.windows import Protocol, token_windows
+from bitassay.evaluate.compare import BASE, score_windows
 
 ROUNDS = 3
 PROTOCOL = Protocol(window_tokens=1024, windows=2)

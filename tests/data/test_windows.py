@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from bitassay.data.corpora import corpus
-from bitassay.errors import BitassayError
 from bitassay.data.windows import Protocol, token_windows
+from bitassay.errors import BitassayError
 
 
 def test_ids_name_what_changes_the_number():

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import bitassay
+from bitassay.data.windows import Protocol, token_windows
 from bitassay.errors import BitassayError
 from bitassay.evaluate.compare import BASE, score_windows, summarise
-from bitassay.data.windows import Protocol, token_windows
 from bitassay.testing.tiny import tiny_model
 
 SHORT = Protocol(window_tokens=128, windows=6)

@@ -15,9 +15,9 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from bitassay.data.windows import Protocol, token_windows
 from bitassay.errors import BitassayError
 from bitassay.evaluate.divergence import TokenScores, token_scores, window_logits
-from bitassay.data.windows import Protocol, token_windows
 from bitassay.evaluate.statistics import bootstrap_means, percentile_interval
 from bitassay.models.load import tokenizer
 from bitassay.record.progress import Progress, silent
