@@ -4,9 +4,8 @@ A unit is a linear, or all experts' slices of one fused parameter, which share t
 thousands of them, and most see too little text to be measured alone. A matrix that an override names keeps
 its scheme, and counts.
 
-error: the relative output error of each choice (`OutputError`), summed over units. kl: the divergence of each
-unit under its coarsest choice; since a divergence grows with the square of a small change, the other choices
-cost in proportion to their output errors. That is one run a unit and a sample, instead of one a choice.
+error: what each choice is predicted to do to the model's predictions (`predicted_divergences`), from one pass
+over the text. kl: what it does, from one run for every unit, choice and sample.
 """
 
 import math
@@ -14,7 +13,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -23,7 +22,7 @@ from bitassay.models.walk import matrices
 from bitassay.quantize.mixed import Mixed, allocate
 from bitassay.quantize.recipe import Recipe
 from bitassay.quantize.scheme import WeightScheme
-from bitassay.quantize.sensitivity import OutputError, divergences, observe, places
+from bitassay.quantize.sensitivity import divergences, places, predicted_divergences
 from bitassay.quantize.tensor import QuantizedTensor, quantize_tensor
 from bitassay.record.progress import Progress, silent
 from bitassay.record.run import RunFolder
@@ -53,16 +52,39 @@ def mixed_schemes(
     choices = spec.choices(weights)
 
     def chosen() -> dict[str, int]:
-        units = units_of(model, recipe)
-        candidates = _candidates(model, recipe, units, choices, progress)
-        costs = _costs(model, units, candidates, tokens[: spec.samples], spec, progress)
-        return _spend(units, candidates, costs, spec)
+        return _spend(model, recipe, spec, choices, tokens[: spec.samples], progress)
 
     numbers = chosen() if folder is None else folder.part("mixed", chosen)
     return {
         name: recipe.scheme_for(name) if numbers.get(name) is None else choices[numbers[name]]
         for name in matrices(model)
     }
+
+
+def _spend(
+    model: PreTrainedModel,
+    recipe: Recipe,
+    spec: Mixed,
+    choices: list[WeightScheme],
+    tokens: Int[Tensor, "samples tokens"],
+    progress: Progress,
+) -> dict[str, int]:
+    """The number of the choice of each matrix that has one."""
+    units = units_of(model, recipe)
+    candidates = _candidates(model, recipe, units, choices, progress)
+    free = [unit for unit in units if unit.free]
+    if not free:
+        raise BitassayError(
+            "mixed: every matrix has an override, so there is nothing to choose", "fewer overrides"
+        )
+    bits = np.stack([_bits(unit, candidates) for unit in free])
+    shapes = [tensors[0].shape for tensors in candidates.values()]
+    count = sum(rows * columns for rows, columns in shapes)
+    fixed = sum(int(_bits(unit, candidates)[0]) for unit in units if not unit.free)
+    _check_budget(spec, (fixed + bits.min(1).sum()) / count, (fixed + bits.max(1).sum()) / count)
+    costs = _costs(model, free, candidates, tokens, spec, progress)
+    found = allocate(costs, bits, spec.bits * count - fixed)
+    return {name: int(choice) for unit, choice in zip(free, found, strict=True) for name in unit.members}
 
 
 def units_of(model: PreTrainedModel, recipe: Recipe) -> list[Unit]:
@@ -92,42 +114,33 @@ def _candidates(
 
 def _costs(
     model: PreTrainedModel,
-    units: list[Unit],
+    free: list[Unit],
     candidates: Mapping[str, list[QuantizedTensor]],
     tokens: Int[Tensor, "samples tokens"],
     spec: Mixed,
     progress: Progress,
-) -> list[list[float]]:
-    """What each choice costs each unit."""
-    free = [unit for unit in units if unit.free]
-    errors = OutputError(model, {name: candidates[name] for unit in free for name in unit.members})
-    observe(
-        model,
-        tokens,
-        errors,
-        lambda done: progress("measuring output errors of every choice", done, len(tokens)),
-    )
-    costs = []
-    for unit in free:
-        signal = sum(errors.signal[name] for name in unit.members)
-        noise = np.sum([errors.noise[name] for name in unit.members], axis=0)
-        # An input that is all zeros, or never came: nothing is known to be lost.
-        costs.append(noise / signal if signal else np.zeros_like(noise))
-    if spec.sensitivity == "kl":
-        coarsest = [int(np.argmin(_bits(unit, candidates))) for unit in free]
-        groups = {
-            str(index): {name: candidates[name][choice] for name in unit.members}
-            for index, (unit, choice) in enumerate(zip(free, coarsest, strict=True))
-        }
-        measured = np.zeros(len(free))
-        for done, window in enumerate(tokens):
-            for label, divergence in divergences(model, groups, window):
-                measured[int(label)] += divergence / len(tokens)
-                progress("measuring divergences", done * len(free) + int(label) + 1, len(tokens) * len(free))
-        for index, choice in enumerate(coarsest):
-            here = costs[index][choice]
-            costs[index] = costs[index] * (measured[index] / here if here else 0.0)
-    return [list(map(float, found)) for found in costs]
+) -> Float[np.ndarray, "units choices"]:
+    """What each choice costs each unit that has one, in nats a token."""
+    names = [name for unit in free for name in unit.members]
+    if spec.sensitivity == "error":
+        what = "predicting the divergence of every choice"
+        own = {name: candidates[name] for name in names}
+        found = predicted_divergences(model, own, tokens, lambda done: progress(what, done, len(tokens)))
+        return np.array([np.sum([found[name] for name in unit.members], axis=0) for unit in free])
+    choices = len(candidates[names[0]])
+    costs, done = np.zeros((len(free), choices)), 0
+    groups = {
+        f"{index} {choice}": {name: candidates[name][choice] for name in unit.members}
+        for index, unit in enumerate(free)
+        for choice in range(choices)
+    }
+    for window in tokens:
+        for label, divergence in divergences(model, groups, window):
+            index, choice = map(int, label.split())
+            costs[index, choice] += divergence / len(tokens)
+            done += 1
+            progress("measuring the divergence of every choice", done, len(tokens) * len(groups))
+    return costs
 
 
 def _bits(unit: Unit, candidates: Mapping[str, list[QuantizedTensor]]) -> Int[np.ndarray, " choices"]:
@@ -135,28 +148,11 @@ def _bits(unit: Unit, candidates: Mapping[str, list[QuantizedTensor]]) -> Int[np
     return np.sum([[tensor.stored_bits for tensor in candidates[name]] for name in unit.members], axis=0)
 
 
-def _spend(
-    units: list[Unit],
-    candidates: Mapping[str, list[QuantizedTensor]],
-    costs: list[list[float]],
-    spec: Mixed,
-) -> dict[str, int]:
-    """The number of the choice of each matrix that has one."""
-    free = [unit for unit in units if unit.free]
-    if not free:
-        raise BitassayError(
-            "mixed: every matrix has an override, so there is nothing to choose", "fewer overrides"
-        )
-    shapes = [tensors[0].shape for tensors in candidates.values()]
-    weights = sum(rows * columns for rows, columns in shapes)
-    fixed = sum(int(_bits(unit, candidates)[0]) for unit in units if not unit.free)
-    bits = np.stack([_bits(unit, candidates) for unit in free])
-    low, high = ((fixed + each.sum()) / weights for each in (bits.min(1), bits.max(1)))
+def _check_budget(spec: Mixed, low: float, high: float) -> None:
+    """Raises BitassayError where no choice keeps to the budget, or every one does."""
     if not low <= spec.bits <= high:
         span = f"{math.ceil(low * 1000) / 1000:g} to {math.floor(high * 1000) / 1000:g}"
         raise BitassayError(
             f"mixed: a budget of {spec.bits:g} bits a weight, where the formats take {span}, scales included",
             f"bits: {span}, or other formats",
         )
-    chosen = allocate(np.array(costs), bits, spec.bits * weights - fixed)
-    return {name: int(choice) for unit, choice in zip(free, chosen, strict=True) for name in unit.members}

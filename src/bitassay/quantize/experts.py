@@ -35,8 +35,8 @@ from bitassay.record.progress import Progress, silent
 
 FEW_TOKENS = 256  # below that, the Hessian of a slice says little about most of its input columns
 
-Tap = Callable[[str, int, Float[Tensor, "rows _"]], None]
-"""Gets a parameter's own name, the expert, and the inputs of that slice."""
+Multiply = Callable[[str, int, Float[Tensor, "rows _"]], Float[Tensor, "rows _"]]
+"""`x W^T + b` for a parameter's own name, an expert, and the inputs `x` of that slice."""
 Load = dict[str, Int[Tensor, " _"]]
 """For each module of fused experts, by full name, how many tokens each expert got."""
 Routes = dict[str, Int[Tensor, "_ _"]]
@@ -48,58 +48,33 @@ def one_by_one(
     x: Float[Tensor, "tokens hidden"],
     chosen: Int[Tensor, "tokens k"],
     shares: Float[Tensor, "tokens k"],
-    matrix: Callable[[str, int], Float[Tensor, "_ _"]],
-    tap: Tap | None = None,
+    multiply: Multiply,
 ) -> Float[Tensor, "tokens hidden"]:
-    """The output of a fused module, one expert after the other, with `matrix(parameter, expert)` `[out, in]`
-    as weights. The order of all operations is that of transformers' `eager` implementation."""
+    """The output of a fused module, one expert after the other. The order of all operations is that of
+    transformers' `eager` implementation."""
     y = torch.zeros_like(x)
     for expert in chosen.unique().tolist():
         place, token = torch.where((chosen == expert).T)
-        h = _inner(experts, x[token], expert, matrix, tap)
-        if tap is not None:
-            tap("down_proj", expert, h)
-        out = nn.functional.linear(h, matrix("down_proj", expert), _bias(experts, "down_proj", expert))
+        out = multiply("down_proj", expert, _inner(experts, x[token], expert, multiply))
         y.index_add_(0, token, (out * shares[token, place, None]).to(y.dtype))
     return y
 
 
-def _inner(
-    experts: nn.Module, x: Tensor, expert: int, matrix: Callable[[str, int], Tensor], tap: Tap | None
-) -> Tensor:
+def _inner(experts: nn.Module, x: Tensor, expert: int, multiply: Multiply) -> Tensor:
     """`act(gate) * up`, or `act(up)` where nothing is gated."""
-    first = "gate_up_proj" if experts.has_gate else "up_proj"
-    if tap is not None:
-        tap(first, expert, x)
-    h = nn.functional.linear(x, matrix(first, expert), _bias(experts, first, expert))
+    h = multiply("gate_up_proj" if experts.has_gate else "up_proj", expert, x)
     return experts._apply_gate(h) if experts.has_gate else experts.act_fn(h)  # type: ignore[operator]
 
 
-def _bias(experts: nn.Module, parameter: str, expert: int) -> Tensor | None:
-    return experts.get_parameter(f"{parameter}_bias")[expert] if experts.has_bias else None
+def _linear(experts: nn.Module, parameter: str, expert: int, x: Tensor, matrix: Tensor) -> Tensor:
+    bias = experts.get_parameter(f"{parameter}_bias")[expert] if experts.has_bias else None
+    return nn.functional.linear(x, matrix, bias)
 
 
 def dense_matrix(experts: nn.Module, parameter: str, expert: int) -> Float[Tensor, "_ _"]:
     """The slice of one expert as `[out, in]`."""
     matrix = experts.get_parameter(parameter)[expert]
     return matrix.T if experts.is_transposed else matrix
-
-
-def own_slices(module: nn.Module) -> dict[str, Float[Tensor, "_ _"]]:
-    """Every expert's slice in a layer or model, as a view `[out, in]` by name within `module`. Its fused
-    parameters become copies first, so that the views may be written to where another model shares them."""
-    views = {}
-    for name, experts in _fused(module).items():
-        for key, parameter in list(experts.named_parameters(recurse=False)):
-            if parameter.ndim == 3:
-                experts.register_parameter(key, nn.Parameter(parameter.detach().clone(), requires_grad=False))
-                for expert in range(len(parameter)):
-                    views[f"{name}.{key}.{expert}"] = dense_matrix(experts, key, expert).detach()
-    return views
-
-
-def _fused(module: nn.Module) -> dict[str, nn.Module]:
-    return {name: found for name, found in module.named_modules() if is_fused_experts(found)}
 
 
 def expert_matrix(model: PreTrainedModel, name: str) -> Float[Tensor, "_ _"]:
@@ -110,32 +85,37 @@ def expert_matrix(model: PreTrainedModel, name: str) -> Float[Tensor, "_ _"]:
 
 
 @contextmanager
-def expert_inputs(
-    module: nn.Module, tap: Callable[[str, Float[Tensor, "rows _"]], None], *, every: bool = False
+def expert_products(
+    module: nn.Module,
+    product: Callable[[str, Float[Tensor, "rows _"], Callable[[], Float[Tensor, "rows _"]]], Tensor],
+    *,
+    every: bool = False,
 ) -> Iterator[Load]:
-    """While this lasts, each forward pass of `module`, a decoder layer or a whole model, calls `tap(name, x)`
-    with the inputs `x` of each expert's slice that got any, by the slice's name within `module`, just before
-    they are multiplied: a tap that writes to the slice quantizes it in passing. Yields the tokens routed to
-    each expert so far, whatever `every` is."""
-    found = _fused(module)
+    """While this lasts, each forward pass of `module`, a decoder layer or a whole model, takes the output of
+    each expert's slice that got inputs `x` from `product(name, x, plain)`: by the slice's name within
+    `module`; `plain()` is what it would be. Yields the tokens routed to each expert so far.
+
+    every: show all tokens to every expert first, whatever is made of its output then.
+    """
+    found = {name: part for name, part in module.named_modules() if is_fused_experts(part)}
     load: Load = {}
 
     def patch(name: str, experts: nn.Module) -> None:
         count = experts.get_parameter("down_proj").shape[0]
         load[name] = torch.zeros(count, dtype=torch.int64)
 
-        def matrix(parameter: str, expert: int) -> Tensor:
-            return dense_matrix(experts, parameter, expert)
+        def plain(parameter: str, expert: int, x: Tensor) -> Tensor:
+            return _linear(experts, parameter, expert, x, dense_matrix(experts, parameter, expert))
 
-        def show(parameter: str, expert: int, x: Tensor) -> None:
-            tap(f"{name}.{parameter}.{expert}", x)
+        def multiply(parameter: str, expert: int, x: Tensor) -> Tensor:
+            return product(f"{name}.{parameter}.{expert}", x, lambda: plain(parameter, expert, x))
 
         def forward(x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
             load[name] += torch.bincount(chosen.flatten(), minlength=count).cpu()
             if every:
                 for expert in range(count):
-                    show("down_proj", expert, _inner(experts, x, expert, matrix, show))
-            return one_by_one(experts, x, chosen, shares, matrix, None if every else show)
+                    multiply("down_proj", expert, _inner(experts, x, expert, multiply))
+            return one_by_one(experts, x, chosen, shares, plain if every else multiply)
 
         experts.forward = forward
 
@@ -146,6 +126,21 @@ def expert_inputs(
     finally:
         for experts in found.values():
             experts.__dict__.pop("forward", None)  # the class has its own
+
+
+@contextmanager
+def expert_inputs(
+    module: nn.Module, tap: Callable[[str, Float[Tensor, "rows _"]], None], *, every: bool = False
+) -> Iterator[Load]:
+    """Like `expert_products`, but calls `tap(name, x)` just before `x` is multiplied: a tap that writes to
+    the slice quantizes it in passing."""
+
+    def product(name: str, x: Tensor, plain: Callable[[], Tensor]) -> Tensor:
+        tap(name, x)
+        return plain()
+
+    with expert_products(module, product, every=every) as load:
+        yield load
 
 
 def warn_of_few(load: Load, minimum: int = FEW_TOKENS, progress: Progress = silent) -> list[str]:
@@ -240,7 +235,10 @@ class QuantizedExperts(nn.Module):
         chosen: Int[Tensor, "tokens k"],
         shares: Float[Tensor, "tokens k"],
     ) -> Float[Tensor, "tokens hidden"]:
-        return one_by_one(self, x, chosen, shares, self.matrix)
+        def multiply(parameter: str, expert: int, rows: Tensor) -> Tensor:
+            return _linear(self, parameter, expert, rows, self.matrix(parameter, expert))
+
+        return one_by_one(self, x, chosen, shares, multiply)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         """Parameters by the fused module's names: one of which only some slices are codes is whole, and one

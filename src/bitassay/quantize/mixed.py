@@ -25,8 +25,9 @@ TOLERANCE = 1e-5  # of the budget: more than HiGHS may overdraw it by
 
 class Mixed(Part):
     """bits: the average of stored bits a weight, at most. formats: what a matrix may have, each a format's
-    name or some fields of a scheme; the recipe's `weights` has the rest. sensitivity: what is added up, `kl`
-    or `error`. samples: how many windows of the calibration text it is measured on."""
+    name or some fields of a scheme; the recipe's `weights` has the rest. sensitivity: what is added up, the
+    measured divergence (`kl`) or the one that output errors predict (`error`). samples: how many windows of
+    the calibration text it is measured on."""
 
     bits: float = Field(gt=0, le=16)
     formats: tuple[str | dict[str, Any], ...] = Field(("int2", "int3", "int4"), min_length=2)
@@ -55,13 +56,13 @@ def allocate(
 ) -> Int[np.ndarray, " matrices"]:
     """The choice of each matrix with the least sum of costs among those whose bits sum to at most `budget`.
 
-    A choice that a matrix does not have costs infinity. Raises BitassayError where no choice keeps to the
-    budget.
+    Costs are not negative; a choice that a matrix does not have costs infinity. Raises BitassayError where no
+    choice keeps to the budget.
     """
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import eye_array, kron
 
-    assert not np.isnan(costs).any()
+    assert (costs >= 0).all(), "a cost is negative, or not a number"
     assert np.isfinite(costs).any(1).all(), "each matrix needs a choice"
     count, choices = costs.shape
     allowed = np.isfinite(costs)
@@ -69,11 +70,12 @@ def allocate(
     if least > budget:
         raise BitassayError(f"a budget of {budget:.0f} bits, where the fewest that fit are {least}")
     finite = np.where(allowed, costs, 0.0)
-    scale = 1e4 / max(np.abs(finite).max(), np.finfo(float).tiny)  # HiGHS stops at an absolute gap of 1e-6
+    # HiGHS stops at an absolute gap of 1e-6.
+    finite *= 1e4 / (finite.max() or 1.0)
     one_each = kron(eye_array(count), np.ones((1, choices)), format="csr")
     for share in (1.0, 1 - TOLERANCE):
         found = milp(
-            finite.ravel() * scale,
+            finite.ravel(),
             integrality=np.ones(count * choices),
             bounds=Bounds(0, allowed.ravel().astype(float)),  # type: ignore[arg-type]
             constraints=[

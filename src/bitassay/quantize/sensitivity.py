@@ -1,17 +1,25 @@
 """How much a model minds that one of its matrices, or one of its layers, is quantized.
 
-Two measures, both on text:
+Three measures, all on text:
 
-    error   ||x (W' - W)^T||^2 / ||x W^T||^2, the relative energy of what rounding adds to the matrix's own
-            output: one pass over the text for any number of candidates
-    KL      sum_v p_v (log p_v - log q_v), the mean over tokens of the divergence of the model's next-token
-            distributions when only these matrices are quantized: it knows what the rest of the model makes of
-            the error, and costs a run of all layers from the first changed one to the head
+    output error   ||x (W' - W)^T||^2 / ||x W^T||^2: the energy of what rounding adds to the matrix's own
+                   output, relative to that output
+    predicted KL   1/2 sum_t (g_t . (W' - W) x_t)^2, the mean over tokens; g_t is the gradient of
+                   sum log p(y) at the matrix's output for token t, with each y drawn from the model's own
+                   prediction: the output error seen through the Fisher information, which is the second
+                   derivative of the divergence. Products of different tokens' terms are left out; they are
+                   mostly noise
+    KL             sum_v p_v (log p_v - log q_v), the mean over tokens of the divergence of the next-token
+                   distributions when only these matrices are quantized: it knows what the rest of the model
+                   makes of the error, and costs a run of all layers from the first changed one to the head
 
-`observe` shows a tap what enters every matrix, experts included.
+The first two take one pass over the text for all matrices and any number of candidates. Output errors of
+different matrices do not compare: on stories260k, bits spent by them did worse than bits spent evenly, and
+bits spent by predicted divergences about as well as by measured ones.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +28,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bitassay.models.walk import decoder_layers, matrices, module_name, walk
-from bitassay.quantize.experts import Load, expert_inputs
+from bitassay.quantize.experts import Load, expert_inputs, expert_products
 from bitassay.quantize.model import Quantization, with_tensors
 from bitassay.quantize.recipe import Recipe
 from bitassay.quantize.tensor import QuantizedTensor
@@ -100,6 +108,58 @@ class OutputError:
 
 def _energy(y: Tensor) -> float:
     return y.square().sum(dtype=torch.float64).item()
+
+
+def predicted_divergences(
+    model: PreTrainedModel,
+    candidates: Mapping[str, Sequence[QuantizedTensor]],
+    tokens: Int[Tensor, "samples tokens"],
+    progress: Callable[[int], None] = lambda done: None,
+    seed: int = 0,
+) -> dict[str, list[float]]:
+    """The predicted KL divergence of each candidate of each matrix, in nats a token; `progress` gets the
+    number of finished samples."""
+    weights, generator = matrices(model), torch.Generator(model.device).manual_seed(seed)
+    total = {name: [0.0] * len(tensors) for name, tensors in candidates.items()}
+    for done, sample in enumerate(tokens):
+        with torch.enable_grad(), _kept_products(model) as kept:
+            log_p = model(sample[None].to(model.device), use_cache=False).logits[0].float().log_softmax(1)
+            drawn = log_p.detach().exp().multinomial(1, generator=generator)
+            log_p.gather(1, drawn).sum().backward()
+        for name, x, y in kept:
+            if name not in candidates or y.grad is None:
+                continue
+            g, x = y.grad.reshape(-1, y.shape[-1]).float(), x.reshape(-1, x.shape[-1]).float()
+            for place, tensor in enumerate(candidates[name]):
+                change = x @ (tensor.dequantize() - weights[name].float()).T
+                total[name][place] += _energy((g * change).sum(1)) / 2 / tokens.numel()
+        progress(done + 1)
+    return total
+
+
+@contextmanager
+def _kept_products(model: PreTrainedModel) -> Iterator[list[tuple[str, Tensor, Tensor]]]:
+    """Every matrix's name, input and output (which gets a gradient) of the forward passes meanwhile."""
+    kept: list[tuple[str, Tensor, Tensor]] = []
+
+    def keep(name: str, x: Tensor, y: Tensor) -> Tensor:
+        y.retain_grad()
+        kept.append((name, x.detach(), y))
+        return y
+
+    def after(name: str) -> Callable[..., Tensor]:
+        return lambda _, given, y: keep(name, given[0], y)
+
+    handles = [module.register_forward_hook(after(name)) for name, module in walk(model).linears.items()]
+    # Parameters need no gradients; everything after the embeddings does.
+    embeddings = model.get_input_embeddings()
+    handles.append(embeddings.register_forward_hook(lambda _, given, y: y.detach().requires_grad_()))
+    try:
+        with expert_products(model, lambda name, x, plain: keep(name, x, plain())):
+            yield kept
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @torch.no_grad()
