@@ -295,7 +295,7 @@ def test_int8_inputs_are_nearer_after_smoothing():
     ("part", "says"),
     [
         ({}, "Field required"),
-        ({"method": "awq", "alpha": 0.5}, "no effect"),
+        ({"method": "awq", "alpha": 0.8}, "no effect"),
         ({"method": "smoothquant", "clip": True}, "no effect"),
         ({"method": "smoothquant", "alpha": 1.5}, "less than or equal to 1"),
         ({"method": "awq", "places": []}, "nowhere"),

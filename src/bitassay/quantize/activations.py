@@ -17,13 +17,14 @@ the model's dtype. Left out: groups within a token, and inputs of attention's ow
 side of those is `kv_cache.py`).
 """
 
+import math
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
-from pydantic import Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 from torch import Tensor
 
 from bitassay.errors import nearest
@@ -88,8 +89,8 @@ class InputScheme(Part):
             raise ValueError(f"scale: {self.scale} finds one threshold for both signs: use symmetric: true")
         if self.scale == "kl" and (fmt.kind == "float" or fmt.bits > 8):
             raise ValueError(f"scale: kl compares histograms of at most 256 equal steps, not {self.format}")
-        for name in ("percentile", "momentum"):
-            if name in self.model_fields_set and self.scale != {"momentum": "moving_average"}.get(name, name):
+        for name, rule in (("percentile", "percentile"), ("momentum", "moving_average")):
+            if self.scale != rule and getattr(self, name) != InputScheme.model_fields[name].default:
                 raise ValueError(f"{name} has no effect on scale: {self.scale}")
         return self
 
@@ -124,14 +125,30 @@ class Activations(InputScheme):
 
 @dataclass(frozen=True)
 class InputRounding:
-    """A scheme as one linear carries it out. scale (and the whole zero_point) are None where each token has
-    its own; outliers are columns, in order."""
+    """A scheme as one linear carries it out. scale and the whole zero_point are None where each token has its
+    own; outliers are columns, in order. Raises ValueError for what fits no scheme."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=False)
 
     format: str
     symmetric: bool = True
     scale: float | None = None
     zero_point: int | None = None
     outliers: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.format not in INPUT_FORMATS:
+            raise ValueError(f"unknown input format {self.format!r}")
+        if self.scale is not None and not (self.scale > 0 and math.isfinite(self.scale)):
+            raise ValueError(f"a scale of {self.scale}")
+        if (self.zero_point is not None) != (self.scale is not None and not self.symmetric):
+            raise ValueError("a zero point belongs to an asymmetric grid with a scale")
+        if self.zero_point is not None:
+            low, high = self.number_format.code_range(self.symmetric)
+            if not low <= self.zero_point <= high:
+                raise ValueError(f"a zero point of {self.zero_point}")
+        if list(self.outliers) != sorted({column for column in self.outliers if column >= 0}):
+            raise ValueError("outlier columns are not in order")
 
     @property
     def number_format(self) -> NumberFormat:

@@ -7,7 +7,7 @@ quantized lies beside the codes as ordinary parameters, and `bitassay.json` says
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, get_args
@@ -69,7 +69,9 @@ def save(
     state = _other_parameters(model, quantization) | parts
     check_space(folder, _bytes(state))
     weights = sum(tensor.shape[0] * tensor.shape[1] for tensor in quantization.tensors.values())
-    schemes = list(dict.fromkeys(map(_canonical, descriptions.values())))
+    schemes = {
+        scheme: place for place, scheme in enumerate(dict.fromkeys(map(_canonical, descriptions.values())))
+    }
     progress(f"writing {folder}")
     with atomic_folder(folder) as temporary:
         # transformers decodes the experts of a compressed checkpoint that come one by one, even dense ones,
@@ -83,8 +85,9 @@ def save(
             layout=chosen,
             recipe=quantization.recipe.model_dump(mode="json"),
             schemes=tuple(json.loads(scheme) for scheme in schemes),
-            matrices={name: schemes.index(_canonical(stored)) for name, stored in descriptions.items()},
+            matrices={name: schemes[_canonical(stored)] for name, stored in descriptions.items()},
             parameters=tuple(quantization.parameters),
+            inputs={name: asdict(rounding) for name, rounding in quantization.inputs.items()},
             base=Base(
                 name=base.name,
                 origin=base.source.origin,

@@ -17,8 +17,10 @@ from transformers import PreTrainedModel
 from bitassay.errors import BitassayError, nearest
 from bitassay.models.load import Identity
 from bitassay.models.walk import matrices, walk
+from bitassay.quantize.activations import InputRounding
 from bitassay.quantize.experts import put_experts
-from bitassay.quantize.linear import QuantizedLinear
+from bitassay.quantize.kv_cache import round_cache
+from bitassay.quantize.linear import QuantizedLinear, RoundedInputLinear
 from bitassay.quantize.recipe import Recipe
 from bitassay.quantize.rotation import add_online
 from bitassay.quantize.tensor import QuantizedTensor
@@ -26,12 +28,14 @@ from bitassay.quantize.tensor import QuantizedTensor
 
 @dataclass(frozen=True)
 class Quantization:
-    """What was done to a model: the recipe, the quantized matrices by their names in `matrices(model)`, and
-    the new dense values of other parameters that the recipe changed, by full name."""
+    """What was done to a model: the recipe, the quantized matrices by their names in `matrices(model)`, the
+    new dense values of other parameters that the recipe changed, by full name, and how the inputs of linears
+    are rounded, by theirs."""
 
     recipe: Recipe
     tensors: dict[str, QuantizedTensor]
     parameters: dict[str, Tensor] = field(default_factory=dict)
+    inputs: dict[str, InputRounding] = field(default_factory=dict)
 
 
 def with_tensors(
@@ -45,15 +49,18 @@ def with_tensors(
     slices = {name: tensor for name, tensor in quantization.tensors.items() if name not in linears}
     put_experts(model, slices, packed)
     for name, linear in linears.items():
-        if (tensor := quantization.tensors.get(name)) is None:
-            continue
-        if packed:
-            parent, _, child = name.rpartition(".")
-            setattr(
-                model.get_submodule(parent), child, QuantizedLinear(tensor, linear.bias, linear.weight.dtype)
+        tensor, inputs = quantization.tensors.get(name), quantization.inputs.get(name)
+        if tensor is not None and packed:
+            model.set_submodule(
+                name, QuantizedLinear(tensor, linear.bias, linear.weight.dtype, inputs), strict=True
             )
-        else:
+            continue
+        if tensor is not None:
             linear.weight = nn.Parameter(tensor.dequantize().to(linear.weight.dtype), requires_grad=False)
+        if inputs is not None:
+            model.set_submodule(name, RoundedInputLinear(linear, inputs), strict=True)
+    if quantization.recipe.kv_cache is not None:
+        round_cache(model, quantization.recipe.kv_cache)
     if quantization.recipe.rotation is not None:
         add_online(model, quantization.recipe.rotation)
     # nn.Module's own __setattr__ is for tensors and modules.

@@ -1,6 +1,7 @@
 """From a recipe to quantized matrices: `quantize`.
 
     rotation -> smoothing -> mixed -> each layer in turn {rounding -> learned -> low_rank} -> tune
+    -> activations
 
 Each part of a recipe that is present is done, in this order; `Recipe` says which belong together. Without any
 of them a matrix is rounded to nearest on its own and no text is read. Everything else works on a copy of the
@@ -11,6 +12,7 @@ on where the last one stopped.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from transformers import PreTrainedModel
 from bitassay.errors import BitassayError
 from bitassay.models.load import Identity
 from bitassay.models.walk import matrices, walk
+from bitassay.quantize.activations import InputRounding
 from bitassay.quantize.budget import mixed_schemes
 from bitassay.quantize.calibration import Calibration, calibration_tokens
 from bitassay.quantize.latent import latent_linears
@@ -32,9 +35,11 @@ from bitassay.quantize.model import (
     quantization_of,
     with_tensors,
 )
+from bitassay.quantize.ranges import collect_ranges, input_roundings
 from bitassay.quantize.recipe import Recipe, find_recipe
 from bitassay.quantize.rotation import changed_parameters, rotate
 from bitassay.quantize.scheme import WeightScheme
+from bitassay.quantize.smoothing import smooth
 from bitassay.quantize.tensor import QuantizedTensor, quantize_tensor
 from bitassay.quantize.tune import head_weight, last_states, own_norms, tune
 from bitassay.record.progress import Progress, silent
@@ -75,12 +80,17 @@ def quantize_tensors(
     if recipe.rotation is not None:
         progress(f"rotating by {recipe.name}")
         rotate(draft, recipe.rotation, tokens)
+    if recipe.smoothing is not None:
+        assert tokens is not None
+        ranges = collect_ranges(draft, tokens, progress=progress)
+        smooth(draft, recipe.smoothing, ranges, recipe.scheme_for, progress)
     if tokens is not None:
         folder = None if work is None else RunFolder(Path(work), _plan(base, recipe))
         tensors = _calibrated(base, draft, list(weights), recipe, tokens, folder, progress)
     else:
         tensors = _to_nearest(matrices(draft), recipe, progress)
-    return Quantization(recipe, tensors, _beside(base, draft, tensors))
+    made = Quantization(recipe, tensors, _beside(base, draft, tensors))
+    return replace(made, inputs=_inputs(base, made, tokens, progress))
 
 
 def _calibrated(
@@ -111,6 +121,23 @@ def _calibrated(
         for step, loss in steps:
             progress(f"tuning by {recipe.name}, KL {loss:.3f}", step, recipe.tune.steps)
     return {name: latent.quantized() for name, latent in latents.items()}
+
+
+def _inputs(
+    base: PreTrainedModel,
+    made: Quantization,
+    tokens: Int[Tensor, "samples tokens"] | None,
+    progress: Progress,
+) -> dict[str, InputRounding]:
+    """How inputs are rounded, static ones by their ranges in the model with quantized weights."""
+    spec = made.recipe.activations
+    if spec is None:
+        return {}
+    model, ranges = with_tensors(base, made), None
+    if spec.any_needs_calibration:
+        assert tokens is not None
+        ranges = collect_ranges(model, tokens, progress=progress)
+    return input_roundings(model, spec, ranges)
 
 
 def _beside(

@@ -17,13 +17,16 @@ from pathlib import Path
 from pydantic import Field, ValidationError, model_validator
 
 from bitassay.errors import BitassayError, nearest
+from bitassay.quantize.activations import Activations, has_product
 from bitassay.quantize.calibration import Calibration
 from bitassay.quantize.gptq import Gptq
+from bitassay.quantize.kv_cache import KvCache
 from bitassay.quantize.learned import Learned
 from bitassay.quantize.low_rank import LowRankSpec
 from bitassay.quantize.mixed import Mixed
 from bitassay.quantize.rotation import Rotation
 from bitassay.quantize.scheme import Part, WeightScheme
+from bitassay.quantize.smoothing import Smoothing
 from bitassay.quantize.tune import Tune
 from bitassay.record.files import read_yaml
 from bitassay.record.hashing import digest_json
@@ -48,11 +51,14 @@ class Recipe(Part):
     overrides: tuple[Override, ...] = ()
     calibration: Calibration | None = None
     rotation: Rotation | None = None
+    smoothing: Smoothing | None = None
     mixed: Mixed | None = None
     gptq: Gptq | None = None
     learned: Learned | None = None
     low_rank: LowRankSpec | None = None
     tune: Tune | None = None
+    activations: Activations | None = None
+    kv_cache: KvCache | None = None
 
     @model_validator(mode="after")
     def _choices_make_sense(self) -> "Recipe":
@@ -67,10 +73,19 @@ class Recipe(Part):
 
     @property
     def is_calibrated(self) -> bool:
-        """Whether the weights depend on calibration text."""
+        """Whether the result depends on calibration text."""
         refined = self.rotation is not None and self.rotation.kind == "refined"
-        parts = (self.calibration, self.mixed, self.gptq, self.learned, self.low_rank, self.tune)
-        return refined or any(part is not None for part in parts)
+        static = self.activations is not None and self.activations.any_needs_calibration
+        parts = (
+            self.calibration,
+            self.smoothing,
+            self.mixed,
+            self.gptq,
+            self.learned,
+            self.low_rank,
+            self.tune,
+        )
+        return refined or static or any(part is not None for part in parts)
 
     @property
     def recipe_id(self) -> str:
@@ -110,6 +125,25 @@ def _contradictions(recipe: Recipe) -> list[tuple[bool, str]]:
             tuned and not any((recipe.tune.codes, recipe.tune.scales, recipe.tune.norms)),  # type: ignore[union-attr]
             "tune: all learning rates are zero",
         ),
+        *_input_contradictions(recipe, schemes),
+    ]
+
+
+def _input_contradictions(recipe: Recipe, schemes: list[WeightScheme]) -> list[tuple[bool, str]]:
+    """The same, of the parts that have to do with the inputs of linears."""
+    part, smoothing = recipe.activations, recipe.smoothing
+    inputs = [] if part is None else [s for s in (part, *(o.inputs for o in part.overrides)) if s is not None]
+    method = None if smoothing is None else smoothing.method
+    return [
+        (
+            any(not has_product(i, w) for i in inputs for w in schemes),
+            "activations: no device multiplies integer inputs with FP8 weights",
+        ),
+        (
+            method == "smoothquant" and not inputs,
+            "smoothing: smoothquant makes inputs easier to round, and no activations are rounded",
+        ),
+        (method == "awq" and not schemes, "smoothing: awq makes weights easier to round, and there are none"),
     ]
 
 

@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
@@ -22,8 +22,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfi
 from bitassay.errors import BitassayError
 from bitassay.models.checkpoint import CARD_FILE, Card
 from bitassay.models.load import check_keys
-from bitassay.models.walk import matrices
+from bitassay.models.walk import matrices, walk
 from bitassay.quantize import compressed, layout
+from bitassay.quantize.activations import InputRounding
 from bitassay.quantize.layout import Stored
 from bitassay.quantize.model import Quantization, with_tensors
 from bitassay.quantize.recipe import Recipe
@@ -93,7 +94,8 @@ def read_quantized(
         for name, stored in described.items()
     }
     parameters = _changed_parameters(model, card, folder)
-    return with_tensors(model, Quantization(recipe, tensors, parameters), packed=packed)
+    inputs = _inputs(model, recipe, card, folder)
+    return with_tensors(model, Quantization(recipe, tensors, parameters, inputs), packed=packed)
 
 
 def stored_entries(folder: Path) -> dict[str, Entry]:
@@ -187,6 +189,24 @@ def _changed_parameters(model: PreTrainedModel, card: Card, folder: Path) -> dic
         if name not in own:
             raise BitassayError(f"{folder / CARD_FILE}: the model has no parameter {name}", AGAIN)
     return {name: own[name].detach() for name in card.parameters}
+
+
+def _inputs(model: PreTrainedModel, recipe: Recipe, card: Card, folder: Path) -> dict[str, InputRounding]:
+    linears, inputs, part = walk(model).linears, {}, recipe.activations
+    formats = {name: s.format for name in linears if part is not None and (s := part.scheme_for(name))}
+    if {name: said.get("format") for name, said in card.inputs.items()} != formats:
+        raise BitassayError(f"{folder / CARD_FILE}: inputs are not those of the recipe's activations", AGAIN)
+    for name, said in card.inputs.items():
+        try:
+            rounding = TypeAdapter(InputRounding).validate_python(said)
+        except ValidationError as error:
+            raise BitassayError(f"{folder / CARD_FILE}: inputs of {name}: {_first(error)}", AGAIN) from error
+        if rounding.outliers and max(rounding.outliers) >= linears[name].in_features:
+            raise BitassayError(
+                f"{folder / CARD_FILE}: inputs of {name}: it has no column {max(rounding.outliers)}", AGAIN
+            )
+        inputs[name] = rounding
+    return inputs
 
 
 def _recipe(card: Card, folder: Path) -> Recipe:

@@ -52,8 +52,9 @@ class Smoothing(Part):
     @model_validator(mode="after")
     def _makes_sense(self) -> "Smoothing":
         foreign = {"smoothquant": ("exponents", "clip"), "awq": ("alpha",)}[self.method]
-        if given := [name for name in foreign if name in self.model_fields_set]:
-            raise ValueError(f"{given[0]} has no effect on method: {self.method}")
+        for name in foreign:
+            if getattr(self, name) != Smoothing.model_fields[name].default:
+                raise ValueError(f"{name} has no effect on method: {self.method}")
         if not self.places:
             raise ValueError("places is empty: there is nowhere to fold a scale")
         return self
