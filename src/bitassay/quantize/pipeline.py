@@ -1,6 +1,6 @@
 """From a recipe to quantized matrices: `quantize`.
 
-    rotation -> smoothing -> mixed -> each layer in turn {rounding -> learned -> low_rank} -> tune
+    rotation -> smoothing -> mixed -> each layer in turn {rounding -> low_rank -> learned} -> tune
     -> activations
 
 Each part of a recipe that is present is done, in this order; `Recipe` says which belong together. Without any
