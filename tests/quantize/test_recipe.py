@@ -131,10 +131,16 @@ def test_unknown_names_suggest_the_nearest(name):
     ("fields", "reason"),
     [
         ({"weights": None, "gptq": {}}, "no weights to round"),
-        ({"weights": {"format": "int4", "rounding": "stochastic"}, "gptq": {}}, "rounding and noise have no say"),
+        (
+            {"weights": {"format": "int4", "rounding": "stochastic"}, "gptq": {}},
+            "rounding and noise have no say",
+        ),
         ({"weights": {"format": "fp8_e4m3"}, "learned": {}}, "no common step"),
         ({"weights": {"format": "int4", "granularity": "tensor"}, "tune": {}}, "a scale for each row"),
-        ({"weights": {"format": "int4"}, "tune": {"codes": 0, "scales": 0, "norms": 0}}, "learning rates are zero"),
+        (
+            {"weights": {"format": "int4"}, "tune": {"codes": 0, "scales": 0, "norms": 0}},
+            "learning rates are zero",
+        ),
     ],
 )
 def test_combinations_that_make_no_sense(fields, reason):
