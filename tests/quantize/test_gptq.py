@@ -39,7 +39,8 @@ def textbook(weight, hessian, scheme, damping, order):
     result, grids, left = torch.empty_like(w), {}, list(order)
     if scheme.granularity != "channel" and list(order) != sorted(order):
         grids = {
-            g: grid_for(weight[:, a:b], scheme, importance[a:b].expand(len(w), -1)) for g, (a, b) in enumerate(bounds)
+            g: grid_for(weight[:, a:b], scheme, importance[a:b].expand(len(w), -1))
+            for g, (a, b) in enumerate(bounds)
         }
     while left:
         column = left[0]
@@ -50,7 +51,11 @@ def textbook(weight, hessian, scheme, damping, order):
             grids[g] = grid_for(source[:, a:b].contiguous(), scheme, importance[a:b].expand(len(w), -1))
         inverse = torch.linalg.inv(h[left][:, left])
         value = w[:, column : column + 1].float()
-        rounded = dequantize(round_to_nearest(value, grids[g], scheme.number_format, scheme.symmetric), grids[g], scheme.number_format)
+        rounded = dequantize(
+            round_to_nearest(value, grids[g], scheme.number_format, scheme.symmetric),
+            grids[g],
+            scheme.number_format,
+        )
         result[:, column] = rounded[:, 0].double()
         error = (w[:, column] - result[:, column]) / inverse[0, 0]
         w[:, left] -= error[:, None] * inverse[0][None]
@@ -73,7 +78,9 @@ def textbook(weight, hessian, scheme, damping, order):
 def test_it_is_the_textbook_solution(fields, order):
     scheme, (weight, hessian) = WeightScheme(**fields), problem()
     found = gptq(weight, hessian, scheme, Gptq(order=order, damping=0.01))
-    columns = hessian.diagonal().float().argsort(descending=True).tolist() if order == "activation" else range(40)
+    columns = (
+        hessian.diagonal().float().argsort(descending=True).tolist() if order == "activation" else range(40)
+    )
     wanted = textbook(weight, hessian, scheme, 0.01, columns)
     # One code may tip over where fp32 and fp64 fall on two sides of a tie; then its row goes another way.
     same = (packed(found, scheme).dequantize().double() - wanted).abs().amax(1) < 1e-4

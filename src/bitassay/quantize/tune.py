@@ -52,13 +52,11 @@ def head_weight(model: PreTrainedModel) -> Float[Tensor, "vocabulary hidden"]:
     """The matrix that makes logits of the last hidden states. Raises BitassayError for a model that does more
     than a product there."""
     head = model.get_output_embeddings()
-    capped = [
-        name for name in ("final_logit_softcapping", "logit_scale") if getattr(model.config, name, None)
-    ]
-    if head is None or capped:
+    more = [name for name in ("final_logit_softcapping", "logit_scale") if getattr(model.config, name, None)]
+    if head is None or more:
+        why = more[0] if more else "no output head"
         raise BitassayError(
-            f"{type(model).__name__}: tune needs a plain output head, and this one has {(capped or 'none')[0]}",
-            "a recipe without tune",
+            f"{type(model).__name__} has {why}: tune knows of a plain head alone", "a recipe without tune"
         )
     return head.get_parameter("weight").detach()
 
