@@ -20,6 +20,7 @@ Source: the layouts of ggml's block types, as the gguf package documents them by
 are the oracle of the tests. Left out: finding the scales of K types anew (`llama-quantize` does that), TQ1_0.
 """
 
+from dataclasses import fields
 from typing import NamedTuple
 
 import numpy as np
@@ -31,6 +32,7 @@ from torch import Tensor
 from bitassay.quantize.tensor import QuantizedTensor
 
 BLOCK, SUPER = 32, 256
+HELD = ("scheme", "shape", "packed", "scale", "zero_point", "mean")
 
 Bytes = np.ndarray  # [rows, bytes]
 
@@ -42,7 +44,7 @@ class Blocks(NamedTuple):
 
 def as_blocks(tensor: QuantizedTensor) -> Blocks | None:
     """`tensor` in llama.cpp's arrangement; None where no type holds its codes."""
-    if tensor.format.kind == "float" or tensor.residual is not None or tensor.low_rank is not None:
+    if tensor.format.kind == "float" or beside_codes(tensor):
         return None
     grid = tensor.grid
     scale = _per_block(tensor, grid.scale)
@@ -58,6 +60,12 @@ def as_blocks(tensor: QuantizedTensor) -> Blocks | None:
     assert shift is not None
     lowest = 0 if not tensor.scheme.symmetric else tensor.format.code_range(symmetric=True)[0]
     return _exact(tensor, scale, shift, lowest) or _nearly_exact(tensor, scale, shift, lowest)
+
+
+def beside_codes(tensor: QuantizedTensor) -> list[str]:
+    """What a matrix has that no block holds, such as low-rank factors."""
+    others = [field.name for field in fields(tensor) if field.name not in HELD]
+    return [name for name in others if getattr(tensor, name) is not None]
 
 
 def _exact(tensor: QuantizedTensor, scale: Tensor, shift: Tensor, lowest: int) -> Blocks | None:
