@@ -221,12 +221,24 @@ def test_binary_is_the_best_of_every_choice_of_signs_and_scale(values):
     )
 
 
-def test_binary_with_a_mean_is_the_deviation_from_it():
-    w = noise(7) + 0.3
-    grid = mse(w, "binary", False)
-    mean = w.double().mean(1, keepdim=True)
-    assert torch.allclose(grid.mean.double(), mean)
-    assert torch.allclose(grid.scale.double(), (w - mean).abs().mean(1, keepdim=True), rtol=1e-5)
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.floats(-4, 4, width=32), st.sampled_from([1, 2, 5])), min_size=1, max_size=6),
+    st.booleans(),
+)
+def test_binary_with_a_mean_is_the_best_of_every_choice_of_codes(pairs, weighed):
+    values, importance = (torch.tensor([column]).float() for column in zip(*pairs, strict=True))
+    w, h = values.double()[0], importance.double()[0] if weighed else torch.ones(len(pairs)).double()
+    grid = mse(values, "binary", False, importance=importance if weighed else None)
+    codes = round_to_nearest(values, grid, FORMATS["binary"], False)
+    found = (h * (dequantize(codes, grid, FORMATS["binary"])[0] - w).square()).sum().item()
+    energy = best = (h * w.square()).sum().item()
+    for codes in itertools.product((False, True), repeat=len(pairs)):
+        up = torch.tensor(codes)
+        ends = [(h[part] * w[part]).sum() / h[part].sum() for part in (up, ~up) if part.any()]
+        levels = torch.where(up, ends[0], ends[-1])
+        best = min(best, (h * (levels - w).square()).sum().item())
+    assert found == pytest.approx(best, rel=1e-4, abs=1e-6 * energy + 1e-30)
 
 
 @settings(max_examples=60, deadline=None)

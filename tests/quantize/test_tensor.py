@@ -146,8 +146,16 @@ def by_hand(w: np.ndarray, scheme: WeightScheme, found_scale: FLOAT32, found_zer
     worse than what it began with, and the found grid is taken as given."""
     kind, dtype = FORMATS[scheme.format].kind, scheme.scale_dtype
     if kind == "binary":
-        mean = FLOAT32(0) if scheme.symmetric else stored(np.float64(w).mean(), dtype)
-        scale = stored(np.float64(np.abs(w - mean)).mean(), dtype)
+        low, high = FLOAT32(-np.abs(np.float64(w)).mean()), FLOAT32(np.abs(np.float64(w)).mean())
+        if not scheme.symmetric:  # the best way to part the sorted weights
+            ordered = np.sort(np.float64(w))
+            parts = [(ordered[:k], ordered[k:] if k < len(w) else ordered[:k]) for k in range(1, len(w) + 1)]
+            low, high = min(
+                ((FLOAT32(a.mean()), FLOAT32(b.mean())) for a, b in parts),
+                key=lambda ends: (np.minimum(*(np.abs(np.float64(w) - end) for end in ends)) ** 2).sum(),
+            )
+        mean = FLOAT32(0) if scheme.symmetric else stored((high + low) / 2, dtype)
+        scale = stored((high - low) / 2, dtype)
         codes = np.where(w < mean, FLOAT32(-1), FLOAT32(1))
         return scale, FLOAT32(0), mean, codes, codes * scale + mean
     scale, zero = first_by_hand(w, scheme)

@@ -23,7 +23,7 @@ from bitassay.models.checkpoint import CARD_FILE, Base, Card, hashed_files, read
 from bitassay.models.load import identity, load
 from bitassay.models.walk import fused_experts, walk
 from bitassay.quantize import compressed
-from bitassay.quantize.layout import Factors, Stored, description, expected_bytes, planned_bits
+from bitassay.quantize.layout import Factors, Stored, description, expected_bytes, planned, planned_bits
 from bitassay.quantize.model import (
     Quantization,
     bits_per_weight,
@@ -164,10 +164,10 @@ def _planned(recipe: Recipe, names: list[str]) -> list[dict[str, Stored]]:
         factors = Factors(rank=spec.rank, dtype=spec.dtype)
     given = {name: scheme for name in names if (scheme := recipe.scheme_for(name))}
     if recipe.mixed is None or recipe.weights is None:
-        return [{name: Stored(scheme=scheme, low_rank=factors) for name, scheme in given.items()}]
+        return [{name: planned(scheme, factors) for name, scheme in given.items()}]
     return [
         {
-            name: Stored(scheme=choice if recipe.override_for(name) is None else scheme, low_rank=factors)
+            name: planned(choice if recipe.override_for(name) is None else scheme, factors)
             for name, scheme in given.items()
         }
         for choice in recipe.mixed.choices(recipe.weights)

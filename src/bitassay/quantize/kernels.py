@@ -33,7 +33,8 @@ Product = Callable[[BFloat16[Tensor, "rows in"]], BFloat16[Tensor, "rows out"]]
 def packed_product(quantized: QuantizedTensor) -> Product | None:
     """`x -> x W'^T` on the codes for bf16 `x`; None where torch has no kernel for this scheme, shape or
     device."""
-    if quantized.packed.device.type != "cpu" or quantized.residual or quantized.low_rank:
+    beside_codes = (quantized.residual, quantized.column_scale, quantized.low_rank)
+    if quantized.packed.device.type != "cpu" or any(part is not None for part in beside_codes):
         return None
     rows, columns = quantized.shape
     scheme = quantized.scheme
@@ -59,7 +60,7 @@ def _int4_product(quantized: QuantizedTensor, group_size: int) -> Product:
     so.
 
     Where `q - z` fits into -8..7 it is what the kernel gets, so that m is 0 but for an offset or the rest of
-    a free zero point; only 4-bit codes with zero points, or free ones far from zero, need a larger m, in bf16.
+    a free zero point; only 4-bit codes with zero points, and free ones far from 0, need a larger m, in bf16.
     """
     codes, grid = quantized.codes(), quantized.grid
     rest = torch.full_like(grid.scale, grid.offset)

@@ -6,7 +6,9 @@ It is the QuantizedTensor itself, part by part, in safetensors files:
     <matrix>.packed     the codes without waste, `quantize/packing.py`
     <matrix>.scale      one a group, in the scheme's dtype
     <matrix>.zero_point, .mean                    where the scheme has them
-    <matrix>.residual.packed, .residual.scale ...  a second plane, stored alike
+    <matrix>.residual.packed, .residual.scale ...  a second plane, stored alike, and where it is of some
+    <matrix>.residual_columns                      columns alone, a bit for every column
+    <matrix>.column_scale                          one a column
     <matrix>.low_rank.a, .low_rank.b               factors in 16 bits
 
 The card (`bitassay.json`) says which scheme each matrix has. Shapes are not stored: the model's configuration
@@ -25,7 +27,7 @@ from torch import Tensor
 from bitassay.errors import BitassayError
 from bitassay.quantize.formats import FORMATS
 from bitassay.quantize.granularity import Granularity
-from bitassay.quantize.packing import PACKINGS
+from bitassay.quantize.packing import PACKINGS, unpack
 from bitassay.quantize.scheme import Part, WeightScheme
 from bitassay.quantize.tensor import LowRank, QuantizedTensor
 
@@ -47,6 +49,16 @@ class Stored(Part):
     scheme: WeightScheme
     residual: "Stored | None" = None
     low_rank: Factors | None = None
+
+    def residual_columns(self, columns: int) -> int:
+        """How many columns a second plane has."""
+        return self.scheme.residual_columns(columns) or columns
+
+
+def planned(scheme: WeightScheme, low_rank: Factors | None = None) -> Stored:
+    """How a matrix that is quantized by `scheme` will be stored."""
+    plane = Stored(scheme=scheme.residual_scheme) if scheme.residual else None
+    return Stored(scheme=scheme, residual=plane, low_rank=low_rank)
 
 
 def description(tensor: QuantizedTensor) -> Stored:
@@ -77,8 +89,13 @@ def expected_tensors(stored: Stored, shape: tuple[int, int]) -> Expected:
         expected["zero_point"] = (dtype, grid)
     elif not scheme.symmetric:
         expected["zero_point"] = (torch.uint8, (packing.packed_bytes(grid[0] * grid[1]),))
+    if scheme.column_scales:
+        expected["column_scale"] = (dtype, (columns,))
     if stored.residual is not None:
-        plane = expected_tensors(stored.residual, shape)
+        several = stored.residual_columns(columns)
+        if several < columns:
+            expected["residual_columns"] = (torch.uint8, (PACKINGS[1].packed_bytes(columns),))
+        plane = expected_tensors(stored.residual, (rows, several))
         expected |= {f"residual.{part}": what for part, what in plane.items()}
     if (low_rank := stored.low_rank) is not None:
         dtype = getattr(torch, low_rank.dtype)
@@ -116,13 +133,17 @@ def read_tensor(parts: dict[str, Tensor], stored: Stored, shape: tuple[int, int]
     own = {part: value for part, value in parts.items() if "." not in part}
     if FORMATS[stored.scheme.format].kind == "ternary" and own["packed"].max() >= TERNARY_BYTES:
         raise BitassayError("packed holds bytes that are no ternary codes")
-    plane = _below(parts, "residual.")
+    plane, several = _below(parts, "residual."), stored.residual_columns(shape[1])
+    if "residual_columns" in own and unpack(own["residual_columns"], 1, shape[1]).sum() != several:
+        raise BitassayError("residual_columns does not name as many columns as the residual has")
     factors = _below(parts, "low_rank.")
     return QuantizedTensor(
         stored.scheme,
         shape,
         **own,
-        residual=None if stored.residual is None else read_tensor(plane, stored.residual, shape),
+        residual=None
+        if stored.residual is None
+        else read_tensor(plane, stored.residual, (shape[0], several)),
         low_rank=LowRank(**factors) if factors else None,
     )
 

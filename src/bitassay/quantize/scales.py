@@ -24,7 +24,8 @@ energy); those below 0.3 are for groups whose largest weights matter least (1.2 
 by C4). Above 1.1 nothing was gained. For ternary and binary the optimum is exact:
 
     ternary   keep the k largest magnitudes, s = their mean; the error falls by (sum_k |w|)^2 / k, so scan k
-    binary    s = mean |w|, or around the mean m: s = mean |w - m|
+    binary    s = mean |w|; with a mean m: two levels m - s and m + s, each the mean of one end of the sorted
+              weights, so scan where to part them
 
 A free zero point starts from the range itself, which need not hold zero; s is at least |w| / 4096 then, so
 that z has a place in fp16.
@@ -159,8 +160,8 @@ def mse_grid(
     if fmt.kind == "binary":
         if scheme.symmetric:
             return Grid(_mean(w.abs(), dtype, importance))
-        mean = _mean(w, dtype, importance)
-        return Grid(_mean((w - mean).abs(), dtype, importance), mean=mean)
+        low, high = _two_levels(w, importance)
+        return Grid(_read_back((high - low) / 2, dtype), mean=_read_back((high + low) / 2, dtype))
     rows = max(1, BLOCK_ELEMENTS // w.shape[1])
     weighed = [None] * -(-len(w) // rows) if importance is None else importance.split(rows)
     found = [_search(block, scheme, h) for block, h in zip(w.split(rows), weighed, strict=True)]
@@ -285,6 +286,22 @@ def _ternary_scale(
     mean = total / kept.clamp(min=torch.finfo(torch.float64).tiny)
     best = (total * mean).argmax(1, keepdim=True)
     return mean.gather(1, best).float()
+
+
+def _two_levels(
+    w: Float[Tensor, "groups size"], importance: Float[Tensor, "groups size"] | None
+) -> tuple[Column, Column]:
+    """The two levels that are nearest to all weights together."""
+    ordered, order = w.sort(dim=1)
+    h = torch.ones_like(w) if importance is None else importance.gather(1, order)
+    kept, total = h.double().cumsum(1), (h.double() * ordered).cumsum(1)
+    above, rest = kept[:, -1:] - kept, total[:, -1:] - total
+    tiny = torch.finfo(torch.float64).tiny
+    low, high = total / kept.clamp(min=tiny), rest / above.clamp(min=tiny)
+    # All weights below the split: one level, for both codes.
+    high = torch.where(above > 0, high, low)
+    best = (total * low + rest * high).argmax(1, keepdim=True)
+    return low.gather(1, best).float(), high.gather(1, best).float()
 
 
 def _mean(

@@ -1,5 +1,6 @@
 """A scheme: how one matrix is stored, as a recipe says it."""
 
+import math
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_serializer, model_validator
@@ -24,7 +25,9 @@ class WeightScheme(Part):
     by default, for FP8 bfloat16: an FP8 scale is absmax over 448 or 57344, so small that float16 would hold
     it as a subnormal number of few bits. zero_point: a whole number of steps (`integer`), the same searched
     jointly with the scale (`searched`), or any number in scale_dtype (`free`). offset: shifts the grid by a
-    share of a step; stored nowhere. rounding, noise (in steps), seed: see `rounding.py`.
+    share of a step; stored nowhere. rounding, noise (in steps), seed: see `rounding.py`. residual: the share
+    of the columns that have a second binary plane, column_scales: whether columns have scales too: see
+    `binary.py`.
 
     An option that is as if it was not there is not written out: recipes keep their ids when options come.
     """
@@ -34,13 +37,29 @@ class WeightScheme(Part):
     symmetric: bool = True
     restricted: bool = False
     scale: Literal["absmax", "mse", "percentile"] = "absmax"
-    percentile: float = Field(99.9, gt=50, le=100)
+    percentile: float = Field(default=99.9, gt=50, le=100)
     scale_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     zero_point: Literal["integer", "searched", "free"] = "integer"
-    offset: float = Field(0.0, ge=0, le=0.5)
+    offset: float = Field(default=0.0, ge=0, le=0.5)
     rounding: Literal["nearest", "stochastic", "feedback"] = "nearest"
-    noise: float = Field(0.0, ge=0, le=1)
-    seed: int = Field(0, ge=0, lt=2**63)
+    noise: float = Field(default=0.0, ge=0, le=1)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    residual: float = Field(default=0.0, ge=0, le=1)
+    column_scales: bool = False
+
+    def residual_columns(self, columns: int) -> int:
+        """How many of a matrix's columns have a second plane."""
+        return math.ceil(self.residual * columns)
+
+    @property
+    def residual_scheme(self) -> "WeightScheme":
+        """How the second plane, its columns side by side, is stored."""
+        sizes = Granularity.parse(self.granularity).block_sizes
+        return WeightScheme(
+            format=self.format,
+            granularity=self.granularity if sizes is None else f"g{sizes[1]}",
+            scale_dtype=self.scale_dtype,
+        )
 
     @property
     def number_format(self) -> NumberFormat:
@@ -129,6 +148,14 @@ def _contradictions(s: WeightScheme) -> list[tuple[bool, str]]:
         (
             (s.rounding != "nearest" or s.noise > 0) and fmt.kind == "float",
             f"{s.format} is rounded to nearest by torch's own cast, and has no step to measure noise in",
+        ),
+        (
+            (s.residual > 0 or s.column_scales) and fmt.kind != "binary",
+            f"{s.format} has codes enough for one plane; residual and column_scales are of binary",
+        ),
+        (
+            (s.residual > 0 or s.column_scales) and (s.rounding != "nearest" or s.noise > 0),
+            "binary planes and column scales are fitted to each other by rounding to nearest",
         ),
         ("seed" in given and not random, "seed is of stochastic rounding and of noise; there is neither"),
     ]

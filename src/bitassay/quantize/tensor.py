@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from bitassay.errors import BitassayError
@@ -48,7 +48,9 @@ class QuantizedTensor:
     packed: codes, row by row, shifted to start at 0 (FP8: the raw bytes). scale: one a group, in the scheme's
     dtype. zero_point: packed like the codes, with as many bits; a free one in the scale's dtype; or None.
     mean: one a group, or None.
-    residual: a second plane, and low_rank: 16-bit factors; both are added to what the codes stand for.
+    residual: a second plane, added to what the codes stand for; of the columns whose bits are set in
+    residual_columns (packed), None for all. column_scale: what each column of the sum is multiplied by.
+    low_rank: 16-bit factors, added last.
     """
 
     scheme: WeightScheme
@@ -58,6 +60,8 @@ class QuantizedTensor:
     zero_point: UInt8[Tensor, " zero_bytes"] | Float[Tensor, "rows groups"] | None = None
     mean: Float[Tensor, "rows groups"] | None = None
     residual: "QuantizedTensor | None" = None
+    residual_columns: UInt8[Tensor, " bitmap_bytes"] | None = None
+    column_scale: Float[Tensor, " in"] | None = None
     low_rank: LowRank | None = None
 
     @property
@@ -88,6 +92,12 @@ class QuantizedTensor:
         mean = None if self.mean is None else self.mean.float()
         return Grid(self.scale.float(), self.zero_points(), mean, self.scheme.offset, self.scheme.restricted)
 
+    def residual_places(self) -> Int[Tensor, " residual"]:
+        """The columns that have a second plane."""
+        if self.residual_columns is None:
+            return torch.arange(self.shape[1], device=self.packed.device)
+        return unpack(self.residual_columns, 1, self.shape[1]).nonzero()[:, 0]
+
     def dequantize(self) -> Float[Tensor, "out in"]:
         """The weights that the codes stand for, in fp32."""
         groups = self.granularity.to_groups(self.codes())
@@ -95,14 +105,16 @@ class QuantizedTensor:
         parts = [dequantize(q, grid, self.format) for q, grid in zip(groups, grids, strict=True)]
         weight = self.granularity.from_groups(parts, self.shape[0])
         if self.residual is not None:
-            weight = weight + self.residual.dequantize()
+            weight[:, self.residual_places()] += self.residual.dequantize()
+        if self.column_scale is not None:
+            weight = weight * self.column_scale.float()
         return weight if self.low_rank is None else weight + self.low_rank.product()
 
     @property
     def stored_bits(self) -> int:
-        """Everything that has to be kept: codes, scales, zero points, means, which groups there are, the
-        residual, the factors."""
-        kept = [self.packed, self.scale, self.zero_point, self.mean]
+        """Everything that has to be kept: codes, scales, zero points, means, which groups there are, a second
+        plane and where it is, the factors."""
+        kept = [self.packed, self.scale, self.zero_point, self.mean, self.residual_columns, self.column_scale]
         if self.low_rank is not None:
             kept += [self.low_rank.a, self.low_rank.b]
         own = sum(part.numel() * part.element_size() * 8 for part in kept if part is not None)
@@ -128,6 +140,10 @@ def quantize_tensor(
     dtype.
     """
     check_weight(weight, scheme, name)
+    if scheme.residual or scheme.column_scales:
+        from bitassay.quantize.binary import binarize  # which makes these tensors
+
+        return binarize(weight.detach(), scheme, importance)
     scheme = adapted(weight.detach(), scheme, importance)
     granularity = Granularity.parse(scheme.granularity)
     w = weight.detach().float()
