@@ -11,6 +11,7 @@ from bitassay.quantize.products import fp8_product, int8_product, product_kind
 from bitassay.quantize.scheme import WeightScheme
 from bitassay.quantize.tensor import LowRank, QuantizedTensor, quantize_tensor
 
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 ROWS = (0, 1, 7, 16, 17, 33)
 SHAPES = [(1, 1), (8, 1), (1, 5), (5, 7), (16, 16), (24, 31), (48, 168), (7, 300)]
 ROUNDINGS = {
@@ -161,3 +162,26 @@ def test_a_layer_adds_its_bias_and_keeps_leading_dimensions():
     assert torch.equal(layer(x.t().contiguous().t()), plain + bias)
     layer.to(torch.bfloat16)
     assert layer(x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.gpu
+@NO_GPU
+@pytest.mark.parametrize("rounding", ROUNDINGS.values(), ids=ROUNDINGS)
+def test_int8_on_a_gpu_is_what_a_cpu_computes(rounding):
+    for (out, columns), rows in itertools.product(SHAPES, ROWS):
+        weight, x = made(out, columns), inputs(rows, columns)
+        here = int8_product(weight, rounding, torch.float32)(x)
+        there = int8_product(weight.to("cuda"), rounding, torch.float32)(x.cuda())
+        torch.testing.assert_close(there.cpu(), here, rtol=1e-6, atol=0)
+
+
+@pytest.mark.gpu
+@NO_GPU
+@pytest.mark.parametrize("formats", [("fp8_e4m3", "fp8_e4m3"), ("fp8_e4m3", "fp8_e5m2")])
+def test_fp8_on_a_gpu_agrees_with_the_fake_product(formats):
+    for (out, columns), rows in itertools.product([(16, 32), (24, 31), (256, 512)], (1, 5, 18)):
+        weight, x = made(out, columns, format=formats[0]).to("cuda"), inputs(rows, columns).bfloat16().cuda()
+        rounding = InputRounding(formats[1], outliers=(0, 9))
+        assert product_kind(weight, rounding, torch.bfloat16) == "fp8"
+        exact = rounded_inputs(x.float(), rounding) @ weight.dequantize().T
+        assert (fp8_product(weight, rounding)(x).float() - exact).norm() < 2**-8 * exact.norm()

@@ -67,6 +67,18 @@ def test_at_one_half_inputs_and_weights_end_up_equally_large():
     torch.testing.assert_close((x / s).abs().amax(0), (w * s).abs().amax(0))
 
 
+@pytest.mark.parametrize("alpha", [0.5, 0.8])
+def test_smoothquant_scales_are_torchaos(alpha):
+    torchao = pytest.importorskip("torchao.prototype.smoothquant")
+    x, w = randn(50, 8) * torch.logspace(-2, 2, 8), randn(6, 8, seed=1)
+    observer = torchao.SmoothQuantObserver(w, alpha)
+    observer(x[:20])
+    observer(x[20:])
+    theirs, _, _ = observer.calculate_qparams()
+    got = smoothquant_scales(x.abs().amax(0), w.abs().amax(0), alpha)
+    torch.testing.assert_close(got, theirs, rtol=1e-5, atol=0)
+
+
 def test_columns_that_are_always_zero_keep_their_scale():
     zero = torch.tensor([0.0, 2.0, 3.0])
     for scales in (smoothquant_scales(zero, zero.flip(0), 0.5), awq_scales(zero, 0.5)):
