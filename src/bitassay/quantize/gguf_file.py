@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from bitassay.errors import BitassayError
 from bitassay.models.load import identity, tokenizer
 from bitassay.quantize.export import AT_RUN_TIME, check_space
-from bitassay.quantize.gguf_blocks import Blocks, as_blocks
+from bitassay.quantize.gguf_blocks import Blocks, as_blocks, beside_codes
 from bitassay.quantize.gguf_tokenizer import copy_tokenizer, write_tokenizer
 from bitassay.quantize.model import quantization_of
 from bitassay.quantize.recipe import Recipe
@@ -176,9 +176,8 @@ def _quantized(tensor: QuantizedTensor, model: PreTrainedModel, written: GgufFil
     blocks = as_blocks(tensor)
     if blocks is None:
         blocks = _plain(tensor.dequantize().to(model.dtype))
-    beside = [part for part in ("residual", "low_rank") if getattr(tensor, part) is not None]
     written.stored_as[
-        f"{' + '.join([scheme.format, *beside])} {scheme.granularity} -> {blocks.kind.name}"
+        f"{' + '.join([scheme.format, *beside_codes(tensor)])} {scheme.granularity} -> {blocks.kind.name}"
     ] += 1
     return blocks
 
