@@ -32,6 +32,9 @@ def quantize(
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     check: bool = True,
     dry_run: Annotated[bool, Parameter(negative=())] = False,
+    analyze: Annotated[bool, Parameter(negative=())] = False,
+    samples: int = 8,
+    each_matrix: Annotated[bool, Parameter(negative=())] = False,
     trust_remote_code: Annotated[bool, Parameter(negative=())] = False,
     format: Format = "table",
 ) -> int:
@@ -53,15 +56,26 @@ def quantize(
             in 16 bits it is smaller, and transformers rounds the scales once more.
         check: Load what was written, with plain transformers where it can, and compare its logits.
         dry_run: Estimate the files and the memory, and stop.
+        analyze: Write no model; say how hard each layer and matrix is to quantize by the recipe's formats, as
+            a table, a heat map and a page, in a run folder (--out, or runs/analysis-MODEL-RECIPE-ID).
+        samples: With --analyze, how many windows of the calibration text are looked at.
+        each_matrix: With --analyze, measure the divergence of each matrix too, not of each layer only.
         trust_remote_code: Run code that comes with the model.
         format: What to print on stdout.
     """
+    from bitassay.cli.analysis import run_analysis
     from bitassay.cli.progress import show_progress
     from bitassay.errors import BitassayError
     from bitassay.models.source import resolve
     from bitassay.quantize.recipe import find_recipe
     from bitassay.report.tables import Column, number, significant, size
 
+    if analyze:
+        if gguf is not None or dry_run:
+            raise BitassayError(
+                "--analyze writes no model, so --gguf and --dry-run say nothing", "leave them out"
+            )
+        return run_analysis(model, recipe, out, dtype, samples, each_matrix, trust_remote_code, format)
     if out is None and gguf is None:
         raise BitassayError("nowhere to write to", "--out FOLDER, --gguf FILE, or both")
     sizes = (
