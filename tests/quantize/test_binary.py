@@ -21,7 +21,9 @@ from bitassay.quantize.binary import (
     rescaled_columns,
     rescaled_first,
     rescaled_second,
+    solved,
 )
+from bitassay.quantize.gptq import Gptq, gptq, gptq_on_levels
 from bitassay.quantize.kernels import packed_product
 from bitassay.quantize.layout import (
     description,
@@ -32,7 +34,8 @@ from bitassay.quantize.layout import (
     stored_tensors,
 )
 from bitassay.quantize.linear import QuantizedLinear
-from bitassay.quantize.recipe import WeightScheme
+from bitassay.quantize.pipeline import quantize
+from bitassay.quantize.recipe import Recipe, WeightScheme
 from bitassay.quantize.tensor import quantize_tensor
 
 SCHEMES = [
@@ -180,6 +183,33 @@ def test_levels_are_what_weights_can_become(scheme):
     assert torch.equal(planes_of(moved).salient, planes_of(done).salient)
 
 
+@pytest.mark.parametrize("order", ["activation", "natural"])
+def test_gptq_on_levels_is_gptq_where_the_levels_are_a_grid(order):
+    w, x = weights(3), torch.randn(500, 100, generator=torch.Generator().manual_seed(1))
+    hessian, spec = (x.T @ x).double(), Gptq(order=order)
+    scheme = WeightScheme(format="int2", granularity="tensor", scale="absmax")
+    grid = quantize_tensor(w, scheme).scale.float().item()
+    steps = torch.tensor([-2.0, -1.0, 0.0, 1.0]) * grid
+    found, damping = gptq_on_levels(w, hessian, steps[:, None, None].expand(4, 24, 100), spec)
+    expected = gptq(w, hessian, scheme, spec)
+    assert damping == expected.damping
+    assert torch.allclose(found, expected.compensated, atol=1e-4)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES[:4], ids=lambda s: f"{s.granularity}-{s.symmetric}-{s.residual}")
+def test_gptq_lowers_the_error_of_the_output(scheme):
+    w = weights(3)
+    x = torch.randn(500, 100, generator=torch.Generator().manual_seed(1)) * inputs().sqrt()
+    x = x + x.roll(1, 1) + 0.5 * x.roll(3, 1)  # correlated: there is something to make up with
+    hessian = (x.T @ x).double()
+    done, compensated, damping = solved(w, hessian, scheme, Gptq())
+    plain = quantize_tensor(w, scheme, importance=hessian.diagonal().float())
+    error, plain_error = ((x @ (tensor.dequantize() - w).T).square().sum() for tensor in (done, plain))
+    assert error < 0.95 * plain_error
+    assert torch.equal(on_planes(done, compensated).dequantize(), done.dequantize())
+    assert damping == 0.01
+
+
 @every_scheme
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_edge_values_stay_finite(scheme, dtype):
@@ -214,6 +244,24 @@ def test_the_real_linear_computes_with_both_planes():
     x = torch.randn(3, 128, generator=torch.Generator().manual_seed(0))
     linear = QuantizedLinear(done, None, torch.float32)
     assert torch.equal(linear(x), torch.nn.functional.linear(x, done.dequantize()))
+
+
+def test_planes_cannot_be_moved_along_a_grid():
+    planes = {"format": "binary", "residual": 0.1}
+    assert Recipe.model_validate({"name": "x", "weights": planes, "gptq": {}}).is_calibrated
+    with pytest.raises(ValidationError, match="along a grid"):
+        Recipe.model_validate({"name": "x", "weights": planes, "tune": {}})
+
+
+def test_a_calibrated_recipe_of_planes(stories):
+    recipe = {
+        "name": "planes",
+        "weights": {"format": "binary", "residual": 0.2, "column_scales": True},
+        "gptq": {},
+        "calibration": {"samples": 4, "tokens": 64},
+    }
+    made = quantize(stories, Recipe.model_validate(recipe)).quantization
+    assert all(tensor.residual is not None for tensor in made.tensors.values())
 
 
 @pytest.mark.parametrize("scheme", [

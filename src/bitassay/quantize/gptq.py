@@ -94,6 +94,32 @@ def gptq(
     return Rounded(codes[back].T.contiguous(), _beside(grids), compensated[back].T.contiguous(), damping)
 
 
+def gptq_on_levels(
+    weight: Float[Tensor, "out in"],
+    hessian: Float[Tensor, "in in"],
+    levels: Float[Tensor, "levels out in"],
+    spec: Gptq,
+) -> tuple[Float[Tensor, "out in"], float]:
+    """GPTQ where each weight has levels of its own, fixed beforehand, instead of a grid: every column as it
+    was when its turn to be rounded came, and the damping."""
+    by_activation = spec.order == "activation"
+    order = hessian.diagonal().argsort(descending=True) if by_activation else torch.arange(len(hessian))
+    factor, damping = inverse_factor(hessian[order][:, order], spec.damping)
+    factor = factor.float()
+    w, choices = weight.float().T[order].contiguous(), levels.permute(2, 1, 0)[order]
+    columns, rows = w.shape
+    for start in range(0, columns, BLOCK_COLUMNS):
+        stop = min(start + BLOCK_COLUMNS, columns)
+        block, errors = w[start:stop], torch.empty(stop - start, rows)
+        for j in range(stop - start):
+            u, of_column = factor[start + j, start:stop], choices[start + j]
+            nearest = (of_column - block[j][:, None]).abs().argmin(1, keepdim=True)
+            errors[j] = (block[j] - of_column.gather(1, nearest)[:, 0]) / u[j]
+            block[j + 1 :].addr_(u[j + 1 :], errors[j], alpha=-1)
+        w[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+    return w[order.argsort()].T.contiguous(), damping
+
+
 def inverse_factor(hessian: Float[Tensor, "in in"], damping: float) -> tuple[Float[Tensor, "in in"], float]:
     """The upper Cholesky factor of `(H + c I)^-1` in fp64, and the share c / mean(diag H) that it took."""
     if not hessian.isfinite().all():

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bitassay.models.walk import decoder_layers, module_name
+from bitassay.quantize import binary
 from bitassay.quantize.adaptive import adapted
 from bitassay.quantize.calibration import Calibration
 from bitassay.quantize.experts import expert_inputs, expert_matrix, warn_of_few
@@ -170,7 +171,7 @@ class _LayerWork:
             for name, weight in zip(members, weights, strict=True):
                 check_weight(weight, scheme, name)
             low_rank, spec = self.recipe.low_rank, self.recipe.gptq
-            if low_rank is not None or spec is None or scheme.granularity == "tensor":
+            if low_rank is not None or spec is None or scheme.has_planes or scheme.granularity == "tensor":
                 for name, weight in zip(members, weights, strict=True):
                     self.solved[name] = self._alone(name, weight, hessian, scheme)
             else:
@@ -196,6 +197,9 @@ class _LayerWork:
             if spec is None:
                 last = w.float()
                 return quantize_tensor(w, scheme, name, hessian.diagonal().float())
+            if scheme.has_planes:
+                tensor, last, _ = binary.solved(w, hessian, scheme, spec)
+                return tensor
             found = _packed(self._by_gptq(name, w, hessian, scheme, spec), scheme)
             last = found.latent
             return found.tensor

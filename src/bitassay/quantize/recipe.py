@@ -118,6 +118,10 @@ def _contradictions(recipe: Recipe) -> list[tuple[bool, str]]:
             f"{' and '.join(moving)}: moves codes by steps, and FP8 codes have no common step",
         ),
         (
+            bool(moving) and any(s.has_planes for s in schemes),
+            f"{' and '.join(moving)}: moves codes along a grid, and binary planes lie on none",
+        ),
+        (
             bool(moving) and any(s.granularity == "tensor" for s in schemes),
             f"{' and '.join(moving)}: needs a scale for each row or group",
         ),

@@ -52,6 +52,11 @@ class WeightScheme(Part):
         return math.ceil(self.residual * columns)
 
     @property
+    def has_planes(self) -> bool:
+        """Whether it takes `binary.py` to make it."""
+        return self.residual > 0 or self.column_scales
+
+    @property
     def residual_scheme(self) -> "WeightScheme":
         """How the second plane, its columns side by side, is stored."""
         sizes = Granularity.parse(self.granularity).block_sizes
@@ -150,11 +155,11 @@ def _contradictions(s: WeightScheme) -> list[tuple[bool, str]]:
             f"{s.format} is rounded to nearest by torch's own cast, and has no step to measure noise in",
         ),
         (
-            (s.residual > 0 or s.column_scales) and fmt.kind != "binary",
+            s.has_planes and fmt.kind != "binary",
             f"{s.format} has codes enough for one plane; residual and column_scales are of binary",
         ),
         (
-            (s.residual > 0 or s.column_scales) and (s.rounding != "nearest" or s.noise > 0),
+            s.has_planes and (s.rounding != "nearest" or s.noise > 0),
             "binary planes and column scales are fitted to each other by rounding to nearest",
         ),
         ("seed" in given and not random, "seed is of stochastic rounding and of noise; there is neither"),

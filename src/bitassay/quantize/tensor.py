@@ -140,7 +140,7 @@ def quantize_tensor(
     dtype.
     """
     check_weight(weight, scheme, name)
-    if scheme.residual or scheme.column_scales:
+    if scheme.has_planes:
         from bitassay.quantize.binary import binarize  # which makes these tensors
 
         return binarize(weight.detach(), scheme, importance)
