@@ -284,6 +284,40 @@ def test_edge_values_stay_finite(scheme, dtype):
             assert (done.dequantize().abs() <= scheme.offset * stored_scale(FLOAT32(1e-45), dtype)).all()
 
 
+@every_scheme
+@settings(max_examples=8, deadline=None)
+@given(
+    values=st.lists(st.floats(-32000, 32000, width=32), min_size=1, max_size=40),
+    heights=st.lists(st.floats(0, 1e30), min_size=1, max_size=8),
+    weighed=st.booleans(),
+)
+def test_no_nan_ever_leaves_the_quantizer(scheme, values, heights, weighed):
+    w = torch.tensor([values, values[::-1]])
+    importance = torch.tensor(heights).repeat(len(values))[: len(values)] if weighed else None
+    back = quantize_tensor(w, scheme, importance=importance).dequantize()
+    assert back.isfinite().all()
+    # A grid may reach beyond the weights, by its outermost code and by the rounding of tiny scales.
+    assert (back.abs() <= 4 * w.abs().max() + 256 * 2.0**-24).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_importances_that_are_none_are_refused_by_name(value):
+    importance = torch.ones(100)
+    importance[3] = value
+    for scheme in ({"format": "int2"}, {"format": "binary", "residual": 0.1}):
+        with pytest.raises(BitassayError, match=r"(?s)up_proj.*calibration"):
+            quantize_tensor(weights(0), WeightScheme(**scheme), "up_proj", importance)
+
+
+@every_scheme
+def test_a_group_larger_than_the_row_is_the_row(scheme):
+    if not scheme.granularity.startswith("g"):
+        return
+    w = weights(5, 6, 20)
+    larger, row = (scheme.model_copy(update={"granularity": name}) for name in ("g64", "channel"))
+    assert torch.equal(quantize_tensor(w, larger).dequantize(), quantize_tensor(w, row).dequantize())
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_binary_is_exact_for_the_largest_weights_that_are_taken(dtype):
     """A sum of 70 such weights overflows fp32: as inf - inf it would be a NaN in the model."""

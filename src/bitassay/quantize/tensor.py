@@ -137,9 +137,15 @@ def quantize_tensor(
     `importance`: the mean squared input, or a Hessian's diagonal.
 
     Raises BitassayError that names the tensor where a value is NaN or infinite, or too large for the scale's
-    dtype.
+    dtype, or an importance is not finite or negative. Anything else comes back finite: zeros as zeros (on a
+    grid with an offset, as half the smallest step there is), constant groups to within the format's own
+    error, and a group larger than the row is the row.
     """
     check_weight(weight, scheme, name)
+    if importance is not None and not ((importance >= 0) & importance.isfinite()).all():
+        raise BitassayError(
+            f"{name}: importances must be finite and not negative", "check the calibration inputs"
+        )
     if scheme.has_planes:
         from bitassay.quantize.binary import binarize  # which makes these tensors
 
