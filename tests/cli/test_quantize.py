@@ -230,3 +230,17 @@ def test_finished_layers_of_a_calibrated_recipe_are_kept_until_the_end(out, caps
     assert work.is_dir()
     assert quantize(tmp_path / "third", "--no-check", recipe=recipe) == 0
     assert not (tmp_path / "third.work").exists()
+
+
+def test_analyze_writes_a_table_a_heat_map_and_a_page(out, capsys):
+    assert quantize(out, "--analyze", "--samples", "1", "--format", "json", recipe="w8") == 0
+    captured = capsys.readouterr()
+    found = json.loads(captured.out)
+    assert len(found["layers"]) == 5
+    assert len(found["matrices"]) == 35
+    assert found["text"]["samples"] == 1
+    assert {"run.json", "report.html", "heat-map.png"} <= {path.name for path in out.iterdir()}
+    assert quantize(out, "--analyze", "--samples", "1", recipe="w8") == 0
+    assert "KL, only this" in capsys.readouterr().out
+    assert quantize(out, "--analyze", "--gguf", str(out / "x.gguf")) == 2
+    assert "--analyze writes no model" in capsys.readouterr().err
