@@ -402,5 +402,6 @@ def test_mixtures_of_experts(tmp_path, architecture, some):
 
 def test_stored_tensors_cover_every_field(tiny):
     """A new field of QuantizedTensor has to be thought of here too."""
-    known = {"scheme", "shape", "packed", "scale", "zero_point", "mean", "residual", "low_rank"}
+    known = {"scheme", "shape", "packed", "scale", "zero_point", "mean", "residual", "residual_columns"}
+    known |= {"column_scale", "low_rank"}
     assert {field.name for field in fields(QuantizedTensor)} == known
