@@ -11,7 +11,7 @@ layer beside torchao.
 
 With torchao importable (pip install --no-deps --target DIR torchao==0.18.0; PYTHONPATH=DIR) one layer is
 smoothed and quantized by both: scales, weights and outputs are compared, each against the exact product.
-Run: python benchmarks/smoothquant.py [--model smollm2-135m] [--windows 8] [--samples 8] [--channels 6]
+Run: python benchmarks/smoothquant.py [--model smollm2-135m] [--windows 4] [--samples 8] [--channels 6]
 [--factor 50] > smoothquant.json
 """
 
@@ -19,6 +19,7 @@ import argparse
 import importlib
 import json
 import sys
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -30,21 +31,23 @@ import bitassay
 from bitassay.bench.environment import environment
 from bitassay.data.windows import Protocol, token_windows
 from bitassay.evaluate.compare import BASE, score_windows, summarise
+from bitassay.evaluate.divergence import TokenScores
 from bitassay.evaluate.statistics import bootstrap_means, percentile_interval
 from bitassay.models.walk import walk
-from bitassay.quantize.activations import InputRounding, rounded_inputs
+from bitassay.quantize.activations import Activations, InputRounding, OutlierColumns, rounded_inputs
 from bitassay.quantize.calibration import Calibration, calibration_tokens
 from bitassay.quantize.folding import find_folds
-from bitassay.quantize.model import copy_sharing_parameters
-from bitassay.quantize.ranges import collect_ranges
+from bitassay.quantize.model import copy_sharing_parameters, with_tensors
+from bitassay.quantize.pipeline import quantize_tensors
+from bitassay.quantize.ranges import Ranges, collect_ranges, input_roundings
 from bitassay.quantize.recipe import Recipe
 from bitassay.quantize.residual_stream import Weight
 from bitassay.quantize.scheme import WeightScheme
-from bitassay.quantize.smoothing import smoothquant_scales
+from bitassay.quantize.smoothing import Smoothing, smooth, smoothquant_scales
 from bitassay.quantize.tensor import quantize_tensor
 
 LAYER = "model.layers.{}.mlp.gate_proj"
-W8 = {"format": "int8", "scale_dtype": "float32"}
+W8 = WeightScheme(format="int8", scale_dtype="float32")
 
 
 def planted(model: PreTrainedModel, channels: int, factor: float) -> PreTrainedModel:
@@ -63,53 +66,55 @@ def planted(model: PreTrainedModel, channels: int, factor: float) -> PreTrainedM
     return copy
 
 
-def recipes(samples: int) -> list[Recipe]:
-    smoothing, calibration = {"method": "smoothquant"}, {"samples": samples, "tokens": 512}
-    made: dict[str, dict[str, Any]] = {
-        "w8": {},
-        "w8a8": {"activations": {}},
-        "w8a8-smoothquant": {"activations": {}, "smoothing": smoothing},
-        "w8a8-smoothquant-0.8": {"activations": {}, "smoothing": smoothing | {"alpha": 0.8}},
-        "w8a8-outliers": {"activations": {"outliers": {"sigma": 6}}},
-        "w8a8-static": {"activations": {"scale": "absmax"}},
-        "w8a8-static-smoothquant": {"activations": {"scale": "absmax"}, "smoothing": smoothing},
+def candidates(model: PreTrainedModel, ranges: dict[str, Ranges]) -> dict[str, PreTrainedModel]:
+    """What a recipe with the same parts would make, the calibration text being read once for all."""
+
+    def quantized(of: PreTrainedModel, spec: Activations | None = None) -> PreTrainedModel:
+        made = quantize_tensors(of, Recipe(name="w8", weights=W8))
+        return with_tensors(of, replace(made, inputs=input_roundings(of, spec, ranges) if spec else {}))
+
+    def smoothed(alpha: float) -> PreTrainedModel:
+        draft = copy_sharing_parameters(model)
+        smooth(draft, Smoothing(method="smoothquant", alpha=alpha), ranges, lambda _: W8)
+        return draft
+
+    return {
+        "w8": quantized(model),
+        "w8a8": quantized(model, Activations()),
+        "w8a8-smoothquant-0.5": quantized(smoothed(0.5), Activations()),
+        "w8a8-smoothquant-0.8": quantized(smoothed(0.8), Activations()),
+        "w8a8-outliers": quantized(model, Activations(outliers=OutlierColumns(sigma=6))),
     }
-    return [
-        Recipe.model_validate(
-            {"name": name, "weights": W8, "calibration": None if name in ("w8", "w8a8") else calibration}
-            | parts
-        )
-        for name, parts in made.items()
-    ]
 
 
-def measure(label: str, model: PreTrainedModel, base: PreTrainedModel, arguments: argparse.Namespace):
-    """One row a recipe, and the differences to w8a8; KL is against `base`, whose function `model` has."""
-    scores: dict[str, list] = {}
-    protocol = Protocol(window_tokens=512, windows=arguments.windows)
-    windows, _ = token_windows(base.tokenizer, protocol)
-    for recipe in recipes(arguments.samples):
-        print(f"{label}: {recipe.name}", file=sys.stderr)
-        candidate = bitassay.quantize(model, recipe)
-        for _, found in score_windows(base, {recipe.name: candidate}, windows):
-            for name, score in found.items():
-                scores.setdefault(name, []).append(score)
-    base_scores = scores.pop(BASE)[: len(windows)]
+def measure(
+    label: str, model: PreTrainedModel, base: PreTrainedModel, arguments: argparse.Namespace
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """One row a candidate, and the differences to w8a8; KL is against `base`, whose function `model` has."""
+    tokens = calibration_tokens(base, Calibration(samples=arguments.samples, tokens=512))
+    made = candidates(model, collect_ranges(model, tokens))
+    windows, _ = token_windows(base.tokenizer, Protocol(window_tokens=512, windows=arguments.windows))
+    scores: dict[str, list[TokenScores]] = {BASE: [], **{name: [] for name in made}}
+    for index, found in score_windows(base, made, windows):
+        print(f"{label}: window {index + 1} of {len(windows)}", file=sys.stderr)
+        for name, score in found.items():
+            scores[name].append(score)
+    base_scores = scores.pop(BASE)
     rows = []
     for name, found in scores.items():
         quality = summarise(found, base_scores)
         rows.append(
-            {"model": label, "recipe": name, "kl_mean": quality.kl_mean, "kl_ci": quality.kl_ci}
+            {"model": label, "candidate": name, "kl_mean": quality.kl_mean, "kl_ci": quality.kl_ci}
             | {"ppl": quality.ppl, "top1_agreement": quality.top1_agreement}
         )
     kl = {name: np.array([w.kl.double().mean().item() for w in found]) for name, found in scores.items()}
     pairs = []
-    for a, b in (("w8a8-smoothquant", "w8a8"), ("w8a8-static-smoothquant", "w8a8-static")):
-        resampled = bootstrap_means(np.stack([kl[a], kl[b]]), 0)
+    for name in ("w8a8-smoothquant-0.5", "w8a8-smoothquant-0.8", "w8a8-outliers"):
+        resampled = bootstrap_means(np.stack([kl[name], kl["w8a8"]]), 0)
         interval = percentile_interval(resampled[0] - resampled[1], len(windows))
         pairs.append(
-            {"model": label, "pair": f"{a} - {b}"}
-            | {"kl_difference": float((kl[a] - kl[b]).mean()), "ci": interval}
+            {"model": label, "pair": f"{name} - w8a8"}
+            | {"kl_difference": float((kl[name] - kl["w8a8"]).mean()), "ci": interval}
         )
     return rows, pairs
 
@@ -144,13 +149,13 @@ def beside_torchao(model: PreTrainedModel, samples: int) -> dict[str, Any] | Non
     their_scales = 1 / theirs[0].weight.act_pre_scale
 
     our_scales = smoothquant_scales(ranges.absmax, linear.weight.abs().amax(0), 0.5)
-    weight = quantize_tensor(linear.weight * our_scales, WeightScheme.model_validate(W8))
+    weight = quantize_tensor(linear.weight * our_scales, W8)
     with torch.no_grad():
         exact = held_out @ linear.weight.T
         ours = rounded_inputs(held_out / our_scales, InputRounding("int8")) @ weight.dequantize().T
         plain = (
             rounded_inputs(held_out, InputRounding("int8"))
-            @ quantize_tensor(linear.weight, WeightScheme.model_validate(W8)).dequantize().T
+            @ quantize_tensor(linear.weight, W8).dequantize().T
         )
         their_output = theirs(held_out)
         # torchao's step is the largest magnitude over 127.5, not 127. With it both agree, but for that
@@ -182,7 +187,7 @@ def _rounded(rows: Tensor, levels: float) -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--channels", type=int, default=6)
     parser.add_argument("--factor", type=float, default=50.0)

@@ -102,10 +102,19 @@ def test_one_forward_reads_what_a_packed_cache_gives(architecture, name):
         stepwise = [logits(model, IDS[:, :19], past_key_values=cache)]
         stepwise += [logits(model, IDS[:, t : t + 1], past_key_values=cache) for t in range(19, 23)]
         torch.testing.assert_close(torch.cat(stepwise, 1), whole, rtol=1e-4, atol=1e-4)
+    assert torch.equal(logits(model, use_cache=False), whole)
     # A packed cache rounds by itself, on a model without hooks as well.
     torch.testing.assert_close(
         logits(plain, past_key_values=PackedCache(plain.config, spec)), whole, rtol=0, atol=0
     )
+
+
+def test_nothing_is_rounded_twice():
+    spec = SPECS["asymmetric-g16"]
+    plain, model = tiny_model("llama").bfloat16(), rounding("llama", spec).bfloat16()
+    once = logits(plain, past_key_values=PackedCache(plain.config, spec))
+    assert torch.equal(logits(model, past_key_values=PackedCache(plain.config, spec)), once)
+    assert torch.equal(logits(model), once)
 
 
 @pytest.mark.parametrize("architecture", ["deepseek_v2", "qwen2_moe", "mixtral"])
