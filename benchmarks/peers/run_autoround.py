@@ -1,5 +1,5 @@
-"""AutoRound: sign-gradient learning of rounding and clipping, block by block, in its default settings, but
-computing in fp32: its default on a CPU is bf16, in which the base model would be another one."""
+"""AutoRound: sign-gradient learning of rounding and clipping, block by block, in its default settings (on a
+CPU it computes in bf16)."""
 
 import torch
 from auto_round import AutoRound
@@ -18,7 +18,6 @@ settings = {
     "seqlen": given.tokens.shape[1],
     "nsamples": given.tokens.shape[0],
     "batch_size": min(BATCH, given.tokens.shape[0]),
-    "amp": False,
 }
 model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32)
 tokenizer = AutoTokenizer.from_pretrained(given.model)

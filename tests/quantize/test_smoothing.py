@@ -290,6 +290,11 @@ def test_a_model_that_does_something_unknown_is_refused(monkeypatch):
     smooth(model, SMOOTHQUANT, ranges, lambda _: W4)
 
 
+def test_a_model_in_16_bits_is_refused():
+    with pytest.raises(BitassayError, match="in torch.bfloat16"):
+        smooth(model_of("llama").bfloat16(), SMOOTHQUANT, {}, lambda _: W4)
+
+
 def test_int8_inputs_are_nearer_after_smoothing():
     x, w = randn(64, 32), randn(16, 32, seed=1) * 0.1
     x[:, [2, 19]] *= 50

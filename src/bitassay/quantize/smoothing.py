@@ -100,9 +100,14 @@ def smooth(
     """Smooth a working copy in fp32 or fp64, in place; without clipping, what it computes stays the same.
 
     ranges: from `collect_ranges` on this model as it is. Only new parameters are made: another model that
-    shares the old ones keeps them. Raises BitassayError where the logits change although they must not.
+    shares the old ones keeps them. Raises BitassayError for a model in 16 bits, and where the logits change
+    although they must not.
     """
-    assert model.dtype in (torch.float32, torch.float64), "a fold in 16 bits would change the model"
+    if model.dtype not in (torch.float32, torch.float64):
+        raise BitassayError(
+            f"smoothing: the model is in {model.dtype}, in which folds would change it",
+            "load it in float32",
+        )
     before = probe(model)
     folds, skipped = find_folds(model, spec.places)
     scales = {}
