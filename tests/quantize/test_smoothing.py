@@ -291,7 +291,7 @@ def test_a_model_that_does_something_unknown_is_refused(monkeypatch):
 
 
 def test_a_model_in_16_bits_is_refused():
-    with pytest.raises(BitassayError, match="in torch.bfloat16"):
+    with pytest.raises(BitassayError, match=r"in torch\.bfloat16"):
         smooth(model_of("llama").bfloat16(), SMOOTHQUANT, {}, lambda _: W4)
 
 
