@@ -211,25 +211,22 @@ calibration: {samples: 2, tokens: 16}
 """
 
 
-def test_finished_layers_of_a_calibrated_recipe_are_kept_until_the_end(out, capsys, tmp_path, monkeypatch):
-    recipe, work = tmp_path / "calibrated.yaml", tmp_path / "out.work"
+def test_what_a_calibrated_recipe_made_is_kept_in_the_cache(out, tmp_path, monkeypatch):
+    monkeypatch.setenv("BITASSAY_CACHE", str(tmp_path / "cache"))
+    recipe = tmp_path / "calibrated.yaml"
     recipe.write_text(CALIBRATED)
     with monkeypatch.context() as patched:
         patched.setattr("bitassay.quantize.export.save", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             quantize(out, recipe=recipe)
-    before = {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.is_file()}
-    assert len(before) >= 5
-    with monkeypatch.context() as patched:
-        patched.setattr("bitassay.cli.quantize.shutil.rmtree", lambda *_, **__: None)
-        assert quantize(out, "--no-check", recipe=recipe) == 0
-    layers = [path for path in before if path.suffix == ".safetensors"]
-    assert layers
-    assert all(path.stat().st_mtime_ns == before[path] for path in layers)
-    assert quantize(tmp_path / "other", "--no-check", "--work", str(work), recipe=recipe) == 0
-    assert work.is_dir()
-    assert quantize(tmp_path / "third", "--no-check", recipe=recipe) == 0
-    assert not (tmp_path / "third.work").exists()
+    (kept,) = (path for path in (tmp_path / "cache/quantized").iterdir() if path.is_dir())
+    assert {path.name for path in (kept / "parts").iterdir()} == {
+        "inputs.json", "result.json", "result.safetensors",
+    }  # fmt: skip
+    monkeypatch.setattr("bitassay.quantize.pipeline.quantize_layers", lambda *_: 1 / 0)
+    assert quantize(out, "--no-check", recipe=recipe) == 0
+    with pytest.raises(ZeroDivisionError):
+        quantize(tmp_path / "other", "--no-check", "--work", str(tmp_path / "work"), recipe=recipe)
 
 
 def test_analyze_writes_a_table_a_heat_map_and_a_page(out, capsys):

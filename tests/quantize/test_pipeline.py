@@ -3,12 +3,13 @@ cannot be calibrated is refused."""
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from bitassay.data.windows import Protocol
 from bitassay.errors import BitassayError
 from bitassay.evaluate.compare import evaluate
 from bitassay.models.walk import decoder_layers
-from bitassay.quantize import layers, tune
+from bitassay.quantize import layers, pipeline, tune
 from bitassay.quantize.layerwise import first_inputs, input_groups, run_layer
 from bitassay.quantize.model import bits_per_weight, quantization_of, with_tensors
 from bitassay.quantize.pipeline import quantize
@@ -106,6 +107,63 @@ def test_interrupted_tuning_goes_on(base, tmp_path, monkeypatch):
     assert sum(what.startswith("tuning") for what in seen) == 12 - 4
     for key, value in wanted.state_dict().items():
         assert torch.equal(found.state_dict()[key], value), key
+
+
+@pytest.mark.parametrize("changes", [{}, {"activations": {"scale": "absmax"}}, {"rotation": {}}])
+def test_a_finished_work_folder_holds_the_result_alone(base, tmp_path, monkeypatch, changes):
+    wanted = quantize(base, recipe("tune", **changes), work=tmp_path / "work")
+    assert {path.name for path in (tmp_path / "work/parts").iterdir()} == {
+        "inputs.json", "result.json", "result.safetensors",
+    }  # fmt: skip
+    monkeypatch.setattr(pipeline, "quantize_layers", lambda *_: 1 / 0)
+    found = quantize(base, recipe("tune", **changes), work=tmp_path / "work")
+    assert quantization_of(found).inputs == quantization_of(wanted).inputs
+    tokens = torch.arange(1, 60)[None]
+    assert torch.equal(found(tokens).logits, wanted(tokens).logits)
+    assert bits_per_weight(found) == bits_per_weight(wanted)
+
+
+@pytest.mark.parametrize("damage", ["shape", "missing", "scheme"])
+def test_a_damaged_result_is_refused(base, tmp_path, damage):
+    quantize(base, recipe("gptq"), work=tmp_path)
+    file, card = tmp_path / "parts/result.safetensors", tmp_path / "parts/result.json"
+    parts = load_file(file)
+    name = next(iter(parts))
+    if damage == "scheme":
+        card.write_text(card.read_text().replace("int2", "int9"))
+    elif damage == "shape":
+        save_file(parts | {name: parts[name][..., 1:].clone()}, file)
+    else:
+        save_file({key: value for key, value in parts.items() if key != name}, file)
+    with pytest.raises(BitassayError, match="result"):
+        quantize(base, recipe("gptq"), work=tmp_path)
+
+
+def test_a_calibrated_recipe_is_run_once_in_float32(tmp_path, monkeypatch):
+    monkeypatch.setenv("BITASSAY_CACHE", str(tmp_path))
+    half = stories260k(dtype="bfloat16")
+    first = quantization_of(pipeline.quantize_once(half, recipe("gptq")))
+    monkeypatch.setattr(pipeline, "quantize_layers", lambda *_: 1 / 0)
+    again = quantization_of(pipeline.quantize_once(stories260k(), recipe("gptq")))
+    for name, tensor in first.tensors.items():
+        assert torch.equal(tensor.dequantize(), again.tensors[name].dequantize())
+    monkeypatch.setattr(pipeline, "code_digest", lambda: "of another version")
+    with pytest.raises(ZeroDivisionError):
+        pipeline.quantize_once(half, recipe("gptq"))
+
+
+def test_two_at_work_in_one_folder_take_turns(base, tmp_path):
+    with pipeline.locked(tmp_path / "work", lambda *_: None):
+        seen = []
+
+        def waiting(what, *_):
+            seen.append(what)
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            quantize(base, recipe("gptq"), work=tmp_path / "work", progress=waiting)
+        assert seen[0].startswith("waiting for another process")
+    quantize(base, recipe("gptq"), work=tmp_path / "work")
 
 
 def test_a_work_folder_belongs_to_one_recipe(base, tmp_path):

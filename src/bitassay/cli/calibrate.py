@@ -117,11 +117,11 @@ def calibrate(
                 model, dtype=prover_dtype or dtype, attention=prover_attention or attention, **where
             )
         if recipe:
-            from bitassay.quantize.pipeline import quantize
+            from bitassay.quantize.pipeline import quantize_once
 
             same = prover is verifier
-            verifier = quantize(verifier, recipe, progress=progress)
-            prover = verifier if same else quantize(prover, recipe, progress=progress)
+            verifier = quantize_once(verifier, recipe, progress=progress)
+            prover = verifier if same else quantize_once(prover, recipe, progress=progress)
         profile = calibrate(
             prover,
             verifier,

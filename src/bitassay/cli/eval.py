@@ -39,7 +39,7 @@ def eval(
     from bitassay.errors import BitassayError
     from bitassay.evaluate.compare import evaluate
     from bitassay.models.load import load
-    from bitassay.quantize.pipeline import quantize
+    from bitassay.quantize.pipeline import quantize_once
     from bitassay.report.assay import QUALITY_COLUMNS
 
     if recipe and against:
@@ -48,7 +48,7 @@ def eval(
     with show_progress() as progress:
         loaded = load(model, dtype=dtype, progress=progress, trust_remote_code=trust_remote_code)
         if recipe:
-            pairs = [(name, quantize(loaded, name, progress=progress), loaded) for name in recipe]
+            pairs = [(name, quantize_once(loaded, name, progress=progress), loaded) for name in recipe]
         elif against:
             pairs = [
                 (

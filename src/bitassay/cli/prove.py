@@ -90,9 +90,9 @@ def prove(
             progress=progress,
         )
         if recipe:
-            from bitassay.quantize.pipeline import quantize
+            from bitassay.quantize.pipeline import quantize_once
 
-            loaded = quantize(loaded, recipe, progress=progress)
+            loaded = quantize_once(loaded, recipe, progress=progress)
         claimed = Identity(resolve(claim, progress)) if claim else identity(loaded)
         options = {"max_new_tokens": max_new_tokens, "sampler": sampler, "claim": claimed}
         if prompts is None:

@@ -1,6 +1,5 @@
 """`bitassay quantize`: a recipe and a model to a checkpoint folder, a GGUF file, or both."""
 
-import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -50,8 +49,8 @@ def quantize(
         out: The folder to write; it must not exist or be empty.
         gguf: The file to write for llama.cpp; it must not exist.
         layout: How the folder stores codes. Without it, compressed-tensors wherever that is exact.
-        work: Where a calibrated recipe keeps its finished layers. Without it, beside the output in a folder
-            that ends in .work and is removed at the end.
+        work: Where a calibrated recipe keeps its finished layers and its result. Without it, in the cache,
+            where other commands find the result too.
         dtype: What is not quantized is stored in this dtype. In float32 the checkpoint loads exactly;
             in 16 bits it is smaller, and transformers rounds the scales once more.
         check: Load what was written, with plain transformers where it can, and compare its logits.
@@ -123,13 +122,6 @@ class _Order:
     trust_remote_code: bool
     progress: "Progress"
 
-    @property
-    def own_work(self) -> Path:
-        """The work folder that nobody asked for."""
-        beside = self.out or self.gguf
-        assert beside is not None
-        return beside.with_name(f"{beside.name}.work")
-
 
 Row = dict[str, Any] | None
 
@@ -153,8 +145,6 @@ def _written(order: _Order, folder_row: Row, gguf_row: Row) -> list[Row]:
         folder_row = _save_folder(order, quantized, order.out, tokens, started)
     if order.gguf is not None and gguf_row is None:
         gguf_row = _save_gguf(order, quantized, order.gguf, tokens, started)
-    if order.work is None:
-        shutil.rmtree(order.own_work, ignore_errors=True)
     return [folder_row, gguf_row]
 
 
@@ -162,10 +152,12 @@ def _quantized(order: _Order, base: "PreTrainedModel", folder_row: Row) -> "PreT
     """`base`, quantized now, or with what a finished folder holds."""
     from bitassay.models.load import load
     from bitassay.quantize.model import quantization_of, with_tensors
-    from bitassay.quantize.pipeline import quantize
+    from bitassay.quantize.pipeline import quantize, quantize_once
 
     if order.out is None or folder_row is None:
-        return quantize(base, order.recipe, work=order.work or order.own_work, progress=order.progress)
+        if order.work is None:
+            return quantize_once(base, order.recipe, progress=order.progress)
+        return quantize(base, order.recipe, work=order.work, progress=order.progress)
     done = quantization_of(
         load(order.out, dtype=base.dtype, trust_remote_code=order.trust_remote_code, progress=order.progress)
     )

@@ -94,9 +94,9 @@ def verify(
             progress=progress,
         )
         if recipe:
-            from bitassay.quantize.pipeline import quantize
+            from bitassay.quantize.pipeline import quantize_once
 
-            own = quantize(own, recipe, progress=progress)
+            own = quantize_once(own, recipe, progress=progress)
         host = signer.lower() if signer else None
         verdicts: list[Verdict] = []
         lines: list[Line] = []

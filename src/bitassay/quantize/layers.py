@@ -29,13 +29,13 @@ from bitassay.quantize.layerwise import (
     quantize_in_passing,
     run_layer,
 )
-from bitassay.quantize.layout import Stored, description, read_tensor, stored_tensors
 from bitassay.quantize.learned import learn_layer
 from bitassay.quantize.low_rank import corrected
 from bitassay.quantize.recipe import Recipe
 from bitassay.quantize.scales import Grid
 from bitassay.quantize.scheme import WeightScheme
 from bitassay.quantize.tensor import QuantizedTensor, check_weight, from_codes, quantize_tensor
+from bitassay.quantize.work import read_part, write_part
 from bitassay.record.progress import Progress
 from bitassay.record.run import RunFolder
 
@@ -150,6 +150,10 @@ class _LayerWork:
         """The matrix as the draft holds it now."""
         return self.linears[name].weight if name in self.linears else expert_matrix(self.draft, name)
 
+    def weights(self) -> dict[str, Float[Tensor, "out in"]]:
+        """All of them."""
+        return {name: self.weight(name) for name in self.schemes}
+
     def put(self, names: Iterable[str]) -> None:
         """Give the draft the dequantized weights, in its dtype."""
         for name in names:
@@ -244,21 +248,12 @@ def _packed(found: Rounded, scheme: WeightScheme) -> Solved:
 
 
 def _write_layer(folder: RunFolder, index: int, solved: Mapping[str, Solved]) -> None:
-    """Keep a finished layer: how each matrix is stored, then the parts, which make it finished."""
-    name = f"layer-{index:04d}"
-    folder.part(name, lambda: {n: description(s.tensor).model_dump(mode="json") for n, s in solved.items()})
-    parts = {
-        f"{n}/{part}": value for n, s in solved.items() for part, value in stored_tensors(s.tensor).items()
-    }
-    latents = {f"{n}/latent": s.latent for n, s in solved.items()}
-    folder.write_tensors(name, {key: value.contiguous() for key, value in (parts | latents).items()})
+    """Keep a finished layer."""
+    latents = {f"{name}/latent": found.latent for name, found in solved.items()}
+    write_part(folder, f"layer-{index:04d}", {name: found.tensor for name, found in solved.items()}, latents)
 
 
 def _read_layer(folder: RunFolder, index: int, work: _LayerWork) -> dict[str, Solved]:
-    name = f"layer-{index:04d}"
-    kept, parts, solved = folder.part(name, dict), folder.read_tensors(name), {}
-    for own, stored in kept.items():
-        found = {k.removeprefix(f"{own}/"): v for k, v in parts.items() if k.startswith(f"{own}/")}
-        latent, (rows, columns) = found.pop("latent"), work.weight(own).shape
-        solved[own] = Solved(read_tensor(found, Stored.model_validate(stored), (rows, columns)), latent)
-    return solved
+    shapes = {name: (weight.shape[0], weight.shape[1]) for name, weight in work.weights().items()}
+    tensors, latents = read_part(folder, f"layer-{index:04d}", shapes)
+    return {name: Solved(tensor, latents[f"{name}/latent"]) for name, tensor in tensors.items()}

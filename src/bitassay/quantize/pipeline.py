@@ -7,8 +7,8 @@ Each part of a recipe that is present is done, in this order; `Recipe` says whic
 of them a matrix is rounded to nearest on its own and no text is read. Everything else works on a copy of the
 model, and calibrates it with the text that `calibration` names.
 
-With a work folder every finished layer is a file there, and so is tuning every few steps; the same call goes
-on where the last one stopped.
+With a work folder every finished layer is a file there, so is tuning every few steps, and in the end the
+result; the same call goes on where the last one stopped.
 """
 
 from collections.abc import Mapping
@@ -16,12 +16,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError
-from bitassay.models.load import Identity
+from bitassay.models.load import Identity, identity, load
+from bitassay.models.source import cache_folder
 from bitassay.models.walk import matrices, walk
 from bitassay.quantize.activations import InputRounding
 from bitassay.quantize.budget import mixed_schemes
@@ -42,6 +44,8 @@ from bitassay.quantize.scheme import WeightScheme
 from bitassay.quantize.smoothing import smooth
 from bitassay.quantize.tensor import QuantizedTensor, quantize_tensor
 from bitassay.quantize.tune import head_weight, last_states, own_norms, tune
+from bitassay.quantize.work import RESULT, code_digest, locked, read_result, write_result
+from bitassay.record.hashing import digest_json
 from bitassay.record.progress import Progress, silent
 from bitassay.record.run import RunFolder
 
@@ -66,6 +70,33 @@ def quantize(
     return with_tensors(base, quantize_tensors(base, found, progress, work), packed=packed)
 
 
+def quantize_once(
+    base: PreTrainedModel, recipe: str | Path | Recipe, *, packed: bool = False, progress: Progress = silent
+) -> PreTrainedModel:
+    """`quantize`, but what a calibrated recipe made of a model that was loaded is kept in the cache, so that
+    an hour of work is done once, whichever commands use it."""
+    found = find_recipe(recipe)
+    return with_tensors(base, quantize_tensors_once(base, found, progress), packed=packed).to(base.device)
+
+
+def quantize_tensors_once(base: PreTrainedModel, recipe: Recipe, progress: Progress = silent) -> Quantization:
+    """`quantize_tensors`, kept as `quantize_once` says. Calibration is in float32 whatever the dtype of
+    `base`: a prover in bf16 and a verifier in float32 get the same codes."""
+    if not recipe.is_calibrated:
+        return quantize_tensors(base, recipe, progress)
+    source = identity(base).source
+    if base.dtype != torch.float32:
+        own_code = type(base).__module__.startswith("transformers_modules")
+        base = load(source.folder, trust_remote_code=own_code, progress=progress)
+    plan = _plan(base, recipe)
+    folder = (
+        cache_folder()
+        / "quantized"
+        / f"{source.name}-{recipe.name}-{digest_json([plan, code_digest()])[:16]}"
+    )
+    return quantize_tensors(base, recipe, progress, folder)
+
+
 def quantize_tensors(
     base: PreTrainedModel, recipe: Recipe, progress: Progress = silent, work: str | Path | None = None
 ) -> Quantization:
@@ -74,9 +105,27 @@ def quantize_tensors(
     if quantization_of(base) is not None or (isinstance(known, Identity) and known.recipe_id is not None):
         raise BitassayError("the model is quantized already", "quantize the base model instead")
     weights = check_recipe(base, recipe)
+    if work is None or not recipe.is_calibrated:
+        return _quantized(base, recipe, weights, progress, None)
+    with locked(Path(work), progress):
+        folder = RunFolder(Path(work), _plan(base, recipe))
+        if folder.has_tensors(RESULT):
+            shapes = {name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()}
+            return Quantization(recipe, *read_result(folder, shapes))
+        made = _quantized(base, recipe, weights, progress, folder)
+        write_result(folder, made.tensors, made.parameters, made.inputs)
+        return made
+
+
+def _quantized(
+    base: PreTrainedModel,
+    recipe: Recipe,
+    weights: Mapping[str, Float[Tensor, "_ _"]],
+    progress: Progress,
+    folder: RunFolder | None,
+) -> Quantization:
     draft = copy_sharing_parameters(base)
-    needs_text = recipe.is_calibrated
-    tokens = calibration_tokens(base, recipe.calibration or Calibration()) if needs_text else None
+    tokens = calibration_tokens(base, recipe.calibration or Calibration()) if recipe.is_calibrated else None
     if recipe.rotation is not None:
         progress(f"rotating by {recipe.name}")
         rotate(draft, recipe.rotation, tokens)
@@ -85,7 +134,6 @@ def quantize_tensors(
         ranges = collect_ranges(draft, tokens, progress=progress)
         smooth(draft, recipe.smoothing, ranges, recipe.scheme_for, progress)
     if tokens is not None:
-        folder = None if work is None else RunFolder(Path(work), _plan(base, recipe))
         tensors = _calibrated(base, draft, list(weights), recipe, tokens, folder, progress)
     else:
         tensors = _to_nearest(matrices(draft), recipe, progress)

@@ -40,7 +40,7 @@ from bitassay.quantize.model import (
     size_bytes,
     with_tensors,
 )
-from bitassay.quantize.pipeline import quantize_tensors
+from bitassay.quantize.pipeline import quantize_tensors_once
 from bitassay.quantize.recipe import Recipe, find_recipe
 from bitassay.record.files import write_json
 from bitassay.record.progress import Progress, silent
@@ -123,7 +123,7 @@ def assay(
     progress(f"run {folder.run_id} in {folder.path}")
 
     stopwatch = _Stopwatch()
-    quantizations = {recipe.name: quantize_tensors(base, recipe, progress) for recipe in plan.recipes}
+    quantizations = {recipe.name: quantize_tensors_once(base, recipe, progress) for recipe in plan.recipes}
     models = {BASE: base, **{name: with_tensors(base, q, packed=True) for name, q in quantizations.items()}}
     facts = {name: _facts(model) for name, model in models.items()}
     stopwatch.lap("quantize")

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError, nearest
 from bitassay.models.load import load
-from bitassay.quantize.pipeline import quantize
+from bitassay.quantize.pipeline import quantize_once
 from bitassay.quantize.recipe import find_recipe, shipped_recipes
 from bitassay.record.progress import Progress, silent
 
@@ -138,7 +138,7 @@ class Party:
         if self.precision in DTYPES:
             return load(model, **where)
         if is_recipe(self.precision):
-            return quantize(load(model, **where), find_recipe(self.precision), progress=progress)
+            return quantize_once(load(model, **where), find_recipe(self.precision), progress=progress)
         return load(self.precision, **where)
 
 

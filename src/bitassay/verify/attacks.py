@@ -25,7 +25,7 @@ from bitassay.generate.decode import TokenIds, end_tokens, vocabulary_size
 from bitassay.generate.sampling import Sampler
 from bitassay.models.load import identity
 from bitassay.models.walk import decoder_layers
-from bitassay.quantize.pipeline import quantize
+from bitassay.quantize.pipeline import quantize_once
 from bitassay.quantize.recipe import Recipe, WeightScheme
 from bitassay.verify.evidence import own_prefills
 from bitassay.verify.exchange import Handed
@@ -135,7 +135,7 @@ def _with_header(trace: Trace, **fields: object) -> Trace:
 @_attack("int3", "INT3 weights", "w3")
 @_attack("int2", "INT2 weights", "w2")
 def quantized_weights(setting: Setting, recipe: str | Recipe) -> list[Trace]:
-    return _answer(setting, quantize(setting.model, recipe))
+    return _answer(setting, quantize_once(setting.model, recipe))
 
 
 @_attack("kv8", "INT8 keys and values in the cache", 8)
@@ -296,7 +296,7 @@ def altered_tokens(setting: Setting, share: float) -> list[Trace]:
 @_attack("decode-int8", "decoded by INT8 weights, honest prefill", "w8")
 @_attack("decode-int4", "decoded by INT4 weights, honest prefill", "w4")
 def cheap_decode(setting: Setting, recipe: str) -> list[Trace]:
-    cheap = _answer(setting, quantize(setting.model, recipe))
+    cheap = _answer(setting, quantize_once(setting.model, recipe))
     return honest_prefill(setting.honest, setting.model, [trace.header.output_ids for trace in cheap])
 
 

@@ -1,0 +1,98 @@
+"""What is finished of a calibrated recipe: layers, the state of tuning and, in the end, the result, which
+takes their place in the work folder.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+
+from bitassay.errors import BitassayError
+from bitassay.quantize.activations import InputRounding
+from bitassay.quantize.layout import Stored, description, expected_tensors, read_tensor, stored_tensors
+from bitassay.quantize.tensor import QuantizedTensor
+from bitassay.record.files import explain_os_error
+from bitassay.record.hashing import digest_json
+from bitassay.record.progress import Progress
+from bitassay.record.run import RunFolder
+
+RESULT = "result"
+AGAIN = "remove this folder and run the same command again"
+
+
+def write_part(
+    folder: RunFolder, name: str, tensors: Mapping[str, QuantizedTensor], beside: Mapping[str, Tensor]
+) -> None:
+    """Keep matrices and other tensors: how each matrix is stored, then the parts, which make it finished."""
+    folder.part(name, lambda: {n: description(t).model_dump(mode="json") for n, t in tensors.items()})
+    parts = {f"{n}/{part}": value for n, t in tensors.items() for part, value in stored_tensors(t).items()}
+    folder.write_tensors(name, {key: value.contiguous() for key, value in (parts | dict(beside)).items()})
+
+
+def read_part(
+    folder: RunFolder, name: str, shapes: Mapping[str, tuple[int, int]]
+) -> tuple[dict[str, QuantizedTensor], dict[str, Tensor]]:
+    """The inverse of `write_part`, for a model with matrices of such shapes. Raises BitassayError for a
+    damaged part."""
+    kept, parts, tensors = folder.part(name, dict), folder.read_tensors(name), {}
+    for own, said in kept.items():
+        try:
+            stored = Stored.model_validate(said)
+            expected = expected_tensors(stored, shapes[own])
+            found = {part: parts.pop(f"{own}/{part}") for part in expected}
+        except (KeyError, ValidationError) as error:
+            raise BitassayError(f"{folder.path}: {name} is damaged at {own}", AGAIN) from error
+        if any((found[part].dtype, found[part].shape) != what for part, what in expected.items()):
+            raise BitassayError(f"{folder.path}: {name} does not fit the model at {own}", AGAIN)
+        tensors[own] = read_tensor(found, stored, shapes[own])
+    return tensors, parts
+
+
+def write_result(
+    folder: RunFolder,
+    tensors: Mapping[str, QuantizedTensor],
+    parameters: Mapping[str, Tensor],
+    inputs: Mapping[str, InputRounding],
+) -> None:
+    """Keep the result, and drop what led to it."""
+    folder.part("inputs", lambda: {name: asdict(rounding) for name, rounding in inputs.items()})
+    write_part(folder, RESULT, tensors, parameters)
+    for path in (folder.path / "parts").iterdir():
+        if path.stem not in (RESULT, "inputs"):
+            path.unlink()
+
+
+def read_result(
+    folder: RunFolder, shapes: Mapping[str, tuple[int, int]]
+) -> tuple[dict[str, QuantizedTensor], dict[str, Tensor], dict[str, InputRounding]]:
+    """The inverse of `write_result`."""
+    tensors, parameters = read_part(folder, RESULT, shapes)
+    said = folder.part("inputs", dict)
+    return tensors, parameters, TypeAdapter(dict[str, InputRounding]).validate_python(said)
+
+
+@contextmanager
+def locked(path: Path, progress: Progress) -> Iterator[None]:
+    """Keep other processes out of a work folder; waits for one that is in it."""
+    lock = FileLock(path.with_name(f"{path.name}.lock"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        progress(f"waiting for another process to finish {path}")
+        lock.acquire()
+    except OSError as error:
+        raise explain_os_error(error, path) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def code_digest() -> str:
+    """Of the code that makes results: another version of it may make others."""
+    return digest_json({path.name: path.read_text() for path in sorted(Path(__file__).parent.glob("*.py"))})
