@@ -1,5 +1,5 @@
-"""The largest difference between the logits of a fake and a real model, for every shipped recipe and every
-further format, in fp32 and with the bf16 kernels.
+"""The largest difference between the logits of a fake and a real model, for every shipped recipe that needs
+no calibration and every further format, in fp32 and with the bf16 kernels.
 
 In fp32 both compute the same products, so the difference should be 0. In bf16 a decode step of the real model
 runs on the packed codes and rounds elsewhere; beside it stands what bf16 costs the fake model itself (against
@@ -30,7 +30,7 @@ ids = base.tokenizer(
     "The assay tells how pure a metal is, and the hallmark proves it.", return_tensors="pt"
 ).input_ids
 rows = []
-for recipe in [*shipped_recipes().values(), *EXTRA]:
+for recipe in [*(recipe for recipe in shipped_recipes().values() if not recipe.is_calibrated), *EXTRA]:
     fake = bitassay.quantize(base, recipe)
     real = with_tensors(base, fake.quantization, packed=True)
     fake16 = with_tensors(base16, fake.quantization)

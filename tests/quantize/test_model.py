@@ -162,6 +162,8 @@ def test_real_and_fake_agree_on_a_real_model():
     base = bitassay.load("smollm2-135m", dtype=torch.float32)
     tokens = torch.arange(100, 164)[None]
     for recipe in shipped_recipes().values():
+        if recipe.is_calibrated:  # as exact, and slow
+            continue
         fake = bitassay.quantize(base, recipe)
         with torch.inference_mode():
             dense = fake(tokens).logits

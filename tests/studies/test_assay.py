@@ -11,6 +11,7 @@ import pytest
 from bitassay.data.windows import Protocol
 from bitassay.errors import BitassayError
 from bitassay.quantize.recipe import Recipe, find_recipe
+from bitassay.quantize.tune import Tune
 from bitassay.studies.assay import AssayPlan, Verification, assay
 from bitassay.studies.estimate import estimate_assay
 
@@ -115,6 +116,15 @@ def test_estimates_grow_with_the_work():
     assert [row["step"] for row in few] == ["evaluate", "bench", "verify"]
     assert all(row["seconds"] > 0 and row["memory_bytes"] > 0 for row in few)
     assert many[0]["memory_bytes"] > few[0]["memory_bytes"]
+
+
+def test_a_calibrated_recipe_is_estimated_too():
+    gptq = Recipe(name="gptq", weights={"format": "int4", "granularity": "g32"}, gptq={})
+    tuned = gptq.model_copy(update={"name": "tuned", "tune": Tune(steps=100)})
+    rows = estimate_assay("stories260k", [gptq, tuned, "w4"], **SMALL)
+    assert [row["step"] for row in rows][:3] == ["quantize gptq", "quantize tuned", "evaluate"]
+    assert rows[1]["work"] == "gptq, tune; once"
+    assert rows[1]["seconds"] > 2 * rows[0]["seconds"]
 
 
 COMMAND = [sys.executable, "-m", "bitassay.cli", "assay", "stories260k", "--recipe", "w8", "--window", "64"]

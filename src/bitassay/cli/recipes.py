@@ -10,6 +10,7 @@ recipes = App(name="recipes", help="List the shipped recipes or print one.")
 _COLUMNS = (
     Column("name", "name", align="left"),
     Column("weights", "weights", align="left"),
+    Column("parts", "parts", align="left"),
     Column("overrides", "overrides"),
     Column("recipe_id", "id", lambda digest: digest[:12], align="left"),
     Column("description", "description", align="left"),
@@ -23,7 +24,7 @@ def list_(*, format: Format = "table") -> int:
     Args:
         format: What to print on stdout.
     """
-    from bitassay.quantize.recipe import shipped_recipes
+    from bitassay.quantize.recipe import PARTS, shipped_recipes
 
     rows = [
         {
@@ -33,6 +34,7 @@ def list_(*, format: Format = "table") -> int:
                 if (w := recipe.weights)
                 else ("left",)
             ),
+            "parts": ", ".join(part for part in PARTS if getattr(recipe, part) is not None),
             "overrides": len(recipe.overrides),
             "recipe_id": recipe.recipe_id,
             "description": recipe.description,

@@ -34,6 +34,7 @@ from bitassay.quantize.model import (
 )
 from bitassay.quantize.recipe import Recipe
 from bitassay.quantize.reload import LAYOUTS
+from bitassay.quantize.tune import BYTES_A_WEIGHT
 from bitassay.record.files import atomic_folder, read_json, write_json
 from bitassay.record.hashing import canonical_json, digest_file
 from bitassay.record.progress import Progress, silent
@@ -115,7 +116,7 @@ class Plan:
 
     size_bytes: as `quantize.model.size_bytes` counts. tensor_bytes: what the folder's tensors take.
     memory_bytes: the base model, the quantized one, its codes twice (as kept and as stored), and the reloaded
-    model beside them.
+    model beside them; or, where that is more, the base model and what tuning holds of each weight.
     """
 
     layout: Layout
@@ -147,13 +148,15 @@ def plan_export(model: PreTrainedModel, recipe: Recipe, layout: Layout | None = 
     )
     weights = sum(shapes[name][0] * shapes[name][1] for name in ways[0])
     parameters, item = parameter_count(model) + _untied(model, recipe), model.dtype.itemsize
+    saving = (2 * parameters + weights) * item + bits // 8 + 2 * stored
+    tuning = 0 if recipe.tune is None else parameters * item + BYTES_A_WEIGHT * weights
     return Plan(
         layout=chosen,
         matrices=len(ways[0]),
         bits_per_weight=bits / weights,
         size_bytes=(parameters - weights) * 2 + bits // 8,
         tensor_bytes=(parameters - weights) * item + stored,
-        memory_bytes=(2 * parameters + weights) * item + bits // 8 + 2 * stored,
+        memory_bytes=max(saving, tuning),
     )
 
 

@@ -162,7 +162,7 @@ def _calibrated(
         return {name: found.tensor for name, found in solved.items()}
     progress("running the base model over the calibration text")
     wanted = last_states(base, tokens)
-    latents = {name: found.latent_weight() for name, found in solved.items()}
+    latents = {name: solved.pop(name).latent_weight() for name in list(solved)}
     head = head_weight(base)
     steps = tune(draft, latents, own_norms(draft), tokens, wanted, head, recipe.tune, folder)
     with latent_linears(draft, latents):

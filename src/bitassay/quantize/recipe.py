@@ -31,6 +31,18 @@ from bitassay.quantize.tune import Tune
 from bitassay.record.files import read_yaml
 from bitassay.record.hashing import digest_json
 
+# What a recipe may do beside rounding, in the order in which it is done.
+PARTS = (
+    "rotation",
+    "smoothing",
+    "mixed",
+    "gptq",
+    "low_rank",
+    "learned",
+    "tune",
+    "activations",
+    "kv_cache",
+)
 SHIPPED = Path(str(files("bitassay") / "recipes"))
 
 

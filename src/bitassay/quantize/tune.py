@@ -32,6 +32,8 @@ from bitassay.record.run import RunFolder
 
 KEEP_STEPS = 16
 MOMENTS = ("exp_avg", "exp_avg_sq")
+# A weight's latent, gradient and two moments; the draft's own value; in a pass value, bf16 and position.
+BYTES_A_WEIGHT = 4 * 4 + 4 + (4 + 2 + 2)
 CHUNK_TOKENS = 512  # logits that are held at once
 
 

@@ -7,6 +7,8 @@ everything else that is short.
 """
 
 import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from bitassay.models.load import as_dtype
 from bitassay.models.source import resolve
+from bitassay.quantize.calibration import Calibration
+from bitassay.quantize.export import plan_export
 from bitassay.quantize.model import check_recipe, parameter_count
-from bitassay.quantize.recipe import find_recipe
+from bitassay.quantize.recipe import PARTS, Recipe, find_recipe
 from bitassay.record.progress import Progress, silent
 from bitassay.studies.assay import AssayPlan
 
@@ -23,7 +27,7 @@ PROMPT_TOKENS = 60  # about the mean of the prompts that are used
 
 
 def estimate_assay(
-    model: str, recipes: list[str], *, progress: Progress = silent, **options: Any
+    model: str, recipes: Sequence[str | Path | Recipe], *, progress: Progress = silent, **options: Any
 ) -> list[dict[str, Any]]:
     """Rows `step, work, memory_bytes, seconds`. The model is fetched where it is not here yet, but no weights
     are loaded."""
@@ -40,12 +44,22 @@ def estimate_assay(
     rate, rate16 = _flops(as_dtype(plan.dtype)), _flops(torch.bfloat16)
     rows = [
         {
+            "step": f"quantize {recipe.name}",
+            "work": f"{', '.join(part for part in PARTS if getattr(recipe, part) is not None)}; once",
+            "memory_bytes": plan_export(empty, recipe).memory_bytes,
+            "seconds": _calibration_flops(recipe, parameters) / rate16,
+        }
+        for recipe in plan.recipes
+        if recipe.is_calibrated
+    ]
+    rows.append(
+        {
             "step": "evaluate",
             "work": f"{models} models x {tokens} tokens, {plan.protocol.id}",
             "memory_bytes": parameters * item * models + logits,
             "seconds": 2 * parameters * tokens * models / rate,
         }
-    ]
+    )
     decode_s = parameters * 2 / _bandwidth()
     if plan.bench_repeats:
         one = 2 * parameters * plan.bench_tokens / rate16 + 12 * decode_s
@@ -69,6 +83,18 @@ def estimate_assay(
             }
         )
     return rows
+
+
+def _calibration_flops(recipe: Recipe, parameters: int) -> float:
+    """Forward passes and the statistics of the inputs, about as much again, over the calibration text; four
+    passes' worth for each token that is learned from. Searches of smoothing and mixed bits are left out."""
+    spec = recipe.calibration or Calibration()
+    passes = 2.0 * spec.samples
+    if recipe.learned is not None:
+        passes += 4 * recipe.learned.steps * recipe.learned.batch
+    if recipe.tune is not None:
+        passes += 4 * recipe.tune.steps * recipe.tune.batch + spec.samples
+    return 2 * parameters * spec.tokens * passes
 
 
 def _flops(dtype: torch.dtype) -> float:
