@@ -109,6 +109,25 @@ def test_interrupted_tuning_goes_on(base, tmp_path, monkeypatch):
         assert torch.equal(found.state_dict()[key], value), key
 
 
+def test_tuning_learns_from_what_the_base_model_writes(base, tmp_path, monkeypatch):
+    spec = recipe("tune", tune={"steps": 8, "generated": 16})
+
+    def stop(what, done=0, total=0):
+        if what.startswith("tuning"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(base, spec, work=tmp_path, progress=stop)
+    lessons = load_file(tmp_path / "parts/lessons.safetensors")
+    assert lessons["tokens"].shape == (32, 64)
+    assert lessons["states"].shape == (32, 64, base.config.hidden_size)
+    monkeypatch.setattr(pipeline, "continued", lambda *_: 1 / 0)
+    found = quantize(base, spec, work=tmp_path)
+    monkeypatch.undo()
+    for key, value in quantize(base, spec).state_dict().items():
+        assert torch.equal(found.state_dict()[key], value), key
+
+
 @pytest.mark.parametrize("changes", [{}, {"activations": {"scale": "absmax"}}, {"rotation": {}}])
 def test_a_finished_work_folder_holds_the_result_alone(base, tmp_path, monkeypatch, changes):
     wanted = quantize(base, recipe("tune", **changes), work=tmp_path / "work")

@@ -20,6 +20,7 @@ from bitassay.models.walk import decoder_layers
 
 BATCH_SAMPLES = 8
 CHUNK_ROWS = 8192
+BLOCK_COLUMNS = 256
 
 Hidden = Float[Tensor, "samples tokens hidden"]
 
@@ -94,12 +95,17 @@ def input_groups(
 
 
 def hessian_of(inputs: Float[Tensor, "... in"]) -> Float[Tensor, "in in"]:
-    """`sum x x^T`: fp32 products of chunks, summed in fp64."""
-    total = torch.zeros(inputs.shape[-1], inputs.shape[-1], dtype=torch.float64)
-    for x in inputs.reshape(-1, inputs.shape[-1]).split(CHUNK_ROWS):
+    """`sum x x^T`: fp32 products of chunks, summed in fp64; of a symmetric matrix, the upper blocks alone."""
+    columns = inputs.shape[-1]
+    starts = range(0, columns, BLOCK_COLUMNS)
+    total = torch.zeros(columns, columns, dtype=torch.float64)
+    for x in inputs.reshape(-1, columns).split(CHUNK_ROWS):
         x = x.float()
-        total += x.T @ x
-    return total
+        for start in starts:
+            total[start : start + BLOCK_COLUMNS, start:] += (
+                x[:, start : start + BLOCK_COLUMNS].T @ x[:, start:]
+            )
+    return total.triu() + total.triu(1).T
 
 
 @torch.no_grad()

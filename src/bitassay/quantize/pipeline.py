@@ -28,6 +28,7 @@ from bitassay.models.walk import matrices, walk
 from bitassay.quantize.activations import InputRounding
 from bitassay.quantize.budget import mixed_schemes
 from bitassay.quantize.calibration import Calibration, calibration_tokens
+from bitassay.quantize.generated import BATCH_SAMPLES, continued, prompts
 from bitassay.quantize.latent import latent_linears
 from bitassay.quantize.layers import quantize_layers
 from bitassay.quantize.model import (
@@ -43,7 +44,7 @@ from bitassay.quantize.rotation import changed_parameters, rotate
 from bitassay.quantize.scheme import WeightScheme
 from bitassay.quantize.smoothing import smooth
 from bitassay.quantize.tensor import QuantizedTensor, quantize_tensor
-from bitassay.quantize.tune import head_weight, last_states, own_norms, tune
+from bitassay.quantize.tune import Tune, head_weight, last_states, own_norms, tune
 from bitassay.quantize.work import RESULT, code_digest, locked, read_result, write_result
 from bitassay.record.hashing import digest_json
 from bitassay.record.progress import Progress, silent
@@ -160,8 +161,7 @@ def _calibrated(
     solved = quantize_layers(draft, schemes, recipe, tokens, folder, progress)
     if recipe.tune is None:
         return {name: found.tensor for name, found in solved.items()}
-    progress("running the base model over the calibration text")
-    wanted = last_states(base, tokens)
+    tokens, wanted = _lessons(base, tokens, recipe.tune, folder, progress)
     latents = {name: solved.pop(name).latent_weight() for name in list(solved)}
     head = head_weight(base)
     steps = tune(draft, latents, own_norms(draft), tokens, wanted, head, recipe.tune, folder)
@@ -169,6 +169,30 @@ def _calibrated(
         for step, loss in steps:
             progress(f"tuning by {recipe.name}, KL {loss:.3f}", step, recipe.tune.steps)
     return {name: latent.quantized() for name, latent in latents.items()}
+
+
+def _lessons(
+    base: PreTrainedModel,
+    tokens: Int[Tensor, "samples tokens"],
+    spec: Tune,
+    folder: RunFolder | None,
+    progress: Progress,
+) -> tuple[Int[Tensor, "lessons tokens"], Float[Tensor, "lessons tokens hidden"]]:
+    """What tuning learns from: token ids, and the base model's last hidden states."""
+    if folder is not None and folder.has_tensors("lessons"):
+        kept = folder.read_tensors("lessons")
+        return kept["tokens"], kept["states"]
+    progress("running the base model over the calibration text")
+    parts, head = [(tokens, last_states(base, tokens))], head_weight(base)
+    generator = torch.Generator().manual_seed(spec.seed)
+    starts = prompts(tokens, spec.generated).split(BATCH_SAMPLES) if spec.generated else ()
+    for done, start in enumerate(starts):
+        progress("the base model writes", done * BATCH_SAMPLES, spec.generated)
+        parts.append(continued(base, head, start, tokens.shape[1], generator))
+    lessons, states = (torch.cat(part) for part in zip(*parts, strict=True))
+    if folder is not None:
+        folder.write_tensors("lessons", {"tokens": lessons, "states": states})
+    return lessons, states
 
 
 def _inputs(

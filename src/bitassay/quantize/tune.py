@@ -38,11 +38,13 @@ CHUNK_TOKENS = 512  # logits that are held at once
 
 
 class Tune(Part):
-    """steps of `batch` calibration samples each. Learning rates: `codes` in steps of the grid, `scales`
-    relative to their first value, `norms` absolute; zero leaves that kind as it is."""
+    """steps of `batch` samples each: of the calibration samples and as many more that the base model writes
+    as `generated` says. Learning rates: `codes` in steps of the grid, `scales` relative to their first value,
+    `norms` absolute; zero leaves that kind as it is."""
 
     steps: int = Field(128, ge=1)
     batch: int = Field(4, ge=1)
+    generated: int = Field(0, ge=0)
     codes: float = Field(2e-3, ge=0)
     scales: float = Field(1e-3, ge=0)
     norms: float = Field(1e-4, ge=0)

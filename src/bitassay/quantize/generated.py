@@ -1,0 +1,52 @@
+"""Text that the base model writes itself, as more of what `tune` learns from.
+
+Learning all codes end to end sees every calibration token several times and begins to know them by heart. The
+base model can say what follows in any text, so it may as well write the text (LLM-QAT, 2305.17888, section
+3.1): each new sample goes on from PROMPT_TOKENS tokens of a calibration sample, drawn from the model's own
+distribution, sharpened by TEMPERATURE. Its last hidden states, which tuning wants too, are at hand while it
+writes.
+"""
+
+import copy
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+PROMPT_TOKENS = 16
+TEMPERATURE = 0.8  # at 1 a small model soon loses the thread
+BATCH_SAMPLES = 128
+
+
+def prompts(tokens: Int[Tensor, "samples tokens"], count: int) -> Int[Tensor, "count prompt"]:
+    """`count` different pieces of PROMPT_TOKENS tokens: the first of every sample, then the second, and so on
+    from the start where there are no more."""
+    length = min(PROMPT_TOKENS, tokens.shape[1])
+    pieces = tokens[:, : tokens.shape[1] // length * length].unflatten(1, (-1, length))
+    in_turn = pieces.transpose(0, 1).flatten(0, 1)
+    return in_turn[torch.arange(count) % len(in_turn)]
+
+
+@torch.inference_mode()
+def continued(
+    model: PreTrainedModel,
+    head: Float[Tensor, "vocabulary hidden"],
+    start: Int[Tensor, "samples prompt"],
+    length: int,
+    generator: torch.Generator,
+) -> tuple[Int[Tensor, "samples length"], Float[Tensor, "samples length hidden"]]:
+    """Go on to `length` tokens, and the last hidden states at all of them. Products are in bf16."""
+    decoder, head = copy.deepcopy(model.get_decoder()).bfloat16(), head.bfloat16()
+    tokens, states, cache = start.to(head.device), [], DynamicCache(config=model.config)
+    entering = tokens
+    while True:
+        new = decoder(input_ids=entering, past_key_values=cache, use_cache=True)
+        states.append(new.last_hidden_state)
+        if tokens.shape[1] == length:
+            return tokens, torch.cat(states, dim=1)
+        p = ((states[-1][:, -1] @ head.T).float() / TEMPERATURE).softmax(-1)
+        # The first token at which the distribution function exceeds a uniform number.
+        u = torch.rand(len(p), 1, generator=generator).to(p.device)
+        entering = torch.searchsorted(p.cumsum(-1), u, right=True).clamp_(max=p.shape[1] - 1)
+        tokens = torch.cat([tokens, entering], dim=1)
