@@ -67,8 +67,10 @@ def test_a_capped_head_is_refused():
         head_weight(model)
 
 
-def test_the_hessian_is_summed_over_chunks(monkeypatch):
+@pytest.mark.parametrize("block", [1, 4, 6, 100])
+def test_the_hessian_is_summed_over_chunks(monkeypatch, block):
     monkeypatch.setattr("bitassay.quantize.layerwise.CHUNK_ROWS", 8)
+    monkeypatch.setattr("bitassay.quantize.layerwise.BLOCK_COLUMNS", block)
     x = torch.randn(5, 7, 6, generator=torch.Generator().manual_seed(0))
     flat = x.reshape(-1, 6).double()
     assert torch.allclose(hessian_of(x), flat.T @ flat, rtol=1e-5)
