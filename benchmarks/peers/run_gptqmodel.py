@@ -16,7 +16,7 @@ given = arguments()
 config = GPTQConfig(
     bits=given.bits, group_size=given.group, sym=False, desc_act=True, static_groups=True, device="cpu"
 )
-model = GPTQModel.load(given.model, config, dtype=torch.float32, device="cpu")
+model = GPTQModel.load(given.model, config, dtype=torch.float32)
 samples = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in given.tokens]
 seconds = timed(lambda: model.quantize(samples, batch_size=BATCH))
 packed = decoder_linears(model.model, BaseQuantLinear)

@@ -1,7 +1,11 @@
 import pytest
+import torch
 from pydantic import ValidationError
 
+import bitassay
 from bitassay.errors import BitassayError
+from bitassay.quantize.calibration import Calibration
+from bitassay.quantize.export import save
 from bitassay.quantize.recipe import (
     Recipe,
     WeightScheme,
@@ -10,6 +14,7 @@ from bitassay.quantize.recipe import (
     shipped_recipes,
 )
 from bitassay.record.files import YAML_BYTES
+from bitassay.testing.tiny import stories260k
 
 W4 = {"format": "int4", "granularity": "g64"}
 
@@ -22,6 +27,33 @@ def test_the_shipped_recipes_are_whole():
         assert recipe.description
         assert find_recipe(name) == recipe
     assert len({recipe.recipe_id for recipe in shipped.values()}) == len(shipped)
+
+
+BEST = {
+    name: recipe for name, recipe in shipped_recipes().items() if name.startswith("best-")
+}  # what calibration finds best at each number of bits
+
+
+def test_there_is_a_best_recipe_at_every_number_of_bits():
+    assert set(BEST) == {f"best-{bits}bit" for bits in ("4", "3", "2", "1.58", "1")}
+    assert all(recipe.is_calibrated for recipe in BEST.values())
+
+
+@pytest.mark.parametrize("name", BEST)
+def test_a_best_recipe_runs_and_is_saved(name, tmp_path):
+    few = {"steps": 2, "generated": min(4, BEST[name].tune.generated)}
+    changes = {
+        "calibration": Calibration(samples=8, tokens=48),
+        "tune": BEST[name].tune.model_copy(update=few),
+    }
+    base = stories260k()
+    quantized = bitassay.quantize(base, BEST[name].model_copy(update=changes))
+    save(quantized, tmp_path / "folder")
+    tokens = torch.arange(1, 60)[None]
+    assert torch.equal(bitassay.load(tmp_path / "folder")(tokens).logits, quantized(tokens).logits)
+    assert torch.equal(
+        bitassay.load(tmp_path / "folder", packed=True)(tokens).logits, quantized(tokens).logits
+    )
 
 
 def test_the_id_is_that_of_the_change_not_of_its_name():
