@@ -4,7 +4,8 @@ CPU it computes in bf16)."""
 import torch
 from auto_round import AutoRound
 from auto_round_extension.torch.qlinear_torch import QuantLinear
-from peer import arguments, decoded, decoder_linears, stored_bits, timed, write
+from peer import arguments, decoded, stored_bits, timed, write
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 BATCH = 8
@@ -25,7 +26,22 @@ rounder = AutoRound(
     model, tokenizer, scheme="W4A16", dataset=list(given.tokens.split(BATCH)), device_map="cpu", **settings
 )
 seconds = timed(lambda: rounder.quantize_and_save(str(given.out / "checkpoint"), format="auto_round"))
-packed = decoder_linears(rounder.model, QuantLinear)
+del model, rounder  # which no longer hold the codes; the checkpoint does
+(checkpoint,) = given.out.glob("checkpoint/**/model.safetensors")
+stored = load_file(checkpoint)
+
+
+def saved(name: str) -> QuantLinear:
+    parts = {part: stored[f"{name}.{part}"] for part in ("qweight", "qzeros", "scales")}
+    columns, rows = parts["qweight"].shape[0] * 32 // given.bits, parts["qweight"].shape[1]
+    layer = QuantLinear(given.bits, given.group, columns, rows, bias=f"{name}.bias" in stored)
+    layer.load_state_dict(parts | ({"bias": stored[f"{name}.bias"]} if layer.bias is not None else {}))
+    return layer
+
+
+packed = {
+    name: saved(name) for key in stored if (name := key.removesuffix(".qweight")) != key and ".layers." in key
+}
 write(
     given.out,
     "auto-round",

@@ -118,9 +118,9 @@ def test_tuning_learns_from_what_the_base_model_writes(base, tmp_path, monkeypat
 
     with pytest.raises(KeyboardInterrupt):
         quantize(base, spec, work=tmp_path, progress=stop)
-    lessons = load_file(tmp_path / "parts/lessons.safetensors")
-    assert lessons["tokens"].shape == (32, 64)
-    assert lessons["states"].shape == (32, 64, base.config.hidden_size)
+    written = load_file(tmp_path / "parts/written-0000.safetensors")
+    assert written["tokens"].shape == (16, 64)
+    assert written["states"].shape == (16, 64, base.config.hidden_size)
     monkeypatch.setattr(pipeline, "continued", lambda *_: 1 / 0)
     found = quantize(base, spec, work=tmp_path)
     monkeypatch.undo()

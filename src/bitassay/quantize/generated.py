@@ -16,7 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 PROMPT_TOKENS = 16
 TEMPERATURE = 0.8  # at 1 a small model soon loses the thread
-BATCH_SAMPLES = 128
+BATCH_SAMPLES = 64
 
 
 def prompts(tokens: Int[Tensor, "samples tokens"], count: int) -> Int[Tensor, "count prompt"]:

@@ -179,19 +179,21 @@ def _lessons(
     progress: Progress,
 ) -> tuple[Int[Tensor, "lessons tokens"], Float[Tensor, "lessons tokens hidden"]]:
     """What tuning learns from: token ids, and the base model's last hidden states."""
-    if folder is not None and folder.has_tensors("lessons"):
-        kept = folder.read_tensors("lessons")
-        return kept["tokens"], kept["states"]
     progress("running the base model over the calibration text")
     parts, head = [(tokens, last_states(base, tokens))], head_weight(base)
-    generator = torch.Generator().manual_seed(spec.seed)
     starts = prompts(tokens, spec.generated).split(BATCH_SAMPLES) if spec.generated else ()
-    for done, start in enumerate(starts):
-        progress("the base model writes", done * BATCH_SAMPLES, spec.generated)
+    for place, start in enumerate(starts):
+        name = f"written-{place:04d}"
+        if folder is not None and folder.has_tensors(name):
+            kept = folder.read_tensors(name)
+            parts.append((kept["tokens"], kept["states"]))
+            continue
+        progress("the base model writes", place * BATCH_SAMPLES, spec.generated)
+        generator = torch.Generator().manual_seed(spec.seed + place)
         parts.append(continued(base, head, start, tokens.shape[1], generator))
+        if folder is not None:
+            folder.write_tensors(name, {"tokens": parts[-1][0], "states": parts[-1][1]})
     lessons, states = (torch.cat(part) for part in zip(*parts, strict=True))
-    if folder is not None:
-        folder.write_tensors("lessons", {"tokens": lessons, "states": states})
     return lessons, states
 
 
