@@ -77,7 +77,8 @@ def quantize_once(
     """`quantize`, but what a calibrated recipe made of a model that was loaded is kept in the cache, so that
     an hour of work is done once, whichever commands use it."""
     found = find_recipe(recipe)
-    return with_tensors(base, quantize_tensors_once(base, found, progress), packed=packed).to(base.device)
+    model = with_tensors(base, quantize_tensors_once(base, found, progress), packed=packed)
+    return model.to(base.device)  # type: ignore[arg-type]
 
 
 def quantize_tensors_once(base: PreTrainedModel, recipe: Recipe, progress: Progress = silent) -> Quantization:
