@@ -1,6 +1,8 @@
 """Calibrated recipes on a small trained model: each ingredient helps, an interrupted run goes on, and what
 cannot be calibrated is refused."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -142,7 +144,7 @@ def test_a_finished_work_folder_holds_the_result_alone(base, tmp_path, monkeypat
     assert bits_per_weight(found) == bits_per_weight(wanted)
 
 
-@pytest.mark.parametrize("damage", ["shape", "missing", "scheme"])
+@pytest.mark.parametrize("damage", ["shape", "missing", "scheme", "card", "matrix", "inputs"])
 def test_a_damaged_result_is_refused(base, tmp_path, damage):
     quantize(base, recipe("gptq"), work=tmp_path)
     file, card = tmp_path / "parts/result.safetensors", tmp_path / "parts/result.json"
@@ -150,11 +152,19 @@ def test_a_damaged_result_is_refused(base, tmp_path, damage):
     name = next(iter(parts))
     if damage == "scheme":
         card.write_text(card.read_text().replace("int2", "int9"))
+    elif damage == "card":
+        card.unlink()
+    elif damage == "matrix":
+        said = json.loads(card.read_text())
+        said.pop(next(iter(said)))
+        card.write_text(json.dumps(said))
+    elif damage == "inputs":
+        (tmp_path / "parts/inputs.json").write_text('{"x": {"format": "int5"}}')
     elif damage == "shape":
         save_file(parts | {name: parts[name][..., 1:].clone()}, file)
     else:
         save_file({key: value for key, value in parts.items() if key != name}, file)
-    with pytest.raises(BitassayError, match="result"):
+    with pytest.raises(BitassayError, match="inputs" if damage == "inputs" else "result"):
         quantize(base, recipe("gptq"), work=tmp_path)
 
 

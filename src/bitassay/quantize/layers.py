@@ -32,7 +32,6 @@ from bitassay.quantize.layerwise import (
 from bitassay.quantize.learned import learn_layer
 from bitassay.quantize.low_rank import corrected
 from bitassay.quantize.recipe import Recipe
-from bitassay.quantize.scales import Grid
 from bitassay.quantize.scheme import WeightScheme
 from bitassay.quantize.tensor import QuantizedTensor, check_weight, from_codes, quantize_tensor
 from bitassay.quantize.work import read_part, write_part
@@ -50,14 +49,7 @@ class Solved:
     def latent_weight(self) -> LatentWeight:
         """Where learning starts."""
         tensor = self.tensor
-        grid = Grid(
-            tensor.scale.float(),
-            tensor.zero_points(),
-            None if tensor.mean is None else tensor.mean.float(),
-            tensor.scheme.offset,
-            tensor.scheme.restricted,
-        )
-        return LatentWeight(tensor.scheme, self.latent, grid, tensor.low_rank)
+        return LatentWeight(tensor.scheme, self.latent, tensor.grid, tensor.low_rank)
 
 
 def quantize_layers(

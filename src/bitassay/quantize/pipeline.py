@@ -112,7 +112,9 @@ def quantize_tensors(
     with locked(Path(work), progress):
         folder = RunFolder(Path(work), _plan(base, recipe))
         if folder.has_tensors(RESULT):
-            shapes = {name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()}
+            shapes = {
+                name: (w.shape[0], w.shape[1]) for name, w in weights.items() if recipe.scheme_for(name)
+            }
             return Quantization(recipe, *read_result(folder, shapes))
         made = _quantized(base, recipe, weights, progress, folder)
         write_result(folder, made.tensors, made.parameters, made.inputs)

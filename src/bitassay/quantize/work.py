@@ -36,9 +36,11 @@ def write_part(
 def read_part(
     folder: RunFolder, name: str, shapes: Mapping[str, tuple[int, int]]
 ) -> tuple[dict[str, QuantizedTensor], dict[str, Tensor]]:
-    """The inverse of `write_part`, for a model with matrices of such shapes. Raises BitassayError for a
-    damaged part."""
+    """The inverse of `write_part`, for matrices of such shapes. Raises BitassayError for a part that is
+    damaged or is of other matrices."""
     kept, parts, tensors = folder.part(name, dict), folder.read_tensors(name), {}
+    if not isinstance(kept, dict) or kept.keys() != shapes.keys():
+        raise BitassayError(f"{folder.path}: {name} does not name the matrices of the recipe", AGAIN)
     for own, said in kept.items():
         try:
             stored = Stored.model_validate(said)
@@ -71,8 +73,11 @@ def read_result(
 ) -> tuple[dict[str, QuantizedTensor], dict[str, Tensor], dict[str, InputRounding]]:
     """The inverse of `write_result`."""
     tensors, parameters = read_part(folder, RESULT, shapes)
-    said = folder.part("inputs", dict)
-    return tensors, parameters, TypeAdapter(dict[str, InputRounding]).validate_python(said)
+    try:
+        inputs = TypeAdapter(dict[str, InputRounding]).validate_python(folder.part("inputs", dict))
+    except ValidationError as error:
+        raise BitassayError(f"{folder.path}: inputs is damaged", AGAIN) from error
+    return tensors, parameters, inputs
 
 
 @contextmanager
