@@ -23,6 +23,7 @@ from bitassay.models.checkpoint import CARD_FILE, Base, Card, hashed_files, read
 from bitassay.models.load import identity, load
 from bitassay.models.walk import fused_experts, walk
 from bitassay.quantize import compressed
+from bitassay.quantize.calibration import Calibration
 from bitassay.quantize.layout import Factors, Stored, description, expected_bytes, planned, planned_bits
 from bitassay.quantize.model import (
     Quantization,
@@ -34,7 +35,7 @@ from bitassay.quantize.model import (
 )
 from bitassay.quantize.recipe import Recipe
 from bitassay.quantize.reload import LAYOUTS
-from bitassay.quantize.tune import BYTES_A_WEIGHT
+from bitassay.quantize.tune import memory_of
 from bitassay.record.files import atomic_folder, read_json, write_json
 from bitassay.record.hashing import canonical_json, digest_file
 from bitassay.record.progress import Progress, silent
@@ -149,7 +150,12 @@ def plan_export(model: PreTrainedModel, recipe: Recipe, layout: Layout | None = 
     weights = sum(shapes[name][0] * shapes[name][1] for name in ways[0])
     parameters, item = parameter_count(model) + _untied(model, recipe), model.dtype.itemsize
     saving = (2 * parameters + weights) * item + bits // 8 + 2 * stored
-    tuning = 0 if recipe.tune is None else parameters * item + BYTES_A_WEIGHT * weights
+    tuning = 0
+    if recipe.tune is not None:
+        tokens, learned = (recipe.calibration or Calibration()).tokens, [shapes[name] for name in ways[0]]
+        tuning = memory_of(
+            recipe.tune, tokens, learned, parameters, model.config.get_text_config().vocab_size
+        )
     return Plan(
         layout=chosen,
         matrices=len(ways[0]),

@@ -65,6 +65,7 @@ def quantize_layers(
     prefix = module_name(draft, layers)
     hidden, arguments = first_inputs(draft, tokens)
     reference = hidden if recipe.learned is not None else None
+    kept = [folder is not None and folder.has_tensors(_part(index)) for index in range(len(layers))]
     solved: dict[str, Solved] = {}
     for index, layer in enumerate(layers):
         progress(what, index, len(layers))
@@ -73,8 +74,13 @@ def quantize_layers(
             name: scheme for name, scheme in schemes.items() if name.startswith(here) and scheme is not None
         }
         work = _LayerWork(draft, own, recipe, progress)
+        if folder is not None and all(kept[index:]):  # no layer is left that wants what this one puts out
+            work.solved = _read_layer(folder, index, work)
+            work.put(work.solved)
+            solved |= work.solved
+            continue
         targets = None if reference is None else run_layer(layer, reference, arguments[index])
-        if folder is not None and folder.has_tensors(f"layer-{index:04d}"):
+        if folder is not None and kept[index]:
             work.solved = _read_layer(folder, index, work)
             work.put(work.solved)
             hidden = run_layer(layer, hidden, arguments[index])
@@ -239,13 +245,18 @@ def _packed(found: Rounded, scheme: WeightScheme) -> Solved:
     return Solved(from_codes(found.codes, grid.scale, scheme, grid.zero_point, grid.mean), found.compensated)
 
 
+def _part(index: int) -> str:
+    """The file of a finished layer."""
+    return f"layer-{index:04d}"
+
+
 def _write_layer(folder: RunFolder, index: int, solved: Mapping[str, Solved]) -> None:
     """Keep a finished layer."""
     latents = {f"{name}/latent": found.latent for name, found in solved.items()}
-    write_part(folder, f"layer-{index:04d}", {name: found.tensor for name, found in solved.items()}, latents)
+    write_part(folder, _part(index), {name: found.tensor for name, found in solved.items()}, latents)
 
 
 def _read_layer(folder: RunFolder, index: int, work: _LayerWork) -> dict[str, Solved]:
     shapes = {name: (weight.shape[0], weight.shape[1]) for name, weight in work.weights().items()}
-    tensors, latents = read_part(folder, f"layer-{index:04d}", shapes)
+    tensors, latents = read_part(folder, _part(index), shapes)
     return {name: Solved(tensor, latents[f"{name}/latent"]) for name, tensor in tensors.items()}

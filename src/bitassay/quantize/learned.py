@@ -3,20 +3,22 @@
 Rounding to nearest minimises the error of each weight, GPTQ that of each matrix's output; here it is the
 output of a whole decoder layer, for the inputs that the quantized layers before it give,
 
-    L = mean || layer'(x') - layer(x) ||^2
+    L = mean over tokens of || layer'(x') - layer(x) ||^2 / || layer(x) ||^2
 
-with straight-through gradients (`latent.py`) and Adam. AutoRound (2309.05516) learns the same with signed
-gradients and rounding offsets of at most half a step; latents may go further, and start where GPTQ left them
-off. Learning all of a layer's weights so is the first phase of EfficientQAT (2407.11062). Products are in
-bf16.
+where each token counts alike: the first of a text has states that are hundreds of times larger (massive
+activations, 2402.17762) and would drown the others. Gradients are straight through (`latent.py`), the
+optimizer is Adam. AutoRound (2309.05516) learns with signed gradients and rounding offsets of at most half a
+step; latents may go further, and start where GPTQ left them off. Learning all of a layer's weights so is the
+first phase of EfficientQAT (2407.11062). Products are in bf16.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from bitassay.quantize.latent import LatentWeight, latent_linears
 from bitassay.quantize.layerwise import Hidden, call_layer
@@ -36,6 +38,13 @@ class Learned(Part):
     seed: int = 0
 
 
+def relative_error(output: Hidden, target: Hidden) -> Float[Tensor, ""]:
+    """The squared error of each token beside the square of what it should be, averaged."""
+    wanted = target.float()
+    size = wanted.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
+    return ((output.float() - wanted).square().sum(-1) / size).mean()
+
+
 def learn_layer(
     layer: nn.Module,
     latents: Mapping[str, LatentWeight],
@@ -44,15 +53,14 @@ def learn_layer(
     arguments: dict[str, Any],
     spec: Learned,
 ) -> list[float]:
-    """Learn the latents of a layer's linears (by their names within it) in place; the loss of every step,
-    relative to the mean square of the targets."""
+    """Learn the latents of a layer's linears (by their names within it) in place; the loss of every step."""
     codes = [latent.u for latent in latents.values()]
     grids = [parameter for latent in latents.values() for parameter in latent.grid_parameters()]
     kinds = [(parameters, rate) for parameters, rate in ((codes, spec.codes), (grids, spec.scales)) if rate]
     groups = [{"params": parameters, "lr": rate, "rate": rate} for parameters, rate in kinds]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
     order = sample_order(len(hidden), spec.steps * spec.batch, spec.seed)
-    size, losses = targets.float().square().mean(), []
+    losses = []
     with latent_linears(layer, latents), torch.enable_grad():
         for step in range(spec.steps):
             chosen = order[step * spec.batch : (step + 1) * spec.batch]
@@ -60,7 +68,7 @@ def learn_layer(
                 group["lr"] = group["rate"] * learning_rate(step, spec.steps, spec.warmup)
             with torch.autocast(hidden.device.type, torch.bfloat16):
                 output = call_layer(layer, hidden[chosen], arguments)
-            loss = (output.float() - targets[chosen].float()).square().mean() / size
+            loss = relative_error(output, targets[chosen])
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -11,7 +11,7 @@ With a work folder every finished layer is a file there, so is tuning every few 
 result; the same call goes on where the last one stopped.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -86,37 +86,49 @@ def quantize_tensors_once(base: PreTrainedModel, recipe: Recipe, progress: Progr
     `base`: a prover in bf16 and a verifier in float32 get the same codes."""
     if not recipe.is_calibrated:
         return quantize_tensors(base, recipe, progress)
+    _refuse_quantized(base)
     source = identity(base).source
-    if base.dtype != torch.float32:
+    plan = _plan(base, recipe) | {"dtype": str(torch.float32)}
+    name = f"{source.name}-{recipe.name}-{digest_json([plan, code_digest()])[:16]}"
+
+    def exact() -> PreTrainedModel:
+        if base.dtype == torch.float32:
+            return base
         own_code = type(base).__module__.startswith("transformers_modules")
-        base = load(source.folder, trust_remote_code=own_code, progress=progress)
-    plan = _plan(base, recipe)
-    folder = (
-        cache_folder()
-        / "quantized"
-        / f"{source.name}-{recipe.name}-{digest_json([plan, code_digest()])[:16]}"
-    )
-    return quantize_tensors(base, recipe, progress, folder)
+        return load(source.folder, trust_remote_code=own_code, progress=progress)
+
+    return _kept(base, exact, recipe, plan, cache_folder() / "quantized" / name, progress)
 
 
 def quantize_tensors(
     base: PreTrainedModel, recipe: Recipe, progress: Progress = silent, work: str | Path | None = None
 ) -> Quantization:
     """What `recipe` makes of `base`, without a model around it; errors as `quantize`."""
-    known = getattr(base, "identity", None)
-    if quantization_of(base) is not None or (isinstance(known, Identity) and known.recipe_id is not None):
-        raise BitassayError("the model is quantized already", "quantize the base model instead")
-    weights = check_recipe(base, recipe)
+    _refuse_quantized(base)
     if work is None or not recipe.is_calibrated:
-        return _quantized(base, recipe, weights, progress, None)
-    with locked(Path(work), progress):
-        folder = RunFolder(Path(work), _plan(base, recipe))
+        return _quantized(base, recipe, check_recipe(base, recipe), progress, None)
+    return _kept(base, lambda: base, recipe, _plan(base, recipe), Path(work), progress)
+
+
+def _kept(
+    base: PreTrainedModel,
+    exact: Callable[[], PreTrainedModel],
+    recipe: Recipe,
+    plan: dict[str, Any],
+    work: Path,
+    progress: Progress,
+) -> Quantization:
+    """The result in that work folder, made there of the model `exact()` where it is not finished yet."""
+    weights = check_recipe(base, recipe)
+    with locked(work, progress):
+        folder = RunFolder(work, plan)
         if folder.has_tensors(RESULT):
             shapes = {
                 name: (w.shape[0], w.shape[1]) for name, w in weights.items() if recipe.scheme_for(name)
             }
             return Quantization(recipe, *read_result(folder, shapes))
-        made = _quantized(base, recipe, weights, progress, folder)
+        draft = exact()
+        made = _quantized(draft, recipe, check_recipe(draft, recipe), progress, folder)
         write_result(folder, made.tensors, made.parameters, made.inputs)
         return made
 
@@ -224,6 +236,12 @@ def _beside(
     quantized = {f"{name}.weight" for name in tensors} | {name.rpartition(".")[0] for name in tensors}
     changed = changed_parameters(base, draft)
     return {name: value for name, value in changed.items() if name not in quantized}
+
+
+def _refuse_quantized(model: PreTrainedModel) -> None:
+    known = getattr(model, "identity", None)
+    if quantization_of(model) is not None or (isinstance(known, Identity) and known.recipe_id is not None):
+        raise BitassayError("the model is quantized already", "quantize the base model instead")
 
 
 def _refuse_experts(model: PreTrainedModel, schemes: Mapping[str, WeightScheme | None]) -> None:

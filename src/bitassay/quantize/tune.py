@@ -15,7 +15,7 @@ The base model's last hidden states are kept instead of its logits, which are `v
 larger and are one product away. Products are in bf16, what is learned in fp32.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from jaxtyping import Float, Int
@@ -34,6 +34,7 @@ KEEP_STEPS = 16
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # A weight's latent, gradient and two moments; the draft's own value; in a pass value, bf16 and position.
 BYTES_A_WEIGHT = 4 * 4 + 4 + (4 + 2 + 2)
+BYTES_A_FEATURE = 2.6  # kept for the way back, for each input and output of each linear and token: SmolLM2's
 CHUNK_TOKENS = 512  # logits that are held at once
 
 
@@ -50,6 +51,17 @@ class Tune(Part):
     norms: float = Field(1e-4, ge=0)
     warmup: float = Field(0.05, ge=0, le=1)
     seed: int = 0
+
+
+def memory_of(
+    spec: Tune, tokens: int, shapes: Collection[tuple[int, int]], parameters: int, vocabulary: int
+) -> int:
+    """Bytes that tuning holds at its peak, roughly: the base model in fp32, what is learned, what a batch of
+    samples of `tokens` tokens leaves for the way back, and logits."""
+    weights, features = sum(out * columns for out, columns in shapes), sum(map(sum, shapes))
+    batch = spec.batch * tokens * BYTES_A_FEATURE * features
+    logits = 4 * 4 * CHUNK_TOKENS * vocabulary
+    return int(4 * parameters + BYTES_A_WEIGHT * weights + batch + logits)
 
 
 def head_weight(model: PreTrainedModel) -> Float[Tensor, "vocabulary hidden"]:
