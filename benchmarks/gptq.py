@@ -48,7 +48,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         bench = Bench(given.model, given.out / f"round-{index}", 0)
         rows += [bench.peer("gptqmodel", given.bits, given.group), bench.recipe(find_recipe(recipe), recipe)]
     seconds = {
-        tool: [row["seconds"] for row in rows if row["tool"].startswith(tool)]
+        tool: [row["seconds"] for row in rows if row["tool"].startswith(tool) and row["seconds"]]
         for tool in ("bitassay", "gptqmodel")
     }
     return {

@@ -31,10 +31,10 @@ class Learned(Part):
     `scales` relative to their first value; zero leaves that kind as it is."""
 
     steps: int = Field(50, ge=1)
-    batch: int = Field(8, ge=1)
-    codes: float = Field(5e-3, ge=0)
-    scales: float = Field(1e-3, ge=0)
-    warmup: float = Field(0.05, ge=0, le=1)
+    batch: int = Field(4, ge=1)
+    codes: float = Field(1e-2, ge=0)
+    scales: float = Field(5e-3, ge=0)
+    warmup: float = Field(0.1, ge=0, le=1)
     seed: int = 0
 
 
