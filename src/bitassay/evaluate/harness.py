@@ -20,7 +20,7 @@ from functools import lru_cache
 from typing import Any
 
 from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
+from lm_eval.api.model import LM, TemplateLM
 from lm_eval.api.registry import model_registry, register_model
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, resolve_max_length
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -33,8 +33,10 @@ from bitassay.models.load import load
 from bitassay.models.load import tokenizer as tokenizer_of
 from bitassay.quantize.pipeline import quantize_once
 from bitassay.record.progress import Progress, silent
+from bitassay.record.run import RunFolder
 
 DEFAULT_NEW_TOKENS = 256  # as lm-eval's hf model
+PART_REQUESTS = 512
 REMEMBERED_TEXTS = 4096  # a context comes once for each of its continuations
 # What a task may say about generation without asking for anything but greedy decoding.
 GREEDY_OPTIONS = {"do_sample", "temperature", "top_p", "top_k"}
@@ -217,6 +219,36 @@ class BitassayLM(TemplateLM):
 
     def _reporter(self, what: str, total: int, quiet: bool) -> Callable[[int], None]:
         return (lambda count: None) if quiet else (lambda count: self.progress(what, count, total))
+
+
+class KeptAnswers(LM):
+    """A model whose answers are kept in a run folder, in parts of so many requests: what was answered before
+    is read instead. The requests of one `name` must be the same every time, which the plan of the folder
+    sees to."""
+
+    def __init__(self, lm: BitassayLM, folder: RunFolder, name: str):
+        super().__init__()
+        self.lm, self.folder, self.name = lm, folder, name
+
+    def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
+        return [(value, greedy) for value, greedy in self._kept("loglikelihood", requests)]
+
+    def loglikelihood_rolling(self, requests: Sequence[Instance]) -> list[float]:
+        return self._kept("loglikelihood_rolling", requests)
+
+    def generate_until(self, requests: Sequence[Instance]) -> list[str]:
+        return self._kept("generate_until", requests)
+
+    def _kept(self, kind: str, requests: Sequence[Instance]) -> list[Any]:
+        answers, answer = [], getattr(self.lm, kind)
+        for start in range(0, len(requests), PART_REQUESTS):
+            self.lm.progress(f"{self.name}: {kind}", start, len(requests))
+            part = requests[start : start + PART_REQUESTS]
+            answers += self.folder.part(
+                f"{self.name}-{kind}-{start // PART_REQUESTS:05d}", lambda part=part: answer(part)
+            )
+        self.lm.progress(f"{self.name}: {kind}", len(requests), len(requests))
+        return answers
 
 
 if "bitassay" not in model_registry:  # this file may be imported twice, once as __main__
