@@ -17,7 +17,7 @@ VERBS = {
     "assay": "Quantize a model by several recipes; one table of what each costs "
     "and whether a verifier notices.",
     "quantize": "Quantize a model by a recipe and save it as a checkpoint that transformers loads.",
-    "eval": "Perplexity and divergence of one model, or of one against another.",
+    "eval": "Perplexity, divergence or tasks: of one model, or of one against another.",
     "prove": "Generate text and write a trace that shows which model ran.",
     "verify": "Check a trace against a model of your own: PASS, FAIL or INCONCLUSIVE.",
     "challenge": "Draw the positions that the host behind a signed receipt must open.",

@@ -5,10 +5,11 @@ this package carries, in the columns that lm-eval's tasks expect of the hub's da
 
     mmlu/mmlu_{dev,test}.jsonl              {"subject", "question", "choices": [4 texts], "answer": 0..3}
     hellaswag/hellaswag_val.jsonl           {"ctx": "activity: context", "endings": [4 texts], "label": 0..3}
-    arc_challenge/ARC-Challenge-{Dev,Test}.jsonl   as upstream: {"id", "question": {"stem", "choices"}, "answerKey"}
+    arc_challenge/ARC-Challenge-{Dev,Test}.jsonl   as upstream: {"id", "question": {"stem", "choices"},
+    "answerKey"}
 
-each plain or as .gz. A bundled slice is evenly spaced over the whole set and is used only where it has as many
-items as were asked for: never does a part stand for the whole. A result always says which was read.
+each plain or as .gz. A bundled slice is evenly spaced over the whole set and is used only where it has as
+many items as were asked for: never does a part stand for the whole. A result always says which was read.
 
 HellaSwag's file keeps activity and context in one text, in which the sentence that each ending completes is
 the last fragment without a full stop; splitting there gives back the published 3243 items from ActivityNet
@@ -118,9 +119,7 @@ FAMILIES = {
     ),
     "arc_challenge": _Family(
         {
-            "validation": _File(
-                "arc_challenge/ARC-Challenge-Dev.jsonl", "arc-challenge-dev-25.jsonl.gz"
-            ),
+            "validation": _File("arc_challenge/ARC-Challenge-Dev.jsonl", "arc-challenge-dev-25.jsonl.gz"),
             "test": _File("arc_challenge/ARC-Challenge-Test.jsonl", "arc-challenge-test-200.jsonl.gz"),
         },
         "test",
@@ -137,8 +136,8 @@ def mmlu_subjects() -> list[str]:
 
 def task_data(family: str, limit: int | None, subject: str | None = None) -> TaskData | None:
     """What is on this machine of `family`, of one MMLU subject where `subject` is given: the folder that
-    BITASSAY_DATA names, else the bundled slice if it has `limit` items; None where there is neither (the whole
-    set is then the hub's to give).
+    BITASSAY_DATA names, else the bundled slice if it has `limit` items; None where there is neither (the
+    whole set is then the hub's to give).
 
     Raises BitassayError for a file that is truncated, empty or has a line of another form, naming both.
     """

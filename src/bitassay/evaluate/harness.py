@@ -1,7 +1,8 @@
 """Every model of this package as a model of lm-eval (EleutherAI's lm-evaluation-harness), by the name
 `bitassay`.
 
-Importing this module registers it; lm-eval has no plug-ins to be found by. So, for lm-eval's own command line,
+Importing this module registers it; lm-eval has no plug-ins to be found by. So, for lm-eval's own command
+line,
 
     python -m bitassay.evaluate.harness run --model bitassay --model_args pretrained=smollm2-135m,recipe=w4 \\
         --tasks hellaswag
@@ -16,7 +17,7 @@ tokens end, and no second BOS is put before one. The model's work is in `likelih
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -143,9 +144,7 @@ class BitassayLM(TemplateLM):
                 self.cache_hook.add_partial("loglikelihood", texts, answer)
         return answers
 
-    def loglikelihood_rolling(
-        self, requests: Sequence[Instance], disable_tqdm: bool = False
-    ) -> list[float]:
+    def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of each whole text in nats; every token is predicted once, from as much before it as
         the model reads."""
         windows, owners = [], []
@@ -165,8 +164,8 @@ class BitassayLM(TemplateLM):
         return sums
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Greedy texts up to a request's stop strings. Raises BitassayError where a task asks for anything but
-        greedy decoding."""
+        """Greedy texts up to a request's stop strings. Raises BitassayError where a task asks for anything
+        but greedy decoding."""
         report = self._reporter("generating", len(requests), disable_tqdm)
         groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
@@ -188,7 +187,7 @@ class BitassayLM(TemplateLM):
                 stops=stops,
                 max_new_tokens=new_tokens,
                 batch_tokens=self.batch_tokens,
-                done=lambda count, before=len(found): report(before + count),
+                done=partial(_after, report, len(found)),
             )
             for index, text in zip(group, texts, strict=True):
                 found[index] = text
@@ -196,7 +195,8 @@ class BitassayLM(TemplateLM):
         return [found[index] for index in range(len(requests))]
 
     def _encode_prompt(self, text: str) -> list[int]:
-        """lm-eval tokenizes prompts to be continued apart from contexts: only the tokenizer's own BOS counts."""
+        """lm-eval tokenizes prompts to be continued apart from contexts: only the tokenizer's own BOS
+        counts."""
         bos = self.tokenizer.bos_token
         special = {"add_special_tokens": False} if bos is not None and text.startswith(bos) else {}
         return self.tokenizer(text, **special).input_ids
@@ -242,17 +242,19 @@ class KeptAnswers(LM):
     def _kept(self, kind: str, requests: Sequence[Instance]) -> list[Any]:
         answers, answer = [], getattr(self.lm, kind)
         for start in range(0, len(requests), PART_REQUESTS):
-            self.lm.progress(f"{self.name}: {kind}", start, len(requests))
             part = requests[start : start + PART_REQUESTS]
             answers += self.folder.part(
                 f"{self.name}-{kind}-{start // PART_REQUESTS:05d}", lambda part=part: answer(part)
             )
-        self.lm.progress(f"{self.name}: {kind}", len(requests), len(requests))
         return answers
 
 
 if "bitassay" not in model_registry:  # this file may be imported twice, once as __main__
     register_model("bitassay")(BitassayLM)
+
+
+def _after(report: Callable[[int], None], before: int, count: int) -> None:
+    report(before + count)
 
 
 def _shortened(texts: Any) -> str:
@@ -262,7 +264,8 @@ def _shortened(texts: Any) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without lm-eval's and the data sets' own bars and messages, which say nothing that a result does not."""
+    """Without lm-eval's and the data sets' own bars and messages, which say nothing that a result does
+    not."""
     import logging
 
     import datasets

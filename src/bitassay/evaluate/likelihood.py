@@ -132,9 +132,7 @@ def _leaf_logits(
                     yield list(group), heads.spread(rows).score(group)
 
 
-def _families(
-    sequences: Sequence[_Sequence], shared: int
-) -> tuple[list[_Sequence], list[list[_Sequence]]]:
+def _families(sequences: Sequence[_Sequence], shared: int) -> tuple[list[_Sequence], list[list[_Sequence]]]:
     """Sequences that are read alone, and those that share a head that is long enough beyond `shared`."""
     by_head: dict[tuple[int, ...], list[_Sequence]] = {}
     for sequence in sequences:
@@ -185,9 +183,7 @@ class Prefix:
         wanted = torch.zeros(tokens.shape, dtype=torch.bool)
         for row, (rest, sequence) in enumerate(zip(rests, group, strict=True)):
             wanted[row, len(rest) - sequence.scored : len(rest)] = True
-        return logits_at(
-            self.model, tokens, wanted.to(tokens.device), self.cache if self.length else None
-        )
+        return logits_at(self.model, tokens, wanted.to(tokens.device), self.cache if self.length else None)
 
 
 @torch.inference_mode()
@@ -242,8 +238,8 @@ def shared_length(one: TokenIds, other: TokenIds) -> int:
 
 
 def batches(lengths: Sequence[int], budget: int, past: int = 0) -> Iterator[list[int]]:
-    """Indices of rows in batches, short ones first: at most `budget` tokens with padding, CACHED_ROWS times as
-    many with the `past` of each row, and little padding once a batch is a quarter full."""
+    """Indices of rows in batches, short ones first: at most `budget` tokens with padding, CACHED_ROWS times
+    as many with the `past` of each row, and little padding once a batch is a quarter full."""
     batch: list[int] = []
     held = 0
     for index in sorted(range(len(lengths)), key=lambda place: (lengths[place], place)):

@@ -9,7 +9,8 @@ second alone does, of n items:
                 (McNemar 1947, Psychometrika 12:153)
     difference  (c - b) / n, with Tango's score interval: all values that the score test with the rest of the
                 model at its constrained maximum likelihood does not reject (Tango 1998, Stat. Med. 17:891)
-    Holm        the k-th smallest of m p-values times m - k + 1, made monotone (Holm 1979, Scand. J. Stat. 6:65)
+    Holm        the k-th smallest of m p-values times m - k + 1, made monotone (Holm 1979, Scand. J. Stat.
+    6:65)
 
 An accuracy alone has Wilson's score interval (Wilson 1927, JASA 22:209).
 """
@@ -63,10 +64,10 @@ def accuracy_interval(right: int, items: int, level: float = 0.95) -> tuple[floa
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """Two models on the same items: `first_only` items that only the first gets right, `second_only` that only
-    the second does. `difference` is the second's accuracy less the first's, a fraction; `interval` is 95 %;
-    `p_value` is McNemar's; `visible_difference` is what `smallest_difference` says of as many discordant
-    items."""
+    """Two models on the same items: `first_only` items that only the first gets right, `second_only` that
+    only the second does. `difference` is the second's accuracy less the first's, a fraction; `interval` is
+    95 %; `p_value` is McNemar's; `visible_difference` is what `smallest_difference` says of as many
+    discordant items."""
 
     items: int
     first_only: int
@@ -107,8 +108,8 @@ def mcnemar(first_only: int, second_only: int) -> float:
 
 
 def difference_interval(gained: int, lost: int, items: int, level: float = 0.95) -> tuple[float, float]:
-    """Tango's score interval of (gained - lost) / items, where of `items` pairs `gained` changed from wrong to
-    right and `lost` the other way; within [-1, 1]."""
+    """Tango's score interval of (gained - lost) / items, where of `items` pairs `gained` changed from wrong
+    to right and `lost` the other way; within [-1, 1]."""
     z = float(stats.norm.ppf((1 + level) / 2))
     estimate = (gained - lost) / items
     return (
@@ -133,8 +134,8 @@ def _score_root(gained: int, lost: int, items: int, z: float, low: float, high: 
 
 
 def _score(gained: int, lost: int, items: int, delta: float) -> float:
-    """How many standard errors (gained - lost) / items lies above `delta`, with the share of lost pairs at its
-    maximum likelihood given `delta`."""
+    """How many standard errors (gained - lost) / items lies above `delta`, with the share of lost pairs at
+    its maximum likelihood given `delta`."""
     a = 2 * items
     b = -gained - lost + (2 * items - gained + lost) * delta
     c = -lost * delta * (1 - delta)
@@ -160,8 +161,8 @@ def smallest_difference(items: int, discordant: int, alpha: float = ALPHA, power
     """The smallest true difference of accuracies that `items` items would show, a fraction (above 1: none).
 
     Definition: two models that disagree on `discordant` of the items; the difference at which the exact
-    two-sided McNemar test at level `alpha` rejects with probability `power`. Where that many disagreements could
-    never reject (fewer than 6 at 5 %), it is counted with as many as can.
+    two-sided McNemar test at level `alpha` rejects with probability `power`. Where that many disagreements
+    could never reject (fewer than 6 at 5 %), it is counted with as many as can.
     """
     fewest = int(np.ceil(np.log2(2 / alpha)))  # all in one direction: p = 2 / 2^m
     m = max(discordant, fewest)

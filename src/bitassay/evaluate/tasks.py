@@ -2,9 +2,9 @@
 tests.
 
 Tasks, prompts, filters and metrics are lm-eval's (EleutherAI's lm-evaluation-harness, the extra `tasks`);
-what runs the model is ours (`harness.py`). Data comes from `data/tasks.py` or, for whole sets and other tasks,
-from the hub. Two models answer the same items, so differences are paired (`statistics.py`), and every model's
-p-value is also adjusted for how many were compared with the base (Holm, within a task and metric).
+what runs the model is ours (`harness.py`). Data comes from `data/tasks.py` or, for whole sets and other
+tasks, from the hub. Two models answer the same items, so differences are paired (`statistics.py`), and every
+model's p-value is also adjusted for how many were compared with the base (Holm, within a task and metric).
 
 Names: a task of lm-eval, or a group of them, whose items are pooled. `mmlu` asks for the letter with the
 highest likelihood, `mmlu_generative` for a greedy text that lm-eval's filter then reads: a text that is no
@@ -119,7 +119,7 @@ def evaluate_tasks(
     names = [candidate.name for candidate in candidates]
     if len(set(names)) < len(names) or len(set(tasks)) < len(tasks):
         raise BitassayError(f"something is named twice in {names} or {list(tasks)}", "name each once")
-    groups = {task: [Question.of(leaf, limit, shots, progress) for leaf in leaves(task)] for task in tasks}
+    groups = {task: [AskedTask.of(leaf, limit, shots, progress) for leaf in leaves(task)] for task in tasks}
     plan = {
         "kind": "tasks",
         "schema": SCHEMA,
@@ -222,7 +222,7 @@ def _index(folder: str | None) -> Mapping[str, Any]:
 
 
 @dataclass(frozen=True)
-class Question:
+class AskedTask:
     """A task with its data, and which items of it are asked, by their places."""
 
     leaf: Leaf
@@ -233,7 +233,7 @@ class Question:
     available: int
 
     @classmethod
-    def of(cls, leaf: Leaf, limit: int | None, shots: int | None, progress: Progress = silent) -> "Question":
+    def of(cls, leaf: Leaf, limit: int | None, shots: int | None, progress: Progress = silent) -> "AskedTask":
         """Load a task. Errors as `evaluate_tasks`."""
         from bitassay.evaluate.harness import quiet
 
@@ -277,7 +277,8 @@ def _load(leaf: Leaf, data: TaskData | None) -> "ConfigurableTask":
         config.pop(key, None)
     if "class" in config or config.get("unsafe_code"):
         raise BitassayError(
-            f"{leaf.name}: a task with code of its own, which is not run here", "lm_eval --tasks, for such a task"
+            f"{leaf.name}: a task with code of its own, which is not run here",
+            "lm_eval --tasks, for such a task",
         )
     if data is not None:
         splits = {name: datasets.Dataset.from_list(rows) for name, rows in data.splits.items()}
@@ -308,12 +309,14 @@ def _set_shots(task: "ConfigurableTask", leaf: Leaf, shots: int | None) -> int:
         raise BitassayError(f"{leaf.name} cannot be asked with {shots} examples", "leave --shots out")
     available = len(task.sampler.df) if hasattr(task, "sampler") else 0
     if wanted > available:
-        raise BitassayError(f"{leaf.name}: {wanted} examples were asked for, there are {available}", "fewer --shots")
+        raise BitassayError(
+            f"{leaf.name}: {wanted} examples were asked for, there are {available}", "fewer --shots"
+        )
     task.set_config("num_fewshot", wanted)
     return wanted
 
 
-def protocol_id(task: str, asked: Sequence[Question], limit: int | None) -> str:
+def protocol_id(task: str, asked: Sequence[AskedTask], limit: int | None) -> str:
     """Everything about the items and the prompt that changes the number: `mmlu/5-shot[n=30/subject]`."""
     counts, shots = {len(question.items) for question in asked}, {question.shots for question in asked}
     chosen = []
@@ -325,7 +328,7 @@ def protocol_id(task: str, asked: Sequence[Question], limit: int | None) -> str:
     return f"{task}/{'-'.join(map(str, sorted(shots)))}-shot" + (f"[{' '.join(chosen)}]" if chosen else "")
 
 
-def _protocol(task: str, asked: Sequence[Question], limit: int | None) -> dict[str, Any]:
+def _protocol(task: str, asked: Sequence[AskedTask], limit: int | None) -> dict[str, Any]:
     return {
         "id": protocol_id(task, asked, limit),
         "harness": f"{HARNESS} {version(HARNESS)}",
@@ -339,7 +342,7 @@ def _protocol(task: str, asked: Sequence[Question], limit: int | None) -> dict[s
 def _ask(
     candidate: Candidate,
     index: int,
-    groups: Mapping[str, Sequence[Question]],
+    groups: Mapping[str, Sequence[AskedTask]],
     folder: RunFolder,
     batch_tokens: int | None,
     progress: Progress,
@@ -363,7 +366,7 @@ def _ask(
     return found
 
 
-def answer(lm: Any, question: Question, folder: RunFolder | None = None, name: str = "") -> dict[str, Any]:
+def answer(lm: Any, question: AskedTask, folder: RunFolder | None = None, name: str = "") -> dict[str, Any]:
     """Ask an lm-eval model one task. `items`: for each item and filter its metrics and what was answered
     (log-likelihoods of the choices in nats, or the filtered text); `results`: lm-eval's aggregates."""
     from lm_eval.evaluator import evaluate
@@ -383,7 +386,9 @@ def answer(lm: Any, question: Question, folder: RunFolder | None = None, name: s
     assert results is not None
     items = []
     for sample in results["samples"][leaf.name]:
-        given = [found[0] if isinstance(found, (list, tuple)) else found for found in sample["filtered_resps"]]
+        given = [
+            found[0] if isinstance(found, (list, tuple)) else found for found in sample["filtered_resps"]
+        ]
         items.append(
             {
                 "item": sample["doc_id"],
@@ -409,7 +414,7 @@ def _plain(value: Any) -> Any:
 
 
 def _rows(
-    task: str, protocol: str, asked: Sequence[Question], answers: Mapping[str, Mapping[str, Any]]
+    task: str, protocol: str, asked: Sequence[AskedTask], answers: Mapping[str, Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
     """A row for every metric, filter and model; the first model is the base."""
     base, *others = answers
@@ -427,8 +432,7 @@ def _rows(
             ]
             for model in answers
         }
-        binary = all(value in (0, 1) for found in values.values() for value in found if not isinstance(value, list))
-        binary = binary and not any(isinstance(value, list) for found in values.values() for value in found)
+        binary = all(not isinstance(value, list) and value in (0, 1) for v in values.values() for value in v)
         several = len({kept for m, kept in kinds if m == metric}) > 1
         found = [
             {
@@ -436,7 +440,7 @@ def _rows(
                 "metric": f"{metric} ({filter})" if several else metric,
                 "model": model,
                 "n": len(values[model]),
-                **_value(values[model], binary, [(a[n]["results"], len(a[n]["items"])) for n in names], metric, filter),
+                **_value(values[model], binary, [a[name] for name in names], metric, filter),
                 "unparsed": _unparsed(asked, a, filter),
                 "protocol": protocol,
                 **_NO_COMPARISON,
@@ -444,9 +448,10 @@ def _rows(
             for model, a in answers.items()
         ]
         if binary:
-            differences = {model: paired_difference(_right(values[base]), _right(values[model])) for model in others}
-            adjusted = holm([difference.p_value for difference in differences.values()])
-            for row, (_, d), p_holm in zip(found[1:], differences.items(), adjusted, strict=True):
+            right = {model: [value == 1 for value in values[model]] for model in answers}
+            differences = [paired_difference(right[base], right[model]) for model in others]
+            adjusted = holm([difference.p_value for difference in differences])
+            for row, d, p_holm in zip(found[1:], differences, adjusted, strict=True):
                 row |= {
                     "against": base,
                     "difference": d.difference,
@@ -466,32 +471,32 @@ _NO_COMPARISON = dict.fromkeys(
 )
 
 
-def _right(values: Sequence[float]) -> list[bool]:
-    return [value == 1 for value in values]
-
-
 def _value(
     values: Sequence[Any],
     binary: bool,
-    aggregates: Sequence[tuple[Mapping[str, float], int]],
+    answered: Sequence[Mapping[str, Any]],
     metric: str,
     filter: str,
 ) -> dict[str, Any]:
     """A metric over all items, with its interval where the items' values have one."""
     if binary:
-        right = sum(_right(values))
+        right = sum(value == 1 for value in values)
         return {"value": right / len(values), "value_ci": accuracy_interval(right, len(values))}
-    parts = [(found[f"{metric},{filter}"], weight) for found, weight in aggregates if f"{metric},{filter}" in found]
-    value = float(np.average(*np.array(parts, dtype=np.float64).T.reshape(2, -1)[:1], weights=[w for _, w in parts])) if parts else None
+    key = f"{metric},{filter}"
+    parts = [(one["results"][key], len(one["items"])) for one in answered if key in one["results"]]
+    total = sum(weight for _, weight in parts)
+    value = sum(found * weight for found, weight in parts) / total if parts else None
     interval = None
     if value is not None and all(isinstance(one, (int, float)) for one in values):
         mean = float(np.mean(values))
         if np.isclose(mean, value):
-            interval = percentile_interval(bootstrap_means(np.array(values, dtype=np.float64), 0), len(values))
+            interval = percentile_interval(
+                bootstrap_means(np.array(values, dtype=np.float64), 0), len(values)
+            )
     return {"value": value, "value_ci": interval}
 
 
-def _unparsed(asked: Sequence[Question], answers: Mapping[str, Any], filter: str) -> int | None:
+def _unparsed(asked: Sequence[AskedTask], answers: Mapping[str, Any], filter: str) -> int | None:
     """How many generated texts hold no answer: for MMLU no letter, else none by lm-eval's filter; None where
     nothing was generated."""
     count, generated = 0, False
