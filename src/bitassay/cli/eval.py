@@ -111,6 +111,7 @@ def _tasks(
 ) -> int:
     import sys
 
+    from bitassay.bench.environment import environment
     from bitassay.evaluate.tasks import evaluate_tasks, loaded_candidate, quantized_candidate
     from bitassay.report.tasks import TASK_COLUMNS
 
@@ -120,7 +121,15 @@ def _tasks(
     else:
         base = loaded_candidate(loaded, "base" if recipes else name)
         candidates = [base, *(quantized_candidate(loaded, recipe, progress) for recipe in recipes)]
-    run, folder = evaluate_tasks(candidates, tasks, limit=limit, shots=shots, out=out, progress=progress)
+    run, folder = evaluate_tasks(
+        candidates,
+        tasks,
+        limit=limit,
+        shots=shots,
+        out=out,
+        environment=environment(),
+        progress=progress,
+    )
     emit(run["rows"], TASK_COLUMNS, format, whole=run)
     print(f"run: {folder}", file=sys.stderr)
     return 0

@@ -16,6 +16,7 @@ the last fragment without a full stop; splitting there gives back the published 
 (with a fragment) and 6799 from WikiHow (without), and lm-eval then prepares them as it does the hub's.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -26,7 +27,6 @@ from typing import Any
 
 from bitassay.data.corpora import bundled_file, in_data_folder, read_text
 from bitassay.errors import BitassayError, nearest
-from bitassay.record.hashing import digest_file, digest_json
 
 Row = dict[str, Any]
 
@@ -149,7 +149,7 @@ def task_data(family: str, limit: int | None, subject: str | None = None) -> Tas
 
 
 def _read(family: str, subject: str | None, bundled: bool) -> TaskData:
-    kind, splits, sources, digests = FAMILIES[family], {}, [], []
+    kind, splits, sources, sha = FAMILIES[family], {}, [], hashlib.sha256()
     for split, file in kind.files.items():
         path, source = file.locate(bundled) or bundled_file(file.bundled)  # few-shot examples may be bundled
         rows = _rows(path, path.stat().st_mtime_ns, family)
@@ -163,8 +163,8 @@ def _read(family: str, subject: str | None, bundled: bool) -> TaskData:
                 )
         splits[split] = rows
         sources.append(source)
-        digests.append(digest_file(path))
-    return TaskData(splits, kind.tested, ", ".join(sources), not bundled, digest_json(digests))
+        sha.update(hashlib.sha256(path.read_bytes()).digest())
+    return TaskData(splits, kind.tested, ", ".join(sources), not bundled, sha.hexdigest())
 
 
 @cache
@@ -175,7 +175,10 @@ def _rows(path: Path, _changed: int, family: str) -> list[Row]:
         if not line.strip():
             continue
         try:
-            rows.append(FAMILIES[family].convert(json.loads(line)))
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError("not an object")
+            rows.append(FAMILIES[family].convert(row))
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise BitassayError(
                 f"{path}:{number}: not an item of {family} ({type(error).__name__}: {error})",

@@ -74,7 +74,7 @@ def _continue(
         logits = forward.logits[:, -1].float()
         if process is not None:
             seen = [[*prompts[row], *outputs[row]] for row in going]
-            logits = process(torch.tensor(seen, device=model.device), logits)
+            logits = process(torch.tensor(seen, device=model.device), logits)  # type: ignore[arg-type]
         chosen = logits.argmax(-1).tolist()
         for row, token in zip(going, chosen, strict=True):
             outputs[row].append(token)

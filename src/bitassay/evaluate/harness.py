@@ -118,7 +118,9 @@ class BitassayLM(TemplateLM):
     def _encode_once(self, string: str, add_special_tokens: bool | None) -> tuple[int, ...]:
         if add_special_tokens is None and string.startswith(self.tokenizer.decode(self.prefix_token_id)):  # type: ignore[arg-type]
             add_special_tokens = False
-        options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        options: dict[str, Any] = {}
+        if add_special_tokens is not None:
+            options["add_special_tokens"] = add_special_tokens
         return tuple(self.tokenizer.encode(string, **options))
 
     def _loglikelihood_tokens(  # type: ignore[override]
@@ -169,10 +171,10 @@ class BitassayLM(TemplateLM):
         report = self._reporter("generating", len(requests), disable_tqdm)
         groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
-            groups.setdefault(repr(request.args[1]), []).append(index)
+            groups.setdefault(repr(_arguments(request)[1]), []).append(index)
         found: dict[int, str] = {}
         for group in groups.values():
-            stops, new_tokens = self._until(requests[group[0]].args[1])
+            stops, new_tokens = self._until(_arguments(requests[group[0]])[1])
             room = self.max_length - new_tokens
             if room < 1:
                 raise BitassayError(
@@ -198,19 +200,22 @@ class BitassayLM(TemplateLM):
         """lm-eval tokenizes prompts to be continued apart from contexts: only the tokenizer's own BOS
         counts."""
         bos = self.tokenizer.bos_token
-        special = {"add_special_tokens": False} if bos is not None and text.startswith(bos) else {}
-        return self.tokenizer(text, **special).input_ids
+        special: dict[str, Any] = {}
+        if isinstance(bos, str) and text.startswith(bos):
+            special["add_special_tokens"] = False
+        return self.tokenizer(text, **special)["input_ids"]  # type: ignore[return-value]
 
     def _until(self, asked: dict[str, Any]) -> tuple[list[str], int]:
         """Stop strings and number of new tokens that a task asks for."""
-        options = dict(normalize_gen_kwargs(asked, self.max_gen_toks))
+        options: dict[str, Any] = {**normalize_gen_kwargs(asked, self.max_gen_toks)}
         stops = handle_stop_sequences(
             options.pop("until"),
             eos=self.tokenizer.decode(self.eot_token_id),  # type: ignore[arg-type]
         )
         new_tokens = options.pop("max_gen_toks")
-        if options.get("do_sample") or (more := sorted(options.keys() - GREEDY_OPTIONS)):
-            what = "do_sample" if options.get("do_sample") else more[0]
+        unknown = sorted(options.keys() - GREEDY_OPTIONS)
+        if options.get("do_sample") or unknown:
+            what = "do_sample" if options.get("do_sample") else unknown[0]
             raise BitassayError(
                 f"the task asks to generate with {what}={options[what]!r}; this adapter decodes greedily",
                 "lm_eval --model hf for such a task",
@@ -251,6 +256,10 @@ class KeptAnswers(LM):
 
 if "bitassay" not in model_registry:  # this file may be imported twice, once as __main__
     register_model("bitassay")(BitassayLM)
+
+
+def _arguments(request: Instance) -> tuple[Any, ...]:
+    return request.args
 
 
 def _after(report: Callable[[int], None], before: int, count: int) -> None:

@@ -23,7 +23,7 @@ differ from its by rounding.
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -203,7 +203,7 @@ def logits_at(
         hidden, *rest = arguments
         return (hidden[wanted][None], *rest)
 
-    hook = model.get_output_embeddings().register_forward_pre_hook(keep)
+    hook = cast(torch.nn.Module, model.get_output_embeddings()).register_forward_pre_hook(keep)
     try:
         return model(input_ids=tokens, past_key_values=cache, use_cache=cache is not None).logits[0]
     finally:

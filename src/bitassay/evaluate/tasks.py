@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from bitassay.bench.environment import environment
 from bitassay.data.tasks import TaskData, even_indices, mmlu_subjects, task_data
 from bitassay.errors import BitassayError, MissingError, nearest
 from bitassay.evaluate.statistics import (
@@ -104,13 +103,14 @@ def evaluate_tasks(
     shots: int | None = None,
     batch_tokens: int | None = None,
     out: Path | None = None,
+    environment: dict[str, Any] | None = None,
     progress: Progress = silent,
 ) -> tuple[dict[str, Any], Path]:
     """Ask every candidate the items of `tasks`; the first is the one that the others are compared with.
 
-    Returns the run (the content of run.json: `rows`, by task, metric and model) and its folder. The same call
-    goes on where it was stopped. Raises BitassayError for unknown tasks, a limit below 1 or damaged data,
-    MissingError where lm-eval or the data are not there.
+    `environment` is recorded as it is. Returns the run (the content of run.json: `rows`, by task, metric and
+    model) and its folder. The same call goes on where it was stopped. Raises BitassayError for unknown
+    tasks, a limit below 1 or damaged data, MissingError where lm-eval or the data are not there.
     """
     require_lm_eval()
     even_indices(1, limit)
@@ -153,7 +153,7 @@ def evaluate_tasks(
         "visible_difference": "of accuracies, shown by exact McNemar at 5 % with power 80 %, "
         "at as many discordant items as were seen (at least 6)",
         "rows": rows,
-        "environment": environment(),
+        "environment": environment,
     }
     write_json(folder.path / "run.json", run)
     return run, folder.path
@@ -376,14 +376,13 @@ def answer(lm: Any, question: AskedTask, folder: RunFolder | None = None, name: 
     task, leaf = question.task, question.leaf
     with quiet():
         task.set_fewshot_seed(SEED)
-        results = evaluate(
+        results: Any = evaluate(
             lm if folder is None else KeptAnswers(lm, folder, name),
             {"tasks": {leaf.name: task}},
             samples={leaf.name: question.items} if len(question.items) < question.available else None,
             bootstrap_iters=0,
             log_samples=True,
         )
-    assert results is not None
     items = []
     for sample in results["samples"][leaf.name]:
         given = [
