@@ -111,7 +111,7 @@ def test_a_finished_run_asks_no_model_again(run):
 
 
 def test_another_plan_is_not_mixed_in(run):
-    with pytest.raises(BitassayError, match="another plan .*limit"):
+    with pytest.raises(BitassayError, match=r"another plan .*limit"):
         evaluate_tasks(run[2], TASKS, limit=4, out=run[1])
 
 
