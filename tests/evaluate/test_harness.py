@@ -65,7 +65,7 @@ def test_generated_texts_are_those_of_hf(ours, hf):
         *[(STORY + context, until) for context in CONTEXTS[:3]],
         *[
             (context, {"until": ["Lily", " was"], "max_gen_toks": 16, "do_sample": False})
-            for context in CONTEXTS[:4]
+            for context in CONTEXTS[:3]
         ],
         (STORY * 9, {"max_gen_toks": 5}),
     )
@@ -131,7 +131,8 @@ def test_answers_are_kept(ours, tmp_path, monkeypatch):
     lm = Interrupted(ours.model)
     with pytest.raises(KeyboardInterrupt):
         KeptAnswers(lm, folder, "a").loglikelihood(asked)
-    assert KeptAnswers(lm, folder, "a").loglikelihood(asked) == pytest.approx(whole, abs=1e-4)
+    found = KeptAnswers(lm, folder, "a").loglikelihood(asked)
+    assert [value for value, _ in found] == pytest.approx([value for value, _ in whole], abs=1e-4)
     assert calls == [4, 4, 4, 1]  # the first part was not asked again
 
 
