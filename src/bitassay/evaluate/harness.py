@@ -124,7 +124,10 @@ class BitassayLM(TemplateLM):
         return tuple(self.tokenizer.encode(string, **options))
 
     def _loglikelihood_tokens(  # type: ignore[override]
-        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
+        self,
+        requests: Sequence[tuple[Any, list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **_options: Any,
     ) -> list[tuple[float, bool]]:
         for texts, context, continuation in requests:
             if not context or not 0 < len(continuation) <= self.max_length:
