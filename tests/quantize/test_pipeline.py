@@ -25,7 +25,7 @@ RECIPES = {
     "nearest": {},
     "gptq": {"gptq": {"order": "natural"}},
     "learned": {"gptq": {"order": "natural"}, "learned": {"steps": 12}},
-    "tune": {"gptq": {"order": "natural"}, "tune": {"steps": 12}},
+    "tune": {"gptq": {"order": "natural"}, "tune": {"steps": 12, "codes": 1e-2}},
 }
 
 
