@@ -78,8 +78,9 @@ def alternate(
 
     calls = {}
     for name, function in work.items():
-        timed(function, 1)
-        calls[name] = max(1, math.ceil(seconds / max(timed(function, 1), 1e-9)))
+        first = timed(function, 1)
+        once = first if first > seconds else timed(function, 1)
+        calls[name] = max(1, math.ceil(seconds / max(once, 1e-9)))
     times: dict[str, list[float]] = {name: [] for name in work}
     for round_ in range(rounds):
         for place, name in enumerate(turns(list(work), round_)):
