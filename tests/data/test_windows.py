@@ -82,7 +82,9 @@ def test_a_protocol_by_name_or_id(text, given, expected):
     assert Protocol.parse(expected.id) == expected
 
 
-@pytest.mark.parametrize("text", ["c4", "c4-train", "", "ptb-new/", "ptb-new/x", "ptb-new/8[n=]", "ptb-new/8[n=-1]"])
+@pytest.mark.parametrize(
+    "text", ["c4", "c4-train", "", "ptb-new/", "ptb-new/x", "ptb-new/8[n=]", "ptb-new/8[n=-1]"]
+)
 def test_what_is_no_protocol(text):
     with pytest.raises(BitassayError, match="no protocol is called"):
         Protocol.parse(text)

@@ -4,8 +4,8 @@ A cell is `batch` prompts of `prompt_tokens` tokens read at once, then `new_toke
 time that a process sees a cell it runs it once without the clock: that warms caches up, makes the kernels'
 own arrangements of the codes, and shows how much memory the cell takes.
 
-A cell that cannot be run is skipped with the reason: it has more tokens than the model has positions, or needs
-more memory than is free, by an estimate or because the attempt failed.
+A cell that cannot be run is skipped with the reason: it has more tokens than the model has positions, or
+needs more memory than is free, by an estimate or because the attempt failed.
 """
 
 from dataclasses import asdict, dataclass
@@ -156,5 +156,3 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed; torch's CPU allocator says so in a RuntimeError's text alone."""
     known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     return known or "DefaultCPUAllocator" in str(error) or "can't allocate memory" in str(error)
-
-

@@ -28,8 +28,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from bitassay.bench.environment import environment
-from bitassay.bench.rounds import INTERVAL, alternate, ratio_of, spread
 from bitassay.bench.roofline import wait_for
+from bitassay.bench.rounds import INTERVAL, alternate, ratio_of, spread
 from bitassay.errors import BitassayError
 from bitassay.quantize.activations import INPUT_FORMATS, InputRounding
 from bitassay.quantize.linear import QuantizedLinear
@@ -199,9 +199,13 @@ def _speeds(
     for name, kind in names.items():
         if kind not in paths:
             continue
-        found[kind] = {"path": paths[kind], "seconds": statistics.median(times[name]), "spread": spread(times[name])}
+        found[kind] = {
+            "path": paths[kind],
+            "seconds": statistics.median(times[name]),
+            "spread": spread(times[name]),
+        }
         for dense in ("float32", "bfloat16"):
             ratio = ratio_of(times[f"{dense} -"], times[name])
             if dense != kind[0]:
                 found[kind] |= {f"speed_over_{dense}": ratio.value, f"speed_over_{dense}_ci": ratio.interval}
-    return found  # fmt: skip
+    return found

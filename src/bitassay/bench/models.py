@@ -1,9 +1,9 @@
 """Time models beside each other and beside what the machine could do: `bench`.
 
-Every model is packed, as it would be run, in a process of its own. A round measures the machine's limits, then
-every cell (`cells.py`) by every model in turn, in another order each round; figures are medians over rounds,
-and comparisons with the base model are ratios within rounds (`rounds.py`). The share of the bound that was
-reached (`roofline.py`) is within rounds too.
+Every model is packed, as it would be run, in a process of its own. A round measures the machine's limits,
+then every cell (`cells.py`) by every model in turn, in another order each round; figures are medians over
+rounds, and comparisons with the base model are ratios within rounds (`rounds.py`). The share of the bound
+that was reached (`roofline.py`) is within rounds too.
 
 Each cell of each round is a part of the run folder: the same command goes on where it was stopped.
 """
@@ -180,11 +180,12 @@ def summarise(
     """
     base = next(iter(facts))
     limits = [one["limits"] for one in rounds]
+    peaks = limits[0]["peaks"]
     machine = {
         "bandwidth": statistics.median(one["bandwidth"] for one in limits),
-        "peaks": {name: statistics.median(one["peaks"][name] for one in limits) for name in limits[0]["peaks"]},
+        "peaks": {name: statistics.median(one["peaks"][name] for one in limits) for name in peaks},
         "load": [round(one["cells"][cell.name]["load"], 2) for one in rounds for cell in cells],
-    }  # fmt: skip
+    }
     rows = [
         {"model": name, **asdict(cell), **_row(name, base, cell, facts[name], rounds)}
         for cell in cells

@@ -96,7 +96,9 @@ def matrices_of(model: PreTrainedModel) -> Matrices:
     """Count the weights of a model, packed or dense."""
     done = quantization_of(model)
     tensors = done.tensors if done is not None else {}
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    embedding, output = model.get_input_embeddings().weight, model.get_output_embeddings()
+    assert output is not None
+    head = output.weight
     experts, counted = set(walk(model).experts), set[str]()
     size = {"body": [0.0, 0], "expert": [0.0, 0], "head": [0.0, 0]}
 

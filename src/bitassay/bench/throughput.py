@@ -15,8 +15,8 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from bitassay.bench.rounds import spread
 from bitassay.bench.roofline import wait_for
+from bitassay.bench.rounds import spread
 from bitassay.quantize.kv_cache import empty_cache
 from bitassay.record.progress import Progress, silent
 

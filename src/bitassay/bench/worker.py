@@ -1,5 +1,5 @@
-"""A process that holds one model and times it when it is asked to: so that what a model takes of memory is its
-own, and several models can take turns.
+"""A process that holds one model and times it when it is asked to: so that what a model takes of memory is
+its own, and several models can take turns.
 
 Lines of JSON both ways. It is started with a file that says which model; it answers `facts` of it once that
 is loaded, and then every request on stdin with one line on stdout:
@@ -16,6 +16,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -108,11 +109,9 @@ class Worker:
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self._child.stdin is not None
-        try:
+        with suppress(OSError):  # it died; why, the missing answer says
             self._child.stdin.write(json.dumps(request) + "\n")
             self._child.stdin.flush()
-        except OSError:
-            pass  # it died; why, the missing answer says
         return self._answer()
 
     def _answer(self) -> dict[str, Any]:
@@ -139,10 +138,8 @@ class Worker:
 
 
 def _close(stream: IO[str]) -> None:
-    try:
+    with suppress(OSError):  # a pipe to a process that is gone
         stream.close()
-    except OSError:
-        pass  # a pipe to a process that is gone
 
 
 def serve(job: Job, requests: IO[str], answers: IO[str]) -> int:

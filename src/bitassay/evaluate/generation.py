@@ -1,7 +1,7 @@
 """How far a model's own words are from its base's: greedy continuations of the same prompts, side by side.
 
-Both models write at most so many tokens, greedily and with a KV cache; the base model's text is the reference,
-so these figures say how much a text *changed*, never how good it is.
+Both models write at most so many tokens, greedily and with a KV cache; the base model's text is the
+reference, so these figures say how much a text *changed*, never how good it is.
 
     prefix       the leading tokens that are equal
     divergence   the first token that is not, counted from 1: prefix + 1, also for texts that never part (they
@@ -63,8 +63,8 @@ class TextQuality:
     rouge1_ci: Interval
     rouge2: float
     rouge2_ci: Interval
-    rougeL: float  # noqa: N815 - the measure's own name
-    rougeL_ci: Interval  # noqa: N815
+    rougeL: float
+    rougeL_ci: Interval
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -98,23 +98,30 @@ def greedy_texts(
     that are compared must get the same prompts in the same order and batches. Raises BitassayError as
     `generate` does.
     """
-    words, texts = tokenizer(model), list[Text]()
+    texts = list[Text]()
     for start in range(done, len(prompts), batch):
         progress("writing", start, len(prompts))
         found = generate(model, prompts[start : start + batch], max_new_tokens=max_new_tokens)
-        fresh = [Text(one.output_ids, words.decode(one.output_ids, skip_special_tokens=True)) for one in found]  # type: ignore[arg-type]
+        fresh = [Text(one.output_ids, decoded(model, one.output_ids)) for one in found]
         keep(fresh)
         texts += fresh
     progress("writing", len(prompts), len(prompts))
     return texts
 
 
+def decoded(model: PreTrainedModel, ids: TokenIds) -> str:
+    """The text of token ids, without special tokens."""
+    return str(tokenizer(model).decode(list(ids), skip_special_tokens=True))
+
+
 def prefix_lengths(texts: Sequence[Text], base: Sequence[Text]) -> list[int]:
     """The number of leading tokens that each text shares with the base model's."""
-    return [
-        next((at for at, (a, b) in enumerate(zip(x.ids, y.ids, strict=False)) if a != b), min(len(x.ids), len(y.ids)))
-        for x, y in zip(texts, base, strict=True)
-    ]  # fmt: skip
+    return [_shared(x.ids, y.ids) for x, y in zip(texts, base, strict=True)]
+
+
+def _shared(first: TokenIds, second: TokenIds) -> int:
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
 def compare_texts(texts: Sequence[Text], base: Sequence[Text], seed: int = 0) -> TextQuality:
@@ -127,22 +134,28 @@ def compare_texts(texts: Sequence[Text], base: Sequence[Text], seed: int = 0) ->
     identical = np.array([x.ids == y.ids for x, y in zip(texts, base, strict=True)])
     rouge = rouge_scores([x.text for x in texts], [y.text for y in base])
 
-    def mean(values: np.ndarray) -> tuple[float, Interval]:
-        return float(values.mean()), percentile_interval(values @ shares, count)
+    def interval(values: np.ndarray) -> Interval:
+        return percentile_interval(values.astype(np.float64) @ shares, count)
 
     bleu, resampled_bleu, signature = _bleu([x.text for x in texts], [y.text for y in base], shares)
     middle = _medians(prefix + 1, np.full((count, 1), 1 / count))[0]
-    middles = _medians(prefix + 1, shares)
     return TextQuality(
-        count,
-        *mean(prefix),
-        float(middle),
-        percentile_interval(middles, count),
-        *mean(identical),
-        bleu,
-        percentile_interval(resampled_bleu, count),
-        signature,
-        *(part for name in ROUGE for part in mean(rouge[name])),
+        prompts=count,
+        prefix_tokens=float(prefix.mean()),
+        prefix_tokens_ci=interval(prefix),
+        divergence=float(middle),
+        divergence_ci=percentile_interval(_medians(prefix + 1, shares), count),
+        identical_fraction=float(identical.mean()),
+        identical_ci=interval(identical),
+        bleu=bleu,
+        bleu_ci=percentile_interval(resampled_bleu, count),
+        bleu_signature=signature,
+        rouge1=float(rouge["rouge1"].mean()),
+        rouge1_ci=interval(rouge["rouge1"]),
+        rouge2=float(rouge["rouge2"].mean()),
+        rouge2_ci=interval(rouge["rouge2"]),
+        rougeL=float(rouge["rougeL"].mean()),
+        rougeL_ci=interval(rouge["rougeL"]),
     )
 
 

@@ -1,4 +1,5 @@
-"""Generation quality for people: a table, and one HTML file that opens offline with all texts side by side."""
+"""Generation quality for people: a table, one HTML file that opens offline with all texts side by side, and
+a sheet for ratings."""
 
 import csv
 import io
@@ -51,13 +52,14 @@ def divergence_figure(run: dict[str, Any]) -> Figure:
         tokens = np.arange(run["settings"]["max_new_tokens"] + 1)
         for index, name in enumerate(name for name in run["texts"] if name != base):
             texts = run["texts"][name]
-            same = np.array([one["tokens"] == other["tokens"] == one["prefix_tokens"]
-                             for one, other in zip(texts, run["texts"][base], strict=True)])  # fmt: skip
             prefix = np.array([one["prefix_tokens"] for one in texts])
-            share = [(same | (prefix >= at)).mean() for at in tokens]
-            axes.step(
-                tokens, share, where="post", color=COLOURS[1:][index % (len(COLOURS) - 1)], label=printable(name)
-            )  # fmt: skip
+            whole = [
+                one["tokens"] == other["tokens"] == one["prefix_tokens"]
+                for one, other in zip(texts, run["texts"][base], strict=True)
+            ]
+            share = [(np.array(whole) | (prefix >= at)).mean() for at in tokens]
+            colour = COLOURS[1:][index % (len(COLOURS) - 1)]
+            axes.step(tokens, share, where="post", color=colour, label=printable(name))
         axes.set(xlabel="tokens written", ylabel="texts equal to the base's so far", ylim=(-0.02, 1.02))
         axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     return figure

@@ -4,7 +4,7 @@ greedily, one model after the other, and all texts are kept.
 Finished batches of texts are parts of the run folder, so that the same command goes on where it was stopped.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -17,10 +17,19 @@ from bitassay.bench.environment import environment
 from bitassay.data.corpora import bundled_prompts, prompts_from
 from bitassay.errors import BitassayError
 from bitassay.evaluate.compare import BASE
-from bitassay.evaluate.generation import BATCH, Text, check_scorers, compare_texts, greedy_texts, prefix_lengths
+from bitassay.evaluate.generation import (
+    BATCH,
+    Text,
+    check_scorers,
+    compare_texts,
+    decoded,
+    greedy_texts,
+    prefix_lengths,
+)
 from bitassay.generate.decode import context_length, vocabulary_size
 from bitassay.generate.prompts import encode_prompt
-from bitassay.models.load import identity, load, tokenizer
+from bitassay.models.load import Identity, identity, load
+from bitassay.models.source import resolve
 from bitassay.quantize.model import check_recipe
 from bitassay.quantize.pipeline import quantize_once
 from bitassay.quantize.recipe import Recipe, find_recipe
@@ -90,7 +99,7 @@ def generation(
     makers |= {r.name: lambda r=r: quantize_once(base, r, progress=progress) for r in plan.recipes}
     makers |= {name: lambda name=name: _checked(loaded(name), base, name) for name in plan.candidates}
     written = {
-        name: _written(folder, f"{place:02d}", make, prompts, plan, lambda *a, n=name: progress(*_named(n, *a)))
+        name: _written(folder, f"{place:02d}", make, prompts, plan, _named(name, progress))
         for place, (name, make) in enumerate(makers.items())
     }
     rows = [
@@ -103,20 +112,21 @@ def generation(
         "texts": {
             name: [
                 {"text": one.text, "tokens": len(one.ids), "prefix_tokens": prefix, "prefix": shown}
-                for one, prefix, shown in zip(
-                    found, prefix_lengths(found, written[BASE]), _prefixes(base, found, written[BASE]), strict=True
-                )
+                for one, prefix, shown in _prefixes(base, found, written[BASE])
             ]
             for name, found in written.items()
         },
         "rows": rows,
-    }  # fmt: skip
+    }
     write_json(folder.path / "run.json", run)
     return run, folder.path
 
 
-def _named(name: str, what: str, done: int = 0, total: int = 0) -> tuple[str, int, int]:
-    return f"{name}: {what}", done, total
+def _named(name: str, progress: Progress) -> Progress:
+    def say(what: str, done: int = 0, total: int = 0) -> None:
+        progress(f"{name}: {what}", done, total)
+
+    return say
 
 
 def _prompts(base: PreTrainedModel, plan: GenerationPlan) -> tuple[list[str], list[tuple[int, ...]]]:
@@ -183,14 +193,14 @@ def _written(
     return kept
 
 
-def _prefixes(model: PreTrainedModel, texts: Sequence[Text], base: Sequence[Text]) -> list[str]:
-    """The shared beginnings as text, where they are one: a token may hold half a letter."""
-    words = tokenizer(model)
-    shown = []
+def _prefixes(
+    model: PreTrainedModel, texts: Sequence[Text], base: Sequence[Text]
+) -> Iterator[tuple[Text, int, str]]:
+    """Each text, the tokens that it shares with the base's, and those as text, where they are a beginning of
+    it: a token may hold half a letter."""
     for one, length in zip(texts, prefix_lengths(texts, base), strict=True):
-        prefix = words.decode(one.ids[:length], skip_special_tokens=True)
-        shown.append(prefix if isinstance(prefix, str) and one.text.startswith(prefix) else "")
-    return shown
+        prefix = decoded(model, one.ids[:length])
+        yield one, length, prefix if one.text.startswith(prefix) else ""
 
 
 def _open_folder(
@@ -202,6 +212,7 @@ def _open_folder(
         **_settings(plan),
         "model": identity(base).name,
         "weights_digest": identity(base).weights_digest,
+        "candidates_digests": [Identity(resolve(name)).weights_digest for name in plan.candidates],
         "prompts_digest": digest_json(prompts),
         "versions": {name: version(name) for name in ("bitassay", "torch", "transformers")},
     }
