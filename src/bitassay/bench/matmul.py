@@ -54,7 +54,7 @@ DOCUMENTED = {
     ("fp8", 4096, 4096): 0.022538,
 }
 
-Matrix = Float[Tensor, "rows columns"]
+Matrix = Float[Tensor, "_ _"]
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,12 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from io import TextIOBase
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from pydantic import TypeAdapter
 
@@ -47,6 +49,7 @@ class Job:
     trust_remote_code: bool = False
 
 
+COMMAND = (sys.executable, "-m", "bitassay.bench.worker")
 _JOB = TypeAdapter(Job)
 _CELL = TypeAdapter(Cell)
 
@@ -81,7 +84,7 @@ class Worker:
         write_json(path, _JOB.dump_python(job, mode="json"))
         with self._log.open("wb") as log:
             self._child = subprocess.Popen(
-                [sys.executable, "-m", "bitassay.bench.worker", str(path)],
+                [*COMMAND, str(path)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -105,7 +108,8 @@ class Worker:
         self._child.wait()
         for stream in (self._child.stdin, self._child.stdout):
             if stream is not None:
-                _close(stream)
+                with suppress(OSError):  # a pipe to a process that is gone
+                    stream.close()
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self._child.stdin is not None
@@ -137,12 +141,7 @@ class Worker:
         raise RuntimeError(f"{self.name}: its process ended with {status}: {''.join(tail)} (see {self._log})")
 
 
-def _close(stream: IO[str]) -> None:
-    with suppress(OSError):  # a pipe to a process that is gone
-        stream.close()
-
-
-def serve(job: Job, requests: IO[str], answers: IO[str]) -> int:
+def serve(job: Job, requests: Iterable[str], answers: TextIOBase) -> int:
     """Load the job's model and answer until there are no more requests."""
 
     def say(value: dict[str, Any]) -> None:

@@ -177,7 +177,7 @@ def roofline_figure(run: Mapping[str, Any]) -> Figure | None:
                 mine = [(x, y) for at, which, x, y in points if (at, which) == (index, phase)]
                 if mine:
                     x, y = zip(*mine, strict=True)
-                    style = _style(index) | {"linestyle": "none", "markerfacecolor": face}
+                    style: dict[str, Any] = _style(index) | {"linestyle": "none", "markerfacecolor": face}
                     axes.plot(x, y, label=f"{printable(model)}, {phase}", **style)
         axes.set(xscale="log", yscale="log", xlabel="FLOP a byte", ylabel="FLOP/s")
         axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
