@@ -67,7 +67,7 @@ class LocalRunner:
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
-        self._matrices: Matrices = matrices_of(model)
+        self.matrices: Matrices = matrices_of(model)
         self._ids: Int[Tensor, " tokens"] | None = None
         self._peaks: dict[Cell, dict[str, Any]] = {}
 
@@ -78,7 +78,7 @@ class LocalRunner:
             "parameters": parameter_count(self.model),
             "bits_per_weight": bits_per_weight(self.model),
             "checkpoint_bytes": size_bytes(self.model),
-            "weight_bytes_per_token": self._matrices.token_bytes,
+            "weight_bytes_per_token": self.matrices.token_bytes,
             "kv_bytes_per_token": self._cache_token_bytes(),
             "resident_bytes": psutil.Process().memory_info().rss,
             "device": self.model.device.type,
@@ -94,7 +94,7 @@ class LocalRunner:
     def measure(self, cell: Cell) -> dict[str, Any]:
         if why := self._impossible(cell):
             return {"skipped": why}
-        prompts = self._prompts(cell)
+        prompts = self.prompts(cell)
         try:
             if cell not in self._peaks:
                 with peak_memory(self.model.device) as peak:
@@ -111,8 +111,8 @@ class LocalRunner:
         total = cell.prompt_tokens + cell.new_tokens
         context = cell.prompt_tokens + cell.new_tokens // 2  # in the middle of the decode steps
         cost = {
-            "prefill": self._matrices.prefill(cell.batch, cell.prompt_tokens),
-            "decode": self._matrices.decode(cell.batch, context, times.cache_bytes * context / total),
+            "prefill": self.matrices.prefill(cell.batch, cell.prompt_tokens),
+            "decode": self.matrices.decode(cell.batch, context, times.cache_bytes * context / total),
         }
         return {name: asdict(one) for name, one in cost.items()}
 
@@ -143,7 +143,7 @@ class LocalRunner:
             return None
         return size if spec is not None else size * self.model.dtype.itemsize // 2
 
-    def _prompts(self, cell: Cell) -> Int[Tensor, "batch tokens"]:
+    def prompts(self, cell: Cell) -> Int[Tensor, "batch tokens"]:
         """Text of WikiText-2, from its beginning again where it is too short."""
         if self._ids is None:
             text = corpus(CORPUS).text[:TEXT_LETTERS]
