@@ -150,13 +150,8 @@ def main() -> None:
                 }
             )
     if asked.format == "json":
-        whole = {
-            "interval": INTERVAL,
-            "missing": peers.missing,
-            "limits": limits,
-            "environment": environment(),
-        }
-        print(json.dumps({"rows": rows, **whole}))
+        about = {"interval": INTERVAL, "missing": peers.missing, "limits": limits}
+        print(json.dumps({"rows": rows, **about, "environment": environment()}))
         return
     print("| model | batch | over bf16 [95 %] | share of bound | spread |\n|---|---:|---:|---:|---:|")
     for row in rows:

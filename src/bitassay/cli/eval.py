@@ -68,12 +68,12 @@ def eval(
             ]
         else:
             pairs = [(model, loaded, None)]
+        _warn_of_seen_text(recipe or [], protocols, progress)
         found = [
             (name, evaluate(candidate, against=base, protocol=one, seed=seed, progress=progress))
             for one in protocols
             for name, candidate, base in pairs
         ]
-        _warn_of_seen_text(recipe or [], protocols, progress)
     rows = [
         {"recipe": name, "protocol": e.protocol, "against": e.base, **e.quality.to_dict()}
         for name, e in found
