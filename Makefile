@@ -25,8 +25,8 @@ check: $(VENV)/.ready  ## linters, types, import rules
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
-bench: $(VENV)/.ready  ## side-by-side comparisons (minutes); benchmarks/quality.py and llamacpp.py, which build other tools, run on their own
-	for f in $(filter-out benchmarks/quality.py benchmarks/llamacpp.py, $(wildcard benchmarks/*.py)); do $(BIN)/python $$f || exit 1; done
+bench: $(VENV)/.ready  ## side-by-side comparisons (minutes); those that build other tools or need whole data sets run on their own
+	for f in $(filter-out $(addprefix benchmarks/,quality.py gptq.py llamacpp.py tasks.py), $(wildcard benchmarks/*.py)); do $(BIN)/python $$f || exit 1; done
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .ruff_cache .hypothesis

@@ -11,8 +11,9 @@ of ours runs as `bitassay quantize`, and the folder that it wrote is what is mea
 `bits_per_weight` counts codes, 16-bit scales, and zero points as the tool stores them;
 `checkpoint_bits_per_weight` also what the tool's packing wastes and indices that could be left out. `seconds`
 are of quantization alone for a peer, of the whole command for a recipe of ours; `cpu_seconds` and
-`peak_bytes` are of the whole process for both. `pairs` compares each recipe with each peer of equal bits and
-group: the difference of mean KL, with a bootstrap interval over windows, which both saw alike.
+`peak_bytes` are of the whole process for both; a recipe that was interrupted and gone on with has no times.
+`pairs` compares each recipe with each peer of equal bits and group: the difference of mean KL, with a
+bootstrap interval over windows, which both saw alike.
 
 Every finished row is a file below OUT/parts, and the same command goes on after the last one: remove a file
 to measure its row again. A tool that refuses (a group that does not divide a row, say) is listed with its
@@ -214,8 +215,11 @@ class Bench:
                 *(sys.executable, "-m", "bitassay.cli", "quantize", self.name, "--recipe", given),
                 *("--out", place / "checkpoint", "--work", place / "steps", "--no-check", "--format", "json"),
             ]
+            resumed = place.exists()
             place.mkdir(parents=True, exist_ok=True)
-            usage = run(command, self.work / f"{name}.log")
+            usage: dict[str, Any] = run(command, self.work / f"{name}.log")
+            if resumed:  # what was done before is not in these times
+                usage |= {"seconds": None, "cpu_seconds": None}
             candidate = bitassay.load(place / "checkpoint")
             row = {
                 "model": self.name,
@@ -321,7 +325,7 @@ def show(result: dict[str, Any]) -> None:
             f"{row['tool']:24} {row['bits']:5g} {row['group'] or '':>5} {row['bits_per_weight']:7.3f} "
             f"{interval(row, 'ppl'):30} "
             f"{interval(row | {'kl': row['kl_mean']}, 'kl'):32} "
-            f"{row.get('seconds', 0):8.0f} {row.get('peak_bytes', 0) / 1e9:8.2f}"
+            f"{row.get('seconds') or float('nan'):8.0f} {row.get('peak_bytes', 0) / 1e9:8.2f}"
         )
     for pair in result["pairs"]:
         print(

@@ -1,11 +1,15 @@
-"""GPTQ by GPTQModel: act-order with static groups, its default damping, asymmetric."""
+"""GPTQ by GPTQModel: act-order with static groups, its default damping, asymmetric.
+
+Weights are read from the checkpoint that it saves: in the model at hand its layers hold zero points of the
+older format, one less than what they compute with.
+"""
 
 import os
 
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # it refuses to start with one, its default on two cores
 
 import torch
-from gptqmodel import GPTQModel
+from gptqmodel import BACKEND, GPTQModel
 from gptqmodel.nn_modules.qlinear import BaseQuantLinear
 from gptqmodel.quantization import GPTQConfig
 from peer import arguments, decoded, decoder_linears, stored_bits, timed, write
@@ -19,7 +23,11 @@ config = GPTQConfig(
 model = GPTQModel.load(given.model, config, dtype=torch.float32)
 samples = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in given.tokens]
 seconds = timed(lambda: model.quantize(samples, batch_size=BATCH))
-packed = decoder_linears(model.model, BaseQuantLinear)
+model.save(str(given.out / "checkpoint"))
+saved = GPTQModel.load(
+    str(given.out / "checkpoint"), device="cpu", backend=BACKEND.TORCH, dtype=torch.float16
+)
+packed = decoder_linears(saved.model, BaseQuantLinear)
 write(
     given.out,
     "gptqmodel",

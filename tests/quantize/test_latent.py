@@ -92,6 +92,18 @@ def test_clipped_positions_come_back_within_half_a_step():
     assert torch.equal(latent.quantized().codes(), torch.full((6, 40), 3.0))
 
 
+@pytest.mark.parametrize("scheme", SCHEMES, ids=name_of)
+def test_settling_leaves_codes_and_takes_latents_from_the_thresholds(scheme):
+    latent, _, _ = latent_of(scheme)
+    before, codes = latent().detach().clone(), latent.quantized().codes()
+    away = (latent.u.detach() - latent.u.detach().round()).abs()
+    latent.settle(0.5)
+    assert torch.equal(latent(), before)
+    assert torch.equal(latent.quantized().codes(), codes)
+    if scheme.number_format.kind != "binary":
+        assert torch.allclose((latent.u - latent.u.round()).abs(), away / 2, atol=1e-5)
+
+
 def test_linears_compute_with_latents_only_inside():
     model = nn.Sequential(nn.Linear(40, 6), nn.ReLU())
     latent, tensor, _ = latent_of(SCHEMES[0])

@@ -41,10 +41,10 @@ def test_there_is_a_best_recipe_at_every_number_of_bits():
 
 @pytest.mark.parametrize("name", BEST)
 def test_a_best_recipe_runs_and_is_saved(name, tmp_path):
-    few = {"steps": 2, "generated": min(4, BEST[name].tune.generated)}
     changes = {
         "calibration": Calibration(samples=8, tokens=48),
-        "tune": BEST[name].tune.model_copy(update=few),
+        "learned": BEST[name].learned.model_copy(update={"steps": 2}),
+        "tune": BEST[name].tune.model_copy(update={"steps": 2}),
     }
     base = stories260k()
     quantized = bitassay.quantize(base, BEST[name].model_copy(update=changes))

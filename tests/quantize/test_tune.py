@@ -6,8 +6,9 @@ import torch
 from bitassay.errors import BitassayError
 from bitassay.quantize import tune
 from bitassay.quantize.layerwise import hessian_of
+from bitassay.quantize.learned import relative_error
 from bitassay.quantize.schedule import learning_rate, sample_order
-from bitassay.quantize.tune import divergence, head_weight, last_states, own_norms
+from bitassay.quantize.tune import Tune, divergence, head_weight, last_states, memory_of, own_norms
 from bitassay.testing.tiny import tiny_model
 
 
@@ -23,6 +24,23 @@ def test_the_divergence_and_its_gradient(monkeypatch):
     kl.backward()
     assert value == pytest.approx(kl.item(), rel=1e-5)
     assert torch.allclose(gradient, wanted.grad, atol=1e-6)
+
+
+def test_neither_massive_activations_nor_the_other_tokens_are_drowned():
+    target = torch.ones(1, 4, 8)
+    target[0, 0] = 1e4
+    others_off = target * torch.tensor([1, 1, 1, 1.5])[:, None]
+    assert relative_error(others_off, target).item() == pytest.approx(0.5**2 / 4 / 2, rel=1e-3)
+    massive_off = target * torch.tensor([1.5, 1, 1, 1])[:, None]
+    assert relative_error(massive_off, target).item() == pytest.approx((0.5**2 / 4 + 0.5**2) / 2, rel=1e-3)
+    assert relative_error(torch.ones(1, 1, 8), torch.zeros(1, 1, 8)).isfinite()
+
+
+def test_memory_follows_the_batch_and_the_weights():
+    shapes, small = [(64, 32), (32, 64)], Tune(batch=1)
+    least = memory_of(small, 16, shapes, 5000, 100)
+    assert memory_of(Tune(batch=3), 16, shapes, 5000, 100) - least == pytest.approx(2 * 16 * 192 * 2.6, abs=1)
+    assert memory_of(small, 16, shapes * 2, 5000, 100) - least > 16 * 4096  # latent, gradient, two moments
 
 
 def test_a_model_does_not_diverge_from_itself():

@@ -17,7 +17,7 @@ VERBS = {
     "assay": "Quantize a model by several recipes; one table of what each costs "
     "and whether a verifier notices.",
     "quantize": "Quantize a model by a recipe and save it as a checkpoint that transformers loads.",
-    "eval": "Perplexity and divergence of one model, or of one against another.",
+    "eval": "Perplexity, divergence or tasks: of one model, or of one against another.",
     "generate": "How far quantized models' own words are from the base model's: greedy texts side by side.",
     "bench": "Time models beside what the machine could do; `bench matmul`: error and speed of products.",
     "prove": "Generate text and write a trace that shows which model ran.",

@@ -1,5 +1,6 @@
-"""`bitassay eval`: perplexity and divergence, without the rest of an assay."""
+"""`bitassay eval`: perplexity and divergence, or tasks, without the rest of an assay."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
@@ -8,6 +9,8 @@ from bitassay.cli.output import Format, emit
 from bitassay.cli.parameters import Names
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from bitassay.data.windows import Protocol
     from bitassay.record.progress import Progress
 
@@ -22,12 +25,19 @@ def eval(
     protocol: Names | None = None,
     windows: int | None = None,
     window: int | None = None,
+    tasks: str | None = None,
+    limit: int | None = None,
+    shots: int | None = None,
+    out: Path | None = None,
     dtype: str = "float32",
     seed: int = 0,
     trust_remote_code: Annotated[bool, Parameter(negative=())] = False,
     format: Format = "table",
 ) -> int:
     """Perplexity of MODEL; with --recipe or --against also divergence, with paired intervals.
+
+    With --tasks, the share of questions answered rightly instead, beside the base model's, with tests.
+    Finished parts are kept in a run folder: interrupted, the same command goes on.
 
     Args:
         model: A name from `bitassay models list`, a folder (a quantized one too), a .gguf file or a
@@ -39,8 +49,13 @@ def eval(
         windows: How many windows of the text, evenly spaced; 0 means all of them (default: 16, for a
             protocol without an id).
         window: Tokens in a window (default: 2048).
+        tasks: Tasks of lm-eval, with commas: mmlu, mmlu_generative, hellaswag, arc_challenge, mmlu_anatomy or
+            any other by its name.
+        limit: Ask so many items of each task (of each subject of MMLU), evenly spaced.
+        shots: Examples shown before each question (default: 5 for MMLU, else the task's own).
+        out: Run folder of --tasks (default: runs/tasks-MODEL-ID).
         dtype: Arithmetic of both models.
-        seed: Of the bootstrap.
+        seed: Of the bootstrap of perplexities.
         trust_remote_code: Run code that comes with the model.
         format: What to print on stdout.
     """
@@ -53,9 +68,19 @@ def eval(
 
     if recipe and against:
         raise BitassayError("--recipe and --against both name a comparison", "give one of them")
+    if tasks is None and not (limit is shots is out is None):
+        raise BitassayError("--limit, --shots and --out belong to tasks", "--tasks hellaswag")
     protocols = [_protocol(text, window, windows) for text in protocol or ["wikitext2-raw"]]
     with show_progress() as progress:
         loaded = load(model, dtype=dtype, progress=progress, trust_remote_code=trust_remote_code)
+        if tasks is not None:
+            other = None
+            if against:
+                other = load(against, dtype=dtype, progress=progress, trust_remote_code=trust_remote_code)
+            names = [name.strip() for name in tasks.split(",") if name.strip()]
+            return _tasks(
+                (model, loaded), recipe or [], (against, other), names, limit, shots, out, format, progress
+            )
         if recipe:
             pairs = [(name, quantize_once(loaded, name, progress=progress), loaded) for name in recipe]
         elif against:
@@ -101,3 +126,40 @@ def _warn_of_seen_text(recipes: list[str], protocols: "list[Protocol]", progress
         for one in protocols:
             if recipe.is_calibrated and same_text(corpus, one.corpus):
                 progress(f"{recipe.name} was calibrated on the text of {one.id}, which flatters it")
+
+
+def _tasks(
+    model: "tuple[str, PreTrainedModel]",
+    recipes: list[str],
+    against: "tuple[str | None, PreTrainedModel | None]",
+    tasks: list[str],
+    limit: int | None,
+    shots: int | None,
+    out: Path | None,
+    format: Format,
+    progress: "Progress",
+) -> int:
+    import sys
+
+    from bitassay.bench.environment import environment
+    from bitassay.evaluate.tasks import evaluate_tasks, loaded_candidate, quantized_candidate
+    from bitassay.report.tasks import TASK_COLUMNS
+
+    (name, loaded), (other_name, other) = model, against
+    if other is not None and other_name is not None:
+        candidates = [loaded_candidate(other, other_name), loaded_candidate(loaded, name)]
+    else:
+        base = loaded_candidate(loaded, "base" if recipes else name)
+        candidates = [base, *(quantized_candidate(loaded, recipe, progress) for recipe in recipes)]
+    run, folder = evaluate_tasks(
+        candidates,
+        tasks,
+        limit=limit,
+        shots=shots,
+        out=out,
+        environment=environment(),
+        progress=progress,
+    )
+    emit(run["rows"], TASK_COLUMNS, format, whole=run)
+    print(f"run: {folder}", file=sys.stderr)
+    return 0

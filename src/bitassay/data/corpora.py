@@ -103,8 +103,7 @@ def same_text(first: str, second: str) -> bool:
 
 def bundled_prompts() -> list[str]:
     """800 instructions in a fixed order: the 80 first turns of MT-bench, then 720 from Dolly."""
-    path = Path(str(files("bitassay") / "data" / "bundled" / "prompts.jsonl.gz"))
-    return prompts_from(path)
+    return prompts_from(bundled_file("prompts.jsonl.gz")[0])
 
 
 def prompts_from(path: Path) -> list[str]:
@@ -154,18 +153,33 @@ def read_text(path: Path) -> str:
 
 def _locate(name: str) -> tuple[Path, str]:
     known = CORPORA[name]
-    if root := os.environ.get("BITASSAY_DATA"):
-        if not Path(root).is_dir():
-            raise BitassayError(
-                f"BITASSAY_DATA={root}: no such folder", "point it at a folder of data sets, or unset it"
-            )
-        for candidate in known.paths:
-            if (path := Path(root) / candidate).is_file():
-                return path, f"BITASSAY_DATA {candidate}"
+    if found := in_data_folder(known.paths):
+        return found
     if known.bundled is None:
         raise MissingError(
             f"{name}: its text does not come with this package, and BITASSAY_DATA has none",
             f"set BITASSAY_DATA to a folder with {known.paths[0]}"
             + (", or take c4-train-new" if name == "c4-new" else ""),
         )
-    return Path(str(files("bitassay") / "data" / "bundled" / known.bundled)), f"bundled {known.bundled}"
+    return bundled_file(known.bundled)
+
+
+def in_data_folder(candidates: tuple[str, ...]) -> tuple[Path, str] | None:
+    """The first of `candidates` that is a file under BITASSAY_DATA, and what a result says of it; None where
+    there is none. Raises BitassayError where that folder does not exist."""
+    root = os.environ.get("BITASSAY_DATA")
+    if not root:
+        return None
+    if not Path(root).is_dir():
+        raise BitassayError(
+            f"BITASSAY_DATA={root}: no such folder", "point it at a folder of data sets, or unset it"
+        )
+    for candidate in candidates:
+        if (path := Path(root) / candidate).is_file():
+            return path, f"BITASSAY_DATA {candidate}"
+    return None
+
+
+def bundled_file(name: str) -> tuple[Path, str]:
+    """A file that this package carries, and what a result says of it."""
+    return Path(str(files("bitassay") / "data" / "bundled" / name)), f"bundled {name}"

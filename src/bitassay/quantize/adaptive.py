@@ -11,8 +11,8 @@ groups. Groups get small where weights vary, or where inputs are large. What is 
 to a byte, for the whole matrix; `stored_bits` counts it.
 
 All rows have the same groups, so that solvers which go column by column (`gptq.py`) need not know. Without
-importance there is nothing to gain: over all rows, columns of SmolLM2-135M vary alike. Weighed by C4's
-inputs groups of 64 lose 4 % less at int4 and 2 % less at int2, groups of 128 0.1 % less. Left out: groups of
+importance there is nothing to gain where columns vary alike over all rows; weighed by the inputs there is a
+little (`benchmarks/formats.py`). Left out: groups of
 its own for every row, whose digits would cost 0.8 bits for every G weights.
 """
 

@@ -81,6 +81,12 @@ class LatentWeight(nn.Module):
         lowest, highest = self.limits
         self.u.clamp_(lowest - 0.499, highest + 0.499)
 
+    @torch.no_grad()
+    def settle(self, share: float) -> None:
+        """Keep this share of every latent's distance from its code; the codes stay."""
+        codes = _rounded(self.u, self.fmt, self.limits)
+        self.u.lerp_(codes, 1 - share)
+
     def scale(self) -> Float[Tensor, "out groups"]:
         return self._stored(self.first_scale * self.gain)
 

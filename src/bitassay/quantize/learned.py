@@ -3,13 +3,14 @@
 Rounding to nearest minimises the error of each weight, GPTQ that of each matrix's output; here it is the
 output of a whole decoder layer, for the inputs that the quantized layers before it give,
 
-    L = mean over tokens of || layer'(x') - layer(x) ||^2 / || layer(x) ||^2
+    L = 1/2 mean_t |e_t|^2 / |y_t|^2  +  1/2 sum_t |e_t|^2 / sum_t |y_t|^2
 
-where each token counts alike: the first of a text has states that are hundreds of times larger (massive
-activations, 2402.17762) and would drown the others. Gradients are straight through (`latent.py`), the
-optimizer is Adam. AutoRound (2309.05516) learns with signed gradients and rounding offsets of at most half a
-step; latents may go further, and start where GPTQ left them off. Learning all of a layer's weights so is the
-first phase of EfficientQAT (2407.11062). Products are in bf16.
+over tokens t, where y = layer(x) and e = layer'(x') - y. The first token of a text has states that are
+hundreds of times larger than all others', and these look at it (massive activations, 2402.17762): in the
+second term alone it would drown them, in the first alone nothing would hold it. Gradients are straight
+through (`latent.py`), the optimizer is Adam. AutoRound (2309.05516) learns with signed gradients and rounding
+offsets of at most half a step; latents may go further, and start where GPTQ left them off. Learning all of a
+layer's weights so is the first phase of EfficientQAT (2407.11062). Products are in bf16.
 """
 
 from collections.abc import Mapping
@@ -31,18 +32,19 @@ class Learned(Part):
     `scales` relative to their first value; zero leaves that kind as it is."""
 
     steps: int = Field(50, ge=1)
-    batch: int = Field(8, ge=1)
-    codes: float = Field(5e-3, ge=0)
-    scales: float = Field(1e-3, ge=0)
-    warmup: float = Field(0.05, ge=0, le=1)
+    batch: int = Field(4, ge=1)
+    codes: float = Field(1e-2, ge=0)
+    scales: float = Field(5e-3, ge=0)
+    warmup: float = Field(0.1, ge=0, le=1)
     seed: int = 0
 
 
 def relative_error(output: Hidden, target: Hidden) -> Float[Tensor, ""]:
-    """The squared error of each token beside the square of what it should be, averaged."""
-    wanted = target.float()
-    size = wanted.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
-    return ((output.float() - wanted).square().sum(-1) / size).mean()
+    """The squared error beside the square of what should be: half by token, half of all tokens together."""
+    wanted, least = target.float(), torch.finfo(torch.float32).eps ** 2
+    error, size = (output.float() - wanted).square().sum(-1), wanted.square().sum(-1)
+    by_token = (error / size.clamp(min=least)).mean()
+    return (by_token + error.sum() / size.sum().clamp(min=least)) / 2
 
 
 def learn_layer(

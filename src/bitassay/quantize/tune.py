@@ -11,6 +11,10 @@ cosine decay to zero. Tuning scales alone is the second phase of EfficientQAT (2
 too is distillation of a quantized network as in LLM-QAT (2305.17888), here with the text that the other
 methods calibrate on, instead of the model's own samples.
 
+Learning a layer leaves many latents close to a threshold, over which straight-through gradients carry them to
+and fro (2203.11086), and the first steps of Adam move all of them equally far: thousands of codes would
+change at once. So each is brought a little nearer to its code first, and has to insist.
+
 The base model's last hidden states are kept instead of its logits, which are `vocabulary / hidden` times
 larger and are one product away. Products are in bf16, what is learned in fp32.
 """
@@ -31,6 +35,7 @@ from bitassay.quantize.scheme import Part
 from bitassay.record.run import RunFolder
 
 KEEP_STEPS = 16
+SETTLED = 0.9  # of a latent's distance from its code is kept at the start
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # A weight's latent, gradient and two moments; the draft's own value; in a pass value, bf16 and position.
 BYTES_A_WEIGHT = 4 * 4 + 4 + (4 + 2 + 2)
@@ -140,6 +145,7 @@ def tune(
     scales = [parameter for latent in latents.values() for parameter in latent.grid_parameters()]
     for latent in latents.values():
         latent.requires_grad_(False)
+        latent.settle(SETTLED)
     kinds = [(codes, spec.codes), (scales, spec.scales), (norms, spec.norms)]
     for parameters, rate in kinds:
         for parameter in parameters:

@@ -1,0 +1,70 @@
+"""How long GPTQ takes beside a package's: the same model, tokens, bits and group, in turn, several times.
+
+    theirs    GPTQModel's `quantize` call alone, without loading, packing or saving
+    ours      the whole `bitassay quantize` command: loading, GPTQ, and writing a checkpoint
+
+Both are measured and scored as in `quality.py`, each round in a folder of its own below OUT, so that the same
+command goes on where it stopped. The ratio is of medians. Run: OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE
+python benchmarks/gptq.py [--model smollm2-135m] [--rounds 2] [--bits 4] [--group 128] [--out runs/gptq]
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import yaml
+from quality import Bench, pairs
+
+from bitassay.bench.environment import environment
+from bitassay.quantize.recipe import find_recipe
+
+SHOWN = (
+    "tool",
+    "version",
+    "bits_per_weight",
+    "ppl",
+    "kl_mean",
+    "kl_ci",
+    "seconds",
+    "cpu_seconds",
+    "peak_bytes",
+)
+
+
+def recipe_file(folder: Path, bits: int, group: int) -> str:
+    """Plain GPTQ in integers with a zero point."""
+    weights = {"format": f"int{bits}", "granularity": f"g{group}", "symmetric": False, "scale": "mse"}
+    path = folder / f"gptq-w{bits}-g{group}.yaml"
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump({"name": path.stem, "weights": weights, "gptq": {}}))
+    return str(path)
+
+
+def measure(given: argparse.Namespace) -> dict[str, Any]:
+    recipe, rows = recipe_file(given.out, given.bits, given.group), []
+    for index in range(given.rounds):
+        bench = Bench(given.model, given.out / f"round-{index}", 0)
+        rows += [bench.peer("gptqmodel", given.bits, given.group), bench.recipe(find_recipe(recipe), recipe)]
+    seconds = {
+        tool: [row["seconds"] for row in rows if row["tool"].startswith(tool) and row["seconds"]]
+        for tool in ("bitassay", "gptqmodel")
+    }
+    return {
+        "rows": [{key: row[key] for key in SHOWN} for row in rows],
+        "seconds_ours_over_theirs": statistics.median(seconds["bitassay"])
+        / statistics.median(seconds["gptqmodel"]),
+        "pairs": pairs(rows[:2]),
+        "environment": environment(),
+    }
+
+
+if __name__ == "__main__":
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    options.add_argument("--model", default="smollm2-135m")
+    options.add_argument("--rounds", type=int, default=2)
+    options.add_argument("--bits", type=int, choices=(2, 3, 4), default=4)
+    options.add_argument("--group", type=int, default=128)
+    options.add_argument("--out", type=Path, default=Path("runs/gptq"))
+    print(json.dumps(measure(options.parse_args()), indent=2))

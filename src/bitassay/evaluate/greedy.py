@@ -1,0 +1,105 @@
+"""Greedy texts with stop strings, for many prompts.
+
+Prompts that begin alike share one reading of that beginning, and the rest is read and continued in batches of
+equal length: no padding, no mask, so what a row gets does not depend on its company beyond rounding. A row
+leaves its batch as soon as it has ended. The text is the decoded continuation up to the first stop string,
+which is what lm-eval's `hf` model returns (lm-evaluation-harness 0.4.13, `models/huggingface.py`).
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, RepetitionPenaltyLogitsProcessor
+
+from bitassay.evaluate.likelihood import Prefix, batches, common_prefixes, default_batch_tokens
+from bitassay.generate.decode import TokenIds, end_tokens
+
+
+def greedy_texts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[TokenIds],
+    *,
+    stops: Sequence[str],
+    max_new_tokens: int,
+    batch_tokens: int | None = None,
+    done: Callable[[int], None] = lambda count: None,
+) -> list[str]:
+    """Continue each prompt (token ids, none empty) until a stop string, the end of text, or `max_new_tokens`.
+    `done` hears how many are finished. In the order given, without the stop string."""
+    budget = batch_tokens or default_batch_tokens(model)
+    order = sorted(range(len(prompts)), key=lambda index: tuple(prompts[index]))
+    found: dict[int, str] = {}
+    for start, stop, shared in common_prefixes([tuple(prompts[index])[:-1] for index in order]):
+        run = order[start:stop]
+        trunk = Prefix.read(model, prompts[run[0]][:shared])
+        by_length: dict[int, list[int]] = {}
+        for index in run:
+            by_length.setdefault(len(prompts[index]), []).append(index)
+        for length, equal in sorted(by_length.items()):
+            for batch in batches([length - shared] * len(equal), budget, shared + max_new_tokens):
+                group = [equal[place] for place in batch]
+                outputs = _continue(
+                    trunk.spread([0] * len(group)),
+                    tokenizer,
+                    [prompts[index] for index in group],
+                    stops,
+                    max_new_tokens,
+                )
+                found |= {
+                    index: cut(tokenizer.decode(output, skip_special_tokens=True), stops)
+                    for index, output in zip(group, outputs, strict=True)
+                }
+                done(len(found))
+    return [found[index] for index in range(len(prompts))]
+
+
+@torch.inference_mode()
+def _continue(
+    prefix: Prefix,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[TokenIds],
+    stops: Sequence[str],
+    max_new_tokens: int,
+) -> list[list[int]]:
+    """Output token ids of prompts of equal length, which begin with what `prefix` has read."""
+    model, cache = prefix.model, prefix.cache
+    ends, penalty = end_tokens(model), model.generation_config.repetition_penalty  # type: ignore[union-attr]
+    process = RepetitionPenaltyLogitsProcessor(penalty) if penalty not in (None, 1.0) else None
+    outputs: list[list[int]] = [[] for _ in prompts]
+    going = list(range(len(prompts)))
+    tokens = torch.tensor([prompt[prefix.length :] for prompt in prompts], device=model.device)
+    for _ in range(max_new_tokens):
+        forward = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        logits = forward.logits[:, -1].float()
+        if process is not None:
+            seen = [[*prompts[row], *outputs[row]] for row in going]
+            logits = process(torch.tensor(seen, device=model.device), logits)  # type: ignore[arg-type]
+        chosen = logits.argmax(-1).tolist()
+        for row, token in zip(going, chosen, strict=True):
+            outputs[row].append(token)
+        kept = [
+            place
+            for place, row in enumerate(going)
+            if outputs[row][-1] not in ends and not _stopped(tokenizer.decode(outputs[row]), stops)
+        ]
+        if not kept:
+            break
+        if len(kept) < len(going):
+            cache.batch_select_indices(torch.tensor(kept, device=model.device))
+        going = [going[place] for place in kept]
+        tokens = torch.tensor([outputs[row][-1:] for row in going], device=model.device)
+    return outputs
+
+
+def _stopped(text: str | list[str], stops: Sequence[str]) -> bool:
+    return any(stop in text for stop in stops if stop)
+
+
+def cut(text: str | list[str], stops: Sequence[str]) -> str:
+    """`text` before the first of the stop strings that is in it."""
+    assert isinstance(text, str)
+    for stop in stops:
+        if stop:
+            text = text.split(stop)[0]
+    return text

@@ -1,0 +1,255 @@
+"""How likely a model finds continuations of contexts, without reading what they share more than once.
+
+A multiple-choice item asks for the log-likelihood of a few endings of one context, and all items of a subject
+begin with the same few-shot examples. A plain run reads every context with every ending from the start. Here
+the sequences to read make a tree with at most three levels:
+
+    trunk   what the contexts of many items have in common: one row, read once
+    head    the rest of an item's context: read once, behind the trunk
+    leaf    the scored part: the context's last token and the continuation but for its last
+
+The keys and values of a level are computed once and given to all rows of the next by indexing the cache, so
+every cache that transformers or `quantize.kv_cache` has will do. No row needs a mask or explicit positions,
+whatever the architecture: rows that others build on have equal lengths, and the last rows are padded on the
+right, where causal attention never looks. Logits are computed for leaves alone.
+
+    log p(y | x) = sum_i log softmax(z_i)[y_i],   z_i in fp32, the sum in fp64
+
+Sequences that are too long lose tokens on the left. What is read, scored and cut is what lm-eval's own `hf`
+model reads, scores and cuts (EleutherAI, lm-evaluation-harness 0.4.13, `models/huggingface.py`): the sums
+differ from its by rounding.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, cast
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from bitassay.quantize.kv_cache import empty_cache
+
+TokenIds = Sequence[int]
+CPU_TOKENS, DEVICE_TOKENS = 512, 16_384  # in one forward; more does not make a CPU faster
+CACHED_ROWS = 16  # a batch's keys and values may span so many times its tokens
+SHARED_TOKENS = 32  # reading so many tokens less is worth a forward of its own
+ROWS = 64  # rows of logits in work at a time
+
+
+class Score(NamedTuple):
+    """Log-likelihood of a continuation in nats, and whether greedy decoding would have written it."""
+
+    log_likelihood: float
+    greedy: bool
+
+
+@dataclass
+class _Sequence:
+    """One row to read: its last `scored` positions predict something. `asked`: which requests want the
+    predictions of which tokens, at the last positions."""
+
+    tokens: tuple[int, ...]
+    scored: int = 0
+    asked: list[tuple[int, TokenIds]] = field(default_factory=list)
+
+    @property
+    def head(self) -> tuple[int, ...]:
+        return self.tokens[: len(self.tokens) - self.scored]
+
+
+def continuation_scores(
+    model: PreTrainedModel,
+    pairs: Sequence[tuple[TokenIds, TokenIds]],
+    *,
+    max_length: int,
+    batch_tokens: int | None = None,
+    done: Callable[[int], None] = lambda count: None,
+) -> list[Score]:
+    """Score every (context, continuation), both in token ids and neither empty; `max_length` tokens are read
+    at most, the last ones. `done` hears how many pairs are finished. In the order given."""
+    sequences: dict[tuple[int, ...], _Sequence] = {}
+    for index, (context, continuation) in enumerate(pairs):
+        assert 0 < len(continuation) <= max_length
+        assert len(context) > 0
+        tokens = (*context, *continuation)[-(max_length + 1) :][:-1]
+        sequence = sequences.setdefault(tokens, _Sequence(tokens))
+        sequence.scored = max(sequence.scored, len(continuation))
+        sequence.asked.append((index, continuation))
+    budget = batch_tokens or default_batch_tokens(model)
+    found: dict[int, Score] = {}
+    for group, logits in _leaf_logits(model, list(sequences.values()), budget):
+        found |= _scores(group, logits)
+        done(len(found))
+    return [found[index] for index in range(len(pairs))]
+
+
+def default_batch_tokens(model: PreTrainedModel) -> int:
+    return CPU_TOKENS if model.device.type == "cpu" else DEVICE_TOKENS
+
+
+@torch.inference_mode()
+def _scores(group: Sequence[_Sequence], logits: Float[Tensor, "rows vocabulary"]) -> dict[int, Score]:
+    """Scores by request, from the logits of all scored positions of a group, one sequence after the other."""
+    parts = [part.float() for part in logits.split(ROWS)]
+    normalizer = torch.cat([part.logsumexp(1) for part in parts])
+    best = torch.cat([part.argmax(1) for part in parts])
+    found, stop = {}, 0
+    for sequence in group:
+        stop += sequence.scored
+        for index, continuation in sequence.asked:
+            rows = slice(stop - len(continuation), stop)
+            targets = torch.tensor(continuation, device=logits.device)
+            chosen = logits[rows].gather(1, targets[:, None])[:, 0].float() - normalizer[rows]
+            found[index] = Score(chosen.double().sum().item(), bool((best[rows] == targets).all()))
+    return found
+
+
+def _leaf_logits(
+    model: PreTrainedModel, sequences: Sequence[_Sequence], budget: int
+) -> Iterator[tuple[list[_Sequence], Float[Tensor, "rows vocabulary"]]]:
+    """Logits of the scored positions, for all sequences, a few at a time."""
+    ordered = sorted(sequences, key=lambda sequence: (sequence.head, sequence.tokens))
+    for start, stop, shared in common_prefixes([sequence.head for sequence in ordered]):
+        trunk = Prefix.read(model, ordered[start].tokens[:shared])
+        alone, families = _families(ordered[start:stop], shared)
+        for batch in batches([len(one.tokens) - shared for one in alone], budget, shared):
+            group = [alone[index] for index in batch]
+            yield group, trunk.spread([0] * len(group)).score(group)
+        by_length: dict[int, list[list[_Sequence]]] = {}
+        for family in families:
+            by_length.setdefault(len(family[0].head), []).append(family)
+        for length, equal in sorted(by_length.items()):
+            for batch in batches([length - shared] * len(equal), budget, shared):
+                heads = trunk.spread([0] * len(batch)).extend(
+                    [equal[index][0].head[shared:] for index in batch]
+                )
+                leaves = [(row, one) for row, index in enumerate(batch) for one in equal[index]]
+                for part in batches([one.scored for _, one in leaves], budget, length):
+                    rows, group = zip(*(leaves[index] for index in part), strict=True)
+                    yield list(group), heads.spread(rows).score(group)
+
+
+def _families(sequences: Sequence[_Sequence], shared: int) -> tuple[list[_Sequence], list[list[_Sequence]]]:
+    """Sequences that are read alone, and those that share a head that is long enough beyond `shared`."""
+    by_head: dict[tuple[int, ...], list[_Sequence]] = {}
+    for sequence in sequences:
+        by_head.setdefault(sequence.head, []).append(sequence)
+    alone, families = [], []
+    for head, members in by_head.items():
+        if (len(members) - 1) * (len(head) - shared) >= SHARED_TOKENS:
+            families.append(members)
+        else:
+            alone += members
+    return alone, families
+
+
+@dataclass
+class Prefix:
+    """Rows of equal length that a model has read, as its cache; `length` 0: nothing yet, and one row."""
+
+    model: PreTrainedModel
+    cache: DynamicCache
+    length: int
+
+    @classmethod
+    def read(cls, model: PreTrainedModel, tokens: TokenIds) -> "Prefix":
+        """One row that holds `tokens`; there may be none."""
+        nothing = cls(model, empty_cache(model), 0)
+        return nothing.extend([tokens]) if tokens else nothing
+
+    def spread(self, rows: Sequence[int]) -> "Prefix":
+        """A prefix whose rows are these rows of this one, which stays as it is."""
+        cache = copy.copy(self.cache)
+        cache.layers = [copy.copy(layer) for layer in self.cache.layers]
+        if self.length:
+            cache.batch_select_indices(torch.tensor(rows, device=self.model.device))
+        return Prefix(self.model, cache, self.length)
+
+    @torch.inference_mode()
+    def extend(self, rows: Sequence[TokenIds]) -> "Prefix":
+        """Read equally many more tokens in every row. This prefix is used up."""
+        tokens = torch.tensor(rows, device=self.model.device)
+        self.model.get_decoder()(input_ids=tokens, past_key_values=self.cache, use_cache=True)
+        return Prefix(self.model, self.cache, self.length + tokens.shape[1])
+
+    def score(self, group: Sequence[_Sequence]) -> Float[Tensor, "rows vocabulary"]:
+        """Read the rest of each sequence in its row; the logits of its scored positions. This prefix is used
+        up."""
+        rests = [sequence.tokens[self.length :] for sequence in group]
+        tokens = right_pad(rests, self.model.device)
+        wanted = torch.zeros(tokens.shape, dtype=torch.bool)
+        for row, (rest, sequence) in enumerate(zip(rests, group, strict=True)):
+            wanted[row, len(rest) - sequence.scored : len(rest)] = True
+        return logits_at(self.model, tokens, wanted.to(tokens.device), self.cache if self.length else None)
+
+
+@torch.inference_mode()
+def logits_at(
+    model: PreTrainedModel,
+    tokens: Int[Tensor, "batch tokens"],
+    wanted: Bool[Tensor, "batch tokens"],
+    cache: DynamicCache | None,
+) -> Float[Tensor, "rows vocabulary"]:
+    """Logits at the wanted positions alone, row by row, in the model's dtype. The cache, if any, grows.
+
+    The output head is given those positions of its input in one row; what the model does to logits after it
+    (a cap, a scale) it does to these.
+    """
+
+    def keep(_module: torch.nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden, *rest = arguments
+        return (hidden[wanted][None], *rest)
+
+    hook = cast(torch.nn.Module, model.get_output_embeddings()).register_forward_pre_hook(keep)
+    try:
+        return model(input_ids=tokens, past_key_values=cache, use_cache=cache is not None).logits[0]
+    finally:
+        hook.remove()
+
+
+def right_pad(rows: Sequence[TokenIds], device: torch.device) -> Int[Tensor, "batch tokens"]:
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device)
+
+
+def common_prefixes(ordered: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, int, int]]:
+    """Runs of sequences, which come in lexicographic order, that share a long beginning: (first, one past the
+    last, shared length, 0 where it is not worth while). Every sequence is in one run."""
+    start, shared = 0, -1  # -1: a run of one, which shares whatever it has
+    for index in range(1, len(ordered) + 1):
+        common = shared_length(ordered[index - 1], ordered[index]) if index < len(ordered) else 0
+        # A short common beginning ends a run rather than cutting what the run shares to less than half.
+        if common >= SHARED_TOKENS and 2 * common >= shared:
+            shared = common if shared < 0 else min(shared, common)
+            continue
+        yield start, index, max(shared, 0)
+        start, shared = index, -1
+
+
+def shared_length(one: TokenIds, other: TokenIds) -> int:
+    """How many tokens two sequences have in common from the start."""
+    return next(
+        (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b),
+        min(len(one), len(other)),
+    )
+
+
+def batches(lengths: Sequence[int], budget: int, past: int = 0) -> Iterator[list[int]]:
+    """Indices of rows in batches, short ones first: at most `budget` tokens with padding, CACHED_ROWS times
+    as many with the `past` of each row, and little padding once a batch is a quarter full."""
+    batch: list[int] = []
+    held = 0
+    for index in sorted(range(len(lengths)), key=lambda place: (lengths[place], place)):
+        size = (len(batch) + 1) * lengths[index]
+        too_big = size > budget or size + (len(batch) + 1) * past > CACHED_ROWS * budget
+        too_ragged = held > budget / 4 and size > 1.2 * (held + lengths[index])
+        if batch and (too_big or too_ragged):
+            yield batch
+            batch, held = [], 0
+        batch.append(index)
+        held += lengths[index]
+    if batch:
+        yield batch
