@@ -89,3 +89,20 @@ def test_it_answers_without_a_package_that_does_not_import(broken):
     assert done.returncode == (3 if broken == "torch" else 0)
     assert (rows["verb assay"]["status"] == "missing") == (broken == "torch")
     assert rows["verb report"]["status"] == "ok"
+
+
+def test_an_extra_that_is_missing_stops_only_the_verb_that_needs_it(bitassay, monkeypatch):
+    version = metadata.version
+
+    def without_sacrebleu(name):
+        if name == "sacrebleu":
+            raise metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(doctor.metadata, "version", without_sacrebleu)
+    done = bitassay("doctor", "--format", "json")
+    found = findings(done)
+    assert done.status == 0
+    assert found["verb generate"]["found"] == "cannot run: sacrebleu"
+    assert found["verb generate"]["remedy"] == "pip install 'bitassay[generation]'"
+    assert found["verb eval"]["found"] == "can run"

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from bitassay.data.corpora import bundled_prompts, corpus, prompts_from
-from bitassay.errors import BitassayError
+from bitassay.data.corpora import bundled_prompts, corpus, prompts_from, same_text
+from bitassay.errors import BitassayError, MissingError
 
 
 @pytest.fixture
@@ -136,3 +136,47 @@ def test_no_prompts(tmp_path, name):
 def test_no_such_prompts_file(tmp_path):
     with pytest.raises(BitassayError, match=r"p\.txt: No such file"):
         prompts_from(tmp_path / "p.txt")
+
+
+def c4(count: int) -> bytes:
+    return gzip.compress("".join(json.dumps({"text": f"d{n}"}) + "\n" for n in range(count)).encode())
+
+
+def test_c4_new_is_the_first_1100_documents_joined_by_a_space(data):
+    (data / "c4").mkdir()
+    (data / "c4" / "c4-validation.00000-of-00008.json.gz").write_bytes(c4(1200))
+    found = corpus("c4-new")
+    assert found.text == " ".join(f"d{n}" for n in range(1100))
+    assert found.source == "BITASSAY_DATA c4/c4-validation.00000-of-00008.json.gz"
+
+
+def test_what_follows_the_1100_documents_is_not_read(data):
+    (data / "c4").mkdir()
+    path = data / "c4" / "c4-validation.00000-of-00008.json.gz"
+    path.write_bytes(gzip.compress(gzip.decompress(c4(1100)) + b"damaged"))
+    assert corpus("c4-new").text.endswith(" d1099")
+
+
+def test_the_training_documents_stand_in_for_c4_under_a_name_of_their_own(data):
+    (data / "c4").mkdir()
+    (data / "c4" / "c4_en_train_first1000.jsonl.gz").write_bytes(c4(3))
+    assert corpus("c4-train-new").text == "d0 d1 d2"
+    with pytest.raises(MissingError, match="c4-new: its text does not come with this package"):
+        corpus("c4-new")
+
+
+def test_ptb_new_is_stripped_lines_joined_by_a_space(data):
+    (data / "ptb").mkdir()
+    (data / "ptb" / "ptb.test.txt").write_text(" no it was n't \n but <unk> N\n")
+    assert corpus("ptb-new").text == "no it was n't but <unk> N"
+
+
+@pytest.mark.parametrize("name", ["ptb-new", "c4-new"])
+def test_a_text_that_may_not_be_carried_is_asked_for(name):
+    with pytest.raises(MissingError, match="set BITASSAY_DATA to a folder with"):
+        corpus(name)
+
+
+def test_texts_that_are_the_same():
+    assert same_text("c4-train", "c4-train-new")
+    assert not same_text("c4-train", "c4-new")

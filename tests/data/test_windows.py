@@ -65,3 +65,42 @@ def test_windows_are_integers(stories):
     windows, _ = token_windows(stories.tokenizer, Protocol(window_tokens=64, windows=2))
     assert windows.shape == (2, 64)
     assert windows.dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("text", "given", "expected"),
+    [
+        ("ptb-new", {}, Protocol("ptb-new")),
+        ("ptb-new", {"window_tokens": 512, "windows": 4}, Protocol("ptb-new", 512, 4)),
+        ("c4-new/1024", {"windows": 3}, Protocol("c4-new", 1024, 3)),
+        ("c4-new[n=2]", {"window_tokens": 64}, Protocol("c4-new", 64, 2)),
+        ("c4-train-new/512[n=16]", {"window_tokens": 512}, Protocol("c4-train-new", 512, 16)),
+    ],
+)
+def test_a_protocol_by_name_or_id(text, given, expected):
+    assert Protocol.parse(text, **given) == expected
+    assert Protocol.parse(expected.id) == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["c4", "c4-train", "", "ptb-new/", "ptb-new/x", "ptb-new/8[n=]", "ptb-new/8[n=-1]"]
+)
+def test_what_is_no_protocol(text):
+    with pytest.raises(BitassayError, match="no protocol is called"):
+        Protocol.parse(text)
+
+
+def test_an_id_and_options_that_disagree():
+    with pytest.raises(BitassayError, match=r"says 512, --window says 1024"):
+        Protocol.parse("ptb-new/512", window_tokens=1024)
+    with pytest.raises(BitassayError, match=r"says 2, --windows says 3"):
+        Protocol.parse("ptb-new[n=2]", windows=3)
+
+
+def test_c4_is_cut_to_256_windows(stories, monkeypatch):
+    every, _ = token_windows(stories.tokenizer, Protocol("c4-train-new", 500))
+    assert len(every) == 256
+    ids = stories.tokenizer(corpus("c4-train-new").text, verbose=False).input_ids
+    assert every.flatten().tolist() == ids[: 256 * 500]
+    longer, _ = token_windows(stories.tokenizer, Protocol("c4-train-new", 500, windows=2))
+    assert torch.equal(longer, every[[0, 128]])

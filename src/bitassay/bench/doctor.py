@@ -10,7 +10,7 @@ import os
 import platform
 import shutil
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +29,8 @@ VERBS = {
     "assay": (*_MODEL, "scipy", "compressed-tensors", "matplotlib", "jinja2"),
     "quantize": (*_MODEL, "compressed-tensors"),
     "eval": (*_MODEL, "scipy"),
+    "generate": (*_MODEL, "scipy", "matplotlib", "jinja2", "sacrebleu", "rouge-score"),
+    "bench": (*_MODEL, "scipy", "psutil", "matplotlib", "jinja2"),
     "prove": _MODEL,
     "verify": (*_MODEL, "scipy"),
     "challenge": ("torch", "cryptography"),
@@ -41,6 +43,9 @@ VERBS = {
     "models": _MODEL,
     "recipes": ("torch", "pyyaml", "pydantic"),
 }
+
+# Extras of the package that a verb cannot do without.
+EXTRAS = ("generation",)
 
 Status = Literal["ok", "warning", "missing"]
 
@@ -62,7 +67,7 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Everything that `bitassay doctor` prints, in its order; the last findings say which verbs can run."""
-    found = [python(), *packages(), *torch_build(), *machine(), *places(), *models()]
+    found = [python(), *packages(), *optional(), *torch_build(), *machine(), *places(), *models()]
     return [*found, *verbs(found)]
 
 
@@ -86,6 +91,22 @@ def packages() -> list[Finding]:
     return [
         package(w.name, w.specifier) for w in wanted if w.marker is None or w.marker.evaluate({"extra": ""})
     ]
+
+
+def optional() -> list[Finding]:
+    """Every requirement of EXTRAS; one that is not met is no defect, but stops a verb."""
+    from packaging.requirements import Requirement
+
+    found = []
+    for wanted in (Requirement(line) for line in metadata.requires("bitassay") or ()):
+        if wanted.marker is None or wanted.marker.evaluate({"extra": ""}):
+            continue
+        for extra in EXTRAS:
+            if wanted.marker.evaluate({"extra": extra}):
+                one = package(wanted.name, wanted.specifier)
+                remedy = f"pip install 'bitassay[{extra}]'"
+                found.append(one if one.status == "ok" else replace(one, status="warning", remedy=remedy))
+    return found
 
 
 def package(name: str, specifier: Any) -> Finding:
@@ -230,10 +251,14 @@ def models() -> list[Finding]:
 def verbs(found: list[Finding]) -> list[Finding]:
     """For every verb, whether nothing that it needs is missing."""
     missing = {finding.subject for finding in found if finding.status == "missing"}
+    optional = {finding.subject: finding for finding in found if "bitassay[" in finding.remedy}
     torch_fails = {"torch"} if "torch import" in missing else set()
     rows = []
     for verb, needs in VERBS.items():
         lacks = [need for need in needs if need in missing | torch_fails]
-        found_text = f"cannot run: {', '.join(lacks)}" if lacks else "can run"
-        rows.append(Finding(f"verb {verb}", found_text, status="missing" if lacks else "ok"))
+        wants = [need for need in needs if need in optional]
+        found_text = f"cannot run: {', '.join(lacks + wants)}" if lacks + wants else "can run"
+        status: Status = "missing" if lacks else "warning" if wants else "ok"
+        remedy = optional[wants[0]].remedy if wants else ""
+        rows.append(Finding(f"verb {verb}", found_text, status=status, remedy=remedy))
     return rows

@@ -1,9 +1,8 @@
-"""How fast models run: prefill and decode, measured alternately so that a busy neighbour slows all of them
-alike.
+"""How fast a model runs: `time_once` for one prompt, `throughput` for a few models that take turns.
 
-Prefill: tokens of a prompt a second, one forward pass that fills the cache and returns the last logits.
-Decode: tokens a second of greedy decoding, one sequence, one token a step, with that cache. Each number is
-the median of its repeats after one warm-up.
+Prefill: tokens of a prompt a second, one forward pass that fills the cache and returns the last logits; its
+time is the time to the first token. Decode: tokens a second of greedy decoding, one token of each sequence a
+step, with that cache, which is packed where the recipe says so.
 """
 
 import statistics
@@ -16,7 +15,20 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from bitassay.bench.roofline import wait_for
+from bitassay.bench.rounds import spread
+from bitassay.quantize.kv_cache import empty_cache
 from bitassay.record.progress import Progress, silent
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of a prefill (up to the first token) and of all decode steps after it, and the bytes of the
+    cache in the end."""
+
+    first_token_s: float
+    decode_s: float
+    cache_bytes: int
 
 
 @dataclass(frozen=True)
@@ -45,47 +57,54 @@ def throughput(
 ) -> dict[str, Throughput]:
     """Time every model in turn, `repeats` rounds over all of them. A model is given as a function that
     returns it, so that the caller decides how many are in memory."""
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
+    times: dict[str, list[Times]] = {name: [] for name in models}
     for round_ in range(repeats):
         for index, (name, model) in enumerate(models.items()):
             if round_ == 0:
-                _run(model(), prompt[:8], 2)
-            times[name].append(_run(model(), prompt, decode_tokens))
+                time_once(model(), prompt[None, :8], 2)
+            times[name].append(time_once(model(), prompt[None], decode_tokens))
             progress("timing", round_ * len(models) + index + 1, repeats * len(models))
-    return {name: _summary(pairs, len(prompt), decode_tokens) for name, pairs in times.items()}
+    return {name: _summary(found, len(prompt), decode_tokens) for name, found in times.items()}
 
 
 @torch.inference_mode()
-def _run(model: PreTrainedModel, prompt: Int[Tensor, " tokens"], decode_tokens: int) -> tuple[float, float]:
-    """Seconds of one prefill and of `decode_tokens` decode steps after it."""
-    cache = DynamicCache(config=model.config)
-    tokens = prompt[None].to(model.device)
+def time_once(model: PreTrainedModel, prompts: Int[Tensor, "batch tokens"], decode_tokens: int) -> Times:
+    """Read all prompts as one batch, then take `decode_tokens` greedy steps."""
+    cache = empty_cache(model)
+    tokens = prompts.to(model.device)
+
+    def step() -> Tensor:
+        output = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return output.logits[:, -1:].argmax(-1)
+
     start = _now(model)
-    tokens = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
+    tokens = step()
     filled = _now(model)
     for _ in range(decode_tokens):
-        tokens = (
-            model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
-        )
-    return filled - start, _now(model) - filled
+        tokens = step()
+    return Times(filled - start, _now(model) - filled, cache_bytes(cache))
+
+
+def cache_bytes(cache: DynamicCache) -> int:
+    """What all layers of a cache hold."""
+    held = [part for keys, values, _ in cache for part in (keys, values) if part is not None]
+    return sum(part.nbytes for part in held)
 
 
 def _now(model: PreTrainedModel) -> float:
     """The clock once everything asked of the model's device is done."""
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
+    wait_for(model.device)
     return time.perf_counter()
 
 
-def _summary(pairs: list[tuple[float, float]], prompt_tokens: int, decode_tokens: int) -> Throughput:
-    prefill, decode = zip(*pairs, strict=True)
-    medians = statistics.median(prefill), statistics.median(decode)
+def _summary(times: list[Times], prompt_tokens: int, decode_tokens: int) -> Throughput:
+    prefill, decode = [one.first_token_s for one in times], [one.decode_s for one in times]
     return Throughput(
-        prompt_tokens / medians[0],
-        decode_tokens / medians[1],
-        (max(prefill) - min(prefill)) / medians[0],
-        (max(decode) - min(decode)) / medians[1],
+        prompt_tokens / statistics.median(prefill),
+        decode_tokens / statistics.median(decode),
+        spread(prefill),
+        spread(decode),
         prompt_tokens,
         decode_tokens,
-        len(pairs),
+        len(times),
     )

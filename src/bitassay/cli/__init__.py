@@ -18,6 +18,8 @@ VERBS = {
     "and whether a verifier notices.",
     "quantize": "Quantize a model by a recipe and save it as a checkpoint that transformers loads.",
     "eval": "Perplexity, divergence or tasks: of one model, or of one against another.",
+    "generate": "How far quantized models' own words are from the base model's: greedy texts side by side.",
+    "bench": "Time models beside what the machine could do; `bench matmul`: error and speed of products.",
     "prove": "Generate text and write a trace that shows which model ran.",
     "verify": "Check a trace against a model of your own: PASS, FAIL or INCONCLUSIVE.",
     "challenge": "Draw the positions that the host behind a signed receipt must open.",

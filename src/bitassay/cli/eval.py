@@ -6,11 +6,15 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from bitassay.cli.output import Format, emit
+from bitassay.cli.parameters import Names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from bitassay.data.windows import Protocol
     from bitassay.record.progress import Progress
+
+WINDOWS = 16
 
 
 def eval(
@@ -18,8 +22,9 @@ def eval(
     *,
     recipe: Annotated[list[str] | None, Parameter(negative=())] = None,
     against: str | None = None,
-    windows: int | None = 16,
-    window: int = 2048,
+    protocol: Names | None = None,
+    windows: int | None = None,
+    window: int | None = None,
     tasks: str | None = None,
     limit: int | None = None,
     shots: int | None = None,
@@ -39,9 +44,11 @@ def eval(
             hub id.
         recipe: Evaluate MODEL quantized by this recipe, against MODEL itself; may be repeated.
         against: Compare MODEL with this model instead; both must share a vocabulary.
-        windows: How many windows of WikiText-2, evenly spaced; 0 means all of them, the published
-            protocol.
-        window: Tokens in a window.
+        protocol: wikitext2-raw, c4-new, ptb-new, c4-train-new, or an id that says all, such as c4-new/2048
+            (every window, as published) or ptb-new/512[n=16]; several may follow (default: wikitext2-raw).
+        windows: How many windows of the text, evenly spaced; 0 means all of them (default: 16, for a
+            protocol without an id).
+        window: Tokens in a window (default: 2048).
         tasks: Tasks of lm-eval, with commas: mmlu, mmlu_generative, hellaswag, arc_challenge, mmlu_anatomy or
             any other by its name.
         limit: Ask so many items of each task (of each subject of MMLU), evenly spaced.
@@ -53,7 +60,6 @@ def eval(
         format: What to print on stdout.
     """
     from bitassay.cli.progress import show_progress
-    from bitassay.data.windows import Protocol
     from bitassay.errors import BitassayError
     from bitassay.evaluate.compare import evaluate
     from bitassay.models.load import load
@@ -62,9 +68,9 @@ def eval(
 
     if recipe and against:
         raise BitassayError("--recipe and --against both name a comparison", "give one of them")
-    protocol = Protocol(window_tokens=window, windows=windows or None)
     if tasks is None and not (limit is shots is out is None):
         raise BitassayError("--limit, --shots and --out belong to tasks", "--tasks hellaswag")
+    protocols = [_protocol(text, window, windows) for text in protocol or ["wikitext2-raw"]]
     with show_progress() as progress:
         loaded = load(model, dtype=dtype, progress=progress, trust_remote_code=trust_remote_code)
         if tasks is not None:
@@ -87,8 +93,11 @@ def eval(
             ]
         else:
             pairs = [(model, loaded, None)]
+        _warn_of_seen_text(recipe or [], protocols, progress)
         found = [
-            (n, evaluate(m, against=b, protocol=protocol, seed=seed, progress=progress)) for n, m, b in pairs
+            (name, evaluate(candidate, against=base, protocol=one, seed=seed, progress=progress))
+            for one in protocols
+            for name, candidate, base in pairs
         ]
     rows = [
         {"recipe": name, "protocol": e.protocol, "against": e.base, **e.quality.to_dict()}
@@ -96,6 +105,27 @@ def eval(
     ]
     emit(rows, QUALITY_COLUMNS, format)
     return 0
+
+
+def _protocol(text: str, window: int | None, windows: int | None) -> "Protocol":
+    """A name alone is measured on a few windows, an id on what it says."""
+    from bitassay.data.windows import Protocol
+
+    is_name = not {"/", "["} & set(text)
+    given = WINDOWS if windows is None and is_name else windows or None
+    return Protocol.parse(text, window_tokens=window, windows=given)
+
+
+def _warn_of_seen_text(recipes: list[str], protocols: "list[Protocol]", progress: "Progress") -> None:
+    from bitassay.data.corpora import same_text
+    from bitassay.quantize.calibration import Calibration
+    from bitassay.quantize.recipe import find_recipe
+
+    for recipe in map(find_recipe, recipes):
+        corpus = (recipe.calibration or Calibration()).corpus
+        for one in protocols:
+            if recipe.is_calibrated and same_text(corpus, one.corpus):
+                progress(f"{recipe.name} was calibrated on the text of {one.id}, which flatters it")
 
 
 def _tasks(

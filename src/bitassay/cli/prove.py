@@ -174,7 +174,7 @@ def _same_run(model: Any, out: Path, options: dict[str, Any]) -> None:
 
 def _finished(model: Any, path: Path, text: str, nonce: str) -> "Trace | None":
     """The trace at `path` where it is whole and answers this request."""
-    from bitassay.verify.prove import encode_prompt
+    from bitassay.generate.prompts import encode_prompt
     from bitassay.verify.trace import TraceError, read_trace
 
     if not path.exists():

@@ -1,7 +1,7 @@
 """Text to measure on: corpora and prompts, from a local folder or from what this package carries.
 
-`BITASSAY_DATA` names a folder of data sets (searched first); without it the bundled files are used. A result
-always says which.
+`BITASSAY_DATA` names a folder of data sets (searched first); without it the bundled files are used, where the
+licence of a text lets it be carried. A result always says which.
 """
 
 import gzip
@@ -9,16 +9,54 @@ import io
 import json
 import os
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
+from itertools import islice
 from pathlib import Path
 
-from bitassay.errors import BitassayError, nearest
+from bitassay.errors import BitassayError, MissingError, nearest
 
-# name -> (paths searched under BITASSAY_DATA, bundled file)
+
+@dataclass(frozen=True)
+class CorpusFiles:
+    """Where a corpus lies: paths searched under BITASSAY_DATA, the bundled file (None: it may not be
+    carried), and how its text is made from the file."""
+
+    paths: tuple[str, ...]
+    bundled: str | None
+    text: Callable[[Path], str]
+    max_windows: int | None = None
+
+
+C4_DOCUMENTS = 1100
+C4_TRAIN = ("c4/c4_en_train_first1000.jsonl.gz",)
 CORPORA = {
-    "wikitext2-raw": (("wikitext2/wiki.test.raw.gz", "wikitext2/wiki.test.raw"), "wikitext2-test.raw.gz"),
-    "c4-train": (("c4/c4_en_train_first1000.jsonl.gz",), "c4-train-1000.jsonl.gz"),
+    "wikitext2-raw": CorpusFiles(
+        ("wikitext2/wiki.test.raw.gz", "wikitext2/wiki.test.raw"),
+        "wikitext2-test.raw.gz",
+        lambda path: "\n\n".join(line if line.strip() else "" for line in _lines(path)),
+    ),
+    "c4-new": CorpusFiles(
+        ("c4/c4-validation.00000-of-00008.json.gz", "c4/en/c4-validation.00000-of-00008.json.gz"),
+        None,
+        lambda path: " ".join(_field(path, "text", C4_DOCUMENTS)),
+        max_windows=256,
+    ),
+    "c4-train-new": CorpusFiles(
+        C4_TRAIN,
+        "c4-train-1000.jsonl.gz",
+        lambda path: " ".join(_field(path, "text", C4_DOCUMENTS)),
+        max_windows=256,
+    ),
+    "ptb-new": CorpusFiles(
+        ("ptb/ptb.test.txt.gz", "ptb/ptb.test.txt"),
+        None,
+        lambda path: " ".join(line.strip() for line in _lines(path)),
+    ),
+    "c4-train": CorpusFiles(
+        C4_TRAIN, "c4-train-1000.jsonl.gz", lambda path: "\n\n".join(_field(path, "text"))
+    ),
 }
 
 
@@ -33,24 +71,34 @@ class Corpus:
 
 def corpus(name: str) -> Corpus:
     """The corpus called `name`, joined as its protocol wants. Raises BitassayError for an unknown name or an
-    empty file.
+    empty file, MissingError for a text that neither BITASSAY_DATA nor the package has.
 
-    wikitext2-raw: the lines of the raw test set joined by two newlines, blank lines as empty strings. That is
-    how the data set's rows are joined in GPTQ's evaluation, which the published WikiText-2 perplexities of
-    quantized models follow. c4-train: the first 1000 documents of C4's English training set, joined by an
-    empty line; for calibration, never for measuring.
+    wikitext2-raw   the lines of the raw test set joined by two newlines, blank lines as empty strings. That
+                    is how the data set's rows are joined in GPTQ's evaluation, which the published WikiText-2
+                    perplexities of quantized models follow.
+    c4-new          the first 1100 documents of C4's English validation set (its first file), joined by a
+                    space: GPTQ's `c4-new`, of which 256 windows are read.
+    c4-train-new    the same of the training set, of which 1000 documents are at hand: a stand-in where the
+                    validation set is not, never comparable with published numbers, and not for recipes that
+                    were calibrated on C4.
+    ptb-new         the lines of the Penn Treebank test set (Mikolov's preprocessing), stripped, joined by a
+                    space: GPTQ's `ptb-new`.
+    c4-train        the documents of c4-train-new joined by an empty line; for calibration, never for
+                    measuring.
     """
     if name not in CORPORA:
         raise BitassayError(f"unknown corpus {name!r}; the nearest are {nearest(name, CORPORA)}")
-    path, source = _locate(*CORPORA[name])
-    if ".jsonl" in path.name:
-        text = "\n\n".join(_field(path, "text"))
-    else:
-        lines = io.StringIO(read_text(path))  # splits at \n alone, unlike str.splitlines
-        text = "\n\n".join(line if line.strip() else "" for line in lines)
+    path, source = _locate(name)
+    text = CORPORA[name].text(path)
     if not text.strip():
         raise BitassayError(f"{path}: the corpus is empty", "restore the file, or unset BITASSAY_DATA")
     return Corpus(name, text, source)
+
+
+def same_text(first: str, second: str) -> bool:
+    """Whether two corpora are read from the same files: what is calibrated on one is flattered by the
+    other."""
+    return CORPORA[first].paths == CORPORA[second].paths
 
 
 def bundled_prompts() -> list[str]:
@@ -71,12 +119,16 @@ def prompts_from(path: Path) -> list[str]:
     return lines
 
 
-def _field(path: Path, name: str) -> list[str]:
-    """The field `name` of every JSON line of a file."""
+def _lines(path: Path) -> io.StringIO:
+    """Lines with their ends, split at line feeds alone, unlike str.splitlines."""
+    return io.StringIO(read_text(path))
+
+
+def _field(path: Path, name: str, count: int | None = None) -> list[str]:
+    """The field `name` of every JSON line of a file, or of the first `count`."""
     values = []
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
+    filled = ((n, line) for n, line in enumerate(read_text(path).split("\n"), 1) if line.strip())
+    for number, line in islice(filled, count):
         try:
             value = json.loads(line)[name]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
@@ -99,8 +151,17 @@ def read_text(path: Path) -> str:
         raise BitassayError(f"{path}: truncated or not UTF-8 text ({error})", "restore the file") from error
 
 
-def _locate(candidates: tuple[str, ...], bundled: str) -> tuple[Path, str]:
-    return in_data_folder(candidates) or bundled_file(bundled)
+def _locate(name: str) -> tuple[Path, str]:
+    known = CORPORA[name]
+    if found := in_data_folder(known.paths):
+        return found
+    if known.bundled is None:
+        raise MissingError(
+            f"{name}: its text does not come with this package, and BITASSAY_DATA has none",
+            f"set BITASSAY_DATA to a folder with {known.paths[0]}"
+            + (", or take c4-train-new" if name == "c4-new" else ""),
+        )
+    return bundled_file(known.bundled)
 
 
 def in_data_folder(candidates: tuple[str, ...]) -> tuple[Path, str] | None:

@@ -58,6 +58,10 @@ class RunFolder:
         write_json(path, value)
         return value
 
+    def has(self, name: str) -> bool:
+        """Whether the JSON value of a part is finished."""
+        return (self.path / "parts" / f"{name}.json").exists()
+
     def has_tensors(self, name: str) -> bool:
         return (self.path / "parts" / f"{name}.safetensors").exists()
 

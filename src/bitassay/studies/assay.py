@@ -30,6 +30,7 @@ from bitassay.errors import BitassayError
 from bitassay.evaluate.compare import BASE, score_windows, summarise
 from bitassay.evaluate.divergence import TokenScores
 from bitassay.generate.decode import TokenIds
+from bitassay.generate.prompts import encode_prompt
 from bitassay.models.load import identity, load, tokenizer
 from bitassay.quantize.model import (
     Quantization,
@@ -48,7 +49,7 @@ from bitassay.record.run import RunFolder
 from bitassay.verify.calibrate import calibrate
 from bitassay.verify.pooled import pooled_verdict
 from bitassay.verify.profile import Profile
-from bitassay.verify.prove import encode_prompt, prove_many
+from bitassay.verify.prove import prove_many
 from bitassay.verify.verdict import verify_many
 
 SCHEMA = 1

@@ -6,7 +6,6 @@ decoding, the bytes of the weights over the measured read bandwidth. It leaves o
 everything else that is short.
 """
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from bitassay.bench.roofline import matrix_peak, stream_bandwidth
 from bitassay.models.load import as_dtype
 from bitassay.models.source import resolve
 from bitassay.quantize.calibration import Calibration
@@ -99,20 +99,11 @@ def _calibration_flops(recipe: Recipe, parameters: int) -> float:
 
 def _flops(dtype: torch.dtype) -> float:
     """Measured floating-point operations a second of a matrix product of a decoder's size."""
-    a, b = torch.ones(512, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
-    return 2 * 512 * 1024 * 1024 / _median_seconds(lambda: a @ b)
+    peak = matrix_peak(str(dtype).removeprefix("torch."), torch.device("cpu"), (512, 1024, 1024))
+    assert peak is not None
+    return peak
 
 
 def _bandwidth() -> float:
     """Measured bytes a second of reading a matrix far larger than the caches."""
-    a, x = torch.ones(8192, 4096), torch.ones(4096)
-    return a.numel() * 4 / _median_seconds(lambda: a @ x)
-
-
-def _median_seconds(work) -> float:
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return sorted(times)[2]
+    return stream_bandwidth(torch.device("cpu"), 2**27)

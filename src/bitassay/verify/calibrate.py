@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError, nearest
 from bitassay.generate.decode import TokenIds
+from bitassay.generate.prompts import encode_prompt
 from bitassay.generate.sampling import GREEDY, Sampler
 from bitassay.models.load import identity
 from bitassay.record.hashing import digest_json
@@ -35,7 +36,7 @@ from bitassay.verify.profile import (
     statistics,
     token_statistic,
 )
-from bitassay.verify.prove import BATCH, encode_prompt, prove_many
+from bitassay.verify.prove import BATCH, prove_many
 from bitassay.verify.structure import shape_defects
 from bitassay.verify.trace import ModelClaim, Sampling, Trace
 

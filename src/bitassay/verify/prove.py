@@ -8,9 +8,10 @@ from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError
 from bitassay.generate.decode import TokenIds, generate
+from bitassay.generate.prompts import encode_prompt
 from bitassay.generate.sampling import GREEDY, Sampler
 from bitassay.generate.taps import tap_layers
-from bitassay.models.load import Identity, identity, tokenizer
+from bitassay.models.load import Identity, identity
 from bitassay.record.progress import Progress, silent
 from bitassay.verify.numerics import STATE_DTYPES, numerics
 from bitassay.verify.trace import Header, ModelClaim, Sampling, Trace
@@ -95,18 +96,6 @@ def prove_many(
             traces[index] = Trace(header, generation.states)
     progress("generating", len(order), len(order))
     return [traces[index] for index in range(len(ids))]
-
-
-def encode_prompt(model: PreTrainedModel, prompt: str | TokenIds) -> tuple[int, ...]:
-    """Token ids of a prompt: text as one user message in the chat template, or as it is where there is
-    none."""
-    if not isinstance(prompt, str):
-        return tuple(int(token) for token in prompt)
-    tokens = tokenizer(model)
-    if getattr(tokens, "chat_template", None):
-        message = [{"role": "user", "content": prompt}]
-        return tuple(tokens.apply_chat_template(message, add_generation_prompt=True, return_dict=False))  # type: ignore[arg-type]
-    return tuple(tokens(prompt).input_ids)
 
 
 def fresh_nonce() -> str:

@@ -1,0 +1,158 @@
+"""What is timed: cells, one for each batch size and each context length; and how one model times a cell.
+
+A cell is `batch` prompts of `prompt_tokens` tokens read at once, then `new_tokens` greedy steps. The first
+time that a process sees a cell it runs it once without the clock: that warms caches up, makes the kernels'
+own arrangements of the codes, and shows how much memory the cell takes.
+
+A cell that cannot be run is skipped with the reason: it has more tokens than the model has positions, or
+needs more memory than is free, by an estimate or because the attempt failed.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import psutil
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from bitassay.bench.environment import environment
+from bitassay.bench.memory import peak_memory
+from bitassay.bench.roofline import Matrices, machine_limits, matrices_of, product_dtype
+from bitassay.bench.throughput import Times, time_once
+from bitassay.data.corpora import corpus
+from bitassay.errors import BitassayError
+from bitassay.generate.decode import context_length
+from bitassay.models.load import tokenizer
+from bitassay.quantize.kv_cache import token_bytes
+from bitassay.quantize.model import bits_per_weight, parameter_count, quantization_of, size_bytes
+
+TEXT_LETTERS = 200_000
+CORPUS = "wikitext2-raw"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One line of the table. kind: `batch`, of short prompts, or `context`, of one long prompt."""
+
+    kind: str
+    batch: int
+    prompt_tokens: int
+    new_tokens: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}-{self.batch}x{self.prompt_tokens}+{self.new_tokens}"
+
+
+class Runner(Protocol):
+    """Something that holds one model and times it: here, or in a process of its own."""
+
+    def facts(self) -> dict[str, Any]:
+        """What is known of the model without running it."""
+        ...
+
+    def limits(self) -> dict[str, Any]:
+        """`machine_limits` of its device, measured now."""
+        ...
+
+    def measure(self, cell: Cell) -> dict[str, Any]:
+        """The times of a cell, or `{"skipped": why}`."""
+        ...
+
+
+class LocalRunner:
+    """A model in this process."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+        self.matrices: Matrices = matrices_of(model)
+        self._ids: Int[Tensor, " tokens"] | None = None
+        self._peaks: dict[Cell, dict[str, Any]] = {}
+
+    def facts(self) -> dict[str, Any]:
+        done = quantization_of(self.model)
+        return {
+            "recipe_id": done.recipe.recipe_id if done else None,
+            "parameters": parameter_count(self.model),
+            "bits_per_weight": bits_per_weight(self.model),
+            "checkpoint_bytes": size_bytes(self.model),
+            "weight_bytes_per_token": self.matrices.token_bytes,
+            "kv_bytes_per_token": self._cache_token_bytes(),
+            "resident_bytes": psutil.Process().memory_info().rss,
+            "device": self.model.device.type,
+            "dtype": str(self.model.dtype)[6:],
+            "product_dtype": product_dtype(self.model),
+            "context_length": context_length(self.model),
+            "environment": environment(),
+        }
+
+    def limits(self) -> dict[str, Any]:
+        return machine_limits(self.model.device)
+
+    def measure(self, cell: Cell) -> dict[str, Any]:
+        if why := self._impossible(cell):
+            return {"skipped": why}
+        prompts = self.prompts(cell)
+        try:
+            if cell not in self._peaks:
+                with peak_memory(self.model.device) as peak:
+                    time_once(self.model, prompts, cell.new_tokens)
+                self._peaks[cell] = {"peak_resident_bytes": peak.resident, "peak_device_bytes": peak.device}
+            times = time_once(self.model, prompts, cell.new_tokens)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return {"skipped": "out of memory"}
+        return {**asdict(times), **self._peaks[cell], "costs": self._costs(cell, times)}
+
+    def _costs(self, cell: Cell, times: Times) -> dict[str, Any]:
+        total = cell.prompt_tokens + cell.new_tokens
+        context = cell.prompt_tokens + cell.new_tokens // 2  # in the middle of the decode steps
+        cost = {
+            "prefill": self.matrices.prefill(cell.batch, cell.prompt_tokens),
+            "decode": self.matrices.decode(cell.batch, context, times.cache_bytes * context / total),
+        }
+        return {name: asdict(one) for name, one in cost.items()}
+
+    def _impossible(self, cell: Cell) -> str:
+        """Why the cell cannot be run; empty where it may be tried."""
+        total, limit = cell.prompt_tokens + cell.new_tokens, context_length(self.model)
+        if limit is not None and total > limit:
+            return f"the model has {limit} positions"
+        if self.model.device.type != "cpu":
+            return ""  # tried: what a device has free says little about what an allocator can reuse
+        needed, free = self.needed_bytes(cell), psutil.virtual_memory().available
+        return f"needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free" if needed > free else ""
+
+    def needed_bytes(self, cell: Cell) -> int:
+        """About what a cell takes beside the weights: its cache, and the widest activations of a prefill."""
+        text = self.model.config.get_text_config(decoder=True)
+        wide = 6 * text.hidden_size + 4 * (getattr(text, "intermediate_size", None) or 4 * text.hidden_size)
+        prompt = cell.batch * cell.prompt_tokens
+        cache = (self._cache_token_bytes() or 0) * (prompt + cell.batch * cell.new_tokens)
+        return 2 * cache + prompt * wide * self.model.dtype.itemsize
+
+    def _cache_token_bytes(self) -> int | None:
+        """None where a cache holds something else than a key and a value a head."""
+        try:
+            spec = getattr(self.model, "kv_cache", None)
+            size = token_bytes(self.model.config, spec)
+        except BitassayError:
+            return None
+        return size if spec is not None else size * self.model.dtype.itemsize // 2
+
+    def prompts(self, cell: Cell) -> Int[Tensor, "batch tokens"]:
+        """Text of WikiText-2, from its beginning again where it is too short."""
+        if self._ids is None:
+            text = corpus(CORPUS).text[:TEXT_LETTERS]
+            self._ids = torch.tensor(tokenizer(self.model)(text, verbose=False).input_ids)
+        count = cell.batch * cell.prompt_tokens
+        return self._ids.repeat(-(-count // len(self._ids)))[:count].view(cell.batch, cell.prompt_tokens)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed; torch's CPU allocator says so in a RuntimeError's text alone."""
+    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return known or "DefaultCPUAllocator" in str(error) or "can't allocate memory" in str(error)

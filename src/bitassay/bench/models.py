@@ -1,0 +1,257 @@
+"""Time models beside each other and beside what the machine could do: `bench`.
+
+Every model is packed, as it would be run, in a process of its own. A round measures the machine's limits,
+then every cell (`cells.py`) by every model in turn, in another order each round; figures are medians over
+rounds, and comparisons with the base model are ratios within rounds (`rounds.py`). The share of the bound
+that was reached (`roofline.py`) is within rounds too.
+
+Each cell of each round is a part of the run folder: the same command goes on where it was stopped.
+"""
+
+import os
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from bitassay.bench.cells import Cell, Runner
+from bitassay.bench.roofline import Cost
+from bitassay.bench.rounds import INTERVAL, ratio_of, spread, turns
+from bitassay.bench.worker import Job, Worker
+from bitassay.errors import BitassayError
+from bitassay.models.load import Identity, as_dtype
+from bitassay.models.source import resolve
+from bitassay.quantize.recipe import Recipe, find_recipe
+from bitassay.record.files import write_json
+from bitassay.record.hashing import digest_json
+from bitassay.record.progress import Progress, silent
+from bitassay.record.run import RunFolder
+
+SCHEMA = 1
+BASE = "base"
+BATCHES = (1, 2, 4, 8, 16, 32)
+CONTEXTS = (512, 1024, 2048, 4096, 8192)
+
+
+@dataclass(frozen=True)
+class BenchPlan:
+    """What is timed: prompts of `prompt_tokens` in each of `batches`, and one prompt of each length of
+    `contexts`; `repeats` rounds of all."""
+
+    model: str
+    recipes: tuple[Recipe, ...] = ()
+    candidates: tuple[str, ...] = ()
+    batches: tuple[int, ...] = BATCHES
+    contexts: tuple[int, ...] = CONTEXTS
+    prompt_tokens: int = 128
+    new_tokens: int = 16
+    repeats: int = 5
+    dtype: str = "bfloat16"
+    device: str = "cpu"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        as_dtype(self.dtype)
+        names = [BASE, *(recipe.name for recipe in self.recipes), *self.candidates]
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise BitassayError(f"two rows would be called {repeated[0]!r}", "name each of them once")
+        numbers = (*self.batches, *self.contexts, self.prompt_tokens, self.new_tokens, self.repeats)
+        if min(numbers) < 1:
+            raise BitassayError(f"a batch, length or number of repeats is {min(numbers)}", "at least 1")
+        if not self.cells:
+            raise BitassayError("there is nothing to time", "--batches 1, or --contexts 512")
+
+    @property
+    def cells(self) -> list[Cell]:
+        short = [Cell("batch", batch, self.prompt_tokens, self.new_tokens) for batch in self.batches]
+        return short + [Cell("context", 1, length, self.new_tokens) for length in self.contexts]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"recipes": [recipe.model_dump(mode="json") for recipe in self.recipes]}
+
+
+def bench(
+    model: str,
+    recipes: Sequence[str | Path | Recipe] = (),
+    *,
+    out: Path | None = None,
+    progress: Progress = silent,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> tuple[dict[str, Any], Path]:
+    """Time MODEL, what `recipes` make of it, and other models; `options` are fields of BenchPlan. Returns the
+    run (the content of run.json) and its folder.
+
+    Raises BitassayError for bad input.
+    """
+    plan = BenchPlan(model, tuple(find_recipe(recipe) for recipe in recipes), **options)
+    sources = {name: resolve(name, progress) for name in (model, *plan.candidates)}
+    digests = {name: Identity(source).weights_digest for name, source in sources.items()}
+    folder = _open_folder(plan, sources[model].name, digests, out)
+    progress(f"run {folder.run_id} in {folder.path}")
+    common = {
+        "dtype": plan.dtype,
+        "device": plan.device,
+        "threads": plan.threads,
+        "trust_remote_code": trust_remote_code,
+    }
+    jobs = {BASE: Job(model, **common)}
+    jobs |= {recipe.name: Job(model, recipe, **common) for recipe in plan.recipes}
+    jobs |= {name: Job(name, **common) for name in plan.candidates}
+
+    started: dict[str, Worker] = {}
+
+    def runner(name: str) -> Worker:
+        if name not in started:
+            progress(f"{name}: starting")
+            place = folder.path / "workers" / f"{list(jobs).index(name):02d}"
+            place.mkdir(parents=True, exist_ok=True)
+            started[name] = Worker(Path(name).name, jobs[name], place, progress)
+        return started[name]
+
+    try:
+        facts, rounds = measure_rounds(list(jobs), runner, plan.cells, plan.repeats, folder, progress)
+    finally:
+        for worker in started.values():
+            worker.stop()
+    run = {
+        "schema": SCHEMA,
+        "kind": "bench",
+        "run_id": folder.run_id,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "model": {
+            "name": sources[model].name,
+            "origin": sources[model].origin,
+            "weights_digest": digests[model],
+        },
+        "settings": plan.to_dict(),
+        "interval": INTERVAL,
+        **summarise(facts, rounds, plan.cells),
+    }
+    write_json(folder.path / "run.json", run)
+    return run, folder.path
+
+
+def measure_rounds(
+    names: Sequence[str],
+    runner: Callable[[str], Runner],
+    cells: Sequence[Cell],
+    repeats: int,
+    folder: RunFolder,
+    progress: Progress = silent,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Facts by model, and for each round the machine's limits and, by cell, the load (runnable processes,
+    over a minute) and the answer of every model. What the folder has is not measured again."""
+    facts = {
+        name: folder.part(f"facts-{place:02d}", lambda name=name: runner(name).facts())
+        for place, name in enumerate(names)
+    }
+    rounds, steps = [], 0
+    for round_ in range(repeats):
+        found: dict[str, Any] = {
+            "limits": folder.part(f"round-{round_:02d}-limits", lambda: runner(names[0]).limits()),
+            "cells": {},
+        }
+        for cell in cells:
+
+            def answers(cell: Cell = cell, round_: int = round_) -> dict[str, Any]:
+                load = os.getloadavg()[0]
+                given = {name: runner(name).measure(cell) for name in turns(names, round_)}
+                return {"load": load, "answers": given}
+
+            found["cells"][cell.name] = folder.part(f"round-{round_:02d}-{cell.name}", answers)
+            steps += 1
+            progress("timing", steps, repeats * len(cells))
+        rounds.append(found)
+    return facts, rounds
+
+
+def summarise(
+    facts: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]], cells: Sequence[Cell]
+) -> dict[str, Any]:
+    """The parts of run.json that are made of measurements: environment, machine, models, rows, rounds.
+
+    The first model is the base. A row is one cell by one model: medians, spread ((largest - smallest) /
+    median), ratios to the base with intervals, costs, shares of the bound, peaks of memory; or `skipped`, why
+    there is none of that.
+    """
+    base = next(iter(facts))
+    limits = [one["limits"] for one in rounds]
+    peaks = limits[0]["peaks"]
+    machine = {
+        "bandwidth": statistics.median(one["bandwidth"] for one in limits),
+        "peaks": {name: statistics.median(one["peaks"][name] for one in limits) for name in peaks},
+        "load": [round(one["cells"][cell.name]["load"], 2) for one in rounds for cell in cells],
+    }
+    rows = [
+        {"model": name, **asdict(cell), **_row(name, base, cell, facts[name], rounds)}
+        for cell in cells
+        for name in facts
+    ]
+    return {
+        "environment": facts[base]["environment"],
+        "machine": machine,
+        "models": [
+            {"model": name, **{key: value for key, value in known.items() if key != "environment"}}
+            for name, known in facts.items()
+        ],
+        "rows": rows,
+        "rounds": list(rounds),
+    }
+
+
+def _row(
+    name: str, base: str, cell: Cell, known: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    answers = [one["cells"][cell.name]["answers"] for one in rounds]
+    mine = [one[name] for one in answers]
+    if skipped := [one["skipped"] for one in mine if "skipped" in one]:
+        return {"skipped": skipped[0]}
+    prefill, decode = ([one[key] for one in mine] for key in ("first_token_s", "decode_s"))
+    costs = {phase: Cost(**cost) for phase, cost in mine[0]["costs"].items()}
+    row: dict[str, Any] = {
+        "ttft_s": statistics.median(prefill),
+        "prefill_tok_s": cell.batch * cell.prompt_tokens / statistics.median(prefill),
+        "prefill_samples_s": cell.batch / statistics.median(prefill),
+        "decode_tok_s": cell.batch * cell.new_tokens / statistics.median(decode),
+        "prefill_spread": spread(prefill),
+        "decode_spread": spread(decode),
+        "cache_bytes": mine[0]["cache_bytes"],
+        "peak_resident_bytes": max(one["peak_resident_bytes"] for one in mine),
+        "peak_device_bytes": mine[0]["peak_device_bytes"],
+    }
+    steps = {"prefill": prefill, "decode": [one / cell.new_tokens for one in decode]}
+    for phase, seconds in steps.items():
+        dtype = known["product_dtype"] if phase == "prefill" else known["dtype"]
+        bounds = [_bound(costs[phase], one["limits"], dtype) for one in rounds]
+        shares = [None if a is None else a / b for a, b in zip(bounds, seconds, strict=True)]
+        measured = [share for share in shares if share is not None]
+        row[f"{phase}_bytes"], row[f"{phase}_flop"] = costs[phase].bytes, costs[phase].flop
+        row[f"{phase}_flop_per_byte"] = costs[phase].flop_per_byte
+        row[f"{phase}_share_of_bound"] = statistics.median(measured) if measured else None
+        theirs = [one[base] for one in answers]
+        if name != base and not any("skipped" in one for one in theirs):
+            key = "first_token_s" if phase == "prefill" else "decode_s"
+            ratio = ratio_of([one[key] for one in theirs], [one[key] for one in mine])
+            row[f"{phase}_ratio"], row[f"{phase}_ratio_ci"] = ratio.value, ratio.interval
+    return row
+
+
+def _bound(cost: Cost, limits: Mapping[str, Any], dtype: str) -> float | None:
+    """The least seconds; None where the device's peak at that dtype is not known."""
+    peak = limits["peaks"].get(dtype)
+    return None if peak is None else cost.bound_s(limits["bandwidth"], peak)
+
+
+def _open_folder(plan: BenchPlan, name: str, digests: dict[str, str], out: Path | None) -> RunFolder:
+    content = {
+        "kind": "bench",
+        "schema": SCHEMA,
+        **plan.to_dict(),
+        "weights_digests": digests,
+        "versions": {name: version(name) for name in ("bitassay", "torch", "transformers")},
+    }
+    return RunFolder(out or Path("runs") / f"bench-{name}-{digest_json(content)[:8]}", content)

@@ -1,0 +1,195 @@
+"""The least time that a forward pass can take on a machine: the roofline (Williams et al. 2009, "Roofline: an
+insightful visual performance model").
+
+    t >= max( bytes / bandwidth, flop / peak )
+
+bandwidth (bytes/s) and peak (FLOP/s, by dtype) are measured on the spot, as the best of a few repeats: of
+reading a buffer far larger than most caches, and of a product of two matrices. Bytes and FLOP are counted:
+
+    bytes   every weight that the pass needs, as it is stored (codes, scales, zero points), once; of a
+            mixture, the experts that `tokens` tokens reach on average where routing is even; and for a decode
+            step the keys and values of the context
+    flop    2 a weight and token, and 4 x heads x width a layer for each key that a token looks at
+
+Left out: activations, norms, and what a kernel really reads: codes of 2 or 3 bits are kept in 4 by torch's
+kernel, and where weights are dequantized first, they are written and read again. All of that shows as a
+smaller share of the bound. A model that fits into the processor's cache can do better than the bound.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+from transformers import PreTrainedModel
+
+from bitassay.models.walk import walk
+from bitassay.quantize.linear import QuantizedLinear
+from bitassay.quantize.model import quantization_of
+from bitassay.quantize.products import product_kind
+
+BUFFER_BYTES = 256 * 2**20
+CPU_SHAPE = (512, 2048, 2048)
+GPU_SHAPE = (8192, 8192, 8192)
+PEAK_DTYPES = ("float32", "bfloat16", "int8", "fp8")
+REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one forward pass needs: bytes that are read, floating-point (or integer) operations."""
+
+    bytes: float
+    flop: float
+
+    @property
+    def flop_per_byte(self) -> float:
+        return self.flop / self.bytes
+
+    def bound_s(self, bandwidth: float, peak: float) -> float:
+        """The least seconds, with bandwidth in bytes/s and peak in FLOP/s."""
+        return max(self.bytes / bandwidth, self.flop / peak)
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """A model's weights in a forward pass, as bytes and numbers: of the layers without experts, of experts,
+    and of the output head. reached: the share of experts that one token reaches."""
+
+    body_bytes: float
+    body_weights: int
+    expert_bytes: float
+    expert_weights: int
+    head_bytes: float
+    head_weights: int
+    reached: float
+    attention_flop: int  # a token and key
+
+    @property
+    def token_bytes(self) -> float:
+        """Bytes of weights that decoding one token reads."""
+        return self.body_bytes + self.reached * self.expert_bytes + self.head_bytes
+
+    def decode(self, batch: int, context: int, cache_bytes: float) -> Cost:
+        """One step of `batch` sequences with `context` tokens each behind them, whose cache takes
+        `cache_bytes` in all."""
+        return self._cost(batch, batch, batch * context, cache_bytes)
+
+    def prefill(self, batch: int, tokens: int) -> Cost:
+        """`batch` prompts of `tokens` tokens, of which only the last has logits; each token looks at those
+        before it."""
+        return self._cost(batch * tokens, batch, batch * tokens * (tokens + 1) / 2, 0)
+
+    def _cost(self, tokens: int, rows: int, keys: float, cache_bytes: float) -> Cost:
+        touched = 1 - (1 - self.reached) ** tokens
+        weights = self.body_weights + self.reached * self.expert_weights
+        return Cost(
+            self.body_bytes + touched * self.expert_bytes + self.head_bytes + cache_bytes,
+            2 * (tokens * weights + rows * self.head_weights) + self.attention_flop * keys,
+        )
+
+
+def matrices_of(model: PreTrainedModel) -> Matrices:
+    """Count the weights of a model, packed or dense."""
+    done = quantization_of(model)
+    tensors = done.tensors if done is not None else {}
+    embedding, output = model.get_input_embeddings().weight, model.get_output_embeddings()
+    assert output is not None
+    head = output.weight
+    experts, counted = set(walk(model).experts), set[str]()
+    size = {"body": [0.0, 0], "expert": [0.0, 0], "head": [0.0, 0]}
+
+    def add(kind: str, size_bytes: float, weights: int) -> None:
+        size[kind][0] += size_bytes
+        size[kind][1] += weights
+
+    for name, tensor in tensors.items():
+        kind = "expert" if name.rpartition(".")[2].isdigit() else "body"
+        add(kind, tensor.stored_bits / 8, tensor.shape[0] * tensor.shape[1])
+        counted |= {f"{name}.weight", name.rpartition(".")[0]}
+    for name, parameter in model.named_parameters():
+        if parameter is head:
+            add("head", parameter.nbytes, parameter.numel())
+        elif parameter is not embedding and name not in counted:  # of the embedding, a row a token is read
+            add("expert" if name in experts else "body", parameter.nbytes, parameter.numel())
+    text = model.config.get_text_config(decoder=True)
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return Matrices(
+        *(part for kind in ("body", "expert", "head") for part in size[kind]),  # type: ignore[arg-type]
+        reached=_reached(text) if size["expert"][1] else 1.0,
+        attention_flop=4 * text.num_hidden_layers * text.num_attention_heads * width,
+    )
+
+
+def _reached(config: Any) -> float:
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    count = next((n for name in names if (n := getattr(config, name, None))), None)
+    chosen = getattr(config, "num_experts_per_tok", None)
+    return chosen / count if chosen and count else 1.0
+
+
+def product_dtype(model: PreTrainedModel) -> str:
+    """The dtype of the matrix products of a prefill: the model's own, or that of codes on both sides."""
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear) and module.inputs is not None:
+            return product_kind(module.quantized, module.inputs, module.dtype) or str(module.dtype)[6:]
+    return str(model.dtype)[6:]
+
+
+def stream_bandwidth(device: torch.device, buffer_bytes: int = BUFFER_BYTES) -> float:
+    """Bytes a second of reading: the best of a sum over a buffer and of a matrix-vector product."""
+    rows = max(1, buffer_bytes // 4 // 4096)
+    matrix, vector = torch.ones(rows, 4096, device=device), torch.ones(4096, device=device)
+    seconds = min(_best(matrix.sum, device), _best(lambda: matrix @ vector, device))
+    return matrix.nbytes / seconds
+
+
+def matrix_peak(dtype: str, device: torch.device, shape: tuple[int, int, int] | None = None) -> float | None:
+    """FLOP a second of a product `[m, k] x [n, k]^T` with shape (m, n, k); None where the device has no
+    product of that dtype (fp8 on a CPU)."""
+    m, n, k = shape or (GPU_SHAPE if device.type == "cuda" else CPU_SHAPE)
+    if dtype == "fp8" and device.type != "cuda":
+        return None
+    function = _product(dtype, torch.ones(m, k, device=device), torch.ones(n, k, device=device))
+    return 2 * m * n * k / _best(function, device)
+
+
+def _product(dtype: str, x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
+    if dtype == "int8":
+        a, b = x.to(torch.int8), weight.to(torch.int8)
+        return lambda: torch.ops.aten._int_mm(a, b.t())
+    if dtype == "fp8":
+        a, b = x.to(torch.float8_e4m3fn), weight.to(torch.float8_e4m3fn)
+        one = torch.ones((), device=x.device)
+        return lambda: torch.ops.aten._scaled_mm(a, b.t(), one, one, out_dtype=torch.bfloat16)
+    a, b = x.to(getattr(torch, dtype)), weight.to(getattr(torch, dtype))
+    return lambda: linear(a, b)
+
+
+def machine_limits(device: torch.device) -> dict[str, Any]:
+    """Bandwidth in bytes/s and the peaks in FLOP/s that the device has, as JSON values."""
+    peaks = {dtype: matrix_peak(dtype, device) for dtype in PEAK_DTYPES}
+    return {
+        "bandwidth": stream_bandwidth(device),
+        "peaks": {dtype: peak for dtype, peak in peaks.items() if peak is not None},
+    }
+
+
+def _best(function: Callable[[], object], device: torch.device) -> float:
+    """Seconds of the fastest of REPEATS calls, after one that does not count."""
+    times = []
+    for _ in range(REPEATS + 1):
+        start = time.perf_counter()
+        function()
+        wait_for(device)
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def wait_for(device: torch.device) -> None:
+    """Return once everything asked of the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,142 @@
+"""`bitassay bench`: how fast models and products run, beside what the machine could do."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, Parameter
+
+from bitassay.cli.output import Format, emit
+from bitassay.cli.parameters import Names, Numbers
+
+bench = App(
+    name="bench",
+    help="Time models beside what the machine could do; `bench matmul`: error and speed of products.",
+)
+
+
+@bench.default
+def models(
+    model: str,
+    *,
+    recipe: Annotated[list[str] | None, Parameter(negative=())] = None,
+    candidate: Annotated[list[str] | None, Parameter(negative=())] = None,
+    batches: Numbers | None = None,
+    contexts: Numbers | None = None,
+    prompt_tokens: int = 128,
+    new_tokens: int = 16,
+    repeats: int = 5,
+    dtype: str = "bfloat16",
+    device: str = "cpu",
+    threads: int | None = None,
+    out: Path | None = None,
+    trust_remote_code: Annotated[bool, Parameter(negative=())] = False,
+    format: Format = "table",
+) -> int:
+    """Time MODEL and packed quantized models in turn: first token, prefill, decode, memory, by batch size and
+    by context length, and the share of what the machine could do (its bandwidth and matrix peak are measured
+    in the same run).
+
+    Writes run.json and report.html into a run folder. Interrupted, the same command goes on. What the model
+    has no positions for, or the machine no memory, is skipped and says so.
+
+    Args:
+        model: The base model: a name from `bitassay models list`, a folder, a .gguf file or a hub id.
+        recipe: MODEL quantized by this recipe, packed; may be repeated.
+        candidate: Another model, such as a folder that `bitassay quantize` wrote; may be repeated.
+        batches: Batch sizes (default: 1 2 4 8 16 32).
+        contexts: Lengths of one prompt (default: 512 1024 2048 4096 8192).
+        prompt_tokens: Tokens of each prompt of a batch.
+        new_tokens: Greedy steps behind the prompts.
+        repeats: Rounds over everything.
+        dtype: Of the dense parts, and of the base model.
+        device: cpu, cuda or another that torch knows.
+        threads: Of each process (default: torch's own choice).
+        out: Run folder (default: runs/bench-MODEL-ID).
+        trust_remote_code: Run code that comes with the model.
+        format: What to print on stdout; json has every measurement.
+    """
+    from bitassay.bench.models import BATCHES, CONTEXTS, bench
+    from bitassay.cli.progress import show_progress
+    from bitassay.report.bench import (
+        BENCH_COLUMNS,
+        MODEL_COLUMNS,
+        busy,
+        machine_line,
+        shown_columns,
+        write_bench_report,
+    )
+
+    with show_progress() as progress:
+        run, folder = bench(
+            model,
+            recipe or [],
+            candidates=tuple(candidate or ()),
+            batches=BATCHES if batches is None else tuple(batches),
+            contexts=CONTEXTS if contexts is None else tuple(contexts),
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            repeats=repeats,
+            dtype=dtype,
+            device=device,
+            threads=threads,
+            out=out,
+            progress=progress,
+            trust_remote_code=trust_remote_code,
+        )
+    write_bench_report(run, folder / "report.html")
+    if format in ("table", "md"):
+        emit(run["models"], shown_columns(MODEL_COLUMNS, run["models"]), format)
+        print()
+    emit(run["rows"], shown_columns(BENCH_COLUMNS, run["rows"]), format, whole=run)
+    for line in (machine_line(run), busy(run), f"report: {folder / 'report.html'}"):
+        if line:
+            print(line, file=sys.stderr)
+    return 0
+
+
+@bench.command
+def matmul(
+    *,
+    shapes: Names | None = None,
+    draws: int = 4,
+    repeats: int = 5,
+    seed: int = 0,
+    device: str = "cpu",
+    out: Path | None = None,
+    format: Format = "table",
+) -> int:
+    """Error of INT8 and FP8 products with a scale a row or a tensor, beside what the documents say, and their
+    speed as a ratio to fp32 and bf16 products.
+
+    Args:
+        shapes: Rows and columns of the left side; the right one is square (default: 16x512 100x1024
+            4096x4096).
+        draws: Random matrices that errors are averaged over.
+        repeats: Rounds of timing; 0 leaves speed out.
+        seed: Of the matrices.
+        device: cpu, cuda or another that torch knows.
+        out: Write an HTML page here too.
+        format: What to print on stdout.
+    """
+    from bitassay.bench.matmul import SHAPES, matmul
+    from bitassay.cli.progress import show_progress
+    from bitassay.report.bench import MATMUL_COLUMNS, shown_columns, write_matmul_report
+
+    asked = SHAPES if shapes is None else [_shape(text) for text in shapes]
+    with show_progress() as progress:
+        run = matmul(asked, draws=draws, repeats=repeats, seed=seed, device=device, progress=progress)
+    if out is not None:
+        write_matmul_report(run, out)
+        print(f"report: {out}", file=sys.stderr)
+    emit(run["rows"], shown_columns(MATMUL_COLUMNS, run["rows"]), format, whole=run)
+    return 0
+
+
+def _shape(text: str) -> tuple[int, int]:
+    from bitassay.errors import BitassayError
+
+    rows, cross, columns = text.partition("x")
+    if not (cross and rows.isdecimal() and columns.isdecimal()):
+        raise BitassayError(f"{text!r} is not a shape", "rows and columns, such as 16x512")
+    return int(rows), int(columns)

@@ -1,0 +1,245 @@
+"""How far quantized models' own words are from the base model's: every model continues the same prompts
+greedily, one model after the other, and all texts are kept.
+
+Finished batches of texts are parts of the run folder, so that the same command goes on where it was stopped.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from bitassay.bench.environment import environment
+from bitassay.data.corpora import bundled_prompts, prompts_from
+from bitassay.errors import BitassayError
+from bitassay.evaluate.compare import BASE
+from bitassay.evaluate.generation import (
+    BATCH,
+    Text,
+    check_scorers,
+    compare_texts,
+    decoded,
+    greedy_texts,
+    prefix_lengths,
+)
+from bitassay.generate.decode import context_length, vocabulary_size
+from bitassay.generate.prompts import encode_prompt
+from bitassay.models.load import Identity, identity, load
+from bitassay.models.source import resolve
+from bitassay.quantize.model import check_recipe
+from bitassay.quantize.pipeline import quantize_once
+from bitassay.quantize.recipe import Recipe, find_recipe
+from bitassay.record.files import write_json
+from bitassay.record.hashing import digest_json
+from bitassay.record.progress import Progress, silent
+from bitassay.record.run import RunFolder
+
+SCHEMA = 1
+INTERVAL = "95 %, expanded percentile bootstrap over prompts"
+
+
+@dataclass(frozen=True)
+class GenerationPlan:
+    """What is written. recipes: of the base model; candidates: other models with its vocabulary. prompts:
+    how many of the bundled ones, evenly spaced, or of `prompts_file`."""
+
+    model: str
+    recipes: tuple[Recipe, ...] = ()
+    candidates: tuple[str, ...] = ()
+    prompts: int = 32
+    prompts_file: Path | None = None
+    max_new_tokens: int = 64
+    batch: int = BATCH
+    dtype: str = "float32"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        names = [BASE, *(recipe.name for recipe in self.recipes), *self.candidates]
+        if len(names) == 1:
+            raise BitassayError("nothing to compare the model with", "--recipe w4, or --candidate FOLDER")
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise BitassayError(f"two rows would be called {repeated[0]!r}", "name each of them once")
+        for name in ("prompts", "max_new_tokens", "batch"):
+            if getattr(self, name) < 1:
+                raise BitassayError(f"{name} is {getattr(self, name)}", "at least 1")
+
+
+def generation(
+    model: str,
+    recipes: Sequence[str | Path | Recipe] = (),
+    *,
+    out: Path | None = None,
+    progress: Progress = silent,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> tuple[dict[str, Any], Path]:
+    """Let every model write, and compare its texts with the base model's; `options` are fields of
+    GenerationPlan. Returns the run (the content of run.json) and its folder.
+
+    Raises BitassayError for bad input, MissingError without the `generation` extra, before any work is done.
+    """
+    check_scorers()
+    plan = GenerationPlan(model, tuple(find_recipe(recipe) for recipe in recipes), **options)
+
+    def loaded(name: str) -> PreTrainedModel:
+        return load(name, dtype=plan.dtype, progress=progress, trust_remote_code=trust_remote_code)
+
+    base = loaded(model)
+    for recipe in plan.recipes:
+        check_recipe(base, recipe)
+    texts, prompts = _prompts(base, plan)
+    folder = _open_folder(plan, base, texts, out)
+    progress(f"run {folder.run_id} in {folder.path}")
+
+    makers: dict[str, Callable[[], PreTrainedModel]] = {BASE: lambda: base}
+    makers |= {r.name: lambda r=r: quantize_once(base, r, progress=progress) for r in plan.recipes}
+    makers |= {name: lambda name=name: _checked(loaded(name), base, name) for name in plan.candidates}
+    written = {
+        name: _written(folder, f"{place:02d}", make, prompts, plan, _named(name, progress))
+        for place, (name, make) in enumerate(makers.items())
+    }
+    rows = [
+        {"recipe": name, **compare_texts(found, written[BASE], plan.seed).to_dict()}
+        for name, found in written.items()
+    ]
+    run = {
+        **_head(plan, folder, base),
+        "prompts": texts,
+        "texts": {
+            name: [
+                {"text": one.text, "tokens": len(one.ids), "prefix_tokens": prefix, "prefix": shown}
+                for one, prefix, shown in _prefixes(base, found, written[BASE])
+            ]
+            for name, found in written.items()
+        },
+        "rows": rows,
+    }
+    write_json(folder.path / "run.json", run)
+    return run, folder.path
+
+
+def _named(name: str, progress: Progress) -> Progress:
+    def say(what: str, done: int = 0, total: int = 0) -> None:
+        progress(f"{name}: {what}", done, total)
+
+    return say
+
+
+def _prompts(base: PreTrainedModel, plan: GenerationPlan) -> tuple[list[str], list[tuple[int, ...]]]:
+    """Text and token ids of the prompts that leave room for the answer."""
+    every = bundled_prompts() if plan.prompts_file is None else prompts_from(plan.prompts_file)
+    limit = context_length(base)
+    known = [(text, encode_prompt(base, text)) for text in every]
+    fit = [pair for pair in known if limit is None or len(pair[1]) + plan.max_new_tokens <= limit]
+    if plan.prompts > len(fit):
+        raise BitassayError(
+            f"{plan.prompts} prompts were asked for, {len(fit)} of {len(every)} leave room for "
+            f"{plan.max_new_tokens} tokens in the model's {limit}",
+            "fewer --prompts, or fewer --new-tokens",
+        )
+    chosen = [fit[index * len(fit) // plan.prompts] for index in range(plan.prompts)]
+    return [text for text, _ in chosen], [ids for _, ids in chosen]
+
+
+def _checked(model: PreTrainedModel, base: PreTrainedModel, name: str) -> PreTrainedModel:
+    if vocabulary_size(model) != vocabulary_size(base):
+        raise BitassayError(
+            f"{name} has a vocabulary of {vocabulary_size(model)}, the base model of {vocabulary_size(base)}",
+            "compare a model with one that uses the same tokenizer",
+        )
+    return model
+
+
+def _written(
+    folder: RunFolder,
+    key: str,
+    make: Callable[[], PreTrainedModel],
+    prompts: list[tuple[int, ...]],
+    plan: GenerationPlan,
+    progress: Progress,
+) -> list[Text]:
+    """The texts of one model; it is made only where some are not finished."""
+    starts = range(0, len(prompts), plan.batch)
+
+    def part(start: int) -> str:
+        return f"texts-{key}-{start:05d}"
+
+    kept: list[Text] = []
+    for start in starts:
+        if not folder.has(part(start)):
+            break
+        kept += [Text(tuple(one["ids"]), one["text"]) for one in folder.part(part(start), list)]
+    if len(kept) < len(prompts):
+        done = len(kept)
+
+        def keep(texts: list[Text]) -> None:
+            nonlocal done
+            folder.part(part(done), lambda: [asdict(text) for text in texts])
+            done += len(texts)
+
+        kept += greedy_texts(
+            make(),
+            prompts,
+            max_new_tokens=plan.max_new_tokens,
+            batch=plan.batch,
+            done=done,
+            keep=keep,
+            progress=progress,
+        )
+    return kept
+
+
+def _prefixes(
+    model: PreTrainedModel, texts: Sequence[Text], base: Sequence[Text]
+) -> Iterator[tuple[Text, int, str]]:
+    """Each text, the tokens that it shares with the base's, and those as text, where they are a beginning of
+    it: a token may hold half a letter."""
+    for one, length in zip(texts, prefix_lengths(texts, base), strict=True):
+        prefix = decoded(model, one.ids[:length])
+        yield one, length, prefix if one.text.startswith(prefix) else ""
+
+
+def _open_folder(
+    plan: GenerationPlan, base: PreTrainedModel, prompts: list[str], out: Path | None
+) -> RunFolder:
+    content = {
+        "kind": "generation",
+        "schema": SCHEMA,
+        **_settings(plan),
+        "model": identity(base).name,
+        "weights_digest": identity(base).weights_digest,
+        "candidates_digests": [Identity(resolve(name)).weights_digest for name in plan.candidates],
+        "prompts_digest": digest_json(prompts),
+        "versions": {name: version(name) for name in ("bitassay", "torch", "transformers")},
+    }
+    name = f"generation-{identity(base).name}-{digest_json(content)[:8]}"
+    return RunFolder(out or Path("runs") / name, content)
+
+
+def _settings(plan: GenerationPlan) -> dict[str, Any]:
+    return {
+        "recipes": [recipe.model_dump(mode="json") for recipe in plan.recipes],
+        "candidates": list(plan.candidates),
+        "max_new_tokens": plan.max_new_tokens,
+        "batch": plan.batch,
+        "dtype": plan.dtype,
+        "seed": plan.seed,
+    }
+
+
+def _head(plan: GenerationPlan, folder: RunFolder, base: PreTrainedModel) -> dict[str, Any]:
+    who = identity(base)
+    return {
+        "schema": SCHEMA,
+        "kind": "generation",
+        "run_id": folder.run_id,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "model": {"name": who.name, "origin": who.source.origin, "weights_digest": who.weights_digest},
+        "settings": _settings(plan),
+        "interval": INTERVAL,
+        "environment": environment(),
+    }

@@ -1,0 +1,149 @@
+"""`bitassay bench`, `bench matmul`, `generate`, and `eval --protocol`."""
+
+import json
+
+import pytest
+
+from bitassay.bench import models
+from bitassay.bench.worker import local_runner
+
+
+class InProcess:
+    """A worker that is none, on a machine that is known."""
+
+    def __init__(self, name, job, folder, progress):
+        self.runner = local_runner(job, progress)
+        self.facts, self.measure = self.runner.facts, self.runner.measure
+        self.limits = lambda: {"bandwidth": 1e9, "peaks": {"bfloat16": 1e9}}
+        self.stop = lambda: None
+
+
+@pytest.fixture(autouse=True)
+def _no_data_folder(monkeypatch):
+    monkeypatch.delenv("BITASSAY_DATA", raising=False)
+
+
+def test_bench(bitassay, monkeypatch, tmp_path):
+    monkeypatch.setattr(models, "Worker", InProcess)
+    words = [
+        "bench",
+        "stories260k",
+        "--recipe",
+        "w8",
+        "--batches",
+        "1",
+        "--contexts",
+        "600",
+        "--prompt-tokens",
+        "8",
+    ]
+    words += ["--new-tokens", "2", "--repeats", "2", "--out", str(tmp_path / "b")]
+    done = bitassay(*words, "--format", "json")
+    assert done.status == 0, done.err
+    run = json.loads(done.out)
+    assert [(row["model"], row.get("skipped")) for row in run["rows"]] == [
+        ("base", None), ("w8", None), ("base", "the model has 512 positions"), ("w8", "the model has 512 positions"),
+    ]  # fmt: skip
+    assert (tmp_path / "b" / "report.html").is_file()
+    assert "Measured on the spot" in done.err
+    monkeypatch.setattr(models, "Worker", None)
+    table = bitassay(*words)  # from the run folder
+    assert table.status == 0, table.err
+    assert "the model has 512 positions" in table.out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["bench", "stories260k", "--batches", "0"], "is 0"),
+        (["bench", "stories260k", "--recipe", "w5"], "no recipe is called 'w5'"),
+        (["bench", "stories260k", "--dtype", "int8"], "unknown dtype 'int8'"),
+        (["bench", "matmul", "--shapes", "16"], "'16' is not a shape"),
+        (["bench", "matmul", "--shapes", "0x4"], "a product of 0x4"),
+        (["generate", "stories260k"], "nothing to compare"),
+        (["eval", "stories260k", "--protocol", "ptb"], "no protocol is called 'ptb'"),
+        (
+            ["eval", "stories260k", "--protocol", "c4-train-new/64[n=2]", "--windows", "3"],
+            "says 2, --windows says 3",
+        ),
+    ],
+)
+def test_mistakes(bitassay, words, said):
+    done = bitassay(*words)
+    assert done.status == 2
+    assert said in done.err
+    assert "Traceback" not in done.err
+
+
+def test_a_text_that_is_not_here(bitassay):
+    done = bitassay("eval", "stories260k", "--protocol", "c4-new")
+    assert done.status == 3
+    assert "or take c4-train-new" in done.err
+
+
+def test_matmul(bitassay, tmp_path):
+    words = ["bench", "matmul", "--shapes", "4x32", "--draws", "1", "--repeats", "0"]
+    done = bitassay(*words, "--format", "json", "--out", str(tmp_path / "m.html"))
+    assert done.status == 0, done.err
+    assert {(row["format"], row["scales"]) for row in json.loads(done.out)["rows"]} == {
+        ("bfloat16", "-"), ("int8", "row"), ("int8", "tensor"), ("fp8", "row"), ("fp8", "tensor"),
+    }  # fmt: skip
+    assert (tmp_path / "m.html").is_file()
+    assert "product" in bitassay(*words).out
+
+
+def test_generate(bitassay, tmp_path):
+    words = [
+        "generate",
+        "stories260k",
+        "--recipe",
+        "w8",
+        "--prompts",
+        "2",
+        "--new-tokens",
+        "3",
+        "--out",
+        str(tmp_path / "g"),
+    ]
+    done = bitassay(*words, "--format", "json")
+    assert done.status == 0, done.err
+    assert set(json.loads(done.out)["texts"]) == {"base", "w8"}
+    assert {"report.html", "ratings.csv", "run.json"} <= {path.name for path in (tmp_path / "g").iterdir()}
+    table = bitassay(*words)
+    assert table.out.splitlines()[-1].startswith("w8")
+    assert "base" not in table.out.splitlines()[-1]
+
+
+def test_protocols(bitassay):
+    done = bitassay(
+        "eval",
+        "stories260k",
+        "--protocol",
+        "wikitext2-raw",
+        "c4-train-new/32[n=2]",
+        "--windows",
+        "2",
+        "--window",
+        "32",
+        "--format",
+        "json",
+    )
+    assert done.status == 0, done.err
+    assert [row["protocol"] for row in json.loads(done.out)["rows"]] == [
+        "wikitext2-raw/32[n=2]",
+        "c4-train-new/32[n=2]",
+    ]
+
+
+def test_text_that_a_recipe_was_calibrated_on_is_named(bitassay, tmp_path, monkeypatch):
+    monkeypatch.setenv("BITASSAY_CACHE", str(tmp_path / "cache"))
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(
+        "name: mine\nweights: {format: int4}\ngptq: {}\ncalibration: {samples: 2, tokens: 32}\n"
+    )
+    words = ["eval", "stories260k", "--recipe", str(recipe), "--windows", "2", "--window", "32"]
+    assert (
+        "mine was calibrated on the text of c4-train-new/32[n=2]"
+        in bitassay(*words, "--protocol", "c4-train-new").err
+    )
+    assert "was calibrated" not in bitassay(*words, "--protocol", "wikitext2-raw").err
