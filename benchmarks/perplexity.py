@@ -16,7 +16,8 @@ import torch
 import bitassay
 from bitassay.bench.environment import environment
 from bitassay.data.windows import Protocol, token_windows
-from bitassay.evaluate.compare import BASE, score_windows
+from bitassay.evaluate.compare import score_windows
+from bitassay.quantize.recipe import BASE
 
 ROUNDS = 3
 PROTOCOL = Protocol(window_tokens=1024, windows=2)

@@ -44,12 +44,12 @@ import bitassay
 from bitassay.bench.environment import environment
 from bitassay.data.windows import Protocol, token_windows
 from bitassay.errors import BitassayError, MissingError
-from bitassay.evaluate.compare import BASE, score_windows, summarise
+from bitassay.evaluate.compare import score_windows, summarise
 from bitassay.evaluate.statistics import bootstrap_means, percentile_interval
 from bitassay.models.walk import walk
 from bitassay.quantize.formats import FORMATS
 from bitassay.quantize.model import bits_per_weight, copy_sharing_parameters
-from bitassay.quantize.recipe import Recipe, find_recipe
+from bitassay.quantize.recipe import BASE, Recipe, find_recipe
 from bitassay.record.files import read_json, write_text
 from bitassay.record.run import RunFolder
 

@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 import bitassay
 from bitassay.bench.environment import environment
 from bitassay.data.windows import Protocol, token_windows
-from bitassay.evaluate.compare import BASE, score_windows, summarise
+from bitassay.evaluate.compare import score_windows, summarise
 from bitassay.evaluate.divergence import TokenScores
 from bitassay.evaluate.statistics import bootstrap_means, percentile_interval
 from bitassay.models.walk import walk
@@ -40,7 +40,7 @@ from bitassay.quantize.folding import find_folds
 from bitassay.quantize.model import copy_sharing_parameters, with_tensors
 from bitassay.quantize.pipeline import quantize_tensors
 from bitassay.quantize.ranges import Ranges, collect_ranges, input_roundings
-from bitassay.quantize.recipe import Recipe
+from bitassay.quantize.recipe import BASE, Recipe
 from bitassay.quantize.residual_stream import Weight
 from bitassay.quantize.scheme import WeightScheme
 from bitassay.quantize.smoothing import Smoothing, smooth, smoothquant_scales

@@ -26,7 +26,7 @@ import bitassay
 from bitassay.bench.environment import environment
 from bitassay.data.tasks import even_indices, mmlu_subjects
 from bitassay.evaluate.harness import BitassayLM, quiet
-from bitassay.evaluate.tasks import AskedTask, leaves
+from bitassay.evaluate.questions import AskedTask, leaves
 from bitassay.models.load import identity
 from bitassay.record.run import RunFolder
 

@@ -6,7 +6,8 @@ import torch
 import bitassay
 from bitassay.data.windows import Protocol, token_windows
 from bitassay.errors import BitassayError
-from bitassay.evaluate.compare import BASE, score_windows, summarise
+from bitassay.evaluate.compare import score_windows, summarise
+from bitassay.quantize.recipe import BASE
 from bitassay.testing.tiny import tiny_model
 
 SHORT = Protocol(window_tokens=128, windows=6)

@@ -7,7 +7,7 @@ import pytest
 
 from bitassay.errors import MissingError
 from bitassay.evaluate import generation
-from bitassay.evaluate.generation import Text, compare_texts, greedy_texts, prefix_lengths
+from bitassay.evaluate.generation import Text, compare_texts, continuations, prefix_lengths
 from bitassay.generate.decode import generate
 
 WORDS = ["the", "cat", "sat", "on", "mat", "dog", "ran", "far"]
@@ -95,12 +95,12 @@ def test_it_asks_for_the_extra(monkeypatch):
         compare_texts([text(1)], [text(1)])
 
 
-def test_greedy_texts_are_what_generate_gives_batch_by_batch(stories):
+def test_continuations_are_what_generate_gives_batch_by_batch(stories):
     prompts = [
         tuple(stories.tokenizer(words).input_ids) for words in ("Once upon", "The dog", "A cat ran to")
     ]
     kept, said = [], []
-    found = greedy_texts(
+    found = continuations(
         stories, prompts, max_new_tokens=6, batch=2, keep=kept.append, progress=lambda *a: said.append(a[1:])
     )
     assert [one.ids for one in found] == [
@@ -111,4 +111,4 @@ def test_greedy_texts_are_what_generate_gives_batch_by_batch(stories):
     assert [len(batch) for batch in kept] == [2, 1]
     assert said == [(0, 3), (2, 3), (3, 3)]
     assert found[0].text == stories.tokenizer.decode(list(found[0].ids), skip_special_tokens=True)
-    assert greedy_texts(stories, prompts, max_new_tokens=6, batch=2, done=2) == found[2:]
+    assert continuations(stories, prompts, max_new_tokens=6, batch=2, done=2) == found[2:]

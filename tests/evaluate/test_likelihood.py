@@ -7,9 +7,7 @@ from hypothesis import strategies as st
 
 import bitassay
 from bitassay.evaluate.likelihood import (
-    CACHED_ROWS,
     SHARED_TOKENS,
-    batches,
     common_prefixes,
     continuation_scores,
     shared_length,
@@ -149,13 +147,3 @@ def test_shared_length():
     assert shared_length((1, 2, 3), (1, 2, 4, 5)) == 2
     assert shared_length((1, 2), (1, 2, 4)) == 2
     assert shared_length((), (1,)) == 0
-
-
-@given(st.lists(st.integers(1, 90), max_size=60), st.integers(1, 300), st.integers(0, 2000))
-def test_batches_hold_everything_and_keep_their_budget(lengths, budget, past):
-    found = list(batches(lengths, budget, past))
-    assert sorted(index for batch in found for index in batch) == list(range(len(lengths)))
-    for batch in found:
-        size = len(batch) * max(lengths[index] for index in batch)
-        assert len(batch) == 1 or size <= budget
-        assert len(batch) == 1 or size + len(batch) * past <= CACHED_ROWS * budget

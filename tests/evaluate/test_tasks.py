@@ -11,14 +11,12 @@ from bitassay.evaluate.statistics import holm, mcnemar
 pytest.importorskip("lm_eval")
 from lm_eval.models.huggingface import HFLM
 
+from bitassay.evaluate.questions import AskedTask, leaves, protocol_id
 from bitassay.evaluate.tasks import (
-    AskedTask,
     Candidate,
     answer,
     evaluate_tasks,
-    leaves,
     loaded_candidate,
-    protocol_id,
     quantized_candidate,
 )
 
@@ -158,10 +156,10 @@ def test_names_stand_for_tasks():
 @pytest.fixture
 def few_tasks(monkeypatch):
     """lm-eval's index of all its tasks takes long to read; that of one folder stands for it."""
-    import bitassay.evaluate.tasks as tasks
+    import bitassay.evaluate.questions as questions
 
-    whole = tasks._index
-    monkeypatch.setattr(tasks, "_index", lambda folder: whole(folder or "arc"))
+    whole = questions._index
+    monkeypatch.setattr(questions, "_index", lambda folder: whole(folder or "arc"))
 
 
 def test_an_unknown_task_is_refused_with_the_nearest(few_tasks):
@@ -204,7 +202,7 @@ def test_bad_input_is_refused_before_any_work(stories, tmp_path, options, said):
 def test_without_lm_eval_the_extra_is_named(stories, monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
-        "bitassay.evaluate.tasks.find_spec", lambda name: None if name == "lm_eval" else find_spec(name)
+        "bitassay.evaluate.questions.find_spec", lambda name: None if name == "lm_eval" else find_spec(name)
     )
     with pytest.raises(MissingError, match=r"pip install 'bitassay\[tasks\]'"):
         evaluate_tasks([loaded_candidate(stories, "base")], ["hellaswag"])

@@ -1,8 +1,11 @@
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from bitassay.errors import BitassayError
 from bitassay.generate.decode import (
+    CACHED_ROWS,
     context_length,
     end_tokens,
     generate,
@@ -125,12 +128,14 @@ def test_left_pad():
     assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
 
 
-def test_token_batches_hold_each_index_once_and_keep_the_budget():
-    lengths = [5, 100, 7, 30, 30, 2, 64]
-    batches = list(token_batches(lengths, 64))
-    assert sorted(index for batch in batches for index in batch) == list(range(7))
-    assert all(len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= 64 for batch in batches)
-    assert list(token_batches([], 64)) == []
+@given(st.lists(st.integers(1, 90), max_size=60), st.integers(1, 300), st.integers(0, 2000))
+def test_token_batches_hold_everything_and_keep_their_budget(lengths, budget, past):
+    found = list(token_batches(lengths, budget, past))
+    assert sorted(index for batch in found for index in batch) == list(range(len(lengths)))
+    for batch in found:
+        size = len(batch) * max(lengths[index] for index in batch)
+        assert len(batch) == 1 or size <= budget
+        assert len(batch) == 1 or size + len(batch) * past <= CACHED_ROWS * budget
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def test_the_run_has_texts_and_figures_of_every_model(done):
 
 def test_an_interrupted_run_goes_on_with_the_same_texts(done, tmp_path, monkeypatch):
     calls = []
-    write = study.greedy_texts
+    write = study.continuations
 
     def stops(*arguments, **options):
         calls.append(options["done"])
@@ -47,7 +47,7 @@ def test_an_interrupted_run_goes_on_with_the_same_texts(done, tmp_path, monkeypa
             raise KeyboardInterrupt
         return write(*arguments, **options)
 
-    monkeypatch.setattr(study, "greedy_texts", stops)
+    monkeypatch.setattr(study, "continuations", stops)
     with pytest.raises(KeyboardInterrupt):
         generation("stories260k", ["w8", "w2"], out=tmp_path / "g", **SMALL)
     (tmp_path / "g" / "parts" / "texts-00-00003.json").unlink()  # as if the base had been stopped half-way

@@ -24,14 +24,13 @@ from bitassay.bench.worker import Job, Worker
 from bitassay.errors import BitassayError
 from bitassay.models.load import Identity, as_dtype
 from bitassay.models.source import resolve
-from bitassay.quantize.recipe import Recipe, find_recipe
+from bitassay.quantize.recipe import BASE, Recipe, find_recipe, row_names
 from bitassay.record.files import write_json
 from bitassay.record.hashing import digest_json
 from bitassay.record.progress import Progress, silent
 from bitassay.record.run import RunFolder
 
 SCHEMA = 1
-BASE = "base"
 BATCHES = (1, 2, 4, 8, 16, 32)
 CONTEXTS = (512, 1024, 2048, 4096, 8192)
 
@@ -55,9 +54,7 @@ class BenchPlan:
 
     def __post_init__(self) -> None:
         as_dtype(self.dtype)
-        names = [BASE, *(recipe.name for recipe in self.recipes), *self.candidates]
-        if repeated := sorted({name for name in names if names.count(name) > 1}):
-            raise BitassayError(f"two rows would be called {repeated[0]!r}", "name each of them once")
+        row_names(self.recipes, self.candidates)
         numbers = (*self.batches, *self.contexts, self.prompt_tokens, self.new_tokens, self.repeats)
         if min(numbers) < 1:
             raise BitassayError(f"a batch, length or number of repeats is {min(numbers)}", "at least 1")

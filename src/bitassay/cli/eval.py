@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from bitassay.data.windows import Protocol
+    from bitassay.evaluate.tasks import Candidate
     from bitassay.record.progress import Progress
 
 WINDOWS = 16
@@ -70,29 +71,24 @@ def eval(
         raise BitassayError("--recipe and --against both name a comparison", "give one of them")
     if tasks is None and not (limit is shots is out is None):
         raise BitassayError("--limit, --shots and --out belong to tasks", "--tasks hellaswag")
+    if tasks is not None and not (protocol is window is windows is None):
+        raise BitassayError(
+            "--protocol, --window and --windows belong to perplexity, --tasks asks questions",
+            "one command for each",
+        )
     protocols = [_protocol(text, window, windows) for text in protocol or ["wikitext2-raw"]]
     with show_progress() as progress:
-        loaded = load(model, dtype=dtype, progress=progress, trust_remote_code=trust_remote_code)
+        names = [name for name in (model, against) if name is not None]
+        loaded, *other = [
+            load(name, dtype=dtype, progress=progress, trust_remote_code=trust_remote_code) for name in names
+        ]
         if tasks is not None:
-            other = None
-            if against:
-                other = load(against, dtype=dtype, progress=progress, trust_remote_code=trust_remote_code)
-            names = [name.strip() for name in tasks.split(",") if name.strip()]
-            return _tasks(
-                (model, loaded), recipe or [], (against, other), names, limit, shots, out, format, progress
-            )
+            candidates = _candidates(names, [loaded, *other], recipe or [], progress)
+            return _tasks(candidates, tasks, limit, shots, out, format, progress)
         if recipe:
             pairs = [(name, quantize_once(loaded, name, progress=progress), loaded) for name in recipe]
-        elif against:
-            pairs = [
-                (
-                    model,
-                    loaded,
-                    load(against, dtype=dtype, progress=progress, trust_remote_code=trust_remote_code),
-                )
-            ]
         else:
-            pairs = [(model, loaded, None)]
+            pairs = [(model, loaded, other[0] if other else None)]
         _warn_of_seen_text(recipe or [], protocols, progress)
         found = [
             (name, evaluate(candidate, against=base, protocol=one, seed=seed, progress=progress))
@@ -128,11 +124,25 @@ def _warn_of_seen_text(recipes: list[str], protocols: "list[Protocol]", progress
                 progress(f"{recipe.name} was calibrated on the text of {one.id}, which flatters it")
 
 
+def _candidates(
+    names: list[str], models: "list[PreTrainedModel]", recipes: list[str], progress: "Progress"
+) -> "list[Candidate]":
+    """Who is asked, the one that others are compared with first."""
+    from bitassay.evaluate.tasks import loaded_candidate, quantized_candidate
+    from bitassay.quantize.recipe import BASE
+
+    if not recipes:
+        return [loaded_candidate(model, name) for name, model in zip(names[::-1], models[::-1], strict=True)]
+    (base,) = models
+    return [
+        loaded_candidate(base, BASE),
+        *(quantized_candidate(base, recipe, progress) for recipe in recipes),
+    ]
+
+
 def _tasks(
-    model: "tuple[str, PreTrainedModel]",
-    recipes: list[str],
-    against: "tuple[str | None, PreTrainedModel | None]",
-    tasks: list[str],
+    candidates: "list[Candidate]",
+    tasks: str,
     limit: int | None,
     shots: int | None,
     out: Path | None,
@@ -142,18 +152,12 @@ def _tasks(
     import sys
 
     from bitassay.bench.environment import environment
-    from bitassay.evaluate.tasks import evaluate_tasks, loaded_candidate, quantized_candidate
+    from bitassay.evaluate.tasks import evaluate_tasks
     from bitassay.report.tasks import TASK_COLUMNS
 
-    (name, loaded), (other_name, other) = model, against
-    if other is not None and other_name is not None:
-        candidates = [loaded_candidate(other, other_name), loaded_candidate(loaded, name)]
-    else:
-        base = loaded_candidate(loaded, "base" if recipes else name)
-        candidates = [base, *(quantized_candidate(loaded, recipe, progress) for recipe in recipes)]
     run, folder = evaluate_tasks(
         candidates,
-        tasks,
+        [name.strip() for name in tasks.split(",") if name.strip()],
         limit=limit,
         shots=shots,
         out=out,

@@ -20,10 +20,10 @@ from bitassay.errors import BitassayError
 from bitassay.evaluate.divergence import TokenScores, token_scores, window_logits
 from bitassay.evaluate.statistics import bootstrap_means, percentile_interval
 from bitassay.models.load import tokenizer
+from bitassay.quantize.recipe import BASE
 from bitassay.record.progress import Progress, silent
 
 Interval = tuple[float, float] | None
-BASE = "base"
 
 
 @dataclass(frozen=True)

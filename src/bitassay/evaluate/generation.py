@@ -26,6 +26,7 @@ from jaxtyping import Float
 from transformers import PreTrainedModel
 
 from bitassay.errors import MissingError
+from bitassay.evaluate.likelihood import shared_length
 from bitassay.evaluate.statistics import bootstrap_means, percentile_interval
 from bitassay.generate.decode import TokenIds, generate
 from bitassay.models.load import tokenizer
@@ -82,7 +83,7 @@ def check_scorers() -> None:
 _SCORERS = {"sacrebleu": "sacrebleu", "rouge-score": "rouge_score"}
 
 
-def greedy_texts(
+def continuations(
     model: PreTrainedModel,
     prompts: Sequence[TokenIds],
     *,
@@ -116,12 +117,7 @@ def decoded(model: PreTrainedModel, ids: TokenIds) -> str:
 
 def prefix_lengths(texts: Sequence[Text], base: Sequence[Text]) -> list[int]:
     """The number of leading tokens that each text shares with the base model's."""
-    return [_shared(x.ids, y.ids) for x, y in zip(texts, base, strict=True)]
-
-
-def _shared(first: TokenIds, second: TokenIds) -> int:
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((at for at, (a, b) in pairs if a != b), min(len(first), len(second)))
+    return [shared_length(x.ids, y.ids) for x, y in zip(texts, base, strict=True)]
 
 
 def compare_texts(texts: Sequence[Text], base: Sequence[Text], seed: int = 0) -> TextQuality:

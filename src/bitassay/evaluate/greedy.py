@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, RepetitionPenaltyLogitsProcessor
 
-from bitassay.evaluate.likelihood import Prefix, batches, common_prefixes, default_batch_tokens
-from bitassay.generate.decode import TokenIds, end_tokens
+from bitassay.evaluate.likelihood import Prefix, common_prefixes
+from bitassay.generate.decode import TokenIds, default_batch_tokens, end_tokens, token_batches
 
 
 def greedy_texts(
@@ -37,7 +37,7 @@ def greedy_texts(
         for index in run:
             by_length.setdefault(len(prompts[index]), []).append(index)
         for length, equal in sorted(by_length.items()):
-            for batch in batches([length - shared] * len(equal), budget, shared + max_new_tokens):
+            for batch in token_batches([length - shared] * len(equal), budget, shared + max_new_tokens):
                 group = [equal[place] for place in batch]
                 outputs = _continue(
                     trunk.spread([0] * len(group)),

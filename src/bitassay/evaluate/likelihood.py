@@ -30,11 +30,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from bitassay.generate.decode import TokenIds, default_batch_tokens, token_batches
 from bitassay.quantize.kv_cache import empty_cache
 
-TokenIds = Sequence[int]
-CPU_TOKENS, DEVICE_TOKENS = 512, 16_384  # in one forward; more does not make a CPU faster
-CACHED_ROWS = 16  # a batch's keys and values may span so many times its tokens
 SHARED_TOKENS = 32  # reading so many tokens less is worth a forward of its own
 ROWS = 64  # rows of logits in work at a time
 
@@ -86,10 +84,6 @@ def continuation_scores(
     return [found[index] for index in range(len(pairs))]
 
 
-def default_batch_tokens(model: PreTrainedModel) -> int:
-    return CPU_TOKENS if model.device.type == "cpu" else DEVICE_TOKENS
-
-
 @torch.inference_mode()
 def _scores(group: Sequence[_Sequence], logits: Float[Tensor, "rows vocabulary"]) -> dict[int, Score]:
     """Scores by request, from the logits of all scored positions of a group, one sequence after the other."""
@@ -115,19 +109,19 @@ def _leaf_logits(
     for start, stop, shared in common_prefixes([sequence.head for sequence in ordered]):
         trunk = Prefix.read(model, ordered[start].tokens[:shared])
         alone, families = _families(ordered[start:stop], shared)
-        for batch in batches([len(one.tokens) - shared for one in alone], budget, shared):
+        for batch in token_batches([len(one.tokens) - shared for one in alone], budget, shared):
             group = [alone[index] for index in batch]
             yield group, trunk.spread([0] * len(group)).score(group)
         by_length: dict[int, list[list[_Sequence]]] = {}
         for family in families:
             by_length.setdefault(len(family[0].head), []).append(family)
         for length, equal in sorted(by_length.items()):
-            for batch in batches([length - shared] * len(equal), budget, shared):
+            for batch in token_batches([length - shared] * len(equal), budget, shared):
                 heads = trunk.spread([0] * len(batch)).extend(
                     [equal[index][0].head[shared:] for index in batch]
                 )
                 leaves = [(row, one) for row, index in enumerate(batch) for one in equal[index]]
-                for part in batches([one.scored for _, one in leaves], budget, length):
+                for part in token_batches([one.scored for _, one in leaves], budget, length):
                     rows, group = zip(*(leaves[index] for index in part), strict=True)
                     yield list(group), heads.spread(rows).score(group)
 
@@ -235,21 +229,3 @@ def shared_length(one: TokenIds, other: TokenIds) -> int:
         (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b),
         min(len(one), len(other)),
     )
-
-
-def batches(lengths: Sequence[int], budget: int, past: int = 0) -> Iterator[list[int]]:
-    """Indices of rows in batches, short ones first: at most `budget` tokens with padding, CACHED_ROWS times
-    as many with the `past` of each row, and little padding once a batch is a quarter full."""
-    batch: list[int] = []
-    held = 0
-    for index in sorted(range(len(lengths)), key=lambda place: (lengths[place], place)):
-        size = (len(batch) + 1) * lengths[index]
-        too_big = size > budget or size + (len(batch) + 1) * past > CACHED_ROWS * budget
-        too_ragged = held > budget / 4 and size > 1.2 * (held + lengths[index])
-        if batch and (too_big or too_ragged):
-            yield batch
-            batch, held = [], 0
-        batch.append(index)
-        held += lengths[index]
-    if batch:
-        yield batch

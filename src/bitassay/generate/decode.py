@@ -24,6 +24,9 @@ from bitassay.generate.taps import joined_states, record_states
 from bitassay.quantize.kv_cache import empty_cache
 
 TokenIds = Sequence[int]
+# Tokens in one forward, padding included. On a CPU more is slower (attention over padding), not faster.
+CPU_TOKENS, DEVICE_TOKENS = 512, 16_384
+CACHED_ROWS = 16  # a batch's keys and values may span so many times its tokens
 
 
 @dataclass(frozen=True)
@@ -143,15 +146,24 @@ def left_pad(
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
-def token_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Indices of sequences in batches of at most `budget` tokens with padding (or one sequence), short ones
-    first: little is padded."""
+def default_batch_tokens(model: PreTrainedModel) -> int:
+    return CPU_TOKENS if model.device.type == "cpu" else DEVICE_TOKENS
+
+
+def token_batches(lengths: Sequence[int], budget: int, past: int = 0) -> Iterator[list[int]]:
+    """Indices of rows in batches, short ones first: at most `budget` tokens with padding, CACHED_ROWS times
+    as many with the `past` of each row, and little padding once a batch is a quarter full."""
     batch: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
-        if batch and (len(batch) + 1) * lengths[index] > budget:
+    held = 0
+    for index in sorted(range(len(lengths)), key=lambda place: (lengths[place], place)):
+        size = (len(batch) + 1) * lengths[index]
+        too_big = size > budget or size + (len(batch) + 1) * past > CACHED_ROWS * budget
+        too_ragged = held > budget / 4 and size > 1.2 * (held + lengths[index])
+        if batch and (too_big or too_ragged):
             yield batch
-            batch = []
+            batch, held = [], 0
         batch.append(index)
+        held += lengths[index]
     if batch:
         yield batch
 

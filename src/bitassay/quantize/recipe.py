@@ -10,6 +10,7 @@ The first override whose pattern matches a module's name wins. A recipe's id is 
 JSON without name and description: the same change has the same id, whatever it is called.
 """
 
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from importlib.resources import files
 from pathlib import Path
@@ -44,6 +45,7 @@ PARTS = (
     "kv_cache",
 )
 SHIPPED = Path(str(files("bitassay") / "recipes"))
+BASE = "base"  # what tables call the model that recipes change
 
 
 class Override(Part):
@@ -184,6 +186,15 @@ def find_recipe(recipe: "str | Path | Recipe") -> Recipe:
             "bitassay recipes list, or give the path of a .yaml file",
         )
     return read_recipe(SHIPPED / f"{recipe}.yaml")
+
+
+def row_names(recipes: Sequence[Recipe], others: Sequence[str] = ()) -> list[str]:
+    """What the rows of a table are called: the base model, what recipes make of it, and other models. Raises
+    BitassayError where two would be called the same."""
+    names = [BASE, *(recipe.name for recipe in recipes), *others]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise BitassayError(f"two rows would be called {repeated[0]!r}", "give each a name of its own")
+    return names
 
 
 def read_recipe(path: Path) -> Recipe:

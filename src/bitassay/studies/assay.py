@@ -27,7 +27,7 @@ from bitassay.bench.throughput import throughput
 from bitassay.data.corpora import bundled_prompts
 from bitassay.data.windows import Protocol, token_windows
 from bitassay.errors import BitassayError
-from bitassay.evaluate.compare import BASE, score_windows, summarise
+from bitassay.evaluate.compare import score_windows, summarise
 from bitassay.evaluate.divergence import TokenScores
 from bitassay.generate.decode import TokenIds
 from bitassay.generate.prompts import encode_prompt
@@ -42,7 +42,7 @@ from bitassay.quantize.model import (
     with_tensors,
 )
 from bitassay.quantize.pipeline import quantize_tensors_once
-from bitassay.quantize.recipe import Recipe, find_recipe
+from bitassay.quantize.recipe import BASE, Recipe, find_recipe, row_names
 from bitassay.record.files import write_json
 from bitassay.record.progress import Progress, silent
 from bitassay.record.run import RunFolder
@@ -85,13 +85,8 @@ class AssayPlan:
     verification: Verification | None = Verification()
 
     def __post_init__(self) -> None:
-        names = [recipe.name for recipe in self.recipes]
-        if not names:
+        if len(row_names(self.recipes)) == 1:
             raise BitassayError("no recipe was given", "--recipe w4, or see `bitassay recipes list`")
-        if repeated := sorted({name for name in names if names.count(name) > 1 or name == BASE}):
-            raise BitassayError(
-                f"two rows would be called {repeated[0]!r}", "give each recipe a name of its own"
-            )
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -16,14 +16,13 @@ from transformers import PreTrainedModel
 from bitassay.bench.environment import environment
 from bitassay.data.corpora import bundled_prompts, prompts_from
 from bitassay.errors import BitassayError
-from bitassay.evaluate.compare import BASE
 from bitassay.evaluate.generation import (
     BATCH,
     Text,
     check_scorers,
     compare_texts,
+    continuations,
     decoded,
-    greedy_texts,
     prefix_lengths,
 )
 from bitassay.generate.decode import context_length, vocabulary_size
@@ -32,7 +31,7 @@ from bitassay.models.load import Identity, identity, load
 from bitassay.models.source import resolve
 from bitassay.quantize.model import check_recipe
 from bitassay.quantize.pipeline import quantize_once
-from bitassay.quantize.recipe import Recipe, find_recipe
+from bitassay.quantize.recipe import BASE, Recipe, find_recipe, row_names
 from bitassay.record.files import write_json
 from bitassay.record.hashing import digest_json
 from bitassay.record.progress import Progress, silent
@@ -58,11 +57,8 @@ class GenerationPlan:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        names = [BASE, *(recipe.name for recipe in self.recipes), *self.candidates]
-        if len(names) == 1:
+        if len(row_names(self.recipes, self.candidates)) == 1:
             raise BitassayError("nothing to compare the model with", "--recipe w4, or --candidate FOLDER")
-        if repeated := sorted({name for name in names if names.count(name) > 1}):
-            raise BitassayError(f"two rows would be called {repeated[0]!r}", "name each of them once")
         for name in ("prompts", "max_new_tokens", "batch"):
             if getattr(self, name) < 1:
                 raise BitassayError(f"{name} is {getattr(self, name)}", "at least 1")
@@ -181,7 +177,7 @@ def _written(
             folder.part(part(done), lambda: [asdict(text) for text in texts])
             done += len(texts)
 
-        kept += greedy_texts(
+        kept += continuations(
             make(),
             prompts,
             max_new_tokens=plan.max_new_tokens,

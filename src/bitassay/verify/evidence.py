@@ -14,16 +14,12 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bitassay.generate.decode import Prefill, prefill, token_batches
+from bitassay.generate.decode import Prefill, default_batch_tokens, prefill, token_batches
 from bitassay.generate.sampling import Draw
 from bitassay.record.progress import Progress, silent
 from bitassay.verify.distance import distance_floor, mean_log_distance, relative_distances
 from bitassay.verify.trace import Header, Trace
 from bitassay.verify.verillm import FORMAT_OF_DTYPE, RULE_SETS, cell_statistics, summary
-
-# Tokens in a prefill, padding included. On a CPU larger batches are slower (attention over padding), not
-# faster.
-CPU_BATCH_TOKENS, BATCH_TOKENS = 512, 16384
 
 
 @dataclass(frozen=True)
@@ -84,8 +80,7 @@ def gather(
 def own_prefills(traces: Sequence[Trace], model: PreTrainedModel) -> Iterator[tuple[int, Prefill]]:
     """The verifier's own states and logits for each trace, by its index, in batches of similar length."""
     lengths = [len(trace.header.positions) for trace in traces]
-    budget = CPU_BATCH_TOKENS if model.device.type == "cpu" else BATCH_TOKENS
-    for batch in token_batches(lengths, budget):
+    for batch in token_batches(lengths, default_batch_tokens(model)):
         headers = [traces[index].header for index in batch]
         done = prefill(
             model, [h.prompt_ids for h in headers], [h.output_ids for h in headers], layers=headers[0].layers
