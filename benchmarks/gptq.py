@@ -42,19 +42,23 @@ def recipe_file(folder: Path, bits: int, group: int) -> str:
     return str(path)
 
 
+def ratio(rows: list[dict[str, Any]], unit: str) -> float | None:
+    """Of medians; a row of ours that was interrupted has no times, and None is what is left without any."""
+    ours, theirs = (
+        [row[unit] for row in rows if row["tool"].startswith(tool) and row[unit] is not None]
+        for tool in ("bitassay", "gptqmodel")
+    )
+    return statistics.median(ours) / statistics.median(theirs) if ours and theirs else None
+
+
 def measure(given: argparse.Namespace) -> dict[str, Any]:
     recipe, rows = recipe_file(given.out, given.bits, given.group), []
     for index in range(given.rounds):
         bench = Bench(given.model, given.out / f"round-{index}", 0)
         rows += [bench.peer("gptqmodel", given.bits, given.group), bench.recipe(find_recipe(recipe), recipe)]
-    seconds = {
-        tool: [row["seconds"] for row in rows if row["tool"].startswith(tool) and row["seconds"]]
-        for tool in ("bitassay", "gptqmodel")
-    }
     return {
         "rows": [{key: row[key] for key in SHOWN} for row in rows],
-        "seconds_ours_over_theirs": statistics.median(seconds["bitassay"])
-        / statistics.median(seconds["gptqmodel"]),
+        **{f"{unit}_ours_over_theirs": ratio(rows, unit) for unit in ("seconds", "cpu_seconds")},
         "pairs": pairs(rows[:2]),
         "environment": environment(),
     }

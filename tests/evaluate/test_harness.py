@@ -149,16 +149,14 @@ def test_lm_evals_command_line_knows_the_model(tmp_path):
     }
     (tmp_path / "rows.jsonl").write_text('{"q": "She saw a big", "a": 1}\n{"q": "The small", "a": 0}\n')
     (tmp_path / "tiny.yaml").write_text(json.dumps(task))
-    script = f"""
-import lm_eval, bitassay.evaluate.harness
-from lm_eval.tasks import TaskManager
-manager = TaskManager(include_defaults=False, include_path={str(tmp_path)!r})
-found = lm_eval.simple_evaluate(
-    model="bitassay", model_args="pretrained=stories260k,recipe=w4,packed=True", tasks=["tiny"],
-    task_manager=manager, bootstrap_iters=0,
-)
-print("RESULT", found["n-samples"]["tiny"]["effective"], found["results"]["tiny"]["acc,none"])
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    command = [
+        *(sys.executable, "-m", "bitassay.evaluate.harness", "run", "--model", "bitassay"),
+        *("--model_args", "pretrained=stories260k,recipe=w4,packed=True"),
+        *("--tasks", "tiny", "--include_path", str(tmp_path), "--output_path", str(tmp_path / "found")),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "RESULT 2 " in done.stdout
+    (found,) = (tmp_path / "found").rglob("results_*.json")
+    content = json.loads(found.read_text())
+    assert content["n-samples"]["tiny"]["effective"] == 2
+    assert content["results"]["tiny"]["acc,none"] in (0, 0.5, 1)

@@ -47,9 +47,10 @@ class BitassayLM(TemplateLM):
     """A model of this package, or one that is already loaded, for lm-eval.
 
     pretrained: whatever `bitassay.load` takes, or a loaded model; recipe: quantize it by this one first;
-    packed: keep its codes packed. max_length: read at most so many tokens (default: the model's positions).
-    batch_tokens: tokens in one forward (default: by device). batch_size and max_batch_size are lm-eval's and
-    have no effect: batches are cut by tokens.
+    packed: keep its codes packed. device: as torch names it; lm-eval's command line says cuda:0 unless told
+    otherwise, so without CUDA that is the CPU. max_length: read at most so many tokens (default: the model's
+    positions). batch_tokens: tokens in one forward (default: by device). batch_size and max_batch_size are
+    lm-eval's and have no effect: batches are cut by tokens.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class BitassayLM(TemplateLM):
             model = load(
                 pretrained,
                 dtype=dtype,
-                device=device or "cpu",
+                device=_at_hand(device),
                 packed=packed and recipe is None,
                 trust_remote_code=trust_remote_code,
                 progress=progress,
@@ -259,6 +260,14 @@ class KeptAnswers(LM):
 
 if "bitassay" not in model_registry:  # this file may be imported twice, once as __main__
     register_model("bitassay")(BitassayLM)
+
+
+def _at_hand(device: str | None) -> str:
+    import torch
+
+    if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):
+        return "cpu"
+    return device
 
 
 def _arguments(request: Instance) -> tuple[Any, ...]:
