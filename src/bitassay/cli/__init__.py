@@ -28,6 +28,7 @@ VERBS = {
     "calibrate": "Fit a verification profile to honest runs on this machine.",
     "attack": "Attack the verifier of a model in every known way; which detector catches what.",
     "study": "List and run the experiments: what fixed thresholds accept, and what they catch.",
+    "search": "Find the best recipes of a space, for several objectives and within limits.",
     "report": "Turn run folders into one HTML file that opens offline.",
     "models": "List, pull and check models.",
     "recipes": "List the shipped recipes or print one.",

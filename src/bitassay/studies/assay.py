@@ -121,7 +121,7 @@ def assay(
     stopwatch = _Stopwatch()
     quantizations = {recipe.name: quantize_tensors_once(base, recipe, progress) for recipe in plan.recipes}
     models = {BASE: base, **{name: with_tensors(base, q, packed=True) for name, q in quantizations.items()}}
-    facts = {name: _facts(model) for name, model in models.items()}
+    facts = {name: facts_of(model) for name, model in models.items()}
     stopwatch.lap("quantize")
     scores = _evaluate(plan, folder, base, quantizations, windows, progress)
     quality = {name: summarise(scores[name], scores[BASE], plan.seed).to_dict() for name in models}
@@ -215,7 +215,7 @@ def _head(
     }
 
 
-def _facts(model: PreTrainedModel) -> dict[str, Any]:
+def facts_of(model: PreTrainedModel) -> dict[str, Any]:
     """The columns of a row that need no run."""
     done = quantization_of(model)
     return {
@@ -293,7 +293,9 @@ def _verify(
     proved, calibration = prompts[: plan.prompts], prompts[plan.prompts :]
     try:
         profile = Profile.model_validate(
-            folder.part("profile", lambda: _calibrated(plan, base, calibration, progress))
+            folder.part(
+                "profile", lambda: honest_profile(plan, base, calibration, progress).model_dump(mode="json")
+            )
         )
     except BitassayError as error:
         # The other columns are worth having without a verdict; the reason goes into the run and to the user.
@@ -305,7 +307,7 @@ def _verify(
     for name in (BASE, *quantizations):
         columns[name] = folder.part(
             f"verdict-{name}",
-            lambda name=name: _verdict(plan, base, quantizations.get(name), proved, profile, progress),
+            lambda name=name: verdict_columns(plan, base, quantizations.get(name), proved, profile, progress),
         )
     held_out = profile.held_out
     described = {
@@ -320,10 +322,11 @@ def _verify(
     return described, columns
 
 
-def _calibrated(
-    plan: Verification, base: PreTrainedModel, prompts: list[TokenIds], progress: Progress
-) -> dict[str, Any]:
-    profile = calibrate(
+def honest_profile(
+    plan: Verification, base: PreTrainedModel, prompts: list[TokenIds], progress: Progress = silent
+) -> Profile:
+    """What honest runs of `base` look like to a verifier that has it."""
+    return calibrate(
         base,
         base,
         prompts,
@@ -332,10 +335,9 @@ def _calibrated(
         batch_size=PROOF_BATCH,
         progress=progress,
     )
-    return profile.model_dump(mode="json")
 
 
-def _verdict(
+def verdict_columns(
     plan: Verification,
     base: PreTrainedModel,
     quantization: Quantization | None,

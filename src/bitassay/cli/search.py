@@ -1,0 +1,92 @@
+"""`bitassay search`: the best recipes of a space, for several objectives and within limits."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from bitassay.cli.output import Format, emit
+from bitassay.cli.parameters import Names
+
+
+def search(
+    space: str,
+    *,
+    model: str,
+    objective: Annotated[list[str] | None, Parameter(negative=())] = None,
+    at_most: Names | None = None,
+    against: Names | None = None,
+    sampler: Literal["tpe", "nsga2", "grid"] = "tpe",
+    trials: int = 60,
+    jobs: int = 1,
+    corpus: str = "wikitext2-raw",
+    windows: int = 8,
+    window: int = 512,
+    short: int = 2,
+    dtype: str = "float32",
+    seed: int = 0,
+    out: Path | None = None,
+    trust_remote_code: Annotated[bool, Parameter(negative=())] = False,
+    format: Format = "table",
+) -> int:
+    """Search SPACE for the best recipes of MODEL, and judge them on text that chose nothing.
+
+    Writes run.json, report.html and best/*.yaml into a run folder. Interrupted, the same command goes on
+    after the last finished trial; more --trials add to what there is.
+
+    Args:
+        space: A YAML file (docs/search.md), or a shipped one: two-bit.
+        model: The base model: a name from `bitassay models list`, a folder, a .gguf file or a hub id.
+        objective: What is to be small: a column of an assay, or a weighted sum such as
+            "ppl_delta + 1e-9*size_bytes"; several give a Pareto front (default: kl_mean).
+        at_most: Limits, such as bits_per_weight=2.3 or size_bytes=8e7.
+        against: Recipes that the best are compared with.
+        sampler: tpe (Bayesian), nsga2 (evolutionary) or grid (every combination).
+        trials: How many in all, those of earlier runs of the same command included.
+        jobs: Processes that work on trials at the same time.
+        corpus: The text, by its protocol's name.
+        windows: How many windows choose; as many others judge.
+        window: Tokens in a window.
+        short: Windows that come first: a trial that half of the earlier ones dominate there stops.
+        dtype: Arithmetic of all models.
+        seed: Of the sampler and the bootstrap.
+        out: Run folder (default: runs/search-SPACE-ID).
+        trust_remote_code: Run code that comes with the model.
+        format: What to print on stdout; json has every trial.
+    """
+    from bitassay.cli.progress import show_progress
+    from bitassay.errors import MissingError
+
+    try:
+        import optuna  # noqa: F401
+    except ImportError as error:
+        raise MissingError("a search needs optuna", "pip install 'bitassay[search]'") from error
+    from bitassay.report.search import SEARCH_COLUMNS, write_search_report
+    from bitassay.search.objectives import parse_limit
+    from bitassay.search.search import search
+
+    with show_progress() as progress:
+        run, folder = search(
+            model,
+            space,
+            trials=trials,
+            against=against or [],
+            jobs=jobs,
+            out=out,
+            progress=progress,
+            trust_remote_code=trust_remote_code,
+            objectives=tuple(objective or ["kl_mean"]),
+            at_most=dict(parse_limit(text) for text in at_most or []),
+            sampler=sampler,
+            corpus=corpus,
+            windows=windows,
+            window=window,
+            short=short,
+            dtype=dtype,
+            seed=seed,
+        )
+    write_search_report(run, folder / "report.html")
+    emit(run["rows"], SEARCH_COLUMNS, format, whole=run)
+    print(f"report: {folder / 'report.html'}", file=sys.stderr)
+    return 0

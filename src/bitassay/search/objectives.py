@@ -1,0 +1,103 @@
+"""What a search makes small: sums of an assay's columns, how they compare, and which trials stop early.
+
+    kl_mean                             one column
+    ppl_delta + 0.01*size_bytes         a sum of several, with weights
+    -1*decode_tok_s                     what is better when larger
+
+With several objectives a recipe is better than another only where it dominates it: no objective larger, one
+smaller. What no other dominates is the Pareto front.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bitassay.errors import BitassayError, nearest
+
+FACTS = ("bits_per_weight", "checkpoint_bits_per_weight", "size_bytes")  # known before anything is run
+QUALITY = ("ppl", "ppl_delta", "kl_mean", "kl_median", "kl_p99", "top1_agreement")
+SPEED = ("prefill_tok_s", "decode_tok_s")
+VERIFICATION = ("hidden_distance",)
+COLUMNS = (*FACTS, *QUALITY, *SPEED, *VERIFICATION)
+
+_TERM = re.compile(r"(?:(?P<weight>[-+]?[\d.]+(?:e[-+]?\d+)?)\s*\*\s*)?(?P<column>[a-z]\w*)", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A weighted sum of columns; smaller is better."""
+
+    text: str
+    terms: tuple[tuple[float, str], ...]
+
+    @classmethod
+    def parse(cls, text: str) -> "Objective":
+        """Raises BitassayError that names the nearest columns."""
+        terms = []
+        for part in re.split(r"(?<![*e])\+", text):
+            found = _TERM.fullmatch(part.strip())
+            if found is None:
+                raise BitassayError(
+                    f"{part.strip()!r} is no objective", "a column, or weight*column + weight*column"
+                )
+            weight = _number(found["weight"], text) if found["weight"] else 1.0
+            terms.append((weight, known_column(found["column"])))
+        return cls(text, tuple(terms))
+
+    def value(self, row: Mapping[str, Any]) -> float:
+        """Of one recipe's columns; NaN where one of them is not there."""
+        values = [(weight, row.get(column)) for weight, column in self.terms]
+        return sum(math.nan if value is None else weight * value for weight, value in values)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return tuple(column for _, column in self.terms)
+
+
+def known_column(name: str) -> str:
+    if name not in COLUMNS:
+        raise BitassayError(
+            f"no column is called {name!r}; the nearest are {nearest(name, COLUMNS)}",
+            f"one of {', '.join(COLUMNS)}",
+        )
+    return name
+
+
+def parse_limit(text: str) -> tuple[str, float]:
+    """`bits_per_weight=2.3`: a column and what it may be at most."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise BitassayError(f"{text!r} is no limit", "a column and a number, such as bits_per_weight=2.3")
+    return known_column(name.strip()), _number(value, text)
+
+
+def _number(text: str, whole: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise BitassayError(f"{whole!r}: {text.strip()!r} is no number", "such as 2.3")
+    return value
+
+
+def dominates(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether `one` is nowhere larger and somewhere smaller."""
+    return all(a <= b for a, b in zip(one, other, strict=True)) and tuple(one) != tuple(other)
+
+
+def pareto(points: Sequence[Sequence[float]]) -> list[int]:
+    """Places of the points that no other dominates; of equal ones the first."""
+    return [
+        index
+        for index, point in enumerate(points)
+        if not any(dominates(other, point) for other in points) and point not in points[:index]
+    ]
+
+
+def is_hopeless(point: Sequence[float], earlier: Sequence[Sequence[float]], least: int = 5) -> bool:
+    """Whether a recipe stops after the short evaluation: at least half of the earlier ones dominate it there
+    (the median rule, if there is one objective). The first `least` never stop."""
+    return len(earlier) >= least and 2 * sum(dominates(other, point) for other in earlier) >= len(earlier)

@@ -1,0 +1,244 @@
+"""A search from start to end: trials until there are as many as asked for, then a judgement of the best on
+text that chose nothing.
+
+    OUT/trials.db   optuna's storage: every trial, its values, what came of it
+    OUT/work/       what is finished of a recipe that is being made
+    OUT/best/       the best recipes as YAML
+    OUT/run.json    the result
+
+`trials` is the total of a folder: the same command goes on after the last finished trial, a larger number
+adds to what there is. The best are the one recipe of the least objective or, of several objectives, the
+Pareto front. `against` names recipes written by hand, which are judged beside them.
+"""
+
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from subprocess import DEVNULL, STDOUT, Popen
+from typing import Any
+
+import optuna
+import yaml
+from filelock import FileLock, Timeout
+from optuna.trial import FrozenTrial, TrialState
+
+from bitassay.bench.environment import environment
+from bitassay.errors import BitassayError
+from bitassay.models.load import identity
+from bitassay.quantize.pipeline import quantize_tensors_once
+from bitassay.quantize.recipe import BASE, Recipe, find_recipe, row_names
+from bitassay.record.files import read_json, write_json, write_text
+from bitassay.record.hashing import digest_json
+from bitassay.record.progress import Progress, silent
+from bitassay.record.run import RunFolder
+from bitassay.search.exam import Exam
+from bitassay.search.objectives import pareto
+from bitassay.search.space import Space, find_space
+from bitassay.search.trials import ENDED, SearchPlan, open_study, propose_interrupted_again, run_trials
+
+SCHEMA = 1
+MOST_BEST = 8  # recipes of a front that are judged
+INTERVAL = "95 %, expanded percentile bootstrap over the windows held out, paired"
+
+
+def search(
+    model: str,
+    space: str | Path | Space,
+    *,
+    trials: int,
+    against: Sequence[str | Path | Recipe] = (),
+    jobs: int = 1,
+    out: Path | None = None,
+    progress: Progress = silent,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> tuple[dict[str, Any], Path]:
+    """Search `space` for the best recipes of MODEL, with `jobs` processes; `options` are fields of
+    SearchPlan. Returns the run (the content of run.json) and its folder.
+
+    Raises BitassayError for bad input, where no trial was completed, and where another search works on the
+    folder.
+    """
+    plan = SearchPlan(model, find_space(space), **options)
+    written = tuple(find_recipe(recipe) for recipe in against)
+    row_names(written)
+    if trials < 1 or jobs < 1:
+        raise BitassayError(f"{min(trials, jobs)} trials or jobs", "at least 1")
+    exam = plan.exam(progress, trust_remote_code)
+    folder = _open_folder(plan, exam, out)
+    progress(f"run {folder.run_id} in {folder.path}")
+    with _alone(folder.path):
+        study = open_study(plan, folder.path)
+        if again := propose_interrupted_again(study):
+            progress(f"{again} interrupted trials are proposed again")
+        with _helpers(folder.path, trials, jobs - 1, trust_remote_code):
+            run_trials(plan, folder.path, trials, exam, progress)
+        run = _result(plan, study, exam, written, folder, progress)
+    write_json(folder.path / "run.json", run)
+    return run, folder.path
+
+
+def _open_folder(plan: SearchPlan, exam: Exam, out: Path | None) -> RunFolder:
+    who = identity(exam.base)
+    content = {
+        "kind": "search",
+        "schema": SCHEMA,
+        **plan.to_dict(),
+        "weights_digest": who.weights_digest,
+        "corpus_source": exam.corpus_source,
+        "versions": {name: version(name) for name in ("bitassay", "optuna", "torch", "transformers")},
+    }
+    return RunFolder(out or Path("runs") / f"search-{plan.space.name}-{digest_json(content)[:8]}", content)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    lock = FileLock(folder / "search.lock")
+    try:
+        with lock.acquire(timeout=0):
+            yield
+    except Timeout:
+        raise BitassayError(f"{folder}: another search works on it", "wait for it, or --out") from None
+
+
+@contextmanager
+def _helpers(folder: Path, trials: int, count: int, trust_remote_code: bool) -> Iterator[None]:
+    """Further processes that work on the trials of the folder."""
+    logs = [folder / f"worker-{index + 1}.log" for index in range(count)]
+    processes: list[Popen[bytes]] = []
+    try:
+        for log in logs:
+            command = [sys.executable, "-m", "bitassay.search.search", str(folder), str(trials)]
+            with open(log, "wb") as output:
+                processes.append(
+                    Popen(
+                        [*command, str(int(trust_remote_code))], stdin=DEVNULL, stdout=output, stderr=STDOUT
+                    )
+                )
+        yield
+        for process, log in zip(processes, logs, strict=True):
+            if process.wait():
+                raise BitassayError(
+                    f"a worker ended with status {process.returncode}: "
+                    f"{log.read_text(errors='replace').strip()[-300:]}",
+                    f"see {log}; the same command goes on",
+                )
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def _result(
+    plan: SearchPlan,
+    study: optuna.Study,
+    exam: Exam,
+    against: Sequence[Recipe],
+    folder: RunFolder,
+    progress: Progress,
+) -> dict[str, Any]:
+    trials = study.get_trials(deepcopy=False, states=ENDED)
+    best = [named_recipe(trial, plan) for trial in best_trials(plan, trials)]
+    if not best:
+        raise BitassayError(
+            f"{plan.space.name}: none of {len(trials)} trials was completed within the limits: "
+            f"{_reasons(trials)}",
+            "more --trials, another space, or wider --at-most",
+        )
+    for recipe in best:
+        content = recipe.model_dump(mode="json", exclude_none=True)
+        write_text(folder.path / "best" / f"{recipe.name}.yaml", yaml.safe_dump(content, sort_keys=False))
+    recipes = {recipe.name: recipe for recipe in (*best[:MOST_BEST], *against)}
+    quantizations = {name: quantize_tensors_once(exam.base, one, progress) for name, one in recipes.items()}
+    rows, differences = exam.judged(quantizations)
+    hand = [recipe.name for recipe in against]
+    for row, found in zip(rows[1:], differences, strict=True):
+        row["against"] = {
+            other: asdict(one) for other, one in zip(recipes, found, strict=True) if other in hand
+        }
+    who = identity(exam.base)
+    return {
+        "schema": SCHEMA,
+        "kind": "search",
+        "run_id": folder.run_id,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "model": {"name": who.name, "weights_digest": who.weights_digest},
+        "settings": plan.to_dict(),
+        "interval": INTERVAL,
+        "rows": [
+            {"chosen": name not in (BASE, *hand)} | row
+            for name, row in zip((BASE, *recipes), rows, strict=True)
+        ],
+        "best": [recipe.name for recipe in best],
+        "trials": [_described(trial) for trial in trials],
+        "importance": _importance(plan, study),
+        "environment": environment(),
+    }
+
+
+def best_trials(plan: SearchPlan, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """The Pareto front of the complete trials within the limits, by the first objective."""
+    within = [
+        trial
+        for trial in trials
+        if trial.state == TrialState.COMPLETE
+        and all(trial.user_attrs["row"][name] <= most for name, most in plan.at_most.items())
+    ]
+    front = [within[index] for index in pareto([trial.values for trial in within])]
+    return sorted(front, key=lambda trial: trial.values)
+
+
+def named_recipe(trial: FrozenTrial, plan: SearchPlan) -> Recipe:
+    """The recipe of a trial, called after it."""
+    recipe = Recipe.model_validate(trial.user_attrs["recipe"])
+    return recipe.model_copy(
+        update={
+            "name": f"{plan.space.name}-{trial.number:03d}",
+            "description": f"Found by a search of {plan.space.name} for {', '.join(plan.objectives)}.",
+        }
+    )
+
+
+def _described(trial: FrozenTrial) -> dict[str, Any]:
+    return {
+        "number": trial.number,
+        "state": trial.state.name.lower(),
+        "values": trial.params,
+        "seconds": trial.duration.total_seconds() if trial.duration is not None else None,
+        **{key: trial.user_attrs.get(key) for key in ("stopped", "short", "objectives", "row")},
+    }
+
+
+def _importance(plan: SearchPlan, study: optuna.Study) -> dict[str, dict[str, float]]:
+    """Of each parameter for each objective (PED-ANOVA); empty where there are too few trials to say."""
+    found = {}
+    for index, text in enumerate(plan.objectives):
+        try:
+            with warnings.catch_warnings():  # that small is good, which it is
+                warnings.simplefilter("ignore")
+                found[text] = optuna.importance.get_param_importances(
+                    study, target=lambda trial, index=index: trial.values[index]
+                )
+        except (ValueError, RuntimeError):
+            found[text] = {}
+    return found
+
+
+def _reasons(trials: Sequence[FrozenTrial]) -> str:
+    reasons = [trial.user_attrs.get("stopped") for trial in trials]
+    return "; ".join(sorted({str(reason) for reason in reasons if reason})[:3]) or "nothing was tried"
+
+
+def main(folder: Path, trials: int, trust_remote_code: bool) -> None:
+    """A further process: trials of the search that has the folder."""
+    plan = SearchPlan.of(read_json(folder / "plan.json"))
+    run_trials(plan, folder, trials, plan.exam(trust_remote_code=trust_remote_code))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), bool(int(sys.argv[3])))

@@ -1,0 +1,230 @@
+"""One trial after the other: a sampler proposes values, the recipe is made and measured, and the sampler
+hears what came of it. Several processes may do this on the same storage at once.
+
+A trial is *complete*, or it stopped early (optuna: pruned) for a reason that is kept with it: the recipe
+makes no sense, a limit is broken, the result is not finite, or earlier trials are better on a few windows
+(`objectives.is_hopeless`). A trial that was interrupted is proposed again, and what was finished of its
+quantization is still there.
+"""
+
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import optuna
+from filelock import FileLock
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+
+from bitassay.data.windows import Protocol
+from bitassay.errors import BitassayError
+from bitassay.quantize.model import check_recipe
+from bitassay.quantize.pipeline import quantize_tensors
+from bitassay.record.progress import Progress, silent
+from bitassay.search.exam import Exam, Row, facts
+from bitassay.search.objectives import FACTS, Objective, is_hopeless
+from bitassay.search.space import Range, Space, Value, label
+
+SAMPLERS = ("tpe", "nsga2", "grid")
+ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
+NAME = "search"
+
+
+@dataclass(frozen=True)
+class SearchPlan:
+    """What is searched: `space` over `model`, for the least of each of `objectives`, where no column of
+    `at_most` is larger. windows: how many of `window` tokens choose (as many are held out); short: how many
+    of them come first. seed: of the sampler and the bootstrap."""
+
+    model: str
+    space: Space
+    objectives: tuple[str, ...] = ("kl_mean",)
+    at_most: Mapping[str, float] = field(default_factory=dict)
+    sampler: str = "tpe"
+    corpus: str = "wikitext2-raw"
+    window: int = 512
+    windows: int = 8
+    short: int = 2
+    dtype: str = "float32"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.sampler not in SAMPLERS:
+            raise BitassayError(f"{self.sampler!r} is no sampler", f"one of {', '.join(SAMPLERS)}")
+        if not self.objectives:
+            raise BitassayError("there is no objective", "--objective kl_mean")
+        for text in self.objectives:
+            Objective.parse(text)
+        if self.sampler == "grid":
+            next(self.space.grid())
+
+    @property
+    def parsed(self) -> list[Objective]:
+        return [Objective.parse(text) for text in self.objectives]
+
+    @property
+    def protocol(self) -> Protocol:
+        return Protocol(self.corpus, window_tokens=self.window, windows=self.windows)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"space": self.space.model_dump(mode="json"), "at_most": dict(self.at_most)}
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> "SearchPlan":
+        """From what `to_dict` gave."""
+        known: dict[str, Any] = {name: content[name] for name in cls.__dataclass_fields__}
+        known |= {"objectives": tuple(known["objectives"]), "space": Space.model_validate(known["space"])}
+        return cls(**known)
+
+    def exam(self, progress: Progress = silent, trust_remote_code: bool = False) -> Exam:
+        return Exam(
+            self.model,
+            self.protocol,
+            self.short,
+            dtype=self.dtype,
+            seed=self.seed,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+
+
+def open_study(plan: SearchPlan, folder: Path) -> optuna.Study:
+    """The study in FOLDER/trials.db, made where it is not there."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    storage = f"sqlite:///{(folder / 'trials.db').resolve()}"
+    with FileLock(folder / "trials.lock"):
+        study = optuna.create_study(
+            study_name=NAME,
+            storage=storage,
+            directions=[StudyDirection.MINIMIZE for _ in plan.objectives],
+            load_if_exists=True,
+        )
+    # A sampler that goes on must not draw again what it drew before.
+    study.sampler = _sampler(plan, plan.seed + len(study.trials))
+    return study
+
+
+def _sampler(plan: SearchPlan, seed: int) -> optuna.samplers.BaseSampler:
+    if plan.sampler == "nsga2":
+        return optuna.samplers.NSGAIISampler(population_size=20, seed=seed)
+    return optuna.samplers.TPESampler(seed=seed)
+
+
+def propose_interrupted_again(study: optuna.Study) -> int:
+    """End the trials that nobody works on any more, and propose their values first; how many there were."""
+    left = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    for trial in left:
+        if trial.params:
+            study.enqueue_trial(trial.params)
+        study.tell(trial.number, state=TrialState.FAIL)
+    return len(left)
+
+
+def run_trials(plan: SearchPlan, folder: Path, total: int, exam: Exam, progress: Progress = silent) -> None:
+    """Work on trials until `total` have ended or are in somebody's hands."""
+    study, lock = open_study(plan, folder), FileLock(folder / "trials.lock")
+    grid = list(plan.space.grid()) if plan.sampler == "grid" else None
+    total = total if grid is None else min(total, len(grid))
+    while True:
+        with lock:
+            known = study.get_trials(deepcopy=False, states=(*ENDED, TrialState.RUNNING))
+            waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+            if len(known) >= total:
+                return
+            if grid is not None and not waiting:
+                study.enqueue_trial({path: label(value) for path, value in grid[len(known)].items()})
+            trial = study.ask()
+            values = _suggested(trial, plan.space)
+        ended = study.get_trials(deepcopy=False, states=ENDED)
+        progress("trials", len(ended), total)
+        outcome = _tried(plan, values, folder, exam, ended)
+        for key, value in asdict(outcome).items():
+            trial.set_user_attr(key, value)
+        for column, value in outcome.excess(plan.at_most).items():
+            trial.set_constraint(column, value)
+        if outcome.stopped is None:
+            study.tell(trial, outcome.objectives)
+        else:
+            study.tell(trial, state=TrialState.PRUNED)
+        progress(_said(trial.number, outcome))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a trial. stopped: why it is not complete; objectives and row where it is."""
+
+    recipe: dict[str, Any] | None = None
+    stopped: str | None = None
+    short: list[float] | None = None
+    objectives: list[float] | None = None
+    row: Row | None = None
+
+    def excess(self, at_most: Mapping[str, float]) -> dict[str, float]:
+        """By how much each limit is exceeded; below zero where it is not."""
+        row = self.row or {}
+        return {name: row[name] - most for name, most in at_most.items() if row.get(name) is not None}
+
+
+def _tried(
+    plan: SearchPlan, values: dict[str, Value], folder: Path, exam: Exam, ended: Sequence[FrozenTrial]
+) -> Outcome:
+    try:
+        recipe = plan.space.recipe_of(values)
+        content = recipe.model_dump(mode="json", exclude_none=True)
+        for trial in ended:  # a sampler may come back to a recipe
+            if trial.user_attrs["recipe"] == content:
+                return Outcome(**{key: trial.user_attrs[key] for key in Outcome.__dataclass_fields__})
+        check_recipe(exam.base, recipe)
+        work = folder / "work" / recipe.recipe_id
+        quantization = quantize_tensors(exam.base, recipe, exam.progress, work)
+    except BitassayError as error:
+        return Outcome(stopped=f"refused: {error}")
+    row = facts(exam.base, quantization)
+    for name in plan.at_most:
+        if name in FACTS and row[name] > plan.at_most[name]:
+            shutil.rmtree(work, ignore_errors=True)
+            return Outcome(content, f"{name} is {row[name]:.6g}", row=row)
+    columns = [column for one in plan.parsed for column in one.columns] + list(plan.at_most)
+    first = None
+    if plan.short < plan.windows:
+        measured = row | exam.short(quantization)
+        known = [one for one in plan.parsed if all(column in measured for column in one.columns)]
+        first = [one.value(measured) for one in known]
+        earlier = [trial.user_attrs["short"] for trial in ended if trial.user_attrs.get("short")]
+        if known and (not all(map(math.isfinite, first)) or is_hopeless(first, earlier)):
+            shutil.rmtree(work, ignore_errors=True)
+            return Outcome(content, "others are better on the first windows", short=first, row=row)
+    row |= exam.measured(quantization, columns)
+    shutil.rmtree(work, ignore_errors=True)
+    objectives = [one.value(row) for one in plan.parsed]
+    if not all(map(math.isfinite, objectives)):
+        return Outcome(content, "the result is not finite", short=first, row=row)
+    return Outcome(content, None, first, objectives, row)
+
+
+def _suggested(trial: optuna.Trial, space: Space) -> dict[str, Value]:
+    """A value for each parameter."""
+    values: dict[str, Value] = {}
+    for path, choices in space.parameters.items():
+        if isinstance(choices, Range):
+            if choices.is_whole:
+                low, high = int(choices.low), int(choices.high)
+                values[path] = trial.suggest_int(
+                    path, low, high, step=int(choices.step or 1), log=choices.log
+                )
+            else:
+                values[path] = trial.suggest_float(
+                    path, choices.low, choices.high, step=choices.step, log=choices.log
+                )
+        else:
+            by_label = {label(choice): choice for choice in choices}
+            values[path] = by_label[trial.suggest_categorical(path, list(by_label))]
+    return values
+
+
+def _said(number: int, outcome: Outcome) -> str:
+    result = outcome.stopped or ", ".join(f"{value:.4g}" for value in outcome.objectives or [])
+    return f"trial {number}: {result}"

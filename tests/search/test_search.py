@@ -1,0 +1,167 @@
+"""A search on a tiny model: samplers, limits, resuming, several processes, and what comes out."""
+
+import json
+
+import pytest
+
+import bitassay
+from bitassay.errors import BitassayError
+from bitassay.quantize.recipe import read_recipe
+from bitassay.search import search as module
+from bitassay.search.exam import Exam
+from bitassay.search.search import search
+from bitassay.search.space import Space
+
+SPACE = Space.model_validate(
+    {
+        "name": "tiny",
+        "recipe": {"weights": {"format": "int3", "scale": "absmax"}},
+        "parameters": {
+            "weights.granularity": ["channel", "g32", "g64"],
+            "weights.offset": {"low": 0.0, "high": 0.5, "step": 0.5},
+        },
+    }
+)
+
+
+def run(out, trials=7, space=SPACE, **options):
+    settings = {"window": 64, "windows": 3, "short": 1} | options
+    return search("stories260k", space, trials=trials, out=out, **settings)[0]
+
+
+def test_the_best_of_a_grid_is_the_best_of_its_trials(tmp_path):
+    found = run(tmp_path / "run", trials=100, sampler="grid", short=3, against=["w3"])
+    assert len(found["trials"]) == 6  # all there are
+    assert {trial["state"] for trial in found["trials"]} == {"complete"}
+    values = [trial["values"] for trial in found["trials"]]
+    assert len({json.dumps(value, sort_keys=True) for value in values}) == 6
+    best = min(found["trials"], key=lambda trial: trial["objectives"])
+    assert found["best"] == [f"tiny-{best['number']:03d}"]
+    assert [row["recipe"] for row in found["rows"]] == ["base", *found["best"], "w3"]
+    assert [row["chosen"] for row in found["rows"]] == [False, True, False]
+    assert set(found["rows"][1]["against"]) == {"w3"}
+    assert sum(found["importance"]["kl_mean"].values()) == pytest.approx(1)
+
+    # The row is what an evaluation of the recipe's file says on the windows held out, not on those that chose.
+    recipe = read_recipe(tmp_path / "run/best" / f"{found['best'][0]}.yaml")
+    exam = Exam("stories260k", module.SearchPlan("stories260k", SPACE, window=64, windows=3).protocol, 1)
+    model = bitassay.quantize(exam.base, recipe)
+    rows, _ = exam.judged({recipe.name: model.quantization})
+    assert rows[1]["kl_mean"] == found["rows"][1]["kl_mean"]
+    assert rows[1]["kl_mean"] != best["row"]["kl_mean"]
+
+
+def test_an_interrupted_search_goes_on_and_repeats_no_finished_trial(tmp_path, monkeypatch):
+    real, seen, grid = Exam.measured, [], {"sampler": "grid", "short": 3}
+
+    def stops(exam, quantization, columns):
+        seen.append(quantization.recipe.name)
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        return real(exam, quantization, columns)
+
+    monkeypatch.setattr(Exam, "measured", stops)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "run", trials=5, **grid)
+    finished, interrupted = set(seen[:3]), seen[3]
+
+    def counts(exam, quantization, columns):
+        seen.append(quantization.recipe.name)
+        return real(exam, quantization, columns)
+
+    del seen[:]
+    monkeypatch.setattr(Exam, "measured", counts)
+    found = run(tmp_path / "run", trials=5, **grid)
+    assert seen[0] == interrupted
+    assert not finished & set(seen)
+    assert len(found["trials"]) == len({str(trial["values"]) for trial in found["trials"]}) == 5
+    more = run(tmp_path / "run", trials=6, **grid)
+    assert len(more["trials"]) == 6
+    assert more["trials"][:5] == found["trials"]
+
+
+def test_a_limit_on_size_is_kept_and_costs_no_run(tmp_path, monkeypatch):
+    measured = []
+    real = Exam.short
+    monkeypatch.setattr(Exam, "short", lambda exam, q: measured.append(q.recipe.name) or real(exam, q))
+    found = run(tmp_path / "run", trials=6, sampler="grid", at_most={"bits_per_weight": 3.3})
+    over = [trial for trial in found["trials"] if (trial["row"] or {}).get("bits_per_weight", 0) > 3.3]
+    assert over
+    assert all(trial["state"] == "pruned" and "bits_per_weight is" in trial["stopped"] for trial in over)
+    assert len(measured) == 6 - len(over)
+    assert found["rows"][1]["bits_per_weight"] <= 3.3
+
+
+def test_a_limit_on_what_takes_a_run_is_kept_too(tmp_path):
+    small = {"sampler": "grid", "objectives": ("bits_per_weight",), "short": 3}
+    free = run(tmp_path / "free", trials=6, at_most={"kl_mean": 100}, **small)
+    best = min(free["trials"], key=lambda trial: trial["row"]["kl_mean"])
+    assert free["best"] != [f"tiny-{best['number']:03d}"]
+    tight = run(tmp_path / "tight", trials=6, at_most={"kl_mean": best["row"]["kl_mean"]}, **small)
+    assert tight["best"] == [f"tiny-{best['number']:03d}"]
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2"])
+def test_several_objectives_give_a_front(tmp_path, sampler):
+    found = run(tmp_path / "run", trials=8, objectives=("kl_mean", "bits_per_weight"), sampler=sampler)
+    points = {f"tiny-{t['number']:03d}": t["objectives"] for t in found["trials"] if t["objectives"]}
+    front = [points[name] for name in found["best"]]
+    assert front == sorted(front)
+    assert [bits for _, bits in front] == sorted({bits for _, bits in front}, reverse=True)
+
+
+def test_what_the_recipe_refuses_counts_as_a_trial_with_its_reason(tmp_path):
+    space = SPACE.model_copy(
+        update={"parameters": {"weights.format": ["int3", "fp8_e4m3", "binary"], "weights.scale": ["absmax"]}}
+    )
+    found = run(tmp_path / "run", trials=3, space=space, sampler="grid", short=3)
+    stopped = [trial["stopped"] for trial in found["trials"]]
+    assert (
+        sum(
+            one is not None and "refused: " in one and "binary has no code for zero" in one for one in stopped
+        )
+        == 1
+    )
+    alone = SPACE.model_copy(
+        update={"parameters": {"weights.format": ["binary"], "weights.scale": ["absmax"]}}
+    )
+    with pytest.raises(BitassayError, match=r"none of 1 trials was completed.*binary has no code"):
+        run(tmp_path / "none", trials=1, space=alone)
+
+
+def test_two_processes_share_the_trials(tmp_path):
+    found = run(tmp_path / "run", trials=4, jobs=2)
+    assert len(found["trials"]) == 4
+    assert (tmp_path / "run/worker-1.log").exists()
+
+
+def test_speed_and_distance_are_columns_too(tmp_path):
+    found = run(tmp_path / "run", trials=1, objectives=("-1*decode_tok_s", "hidden_distance"))
+    speed, distance = found["trials"][0]["objectives"]
+    assert speed < 0
+    assert distance > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"trials": 0}, "0 trials or jobs"),
+        ({"jobs": 0}, "0 trials or jobs"),
+        ({"sampler": "best"}, "'best' is no sampler"),
+        ({"objectives": ()}, "no objective"),
+        ({"objectives": ("speed",)}, "no column"),
+        ({"short": 4}, "4 of 3 windows come first"),
+        ({"against": ["w3", "w3"]}, "two rows would be called 'w3'"),
+        ({"windows": 100_000}, "were asked for"),
+    ],
+)
+def test_bad_input(tmp_path, options, said):
+    with pytest.raises(BitassayError, match=said):
+        run(tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_plan_does_not_share_the_folder(tmp_path):
+    run(tmp_path / "run", trials=1)
+    with pytest.raises(BitassayError, match="holds a run of another plan"):
+        run(tmp_path / "run", trials=1, seed=1)
