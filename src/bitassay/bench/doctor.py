@@ -39,13 +39,14 @@ VERBS = {
     "calibrate": (*_MODEL, "scipy"),
     "attack": (*_MODEL, "scipy", "matplotlib", "jinja2"),
     "study": (*_MODEL, "scipy", "matplotlib", "jinja2", "pyyaml"),
+    "search": (*_MODEL, "scipy", "matplotlib", "jinja2", "pyyaml", "optuna"),
     "report": ("matplotlib", "jinja2"),
     "models": _MODEL,
     "recipes": ("torch", "pyyaml", "pydantic"),
 }
 
 # Extras of the package that a verb cannot do without.
-EXTRAS = ("generation",)
+EXTRAS = ("generation", "search")
 
 Status = Literal["ok", "warning", "missing"]
 
