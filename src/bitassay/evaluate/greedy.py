@@ -81,7 +81,7 @@ def _continue(
         kept = [
             place
             for place, row in enumerate(going)
-            if outputs[row][-1] not in ends and not _stopped(tokenizer.decode(outputs[row]), stops)
+            if outputs[row][-1] not in ends and not is_stopped(tokenizer.decode(outputs[row]), stops)
         ]
         if not kept:
             break
@@ -92,7 +92,8 @@ def _continue(
     return outputs
 
 
-def _stopped(text: str | list[str], stops: Sequence[str]) -> bool:
+def is_stopped(text: str | list[str], stops: Sequence[str]) -> bool:
+    """Whether a stop string is in a text."""
     return any(stop in text for stop in stops if stop)
 
 
