@@ -159,6 +159,44 @@ def summarise(scores: Sequence[TokenScores], base: Sequence[TokenScores], seed: 
     )
 
 
+@dataclass(frozen=True)
+class TextDifference:
+    """The second model's figures less the first's on the same windows: perplexity, its share of the first's,
+    and KL to their common base in nats a token."""
+
+    ppl: float
+    ppl_ci: Interval
+    ppl_fraction: float
+    ppl_fraction_ci: Interval
+    kl: float
+    kl_ci: Interval
+
+
+def text_difference(
+    first: Sequence[TokenScores], second: Sequence[TokenScores], seed: int = 0, level: float = 0.95
+) -> TextDifference:
+    """Compare two candidates by their scores of equal windows, with intervals at `level`, paired by
+    window."""
+    means = np.array(
+        [
+            [getattr(window, field).double().mean().item() for window in group]
+            for group in (first, second)
+            for field in ("nll", "kl")
+        ]
+    )
+    n = means.shape[1]
+    resampled, point = bootstrap_means(means, seed), means.mean(1)
+    found = {}
+    for name, (one, kl_one, two, kl_two) in (("point", point), ("resampled", resampled)):
+        found[name] = (np.exp(two) - np.exp(one), np.exp(two - one) - 1, kl_two - kl_one)
+    values = [
+        (float(value), percentile_interval(spread, n, level))
+        for value, spread in zip(found["point"], found["resampled"], strict=True)
+    ]
+    (ppl, ppl_ci), (fraction, fraction_ci), (kl, kl_ci) = values
+    return TextDifference(ppl, ppl_ci, fraction, fraction_ci, kl, kl_ci)
+
+
 def _name(model: PreTrainedModel) -> str:
     known = getattr(model, "identity", None)
     if known is None:

@@ -1,0 +1,154 @@
+"""Cells done by local processes: `python -m bitassay.studies.crew FOLDER THREADS` is one of them.
+
+A process holds the model and takes cells as lines on stdin, `KIND WHICH`; it writes their files into the run
+folder and answers each with a line of JSON: {} or {"error": [problem, remedy, exit status]}. One that dies
+loses the cell that it was at, which another process then does; a cell that kills two is given up.
+"""
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import suppress
+from pathlib import Path
+
+from bitassay.errors import BitassayError, MissingError
+from bitassay.record.files import read_json
+from bitassay.record.progress import Progress, silent
+from bitassay.record.run import RunFolder
+from bitassay.studies.cells import Bench, Cell
+from bitassay.studies.eight_bit import EightBitPlan
+
+COMMAND = (sys.executable, "-m", "bitassay.studies.crew")
+ATTEMPTS = 2
+
+
+def run_local(
+    folder: RunFolder, cells: Sequence[Cell], jobs: int, threads: int, progress: Progress = silent
+) -> None:
+    """Do all cells, `jobs` at a time with so many `threads` each; returns when all are done.
+
+    Raises BitassayError for what a process says is the user's mistake, MissingError where one cell killed
+    several.
+    """
+    todo: queue.SimpleQueue[Cell] = queue.SimpleQueue()
+    for cell in cells:
+        todo.put(cell)
+    members = [_Member(folder, place, threads) for place in range(min(jobs, len(cells)))]
+    done: list[Cell] = []
+    with ThreadPoolExecutor(max(1, len(members))) as pool:
+        try:
+            running = {pool.submit(member.work_off, todo, done) for member in members}
+            while running:
+                finished, running = wait(running, timeout=1, return_when=FIRST_EXCEPTION)
+                progress("cells", len(done), len(cells))
+                for future in finished:
+                    future.result()
+        finally:
+            for member in members:
+                member.stop()
+
+
+class _Member:
+    """One process, and another one where that dies."""
+
+    def __init__(self, folder: RunFolder, place: int, threads: int):
+        self.folder, self.threads = folder, threads
+        self.log = folder.path / "workers" / f"{place:02d}.log"
+        self.child: subprocess.Popen[str] | None = None
+        self.stopped = False
+
+    def work_off(self, todo: "queue.SimpleQueue[Cell]", done: list[Cell]) -> None:
+        with suppress(queue.Empty):
+            while not self.stopped:
+                cell = todo.get_nowait()
+                self._work(cell)
+                done.append(cell)
+
+    def _work(self, cell: Cell) -> None:
+        for _ in range(ATTEMPTS):
+            answer = self._ask(cell)
+            if self.stopped:
+                return
+            if answer is not None and "error" in answer:
+                problem, remedy, status = answer["error"]
+                raise (MissingError if status == MissingError.exit_status else BitassayError)(problem, remedy)
+            if answer is not None:
+                return
+        raise MissingError(
+            f"{cell.name}: its process died {ATTEMPTS} times (see {self.log})",
+            "most likely memory: fewer --jobs; the same command goes on where it stopped",
+        )
+
+    def _ask(self, cell: Cell) -> dict[str, list[str]] | None:
+        """The answer; None where the process died."""
+        if self.child is None or self.child.poll() is not None:
+            self.child = self._start()
+        assert self.child.stdin is not None
+        assert self.child.stdout is not None
+        with suppress(OSError):  # it died; the missing answer says so
+            self.child.stdin.write(f"{cell.kind} {cell.which}\n")
+            self.child.stdin.flush()
+        line = self.child.stdout.readline()
+        if not line:
+            self.child.wait()
+            return None
+        return json.loads(line)
+
+    def _start(self) -> "subprocess.Popen[str]":
+        self.log.parent.mkdir(exist_ok=True)
+        with self.log.open("ab") as log:
+            return subprocess.Popen(
+                [*COMMAND, str(self.folder.path), str(self.threads)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "OMP_NUM_THREADS": str(self.threads)},
+            )
+
+    def stop(self) -> None:
+        """End the process, whatever it is doing."""
+        self.stopped = True
+        if self.child is not None:
+            if self.child.poll() is None:
+                self.child.kill()
+            self.child.wait()
+            for stream in (self.child.stdin, self.child.stdout):
+                if stream is not None:
+                    with suppress(OSError):  # a pipe to a process that is gone
+                        stream.close()
+
+
+def open_folder(path: Path) -> tuple[RunFolder, EightBitPlan]:
+    """A run folder as it was begun, and its plan."""
+    content = read_json(path / "plan.json")
+    return RunFolder(path, content), EightBitPlan.of(content["plan"])
+
+
+def main(path: str, threads: str) -> int:
+    """Do cells until there are no more; an interrupt is the parent's business."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is no answer
+    folder, plan = open_folder(Path(path))
+    bench: Bench | None = None
+    for line in sys.stdin:
+        kind, which = line.split()
+        said: dict[str, list[object]] = {}
+        try:
+            bench = bench or Bench(plan, folder.plan["weights_digest"], int(threads))
+            bench.work(Cell(kind, int(which)), folder)
+        except BitassayError as error:
+            said = {"error": [error.problem, error.remedy, error.exit_status]}
+        answers.write(json.dumps(said) + "\n")
+        answers.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

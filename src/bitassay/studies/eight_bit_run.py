@@ -1,0 +1,300 @@
+"""Run an INT8/FP8 study (`eight_bit.py`): its cells, speeds and products, then what they say.
+
+    OUT/plan.json, parts/    as every run folder (`record/run.py`); a file for what each cell made
+    OUT/bench/               speeds, which are measured alone, after all cells
+    OUT/run.json             rows by variant, pairs, claims
+
+A killed run goes on where it stopped. Differences are paired by window or by question. p-values are exact
+McNemar's, adjusted by Holm within a family of comparisons and a way of asking.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from bitassay.bench.environment import environment
+from bitassay.bench.matmul import matmul
+from bitassay.bench.models import bench
+from bitassay.evaluate.compare import summarise, text_difference
+from bitassay.evaluate.divergence import TokenScores
+from bitassay.evaluate.tasks import require_lm_eval
+from bitassay.evaluate.statistics import accuracy_interval, difference_interval, holm, paired_difference
+from bitassay.models.load import Identity
+from bitassay.models.source import resolve
+from bitassay.quantize.granularity import Granularity
+from bitassay.record.files import write_json
+from bitassay.record.hashing import digest_json
+from bitassay.record.progress import Progress, silent
+from bitassay.record.run import RunFolder
+from bitassay.studies.cells import METHODS, cells_of, is_done, read_text
+from bitassay.studies.crew import run_local
+from bitassay.studies.eight_bit import BASE, GRANULARITIES, EightBitPlan, Variant, find_study
+
+LETTERS = ("A", "B", "C", "D")
+Pair = tuple[str, str, str]  # family, first variant, second variant
+
+
+@dataclass
+class Findings:
+    """What the cells of a study found, by variant's name. text: scores by window; right: by method, which
+    questions were answered rightly; refused: variants that there are none of here, and why."""
+
+    plan: EightBitPlan
+    variants: dict[str, Variant]
+    text: dict[str, list[TokenScores]] = field(default_factory=dict)
+    right: dict[str, dict[str, list[bool]]] = field(default_factory=dict)
+    asked: dict[str, dict[str, Any]] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    speed: dict[str, Any] | None = None
+    products: dict[str, Any] | None = None
+
+    def has(self, *names: str) -> bool:
+        return all(name in self.right for name in names)
+
+
+def run_eight_bit(
+    plan: EightBitPlan,
+    *,
+    out: Path | None = None,
+    jobs: int | None = None,
+    ray: str | None = None,
+    repeats: int = 5,
+    progress: Progress = silent,
+) -> tuple[dict[str, Any], Path]:
+    """Run a study; the run (the content of run.json) and its folder. jobs: processes at a time (default: one a
+    core, as many as memory holds). ray: "auto" or the address of a Ray cluster, which then does the cells.
+    repeats: rounds of timing.
+
+    Raises BitassayError for bad input, MissingError for what the environment lacks.
+    """
+    from bitassay.studies.claims import judged
+
+    require_lm_eval()
+    source = resolve(plan.model, progress)
+    described = plan.described(Identity(source).weights_digest)
+    name = f"{plan.study}-{Path(source.name).name}-{digest_json(described)[:8]}"
+    folder = RunFolder(out or Path("runs") / name, described)
+    progress(f"run {folder.run_id} in {folder.path}")
+    todo = [cell for cell in cells_of(plan) if not is_done(folder, plan, cell)]
+    if todo and ray is not None:
+        from bitassay.studies.cluster import run_on_ray
+
+        run_on_ray(folder, todo, ray, progress)
+    elif todo:
+        count, threads = crew_size(plan, source.folder, jobs)
+        run_local(folder, todo, count, threads, progress)
+    found = findings(folder, plan)
+    if find_study(plan.study).speed:
+        found.speed, found.products = _speed(plan, folder, repeats, progress)
+    run = {
+        "schema": described["schema"],
+        "kind": "eight-bit",
+        "study": plan.study,
+        "about": find_study(plan.study).about,
+        "run_id": folder.run_id,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "model": {
+            "name": source.name,
+            "origin": source.origin,
+            "weights_digest": described["weights_digest"],
+        },
+        "settings": plan.to_dict(),
+        "protocols": {
+            "text": plan.protocol.id if plan.blocks else None,
+            "questions": question_protocol(plan, described["questions"]["whole"]),
+            "questions_source": described["questions"]["source"],
+        },
+        "interval": "95 %: expanded percentile bootstrap over windows, Wilson's of an accuracy, Tango's of a "
+        "paired difference",
+        "rows": rows_of(found),
+        "pairs": pairs_of(found),
+        "claims": judged(found),
+        "speed": found.speed,
+        "products": found.products,
+        "environment": environment(),
+    }
+    write_json(folder.path / "run.json", run)
+    return run, folder.path
+
+
+def crew_size(plan: EightBitPlan, model: Path, jobs: int | None) -> tuple[int, int]:
+    """Processes at a time, and threads of each. By default one process a core (one in all on a GPU), as many
+    as have room for two models and the logits of a block."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if jobs is None:
+        weights = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+        room = psutil.virtual_memory().available // max(1, 2 * weights + 2 * 10**9)
+        jobs = 1 if plan.device != "cpu" else max(1, min(cores, int(room)))
+    return jobs, max(1, cores // jobs)
+
+
+def question_protocol(plan: EightBitPlan, whole: bool) -> str:
+    """Everything about the questions that changes the number."""
+    spread = f"{len(plan.subjects)} subjects"
+    return f"mmlu/5-shot[n={plan.questions} over {spread}{'' if whole else ' of the bundled slice'}]"
+
+
+def findings(folder: RunFolder, plan: EightBitPlan) -> Findings:
+    """Read what all cells made."""
+    found = Findings(plan, {variant.name: variant for variant in plan.variants})
+    for place, (name, variant) in enumerate(found.variants.items()):
+        asked = folder.part(f"questions-{place:02d}", dict)
+        if "refused" in asked:
+            found.refused[name] = asked["refused"]
+            continue
+        found.asked[name] = asked
+        found.right[name] = {method: asked[method]["right"] for method in METHODS}
+        if plan.blocks:
+            text = read_text(folder, plan, variant)
+            assert not isinstance(text, str)
+            found.text[name] = text
+    return found
+
+
+def _speed(
+    plan: EightBitPlan, folder: RunFolder, repeats: int, progress: Progress
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    recipes = [variant.recipe for variant in plan.variants if variant.granularity == "row" and variant.recipe]
+    timed, _ = bench(
+        plan.model,
+        recipes,
+        out=folder.path / "bench",
+        batches=(1, 8),
+        contexts=(1024,),
+        repeats=repeats,
+        dtype=plan.dtype,
+        device=plan.device,
+        progress=progress,
+        trust_remote_code=plan.trust_remote_code,
+    )
+    products = folder.part(
+        "products", lambda: matmul(repeats=0, seed=plan.seed, device=plan.device, progress=progress)
+    )
+    return timed, products
+
+
+def rows_of(found: Findings) -> list[dict[str, Any]]:
+    """A row a variant, in the study's order, which is no ranking; the base is the first."""
+    adjusted = {method: _against_base(found, method) for method in METHODS}
+    rows = []
+    for name, variant in found.variants.items():
+        row: dict[str, Any] = {
+            "variant": name,
+            "format": variant.format,
+            "granularity": variant.granularity,
+            "kind": variant.kind,
+            "tool": None if variant.format is None else "torchao" if variant.torchao else "bitassay",
+            "refused": found.refused.get(name),
+        }
+        if name in found.asked:
+            row |= {key: found.asked[name][key] for key in ("recipe_id", "bits_per_weight", "size_bytes")}
+            if variant.torchao:
+                row |= {"bits_per_weight": None, "size_bytes": None}
+            if name in found.text:
+                row |= summarise(found.text[name], found.text[BASE], found.plan.seed).to_dict()
+            for method in METHODS:
+                row |= {f"{method}_{key}": value for key, value in adjusted[method][name].items()}
+            row["unparsed"] = _unparsed(found.asked[name]["generate"]["answers"])
+        rows.append(row)
+    return rows
+
+
+def _against_base(found: Findings, method: str) -> dict[str, dict[str, Any]]:
+    """Accuracy of every variant, and its difference from the base's."""
+    base = found.right[BASE][method]
+    accuracies = {
+        name: {"n": len(base), "acc": sum(r[method]) / len(base), "acc_ci": accuracy_interval(sum(r[method]), len(base))}
+        for name, r in found.right.items()
+    }
+    others = [name for name in found.right if name != BASE]
+    differences = {name: paired_difference(base, found.right[name][method]) for name in others}
+    p_values = holm([one.p_value for one in differences.values()])
+    for (name, one), p_holm in zip(differences.items(), p_values, strict=True):
+        accuracies[name] |= {
+            "difference": one.difference,
+            "difference_ci": one.interval,
+            "p_value": one.p_value,
+            "p_holm": p_holm,
+            "visible_difference": one.visible_difference,
+        }
+    return accuracies
+
+
+def _unparsed(answers: Sequence[Sequence[str]]) -> int:
+    """How many generated texts are none of the letters."""
+    return sum(str(given[0]).strip() not in LETTERS for given in answers)
+
+
+def comparisons(found: Findings) -> list[Pair]:
+    """Which variants are compared with which, by family; only those that there are."""
+    pairs: list[Pair] = []
+    by_kind = {(v.format, v.granularity, v.kind, v.torchao, v.smoothed): n for n, v in found.variants.items()}
+
+    def add(family: str, first: tuple[Any, ...], second: tuple[Any, ...]) -> None:
+        names = by_kind.get(first), by_kind.get(second)
+        if names[0] and names[1] and found.has(names[0], names[1]):
+            pairs.append((family, names[0], names[1]))
+
+    for kind, torchao, smoothed in dict.fromkeys((v.kind, v.torchao, v.smoothed) for v in found.variants.values()):
+        for granularity in GRANULARITIES:
+            rest = (granularity, kind, torchao, smoothed)
+            add("INT8 against FP8", ("fp8", *rest), ("int8", *rest))
+    sizes = ("tensor", "row", "g512", "g256", "g128", "g64")
+    for format in ("int8", "fp8"):
+        for coarse, fine in zip(sizes, sizes[1:], strict=False):
+            add("one step finer", (format, coarse, "fake", False, False), (format, fine, "fake", False, False))
+        for granularity in GRANULARITIES:
+            plain = (False, False)
+            add("real against fake", (format, granularity, "fake", *plain), (format, granularity, "real", *plain))
+        for torchao, kind in ((False, "fake"), (True, "real")):
+            add("smoothed against plain", (format, "row", kind, torchao, False), (format, "row", kind, torchao, True))
+        if any(variant.torchao for variant in found.variants.values()):
+            for smoothed in (False, True):
+                add("torchao against ours", (format, "row", "fake", False, smoothed), (format, "row", "real", True, smoothed))
+    return pairs
+
+
+def pairs_of(found: Findings) -> list[dict[str, Any]]:
+    """Every comparison: the second's figures less the first's. p-values are adjusted within a family."""
+    rows = []
+    for family, first, second in comparisons(found):
+        row: dict[str, Any] = {"family": family, "first": first, "second": second}
+        if first in found.text:
+            row |= asdict(text_difference(found.text[first], found.text[second], found.plan.seed))
+        for method in METHODS:
+            one = paired_difference(found.right[first][method], found.right[second][method])
+            row |= {
+                f"{method}_difference": one.difference,
+                f"{method}_difference_ci": one.interval,
+                f"{method}_p_value": one.p_value,
+                f"{method}_visible_difference": one.visible_difference,
+            }
+        rows.append(row)
+    for family in dict.fromkeys(row["family"] for row in rows):
+        members = [row for row in rows if row["family"] == family]
+        for method in METHODS:
+            for row, p in zip(members, holm([m[f"{method}_p_value"] for m in members]), strict=True):
+                row[f"{method}_p_holm"] = p
+    return rows
+
+
+def accuracy_difference(
+    found: Findings, first: tuple[str, str], second: tuple[str, str], level: float = 0.95
+) -> tuple[float, tuple[float, float]]:
+    """(variant, method) against (variant, method) on the same questions: the second's accuracy less the
+    first's, and its interval at `level`."""
+    a, b = (found.right[name][method] for name, method in (first, second))
+    gained = sum(y and not x for x, y in zip(a, b, strict=True))
+    lost = sum(x and not y for x, y in zip(a, b, strict=True))
+    return (gained - lost) / len(a), difference_interval(gained, lost, len(a), level)
+
+
+def uneven_rows(columns: int, granularity: str) -> bool:
+    """Whether groups do not divide a row, so that its last one is shorter."""
+    size = Granularity.parse(GRANULARITIES[granularity]).group_size
+    return size is not None and columns % size != 0
