@@ -1,4 +1,4 @@
-"""`bitassay study`: the experiments of the VeriLLM replication, as rows of data."""
+"""`bitassay study`: the experiments of the VeriLLM replication and the INT8/FP8 studies, as rows of data."""
 
 import sys
 from collections.abc import Sequence
@@ -34,6 +34,7 @@ def list_(*, format: Format = "table") -> int:
     Args:
         format: What to print on stdout.
     """
+    from bitassay.studies.eight_bit import STUDIES
     from bitassay.studies.experiments import EXPERIMENTS
 
     side = {"full": "FP16", "quantized": "INT4"}
@@ -52,6 +53,8 @@ def list_(*, format: Format = "table") -> int:
     every = {"prover": "every precision", "verifier": "every precision", "hardware": "same"}
     about = "which precisions a verifier can tell apart"
     rows.append({"study": "separability", **every, "expected": None, "bar": None, "about": about})
+    blank = dict.fromkeys(("prover", "verifier", "hardware", "expected", "bar"))
+    rows += [{"study": one.name, **blank, "about": one.about} for one in STUDIES.values()]
     emit(rows, _STUDIES, format)
     return 0
 
@@ -61,7 +64,7 @@ def run(
     studies: list[str],
     /,
     *,
-    model: str,
+    model: str | None = None,
     tokens: int | None = None,
     prompt_tokens: int | None = None,
     trials: int | None = None,
@@ -75,9 +78,13 @@ def run(
     precisions: Names | None = None,
     rules: str = "documents",
     alpha: float = 0.01,
-    jobs: int = 1,
+    jobs: int | None = None,
     gpus: Numbers | None = None,
-    out: Path = Path("data"),
+    limit: int | None = None,
+    windows: int = 16,
+    window: int = 2048,
+    ray: str | None = None,
+    out: Path | None = None,
     trust_remote_code: Annotated[bool, Parameter(negative=())] = False,
     format: Format = "table",
 ) -> int:
@@ -88,9 +95,13 @@ def run(
     goes on. For two computers: run with `--role prove` on one, copy OUT to the other, and run there with
     `--role verify` and the same --devices.
 
+    task3.1 to task3.3 are the INT8/FP8 studies: --model, --limit, --windows, --window, --precision, --devices
+    (one), --jobs, --ray and --out are theirs. Each has a run folder, with run.json and report.html.
+
     Args:
-        studies: exp1 to exp5, separability.
-        model: A name from `bitassay models list`, a folder, a .gguf file or a hub id.
+        studies: exp1 to exp5, separability; or task3.1, task3.2, task3.3.
+        model: A name from `bitassay models list`, a folder, a .gguf file or a hub id (task3: default as
+            in the document, Qwen3-1.7B or Qwen2.5-1.5B).
         tokens: Tokens of an output (default: 1000; separability: 16).
         prompt_tokens: Tokens of a prompt, taken from WikiText-2 (default: 300; separability: 48).
         trials: Prompts (default: 3; separability: 100).
@@ -107,18 +118,48 @@ def run(
         precisions: What separability compares (default: fp32 fp16 bf16 w8 fp8 w4 w3 w2).
         rules: documents, paper, or a YAML file that `bitassay calibrate --study` wrote.
         alpha: False-positive rate in separability.
-        jobs: Processes at a time. More than 1 disturbs the timings.
+        jobs: Processes at a time (default: 1, since more disturb the timings; task3: one a core, as many as
+            memory holds).
         gpus: Which GPUs the processes are dealt to.
-        out: Folder of results and of the work in progress.
+        limit: Questions of MMLU in all, spread over its subjects (default: as in the document).
+        windows: Windows of WikiText-2, evenly spaced.
+        window: Tokens in a window.
+        ray: Let a Ray cluster do the work: auto, or its address (extra `ray`).
+        out: Folder of results and of the work in progress (default: data; task3: runs/STUDY-MODEL-ID).
         trust_remote_code: Run code that comes with the model.
         format: What to print on stdout; json has everything.
     """
+    if tasks := [name for name in studies if name.startswith("task")]:
+        from bitassay.cli.eight_bit import run_eight_bit_studies
+        from bitassay.studies.eight_bit import find_study
+
+        for name in studies:
+            find_study(name)
+        return run_eight_bit_studies(
+            tasks,
+            model,
+            precision=precision or "bf16",
+            devices=devices or [],
+            limit=limit,
+            windows=windows,
+            window=window,
+            jobs=jobs,
+            ray=ray,
+            out=out,
+            trust_remote_code=trust_remote_code,
+            format=format,
+        )
     from bitassay.cli.progress import show_progress
+    from bitassay.errors import BitassayError
     from bitassay.report import study as report
     from bitassay.studies.experiments import run_experiments
     from bitassay.studies.separability import PRECISIONS, run_separability
 
-    experiments = [name for name in studies if name != "separability"]
+    if model is None:
+        raise BitassayError("no model was given", "--model smollm2-135m")
+    if ray is not None:
+        raise BitassayError(f"--ray {ray}: only task3.1 to task3.3 run there", "leave it out")
+    experiments, out = [name for name in studies if name != "separability"], out or Path("data")
     plan = make_plan(
         model,
         devices or [],
@@ -128,7 +169,7 @@ def run(
         quantized=quantized,
         attacks=tuple(attacks or ("w8", quantized)),
         role=role,
-        jobs=jobs,
+        jobs=1 if jobs is None else jobs,
         gpus=tuple(gpus or ()),
         trust_remote_code=trust_remote_code,
         **_rules(rules),

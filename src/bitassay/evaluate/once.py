@@ -1,6 +1,6 @@
 """Prompts that are asked twice, for the likelihood of a letter and for a text, and are read once.
 
-MMLU `direct` wants log p(letter | prompt), MMLU `generate` what greedy decoding writes behind the same prompt.
+MMLU `direct` wants log p(letter | prompt), MMLU `generate` what greedy decoding writes behind that prompt.
 Both begin with the distribution after the prompt's last token, and nearly all of the work is to get there.
 So `loglikelihood` keeps the keys and values of the prompts that it read, and `generate_until` goes on from
 them:
@@ -10,8 +10,8 @@ them:
     continue   all rows at once: the padding between a prompt and what it is continued with is masked, and a
                row's positions go on from its own length
 
-Prompts that were not read, continuations of more than one token, and caches that are not plain keys and values
-by position (sliding windows, rounded ones) are left to `BitassayLM`.
+Prompts that were not read, continuations of more than one token, and caches that are not plain keys and
+values by position (sliding windows, rounded ones) are left to `BitassayLM`.
 """
 
 from collections.abc import Sequence
@@ -106,7 +106,8 @@ def continue_rows(rows: Rows, tokenizer: Any, stops: Sequence[str], max_new_toke
 
 
 class OnceReadLM(BitassayLM):
-    """A model for lm-eval that remembers the prompts of its last `loglikelihood`, for one `generate_until`."""
+    """A model for lm-eval that remembers the prompts of its last `loglikelihood`, for one
+    `generate_until`."""
 
     _read: tuple[Rows, ...] = ()
 
@@ -135,7 +136,11 @@ class OnceReadLM(BitassayLM):
         asked = [self._until(request.args[1]) for request in requests]  # type: ignore[arg-type]
         known = {prompt for rows in read for prompt in rows.prompts}
         penalty = self.model.generation_config.repetition_penalty  # type: ignore[union-attr]
-        if not known.issuperset(prompts) or any(one != asked[0] for one in asked) or penalty not in (None, 1.0):
+        if (
+            not known.issuperset(prompts)
+            or any(one != asked[0] for one in asked)
+            or penalty not in (None, 1.0)
+        ):
             return super().generate_until(requests, disable_tqdm)
         stops, new_tokens = asked[0]
         if max(map(len, prompts)) + new_tokens > self.max_length:

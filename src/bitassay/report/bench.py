@@ -229,10 +229,10 @@ def write_bench_report(run: Mapping[str, Any], path: Path) -> None:
         busy(run),
     ]
     tables = [
-        _table("Timings", BENCH_COLUMNS, run["rows"]),
-        _table("Models", MODEL_COLUMNS, run["models"]),
+        page_table("Timings", BENCH_COLUMNS, run["rows"]),
+        page_table("Models", MODEL_COLUMNS, run["models"]),
     ]
-    _write(path, f"Speed of {run['model']['name']}", lead, figures, tables, run)
+    write_tables(path, f"Speed of {run['model']['name']}", lead, figures, tables, run["environment"])
 
 
 def write_matmul_report(run: Mapping[str, Any], path: Path) -> None:
@@ -243,12 +243,18 @@ def write_matmul_report(run: Mapping[str, Any], path: Path) -> None:
         "product; it is that of one rounded matrix with one scale.",
         f"Means over {run['settings']['draws']} draws. Speed: ratios within rounds, {run['interval']}.",
     ]
-    _write(
-        path, "Quantized matrix products", lead, [], [_table("Products", MATMUL_COLUMNS, run["rows"])], run
+    write_tables(
+        path,
+        "Quantized matrix products",
+        lead,
+        [],
+        [page_table("Products", MATMUL_COLUMNS, run["rows"])],
+        run["environment"],
     )
 
 
-def _table(title: str, columns: Sequence[Column], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def page_table(title: str, columns: Sequence[Column], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A table as the page wants it, without the columns that are empty."""
     shown = shown_columns(columns, rows)
     return {
         "title": title,
@@ -257,14 +263,15 @@ def _table(title: str, columns: Sequence[Column], rows: Sequence[dict[str, Any]]
     }
 
 
-def _write(
+def write_tables(
     path: Path,
     title: str,
     lead: Sequence[str],
     figures: Sequence[Mapping[str, Any]],
     tables: Sequence[Mapping[str, Any]],
-    run: Mapping[str, Any],
+    environment: Mapping[str, Any],
 ) -> None:
+    """A page of paragraphs, tables and figures, and the machine and versions behind them."""
     write_page(
         path,
         "bench.html.j2",
@@ -273,5 +280,5 @@ def _write(
         lead=[text for text in lead if text],
         figures=figures,
         tables=tables,
-        facts={key: str(value) for key, value in run["environment"].items() if value is not None},
+        facts={key: str(value) for key, value in environment.items() if value is not None},
     )

@@ -2,7 +2,7 @@
 types and everything that the page names are checked."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -108,24 +108,111 @@ class AssayRun(_Part):
         return self
 
 
+class Measured(_Part):
+    name: Text
+    value: Finite
+    interval: Pair | None = None
+
+
+class ClaimRow(_Part):
+    section: Text
+    claim: Text
+    expected: Text
+    unit: Literal["points", "%", "perplexity", "nats of KL", "ratio"]
+    measured: Annotated[list[Measured], Field(max_length=MAX_ROWS)]
+    not_measured: Count
+    verdict: Literal["supported", "not supported", "not decidable at this n"]
+
+
+class _Compared(_Described):
+    """Numbers and their intervals under any names, which only the columns of a table know."""
+
+    __pydantic_extra__: dict[str, Finite | Pair | bool | Text | None]
+
+
+class VariantRow(_Compared):
+    variant: Annotated[str, Field(min_length=1, max_length=64)]
+    format: Text | None
+    granularity: Text | None
+    kind: Literal["fake", "real"] | None
+    refused: Text | None = None
+
+
+class PairRow(_Compared):
+    family: Text
+    first: Text
+    second: Text
+    direct_difference: Finite
+    direct_p_holm: Fraction
+    generate_difference: Finite
+    generate_p_holm: Fraction
+
+
+class Table(_Described):
+    rows: Annotated[list[dict[Text, Any]], Field(max_length=MAX_ROWS)]
+
+
+class QuestionProtocols(_Part):
+    text: Text | None
+    questions: Text
+    questions_source: Text
+
+
+class EightBitRun(_Part):
+    """The content of run.json of an INT8/FP8 study. The first row is the model in BF16."""
+
+    schema_: Literal[1] = Field(alias="schema")
+    kind: Literal["eight-bit"]
+    study: Text
+    about: Text
+    run_id: Text
+    created: Text
+    model: Model
+    settings: dict[Text, Any]
+    protocols: QuestionProtocols
+    interval: Text
+    rows: Annotated[list[VariantRow], Field(min_length=1, max_length=MAX_ROWS)]
+    pairs: Annotated[list[PairRow], Field(max_length=MAX_ROWS)]
+    claims: Annotated[list[ClaimRow], Field(max_length=MAX_ROWS)]
+    uneven_groups: dict[Text, list[Count]]
+    speed: Table | None = None
+    products: Table | None = None
+    environment: dict[Text, Any]
+
+
+Run = AssayRun | EightBitRun
+Kind = TypeVar("Kind", bound=BaseModel)
+
+
 def parse_run(value: object, where: str) -> AssayRun:
     """Raises BitassayError that names the first defects of a value that is not an assay."""
+    return _parsed(AssayRun, value, where, "bitassay assay")
+
+
+def parse_study(value: object, where: str) -> EightBitRun:
+    """The same of an INT8/FP8 study."""
+    return _parsed(EightBitRun, value, where, "bitassay study run task3.1")
+
+
+def _parsed(kind: type[Kind], value: object, where: str, command: str) -> Kind:
     try:
-        return AssayRun.model_validate(value)
+        return kind.model_validate(value)
     except ValidationError as error:
         defects = "; ".join(
             f"{'.'.join(map(str, e['loc'])) or 'run'}: {e['msg']}" for e in error.errors()[:3]
         )
         raise BitassayError(
-            f"{where}: not a run of `bitassay assay`: {defects}", "run the assay again"
+            f"{where}: not a run of `{command}`: {defects}", "run the same command again"
         ) from error
 
 
-def read_run(folder: Path) -> AssayRun:
-    """The run of a folder (or of a run.json)."""
+def read_run(folder: Path) -> Run:
+    """The run of a folder (or of a run.json), an assay or an INT8/FP8 study."""
     path = folder / "run.json" if folder.is_dir() else folder
     if folder.is_dir() and not path.exists():
         raise BitassayError(
-            f"{folder}: no run.json, so the run is not finished", "run the same assay again: it goes on"
+            f"{folder}: no run.json, so the run is not finished", "run the same command again: it goes on"
         )
-    return parse_run(read_json(path), str(path))
+    value = read_json(path)
+    is_study = isinstance(value, dict) and value.get("kind") == "eight-bit"
+    return (parse_study if is_study else parse_run)(value, str(path))

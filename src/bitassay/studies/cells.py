@@ -99,8 +99,9 @@ class Bench:
             elif variant.torchao:
                 assert variant.format is not None
                 try:
-                    yield variant, torchao_model(
-                        self.base, variant.format, smoothed=variant.smoothed, samples=SAMPLES
+                    yield (
+                        variant,
+                        torchao_model(self.base, variant.format, smoothed=variant.smoothed, samples=SAMPLES),
                     )
                 except MissingError as error:
                     yield variant, error.problem
@@ -142,6 +143,7 @@ def facts_of(model: PreTrainedModel) -> dict[str, Any]:
         "recipe_id": None if done is None else done.recipe.recipe_id,
         "bits_per_weight": bits_per_weight(model),
         "size_bytes": size_bytes(model),
+        "columns": sorted({tensor.shape[1] for tensor in done.tensors.values()}) if done else [],
     }
 
 

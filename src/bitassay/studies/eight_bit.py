@@ -1,4 +1,4 @@
-"""The INT8/FP8 studies (task3.1, task3.2, task3.3): what do 8 bits cost, by format and by what shares a scale?
+"""The INT8/FP8 studies (task3.1, task3.2, task3.3): what do 8 bits cost, by format and by granularity?
 
     study     variants                                                              measured
     task3.1   {INT8, FP8} x {tensor, row, groups of 64 ... 512} x {fake, real}      perplexity, KL, MMLU
@@ -31,6 +31,7 @@ FORMATS = {"int8": "int8", "fp8": "fp8_e4m3"}
 GRANULARITIES = {"tensor": "tensor", "row": "channel", **{f"g{n}": f"g{n}" for n in (64, 128, 256, 512)}}
 ALPHA, SAMPLES = 0.5, 16  # SmoothQuant's own exponent; windows of calibration text, of 512 tokens
 BLOCK = 4  # windows that the base model reads before the variants do
+DEFAULT_PROTOCOL = Protocol(windows=16)
 NEW_TOKENS = 16  # of a generated answer; lm-eval reads its first line
 
 Kind = Literal["fake", "real"]
@@ -146,7 +147,7 @@ class EightBitPlan:
     study: str
     model: str
     questions: int
-    protocol: Protocol = Protocol(windows=16)
+    protocol: Protocol = DEFAULT_PROTOCOL
     dtype: str = "bfloat16"
     device: str = "cpu"
     seed: int = 0
@@ -196,7 +197,7 @@ class EightBitPlan:
         data = task_data("mmlu", most)
         if data is None:
             raise BitassayError(
-                f"{self.questions} questions are up to {most} of a subject of MMLU, of which 5 come with the package",
+                f"{self.questions} questions are up to {most} of a subject of MMLU; 5 come with the package",
                 "point BITASSAY_DATA at a folder that has mmlu/mmlu_test.jsonl, or --limit 285",
             )
         packages = ("bitassay", "torch", "transformers", "lm-eval")
@@ -213,7 +214,5 @@ class EightBitPlan:
 
 def find_study(name: str) -> Study:
     if name not in STUDIES:
-        raise BitassayError(
-            f"no INT8/FP8 study is called {name!r}; the nearest are {nearest(name, STUDIES)}"
-        )
+        raise BitassayError(f"no INT8/FP8 study is called {name!r}; the nearest are {nearest(name, STUDIES)}")
     return STUDIES[name]

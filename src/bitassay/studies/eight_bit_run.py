@@ -12,6 +12,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from bitassay.bench.matmul import matmul
 from bitassay.bench.models import bench
 from bitassay.evaluate.compare import summarise, text_difference
 from bitassay.evaluate.divergence import TokenScores
-from bitassay.evaluate.tasks import require_lm_eval
 from bitassay.evaluate.statistics import accuracy_interval, difference_interval, holm, paired_difference
+from bitassay.evaluate.tasks import require_lm_eval
 from bitassay.models.load import Identity
 from bitassay.models.source import resolve
 from bitassay.quantize.granularity import Granularity
@@ -33,7 +34,7 @@ from bitassay.record.progress import Progress, silent
 from bitassay.record.run import RunFolder
 from bitassay.studies.cells import METHODS, cells_of, is_done, read_text
 from bitassay.studies.crew import run_local
-from bitassay.studies.eight_bit import BASE, GRANULARITIES, EightBitPlan, Variant, find_study
+from bitassay.studies.eight_bit import BASE, FORMATS, GRANULARITIES, EightBitPlan, Variant, find_study
 
 LETTERS = ("A", "B", "C", "D")
 Pair = tuple[str, str, str]  # family, first variant, second variant
@@ -66,8 +67,8 @@ def run_eight_bit(
     repeats: int = 5,
     progress: Progress = silent,
 ) -> tuple[dict[str, Any], Path]:
-    """Run a study; the run (the content of run.json) and its folder. jobs: processes at a time (default: one a
-    core, as many as memory holds). ray: "auto" or the address of a Ray cluster, which then does the cells.
+    """Run a study; the run (the content of run.json) and its folder. jobs: processes at a time (default: one
+    a core, as many as memory holds). ray: "auto" or the address of a Ray cluster, which then does the cells.
     repeats: rounds of timing.
 
     Raises BitassayError for bad input, MissingError for what the environment lacks.
@@ -114,6 +115,7 @@ def run_eight_bit(
         "rows": rows_of(found),
         "pairs": pairs_of(found),
         "claims": judged(found),
+        "uneven_groups": uneven_groups(found),
         "speed": found.speed,
         "products": found.products,
         "environment": environment(),
@@ -208,7 +210,11 @@ def _against_base(found: Findings, method: str) -> dict[str, dict[str, Any]]:
     """Accuracy of every variant, and its difference from the base's."""
     base = found.right[BASE][method]
     accuracies = {
-        name: {"n": len(base), "acc": sum(r[method]) / len(base), "acc_ci": accuracy_interval(sum(r[method]), len(base))}
+        name: {
+            "n": len(base),
+            "acc": sum(r[method]) / len(base),
+            "acc_ci": accuracy_interval(sum(r[method]), len(base)),
+        }
         for name, r in found.right.items()
     }
     others = [name for name in found.right if name != BASE]
@@ -233,29 +239,23 @@ def _unparsed(answers: Sequence[Sequence[str]]) -> int:
 def comparisons(found: Findings) -> list[Pair]:
     """Which variants are compared with which, by family; only those that there are."""
     pairs: list[Pair] = []
-    by_kind = {(v.format, v.granularity, v.kind, v.torchao, v.smoothed): n for n, v in found.variants.items()}
 
-    def add(family: str, first: tuple[Any, ...], second: tuple[Any, ...]) -> None:
-        names = by_kind.get(first), by_kind.get(second)
-        if names[0] and names[1] and found.has(names[0], names[1]):
-            pairs.append((family, names[0], names[1]))
+    def add(family: str, first: str, second: str) -> None:
+        if found.has(first, second):
+            pairs.append((family, first, second))
 
-    for kind, torchao, smoothed in dict.fromkeys((v.kind, v.torchao, v.smoothed) for v in found.variants.values()):
+    for name, variant in found.variants.items():
+        if variant.format == "fp8":
+            add("INT8 against FP8", name, name.replace("fp8", "int8"))
+    for format in FORMATS:
+        for coarse, fine in pairwise(("tensor", "row", "g512", "g256", "g128", "g64")):
+            add("one step finer", f"{format}-{coarse}-fake", f"{format}-{fine}-fake")
         for granularity in GRANULARITIES:
-            rest = (granularity, kind, torchao, smoothed)
-            add("INT8 against FP8", ("fp8", *rest), ("int8", *rest))
-    sizes = ("tensor", "row", "g512", "g256", "g128", "g64")
-    for format in ("int8", "fp8"):
-        for coarse, fine in zip(sizes, sizes[1:], strict=False):
-            add("one step finer", (format, coarse, "fake", False, False), (format, fine, "fake", False, False))
-        for granularity in GRANULARITIES:
-            plain = (False, False)
-            add("real against fake", (format, granularity, "fake", *plain), (format, granularity, "real", *plain))
-        for torchao, kind in ((False, "fake"), (True, "real")):
-            add("smoothed against plain", (format, "row", kind, torchao, False), (format, "row", kind, torchao, True))
-        if any(variant.torchao for variant in found.variants.values()):
-            for smoothed in (False, True):
-                add("torchao against ours", (format, "row", "fake", False, smoothed), (format, "row", "real", True, smoothed))
+            add("real against fake", f"{format}-{granularity}-fake", f"{format}-{granularity}-real")
+        for tool in ("ours", "torchao"):
+            add("smoothed against plain", f"{format}-{tool}", f"{format}-smooth-{tool}")
+        for kind in (format, f"{format}-smooth"):
+            add("torchao against ours", f"{kind}-ours", f"{kind}-torchao")
     return pairs
 
 
@@ -294,7 +294,12 @@ def accuracy_difference(
     return (gained - lost) / len(a), difference_interval(gained, lost, len(a), level)
 
 
-def uneven_rows(columns: int, granularity: str) -> bool:
-    """Whether groups do not divide a row, so that its last one is shorter."""
-    size = Granularity.parse(GRANULARITIES[granularity]).group_size
-    return size is not None and columns % size != 0
+def uneven_groups(found: Findings) -> dict[str, list[int]]:
+    """By granularity, which lengths of rows its groups do not divide: there the last group is shorter."""
+    uneven: dict[str, set[int]] = {}
+    for name, asked in found.asked.items():
+        granularity = found.variants[name].granularity
+        group = Granularity.parse(GRANULARITIES[granularity]).group_size if granularity else None
+        if granularity and group:
+            uneven.setdefault(granularity, set()).update(c for c in asked["columns"] if c % group)
+    return {granularity: sorted(columns) for granularity, columns in uneven.items() if columns}
