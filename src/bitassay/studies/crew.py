@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from bitassay.errors import BitassayError, MissingError
 from bitassay.record.files import read_json
@@ -84,7 +85,7 @@ class _Member:
             "most likely memory: fewer --jobs; the same command goes on where it stopped",
         )
 
-    def _ask(self, cell: Cell) -> dict[str, list[str]] | None:
+    def _ask(self, cell: Cell) -> dict[str, list[Any]] | None:
         """The answer; None where the process died."""
         if self.child is None or self.child.poll() is not None:
             self.child = self._start()

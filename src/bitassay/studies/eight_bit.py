@@ -193,8 +193,8 @@ class EightBitPlan:
     def described(self, digest: str) -> dict[str, Any]:
         """What a run folder belongs to; `digest` is that of the model's weights. Raises BitassayError where
         the questions are not on this machine."""
-        most = max(self.subjects.values())
-        data = task_data("mmlu", most)
+        subject, most = max(self.subjects.items(), key=lambda one: one[1])
+        data = task_data("mmlu", most, subject)
         if data is None:
             raise BitassayError(
                 f"{self.questions} questions are up to {most} of a subject of MMLU; 5 come with the package",

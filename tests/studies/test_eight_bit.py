@@ -1,0 +1,214 @@
+"""The INT8/FP8 studies on a tiny model: cells, resuming, what the run says. Cells are done inside this process
+but for one test, which kills processes."""
+
+import json
+import os
+import signal
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("lm_eval")
+
+import bitassay
+from bitassay.data.windows import Protocol
+from bitassay.errors import BitassayError, MissingError
+from bitassay.evaluate.compare import evaluate
+from bitassay.evaluate.statistics import holm, paired_difference
+from bitassay.models.load import Identity
+from bitassay.models.source import resolve
+from bitassay.record.run import RunFolder
+from bitassay.studies import crew, eight_bit, eight_bit_run
+from bitassay.studies.cells import Bench, Cell, cells_of
+from bitassay.studies.eight_bit import STUDIES, EightBitPlan, Study, Variant, both_sides, weight_only
+from bitassay.studies.eight_bit_run import run_eight_bit
+
+SMALL = Study(
+    "small",
+    "a few variants",
+    (
+        Variant("bf16"),
+        *(weight_only(format, "g128", kind) for format in ("int8", "fp8") for kind in ("fake", "real")),
+        weight_only("fp8", "tensor", "fake"),
+    ),
+)
+PLAN = EightBitPlan("task3.1", "stories260k", 2, Protocol(windows=5, window_tokens=48), dtype="float32")
+
+
+@pytest.fixture(autouse=True)
+def _bundled_questions(monkeypatch):
+    monkeypatch.delenv("BITASSAY_DATA", raising=False)
+
+
+def in_process(folder, cells, _jobs, _threads, _progress):
+    bench = Bench(EightBitPlan.of(folder.plan["plan"]), folder.plan["weights_digest"])
+    for cell in cells:
+        bench.work(cell, folder)
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Cells inside this process, and the study `small`."""
+    monkeypatch.setattr(eight_bit_run, "run_local", in_process)
+    monkeypatch.setitem(STUDIES, "small", SMALL)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A run of `small`; tests must not change its folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("BITASSAY_DATA", raising=False)
+        patch.setattr(eight_bit_run, "run_local", in_process)
+        patch.setitem(STUDIES, "small", SMALL)
+        return run_eight_bit(replace(PLAN, study="small"), out=tmp_path_factory.mktemp("run") / "r")
+
+
+def test_studies_have_the_cells_of_the_document():
+    names = [variant.name for variant in STUDIES["task3.1"].variants]
+    assert len(names) == len(set(names)) == 1 + 2 * 6 * 2
+    assert {"int8-tensor-fake", "fp8-g512-real"} <= set(names)
+    tools = {(v.format, v.smoothed, v.torchao) for v in STUDIES["task3.3"].variants[1:]}
+    assert len(tools) == 8
+    for study in STUDIES.values():
+        recipes = {v.recipe.name: v.recipe.recipe_id for v in study.variants if v.recipe is not None}
+        assert len(set(recipes.values())) == len(recipes)
+        assert study.variants[0].name == "bf16"
+
+
+def test_a_plan_survives_its_file():
+    assert EightBitPlan.of(json.loads(json.dumps(PLAN.to_dict()))) == PLAN
+
+
+def test_questions_are_spread_over_subjects():
+    assert len(replace(PLAN, questions=200).subjects) == 57
+    assert sum(replace(PLAN, questions=200).subjects.values()) == 200
+    assert set(replace(PLAN, questions=200).subjects.values()) == {3, 4}
+    assert list(replace(PLAN, questions=1).subjects.values()) == [1]
+
+
+def test_more_questions_than_are_there(tmp_path):
+    with pytest.raises(BitassayError, match="10 of a subject of MMLU; 5 come with the package"):
+        run_eight_bit(replace(PLAN, questions=570), out=tmp_path / "r")
+    assert not (tmp_path / "r").exists()
+
+
+def test_text_figures_are_those_of_evaluate(done, stories):
+    run, _ = done
+    row = next(row for row in run["rows"] if row["variant"] == "fp8-g128-fake")
+    recipe = weight_only("fp8", "g128", "fake").recipe
+    wanted = evaluate(bitassay.quantize(stories, recipe), against=stories, protocol=PLAN.protocol).quality
+    for name, value in wanted.to_dict().items():
+        assert row[name] == pytest.approx(value, abs=1e-6), name
+
+
+def test_real_and_fake_give_the_same_answers(done):
+    run, folder = done
+    pairs = [pair for pair in run["pairs"] if pair["family"] == "real against fake"]
+    assert len(pairs) == 2
+    assert all(abs(pair["kl"]) < 1e-6 and pair["direct_difference"] == 0 for pair in pairs)
+    names = [variant.name for variant in SMALL.variants]
+    fake, real = (
+        json.loads((folder / f"parts/questions-{names.index(f'fp8-g128-{kind}'):02d}.json").read_text())
+        for kind in ("fake", "real")
+    )
+    for one, other in zip(fake["direct"]["answers"], real["direct"]["answers"], strict=True):
+        assert one == pytest.approx(other, abs=1e-3)
+
+
+def test_differences_follow_from_the_answers(done):
+    run, folder = done
+    right = [
+        json.loads((folder / f"parts/questions-{place:02d}.json").read_text())["direct"]["right"]
+        for place in range(len(SMALL.variants))
+    ]
+    p_values = [paired_difference(right[0], one).p_value for one in right[1:]]
+    assert [row["direct_p_value"] for row in run["rows"][1:]] == p_values
+    assert [row["direct_p_holm"] for row in run["rows"][1:]] == holm(p_values)
+    assert [row["direct_acc"] for row in run["rows"]] == [sum(one) / 2 for one in right]
+    assert {row["direct_n"] for row in run["rows"]} == {2}
+    for family in {pair["family"] for pair in run["pairs"]}:
+        members = [pair for pair in run["pairs"] if pair["family"] == family]
+        assert [m["direct_p_holm"] for m in members] == holm([m["direct_p_value"] for m in members])
+
+
+def test_groups_that_do_not_divide_a_row_are_named(done):
+    """stories260k has rows of 64 and of 172."""
+    assert done[0]["uneven_groups"] == {"g128": [64, 172]}
+
+
+def test_a_run_goes_on_and_ends_the_same(done, here, tmp_path, monkeypatch):
+    worked = []
+    work = Bench.work
+
+    def stops(self, cell, folder):
+        worked.append(cell.name)
+        if len(worked) == 3:
+            raise KeyboardInterrupt
+        work(self, cell, folder)
+
+    monkeypatch.setattr(Bench, "work", stops)
+    plan = replace(PLAN, study="small")
+    with pytest.raises(KeyboardInterrupt):
+        run_eight_bit(plan, out=tmp_path / "r")
+    (tmp_path / "r/parts/text-01-fp8-tensor-fake.safetensors").unlink()  # stopped in the middle of a cell
+    run, _ = run_eight_bit(plan, out=tmp_path / "r")
+    assert worked == ["text-00", "text-01", "questions-00", "text-01"] + [f"questions-{n:02d}" for n in range(6)]
+    for name in ("rows", "pairs", "claims"):
+        assert run[name] == done[0][name]
+
+
+def test_another_model_under_the_same_name_is_refused(tmp_path):
+    folder = RunFolder(tmp_path / "r", PLAN.described("0" * 64))
+    with pytest.raises(BitassayError, match="not those that this study began with"):
+        Bench(EightBitPlan.of(folder.plan["plan"]), "0" * 64)
+
+
+def test_a_variant_that_cannot_be_made_says_why(here, tmp_path, monkeypatch):
+    def refuses(*_, **__):
+        raise MissingError("torchao: no such products", "another device")
+
+    monkeypatch.setattr("bitassay.studies.cells.torchao_model", refuses)
+    monkeypatch.setitem(
+        STUDIES, "small", replace(SMALL, variants=(Variant("bf16"), both_sides("fp8", True, True)))
+    )
+    run, _ = run_eight_bit(replace(PLAN, study="small"), out=tmp_path / "r")
+    assert run["rows"][1]["refused"] == "torchao: no such products"
+    assert "direct_acc" not in run["rows"][1]
+    assert run["pairs"] == []
+
+
+def test_a_dead_process_loses_its_cell_to_another(tmp_path, monkeypatch):
+    """Real processes: the first one is killed at work, and its cell is done again, with the same files."""
+    described = PLAN.described(Identity(resolve("stories260k")).weights_digest)
+    folder, again = RunFolder(tmp_path / "a", described), RunFolder(tmp_path / "b", described)
+    cell, started = Cell("questions", 0), []
+    start = crew._Member._start
+
+    def killed_once(self):
+        child = start(self)
+        started.append(child)
+        if len(started) == 1:
+            threading.Timer(0.5, lambda: os.kill(child.pid, signal.SIGKILL)).start()
+        return child
+
+    monkeypatch.setattr(crew._Member, "_start", killed_once)
+    crew.run_local(folder, [cell], 1, 1)
+    assert len(started) == 2
+    in_process(again, [cell], 1, 1, None)
+    name = "parts/questions-00.json"
+    assert json.loads((folder.path / name).read_text()) == json.loads((again.path / name).read_text())
+
+
+def test_a_cell_that_kills_is_given_up(tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path / "a", PLAN.described("0" * 64))
+    monkeypatch.setattr(crew, "COMMAND", ("python3", "-c", "pass"))
+    with pytest.raises(MissingError, match="questions-01: its process died 2 times"):
+        crew.run_local(folder, [Cell("questions", 1)], 1, 1)
+
+
+def test_a_users_mistake_comes_back_from_a_process(tmp_path):
+    folder = RunFolder(tmp_path / "a", PLAN.described("0" * 64))
+    with pytest.raises(BitassayError, match="not those that this study began with"):
+        crew.run_local(folder, [Cell("questions", 0)], 2, 1)
