@@ -11,7 +11,9 @@ from bitassay.evaluate.likelihood import Prefix
 from bitassay.evaluate.once import OnceReadLM, has_plain_cache
 from bitassay.testing.tiny import tiny_model
 
-SHARED = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park with Tom. "
+SHARED = (
+    "Once upon a time, there was a little girl named Lily. She loved to play outside in the park with Tom. "
+)
 CONTEXTS = [
     SHARED + end for end in ("One day, she", "Her mom said that", "Then Tom", "They were happy and they")
 ] + ["The dog"]
@@ -60,7 +62,9 @@ def test_other_prompts_than_were_read_are_read(stories):
     lm.loglikelihood([Instance("loglikelihood", {}, (CONTEXTS[0], ENDS[0]), 0)], disable_tqdm=True)
     wanted = capped(BitassayLM(stories))
     requests = [Instance("generate_until", {}, (CONTEXTS[1], GREEDY), 0)]
-    assert lm.generate_until(requests, disable_tqdm=True) == wanted.generate_until(requests, disable_tqdm=True)
+    assert lm.generate_until(requests, disable_tqdm=True) == wanted.generate_until(
+        requests, disable_tqdm=True
+    )
 
 
 def test_a_sliding_window_is_left_to_the_plain_model(monkeypatch):

@@ -91,7 +91,13 @@ def test_products_and_speed_are_judged():
 
     def rows(fp8):
         return [
-            {"shape": shape, "format": format, "scales": "tensor", "rounding_error": value, "documented": value}
+            {
+                "shape": shape,
+                "format": format,
+                "scales": "tensor",
+                "rounding_error": value,
+                "documented": value,
+            }
             | {"over_documented": 1.0, "rounding_error_range": [value * 0.99, value * 1.01]}
             for shape in ("16x512", "100x1024", "4096x4096")
             for format, value in (("int8", 0.01), ("fp8", fp8))
@@ -99,7 +105,15 @@ def test_products_and_speed_are_judged():
 
     found.products = {"rows": rows(0.025)}
     found.speed = {
-        "rows": [{"model": "fp8-row", "kind": "batch", "batch": 1, "decode_ratio": 0.5, "decode_ratio_ci": (0.4, 0.6)}]
+        "rows": [
+            {
+                "model": "fp8-row",
+                "kind": "batch",
+                "batch": 1,
+                "decode_ratio": 0.5,
+                "decode_ratio_ci": (0.4, 0.6),
+            }
+        ]
     }
     assert claim(found, "2 to 3 times")["verdict"] == SUPPORTED
     assert claim(found, "0.0096 to 0.0133")["verdict"] == SUPPORTED

@@ -8,7 +8,6 @@ import threading
 from dataclasses import replace
 
 import pytest
-import torch
 
 pytest.importorskip("lm_eval")
 
@@ -20,8 +19,8 @@ from bitassay.evaluate.statistics import holm, paired_difference
 from bitassay.models.load import Identity
 from bitassay.models.source import resolve
 from bitassay.record.run import RunFolder
-from bitassay.studies import crew, eight_bit, eight_bit_run
-from bitassay.studies.cells import Bench, Cell, cells_of
+from bitassay.studies import crew, eight_bit_run
+from bitassay.studies.cells import Bench, Cell
 from bitassay.studies.eight_bit import STUDIES, EightBitPlan, Study, Variant, both_sides, weight_only
 from bitassay.studies.eight_bit_run import run_eight_bit
 
@@ -154,7 +153,9 @@ def test_a_run_goes_on_and_ends_the_same(done, here, tmp_path, monkeypatch):
         run_eight_bit(plan, out=tmp_path / "r")
     (tmp_path / "r/parts/text-01-fp8-tensor-fake.safetensors").unlink()  # stopped in the middle of a cell
     run, _ = run_eight_bit(plan, out=tmp_path / "r")
-    assert worked == ["text-00", "text-01", "questions-00", "text-01"] + [f"questions-{n:02d}" for n in range(6)]
+    assert worked == ["text-00", "text-01", "questions-00", "text-01"] + [
+        f"questions-{n:02d}" for n in range(6)
+    ]
     for name in ("rows", "pairs", "claims"):
         assert run[name] == done[0][name]
 

@@ -32,7 +32,9 @@ def test_its_int8_is_as_near_as_ours(stories, smoothed):
 
 def test_smoothing_changes_its_model(stories):
     pytest.importorskip("torchao")
-    plain, smoothed = (torchao_model(stories, "int8", smoothed=s, samples=4)(IDS).logits for s in (False, True))
+    plain, smoothed = (
+        torchao_model(stories, "int8", smoothed=s, samples=4)(IDS).logits for s in (False, True)
+    )
     assert not torch.equal(plain, smoothed)
 
 

@@ -45,8 +45,8 @@ class Worker:
 
 
 def run_on_ray(folder: RunFolder, cells: Sequence[Cell], address: str, progress: Progress = silent) -> None:
-    """Do all cells on the cluster at `address` ("auto": the one that this computer belongs to), one a CPU, or
-    one a GPU where the study runs on GPUs.
+    """Do all cells on the cluster at `address` ("auto": the one that this computer belongs to), one a CPU,
+    or one a GPU where the study runs on GPUs.
 
     Raises MissingError without Ray or a cluster, or where one cell lost several actors; BitassayError for what
     a worker says is the user's mistake.
@@ -80,7 +80,7 @@ def run_on_ray(folder: RunFolder, cells: Sequence[Cell], address: str, progress:
                             "most likely memory; the same command goes on where it stopped",
                         ) from error
                     todo.append(cell)
-                    # A new actor might wait for the place of one that waits for work: those that are left go on.
+                    # A new actor might wait for the place of one that waits for work.
                     if not idle and not running:
                         idle.append(remote.remote(folder.plan))
                     continue
