@@ -48,8 +48,8 @@ def run_on_ray(folder: RunFolder, cells: Sequence[Cell], address: str, progress:
     """Do all cells on the cluster at `address` ("auto": the one that this computer belongs to), one a CPU,
     or one a GPU where the study runs on GPUs.
 
-    Raises MissingError without Ray or a cluster, or where one cell lost several actors; BitassayError for what
-    a worker says is the user's mistake.
+    Raises MissingError without Ray or a cluster, or where one cell lost several actors; BitassayError for
+    what a worker says is the user's mistake.
     """
     ray = connected(address)
     on_gpu = folder.plan["plan"]["device"] != "cpu"

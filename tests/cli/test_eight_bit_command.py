@@ -1,0 +1,70 @@
+"""`bitassay study run task3.1`: what it prints and writes, and what it refuses. Cells are done in this process."""
+
+import json
+
+import pytest
+
+pytest.importorskip("lm_eval")
+
+from bitassay.studies import eight_bit_run
+from bitassay.studies.cells import Bench
+from bitassay.studies.eight_bit import STUDIES, EightBitPlan, Study, Variant, weight_only
+
+SMALL = Study(
+    "task3.1",
+    "a few variants",
+    (Variant("bf16"), *(weight_only(f, g, "fake") for f in ("int8", "fp8") for g in ("tensor", "g64"))),
+)
+WORDS = ("--model", "stories260k", "--limit", "1", "--windows", "4", "--window", "48")
+
+
+@pytest.fixture
+def study(bitassay, monkeypatch, tmp_path):
+    def in_process(folder, cells, *_):
+        bench = Bench(EightBitPlan.of(folder.plan["plan"]), folder.plan["weights_digest"])
+        for cell in cells:
+            bench.work(cell, folder)
+
+    monkeypatch.delenv("BITASSAY_DATA", raising=False)
+    monkeypatch.setattr(eight_bit_run, "run_local", in_process)
+    monkeypatch.setitem(STUDIES, "task3.1", SMALL)
+    return lambda *words: bitassay("study", "run", *words, "--out", str(tmp_path / "r"))
+
+
+def test_a_run_a_page_and_a_report_of_it(study, bitassay, tmp_path):
+    done = study("task3.1", *WORDS)
+    assert done.status == 0
+    lines = done.out.splitlines()
+    assert [line.split()[0] for line in lines[4:9]] == [variant.name for variant in SMALL.variants]
+    assert "not decidable at this n" in done.out
+    page = (tmp_path / "r/report.html").read_text()
+    assert "<svg" in page
+    assert not any(word in page for word in ("src=", "url(http", "<script", 'href="http'))
+    again = bitassay("report", str(tmp_path / "r"), "--out", str(tmp_path / "again.html"))
+    assert (again.status, (tmp_path / "again.html").read_text()) == (0, page)
+    rows = json.loads(study("task3.1", *WORDS, "--format", "json").out)["rows"]
+    assert rows[1]["kl_mean"] > 0
+    run = json.loads((tmp_path / "r/run.json").read_text())
+    run["claims"][0]["verdict"] = "<b>yes"
+    (tmp_path / "r/run.json").write_text(json.dumps(run))
+    refused = bitassay("report", str(tmp_path / "r"), "--out", str(tmp_path / "third.html"))
+    assert (refused.status, "claims.0.verdict" in refused.err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("task3.4", *WORDS), "no INT8/FP8 study is called 'task3.4'"),
+        (("task3.1", "exp1", *WORDS), "no INT8/FP8 study is called 'exp1'"),
+        (("task3.1", *WORDS, "--jobs", "0"), "--jobs 0"),
+        (("task3.1", *WORDS, "--limit", "-1"), "-1 questions"),
+        (("task3.1", *WORDS, "--devices", "cpu", "cpu"), "one device"),
+        (("task3.1", *WORDS, "--precision", "w4"), "--precision w4 is none of"),
+        (("exp1", "--model", "stories260k", "--ray", "auto"), "--ray auto"),
+    ],
+)
+def test_what_it_refuses(study, words, said, tmp_path):
+    done = study(*words)
+    assert (done.status, done.out) == (2, "")
+    assert said in done.err
+    assert not (tmp_path / "r").exists()
