@@ -27,15 +27,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from bitassay.evaluate.greedy import cut, is_stopped
 from bitassay.evaluate.harness import BitassayLM
-from bitassay.evaluate.likelihood import (
-    Prefix,
-    batches,
-    common_prefixes,
-    default_batch_tokens,
-    logits_at,
-    right_pad,
-)
-from bitassay.generate.decode import TokenIds, end_tokens
+from bitassay.evaluate.likelihood import Prefix, common_prefixes, logits_at, right_pad
+from bitassay.generate.decode import TokenIds, default_batch_tokens, end_tokens, token_batches
 
 
 @dataclass
@@ -58,7 +51,7 @@ def read_rows(
     for start, stop, shared in common_prefixes([prompt[:-1] for prompt in ordered]):
         trunk = Prefix.read(model, ordered[start][:shared])
         rests = [prompt[shared:] for prompt in ordered[start:stop]]
-        for batch in batches([len(rest) for rest in rests], budget, shared):
+        for batch in token_batches([len(rest) for rest in rests], budget, shared):
             rows = trunk.spread([0] * len(batch))
             tokens = right_pad([rests[place] for place in batch], model.device)
             last = torch.zeros(tokens.shape, dtype=torch.bool, device=tokens.device)

@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 from bitassay.data.windows import token_windows
 from bitassay.errors import BitassayError, MissingError
 from bitassay.evaluate.divergence import TokenScores, token_scores, window_logits
-from bitassay.evaluate.tasks import AskedTask, Leaf, answer
+from bitassay.evaluate.questions import AskedTask, Leaf
+from bitassay.evaluate.tasks import answer
 from bitassay.models.load import identity, load, tokenizer
 from bitassay.quantize.model import bits_per_weight, quantization_of, size_bytes, with_tensors
 from bitassay.quantize.pipeline import quantize_tensors_once

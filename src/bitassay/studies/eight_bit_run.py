@@ -23,8 +23,8 @@ from bitassay.bench.matmul import matmul
 from bitassay.bench.models import bench
 from bitassay.evaluate.compare import summarise, text_difference
 from bitassay.evaluate.divergence import TokenScores
+from bitassay.evaluate.questions import require_lm_eval
 from bitassay.evaluate.statistics import accuracy_interval, difference_interval, holm, paired_difference
-from bitassay.evaluate.tasks import require_lm_eval
 from bitassay.models.load import Identity
 from bitassay.models.source import resolve
 from bitassay.quantize.granularity import Granularity
