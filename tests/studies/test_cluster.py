@@ -58,7 +58,7 @@ def test_a_lost_node_loses_its_cell_to_the_other(described, tmp_path):
 
         def progress(what, done=0, _total=0):
             said.append(what)
-            if done == 1 and second in nodes.list_all_nodes:
+            if done == 1 and second in nodes.worker_nodes:
                 nodes.remove_node(second, allow_graceful=False)
 
         run_on_ray(folder, CELLS, "auto", progress)
