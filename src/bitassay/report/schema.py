@@ -127,7 +127,7 @@ class ClaimRow(_Part):
 class _Compared(_Described):
     """Numbers and their intervals under any names, which only the columns of a table know."""
 
-    __pydantic_extra__: dict[str, Finite | Pair | bool | Text | None]  # type: ignore[reportIncompatibleVariableOverride]
+    __pydantic_extra__: dict[str, int | Finite | Pair | bool | Text | None]  # type: ignore[reportIncompatibleVariableOverride]
 
 
 class VariantRow(_Compared):
