@@ -39,7 +39,8 @@ class Base(_Part):
 class Card(_Part):
     """The content of `bitassay.json`. Bits are per quantized weight, scales and zero points included: as the
     recipe counts them, and as stored here. `matrices` gives the place in `schemes` of each quantized matrix;
-    `parameters` names what else the recipe changed, `inputs` says how those of linears are rounded.
+    `parameters` names what else the recipe changed, `inputs` says how those of linears are rounded, `passes`
+    how a layer that has copies runs.
     """
 
     schema_version: Literal[1]
@@ -49,6 +50,7 @@ class Card(_Part):
     matrices: Annotated[dict[ShortText, Annotated[int, Field(ge=0)]], Field(min_length=1)]
     parameters: tuple[ShortText, ...] = ()
     inputs: dict[ShortText, dict[str, Any]] = {}
+    passes: dict[int, dict[str, Any]] = {}
     base: Base
     dtype: Literal["float32", "float16", "bfloat16"]
     bits_per_weight: Annotated[float, Field(gt=0, allow_inf_nan=False)]

@@ -119,8 +119,16 @@ class Activations(InputScheme):
 
     @property
     def any_needs_calibration(self) -> bool:
-        schemes = [self, *(override.inputs for override in self.overrides)]
-        return any(scheme.needs_calibration for scheme in schemes if scheme is not None)
+        return any(scheme.needs_calibration for scheme in self._schemes)
+
+    @property
+    def has_steps(self) -> bool:
+        """Whether all inputs are rounded to integers, whose grid can be moved by a share of a step."""
+        return all(INPUT_FORMATS[scheme.format].kind == "integer" for scheme in self._schemes)
+
+    @property
+    def _schemes(self) -> list[InputScheme]:
+        return [self, *(o.inputs for o in self.overrides if o.inputs is not None)]
 
 
 @dataclass(frozen=True)

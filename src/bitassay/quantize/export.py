@@ -31,10 +31,12 @@ from bitassay.quantize.model import (
     check_recipe,
     parameter_count,
     quantization_of,
+    quantized_weights,
     size_bytes,
 )
 from bitassay.quantize.recipe import Recipe
 from bitassay.quantize.reload import LAYOUTS
+from bitassay.quantize.replication import is_replica
 from bitassay.quantize.tune import memory_of
 from bitassay.record.files import atomic_folder, read_json, write_json
 from bitassay.record.hashing import canonical_json, digest_file
@@ -70,7 +72,7 @@ def save(
     parts = _parts(quantization, chosen)
     state = _other_parameters(model, quantization) | parts
     check_space(folder, _bytes(state))
-    weights = sum(tensor.shape[0] * tensor.shape[1] for tensor in quantization.tensors.values())
+    weights = quantized_weights(quantization.tensors)
     schemes = {
         scheme: place for place, scheme in enumerate(dict.fromkeys(map(_canonical, descriptions.values())))
     }
@@ -90,6 +92,7 @@ def save(
             matrices={name: schemes[_canonical(stored)] for name, stored in descriptions.items()},
             parameters=tuple(quantization.parameters),
             inputs={name: asdict(rounding) for name, rounding in quantization.inputs.items()},
+            passes={index: asdict(steps) for index, steps in quantization.passes.items()},
             base=Base(
                 name=base.name,
                 origin=base.source.origin,
@@ -230,6 +233,8 @@ def _obstacle(recipe: Recipe, matrices: dict[str, Stored]) -> str | None:
     for part in AT_RUN_TIME:
         if getattr(recipe, part, None) is not None:
             return f"the recipe's {part}: plain transformers would run the model without"
+    if recipe.replication is not None and recipe.replication.at_run_time:
+        return "the recipe's replication: plain transformers would run each layer once"
     if recipe.rotation is not None and recipe.rotation.online:
         return "the recipe's rotation: plain transformers would run the model without its part at run time"
     for name, stored in matrices.items():
@@ -284,7 +289,7 @@ def _other_parameters(model: PreTrainedModel, quantization: Quantization) -> dic
     return {
         key: value
         for key, value in model.state_dict().items()
-        if key.removesuffix(".weight") not in quantization.tensors and key not in whole
+        if key.removesuffix(".weight") not in quantization.tensors and key not in whole and not is_replica(key)
     }
 
 

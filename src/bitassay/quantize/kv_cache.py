@@ -215,8 +215,9 @@ class _RoundedEntry:
         self, module: nn.Module, arguments: tuple, options: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]]:
         cache = options.get("past_key_values")
-        if isinstance(cache, PackedCache) and cache.spec == self.spec:
-            return arguments, options  # rounds by itself
+        # A packed cache, or what stands for one while a copy of a layer runs, rounds by itself.
+        if getattr(cache, "spec", None) == self.spec:
+            return arguments, options
         return arguments, options | {"past_key_values": _RoundedUpdates(cache, self.spec)}
 
 

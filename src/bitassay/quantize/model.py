@@ -8,8 +8,10 @@ shared with the base model, not copied.
 
 import copy
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
+from types import ModuleType
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -22,6 +24,7 @@ from bitassay.quantize.experts import put_experts
 from bitassay.quantize.kv_cache import round_cache
 from bitassay.quantize.linear import QuantizedLinear, RoundedInputLinear
 from bitassay.quantize.recipe import Recipe
+from bitassay.quantize.replication import Steps, is_replica
 from bitassay.quantize.rotation import add_online
 from bitassay.quantize.tensor import QuantizedTensor
 
@@ -29,13 +32,15 @@ from bitassay.quantize.tensor import QuantizedTensor
 @dataclass(frozen=True)
 class Quantization:
     """What was done to a model: the recipe, the quantized matrices by their names in `matrices(model)`, the
-    new dense values of other parameters that the recipe changed, by full name, and how the inputs of linears
-    are rounded, by theirs."""
+    new dense values of other parameters that the recipe changed, by full name, how the inputs of linears are
+    rounded, by theirs, and the passes of each layer that has several; codes of a layer's copies are among the
+    tensors, by the names that they have in the replicated model."""
 
     recipe: Recipe
     tensors: dict[str, QuantizedTensor]
     parameters: dict[str, Tensor] = field(default_factory=dict)
     inputs: dict[str, InputRounding] = field(default_factory=dict)
+    passes: dict[int, Steps] = field(default_factory=dict)
 
 
 def with_tensors(
@@ -46,7 +51,11 @@ def with_tensors(
     for name, value in quantization.parameters.items():
         _replace_parameter(model, name, value)
     linears = walk(model).linears
-    slices = {name: tensor for name, tensor in quantization.tensors.items() if name not in linears}
+    slices = {
+        name: tensor
+        for name, tensor in quantization.tensors.items()
+        if name not in linears and not is_replica(name)
+    }
     put_experts(model, slices, packed)
     for name, linear in linears.items():
         tensor, inputs = quantization.tensors.get(name), quantization.inputs.get(name)
@@ -63,12 +72,19 @@ def with_tensors(
         round_cache(model, quantization.recipe.kv_cache)
     if quantization.recipe.rotation is not None:
         add_online(model, quantization.recipe.rotation)
+    if quantization.passes:
+        replication().add_passes(model, quantization)
     # nn.Module's own __setattr__ is for tensors and modules.
     object.__setattr__(model, "quantization", quantization)
     if isinstance(known := getattr(base, "identity", None), Identity):
         recipe = quantization.recipe
         object.__setattr__(model, "identity", known.with_recipe(recipe.recipe_id, recipe.name))
     return model
+
+
+def replication() -> ModuleType:
+    """What carries out a recipe's `replication`. It is built on this folder, so it is only named here."""
+    return import_module("bitassay.replicate.model")
 
 
 def quantization_of(model: PreTrainedModel) -> Quantization | None:
@@ -108,9 +124,10 @@ def check_recipe(model: PreTrainedModel, recipe: Recipe) -> dict[str, Tensor]:
 
 
 def bits_per_weight(model: PreTrainedModel) -> float:
-    """Average bits of a quantized weight, scales and zero points included; 16 for an unquantized model."""
+    """Average bits of a quantized weight, scales, zero points and the codes of all its copies included; 16 for
+    an unquantized model."""
     tensors = _tensors(model)
-    weights = sum(t.shape[0] * t.shape[1] for t in tensors.values())
+    weights = quantized_weights(tensors)
     return sum(t.stored_bits for t in tensors.values()) / weights if weights else 16.0
 
 
@@ -122,7 +139,12 @@ def size_bytes(model: PreTrainedModel) -> int:
 
 def parameter_count(model: PreTrainedModel) -> int:
     """Parameters of the dense model, tied ones once."""
-    return _dense_parameters(model) + sum(t.shape[0] * t.shape[1] for t in _tensors(model).values())
+    return _dense_parameters(model) + quantized_weights(_tensors(model))
+
+
+def quantized_weights(tensors: Mapping[str, QuantizedTensor]) -> int:
+    """How many weights of the dense model they hold; a layer's copies hold the same ones again."""
+    return sum(t.shape[0] * t.shape[1] for name, t in tensors.items() if not is_replica(name))
 
 
 def _dense_parameters(model: PreTrainedModel) -> int:

@@ -1,7 +1,7 @@
 """From a recipe to quantized matrices: `quantize`.
 
     rotation -> smoothing -> mixed -> each layer in turn {rounding -> low_rank -> learned} -> tune
-    -> activations
+    -> activations -> replication
 
 Each part of a recipe that is present is done, in this order; `Recipe` says which belong together. Without any
 of them a matrix is rounded to nearest on its own and no text is read. Everything else works on a copy of the
@@ -36,6 +36,7 @@ from bitassay.quantize.model import (
     check_recipe,
     copy_sharing_parameters,
     quantization_of,
+    replication,
     with_tensors,
 )
 from bitassay.quantize.ranges import collect_ranges, input_roundings
@@ -129,7 +130,7 @@ def _kept(
             return Quantization(recipe, *read_result(folder, shapes))
         draft = exact()
         made = _quantized(draft, recipe, check_recipe(draft, recipe), progress, folder)
-        write_result(folder, made.tensors, made.parameters, made.inputs)
+        write_result(folder, made.tensors, made.parameters, made.inputs, made.passes)
         return made
 
 
@@ -149,12 +150,16 @@ def _quantized(
         assert tokens is not None
         ranges = collect_ranges(draft, tokens, progress=progress)
         smooth(draft, recipe.smoothing, ranges, recipe.scheme_for, progress)
+    before, counts = matrices(draft), {}
+    if recipe.replication is not None:
+        counts = replication().copies_by_layer(draft, recipe, tokens, progress)
     if tokens is not None:
         tensors = _calibrated(base, draft, list(weights), recipe, tokens, folder, progress)
     else:
         tensors = _to_nearest(matrices(draft), recipe, progress)
     made = Quantization(recipe, tensors, _beside(base, draft, tensors))
-    return replace(made, inputs=_inputs(base, made, tokens, progress))
+    made = replace(made, inputs=_inputs(base, made, tokens, progress))
+    return replication().with_copies(base, made, before, counts, tokens, progress) if counts else made
 
 
 def _calibrated(

@@ -25,6 +25,7 @@ from bitassay.quantize.kv_cache import KvCache
 from bitassay.quantize.learned import Learned
 from bitassay.quantize.low_rank import LowRankSpec
 from bitassay.quantize.mixed import Mixed
+from bitassay.quantize.replication import ReplicationPlan
 from bitassay.quantize.rotation import Rotation
 from bitassay.quantize.scheme import Part, WeightScheme
 from bitassay.quantize.smoothing import Smoothing
@@ -43,6 +44,7 @@ PARTS = (
     "tune",
     "activations",
     "kv_cache",
+    "replication",
 )
 SHIPPED = Path(str(files("bitassay") / "recipes"))
 BASE = "base"  # what tables call the model that recipes change
@@ -73,6 +75,7 @@ class Recipe(Part):
     tune: Tune | None = None
     activations: Activations | None = None
     kv_cache: KvCache | None = None
+    replication: ReplicationPlan | None = None
 
     @model_validator(mode="after")
     def _choices_make_sense(self) -> "Recipe":
@@ -83,6 +86,11 @@ class Recipe(Part):
         for wrong, why in _contradictions(self):
             if wrong:
                 raise ValueError(why)
+        plan = self.replication
+        if plan is not None and plan.makes_codes:
+            for scheme in (self.weights, *(o.weights for o in self.overrides)):
+                if scheme is not None:
+                    scheme.with_copies(plan.of_matrices(plan.copies))
         return self
 
     @property
@@ -90,6 +98,7 @@ class Recipe(Part):
         """Whether the result depends on calibration text."""
         refined = self.rotation is not None and self.rotation.kind == "refined"
         static = self.activations is not None and self.activations.any_needs_calibration
+        replicated = self.replication is not None and self.replication.is_calibrated
         parts = (
             self.calibration,
             self.smoothing,
@@ -99,7 +108,7 @@ class Recipe(Part):
             self.low_rank,
             self.tune,
         )
-        return refined or static or any(part is not None for part in parts)
+        return refined or static or replicated or any(part is not None for part in parts)
 
     @property
     def recipe_id(self) -> str:
@@ -144,6 +153,35 @@ def _contradictions(recipe: Recipe) -> list[tuple[bool, str]]:
             "tune: all learning rates are zero",
         ),
         *_input_contradictions(recipe, schemes),
+        *_copy_contradictions(recipe, schemes),
+    ]
+
+
+def _copy_contradictions(recipe: Recipe, schemes: list[WeightScheme]) -> list[tuple[bool, str]]:
+    """The same, of copies of layers and of matrices."""
+    plan, inputs = recipe.replication, recipe.activations
+    makes = plan is not None and plan.makes_codes
+    own = any(s.copies is not None for s in schemes)
+    residual = (makes and plan.differ == "residual") or any(s.copies and s.copies.differ == "residual" for s in schemes)  # type: ignore[union-attr]
+    solving = [name for name in ("gptq", "low_rank", "learned", "tune") if getattr(recipe, name) is not None]
+    if residual and "gptq" in solving:
+        solving.remove("gptq")
+    return [
+        (makes and not schemes, "replication: copies with codes of their own, and there are no weights to round"),
+        (makes and own, "replication: the schemes of weights have copies already"),
+        (
+            (makes or own) and bool(solving),
+            f"{' and '.join(solving)}: copies that differ in their codes are rounded to nearest"
+            " (residual codes by gptq too)",
+        ),
+        (
+            any(s.turned is not None for s in schemes) and bool(solving),
+            f"{' and '.join(solving)}: turned matrices are rounded to nearest",
+        ),
+        (
+            plan is not None and plan.differ == "inputs" and (inputs is None or not inputs.has_steps),
+            "replication: copies that differ by inputs need activations rounded to integers",
+        ),
     ]
 
 

@@ -22,12 +22,13 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfi
 from bitassay.errors import BitassayError
 from bitassay.models.checkpoint import CARD_FILE, Card
 from bitassay.models.load import check_keys
-from bitassay.models.walk import matrices, walk
+from bitassay.models.walk import decoder_layers, matrices, walk
 from bitassay.quantize import compressed, layout
 from bitassay.quantize.activations import InputRounding
 from bitassay.quantize.layout import Stored
 from bitassay.quantize.model import Quantization, with_tensors
 from bitassay.quantize.recipe import Recipe
+from bitassay.quantize.replication import Steps, is_replica, replica_names
 from bitassay.quantize.tensor import QuantizedTensor
 
 LAYOUTS: dict[str, ModuleType] = {"compressed-tensors": compressed, "bitassay": layout}
@@ -78,6 +79,11 @@ def read_quantized(
     entries = stored_entries(folder)
     shapes = {name: (view.shape[0], view.shape[1]) for name, view in matrices(empty).items()}
     described, plain = {}, dict(entries)
+    passes = _passes(recipe, len(decoder_layers(empty)), card, folder)
+    copies = _copies(empty, recipe, passes, [name for name in card.matrices if not is_replica(name)])
+    shapes |= {name: shapes[of] for name, of in copies.items() if of in shapes}
+    if missing := sorted(copies.keys() - card.matrices.keys()):
+        raise BitassayError(f"{folder / CARD_FILE}: matrices: {missing[0]} is not there", AGAIN)
     for name, place in card.matrices.items():
         if name not in shapes:
             raise BitassayError(f"{folder / CARD_FILE}: the model has no matrix {name}", AGAIN)
@@ -88,14 +94,15 @@ def read_quantized(
         for key in parts:
             plain.pop(key, None)
         described[name] = stored
-    model = _with_plain_parameters(empty, config, folder, plain, set(described), dtype, attention)
+    originals = {name for name in described if not is_replica(name)}
+    model = _with_plain_parameters(empty, config, folder, plain, originals, dtype, attention)
     tensors = {
         name: _read_matrix(name, stored, shapes[name], card.layout, entries)
         for name, stored in described.items()
     }
     parameters = _changed_parameters(model, card, folder)
     inputs = _inputs(model, recipe, card, folder)
-    return with_tensors(model, Quantization(recipe, tensors, parameters, inputs), packed=packed)
+    return with_tensors(model, Quantization(recipe, tensors, parameters, inputs, passes), packed=packed)
 
 
 def stored_entries(folder: Path) -> dict[str, Entry]:
@@ -207,6 +214,41 @@ def _inputs(model: PreTrainedModel, recipe: Recipe, card: Card, folder: Path) ->
             )
         inputs[name] = rounding
     return inputs
+
+
+def _passes(recipe: Recipe, layers: int, card: Card, folder: Path) -> dict[int, Steps]:
+    """The passes of the layers that have several, which must be those that the recipe asks for, as far as it
+    says."""
+    plan, where = recipe.replication, f"{folder / CARD_FILE}: passes"
+    try:
+        passes = TypeAdapter(dict[int, Steps]).validate_python(card.passes)
+    except ValidationError as error:
+        raise BitassayError(f"{where}: {_first(error)}", AGAIN) from error
+    wanted = {} if plan is None or not plan.at_run_time else plan.known_counts(layers)
+    if wanted is None:  # the layers were measured
+        wanted = {i: plan.copies for i in passes if 0 <= i < layers} if plan is not None else {}
+    said = {index: steps.count for index, steps in passes.items()}
+    if said != wanted or (
+        plan is not None
+        and plan.coefficients != "fitted"
+        and any(steps != plan.steps(steps.count) for steps in passes.values())
+    ):
+        raise BitassayError(f"{where}: not those of the recipe's replication", AGAIN)
+    return passes
+
+
+def _copies(
+    model: PreTrainedModel, recipe: Recipe, passes: dict[int, Steps], names: list[str]
+) -> dict[str, str]:
+    """The matrices of layers' copies that have codes of their own, each with the one that it is a copy of."""
+    if recipe.replication is None or not recipe.replication.makes_codes:
+        return {}
+    return {
+        copy: name
+        for index, steps in passes.items()
+        for name in names
+        for copy in replica_names(model, index, name, steps.count)
+    }
 
 
 def _recipe(card: Card, folder: Path) -> Recipe:

@@ -1,9 +1,17 @@
 """A scheme: how one matrix is stored, as a recipe says it."""
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from bitassay.errors import nearest
 from bitassay.quantize.formats import FORMATS, NumberFormat
@@ -15,6 +23,61 @@ class Part(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    @classmethod
+    def made_of(cls, fields: dict[str, Any]) -> Self:
+        """A part that another one asks for. Raises ValueError with the first reason alone: inside a validator a
+        ValidationError would print all of itself."""
+        try:
+            return cls.model_validate(fields)
+        except ValidationError as error:
+            raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from error
+
+
+class Copies(Part):
+    """Several quantized copies of one matrix instead of one: `W' = sum_i c_i W'_i` (`copies.py`).
+
+    differ: what sets them apart. values: a scale factor, percentile, offset or level of noise for each copy;
+    offsets are i/n by default. coefficients: the c_i, 1/n by default, and 1 for residual codes. seed: the first
+    one's; each further copy's is one more.
+    """
+
+    count: int = Field(ge=2, le=16)
+    differ: Literal["scale", "clip", "offset", "noise", "seed", "rotation", "residual"]
+    values: tuple[float, ...] = ()
+    coefficients: tuple[float, ...] | None = None
+    seed: int = Field(default=0, ge=0, lt=2**31)
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> "Copies":
+        wanted = self.differ in ("scale", "clip", "noise")
+        if self.values and not wanted and self.differ != "offset":
+            raise ValueError(f"values: copies that differ by {self.differ} have none")
+        if (wanted or self.values) and len(self.values) != self.count:
+            raise ValueError(f"values: {self.count} copies that differ by {self.differ} need as many")
+        if self.coefficients is not None and len(self.coefficients) != self.count:
+            raise ValueError(f"coefficients: {self.count} copies need as many")
+        return self
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """The c_i."""
+        usual = 1.0 if self.differ == "residual" else 1 / self.count
+        return self.coefficients or (usual,) * self.count
+
+    def scheme(self, scheme: "WeightScheme", copy: int) -> "WeightScheme":
+        """The scheme of one copy. Raises ValueError where it makes no sense."""
+        value = self.values[copy] if self.values else copy / self.count
+        change: dict[str, Any] = {
+            "scale": {"scale_factor": value},
+            "clip": {"scale": "percentile", "percentile": value},
+            "offset": {"offset": value},
+            "noise": {"noise": value} | ({"seed": self.seed + copy} if value else {}),
+            "seed": {"rounding": "stochastic", "seed": self.seed + copy},
+            "rotation": {"turned": self.seed + copy},
+            "residual": {},
+        }[self.differ]
+        return WeightScheme.made_of(scheme.model_dump(exclude={"copies"}) | change)
+
 
 class WeightScheme(Part):
     """How one matrix is quantized.
@@ -25,7 +88,8 @@ class WeightScheme(Part):
     by default, for FP8 bfloat16: an FP8 scale is absmax over 448 or 57344, so small that float16 would hold
     it as a subnormal number of few bits. zero_point: a whole number of steps (`integer`), the same searched
     jointly with the scale (`searched`), or any number in scale_dtype (`free`). offset: shifts the grid by a
-    share of a step; stored nowhere. rounding, noise (in steps), seed: see `rounding.py`. residual: the share
+    share of a step; stored nowhere. scale_factor: what the scale that was found is multiplied by. turned: the
+    seed of a random Hadamard rotation of the inputs, before rounding and back after it. rounding, noise (in steps), seed: see `rounding.py`. residual: the share
     of the columns that have a second binary plane, column_scales: whether columns have scales too: see
     `binary.py`.
 
@@ -40,12 +104,15 @@ class WeightScheme(Part):
     percentile: float = Field(default=99.9, gt=50, le=100)
     scale_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     zero_point: Literal["integer", "searched", "free"] = "integer"
-    offset: float = Field(default=0.0, ge=0, le=0.5)
+    offset: float = Field(default=0.0, ge=0, lt=1)
+    scale_factor: float = Field(default=1.0, ge=0.1, le=4)
+    turned: int | None = Field(default=None, ge=0, lt=2**63)
     rounding: Literal["nearest", "stochastic", "feedback"] = "nearest"
     noise: float = Field(default=0.0, ge=0, le=1)
     seed: int = Field(default=0, ge=0, lt=2**63)
     residual: float = Field(default=0.0, ge=0, le=1)
     column_scales: bool = False
+    copies: Copies | None = None
 
     def residual_columns(self, columns: int) -> int:
         """How many of a matrix's columns have a second plane."""
@@ -69,6 +136,10 @@ class WeightScheme(Part):
     @property
     def number_format(self) -> NumberFormat:
         return FORMATS[self.format]
+
+    def with_copies(self, copies: Copies) -> "WeightScheme":
+        """Several such matrices. Raises ValueError where the scheme cannot have such copies."""
+        return WeightScheme.made_of(self.model_dump() | {"copies": copies})
 
     def with_granularity(self, granularity: str) -> "WeightScheme":
         return self.model_copy(update={"granularity": granularity})
@@ -103,6 +174,8 @@ class WeightScheme(Part):
         for wrong, why in _contradictions(self):
             if wrong:
                 raise ValueError(why)
+        for copy in range(self.copies.count if self.copies is not None else 0):
+            self.copies.scheme(self, copy)  # type: ignore[union-attr]
         return self
 
     @model_serializer(mode="wrap")
@@ -163,4 +236,6 @@ def _contradictions(s: WeightScheme) -> list[tuple[bool, str]]:
             "binary planes and column scales are fitted to each other by rounding to nearest",
         ),
         ("seed" in given and not random, "seed is of stochastic rounding and of noise; there is neither"),
+        (s.turned is not None and s.has_planes, "turned: column scales and planes of columns are of columns as they are"),
+        (s.copies is not None and s.has_planes, "copies: binary planes are copies already: residual: 1 has two"),
     ]

@@ -14,6 +14,7 @@ from torch import Tensor
 from bitassay.errors import BitassayError
 from bitassay.quantize.activations import InputRounding
 from bitassay.quantize.layout import Stored, description, expected_tensors, read_tensor, stored_tensors
+from bitassay.quantize.replication import Steps, original
 from bitassay.quantize.tensor import QuantizedTensor
 from bitassay.record.files import explain_os_error
 from bitassay.record.hashing import digest_json
@@ -59,25 +60,29 @@ def write_result(
     tensors: Mapping[str, QuantizedTensor],
     parameters: Mapping[str, Tensor],
     inputs: Mapping[str, InputRounding],
+    passes: Mapping[int, Steps],
 ) -> None:
     """Keep the result, and drop what led to it."""
     folder.part("inputs", lambda: {name: asdict(rounding) for name, rounding in inputs.items()})
+    folder.part("passes", lambda: {str(index): asdict(steps) for index, steps in passes.items()})
     write_part(folder, RESULT, tensors, parameters)
     for path in (folder.path / "parts").iterdir():
-        if path.stem not in (RESULT, "inputs"):
+        if path.stem not in (RESULT, "inputs", "passes"):
             path.unlink()
 
 
 def read_result(
     folder: RunFolder, shapes: Mapping[str, tuple[int, int]]
-) -> tuple[dict[str, QuantizedTensor], dict[str, Tensor], dict[str, InputRounding]]:
-    """The inverse of `write_result`."""
-    tensors, parameters = read_part(folder, RESULT, shapes)
+) -> tuple[dict[str, QuantizedTensor], dict[str, Tensor], dict[str, InputRounding], dict[int, Steps]]:
+    """The inverse of `write_result`, for matrices of such shapes and copies of them."""
+    copies = {name: shapes[of] for name in folder.part(RESULT, dict) if (of := original(name)) in shapes}
+    tensors, parameters = read_part(folder, RESULT, {**shapes, **copies})
     try:
         inputs = TypeAdapter(dict[str, InputRounding]).validate_python(folder.part("inputs", dict))
+        passes = TypeAdapter(dict[int, Steps]).validate_python(folder.part("passes", dict))
     except ValidationError as error:
-        raise BitassayError(f"{folder.path}: inputs is damaged", AGAIN) from error
-    return tensors, parameters, inputs
+        raise BitassayError(f"{folder.path}: inputs or passes are damaged", AGAIN) from error
+    return tensors, parameters, inputs, passes
 
 
 @contextmanager
