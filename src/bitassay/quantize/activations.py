@@ -18,7 +18,7 @@ side of those is `kv_cache.py`).
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal, NamedTuple
 
@@ -134,7 +134,9 @@ class Activations(InputScheme):
 @dataclass(frozen=True)
 class InputRounding:
     """A scheme as one linear carries it out. scale and the whole zero_point are None where each token has its
-    own; outliers are columns, in order. Raises ValueError for what fits no scheme."""
+    own; outliers are columns, in order. With several copies there are as many grids, spread evenly over a step
+    around the usual one, so that zero stays where it is on average and far from where a code begins: the
+    input is rounded on that of `copy`, or where that is None is the mean of all. Raises ValueError for what fits no scheme."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=False)
 
@@ -143,6 +145,8 @@ class InputRounding:
     scale: float | None = None
     zero_point: int | None = None
     outliers: tuple[int, ...] = ()
+    copies: int = 1
+    copy: int | None = None
 
     def __post_init__(self) -> None:
         if self.format not in INPUT_FORMATS:
@@ -157,6 +161,10 @@ class InputRounding:
                 raise ValueError(f"a zero point of {self.zero_point}")
         if list(self.outliers) != sorted({column for column in self.outliers if column >= 0}):
             raise ValueError("outlier columns are not in order")
+        if not 1 <= self.copies <= 16 or not 0 <= (self.copy or 0) < self.copies:
+            raise ValueError(f"copy {self.copy} of {self.copies}")
+        if self.number_format.kind == "float" and self.copies > 1:
+            raise ValueError(f"{self.format} has no step that a grid could be moved by")
 
     @property
     def number_format(self) -> NumberFormat:
@@ -166,7 +174,9 @@ class InputRounding:
         sign = "" if self.symmetric else " asymmetric"
         which = "per token" if self.scale is None else f"scale {self.scale:.4g}"
         kept = f", {len(self.outliers)} columns in 16 bits" if self.outliers else ""
-        return f"{self.format}{sign} inputs {which}{kept}"
+        which_grid = "the mean" if self.copy is None else f"number {self.copy}"
+        several = f", {which_grid} of {self.copies} grids" if self.copies > 1 else ""
+        return f"{self.format}{sign} inputs {which}{kept}{several}"
 
 
 class Codes(NamedTuple):
@@ -190,15 +200,19 @@ def input_codes(x: Float[Tensor, "tokens in"], rounding: InputRounding) -> Codes
             x.new_full((1, 1), rounding.scale),
             None if zero_point is None else x.new_full((1, 1), zero_point),
         )
+    grid = grid._replace(offset=((rounding.copy or 0) + 0.5) / rounding.copies - 0.5)
     return Codes(round_to_nearest(x, grid, fmt, rounding.symmetric), grid)
 
 
 def rounded_inputs(x: Float[Tensor, "... in"], rounding: InputRounding) -> Float[Tensor, "... in"]:
     """`x'`: what the codes stand for, in the dtype of `x`; outlier columns as they are. A token that
     holds NaN or infinity gives NaN."""
-    tokens = x.reshape(-1, x.shape[-1])
-    codes, grid = input_codes(tokens, rounding)
-    rounded = dequantize(codes, grid, rounding.number_format) + undefined(tokens)
+    tokens, rounded = x.reshape(-1, x.shape[-1]), torch.zeros((), device=x.device)
+    copies = range(rounding.copies) if rounding.copy is None else [rounding.copy]
+    for copy in copies:
+        codes, grid = input_codes(tokens, replace(rounding, copy=copy))
+        rounded = rounded + dequantize(codes, grid, rounding.number_format) / len(copies)
+    rounded = rounded + undefined(tokens)
     if rounding.outliers:
         rounded = torch.where(outlier_mask(rounding, tokens), tokens.float(), rounded)
     return rounded.to(x.dtype).view(x.shape)

@@ -56,6 +56,8 @@ def obstacle(stored: Stored) -> str | None:
         return "its groups are all of one size"
     if stored.residual is not None:
         return "it has no second plane of codes"
+    if stored.scheme.turned is not None:
+        return "it has no rotations"
     if stored.low_rank is not None:
         return "it has no low-rank factors"
     return None

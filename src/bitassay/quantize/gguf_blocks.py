@@ -44,7 +44,7 @@ class Blocks(NamedTuple):
 
 def as_blocks(tensor: QuantizedTensor) -> Blocks | None:
     """`tensor` in llama.cpp's arrangement; None where no type holds its codes."""
-    if tensor.format.kind == "float" or beside_codes(tensor):
+    if tensor.format.kind == "float" or tensor.scheme.turned is not None or beside_codes(tensor):
         return None
     grid = tensor.grid
     scale = _per_block(tensor, grid.scale)

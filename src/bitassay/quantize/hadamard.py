@@ -27,6 +27,7 @@ Source: Paley, "On orthogonal matrices", J. Math. Phys. 12 (1933); their use for
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from jaxtyping import Float, Int
@@ -103,6 +104,13 @@ def block_hadamard(size: int, generator: torch.Generator) -> Orthogonal:
     assert block is not None
     signs = torch.randint(0, 2, (size,), generator=generator, dtype=torch.float64) * 2 - 1
     return Orthogonal((torch.eye(size // order, dtype=torch.float64), *block.factors), signs)
+
+
+@lru_cache(maxsize=64)
+def turning(size: int, seed: int) -> Orthogonal:
+    """The random Hadamard rotation of that seed; in blocks along the diagonal where the size has no other."""
+    found = random_hadamard(size, torch.Generator().manual_seed(seed))
+    return block_hadamard(size, torch.Generator().manual_seed(seed)) if found is None else found
 
 
 def random_orthogonal(size: int, generator: torch.Generator) -> Orthogonal:

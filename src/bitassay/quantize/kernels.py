@@ -38,6 +38,8 @@ def packed_product(quantized: QuantizedTensor) -> Product | None:
         return None
     rows, columns = quantized.shape
     scheme = quantized.scheme
+    if scheme.turned is not None:
+        return None
     if (scheme.format, scheme.symmetric, scheme.granularity) == ("int8", True, "channel"):
         return _int8_product(quantized) if columns % INT8_COLUMNS == 0 else None
     group_size = quantized.granularity.group_size

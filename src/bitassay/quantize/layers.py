@@ -18,6 +18,7 @@ from bitassay.models.walk import decoder_layers, module_name
 from bitassay.quantize import binary
 from bitassay.quantize.adaptive import adapted
 from bitassay.quantize.calibration import Calibration
+from bitassay.quantize.copies import residual_codes
 from bitassay.quantize.experts import expert_inputs, expert_matrix, warn_of_few
 from bitassay.quantize.gptq import Gptq, Rounded, gptq
 from bitassay.quantize.latent import LatentWeight
@@ -173,7 +174,8 @@ class _LayerWork:
             for name, weight in zip(members, weights, strict=True):
                 check_weight(weight, scheme, name)
             low_rank, spec = self.recipe.low_rank, self.recipe.gptq
-            if low_rank is not None or spec is None or scheme.has_planes or scheme.granularity == "tensor":
+            several = scheme.has_planes or scheme.copies is not None
+            if low_rank is not None or spec is None or several or scheme.granularity == "tensor":
                 for name, weight in zip(members, weights, strict=True):
                     self.solved[name] = self._alone(name, weight, hessian, scheme)
             else:
@@ -199,10 +201,17 @@ class _LayerWork:
             if spec is None:
                 last = w.float()
                 return quantize_tensor(w, scheme, name, hessian.diagonal().float())
+            if scheme.copies is not None:
+                return residual_codes(w, scheme, by_gptq)
             if scheme.has_planes:
                 tensor, last, _ = binary.solved(w, hessian, scheme, spec)
                 return tensor
-            found = _packed(self._by_gptq(name, w, hessian, scheme, spec), scheme)
+            return by_gptq(w, scheme)
+
+        def by_gptq(w: Float[Tensor, "out in"], own: WeightScheme) -> QuantizedTensor:
+            nonlocal last
+            assert spec is not None
+            found = _packed(self._by_gptq(name, w, hessian, own, spec), own)
             last = found.latent
             return found.tensor
 

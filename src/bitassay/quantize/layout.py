@@ -57,6 +57,12 @@ class Stored(Part):
 
 def planned(scheme: WeightScheme, low_rank: Factors | None = None) -> Stored:
     """How a matrix that is quantized by `scheme` will be stored."""
+    if scheme.copies is not None:
+        whole = None
+        for copy in reversed(range(scheme.copies.count)):
+            whole = Stored(scheme=scheme.copies.scheme(scheme, copy), residual=whole, low_rank=None)
+        assert whole is not None
+        return whole
     plane = Stored(scheme=scheme.residual_scheme) if scheme.residual else None
     return Stored(scheme=scheme, residual=plane, low_rank=low_rank)
 

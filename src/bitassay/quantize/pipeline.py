@@ -43,6 +43,7 @@ from bitassay.quantize.ranges import collect_ranges, input_roundings
 from bitassay.quantize.recipe import Recipe, find_recipe
 from bitassay.quantize.rotation import changed_parameters, rotate
 from bitassay.quantize.scheme import WeightScheme
+from bitassay.quantize.sensitivity import places
 from bitassay.quantize.smoothing import smooth
 from bitassay.quantize.tensor import QuantizedTensor, quantize_tensor
 from bitassay.quantize.tune import Tune, head_weight, last_states, own_norms, tune
@@ -150,32 +151,72 @@ def _quantized(
         assert tokens is not None
         ranges = collect_ranges(draft, tokens, progress=progress)
         smooth(draft, recipe.smoothing, ranges, recipe.scheme_for, progress)
-    before, counts = matrices(draft), {}
-    if recipe.replication is not None:
-        counts = replication().copies_by_layer(draft, recipe, tokens, progress)
-    if tokens is not None:
-        tensors = _calibrated(base, draft, list(weights), recipe, tokens, folder, progress)
+    if recipe.mixed is None:
+        schemes = {name: recipe.scheme_for(name) for name in weights}
     else:
-        tensors = _to_nearest(matrices(draft), recipe, progress)
+        assert tokens is not None
+        schemes = mixed_schemes(draft, recipe, tokens, progress, folder)
+    counts = _counts(draft, recipe, schemes, tokens, folder, progress)
+    before, first = copy_sharing_parameters(draft), _schemes_with_copies(draft, recipe, schemes, counts)
+    if tokens is not None:
+        tensors = _calibrated(base, draft, first, recipe, tokens, folder, progress)
+    else:
+        tensors = _to_nearest(matrices(draft), first, recipe.name, progress)
     made = Quantization(recipe, tensors, _beside(base, draft, tensors))
-    made = replace(made, inputs=_inputs(base, made, tokens, progress))
-    return replication().with_copies(base, made, before, counts, tokens, progress) if counts else made
+    made = replace(made, inputs=_inputs(base, made, tokens, counts, progress))
+    if not counts:
+        return made
+    return replication().with_copies(base, made, before, schemes, counts, tokens, progress)
+
+
+def _counts(
+    draft: PreTrainedModel,
+    recipe: Recipe,
+    schemes: Mapping[str, WeightScheme | None],
+    tokens: Int[Tensor, "samples tokens"] | None,
+    folder: RunFolder | None,
+    progress: Progress,
+) -> dict[int, int]:
+    """How many copies each layer gets that gets several."""
+    plan = recipe.replication
+    if plan is None or plan.copies == 1:
+        return {}
+
+    def measured() -> dict[str, int]:
+        found = replication().copies_by_layer(draft, plan, schemes, tokens, progress)
+        return {str(index): count for index, count in found.items()}
+
+    counts = measured() if folder is None else folder.part("copies", measured)
+    return {int(index): count for index, count in counts.items()}
+
+
+def _schemes_with_copies(
+    draft: PreTrainedModel,
+    recipe: Recipe,
+    schemes: Mapping[str, WeightScheme | None],
+    counts: Mapping[int, int],
+) -> dict[str, WeightScheme | None]:
+    """What each matrix is quantized by: as copies that are merged, or as the first copy of its layer."""
+    plan, where, found = recipe.replication, places(draft), dict(schemes)
+    if plan is None or not plan.makes_codes:
+        return found
+    for name, scheme in schemes.items():
+        if scheme is not None and (count := counts.get(where[name].layer)) is not None:
+            copies = plan.of_matrices(count)
+            found[name] = scheme.with_copies(copies) if plan.of == "linear" else copies.scheme(scheme, 0)
+    return found
 
 
 def _calibrated(
     base: PreTrainedModel,
     draft: PreTrainedModel,
-    names: list[str],
+    schemes: Mapping[str, WeightScheme | None],
     recipe: Recipe,
     tokens: Int[Tensor, "samples tokens"],
     folder: RunFolder | None,
     progress: Progress,
 ) -> dict[str, QuantizedTensor]:
     """Layer by layer, then all layers together; `draft` is left with the norms that go with the result."""
-    if recipe.mixed is None:
-        schemes = {name: recipe.scheme_for(name) for name in names}
-    else:
-        schemes = mixed_schemes(draft, recipe, tokens, progress, folder)
     if recipe.learned is not None or recipe.tune is not None:
         _refuse_experts(draft, schemes)
     solved = quantize_layers(draft, schemes, recipe, tokens, folder, progress)
@@ -221,17 +262,23 @@ def _inputs(
     base: PreTrainedModel,
     made: Quantization,
     tokens: Int[Tensor, "samples tokens"] | None,
+    counts: Mapping[int, int],
     progress: Progress,
 ) -> dict[str, InputRounding]:
-    """How inputs are rounded, static ones by their ranges in the model with quantized weights."""
-    spec = made.recipe.activations
+    """How inputs are rounded, static ones by their ranges in the model with quantized weights; where linears
+    have copies that differ by that, as the mean of as many roundings."""
+    spec, plan = made.recipe.activations, made.recipe.replication
     if spec is None:
         return {}
     model, ranges = with_tensors(base, made), None
     if spec.any_needs_calibration:
         assert tokens is not None
         ranges = collect_ranges(model, tokens, progress=progress)
-    return input_roundings(model, spec, ranges)
+    found = input_roundings(model, spec, ranges)
+    if plan is not None and (plan.of, plan.differ) == ("linear", "inputs"):
+        where = places(base)
+        found = {n: replace(rounding, copies=counts.get(where[n].layer, 1)) for n, rounding in found.items()}
+    return found
 
 
 def _beside(
@@ -259,14 +306,17 @@ def _refuse_experts(model: PreTrainedModel, schemes: Mapping[str, WeightScheme |
 
 
 def _to_nearest(
-    weights: Mapping[str, Float[Tensor, "_ _"]], recipe: Recipe, progress: Progress
+    weights: Mapping[str, Float[Tensor, "_ _"]],
+    schemes: Mapping[str, WeightScheme | None],
+    recipe_name: str,
+    progress: Progress,
 ) -> dict[str, QuantizedTensor]:
     tensors = {}
     for done, (name, weight) in enumerate(weights.items()):
-        progress(f"quantizing by {recipe.name}", done, len(weights))
-        if scheme := recipe.scheme_for(name):
+        progress(f"quantizing by {recipe_name}", done, len(weights))
+        if scheme := schemes[name]:
             tensors[name] = quantize_tensor(weight, scheme, name)
-    progress(f"quantizing by {recipe.name}", len(weights), len(weights))
+    progress(f"quantizing by {recipe_name}", len(weights), len(weights))
     return tensors
 
 

@@ -37,7 +37,7 @@ def product_kind(
     quantized: QuantizedTensor, inputs: InputRounding, dtype: torch.dtype
 ) -> Literal["int8", "fp8"] | None:
     """Which product the two schemes have on this device; None where they have none."""
-    if quantized.granularity.name not in ("channel", "tensor"):
+    if quantized.granularity.name not in ("channel", "tensor") or inputs.copies > 1:
         return None
     # Zero points, a mean, an offset, a second plane: whatever stands beside codes and scales shows here.
     if not torch.equal(quantized.codes() * quantized.scale.float(), quantized.dequantize()):

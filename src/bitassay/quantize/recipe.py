@@ -25,7 +25,7 @@ from bitassay.quantize.kv_cache import KvCache
 from bitassay.quantize.learned import Learned
 from bitassay.quantize.low_rank import LowRankSpec
 from bitassay.quantize.mixed import Mixed
-from bitassay.quantize.replication import ReplicationPlan
+from bitassay.quantize.replication import Chosen, ReplicationPlan
 from bitassay.quantize.rotation import Rotation
 from bitassay.quantize.scheme import Part, WeightScheme
 from bitassay.quantize.smoothing import Smoothing
@@ -177,6 +177,17 @@ def _copy_contradictions(recipe: Recipe, schemes: list[WeightScheme]) -> list[tu
         (
             any(s.turned is not None for s in schemes) and bool(solving),
             f"{' and '.join(solving)}: turned matrices are rounded to nearest",
+        ),
+        (
+            plan is not None and isinstance(plan.layers, Chosen) and plan.layers.by != "massive" and not schemes,
+            "replication: layers are chosen by what quantizing their weights does, and there are no weights",
+        ),
+        (
+            plan is not None
+            and plan.coefficients == "fitted"
+            and recipe.rotation is not None
+            and recipe.rotation.r1 == "online",
+            "replication: coefficients cannot be fitted where layers turn the stream: r1: folded",
         ),
         (
             plan is not None and plan.differ == "inputs" and (inputs is None or not inputs.has_steps),

@@ -199,7 +199,7 @@ def _changed_parameters(model: PreTrainedModel, card: Card, folder: Path) -> dic
 
 
 def _inputs(model: PreTrainedModel, recipe: Recipe, card: Card, folder: Path) -> dict[str, InputRounding]:
-    linears, inputs, part = walk(model).linears, {}, recipe.activations
+    linears, inputs, part, plan = walk(model).linears, {}, recipe.activations, recipe.replication
     formats = {name: s.format for name in linears if part is not None and (s := part.scheme_for(name))}
     if {name: said.get("format") for name, said in card.inputs.items()} != formats:
         raise BitassayError(f"{folder / CARD_FILE}: inputs are not those of the recipe's activations", AGAIN)
@@ -212,6 +212,9 @@ def _inputs(model: PreTrainedModel, recipe: Recipe, card: Card, folder: Path) ->
             raise BitassayError(
                 f"{folder / CARD_FILE}: inputs of {name}: it has no column {max(rounding.outliers)}", AGAIN
             )
+        several = plan.copies if plan is not None and (plan.of, plan.differ) == ("linear", "inputs") else 1
+        if rounding.copy is not None or not 1 <= rounding.copies <= several:
+            raise BitassayError(f"{folder / CARD_FILE}: inputs of {name}: copies that the recipe has not", AGAIN)
         inputs[name] = rounding
     return inputs
 

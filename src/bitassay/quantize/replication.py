@@ -21,7 +21,7 @@ whose weight is `sum_i c_i W_i`: it is stored and run as that (`copies.py`), at 
     seed       rounded stochastically, each copy by a seed of its own
     rotation   each copy is rounded after a rotation of its inputs of its own, and turned back
     residual   copy i is what the copies before it left over (linears, summed)
-    inputs     the grid of the rounded inputs (`activations`) moved by i/n of a step
+    inputs     the grid of the rounded inputs (`activations`) moved by (i + 1/2) / n - 1/2 steps
 
 Layers count from 0. `by` error, kl and massive choose that share of the layers whose weights, whose next-token
 distributions, or whose largest hidden states suffer (`replicate/select.py`). Left out: loops over blocks of
@@ -38,7 +38,7 @@ from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError
 from bitassay.models.walk import decoder_layers, module_name
-from bitassay.quantize.scheme import Copies, Part
+from bitassay.quantize.scheme import Copies, Part, made_of
 
 SHARED = ("nothing", "inputs")  # what differs leaves codes as they are
 
@@ -156,14 +156,15 @@ class ReplicationPlan(Part):
         given = self.coefficients if isinstance(self.coefficients, tuple) else None
         if self.coefficients == "plain" and self.differ != "residual" and self.of == "linear":
             given = (1.0,) * count
-        return Copies.made_of(
+        return made_of(
+            Copies,
             {
                 "count": count,
                 "differ": self.differ,
                 "values": self.values,
                 "coefficients": given,
                 "seed": self.seed,
-            }
+            },
         )
 
     def steps(self, count: int) -> Steps:

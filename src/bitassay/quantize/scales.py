@@ -102,8 +102,17 @@ def grid_for(
     if scheme.scale == "mse":
         if importance is not None:
             importance = torch.where(importance.amax(1, keepdim=True) > 0, importance, 1)
-        return mse_grid(w, scheme, importance)
-    return _first_grid(w, scheme)
+        grid = mse_grid(w, scheme, importance)
+    else:
+        grid = _first_grid(w, scheme)
+    return rescaled(grid, scheme.scale_factor, getattr(torch, scheme.scale_dtype))
+
+
+def rescaled(grid: Grid, factor: float, dtype: torch.dtype) -> Grid:
+    """The grid with `factor` times its steps; one whose steps are zero (binary) as it is."""
+    if factor == 1:
+        return grid
+    return grid._replace(scale=torch.where(grid.scale > 0, _stored(grid.scale * factor, dtype, True), grid.scale))
 
 
 def absmax_grid(
@@ -123,7 +132,9 @@ def range_grid(
 ) -> Grid:
     """The narrowest grid that holds `low` ... `high` and zero."""
     if symmetric:
-        scale = torch.maximum(-low, high) / (fmt.largest + offset)
+        # Beyond half a step the other end of the range is the nearer one.
+        reach = fmt.largest + offset if offset <= 0.5 else -fmt.code_range(symmetric=True)[0] - offset
+        scale = torch.maximum(-low, high) / reach
         return Grid(_stored(scale, dtype, offset > 0), offset=offset)
     low, high = low.clamp(max=0), high.clamp(min=0)
     _, qmax = fmt.code_range(symmetric=False)

@@ -1,7 +1,7 @@
 """A scheme: how one matrix is stored, as a recipe says it."""
 
 import math
-from typing import Any, Literal, Self
+from typing import Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -23,14 +23,16 @@ class Part(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    @classmethod
-    def made_of(cls, fields: dict[str, Any]) -> Self:
-        """A part that another one asks for. Raises ValueError with the first reason alone: inside a validator a
-        ValidationError would print all of itself."""
-        try:
-            return cls.model_validate(fields)
-        except ValidationError as error:
-            raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from error
+P = TypeVar("P", bound=Part)
+
+
+def made_of(part: type[P], fields: dict[str, Any]) -> P:
+    """A part that another one asks for. Raises ValueError with the first reason alone: inside a validator
+    a ValidationError would print all of itself."""
+    try:
+        return part.model_validate(fields)
+    except ValidationError as error:
+        raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from error
 
 
 class Copies(Part):
@@ -54,6 +56,8 @@ class Copies(Part):
             raise ValueError(f"values: copies that differ by {self.differ} have none")
         if (wanted or self.values) and len(self.values) != self.count:
             raise ValueError(f"values: {self.count} copies that differ by {self.differ} need as many")
+        if self.coefficients is not None and self.differ == "residual":
+            raise ValueError("coefficients: residual codes are summed as they are")
         if self.coefficients is not None and len(self.coefficients) != self.count:
             raise ValueError(f"coefficients: {self.count} copies need as many")
         return self
@@ -76,7 +80,7 @@ class Copies(Part):
             "rotation": {"turned": self.seed + copy},
             "residual": {},
         }[self.differ]
-        return WeightScheme.made_of(scheme.model_dump(exclude={"copies"}) | change)
+        return made_of(WeightScheme, scheme.model_dump(exclude={"copies"}) | change)
 
 
 class WeightScheme(Part):
@@ -139,7 +143,7 @@ class WeightScheme(Part):
 
     def with_copies(self, copies: Copies) -> "WeightScheme":
         """Several such matrices. Raises ValueError where the scheme cannot have such copies."""
-        return WeightScheme.made_of(self.model_dump() | {"copies": copies})
+        return made_of(WeightScheme, self.model_dump() | {"copies": copies})
 
     def with_granularity(self, granularity: str) -> "WeightScheme":
         return self.model_copy(update={"granularity": granularity})
@@ -237,5 +241,13 @@ def _contradictions(s: WeightScheme) -> list[tuple[bool, str]]:
         ),
         ("seed" in given and not random, "seed is of stochastic rounding and of noise; there is neither"),
         (s.turned is not None and s.has_planes, "turned: column scales and planes of columns are of columns as they are"),
+        (
+            s.copies is not None and s.copies.differ == "offset" and s.scale == "percentile",
+            "copies: offset grids share one scale: scale: mse or absmax",
+        ),
+        (
+            s.copies is not None and s.copies.differ == "offset" and (s.offset > 0 or s.scale_factor != 1),
+            "copies: offset grids have offsets of their own, and one scale that is theirs",
+        ),
         (s.copies is not None and s.has_planes, "copies: binary planes are copies already: residual: 1 has two"),
     ]

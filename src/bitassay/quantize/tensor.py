@@ -14,6 +14,7 @@ from bitassay.errors import BitassayError
 from bitassay.quantize.adaptive import adapted
 from bitassay.quantize.formats import FORMATS, NumberFormat
 from bitassay.quantize.granularity import Granularity
+from bitassay.quantize.hadamard import turning
 from bitassay.quantize.packing import pack, unpack
 from bitassay.quantize.rounding import (
     dequantize,
@@ -50,7 +51,7 @@ class QuantizedTensor:
     mean: one a group, or None.
     residual: a second plane, added to what the codes stand for; of the columns whose bits are set in
     residual_columns (packed), None for all. column_scale: what each column of the sum is multiplied by.
-    low_rank: 16-bit factors, added last.
+    low_rank: 16-bit factors, added last. Where the scheme is turned, codes stand for `W Q`.
     """
 
     scheme: WeightScheme
@@ -104,6 +105,8 @@ class QuantizedTensor:
         grids = split(self.granularity, self.grid, self.shape[1])
         parts = [dequantize(q, grid, self.format) for q, grid in zip(groups, grids, strict=True)]
         weight = self.granularity.from_groups(parts, self.shape[0])
+        if self.scheme.turned is not None:
+            weight = turning(self.shape[1], self.scheme.turned).apply_transposed(weight)
         if self.residual is not None:
             weight[:, self.residual_places()] += self.residual.dequantize()
         if self.column_scale is not None:
@@ -146,13 +149,19 @@ def quantize_tensor(
         raise BitassayError(
             f"{name}: importances must be finite and not negative", "check the calibration inputs"
         )
+    if scheme.copies is not None:
+        from bitassay.quantize.copies import quantize_copies  # which are made here, one by one
+
+        return quantize_copies(weight.detach(), scheme, name, importance)
     if scheme.has_planes:
         from bitassay.quantize.binary import binarize  # which makes these tensors
 
         return binarize(weight.detach(), scheme, importance)
-    scheme = adapted(weight.detach(), scheme, importance)
-    granularity = Granularity.parse(scheme.granularity)
     w = weight.detach().float()
+    if scheme.turned is not None:
+        w, importance = turning(w.shape[1], scheme.turned).apply(w), None  # which is of columns as they were
+    scheme = adapted(w, scheme, importance)
+    granularity = Granularity.parse(scheme.granularity)
     groups = granularity.to_groups(w)
     if importance is None:
         weighed = [None] * len(groups)
