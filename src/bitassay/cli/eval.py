@@ -37,7 +37,8 @@ def eval(
 ) -> int:
     """Perplexity of MODEL; with --recipe or --against also divergence, with paired intervals.
 
-    With --tasks, the share of questions answered rightly instead, beside the base model's, with tests.
+    A recipe with replication comes with its controls: plain recipes of equal bits and of equal work, and what
+    the copies gain over each. With --tasks, the share of questions answered rightly instead, beside the base model's, with tests.
     Finished parts are kept in a run folder: interrupted, the same command goes on.
 
     Args:
@@ -63,9 +64,11 @@ def eval(
     from bitassay.cli.progress import show_progress
     from bitassay.errors import BitassayError
     from bitassay.evaluate.compare import evaluate
+    from bitassay.evaluate.controls import evaluate_with_controls
     from bitassay.models.load import load
     from bitassay.quantize.pipeline import quantize_once
-    from bitassay.report.assay import QUALITY_COLUMNS
+    from bitassay.quantize.recipe import find_recipe
+    from bitassay.report.assay import CONTROL_COLUMNS, QUALITY_COLUMNS
 
     if recipe and against:
         raise BitassayError("--recipe and --against both name a comparison", "give one of them")
@@ -85,21 +88,27 @@ def eval(
         if tasks is not None:
             candidates = _candidates(names, [loaded, *other], recipe or [], progress)
             return _tasks(candidates, tasks, limit, shots, out, format, progress)
+        replicated = [name for name in recipe or [] if find_recipe(name).replication is not None]
         if recipe:
-            pairs = [(name, quantize_once(loaded, name, progress=progress), loaded) for name in recipe]
+            plain = [name for name in recipe if name not in replicated]
+            pairs = [(name, quantize_once(loaded, name, progress=progress), loaded) for name in plain]
         else:
             pairs = [(model, loaded, other[0] if other else None)]
         _warn_of_seen_text(recipe or [], protocols, progress)
-        found = [
-            (name, evaluate(candidate, against=base, protocol=one, seed=seed, progress=progress))
-            for one in protocols
-            for name, candidate, base in pairs
-        ]
-    rows = [
-        {"recipe": name, "protocol": e.protocol, "against": e.base, **e.quality.to_dict()}
-        for name, e in found
-    ]
-    emit(rows, QUALITY_COLUMNS, format)
+        found = []
+        for one in protocols:
+            for name, candidate, base in pairs:
+                measured = evaluate(candidate, against=base, protocol=one, seed=seed, progress=progress)
+                found.append({"recipe": name, "evaluation": measured})
+            for name in replicated:
+                found += evaluate_with_controls(
+                    loaded, find_recipe(name), one, seed=seed, progress=progress
+                )
+    rows = []
+    for row in found:
+        e = row.pop("evaluation")
+        rows.append(row | {"protocol": e.protocol, "against": e.base, **e.quality.to_dict()})
+    emit(rows, CONTROL_COLUMNS if replicated else QUALITY_COLUMNS, format)
     return 0
 
 

@@ -49,6 +49,10 @@ class Chosen(Part):
     by: Literal["error", "kl", "massive"]
     share: float = Field(default=0.3, gt=0, le=1)
 
+    def count(self, layers: int) -> int:
+        """How many of so many layers."""
+        return max(1, math.floor(self.share * layers + 0.5))
+
 
 # The name of a layer's copies among its modules: `model.layers.3.replicas.0.mlp.down_proj` is of the second one.
 REPLICAS = "replicas"

@@ -6,7 +6,6 @@
                (2402.17762) into the stream stand out by orders of magnitude
 """
 
-import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 
@@ -46,7 +45,7 @@ def chosen_layers(
             assert tokens is not None
             scores = layer_divergences(model, tensors, tokens[:KL_SAMPLES], progress)
     ranked = sorted(scores, key=lambda layer: -scores[layer])
-    return sorted(ranked[: max(1, math.floor(chosen.share * len(decoder_layers(model)) + 0.5))])
+    return sorted(ranked[: chosen.count(len(decoder_layers(model)))])
 
 
 def weight_errors(model: PreTrainedModel, tensors: Mapping[str, QuantizedTensor]) -> dict[int, float]:

@@ -80,6 +80,15 @@ QUALITY_COLUMNS = [
     _column("top-1 agreement\n[95 %]", "top1_agreement", "top1_ci", number(3), _compared),
 ]
 
+CONTROL_COLUMNS = [
+    *QUALITY_COLUMNS[:1],
+    Column("role", "role", align="left"),
+    Column("bits_per_weight", "bits/weight", number(3)),
+    *QUALITY_COLUMNS[1:],
+    _column("gain of the\ncopies, ppl", "gain", "gain_ci", _ppl, lambda text: text),
+    Column("beats", "beats it", lambda beats: "yes" if beats else "no"),
+]
+
 
 def write_report(runs: Sequence[dict[str, Any]] | dict[str, Any], path: Path) -> None:
     """One HTML file for one or several assays. Raises BitassayError for a value that is not an assay."""

@@ -1,0 +1,122 @@
+"""What a replicated recipe has to beat: plain recipes that cost as much. `controls` makes them.
+
+    single        the same recipe, every layer once
+    equal-bits    one matrix of as many stored bits as all copies together
+    equal-flops   one pass with as many bit operations: passes x bits of a weight (x bits of an input)
+
+n copies of b bits in groups of g weights store as much as one matrix of n b bits in groups of g / n; that
+recipe also does their bit operations in one pass. Where there is no integer of n b bits, or layers have
+different counts, the control is mixed bits at the same average, spent where they matter most. Copies that
+share their codes store nothing more, so at equal bits their control is `single`; n roundings of the inputs
+to a bits do the work of one to n a bits. Above 8 bits a control has 8, which is less than it may.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from bitassay.quantize.activations import INPUT_FORMATS, Activations
+from bitassay.quantize.formats import FORMATS
+from bitassay.quantize.granularity import Granularity
+from bitassay.quantize.recipe import Recipe
+from bitassay.quantize.replication import Chosen, ReplicationPlan
+from bitassay.quantize.scheme import WeightScheme
+
+Kind = Literal["single", "equal-bits", "equal-flops"]
+INTEGERS = {int(f.bits): f.name for f in FORMATS.values() if f.kind == "integer"}
+INPUT_INTEGERS = {int(f.bits): f.name for f in INPUT_FORMATS.values() if f.kind == "integer"}
+
+
+@dataclass(frozen=True)
+class Control:
+    """A plain recipe, and in what it equals the replicated one."""
+
+    kinds: tuple[Kind, ...]
+    recipe: Recipe
+
+
+def controls(recipe: Recipe, layers: int) -> list[Control]:
+    """The controls of a recipe for a model of so many decoder layers; none for one without copies."""
+    plan = recipe.replication
+    if plan is None or plan.copies == 1:
+        return []
+    counts = copy_counts(plan, layers)
+    mean = sum(counts) / layers
+    single = _changed(recipe, "single", {})
+    if plan.differ == "inputs":
+        worked = _changed(recipe, "inputs", {"activations": _more_input_bits(recipe, plan.copies)})
+        return [Control(("single", "equal-bits"), single), Control(("equal-flops",), worked)]
+    if recipe.weights is None:
+        return [Control(("single", "equal-bits"), single)]
+    more = _changed(recipe, "bits", _more_bits(recipe, recipe.weights, counts, mean))
+    if plan.makes_codes:
+        return [Control(("single",), single), Control(("equal-bits", "equal-flops"), more)]
+    return [Control(("single", "equal-bits"), single), Control(("equal-flops",), more)]
+
+
+def copy_counts(plan: ReplicationPlan, layers: int) -> list[int]:
+    """How many copies each layer has; where layers are chosen by a measure, of some as many layers."""
+    if isinstance(plan.layers, Chosen):
+        several = plan.layers.count(layers)
+        return [plan.copies] * several + [1] * (layers - several)
+    known = plan.known_counts(layers)
+    assert known is not None
+    return [known.get(index, 1) for index in range(layers)]
+
+
+def _changed(recipe: Recipe, suffix: str, change: dict[str, Any]) -> Recipe:
+    """A valid recipe without copies."""
+    fields = recipe.model_dump(exclude_none=True, exclude={"replication", "description"})
+    return Recipe.model_validate(fields | {"name": f"{recipe.name[:56]}-{suffix}"} | change)
+
+
+def _more_bits(recipe: Recipe, weights: WeightScheme, counts: list[int], mean: float) -> dict[str, Any]:
+    fmt, count = weights.number_format, counts[0]
+    wanted = min(8.0, fmt.bits * count)
+    if fmt.kind == "float" or wanted == fmt.bits:
+        return {}
+    if len(set(counts)) == 1 and wanted in INTEGERS:
+        overrides = [
+            o.model_dump() | {"weights": None if o.weights is None else widened(o.weights, count)}
+            for o in recipe.overrides
+        ]
+        return {"weights": widened(weights, count), "overrides": overrides}
+    formats = sorted(bits for bits in INTEGERS if fmt.bits < bits)
+    choices = [weights.model_dump(), *(_plain(weights) | {"format": INTEGERS[bits]} for bits in formats)]
+    return {"mixed": {"bits": round(nominal_bits(weights) * mean, 4), "formats": choices}}
+
+
+def widened(scheme: WeightScheme, count: int) -> dict[str, Any]:
+    """A scheme that stores in one matrix what `scheme` stores in `count` of them; never more."""
+    bits = max(b for b in INTEGERS if b <= max(min(8.0, scheme.number_format.bits * count), min(INTEGERS)))
+    granularity = Granularity.parse(scheme.granularity)
+    fields = _plain(scheme) | {"format": INTEGERS[bits]}
+    if granularity.group_size is not None:
+        fields["granularity"] = f"g{max(1, granularity.group_size // count)}"
+    return fields
+
+
+def _plain(scheme: WeightScheme) -> dict[str, Any]:
+    """The fields that say something about integers of any size; the scale is searched, for the control's sake."""
+    kept = scheme.model_dump(include={"granularity", "symmetric", "scale_dtype", "zero_point"})
+    return kept | {"scale": "mse"}
+
+
+def nominal_bits(scheme: WeightScheme) -> float:
+    """Bits a weight with scales and zero points, for groups that divide the row; of long rows, codes alone."""
+    granularity, fmt = Granularity.parse(scheme.granularity), scheme.number_format
+    size = granularity.group_size or (granularity.block_sizes[1] if granularity.block_sizes else None)
+    if size is None:
+        return float(fmt.bits)
+    scale = 32 if scheme.scale_dtype == "float32" else 16
+    zero = 0.0
+    if not scheme.symmetric:
+        zero = scale if fmt.kind == "binary" or scheme.zero_point == "free" else fmt.bits
+    return fmt.bits + (scale + zero) / size
+
+
+def _more_input_bits(recipe: Recipe, copies: int) -> dict[str, Any]:
+    part = recipe.activations
+    assert isinstance(part, Activations)
+    bits = int(INPUT_FORMATS[part.format].bits) * copies
+    allowed = max(b for b in INPUT_INTEGERS if b <= max(bits, min(INPUT_INTEGERS)))
+    return part.model_dump() | {"format": INPUT_INTEGERS[allowed]}
