@@ -25,8 +25,10 @@ from bitassay.data.corpora import corpus
 from bitassay.errors import BitassayError
 from bitassay.generate.decode import context_length
 from bitassay.models.load import tokenizer
+from bitassay.models.walk import decoder_layers
 from bitassay.quantize.kv_cache import token_bytes
 from bitassay.quantize.model import bits_per_weight, parameter_count, quantization_of, size_bytes
+from bitassay.replicate.model import cache_slots
 
 TEXT_LETTERS = 200_000
 CORPUS = "wikitext2-raw"
@@ -139,6 +141,7 @@ class LocalRunner:
         try:
             spec = getattr(self.model, "kv_cache", None)
             size = token_bytes(self.model.config, spec)
+            size = size * cache_slots(self.model) // len(decoder_layers(self.model))
         except BitassayError:
             return None
         return size if spec is not None else size * self.model.dtype.itemsize // 2

@@ -7,7 +7,7 @@ bandwidth (bytes/s) and peak (FLOP/s, by dtype) are measured on the spot, as the
 reading a buffer far larger than most caches, and of a product of two matrices. Bytes and FLOP are counted:
 
     bytes   every weight that the pass needs, as it is stored (codes, scales, zero points), once; of a
-            mixture, the experts that `tokens` tokens reach on average where routing is even; and for a decode
+            layer that runs several times, once a pass; of a mixture, the experts that `tokens` tokens reach on average where routing is even; and for a decode
             step the keys and values of the context
     flop    2 a weight and token, and 4 x heads x width a layer for each key that a token looks at
 
@@ -26,10 +26,11 @@ from torch import Tensor
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
-from bitassay.models.walk import walk
+from bitassay.models.walk import decoder_layers, module_name, walk
 from bitassay.quantize.linear import QuantizedLinear
 from bitassay.quantize.model import quantization_of
 from bitassay.quantize.products import product_kind
+from bitassay.replicate.model import cache_slots
 
 BUFFER_BYTES = 256 * 2**20
 CPU_SHAPE = (512, 2048, 2048)
@@ -106,22 +107,39 @@ def matrices_of(model: PreTrainedModel) -> Matrices:
         size[kind][0] += size_bytes
         size[kind][1] += weights
 
+    again = _repeated(model)
     for name, tensor in tensors.items():
-        kind = "expert" if name.rpartition(".")[2].isdigit() else "body"
-        add(kind, tensor.stored_bits / 8, tensor.shape[0] * tensor.shape[1])
+        kind, times = "expert" if name.rpartition(".")[2].isdigit() else "body", again(name)
+        add(kind, times * tensor.stored_bits / 8, times * tensor.shape[0] * tensor.shape[1])
         counted |= {f"{name}.weight", name.rpartition(".")[0]}
     for name, parameter in model.named_parameters():
         if parameter is head:
             add("head", parameter.nbytes, parameter.numel())
         elif parameter is not embedding and name not in counted:  # of the embedding, a row a token is read
-            add("expert" if name in experts else "body", parameter.nbytes, parameter.numel())
+            times = again(name)
+            add("expert" if name in experts else "body", times * parameter.nbytes, times * parameter.numel())
     text = model.config.get_text_config(decoder=True)
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return Matrices(
         *(part for kind in ("body", "expert", "head") for part in size[kind]),  # type: ignore[arg-type]
         reached=_reached(text) if size["expert"][1] else 1.0,
-        attention_flop=4 * text.num_hidden_layers * text.num_attention_heads * width,
+        attention_flop=4 * cache_slots(model) * text.num_attention_heads * width,
     )
+
+
+def _repeated(model: PreTrainedModel) -> Callable[[str], int]:
+    """How often one token reads a matrix or parameter: once, or once a pass where passes share their codes."""
+    done = quantization_of(model)
+    if done is None or not done.passes or (done.recipe.replication and done.recipe.replication.makes_codes):
+        return lambda name: 1
+    prefix = f"{module_name(model, decoder_layers(model))}."
+
+    def times(name: str) -> int:
+        layer = name.removeprefix(prefix).partition(".")[0]
+        steps = done.passes.get(int(layer)) if name.startswith(prefix) else None
+        return 1 if steps is None else steps.count
+
+    return times
 
 
 def _reached(config: Any) -> float:
