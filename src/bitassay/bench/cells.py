@@ -27,8 +27,13 @@ from bitassay.generate.decode import context_length
 from bitassay.models.load import tokenizer
 from bitassay.models.walk import decoder_layers
 from bitassay.quantize.kv_cache import token_bytes
-from bitassay.quantize.model import bits_per_weight, parameter_count, quantization_of, size_bytes
-from bitassay.replicate.model import cache_slots
+from bitassay.quantize.model import (
+    bits_per_weight,
+    cache_slots,
+    parameter_count,
+    quantization_of,
+    size_bytes,
+)
 
 TEXT_LETTERS = 200_000
 CORPUS = "wikitext2-raw"

@@ -28,9 +28,8 @@ from transformers import PreTrainedModel
 
 from bitassay.models.walk import decoder_layers, module_name, walk
 from bitassay.quantize.linear import QuantizedLinear
-from bitassay.quantize.model import quantization_of
+from bitassay.quantize.model import cache_slots, quantization_of
 from bitassay.quantize.products import product_kind
-from bitassay.replicate.model import cache_slots
 
 BUFFER_BYTES = 256 * 2**20
 CPU_SHAPE = (512, 2048, 2048)

@@ -6,7 +6,10 @@ place that a QuantizedTensor has for residuals. Such a matrix is stored, packed,
 
 What copies that differ can do for the error e of one of them, whose step is s:
 
-    residual  copy i is what the copies before it left over: n copies of b bits have about the error of n b bits
+    residual  copy i is what the copies before it left over. Two planes of the levels -1.5 ... 1.5 (int2, offset
+              0.5) on the scales that are best for each in turn leave 16.9 dB of Gaussian rows, 4 bits 19.3 dB; with
+              the first scale 1.3 times wider (values: [1.3, 1]) the planes mesh into one grid of 16 levels and
+              leave 19.3 dB too, while the first plane alone goes from 9.2 to 8.3 dB
     offset    grids moved by i/n of a step: n roundings of w average to w rounded on a grid of step s/n, so that
               the error is e / n^2 (in energy), for the bits of n copies
     others    errors that are independent at best average to e / n

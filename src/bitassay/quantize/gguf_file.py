@@ -26,11 +26,13 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from bitassay.errors import BitassayError
 from bitassay.models.load import identity, tokenizer
+from bitassay.models.walk import decoder_layers, module_name
 from bitassay.quantize.export import AT_RUN_TIME, check_space
 from bitassay.quantize.gguf_blocks import Blocks, as_blocks, beside_codes
 from bitassay.quantize.gguf_tokenizer import copy_tokenizer, write_tokenizer
-from bitassay.quantize.model import quantization_of
+from bitassay.quantize.model import cache_slots, quantization_of
 from bitassay.quantize.recipe import Recipe
+from bitassay.quantize.replication import is_replica, replica_names
 from bitassay.quantize.tensor import QuantizedTensor
 from bitassay.record.files import atomic_file
 from bitassay.record.progress import Progress, silent
@@ -103,7 +105,7 @@ def check_gguf(model: PreTrainedModel, recipe: Recipe | None) -> None:
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
-    rotation = getattr(recipe, "rotation", None)
+    rotation, plan = getattr(recipe, "rotation", None), getattr(recipe, "replication", None)
     wrong = {
         f"models of the {config.model_type} family are not written, only {', '.join(ARCHITECTURES)}": (
             config.model_type not in ARCHITECTURES
@@ -113,6 +115,9 @@ def check_gguf(model: PreTrainedModel, recipe: Recipe | None) -> None:
         ),
         "sliding windows are not written": bool(kinds or getattr(config, "sliding_window", None)),
         "llama.cpp does not rotate at run time, as this recipe does": getattr(rotation, "online", False),
+        "passes that are weighed, parallel or stopped are not written; plain serial ones become layers": (
+            plan is not None and plan.at_run_time and not plan.is_deeper_model
+        ),
     }
     for why, is_so in wrong.items():
         if is_so:
@@ -144,15 +149,16 @@ def _tensors(model: PreTrainedModel, written: GgufFile) -> Iterator[tuple[str, B
     """Every tensor under llama.cpp's name."""
     config = model.config.get_text_config()
     arch = ARCHITECTURES[config.model_type]
-    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    names = gguf.get_tensor_name_map(arch, cache_slots(model))
     quantized = {} if (done := quantization_of(model)) is None else done.tensors
     bits = weights = 0
     lost, length = 0.0, 1e-300
     plain = dict(model.state_dict())
-    for name in [*plain, *(f"{name}.weight" for name in quantized if f"{name}.weight" not in plain)]:
+    every = [*plain, *(f"{name}.weight" for name in quantized if f"{name}.weight" not in plain)]
+    for unrolled, name in _unrolled(model, every):
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        theirs = names.get_name(unrolled, try_suffixes=(".weight", ".bias"))
         if theirs is None:
             raise BitassayError(f"{name}: llama.cpp knows no such tensor", "save a folder: --out")
         tensor = quantized.get(name.removesuffix(".weight"))
@@ -169,6 +175,25 @@ def _tensors(model: PreTrainedModel, written: GgufFile) -> Iterator[tuple[str, B
         yield theirs, Blocks(kind, data)
     written.bits_per_weight = bits / weights if weights else 16.0
     written.relative_error = (lost / length) ** 0.5
+
+
+def _unrolled(model: PreTrainedModel, names: list[str]) -> Iterator[tuple[str, str]]:
+    """Each tensor's name in a model that has a layer for every pass, and the name of what it holds."""
+    done, prefix = quantization_of(model), f"{module_name(model, decoder_layers(model))}."
+    counts = [1] * len(decoder_layers(model))
+    for index, steps in ({} if done is None else done.passes).items():
+        counts[index] = steps.count
+    for name in names:
+        if is_replica(name):
+            continue
+        if not name.startswith(prefix):
+            yield name, name
+            continue
+        number, _, rest = name.removeprefix(prefix).partition(".")
+        layer = int(number)
+        own = [name, *replica_names(model, layer, name, counts[layer])]
+        for place, copy in enumerate(own, start=sum(counts[:layer])):
+            yield f"{prefix}{place}.{rest}", copy if copy in names else name
 
 
 def _quantized(tensor: QuantizedTensor, model: PreTrainedModel, written: GgufFile) -> Blocks:
@@ -222,7 +247,7 @@ def _write_description(
     size = _head_size(config)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
+    writer.add_block_count(cache_slots(model))
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError, nearest
 from bitassay.models.load import Identity
-from bitassay.models.walk import matrices, walk
+from bitassay.models.walk import decoder_layers, matrices, walk
 from bitassay.quantize.activations import InputRounding
 from bitassay.quantize.experts import put_experts
 from bitassay.quantize.kv_cache import round_cache
@@ -90,6 +90,13 @@ def replication() -> ModuleType:
 def quantization_of(model: PreTrainedModel) -> Quantization | None:
     """What was done to a model by `quantize`; None for one that was not quantized here."""
     return getattr(model, "quantization", None)
+
+
+def cache_slots(model: PreTrainedModel) -> int:
+    """How many keys and values a token has in a cache: one a layer and pass."""
+    done = quantization_of(model)
+    more = 0 if done is None else sum(steps.count - 1 for steps in done.passes.values())
+    return len(decoder_layers(model)) + more
 
 
 def check_recipe(model: PreTrainedModel, recipe: Recipe) -> dict[str, Tensor]:

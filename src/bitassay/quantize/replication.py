@@ -20,7 +20,7 @@ whose weight is `sum_i c_i W_i`: it is stored and run as that (`copies.py`), at 
                by values[i] of a step (default: i/n); noise of values[i] steps
     seed       rounded stochastically, each copy by a seed of its own
     rotation   each copy is rounded after a rotation of its inputs of its own, and turned back
-    residual   copy i is what the copies before it left over (linears, summed)
+    residual   copy i is what the copies before it left over (linears, summed); values: scale factors
     inputs     the grid of the rounded inputs (`activations`) moved by (i + 1/2) / n - 1/2 steps
 
 Layers count from 0. `by` error, kl and massive choose that share of the layers whose weights, whose next-token
@@ -148,6 +148,11 @@ class ReplicationPlan(Part):
     def at_run_time(self) -> bool:
         """Whether layers run more than once; else all copies are merged."""
         return self.of == "layer" and self.copies > 1
+
+    @property
+    def is_deeper_model(self) -> bool:
+        """Whether it is the same as a model with more layers."""
+        return self.how == "serial" and self.coefficients == "plain" and self.stop is None and self.differ != "inputs"
 
     @property
     def makes_codes(self) -> bool:

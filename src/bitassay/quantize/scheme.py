@@ -39,7 +39,7 @@ class Copies(Part):
     """Several quantized copies of one matrix instead of one: `W' = sum_i c_i W'_i` (`copies.py`).
 
     differ: what sets them apart. values: a scale factor, percentile, offset or level of noise for each copy;
-    offsets are i/n by default. coefficients: the c_i, 1/n by default, and 1 for residual codes. seed: the first
+    offsets are i/n by default; of residual codes, scale factors, 1 by default. coefficients: the c_i, 1/n by default, and 1 for residual codes. seed: the first
     one's; each further copy's is one more.
     """
 
@@ -52,7 +52,7 @@ class Copies(Part):
     @model_validator(mode="after")
     def _one_of_each(self) -> "Copies":
         wanted = self.differ in ("scale", "clip", "noise")
-        if self.values and not wanted and self.differ != "offset":
+        if self.values and not wanted and self.differ not in ("offset", "residual"):
             raise ValueError(f"values: copies that differ by {self.differ} have none")
         if (wanted or self.values) and len(self.values) != self.count:
             raise ValueError(f"values: {self.count} copies that differ by {self.differ} need as many")
@@ -78,7 +78,7 @@ class Copies(Part):
             "noise": {"noise": value} | ({"seed": self.seed + copy} if value else {}),
             "seed": {"rounding": "stochastic", "seed": self.seed + copy},
             "rotation": {"turned": self.seed + copy},
-            "residual": {},
+            "residual": {"scale_factor": value} if self.values else {},
         }[self.differ]
         return made_of(WeightScheme, scheme.model_dump(exclude={"copies"}) | change)
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from bitassay.errors import BitassayError
 from bitassay.models.walk import decoder_layers, matrices, module_name, walk
 from bitassay.quantize.linear import QuantizedLinear, RoundedInputLinear
-from bitassay.quantize.model import Quantization, quantization_of, with_tensors
+from bitassay.quantize.model import Quantization, with_tensors
 from bitassay.quantize.replication import REPLICAS, ReplicationPlan, Steps, replica_names
 from bitassay.quantize.scheme import WeightScheme
 from bitassay.quantize.tensor import QuantizedTensor, quantize_tensor
@@ -127,13 +127,6 @@ def add_passes(model: PreTrainedModel, quantization: Quantization) -> None:
     added[0].begins = added[-1].ends = True
     # nn.Module's own __setattr__ is for tensors and modules.
     object.__setattr__(model, "replication_usage", usage)
-
-
-def cache_slots(model: PreTrainedModel) -> int:
-    """How many keys and values a token has in a cache: one a layer and pass."""
-    done = quantization_of(model)
-    more = 0 if done is None else sum(steps.count - 1 for steps in done.passes.values())
-    return len(decoder_layers(model)) + more
 
 
 def _replicas(
