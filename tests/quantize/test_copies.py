@@ -47,7 +47,9 @@ def test_offset_grids_average_to_one_grid_of_step_1_over_n(n):
         fine.dequantize()[inside & ~near_a_tie], expected[inside & ~near_a_tie], rtol=0, atol=1e-5
     )
     one = quantize_tensor(w, scheme("int4", scale="absmax", scale_dtype="float32"))
-    ratio = ((one.dequantize() - w)[inside].square().mean() / (fine.dequantize() - w)[inside].square().mean()).item()
+    ratio = (
+        (one.dequantize() - w)[inside].square().mean() / (fine.dequantize() - w)[inside].square().mean()
+    ).item()
     assert ratio == pytest.approx(n * n, rel=0.2)
 
 
@@ -79,7 +81,9 @@ def test_n_grids_of_the_inputs_reach_log2_n_more_bits(n):
     four, several = noise(format="int4"), noise(format="int4", copies=n)
     assert four / several == pytest.approx(n * n, rel=0.15)
     assert math.log2(four / several) / 2 == pytest.approx(math.log2(n), abs=0.12)
-    by_hand = torch.stack([rounded_inputs(x, InputRounding("int4", copies=n, copy=i)) for i in range(n)]).mean(0)
+    by_hand = torch.stack(
+        [rounded_inputs(x, InputRounding("int4", copies=n, copy=i)) for i in range(n)]
+    ).mean(0)
     torch.testing.assert_close(rounded_inputs(x, InputRounding("int4", copies=n)), by_hand)
     assert not rounded_inputs(torch.zeros(1, 8), InputRounding("int4", copies=n)).any()
 
@@ -121,7 +125,9 @@ def test_merged_copies_are_the_sum_of_their_products(case):
 def test_each_copy_differs_as_it_says():
     w = weights(8, 64)
     base = quantize_tensor(w, scheme())
-    assert torch.allclose(quantize_tensor(w, scheme(scale_factor=2)).scale.float(), 2 * base.scale.float(), rtol=2e-3)
+    assert torch.allclose(
+        quantize_tensor(w, scheme(scale_factor=2)).scale.float(), 2 * base.scale.float(), rtol=2e-3
+    )
     turned = quantize_tensor(w, scheme(turned=3))
     assert not torch.equal(turned.packed, base.packed)
     assert decibels(w, turned.dequantize()) == pytest.approx(decibels(w, base.dequantize()), abs=2)

@@ -66,7 +66,12 @@ def test_a_token_stops_when_little_changes_or_its_budget_is_spent():
         usage, rest = Usage(), []
         usage.begin(x)
         y = dynamic(
-            x, [lambda x: x * growth] * 3, Steps((1.0,) * 3, (1.0,) * 3), stop, usage, lambda _, n: rest.append(n)
+            x,
+            [lambda x: x * growth] * 3,
+            Steps((1.0,) * 3, (1.0,) * 3),
+            stop,
+            usage,
+            lambda _, n: rest.append(n),
         )
         return y[0, :, 0].tolist(), usage.spent.tolist(), rest
 
@@ -82,7 +87,9 @@ def test_a_token_stops_when_little_changes_or_its_budget_is_spent():
     # A state that turns goes on, however little its length changes.
     usage = Usage()
     usage.begin(x)
-    dynamic(x, [lambda x: -x] * 2, Steps((1.0,) * 2, (1.0,) * 2), Stop(cosine=0.5, norm=3), usage, lambda *_: None)
+    dynamic(
+        x, [lambda x: -x] * 2, Steps((1.0,) * 2, (1.0,) * 2), Stop(cosine=0.5, norm=3), usage, lambda *_: None
+    )
     assert usage.spent.tolist() == [[1, 1, 1]]
 
 
@@ -150,7 +157,9 @@ def test_passes_attend_to_what_the_same_pass_made_of_earlier_tokens(stories):
 
 def test_a_rounded_cache_rounds_every_slot_once(stories):
     plan = {"copies": 2, "coefficients": "mean"}
-    model = quantize(stories, recipe(plan, kv_cache={"format": "int8", "granularity": "g8", "symmetric": False}))
+    model = quantize(
+        stories, recipe(plan, kv_cache={"format": "int8", "granularity": "g8", "symmetric": False})
+    )
     whole, cache = logits(model, use_cache=False), empty_cache(model)
     torch.testing.assert_close(stepwise(model, cache), whole, rtol=1e-4, atol=2e-4)
     assert len(cache.layers) == 10
@@ -158,7 +167,11 @@ def test_a_rounded_cache_rounds_every_slot_once(stories):
 
 
 def test_sliding_windows_have_slots_of_their_kind():
-    base = tiny_model("gemma3", sliding_window=8, layer_types=["sliding_attention", "full_attention"] * 1 + ["sliding_attention"])
+    base = tiny_model(
+        "gemma3",
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"] * 1 + ["sliding_attention"],
+    )
     model = quantize(base, recipe({"copies": 2, "coefficients": "mean"}))
     cache = empty_cache(model)
     torch.testing.assert_close(stepwise(model, cache), logits(model, use_cache=False), rtol=1e-4, atol=2e-4)

@@ -11,7 +11,13 @@ from bitassay.models.load import load
 from bitassay.models.walk import decoder_layers
 from bitassay.quantize.export import choose_layout, plan_export, save
 from bitassay.quantize.gguf_file import check_gguf, reload_difference, write_gguf
-from bitassay.quantize.model import bits_per_weight, parameter_count, quantization_of, size_bytes, with_tensors
+from bitassay.quantize.model import (
+    bits_per_weight,
+    parameter_count,
+    quantization_of,
+    size_bytes,
+    with_tensors,
+)
 from bitassay.quantize.pipeline import quantize
 from bitassay.quantize.recipe import Recipe
 from bitassay.quantize.replication import ReplicationPlan
@@ -67,7 +73,7 @@ def test_fake_packed_and_reloaded_models_say_the_same(stories, tmp_path, own):
     done = quantization_of(model)
     assert torch.equal(logits(with_tensors(stories, done, packed=True)), said)
     card = save(model, tmp_path / "saved")
-    assert card.layout == "bitassay" and card.recipe_id == own.recipe_id
+    assert (card.layout, card.recipe_id) == ("bitassay", own.recipe_id)
     back = load(tmp_path / "saved")
     assert torch.equal(logits(back), said)
     assert torch.equal(logits(load(tmp_path / "saved", packed=True)), said)
@@ -80,7 +86,8 @@ def test_fake_packed_and_reloaded_models_say_the_same(stories, tmp_path, own):
 
 def test_shared_copies_are_stored_once_and_others_counted(stories, tmp_path):
     once, shared, apart = (
-        quantize(stories, recipe(r)) for r in (None, {"copies": 3}, {"differ": "seed", "coefficients": "mean"})
+        quantize(stories, recipe(r))
+        for r in (None, {"copies": 3}, {"differ": "seed", "coefficients": "mean"})
     )
     assert size_bytes(shared) == size_bytes(once)
     assert sum(p.numel() for p in shared.parameters()) == sum(p.numel() for p in once.parameters())
@@ -101,7 +108,9 @@ def test_layers_are_chosen_by_measure(stories, by):
     plan = LINEAR | {"layers": {"by": by, "share": 0.4}}
     own = recipe(plan, calibration=FEW)
     chosen = quantize(stories, own)
-    copied = {name.split(".")[2] for name, t in quantization_of(chosen).tensors.items() if t.residual is not None}
+    copied = {
+        name.split(".")[2] for name, t in quantization_of(chosen).tensors.items() if t.residual is not None
+    }
     assert len(copied) == 2
     none, both = quantize(stories, recipe()), quantize(stories, recipe(LINEAR))
     assert distance(both, stories) < distance(chosen, stories) < distance(none, stories)
@@ -161,7 +170,9 @@ def test_fitted_coefficients_help_where_plain_passes_hurt(stories):
 
 
 def test_plain_layouts_and_gguf(stories, tmp_path):
-    serial, residual, damped = (recipe(r) for r in ({"copies": 2}, LINEAR, {"copies": 2, "coefficients": "mean"}))
+    serial, residual, damped = (
+        recipe(r) for r in ({"copies": 2}, LINEAR, {"copies": 2, "coefficients": "mean"})
+    )
     for own in (serial, residual):
         with pytest.raises(BitassayError, match="cannot hold"):
             plan_export(stories, own, "compressed-tensors")
@@ -225,7 +236,10 @@ def test_a_card_that_does_not_fit_is_refused(stories, tmp_path, change, why):
         ({"replication": LINEAR, "tune": {}}, "tune"),
         ({"replication": LINEAR, "weights": None}, "no weights to round"),
         ({"replication": {"layers": {"by": "kl"}}, "weights": None}, "no weights"),
-        ({"replication": {"differ": "offset", "how": "parallel"}, "weights": {"format": "ternary"}}, "offset"),
+        (
+            {"replication": {"differ": "offset", "how": "parallel"}, "weights": {"format": "ternary"}},
+            "offset",
+        ),
         ({"replication": LINEAR, "weights": INT2 | {"copies": {"count": 2, "differ": "seed"}}}, "already"),
         ({"replication": {"coefficients": "fitted"}, "rotation": {"r1": "online"}}, "turn the stream"),
     ],
@@ -237,8 +251,13 @@ def test_plans_that_make_no_sense_are_refused(parts, why):
 
 def test_a_verifier_tells_a_replica_from_its_original(stories):
     int8 = {"format": "int8", "granularity": "g32"}
-    plain, replica = (quantize(stories, recipe(r, int8)) for r in (None, {"layers": [2], "coefficients": "mean"}))
-    prompts = [[int(t) for t in row] for row in torch.randint(3, 500, (40, 8), generator=torch.Generator().manual_seed(4))]
+    plain, replica = (
+        quantize(stories, recipe(r, int8)) for r in (None, {"layers": [2], "coefficients": "mean"})
+    )
+    prompts = [
+        [int(t) for t in row]
+        for row in torch.randint(3, 500, (40, 8), generator=torch.Generator().manual_seed(4))
+    ]
     profile = calibrate(plain, plain, prompts[:36], max_new_tokens=12)
     honest = prove_many(plain, prompts[36:], max_new_tokens=12)
     claimed = prove_many(replica, prompts[36:], max_new_tokens=12, claim=plain.identity)

@@ -7,8 +7,8 @@ bandwidth (bytes/s) and peak (FLOP/s, by dtype) are measured on the spot, as the
 reading a buffer far larger than most caches, and of a product of two matrices. Bytes and FLOP are counted:
 
     bytes   every weight that the pass needs, as it is stored (codes, scales, zero points), once; of a
-            layer that runs several times, once a pass; of a mixture, the experts that `tokens` tokens reach on average where routing is even; and for a decode
-            step the keys and values of the context
+            layer that runs several times, once a pass; of a mixture, the experts that `tokens` tokens reach
+            on average where routing is even; and for a decode step the keys and values of the context
     flop    2 a weight and token, and 4 x heads x width a layer for each key that a token looks at
 
 Left out: activations, norms, and what a kernel really reads: codes of 2 or 3 bits are kept in 4 by torch's
@@ -127,7 +127,8 @@ def matrices_of(model: PreTrainedModel) -> Matrices:
 
 
 def _repeated(model: PreTrainedModel) -> Callable[[str], int]:
-    """How often one token reads a matrix or parameter: once, or once a pass where passes share their codes."""
+    """How often one token reads a matrix or parameter: once, or once a pass where passes share their
+    codes."""
     done = quantization_of(model)
     if done is None or not done.passes or (done.recipe.replication and done.recipe.replication.makes_codes):
         return lambda name: 1

@@ -38,8 +38,8 @@ def eval(
     """Perplexity of MODEL; with --recipe or --against also divergence, with paired intervals.
 
     A recipe with replication comes with its controls: plain recipes of equal bits and of equal work, and what
-    the copies gain over each. With --tasks, the share of questions answered rightly instead, beside the base model's, with tests.
-    Finished parts are kept in a run folder: interrupted, the same command goes on.
+    the copies gain over each. With --tasks, the share of questions answered rightly instead, beside the base
+    model's, with tests. Finished parts are kept in a run folder: interrupted, the same command goes on.
 
     Args:
         model: A name from `bitassay models list`, a folder (a quantized one too), a .gguf file or a
@@ -101,9 +101,7 @@ def eval(
                 measured = evaluate(candidate, against=base, protocol=one, seed=seed, progress=progress)
                 found.append({"recipe": name, "evaluation": measured})
             for name in replicated:
-                found += evaluate_with_controls(
-                    loaded, find_recipe(name), one, seed=seed, progress=progress
-                )
+                found += evaluate_with_controls(loaded, find_recipe(name), one, seed=seed, progress=progress)
     rows = []
     for row in found:
         e = row.pop("evaluation")

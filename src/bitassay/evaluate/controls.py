@@ -1,5 +1,5 @@
-"""A replicated model beside its controls, in one pass over the text: what it gains over each, with an interval
-that is paired by window.
+"""A replicated model beside its controls, in one pass over the text: what it gains over each, with an
+interval that is paired by window.
 
 A claim that copies repair what quantizing broke counts against the controls alone (`replicate/controls.py`).
 """
@@ -30,10 +30,11 @@ def evaluate_with_controls(
     seed: int = 0,
     progress: Progress = silent,
 ) -> list[dict[str, Any]]:
-    """A row for the replicated model and one for each of its controls, each with an `evaluation` against `base`.
+    """A row for the replicated model and one for each of its controls, each with an `evaluation` against
+    `base`.
 
-    role: `replica`, or in what the control equals it. gain: the control's perplexity less the replica's, and its
-    interval; beats: whether the replica is better beyond doubt (the whole interval above 0; None for one
+    role: `replica`, or in what the control equals it. gain: the control's perplexity less the replica's, and
+    its interval; beats: whether the replica is better beyond doubt (the whole interval above 0; None for one
     window).
     """
     plain = controls(recipe, len(decoder_layers(base)))

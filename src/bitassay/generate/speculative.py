@@ -1,19 +1,19 @@
 """Self-speculative greedy decoding: plane 1 drafts, all planes check.
 
-One model in residual codes (`replicate/on_demand.py`) is both parties. Plane 1 writes k tokens, one a forward;
-then one forward of all planes over these k tokens says what it would have chosen after each. The longest
-beginning on which both agree stands, and so does the first token on which they do not, as the checker has it:
-every check gives at least one token. What comes out is the greedy text of all planes, up to ties within
-rounding: a check computes k + 1 tokens at once, which some kernels round otherwise than one alone.
+One model in residual codes (`replicate/on_demand.py`) is both parties. Plane 1 writes k tokens, one a
+forward; then one forward of all planes over these k tokens says what it would have chosen after each. The
+longest beginning on which both agree stands, and so does the first token on which they do not, as the checker
+has it: every check gives at least one token. What comes out is the greedy text of all planes, up to ties
+within rounding: a check computes k + 1 tokens at once, which some kernels round otherwise than one alone.
 
-There is one cache. The drafter attends to keys and values that all planes made of the text so far, which makes
-it a better drafter than plane 1 alone, and its own are cut off before each check. With c tokens a check
+There is one cache. The drafter attends to keys and values that all planes made of the text so far, which
+makes it a better drafter than plane 1 alone, and its own are cut off before each check. With c tokens a check
 on average, bytes read for each token are
 
     (k bytes_1 + bytes_all) / c        instead of bytes_all
 
-a bound on the speed of decoding that is limited by reading weights. Speculative decoding: 2211.17192; drafting
-with the checker's own layers: 2309.08168.
+a bound on the speed of decoding that is limited by reading weights. Speculative decoding: 2211.17192;
+drafting with the checker's own layers: 2309.08168.
 """
 
 from collections.abc import Sequence

@@ -134,9 +134,10 @@ class Activations(InputScheme):
 @dataclass(frozen=True)
 class InputRounding:
     """A scheme as one linear carries it out. scale and the whole zero_point are None where each token has its
-    own; outliers are columns, in order. With several copies there are as many grids, spread evenly over a step
-    around the usual one, so that zero stays where it is on average and far from where a code begins: the
-    input is rounded on that of `copy`, or where that is None is the mean of all. Raises ValueError for what fits no scheme."""
+    own; outliers are columns, in order. With several copies there are as many grids, spread evenly over a
+    step around the usual one, so that zero stays where it is on average and far from where a code begins: the
+    input is rounded on that of `copy`, or where that is None is the mean of all. Raises ValueError for what
+    fits no scheme."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=False)
 

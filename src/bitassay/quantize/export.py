@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from bitassay.errors import BitassayError, MissingError
 from bitassay.models.checkpoint import CARD_FILE, Base, Card, hashed_files, read_card
 from bitassay.models.load import identity, load
-from bitassay.models.walk import fused_experts, walk
+from bitassay.models.walk import decoder_layers, fused_experts, walk
 from bitassay.quantize import compressed
 from bitassay.quantize.calibration import Calibration
 from bitassay.quantize.layout import Factors, Stored, description, expected_bytes, planned, planned_bits
@@ -36,7 +36,8 @@ from bitassay.quantize.model import (
 )
 from bitassay.quantize.recipe import Recipe
 from bitassay.quantize.reload import LAYOUTS
-from bitassay.quantize.replication import is_replica
+from bitassay.quantize.replication import is_replica, original, replica_names
+from bitassay.quantize.scheme import WeightScheme
 from bitassay.quantize.tune import memory_of
 from bitassay.record.files import atomic_folder, read_json, write_json
 from bitassay.record.hashing import canonical_json, digest_file
@@ -136,7 +137,8 @@ def plan_export(model: PreTrainedModel, recipe: Recipe, layout: Layout | None = 
     Raises BitassayError where not.
     """
     shapes = {name: (view.shape[0], view.shape[1]) for name, view in check_recipe(model, recipe).items()}
-    ways = _planned(recipe, list(shapes))
+    ways = _planned(model, recipe, list(shapes))
+    shapes |= {name: shapes[original(name)] for way in ways for name in way if is_replica(name)}
     if not ways[0]:
         raise BitassayError(
             f"recipe {recipe.name} quantizes nothing in {type(model).__name__}",
@@ -150,7 +152,7 @@ def plan_export(model: PreTrainedModel, recipe: Recipe, layout: Layout | None = 
     stored = max(
         sum(expected_bytes(expected_tensors(way[name], shapes[name])) for name in way) for way in ways
     )
-    weights = sum(shapes[name][0] * shapes[name][1] for name in ways[0])
+    weights = sum(shapes[name][0] * shapes[name][1] for name in ways[0] if not is_replica(name))
     parameters, item = parameter_count(model) + _untied(model, recipe), model.dtype.itemsize
     saving = (2 * parameters + weights) * item + bits // 8 + 2 * stored
     tuning = 0
@@ -169,21 +171,43 @@ def plan_export(model: PreTrainedModel, recipe: Recipe, layout: Layout | None = 
     )
 
 
-def _planned(recipe: Recipe, names: list[str]) -> list[dict[str, Stored]]:
-    """How matrices will be stored; one way for each choice that mixed bits have."""
+def _planned(model: PreTrainedModel, recipe: Recipe, names: list[str]) -> list[dict[str, Stored]]:
+    """How matrices will be stored, and those of copies; one way for each choice that mixed bits have."""
     spec, factors = recipe.low_rank, None
     if spec is not None and spec.rank:
         factors = Factors(rank=spec.rank, dtype=spec.dtype)
     given = {name: scheme for name in names if (scheme := recipe.scheme_for(name))}
-    if recipe.mixed is None or recipe.weights is None:
-        return [{name: planned(scheme, factors) for name, scheme in given.items()}]
+    ways = [given]
+    if recipe.mixed is not None and recipe.weights is not None:
+        ways = [
+            {name: choice if recipe.override_for(name) is None else scheme for name, scheme in given.items()}
+            for choice in recipe.mixed.choices(recipe.weights)
+        ]
     return [
-        {
-            name: planned(choice if recipe.override_for(name) is None else scheme, factors)
-            for name, scheme in given.items()
-        }
-        for choice in recipe.mixed.choices(recipe.weights)
+        {name: planned(scheme, factors) for name, scheme in _with_copies(model, recipe, way).items()}
+        for way in ways
     ]
+
+
+def _with_copies(
+    model: PreTrainedModel, recipe: Recipe, schemes: dict[str, WeightScheme]
+) -> dict[str, WeightScheme]:
+    """The schemes of all copies too; where layers are chosen by a measure, of the first so many."""
+    plan, layers, found = recipe.replication, len(decoder_layers(model)), dict(schemes)
+    if plan is None or not plan.makes_codes:
+        return found
+    for layer, count in enumerate(plan.counts(layers)):
+        for name, scheme in schemes.items():
+            replicas = replica_names(model, layer, name, count)
+            if not replicas:
+                continue
+            copies = plan.of_matrices(count)
+            if plan.of == "linear":
+                found[name] = scheme.with_copies(copies)
+            else:
+                own = [name, *replicas]
+                found |= {copy: copies.scheme(scheme, place) for place, copy in enumerate(own)}
+    return found
 
 
 def _untied(model: PreTrainedModel, recipe: Recipe) -> int:
@@ -289,7 +313,9 @@ def _other_parameters(model: PreTrainedModel, quantization: Quantization) -> dic
     return {
         key: value
         for key, value in model.state_dict().items()
-        if key.removesuffix(".weight") not in quantization.tensors and key not in whole and not is_replica(key)
+        if key.removesuffix(".weight") not in quantization.tensors
+        and key not in whole
+        and not is_replica(key)
     }
 
 

@@ -131,8 +131,8 @@ def check_recipe(model: PreTrainedModel, recipe: Recipe) -> dict[str, Tensor]:
 
 
 def bits_per_weight(model: PreTrainedModel) -> float:
-    """Average bits of a quantized weight, scales, zero points and the codes of all its copies included; 16 for
-    an unquantized model."""
+    """Average bits of a quantized weight, scales, zero points and the codes of all its copies included; 16
+    for an unquantized model."""
     tensors = _tensors(model)
     weights = quantized_weights(tensors)
     return sum(t.stored_bits for t in tensors.values()) / weights if weights else 16.0

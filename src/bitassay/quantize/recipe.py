@@ -162,12 +162,17 @@ def _copy_contradictions(recipe: Recipe, schemes: list[WeightScheme]) -> list[tu
     plan, inputs = recipe.replication, recipe.activations
     makes = plan is not None and plan.makes_codes
     own = any(s.copies is not None for s in schemes)
-    residual = (makes and plan.differ == "residual") or any(s.copies and s.copies.differ == "residual" for s in schemes)  # type: ignore[union-attr]
+    residual = (makes and plan.differ == "residual") or any(
+        s.copies and s.copies.differ == "residual" for s in schemes
+    )  # type: ignore[union-attr]
     solving = [name for name in ("gptq", "low_rank", "learned", "tune") if getattr(recipe, name) is not None]
     if residual and "gptq" in solving:
         solving.remove("gptq")
     return [
-        (makes and not schemes, "replication: copies with codes of their own, and there are no weights to round"),
+        (
+            makes and not schemes,
+            "replication: copies with codes of their own, and there are no weights to round",
+        ),
         (makes and own, "replication: the schemes of weights have copies already"),
         (
             (makes or own) and bool(solving),
@@ -179,7 +184,10 @@ def _copy_contradictions(recipe: Recipe, schemes: list[WeightScheme]) -> list[tu
             f"{' and '.join(solving)}: turned matrices are rounded to nearest",
         ),
         (
-            plan is not None and isinstance(plan.layers, Chosen) and plan.layers.by != "massive" and not schemes,
+            plan is not None
+            and isinstance(plan.layers, Chosen)
+            and plan.layers.by != "massive"
+            and not schemes,
             "replication: layers are chosen by what quantizing their weights does, and there are no weights",
         ),
         (

@@ -23,9 +23,9 @@ whose weight is `sum_i c_i W_i`: it is stored and run as that (`copies.py`), at 
     residual   copy i is what the copies before it left over (linears, summed); values: scale factors
     inputs     the grid of the rounded inputs (`activations`) moved by (i + 1/2) / n - 1/2 steps
 
-Layers count from 0. `by` error, kl and massive choose that share of the layers whose weights, whose next-token
-distributions, or whose largest hidden states suffer (`replicate/select.py`). Left out: loops over blocks of
-several layers.
+Layers count from 0. `by` error, kl and massive choose that share of the layers whose weights, whose
+next-token distributions, or whose largest hidden states suffer (`replicate/select.py`). Left out: loops over
+blocks of several layers.
 """
 
 import math
@@ -54,8 +54,8 @@ class Chosen(Part):
         return max(1, math.floor(self.share * layers + 0.5))
 
 
-# The name of a layer's copies among its modules: `model.layers.3.replicas.0.mlp.down_proj` is of the second one.
-REPLICAS = "replicas"
+# The name of a layer's copies among its modules: `model.layers.3.replicas.0.mlp.down_proj` is of the second
+# one. REPLICAS = "replicas"
 
 
 def is_replica(name: str) -> bool:
@@ -77,8 +77,8 @@ def original(name: str) -> str:
 
 
 class Stop(Part):
-    """When a token needs no further pass: its state was turned by at most `cosine` (1 - cos) and changed by at
-    most `norm` of its length. budget: passes beyond the first ones that a token gets over all layers."""
+    """When a token needs no further pass: its state was turned by at most `cosine` (1 - cos) and changed by
+    at most `norm` of its length. budget: passes beyond the first ones that a token gets over all layers."""
 
     cosine: float = Field(default=1e-3, ge=0, le=2)
     norm: float = Field(default=0.05, ge=0)
@@ -87,7 +87,8 @@ class Stop(Part):
 
 @dataclass(frozen=True)
 class Steps:
-    """The coefficients of one layer's passes. keep: a_i; of parallel copies the first alone counts. add: c_i."""
+    """The coefficients of one layer's passes. keep: a_i; of parallel copies the first alone counts. add:
+    c_i."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -152,7 +153,12 @@ class ReplicationPlan(Part):
     @property
     def is_deeper_model(self) -> bool:
         """Whether it is the same as a model with more layers."""
-        return self.how == "serial" and self.coefficients == "plain" and self.stop is None and self.differ != "inputs"
+        return (
+            self.how == "serial"
+            and self.coefficients == "plain"
+            and self.stop is None
+            and self.differ != "inputs"
+        )
 
     @property
     def makes_codes(self) -> bool:
@@ -184,8 +190,8 @@ class ReplicationPlan(Part):
         return Steps((1.0,) * count, tuple(add))
 
     def known_counts(self, layers: int) -> dict[int, int] | None:
-        """How many copies each layer has that has several, in a model of so many layers; None where it takes a
-        measurement. Raises BitassayError for a layer that the model does not have."""
+        """How many copies each layer has that has several, in a model of so many layers; None where it takes
+        a measurement. Raises BitassayError for a layer that the model does not have."""
         if isinstance(self.layers, Chosen):
             return None
         if self.layers == "all":
@@ -203,6 +209,15 @@ class ReplicationPlan(Part):
             )
         return {index: count for index, count in sorted(counts.items()) if count > 1}
 
+    def counts(self, layers: int) -> list[int]:
+        """How many copies each layer has; where layers are chosen by a measure, as many of the first."""
+        if isinstance(self.layers, Chosen):
+            several = self.layers.count(layers)
+            return [self.copies] * several + [1] * (layers - several)
+        known = self.known_counts(layers)
+        assert known is not None
+        return [known.get(index, 1) for index in range(layers)]
+
 
 def _contradictions(p: ReplicationPlan) -> list[tuple[bool, str]]:
     """Combinations that make no sense, and why."""
@@ -210,21 +225,31 @@ def _contradictions(p: ReplicationPlan) -> list[tuple[bool, str]]:
     varied = p.layers == "progressive" or isinstance(p.layers, dict)
     listed = isinstance(p.coefficients, tuple)
     return [
-        (p.of == "linear" and p.how == "serial", "a linear cannot follow itself: of: linear needs how: parallel"),
+        (
+            p.of == "linear" and p.how == "serial",
+            "a linear cannot follow itself: of: linear needs how: parallel",
+        ),
         (
             p.how == "parallel" and p.differ == "nothing" and p.copies > 1,
             "parallel copies that share everything say the same: nothing would change but the sum's size",
         ),
         (
             p.differ == "residual" and (p.how, p.of, p.coefficients) != ("parallel", "linear", "plain"),
-            "residual: what a copy leaves over is no layer by itself: how: parallel, of: linear, coefficients: plain",
+            "residual: what a copy leaves over is no layer by itself: how: parallel, of: linear, "
+            "coefficients: plain",
         ),
-        (p.of == "linear" and p.coefficients == "fitted", "fitted coefficients are of layers, not of linears"),
+        (
+            p.of == "linear" and p.coefficients == "fitted",
+            "fitted coefficients are of layers, not of linears",
+        ),
         (
             p.of == "linear" and p.differ == "inputs" and p.coefficients != "mean",
             "roundings of one input are averaged: of: linear with differ: inputs needs coefficients: mean",
         ),
-        (p.stop is not None and p.how == "parallel", "stop: parallel copies all run at once; nothing can stop"),
+        (
+            p.stop is not None and p.how == "parallel",
+            "stop: parallel copies all run at once; nothing can stop",
+        ),
         (
             p.stop is not None and p.coefficients == "fitted",
             "stop: fitted coefficients are for all passes, not for the first few",

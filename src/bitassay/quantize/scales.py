@@ -112,7 +112,9 @@ def rescaled(grid: Grid, factor: float, dtype: torch.dtype) -> Grid:
     """The grid with `factor` times its steps; one whose steps are zero (binary) as it is."""
     if factor == 1:
         return grid
-    return grid._replace(scale=torch.where(grid.scale > 0, _stored(grid.scale * factor, dtype, True), grid.scale))
+    return grid._replace(
+        scale=torch.where(grid.scale > 0, _stored(grid.scale * factor, dtype, True), grid.scale)
+    )
 
 
 def absmax_grid(

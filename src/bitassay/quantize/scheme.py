@@ -23,6 +23,7 @@ class Part(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+
 P = TypeVar("P", bound=Part)
 
 
@@ -39,8 +40,8 @@ class Copies(Part):
     """Several quantized copies of one matrix instead of one: `W' = sum_i c_i W'_i` (`copies.py`).
 
     differ: what sets them apart. values: a scale factor, percentile, offset or level of noise for each copy;
-    offsets are i/n by default; of residual codes, scale factors, 1 by default. coefficients: the c_i, 1/n by default, and 1 for residual codes. seed: the first
-    one's; each further copy's is one more.
+    offsets are i/n by default; of residual codes, scale factors, 1 by default. coefficients: the c_i, 1/n by
+    default, and 1 for residual codes. seed: the first one's; each further copy's is one more.
     """
 
     count: int = Field(ge=2, le=16)
@@ -93,9 +94,9 @@ class WeightScheme(Part):
     it as a subnormal number of few bits. zero_point: a whole number of steps (`integer`), the same searched
     jointly with the scale (`searched`), or any number in scale_dtype (`free`). offset: shifts the grid by a
     share of a step; stored nowhere. scale_factor: what the scale that was found is multiplied by. turned: the
-    seed of a random Hadamard rotation of the inputs, before rounding and back after it. rounding, noise (in steps), seed: see `rounding.py`. residual: the share
-    of the columns that have a second binary plane, column_scales: whether columns have scales too: see
-    `binary.py`.
+    seed of a random Hadamard rotation of the inputs, before rounding and back after it. rounding, noise (in
+    steps), seed: see `rounding.py`. residual: the share of the columns that have a second binary plane,
+    column_scales: whether columns have scales too: see `binary.py`.
 
     An option that is as if it was not there is not written out: recipes keep their ids when options come.
     """
@@ -240,7 +241,10 @@ def _contradictions(s: WeightScheme) -> list[tuple[bool, str]]:
             "binary planes and column scales are fitted to each other by rounding to nearest",
         ),
         ("seed" in given and not random, "seed is of stochastic rounding and of noise; there is neither"),
-        (s.turned is not None and s.has_planes, "turned: column scales and planes of columns are of columns as they are"),
+        (
+            s.turned is not None and s.has_planes,
+            "turned: column scales and planes of columns are of columns as they are",
+        ),
         (
             s.copies is not None and s.copies.differ == "offset" and s.scale == "percentile",
             "copies: offset grids share one scale: scale: mse or absmax",
@@ -249,5 +253,8 @@ def _contradictions(s: WeightScheme) -> list[tuple[bool, str]]:
             s.copies is not None and s.copies.differ == "offset" and (s.offset > 0 or s.scale_factor != 1),
             "copies: offset grids have offsets of their own, and one scale that is theirs",
         ),
-        (s.copies is not None and s.has_planes, "copies: binary planes are copies already: residual: 1 has two"),
+        (
+            s.copies is not None and s.has_planes,
+            "copies: binary planes are copies already: residual: 1 has two",
+        ),
     ]

@@ -18,7 +18,6 @@ from bitassay.quantize.activations import INPUT_FORMATS, Activations
 from bitassay.quantize.formats import FORMATS
 from bitassay.quantize.granularity import Granularity
 from bitassay.quantize.recipe import Recipe
-from bitassay.quantize.replication import Chosen, ReplicationPlan
 from bitassay.quantize.scheme import WeightScheme
 
 Kind = Literal["single", "equal-bits", "equal-flops"]
@@ -39,7 +38,7 @@ def controls(recipe: Recipe, layers: int) -> list[Control]:
     plan = recipe.replication
     if plan is None or plan.copies == 1:
         return []
-    counts = copy_counts(plan, layers)
+    counts = plan.counts(layers)
     mean = sum(counts) / layers
     single = _changed(recipe, "single", {})
     if plan.differ == "inputs":
@@ -51,16 +50,6 @@ def controls(recipe: Recipe, layers: int) -> list[Control]:
     if plan.makes_codes:
         return [Control(("single",), single), Control(("equal-bits", "equal-flops"), more)]
     return [Control(("single", "equal-bits"), single), Control(("equal-flops",), more)]
-
-
-def copy_counts(plan: ReplicationPlan, layers: int) -> list[int]:
-    """How many copies each layer has; where layers are chosen by a measure, of some as many layers."""
-    if isinstance(plan.layers, Chosen):
-        several = plan.layers.count(layers)
-        return [plan.copies] * several + [1] * (layers - several)
-    known = plan.known_counts(layers)
-    assert known is not None
-    return [known.get(index, 1) for index in range(layers)]
 
 
 def _changed(recipe: Recipe, suffix: str, change: dict[str, Any]) -> Recipe:
@@ -96,13 +85,15 @@ def widened(scheme: WeightScheme, count: int) -> dict[str, Any]:
 
 
 def _plain(scheme: WeightScheme) -> dict[str, Any]:
-    """The fields that say something about integers of any size; the scale is searched, for the control's sake."""
+    """The fields that say something about integers of any size; the scale is searched, for the control's
+    sake."""
     kept = scheme.model_dump(include={"granularity", "symmetric", "scale_dtype", "zero_point"})
     return kept | {"scale": "mse"}
 
 
 def nominal_bits(scheme: WeightScheme) -> float:
-    """Bits a weight with scales and zero points, for groups that divide the row; of long rows, codes alone."""
+    """Bits a weight with scales and zero points, for groups that divide the row; of long rows, codes
+    alone."""
     granularity, fmt = Granularity.parse(scheme.granularity), scheme.number_format
     size = granularity.group_size or (granularity.block_sizes[1] if granularity.block_sizes else None)
     if size is None:

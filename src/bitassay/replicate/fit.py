@@ -6,7 +6,8 @@ layer puts out in the unquantized model.
 
 over the tokens t of calibration text, x being what enters the layer in the quantized model so far, and y the
 unquantized model's own state behind the layer. "No further pass" (a = 1, c = 0) is one of the choices of each
-serial pass, and the layer as it is one of the first, so no pass makes the error on this text larger. The weights
+serial pass, and the layer as it is one of the first, so no pass makes the error on this text larger. The
+weights
 
     w_t = 1/2 / (T |y_t|^2)  +  1/2 / sum_t |y_t|^2
 

@@ -9,9 +9,9 @@ what to read can be decided while it runs:
     gated     a token reads all planes where the entropy of the distribution that it was drawn from is above
               a threshold, H_(t-1) > theta, else plane 1. The first token, and a prompt, read all
 
-The gate knows H_(t-1) before it reads anything for token t, so that nothing is read twice. `gated_logits` finds
-for a whole text what decoding it token by token would give: a token's depth depends on the tokens before it
-alone, so rounds over the whole text settle one more token each at least, and mostly far more.
+The gate knows H_(t-1) before it reads anything for token t, so that nothing is read twice. `gated_logits`
+finds for a whole text what decoding it token by token would give: a token's depth depends on the tokens
+before it alone, so rounds over the whole text settle one more token each at least, and mostly far more.
 
 `Reader` counts bytes of codes, scales and all that is stored with a plane: by token, as decoding one by one
 reads them, and by forward, which reads a plane once for all its tokens. `generate/speculative.py` lets

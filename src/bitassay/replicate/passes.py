@@ -15,12 +15,13 @@ those of all layers (`Slot`).
 Dynamic passes stop for each token alone, once a pass changes its state by less than `Stop` says, or once the
 token has used up its budget over all layers. A token that has stopped keeps its state; the passes that others
 still need leave its keys and values in their slots, made of the state that it kept. Once every token has
-stopped, only that is done, and the rest of the pass is skipped. So the result does not depend on how a text is
-split into forwards, with a cache or without; the cost does: of several tokens at once, the last to stop decides
-what is computed. `Usage` counts the passes that each token asked for.
+stopped, only that is done, and the rest of the pass is skipped. So the result does not depend on how a text
+is split into forwards, with a cache or without; the cost does: of several tokens at once, the last to stop
+decides what is computed. `Usage` counts the passes that each token asked for.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,8 +94,8 @@ def changed(before: State, after: State, stop: Stop) -> Bool[Tensor, "batch toke
 
 @dataclass
 class Usage:
-    """What dynamic passes cost. spent: passes beyond the first of each token of the forward under way, over the
-    layers so far. The totals are of all forwards that have ended since `clear`."""
+    """What dynamic passes cost. spent: passes beyond the first of each token of the forward under way, over
+    the layers so far. The totals are of all forwards that have ended since `clear`."""
 
     spent: Int[Tensor, "batch tokens"] = field(default_factory=lambda: torch.zeros(1, 1, dtype=torch.long))
     passes: int = 0
@@ -122,7 +123,8 @@ class _Kept(Exception):
 
 
 class Slot:
-    """Stands for a cache in one pass: what a layer caches goes into `slot`. only_keep: and then the pass ends."""
+    """Stands for a cache in one pass: what a layer caches goes into `slot`. only_keep: and then the pass
+    ends."""
 
     def __init__(self, cache: Cache, slot: int, only_keep: bool = False):
         self._cache, self._slot, self._only_keep = cache, slot, only_keep
@@ -143,15 +145,17 @@ class Slot:
 
 def _another(like: Any) -> Any:
     """An empty layer of a cache, of the same kind."""
-    options = {name: getattr(like, name) for name in ("sliding_window", "max_cache_len") if hasattr(like, name)}
+    options = {
+        name: getattr(like, name) for name in ("sliding_window", "max_cache_len") if hasattr(like, name)
+    }
     return type(like)(**options)
 
 
 class Passes:
-    """The forward of a decoder layer that has copies: it takes the place of `layer.forward`, and the layer stays
-    what it is, with all its names. modules: the layer of each pass, the layer itself first; it may come again.
-    first_slot: of the second pass. usage: where passes are dynamic; begins, ends: with this layer, a forward
-    does."""
+    """The forward of a decoder layer that has copies: it takes the place of `layer.forward`, and the layer
+    stays what it is, with all its names. modules: the layer of each pass, the layer itself first; it may come
+    again. first_slot: of the second pass. usage: where passes are dynamic; begins, ends: with this layer, a
+    forward does."""
 
     def __init__(
         self,
@@ -190,7 +194,9 @@ class Passes:
             self.usage.end()
         return x
 
-    def _run(self, number: int, x: State, args: tuple, options: dict[str, Any], only_keep: bool = False) -> State:
+    def _run(
+        self, number: int, x: State, args: tuple, options: dict[str, Any], only_keep: bool = False
+    ) -> State:
         cache = options.get("past_key_values")
         if number and cache is not None:
             slot = Slot(cache, self.first_slot + number - 1, only_keep)
@@ -202,7 +208,5 @@ class Passes:
         """Leave a pass's keys and values in its slot, and do nothing else."""
         if options.get("past_key_values") is None:
             return
-        try:
+        with suppress(_Kept):
             self._run(number, x, args, options, only_keep=True)
-        except _Kept:
-            pass

@@ -1,9 +1,9 @@
 """Which layers are worth a copy: the share of them that comes first by one of three measures.
 
-    error      ||W' - W||^2 / ||W||^2 over the layer's matrices, rounded to nearest by their schemes
-    kl         the mean divergence of the next-token distributions, in nats, when this layer alone is quantized
-    massive    the largest magnitude that the layer adds to any state: layers that put massive activations
-               (2402.17762) into the stream stand out by orders of magnitude
+error      ||W' - W||^2 / ||W||^2 over the layer's matrices, rounded to nearest by their schemes
+kl         the mean divergence of the next-token distributions, in nats, when this layer alone is quantized
+massive    the largest magnitude that the layer adds to any state: layers that put massive activations
+           (2402.17762) into the stream stand out by orders of magnitude
 """
 
 from collections.abc import Mapping
