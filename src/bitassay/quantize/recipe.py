@@ -162,9 +162,9 @@ def _copy_contradictions(recipe: Recipe, schemes: list[WeightScheme]) -> list[tu
     plan, inputs = recipe.replication, recipe.activations
     makes = plan is not None and plan.makes_codes
     own = any(s.copies is not None for s in schemes)
-    residual = (makes and plan.differ == "residual") or any(
-        s.copies and s.copies.differ == "residual" for s in schemes
-    )  # type: ignore[union-attr]
+    differ = [s.copies.differ for s in schemes if s.copies is not None]
+    differ += [plan.differ] if plan is not None and makes else []
+    residual = "residual" in differ
     solving = [name for name in ("gptq", "low_rank", "learned", "tune") if getattr(recipe, name) is not None]
     if residual and "gptq" in solving:
         solving.remove("gptq")

@@ -54,8 +54,8 @@ class Chosen(Part):
         return max(1, math.floor(self.share * layers + 0.5))
 
 
-# The name of a layer's copies among its modules: `model.layers.3.replicas.0.mlp.down_proj` is of the second
-# one. REPLICAS = "replicas"
+# The name of a layer's copies among its modules: `model.layers.3.replicas.0.mlp.down_proj` is of the second.
+REPLICAS = "replicas"
 
 
 def is_replica(name: str) -> bool:
@@ -185,9 +185,10 @@ class ReplicationPlan(Part):
     def steps(self, count: int) -> Steps:
         """The coefficients of a layer's `count` passes, but for fitted ones."""
         assert self.coefficients != "fitted"
-        listed = isinstance(self.coefficients, tuple)
-        add = self.coefficients if listed else ({"plain": 1.0, "mean": 1 / count}[self.coefficients],) * count
-        return Steps((1.0,) * count, tuple(add))
+        add = self.coefficients
+        if not isinstance(add, tuple):
+            add = (1.0 if add == "plain" else 1 / count,) * count
+        return Steps((1.0,) * count, add)
 
     def known_counts(self, layers: int) -> dict[int, int] | None:
         """How many copies each layer has that has several, in a model of so many layers; None where it takes

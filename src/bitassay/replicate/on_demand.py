@@ -137,7 +137,7 @@ def planes_on_demand(model: PreTrainedModel) -> tuple[PreTrainedModel, Reader]:
     reader = Reader(max(counts), stored, size_bytes(model) - stored - unread, max(counts))
     where = places(model)
     for name, tensor in tensors.items():
-        linear = copied.get_submodule(name)
+        linear: Any = copied.get_submodule(name)
         weights, sizes = _by_depth(tensor, linear.get_parameter("weight"))
         linear.forward = _Product(
             where[name].layer, weights, sizes, linear.bias, getattr(linear, "inputs", None), reader

@@ -1,0 +1,94 @@
+"""What a replicated recipe is compared with."""
+
+import json
+
+import pytest
+
+from bitassay.cli import main
+from bitassay.quantize.model import bits_per_weight
+from bitassay.quantize.pipeline import quantize
+from bitassay.quantize.recipe import Recipe
+from bitassay.replicate.controls import controls
+
+RESIDUAL = {"how": "parallel", "of": "linear", "differ": "residual"}
+
+
+def recipe(replication, weights=None, **parts):
+    weights = weights or {"format": "int2", "granularity": "g64", "symmetric": False}
+    return Recipe.model_validate({"name": "x", "weights": weights, "replication": replication} | parts)
+
+
+def by_kind(own, layers=5):
+    return {kind: control.recipe for control in controls(own, layers) for kind in control.kinds}
+
+
+def test_every_plan_has_all_three():
+    for plan in ({}, RESIDUAL, {"differ": "seed"}, {"layers": "progressive"}, {"layers": [1]}):
+        found = by_kind(recipe(plan))
+        assert found.keys() == {"single", "equal-bits", "equal-flops"}
+        assert all(control.replication is None for control in found.values())
+    assert controls(recipe({"copies": 1}), 5) == controls(recipe(None), 5) == []
+
+
+def test_shared_copies_store_nothing_and_work_as_more_bits():
+    found = by_kind(recipe({"copies": 2}))
+    assert found["equal-bits"] == found["single"]
+    assert found["single"].weights == recipe(None).weights
+    assert (found["equal-flops"].weights.format, found["equal-flops"].weights.granularity) == ("int4", "g32")
+
+
+@pytest.mark.parametrize(
+    "weights", [{"format": "int2", "granularity": "g64"}, {"format": "int4", "granularity": "g32"}]
+)
+@pytest.mark.parametrize("plan", [RESIDUAL, {"how": "parallel", "differ": "offset"}])
+def test_equal_bits_are_equal(stories, weights, plan):
+    own = recipe(plan, weights)
+    control = by_kind(own)["equal-bits"]
+    assert bits_per_weight(quantize(stories, control)) == pytest.approx(
+        bits_per_weight(quantize(stories, own)), rel=0.02
+    )
+
+
+def test_some_layers_are_matched_by_mixed_bits(stories):
+    own = recipe(RESIDUAL | {"layers": [0, 3]}, calibration={"samples": 4, "tokens": 48})
+    control = by_kind(own)["equal-bits"]
+    assert control.mixed is not None
+    wanted = bits_per_weight(quantize(stories, own))
+    assert wanted - 0.3 < bits_per_weight(quantize(stories, control)) <= wanted + 0.01
+    assert by_kind(recipe(RESIDUAL | {"copies": 3}))["equal-bits"].mixed.bits == pytest.approx(
+        3 * 2.28, abs=0.01
+    )
+
+
+def test_input_grids_are_matched_by_wider_inputs():
+    plan = {"how": "parallel", "of": "linear", "differ": "inputs"}
+    found = by_kind(recipe(plan, activations={"format": "int4"}))
+    assert found["equal-flops"].activations.format == "int8"
+    assert found["equal-bits"].activations.format == "int4"
+
+
+def test_eval_prints_them_beside_a_replica(tmp_path, capsys):
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        "name: r\nweights: {format: int2, granularity: g32}\nreplication: {how: parallel, of: linear, differ: residual}\n"
+    )
+    args = [
+        "eval",
+        "stories260k",
+        "--recipe",
+        str(path),
+        "--windows",
+        "3",
+        "--window",
+        "64",
+        "--format",
+        "json",
+    ]
+    assert main(args) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["role"] for row in rows] == ["replica", "single", "equal-bits, equal-flops"]
+    single = rows[1]
+    assert single["gain"] == pytest.approx(single["ppl"] - rows[0]["ppl"])
+    assert single["gain_ci"][0] < single["gain"] < single["gain_ci"][1]
+    assert single["beats"] is True
+    assert rows[0]["gain"] is None
