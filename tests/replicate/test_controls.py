@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bitassay.cli import main
+from bitassay import cli
 from bitassay.quantize.model import bits_per_weight
 from bitassay.quantize.pipeline import quantize
 from bitassay.quantize.recipe import Recipe
@@ -84,7 +84,7 @@ def test_eval_prints_them_beside_a_replica(tmp_path, capsys):
         "--format",
         "json",
     ]
-    assert main(args) == 0
+    assert cli.run(args, debug=False) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert [row["role"] for row in rows] == ["replica", "single", "equal-bits, equal-flops"]
     single = rows[1]

@@ -108,14 +108,14 @@ def test_shared_copies_are_stored_once_and_others_counted(stories, tmp_path):
 
 @pytest.mark.parametrize("by", ["error", "kl", "massive"])
 def test_layers_are_chosen_by_measure(stories, by):
-    plan = LINEAR | {"layers": {"by": by, "share": 0.4}}
-    own = recipe(plan, calibration=FEW)
+    searched = {"format": "int2", "granularity": "g32"}
+    own = recipe(LINEAR | {"layers": {"by": by, "share": 0.4}}, searched, calibration=FEW)
     chosen = quantize(stories, own)
     copied = {
         name.split(".")[2] for name, t in quantization_of(chosen).tensors.items() if t.residual is not None
     }
     assert len(copied) == 2
-    none, both = quantize(stories, recipe()), quantize(stories, recipe(LINEAR))
+    none, both = (quantize(stories, recipe(r, searched)) for r in (None, LINEAR))
     assert distance(both, stories) < distance(chosen, stories) < distance(none, stories)
     assert bits_per_weight(none) < bits_per_weight(chosen) < bits_per_weight(both)
 
@@ -269,13 +269,13 @@ def test_a_verifier_tells_a_replica_from_its_original(stories):
     )
     prompts = [
         [int(t) for t in row]
-        for row in torch.randint(3, 500, (40, 8), generator=torch.Generator().manual_seed(4))
+        for row in torch.randint(3, 500, (64, 8), generator=torch.Generator().manual_seed(4))
     ]
-    profile = calibrate(plain, plain, prompts[:36], max_new_tokens=12)
-    honest = prove_many(plain, prompts[36:], max_new_tokens=12)
-    claimed = prove_many(replica, prompts[36:], max_new_tokens=12, claim=plain.identity)
+    profile = calibrate(plain, plain, prompts[:60], max_new_tokens=12, alpha=0.1)
+    honest = prove_many(plain, prompts[60:], max_new_tokens=12)
+    claimed = prove_many(replica, prompts[60:], max_new_tokens=12, claim=plain.identity)
     assert [verify(t, plain, profile=profile).status for t in claimed] == ["FAIL"] * 4
     assert "FAIL" not in [verify(t, plain, profile=profile).status for t in honest]
-    own = prove_many(replica, prompts[36:], max_new_tokens=12)
+    own = prove_many(replica, prompts[60:], max_new_tokens=12)
     assert verify(own[0], replica, profile=None).status != "FAIL"
     assert "other-recipe" in [reason.code for reason in verify(own[0], plain, profile=profile).reasons]
