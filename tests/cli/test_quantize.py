@@ -221,7 +221,7 @@ def test_what_a_calibrated_recipe_made_is_kept_in_the_cache(out, tmp_path, monke
             quantize(out, recipe=recipe)
     (kept,) = (path for path in (tmp_path / "cache/quantized").iterdir() if path.is_dir())
     assert {path.name for path in (kept / "parts").iterdir()} == {
-        "inputs.json", "result.json", "result.safetensors",
+        "inputs.json", "passes.json", "result.json", "result.safetensors",
     }  # fmt: skip
     monkeypatch.setattr("bitassay.quantize.pipeline.quantize_layers", lambda *_: 1 / 0)
     assert quantize(out, "--no-check", recipe=recipe) == 0
