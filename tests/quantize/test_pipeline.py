@@ -135,7 +135,7 @@ def test_tuning_learns_from_what_the_base_model_writes(base, tmp_path, monkeypat
 def test_a_finished_work_folder_holds_the_result_alone(base, tmp_path, monkeypatch, changes):
     wanted = quantize(base, recipe("tune", **changes), work=tmp_path / "work")
     assert {path.name for path in (tmp_path / "work/parts").iterdir()} == {
-        "inputs.json", "result.json", "result.safetensors",
+        "inputs.json", "passes.json", "result.json", "result.safetensors",
     }  # fmt: skip
     monkeypatch.setattr(pipeline, "quantize_layers", lambda *_: 1 / 0)
     found = quantize(base, recipe("tune", **changes), work=tmp_path / "work")

@@ -111,7 +111,7 @@ def test_scales_are_searched_below_four_bits_unless_told_otherwise():
     {"format": "int4", "percentile": 99}, {"format": "int4", "scale": "percentile", "percentile": 50}, {"format": "binary", "scale": "percentile"},
     {"format": "int4", "zero_point": "free"}, {"format": "binary", "symmetric": False, "zero_point": "free"},
     {"format": "int4", "symmetric": False, "zero_point": "searched", "scale": "absmax"}, {"format": "ternary", "offset": 0.5},
-    {"format": "int4", "offset": 0.6}, {"format": "int4", "offset": 0.5, "restricted": True}, {"format": "fp8_e4m3", "noise": 0.1},
+    {"format": "int4", "offset": 1.0}, {"format": "int4", "offset": 0.5, "restricted": True}, {"format": "fp8_e4m3", "noise": 0.1},
     {"format": "int2", "symmetric": False, "offset": 0.5, "zero_point": "free"}, {"format": "fp8_e4m3", "rounding": "stochastic"},
     {"format": "int4", "seed": 1}, {"format": "int4", "rounding": "feedback", "seed": 1}, {"format": "int4", "noise": -0.1},
     {"format": "int4", "scale": "best"}, {"format": "int4", "scale_dtype": "float8"}, {"format": "int4", "groups": 64}, {},
