@@ -74,6 +74,17 @@ def local_runner(job: Job, progress: Progress = silent) -> LocalRunner:
     return LocalRunner(model)
 
 
+def end(child: "subprocess.Popen[str]") -> None:
+    """End a process, whatever it is doing, and close its pipes."""
+    if child.poll() is None:
+        child.kill()
+    child.wait()
+    for stream in (child.stdin, child.stdout):
+        if stream is not None:
+            with suppress(OSError):  # a pipe to a process that is gone
+                stream.close()
+
+
 class Worker:
     """A runner in a process of its own. Raises BitassayError for what the process says is the user's mistake,
     MissingError where it was killed."""
@@ -103,13 +114,7 @@ class Worker:
 
     def stop(self) -> None:
         """End the process, whatever it is doing."""
-        if self._child.poll() is None:
-            self._child.kill()
-        self._child.wait()
-        for stream in (self._child.stdin, self._child.stdout):
-            if stream is not None:
-                with suppress(OSError):  # a pipe to a process that is gone
-                    stream.close()
+        end(self._child)
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self._child.stdin is not None

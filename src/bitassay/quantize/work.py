@@ -75,6 +75,8 @@ def read_result(
     folder: RunFolder, shapes: Mapping[str, tuple[int, int]]
 ) -> tuple[dict[str, QuantizedTensor], dict[str, Tensor], dict[str, InputRounding], dict[int, Steps]]:
     """The inverse of `write_result`, for matrices of such shapes and copies of them."""
+    if missing := [name for name in ("inputs", "passes") if not folder.has(name)]:
+        raise BitassayError(f"{folder.path}: {missing[0]} is not there", AGAIN)
     copies = {name: shapes[of] for name in folder.part(RESULT, dict) if (of := original(name)) in shapes}
     tensors, parameters = read_part(folder, RESULT, {**shapes, **copies})
     try:

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from bitassay.report.bench import BENCH_COLUMNS, MATMUL_COLUMNS, page_table, write_tables
 from bitassay.report.figures import COLOURS, INK, STYLE, svg
-from bitassay.report.tables import Column, interval, number, percent, significant, size
+from bitassay.report.tables import Column, interval, number, percent, significant, size, with_interval
 
 Row = dict[str, Any]
 ALPHA = 0.05
@@ -25,18 +25,10 @@ def _points(value: float) -> str:
     return f"{value * 100:+.1f}"
 
 
-def _with_interval(key: str, title: str, form: Callable[[float], str]) -> Column:
-    def text(row: Row) -> str:
-        pair = row.get(f"{key}_ci")
-        return form(row[key]) + (f" {interval(form)(pair)}" if pair else "")
-
-    return Column(key, title, text, whole_row=True, also=(f"{key}_ci",))
-
-
 def _method_columns(method: str) -> list[Column]:
     return [
-        _with_interval(f"{method}_acc", f"{method}\n[95 %]", percent(1)),
-        _with_interval(f"{method}_difference", f"{method}, points\nto BF16 [95 %]", _points),
+        with_interval(f"{method}_acc", f"{method}\n[95 %]", percent(1)),
+        with_interval(f"{method}_difference", f"{method}, points\nto BF16 [95 %]", _points),
         Column(f"{method}_p_holm", "p\nHolm", significant(2), also=(f"{method}_p_value",)),
     ]
 
@@ -46,8 +38,8 @@ VARIANT_COLUMNS = [
     Column("bits_per_weight", "bits/\nweight", number(2)),
     Column("size_bytes", "size", size),
     Column("ppl", "ppl", number(2), also=("ppl_ci",)),
-    _with_interval("ppl_delta", "ppl delta\n[95 %]", number(3)),
-    _with_interval("kl_mean", "KL to BF16\n[95 %]", significant(2)),
+    with_interval("ppl_delta", "ppl delta\n[95 %]", number(3)),
+    with_interval("kl_mean", "KL to BF16\n[95 %]", significant(2)),
     Column("top1_agreement", "top-1\nagreement", percent(1), also=("top1_ci",)),
     *_method_columns("direct"),
     *_method_columns("generate"),
@@ -58,11 +50,11 @@ PAIR_COLUMNS = [
     Column("family", "comparison", align="left"),
     Column("second", "this", align="left"),
     Column("first", "less this", align="left"),
-    _with_interval("ppl", "ppl\n[95 %]", number(3)),
-    _with_interval("kl", "KL\n[95 %]", significant(2)),
-    _with_interval("direct_difference", "direct, points\n[95 %]", _points),
+    with_interval("ppl", "ppl\n[95 %]", number(3)),
+    with_interval("kl", "KL\n[95 %]", significant(2)),
+    with_interval("direct_difference", "direct, points\n[95 %]", _points),
     Column("direct_p_holm", "p\nHolm", significant(2)),
-    _with_interval("generate_difference", "generate, points\n[95 %]", _points),
+    with_interval("generate_difference", "generate, points\n[95 %]", _points),
     Column("generate_p_holm", "p\nHolm", significant(2)),
     Column("generate_visible_difference", "visible\npoints", lambda value: number(1)(value * 100)),
 ]

@@ -14,27 +14,18 @@ from matplotlib.figure import Figure
 from bitassay.record.files import write_text
 from bitassay.report.figures import COLOURS, STYLE, svg
 from bitassay.report.page import write_page
-from bitassay.report.tables import Column, interval, number, percent, printable
-
-
-def _column(key: str, interval_key: str, title: str, form: Any) -> Column:
-    def text(row: dict[str, Any]) -> str:
-        pair = row[interval_key]
-        return form(row[key]) + (f" {interval(form)(pair)}" if pair else "")
-
-    return Column(key, f"{title}\n[95 %]", text, whole_row=True, also=(interval_key,))
-
+from bitassay.report.tables import Column, number, percent, printable, with_interval
 
 GENERATION_COLUMNS = [
     Column("recipe", "recipe", align="left"),
     Column("prompts", "prompts"),
-    _column("prefix_tokens", "prefix_tokens_ci", "equal prefix,\ntokens", number(1)),
-    _column("divergence", "divergence_ci", "first divergence,\nmedian token", number(0)),
-    _column("identical_fraction", "identical_ci", "identical\ntexts", percent(0)),
-    _column("bleu", "bleu_ci", "BLEU", number(1)),
-    _column("rouge1", "rouge1_ci", "ROUGE-1", number(3)),
-    _column("rouge2", "rouge2_ci", "ROUGE-2", number(3)),
-    _column("rougeL", "rougeL_ci", "ROUGE-L", number(3)),
+    with_interval("prefix_tokens", "equal prefix,\ntokens\n[95 %]", number(1)),
+    with_interval("divergence", "first divergence,\nmedian token\n[95 %]", number(0)),
+    with_interval("identical_fraction", "identical\ntexts\n[95 %]", percent(0), "identical_ci"),
+    with_interval("bleu", "BLEU\n[95 %]", number(1)),
+    with_interval("rouge1", "ROUGE-1\n[95 %]", number(3)),
+    with_interval("rouge2", "ROUGE-2\n[95 %]", number(3)),
+    with_interval("rougeL", "ROUGE-L\n[95 %]", number(3)),
 ]
 
 

@@ -8,19 +8,11 @@ import matplotlib as mpl
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from bitassay.report.bench import page_table, write_tables
 from bitassay.report.figures import COLOURS, INK, STYLE, svg
-from bitassay.report.page import write_page
-from bitassay.report.tables import Column, interval, number, printable, significant
+from bitassay.report.tables import Column, interval, number, printable, significant, with_interval
 
 Row = dict[str, Any]
-
-
-def _with_interval(key: str, interval_key: str, title: str, form: Any) -> Column:
-    def text(row: Row) -> str:
-        pair = row[interval_key]
-        return form(row[key]) + (f" {interval(form)(pair)}" if pair else "")
-
-    return Column(key, f"{title}\n[95 %]", text, whole_row=True, also=(interval_key,))
 
 
 def _differences(row: Row) -> str:
@@ -36,8 +28,8 @@ def _differences(row: Row) -> str:
 SEARCH_COLUMNS = [
     Column("recipe", "recipe", align="left"),
     Column("bits_per_weight", "bits/\nweight", number(3)),
-    _with_interval("ppl", "ppl_ci", "ppl", significant(4)),
-    _with_interval("kl_mean", "kl_ci", "KL to base", significant(4)),
+    with_interval("ppl", "ppl\n[95 %]", significant(4)),
+    with_interval("kl_mean", "KL to base\n[95 %]", significant(4)),
     Column("against", "KL less that of\n[95 %]", _differences, align="left", whole_row=True),
 ]
 
@@ -97,27 +89,49 @@ def importance_figure(run: Row) -> Figure | None:
 
 def write_search_report(run: Row, path: Path) -> None:
     """One HTML file of a run that `search` returned."""
+    settings, importance = run["settings"], importance_figure(run)
+    limits = "".join(f", {name} at most {most:g}" for name, most in settings["at_most"].items())
+    lead = [
+        f"{len(run['trials'])} trials by {settings['sampler']} for the least "
+        f"{' and '.join(settings['objectives'])}{limits}. {settings['windows']} windows of "
+        f"{settings['window']} tokens of {settings['corpus']} chose; the first table is of as many others.",
+        f"Intervals: {run['interval']}. The recipes are in best/ beside this page. Run {run['run_id']}, "
+        f"{run['created']}.",
+    ]
+    figures = [
+        {
+            "title": "Trials by objective",
+            "svg": Markup(svg(pareto_figure(run), "p-")),
+            "text": "On the windows that chose, so the best look better here than in the table.",
+        }
+    ]
+    if importance is not None:
+        figures.append(
+            {
+                "title": "Which parameter mattered",
+                "svg": Markup(svg(importance, "i-")),
+                "text": "PED-ANOVA over the trials. With few trials this says little.",
+            }
+        )
+    tables = [
+        page_table("The best recipes", SEARCH_COLUMNS, run["rows"]),
+        page_table("Every trial", *_trials(run)),
+    ]
+    title = f"{settings['space']['name']}: recipes of {run['model']['name']}"
+    write_tables(path, title, lead, figures, tables, run["environment"])
+
+
+def _trials(run: Row) -> tuple[list[Column], list[Row]]:
+    """The number of every trial, its values, and what came of it."""
     names = list(run["settings"]["space"]["parameters"])
-    importance = importance_figure(run)
-    write_page(
-        path,
-        "search.html.j2",
-        filters={},
-        run=run,
-        titles=[column.title.replace("\n", " ") for column in SEARCH_COLUMNS],
-        rows=[[column.text(row) for column in SEARCH_COLUMNS] for row in run["rows"]],
-        pareto=Markup(svg(pareto_figure(run), "p-")),
-        importance=None if importance is None else Markup(svg(importance, "i-")),
-        names=names,
-        trials=[
-            (
-                trial["number"],
-                [_shown(trial["values"].get(name)) for name in names],
-                ", ".join(map(significant(4), trial["objectives"] or [])) or trial["stopped"],
-            )
-            for trial in run["trials"]
-        ],
-    )
+    rows = [
+        {name: _shown(trial["values"].get(name)) for name in names}
+        | {"trial": trial["number"]}
+        | {"result": ", ".join(map(significant(4), trial["objectives"] or [])) or str(trial["stopped"])}
+        for trial in run["trials"]
+    ]
+    left = [Column("result", "result", align="left")]
+    return [Column("trial", "trial"), *(Column(name, name) for name in names), *left], rows
 
 
 def _shown(value: Any) -> str:

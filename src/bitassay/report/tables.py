@@ -31,6 +31,19 @@ class Column:
         return MISSING if value is None else self.format(row if self.whole_row else value)
 
 
+def with_interval(
+    key: str, title: str, form: Callable[[float], str], interval_key: str | None = None
+) -> Column:
+    """A value and, in brackets, its interval where it has one (under KEY_ci, if nothing else is said)."""
+    pair_key = interval_key or f"{key}_ci"
+
+    def text(row: Row) -> str:
+        pair = row.get(pair_key)
+        return form(row[key]) + (f" {interval(form)(pair)}" if pair else "")
+
+    return Column(key, title, text, whole_row=True, also=(pair_key,))
+
+
 def render(rows: Sequence[Row], columns: Sequence[Column], format: Literal["table", "csv", "md"]) -> str:
     """The rows in one of the three formats; `table` never cuts a value, however narrow the terminal is."""
     if format == "csv":

@@ -20,7 +20,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from bitassay.data.windows import Protocol
-from bitassay.errors import BitassayError
+from bitassay.errors import BitassayError, MissingError
 from bitassay.quantize.model import check_recipe
 from bitassay.quantize.pipeline import quantize_tensors
 from bitassay.record.progress import Progress, silent
@@ -180,6 +180,8 @@ def _tried(
         check_recipe(exam.base, recipe)
         work = folder / "work" / recipe.recipe_id
         quantization = quantize_tensors(exam.base, recipe, exam.progress, work)
+    except MissingError:  # a full disk, say, is no fault of the recipe
+        raise
     except BitassayError as error:
         return Outcome(stopped=f"refused: {error}")
     row = facts(exam.base, quantization)

@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from bitassay.bench.worker import end
 from bitassay.errors import BitassayError, MissingError
 from bitassay.record.files import read_json
 from bitassay.record.progress import Progress, silent
@@ -116,13 +117,7 @@ class _Member:
         """End the process, whatever it is doing."""
         self.stopped = True
         if self.child is not None:
-            if self.child.poll() is None:
-                self.child.kill()
-            self.child.wait()
-            for stream in (self.child.stdin, self.child.stdout):
-                if stream is not None:
-                    with suppress(OSError):  # a pipe to a process that is gone
-                        stream.close()
+            end(self.child)
 
 
 def open_folder(path: Path) -> tuple[RunFolder, EightBitPlan]:
