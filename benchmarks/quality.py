@@ -11,7 +11,7 @@ of ours runs as `bitassay quantize`, and the folder that it wrote is what is mea
 `bits_per_weight` counts codes, 16-bit scales, and zero points as the tool stores them;
 `checkpoint_bits_per_weight` also what the tool's packing wastes and indices that could be left out. `seconds`
 are of quantization alone for a peer, of the whole command for a recipe of ours; `cpu_seconds` and
-`peak_bytes` are of the whole process for both; a recipe that was interrupted and gone on with has no times.
+`peak_bytes` are of the whole process for both; what was interrupted and gone on with has no times.
 `pairs` compares each recipe with each peer of equal bits and group: the difference of mean KL, with a
 bootstrap interval over windows, which both saw alike.
 
@@ -59,6 +59,7 @@ TORCH = "torch==2.13.0"  # a build for the CPU; another version brings gigabytes
 CALIBRATION = Protocol("c4-train", window_tokens=512, windows=128)
 EVALUATION = Protocol(window_tokens=1024, windows=16)
 SEED = 0
+UNTIMED = {"seconds": None, "cpu_seconds": None}  # of a run gone on with: what was done before is not in them
 LAST_WORDS = 400  # characters of a failed tool's output
 
 
@@ -188,6 +189,7 @@ class Bench:
 
         def measure() -> dict[str, Any]:
             place = self.work / name
+            resumed = place.exists()
             place.mkdir(parents=True, exist_ok=True)
             command = [
                 *(interpreter(tool), HERE / "peers" / f"run_{tool}.py", "--model", self.dense),
@@ -196,8 +198,9 @@ class Bench:
             ]
             if not (place / "usage.json").exists():  # else only the evaluation was interrupted
                 usage = run(command, self.work / f"{name}.log")
+                usage |= read_json(place / "report.json") | (UNTIMED if resumed else {})
                 write_text(place / "usage.json", json.dumps(usage))
-            report = read_json(place / "usage.json") | read_json(place / "report.json")
+            report = read_json(place / "usage.json")
             candidate = with_weights(self.base, load_file(place / "weights.safetensors"))
             row = {"model": self.name, "tool": tool, "bits": bits, "group": group, **report}
             row |= self.score(candidate)
@@ -218,8 +221,7 @@ class Bench:
             resumed = place.exists()
             place.mkdir(parents=True, exist_ok=True)
             usage: dict[str, Any] = run(command, self.work / f"{name}.log")
-            if resumed:  # what was done before is not in these times
-                usage |= {"seconds": None, "cpu_seconds": None}
+            usage |= UNTIMED if resumed else {}
             candidate = bitassay.load(place / "checkpoint")
             row = {
                 "model": self.name,

@@ -2,9 +2,11 @@
 CPU it computes in bf16).
 
 Its checkpoint is what is decoded, by its own code: packed as GPTQ packs, or at 4 bits with zero points as AWQ
-does. What is quantized already stays: a checkpoint takes hours.
+does. A checkpoint takes hours, so AutoRound keeps every finished block (AR_RESUME_DIR) and goes on after it,
+to the same bits, and a finished checkpoint stays.
 """
 
+import os
 from pathlib import Path
 
 import torch
@@ -32,6 +34,7 @@ took = given.out / "seconds"  # written once the checkpoint is whole
 
 
 def quantize() -> None:
+    os.environ["AR_RESUME_DIR"] = str(given.out / "resume")
     model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(given.model)
     texts = list(given.tokens.split(BATCH))
@@ -53,7 +56,9 @@ def saved(name: str, stored: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
 
 
 def decode(checkpoint: Path) -> None:
-    stored = load_file(checkpoint)
+    stored = {
+        name: part for shard in checkpoint.glob("**/*.safetensors") for name, part in load_file(shard).items()
+    }
     found = {
         name: saved(name, stored)
         for key in stored
@@ -74,5 +79,4 @@ def decode(checkpoint: Path) -> None:
 
 if not took.exists():
     quantize()
-(checkpoint,) = given.out.glob("checkpoint/**/model.safetensors")
-decode(checkpoint)
+decode(given.out / "checkpoint")
