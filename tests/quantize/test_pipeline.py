@@ -216,6 +216,29 @@ def test_overrides_hold_while_calibrating(base):
     assert not any(name.startswith("model.layers.0.") for name in tensors)
 
 
+@pytest.mark.parametrize(("scale", "runs"), [("absmax", 0), ("mse", 1)])
+def test_text_that_has_no_say_in_rounding_is_not_run_through_the_layers(base, monkeypatch, scale, runs):
+    real, seen = pipeline.quantize_layers, []
+    monkeypatch.setattr(pipeline, "quantize_layers", lambda *given: seen.append(1) or real(*given))
+    weights = {"format": "int8", "scale": scale}
+    smooth = Recipe.model_validate(
+        {
+            "name": "smooth",
+            "weights": weights,
+            "smoothing": {"method": "smoothquant"},
+            "activations": {},
+            "calibration": CALIBRATION,
+        }
+    )
+    made = quantize(base, smooth).quantization
+    assert len(seen) == runs
+    monkeypatch.setattr(Recipe, "solves", True)  # as if it had: the same codes
+    again = quantize(base, smooth).quantization
+    assert all(
+        torch.equal(one.dequantize(), again.tensors[name].dequantize()) for name, one in made.tensors.items()
+    )
+
+
 def test_linears_that_read_the_same_tensor_are_one_group(base):
     layer = decoder_layers(base)[0]
     linears = {name: module for name, module in layer.named_modules() if isinstance(module, torch.nn.Linear)}

@@ -6,9 +6,11 @@ import pytest
 
 import bitassay
 from bitassay.errors import BitassayError
+from bitassay.evaluate.compare import score_windows, summarise
 from bitassay.quantize.recipe import read_recipe
+from bitassay.search import exam as exam_module
 from bitassay.search import search as module
-from bitassay.search.exam import Exam
+from bitassay.search.exam import Exam, Sitting
 from bitassay.search.search import search
 from bitassay.search.space import Space
 
@@ -52,25 +54,25 @@ def test_the_best_of_a_grid_is_the_best_of_its_trials(tmp_path):
 
 
 def test_an_interrupted_search_goes_on_and_repeats_no_finished_trial(tmp_path, monkeypatch):
-    real, seen, grid = Exam.measured, [], {"sampler": "grid", "short": 3}
+    real, seen, grid = Sitting.measured, [], {"sampler": "grid", "short": 3}
 
-    def stops(exam, quantization, columns):
-        seen.append(quantization.recipe.name)
+    def stops(sitting, columns):
+        seen.append(sitting.quantization.recipe.name)
         if len(seen) == 4:
             raise KeyboardInterrupt
-        return real(exam, quantization, columns)
+        return real(sitting, columns)
 
-    monkeypatch.setattr(Exam, "measured", stops)
+    monkeypatch.setattr(Sitting, "measured", stops)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "run", trials=5, **grid)
     finished, interrupted = set(seen[:3]), seen[3]
 
-    def counts(exam, quantization, columns):
-        seen.append(quantization.recipe.name)
-        return real(exam, quantization, columns)
+    def counts(sitting, columns):
+        seen.append(sitting.quantization.recipe.name)
+        return real(sitting, columns)
 
     del seen[:]
-    monkeypatch.setattr(Exam, "measured", counts)
+    monkeypatch.setattr(Sitting, "measured", counts)
     found = run(tmp_path / "run", trials=5, **grid)
     assert seen[0] == interrupted
     assert not finished & set(seen)
@@ -82,14 +84,32 @@ def test_an_interrupted_search_goes_on_and_repeats_no_finished_trial(tmp_path, m
 
 def test_a_limit_on_size_is_kept_and_costs_no_run(tmp_path, monkeypatch):
     measured = []
-    real = Exam.short
-    monkeypatch.setattr(Exam, "short", lambda exam, q: measured.append(q.recipe.name) or real(exam, q))
+    real = Sitting.short
+
+    def noted(sitting):
+        measured.append(sitting.quantization.recipe.name)
+        return real(sitting)
+
+    monkeypatch.setattr(Sitting, "short", noted)
     found = run(tmp_path / "run", trials=6, sampler="grid", at_most={"bits_per_weight": 3.3})
     over = [trial for trial in found["trials"] if (trial["row"] or {}).get("bits_per_weight", 0) > 3.3]
     assert over
     assert all(trial["state"] == "pruned" and "bits_per_weight is" in trial["stopped"] for trial in over)
     assert len(measured) == 6 - len(over)
     assert found["rows"][1]["bits_per_weight"] <= 3.3
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 10**9])
+def test_what_a_window_says_does_not_depend_on_what_was_kept(monkeypatch, kept_bytes):
+    monkeypatch.setattr(exam_module, "KEPT_BYTES", kept_bytes)
+    exam = Exam("stories260k", module.SearchPlan("stories260k", SPACE, window=64, windows=3).protocol, 2)
+    model = bitassay.quantize(exam.base, "w3")
+    sitting = Sitting(exam, model.quantization)
+    sitting.short()
+    row = sitting.measured(["kl_mean"])
+    pairs = [scores for _, scores in score_windows(exam.base, {"w3": model}, exam.windows)]
+    expected = summarise([pair["w3"] for pair in pairs], [pair["base"] for pair in pairs], exam.seed)
+    assert row == expected.to_dict()
 
 
 def test_a_limit_on_what_takes_a_run_is_kept_too(tmp_path):

@@ -158,7 +158,7 @@ def _quantized(
         schemes = mixed_schemes(draft, recipe, tokens, progress, folder)
     counts = _counts(draft, recipe, schemes, tokens, folder, progress)
     before, first = copy_sharing_parameters(draft), _schemes_with_copies(draft, recipe, schemes, counts)
-    if tokens is not None:
+    if tokens is not None and (recipe.solves or any(one and one.weighs_inputs for one in first.values())):
         tensors = _calibrated(base, draft, first, recipe, tokens, folder, progress)
     else:
         tensors = _to_nearest(matrices(draft), first, recipe.name, progress)

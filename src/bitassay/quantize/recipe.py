@@ -111,6 +111,11 @@ class Recipe(Part):
         return refined or static or replicated or any(part is not None for part in parts)
 
     @property
+    def solves(self) -> bool:
+        """Whether codes are more than weights rounded to nearest."""
+        return any(part is not None for part in (self.gptq, self.learned, self.low_rank, self.tune))
+
+    @property
     def recipe_id(self) -> str:
         return digest_json(self.model_dump(mode="json", exclude={"name", "description"}, exclude_none=True))
 

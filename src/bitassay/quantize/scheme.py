@@ -129,6 +129,12 @@ class WeightScheme(Part):
         return self.residual > 0 or self.column_scales
 
     @property
+    def weighs_inputs(self) -> bool:
+        """Whether it rounds a matrix differently once it knows the inputs."""
+        searched = self.scale == "mse" or not Granularity.parse(self.granularity).is_settled
+        return searched or self.has_planes or self.copies is not None
+
+    @property
     def residual_scheme(self) -> "WeightScheme":
         """How the second plane, its columns side by side, is stored."""
         sizes = Granularity.parse(self.granularity).block_sizes

@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -18,7 +18,7 @@ from bitassay.bench.throughput import throughput
 from bitassay.data.windows import Protocol, token_windows
 from bitassay.errors import BitassayError
 from bitassay.evaluate.compare import score_windows, summarise
-from bitassay.evaluate.divergence import TokenScores
+from bitassay.evaluate.divergence import TokenScores, token_scores, window_logits
 from bitassay.evaluate.statistics import bootstrap_means, percentile_interval
 from bitassay.models.load import load, tokenizer
 from bitassay.quantize.model import Quantization, with_tensors
@@ -36,6 +36,7 @@ from bitassay.verify.profile import Profile
 
 Row = dict[str, Any]
 PROMPT_TOKENS, REPEATS = 128, 3  # of the columns of speed
+KEPT_BYTES = 2 << 30  # of the base model's logits
 
 
 @dataclass(frozen=True)
@@ -77,26 +78,28 @@ class Exam:
 
         self._half = cache(half)  # timed and verified, as in an assay
         self._profile: Profile | None = None
+        self._kept: dict[int, tuple[Tensor, TokenScores]] = {}
 
-    def short(self, quantization: Quantization) -> Row:
-        """Columns of quality on a few windows."""
-        return self._quality(quantization, self.windows[self.first])
-
-    def measured(self, quantization: Quantization, columns: Collection[str]) -> Row:
-        """The columns that are asked for and take a run, on all windows that choose."""
-        row: Row = {}
-        if set(columns) & set(QUALITY):
-            row |= self._quality(quantization, self.windows)
-        if set(columns) & set(SPEED):
-            row |= self._speed(quantization)
-        if set(columns) & set(VERIFICATION):
-            row |= self._verdict(quantization)
-        return row
+    def base_scores(self, index: int) -> tuple[Float[Tensor, "predicted vocabulary"], TokenScores]:
+        """Logits of the base model on a window that chooses, and its scores; both are kept where they fit."""
+        if index in self._kept:
+            return self._kept[index]
+        window = self.windows[index]
+        logits = window_logits(self.base, window)
+        found = logits, token_scores(logits, window[1:])
+        if (len(self._kept) + 1) * logits.nbytes <= KEPT_BYTES:
+            self._kept[index] = found
+        return found
 
     def judged(self, quantizations: dict[str, Quantization]) -> tuple[list[Row], list[list[Difference]]]:
         """Facts and quality of the base model and of each recipe on the windows held out, and the differences
         between the recipes: entry [i][j] is of recipe i less recipe j."""
-        scores = self._scores(quantizations, self.held_out)
+        candidates = {name: with_tensors(self.base, one) for name, one in quantizations.items()}
+        scores: dict[str, list[TokenScores]] = {BASE: [], **{name: [] for name in candidates}}
+        for index, found in score_windows(self.base, candidates, self.held_out):
+            for name, one in found.items():
+                scores[name].append(one)
+            self.progress("scoring what is held out", index + 1, len(self.held_out))
         rows = [facts_of(self.base) | summarise(scores[BASE], scores[BASE], self.seed).to_dict()]
         rows += [
             facts(self.base, one) | summarise(scores[name], scores[BASE], self.seed).to_dict()
@@ -105,34 +108,57 @@ class Exam:
         kl = {name: window_means(scores[name]) for name in quantizations}
         return rows, [[difference(one, other, self.seed) for other in kl.values()] for one in kl.values()]
 
-    def _scores(
-        self, quantizations: dict[str, Quantization], windows: Int[Tensor, "windows tokens"]
-    ) -> dict[str, list[TokenScores]]:
-        candidates = {name: with_tensors(self.base, one) for name, one in quantizations.items()}
-        found: dict[str, list[TokenScores]] = {BASE: [], **{name: [] for name in candidates}}
-        for index, scores in score_windows(self.base, candidates, windows):
-            for name, one in scores.items():
-                found[name].append(one)
-            self.progress("scoring", index + 1, len(windows))
-        return found
-
-    def _quality(self, quantization: Quantization, windows: Int[Tensor, "windows tokens"]) -> Row:
-        scores = self._scores({"candidate": quantization}, windows)
-        return summarise(scores["candidate"], scores[BASE], self.seed).to_dict()
-
-    def _speed(self, quantization: Quantization) -> Row:
+    def speed(self, quantization: Quantization) -> Row:
+        """Columns of speed, of packed weights."""
         packed = with_tensors(self._half(), quantization, packed=True)
         prompt = self.windows[0, :PROMPT_TOKENS]
         found = throughput({"candidate": lambda: packed}, prompt, repeats=REPEATS, progress=self.progress)
         return found["candidate"].to_dict()
 
-    def _verdict(self, quantization: Quantization) -> Row:
+    def verdict(self, quantization: Quantization) -> Row:
+        """Columns of verification."""
         plan, base = Verification(), self._half()
         prompts = chosen_prompts(base, plan.prompts + plan.calibration_prompts, self.seed)
         proved, calibration = prompts[: plan.prompts], prompts[plan.prompts :]
         if self._profile is None:
             self._profile = honest_profile(plan, base, calibration, self.progress)
         return verdict_columns(plan, base, quantization, proved, self._profile, self.progress)
+
+
+class Sitting:
+    """One recipe in the exam. What was scored on the first windows is not scored again."""
+
+    def __init__(self, exam: Exam, quantization: Quantization):
+        self.exam, self.quantization = exam, quantization
+        self._model = cache(lambda: with_tensors(exam.base, quantization))
+        self._scores: dict[int, TokenScores] = {}
+
+    def short(self) -> Row:
+        """Columns of quality on a few windows."""
+        return self._quality(self.exam.first)
+
+    def measured(self, columns: Collection[str]) -> Row:
+        """The columns that are asked for and take a run, on all windows that choose."""
+        row: Row = {}
+        if set(columns) & set(QUALITY):
+            row |= self._quality(range(len(self.exam.windows)))
+        if set(columns) & set(SPEED):
+            row |= self.exam.speed(self.quantization)
+        if set(columns) & set(VERIFICATION):
+            row |= self.exam.verdict(self.quantization)
+        return row
+
+    def _quality(self, indices: Sequence[int]) -> Row:
+        base = []
+        for done, index in enumerate(indices):
+            logits, scores = self.exam.base_scores(index)
+            base.append(scores)
+            if index not in self._scores:
+                window = self.exam.windows[index]
+                found = window_logits(self._model(), window)
+                self._scores[index] = token_scores(found, window[1:], logits)
+            self.exam.progress("scoring", done + 1, len(indices))
+        return summarise([self._scores[index] for index in indices], base, self.exam.seed).to_dict()
 
 
 def facts(base: PreTrainedModel, quantization: Quantization) -> Row:

@@ -24,7 +24,7 @@ from bitassay.errors import BitassayError, MissingError
 from bitassay.quantize.model import check_recipe
 from bitassay.quantize.pipeline import quantize_tensors
 from bitassay.record.progress import Progress, silent
-from bitassay.search.exam import Exam, Row, facts
+from bitassay.search.exam import Exam, Row, Sitting, facts
 from bitassay.search.objectives import FACTS, Objective, is_hopeless
 from bitassay.search.space import Range, Space, Value, label
 
@@ -190,16 +190,16 @@ def _tried(
             shutil.rmtree(work, ignore_errors=True)
             return Outcome(content, f"{name} is {row[name]:.6g}", row=row)
     columns = [column for one in plan.parsed for column in one.columns] + list(plan.at_most)
-    first = None
+    first, sitting = None, Sitting(exam, quantization)
     if plan.short < plan.windows:
-        measured = row | exam.short(quantization)
+        measured = row | sitting.short()
         known = [one for one in plan.parsed if all(column in measured for column in one.columns)]
         first = [one.value(measured) for one in known]
         earlier = [trial.user_attrs["short"] for trial in ended if trial.user_attrs.get("short")]
         if known and (not all(map(math.isfinite, first)) or is_hopeless(first, earlier)):
             shutil.rmtree(work, ignore_errors=True)
             return Outcome(content, "others are better on the first windows", short=first, row=row)
-    row |= exam.measured(quantization, columns)
+    row |= sitting.measured(columns)
     shutil.rmtree(work, ignore_errors=True)
     objectives = [one.value(row) for one in plan.parsed]
     if not all(map(math.isfinite, objectives)):
