@@ -17,6 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from bitassay.bench.roofline import wait_for
 from bitassay.bench.rounds import spread
+from bitassay.models.head import last_positions
 from bitassay.quantize.kv_cache import empty_cache
 from bitassay.record.progress import Progress, silent
 
@@ -71,10 +72,10 @@ def throughput(
 def time_once(model: PreTrainedModel, prompts: Int[Tensor, "batch tokens"], decode_tokens: int) -> Times:
     """Read all prompts as one batch, then take `decode_tokens` greedy steps."""
     cache = empty_cache(model)
-    tokens = prompts.to(model.device)
+    tokens, last = prompts.to(model.device), last_positions(1, model.device)
 
     def step() -> Tensor:
-        output = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        output = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=last)
         return output.logits[:, -1:].argmax(-1)
 
     start = _now(model)

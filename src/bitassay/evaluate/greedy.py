@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, RepetitionPen
 
 from bitassay.evaluate.likelihood import Prefix, common_prefixes
 from bitassay.generate.decode import TokenIds, default_batch_tokens, end_tokens, token_batches
+from bitassay.models.head import last_positions
 
 
 def greedy_texts(
@@ -69,8 +70,9 @@ def _continue(
     outputs: list[list[int]] = [[] for _ in prompts]
     going = list(range(len(prompts)))
     tokens = torch.tensor([prompt[prefix.length :] for prompt in prompts], device=model.device)
+    last = last_positions(1, model.device)
     for _ in range(max_new_tokens):
-        forward = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        forward = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=last)
         logits = forward.logits[:, -1].float()
         if process is not None:
             seen = [[*prompts[row], *outputs[row]] for row in going]

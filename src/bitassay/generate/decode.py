@@ -21,6 +21,7 @@ from bitassay.errors import BitassayError
 from bitassay.generate.cache import RoundedCache
 from bitassay.generate.sampling import GREEDY, Draw, Sampler
 from bitassay.generate.taps import joined_states, record_states
+from bitassay.models.head import last_positions
 from bitassay.quantize.kv_cache import empty_cache
 
 TokenIds = Sequence[int]
@@ -76,6 +77,7 @@ def generate(
     ends = torch.tensor(sorted(end_tokens(model)), device=model.device, dtype=torch.long)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
     chosen: list[Int[Tensor, " batch"]] = []
+    last = last_positions(1, model.device)
     cache = empty_cache(model) if cache_bits is None else RoundedCache(model.config, cache_bits)
     with record_states(model, layers) as recorded:
         for index in range(max_new_tokens):
@@ -85,7 +87,7 @@ def generate(
                 position_ids=positions,
                 past_key_values=cache,
                 use_cache=True,
-                logits_to_keep=1,
+                logits_to_keep=last,
             )
             chosen.append(sampler.choose(forward.logits[:, -1], [Draw(nonce, index) for nonce in nonces]))
             ended |= torch.isin(chosen[-1], ends)
@@ -127,7 +129,7 @@ def prefill(
             attention_mask=mask,
             position_ids=(mask.cumsum(1) - 1).clamp(min=0),
             use_cache=False,
-            logits_to_keep=max(map(len, outputs)),
+            logits_to_keep=last_positions(max(map(len, outputs)), model.device),
         )
     states, longest = joined_states(recorded), tokens.shape[1]
     return [
