@@ -16,7 +16,7 @@ import bitassay
 from bitassay.bench.environment import environment
 from bitassay.models.load import identity
 from bitassay.quantize.pipeline import quantize
-from bitassay.studies.assay import chosen_prompts
+from bitassay.studies.verification import chosen_prompts
 from bitassay.verify.calibrate import calibrate
 from bitassay.verify.prove import prove_many
 from bitassay.verify.verdict import verify_many

@@ -12,8 +12,9 @@ from bitassay.data.windows import Protocol
 from bitassay.errors import BitassayError
 from bitassay.quantize.recipe import Recipe, find_recipe
 from bitassay.quantize.tune import Tune
-from bitassay.studies.assay import AssayPlan, Verification, assay
+from bitassay.studies.assay import AssayPlan, assay
 from bitassay.studies.estimate import estimate_assay
+from bitassay.studies.verification import Verification
 
 SMALL = {
     "protocol": Protocol(window_tokens=64, windows=3),
@@ -55,7 +56,7 @@ def test_running_again_repeats_nothing(finished, monkeypatch):
     def never(*_, **__):
         raise AssertionError("finished work was done again")
 
-    for name in ("score_windows", "throughput", "calibrate", "prove_many"):
+    for name in ("score_windows", "throughput", "honest_profile", "verdict_columns"):
         monkeypatch.setattr(module, name, never)
     again, _ = assay("stories260k", ["w8", "w2"], out=folder, **SMALL)
     assert json.dumps(again["rows"]) == json.dumps(run["rows"])

@@ -55,8 +55,9 @@ def assay(
     from bitassay.cli.progress import show_progress
     from bitassay.data.windows import Protocol
     from bitassay.report.assay import ASSAY_COLUMNS, write_report
-    from bitassay.studies.assay import Verification, assay
+    from bitassay.studies.assay import assay
     from bitassay.studies.estimate import estimate_assay
+    from bitassay.studies.verification import Verification
 
     options = {
         "protocol": Protocol(window_tokens=window, windows=windows),

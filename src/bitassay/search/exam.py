@@ -25,13 +25,8 @@ from bitassay.quantize.model import Quantization, with_tensors
 from bitassay.quantize.recipe import BASE
 from bitassay.record.progress import Progress, silent
 from bitassay.search.objectives import QUALITY, SPEED, VERIFICATION
-from bitassay.studies.assay import (
-    Verification,
-    chosen_prompts,
-    facts_of,
-    honest_profile,
-    verdict_columns,
-)
+from bitassay.studies.assay import facts_of
+from bitassay.studies.verification import Verification, chosen_prompts, honest_profile, verdict_columns
 from bitassay.verify.profile import Profile
 
 Row = dict[str, Any]

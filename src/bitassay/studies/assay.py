@@ -17,20 +17,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import torch
 from transformers import PreTrainedModel
 
 from bitassay.bench.environment import environment
 from bitassay.bench.throughput import throughput
-from bitassay.data.corpora import bundled_prompts
 from bitassay.data.windows import Protocol, token_windows
 from bitassay.errors import BitassayError
 from bitassay.evaluate.compare import score_windows, summarise
 from bitassay.evaluate.divergence import TokenScores
-from bitassay.generate.decode import TokenIds
-from bitassay.generate.prompts import encode_prompt
 from bitassay.models.load import identity, load, tokenizer
 from bitassay.quantize.model import (
     Quantization,
@@ -46,29 +42,18 @@ from bitassay.quantize.recipe import BASE, Recipe, find_recipe, row_names
 from bitassay.record.files import write_json
 from bitassay.record.progress import Progress, silent
 from bitassay.record.run import RunFolder
-from bitassay.verify.calibrate import calibrate
-from bitassay.verify.pooled import pooled_verdict
+from bitassay.studies.verification import (
+    Verification,
+    chosen_prompts,
+    honest_profile,
+    verdict_columns,
+)
 from bitassay.verify.profile import Profile
-from bitassay.verify.prove import prove_many
-from bitassay.verify.verdict import verify_many
 
 SCHEMA = 1
-MAX_PROMPT_TOKENS = 96
-PROOF_BATCH = 32
-DISTANCE_FLOOR = 1e-12  # identical arithmetic on both sides gives a distance of exactly 0
 DEFAULT_PROTOCOL = Protocol(windows=16)
+DEFAULT_VERIFICATION = Verification()
 INTERVAL = "95 %, expanded percentile bootstrap over windows, paired with the base model"
-
-
-@dataclass(frozen=True)
-class Verification:
-    """How verdicts are reached: `calibration_prompts` honest runs fit the profile, then `prompts` others are
-    proved by every recipe."""
-
-    prompts: int = 8
-    calibration_prompts: int = 220
-    new_tokens: int = 24
-    alpha: float = 0.01
 
 
 @dataclass(frozen=True)
@@ -82,7 +67,7 @@ class AssayPlan:
     seed: int = 0
     bench_repeats: int = 3
     bench_tokens: int = 256
-    verification: Verification | None = Verification()
+    verification: Verification | None = DEFAULT_VERIFICATION
 
     def __post_init__(self) -> None:
         if len(row_names(self.recipes)) == 1:
@@ -320,67 +305,3 @@ def _verify(
         "held_out_interval": held_out.interval,
     }
     return described, columns
-
-
-def honest_profile(
-    plan: Verification, base: PreTrainedModel, prompts: list[TokenIds], progress: Progress = silent
-) -> Profile:
-    """What honest runs of `base` look like to a verifier that has it."""
-    return calibrate(
-        base,
-        base,
-        prompts,
-        max_new_tokens=plan.new_tokens,
-        alpha=plan.alpha,
-        batch_size=PROOF_BATCH,
-        progress=progress,
-    )
-
-
-def verdict_columns(
-    plan: Verification,
-    base: PreTrainedModel,
-    quantization: Quantization | None,
-    prompts: list[TokenIds],
-    profile: Profile,
-    progress: Progress,
-) -> dict[str, Any]:
-    """Prove with one model under the base model's name, verify with the base model."""
-    prover = base if quantization is None else with_tensors(base, quantization)
-    progress(f"proving with {quantization.recipe.name if quantization else BASE}")
-    traces = prove_many(
-        prover, prompts, max_new_tokens=plan.new_tokens, claim=identity(base), batch_size=PROOF_BATCH
-    )
-    verdicts = verify_many(traces, base, profile=profile, alpha=plan.alpha)
-    pooled = pooled_verdict(verdicts, plan.alpha)
-    by_layer = [
-        [d for v in verdicts if (d := v.distance(layer)) is not None] for layer in sorted(profile.layers)
-    ]
-    measured = all(by_layer)  # states that are not finite have no distance
-    return {
-        "hidden_distance": _geometric_mean(by_layer[-1]) if measured else None,
-        "hidden_distance_by_layer": [_geometric_mean(d) for d in by_layer] if measured else None,
-        "hidden_distance_range_by_layer": [[min(d), max(d)] for d in by_layer] if measured else None,
-        "verdict": pooled.status,
-        "traces": len(verdicts),
-        "traces_passed": pooled.counts.get("PASS", 0),
-        "p_value": pooled.p_value,
-    }
-
-
-def chosen_prompts(model: PreTrainedModel, count: int, seed: int) -> list[TokenIds]:
-    """Bundled prompts of at most MAX_PROMPT_TOKENS tokens, in an order that makes those that calibrate and
-    those that are judged exchangeable."""
-    prompts = [encode_prompt(model, prompt) for prompt in bundled_prompts()]
-    short = [prompt for prompt in prompts if len(prompt) <= MAX_PROMPT_TOKENS]
-    if count > len(short):
-        raise BitassayError(
-            f"{count} prompts were asked for, the package has {len(short)} "
-            f"of at most {MAX_PROMPT_TOKENS} tokens",
-            "fewer --prompts or --calibration-prompts",
-        )
-    return [short[index] for index in np.random.default_rng(seed).permutation(len(short))[:count]]
-
-
-def _geometric_mean(values: list[float]) -> float:
-    return float(np.exp(np.mean(np.log(np.maximum(values, DISTANCE_FLOOR)))))

@@ -30,9 +30,9 @@ from bitassay.record.files import write_json
 from bitassay.record.hashing import digest_json
 from bitassay.record.progress import Progress, silent
 from bitassay.record.run import RunFolder
-from bitassay.studies.assay import chosen_prompts
 from bitassay.studies.court import FOLDS, Court, fewest_counted, honest_rows, judged_rows
 from bitassay.studies.parties import DTYPES, Machine, other_machine
+from bitassay.studies.verification import chosen_prompts
 from bitassay.studies.work import problem_of, start
 from bitassay.studies.worker import Item, Job
 from bitassay.verify.attacks import TRACE_ATTACKS, Setting, honest_prefill
