@@ -4,9 +4,10 @@ import math
 
 import pytest
 
-from bitassay.studies.claims import CLAIMS, LESS, MORE, Quantity, judged, verdict
-from bitassay.studies.eight_bit import STUDIES, EightBitPlan
-from bitassay.studies.eight_bit_run import Findings
+from bitassay.studies.claims import LESS, MORE, Quantity, judged, verdict
+from bitassay.studies.eight_bit import STUDIES, eight_bit_plan
+from bitassay.studies.eight_bit_claims import CLAIMS
+from bitassay.studies.eight_bit_run import EightBitFindings
 
 SUPPORTED, NOT, OPEN = "supported", "not supported", "not decidable at this n"
 
@@ -45,14 +46,14 @@ def test_without_an_interval_nothing_is_decided():
 
 def findings(study, right):
     """What questions were answered rightly by variants, the same by either method."""
-    plan = EightBitPlan(study, "stories260k", 8)
+    plan = eight_bit_plan(study, "stories260k", 8)
     variants = {variant.name: variant for variant in plan.variants}
     given = {name: right.get(name, right["bf16"]) for name in variants}
-    return Findings(plan, variants, right={n: {"direct": r, "generate": r} for n, r in given.items()})
+    return EightBitFindings(plan, variants, right={n: {"direct": r, "generate": r} for n, r in given.items()})
 
 
 def claim(found, words):
-    [row] = [row for row in judged(found) if words in row["claim"]]
+    [row] = [row for row in judged(found, CLAIMS) if words in row["claim"]]
     return row
 
 
@@ -125,7 +126,7 @@ def test_products_and_speed_are_judged():
 def test_every_claim_names_variants_that_there_are():
     """Measured or not, no claim looks for a variant under a name that its study does not have."""
     for study in STUDIES:
-        rows = judged(findings(study, {"bf16": [True, False]}))
+        rows = judged(findings(study, {"bf16": [True, False]}), CLAIMS)
         assert len(rows) == sum(one.study == study for one in CLAIMS) > 3
         for row in rows:
             kinds = ("points",) if row["unit"] == "points" else ()

@@ -16,16 +16,16 @@ from bitassay.record.run import RunFolder
 from bitassay.studies import cluster
 from bitassay.studies.cells import Bench, Cell
 from bitassay.studies.cluster import Worker, run_on_ray
-from bitassay.studies.eight_bit import EightBitPlan
+from bitassay.studies.eight_bit import eight_bit_plan
 
-PLAN = EightBitPlan("task3.1", "stories260k", 1, Protocol(windows=2, window_tokens=48))
+PLAN = eight_bit_plan("task3.1", "stories260k", 1, Protocol(windows=2, window_tokens=48))
 CELLS = [Cell("questions", place) for place in range(4)]
 
 
 @pytest.fixture
 def described(monkeypatch):
     monkeypatch.delenv("BITASSAY_DATA", raising=False)
-    return PLAN.described(Identity(resolve("stories260k")).weights_digest)
+    return PLAN.described("eight-bit", Identity(resolve("stories260k")).weights_digest)
 
 
 def node_ports():
@@ -158,7 +158,7 @@ def test_a_worker_sends_the_files_that_a_local_process_writes(described, tmp_pat
     made = Worker(described).work("questions", 1)
     here = RunFolder(tmp_path / "here", described)
     Bench(PLAN, described["weights_digest"]).work(CELLS[1], here)
-    assert {"questions-01.json"} == made.keys()
+    assert {"questions-01.json", "facts-int8-tensor-fake.json"} == made.keys()
     assert made["questions-01.json"] == (here.path / "parts/questions-01.json").read_bytes()
 
 

@@ -19,10 +19,11 @@ from bitassay.evaluate.statistics import holm, paired_difference
 from bitassay.models.load import Identity
 from bitassay.models.source import resolve
 from bitassay.record.run import RunFolder
-from bitassay.studies import crew, eight_bit_run
+from bitassay.studies import crew
 from bitassay.studies.cells import Bench, Cell
-from bitassay.studies.eight_bit import STUDIES, EightBitPlan, Study, Variant, both_sides, weight_only
+from bitassay.studies.eight_bit import STUDIES, Study, both_sides, eight_bit_plan, weight_only
 from bitassay.studies.eight_bit_run import run_eight_bit
+from bitassay.studies.variants import Variant, VariantPlan
 
 SMALL = Study(
     "small",
@@ -33,7 +34,8 @@ SMALL = Study(
         weight_only("fp8", "tensor", "fake"),
     ),
 )
-PLAN = EightBitPlan("task3.1", "stories260k", 2, Protocol(windows=5, window_tokens=48), dtype="float32")
+PLAN = eight_bit_plan("task3.1", "stories260k", 2, Protocol(windows=5, window_tokens=48), dtype="float32")
+SMALL_PLAN = replace(PLAN, study="small", variants=SMALL.variants)
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +44,7 @@ def _bundled_questions(monkeypatch):
 
 
 def in_process(folder, cells, _jobs, _threads, _progress):
-    bench = Bench(EightBitPlan.of(folder.plan["plan"]), folder.plan["weights_digest"])
+    bench = Bench(VariantPlan.of(folder.plan["plan"]), folder.plan["weights_digest"])
     for cell in cells:
         bench.work(cell, folder)
 
@@ -50,7 +52,7 @@ def in_process(folder, cells, _jobs, _threads, _progress):
 @pytest.fixture
 def here(monkeypatch):
     """Cells inside this process, and the study `small`."""
-    monkeypatch.setattr(eight_bit_run, "run_local", in_process)
+    monkeypatch.setattr(crew, "run_local", in_process)
     monkeypatch.setitem(STUDIES, "small", SMALL)
 
 
@@ -59,9 +61,9 @@ def done(tmp_path_factory):
     """A run of `small`; tests must not change its folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("BITASSAY_DATA", raising=False)
-        patch.setattr(eight_bit_run, "run_local", in_process)
+        patch.setattr(crew, "run_local", in_process)
         patch.setitem(STUDIES, "small", SMALL)
-        return run_eight_bit(replace(PLAN, study="small"), out=tmp_path_factory.mktemp("run") / "r")
+        return run_eight_bit(SMALL_PLAN, out=tmp_path_factory.mktemp("run") / "r")
 
 
 def test_studies_have_the_cells_of_the_document():
@@ -77,7 +79,7 @@ def test_studies_have_the_cells_of_the_document():
 
 
 def test_a_plan_survives_its_file():
-    assert EightBitPlan.of(json.loads(json.dumps(PLAN.to_dict()))) == PLAN
+    assert VariantPlan.of(json.loads(json.dumps(PLAN.to_dict()))) == PLAN
 
 
 def test_questions_are_spread_over_subjects():
@@ -148,7 +150,7 @@ def test_a_run_goes_on_and_ends_the_same(done, here, tmp_path, monkeypatch):
         work(self, cell, folder)
 
     monkeypatch.setattr(Bench, "work", stops)
-    plan = replace(PLAN, study="small")
+    plan = SMALL_PLAN
     with pytest.raises(KeyboardInterrupt):
         run_eight_bit(plan, out=tmp_path / "r")
     (tmp_path / "r/parts/text-01-fp8-tensor-fake.safetensors").unlink()  # stopped in the middle of a cell
@@ -161,9 +163,9 @@ def test_a_run_goes_on_and_ends_the_same(done, here, tmp_path, monkeypatch):
 
 
 def test_another_model_under_the_same_name_is_refused(tmp_path):
-    folder = RunFolder(tmp_path / "r", PLAN.described("0" * 64))
+    folder = RunFolder(tmp_path / "r", PLAN.described("eight-bit", "0" * 64))
     with pytest.raises(BitassayError, match="not those that this study began with"):
-        Bench(EightBitPlan.of(folder.plan["plan"]), "0" * 64)
+        Bench(VariantPlan.of(folder.plan["plan"]), "0" * 64)
 
 
 def test_a_variant_that_cannot_be_made_says_why(here, tmp_path, monkeypatch):
@@ -171,10 +173,8 @@ def test_a_variant_that_cannot_be_made_says_why(here, tmp_path, monkeypatch):
         raise MissingError("torchao: no such products", "another device")
 
     monkeypatch.setattr("bitassay.studies.cells.torchao_model", refuses)
-    monkeypatch.setitem(
-        STUDIES, "small", replace(SMALL, variants=(Variant("bf16"), both_sides("fp8", True, True)))
-    )
-    run, _ = run_eight_bit(replace(PLAN, study="small"), out=tmp_path / "r")
+    plan = replace(SMALL_PLAN, variants=(Variant("bf16"), both_sides("fp8", True, True)))
+    run, _ = run_eight_bit(plan, out=tmp_path / "r")
     assert run["rows"][1]["refused"] == "torchao: no such products"
     assert "direct_acc" not in run["rows"][1]
     assert run["pairs"] == []
@@ -182,7 +182,7 @@ def test_a_variant_that_cannot_be_made_says_why(here, tmp_path, monkeypatch):
 
 def test_a_dead_process_loses_its_cell_to_another(tmp_path, monkeypatch):
     """Real processes: the first one is killed at work, and its cell is done again, with the same files."""
-    described = PLAN.described(Identity(resolve("stories260k")).weights_digest)
+    described = PLAN.described("eight-bit", Identity(resolve("stories260k")).weights_digest)
     folder, again = RunFolder(tmp_path / "a", described), RunFolder(tmp_path / "b", described)
     cell, started = Cell("questions", 0), []
     start = crew._Member._start
@@ -203,13 +203,13 @@ def test_a_dead_process_loses_its_cell_to_another(tmp_path, monkeypatch):
 
 
 def test_a_cell_that_kills_is_given_up(tmp_path, monkeypatch):
-    folder = RunFolder(tmp_path / "a", PLAN.described("0" * 64))
+    folder = RunFolder(tmp_path / "a", PLAN.described("eight-bit", "0" * 64))
     monkeypatch.setattr(crew, "COMMAND", ("python3", "-c", "pass"))
     with pytest.raises(MissingError, match="questions-01: its process died 2 times"):
         crew.run_local(folder, [Cell("questions", 1)], 1, 1)
 
 
 def test_a_users_mistake_comes_back_from_a_process(tmp_path):
-    folder = RunFolder(tmp_path / "a", PLAN.described("0" * 64))
+    folder = RunFolder(tmp_path / "a", PLAN.described("eight-bit", "0" * 64))
     with pytest.raises(BitassayError, match="not those that this study began with"):
         crew.run_local(folder, [Cell("questions", 0)], 2, 1)

@@ -1,4 +1,5 @@
-"""`bitassay study`: the experiments of the VeriLLM replication and the INT8/FP8 studies, as rows of data."""
+"""`bitassay study`: the experiments of the VeriLLM replication, the INT8/FP8 studies and those of layer
+replication, as rows of data."""
 
 import sys
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 study = App(name="study", help="List and run the experiments.")
 
+_REPLICATION = ("control-table", "phase1", "phase2", "phase3", "phase4", "uses", "planes")
 _STUDIES = (
     Column("study", "study", align="left"),
     Column("prover", "prover", align="left"),
@@ -34,8 +36,9 @@ def list_(*, format: Format = "table") -> int:
     Args:
         format: What to print on stdout.
     """
-    from bitassay.studies.eight_bit import STUDIES
+    from bitassay.studies.eight_bit import STUDIES as EIGHT_BIT
     from bitassay.studies.experiments import EXPERIMENTS
+    from bitassay.studies.replication import STUDIES as REPLICATION
 
     side = {"full": "FP16", "quantized": "INT4"}
     rows: list[dict[str, Any]] = [
@@ -54,7 +57,10 @@ def list_(*, format: Format = "table") -> int:
     about = "which precisions a verifier can tell apart"
     rows.append({"study": "separability", **every, "expected": None, "bar": None, "about": about})
     blank = dict.fromkeys(("prover", "verifier", "hardware", "expected", "bar"))
-    rows += [{"study": one.name, **blank, "about": one.about} for one in STUDIES.values()]
+    rows += [
+        {"study": one.name, **blank, "about": one.about}
+        for one in (*EIGHT_BIT.values(), *REPLICATION.values())
+    ]
     emit(rows, _STUDIES, format)
     return 0
 
@@ -82,7 +88,8 @@ def run(
     gpus: Numbers | None = None,
     limit: int | None = None,
     windows: int = 16,
-    window: int = 2048,
+    window: int | None = None,
+    only: Names | None = None,
     ray: str | None = None,
     out: Path | None = None,
     trust_remote_code: Annotated[bool, Parameter(negative=())] = False,
@@ -95,11 +102,13 @@ def run(
     goes on. For two computers: run with `--role prove` on one, copy OUT to the other, and run there with
     `--role verify` and the same --devices.
 
-    task3.1 to task3.3 are the INT8/FP8 studies: --model, --limit, --windows, --window, --precision, --devices
-    (one), --jobs, --ray and --out are theirs. Each has a run folder, with run.json and report.html.
+    task3.1 to task3.3 are the INT8/FP8 studies; control-table, phase1 to phase4, uses and planes are those of
+    layer replication. --model, --limit or --only, --windows, --window, --precision, --devices (one), --jobs,
+    --ray and --out are theirs. Each has a run folder, with run.json and report.html.
 
     Args:
-        studies: exp1 to exp5, separability; or task3.1, task3.2, task3.3.
+        studies: exp1 to exp5, separability; or task3.1 to task3.3, control-table, phase1 to phase4, uses,
+            planes.
         model: A name from `bitassay models list`, a folder, a .gguf file or a hub id (task3: default as
             in the document, Qwen3-1.7B or Qwen2.5-1.5B).
         tokens: Tokens of an output (default: 1000; separability: 16).
@@ -118,31 +127,31 @@ def run(
         precisions: What separability compares (default: fp32 fp16 bf16 w8 fp8 w4 w3 w2).
         rules: documents, paper, or a YAML file that `bitassay calibrate --study` wrote.
         alpha: False-positive rate in separability.
-        jobs: Processes at a time (default: 1, since more disturb the timings; task3: one a core, as many as
-            memory holds).
+        jobs: Processes at a time (default: 1, since more disturb the timings; task3 and
+            replication: one a core, as many as memory holds).
         gpus: Which GPUs the processes are dealt to.
         limit: Questions of MMLU in all, spread over its subjects (default: as in the document).
         windows: Windows of WikiText-2, evenly spaced.
-        window: Tokens in a window.
+        window: Tokens in a window (default: task3 2048, replication 1024).
+        only: Groups of a study of replication, which are then measured alone beside the base model.
         ray: Let a Ray cluster do the work: auto, or its address (extra `ray`).
-        out: Folder of results and of the work in progress (default: data; task3: runs/STUDY-MODEL-ID).
+        out: Folder of results and of the work in progress (default: data; task3 and replication:
+            runs/STUDY-MODEL-ID).
         trust_remote_code: Run code that comes with the model.
         format: What to print on stdout; json has everything.
     """
-    if tasks := [name for name in studies if name.startswith("task")]:
-        from bitassay.cli.eight_bit import run_eight_bit_studies
-        from bitassay.studies.eight_bit import find_study
+    if any(name.startswith("task") or name in _REPLICATION for name in studies):
+        from bitassay.cli.variants import run_variant_studies
 
-        for name in studies:
-            find_study(name)
-        return run_eight_bit_studies(
-            tasks,
+        return run_variant_studies(
+            studies,
             model,
             precision=precision or "bf16",
             devices=devices or [],
             limit=limit,
             windows=windows,
             window=window,
+            only=only or (),
             jobs=jobs,
             ray=ray,
             out=out,
@@ -158,7 +167,9 @@ def run(
     if model is None:
         raise BitassayError("no model was given", "--model smollm2-135m")
     if ray is not None:
-        raise BitassayError(f"--ray {ray}: only task3.1 to task3.3 run there", "leave it out")
+        raise BitassayError(
+            f"--ray {ray}: only task3 and the studies of replication run there", "leave it out"
+        )
     experiments, out = [name for name in studies if name != "separability"], out or Path("data")
     plan = make_plan(
         model,

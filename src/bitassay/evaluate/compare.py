@@ -161,8 +161,8 @@ def summarise(scores: Sequence[TokenScores], base: Sequence[TokenScores], seed: 
 
 @dataclass(frozen=True)
 class TextDifference:
-    """The second model's figures less the first's on the same windows: perplexity, its share of the first's,
-    and KL to their common base in nats a token."""
+    """The second model's figures less the first's on the same windows: perplexity, and KL to their common
+    base in nats a token, each also as a share of the first's (of the KL none where the first's is 0)."""
 
     ppl: float
     ppl_ci: Interval
@@ -170,6 +170,8 @@ class TextDifference:
     ppl_fraction_ci: Interval
     kl: float
     kl_ci: Interval
+    kl_fraction: float | None
+    kl_fraction_ci: Interval
 
 
 def text_difference(
@@ -188,13 +190,17 @@ def text_difference(
     resampled, point = bootstrap_means(means, seed), means.mean(1)
     found = {}
     for name, (one, kl_one, two, kl_two) in (("point", point), ("resampled", resampled)):
-        found[name] = (np.exp(two) - np.exp(one), np.exp(two - one) - 1, kl_two - kl_one)
+        share = kl_two / kl_one - 1 if np.all(kl_one) else np.full_like(kl_one, np.nan)
+        found[name] = (np.exp(two) - np.exp(one), np.exp(two - one) - 1, kl_two - kl_one, share)
     values = [
         (float(value), percentile_interval(spread, n, level))
         for value, spread in zip(found["point"], found["resampled"], strict=True)
     ]
-    (ppl, ppl_ci), (fraction, fraction_ci), (kl, kl_ci) = values
-    return TextDifference(ppl, ppl_ci, fraction, fraction_ci, kl, kl_ci)
+    (ppl, ppl_ci), (fraction, fraction_ci), (kl, kl_ci), (share, share_ci) = values
+    known = np.isfinite(share)
+    return TextDifference(
+        ppl, ppl_ci, fraction, fraction_ci, kl, kl_ci, share if known else None, share_ci if known else None
+    )
 
 
 def _name(model: PreTrainedModel) -> str:

@@ -12,7 +12,7 @@ to a bits do the work of one to n a bits. Above 8 bits a control has 8, which is
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from bitassay.quantize.activations import INPUT_FORMATS, Activations
 from bitassay.quantize.formats import FORMATS
@@ -21,6 +21,7 @@ from bitassay.quantize.recipe import Recipe
 from bitassay.quantize.scheme import WeightScheme
 
 Kind = Literal["single", "equal-bits", "equal-flops"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 INTEGERS = {int(f.bits): f.name for f in FORMATS.values() if f.kind == "integer"}
 INPUT_INTEGERS = {int(f.bits): f.name for f in INPUT_FORMATS.values() if f.kind == "integer"}
 
@@ -53,23 +54,29 @@ def controls(recipe: Recipe, layers: int) -> list[Control]:
 
 
 def _changed(recipe: Recipe, suffix: str, change: dict[str, Any]) -> Recipe:
-    """A valid recipe without copies."""
+    """A valid recipe without copies, and without calibration text that nothing looks at any more."""
     fields = recipe.model_dump(exclude_none=True, exclude={"replication", "description"})
-    return Recipe.model_validate(fields | {"name": f"{recipe.name[:56]}-{suffix}"} | change)
+    name = f"{recipe.name[:56]}-{suffix}"
+    made = Recipe.model_validate({"weights": None, **fields, "name": name, **change})
+    without = made.model_copy(update={"calibration": None})
+    return made if without.is_calibrated else without
 
 
 def _more_bits(recipe: Recipe, weights: WeightScheme, counts: list[int], mean: float) -> dict[str, Any]:
     fmt, count = weights.number_format, counts[0]
-    wanted = min(8.0, fmt.bits * count)
-    if fmt.kind == "float" or wanted == fmt.bits:
+    if fmt.kind == "float":
         return {}
-    if len(set(counts)) == 1 and wanted in INTEGERS:
+    if len(set(counts)) == 1 and (wanted := min(8.0, fmt.bits * count)) in INTEGERS:
+        if wanted == fmt.bits:
+            return {}
         overrides = [
             o.model_dump() | {"weights": None if o.weights is None else widened(o.weights, count)}
             for o in recipe.overrides
         ]
         return {"weights": widened(weights, count), "overrides": overrides}
     formats = sorted(bits for bits in INTEGERS if fmt.bits < bits)
+    if not formats:
+        return {}
     choices = [weights.model_dump(), *(_plain(weights) | {"format": INTEGERS[bits]} for bits in formats)]
     return {"mixed": {"bits": round(nominal_bits(weights) * mean, 4), "formats": choices}}
 

@@ -202,7 +202,10 @@ def gated_logits(
     """The logits at every position of a text that is decoded token by token, and the depth of each token."""
     depth = torch.ones(1, len(window), dtype=torch.long, device=model.device)
     depth[0, 0] = reader.planes
+    counted = reader.by_token, reader.by_forward, reader.tokens, reader.forwards
     while True:
+        # The last round alone is what decoding reads.
+        reader.by_token, reader.by_forward, reader.tokens, reader.forwards = counted
         with reader.reading(depth):
             logits = model(window[None].to(model.device), use_cache=False).logits[0]
         wanted = depth.clone()

@@ -4,7 +4,7 @@ Variants stand in the order of the study, never by their figures: a better place
 only in `supported`, where an interval bears it out.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +14,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bitassay.report.bench import BENCH_COLUMNS, MATMUL_COLUMNS, page_table, write_tables
+from bitassay.report.claims import CLAIM_COLUMNS, points
 from bitassay.report.figures import COLOURS, INK, STYLE, svg
-from bitassay.report.tables import Column, interval, number, percent, significant, size, with_interval
+from bitassay.report.tables import Column, number, percent, significant, size, with_interval
 
 Row = dict[str, Any]
 ALPHA = 0.05
 
 
-def _points(value: float) -> str:
-    return f"{value * 100:+.1f}"
-
-
 def _method_columns(method: str) -> list[Column]:
     return [
         with_interval(f"{method}_acc", f"{method}\n[95 %]", percent(1)),
-        with_interval(f"{method}_difference", f"{method}, points\nto BF16 [95 %]", _points),
+        with_interval(f"{method}_difference", f"{method}, points\nto BF16 [95 %]", points),
         Column(f"{method}_p_holm", "p\nHolm", significant(2), also=(f"{method}_p_value",)),
     ]
 
@@ -52,41 +49,12 @@ PAIR_COLUMNS = [
     Column("first", "less this", align="left"),
     with_interval("ppl", "ppl\n[95 %]", number(3)),
     with_interval("kl", "KL\n[95 %]", significant(2)),
-    with_interval("direct_difference", "direct, points\n[95 %]", _points),
+    with_interval("direct_difference", "direct, points\n[95 %]", points),
     Column("direct_p_holm", "p\nHolm", significant(2)),
-    with_interval("generate_difference", "generate, points\n[95 %]", _points),
+    with_interval("generate_difference", "generate, points\n[95 %]", points),
     Column("generate_p_holm", "p\nHolm", significant(2)),
     Column("generate_visible_difference", "visible\npoints", lambda value: number(1)(value * 100)),
 ]
-_UNITS: dict[str, Callable[[float], str]] = {
-    "points": _points,
-    "%": lambda value: f"{value * 100:+.1f} %",
-    "perplexity": lambda value: f"{value:+.3f}",
-    "nats of KL": lambda value: f"{value:+.2g}",
-    "ratio": significant(3),
-}
-
-
-def _measured(row: Row) -> str:
-    form = _UNITS[row["unit"]]
-    parts = [
-        f"{one['name']}: {form(one['value'])}"
-        + (f" {interval(form)(one['interval'])}" if one["interval"] else "")
-        for one in row["measured"]
-    ]
-    if row["not_measured"]:
-        parts.append(f"{row['not_measured']} not measured here")
-    return "; ".join(parts)
-
-
-CLAIM_COLUMNS = [
-    Column("section", "section", align="left"),
-    Column("claim", "claim", align="left"),
-    Column("expected", "the document has", align="left"),
-    Column("verdict", "verdict", align="left"),
-    Column("measured", "measured", _measured, align="left", whole_row=True),
-]
-SHORT_CLAIM_COLUMNS = CLAIM_COLUMNS[:4]
 
 
 def supported(run: Mapping[str, Any]) -> list[str]:

@@ -180,7 +180,60 @@ class EightBitRun(_Part):
     environment: dict[Text, Any]
 
 
-Run = AssayRun | EightBitRun
+class ReplicationRow(_Compared):
+    """Without `beats_...`: no replica."""
+
+    group: Annotated[str, Field(min_length=1, max_length=64)]
+    role: Text
+    variant: Text
+    bits_per_weight: Finite
+    size_bytes: Count
+    flop_per_token: Positive
+    bytes_per_token: Positive
+    kl_mean: Distance
+    kl_ci: Pair | None = None
+
+
+class ControlPair(_Compared):
+    group: Text
+    role: Text
+    control: Text
+    kl: Finite
+    ppl: Finite
+    beats: bool | None
+
+
+class DraftRow(_Compared):
+    draft_tokens: Count
+    texts: Count
+    identical: Count
+    acceptance: Fraction
+    speed_bound: Positive
+    speed: Positive
+
+
+class ReplicationRun(_Part):
+    """The content of run.json of a study of replication. The first row is the base model."""
+
+    schema_: Literal[1] = Field(alias="schema")
+    kind: Literal["replication"]
+    study: Text
+    about: Text
+    run_id: Text
+    created: Text
+    model: Model
+    settings: dict[Text, Any]
+    protocol: Text
+    corpus_source: Text
+    interval: Text
+    rows: Annotated[list[ReplicationRow], Field(min_length=1, max_length=MAX_ROWS)]
+    pairs: Annotated[list[ControlPair], Field(max_length=MAX_ROWS)]
+    drafts: Annotated[list[DraftRow], Field(max_length=MAX_ROWS)]
+    claims: Annotated[list[ClaimRow], Field(max_length=MAX_ROWS)]
+    environment: dict[Text, Any]
+
+
+Run = AssayRun | EightBitRun | ReplicationRun
 Kind = TypeVar("Kind", bound=BaseModel)
 
 
@@ -192,6 +245,14 @@ def parse_run(value: object, where: str) -> AssayRun:
 def parse_study(value: object, where: str) -> EightBitRun:
     """The same of an INT8/FP8 study."""
     return _parsed(EightBitRun, value, where, "bitassay study run task3.1")
+
+
+def parse_replication(value: object, where: str) -> ReplicationRun:
+    """The same of a study of replication."""
+    return _parsed(ReplicationRun, value, where, "bitassay study run control-table")
+
+
+PARSERS = {"eight-bit": parse_study, "replication": parse_replication}
 
 
 def _parsed(kind: type[Kind], value: object, where: str, command: str) -> Kind:
@@ -207,12 +268,12 @@ def _parsed(kind: type[Kind], value: object, where: str, command: str) -> Kind:
 
 
 def read_run(folder: Path) -> Run:
-    """The run of a folder (or of a run.json), an assay or an INT8/FP8 study."""
+    """The run of a folder (or of a run.json): an assay, an INT8/FP8 study or one of replication."""
     path = folder / "run.json" if folder.is_dir() else folder
     if folder.is_dir() and not path.exists():
         raise BitassayError(
             f"{folder}: no run.json, so the run is not finished", "run the same command again: it goes on"
         )
     value = read_json(path)
-    is_study = isinstance(value, dict) and value.get("kind") == "eight-bit"
-    return (parse_study if is_study else parse_run)(value, str(path))
+    kind = value.get("kind") if isinstance(value, dict) else None
+    return PARSERS.get(str(kind), parse_run)(value, str(path))

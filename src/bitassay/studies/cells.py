@@ -1,12 +1,16 @@
-"""One piece of an INT8/FP8 study at work. Pieces, here *cells*, depend on nothing but the plan, so that any
+"""One piece of a study of variants at work. Pieces, here *cells*, depend on nothing but the plan, so that any
 process on any computer can do any of them, and two that did the same one give the same files.
 
     text-B           block B of the windows: the base model reads them once, then every variant in turn
-                     -> text-B-VARIANT.safetensors (the scores of each token), also for the base
+                     -> text-B-VARIANT.safetensors (the scores of each token; of each window, the passes of a
+                     layer and the bytes of weights that a token took), also for the base
     questions-V      variant V and all questions of MMLU, direct and by text
                      -> questions-V.json
+    drafts-D         texts drafted by the first plane of the first variant in planes, D-th length of drafts
+                     -> drafts-D.json
 
-A variant that cannot be made here gives a file that says why. What is there is not made again.
+and facts-VARIANT.json from whoever makes a variant. One that cannot be made here gives a file that says why.
+What is there is not made again.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,18 +27,23 @@ from bitassay.evaluate.divergence import TokenScores, token_scores, window_logit
 from bitassay.evaluate.questions import AskedTask, Leaf
 from bitassay.evaluate.tasks import answer
 from bitassay.models.load import identity, load, tokenizer
-from bitassay.quantize.model import bits_per_weight, quantization_of, size_bytes, with_tensors
+from bitassay.quantize.model import with_tensors
 from bitassay.quantize.pipeline import quantize_tensors_once
 from bitassay.record.run import RunFolder
-from bitassay.studies.eight_bit import BASE, NEW_TOKENS, SAMPLES, EightBitPlan, Variant
+from bitassay.studies.costs import COSTS, Read, facts_of, window_reader
+from bitassay.studies.drafts import drafted
+from bitassay.studies.eight_bit import SAMPLES
 from bitassay.studies.torchao_models import torchao_model
+from bitassay.studies.variants import Variant, VariantPlan
 
 METHODS = {"direct": "", "generate": "_generative"}
+NEW_TOKENS = 16  # of a generated answer; lm-eval reads its first line
 
 
 @dataclass(frozen=True)
 class Cell:
-    """kind: "text", of a block of windows, or "questions", of a variant; which: its place."""
+    """kind: "text", of a block of windows, "questions", of a variant, or "drafts", of a length; which: its
+    place."""
 
     kind: str
     which: int
@@ -44,19 +53,19 @@ class Cell:
         return f"{self.kind}-{self.which:02d}"
 
 
-def cells_of(plan: EightBitPlan) -> list[Cell]:
+def cells_of(plan: VariantPlan) -> list[Cell]:
     """All cells, those that take longest first."""
-    return [Cell("text", block) for block in range(len(plan.blocks))] + [
-        Cell("questions", variant) for variant in range(len(plan.variants))
-    ]
+    counts = {"text": len(plan.blocks), "questions": len(plan.variants) if plan.questions else 0}
+    counts["drafts"] = len(plan.drafts)
+    return [Cell(kind, which) for kind, count in counts.items() for which in range(count)]
 
 
 def text_part(block: int, variant: Variant) -> str:
     return f"text-{block:02d}-{variant.name}"
 
 
-def is_done(folder: RunFolder, plan: EightBitPlan, cell: Cell) -> bool:
-    if cell.kind == "questions":
+def is_done(folder: RunFolder, plan: VariantPlan, cell: Cell) -> bool:
+    if cell.kind != "text":
         return folder.has(cell.name)
     return all(_has_text(folder, cell.which, variant) for variant in plan.variants)
 
@@ -72,7 +81,7 @@ class Bench:
     Raises BitassayError where the model's weights are not those that the study began with.
     """
 
-    def __init__(self, plan: EightBitPlan, weights_digest: str, threads: int | None = None):
+    def __init__(self, plan: VariantPlan, weights_digest: str, threads: int | None = None):
         if threads is not None:
             torch.set_num_threads(threads)
         self.plan = plan
@@ -87,7 +96,7 @@ class Bench:
 
     def work(self, cell: Cell, folder: RunFolder) -> None:
         """Make the files of a cell that are not there."""
-        (self._text if cell.kind == "text" else self._questions)(cell, folder)
+        {"text": self._text, "questions": self._questions, "drafts": self._drafts}[cell.kind](cell, folder)
 
     def _models(self, variants: Sequence[Variant]) -> Iterator[tuple[Variant, PreTrainedModel | str]]:
         """Each variant's model, one at a time, or why there is none. Two of one recipe are quantized once."""
@@ -110,6 +119,7 @@ class Bench:
                 yield variant, self.base
 
     def _text(self, cell: Cell, folder: RunFolder) -> None:
+        assert self.plan.protocol is not None
         windows, _ = token_windows(tokenizer(self.base), self.plan.protocol)
         block = windows[list(self.plan.blocks[cell.which])]
         logits = [window_logits(self.base, window) for window in block]
@@ -119,13 +129,16 @@ class Bench:
             if isinstance(model, str):
                 folder.part(part, lambda why=model: {"refused": why})
                 continue
-            found = {}
+            keep_facts(folder, variant, model)
+            read, found = window_reader(self.base, model, variant.reading), {}
             for place, (window, base) in enumerate(zip(block, logits, strict=True)):
-                if variant.name == BASE:
-                    scores = token_scores(base, window[1:])
+                if variant.name == self.plan.base:
+                    own, scores = Read(base, 1.0, None), token_scores(base, window[1:])
                 else:
-                    scores = token_scores(window_logits(model, window), window[1:], base)
+                    own = read(window)
+                    scores = token_scores(own.logits, window[1:], base)
                 found |= {f"{place}/{field}": value for field, value in scores._asdict().items()}
+                found |= {f"{place}/{name}": value for name, value in own.costs.items()}
             folder.write_tensors(part, found)
 
     def _questions(self, cell: Cell, folder: RunFolder) -> None:
@@ -134,22 +147,22 @@ class Bench:
         if isinstance(model, str):
             folder.part(cell.name, lambda: {"refused": model})
             return
-        folder.part(cell.name, lambda: facts_of(model) | answers_of(model, self.plan))
+        keep_facts(folder, variant, model)
+        folder.part(cell.name, lambda: answers_of(model, self.plan))
+
+    def _drafts(self, cell: Cell, folder: RunFolder) -> None:
+        recipe = next(v.recipe for v in self.plan.variants if v.reading is not None)
+        assert recipe is not None
+        folder.part(cell.name, lambda: drafted(self.plan, recipe, self.plan.drafts[cell.which]))
 
 
-def facts_of(model: PreTrainedModel) -> dict[str, Any]:
-    """What a variant stores; None of what torchao holds, whose tensors are its own business."""
-    done = quantization_of(model)
-    return {
-        "recipe_id": None if done is None else done.recipe.recipe_id,
-        "bits_per_weight": bits_per_weight(model),
-        "size_bytes": size_bytes(model),
-        "columns": sorted({tensor.shape[1] for tensor in done.tensors.values()}) if done else [],
-    }
+def keep_facts(folder: RunFolder, variant: Variant, model: PreTrainedModel) -> None:
+    """What a variant stores; of torchao's, whose tensors are its own business, next to nothing."""
+    folder.part(f"facts-{variant.name}", lambda: {} if variant.torchao else facts_of(model))
 
 
 @cache
-def questions(plan: EightBitPlan) -> dict[str, dict[str, AskedTask]]:
+def questions(plan: VariantPlan) -> dict[str, dict[str, AskedTask]]:
     """The questions by subject and method."""
     return {
         subject: {
@@ -160,7 +173,7 @@ def questions(plan: EightBitPlan) -> dict[str, dict[str, AskedTask]]:
     }
 
 
-def answers_of(model: PreTrainedModel, plan: EightBitPlan) -> dict[str, Any]:
+def answers_of(model: PreTrainedModel, plan: VariantPlan) -> dict[str, Any]:
     """By method: whether each question was answered rightly, and what was answered (log-likelihoods of the
     four letters in nats, or the text)."""
     from bitassay.evaluate.once import OnceReadLM
@@ -177,16 +190,42 @@ def answers_of(model: PreTrainedModel, plan: EightBitPlan) -> dict[str, Any]:
     return found
 
 
-def read_text(folder: RunFolder, plan: EightBitPlan, variant: Variant) -> list[TokenScores] | str:
+def read_facts(folder: RunFolder, variant: Variant) -> dict[str, Any]:
+    return folder.part(f"facts-{variant.name}", dict)
+
+
+def read_text(folder: RunFolder, plan: VariantPlan, variant: Variant) -> list[TokenScores] | str:
     """The scores of all windows, or why there are none."""
     found: list[TokenScores] = []
+    for held, windows in _blocks(folder, plan, variant):
+        if isinstance(held, str):
+            return held
+        found += [
+            TokenScores(*(held[f"{place}/{field}"] for field in TokenScores._fields)) for place in windows
+        ]
+    return found
+
+
+def read_costs(folder: RunFolder, plan: VariantPlan, variant: Variant) -> dict[str, float]:
+    """Means over all windows: passes of a layer a token, and where planes were read on demand, bytes of
+    weights a token."""
+    found: dict[str, list[float]] = {}
+    for held, windows in _blocks(folder, plan, variant):
+        assert not isinstance(held, str)
+        for name in COSTS:
+            found.setdefault(name, []).extend(
+                held[key].item() for place in windows if (key := f"{place}/{name}") in held
+            )
+    return {name: sum(values) / len(values) for name, values in found.items() if values}
+
+
+def _blocks(
+    folder: RunFolder, plan: VariantPlan, variant: Variant
+) -> Iterator[tuple[dict[str, torch.Tensor] | str, range]]:
+    """What the cells kept, block by block, and the places of the windows in it."""
     for block, windows in enumerate(plan.blocks):
         part = text_part(block, variant)
         if folder.has(part):
-            return str(folder.part(part, dict)["refused"])
-        held = folder.read_tensors(part)
-        found += [
-            TokenScores(*(held[f"{place}/{field}"] for field in TokenScores._fields))
-            for place in range(len(windows))
-        ]
-    return found
+            yield str(folder.part(part, dict)["refused"]), range(0)
+        else:
+            yield folder.read_tensors(part), range(len(windows))

@@ -17,13 +17,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from bitassay.bench.worker import end
 from bitassay.errors import BitassayError, MissingError
 from bitassay.record.files import read_json
 from bitassay.record.progress import Progress, silent
 from bitassay.record.run import RunFolder
-from bitassay.studies.cells import Bench, Cell
-from bitassay.studies.eight_bit import EightBitPlan
+from bitassay.studies.cells import Bench, Cell, cells_of, is_done
+from bitassay.studies.variants import VariantPlan
 
 COMMAND = (sys.executable, "-m", "bitassay.studies.crew")
 ATTEMPTS = 2
@@ -53,6 +55,32 @@ def run_local(
         finally:
             for member in members:
                 member.stop()
+
+
+def do_cells(
+    folder: RunFolder, plan: VariantPlan, model: Path, jobs: int | None, ray: str | None, progress: Progress
+) -> None:
+    """Do what is not done yet of a plan, by `jobs` local processes (default: one a core, as many as memory
+    holds) or by the Ray cluster at `ray`. model: the folder of its weights. Raises as these do."""
+    todo = [cell for cell in cells_of(plan) if not is_done(folder, plan, cell)]
+    if todo and ray is not None:
+        from bitassay.studies.cluster import run_on_ray
+
+        run_on_ray(folder, todo, ray, progress)
+    elif todo:
+        count, threads = crew_size(plan, model, jobs)
+        run_local(folder, todo, count, threads, progress)
+
+
+def crew_size(plan: VariantPlan, model: Path, jobs: int | None) -> tuple[int, int]:
+    """Processes at a time, and threads of each. By default one process a core (one in all on a GPU), as many
+    as have room for two models and the logits of a block."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if jobs is None:
+        weights = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+        room = psutil.virtual_memory().available // max(1, 2 * weights + 5 * 10**8 * plan.block)
+        jobs = 1 if plan.device != "cpu" else max(1, min(cores, int(room)))
+    return jobs, max(1, cores // jobs)
 
 
 class _Member:
@@ -120,10 +148,10 @@ class _Member:
             end(self.child)
 
 
-def open_folder(path: Path) -> tuple[RunFolder, EightBitPlan]:
+def open_folder(path: Path) -> tuple[RunFolder, VariantPlan]:
     """A run folder as it was begun, and its plan."""
     content = read_json(path / "plan.json")
-    return RunFolder(path, content), EightBitPlan.of(content["plan"])
+    return RunFolder(path, content), VariantPlan.of(content["plan"])
 
 
 def main(path: str, threads: str) -> int:

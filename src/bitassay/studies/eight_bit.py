@@ -7,52 +7,26 @@
               by torchao and by this package
 
 beside the model in BF16, which is the first variant of each. Source: the experiment document on INT8 and FP8;
-`claims.py` holds what it says. *Fake* models hold dequantized weights, *real* ones codes. A group that does
-not divide a row is shorter at the row's end, and nothing else changes; `note` says where that is so.
+`eight_bit_claims.py` holds what it says. *Fake* models hold dequantized weights, *real* ones codes. A group
+that does not divide a row is shorter at the end, and nothing else changes; the report says where that is so.
 
 MMLU is asked with 5 examples, by likelihood (`direct`) and by greedy text (`generate`), the same questions of
 every variant. `cells.py` says what is measured in one piece, `crew.py` and `cluster.py` who does it.
 """
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
-from bitassay.data.tasks import mmlu_subjects, task_data
 from bitassay.data.windows import Protocol
 from bitassay.errors import BitassayError, nearest
-from bitassay.models.load import as_dtype
 from bitassay.quantize.recipe import Recipe
+from bitassay.studies.variants import Kind, Variant, VariantPlan
 
-SCHEMA = 1
 BASE = "bf16"
 FORMATS = {"int8": "int8", "fp8": "fp8_e4m3"}
 GRANULARITIES = {"tensor": "tensor", "row": "channel", **{f"g{n}": f"g{n}" for n in (64, 128, 256, 512)}}
 ALPHA, SAMPLES = 0.5, 16  # SmoothQuant's own exponent; windows of calibration text, of 512 tokens
-BLOCK = 4  # windows that the base model reads before the variants do
 DEFAULT_PROTOCOL = Protocol(windows=16)
-NEW_TOKENS = 16  # of a generated answer; lm-eval reads its first line
-
-Kind = Literal["fake", "real"]
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One model of a study. recipe: None for the base model and for torchao's. torchao: quantized by it
-    instead, smoothed where `smoothed`."""
-
-    name: str
-    format: str | None = None
-    granularity: str | None = None
-    kind: Kind | None = None
-    recipe: Recipe | None = None
-    torchao: bool = False
-    smoothed: bool = False
-
-    def to_dict(self) -> dict[str, Any]:
-        recipe = None if self.recipe is None else self.recipe.model_dump(mode="json")
-        return asdict(replace(self, recipe=None)) | {"recipe": recipe}
 
 
 @dataclass(frozen=True)
@@ -139,77 +113,15 @@ STUDIES = {
 }
 
 
-@dataclass(frozen=True)
-class EightBitPlan:
-    """What is asked of a study. questions: of MMLU in all, spread over its subjects. Raises BitassayError for
-    what makes no sense."""
-
-    study: str
-    model: str
-    questions: int
-    protocol: Protocol = DEFAULT_PROTOCOL
-    dtype: str = "bfloat16"
-    device: str = "cpu"
-    seed: int = 0
-    trust_remote_code: bool = False
-
-    def __post_init__(self) -> None:
-        as_dtype(self.dtype)
-        find_study(self.study)
-        if self.questions < 1:
-            raise BitassayError(f"{self.questions} questions leave nothing to measure", "--limit 1 or more")
-
-    @property
-    def variants(self) -> tuple[Variant, ...]:
-        return find_study(self.study).variants
-
-    @property
-    def blocks(self) -> list[range]:
-        """Which windows are read together."""
-        if not find_study(self.study).text:
-            return []
-        assert self.protocol.windows is not None
-        count = self.protocol.windows
-        return [range(start, min(start + BLOCK, count)) for start in range(0, count, BLOCK)]
-
-    @property
-    def subjects(self) -> dict[str, int]:
-        """How many questions of each of MMLU's subjects; those with none are left out."""
-        names = mmlu_subjects()
-        counts = {
-            name: (place + 1) * self.questions // len(names) - place * self.questions // len(names)
-            for place, name in enumerate(names)
-        }
-        return {name: count for name, count in counts.items() if count}
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"protocol": self.protocol.id}
-
-    @classmethod
-    def of(cls, content: Mapping[str, Any]) -> "EightBitPlan":
-        """From `to_dict`."""
-        return cls(**{**content, "protocol": Protocol.parse(content["protocol"])})
-
-    def described(self, digest: str) -> dict[str, Any]:
-        """What a run folder belongs to; `digest` is that of the model's weights. Raises BitassayError where
-        the questions are not on this machine."""
-        subject, most = max(self.subjects.items(), key=lambda one: one[1])
-        data = task_data("mmlu", most, subject)
-        if data is None:
-            raise BitassayError(
-                f"{self.questions} questions are up to {most} of a subject of MMLU; 5 come with the package",
-                "point BITASSAY_DATA at a folder that has mmlu/mmlu_test.jsonl, or --limit 285",
-            )
-        packages = ("bitassay", "torch", "transformers", "lm-eval")
-        return {
-            "kind": "eight-bit",
-            "schema": SCHEMA,
-            "plan": self.to_dict(),
-            "variants": [variant.to_dict() for variant in self.variants],
-            "weights_digest": digest,
-            "questions": {"source": data.source, "digest": data.digest, "whole": data.whole},
-            "versions": {name: version(name) for name in packages},
-        }
+def eight_bit_plan(
+    study: str, model: str, questions: int, protocol: Protocol = DEFAULT_PROTOCOL, **how: Any
+) -> VariantPlan:
+    """The plan of a study; `how` are further fields of it. Raises BitassayError for what makes no sense."""
+    found = find_study(study)
+    if questions < 1:
+        raise BitassayError(f"{questions} questions leave nothing to measure", "--limit 1 or more")
+    text = protocol if found.text else None
+    return VariantPlan(study, model, found.variants, text, questions=questions, speed=found.speed, **how)
 
 
 def find_study(name: str) -> Study:

@@ -8,7 +8,6 @@ A killed run goes on where it stopped. Differences are paired by window or by qu
 McNemar's, adjusted by Holm within a family of comparisons and a way of asking.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -16,13 +15,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from bitassay.bench.environment import environment
 from bitassay.bench.matmul import matmul
 from bitassay.bench.models import bench
 from bitassay.evaluate.compare import summarise, text_difference
-from bitassay.evaluate.divergence import TokenScores
 from bitassay.evaluate.questions import require_lm_eval
 from bitassay.evaluate.statistics import accuracy_interval, difference_interval, holm, paired_difference
 from bitassay.models.load import Identity
@@ -32,25 +28,22 @@ from bitassay.record.files import write_json
 from bitassay.record.hashing import digest_json
 from bitassay.record.progress import Progress, silent
 from bitassay.record.run import RunFolder
-from bitassay.studies.cells import METHODS, cells_of, is_done, read_text
-from bitassay.studies.crew import run_local
-from bitassay.studies.eight_bit import BASE, FORMATS, GRANULARITIES, EightBitPlan, Variant, find_study
+from bitassay.studies.cells import METHODS, read_facts, read_text
+from bitassay.studies.claims import judged
+from bitassay.studies.crew import do_cells
+from bitassay.studies.eight_bit import BASE, FORMATS, GRANULARITIES, find_study
+from bitassay.studies.variants import Findings, VariantPlan
 
 LETTERS = ("A", "B", "C", "D")
 Pair = tuple[str, str, str]  # family, first variant, second variant
 
 
 @dataclass
-class Findings:
-    """What the cells of a study found, by variant's name. text: scores by window; right: by method, which
-    questions were answered rightly; refused: variants that there are none of here, and why."""
+class EightBitFindings(Findings):
+    """right: by variant and method, which questions were answered rightly; asked: all that was answered."""
 
-    plan: EightBitPlan
-    variants: dict[str, Variant]
-    text: dict[str, list[TokenScores]] = field(default_factory=dict)
     right: dict[str, dict[str, list[bool]]] = field(default_factory=dict)
     asked: dict[str, dict[str, Any]] = field(default_factory=dict)
-    refused: dict[str, str] = field(default_factory=dict)
     speed: dict[str, Any] | None = None
     products: dict[str, Any] | None = None
 
@@ -59,7 +52,7 @@ class Findings:
 
 
 def run_eight_bit(
-    plan: EightBitPlan,
+    plan: VariantPlan,
     *,
     out: Path | None = None,
     jobs: int | None = None,
@@ -73,24 +66,17 @@ def run_eight_bit(
 
     Raises BitassayError for bad input, MissingError for what the environment lacks.
     """
-    from bitassay.studies.claims import judged
+    from bitassay.studies.eight_bit_claims import CLAIMS
 
     require_lm_eval()
     source = resolve(plan.model, progress)
-    described = plan.described(Identity(source).weights_digest)
+    described = plan.described("eight-bit", Identity(source).weights_digest)
     name = f"{plan.study}-{Path(source.name).name}-{digest_json(described)[:8]}"
     folder = RunFolder(out or Path("runs") / name, described)
     progress(f"run {folder.run_id} in {folder.path}")
-    todo = [cell for cell in cells_of(plan) if not is_done(folder, plan, cell)]
-    if todo and ray is not None:
-        from bitassay.studies.cluster import run_on_ray
-
-        run_on_ray(folder, todo, ray, progress)
-    elif todo:
-        count, threads = crew_size(plan, source.folder, jobs)
-        run_local(folder, todo, count, threads, progress)
+    do_cells(folder, plan, source.folder, jobs, ray, progress)
     found = findings(folder, plan)
-    if find_study(plan.study).speed:
+    if plan.speed:
         found.speed, found.products = _speed(plan, folder, repeats, progress)
     run = {
         "schema": described["schema"],
@@ -104,9 +90,9 @@ def run_eight_bit(
             "origin": source.origin,
             "weights_digest": described["weights_digest"],
         },
-        "settings": plan.to_dict(),
+        "settings": plan.settings,
         "protocols": {
-            "text": plan.protocol.id if plan.blocks else None,
+            "text": plan.protocol.id if plan.protocol else None,
             "questions": question_protocol(plan, described["questions"]["whole"]),
             "questions_source": described["questions"]["source"],
         },
@@ -114,7 +100,7 @@ def run_eight_bit(
         "paired difference",
         "rows": rows_of(found),
         "pairs": pairs_of(found),
-        "claims": judged(found),
+        "claims": judged(found, CLAIMS),
         "uneven_groups": uneven_groups(found),
         "speed": found.speed,
         "products": found.products,
@@ -124,32 +110,21 @@ def run_eight_bit(
     return run, folder.path
 
 
-def crew_size(plan: EightBitPlan, model: Path, jobs: int | None) -> tuple[int, int]:
-    """Processes at a time, and threads of each. By default one process a core (one in all on a GPU), as many
-    as have room for two models and the logits of a block."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if jobs is None:
-        weights = sum(path.stat().st_size for path in model.glob("*.safetensors"))
-        room = psutil.virtual_memory().available // max(1, 2 * weights + 2 * 10**9)
-        jobs = 1 if plan.device != "cpu" else max(1, min(cores, int(room)))
-    return jobs, max(1, cores // jobs)
-
-
-def question_protocol(plan: EightBitPlan, whole: bool) -> str:
+def question_protocol(plan: VariantPlan, whole: bool) -> str:
     """Everything about the questions that changes the number."""
     spread = f"{len(plan.subjects)} subjects"
     return f"mmlu/5-shot[n={plan.questions} over {spread}{'' if whole else ' of the bundled slice'}]"
 
 
-def findings(folder: RunFolder, plan: EightBitPlan) -> Findings:
+def findings(folder: RunFolder, plan: VariantPlan) -> EightBitFindings:
     """Read what all cells made."""
-    found = Findings(plan, {variant.name: variant for variant in plan.variants})
+    found = EightBitFindings(plan, {variant.name: variant for variant in plan.variants})
     for place, (name, variant) in enumerate(found.variants.items()):
         asked = folder.part(f"questions-{place:02d}", dict)
         if "refused" in asked:
             found.refused[name] = asked["refused"]
             continue
-        found.asked[name] = asked
+        found.facts[name], found.asked[name] = read_facts(folder, variant), asked
         found.right[name] = {method: asked[method]["right"] for method in METHODS}
         if plan.blocks:
             text = read_text(folder, plan, variant)
@@ -159,7 +134,7 @@ def findings(folder: RunFolder, plan: EightBitPlan) -> Findings:
 
 
 def _speed(
-    plan: EightBitPlan, folder: RunFolder, repeats: int, progress: Progress
+    plan: VariantPlan, folder: RunFolder, repeats: int, progress: Progress
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     recipes = [variant.recipe for variant in plan.variants if variant.granularity == "row" and variant.recipe]
     timed, _ = bench(
@@ -180,7 +155,7 @@ def _speed(
     return timed, products
 
 
-def rows_of(found: Findings) -> list[dict[str, Any]]:
+def rows_of(found: EightBitFindings) -> list[dict[str, Any]]:
     """A row a variant, in the study's order, which is no ranking; the base is the first."""
     adjusted = {method: _against_base(found, method) for method in METHODS}
     rows = []
@@ -194,9 +169,8 @@ def rows_of(found: Findings) -> list[dict[str, Any]]:
             "refused": found.refused.get(name),
         }
         if name in found.asked:
-            row |= {key: found.asked[name][key] for key in ("recipe_id", "bits_per_weight", "size_bytes")}
-            if variant.torchao:
-                row |= {"bits_per_weight": None, "size_bytes": None}
+            facts = found.facts[name]
+            row |= {key: facts.get(key) for key in ("recipe_id", "bits_per_weight", "size_bytes")}
             if name in found.text:
                 row |= summarise(found.text[name], found.text[BASE], found.plan.seed).to_dict()
             for method in METHODS:
@@ -206,7 +180,7 @@ def rows_of(found: Findings) -> list[dict[str, Any]]:
     return rows
 
 
-def _against_base(found: Findings, method: str) -> dict[str, dict[str, Any]]:
+def _against_base(found: EightBitFindings, method: str) -> dict[str, dict[str, Any]]:
     """Accuracy of every variant, and its difference from the base's."""
     base = found.right[BASE][method]
     accuracies = {
@@ -236,7 +210,7 @@ def _unparsed(answers: Sequence[Sequence[str]]) -> int:
     return sum(str(given[0]).strip() not in LETTERS for given in answers)
 
 
-def comparisons(found: Findings) -> list[Pair]:
+def comparisons(found: EightBitFindings) -> list[Pair]:
     """Which variants are compared with which, by family; only those that there are."""
     pairs: list[Pair] = []
 
@@ -259,7 +233,7 @@ def comparisons(found: Findings) -> list[Pair]:
     return pairs
 
 
-def pairs_of(found: Findings) -> list[dict[str, Any]]:
+def pairs_of(found: EightBitFindings) -> list[dict[str, Any]]:
     """Every comparison: the second's figures less the first's. p-values are adjusted within a family."""
     rows = []
     for family, first, second in comparisons(found):
@@ -284,7 +258,7 @@ def pairs_of(found: Findings) -> list[dict[str, Any]]:
 
 
 def accuracy_difference(
-    found: Findings, first: tuple[str, str], second: tuple[str, str], level: float = 0.95
+    found: EightBitFindings, first: tuple[str, str], second: tuple[str, str], level: float = 0.95
 ) -> tuple[float, tuple[float, float]]:
     """(variant, method) against (variant, method) on the same questions: the second's accuracy less the
     first's, and its interval at `level`."""
@@ -294,12 +268,12 @@ def accuracy_difference(
     return (gained - lost) / len(a), difference_interval(gained, lost, len(a), level)
 
 
-def uneven_groups(found: Findings) -> dict[str, list[int]]:
+def uneven_groups(found: EightBitFindings) -> dict[str, list[int]]:
     """By granularity, which lengths of rows its groups do not divide: there the last group is shorter."""
     uneven: dict[str, set[int]] = {}
-    for name, asked in found.asked.items():
+    for name, facts in found.facts.items():
         granularity = found.variants[name].granularity
         group = Granularity.parse(GRANULARITIES[granularity]).group_size if granularity else None
         if granularity and group:
-            uneven.setdefault(granularity, set()).update(c for c in asked["columns"] if c % group)
+            uneven.setdefault(granularity, set()).update(c for c in facts["columns"] if c % group)
     return {granularity: sorted(columns) for granularity, columns in uneven.items() if columns}

@@ -1,0 +1,115 @@
+"""What a variant stores and what a token costs it: bits, bytes of weights that decoding one token reads,
+floating-point operations, passes of a layer.
+
+    bytes   the codes, scales and all that is stored with a matrix, once a pass that reads them, and the head;
+            what is not quantized counts 16 bits a weight, whatever dtype it is computed in
+    flop    2 a weight and product; n roundings of one input are n products
+
+Of dynamic passes and planes on demand, what a text really took is measured with it (`Read`).
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from bitassay.bench.roofline import matrices_of
+from bitassay.evaluate.divergence import window_logits
+from bitassay.models.walk import decoder_layers
+from bitassay.quantize.calibration import Calibration, calibration_tokens
+from bitassay.quantize.model import (
+    bits_per_weight,
+    cache_slots,
+    quantization_of,
+    size_bytes,
+)
+from bitassay.quantize.replication import Chosen
+from bitassay.record.progress import silent
+from bitassay.replicate.on_demand import gated_logits, planes_on_demand
+from bitassay.replicate.passes import Usage
+from bitassay.replicate.select import chosen_layers
+from bitassay.studies.variants import Reading
+
+COSTS = ("passes", "bytes")
+
+
+class Read(NamedTuple):
+    """A window as a variant read it: the logits at all positions but the last; passes of a layer and, of
+    planes on demand, bytes of weights, both for a token on average."""
+
+    logits: Float[Tensor, "predicted vocabulary"]
+    passes: float
+    bytes: float | None
+
+    @property
+    def costs(self) -> dict[str, Tensor]:
+        found = {name: getattr(self, name) for name in COSTS}
+        return {k: torch.tensor(v, dtype=torch.float64) for k, v in found.items() if v is not None}
+
+
+def facts_of(model: PreTrainedModel) -> dict[str, Any]:
+    """What a model stores and what a token costs."""
+    done, matrices = quantization_of(model), matrices_of(model)
+    tensors = {} if done is None else done.tensors
+    body = matrices.body_bytes + matrices.reached * matrices.expert_bytes
+    return {
+        "recipe_id": None if done is None else done.recipe.recipe_id,
+        "bits_per_weight": bits_per_weight(model),
+        "size_bytes": size_bytes(model),
+        "columns": sorted({tensor.shape[1] for tensor in tensors.values()}),
+        "bytes_per_token": (body if tensors else body * 2 / model.dtype.itemsize) + 2 * matrices.head_weights,
+        "flop_per_token": 2 * (_products(model) * matrices.body_weights + matrices.head_weights),
+        "passes": cache_slots(model) / len(decoder_layers(model)),
+    }
+
+
+def _products(model: PreTrainedModel) -> int:
+    """How many products there are with each matrix in a pass."""
+    done = quantization_of(model)
+    plan = None if done is None else done.recipe.replication
+    return plan.copies if plan is not None and (plan.of, plan.differ) == ("linear", "inputs") else 1
+
+
+def window_reader(
+    base: PreTrainedModel, model: PreTrainedModel, reading: Reading | None
+) -> Callable[[Int[Tensor, " tokens"]], Read]:
+    """How a variant reads a window. `base` is the model before it was quantized."""
+    if reading is None:
+        return lambda window: _read(model, window)
+    deep, reader = planes_on_demand(model)
+    if reading.layers is not None:
+        reader.deep_layers = frozenset(_chosen(base, model, reading.layers))
+
+    def read(window: Int[Tensor, " tokens"]) -> Read:
+        reader.clear()
+        if reading.threshold is not None:
+            logits = gated_logits(deep, reader, window, reading.threshold)[0][:-1]
+        else:
+            with reader.reading(1):
+                logits = window_logits(deep, window)
+        return Read(logits, 1.0, reader.bytes_per_token)
+
+    return read
+
+
+def _read(model: PreTrainedModel, window: Int[Tensor, " tokens"]) -> Read:
+    done, layers = quantization_of(model), len(decoder_layers(model))
+    plan = None if done is None else done.recipe.replication
+    if plan is None or plan.stop is None:
+        return Read(window_logits(model, window), cache_slots(model) / layers, None)
+    usage: Usage = model.replication_usage  # type: ignore[assignment]
+    usage.clear()
+    return Read(window_logits(model, window), 1 + usage.passes_per_token / layers, None)
+
+
+def _chosen(base: PreTrainedModel, model: PreTrainedModel, chosen: Chosen) -> list[int]:
+    done = quantization_of(model)
+    assert done is not None
+    schemes = {name: done.recipe.scheme_for(name) for name in done.tensors}
+    tokens = (
+        None if chosen.by == "error" else calibration_tokens(base, done.recipe.calibration or Calibration())
+    )
+    return chosen_layers(base, schemes, chosen, tokens, silent)

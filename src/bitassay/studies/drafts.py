@@ -1,0 +1,52 @@
+"""Self-speculative decoding in a study: plane 1 drafts, all planes check, and the text is to be the one that
+all planes write by themselves (`generate/speculative.py`).
+
+In float32, where two tokens hardly ever tie within rounding. Seconds are of models that hold dense weights,
+in which plane 1 is no cheaper to read than all planes: they show what the bookkeeping costs, and the bound
+what reading packed codes could gain.
+"""
+
+import time
+from typing import Any
+
+from bitassay.data.windows import Protocol, token_windows
+from bitassay.generate.decode import generate
+from bitassay.generate.speculative import speculate
+from bitassay.models.load import load, tokenizer
+from bitassay.quantize.pipeline import quantize_once
+from bitassay.quantize.recipe import Recipe
+from bitassay.replicate.on_demand import planes_on_demand
+from bitassay.studies.variants import VariantPlan
+
+TEXTS, PROMPT_TOKENS, NEW_TOKENS = 8, 32, 32
+
+
+def drafted(plan: VariantPlan, recipe: Recipe, length: int) -> dict[str, Any]:
+    """Greedy texts with drafts of so many tokens and without any, one entry a text: whether they are
+    identical, how many tokens were drafted and stood, checks, bytes of weights a token, seconds."""
+    assert plan.protocol is not None
+    base = load(plan.model, dtype="float32", device=plan.device, trust_remote_code=plan.trust_remote_code)
+    model, reader = planes_on_demand(quantize_once(base, recipe))
+    prompts = token_windows(
+        tokenizer(base), Protocol(plan.protocol.corpus, window_tokens=PROMPT_TOKENS, windows=TEXTS)
+    )[0]
+    texts = []
+    for prompt in prompts.tolist():
+        start = time.perf_counter()
+        plain = generate(model, [prompt], max_new_tokens=NEW_TOKENS)[0].output_ids
+        between = time.perf_counter()
+        found = speculate(model, reader, prompt, max_new_tokens=NEW_TOKENS, draft_tokens=length)
+        texts.append(
+            {
+                "identical": found.output_ids == plain,
+                "tokens": len(plain),
+                "drafted": found.drafted,
+                "accepted": found.accepted,
+                "checks": found.checks,
+                "bytes_per_token": found.bytes_per_token,
+                "plain_bytes_per_token": found.plain_bytes_per_token,
+                "plain_seconds": between - start,
+                "seconds": time.perf_counter() - between,
+            }
+        )
+    return {"draft_tokens": length, "texts": texts}

@@ -1,0 +1,230 @@
+"""Run a study of replication (`replication.py`): its cells, speeds, then what they say.
+
+    OUT/plan.json, parts/    as every run folder (`record/run.py`); a file for what each cell made
+    OUT/bench/GROUP/         speeds: a group's models take turns with the base, alone, after all cells
+    OUT/run.json             rows, pairs of replicas and controls, drafts, claims
+
+A replica *beats* a control where its KL to the base is lower beyond doubt, `false` where it is higher beyond
+doubt, and None where the interval, paired by window, holds zero. Grades are the document's.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import AutoConfig
+
+from bitassay.bench.environment import environment
+from bitassay.bench.models import bench
+from bitassay.bench.rounds import ratio_of
+from bitassay.data.corpora import corpus
+from bitassay.evaluate.compare import summarise, text_difference
+from bitassay.evaluate.statistics import bootstrap_means, percentile_interval
+from bitassay.models.load import Identity
+from bitassay.models.source import resolve
+from bitassay.quantize.recipe import BASE as TIMED_BASE
+from bitassay.quantize.recipe import Recipe
+from bitassay.record.files import write_json
+from bitassay.record.hashing import digest_json
+from bitassay.record.progress import Progress, silent
+from bitassay.record.run import RunFolder
+from bitassay.replicate.controls import KINDS
+from bitassay.studies.cells import Cell, read_costs, read_facts, read_text
+from bitassay.studies.claims import judged
+from bitassay.studies.crew import do_cells
+from bitassay.studies.replication import REPLICA, Place, find_study, replication_plan
+from bitassay.studies.replication_claims import CLAIMS
+from bitassay.studies.variants import Findings, VariantPlan
+
+GRADES = {0.5: "excellent", 1.0: "good", 2.0: "acceptable"}  # by the increase of perplexity
+ONE_BIT_GRADES = GRADES | {10.0: "acceptable for 1 bit"}
+
+Row = dict[str, Any]
+
+
+def run_replication(
+    study: str,
+    model: str,
+    *,
+    out: Path | None = None,
+    jobs: int | None = None,
+    ray: str | None = None,
+    repeats: int = 3,
+    progress: Progress = silent,
+    **options: Any,
+) -> tuple[dict[str, Any], Path]:
+    """Run a study on MODEL; the run (the content of run.json) and its folder. jobs, ray: as `do_cells`.
+    repeats: rounds of timing. `options` go to `replication_plan`.
+
+    Raises BitassayError for bad input, MissingError for what the environment lacks.
+    """
+    find_study(study)
+    source = resolve(model, progress)
+    config = AutoConfig.from_pretrained(
+        source.folder, trust_remote_code=options.get("trust_remote_code", False)
+    )
+    layers = config.get_text_config(decoder=True).num_hidden_layers
+    plan, places = replication_plan(study, model, layers, **options)
+    described = plan.described("replication", Identity(source).weights_digest)
+    name = f"{study}-{Path(source.name).name}-{digest_json(described)[:8]}"
+    folder = RunFolder(out or Path("runs") / name, described)
+    progress(f"run {folder.run_id} in {folder.path}")
+    do_cells(folder, plan, source.folder, jobs, ray, progress)
+    found = findings(folder, plan)
+    speed = _speed(plan, places, folder, repeats, progress) if plan.speed else {}
+    pairs = pairs_of(found, places)
+    assert plan.protocol is not None
+    run = {
+        "schema": described["schema"],
+        "kind": "replication",
+        "study": study,
+        "about": find_study(study).about,
+        "run_id": folder.run_id,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "model": {
+            "name": source.name,
+            "origin": source.origin,
+            "weights_digest": described["weights_digest"],
+        },
+        "settings": plan.settings,
+        "protocol": plan.protocol.id,
+        "corpus_source": corpus(plan.protocol.corpus).source,
+        "interval": "95 %, expanded percentile bootstrap over windows, paired",
+        "rows": [row_of(found, place, pairs, speed) for place in places],
+        "pairs": pairs,
+        "drafts": drafts_of(folder, plan),
+        "claims": judged(found, CLAIMS),
+        "environment": environment(),
+    }
+    write_json(folder.path / "run.json", run)
+    return run, folder.path
+
+
+def findings(folder: RunFolder, plan: VariantPlan) -> Findings:
+    """Read what all cells made."""
+    found = Findings(plan, {variant.name: variant for variant in plan.variants})
+    for name, variant in found.variants.items():
+        text = read_text(folder, plan, variant)
+        assert not isinstance(text, str)
+        found.text[name] = text
+        found.facts[name] = _with_costs(read_facts(folder, variant), read_costs(folder, plan, variant))
+    return found
+
+
+def _with_costs(facts: dict[str, Any], costs: dict[str, float]) -> dict[str, Any]:
+    """Facts, with what the text really took in the place of what it could take at most."""
+    share = costs["passes"] / facts["passes"]
+    return facts | {
+        "passes": costs["passes"],
+        "flop_per_token": facts["flop_per_token"] * share,
+        "bytes_per_token": costs.get("bytes", facts["bytes_per_token"] * share),
+    }
+
+
+def row_of(found: Findings, place: Place, pairs: Sequence[Row], speed: dict[str, Row]) -> Row:
+    """One line of the table."""
+    facts, recipe = found.facts[place.variant], found.variants[place.variant].recipe
+    quality = summarise(found.text[place.variant], found.text[found.plan.base], found.plan.seed).to_dict()
+    timed = speed.get(place.variant, {})
+    kept = ("bits_per_weight", "size_bytes", "passes", "flop_per_token", "bytes_per_token")
+    row: Row = {
+        **asdict(place),
+        "recipe_id": facts["recipe_id"],
+        **{key: facts[key] for key in kept},
+        **quality,
+        "grade": grade(quality["ppl_delta"], recipe),
+        "decode_tok_s": timed.get("decode_tok_s"),
+        "decode_ratio": timed.get("decode_ratio"),
+        "decode_ratio_ci": timed.get("decode_ratio_ci"),
+        "peak_bytes": timed.get("peak_device_bytes") or timed.get("peak_resident_bytes"),
+    }
+    for kind in KINDS if place.role == REPLICA else ():
+        mine = [pair for pair in pairs if pair["group"] == place.group and kind in pair["role"].split(", ")]
+        row[f"beats_{kind.replace('-', '_')}"] = mine[0]["beats"] if mine else None
+    return row
+
+
+def grade(ppl_delta: float, recipe: Recipe | None) -> str | None:
+    """What the document calls such an increase of perplexity; None where it has no word for it. At 1 bit
+    there is one more."""
+    scheme = None if recipe is None else recipe.weights
+    grades = ONE_BIT_GRADES if scheme is not None and scheme.number_format.bits < 2 else GRADES
+    return next((name for most, name in grades.items() if ppl_delta < most), None)
+
+
+def pairs_of(found: Findings, places: Sequence[Place]) -> list[Row]:
+    """Every replica less each of its controls."""
+    replicas = {place.group: place.variant for place in places if place.role == REPLICA}
+    rows = []
+    for place in places:
+        replica = replicas.get(place.group)
+        if replica is None or place.role == REPLICA:
+            continue
+        apart = text_difference(found.text[place.variant], found.text[replica], found.plan.seed)
+        rows.append(
+            {
+                "group": place.group,
+                "role": place.role,
+                "replica": replica,
+                "control": place.variant,
+                **asdict(apart),
+                "beats": beats(apart.kl_ci),
+            }
+        )
+    return rows
+
+
+def beats(interval: tuple[float, float] | None) -> bool | None:
+    """Of a difference that is good where it is negative; None: not decided."""
+    if interval is None or interval[0] <= 0 <= interval[1]:
+        return None
+    return interval[1] < 0
+
+
+def _speed(
+    plan: VariantPlan, places: Sequence[Place], folder: RunFolder, repeats: int, progress: Progress
+) -> dict[str, Row]:
+    """Timings by variant. Each group's models and the base take turns; ratios are to the base."""
+    recipes, found = {variant.name: variant.recipe for variant in plan.variants}, dict[str, Row]()
+    for group in dict.fromkeys(place.group for place in places):
+        mine = [recipe for p in places if p.group == group and (recipe := recipes[p.variant]) is not None]
+        if mine:
+            run, _ = bench(
+                plan.model,
+                mine,
+                out=folder.path / "bench" / group,
+                batches=(1,),
+                contexts=(),
+                repeats=repeats,
+                dtype=plan.dtype,
+                device=plan.device,
+                progress=progress,
+                trust_remote_code=plan.trust_remote_code,
+            )
+            rows = {row["model"]: row for row in run["rows"]}
+            found = {plan.base: rows.pop(TIMED_BASE)} | found | rows
+    return found
+
+
+def drafts_of(folder: RunFolder, plan: VariantPlan) -> list[Row]:
+    """A row for each length of drafts: means over texts with their intervals; speed is the ratio of seconds
+    without and with drafts, speed_bound that of bytes read."""
+    rows = []
+    for place in range(len(plan.drafts)):
+        found = folder.part(Cell("drafts", place).name, dict)
+        texts, row = found["texts"], {"draft_tokens": found["draft_tokens"], "texts": len(found["texts"])}
+        row["identical"] = sum(text["identical"] for text in texts)
+        each = {
+            "acceptance": [text["accepted"] / max(1, text["drafted"]) for text in texts],
+            "speed_bound": [text["plain_bytes_per_token"] / text["bytes_per_token"] for text in texts],
+        }
+        for name, values in each.items():
+            row[name] = float(np.mean(values))
+            spread = bootstrap_means(np.array(values), plan.seed)
+            row[f"{name}_ci"] = percentile_interval(spread, len(values))
+        ratio = ratio_of([text["plain_seconds"] for text in texts], [text["seconds"] for text in texts])
+        rows.append(row | {"speed": ratio.value, "speed_ci": ratio.interval})
+    return rows
