@@ -11,7 +11,7 @@ NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 
 
 def test_there_is_one_for_each_family():
-    assert [path.stem for path in NOTEBOOKS] == ["int8-fp8", "verification"]
+    assert [path.stem for path in NOTEBOOKS] == ["int8-fp8", "replication", "verification"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -92,8 +92,9 @@ class Matrices:
         )
 
 
-def matrices_of(model: PreTrainedModel) -> Matrices:
-    """Count the weights of a model, packed or dense."""
+def matrices_of(model: PreTrainedModel, dense_bytes: int | None = None) -> Matrices:
+    """Count the weights of a model, packed or dense. dense_bytes: of a weight that is not quantized (default:
+    as it is held)."""
     done = quantization_of(model)
     tensors = done.tensors if done is not None else {}
     embedding, output = model.get_input_embeddings().weight, model.get_output_embeddings()
@@ -112,11 +113,13 @@ def matrices_of(model: PreTrainedModel) -> Matrices:
         add(kind, times * tensor.stored_bits / 8, times * tensor.shape[0] * tensor.shape[1])
         counted |= {f"{name}.weight", name.rpartition(".")[0]}
     for name, parameter in model.named_parameters():
+        count = parameter.numel()
+        held = count * (dense_bytes or parameter.itemsize)
         if parameter is head:
-            add("head", parameter.nbytes, parameter.numel())
+            add("head", held, count)
         elif parameter is not embedding and name not in counted:  # of the embedding, a row a token is read
             times = again(name)
-            add("expert" if name in experts else "body", times * parameter.nbytes, times * parameter.numel())
+            add("expert" if name in experts else "body", times * held, times * count)
     text = model.config.get_text_config(decoder=True)
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return Matrices(

@@ -4,11 +4,11 @@
     equal-bits    one matrix of as many stored bits as all copies together
     equal-flops   one pass with as many bit operations: passes x bits of a weight (x bits of an input)
 
-n copies of b bits in groups of g weights store as much as one matrix of n b bits in groups of g / n; that
-recipe also does their bit operations in one pass. Where there is no integer of n b bits, or layers have
-different counts, the control is mixed bits at the same average, spent where they matter most. Copies that
-share their codes store nothing more, so at equal bits their control is `single`; n roundings of the inputs
-to a bits do the work of one to n a bits. Above 8 bits a control has 8, which is less than it may.
+n copies of b bits in groups of g weights store as much as one matrix of n b bits in groups of g / n (rounded
+up); that recipe also does their bit operations in one pass. Where there is no integer of n b bits, or layers
+have different counts, the control is mixed bits at the same average, spent where they matter most. Copies
+that share their codes store nothing more, so at equal bits their control is `single`; n roundings of the
+inputs to a bits do the work of one to n a bits. Above 8 bits a control has 8, which is less than it may.
 """
 
 from dataclasses import dataclass
@@ -87,7 +87,7 @@ def widened(scheme: WeightScheme, count: int) -> dict[str, Any]:
     granularity = Granularity.parse(scheme.granularity)
     fields = _plain(scheme) | {"format": INTEGERS[bits]}
     if granularity.group_size is not None:
-        fields["granularity"] = f"g{max(1, granularity.group_size // count)}"
+        fields["granularity"] = f"g{-(-granularity.group_size // count)}"
     return fields
 
 

@@ -37,7 +37,7 @@ def _measured(row: Row) -> str:
 CLAIM_COLUMNS = [
     Column("section", "section", align="left"),
     Column("claim", "claim", align="left"),
-    Column("expected", "the document has", align="left"),
+    Column("expected", "expected", align="left"),
     Column("verdict", "verdict", align="left"),
     Column("measured", "measured", _measured, align="left", whole_row=True),
 ]

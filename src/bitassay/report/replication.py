@@ -14,20 +14,20 @@ from matplotlib.figure import Figure
 from bitassay.report.bench import page_table, write_tables
 from bitassay.report.claims import CLAIM_COLUMNS
 from bitassay.report.figures import COLOURS, INK, STYLE, label_points, svg
-from bitassay.report.tables import Column, number, percent, significant, size, with_interval
+from bitassay.report.tables import MISSING, Column, number, percent, significant, size, with_interval
 
 Row = dict[str, Any]
 WORDS = {True: "yes", False: "no", None: "not decided"}
 
 
 def _beats(kind: str) -> Column:
-    """Empty in the rows of controls; in a replica's that has no such control too."""
-    key = f"beats_{kind}"
+    """Whether a replica does; nothing where it has no such control, or is none."""
+    key = f"beats_{kind.replace('-', '_')}"
 
     def text(row: Row) -> str:
-        return WORDS[row[key]] if key in row else "-"
+        return WORDS[row[key]] if kind in row["controls"] else MISSING
 
-    return Column("role", f"beats\n{kind.replace('_', ' ')}", text, whole_row=True, also=(key,))
+    return Column("controls", f"beats\n{kind.replace('-', ' ')}", text, whole_row=True, also=(key,))
 
 
 ROW_COLUMNS = [
@@ -46,7 +46,7 @@ ROW_COLUMNS = [
     Column("decode_tok_s", "decode\ntok/s", significant(3)),
     Column("peak_bytes", "peak\nmemory", size),
     Column("grade", "grade", align="left"),
-    *map(_beats, ("single", "equal_bits", "equal_flops")),
+    *map(_beats, ("single", "equal-bits", "equal-flops")),
 ]
 PAIR_COLUMNS = [
     Column("group", "replica", align="left"),

@@ -181,11 +181,15 @@ class EightBitRun(_Part):
 
 
 class ReplicationRow(_Compared):
-    """Without `beats_...`: no replica."""
+    """controls: the kinds that there are of a replica; none of another row."""
 
     group: Annotated[str, Field(min_length=1, max_length=64)]
     role: Text
     variant: Text
+    controls: list[Text]
+    beats_single: bool | None
+    beats_equal_bits: bool | None
+    beats_equal_flops: bool | None
     bits_per_weight: Finite
     size_bytes: Count
     flop_per_token: Positive

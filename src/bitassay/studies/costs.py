@@ -52,16 +52,16 @@ class Read(NamedTuple):
 
 def facts_of(model: PreTrainedModel) -> dict[str, Any]:
     """What a model stores and what a token costs."""
-    done, matrices = quantization_of(model), matrices_of(model)
+    done, matrices = quantization_of(model), matrices_of(model, dense_bytes=2)
     tensors = {} if done is None else done.tensors
-    body = matrices.body_bytes + matrices.reached * matrices.expert_bytes
+    weights = matrices.body_weights + matrices.reached * matrices.expert_weights
     return {
         "recipe_id": None if done is None else done.recipe.recipe_id,
         "bits_per_weight": bits_per_weight(model),
         "size_bytes": size_bytes(model),
         "columns": sorted({tensor.shape[1] for tensor in tensors.values()}),
-        "bytes_per_token": (body if tensors else body * 2 / model.dtype.itemsize) + 2 * matrices.head_weights,
-        "flop_per_token": 2 * (_products(model) * matrices.body_weights + matrices.head_weights),
+        "bytes_per_token": matrices.token_bytes,
+        "flop_per_token": 2 * (_products(model) * weights + matrices.head_weights),
         "passes": cache_slots(model) / len(decoder_layers(model)),
     }
 

@@ -141,9 +141,11 @@ def row_of(found: Findings, place: Place, pairs: Sequence[Row], speed: dict[str,
         "decode_ratio_ci": timed.get("decode_ratio_ci"),
         "peak_bytes": timed.get("peak_device_bytes") or timed.get("peak_resident_bytes"),
     }
-    for kind in KINDS if place.role == REPLICA else ():
-        mine = [pair for pair in pairs if pair["group"] == place.group and kind in pair["role"].split(", ")]
-        row[f"beats_{kind.replace('-', '_')}"] = mine[0]["beats"] if mine else None
+    mine = [pair for pair in pairs if pair["group"] == place.group and place.role == REPLICA]
+    by_kind = {kind: pair for pair in mine for kind in pair["role"].split(", ")}
+    row["controls"] = list(by_kind)
+    for kind in KINDS:
+        row[f"beats_{kind.replace('-', '_')}"] = by_kind[kind]["beats"] if kind in by_kind else None
     return row
 
 

@@ -1,0 +1,95 @@
+"""`bitassay study run control-table` and its like: what it prints and writes, and what it refuses. Cells and
+timings are done in this process."""
+
+import json
+
+import pytest
+
+from bitassay.bench import models
+from bitassay.bench.worker import local_runner
+from bitassay.studies import crew
+from bitassay.studies.cells import Bench
+from bitassay.studies.replication import STUDIES, W2, Group, Study, group
+from bitassay.studies.variants import VariantPlan
+
+WORDS = ("--model", "stories260k", "--windows", "3", "--window", "48")
+SMALL = Study(
+    "control-table",
+    "two groups",
+    (Group("Baseline"), group("Simple-2bit", W2, {}, activations={"format": "int8"})),
+    speed=True,
+)
+ASKED = {"group", "bits_per_weight", "ppl", "ppl_delta", "ppl_delta_ci", "kl_mean", "kl_ci", "decode_tok_s"}
+ASKED |= {"peak_bytes", "grade", "flop_per_token", "size_bytes", "passes"}
+
+
+@pytest.fixture
+def study(bitassay, monkeypatch, tmp_path):
+    def in_process(folder, cells, *_):
+        bench = Bench(VariantPlan.of(folder.plan["plan"]), folder.plan["weights_digest"])
+        for cell in cells:
+            bench.work(cell, folder)
+
+    class InProcess:
+        def __init__(self, name, job, folder, progress):
+            runner = local_runner(job, progress)
+            self.facts, self.measure = runner.facts, runner.measure
+            self.limits = lambda: {"bandwidth": 1e9, "peaks": {"bfloat16": 1e9}}
+            self.stop = lambda: None
+
+    monkeypatch.setattr(crew, "run_local", in_process)
+    monkeypatch.setattr(models, "Worker", InProcess)
+    monkeypatch.setitem(STUDIES, "control-table", SMALL)
+    return lambda *words: bitassay("study", "run", *words, "--out", str(tmp_path / "r"))
+
+
+def test_a_table_a_page_and_a_report_of_it(study, bitassay, tmp_path):
+    done = study("control-table", *WORDS, "--format", "json")
+    assert done.status == 0, done.err
+    rows = json.loads(done.out)["rows"]
+    assert [row["group"] for row in rows] == ["Baseline", *["Simple-2bit"] * 3]
+    assert all(row.keys() >= ASKED and row["decode_tok_s"] > 0 < row["peak_bytes"] for row in rows)
+    assert {rows[1][f"beats_{kind}"] for kind in ("single", "equal_bits", "equal_flops")} <= {
+        True,
+        False,
+        None,
+    }
+    assert rows[1]["flop_per_token"] > 1.8 * rows[2]["flop_per_token"]
+    page = (tmp_path / "r/report.html").read_text()
+    assert "<svg" in page
+    assert not any(word in page for word in ("src=", "url(http", "<script", 'href="http'))
+    again = bitassay("report", str(tmp_path / "r"), "--out", str(tmp_path / "again.html"))
+    assert (again.status, (tmp_path / "again.html").read_text()) == (0, page)
+    table = study("control-table", *WORDS)  # from the run folder
+    assert [line.split()[0] for line in table.out.splitlines()[4:8]] == [row["group"] for row in rows]
+    assert "bring a 2-bit model nearer" in table.out
+    run = json.loads((tmp_path / "r/run.json").read_text())
+    run["pairs"][0]["beats"] = "surely"
+    (tmp_path / "r/run.json").write_text(json.dumps(run))
+    refused = bitassay("report", str(tmp_path / "r"), "--out", str(tmp_path / "third.html"))
+    assert (refused.status, "pairs.0.beats" in refused.err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("control-table",), "no model was given"),
+        (("control-table", *WORDS, "--only", "Simple-3bit"), "no group 'Simple-3bit'"),
+        (("phase1", "exp1", *WORDS), "no INT8/FP8 study is called 'exp1'"),
+        (("phase5", *WORDS), "phase5"),
+        (("control-table", *WORDS, "--precision", "int8"), "--precision int8 is none of"),
+    ],
+)
+def test_what_it_refuses(study, words, said, tmp_path):
+    done = study(*words)
+    assert (done.status, done.out) == (2, "")
+    assert said in done.err
+    assert not (tmp_path / "r").exists()
+
+
+def test_studies_are_listed(bitassay):
+    listed = [row["study"] for row in json.loads(bitassay("study", "list", "--format", "json").out)["rows"]]
+    assert listed[-len(STUDIES) :] == list(STUDIES)
+    from bitassay.cli.study import _REPLICATION
+
+    assert list(STUDIES) == list(_REPLICATION)
