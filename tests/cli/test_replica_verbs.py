@@ -127,9 +127,18 @@ def test_generate(bitassay, folder, replica, tmp_path):
     pytest.importorskip("sacrebleu")
     (tmp_path / "p.txt").write_text("Once upon a time\nThe dog saw\n")
     recipes = [word for name in ("once", "twice") for word in ("--recipe", folder / f"{name}.yaml")]
-    few = ["--prompts-file", tmp_path / "p.txt", "--new-tokens", "12", "--out", tmp_path / "g"]
+    few = [
+        "--prompts-file",
+        tmp_path / "p.txt",
+        "--prompts",
+        "2",
+        "--new-tokens",
+        "12",
+        "--out",
+        tmp_path / "g",
+    ]
     found = json_of(bitassay, "generate", MODEL, *recipes, *few)
-    assert [row["recipe"] for row in found["rows"]] == ["once", "twice"]
+    assert [row["recipe"] for row in found["rows"]] == ["base", "once", "twice"]
 
 
 @pytest.mark.parametrize(

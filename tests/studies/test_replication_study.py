@@ -39,7 +39,8 @@ from bitassay.studies.replication_claims import CLAIMS
 from bitassay.studies.replication_run import beats, grade, run_replication
 from bitassay.studies.variants import Findings, Reading, Variant, VariantPlan
 
-FEW = {"samples": 4, "tokens": 48}
+W2 = W2 | {"scale": "absmax"}  # which is quick
+EVEN = EVEN | {"scale": "absmax"}
 WHOLE = group("both", EVEN, MESHED)
 SMALL = Study(
     "small",
@@ -60,6 +61,16 @@ PROTOCOL = Protocol(windows=5, window_tokens=48)
 HOW = {"protocol": PROTOCOL, "dtype": "float32"}
 
 
+@cache
+def windows_of(protocol):
+    """The text is tokenized once."""
+    return token_windows(bitassay.load("stories260k").tokenizer, protocol)
+
+
+def windows(_tokenizer, protocol):
+    return windows_of(protocol)
+
+
 def in_process(folder, cells, _jobs, _threads, _progress):
     bench = Bench(VariantPlan.of(folder.plan["plan"]), folder.plan["weights_digest"])
     for cell in cells:
@@ -71,7 +82,8 @@ def here():
     """Cells inside this process, drafts of few words, and the study `small`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(crew, "run_local", in_process)
-        patch.setattr("bitassay.studies.cells.token_windows", cache(token_windows))
+        for module in ("cells", "drafts"):
+            patch.setattr(f"bitassay.studies.{module}.token_windows", windows)
         patch.setattr("bitassay.studies.drafts.NEW_TOKENS", 6)
         patch.setattr("bitassay.studies.drafts.TEXTS", 3)
         patch.setattr(replication, "BLOCK", 3)
@@ -206,7 +218,7 @@ def test_passes_that_stop_are_counted(stories, window):
 
 
 def test_planes_are_read_as_deep_as_asked(stories, window):
-    model = quantize(stories, WHOLE.recipe)
+    model, window = quantize(stories, WHOLE.recipe), window[:24]
 
     def read(**how):
         return window_reader(stories, model, Reading(**how))(window)
