@@ -1,9 +1,12 @@
 """Fixtures that several folders use."""
 
 import signal
+from functools import cache
 
 import pytest
 
+from bitassay.quantize import pipeline
+from bitassay.quantize.calibration import calibration_tokens
 from bitassay.testing.tiny import stories260k
 
 # A shell starts background jobs with interrupts ignored, and children inherit that; tests send them some.
@@ -14,3 +17,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def stories():
     """The tiny trained model in fp32; tests must not change it."""
     return stories260k()
+
+
+@cache
+def _calibration_text(spec):
+    return calibration_tokens(stories260k(), spec)
+
+
+@pytest.fixture
+def text_read_once(monkeypatch):
+    """Calibration text, which takes longer to tokenize than these models to quantize, is read once."""
+    monkeypatch.setattr(pipeline, "calibration_tokens", lambda model, spec: _calibration_text(spec))

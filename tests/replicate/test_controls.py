@@ -10,6 +10,8 @@ from bitassay.quantize.pipeline import quantize
 from bitassay.quantize.recipe import Recipe
 from bitassay.replicate.controls import controls
 
+pytestmark = pytest.mark.usefixtures("text_read_once")
+
 RESIDUAL = {"how": "parallel", "of": "linear", "differ": "residual"}
 
 

@@ -13,7 +13,10 @@ from bitassay.quantize.kv_cache import empty_cache
 from bitassay.quantize.model import Quantization, quantization_of, with_tensors
 from bitassay.quantize.pipeline import quantize
 from bitassay.quantize.recipe import Recipe
+from bitassay.replicate import on_demand
 from bitassay.replicate.on_demand import entropy, gated, gated_logits, planes_on_demand
+
+pytestmark = pytest.mark.usefixtures("text_read_once")
 
 PLANES = Recipe.model_validate(
     {
@@ -71,8 +74,10 @@ def test_chosen_layers_read_to_the_bottom(stories, model):
     assert reader.by_token / reader.tokens == pytest.approx(sum(t.stored_bits for t in mixed.values()) / 8)
 
 
+@pytest.mark.parametrize("piece", [1, 7, 64])
 @pytest.mark.parametrize("threshold", [0, 1.5, 3, 99])
-def test_a_gated_text_is_what_decoding_token_by_token_gives(model, threshold):
+def test_a_gated_text_is_what_decoding_token_by_token_gives(model, threshold, piece, monkeypatch):
+    monkeypatch.setattr(on_demand, "PIECE", piece)
     deep, reader = planes_on_demand(model)
     whole, depth = gated_logits(deep, reader, IDS, threshold)
     cache, unsure, stepwise, depths = empty_cache(deep), True, [], []

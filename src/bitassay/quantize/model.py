@@ -10,8 +10,6 @@ import copy
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from importlib import import_module
-from types import ModuleType
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -24,6 +22,7 @@ from bitassay.quantize.experts import put_experts
 from bitassay.quantize.kv_cache import round_cache
 from bitassay.quantize.linear import QuantizedLinear, RoundedInputLinear
 from bitassay.quantize.recipe import Recipe
+from bitassay.quantize.replicas import add_passes
 from bitassay.quantize.replication import Steps, is_replica
 from bitassay.quantize.rotation import add_online
 from bitassay.quantize.tensor import QuantizedTensor
@@ -73,18 +72,14 @@ def with_tensors(
     if quantization.recipe.rotation is not None:
         add_online(model, quantization.recipe.rotation)
     if quantization.passes:
-        replication().add_passes(model, quantization)
+        assert quantization.recipe.replication is not None
+        add_passes(model, quantization.recipe.replication, quantization.passes, quantization.tensors)
     # nn.Module's own __setattr__ is for tensors and modules.
     object.__setattr__(model, "quantization", quantization)
     if isinstance(known := getattr(base, "identity", None), Identity):
         recipe = quantization.recipe
         object.__setattr__(model, "identity", known.with_recipe(recipe.recipe_id, recipe.name))
     return model
-
-
-def replication() -> ModuleType:
-    """What carries out a recipe's `replication`. It is built on this folder, so it is only named here."""
-    return import_module("bitassay.replicate.model")
 
 
 def quantization_of(model: PreTrainedModel) -> Quantization | None:

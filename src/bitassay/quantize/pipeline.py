@@ -30,13 +30,13 @@ from bitassay.quantize.budget import mixed_schemes
 from bitassay.quantize.calibration import Calibration, calibration_tokens
 from bitassay.quantize.generated import BATCH_SAMPLES, continued, prompts
 from bitassay.quantize.latent import latent_linears
+from bitassay.quantize.layer_copies import copies_by_layer, with_copies
 from bitassay.quantize.layers import quantize_layers
 from bitassay.quantize.model import (
     Quantization,
     check_recipe,
     copy_sharing_parameters,
     quantization_of,
-    replication,
     with_tensors,
 )
 from bitassay.quantize.ranges import collect_ranges, input_roundings
@@ -166,7 +166,7 @@ def _quantized(
     made = replace(made, inputs=_inputs(base, made, tokens, counts, progress))
     if not counts:
         return made
-    return replication().with_copies(base, made, before, schemes, counts, tokens, progress)
+    return with_copies(base, made, before, schemes, counts, tokens, progress)
 
 
 def _counts(
@@ -183,7 +183,7 @@ def _counts(
         return {}
 
     def measured() -> dict[str, int]:
-        found = replication().copies_by_layer(draft, plan, schemes, tokens, progress)
+        found = copies_by_layer(draft, plan, schemes, tokens, progress)
         return {str(index): count for index, count in found.items()}
 
     counts = measured() if folder is None else folder.part("copies", measured)

@@ -24,7 +24,7 @@ whose weight is `sum_i c_i W_i`: it is stored and run as that (`copies.py`), at 
     inputs     the grid of the rounded inputs (`activations`) moved by (i + 1/2) / n - 1/2 steps
 
 Layers count from 0. `by` error, kl and massive choose that share of the layers whose weights, whose
-next-token distributions, or whose largest hidden states suffer (`replicate/select.py`). Left out: loops over
+next-token distributions, or whose largest hidden states suffer (`choose_layers.py`). Left out: loops over
 blocks of several layers.
 """
 

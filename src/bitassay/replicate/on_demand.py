@@ -10,8 +10,9 @@ what to read can be decided while it runs:
               a threshold, H_(t-1) > theta, else plane 1. The first token, and a prompt, read all
 
 The gate knows H_(t-1) before it reads anything for token t, so that nothing is read twice. `gated_logits`
-finds for a whole text what decoding it token by token would give: a token's depth depends on the tokens
-before it alone, so rounds over the whole text settle one more token each at least, and mostly far more.
+finds for a whole text what decoding it token by token would give, a piece of it at a time: a token's depth
+depends on the tokens before it alone, so rounds over a piece settle one more token each at least, and mostly
+far more.
 
 `Reader` counts bytes of codes, scales and all that is stored with a plane: by token, as decoding one by one
 reads them, and by forward, which reads a plane once for all its tokens. `generate/speculative.py` lets
@@ -32,10 +33,13 @@ from bitassay.errors import BitassayError
 from bitassay.models.walk import walk
 from bitassay.quantize.activations import InputRounding, rounded_inputs
 from bitassay.quantize.copies import planes
+from bitassay.quantize.kv_cache import empty_cache
 from bitassay.quantize.linear import QuantizedLinear
 from bitassay.quantize.model import copy_sharing_parameters, quantization_of, size_bytes
 from bitassay.quantize.sensitivity import places
 from bitassay.quantize.tensor import QuantizedTensor
+
+PIECE = 64  # tokens that rounds of `gated_logits` go over
 
 Depth = int | Int[Tensor, "batch tokens"]
 
@@ -200,16 +204,23 @@ def gated_logits(
     model: PreTrainedModel, reader: Reader, window: Int[Tensor, " tokens"], threshold: float
 ) -> tuple[Float[Tensor, "tokens vocabulary"], Int[Tensor, " tokens"]]:
     """The logits at every position of a text that is decoded token by token, and the depth of each token."""
-    depth = torch.ones(1, len(window), dtype=torch.long, device=model.device)
-    depth[0, 0] = reader.planes
-    counted = reader.by_token, reader.by_forward, reader.tokens, reader.forwards
-    while True:
-        # The last round alone is what decoding reads.
-        reader.by_token, reader.by_forward, reader.tokens, reader.forwards = counted
-        with reader.reading(depth):
-            logits = model(window[None].to(model.device), use_cache=False).logits[0]
-        wanted = depth.clone()
-        wanted[0, 1:] = torch.where(entropy(logits[:-1]) > threshold, reader.planes, 1)
-        if torch.equal(wanted, depth):
-            return logits, depth[0]
-        depth = wanted
+    cache, logits, depths = empty_cache(model), list[Tensor](), list[Tensor]()
+    first = reader.planes
+    for piece in window[None].to(model.device).split(PIECE, dim=1):
+        depth = torch.ones_like(piece)
+        depth[0, 0] = first
+        counted = reader.by_token, reader.by_forward, reader.tokens, reader.forwards
+        while True:
+            # The last round alone is what decoding reads.
+            reader.by_token, reader.by_forward, reader.tokens, reader.forwards = counted
+            with reader.reading(depth):
+                found = model(piece, past_key_values=cache, use_cache=True).logits[0]
+            wanted = torch.where(entropy(found) > threshold, reader.planes, 1)
+            settled = torch.equal(wanted[:-1], depth[0, 1:])
+            depth[0, 1:], first = wanted[:-1], int(wanted[-1])
+            if settled:
+                break
+            cache.crop(-piece.shape[1])
+        logits.append(found)
+        depths.append(depth[0])
+    return torch.cat(logits), torch.cat(depths)

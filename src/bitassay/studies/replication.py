@@ -179,7 +179,7 @@ def _phase4() -> tuple[Group, ...]:
 
 def _uses() -> tuple[Group, ...]:
     grids, inputs = average("inputs"), {n: {"activations": {"format": f"int{n}"}} for n in (4, 6, 8)}
-    stops = {"copies": 3, "coefficients": "mean", "stop": {"norm": 0.1, "cosine": 0.01}}
+    stops = {"copies": 3, "coefficients": "mean", "stop": {"norm": 0.3, "cosine": 0.05}}
     return (
         Group(BASE),
         *(group(f"w16a{n}", None, **one) for n, one in inputs.items()),
@@ -199,7 +199,7 @@ def _planes() -> tuple[Group, ...]:
     whole = group("both", EVEN, MESHED, **SOLVED)
     depths = {
         "plane-1": Reading(),
-        **{f"gated-{theta:g}": Reading(threshold=theta) for theta in (1.0, 2.0, 3.0, 4.0)},
+        **{f"gated-{theta:g}": Reading(threshold=theta) for theta in (1.0, 2.5, 4.0)},
         **{f"layers-{share:.0%}": Reading(Chosen(by="kl", share=share)) for share in (0.2, 0.4, 0.6, 0.8)},
     }
     mixed = {"formats": ["int2", "int3", "int4"], "samples": 8}

@@ -152,8 +152,9 @@ def row_of(found: Findings, place: Place, pairs: Sequence[Row], speed: dict[str,
 def grade(ppl_delta: float, recipe: Recipe | None) -> str | None:
     """What the document calls such an increase of perplexity; None where it has no word for it. At 1 bit
     there is one more."""
-    scheme = None if recipe is None else recipe.weights
-    grades = ONE_BIT_GRADES if scheme is not None and scheme.number_format.bits < 2 else GRADES
+    scheme = None if recipe is None or recipe.mixed is not None else recipe.weights
+    one_bit = scheme is not None and scheme.number_format.bits < 2
+    grades = ONE_BIT_GRADES if one_bit else GRADES
     return next((name for most, name in grades.items() if ppl_delta < most), None)
 
 

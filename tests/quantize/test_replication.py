@@ -12,6 +12,7 @@ from bitassay.models.load import load
 from bitassay.models.walk import decoder_layers
 from bitassay.quantize.calibration import Calibration, calibration_tokens
 from bitassay.quantize.export import choose_layout, plan_export, save
+from bitassay.quantize.fit_passes import fit_parallel, fit_serial, least_squares
 from bitassay.quantize.gguf_file import check_gguf, reload_difference, write_gguf
 from bitassay.quantize.learned import relative_error
 from bitassay.quantize.model import (
@@ -24,10 +25,11 @@ from bitassay.quantize.model import (
 from bitassay.quantize.pipeline import quantize
 from bitassay.quantize.recipe import Recipe
 from bitassay.quantize.replication import ReplicationPlan
-from bitassay.replicate.fit import fit_parallel, fit_serial, least_squares
 from bitassay.verify.calibrate import calibrate
 from bitassay.verify.prove import prove_many
 from bitassay.verify.verdict import verify
+
+pytestmark = pytest.mark.usefixtures("text_read_once")
 
 IDS = torch.randint(3, 500, (2, 20), generator=torch.Generator().manual_seed(0))
 INT2 = {"format": "int2", "granularity": "g32", "scale": "absmax"}  # which is quick
