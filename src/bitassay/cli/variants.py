@@ -82,6 +82,9 @@ def run_variant_studies(
         if format != "json":
             emit(run["rows"], shown_columns(columns, run["rows"]), format)
         if format in ("table", "md"):
+            if run.get("drafts"):
+                print()
+                emit(run["drafts"], replication.DRAFT_COLUMNS, format)
             print()
             emit(run["claims"], SHORT_CLAIM_COLUMNS, format)
         print(f"report: {folder / 'report.html'}", file=sys.stderr)
