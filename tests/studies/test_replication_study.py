@@ -16,7 +16,7 @@ from bitassay.errors import BitassayError
 from bitassay.evaluate.compare import evaluate, text_difference
 from bitassay.evaluate.divergence import TokenScores, window_logits
 from bitassay.quantize.pipeline import quantize
-from bitassay.quantize.replication import Chosen
+from bitassay.replicate.plan import Chosen
 from bitassay.studies import crew, replication
 from bitassay.studies.cells import Bench
 from bitassay.studies.claims import judged

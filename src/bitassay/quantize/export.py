@@ -36,12 +36,12 @@ from bitassay.quantize.model import (
 )
 from bitassay.quantize.recipe import Recipe
 from bitassay.quantize.reload import LAYOUTS
-from bitassay.quantize.replication import is_replica, original, replica_names
 from bitassay.quantize.scheme import WeightScheme
 from bitassay.quantize.tune import memory_of
 from bitassay.record.files import atomic_folder, read_json, write_json
 from bitassay.record.hashing import canonical_json, digest_file
 from bitassay.record.progress import Progress, silent
+from bitassay.replicate.plan import is_replica, original, replica_names
 
 MARGIN_BYTES = 2**24  # configuration, tokenizer and file headers
 AT_RUN_TIME = ("activations", "kv_cache")  # parts of a recipe that no weight shows

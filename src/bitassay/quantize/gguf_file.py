@@ -32,10 +32,10 @@ from bitassay.quantize.gguf_blocks import Blocks, as_blocks, beside_codes
 from bitassay.quantize.gguf_tokenizer import copy_tokenizer, write_tokenizer
 from bitassay.quantize.model import cache_slots, quantization_of
 from bitassay.quantize.recipe import Recipe
-from bitassay.quantize.replication import is_replica, replica_names
 from bitassay.quantize.tensor import QuantizedTensor
 from bitassay.record.files import atomic_file
 from bitassay.record.progress import Progress, silent
+from bitassay.replicate.plan import is_replica, replica_names
 
 LLAMA = gguf.MODEL_ARCH.LLAMA
 ARCHITECTURES = {

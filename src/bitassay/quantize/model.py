@@ -22,10 +22,10 @@ from bitassay.quantize.experts import put_experts
 from bitassay.quantize.kv_cache import round_cache
 from bitassay.quantize.linear import QuantizedLinear, RoundedInputLinear
 from bitassay.quantize.recipe import Recipe
-from bitassay.quantize.replicas import add_passes
-from bitassay.quantize.replication import Steps, is_replica
 from bitassay.quantize.rotation import add_online
 from bitassay.quantize.tensor import QuantizedTensor
+from bitassay.replicate.plan import Steps, is_replica
+from bitassay.replicate.replicas import add_passes
 
 
 @dataclass(frozen=True)

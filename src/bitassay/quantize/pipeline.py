@@ -30,7 +30,6 @@ from bitassay.quantize.budget import mixed_schemes
 from bitassay.quantize.calibration import Calibration, calibration_tokens
 from bitassay.quantize.generated import BATCH_SAMPLES, continued, prompts
 from bitassay.quantize.latent import latent_linears
-from bitassay.quantize.layer_copies import copies_by_layer, with_copies
 from bitassay.quantize.layers import quantize_layers
 from bitassay.quantize.model import (
     Quantization,
@@ -51,6 +50,7 @@ from bitassay.quantize.work import RESULT, code_digest, locked, read_result, wri
 from bitassay.record.hashing import digest_json
 from bitassay.record.progress import Progress, silent
 from bitassay.record.run import RunFolder
+from bitassay.replicate.layer_copies import copies_by_layer, with_copies
 
 
 def quantize(

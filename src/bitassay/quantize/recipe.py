@@ -25,13 +25,13 @@ from bitassay.quantize.kv_cache import KvCache
 from bitassay.quantize.learned import Learned
 from bitassay.quantize.low_rank import LowRankSpec
 from bitassay.quantize.mixed import Mixed
-from bitassay.quantize.replication import Chosen, ReplicationPlan
 from bitassay.quantize.rotation import Rotation
 from bitassay.quantize.scheme import Part, WeightScheme
 from bitassay.quantize.smoothing import Smoothing
 from bitassay.quantize.tune import Tune
 from bitassay.record.files import read_yaml
 from bitassay.record.hashing import digest_json
+from bitassay.replicate.plan import Chosen, ReplicationPlan
 
 # What a recipe may do beside rounding, in the order in which it is done.
 PARTS = (

@@ -28,8 +28,8 @@ from bitassay.quantize.activations import InputRounding
 from bitassay.quantize.layout import Stored
 from bitassay.quantize.model import Quantization, with_tensors
 from bitassay.quantize.recipe import Recipe
-from bitassay.quantize.replication import Steps, is_replica, replica_names
 from bitassay.quantize.tensor import QuantizedTensor
+from bitassay.replicate.plan import Steps, is_replica, replica_names
 
 LAYOUTS: dict[str, ModuleType] = {"compressed-tensors": compressed, "bitassay": layout}
 AGAIN = "save the model again with `bitassay quantize`"

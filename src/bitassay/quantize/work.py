@@ -14,12 +14,12 @@ from torch import Tensor
 from bitassay.errors import BitassayError
 from bitassay.quantize.activations import InputRounding
 from bitassay.quantize.layout import Stored, description, expected_tensors, read_tensor, stored_tensors
-from bitassay.quantize.replication import Steps, original
 from bitassay.quantize.tensor import QuantizedTensor
 from bitassay.record.files import explain_os_error
 from bitassay.record.hashing import digest_json
 from bitassay.record.progress import Progress
 from bitassay.record.run import RunFolder
+from bitassay.replicate.plan import Steps, original
 
 RESULT = "result"
 AGAIN = "remove this folder and run the same command again"

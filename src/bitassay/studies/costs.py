@@ -20,17 +20,17 @@ from bitassay.bench.roofline import matrices_of
 from bitassay.evaluate.divergence import window_logits
 from bitassay.models.walk import decoder_layers
 from bitassay.quantize.calibration import Calibration, calibration_tokens
-from bitassay.quantize.choose_layers import chosen_layers
 from bitassay.quantize.model import (
     bits_per_weight,
     cache_slots,
     quantization_of,
     size_bytes,
 )
-from bitassay.quantize.passes import Usage
-from bitassay.quantize.replication import Chosen
 from bitassay.record.progress import silent
 from bitassay.replicate.on_demand import gated_logits, planes_on_demand
+from bitassay.replicate.passes import Usage
+from bitassay.replicate.plan import Chosen
+from bitassay.replicate.select import chosen_layers
 from bitassay.studies.variants import Reading
 
 COSTS = ("passes", "bytes")

@@ -20,8 +20,8 @@ from typing import Any
 from bitassay.data.windows import Protocol
 from bitassay.errors import BitassayError, nearest
 from bitassay.quantize.recipe import Recipe
-from bitassay.quantize.replication import Chosen
 from bitassay.replicate.controls import controls
+from bitassay.replicate.plan import Chosen
 from bitassay.studies.variants import Reading, Variant, VariantPlan
 
 BASE = "base"

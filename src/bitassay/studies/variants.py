@@ -15,7 +15,7 @@ from bitassay.errors import BitassayError
 from bitassay.evaluate.divergence import TokenScores
 from bitassay.models.load import as_dtype
 from bitassay.quantize.recipe import Recipe
-from bitassay.quantize.replication import Chosen
+from bitassay.replicate.plan import Chosen
 
 SCHEMA = 1
 

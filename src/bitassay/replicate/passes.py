@@ -30,7 +30,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import Cache
 
-from bitassay.quantize.replication import Steps, Stop
+from bitassay.replicate.plan import Steps, Stop
 
 State = Float[Tensor, "batch tokens hidden"]
 Pass = Callable[[State], State]

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bitassay.models.walk import decoder_layers, matrices
-from bitassay.quantize.replication import Chosen
 from bitassay.quantize.scheme import WeightScheme
 from bitassay.quantize.sensitivity import divergences, places
 from bitassay.quantize.tensor import QuantizedTensor, quantize_tensor
 from bitassay.record.progress import Progress
+from bitassay.replicate.plan import Chosen
 
 KL_SAMPLES = 4
 

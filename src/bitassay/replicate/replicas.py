@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 from bitassay.errors import BitassayError
 from bitassay.models.walk import decoder_layers, module_name
 from bitassay.quantize.linear import QuantizedLinear, RoundedInputLinear
-from bitassay.quantize.passes import Passes, Usage
-from bitassay.quantize.replication import REPLICAS, ReplicationPlan, Steps
 from bitassay.quantize.tensor import QuantizedTensor
+from bitassay.replicate.passes import Passes, Usage
+from bitassay.replicate.plan import REPLICAS, ReplicationPlan, Steps
 
 
 def add_passes(

@@ -12,7 +12,6 @@ from bitassay.models.load import load
 from bitassay.models.walk import decoder_layers
 from bitassay.quantize.calibration import Calibration, calibration_tokens
 from bitassay.quantize.export import choose_layout, plan_export, save
-from bitassay.quantize.fit_passes import fit_parallel, fit_serial, least_squares
 from bitassay.quantize.gguf_file import check_gguf, reload_difference, write_gguf
 from bitassay.quantize.learned import relative_error
 from bitassay.quantize.model import (
@@ -24,7 +23,8 @@ from bitassay.quantize.model import (
 )
 from bitassay.quantize.pipeline import quantize
 from bitassay.quantize.recipe import Recipe
-from bitassay.quantize.replication import ReplicationPlan
+from bitassay.replicate.fit import fit_parallel, fit_serial, least_squares
+from bitassay.replicate.plan import ReplicationPlan
 from bitassay.verify.calibrate import calibrate
 from bitassay.verify.prove import prove_many
 from bitassay.verify.verdict import verify

@@ -11,7 +11,7 @@ with f_i(x) = layer_i(x) - x, what the i-th copy adds to its input. `coefficient
     [0.7, 0.3] a = 1, and each copy's c
 
 `of: linear` copies single matrices instead of layers. That is parallel by nature, and nothing but one linear
-whose weight is `sum_i c_i W_i`: it is stored and run as that (`copies.py`), at no cost at run time.
+whose weight is `sum_i c_i W_i`: it is stored and run as that (`quantize/copies.py`), at no cost at run time.
 
 `differ` says what sets the copies apart; with `nothing` and `inputs` they share their codes, stored once:
 
@@ -24,7 +24,7 @@ whose weight is `sum_i c_i W_i`: it is stored and run as that (`copies.py`), at 
     inputs     the grid of the rounded inputs (`activations`) moved by (i + 1/2) / n - 1/2 steps
 
 Layers count from 0. `by` error, kl and massive choose that share of the layers whose weights, whose
-next-token distributions, or whose largest hidden states suffer (`choose_layers.py`). Left out: loops over
+next-token distributions, or whose largest hidden states suffer (`select.py`). Left out: loops over
 blocks of several layers.
 """
 

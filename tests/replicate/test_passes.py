@@ -9,10 +9,10 @@ from bitassay.generate.decode import generate
 from bitassay.models.walk import decoder_layers
 from bitassay.quantize.kv_cache import empty_cache
 from bitassay.quantize.model import quantization_of, with_tensors
-from bitassay.quantize.passes import Passes, Usage, dynamic, parallel, serial
 from bitassay.quantize.pipeline import quantize
 from bitassay.quantize.recipe import Recipe
-from bitassay.quantize.replication import Steps, Stop
+from bitassay.replicate.passes import Passes, Usage, dynamic, parallel, serial
+from bitassay.replicate.plan import Steps, Stop
 from bitassay.testing.tiny import tiny_model
 
 pytestmark = pytest.mark.usefixtures("text_read_once")

@@ -12,13 +12,13 @@ from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError
 from bitassay.models.walk import decoder_layers, matrices, walk
-from bitassay.quantize.choose_layers import chosen_layers
-from bitassay.quantize.fit_passes import fit_passes
 from bitassay.quantize.model import Quantization, with_tensors
-from bitassay.quantize.replication import ReplicationPlan, Steps, replica_names
 from bitassay.quantize.scheme import WeightScheme
 from bitassay.quantize.tensor import QuantizedTensor, quantize_tensor
 from bitassay.record.progress import Progress
+from bitassay.replicate.fit import fit_passes
+from bitassay.replicate.plan import ReplicationPlan, Steps, replica_names
+from bitassay.replicate.select import chosen_layers
 
 
 def copies_by_layer(

@@ -23,9 +23,9 @@ from transformers import PreTrainedModel
 
 from bitassay.models.walk import decoder_layers
 from bitassay.quantize.layerwise import BATCH_SAMPLES, Hidden, first_inputs, run_layer
-from bitassay.quantize.passes import Passes, step
-from bitassay.quantize.replication import Steps
 from bitassay.record.progress import Progress
+from bitassay.replicate.passes import Passes, step
+from bitassay.replicate.plan import Steps
 
 
 @torch.no_grad()
