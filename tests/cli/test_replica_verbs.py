@@ -199,10 +199,10 @@ def test_smollm_twice_is_told_from_once(tmp_path):
     twice = quantize(base, read_recipe(tmp_path / "r.yaml"))
     once = quantize(base, read_recipe(tmp_path / "r.yaml").model_copy(update={"replication": None}))
     prompts = [base.tokenizer(f"{word} is").input_ids for word in SUBJECTS]
-    profile = calibrate(once, once, prompts[:40], max_new_tokens=8, alpha=0.1)
-    honest = prove_many(once, prompts[40:], max_new_tokens=8)
-    claimed = prove_many(twice, prompts[40:], max_new_tokens=8, claim=once.identity)
+    profile = calibrate(once, once, prompts[:40], max_new_tokens=12, alpha=0.1)
+    honest = prove_many(once, prompts[40:], max_new_tokens=12)
+    claimed = prove_many(twice, prompts[40:], max_new_tokens=12, claim=once.identity)
     assert {one.status for one in verify_many(claimed, once, profile=profile)} == {"FAIL"}
     assert [one.status for one in verify_many(honest, once, profile=profile)].count("FAIL") <= 2
-    [text] = generate(twice, prompts[:1], max_new_tokens=8)
-    assert text.output_ids == prove_many(twice, prompts[:1], max_new_tokens=8)[0].output_ids
+    [text] = generate(twice, prompts[:1], max_new_tokens=12)
+    assert text.output_ids == prove_many(twice, prompts[:1], max_new_tokens=12)[0].header.output_ids

@@ -26,6 +26,7 @@ def study(bitassay, monkeypatch, tmp_path):
 def test_the_list_names_all_studies(bitassay):
     rows = json.loads(bitassay("study", "list", "--format", "json").out)["rows"]
     names = ["exp1", "exp2", "exp3", "exp4", "exp5", "separability", "task3.1", "task3.2", "task3.3"]
+    names += ["control-table", "phase1", "phase2", "phase3", "phase4", "uses", "planes"]
     assert [row["study"] for row in rows] == names
     assert rows[3]["expected"] == [0.7, 0.8]
 
