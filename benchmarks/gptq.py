@@ -34,11 +34,14 @@ SHOWN = (
 
 
 def recipe_file(folder: Path, bits: int, group: int) -> str:
-    """Plain GPTQ in integers with a zero point."""
+    """Plain GPTQ in integers with a zero point; text runs through the layers in bf16, as GPTQModel's models
+    may."""
     weights = {"format": f"int{bits}", "granularity": f"g{group}", "symmetric": False, "scale": "mse"}
     path = folder / f"gptq-w{bits}-g{group}.yaml"
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump({"name": path.stem, "weights": weights, "gptq": {}}))
+    calibration = {"precision": "bfloat16"}
+    recipe = {"name": path.stem, "weights": weights, "calibration": calibration, "gptq": {}}
+    path.write_text(yaml.safe_dump(recipe))
     return str(path)
 
 

@@ -12,7 +12,7 @@ from bitassay.errors import BitassayError
 from bitassay.evaluate.compare import evaluate
 from bitassay.models.walk import decoder_layers
 from bitassay.quantize import layers, pipeline, tune
-from bitassay.quantize.layerwise import first_inputs, input_groups, run_layer
+from bitassay.quantize.layerwise import first_inputs, hessian_of, input_groups, products_in, run_layer
 from bitassay.quantize.model import bits_per_weight, quantization_of, with_tensors
 from bitassay.quantize.pipeline import quantize
 from bitassay.quantize.recipe import Recipe
@@ -237,6 +237,24 @@ def test_text_that_has_no_say_in_rounding_is_not_run_through_the_layers(base, mo
     assert all(
         torch.equal(one.dequantize(), again.tensors[name].dequantize()) for name, one in made.tensors.items()
     )
+
+
+def test_text_in_bfloat16_changes_little(base):
+    exact = quantize(base, recipe("gptq"))
+    short = quantize(base, recipe("gptq", calibration=CALIBRATION | {"precision": "bfloat16"}))
+    pairs = zip(exact.quantization.tensors.values(), short.quantization.tensors.values(), strict=True)
+    apart = [(one.dequantize() - other.dequantize()).norm() / one.dequantize().norm() for one, other in pairs]
+    assert 0 < max(apart) < 0.5
+    found = [evaluate(one, against=base, protocol=PROTOCOL).quality.kl_mean for one in (exact, short)]
+    assert found[1] == pytest.approx(found[0], rel=0.1)
+
+
+def test_statistics_stay_in_float32():
+    x = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+    with products_in("bfloat16", x.device):
+        found = hessian_of(x)
+        assert (x.T @ x).dtype == torch.bfloat16
+    assert torch.equal(found, hessian_of(x))
 
 
 def test_linears_that_read_the_same_tensor_are_one_group(base):

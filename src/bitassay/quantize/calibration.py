@@ -4,6 +4,8 @@ Windows of C4, evenly spaced over the text: 128 of 512 tokens are what AutoRound
 for GPTQ. The text is never one that quality is measured on.
 """
 
+from typing import Literal
+
 from jaxtyping import Int
 from pydantic import Field
 from torch import Tensor
@@ -16,12 +18,14 @@ from bitassay.quantize.scheme import Part
 
 class Calibration(Part):
     """`samples` windows of `tokens` tokens of a corpus. every_expert: show every token to every expert of a
-    mixture, not only to those that its router chooses."""
+    mixture, not only to those that its router chooses. precision: what the layers' products are computed in
+    while the text runs through them, where that is not the model's dtype; what is solved stays in float32."""
 
     corpus: str = "c4-train"
     samples: int = Field(default=128, ge=1)
     tokens: int = Field(default=512, ge=2)
     every_expert: bool = False
+    precision: Literal["bfloat16"] | None = None
 
 
 def calibration_tokens(model: PreTrainedModel, spec: Calibration) -> Int[Tensor, "samples tokens"]:

@@ -27,6 +27,7 @@ from bitassay.quantize.layerwise import (
     first_inputs,
     hessian_of,
     input_groups,
+    products_in,
     quantize_in_passing,
     run_layer,
 )
@@ -63,6 +64,7 @@ def quantize_layers(
 ) -> dict[str, Solved]:
     """Every matrix that has a scheme, layer by layer; `draft` gets the dequantized weights on the way."""
     layers, what = decoder_layers(draft), f"quantizing by {recipe.name}"
+    precision = (recipe.calibration or Calibration()).precision
     prefix = module_name(draft, layers)
     hidden, arguments = first_inputs(draft, tokens)
     reference = hidden if recipe.learned is not None else None
@@ -80,18 +82,24 @@ def quantize_layers(
             work.put(work.solved)
             solved |= work.solved
             continue
-        targets = None if reference is None else run_layer(layer, reference, arguments[index])
+
+        def output(states: Hidden, layer: nn.Module = layer, index: int = index) -> Hidden:
+            with products_in(precision, draft.device):
+                return run_layer(layer, states, arguments[index])
+
+        targets = None if reference is None else output(reference)
         if folder is not None and kept[index]:
             work.solved = _read_layer(folder, index, work)
             work.put(work.solved)
-            hidden = run_layer(layer, hidden, arguments[index])
+            hidden = output(hidden)
         else:
             entering = hidden
-            hidden = work.run(layer, entering, arguments[index])
+            with products_in(precision, draft.device):
+                hidden = work.run(layer, entering, arguments[index])
             if recipe.learned is not None:
                 assert targets is not None
                 work.learn(layer, here, entering, targets, arguments[index])
-                hidden = run_layer(layer, entering, arguments[index])
+                hidden = output(entering)
             if folder is not None:
                 _write_layer(folder, index, work.solved)
         reference = targets
@@ -168,23 +176,25 @@ class _LayerWork:
         by_scheme: dict[str, list[str]] = {}
         for name in names:
             by_scheme.setdefault(self.schemes[name].model_dump_json(), []).append(name)
-        for members in by_scheme.values():
-            scheme = self.schemes[members[0]]
-            weights = [self.weight(name) for name in members]
-            for name, weight in zip(members, weights, strict=True):
-                check_weight(weight, scheme, name)
-            low_rank, spec = self.recipe.low_rank, self.recipe.gptq
-            several = scheme.has_planes or scheme.copies is not None
-            if low_rank is not None or spec is None or several or scheme.granularity == "tensor":
-                for name, weight in zip(members, weights, strict=True):
-                    self.solved[name] = self._alone(name, weight, hessian, scheme)
-            else:
-                stacked = torch.cat(weights)
-                scheme = adapted(stacked, scheme, hessian.diagonal().float())
-                found = self._by_gptq(members[0], stacked, hessian, scheme, spec)
-                parts = zip(members, _rows(found, [len(weight) for weight in weights]), strict=True)
-                self.solved |= {name: _packed(part, scheme) for name, part in parts}
-        self.put(names)
+        with products_in(None, self.draft.device):
+            for members in by_scheme.values():
+                self.solved |= self._together(members, hessian)
+            self.put(names)
+
+    def _together(self, members: list[str], hessian: Float[Tensor, "in in"]) -> dict[str, Solved]:
+        scheme, weights = self.schemes[members[0]], [self.weight(name) for name in members]
+        for name, weight in zip(members, weights, strict=True):
+            check_weight(weight, scheme, name)
+        low_rank, spec = self.recipe.low_rank, self.recipe.gptq
+        several = scheme.has_planes or scheme.copies is not None
+        if low_rank is not None or spec is None or several or scheme.granularity == "tensor":
+            pairs = zip(members, weights, strict=True)
+            return {name: self._alone(name, weight, hessian, scheme) for name, weight in pairs}
+        stacked = torch.cat(weights)
+        scheme = adapted(stacked, scheme, hessian.diagonal().float())
+        found = self._by_gptq(members[0], stacked, hessian, scheme, spec)
+        parts = zip(members, _rows(found, [len(weight) for weight in weights]), strict=True)
+        return {name: _packed(part, scheme) for name, part in parts}
 
     def _alone(
         self,

@@ -94,17 +94,24 @@ def input_groups(
     return [tuple(names) for names in groups.values()]
 
 
+def products_in(precision: str | None, device: torch.device) -> torch.autocast:
+    """Products of matrices are computed in that dtype here; None: in their own."""
+    dtype = None if precision is None else getattr(torch, precision)
+    return torch.autocast(device.type, dtype=dtype, enabled=precision is not None)
+
+
 def hessian_of(inputs: Float[Tensor, "... in"]) -> Float[Tensor, "in in"]:
     """`sum x x^T`: fp32 products of chunks, summed in fp64; of a symmetric matrix, the upper blocks alone."""
     columns = inputs.shape[-1]
     starts = range(0, columns, BLOCK_COLUMNS)
     total = torch.zeros(columns, columns, dtype=torch.float64)
-    for x in inputs.reshape(-1, columns).split(CHUNK_ROWS):
-        x = x.float()
-        for start in starts:
-            total[start : start + BLOCK_COLUMNS, start:] += (
-                x[:, start : start + BLOCK_COLUMNS].T @ x[:, start:]
-            )
+    with products_in(None, inputs.device):
+        for x in inputs.reshape(-1, columns).split(CHUNK_ROWS):
+            x = x.float()
+            for start in starts:
+                total[start : start + BLOCK_COLUMNS, start:] += (
+                    x[:, start : start + BLOCK_COLUMNS].T @ x[:, start:]
+                )
     return total.triu() + total.triu(1).T
 
 
