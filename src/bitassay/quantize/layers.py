@@ -64,7 +64,6 @@ def quantize_layers(
 ) -> dict[str, Solved]:
     """Every matrix that has a scheme, layer by layer; `draft` gets the dequantized weights on the way."""
     layers, what = decoder_layers(draft), f"quantizing by {recipe.name}"
-    precision = (recipe.calibration or Calibration()).precision
     prefix = module_name(draft, layers)
     hidden, arguments = first_inputs(draft, tokens)
     reference = hidden if recipe.learned is not None else None
@@ -82,24 +81,18 @@ def quantize_layers(
             work.put(work.solved)
             solved |= work.solved
             continue
-
-        def output(states: Hidden, layer: nn.Module = layer, index: int = index) -> Hidden:
-            with products_in(precision, draft.device):
-                return run_layer(layer, states, arguments[index])
-
-        targets = None if reference is None else output(reference)
+        targets = None if reference is None else work.output(layer, reference, arguments[index])
         if folder is not None and kept[index]:
             work.solved = _read_layer(folder, index, work)
             work.put(work.solved)
-            hidden = output(hidden)
+            hidden = work.output(layer, hidden, arguments[index])
         else:
             entering = hidden
-            with products_in(precision, draft.device):
-                hidden = work.run(layer, entering, arguments[index])
+            hidden = work.run(layer, entering, arguments[index])
             if recipe.learned is not None:
                 assert targets is not None
                 work.learn(layer, here, entering, targets, arguments[index])
-                hidden = output(entering)
+                hidden = work.output(layer, entering, arguments[index])
             if folder is not None:
                 _write_layer(folder, index, work.solved)
         reference = targets
@@ -119,6 +112,7 @@ class _LayerWork:
         progress: Progress,
     ):
         self.draft, self.schemes, self.recipe, self.progress = draft, schemes, recipe, progress
+        self.calibration = recipe.calibration or Calibration()
         modules = dict(draft.named_modules())
         self.linears = {
             name: module for name in schemes if isinstance(module := modules.get(name), nn.Linear)
@@ -132,9 +126,17 @@ class _LayerWork:
             )
         self.solved: dict[str, Solved] = {}
 
+    def output(self, layer: nn.Module, hidden: Hidden, arguments: dict[str, Any]) -> Hidden:
+        """The layer's output as it is now."""
+        with products_in(self.calibration.precision, self.draft.device):
+            return run_layer(layer, hidden, arguments)
+
     def run(self, layer: nn.Module, hidden: Hidden, arguments: dict[str, Any]) -> Hidden:
         """The layer's output, every matrix quantized on the way when its input arrives."""
-        calibration = self.recipe.calibration or Calibration()
+        with products_in(self.calibration.precision, self.draft.device):
+            return self._run(layer, hidden, arguments)
+
+    def _run(self, layer: nn.Module, hidden: Hidden, arguments: dict[str, Any]) -> Hidden:
         groups = input_groups(layer, hidden[:1], arguments, self.linears)
         if not self.slices:
             return quantize_in_passing(layer, hidden, arguments, self.linears, groups, self.solve)
@@ -143,7 +145,7 @@ class _LayerWork:
             if name in self.schemes and name not in self.solved:
                 self.solve((name,), hessian_of(inputs))
 
-        with expert_inputs(self.draft, reached, every=calibration.every_expert) as load:
+        with expert_inputs(self.draft, reached, every=self.calibration.every_expert) as load:
             output = quantize_in_passing(layer, hidden, arguments, self.linears, groups, self.solve)
         warn_of_few({name: counts for name, counts in load.items() if counts.any()}, progress=self.progress)
         for name in self.slices:
