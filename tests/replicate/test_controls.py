@@ -32,6 +32,26 @@ def test_every_plan_has_all_three():
     assert controls(recipe({"copies": 1}), 5) == controls(recipe(None), 5) == []
 
 
+def test_layers_that_begin_later_are_matched_too():
+    """A list that leaves the first layer out has controls of as many bits as any."""
+    first, later = (by_kind(recipe(RESIDUAL | {"layers": list(layers)})) for layers in ((0, 1), (2, 3)))
+    assert later["equal-bits"] == first["equal-bits"] != later["single"]
+
+
+def test_text_that_nothing_looks_at_is_left_out():
+    few = {"samples": 4}
+    fitted = recipe({"coefficients": "fitted"}, calibration=few)
+    assert not by_kind(fitted)["single"].is_calibrated
+    solved = recipe({"coefficients": "fitted"}, calibration=few, gptq={})
+    assert by_kind(solved)["single"].calibration == solved.calibration
+
+
+def test_unquantized_weights_are_matched_by_the_model_itself():
+    own = Recipe.model_validate({"name": "x", "weights": None, "replication": {"coefficients": "mean"}})
+    found = by_kind(own)
+    assert found["single"] == found["equal-bits"] == Recipe(name="x-single", weights=None)
+
+
 def test_shared_copies_store_nothing_and_work_as_more_bits():
     found = by_kind(recipe({"copies": 2}))
     assert found["equal-bits"] == found["single"]
