@@ -19,6 +19,13 @@ def stories():
     return stories260k()
 
 
+@pytest.fixture(scope="session")
+def many_prompts():
+    """As many short prompts as calibrating a verifier takes."""
+    words = ["a", "the", "big", "cat", "dog", "sun", "red", "hat", "boy", "girl", "saw", "ran", "sat", "ate"]
+    return [f"{first} {second} a" for first in words[:4] for second in words]
+
+
 @cache
 def _calibration_text(spec):
     return calibration_tokens(stories260k(), spec)

@@ -5,6 +5,11 @@ from types import SimpleNamespace
 import pytest
 
 from bitassay import cli
+from bitassay.bench import models
+from bitassay.bench.worker import local_runner
+from bitassay.studies import crew
+from bitassay.studies.cells import Bench
+from bitassay.studies.variants import VariantPlan
 
 
 @pytest.fixture
@@ -18,3 +23,31 @@ def bitassay(capsys):
         return SimpleNamespace(status=status, out=said.out, err=said.err)
 
     return call
+
+
+class InProcess:
+    """A bench's worker that is none, on a machine that is known."""
+
+    def __init__(self, name, job, folder, progress):
+        runner = local_runner(job, progress)
+        self.facts, self.measure = runner.facts, runner.measure
+        self.limits = lambda: {"bandwidth": 1e9, "peaks": {"bfloat16": 1e9}}
+        self.stop = lambda: None
+
+
+@pytest.fixture
+def timed_here(monkeypatch):
+    """Models are timed in this process."""
+    monkeypatch.setattr(models, "Worker", InProcess)
+
+
+@pytest.fixture
+def cells_here(monkeypatch):
+    """Cells of a study are done in this process."""
+
+    def in_process(folder, cells, *_):
+        bench = Bench(VariantPlan.of(folder.plan["plan"]), folder.plan["weights_digest"])
+        for cell in cells:
+            bench.work(cell, folder)
+
+    monkeypatch.setattr(crew, "run_local", in_process)

@@ -5,17 +5,6 @@ import json
 import pytest
 
 from bitassay.bench import models
-from bitassay.bench.worker import local_runner
-
-
-class InProcess:
-    """A worker that is none, on a machine that is known."""
-
-    def __init__(self, name, job, folder, progress):
-        self.runner = local_runner(job, progress)
-        self.facts, self.measure = self.runner.facts, self.runner.measure
-        self.limits = lambda: {"bandwidth": 1e9, "peaks": {"bfloat16": 1e9}}
-        self.stop = lambda: None
 
 
 @pytest.fixture(autouse=True)
@@ -23,8 +12,7 @@ def _no_data_folder(monkeypatch):
     monkeypatch.delenv("BITASSAY_DATA", raising=False)
 
 
-def test_bench(bitassay, monkeypatch, tmp_path):
-    monkeypatch.setattr(models, "Worker", InProcess)
+def test_bench(bitassay, timed_here, monkeypatch, tmp_path):
     words = [
         "bench",
         "stories260k",

@@ -6,10 +6,8 @@ import pytest
 
 pytest.importorskip("lm_eval")
 
-from bitassay.studies import crew
-from bitassay.studies.cells import Bench
 from bitassay.studies.eight_bit import STUDIES, Study, weight_only
-from bitassay.studies.variants import Variant, VariantPlan
+from bitassay.studies.variants import Variant
 
 SMALL = Study(
     "task3.1",
@@ -20,14 +18,8 @@ WORDS = ("--model", "stories260k", "--limit", "1", "--windows", "4", "--window",
 
 
 @pytest.fixture
-def study(bitassay, monkeypatch, tmp_path):
-    def in_process(folder, cells, *_):
-        bench = Bench(VariantPlan.of(folder.plan["plan"]), folder.plan["weights_digest"])
-        for cell in cells:
-            bench.work(cell, folder)
-
+def study(bitassay, cells_here, monkeypatch, tmp_path):
     monkeypatch.delenv("BITASSAY_DATA", raising=False)
-    monkeypatch.setattr(crew, "run_local", in_process)
     monkeypatch.setitem(STUDIES, "task3.1", SMALL)
     return lambda *words: bitassay("study", "run", *words, "--out", str(tmp_path / "r"))
 

@@ -4,8 +4,6 @@ import json
 
 import pytest
 
-from bitassay.bench import models
-from bitassay.bench.worker import local_runner
 from bitassay.generate.decode import generate, prefill
 from bitassay.generate.sampling import Sampler
 from bitassay.models.load import load
@@ -14,62 +12,14 @@ from bitassay.quantize.recipe import read_recipe
 
 MODEL = "stories260k"
 TEXT = "name: twice\nweights: {format: int8, granularity: g32}\nreplication: {layers: [1, 3], coefficients: mean}\n"
-SUBJECTS = [
-    "Water",
-    "Gold",
-    "Bread",
-    "Music",
-    "Silence",
-    "Paris",
-    "Winter",
-    "Iron",
-    "Glass",
-    "Honey",
-    "Paper",
-    "Thunder",
-    "Copper",
-    "Coffee",
-    "Salt",
-    "Ice",
-    "Rain",
-    "Wind",
-    "Fire",
-    "Earth",
-    "Light",
-    "Sound",
-    "Time",
-    "Space",
-    "Love",
-    "Hope",
-    "Fear",
-    "Truth",
-    "Beauty",
-    "Justice",
-    "Peace",
-    "War",
-    "Money",
-    "Work",
-    "Sleep",
-    "Dream",
-    "Hunger",
-    "Thirst",
-    "Joy",
-    "Anger",
-    "Snow",
-    "Stone",
-    "Wood",
-    "Silk",
-]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, many_prompts):
     folder = tmp_path_factory.mktemp("replica")
     (folder / "twice.yaml").write_text(TEXT)
     (folder / "once.yaml").write_text(TEXT.replace("twice", "once").partition("replication")[0])
-    words = ["a", "the", "big", "cat", "dog", "sun", "red", "hat", "boy", "girl", "saw", "ran", "sat", "ate"]
-    many = [f"{first} {second} {third}" for first in words[:4] for second in words for third in words[:1]]
-    (folder / "many.txt").write_text("\n".join(many))
+    (folder / "many.txt").write_text("\n".join(many_prompts))
     return folder
 
 
@@ -93,15 +43,7 @@ def test_assay(bitassay, folder, tmp_path):
     assert twice["decode_tok_s"] > 0
 
 
-def test_bench(bitassay, folder, monkeypatch, tmp_path):
-    class InProcess:
-        def __init__(self, name, job, folder, progress):
-            runner = local_runner(job, progress)
-            self.facts, self.measure = runner.facts, runner.measure
-            self.limits = lambda: {"bandwidth": 1e9, "peaks": {"bfloat16": 1e9}}
-            self.stop = lambda: None
-
-    monkeypatch.setattr(models, "Worker", InProcess)
+def test_bench(bitassay, folder, timed_here, tmp_path):
     recipes = [word for name in ("once", "twice") for word in ("--recipe", folder / f"{name}.yaml")]
     few = [
         "--batches",
@@ -130,10 +72,7 @@ def test_generate(bitassay, folder, replica, tmp_path):
     few = [
         "--prompts-file",
         tmp_path / "p.txt",
-        "--prompts",
-        "2",
-        "--new-tokens",
-        "12",
+        *["--prompts", "2", "--new-tokens", "12"],
         "--out",
         tmp_path / "g",
     ]
@@ -171,16 +110,9 @@ def test_prove_and_verify(bitassay, folder):
         assert bitassay(*map(str, words)).status == 0
 
     def verdict(trace, recipe, profile):
-        common = [
-            "--model",
-            MODEL,
-            *recipes.get(recipe, []),
-            "--profile",
-            profiles[profile],
-            "--format",
-            "json",
-        ]
-        done = bitassay(*map(str, ["verify", folder / f"{trace}.trace", *common]))
+        held = ["--model", MODEL, *recipes.get(recipe, []), "--profile", profiles[profile]]
+        words = ["verify", folder / f"{trace}.trace", *held, "--format", "json"]
+        done = bitassay(*map(str, words))
         return done.status, json.loads(done.out)["rows"][0]["status"]
 
     assert verdict("own", "twice", "twice") == (0, "PASS")
@@ -190,6 +122,7 @@ def test_prove_and_verify(bitassay, folder):
 @pytest.mark.real
 def test_smollm_twice_is_told_from_once(tmp_path):
     """The same 8-bit codes: run once, and one of 30 layers run twice, damped."""
+    from bitassay.studies.verification import chosen_prompts
     from bitassay.verify.calibrate import calibrate
     from bitassay.verify.prove import prove_many
     from bitassay.verify.verdict import verify_many
@@ -198,7 +131,7 @@ def test_smollm_twice_is_told_from_once(tmp_path):
     (tmp_path / "r.yaml").write_text(TEXT.replace("[1, 3]", "[14]"))
     twice = quantize(base, read_recipe(tmp_path / "r.yaml"))
     once = quantize(base, read_recipe(tmp_path / "r.yaml").model_copy(update={"replication": None}))
-    prompts = [base.tokenizer(f"{word} is").input_ids for word in SUBJECTS]
+    prompts = chosen_prompts(base, 44, seed=0)
     profile = calibrate(once, once, prompts[:40], max_new_tokens=12, alpha=0.1)
     honest = prove_many(once, prompts[40:], max_new_tokens=12)
     claimed = prove_many(twice, prompts[40:], max_new_tokens=12, claim=once.identity)

@@ -6,11 +6,8 @@ import json
 import pytest
 
 from bitassay.bench import models
-from bitassay.bench.worker import local_runner
-from bitassay.studies import crew, replication_run
-from bitassay.studies.cells import Bench
+from bitassay.studies import replication_run
 from bitassay.studies.replication import STUDIES, W2, Group, Study, group
-from bitassay.studies.variants import VariantPlan
 
 WORDS = ("--model", "stories260k", "--windows", "3", "--window", "48")
 SMALL = Study(
@@ -24,21 +21,7 @@ ASKED |= {"peak_bytes", "grade", "flop_per_token", "size_bytes", "passes"}
 
 
 @pytest.fixture
-def study(bitassay, monkeypatch, tmp_path):
-    def in_process(folder, cells, *_):
-        bench = Bench(VariantPlan.of(folder.plan["plan"]), folder.plan["weights_digest"])
-        for cell in cells:
-            bench.work(cell, folder)
-
-    class InProcess:
-        def __init__(self, name, job, folder, progress):
-            runner = local_runner(job, progress)
-            self.facts, self.measure = runner.facts, runner.measure
-            self.limits = lambda: {"bandwidth": 1e9, "peaks": {"bfloat16": 1e9}}
-            self.stop = lambda: None
-
-    monkeypatch.setattr(crew, "run_local", in_process)
-    monkeypatch.setattr(models, "Worker", InProcess)
+def study(bitassay, cells_here, timed_here, monkeypatch, tmp_path):
     quick = {"repeats": 2, "prompt_tokens": 8, "new_tokens": 2}
     monkeypatch.setattr(replication_run, "bench", lambda *a, **k: models.bench(*a, **{**k, **quick}))
     monkeypatch.setitem(STUDIES, "control-table", SMALL)
@@ -51,11 +34,13 @@ def test_a_table_a_page_and_a_report_of_it(study, bitassay, tmp_path):
     rows = json.loads(done.out)["rows"]
     assert [row["group"] for row in rows] == ["Baseline", *["Simple-2bit"] * 3]
     assert all(row.keys() >= ASKED and row["decode_tok_s"] > 0 < row["peak_bytes"] for row in rows)
-    assert {rows[1][f"beats_{kind}"] for kind in ("single", "equal_bits", "equal_flops")} <= {
-        True,
-        False,
-        None,
-    }
+    beats = {f"beats_{kind}": None for kind in ("single", "equal_bits", "equal_flops")}
+    for pair in json.loads(done.out)["runs"][0]["pairs"]:
+        low, high = pair["kl_ci"]
+        for kind in pair["role"].split(", "):
+            beats[f"beats_{kind.replace('-', '_')}"] = None if low <= 0 <= high else high < 0
+    assert rows[1].items() >= beats.items()
+    assert set(beats.values()) != {None}
     assert rows[1]["flop_per_token"] > 1.8 * rows[2]["flop_per_token"]
     page = (tmp_path / "r/report.html").read_text()
     assert "<svg" in page
@@ -78,6 +63,9 @@ def test_a_table_a_page_and_a_report_of_it(study, bitassay, tmp_path):
     [
         (("control-table",), "no model was given"),
         (("control-table", *WORDS, "--only", "Simple-3bit"), "no group 'Simple-3bit'"),
+        (("control-table", *WORDS, "--limit", "3"), "asks no questions"),
+        (("task3.1", *WORDS, "--only", "w2"), "task3.1 has no groups"),
+        (("exp1", *WORDS, "--only", "w2"), "only studies of replication have groups"),
         (("phase1", "exp1", *WORDS), "no INT8/FP8 study is called 'exp1'"),
         (("phase5", *WORDS), "phase5"),
         (("control-table", *WORDS, "--precision", "int8"), "--precision int8 is none of"),
@@ -93,6 +81,3 @@ def test_what_it_refuses(study, words, said, tmp_path):
 def test_studies_are_listed(bitassay):
     listed = [row["study"] for row in json.loads(bitassay("study", "list", "--format", "json").out)["rows"]]
     assert listed[-len(STUDIES) :] == list(STUDIES)
-    from bitassay.cli.study import _REPLICATION
-
-    assert list(STUDIES) == list(_REPLICATION)

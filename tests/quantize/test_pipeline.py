@@ -2,6 +2,7 @@
 cannot be calibrated is refused."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from bitassay.data.windows import Protocol
 from bitassay.errors import BitassayError
 from bitassay.evaluate.compare import evaluate
 from bitassay.models.walk import decoder_layers
-from bitassay.quantize import layers, pipeline, tune
+from bitassay.quantize import layers, pipeline, tune, work
 from bitassay.quantize.layerwise import first_inputs, hessian_of, input_groups, products_in, run_layer
 from bitassay.quantize.model import bits_per_weight, quantization_of, with_tensors
 from bitassay.quantize.pipeline import quantize
@@ -183,6 +184,18 @@ def test_a_calibrated_recipe_is_run_once_in_float32(tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "code_digest", lambda: "of another version")
     with pytest.raises(ZeroDivisionError):
         pipeline.quantize_once(half, recipe("gptq"))
+
+
+def test_what_is_kept_belongs_to_the_code_that_made_it(monkeypatch):
+    read, real = [], Path.read_text
+    monkeypatch.setattr(
+        Path, "read_text", lambda path, *a, **k: read.append(path.as_posix()) or real(path, *a, **k)
+    )
+    before = work.code_digest()
+    for name in ("quantize/gptq.py", "quantize/rotation.py", "replicate/layer_copies.py", "replicate/fit.py"):
+        assert any(path.endswith(name) for path in read), name
+    monkeypatch.setattr(Path, "read_text", lambda path, *a, **k: real(path) + "#" * (path.name == "fit.py"))
+    assert work.code_digest() != before
 
 
 def test_two_at_work_in_one_folder_take_turns(base, tmp_path):

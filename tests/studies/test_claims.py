@@ -5,9 +5,8 @@ import math
 import pytest
 
 from bitassay.studies.claims import LESS, MORE, Quantity, judged, verdict
-from bitassay.studies.eight_bit import STUDIES, eight_bit_plan
+from bitassay.studies.eight_bit import STUDIES, EightBitFindings, eight_bit_plan
 from bitassay.studies.eight_bit_claims import CLAIMS
-from bitassay.studies.eight_bit_run import EightBitFindings
 
 SUPPORTED, NOT, OPEN = "supported", "not supported", "not decidable at this n"
 

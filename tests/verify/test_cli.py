@@ -19,12 +19,10 @@ MODEL = "stories260k"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, many_prompts):
     folder = tmp_path_factory.mktemp("cli")
     (folder / "prompts.txt").write_text("".join(f"Once upon a time {name} had a\n" for name in "abcd"))
-    words = ["a", "the", "big", "cat", "dog", "sun", "red", "hat", "boy", "girl", "saw", "ran", "sat", "ate"]
-    many = [f"{first} {second} {third}" for first in words[:4] for second in words for third in words[:1]]
-    (folder / "many.txt").write_text("\n".join(many))
+    (folder / "many.txt").write_text("\n".join(many_prompts))
     return folder
 
 

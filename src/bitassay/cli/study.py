@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 study = App(name="study", help="List and run the experiments.")
 
-_REPLICATION = ("control-table", "phase1", "phase2", "phase3", "phase4", "uses", "planes")
 _STUDIES = (
     Column("study", "study", align="left"),
     Column("prover", "prover", align="left"),
@@ -140,7 +139,10 @@ def run(
         trust_remote_code: Run code that comes with the model.
         format: What to print on stdout; json has everything.
     """
-    if any(name.startswith("task") or name in _REPLICATION for name in studies):
+    from bitassay.errors import BitassayError
+    from bitassay.studies.replication import STUDIES as REPLICATION
+
+    if any(name.startswith("task") or name in REPLICATION for name in studies):
         from bitassay.cli.variants import run_variant_studies
 
         return run_variant_studies(
@@ -159,7 +161,6 @@ def run(
             format=format,
         )
     from bitassay.cli.progress import show_progress
-    from bitassay.errors import BitassayError
     from bitassay.report import study as report
     from bitassay.studies.experiments import run_experiments
     from bitassay.studies.separability import PRECISIONS, run_separability
@@ -170,6 +171,8 @@ def run(
         raise BitassayError(
             f"--ray {ray}: only task3 and the studies of replication run there", "leave it out"
         )
+    if only:
+        raise BitassayError(f"--only {only[0]}: only studies of replication have groups", "leave it out")
     experiments, out = [name for name in studies if name != "separability"], out or Path("data")
     plan = make_plan(
         model,

@@ -52,6 +52,10 @@ def run_variant_studies(
             find_study(name)
         elif model is None:
             raise BitassayError("no model was given", "--model smollm2-135m")
+        if only and name not in REPLICATION:
+            raise BitassayError(f"--only {only[0]}: {name} has no groups", "leave it out")
+        if limit is not None and name in REPLICATION:
+            raise BitassayError(f"--limit {limit}: {name} asks no questions", "--windows, or --only")
     how: dict[str, Any] = {
         "dtype": DTYPES[precision],
         "device": devices[0] if devices else "cpu",

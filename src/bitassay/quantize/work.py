@@ -107,5 +107,6 @@ def locked(path: Path, progress: Progress) -> Iterator[None]:
 
 def code_digest() -> str:
     """Of the code that makes results: another version of it may make others."""
-    paths = sorted(Path(__file__).parent.glob("*.py"))
-    return digest_json({path.name: path.read_text() for path in paths})
+    folder = Path(__file__).parent
+    paths = sorted([*folder.glob("*.py"), *(folder.parent / "replicate").glob("*.py")])
+    return digest_json({f"{path.parent.name}/{path.name}": path.read_text() for path in paths})

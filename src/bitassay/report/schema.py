@@ -158,26 +158,31 @@ class QuestionProtocols(_Part):
     questions_source: Text
 
 
-class EightBitRun(_Part):
-    """The content of run.json of an INT8/FP8 study. The first row is the model in BF16."""
+class _StudyRun(_Part):
+    """What run.json of every study of variants holds."""
 
     schema_: Literal[1] = Field(alias="schema")
-    kind: Literal["eight-bit"]
     study: Text
     about: Text
     run_id: Text
     created: Text
     model: Model
     settings: dict[Text, Any]
-    protocols: QuestionProtocols
     interval: Text
+    claims: Annotated[list[ClaimRow], Field(max_length=MAX_ROWS)]
+    environment: dict[Text, Any]
+
+
+class EightBitRun(_StudyRun):
+    """The content of run.json of an INT8/FP8 study. The first row is the model in BF16."""
+
+    kind: Literal["eight-bit"]
+    protocols: QuestionProtocols
     rows: Annotated[list[VariantRow], Field(min_length=1, max_length=MAX_ROWS)]
     pairs: Annotated[list[PairRow], Field(max_length=MAX_ROWS)]
-    claims: Annotated[list[ClaimRow], Field(max_length=MAX_ROWS)]
     uneven_groups: dict[Text, list[Count]]
     speed: Table | None = None
     products: Table | None = None
-    environment: dict[Text, Any]
 
 
 class ReplicationRow(_Compared):
@@ -216,25 +221,15 @@ class DraftRow(_Compared):
     speed: Positive
 
 
-class ReplicationRun(_Part):
+class ReplicationRun(_StudyRun):
     """The content of run.json of a study of replication. The first row is the base model."""
 
-    schema_: Literal[1] = Field(alias="schema")
     kind: Literal["replication"]
-    study: Text
-    about: Text
-    run_id: Text
-    created: Text
-    model: Model
-    settings: dict[Text, Any]
     protocol: Text
     corpus_source: Text
-    interval: Text
     rows: Annotated[list[ReplicationRow], Field(min_length=1, max_length=MAX_ROWS)]
     pairs: Annotated[list[ControlPair], Field(max_length=MAX_ROWS)]
     drafts: Annotated[list[DraftRow], Field(max_length=MAX_ROWS)]
-    claims: Annotated[list[ClaimRow], Field(max_length=MAX_ROWS)]
-    environment: dict[Text, Any]
 
 
 Run = AssayRun | EightBitRun | ReplicationRun

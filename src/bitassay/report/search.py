@@ -19,7 +19,7 @@ def _differences(row: Row) -> str:
     """KL less that of each recipe that was written by hand, itself left out."""
     return "; ".join(
         f"{name} {found['kl']:+.4g}"
-        + (f" {interval(significant(4))(found['interval'])}" if found["interval"] else "")
+        + (f" {interval(significant(4))(found['kl_ci'])}" if found["kl_ci"] else "")
         for name, found in row["against"].items()
         if name != row["recipe"]
     )

@@ -5,11 +5,9 @@ out: it says afterwards what the chosen recipes are worth.
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -17,9 +15,8 @@ from transformers import PreTrainedModel
 from bitassay.bench.throughput import throughput
 from bitassay.data.windows import Protocol, token_windows
 from bitassay.errors import BitassayError
-from bitassay.evaluate.compare import score_windows, summarise
+from bitassay.evaluate.compare import TextDifference, score_windows, summarise, text_difference
 from bitassay.evaluate.divergence import TokenScores, token_scores, window_logits
-from bitassay.evaluate.statistics import bootstrap_means, percentile_interval
 from bitassay.models.load import load, tokenizer
 from bitassay.quantize.model import Quantization, with_tensors
 from bitassay.quantize.recipe import BASE
@@ -32,14 +29,6 @@ from bitassay.verify.profile import Profile
 Row = dict[str, Any]
 PROMPT_TOKENS, REPEATS = 128, 3  # of the columns of speed
 KEPT_BYTES = 2 << 30  # of the base model's logits
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Mean KL of one recipe less another's, paired by window, in nats a token."""
-
-    kl: float
-    interval: tuple[float, float] | None
 
 
 class Exam:
@@ -86,7 +75,7 @@ class Exam:
             self._kept[index] = found
         return found
 
-    def judged(self, quantizations: dict[str, Quantization]) -> tuple[list[Row], list[list[Difference]]]:
+    def judged(self, quantizations: dict[str, Quantization]) -> tuple[list[Row], list[list[TextDifference]]]:
         """Facts and quality of the base model and of each recipe on the windows held out, and the differences
         between the recipes: entry [i][j] is of recipe i less recipe j."""
         candidates = {name: with_tensors(self.base, one) for name, one in quantizations.items()}
@@ -100,8 +89,8 @@ class Exam:
             facts(self.base, one) | summarise(scores[name], scores[BASE], self.seed).to_dict()
             for name, one in quantizations.items()
         ]
-        kl = {name: window_means(scores[name]) for name in quantizations}
-        return rows, [[difference(one, other, self.seed) for other in kl.values()] for one in kl.values()]
+        every = [scores[name] for name in quantizations]
+        return rows, [[text_difference(other, one, self.seed) for other in every] for one in every]
 
     def speed(self, quantization: Quantization) -> Row:
         """Columns of speed, of packed weights."""
@@ -159,14 +148,3 @@ class Sitting:
 def facts(base: PreTrainedModel, quantization: Quantization) -> Row:
     """The columns that need no run."""
     return facts_of(with_tensors(base, quantization, packed=True))
-
-
-def window_means(scores: Sequence[TokenScores]) -> Float[np.ndarray, " windows"]:
-    return np.array([window.kl.double().mean().item() for window in scores])
-
-
-def difference(
-    one: Float[np.ndarray, " windows"], other: Float[np.ndarray, " windows"], seed: int
-) -> Difference:
-    apart = one - other
-    return Difference(float(apart.mean()), percentile_interval(bootstrap_means(apart, seed), len(apart)))

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,10 @@ import psutil
 
 from bitassay.bench.worker import end
 from bitassay.errors import BitassayError, MissingError
+from bitassay.models.load import Identity
+from bitassay.models.source import resolve
 from bitassay.record.files import read_json
+from bitassay.record.hashing import digest_json
 from bitassay.record.progress import Progress, silent
 from bitassay.record.run import RunFolder
 from bitassay.studies.cells import Bench, Cell, cells_of, is_done
@@ -57,11 +61,46 @@ def run_local(
                 member.stop()
 
 
-def do_cells(
+def do_study(
+    plan: VariantPlan,
+    kind: str,
+    about: str,
+    *,
+    out: Path | None = None,
+    jobs: int | None = None,
+    ray: str | None = None,
+    progress: Progress = silent,
+) -> tuple[RunFolder, dict[str, Any]]:
+    """Do what is not done yet of all cells of a plan: its run folder, and how its run.json begins. jobs:
+    processes at a time (default: one a core, as many as memory holds). ray: "auto" or the address of a Ray
+    cluster, which then does the cells. Raises BitassayError for bad input, MissingError for what the
+    environment lacks."""
+    source = resolve(plan.model, progress)
+    described = plan.described(kind, Identity(source).weights_digest)
+    name = f"{plan.study}-{Path(source.name).name}-{digest_json(described)[:8]}"
+    folder = RunFolder(out or Path("runs") / name, described)
+    progress(f"run {folder.run_id} in {folder.path}")
+    _do_cells(folder, plan, source.folder, jobs, ray, progress)
+    return folder, {
+        "schema": described["schema"],
+        "kind": kind,
+        "study": plan.study,
+        "about": about,
+        "run_id": folder.run_id,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "model": {
+            "name": source.name,
+            "origin": source.origin,
+            "weights_digest": described["weights_digest"],
+        },
+        "settings": plan.settings,
+    }
+
+
+def _do_cells(
     folder: RunFolder, plan: VariantPlan, model: Path, jobs: int | None, ray: str | None, progress: Progress
 ) -> None:
-    """Do what is not done yet of a plan, by `jobs` local processes (default: one a core, as many as memory
-    holds) or by the Ray cluster at `ray`. model: the folder of its weights. Raises as these do."""
+    """model: the folder of its weights."""
     todo = [cell for cell in cells_of(plan) if not is_done(folder, plan, cell)]
     if todo and ray is not None:
         from bitassay.studies.cluster import run_on_ray

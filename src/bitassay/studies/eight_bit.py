@@ -14,13 +14,13 @@ MMLU is asked with 5 examples, by likelihood (`direct`) and by greedy text (`gen
 every variant. `cells.py` says what is measured in one piece, `crew.py` and `cluster.py` who does it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from bitassay.data.windows import Protocol
 from bitassay.errors import BitassayError, nearest
 from bitassay.quantize.recipe import Recipe
-from bitassay.studies.variants import Kind, Variant, VariantPlan
+from bitassay.studies.variants import Findings, Kind, Variant, VariantPlan
 
 BASE = "bf16"
 FORMATS = {"int8": "int8", "fp8": "fp8_e4m3"}
@@ -128,3 +128,16 @@ def find_study(name: str) -> Study:
     if name not in STUDIES:
         raise BitassayError(f"no INT8/FP8 study is called {name!r}; the nearest are {nearest(name, STUDIES)}")
     return STUDIES[name]
+
+
+@dataclass
+class EightBitFindings(Findings):
+    """right: by variant and method, which questions were answered rightly; asked: all that was answered."""
+
+    right: dict[str, dict[str, list[bool]]] = field(default_factory=dict)
+    asked: dict[str, dict[str, Any]] = field(default_factory=dict)
+    speed: dict[str, Any] | None = None
+    products: dict[str, Any] | None = None
+
+    def has(self, *names: str) -> bool:
+        return all(name in self.right for name in names)

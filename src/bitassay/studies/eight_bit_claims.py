@@ -4,11 +4,22 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from bitassay.evaluate.statistics import difference_interval
 from bitassay.studies.claims import LESS, MORE, Claim, Measure, Quantity, divergence, perplexity
-from bitassay.studies.eight_bit import BASE, FORMATS, GRANULARITIES
-from bitassay.studies.eight_bit_run import EightBitFindings, accuracy_difference
+from bitassay.studies.eight_bit import BASE, FORMATS, GRANULARITIES, EightBitFindings
 
 TOOLS = ("torchao", "ours")
+
+
+def accuracy_difference(
+    found: EightBitFindings, first: tuple[str, str], second: tuple[str, str], level: float = 0.95
+) -> tuple[float, tuple[float, float]]:
+    """(variant, method) against (variant, method) on the same questions: the second's accuracy less the
+    first's, and its interval at `level`."""
+    a, b = (found.right[name][method] for name, method in (first, second))
+    gained = sum(y and not x for x, y in zip(a, b, strict=True))
+    lost = sum(x and not y for x, y in zip(a, b, strict=True))
+    return (gained - lost) / len(a), difference_interval(gained, lost, len(a), level)
 
 
 def accuracy(second: str, first: str, method: str, first_method: str | None = None) -> Measure:

@@ -9,8 +9,7 @@ McNemar's, adjusted by Holm within a family of comparisons and a way of asking.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,35 +19,20 @@ from bitassay.bench.matmul import matmul
 from bitassay.bench.models import bench
 from bitassay.evaluate.compare import summarise, text_difference
 from bitassay.evaluate.questions import require_lm_eval
-from bitassay.evaluate.statistics import accuracy_interval, difference_interval, holm, paired_difference
-from bitassay.models.load import Identity
-from bitassay.models.source import resolve
+from bitassay.evaluate.statistics import accuracy_interval, holm, paired_difference
 from bitassay.quantize.granularity import Granularity
 from bitassay.record.files import write_json
-from bitassay.record.hashing import digest_json
 from bitassay.record.progress import Progress, silent
 from bitassay.record.run import RunFolder
 from bitassay.studies.cells import METHODS, read_facts, read_text
 from bitassay.studies.claims import judged
-from bitassay.studies.crew import do_cells
-from bitassay.studies.eight_bit import BASE, FORMATS, GRANULARITIES, find_study
-from bitassay.studies.variants import Findings, VariantPlan
+from bitassay.studies.crew import do_study
+from bitassay.studies.eight_bit import BASE, FORMATS, GRANULARITIES, EightBitFindings, find_study
+from bitassay.studies.eight_bit_claims import CLAIMS
+from bitassay.studies.variants import VariantPlan
 
 LETTERS = ("A", "B", "C", "D")
 Pair = tuple[str, str, str]  # family, first variant, second variant
-
-
-@dataclass
-class EightBitFindings(Findings):
-    """right: by variant and method, which questions were answered rightly; asked: all that was answered."""
-
-    right: dict[str, dict[str, list[bool]]] = field(default_factory=dict)
-    asked: dict[str, dict[str, Any]] = field(default_factory=dict)
-    speed: dict[str, Any] | None = None
-    products: dict[str, Any] | None = None
-
-    def has(self, *names: str) -> bool:
-        return all(name in self.right for name in names)
 
 
 def run_eight_bit(
@@ -60,41 +44,21 @@ def run_eight_bit(
     repeats: int = 5,
     progress: Progress = silent,
 ) -> tuple[dict[str, Any], Path]:
-    """Run a study; the run (the content of run.json) and its folder. jobs: processes at a time (default: one
-    a core, as many as memory holds). ray: "auto" or the address of a Ray cluster, which then does the cells.
-    repeats: rounds of timing.
-
-    Raises BitassayError for bad input, MissingError for what the environment lacks.
-    """
-    from bitassay.studies.eight_bit_claims import CLAIMS
-
+    """Run a study; the run (the content of run.json) and its folder. repeats: rounds of timing. The rest is
+    as in `do_study`, whose errors it raises."""
     require_lm_eval()
-    source = resolve(plan.model, progress)
-    described = plan.described("eight-bit", Identity(source).weights_digest)
-    name = f"{plan.study}-{Path(source.name).name}-{digest_json(described)[:8]}"
-    folder = RunFolder(out or Path("runs") / name, described)
-    progress(f"run {folder.run_id} in {folder.path}")
-    do_cells(folder, plan, source.folder, jobs, ray, progress)
+    about = find_study(plan.study).about
+    folder, head = do_study(plan, "eight-bit", about, out=out, jobs=jobs, ray=ray, progress=progress)
+    asked = folder.plan["questions"]
     found = findings(folder, plan)
     if plan.speed:
         found.speed, found.products = _speed(plan, folder, repeats, progress)
     run = {
-        "schema": described["schema"],
-        "kind": "eight-bit",
-        "study": plan.study,
-        "about": find_study(plan.study).about,
-        "run_id": folder.run_id,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "model": {
-            "name": source.name,
-            "origin": source.origin,
-            "weights_digest": described["weights_digest"],
-        },
-        "settings": plan.settings,
+        **head,
         "protocols": {
             "text": plan.protocol.id if plan.protocol else None,
-            "questions": question_protocol(plan, described["questions"]["whole"]),
-            "questions_source": described["questions"]["source"],
+            "questions": question_protocol(plan, asked["whole"]),
+            "questions_source": asked["source"],
         },
         "interval": "95 %: expanded percentile bootstrap over windows, Wilson's of an accuracy, Tango's of a "
         "paired difference",
@@ -255,17 +219,6 @@ def pairs_of(found: EightBitFindings) -> list[dict[str, Any]]:
             for row, p in zip(members, holm([m[f"{method}_p_value"] for m in members]), strict=True):
                 row[f"{method}_p_holm"] = p
     return rows
-
-
-def accuracy_difference(
-    found: EightBitFindings, first: tuple[str, str], second: tuple[str, str], level: float = 0.95
-) -> tuple[float, tuple[float, float]]:
-    """(variant, method) against (variant, method) on the same questions: the second's accuracy less the
-    first's, and its interval at `level`."""
-    a, b = (found.right[name][method] for name, method in (first, second))
-    gained = sum(y and not x for x, y in zip(a, b, strict=True))
-    lost = sum(x and not y for x, y in zip(a, b, strict=True))
-    return (gained - lost) / len(a), difference_interval(gained, lost, len(a), level)
 
 
 def uneven_groups(found: EightBitFindings) -> dict[str, list[int]]:

@@ -10,7 +10,6 @@ doubt, and None where the interval, paired by window, holds zero. Grades are the
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +22,16 @@ from bitassay.bench.rounds import ratio_of
 from bitassay.data.corpora import corpus
 from bitassay.evaluate.compare import summarise, text_difference
 from bitassay.evaluate.statistics import bootstrap_means, percentile_interval
-from bitassay.models.load import Identity
 from bitassay.models.source import resolve
 from bitassay.quantize.recipe import BASE as TIMED_BASE
 from bitassay.quantize.recipe import Recipe
 from bitassay.record.files import write_json
-from bitassay.record.hashing import digest_json
 from bitassay.record.progress import Progress, silent
 from bitassay.record.run import RunFolder
 from bitassay.replicate.controls import KINDS
 from bitassay.studies.cells import Cell, read_costs, read_facts, read_text
 from bitassay.studies.claims import judged
-from bitassay.studies.crew import do_cells
+from bitassay.studies.crew import do_study
 from bitassay.studies.replication import REPLICA, Place, find_study, replication_plan
 from bitassay.studies.replication_claims import CLAIMS
 from bitassay.studies.variants import Findings, VariantPlan
@@ -56,40 +53,22 @@ def run_replication(
     progress: Progress = silent,
     **options: Any,
 ) -> tuple[dict[str, Any], Path]:
-    """Run a study on MODEL; the run (the content of run.json) and its folder. jobs, ray: as `do_cells`.
-    repeats: rounds of timing. `options` go to `replication_plan`.
-
-    Raises BitassayError for bad input, MissingError for what the environment lacks.
-    """
-    find_study(study)
+    """Run a study on MODEL; the run (the content of run.json) and its folder. repeats: rounds of timing.
+    `options` go to `replication_plan`; the rest is as in `do_study`. Raises as these do."""
+    about = find_study(study).about
     source = resolve(model, progress)
     config = AutoConfig.from_pretrained(
         source.folder, trust_remote_code=options.get("trust_remote_code", False)
     )
     layers = config.get_text_config(decoder=True).num_hidden_layers
     plan, places = replication_plan(study, model, layers, **options)
-    described = plan.described("replication", Identity(source).weights_digest)
-    name = f"{study}-{Path(source.name).name}-{digest_json(described)[:8]}"
-    folder = RunFolder(out or Path("runs") / name, described)
-    progress(f"run {folder.run_id} in {folder.path}")
-    do_cells(folder, plan, source.folder, jobs, ray, progress)
+    folder, head = do_study(plan, "replication", about, out=out, jobs=jobs, ray=ray, progress=progress)
     found = findings(folder, plan)
     speed = _speed(plan, places, folder, repeats, progress) if plan.speed else {}
     pairs = pairs_of(found, places)
     assert plan.protocol is not None
     run = {
-        "schema": described["schema"],
-        "kind": "replication",
-        "study": study,
-        "about": find_study(study).about,
-        "run_id": folder.run_id,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "model": {
-            "name": source.name,
-            "origin": source.origin,
-            "weights_digest": described["weights_digest"],
-        },
-        "settings": plan.settings,
+        **head,
         "protocol": plan.protocol.id,
         "corpus_source": corpus(plan.protocol.corpus).source,
         "interval": "95 %, expanded percentile bootstrap over windows, paired",
