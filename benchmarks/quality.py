@@ -16,8 +16,9 @@ are of quantization alone for a peer, of the whole command for a recipe of ours;
 bootstrap interval over windows, which both saw alike.
 
 Every finished row is a file below OUT/parts, and the same command goes on after the last one: remove a file
-to measure its row again. A tool that refuses (a group that does not divide a row, say) is listed with its
-last words and tried again next time. Run: OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE python
+to measure its row again. The rows that the documents quote are kept in `results/quality-MODEL`: with --out
+there, new rows are paired with them. A tool that refuses (a group that does not divide a row, say) is listed
+with its last words and tried again next time. Run: OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE python
 benchmarks/quality.py [--model smollm2-135m] [--bits 4 3 2 1] [--groups 64 128] [--tools autoround gptqmodel
 llmcompressor hqq] [--recipe NAME ...] [--out runs/quality] [--format table|json]
 """
@@ -31,6 +32,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,7 @@ from bitassay.data.windows import Protocol, token_windows
 from bitassay.errors import BitassayError, MissingError
 from bitassay.evaluate.compare import score_windows, summarise
 from bitassay.evaluate.statistics import bootstrap_means, percentile_interval
+from bitassay.models.load import tokenizer
 from bitassay.models.walk import walk
 from bitassay.quantize.formats import FORMATS
 from bitassay.quantize.model import bits_per_weight, copy_sharing_parameters
@@ -159,18 +162,23 @@ class Bench:
         }
         self.folder = RunFolder(out, plan)
         self.work = out / "work"
-        self.base = bitassay.load(name)
-        self.windows, _ = token_windows(self.base.tokenizer, EVALUATION)
         self.dense, self.tokens = self.work / "model", self.work / "calibration.safetensors"
         if not self.tokens.exists():  # written last
-            self.base.save_pretrained(self.dense)
-            self.base.tokenizer.save_pretrained(self.dense)
-            save_file({"tokens": token_windows(self.base.tokenizer, CALIBRATION)[0]}, self.tokens)
+            base = bitassay.load(name)
+            base.save_pretrained(self.dense)
+            tokenizer(base).save_pretrained(self.dense)
+            save_file({"tokens": token_windows(tokenizer(base), CALIBRATION)[0]}, self.tokens)
+
+    @cached_property
+    def base(self) -> PreTrainedModel:
+        """Loaded when something is to be scored: a tool that runs before has the memory to itself."""
+        return bitassay.load(self.name)
 
     def score(self, candidate: PreTrainedModel | None) -> dict[str, Any]:
         """Figures of a candidate, or of the base itself, with its means by window."""
         named = {} if candidate is None else {"candidate": candidate}
-        found = [scores for _, scores in score_windows(self.base, named, self.windows)]
+        windows, _ = token_windows(tokenizer(self.base), EVALUATION)
+        found = [scores for _, scores in score_windows(self.base, named, windows)]
         base = [scores[BASE] for scores in found]
         scores = [scores["candidate"] for scores in found] if named else base
         quality = summarise(scores, base, SEED)

@@ -8,7 +8,15 @@ from bitassay.quantize import tune
 from bitassay.quantize.layerwise import hessian_of
 from bitassay.quantize.learned import relative_error
 from bitassay.quantize.schedule import learning_rate, sample_order
-from bitassay.quantize.tune import Tune, divergence, head_weight, last_states, memory_of, own_norms
+from bitassay.quantize.tune import (
+    Tune,
+    divergence,
+    head_weight,
+    last_states,
+    layers_computed_again,
+    memory_of,
+    own_norms,
+)
 from bitassay.testing.tiny import tiny_model
 
 
@@ -38,9 +46,35 @@ def test_neither_massive_activations_nor_the_other_tokens_are_drowned():
 
 def test_memory_follows_the_batch_and_the_weights():
     shapes, small = [(64, 32), (32, 64)], Tune(batch=1)
-    least = memory_of(small, 16, shapes, 5000, 100)
-    assert memory_of(Tune(batch=3), 16, shapes, 5000, 100) - least == pytest.approx(2 * 16 * 192 * 2.6, abs=1)
-    assert memory_of(small, 16, shapes * 2, 5000, 100) - least > 16 * 4096  # latent, gradient, two moments
+    least = memory_of(small, 16, shapes, 1, 32, 5000, 100)
+    larger = memory_of(Tune(batch=3), 16, shapes, 1, 32, 5000, 100)
+    assert larger - least == pytest.approx(2 * 16 * (192 * 2.6 + 2 * 4 * 32), abs=1)
+    assert (
+        memory_of(small, 16, shapes * 2, 2, 32, 5000, 100) - least > 16 * 4096
+    )  # latent, gradient, two moments
+
+
+def test_layers_are_computed_again_for_the_way_back_and_give_the_same_gradients():
+    model, ids = (
+        tiny_model("llama"),
+        torch.randint(3, 500, (2, 20), generator=torch.Generator().manual_seed(0)),
+    )
+
+    model.requires_grad_(True)
+
+    def gradients() -> tuple[list[torch.Tensor], list[int]]:
+        kept: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.nbytes) or x, lambda x: x):
+            states = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+        found = torch.autograd.grad(states.square().mean(), list(model.get_decoder().layers.parameters()))
+        return list(found), kept
+
+    plain, all_kept = gradients()
+    with layers_computed_again(model):
+        again, kept = gradients()
+    assert all(map(torch.equal, plain, again))
+    assert sum(kept) < sum(all_kept) / 4
+    assert all("forward" not in layer.__dict__ for layer in model.get_decoder().layers)
 
 
 def test_a_model_does_not_diverge_from_itself():

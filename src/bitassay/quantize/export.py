@@ -158,8 +158,10 @@ def plan_export(model: PreTrainedModel, recipe: Recipe, layout: Layout | None = 
     tuning = 0
     if recipe.tune is not None:
         tokens, learned = (recipe.calibration or Calibration()).tokens, [shapes[name] for name in ways[0]]
+        config = model.config.get_text_config()
+        layers = len(decoder_layers(model))
         tuning = memory_of(
-            recipe.tune, tokens, learned, parameters, model.config.get_text_config().vocab_size
+            recipe.tune, tokens, learned, layers, config.hidden_size, parameters, config.vocab_size
         )
     return Plan(
         layout=chosen,
