@@ -1,10 +1,11 @@
 """How long GPTQ takes beside a package's: the same model, tokens, bits and group, in turn, several times.
 
-    theirs    GPTQModel's `quantize` call alone, without loading, packing or saving
+    theirs    GPTQModel's `quantize` call alone, without loading, packing or saving, of the model in fp32 and
+              of the model in bf16
     ours      the whole `bitassay quantize` command: loading, GPTQ, and writing a checkpoint
 
-Both are measured and scored as in `quality.py`, each round in a folder of its own below OUT, so that the same
-command goes on where it stopped. The ratio is of medians. Run: OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE
+All are measured and scored as in `quality.py`, each round in a folder of its own below OUT, so that the same
+command goes on where it stopped. Ratios are of medians. Run: OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE
 python benchmarks/gptq.py [--model smollm2-135m] [--rounds 2] [--bits 4] [--group 128] [--out runs/gptq]
 """
 
@@ -20,6 +21,7 @@ from quality import Bench, pairs
 from bitassay.bench.environment import environment
 from bitassay.quantize.recipe import find_recipe
 
+DTYPES = ("float32", "bfloat16")  # of the model that GPTQModel loads
 SHOWN = (
     "tool",
     "version",
@@ -45,24 +47,31 @@ def recipe_file(folder: Path, bits: int, group: int) -> str:
     return str(path)
 
 
-def ratio(rows: list[dict[str, Any]], unit: str) -> float | None:
-    """Of medians; a row of ours that was interrupted has no times, and None is what is left without any."""
-    ours, theirs = (
-        [row[unit] for row in rows if row["tool"].startswith(tool) and row[unit] is not None]
-        for tool in ("bitassay", "gptqmodel")
-    )
-    return statistics.median(ours) / statistics.median(theirs) if ours and theirs else None
+def ratio(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], unit: str) -> float | None:
+    """Of medians; a row that was interrupted has no times, and None is what is left without any."""
+    times = [[row[unit] for row in rows if row[unit] is not None] for rows in (ours, theirs)]
+    return statistics.median(times[0]) / statistics.median(times[1]) if all(times) else None
 
 
 def measure(given: argparse.Namespace) -> dict[str, Any]:
-    recipe, rows = recipe_file(given.out, given.bits, given.group), []
+    recipe = recipe_file(given.out, given.bits, given.group)
+    rows: dict[str, list[dict[str, Any]]] = {"ours": [], **{dtype: [] for dtype in DTYPES}}
     for index in range(given.rounds):
         bench = Bench(given.model, given.out / f"round-{index}", 0)
-        rows += [bench.peer("gptqmodel", given.bits, given.group), bench.recipe(find_recipe(recipe), recipe)]
+        for dtype in DTYPES:
+            rows[dtype].append(bench.peer("gptqmodel", given.bits, given.group, dtype))
+        rows["ours"].append(bench.recipe(find_recipe(recipe), recipe))
     return {
-        "rows": [{key: row[key] for key in SHOWN} for row in rows],
-        **{f"{unit}_ours_over_theirs": ratio(rows, unit) for unit in ("seconds", "cpu_seconds")},
-        "pairs": pairs(rows[:2]),
+        "rows": [
+            {"who": who, **{key: row[key] for key in SHOWN}}
+            for who, measured in rows.items()
+            for row in measured
+        ],
+        "ours_over_theirs": {
+            dtype: {unit: ratio(rows["ours"], rows[dtype], unit) for unit in ("seconds", "cpu_seconds")}
+            for dtype in DTYPES
+        },
+        "pairs": {dtype: pairs([rows["ours"][0], rows[dtype][0]])[0] for dtype in DTYPES},
         "environment": environment(),
     }
 

@@ -8,7 +8,7 @@ A peer runs in an environment of its own, made here where it is absent (~/.cache
 BITASSAY_PEERS), and hands back the weights that its own checkpoint decodes to: `peers/run_TOOL.py`. A recipe
 of ours runs as `bitassay quantize`, and the folder that it wrote is what is measured.
 
-`bits_per_weight` counts codes, 16-bit scales, and zero points as the tool stores them;
+`bits_per_weight` counts codes, 16-bit scales (bitsandbytes has 32), and zero points as the tool stores them;
 `checkpoint_bits_per_weight` also what the tool's packing wastes and indices that could be left out. `seconds`
 are of quantization alone for a peer, of the whole command for a recipe of ours; `cpu_seconds` and
 `peak_bytes` are of the whole process for both; what was interrupted and gone on with has no times.
@@ -20,7 +20,7 @@ to measure its row again. The rows that the documents quote are kept in `results
 there, new rows are paired with them. A tool that refuses (a group that does not divide a row, say) is listed
 with its last words and tried again next time. Run: OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE python
 benchmarks/quality.py [--model smollm2-135m] [--bits 4 3 2 1] [--groups 64 128] [--tools autoround gptqmodel
-llmcompressor hqq] [--recipe NAME ...] [--out runs/quality] [--format table|json]
+llmcompressor bitsandbytes hqq] [--recipe NAME ...] [--out runs/quality] [--format table|json]
 """
 
 import argparse
@@ -46,13 +46,14 @@ import bitassay
 from bitassay.bench.environment import environment
 from bitassay.data.windows import Protocol, token_windows
 from bitassay.errors import BitassayError, MissingError
-from bitassay.evaluate.compare import score_windows, summarise
+from bitassay.evaluate.compare import summarise
+from bitassay.evaluate.divergence import token_scores, window_logits
 from bitassay.evaluate.statistics import bootstrap_means, percentile_interval
 from bitassay.models.load import tokenizer
 from bitassay.models.walk import walk
 from bitassay.quantize.formats import FORMATS
 from bitassay.quantize.model import bits_per_weight, copy_sharing_parameters
-from bitassay.quantize.recipe import BASE, Recipe, find_recipe
+from bitassay.quantize.recipe import Recipe, find_recipe
 from bitassay.record.files import read_json, write_text
 from bitassay.record.run import RunFolder
 
@@ -99,6 +100,14 @@ PEERS = {
     ),
     # It pins an older transformers than constraints.txt does.
     "llmcompressor": Peer((4, 3, 2), ((TORCH,), (TORCH, "llmcompressor==0.14.0.1"))),
+    # 8 bits is LLM.int8(), which rounds inputs too; 4 is NF4.
+    "bitsandbytes": Peer(
+        (8, 4),
+        (
+            ("-c", str(CONSTRAINTS), TORCH),
+            ("-c", str(CONSTRAINTS), "bitsandbytes==0.50.2", "transformers", "accelerate", "safetensors"),
+        ),
+    ),
     "hqq": Peer(
         (4, 3, 2, 1.58, 1),
         (("-c", str(CONSTRAINTS), TORCH), ("-c", str(CONSTRAINTS), "hqq==0.2.8.post1")),
@@ -167,20 +176,29 @@ class Bench:
             base = bitassay.load(name)
             base.save_pretrained(self.dense)
             tokenizer(base).save_pretrained(self.dense)
-            save_file({"tokens": token_windows(tokenizer(base), CALIBRATION)[0]}, self.tokens)
+            protocols = {"tokens": CALIBRATION, "windows": EVALUATION}
+            save_file(
+                {key: token_windows(tokenizer(base), one)[0] for key, one in protocols.items()}, self.tokens
+            )
 
     @cached_property
     def base(self) -> PreTrainedModel:
         """Loaded when something is to be scored: a tool that runs before has the memory to itself."""
         return bitassay.load(self.name)
 
-    def score(self, candidate: PreTrainedModel | None) -> dict[str, Any]:
-        """Figures of a candidate, or of the base itself, with its means by window."""
-        named = {} if candidate is None else {"candidate": candidate}
-        windows, _ = token_windows(tokenizer(self.base), EVALUATION)
-        found = [scores for _, scores in score_windows(self.base, named, windows)]
-        base = [scores[BASE] for scores in found]
-        scores = [scores["candidate"] for scores in found] if named else base
+    def score(self, candidate: PreTrainedModel | Tensor | None) -> dict[str, Any]:
+        """Figures of a candidate, of a candidate's last hidden states [windows, tokens, hidden], or of the
+        base itself, with its means by window."""
+        windows = load_file(self.tokens)["windows"]
+        base, scores = [], []
+        for place, window in enumerate(windows):
+            logits, targets = window_logits(self.base, window), window[1:]
+            base.append(token_scores(logits, targets))
+            if isinstance(candidate, Tensor):
+                said = self.base.get_output_embeddings()(candidate[place, :-1])
+            else:
+                said = logits if candidate is None else window_logits(candidate, window)
+            scores.append(token_scores(said, targets, logits))
         quality = summarise(scores, base, SEED)
         return {
             **{key: getattr(quality, key) for key in ("ppl", "ppl_ci", "kl_mean", "kl_ci", "top1_agreement")},
@@ -192,8 +210,9 @@ class Bench:
         row = {"tool": "none", "bits": 32, "group": None, "bits_per_weight": 32.0}
         return self.folder.part("unquantized", lambda: {"model": self.name, **row, **self.score(None)})
 
-    def peer(self, tool: str, bits: float, group: int) -> dict[str, Any]:
-        name = f"{tool}-{bits:g}bit-g{group}"
+    def peer(self, tool: str, bits: float, group: int, dtype: str = "float32") -> dict[str, Any]:
+        """dtype: what GPTQModel loads the model in."""
+        name = f"{tool}-{bits:g}bit-g{group}" + (f"-{dtype}" if dtype != "float32" else "")
 
         def measure() -> dict[str, Any]:
             place = self.work / name
@@ -202,16 +221,20 @@ class Bench:
             command = [
                 *(interpreter(tool), HERE / "peers" / f"run_{tool}.py", "--model", self.dense),
                 *("--tokens", self.tokens, "--bits", f"{bits:g}", "--group", str(group)),
-                *("--out", place, "--iters", str(self.iters)),
+                *("--out", place, "--iters", str(self.iters), "--dtype", dtype),
             ]
             if not (place / "usage.json").exists():  # else only the evaluation was interrupted
                 usage = run(command, self.work / f"{name}.log")
                 usage |= read_json(place / "report.json") | (UNTIMED if resumed else {})
                 write_text(place / "usage.json", json.dumps(usage))
             report = read_json(place / "usage.json")
-            candidate = with_weights(self.base, load_file(place / "weights.safetensors"))
-            row = {"model": self.name, "tool": tool, "bits": bits, "group": group, **report}
-            row |= self.score(candidate)
+            row = {"model": self.name, "tool": tool, "bits": bits, **report}
+            row["group"] = group if bits < 8 else None  # LLM.int8() has a scale a row
+            states = place / "states.safetensors"
+            if states.exists():
+                row |= self.score(load_file(states)["states"])
+            else:
+                row |= self.score(with_weights(self.base, load_file(place / "weights.safetensors")))
             shutil.rmtree(place)
             return row
 

@@ -1,9 +1,10 @@
 """What the peers' scripts share. It runs under each peer's own interpreter, so it needs torch and
 safetensors and nothing of bitassay.
 
-A script takes a dense fp32 model folder, calibration token ids, bits and group. It writes the decoder's
-linears as the peer's own checkpoint decodes them (`weights.safetensors`), and how they were made and what
-they take (`report.json`).
+A script takes a dense fp32 model folder, token ids, bits and group. It writes the decoder's linears as the
+peer's own checkpoint decodes them (`weights.safetensors`), and how they were made and what they take
+(`report.json`). A peer that rounds what enters its linears too hands back what its decoder says of the
+windows of the evaluation instead (`states.safetensors`, the last hidden states).
 """
 
 import argparse
@@ -24,14 +25,18 @@ SCALE_BITS = 16
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True, help="folder of a dense fp32 model")
-    parser.add_argument("--tokens", type=Path, required=True, help="safetensors: `tokens` [samples, length]")
+    parser.add_argument(
+        "--tokens", type=Path, required=True, help="safetensors: `tokens` and `windows` [n, length]"
+    )
     parser.add_argument("--bits", type=float, required=True)
     parser.add_argument("--group", type=int, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--dtype", default="float32", help="GPTQModel's arithmetic while it calibrates")
     parser.add_argument("--iters", type=int, default=200, help="AutoRound's steps for each block")
     given = parser.parse_args()
     given.bits = int(given.bits) if given.bits == int(given.bits) else given.bits
-    given.tokens = load_file(given.tokens)["tokens"]
+    found = load_file(given.tokens)
+    given.tokens, given.windows = found["tokens"], found["windows"]
     torch.manual_seed(0)
     return given
 
@@ -77,19 +82,27 @@ def write(
     groups: int,
     zero_bits: float,
     checkpoint_bits: int,
+    scale_bits: int = SCALE_BITS,
+    states: Tensor | None = None,
 ) -> None:
-    """groups: how many scales there are in all; zero_bits: what the peer stores a zero point in;
-    checkpoint_bits: all that the checkpoint holds for these matrices, with what packing wastes and indices
-    that could be left out."""
+    """groups: how many scales there are in all; scale_bits, zero_bits: what the peer stores a scale and a
+    zero point in; checkpoint_bits: all that the checkpoint holds for these matrices, with what packing
+    wastes and indices that could be left out. states: [windows, length, hidden], to be judged instead of the
+    weights."""
     count = sum(weight.numel() for weight in weights.values())
     report = {
         "version": f"{version(package)} (torch {torch.__version__}, transformers {version('transformers')})",
         "settings": dict(settings),
         "seconds": seconds,
-        "bits_per_weight": bits + groups * (SCALE_BITS + zero_bits) / count,
+        "bits_per_weight": bits + groups * (scale_bits + zero_bits) / count,
         "checkpoint_bits_per_weight": checkpoint_bits / count,
         "threads": torch.get_num_threads(),
     }
     out.mkdir(parents=True, exist_ok=True)
-    save_file({name: weight.contiguous() for name, weight in weights.items()}, out / "weights.safetensors")
+    if states is None:
+        save_file(
+            {name: weight.contiguous() for name, weight in weights.items()}, out / "weights.safetensors"
+        )
+    else:
+        save_file({"states": states.contiguous()}, out / "states.safetensors")
     (out / "report.json").write_text(json.dumps(report, indent=2))

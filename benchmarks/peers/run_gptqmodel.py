@@ -20,7 +20,7 @@ given = arguments()
 config = GPTQConfig(
     bits=given.bits, group_size=given.group, sym=False, desc_act=True, static_groups=True, device="cpu"
 )
-model = GPTQModel.load(given.model, config, dtype=torch.float32)
+model = GPTQModel.load(given.model, config, dtype=getattr(torch, given.dtype))
 samples = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in given.tokens]
 seconds = timed(lambda: model.quantize(samples, batch_size=BATCH))
 model.save(str(given.out / "checkpoint"))
@@ -40,6 +40,7 @@ write(
         "mse": config.mse,
         "batch_size": BATCH,
         "samples": len(samples),
+        "dtype": given.dtype,
     },
     seconds,
     {name: decoded(layer) for name, layer in packed.items()},

@@ -1,11 +1,12 @@
 """Corpora and prompts: the bundled ones, a folder of one's own, and files with defects."""
 
 import gzip
+import hashlib
 import json
 
 import pytest
 
-from bitassay.data.corpora import bundled_prompts, corpus, prompts_from, same_text
+from bitassay.data.corpora import bundled_prompts, corpus, pinned, prompts_from, same_text
 from bitassay.errors import BitassayError, MissingError
 
 
@@ -180,3 +181,36 @@ def test_a_text_that_may_not_be_carried_is_asked_for(name):
 def test_texts_that_are_the_same():
     assert same_text("c4-train", "c4-train-new")
     assert not same_text("c4-train", "c4-new")
+
+
+def test_a_file_of_ones_own_is_called_by_what_is_in_it(tmp_path):
+    path, packed = tmp_path / "notes.txt", tmp_path / "chat.jsonl.gz"
+    path.write_text("a text\n")
+    packed.write_bytes(gzip.compress(b'{"text": "one"}\n{"text": "two"}\n'))
+    assert corpus(str(path)).text == "a text\n"
+    assert corpus(str(packed)).text == "one\n\ntwo"
+    name = pinned(str(path))
+    assert name == f"{path}@{hashlib.sha256(b'a text' + bytes([10])).hexdigest()[:16]}"
+    assert pinned(name) == name
+    assert corpus(name).text == "a text\n"
+    copied = tmp_path / "again.txt"
+    copied.write_text("a text\n")
+    assert same_text(name, str(copied))
+    assert not same_text(name, str(packed))
+    assert not same_text(name, "c4-train")
+    path.write_text("another\n")
+    with pytest.raises(BitassayError, match="means another text"):
+        corpus(name)
+
+
+def test_a_file_of_ones_own_with_defects(tmp_path):
+    with pytest.raises(BitassayError, match=r"missing.txt: No such file"):
+        pinned(str(tmp_path / "missing.txt"))
+    (tmp_path / "empty.txt").write_text(" \n")
+    with pytest.raises(BitassayError, match=r"empty.txt: the corpus is empty"):
+        corpus(str(tmp_path / "empty.txt"))
+    (tmp_path / "chat.jsonl").write_text('{"prompt": "no text"}\n')
+    with pytest.raises(BitassayError, match=r"chat.jsonl:1: not a JSON object with a field 'text'"):
+        corpus(str(tmp_path / "chat.jsonl"))
+    with pytest.raises(BitassayError, match=r"unknown corpus 'notes\.pdf'"):
+        corpus("notes.pdf")

@@ -61,6 +61,18 @@ def test_the_bundled_text_is_the_published_file():
     )
 
 
+def test_a_protocol_of_ones_own_text_says_what_is_in_it(stories, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.txt").write_text("Once upon a time there was a dog. " * 200)
+    protocol = Protocol.parse("notes.txt/64[n=3]")
+    digest = hashlib.sha256((tmp_path / "notes.txt").read_bytes()).hexdigest()[:16]
+    assert protocol.id == f"notes.txt@{digest}/64[n=3]"
+    assert Protocol.parse(protocol.id) == protocol
+    windows, source = token_windows(stories.tokenizer, protocol)
+    assert windows.shape == (3, 64)
+    assert source == f"notes.txt, sha256 {digest}..."
+
+
 def test_windows_are_integers(stories):
     windows, _ = token_windows(stories.tokenizer, Protocol(window_tokens=64, windows=2))
     assert windows.shape == (2, 64)

@@ -19,7 +19,7 @@ from bitassay.models.checkpoint import CARD_BYTES, CARD_FILE, read_card
 from bitassay.models.load import load
 from bitassay.quantize import layout as own
 from bitassay.quantize.compressed import weight_args
-from bitassay.quantize.export import save
+from bitassay.quantize.export import plan_export, save
 from bitassay.quantize.formats import FORMATS
 from bitassay.quantize.model import bits_per_weight
 from bitassay.quantize.pipeline import quantize
@@ -343,14 +343,102 @@ def test_the_recipes_id_is_computed_not_believed(copied):
     assert load(copied).identity.recipe_id != quick("w4").recipe_id
 
 
-def test_quantized_activations_are_refused(copied):
-    (copied / CARD_FILE).unlink()
-    config = json.loads((copied / "config.json").read_text())
-    activations = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True, "symmetric": True}
-    config["quantization_config"]["config_groups"]["group_0"]["input_activations"] = activations
-    (copied / "config.json").write_text(json.dumps(config))
-    with pytest.raises(BitassayError, match="quantizes activations too"):
-        load(copied)
+def w8a8(format="int8", **activations) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "name": "w8a8",
+            "weights": {"format": format, "granularity": "channel", "scale": "absmax"},
+            "activations": {"format": format} | activations,
+            "calibration": {"samples": 4, "tokens": 32},
+        }
+    )
+
+
+W8A8 = {
+    "dynamic": w8a8(),
+    "asymmetric": w8a8(symmetric=False),
+    "static": w8a8(scale="absmax"),
+    "static-asymmetric": w8a8(scale="percentile", percentile=99.0, symmetric=False),
+    "fp8": w8a8("fp8_e4m3"),
+    "fp8-static": w8a8("fp8_e4m3", scale="absmax"),
+}
+
+
+@pytest.mark.parametrize("kind", W8A8)
+def test_rounded_inputs_go_to_engines_where_that_is_asked_for(kind, stories, tmp_path):
+    quantized, folder = quantize(stories, W8A8[kind]), tmp_path / "w8a8"
+    card = save(quantized, folder, layout="compressed-tensors")
+    said = json.loads((folder / "config.json").read_text())["quantization_config"]["config_groups"]["group_0"]
+    assert said["format"] == ("float-quantized" if "fp8" in kind else "int-quantized")
+    assert said["input_activations"]["dynamic"] == ("static" not in kind)
+    assert said["input_activations"]["symmetric"] == ("asymmetric" not in kind)
+    stored = {key: value for path in folder.glob("*.safetensors") for key, value in load_file(path).items()}
+    weight = stored["model.layers.0.self_attn.q_proj.weight"]
+    assert weight.dtype == (torch.float8_e4m3fn if "fp8" in kind else torch.int8)
+    assert ("model.layers.0.self_attn.q_proj.input_scale" in stored) == ("static" in kind)
+    assert plan_export(stories, W8A8[kind], "compressed-tensors").tensor_bytes == sum(
+        tensor.nbytes for tensor in stored.values()
+    )
+    ids = torch.arange(3, 60)[None]
+    with torch.inference_mode():
+        wanted = quantized(ids).logits
+        assert torch.equal(load(folder).eval()(ids).logits, wanted)  # the card says how ours are rounded
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(ids).logits
+        plain = quantize(stories, Recipe.model_validate({**W8A8[kind].model_dump(), "activations": None}))
+        unrounded = plain(ids).logits
+        (folder / CARD_FILE).unlink()
+        assert torch.equal(load(folder)(ids).logits, theirs)  # what another tool wrote is run as it says
+    assert card.layout == "compressed-tensors"
+    apart, rounding = (theirs - wanted).norm(), (unrounded - wanted).norm()
+    assert (
+        apart < (0.05 if "static" in kind else 1.5) * rounding
+    )  # one grid is the same, a token's may not be
+    assert (theirs - unrounded).norm() > rounding / 2  # inputs are rounded there too
+
+
+def test_rounded_inputs_that_engines_do_not_know(stories, tmp_path):
+    for activations, why in (
+        ({"format": "int16"}, "engines know inputs of 4 and 8 bits and e4m3, not int16"),
+        ({"format": "fp8_e5m2"}, "not fp8_e5m2"),
+        ({"outliers": {"sigma": 6}}, "no columns in 16 bits"),
+    ):
+        made = Recipe.model_validate(
+            {**W8A8["dynamic"].model_dump(exclude_none=True), "activations": activations}
+        )
+        with pytest.raises(BitassayError, match=why):
+            plan_export(stories, made, "compressed-tensors")
+    assert plan_export(stories, W8A8["dynamic"]).layout == "bitassay"
+
+
+def test_inputs_that_the_card_and_the_files_say_differently(stories, tmp_path):
+    folder = tmp_path / "static"
+    save(quantize(stories, W8A8["static"]), folder, layout="compressed-tensors")
+    path = folder / CARD_FILE
+    card = json.loads(path.read_text())
+    card["inputs"]["model.layers.0.self_attn.q_proj"]["scale"] *= 2
+    path.write_text(json.dumps(card))
+    with pytest.raises(BitassayError, match=r"differ in the inputs of model\.layers\.0\.self_attn\.q_proj"):
+        load(folder)
+
+
+def test_what_another_tool_rounds_beside_weights_and_inputs_is_refused(stories, tmp_path):
+    folder = tmp_path / "w8a8"
+    save(quantize(stories, W8A8["dynamic"]), folder, layout="compressed-tensors")
+    (folder / CARD_FILE).unlink()
+    with pytest.raises(BitassayError, match="the model is quantized already"):
+        quantize(load(folder), quick("w4"))
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    rounded = {"num_bits": 8, "type": "int", "strategy": "tensor", "dynamic": False, "symmetric": True}
+    said = config["quantization_config"]
+    path.write_text(json.dumps(config | {"quantization_config": said | {"kv_cache_scheme": rounded}}))
+    with pytest.raises(BitassayError, match="quantizes the KV cache too"):
+        load(folder)
+    by_token = rounded | {"strategy": "token", "dynamic": True}
+    said["config_groups"]["group_0"]["output_activations"] = by_token
+    path.write_text(json.dumps(config))
+    with pytest.raises(BitassayError, match="quantizes what leaves a linear"):
+        load(folder)
 
 
 @pytest.mark.real

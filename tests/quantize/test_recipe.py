@@ -1,10 +1,12 @@
+import json
+
 import pytest
 import torch
 from pydantic import ValidationError
 
 import bitassay
 from bitassay.errors import BitassayError
-from bitassay.quantize.calibration import Calibration
+from bitassay.quantize.calibration import Calibration, calibration_tokens
 from bitassay.quantize.export import save
 from bitassay.quantize.recipe import (
     Recipe,
@@ -178,3 +180,25 @@ def test_unknown_names_suggest_the_nearest(name):
 def test_combinations_that_make_no_sense(fields, reason):
     with pytest.raises(ValidationError, match=reason):
         Recipe(name="x", **fields)
+
+
+def test_the_id_covers_calibration_text_of_ones_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = tmp_path / "notes.txt"
+    text_of = {"corpus": "notes.txt", "samples": 3, "tokens": 16}
+    content = {"name": "mine", "weights": W4, "gptq": {}, "calibration": text_of}
+    (tmp_path / "mine.yaml").write_text(json.dumps(content))
+    with pytest.raises(BitassayError, match=r"mine\.yaml: .*calibration\.corpus: .*notes\.txt: No such file"):
+        read_recipe(tmp_path / "mine.yaml")
+    text.write_text("Once upon a time there was a dog. " * 20)
+    recipe = Recipe.model_validate(content)
+    assert Recipe.model_validate(content).recipe_id == recipe.recipe_id
+    model = stories260k()
+    tokens = calibration_tokens(model, recipe.calibration)
+    assert tokens.shape == (3, 16)
+    assert "dog" in model.tokenizer.decode(tokens[0])
+    text.write_text("Another text. " * 50)
+    assert Recipe.model_validate(content).recipe_id != recipe.recipe_id
+    with pytest.raises(BitassayError, match="means another text"):
+        calibration_tokens(model, recipe.calibration)
+    assert Recipe.model_validate(recipe.model_dump()) == recipe  # read back without looking at the file

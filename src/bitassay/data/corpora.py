@@ -2,12 +2,17 @@
 
 `BITASSAY_DATA` names a folder of data sets (searched first); without it the bundled files are used, where the
 licence of a text lets it be carried. A result always says which.
+
+A file of one's own is a corpus too, called by its path and, once it has been looked at, by the start of its
+digest: `notes.jsonl@1a2b3c4d5e6f7a8b`. So the id of whatever used it says what was in it.
 """
 
 import gzip
+import hashlib
 import io
 import json
 import os
+import re
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -58,20 +63,57 @@ CORPORA = {
         C4_TRAIN, "c4-train-1000.jsonl.gz", lambda path: "\n\n".join(_field(path, "text"))
     ),
 }
+_OWN = re.compile(r"(?P<path>.+\.(?:txt|jsonl)(?:\.gz)?)(?:@(?P<digest>[0-9a-f]{16}))?")
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """One long text and where it came from."""
+    """One long text and where it came from; max_windows: how many its protocol reads at most."""
 
     name: str
     text: str
     source: str
+    max_windows: int | None = None
+
+
+def is_own(name: str) -> bool:
+    """Whether a corpus of this name is a file of one's own: .txt, or .jsonl with a field `text`, or either
+    gzipped."""
+    return _OWN.fullmatch(name) is not None
+
+
+def pinned(name: str) -> str:
+    """The name of a corpus with what is in it: a file of one's own gets the start of its digest, others have
+    one text. Raises BitassayError where there is no such file."""
+    own = _OWN.fullmatch(name)
+    return name if own is None or own["digest"] else f"{name}@{_digest(Path(name))}"
+
+
+def _digest(path: Path) -> str:
+    try:
+        with open(path, "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
+    except OSError as error:
+        raise BitassayError(f"{path}: {error.strerror or error}", "check the path") from error
+
+
+def _own_corpus(name: str, path: Path, digest: str | None) -> Corpus:
+    found = _digest(path)
+    if digest not in (None, found):
+        raise BitassayError(
+            f"{path}: its digest begins with {found}, {name} means another text",
+            f"restore that file, or say {path} alone to take what it holds now",
+        )
+    text = "\n\n".join(_field(path, "text")) if ".jsonl" in path.name else read_text(path)
+    if not text.strip():
+        raise BitassayError(f"{path}: the corpus is empty", "another file")
+    return Corpus(name, text, f"{path}, sha256 {found}...")
 
 
 def corpus(name: str) -> Corpus:
-    """The corpus called `name`, joined as its protocol wants. Raises BitassayError for an unknown name or an
-    empty file, MissingError for a text that neither BITASSAY_DATA nor the package has.
+    """The corpus called `name`, joined as its protocol wants. Raises BitassayError for an unknown name, an
+    empty file, or a file of one's own that is not what its name says, MissingError for a text that neither
+    BITASSAY_DATA nor the package has.
 
     wikitext2-raw   the lines of the raw test set joined by two newlines, blank lines as empty strings. That
                     is how the data set's rows are joined in GPTQ's evaluation, which the published WikiText-2
@@ -85,20 +127,31 @@ def corpus(name: str) -> Corpus:
                     space: GPTQ's `ptb-new`.
     c4-train        the documents of c4-train-new joined by an empty line; for calibration, never for
                     measuring.
+    PATH            a file of one's own: .txt as it is, the texts of .jsonl joined by an empty line.
     """
+    if own := _OWN.fullmatch(name):
+        return _own_corpus(name, Path(own["path"]), own["digest"])
     if name not in CORPORA:
-        raise BitassayError(f"unknown corpus {name!r}; the nearest are {nearest(name, CORPORA)}")
+        raise BitassayError(
+            f"unknown corpus {name!r}; the nearest are {nearest(name, CORPORA)}",
+            "one of these, or a file of your own: PATH.txt, or PATH.jsonl with a field 'text'",
+        )
     path, source = _locate(name)
     text = CORPORA[name].text(path)
     if not text.strip():
         raise BitassayError(f"{path}: the corpus is empty", "restore the file, or unset BITASSAY_DATA")
-    return Corpus(name, text, source)
+    return Corpus(name, text, source, CORPORA[name].max_windows)
 
 
 def same_text(first: str, second: str) -> bool:
     """Whether two corpora are read from the same files: what is calibrated on one is flattered by the
     other."""
-    return CORPORA[first].paths == CORPORA[second].paths
+    return _files(first) == _files(second)
+
+
+def _files(name: str) -> tuple[str, ...]:
+    own = _OWN.fullmatch(name)
+    return CORPORA[name].paths if own is None else (own["digest"] or _digest(Path(name)),)
 
 
 def bundled_prompts() -> list[str]:

@@ -4,7 +4,8 @@
 non-overlapping windows of 2048, the rest dropped; the first token of a window predicts nothing. `c4-new/2048`
 and `ptb-new/2048` are those of GPTQ (2210.17323) and its successors; of C4 the first 256 windows are read.
 `corpora.py` says how each text is joined. With `windows`, that many windows evenly spaced over the text are
-taken, and the id says so: `ptb-new/512[n=16]`.
+taken, and the id says so: `ptb-new/512[n=16]`. A file of one's own has an id too, with the start of its
+digest: `notes.txt@1a2b3c4d5e6f7a8b/512`.
 """
 
 import re
@@ -15,11 +16,11 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from bitassay.data.corpora import CORPORA, corpus
+from bitassay.data.corpora import corpus, is_own, pinned
 from bitassay.errors import BitassayError, nearest
 
 PROTOCOLS = ("wikitext2-raw", "c4-new", "ptb-new", "c4-train-new")
-_ID = re.compile(r"([\w.-]+)(?:/(\d{1,9}))?(?:\[n=(\d{1,9})\])?")
+_ID = re.compile(r"(.+?)(?:/(\d{1,9}))?(?:\[n=(\d{1,9})\])?")
 
 
 @dataclass(frozen=True)
@@ -37,22 +38,22 @@ class Protocol:
 
     @classmethod
     def parse(cls, text: str, *, window_tokens: int | None = None, windows: int | None = None) -> "Protocol":
-        """The protocol of that name or id; what the text leaves out is as given, else 2048 tokens and all
-        windows.
+        """The protocol of that name, file or id; what the text leaves out is as given, else 2048 tokens and
+        all windows.
 
         Raises BitassayError for an unknown name, and where text and arguments disagree.
         """
         found = _ID.fullmatch(text)
-        if found is None or found[1] not in PROTOCOLS:
+        if found is None or not (found[1] in PROTOCOLS or is_own(found[1])):
             raise BitassayError(
                 f"no protocol is called {text!r}; the nearest are {nearest(text, PROTOCOLS)}",
-                "a name, or an id such as ptb-new/512[n=16]",
+                "a name, an id such as ptb-new/512[n=16], or a file of your own: PATH.txt, PATH.jsonl",
             )
         said = (found[2] and int(found[2]), found[3] and int(found[3]))
         for one, given, option in zip(said, (window_tokens, windows), ("--window", "--windows"), strict=True):
             if one is not None and given is not None and one != given:
                 raise BitassayError(f"{text!r} says {one}, {option} says {given}", "leave one of them out")
-        return cls(found[1], said[0] or window_tokens or 2048, said[1] or windows)
+        return cls(pinned(found[1]), said[0] or window_tokens or 2048, said[1] or windows)
 
 
 def token_windows(
@@ -70,8 +71,8 @@ def token_windows(
     # The text is far longer than any model's context; it is cut right below, so the tokenizer need not warn.
     ids = tokenizer(text.text, return_tensors="pt", verbose=False).input_ids[0]
     available = len(ids) // protocol.window_tokens
-    if (limit := CORPORA[protocol.corpus].max_windows) is not None:
-        available = min(available, limit)
+    if text.max_windows is not None:
+        available = min(available, text.max_windows)
     wanted = available if protocol.windows is None else protocol.windows
     if not 1 <= wanted <= available:
         raise BitassayError(

@@ -151,9 +151,14 @@ def _plain(
 
 
 def check_method(config: PretrainedConfig, folder: Path) -> None:
-    """Refuse a quantized checkpoint whose packages are not here. Raises MissingError that says which extra
-    has them."""
-    method = quantization_method(config)
+    """Refuse a quantized checkpoint whose packages are not here, or whose cache is quantized too. Raises
+    MissingError that says which extra has them, BitassayError for the cache."""
+    method, said = quantization_method(config), _quantization_config(config)
+    if said.get("kv_cache_scheme"):
+        raise BitassayError(
+            f"{folder}: the checkpoint quantizes the KV cache too, which is not read",
+            "a checkpoint without kv_cache_scheme",
+        )
     missing = [name for name in PACKAGES_OF_METHOD.get(method, ()) if find_spec(name) is None]
     if missing:
         raise MissingError(
@@ -164,8 +169,12 @@ def check_method(config: PretrainedConfig, folder: Path) -> None:
 
 def quantization_method(config: PretrainedConfig) -> str:
     """What the checkpoint's config says it is quantized by; empty where it says nothing."""
+    return str(_quantization_config(config).get("quant_method", ""))
+
+
+def _quantization_config(config: PretrainedConfig) -> dict[str, Any]:
     said = getattr(config, "quantization_config", None) or {}
-    return str((said if isinstance(said, dict) else said.to_dict()).get("quant_method", ""))
+    return said if isinstance(said, dict) else said.to_dict()
 
 
 def is_compressed(config: PretrainedConfig) -> bool:
@@ -175,21 +184,20 @@ def is_compressed(config: PretrainedConfig) -> bool:
 
 def make_dense(model: PreTrainedModel, dtype: torch.dtype, folder: Path) -> None:
     """Decode a compressed-tensors model that was loaded in fp32 into plain weights of `dtype`, as `quantize`
-    makes them.
+    makes them; linears whose inputs are rounded keep the library's forward, which does it.
 
-    Raises BitassayError where it also quantizes activations, which plain weights would silently leave out,
-    and where a stored shape is not the module's.
+    Raises BitassayError where it also quantizes what leaves a linear, which would silently be left out, and
+    where a stored shape is not the module's.
     """
     for name, module in model.named_modules():
         if (scheme := getattr(module, "quantization_scheme", None)) is not None:
-            if scheme.input_activations is not None or scheme.output_activations is not None:
+            if scheme.output_activations is not None:
                 raise BitassayError(
-                    f"{folder}: {name}: the checkpoint quantizes activations too, "
-                    "which this version does not do",
-                    "a checkpoint with quantized weights only",
+                    f"{folder}: {name}: the checkpoint quantizes what leaves a linear, which is not read",
+                    "a checkpoint that quantizes weights, or weights and inputs",
                 )
             _check_stored_shape(module, name, folder)
-            decompress_module(module, leave_decompressed=False)
+            decompress_module(module, leave_decompressed=scheme.input_activations is not None)
         for parameter in module.parameters(recurse=False):
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(dtype)

@@ -1,31 +1,38 @@
 """Calibration text: what the calibrated methods look at while they quantize.
 
-Windows of C4, evenly spaced over the text: 128 of 512 tokens are what AutoRound takes by default, and enough
-for GPTQ. The text is never one that quality is measured on.
+Windows evenly spaced over a text: 128 of 512 tokens of C4 are what AutoRound takes by default, and enough for
+GPTQ. A text of one's own should be what the model is used for, and none that quality is measured on.
 """
 
 from typing import Literal
 
 from jaxtyping import Int
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from bitassay.data.corpora import pinned
 from bitassay.data.windows import Protocol, token_windows
 from bitassay.models.load import tokenizer
 from bitassay.quantize.scheme import Part
 
 
 class Calibration(Part):
-    """`samples` windows of `tokens` tokens of a corpus. every_expert: show every token to every expert of a
-    mixture, not only to those that its router chooses. precision: what the layers' products are computed in
-    while the text runs through them, where that is not the model's dtype; what is solved stays in float32."""
+    """`samples` windows of `tokens` tokens of a corpus; a file of one's own (`corpora.py`) is in the recipe's
+    id by its digest. every_expert: show every token to every expert of a mixture, not only to those that its
+    router chooses. precision: what the layers' products are computed in while the text runs through them,
+    where that is not the model's dtype; what is solved stays in float32."""
 
     corpus: str = "c4-train"
     samples: int = Field(default=128, ge=1)
     tokens: int = Field(default=512, ge=2)
     every_expert: bool = False
     precision: Literal["bfloat16"] | None = None
+
+    @field_validator("corpus")
+    @classmethod
+    def _with_digest(cls, name: str) -> str:
+        return pinned(name)
 
 
 def calibration_tokens(model: PreTrainedModel, spec: Calibration) -> Int[Tensor, "samples tokens"]:

@@ -24,7 +24,15 @@ from bitassay.models.load import identity, load
 from bitassay.models.walk import decoder_layers, fused_experts, walk
 from bitassay.quantize import compressed
 from bitassay.quantize.calibration import Calibration
-from bitassay.quantize.layout import Factors, Stored, description, expected_bytes, planned, planned_bits
+from bitassay.quantize.layout import (
+    Factors,
+    Stored,
+    description,
+    expected_bytes,
+    planned,
+    planned_bits,
+    stored_tensors,
+)
 from bitassay.quantize.model import (
     Quantization,
     bits_per_weight,
@@ -44,8 +52,6 @@ from bitassay.record.progress import Progress, silent
 from bitassay.replicate.plan import is_replica, original, replica_names
 
 MARGIN_BYTES = 2**24  # configuration, tokenizer and file headers
-AT_RUN_TIME = ("activations", "kv_cache")  # parts of a recipe that no weight shows
-
 Layout = Literal["compressed-tensors", "bitassay"]
 
 
@@ -58,7 +64,8 @@ def save(
 ) -> Card:
     """Write a model that `quantize` made, fake or packed, into `folder`, which must not exist or be empty.
 
-    layout: None takes compressed-tensors where it is exact, else our own; the card says which it was.
+    layout: None takes compressed-tensors where it is exact, else our own; the card says which it was. Asked
+    for, compressed-tensors also says that inputs are rounded, which engines do by steps of their own.
     Everything that the recipe left alone is stored in the model's dtype; tokenizer and generation settings go
     along, and `bitassay.json` says what the folder is. Raises BitassayError where the layout asked for cannot
     express a scheme exactly, MissingError where the disk is too small.
@@ -69,6 +76,11 @@ def save(
         raise BitassayError(f"a checkpoint holds {', '.join(dtypes)}, not {dtype}", f"load it in {dtypes[0]}")
     descriptions = {name: description(tensor) for name, tensor in quantization.tensors.items()}
     chosen = choose_layout(quantization.recipe, descriptions, layout)
+    if chosen == "compressed-tensors":
+        descriptions = {
+            name: compressed.with_inputs(stored, quantization.inputs.get(name))
+            for name, stored in descriptions.items()
+        }
     progress(f"packing {len(quantization.tensors)} matrices ({chosen} layout)")
     parts = _parts(quantization, chosen)
     state = _other_parameters(model, quantization) | parts
@@ -148,6 +160,11 @@ def plan_export(model: PreTrainedModel, recipe: Recipe, layout: Layout | None = 
     chosen: Layout = layouts.pop() if len(layouts) == 1 else "bitassay"
     # Of several ways, the one of the most bits; a budget of mixed bits stays below it.
     bits = max(sum(planned_bits(way[name], shapes[name]) for name in way) for way in ways)
+    if chosen == "compressed-tensors" and (spec := recipe.activations) is not None:
+        ways = [
+            {name: compressed.with_inputs(stored, spec.scheme_for(name)) for name, stored in way.items()}
+            for way in ways
+        ]
     expected_tensors = LAYOUTS[chosen].expected_tensors
     stored = max(
         sum(expected_bytes(expected_tensors(way[name], shapes[name])) for name in way) for way in ways
@@ -245,7 +262,7 @@ def choose_layout(recipe: Recipe, matrices: dict[str, Stored], wanted: Layout | 
     """`wanted`, or compressed-tensors where it is exact, else our own. Raises BitassayError that names what
     compressed-tensors cannot hold where it is wanted.
     """
-    why = _obstacle(recipe, matrices)
+    why = _obstacle(recipe, matrices, wanted)
     if wanted == "compressed-tensors" and why:
         raise BitassayError(
             f"a compressed-tensors folder cannot hold {why}",
@@ -254,11 +271,17 @@ def choose_layout(recipe: Recipe, matrices: dict[str, Stored], wanted: Layout | 
     return wanted or ("bitassay" if why else "compressed-tensors")
 
 
-def _obstacle(recipe: Recipe, matrices: dict[str, Stored]) -> str | None:
-    """The first thing that compressed-tensors cannot hold exactly."""
-    for part in AT_RUN_TIME:
-        if getattr(recipe, part, None) is not None:
-            return f"the recipe's {part}: plain transformers would run the model without"
+def _obstacle(recipe: Recipe, matrices: dict[str, Stored], wanted: Layout | None) -> str | None:
+    """The first thing that compressed-tensors cannot hold: exactly, but for rounded inputs where it is
+    wanted."""
+    if recipe.kv_cache is not None:
+        return "the recipe's kv_cache: plain transformers would run the model without"
+    if (spec := recipe.activations) is not None:
+        if wanted != "compressed-tensors":
+            return "the recipe's activations exactly: engines round inputs by their own steps"
+        for scheme in (spec, *(override.inputs for override in spec.overrides)):
+            if scheme is not None and (why := compressed.input_obstacle(scheme)):
+                return f"the recipe's activations: {why}"
     if recipe.replication is not None and recipe.replication.at_run_time:
         return "the recipe's replication: plain transformers would run each layer once"
     if recipe.rotation is not None and recipe.rotation.online:
@@ -297,11 +320,13 @@ def _quantization(model: PreTrainedModel) -> Quantization:
 
 def _parts(quantization: Quantization, layout: Layout) -> dict[str, Tensor]:
     """Codes and all that belongs to them."""
-    return {
-        f"{name}.{part}": value
+    stored = {
+        name: compressed.stored_tensors(tensor, quantization.inputs.get(name))
+        if layout == "compressed-tensors"
+        else stored_tensors(tensor)
         for name, tensor in quantization.tensors.items()
-        for part, value in LAYOUTS[layout].stored_tensors(tensor).items()
     }
+    return {f"{name}.{part}": value for name, parts in stored.items() for part, value in parts.items()}
 
 
 def _other_parameters(model: PreTrainedModel, quantization: Quantization) -> dict[str, Tensor]:

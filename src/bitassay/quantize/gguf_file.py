@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from bitassay.errors import BitassayError
 from bitassay.models.load import identity, tokenizer
 from bitassay.models.walk import decoder_layers, module_name
-from bitassay.quantize.export import AT_RUN_TIME, check_space
+from bitassay.quantize.export import check_space
 from bitassay.quantize.gguf_blocks import Blocks, as_blocks, beside_codes
 from bitassay.quantize.gguf_tokenizer import copy_tokenizer, write_tokenizer
 from bitassay.quantize.model import cache_slots, quantization_of
@@ -44,6 +44,7 @@ ARCHITECTURES = {
     "qwen2": gguf.MODEL_ARCH.QWEN2,
     "qwen3": gguf.MODEL_ARCH.QWEN3,
 }
+AT_RUN_TIME = ("activations", "kv_cache")  # parts of a recipe that no weight shows
 RECIPE_KEY, BASE_KEY = "bitassay.recipe_id", "bitassay.base_weights_sha256"
 
 

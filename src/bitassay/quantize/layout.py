@@ -44,11 +44,14 @@ class Factors(Part):
 
 
 class Stored(Part):
-    """How a matrix is stored, apart from its shape."""
+    """How a matrix is stored, apart from its shape. inputs: where the format says how what meets the matrix
+    is rounded, whether each token has its own scale, or one scale and perhaps a zero point lie beside the
+    codes."""
 
     scheme: WeightScheme
     residual: "Stored | None" = None
     low_rank: Factors | None = None
+    inputs: Literal["dynamic", "static", "static-asymmetric"] | None = None
 
     def residual_columns(self, columns: int) -> int:
         """How many columns a second plane has."""

@@ -292,7 +292,12 @@ def _beside(
 
 def _refuse_quantized(model: PreTrainedModel) -> None:
     known = getattr(model, "identity", None)
-    if quantization_of(model) is not None or (isinstance(known, Identity) and known.recipe_id is not None):
+    rounds_inputs = any(hasattr(module, "quantization_scheme") for module in model.modules())
+    if (
+        rounds_inputs
+        or quantization_of(model) is not None
+        or (isinstance(known, Identity) and known.recipe_id is not None)
+    ):
         raise BitassayError("the model is quantized already", "quantize the base model instead")
 
 

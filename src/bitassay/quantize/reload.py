@@ -102,6 +102,8 @@ def read_quantized(
     }
     parameters = _changed_parameters(model, card, folder)
     inputs = _inputs(model, recipe, card, folder)
+    if card.layout == "compressed-tensors":
+        _check_inputs(inputs, described, entries, folder)
     return with_tensors(model, Quantization(recipe, tensors, parameters, inputs, passes), packed=packed)
 
 
@@ -219,6 +221,20 @@ def _inputs(model: PreTrainedModel, recipe: Recipe, card: Card, folder: Path) ->
             )
         inputs[name] = rounding
     return inputs
+
+
+def _check_inputs(
+    inputs: dict[str, InputRounding], described: dict[str, Stored], entries: dict[str, Entry], folder: Path
+) -> None:
+    """What engines read of rounded inputs has to be what the card says."""
+    for name, stored in described.items():
+        rounding = inputs.get(name)
+        said = compressed.input_tensors(rounding)
+        if stored != compressed.with_inputs(stored.model_copy(update={"inputs": None}), rounding) or any(
+            not torch.equal(entries[f"{name}.{part}"].read(f"{name}.{part}"), value)
+            for part, value in said.items()
+        ):
+            raise BitassayError(f"{folder}: {CARD_FILE} and the files differ in the inputs of {name}", AGAIN)
 
 
 def _passes(recipe: Recipe, layers: int, card: Card, folder: Path) -> dict[int, Steps]:
