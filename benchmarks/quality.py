@@ -16,8 +16,8 @@ are of quantization alone for a peer, of the whole command for a recipe of ours;
 bootstrap interval over windows, which both saw alike.
 
 Every finished row is a file below OUT/parts, and the same command goes on after the last one: remove a file
-to measure its row again. The rows that the documents quote are kept in `results/quality-MODEL`: with --out
-there, new rows are paired with them. A tool that refuses (a group that does not divide a row, say) is listed
+to measure its row again. Rows are kept in `results/quality-MODEL`: with --out there, new ones are paired with
+them. A tool that refuses (a group that does not divide a row, say) is listed
 with its last words and tried again next time. Run: OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE python
 benchmarks/quality.py [--model smollm2-135m] [--bits 4 3 2 1] [--groups 64 128] [--tools autoround gptqmodel
 llmcompressor bitsandbytes hqq] [--recipe NAME ...] [--out runs/quality] [--format table|json]
