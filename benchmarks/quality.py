@@ -194,11 +194,14 @@ class Bench:
         for place, window in enumerate(windows):
             logits, targets = window_logits(self.base, window), window[1:]
             base.append(token_scores(logits, targets))
+            if candidate is None:
+                continue
             if isinstance(candidate, Tensor):
                 said = self.base.get_output_embeddings()(candidate[place, :-1])
             else:
-                said = logits if candidate is None else window_logits(candidate, window)
+                said = window_logits(candidate, window)
             scores.append(token_scores(said, targets, logits))
+        scores = scores or base
         quality = summarise(scores, base, SEED)
         return {
             **{key: getattr(quality, key) for key in ("ppl", "ppl_ci", "kl_mean", "kl_ci", "top1_agreement")},
