@@ -197,7 +197,7 @@ class Bench:
             if candidate is None:
                 continue
             if isinstance(candidate, Tensor):
-                said = self.base.get_output_embeddings()(candidate[place, :-1])
+                said = self.base.get_output_embeddings()(candidate[place, :-1])  # type: ignore[misc]
             else:
                 said = window_logits(candidate, window)
             scores.append(token_scores(said, targets, logits))
