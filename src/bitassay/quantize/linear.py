@@ -69,11 +69,12 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         if self.inputs is not None:
             return self._forward_rounded(x, self.inputs)
-        rows = x.numel() // self.in_features
+        rows, x = (
+            x.numel() // self.in_features,
+            x.contiguous(),
+        )  # a product of a strided view adds up otherwise
         if rows <= MAX_ROWS and self.product is not None:
-            y = self.product(x.reshape(rows, self.in_features).contiguous()).view(
-                *x.shape[:-1], self.out_features
-            )
+            y = self.product(x.view(rows, self.in_features)).view(*x.shape[:-1], self.out_features)
             return y if self.bias is None else y + self.bias
         return nn.functional.linear(x, self.weight, self.bias)
 
