@@ -41,19 +41,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
 
 import bitassay
 from bitassay.bench.environment import environment
 from bitassay.data.windows import Protocol, token_windows
 from bitassay.errors import BitassayError, MissingError
-from bitassay.evaluate.compare import summarise
-from bitassay.evaluate.divergence import token_scores, window_logits
+from bitassay.evaluate.compare import score_windows, summarise
 from bitassay.evaluate.statistics import bootstrap_means, percentile_interval
 from bitassay.models.load import tokenizer
 from bitassay.models.walk import walk
 from bitassay.quantize.formats import FORMATS
 from bitassay.quantize.model import bits_per_weight, copy_sharing_parameters
-from bitassay.quantize.recipe import Recipe, find_recipe
+from bitassay.quantize.recipe import BASE, Recipe, find_recipe
 from bitassay.record.files import read_json, write_text
 from bitassay.record.run import RunFolder
 
@@ -157,6 +157,19 @@ def run(command: Sequence[str | Path], log: Path) -> dict[str, float]:
     }
 
 
+class Said:
+    """A candidate that is known by its last hidden states [windows, tokens, hidden], in the order in which it
+    is asked; the output head is the base model's."""
+
+    def __init__(self, base: PreTrainedModel, states: Tensor):
+        self.config, self.device = base.config, base.device
+        self.head, self.states = base.get_output_embeddings(), iter(states)
+
+    @torch.inference_mode()
+    def __call__(self, ids: Tensor, use_cache: bool) -> CausalLMOutput:
+        return CausalLMOutput(logits=self.head(next(self.states))[None])
+
+
 class Bench:
     """One model, its tokens, and the folder of what was measured on it."""
 
@@ -189,19 +202,12 @@ class Bench:
     def score(self, candidate: PreTrainedModel | Tensor | None) -> dict[str, Any]:
         """Figures of a candidate, of a candidate's last hidden states [windows, tokens, hidden], or of the
         base itself, with its means by window."""
-        windows = load_file(self.tokens)["windows"]
-        base, scores = [], []
-        for place, window in enumerate(windows):
-            logits, targets = window_logits(self.base, window), window[1:]
-            base.append(token_scores(logits, targets))
-            if candidate is None:
-                continue
-            if isinstance(candidate, Tensor):
-                said = self.base.get_output_embeddings()(candidate[place, :-1])  # type: ignore[misc]
-            else:
-                said = window_logits(candidate, window)
-            scores.append(token_scores(said, targets, logits))
-        scores = scores or base
+        if isinstance(candidate, Tensor):
+            candidate = Said(self.base, candidate)  # type: ignore[assignment]
+        named: Any = {} if candidate is None else {"candidate": candidate}
+        found = [scores for _, scores in score_windows(self.base, named, load_file(self.tokens)["windows"])]
+        base = [scores[BASE] for scores in found]
+        scores = [scores["candidate"] for scores in found] if named else base
         quality = summarise(scores, base, SEED)
         return {
             **{key: getattr(quality, key) for key in ("ppl", "ppl_ci", "kl_mean", "kl_ci", "top1_agreement")},
@@ -231,8 +237,7 @@ class Bench:
                 usage |= read_json(place / "report.json") | (UNTIMED if resumed else {})
                 write_text(place / "usage.json", json.dumps(usage))
             report = read_json(place / "usage.json")
-            row = {"model": self.name, "tool": tool, "bits": bits, **report}
-            row["group"] = group if bits < 8 else None  # LLM.int8() has a scale a row
+            row = {"model": self.name, "tool": tool, "bits": bits, "group": group, **report}
             states = place / "states.safetensors"
             if states.exists():
                 row |= self.score(load_file(states)["states"])

@@ -84,11 +84,12 @@ def write(
     checkpoint_bits: int,
     scale_bits: int = SCALE_BITS,
     states: Tensor | None = None,
+    said: Mapping[str, Any] | None = None,
 ) -> None:
     """groups: how many scales there are in all; scale_bits, zero_bits: what the peer stores a scale and a
     zero point in; checkpoint_bits: all that the checkpoint holds for these matrices, with what packing
     wastes and indices that could be left out. states: [windows, length, hidden], to be judged instead of the
-    weights."""
+    weights. said: what the row should say otherwise than it was asked for."""
     count = sum(weight.numel() for weight in weights.values())
     report = {
         "version": f"{version(package)} (torch {torch.__version__}, transformers {version('transformers')})",
@@ -97,6 +98,7 @@ def write(
         "bits_per_weight": bits + groups * (scale_bits + zero_bits) / count,
         "checkpoint_bits_per_weight": checkpoint_bits / count,
         "threads": torch.get_num_threads(),
+        **(said or {}),
     }
     out.mkdir(parents=True, exist_ok=True)
     if states is None:

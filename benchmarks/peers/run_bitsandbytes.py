@@ -66,4 +66,5 @@ write(
     zero_bits=0,
     checkpoint_bits=stored_bits(kept),
     states=states,
+    said=None if states is None else {"group": None},  # LLM.int8() has a scale a row
 )

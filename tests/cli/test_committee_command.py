@@ -15,14 +15,17 @@ from bitassay.verify.calibrate import calibrate
 from bitassay.verify.profile import write_profile
 from bitassay.verify.prove import prove_many
 from bitassay.verify.trace import write_trace
+from bitassay.verify.verdict import verify_many
 
 NAMES = ("ada", "ben", "cyd", "dov")
+WORDS = ("day", "night", "cat", "dog", "sun", "tree", "big", "red", "boy")
 
 
 @pytest.fixture(scope="module")
 def traces(tmp_path_factory):
-    """A folder of 3 honest traces, and for each verifier 4 traces with altered tokens and 3 honest ones; what
-    an honest verifier finds, from one run of `bitassay verify`."""
+    """A folder of 3 honest traces, and for each verifier 4 traces with altered tokens and 3 honest ones. Of
+    honest traces one in twenty is refused at this alpha, others on each machine, so the 3 are the most
+    ordinary of 9."""
     folder = tmp_path_factory.mktemp("committee")
     model = load("stories260k", dtype=torch.float32)
     profile = calibrate(
@@ -33,7 +36,9 @@ def traces(tmp_path_factory):
         alpha=0.05,
     )
     write_profile(profile, folder / "profile.json")
-    honest = prove_many(model, [f"One {word} a girl" for word in ("day", "night", "cat")], max_new_tokens=16)
+    proven = prove_many(model, [f"One {word} a girl" for word in WORDS], max_new_tokens=16)
+    ordinary = [verdict.p_value for verdict in verify_many(proven, model, profile=profile)]
+    honest = [proven[index] for index in sorted(range(len(proven)), key=lambda i: -ordinary[i])[:3]]
     forged = honest[0].header.model_copy(update={"output_ids": honest[0].header.output_ids[::-1]})
     plants = {}
     for index, trace in enumerate(honest):

@@ -18,7 +18,8 @@ from bitassay.errors import BitassayError, MissingError
 from bitassay.models.checkpoint import CARD_FILE, hashed_files, read_card
 from bitassay.models.load import load
 from bitassay.quantize import layout
-from bitassay.quantize.export import plan_export, save
+from bitassay.quantize.export import save
+from bitassay.quantize.export_plan import plan_export
 from bitassay.quantize.formats import FORMATS
 from bitassay.quantize.model import Quantization, bits_per_weight, size_bytes, with_tensors
 from bitassay.quantize.pipeline import quantize

@@ -49,18 +49,13 @@ def test_memory_follows_the_batch_and_the_weights():
     least = memory_of(small, 16, shapes, 1, 32, 5000, 100)
     larger = memory_of(Tune(batch=3), 16, shapes, 1, 32, 5000, 100)
     assert larger - least == pytest.approx(2 * 16 * (192 * 2.6 + 2 * 4 * 32), abs=1)
-    assert (
-        memory_of(small, 16, shapes * 2, 2, 32, 5000, 100) - least > 16 * 4096
-    )  # latent, gradient, two moments
+    twice = memory_of(small, 16, shapes * 2, 2, 32, 5000, 100)
+    assert twice - least > 16 * 4096  # latent, gradient, two moments
 
 
 def test_layers_are_computed_again_for_the_way_back_and_give_the_same_gradients():
-    model, ids = (
-        tiny_model("llama"),
-        torch.randint(3, 500, (2, 20), generator=torch.Generator().manual_seed(0)),
-    )
-
-    model.requires_grad_(True)
+    ids = torch.randint(3, 500, (2, 20), generator=torch.Generator().manual_seed(0))
+    model = tiny_model("llama").requires_grad_(True)
 
     def gradients() -> tuple[list[torch.Tensor], list[int]]:
         kept: list[int] = []

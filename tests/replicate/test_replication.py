@@ -11,7 +11,8 @@ from bitassay.generate.taps import record_states
 from bitassay.models.load import load
 from bitassay.models.walk import decoder_layers
 from bitassay.quantize.calibration import Calibration, calibration_tokens
-from bitassay.quantize.export import choose_layout, plan_export, save
+from bitassay.quantize.export import choose_layout, save
+from bitassay.quantize.export_plan import plan_export
 from bitassay.quantize.gguf_file import check_gguf, reload_difference, write_gguf
 from bitassay.quantize.learned import relative_error
 from bitassay.quantize.model import (

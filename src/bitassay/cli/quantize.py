@@ -201,7 +201,7 @@ def _planned(order: _Order) -> list[Row]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from bitassay.models.load import as_dtype
-    from bitassay.quantize.export import plan_export
+    from bitassay.quantize.export_plan import plan_export
     from bitassay.quantize.gguf_file import check_gguf
 
     trust = order.trust_remote_code

@@ -69,10 +69,8 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         if self.inputs is not None:
             return self._forward_rounded(x, self.inputs)
-        rows, x = (
-            x.numel() // self.in_features,
-            x.contiguous(),
-        )  # a product of a strided view adds up otherwise
+        x = x.contiguous()  # products of a strided view add up in another order
+        rows = x.numel() // self.in_features
         if rows <= MAX_ROWS and self.product is not None:
             y = self.product(x.view(rows, self.in_features)).view(*x.shape[:-1], self.out_features)
             return y if self.bias is None else y + self.bias

@@ -17,7 +17,7 @@ from bitassay.bench.roofline import matrix_peak, stream_bandwidth
 from bitassay.models.load import as_dtype
 from bitassay.models.source import resolve
 from bitassay.quantize.calibration import Calibration
-from bitassay.quantize.export import plan_export
+from bitassay.quantize.export_plan import plan_export
 from bitassay.quantize.model import check_recipe, parameter_count
 from bitassay.quantize.recipe import PARTS, Recipe, find_recipe
 from bitassay.record.progress import Progress, silent

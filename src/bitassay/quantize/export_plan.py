@@ -1,0 +1,130 @@
+"""What quantizing by a recipe will give, known from shapes alone: `plan_export`, for `--dry-run` and whoever
+has to know before any weight is read.
+"""
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from bitassay.errors import BitassayError
+from bitassay.models.walk import decoder_layers
+from bitassay.quantize import compressed
+from bitassay.quantize.calibration import Calibration
+from bitassay.quantize.export import Layout, choose_layout
+from bitassay.quantize.layout import Factors, Stored, expected_bytes, planned, planned_bits
+from bitassay.quantize.model import check_recipe, parameter_count
+from bitassay.quantize.recipe import Recipe
+from bitassay.quantize.reload import LAYOUTS
+from bitassay.quantize.scheme import WeightScheme
+from bitassay.quantize.tune import memory_of
+from bitassay.replicate.plan import is_replica, original, replica_names
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What quantizing by a recipe will give, known from shapes alone.
+
+    size_bytes: as `quantize.model.size_bytes` counts. tensor_bytes: what the folder's tensors take.
+    memory_bytes: the base model, the quantized one, its codes twice (as kept and as stored), and the reloaded
+    model beside them; or, where that is more, the base model and what tuning holds of each weight.
+    """
+
+    layout: Layout
+    matrices: int
+    bits_per_weight: float
+    size_bytes: int
+    tensor_bytes: int
+    memory_bytes: int
+
+
+def plan_export(model: PreTrainedModel, recipe: Recipe, layout: Layout | None = None) -> Plan:
+    """Check that `recipe` fits `model` (which may be on the meta device) and that every matrix can be saved.
+    Raises BitassayError where not.
+    """
+    shapes = {name: (view.shape[0], view.shape[1]) for name, view in check_recipe(model, recipe).items()}
+    ways = _planned(model, recipe, list(shapes))
+    shapes |= {name: shapes[original(name)] for way in ways for name in way if is_replica(name)}
+    if not ways[0]:
+        raise BitassayError(
+            f"recipe {recipe.name} quantizes nothing in {type(model).__name__}",
+            "another recipe; see `bitassay recipes list`",
+        )
+    layouts: set[Layout] = {choose_layout(recipe, way, layout) for way in ways}
+    chosen: Layout = layouts.pop() if len(layouts) == 1 else "bitassay"
+    # Of several ways, the one of the most bits; a budget of mixed bits stays below it.
+    bits = max(sum(planned_bits(way[name], shapes[name]) for name in way) for way in ways)
+    if chosen == "compressed-tensors" and (spec := recipe.activations) is not None:
+        ways = [
+            {name: compressed.with_inputs(stored, spec.scheme_for(name)) for name, stored in way.items()}
+            for way in ways
+        ]
+    expected_tensors = LAYOUTS[chosen].expected_tensors
+    stored = max(
+        sum(expected_bytes(expected_tensors(way[name], shapes[name])) for name in way) for way in ways
+    )
+    weights = sum(shapes[name][0] * shapes[name][1] for name in ways[0] if not is_replica(name))
+    parameters, item = parameter_count(model) + _untied(model, recipe), model.dtype.itemsize
+    saving = (2 * parameters + weights) * item + bits // 8 + 2 * stored
+    tuning = 0
+    if recipe.tune is not None:
+        tokens, learned = (recipe.calibration or Calibration()).tokens, [shapes[name] for name in ways[0]]
+        config = model.config.get_text_config()
+        layers = len(decoder_layers(model))
+        tuning = memory_of(
+            recipe.tune, tokens, learned, layers, config.hidden_size, parameters, config.vocab_size
+        )
+    return Plan(
+        layout=chosen,
+        matrices=len(ways[0]),
+        bits_per_weight=bits / weights,
+        size_bytes=(parameters - weights) * 2 + bits // 8,
+        tensor_bytes=(parameters - weights) * item + stored,
+        memory_bytes=max(saving, tuning),
+    )
+
+
+def _planned(model: PreTrainedModel, recipe: Recipe, names: list[str]) -> list[dict[str, Stored]]:
+    """How matrices will be stored, and those of copies; one way for each choice that mixed bits have."""
+    spec, factors = recipe.low_rank, None
+    if spec is not None and spec.rank:
+        factors = Factors(rank=spec.rank, dtype=spec.dtype)
+    given = {name: scheme for name in names if (scheme := recipe.scheme_for(name))}
+    ways = [given]
+    if recipe.mixed is not None and recipe.weights is not None:
+        ways = [
+            {name: choice if recipe.override_for(name) is None else scheme for name, scheme in given.items()}
+            for choice in recipe.mixed.choices(recipe.weights)
+        ]
+    return [
+        {name: planned(scheme, factors) for name, scheme in _with_copies(model, recipe, way).items()}
+        for way in ways
+    ]
+
+
+def _with_copies(
+    model: PreTrainedModel, recipe: Recipe, schemes: dict[str, WeightScheme]
+) -> dict[str, WeightScheme]:
+    """The schemes of all copies too; where layers are chosen by a measure, of the first so many."""
+    plan, layers, found = recipe.replication, len(decoder_layers(model)), dict(schemes)
+    if plan is None or not plan.makes_codes:
+        return found
+    for layer, count in enumerate(plan.counts(layers)):
+        for name, scheme in schemes.items():
+            replicas = replica_names(model, layer, name, count)
+            if not replicas:
+                continue
+            copies = plan.of_matrices(count)
+            if plan.of == "linear":
+                found[name] = scheme.with_copies(copies)
+            else:
+                own = [name, *replicas]
+                found |= {copy: copies.scheme(scheme, place) for place, copy in enumerate(own)}
+    return found
+
+
+def _untied(model: PreTrainedModel, recipe: Recipe) -> int:
+    """Parameters of a head that was the embedding, and that a folded rotation makes a matrix of its own."""
+    spec, config = recipe.rotation, model.config.get_text_config()
+    if spec is None or spec.r1 != "folded" or spec.layers == "none" or not config.tie_word_embeddings:
+        return 0
+    return model.get_input_embeddings().get_parameter("weight").numel()
