@@ -202,3 +202,14 @@ def test_the_id_covers_calibration_text_of_ones_own(tmp_path, monkeypatch):
     with pytest.raises(BitassayError, match="means another text"):
         calibration_tokens(model, recipe.calibration)
     assert Recipe.model_validate(recipe.model_dump()) == recipe  # read back without looking at the file
+
+
+def test_windows_cut_into_pieces_are_the_same_text():
+    model, whole = stories260k(), Calibration(samples=3, tokens=48)
+    cut = Calibration(samples=3, tokens=48, pieces=4)
+    tokens = calibration_tokens(model, cut)
+    assert tokens.shape == (12, cut.length) == (12, 12)
+    assert tokens.flatten().equal(calibration_tokens(model, whole).flatten())
+    for pieces in (5, 48):
+        with pytest.raises(ValidationError, match=f"48 tokens cannot be cut into {pieces} equal pieces"):
+            Calibration(samples=3, tokens=48, pieces=pieces)
