@@ -267,6 +267,10 @@ def said(key, value):
         (lambda card: card["schemes"][0]["scheme"].update(format="int5"), "unknown format"),
         (lambda card: card["schemes"][0].update(surprise=1), "surprise"),
         (lambda card: card["recipe"].update(weights={"format": "int5"}), "recipe: .*unknown format"),
+        (
+            lambda card: card["recipe"].update(calibration={"corpus": "/etc/hosts.txt"}),
+            "recipe: calibration.corpus: .* without its digest",
+        ),
         (said("parameters", ["model.nothing"]), "the model has no parameter model.nothing"),
         (said("parameters", ["x" * 2000]), "parameters"),
     ],

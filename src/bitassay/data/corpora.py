@@ -82,11 +82,16 @@ def is_own(name: str) -> bool:
     return _OWN.fullmatch(name) is not None
 
 
+def is_pinned(name: str) -> bool:
+    """Whether this name means one text."""
+    own = _OWN.fullmatch(name)
+    return own is None or own["digest"] is not None
+
+
 def pinned(name: str) -> str:
     """The name of a corpus with what is in it: a file of one's own gets the start of its digest, others have
     one text. Raises BitassayError where there is no such file."""
-    own = _OWN.fullmatch(name)
-    return name if own is None or own["digest"] else f"{name}@{_digest(Path(name))}"
+    return name if is_pinned(name) else f"{name}@{_digest(Path(name))}"
 
 
 def _digest(path: Path) -> str:

@@ -4,17 +4,19 @@ Windows evenly spaced over a text: 128 of 512 tokens of C4 are what AutoRound ta
 GPTQ. A text of one's own should be what the model is used for, and none that quality is measured on.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 from jaxtyping import Int
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bitassay.data.corpora import pinned
+from bitassay.data.corpora import is_pinned, pinned
 from bitassay.data.windows import Protocol, token_windows
 from bitassay.models.load import tokenizer
 from bitassay.quantize.scheme import Part
+
+UNTRUSTED = "untrusted"  # of a recipe that is validated: it may not make us look at files
 
 
 class Calibration(Part):
@@ -46,7 +48,9 @@ class Calibration(Part):
 
     @field_validator("corpus")
     @classmethod
-    def _with_digest(cls, name: str) -> str:
+    def _with_digest(cls, name: str, info: Any) -> str:
+        if info.context == UNTRUSTED and not is_pinned(name):
+            raise ValueError(f"{name} is without its digest")
         return pinned(name)
 
 
