@@ -63,7 +63,7 @@ TORCH = "torch==2.13.0"  # a build for the CPU; another version brings gigabytes
 CALIBRATION = Protocol("c4-train", window_tokens=512, windows=128)
 EVALUATION = Protocol(window_tokens=1024, windows=16)
 SEED = 0
-UNTIMED = {"seconds": None, "cpu_seconds": None}  # of a run gone on with: what was done before is not in them
+UNTIMED = dict.fromkeys(("seconds", "cpu_seconds", "peak_bytes"))  # of a run gone on with: not all is in them
 LAST_WORDS = 400  # characters of a failed tool's output
 
 
@@ -257,10 +257,11 @@ class Bench:
                 *(sys.executable, "-m", "bitassay.cli", "quantize", self.name, "--recipe", given),
                 *("--out", place / "checkpoint", "--work", place / "steps", "--no-check", "--format", "json"),
             ]
-            resumed = place.exists()
-            place.mkdir(parents=True, exist_ok=True)
-            usage: dict[str, Any] = run(command, self.work / f"{name}.log")
-            usage |= UNTIMED if resumed else {}
+            if not (place / "usage.json").exists():
+                resumed = place.exists()
+                place.mkdir(parents=True, exist_ok=True)
+                usage = run(command, self.work / f"{name}.log") | (UNTIMED if resumed else {})
+                write_text(place / "usage.json", json.dumps(usage))
             candidate = bitassay.load(place / "checkpoint")
             row = {
                 "model": self.name,
@@ -270,7 +271,7 @@ class Bench:
                 **bits_and_group(recipe),
                 "bits_per_weight": bits_per_weight(candidate),
                 "threads": torch.get_num_threads(),
-                **usage,
+                **read_json(place / "usage.json"),
                 **self.score(candidate),
             }
             shutil.rmtree(place)
