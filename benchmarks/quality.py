@@ -17,8 +17,8 @@ bootstrap interval over windows, which both saw alike.
 
 Every finished row is a file below OUT/parts, and the same command goes on after the last one: remove a file
 to measure its row again. Rows are kept in `results/quality-MODEL`: with --out there, new ones are paired with
-them. A tool that refuses (a group that does not divide a row, say) is listed
-with its last words and tried again next time. Run: OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE python
+them. A tool that refuses (a group that does not divide a row, say) is listed with its last words and tried
+again next time. Run: OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE python
 benchmarks/quality.py [--model smollm2-135m] [--bits 4 3 2 1] [--groups 64 128] [--tools autoround gptqmodel
 llmcompressor bitsandbytes hqq] [--recipe NAME ...] [--out runs/quality] [--format table|json]
 """
@@ -219,25 +219,30 @@ class Bench:
         row = {"tool": "none", "bits": 32, "group": None, "bits_per_weight": 32.0}
         return self.folder.part("unquantized", lambda: {"model": self.name, **row, **self.score(None)})
 
+    def done(self, place: Path, command: Sequence[str | Path]) -> dict[str, Any]:
+        """What a command cost that works in the folder `place`, and what it reports there; one that had come
+        to its end before its result was scored is not run again."""
+        kept, report, resumed = place / "usage.json", place / "report.json", place.exists()
+        if not kept.exists():
+            place.mkdir(parents=True, exist_ok=True)
+            usage = run(command, place.with_name(f"{place.name}.log"))
+            usage |= (read_json(report) if report.exists() else {}) | (UNTIMED if resumed else {})
+            write_text(kept, json.dumps(usage))
+        return read_json(kept)
+
     def peer(self, tool: str, bits: float, group: int, dtype: str = "float32") -> dict[str, Any]:
         """dtype: what GPTQModel loads the model in."""
         name = f"{tool}-{bits:g}bit-g{group}" + (f"-{dtype}" if dtype != "float32" else "")
 
         def measure() -> dict[str, Any]:
             place = self.work / name
-            resumed = place.exists()
-            place.mkdir(parents=True, exist_ok=True)
             command = [
                 *(interpreter(tool), HERE / "peers" / f"run_{tool}.py", "--model", self.dense),
                 *("--tokens", self.tokens, "--bits", f"{bits:g}", "--group", str(group)),
                 *("--out", place, "--iters", str(self.iters), "--dtype", dtype),
             ]
-            if not (place / "usage.json").exists():  # else only the evaluation was interrupted
-                usage = run(command, self.work / f"{name}.log")
-                usage |= read_json(place / "report.json") | (UNTIMED if resumed else {})
-                write_text(place / "usage.json", json.dumps(usage))
-            report = read_json(place / "usage.json")
-            row = {"model": self.name, "tool": tool, "bits": bits, "group": group, **report}
+            row = {"model": self.name, "tool": tool, "bits": bits, "group": group}
+            row |= self.done(place, command)
             states = place / "states.safetensors"
             if states.exists():
                 row |= self.score(load_file(states)["states"])
@@ -257,11 +262,7 @@ class Bench:
                 *(sys.executable, "-m", "bitassay.cli", "quantize", self.name, "--recipe", given),
                 *("--out", place / "checkpoint", "--work", place / "steps", "--no-check", "--format", "json"),
             ]
-            if not (place / "usage.json").exists():
-                resumed = place.exists()
-                place.mkdir(parents=True, exist_ok=True)
-                usage = run(command, self.work / f"{name}.log") | (UNTIMED if resumed else {})
-                write_text(place / "usage.json", json.dumps(usage))
+            usage = self.done(place, command)
             candidate = bitassay.load(place / "checkpoint")
             row = {
                 "model": self.name,
@@ -271,7 +272,7 @@ class Bench:
                 **bits_and_group(recipe),
                 "bits_per_weight": bits_per_weight(candidate),
                 "threads": torch.get_num_threads(),
-                **read_json(place / "usage.json"),
+                **usage,
                 **self.score(candidate),
             }
             shutil.rmtree(place)

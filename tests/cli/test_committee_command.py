@@ -38,7 +38,7 @@ def traces(tmp_path_factory):
     write_profile(profile, folder / "profile.json")
     proven = prove_many(model, [f"One {word} a girl" for word in WORDS], max_new_tokens=16)
     ordinary = [verdict.p_value for verdict in verify_many(proven, model, profile=profile)]
-    honest = [proven[index] for index in sorted(range(len(proven)), key=lambda i: -ordinary[i])[:3]]
+    honest = [proven[index] for index in sorted(range(len(proven)), key=ordinary.__getitem__)[-3:]]
     forged = honest[0].header.model_copy(update={"output_ids": honest[0].header.output_ids[::-1]})
     plants = {}
     for index, trace in enumerate(honest):

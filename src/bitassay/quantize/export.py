@@ -23,11 +23,7 @@ from bitassay.models.checkpoint import CARD_FILE, Base, Card, hashed_files, read
 from bitassay.models.load import identity, load
 from bitassay.models.walk import fused_experts, walk
 from bitassay.quantize import compressed
-from bitassay.quantize.layout import (
-    Stored,
-    description,
-    stored_tensors,
-)
+from bitassay.quantize.layout import Stored, description, stored_tensors
 from bitassay.quantize.model import (
     Quantization,
     bits_per_weight,
