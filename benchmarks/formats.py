@@ -46,6 +46,9 @@ SCHEMES: dict[str, dict] = {
     "int2 g64, searched zero points": {
         "format": "int2", "granularity": "g64", "symmetric": False, "zero_point": "searched",
     },
+    "int2 g64, middle zero points": {
+        "format": "int2", "granularity": "g64", "symmetric": False, "zero_point": "middle",
+    },
     "int2 g128, free zero points": {"format": "int2", "granularity": "g128"} | FREE,
     "int2 g64, free zero points": {"format": "int2", "granularity": "g64"} | FREE,
     "ternary g64": {"format": "ternary", "granularity": "g64"},

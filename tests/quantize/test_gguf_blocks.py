@@ -57,6 +57,7 @@ def test_exact_types(scheme, kind):
         {"format": "int4", "granularity": "g32", "symmetric": False},
         {"format": "int4", "granularity": "channel", "symmetric": False, "zero_point": "free"},
         {"format": "int2", "granularity": "g64", "offset": 0.5},
+        {"format": "int2", "granularity": "g64", "symmetric": False, "zero_point": "middle"},
         {"format": "binary", "granularity": "g64", "symmetric": False},
     ],
     ids=lambda scheme: "-".join(map(str, scheme.values())),

@@ -27,6 +27,7 @@ KERNELS = [
     {"format": "int4", "granularity": "g64", "symmetric": False, "zero_point": "free"},
     {"format": "int3", "granularity": "g64", "symmetric": False, "zero_point": "free"},
     {"format": "int2", "granularity": "g64", "offset": 0.5},
+    {"format": "int2", "granularity": "g64", "symmetric": False, "zero_point": "middle"},
     {"format": "int3", "granularity": "g64", "symmetric": False, "offset": 0.5},
     {"format": "int2", "granularity": "g256", "symmetric": False},
 ]

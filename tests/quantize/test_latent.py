@@ -13,6 +13,7 @@ from bitassay.quantize.tensor import quantize_tensor
 SCHEMES = [
     WeightScheme(format="int2", granularity="g16", symmetric=False),
     WeightScheme(format="int2", granularity="g16", offset=0.5),
+    WeightScheme(format="int2", granularity="g64", symmetric=False, zero_point="middle"),
     WeightScheme(format="int3", granularity="channel"),
     WeightScheme(format="int4", granularity="g64", symmetric=False, zero_point="free", scale="mse"),
     WeightScheme(format="int8", granularity="g16", restricted=True),

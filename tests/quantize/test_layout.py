@@ -39,6 +39,7 @@ SCHEMES = [
     {"format": "int4", "granularity": "channel", "scale_dtype": "bfloat16"},
     {"format": "int2", "granularity": "g32", "offset": 0.5},
     {"format": "int4", "granularity": "g36", "symmetric": False, "zero_point": "free"},
+    {"format": "int2", "granularity": "g36", "symmetric": False, "zero_point": "middle"},
     {"format": "int3", "granularity": "adaptive64", "symmetric": False},
     {"format": "int4", "granularity": "g32", "restricted": True},
     {"format": "binary", "granularity": "g32", "symmetric": False, "column_scales": True, "residual": 0.3},

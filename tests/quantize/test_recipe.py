@@ -113,6 +113,8 @@ def test_scales_are_searched_below_four_bits_unless_told_otherwise():
     {"format": "int4", "percentile": 99}, {"format": "int4", "scale": "percentile", "percentile": 50}, {"format": "binary", "scale": "percentile"},
     {"format": "int4", "zero_point": "free"}, {"format": "binary", "symmetric": False, "zero_point": "free"},
     {"format": "int4", "symmetric": False, "zero_point": "searched", "scale": "absmax"}, {"format": "ternary", "offset": 0.5},
+    {"format": "int2", "zero_point": "middle"}, {"format": "int4", "symmetric": False, "zero_point": "middle"},
+    {"format": "int2", "symmetric": False, "zero_point": "middle", "offset": 0.5},
     {"format": "int4", "offset": 1.0}, {"format": "int4", "offset": 0.5, "restricted": True}, {"format": "fp8_e4m3", "noise": 0.1},
     {"format": "int2", "symmetric": False, "offset": 0.5, "zero_point": "free"}, {"format": "fp8_e4m3", "rounding": "stochastic"},
     {"format": "int4", "seed": 1}, {"format": "int4", "rounding": "feedback", "seed": 1}, {"format": "int4", "noise": -0.1},
@@ -202,14 +204,3 @@ def test_the_id_covers_calibration_text_of_ones_own(tmp_path, monkeypatch):
     with pytest.raises(BitassayError, match="means another text"):
         calibration_tokens(model, recipe.calibration)
     assert Recipe.model_validate(recipe.model_dump()) == recipe  # read back without looking at the file
-
-
-def test_windows_cut_into_pieces_are_the_same_text():
-    model, whole = stories260k(), Calibration(samples=3, tokens=48)
-    cut = Calibration(samples=3, tokens=48, pieces=4)
-    tokens = calibration_tokens(model, cut)
-    assert tokens.shape == (12, cut.length) == (12, 12)
-    assert tokens.flatten().equal(calibration_tokens(model, whole).flatten())
-    for pieces in (5, 48):
-        with pytest.raises(ValidationError, match=f"48 tokens cannot be cut into {pieces} equal pieces"):
-            Calibration(samples=3, tokens=48, pieces=pieces)

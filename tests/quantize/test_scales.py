@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from bitassay.quantize.formats import FORMATS
 from bitassay.quantize.recipe import WeightScheme
 from bitassay.quantize.rounding import dequantize, round_to_nearest
-from bitassay.quantize.scales import BLOCK_ELEMENTS, absmax_grid, grid_for, percentiles
+from bitassay.quantize.scales import BLOCK_ELEMENTS, absmax_grid, grid_for, middle_zero_points, percentiles
 from bitassay.quantize.tensor import quantize_tensor
 
 INTEGERS = ("int8", "int4", "int3", "int2")
@@ -90,7 +90,8 @@ def test_no_group_is_worse_searched_than_by_absmax(name, symmetric, dtype):
     assert searched.sum() < widest.sum() or name in ("fp8_e5m2", "int8")  # clipping gains nothing at 8 bits
 
 
-OPTIONS = [{}, {"zero_point": "searched"}, {"zero_point": "free"}, {"offset": 0.5}, {"restricted": True}]
+ZERO_POINTS = ("searched", "middle", "free")
+OPTIONS = [{}, *({"zero_point": z} for z in ZERO_POINTS), {"offset": 0.5}, {"restricted": True}]
 
 
 def options_of(name: str, symmetric: bool):
@@ -125,7 +126,9 @@ def test_the_search_comes_near_the_best_grid_there_is(name, symmetric, options, 
     found = mse(w, name, symmetric, importance=importance, **options)
     first = grid_for(w, WeightScheme(format=name, symmetric=symmetric, scale="absmax", **nowhere(options)))
     zero_points = [first.zero_point]
-    if options.get("zero_point"):
+    if options.get("zero_point") == "middle":
+        zero_points = [torch.full_like(first.scale, z) for z in middle_zero_points(fmt).tolist()]
+    elif options.get("zero_point"):
         steps, ends = (6, 1) if options["zero_point"] == "free" else (1, 0)
         tried = range(-ends * steps, int(2**fmt.bits - 1 + ends) * steps + 1)
         zero_points = [torch.full_like(first.scale, step / steps) for step in tried]
@@ -143,7 +146,25 @@ def test_the_search_comes_near_the_best_grid_there_is(name, symmetric, options, 
 
 
 def nowhere(options: dict) -> dict:
-    return {} if options.get("zero_point") == "searched" else options
+    return {} if options.get("zero_point") in ("searched", "middle") else options
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "last", "step"),
+    [("int2", 1, 2, 1 / 3), ("int3", 2, 5, 3 / 7), ("int4", 4, 11, 7 / 15), ("int8", 64, 191, 127 / 255)],
+)
+def test_middle_zero_points_are_evenly_over_the_middle_half_of_the_codes(name, first, last, step):
+    places = middle_zero_points(FORMATS[name])
+    assert len(places) == 2 ** FORMATS[name].bits
+    assert (places[0], places[-1]) == (first, last)
+    assert torch.allclose(places.diff(), torch.tensor(step), atol=1e-4)
+
+
+def test_a_group_on_thirds_of_a_step_is_found():
+    """Levels -5/3, -2/3, 1/3, 4/3 of 0.75: no whole zero point has them."""
+    w = (torch.tensor([[0.0, 3.0, 1.0, 2.0, 1.0, 2.0]]) - 5 / 3) * 0.75
+    assert squared_error(w, mse(w, "int2", False, zero_point="middle"), "int2", False) < 1e-6
+    assert squared_error(w, mse(w, "int2", False, zero_point="searched"), "int2", False) > 0.1
 
 
 @pytest.mark.parametrize("name", ["int4", "int3", "int2"])
@@ -155,6 +176,15 @@ def test_every_freedom_of_the_zero_point_lowers_the_error(name):
     ]
     assert errors == sorted(errors, reverse=True)
     assert len(set(errors)) == 3
+
+
+@pytest.mark.parametrize("name", ["int4", "int3", "int2"])
+def test_middle_zero_points_suit_weights_better_than_whole_ones(name):
+    w = torch.randn(200, 64, generator=torch.Generator().manual_seed(8))
+    whole, middle = (
+        squared_error(w, mse(w, name, False, zero_point=z), name, False).sum() for z in ("searched", "middle")
+    )
+    assert middle < 0.93 * whole
 
 
 @settings(max_examples=60, deadline=None)

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from bitassay.errors import BitassayError
 from bitassay.quantize.formats import FORMATS
 from bitassay.quantize.recipe import WeightScheme
-from bitassay.quantize.scales import SEARCH_FACTORS
+from bitassay.quantize.scales import SEARCH_FACTORS, middle_zero_points
 from bitassay.quantize.tensor import LowRank, quantize_tensor
 
 GRANULARITIES = ("tensor", "channel", "g32", "g64")
@@ -23,7 +23,8 @@ FLOAT32 = np.float32
 WEIGHTS = ("format", "granularity", "symmetric", "scale", "scale_dtype")
 
 
-OPTIONS = ({}, {"zero_point": "searched"}, {"zero_point": "free"}, {"offset": 0.5}, {"restricted": True})
+ZERO_POINTS = ("searched", "middle", "free")
+OPTIONS = ({}, *({"zero_point": z} for z in ZERO_POINTS), {"offset": 0.5}, {"restricted": True})
 
 
 def schemes():
@@ -170,7 +171,20 @@ def by_hand(w: np.ndarray, scheme: WeightScheme, found_scale: FLOAT32, found_zer
             return ((back - w).astype(np.float64) ** 2).sum()
 
         factors = (1,) if scheme.zero_point == "free" else SEARCH_FACTORS
-        least = min(error(stored_scale(scale * FLOAT32(factor), dtype), zero) for factor in factors)
+        starts = [(scale, zero)]
+        if scheme.zero_point == "middle":
+            places, top = (
+                middle_zero_points(FORMATS[scheme.format]).numpy(),
+                2 ** FORMATS[scheme.format].bits - 1,
+            )
+            starts = [
+                (stored_scale(max(-w.min() / z, w.max() / (FLOAT32(top) - z)), dtype), z) for z in places
+            ]
+        least = min(
+            error(stored_scale(first * FLOAT32(factor), dtype), z)
+            for first, z in starts
+            for factor in factors
+        )
         assert error(found_scale, found_zero) <= least * (1 + 1e-5)
         scale = stored_scale(found_scale, dtype)
         zero = found_zero if scheme.zero_point != "integer" else zero

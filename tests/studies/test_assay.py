@@ -13,7 +13,7 @@ from bitassay.errors import BitassayError
 from bitassay.quantize.recipe import Recipe, find_recipe
 from bitassay.quantize.tune import Tune
 from bitassay.studies.assay import AssayPlan, assay
-from bitassay.studies.estimate import _calibration_flops, estimate_assay
+from bitassay.studies.estimate import estimate_assay
 from bitassay.studies.verification import Verification
 
 SMALL = {
@@ -215,19 +215,3 @@ def test_too_few_honest_runs_cost_the_verdict_not_the_run(tmp_path):
     assert [row["verdict"] for row in run["rows"]] == ["INCONCLUSIVE", "INCONCLUSIVE"]
     assert "too few" in run["verification"]["reason"]
     assert run["rows"][1]["kl_mean"] > 0
-
-
-def test_pieces_of_a_window_cost_as_much_as_the_window():
-    weights = {"format": "int2", "granularity": "g64"}
-    cut, whole = ({"pieces": pieces, "samples": 4, "tokens": 64} for pieces in (4, None))
-    learned = {"steps": 2, "batch": 8}, {"steps": 2, "batch": 2}
-    flops = [
-        _calibration_flops(
-            Recipe.model_validate(
-                {"name": "x", "weights": weights, "gptq": {}, "calibration": text, "learned": steps}
-            ),
-            1000,
-        )
-        for text, steps in zip((cut, whole), learned, strict=True)
-    ]
-    assert flops[0] == flops[1] == 2 * 1000 * (2 * 4 * 64 + 4 * 2 * 2 * 64)

@@ -59,7 +59,7 @@ def obstacle(stored: Stored) -> str | None:
         return "it has no codes of one bit without a zero"
     if fmt.kind == "float" and fmt.float_dtype is not E4M3:
         return f"its only 8-bit float is e4m3, not {fmt.name}"
-    if stored.scheme.offset or stored.scheme.zero_point == "free":
+    if stored.scheme.offset or not stored.scheme.whole_zero_points:
         return "its grids are whole steps away from zero"
     if Granularity.parse(stored.scheme.granularity).block_sizes is not None:
         return "its groups are all of one size"

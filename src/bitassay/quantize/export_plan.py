@@ -67,7 +67,7 @@ def plan_export(model: PreTrainedModel, recipe: Recipe, layout: Layout | None = 
     saving = (2 * parameters + weights) * item + bits // 8 + 2 * stored
     tuning = 0
     if recipe.tune is not None:
-        tokens, learned = (recipe.calibration or Calibration()).length, [shapes[name] for name in ways[0]]
+        tokens, learned = (recipe.calibration or Calibration()).tokens, [shapes[name] for name in ways[0]]
         config = model.config.get_text_config()
         layers = len(decoder_layers(model))
         tuning = memory_of(

@@ -14,7 +14,7 @@ with `c = z - o`, the position of zero. Gradients pass the rounding as if it wer
 Since `u` counts steps, one learning rate suits all matrices, and moving a scale moves the weights with it
 instead of changing codes (in LSQ, 1902.08153, both follow from `w / s`). `u` is kept within half a step of
 the outermost codes, so that a clipped weight can come back. Scales are rounded to the dtype they are stored
-in at each pass: what is learned is what is stored. Whole zero points stay as they are; free ones are learned.
+in at each pass: what is learned is what is stored. Zero points stay as they are, but for free ones.
 """
 
 from collections.abc import Iterator, Mapping

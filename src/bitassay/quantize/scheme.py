@@ -92,11 +92,12 @@ class WeightScheme(Part):
     percentile: where `scale: percentile` clips, in percent. scale_dtype: what scales are stored in; float16
     by default, for FP8 bfloat16: an FP8 scale is absmax over 448 or 57344, so small that float16 would hold
     it as a subnormal number of few bits. zero_point: a whole number of steps (`integer`), the same searched
-    jointly with the scale (`searched`), or any number in scale_dtype (`free`). offset: shifts the grid by a
-    share of a step; stored nowhere. scale_factor: what the scale that was found is multiplied by. turned: the
-    seed of a random Hadamard rotation of the inputs, before rounding and back after it. rounding, noise (in
-    steps), seed: see `rounding.py`. residual: the share of the columns that have a second binary plane,
-    column_scales: whether columns have scales too: see `binary.py`.
+    jointly with the scale (`searched`), one of as many places in the middle half of the codes (`middle`), or
+    any number in scale_dtype (`free`). offset: shifts the grid by a share of a step; stored nowhere.
+    scale_factor: what the scale that was found is multiplied by. turned: the seed of a random Hadamard
+    rotation of the inputs, before rounding and back after it. rounding, noise (in steps), seed: see
+    `rounding.py`. residual: the share of the columns that have a second binary plane, column_scales: whether
+    columns have scales too: see `binary.py`.
 
     An option that is as if it was not there is not written out: recipes keep their ids when options come.
     """
@@ -108,7 +109,7 @@ class WeightScheme(Part):
     scale: Literal["absmax", "mse", "percentile"] = "absmax"
     percentile: float = Field(default=99.9, gt=50, le=100)
     scale_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
-    zero_point: Literal["integer", "searched", "free"] = "integer"
+    zero_point: Literal["integer", "searched", "middle", "free"] = "integer"
     offset: float = Field(default=0.0, ge=0, lt=1)
     scale_factor: float = Field(default=1.0, ge=0.1, le=4)
     turned: int | None = Field(default=None, ge=0, lt=2**63)
@@ -133,6 +134,11 @@ class WeightScheme(Part):
         """Whether it rounds a matrix differently once it knows the inputs."""
         searched = self.scale == "mse" or not Granularity.parse(self.granularity).is_settled
         return searched or self.has_planes or self.copies is not None
+
+    @property
+    def whole_zero_points(self) -> bool:
+        """Whether zero points, if there are any, are whole steps."""
+        return self.zero_point in ("integer", "searched")
 
     @property
     def residual_scheme(self) -> "WeightScheme":
@@ -226,13 +232,14 @@ def _contradictions(s: WeightScheme) -> list[tuple[bool, str]]:
             f"zero_point: {s.zero_point} needs zero points: an integer format with symmetric: false",
         ),
         (
-            s.zero_point == "searched" and s.scale != "mse",
-            "zero_point: searched looks for the least squared error, as the scale must: use scale: mse",
+            s.zero_point in ("searched", "middle") and s.scale != "mse",
+            f"zero_point: {s.zero_point} is what leaves the least squared error: use scale: mse",
         ),
         (s.offset > 0 and fmt.kind != "integer", f"offset shifts a grid of integers, not of {s.format}"),
         (
-            s.offset > 0 and (s.restricted or s.zero_point == "free"),
-            "an offset adds nothing to a free zero point, and takes back the symmetry of a restricted range",
+            s.offset > 0 and (s.restricted or not s.whole_zero_points),
+            "an offset adds nothing to zero points in parts of a step, and takes back the symmetry of a "
+            "restricted range",
         ),
         (
             (s.rounding != "nearest" or s.noise > 0) and fmt.kind == "float",

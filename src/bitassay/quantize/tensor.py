@@ -24,7 +24,7 @@ from bitassay.quantize.rounding import (
     round_to_nearest,
     round_with_feedback,
 )
-from bitassay.quantize.scales import Grid, grid_for
+from bitassay.quantize.scales import Grid, grid_for, middle_zero_points
 from bitassay.quantize.scheme import WeightScheme
 
 
@@ -47,8 +47,8 @@ class QuantizedTensor:
     """A matrix `[out, in]` as it would be stored.
 
     packed: codes, row by row, shifted to start at 0 (FP8: the raw bytes). scale: one a group, in the scheme's
-    dtype. zero_point: packed like the codes, with as many bits; a free one in the scale's dtype; or None.
-    mean: one a group, or None.
+    dtype. zero_point: packed like the codes, with as many bits, a middle one as the number of its place; a
+    free one in the scale's dtype; or None. mean: one a group, or None.
     residual: a second plane, added to what the codes stand for; of the columns whose bits are set in
     residual_columns (packed), None for all. column_scale: what each column of the sum is multiplied by.
     low_rank: 16-bit factors, added last. Where the scheme is turned, codes stand for `W Q`.
@@ -85,7 +85,10 @@ class QuantizedTensor:
         """Zero points as fp32 numbers, None for a symmetric format."""
         if self.zero_point is None or self.scheme.zero_point == "free":
             return None if self.zero_point is None else self.zero_point.float()
-        return unpack(self.zero_point, self.format.bits, self.scale.numel()).float().view(self.scale.shape)
+        codes = unpack(self.zero_point, self.format.bits, self.scale.numel()).view(self.scale.shape)
+        if self.scheme.zero_point == "middle":
+            return middle_zero_points(self.format).to(codes.device)[codes.long()]
+        return codes.float()
 
     @property
     def grid(self) -> Grid:
@@ -257,4 +260,7 @@ def _code_steps(fmt: NumberFormat, symmetric: bool) -> tuple[int, int]:
 def _packed_zero_points(zero_point: Tensor | None, scheme: WeightScheme) -> Tensor | None:
     if zero_point is None or scheme.zero_point == "free":
         return None if zero_point is None else zero_point.to(getattr(torch, scheme.scale_dtype))
+    if scheme.zero_point == "middle":
+        places = middle_zero_points(scheme.number_format)
+        zero_point = ((zero_point - places[0]) / (places[1] - places[0])).round()
     return pack(zero_point.to(torch.uint8), scheme.number_format.bits)

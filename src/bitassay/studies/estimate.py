@@ -89,13 +89,12 @@ def _calibration_flops(recipe: Recipe, parameters: int) -> float:
     """Forward passes and the statistics of the inputs, about as much again, over the calibration text; four
     passes' worth for each token that is learned from. Searches of smoothing and mixed bits are left out."""
     spec = recipe.calibration or Calibration()
-    text = spec.samples * spec.tokens
-    tokens = 2.0 * text
+    passes = 2.0 * spec.samples
     if recipe.learned is not None:
-        tokens += 4 * recipe.learned.steps * recipe.learned.batch * spec.length
+        passes += 4 * recipe.learned.steps * recipe.learned.batch
     if recipe.tune is not None:
-        tokens += 4 * recipe.tune.steps * recipe.tune.batch * spec.length + text
-    return 2 * parameters * tokens
+        passes += 4 * recipe.tune.steps * recipe.tune.batch + spec.samples
+    return 2 * parameters * spec.tokens * passes
 
 
 def _flops(dtype: torch.dtype) -> float:
