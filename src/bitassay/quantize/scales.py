@@ -16,8 +16,9 @@ error falls and REFINEMENTS times at most, the codes are kept and the grid is th
 
 A middle zero point has one of 2^b places, evenly over the middle half of the codes (`middle_zero_points`),
 in thirds of a step for int2: as many bits as a whole one, and a search for each place. A grid of few codes is
-best where it is nearly symmetric: of the energy of SmolLM2-135M's weights int2 in groups of 64 leaves 0.128
-with whole zero points, 0.125 with an offset of 0.5 and none, 0.113 so (`benchmarks/formats.py`).
+best nearly symmetric, but not for every group: of the energy of SmolLM2-135M's outputs int2 in groups of 64
+loses 0.072 with whole zero points, 0.076 with none and an offset of 0.5, 0.058 so, 0.054 with free ones,
+which take 0.22 bits more (`benchmarks/formats.py`).
 
 A free zero point has three such searches, with narrower grids in the middle of the range and towards either
 end (FREE_STARTS); together they leave 1 % more error than an exhaustive search on SmolLM2-135M's weights, the
