@@ -1,15 +1,16 @@
 """What a number format costs: the share of a linear's output energy that is lost, beside the bits it takes.
 
-For every linear of a few layers of SmolLM2-135M, and its inputs over C4 (`8 x 512` tokens), the mean of
+For every linear of a few layers of a model, and its inputs over C4 (`8 x 512` tokens), the mean of
 
     E || (W' - W) x ||^2 / E || W x ||^2
 
 once with W rounded to nearest on grids weighed by the inputs, once by GPTQ on such grids. It compares
 formats, not models: perplexity is `benchmarks/quality.py`'s.
 
-Run: python benchmarks/formats.py [--format json]
+Run: python benchmarks/formats.py [--model smollm2-135m] [--formats int2 ...] [--format table|json]
 """
 
+import argparse
 import json
 import sys
 from collections.abc import Iterator
@@ -61,9 +62,9 @@ SCHEMES: dict[str, dict] = {
 }  # fmt: skip
 
 
-def matrices() -> Iterator[tuple[Tensor, Tensor]]:
+def matrices(name: str) -> Iterator[tuple[Tensor, Tensor]]:
     """Each matrix and the sum of `x x^T` over its inputs."""
-    model = bitassay.load("smollm2-135m", dtype=torch.float32)
+    model = bitassay.load(name, dtype=torch.float32)
     linears = {
         name: linear
         for name, linear in walk(model).linears.items()
@@ -97,11 +98,20 @@ def by_gptq(weight: Tensor, hessian: Tensor, scheme: WeightScheme) -> QuantizedT
 
 
 def main() -> None:
-    known = [(weight, hessian.double()) for weight, hessian in matrices()]
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--formats", nargs="+", choices=sorted({s["format"] for s in SCHEMES.values()}))
+    parser.add_argument("--format", choices=("table", "json"), default="table")
+    options = parser.parse_args()
+    known = [(weight, hessian.double()) for weight, hessian in matrices(options.model)]
     weights = sum(weight.numel() for weight, _ in known)
     rows = []
     for name, fields in SCHEMES.items():
         scheme = WeightScheme.model_validate(fields)
+        if options.formats and scheme.format not in options.formats:
+            continue
         nearest = [quantize_tensor(w, scheme, importance=h.diagonal().float()) for w, h in known]
         solved_ = [by_gptq(w, h, scheme) for w, h in known]
         rows.append({
@@ -111,8 +121,8 @@ def main() -> None:
             "lost_gptq": sum(lost(*m, t) for m, t in zip(known, solved_, strict=True)) / len(known),
         })  # fmt: skip
         print(f"{name}: {rows[-1]}", file=sys.stderr, flush=True)
-    if "json" in sys.argv:
-        print(json.dumps({"environment": environment(), "rows": rows}))
+    if options.format == "json":
+        print(json.dumps({"environment": environment(), "model": options.model, "rows": rows}))
         return
     print("| scheme | bits | nearest | GPTQ |\n|---|---:|---:|---:|")
     for row in rows:
