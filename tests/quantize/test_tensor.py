@@ -173,13 +173,9 @@ def by_hand(w: np.ndarray, scheme: WeightScheme, found_scale: FLOAT32, found_zer
         factors = (1,) if scheme.zero_point == "free" else SEARCH_FACTORS
         starts = [(scale, zero)]
         if scheme.zero_point == "middle":
-            places, top = (
-                middle_zero_points(FORMATS[scheme.format]).numpy(),
-                2 ** FORMATS[scheme.format].bits - 1,
-            )
-            starts = [
-                (stored_scale(max(-w.min() / z, w.max() / (FLOAT32(top) - z)), dtype), z) for z in places
-            ]
+            top = FLOAT32(2 ** FORMATS[scheme.format].bits - 1)
+            places = middle_zero_points(FORMATS[scheme.format]).numpy()
+            starts = [(stored_scale(max(-w.min() / z, w.max() / (top - z)), dtype), z) for z in places]
         least = min(
             error(stored_scale(first * FLOAT32(factor), dtype), z)
             for first, z in starts

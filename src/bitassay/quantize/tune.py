@@ -43,7 +43,9 @@ from bitassay.record.run import RunFolder
 KEEP_STEPS = 16
 SETTLED = 0.9  # of a latent's distance from its code is kept at the start
 MOMENTS = ("exp_avg", "exp_avg_sq")
-BYTES_A_WEIGHT = 4 * 4 + 4 + 4 * 3  # latent, gradient, two moments; the draft's value; a copy of what is kept
+# Latent, gradient, two moments and the draft's value make 20; what was measured on two models takes 12 more,
+# and what holds them is not known.
+BYTES_A_WEIGHT = 4 * 4 + 4 + 12
 BYTES_IN_A_PASS = 4 + 2 + 2  # of the layer that is being computed: value, bf16 and position
 BYTES_A_FEATURE = 2.6  # and, for each input and output of each of its linears and token: SmolLM2's
 CHUNK_TOKENS = 512  # logits that are held at once
