@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitassay.quantize.activations import INPUT_FORMATS
+from bitassay.quantize.grid import Grid
 from bitassay.quantize.rounding import dequantize, round_to_nearest
-from bitassay.quantize.scales import Grid
 from bitassay.quantize.thresholds import (
     kl_threshold,
     learned_threshold,

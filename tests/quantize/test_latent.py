@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
+from bitassay.quantize.grid import Grid
 from bitassay.quantize.latent import LatentWeight, latent_linears
-from bitassay.quantize.scales import Grid
 from bitassay.quantize.scheme import WeightScheme
 from bitassay.quantize.tensor import quantize_tensor
 

@@ -29,8 +29,9 @@ from torch import Tensor
 
 from bitassay.errors import nearest
 from bitassay.quantize.formats import FORMATS, NumberFormat
+from bitassay.quantize.grid import Grid
 from bitassay.quantize.rounding import dequantize, round_to_nearest
-from bitassay.quantize.scales import Grid, absmax_grid
+from bitassay.quantize.scales import absmax_grid
 from bitassay.quantize.scheme import Part, WeightScheme
 
 INPUT_FORMATS = {

@@ -16,7 +16,7 @@ fall (`refined`):
     c        <W, P>_j / <P, P>_j for the columns of P = m + s B + s_2 B_2
 
 Then c, s and m, and s_2 are rounded to the dtype they are stored in, each followed by new codes. The first
-plane begins at the exact optimum of one plane (`scales.py`).
+plane begins at the exact optimum of one plane (`few_levels.py`).
 
 GPTQ rounds each column to the `levels` of such a tensor, and `on_planes` puts the columns as it compensated
 them on the same planes. `solved` does so twice, the second time on planes fitted to the compensated columns,

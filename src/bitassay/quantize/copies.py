@@ -26,8 +26,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bitassay.quantize.granularity import Granularity
+from bitassay.quantize.grid import Grid
 from bitassay.quantize.rounding import dequantize, round_to_nearest
-from bitassay.quantize.scales import SEARCH_FACTORS, Grid, range_grid, rescaled
+from bitassay.quantize.scales import SEARCH_FACTORS, range_grid, rescaled
 from bitassay.quantize.scheme import WeightScheme
 from bitassay.quantize.tensor import QuantizedTensor, from_codes, joined, quantize_tensor
 

@@ -30,8 +30,9 @@ from torch import Tensor
 
 from bitassay.errors import BitassayError
 from bitassay.quantize.granularity import Granularity
+from bitassay.quantize.grid import Grid
 from bitassay.quantize.rounding import dequantize, round_to_nearest
-from bitassay.quantize.scales import Grid, grid_for
+from bitassay.quantize.scales import grid_for
 from bitassay.quantize.scheme import Part, WeightScheme
 from bitassay.quantize.tensor import joined
 

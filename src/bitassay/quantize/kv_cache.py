@@ -29,9 +29,10 @@ from bitassay.errors import BitassayError
 from bitassay.models.walk import decoder_layers
 from bitassay.quantize.formats import FORMATS, NumberFormat
 from bitassay.quantize.granularity import Granularity
+from bitassay.quantize.grid import Grid
 from bitassay.quantize.packing import PACKINGS, pack, unpack
 from bitassay.quantize.rounding import dequantize, round_to_nearest
-from bitassay.quantize.scales import Grid, absmax_grid
+from bitassay.quantize.scales import absmax_grid
 from bitassay.quantize.scheme import Part
 
 

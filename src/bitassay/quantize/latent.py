@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from bitassay.quantize.formats import NumberFormat
 from bitassay.quantize.gptq import group_bounds
 from bitassay.quantize.granularity import Granularity
-from bitassay.quantize.scales import Grid
+from bitassay.quantize.grid import Grid
 from bitassay.quantize.scheme import WeightScheme
 from bitassay.quantize.tensor import LowRank, QuantizedTensor, from_codes
 

@@ -14,20 +14,17 @@ by the mean input of each column.
 """
 
 import hashlib
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from bitassay.quantize.formats import NumberFormat
-
-if TYPE_CHECKING:
-    from bitassay.quantize.scales import Grid
+from bitassay.quantize.grid import Grid
 
 
 def round_to_nearest(
-    w: Float[Tensor, "groups size"], grid: "Grid", fmt: NumberFormat, symmetric: bool
+    w: Float[Tensor, "groups size"], grid: Grid, fmt: NumberFormat, symmetric: bool
 ) -> Float[Tensor, "groups size"]:
     """Codes as fp32 numbers: whole numbers, or FP8 values for float formats."""
     if fmt.kind == "binary":
@@ -49,7 +46,7 @@ def round_to_nearest(
 
 def round_stochastically(
     w: Float[Tensor, "groups size"],
-    grid: "Grid",
+    grid: Grid,
     fmt: NumberFormat,
     symmetric: bool,
     generator: torch.Generator,
@@ -70,7 +67,7 @@ def round_stochastically(
 
 
 def round_with_feedback(
-    w: Float[Tensor, "out in"], grid: "Grid", fmt: NumberFormat, symmetric: bool
+    w: Float[Tensor, "out in"], grid: Grid, fmt: NumberFormat, symmetric: bool
 ) -> Float[Tensor, "out in"]:
     """Codes column by column, each row carrying its error along. `grid` has an entry for every weight."""
     carried, codes = torch.zeros(len(w), 1, device=w.device), torch.empty_like(w)
@@ -84,7 +81,7 @@ def round_with_feedback(
 
 
 def noisy(
-    w: Float[Tensor, "groups size"], grid: "Grid", nu: float, generator: torch.Generator
+    w: Float[Tensor, "groups size"], grid: Grid, nu: float, generator: torch.Generator
 ) -> Float[Tensor, "groups size"]:
     """`w + nu s N(0, 1)`."""
     return w + nu * grid.scale * torch.randn(w.shape, generator=generator).to(w.device)
@@ -97,7 +94,7 @@ def generator_for(seed: int, name: str) -> torch.Generator:
 
 
 def dequantize(
-    codes: Float[Tensor, "groups size"], grid: "Grid", fmt: NumberFormat
+    codes: Float[Tensor, "groups size"], grid: Grid, fmt: NumberFormat
 ) -> Float[Tensor, "groups size"]:
     """`(q - z + o) s`, or `q s + m` where the grid has a mean."""
     if grid.zero_point is not None:

@@ -14,6 +14,7 @@ from bitassay.errors import BitassayError
 from bitassay.quantize.adaptive import adapted
 from bitassay.quantize.formats import FORMATS, NumberFormat
 from bitassay.quantize.granularity import Granularity
+from bitassay.quantize.grid import Grid
 from bitassay.quantize.hadamard import turning
 from bitassay.quantize.packing import pack, unpack
 from bitassay.quantize.rounding import (
@@ -24,7 +25,7 @@ from bitassay.quantize.rounding import (
     round_to_nearest,
     round_with_feedback,
 )
-from bitassay.quantize.scales import Grid, grid_for, middle_zero_points
+from bitassay.quantize.scales import grid_for, middle_zero_points
 from bitassay.quantize.scheme import WeightScheme
 
 

@@ -29,8 +29,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bitassay.quantize.formats import NumberFormat
+from bitassay.quantize.grid import Grid
 from bitassay.quantize.rounding import dequantize, round_to_nearest
-from bitassay.quantize.scales import Grid
 
 HISTOGRAM_BINS = 2048
 LEARNING_STEPS = 120
