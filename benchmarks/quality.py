@@ -33,6 +33,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -368,7 +369,7 @@ def show(result: dict[str, Any]) -> None:
             f"{row['tool']:24} {row['bits']:5g} {row['group'] or '':>5} {row['bits_per_weight']:7.3f} "
             f"{interval(row, 'ppl'):30} "
             f"{interval(row | {'kl': row['kl_mean']}, 'kl'):32} "
-            f"{row.get('seconds') or float('nan'):8.0f} {row.get('peak_bytes', 0) / 1e9:8.2f}"
+            f"{row.get('seconds') or nan:8.0f} {(row.get('peak_bytes') or nan) / 1e9:8.2f}"
         )
     for pair in result["pairs"]:
         print(

@@ -241,3 +241,6 @@ def test_analyze_writes_a_table_a_heat_map_and_a_page(out, capsys):
     assert "KL, only this" in capsys.readouterr().out
     assert quantize(out, "--analyze", "--gguf", str(out / "x.gguf")) == 2
     assert "--analyze writes no model" in capsys.readouterr().err
+    for words in (["--samples", "4"], ["--each-matrix"]):
+        assert quantize(out / "model", *words) == 2
+        assert "--samples and --each-matrix are of --analyze" in capsys.readouterr().err

@@ -84,6 +84,23 @@ def test_gradients(scheme):
         assert torch.allclose(latent.mean.grad, sums, atol=1e-4)
 
 
+@pytest.mark.parametrize("scheme", SCHEMES, ids=name_of)
+def test_a_group_of_zeros_is_not_moved(scheme):
+    weight = torch.randn(6, 40, generator=torch.Generator().manual_seed(0))
+    weight[3] = 0
+    tensor = quantize_tensor(weight, scheme)
+    mean = None if tensor.mean is None else tensor.mean.float()
+    grid = Grid(tensor.scale.float(), tensor.zero_points(), mean, scheme.offset, scheme.restricted)
+    latent = LatentWeight(scheme, weight, grid)
+    (latent() - 1).square().sum().backward()
+    with torch.no_grad():
+        for parameter in (latent.u, *latent.grid_parameters()):
+            parameter -= 3 * parameter.grad.sign() * (1 if parameter is latent.u else 0.1)
+    found = latent.quantized().dequantize()
+    assert torch.equal(found[3], tensor.dequantize()[3])
+    assert not torch.equal(found, tensor.dequantize())
+
+
 def test_clipped_positions_come_back_within_half_a_step():
     latent, _, _ = latent_of(SCHEMES[0])
     with torch.no_grad():

@@ -12,6 +12,7 @@ from bitassay.errors import BitassayError
 from bitassay.models.walk import matrices
 from bitassay.quantize.budget import mixed_schemes, units_of
 from bitassay.quantize.calibration import Calibration, calibration_tokens
+from bitassay.quantize.low_rank import LowRankSpec
 from bitassay.quantize.mixed import Mixed, allocate
 from bitassay.quantize.model import bits_per_weight
 from bitassay.quantize.recipe import Recipe
@@ -128,6 +129,15 @@ def test_the_recipe_does_it(stories):
     model = bitassay.quantize(stories, spec)
     assert 2.9 < bits_per_weight(model) <= 3.0
     assert {"int2", "int3"} <= {tensor.scheme.format for tensor in model.quantization.tensors.values()}
+
+
+def test_low_rank_factors_count_in_the_budget(stories):
+    spec = recipe(5.0).model_copy(
+        update={"calibration": Calibration(samples=2, tokens=32), "low_rank": LowRankSpec(rank=2)}
+    )
+    model = bitassay.quantize(stories, spec)
+    assert all(tensor.low_rank is not None for tensor in model.quantization.tensors.values())
+    assert 4.8 < bits_per_weight(model) <= 5.0
 
 
 def test_overrides_keep_their_scheme_and_count(stories, tokens):

@@ -11,12 +11,18 @@ from safetensors.torch import load_file, save_file
 from bitassay.data.windows import Protocol
 from bitassay.errors import BitassayError
 from bitassay.evaluate.compare import evaluate
-from bitassay.models.walk import decoder_layers
+from bitassay.models.walk import decoder_layers, matrices
 from bitassay.quantize import layers, pipeline, tune, work
 from bitassay.quantize.layerwise import first_inputs, hessian_of, input_groups, products_in, run_layer
-from bitassay.quantize.model import bits_per_weight, quantization_of, with_tensors
+from bitassay.quantize.model import (
+    bits_per_weight,
+    copy_sharing_parameters,
+    quantization_of,
+    with_tensors,
+)
 from bitassay.quantize.pipeline import quantize
 from bitassay.quantize.recipe import Recipe
+from bitassay.record.progress import silent
 from bitassay.testing.tiny import stories260k, tiny_model
 
 W2 = {"format": "int2", "granularity": "g32", "symmetric": False}
@@ -66,26 +72,26 @@ def test_the_base_model_stays_as_it_is(base):
     assert any(not torch.equal(value, before[name]) for name, value in norms.items())
 
 
-@pytest.mark.parametrize("name", ["gptq", "learned"])
-def test_an_interrupted_run_goes_on(base, tmp_path, monkeypatch, name):
+@pytest.mark.parametrize(("name", "at"), [("gptq", 0), ("gptq", 4), ("learned", 2)])
+def test_an_interrupted_run_goes_on(base, tmp_path, monkeypatch, name, at):
     wanted = quantize(base, recipe(name))
     finished, write = [], layers._write_layer
 
-    def write_two(folder, index, solved):
-        if index == 2:
+    def write_some(folder, index, solved):
+        if index == at:
             raise KeyboardInterrupt
         finished.append(index)
         write(folder, index, solved)
 
-    monkeypatch.setattr(layers, "_write_layer", write_two)
+    monkeypatch.setattr(layers, "_write_layer", write_some)
     with pytest.raises(KeyboardInterrupt):
         quantize(base, recipe(name), work=tmp_path / "work")
     monkeypatch.undo()
-    assert finished == [0, 1]
+    assert finished == list(range(at))
     solved = []
     monkeypatch.setattr(layers, "_write_layer", lambda folder, index, s: solved.append(index))
     found = quantize(base, recipe(name), work=tmp_path / "work")
-    assert solved == list(range(2, len(decoder_layers(base))))
+    assert solved == list(range(at, len(decoder_layers(base))))
     for key, value in wanted.state_dict().items():
         assert torch.equal(found.state_dict()[key], value), key
 
@@ -339,5 +345,59 @@ def test_experts_are_calibrated_too():
     tokens = torch.randint(3, 500, (4, 48), generator=torch.Generator().manual_seed(0))
     errors = [(m(tokens).logits - model(tokens).logits).square().mean().item() for m in (found, nearest)]
     assert errors[0] < errors[1]
-    with pytest.raises(BitassayError, match="is an expert's slice"):
-        quantize(model, recipe("tune"))
+
+
+@pytest.mark.parametrize("name", ["learned", "tune"])
+def test_learning_moves_the_linears_of_a_mixture_and_leaves_its_experts(name):
+    model, said = tiny_model("qwen3_moe"), []
+    gptq, found = (
+        quantization_of(quantize(model, recipe(one), progress=lambda what, *_: said.append(what))).tensors
+        for one in ("gptq", name)
+    )
+    here = [one for one in found if ".layers.0." in one]
+    changed = {one for one in here if not torch.equal(found[one].dequantize(), gptq[one].dequantize())}
+    assert changed
+    assert not any(".experts." in one for one in changed)
+    assert any("24 matrices of experts stay" in what for what in said)
+    only_experts = [{"match": "*.self_attn.*", "weights": None}]
+    with pytest.raises(BitassayError, match="only experts are quantized"):
+        quantize(model, recipe(name, overrides=only_experts))
+
+
+def test_without_tuning_no_latent_outlives_its_layer(base, tmp_path):
+    tokens = pipeline.calibration_tokens(base, recipe("gptq").calibration)
+    schemes = {name: recipe("gptq").scheme_for(name) for name in matrices(base)}
+    for name, kept in (("gptq", False), ("learned", False), ("tune", True)):
+        draft = copy_sharing_parameters(base)
+        found = layers.quantize_layers(draft, schemes, recipe(name), tokens, None, silent)
+        assert all((solved.latent is not None) is kept for solved in found.values()), name
+
+
+def test_tuning_is_one_stage_with_the_mean_loss_now_and_then(base, monkeypatch):
+    monkeypatch.setattr(pipeline, "KEEP_STEPS", 5)
+    said = []
+    quantize(base, recipe("tune"), progress=lambda *report: said.append(report))
+    stage = [report for report in said if report[0].startswith("tuning")]
+    assert stage == [("tuning by tune", step, 12) for step in range(1, 13)]
+    losses = [what for what, *rest in said if what.startswith("step ")]
+    assert [what.split(":")[0] for what in losses] == ["step 5", "step 10", "step 12"]
+    assert losses[-1].endswith("the mean of 2 steps")
+
+
+def test_what_smoothing_leaves_out_is_said():
+    said = []
+    quantize(
+        tiny_model("qwen2_moe"),
+        Recipe(name="s", weights=W2, smoothing={"method": "awq", "exponents": 2}, calibration=CALIBRATION),
+        progress=lambda what, *_: said.append(what),
+    )
+    assert any(what.startswith("not smoothed: ") for what in said)
+
+
+@pytest.mark.parametrize(
+    ("calibration", "says"),
+    [({"samples": 10**6}, "fewer samples"), ({"tokens": 10**6, "samples": 1}, "tokens: 512")],
+)
+def test_more_text_than_there_is_names_the_recipes_fields(base, calibration, says):
+    with pytest.raises(BitassayError, match=says):
+        quantize(base, recipe("gptq", calibration=calibration))

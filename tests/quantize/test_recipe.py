@@ -16,7 +16,7 @@ from bitassay.quantize.recipe import (
     shipped_recipes,
 )
 from bitassay.record.files import YAML_BYTES
-from bitassay.testing.tiny import stories260k
+from bitassay.testing.tiny import stories260k, tiny_model
 
 W4 = {"format": "int4", "granularity": "g64"}
 
@@ -56,6 +56,20 @@ def test_a_best_recipe_runs_and_is_saved(name, tmp_path):
     assert torch.equal(
         bitassay.load(tmp_path / "folder", packed=True)(tokens).logits, quantized(tokens).logits
     )
+
+
+@pytest.mark.parametrize("name", BEST)
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "deepseek_v2"])
+def test_a_best_recipe_takes_a_mixture(name, architecture):
+    changes = {
+        "calibration": Calibration(samples=4, tokens=32),
+        "learned": BEST[name].learned.model_copy(update={"steps": 2}),
+        "tune": BEST[name].tune.model_copy(update={"steps": 2}),
+    }
+    model = bitassay.quantize(tiny_model(architecture), BEST[name].model_copy(update=changes))
+    experts = [own for own in model.quantization.tensors if ".experts." in own]
+    assert experts
+    assert model(torch.arange(1, 40)[None]).logits.isfinite().all()
 
 
 def test_the_id_is_that_of_the_change_not_of_its_name():

@@ -13,6 +13,7 @@ from bitassay.quantize.activations import InputRounding, rounded_inputs
 from bitassay.quantize.folding import Fold, find_folds, fold
 from bitassay.quantize.model import copy_sharing_parameters
 from bitassay.quantize.ranges import collect_ranges
+from bitassay.quantize.recipe import Recipe
 from bitassay.quantize.scheme import WeightScheme
 from bitassay.quantize.smoothing import (
     Smoothing,
@@ -319,6 +320,15 @@ def test_int8_inputs_are_nearer_after_smoothing():
         ({"method": "awq", "places": ["head"]}, "Input should be"),
     ],
 )
-def test_what_makes_no_sense_is_refused(part, says):
+def test_a_part_that_makes_no_sense_is_refused(part, says):
     with pytest.raises(ValidationError, match=says):
         Smoothing.model_validate(part)
+
+
+def test_clipping_needs_to_know_the_groups():
+    with pytest.raises(ValidationError, match="adaptive ones are chosen after it"):
+        Recipe(
+            name="clip",
+            weights={"format": "int4", "granularity": "adaptive64"},
+            smoothing={"method": "awq", "clip": True},
+        )

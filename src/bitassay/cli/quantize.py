@@ -32,7 +32,7 @@ def quantize(
     check: bool = True,
     dry_run: Annotated[bool, Parameter(negative=())] = False,
     analyze: Annotated[bool, Parameter(negative=())] = False,
-    samples: int = 8,
+    samples: int | None = None,
     each_matrix: Annotated[bool, Parameter(negative=())] = False,
     trust_remote_code: Annotated[bool, Parameter(negative=())] = False,
     format: Format = "table",
@@ -57,7 +57,8 @@ def quantize(
         dry_run: Estimate the files and the memory, and stop.
         analyze: Write no model; say how hard each layer and matrix is to quantize by the recipe's formats, as
             a table, a heat map and a page, in a run folder (--out, or runs/analysis-MODEL-RECIPE-ID).
-        samples: With --analyze, how many windows of the calibration text are looked at.
+        samples: With --analyze, how many windows of the calibration text are looked at (8). How many a recipe
+            calibrates with it says itself.
         each_matrix: With --analyze, measure the divergence of each matrix too, not of each layer only.
         trust_remote_code: Run code that comes with the model.
         format: What to print on stdout.
@@ -74,7 +75,21 @@ def quantize(
             raise BitassayError(
                 "--analyze writes no model, so --gguf and --dry-run say nothing", "leave them out"
             )
-        return run_analysis(model, recipe, out, dtype, samples, each_matrix, trust_remote_code, format)
+        return run_analysis(
+            model,
+            recipe,
+            out,
+            dtype,
+            8 if samples is None else samples,
+            each_matrix,
+            trust_remote_code,
+            format,
+        )
+    if samples is not None or each_matrix:
+        raise BitassayError(
+            "--samples and --each-matrix are of --analyze",
+            "--analyze too, or in the recipe: calibration: {samples: 128, tokens: 512}",
+        )
     if out is None and gguf is None:
         raise BitassayError("nowhere to write to", "--out FOLDER, --gguf FILE, or both")
     sizes = (

@@ -56,12 +56,16 @@ class Protocol:
         return cls(pinned(found[1]), said[0] or window_tokens or 2048, said[1] or windows)
 
 
+class TooShortError(BitassayError):
+    """A text has fewer windows than are wanted."""
+
+
 def token_windows(
     tokenizer: PreTrainedTokenizerBase, protocol: Protocol
 ) -> tuple[Int[Tensor, "windows tokens"], str]:
     """The windows as token ids, and where the text came from.
 
-    Raises BitassayError where the text is shorter than what is asked for.
+    Raises TooShortError where the text is shorter than what is asked for.
     """
     if protocol.window_tokens < 2:
         raise BitassayError(
@@ -75,7 +79,7 @@ def token_windows(
         available = min(available, text.max_windows)
     wanted = available if protocol.windows is None else protocol.windows
     if not 1 <= wanted <= available:
-        raise BitassayError(
+        raise TooShortError(
             f"{text.source}: {len(ids)} tokens make {available} windows of {protocol.window_tokens}, "
             f"{wanted} were asked for",
             f"--windows 1 to {available}, or a shorter --window",

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bitassay.data.corpora import is_pinned, pinned
-from bitassay.data.windows import Protocol, token_windows
+from bitassay.data.windows import Protocol, TooShortError, token_windows
+from bitassay.errors import BitassayError
 from bitassay.models.load import tokenizer
 from bitassay.quantize.scheme import Part
 
@@ -40,6 +41,17 @@ class Calibration(Part):
 
 
 def calibration_tokens(model: PreTrainedModel, spec: Calibration) -> Int[Tensor, "samples tokens"]:
-    """The windows as the model's token ids. Raises BitassayError where the corpus is unknown or too short."""
+    """The windows as the model's token ids. Raises BitassayError where the corpus is unknown or too short, or
+    a window longer than what the model reads."""
+    places = getattr(model.config, "max_position_embeddings", None)
+    if places is not None and spec.tokens > places:
+        raise BitassayError(
+            f"calibration: samples of {spec.tokens} tokens, and the model reads {places}", f"tokens: {places}"
+        )
     protocol = Protocol(spec.corpus, window_tokens=spec.tokens, windows=spec.samples)
-    return token_windows(tokenizer(model), protocol)[0]
+    try:
+        return token_windows(tokenizer(model), protocol)[0]
+    except TooShortError as error:
+        raise BitassayError(
+            f"calibration: {error.problem}", "fewer samples or fewer tokens, or a longer text"
+        ) from error

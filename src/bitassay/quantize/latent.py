@@ -32,6 +32,8 @@ from bitassay.quantize.grid import Grid
 from bitassay.quantize.scheme import WeightScheme
 from bitassay.quantize.tensor import LowRank, QuantizedTensor, from_codes
 
+ZEROS = 0.25  # steps: a group that is nowhere farther from zero was all zero when its scale was found
+
 
 class LatentWeight(nn.Module):
     """A matrix whose codes and grid are being learned.
@@ -65,6 +67,9 @@ class LatentWeight(nn.Module):
         positions = centred / self._wide(self.first_scale) + self._wide(self.zero.detach())
         self.u = nn.Parameter(positions.contiguous())
         self.offset = grid.offset
+        # A group of zeros has the scale 1, a step of which would ruin the matrix: it stays as it is.
+        away = (self.u.detach() - self._wide(zero - grid.offset)).abs()
+        self.moves = torch.stack([part.amax(1) > ZEROS for part in away.split(self.sizes.tolist(), 1)], 1)
         self.clamp()
 
     def _wide(self, per_group: Float[Tensor, "out groups"]) -> Float[Tensor, "out in"]:
@@ -96,9 +101,10 @@ class LatentWeight(nn.Module):
 
     def forward(self) -> Float[Tensor, "out in"]:
         zero = self._stored(self.zero) if self.scheme.zero_point == "free" else self.zero
-        weight = _OnGrid.apply(self.u, self.scale(), zero, self.sizes, self.fmt, self.limits)
+        weight = _OnGrid.apply(self.u, self.scale(), zero, self.moves, self.sizes, self.fmt, self.limits)
         if self.mean is not None:
-            weight = weight + self._wide(self._stored(self.mean))
+            mean = torch.where(self.moves, self.mean, self.mean.detach())
+            weight = weight + self._wide(self._stored(mean))
         return weight if self.beside is None else weight + self.beside
 
     @torch.no_grad()
@@ -142,19 +148,20 @@ class _OnGrid(torch.autograd.Function):
     """`(round(u) - c) s`, straight through the rounding."""
 
     @staticmethod
-    def forward(ctx, u, scale, zero, sizes, fmt, limits):  # type: ignore[override]
+    def forward(ctx, u, scale, zero, moves, sizes, fmt, limits):  # type: ignore[override]
         centred = _rounded(u, fmt, limits).sub_(zero.repeat_interleave(sizes, dim=1))
-        ctx.save_for_backward(centred.half(), scale, sizes)
+        ctx.save_for_backward(centred.half(), scale, moves, sizes)
         return centred * scale.repeat_interleave(sizes, dim=1)
 
     @staticmethod
     def backward(ctx, gradient):  # type: ignore[override]
-        centred, scale, sizes = ctx.saved_tensors
-        groups = sizes.tolist()
+        centred, scale, moves, sizes = ctx.saved_tensors
+        groups, scale = sizes.tolist(), scale * moves
 
         def by_group(x: Tensor) -> Tensor:
             return torch.stack([part.sum(1) for part in x.split(groups, dim=1)], dim=1)
 
         of_zero = -scale * by_group(gradient) if ctx.needs_input_grad[2] else None
         of_scale = by_group(gradient * centred)
-        return gradient * scale.repeat_interleave(sizes, dim=1), of_scale, of_zero, None, None, None
+        of_u = gradient * scale.repeat_interleave(sizes, dim=1)
+        return of_u, of_scale, of_zero, None, None, None, None

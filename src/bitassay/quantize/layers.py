@@ -43,14 +43,16 @@ from bitassay.record.run import RunFolder
 
 @dataclass(frozen=True)
 class Solved:
-    """A quantized matrix, and its weights in front of their last rounding, from where learning goes on."""
+    """A quantized matrix, and its weights in front of their last rounding, from where learning goes on; None
+    where nothing will."""
 
     tensor: QuantizedTensor
-    latent: Float[Tensor, "out in"]
+    latent: Float[Tensor, "out in"] | None
 
     def latent_weight(self) -> LatentWeight:
         """Where learning starts."""
         tensor = self.tensor
+        assert self.latent is not None
         return LatentWeight(tensor.scheme, self.latent, tensor.grid, tensor.low_rank)
 
 
@@ -89,10 +91,12 @@ def quantize_layers(
         else:
             entering = hidden
             hidden = work.run(layer, entering, arguments[index])
-            if recipe.learned is not None:
+            if recipe.learned is not None and work.linears:
                 assert targets is not None
                 work.learn(layer, here, entering, targets, arguments[index])
                 hidden = work.output(layer, entering, arguments[index])
+            if recipe.tune is None:
+                work.forget_latents()
             if folder is not None:
                 _write_layer(folder, index, work.solved)
         reference = targets
@@ -238,17 +242,21 @@ class _LayerWork:
             self.progress(f"{name}: the Hessian needed damping of {found.damping:g}")
         return found
 
+    def forget_latents(self) -> None:
+        """Nothing goes on from them: they would be a second copy of the layer in fp32."""
+        self.solved = {name: Solved(found.tensor, None) for name, found in self.solved.items()}
+
     def learn(
         self, layer: nn.Module, prefix: str, hidden: Hidden, targets: Hidden, arguments: dict[str, Any]
     ) -> None:
-        """Go on from what was solved, to the layer's own output."""
+        """Move the linears on from what was solved, to the layer's own output."""
         assert self.recipe.learned is not None
         latents = {name: self.solved[name].latent_weight() for name in self.linears}
         own = {name.removeprefix(prefix): latent for name, latent in latents.items()}
         losses = learn_layer(layer, own, hidden, targets, arguments, self.recipe.learned)
         self.progress(f"{prefix[:-1]}: error {losses[0]:.3g} -> {losses[-1]:.3g}")
-        self.solved = {name: Solved(latent.quantized(), latent.weight()) for name, latent in latents.items()}
-        self.put(self.solved)
+        self.solved |= {name: Solved(latent.quantized(), latent.weight()) for name, latent in latents.items()}
+        self.put(latents)
 
 
 def _rows(found: Rounded, counts: list[int]) -> Iterator[Rounded]:
@@ -273,11 +281,11 @@ def _part(index: int) -> str:
 
 def _write_layer(folder: RunFolder, index: int, solved: Mapping[str, Solved]) -> None:
     """Keep a finished layer."""
-    latents = {f"{name}/latent": found.latent for name, found in solved.items()}
+    latents = {f"{name}/latent": found.latent for name, found in solved.items() if found.latent is not None}
     write_part(folder, _part(index), {name: found.tensor for name, found in solved.items()}, latents)
 
 
 def _read_layer(folder: RunFolder, index: int, work: _LayerWork) -> dict[str, Solved]:
     shapes = {name: (weight.shape[0], weight.shape[1]) for name, weight in work.weights().items()}
     tensors, latents = read_part(folder, _part(index), shapes)
-    return {name: Solved(tensor, latents[f"{name}/latent"]) for name, tensor in tensors.items()}
+    return {name: Solved(tensor, latents.get(f"{name}/latent")) for name, tensor in tensors.items()}

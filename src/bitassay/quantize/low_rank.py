@@ -48,6 +48,10 @@ class LowRankSpec(Part):
     dtype: Literal["float16", "bfloat16"] = "float16"
     rounds: int = Field(default=1, ge=1, le=100)
 
+    def bits(self, out: int, columns: int) -> int:
+        """What the factors of such a matrix store."""
+        return 16 * self.rank * (out + columns)
+
 
 def correction(
     residual: Float[Tensor, "out in"],

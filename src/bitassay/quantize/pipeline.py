@@ -45,7 +45,7 @@ from bitassay.quantize.scheme import WeightScheme
 from bitassay.quantize.sensitivity import places
 from bitassay.quantize.smoothing import smooth
 from bitassay.quantize.tensor import QuantizedTensor, quantize_tensor
-from bitassay.quantize.tune import Tune, head_weight, last_states, own_norms, tune
+from bitassay.quantize.tune import KEEP_STEPS, Tune, head_weight, last_states, own_norms, tune
 from bitassay.quantize.work import RESULT, code_digest, locked, read_result, write_result
 from bitassay.record.hashing import digest_json
 from bitassay.record.progress import Progress, silent
@@ -150,7 +150,10 @@ def _quantized(
     if recipe.smoothing is not None:
         assert tokens is not None
         ranges = collect_ranges(draft, tokens, progress=progress)
-        smooth(draft, recipe.smoothing, ranges, recipe.scheme_for, progress)
+        smoothed = smooth(draft, recipe.smoothing, ranges, recipe.scheme_for, progress)
+        if smoothed.skipped:
+            name, why = next(iter(smoothed.skipped.items()))
+            progress(f"not smoothed: {len(smoothed.skipped)} linears, the first {name}: {why}")
     if recipe.mixed is None:
         schemes = {name: recipe.scheme_for(name) for name in weights}
     else:
@@ -218,18 +221,25 @@ def _calibrated(
 ) -> dict[str, QuantizedTensor]:
     """Layer by layer, then all layers together; `draft` is left with the norms that go with the result."""
     if recipe.learned is not None or recipe.tune is not None:
-        _refuse_experts(draft, schemes)
+        _tell_of_experts(draft, schemes, progress)
     solved = quantize_layers(draft, schemes, recipe, tokens, folder, progress)
     if recipe.tune is None:
         return {name: found.tensor for name, found in solved.items()}
     tokens, wanted = _lessons(base, tokens, recipe.tune, folder, progress)
-    latents = {name: solved.pop(name).latent_weight() for name in list(solved)}
+    linears = walk(draft).linears
+    latents = {name: solved.pop(name).latent_weight() for name in list(solved) if name in linears}
     head = head_weight(base)
     steps = tune(draft, latents, own_norms(draft), tokens, wanted, head, recipe.tune, folder)
+    what, losses = f"tuning by {recipe.name}", []
     with latent_linears(draft, latents):
         for step, loss in steps:
-            progress(f"tuning by {recipe.name}, KL {loss:.3f}", step, recipe.tune.steps)
-    return {name: latent.quantized() for name, latent in latents.items()}
+            progress(what, step, recipe.tune.steps)
+            losses.append(loss)
+            if step % KEEP_STEPS == 0 or step == recipe.tune.steps:
+                progress(f"step {step}: KL {sum(losses) / len(losses):.3f}, the mean of {len(losses)} steps")
+                losses.clear()
+    experts = {name: found.tensor for name, found in solved.items()}
+    return experts | {name: latent.quantized() for name, latent in latents.items()}
 
 
 def _lessons(
@@ -301,13 +311,21 @@ def _refuse_quantized(model: PreTrainedModel) -> None:
         raise BitassayError("the model is quantized already", "quantize the base model instead")
 
 
-def _refuse_experts(model: PreTrainedModel, schemes: Mapping[str, WeightScheme | None]) -> None:
-    linears = walk(model).linears
-    if experts := [name for name, scheme in schemes.items() if scheme is not None and name not in linears]:
+def _tell_of_experts(
+    model: PreTrainedModel, schemes: Mapping[str, WeightScheme | None], progress: Progress
+) -> None:
+    """Raises BitassayError where learned and tune would have nothing to move."""
+    linears, quantized = walk(model).linears, [name for name, scheme in schemes.items() if scheme is not None]
+    experts = [name for name in quantized if name not in linears]
+    if not experts:
+        return
+    if len(experts) == len(quantized):
         raise BitassayError(
-            f"learned and tune move the weights of linears, and {experts[0]} is an expert's slice",
-            "gptq alone, or leave the experts to another recipe: {match: '*.experts.*', weights: null}",
+            "learned and tune move the weights of linears, and only experts are quantized", "gptq alone"
         )
+    progress(
+        f"learned and tune move linears; the {len(experts)} matrices of experts stay as they were solved"
+    )
 
 
 def _to_nearest(

@@ -224,6 +224,10 @@ def _input_contradictions(recipe: Recipe, schemes: list[WeightScheme]) -> list[t
             "smoothing: smoothquant makes inputs easier to round, and no activations are rounded",
         ),
         (method == "awq" and not schemes, "smoothing: awq makes weights easier to round, and there are none"),
+        (
+            smoothing is not None and smoothing.clip and any("adaptive" in s.granularity for s in schemes),
+            "smoothing: clip looks at groups, and adaptive ones are chosen after it",
+        ),
     ]
 
 

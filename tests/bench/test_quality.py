@@ -1,0 +1,41 @@
+"""The table of benchmarks/quality.py: what was not timed is shown, and rows are paired with peers of equal bits."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+FILE = Path(__file__).parents[2] / "benchmarks" / "quality.py"
+
+
+@pytest.fixture(scope="module")
+def quality():
+    spec = importlib.util.spec_from_file_location("bitassay_quality", FILE)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+def row(tool, bits, kl, **more):
+    figures = {"ppl": 20.0, "ppl_ci": [19.0, 21.0], "kl_mean": sum(kl) / len(kl), "kl_ci": [min(kl), max(kl)]}
+    return {
+        "tool": tool, "bits": bits, "group": 64, "bits_per_weight": bits + 0.3, "kl_by_window": kl,
+        "seconds": None, "peak_bytes": None, **figures, **more,
+    }  # fmt: skip
+
+
+def test_pairs_are_of_equal_bits_and_windows(quality, capsys):
+    rows = [
+        row("bitassay mine", 2, [0.1, 0.2, 0.3, 0.4]),
+        row("autoround", 2, [0.2, 0.3, 0.4, 0.5], seconds=3.0, peak_bytes=10**9),
+        row("autoround", 3, [0.1, 0.1, 0.1, 0.1]),
+    ]
+    (pair,) = quality.pairs(rows)
+    assert pair["kl_difference"] == pytest.approx(-0.1)
+    assert pair["kl_difference_ci"] == pytest.approx([-0.1, -0.1])
+    quality.show({"rows": rows, "pairs": [pair], "refused": []})
+    said = capsys.readouterr().out
+    assert "nan" in said
+    assert "bitassay mine - autoround at 2 bits" in said
