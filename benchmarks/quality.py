@@ -121,7 +121,9 @@ def interpreter(tool: str) -> Path:
     """The peer's own Python; its environment is made where it is absent or was made by other commands."""
     folder = Path(os.environ.get("BITASSAY_PEERS", "~/.cache/bitassay-peers")).expanduser() / tool
     python, ready, installs = folder / "bin/python", folder / "ready.json", PEERS[tool].installs
-    if ready.exists() and read_json(ready) == [list(install) for install in installs]:
+    constraints = CONSTRAINTS.read_text()
+    made_by = [[word.replace(str(CONSTRAINTS), constraints) for word in install] for install in installs]
+    if ready.exists() and read_json(ready) == made_by:
         return python
     print(f"making {folder}", file=sys.stderr)
     commands = [[sys.executable, "-m", "venv", str(folder)]]
@@ -135,7 +137,7 @@ def interpreter(tool: str) -> Path:
                 f"{tool}: {' '.join(command)} failed: {done.stderr[-LAST_WORDS:]}",
                 f"leave it out of --tools, or install it by hand into {folder}",
             )
-    write_text(ready, json.dumps(installs))
+    write_text(ready, json.dumps(made_by))
     return python
 
 

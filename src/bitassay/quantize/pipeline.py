@@ -94,7 +94,7 @@ def quantize_tensors_once(base: PreTrainedModel, recipe: Recipe, progress: Progr
     name = f"{source.name}-{recipe.name}-{digest_json([plan, code_digest()])[:16]}"
 
     def exact() -> PreTrainedModel:
-        if base.dtype == torch.float32:
+        if base.dtype == torch.float32 and base.device.type == "cpu":
             return base
         own_code = type(base).__module__.startswith("transformers_modules")
         return load(source.folder, trust_remote_code=own_code, progress=progress)
@@ -142,6 +142,11 @@ def _quantized(
     progress: Progress,
     folder: RunFolder | None,
 ) -> Quantization:
+    if recipe.is_calibrated and base.device.type != "cpu":
+        raise BitassayError(
+            f"{recipe.name} is calibrated, which runs on the CPU, and the model is on {base.device}",
+            "load it on the CPU, quantize, and move the result",
+        )
     draft = copy_sharing_parameters(base)
     tokens = calibration_tokens(base, recipe.calibration or Calibration()) if recipe.is_calibrated else None
     if recipe.rotation is not None:
