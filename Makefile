@@ -17,7 +17,7 @@ demo: $(VENV)/.ready  ## quantize, evaluate and verify SmolLM2-135M; prints the 
 	  --windows 6 --window 512 --repeats 1 --new-tokens 16 --out runs/demo
 
 test: $(VENV)/.ready  ## unit tests and those on the real model (fetched once, 98 MB)
-	$(BIN)/pytest -q -m "not gpu and not ray"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --maxprocesses 4 --dist loadfile -m "not gpu and not ray"
 
 check: $(VENV)/.ready  ## linters, types, import rules
 	$(BIN)/ruff check .

@@ -17,6 +17,7 @@ from bitassay.data.corpora import corpus
 from bitassay.errors import BitassayError, MissingError
 from bitassay.models.checkpoint import CARD_BYTES, CARD_FILE, read_card
 from bitassay.models.load import load
+from bitassay.models.walk import matrices
 from bitassay.quantize import layout as own
 from bitassay.quantize.compressed import weight_args
 from bitassay.quantize.export import save
@@ -463,3 +464,17 @@ def test_smollm2_in_a_fresh_process(tmp_path, record_property):
 
 def perplexity(logits, ids) -> float:
     return torch.nn.functional.cross_entropy(logits[0, :-1].double(), ids[0, 1:]).exp().item()
+
+
+def test_the_memory_of_calibration_grows_with_its_text(stories):
+    def memory(samples, **parts):
+        recipe = Recipe(
+            name="m", weights={"format": "int4"}, calibration={"samples": samples, "tokens": 512}, **parts
+        )
+        return plan_export(stories, recipe).memory_bytes
+
+    hidden, widest = stories.config.hidden_size, max(max(w.shape) for w in matrices(stories).values())
+    one = 4 * 512 * (3 * widest + 3 * hidden)
+    assert memory(128, gptq={}) - memory(64, gptq={}) == 64 * one
+    assert memory(64, gptq={}, learned={}) - memory(64, gptq={}) == 64 * 4 * 512 * 4 * hidden
+    assert memory(128) == memory(64)  # nothing looks at it

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError
 from bitassay.models.walk import decoder_layers
-from bitassay.quantize import compressed
+from bitassay.quantize import compressed, layerwise
 from bitassay.quantize.calibration import Calibration
 from bitassay.quantize.export import Layout, choose_layout
 from bitassay.quantize.layout import Factors, Stored, expected_bytes, planned, planned_bits
@@ -26,7 +26,8 @@ class Plan:
 
     size_bytes: as `quantize.model.size_bytes` counts. tensor_bytes: what the folder's tensors take.
     memory_bytes: the base model, the quantized one, its codes twice (as kept and as stored), and the reloaded
-    model beside them; or, where that is more, the base model and what tuning holds of each weight.
+    model beside them; or, where that is more, what calibrating holds: the base model, what is quantized, and
+    what one layer makes of the text; or what tuning holds of each weight.
     """
 
     layout: Layout
@@ -65,13 +66,19 @@ def plan_export(model: PreTrainedModel, recipe: Recipe, layout: Layout | None = 
     weights = sum(shapes[name][0] * shapes[name][1] for name in ways[0] if not is_replica(name))
     parameters, item = parameter_count(model) + _untied(model, recipe), model.dtype.itemsize
     saving = (2 * parameters + weights) * item + bits // 8 + 2 * stored
-    tuning = 0
+    calibrating = tuning = 0
+    text, config = recipe.calibration or Calibration(), model.config.get_text_config()
+    weighs = any((own := recipe.scheme_for(name)) and own.weighs_inputs for name in ways[0])
+    if recipe.is_calibrated and (recipe.solves or weighs):
+        widest = max(max(shapes[name]) for name in ways[0])
+        streams = layerwise.LEARNED_STREAMS if recipe.learned is not None else 0
+        passing = layerwise.memory_of(text.samples * text.tokens, config.hidden_size, widest, streams)
+        calibrating = 4 * (parameters + weights) + bits // 8 + passing
     if recipe.tune is not None:
-        tokens, learned = (recipe.calibration or Calibration()).tokens, [shapes[name] for name in ways[0]]
-        config = model.config.get_text_config()
+        learned = [shapes[name] for name in ways[0]]
         layers = len(decoder_layers(model))
         tuning = memory_of(
-            recipe.tune, tokens, learned, layers, config.hidden_size, parameters, config.vocab_size
+            recipe.tune, text.tokens, learned, layers, config.hidden_size, parameters, config.vocab_size
         )
     return Plan(
         layout=chosen,
@@ -79,7 +86,7 @@ def plan_export(model: PreTrainedModel, recipe: Recipe, layout: Layout | None = 
         bits_per_weight=bits / weights,
         size_bytes=(parameters - weights) * 2 + bits // 8,
         tensor_bytes=(parameters - weights) * item + stored,
-        memory_bytes=max(saving, tuning),
+        memory_bytes=max(saving, calibrating, tuning),
     )
 
 

@@ -21,8 +21,16 @@ from bitassay.models.walk import decoder_layers
 BATCH_SAMPLES = 8
 CHUNK_ROWS = 8192
 BLOCK_COLUMNS = 256
+LEARNED_STREAMS = 4  # what learning a layer holds beside its input, as wide as it: measured on SmolLM2
 
 Hidden = Float[Tensor, "samples tokens hidden"]
+
+
+def memory_of(text_tokens: int, hidden: int, widest: int, streams: int) -> int:
+    """Bytes of what one layer makes of a calibration text in fp32, roughly: at a gated MLP its two branches
+    and their product, `widest` features each; the layer's input, the residual and the normed input; and
+    `streams` more as wide as the hidden state."""
+    return 4 * text_tokens * (3 * widest + (3 + streams) * hidden)
 
 
 class Stream(NamedTuple):
