@@ -3,8 +3,7 @@
     quantized    every linear of the decoder's layers: int8 weights, a scale for each row; beside that one way
                  of rounding inputs, or one of rounding keys and values
     calibration  SAMPLES windows of 512 tokens of C4, for the ways that need a range
-    evaluation   WINDOWS windows of 512 tokens of WikiText-2's raw test set; `over_w8` is the mean KL less
-                 that of int8 weights alone, with a bootstrap interval over windows, which all saw alike
+    evaluation   WINDOWS windows of 512 tokens of WikiText-2's raw test set
 
 Run: python benchmarks/inputs.py [--model smollm2-135m] [--windows 4] [--samples 8] [--format table|json]
 """
@@ -14,13 +13,10 @@ import json
 import sys
 from typing import Any
 
-import numpy as np
-
 import bitassay
 from bitassay.bench.environment import environment
 from bitassay.data.windows import Protocol, token_windows
 from bitassay.evaluate.compare import score_windows, summarise
-from bitassay.evaluate.statistics import bootstrap_means, percentile_interval
 from bitassay.quantize.recipe import BASE, Recipe
 
 WEIGHTS = {"format": "int8", "granularity": "channel"}
@@ -63,17 +59,10 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         models[way] = bitassay.quantize(base, recipe)
     windows, _ = token_windows(base.tokenizer, Protocol(window_tokens=512, windows=given.windows))
     found = [scores for _, scores in score_windows(base, models, windows)]
-    kl = {way: np.array([scores[way].kl.double().mean().item() for scores in found]) for way in models}
-    alone = kl["int8 weights alone"]
     rows = []
     for way in models:
         quality = summarise([scores[way] for scores in found], [scores[BASE] for scores in found])
-        over = bootstrap_means(kl[way] - alone, 0)
-        rows.append(
-            {"way": way, "ppl": quality.ppl, "kl_mean": quality.kl_mean, "kl_ci": quality.kl_ci}
-            | {"over_w8": float((kl[way] - alone).mean())}
-            | {"over_w8_ci": percentile_interval(over, len(windows))}
-        )
+        rows.append({"way": way, "ppl": quality.ppl, "kl_mean": quality.kl_mean, "kl_ci": quality.kl_ci})
     return {"model": given.model, "rows": rows, "environment": environment()}
 
 
@@ -89,8 +78,5 @@ if __name__ == "__main__":
         print(json.dumps(result, indent=2))
     else:
         for row in result["rows"]:
-            (low, high), (least, most) = row["kl_ci"], row["over_w8_ci"]
-            print(
-                f"{row['way']:52} KL {row['kl_mean']:.4g} [{low:.4g}, {high:.4g}]  "
-                f"over int8 weights alone {row['over_w8']:+.4g} [{least:+.4g}, {most:+.4g}]"
-            )
+            low, high = row["kl_ci"]
+            print(f"{row['way']:52} KL {row['kl_mean']:.4g} [{low:.4g}, {high:.4g}]")

@@ -12,8 +12,8 @@ of ours runs as `bitassay quantize`, and the folder that it wrote is what is mea
 `checkpoint_bits_per_weight` also what the tool's packing wastes and indices that could be left out. `seconds`
 are of quantization alone for a peer, of the whole command for a recipe of ours; `cpu_seconds` and
 `peak_bytes` are of the whole process for both; what was interrupted and gone on with has no times.
-`pairs` compares each recipe with each peer of equal bits and group: the difference of mean KL, with a
-bootstrap interval over windows, which both saw alike.
+`pairs` compares each recipe with each peer of equal bits and group, `steps` with the recipe before it: the
+difference of mean KL, with a bootstrap interval over windows, which both saw alike.
 
 Every finished row is a file below OUT/parts, and the same command goes on after the last one: remove a file
 to measure its row again. Rows are kept in `results/quality-MODEL`: with --out there, new ones are paired with
@@ -33,6 +33,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -308,29 +309,42 @@ def bits_and_group(recipe: Recipe) -> dict[str, Any]:
     }
 
 
+def difference(ours: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Mean KL of one row less that of another; below zero the first is closer to the base model."""
+    apart = np.array(ours["kl_by_window"]) - np.array(other["kl_by_window"])
+    return {
+        "kl_difference": float(apart.mean()),
+        "kl_difference_ci": percentile_interval(bootstrap_means(apart, SEED), len(apart)),
+    }
+
+
+def is_ours(row: dict[str, Any]) -> bool:
+    return row["tool"].startswith("bitassay ")
+
+
 def pairs(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean KL of each recipe of ours less that of each peer at equal bits and group; below zero ours is
-    closer to the base model."""
-    found = []
-    for ours in (row for row in rows if row["tool"].startswith("bitassay ")):
-        for peer in (row for row in rows if row["tool"] in PEERS):
-            if (ours["bits"], ours["group"]) != (peer["bits"], peer["group"]):
-                continue
-            difference = np.array(ours["kl_by_window"]) - np.array(peer["kl_by_window"])
-            found.append(
-                {
-                    "ours": ours["tool"],
-                    "peer": peer["tool"],
-                    "bits": ours["bits"],
-                    "group": ours["group"],
-                    "bits_per_weight": [ours["bits_per_weight"], peer["bits_per_weight"]],
-                    "kl_difference": float(difference.mean()),
-                    "kl_difference_ci": percentile_interval(
-                        bootstrap_means(difference, SEED), len(difference)
-                    ),
-                }
-            )
-    return found
+    """Each recipe of ours less each peer of equal bits and group."""
+    return [
+        {
+            "ours": ours["tool"],
+            "peer": peer["tool"],
+            "bits": ours["bits"],
+            "group": ours["group"],
+            "bits_per_weight": [ours["bits_per_weight"], peer["bits_per_weight"]],
+            **difference(ours, peer),
+        }
+        for ours in filter(is_ours, rows)
+        for peer in rows
+        if peer["tool"] in PEERS and (ours["bits"], ours["group"]) == (peer["bits"], peer["group"])
+    ]
+
+
+def steps(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each recipe of ours less the one before it."""
+    return [
+        {"ours": row["tool"], "other": before["tool"], **difference(row, before)}
+        for before, row in pairwise(filter(is_ours, rows))
+    ]
 
 
 def main(given: argparse.Namespace) -> dict[str, Any]:
@@ -355,6 +369,7 @@ def main(given: argparse.Namespace) -> dict[str, Any]:
         "protocol": bench.folder.plan,
         "rows": rows,
         "pairs": pairs(rows),
+        "steps": steps(rows),
         "refused": refused,
         "environment": environment(),
     }
@@ -378,6 +393,8 @@ def show(result: dict[str, Any]) -> None:
             f"{pair['ours']} - {pair['peer']} at {pair['bits']:g} bits, group {pair['group']}: "
             f"KL {interval(pair, 'kl_difference')}"
         )
+    for step in result["steps"]:
+        print(f"{step['ours']} - {step['other']}: KL {interval(step, 'kl_difference')}")
     for refusal in result["refused"]:
         print(f"{refusal['what']}: refused, {refusal['reason'].splitlines()[-1]}")
 

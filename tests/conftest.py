@@ -1,7 +1,10 @@
 """Fixtures that several folders use."""
 
+import importlib.util
 import signal
+import sys
 from functools import cache
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +20,24 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def stories():
     """The tiny trained model in fp32; tests must not change it."""
     return stories260k()
+
+
+@pytest.fixture(scope="session")
+def benchmark():
+    """A script of `benchmarks/` as a module, by its name."""
+    made = []
+
+    def imported(name):
+        path = Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
+        spec = importlib.util.spec_from_file_location(f"bitassay_{name}", path)
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        made.append(spec.name)
+        spec.loader.exec_module(module)
+        return module
+
+    yield imported
+    for name in made:
+        del sys.modules[name]
 
 
 @pytest.fixture(scope="session")

@@ -1,21 +1,12 @@
-"""The table of benchmarks/quality.py: what was not timed is shown, and rows are paired with peers of equal bits."""
-
-import importlib.util
-import sys
-from pathlib import Path
+"""The table of benchmarks/quality.py: what was not timed is shown, rows are paired with peers of equal bits, and
+each recipe with the one before it."""
 
 import pytest
 
-FILE = Path(__file__).parents[2] / "benchmarks" / "quality.py"
-
 
 @pytest.fixture(scope="module")
-def quality():
-    spec = importlib.util.spec_from_file_location("bitassay_quality", FILE)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+def quality(benchmark):
+    return benchmark("quality")
 
 
 def row(tool, bits, kl, **more):
@@ -35,7 +26,12 @@ def test_pairs_are_of_equal_bits_and_windows(quality, capsys):
     (pair,) = quality.pairs(rows)
     assert pair["kl_difference"] == pytest.approx(-0.1)
     assert pair["kl_difference_ci"] == pytest.approx([-0.1, -0.1])
-    quality.show({"rows": rows, "pairs": [pair], "refused": []})
+    rows.append(row("bitassay next", 2, [0.1, 0.2, 0.2, 0.3]))
+    (step,) = quality.steps(rows)
+    assert (step["ours"], step["other"]) == ("bitassay next", "bitassay mine")
+    assert step["kl_difference"] == pytest.approx(-0.05)
+    quality.show({"rows": rows, "pairs": [pair], "steps": [step], "refused": []})
     said = capsys.readouterr().out
     assert "nan" in said
     assert "bitassay mine - autoround at 2 bits" in said
+    assert "bitassay next - bitassay mine: KL -0.05" in said

@@ -8,6 +8,7 @@ import bitassay
 from bitassay.errors import BitassayError
 from bitassay.quantize.calibration import Calibration, calibration_tokens
 from bitassay.quantize.export import save
+from bitassay.quantize.export_plan import plan_export
 from bitassay.quantize.recipe import (
     Recipe,
     WeightScheme,
@@ -56,6 +57,11 @@ def test_a_best_recipe_runs_and_is_saved(name, tmp_path):
     assert torch.equal(
         bitassay.load(tmp_path / "folder", packed=True)(tokens).logits, quantized(tokens).logits
     )
+
+
+@pytest.mark.parametrize("name", ["portable-4bit", "portable-3bit", "best-1.58bit"])
+def test_what_plain_transformers_is_said_to_load_is_written_for_it(name):
+    assert plan_export(stories260k(), find_recipe(name)).layout == "compressed-tensors"
 
 
 @pytest.mark.parametrize("name", BEST)

@@ -1,8 +1,6 @@
 """A few hundred cases of benchmarks/fuzz.py, and that it notices what must not be."""
 
-import importlib.util
 import random
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -10,16 +8,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-FILE = Path(__file__).parents[2] / "benchmarks" / "fuzz.py"
-
 
 @pytest.fixture(scope="module")
-def fuzz():
-    spec = importlib.util.spec_from_file_location("bitassay_fuzz", FILE)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+def fuzz(benchmark):
+    return benchmark("fuzz")
 
 
 @pytest.fixture(scope="module")

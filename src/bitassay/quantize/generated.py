@@ -14,9 +14,39 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from bitassay.quantize.tune import Tune, head_weight, last_states
+from bitassay.record.progress import Progress
+from bitassay.record.run import RunFolder
+
 PROMPT_TOKENS = 16
 TEMPERATURE = 0.8  # at 1 a small model soon loses the thread
 BATCH_SAMPLES = 64
+
+
+def lessons(
+    base: PreTrainedModel,
+    tokens: Int[Tensor, "samples tokens"],
+    spec: Tune,
+    folder: RunFolder | None,
+    progress: Progress,
+) -> tuple[Int[Tensor, "lessons tokens"], Float[Tensor, "lessons tokens hidden"]]:
+    """What tuning learns from: token ids, and the base model's last hidden states."""
+    progress("running the base model over the calibration text")
+    parts, head = [(tokens, last_states(base, tokens))], head_weight(base)
+    starts = prompts(tokens, spec.generated).split(BATCH_SAMPLES) if spec.generated else ()
+    for place, start in enumerate(starts):
+        name = f"written-{place:04d}"
+        if folder is not None and folder.has_tensors(name):
+            kept = folder.read_tensors(name)
+            parts.append((kept["tokens"], kept["states"]))
+            continue
+        progress("the base model writes", place * BATCH_SAMPLES, spec.generated)
+        generator = torch.Generator().manual_seed(spec.seed + place)
+        parts.append(continued(base, head, start, tokens.shape[1], generator))
+        if folder is not None:
+            folder.write_tensors(name, {"tokens": parts[-1][0], "states": parts[-1][1]})
+    texts, states = (torch.cat(part) for part in zip(*parts, strict=True))
+    return texts, states
 
 
 def prompts(tokens: Int[Tensor, "samples tokens"], count: int) -> Int[Tensor, "count prompt"]:

@@ -5,7 +5,7 @@ low-rank factors where the recipe wants them. Where it wants the layer's own out
 finished layer is written to the work folder, and read from there the next time.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,8 +95,7 @@ def quantize_layers(
                 assert targets is not None
                 work.learn(layer, here, entering, targets, arguments[index])
                 hidden = work.output(layer, entering, arguments[index])
-            if recipe.tune is None:
-                work.forget_latents()
+            work.forget_latents(keep=work.linears if recipe.tune is not None else ())
             if folder is not None:
                 _write_layer(folder, index, work.solved)
         reference = targets
@@ -242,9 +241,11 @@ class _LayerWork:
             self.progress(f"{name}: the Hessian needed damping of {found.damping:g}")
         return found
 
-    def forget_latents(self) -> None:
-        """Nothing goes on from them: they would be a second copy of the layer in fp32."""
-        self.solved = {name: Solved(found.tensor, None) for name, found in self.solved.items()}
+    def forget_latents(self, keep: Container[str]) -> None:
+        """Nothing goes on from the others, which would be a second copy of the layer in fp32."""
+        self.solved = {
+            n: found if n in keep else Solved(found.tensor, None) for n, found in self.solved.items()
+        }
 
     def learn(
         self, layer: nn.Module, prefix: str, hidden: Hidden, targets: Hidden, arguments: dict[str, Any]

@@ -7,8 +7,8 @@ streams and the statistics of one layer. With a work folder every finished layer
 call goes on after the last one.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -108,28 +108,14 @@ def products_in(precision: str | None, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype, enabled=precision is not None)
 
 
-@contextmanager
-def _bf16_factors() -> Iterator[None]:
-    """Products of fp32 matrices whose numbers bf16 has may be computed as bf16's: exact, summed in fp32, and
-    on a core with AMX twice as fast."""
-    flags = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before, flags.fp32_precision = flags.fp32_precision, "bf16"
-    try:
-        yield
-    finally:
-        flags.fp32_precision = before
-
-
 def hessian_of(inputs: Float[Tensor, "... in"]) -> Float[Tensor, "in in"]:
-    """`sum x x^T`: fp32 products of chunks, summed in fp64; of a symmetric matrix, the upper blocks alone.
-    Where products are in bf16 (`products_in`), of the inputs that they see, which are rounded to it."""
-    columns, device = inputs.shape[-1], inputs.device.type
+    """`sum x x^T`: fp32 products of chunks, summed in fp64; of a symmetric matrix, the upper blocks alone."""
+    columns = inputs.shape[-1]
     starts = range(0, columns, BLOCK_COLUMNS)
     total = torch.zeros(columns, columns, dtype=torch.float64)
-    rounded = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
-    with products_in(None, inputs.device), _bf16_factors() if rounded else nullcontext():
+    with products_in(None, inputs.device):
         for x in inputs.reshape(-1, columns).split(CHUNK_ROWS):
-            x = x.bfloat16().float() if rounded else x.float()
+            x = x.float()
             for start in starts:
                 total[start : start + BLOCK_COLUMNS, start:] += (
                     x[:, start : start + BLOCK_COLUMNS].T @ x[:, start:]

@@ -28,7 +28,7 @@ from bitassay.models.walk import matrices, walk
 from bitassay.quantize.activations import InputRounding
 from bitassay.quantize.budget import mixed_schemes
 from bitassay.quantize.calibration import Calibration, calibration_tokens
-from bitassay.quantize.generated import BATCH_SAMPLES, continued, prompts
+from bitassay.quantize.generated import lessons
 from bitassay.quantize.latent import latent_linears
 from bitassay.quantize.layers import quantize_layers
 from bitassay.quantize.model import (
@@ -45,7 +45,7 @@ from bitassay.quantize.scheme import WeightScheme
 from bitassay.quantize.sensitivity import places
 from bitassay.quantize.smoothing import smooth
 from bitassay.quantize.tensor import QuantizedTensor, quantize_tensor
-from bitassay.quantize.tune import KEEP_STEPS, Tune, head_weight, last_states, own_norms, tune
+from bitassay.quantize.tune import KEEP_STEPS, head_weight, own_norms, tune
 from bitassay.quantize.work import RESULT, code_digest, locked, read_result, write_result
 from bitassay.record.hashing import digest_json
 from bitassay.record.progress import Progress, silent
@@ -226,11 +226,11 @@ def _calibrated(
 ) -> dict[str, QuantizedTensor]:
     """Layer by layer, then all layers together; `draft` is left with the norms that go with the result."""
     if recipe.learned is not None or recipe.tune is not None:
-        _tell_of_experts(draft, schemes, progress)
+        _check_experts(draft, schemes, progress)
     solved = quantize_layers(draft, schemes, recipe, tokens, folder, progress)
     if recipe.tune is None:
         return {name: found.tensor for name, found in solved.items()}
-    tokens, wanted = _lessons(base, tokens, recipe.tune, folder, progress)
+    tokens, wanted = lessons(base, tokens, recipe.tune, folder, progress)
     linears = walk(draft).linears
     latents = {name: solved.pop(name).latent_weight() for name in list(solved) if name in linears}
     head = head_weight(base)
@@ -245,32 +245,6 @@ def _calibrated(
                 losses.clear()
     experts = {name: found.tensor for name, found in solved.items()}
     return experts | {name: latent.quantized() for name, latent in latents.items()}
-
-
-def _lessons(
-    base: PreTrainedModel,
-    tokens: Int[Tensor, "samples tokens"],
-    spec: Tune,
-    folder: RunFolder | None,
-    progress: Progress,
-) -> tuple[Int[Tensor, "lessons tokens"], Float[Tensor, "lessons tokens hidden"]]:
-    """What tuning learns from: token ids, and the base model's last hidden states."""
-    progress("running the base model over the calibration text")
-    parts, head = [(tokens, last_states(base, tokens))], head_weight(base)
-    starts = prompts(tokens, spec.generated).split(BATCH_SAMPLES) if spec.generated else ()
-    for place, start in enumerate(starts):
-        name = f"written-{place:04d}"
-        if folder is not None and folder.has_tensors(name):
-            kept = folder.read_tensors(name)
-            parts.append((kept["tokens"], kept["states"]))
-            continue
-        progress("the base model writes", place * BATCH_SAMPLES, spec.generated)
-        generator = torch.Generator().manual_seed(spec.seed + place)
-        parts.append(continued(base, head, start, tokens.shape[1], generator))
-        if folder is not None:
-            folder.write_tensors(name, {"tokens": parts[-1][0], "states": parts[-1][1]})
-    lessons, states = (torch.cat(part) for part in zip(*parts, strict=True))
-    return lessons, states
 
 
 def _inputs(
@@ -316,7 +290,7 @@ def _refuse_quantized(model: PreTrainedModel) -> None:
         raise BitassayError("the model is quantized already", "quantize the base model instead")
 
 
-def _tell_of_experts(
+def _check_experts(
     model: PreTrainedModel, schemes: Mapping[str, WeightScheme | None], progress: Progress
 ) -> None:
     """Raises BitassayError where learned and tune would have nothing to move."""
