@@ -9,7 +9,6 @@ from bitassay.bench import models
 from bitassay.bench.worker import local_runner
 from bitassay.studies import crew
 from bitassay.studies.cells import Bench
-from bitassay.studies.variants import VariantPlan
 
 
 @pytest.fixture
@@ -46,7 +45,7 @@ def cells_here(monkeypatch):
     """Cells of a study are done in this process."""
 
     def in_process(folder, cells, *_):
-        bench = Bench(VariantPlan.of(folder.plan["plan"]), folder.plan["weights_digest"])
+        bench = Bench(folder.plan)
         for cell in cells:
             bench.work(cell, folder)
 

@@ -35,6 +35,16 @@ def test_intervals_cover_what_they_claim_even_for_few_windows():
     assert coverage(40) > 0.915
 
 
+@pytest.mark.parametrize(("windows", "level"), [(3, 0.95), (4, 0.95), (4, 0.99), (16, 0.998)])
+def test_so_does_one_for_whose_tails_there_are_too_few_resamples(windows, level):
+    """The widest that resampling reaches is the range, which holds the mean of 4 in 7 of 8 cases only."""
+    rng = np.random.default_rng(7)
+    values = rng.normal(size=(2000, windows))
+    ends = [percentile_interval(bootstrap_means(one, 0), windows, level) for one in values]
+    share = np.mean([low <= 0 <= high for low, high in ends])
+    assert level - 0.015 < share <= 1
+
+
 def test_pairing_removes_what_both_share():
     rng = np.random.default_rng(0)
     difficulty = rng.normal(3, 1, 16)

@@ -3,9 +3,11 @@
 import math
 
 import pytest
+import torch
 
+from bitassay.evaluate.divergence import TokenScores
 from bitassay.studies.claims import LESS, MORE, Quantity, judged, verdict
-from bitassay.studies.eight_bit import STUDIES, EightBitFindings, eight_bit_plan
+from bitassay.studies.eight_bit import GRANULARITIES, STUDIES, EightBitFindings, eight_bit_plan
 from bitassay.studies.eight_bit_claims import CLAIMS
 
 SUPPORTED, NOT, OPEN = "supported", "not supported", "not decidable at this n"
@@ -81,6 +83,28 @@ def test_the_best_of_many_needs_all_comparisons_and_wider_intervals():
     assert claim(equal, "the most accurate configuration")["verdict"] == OPEN
 
 
+def test_scales_are_counted():
+    found = findings("task3.1", {"bf16": [True, False]})
+    found.facts = {
+        f"int8-{g}-fake": {"bits_per_weight": 8 + 16 / n} for g, n in (("row", 4096), ("g128", 128))
+    }
+    assert claim(found, "groups of 128 add")["verdict"] == NOT
+    assert claim(found, "groups of 128 add")["measured"][0]["value"] == 1 / 64
+    assert claim(found, "a row add")["verdict"] == SUPPORTED
+    assert claim(found, "groups of 64 add")["verdict"] == OPEN
+
+
+def test_a_mean_over_granularities_is_paired_by_question():
+    half, better = [True] * 200 + [False] * 200, [True] * 240 + [False] * 160
+    words = "in the mean over granularities"
+    right = {"bf16": half} | {f"int8-{g}-fake": better for g in GRANULARITIES}
+    row = claim(findings("task3.1", right), words)
+    assert (row["verdict"], row["measured"][0]["value"]) == (SUPPORTED, pytest.approx(0.1))
+    low, high = row["measured"][0]["interval"]
+    assert high - low == pytest.approx(2 * 1.96 * (0.1 * 0.9 / 400) ** 0.5, rel=0.05)
+    assert claim(findings("task3.1", {"bf16": half}), words)["verdict"] == OPEN
+
+
 def test_what_was_not_measured_supports_nothing():
     row = claim(findings("task3.1", {"bf16": [True, False]}), "lowest perplexity")
     assert (row["verdict"], row["measured"], row["not_measured"]) == (OPEN, [], 11)
@@ -124,11 +148,14 @@ def test_products_and_speed_are_judged():
 
 def test_every_claim_names_variants_that_there_are():
     """Measured or not, no claim looks for a variant under a name that its study does not have."""
+    score = TokenScores(torch.rand(4), torch.rand(4), torch.ones(4, dtype=torch.bool))
     for study in STUDIES:
-        rows = judged(findings(study, {"bf16": [True, False]}), CLAIMS)
+        found = findings(study, {"bf16": [True, False]})
+        found.text = dict.fromkeys(found.variants, [score] * 3)
+        found.facts = {name: {"bits_per_weight": 8.0} for name in found.variants}
+        rows = judged(found, CLAIMS)
         assert len(rows) == sum(one.study == study for one in CLAIMS) > 3
         for row in rows:
-            kinds = ("points",) if row["unit"] == "points" else ()
-            if kinds:
+            if row["unit"] != "ratio":  # those are of products and speeds, above
                 assert row["not_measured"] == 0, row["claim"]
     assert all(low < high and not math.isnan(low) for low, high in (one.within for one in CLAIMS))

@@ -67,7 +67,7 @@ def test_a_lost_node_loses_its_cell_to_the_other(described, tmp_path):
         nodes.shutdown()
     assert any("lost a worker" in what for what in said)
     here = RunFolder(tmp_path / "here", described)
-    bench = Bench(PLAN, described["weights_digest"])
+    bench = Bench(described)
     for cell in CELLS:
         bench.work(cell, here)
         name = f"parts/{cell.name}.json"
@@ -157,7 +157,7 @@ def test_a_cluster_without_room(described, tmp_path, monkeypatch):
 def test_a_worker_sends_the_files_that_a_local_process_writes(described, tmp_path):
     made = Worker(described).work("questions", 1)
     here = RunFolder(tmp_path / "here", described)
-    Bench(PLAN, described["weights_digest"]).work(CELLS[1], here)
+    Bench(described).work(CELLS[1], here)
     assert {"questions-01.json", "facts-int8-tensor-fake.json"} == made.keys()
     assert made["questions-01.json"] == (here.path / "parts/questions-01.json").read_bytes()
 

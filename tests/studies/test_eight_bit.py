@@ -4,9 +4,14 @@ but for one test, which kills processes."""
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
 from dataclasses import replace
+from importlib.util import find_spec
 
+import psutil
 import pytest
 
 pytest.importorskip("lm_eval")
@@ -19,10 +24,11 @@ from bitassay.evaluate.statistics import holm, paired_difference
 from bitassay.models.load import Identity
 from bitassay.models.source import resolve
 from bitassay.record.run import RunFolder
+from bitassay.report.eight_bit import supported
 from bitassay.studies import crew
 from bitassay.studies.cells import Bench, Cell
 from bitassay.studies.eight_bit import STUDIES, Study, both_sides, eight_bit_plan, weight_only
-from bitassay.studies.eight_bit_run import run_eight_bit
+from bitassay.studies.eight_bit_run import findings, run_eight_bit
 from bitassay.studies.variants import Variant, VariantPlan
 
 SMALL = Study(
@@ -35,6 +41,17 @@ SMALL = Study(
     ),
 )
 PLAN = eight_bit_plan("task3.1", "stories260k", 2, Protocol(windows=5, window_tokens=48), dtype="float32")
+PARENT = """
+import sys, time
+from pathlib import Path
+from bitassay.record.files import read_json
+from bitassay.record.run import RunFolder
+from bitassay.studies import crew
+path = Path(sys.argv[1])
+child = crew._Member(RunFolder(path, read_json(path / "plan.json")), 0, 1)._start()
+print(child.pid, flush=True)
+time.sleep(600)  # the child's input stays open
+"""
 SMALL_PLAN = replace(PLAN, study="small", variants=SMALL.variants)
 
 
@@ -44,7 +61,7 @@ def _bundled_questions(monkeypatch):
 
 
 def in_process(folder, cells, _jobs, _threads, _progress):
-    bench = Bench(VariantPlan.of(folder.plan["plan"]), folder.plan["weights_digest"])
+    bench = Bench(folder.plan)
     for cell in cells:
         bench.work(cell, folder)
 
@@ -71,7 +88,8 @@ def test_studies_have_the_cells_of_the_document():
     assert len(names) == len(set(names)) == 1 + 2 * 6 * 2
     assert {"int8-tensor-fake", "fp8-g512-real"} <= set(names)
     tools = {(v.format, v.smoothed, v.torchao) for v in STUDIES["task3.3"].variants[1:]}
-    assert len(tools) == 8
+    assert len(tools) == 7
+    assert ("fp8", True, True) not in tools
     for study in STUDIES.values():
         recipes = {v.recipe.name: v.recipe.recipe_id for v in study.variants if v.recipe is not None}
         assert len(set(recipes.values())) == len(recipes)
@@ -165,15 +183,64 @@ def test_a_run_goes_on_and_ends_the_same(done, here, tmp_path, monkeypatch):
 def test_another_model_under_the_same_name_is_refused(tmp_path):
     folder = RunFolder(tmp_path / "r", PLAN.described("eight-bit", "0" * 64))
     with pytest.raises(BitassayError, match="not those that this study began with"):
-        Bench(VariantPlan.of(folder.plan["plan"]), "0" * 64)
+        Bench(folder.plan)
+
+
+def test_other_questions_are_refused():
+    described = PLAN.described("eight-bit", Identity(resolve("stories260k")).weights_digest)
+    Bench(described)
+    described["questions"]["digest"] = "0" * 64
+    with pytest.raises(BitassayError, match="questions of MMLU here are not those"):
+        Bench(described)
+
+
+def test_a_part_of_a_study():
+    def names(*only):
+        plan = eight_bit_plan("task3.1", "stories260k", 2, only=only)
+        return [variant.name for variant in plan.variants]
+
+    assert names("row") == ["bf16", "int8-row-fake", "int8-row-real", "fp8-row-fake", "fp8-row-real"]
+    assert names("int8-g64-fake", "fp8-row-real") == ["bf16", "int8-g64-fake", "fp8-row-real"]
+    with pytest.raises(BitassayError, match="--only raw: no variant is called that"):
+        names("raw")
+    for windows in (0, -3):
+        with pytest.raises(BitassayError, match="leave nothing to measure"):
+            eight_bit_plan("task3.1", "stories260k", 2, Protocol(windows=windows))
+
+
+def test_intervals_of_a_family_hold_together(done):
+    run, _ = done
+    right = findings(RunFolder(done[1], json.loads((done[1] / "plan.json").read_text())), SMALL_PLAN).right
+    assert len(run["pairs"]) == 4
+    for pair in run["pairs"]:
+        sides = (right[pair[place]]["direct"] for place in ("first", "second"))
+        one = paired_difference(*sides, level=1 - 0.05 / 2, alpha=0.05 / 2)
+        assert pair["direct_difference_ci"] == one.interval
+        assert pair["direct_visible_difference"] == one.visible_difference
+
+
+def test_only_what_an_interval_bears_out_is_said(done):
+    pair = done[0]["pairs"][0] | {"ppl_ci": None, "direct_p_holm": 1.0, "generate_p_holm": 0.04}
+    pair |= {"kl_ci": [-0.2, 0.1], "generate_difference": -0.1}
+    [said] = supported({"pairs": [pair]})
+    assert said.endswith("(generate)")
+    assert " is less accurate than " in said
+    [said, _] = supported({"pairs": [pair | {"kl_ci": [-0.2, -0.1]}]})
+    assert " is nearer to BF16 than " in said
 
 
 def test_a_variant_that_cannot_be_made_says_why(here, tmp_path, monkeypatch):
     def refuses(*_, **__):
         raise MissingError("torchao: no such products", "another device")
 
+    plan = replace(SMALL_PLAN, variants=(Variant("bf16"), both_sides("fp8", False, True)))
+    if find_spec("torchao") is None:
+        with pytest.raises(MissingError, match="torchao is not installed"):
+            run_eight_bit(plan, out=tmp_path / "r")
+        assert not (tmp_path / "r").exists()
     monkeypatch.setattr("bitassay.studies.cells.torchao_model", refuses)
-    plan = replace(SMALL_PLAN, variants=(Variant("bf16"), both_sides("fp8", True, True)))
+    monkeypatch.setattr("bitassay.studies.eight_bit_run.require_torchao", lambda: None)
+    monkeypatch.setattr("bitassay.studies.variants.version", lambda _name: "0")
     run, _ = run_eight_bit(plan, out=tmp_path / "r")
     assert run["rows"][1]["refused"] == "torchao: no such products"
     assert "direct_acc" not in run["rows"][1]
@@ -200,6 +267,21 @@ def test_a_dead_process_loses_its_cell_to_another(tmp_path, monkeypatch):
     in_process(again, [cell], 1, 1, None)
     name = "parts/questions-00.json"
     assert json.loads((folder.path / name).read_text()) == json.loads((again.path / name).read_text())
+
+
+def test_processes_end_with_a_study_that_is_killed(tmp_path):
+    described = PLAN.described("eight-bit", Identity(resolve("stories260k")).weights_digest)
+    RunFolder(tmp_path / "a", described)
+    study = subprocess.Popen(
+        [sys.executable, "-c", PARENT, str(tmp_path / "a")], stdout=subprocess.PIPE, text=True
+    )
+    child = psutil.Process(int(study.stdout.readline()))
+    study.kill()
+    study.wait()
+    deadline = time.monotonic() + 60
+    while child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_a_cell_that_kills_is_given_up(tmp_path, monkeypatch):

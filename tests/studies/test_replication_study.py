@@ -72,7 +72,7 @@ def windows(_tokenizer, protocol):
 
 
 def in_process(folder, cells, _jobs, _threads, _progress):
-    bench = Bench(VariantPlan.of(folder.plan["plan"]), folder.plan["weights_digest"])
+    bench = Bench(folder.plan)
     for cell in cells:
         bench.work(cell, folder)
 

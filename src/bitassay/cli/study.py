@@ -102,8 +102,8 @@ def run(
     `--role verify` and the same --devices.
 
     task3.1 to task3.3 are the INT8/FP8 studies; control-table, phase1 to phase4, uses and planes are those of
-    layer replication. --model, --limit or --only, --windows, --window, --precision, --devices (one), --jobs,
-    --ray and --out are theirs. Each has a run folder, with run.json and report.html.
+    layer replication. --model, --limit (task3), --only, --windows, --window, --precision, --devices (one),
+    --jobs, --ray and --out are theirs. Each has a run folder, with run.json and report.html.
 
     Args:
         studies: exp1 to exp5, separability; or task3.1 to task3.3, control-table, phase1 to phase4, uses,
@@ -132,7 +132,8 @@ def run(
         limit: Questions of MMLU in all, spread over its subjects (default: as in the document).
         windows: Windows of WikiText-2, evenly spaced.
         window: Tokens in a window (default: task3 2048, replication 1024).
-        only: Groups of a study of replication, which are then measured alone beside the base model.
+        only: Groups of a study of replication, or variants of task3 (a name or a part of one, such as row),
+            which are then measured alone beside the base model.
         ray: Let a Ray cluster do the work: auto, or its address (extra `ray`).
         out: Folder of results and of the work in progress (default: data; task3 and replication:
             runs/STUDY-MODEL-ID).
@@ -172,7 +173,7 @@ def run(
             f"--ray {ray}: only task3 and the studies of replication run there", "leave it out"
         )
     if only:
-        raise BitassayError(f"--only {only[0]}: only studies of replication have groups", "leave it out")
+        raise BitassayError(f"--only {only[0]}: the other studies have no parts", "leave it out")
     experiments, out = [name for name in studies if name != "separability"], out or Path("data")
     plan = make_plan(
         model,

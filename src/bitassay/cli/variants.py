@@ -52,8 +52,6 @@ def run_variant_studies(
             find_study(name)
         elif model is None:
             raise BitassayError("no model was given", "--model smollm2-135m")
-        if only and name not in REPLICATION:
-            raise BitassayError(f"--only {only[0]}: {name} has no groups", "leave it out")
         if limit is not None and name in REPLICATION:
             raise BitassayError(f"--limit {limit}: {name} asks no questions", "--windows, or --only")
     how: dict[str, Any] = {
@@ -68,14 +66,15 @@ def run_variant_studies(
             work["out"] = out / name if out is not None and len(studies) > 1 else out
             if name in REPLICATION:
                 assert model is not None
-                protocol = Protocol(windows=windows, window_tokens=window or 1024)
+                protocol = Protocol(windows=windows, window_tokens=1024 if window is None else window)
                 run, folder = run_replication(name, model, protocol=protocol, only=tuple(only), **how, **work)
                 replication.write_replication_report(run, folder / "report.html")
                 done.append((run, folder, replication.ROW_COLUMNS))
             else:
                 own = EIGHT_BIT[name]
-                protocol = Protocol(windows=windows, window_tokens=window or 2048)
-                plan = eight_bit_plan(name, model or own.model, limit or own.questions, protocol, **how)
+                protocol = Protocol(windows=windows, window_tokens=2048 if window is None else window)
+                questions = own.questions if limit is None else limit
+                plan = eight_bit_plan(name, model or own.model, questions, protocol, tuple(only), **how)
                 run, folder = run_eight_bit(plan, **work)
                 eight_bit.write_eight_bit_report(run, folder / "report.html")
                 done.append((run, folder, eight_bit.VARIANT_COLUMNS))

@@ -16,6 +16,7 @@ values by position (sliding windows, rounded ones) are left to `BitassayLM`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -104,12 +105,16 @@ class OnceReadLM(BitassayLM):
 
     _read: tuple[Rows, ...] = ()
 
+    @cached_property
+    def _plain_cache(self) -> bool:
+        return has_plain_cache(self.model)
+
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **options: Any
     ) -> list[tuple[float, bool]]:
         self._read = ()
         plain = all(len(end) == 1 and 0 < len(start) < self.max_length for _, start, end in requests)
-        if not plain or not has_plain_cache(self.model):
+        if not plain or not self._plain_cache:
             return super()._loglikelihood_tokens(requests, disable_tqdm, **options)
         prompts = dict.fromkeys(tuple(context) for _, context, _ in requests)
         self._read = tuple(read_rows(self.model, list(prompts), self.batch_tokens))

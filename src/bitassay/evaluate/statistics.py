@@ -25,6 +25,7 @@ from scipy import optimize, stats
 from bitassay.errors import BitassayError
 
 RESAMPLES = 10_000
+FEWEST = 5  # resamples in a tail
 ALPHA = 0.05
 POWER = 0.8
 
@@ -45,11 +46,16 @@ def percentile_interval(
 
     A plain percentile interval is too narrow for few windows, by sqrt((n - 1) / n) and by using normal
     instead of t quantiles; the tails are widened to make up for both (Hesterberg 2015, arXiv 1411.5279,
-    section 5.3).
+    section 5.3). Where so thin a tail is beyond the rarest resample, n times the same window, or holds fewer
+    than FEWEST of those drawn, the interval is Student's, of the bootstrap's standard error.
     """
     if windows < 2:
         return None
-    tail = stats.norm.cdf(np.sqrt(windows / (windows - 1)) * stats.t.ppf((1 - level) / 2, windows - 1))
+    widened = np.sqrt(windows / (windows - 1)) * stats.t.ppf((1 - level) / 2, windows - 1)
+    tail = stats.norm.cdf(widened)
+    if tail < max(float(windows) ** -windows, FEWEST / len(resampled)):
+        centre, reach = float(resampled.mean()), -float(widened * resampled.std())
+        return centre - reach, centre + reach
     low, high = np.quantile(resampled, [tail, 1 - tail])
     return float(low), float(high)
 
@@ -81,9 +87,12 @@ class PairedDifference:
         return asdict(self)
 
 
-def paired_difference(first: Sequence[bool], second: Sequence[bool]) -> PairedDifference:
-    """Compare two models by which items each gets right. Raises BitassayError where they did not answer
-    equally many, or none."""
+def paired_difference(
+    first: Sequence[bool], second: Sequence[bool], level: float = 0.95, alpha: float = ALPHA
+) -> PairedDifference:
+    """Compare two models by which items each gets right: the interval at `level`, the smallest difference
+    that a test at `alpha` would show. Raises BitassayError where they did not answer equally many, or
+    none."""
     if len(first) != len(second) or not len(first):
         raise BitassayError(
             f"{len(first)} items beside {len(second)} cannot be paired", "compare models on the same items"
@@ -95,9 +104,9 @@ def paired_difference(first: Sequence[bool], second: Sequence[bool]) -> PairedDi
         first_only,
         second_only,
         (second_only - first_only) / n,
-        difference_interval(second_only, first_only, n),
+        difference_interval(second_only, first_only, n, level),
         mcnemar(first_only, second_only),
-        smallest_difference(n, first_only + second_only),
+        smallest_difference(n, first_only + second_only, alpha),
     )
 
 

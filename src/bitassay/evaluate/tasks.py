@@ -307,6 +307,12 @@ def _value(
     return {"value": value, "value_ci": interval}
 
 
+def is_letter(text: str) -> bool:
+    """Whether a generated text names one of MMLU's answers, as lm-eval reads it: punctuation and case
+    aside."""
+    return re.sub(r"[^\w\s]", "", text).strip().upper() in ("A", "B", "C", "D")
+
+
 def _unparsed(asked: Sequence[AskedTask], answers: Mapping[str, Any], filter: str) -> int | None:
     """How many generated texts hold no answer: for MMLU no letter, else none by lm-eval's filter; None where
     nothing was generated."""
@@ -320,7 +326,7 @@ def _unparsed(asked: Sequence[AskedTask], answers: Mapping[str, Any], filter: st
                 continue
             text = str(item["answers"][0]).strip()
             if question.leaf.family == "mmlu":
-                count += re.sub(r"[^\w\s]", "", text).strip().upper() not in ("A", "B", "C", "D")
+                count += not is_letter(text)
             else:
                 count += text in ("", "[invalid]")
     return count if generated else None

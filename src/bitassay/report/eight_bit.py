@@ -99,7 +99,7 @@ def granularity_figure(run: Mapping[str, Any]) -> Figure | None:
 
 def _panel(axes: Axes, rows: Sequence[Row], sizes: Sequence[str], key: str) -> None:
     for place, format in enumerate(("int8", "fp8")):
-        mine = [row for row in rows if row["format"] == format and not row["variant"].count("smooth")]
+        mine = [row for row in rows if row["format"] == format]
         x = [sizes.index(row["granularity"]) + 0.16 * (place - 0.5) for row in mine]
         pair = "ppl_delta_ci" if key == "ppl_delta" else "kl_ci" if key == "kl_mean" else f"{key}_ci"
         ends = [row[pair] or (row[key], row[key]) for row in mine]

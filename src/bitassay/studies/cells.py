@@ -13,7 +13,7 @@ and facts-VARIANT.json from whoever makes a variant. One that cannot be made her
 What is there is not made again.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -78,20 +78,26 @@ def _has_text(folder: RunFolder, block: int, variant: Variant) -> bool:
 class Bench:
     """What a process keeps from cell to cell: the base model, and the questions as lm-eval holds them.
 
-    Raises BitassayError where the model's weights are not those that the study began with.
+    begun: what the run folder belongs to (`VariantPlan.described`). Raises BitassayError where the model's
+    weights or the questions are not those that the study began with.
     """
 
-    def __init__(self, plan: VariantPlan, weights_digest: str, threads: int | None = None):
+    def __init__(self, begun: Mapping[str, Any], threads: int | None = None):
         if threads is not None:
             torch.set_num_threads(threads)
-        self.plan = plan
+        self.plan = plan = VariantPlan.of(begun["plan"])
         self.base = load(
             plan.model, dtype=plan.dtype, device=plan.device, trust_remote_code=plan.trust_remote_code
         )
-        if identity(self.base).weights_digest != weights_digest:
+        if identity(self.base).weights_digest != begun["weights_digest"]:
             raise BitassayError(
                 f"{plan.model}: its weights are not those that this study began with",
                 "give the same model everywhere, or another --out",
+            )
+        if plan.source_of_questions() != begun["questions"]:
+            raise BitassayError(
+                "the questions of MMLU here are not those that this study began with",
+                "give the same BITASSAY_DATA everywhere, or another --out",
             )
 
     def work(self, cell: Cell, folder: RunFolder) -> None:

@@ -19,7 +19,6 @@ from bitassay.record.files import atomic_file
 from bitassay.record.progress import Progress, silent
 from bitassay.record.run import RunFolder
 from bitassay.studies.cells import Bench, Cell
-from bitassay.studies.variants import VariantPlan
 
 ATTEMPTS = 3
 WAIT_SECONDS = 1.0
@@ -34,8 +33,7 @@ class Worker:
     def work(self, kind: str, which: int) -> dict[str, bytes] | tuple[str, str, int]:
         try:
             if self.bench is None:
-                plan = VariantPlan.of(self.described["plan"])
-                self.bench = Bench(plan, self.described["weights_digest"], threads=1)
+                self.bench = Bench(self.described, threads=1)
             with tempfile.TemporaryDirectory() as place:
                 folder = RunFolder(Path(place) / "run", self.described)
                 self.bench.work(Cell(kind, which), folder)

@@ -11,6 +11,8 @@ import queue
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import suppress
@@ -107,18 +109,19 @@ def _do_cells(
 
         run_on_ray(folder, todo, ray, progress)
     elif todo:
-        count, threads = crew_size(plan, model, jobs)
+        count, threads = crew_size(plan, model, len(todo), jobs)
         run_local(folder, todo, count, threads, progress)
 
 
-def crew_size(plan: VariantPlan, model: Path, jobs: int | None) -> tuple[int, int]:
-    """Processes at a time, and threads of each. By default one process a core (one in all on a GPU), as many
-    as have room for two models and the logits of a block."""
+def crew_size(plan: VariantPlan, model: Path, cells: int, jobs: int | None) -> tuple[int, int]:
+    """Processes at a time, no more than cells, and threads of each. By default one process a core (one in all
+    on a GPU), as many as have room for two models and the logits of a block."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if jobs is None:
         weights = sum(path.stat().st_size for path in model.glob("*.safetensors"))
         room = psutil.virtual_memory().available // max(1, 2 * weights + 5 * 10**8 * plan.block)
         jobs = 1 if plan.device != "cpu" else max(1, min(cores, int(room)))
+    jobs = min(jobs, cells)
     return jobs, max(1, cores // jobs)
 
 
@@ -187,10 +190,11 @@ class _Member:
             end(self.child)
 
 
-def open_folder(path: Path) -> tuple[RunFolder, VariantPlan]:
-    """A run folder as it was begun, and its plan."""
-    content = read_json(path / "plan.json")
-    return RunFolder(path, content), VariantPlan.of(content["plan"])
+def _end_with(parent: int) -> None:
+    """End this process where its parent was killed: the next run does the cell again."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def main(path: str, threads: str) -> int:
@@ -198,13 +202,14 @@ def main(path: str, threads: str) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is no answer
-    folder, plan = open_folder(Path(path))
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    folder = RunFolder(Path(path), read_json(Path(path) / "plan.json"))
     bench: Bench | None = None
     for line in sys.stdin:
         kind, which = line.split()
         said: dict[str, list[object]] = {}
         try:
-            bench = bench or Bench(plan, folder.plan["weights_digest"], int(threads))
+            bench = bench or Bench(folder.plan, int(threads))
             bench.work(Cell(kind, int(which)), folder)
         except BitassayError as error:
             said = {"error": [error.problem, error.remedy, error.exit_status]}

@@ -4,7 +4,7 @@
     task3.1   {INT8, FP8} x {tensor, row, groups of 64 ... 512} x {fake, real}      perplexity, KL, MMLU
     task3.2   {INT8, FP8} x {tensor, row, groups of 128}, fake                      MMLU, speed, products
     task3.3   INT8 and FP8 with inputs rounded per token, plain and smoothed,       perplexity, KL, MMLU
-              by torchao and by this package
+              by torchao (no smoothed FP8: 0.18 has none) and by this package
 
 beside the model in BF16, which is the first variant of each. Source: the experiment document on INT8 and FP8;
 `eight_bit_claims.py` holds what it says. *Fake* models hold dequantized weights, *real* ones codes. A group
@@ -14,6 +14,7 @@ MMLU is asked with 5 examples, by likelihood (`direct`) and by greedy text (`gen
 every variant. `cells.py` says what is measured in one piece, `crew.py` and `cluster.py` who does it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,7 +51,7 @@ def weight_only(format: str, granularity: str, kind: Kind) -> Variant:
 
 
 def both_sides(format: str, smoothed: bool, torchao: bool) -> Variant:
-    """Weights with a scale a row, inputs with one a token."""
+    """Weights with a scale a row, inputs with one a token. INT8 products are of codes, as torchao's are."""
     name = f"{format}{'-smooth' if smoothed else ''}-{'torchao' if torchao else 'ours'}"
     if torchao:
         return Variant(name, format, "row", "real", torchao=True, smoothed=smoothed)
@@ -61,7 +62,8 @@ def both_sides(format: str, smoothed: bool, torchao: bool) -> Variant:
     if smoothed:
         parts["smoothing"] = {"method": "smoothquant", "alpha": ALPHA}
         parts["calibration"] = {"samples": SAMPLES}
-    return Variant(name, format, "row", "fake", Recipe(name=name, **parts), smoothed=smoothed)
+    kind = "real" if format == "int8" else "fake"
+    return Variant(name, format, "row", kind, Recipe(name=name, **parts), smoothed=smoothed)
 
 
 STUDIES = {
@@ -105,6 +107,7 @@ STUDIES = {
                     for torchao in (False, True)
                     for smoothed in (False, True)
                     for format in FORMATS
+                    if not (torchao and smoothed and format == "fp8")
                 ),
             ),
             model="Qwen/Qwen2.5-1.5B-Instruct",
@@ -114,14 +117,30 @@ STUDIES = {
 
 
 def eight_bit_plan(
-    study: str, model: str, questions: int, protocol: Protocol = DEFAULT_PROTOCOL, **how: Any
+    study: str,
+    model: str,
+    questions: int,
+    protocol: Protocol = DEFAULT_PROTOCOL,
+    only: Sequence[str] = (),
+    **how: Any,
 ) -> VariantPlan:
-    """The plan of a study; `how` are further fields of it. Raises BitassayError for what makes no sense."""
+    """The plan of a study; `how` are further fields of it. only: names of variants, or parts of them, such as
+    "row" or "fp8"; the base is always there. Raises BitassayError for what makes no sense."""
     found = find_study(study)
     if questions < 1:
         raise BitassayError(f"{questions} questions leave nothing to measure", "--limit 1 or more")
     text = protocol if found.text else None
-    return VariantPlan(study, model, found.variants, text, questions=questions, speed=found.speed, **how)
+    variants = _named(found.variants, only) if only else found.variants
+    return VariantPlan(study, model, variants, text, questions=questions, speed=found.speed, **how)
+
+
+def _named(variants: Sequence[Variant], only: Sequence[str]) -> tuple[Variant, ...]:
+    known = {variant.name: {variant.name, *variant.name.split("-")} for variant in variants}
+    if lost := [word for word in only if not any(word in words for words in known.values())]:
+        raise BitassayError(
+            f"--only {lost[0]}: no variant is called that", f"one of {', '.join(known)}, or a part of a name"
+        )
+    return tuple(v for v in variants if v.name == BASE or known[v.name] & set(only))
 
 
 def find_study(name: str) -> Study:

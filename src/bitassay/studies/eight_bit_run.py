@@ -5,7 +5,8 @@
     OUT/run.json             rows by variant, pairs, claims
 
 A killed run goes on where it stopped. Differences are paired by window or by question. p-values are exact
-McNemar's, adjusted by Holm within a family of comparisons and a way of asking.
+McNemar's, adjusted by Holm within a family of comparisons and a way of asking; intervals of a family's
+comparisons hold together at 95 %, and `visible` differences are those that its tests would show.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,8 @@ from bitassay.bench.matmul import matmul
 from bitassay.bench.models import bench
 from bitassay.evaluate.compare import summarise, text_difference
 from bitassay.evaluate.questions import require_lm_eval
-from bitassay.evaluate.statistics import accuracy_interval, holm, paired_difference
+from bitassay.evaluate.statistics import ALPHA, accuracy_interval, holm, paired_difference
+from bitassay.evaluate.tasks import is_letter
 from bitassay.quantize.granularity import Granularity
 from bitassay.record.files import write_json
 from bitassay.record.progress import Progress, silent
@@ -29,9 +31,9 @@ from bitassay.studies.claims import judged
 from bitassay.studies.crew import do_study
 from bitassay.studies.eight_bit import BASE, FORMATS, GRANULARITIES, EightBitFindings, find_study
 from bitassay.studies.eight_bit_claims import CLAIMS
+from bitassay.studies.torchao_models import require_torchao
 from bitassay.studies.variants import VariantPlan
 
-LETTERS = ("A", "B", "C", "D")
 Pair = tuple[str, str, str]  # family, first variant, second variant
 
 
@@ -47,6 +49,8 @@ def run_eight_bit(
     """Run a study; the run (the content of run.json) and its folder. repeats: rounds of timing. The rest is
     as in `do_study`, whose errors it raises."""
     require_lm_eval()
+    if any(variant.torchao for variant in plan.variants):
+        require_torchao()
     about = find_study(plan.study).about
     folder, head = do_study(plan, "eight-bit", about, out=out, jobs=jobs, ray=ray, progress=progress)
     asked = folder.plan["questions"]
@@ -60,8 +64,8 @@ def run_eight_bit(
             "questions": question_protocol(plan, asked["whole"]),
             "questions_source": asked["source"],
         },
-        "interval": "95 %: expanded percentile bootstrap over windows, Wilson's of an accuracy, Tango's of a "
-        "paired difference",
+        "interval": "95 %, of pairs for all of a family together: expanded percentile bootstrap over "
+        "windows, Wilson's of an accuracy, Tango's of a paired difference",
         "rows": rows_of(found),
         "pairs": pairs_of(found),
         "claims": judged(found, CLAIMS),
@@ -156,7 +160,9 @@ def _against_base(found: EightBitFindings, method: str) -> dict[str, dict[str, A
         for name, r in found.right.items()
     }
     others = [name for name in found.right if name != BASE]
-    differences = {name: paired_difference(base, found.right[name][method]) for name in others}
+    differences = {
+        name: paired_difference(base, found.right[name][method], alpha=ALPHA / len(others)) for name in others
+    }
     p_values = holm([one.p_value for one in differences.values()])
     for (name, one), p_holm in zip(differences.items(), p_values, strict=True):
         accuracies[name] |= {
@@ -171,7 +177,7 @@ def _against_base(found: EightBitFindings, method: str) -> dict[str, dict[str, A
 
 def _unparsed(answers: Sequence[Sequence[str]]) -> int:
     """How many generated texts are none of the letters."""
-    return sum(str(given[0]).strip() not in LETTERS for given in answers)
+    return sum(not is_letter(str(given[0])) for given in answers)
 
 
 def comparisons(found: EightBitFindings) -> list[Pair]:
@@ -198,14 +204,17 @@ def comparisons(found: EightBitFindings) -> list[Pair]:
 
 
 def pairs_of(found: EightBitFindings) -> list[dict[str, Any]]:
-    """Every comparison: the second's figures less the first's. p-values are adjusted within a family."""
-    rows = []
-    for family, first, second in comparisons(found):
+    """Every comparison: the second's figures less the first's. Those of a family hold together: intervals by
+    Bonferroni, p-values by Holm."""
+    rows, made = [], comparisons(found)
+    for family, first, second in made:
         row: dict[str, Any] = {"family": family, "first": first, "second": second}
+        alpha = ALPHA / sum(other == family for other, *_ in made)
         if first in found.text:
-            row |= asdict(text_difference(found.text[first], found.text[second], found.plan.seed))
+            row |= asdict(text_difference(found.text[first], found.text[second], found.plan.seed, 1 - alpha))
         for method in METHODS:
-            one = paired_difference(found.right[first][method], found.right[second][method])
+            sides = (found.right[name][method] for name in (first, second))
+            one = paired_difference(*sides, level=1 - alpha, alpha=alpha)
             row |= {
                 f"{method}_difference": one.difference,
                 f"{method}_difference_ci": one.interval,

@@ -25,7 +25,9 @@ ALPHA = 0.5
 def require_torchao() -> None:
     """Raises MissingError that says which extra has it."""
     if find_spec("torchao") is None:
-        raise MissingError("torchao is not installed", "pip install 'bitassay[torchao]'")
+        raise MissingError(
+            "torchao is not installed", "pip install 'bitassay[torchao]', or `--only ours` without it"
+        )
 
 
 def torchao_model(base: PreTrainedModel, format: str, *, smoothed: bool, samples: int) -> PreTrainedModel:

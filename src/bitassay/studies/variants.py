@@ -94,6 +94,9 @@ class VariantPlan:
 
     def __post_init__(self) -> None:
         as_dtype(self.dtype)
+        windows = None if self.protocol is None else self.protocol.windows
+        if windows is not None and windows < 1:
+            raise BitassayError(f"{windows} windows leave nothing to measure", "--windows 1 or more")
 
     @property
     def base(self) -> str:
@@ -143,17 +146,21 @@ class VariantPlan:
     def described(self, kind: str, digest: str) -> dict[str, Any]:
         """What a run folder belongs to; `digest` is that of the model's weights. Raises BitassayError where
         the questions are not on this machine."""
-        packages = ("bitassay", "torch", "transformers", *(["lm-eval"] if self.questions else []))
+        packages = ["bitassay", "torch", "transformers"]
+        packages += ["lm-eval"] * bool(self.questions) + ["torchao"] * any(v.torchao for v in self.variants)
         return {
             "kind": kind,
             "schema": SCHEMA,
             "plan": self.to_dict(),
             "weights_digest": digest,
-            "questions": self._source_of_questions() if self.questions else None,
+            "questions": self.source_of_questions(),
             "versions": {name: version(name) for name in packages},
         }
 
-    def _source_of_questions(self) -> dict[str, Any]:
+    def source_of_questions(self) -> dict[str, Any] | None:
+        """Which questions of MMLU this machine has, None where none are asked."""
+        if not self.questions:
+            return None
         subject, most = max(self.subjects.items(), key=lambda one: one[1])
         data = task_data("mmlu", most, subject)
         if data is None:
