@@ -3,12 +3,15 @@
 300 MMLU questions (5-shot, 30 of each of 10 evenly spaced subjects), 300 HellaSwag items and 200
 ARC-Challenge questions by default. Every part (a subject of MMLU, 50 items of the others) is asked of both
 models in turn, ours first in every second part; both get the very same lm-eval requests and the same loaded
-model in float32, and only the answering of requests is timed, tokenization included. lm-eval's batch size is
-1, its default, unless --batch-size says otherwise. The ratio is that of the summed seconds.
+model in float32, and only the answering of requests is timed, tokenization included. Each has the batch size
+that suits it best on each task: of BATCHES, rows for hf and tokens for ours, the one that was fastest on that
+task's first part, asked once before. The ratio is that of the summed seconds.
 
 A prediction is the choice with the highest log-likelihood, plain and per character (`acc`, `acc_norm`); every
-item where one of them differs is listed, with both models' log-likelihoods. Parts are kept in --out: the same
-command goes on. Run: python benchmarks/tasks.py [--model smollm2-135m] [--format table|json]
+item where one of them differs is listed, with both models' log-likelihoods, and counts as a tie where either
+model's two best are within TIE nats (per character in `acc_norm`). Parts are kept in --out: the same command
+goes on. As many questions as these do not come with the package:
+Run: BITASSAY_DATA=FOLDER python benchmarks/tasks.py [--model smollm2-135m] [--format table|json]
 """
 
 import argparse
@@ -32,6 +35,8 @@ from bitassay.record.run import RunFolder
 
 PART_ITEMS = 50
 OURS, HF = "bitassay", "lm-eval hf"
+BATCHES = {OURS: (256, 512, 1024, 2048), HF: (1, 2, 4, 8, 16)}
+TIE = 1e-4
 
 
 def requests_of(asked: AskedTask) -> list[list[Any]]:
@@ -52,12 +57,35 @@ def timed(lm: Any, requests: Sequence[Any]) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - started, "answers": [value for value, _ in answers]}
 
 
-def predictions(log_likelihoods: Sequence[float], choices: Sequence[str]) -> dict[str, int]:
+def predictions(log_likelihoods: Sequence[float], choices: Sequence[str]) -> dict[str, Any]:
+    """By metric: the choice, and by how much it is ahead of the next, in nats (per character)."""
     values = np.array(log_likelihoods)
-    return {
-        "acc": int(values.argmax()),
-        "acc_norm": int((values / [float(len(choice)) for choice in choices]).argmax()),
-    }
+    found: dict[str, Any] = {}
+    for metric, own in (("acc", values), ("acc_norm", values / [float(len(choice)) for choice in choices])):
+        second, first = np.sort(own)[-2:]
+        found |= {metric: int(own.argmax()), f"{metric}_lead": float(first - second)}
+    return found
+
+
+def with_batch(lm: Any, size: int) -> Any:
+    """The same model with so many rows (hf) or tokens (ours) in a forward."""
+    if isinstance(lm, BitassayLM):
+        lm.batch_tokens = size
+    else:
+        lm.batch_size_per_gpu = size
+    return lm
+
+
+def batch_seconds(lms: dict[str, Any], items: Sequence[Sequence[Any]]) -> dict[str, dict[str, float]]:
+    """By model and size of a batch: seconds for these items. One item warms each model up."""
+    flat = [instance for item in items for instance in item]
+    for lm in lms.values():
+        timed(lm, items[0])
+    found: dict[str, dict[str, float]] = {}
+    for name, sizes in BATCHES.items():
+        found[name] = {str(size): timed(with_batch(lms[name], size), flat)["seconds"] for size in sizes}
+        print(f"  {name}, seconds by batch: {found[name]}", file=sys.stderr, flush=True)
+    return found
 
 
 def measure(lms: dict[str, Any], items: Sequence[Sequence[Any]], first: str) -> dict[str, Any]:
@@ -110,37 +138,47 @@ def main(given: argparse.Namespace) -> dict[str, Any]:
     plan = {
         "kind": "benchmark tasks",
         "model": identity(model).weights_digest,
-        "batch_size": given.batch_size,
+        "batches": BATCHES,
         "parts": {
             name: [asked.about(), str(which)] for group in parts.values() for name, asked, which in group
         },
     }
     folder = RunFolder(given.out, plan)
     with quiet():
-        hf = HFLM(pretrained=model, tokenizer=model.tokenizer, batch_size=given.batch_size)
+        hf = HFLM(pretrained=model, tokenizer=model.tokenizer, batch_size=1)
     lms, rows, differing, turn = {OURS: BitassayLM(model), HF: hf}, [], [], 0
     for task, group in parts.items():
+        if not group:
+            continue
         found, requests = [], {}
+
+        def items_of(asked, which, requests=requests) -> list[list[Any]]:
+            key = asked.leaf.name
+            if key not in requests:
+                requests[key] = requests_of(asked)
+            return requests[key][which]
+
+        tried = folder.part(
+            f"batches-{task}", lambda part=group[0], of=items_of: batch_seconds(lms, of(*part[1:]))
+        )
+        best = {name: int(min(seconds, key=seconds.__getitem__)) for name, seconds in tried.items()}
+        for name, size in best.items():
+            with_batch(lms[name], size)
         for name, asked, which in group:
             turn += 1
 
-            def compute(asked=asked, which=which, first=(OURS, HF)[turn % 2], requests=requests) -> dict:
-                key = asked.leaf.name
-                if key not in requests:
-                    requests[key] = requests_of(asked)
-                return measure(lms, requests[key][which], first)
+            def compute(asked=asked, which=which, first=(OURS, HF)[turn % 2], of=items_of) -> dict:
+                return measure(lms, of(asked, which), first)
 
             found.append((name, folder.part(name, compute)))
             print(f"{name}: {found[-1][1]['seconds']}", file=sys.stderr, flush=True)
-        if found:
-            rows.append(summary(task, [part for _, part in found]))
-            differing += [difference for name, part in found for difference in differences(name, part)]
+        rows.append(summary(task, [part for _, part in found]) | {"batch": best, "batch_seconds": tried})
+        differing += [difference for name, part in found for difference in differences(name, part)]
     return {
         "model": given.model,
         "rows": rows,
         "differing": differing,
         "sources": sorted({asked.source for group in parts.values() for _, asked, _ in group}),
-        "batch_size": given.batch_size,
         "environment": environment(),
     }
 
@@ -159,15 +197,23 @@ def summary(task: str, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "n": len(items),
         "speedup": seconds[HF] / seconds[OURS],
         "speedup_range": [min(ratios), max(ratios)],
-        "differing_predictions": sum(_differs(item) for item in items),
+        "differing_predictions": sum(bool(_differs(item)) for item in items),
+        "differing_without_ties": sum(
+            any(_clearly(item, metric) for metric in _differs(item)) for item in items
+        ),
         "largest_log_likelihood_gap": max(gaps),
         "seconds": seconds,
         "parts": len(parts),
     }
 
 
-def _differs(item: dict[str, Any]) -> bool:
-    return any(item[OURS][kind] != item[HF][kind] for kind in ("acc", "acc_norm"))
+def _differs(item: dict[str, Any]) -> list[str]:
+    """The metrics whose predictions differ."""
+    return [metric for metric in ("acc", "acc_norm") if item[OURS][metric] != item[HF][metric]]
+
+
+def _clearly(item: dict[str, Any], metric: str) -> bool:
+    return min(item[name][f"{metric}_lead"] for name in (OURS, HF)) > TIE
 
 
 def differences(name: str, part: dict[str, Any]) -> list[dict[str, Any]]:
@@ -178,13 +224,15 @@ def differences(name: str, part: dict[str, Any]) -> list[dict[str, Any]]:
 
 def show(result: dict[str, Any]) -> None:
     print(
-        f"{'task':16} {'items':>6} {'times as fast':>14} {'by part':>16} {'differing':>10} {'gap, nats':>10}"
+        f"{'task':16} {'items':>6} {'times as fast':>14} {'by part':>16} {'differing':>10} {'no ties':>8} "
+        f"{'gap, nats':>10}  batch"
     )
     for row in result["rows"]:
         low, high = row["speedup_range"]
         print(
             f"{row['task']:16} {row['n']:6} {row['speedup']:14.2f} {f'{low:.2f} to {high:.2f}':>16} "
-            f"{row['differing_predictions']:10} {row['largest_log_likelihood_gap']:10.2g}"
+            f"{row['differing_predictions']:10} {row['differing_without_ties']:8} "
+            f"{row['largest_log_likelihood_gap']:10.2g}  {row['batch'][OURS]} tokens, {row['batch'][HF]} rows"
         )
     for difference in result["differing"]:
         print(json.dumps(difference))
@@ -197,7 +245,6 @@ if __name__ == "__main__":
     options.add_argument("--per-subject", type=int, default=30, help="MMLU questions of each; 0: none")
     options.add_argument("--hellaswag", type=int, default=300, help="items; 0: none")
     options.add_argument("--arc", type=int, default=200, help="items; 0: none")
-    options.add_argument("--batch-size", type=int, default=1, help="of lm-eval's hf model")
     options.add_argument("--out", type=Path, default=Path("runs/benchmark-tasks"))
     options.add_argument("--format", choices=("table", "json"), default="table")
     chosen = options.parse_args()
