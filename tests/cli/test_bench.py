@@ -117,10 +117,17 @@ def test_protocols(bitassay):
         "json",
     )
     assert done.status == 0, done.err
-    assert [row["protocol"] for row in json.loads(done.out)["rows"]] == [
-        "wikitext2-raw/32[n=2]",
-        "c4-train-new/32[n=2]",
-    ]
+    whole = json.loads(done.out)
+    assert [row["protocol"] for row in whole["rows"]] == ["wikitext2-raw/32[n=2]", "c4-train-new/32[n=2]"]
+    assert all(row["source"] and row["seed"] == 0 for row in whole["rows"])
+    assert whole["environment"]["bitassay"]
+
+
+def test_recipes_are_evaluated_in_the_order_given(bitassay):
+    words = ("eval", "stories260k", "--recipe", "w4", "--recipe", "w8", "--windows", "2", "--window", "32")
+    done = bitassay(*words, "--format", "json")
+    assert [row["recipe"] for row in json.loads(done.out)["rows"]] == ["w4", "w8"]
+    assert [row["kl_mean"] > 0 for row in json.loads(done.out)["rows"]] == [True, True]
 
 
 def test_text_that_a_recipe_was_calibrated_on_is_named(bitassay, tmp_path, monkeypatch):

@@ -6,7 +6,8 @@ import torch
 import bitassay
 from bitassay.data.windows import Protocol, token_windows
 from bitassay.errors import BitassayError
-from bitassay.evaluate.compare import score_windows, summarise
+from bitassay.evaluate import compare
+from bitassay.evaluate.compare import evaluate_all, score_windows, summarise
 from bitassay.quantize.recipe import BASE
 from bitassay.testing.tiny import tiny_model
 
@@ -60,6 +61,19 @@ def test_a_model_against_itself_has_no_cost(stories):
 def test_windows_that_are_done_are_skipped(stories):
     windows, _ = token_windows(stories.tokenizer, SHORT)
     assert [index for index, _ in score_windows(stories, {}, windows, skip={0, 2, 5})] == [1, 3, 4]
+
+
+def test_many_models_are_read_in_one_pass(stories, monkeypatch):
+    models = {name: bitassay.quantize(stories, name) for name in ("w8", "w4")}
+    protocol, read = Protocol(windows=3, window_tokens=32), []
+    forward = compare.window_logits
+    monkeypatch.setattr(compare, "window_logits", lambda model, w: read.append(model) or forward(model, w))
+    found = evaluate_all(stories, models, protocol=protocol)
+    assert list(found) == [BASE, "w8", "w4"]
+    assert [read.count(model) for model in (stories, *models.values())] == [3, 3, 3]
+    for name, model in models.items():
+        assert found[name] == bitassay.evaluate(model, against=stories, protocol=protocol)
+    assert found[BASE] == bitassay.evaluate(stories, protocol=protocol)
 
 
 def test_models_with_other_vocabularies_are_refused(stories):

@@ -93,7 +93,8 @@ def test_studies_have_the_cells_of_the_document():
     for study in STUDIES.values():
         recipes = {v.recipe.name: v.recipe.recipe_id for v in study.variants if v.recipe is not None}
         assert len(set(recipes.values())) == len(recipes)
-        assert study.variants[0].name == "bf16"
+        for dtype, name in (("bfloat16", "bf16"), ("float32", "fp32")):
+            assert eight_bit_plan(study.name, "stories260k", 2, dtype=dtype).base == name
 
 
 def test_a_plan_survives_its_file():
@@ -226,7 +227,7 @@ def test_only_what_an_interval_bears_out_is_said(done):
     assert said.endswith("(generate)")
     assert " is less accurate than " in said
     [said, _] = supported({"pairs": [pair | {"kl_ci": [-0.2, -0.1]}]})
-    assert " is nearer to BF16 than " in said
+    assert " is nearer to the base than " in said
 
 
 def test_a_variant_that_cannot_be_made_says_why(here, tmp_path, monkeypatch):

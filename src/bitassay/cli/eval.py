@@ -61,13 +61,14 @@ def eval(
         trust_remote_code: Run code that comes with the model.
         format: What to print on stdout.
     """
+    from bitassay.bench.environment import environment
     from bitassay.cli.progress import show_progress
     from bitassay.errors import BitassayError
-    from bitassay.evaluate.compare import evaluate
+    from bitassay.evaluate.compare import evaluate_all
     from bitassay.evaluate.controls import evaluate_with_controls
     from bitassay.models.load import load
     from bitassay.quantize.pipeline import quantize_once
-    from bitassay.quantize.recipe import find_recipe
+    from bitassay.quantize.recipe import BASE, find_recipe
     from bitassay.report.assay import CONTROL_COLUMNS, QUALITY_COLUMNS
 
     if recipe and against:
@@ -89,24 +90,28 @@ def eval(
             candidates = _candidates(names, [loaded, *other], recipe or [], progress)
             return _tasks(candidates, tasks, limit, shots, out, format, progress)
         replicated = [name for name in recipe or [] if find_recipe(name).replication is not None]
-        if recipe:
-            plain = [name for name in recipe if name not in replicated]
-            pairs = [(name, quantize_once(loaded, name, progress=progress), loaded) for name in plain]
-        else:
-            pairs = [(model, loaded, other[0] if other else None)]
+        base, plain = (other[0], {model: loaded}) if other else (loaded, {})
+        for name in recipe or []:
+            if name not in replicated:
+                plain[name] = quantize_once(loaded, name, progress=progress)
         _warn_of_seen_text(recipe or [], protocols, progress)
         found = []
         for one in protocols:
-            for name, candidate, base in pairs:
-                measured = evaluate(candidate, against=base, protocol=one, seed=seed, progress=progress)
-                found.append({"recipe": name, "evaluation": measured})
+            if plain or not replicated:
+                measured = evaluate_all(base, plain, protocol=one, seed=seed, progress=progress)
+                names = plain or {BASE: base}
+                found += [
+                    {"recipe": name if plain else model, "evaluation": measured[name]} for name in names
+                ]
             for name in replicated:
                 found += evaluate_with_controls(loaded, find_recipe(name), one, seed=seed, progress=progress)
     rows = []
     for row in found:
         e = row.pop("evaluation")
-        rows.append(row | {"protocol": e.protocol, "against": e.base, **e.quality.to_dict()})
-    emit(rows, CONTROL_COLUMNS if replicated else QUALITY_COLUMNS, format)
+        about = {"protocol": e.protocol, "source": e.corpus_source, "seed": e.seed, "against": e.base}
+        rows.append(row | about | e.quality.to_dict())
+    whole = {"rows": rows, "environment": environment()} if format == "json" else None
+    emit(rows, CONTROL_COLUMNS if replicated else QUALITY_COLUMNS, format, whole)
     return 0
 
 

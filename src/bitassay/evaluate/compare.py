@@ -1,5 +1,5 @@
-"""Measure candidates against a base model, in one pass: `evaluate` for one, `score_windows` and `summarise`
-for many.
+"""Measure candidates against a base model, in one pass: `evaluate` for one, `evaluate_all` for many,
+`score_windows` and `summarise` for what keeps the scores.
 
 The base model runs once per window and every candidate is compared with it there and then; full logits are
 never stored. Each candidate keeps a few numbers per token, from which all figures and their paired intervals
@@ -88,26 +88,40 @@ def evaluate(
     The default protocol is `wikitext2-raw/2048[n=16]`. Raises BitassayError where the two models have
     different vocabularies.
     """
-    protocol = protocol or Protocol(windows=16)
-    windows, source = token_windows(tokenizer(against if against is not None else model), protocol)
     base, candidates = (model, {}) if against is None else (against, {"model": model})
+    found = evaluate_all(base, candidates, protocol=protocol, seed=seed, progress=progress)
+    return found["model" if candidates else BASE]
+
+
+def evaluate_all(
+    base: PreTrainedModel,
+    candidates: Mapping[str, PreTrainedModel],
+    *,
+    protocol: Protocol | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> dict[str, Evaluation]:
+    """`evaluate` for many candidates in one pass over the text, and for the base, under BASE."""
+    protocol = protocol or Protocol(windows=16)
+    windows, source = token_windows(tokenizer(base), protocol)
     scores: dict[str, list[TokenScores]] = {BASE: [], **{name: [] for name in candidates}}
     for index, found in score_windows(base, candidates, windows):
         for name, score in found.items():
             scores[name].append(score)
         progress(f"evaluating on {protocol.id}", index + 1, len(windows))
-    quality = summarise(scores["model" if candidates else BASE], scores[BASE], seed)
-    predicted = windows.shape[0] * (windows.shape[1] - 1)
-    return Evaluation(
-        _name(model),
-        None if against is None else _name(against),
-        protocol.id,
-        source,
-        len(windows),
-        predicted,
-        seed,
-        quality,
-    )
+    return {
+        name: Evaluation(
+            model=_name(model),
+            base=None if name == BASE else _name(base),
+            protocol=protocol.id,
+            corpus_source=source,
+            windows=len(windows),
+            predicted_tokens=windows.shape[0] * (windows.shape[1] - 1),
+            seed=seed,
+            quality=summarise(scores[name], scores[BASE], seed),
+        )
+        for name, model in {BASE: base, **candidates}.items()
+    }
 
 
 def score_windows(

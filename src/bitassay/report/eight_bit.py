@@ -25,7 +25,7 @@ ALPHA = 0.05
 def _method_columns(method: str) -> list[Column]:
     return [
         with_interval(f"{method}_acc", f"{method}\n[95 %]", percent(1)),
-        with_interval(f"{method}_difference", f"{method}, points\nto BF16 [95 %]", points),
+        with_interval(f"{method}_difference", f"{method}, points\nto base [95 %]", points),
         Column(f"{method}_p_holm", "p\nHolm", significant(2), also=(f"{method}_p_value",)),
     ]
 
@@ -36,7 +36,7 @@ VARIANT_COLUMNS = [
     Column("size_bytes", "size", size),
     Column("ppl", "ppl", number(2), also=("ppl_ci",)),
     with_interval("ppl_delta", "ppl delta\n[95 %]", number(3)),
-    with_interval("kl_mean", "KL to BF16\n[95 %]", significant(2)),
+    with_interval("kl_mean", "KL to base\n[95 %]", significant(2), "kl_ci"),
     Column("top1_agreement", "top-1\nagreement", percent(1), also=("top1_ci",)),
     *_method_columns("direct"),
     *_method_columns("generate"),
@@ -64,7 +64,7 @@ def supported(run: Mapping[str, Any]) -> list[str]:
         second, first = row["second"], row["first"]
         if (pair := row.get("kl_ci")) and not pair[0] <= 0 <= pair[1]:
             found.append(
-                f"{second} is {'nearer to' if pair[1] < 0 else 'farther from'} BF16 than {first} (KL)"
+                f"{second} is {'nearer to' if pair[1] < 0 else 'farther from'} the base than {first} (KL)"
             )
         if (pair := row.get("ppl_ci")) and not pair[0] <= 0 <= pair[1]:
             found.append(f"{second} has a {'lower' if pair[1] < 0 else 'higher'} perplexity than {first}")
@@ -77,13 +77,13 @@ def supported(run: Mapping[str, Any]) -> list[str]:
 
 def granularity_figure(run: Mapping[str, Any]) -> Figure | None:
     """Accuracy and divergence against granularity, with intervals, INT8 beside FP8, fake models; the band is
-    BF16's. None where there are fewer than two granularities."""
+    the base's. None where there are fewer than two granularities."""
     rows = [row for row in run["rows"] if row["kind"] == "fake" and row["refused"] is None]
     sizes = list(dict.fromkeys(row["granularity"] for row in rows))
     if len(sizes) < 2:
         return None
     panels = {"direct": "direct_acc", "generate": "generate_acc"}
-    panels |= {"KL to BF16, nats": "kl_mean", "perplexity delta": "ppl_delta"} if "kl_mean" in rows[0] else {}
+    panels |= {"KL to base, nats": "kl_mean", "perplexity delta": "ppl_delta"} if "kl_mean" in rows[0] else {}
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(9, 3.2 * (len(panels) // 2)), layout="constrained")
         grid = figure.subplots(len(panels) // 2, 2, squeeze=False).ravel()
@@ -92,7 +92,12 @@ def granularity_figure(run: Mapping[str, Any]) -> Figure | None:
             axes.set(ylabel=f"MMLU, {title}" if "acc" in key else title)
             axes.set_xticks(range(len(sizes)), sizes)
             if "acc" in key:
-                axes.axhspan(*run["rows"][0][f"{key}_ci"], color=INK, alpha=0.08, label="bf16, 95 %")
+                axes.axhspan(
+                    *run["rows"][0][f"{key}_ci"],
+                    color=INK,
+                    alpha=0.08,
+                    label=f"{run['rows'][0]['variant']}, 95 %",
+                )
         grid[1].legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
@@ -143,7 +148,7 @@ def lead(run: Mapping[str, Any]) -> list[str]:
     return [
         f"{run['about']}. {text}Questions: {protocols['questions']} ({protocols['questions_source']}). "
         f"Arithmetic in {run['settings']['dtype']}; losses in fp32. Intervals: {run['interval']}.",
-        f"Differences of accuracy from BF16 that these questions would show: {min(visible) * 100:.1f} to "
+        f"Differences of accuracy from the base that these questions would show: {min(visible) * 100:.1f} to "
         f"{max(visible) * 100:.1f} points."
         if visible
         else "",

@@ -29,7 +29,7 @@ SEARCH_COLUMNS = [
     Column("recipe", "recipe", align="left"),
     Column("bits_per_weight", "bits/\nweight", number(3)),
     with_interval("ppl", "ppl\n[95 %]", significant(4)),
-    with_interval("kl_mean", "KL to base\n[95 %]", significant(4)),
+    with_interval("kl_mean", "KL to base\n[95 %]", significant(4), "kl_ci"),
     Column("against", "KL less that of\n[95 %]", _differences, align="left", whole_row=True),
 ]
 

@@ -95,11 +95,12 @@ def perplexity(second: str, first: str, fraction: bool = False) -> Measure:
     """Perplexity of `second` less that of `first`, as a fraction of the first where so asked."""
 
     def measure(found: Findings, level: float) -> Quantity | None:
-        if not {first, second} <= found.text.keys():
+        a, b = found.called(first), found.called(second)
+        if not {a, b} <= found.text.keys():
             return None
-        one = text_difference(found.text[first], found.text[second], found.plan.seed, level)
+        one = text_difference(found.text[a], found.text[b], found.plan.seed, level)
         value = (one.ppl_fraction, one.ppl_fraction_ci) if fraction else (one.ppl, one.ppl_ci)
-        return Quantity(f"{second} - {first}", *value)
+        return Quantity(f"{b} - {a}", *value)
 
     return measure
 
@@ -108,13 +109,14 @@ def divergence(second: str, first: str, fraction: bool = False) -> Measure:
     """KL to the base of `second` less that of `first`, as a fraction of the first where so asked."""
 
     def measure(found: Findings, level: float) -> Quantity | None:
-        if not {first, second} <= found.text.keys():
+        a, b = found.called(first), found.called(second)
+        if not {a, b} <= found.text.keys():
             return None
-        one = text_difference(found.text[first], found.text[second], found.plan.seed, level)
+        one = text_difference(found.text[a], found.text[b], found.plan.seed, level)
         if not fraction:
-            return Quantity(f"{second} - {first}", one.kl, one.kl_ci)
+            return Quantity(f"{b} - {a}", one.kl, one.kl_ci)
         if one.kl_fraction is None:
             return None
-        return Quantity(f"{second} / {first} - 1", one.kl_fraction, one.kl_fraction_ci)
+        return Quantity(f"{b} / {a} - 1", one.kl_fraction, one.kl_fraction_ci)
 
     return measure

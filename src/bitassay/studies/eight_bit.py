@@ -6,27 +6,28 @@
     task3.3   INT8 and FP8 with inputs rounded per token, plain and smoothed,       perplexity, KL, MMLU
               by torchao (no smoothed FP8: 0.18 has none) and by this package
 
-beside the model in BF16, which is the first variant of each. Source: the experiment document on INT8 and FP8;
-`eight_bit_claims.py` holds what it says. *Fake* models hold dequantized weights, *real* ones codes. A group
-that does not divide a row is shorter at the end, and nothing else changes; the report says where that is so.
+beside the model as it is, in BF16 unless told otherwise, which is the first variant. Source: the experiment
+document on INT8 and FP8; `eight_bit_claims.py` holds what it says. *Fake* models hold dequantized weights,
+*real* ones codes. A group that does not divide a row is shorter at the end, and nothing else changes; the
+report says where that is so.
 
 MMLU is asked with 5 examples, by likelihood (`direct`) and by greedy text (`generate`), the same questions of
 every variant. `cells.py` says what is measured in one piece, `crew.py` and `cluster.py` who does it.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from bitassay.data.windows import Protocol
 from bitassay.errors import BitassayError, nearest
 from bitassay.quantize.recipe import Recipe
-from bitassay.studies.variants import Findings, Kind, Variant, VariantPlan
+from bitassay.studies.variants import BASE, Findings, Kind, Variant, VariantPlan
 
-BASE = "bf16"
 FORMATS = {"int8": "int8", "fp8": "fp8_e4m3"}
 GRANULARITIES = {"tensor": "tensor", "row": "channel", **{f"g{n}": f"g{n}" for n in (64, 128, 256, 512)}}
 ALPHA, SAMPLES = 0.5, 16  # SmoothQuant's own exponent; windows of calibration text, of 512 tokens
+_PRECISIONS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 DEFAULT_PROTOCOL = Protocol(windows=16)
 
 
@@ -130,8 +131,9 @@ def eight_bit_plan(
     if questions < 1:
         raise BitassayError(f"{questions} questions leave nothing to measure", "--limit 1 or more")
     text = protocol if found.text else None
-    variants = _named(found.variants, only) if only else found.variants
-    return VariantPlan(study, model, variants, text, questions=questions, speed=found.speed, **how)
+    base, *others = _named(found.variants, only) if only else found.variants
+    base = replace(base, name=_PRECISIONS.get(how.get("dtype", "bfloat16"), BASE))
+    return VariantPlan(study, model, (base, *others), text, questions=questions, speed=found.speed, **how)
 
 
 def _named(variants: Sequence[Variant], only: Sequence[str]) -> tuple[Variant, ...]:

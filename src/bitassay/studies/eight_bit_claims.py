@@ -8,7 +8,8 @@ import numpy as np
 
 from bitassay.evaluate.statistics import bootstrap_means, difference_interval, percentile_interval
 from bitassay.studies.claims import LESS, MORE, Claim, Measure, Quantity, divergence, perplexity
-from bitassay.studies.eight_bit import BASE, FORMATS, GRANULARITIES, EightBitFindings
+from bitassay.studies.eight_bit import FORMATS, GRANULARITIES, EightBitFindings
+from bitassay.studies.variants import BASE
 
 SMOOTHED = (("int8", "torchao"), ("int8", "ours"), ("fp8", "ours"))
 
@@ -28,10 +29,11 @@ def accuracy(second: str, first: str, method: str, first_method: str | None = No
     """Accuracy of `second` less that of `first`."""
 
     def measure(found: EightBitFindings, level: float) -> Quantity | None:
-        if not found.has(first, second):
+        a, b = found.called(first), found.called(second)
+        if not found.has(a, b):
             return None
-        sides = (first, first_method or method), (second, method)
-        return Quantity(f"{second} - {first}", *accuracy_difference(found, *sides, level))
+        sides = (a, first_method or method), (b, method)
+        return Quantity(f"{b} - {a}", *accuracy_difference(found, *sides, level))
 
     return measure
 

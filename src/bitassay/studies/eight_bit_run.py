@@ -29,7 +29,7 @@ from bitassay.record.run import RunFolder
 from bitassay.studies.cells import METHODS, read_facts, read_text
 from bitassay.studies.claims import judged
 from bitassay.studies.crew import do_study
-from bitassay.studies.eight_bit import BASE, FORMATS, GRANULARITIES, EightBitFindings, find_study
+from bitassay.studies.eight_bit import FORMATS, GRANULARITIES, EightBitFindings, find_study
 from bitassay.studies.eight_bit_claims import CLAIMS
 from bitassay.studies.torchao_models import require_torchao
 from bitassay.studies.variants import VariantPlan
@@ -140,7 +140,7 @@ def rows_of(found: EightBitFindings) -> list[dict[str, Any]]:
             facts = found.facts[name]
             row |= {key: facts.get(key) for key in ("recipe_id", "bits_per_weight", "size_bytes")}
             if name in found.text:
-                row |= summarise(found.text[name], found.text[BASE], found.plan.seed).to_dict()
+                row |= summarise(found.text[name], found.text[found.plan.base], found.plan.seed).to_dict()
             for method in METHODS:
                 row |= {f"{method}_{key}": value for key, value in adjusted[method][name].items()}
             row["unparsed"] = _unparsed(found.asked[name]["generate"]["answers"])
@@ -150,7 +150,7 @@ def rows_of(found: EightBitFindings) -> list[dict[str, Any]]:
 
 def _against_base(found: EightBitFindings, method: str) -> dict[str, dict[str, Any]]:
     """Accuracy of every variant, and its difference from the base's."""
-    base = found.right[BASE][method]
+    base = found.right[found.plan.base][method]
     accuracies = {
         name: {
             "n": len(base),
@@ -159,7 +159,7 @@ def _against_base(found: EightBitFindings, method: str) -> dict[str, dict[str, A
         }
         for name, r in found.right.items()
     }
-    others = [name for name in found.right if name != BASE]
+    others = [name for name in found.right if name != found.plan.base]
     differences = {
         name: paired_difference(base, found.right[name][method], alpha=ALPHA / len(others)) for name in others
     }

@@ -22,9 +22,8 @@ from bitassay.errors import BitassayError, nearest
 from bitassay.quantize.recipe import Recipe
 from bitassay.replicate.controls import controls
 from bitassay.replicate.plan import Chosen
-from bitassay.studies.variants import Reading, Variant, VariantPlan
+from bitassay.studies.variants import BASE, Reading, Variant, VariantPlan
 
-BASE = "base"
 PLAIN, REPLICA = "plain", "replica"
 DEFAULT_PROTOCOL = Protocol(window_tokens=1024, windows=16)
 BLOCK = 8  # a variant is made anew for each block

@@ -7,7 +7,7 @@ say.
 import math
 
 from bitassay.studies.claims import LESS, MORE, Claim, divergence, perplexity
-from bitassay.studies.replication import BASE
+from bitassay.studies.variants import BASE
 
 ALIKE = (-0.1, 0.1)
 NO_WORSE = (-math.inf, 0.1)

@@ -18,6 +18,7 @@ from bitassay.quantize.recipe import Recipe
 from bitassay.replicate.plan import Chosen
 
 SCHEMA = 1
+BASE = "base"  # in a claim: the first variant, whatever a plan calls it
 
 Kind = Literal["fake", "real"]
 
@@ -181,3 +182,7 @@ class Findings:
     text: dict[str, list[TokenScores]] = field(default_factory=dict)
     facts: dict[str, dict[str, Any]] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
+
+    def called(self, name: str) -> str:
+        """A variant's name, of BASE too."""
+        return self.plan.base if name == BASE else name
