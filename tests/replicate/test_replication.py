@@ -242,6 +242,8 @@ def test_a_card_that_does_not_fit_is_refused(stories, tmp_path, change, why):
         ({"replication": LINEAR | {"coefficients": "fitted"}}, "residual"),
         ({"replication": {"how": "parallel", "differ": "seed", "stop": {}}}, "nothing can stop"),
         ({"replication": {"coefficients": "fitted", "stop": {}}}, "all passes"),
+        ({"replication": {"coefficients": "mean", "stop": {}}}, "begins with 1"),
+        ({"replication": {"coefficients": [0.5, 0.5], "stop": {}}}, "begins with 1"),
         ({"replication": {"coefficients": [1, 0.5, 0.2]}}, "need as many"),
         ({"replication": {"layers": "progressive", "coefficients": [1, 0.5]}}, "different counts"),
         ({"replication": {"layers": {0: 5}}}, "above copies"),

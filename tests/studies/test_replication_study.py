@@ -36,7 +36,7 @@ from bitassay.studies.replication import (
     replication_plan,
 )
 from bitassay.studies.replication_claims import CLAIMS
-from bitassay.studies.replication_run import beats, grade, run_replication
+from bitassay.studies.replication_run import beats, grade, run_replication, with_costs
 from bitassay.studies.variants import Findings, Reading, Variant, VariantPlan
 
 W2 = W2 | {"scale": "absmax"}  # which is quick
@@ -209,7 +209,7 @@ def test_what_a_token_costs(stories):
 
 
 def test_passes_that_stop_are_counted(stories, window):
-    stop = {"copies": 3, "coefficients": "mean", "stop": {"norm": 0.4, "cosine": 0.05}}
+    stop = {"copies": 3, "coefficients": [1, 0.8, 0.8], "stop": {"norm": 0.4, "cosine": 0.05}}
     model = quantize(stories, group("x", W2, stop).recipe)
     read = window_reader(stories, model, None)
     first = read(window).passes
@@ -219,6 +219,10 @@ def test_passes_that_stop_are_counted(stories, window):
     never = stop | {"stop": {"norm": 0, "cosine": 0, "budget": 0}}
     model = quantize(stories, group("x", W2, never).recipe)
     assert window_reader(stories, model, None)(window).passes == 1
+    plain = facts_of(quantize(stories, group("x", W2).recipe))
+    stopped = with_costs(facts_of(model), {"passes": 1.0})
+    for cost in ("passes", "flop_per_token", "bytes_per_token"):
+        assert stopped[cost] == pytest.approx(plain[cost], rel=1e-3)
 
 
 def test_planes_are_read_as_deep_as_asked(stories, window):

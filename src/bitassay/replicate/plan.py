@@ -225,6 +225,9 @@ def _contradictions(p: ReplicationPlan) -> list[tuple[bool, str]]:
     counts = p.layers.values() if isinstance(p.layers, dict) else ()
     varied = p.layers == "progressive" or isinstance(p.layers, dict)
     listed = isinstance(p.coefficients, tuple)
+    whole_first = (
+        p.coefficients[:1] == (1,) if isinstance(p.coefficients, tuple) else p.coefficients == "plain"
+    )
     return [
         (
             p.of == "linear" and p.how == "serial",
@@ -254,6 +257,11 @@ def _contradictions(p: ReplicationPlan) -> list[tuple[bool, str]]:
         (
             p.stop is not None and p.coefficients == "fitted",
             "stop: fitted coefficients are for all passes, not for the first few",
+        ),
+        (
+            p.stop is not None and p.copies > 1 and not whole_first,
+            "stop: a token may stop after the first pass, which must then be the whole layer: coefficients: "
+            "plain, or a list that begins with 1",
         ),
         (listed and len(p.coefficients) != p.copies, f"coefficients: {p.copies} copies need as many"),
         (

@@ -5,7 +5,8 @@ floating-point operations, passes of a layer.
             what is not quantized counts 16 bits a weight, whatever dtype it is computed in
     flop    2 a weight and product; n roundings of one input are n products
 
-Of dynamic passes and planes on demand, what a text really took is measured with it (`Read`).
+Of dynamic passes and planes on demand, what a text really took is measured with it (`Read`); the keys and
+values that a token leaves in the cache for passes that it does not have are not counted.
 """
 
 from collections.abc import Callable
@@ -62,6 +63,8 @@ def facts_of(model: PreTrainedModel) -> dict[str, Any]:
         "columns": sorted({tensor.shape[1] for tensor in tensors.values()}),
         "bytes_per_token": matrices.token_bytes,
         "flop_per_token": 2 * (_products(model) * weights + matrices.head_weights),
+        "head_bytes": matrices.head_bytes,
+        "head_flop": 2 * matrices.head_weights,
         "passes": cache_slots(model) / len(decoder_layers(model)),
     }
 

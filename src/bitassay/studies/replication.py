@@ -178,7 +178,8 @@ def _phase4() -> tuple[Group, ...]:
 
 def _uses() -> tuple[Group, ...]:
     grids, inputs = average("inputs"), {n: {"activations": {"format": f"int{n}"}} for n in (4, 6, 8)}
-    stops = {"copies": 3, "coefficients": "mean", "stop": {"norm": 0.3, "cosine": 0.05}}
+    again = {"copies": 3, "coefficients": [1, 0.1, 0.1]}  # a token may stop behind the layer as it is
+    stops = again | {"stop": {"norm": 0.3, "cosine": 0.05}}
     return (
         Group(BASE),
         *(group(f"w16a{n}", None, **one) for n, one in inputs.items()),
@@ -187,7 +188,7 @@ def _uses() -> tuple[Group, ...]:
         *(group(f"w2a4-grids-{n}", W2, grids | {"copies": n}, **SOLVED, **inputs[4]) for n in (2, 4)),
         group("w16a4-passes-2", None, {"how": "parallel", "differ": "inputs"}, **inputs[4]),
         *(group(f"rotations-{n}", W2, average("rotation", copies=n)) for n in (2, 4)),
-        group("damped-3-gptq", W2, {"copies": 3, "coefficients": "mean"}, **SOLVED),
+        group("again-3-gptq", W2, again, **SOLVED),
         group("stopping-3-gptq", W2, stops, **SOLVED),
         group("stopping-3-dense", None, stops),
         group("budget-3-gptq", W2, stops | {"stop": {"norm": 0, "cosine": 0, "budget": 8}}, **SOLVED),

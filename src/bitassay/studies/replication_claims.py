@@ -191,7 +191,7 @@ CLAIMS = (
         "stopping where nothing changes costs no quality",
         "passes saved, quality kept",
         NO_WORSE,
-        (divergence("stopping-3-gptq", "damped-3-gptq", fraction=True),),
+        (divergence("stopping-3-gptq", "again-3-gptq", fraction=True),),
         SHARE,
     ),
     Claim(

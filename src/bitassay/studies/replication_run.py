@@ -89,17 +89,22 @@ def findings(folder: RunFolder, plan: VariantPlan) -> Findings:
         text = read_text(folder, plan, variant)
         assert not isinstance(text, str)
         found.text[name] = text
-        found.facts[name] = _with_costs(read_facts(folder, variant), read_costs(folder, plan, variant))
+        found.facts[name] = with_costs(read_facts(folder, variant), read_costs(folder, plan, variant))
     return found
 
 
-def _with_costs(facts: dict[str, Any], costs: dict[str, float]) -> dict[str, Any]:
+def with_costs(facts: dict[str, Any], costs: dict[str, float]) -> dict[str, Any]:
     """Facts, with what the text really took in the place of what it could take at most."""
     share = costs["passes"] / facts["passes"]
+
+    def took(what: str) -> float:
+        head = facts[f"head_{what}"]  # has no passes
+        return head + (facts[f"{what}_per_token"] - head) * share
+
     return facts | {
         "passes": costs["passes"],
-        "flop_per_token": facts["flop_per_token"] * share,
-        "bytes_per_token": costs.get("bytes", facts["bytes_per_token"] * share),
+        "flop_per_token": took("flop"),
+        "bytes_per_token": costs.get("bytes", took("bytes")),
     }
 
 
