@@ -5,7 +5,7 @@
     calibration  SAMPLES windows of 512 tokens of C4, for the ways that need a range
     evaluation   WINDOWS windows of 512 tokens of WikiText-2's raw test set
 
-Run: python benchmarks/inputs.py [--model smollm2-135m] [--windows 4] [--samples 8] [--format table|json]
+Run: python benchmarks/inputs.py [--model smollm2-135m] [--windows 8] [--samples 8] [--format table|json]
 """
 
 import argparse
@@ -69,7 +69,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
 if __name__ == "__main__":
     options = argparse.ArgumentParser()
     options.add_argument("--model", default="smollm2-135m")
-    options.add_argument("--windows", type=int, default=4)
+    options.add_argument("--windows", type=int, default=8)
     options.add_argument("--samples", type=int, default=8)
     options.add_argument("--format", choices=("table", "json"), default="table")
     chosen = options.parse_args()

@@ -11,7 +11,7 @@ layer beside torchao.
 
 With torchao importable (pip install --no-deps --target DIR torchao==0.18.0; PYTHONPATH=DIR) one layer is
 smoothed and quantized by both: scales, weights and outputs are compared, each against the exact product.
-Run: python benchmarks/smoothquant.py [--model smollm2-135m] [--windows 4] [--samples 8] [--channels 6]
+Run: python benchmarks/smoothquant.py [--model smollm2-135m] [--windows 8] [--samples 8] [--channels 6]
 [--factor 50] > smoothquant.json
 """
 
@@ -187,7 +187,7 @@ def _rounded(rows: Tensor, levels: float) -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--channels", type=int, default=6)
     parser.add_argument("--factor", type=float, default=50.0)
