@@ -10,6 +10,7 @@ import threading
 import time
 from dataclasses import replace
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -270,6 +271,24 @@ def test_a_dead_process_loses_its_cell_to_another(tmp_path, monkeypatch):
     in_process(again, [cell], 1, 1, None)
     name = "parts/questions-00.json"
     assert json.loads((folder.path / name).read_text()) == json.loads((again.path / name).read_text())
+
+
+def test_as_many_processes_as_there_is_room_and_work_for(monkeypatch):
+    """stories260k: 512 tokens, of whose logits 6 windows of 48 take 0.6 MB in fp32."""
+    folder = resolve("stories260k").folder
+    weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    one = 2 * weights + 6 * 48 * 512 * 4
+
+    def size(cells, available, jobs=None):
+        monkeypatch.setattr(crew.psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
+        return crew.crew_size(PLAN, folder, cells, jobs)
+
+    monkeypatch.setattr(crew.os, "sched_getaffinity", lambda _: range(4), raising=False)
+    assert size(9, 100 * one) == (4, 1)
+    assert size(9, 2 * one) == (2, 2)
+    assert size(9, one // 2) == (1, 4)
+    assert size(1, 100 * one) == (1, 4)
+    assert size(9, one, jobs=3) == (3, 1)
 
 
 def test_processes_end_with_a_study_that_is_killed(tmp_path):

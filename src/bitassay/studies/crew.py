@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from transformers import AutoConfig
 
 from bitassay.bench.worker import end
 from bitassay.errors import BitassayError, MissingError
-from bitassay.models.load import Identity
+from bitassay.models.load import Identity, as_dtype
 from bitassay.models.source import resolve
 from bitassay.record.files import read_json
 from bitassay.record.hashing import digest_json
@@ -119,10 +120,20 @@ def crew_size(plan: VariantPlan, model: Path, cells: int, jobs: int | None) -> t
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if jobs is None:
         weights = sum(path.stat().st_size for path in model.glob("*.safetensors"))
-        room = psutil.virtual_memory().available // max(1, 2 * weights + 5 * 10**8 * plan.block)
+        room = psutil.virtual_memory().available // max(1, 2 * weights + _logit_bytes(plan, model))
         jobs = 1 if plan.device != "cpu" else max(1, min(cores, int(room)))
     jobs = min(jobs, cells)
     return jobs, max(1, cores // jobs)
+
+
+def _logit_bytes(plan: VariantPlan, model: Path) -> int:
+    """Of the base model's for a block of windows, and of one window more for the variant beside it, which is
+    also scored in fp32."""
+    if plan.protocol is None:
+        return 0
+    config = AutoConfig.from_pretrained(model, trust_remote_code=plan.trust_remote_code)
+    row = config.get_text_config(decoder=True).vocab_size * as_dtype(plan.dtype).itemsize
+    return (plan.block + 2) * plan.protocol.window_tokens * row
 
 
 class _Member:
