@@ -111,6 +111,26 @@ def test_what_is_shared_is_read_once(stories):
     assert read < sum(len(context) + 1 for context, _ in asked) / 8
 
 
+def test_items_that_share_nothing_are_read_together(stories):
+    """Contexts of 40 to 45 tokens in one forward, the endings of all of them in another: the shorter the
+    context, the fewer tokens are read again with each ending."""
+    shapes = []
+    contexts = [list(range(50 * place, 50 * place + 40 + place)) for place in range(6)]
+    asked = [(context, [5 + ending, 6, 7]) for context in contexts for ending in range(4)]
+    hook = (
+        stories.get_decoder()
+        .layers[0]
+        .register_forward_pre_hook(lambda _module, arguments: shapes.append(tuple(arguments[0].shape[:2])))
+    )
+    try:
+        found = continuation_scores(stories, asked, max_length=512, batch_tokens=512)
+    finally:
+        hook.remove()
+    assert shapes == [(6, 39), (24, 8)]  # up to 5 tokens of a context, its last one, and 2 of an ending
+    for score, (context, continuation) in zip(found, asked, strict=True):
+        assert score.log_likelihood == pytest.approx(plain(stories, context, continuation, 512)[0], abs=2e-3)
+
+
 def test_logits_are_computed_only_where_something_is_scored(stories):
     rows = []
     hook = stories.get_output_embeddings().register_forward_hook(

@@ -11,7 +11,9 @@ the sequences to read make a tree with at most three levels:
 The keys and values of a level are computed once and given to all rows of the next by indexing the cache, so
 every cache that transformers or `quantize.kv_cache` has will do. No row needs a mask or explicit positions,
 whatever the architecture: rows that others build on have equal lengths, and the last rows are padded on the
-right, where causal attention never looks. Logits are computed for leaves alone.
+right, where causal attention never looks. So heads of several items are read together as far as the shortest
+of them goes, and what the others have beyond that is read with each leaf: items are sorted by length, so that
+is little, and large batches are worth more. Logits are computed for leaves alone.
 
     log p(y | x) = sum_i log softmax(z_i)[y_i],   z_i in fp32, the sum in fp64
 
@@ -105,39 +107,50 @@ def _leaf_logits(
     model: PreTrainedModel, sequences: Sequence[_Sequence], budget: int
 ) -> Iterator[tuple[list[_Sequence], Float[Tensor, "rows vocabulary"]]]:
     """Logits of the scored positions, for all sequences, a few at a time."""
-    ordered = sorted(sequences, key=lambda sequence: (sequence.head, sequence.tokens))
-    for start, stop, shared in common_prefixes([sequence.head for sequence in ordered]):
-        trunk = Prefix.read(model, ordered[start].tokens[:shared])
-        alone, families = _families(ordered[start:stop], shared)
-        for batch in token_batches([len(one.tokens) - shared for one in alone], budget, shared):
+    for shared, families in _by_trunk(sequences).items():
+        trunk = Prefix.read(model, shared)
+        alone, several = _worth_a_head(families, len(shared))
+        for batch in token_batches([len(one.tokens) - len(shared) for one in alone], budget, len(shared)):
             group = [alone[index] for index in batch]
             yield group, trunk.spread([0] * len(group)).score(group)
-        by_length: dict[int, list[list[_Sequence]]] = {}
-        for family in families:
-            by_length.setdefault(len(family[0].head), []).append(family)
-        for length, equal in sorted(by_length.items()):
-            for batch in token_batches([length - shared] * len(equal), budget, shared):
-                heads = trunk.spread([0] * len(batch)).extend(
-                    [equal[index][0].head[shared:] for index in batch]
-                )
-                leaves = [(row, one) for row, index in enumerate(batch) for one in equal[index]]
-                for part in token_batches([one.scored for _, one in leaves], budget, length):
-                    rows, group = zip(*(leaves[index] for index in part), strict=True)
-                    yield list(group), heads.spread(rows).score(group)
+        for batch in token_batches([len(one[0].head) - len(shared) for one in several], budget, len(shared)):
+            chosen = [several[index] for index in batch]
+            length = min(len(family[0].head) for family in chosen)
+            heads = trunk.spread([0] * len(batch)).extend(
+                [one[0].head[len(shared) : length] for one in chosen]
+            )
+            leaves = [(row, one) for row, family in enumerate(chosen) for one in family]
+            for part in token_batches([len(one.tokens) - length for _, one in leaves], budget, length):
+                rows, group = zip(*(leaves[index] for index in part), strict=True)
+                yield list(group), heads.spread(rows).score(group)
 
 
-def _families(sequences: Sequence[_Sequence], shared: int) -> tuple[list[_Sequence], list[list[_Sequence]]]:
-    """Sequences that are read alone, and those that share a head that is long enough beyond `shared`."""
-    by_head: dict[tuple[int, ...], list[_Sequence]] = {}
+def _by_trunk(sequences: Sequence[_Sequence]) -> dict[tuple[int, ...], list[list[_Sequence]]]:
+    """Sequences of one head together, and those families by what their heads have in common from the start:
+    nothing, where that is not worth while."""
+    families: dict[tuple[int, ...], list[_Sequence]] = {}
     for sequence in sequences:
-        by_head.setdefault(sequence.head, []).append(sequence)
-    alone, families = [], []
-    for head, members in by_head.items():
-        if (len(members) - 1) * (len(head) - shared) >= SHARED_TOKENS:
-            families.append(members)
+        families.setdefault(sequence.head, []).append(sequence)
+    heads = sorted(families)
+    found: dict[tuple[int, ...], list[list[_Sequence]]] = {}
+    for start, stop, shared in common_prefixes(heads):
+        trunk = found.setdefault(heads[start][:shared], [])
+        trunk += [families[head] for head in heads[start:stop]]
+    return found
+
+
+def _worth_a_head(
+    families: Sequence[list[_Sequence]], shared: int
+) -> tuple[list[_Sequence], list[list[_Sequence]]]:
+    """Sequences that are read alone, and families whose head beyond `shared` is long enough to be read
+    once."""
+    alone, several = [], []
+    for family in families:
+        if (len(family) - 1) * (len(family[0].head) - shared) >= SHARED_TOKENS:
+            several.append(family)
         else:
-            alone += members
-    return alone, families
+            alone += family
+    return alone, several
 
 
 @dataclass
