@@ -23,7 +23,7 @@ def distance(model, base):
 def test_its_int8_is_as_near_as_ours(stories, smoothed):
     pytest.importorskip("torchao")
     before = stories(IDS).logits
-    theirs = torchao_model(stories, "int8", smoothed=smoothed, samples=4)
+    theirs = torchao_model(stories, "int8", smoothed=smoothed, alpha=0.5, samples=4)
     ours = bitassay.quantize(stories, both_sides("int8", smoothed, False).recipe)
     assert 0 < distance(theirs, stories) < 0.1
     assert 0.7 < distance(ours, stories) / distance(theirs, stories) < 1.4
@@ -33,7 +33,7 @@ def test_its_int8_is_as_near_as_ours(stories, smoothed):
 def test_smoothing_changes_its_model(stories):
     pytest.importorskip("torchao")
     plain, smoothed = (
-        torchao_model(stories, "int8", smoothed=s, samples=4)(IDS).logits for s in (False, True)
+        torchao_model(stories, "int8", smoothed=s, alpha=0.5, samples=4)(IDS).logits for s in (False, True)
     )
     assert not torch.equal(plain, smoothed)
 
@@ -43,10 +43,10 @@ def test_fp8_without_a_device_for_it_says_so(stories):
     if torch.cuda.is_available():
         pytest.skip("there is a device for it")
     with pytest.raises(MissingError, match="Float8 dynamic quantization requires CUDA"):
-        torchao_model(stories, "fp8", smoothed=False, samples=4)
+        torchao_model(stories, "fp8", smoothed=False, alpha=0.5, samples=4)
 
 
 def test_without_torchao(stories, monkeypatch):
     monkeypatch.setattr(torchao_models, "find_spec", lambda _: None)
     with pytest.raises(MissingError, match="torchao is not installed"):
-        torchao_model(stories, "int8", smoothed=False, samples=4)
+        torchao_model(stories, "int8", smoothed=False, alpha=0.5, samples=4)

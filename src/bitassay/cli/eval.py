@@ -99,10 +99,8 @@ def eval(
         for one in protocols:
             if plain or not replicated:
                 measured = evaluate_all(base, plain, protocol=one, seed=seed, progress=progress)
-                names = plain or {BASE: base}
-                found += [
-                    {"recipe": name if plain else model, "evaluation": measured[name]} for name in names
-                ]
+                for name in plain or [BASE]:
+                    found.append({"recipe": name if plain else model, "evaluation": measured[name]})
             for name in replicated:
                 found += evaluate_with_controls(loaded, find_recipe(name), one, seed=seed, progress=progress)
     rows = []

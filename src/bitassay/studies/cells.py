@@ -32,7 +32,7 @@ from bitassay.quantize.pipeline import quantize_tensors_once
 from bitassay.record.run import RunFolder
 from bitassay.studies.costs import COSTS, Read, facts_of, window_reader
 from bitassay.studies.drafts import drafted
-from bitassay.studies.eight_bit import SAMPLES
+from bitassay.studies.eight_bit import ALPHA, SAMPLES
 from bitassay.studies.torchao_models import torchao_model
 from bitassay.studies.variants import Variant, VariantPlan
 
@@ -117,7 +117,9 @@ class Bench:
                 try:
                     yield (
                         variant,
-                        torchao_model(self.base, variant.format, smoothed=variant.smoothed, samples=SAMPLES),
+                        torchao_model(
+                            self.base, variant.format, smoothed=variant.smoothed, alpha=ALPHA, samples=SAMPLES
+                        ),
                     )
                 except MissingError as error:
                     yield variant, error.problem

@@ -21,13 +21,14 @@ from typing import Any
 
 from bitassay.data.windows import Protocol
 from bitassay.errors import BitassayError, nearest
-from bitassay.quantize.recipe import Recipe
-from bitassay.studies.variants import BASE, Findings, Kind, Variant, VariantPlan
+from bitassay.quantize.recipe import BASE, Recipe
+from bitassay.studies.parties import DTYPES
+from bitassay.studies.variants import Findings, Kind, Variant, VariantPlan
 
 FORMATS = {"int8": "int8", "fp8": "fp8_e4m3"}
 GRANULARITIES = {"tensor": "tensor", "row": "channel", **{f"g{n}": f"g{n}" for n in (64, 128, 256, 512)}}
 ALPHA, SAMPLES = 0.5, 16  # SmoothQuant's own exponent; windows of calibration text, of 512 tokens
-_PRECISIONS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+_PRECISIONS = {dtype: precision for precision, dtype in DTYPES.items()}
 DEFAULT_PROTOCOL = Protocol(windows=16)
 
 

@@ -19,10 +19,10 @@ from typing import Any
 
 from bitassay.data.windows import Protocol
 from bitassay.errors import BitassayError, nearest
-from bitassay.quantize.recipe import Recipe
+from bitassay.quantize.recipe import BASE, Recipe
 from bitassay.replicate.controls import controls
 from bitassay.replicate.plan import Chosen
-from bitassay.studies.variants import BASE, Reading, Variant, VariantPlan
+from bitassay.studies.variants import Reading, Variant, VariantPlan
 
 PLAIN, REPLICA = "plain", "replica"
 DEFAULT_PROTOCOL = Protocol(window_tokens=1024, windows=16)

@@ -6,8 +6,8 @@ say.
 
 import math
 
+from bitassay.quantize.recipe import BASE
 from bitassay.studies.claims import LESS, MORE, Claim, divergence, perplexity
-from bitassay.studies.variants import BASE
 
 ALIKE = (-0.1, 0.1)
 NO_WORSE = (-math.inf, 0.1)

@@ -23,8 +23,7 @@ from bitassay.data.corpora import corpus
 from bitassay.evaluate.compare import summarise, text_difference
 from bitassay.evaluate.statistics import bootstrap_means, percentile_interval
 from bitassay.models.source import resolve
-from bitassay.quantize.recipe import BASE as TIMED_BASE
-from bitassay.quantize.recipe import Recipe
+from bitassay.quantize.recipe import BASE, Recipe
 from bitassay.record.files import write_json
 from bitassay.record.progress import Progress, silent
 from bitassay.record.run import RunFolder
@@ -192,7 +191,7 @@ def _speed(
                 trust_remote_code=plan.trust_remote_code,
             )
             rows = {row["model"]: row for row in run["rows"]}
-            found = {plan.base: rows.pop(TIMED_BASE)} | found | rows
+            found = {plan.base: rows.pop(BASE)} | found | rows
     return found
 
 

@@ -19,8 +19,6 @@ from bitassay.models.walk import decoder_layers
 from bitassay.quantize.calibration import Calibration, calibration_tokens
 from bitassay.quantize.model import copy_sharing_parameters
 
-ALPHA = 0.5
-
 
 def require_torchao() -> None:
     """Raises MissingError that says which extra has it."""
@@ -30,7 +28,9 @@ def require_torchao() -> None:
         )
 
 
-def torchao_model(base: PreTrainedModel, format: str, *, smoothed: bool, samples: int) -> PreTrainedModel:
+def torchao_model(
+    base: PreTrainedModel, format: str, *, smoothed: bool, alpha: float, samples: int
+) -> PreTrainedModel:
     """A copy of `base` with `format` ("int8" or "fp8") on both sides of its linears; smoothed on `samples`
     windows of calibration text. Raises MissingError without torchao or a device that it supports."""
     require_torchao()
@@ -42,7 +42,7 @@ def torchao_model(base: PreTrainedModel, format: str, *, smoothed: bool, samples
             api.quantize_(layers, config)
             return model
         smoothing = import_module("torchao.prototype.smoothquant").SmoothQuantConfig
-        options = {"base_config": config, "alpha": ALPHA, "use_running_absmax": True}
+        options = {"base_config": config, "alpha": alpha, "use_running_absmax": True}
         api.quantize_(layers, smoothing(step="prepare", **options))
         _show(model, calibration_tokens(base, Calibration(samples=samples)))
         api.quantize_(layers, smoothing(step="convert", **options))

@@ -14,11 +14,10 @@ from bitassay.data.windows import Protocol
 from bitassay.errors import BitassayError
 from bitassay.evaluate.divergence import TokenScores
 from bitassay.models.load import as_dtype
-from bitassay.quantize.recipe import Recipe
+from bitassay.quantize.recipe import BASE, Recipe
 from bitassay.replicate.plan import Chosen
 
 SCHEMA = 1
-BASE = "base"  # in a claim: the first variant, whatever a plan calls it
 
 Kind = Literal["fake", "real"]
 
@@ -184,5 +183,5 @@ class Findings:
     refused: dict[str, str] = field(default_factory=dict)
 
     def called(self, name: str) -> str:
-        """A variant's name, of BASE too."""
+        """A variant's name; BASE is the first, whatever the plan calls it."""
         return self.plan.base if name == BASE else name
