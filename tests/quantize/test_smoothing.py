@@ -30,6 +30,7 @@ TOKENS = torch.randint(3, 500, (3, 40), generator=torch.Generator().manual_seed(
 W4 = WeightScheme(format="int4", granularity="g32")
 DENSE = ["llama", "mistral", "qwen2", "qwen3", "gemma3"]
 SMOOTHQUANT = Smoothing(method="smoothquant")
+RUN_TIME = Smoothing(method="smoothquant", places=("inputs",))
 
 
 def model_of(architecture: str, **changes):
@@ -113,6 +114,23 @@ def test_in_fp64_it_stays_the_same_to_the_twelfth_digit(architecture):
     before = logits(model)
     smoothed(model, SMOOTHQUANT)
     assert (logits(model) - before).norm() < 1e-12 * before.norm()
+
+
+@pytest.mark.parametrize("architecture", DENSE)
+def test_at_run_time_every_linear_has_scales_of_its_own(architecture):
+    model = model_of(architecture)
+    before, ranges = logits(model), collect_ranges(model, TOKENS)
+    weights = {name: linear.weight.clone() for name, linear in walk(model).linears.items()}
+    done = smoothed(model, RUN_TIME)
+    assert (logits(model) - before).norm() < 2e-5 * before.norm()
+    assert done.scales.keys() == weights.keys()
+    after = collect_ranges(model, TOKENS)
+    for name, weight in weights.items():
+        expected = smoothquant_scales(ranges[name].absmax, weight.abs().amax(0), 0.5)
+        torch.testing.assert_close(done.scales[name], expected, rtol=2**-8, atol=0)  # they fit in bf16
+        torch.testing.assert_close(
+            after[name].absmax, ranges[name].absmax / done.scales[name], rtol=1e-4, atol=1e-6
+        )
 
 
 def test_a_model_that_shares_the_parameters_keeps_them():
@@ -317,6 +335,7 @@ def test_int8_inputs_are_nearer_after_smoothing():
         ({"method": "smoothquant", "clip": True}, "no effect"),
         ({"method": "smoothquant", "alpha": 1.5}, "less than or equal to 1"),
         ({"method": "awq", "places": []}, "nowhere"),
+        ({"method": "awq", "places": ["inputs", "norms"]}, "stands alone"),
         ({"method": "awq", "places": ["head"]}, "Input should be"),
     ],
 )

@@ -158,6 +158,8 @@ def _obstacle(recipe: Recipe, matrices: dict[str, Stored], wanted: Layout | None
         for scheme in (spec, *(override.inputs for override in spec.overrides)):
             if scheme is not None and (why := compressed.input_obstacle(scheme)):
                 return f"the recipe's activations: {why}"
+    if recipe.smoothing is not None and recipe.smoothing.at_run_time:
+        return "the recipe's smoothing: plain transformers would not divide inputs at run time"
     if recipe.replication is not None and recipe.replication.at_run_time:
         return "the recipe's replication: plain transformers would run each layer once"
     if recipe.rotation is not None and recipe.rotation.online:

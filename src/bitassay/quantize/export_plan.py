@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError
-from bitassay.models.walk import decoder_layers
+from bitassay.models.walk import decoder_layers, walk
 from bitassay.quantize import compressed, layerwise
 from bitassay.quantize.calibration import Calibration
 from bitassay.quantize.export import Layout, choose_layout
@@ -64,7 +64,8 @@ def plan_export(model: PreTrainedModel, recipe: Recipe, layout: Layout | None = 
         sum(expected_bytes(expected_tensors(way[name], shapes[name])) for name in way) for way in ways
     )
     weights = sum(shapes[name][0] * shapes[name][1] for name in ways[0] if not is_replica(name))
-    parameters, item = parameter_count(model) + _untied(model, recipe), model.dtype.itemsize
+    added = _untied(model, recipe) + _input_scales(model, recipe)
+    parameters, item = parameter_count(model) + added, model.dtype.itemsize
     saving = (2 * parameters + weights) * item + bits // 8 + 2 * stored
     calibrating = tuning = 0
     text, config = recipe.calibration or Calibration(), model.config.get_text_config()
@@ -135,3 +136,10 @@ def _untied(model: PreTrainedModel, recipe: Recipe) -> int:
     if spec is None or spec.r1 != "folded" or spec.layers == "none" or not config.tie_word_embeddings:
         return 0
     return model.get_input_embeddings().get_parameter("weight").numel()
+
+
+def _input_scales(model: PreTrainedModel, recipe: Recipe) -> int:
+    """Parameters by which linears divide their inputs at run time."""
+    if recipe.smoothing is None or not recipe.smoothing.at_run_time:
+        return 0
+    return sum(linear.in_features for linear in walk(model).linears.values())

@@ -1,4 +1,4 @@
-"""Scales folded into what comes before a linear: where a model has room for them.
+"""Scales that pass from a linear's input to its weights: where a model has room for them.
 
 `x W^T = (x / s)(W s)^T` for any s > 0, one number for each column of the input x. What multiplies the same
 columns last can be divided by s, so that the model computes what it did:
@@ -8,10 +8,13 @@ columns last can be divided by s, so that the model computes what it did:
                                            columns; query heads that share a value head share its scales
     up_proj -> down_proj                   the rows of up_proj and its bias, where down_proj reads
                                            act(gate) * up
+    inputs                                 every linear divides what it reads, at run time, by scales of its
+                                           own, which need not be those of others that read the same
 
 Which linears read a norm is found by running the model on a few tokens and watching where the norm's output
 goes: if it also goes where no scale can be folded (a router, fused experts), the norm is left alone. So are
-LayerNorms, and the down projection behind an online rotation.
+LayerNorms, and the down projection behind an online rotation. Scales at run time (the parameter
+`input_scales`) cost a division for each number read, and fit everywhere.
 """
 
 from collections.abc import Callable
@@ -28,7 +31,8 @@ from bitassay.models.walk import decoder_layers, module_name, walk
 from bitassay.quantize.residual_stream import Norm, Weight, find_norm
 from bitassay.quantize.rotation import probe
 
-Place = Literal["norms", "values", "up"]
+Place = Literal["norms", "values", "up", "inputs"]
+INPUT_SCALES = "input_scales"  # of a linear: the name of the parameter
 
 
 @dataclass(frozen=True)
@@ -59,10 +63,12 @@ class Fold:
 
 def find_folds(model: PreTrainedModel, places: tuple[Place, ...]) -> tuple[list[Fold], dict[str, str]]:
     """All folds at `places`, and for every other linear of the decoder layers why it has none."""
+    linears = walk(model).linears
+    if "inputs" in places:
+        return [Fold("inputs", name, (name,)) for name in linears], {}
     folds, refused = [], {}
     if "norms" in places:
         folds, refused = _norm_folds(model)
-    linears = walk(model).linears
     for name in linears:
         parent, _, own = name.rpartition(".")
         if own == "o_proj" and "values" in places:
@@ -82,8 +88,8 @@ def find_folds(model: PreTrainedModel, places: tuple[Place, ...]) -> tuple[list[
 
 @torch.no_grad()
 def fold(model: PreTrainedModel, where: Fold, scales: Float[Tensor, " own"]) -> Float[Tensor, " own"]:
-    """Divide the producer's columns by the scales and multiply the readers' with them. Gains are rounded to
-    what bf16 holds, since they may be stored so, and the scales follow; returned are those that were used."""
+    """Divide the producer's columns by the scales and multiply the readers' with them. Gains, and scales at
+    run time, are rounded to what bf16 holds, since they may be stored so; returned are the scales used."""
     scales = scales.double()
     if where.norm is not None:
         gain = where.norm.gain()
@@ -92,6 +98,9 @@ def fold(model: PreTrainedModel, where: Fold, scales: Float[Tensor, " own"]) -> 
         scales = torch.where(usable, gain / (stored + where.norm.offset), 1)
         kept = torch.where(usable, stored, gain - where.norm.offset)
         Weight(where.norm.module, "weight").write(kept)
+    elif where.place == "inputs":
+        scales = scales.bfloat16().double()
+        divide_inputs(model.get_submodule(where.producer), scales.to(model.dtype))
     else:
         producer = model.get_submodule(where.producer)
         Weight(producer, "weight").write(Weight(producer, "weight").read() / scales[:, None])
@@ -101,6 +110,16 @@ def fold(model: PreTrainedModel, where: Fold, scales: Float[Tensor, " own"]) -> 
         weight = Weight(model.get_submodule(name), "weight")
         weight.write(weight.read() * where.spread(scales))
     return scales.float()
+
+
+def divide_inputs(linear: nn.Module, scales: Float[Tensor, " in"]) -> None:
+    """Let a linear divide what it reads, before it rounds it or does anything else with it."""
+    linear.register_parameter(INPUT_SCALES, nn.Parameter(scales, requires_grad=False))
+    linear.register_forward_pre_hook(_divided)
+
+
+def _divided(linear: nn.Module, arguments: tuple) -> tuple:
+    return (arguments[0] / linear.get_parameter(INPUT_SCALES), *arguments[1:])
 
 
 def _norm_folds(model: PreTrainedModel) -> tuple[list[Fold], dict[str, str]]:

@@ -116,6 +116,9 @@ def check_gguf(model: PreTrainedModel, recipe: Recipe | None) -> None:
         ),
         "sliding windows are not written": bool(kinds or getattr(config, "sliding_window", None)),
         "llama.cpp does not rotate at run time, as this recipe does": getattr(rotation, "online", False),
+        "llama.cpp does not divide inputs at run time, as this recipe's smoothing does": getattr(
+            getattr(recipe, "smoothing", None), "at_run_time", False
+        ),
         "passes that are weighed, parallel or stopped are not written; plain serial ones become layers": (
             plan is not None and plan.at_run_time and not plan.is_deeper_model
         ),

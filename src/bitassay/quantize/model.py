@@ -19,6 +19,7 @@ from bitassay.models.load import Identity
 from bitassay.models.walk import decoder_layers, matrices, walk
 from bitassay.quantize.activations import InputRounding
 from bitassay.quantize.experts import put_experts
+from bitassay.quantize.folding import INPUT_SCALES, divide_inputs
 from bitassay.quantize.kv_cache import round_cache
 from bitassay.quantize.linear import QuantizedLinear, RoundedInputLinear
 from bitassay.quantize.recipe import Recipe
@@ -47,8 +48,12 @@ def with_tensors(
 ) -> PreTrainedModel:
     """A copy of `base` with what `quantization` changed; everything else is shared."""
     model = copy_sharing_parameters(base)
+    divided = {
+        name: value for name, value in quantization.parameters.items() if name.endswith(f".{INPUT_SCALES}")
+    }
     for name, value in quantization.parameters.items():
-        _replace_parameter(model, name, value)
+        if name not in divided:
+            _replace_parameter(model, name, value)
     linears = walk(model).linears
     slices = {
         name: tensor
@@ -71,6 +76,9 @@ def with_tensors(
         round_cache(model, quantization.recipe.kv_cache)
     if quantization.recipe.rotation is not None:
         add_online(model, quantization.recipe.rotation)
+    for name, value in divided.items():
+        linear = model.get_submodule(name.removesuffix(f".{INPUT_SCALES}"))
+        divide_inputs(linear, value.to(base.device, base.dtype))
     if quantization.passes:
         assert quantization.recipe.replication is not None
         add_passes(model, quantization.recipe.replication, quantization.passes, quantization.tensors)

@@ -26,6 +26,7 @@ from bitassay.models.walk import decoder_layers, matrices, walk
 from bitassay.quantize import compressed, layout
 from bitassay.quantize.activations import InputRounding
 from bitassay.quantize.calibration import UNTRUSTED
+from bitassay.quantize.folding import INPUT_SCALES
 from bitassay.quantize.layout import Stored
 from bitassay.quantize.model import Quantization, with_tensors
 from bitassay.quantize.recipe import Recipe
@@ -95,13 +96,14 @@ def read_quantized(
         for key in parts:
             plain.pop(key, None)
         described[name] = stored
+    scales = _input_scales(empty, recipe, plain, folder)
     originals = {name for name in described if not is_replica(name)}
     model = _with_plain_parameters(empty, config, folder, plain, originals, dtype, attention)
     tensors = {
         name: _read_matrix(name, stored, shapes[name], card.layout, entries)
         for name, stored in described.items()
     }
-    parameters = _changed_parameters(model, card, folder)
+    parameters = _changed_parameters(model, card, scales, folder)
     inputs = _inputs(model, recipe, card, folder)
     if card.layout == "compressed-tensors":
         _check_inputs(inputs, described, entries, folder)
@@ -192,9 +194,30 @@ def _with_plain_parameters(
     return model
 
 
-def _changed_parameters(model: PreTrainedModel, card: Card, folder: Path) -> dict[str, Tensor]:
+def _input_scales(
+    model: PreTrainedModel, recipe: Recipe, plain: dict[str, Entry], folder: Path
+) -> dict[str, Tensor]:
+    """By what linears divide their inputs, taken out of what is left to be plain parameters."""
+    if recipe.smoothing is None or not recipe.smoothing.at_run_time:
+        return {}
+    shapes = {f"{name}.{INPUT_SCALES}": (one.in_features,) for name, one in walk(model).linears.items()}
+    _check_parts({name: (model.dtype, shape) for name, shape in shapes.items()}, plain, folder)
+    scales = {}
+    for name in shapes:
+        entry = plain.pop(name)
+        scales[name] = entry.read(name)
+        if not (scales[name].isfinite() & (scales[name] > 0)).all():
+            raise BitassayError(f"{entry.file}: {name} has values that are not above zero and finite", AGAIN)
+    return scales
+
+
+def _changed_parameters(
+    model: PreTrainedModel, card: Card, scales: dict[str, Tensor], folder: Path
+) -> dict[str, Tensor]:
     # A tied head has no name of its own among the parameters.
-    own = dict(model.named_parameters(remove_duplicate=False))
+    own = dict(model.named_parameters(remove_duplicate=False)) | scales
+    if missing := sorted(scales.keys() - set(card.parameters)):
+        raise BitassayError(f"{folder / CARD_FILE}: parameters: {missing[0]} is not there", AGAIN)
     for name in card.parameters:
         if name not in own:
             raise BitassayError(f"{folder / CARD_FILE}: the model has no parameter {name}", AGAIN)

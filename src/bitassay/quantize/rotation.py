@@ -174,11 +174,13 @@ def add_online(model: PreTrainedModel, rotation: Rotation) -> None:
 
 
 def changed_parameters(base: PreTrainedModel, changed: PreTrainedModel) -> dict[str, Tensor]:
-    """Every parameter of `changed` that is not the base model's, by full name; an output head that was tied
-    in the base model has a name of its own."""
+    """Every parameter of `changed` that is not the base model's, by full name, new ones too; an output head
+    that was tied in the base model has a name of its own."""
     before = dict(base.named_parameters(remove_duplicate=False))
     after = changed.named_parameters(remove_duplicate=False)
-    return {name: value.detach() for name, value in after if not _same(value, before[name])}
+    return {
+        name: value.detach() for name, value in after if name not in before or not _same(value, before[name])
+    }
 
 
 def _same(new: Tensor, old: Tensor) -> bool:

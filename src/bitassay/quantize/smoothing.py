@@ -2,7 +2,7 @@
 
 A few columns of the activations are tens of times larger than the others, and one scale a token has to span
 them all. `x W^T = (x / s)(W s)^T` moves the difficulty to the weights, which have a scale for each row; the
-division is folded into the operation before (`folding.py`). Two ways to choose s:
+division is folded into the operation before, or done at run time (`folding.py`). Two ways to choose s:
 
     smoothquant  s_j = max |X_j|^alpha / max |W_j|^(1 - alpha)      (2211.10438, eq. 4), for rounded inputs;
                  the maximum over all linears that read X
@@ -57,7 +57,14 @@ class Smoothing(Part):
                 raise ValueError(f"{name} has no effect on method: {self.method}")
         if not self.places:
             raise ValueError("places is empty: there is nowhere to fold a scale")
+        if self.at_run_time and len(self.places) > 1:
+            raise ValueError("places: inputs gives every linear scales of its own, so it stands alone")
         return self
+
+    @property
+    def at_run_time(self) -> bool:
+        """Whether inputs are divided as they are read, which other tools would leave out."""
+        return "inputs" in self.places
 
 
 class Smoothed(NamedTuple):

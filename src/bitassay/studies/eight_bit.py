@@ -62,7 +62,7 @@ def both_sides(format: str, smoothed: bool, torchao: bool) -> Variant:
         "activations": {"format": FORMATS[format]},
     }
     if smoothed:
-        parts["smoothing"] = {"method": "smoothquant", "alpha": ALPHA}
+        parts["smoothing"] = {"method": "smoothquant", "places": ["inputs"], "alpha": ALPHA}
         parts["calibration"] = {"samples": SAMPLES}
     kind = "real" if format == "int8" else "fake"
     return Variant(name, format, "row", kind, Recipe(name=name, **parts), smoothed=smoothed)
