@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import bitassay
+import bitassay.evaluate.likelihood as module
 from bitassay.evaluate.likelihood import (
     SHARED_TOKENS,
     common_prefixes,
@@ -61,6 +62,14 @@ def test_shared_prefixes_change_nothing(architecture):
     check(tiny_model(architecture), pairs())
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_attention_that_adds_a_mask_and_attention_that_is_given_one(attention, dtype):
+    model = tiny_model("llama").to(dtype)
+    model.set_attn_implementation(attention)
+    check(model, pairs())
+
+
 @pytest.mark.parametrize("batch_tokens", [1, 64, 100_000])
 def test_the_size_of_batches_changes_nothing(stories, batch_tokens):
     check(stories, pairs(1), batch_tokens=batch_tokens)
@@ -111,9 +120,12 @@ def test_what_is_shared_is_read_once(stories):
     assert read < sum(len(context) + 1 for context, _ in asked) / 8
 
 
-def test_items_that_share_nothing_are_read_together(stories):
-    """Contexts of 40 to 45 tokens in one forward, the endings of all of them in another: the shorter the
-    context, the fewer tokens are read again with each ending."""
+@pytest.mark.parametrize("by_mask", [True, False])
+def test_items_that_share_nothing_are_read_together(by_mask, stories, monkeypatch):
+    """Contexts of 40 to 45 tokens with all their endings, a row each. Without masks, contexts in one forward
+    and the endings of all of them in another: the shorter the context, the fewer tokens are read again with
+    each ending."""
+    monkeypatch.setattr(module, "attends_by_mask", lambda model: by_mask)
     shapes = []
     contexts = [list(range(50 * place, 50 * place + 40 + place)) for place in range(6)]
     asked = [(context, [5 + ending, 6, 7]) for context in contexts for ending in range(4)]
@@ -126,7 +138,8 @@ def test_items_that_share_nothing_are_read_together(stories):
         found = continuation_scores(stories, asked, max_length=512, batch_tokens=512)
     finally:
         hook.remove()
-    assert shapes == [(6, 39), (24, 8)]  # up to 5 tokens of a context, its last one, and 2 of an ending
+    # A row ends with four times 2 tokens of an ending; a leaf has up to 5 tokens of a context, its last, and 2.
+    assert shapes == ([(6, 45 + 4 * 2)] if by_mask else [(6, 39), (24, 8)])
     for score, (context, continuation) in zip(found, asked, strict=True):
         assert score.log_likelihood == pytest.approx(plain(stories, context, continuation, 512)[0], abs=2e-3)
 

@@ -8,12 +8,14 @@ the sequences to read make a tree with at most three levels:
     head    the rest of an item's context: read once, behind the trunk
     leaf    the scored part: the context's last token and the continuation but for its last
 
-The keys and values of a level are computed once and given to all rows of the next by indexing the cache, so
-every cache that transformers or `quantize.kv_cache` has will do. No row needs a mask or explicit positions,
-whatever the architecture: rows that others build on have equal lengths, and the last rows are padded on the
-right, where causal attention never looks. So heads of several items are read together as far as the shortest
-of them goes, and what the others have beyond that is read with each leaf: items are sorted by length, so that
-is little, and large batches are worth more. Logits are computed for leaves alone.
+The keys and values of a trunk are computed once and given to all rows behind it by indexing the cache, so
+every cache that transformers or `quantize.kv_cache` has will do. Behind it an item is one row, a trie of head
+and leaves (`tries.py`), where the model attends by mask.
+
+Elsewhere no row needs a mask or explicit positions, whatever the architecture: rows that others build on have
+equal lengths, and the last rows are padded on the right, where causal attention never looks. So heads of
+several items are read together as far as the shortest of them goes, and what the others have beyond that is
+read with each leaf; items are sorted by length, so that is little. Logits are computed for leaves alone.
 
     log p(y | x) = sum_i log softmax(z_i)[y_i],   z_i in fp32, the sum in fp64
 
@@ -25,6 +27,7 @@ differ from its by rounding.
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import NamedTuple, cast
 
 import torch
@@ -32,6 +35,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from bitassay.evaluate.tries import Trie, attends_by_mask, rows_of, trie_size
 from bitassay.generate.decode import TokenIds, default_batch_tokens, token_batches
 from bitassay.quantize.kv_cache import empty_cache
 
@@ -80,49 +84,61 @@ def continuation_scores(
         sequence.asked.append((index, continuation))
     budget = batch_tokens or default_batch_tokens(model)
     found: dict[int, Score] = {}
-    for group, logits in _leaf_logits(model, list(sequences.values()), budget):
-        found |= _scores(group, logits)
+    for leaves in _leaf_logits(model, list(sequences.values()), budget):
+        found |= _scores(leaves)
         done(len(found))
     return [found[index] for index in range(len(pairs))]
 
 
+class _Leaves(NamedTuple):
+    """Sequences that were read, the logits of their scored positions, and which rows are whose, in order."""
+
+    sequences: Sequence[_Sequence]
+    rows: Sequence[Sequence[int]]
+    logits: Float[Tensor, "rows vocabulary"]
+
+
 @torch.inference_mode()
-def _scores(group: Sequence[_Sequence], logits: Float[Tensor, "rows vocabulary"]) -> dict[int, Score]:
-    """Scores by request, from the logits of all scored positions of a group, one sequence after the other."""
-    parts = [part.float() for part in logits.split(ROWS)]
+def _scores(leaves: _Leaves) -> dict[int, Score]:
+    """Scores by request."""
+    parts = [part.float() for part in leaves.logits.split(ROWS)]
     normalizer = torch.cat([part.logsumexp(1) for part in parts])
-    best = torch.cat([part.argmax(1) for part in parts])
-    found, stop = {}, 0
-    for sequence in group:
-        stop += sequence.scored
+    best = torch.cat([part.amax(1) for part in parts])
+    found = {}
+    for sequence, rows in zip(leaves.sequences, leaves.rows, strict=True):
         for index, continuation in sequence.asked:
-            rows = slice(stop - len(continuation), stop)
-            targets = torch.tensor(continuation, device=logits.device)
-            chosen = logits[rows].gather(1, targets[:, None])[:, 0].float() - normalizer[rows]
-            found[index] = Score(chosen.double().sum().item(), bool((best[rows] == targets).all()))
+            own = torch.tensor(rows[-len(continuation) :], device=leaves.logits.device)
+            targets = torch.tensor(continuation, device=leaves.logits.device)
+            chosen = leaves.logits[own, targets].float()
+            log_likelihood = (chosen - normalizer[own]).double().sum().item()
+            found[index] = Score(log_likelihood, bool((chosen == best[own]).all()))
     return found
 
 
-def _leaf_logits(
-    model: PreTrainedModel, sequences: Sequence[_Sequence], budget: int
-) -> Iterator[tuple[list[_Sequence], Float[Tensor, "rows vocabulary"]]]:
+def _leaf_logits(model: PreTrainedModel, sequences: Sequence[_Sequence], budget: int) -> Iterator[_Leaves]:
     """Logits of the scored positions, for all sequences, a few at a time."""
+    by_mask = attends_by_mask(model)
     for shared, families in _by_trunk(sequences).items():
-        trunk = Prefix.read(model, shared)
-        alone, several = _worth_a_head(families, len(shared))
-        for batch in token_batches([len(one.tokens) - len(shared) for one in alone], budget, len(shared)):
+        trunk, past = Prefix.read(model, shared), len(shared)
+        rests = [[one.tokens[past:] for one in family] for family in families]
+        sizes = [trie_size(rest) if by_mask and len(rest) > 1 else budget + 1 for rest in rests]
+        tries = [place for place, size in enumerate(sizes) if size <= budget]
+        for batch in token_batches([sizes[place] for place in tries], budget, past):
+            chosen = [families[tries[index]] for index in batch]
+            yield trunk.spread([0] * len(chosen)).score_tries(chosen)
+        others = [family for family, size in zip(families, sizes, strict=True) if size > budget]
+        alone, several = _worth_a_head(others, past)
+        for batch in token_batches([len(one.tokens) - past for one in alone], budget, past):
             group = [alone[index] for index in batch]
-            yield group, trunk.spread([0] * len(group)).score(group)
-        for batch in token_batches([len(one[0].head) - len(shared) for one in several], budget, len(shared)):
+            yield trunk.spread([0] * len(group)).score(group)
+        for batch in token_batches([len(one[0].head) - past for one in several], budget, past):
             chosen = [several[index] for index in batch]
             length = min(len(family[0].head) for family in chosen)
-            heads = trunk.spread([0] * len(batch)).extend(
-                [one[0].head[len(shared) : length] for one in chosen]
-            )
+            heads = trunk.spread([0] * len(batch)).extend([one[0].head[past:length] for one in chosen])
             leaves = [(row, one) for row, family in enumerate(chosen) for one in family]
             for part in token_batches([len(one.tokens) - length for _, one in leaves], budget, length):
                 rows, group = zip(*(leaves[index] for index in part), strict=True)
-                yield list(group), heads.spread(rows).score(group)
+                yield heads.spread(rows).score(group)
 
 
 def _by_trunk(sequences: Sequence[_Sequence]) -> dict[tuple[int, ...], list[list[_Sequence]]]:
@@ -182,15 +198,42 @@ class Prefix:
         self.model.get_decoder()(input_ids=tokens, past_key_values=self.cache, use_cache=True)
         return Prefix(self.model, self.cache, self.length + tokens.shape[1])
 
-    def score(self, group: Sequence[_Sequence]) -> Float[Tensor, "rows vocabulary"]:
-        """Read the rest of each sequence in its row; the logits of its scored positions. This prefix is used
-        up."""
+    def score(self, group: Sequence[_Sequence]) -> _Leaves:
+        """Read the rest of each sequence in its row. This prefix is used up."""
         rests = [sequence.tokens[self.length :] for sequence in group]
         tokens = right_pad(rests, self.model.device)
         wanted = torch.zeros(tokens.shape, dtype=torch.bool)
         for row, (rest, sequence) in enumerate(zip(rests, group, strict=True)):
             wanted[row, len(rest) - sequence.scored : len(rest)] = True
-        return logits_at(self.model, tokens, wanted.to(tokens.device), self.cache if self.length else None)
+        logits = logits_at(self.model, tokens, wanted.to(tokens.device), self.cache if self.length else None)
+        stops = accumulate(sequence.scored for sequence in group)
+        rows = [range(stop - one.scored, stop) for stop, one in zip(stops, group, strict=True)]
+        return _Leaves(group, rows, logits)
+
+    def score_tries(self, families: Sequence[Sequence[_Sequence]]) -> _Leaves:
+        """Read the rest of each family in a row, as a trie. This prefix is used up."""
+        tries = [Trie.of([one.tokens[self.length :] for one in family]) for family in families]
+        tokens, positions, mask = rows_of(tries, self.length, self.model.dtype)
+        wanted = torch.zeros(tokens.shape, dtype=torch.bool)
+        scored = [
+            (row, path[-one.scored :])
+            for row, (trie, family) in enumerate(zip(tries, families, strict=True))
+            for path, one in zip(trie.paths, family, strict=True)
+        ]
+        for row, nodes in scored:
+            wanted[row, nodes] = True
+        places = wanted.flatten().cumsum(0).view(wanted.shape) - 1
+        device = self.model.device
+        logits = logits_at(
+            self.model,
+            tokens.to(device),
+            wanted.to(device),
+            self.cache if self.length else None,
+            position_ids=positions.to(device),
+            attention_mask=mask.to(device),
+        )
+        rows = [places[row, nodes].tolist() for row, nodes in scored]
+        return _Leaves([one for family in families for one in family], rows, logits)
 
 
 @torch.inference_mode()
@@ -199,8 +242,10 @@ def logits_at(
     tokens: Int[Tensor, "batch tokens"],
     wanted: Bool[Tensor, "batch tokens"],
     cache: DynamicCache | None,
+    **options: Tensor,
 ) -> Float[Tensor, "rows vocabulary"]:
     """Logits at the wanted positions alone, row by row, in the model's dtype. The cache, if any, grows.
+    `options` go to the model.
 
     The output head is given those positions of its input in one row; what the model does to logits after it
     (a cap, a scale) it does to these.
@@ -212,7 +257,8 @@ def logits_at(
 
     hook = cast(torch.nn.Module, model.get_output_embeddings()).register_forward_pre_hook(keep)
     try:
-        return model(input_ids=tokens, past_key_values=cache, use_cache=cache is not None).logits[0]
+        read = model(input_ids=tokens, past_key_values=cache, use_cache=cache is not None, **options)
+        return read.logits[0]
     finally:
         hook.remove()
 
