@@ -2,8 +2,8 @@
 
 Its documented steps: observers see calibration text, then every linear of the decoder layers becomes one with
 a scale for each output row and dynamic ones for each token. SmoothQuant is a prototype there; it gives every
-linear scales of its own, which are multiplied at run time, where `quantize/smoothing.py` folds them into what
-comes before. torchao is the extra `torchao`, imported here alone.
+linear scales of its own, which are multiplied at run time, as our `places: [inputs]` does. torchao is the
+extra `torchao`, imported here alone.
 """
 
 from importlib import import_module
