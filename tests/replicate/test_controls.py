@@ -3,16 +3,21 @@
 import json
 
 import pytest
+import torch
 
 from bitassay import cli
-from bitassay.quantize.model import bits_per_weight
+from bitassay.models.walk import matrices
+from bitassay.quantize.model import bits_per_weight, quantization_of
 from bitassay.quantize.pipeline import quantize
 from bitassay.quantize.recipe import Recipe
+from bitassay.quantize.tensor import quantize_tensor
 from bitassay.replicate.controls import controls
 
 pytestmark = pytest.mark.usefixtures("text_read_once")
 
 RESIDUAL = {"how": "parallel", "of": "linear", "differ": "residual"}
+INT2 = {"format": "int2", "granularity": "g32", "symmetric": False}
+FEW = {"samples": 4, "tokens": 48}
 
 
 def recipe(replication, weights=None, **parts):
@@ -38,12 +43,40 @@ def test_layers_that_begin_later_are_matched_too():
     assert later["equal-bits"] == first["equal-bits"] != later["single"]
 
 
-def test_text_that_nothing_looks_at_is_left_out():
-    few = {"samples": 4}
-    fitted = recipe({"coefficients": "fitted"}, calibration=few)
-    assert not by_kind(fitted)["single"].is_calibrated
-    solved = recipe({"coefficients": "fitted"}, calibration=few, gptq={})
-    assert by_kind(solved)["single"].calibration == solved.calibration
+def codes(model):
+    return {name: tensor.packed for name, tensor in quantization_of(model).tensors.items()}
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["text named", "text of the part alone"])
+def test_a_fitted_replica_and_its_single_control_have_the_same_codes(stories, named):
+    """Both weighed by the inputs, or neither: the second pass is all that is between them."""
+    parts = {"calibration": FEW} if named else {}
+    own = recipe({"coefficients": "fitted"}, INT2, **parts)
+    once = codes(quantize(stories, by_kind(own)["single"]))
+    assert equal(once, codes(quantize(stories, own)))
+    assert equal(once, codes(quantize(stories, recipe(None, INT2, calibration=FEW)))) is named
+
+
+def test_mixed_bits_beside_a_replica_without_text_are_searched_without_text(stories):
+    """The text that chooses formats weighs nothing: each matrix is what its scheme alone makes of it."""
+    own = recipe(RESIDUAL | {"layers": [0, 3]}, INT2)
+    assert not own.is_calibrated
+    found = quantization_of(quantize(stories, by_kind(own)["equal-bits"])).tensors
+    assert len({tensor.scheme.format for tensor in found.values()}) > 1
+    for name, weight in matrices(stories).items():
+        assert torch.equal(found[name].packed, quantize_tensor(weight, found[name].scheme).packed)
+
+
+def test_text_weighs_every_copy_of_a_layer(stories):
+    own = recipe({"how": "parallel", "differ": "scale", "values": [1, 1]}, INT2, calibration=FEW)
+    found = codes(quantize(stories, own))
+    for name in matrices(stories):
+        layer, _, rest = name.removeprefix("model.layers.").partition(".")
+        assert torch.equal(found[name], found[f"model.layers.{layer}.replicas.0.{rest}"])
 
 
 def test_unquantized_weights_are_matched_by_the_model_itself():

@@ -54,12 +54,10 @@ def controls(recipe: Recipe, layers: int) -> list[Control]:
 
 
 def _changed(recipe: Recipe, suffix: str, change: dict[str, Any]) -> Recipe:
-    """A valid recipe without copies, and without calibration text that nothing looks at any more."""
+    """A valid recipe without copies, weighed by the text that weighs the replicated one, if any does."""
     fields = recipe.model_dump(exclude_none=True, exclude={"replication", "description"})
     name = f"{recipe.name[:56]}-{suffix}"
-    made = Recipe.model_validate({"weights": None, **fields, "name": name, **change})
-    without = made.model_copy(update={"calibration": None})
-    return made if without.is_calibrated else without
+    return Recipe.model_validate({"weights": None, **fields, "name": name, **change})
 
 
 def _more_bits(recipe: Recipe, weights: WeightScheme, counts: list[int], mean: float) -> dict[str, Any]:
