@@ -12,6 +12,7 @@ from bitassay.quantize.pipeline import quantize
 from bitassay.quantize.recipe import Recipe
 from bitassay.quantize.tensor import quantize_tensor
 from bitassay.replicate.controls import controls
+from bitassay.replicate.plan import Chosen
 
 pytestmark = pytest.mark.usefixtures("text_read_once")
 
@@ -35,6 +36,27 @@ def test_every_plan_has_all_three():
         assert found.keys() == {"single", "equal-bits", "equal-flops"}
         assert all(control.replication is None for control in found.values())
     assert controls(recipe({"copies": 1}), 5) == controls(recipe(None), 5) == []
+
+
+@pytest.mark.parametrize("layers", ["all", [1, 4], {1: 2, 2: 1, 4: 2}, {"by": "kl"}], ids=str)
+def test_fitted_copies_are_beside_the_same_layers_rescaled(layers):
+    found = by_kind(recipe({"coefficients": "fitted", "layers": layers}))
+    assert found.keys() == {"single", "rescaled", "equal-bits", "equal-flops"}
+    plan = found["rescaled"].replication
+    assert (plan.copies, plan.coefficients) == (1, "fitted")
+    own = found["rescaled"].replication.layers
+    assert own == (Chosen(by="kl") if layers == {"by": "kl"} else "all" if layers == "all" else (1, 4))
+
+
+def test_rescaling_is_the_first_step_of_fitting(stories):
+    """A fitted replica begins with what its rescaled control ends with."""
+    own = recipe({"coefficients": "fitted", "layers": [0, 3]}, calibration=FEW)
+    control = by_kind(own)["rescaled"]
+    twice, once = (quantization_of(quantize(stories, r)).passes for r in (own, control))
+    assert twice.keys() == once.keys() == {0, 3}
+    assert once[0].count == 1
+    assert (once[0].keep, once[0].add) == (twice[0].keep[:1], twice[0].add[:1])
+    assert (once[0].keep, once[0].add) != ((1.0,), (1.0,))
 
 
 def test_layers_that_begin_later_are_matched_too():

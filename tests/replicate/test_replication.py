@@ -57,6 +57,7 @@ CASES = {
     "fitted parallel": recipe(
         {"how": "parallel", "differ": "noise", "values": [0, 0.1], "coefficients": "fitted"}, calibration=FEW
     ),
+    "rescaled": recipe({"copies": 1, "coefficients": "fitted", "layers": [1, 3]}, calibration=FEW),
     "seeds": recipe({"differ": "seed", "coefficients": "mean", "layers": [1, 3]}),
     "rotations": recipe({"how": "parallel", "differ": "rotation"}),
     "rotated first": recipe(
@@ -135,6 +136,8 @@ def test_the_worst_layer_is_chosen(stories):
 
 def test_counts_of_layers():
     assert ReplicationPlan(copies=3, layers="progressive").known_counts(5) == {0: 3, 1: 3, 2: 2}
+    assert ReplicationPlan(copies=1, layers=(4, 1)).known_counts(5) == {}
+    assert ReplicationPlan(copies=1, layers=(4, 1), coefficients="fitted").known_counts(5) == {1: 1, 4: 1}
     assert ReplicationPlan(layers=(4, 1)).known_counts(5) == {1: 2, 4: 2}
     assert ReplicationPlan(copies=3, layers={0: 3, 2: 1}).known_counts(5) == {0: 3}
     with pytest.raises(BitassayError, match="no layer 7"):

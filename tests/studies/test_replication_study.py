@@ -137,6 +137,7 @@ def test_variants_are_each_measured_once(name, layers):
         wanted = {"replica", "single", "equal-bits"} | (
             {"equal-flops"} if recipe.weights or recipe.activations else set()
         )
+        wanted |= {"rescaled"} if recipe.replication.coefficients == "fitted" else set()
         assert kinds == wanted
 
 

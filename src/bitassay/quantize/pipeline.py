@@ -190,7 +190,7 @@ def _counts(
 ) -> dict[int, int]:
     """How many copies each layer gets that gets several."""
     plan = recipe.replication
-    if plan is None or plan.copies == 1:
+    if plan is None or plan.changes_nothing:
         return {}
 
     def measured() -> dict[str, int]:

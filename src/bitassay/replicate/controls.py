@@ -1,6 +1,8 @@
 """What a replicated recipe has to beat: plain recipes that cost as much. `controls` makes them.
 
     single        the same recipe, every layer once
+    rescaled      of fitted copies: the same layers once, their coefficients fitted too, so that what comes of
+                  rescaling a layer's output is not credited to its further passes
     equal-bits    one matrix of as many stored bits as all copies together
     equal-flops   one pass with as many bit operations: passes x bits of a weight (x bits of an input)
 
@@ -19,8 +21,9 @@ from bitassay.quantize.formats import FORMATS
 from bitassay.quantize.granularity import Granularity
 from bitassay.quantize.recipe import Recipe
 from bitassay.quantize.scheme import WeightScheme
+from bitassay.replicate.plan import Chosen, ReplicationPlan
 
-Kind = Literal["single", "equal-bits", "equal-flops"]
+Kind = Literal["single", "rescaled", "equal-bits", "equal-flops"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 INTEGERS = {int(f.bits): f.name for f in FORMATS.values() if f.kind == "integer"}
 INPUT_INTEGERS = {int(f.bits): f.name for f in INPUT_FORMATS.values() if f.kind == "integer"}
@@ -39,6 +42,14 @@ def controls(recipe: Recipe, layers: int) -> list[Control]:
     plan = recipe.replication
     if plan is None or plan.copies == 1:
         return []
+    rescaled = []
+    if plan.coefficients == "fitted":
+        once = {"copies": 1, "coefficients": "fitted", "layers": _layers_with_copies(plan, layers)}
+        rescaled = [Control(("rescaled",), _changed(recipe, "rescaled", {"replication": once}))]
+    return [*_plain_controls(recipe, plan, layers), *rescaled]
+
+
+def _plain_controls(recipe: Recipe, plan: ReplicationPlan, layers: int) -> list[Control]:
     counts = plan.counts(layers)
     mean = sum(counts) / layers
     single = _changed(recipe, "single", {})
@@ -53,8 +64,15 @@ def controls(recipe: Recipe, layers: int) -> list[Control]:
     return [Control(("single", "equal-bits"), single), Control(("equal-flops",), more)]
 
 
+def _layers_with_copies(plan: ReplicationPlan, layers: int) -> Any:
+    """The layers that have copies, as a plan says it that gives each one."""
+    if plan.layers == "all" or isinstance(plan.layers, Chosen):
+        return plan.layers
+    return tuple(plan.known_counts(layers) or ())
+
+
 def _changed(recipe: Recipe, suffix: str, change: dict[str, Any]) -> Recipe:
-    """A valid recipe without copies, weighed by the text that weighs the replicated one, if any does."""
+    """A valid recipe without these copies, weighed by the text that weighs the replicated one, if any does."""
     fields = recipe.model_dump(exclude_none=True, exclude={"replication", "description"})
     name = f"{recipe.name[:56]}-{suffix}"
     return Recipe.model_validate({"weights": None, **fields, "name": name, **change})

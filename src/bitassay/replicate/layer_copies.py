@@ -36,7 +36,7 @@ def copies_by_layer(
     assert not isinstance(plan.layers, (str, tuple, dict))
     chosen = chosen_layers(model, schemes, plan.layers, tokens, progress)
     progress(f"layers with copies, by {plan.layers.by}: {', '.join(map(str, chosen))}")
-    return dict.fromkeys(chosen, plan.copies) if plan.copies > 1 else {}
+    return dict.fromkeys(chosen, plan.copies)
 
 
 def with_copies(

@@ -7,7 +7,8 @@ with f_i(x) = layer_i(x) - x, what the i-th copy adds to its input. `coefficient
 
     plain      a = 1, c = 1                 another pass is another layer; parallel, a sum
     mean       a = 1, c = 1/n               serial: damped
-    fitted     least squares on calibration text against the unquantized model's states
+    fitted     least squares on calibration text against the unquantized model's states; with one copy, the
+               layer once and rescaled
     [0.7, 0.3] a = 1, and each copy's c
 
 `of: linear` copies single matrices instead of layers. That is parallel by nature, and nothing but one linear
@@ -107,7 +108,8 @@ class Steps:
 
 
 class ReplicationPlan(Part):
-    """What is run how often. copies counts the original: with 1 nothing changes. layers: all; progressive,
+    """What is run how often. copies counts the original: with 1 nothing changes, but for fitted coefficients,
+    which rescale what the layer puts out. layers: all; progressive,
     from `copies` at the front down to one at the back; chosen by a measure; numbers; or a count for each."""
 
     copies: int = Field(default=2, ge=1, le=16)
@@ -146,9 +148,14 @@ class ReplicationPlan(Part):
         return self.coefficients == "fitted" or (isinstance(chosen, Chosen) and chosen.by != "error")
 
     @property
+    def changes_nothing(self) -> bool:
+        """Whether every layer runs once, as it is."""
+        return self.copies == 1 and self.coefficients != "fitted"
+
+    @property
     def at_run_time(self) -> bool:
-        """Whether layers run more than once; else all copies are merged."""
-        return self.of == "layer" and self.copies > 1
+        """Whether layers have passes; else all copies are merged."""
+        return self.of == "layer" and not self.changes_nothing
 
     @property
     def is_deeper_model(self) -> bool:
@@ -191,8 +198,8 @@ class ReplicationPlan(Part):
         return Steps((1.0,) * count, add)
 
     def known_counts(self, layers: int) -> dict[int, int] | None:
-        """How many copies each layer has that has several, in a model of so many layers; None where it takes
-        a measurement. Raises BitassayError for a layer that the model does not have."""
+        """How many copies each layer has that has several, or that is rescaled, in a model of so many layers;
+        None where it takes a measurement. Raises BitassayError for a layer that the model does not have."""
         if isinstance(self.layers, Chosen):
             return None
         if self.layers == "all":
@@ -208,7 +215,8 @@ class ReplicationPlan(Part):
             raise BitassayError(
                 f"replication: there is no layer {wrong[0]}", f"layers from 0 to {layers - 1}"
             )
-        return {index: count for index, count in sorted(counts.items()) if count > 1}
+        least = 1 if self.copies == 1 and not self.changes_nothing else 2
+        return {index: count for index, count in sorted(counts.items()) if count >= least}
 
     def counts(self, layers: int) -> list[int]:
         """How many copies each layer has; where layers are chosen by a measure, as many of the first."""

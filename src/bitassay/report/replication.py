@@ -11,6 +11,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from bitassay.replicate.controls import KINDS
 from bitassay.report.bench import page_table, write_tables
 from bitassay.report.claims import CLAIM_COLUMNS
 from bitassay.report.figures import COLOURS, INK, STYLE, label_points, svg
@@ -46,7 +47,7 @@ ROW_COLUMNS = [
     Column("decode_tok_s", "decode\ntok/s", significant(3)),
     Column("peak_bytes", "peak\nmemory", size),
     Column("grade", "grade", align="left"),
-    *map(_beats, ("single", "equal-bits", "equal-flops")),
+    *map(_beats, KINDS),
 ]
 PAIR_COLUMNS = [
     Column("group", "replica", align="left"),

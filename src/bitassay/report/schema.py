@@ -193,6 +193,7 @@ class ReplicationRow(_Compared):
     variant: Text
     controls: list[Text]
     beats_single: bool | None
+    beats_rescaled: bool | None = None
     beats_equal_bits: bool | None
     beats_equal_flops: bool | None
     bits_per_weight: Finite
