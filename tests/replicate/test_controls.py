@@ -126,6 +126,21 @@ def test_equal_bits_are_equal(stories, weights, plan):
     )
 
 
+def test_an_offset_is_kept_where_it_helps():
+    """A control of levels that lie evenly around zero has such levels too, and less error for it."""
+    even = {"format": "int2", "granularity": "g64", "offset": 0.5}
+    found = by_kind(recipe(RESIDUAL | {"values": [1.3, 1]}, even))["equal-bits"].weights
+    assert (found.format, found.granularity, found.offset) == ("int4", "g32", 0.5)
+    some = by_kind(recipe(RESIDUAL | {"layers": [0]}, even))["equal-bits"]
+    assert {choice.offset for choice in some.mixed.choices(some.weights)} == {0.5}
+    weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+    errors = [
+        (quantize_tensor(weight, scheme).dequantize() - weight).square().sum()
+        for scheme in (found, found.model_copy(update={"offset": 0.0}))
+    ]
+    assert errors[0] < errors[1]
+
+
 def test_some_layers_are_matched_by_mixed_bits(stories):
     own = recipe(RESIDUAL | {"layers": [0, 3]}, calibration={"samples": 4, "tokens": 48})
     control = by_kind(own)["equal-bits"]

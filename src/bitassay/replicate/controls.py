@@ -108,9 +108,9 @@ def widened(scheme: WeightScheme, count: int) -> dict[str, Any]:
 
 
 def _plain(scheme: WeightScheme) -> dict[str, Any]:
-    """The fields that say something about integers of any size; the scale is searched, for the control's
-    sake."""
-    kept = scheme.model_dump(include={"granularity", "symmetric", "scale_dtype", "zero_point"})
+    """The fields that say something about integers of any size, an offset among them: symmetric 3 and 4 bits
+    have less error with half a step of it too. The scale is searched, for the control's sake."""
+    kept = scheme.model_dump(include={"granularity", "symmetric", "scale_dtype", "zero_point", "offset"})
     return kept | {"scale": "mse"}
 
 
