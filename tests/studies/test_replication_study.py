@@ -233,12 +233,18 @@ def test_planes_are_read_as_deep_as_asked(stories, window):
         return window_reader(stories, model, Reading(**how))(window)
 
     whole, first, never = window_logits(model, window), read(), read(threshold=99.0)
+    gated = read(threshold=3.0)
+    drawn = read(threshold=3.0, seed=1)
+    assert drawn.bytes == pytest.approx(gated.bytes)
+    assert not torch.allclose(drawn.logits, gated.logits, atol=0.01)
+    assert torch.equal(read(threshold=3.0, seed=1).logits, drawn.logits)
+    assert not torch.equal(read(threshold=3.0, seed=2).logits, drawn.logits)
+    torch.testing.assert_close(read(threshold=-1.0, seed=1).logits, whole)
     every = read(layers=Chosen(by="error", share=1.0))
     assert torch.equal(every.logits, whole)
     assert not torch.allclose(first.logits, whole, atol=0.1)
     torch.testing.assert_close(read(threshold=-1.0).logits, whole)
     part = read(layers=Chosen(by="error", share=0.4))
-    gated = read(threshold=3.0)
     assert first.bytes < part.bytes < every.bytes
     assert first.bytes < gated.bytes < every.bytes
     # A text begins with all planes; the rest of this one is read by plane 1 alone.

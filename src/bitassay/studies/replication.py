@@ -26,6 +26,7 @@ from bitassay.studies.variants import Reading, Variant, VariantPlan
 
 PLAIN, REPLICA = "plain", "replica"
 DEFAULT_PROTOCOL = Protocol(window_tokens=1024, windows=16)
+THRESHOLDS = (1.0, 2.5, 4.0)  # of the entropy gate, in nats
 BLOCK = 8  # a variant is made anew for each block
 
 W2 = {"format": "int2", "granularity": "g64", "symmetric": False, "scale": "mse"}
@@ -199,7 +200,8 @@ def _planes() -> tuple[Group, ...]:
     whole = group("both", EVEN, MESHED, **SOLVED)
     depths = {
         "plane-1": Reading(),
-        **{f"gated-{theta:g}": Reading(threshold=theta) for theta in (1.0, 2.5, 4.0)},
+        **{f"gated-{theta:g}": Reading(threshold=theta) for theta in THRESHOLDS},
+        **{f"random-{theta:g}": Reading(threshold=theta, seed=0) for theta in THRESHOLDS},
         **{f"layers-{share:.0%}": Reading(Chosen(by="kl", share=share)) for share in (0.2, 0.4, 0.6, 0.8)},
     }
     mixed = {"formats": ["int2", "int3", "int4"], "samples": 8}

@@ -215,6 +215,15 @@ CLAIMS = (
     Claim(
         "planes",
         "-",
+        "an entropy gate chooses well: better than as many tokens at random",
+        "-",
+        LESS,
+        tuple(divergence(f"gated-{theta}", f"random-{theta}") for theta in ("1", "2.5", "4")),
+        KL,
+    ),
+    Claim(
+        "planes",
+        "-",
         "read to the bottom in chosen layers, a checkpoint is as good as mixed bits of that average",
         "-",
         NO_WORSE,
