@@ -198,6 +198,7 @@ def _uses() -> tuple[Group, ...]:
 
 def _planes() -> tuple[Group, ...]:
     whole = group("both", EVEN, MESHED, **SOLVED)
+    apart = group("apart", EVEN, RESIDUAL, **SOLVED | {"gptq": {"planes": "apart"}})
     depths = {
         "plane-1": Reading(),
         **{f"gated-{theta:g}": Reading(threshold=theta) for theta in THRESHOLDS},
@@ -209,6 +210,8 @@ def _planes() -> tuple[Group, ...]:
         Group(BASE),
         whole,
         *(Group(name, whole.recipe, reading) for name, reading in depths.items()),
+        apart,
+        Group("apart-plane-1", apart.recipe, Reading()),
         *(group(f"uniform-{n}", W2 | {"format": f"int{n}"}, **SOLVED) for n in (2, 3, 4)),
         *(
             group(f"mixed-{bits:g}", W2, mixed={"bits": bits, **mixed}, **SOLVED)
