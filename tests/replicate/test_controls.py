@@ -114,6 +114,20 @@ def test_shared_copies_store_nothing_and_work_as_more_bits():
     assert (found["equal-flops"].weights.format, found["equal-flops"].weights.granularity) == ("int4", "g32")
 
 
+def test_passes_that_stop_are_matched_by_what_their_budget_allows():
+    stop = {"copies": 3, "coefficients": [1, 0.1, 0.1]}
+    budgets = (None, 99, 2, 0)
+    found = [by_kind(recipe(stop | {"stop": {"budget": budget}})) for budget in budgets]
+    average = 2 + 18 / 64  # of int2 with zero points in groups of 64
+    assert found[0]["equal-flops"] == found[1]["equal-flops"] == by_kind(recipe(stop))["equal-flops"]
+    assert found[0]["equal-flops"].mixed.bits == pytest.approx(3 * average, abs=1e-3)
+    assert found[2]["equal-flops"].mixed.bits == pytest.approx((1 + 2 / 5) * average, abs=1e-3)
+    assert found[3]["equal-flops"] == found[3]["single"]
+    seeds = by_kind(recipe(stop | {"differ": "seed", "stop": {"budget": 2}}))
+    assert seeds["equal-bits"].mixed.bits > seeds["equal-flops"].mixed.bits
+    assert seeds["equal-bits"].name != seeds["equal-flops"].name
+
+
 @pytest.mark.parametrize(
     "weights", [{"format": "int2", "granularity": "g64"}, {"format": "int4", "granularity": "g32"}]
 )

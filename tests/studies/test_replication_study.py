@@ -164,6 +164,9 @@ def test_controls_stand_below_their_replica_and_are_compared_with_it(done):
         [pair] = [p for p in run["pairs"] if (p["group"], p["role"]) == ("offset-2", control["role"])]
         assert pair["kl"] == pytest.approx(rows[0]["kl_mean"] - control["kl_mean"])
         assert pair["beats"] == beats(pair["kl_ci"])
+    ratios = {p["role"]: p["read_ratio"] for p in run["pairs"] if p["group"] == "damped-2"}
+    assert ratios["single, equal-bits"] == pytest.approx(0.5, rel=0.01)
+    assert ratios["equal-flops"] == pytest.approx(1, rel=0.05)
     assert (rows[0]["beats_single"], rows[0]["beats_equal_bits"]) == (True, False)
     assert rows[0]["beats_equal_flops"] == rows[0]["beats_equal_bits"]
     assert (rows[1]["controls"], rows[1]["beats_single"]) == ([], None)
@@ -181,11 +184,13 @@ def test_only_an_interval_without_zero_decides(pair, wanted):
 
 
 def test_grades_are_the_documents():
-    one, two = (group("x", {"format": f}).recipe for f in ("binary", "int2"))
     said = [(0.49, "excellent"), (0.5, "good"), (1.5, "acceptable"), (-3, "excellent")]
-    assert all(grade(delta, recipe) == word for (delta, word), recipe in product(said, (one, two, None)))
-    assert [grade(9.9, recipe) for recipe in (one, two, None)] == ["acceptable for 1 bit", None, None]
-    assert grade(10, one) is None
+    assert all(grade(delta, bits) == word for (delta, word), bits in product(said, (1.25, 2.28, 16)))
+    # Three planes of 1 bit store 3.75.
+    assert [grade(9.9, bits) for bits in (1.25, 1.85, 2.28, 3.75)] == ["acceptable for 1 bit"] * 2 + [
+        None
+    ] * 2
+    assert grade(10, 1.25) is None
 
 
 def test_what_a_token_costs(stories):

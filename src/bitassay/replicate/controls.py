@@ -4,13 +4,17 @@
     rescaled      of fitted copies: the same layers once, their coefficients fitted too, so that what comes of
                   rescaling a layer's output is not credited to its further passes
     equal-bits    one matrix of as many stored bits as all copies together
-    equal-flops   one pass with as many bit operations: passes x bits of a weight (x bits of an input)
+    equal-flops   one pass with as many bit operations: passes x bits of a weight (x bits of an input). Not
+                  floating-point operations, of which a pass has as many at any bits: equal are the bits of
+                  weights that decoding a token reads, and so its time where reading is what takes it
 
 n copies of b bits in groups of g weights store as much as one matrix of n b bits in groups of g / n (rounded
 up); that recipe also does their bit operations in one pass. Where there is no integer of n b bits, or layers
 have different counts, the control is mixed bits at the same average, spent where they matter most. Copies
 that share their codes store nothing more, so at equal bits their control is `single`; n roundings of the
-inputs to a bits do the work of one to n a bits. Above 8 bits a control has 8, which is less than it may.
+inputs to a bits do the work of one to n a bits. Above 8 bits a control has 8, which is less than it may. Of
+passes that stop, those that a budget allows are counted; without one, all, which is an upper bound: what the
+control read beyond the copies is in the studies' `read_ratio`.
 """
 
 from dataclasses import dataclass
@@ -50,18 +54,26 @@ def controls(recipe: Recipe, layers: int) -> list[Control]:
 
 
 def _plain_controls(recipe: Recipe, plan: ReplicationPlan, layers: int) -> list[Control]:
-    counts = plan.counts(layers)
-    mean = sum(counts) / layers
     single = _changed(recipe, "single", {})
     if plan.differ == "inputs":
         worked = _changed(recipe, "inputs", {"activations": _more_input_bits(recipe, plan.copies)})
         return [Control(("single", "equal-bits"), single), Control(("equal-flops",), worked)]
     if recipe.weights is None:
         return [Control(("single", "equal-bits"), single)]
-    more = _changed(recipe, "bits", _more_bits(recipe, recipe.weights, counts, mean))
-    if plan.makes_codes:
-        return [Control(("single",), single), Control(("equal-bits", "equal-flops"), more)]
-    return [Control(("single", "equal-bits"), single), Control(("equal-flops",), more)]
+    counts = plan.counts(layers)
+    passes = sum(counts) / layers
+    budget = None if plan.stop is None else plan.stop.budget
+    times: dict[Kind, float] = {
+        "single": 1.0,
+        "equal-bits": passes if plan.makes_codes else 1.0,
+        "equal-flops": passes if budget is None else min(passes, 1 + budget / layers),
+    }
+    found = [Control(tuple(k for k in times if times[k] == 1), single)]
+    for mean in dict.fromkeys(wanted for wanted in times.values() if wanted != 1):
+        kinds = tuple(kind for kind in times if times[kind] == mean)
+        more = _more_bits(recipe, recipe.weights, counts, mean)
+        found.append(Control(kinds, _changed(recipe, kinds[0], more)))
+    return found
 
 
 def _layers_with_copies(plan: ReplicationPlan, layers: int) -> Any:
@@ -82,7 +94,7 @@ def _more_bits(recipe: Recipe, weights: WeightScheme, counts: list[int], mean: f
     fmt, count = weights.number_format, counts[0]
     if fmt.kind == "float":
         return {}
-    if len(set(counts)) == 1 and (wanted := min(8.0, fmt.bits * count)) in INTEGERS:
+    if set(counts) == {mean} and (wanted := min(8.0, fmt.bits * count)) in INTEGERS:
         if wanted == fmt.bits:
             return {}
         overrides = [

@@ -56,6 +56,9 @@ PAIR_COLUMNS = [
     with_interval("kl", "KL\n[95 %]", significant(3)),
     with_interval("kl_fraction", "KL as a share\n[95 %]", percent(1)),
     with_interval("ppl", "ppl\n[95 %]", significant(3)),
+    Column("read_ratio", "the control reads,\nover the replica", number(2)),
+    Column("decode_tok_s", "decode\ntok/s", significant(3)),
+    Column("control_decode_tok_s", "the control's\ntok/s", significant(3)),
     Column("beats", "beats it", lambda row: WORDS[row["beats"]], whole_row=True),
 ]
 DRAFT_COLUMNS = [

@@ -211,6 +211,9 @@ class ControlPair(_Compared):
     kl: Finite
     ppl: Finite
     beats: bool | None
+    read_ratio: Positive | None = None
+    decode_tok_s: Positive | None = None
+    control_decode_tok_s: Positive | None = None
 
 
 class DraftRow(_Compared):
