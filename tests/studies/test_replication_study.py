@@ -22,6 +22,7 @@ from bitassay.studies.cells import Bench
 from bitassay.studies.claims import judged
 from bitassay.studies.costs import facts_of, window_reader
 from bitassay.studies.drafts import drafted
+from bitassay.studies.pairs import beats
 from bitassay.studies.replication import (
     BASE,
     EVEN,
@@ -36,7 +37,7 @@ from bitassay.studies.replication import (
     replication_plan,
 )
 from bitassay.studies.replication_claims import CLAIMS
-from bitassay.studies.replication_run import beats, grade, run_replication, with_costs
+from bitassay.studies.replication_run import grade, run_replication, with_costs
 from bitassay.studies.variants import Findings, Reading, Variant, VariantPlan
 
 W2 = W2 | {"scale": "absmax"}  # which is quick

@@ -95,6 +95,7 @@ class AssayRun(_Part):
     environment: dict[Text, Any]
     seconds: dict[Text, Finite] = {}
     rows: Annotated[list[Row], Field(min_length=1, max_length=MAX_ROWS)]
+    pairs: Annotated[list["ControlPair"], Field(max_length=MAX_ROWS)] = []
 
     @model_validator(mode="after")
     def _one_distance_for_each_layer(self) -> "AssayRun":

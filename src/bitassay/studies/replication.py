@@ -22,6 +22,7 @@ from bitassay.errors import BitassayError, nearest
 from bitassay.quantize.recipe import BASE, Recipe
 from bitassay.replicate.controls import controls
 from bitassay.replicate.plan import Chosen
+from bitassay.studies.pairs import Place, changes_nothing
 from bitassay.studies.variants import Reading, Variant, VariantPlan
 
 PLAIN, REPLICA = "plain", "replica"
@@ -57,16 +58,6 @@ class Study:
     groups: tuple[Group, ...]
     speed: bool = False
     drafts: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class Place:
-    """A row of the results: a group, what the variant is in it (plain, replica, or in what it equals the
-    replica), and the variant's name."""
-
-    group: str
-    role: str
-    variant: str
 
 
 def group(
@@ -260,13 +251,6 @@ def arranged(groups: tuple[Group, ...], layers: int) -> tuple[tuple[Variant, ...
         for control in plain:
             add(one.name, ", ".join(control.kinds), control.recipe)
     return tuple(found.values()), places
-
-
-def changes_nothing(recipe: Recipe) -> bool:
-    """Whether what it makes of a model is the model."""
-    return recipe.model_copy(update={"calibration": None}) == Recipe(
-        name=recipe.name, description=recipe.description, weights=None
-    )
 
 
 def replication_plan(

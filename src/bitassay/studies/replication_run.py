@@ -4,8 +4,7 @@
     OUT/bench/GROUP/         speeds: a group's models take turns with the base, alone, after all cells
     OUT/run.json             rows, pairs of replicas and controls, drafts, claims
 
-A replica *beats* a control where its KL to the base is lower beyond doubt, `false` where it is higher beyond
-doubt, and None where the interval, paired by window, holds zero. Grades are the document's.
+What a replica beats is in `pairs.py`. Grades are the document's.
 """
 
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from bitassay.bench.environment import environment
 from bitassay.bench.models import bench
 from bitassay.bench.rounds import ratio_of
 from bitassay.data.corpora import corpus
-from bitassay.evaluate.compare import summarise, text_difference
+from bitassay.evaluate.compare import summarise
 from bitassay.evaluate.statistics import bootstrap_means, percentile_interval
 from bitassay.models.source import resolve
 from bitassay.quantize.recipe import BASE
@@ -31,7 +30,8 @@ from bitassay.replicate.controls import KINDS
 from bitassay.studies.cells import Cell, read_costs, read_facts, read_text
 from bitassay.studies.claims import judged
 from bitassay.studies.crew import do_study
-from bitassay.studies.replication import REPLICA, Place, find_study, replication_plan
+from bitassay.studies.pairs import Place, pair
+from bitassay.studies.replication import REPLICA, find_study, replication_plan
 from bitassay.studies.replication_claims import CLAIMS
 from bitassay.studies.variants import Findings, VariantPlan
 
@@ -152,28 +152,15 @@ def pairs_of(found: Findings, places: Sequence[Place], speed: dict[str, Row]) ->
         replica = replicas.get(place.group)
         if replica is None or place.role == REPLICA:
             continue
-        apart = text_difference(found.text[place.variant], found.text[replica], found.plan.seed)
         rows.append(
-            {
-                "group": place.group,
-                "role": place.role,
-                "replica": replica,
-                "control": place.variant,
-                **asdict(apart),
-                "beats": beats(apart.kl_ci),
+            pair(place, replica, found.text, found.plan.seed)
+            | {
                 "read_ratio": read(place.variant) / read(replica),
                 "decode_tok_s": speed.get(replica, {}).get("decode_tok_s"),
                 "control_decode_tok_s": speed.get(place.variant, {}).get("decode_tok_s"),
             }
         )
     return rows
-
-
-def beats(interval: tuple[float, float] | None) -> bool | None:
-    """Of a difference that is good where it is negative; None: not decided."""
-    if interval is None or interval[0] <= 0 <= interval[1]:
-        return None
-    return interval[1] < 0
 
 
 def _speed(
