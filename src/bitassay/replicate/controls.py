@@ -68,10 +68,10 @@ def _plain_controls(recipe: Recipe, plan: ReplicationPlan, layers: int) -> list[
         "equal-bits": passes if plan.makes_codes else 1.0,
         "equal-flops": passes if budget is None else min(passes, 1 + budget / layers),
     }
-    found = [Control(tuple(k for k in times if times[k] == 1), single)]
-    for mean in dict.fromkeys(wanted for wanted in times.values() if wanted != 1):
-        kinds = tuple(kind for kind in times if times[kind] == mean)
-        more = _more_bits(recipe, recipe.weights, counts, mean)
+    found = []
+    for mean in dict.fromkeys(times.values()):
+        kinds: tuple[Kind, ...] = tuple(kind for kind, wanted in times.items() if wanted == mean)
+        more = {} if mean == 1 else _more_bits(recipe, recipe.weights, counts, mean)
         found.append(Control(kinds, _changed(recipe, kinds[0], more)))
     return found
 

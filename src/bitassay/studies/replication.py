@@ -35,6 +35,7 @@ EVEN = {"format": "int2", "granularity": "g64", "offset": 0.5}  # the levels -1.
 W1 = {"format": "binary", "granularity": "g64"}
 TERNARY = {"format": "ternary", "granularity": "g64"}
 SOLVED = {"gptq": {}, "calibration": {"samples": 16}}  # few: a study has a dozen such models
+APART = SOLVED | {"gptq": {"planes": "apart"}}
 INT8 = {"activations": {"format": "int8"}}
 RESIDUAL = {"how": "parallel", "of": "linear", "differ": "residual"}
 MESHED = RESIDUAL | {"values": [1.3, 1]}
@@ -100,9 +101,9 @@ def _phase1() -> tuple[Group, ...]:
         group("w4", W2 | {"format": "int4"}),
         *(group(f"serial-{n}", W2, {"copies": n}) for n in (2, 3, 4)),
         *(group(f"damped-{n}", W2, damped | {"copies": n}) for n in (2, 3)),
-        group("serial-2-gptq", W2, {}, **SOLVED),
-        group("damped-2-gptq", W2, damped, **SOLVED),
-        group("fitted-2-gptq", W2, {"coefficients": "fitted"}, **SOLVED),
+        *(group(f"serial-{n}-gptq", W2, {"copies": n}, **SOLVED) for n in (2, 3, 4)),
+        *(group(f"damped-{n}-gptq", W2, damped | {"copies": n}, **SOLVED) for n in (2, 3, 4)),
+        *(group(f"fitted-{n}-gptq", W2, {"coefficients": "fitted", "copies": n}, **SOLVED) for n in (2, 3)),
         group("damped-layer-2-gptq", W2, damped | {"layers": [2]}, **SOLVED),
         group("damped-2-dense", None, damped),
         group("damped-layer-2-dense", None, damped | {"layers": [2]}),
@@ -138,13 +139,16 @@ def _phase2() -> tuple[Group, ...]:
 
 
 def _phase3() -> tuple[Group, ...]:
+    listed = RESIDUAL | {"layers": {0: 2, 1: 2, 2: 2}}
+    there = {"r1": "online", "layers": [0, 1, 2]}
     return (
         Group(BASE),
         group("w2-gptq", W2, **SOLVED),
         group("w2-gptq-rotated", W2, rotation={}, **SOLVED),
         *(group(f"residual-{by}", EVEN, MESHED | chosen(by), **SOLVED) for by in ("error", "kl", "massive")),
         group("residual-front", EVEN, RESIDUAL | {"layers": "progressive"}, **SOLVED),
-        group("residual-listed", EVEN, RESIDUAL | {"layers": {0: 2, 1: 2, 2: 2}}, **SOLVED),
+        group("residual-listed", EVEN, listed, **SOLVED),
+        group("residual-listed-rotated", EVEN, listed, rotation=there, **SOLVED),
         group("residual-rotated", EVEN, MESHED, rotation={}, **SOLVED),
         group("residual-kl-rotated", EVEN, MESHED | chosen("kl"), rotation={}, **SOLVED),
         group("w2", W2),
@@ -162,6 +166,7 @@ def _phase4() -> tuple[Group, ...]:
         group("seed-w1-4", W1, average("seed", copies=4)),
         group("rotations-w1-4", W1, average("rotation", copies=4)),
         *(group(f"residual-w1-{n}", W1, RESIDUAL | {"copies": n}, **SOLVED) for n in (2, 3, 4)),
+        group("residual-w1-3-apart", W1, RESIDUAL | {"copies": 3}, **APART),
         group("residual-w1-3-rotated", W1, RESIDUAL | {"copies": 3}, rotation={}, **SOLVED),
         group("residual-w1.58-2", TERNARY, RESIDUAL, **SOLVED),
         group("residual-w1.58-2-rotated", TERNARY, RESIDUAL, rotation={}, **SOLVED),
@@ -189,7 +194,7 @@ def _uses() -> tuple[Group, ...]:
 
 def _planes() -> tuple[Group, ...]:
     whole = group("both", EVEN, MESHED, **SOLVED)
-    apart = group("apart", EVEN, RESIDUAL, **SOLVED | {"gptq": {"planes": "apart"}})
+    apart = group("apart", EVEN, RESIDUAL, **APART)
     depths = {
         "plane-1": Reading(),
         **{f"gated-{theta:g}": Reading(threshold=theta) for theta in THRESHOLDS},
