@@ -112,13 +112,13 @@ def test_every_way_to_replicate_is_a_row_somewhere():
     plans = [g.recipe.replication for s in STUDIES.values() for g in s.groups if g.recipe is not None]
     plans = [plan for plan in plans if plan is not None]
     said = {(p.how, p.of) for p in plans}
-    assert said == {("serial", "layer"), ("parallel", "layer"), ("parallel", "linear")}
+    assert said == {("serial", "layer"), ("serial", "block"), ("parallel", "layer"), ("parallel", "linear")}
     fields = {"nothing", "scale", "clip", "offset", "noise", "seed", "rotation", "residual", "inputs"}
     assert {p.differ for p in plans} == fields
     ways = {p.coefficients if isinstance(p.coefficients, str) else "list" for p in plans}
     assert ways == {"plain", "mean", "fitted", "list"}
     layers = {p.layers if isinstance(p.layers, str) else type(p.layers).__name__ for p in plans}
-    assert layers == {"all", "progressive", "Chosen", "tuple", "dict"}
+    assert layers == {"all", "progressive", "middle", "Chosen", "tuple", "dict"}
     assert {p.layers.by for p in plans if isinstance(p.layers, Chosen)} == {"error", "kl", "massive"}
     assert any(p.stop is not None and p.stop.budget is not None for p in plans)
     assert any(g.recipe.rotation is not None for s in STUDIES.values() for g in s.groups if g.recipe)

@@ -14,6 +14,9 @@ with f_i(x) = layer_i(x) - x, what the i-th copy adds to its input. `coefficient
 `of: linear` copies single matrices instead of layers. That is parallel by nature, and nothing but one linear
 whose weight is `sum_i c_i W_i`: it is stored and run as that (`quantize/copies.py`), at no cost at run time.
 
+`of: block` runs the listed layers, which follow each other, as one, then again, with a and c around them all:
+a loop over a block, as looped transformers have it (2605.23872 damps one without training).
+
 `differ` says what sets the copies apart; with `nothing` and `inputs` they share their codes, stored once:
 
     nothing    the same codes again
@@ -25,8 +28,7 @@ whose weight is `sum_i c_i W_i`: it is stored and run as that (`quantize/copies.
     inputs     the grid of the rounded inputs (`activations`) moved by (i + 1/2) / n - 1/2 steps
 
 Layers count from 0. `by` error, kl and massive choose that share of the layers whose weights, whose
-next-token distributions, or whose largest hidden states suffer (`select.py`). Left out: loops over
-blocks of several layers.
+next-token distributions, or whose largest hidden states suffer (`select.py`).
 """
 
 import math
@@ -109,13 +111,13 @@ class Steps:
 
 class ReplicationPlan(Part):
     """What is run how often. copies counts the original: with 1 nothing changes, but for fitted coefficients,
-    which rescale what the layer puts out. layers: all; progressive,
-    from `copies` at the front down to one at the back; chosen by a measure; numbers; or a count for each."""
+    which rescale what the layer puts out. layers: all; progressive, from `copies` at the front down to one at
+    the back; middle, the third of them there; chosen by a measure; numbers; or a count for each."""
 
     copies: int = Field(default=2, ge=1, le=16)
-    layers: Literal["all", "progressive"] | Chosen | tuple[int, ...] | dict[int, int] = "all"
+    layers: Literal["all", "progressive", "middle"] | Chosen | tuple[int, ...] | dict[int, int] = "all"
     how: Literal["serial", "parallel"] = "serial"
-    of: Literal["layer", "linear"] = "layer"
+    of: Literal["layer", "linear", "block"] = "layer"
     coefficients: Literal["plain", "mean", "fitted"] | tuple[float, ...]
     differ: Literal[
         "nothing", "scale", "clip", "offset", "noise", "seed", "rotation", "residual", "inputs"
@@ -155,13 +157,13 @@ class ReplicationPlan(Part):
     @property
     def at_run_time(self) -> bool:
         """Whether layers have passes; else all copies are merged."""
-        return self.of == "layer" and not self.changes_nothing
+        return self.of != "linear" and not self.changes_nothing
 
     @property
     def is_deeper_model(self) -> bool:
         """Whether it is the same as a model with more layers."""
         return (
-            self.how == "serial"
+            (self.how, self.of) == ("serial", "layer")
             and self.coefficients == "plain"
             and self.stop is None
             and self.differ != "inputs"
@@ -204,6 +206,8 @@ class ReplicationPlan(Part):
             return None
         if self.layers == "all":
             counts = dict.fromkeys(range(layers), self.copies)
+        elif self.layers == "middle":
+            counts = dict.fromkeys(range(layers // 3, layers - layers // 3), self.copies)
         elif self.layers == "progressive":
             last = max(1, layers - 1)
             counts = {index: 1 + round((self.copies - 1) * (1 - index / last)) for index in range(layers)}
@@ -228,6 +232,12 @@ class ReplicationPlan(Part):
         return [known.get(index, 1) for index in range(layers)]
 
 
+def _follow_each_other(layers: object) -> bool:
+    if not isinstance(layers, tuple):
+        return layers in ("all", "middle")
+    return bool(layers) and sorted(layers) == list(range(min(layers), max(layers) + 1))
+
+
 def _contradictions(p: ReplicationPlan) -> list[tuple[bool, str]]:
     """Combinations that make no sense, and why."""
     counts = p.layers.values() if isinstance(p.layers, dict) else ()
@@ -249,6 +259,15 @@ def _contradictions(p: ReplicationPlan) -> list[tuple[bool, str]]:
             p.differ == "residual" and (p.how, p.of, p.coefficients) != ("parallel", "linear", "plain"),
             "residual: what a copy leaves over is no layer by itself: how: parallel, of: linear, "
             "coefficients: plain",
+        ),
+        (
+            p.of == "block"
+            and ((p.how, p.differ, p.stop) != ("serial", "nothing", None) or p.coefficients == "fitted"),
+            "a block runs again as it is: how: serial, differ: nothing, no stop, coefficients that are given",
+        ),
+        (
+            p.of == "block" and not _follow_each_other(p.layers),
+            "of: block: layers: all, middle, or a list of layers that follow each other",
         ),
         (
             p.of == "linear" and p.coefficients == "fitted",

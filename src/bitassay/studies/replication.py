@@ -5,13 +5,13 @@
     phase2          copies that differ: scales, clipping, offsets, noise, seeds, residual codes, group sizes
     phase3          chosen layers; rotation before it and in each copy; parallel and fitted copies
     phase4          one bit and ternary, with what repaired most
-    uses            what else copies could be good for: input grids, rotations, stopping early
+    uses            what else copies could be good for: input grids, rotations, stopping early, loops of a block
     planes          one checkpoint in residual codes, read to several depths, and drafts by its first plane
 
 A study is rows: a *group* is a recipe, and each one with copies brings its controls along
 (`replicate/controls.py`) as rows of their own. Models that are equal are one variant, measured once. Source:
 the experiment document on layer replication, sections 4.1 and 4.3; `replication_claims.py` holds what its
-theory predicts. Loops over blocks of several layers, and weights shared across layers, are left out.
+theory predicts. Weights shared across layers are left out.
 """
 
 from dataclasses import dataclass
@@ -177,6 +177,8 @@ def _uses() -> tuple[Group, ...]:
     grids, inputs = average("inputs"), {n: {"activations": {"format": f"int{n}"}} for n in (4, 6, 8)}
     again = {"copies": 3, "coefficients": [1, 0.1, 0.1]}  # a token may stop behind the layer as it is
     stops = again | {"stop": {"norm": 0.3, "cosine": 0.05}}
+    middle = {"of": "block", "layers": "middle"}
+    loops = {"loop-2": middle | {"coefficients": "mean"}, "loop-2-again": middle | {"coefficients": [1, 0.1]}}
     return (
         Group(BASE),
         *(group(f"w16a{n}", None, **one) for n, one in inputs.items()),
@@ -188,6 +190,8 @@ def _uses() -> tuple[Group, ...]:
         group("again-3-gptq", W2, again, **SOLVED),
         group("stopping-3-gptq", W2, stops, **SOLVED),
         group("stopping-3-dense", None, stops),
+        *(group(f"{name}-dense", None, loop) for name, loop in loops.items()),
+        *(group(f"{name}-gptq", W2, loop, **SOLVED) for name, loop in loops.items()),
         group("budget-3-gptq", W2, stops | {"stop": {"norm": 0, "cosine": 0, "budget": 8}}, **SOLVED),
     )
 
@@ -229,7 +233,7 @@ STUDIES = {
         Study("phase2", "copies at 2 bits that differ: grids, clipping, noise, residual codes", _phase2()),
         Study("phase3", "chosen layers, rotation, parallel and fitted copies at 2 bits", _phase3()),
         Study("phase4", "one bit and ternary with residual codes and rotation", _phase4()),
-        Study("uses", "input grids, rotations in copies, stopping early", _uses()),
+        Study("uses", "input grids, rotations in copies, stopping early, loops over a block", _uses()),
         Study(
             "planes", "one checkpoint in residual codes read to several depths", _planes(), drafts=(2, 4, 8)
         ),
