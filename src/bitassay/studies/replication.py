@@ -5,7 +5,7 @@
     phase2          copies that differ: scales, clipping, offsets, noise, seeds, residual codes, group sizes
     phase3          chosen layers; rotation before it and in each copy; parallel and fitted copies
     phase4          one bit and ternary, with what repaired most
-    uses            what else copies could be good for: input grids, rotations, stopping early, loops of a block
+    uses            what else copies could be good for: input grids, rotations, stopping early, loops
     planes          one checkpoint in residual codes, read to several depths, and drafts by its first plane
 
 A study is rows: a *group* is a recipe, and each one with copies brings its controls along
