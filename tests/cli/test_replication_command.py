@@ -34,8 +34,9 @@ def test_a_table_a_page_and_a_report_of_it(study, bitassay, tmp_path):
     rows = json.loads(done.out)["rows"]
     assert [row["group"] for row in rows] == ["Baseline", *["Simple-2bit"] * 3]
     assert all(row.keys() >= ASKED and row["decode_tok_s"] > 0 < row["peak_bytes"] for row in rows)
-    beats = {f"beats_{kind}": None for kind in ("single", "equal_bits", "equal_flops")}
+    beats = {f"beats_{kind}": None for kind in ("single", "rescaled", "equal_bits", "equal_flops")}
     for pair in json.loads(done.out)["runs"][0]["pairs"]:
+        assert pair["decode_tok_s"] > 0 < pair["control_decode_tok_s"]
         low, high = pair["kl_ci"]
         for kind in pair["role"].split(", "):
             beats[f"beats_{kind.replace('-', '_')}"] = None if low <= 0 <= high else high < 0

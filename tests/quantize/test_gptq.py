@@ -4,8 +4,12 @@ import pytest
 import torch
 
 from bitassay.errors import BitassayError
-from bitassay.quantize.gptq import Gptq, gptq, group_bounds, inverse_factor
+from bitassay.quantize.copies import planes
+from bitassay.quantize.gptq import Gptq, gptq, gptq_planes, group_bounds, inverse_factor
 from bitassay.quantize.granularity import Granularity
+from bitassay.quantize.model import quantization_of
+from bitassay.quantize.pipeline import quantize
+from bitassay.quantize.recipe import Recipe
 from bitassay.quantize.rounding import dequantize, round_to_nearest
 from bitassay.quantize.scales import grid_for
 from bitassay.quantize.scheme import WeightScheme
@@ -99,6 +103,27 @@ def test_the_output_is_closer_than_by_rounding_to_nearest(granularity, order):
     assert found.stored_bits == nearest.stored_bits
 
 
+@pytest.mark.parametrize("order", ["activation", "natural"])
+def test_planes_are_rounded_together(order):
+    """Two planes of 2 bits that mesh are nearly the one grid of 4 bits; one after the other they are not."""
+    weight, hessian = problem(rows=64, columns=160, tokens=600)
+    even = {"granularity": "g32", "offset": 0.5, "scale": "mse"}
+    schemes = [WeightScheme(format="int2", scale_factor=factor, **even) for factor in (1.3, 1)]
+    found = gptq_planes(weight, hessian, schemes, Gptq(order=order))
+    values = [packed(one, scheme).dequantize() for one, scheme in zip(found, schemes, strict=True)]
+    # Each plane has what those before it left, and nothing but the sum makes up for errors.
+    torch.testing.assert_close(found[1].compensated, found[0].compensated - values[0], atol=1e-6, rtol=0)
+    four = WeightScheme(format="int4", **even)
+    whole = output_error(
+        weight, packed(gptq(weight, hessian, four, Gptq(order=order)), four).dequantize(), hessian
+    )
+    assert output_error(weight, sum(values), hessian) < 1.5 * whole
+    first = packed(gptq(weight, hessian, schemes[0], Gptq(order=order)), schemes[0]).dequantize()
+    rest = packed(gptq(weight - first, hessian, schemes[1], Gptq(order=order)), schemes[1]).dequantize()
+    assert output_error(weight, first + rest, hessian) > 3 * whole
+    assert output_error(weight, values[0], hessian) > output_error(weight, first, hessian)
+
+
 def test_stacked_matrices_are_solved_as_if_alone():
     weight, hessian = problem(rows=20)
     scheme = WeightScheme(format="int2", granularity="g16", symmetric=False)
@@ -155,3 +180,21 @@ def test_a_constant_weight():
         found = packed(gptq(torch.full((3, 40), value), hessian, scheme, Gptq()), scheme)
         assert found.dequantize().isfinite().all()
         assert (found.dequantize() - value).abs().max() < 0.1
+
+
+def test_planes_apart_begin_with_the_gptq_of_their_bits(stories):
+    """Of the first layer, whose inputs are the same in all models."""
+    weights = {"format": "int2", "granularity": "g32", "offset": 0.5}
+    calibration = {"samples": 6, "tokens": 48}
+    residual = {"how": "parallel", "of": "linear", "differ": "residual"}
+    first = {}
+    for how, gptq_, copies in (
+        ("alone", {}, None),
+        ("apart", {"planes": "apart"}, residual),
+        ("together", {}, residual),
+    ):
+        recipe = Recipe(name="x", weights=weights, gptq=gptq_, calibration=calibration, replication=copies)
+        tensor = quantization_of(quantize(stories, recipe)).tensors["model.layers.0.self_attn.q_proj"]
+        first[how] = planes(tensor)[0].packed
+    assert torch.equal(first["apart"], first["alone"])
+    assert not torch.equal(first["together"], first["alone"])

@@ -3,16 +3,22 @@
 import json
 
 import pytest
+import torch
 
 from bitassay import cli
-from bitassay.quantize.model import bits_per_weight
+from bitassay.models.walk import matrices
+from bitassay.quantize.model import bits_per_weight, quantization_of
 from bitassay.quantize.pipeline import quantize
 from bitassay.quantize.recipe import Recipe
+from bitassay.quantize.tensor import quantize_tensor
 from bitassay.replicate.controls import controls
+from bitassay.replicate.plan import Chosen
 
 pytestmark = pytest.mark.usefixtures("text_read_once")
 
 RESIDUAL = {"how": "parallel", "of": "linear", "differ": "residual"}
+INT2 = {"format": "int2", "granularity": "g32", "symmetric": False}
+FEW = {"samples": 4, "tokens": 48}
 
 
 def recipe(replication, weights=None, **parts):
@@ -32,18 +38,67 @@ def test_every_plan_has_all_three():
     assert controls(recipe({"copies": 1}), 5) == controls(recipe(None), 5) == []
 
 
+@pytest.mark.parametrize("layers", ["all", [1, 4], {1: 2, 2: 1, 4: 2}, {"by": "kl"}], ids=str)
+def test_fitted_copies_are_beside_the_same_layers_rescaled(layers):
+    found = by_kind(recipe({"coefficients": "fitted", "layers": layers}))
+    assert found.keys() == {"single", "rescaled", "equal-bits", "equal-flops"}
+    plan = found["rescaled"].replication
+    assert (plan.copies, plan.coefficients) == (1, "fitted")
+    own = found["rescaled"].replication.layers
+    assert own == (Chosen(by="kl") if layers == {"by": "kl"} else "all" if layers == "all" else (1, 4))
+
+
+def test_rescaling_is_the_first_step_of_fitting(stories):
+    """A fitted replica begins with what its rescaled control ends with."""
+    own = recipe({"coefficients": "fitted", "layers": [0, 3]}, calibration=FEW)
+    control = by_kind(own)["rescaled"]
+    twice, once = (quantization_of(quantize(stories, r)).passes for r in (own, control))
+    assert twice.keys() == once.keys() == {0, 3}
+    assert once[0].count == 1
+    assert (once[0].keep, once[0].add) == (twice[0].keep[:1], twice[0].add[:1])
+    assert (once[0].keep, once[0].add) != ((1.0,), (1.0,))
+
+
 def test_layers_that_begin_later_are_matched_too():
     """A list that leaves the first layer out has controls of as many bits as any."""
     first, later = (by_kind(recipe(RESIDUAL | {"layers": list(layers)})) for layers in ((0, 1), (2, 3)))
     assert later["equal-bits"] == first["equal-bits"] != later["single"]
 
 
-def test_text_that_nothing_looks_at_is_left_out():
-    few = {"samples": 4}
-    fitted = recipe({"coefficients": "fitted"}, calibration=few)
-    assert not by_kind(fitted)["single"].is_calibrated
-    solved = recipe({"coefficients": "fitted"}, calibration=few, gptq={})
-    assert by_kind(solved)["single"].calibration == solved.calibration
+def codes(model):
+    return {name: tensor.packed for name, tensor in quantization_of(model).tensors.items()}
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["text named", "text of the part alone"])
+def test_a_fitted_replica_and_its_single_control_have_the_same_codes(stories, named):
+    """Both weighed by the inputs, or neither: the second pass is all that is between them."""
+    parts = {"calibration": FEW} if named else {}
+    own = recipe({"coefficients": "fitted"}, INT2, **parts)
+    once = codes(quantize(stories, by_kind(own)["single"]))
+    assert equal(once, codes(quantize(stories, own)))
+    assert equal(once, codes(quantize(stories, recipe(None, INT2, calibration=FEW)))) is named
+
+
+def test_mixed_bits_beside_a_replica_without_text_are_searched_without_text(stories):
+    """The text that chooses formats weighs nothing: each matrix is what its scheme alone makes of it."""
+    own = recipe(RESIDUAL | {"layers": [0, 3]}, INT2)
+    assert not own.is_calibrated
+    found = quantization_of(quantize(stories, by_kind(own)["equal-bits"])).tensors
+    assert len({tensor.scheme.format for tensor in found.values()}) > 1
+    for name, weight in matrices(stories).items():
+        assert torch.equal(found[name].packed, quantize_tensor(weight, found[name].scheme).packed)
+
+
+def test_text_weighs_every_copy_of_a_layer(stories):
+    own = recipe({"how": "parallel", "differ": "scale", "values": [1, 1]}, INT2, calibration=FEW)
+    found = codes(quantize(stories, own))
+    for name in matrices(stories):
+        layer, _, rest = name.removeprefix("model.layers.").partition(".")
+        assert torch.equal(found[name], found[f"model.layers.{layer}.replicas.0.{rest}"])
 
 
 def test_unquantized_weights_are_matched_by_the_model_itself():
@@ -59,6 +114,20 @@ def test_shared_copies_store_nothing_and_work_as_more_bits():
     assert (found["equal-flops"].weights.format, found["equal-flops"].weights.granularity) == ("int4", "g32")
 
 
+def test_passes_that_stop_are_matched_by_what_their_budget_allows():
+    stop = {"copies": 3, "coefficients": [1, 0.1, 0.1]}
+    budgets = (None, 99, 2, 0)
+    found = [by_kind(recipe(stop | {"stop": {"budget": budget}})) for budget in budgets]
+    average = 2 + 18 / 64  # of int2 with zero points in groups of 64
+    assert found[0]["equal-flops"] == found[1]["equal-flops"] == by_kind(recipe(stop))["equal-flops"]
+    assert found[0]["equal-flops"].mixed.bits == pytest.approx(3 * average, abs=1e-3)
+    assert found[2]["equal-flops"].mixed.bits == pytest.approx((1 + 2 / 5) * average, abs=1e-3)
+    assert found[3]["equal-flops"] == found[3]["single"]
+    seeds = by_kind(recipe(stop | {"differ": "seed", "stop": {"budget": 2}}))
+    assert seeds["equal-bits"].mixed.bits > seeds["equal-flops"].mixed.bits
+    assert seeds["equal-bits"].name != seeds["equal-flops"].name
+
+
 @pytest.mark.parametrize(
     "weights", [{"format": "int2", "granularity": "g64"}, {"format": "int4", "granularity": "g32"}]
 )
@@ -69,6 +138,21 @@ def test_equal_bits_are_equal(stories, weights, plan):
     assert bits_per_weight(quantize(stories, control)) == pytest.approx(
         bits_per_weight(quantize(stories, own)), rel=0.02
     )
+
+
+def test_an_offset_is_kept_where_it_helps():
+    """A control of levels that lie evenly around zero has such levels too, and less error for it."""
+    even = {"format": "int2", "granularity": "g64", "offset": 0.5}
+    found = by_kind(recipe(RESIDUAL | {"values": [1.3, 1]}, even))["equal-bits"].weights
+    assert (found.format, found.granularity, found.offset) == ("int4", "g32", 0.5)
+    some = by_kind(recipe(RESIDUAL | {"layers": [0]}, even))["equal-bits"]
+    assert {choice.offset for choice in some.mixed.choices(some.weights)} == {0.5}
+    weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+    errors = [
+        (quantize_tensor(weight, scheme).dequantize() - weight).square().sum()
+        for scheme in (found, found.model_copy(update={"offset": 0.0}))
+    ]
+    assert errors[0] < errors[1]
 
 
 def test_some_layers_are_matched_by_mixed_bits(stories):

@@ -14,7 +14,7 @@ from bitassay.quantize.model import Quantization, quantization_of, with_tensors
 from bitassay.quantize.pipeline import quantize
 from bitassay.quantize.recipe import Recipe
 from bitassay.replicate import on_demand
-from bitassay.replicate.on_demand import entropy, gated, gated_logits, planes_on_demand
+from bitassay.replicate.on_demand import entropy, gated, gated_logits, planes_on_demand, shuffled
 
 pytestmark = pytest.mark.usefixtures("text_read_once")
 
@@ -91,6 +91,15 @@ def test_a_gated_text_is_what_decoding_token_by_token_gives(model, threshold, pi
     torch.testing.assert_close(torch.stack(stepwise), whole, rtol=1e-4, atol=2e-4)
     if threshold in (0, 99):
         assert set(depths[1:]) == {2 if threshold == 0 else 1}
+
+
+def test_shuffled_depths_are_the_same_elsewhere():
+    depths = torch.tensor([2, 1, 1, 2, 1, 1, 2, 1])
+    found = [shuffled(depths, torch.Generator().manual_seed(seed)) for seed in range(40)]
+    assert all(one[0] == 2 and one.sum() == depths.sum() for one in found)
+    opened = torch.stack(found)[:, 1:].eq(2).float().mean(0)  # each place is as likely as the others
+    assert opened.min() > 0.05
+    assert opened.max() < 0.6
 
 
 def test_a_gate_decides_while_it_generates(model):

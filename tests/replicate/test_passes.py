@@ -116,7 +116,7 @@ def test_replication_by_one_is_no_replication_to_the_bit(stories, packed):
     assert texts[0] == texts[1]
     # A layer with a single pass through `Passes` is the layer too.
     layer = decoder_layers(once)[1]
-    layer.forward = Passes([layer], Steps((1.0,), (1.0,)), first_slot=5)
+    layer.forward = Passes([[layer]], Steps((1.0,), (1.0,)), first_slot=5)
     assert torch.equal(logits(once), logits(none))
 
 
@@ -128,6 +128,7 @@ PLANS = {
     "budget": {"copies": 3, "stop": {"cosine": 0, "norm": 0, "budget": 3}},
     "own codes": {"copies": 2, "differ": "seed", "coefficients": "mean"},
     "parallel": {"copies": 2, "how": "parallel", "differ": "offset"},
+    "block": {"copies": 3, "of": "block", "layers": [1, 2, 3], "coefficients": [1, 0.2, 0.1]},
 }
 
 
@@ -156,6 +157,31 @@ def test_passes_attend_to_what_the_same_pass_made_of_earlier_tokens(stories):
     layers.insert(3, second)
     plain.config.num_hidden_layers = 6
     assert torch.equal(logits(twice, use_cache=False), logits(plain, use_cache=False))
+
+
+def test_a_block_that_runs_again_is_a_deeper_model(stories):
+    """By brute force: layers 1, 2, 1, 2; and as one step around both."""
+    plan = {"of": "block", "layers": [1, 2]}
+    plain, looped = quantize(stories, recipe()), quantize(stories, recipe(plan))
+    layers = decoder_layers(plain)
+    copied = decoder_layers(with_tensors(stories, quantization_of(plain)))
+    for place, layer in enumerate((copied[1], copied[2])):
+        layer.self_attn.layer_idx = 5 + place
+        layers.insert(3 + place, layer)
+    plain.config.num_hidden_layers = 7
+    assert torch.equal(logits(looped, use_cache=False), logits(plain, use_cache=False))
+    # Weighed by nothing, further passes change nothing; by something, not what layer after layer does.
+    once = quantize(stories, recipe())
+    assert torch.equal(logits(quantize(stories, recipe(plan | {"coefficients": [1, 0]}))), logits(once))
+    apart = quantize(stories, recipe({"layers": [1, 2]}))
+    assert not torch.allclose(logits(apart), logits(looped), atol=0.1)
+
+
+def test_a_block_of_layers_that_attend_in_different_ways_is_refused():
+    base = tiny_model("gemma3", sliding_window=8, layer_types=["sliding_attention"] * 2 + ["full_attention"])
+    quantize(base, recipe({"of": "block", "layers": [0, 1]}))
+    with pytest.raises(BitassayError, match="different ways"):
+        quantize(base, recipe({"of": "block"}))
 
 
 def test_a_rounded_cache_rounds_every_slot_once(stories):

@@ -57,11 +57,13 @@ CASES = {
     "fitted parallel": recipe(
         {"how": "parallel", "differ": "noise", "values": [0, 0.1], "coefficients": "fitted"}, calibration=FEW
     ),
+    "rescaled": recipe({"copies": 1, "coefficients": "fitted", "layers": [1, 3]}, calibration=FEW),
     "seeds": recipe({"differ": "seed", "coefficients": "mean", "layers": [1, 3]}),
     "rotations": recipe({"how": "parallel", "differ": "rotation"}),
     "rotated first": recipe(
         {"how": "parallel", "differ": "offset"}, rotation={"r4": True, "without_hadamard": "blocks"}
     ),
+    "block": recipe({"of": "block", "layers": [1, 2, 3], "coefficients": [1, 0.3]}),
     "residual": recipe(LINEAR),
     "residual by gptq": recipe(LINEAR | {"layers": {"by": "error", "share": 0.4}}, gptq={}, calibration=FEW),
     "input grids of layers": recipe({"how": "parallel", "differ": "inputs"}, activations={"format": "int4"}),
@@ -135,6 +137,10 @@ def test_the_worst_layer_is_chosen(stories):
 
 def test_counts_of_layers():
     assert ReplicationPlan(copies=3, layers="progressive").known_counts(5) == {0: 3, 1: 3, 2: 2}
+    assert ReplicationPlan(copies=1, layers=(4, 1)).known_counts(5) == {}
+    assert ReplicationPlan(layers="middle").known_counts(6) == {2: 2, 3: 2}
+    assert list(ReplicationPlan(layers="middle").known_counts(30)) == list(range(10, 20))
+    assert ReplicationPlan(copies=1, layers=(4, 1), coefficients="fitted").known_counts(5) == {1: 1, 4: 1}
     assert ReplicationPlan(layers=(4, 1)).known_counts(5) == {1: 2, 4: 2}
     assert ReplicationPlan(copies=3, layers={0: 3, 2: 1}).known_counts(5) == {0: 3}
     with pytest.raises(BitassayError, match="no layer 7"):
@@ -260,6 +266,12 @@ def test_a_card_that_does_not_fit_is_refused(stories, tmp_path, change, why):
         ),
         ({"replication": LINEAR, "weights": INT2 | {"copies": {"count": 2, "differ": "seed"}}}, "already"),
         ({"replication": {"coefficients": "fitted"}, "rotation": {"r1": "online"}}, "turn the stream"),
+        ({"replication": {"of": "block"}, "rotation": {"r1": "online"}}, "turn the stream"),
+        ({"replication": {"of": "block", "layers": [1, 3]}}, "follow each other"),
+        ({"replication": {"of": "block", "layers": "progressive"}}, "follow each other"),
+        ({"replication": {"of": "block", "stop": {}}}, "runs again as it is"),
+        ({"replication": {"of": "block", "coefficients": "fitted"}}, "runs again as it is"),
+        ({"replication": {"of": "block", "differ": "seed"}}, "runs again as it is"),
     ],
 )
 def test_plans_that_make_no_sense_are_refused(parts, why):

@@ -12,6 +12,7 @@ from bitassay.data.windows import Protocol
 from bitassay.errors import BitassayError
 from bitassay.quantize.recipe import Recipe, find_recipe
 from bitassay.quantize.tune import Tune
+from bitassay.report.assay import write_report
 from bitassay.studies.assay import AssayPlan, assay
 from bitassay.studies.estimate import estimate_assay
 from bitassay.studies.verification import Verification
@@ -99,6 +100,33 @@ def test_a_damaged_part_is_named(tmp_path):
     part.write_bytes(part.read_bytes()[:-40])
     with pytest.raises(BitassayError, match="window-0001"):
         assay("stories260k", ["w8"], out=tmp_path / "run", **options)
+
+
+def test_replicas_come_with_their_controls(tmp_path):
+    options = SMALL | {"verification": None, "bench_repeats": 0}
+    weights = {"format": "int2", "granularity": "g32", "scale": "absmax"}
+    twice = Recipe(name="twice", weights=weights, replication={"coefficients": "mean"})
+    once = Recipe(name="once", weights=weights)
+    dense = Recipe(name="dense", weights=None, replication={"coefficients": "mean"})
+    run, _ = assay("stories260k", [twice, once, dense], out=tmp_path / "run", **options)
+    # A control that is a row already, or the base, is not measured again.
+    assert [row["recipe"] for row in run["rows"]] == ["base", "twice", "twice-equal-flops", "once", "dense"]
+    assert [(pair["group"], pair["role"], pair["control"]) for pair in run["pairs"]] == [
+        ("twice", "single, equal-bits", "once"),
+        ("twice", "equal-flops", "twice-equal-flops"),
+        ("dense", "single, equal-bits", "base"),
+    ]
+    kl = {row["recipe"]: row["kl_mean"] for row in run["rows"]}
+    for one in run["pairs"]:
+        assert one["kl"] == pytest.approx(kl[one["group"]] - kl[one["control"]])
+        assert one["beats"] in (None, one["kl"] < 0)
+    write_report(run, tmp_path / "report.html")
+    assert "Replicas less their controls" in (tmp_path / "report.html").read_text()
+    rows = estimate_assay("stories260k", [twice], **options)
+    assert rows[0]["work"].startswith("4 models")  # the base, the replica, once, and once at equal work
+    run, _ = assay("stories260k", [twice], controls=False, out=tmp_path / "without", **options)
+    assert [row["recipe"] for row in run["rows"]] == ["base", "twice"]
+    assert run["pairs"] == []
 
 
 def test_bad_plans_fail_before_any_work():

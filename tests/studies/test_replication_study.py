@@ -22,6 +22,7 @@ from bitassay.studies.cells import Bench
 from bitassay.studies.claims import judged
 from bitassay.studies.costs import facts_of, window_reader
 from bitassay.studies.drafts import drafted
+from bitassay.studies.pairs import beats
 from bitassay.studies.replication import (
     BASE,
     EVEN,
@@ -36,7 +37,7 @@ from bitassay.studies.replication import (
     replication_plan,
 )
 from bitassay.studies.replication_claims import CLAIMS
-from bitassay.studies.replication_run import beats, grade, run_replication, with_costs
+from bitassay.studies.replication_run import grade, run_replication, with_costs
 from bitassay.studies.variants import Findings, Reading, Variant, VariantPlan
 
 W2 = W2 | {"scale": "absmax"}  # which is quick
@@ -111,13 +112,13 @@ def test_every_way_to_replicate_is_a_row_somewhere():
     plans = [g.recipe.replication for s in STUDIES.values() for g in s.groups if g.recipe is not None]
     plans = [plan for plan in plans if plan is not None]
     said = {(p.how, p.of) for p in plans}
-    assert said == {("serial", "layer"), ("parallel", "layer"), ("parallel", "linear")}
+    assert said == {("serial", "layer"), ("serial", "block"), ("parallel", "layer"), ("parallel", "linear")}
     fields = {"nothing", "scale", "clip", "offset", "noise", "seed", "rotation", "residual", "inputs"}
     assert {p.differ for p in plans} == fields
     ways = {p.coefficients if isinstance(p.coefficients, str) else "list" for p in plans}
     assert ways == {"plain", "mean", "fitted", "list"}
     layers = {p.layers if isinstance(p.layers, str) else type(p.layers).__name__ for p in plans}
-    assert layers == {"all", "progressive", "Chosen", "tuple", "dict"}
+    assert layers == {"all", "progressive", "middle", "Chosen", "tuple", "dict"}
     assert {p.layers.by for p in plans if isinstance(p.layers, Chosen)} == {"error", "kl", "massive"}
     assert any(p.stop is not None and p.stop.budget is not None for p in plans)
     assert any(g.recipe.rotation is not None for s in STUDIES.values() for g in s.groups if g.recipe)
@@ -137,6 +138,7 @@ def test_variants_are_each_measured_once(name, layers):
         wanted = {"replica", "single", "equal-bits"} | (
             {"equal-flops"} if recipe.weights or recipe.activations else set()
         )
+        wanted |= {"rescaled"} if recipe.replication.coefficients == "fitted" else set()
         assert kinds == wanted
 
 
@@ -163,6 +165,9 @@ def test_controls_stand_below_their_replica_and_are_compared_with_it(done):
         [pair] = [p for p in run["pairs"] if (p["group"], p["role"]) == ("offset-2", control["role"])]
         assert pair["kl"] == pytest.approx(rows[0]["kl_mean"] - control["kl_mean"])
         assert pair["beats"] == beats(pair["kl_ci"])
+    ratios = {p["role"]: p["read_ratio"] for p in run["pairs"] if p["group"] == "damped-2"}
+    assert ratios["single, equal-bits"] == pytest.approx(0.5, rel=0.01)
+    assert ratios["equal-flops"] == pytest.approx(1, rel=0.05)
     assert (rows[0]["beats_single"], rows[0]["beats_equal_bits"]) == (True, False)
     assert rows[0]["beats_equal_flops"] == rows[0]["beats_equal_bits"]
     assert (rows[1]["controls"], rows[1]["beats_single"]) == ([], None)
@@ -180,11 +185,13 @@ def test_only_an_interval_without_zero_decides(pair, wanted):
 
 
 def test_grades_are_the_documents():
-    one, two = (group("x", {"format": f}).recipe for f in ("binary", "int2"))
     said = [(0.49, "excellent"), (0.5, "good"), (1.5, "acceptable"), (-3, "excellent")]
-    assert all(grade(delta, recipe) == word for (delta, word), recipe in product(said, (one, two, None)))
-    assert [grade(9.9, recipe) for recipe in (one, two, None)] == ["acceptable for 1 bit", None, None]
-    assert grade(10, one) is None
+    assert all(grade(delta, bits) == word for (delta, word), bits in product(said, (1.25, 2.28, 16)))
+    # Three planes of 1 bit store 3.75.
+    assert [grade(9.9, bits) for bits in (1.25, 1.85, 2.28, 3.75)] == ["acceptable for 1 bit"] * 2 + [
+        None
+    ] * 2
+    assert grade(10, 1.25) is None
 
 
 def test_what_a_token_costs(stories):
@@ -232,12 +239,18 @@ def test_planes_are_read_as_deep_as_asked(stories, window):
         return window_reader(stories, model, Reading(**how))(window)
 
     whole, first, never = window_logits(model, window), read(), read(threshold=99.0)
+    gated = read(threshold=3.0)
+    drawn = read(threshold=3.0, seed=1)
+    assert drawn.bytes == pytest.approx(gated.bytes)
+    assert not torch.allclose(drawn.logits, gated.logits, atol=0.01)
+    assert torch.equal(read(threshold=3.0, seed=1).logits, drawn.logits)
+    assert not torch.equal(read(threshold=3.0, seed=2).logits, drawn.logits)
+    torch.testing.assert_close(read(threshold=-1.0, seed=1).logits, whole)
     every = read(layers=Chosen(by="error", share=1.0))
     assert torch.equal(every.logits, whole)
     assert not torch.allclose(first.logits, whole, atol=0.1)
     torch.testing.assert_close(read(threshold=-1.0).logits, whole)
     part = read(layers=Chosen(by="error", share=0.4))
-    gated = read(threshold=3.0)
     assert first.bytes < part.bytes < every.bytes
     assert first.bytes < gated.bytes < every.bytes
     # A text begins with all planes; the rest of this one is read by plane 1 alone.

@@ -23,6 +23,7 @@ def assay(
     repeats: int = 3,
     verify: bool = True,
     bench: bool = True,
+    controls: bool = True,
     seed: int = 0,
     out: Path | None = None,
     dry_run: Annotated[bool, Parameter(negative=())] = False,
@@ -31,7 +32,9 @@ def assay(
 ) -> int:
     """Quantize MODEL by several recipes; one table of what each costs and whether a verifier notices.
 
-    Writes run.json and report.html into a run folder. Interrupted, the same command goes on.
+    A recipe with replication comes with its controls, plain recipes of equal bits and of equal work, and
+    whether it beats them. Writes run.json and report.html into a run folder. Interrupted, the same command
+    goes on.
 
     Args:
         model: A name from `bitassay models list`, a folder, a .gguf file or a hub id.
@@ -46,6 +49,7 @@ def assay(
         repeats: Rounds of timing.
         verify: Reach verdicts.
         bench: Time prefill and decode.
+        controls: Add the controls of recipes with replication.
         seed: Of the bootstrap and of sampling.
         out: Run folder (default: runs/assay-MODEL-ID).
         dry_run: Print the plan with an estimate of memory and time, and stop.
@@ -55,12 +59,15 @@ def assay(
     from bitassay.cli.progress import show_progress
     from bitassay.data.windows import Protocol
     from bitassay.report.assay import ASSAY_COLUMNS, write_report
+    from bitassay.report.bench import shown_columns
+    from bitassay.report.replication import PAIR_COLUMNS
     from bitassay.studies.assay import assay
     from bitassay.studies.estimate import estimate_assay
     from bitassay.studies.verification import Verification
 
     options = {
         "protocol": Protocol(window_tokens=window, windows=windows),
+        "controls": controls,
         "dtype": dtype,
         "seed": seed,
         "bench_repeats": repeats if bench else 0,
@@ -86,5 +93,7 @@ def assay(
     report = folder / "report.html"
     write_report(run, report)
     emit(run["rows"], ASSAY_COLUMNS, format, whole=run)
+    if run["pairs"] and format == "table":
+        emit(run["pairs"], shown_columns(PAIR_COLUMNS, run["pairs"]), format)
     print(f"report: {report}", file=sys.stderr)
     return 0

@@ -18,7 +18,6 @@ Copies on offset grids share one scale, the one whose mean has the least squared
 equal steps do they fall between each other.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -32,8 +31,6 @@ from bitassay.quantize.scales import SEARCH_FACTORS, range_grid, rescaled
 from bitassay.quantize.scheme import WeightScheme
 from bitassay.quantize.tensor import QuantizedTensor, from_codes, joined, quantize_tensor
 
-Quantizer = Callable[[Float[Tensor, "out in"], WeightScheme], QuantizedTensor]
-
 
 def quantize_copies(
     weight: Float[Tensor, "out in"],
@@ -41,32 +38,20 @@ def quantize_copies(
     name: str,
     importance: Float[Tensor, " in"] | None = None,
 ) -> QuantizedTensor:
-    """The copies that `scheme.copies` asks for, each rounded to nearest, as one matrix."""
+    """The copies that `scheme.copies` asks for, each rounded to nearest, as one matrix. Residual
+    codes by GPTQ are `gptq_planes`."""
 
-    def quantized(w: Float[Tensor, "out in"], own: WeightScheme) -> QuantizedTensor:
-        return quantize_tensor(w, own, name, importance)
-
-    copies = scheme.copies
+    copies, left = scheme.copies, weight.float()
     assert copies is not None
-    if copies.differ == "residual":
-        return residual_codes(weight, scheme, quantized)
     if copies.differ == "offset":
         parts = offset_copies(weight, scheme, importance)
     else:
-        parts = [quantized(weight, copies.scheme(scheme, copy)) for copy in range(copies.count)]
+        parts = []
+        for own in copies.schemes(scheme):
+            parts.append(quantize_tensor(left, own, name, importance))
+            if copies.differ == "residual":
+                left = left - parts[-1].dequantize()
     return merged([scaled(part, share) for part, share in zip(parts, copies.shares, strict=True)])
-
-
-def residual_codes(
-    weight: Float[Tensor, "out in"], scheme: WeightScheme, quantized: Quantizer
-) -> QuantizedTensor:
-    """Each copy is what the copies before it left over, by any way to quantize."""
-    copies, left, parts = scheme.copies, weight.float(), []
-    assert copies is not None
-    for copy in range(copies.count):
-        parts.append(quantized(left, copies.scheme(scheme, copy)))
-        left = left - parts[-1].dequantize()
-    return merged(parts)
 
 
 def offset_copies(
@@ -75,7 +60,7 @@ def offset_copies(
     """One copy for each offset, all on the scale that is best for their mean."""
     copies, fmt, granularity = scheme.copies, scheme.number_format, Granularity.parse(scheme.granularity)
     assert copies is not None
-    schemes = [copies.scheme(scheme, copy) for copy in range(copies.count)]
+    schemes = copies.schemes(scheme)
     offsets = [own.offset for own in schemes]
     w = weight.float()
     h = torch.ones(w.shape[1], device=w.device) if importance is None else importance.float()

@@ -17,10 +17,18 @@ of the update is a matrix product.
     damping a share of the mean of H's diagonal that is added to the diagonal. Where the Cholesky
             factorisation fails it is multiplied by ten until it succeeds, and the caller is told.
 
+Residual codes are several planes whose sum is the matrix, each of what those before it left over. All planes
+of a column are rounded at once, and d is what the last one leaves: the error of the sum is what later columns
+make up for, and the planes mesh into one finer grid as they do without GPTQ. Plane 1 by itself is the columns
+as compensated for that sum, rounded to nearest: nothing makes up for its own errors. With `planes: apart`
+each plane is GPTQ of what those before it left, so that plane 1 is the GPTQ of its bits, and the sum worse:
+errors that were made up for no longer lie within a step, where the next plane would have its levels.
+
 A column that no calibration input reached (`H_jj = 0`) has no error to make up for and is rounded to nearest.
 Left out: the paper's variant without groups is granularity `channel`.
 """
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -44,11 +52,13 @@ class Gptq(Part):
 
     order: Literal["activation", "natural"] = "activation"
     damping: float = Field(0.01, gt=0, le=1)
+    planes: Literal["apart"] | None = None
 
 
 class Rounded(NamedTuple):
-    """codes `[out, in]` and their grid, its tensors `[rows, groups]`; compensated: each column as it was when
-    its turn to be rounded came; damping: the share of the mean diagonal that was needed."""
+    """One plane: codes `[out, in]` and their grid, its tensors `[rows, groups]`; compensated: each column as
+    it was when its turn to be rounded came, less the planes before; damping: the share of the mean diagonal
+    that was needed."""
 
     codes: Float[Tensor, "out in"]
     grid: Grid
@@ -61,7 +71,18 @@ def gptq(
 ) -> Rounded:
     """Round `weight` for the inputs whose `sum x x^T` is `hessian`. Rows are independent of each other
     (granularity `tensor` apart), so matrices that read the same input may be stacked."""
-    fmt, granularity = scheme.number_format, Granularity.parse(scheme.granularity)
+    [found] = gptq_planes(weight, hessian, [scheme], spec)
+    return found
+
+
+def gptq_planes(
+    weight: Float[Tensor, "out in"],
+    hessian: Float[Tensor, "in in"],
+    schemes: Sequence[WeightScheme],
+    spec: Gptq,
+) -> list[Rounded]:
+    """The same as a sum of planes, one for each scheme; all have one granularity."""
+    granularity = Granularity.parse(schemes[0].granularity)
     rows, columns = weight.shape
     importance = hessian.diagonal().float()
     by_activation = spec.order == "activation"
@@ -71,28 +92,35 @@ def gptq(
 
     bounds = group_bounds(granularity, columns)
     static = by_activation or granularity.name == "tensor"
-    grids = _static_grids(weight, importance, scheme, granularity) if static else []
+    grids = _static_grids(weight, importance, schemes, granularity) if static else [[] for _ in schemes]
     group_of = [g for g, (start, stop) in enumerate(bounds) for _ in range(start, stop)]
     # Column j of the weight is row j here, so that what is read together lies together.
     w = weight.float().T[order].contiguous()
-    codes, compensated = torch.empty_like(w), torch.empty_like(w)
+    codes, compensated = torch.empty(2, len(schemes), *w.shape)
     for first, last in [(0, columns)] if static else bounds:
         if not static:  # the group's turn has come
-            group = w[first:last].T.contiguous()
-            grids.append(grid_for(group, scheme, importance[first:last].expand_as(group)))
+            left = w[first:last].T.contiguous()
+            for own, scheme in zip(grids, schemes, strict=True):
+                own.append(grid_for(left, scheme, importance[first:last].expand_as(left)))
+                left = left - _nearest(left, own[-1], scheme)[1]
         for start in range(first, last, BLOCK_COLUMNS):
             stop = min(start + BLOCK_COLUMNS, last)
             block, errors = w[start:stop], torch.empty(stop - start, rows)
             for j in range(stop - start):
                 column, u = block[j], factor[start + j, start:stop]
-                grid = grids[group_of[order[start + j]]]
-                q = round_to_nearest(column[:, None], grid, fmt, scheme.symmetric)
-                errors[j] = (column - dequantize(q, grid, fmt)[:, 0]) / u[j]
-                codes[start + j], compensated[start + j] = q[:, 0], column
+                group, left = group_of[order[start + j]], column
+                for plane, scheme in enumerate(schemes):
+                    q, value = _nearest(left[:, None], grids[plane][group], scheme)
+                    codes[plane, start + j], compensated[plane, start + j] = q[:, 0], left
+                    left = left - value[:, 0]
+                errors[j] = left / u[j]
                 block[j + 1 :].addr_(u[j + 1 :], errors[j], alpha=-1)
             w[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
     back = order.argsort()
-    return Rounded(codes[back].T.contiguous(), _beside(grids), compensated[back].T.contiguous(), damping)
+    return [
+        Rounded(q[back].T.contiguous(), _beside(own), source[back].T.contiguous(), damping)
+        for q, own, source in zip(codes, grids, compensated, strict=True)
+    ]
 
 
 def gptq_on_levels(
@@ -146,18 +174,30 @@ def group_bounds(granularity: Granularity, columns: int) -> list[tuple[int, int]
     ]
 
 
+def _nearest(
+    w: Float[Tensor, "groups size"], grid: Grid, scheme: WeightScheme
+) -> tuple[Float[Tensor, "groups size"], Float[Tensor, "groups size"]]:
+    """Codes, and what they stand for."""
+    codes = round_to_nearest(w, grid, scheme.number_format, scheme.symmetric)
+    return codes, dequantize(codes, grid, scheme.number_format)
+
+
 def _static_grids(
     weight: Float[Tensor, "out in"],
     importance: Float[Tensor, " in"],
-    scheme: WeightScheme,
+    schemes: Sequence[WeightScheme],
     granularity: Granularity,
-) -> list[Grid]:
-    """The grid of every group of columns, from the weights as they are; tensors `[out, 1]`, or `[1, 1]`."""
-    groups = granularity.to_groups(weight.float())
+) -> list[list[Grid]]:
+    """For each plane the grid of every group of columns, from the weights as they are; tensors `[out, 1]`, or
+    `[1, 1]`."""
+    left, found = granularity.to_groups(weight.float()), []
     weighed = granularity.to_groups(importance.expand(weight.shape))
-    grids = [grid_for(w, scheme, h) for w, h in zip(groups, weighed, strict=True)]
-    whole = joined(granularity, grids, len(weight))
-    return [whole.each(lambda part, g=g: part[:, g : g + 1]) for g in range(whole.scale.shape[1])]
+    for scheme in schemes:
+        grids = [grid_for(w, scheme, h) for w, h in zip(left, weighed, strict=True)]
+        left = [w - _nearest(w, grid, scheme)[1] for w, grid in zip(left, grids, strict=True)]
+        whole = joined(granularity, grids, len(weight))
+        found.append([whole.each(lambda part, g=g: part[:, g : g + 1]) for g in range(whole.scale.shape[1])])
+    return found
 
 
 def _beside(grids: list[Grid]) -> Grid:

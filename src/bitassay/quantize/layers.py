@@ -5,7 +5,7 @@ low-rank factors where the recipe wants them. Where it wants the layer's own out
 finished layer is written to the work folder, and read from there the next time.
 """
 
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,9 @@ from bitassay.models.walk import decoder_layers, module_name
 from bitassay.quantize import binary
 from bitassay.quantize.adaptive import adapted
 from bitassay.quantize.calibration import Calibration
-from bitassay.quantize.copies import residual_codes
+from bitassay.quantize.copies import merged
 from bitassay.quantize.experts import expert_inputs, expert_matrix, warn_of_few
-from bitassay.quantize.gptq import Gptq, Rounded, gptq
+from bitassay.quantize.gptq import Gptq, Rounded, gptq_planes
 from bitassay.quantize.latent import LatentWeight
 from bitassay.quantize.layerwise import (
     Hidden,
@@ -197,7 +197,7 @@ class _LayerWork:
             return {name: self._alone(name, weight, hessian, scheme) for name, weight in pairs}
         stacked = torch.cat(weights)
         scheme = adapted(stacked, scheme, hessian.diagonal().float())
-        found = self._by_gptq(members[0], stacked, hessian, scheme, spec)
+        [found] = self._by_gptq(members[0], stacked, hessian, [scheme], spec)
         parts = zip(members, _rows(found, [len(weight) for weight in weights]), strict=True)
         return {name: _packed(part, scheme) for name, part in parts}
 
@@ -216,29 +216,27 @@ class _LayerWork:
             if spec is None:
                 last = w.float()
                 return quantize_tensor(w, scheme, name, hessian.diagonal().float())
-            if scheme.copies is not None:
-                return residual_codes(w, scheme, by_gptq)
             if scheme.has_planes:
                 tensor, last, _ = binary.solved(w, hessian, scheme, spec)
                 return tensor
-            return by_gptq(w, scheme)
-
-        def by_gptq(w: Float[Tensor, "out in"], own: WeightScheme) -> QuantizedTensor:
-            nonlocal last
-            assert spec is not None
-            found = _packed(self._by_gptq(name, w, hessian, own, spec), own)
-            last = found.latent
-            return found.tensor
+            schemes = [scheme] if scheme.copies is None else scheme.copies.schemes(scheme)
+            parts, left = list[QuantizedTensor](), w.float()
+            for some in [schemes] if spec.planes is None else [[own] for own in schemes]:
+                rounded = self._by_gptq(name, left, hessian, some, spec)
+                last = rounded[0].compensated
+                parts += [_packed(one, own).tensor for one, own in zip(rounded, some, strict=True)]
+                left = left - sum(part.dequantize() for part in parts[-len(some) :])
+            return merged(parts)
 
         alone = low_rank is None
         return Solved(quantized(weight) if alone else corrected(weight, hessian, low_rank, quantized), last)
 
     def _by_gptq(
-        self, name: str, weight: Tensor, hessian: Tensor, scheme: WeightScheme, spec: Gptq
-    ) -> Rounded:
-        found = gptq(weight, hessian, scheme, spec)
-        if found.damping > spec.damping:
-            self.progress(f"{name}: the Hessian needed damping of {found.damping:g}")
+        self, name: str, weight: Tensor, hessian: Tensor, schemes: Sequence[WeightScheme], spec: Gptq
+    ) -> list[Rounded]:
+        found = gptq_planes(weight, hessian, schemes, spec)
+        if (damping := found[0].damping) > spec.damping:
+            self.progress(f"{name}: the Hessian needed damping of {damping:g}")
         return found
 
     def forget_latents(self, keep: Container[str]) -> None:

@@ -5,7 +5,8 @@
 
 Each part of a recipe that is present is done, in this order; `Recipe` says which belong together. Without any
 of them a matrix is rounded to nearest on its own and no text is read. Everything else works on a copy of the
-model, and calibrates it with the text that `calibration` names.
+model, and calibrates it with the text that `calibration` names. A recipe that names one has its scale
+searches weighed by the inputs; a part that needs text where none is named reads the default one for itself.
 
 With a work folder every finished layer is a file there, so is tuning every few steps, and in the end the
 result; the same call goes on where the last one stopped.
@@ -166,7 +167,9 @@ def _quantized(
         schemes = mixed_schemes(draft, recipe, tokens, progress, folder)
     counts = _counts(draft, recipe, schemes, tokens, folder, progress)
     before, first = copy_sharing_parameters(draft), _schemes_with_copies(draft, recipe, schemes, counts)
-    if tokens is not None and (recipe.solves or any(one and one.weighs_inputs for one in first.values())):
+    weighed = recipe.calibration is not None and any(one and one.weighs_inputs for one in first.values())
+    if recipe.solves or weighed:
+        assert tokens is not None
         tensors = _calibrated(base, draft, first, recipe, tokens, folder, progress)
     else:
         tensors = _to_nearest(matrices(draft), first, recipe.name, progress)
@@ -187,7 +190,7 @@ def _counts(
 ) -> dict[int, int]:
     """How many copies each layer gets that gets several."""
     plan = recipe.replication
-    if plan is None or plan.copies == 1:
+    if plan is None or plan.changes_nothing:
         return {}
 
     def measured() -> dict[str, int]:

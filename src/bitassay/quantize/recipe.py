@@ -197,10 +197,11 @@ def _copy_contradictions(recipe: Recipe, schemes: list[WeightScheme]) -> list[tu
         ),
         (
             plan is not None
-            and plan.coefficients == "fitted"
+            and (plan.coefficients == "fitted" or plan.of == "block")
             and recipe.rotation is not None
             and recipe.rotation.r1 == "online",
-            "replication: coefficients cannot be fitted where layers turn the stream: r1: folded",
+            "replication: coefficients cannot be fitted, nor blocks repeated, where layers turn the stream: "
+            "r1: folded",
         ),
         (
             plan is not None and plan.differ == "inputs" and (inputs is None or not inputs.has_steps),

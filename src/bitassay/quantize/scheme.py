@@ -83,6 +83,10 @@ class Copies(Part):
         }[self.differ]
         return made_of(WeightScheme, scheme.model_dump(exclude={"copies"}) | change)
 
+    def schemes(self, scheme: "WeightScheme") -> list["WeightScheme"]:
+        """Those of all copies."""
+        return [self.scheme(scheme, copy) for copy in range(self.count)]
+
 
 class WeightScheme(Part):
     """How one matrix is quantized.
@@ -191,8 +195,8 @@ class WeightScheme(Part):
         for wrong, why in _contradictions(self):
             if wrong:
                 raise ValueError(why)
-        for copy in range(self.copies.count if self.copies is not None else 0):
-            self.copies.scheme(self, copy)  # type: ignore[union-attr]
+        if self.copies is not None:
+            self.copies.schemes(self)
         return self
 
     @model_serializer(mode="wrap")

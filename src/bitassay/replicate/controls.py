@@ -1,14 +1,20 @@
 """What a replicated recipe has to beat: plain recipes that cost as much. `controls` makes them.
 
     single        the same recipe, every layer once
+    rescaled      of fitted copies: the same layers once, their coefficients fitted too, so that what comes of
+                  rescaling a layer's output is not credited to its further passes
     equal-bits    one matrix of as many stored bits as all copies together
-    equal-flops   one pass with as many bit operations: passes x bits of a weight (x bits of an input)
+    equal-flops   one pass with as many bit operations: passes x bits of a weight (x bits of an input). Not
+                  floating-point operations, of which a pass has as many at any bits: equal are the bits of
+                  weights that decoding a token reads, and so its time where reading is what takes it
 
 n copies of b bits in groups of g weights store as much as one matrix of n b bits in groups of g / n (rounded
 up); that recipe also does their bit operations in one pass. Where there is no integer of n b bits, or layers
 have different counts, the control is mixed bits at the same average, spent where they matter most. Copies
 that share their codes store nothing more, so at equal bits their control is `single`; n roundings of the
-inputs to a bits do the work of one to n a bits. Above 8 bits a control has 8, which is less than it may.
+inputs to a bits do the work of one to n a bits. Above 8 bits a control has 8, which is less than it may. Of
+passes that stop, those that a budget allows are counted; without one, all, which is an upper bound: what the
+control read beyond the copies is in the studies' `read_ratio`.
 """
 
 from dataclasses import dataclass
@@ -19,8 +25,9 @@ from bitassay.quantize.formats import FORMATS
 from bitassay.quantize.granularity import Granularity
 from bitassay.quantize.recipe import Recipe
 from bitassay.quantize.scheme import WeightScheme
+from bitassay.replicate.plan import Chosen, ReplicationPlan
 
-Kind = Literal["single", "equal-bits", "equal-flops"]
+Kind = Literal["single", "rescaled", "equal-bits", "equal-flops"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 INTEGERS = {int(f.bits): f.name for f in FORMATS.values() if f.kind == "integer"}
 INPUT_INTEGERS = {int(f.bits): f.name for f in INPUT_FORMATS.values() if f.kind == "integer"}
@@ -39,34 +46,55 @@ def controls(recipe: Recipe, layers: int) -> list[Control]:
     plan = recipe.replication
     if plan is None or plan.copies == 1:
         return []
-    counts = plan.counts(layers)
-    mean = sum(counts) / layers
+    rescaled = []
+    if plan.coefficients == "fitted":
+        once = {"copies": 1, "coefficients": "fitted", "layers": _layers_with_copies(plan, layers)}
+        rescaled = [Control(("rescaled",), _changed(recipe, "rescaled", {"replication": once}))]
+    return [*_plain_controls(recipe, plan, layers), *rescaled]
+
+
+def _plain_controls(recipe: Recipe, plan: ReplicationPlan, layers: int) -> list[Control]:
     single = _changed(recipe, "single", {})
     if plan.differ == "inputs":
         worked = _changed(recipe, "inputs", {"activations": _more_input_bits(recipe, plan.copies)})
         return [Control(("single", "equal-bits"), single), Control(("equal-flops",), worked)]
     if recipe.weights is None:
         return [Control(("single", "equal-bits"), single)]
-    more = _changed(recipe, "bits", _more_bits(recipe, recipe.weights, counts, mean))
-    if plan.makes_codes:
-        return [Control(("single",), single), Control(("equal-bits", "equal-flops"), more)]
-    return [Control(("single", "equal-bits"), single), Control(("equal-flops",), more)]
+    counts = plan.counts(layers)
+    passes = sum(counts) / layers
+    budget = None if plan.stop is None else plan.stop.budget
+    times: dict[Kind, float] = {
+        "single": 1.0,
+        "equal-bits": passes if plan.makes_codes else 1.0,
+        "equal-flops": passes if budget is None else min(passes, 1 + budget / layers),
+    }
+    found = []
+    for mean in dict.fromkeys(times.values()):
+        kinds: tuple[Kind, ...] = tuple(kind for kind, wanted in times.items() if wanted == mean)
+        more = {} if mean == 1 else _more_bits(recipe, recipe.weights, counts, mean)
+        found.append(Control(kinds, _changed(recipe, kinds[0], more)))
+    return found
+
+
+def _layers_with_copies(plan: ReplicationPlan, layers: int) -> Any:
+    """The layers that have copies, as a plan says it that gives each one."""
+    if plan.layers == "all" or isinstance(plan.layers, Chosen):
+        return plan.layers
+    return tuple(plan.known_counts(layers) or ())
 
 
 def _changed(recipe: Recipe, suffix: str, change: dict[str, Any]) -> Recipe:
-    """A valid recipe without copies, and without calibration text that nothing looks at any more."""
+    """A valid recipe without these copies, weighed by the text that weighs the replicated one, if any."""
     fields = recipe.model_dump(exclude_none=True, exclude={"replication", "description"})
     name = f"{recipe.name[:56]}-{suffix}"
-    made = Recipe.model_validate({"weights": None, **fields, "name": name, **change})
-    without = made.model_copy(update={"calibration": None})
-    return made if without.is_calibrated else without
+    return Recipe.model_validate({"weights": None, **fields, "name": name, **change})
 
 
 def _more_bits(recipe: Recipe, weights: WeightScheme, counts: list[int], mean: float) -> dict[str, Any]:
     fmt, count = weights.number_format, counts[0]
     if fmt.kind == "float":
         return {}
-    if len(set(counts)) == 1 and (wanted := min(8.0, fmt.bits * count)) in INTEGERS:
+    if set(counts) == {mean} and (wanted := min(8.0, fmt.bits * count)) in INTEGERS:
         if wanted == fmt.bits:
             return {}
         overrides = [
@@ -92,9 +120,9 @@ def widened(scheme: WeightScheme, count: int) -> dict[str, Any]:
 
 
 def _plain(scheme: WeightScheme) -> dict[str, Any]:
-    """The fields that say something about integers of any size; the scale is searched, for the control's
-    sake."""
-    kept = scheme.model_dump(include={"granularity", "symmetric", "scale_dtype", "zero_point"})
+    """The fields that say something about integers of any size, an offset among them: symmetric 3 and 4 bits
+    have less error with half a step of it too. The scale is searched, for the control's sake."""
+    kept = scheme.model_dump(include={"granularity", "symmetric", "scale_dtype", "zero_point", "offset"})
     return kept | {"scale": "mse"}
 
 

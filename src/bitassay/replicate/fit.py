@@ -46,7 +46,7 @@ def fit_passes(
         if isinstance(passes := layer.forward, Passes):
 
             def run(number: int, x: Hidden, passes: Passes = passes, index: int = index) -> Hidden:
-                forward, options = passes.forwards[number], arguments[index]
+                [forward], options = passes.forwards[number], arguments[index]
                 return torch.cat([forward(batch, **options) for batch in x.split(BATCH_SAMPLES)])
 
             count = range(passes.steps.count)

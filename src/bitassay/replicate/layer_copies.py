@@ -6,13 +6,14 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError
 from bitassay.models.walk import decoder_layers, matrices, walk
 from bitassay.quantize.model import Quantization, with_tensors
+from bitassay.quantize.ranges import collect_ranges
 from bitassay.quantize.scheme import WeightScheme
 from bitassay.quantize.tensor import QuantizedTensor, quantize_tensor
 from bitassay.record.progress import Progress
@@ -35,7 +36,7 @@ def copies_by_layer(
     assert not isinstance(plan.layers, (str, tuple, dict))
     chosen = chosen_layers(model, schemes, plan.layers, tokens, progress)
     progress(f"layers with copies, by {plan.layers.by}: {', '.join(map(str, chosen))}")
-    return dict.fromkeys(chosen, plan.copies) if plan.copies > 1 else {}
+    return dict.fromkeys(chosen, plan.copies)
 
 
 def with_copies(
@@ -55,7 +56,8 @@ def with_copies(
         return made
     tensors = dict(made.tensors)
     if plan.makes_codes:
-        tensors |= _codes_of_copies(before, plan, schemes, counts, progress)
+        importance = _importance(base, made, tokens, progress)
+        tensors |= _codes_of_copies(before, plan, schemes, counts, importance, progress)
     known = plan.coefficients != "fitted"
     passes = {
         index: plan.steps(count) if known else Steps((1.0,) * count, (1.0,) * count)
@@ -68,11 +70,29 @@ def with_copies(
     return replace(made, passes=fit_passes(with_tensors(base, made), before, tokens, progress))
 
 
+def _importance(
+    base: PreTrainedModel,
+    made: Quantization,
+    tokens: Int[Tensor, "samples tokens"] | None,
+    progress: Progress,
+) -> dict[str, Float[Tensor, " in"]]:
+    """What weighs the columns of copies, the mean squared inputs behind the quantized layers: the same that
+    weighed the first copy. Nothing where nothing did."""
+    if made.recipe.calibration is None:
+        return {}
+    assert tokens is not None
+    once = with_tensors(base, replace(made, inputs={}))
+    return {
+        name: found.mean_square for name, found in collect_ranges(once, tokens, progress=progress).items()
+    }
+
+
 def _codes_of_copies(
     before: PreTrainedModel,
     plan: ReplicationPlan,
     schemes: Mapping[str, WeightScheme | None],
     counts: Mapping[int, int],
+    importance: Mapping[str, Float[Tensor, " in"]],
     progress: Progress,
 ) -> dict[str, QuantizedTensor]:
     """The matrices of all copies but the layers themselves."""
@@ -89,5 +109,6 @@ def _codes_of_copies(
                         f"{name}: copies of fused experts with codes of their own are not made",
                         "replication: {of: linear}, or copies that differ by nothing",
                     )
-                tensors[replica] = quantize_tensor(weights[name], copies.scheme(scheme, number), replica)
+                own = copies.scheme(scheme, number)
+                tensors[replica] = quantize_tensor(weights[name], own, replica, importance.get(name))
     return tensors

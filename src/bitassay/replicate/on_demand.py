@@ -8,6 +8,7 @@ what to read can be decided while it runs:
     layers    chosen layers are read to the bottom, the others' plane 1 alone
     gated     a token reads all planes where the entropy of the distribution that it was drawn from is above
               a threshold, H_(t-1) > theta, else plane 1. The first token, and a prompt, read all
+    shuffled  as many tokens as a gate opened, others: its control
 
 The gate knows H_(t-1) before it reads anything for token t, so that nothing is read twice. `gated_logits`
 finds for a whole text what decoding it token by token would give, a piece of it at a time: a token's depth
@@ -224,3 +225,9 @@ def gated_logits(
         logits.append(found)
         depths.append(depth[0])
     return torch.cat(logits), torch.cat(depths)
+
+
+def shuffled(depths: Int[Tensor, " tokens"], generator: torch.Generator) -> Int[Tensor, " tokens"]:
+    """The same depths at random places; the first token keeps its own."""
+    order = 1 + torch.randperm(len(depths) - 1, generator=generator).to(depths.device)
+    return torch.cat([depths[:1], depths[order]])

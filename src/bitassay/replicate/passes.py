@@ -1,6 +1,8 @@
-"""A decoder layer that runs several times: the whole idea of replication, as the layer's forward.
+"""A decoder layer that runs several times: the whole idea of replication, as the layer's forward. A block of
+layers that follow each other may run again as one: then the first layer's forward is that of the whole block,
+and the others hand on what they get.
 
-With f_i(x) = layer_i(x) - x, what the i-th copy adds to a state,
+With f_i(x) = layer_i(x) - x, what the i-th copy adds to a state (of a block, all of its layers in turn),
 
     serial     x_i = a_i x_(i-1) + c_i f_i(x_(i-1))         one pass after the other
     parallel   x'  = a x + sum_i c_i f_i(x)                 every copy reads the same state
@@ -9,8 +11,8 @@ A step with a = c = 1 is the layer's own output, to the bit: one plain pass is n
 are computed in fp32.
 
 Each pass has keys and values of its own, so that a pass over a token attends to what the *same* pass made of
-the tokens before it. In the cache they have a slot each: pass 0 that of the layer, the others slots behind
-those of all layers (`Slot`).
+the tokens before it. In the cache they have a slot each, for each layer of a block: pass 0 that of the layer,
+the others slots behind those of all layers (`Slot`).
 
 Dynamic passes stop for each token alone, once a pass changes its state by less than `Stop` says, or once the
 token has used up its budget over all layers. A token that has stopped keeps its state; the passes that others
@@ -151,15 +153,20 @@ def _another(like: Any) -> Any:
     return type(like)(**options)
 
 
+def hands_on(hidden_states: State, *_args: Any, **_options: Any) -> State:
+    """The forward of a layer whose block has run already."""
+    return hidden_states
+
+
 class Passes:
     """The forward of a decoder layer that has copies: it takes the place of `layer.forward`, and the layer
-    stays what it is, with all its names. modules: the layer of each pass, the layer itself first; it may come
-    again. first_slot: of the second pass. usage: where passes are dynamic; begins, ends: with this layer, a
-    forward does."""
+    stays what it is, with all its names. runs: the layers that each pass goes through, one or those of a
+    block; the same ones may come again. first_slot: of the second pass. usage: where passes are dynamic;
+    begins, ends: with this layer, a forward does."""
 
     def __init__(
         self,
-        modules: Sequence[nn.Module],
+        runs: Sequence[Sequence[nn.Module]],
         steps: Steps,
         *,
         first_slot: int,
@@ -167,9 +174,9 @@ class Passes:
         stop: Stop | None = None,
         usage: Usage | None = None,
     ):
-        assert len(modules) == steps.count
+        assert len(runs) == steps.count
         # Their own forwards: hooks of the layer belong to all passes together.
-        self.forwards = [module.forward for module in modules]
+        self.forwards = [[module.forward for module in run] for run in runs]
         self.steps, self.how, self.first_slot = steps, how, first_slot
         self.stop, self.usage = stop, usage
         self.begins = self.ends = False
@@ -197,12 +204,14 @@ class Passes:
     def _run(
         self, number: int, x: State, args: tuple, options: dict[str, Any], only_keep: bool = False
     ) -> State:
-        cache = options.get("past_key_values")
-        if number and cache is not None:
-            slot = Slot(cache, self.first_slot + number - 1, only_keep)
-            options = options | {"past_key_values": slot}
-        output = self.forwards[number](x, *args, **options)
-        return output[0] if isinstance(output, tuple) else output
+        cache, run = options.get("past_key_values"), self.forwards[number]
+        for place, forward in enumerate(run):
+            if number and cache is not None:
+                slot = Slot(cache, self.first_slot + (number - 1) * len(run) + place, only_keep)
+                options = options | {"past_key_values": slot}
+            output = forward(x, *args, **options)
+            x = output[0] if isinstance(output, tuple) else output
+        return x
 
     def _keep(self, number: int, x: State, args: tuple, options: dict[str, Any]) -> None:
         """Leave a pass's keys and values in its slot, and do nothing else."""

@@ -7,11 +7,15 @@ with f_i(x) = layer_i(x) - x, what the i-th copy adds to its input. `coefficient
 
     plain      a = 1, c = 1                 another pass is another layer; parallel, a sum
     mean       a = 1, c = 1/n               serial: damped
-    fitted     least squares on calibration text against the unquantized model's states
+    fitted     least squares on calibration text against the unquantized model's states; with one copy, the
+               layer once and rescaled
     [0.7, 0.3] a = 1, and each copy's c
 
 `of: linear` copies single matrices instead of layers. That is parallel by nature, and nothing but one linear
 whose weight is `sum_i c_i W_i`: it is stored and run as that (`quantize/copies.py`), at no cost at run time.
+
+`of: block` runs the listed layers, which follow each other, as one, then again, with a and c around them all:
+a loop over a block, as looped transformers have it (2605.23872 damps one without training).
 
 `differ` says what sets the copies apart; with `nothing` and `inputs` they share their codes, stored once:
 
@@ -24,8 +28,7 @@ whose weight is `sum_i c_i W_i`: it is stored and run as that (`quantize/copies.
     inputs     the grid of the rounded inputs (`activations`) moved by (i + 1/2) / n - 1/2 steps
 
 Layers count from 0. `by` error, kl and massive choose that share of the layers whose weights, whose
-next-token distributions, or whose largest hidden states suffer (`select.py`). Left out: loops over
-blocks of several layers.
+next-token distributions, or whose largest hidden states suffer (`select.py`).
 """
 
 import math
@@ -107,13 +110,14 @@ class Steps:
 
 
 class ReplicationPlan(Part):
-    """What is run how often. copies counts the original: with 1 nothing changes. layers: all; progressive,
-    from `copies` at the front down to one at the back; chosen by a measure; numbers; or a count for each."""
+    """What is run how often. copies counts the original: with 1 nothing changes, but for fitted coefficients,
+    which rescale what the layer puts out. layers: all; progressive, from `copies` at the front down to one at
+    the back; middle, the third of them there; chosen by a measure; numbers; or a count for each."""
 
     copies: int = Field(default=2, ge=1, le=16)
-    layers: Literal["all", "progressive"] | Chosen | tuple[int, ...] | dict[int, int] = "all"
+    layers: Literal["all", "progressive", "middle"] | Chosen | tuple[int, ...] | dict[int, int] = "all"
     how: Literal["serial", "parallel"] = "serial"
-    of: Literal["layer", "linear"] = "layer"
+    of: Literal["layer", "linear", "block"] = "layer"
     coefficients: Literal["plain", "mean", "fitted"] | tuple[float, ...]
     differ: Literal[
         "nothing", "scale", "clip", "offset", "noise", "seed", "rotation", "residual", "inputs"
@@ -146,15 +150,20 @@ class ReplicationPlan(Part):
         return self.coefficients == "fitted" or (isinstance(chosen, Chosen) and chosen.by != "error")
 
     @property
+    def changes_nothing(self) -> bool:
+        """Whether every layer runs once, as it is."""
+        return self.copies == 1 and self.coefficients != "fitted"
+
+    @property
     def at_run_time(self) -> bool:
-        """Whether layers run more than once; else all copies are merged."""
-        return self.of == "layer" and self.copies > 1
+        """Whether layers have passes; else all copies are merged."""
+        return self.of != "linear" and not self.changes_nothing
 
     @property
     def is_deeper_model(self) -> bool:
         """Whether it is the same as a model with more layers."""
         return (
-            self.how == "serial"
+            (self.how, self.of) == ("serial", "layer")
             and self.coefficients == "plain"
             and self.stop is None
             and self.differ != "inputs"
@@ -191,12 +200,14 @@ class ReplicationPlan(Part):
         return Steps((1.0,) * count, add)
 
     def known_counts(self, layers: int) -> dict[int, int] | None:
-        """How many copies each layer has that has several, in a model of so many layers; None where it takes
-        a measurement. Raises BitassayError for a layer that the model does not have."""
+        """How many copies each layer has that has several, or that is rescaled, in a model of so many layers;
+        None where it takes a measurement. Raises BitassayError for a layer that the model does not have."""
         if isinstance(self.layers, Chosen):
             return None
         if self.layers == "all":
             counts = dict.fromkeys(range(layers), self.copies)
+        elif self.layers == "middle":
+            counts = dict.fromkeys(range(layers // 3, layers - layers // 3), self.copies)
         elif self.layers == "progressive":
             last = max(1, layers - 1)
             counts = {index: 1 + round((self.copies - 1) * (1 - index / last)) for index in range(layers)}
@@ -208,7 +219,8 @@ class ReplicationPlan(Part):
             raise BitassayError(
                 f"replication: there is no layer {wrong[0]}", f"layers from 0 to {layers - 1}"
             )
-        return {index: count for index, count in sorted(counts.items()) if count > 1}
+        least = 1 if self.copies == 1 and not self.changes_nothing else 2
+        return {index: count for index, count in sorted(counts.items()) if count >= least}
 
     def counts(self, layers: int) -> list[int]:
         """How many copies each layer has; where layers are chosen by a measure, as many of the first."""
@@ -218,6 +230,12 @@ class ReplicationPlan(Part):
         known = self.known_counts(layers)
         assert known is not None
         return [known.get(index, 1) for index in range(layers)]
+
+
+def _follow_each_other(layers: object) -> bool:
+    if not isinstance(layers, tuple):
+        return layers in ("all", "middle")
+    return bool(layers) and sorted(layers) == list(range(min(layers), max(layers) + 1))
 
 
 def _contradictions(p: ReplicationPlan) -> list[tuple[bool, str]]:
@@ -241,6 +259,15 @@ def _contradictions(p: ReplicationPlan) -> list[tuple[bool, str]]:
             p.differ == "residual" and (p.how, p.of, p.coefficients) != ("parallel", "linear", "plain"),
             "residual: what a copy leaves over is no layer by itself: how: parallel, of: linear, "
             "coefficients: plain",
+        ),
+        (
+            p.of == "block"
+            and ((p.how, p.differ, p.stop) != ("serial", "nothing", None) or p.coefficients == "fitted"),
+            "a block runs again as it is: how: serial, differ: nothing, no stop, coefficients that are given",
+        ),
+        (
+            p.of == "block" and not _follow_each_other(p.layers),
+            "of: block: layers: all, middle, or a list of layers that follow each other",
         ),
         (
             p.of == "linear" and p.coefficients == "fitted",

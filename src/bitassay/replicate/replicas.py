@@ -13,7 +13,7 @@ from bitassay.errors import BitassayError
 from bitassay.models.walk import decoder_layers, module_name
 from bitassay.quantize.linear import QuantizedLinear, RoundedInputLinear
 from bitassay.quantize.tensor import QuantizedTensor
-from bitassay.replicate.passes import Passes, Usage
+from bitassay.replicate.passes import Passes, Usage, hands_on
 from bitassay.replicate.plan import REPLICAS, ReplicationPlan, Steps
 
 
@@ -30,6 +30,12 @@ def add_passes(
     """
     layers, usage = decoder_layers(model), Usage()
     slot, added = len(layers), []
+    block = [layers[index] for index in sorted(steps_of)] if plan.of == "block" else []
+    kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ["all"] * len(layers)
+    if block and len({kinds[index] for index in steps_of}) > 1:
+        raise BitassayError(
+            f"{type(model).__name__}: the layers of the block attend in different ways", "of: layer"
+        )
     for index, steps in sorted(steps_of.items()):
         layer = layers[index]
         if not hasattr(layer, "self_attn"):
@@ -37,13 +43,16 @@ def add_passes(
                 f"{type(model).__name__}: layer {index} has no self_attn, so no cache has a place for copies",
                 "replication: {of: linear}, or other layers",
             )
+        if plan.of == "block" and added:
+            layer.forward = hands_on
+            continue
         if plan.makes_codes or plan.differ == "inputs":
             replicas = _replicas(layer, module_name(model, layer), steps.count, plan, tensors)
             layer.add_module(REPLICAS, nn.ModuleList(replicas))
-            modules = [layer, *replicas]
+            runs = [[one] for one in (layer, *replicas)]
         else:
-            modules = [layer] * steps.count
-        passes = Passes(modules, steps, first_slot=slot, how=plan.how, stop=plan.stop, usage=usage)
+            runs = [block or [layer]] * steps.count
+        passes = Passes(runs, steps, first_slot=slot, how=plan.how, stop=plan.stop, usage=usage)
         layer.forward = passes
         added.append(passes)
         slot += steps.count - 1

@@ -7,6 +7,7 @@ from typing import Any
 from markupsafe import Markup
 
 from bitassay.record.files import atomic_file, write_text
+from bitassay.report.bench import page_table
 from bitassay.report.figures import (
     layers_figure,
     quality_figure,
@@ -16,6 +17,7 @@ from bitassay.report.figures import (
     svg_file,
 )
 from bitassay.report.page import write_page
+from bitassay.report.replication import PAIR_COLUMNS
 from bitassay.report.schema import AssayRun, parse_run
 from bitassay.report.tables import Column, interval, number, percent, significant, size
 
@@ -123,7 +125,7 @@ def plain(value: Any) -> str:
 
 def _page(run: AssayRun, prefix: str) -> dict[str, Any]:
     """What the template shows of one run; `prefix` starts its ids."""
-    rows = [row.model_dump() for row in run.rows]
+    rows, pairs = ([row.model_dump() for row in part] for part in (run.rows, run.pairs))
     verification = run.verification
     drawn = [
         (
@@ -147,6 +149,7 @@ def _page(run: AssayRun, prefix: str) -> dict[str, Any]:
         "headline": headline(run),
         "titles": [column.title.replace(" %", "\N{NO-BREAK SPACE}%").split("\n") for column in ASSAY_COLUMNS],
         "table": [[_value_and_interval(column.text(row)) for column in ASSAY_COLUMNS] for row in rows],
+        "pairs": page_table("Replicas less their controls", PAIR_COLUMNS, pairs) if pairs else None,
         "verdicts": [row for row in run.rows if row.verdict],
         "figures": [
             (Markup(svg(figure, f"{prefix}{place}-")), title, text)

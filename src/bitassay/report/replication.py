@@ -11,6 +11,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from bitassay.replicate.controls import KINDS
 from bitassay.report.bench import page_table, write_tables
 from bitassay.report.claims import CLAIM_COLUMNS
 from bitassay.report.figures import COLOURS, INK, STYLE, label_points, svg
@@ -46,7 +47,7 @@ ROW_COLUMNS = [
     Column("decode_tok_s", "decode\ntok/s", significant(3)),
     Column("peak_bytes", "peak\nmemory", size),
     Column("grade", "grade", align="left"),
-    *map(_beats, ("single", "equal-bits", "equal-flops")),
+    *map(_beats, KINDS),
 ]
 PAIR_COLUMNS = [
     Column("group", "replica", align="left"),
@@ -55,6 +56,9 @@ PAIR_COLUMNS = [
     with_interval("kl", "KL\n[95 %]", significant(3)),
     with_interval("kl_fraction", "KL as a share\n[95 %]", percent(1)),
     with_interval("ppl", "ppl\n[95 %]", significant(3)),
+    Column("read_ratio", "the control reads,\nover the replica", number(2)),
+    Column("decode_tok_s", "decode\ntok/s", significant(3)),
+    Column("control_decode_tok_s", "the control's\ntok/s", significant(3)),
     Column("beats", "beats it", lambda row: WORDS[row["beats"]], whole_row=True),
 ]
 DRAFT_COLUMNS = [

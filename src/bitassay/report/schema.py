@@ -95,6 +95,7 @@ class AssayRun(_Part):
     environment: dict[Text, Any]
     seconds: dict[Text, Finite] = {}
     rows: Annotated[list[Row], Field(min_length=1, max_length=MAX_ROWS)]
+    pairs: Annotated[list["ControlPair"], Field(max_length=MAX_ROWS)] = []
 
     @model_validator(mode="after")
     def _one_distance_for_each_layer(self) -> "AssayRun":
@@ -193,6 +194,7 @@ class ReplicationRow(_Compared):
     variant: Text
     controls: list[Text]
     beats_single: bool | None
+    beats_rescaled: bool | None = None
     beats_equal_bits: bool | None
     beats_equal_flops: bool | None
     bits_per_weight: Finite
@@ -210,6 +212,9 @@ class ControlPair(_Compared):
     kl: Finite
     ppl: Finite
     beats: bool | None
+    read_ratio: Positive | None = None
+    decode_tok_s: Positive | None = None
+    control_decode_tok_s: Positive | None = None
 
 
 class DraftRow(_Compared):

@@ -1,7 +1,8 @@
 """The main job: quantize a model by several recipes, and say of each what it costs and whether a verifier
 notices.
 
-1. evaluate: all recipes against the base model in one pass over the text, in fp32 by default;
+1. evaluate: all recipes against the base model in one pass over the text, in fp32 by default. Recipes with
+   copies bring their controls along (`replicate/controls.py`) as rows of their own;
 2. bench: real models (packed codes) in bf16, in turn;
 3. verify: a profile is fitted to honest bf16 runs of the base model; then each quantized model generates
    while claiming to be the base model, and a verifier that holds the base model checks its traces.
@@ -11,7 +12,7 @@ Every step keeps its finished parts in the run folder, so that the same command 
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +29,7 @@ from bitassay.errors import BitassayError
 from bitassay.evaluate.compare import score_windows, summarise
 from bitassay.evaluate.divergence import TokenScores
 from bitassay.models.load import identity, load, tokenizer
+from bitassay.models.walk import decoder_layers
 from bitassay.quantize.model import (
     Quantization,
     bits_per_weight,
@@ -42,6 +44,7 @@ from bitassay.quantize.recipe import BASE, Recipe, find_recipe, row_names
 from bitassay.record.files import write_json
 from bitassay.record.progress import Progress, silent
 from bitassay.record.run import RunFolder
+from bitassay.studies.pairs import Place, pair, with_controls
 from bitassay.studies.verification import (
     Verification,
     chosen_prompts,
@@ -73,6 +76,11 @@ class AssayPlan:
         if len(row_names(self.recipes)) == 1:
             raise BitassayError("no recipe was given", "--recipe w4, or see `bitassay recipes list`")
 
+    def with_controls(self, layers: int) -> tuple["AssayPlan", list[Place]]:
+        """The plan with controls, for a model of so many layers, and which these are."""
+        recipes, places = with_controls(self.recipes, layers)
+        return replace(self, recipes=recipes), places
+
     def to_dict(self) -> dict[str, Any]:
         return {
             **asdict(self),
@@ -85,18 +93,20 @@ def assay(
     model: str,
     recipes: Sequence[str | Path | Recipe],
     *,
+    controls: bool = True,
     out: Path | None = None,
     progress: Progress = silent,
     trust_remote_code: bool = False,
     **options: Any,
 ) -> tuple[dict[str, Any], Path]:
     """Run the whole job; `options` are fields of AssayPlan. Returns the run (the content of run.json) and its
-    folder.
+    folder. controls: add those of recipes with copies, and `pairs` of each with them.
 
     Raises BitassayError for bad input before any work is done.
     """
     plan = AssayPlan(model, tuple(find_recipe(recipe) for recipe in recipes), **options)
     base = load(model, dtype=plan.dtype, progress=progress, trust_remote_code=trust_remote_code)
+    plan, places = plan.with_controls(len(decoder_layers(base))) if controls else (plan, [])
     for recipe in plan.recipes:
         check_recipe(base, recipe)
     windows, corpus_source = token_windows(tokenizer(base), plan.protocol)
@@ -130,7 +140,8 @@ def assay(
         facts[name] | quality[name] | speed.get(name, _NO_SPEED) | verdicts.get(name, _NO_VERDICT)
         for name in facts
     ]
-    run = {**head, "verification": verification, "rows": rows, "seconds": stopwatch.laps}
+    pairs = [pair(place, place.group, scores, plan.seed) for place in places]
+    run = {**head, "verification": verification, "rows": rows, "pairs": pairs, "seconds": stopwatch.laps}
     write_json(folder.path / "run.json", run)
     return run, folder.path
 

@@ -27,8 +27,9 @@ from bitassay.quantize.model import (
     quantization_of,
     size_bytes,
 )
+from bitassay.quantize.rounding import generator_for
 from bitassay.record.progress import silent
-from bitassay.replicate.on_demand import gated_logits, planes_on_demand
+from bitassay.replicate.on_demand import Depth, gated_logits, planes_on_demand, shuffled
 from bitassay.replicate.passes import Usage
 from bitassay.replicate.plan import Chosen
 from bitassay.replicate.select import chosen_layers
@@ -88,11 +89,15 @@ def window_reader(
 
     def read(window: Int[Tensor, " tokens"]) -> Read:
         reader.clear()
+        depth: Depth = 1
         if reading.threshold is not None:
-            logits = gated_logits(deep, reader, window, reading.threshold)[0][:-1]
-        else:
-            with reader.reading(1):
-                logits = window_logits(deep, window)
+            logits, depths = gated_logits(deep, reader, window, reading.threshold)
+            if reading.seed is None:
+                return Read(logits[:-1], 1.0, reader.bytes_per_token)
+            depth = shuffled(depths, generator_for(reading.seed, str(window.tolist())))[None]
+            reader.clear()
+        with reader.reading(depth):
+            logits = window_logits(deep, window)
         return Read(logits, 1.0, reader.bytes_per_token)
 
     return read

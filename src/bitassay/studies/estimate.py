@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from bitassay.bench.roofline import matrix_peak, stream_bandwidth
 from bitassay.models.load import as_dtype
 from bitassay.models.source import resolve
+from bitassay.models.walk import decoder_layers
 from bitassay.quantize.calibration import Calibration
 from bitassay.quantize.export_plan import plan_export
 from bitassay.quantize.model import check_recipe, parameter_count
@@ -27,7 +28,12 @@ PROMPT_TOKENS = 60  # about the mean of the prompts that are used
 
 
 def estimate_assay(
-    model: str, recipes: Sequence[str | Path | Recipe], *, progress: Progress = silent, **options: Any
+    model: str,
+    recipes: Sequence[str | Path | Recipe],
+    *,
+    controls: bool = True,
+    progress: Progress = silent,
+    **options: Any,
 ) -> list[dict[str, Any]]:
     """Rows `step, work, memory_bytes, seconds`. The model is fetched where it is not here yet, but no weights
     are loaded."""
@@ -35,6 +41,8 @@ def estimate_assay(
     config = AutoConfig.from_pretrained(resolve(model, progress).folder)
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config)
+    if controls:
+        plan, _ = plan.with_controls(len(decoder_layers(empty)))
     for recipe in plan.recipes:
         check_recipe(empty, recipe)
     parameters, models = parameter_count(empty), len(plan.recipes) + 1

@@ -5,13 +5,13 @@
     phase2          copies that differ: scales, clipping, offsets, noise, seeds, residual codes, group sizes
     phase3          chosen layers; rotation before it and in each copy; parallel and fitted copies
     phase4          one bit and ternary, with what repaired most
-    uses            what else copies could be good for: input grids, rotations, stopping early
+    uses            what else copies could be good for: input grids, rotations, stopping early, loops
     planes          one checkpoint in residual codes, read to several depths, and drafts by its first plane
 
 A study is rows: a *group* is a recipe, and each one with copies brings its controls along
 (`replicate/controls.py`) as rows of their own. Models that are equal are one variant, measured once. Source:
 the experiment document on layer replication, sections 4.1 and 4.3; `replication_claims.py` holds what its
-theory predicts. Loops over blocks of several layers, and weights shared across layers, are left out.
+theory predicts. Weights shared across layers are left out.
 """
 
 from dataclasses import dataclass
@@ -22,10 +22,12 @@ from bitassay.errors import BitassayError, nearest
 from bitassay.quantize.recipe import BASE, Recipe
 from bitassay.replicate.controls import controls
 from bitassay.replicate.plan import Chosen
+from bitassay.studies.pairs import Place, changes_nothing
 from bitassay.studies.variants import Reading, Variant, VariantPlan
 
 PLAIN, REPLICA = "plain", "replica"
 DEFAULT_PROTOCOL = Protocol(window_tokens=1024, windows=16)
+THRESHOLDS = (1.0, 2.5, 4.0)  # of the entropy gate, in nats
 BLOCK = 8  # a variant is made anew for each block
 
 W2 = {"format": "int2", "granularity": "g64", "symmetric": False, "scale": "mse"}
@@ -33,6 +35,7 @@ EVEN = {"format": "int2", "granularity": "g64", "offset": 0.5}  # the levels -1.
 W1 = {"format": "binary", "granularity": "g64"}
 TERNARY = {"format": "ternary", "granularity": "g64"}
 SOLVED = {"gptq": {}, "calibration": {"samples": 16}}  # few: a study has a dozen such models
+APART = SOLVED | {"gptq": {"planes": "apart"}}
 INT8 = {"activations": {"format": "int8"}}
 RESIDUAL = {"how": "parallel", "of": "linear", "differ": "residual"}
 MESHED = RESIDUAL | {"values": [1.3, 1]}
@@ -56,16 +59,6 @@ class Study:
     groups: tuple[Group, ...]
     speed: bool = False
     drafts: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class Place:
-    """A row of the results: a group, what the variant is in it (plain, replica, or in what it equals the
-    replica), and the variant's name."""
-
-    group: str
-    role: str
-    variant: str
 
 
 def group(
@@ -108,9 +101,9 @@ def _phase1() -> tuple[Group, ...]:
         group("w4", W2 | {"format": "int4"}),
         *(group(f"serial-{n}", W2, {"copies": n}) for n in (2, 3, 4)),
         *(group(f"damped-{n}", W2, damped | {"copies": n}) for n in (2, 3)),
-        group("serial-2-gptq", W2, {}, **SOLVED),
-        group("damped-2-gptq", W2, damped, **SOLVED),
-        group("fitted-2-gptq", W2, {"coefficients": "fitted"}, **SOLVED),
+        *(group(f"serial-{n}-gptq", W2, {"copies": n}, **SOLVED) for n in (2, 3, 4)),
+        *(group(f"damped-{n}-gptq", W2, damped | {"copies": n}, **SOLVED) for n in (2, 3, 4)),
+        *(group(f"fitted-{n}-gptq", W2, {"coefficients": "fitted", "copies": n}, **SOLVED) for n in (2, 3)),
         group("damped-layer-2-gptq", W2, damped | {"layers": [2]}, **SOLVED),
         group("damped-2-dense", None, damped),
         group("damped-layer-2-dense", None, damped | {"layers": [2]}),
@@ -146,13 +139,16 @@ def _phase2() -> tuple[Group, ...]:
 
 
 def _phase3() -> tuple[Group, ...]:
+    listed = RESIDUAL | {"layers": {0: 2, 1: 2, 2: 2}}
+    there = {"r1": "online", "layers": [0, 1, 2]}
     return (
         Group(BASE),
         group("w2-gptq", W2, **SOLVED),
         group("w2-gptq-rotated", W2, rotation={}, **SOLVED),
         *(group(f"residual-{by}", EVEN, MESHED | chosen(by), **SOLVED) for by in ("error", "kl", "massive")),
         group("residual-front", EVEN, RESIDUAL | {"layers": "progressive"}, **SOLVED),
-        group("residual-listed", EVEN, RESIDUAL | {"layers": {0: 2, 1: 2, 2: 2}}, **SOLVED),
+        group("residual-listed", EVEN, listed, **SOLVED),
+        group("residual-listed-rotated", EVEN, listed, rotation=there, **SOLVED),
         group("residual-rotated", EVEN, MESHED, rotation={}, **SOLVED),
         group("residual-kl-rotated", EVEN, MESHED | chosen("kl"), rotation={}, **SOLVED),
         group("w2", W2),
@@ -170,6 +166,7 @@ def _phase4() -> tuple[Group, ...]:
         group("seed-w1-4", W1, average("seed", copies=4)),
         group("rotations-w1-4", W1, average("rotation", copies=4)),
         *(group(f"residual-w1-{n}", W1, RESIDUAL | {"copies": n}, **SOLVED) for n in (2, 3, 4)),
+        group("residual-w1-3-apart", W1, RESIDUAL | {"copies": 3}, **APART),
         group("residual-w1-3-rotated", W1, RESIDUAL | {"copies": 3}, rotation={}, **SOLVED),
         group("residual-w1.58-2", TERNARY, RESIDUAL, **SOLVED),
         group("residual-w1.58-2-rotated", TERNARY, RESIDUAL, rotation={}, **SOLVED),
@@ -180,6 +177,8 @@ def _uses() -> tuple[Group, ...]:
     grids, inputs = average("inputs"), {n: {"activations": {"format": f"int{n}"}} for n in (4, 6, 8)}
     again = {"copies": 3, "coefficients": [1, 0.1, 0.1]}  # a token may stop behind the layer as it is
     stops = again | {"stop": {"norm": 0.3, "cosine": 0.05}}
+    middle = {"of": "block", "layers": "middle"}
+    loops = {"loop-2": middle | {"coefficients": "mean"}, "loop-2-again": middle | {"coefficients": [1, 0.1]}}
     return (
         Group(BASE),
         *(group(f"w16a{n}", None, **one) for n, one in inputs.items()),
@@ -191,15 +190,19 @@ def _uses() -> tuple[Group, ...]:
         group("again-3-gptq", W2, again, **SOLVED),
         group("stopping-3-gptq", W2, stops, **SOLVED),
         group("stopping-3-dense", None, stops),
+        *(group(f"{name}-dense", None, loop) for name, loop in loops.items()),
+        *(group(f"{name}-gptq", W2, loop, **SOLVED) for name, loop in loops.items()),
         group("budget-3-gptq", W2, stops | {"stop": {"norm": 0, "cosine": 0, "budget": 8}}, **SOLVED),
     )
 
 
 def _planes() -> tuple[Group, ...]:
     whole = group("both", EVEN, MESHED, **SOLVED)
+    apart = group("apart", EVEN, RESIDUAL, **APART)
     depths = {
         "plane-1": Reading(),
-        **{f"gated-{theta:g}": Reading(threshold=theta) for theta in (1.0, 2.5, 4.0)},
+        **{f"gated-{theta:g}": Reading(threshold=theta) for theta in THRESHOLDS},
+        **{f"random-{theta:g}": Reading(threshold=theta, seed=0) for theta in THRESHOLDS},
         **{f"layers-{share:.0%}": Reading(Chosen(by="kl", share=share)) for share in (0.2, 0.4, 0.6, 0.8)},
     }
     mixed = {"formats": ["int2", "int3", "int4"], "samples": 8}
@@ -207,6 +210,8 @@ def _planes() -> tuple[Group, ...]:
         Group(BASE),
         whole,
         *(Group(name, whole.recipe, reading) for name, reading in depths.items()),
+        apart,
+        Group("apart-plane-1", apart.recipe, Reading()),
         *(group(f"uniform-{n}", W2 | {"format": f"int{n}"}, **SOLVED) for n in (2, 3, 4)),
         *(
             group(f"mixed-{bits:g}", W2, mixed={"bits": bits, **mixed}, **SOLVED)
@@ -228,7 +233,7 @@ STUDIES = {
         Study("phase2", "copies at 2 bits that differ: grids, clipping, noise, residual codes", _phase2()),
         Study("phase3", "chosen layers, rotation, parallel and fitted copies at 2 bits", _phase3()),
         Study("phase4", "one bit and ternary with residual codes and rotation", _phase4()),
-        Study("uses", "input grids, rotations in copies, stopping early", _uses()),
+        Study("uses", "input grids, rotations in copies, stopping early, loops over a block", _uses()),
         Study(
             "planes", "one checkpoint in residual codes read to several depths", _planes(), drafts=(2, 4, 8)
         ),
@@ -255,13 +260,6 @@ def arranged(groups: tuple[Group, ...], layers: int) -> tuple[tuple[Variant, ...
         for control in plain:
             add(one.name, ", ".join(control.kinds), control.recipe)
     return tuple(found.values()), places
-
-
-def changes_nothing(recipe: Recipe) -> bool:
-    """Whether what it makes of a model is the model."""
-    return recipe.model_copy(update={"calibration": None}) == Recipe(
-        name=recipe.name, description=recipe.description, weights=None
-    )
 
 
 def replication_plan(

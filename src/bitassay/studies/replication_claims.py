@@ -49,17 +49,20 @@ CLAIMS = (
         MORE,
         (
             *(divergence(f"serial-{n}", "w2") for n in (2, 3, 4)),
-            divergence("serial-2-gptq", "w2-gptq"),
+            *(divergence(f"serial-{n}-gptq", "w2-gptq") for n in (2, 3, 4)),
         ),
         KL,
     ),
     Claim(
         "phase1",
         "-",
-        "damped, a second copy does less harm than plain",
+        "damped, further copies do less harm than plain",
         "-",
         LESS,
-        (divergence("damped-2", "serial-2"), divergence("damped-2-gptq", "serial-2-gptq")),
+        (
+            *(divergence(f"damped-{n}", f"serial-{n}") for n in (2, 3)),
+            *(divergence(f"damped-{n}-gptq", f"serial-{n}-gptq") for n in (2, 3, 4)),
+        ),
         KL,
     ),
     Claim(
@@ -77,10 +80,19 @@ CLAIMS = (
     Claim(
         "phase1",
         "4.3.2",
-        "a second pass with fitted coefficients repairs something: better than each layer once",
+        "further passes with fitted coefficients repair something: better than each layer once",
         "at least as good on the text that they are fitted to",
         LESS,
-        (divergence("fitted-2-gptq", "w2-gptq"),),
+        tuple(divergence(f"fitted-{n}-gptq", "w2-gptq") for n in (2, 3)),
+        KL,
+    ),
+    Claim(
+        "phase1",
+        "-",
+        "the repair is the further pass's, not the rescaling's: better than each layer once, rescaled",
+        "-",
+        LESS,
+        tuple(divergence(f"fitted-{n}-gptq", "fitted-2-gptq-rescaled") for n in (2, 3)),
         KL,
     ),
     Claim(
@@ -143,7 +155,11 @@ CLAIMS = (
         "rotation first makes copies better",
         "they complement each other",
         LESS,
-        (divergence("residual-kl-rotated", "residual-kl"), divergence("w2-gptq-rotated", "w2-gptq")),
+        (
+            divergence("residual-kl-rotated", "residual-kl"),
+            divergence("residual-listed-rotated", "residual-listed"),
+            divergence("w2-gptq-rotated", "w2-gptq"),
+        ),
         KL,
     ),
     Claim(
@@ -211,6 +227,15 @@ CLAIMS = (
         NO_WORSE,
         (divergence("plane-1", "uniform-2", fraction=True),),
         SHARE,
+    ),
+    Claim(
+        "planes",
+        "-",
+        "an entropy gate chooses well: better than as many tokens at random",
+        "-",
+        LESS,
+        tuple(divergence(f"gated-{theta}", f"random-{theta}") for theta in ("1", "2.5", "4")),
+        KL,
     ),
     Claim(
         "planes",

@@ -4,8 +4,7 @@
     OUT/bench/GROUP/         speeds: a group's models take turns with the base, alone, after all cells
     OUT/run.json             rows, pairs of replicas and controls, drafts, claims
 
-A replica *beats* a control where its KL to the base is lower beyond doubt, `false` where it is higher beyond
-doubt, and None where the interval, paired by window, holds zero. Grades are the document's.
+What a replica beats is in `pairs.py`. Grades are the document's.
 """
 
 from collections.abc import Sequence
@@ -20,10 +19,10 @@ from bitassay.bench.environment import environment
 from bitassay.bench.models import bench
 from bitassay.bench.rounds import ratio_of
 from bitassay.data.corpora import corpus
-from bitassay.evaluate.compare import summarise, text_difference
+from bitassay.evaluate.compare import summarise
 from bitassay.evaluate.statistics import bootstrap_means, percentile_interval
 from bitassay.models.source import resolve
-from bitassay.quantize.recipe import BASE, Recipe
+from bitassay.quantize.recipe import BASE
 from bitassay.record.files import write_json
 from bitassay.record.progress import Progress, silent
 from bitassay.record.run import RunFolder
@@ -31,7 +30,8 @@ from bitassay.replicate.controls import KINDS
 from bitassay.studies.cells import Cell, read_costs, read_facts, read_text
 from bitassay.studies.claims import judged
 from bitassay.studies.crew import do_study
-from bitassay.studies.replication import REPLICA, Place, find_study, replication_plan
+from bitassay.studies.pairs import Place, pair
+from bitassay.studies.replication import REPLICA, find_study, replication_plan
 from bitassay.studies.replication_claims import CLAIMS
 from bitassay.studies.variants import Findings, VariantPlan
 
@@ -64,7 +64,7 @@ def run_replication(
     folder, head = do_study(plan, "replication", about, out=out, jobs=jobs, ray=ray, progress=progress)
     found = findings(folder, plan)
     speed = _speed(plan, places, folder, repeats, progress) if plan.speed else {}
-    pairs = pairs_of(found, places)
+    pairs = pairs_of(found, places, speed)
     assert plan.protocol is not None
     run = {
         **head,
@@ -109,7 +109,7 @@ def with_costs(facts: dict[str, Any], costs: dict[str, float]) -> dict[str, Any]
 
 def row_of(found: Findings, place: Place, pairs: Sequence[Row], speed: dict[str, Row]) -> Row:
     """One line of the table."""
-    facts, recipe = found.facts[place.variant], found.variants[place.variant].recipe
+    facts = found.facts[place.variant]
     quality = summarise(found.text[place.variant], found.text[found.plan.base], found.plan.seed).to_dict()
     timed = speed.get(place.variant, {})
     kept = ("bits_per_weight", "size_bytes", "passes", "flop_per_token", "bytes_per_token")
@@ -118,7 +118,7 @@ def row_of(found: Findings, place: Place, pairs: Sequence[Row], speed: dict[str,
         "recipe_id": facts["recipe_id"],
         **{key: facts[key] for key in kept},
         **quality,
-        "grade": grade(quality["ppl_delta"], recipe),
+        "grade": grade(quality["ppl_delta"], facts["bits_per_weight"]),
         "decode_tok_s": timed.get("decode_tok_s"),
         "decode_ratio": timed.get("decode_ratio"),
         "decode_ratio_ci": timed.get("decode_ratio_ci"),
@@ -132,42 +132,35 @@ def row_of(found: Findings, place: Place, pairs: Sequence[Row], speed: dict[str,
     return row
 
 
-def grade(ppl_delta: float, recipe: Recipe | None) -> str | None:
-    """What the document calls such an increase of perplexity; None where it has no word for it. At 1 bit
-    there is one more."""
-    scheme = None if recipe is None or recipe.mixed is not None else recipe.weights
-    one_bit = scheme is not None and scheme.number_format.bits < 2
-    grades = ONE_BIT_GRADES if one_bit else GRADES
+def grade(ppl_delta: float, bits_per_weight: float) -> str | None:
+    """What the document calls such an increase of perplexity; None where it has no word for it. Below 2
+    stored bits there is one more: three planes of 1 bit are no 1-bit model."""
+    grades = ONE_BIT_GRADES if bits_per_weight < 2 else GRADES
     return next((name for most, name in grades.items() if ppl_delta < most), None)
 
 
-def pairs_of(found: Findings, places: Sequence[Place]) -> list[Row]:
-    """Every replica less each of its controls."""
+def pairs_of(found: Findings, places: Sequence[Place], speed: dict[str, Row]) -> list[Row]:
+    """Every replica less each of its controls. read_ratio: the weights that the control reads for a token,
+    over the replica's."""
     replicas = {place.group: place.variant for place in places if place.role == REPLICA}
     rows = []
+
+    def read(variant: str) -> float:
+        return found.facts[variant]["bytes_per_token"] - found.facts[variant]["head_bytes"]
+
     for place in places:
         replica = replicas.get(place.group)
         if replica is None or place.role == REPLICA:
             continue
-        apart = text_difference(found.text[place.variant], found.text[replica], found.plan.seed)
         rows.append(
-            {
-                "group": place.group,
-                "role": place.role,
-                "replica": replica,
-                "control": place.variant,
-                **asdict(apart),
-                "beats": beats(apart.kl_ci),
+            pair(place, replica, found.text, found.plan.seed)
+            | {
+                "read_ratio": read(place.variant) / read(replica),
+                "decode_tok_s": speed.get(replica, {}).get("decode_tok_s"),
+                "control_decode_tok_s": speed.get(place.variant, {}).get("decode_tok_s"),
             }
         )
     return rows
-
-
-def beats(interval: tuple[float, float] | None) -> bool | None:
-    """Of a difference that is good where it is negative; None: not decided."""
-    if interval is None or interval[0] <= 0 <= interval[1]:
-        return None
-    return interval[1] < 0
 
 
 def _speed(

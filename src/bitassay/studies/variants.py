@@ -25,20 +25,22 @@ Kind = Literal["fake", "real"]
 @dataclass(frozen=True)
 class Reading:
     """How a model in residual codes is read (`replicate/on_demand.py`): its first plane, all planes in some
-    layers, and all planes for a token that follows an entropy above `threshold` nats."""
+    layers, and all planes for a token that follows an entropy above `threshold` nats; with a `seed`, for as
+    many tokens of a window at random."""
 
     layers: Chosen | None = None
     threshold: float | None = None
+    seed: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         layers = None if self.layers is None else self.layers.model_dump(mode="json")
-        return {"layers": layers, "threshold": self.threshold}
+        return asdict(self) | {"layers": layers}
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> "Reading":
         """From `to_dict`."""
         layers = content["layers"]
-        return cls(None if layers is None else Chosen.model_validate(layers), content["threshold"])
+        return cls(**{**content, "layers": None if layers is None else Chosen.model_validate(layers)})
 
 
 @dataclass(frozen=True)
