@@ -1,7 +1,13 @@
 """A search on a tiny model: samplers, limits, resuming, several processes, and what comes out."""
 
 import json
+import subprocess
+import sys
+import time
+from pathlib import Path
 
+import optuna
+import psutil
 import pytest
 
 import bitassay
@@ -13,6 +19,7 @@ from bitassay.search import search as module
 from bitassay.search.exam import Exam, Sitting
 from bitassay.search.search import search
 from bitassay.search.space import Space
+from bitassay.search.trials import ENDED
 
 SPACE = Space.model_validate(
     {
@@ -22,6 +29,14 @@ SPACE = Space.model_validate(
             "weights.granularity": ["channel", "g32", "g64"],
             "weights.offset": {"low": 0.0, "high": 0.5, "step": 0.5},
         },
+    }
+)
+
+FREE = Space.model_validate(
+    {
+        "name": "free",
+        "recipe": {"weights": {"format": "int3"}},
+        "parameters": {"weights.scale_factor": {"low": 0.8, "high": 1.2}},
     }
 )
 
@@ -153,6 +168,44 @@ def test_two_processes_share_the_trials(tmp_path):
     found = run(tmp_path / "run", trials=4, jobs=2)
     assert len(found["trials"]) == 4
     assert (tmp_path / "run/worker-1.log").exists()
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from test_search import FREE, run
+run(Path(sys.argv[1]), trials=100_000, jobs=2, space=FREE)
+"""
+
+
+def test_a_killed_search_leaves_no_helper_and_goes_on(tmp_path):
+    """Really killed, with two processes at work: the helper ends too, and what was finished stays."""
+    out = tmp_path / "run"
+    main = subprocess.Popen([sys.executable, "-c", KILLED, str(out)], cwd=Path(__file__).parent)
+    try:
+        eventually(lambda: (out / "worker-1.log").exists())
+        finished = eventually(lambda: ended(out)[:3])
+        [helper] = psutil.Process(main.pid).children()
+    finally:
+        main.kill()
+        main.wait()
+    eventually(lambda: not helper.is_running() or helper.status() == psutil.STATUS_ZOMBIE)
+    found = run(out, trials=len(ended(out)) + 1, space=FREE)["trials"]
+    assert [(one["number"], one["values"]) for one in found][: len(finished)] == finished
+
+
+def ended(out):
+    """Numbers and values of the trials that are finished in the folder."""
+    study = optuna.load_study(study_name="search", storage=f"sqlite:///{out}/trials.db")
+    return [(one.number, one.params) for one in study.get_trials(states=ENDED)]
+
+
+def eventually(what):
+    deadline = time.monotonic() + 120
+    while not (found := what()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    return found
 
 
 def test_speed_and_distance_are_columns_too(tmp_path):

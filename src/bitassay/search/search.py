@@ -11,6 +11,7 @@ adds to what there is. The best are the one recipe of the least objective or, of
 Pareto front. `against` names recipes written by hand, which are judged beside them.
 """
 
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -34,6 +35,7 @@ from bitassay.quantize.pipeline import quantize_tensors_once
 from bitassay.quantize.recipe import BASE, Recipe, find_recipe, row_names
 from bitassay.record.files import read_json, write_json, write_text
 from bitassay.record.hashing import digest_json
+from bitassay.record.processes import end, end_with_parent, helper_variables
 from bitassay.record.progress import Progress, silent
 from bitassay.record.run import RunFolder
 from bitassay.search.exam import Exam
@@ -117,7 +119,11 @@ def _helpers(folder: Path, trials: int, count: int, trust_remote_code: bool) -> 
             with open(log, "wb") as output:
                 processes.append(
                     Popen(
-                        [*command, str(int(trust_remote_code))], stdin=DEVNULL, stdout=output, stderr=STDOUT
+                        [*command, str(int(trust_remote_code))],
+                        stdin=DEVNULL,
+                        stdout=output,
+                        stderr=STDOUT,
+                        env={**os.environ, **helper_variables()},
                     )
                 )
         yield
@@ -130,8 +136,7 @@ def _helpers(folder: Path, trials: int, count: int, trust_remote_code: bool) -> 
                 )
     finally:
         for process in processes:
-            process.kill()
-            process.wait()
+            end(process)
 
 
 def _result(
@@ -241,4 +246,5 @@ def main(folder: Path, trials: int, trust_remote_code: bool) -> None:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     main(Path(sys.argv[1]), int(sys.argv[2]), bool(int(sys.argv[3])))
