@@ -3,6 +3,7 @@ text that chose nothing.
 
     OUT/trials.db   optuna's storage: every trial, its values, what came of it
     OUT/work/       what is finished of a recipe that is being made
+    OUT/failed/     tracebacks of trials that failed by a bug
     OUT/best/       the best recipes as YAML
     OUT/run.json    the result
 
@@ -41,7 +42,14 @@ from bitassay.record.run import RunFolder
 from bitassay.search.exam import Exam
 from bitassay.search.objectives import pareto
 from bitassay.search.space import Space, find_space
-from bitassay.search.trials import ENDED, SearchPlan, open_study, propose_interrupted_again, run_trials
+from bitassay.search.trials import (
+    ENDED,
+    FAILED,
+    SearchPlan,
+    open_study,
+    propose_interrupted_again,
+    run_trials,
+)
 
 SCHEMA = 1
 MOST_BEST = 8  # recipes of a front that are judged
@@ -80,6 +88,8 @@ def search(
             progress(f"{again} interrupted trials are proposed again")
         with _helpers(folder.path, trials, jobs - 1, trust_remote_code):
             run_trials(plan, folder.path, trials, exam, progress)
+        if failed := _failed(study):
+            progress(f"trials that failed by a bug: {failed}; {folder.path / 'failed'} has the tracebacks")
         run = _result(plan, study, exam, written, folder, progress)
     write_json(folder.path / "run.json", run)
     return run, folder.path
@@ -207,6 +217,11 @@ def named_recipe(trial: FrozenTrial, plan: SearchPlan) -> Recipe:
             "description": f"Found by a search of {plan.space.name} for {', '.join(plan.objectives)}.",
         }
     )
+
+
+def _failed(study: optuna.Study) -> int:
+    stopped = [trial.user_attrs["stopped"] for trial in study.get_trials(deepcopy=False, states=ENDED)]
+    return sum((why or "").startswith(FAILED) for why in stopped)
 
 
 def _described(trial: FrozenTrial) -> dict[str, Any]:
