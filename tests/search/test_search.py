@@ -13,7 +13,7 @@ import pytest
 import bitassay
 from bitassay.errors import BitassayError, MissingError
 from bitassay.evaluate.compare import score_windows, summarise
-from bitassay.quantize.recipe import Recipe, read_recipe
+from bitassay.quantize.recipe import Recipe, find_recipe, read_recipe
 from bitassay.search import exam as exam_module
 from bitassay.search import search as module
 from bitassay.search import trials as trials_module
@@ -114,6 +114,26 @@ def test_a_limit_on_size_is_kept_and_costs_no_work(tmp_path, monkeypatch):
     assert all(trial["state"] == "pruned" and "bits_per_weight is" in trial["stopped"] for trial in over)
     assert len(made) == 6 - len(over)
     assert found["rows"][1]["bits_per_weight"] <= 3.3
+
+
+def test_a_recipe_is_a_limit_and_the_first_trial(tmp_path, stories):
+    hand = Recipe.model_validate(
+        {"name": "hand", "weights": {"format": "int3", "scale": "absmax", "granularity": "g64"}}
+    )
+    outside = Recipe.model_validate({"name": "outside", "weights": {"format": "int4"}})
+    limited = {"against": [outside, hand], "at_most": {"bits_per_weight": hand}}
+    found = run(tmp_path / "run", trials=4, **limited)
+    assert found["settings"]["at_most"] == {"bits_per_weight": known_facts(stories, hand)["bits_per_weight"]}
+    first = found["trials"][0]
+    assert first["values"] == {"weights.granularity": "g64", "weights.offset": 0.0}
+    assert first["state"] == "complete"  # at the limit, not over it
+    more = run(tmp_path / "run", trials=6, **limited)
+    assert more["trials"][:4] == found["trials"]  # a search that goes on does not begin again
+
+
+def test_a_limit_that_is_not_known(tmp_path):
+    with pytest.raises(BitassayError, match="kl_mean of w3 is not known before it is measured"):
+        run(tmp_path / "run", trials=1, at_most={"kl_mean": find_recipe("w3")})
 
 
 RESIDUAL = {"how": "parallel", "of": "linear", "differ": "residual"}

@@ -9,15 +9,16 @@ text that chose nothing.
 
 `trials` is the total of a folder: the same command goes on after the last finished trial, a larger number
 adds to what there is. The best are the one recipe of the least objective or, of several objectives, the
-Pareto front. `against` names recipes written by hand, which are judged beside them.
+Pareto front. `against` names recipes written by hand, which are judged beside them; those that the space
+holds are the first trials, so that the search begins where people had come to.
 """
 
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -39,7 +40,7 @@ from bitassay.record.hashing import digest_json
 from bitassay.record.processes import end, end_with_parent, helper_variables
 from bitassay.record.progress import Progress, silent
 from bitassay.record.run import RunFolder
-from bitassay.search.exam import Exam
+from bitassay.search.exam import Exam, limits
 from bitassay.search.objectives import pareto
 from bitassay.search.space import Space, find_space
 from bitassay.search.trials import (
@@ -47,6 +48,7 @@ from bitassay.search.trials import (
     FAILED,
     SearchPlan,
     open_study,
+    propose_first,
     propose_interrupted_again,
     run_trials,
 )
@@ -62,6 +64,7 @@ def search(
     *,
     trials: int,
     against: Sequence[str | Path | Recipe] = (),
+    at_most: Mapping[str, float | Recipe] | None = None,
     jobs: int = 1,
     out: Path | None = None,
     progress: Progress = silent,
@@ -69,7 +72,8 @@ def search(
     **options: Any,
 ) -> tuple[dict[str, Any], Path]:
     """Search `space` for the best recipes of MODEL, with `jobs` processes; `options` are fields of
-    SearchPlan. Returns the run (the content of run.json) and its folder.
+    SearchPlan; of a limit, a recipe stands for what it stores. Returns the run (the content of run.json) and
+    its folder.
 
     Raises BitassayError for bad input, where no trial was completed, and where another search works on the
     folder.
@@ -80,10 +84,12 @@ def search(
     if trials < 1 or jobs < 1:
         raise BitassayError(f"{min(trials, jobs)} trials or jobs", "at least 1")
     exam = plan.exam(progress, trust_remote_code)
+    plan = replace(plan, at_most=limits(exam.base, at_most or {}))
     folder = _open_folder(plan, exam, out)
     progress(f"run {folder.run_id} in {folder.path}")
     with _alone(folder.path):
         study = open_study(plan, folder.path)
+        propose_first(plan, study, written)
         if again := propose_interrupted_again(study):
             progress(f"{again} interrupted trials are proposed again")
         with _helpers(folder.path, trials, jobs - 1, trust_remote_code):

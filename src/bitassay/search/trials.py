@@ -124,6 +124,15 @@ def _sampler(plan: SearchPlan, seed: int) -> optuna.samplers.BaseSampler:
     return optuna.samplers.TPESampler(seed=seed)
 
 
+def propose_first(plan: SearchPlan, study: optuna.Study, recipes: Sequence[Recipe]) -> None:
+    """Let a search that begins try these recipes first, those that its space holds; a grid has its order."""
+    if study.get_trials(deepcopy=False) or plan.sampler == "grid":
+        return
+    for recipe in recipes:
+        if (values := plan.space.values_of(recipe)) is not None:
+            study.enqueue_trial({path: label(value) for path, value in values.items()})
+
+
 def propose_interrupted_again(study: optuna.Study) -> int:
     """End the trials that nobody works on any more, and propose their values first; how many there were."""
     left = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
