@@ -20,7 +20,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from subprocess import DEVNULL, STDOUT, Popen
 from typing import Any
@@ -36,10 +35,10 @@ from bitassay.models.load import identity
 from bitassay.quantize.pipeline import quantize_tensors_once
 from bitassay.quantize.recipe import BASE, Recipe, find_recipe, row_names
 from bitassay.record.files import read_json, write_json, write_text
-from bitassay.record.hashing import digest_json
 from bitassay.record.processes import end, end_with_parent, helper_variables
 from bitassay.record.progress import Progress, silent
-from bitassay.record.run import RunFolder
+from bitassay.record.run import RunFolder, default_folder
+from bitassay.record.versions import versions
 from bitassay.search.exam import Exam, limits
 from bitassay.search.objectives import pareto
 from bitassay.search.space import Space, find_space
@@ -109,9 +108,9 @@ def _open_folder(plan: SearchPlan, exam: Exam, out: Path | None) -> RunFolder:
         **plan.to_dict(),
         "weights_digest": who.weights_digest,
         "corpus_source": exam.corpus_source,
-        "versions": {name: version(name) for name in ("bitassay", "optuna", "torch", "transformers")},
+        "versions": versions("optuna", "torch", "transformers"),
     }
-    return RunFolder(out or Path("runs") / f"search-{plan.space.name}-{digest_json(content)[:8]}", content)
+    return RunFolder(out or default_folder(f"search-{plan.space.name}", content), content)
 
 
 @contextmanager

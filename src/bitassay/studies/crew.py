@@ -25,10 +25,9 @@ from bitassay.errors import BitassayError, MissingError
 from bitassay.models.load import Identity, as_dtype
 from bitassay.models.source import resolve
 from bitassay.record.files import read_json
-from bitassay.record.hashing import digest_json
 from bitassay.record.processes import end, end_with_parent, helper_variables
 from bitassay.record.progress import Progress, silent
-from bitassay.record.run import RunFolder
+from bitassay.record.run import RunFolder, default_folder
 from bitassay.studies.cells import Bench, Cell, cells_of, is_done
 from bitassay.studies.variants import VariantPlan
 
@@ -78,8 +77,8 @@ def do_study(
     environment lacks."""
     source = resolve(plan.model, progress)
     described = plan.described(kind, Identity(source).weights_digest)
-    name = f"{plan.study}-{Path(source.name).name}-{digest_json(described)[:8]}"
-    folder = RunFolder(out or Path("runs") / name, described)
+    name = f"{plan.study}-{Path(source.name).name}"
+    folder = RunFolder(out or default_folder(name, described), described)
     progress(f"run {folder.run_id} in {folder.path}")
     _do_cells(folder, plan, source.folder, jobs, ray, progress)
     return folder, {
