@@ -26,7 +26,9 @@ def inputs(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(2)) * 2 + 0.5
 
 
-def by_loops(token: list[float], bits: int, symmetric: bool, scale=None, zero=None) -> list[float]:
+def by_loops(
+    token: list[float], bits: int, symmetric: bool, scale=None, zero=None, factor=1.0
+) -> list[float]:
     """One token, one number at a time, in fp32."""
     half = 2 ** (bits - 1)
     low, high = (-half, half - 1) if symmetric else (0, 2 * half - 1)
@@ -36,7 +38,7 @@ def by_loops(token: list[float], bits: int, symmetric: bool, scale=None, zero=No
         least, most = F(min(0, *token)), F(max(0, *token))
         scale = (most - least) / F(high)
         zero = np.clip(np.round(-least / scale), low, high)
-    scale, zero = F(scale), F(0 if zero is None else zero)
+    scale, zero = F(scale) * F(factor), F(0 if zero is None else zero)
     codes = [np.clip(np.round(F(v) / scale) + zero, low, high) for v in token]
     return [float((F(code) - zero) * scale) for code in codes]
 
@@ -52,6 +54,23 @@ def test_integers_are_what_plain_loops_compute(name, symmetric, static):
     rounding = InputRounding(name, symmetric, scale, zero)
     expected = [by_loops(token, bits, symmetric, scale, zero) for token in x.tolist()]
     torch.testing.assert_close(rounded_inputs(x, rounding), torch.tensor(expected), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("factor", [0.8, 1.2])
+def test_a_factor_is_of_the_steps_and_leaves_the_zero_point(symmetric, factor):
+    x = inputs(5, 13)
+    expected = [by_loops(token, 4, symmetric, factor=factor) for token in x.tolist()]
+    found = rounded_inputs(x, InputRounding("int4", symmetric, scale_factor=factor))
+    torch.testing.assert_close(found, torch.tensor(expected), rtol=0, atol=0)
+    assert not torch.equal(found, rounded_inputs(x, InputRounding("int4", symmetric)))
+
+
+def test_a_factor_that_changes_nothing_is_not_written_out():
+    assert "scale_factor" not in Activations(format="int8").model_dump()
+    assert Activations(scale_factor=0.9).model_dump()["scale_factor"] == 0.9
+    with pytest.raises(ValueError, match=r"0.5 times a scale of 2.0"):
+        InputRounding("int8", scale=2.0, scale_factor=0.5)
 
 
 @pytest.mark.parametrize("name", ["fp8_e4m3", "fp8_e5m2"])

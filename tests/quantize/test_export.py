@@ -402,6 +402,7 @@ def test_rounded_inputs_that_engines_do_not_know(stories, tmp_path):
         ({"format": "int16"}, "engines know inputs of 4 and 8 bits and e4m3, not int16"),
         ({"format": "fp8_e5m2"}, "not fp8_e5m2"),
         ({"outliers": {"sigma": 6}}, "no columns in 16 bits"),
+        ({"scale_factor": 0.9}, "no factor on the scale of each token"),
     ):
         made = Recipe.model_validate(
             {**W8A8["dynamic"].model_dump(exclude_none=True), "activations": activations}

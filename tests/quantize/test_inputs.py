@@ -113,6 +113,7 @@ PARTS = {
         "activations": {"scale": "percentile", "outliers": {"percentile": 90}},
         "calibration": CALIBRATION,
     },
+    "factor": {"activations": {"scale_factor": 0.9}},
     "cache": {"kv_cache": {"format": "int4", "granularity": "g4"}},
 }
 

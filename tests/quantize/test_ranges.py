@@ -146,6 +146,23 @@ def test_outlier_columns_by_sigma_and_percentile_and_their_threshold_is_of_the_r
     assert rounding_from(dynamic, found, inputs(6, 20)) == InputRounding("int8", outliers=(3, 11))
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_factor_widens_the_steps_and_leaves_the_zero_point(symmetric):
+    plain, narrow = (
+        rounding_from(
+            Activations(scale="absmax", symmetric=symmetric, scale_factor=factor),
+            ranges_of(inputs(2, 5, 12)),
+            inputs(6, 12),
+        )
+        for factor in (1.0, 0.8)
+    )
+    assert narrow.scale == pytest.approx(0.8 * plain.scale)
+    assert narrow.zero_point == plain.zero_point
+    assert rounding_from(Activations(scale_factor=0.8), ranges_of(inputs(2, 5, 12)), inputs(6, 12)) == (
+        InputRounding("int8", scale_factor=0.8)
+    )
+
+
 def test_static_without_calibration_is_refused():
     for part in ({"scale": "absmax"}, {"outliers": {"sigma": 6}}):
         with pytest.raises(BitassayError, match="no calibration"):

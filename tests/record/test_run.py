@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bitassay.errors import BitassayError
-from bitassay.record.run import RunFolder
+from bitassay.record.run import RunFolder, default_folder
 
 PLAN = {"model": "m", "recipes": ["w4", "w8"], "seed": 0}
 
@@ -48,6 +48,29 @@ def test_a_plan_that_lost_a_key_is_refused(tmp_path):
     RunFolder(tmp_path / "run", PLAN)
     with pytest.raises(BitassayError, match=r"different: seed\)"):
         RunFolder(tmp_path / "run", {key: PLAN[key] for key in ("model", "recipes")})
+
+
+def test_other_code_is_refused_and_what_to_do_is_said(tmp_path):
+    plan = PLAN | {"versions": {"bitassay": "1.0+aa", "torch": "2"}}
+    RunFolder(tmp_path / "run", plan)
+    RunFolder(tmp_path / "run", plan)
+    said = "began with bitassay 1.0\\+aa, not 1.0\\+bb\n  try: finish it with what it began with, or give another --out"
+    with pytest.raises(BitassayError, match=said):
+        RunFolder(tmp_path / "run", PLAN | {"versions": {"bitassay": "1.0+bb", "torch": "2"}})
+    with pytest.raises(BitassayError, match=r"different: seed, versions\)"):
+        RunFolder(tmp_path / "run", plan | {"seed": 1, "versions": {}})
+    RunFolder(tmp_path / "old", PLAN)
+    with pytest.raises(BitassayError, match=r"bitassay none, not 1.0\+aa"):
+        RunFolder(tmp_path / "old", plan)
+
+
+def test_a_default_folder_is_of_the_work_whatever_does_it():
+    first, other, more = (
+        default_folder("study-m", plan)
+        for plan in (PLAN | {"versions": {"a": "1"}}, PLAN | {"versions": {"a": "2"}}, PLAN | {"seed": 1})
+    )
+    assert first == other != more
+    assert first.parent.name == "runs"
 
 
 def test_the_id_is_of_the_plan(tmp_path):

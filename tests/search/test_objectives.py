@@ -47,6 +47,8 @@ def test_what_is_no_objective(text, said):
 
 def test_limits():
     assert parse_limit("bits_per_weight=2.3") == ("bits_per_weight", 2.3)
+    column, most = parse_limit("size_bytes=w2")
+    assert (column, most.name) == ("size_bytes", "w2")
     for text, said in (("bits_per_weight", "is no limit"), ("size=1", "no column"), ("ppl=nan", "no number")):
         with pytest.raises(BitassayError, match=said):
             parse_limit(text)

@@ -1,18 +1,27 @@
 """A search on a tiny model: samplers, limits, resuming, several processes, and what comes out."""
 
 import json
+import subprocess
+import sys
+import time
+from pathlib import Path
 
+import optuna
+import psutil
 import pytest
 
 import bitassay
-from bitassay.errors import BitassayError
+from bitassay.errors import BitassayError, MissingError
 from bitassay.evaluate.compare import score_windows, summarise
-from bitassay.quantize.recipe import read_recipe
+from bitassay.quantize.recipe import Recipe, find_recipe, read_recipe
 from bitassay.search import exam as exam_module
 from bitassay.search import search as module
-from bitassay.search.exam import Exam, Sitting
+from bitassay.search import trials as trials_module
+from bitassay.search.exam import Exam, Sitting, facts, known_facts
+from bitassay.search.objectives import FACTS
 from bitassay.search.search import search
 from bitassay.search.space import Space
+from bitassay.search.trials import ENDED
 
 SPACE = Space.model_validate(
     {
@@ -22,6 +31,14 @@ SPACE = Space.model_validate(
             "weights.granularity": ["channel", "g32", "g64"],
             "weights.offset": {"low": 0.0, "high": 0.5, "step": 0.5},
         },
+    }
+)
+
+FREE = Space.model_validate(
+    {
+        "name": "free",
+        "recipe": {"weights": {"format": "int3"}},
+        "parameters": {"weights.scale_factor": {"low": 0.8, "high": 1.2}},
     }
 )
 
@@ -82,21 +99,112 @@ def test_an_interrupted_search_goes_on_and_repeats_no_finished_trial(tmp_path, m
     assert more["trials"][:5] == found["trials"]
 
 
-def test_a_limit_on_size_is_kept_and_costs_no_run(tmp_path, monkeypatch):
-    measured = []
-    real = Sitting.short
+def test_a_limit_on_size_is_kept_and_costs_no_work(tmp_path, monkeypatch):
+    made = []
+    real = trials_module.quantize_tensors
 
-    def noted(sitting):
-        measured.append(sitting.quantization.recipe.name)
-        return real(sitting)
+    def noted(base, recipe, *rest):
+        made.append(recipe.name)
+        return real(base, recipe, *rest)
 
-    monkeypatch.setattr(Sitting, "short", noted)
+    monkeypatch.setattr(trials_module, "quantize_tensors", noted)
     found = run(tmp_path / "run", trials=6, sampler="grid", at_most={"bits_per_weight": 3.3})
     over = [trial for trial in found["trials"] if (trial["row"] or {}).get("bits_per_weight", 0) > 3.3]
     assert over
     assert all(trial["state"] == "pruned" and "bits_per_weight is" in trial["stopped"] for trial in over)
-    assert len(measured) == 6 - len(over)
+    assert len(made) == 6 - len(over)
     assert found["rows"][1]["bits_per_weight"] <= 3.3
+
+
+def test_a_recipe_is_a_limit_and_the_first_trial(tmp_path, stories):
+    hand = Recipe.model_validate(
+        {"name": "hand", "weights": {"format": "int3", "scale": "absmax", "granularity": "g64"}}
+    )
+    outside = Recipe.model_validate({"name": "outside", "weights": {"format": "int4"}})
+    limited = {"against": [outside, hand], "at_most": {"bits_per_weight": hand}}
+    found = run(tmp_path / "run", trials=4, **limited)
+    assert found["settings"]["at_most"] == {"bits_per_weight": known_facts(stories, hand)["bits_per_weight"]}
+    first = found["trials"][0]
+    assert first["values"] == {"weights.granularity": "g64", "weights.offset": 0.0}
+    assert first["state"] == "complete"  # at the limit, not over it
+    more = run(tmp_path / "run", trials=6, **limited)
+    assert more["trials"][:4] == found["trials"]  # a search that goes on does not begin again
+
+
+def test_a_limit_that_is_not_known(tmp_path):
+    with pytest.raises(BitassayError, match="kl_mean of w3 is not known before it is measured"):
+        run(tmp_path / "run", trials=1, at_most={"kl_mean": find_recipe("w3")})
+
+
+RESIDUAL = {"how": "parallel", "of": "linear", "differ": "residual"}
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {},
+        {"rotation": {}},
+        {"weights": {"format": "int4", "granularity": "g24", "symmetric": False, "zero_point": "free"}},
+        {"overrides": [{"match": "*.v_proj", "weights": None}]},
+        {"replication": RESIDUAL},
+        {"replication": {"how": "parallel", "differ": "rotation", "layers": [1, 3]}},
+    ],
+)
+def test_what_is_stored_is_known_before_anything_is_quantized(stories, parts):
+    weights = {"format": "ternary", "granularity": "g32"}
+    recipe = Recipe.model_validate({"name": "r", "weights": weights, **parts})
+    found = facts(stories, bitassay.quantize(stories, recipe).quantization)
+    planned = known_facts(stories, recipe)
+    assert set(planned) == set(FACTS)
+    assert planned == {name: found[name] for name in FACTS}
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"mixed": {"bits": 2.5}, "weights": {"format": "int2"}},
+        {"weights": None, "activations": {}},
+        {"replication": RESIDUAL | {"layers": {"by": "error"}}},
+    ],
+)
+def test_what_measuring_decides_is_not_known_before(stories, parts):
+    recipe = Recipe.model_validate({"name": "r", "weights": {"format": "int3"}, **parts})
+    assert known_facts(stories, recipe) == {}
+
+
+def test_a_bug_in_one_trial_is_recorded_and_the_others_go_on(tmp_path, monkeypatch):
+    real, tried, said = trials_module.quantize_tensors, [], []
+
+    def breaks(base, recipe, *rest):
+        tried.append(recipe.recipe_id)
+        if recipe.weights.offset == 0 and recipe.weights.granularity == "g32":
+            raise ZeroDivisionError("no such thing")
+        return real(base, recipe, *rest)
+
+    monkeypatch.setattr(trials_module, "quantize_tensors", breaks)
+    grid = {"sampler": "grid", "short": 3, "progress": lambda what, *_: said.append(what)}
+    found = run(tmp_path / "run", trials=4, **grid)
+    failed = [trial for trial in found["trials"] if (trial["stopped"] or "").startswith("failed: ")]
+    assert [trial["stopped"] for trial in failed] == ["failed: ZeroDivisionError: no such thing"]
+    assert any("failed by a bug: 1" in what for what in said)
+    [kept] = (tmp_path / "run/failed").iterdir()
+    assert "in breaks" in kept.read_text()
+    assert not list((tmp_path / "run/work").glob("*"))
+    before = len(tried)
+    assert len(run(tmp_path / "run", trials=6, **grid)["trials"]) == 6
+    assert len(tried) == len(set(tried)) == before + 2  # it is not tried again
+
+
+def test_what_the_machine_lacks_stops_the_search_and_is_no_fault_of_the_recipe(tmp_path, monkeypatch):
+    def full(*_):
+        raise MissingError("no space left on the disk")
+
+    monkeypatch.setattr(trials_module, "quantize_tensors", full)
+    with pytest.raises(MissingError):
+        run(tmp_path / "run", trials=2)
+    monkeypatch.undo()
+    found = run(tmp_path / "run", trials=1)
+    assert found["trials"][0]["state"] == "complete"
 
 
 @pytest.mark.parametrize("kept_bytes", [0, 10**9])
@@ -153,6 +261,44 @@ def test_two_processes_share_the_trials(tmp_path):
     found = run(tmp_path / "run", trials=4, jobs=2)
     assert len(found["trials"]) == 4
     assert (tmp_path / "run/worker-1.log").exists()
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from test_search import FREE, run
+run(Path(sys.argv[1]), trials=100_000, jobs=2, space=FREE)
+"""
+
+
+def test_a_killed_search_leaves_no_helper_and_goes_on(tmp_path):
+    """Really killed, with two processes at work: the helper ends too, and what was finished stays."""
+    out = tmp_path / "run"
+    main = subprocess.Popen([sys.executable, "-c", KILLED, str(out)], cwd=Path(__file__).parent)
+    try:
+        eventually(lambda: (out / "worker-1.log").exists())
+        finished = eventually(lambda: ended(out)[:3])
+        [helper] = psutil.Process(main.pid).children()
+    finally:
+        main.kill()
+        main.wait()
+    eventually(lambda: not helper.is_running() or helper.status() == psutil.STATUS_ZOMBIE)
+    found = run(out, trials=len(ended(out)) + 1, space=FREE)["trials"]
+    assert [(one["number"], one["values"]) for one in found][: len(finished)] == finished
+
+
+def ended(out):
+    """Numbers and values of the trials that are finished in the folder."""
+    study = optuna.load_study(study_name="search", storage=f"sqlite:///{out}/trials.db")
+    return [(one.number, one.params) for one in study.get_trials(states=ENDED)]
+
+
+def eventually(what):
+    deadline = time.monotonic() + 120
+    while not (found := what()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    return found
 
 
 def test_speed_and_distance_are_columns_too(tmp_path):

@@ -1,9 +1,11 @@
 """Spaces of recipes: paths, values, what is refused."""
 
+import random
+
 import pytest
 
 from bitassay.errors import BitassayError
-from bitassay.quantize.recipe import Recipe
+from bitassay.quantize.recipe import Recipe, find_recipe
 from bitassay.search.space import SHIPPED, Range, Space, find_space
 
 RECIPE = {"weights": {"format": "int2"}, "overrides": [{"match": "*.v_proj", "weights": {"format": "int4"}}]}
@@ -67,6 +69,52 @@ def test_points_of_ranges():
     assert Range(low=0.0, high=0.3, step=0.1).points() == pytest.approx([0, 0.1, 0.2, 0.3])
     assert Range(low=1, high=3).is_whole
     assert not Range(low=1.0, high=3).is_whole
+
+
+@pytest.mark.parametrize(("name", "recipe"), [("two-bit", "w2"), ("w8a8", "w8a8")])
+def test_a_shipped_space_holds_the_recipe_that_it_should_beat(name, recipe):
+    one, written = find_space(name), find_recipe(recipe)
+    values = one.values_of(written)
+    assert one.recipe_of(values).recipe_id == written.recipe_id
+    assert set(values) == set(one.parameters)
+    other = Recipe.model_validate(written.model_dump() | {"kv_cache": {"format": "int4"}})
+    assert one.values_of(other) is None
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_of_a_shipped_space_makes_sense_and_is_held(path):
+    one, draw = find_space(path), random.Random(0)
+    for _ in range(60):
+        recipe = one.recipe_of({name: drawn(choices, draw) for name, choices in one.parameters.items()})
+        assert one.recipe_of(one.values_of(recipe)).recipe_id == recipe.recipe_id
+
+
+def drawn(choices, draw):
+    if isinstance(choices, list):
+        return draw.choice(choices)
+    return draw.choice(choices.points()) if choices.step else draw.uniform(choices.low, choices.high)
+
+
+@pytest.mark.parametrize(
+    ("granularity", "factor", "holds"),
+    [("g32", 0.9, True), ("g32", 1.1, True), ("g96", 1.0, False), ("g32", 0.95, False), ("g32", 1.2, False)],
+)
+def test_a_space_holds_what_its_values_can_say(granularity, factor, holds):
+    one = space(
+        **{
+            "weights": [{"format": "int2"}, {"format": "int3", "symmetric": False}],
+            "weights.granularity": ["g64", "g32"],
+            "weights.scale_factor": {"low": 0.9, "high": 1.1, "step": 0.1},
+        }
+    )
+    weights = {"format": "int3", "symmetric": False, "granularity": granularity, "scale_factor": factor}
+    recipe = Recipe.model_validate({**RECIPE, "name": "hand", "weights": weights})
+    found = one.values_of(recipe)
+    assert (found is not None) == holds
+    if holds:
+        assert found["weights"] == {"format": "int3", "symmetric": False}
+        assert found["weights.scale_factor"] == factor
+        assert one.parameters["weights"][1] == {"format": "int3", "symmetric": False}  # a choice stays itself
 
 
 def test_a_grid_is_every_combination():

@@ -244,11 +244,18 @@ def test_a_variant_that_cannot_be_made_says_why(here, tmp_path, monkeypatch):
         assert not (tmp_path / "r").exists()
     monkeypatch.setattr("bitassay.studies.cells.torchao_model", refuses)
     monkeypatch.setattr("bitassay.studies.eight_bit_run.require_torchao", lambda: None)
-    monkeypatch.setattr("bitassay.studies.variants.version", lambda _name: "0")
+    monkeypatch.setattr("bitassay.record.versions.version", lambda _name: "0")
     run, _ = run_eight_bit(plan, out=tmp_path / "r")
     assert run["rows"][1]["refused"] == "torchao: no such products"
     assert "direct_acc" not in run["rows"][1]
     assert run["pairs"] == []
+
+
+def test_a_process_with_other_code_does_no_cell(here, tmp_path):
+    described = PLAN.described("eight-bit", Identity(resolve("stories260k")).weights_digest)
+    began = described | {"versions": described["versions"] | {"bitassay": "0.0.1+abc"}}
+    with pytest.raises(BitassayError, match=r"this study began with bitassay 0.0.1\+abc, not"):
+        Bench(began)
 
 
 def test_a_dead_process_loses_its_cell_to_another(tmp_path, monkeypatch):

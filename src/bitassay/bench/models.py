@@ -13,7 +13,6 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,9 @@ from bitassay.models.load import Identity, as_dtype
 from bitassay.models.source import resolve
 from bitassay.quantize.recipe import BASE, Recipe, find_recipe, row_names
 from bitassay.record.files import write_json
-from bitassay.record.hashing import digest_json
 from bitassay.record.progress import Progress, silent
-from bitassay.record.run import RunFolder
+from bitassay.record.run import RunFolder, default_folder
+from bitassay.record.versions import versions
 
 SCHEMA = 1
 BATCHES = (1, 2, 4, 8, 16, 32)
@@ -249,6 +248,6 @@ def _open_folder(plan: BenchPlan, name: str, digests: dict[str, str], out: Path 
         "schema": SCHEMA,
         **plan.to_dict(),
         "weights_digests": digests,
-        "versions": {name: version(name) for name in ("bitassay", "torch", "transformers")},
+        "versions": versions("torch", "transformers"),
     }
-    return RunFolder(out or Path("runs") / f"bench-{name}-{digest_json(content)[:8]}", content)
+    return RunFolder(out or default_folder(f"bench-{name}", content), content)

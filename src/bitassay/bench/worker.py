@@ -33,6 +33,7 @@ from bitassay.models.source import resolve
 from bitassay.quantize.pipeline import quantize_once
 from bitassay.quantize.recipe import Recipe
 from bitassay.record.files import read_json, write_json
+from bitassay.record.processes import end, end_with_parent, helper_variables
 from bitassay.record.progress import Progress, silent
 
 
@@ -74,17 +75,6 @@ def local_runner(job: Job, progress: Progress = silent) -> LocalRunner:
     return LocalRunner(model)
 
 
-def end(child: "subprocess.Popen[str]") -> None:
-    """End a process, whatever it is doing, and close its pipes."""
-    if child.poll() is None:
-        child.kill()
-    child.wait()
-    for stream in (child.stdin, child.stdout):
-        if stream is not None:
-            with suppress(OSError):  # a pipe to a process that is gone
-                stream.close()
-
-
 class Worker:
     """A runner in a process of its own. Raises BitassayError for what the process says is the user's mistake,
     MissingError where it was killed."""
@@ -100,6 +90,7 @@ class Worker:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
+                env={**os.environ, **helper_variables()},
             )
         self._facts = self._answer()
 
@@ -180,4 +171,5 @@ def main(path: str) -> int:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     sys.exit(main(sys.argv[1]))

@@ -36,12 +36,12 @@ def search(
     after the last finished trial; more --trials add to what there is.
 
     Args:
-        space: A YAML file (docs/search.md), or a shipped one: two-bit.
+        space: A YAML file (docs/search.md), or a shipped one: two-bit, w8a8, replication.
         model: The base model: a name from `bitassay models list`, a folder, a .gguf file or a hub id.
         objective: What is to be small: a column of an assay, or a weighted sum such as
             "ppl_delta + 1e-9*size_bytes"; several give a Pareto front (default: kl_mean).
-        at_most: Limits, such as bits_per_weight=2.3 or size_bytes=8e7.
-        against: Recipes that the best are compared with.
+        at_most: Limits, such as bits_per_weight=2.3, size_bytes=8e7, or size_bytes=w2: what that recipe has.
+        against: Recipes that the best are compared with; those in the space are tried first.
         sampler: tpe (Bayesian), nsga2 (evolutionary) or grid (every combination).
         trials: How many in all, those of earlier runs of the same command included.
         jobs: Processes that work on trials at the same time.

@@ -34,9 +34,9 @@ from bitassay.quantize.model import check_recipe, quantization_of
 from bitassay.quantize.pipeline import quantize_once
 from bitassay.quantize.recipe import Recipe, find_recipe
 from bitassay.record.files import write_json
-from bitassay.record.hashing import digest_json
 from bitassay.record.progress import Progress, silent
-from bitassay.record.run import RunFolder
+from bitassay.record.run import RunFolder, default_folder
+from bitassay.record.versions import versions
 
 SCHEMA = 1
 SEED = 1234  # lm-eval's own, of the few-shot examples that a task draws
@@ -107,10 +107,9 @@ def evaluate_tasks(
         "models": {candidate.name: candidate.about for candidate in candidates},
         "tasks": {task: [question.about() for question in asked] for task, asked in groups.items()},
         "limit": limit,
-        "versions": {name: version(name) for name in ("bitassay", HARNESS, "torch", "transformers")},
+        "versions": versions(HARNESS, "torch", "transformers"),
     }
-    out = out or Path("runs") / f"tasks-{candidates[0].about['model']}-{digest_json(plan)[:8]}"
-    folder = RunFolder(out, plan)
+    folder = RunFolder(out or default_folder(f"tasks-{candidates[0].about['model']}", plan), plan)
     progress(f"run {folder.run_id} in {folder.path}")
     answers = {
         candidate.name: _ask(candidate, index, groups, folder, batch_tokens, progress)

@@ -5,6 +5,7 @@
     scale   `dynamic`: each token has its own s (and z), from the largest magnitude (asymmetric: the range) in
             that token. Otherwise one s for the linear, from calibration text; `thresholds.py` says how each
             of absmax, percentile, moving_average, kl and learned finds it, and what is beyond is clipped.
+            Either is multiplied by `scale_factor`, which clips (below 1) or leaves room.
     outliers  columns of the input that stay in the model's own 16 bits and meet the same weights there, as
             in LLM.int8() (2208.07339, section 3). There a column is an outlier of one batch; here it is one
             of the calibration text, so that what becomes of a token never depends on its neighbours:
@@ -20,18 +21,18 @@ side of those is `kv_cache.py`).
 import math
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_serializer, model_validator
 from torch import Tensor
 
 from bitassay.errors import nearest
 from bitassay.quantize.formats import FORMATS, NumberFormat
 from bitassay.quantize.grid import Grid
 from bitassay.quantize.rounding import dequantize, round_to_nearest
-from bitassay.quantize.scales import absmax_grid
+from bitassay.quantize.scales import absmax_grid, rescaled
 from bitassay.quantize.scheme import Part, WeightScheme
 
 INPUT_FORMATS = {
@@ -69,6 +70,7 @@ class InputScheme(Part):
     percentile: float = Field(default=99.9, ge=50, le=100)
     momentum: float = Field(default=0.9, ge=0, lt=1)
     outliers: OutlierColumns | None = None
+    scale_factor: float = Field(default=1.0, ge=0.1, le=4)
 
     @property
     def needs_calibration(self) -> bool:
@@ -94,6 +96,11 @@ class InputScheme(Part):
             if self.scale != rule and getattr(self, name) != InputScheme.model_fields[name].default:
                 raise ValueError(f"{name} has no effect on scale: {self.scale}")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_idle_factor(self, dump: Any) -> dict[str, Any]:
+        """As a scheme of weights leaves out idle options: recipes keep their ids."""
+        return {key: value for key, value in dump(self).items() if key != "scale_factor" or value != 1}
 
 
 class InputOverride(Part):
@@ -134,11 +141,11 @@ class Activations(InputScheme):
 
 @dataclass(frozen=True)
 class InputRounding:
-    """A scheme as one linear carries it out. scale and the whole zero_point are None where each token has its
-    own; outliers are columns, in order. With several copies there are as many grids, spread evenly over a
-    step around the usual one, so that zero stays where it is on average and far from where a code begins: the
-    input is rounded on that of `copy`, or where that is None is the mean of all. Raises ValueError for what
-    fits no scheme."""
+    """A scheme as one linear carries it out. scale and the whole zero_point are None where each token has
+    its own, whose scale is then multiplied by scale_factor; outliers are columns, in order. With several
+    copies there are as many grids, spread evenly over a step around the usual one, so that zero stays
+    where it is on average and far from where a code begins: the input is rounded on that of `copy`, or
+    where that is None is the mean of all. Raises ValueError for what fits no scheme."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=False)
 
@@ -149,12 +156,15 @@ class InputRounding:
     outliers: tuple[int, ...] = ()
     copies: int = 1
     copy: int | None = None
+    scale_factor: float = 1.0
 
     def __post_init__(self) -> None:
         if self.format not in INPUT_FORMATS:
             raise ValueError(f"unknown input format {self.format!r}")
         if self.scale is not None and not (self.scale > 0 and math.isfinite(self.scale)):
             raise ValueError(f"a scale of {self.scale}")
+        if not 0 < self.scale_factor < math.inf or (self.scale is not None and self.scale_factor != 1):
+            raise ValueError(f"{self.scale_factor} times a scale of {self.scale}")
         if (self.zero_point is not None) != (self.scale is not None and not self.symmetric):
             raise ValueError("a zero point belongs to an asymmetric grid with a scale")
         if self.zero_point is not None:
@@ -175,6 +185,8 @@ class InputRounding:
     def __str__(self) -> str:
         sign = "" if self.symmetric else " asymmetric"
         which = "per token" if self.scale is None else f"scale {self.scale:.4g}"
+        if self.scale_factor != 1:
+            which += f" times {self.scale_factor:g}"
         kept = f", {len(self.outliers)} columns in 16 bits" if self.outliers else ""
         which_grid = "the mean" if self.copy is None else f"number {self.copy}"
         several = f", {which_grid} of {self.copies} grids" if self.copies > 1 else ""
@@ -195,7 +207,9 @@ def input_codes(x: Float[Tensor, "tokens in"], rounding: InputRounding) -> Codes
     if rounding.outliers:
         x = x.masked_fill(outlier_mask(rounding, x), 0)
     if rounding.scale is None:
-        grid = absmax_grid(x, fmt, rounding.symmetric, torch.float32)
+        grid = rescaled(
+            absmax_grid(x, fmt, rounding.symmetric, torch.float32), rounding.scale_factor, torch.float32
+        )
     else:
         zero_point = rounding.zero_point
         grid = Grid(

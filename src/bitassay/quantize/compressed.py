@@ -76,6 +76,8 @@ def input_obstacle(scheme: InputScheme) -> str | None:
     """Why the format cannot say that inputs are rounded so; None where it can."""
     if scheme.outliers is not None:
         return "it has no columns in 16 bits beside codes"
+    if scheme.scale == "dynamic" and scheme.scale_factor != 1:
+        return "it has no factor on the scale of each token"
     fmt = INPUT_FORMATS[scheme.format]
     known = fmt.float_dtype is E4M3 if fmt.kind == "float" else fmt.bits in (4, 8)
     return None if known else f"engines know inputs of 4 and 8 bits and e4m3, not {fmt.name}"

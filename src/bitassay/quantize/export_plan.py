@@ -24,15 +24,17 @@ from bitassay.replicate.plan import is_replica, original, replica_names
 class Plan:
     """What quantizing by a recipe will give, known from shapes alone.
 
-    size_bytes: as `quantize.model.size_bytes` counts. tensor_bytes: what the folder's tensors take.
-    memory_bytes: the base model, the quantized one, its codes twice (as kept and as stored), and the reloaded
-    model beside them; or, where that is more, what calibrating holds: the base model, what is quantized, and
-    what one layer makes of the text; or what tuning holds of each weight.
+    size_bytes: as `quantize.model.size_bytes` counts, and by the whole model's parameters. tensor_bytes:
+    what the folder's tensors take. memory_bytes: the base model, the quantized one, its codes twice (as
+    kept and as stored), and the reloaded model beside them; or, where that is more, what calibrating
+    holds: the base model, what is quantized, and what one layer makes of the text; or what tuning holds
+    of each weight.
     """
 
     layout: Layout
     matrices: int
     bits_per_weight: float
+    checkpoint_bits_per_weight: float
     size_bytes: int
     tensor_bytes: int
     memory_bytes: int
@@ -81,11 +83,13 @@ def plan_export(model: PreTrainedModel, recipe: Recipe, layout: Layout | None = 
         tuning = memory_of(
             recipe.tune, text.tokens, learned, layers, config.hidden_size, parameters, config.vocab_size
         )
+    size_bytes = (parameters - weights) * 2 + bits // 8
     return Plan(
         layout=chosen,
         matrices=len(ways[0]),
         bits_per_weight=bits / weights,
-        size_bytes=(parameters - weights) * 2 + bits // 8,
+        checkpoint_bits_per_weight=size_bytes * 8 / parameters,
+        size_bytes=size_bytes,
         tensor_bytes=(parameters - weights) * item + stored,
         memory_bytes=max(saving, calibrating, tuning),
     )

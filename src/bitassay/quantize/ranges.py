@@ -151,7 +151,7 @@ def input_roundings(
         if (scheme := spec.scheme_for(name)) is None:
             continue
         if not scheme.needs_calibration:
-            roundings[name] = InputRounding(scheme.format, scheme.symmetric)
+            roundings[name] = InputRounding(scheme.format, scheme.symmetric, scale_factor=scheme.scale_factor)
         elif ranges is None or name not in ranges:
             raise BitassayError(
                 f"activations: {name} has no calibration, which scale: {scheme.scale} "
@@ -168,17 +168,21 @@ def rounding_from(scheme: InputScheme, ranges: Ranges, weight: Float[Tensor, "ou
     """The rounding of one linear; thresholds are those of the columns that are no outliers."""
     outliers = () if scheme.outliers is None else outlier_columns(ranges, scheme.outliers)
     if scheme.scale == "dynamic":
-        return InputRounding(scheme.format, scheme.symmetric, outliers=outliers)
+        return InputRounding(
+            scheme.format, scheme.symmetric, outliers=outliers, scale_factor=scheme.scale_factor
+        )
     kept = torch.ones(len(ranges.absmax), dtype=torch.bool)
     kept[list(outliers)] = False
     rounding = InputRounding(scheme.format, scheme.symmetric, outliers=outliers)
     fmt = rounding.number_format
     if scheme.symmetric:
         threshold = _threshold(scheme, ranges, kept, weight)
-        return InputRounding(scheme.format, True, _float32(threshold / fmt.largest), None, outliers)
+        scale = _float32(threshold / fmt.largest * scheme.scale_factor)
+        return InputRounding(scheme.format, True, scale, None, outliers)
     span, (_, qmax) = _span(scheme, ranges, kept), fmt.code_range(symmetric=False)
-    scale = _float32((span.high - span.low) / qmax)
-    return InputRounding(scheme.format, False, scale, min(qmax, round(-span.low / scale)), outliers)
+    scale = (span.high - span.low) / qmax
+    zero_point = min(qmax, round(-span.low / _float32(scale)))
+    return InputRounding(scheme.format, False, _float32(scale * scheme.scale_factor), zero_point, outliers)
 
 
 def outlier_columns(ranges: Ranges, rule: OutlierColumns) -> tuple[int, ...]:

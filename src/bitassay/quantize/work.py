@@ -16,9 +16,9 @@ from bitassay.quantize.activations import InputRounding
 from bitassay.quantize.layout import Stored, description, expected_tensors, read_tensor, stored_tensors
 from bitassay.quantize.tensor import QuantizedTensor
 from bitassay.record.files import explain_os_error
-from bitassay.record.hashing import digest_json
 from bitassay.record.progress import Progress
 from bitassay.record.run import RunFolder
+from bitassay.record.versions import source_digest
 from bitassay.replicate.plan import Steps, original
 
 RESULT = "result"
@@ -107,6 +107,4 @@ def locked(path: Path, progress: Progress) -> Iterator[None]:
 
 def code_digest() -> str:
     """Of the code that makes results: another version of it may make others."""
-    folder = Path(__file__).parent
-    paths = sorted([*folder.glob("*.py"), *(folder.parent / "replicate").glob("*.py")])
-    return digest_json({f"{path.parent.name}/{path.name}": path.read_text() for path in paths})
+    return source_digest("quantize", "replicate")

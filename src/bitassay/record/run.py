@@ -2,7 +2,7 @@
 
 Parts are written whole, so an interrupted run loses at most the part it was working on; running the same
 command again opens the same folder and goes on. A folder belongs to one plan: a different plan is refused
-instead of mixed in.
+instead of mixed in, and so is other code (`versions`, an entry of the plan), which might make other parts.
 
     plan.json            what is to be done; never changes
     parts/<name>.json    a finished part
@@ -10,7 +10,7 @@ instead of mixed in.
     run.json             the result
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,16 @@ from bitassay.record.hashing import canonical_json, digest_json
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+AGAIN = "finish it with what it began with, or give another --out to begin anew"
+
+
+def default_folder(name: str, plan: Mapping[str, Any]) -> Path:
+    """Where a run is that was given no folder: in the same place for the same work by other code, so that
+    somebody hears of it who goes on after an upgrade."""
+    work = {key: value for key, value in plan.items() if key != "versions"}
+    return Path("runs") / f"{name}-{digest_json(work)[:8]}"
 
 
 class RunFolder:
@@ -36,7 +46,14 @@ class RunFolder:
         except OSError as error:
             raise explain_os_error(error, self.path) from error
         if plan_file.exists():
-            changed = _differences(read_json(plan_file), plan)
+            old = read_json(plan_file)
+            changed = _differences(old, plan)
+            if changed == ["versions"]:
+                began = old.get("versions") or {}
+                raise BitassayError(
+                    f"{self.path}: holds a run that began with {differing(began, plan['versions'])}",
+                    AGAIN,
+                )
             if changed:
                 raise BitassayError(
                     f"{self.path}: holds a run of another plan (different: {', '.join(changed)})",
@@ -84,6 +101,15 @@ class RunFolder:
             raise BitassayError(
                 f"{path}: damaged ({error})", "remove this file and run the same command again"
             ) from error
+
+
+def differing(began: Mapping[str, str], here: Mapping[str, str]) -> str:
+    """The versions that differ: `torch 2.13.0, not 2.14.0`; nothing where none does."""
+    return ", ".join(
+        f"{name} {began.get(name, 'none')}, not {here.get(name, 'none')}"
+        for name in sorted(began.keys() | here.keys())
+        if began.get(name) != here.get(name)
+    )
 
 
 def _differences(old: Any, new: dict[str, Any]) -> list[str]:

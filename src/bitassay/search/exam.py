@@ -4,7 +4,7 @@ The text is cut into windows that lie evenly over it. Every other one is for cho
 out: it says afterwards what the chosen recipes are worth.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -18,10 +18,12 @@ from bitassay.errors import BitassayError
 from bitassay.evaluate.compare import TextDifference, score_windows, summarise, text_difference
 from bitassay.evaluate.divergence import TokenScores, token_scores, window_logits
 from bitassay.models.load import load, tokenizer
-from bitassay.quantize.model import Quantization, with_tensors
-from bitassay.quantize.recipe import BASE
+from bitassay.quantize.export_plan import plan_export
+from bitassay.quantize.model import Quantization, check_recipe, with_tensors
+from bitassay.quantize.recipe import BASE, Recipe
 from bitassay.record.progress import Progress, silent
-from bitassay.search.objectives import QUALITY, SPEED, VERIFICATION
+from bitassay.replicate.plan import Chosen
+from bitassay.search.objectives import FACTS, QUALITY, SPEED, VERIFICATION
 from bitassay.studies.assay import facts_of
 from bitassay.studies.verification import Verification, chosen_prompts, honest_profile, verdict_columns
 from bitassay.verify.profile import Profile
@@ -148,3 +150,35 @@ class Sitting:
 def facts(base: PreTrainedModel, quantization: Quantization) -> Row:
     """The columns that need no run."""
     return facts_of(with_tensors(base, quantization, packed=True))
+
+
+def known_facts(base: PreTrainedModel, recipe: Recipe) -> Row:
+    """The same from shapes alone, before anything is quantized; nothing where measuring decides it (mixed
+    bits, copies of chosen layers). Raises BitassayError where the recipe does not fit the model."""
+    copies, weights = recipe.replication, check_recipe(base, recipe)
+    chosen = copies is not None and copies.makes_codes and isinstance(copies.layers, Chosen)
+    if chosen or recipe.mixed is not None or not any(map(recipe.scheme_for, weights)):
+        return {}
+    plan = plan_export(base, recipe)
+    return {
+        "bits_per_weight": plan.bits_per_weight,
+        "checkpoint_bits_per_weight": plan.checkpoint_bits_per_weight,
+        "size_bytes": plan.size_bytes,
+    }
+
+
+def limits(base: PreTrainedModel, at_most: Mapping[str, float | Recipe]) -> dict[str, float]:
+    """Each limit as a number: a recipe stands for what it stores. Raises BitassayError where that is not
+    known before it is made."""
+    found = {}
+    for column, most in at_most.items():
+        if isinstance(most, Recipe):
+            known = known_facts(base, most)
+            if column not in known:
+                raise BitassayError(
+                    f"{column} of {most.name} is not known before it is measured",
+                    f"give a number, or limit one of {', '.join(FACTS)}",
+                )
+            most = known[column]
+        found[column] = float(most)
+    return found

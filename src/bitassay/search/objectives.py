@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bitassay.errors import BitassayError, nearest
+from bitassay.quantize.recipe import Recipe, find_recipe, shipped_recipes
 
 FACTS = ("bits_per_weight", "checkpoint_bits_per_weight", "size_bytes")  # known before anything is run
 QUALITY = ("ppl", "ppl_delta", "kl_mean", "kl_median", "kl_p99", "top1_agreement")
@@ -65,12 +66,15 @@ def known_column(name: str) -> str:
     return name
 
 
-def parse_limit(text: str) -> tuple[str, float]:
-    """`bits_per_weight=2.3`: a column and what it may be at most."""
+def parse_limit(text: str) -> tuple[str, float | Recipe]:
+    """`bits_per_weight=2.3`: a column and what it may be at most, a number or what a recipe has."""
     name, equals, value = text.partition("=")
     if not equals:
-        raise BitassayError(f"{text!r} is no limit", "a column and a number, such as bits_per_weight=2.3")
-    return known_column(name.strip()), _number(value, text)
+        raise BitassayError(
+            f"{text!r} is no limit", "a column and a number or a recipe, such as bits_per_weight=2.3"
+        )
+    is_recipe = value in shipped_recipes() or value.endswith((".yaml", ".yml"))
+    return known_column(name.strip()), find_recipe(value) if is_recipe else _number(value, text)
 
 
 def _number(text: str, whole: str) -> float:

@@ -3,21 +3,23 @@ text that chose nothing.
 
     OUT/trials.db   optuna's storage: every trial, its values, what came of it
     OUT/work/       what is finished of a recipe that is being made
+    OUT/failed/     tracebacks of trials that failed by a bug
     OUT/best/       the best recipes as YAML
     OUT/run.json    the result
 
 `trials` is the total of a folder: the same command goes on after the last finished trial, a larger number
 adds to what there is. The best are the one recipe of the least objective or, of several objectives, the
-Pareto front. `against` names recipes written by hand, which are judged beside them.
+Pareto front. `against` names recipes written by hand, which are judged beside them; those that the space
+holds are the first trials, so that the search begins where people had come to.
 """
 
+import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from subprocess import DEVNULL, STDOUT, Popen
 from typing import Any
@@ -33,13 +35,22 @@ from bitassay.models.load import identity
 from bitassay.quantize.pipeline import quantize_tensors_once
 from bitassay.quantize.recipe import BASE, Recipe, find_recipe, row_names
 from bitassay.record.files import read_json, write_json, write_text
-from bitassay.record.hashing import digest_json
+from bitassay.record.processes import end, end_with_parent, helper_variables
 from bitassay.record.progress import Progress, silent
-from bitassay.record.run import RunFolder
-from bitassay.search.exam import Exam
+from bitassay.record.run import RunFolder, default_folder
+from bitassay.record.versions import versions
+from bitassay.search.exam import Exam, limits
 from bitassay.search.objectives import pareto
 from bitassay.search.space import Space, find_space
-from bitassay.search.trials import ENDED, SearchPlan, open_study, propose_interrupted_again, run_trials
+from bitassay.search.trials import (
+    ENDED,
+    FAILED,
+    SearchPlan,
+    open_study,
+    propose_first,
+    propose_interrupted_again,
+    run_trials,
+)
 
 SCHEMA = 1
 MOST_BEST = 8  # recipes of a front that are judged
@@ -52,6 +63,7 @@ def search(
     *,
     trials: int,
     against: Sequence[str | Path | Recipe] = (),
+    at_most: Mapping[str, float | Recipe] | None = None,
     jobs: int = 1,
     out: Path | None = None,
     progress: Progress = silent,
@@ -59,7 +71,8 @@ def search(
     **options: Any,
 ) -> tuple[dict[str, Any], Path]:
     """Search `space` for the best recipes of MODEL, with `jobs` processes; `options` are fields of
-    SearchPlan. Returns the run (the content of run.json) and its folder.
+    SearchPlan; of a limit, a recipe stands for what it stores. Returns the run (the content of run.json) and
+    its folder.
 
     Raises BitassayError for bad input, where no trial was completed, and where another search works on the
     folder.
@@ -70,14 +83,18 @@ def search(
     if trials < 1 or jobs < 1:
         raise BitassayError(f"{min(trials, jobs)} trials or jobs", "at least 1")
     exam = plan.exam(progress, trust_remote_code)
+    plan = replace(plan, at_most=limits(exam.base, at_most or {}))
     folder = _open_folder(plan, exam, out)
     progress(f"run {folder.run_id} in {folder.path}")
     with _alone(folder.path):
         study = open_study(plan, folder.path)
+        propose_first(plan, study, written)
         if again := propose_interrupted_again(study):
             progress(f"{again} interrupted trials are proposed again")
         with _helpers(folder.path, trials, jobs - 1, trust_remote_code):
             run_trials(plan, folder.path, trials, exam, progress)
+        if failed := _failed(study):
+            progress(f"trials that failed by a bug: {failed}; {folder.path / 'failed'} has the tracebacks")
         run = _result(plan, study, exam, written, folder, progress)
     write_json(folder.path / "run.json", run)
     return run, folder.path
@@ -91,9 +108,9 @@ def _open_folder(plan: SearchPlan, exam: Exam, out: Path | None) -> RunFolder:
         **plan.to_dict(),
         "weights_digest": who.weights_digest,
         "corpus_source": exam.corpus_source,
-        "versions": {name: version(name) for name in ("bitassay", "optuna", "torch", "transformers")},
+        "versions": versions("optuna", "torch", "transformers"),
     }
-    return RunFolder(out or Path("runs") / f"search-{plan.space.name}-{digest_json(content)[:8]}", content)
+    return RunFolder(out or default_folder(f"search-{plan.space.name}", content), content)
 
 
 @contextmanager
@@ -117,7 +134,11 @@ def _helpers(folder: Path, trials: int, count: int, trust_remote_code: bool) -> 
             with open(log, "wb") as output:
                 processes.append(
                     Popen(
-                        [*command, str(int(trust_remote_code))], stdin=DEVNULL, stdout=output, stderr=STDOUT
+                        [*command, str(int(trust_remote_code))],
+                        stdin=DEVNULL,
+                        stdout=output,
+                        stderr=STDOUT,
+                        env={**os.environ, **helper_variables()},
                     )
                 )
         yield
@@ -130,8 +151,7 @@ def _helpers(folder: Path, trials: int, count: int, trust_remote_code: bool) -> 
                 )
     finally:
         for process in processes:
-            process.kill()
-            process.wait()
+            end(process)
 
 
 def _result(
@@ -204,6 +224,11 @@ def named_recipe(trial: FrozenTrial, plan: SearchPlan) -> Recipe:
     )
 
 
+def _failed(study: optuna.Study) -> int:
+    stopped = [trial.user_attrs["stopped"] for trial in study.get_trials(deepcopy=False, states=ENDED)]
+    return sum((why or "").startswith(FAILED) for why in stopped)
+
+
 def _described(trial: FrozenTrial) -> dict[str, Any]:
     return {
         "number": trial.number,
@@ -241,4 +266,5 @@ def main(folder: Path, trials: int, trust_remote_code: bool) -> None:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     main(Path(sys.argv[1]), int(sys.argv[2]), bool(int(sys.argv[3])))

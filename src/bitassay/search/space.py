@@ -10,7 +10,8 @@
       rotation: [null, {}]                               # a part that is there, or not
 
 A parameter's name is the path of the field in the recipe, with a number for the place in a list, and null
-takes a field away. What makes no sense as a recipe is refused by the recipe itself.
+takes a field away. Values are put in this order, so that a part may be chosen and then a field of it. What
+makes no sense as a recipe is refused by the recipe itself.
 """
 
 import copy
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import Field, ValidationError, model_validator
+from pydantic_core import to_jsonable_python
 
 from bitassay.errors import BitassayError, nearest
 from bitassay.quantize.recipe import Recipe
@@ -57,6 +59,14 @@ class Range(Part):
             raise ValueError("log: takes a low above 0 and no step")
         return self
 
+    def holds(self, value: Value) -> bool:
+        """Whether `value` is one of the range."""
+        if isinstance(value, bool) or not isinstance(value, int if self.is_whole else (int, float)):
+            return False
+        steps, slack = (value - self.low) / (self.step or 1), 1e-9
+        within = self.low - slack <= value <= self.high + slack
+        return within and (self.step is None or abs(steps - round(steps)) < slack)
+
     def points(self) -> list[int | float]:
         """All numbers of the range, where they can be counted."""
         step = self.step or (1 if self.is_whole and not self.log else None)
@@ -88,7 +98,7 @@ class Space(Part):
         """The recipe with these values. Raises BitassayError with the reason where it makes no sense."""
         content = copy.deepcopy(self.recipe)
         for path, value in values.items():
-            _put(content, path, value)
+            _put(content, path, copy.deepcopy(value))
         content["name"] = f"{self.name}-{digest_json(content)[:8]}"
         try:
             return Recipe.model_validate(content)
@@ -96,6 +106,20 @@ class Space(Part):
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
             raise BitassayError(f"{where}: {first['msg']}" if where else first["msg"]) from error
+
+    def values_of(self, recipe: Recipe) -> dict[str, Value] | None:
+        """The values that make this recipe; None where the space does not hold it."""
+        own = {path: _field(recipe, path) for path in self.parameters}
+        values: dict[str, Value] = {}
+        for path, choices in self.parameters.items():
+            if isinstance(choices, Range):
+                fitting = [own[path]] if choices.holds(own[path]) else []
+            else:
+                fitting = [choice for choice in choices if _is_same(recipe, own | {path: choice})]
+            if not fitting:
+                return None
+            values[path] = fitting[0]
+        return values if self.recipe_of(values).recipe_id == recipe.recipe_id else None
 
     def grid(self) -> Iterator[dict[str, Value]]:
         """Every combination of values. Raises BitassayError where they cannot be counted, or are too many."""
@@ -131,6 +155,28 @@ def _put(content: Any, path: str, value: Value) -> None:
         content.pop(last, None)
     else:
         content[last] = value
+
+
+def _field(recipe: Recipe, path: str) -> Value:
+    """What a recipe has at `path`; null where it leads to nothing."""
+    found: Any = recipe
+    for name in path.split("."):
+        if isinstance(found, tuple):
+            found = found[int(name)] if int(name) < len(found) else None
+        else:
+            found = getattr(found, name, None)
+    return to_jsonable_python(found)
+
+
+def _is_same(recipe: Recipe, values: Values) -> bool:
+    """Whether a recipe stays what it is when these values are put into it."""
+    content = recipe.model_dump(mode="json", exclude_none=True)
+    try:
+        for path, value in values.items():
+            _put(content, path, copy.deepcopy(value))
+        return Recipe.model_validate(content).recipe_id == recipe.recipe_id
+    except ValueError:  # a path that leads nowhere, or no recipe
+        return False
 
 
 def _place(content: list[Any], name: str, path: str) -> int:

@@ -2,15 +2,17 @@
 hears what came of it. Several processes may do this on the same storage at once.
 
 A trial is *complete*, or it stopped early (optuna: pruned) for a reason that is kept with it: the recipe
-makes no sense, a limit is broken, the result is not finite, or earlier trials are better on a few windows
-(`objectives.is_hopeless`). A trial that was interrupted is proposed again, and what was finished of its
-quantization is still there.
+makes no sense, a limit is broken, the result is not finite, earlier trials are better on a few windows
+(`objectives.is_hopeless`), or it failed: an error that nobody foresaw is this recipe's own, so the others go
+on, and its traceback is kept in `failed/`. What the machine lacks, as disk space, stops the search. A trial
+that was interrupted is proposed again, and what was finished of its quantization is still there.
 """
 
 import math
 import shutil
+import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +23,18 @@ from optuna.trial import FrozenTrial, TrialState
 
 from bitassay.data.windows import Protocol
 from bitassay.errors import BitassayError, MissingError
-from bitassay.quantize.model import check_recipe
 from bitassay.quantize.pipeline import quantize_tensors
+from bitassay.quantize.recipe import Recipe
+from bitassay.record.files import write_text
 from bitassay.record.progress import Progress, silent
-from bitassay.search.exam import Exam, Row, Sitting, facts
-from bitassay.search.objectives import FACTS, Objective, is_hopeless
+from bitassay.search.exam import Exam, Row, Sitting, facts, known_facts
+from bitassay.search.objectives import Objective, is_hopeless
 from bitassay.search.space import Range, Space, Value, label
 
 SAMPLERS = ("tpe", "nsga2", "grid")
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
 NAME = "search"
+FAILED = "failed: "  # how the reason begins where an error was a bug
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,13 @@ class SearchPlan:
     @property
     def protocol(self) -> Protocol:
         return Protocol(self.corpus, window_tokens=self.window, windows=self.windows)
+
+    def over(self, row: Mapping[str, Any]) -> str | None:
+        """The first limit that a recipe's columns, as far as they are known, break."""
+        for name, most in self.at_most.items():
+            if row.get(name, most) > most:
+                return f"{name} is {row[name]:.6g}"
+        return None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"space": self.space.model_dump(mode="json"), "at_most": dict(self.at_most)}
@@ -111,6 +122,15 @@ def _sampler(plan: SearchPlan, seed: int) -> optuna.samplers.BaseSampler:
     if plan.sampler == "nsga2":
         return optuna.samplers.NSGAIISampler(population_size=20, seed=seed)
     return optuna.samplers.TPESampler(seed=seed)
+
+
+def propose_first(plan: SearchPlan, study: optuna.Study, recipes: Sequence[Recipe]) -> None:
+    """Let a search that begins try these recipes first, those that its space holds; a grid has its order."""
+    if study.get_trials(deepcopy=False) or plan.sampler == "grid":
+        return
+    for recipe in recipes:
+        if (values := plan.space.values_of(recipe)) is not None:
+            study.enqueue_trial({path: label(value) for path, value in values.items()})
 
 
 def propose_interrupted_again(study: optuna.Study) -> int:
@@ -173,38 +193,51 @@ def _tried(
 ) -> Outcome:
     try:
         recipe = plan.space.recipe_of(values)
-        content = recipe.model_dump(mode="json", exclude_none=True)
-        for trial in ended:  # a sampler may come back to a recipe
-            if trial.user_attrs["recipe"] == content:
-                return Outcome(**{key: trial.user_attrs[key] for key in Outcome.__dataclass_fields__})
-        check_recipe(exam.base, recipe)
-        work = folder / "work" / recipe.recipe_id
-        quantization = quantize_tensors(exam.base, recipe, exam.progress, work)
-    except MissingError:  # a full disk, say, is no fault of the recipe
-        raise
     except BitassayError as error:
         return Outcome(stopped=f"refused: {error}")
+    content = recipe.model_dump(mode="json", exclude_none=True)
+    for trial in ended:  # a sampler may come back to a recipe
+        if trial.user_attrs["recipe"] == content:
+            return Outcome(**{key: trial.user_attrs[key] for key in Outcome.__dataclass_fields__})
+    work = folder / "work" / recipe.recipe_id
+    shorts = [trial.user_attrs["short"] for trial in ended if trial.user_attrs.get("short")]
+    try:
+        outcome = _measured(plan, recipe, work, exam, shorts)
+    except (MissingError, OSError):
+        raise
+    except BitassayError as error:
+        outcome = Outcome(stopped=f"refused: {error}")
+    except Exception as error:
+        write_text(folder / "failed" / f"{recipe.name}.txt", traceback.format_exc())
+        outcome = Outcome(stopped=f"{FAILED}{type(error).__name__}: {error}")
+    shutil.rmtree(work, ignore_errors=True)
+    return replace(outcome, recipe=content)
+
+
+def _measured(
+    plan: SearchPlan, recipe: Recipe, work: Path, exam: Exam, earlier: Sequence[list[float]]
+) -> Outcome:
+    """What comes of a recipe; earlier: other recipes' objectives on the first windows."""
+    row = known_facts(exam.base, recipe)
+    if over := plan.over(row):
+        return Outcome(stopped=over, row=row)
+    quantization = quantize_tensors(exam.base, recipe, exam.progress, work)
     row = facts(exam.base, quantization)
-    for name in plan.at_most:
-        if name in FACTS and row[name] > plan.at_most[name]:
-            shutil.rmtree(work, ignore_errors=True)
-            return Outcome(content, f"{name} is {row[name]:.6g}", row=row)
-    columns = [column for one in plan.parsed for column in one.columns] + list(plan.at_most)
+    if over := plan.over(row):
+        return Outcome(stopped=over, row=row)
     first, sitting = None, Sitting(exam, quantization)
     if plan.short < plan.windows:
         measured = row | sitting.short()
         known = [one for one in plan.parsed if all(column in measured for column in one.columns)]
         first = [one.value(measured) for one in known]
-        earlier = [trial.user_attrs["short"] for trial in ended if trial.user_attrs.get("short")]
         if known and (not all(map(math.isfinite, first)) or is_hopeless(first, earlier)):
-            shutil.rmtree(work, ignore_errors=True)
-            return Outcome(content, "others are better on the first windows", short=first, row=row)
+            return Outcome(stopped="others are better on the first windows", short=first, row=row)
+    columns = [column for one in plan.parsed for column in one.columns] + list(plan.at_most)
     row |= sitting.measured(columns)
-    shutil.rmtree(work, ignore_errors=True)
     objectives = [one.value(row) for one in plan.parsed]
     if not all(map(math.isfinite, objectives)):
-        return Outcome(content, "the result is not finite", short=first, row=row)
-    return Outcome(content, None, first, objectives, row)
+        return Outcome(stopped="the result is not finite", short=first, row=row)
+    return Outcome(short=first, objectives=objectives, row=row)
 
 
 def _suggested(trial: optuna.Trial, space: Space) -> dict[str, Value]:

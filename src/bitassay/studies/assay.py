@@ -14,7 +14,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,8 @@ from bitassay.quantize.pipeline import quantize_tensors_once
 from bitassay.quantize.recipe import BASE, Recipe, find_recipe, row_names
 from bitassay.record.files import write_json
 from bitassay.record.progress import Progress, silent
-from bitassay.record.run import RunFolder
+from bitassay.record.run import RunFolder, default_folder
+from bitassay.record.versions import versions
 from bitassay.studies.pairs import Place, pair, with_controls
 from bitassay.studies.verification import (
     Verification,
@@ -170,13 +170,9 @@ def _open_folder(plan: AssayPlan, base: PreTrainedModel, corpus_source: str, out
         "model": identity(base).name,
         "weights_digest": identity(base).weights_digest,
         "corpus_source": corpus_source,
-        "versions": {name: version(name) for name in ("bitassay", "torch", "transformers")},
+        "versions": versions("torch", "transformers"),
     }
-    if out is None:
-        from bitassay.record.hashing import digest_json
-
-        out = Path("runs") / f"assay-{identity(base).name}-{digest_json(content)[:8]}"
-    return RunFolder(out, content)
+    return RunFolder(out or default_folder(f"assay-{identity(base).name}", content), content)
 
 
 def _head(

@@ -27,9 +27,8 @@ from bitassay.generate.decode import TokenIds
 from bitassay.generate.sampling import GREEDY, Sampler
 from bitassay.models.load import identity, load
 from bitassay.record.files import write_json
-from bitassay.record.hashing import digest_json
 from bitassay.record.progress import Progress, silent
-from bitassay.record.run import RunFolder
+from bitassay.record.run import RunFolder, default_folder
 from bitassay.studies.court import FOLDS, Court, fewest_counted, honest_rows, judged_rows
 from bitassay.studies.parties import DTYPES, Machine, other_machine
 from bitassay.studies.verification import chosen_prompts
@@ -330,6 +329,4 @@ def costs(seconds: Seconds, layers: int, hidden: int) -> dict[str, dict[str, flo
 
 
 def _folder(out: Path | None, model: str, described: dict[str, Any]) -> RunFolder:
-    if out is not None:
-        return RunFolder(out, described)
-    return RunFolder(Path("runs") / f"attack-{Path(model).stem}-{digest_json(described)[:8]}", described)
+    return RunFolder(out or default_folder(f"attack-{Path(model).stem}", described), described)

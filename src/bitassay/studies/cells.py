@@ -29,7 +29,7 @@ from bitassay.evaluate.tasks import answer
 from bitassay.models.load import identity, load, tokenizer
 from bitassay.quantize.model import with_tensors
 from bitassay.quantize.pipeline import quantize_tensors_once
-from bitassay.record.run import RunFolder
+from bitassay.record.run import AGAIN, RunFolder, differing
 from bitassay.studies.costs import COSTS, Read, facts_of, window_reader
 from bitassay.studies.drafts import drafted
 from bitassay.studies.eight_bit import ALPHA, SAMPLES
@@ -86,6 +86,8 @@ class Bench:
         if threads is not None:
             torch.set_num_threads(threads)
         self.plan = plan = VariantPlan.of(begun["plan"])
+        if changed := differing(begun["versions"], plan.versions()):
+            raise BitassayError(f"this study began with {changed}", AGAIN)
         self.base = load(
             plan.model, dtype=plan.dtype, device=plan.device, trust_remote_code=plan.trust_remote_code
         )

@@ -11,8 +11,6 @@ import queue
 import signal
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import suppress
@@ -23,14 +21,13 @@ from typing import Any
 import psutil
 from transformers import AutoConfig
 
-from bitassay.bench.worker import end
 from bitassay.errors import BitassayError, MissingError
 from bitassay.models.load import Identity, as_dtype
 from bitassay.models.source import resolve
 from bitassay.record.files import read_json
-from bitassay.record.hashing import digest_json
+from bitassay.record.processes import end, end_with_parent, helper_variables
 from bitassay.record.progress import Progress, silent
-from bitassay.record.run import RunFolder
+from bitassay.record.run import RunFolder, default_folder
 from bitassay.studies.cells import Bench, Cell, cells_of, is_done
 from bitassay.studies.variants import VariantPlan
 
@@ -80,8 +77,8 @@ def do_study(
     environment lacks."""
     source = resolve(plan.model, progress)
     described = plan.described(kind, Identity(source).weights_digest)
-    name = f"{plan.study}-{Path(source.name).name}-{digest_json(described)[:8]}"
-    folder = RunFolder(out or Path("runs") / name, described)
+    name = f"{plan.study}-{Path(source.name).name}"
+    folder = RunFolder(out or default_folder(name, described), described)
     progress(f"run {folder.run_id} in {folder.path}")
     _do_cells(folder, plan, source.folder, jobs, ray, progress)
     return folder, {
@@ -191,7 +188,12 @@ class _Member:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-                env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "OMP_NUM_THREADS": str(self.threads)},
+                env={
+                    "OMP_WAIT_POLICY": "PASSIVE",
+                    **os.environ,
+                    "OMP_NUM_THREADS": str(self.threads),
+                    **helper_variables(),
+                },
             )
 
     def stop(self) -> None:
@@ -201,19 +203,11 @@ class _Member:
             end(self.child)
 
 
-def _end_with(parent: int) -> None:
-    """End this process where its parent was killed: the next run does the cell again."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
-
-
 def main(path: str, threads: str) -> int:
     """Do cells until there are no more; an interrupt is the parent's business."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is no answer
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     folder = RunFolder(Path(path), read_json(Path(path) / "plan.json"))
     bench: Bench | None = None
     for line in sys.stdin:
@@ -230,4 +224,5 @@ def main(path: str, threads: str) -> int:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     sys.exit(main(*sys.argv[1:]))

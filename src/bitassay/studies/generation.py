@@ -7,7 +7,6 @@ Finished batches of texts are parts of the run folder, so that the same command 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,8 @@ from bitassay.quantize.recipe import BASE, Recipe, find_recipe, row_names
 from bitassay.record.files import write_json
 from bitassay.record.hashing import digest_json
 from bitassay.record.progress import Progress, silent
-from bitassay.record.run import RunFolder
+from bitassay.record.run import RunFolder, default_folder
+from bitassay.record.versions import versions
 
 SCHEMA = 1
 INTERVAL = "95 %, expanded percentile bootstrap over prompts"
@@ -210,10 +210,9 @@ def _open_folder(
         "weights_digest": identity(base).weights_digest,
         "candidates_digests": [Identity(resolve(name)).weights_digest for name in plan.candidates],
         "prompts_digest": digest_json(prompts),
-        "versions": {name: version(name) for name in ("bitassay", "torch", "transformers")},
+        "versions": versions("torch", "transformers"),
     }
-    name = f"generation-{identity(base).name}-{digest_json(content)[:8]}"
-    return RunFolder(out or Path("runs") / name, content)
+    return RunFolder(out or default_folder(f"generation-{identity(base).name}", content), content)
 
 
 def _settings(plan: GenerationPlan) -> dict[str, Any]:

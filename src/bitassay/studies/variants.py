@@ -6,7 +6,6 @@ The first variant is the base model itself, which the others are compared with.
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
 from typing import Any, Literal
 
 from bitassay.data.tasks import mmlu_subjects, task_data
@@ -15,6 +14,7 @@ from bitassay.errors import BitassayError
 from bitassay.evaluate.divergence import TokenScores
 from bitassay.models.load import as_dtype
 from bitassay.quantize.recipe import BASE, Recipe
+from bitassay.record.versions import versions
 from bitassay.replicate.plan import Chosen
 
 SCHEMA = 1
@@ -148,16 +148,19 @@ class VariantPlan:
     def described(self, kind: str, digest: str) -> dict[str, Any]:
         """What a run folder belongs to; `digest` is that of the model's weights. Raises BitassayError where
         the questions are not on this machine."""
-        packages = ["bitassay", "torch", "transformers"]
-        packages += ["lm-eval"] * bool(self.questions) + ["torchao"] * any(v.torchao for v in self.variants)
         return {
             "kind": kind,
             "schema": SCHEMA,
             "plan": self.to_dict(),
             "weights_digest": digest,
             "questions": self.source_of_questions(),
-            "versions": {name: version(name) for name in packages},
+            "versions": self.versions(),
         }
+
+    def versions(self) -> dict[str, str]:
+        """What this machine would make the study with."""
+        others = ["lm-eval"] * bool(self.questions) + ["torchao"] * any(v.torchao for v in self.variants)
+        return versions("torch", "transformers", *others)
 
     def source_of_questions(self) -> dict[str, Any] | None:
         """Which questions of MMLU this machine has, None where none are asked."""

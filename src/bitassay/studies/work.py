@@ -26,6 +26,7 @@ from bitassay.models.load import Identity
 from bitassay.models.source import resolve
 from bitassay.quantize.recipe import find_recipe
 from bitassay.record.hashing import digest_file, digest_json
+from bitassay.record.processes import helper_variables
 from bitassay.record.progress import Progress
 from bitassay.record.run import RunFolder
 from bitassay.studies.parties import DTYPES, Machine, Party, is_recipe, process_environment
@@ -117,7 +118,7 @@ def start(path: Path, job: Job, gpu: int | None = None) -> Popen[str]:
     write_job(path, job)
     return Popen(
         [sys.executable, "-m", "bitassay.studies.worker", str(path)],
-        env=process_environment(Machine(job.machine), gpu),
+        env=process_environment(Machine(job.machine), gpu) | helper_variables(),
         stdout=DEVNULL,
         stderr=PIPE,
         text=True,

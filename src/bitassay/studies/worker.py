@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 from bitassay.bench.environment import environment
 from bitassay.errors import BitassayError
 from bitassay.record.files import atomic_file, read_json, write_json
+from bitassay.record.processes import end_with_parent
 from bitassay.studies.parties import Machine, Party
 from bitassay.verify.distance import distance_floor, relative_distances
 from bitassay.verify.evidence import own_prefills, token_margins
@@ -258,4 +259,5 @@ def main(path: str) -> int:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     sys.exit(main(sys.argv[1]))
