@@ -27,7 +27,7 @@ from bitassay.models.source import resolve
 from bitassay.record.run import RunFolder
 from bitassay.report.eight_bit import supported
 from bitassay.studies import crew
-from bitassay.studies.cells import Bench, Cell
+from bitassay.studies.cells import Bench, Cell, in_turn
 from bitassay.studies.eight_bit import STUDIES, Study, both_sides, eight_bit_plan, weight_only
 from bitassay.studies.eight_bit_run import findings, run_eight_bit
 from bitassay.studies.variants import Variant, VariantPlan
@@ -249,6 +249,14 @@ def test_a_variant_that_cannot_be_made_says_why(here, tmp_path, monkeypatch):
     assert run["rows"][1]["refused"] == "torchao: no such products"
     assert "direct_acc" not in run["rows"][1]
     assert run["pairs"] == []
+
+
+def test_blocks_that_are_read_at_once_begin_with_different_variants():
+    for blocks in (1, 2, 3):
+        orders = [in_turn(PLAN.variants, block, blocks) for block in range(blocks)]
+        assert orders[0] == list(PLAN.variants)
+        assert len({order[0].name for order in orders}) == blocks
+        assert all(sorted(v.name for v in order) == sorted(v.name for v in PLAN.variants) for order in orders)
 
 
 def test_a_process_with_other_code_does_no_cell(here, tmp_path):

@@ -133,7 +133,8 @@ class Bench:
         windows, _ = token_windows(tokenizer(self.base), self.plan.protocol)
         block = windows[list(self.plan.blocks[cell.which])]
         logits = [window_logits(self.base, window) for window in block]
-        missing = [v for v in self.plan.variants if not _has_text(folder, cell.which, v)]
+        variants = in_turn(self.plan.variants, cell.which, len(self.plan.blocks))
+        missing = [v for v in variants if not _has_text(folder, cell.which, v)]
         for variant, model in self._models(missing):
             part = text_part(cell.which, variant)
             if isinstance(model, str):
@@ -164,6 +165,13 @@ class Bench:
         recipe = next(v.recipe for v in self.plan.variants if v.reading is not None)
         assert recipe is not None
         folder.part(cell.name, lambda: drafted(self.plan, recipe, self.plan.drafts[cell.which]))
+
+
+def in_turn(variants: Sequence[Variant], block: int, blocks: int) -> list[Variant]:
+    """The variants in the order in which a block takes them: each begins elsewhere, so that processes at work
+    on several do not wait for the same recipe's codes."""
+    first = block * len(variants) // blocks
+    return [*variants[first:], *variants[:first]]
 
 
 def keep_facts(folder: RunFolder, variant: Variant, model: PreTrainedModel) -> None:
