@@ -1,6 +1,7 @@
 """Copies that are merged: what theory says of each kind, on Gaussian and uniform weights."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -68,6 +69,27 @@ def test_residual_codes_of_two_bits_have_four_bits_quality():
     assert quality("residual", offset=0.5) == pytest.approx(16.9, abs=0.15)
     assert quality("residual", offset=0.5, values=(1.3, 1)) == pytest.approx(19.3, abs=0.15)
     assert quality(format="int4") == pytest.approx(19.3, abs=0.15)
+
+
+@pytest.mark.parametrize(
+    ("format", "count", "whole"), [("int2", 2, "int4"), ("int2", 4, "int8"), ("int4", 2, "int8")]
+)
+@pytest.mark.parametrize("granularity", ["channel", "g48"])
+def test_digits_are_the_grid_of_all_bits_in_planes(format, count, whole, granularity):
+    """To the bit, and the first plane is that grid cut off: no farther from it than half its own step."""
+    w = weights(24, 160)
+    fields = {"granularity": granularity, "offset": 0.5, "scale": "mse"}
+    expected = quantize_tensor(w, scheme(whole, **fields))
+    found = quantize_tensor(w, scheme(format, {"count": count, "differ": "digits"}, **fields))
+    parts = planes(found)
+    assert [part.scheme.format for part in parts] == [format] * count
+    assert torch.equal(found.dequantize(), expected.dequantize())
+    steps = [part.grid.scale for part in parts]
+    base = 2 ** int(parts[0].format.bits)
+    assert all(torch.equal(one, base * other) for one, other in pairwise(steps))
+    apart = (parts[0].dequantize() - expected.dequantize()).abs()
+    size = 160 if granularity == "channel" else 48
+    assert (apart <= steps[0].repeat_interleave(size, 1)[:, :160] / 2).all()
 
 
 @pytest.mark.parametrize("n", [2, 4])
@@ -171,6 +193,14 @@ def test_scaling_by_one_changes_nothing():
         ({"copies": {"count": 2, "differ": "residual", "values": [1]}}, "need as many"),
         ({"copies": {"count": 2, "differ": "residual", "coefficients": [1, 2]}}, "summed as they are"),
         ({"copies": {"count": 2, "differ": "seed", "coefficients": [1]}}, "need as many"),
+        ({"copies": {"count": 2, "differ": "digits"}}, "offset: 0.5"),
+        ({"copies": {"count": 3, "differ": "digits"}, "offset": 0.5}, "2 of int2 or int4, 4 of int2"),
+        ({"copies": {"count": 2, "differ": "digits"}, "offset": 0.5, "noise": 0.1}, "rounded to nearest"),
+        ({"copies": {"count": 2, "differ": "digits", "values": [1, 2]}, "offset": 0.5}, "have none"),
+        (
+            {"copies": {"count": 2, "differ": "digits", "coefficients": [1, 2]}, "offset": 0.5},
+            "summed as they are",
+        ),
         ({"copies": {"count": 2, "differ": "clip", "values": [99, 10]}}, "greater than 50"),
         ({"copies": {"count": 2, "differ": "offset"}, "offset": 0.5}, "offsets of their own"),
         ({"copies": {"count": 2, "differ": "offset"}, "scale": "percentile"}, "share one scale"),

@@ -182,6 +182,19 @@ def test_a_constant_weight():
         assert (found.dequantize() - value).abs().max() < 0.1
 
 
+def test_digits_are_the_gptq_of_all_bits(stories):
+    calibration = {"samples": 6, "tokens": 48}
+    digits = {"how": "parallel", "of": "linear", "differ": "digits"}
+    made = []
+    for format, copies in (("int4", None), ("int2", digits)):
+        weights = {"format": format, "granularity": "g32", "offset": 0.5, "scale": "mse"}
+        recipe = Recipe(name="x", weights=weights, gptq={}, calibration=calibration, replication=copies)
+        made.append(quantization_of(quantize(stories, recipe)).tensors)
+    for name, tensor in made[0].items():
+        assert torch.equal(made[1][name].dequantize(), tensor.dequantize())
+        assert len(planes(made[1][name])) == 2
+
+
 def test_planes_apart_begin_with_the_gptq_of_their_bits(stories):
     """Of the first layer, whose inputs are the same in all models."""
     weights = {"format": "int2", "granularity": "g32", "offset": 0.5}

@@ -65,6 +65,7 @@ CASES = {
     ),
     "block": recipe({"of": "block", "layers": [1, 2, 3], "coefficients": [1, 0.3]}),
     "residual": recipe(LINEAR),
+    "digits": recipe(LINEAR | {"differ": "digits"}, weights=INT2 | {"offset": 0.5}),
     "residual by gptq": recipe(LINEAR | {"layers": {"by": "error", "share": 0.4}}, gptq={}, calibration=FEW),
     "input grids of layers": recipe({"how": "parallel", "differ": "inputs"}, activations={"format": "int4"}),
     "input grids of linears": recipe(

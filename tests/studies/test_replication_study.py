@@ -113,7 +113,18 @@ def test_every_way_to_replicate_is_a_row_somewhere():
     plans = [plan for plan in plans if plan is not None]
     said = {(p.how, p.of) for p in plans}
     assert said == {("serial", "layer"), ("serial", "block"), ("parallel", "layer"), ("parallel", "linear")}
-    fields = {"nothing", "scale", "clip", "offset", "noise", "seed", "rotation", "residual", "inputs"}
+    fields = {
+        "nothing",
+        "scale",
+        "clip",
+        "offset",
+        "noise",
+        "seed",
+        "rotation",
+        "residual",
+        "digits",
+        "inputs",
+    }
     assert {p.differ for p in plans} == fields
     ways = {p.coefficients if isinstance(p.coefficients, str) else "list" for p in plans}
     assert ways == {"plain", "mean", "fitted", "list"}

@@ -10,6 +10,12 @@ What copies that differ can do for the error e of one of them, whose step is s:
               offset 0.5), each on its own best scales, leave 16.9 dB of long Gaussian rows, 4 bits 19.3 dB.
               With the first scale 1.3 times wider (values: [1.3, 1]) the planes mesh into one grid of 16
               levels and leave 19.3 dB too, while the first plane alone goes from 9.2 to 8.3 dB
+    digits    copy i is digit i, most significant first, of the codes of one grid of n b bits: with B = 2^b,
+
+                  q + 1/2 = sum_i (d_i + 1/2) B^(n-1-i)
+
+              so that the sum is that grid's matrix, to the bit, and whatever finds good codes finds these.
+              The first plane alone is the grid cut off after b bits, and as wide as the whole
     offset    grids moved by i/n of a step: n roundings of w average to w rounded on a grid of step s/n, so
               that the error is e / n^2 (in energy), for the bits of n copies
     others    errors that are independent at best average to e / n
@@ -43,7 +49,9 @@ def quantize_copies(
 
     copies, left = scheme.copies, weight.float()
     assert copies is not None
-    if copies.differ == "offset":
+    if copies.differ == "digits":
+        parts = digits(quantize_tensor(weight, copies.whole(scheme), name, importance), scheme)
+    elif copies.differ == "offset":
         parts = offset_copies(weight, scheme, importance)
     else:
         parts = []
@@ -52,6 +60,19 @@ def quantize_copies(
             if copies.differ == "residual":
                 left = left - parts[-1].dequantize()
     return merged([scaled(part, share) for part, share in zip(parts, copies.shares, strict=True)])
+
+
+def digits(whole: QuantizedTensor, scheme: WeightScheme) -> list[QuantizedTensor]:
+    """A matrix on the grid of all bits as one plane for each digit of its codes."""
+    copies, base, parts = scheme.copies, 2 ** int(scheme.number_format.bits), list[QuantizedTensor]()
+    assert copies is not None
+    rest = whole.codes() + base**copies.count // 2
+    for copy, own in enumerate(copies.schemes(scheme)):
+        value = base ** (copies.count - 1 - copy)
+        settled = own.with_granularity(whole.scheme.granularity)
+        parts.append(from_codes(rest // value - base // 2, whole.scale.float() * value, settled))
+        rest = rest % value
+    return parts
 
 
 def offset_copies(

@@ -18,7 +18,7 @@ from bitassay.models.walk import decoder_layers, module_name
 from bitassay.quantize import binary
 from bitassay.quantize.adaptive import adapted
 from bitassay.quantize.calibration import Calibration
-from bitassay.quantize.copies import merged
+from bitassay.quantize.copies import digits, merged
 from bitassay.quantize.experts import expert_inputs, expert_matrix, warn_of_few
 from bitassay.quantize.gptq import Gptq, Rounded, gptq_planes
 from bitassay.quantize.latent import LatentWeight
@@ -219,6 +219,11 @@ class _LayerWork:
             if scheme.has_planes:
                 tensor, last, _ = binary.solved(w, hessian, scheme, spec)
                 return tensor
+            if scheme.copies is not None and scheme.copies.differ == "digits":
+                whole = scheme.copies.whole(scheme)
+                [found] = self._by_gptq(name, w, hessian, [whole], spec)
+                last = found.compensated
+                return merged(digits(_packed(found, whole).tensor, scheme))
             schemes = [scheme] if scheme.copies is None else scheme.copies.schemes(scheme)
             parts, left = list[QuantizedTensor](), w.float()
             for some in [schemes] if spec.planes is None else [[own] for own in schemes]:

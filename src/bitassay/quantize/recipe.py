@@ -26,7 +26,7 @@ from bitassay.quantize.learned import Learned
 from bitassay.quantize.low_rank import LowRankSpec
 from bitassay.quantize.mixed import Mixed
 from bitassay.quantize.rotation import Rotation
-from bitassay.quantize.scheme import Part, WeightScheme
+from bitassay.quantize.scheme import SUMS, Part, WeightScheme
 from bitassay.quantize.smoothing import Smoothing
 from bitassay.quantize.tune import Tune
 from bitassay.record.files import read_yaml
@@ -169,9 +169,8 @@ def _copy_contradictions(recipe: Recipe, schemes: list[WeightScheme]) -> list[tu
     own = any(s.copies is not None for s in schemes)
     differ = [s.copies.differ for s in schemes if s.copies is not None]
     differ += [plan.differ] if plan is not None and makes else []
-    residual = "residual" in differ
     solving = [name for name in ("gptq", "low_rank", "learned", "tune") if getattr(recipe, name) is not None]
-    if residual and "gptq" in solving:
+    if differ and all(one in SUMS for one in differ) and "gptq" in solving:
         solving.remove("gptq")
     return [
         (
@@ -182,7 +181,11 @@ def _copy_contradictions(recipe: Recipe, schemes: list[WeightScheme]) -> list[tu
         (
             (makes or own) and bool(solving),
             f"{' and '.join(solving)}: copies that differ in their codes are rounded to nearest"
-            " (residual codes by gptq too)",
+            " (residual codes and digits by gptq too)",
+        ),
+        (
+            recipe.gptq is not None and recipe.gptq.planes is not None and "residual" not in differ,
+            "gptq: planes: apart is of residual codes, and there are none",
         ),
         (
             any(s.turned is not None for s in schemes) and bool(solving),

@@ -36,16 +36,19 @@ def made_of(part: type[P], fields: dict[str, Any]) -> P:
         raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from error
 
 
+SUMS = ("residual", "digits")
+
+
 class Copies(Part):
     """Several quantized copies of one matrix instead of one: `W' = sum_i c_i W'_i` (`copies.py`).
 
     differ: what sets them apart. values: a scale factor, percentile, offset or level of noise for each copy;
     offsets are i/n by default; of residual codes, scale factors, 1 by default. coefficients: the c_i, 1/n by
-    default, and 1 for residual codes. seed: the first one's; each further copy's is one more.
+    default, and 1 for residual codes and digits. seed: the first one's; each further copy's is one more.
     """
 
     count: int = Field(ge=2, le=16)
-    differ: Literal["scale", "clip", "offset", "noise", "seed", "rotation", "residual"]
+    differ: Literal["scale", "clip", "offset", "noise", "seed", "rotation", "residual", "digits"]
     values: tuple[float, ...] = ()
     coefficients: tuple[float, ...] | None = None
     seed: int = Field(default=0, ge=0, lt=2**31)
@@ -57,16 +60,21 @@ class Copies(Part):
             raise ValueError(f"values: copies that differ by {self.differ} have none")
         if (wanted or self.values) and len(self.values) != self.count:
             raise ValueError(f"values: {self.count} copies that differ by {self.differ} need as many")
-        if self.coefficients is not None and self.differ == "residual":
-            raise ValueError("coefficients: residual codes are summed as they are")
+        if self.coefficients is not None and self.is_sum:
+            raise ValueError("coefficients: residual codes and digits are summed as they are")
         if self.coefficients is not None and len(self.coefficients) != self.count:
             raise ValueError(f"coefficients: {self.count} copies need as many")
         return self
 
     @property
+    def is_sum(self) -> bool:
+        """Whether each copy but the first repairs what those before it left over."""
+        return self.differ in SUMS
+
+    @property
     def shares(self) -> tuple[float, ...]:
         """The c_i."""
-        usual = 1.0 if self.differ == "residual" else 1 / self.count
+        usual = 1.0 if self.is_sum else 1 / self.count
         return self.coefficients or (usual,) * self.count
 
     def scheme(self, scheme: "WeightScheme", copy: int) -> "WeightScheme":
@@ -80,12 +88,18 @@ class Copies(Part):
             "seed": {"rounding": "stochastic", "seed": self.seed + copy},
             "rotation": {"turned": self.seed + copy},
             "residual": {"scale_factor": value} if self.values else {},
+            "digits": {},
         }[self.differ]
         return made_of(WeightScheme, scheme.model_dump(exclude={"copies"}) | change)
 
     def schemes(self, scheme: "WeightScheme") -> list["WeightScheme"]:
         """Those of all copies."""
         return [self.scheme(scheme, copy) for copy in range(self.count)]
+
+    def whole(self, scheme: "WeightScheme") -> "WeightScheme":
+        """That of the one grid whose codes' digits the copies are."""
+        bits = int(scheme.number_format.bits) * self.count
+        return made_of(WeightScheme, scheme.model_dump(exclude={"copies"}) | {"format": f"int{bits}"})
 
 
 class WeightScheme(Part):
@@ -261,6 +275,18 @@ def _contradictions(s: WeightScheme) -> list[tuple[bool, str]]:
         (
             s.turned is not None and s.has_planes,
             "turned: column scales and planes of columns are of columns as they are",
+        ),
+        (
+            s.copies is not None
+            and s.copies.differ == "digits"
+            and (
+                fmt.kind != "integer"
+                or (s.symmetric, s.restricted, s.offset, s.rounding, s.noise)
+                != (True, False, 0.5, "nearest", 0)
+                or f"int{int(fmt.bits) * s.copies.count}" not in FORMATS
+            ),
+            "copies: digits are of symmetric integers with offset: 0.5, rounded to nearest, on a grid of as "
+            "many bits as all copies have: 2 of int2 or int4, 4 of int2",
         ),
         (
             s.copies is not None and s.copies.differ == "offset" and s.scale == "percentile",

@@ -1,4 +1,4 @@
-"""Planes on demand: residual codes as one model that is read to the depth that a token deserves.
+"""Planes on demand: residual codes, or digits, as one model that is read to the depth that a token deserves.
 
 Plane 1 of a matrix in residual codes is a complete matrix of few bits, and each further plane repairs it
 (Matryoshka quantization, 2502.06786, nests bits in the same spirit). So one checkpoint is several models, and
@@ -128,7 +128,7 @@ def planes_on_demand(model: PreTrainedModel) -> tuple[PreTrainedModel, Reader]:
     if not counts or max(counts) < 2 or any(isinstance(m, QuantizedLinear) for m in model.modules()):
         raise BitassayError(
             "planes on demand need a model in residual codes, not packed",
-            "a recipe with replication: {how: parallel, of: linear, differ: residual}",
+            "a recipe with replication: {how: parallel, of: linear, differ: residual}, or digits",
         )
     if done is not None and done.passes:
         raise BitassayError("planes on demand are of models whose layers run once", "of: linear")

@@ -25,6 +25,7 @@ a loop over a block, as looped transformers have it (2605.23872 damps one withou
     seed       rounded stochastically, each copy by a seed of its own
     rotation   each copy is rounded after a rotation of its inputs of its own, and turned back
     residual   copy i is what the copies before it left over (linears, summed); values: scale factors
+    digits     copy i is digit i of the codes of one grid of all copies' bits (linears, summed)
     inputs     the grid of the rounded inputs (`activations`) moved by (i + 1/2) / n - 1/2 steps
 
 Layers count from 0. `by` error, kl and massive choose that share of the layers whose weights, whose
@@ -41,7 +42,7 @@ from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError
 from bitassay.models.walk import decoder_layers, module_name
-from bitassay.quantize.scheme import Copies, Part, made_of
+from bitassay.quantize.scheme import SUMS, Copies, Part, made_of
 
 SHARED = ("nothing", "inputs")  # what differs leaves codes as they are
 
@@ -120,7 +121,7 @@ class ReplicationPlan(Part):
     of: Literal["layer", "linear", "block"] = "layer"
     coefficients: Literal["plain", "mean", "fitted"] | tuple[float, ...]
     differ: Literal[
-        "nothing", "scale", "clip", "offset", "noise", "seed", "rotation", "residual", "inputs"
+        "nothing", "scale", "clip", "offset", "noise", "seed", "rotation", "residual", "digits", "inputs"
     ] = "nothing"
     values: tuple[float, ...] = ()
     seed: int = Field(default=0, ge=0, lt=2**31)
@@ -131,7 +132,7 @@ class ReplicationPlan(Part):
     def _default_coefficients(cls, given: Any) -> Any:
         if not isinstance(given, dict) or "coefficients" in given:
             return given
-        mean = given.get("how") == "parallel" and given.get("differ") != "residual"
+        mean = given.get("how") == "parallel" and given.get("differ") not in SUMS
         return {"coefficients": "mean" if mean else "plain", **given}
 
     @model_validator(mode="after")
@@ -178,7 +179,7 @@ class ReplicationPlan(Part):
         """How `count` copies of a matrix differ."""
         assert self.differ not in SHARED
         given = self.coefficients if isinstance(self.coefficients, tuple) else None
-        if self.coefficients == "plain" and self.differ != "residual" and self.of == "linear":
+        if self.coefficients == "plain" and self.differ not in SUMS and self.of == "linear":
             given = (1.0,) * count
         return made_of(
             Copies,
@@ -256,8 +257,8 @@ def _contradictions(p: ReplicationPlan) -> list[tuple[bool, str]]:
             "parallel copies that share everything say the same: nothing would change but the sum's size",
         ),
         (
-            p.differ == "residual" and (p.how, p.of, p.coefficients) != ("parallel", "linear", "plain"),
-            "residual: what a copy leaves over is no layer by itself: how: parallel, of: linear, "
+            p.differ in SUMS and (p.how, p.of, p.coefficients) != ("parallel", "linear", "plain"),
+            f"{p.differ}: what a copy leaves over is no layer by itself: how: parallel, of: linear, "
             "coefficients: plain",
         ),
         (

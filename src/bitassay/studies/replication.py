@@ -199,6 +199,7 @@ def _uses() -> tuple[Group, ...]:
 def _planes() -> tuple[Group, ...]:
     whole = group("both", EVEN, MESHED, **SOLVED)
     apart = group("apart", EVEN, RESIDUAL, **APART)
+    digits = group("digits", EVEN, RESIDUAL | {"differ": "digits"}, **SOLVED)
     depths = {
         "plane-1": Reading(),
         **{f"gated-{theta:g}": Reading(threshold=theta) for theta in THRESHOLDS},
@@ -212,6 +213,11 @@ def _planes() -> tuple[Group, ...]:
         *(Group(name, whole.recipe, reading) for name, reading in depths.items()),
         apart,
         Group("apart-plane-1", apart.recipe, Reading()),
+        digits,
+        *(
+            Group(f"digits-{name}", digits.recipe, depths[name])
+            for name in ("plane-1", "gated-2.5", "layers-40%")
+        ),
         *(group(f"uniform-{n}", W2 | {"format": f"int{n}"}, **SOLVED) for n in (2, 3, 4)),
         *(
             group(f"mixed-{bits:g}", W2, mixed={"bits": bits, **mixed}, **SOLVED)

@@ -222,6 +222,15 @@ CLAIMS = (
     Claim(
         "planes",
         "-",
+        "the two digits of a 4-bit grid are as good as plain 4 bits",
+        "the full 4-bit quality",
+        NO_WORSE,
+        (divergence("digits", "uniform-4", fraction=True),),
+        SHARE,
+    ),
+    Claim(
+        "planes",
+        "-",
         "plane 1 of two that mesh is as good as a 2-bit model made for itself",
         "8.3 beside 9.2 dB",
         NO_WORSE,
