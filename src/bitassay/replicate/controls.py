@@ -85,7 +85,8 @@ def _layers_with_copies(plan: ReplicationPlan, layers: int) -> Any:
 
 def _changed(recipe: Recipe, suffix: str, change: dict[str, Any]) -> Recipe:
     """A valid recipe without these copies, weighed by the text that weighs the replicated one, if any."""
-    fields = recipe.model_dump(exclude_none=True, exclude={"replication", "description"})
+    gone = {"replication": True, "description": True, "gptq": {"planes"}}
+    fields = recipe.model_dump(exclude_none=True, exclude=gone)
     name = f"{recipe.name[:56]}-{suffix}"
     return Recipe.model_validate({"weights": None, **fields, "name": name, **change})
 
