@@ -257,6 +257,23 @@ def test_what_the_recipe_refuses_counts_as_a_trial_with_its_reason(tmp_path):
         run(tmp_path / "none", trials=1, space=alone)
 
 
+def factors(found):
+    return [trial["values"]["weights.scale_factor"] for trial in found["trials"]]
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2"])
+def test_a_search_that_goes_on_tries_what_it_would_have_tried(tmp_path, sampler):
+    run(tmp_path / "a", trials=3, space=FREE, sampler=sampler)
+    in_parts = run(tmp_path / "a", trials=12, space=FREE, sampler=sampler)
+    at_once = run(tmp_path / "b", trials=12, space=FREE, sampler=sampler)
+    assert factors(in_parts) == factors(at_once)
+    assert len(set(factors(at_once))) == 12
+
+
+def test_two_processes_try_different_recipes(tmp_path):
+    assert len(set(factors(run(tmp_path / "run", trials=8, space=FREE, jobs=2)))) == 8
+
+
 def test_two_processes_share_the_trials(tmp_path):
     found = run(tmp_path / "run", trials=4, jobs=2)
     assert len(found["trials"]) == 4

@@ -107,21 +107,18 @@ def open_study(plan: SearchPlan, folder: Path) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = f"sqlite:///{(folder / 'trials.db').resolve()}"
     with FileLock(folder / "trials.lock"):
-        study = optuna.create_study(
+        return optuna.create_study(
             study_name=NAME,
             storage=storage,
             directions=[StudyDirection.MINIMIZE for _ in plan.objectives],
             load_if_exists=True,
         )
-    # A sampler that goes on must not draw again what it drew before.
-    study.sampler = _sampler(plan, plan.seed + len(study.trials))
-    return study
 
 
 def _sampler(plan: SearchPlan, seed: int) -> optuna.samplers.BaseSampler:
     if plan.sampler == "nsga2":
         return optuna.samplers.NSGAIISampler(population_size=20, seed=seed)
-    return optuna.samplers.TPESampler(seed=seed)
+    return optuna.samplers.TPESampler(seed=seed, constant_liar=True)  # no two processes near each other
 
 
 def propose_first(plan: SearchPlan, study: optuna.Study, recipes: Sequence[Recipe]) -> None:
@@ -156,6 +153,9 @@ def run_trials(plan: SearchPlan, folder: Path, total: int, exam: Exam, progress:
                 return
             if grid is not None and not waiting:
                 study.enqueue_trial({path: label(value) for path, value in grid[len(known)].items()})
+            # Each trial has a seed of its own: processes draw different ones, and a search that goes on the
+            # ones that it would have drawn.
+            study.sampler = _sampler(plan, plan.seed + len(known))
             trial = study.ask()
             values = _suggested(trial, plan.space)
         ended = study.get_trials(deepcopy=False, states=ENDED)
