@@ -35,7 +35,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from bitassay.evaluate.tries import Trie, attends_by_mask, rows_of, trie_size
+from bitassay.evaluate.tries import Trie, attends_by_mask, rows_of
 from bitassay.generate.decode import TokenIds, default_batch_tokens, token_batches
 from bitassay.quantize.kv_cache import empty_cache
 
@@ -120,13 +120,15 @@ def _leaf_logits(model: PreTrainedModel, sequences: Sequence[_Sequence], budget:
     by_mask = attends_by_mask(model)
     for shared, families in _by_trunk(sequences).items():
         trunk, past = Prefix.read(model, shared), len(shared)
-        rests = [[one.tokens[past:] for one in family] for family in families]
-        sizes = [trie_size(rest) if by_mask and len(rest) > 1 else budget + 1 for rest in rests]
-        tries = [place for place, size in enumerate(sizes) if size <= budget]
-        for batch in token_batches([sizes[place] for place in tries], budget, past):
-            chosen = [families[tries[index]] for index in batch]
-            yield trunk.spread([0] * len(chosen)).score_tries(chosen)
-        others = [family for family, size in zip(families, sizes, strict=True) if size > budget]
+        tries, others = list[tuple[Trie, list[_Sequence]]](), []
+        for family in families:
+            trie = Trie.of([one.tokens[past:] for one in family]) if by_mask and len(family) > 1 else None
+            if trie is not None and len(trie.tokens) <= budget:
+                tries.append((trie, family))
+            else:
+                others.append(family)
+        for batch in token_batches([len(trie.tokens) for trie, _ in tries], budget, past):
+            yield trunk.spread([0] * len(batch)).score_tries([tries[index] for index in batch])
         alone, several = _worth_a_head(others, past)
         for batch in token_batches([len(one.tokens) - past for one in alone], budget, past):
             group = [alone[index] for index in batch]
@@ -210,14 +212,13 @@ class Prefix:
         rows = [range(stop - one.scored, stop) for stop, one in zip(stops, group, strict=True)]
         return _Leaves(group, rows, logits)
 
-    def score_tries(self, families: Sequence[Sequence[_Sequence]]) -> _Leaves:
-        """Read the rest of each family in a row, as a trie. This prefix is used up."""
-        tries = [Trie.of([one.tokens[self.length :] for one in family]) for family in families]
-        tokens, positions, mask = rows_of(tries, self.length, self.model.dtype)
+    def score_tries(self, families: Sequence[tuple[Trie, Sequence[_Sequence]]]) -> _Leaves:
+        """Read the rest of each family in a row, as the trie that it is. This prefix is used up."""
+        tokens, positions, mask = rows_of([trie for trie, _ in families], self.length, self.model.dtype)
         wanted = torch.zeros(tokens.shape, dtype=torch.bool)
         scored = [
             (row, path[-one.scored :])
-            for row, (trie, family) in enumerate(zip(tries, families, strict=True))
+            for row, (trie, family) in enumerate(families)
             for path, one in zip(trie.paths, family, strict=True)
         ]
         for row, nodes in scored:
@@ -233,7 +234,7 @@ class Prefix:
             attention_mask=mask.to(device),
         )
         rows = [places[row, nodes].tolist() for row, nodes in scored]
-        return _Leaves([one for family in families for one in family], rows, logits)
+        return _Leaves([one for _, family in families for one in family], rows, logits)
 
 
 @torch.inference_mode()

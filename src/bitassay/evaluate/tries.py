@@ -23,11 +23,12 @@ from bitassay.models.walk import decoder_layers
 
 @dataclass(frozen=True)
 class Trie:
-    """A row: its tokens, how deep each is, which others it sees; and each sequence's nodes, from the root."""
+    """A row: its tokens, the parent of each (-1: none) and how deep it is; and each sequence's nodes, from
+    the root."""
 
     tokens: list[int]
+    parents: list[int]
     depths: list[int]
-    sees: Bool[Tensor, "nodes nodes"]
     paths: list[list[int]]
 
     @classmethod
@@ -43,16 +44,15 @@ class Trie:
                     depths.append(depth)
                 path.append(node_of[key])
             paths.append(path)
-        sees = torch.eye(len(node_of), dtype=torch.bool)
-        for node, (parent, _) in enumerate(node_of):
+        return cls([token for _, token in node_of], [parent for parent, _ in node_of], depths, paths)
+
+    def sees(self) -> Bool[Tensor, "nodes nodes"]:
+        """What each node attends to: its ancestors and itself."""
+        found = torch.eye(len(self.tokens), dtype=torch.bool)
+        for node, parent in enumerate(self.parents):
             if parent >= 0:
-                sees[node] |= sees[parent]
-        return cls([token for _, token in node_of], depths, sees, paths)
-
-
-def trie_size(sequences: Sequence[TokenIds]) -> int:
-    """How many nodes the trie has."""
-    return len({tuple(sequence[: stop + 1]) for sequence in sequences for stop in range(len(sequence))})
+                found[node] |= found[parent]
+        return found
 
 
 def attends_by_mask(model: PreTrainedModel) -> bool:
@@ -84,7 +84,7 @@ def rows_of(
         size = len(trie.tokens)
         tokens[row, :size] = torch.tensor(trie.tokens)
         positions[row, :size] = torch.tensor(trie.depths)
-        sees[row, :size, :size] = trie.sees
+        sees[row, :size, :size] = trie.sees()
     sees = torch.cat([sees.new_ones(len(tries), longest, past), sees], 2)
     mask = torch.zeros(sees.shape, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min)
     return tokens, positions + past, mask[:, None]
