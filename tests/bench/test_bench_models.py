@@ -158,7 +158,10 @@ def test_only_a_want_of_memory_is_skipped(stories, monkeypatch, error, known):
 def test_the_peak_of_what_is_freed_again():
     with peak_memory(torch.device("cpu")) as small:
         time.sleep(0.01)
-    with peak_memory(torch.device("cpu")) as large, mmap.mmap(-1, 200 * 2**20) as held:  # a heap may reuse pages it holds
+    with (
+        peak_memory(torch.device("cpu")) as large,
+        mmap.mmap(-1, 200 * 2**20) as held,
+    ):  # a heap may reuse pages it holds
         torch.frombuffer(held, dtype=torch.uint8).fill_(1)
         time.sleep(0.5)  # a busy machine samples seldom
     assert large.resident - small.resident > 100 * 2**20
