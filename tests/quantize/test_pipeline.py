@@ -193,6 +193,48 @@ def test_a_calibrated_recipe_is_run_once_in_float32(tmp_path, monkeypatch):
         pipeline.quantize_once(half, recipe("gptq"))
 
 
+AFTER_THE_CODES = {
+    "fitted": {"replication": {"coefficients": "fitted"}},
+    "chosen": {"replication": {"layers": {"by": "kl"}, "coefficients": [1, 0.1]}},
+    "inputs": {"activations": {"format": "int8", "scale": "absmax"}},
+    "grids": {
+        "activations": {"format": "int4"},
+        "replication": {"how": "parallel", "of": "linear", "differ": "inputs"},
+    },
+    "cache": {"kv_cache": {"format": "int8"}},
+}
+
+
+@pytest.mark.parametrize("parts", AFTER_THE_CODES.values(), ids=AFTER_THE_CODES)
+def test_codes_are_made_once_whatever_comes_after_them(base, tmp_path, monkeypatch, parts):
+    monkeypatch.setenv("BITASSAY_CACHE", str(tmp_path))
+    few = {"overrides": [{"match": "model.layers.[1-4].*", "weights": None}], "rotation": {}}
+    other = Recipe.model_validate(recipe("gptq").model_dump(exclude_none=True) | few | parts)
+    wanted = quantize(base, other)
+    codes = other.codes_alone
+    assert codes.recipe_id != other.recipe_id
+    pipeline.quantize_once(base, codes)
+    monkeypatch.setattr(pipeline, "quantize_layers", lambda *_: 1 / 0)
+    found = pipeline.quantize_once(base, other)
+    assert quantization_of(found).inputs == quantization_of(wanted).inputs
+    assert quantization_of(found).passes == quantization_of(wanted).passes
+    tokens = torch.arange(1, 60)[None]
+    assert torch.equal(found(tokens).logits, wanted(tokens).logits)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"replication": {"how": "parallel", "of": "linear", "differ": "residual"}},
+        {"smoothing": {"method": "smoothquant"}, "activations": {"format": "int8"}},
+    ],
+    ids=["residual", "smoothquant"],
+)
+def test_codes_are_not_shared_where_they_differ(parts):
+    other = Recipe.model_validate(recipe("gptq").model_dump(exclude_none=True) | parts)
+    assert other.codes_alone.recipe_id == other.recipe_id
+
+
 def test_what_is_kept_belongs_to_the_code_that_made_it(monkeypatch):
     read, real = [], Path.read_text
     monkeypatch.setattr(

@@ -10,13 +10,14 @@ digest: `notes.txt@1a2b3c4d5e6f7a8b/512`.
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from bitassay.data.corpora import corpus, is_own, pinned
+from bitassay.data.corpora import Corpus, corpus, is_own, pinned
 from bitassay.errors import BitassayError, nearest
 
 PROTOCOLS = ("wikitext2-raw", "c4-new", "ptb-new", "c4-train-new")
@@ -72,8 +73,7 @@ def token_windows(
             f"a window of {protocol.window_tokens} tokens predicts nothing", "--window 2 or more"
         )
     text = corpus(protocol.corpus)
-    # The text is far longer than any model's context; it is cut right below, so the tokenizer need not warn.
-    ids = tokenizer(text.text, return_tensors="pt", verbose=False).input_ids[0]
+    ids = _token_ids(tokenizer, len(tokenizer), text)
     available = len(ids) // protocol.window_tokens
     if text.max_windows is not None:
         available = min(available, text.max_windows)
@@ -88,3 +88,10 @@ def token_windows(
     return torch.stack(
         [ids[s * protocol.window_tokens :][: protocol.window_tokens] for s in starts]
     ), text.source
+
+
+@lru_cache(maxsize=4)
+def _token_ids(tokenizer: PreTrainedTokenizerBase, _vocabulary: int, text: Corpus) -> Int[Tensor, " tokens"]:
+    """The whole text, which takes seconds; kept, since a study calibrates dozens of models with the same."""
+    # It is far longer than any model's context; it is cut by whoever asked, so the tokenizer need not warn.
+    return tokenizer(text.text, return_tensors="pt", verbose=False).input_ids[0]

@@ -9,7 +9,8 @@ model, and calibrates it with the text that `calibration` names. A recipe that n
 searches weighed by the inputs; a part that needs text where none is named reads the default one for itself.
 
 With a work folder every finished layer is a file there, so is tuning every few steps, and in the end the
-result; the same call goes on where the last one stopped.
+result; the same call goes on where the last one stopped. In the cache, recipes that differ only in what comes
+after the codes (rounded inputs, a rounded cache, copies that share codes) share the folder of their codes.
 """
 
 from collections.abc import Callable, Mapping
@@ -100,7 +101,11 @@ def quantize_tensors_once(base: PreTrainedModel, recipe: Recipe, progress: Progr
         own_code = type(base).__module__.startswith("transformers_modules")
         return load(source.folder, trust_remote_code=own_code, progress=progress)
 
-    return _kept(base, exact, recipe, plan, cache_folder() / "quantized" / name, progress)
+    def codes(draft: PreTrainedModel) -> Quantization | None:
+        same = recipe.codes_alone
+        return None if same.recipe_id == recipe.recipe_id else quantize_tensors_once(draft, same, progress)
+
+    return _kept(base, exact, recipe, plan, cache_folder() / "quantized" / name, progress, codes)
 
 
 def quantize_tensors(
@@ -109,7 +114,7 @@ def quantize_tensors(
     """What `recipe` makes of `base`, without a model around it; errors as `quantize`."""
     _refuse_quantized(base)
     if work is None or not recipe.is_calibrated:
-        return _quantized(base, recipe, check_recipe(base, recipe), progress, None)
+        return _quantized(base, recipe, check_recipe(base, recipe), progress)
     return _kept(base, lambda: base, recipe, _plan(base, recipe), Path(work), progress)
 
 
@@ -120,8 +125,10 @@ def _kept(
     plan: dict[str, Any],
     work: Path,
     progress: Progress,
+    codes: Callable[[PreTrainedModel], Quantization | None] = lambda draft: None,
 ) -> Quantization:
-    """The result in that work folder, made there of the model `exact()` where it is not finished yet."""
+    """The result in that work folder, made there of the model `exact()` where it is not finished yet, around
+    its `codes` where there are some."""
     weights = check_recipe(base, recipe)
     with locked(work, progress):
         folder = RunFolder(work, plan)
@@ -131,7 +138,7 @@ def _kept(
             }
             return Quantization(recipe, *read_result(folder, shapes))
         draft = exact()
-        made = _quantized(draft, recipe, check_recipe(draft, recipe), progress, folder)
+        made = _quantized(draft, recipe, check_recipe(draft, recipe), progress, folder, codes(draft))
         write_result(folder, made.tensors, made.parameters, made.inputs, made.passes)
         return made
 
@@ -141,15 +148,47 @@ def _quantized(
     recipe: Recipe,
     weights: Mapping[str, Float[Tensor, "_ _"]],
     progress: Progress,
-    folder: RunFolder | None,
+    folder: RunFolder | None = None,
+    solved: Quantization | None = None,
 ) -> Quantization:
+    """solved: the codes, by a recipe that has the same."""
     if recipe.is_calibrated and base.device.type != "cpu":
         raise BitassayError(
             f"{recipe.name} is calibrated, which runs on the CPU, and the model is on {base.device}",
             "load it on the CPU, quantize, and move the result",
         )
-    draft = copy_sharing_parameters(base)
     tokens = calibration_tokens(base, recipe.calibration or Calibration()) if recipe.is_calibrated else None
+    if solved is not None and recipe.replication is None:
+        made = replace(solved, recipe=recipe)
+        return replace(made, inputs=_inputs(base, made, tokens, {}, progress))
+    draft, schemes = _prepared(base, recipe, weights, tokens, folder, progress)
+    counts = _counts(draft, recipe, schemes, tokens, folder, progress)
+    before, first = copy_sharing_parameters(draft), _schemes_with_copies(draft, recipe, schemes, counts)
+    if solved is None:
+        weighed = recipe.calibration is not None and any(one and one.weighs_inputs for one in first.values())
+        if recipe.solves or weighed:
+            assert tokens is not None
+            tensors = _calibrated(base, draft, first, recipe, tokens, folder, progress)
+        else:
+            tensors = _to_nearest(matrices(draft), first, recipe.name, progress)
+        solved = Quantization(recipe, tensors, _beside(base, draft, tensors))
+    made = replace(solved, recipe=recipe)
+    made = replace(made, inputs=_inputs(base, made, tokens, counts, progress))
+    if not counts:
+        return made
+    return with_copies(base, made, before, schemes, counts, tokens, progress)
+
+
+def _prepared(
+    base: PreTrainedModel,
+    recipe: Recipe,
+    weights: Mapping[str, Float[Tensor, "_ _"]],
+    tokens: Int[Tensor, "samples tokens"] | None,
+    folder: RunFolder | None,
+    progress: Progress,
+) -> tuple[PreTrainedModel, dict[str, WeightScheme | None]]:
+    """The model whose matrices are rounded, and each one's scheme."""
+    draft = copy_sharing_parameters(base)
     if recipe.rotation is not None:
         progress(f"rotating by {recipe.name}")
         rotate(draft, recipe.rotation, tokens)
@@ -161,23 +200,9 @@ def _quantized(
             name, why = next(iter(smoothed.skipped.items()))
             progress(f"not smoothed: {len(smoothed.skipped)} linears, the first {name}: {why}")
     if recipe.mixed is None:
-        schemes = {name: recipe.scheme_for(name) for name in weights}
-    else:
-        assert tokens is not None
-        schemes = mixed_schemes(draft, recipe, tokens, progress, folder)
-    counts = _counts(draft, recipe, schemes, tokens, folder, progress)
-    before, first = copy_sharing_parameters(draft), _schemes_with_copies(draft, recipe, schemes, counts)
-    weighed = recipe.calibration is not None and any(one and one.weighs_inputs for one in first.values())
-    if recipe.solves or weighed:
-        assert tokens is not None
-        tensors = _calibrated(base, draft, first, recipe, tokens, folder, progress)
-    else:
-        tensors = _to_nearest(matrices(draft), first, recipe.name, progress)
-    made = Quantization(recipe, tensors, _beside(base, draft, tensors))
-    made = replace(made, inputs=_inputs(base, made, tokens, counts, progress))
-    if not counts:
-        return made
-    return with_copies(base, made, before, schemes, counts, tokens, progress)
+        return draft, {name: recipe.scheme_for(name) for name in weights}
+    assert tokens is not None
+    return draft, mixed_schemes(draft, recipe, tokens, progress, folder)
 
 
 def _counts(

@@ -116,6 +116,17 @@ class Recipe(Part):
         return any(part is not None for part in (self.gptq, self.learned, self.low_rank, self.tune))
 
     @property
+    def codes_alone(self) -> "Recipe":
+        """The recipe that makes the same codes, without what comes after them."""
+        plan = self.replication
+        after: dict[str, None] = {"kv_cache": None}
+        if plan is not None and not plan.makes_codes:
+            after["replication"] = None
+        if self.smoothing is None or self.smoothing.method != "smoothquant":  # which is for rounded inputs
+            after["activations"] = None
+        return self.model_copy(update=after)
+
+    @property
     def recipe_id(self) -> str:
         return digest_json(self.model_dump(mode="json", exclude={"name", "description"}, exclude_none=True))
 
