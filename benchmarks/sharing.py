@@ -6,8 +6,8 @@ matrix between all n layers, what coding them together can save, however it is d
     bits a weight = -log2(det R) / (2 n)
 
 of Gaussian weights (the rate-distortion function). The hidden neurons of an MLP have no order of their own:
-`matched` is the correlation of neighbouring layers once each neuron has been given the partner that it is most
-like, `chance` that of the same matching where the columns of one were shuffled.
+`matched` is the correlation of neighbouring layers once each neuron has been given the partner it is
+most like, `chance` that of the same matching where the columns of one were shuffled.
 
 `models`: pairs of layers share the one matrix, times a coefficient each, that is nearest to both (the first
 singular vector of the two), at full precision; norms stay their own. One pair at a time, then all pairs. Such
