@@ -73,10 +73,25 @@ def test_free_zero_points_far_from_zero_have_a_kernel_too():
         assert (product(x).double() - exact).norm() / exact.norm() < 0.004
 
 
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("format", ["int2", "binary"])
+def test_planes_are_a_product_each(format, count):
+    copies = {"count": count, "differ": "residual"}
+    w = torch.randn(48, 128, generator=torch.Generator().manual_seed(0))
+    done = quantize_tensor(w, WeightScheme(format=format, granularity="g64", copies=copies))
+    x = torch.randn(3, 128, generator=torch.Generator().manual_seed(1)).bfloat16()
+    product, exact = packed_product(done), x.double() @ done.dequantize().double().T
+    assert (product(x).double() - exact).norm() / exact.norm() < 0.004
+
+
 def test_what_is_more_than_codes_has_no_kernel():
     done = quantize_tensor(torch.randn(48, 192), WeightScheme(format="int8"))
     factors = LowRank(torch.zeros(48, 1).half(), torch.zeros(1, 192).half())
-    assert packed_product(replace(done, residual=done)) is None
+    without = quantize_tensor(torch.randn(48, 192), WeightScheme(format="int4"))
+    assert packed_product(replace(done, residual=without)) is None
+    columns = quantize_tensor(torch.randn(48, 192), WeightScheme(format="binary", residual=0.1))
+    assert columns.residual_columns is not None
+    assert packed_product(columns) is None
     assert packed_product(replace(done, low_rank=factors)) is None
 
 

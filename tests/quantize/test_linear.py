@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
+from bitassay.quantize.activations import InputRounding, rounded_inputs
 from bitassay.quantize.kernels import MAX_ROWS
 from bitassay.quantize.linear import QuantizedLinear
 from bitassay.quantize.recipe import WeightScheme
@@ -39,6 +40,17 @@ def test_the_kernel_takes_up_to_max_rows():
     assert not torch.equal(made(several), linear(several, made.weight, made.bias))
     many = inputs(MAX_ROWS + 1, 128, dtype=torch.bfloat16)
     assert torch.equal(made(many), linear(many, made.weight, made.bias))
+
+
+def test_rounded_inputs_without_a_product_of_codes_take_the_kernel_too():
+    weight, x = layer(torch.bfloat16).quantized, inputs(MAX_ROWS, 128, dtype=torch.bfloat16)
+    made = QuantizedLinear(weight, None, torch.bfloat16, InputRounding("int8"))
+    assert made.rounded_product is None
+    rounded = rounded_inputs(x, made.inputs)
+    assert torch.equal(made(x), made.product(rounded))
+    assert not torch.equal(rounded, x)
+    many = inputs(MAX_ROWS + 1, 128, dtype=torch.bfloat16)
+    assert torch.equal(made(many), linear(rounded_inputs(many, made.inputs), made.weight))
 
 
 def test_rows_are_counted_over_all_leading_dimensions():

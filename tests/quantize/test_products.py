@@ -129,7 +129,7 @@ def test_what_has_no_product_is_dequantized_and_says_so(scheme, rounding):
     assert product_kind(weight, rounding, torch.bfloat16) is None
     layer = QuantizedLinear(weight, None, torch.float32, rounding)
     assert torch.equal(layer(x), rounded_inputs(x, rounding) @ weight.dequantize().T)
-    assert "fake" in repr(layer)
+    assert "inputs dequantized" in repr(layer)
     assert "fake" not in repr(QuantizedLinear(made(24, 64), None, torch.float32, InputRounding("int8")))
 
 

@@ -8,12 +8,15 @@ input:
     int8 codes, one scale a row              _weight_int8pack_mm          8 bits read a weight
     codes of at most 4 bits, equal groups    _weight_int4pack_mm_for_cpu  4 bits read, whatever was stored
 
+Planes beside each other (residual codes, merged copies) are a product each, and the sum of these.
+
 Both round differently from the dequantized product: the scale is applied to the sum, or is itself held in
 bf16. The result differs by bf16 rounding (`tests/quantize/test_kernels.py` bounds it), in fp32 there is no
 kernel and no difference.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from jaxtyping import BFloat16
@@ -33,9 +36,14 @@ Product = Callable[[BFloat16[Tensor, "rows in"]], BFloat16[Tensor, "rows out"]]
 def packed_product(quantized: QuantizedTensor) -> Product | None:
     """`x -> x W'^T` on the codes for bf16 `x`; None where torch has no kernel for this scheme, shape or
     device."""
-    beside_codes = (quantized.residual, quantized.column_scale, quantized.low_rank)
+    beside_codes = (quantized.residual_columns, quantized.column_scale, quantized.low_rank)
     if quantized.packed.device.type != "cpu" or any(part is not None for part in beside_codes):
         return None
+    if quantized.residual is not None:
+        plane, rest = packed_product(replace(quantized, residual=None)), packed_product(quantized.residual)
+        if plane is None or rest is None:
+            return None
+        return lambda x: (plane(x).float() + rest(x)).to(torch.bfloat16)
     rows, columns = quantized.shape
     scheme = quantized.scheme
     if scheme.turned is not None:

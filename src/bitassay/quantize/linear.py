@@ -33,7 +33,8 @@ class QuantizedLinear(nn.Module):
 
     For a few rows of bf16 input the product reads the codes, where there is a kernel for them (which keeps
     its own arrangement of the codes in memory); otherwise `weight` is dequantized at each call. Where inputs
-    are rounded too, the product is of codes on both sides wherever there is one (`products.py`).
+    are rounded too, the product is of codes on both sides wherever there is one (`products.py`); otherwise of
+    the rounded inputs, dequantized, as if they were inputs of another kind.
     """
 
     def __init__(
@@ -67,20 +68,21 @@ class QuantizedLinear(nn.Module):
         return rounded_product(self.quantized, self.inputs, self.dtype)
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
-        if self.inputs is not None:
-            return self._forward_rounded(x, self.inputs)
+        if self.inputs is None:
+            return self._product_of(x)
+        if self.rounded_product is None:
+            return self._product_of(rounded_inputs(x, self.inputs))
+        y = self.rounded_product(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias
+
+    def _product_of(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
+        """Of inputs as they are with the codes, or with what these stand for."""
         x = x.contiguous()  # products of a strided view add up in another order
         rows = x.numel() // self.in_features
         if rows <= MAX_ROWS and self.product is not None:
             y = self.product(x.view(rows, self.in_features)).view(*x.shape[:-1], self.out_features)
             return y if self.bias is None else y + self.bias
         return nn.functional.linear(x, self.weight, self.bias)
-
-    def _forward_rounded(self, x: Float[Tensor, "... in"], inputs: InputRounding) -> Float[Tensor, "... out"]:
-        if self.rounded_product is None:
-            return nn.functional.linear(rounded_inputs(x, inputs), self.weight, self.bias)
-        y = self.rounded_product(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
-        return y if self.bias is None else y + self.bias
 
     def _apply(self, fn, recurse: bool = True):
         """Follow `model.to(device)` and `model.to(dtype)`; the codes keep their dtypes."""
@@ -97,4 +99,4 @@ class QuantizedLinear(nn.Module):
         if self.inputs is None:
             return weights
         kind = product_kind(self.quantized, self.inputs, self.dtype)
-        return f"{weights}, {self.inputs}, {'both dequantized (fake)' if kind is None else f'{kind} product'}"
+        return f"{weights}, {self.inputs}, {'inputs dequantized' if kind is None else f'{kind} product'}"

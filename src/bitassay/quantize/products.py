@@ -9,7 +9,8 @@ granularity is channel or tensor, and no zero points, mean, residual or factors 
 fewer than 8 bits go as int8.
 
 Otherwise there is no product (`rounded_product` returns None) and the linear multiplies what the codes stand
-for, which is what the fake model does. An FP8 product on a CPU is many times slower than that, so there it is
+for, as the fake model does; or, for a few rows, what the inputs' codes stand for with the weights' codes,
+where `kernels.py` has such a product. An FP8 product on a CPU is many times slower than that, so there it is
 never taken.
 
 Sizes are padded with zeros: on a GPU `_int_mm` wants more than 16 rows, and columns in multiples of 8; on a
