@@ -21,7 +21,7 @@ from bitassay.search.exam import Exam, Sitting, facts, known_facts
 from bitassay.search.objectives import FACTS
 from bitassay.search.search import search
 from bitassay.search.space import Space
-from bitassay.search.trials import ENDED
+from bitassay.search.trials import ATTEMPTS, ENDED
 
 SPACE = Space.model_validate(
     {
@@ -302,6 +302,44 @@ def test_a_killed_search_leaves_no_helper_and_goes_on(tmp_path):
     eventually(lambda: not helper.is_running() or helper.status() == psutil.STATUS_ZOMBIE)
     found = run(out, trials=len(ended(out)) + 1, space=FREE)["trials"]
     assert [(one["number"], one["values"]) for one in found][: len(finished)] == finished
+
+
+DYING = """
+import os, signal, sys
+from pathlib import Path
+from test_search import SPACE, run
+from bitassay.search.exam import Sitting
+real = Sitting.measured
+def measured(sitting, columns):
+    if sitting.quantization.recipe.weights.offset:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(sitting, columns)
+Sitting.measured = measured
+run(Path(sys.argv[1]), trials=2, sampler="grid", short=3)
+"""
+
+
+def test_a_trial_that_ends_its_process_each_time_is_given_up(tmp_path):
+    command = [sys.executable, "-c", DYING, str(tmp_path / "run")]
+    statuses = [subprocess.run(command, cwd=Path(__file__).parent).returncode for _ in range(ATTEMPTS + 1)]
+    assert statuses == [-9] * ATTEMPTS + [0]
+    found = run(tmp_path / "run", trials=3, sampler="grid", short=3)["trials"]
+    [given_up] = [trial for trial in found if trial["stopped"]]
+    assert given_up["values"]["weights.offset"] == 0.5
+    assert "ended 3 times" in given_up["stopped"]
+
+
+def test_a_trial_that_the_user_stops_is_never_given_up(tmp_path, monkeypatch):
+    def stops(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Sitting, "measured", stops)
+        for _ in range(ATTEMPTS + 1):
+            with pytest.raises(KeyboardInterrupt):
+                run(tmp_path / "run", trials=1, sampler="grid", short=3)
+    [trial] = run(tmp_path / "run", trials=1, sampler="grid", short=3)["trials"]
+    assert trial["state"] == "complete"
 
 
 def ended(out):

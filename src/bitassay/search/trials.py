@@ -5,7 +5,8 @@ A trial is *complete*, or it stopped early (optuna: pruned) for a reason that is
 makes no sense, a limit is broken, the result is not finite, earlier trials are better on a few windows
 (`objectives.is_hopeless`), or it failed: an error that nobody foresaw is this recipe's own, so the others go
 on, and its traceback is kept in `failed/`. What the machine lacks, as disk space, stops the search. A trial
-that was interrupted is proposed again, and what was finished of its quantization is still there.
+that was interrupted is proposed again, and what was finished of its quantization is still there; one that has
+ended its process ATTEMPTS times, as too little memory does, has failed.
 """
 
 import math
@@ -35,6 +36,8 @@ SAMPLERS = ("tpe", "nsga2", "grid")
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
 NAME = "search"
 FAILED = "failed: "  # how the reason begins where an error was a bug
+ATTEMPTS = 3
+STOPPED = "stopped"  # marks a trial that was left on purpose
 
 
 @dataclass(frozen=True)
@@ -134,9 +137,12 @@ def propose_interrupted_again(study: optuna.Study) -> int:
     """End the trials that nobody works on any more, and propose their values first; how many there were."""
     left = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
     for trial in left:
-        if trial.params:
-            study.enqueue_trial(trial.params)
         study.tell(trial.number, state=TrialState.FAIL)
+        if not trial.params:
+            continue
+        ended = study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
+        deaths = sum(one.params == trial.params and STOPPED not in one.user_attrs for one in ended)
+        study.enqueue_trial(trial.params, user_attrs={"deaths": deaths})
     return len(left)
 
 
@@ -158,9 +164,14 @@ def run_trials(plan: SearchPlan, folder: Path, total: int, exam: Exam, progress:
             study.sampler = _sampler(plan, plan.seed + len(known))
             trial = study.ask()
             values = _suggested(trial, plan.space)
+            deaths = trial.user_attrs.get("deaths", 0)
         ended = study.get_trials(deepcopy=False, states=ENDED)
         progress("trials", len(ended), total)
-        outcome = _tried(plan, values, folder, exam, ended)
+        try:
+            outcome = _tried(plan, values, folder, exam, ended, deaths)
+        except BaseException:
+            trial.set_user_attr(STOPPED, True)
+            raise
         for key, value in asdict(outcome).items():
             trial.set_user_attr(key, value)
         for column, value in outcome.excess(plan.at_most).items():
@@ -189,7 +200,12 @@ class Outcome:
 
 
 def _tried(
-    plan: SearchPlan, values: dict[str, Value], folder: Path, exam: Exam, ended: Sequence[FrozenTrial]
+    plan: SearchPlan,
+    values: dict[str, Value],
+    folder: Path,
+    exam: Exam,
+    ended: Sequence[FrozenTrial],
+    deaths: int,
 ) -> Outcome:
     try:
         recipe = plan.space.recipe_of(values)
@@ -202,6 +218,8 @@ def _tried(
     work = folder / "work" / recipe.recipe_id
     shorts = [trial.user_attrs["short"] for trial in ended if trial.user_attrs.get("short")]
     try:
+        if deaths >= ATTEMPTS:
+            raise RuntimeError(f"its process was ended {deaths} times, most likely by a lack of memory")
         outcome = _measured(plan, recipe, work, exam, shorts)
     except (MissingError, OSError):
         raise
