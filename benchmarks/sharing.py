@@ -131,7 +131,7 @@ def models(base: PreTrainedModel, protocol: Protocol) -> Mapping[str, object]:
     rows = []
     for name in made:
         quality = summarise(text[name], text[BASE])
-        apart = text_difference(text[name], text["w2"])
+        apart = text_difference(text["w2"], text[name])
         rows.append(
             {
                 "model": name,

@@ -111,7 +111,9 @@ class QuantizedTensor:
         weight = self.granularity.from_groups(parts, self.shape[0])
         if self.scheme.turned is not None:
             weight = turning(self.shape[1], self.scheme.turned).apply_transposed(weight)
-        if self.residual is not None:
+        if self.residual is not None and self.residual_columns is None:
+            weight = weight + self.residual.dequantize()
+        elif self.residual is not None:
             weight[:, self.residual_places()] += self.residual.dequantize()
         if self.column_scale is not None:
             weight = weight * self.column_scale.float()
