@@ -209,10 +209,10 @@ AFTER_THE_CODES = {
 def test_codes_are_made_once_whatever_comes_after_them(base, tmp_path, monkeypatch, parts):
     monkeypatch.setenv("BITASSAY_CACHE", str(tmp_path))
     few = {"overrides": [{"match": "model.layers.[1-4].*", "weights": None}], "rotation": {}}
-    other = Recipe.model_validate(recipe("gptq").model_dump(exclude_none=True) | few | parts)
+    codes = Recipe.model_validate(recipe("gptq").model_dump(exclude_none=True) | few)
+    other = Recipe.model_validate(codes.model_dump(exclude_none=True) | parts | {"name": "other"})
     wanted = quantize(base, other)
-    codes = other.codes_alone
-    assert codes.recipe_id != other.recipe_id
+    assert codes.recipe_id == other.codes_alone.recipe_id != other.recipe_id
     pipeline.quantize_once(base, codes)
     monkeypatch.setattr(pipeline, "quantize_layers", lambda *_: 1 / 0)
     found = pipeline.quantize_once(base, other)

@@ -93,7 +93,7 @@ def quantize_tensors_once(base: PreTrainedModel, recipe: Recipe, progress: Progr
     _refuse_quantized(base)
     source = identity(base).source
     plan = _plan(base, recipe) | {"dtype": str(torch.float32)}
-    name = f"{source.name}-{recipe.name}-{digest_json([plan, code_digest()])[:16]}"
+    name = f"{source.name}-{digest_json([plan, code_digest()])[:16]}"  # whatever the recipe is called
 
     def exact() -> PreTrainedModel:
         if base.dtype == torch.float32 and base.device.type == "cpu":
