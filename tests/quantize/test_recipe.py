@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+import yaml
 from pydantic import ValidationError
 
 import bitassay
@@ -93,6 +94,23 @@ def test_the_id_is_that_of_the_change_not_of_its_name():
     assert (
         len({Recipe(name="a", **other).recipe_id for other in others} | {recipe.recipe_id}) == len(others) + 1
     )
+
+
+LEFT_OUT = {
+    "name": "left-out",
+    "weights": {"format": "int2"},
+    "overrides": [{"match": "*.0.*", "weights": None}],
+    "activations": {"format": "int8", "overrides": [{"match": "*.1.*", "inputs": None}]},
+    "replication": {"differ": "offset", "how": "parallel", "layers": {"by": "kl"}},
+}
+
+
+def test_the_content_of_a_recipe_makes_the_same_one():
+    for recipe in (*shipped_recipes().values(), Recipe.model_validate(LEFT_OUT)):
+        content = recipe.content()
+        assert Recipe.model_validate(yaml.safe_load(yaml.safe_dump(content))) == recipe
+    assert content["overrides"] == [{"match": "*.0.*", "weights": None}]
+    assert not {"gptq", "calibration"} & content.keys()
 
 
 def test_options_that_are_idle_change_no_id():

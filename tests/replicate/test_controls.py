@@ -101,6 +101,12 @@ def test_text_weighs_every_copy_of_a_layer(stories):
         assert torch.equal(found[name], found[f"model.layers.{layer}.replicas.0.{rest}"])
 
 
+def test_what_a_replica_leaves_as_it_is_its_controls_leave_too():
+    left = [{"match": "model.layers.0.*", "weights": None}]
+    recipe = Recipe(name="r", weights={"format": "int2"}, overrides=left, replication=RESIDUAL)
+    assert {one.recipe.overrides for one in controls(recipe, 5)} == {recipe.overrides}
+
+
 def test_unquantized_weights_are_matched_by_the_model_itself():
     own = Recipe.model_validate({"name": "x", "weights": None, "replication": {"coefficients": "mean"}})
     found = by_kind(own)

@@ -23,6 +23,23 @@ class Part(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    def content(self) -> dict[str, Any]:
+        """What `model_validate` makes the same part of, without fields that are left out."""
+        return _without_absent(self, self.model_dump(mode="json"))
+
+
+def _without_absent(part: BaseModel, dumped: dict[str, Any]) -> dict[str, Any]:
+    for name in list(dumped):
+        value = getattr(part, name)
+        if value is None and not type(part).model_fields[name].is_required():
+            del dumped[name]
+        for one, inner in zip(value, dumped[name], strict=True) if isinstance(value, tuple) else ():
+            if isinstance(one, BaseModel):
+                _without_absent(one, inner)
+        if isinstance(value, BaseModel):
+            _without_absent(value, dumped[name])
+    return dumped
+
 
 P = TypeVar("P", bound=Part)
 

@@ -85,10 +85,10 @@ def _layers_with_copies(plan: ReplicationPlan, layers: int) -> Any:
 
 def _changed(recipe: Recipe, suffix: str, change: dict[str, Any]) -> Recipe:
     """A valid recipe without these copies, weighed by the text that weighs the replicated one, if any."""
-    gone = {"replication": True, "description": True, "gptq": {"planes"}}
-    fields = recipe.model_dump(exclude_none=True, exclude=gone)
-    name = f"{recipe.name[:56]}-{suffix}"
-    return Recipe.model_validate({"weights": None, **fields, "name": name, **change})
+    fields = recipe.content()
+    for part, gone in ((fields, "replication"), (fields, "description"), (fields.get("gptq", {}), "planes")):
+        part.pop(gone, None)
+    return Recipe.model_validate({**fields, "name": f"{recipe.name[:56]}-{suffix}", **change})
 
 
 def _more_bits(recipe: Recipe, weights: WeightScheme, counts: list[int], mean: float) -> dict[str, Any]:

@@ -170,7 +170,7 @@ def _field(recipe: Recipe, path: str) -> Value:
 
 def _is_same(recipe: Recipe, values: Values) -> bool:
     """Whether a recipe stays what it is when these values are put into it."""
-    content = recipe.model_dump(mode="json", exclude_none=True)
+    content = recipe.content()
     try:
         for path, value in values.items():
             _put(content, path, copy.deepcopy(value))
