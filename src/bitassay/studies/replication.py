@@ -11,7 +11,7 @@
 A study is rows: a *group* is a recipe, and each one with copies brings its controls along
 (`replicate/controls.py`) as rows of their own. Models that are equal are one variant, measured once. Source:
 the experiment document on layer replication, sections 4.1 and 4.3; `replication_claims.py` holds what its
-theory predicts. Weights shared across layers are left out.
+theory predicts. Weights shared across layers are not among them: `benchmarks/sharing.py` says why.
 """
 
 from dataclasses import dataclass
