@@ -204,3 +204,45 @@ def test_eval_prints_them_beside_a_replica(tmp_path, capsys):
     assert single["gain_ci"][0] < single["gain"] < single["gain_ci"][1]
     assert single["beats"] is True
     assert rows[0]["gain"] is None
+
+
+def test_codes_of_one_bit_have_controls_that_lie_evenly_around_zero():
+    """Levels -1.5 ... 1.5 leave less error than -2 ... 1, and than two binary planes."""
+    control = by_kind(recipe(RESIDUAL, {"format": "binary", "granularity": "g64"}))["equal-bits"].weights
+    assert (control.format, control.granularity, control.offset) == ("int2", "g32", 0.5)
+    weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
+    lopsided = control.model_copy(update={"offset": 0.0})
+    errors = [(quantize_tensor(weight, s).dequantize() - weight).square().sum() for s in (control, lopsided)]
+    assert errors[0] < errors[1]
+
+
+@pytest.mark.parametrize("weights", [{"format": "int8"}, {"format": "fp8_e4m3", "granularity": "channel"}])
+def test_there_is_no_control_of_more_bits_than_there_are(weights):
+    rotated = {"how": "parallel", "of": "linear", "differ": "rotation"}
+    assert by_kind(recipe(rotated, weights)).keys() == {"single"}
+    assert by_kind(recipe({}, weights)).keys() == {"single", "equal-bits"}
+
+
+def test_some_layers_beside_overrides_have_no_control_of_a_guessed_size(stories):
+    """Of all layers, overrides are widened like the rest."""
+    wide = [{"match": "*.down_proj", "weights": {"format": "int4", "granularity": "g32"}}]
+    some = by_kind(recipe(RESIDUAL | {"layers": [0]}, overrides=wide))
+    assert some.keys() == {"single"}
+    own = recipe(RESIDUAL, INT2, overrides=wide)
+    stored = [bits_per_weight(quantize(stories, one)) for one in (own, by_kind(own)["equal-bits"])]
+    assert stored[1] == pytest.approx(stored[0], rel=0.02)
+
+
+@pytest.mark.parametrize(("plan", "times"), [({}, 2), ({"layers": [0]}, 1.2)], ids=str)
+def test_mixed_bits_are_matched_by_a_larger_budget(plan, times):
+    own = recipe(plan, mixed={"bits": 2.6, "samples": 4})
+    control = by_kind(own)["equal-flops"]
+    assert control.mixed.bits == pytest.approx(times * 2.6)
+    assert control.mixed.samples == 4
+    formats = [scheme.format for scheme in control.mixed.choices(control.weights)]
+    assert formats == ["int2", "int3", "int4", "int8"]
+
+
+def test_input_grids_of_some_layers_have_no_equal_work():
+    plan = {"how": "parallel", "differ": "inputs", "layers": [0]}
+    assert by_kind(recipe(plan, activations={"format": "int4"})).keys() == {"single", "equal-bits"}

@@ -12,9 +12,11 @@ n copies of b bits in groups of g weights store as much as one matrix of n b bit
 up); that recipe also does their bit operations in one pass. Where there is no integer of n b bits, or layers
 have different counts, the control is mixed bits at the same average, spent where they matter most. Copies
 that share their codes store nothing more, so at equal bits their control is `single`; n roundings of the
-inputs to a bits do the work of one to n a bits. Above 8 bits a control has 8, which is less than it may. Of
+inputs to a bits do the work of one to n a bits. A control has the better grid of its bits: symmetric codes
+lie evenly around zero, whatever the replica's do. Above 8 bits a control has 8, which is less than it may. Of
 passes that stop, those that a budget allows are counted; without one, all, which is an upper bound: what the
-control read beyond the copies is in the studies' `read_ratio`.
+control read beyond the copies is in the studies' `read_ratio`. There is no such control where no wider format
+is at hand (codes of 8 bits, floats), nor, of some layers alone, beside overrides or for grids of inputs.
 """
 
 from dataclasses import dataclass
@@ -54,13 +56,14 @@ def controls(recipe: Recipe, layers: int) -> list[Control]:
 
 
 def _plain_controls(recipe: Recipe, plan: ReplicationPlan, layers: int) -> list[Control]:
-    single = _changed(recipe, "single", {})
+    single, counts = _changed(recipe, "single", {}), plan.counts(layers)
     if plan.differ == "inputs":
-        worked = _changed(recipe, "inputs", {"activations": _more_input_bits(recipe, plan.copies)})
-        return [Control(("single", "equal-bits"), single), Control(("equal-flops",), worked)]
+        found = [Control(("single", "equal-bits"), single)]
+        if wider := _more_input_bits(recipe, counts):
+            found.append(Control(("equal-flops",), _changed(recipe, "inputs", wider)))
+        return found
     if recipe.weights is None:
         return [Control(("single", "equal-bits"), single)]
-    counts = plan.counts(layers)
     passes = sum(counts) / layers
     budget = None if plan.stop is None else plan.stop.budget
     times: dict[Kind, float] = {
@@ -72,7 +75,8 @@ def _plain_controls(recipe: Recipe, plan: ReplicationPlan, layers: int) -> list[
     for mean in dict.fromkeys(times.values()):
         kinds: tuple[Kind, ...] = tuple(kind for kind, wanted in times.items() if wanted == mean)
         more = {} if mean == 1 else _more_bits(recipe, recipe.weights, counts, mean)
-        found.append(Control(kinds, _changed(recipe, kinds[0], more)))
+        if more is not None:
+            found.append(Control(kinds, _changed(recipe, kinds[0], more)))
     return found
 
 
@@ -91,23 +95,31 @@ def _changed(recipe: Recipe, suffix: str, change: dict[str, Any]) -> Recipe:
     return Recipe.model_validate({**fields, "name": f"{recipe.name[:56]}-{suffix}", **change})
 
 
-def _more_bits(recipe: Recipe, weights: WeightScheme, counts: list[int], mean: float) -> dict[str, Any]:
+def _more_bits(
+    recipe: Recipe, weights: WeightScheme, counts: list[int], mean: float
+) -> dict[str, Any] | None:
+    """What makes a recipe store `mean` times as much; None: nothing does."""
     fmt, count = weights.number_format, counts[0]
-    if fmt.kind == "float":
-        return {}
-    if set(counts) == {mean} and (wanted := min(8.0, fmt.bits * count)) in INTEGERS:
-        if wanted == fmt.bits:
-            return {}
+    wider = [bits for bits in sorted(INTEGERS) if fmt.bits < bits]
+    if fmt.kind == "float" or not wider:
+        return None
+    schemes = [override.weights for override in recipe.overrides]
+    if recipe.mixed is None and set(counts) == {mean} and min(8.0, fmt.bits * count) in INTEGERS:
         overrides = [
-            o.model_dump() | {"weights": None if o.weights is None else widened(o.weights, count)}
-            for o in recipe.overrides
+            override.model_dump() | {"weights": scheme and widened(scheme, count)}
+            for override, scheme in zip(recipe.overrides, schemes, strict=True)
         ]
         return {"weights": widened(weights, count), "overrides": overrides}
-    formats = sorted(bits for bits in INTEGERS if fmt.bits < bits)
-    if not formats:
-        return {}
-    choices = [weights.model_dump(), *(_plain(weights) | {"format": INTEGERS[bits]} for bits in formats)]
-    return {"mixed": {"bits": round(nominal_bits(weights) * mean, 4), "formats": choices}}
+    if any(schemes):
+        return None
+    had = recipe.mixed.choices(weights) if recipe.mixed else [weights]
+    choices = [scheme.model_dump() for scheme in had]
+    known = {scheme.format for scheme in had}
+    choices += [_plain(weights) | {"format": INTEGERS[bits]} for bits in wider if INTEGERS[bits] not in known]
+    most = nominal_bits(WeightScheme.model_validate(choices[-1]))
+    bits = min(most, mean * (recipe.mixed.bits if recipe.mixed else nominal_bits(weights)))
+    how = recipe.mixed.model_dump() if recipe.mixed else {}
+    return {"mixed": how | {"bits": round(bits, 4), "formats": choices}}
 
 
 def widened(scheme: WeightScheme, count: int) -> dict[str, Any]:
@@ -121,10 +133,10 @@ def widened(scheme: WeightScheme, count: int) -> dict[str, Any]:
 
 
 def _plain(scheme: WeightScheme) -> dict[str, Any]:
-    """The fields that say something about integers of any size, an offset among them: symmetric 3 and 4 bits
-    have less error with half a step of it too. The scale is searched, for the control's sake."""
+    """The fields that say something about integers of any size. Symmetric codes get half a step of offset,
+    which leaves less error at 2, 3 and 4 bits, and the scale is searched, for the control's sake."""
     kept = scheme.model_dump(include={"granularity", "symmetric", "scale_dtype", "zero_point", "offset"})
-    return kept | {"scale": "mse"}
+    return kept | {"scale": "mse"} | ({"offset": 0.5} if scheme.symmetric else {})
 
 
 def nominal_bits(scheme: WeightScheme) -> float:
@@ -141,9 +153,11 @@ def nominal_bits(scheme: WeightScheme) -> float:
     return fmt.bits + (scale + zero) / size
 
 
-def _more_input_bits(recipe: Recipe, copies: int) -> dict[str, Any]:
+def _more_input_bits(recipe: Recipe, counts: list[int]) -> dict[str, Any] | None:
     part = recipe.activations
     assert isinstance(part, Activations)
-    bits = int(INPUT_FORMATS[part.format].bits) * copies
-    allowed = max(b for b in INPUT_INTEGERS if b <= max(bits, min(INPUT_INTEGERS)))
-    return part.model_dump() | {"format": INPUT_INTEGERS[allowed]}
+    bits = int(INPUT_FORMATS[part.format].bits)
+    allowed = max(b for b in INPUT_INTEGERS if b <= max(bits * counts[0], min(INPUT_INTEGERS)))
+    if len(set(counts)) > 1 or allowed <= bits:
+        return None
+    return {"activations": part.model_dump() | {"format": INPUT_INTEGERS[allowed]}}
