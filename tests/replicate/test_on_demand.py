@@ -114,6 +114,18 @@ def test_a_gate_decides_while_it_generates(model):
     assert len(again) == 36
 
 
+def test_a_gate_forgets_the_text_before(model):
+    """A prompt of a single token reads all planes, whatever was written before it."""
+    deep, reader = planes_on_demand(model)
+    prompt = IDS[:1].tolist()
+    with gated(deep, reader, 3.0):
+        alone = generate(deep, [prompt], max_new_tokens=12)[0].output_ids
+    with gated(deep, reader, 3.0):
+        generate(deep, [IDS.tolist()] * 2, max_new_tokens=5)
+        assert isinstance(reader.depth, torch.Tensor)
+        assert generate(deep, [prompt], max_new_tokens=12)[0].output_ids == alone
+
+
 @pytest.mark.parametrize("drafts", [1, 3, 8])
 @pytest.mark.parametrize("tokens", [1, 2, 25])
 def test_drafts_change_the_cost_and_not_the_text(model, drafts, tokens):
@@ -135,6 +147,10 @@ def test_drafts_change_the_cost_and_not_the_text(model, drafts, tokens):
 def test_models_without_planes_are_refused(stories, model):
     plain = quantize(stories, PLANES.model_copy(update={"replication": None}))
     packed = with_tensors(stories, quantization_of(model), packed=True)
-    for wrong in (stories, plain, packed):
+    averaged = quantize(
+        stories,
+        PLANES.model_copy(update={"replication": PLANES.replication.model_copy(update={"differ": "offset"})}),
+    )
+    for wrong in (stories, plain, packed, averaged):
         with pytest.raises(BitassayError, match="residual codes"):
             planes_on_demand(wrong)

@@ -240,6 +240,21 @@ def test_a_card_that_does_not_fit_is_refused(stories, tmp_path, change, why):
         load(tmp_path / "m")
 
 
+def test_what_is_given_says_how_many_copies_there_are():
+    assert ReplicationPlan.model_validate({"layers": {3: 2, 4: 3}}).copies == 3
+    assert ReplicationPlan.model_validate({"coefficients": [1, 0.5, 0.2]}).copies == 3
+    assert ReplicationPlan.model_validate({"layers": {"by": "kl", "share": 1}}).copies == 2
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "layers", "expected"),
+    [(0, 1, 5, [0, 1, 2, 3, 4]), (0.3, 0.5, 30, [9, 10, 11, 12, 13, 14]), (0.9, 0.95, 5, [4])],
+)
+def test_layers_between_two_shares_of_the_depth(start, end, layers, expected):
+    plan = ReplicationPlan.model_validate({"of": "block", "layers": {"start": start, "end": end}})
+    assert list(plan.known_counts(layers)) == expected
+
+
 @pytest.mark.parametrize(
     ("parts", "why"),
     [
@@ -251,9 +266,13 @@ def test_a_card_that_does_not_fit_is_refused(stories, tmp_path, change, why):
         ({"replication": {"coefficients": "fitted", "stop": {}}}, "all passes"),
         ({"replication": {"coefficients": "mean", "stop": {}}}, "begins with 1"),
         ({"replication": {"coefficients": [0.5, 0.5], "stop": {}}}, "begins with 1"),
-        ({"replication": {"coefficients": [1, 0.5, 0.2]}}, "need as many"),
+        ({"replication": {"copies": 2, "coefficients": [1, 0.5, 0.2]}}, "need as many"),
+        ({"replication": {"layers": []}}, "none of them has as many"),
+        ({"replication": {"copies": 3, "layers": {0: 2, 1: 1}}}, "none of them has as many"),
+        ({"replication": {"layers": [3, 3]}}, "listed twice"),
+        ({"replication": {"layers": {"start": 0.5, "end": 0.5}}}, "smaller share"),
         ({"replication": {"layers": "progressive", "coefficients": [1, 0.5]}}, "different counts"),
-        ({"replication": {"layers": {0: 5}}}, "above copies"),
+        ({"replication": {"copies": 2, "layers": {0: 5}}}, "above copies"),
         ({"replication": {"values": [1, 2]}}, "have none"),
         ({"replication": {"differ": "inputs", "how": "parallel"}}, "need activations"),
         ({"replication": {"differ": "inputs"}, "activations": {"format": "fp8_e4m3"}}, "need activations"),

@@ -65,6 +65,12 @@ def test_the_front_is_what_no_point_dominates_once_each(points):
     assert set(values) == {p for p in points if not any(dominates(other, p) for other in points)}
 
 
+@pytest.mark.parametrize("text", ["hidden_distance+kl_mean", "hidden_distance + 1*kl_mean"])
+def test_a_column_may_end_as_an_exponent_begins(text):
+    assert Objective.parse(text).columns == ("hidden_distance", "kl_mean")
+    assert Objective.parse("1e+2*kl_mean").terms == ((100.0, "kl_mean"),)
+
+
 def test_dominance():
     assert dominates((1, 2), (1, 3))
     assert not dominates((1, 2), (1, 2))
@@ -73,6 +79,7 @@ def test_dominance():
 
 def test_with_one_objective_the_worse_half_stops():
     earlier = [(float(value),) for value in range(6)]
-    assert not is_hopeless((2.5,), earlier[:4])  # too few to tell
-    assert not is_hopeless((2.0,), earlier)
-    assert is_hopeless((3.0,), earlier)
+    assert not is_hopeless((2.5,), earlier[:4], 4)  # too few to tell
+    assert not is_hopeless((2.0,), earlier, 6)
+    assert is_hopeless((3.0,), earlier, 6)
+    assert not is_hopeless((3.0,), earlier[4:], 6)  # the better ones are beyond the limits

@@ -1,6 +1,7 @@
 """A search on a tiny model: samplers, limits, resuming, several processes, and what comes out."""
 
 import json
+import math
 import subprocess
 import sys
 import time
@@ -386,3 +387,114 @@ def test_another_plan_does_not_share_the_folder(tmp_path):
     run(tmp_path / "run", trials=1)
     with pytest.raises(BitassayError, match="holds a run of another plan"):
         run(tmp_path / "run", trials=1, seed=1)
+
+
+@pytest.mark.parametrize("short", [1, 3])
+def test_what_breaks_a_limit_stops_nobody(tmp_path, short):
+    """Two and three bits are smaller than eight, and none of them is good enough."""
+    parameters = {
+        "weights.format": ["int2", "int3", "int8"],
+        "weights.granularity": ["g32", "g64"],
+        "weights.offset": [0.0, 0.5],
+    }
+    found = run(
+        tmp_path / "run",
+        trials=12,
+        space=SPACE.model_copy(update={"parameters": parameters}),
+        sampler="grid",
+        objectives=("bits_per_weight",),
+        at_most={"kl_mean": 0.05},
+        short=short,
+    )
+    [best] = found["best"]
+    trial = found["trials"][int(best.rpartition("-")[2])]
+    assert trial["values"]["weights.format"] == "int8"
+    assert trial["row"]["kl_mean"] <= 0.05
+
+
+def test_nothing_is_hopeless_before_every_objective_is_known(tmp_path, monkeypatch):
+    """The model of most divergence is the fastest, so it is on the front."""
+    monkeypatch.setattr(
+        Exam, "speed", lambda _, made: {"decode_tok_s": 100 / made.recipe.weights.number_format.bits}
+    )
+    parameters = {"weights.format": ["int8", "int3", "int2"], "weights.scale_factor": [0.96, 0.98, 1.0]}
+    found = run(
+        tmp_path / "run",
+        trials=9,
+        space=SPACE.model_copy(update={"parameters": parameters}),
+        sampler="grid",
+        objectives=("kl_mean", "-1*decode_tok_s"),
+    )
+    assert {trial["state"] for trial in found["trials"]} == {"complete"}
+    front = {
+        found["trials"][int(name.rpartition("-")[2])]["values"]["weights.format"] for name in found["best"]
+    }
+    assert front == {"int2", "int3", "int8"}
+
+
+@pytest.mark.parametrize("short", [1, 3])
+def test_a_ruined_model_is_a_trial_as_any(tmp_path, monkeypatch, short):
+    real = Sitting._quality
+
+    def ruined(sitting, indices):
+        wrong = {"kl_mean": math.nan} if sitting.quantization.recipe.weights.offset else {"ppl": math.inf}
+        return real(sitting, indices) | wrong
+
+    monkeypatch.setattr(Sitting, "_quality", ruined)
+    found = run(tmp_path / "run", trials=6, sampler="grid", short=short)
+    stopped = [trial for trial in found["trials"] if trial["stopped"] == "the result is not finite"]
+    assert [trial["values"]["weights.offset"] for trial in stopped] == [0.5] * 3
+    assert any(trial["row"]["ppl"] is None for trial in found["trials"] if trial["objectives"])
+    assert json.loads((tmp_path / "run/run.json").read_text())["trials"] == found["trials"]
+
+
+def test_trials_of_one_model_in_different_loops_have_its_codes_made_once(tmp_path, monkeypatch):
+    space = Space.model_validate(
+        {
+            "name": "again",
+            "recipe": {
+                "weights": {"format": "int3"},
+                "gptq": {},
+                "calibration": {"samples": 4, "tokens": 48},
+            },
+            "parameters": {
+                "replication.layers.start": [0.2, 0.4],
+                "replication.layers.end": [0.6],
+                "replication.coefficients": [[1, 0.1], [1, 0.3]],
+            },
+        }
+    )
+    solved, real = [], exam_module.quantize_tensors
+
+    def noted(base, recipe, *rest):
+        solved.append(recipe.replication)
+        return real(base, recipe, *rest)
+
+    monkeypatch.setattr(exam_module, "quantize_tensors", noted)
+    found = run(tmp_path / "run", trials=4, space=space, sampler="grid", short=3)
+    assert solved == [None]
+    assert len({trial["row"]["kl_mean"] for trial in found["trials"]}) == 4
+    assert not [path for path in (tmp_path / "run/work").iterdir() if path.is_dir()]
+    recipe = read_recipe(tmp_path / "run/best" / f"{found['best'][0]}.yaml")
+    exam = Exam("stories260k", module.SearchPlan("stories260k", space, window=64, windows=3).protocol, 1)
+    rows, _ = exam.judged({"alone": bitassay.quantize(exam.base, recipe).quantization})
+    assert rows[1]["kl_mean"] == found["rows"][1]["kl_mean"]
+
+
+def test_helpers_that_are_ended_are_no_fault_of_their_recipes(tmp_path):
+    plan = module.SearchPlan("stories260k", FREE)
+    study = trials_module.open_study(plan, tmp_path)
+    for process in (11, 12):
+        trial = study.ask()
+        trial.suggest_float("weights.scale_factor", 0.8, 1.2)
+        trial.set_user_attr(trials_module.PROCESS, process)
+    trials_module.left_on_purpose(study, {12})
+    assert trials_module.propose_interrupted_again(study) == 2
+    waiting = study.get_trials(states=(optuna.trial.TrialState.WAITING,))
+    assert [trial.user_attrs["deaths"] for trial in waiting] == [1, 0]
+
+
+def test_a_recipe_by_hand_has_a_name_of_its_own(tmp_path):
+    hand = find_recipe("w3").model_copy(update={"name": "tiny-003"})
+    with pytest.raises(BitassayError, match="tiny-003: a recipe that this search finds"):
+        run(tmp_path / "run", against=[hand])

@@ -14,6 +14,7 @@ import bitassay
 from bitassay.data.windows import Protocol, token_windows
 from bitassay.errors import BitassayError
 from bitassay.evaluate.compare import evaluate, text_difference
+from bitassay.evaluate.controls import beats
 from bitassay.evaluate.divergence import TokenScores, window_logits
 from bitassay.quantize.pipeline import quantize
 from bitassay.replicate.plan import Chosen
@@ -22,7 +23,6 @@ from bitassay.studies.cells import Bench
 from bitassay.studies.claims import judged
 from bitassay.studies.costs import facts_of, window_reader
 from bitassay.studies.drafts import drafted
-from bitassay.studies.pairs import beats
 from bitassay.studies.replication import (
     BASE,
     EVEN,

@@ -30,6 +30,7 @@ def eval(
     limit: int | None = None,
     shots: int | None = None,
     out: Path | None = None,
+    controls: bool = True,
     dtype: str = "float32",
     seed: int = 0,
     trust_remote_code: Annotated[bool, Parameter(negative=())] = False,
@@ -38,8 +39,9 @@ def eval(
     """Perplexity of MODEL; with --recipe or --against also divergence, with paired intervals.
 
     A recipe with replication comes with its controls: plain recipes of equal bits and of equal work, and what
-    the copies gain over each. With --tasks, the share of questions answered rightly instead, beside the base
-    model's, with tests. Finished parts are kept in a run folder: interrupted, the same command goes on.
+    the copies gain over each (on tasks, as further recipes). With --tasks, the share of questions answered
+    rightly instead, beside the base model's, with tests. Finished parts are kept in a run folder:
+    interrupted, the same command goes on.
 
     Args:
         model: A name from `bitassay models list`, a folder (a quantized one too), a .gguf file or a
@@ -56,6 +58,7 @@ def eval(
         limit: Ask so many items of each task (of each subject of MMLU), evenly spaced.
         shots: Examples shown before each question (default: 5 for MMLU, else the task's own).
         out: Run folder of --tasks (default: runs/tasks-MODEL-ID).
+        controls: Add the controls of recipes with replication.
         dtype: Arithmetic of both models.
         seed: Of the bootstrap of perplexities.
         trust_remote_code: Run code that comes with the model.
@@ -87,9 +90,9 @@ def eval(
             load(name, dtype=dtype, progress=progress, trust_remote_code=trust_remote_code) for name in names
         ]
         if tasks is not None:
-            candidates = _candidates(names, [loaded, *other], recipe or [], progress)
+            candidates = _candidates(names, [loaded, *other], recipe or [], controls, progress)
             return _tasks(candidates, tasks, limit, shots, out, format, progress)
-        replicated = [name for name in recipe or [] if find_recipe(name).replication is not None]
+        replicated = [name for name in recipe or [] if controls and find_recipe(name).replication is not None]
         base, plain = (other[0], {model: loaded}) if other else (loaded, {})
         for name in recipe or []:
             if name not in replicated:
@@ -135,18 +138,27 @@ def _warn_of_seen_text(recipes: list[str], protocols: "list[Protocol]", progress
 
 
 def _candidates(
-    names: list[str], models: "list[PreTrainedModel]", recipes: list[str], progress: "Progress"
+    names: list[str],
+    models: "list[PreTrainedModel]",
+    recipes: list[str],
+    controls: bool,
+    progress: "Progress",
 ) -> "list[Candidate]":
     """Who is asked, the one that others are compared with first."""
+    from bitassay.evaluate.controls import with_controls
     from bitassay.evaluate.tasks import loaded_candidate, quantized_candidate
-    from bitassay.quantize.recipe import BASE
+    from bitassay.models.walk import decoder_layers
+    from bitassay.quantize.recipe import BASE, find_recipe
 
     if not recipes:
         return [loaded_candidate(model, name) for name, model in zip(names[::-1], models[::-1], strict=True)]
     (base,) = models
+    asked = tuple(find_recipe(recipe) for recipe in recipes)
+    if controls:
+        asked, _ = with_controls(asked, len(decoder_layers(base)))
     return [
         loaded_candidate(base, BASE),
-        *(quantized_candidate(base, recipe, progress) for recipe in recipes),
+        *(quantized_candidate(base, one, progress) for one in asked),
     ]
 
 

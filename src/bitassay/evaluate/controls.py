@@ -1,25 +1,82 @@
-"""A replicated model beside its controls, in one pass over the text: what it gains over each, with an
-interval that is paired by window.
+"""Replicated models beside their controls (`replicate/controls.py`), on the same windows: against these alone
+a claim that copies repair what quantizing broke counts.
 
-A claim that copies repair what quantizing broke counts against the controls alone (`replicate/controls.py`).
+A replica *beats* a control where its KL to the base is lower beyond doubt, `false` where it is higher beyond
+doubt, and None where the interval, paired by window, holds zero.
 """
 
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from bitassay.data.windows import Protocol, token_windows
-from bitassay.evaluate.compare import BASE, Evaluation, score_windows, summarise
+from bitassay.evaluate.compare import Evaluation, score_windows, summarise, text_difference
 from bitassay.evaluate.divergence import TokenScores
 from bitassay.models.load import identity, tokenizer
 from bitassay.models.walk import decoder_layers
 from bitassay.quantize.model import bits_per_weight
 from bitassay.quantize.pipeline import quantize_once
-from bitassay.quantize.recipe import Recipe
+from bitassay.quantize.recipe import BASE, Recipe
 from bitassay.record.progress import Progress, silent
 from bitassay.replicate.controls import controls
 
 REPLICA = "replica"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A row of the results: a group, what the variant is in it (plain, replica, or in what it equals the
+    replica), and the variant's name."""
+
+    group: str
+    role: str
+    variant: str
+
+
+def changes_nothing(recipe: Recipe) -> bool:
+    """Whether what it makes of a model is the model."""
+    return recipe.model_copy(update={"calibration": None}) == Recipe(
+        name=recipe.name, description=recipe.description, weights=None
+    )
+
+
+def with_controls(recipes: Sequence[Recipe], layers: int) -> tuple[tuple[Recipe, ...], list[Place]]:
+    """The recipes, the controls of each one with copies below it, and which these are, for a model of so many
+    layers. A control that another recipe is already, or the base model, is no recipe of its own."""
+    names = {recipe.recipe_id: recipe.name for recipe in recipes}
+    found, places = list[Recipe](), list[Place]()
+    for recipe in recipes:
+        found.append(recipe)
+        for control in controls(recipe, layers):
+            own = control.recipe
+            name = BASE if changes_nothing(own) else names.get(own.recipe_id)
+            if name is None:
+                name = names[own.recipe_id] = own.name
+                found.append(own)
+            places.append(Place(recipe.name, ", ".join(control.kinds), name))
+    return tuple(found), places
+
+
+def pair(place: Place, replica: str, text: Mapping[str, Sequence[TokenScores]], seed: int) -> dict[str, Any]:
+    """The variant of that name less the control at `place`."""
+    apart = text_difference(text[place.variant], text[replica], seed)
+    return {
+        "group": place.group,
+        "role": place.role,
+        "replica": replica,
+        "control": place.variant,
+        **asdict(apart),
+        "beats": beats(apart.kl_ci),
+    }
+
+
+def beats(interval: tuple[float, float] | None) -> bool | None:
+    """Of a difference that is good where it is negative; None: not decided."""
+    if interval is None or interval[0] <= 0 <= interval[1]:
+        return None
+    return interval[1] < 0
 
 
 def evaluate_with_controls(
@@ -34,12 +91,10 @@ def evaluate_with_controls(
     `base`.
 
     role: `replica`, or in what the control equals it. gain: the control's perplexity less the replica's, and
-    its interval; beats: whether the replica is better beyond doubt (the whole interval above 0; None for one
-    window).
+    its interval; beats: whether the replica's KL is the lower one (`beats`; None for one window).
     """
-    plain = controls(recipe, len(decoder_layers(base)))
-    recipes = {REPLICA: recipe, **{", ".join(control.kinds): control.recipe for control in plain}}
-    models = {role: quantize_once(base, own, progress=progress) for role, own in recipes.items()}
+    recipes, places = with_controls([recipe], len(decoder_layers(base)))
+    models = {one.name: quantize_once(base, one, progress=progress) for one in recipes}
     windows, source = token_windows(tokenizer(base), protocol)
     scores: dict[str, list[TokenScores]] = {name: [] for name in (BASE, *models)}
     for index, found in score_windows(base, models, windows):
@@ -47,29 +102,30 @@ def evaluate_with_controls(
             scores[name].append(score)
         progress(f"evaluating {recipe.name} and its controls on {protocol.id}", index + 1, len(windows))
     rows = []
-    for role, model in models.items():
+    for place in (Place(recipe.name, REPLICA, recipe.name), *places):
+        name, is_base = place.variant, place.variant == BASE
         row: dict[str, Any] = {
-            "role": role,
-            "recipe": recipes[role].name,
-            "bits_per_weight": bits_per_weight(model),
+            "role": place.role,
+            "recipe": name,
+            "bits_per_weight": bits_per_weight(base if is_base else models[name]),
             "evaluation": Evaluation(
-                f"{identity(base).name} ({recipes[role].name})",
+                f"{identity(base).name} ({name})",
                 identity(base).name,
                 protocol.id,
                 source,
                 len(windows),
                 windows.shape[0] * (windows.shape[1] - 1),
                 seed,
-                summarise(scores[role], scores[BASE], seed),
+                summarise(scores[name], scores[BASE], seed),
             ),
             "gain": None,
             "gain_ci": None,
             "beats": None,
         }
-        if role != REPLICA:
+        if place.role != REPLICA:
             # Of the control against the replica: positive where the replica predicts the text better.
-            paired = summarise(scores[role], scores[REPLICA], seed)
+            paired = summarise(scores[name], scores[recipe.name], seed)
             row |= {"gain": paired.ppl_delta, "gain_ci": paired.ppl_delta_ci}
-            row["beats"] = None if paired.ppl_delta_ci is None else paired.ppl_delta_ci[0] > 0
+            row["beats"] = pair(place, recipe.name, scores, seed)["beats"]
         rows.append(row)
     return rows

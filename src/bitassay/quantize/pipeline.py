@@ -109,13 +109,18 @@ def quantize_tensors_once(base: PreTrainedModel, recipe: Recipe, progress: Progr
 
 
 def quantize_tensors(
-    base: PreTrainedModel, recipe: Recipe, progress: Progress = silent, work: str | Path | None = None
+    base: PreTrainedModel,
+    recipe: Recipe,
+    progress: Progress = silent,
+    work: str | Path | None = None,
+    solved: Quantization | None = None,
 ) -> Quantization:
-    """What `recipe` makes of `base`, without a model around it; errors as `quantize`."""
+    """What `recipe` makes of `base`, without a model around it; errors as `quantize`. solved: of the recipe
+    `codes_alone`, the codes."""
     _refuse_quantized(base)
     if work is None or not recipe.is_calibrated:
-        return _quantized(base, recipe, check_recipe(base, recipe), progress)
-    return _kept(base, lambda: base, recipe, _plan(base, recipe), Path(work), progress)
+        return _quantized(base, recipe, check_recipe(base, recipe), progress, solved=solved)
+    return _kept(base, lambda: base, recipe, _plan(base, recipe), Path(work), progress, lambda _draft: solved)
 
 
 def _kept(

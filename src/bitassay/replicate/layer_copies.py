@@ -18,7 +18,7 @@ from bitassay.quantize.scheme import WeightScheme
 from bitassay.quantize.tensor import QuantizedTensor, quantize_tensor
 from bitassay.record.progress import Progress
 from bitassay.replicate.fit import fit_passes
-from bitassay.replicate.plan import ReplicationPlan, Steps, replica_names
+from bitassay.replicate.plan import Chosen, ReplicationPlan, Steps, replica_names
 from bitassay.replicate.select import chosen_layers
 
 
@@ -33,7 +33,7 @@ def copies_by_layer(
     counts = plan.known_counts(len(decoder_layers(model)))
     if counts is not None:
         return counts
-    assert not isinstance(plan.layers, (str, tuple, dict))
+    assert isinstance(plan.layers, Chosen)
     chosen = chosen_layers(model, schemes, plan.layers, tokens, progress)
     progress(f"layers with copies, by {plan.layers.by}: {', '.join(map(str, chosen))}")
     return dict.fromkeys(chosen, plan.copies)

@@ -37,6 +37,7 @@ from bitassay.quantize.copies import planes
 from bitassay.quantize.kv_cache import empty_cache
 from bitassay.quantize.linear import QuantizedLinear
 from bitassay.quantize.model import copy_sharing_parameters, quantization_of, size_bytes
+from bitassay.quantize.scheme import SUMS
 from bitassay.quantize.sensitivity import places
 from bitassay.quantize.tensor import QuantizedTensor
 
@@ -125,7 +126,15 @@ def planes_on_demand(model: PreTrainedModel) -> tuple[PreTrainedModel, Reader]:
     done, linears = quantization_of(model), walk(model).linears
     tensors = {} if done is None else done.tensors
     counts = {len(planes(tensor)) for tensor in tensors.values()}
-    if not counts or max(counts) < 2 or any(isinstance(m, QuantizedLinear) for m in model.modules()):
+    recipe = None if done is None else done.recipe
+    copies = recipe and (recipe.replication or (recipe.weights and recipe.weights.copies))
+    averaged = copies is not None and copies.differ not in SUMS
+    if (
+        not counts
+        or max(counts) < 2
+        or averaged
+        or any(isinstance(m, QuantizedLinear) for m in model.modules())
+    ):
         raise BitassayError(
             "planes on demand need a model in residual codes, not packed",
             "a recipe with replication: {how: parallel, of: linear, differ: residual}, or digits",
@@ -180,8 +189,9 @@ def gated(model: PreTrainedModel, reader: Reader, threshold: float) -> Iterator[
     `threshold`."""
 
     def before(_module: nn.Module, given: tuple[Any, ...], options: dict[str, Any]) -> None:
-        ids = options.get("input_ids")
-        if (ids if ids is not None else given[0]).shape[1] > 1:
+        ids, cache = options.get("input_ids"), options.get("past_key_values")
+        text_begins = cache is None or cache.get_seq_length() == 0
+        if text_begins or (ids if ids is not None else given[0]).shape[1] > 1:
             reader.depth = reader.planes
 
     def after(_module: nn.Module, _given: tuple[Any, ...], output: Any) -> None:

@@ -35,7 +35,7 @@ next-token distributions, or whose largest hidden states suffer (`select.py`).
 import math
 import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from pydantic import ConfigDict, Field, model_validator
 from transformers import PreTrainedModel
@@ -56,6 +56,18 @@ class Chosen(Part):
     def count(self, layers: int) -> int:
         """How many of so many layers."""
         return max(1, math.floor(self.share * layers + 0.5))
+
+
+class Between(Part):
+    """The layers between two shares of the depth, at least one of them."""
+
+    start: float = Field(ge=0, lt=1)
+    end: float = Field(gt=0, le=1)
+
+    def of(self, layers: int) -> range:
+        """Their numbers, of so many layers."""
+        first = min(layers - 1, math.floor(self.start * layers + 0.5))
+        return range(first, max(first + 1, math.floor(self.end * layers + 0.5)))
 
 
 # The name of a layer's copies among its modules: `model.layers.3.replicas.0.mlp.down_proj` is of the second.
@@ -113,10 +125,13 @@ class Steps:
 class ReplicationPlan(Part):
     """What is run how often. copies counts the original: with 1 nothing changes, but for fitted coefficients,
     which rescale what the layer puts out. layers: all; progressive, from `copies` at the front down to one at
-    the back; middle, the third of them there; chosen by a measure; numbers; or a count for each."""
+    the back; middle, the third of them there; between two shares of the depth; chosen by a measure; numbers;
+    or a count for each, the largest of which is `copies`."""
 
     copies: int = Field(default=2, ge=1, le=16)
-    layers: Literal["all", "progressive", "middle"] | Chosen | tuple[int, ...] | dict[int, int] = "all"
+    layers: Literal["all", "progressive", "middle"] | Between | Chosen | tuple[int, ...] | dict[int, int] = (
+        "all"
+    )
     how: Literal["serial", "parallel"] = "serial"
     of: Literal["layer", "linear", "block"] = "layer"
     coefficients: Literal["plain", "mean", "fitted"] | tuple[float, ...]
@@ -129,11 +144,16 @@ class ReplicationPlan(Part):
 
     @model_validator(mode="before")
     @classmethod
-    def _default_coefficients(cls, given: Any) -> Any:
-        if not isinstance(given, dict) or "coefficients" in given:
+    def _defaults(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
             return given
         mean = given.get("how") == "parallel" and given.get("differ") not in SUMS
-        return {"coefficients": "mean" if mean else "plain", **given}
+        usual: dict[str, Any] = {"coefficients": "mean" if mean else "plain"}
+        if isinstance(given.get("coefficients"), (list, tuple)):
+            usual["copies"] = len(given["coefficients"])
+        elif _are_counts(layers := given.get("layers")):
+            usual["copies"] = max(layers.values())
+        return usual | given
 
     @model_validator(mode="after")
     def _makes_sense(self) -> "ReplicationPlan":
@@ -209,6 +229,8 @@ class ReplicationPlan(Part):
             counts = dict.fromkeys(range(layers), self.copies)
         elif self.layers == "middle":
             counts = dict.fromkeys(range(layers // 3, layers - layers // 3), self.copies)
+        elif isinstance(self.layers, Between):
+            counts = dict.fromkeys(self.layers.of(layers), self.copies)
         elif self.layers == "progressive":
             last = max(1, layers - 1)
             counts = {index: 1 + round((self.copies - 1) * (1 - index / last)) for index in range(layers)}
@@ -233,9 +255,14 @@ class ReplicationPlan(Part):
         return [known.get(index, 1) for index in range(layers)]
 
 
+def _are_counts(layers: object) -> TypeGuard[dict[Any, int]]:
+    numbers = isinstance(layers, dict) and all(str(layer).isdecimal() for layer in layers)
+    return numbers and bool(layers) and all(type(n) is int for n in layers.values())
+
+
 def _follow_each_other(layers: object) -> bool:
     if not isinstance(layers, tuple):
-        return layers in ("all", "middle")
+        return layers in ("all", "middle") or isinstance(layers, Between)
     return bool(layers) and sorted(layers) == list(range(min(layers), max(layers) + 1))
 
 
@@ -268,7 +295,7 @@ def _contradictions(p: ReplicationPlan) -> list[tuple[bool, str]]:
         ),
         (
             p.of == "block" and not _follow_each_other(p.layers),
-            "of: block: layers: all, middle, or a list of layers that follow each other",
+            "of: block: layers: all, middle, between two shares, or a list of layers that follow each other",
         ),
         (
             p.of == "linear" and p.coefficients == "fitted",
@@ -295,6 +322,19 @@ def _contradictions(p: ReplicationPlan) -> list[tuple[bool, str]]:
         (
             varied and (listed or bool(p.values)),
             "layers with different counts cannot share a list of coefficients or values",
+        ),
+        (
+            isinstance(p.layers, (tuple, dict))
+            and (not p.layers or max(counts, default=p.copies) < p.copies),
+            "layers: none of them has as many copies as there are to be",
+        ),
+        (
+            isinstance(p.layers, tuple) and len(set(p.layers)) < len(p.layers),
+            "layers: one is listed twice; how many copies each has is said by {3: 2, 4: 3}",
+        ),
+        (
+            isinstance(p.layers, Between) and p.layers.start >= p.layers.end,
+            "layers: start is a smaller share of the depth than end",
         ),
         (bool(counts) and not 1 <= min(counts) <= max(counts) <= 16, "layers: counts are from 1 to 16"),
         (bool(counts) and max(counts, default=1) > p.copies, "layers: a count is above copies, its maximum"),

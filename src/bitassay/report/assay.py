@@ -19,7 +19,7 @@ from bitassay.report.figures import (
 from bitassay.report.page import write_page
 from bitassay.report.replication import PAIR_COLUMNS
 from bitassay.report.schema import AssayRun, parse_run
-from bitassay.report.tables import Column, interval, number, percent, significant, size
+from bitassay.report.tables import DECIDED, Column, interval, number, percent, significant, size
 
 RowText = Callable[[dict[str, Any]], str]
 _ppl, _kl = number(2), significant(3)
@@ -88,7 +88,7 @@ CONTROL_COLUMNS = [
     Column("bits_per_weight", "bits/weight", number(3)),
     *QUALITY_COLUMNS[1:],
     _column("gain of the\ncopies, ppl", "gain", "gain_ci", _ppl, lambda text: text),
-    Column("beats", "beats it", lambda beats: "yes" if beats else "no"),
+    Column("gain", "beats it\n(by KL)", lambda row: DECIDED[row["beats"]], whole_row=True, also=("beats",)),
 ]
 
 

@@ -15,10 +15,18 @@ from bitassay.replicate.controls import KINDS
 from bitassay.report.bench import page_table, write_tables
 from bitassay.report.claims import CLAIM_COLUMNS
 from bitassay.report.figures import COLOURS, INK, STYLE, label_points, svg
-from bitassay.report.tables import MISSING, Column, number, percent, significant, size, with_interval
+from bitassay.report.tables import (
+    DECIDED,
+    MISSING,
+    Column,
+    number,
+    percent,
+    significant,
+    size,
+    with_interval,
+)
 
 Row = dict[str, Any]
-WORDS = {True: "yes", False: "no", None: "not decided"}
 
 
 def _beats(kind: str) -> Column:
@@ -26,7 +34,7 @@ def _beats(kind: str) -> Column:
     key = f"beats_{kind.replace('-', '_')}"
 
     def text(row: Row) -> str:
-        return WORDS[row[key]] if kind in row["controls"] else MISSING
+        return DECIDED[row[key]] if kind in row["controls"] else MISSING
 
     return Column("controls", f"beats\n{kind.replace('-', ' ')}", text, whole_row=True, also=(key,))
 
@@ -59,7 +67,7 @@ PAIR_COLUMNS = [
     Column("read_ratio", "the control reads,\nover the replica", number(2)),
     Column("decode_tok_s", "decode\ntok/s", significant(3)),
     Column("control_decode_tok_s", "the control's\ntok/s", significant(3)),
-    Column("beats", "beats it", lambda row: WORDS[row["beats"]], whole_row=True),
+    Column("control", "beats it", lambda row: DECIDED[row["beats"]], whole_row=True, also=("beats",)),
 ]
 DRAFT_COLUMNS = [
     Column("draft_tokens", "tokens of\na draft"),

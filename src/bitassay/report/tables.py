@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 MISSING = "-"
+DECIDED = {True: "yes", False: "no", None: "not decided"}
 Row = dict[str, Any]
 
 

@@ -4,8 +4,10 @@ The text is cut into windows that lie evenly over it. Every other one is for cho
 out: it says afterwards what the chosen recipes are worth.
 """
 
+import shutil
 from collections.abc import Collection, Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from jaxtyping import Float
@@ -20,6 +22,7 @@ from bitassay.evaluate.divergence import TokenScores, token_scores, window_logit
 from bitassay.models.load import load, tokenizer
 from bitassay.quantize.export_plan import plan_export
 from bitassay.quantize.model import Quantization, check_recipe, with_tensors
+from bitassay.quantize.pipeline import quantize_tensors
 from bitassay.quantize.recipe import BASE, Recipe
 from bitassay.record.progress import Progress, silent
 from bitassay.replicate.plan import Chosen
@@ -65,6 +68,7 @@ class Exam:
         self._half = cache(half)  # timed and verified, as in an assay
         self._profile: Profile | None = None
         self._kept: dict[int, tuple[Tensor, TokenScores]] = {}
+        self._codes: tuple[str, Quantization] | None = None
 
     def base_scores(self, index: int) -> tuple[Float[Tensor, "predicted vocabulary"], TokenScores]:
         """Logits of the base model on a window that chooses, and its scores; both are kept where they fit."""
@@ -76,6 +80,18 @@ class Exam:
         if (len(self._kept) + 1) * logits.nbytes <= KEPT_BYTES:
             self._kept[index] = found
         return found
+
+    def codes(self, recipe: Recipe, work: Path) -> Quantization | None:
+        """The codes of a calibrated recipe, where other trials may have the same, made once while they do.
+        work: where they are made, beside the recipe's own folder of that name."""
+        same = recipe.codes_alone
+        if not same.is_calibrated or same.recipe_id == recipe.recipe_id:
+            return None
+        if self._codes is None or self._codes[0] != same.recipe_id:
+            made = quantize_tensors(self.base, same, self.progress, work.with_name(same.recipe_id))
+            shutil.rmtree(work.with_name(same.recipe_id), ignore_errors=True)
+            self._codes = same.recipe_id, made
+        return self._codes[1]
 
     def judged(self, quantizations: dict[str, Quantization]) -> tuple[list[Row], list[list[TextDifference]]]:
         """Facts and quality of the base model and of each recipe on the windows held out, and the differences

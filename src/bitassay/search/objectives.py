@@ -37,7 +37,7 @@ class Objective:
     def parse(cls, text: str) -> "Objective":
         """Raises BitassayError that names the nearest columns."""
         terms = []
-        for part in re.split(r"(?<![*e])\+", text):
+        for part in re.split(r"(?<!\*)(?<![\d.]e)\+", text):
             found = _TERM.fullmatch(part.strip())
             if found is None:
                 raise BitassayError(
@@ -101,7 +101,10 @@ def pareto(points: Sequence[Sequence[float]]) -> list[int]:
     ]
 
 
-def is_hopeless(point: Sequence[float], earlier: Sequence[Sequence[float]], least: int = 5) -> bool:
-    """Whether a recipe stops after the short evaluation: at least half of the earlier ones dominate it there
-    (the median rule, if there is one objective). The first `least` never stop."""
-    return len(earlier) >= least and 2 * sum(dominates(other, point) for other in earlier) >= len(earlier)
+def is_hopeless(
+    point: Sequence[float], better: Sequence[Sequence[float]], earlier: int, least: int = 5
+) -> bool:
+    """Whether a recipe stops after the short evaluation: of `earlier` ones that may be within the limits, at
+    least half dominate it there (the median rule, if there is one objective); `better` are those that are
+    known to be within. The first `least` never stop."""
+    return earlier >= least and 2 * sum(dominates(other, point) for other in better) >= earlier

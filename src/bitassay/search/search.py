@@ -13,7 +13,9 @@ Pareto front. `against` names recipes written by hand, which are judged beside t
 holds are the first trials, so that the search begins where people had come to.
 """
 
+import math
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,6 +48,7 @@ from bitassay.search.trials import (
     ENDED,
     FAILED,
     SearchPlan,
+    left_on_purpose,
     open_study,
     propose_first,
     propose_interrupted_again,
@@ -80,6 +83,8 @@ def search(
     plan = SearchPlan(model, find_space(space), **options)
     written = tuple(find_recipe(recipe) for recipe in against)
     row_names(written)
+    if taken := [one.name for one in written if re.fullmatch(rf"{re.escape(plan.space.name)}-\d+", one.name)]:
+        raise BitassayError(f"{taken[0]}: a recipe that this search finds may be called so", "rename it")
     if trials < 1 or jobs < 1:
         raise BitassayError(f"{min(trials, jobs)} trials or jobs", "at least 1")
     exam = plan.exam(progress, trust_remote_code)
@@ -91,7 +96,7 @@ def search(
         propose_first(plan, study, written)
         if again := propose_interrupted_again(study):
             progress(f"{again} interrupted trials are proposed again")
-        with _helpers(folder.path, trials, jobs - 1, trust_remote_code):
+        with _helpers(study, folder.path, trials, jobs - 1, trust_remote_code):
             run_trials(plan, folder.path, trials, exam, progress)
         if failed := _failed(study):
             progress(f"trials that failed by a bug: {failed}; {folder.path / 'failed'} has the tracebacks")
@@ -124,7 +129,9 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _helpers(folder: Path, trials: int, count: int, trust_remote_code: bool) -> Iterator[None]:
+def _helpers(
+    study: optuna.Study, folder: Path, trials: int, count: int, trust_remote_code: bool
+) -> Iterator[None]:
     """Further processes that work on the trials of the folder."""
     logs = [folder / f"worker-{index + 1}.log" for index in range(count)]
     processes: list[Popen[bytes]] = []
@@ -150,8 +157,11 @@ def _helpers(folder: Path, trials: int, count: int, trust_remote_code: bool) -> 
                     f"see {log}; the same command goes on",
                 )
     finally:
+        working = {process.pid for process in processes if process.poll() is None}
         for process in processes:
             end(process)
+        with FileLock(folder / "trials.lock"):
+            left_on_purpose(study, working)
 
 
 def _result(
@@ -191,7 +201,7 @@ def _result(
         "settings": plan.to_dict(),
         "interval": INTERVAL,
         "rows": [
-            {"chosen": name not in (BASE, *hand)} | row
+            {"chosen": name not in (BASE, *hand)} | _finite(row)
             for name, row in zip((BASE, *recipes), rows, strict=True)
         ],
         "best": [recipe.name for recipe in best],
@@ -235,8 +245,17 @@ def _described(trial: FrozenTrial) -> dict[str, Any]:
         "state": trial.state.name.lower(),
         "values": trial.params,
         "seconds": trial.duration.total_seconds() if trial.duration is not None else None,
-        **{key: trial.user_attrs.get(key) for key in ("stopped", "short", "objectives", "row")},
+        **{key: _finite(trial.user_attrs.get(key)) for key in ("stopped", "short", "objectives", "row")},
     }
+
+
+def _finite(value: Any) -> Any:
+    """With nothing in the place of numbers that are none, as perplexities of ruined models are."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    return [_finite(one) for one in value] if isinstance(value, (list, tuple)) else value
 
 
 def _importance(plan: SearchPlan, study: optuna.Study) -> dict[str, dict[str, float]]:

@@ -10,9 +10,10 @@ ended its process ATTEMPTS times, as too little memory does, has failed.
 """
 
 import math
+import os
 import shutil
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,9 @@ ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
 NAME = "search"
 FAILED = "failed: "  # how the reason begins where an error was a bug
 ATTEMPTS = 3
-STOPPED = "stopped"  # marks a trial that was left on purpose
+NOT_FINITE = "the result is not finite"
+STOPPED = "stopped"  # of a study: the trials that were left on purpose
+PROCESS = "process"  # of a trial: who has it in hand
 
 
 @dataclass(frozen=True)
@@ -136,14 +139,22 @@ def propose_first(plan: SearchPlan, study: optuna.Study, recipes: Sequence[Recip
 def propose_interrupted_again(study: optuna.Study) -> int:
     """End the trials that nobody works on any more, and propose their values first; how many there were."""
     left = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    stopped = study.user_attrs.get(STOPPED, [])
     for trial in left:
         study.tell(trial.number, state=TrialState.FAIL)
         if not trial.params:
             continue
         ended = study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
-        deaths = sum(one.params == trial.params and STOPPED not in one.user_attrs for one in ended)
+        deaths = sum(one.params == trial.params and one.number not in stopped for one in ended)
         study.enqueue_trial(trial.params, user_attrs={"deaths": deaths})
     return len(left)
+
+
+def left_on_purpose(study: optuna.Study, processes: Collection[int]) -> None:
+    """Remember the trials in the hands of these processes: that they end is not those recipes' fault."""
+    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    left = [trial.number for trial in running if trial.user_attrs.get(PROCESS) in processes]
+    study.set_user_attr(STOPPED, study.user_attrs.get(STOPPED, []) + left)
 
 
 def run_trials(plan: SearchPlan, folder: Path, total: int, exam: Exam, progress: Progress = silent) -> None:
@@ -164,13 +175,15 @@ def run_trials(plan: SearchPlan, folder: Path, total: int, exam: Exam, progress:
             study.sampler = _sampler(plan, plan.seed + len(known))
             trial = study.ask()
             values = _suggested(trial, plan.space)
+            trial.set_user_attr(PROCESS, os.getpid())
             deaths = trial.user_attrs.get("deaths", 0)
         ended = study.get_trials(deepcopy=False, states=ENDED)
         progress("trials", len(ended), total)
         try:
             outcome = _tried(plan, values, folder, exam, ended, deaths)
         except BaseException:
-            trial.set_user_attr(STOPPED, True)
+            with lock:
+                left_on_purpose(study, {os.getpid()})
             raise
         for key, value in asdict(outcome).items():
             trial.set_user_attr(key, value)
@@ -216,11 +229,10 @@ def _tried(
         if trial.user_attrs["recipe"] == content:
             return Outcome(**{key: trial.user_attrs[key] for key in Outcome.__dataclass_fields__})
     work = folder / "work" / recipe.recipe_id
-    shorts = [trial.user_attrs["short"] for trial in ended if trial.user_attrs.get("short")]
     try:
         if deaths >= ATTEMPTS:
             raise RuntimeError(f"its process was ended {deaths} times, most likely by a lack of memory")
-        outcome = _measured(plan, recipe, work, exam, shorts)
+        outcome = _measured(plan, recipe, work, exam, ended)
     except (MissingError, OSError):
         raise
     except BitassayError as error:
@@ -233,29 +245,47 @@ def _tried(
 
 
 def _measured(
-    plan: SearchPlan, recipe: Recipe, work: Path, exam: Exam, earlier: Sequence[list[float]]
+    plan: SearchPlan, recipe: Recipe, work: Path, exam: Exam, earlier: Sequence[FrozenTrial]
 ) -> Outcome:
-    """What comes of a recipe; earlier: other recipes' objectives on the first windows."""
+    """What comes of a recipe beside earlier trials."""
     row = known_facts(exam.base, recipe)
     if over := plan.over(row):
         return Outcome(stopped=over, row=row)
-    quantization = quantize_tensors(exam.base, recipe, exam.progress, work)
+    quantization = quantize_tensors(exam.base, recipe, exam.progress, work, exam.codes(recipe, work))
     row = facts(exam.base, quantization)
     if over := plan.over(row):
         return Outcome(stopped=over, row=row)
     first, sitting = None, Sitting(exam, quantization)
     if plan.short < plan.windows:
         measured = row | sitting.short()
-        known = [one for one in plan.parsed if all(column in measured for column in one.columns)]
-        first = [one.value(measured) for one in known]
-        if known and (not all(map(math.isfinite, first)) or is_hopeless(first, earlier)):
-            return Outcome(stopped="others are better on the first windows", short=first, row=row)
+        known = [one.value(measured) for one in plan.parsed if measured.keys() >= set(one.columns)]
+        if not all(map(math.isfinite, known)):
+            return Outcome(stopped=NOT_FINITE, row=row)
+        if len(known) == len(plan.parsed):  # else it may be the best in what is not known yet
+            first = known
+            if is_hopeless(first, *_standard(plan, earlier)):
+                return Outcome(stopped="others are better on the first windows", short=first, row=row)
     columns = [column for one in plan.parsed for column in one.columns] + list(plan.at_most)
-    row |= sitting.measured(columns)
-    objectives = [one.value(row) for one in plan.parsed]
-    if not all(map(math.isfinite, objectives)):
-        return Outcome(stopped="the result is not finite", short=first, row=row)
-    return Outcome(short=first, objectives=objectives, row=row)
+    measured = row | sitting.measured(columns)
+    objectives = [one.value(measured) for one in plan.parsed]
+    limited = [measured.get(name) for name in plan.at_most]
+    if not all(math.isfinite(value) for value in (*objectives, *limited) if value is not None):
+        return Outcome(stopped=NOT_FINITE, short=first, row=row)
+    return Outcome(short=first, objectives=objectives, row=measured)
+
+
+def _standard(plan: SearchPlan, earlier: Sequence[FrozenTrial]) -> tuple[list[list[float]], int]:
+    """What earlier trials within the limits had on the first windows, and how many may be within."""
+    judged = [trial for trial in earlier if trial.user_attrs.get("short")]
+    over = [plan.over(trial.user_attrs["row"]) for trial in judged]
+    within = [
+        trial.user_attrs["short"]
+        for trial, reason in zip(judged, over, strict=True)
+        if reason is None and trial.state == TrialState.COMPLETE
+    ]
+    if not plan.at_most:  # then all are
+        within = [trial.user_attrs["short"] for trial in judged]
+    return within, over.count(None)
 
 
 def _suggested(trial: optuna.Trial, space: Space) -> dict[str, Value]:

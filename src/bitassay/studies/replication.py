@@ -19,13 +19,13 @@ from typing import Any
 
 from bitassay.data.windows import Protocol
 from bitassay.errors import BitassayError, nearest
+from bitassay.evaluate.controls import REPLICA, Place, changes_nothing
 from bitassay.quantize.recipe import BASE, Recipe
 from bitassay.replicate.controls import controls
 from bitassay.replicate.plan import Chosen
-from bitassay.studies.pairs import Place, changes_nothing
 from bitassay.studies.variants import Reading, Variant, VariantPlan
 
-PLAIN, REPLICA = "plain", "replica"
+PLAIN = "plain"
 DEFAULT_PROTOCOL = Protocol(window_tokens=1024, windows=16)
 THRESHOLDS = (1.0, 2.5, 4.0)  # of the entropy gate, in nats
 BLOCK = 8  # a variant is made anew for each block

@@ -4,7 +4,7 @@
     OUT/bench/GROUP/         speeds: a group's models take turns with the base, alone, after all cells
     OUT/run.json             rows, pairs of replicas and controls, drafts, claims
 
-What a replica beats is in `pairs.py`. Grades are the document's.
+What a replica beats is in `evaluate/controls.py`. Grades are the document's.
 """
 
 from collections.abc import Sequence
@@ -20,6 +20,7 @@ from bitassay.bench.models import bench
 from bitassay.bench.rounds import ratio_of
 from bitassay.data.corpora import corpus
 from bitassay.evaluate.compare import summarise
+from bitassay.evaluate.controls import REPLICA, Place, pair
 from bitassay.evaluate.statistics import bootstrap_means, percentile_interval
 from bitassay.models.source import resolve
 from bitassay.quantize.recipe import BASE
@@ -30,8 +31,7 @@ from bitassay.replicate.controls import KINDS
 from bitassay.studies.cells import Cell, read_costs, read_facts, read_text
 from bitassay.studies.claims import judged
 from bitassay.studies.crew import do_study
-from bitassay.studies.pairs import Place, pair
-from bitassay.studies.replication import REPLICA, find_study, replication_plan
+from bitassay.studies.replication import find_study, replication_plan
 from bitassay.studies.replication_claims import CLAIMS
 from bitassay.studies.variants import Findings, VariantPlan
 
