@@ -142,6 +142,6 @@ def test_find_space(tmp_path):
 def test_shipped_spaces_hold_recipes(path):
     one = find_space(path)
     assert one.name == path.stem
-    assert len(one.parameters) >= 6
+    assert len(one.parameters) >= (3 if one.name == "loops" else 6)
     first = {name: c[0] if isinstance(c, list) else c.low for name, c in one.parameters.items()}
     assert isinstance(one.recipe_of(first), Recipe)
