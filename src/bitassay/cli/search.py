@@ -36,7 +36,7 @@ def search(
     after the last finished trial; more --trials add to what there is.
 
     Args:
-        space: A YAML file (docs/search.md), or a shipped one: two-bit, w8a8, replication.
+        space: A YAML file (docs/search.md), or a shipped one: two-bit, w8a8, replication, loops.
         model: The base model: a name from `bitassay models list`, a folder, a .gguf file or a hub id.
         objective: What is to be small: a column of an assay, or a weighted sum such as
             "ppl_delta + 1e-9*size_bytes"; several give a Pareto front (default: kl_mean).

@@ -256,8 +256,9 @@ class ReplicationPlan(Part):
 
 
 def _are_counts(layers: object) -> TypeGuard[dict[Any, int]]:
-    numbers = isinstance(layers, dict) and all(str(layer).isdecimal() for layer in layers)
-    return numbers and bool(layers) and all(type(n) is int for n in layers.values())
+    if not isinstance(layers, dict) or not layers:
+        return False
+    return all(str(layer).isdecimal() and type(count) is int for layer, count in layers.items())
 
 
 def _follow_each_other(layers: object) -> bool:
