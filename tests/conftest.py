@@ -37,7 +37,7 @@ def benchmark():
 
     yield imported
     for name in made:
-        del sys.modules[name]
+        sys.modules.pop(name, None)
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from torch.utils._pytree import tree_map
 
 from bitassay.errors import BitassayError
 from bitassay.quantize.binary import (
@@ -66,18 +67,24 @@ def error(values: torch.Tensor, w: torch.Tensor, h: torch.Tensor) -> float:
     return ((values - w).double().square() * h).sum().item()
 
 
+def in_double(value):
+    return value.double() if torch.is_tensor(value) and value.is_floating_point() else value
+
+
 @every_scheme
 @settings(max_examples=6, deadline=None)
 @given(seed=st.integers(0, 2**31))
 def test_the_error_never_rises(scheme, seed):
+    """In float64: in float32 it may, by what rounding a regression on all weights at once comes to."""
     w, h = weights(seed), inputs(seed)
     settled = binarize(w, scheme, h, sweeps=0).scheme
-    planes = first_planes(w, settled, h)
+    planes = tree_map(in_double, first_planes(w, settled, h))
+    w, h = w.double(), h.double()
     errors = [error(planes.values(), w, h)]
     for _ in range(12):
         planes = refined(planes, w, h, scheme.column_scales)
         errors.append(error(planes.values(), w, h))
-    assert all(after <= before * (1 + 1e-5) for before, after in itertools.pairwise(errors))
+    assert all(after <= before * (1 + 1e-9) for before, after in itertools.pairwise(errors))
     assert errors[-1] < errors[0] * 0.999
 
 
