@@ -27,6 +27,7 @@ KINDS = {
     "equal-bits": "less equal bits",
     "equal-flops": "less equal bit operations",
 }
+UNITS = {"nats of KL": " nats of KL", "perplexity": " of perplexity"}
 Row = Mapping[str, Any]
 
 
@@ -81,7 +82,7 @@ def verdicts(run: Row) -> str:
     """A line for each claim."""
     measured = next(column for column in CLAIM_COLUMNS if column.key == "measured")
     return "\n".join(
-        f"- {row['claim']}: **{row['verdict']}**. {measured.text(row)} ({row['unit']})"
+        f"- {row['claim']}: **{row['verdict']}**. {measured.text(row)}" + UNITS.get(row["unit"], "")
         for row in run["claims"]
     )
 
