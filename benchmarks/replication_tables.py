@@ -2,8 +2,9 @@
 
     <!-- NAME -->  ...  <!-- end -->
 
-is filled in the page with what benchmarks/results/replication/NAME.json, the run.json of a study, says. The
-words around it are written by hand.
+is filled in the page with what benchmarks/results/replication/NAME.json, the run.json of a study, says, and
+speeds/NAME.json beside it, the run.json of a `bitassay bench` in which all groups took turns. The words
+around it are written by hand.
 
 Run: python benchmarks/replication_tables.py
 """
@@ -14,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bitassay.quantize.recipe import BASE
 from bitassay.report.claims import CLAIM_COLUMNS
 from bitassay.report.replication import DRAFT_COLUMNS
 from bitassay.report.tables import interval, render
@@ -45,13 +47,21 @@ def with_interval(value: float, ends: Sequence[float], form: Callable[[float], s
     return f"{form(value)} {interval(short)(ends)}"
 
 
-def table(run: Row) -> str:
+def speeds(name: str) -> dict[str, Row]:
+    """Timings of decoding by group; none where the study's models were not timed."""
+    path = RUNS / "speeds" / f"{name}.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    return {row["model"]: row for row in rows}
+
+
+def table(run: Row, timed: Mapping[str, Row]) -> str:
     """A line for each group: what it costs, what it is worth, and that less its controls."""
     pairs = {(p["group"], kind): p for p in run["pairs"] for kind in p["role"].split(", ")}
     kinds = [kind for kind in KINDS if any(kind == other for _, other in pairs)]
-    timed = any(row["decode_tok_s"] for row in run["rows"])
     head = ["group", "bits/weight", "MB a token", "GFLOP a token", "perplexity", "KL [95 %]"]
-    head += ["decode tok/s", "peak", "grade"] * timed + [KINDS[kind] for kind in kinds]
+    if timed:
+        head += ["decode tok/s", "of the baseline's [95 %]", "peak", "grade"]
+    head += [KINDS[kind] for kind in kinds]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     for row in run["rows"]:
         if row["role"] not in ("plain", "replica"):
@@ -65,12 +75,14 @@ def table(run: Row) -> str:
             with_interval(row["kl_mean"], row["kl_ci"]) if row["kl_mean"] else "",
         ]
         if timed:
-            peak = row["peak_bytes"]
+            mine = timed.get(row["group"]) or timed[BASE]
+            ratio = mine.get("decode_ratio")
             cells += [
-                short(row["decode_tok_s"]) if row["decode_tok_s"] else "",
-                f"{peak / 1e9:.2f} GB" if peak else "",
+                short(mine["decode_tok_s"]),
+                "" if ratio is None else with_interval(ratio, mine["decode_ratio_ci"]),
+                f"{mine['peak_resident_bytes'] / 1e9:.2f} GB",
+                row["grade"] or "none",
             ]
-            cells.append(row["grade"] or "none")
         for kind in kinds:
             pair = pairs.get((row["group"], kind))
             cells.append(with_interval(pair["kl"], pair["kl_ci"], signed) if pair else "")
@@ -91,7 +103,7 @@ def filled(page: str) -> str:
     def of(found: re.Match[str]) -> str:
         run = json.loads((RUNS / f"{found[2]}.json").read_text())
         parts = [
-            table(run),
+            table(run, speeds(found[2])),
             render(run["drafts"], DRAFT_COLUMNS, "md") if run["drafts"] else "",
             verdicts(run),
         ]
