@@ -2,8 +2,11 @@
 
 import errno
 import os
+import shutil
 import stat
 import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -56,6 +59,54 @@ def test_an_interrupted_file_leaves_the_old_one(tmp_path, interruption):
     assert os.listdir(tmp_path) == ["a.txt"]
 
 
+def interrupted_at(step: int, write: Callable[[], None]) -> bool:
+    """Run `write` with a KeyboardInterrupt before the step-th bytecode that it and what it calls execute, where
+    a signal could arrive. False where `write` ended first."""
+    count = 0
+
+    def trace(frame, event, _):
+        nonlocal count
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            count += 1
+            if count == step:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        write()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_ctrl_c_at_any_moment_leaves_a_whole_result_or_none(tmp_path, kind):
+    def write():
+        if kind == "file":
+            with atomic_file(path) as temporary:
+                temporary.write_text("whole")
+        else:
+            with atomic_folder(path) as temporary:
+                (temporary / "a").write_text("whole")
+
+    path, step, outcomes = tmp_path / "out" / "a", 1, set()
+    while interrupted_at(step, write):
+        left = sorted(str(found.relative_to(path.parent)) for found in path.parent.rglob("*"))
+        assert left in ([], ["a"], ["a", "a/a"]), f"step {step}"
+        if left:
+            assert (path if kind == "file" else path / "a").read_text() == "whole"
+        outcomes.add(bool(left))
+        shutil.rmtree(path.parent, ignore_errors=True)
+        step += 1
+    assert outcomes == {False, True}
+
+
 @pytest.mark.parametrize("interruption", [RuntimeError, KeyboardInterrupt])
 def test_an_interrupted_folder_leaves_nothing(tmp_path, interruption):
     def write():
@@ -100,12 +151,25 @@ def _size(number):
     return os.fstat(number).st_size
 
 
-def test_results_are_as_readable_as_any_file(tmp_path):
-    (tmp_path / "plain").write_text("")
-    write_text(tmp_path / "a.txt", "text")
-    assert stat.S_IMODE((tmp_path / "a.txt").stat().st_mode) == stat.S_IMODE(
-        (tmp_path / "plain").stat().st_mode
-    )
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_results_are_as_readable_as_any_file(tmp_path, mask):
+    """Also those that a library writes, which may replace the file that it was given."""
+    before = os.umask(mask)
+    try:
+        (tmp_path / "plain").write_text("")
+        write_text(tmp_path / "a.txt", "text")
+        with atomic_file(tmp_path / "b.safetensors") as temporary:
+            save_file({"a": torch.arange(5)}, temporary)
+        with atomic_folder(tmp_path / "out") as temporary:
+            save_file({"a": torch.arange(5)}, temporary / "c.safetensors")
+        (tmp_path / "folder").mkdir()
+    finally:
+        os.umask(before)
+    modes = {
+        str(path.relative_to(tmp_path)): stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob("*")
+    }
+    assert modes["a.txt"] == modes["b.safetensors"] == modes["out/c.safetensors"] == modes["plain"]
+    assert modes["out"] == modes["folder"]
 
 
 def test_full_disk(small_disk):

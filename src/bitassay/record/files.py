@@ -4,10 +4,11 @@ import errno
 import json
 import os
 import re
+import secrets
 import shutil
-import tempfile
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,25 +55,21 @@ def atomic_file(path: Path) -> Iterator[Path]:
     Raises BitassayError that names `path` where the disk is full or the folder cannot be written.
     """
     path = Path(path)
-    temporary: Path | None = None
+    temporary = _beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        temporary = Path(name)
+        temporary.touch(exist_ok=False)
+        mode = temporary.stat().st_mode
         yield temporary
-        _sync(temporary)
-        # mkstemp makes private files; a result is as readable as any other file of its owner.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
+        _settle(temporary, mode)
         os.replace(temporary, path)
     except Exception as error:
         if (cause := as_os_error(error)) is None:
             raise
         raise explain_os_error(cause, path) from error
     finally:
-        if temporary is not None:
+        # A folder that could not be made or entered is an error already under way: this must not hide it.
+        with suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
@@ -80,21 +77,19 @@ def atomic_file(path: Path) -> Iterator[Path]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Like `atomic_file` for a folder, which must not exist yet or be empty."""
     path = Path(path)
-    temporary: Path | None = None
+    temporary = _beside(path)
     try:
         if path.is_dir() and any(path.iterdir()):
             raise BitassayError(
                 f"{path}: the folder is not empty", "choose another folder or remove this one first"
             )
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        temporary.mkdir()
+        mode = temporary.stat().st_mode & 0o666
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
-                _sync(file)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o777 & ~umask)
+                _settle(file, mode)
         if path.is_dir():
             path.rmdir()
         os.replace(temporary, path)
@@ -103,15 +98,22 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             raise
         raise explain_os_error(cause, path) from error
     finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
+def _beside(path: Path) -> Path:
+    """A name in `path`'s folder that nobody has, chosen before anything is made under it: a Ctrl-C between
+    the making and the noting of a name would leave a file that nobody removes."""
+    return path.parent / f".{path.name}.{secrets.token_hex(8)}"
+
+
+def _settle(path: Path, mode: int) -> None:
     """Bring a file's content to the disk: a rename may get there first, and a power cut between the two would
-    leave a whole name on half a file."""
+    leave a whole name on half a file. And make it as readable as its owner's other files: safetensors leaves
+    private ones."""
     with open(path, "rb") as stream:
         os.fsync(stream.fileno())
+    os.chmod(path, stat.S_IMODE(mode))
 
 
 def write_text(path: Path, text: str) -> None:
