@@ -98,6 +98,15 @@ def done(here, tmp_path_factory):
     return run_replication("small", "stories260k", out=tmp_path_factory.mktemp("run") / "r", **HOW)
 
 
+@pytest.mark.parametrize("layers", [12, 24, 30, 32])
+def test_as_many_layers_at_the_ends_as_are_chosen(layers):
+    plans = {g.name: g.recipe.replication for g in STUDIES["phase3"].groups if g.recipe is not None}
+    counts = {name: plans[f"residual-{name}"].counts(layers) for name in ("first", "last", "error")}
+    twice = counts["first"].count(2)
+    assert counts["first"] == [2] * twice + [1] * (layers - twice) == counts["last"][::-1]
+    assert sorted(counts["error"]) == sorted(counts["first"])
+
+
 @pytest.fixture(scope="module")
 def window(stories):
     return token_windows(stories.tokenizer, PROTOCOL)[0][0]
@@ -129,7 +138,7 @@ def test_every_way_to_replicate_is_a_row_somewhere():
     ways = {p.coefficients if isinstance(p.coefficients, str) else "list" for p in plans}
     assert ways == {"plain", "mean", "fitted", "list"}
     layers = {p.layers if isinstance(p.layers, str) else type(p.layers).__name__ for p in plans}
-    assert layers == {"all", "progressive", "middle", "Chosen", "tuple", "dict"}
+    assert layers == {"all", "progressive", "middle", "Chosen", "Between", "tuple", "dict"}
     assert {p.layers.by for p in plans if isinstance(p.layers, Chosen)} == {"error", "kl", "massive"}
     assert any(p.stop is not None and p.stop.budget is not None for p in plans)
     assert any(g.recipe.rotation is not None for s in STUDIES.values() for g in s.groups if g.recipe)

@@ -141,11 +141,16 @@ def _phase2() -> tuple[Group, ...]:
 def _phase3() -> tuple[Group, ...]:
     listed = RESIDUAL | {"layers": {0: 2, 1: 2, 2: 2}}
     there = {"r1": "online", "layers": [0, 1, 2]}
+    ends = {"first": {"start": 0, "end": 0.3}, "last": {"start": 0.7, "end": 1}}  # as many as are chosen
     return (
         Group(BASE),
         group("w2-gptq", W2, **SOLVED),
         group("w2-gptq-rotated", W2, rotation={}, **SOLVED),
         *(group(f"residual-{by}", EVEN, MESHED | chosen(by), **SOLVED) for by in ("error", "kl", "massive")),
+        *(
+            group(f"residual-{end}", EVEN, MESHED | {"layers": share}, **SOLVED)
+            for end, share in ends.items()
+        ),
         group("residual-front", EVEN, RESIDUAL | {"layers": "progressive"}, **SOLVED),
         group("residual-listed", EVEN, listed, **SOLVED),
         group("residual-listed-rotated", EVEN, listed, rotation=there, **SOLVED),

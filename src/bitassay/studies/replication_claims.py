@@ -149,6 +149,18 @@ CLAIMS = (
         (divergence("residual-kl", "residual-massive"),),
         KL,
     ),
+    *(
+        Claim(
+            "phase3",
+            "4.3.2",
+            f"layers chosen by {what} beat as many first and as many last ones",
+            "-",
+            LESS,
+            tuple(divergence(f"residual-{by}", f"residual-{end}") for end in ("first", "last")),
+            KL,
+        )
+        for by, what in (("error", "weight error"), ("kl", "KL"))
+    ),
     Claim(
         "phase3",
         "4.3.3",
