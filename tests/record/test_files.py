@@ -153,7 +153,8 @@ def _size(number):
 
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
 def test_results_are_as_readable_as_any_file(tmp_path, mask):
-    """Also those that a library writes, which may replace the file that it was given."""
+    """Also one that safetensors writes, which replaces the file that it is given. In a folder whoever fills it
+    decides."""
     before = os.umask(mask)
     try:
         (tmp_path / "plain").write_text("")
@@ -161,15 +162,16 @@ def test_results_are_as_readable_as_any_file(tmp_path, mask):
         with atomic_file(tmp_path / "b.safetensors") as temporary:
             save_file({"a": torch.arange(5)}, temporary)
         with atomic_folder(tmp_path / "out") as temporary:
-            save_file({"a": torch.arange(5)}, temporary / "c.safetensors")
+            (temporary / "secret").touch(0o600)
         (tmp_path / "folder").mkdir()
     finally:
         os.umask(before)
     modes = {
         str(path.relative_to(tmp_path)): stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob("*")
     }
-    assert modes["a.txt"] == modes["b.safetensors"] == modes["out/c.safetensors"] == modes["plain"]
+    assert modes["a.txt"] == modes["b.safetensors"] == modes["plain"]
     assert modes["out"] == modes["folder"]
+    assert modes["out/secret"] == 0o600
 
 
 def test_full_disk(small_disk):

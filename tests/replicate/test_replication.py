@@ -284,7 +284,15 @@ def test_layers_between_two_shares_of_the_depth(start, end, layers, expected):
             {"replication": {"differ": "offset", "how": "parallel"}, "weights": {"format": "ternary"}},
             "offset",
         ),
-        ({"replication": LINEAR, "weights": INT2 | {"copies": {"count": 2, "differ": "seed"}}}, "already"),
+        ({"weights": INT2 | {"copies": {"count": 2, "differ": "seed"}}}, "says them once"),
+        (
+            {"mixed": {"bits": 3, "formats": ["int2", INT2 | {"copies": {"count": 2, "differ": "seed"}}]}},
+            "says them once",
+        ),
+        (
+            {"overrides": [{"match": "*", "weights": INT2 | {"copies": {"count": 2, "differ": "seed"}}}]},
+            "says them once",
+        ),
         ({"replication": {"coefficients": "fitted"}, "rotation": {"r1": "online"}}, "turn the stream"),
         ({"replication": {"of": "block"}, "rotation": {"r1": "online"}}, "turn the stream"),
         ({"replication": {"of": "block", "layers": [1, 3]}}, "follow each other"),

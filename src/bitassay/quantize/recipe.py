@@ -177,25 +177,28 @@ def _copy_contradictions(recipe: Recipe, schemes: list[WeightScheme]) -> list[tu
     """The same, of copies of layers and of matrices."""
     plan, inputs = recipe.replication, recipe.activations
     makes = plan is not None and plan.makes_codes
-    own = any(s.copies is not None for s in schemes)
-    differ = [s.copies.differ for s in schemes if s.copies is not None]
-    differ += [plan.differ] if plan is not None and makes else []
+    differ = plan.differ if plan is not None and makes else None
+    several = [*schemes, *(recipe.mixed.choices(recipe.weights) if recipe.mixed and recipe.weights else [])]
     solving = [name for name in ("gptq", "low_rank", "learned", "tune") if getattr(recipe, name) is not None]
-    if differ and all(one in SUMS for one in differ) and "gptq" in solving:
+    if differ in SUMS and "gptq" in solving:
         solving.remove("gptq")
     return [
         (
             makes and not schemes,
             "replication: copies with codes of their own, and there are no weights to round",
         ),
-        (makes and own, "replication: the schemes of weights have copies already"),
         (
-            (makes or own) and bool(solving),
+            any(s.copies is not None for s in several),
+            "copies: a recipe says them once, for all matrices: "
+            "replication: {how: parallel, of: linear, differ: ...}",
+        ),
+        (
+            makes and bool(solving),
             f"{' and '.join(solving)}: copies that differ in their codes are rounded to nearest"
             " (residual codes and digits by gptq too)",
         ),
         (
-            recipe.gptq is not None and recipe.gptq.planes is not None and "residual" not in differ,
+            recipe.gptq is not None and recipe.gptq.planes is not None and differ != "residual",
             "gptq: planes: apart is of residual codes, and there are none",
         ),
         (

@@ -61,7 +61,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
         temporary.touch(exist_ok=False)
         mode = temporary.stat().st_mode
         yield temporary
-        _settle(temporary, mode)
+        _sync(temporary)
+        os.chmod(temporary, stat.S_IMODE(mode))  # safetensors puts a private file of its own in its place
         os.replace(temporary, path)
     except Exception as error:
         if (cause := as_os_error(error)) is None:
@@ -85,11 +86,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             )
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
-        mode = temporary.stat().st_mode & 0o666
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
-                _settle(file, mode)
+                _sync(file)
         if path.is_dir():
             path.rmdir()
         os.replace(temporary, path)
@@ -107,13 +107,11 @@ def _beside(path: Path) -> Path:
     return path.parent / f".{path.name}.{secrets.token_hex(8)}"
 
 
-def _settle(path: Path, mode: int) -> None:
+def _sync(path: Path) -> None:
     """Bring a file's content to the disk: a rename may get there first, and a power cut between the two would
-    leave a whole name on half a file. And make it as readable as its owner's other files: safetensors leaves
-    private ones."""
+    leave a whole name on half a file."""
     with open(path, "rb") as stream:
         os.fsync(stream.fileno())
-    os.chmod(path, stat.S_IMODE(mode))
 
 
 def write_text(path: Path, text: str) -> None:
