@@ -1,6 +1,7 @@
 """`bitassay bench`, `bench matmul`, `generate`, and `eval --protocol`."""
 
 import json
+import math
 
 import pytest
 
@@ -38,6 +39,37 @@ def test_bench(bitassay, timed_here, monkeypatch, tmp_path):
     table = bitassay(*words)  # from the run folder
     assert table.status == 0, table.err
     assert "the model has 512 positions" in table.out
+
+
+def test_a_replica_is_timed_beside_its_controls(bitassay, timed_here, tmp_path):
+    (tmp_path / "twice.yaml").write_text(
+        "name: twice\nweights: {format: int2, granularity: g32}\n"
+        "replication: {how: parallel, of: linear, differ: residual}\n"
+    )
+    words = ["bench", "stories260k", "--recipe", str(tmp_path / "twice.yaml"), "--batches", "1", "--contexts"]
+    words += ["--prompt-tokens", "8", "--new-tokens", "2", "--repeats", "2"]
+    done = bitassay(*words, "--out", str(tmp_path / "b"), "--format", "json")
+    assert done.status == 0, done.err
+    run = json.loads(done.out)
+    names = ["base", "twice", "twice-single", "twice-equal-bits"]
+    assert [row["model"] for row in run["rows"]] == names
+    assert [(pair["role"], pair["control"]) for pair in run["pairs"]] == [
+        ("single", "twice-single"), ("equal-bits, equal-flops", "twice-equal-bits"),
+    ]  # fmt: skip
+    seconds = {
+        name: [one["cells"]["batch-1x8+2"]["answers"][name]["decode_s"] for one in run["rounds"]]
+        for name in names
+    }
+    for pair in run["pairs"]:
+        ratios = [a / b for a, b in zip(seconds[pair["control"]], seconds["twice"], strict=True)]
+        assert pair["decode_ratio"] == pytest.approx(math.sqrt(math.prod(ratios)))
+        assert pair["decode_ratio_ci"][0] < pair["decode_ratio"] < pair["decode_ratio_ci"][1]
+    table = bitassay(*words, "--out", str(tmp_path / "b"))
+    assert "over its control" in table.out
+    assert "Speed of replicas over their controls" in (tmp_path / "b" / "report.html").read_text()
+    alone = bitassay(*words, "--no-controls", "--out", str(tmp_path / "alone"), "--format", "json")
+    assert [row["model"] for row in json.loads(alone.out)["rows"]] == names[:2]
+    assert json.loads(alone.out)["pairs"] == []
 
 
 @pytest.mark.parametrize(

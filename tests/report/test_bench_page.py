@@ -76,6 +76,10 @@ def run() -> dict:
             }
         ],
         "rows": [*rows, skipped],
+        "pairs": [
+            {"group": "<b>w4</b>", "role": "single", "control": "once", "batch": 1, "prompt_tokens": 64}
+            | ratio
+        ],
     }
 
 
@@ -121,6 +125,10 @@ def test_the_page_opens_offline_and_escapes_names(run, tmp_path):
     assert page.count("<svg") == 3
     assert "http" not in page.replace("http-equiv", "").replace("http://www.w3.org", "")
     assert "compare ratios, not times" in page
+    assert "Speed of replicas over their controls" in page
+    run["pairs"] = []
+    write_bench_report(run, tmp_path / "r.html")
+    assert "over their controls" not in (tmp_path / "r.html").read_text()
 
 
 def test_the_page_of_products(tmp_path):

@@ -11,7 +11,7 @@ Each cell of each round is a part of the run folder: the same command goes on wh
 import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,14 @@ from bitassay.bench.roofline import Cost
 from bitassay.bench.rounds import INTERVAL, ratio_of, spread, turns
 from bitassay.bench.worker import Job, Worker
 from bitassay.errors import BitassayError
-from bitassay.models.load import Identity, as_dtype
+from bitassay.models.load import Identity, as_dtype, layer_count
 from bitassay.models.source import resolve
 from bitassay.quantize.recipe import BASE, Recipe, find_recipe, row_names
 from bitassay.record.files import write_json
 from bitassay.record.progress import Progress, silent
 from bitassay.record.run import RunFolder, default_folder
 from bitassay.record.versions import versions
+from bitassay.replicate.controls import Place, with_controls
 
 SCHEMA = 1
 BATCHES = (1, 2, 4, 8, 16, 32)
@@ -73,18 +74,25 @@ def bench(
     model: str,
     recipes: Sequence[str | Path | Recipe] = (),
     *,
+    controls: bool = True,
     out: Path | None = None,
     progress: Progress = silent,
     trust_remote_code: bool = False,
     **options: Any,
 ) -> tuple[dict[str, Any], Path]:
     """Time MODEL, what `recipes` make of it, and other models; `options` are fields of BenchPlan. Returns the
-    run (the content of run.json) and its folder.
+    run (the content of run.json) and its folder. controls: add those of recipes with copies, and `pairs` of
+    each with them.
 
     Raises BitassayError for bad input.
     """
     plan = BenchPlan(model, tuple(find_recipe(recipe) for recipe in recipes), **options)
     sources = {name: resolve(name, progress) for name in (model, *plan.candidates)}
+    places = list[Place]()
+    if controls and any(recipe.replication is not None for recipe in plan.recipes):
+        layers = layer_count(sources[model], trust_remote_code=trust_remote_code)
+        with_them, places = with_controls(plan.recipes, layers)
+        plan = replace(plan, recipes=with_them)
     digests = {name: Identity(source).weights_digest for name, source in sources.items()}
     folder = _open_folder(plan, sources[model].name, digests, out)
     progress(f"run {folder.run_id} in {folder.path}")
@@ -126,6 +134,7 @@ def bench(
         "settings": plan.to_dict(),
         "interval": INTERVAL,
         **summarise(facts, rounds, plan.cells),
+        "pairs": pairs_of(places, rounds, plan.cells),
     }
     write_json(folder.path / "run.json", run)
     return run, folder.path
@@ -234,6 +243,26 @@ def _row(
             ratio = ratio_of([one[key] for one in theirs], [one[key] for one in mine])
             row[f"{phase}_ratio"], row[f"{phase}_ratio_ci"] = ratio.value, ratio.interval
     return row
+
+
+def pairs_of(
+    places: Sequence[Place], rounds: Sequence[Mapping[str, Any]], cells: Sequence[Cell]
+) -> list[dict[str, Any]]:
+    """How many times as fast as each of its controls a replica is, in every cell that both were timed in;
+    ratios within rounds."""
+    rows = []
+    for place in places:
+        for cell in cells:
+            found = [one["cells"][cell.name]["answers"] for one in rounds]
+            timed = [(answers[place.group], answers[place.variant]) for answers in found]
+            if any("skipped" in one for both in timed for one in both):
+                continue
+            row = {"group": place.group, "role": place.role, "control": place.variant, **asdict(cell)}
+            for phase, key in (("prefill", "first_token_s"), ("decode", "decode_s")):
+                ratio = ratio_of([control[key] for _, control in timed], [mine[key] for mine, _ in timed])
+                row |= {f"{phase}_ratio": ratio.value, f"{phase}_ratio_ci": ratio.interval}
+            rows.append(row)
+    return rows
 
 
 def _bound(cost: Cost, limits: Mapping[str, Any], dtype: str) -> float | None:

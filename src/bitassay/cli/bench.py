@@ -21,6 +21,7 @@ def models(
     *,
     recipe: Annotated[list[str] | None, Parameter(negative=())] = None,
     candidate: Annotated[list[str] | None, Parameter(negative=())] = None,
+    controls: bool = True,
     batches: Numbers | None = None,
     contexts: Numbers | None = None,
     prompt_tokens: int = 128,
@@ -35,7 +36,8 @@ def models(
 ) -> int:
     """Time MODEL and packed quantized models in turn: first token, prefill, decode, memory, by batch size and
     by context length, and the share of what the machine could do (its bandwidth and matrix peak are measured
-    in the same run).
+    in the same run). A recipe with replication comes with its controls, plain recipes of equal bits and of
+    equal work, and its speed over theirs.
 
     Writes run.json and report.html into a run folder. Interrupted, the same command goes on. What the model
     has no positions for, or the machine no memory, is skipped and says so.
@@ -44,6 +46,7 @@ def models(
         model: The base model: a name from `bitassay models list`, a folder, a .gguf file or a hub id.
         recipe: MODEL quantized by this recipe, packed; may be repeated.
         candidate: Another model, such as a folder that `bitassay quantize` wrote; may be repeated.
+        controls: Add the controls of recipes with replication.
         batches: Batch sizes (default: 1 2 4 8 16 32).
         contexts: Lengths of one prompt (default: 512 1024 2048 4096 8192).
         prompt_tokens: Tokens of each prompt of a batch.
@@ -61,6 +64,7 @@ def models(
     from bitassay.report.bench import (
         BENCH_COLUMNS,
         MODEL_COLUMNS,
+        PAIR_COLUMNS,
         busy,
         machine_line,
         shown_columns,
@@ -72,6 +76,7 @@ def models(
             model,
             recipe or [],
             candidates=tuple(candidate or ()),
+            controls=controls,
             batches=BATCHES if batches is None else tuple(batches),
             contexts=CONTEXTS if contexts is None else tuple(contexts),
             prompt_tokens=prompt_tokens,
@@ -89,6 +94,9 @@ def models(
         emit(run["models"], shown_columns(MODEL_COLUMNS, run["models"]), format)
         print()
     emit(run["rows"], shown_columns(BENCH_COLUMNS, run["rows"]), format, whole=run)
+    if run["pairs"] and format in ("table", "md"):
+        print()
+        emit(run["pairs"], PAIR_COLUMNS, format)
     for line in (machine_line(run), busy(run), f"report: {folder / 'report.html'}"):
         if line:
             print(line, file=sys.stderr)

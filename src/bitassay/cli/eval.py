@@ -145,10 +145,10 @@ def _candidates(
     progress: "Progress",
 ) -> "list[Candidate]":
     """Who is asked, the one that others are compared with first."""
-    from bitassay.evaluate.controls import with_controls
     from bitassay.evaluate.tasks import loaded_candidate, quantized_candidate
     from bitassay.models.walk import decoder_layers
     from bitassay.quantize.recipe import BASE, find_recipe
+    from bitassay.replicate.controls import with_controls
 
     if not recipes:
         return [loaded_candidate(model, name) for name, model in zip(names[::-1], models[::-1], strict=True)]

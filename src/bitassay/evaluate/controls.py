@@ -6,7 +6,7 @@ doubt, and None where the interval, paired by window, holds zero.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -20,43 +20,7 @@ from bitassay.quantize.model import bits_per_weight
 from bitassay.quantize.pipeline import quantize_once
 from bitassay.quantize.recipe import BASE, Recipe
 from bitassay.record.progress import Progress, silent
-from bitassay.replicate.controls import controls
-
-REPLICA = "replica"
-
-
-@dataclass(frozen=True)
-class Place:
-    """A row of the results: a group, what the variant is in it (plain, replica, or in what it equals the
-    replica), and the variant's name."""
-
-    group: str
-    role: str
-    variant: str
-
-
-def changes_nothing(recipe: Recipe) -> bool:
-    """Whether what it makes of a model is the model."""
-    return recipe.model_copy(update={"calibration": None}) == Recipe(
-        name=recipe.name, description=recipe.description, weights=None
-    )
-
-
-def with_controls(recipes: Sequence[Recipe], layers: int) -> tuple[tuple[Recipe, ...], list[Place]]:
-    """The recipes, the controls of each one with copies below it, and which these are, for a model of so many
-    layers. A control that another recipe is already, or the base model, is no recipe of its own."""
-    names = {recipe.recipe_id: recipe.name for recipe in recipes}
-    found, places = list[Recipe](), list[Place]()
-    for recipe in recipes:
-        found.append(recipe)
-        for control in controls(recipe, layers):
-            own = control.recipe
-            name = BASE if changes_nothing(own) else names.get(own.recipe_id)
-            if name is None:
-                name = names[own.recipe_id] = own.name
-                found.append(own)
-            places.append(Place(recipe.name, ", ".join(control.kinds), name))
-    return tuple(found), places
+from bitassay.replicate.controls import REPLICA, Place, with_controls
 
 
 def pair(place: Place, replica: str, text: Mapping[str, Sequence[TokenScores]], seed: int) -> dict[str, Any]:

@@ -122,6 +122,16 @@ def load(
     return loaded.eval().requires_grad_(False).to(device)  # type: ignore[arg-type]
 
 
+def layer_count(source: Source, *, trust_remote_code: bool = False) -> int:
+    """How many decoder layers a model has, without its weights. Raises BitassayError for a config.json that
+    does not say."""
+    try:
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
+        return config.get_text_config(decoder=True).num_hidden_layers
+    except Exception as error:
+        raise BitassayError(f"{source.folder}: no config.json that transformers reads ({error})") from error
+
+
 def _reader() -> Callable[..., PreTrainedModel]:
     """What reads our quantized folders. It belongs to `quantize`, which is built on this file, so it is only
     named here."""

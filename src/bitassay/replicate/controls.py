@@ -19,18 +19,20 @@ control read beyond the copies is in the studies' `read_ratio`. There is no such
 is at hand (codes of 8 bits, floats), nor, of some layers alone, beside overrides or for grids of inputs.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from bitassay.quantize.activations import INPUT_FORMATS, Activations
 from bitassay.quantize.formats import FORMATS
 from bitassay.quantize.granularity import Granularity
-from bitassay.quantize.recipe import Recipe
+from bitassay.quantize.recipe import BASE, Recipe
 from bitassay.quantize.scheme import WeightScheme
 from bitassay.replicate.plan import Chosen, ReplicationPlan
 
 Kind = Literal["single", "rescaled", "equal-bits", "equal-flops"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+REPLICA = "replica"
 INTEGERS = {int(f.bits): f.name for f in FORMATS.values() if f.kind == "integer"}
 INPUT_INTEGERS = {int(f.bits): f.name for f in INPUT_FORMATS.values() if f.kind == "integer"}
 
@@ -43,6 +45,16 @@ class Control:
     recipe: Recipe
 
 
+@dataclass(frozen=True)
+class Place:
+    """A row of the results: a group, what the variant is in it (plain, replica, or in what it equals the
+    replica), and the variant's name."""
+
+    group: str
+    role: str
+    variant: str
+
+
 def controls(recipe: Recipe, layers: int) -> list[Control]:
     """The controls of a recipe for a model of so many decoder layers; none for one without copies."""
     plan = recipe.replication
@@ -53,6 +65,30 @@ def controls(recipe: Recipe, layers: int) -> list[Control]:
         once = {"copies": 1, "coefficients": "fitted", "layers": _layers_with_copies(plan, layers)}
         rescaled = [Control(("rescaled",), _changed(recipe, "rescaled", {"replication": once}))]
     return [*_plain_controls(recipe, plan, layers), *rescaled]
+
+
+def changes_nothing(recipe: Recipe) -> bool:
+    """Whether what it makes of a model is the model."""
+    return recipe.model_copy(update={"calibration": None}) == Recipe(
+        name=recipe.name, description=recipe.description, weights=None
+    )
+
+
+def with_controls(recipes: Sequence[Recipe], layers: int) -> tuple[tuple[Recipe, ...], list[Place]]:
+    """The recipes, the controls of each one with copies below it, and which these are, for a model of so many
+    layers. A control that another recipe is already, or the base model, is no recipe of its own."""
+    names = {recipe.recipe_id: recipe.name for recipe in recipes}
+    found, places = list[Recipe](), list[Place]()
+    for recipe in recipes:
+        found.append(recipe)
+        for control in controls(recipe, layers):
+            own = control.recipe
+            name = BASE if changes_nothing(own) else names.get(own.recipe_id)
+            if name is None:
+                name = names[own.recipe_id] = own.name
+                found.append(own)
+            places.append(Place(recipe.name, ", ".join(control.kinds), name))
+    return tuple(found), places
 
 
 def _plain_controls(recipe: Recipe, plan: ReplicationPlan, layers: int) -> list[Control]:

@@ -63,6 +63,15 @@ MODEL_COLUMNS = [
     Column("dtype", "dtype", align="left"),
     Column("product_dtype", "products\nin", align="left"),
 ]
+PAIR_COLUMNS = [
+    Column("group", "replica", align="left"),
+    Column("role", "over its control", align="left"),
+    Column("control", "which is", align="left"),
+    Column("batch", "batch"),
+    Column("prompt_tokens", "prompt\ntokens"),
+    _ratio("prefill_ratio", "prefill\n[95 %]"),
+    _ratio("decode_ratio", "decode\n[95 %]"),
+]
 MATMUL_COLUMNS = [
     Column("shape", "shape", align="left"),
     Column("format", "format", align="left"),
@@ -232,6 +241,8 @@ def write_bench_report(run: Mapping[str, Any], path: Path) -> None:
         page_table("Timings", BENCH_COLUMNS, run["rows"]),
         page_table("Models", MODEL_COLUMNS, run["models"]),
     ]
+    if run["pairs"]:
+        tables.insert(1, page_table("Speed of replicas over their controls", PAIR_COLUMNS, run["pairs"]))
     write_tables(path, f"Speed of {run['model']['name']}", lead, figures, tables, run["environment"])
 
 

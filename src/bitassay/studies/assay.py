@@ -26,7 +26,7 @@ from bitassay.bench.throughput import throughput
 from bitassay.data.windows import Protocol, token_windows
 from bitassay.errors import BitassayError
 from bitassay.evaluate.compare import score_windows, summarise
-from bitassay.evaluate.controls import Place, pair, with_controls
+from bitassay.evaluate.controls import pair
 from bitassay.evaluate.divergence import TokenScores
 from bitassay.models.load import identity, load, tokenizer
 from bitassay.models.walk import decoder_layers
@@ -45,6 +45,7 @@ from bitassay.record.files import write_json
 from bitassay.record.progress import Progress, silent
 from bitassay.record.run import RunFolder, default_folder
 from bitassay.record.versions import versions
+from bitassay.replicate.controls import Place, with_controls
 from bitassay.studies.verification import (
     Verification,
     chosen_prompts,

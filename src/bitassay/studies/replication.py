@@ -19,9 +19,8 @@ from typing import Any
 
 from bitassay.data.windows import Protocol
 from bitassay.errors import BitassayError, nearest
-from bitassay.evaluate.controls import REPLICA, Place, changes_nothing
 from bitassay.quantize.recipe import BASE, Recipe
-from bitassay.replicate.controls import controls
+from bitassay.replicate.controls import REPLICA, Place, changes_nothing, controls
 from bitassay.replicate.plan import Chosen
 from bitassay.studies.variants import Reading, Variant, VariantPlan
 

@@ -13,21 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoConfig
 
 from bitassay.bench.environment import environment
 from bitassay.bench.models import bench
 from bitassay.bench.rounds import ratio_of
 from bitassay.data.corpora import corpus
 from bitassay.evaluate.compare import summarise
-from bitassay.evaluate.controls import REPLICA, Place, pair
+from bitassay.evaluate.controls import pair
 from bitassay.evaluate.statistics import bootstrap_means, percentile_interval
+from bitassay.models.load import layer_count
 from bitassay.models.source import resolve
 from bitassay.quantize.recipe import BASE
 from bitassay.record.files import write_json
 from bitassay.record.progress import Progress, silent
 from bitassay.record.run import RunFolder
-from bitassay.replicate.controls import KINDS
+from bitassay.replicate.controls import KINDS, REPLICA, Place
 from bitassay.studies.cells import Cell, read_costs, read_facts, read_text
 from bitassay.studies.claims import judged
 from bitassay.studies.crew import do_study
@@ -56,10 +56,7 @@ def run_replication(
     `options` go to `replication_plan`; the rest is as in `do_study`. Raises as these do."""
     about = find_study(study).about
     source = resolve(model, progress)
-    config = AutoConfig.from_pretrained(
-        source.folder, trust_remote_code=options.get("trust_remote_code", False)
-    )
-    layers = config.get_text_config(decoder=True).num_hidden_layers
+    layers = layer_count(source, trust_remote_code=options.get("trust_remote_code", False))
     plan, places = replication_plan(study, model, layers, **options)
     folder, head = do_study(plan, "replication", about, out=out, jobs=jobs, ray=ray, progress=progress)
     found = findings(folder, plan)
@@ -174,6 +171,7 @@ def _speed(
             run, _ = bench(
                 plan.model,
                 mine,
+                controls=False,  # they are among these
                 out=folder.path / "bench" / group,
                 batches=(1,),
                 contexts=(),
