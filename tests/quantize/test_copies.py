@@ -65,6 +65,7 @@ def test_residual_codes_of_two_bits_have_four_bits_quality():
         return decibels(w, quantize_tensor(w, own).dequantize())
 
     assert quality(offset=0.5) == pytest.approx(9.2, abs=0.15)
+    assert quality(offset=0.5, scale_factor=1.3) == pytest.approx(8.3, abs=0.15)  # the wide first plane alone
     assert quality("offset") == pytest.approx(12.9, abs=0.15)
     assert quality("residual", offset=0.5) == pytest.approx(16.9, abs=0.15)
     assert quality("residual", offset=0.5, values=(1.3, 1)) == pytest.approx(19.3, abs=0.15)

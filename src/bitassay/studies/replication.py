@@ -3,7 +3,7 @@
     control-table   the document's table: baseline, GPTQ at 4 bits, four ways to replicate at 2 bits and 1
     phase1          a 2-bit baseline; the same codes again, plain and damped, by the number of copies
     phase2          copies that differ: scales, clipping, offsets, noise, seeds, residual codes, group sizes
-    phase3          chosen layers; rotation before it and in each copy; parallel and fitted copies
+    phase3          chosen layers, as many first and last ones; rotation before copies and in each
     phase4          one bit and ternary, with what repaired most
     uses            what else copies could be good for: input grids, rotations, stopping early, loops
     planes          one checkpoint in residual codes, read to several depths, and drafts by its first plane
@@ -241,7 +241,7 @@ STUDIES = {
         ),
         Study("phase1", "the same 2-bit codes again: does it help, and how often", _phase1()),
         Study("phase2", "copies at 2 bits that differ: grids, clipping, noise, residual codes", _phase2()),
-        Study("phase3", "chosen layers, rotation, parallel and fitted copies at 2 bits", _phase3()),
+        Study("phase3", "chosen layers, rotation before copies and in each, at 2 bits", _phase3()),
         Study("phase4", "one bit and ternary with residual codes and rotation", _phase4()),
         Study("uses", "input grids, rotations in copies, stopping early, loops over a block", _uses()),
         Study(
