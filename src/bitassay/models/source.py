@@ -24,6 +24,8 @@ from bitassay.record.progress import Progress, silent
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 SOURCE_FILE = "bitassay-source.json"
+# Part of the name of a folder made of a GGUF file: one that is read in another way gets a folder of its own.
+READING_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ def _from_gguf(path: Path, name: str, progress: Progress) -> Source:
     except OSError as error:
         raise BitassayError(f"{path}: {error.strerror}", "check the path") from error
     digest = digest_file(path)
-    folder = cache_folder() / "dequantized" / f"{path.stem}-{digest[:12]}"
+    folder = cache_folder() / "dequantized" / f"{path.stem}-{digest[:12]}-v{READING_VERSION}"
     if not folder.is_dir():
         progress(f"dequantizing {path.name} (once; kept in {folder})")
         with atomic_folder(folder) as temporary:
@@ -170,12 +172,17 @@ def _dequantize(path: Path, digest: str, out: Path) -> None:
     """Write `path` as fp32 safetensors with config and tokenizer into `out`."""
     import torch
     from gguf import GGUFReader
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
+
+    from bitassay.models.gguf_vocabulary import fields_of, read_tokenizer
 
     try:
-        kinds = sorted({t.tensor_type.name for t in GGUFReader(path).tensors} - {"F32"})
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        reader = GGUFReader(path)
+        kinds = sorted({t.tensor_type.name for t in reader.tensors} - {"F32"})
+        tokenizer = read_tokenizer(fields_of(reader))
         model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    except BitassayError as error:
+        raise BitassayError(f"{path}: {error.problem}", error.remedy) from error
     except Exception as error:  # the readers raise whatever the defect happens to trip over
         raise BitassayError(
             f"{path}: cannot be read as GGUF ({type(error).__name__}: {error})",
