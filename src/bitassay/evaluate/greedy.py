@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, RepetitionPen
 
 from bitassay.evaluate.likelihood import Prefix, common_prefixes, may_share
 from bitassay.generate.decode import TokenIds, default_batch_tokens, end_tokens, token_batches
-from bitassay.models.cache import select_rows, takes, takes_cache
+from bitassay.models.cache import behind, reads_on, select_rows, takes, takes_cache
 from bitassay.models.head import last_positions
 from bitassay.models.positions import frequencies
 from bitassay.quantize.kv_cache import empty_cache
@@ -36,7 +36,10 @@ def greedy_texts(
     found: dict[int, str] = {}
     for start, stop, shared in common_prefixes([tuple(prompts[index])[:-1] for index in order]):
         run = order[start:stop]
-        nothing, trunk = Prefix.read(model, ()), Prefix.read(model, prompts[run[0]][:shared])
+        nothing, trunk = (
+            Prefix.read(model, ()),
+            Prefix.read(model, prompts[run[0]][: shared if reads_on(model) else 0]),
+        )
         by_length: dict[int, list[int]] = {}
         for index in run:
             by_length.setdefault(len(prompts[index]), []).append(index)
@@ -81,9 +84,9 @@ def _continue(
         if not caches or frequencies(model, step) != read_at:  # what is cached is not what it would be now
             begun, cache, read_at = 0, empty_cache(model), frequencies(model, step)
         unread = [[*prompts[row], *outputs[row]][begun:] for row in going]
-        held = {"past_key_values": cache} if caches else {}
         tokens = torch.tensor(unread, device=model.device)
-        forward = model(input_ids=tokens, use_cache=caches, **held, **keep)
+        held = behind(model, cache, begun, tokens) if caches else {"use_cache": False}
+        forward = model(input_ids=tokens, **held, **keep)
         logits, begun = forward.logits[:, -1].float(), step
         if process is not None:
             seen = [[*prompts[row], *outputs[row]] for row in going]

@@ -24,10 +24,10 @@ model reads, scores and cuts (EleutherAI, lm-evaluation-harness 0.4.13, `models/
 differ from its by rounding.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -36,7 +36,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from bitassay.evaluate.tries import Trie, attends_by_mask, rows_of
 from bitassay.generate.decode import TokenIds, default_batch_tokens, token_batches
-from bitassay.models.cache import copy_rows, reads_on
+from bitassay.models.cache import behind, copy_rows, reads_on
 from bitassay.models.positions import frequencies
 from bitassay.quantize.kv_cache import empty_cache
 
@@ -207,7 +207,8 @@ class Prefix:
     def extend(self, rows: Sequence[TokenIds]) -> "Prefix":
         """Read equally many more tokens in every row. This prefix is used up."""
         tokens = torch.tensor(rows, device=self.model.device)
-        self.model.get_decoder()(input_ids=tokens, past_key_values=self.cache, use_cache=True)
+        decoder: torch.nn.Module = self.model.get_decoder()
+        decoder(input_ids=tokens, **behind(decoder, self.cache, self.length, tokens))
         return Prefix(self.model, self.cache, self.length + tokens.shape[1])
 
     def score(self, group: Sequence[_Sequence]) -> _Leaves:
@@ -217,7 +218,8 @@ class Prefix:
         wanted = torch.zeros(tokens.shape, dtype=torch.bool)
         for row, (rest, sequence) in enumerate(zip(rests, group, strict=True)):
             wanted[row, len(rest) - sequence.scored : len(rest)] = True
-        logits = logits_at(self.model, tokens, wanted.to(tokens.device), self.cache if self.length else None)
+        options = behind(self.model, self.cache, self.length, tokens) if self.length else {"use_cache": False}
+        logits = logits_at(self.model, tokens, wanted.to(tokens.device), options)
         stops = accumulate(sequence.scored for sequence in group)
         rows = [range(stop - one.scored, stop) for stop, one in zip(stops, group, strict=True)]
         return _Leaves(group, rows, logits)
@@ -235,14 +237,13 @@ class Prefix:
             wanted[row, nodes] = True
         places = wanted.flatten().cumsum(0).view(wanted.shape) - 1
         device = self.model.device
-        logits = logits_at(
-            self.model,
-            tokens.to(device),
-            wanted.to(device),
-            self.cache if self.length else None,
-            position_ids=positions.to(device),
-            attention_mask=mask.to(device),
-        )
+        options = {
+            "past_key_values": self.cache if self.length else None,
+            "use_cache": self.length > 0,
+            "position_ids": positions.to(device),
+            "attention_mask": mask.to(device),
+        }
+        logits = logits_at(self.model, tokens.to(device), wanted.to(device), options)
         rows = [places[row, nodes].tolist() for row, nodes in scored]
         return _Leaves([one for _, family in families for one in family], rows, logits)
 
@@ -252,11 +253,10 @@ def logits_at(
     model: PreTrainedModel,
     tokens: Int[Tensor, "batch tokens"],
     wanted: Bool[Tensor, "batch tokens"],
-    cache: DynamicCache | None,
-    **options: Tensor,
+    options: Mapping[str, Any],
 ) -> Float[Tensor, "rows vocabulary"]:
-    """Logits at the wanted positions alone, row by row, in the model's dtype. The cache, if any, grows.
-    `options` go to the model.
+    """Logits at the wanted positions alone, row by row, in the model's dtype. `options` go to the model; a
+    cache among them grows.
 
     The output head is given those positions of its input in one row; what the model does to logits after it
     (a cap, a scale) it does to these.
@@ -268,8 +268,7 @@ def logits_at(
 
     hook = cast(torch.nn.Module, model.get_output_embeddings()).register_forward_pre_hook(keep)
     try:
-        read = model(input_ids=tokens, past_key_values=cache, use_cache=cache is not None, **options)
-        return read.logits[0]
+        return model(input_ids=tokens, **options).logits[0]
     finally:
         hook.remove()
 

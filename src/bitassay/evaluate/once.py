@@ -30,7 +30,7 @@ from bitassay.evaluate.greedy import cut, is_stopped
 from bitassay.evaluate.harness import BitassayLM
 from bitassay.evaluate.likelihood import Prefix, common_prefixes, logits_at, right_pad
 from bitassay.generate.decode import TokenIds, default_batch_tokens, end_tokens, token_batches
-from bitassay.models.cache import keeps_positions
+from bitassay.models.cache import behind, keeps_positions
 from bitassay.models.positions import frequencies
 from bitassay.quantize.kv_cache import empty_cache
 
@@ -61,7 +61,7 @@ def read_rows(
             last = torch.zeros(tokens.shape, dtype=torch.bool, device=tokens.device)
             for row, place in enumerate(batch):
                 last[row, len(rests[place]) - 1] = True
-            logits = logits_at(model, tokens, last, rows.cache)
+            logits = logits_at(model, tokens, last, behind(model, rows.cache, rows.length, tokens))
             found.append(Rows(model, [ordered[start + place] for place in batch], rows.cache, logits))
     return found
 
@@ -121,8 +121,10 @@ class OnceReadLM(BitassayLM):
     ) -> list[tuple[float, bool]]:
         self._read = ()
         plain = all(len(end) == 1 and 0 < len(start) < self.max_length for _, start, end in requests)
-        if not plain or not self._plain_cache or not self._alike(
-            max((len(start) for _, start, _ in requests), default=1)
+        if (
+            not plain
+            or not self._plain_cache
+            or not self._alike(max((len(start) for _, start, _ in requests), default=1))
         ):
             return super()._loglikelihood_tokens(requests, disable_tqdm, **options)
         prompts = dict.fromkeys(tuple(context) for _, context, _ in requests)

@@ -22,7 +22,7 @@ from bitassay.errors import BitassayError
 from bitassay.generate.cache import RoundedCache
 from bitassay.generate.sampling import GREEDY, Draw, Sampler
 from bitassay.generate.taps import joined_states, record_states
-from bitassay.models.cache import keeps_positions, takes, takes_cache
+from bitassay.models.cache import behind, keeps_positions, takes, takes_cache
 from bitassay.models.head import last_positions
 from bitassay.models.positions import context_length, frequencies
 from bitassay.quantize.kv_cache import empty_cache
@@ -119,7 +119,9 @@ class _Steps:
         self.keeps_head = takes(model, "logits_to_keep")
         self.cache = self._empty() if self.caches else None
         if cache_bits is not None and not self.caches:
-            raise BitassayError(f"{type(model).__name__} has no KV cache to be rounded", "leave cache_bits out")
+            raise BitassayError(
+                f"{type(model).__name__} has no KV cache to be rounded", "leave cache_bits out"
+            )
 
     @property
     def length(self) -> int:
@@ -137,14 +139,15 @@ class _Steps:
             if now != self.read_at or not self.caches:
                 new, self.read_at = self.length, now
                 self.cache = self._empty() if self.caches else None
-        options: dict[str, Any] = {"past_key_values": self.cache} if self.caches else {}
+        tokens, options = self.tokens[:, -new:], dict[str, Any](use_cache=False)
+        if self.cache is not None:
+            options = behind(self.model, self.cache, self.length - new, tokens)
         if self.padded:
             positions = (self.mask.cumsum(1) - 1).clamp(min=0)
             options |= {"attention_mask": self.mask, "position_ids": positions[:, -new:]}
         if self.keeps_head:
             options["logits_to_keep"] = last_positions(1, self.model.device)
-        forward = self.model(input_ids=self.tokens[:, -new:], use_cache=self.caches, **options)
-        return forward.logits[:, -1]
+        return self.model(input_ids=tokens, **options).logits[:, -1]
 
     def _empty(self) -> DynamicCache:
         bits, model = self.cache_bits, self.model

@@ -1,7 +1,7 @@
 """How many tokens a model reads, and which lengths it reads alike.
 
-A rotary key is turned by its position times a frequency. Two schemes of transformers (`modeling_rope_utils`) choose
-the frequencies of a whole forward by its largest position:
+A rotary key is turned by its position times a frequency. Two schemes of transformers (`modeling_rope_utils`)
+choose the frequencies of a whole forward by its largest position:
 
     longrope  one set up to `original_max_position_embeddings` tokens, another beyond (Phi-3, Phi-4)
     dynamic   NTK scaling: beyond `max_position_embeddings` tokens, another set for every length
