@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 
 from bitassay.errors import BitassayError
+from bitassay.models.cache import keeps_positions
 from bitassay.models.walk import decoder_layers
 from bitassay.quantize.formats import FORMATS, NumberFormat
 from bitassay.quantize.granularity import Granularity
@@ -204,6 +205,19 @@ def empty_cache(model: PreTrainedModel) -> DynamicCache:
     """The cache for a new text: packed where `round_cache` was here."""
     spec = getattr(model, "kv_cache", None)
     return PackedCache(model.config, spec) if spec is not None else DynamicCache(config=model.config)
+
+
+def cache_to_crop(model: PreTrainedModel) -> DynamicCache:
+    """An empty cache from which tokens can be taken away again. Raises BitassayError for a model that keeps
+    something else than keys and values."""
+    if not keeps_positions(model):
+        raise BitassayError(
+            f"{type(model).__name__} keeps a state from which no token can be taken away again",
+            "a model with attention alone",
+        )
+    cache = empty_cache(model)
+    cache.activate_past_recording()  # windows that slide
+    return cache
 
 
 class _RoundedEntry:
