@@ -39,13 +39,13 @@ _NAMES: dict[Any, str] = {  # of the fields that get each size
     16: "head_dim swa_head_dim dim_head attention_head_size kv_channels linear_key_head_dim index_head_dim "
     "linear_value_head_dim linear_head_dim indexer_head_dim d_head qk_nope_head_dim v_head_dim rotary_dim "
     "attention_head_dim hidden_size_per_layer_input",
-    96: "intermediate_size n_inner ffn_dim decoder_ffn_dim encoder_ffn_dim ffn_hidden_size dff d_inner dim_ff "
-    "feed_forward_size dense_intermediate_size intermediate_size_mlp",
+    96: "intermediate_size n_inner ffn_dim decoder_ffn_dim encoder_ffn_dim ffn_hidden_size dff d_inner "
+    "dim_ff feed_forward_size dense_intermediate_size intermediate_size_mlp",
     32: "moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size q_lora_rank "
-    "expert_ffn_hidden_size shared_experts_intermediate_size moe_shared_expert_intermediate_size kv_lora_rank "
-    "prefix_dense_intermediate_size o_lora_rank router_hidden_size chunk_size mamba_chunk_size index_topk "
-    "indexer_budget index_block_size mamba_d_head sliding_window window_size attention_window_size "
-    "sliding_window_size local_attention attention_chunk_size keep_window_size",
+    "expert_ffn_hidden_size shared_experts_intermediate_size moe_shared_expert_intermediate_size "
+    "kv_lora_rank prefix_dense_intermediate_size o_lora_rank router_hidden_size chunk_size mamba_chunk_size "
+    "index_topk indexer_budget index_block_size mamba_d_head sliding_window window_size "
+    "attention_window_size sliding_window_size local_attention attention_chunk_size keep_window_size",
     8: "mamba_d_state state_size ssm_state_size qk_rope_head_dim mamba_num_heads",
     1: "n_group topk_group num_expert_group n_groups mamba_n_groups mamba_ngroups first_k_dense_replace "
     "num_dense_layers moe_layer_start_index bos_token_id",
