@@ -212,17 +212,17 @@ def _save_gguf(order: _Order, quantized: "PreTrainedModel", path: Path, tokens: 
 def _planned(order: _Order) -> list[Row]:
     """What is known before any weight is read; refuses what could not be saved. The files are the tensors and
     what else the model's folder holds; which blocks a GGUF file has depends on the codes."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
+    from bitassay.models.causal import check_causal, empty_model
     from bitassay.models.load import as_dtype
     from bitassay.quantize.export_plan import plan_export
     from bitassay.quantize.gguf_file import check_gguf
 
     trust = order.trust_remote_code
     config = AutoConfig.from_pretrained(order.source.folder, trust_remote_code=trust)
-    with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config, dtype=as_dtype(order.dtype), trust_remote_code=trust)
+    check_causal(config, order.source.folder)
+    empty = empty_model(config, as_dtype(order.dtype), trust_remote_code=trust)
     plan = plan_export(empty, order.recipe, order.layout)
     files = [path for path in order.source.folder.iterdir() if path.is_file()]
     others = sum(path.stat().st_size for path in files if path.suffix != ".safetensors")

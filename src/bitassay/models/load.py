@@ -22,9 +22,11 @@ from transformers import (
 )
 
 from bitassay.errors import BitassayError, MissingError, nearest
+from bitassay.models.causal import check_causal
 from bitassay.models.checkpoint import read_card
 from bitassay.models.positions import forget_lengths
 from bitassay.models.source import Source, resolve
+from bitassay.models.transposed import as_linears
 from bitassay.record.hashing import digest_file, digest_json, digest_tensors
 from bitassay.record.progress import Progress, silent
 
@@ -98,6 +100,7 @@ def load(
         )
     try:
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
+        check_causal(config, source.folder)
         tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
         if card is None:
             loaded = _plain(source.folder, config, wanted, attention, trust_remote_code)
@@ -159,6 +162,7 @@ def _plain(
     check_keys(report, folder)
     if compressed:
         make_dense(loaded, dtype, folder)
+    as_linears(loaded)
     return loaded
 
 

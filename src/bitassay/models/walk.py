@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError
 
+DECAYS = ("A_log", "D")  # of state space models, in Mamba's names
+
 
 @dataclass(frozen=True)
 class Walk:
@@ -21,37 +23,81 @@ class Walk:
 
     linears: `nn.Linear` modules. experts: fused expert parameters, `[experts, out, in]` or, where their
     module says `is_transposed`, `[experts, in, out]`. routers: matrices that choose experts, or weigh a
-    shared one. others: anything else with two or more dimensions, which nothing here knows how to treat.
+    shared one. constants: what is no matrix of a product, such as filters of convolutions and the decay of
+    a recurrence; no recipe touches it. others: anything else with two or more dimensions, which nothing here
+    knows how to treat.
     """
 
     linears: dict[str, nn.Linear]
     experts: dict[str, nn.Parameter]
     routers: dict[str, nn.Parameter]
+    constants: dict[str, nn.Parameter]
     others: dict[str, nn.Parameter]
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder layers, in order. Raises BitassayError for an architecture that keeps none where
-    transformers' own do."""
-    decoder = model.get_decoder()
-    layers = getattr(decoder, "layers", None)
-    if not isinstance(layers, nn.ModuleList) or not len(layers):
+    """The decoder layers, in order. Raises BitassayError for an architecture that keeps no single list of
+    them, such as one list of attentions and another of MLPs."""
+    lists = _lists_of_blocks(_named_decoder(model)) or _lists_of_blocks(model)
+    if lists:
+        # Towers of images or audio, and what belongs to them, lie deeper than the text's own layers.
+        outermost = min(name.count(".") for name in lists)
+        lists = {name: found for name, found in lists.items() if name.count(".") == outermost}
+    if len(lists) != 1:
         raise BitassayError(
-            f"{type(model).__name__}: found no decoder layers under {type(decoder).__name__}.layers",
-            "use a decoder-only model such as Llama, Qwen, Gemma or Mistral",
+            f"{type(model).__name__}: found "
+            + (f"several lists of layers ({', '.join(lists)})" if lists else "no decoder layers"),
+            "use a decoder whose layers follow each other, such as Llama, Qwen, Gemma, GPT-2 or Mamba",
         )
-    return layers
+    return next(iter(lists.values()))
+
+
+def decoder(model: PreTrainedModel) -> PreTrainedModel:
+    """The part of `model` that turns token ids into the last hidden states: the innermost model around
+    `decoder_layers` that has the embedding too."""
+    layers, embedding = decoder_layers(model), model.get_input_embeddings()
+    around = [
+        module
+        for module in model.modules()
+        if isinstance(module, PreTrainedModel) and {layers, embedding} <= set(module.modules())
+    ]
+    return around[-1]  # outer modules come first
+
+
+def _named_decoder(model: PreTrainedModel) -> nn.Module:
+    """What transformers says is the decoder. Some classes name their output head so."""
+    return model.get_decoder()
+
+
+def _lists_of_blocks(module: nn.Module) -> dict[str, nn.ModuleList]:
+    """The lists of modules that have modules of their own with matrices, but for lists within such lists."""
+    found: dict[str, nn.ModuleList] = {}
+    for name, part in module.named_modules():
+        if not isinstance(part, nn.ModuleList) or any(name.startswith(f"{outer}.") for outer in found):
+            continue
+        if len(part) and all(
+            any(True for _ in block.children()) and any(p.ndim >= 2 for p in block.parameters())
+            for block in part
+        ):
+            found[name] = part
+    return found
 
 
 def module_name(model: nn.Module, wanted: nn.Module) -> str:
     return next(name for name, module in model.named_modules() if module is wanted)
 
 
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put `new` wherever `old` is: layers may share a module."""
+    for name in [name for name, part in model.named_modules(remove_duplicate=False) if part is old]:
+        model.set_submodule(name, new, strict=True)
+
+
 def walk(model: PreTrainedModel) -> Walk:
     """Sort every matrix of the decoder layers; names are as in `model.named_modules()` and
     `model.named_parameters()`."""
     prefix = module_name(model, decoder_layers(model))
-    found = Walk({}, {}, {}, {})
+    found = Walk({}, {}, {}, {}, {})
     for name, module in decoder_layers(model).named_modules(prefix=prefix):
         if isinstance(module, nn.Linear):
             if _steers_experts(model, name):
@@ -67,9 +113,18 @@ def walk(model: PreTrainedModel) -> Walk:
                 continue  # a vector for each expert
             elif parameter.ndim == 2 and "router" in type(module).__name__.lower():
                 found.routers[full] = parameter
+            elif parameter.ndim >= 2 and _is_constant(module, key, parameter):
+                found.constants[full] = parameter
             elif parameter.ndim >= 2:
                 found.others[full] = parameter
     return found
+
+
+def _is_constant(module: nn.Module, key: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter is a filter, a bias for each head, a decay, or a vector with further dimensions of
+    one."""
+    convolves = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    return convolves or key.endswith("bias") or key in DECAYS or parameter.numel() == max(parameter.shape)
 
 
 def is_fused_experts(module: nn.Module) -> bool:

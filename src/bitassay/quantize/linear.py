@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from bitassay.models.transposed import stores_transposed
 from bitassay.quantize.activations import InputRounding, rounded_inputs
 from bitassay.quantize.kernels import MAX_ROWS, Product, packed_product
 from bitassay.quantize.products import RoundedProduct, product_kind, rounded_product
@@ -20,6 +21,12 @@ class RoundedInputLinear(nn.Linear):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.inputs = inputs
+        self.stored_transposed = stores_transposed(linear)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.stored_transposed:
+            destination[f"{prefix}weight"] = destination[f"{prefix}weight"].T
 
     def forward(self, input: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         return nn.functional.linear(rounded_inputs(input, self.inputs), self.weight, self.bias)
@@ -49,6 +56,7 @@ class QuantizedLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.out_features, self.in_features = quantized.shape
         self.dtype = dtype
+        self.stored_transposed = False
 
     @property
     def weight(self) -> Float[Tensor, "out in"]:

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError, nearest
 from bitassay.models.load import Identity
-from bitassay.models.walk import decoder_layers, matrices, walk
+from bitassay.models.transposed import stores_transposed
+from bitassay.models.walk import decoder_layers, matrices, replace_module, walk
 from bitassay.quantize.activations import InputRounding
 from bitassay.quantize.experts import put_experts
 from bitassay.quantize.folding import INPUT_SCALES, divide_inputs
@@ -64,14 +65,14 @@ def with_tensors(
     for name, linear in linears.items():
         tensor, inputs = quantization.tensors.get(name), quantization.inputs.get(name)
         if tensor is not None and packed:
-            model.set_submodule(
-                name, QuantizedLinear(tensor, linear.bias, linear.weight.dtype, inputs), strict=True
-            )
+            packed_linear = QuantizedLinear(tensor, linear.bias, linear.weight.dtype, inputs)
+            packed_linear.stored_transposed = stores_transposed(linear)
+            replace_module(model, linear, packed_linear)
             continue
         if tensor is not None:
             linear.weight = nn.Parameter(tensor.dequantize().to(linear.weight.dtype), requires_grad=False)
         if inputs is not None:
-            model.set_submodule(name, RoundedInputLinear(linear, inputs), strict=True)
+            replace_module(model, linear, RoundedInputLinear(linear, inputs))
     if quantization.recipe.kv_cache is not None:
         round_cache(model, quantization.recipe.kv_cache)
     if quantization.recipe.rotation is not None:

@@ -17,11 +17,13 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from bitassay.errors import BitassayError
+from bitassay.models.causal import empty_model
 from bitassay.models.checkpoint import CARD_FILE, Card
 from bitassay.models.load import check_keys
+from bitassay.models.transposed import as_linears
 from bitassay.models.walk import decoder_layers, matrices, walk
 from bitassay.quantize import compressed, layout
 from bitassay.quantize.activations import InputRounding
@@ -76,8 +78,7 @@ def read_quantized(
     recipe, schemes = _recipe(card, folder), _schemes(card, folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # type: ignore[attr-defined] # the codes are decoded here
-    with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    empty = empty_model(config, dtype, trust_remote_code=trust_remote_code)
     entries = stored_entries(folder)
     shapes = {name: (view.shape[0], view.shape[1]) for name, view in matrices(empty).items()}
     described, plain = {}, dict(entries)
@@ -169,7 +170,7 @@ def _with_plain_parameters(
     attention: str,
 ) -> PreTrainedModel:
     """The model with every parameter but the quantized matrices, whose memory is not even touched."""
-    own = dict(empty.named_parameters())
+    own = empty.state_dict()  # shapes as files have them
     state: dict[str, Any] = {key: entry.read(key) for key, entry in plain.items()}
     for name in quantized:
         key = f"{name}.weight" if f"{name}.weight" in own else name.rpartition(".")[0]
@@ -188,6 +189,7 @@ def _with_plain_parameters(
     if unused := sorted(report["unexpected_keys"]):
         file = plain[unused[0]].file if unused[0] in plain else folder
         raise BitassayError(f"{file}: {unused[0]} belongs to nothing in the model", AGAIN)
+    as_linears(model)
     model.config.name_or_path = str(folder)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from bitassay.bench.roofline import matrix_peak, stream_bandwidth
 from bitassay.models.load import as_dtype
@@ -38,9 +38,10 @@ def estimate_assay(
     """Rows `step, work, memory_bytes, seconds`. The model is fetched where it is not here yet, but no weights
     are loaded."""
     plan = AssayPlan(model, tuple(find_recipe(recipe) for recipe in recipes), **options)
-    config = AutoConfig.from_pretrained(resolve(model, progress).folder)
-    with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config)
+    folder = resolve(model, progress).folder
+    config = AutoConfig.from_pretrained(folder)
+    check_causal(config, folder)
+    empty = empty_model(config)
     if controls:
         plan, _ = plan.with_controls(len(decoder_layers(empty)))
     for recipe in plan.recipes:

@@ -1,0 +1,178 @@
+"""Every causal architecture of the installed transformers, tiny: `tiny_architecture`.
+
+A configuration class names its sizes in one of a few ways (`hidden_size`, `n_embd`, `d_model`, ...). SIZES
+gives each of these names a small value, and a class takes those that it has, its parts (text, vision, audio)
+too; OWN has what a family needs beside them. So most architectures that transformers adds need no line here.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from bitassay.errors import BitassayError, nearest
+from bitassay.models.load import Identity
+from bitassay.models.source import Source, resolve
+
+LAYERS, HEADS = 2, 4
+_NAMES: dict[Any, str] = {  # of the fields that get each size
+    LAYERS: "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_blocks depth "
+    "num_decoder_layers num_encoder_layers num_key_value_heads num_kv_heads swa_num_key_value_heads "
+    "linear_num_key_heads num_query_groups num_experts_per_tok num_experts_per_token moe_topk moe_k "
+    "top_k_experts",
+    HEADS: "num_attention_heads n_head n_heads num_heads attention_heads decoder_attention_heads "
+    "encoder_attention_heads num_decoder_attention_heads num_encoder_attention_heads n_mamba_heads "
+    "swa_num_attention_heads linear_num_value_heads linear_num_heads index_n_heads indexer_n_heads "
+    "num_experts n_routed_experts num_local_experts moe_num_experts zero_expert_num mamba_n_heads "
+    "mamba_dt_rank time_step_rank",
+    64: "hidden_size n_embd d_model emb_dim embedding_dim embedding_size word_embed_proj_dim lru_width "
+    "attention_hidden_size backbone_hidden_size input_embedding_size output_embedding_size "
+    "pronunciation_embed_dim shape_embed_dim shape_vocab_size",
+    16: "head_dim swa_head_dim dim_head attention_head_size kv_channels linear_key_head_dim index_head_dim "
+    "linear_value_head_dim linear_head_dim indexer_head_dim d_head qk_nope_head_dim v_head_dim rotary_dim "
+    "attention_head_dim hidden_size_per_layer_input",
+    96: "intermediate_size n_inner ffn_dim decoder_ffn_dim encoder_ffn_dim ffn_hidden_size dff d_inner "
+    "dim_ff feed_forward_size dense_intermediate_size intermediate_size_mlp",
+    32: "moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size q_lora_rank "
+    "expert_ffn_hidden_size shared_experts_intermediate_size moe_shared_expert_intermediate_size "
+    "kv_lora_rank prefix_dense_intermediate_size o_lora_rank router_hidden_size chunk_size mamba_chunk_size "
+    "index_topk indexer_budget index_block_size mamba_d_head sliding_window window_size "
+    "attention_window_size sliding_window_size local_attention attention_chunk_size keep_window_size",
+    8: "mamba_d_state state_size ssm_state_size qk_rope_head_dim mamba_num_heads",
+    1: "n_group topk_group num_expert_group n_groups mamba_n_groups mamba_ngroups first_k_dense_replace "
+    "num_dense_layers moe_layer_start_index bos_token_id",
+    512: "max_position_embeddings n_positions n_ctx max_seq_len context_length max_target_positions "
+    "model_max_length vocab_size vocab_size_per_layer_input",
+}
+SIZES = {name: size for size, names in _NAMES.items() for name in names.split()}
+SIZES |= {"eos_token_id": 2, "pad_token_id": 0, "mamba_head_dim": 16}
+# Latent attention rotates a part of each head alone, and all heads have keys of their own.
+LATENT = {"head_dim": SIZES["qk_rope_head_dim"], "num_key_value_heads": HEADS}
+_LINEAR, _FULL, _SLIDING = "linear_attention", "full_attention", "sliding_attention"
+_TWO_KINDS = {"layer_types": [_LINEAR, _FULL]}
+_SHARED_BLOCKS = {  # one block for several layers, on the hidden state and the embedding side by side
+    "num_hidden_layers": 4,
+    "layers_block_type": [_LINEAR, "hybrid"] * 2,
+    "num_key_value_heads": HEADS,
+    "attention_hidden_size": 128,
+    "attention_head_dim": 32,
+}
+# What a family needs beside SIZES: mostly one layer of each of its kinds. By the configuration's model_type.
+OWN: dict[str, dict[str, Any]] = {
+    "bailing_hybrid": _TWO_KINDS,
+    "bamba": {"attn_layer_indices": [1]},
+    "cohere_compass_text": {"rope_parameters": {_FULL: {"rope_type": "default", "rope_theta": 10000.0}}},
+    "deepseek_v4": {"num_hidden_layers": 4},
+    "dots1": {"layer_types": [_SLIDING, _FULL], "n_shared_experts": 1},
+    "falcon_h1": {"mamba_d_ssm": 128},
+    "gemma3n_text": {
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "layer_types": [_SLIDING, _FULL] * 2,
+        "intermediate_size": [96] * 4,
+        "activation_sparsity_pattern": [0.0] * 4,
+    },
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": _TWO_KINDS,
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "kimi_linear": _TWO_KINDS,
+    "lfm2": {"layer_types": ["conv", _FULL]},
+    "lfm2_moe": {"layer_types": ["conv", _FULL]},
+    "lfm3": {"layer_types": ["conv", _FULL]},
+    "mamba2": {"num_heads": 8},
+    "qwen3_5_text": _TWO_KINDS,
+    "qwen3_5_moe_text": _TWO_KINDS,
+    "qwen3_next": _TWO_KINDS,
+    "qwen4_exp_text": {
+        "indexer_kv_heads": 1,
+        "indexer_compress_ratio": 4,
+        "layer_types": [_LINEAR, "indexed_attention"],
+    },
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
+    "reformer": {
+        "attn_layers": ["local", "lsh"],
+        "axial_pos_shape": [16, 32],
+        "axial_pos_embds_dim": [32, 32],
+    },
+    "xlstm": {"head_dim": 16, "qk_dim_factor": 1.0},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": _SHARED_BLOCKS,
+    "zamba2": _SHARED_BLOCKS,
+    "zaya": {"num_experts_per_tok": 1},
+}
+# What AutoModelForCausalLM lists beside them, and why it is not here.
+NOT_BUILT = {
+    "blt": "three models of bytes in one, with hash tables of half a million rows",
+    "dbrx": "transformers' own class does not build from its own default configuration",
+    "dots3_note": "its configuration fixes the sizes of single layers",
+    "gemma3n": "its vision tower needs the package timm; gemma3n_text is the language model",
+    "gemma4_assistant": "a head for drafts, which reads the cache of another model",
+    "gemma4_unified_assistant": "a head for drafts, which reads the cache of another model",
+    "musicgen": "a decoder of audio codes that is loaded from an encoder-decoder's configuration",
+    "musicgen_melody": "a decoder of audio codes that is loaded from an encoder-decoder's configuration",
+}
+
+
+def architectures() -> list[str]:
+    """The `model_type` of everything that AutoModelForCausalLM loads and that is built here."""
+    return sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - set(NOT_BUILT))
+
+
+def tiny_config(model_type: str, **changes: Any) -> PretrainedConfig:
+    """The configuration of a tiny model, a decoder where it could be either; `changes` override its fields.
+
+    Raises BitassayError for a `model_type` that transformers does not list.
+    """
+    if model_type not in CONFIG_MAPPING:
+        raise BitassayError(
+            f"unknown architecture {model_type!r}; the nearest are {nearest(model_type, architectures())}"
+        )
+    config = _tiny(CONFIG_MAPPING[model_type], changes)
+    if "is_decoder" in config.to_dict() and "is_decoder" not in changes:
+        config.is_decoder = True
+    return config
+
+
+def _tiny(kind: type[PretrainedConfig], changes: dict[str, Any]) -> PretrainedConfig:
+    large = kind()
+    fields = {*large.to_dict(), *kind.attribute_map}
+    own = {name: size for name, size in SIZES.items() if kind.attribute_map.get(name, name) in fields}
+    if "qk_rope_head_dim" in own:
+        own |= LATENT
+    own |= {n: _tiny(type(part), {}) for n, part in vars(large).items() if isinstance(part, PretrainedConfig)}
+    return kind(**(own | OWN.get(kind.model_type, {}) | changes))
+
+
+def tiny_architecture(model_type: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A randomly initialised causal model of `model_type` with hidden size 64 and two layers, or as many as
+    show all its kinds of layers; vectors such as gains and biases are random too.
+
+    It uses stories260k's tokenizer. `changes` override fields of the configuration.
+    """
+    config = tiny_config(model_type, **changes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        for parameter in model.parameters():
+            if parameter.ndim == 1:  # zeros and ones hide what is left out
+                parameter.data += 0.1 * torch.randn_like(parameter)
+    stories = resolve("stories260k")
+    model.tokenizer = AutoTokenizer.from_pretrained(stories.folder)
+    model.identity = Identity(Source(f"tiny-{model_type}", stories.folder, f"random weights, seed {seed}"))
+    return model.eval().requires_grad_(False)
+
+
+def save_tiny(model_type: str, folder: str | Path, seed: int = 0, **changes: Any) -> Path:
+    """Write `tiny_architecture` as a folder that transformers and `bitassay.load` read; returns it."""
+    model = tiny_architecture(model_type, seed, **changes)
+    model.save_pretrained(folder)
+    model.tokenizer.save_pretrained(folder)  # type: ignore[union-attr]
+    return Path(folder)
