@@ -25,8 +25,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from bitassay.data.corpora import bundled_file, in_data_folder, read_text
+from bitassay.data.corpora import bundled_file, in_data_folder
 from bitassay.errors import BitassayError, nearest
+from bitassay.record.files import read_text
 
 Row = dict[str, Any]
 
