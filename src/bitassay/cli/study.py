@@ -266,7 +266,7 @@ def _rules(given: str) -> dict[str, Any]:
         return {"rules": RULE_SETS[given]}
     if Path(given).suffix not in (".yaml", ".yml"):
         raise BitassayError(
-            f"no rules are called {given!r}; the nearest are {nearest(given, RULE_SETS)}",
+            f"no rules are called {given!r}; {suggestion(given, RULE_SETS)}",
             "or give a .yaml file that `bitassay calibrate MODEL --study exp1` wrote",
         )
     rules, bar = read_thresholds(Path(given))

@@ -18,7 +18,7 @@ from importlib.resources import files
 from itertools import islice
 from pathlib import Path
 
-from bitassay.errors import BitassayError, MissingError, nearest
+from bitassay.errors import BitassayError, MissingError, suggestion
 from bitassay.record.files import read_text
 
 
@@ -137,7 +137,7 @@ def corpus(name: str) -> Corpus:
         return _own_corpus(name, Path(own["path"]), own["digest"])
     if name not in CORPORA:
         raise BitassayError(
-            f"unknown corpus {name!r}; the nearest are {nearest(name, CORPORA)}",
+            f"unknown corpus {name!r}; {suggestion(name, CORPORA)}",
             "one of these, or a file of your own: PATH.txt, or PATH.jsonl with a field 'text'",
         )
     path, source = _locate(name)

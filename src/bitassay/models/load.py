@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from bitassay.errors import BitassayError, MissingError, nearest
+from bitassay.errors import BitassayError, MissingError, suggestion
 from bitassay.models.checkpoint import read_card
 from bitassay.models.source import Source, resolve
 from bitassay.record.hashing import digest_file, digest_json, digest_tensors
@@ -234,7 +234,7 @@ def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype not in DTYPES:
-        raise BitassayError(f"unknown dtype {dtype!r}; the nearest are {nearest(dtype, DTYPES)}")
+        raise BitassayError(f"unknown dtype {dtype!r}; {suggestion(dtype, DTYPES)}")
     return DTYPES[dtype]
 
 

@@ -22,7 +22,7 @@ from pydantic import TypeAdapter
 from transformers import PreTrainedModel
 
 from bitassay.bench.environment import environment
-from bitassay.errors import BitassayError, nearest
+from bitassay.errors import BitassayError, suggestion
 from bitassay.generate.decode import TokenIds
 from bitassay.generate.sampling import GREEDY, Sampler
 from bitassay.models.load import identity, load
@@ -272,7 +272,9 @@ def check_plan(plan: AttackPlan) -> None:
     for given, known, kind in ((plan.attacks, ATTACKS, "attack"), (plan.variants, VARIANTS, "numerics")):
         for name in given:
             if name not in known:
-                raise BitassayError(f"no {kind} is called {name!r}; the nearest are {nearest(name, known)}")
+                raise BitassayError(
+                    f"no {kind} is called {name!r}; {suggestion(name, known)}", f"any of {', '.join(known)}"
+                )
     if plan.tokens < 2 or plan.sequences < 2 * FOLDS:
         raise BitassayError("a study needs 2 tokens and 10 sequences at least", "--tokens 64 --sequences 100")
     for sampled in {ATTACKS[name].sampled for name in plan.attacks}:

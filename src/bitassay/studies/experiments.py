@@ -31,7 +31,7 @@ import numpy as np
 from scipy import stats
 
 from bitassay.bench.environment import environment
-from bitassay.errors import BitassayError, nearest
+from bitassay.errors import BitassayError, suggestion
 from bitassay.record.files import write_json
 from bitassay.record.progress import Progress, silent
 from bitassay.studies.parties import Party
@@ -113,9 +113,7 @@ def check_names(names: Sequence[str]) -> None:
     """Raises BitassayError for an unknown experiment."""
     for name in names:
         if name not in EXPERIMENTS:
-            raise BitassayError(
-                f"no experiment is called {name!r}; the nearest are {nearest(name, EXPERIMENTS)}"
-            )
+            raise BitassayError(f"no experiment is called {name!r}; {suggestion(name, EXPERIMENTS)}")
 
 
 def run_experiments(

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from bitassay.errors import BitassayError, nearest
+from bitassay.errors import BitassayError, suggestion
 from bitassay.models.load import load
 from bitassay.quantize.pipeline import quantize_once
 from bitassay.quantize.recipe import find_recipe, shipped_recipes
@@ -57,7 +57,7 @@ class Machine:
                 known = (*INSTRUCTIONS, *ATTENTIONS, "1thread", "2threads")
                 raise BitassayError(
                     f"{self.name!r} is no machine: no numerics are called {option!r}; "
-                    f"the nearest are {nearest(option, known)}"
+                    f"{suggestion(option, known)}"
                 )
 
     @property

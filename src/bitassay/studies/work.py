@@ -21,7 +21,7 @@ from subprocess import DEVNULL, PIPE, Popen
 from transformers import AutoTokenizer
 
 from bitassay.data.corpora import corpus
-from bitassay.errors import BitassayError, nearest
+from bitassay.errors import BitassayError, suggestion
 from bitassay.models.load import Identity
 from bitassay.models.source import resolve
 from bitassay.quantize.recipe import find_recipe
@@ -77,8 +77,7 @@ def check_plan(plan: Plan, precisions: Sequence[str] = ()) -> None:
     """Raises BitassayError for what plan and further precisions cannot mean, before anything is computed."""
     if plan.precision not in DTYPES:
         raise BitassayError(
-            f"{plan.precision!r} is no precision of the dense model; the nearest are "
-            f"{nearest(plan.precision, DTYPES)}"
+            f"{plan.precision!r} is no precision of the dense model; {suggestion(plan.precision, DTYPES)}"
         )
     for value, what in ((plan.tokens, "tokens"), (plan.trials, "trials"), (plan.verifiers, "verifiers")):
         if value < 1:
