@@ -258,7 +258,7 @@ def _lengths(plan: "Plan", tokens: int, prompt_tokens: int, trials: int) -> "Pla
 
 def _rules(given: str) -> dict[str, Any]:
     """Rules and bar by name or from a file."""
-    from bitassay.errors import BitassayError, nearest
+    from bitassay.errors import BitassayError, suggestion
     from bitassay.studies.thresholds import read_thresholds
     from bitassay.verify.verillm import RULE_SETS
 
