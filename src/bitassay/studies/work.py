@@ -82,10 +82,15 @@ class Plan:
     def tried(self, machines: Iterable[Machine], trial: Trial = try_machine) -> "Plan":
         """The plan, knowing which of these machines' numerics cannot be computed, as far as they are here."""
         here = [machine for machine in machines if self.is_here(machine)]
-        wanted = [one for machine in here for one in (machine, *machine.verifiers(self.verifiers))]
-        found = left_out(wanted, DTYPES[self.precision], trial)
-        known = {one.numerics for one in self.left_out}
-        return replace(self, left_out=(*self.left_out, *(one for one in found if one.numerics not in known)))
+        plan, seen = self, set[Machine]()
+        # What stands in for a verifier that cannot run has to be tried as well.
+        while todo := {m: None for one in here for m in (one, *plan.verifiers_on(one)) if m not in seen}:
+            seen |= todo.keys()
+            found = left_out(todo, DTYPES[self.precision], trial)
+            known = {one.numerics for one in plan.left_out}
+            more = [one for one in found if one.numerics not in known]
+            plan = replace(plan, left_out=(*plan.left_out, *more))
+        return plan
 
 
 def check_plan(plan: Plan, precisions: Sequence[str] = ()) -> None:
