@@ -62,7 +62,7 @@ class Recipe(Part):
     are."""
 
     name: str = Field(pattern=r"^[\w.+-]{1,64}$")
-    description: str = Field("", max_length=1000)
+    description: str = Field(default="", max_length=1000)
     weights: WeightScheme | None
     overrides: tuple[Override, ...] = ()
     calibration: Calibration | None = None
