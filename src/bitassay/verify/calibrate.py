@@ -15,7 +15,7 @@ import numpy as np
 from scipy import stats
 from transformers import PreTrainedModel
 
-from bitassay.errors import BitassayError, nearest
+from bitassay.errors import BitassayError, suggestion
 from bitassay.generate.decode import TokenIds
 from bitassay.generate.prompts import encode_prompt
 from bitassay.generate.sampling import GREEDY, Sampler
@@ -216,7 +216,8 @@ def chosen_attacks(names: Sequence[str], sampler: Sampler, runs: int) -> list[At
     for name in names:
         if name not in TRACE_ATTACKS:
             raise BitassayError(
-                f"--suspects {name}: no such attack; the nearest are {nearest(name, TRACE_ATTACKS)}"
+                f"--suspects {name}: no such attack; {suggestion(name, TRACE_ATTACKS)}",
+                f"any of {', '.join(name for name, one in TRACE_ATTACKS.items() if not one.structural)}",
             )
         if TRACE_ATTACKS[name].structural:
             raise BitassayError(
