@@ -28,10 +28,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from bitassay.bench.environment import environment
 from bitassay.errors import BitassayError, MissingError, suggestion
+from bitassay.evaluate.statistics import logit_interval, mean_of
 from bitassay.record.files import write_json
 from bitassay.record.progress import Progress, silent
 from bitassay.studies.parties import Machine, Party
@@ -293,7 +293,7 @@ def summary(
     distances = [[v["relative_distance"] for v in trial["verifiers"]] for trial in trials]
     aggregate = {
         "avg_accept_rate": float(np.mean(rates)),
-        "accept_rate_ci": mean_interval(rates),
+        "accept_rate_ci": logit_interval(mean_of(rates)),
         "avg_overhead_percentage": float(np.mean([trial["overhead_percentage"] for trial in trials])),
         "pass_rate": float(np.mean([trial["passed"] for trial in trials])),
         "pass_rate_ci": list(share(sum(trial["passed"] for trial in trials), len(trials))[1:]),
@@ -336,14 +336,6 @@ def summary(
         },
         "environment": environment(),
     }
-
-
-def mean_interval(values: Sequence[float], level: float = 0.95) -> list[float] | None:
-    """Student's t interval of the mean of shares, within [0, 1]; None for fewer than two values."""
-    if len(values) < 2:
-        return None
-    half = stats.t.ppf((1 + level) / 2, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
-    return [max(float(np.mean(values) - half), 0.0), min(float(np.mean(values) + half), 1.0)]
 
 
 def hardware(one: Direction) -> str:
