@@ -23,6 +23,8 @@ from bitassay.models.head import last_positions
 from bitassay.quantize.kv_cache import empty_cache
 from bitassay.record.progress import Progress, silent
 
+DECODE_TOKENS = 12
+
 
 @dataclass(frozen=True)
 class Times:
@@ -54,7 +56,7 @@ def throughput(
     models: Mapping[str, Callable[[], PreTrainedModel]],
     prompt: Int[Tensor, " tokens"],
     *,
-    decode_tokens: int = 12,
+    decode_tokens: int = DECODE_TOKENS,
     repeats: int = 3,
     progress: Progress = silent,
 ) -> dict[str, Throughput]:

@@ -31,7 +31,7 @@ def greedy_texts(
 ) -> list[str]:
     """Continue each prompt (token ids, none empty) until a stop string, the end of text, or `max_new_tokens`.
     `done` hears how many are finished. In the order given, without the stop string."""
-    budget = batch_tokens or default_batch_tokens(model)
+    budget = default_batch_tokens(model) if batch_tokens is None else batch_tokens
     order = sorted(range(len(prompts)), key=lambda index: tuple(prompts[index]))
     found: dict[int, str] = {}
     for start, stop, shared in common_prefixes([tuple(prompts[index])[:-1] for index in order]):

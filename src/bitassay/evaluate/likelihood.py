@@ -83,7 +83,7 @@ def continuation_scores(
         sequence = sequences.setdefault(tokens, _Sequence(tokens))
         sequence.scored = max(sequence.scored, len(continuation))
         sequence.asked.append((index, continuation))
-    budget = batch_tokens or default_batch_tokens(model)
+    budget = default_batch_tokens(model) if batch_tokens is None else batch_tokens
     found: dict[int, Score] = {}
     for leaves in _leaf_logits(model, list(sequences.values()), budget):
         found |= _scores(leaves)
