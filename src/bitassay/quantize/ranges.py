@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError, nearest
-from bitassay.models.head import last_positions
+from bitassay.models.head import last_logits
 from bitassay.models.walk import walk
 from bitassay.quantize.activations import (
     Activations,
@@ -76,7 +76,7 @@ def collect_ranges(
     try:
         for done, batch in enumerate(batches):
             progress("reading calibration text", done, len(batches))
-            model(batch.to(model.device), use_cache=False, logits_to_keep=last_positions(1, model.device))
+            model(batch.to(model.device), use_cache=False, **last_logits(model, 1))
     finally:
         for handle in handles:
             handle.remove()
