@@ -8,7 +8,7 @@ call goes on after the last one.
 """
 
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from bitassay.errors import BitassayError
+from bitassay.models.hooks import hooked
 from bitassay.models.walk import decoder_layers
 
 BATCH_SAMPLES = 8
@@ -197,12 +198,13 @@ class _Forward:
         def after(_layer: nn.Module, _given: Any, output: Any) -> None:
             self.last = hidden_of(output, self.hidden)
 
-        with ExitStack() as hooks:
-            for layer in decoder_layers(model):
-                hooks.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
-                hooks.callback(layer.register_forward_hook(after).remove)
-            with suppress(_Stop):
-                model.get_decoder()(input_ids=tokens, use_cache=False)
+        layers = decoder_layers(model)
+        with (
+            hooked(layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers),
+            hooked(layer.register_forward_hook(after) for layer in layers),
+            suppress(_Stop),
+        ):
+            model.get_decoder()(input_ids=tokens, use_cache=False)
         self.written = {place for place, (value, size) in seen.items() if len(value) != size}
 
 
@@ -280,7 +282,7 @@ def input_groups(
 
         return note
 
-    with _pre_hooks({module: reads(name) for name, module in linears.items()}):
+    with hooked(module.register_forward_pre_hook(reads(name)) for name, module in linears.items()):
         arguments.call(layer, hidden[:1], slice(0, 1))
     return [tuple(names) for names in groups.values()]
 
@@ -324,13 +326,5 @@ def quantize_in_passing(
 
         return quantize
 
-    with _pre_hooks({linears[names[0]]: arrive(names) for names in groups}):
+    with hooked(linears[names[0]].register_forward_pre_hook(arrive(names)) for names in groups):
         return arguments.call(layer, hidden)
-
-
-@contextmanager
-def _pre_hooks(hooks: Mapping[nn.Module, Any]):
-    with ExitStack() as stack:
-        for module, hook in hooks.items():
-            stack.callback(module.register_forward_pre_hook(hook).remove)
-        yield
