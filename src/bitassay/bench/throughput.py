@@ -18,10 +18,12 @@ from transformers import PreTrainedModel
 from bitassay.bench.roofline import wait_for
 from bitassay.bench.rounds import spread
 from bitassay.errors import BitassayError
-from bitassay.models.cache import behind, stored_bytes, takes, takes_cache
-from bitassay.models.head import last_positions
+from bitassay.models.cache import behind, stored_bytes, takes_cache
+from bitassay.models.head import last_logits
 from bitassay.quantize.kv_cache import empty_cache
 from bitassay.record.progress import Progress, silent
+
+DECODE_TOKENS = 12
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def throughput(
     models: Mapping[str, Callable[[], PreTrainedModel]],
     prompt: Int[Tensor, " tokens"],
     *,
-    decode_tokens: int = 12,
+    decode_tokens: int = DECODE_TOKENS,
     repeats: int = 3,
     progress: Progress = silent,
 ) -> dict[str, Throughput]:
@@ -79,13 +81,11 @@ def time_once(model: PreTrainedModel, prompts: Int[Tensor, "batch tokens"], deco
             "a model with attention, or one of Mamba",
         )
     cache, begun = empty_cache(model), 0
-    tokens, keep = prompts.to(model.device), dict[str, Tensor]()
-    if takes(model, "logits_to_keep"):
-        keep["logits_to_keep"] = last_positions(1, model.device)
+    tokens, head = prompts.to(model.device), last_logits(model, 1)
 
     def step() -> Tensor:
         nonlocal begun
-        output = model(input_ids=tokens, **behind(model, cache, begun, tokens), **keep)
+        output = model(input_ids=tokens, **behind(model, cache, begun, tokens), **head)
         begun += tokens.shape[1]
         return output.logits[:, -1:].argmax(-1)
 

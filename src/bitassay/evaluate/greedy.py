@@ -13,8 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, RepetitionPen
 
 from bitassay.evaluate.likelihood import Prefix, common_prefixes, may_share
 from bitassay.generate.decode import TokenIds, default_batch_tokens, end_tokens, token_batches
-from bitassay.models.cache import behind, reads_on, select_rows, takes, takes_cache
-from bitassay.models.head import last_positions
+from bitassay.models.cache import behind, reads_on, select_rows, takes_cache
+from bitassay.models.head import last_logits
 from bitassay.models.positions import frequencies
 from bitassay.quantize.kv_cache import empty_cache
 
@@ -31,7 +31,7 @@ def greedy_texts(
 ) -> list[str]:
     """Continue each prompt (token ids, none empty) until a stop string, the end of text, or `max_new_tokens`.
     `done` hears how many are finished. In the order given, without the stop string."""
-    budget = batch_tokens or default_batch_tokens(model)
+    budget = default_batch_tokens(model) if batch_tokens is None else batch_tokens
     order = sorted(range(len(prompts)), key=lambda index: tuple(prompts[index]))
     found: dict[int, str] = {}
     for start, stop, shared in common_prefixes([tuple(prompts[index])[:-1] for index in order]):
@@ -79,14 +79,14 @@ def _continue(
     going = list(range(len(prompts)))
     length, caches = len(prompts[0]), takes_cache(model)
     read_at = frequencies(model, length)
-    keep = {"logits_to_keep": last_positions(1, model.device)} if takes(model, "logits_to_keep") else {}
+    head = last_logits(model, 1)
     for step in range(length, length + max_new_tokens):
         if not caches or frequencies(model, step) != read_at:  # what is cached is not what it would be now
             begun, cache, read_at = 0, empty_cache(model), frequencies(model, step)
         unread = [[*prompts[row], *outputs[row]][begun:] for row in going]
         tokens = torch.tensor(unread, device=model.device)
         held = behind(model, cache, begun, tokens) if caches else {"use_cache": False}
-        forward = model(input_ids=tokens, **held, **keep)
+        forward = model(input_ids=tokens, **held, **head)
         logits, begun = forward.logits[:, -1].float(), step
         if process is not None:
             seen = [[*prompts[row], *outputs[row]] for row in going]

@@ -37,6 +37,7 @@ from transformers import DynamicCache, PreTrainedModel
 from bitassay.evaluate.tries import Trie, attends_by_mask, rows_of
 from bitassay.generate.decode import TokenIds, default_batch_tokens, token_batches
 from bitassay.models.cache import behind, copy_rows, reads_on
+from bitassay.models.hooks import hooked
 from bitassay.models.positions import frequencies
 from bitassay.quantize.kv_cache import empty_cache
 
@@ -83,7 +84,7 @@ def continuation_scores(
         sequence = sequences.setdefault(tokens, _Sequence(tokens))
         sequence.scored = max(sequence.scored, len(continuation))
         sequence.asked.append((index, continuation))
-    budget = batch_tokens or default_batch_tokens(model)
+    budget = default_batch_tokens(model) if batch_tokens is None else batch_tokens
     found: dict[int, Score] = {}
     for leaves in _leaf_logits(model, list(sequences.values()), budget):
         found |= _scores(leaves)
@@ -266,11 +267,9 @@ def logits_at(
         hidden, *rest = arguments
         return (hidden[wanted][None], *rest)
 
-    hook = cast(torch.nn.Module, model.get_output_embeddings()).register_forward_pre_hook(keep)
-    try:
+    head = cast(torch.nn.Module, model.get_output_embeddings())
+    with hooked([head.register_forward_pre_hook(keep)]):
         return model(input_ids=tokens, **options).logits[0]
-    finally:
-        hook.remove()
 
 
 def right_pad(rows: Sequence[TokenIds], device: torch.device) -> Int[Tensor, "batch tokens"]:

@@ -50,7 +50,7 @@ def read_rows(
     model: PreTrainedModel, prompts: Sequence[tuple[int, ...]], batch_tokens: int | None = None
 ) -> list[Rows]:
     """Read different prompts, none empty: first what they share, then their rests in batches."""
-    budget, found = batch_tokens or default_batch_tokens(model), []
+    budget, found = default_batch_tokens(model) if batch_tokens is None else batch_tokens, []
     ordered = sorted(prompts)
     for start, stop, shared in common_prefixes([prompt[:-1] for prompt in ordered]):
         trunk = Prefix.read(model, ordered[start][:shared])

@@ -22,8 +22,8 @@ from bitassay.errors import BitassayError
 from bitassay.generate.cache import RoundedCache
 from bitassay.generate.sampling import GREEDY, Draw, Sampler
 from bitassay.generate.taps import joined_states, record_states
-from bitassay.models.cache import behind, keeps_positions, takes, takes_cache
-from bitassay.models.head import last_positions
+from bitassay.models.cache import behind, keeps_positions, takes_cache
+from bitassay.models.head import last_logits
 from bitassay.models.positions import context_length, frequencies
 from bitassay.quantize.kv_cache import empty_cache
 
@@ -116,7 +116,7 @@ class _Steps:
         self.tokens, self.mask = left_pad(prompts, model.device)
         self.read_at = frequencies(model, self.length)
         self.caches, self.padded = takes_cache(model), keeps_positions(model)
-        self.keeps_head = takes(model, "logits_to_keep")
+        self.head = last_logits(model, 1)
         self.cache = self._empty() if self.caches else None
         if cache_bits is not None and not self.caches:
             raise BitassayError(
@@ -145,9 +145,7 @@ class _Steps:
         if self.padded:
             positions = (self.mask.cumsum(1) - 1).clamp(min=0)
             options |= {"attention_mask": self.mask, "position_ids": positions[:, -new:]}
-        if self.keeps_head:
-            options["logits_to_keep"] = last_positions(1, self.model.device)
-        return self.model(input_ids=tokens, **options).logits[:, -1]
+        return self.model(input_ids=tokens, **options, **self.head).logits[:, -1]
 
     def _empty(self) -> DynamicCache:
         bits, model = self.cache_bits, self.model
@@ -200,8 +198,7 @@ def _read(
     options: dict[str, Any] = {}
     if keeps_positions(model):
         options |= {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
-    if takes(model, "logits_to_keep"):
-        options["logits_to_keep"] = last_positions(max(wanted), model.device)
+    options |= last_logits(model, max(wanted))
     with record_states(model, layers) as recorded:
         logits = model(input_ids=tokens, use_cache=False, **options).logits
     states, longest = joined_states(recorded), tokens.shape[1]

@@ -22,15 +22,25 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
 )
 
+from bitassay.models.positions import padded_positions
+
 # Exactly these: what a model derives from them keeps more than keys and values.
 BY_POSITION = (DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer, DummyLayer)
 TRIED, TRIED_BEHIND = 8, 40  # tokens that `reads_on` tries behind so many others
 _reads_on: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_takes_positions: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def takes(model: nn.Module, *names: str) -> bool:
     """Whether a model's forward has arguments of these names."""
     return set(names) <= inspect.signature(model.forward).parameters.keys()
+
+
+def takes_positions(model: nn.Module) -> bool:
+    """Whether a model can be told positions that are counted from 0."""
+    if model not in _takes_positions:
+        _takes_positions[model] = takes(model, "position_ids") and padded_positions(model) is None
+    return _takes_positions[model]
 
 
 def takes_cache(model: PreTrainedModel) -> bool:
@@ -47,7 +57,7 @@ def behind(model: nn.Module, cache: DynamicCache, begun: int, tokens: torch.Tens
     """The options of a forward that reads `tokens` behind the `begun` of each row that are in the cache.
     Positions are said where they can be: not every model counts what its cache holds."""
     options: dict[str, Any] = {"use_cache": True, str(_argument(model)): cache}
-    if takes(model, "position_ids"):
+    if takes_positions(model):
         positions = torch.arange(begun, begun + tokens.shape[1], device=tokens.device)
         options["position_ids"] = positions.expand(tokens.shape)
     return options
@@ -55,7 +65,9 @@ def behind(model: nn.Module, cache: DynamicCache, begun: int, tokens: torch.Tens
 
 def keeps_positions(model: PreTrainedModel) -> bool:
     """Whether all that a model keeps has a place for each position, so that padding does no harm."""
-    if not (takes_cache(model) and takes(model, "past_key_values", "attention_mask", "position_ids")):
+    if not (
+        takes_cache(model) and takes(model, "past_key_values", "attention_mask") and takes_positions(model)
+    ):
         return False
     return _by_position(DynamicCache(config=model.config))
 

@@ -50,11 +50,21 @@ def _schemes(config: PretrainedConfig) -> list[dict[str, Any]]:
 
 def context_length(model: PreTrainedModel) -> int | None:
     """The positions that the model was made for; None where its configuration does not say."""
-    for name, table in model.named_modules():
-        # RoBERTa and its like count positions from behind the padding token's.
-        if name.endswith("position_embeddings") and getattr(table, "padding_idx", None) is not None:
-            return table.num_embeddings - table.padding_idx - 1
-    return positions_of(model.config)
+    table = padded_positions(model)
+    return (
+        positions_of(model.config)
+        if table is None
+        else table.num_embeddings - 1 - int(table.padding_idx or 0)
+    )
+
+
+def padded_positions(model: nn.Module) -> nn.Embedding | None:
+    """The table of learned positions that are counted from behind the padding token's id, as RoBERTa and its
+    like have it."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            return module if module.padding_idx is not None else None
+    return None
 
 
 def positions_of(config: PretrainedConfig) -> int | None:

@@ -190,13 +190,13 @@ def round_cache(model: PreTrainedModel, spec: KvCache) -> None:
 
     Raises BitassayError for decoder layers without attention of the usual kind.
     """
-    for index, layer in enumerate(decoder_layers(model)):
-        attention = getattr(layer, "self_attn", None)
-        if attention is None:
-            raise BitassayError(
-                f"{type(model).__name__}: layer {index} has no self_attn, so its cache cannot be rounded",
-                "leave kv_cache out of the recipe",
-            )
+    attentions = [getattr(layer, "self_attn", None) for layer in decoder_layers(model)]
+    if None in attentions:
+        raise BitassayError(
+            f"{type(model).__name__}: layer {attentions.index(None)} has no self_attn to round the cache of",
+            "leave kv_cache out of the recipe",
+        )
+    for attention in attentions:
         attention.register_forward_pre_hook(_RoundedEntry(spec), with_kwargs=True)
     object.__setattr__(model, "kv_cache", spec)  # nn.Module's own is for tensors and modules
 

@@ -33,6 +33,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError
+from bitassay.models.hooks import forwarded
 from bitassay.models.walk import decoder_layers
 from bitassay.quantize.latent import LatentWeight
 from bitassay.quantize.layerwise import BATCH_SAMPLES
@@ -190,14 +191,11 @@ def tune(
 @contextmanager
 def layers_computed_again(model: PreTrainedModel) -> Iterator[None]:
     """While this lasts, a decoder layer keeps its inputs alone for the way back."""
-    layers = decoder_layers(model)
-    try:
-        for layer in layers:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)  # type: ignore[arg-type]
+    with forwarded(
+        (layer, partial(checkpoint, layer.forward, use_reentrant=False))  # type: ignore[arg-type]
+        for layer in decoder_layers(model)
+    ):
         yield
-    finally:
-        for layer in layers:
-            layer.__dict__.pop("forward", None)  # the class has its own
 
 
 def _keep(

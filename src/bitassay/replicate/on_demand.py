@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError
+from bitassay.models.hooks import hooked
 from bitassay.models.positions import frequencies
 from bitassay.models.walk import walk
 from bitassay.quantize.activations import InputRounding, rounded_inputs
@@ -199,16 +200,9 @@ def gated(model: PreTrainedModel, reader: Reader, threshold: float) -> Iterator[
         unsure = entropy(output.logits[:, -1]) > threshold
         reader.depth = torch.where(unsure, reader.planes, 1)[:, None]
 
-    handles = [
-        model.register_forward_pre_hook(before, with_kwargs=True),
-        model.register_forward_hook(after),
-    ]
-    try:
-        with reader.reading(reader.planes):
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    entering = model.register_forward_pre_hook(before, with_kwargs=True)
+    with hooked([entering, model.register_forward_hook(after)]), reader.reading(reader.planes):
+        yield
 
 
 @torch.inference_mode()

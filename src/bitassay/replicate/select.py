@@ -7,13 +7,13 @@ massive    the largest magnitude that the layer adds to any state: layers that p
 """
 
 from collections.abc import Mapping
-from contextlib import ExitStack
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from bitassay.models.hooks import hooked
 from bitassay.models.walk import decoder_layers, matrices
 from bitassay.quantize.scheme import WeightScheme
 from bitassay.quantize.sensitivity import divergences, places
@@ -91,9 +91,8 @@ def largest_additions(model: PreTrainedModel, tokens: Int[Tensor, "samples token
 
         return note
 
-    with ExitStack() as stack:
-        for index, layer in enumerate(decoder_layers(model)):
-            stack.callback(layer.register_forward_hook(watch(index)).remove)
+    layers = enumerate(decoder_layers(model))
+    with hooked(layer.register_forward_hook(watch(index)) for index, layer in layers):
         for sample in tokens:
             model.get_decoder()(input_ids=sample[None].to(model.device), use_cache=False)
     return scores
