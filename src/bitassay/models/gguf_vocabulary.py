@@ -24,29 +24,36 @@ from bitassay.models.gguf_splitting import SPLITTINGS, Splitting
 GGML = "tokenizer.ggml."
 PREPEND_KEY, NORMALIZER_KEY = "bitassay.tokenizer.prepend_scheme", "bitassay.tokenizer.normalizer"
 SPACE = "\u2581"
-# Ids that hold where the file gives none, by kind: llama.cpp's.
+# Ids that hold where the file gives none, by kind: llama.cpp's, but for its 11 of byte-level tokenizers,
+# which is a token like any other in most of them.
 DEFAULT_IDS = {
-    "gpt2": {"bos": 11, "eos": 11},
+    "gpt2": {},
     "llama": {"bos": 1, "eos": 2, "unknown": 0},
     "gemma4": {},
 }
 # Tokens that are special whatever type the file gives them, as llama.cpp finds them by their text.
-SPECIAL_BY_NAME = frozenset(
-    "<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> </s> "
-    "<|eom_id|> <EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos> <turn|> <|tool_response> "
-    "<\uff5cend\u2581of\u2581sentence\uff5c> [e~[ <|fim_prefix|> <fim-prefix> <fim_prefix> <PRE> "
-    "<\uff5cfim\u2581begin\uff5c> \u2581<PRE> <|code_prefix|> <|prefix|> <|fim_suffix|> <fim-suffix> "
-    "<fim_suffix> <\uff5cfim\u2581hole\uff5c> <SUF> \u2581<SUF> <|fim_middle|> <fim-middle> <fim_middle> <MID>".split()
-)
+_SPECIAL_NAMES = """
+    <|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> </s>
+    <|eom_id|> <EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos> <turn|> <|tool_response>
+    <\uff5cend\u2581of\u2581sentence\uff5c> [e~[ <|fim_prefix|> <fim-prefix> <fim_prefix> <PRE>
+    <\uff5cfim\u2581begin\uff5c> \u2581<PRE> <|code_prefix|> <|prefix|> <|fim_suffix|> <fim-suffix>
+    <fim_suffix> <\uff5cfim\u2581hole\uff5c> <SUF> \u2581<SUF> <|code_suffix|> <|suffix|> <|fim_middle|>
+    <fim-middle> <fim_middle> <\uff5cfim\u2581end\uff5c> <MID> \u2581<MID> <|code_middle|> <|middle|>
+    <|fim_pad|> <fim-pad> <fim_pad> <PAD> [PAD] <|fim_repo|> <|repo_name|> <fim-repo> <REPO> <reponame>
+    <|file_sep|>
+"""
+SPECIAL_BY_NAME = frozenset(_SPECIAL_NAMES.split())
 _SPECIAL_IDS = (
     "bos eos eot eom unknown padding seperator separator mask cls fim_pre fim_suf fim_mid fim_pad fim_rep "
     "fim_sep prefix suffix middle"
 )
+_OTHERS = (
+    "model pre tokens token_type token_type_count scores merges add_bos_token add_eos_token add_sep_token "
+    "add_space_prefix remove_extra_whitespaces"
+)
 KNOWN = {
     *(f"{GGML}{name}_token_id" for name in _SPECIAL_IDS.split()),
-    *(f"{GGML}{name}" for name in "model pre tokens token_type token_type_count scores merges".split()),
-    *(f"{GGML}{name}" for name in "add_bos_token add_eos_token add_sep_token add_space_prefix".split()),
-    f"{GGML}remove_extra_whitespaces",
+    *(f"{GGML}{name}" for name in _OTHERS.split()),
     "tokenizer.chat_templates",
     "tokenizer.huggingface.json",
 }
@@ -65,7 +72,8 @@ def read_tokenizer(fields: Mapping[str, Any]) -> PreTrainedTokenizerFast:
     kind = str(fields.get(f"{GGML}model"))
     if kind not in DEFAULT_IDS:
         raise BitassayError(
-            f"tokenizer.ggml.model = {kind}: tokenizers of this kind are not read, only {', '.join(DEFAULT_IDS)}"
+            f"tokenizer.ggml.model = {kind}: tokenizers of this kind are not read, "
+            f"only {', '.join(DEFAULT_IDS)}"
         )
     _check_keys(fields)
     tokens = [token or f"[EMPTY_{index}]" for index, token in enumerate(fields[f"{GGML}tokens"])]
@@ -83,8 +91,13 @@ def read_tokenizer(fields: Mapping[str, Any]) -> PreTrainedTokenizerFast:
         tokenizer = _bpe(fields, vocabulary, splitting)
         add_bos = splitting.add_bos
     _add_special(tokenizer, fields, tokens)
-    first = ids.get("bos") if fields.get(f"{GGML}add_bos_token", add_bos) else None
-    last = ids.get("eos") if fields.get(f"{GGML}add_eos_token", False) else None
+    ends = {
+        "bos": fields.get(f"{GGML}add_bos_token", add_bos),
+        "eos": fields.get(f"{GGML}add_eos_token", False),
+    }
+    if nameless := [name for name, add in ends.items() if add and name not in ids]:
+        raise BitassayError(f"{GGML}{nameless[0]}_token_id: missing, but every text gets this token")
+    first, last = (ids[name] if add else None for name, add in ends.items())
     _surround(tokenizer, tokens, first, last)
     named = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad", "mask": "mask", "cls": "cls"}
     named |= {"seperator": "sep", "separator": "sep"}
