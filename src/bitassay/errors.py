@@ -26,6 +26,10 @@ class MissingError(BitassayError):
     exit_status = 3
 
 
+class BitassayWarning(UserWarning):
+    """Something that the user should know of and that changes no result. The command line prints it."""
+
+
 def nearest(value: str, choices: Iterable[str]) -> str:
     """The choices closest to `value`, quoted and joined for an error message; all of them where none is
     close."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from bitassay.cli.output import Format, emit
-from bitassay.cli.parameters import Names
+from bitassay.cli.parameters import AS_IT_IS, Loading, Names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,7 +33,7 @@ def eval(
     controls: bool = True,
     dtype: str = "float32",
     seed: int = 0,
-    trust_remote_code: Annotated[bool, Parameter(negative=())] = False,
+    loading: Loading = AS_IT_IS,
     format: Format = "table",
 ) -> int:
     """Perplexity of MODEL; with --recipe or --against also divergence, with paired intervals.
@@ -61,7 +61,6 @@ def eval(
         controls: Add the controls of recipes with replication.
         dtype: Arithmetic of both models.
         seed: Of the bootstrap of perplexities.
-        trust_remote_code: Run code that comes with the model.
         format: What to print on stdout.
     """
     from bitassay.bench.environment import environment
@@ -85,10 +84,8 @@ def eval(
         )
     protocols = [_protocol(text, window, windows) for text in protocol or ["wikitext2-raw"]]
     with show_progress() as progress:
-        names = [name for name in (model, against) if name is not None]
-        loaded, *other = [
-            load(name, dtype=dtype, progress=progress, trust_remote_code=trust_remote_code) for name in names
-        ]
+        names = [name for name in (loading.of(model), against) if name is not None]
+        loaded, *other = [load(name, dtype=dtype, progress=progress, **loading.options) for name in names]
         if tasks is not None:
             candidates = _candidates(names, [loaded, *other], recipe or [], controls, progress)
             return _tasks(candidates, tasks, limit, shots, out, format, progress)

@@ -7,6 +7,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from bitassay.cli.output import Format, emit
+from bitassay.cli.parameters import AS_IT_IS, Loading
 
 
 def generate(
@@ -21,7 +22,7 @@ def generate(
     dtype: str = "float32",
     seed: int = 0,
     out: Path | None = None,
-    trust_remote_code: Annotated[bool, Parameter(negative=())] = False,
+    loading: Loading = AS_IT_IS,
     format: Format = "table",
 ) -> int:
     """Let MODEL and quantized models continue the same prompts greedily, and compare the texts: length of the
@@ -41,7 +42,6 @@ def generate(
         dtype: Arithmetic of all models.
         seed: Of the bootstrap.
         out: Run folder (default: runs/generation-MODEL-ID).
-        trust_remote_code: Run code that comes with the model.
         format: What to print on stdout; json has the texts too.
     """
     from bitassay.cli.progress import show_progress
@@ -55,7 +55,7 @@ def generate(
 
     with show_progress() as progress:
         run, folder = generation(
-            model,
+            loading.of(model),
             recipe or [],
             candidates=tuple(candidate or ()),
             prompts=prompts,
@@ -66,7 +66,7 @@ def generate(
             seed=seed,
             out=out,
             progress=progress,
-            trust_remote_code=trust_remote_code,
+            **loading.options,
         )
     write_generation_report(run, folder / "report.html")
     write_rating_sheet(run, folder / "ratings.csv")

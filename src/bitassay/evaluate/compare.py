@@ -19,6 +19,7 @@ from bitassay.data.windows import Protocol, token_windows
 from bitassay.errors import BitassayError
 from bitassay.evaluate.divergence import TokenScores, token_scores, window_logits
 from bitassay.evaluate.statistics import bootstrap_means, percentile_interval
+from bitassay.models.config import text_config
 from bitassay.models.load import tokenizer
 from bitassay.quantize.recipe import BASE
 from bitassay.record.progress import Progress, silent
@@ -132,11 +133,11 @@ def score_windows(
 ) -> Iterator[tuple[int, dict[str, TokenScores]]]:
     """Yield, window by window, the scores of the base (under BASE) and of every candidate; `skip` holds
     windows that are done."""
+    size = text_config(base).vocab_size
     for name, candidate in candidates.items():
-        if candidate.config.vocab_size != base.config.vocab_size:
+        if (other := text_config(candidate).vocab_size) != size:
             raise BitassayError(
-                f"{name} has a vocabulary of {candidate.config.vocab_size}, "
-                f"the base model of {base.config.vocab_size}",
+                f"{name} has a vocabulary of {other}, the base model of {size}",
                 "compare a model with one that uses the same tokenizer",
             )
     for index, window in enumerate(windows):

@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 from bitassay.errors import BitassayError
 from bitassay.evaluate.greedy import greedy_texts
 from bitassay.evaluate.likelihood import continuation_scores
+from bitassay.models.config import text_config
 from bitassay.models.load import load
 from bitassay.models.load import tokenizer as tokenizer_of
 from bitassay.quantize.pipeline import quantize_once
@@ -85,7 +86,7 @@ class BitassayLM(TemplateLM):
             raise BitassayError(f"batch_tokens={batch_tokens}", "leave it out, or give 1 or more")
         self.model, self.tokenizer = model, tokenizer_of(model)
         self.batch_tokens, self.progress = batch_tokens, progress
-        self.max_length = max_length or resolve_max_length(model.config, self.tokenizer)
+        self.max_length = max_length or resolve_max_length(text_config(model), self.tokenizer)
         self.max_gen_toks = DEFAULT_NEW_TOKENS
         self._device = model.device
         self._encode = lru_cache(maxsize=REMEMBERED_TEXTS)(self._encode_once)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from bitassay.data.corpora import is_pinned, pinned
 from bitassay.data.windows import Protocol, TooShortError, token_windows
 from bitassay.errors import BitassayError
+from bitassay.models.config import text_config
 from bitassay.models.load import tokenizer
 from bitassay.quantize.scheme import Part
 
@@ -43,7 +44,7 @@ class Calibration(Part):
 def calibration_tokens(model: PreTrainedModel, spec: Calibration) -> Int[Tensor, "samples tokens"]:
     """The windows as the model's token ids. Raises BitassayError where the corpus is unknown or too short, or
     a window longer than what the model reads."""
-    places = getattr(model.config, "max_position_embeddings", None)
+    places = getattr(text_config(model), "max_position_embeddings", None)
     if places is not None and spec.tokens > places:
         raise BitassayError(
             f"calibration: samples of {spec.tokens} tokens, and the model reads {places}", f"tokens: {places}"

@@ -89,7 +89,7 @@ def optimise_thresholds(
         "alpha": alpha,
         "percentile": percentile,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "environment": environment(),
+        "environment": environment(plan.machines[0].device),
         "rows": rows,
     }
 

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer
 
 from bitassay.data.corpora import corpus
 from bitassay.errors import BitassayError, nearest
-from bitassay.models.load import Identity
+from bitassay.models.load import AUTO, Identity
 from bitassay.models.source import resolve
 from bitassay.quantize.recipe import find_recipe
 from bitassay.record.hashing import digest_file, digest_json
@@ -63,6 +63,7 @@ class Plan:
     gpus: tuple[int, ...] = ()
     batch: int = 1
     trust_remote_code: bool = False
+    attention: str = AUTO
 
     def party(self, side: str, machine: Machine) -> Party:
         """The party of a side: "full", "quantized", or a precision."""
@@ -148,6 +149,8 @@ class Work:
         described = {
             "schema": SCHEMA,
             "weights_digest": Identity(source).weights_digest,
+            "config_digest": Identity(source, own_code=plan.trust_remote_code).config_digest,
+            "attention": plan.attention,
             "tokens": plan.tokens,
             "prompt_tokens": plan.prompt_tokens,
             "corpus": CORPUS,
@@ -263,6 +266,7 @@ class Work:
             tuple(items),
             plan.batch,
             trust_remote_code=plan.trust_remote_code,
+            attention=plan.attention,
         )
         if self._stopped:
             return
