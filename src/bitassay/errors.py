@@ -26,6 +26,10 @@ class MissingError(BitassayError):
     exit_status = 3
 
 
+class BitassayWarning(UserWarning):
+    """Something that the user should know of and that changes no result. The command line prints it."""
+
+
 SHORT = 8  # a list of at most so many names is shown whole
 
 

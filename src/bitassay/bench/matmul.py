@@ -110,7 +110,7 @@ def matmul(
         "kind": "matmul",
         "settings": {"draws": draws, "repeats": repeats, "seed": seed, "device": device},
         "interval": INTERVAL,
-        "environment": environment(),
+        "environment": environment(device),
         "rows": rows,
     }
 

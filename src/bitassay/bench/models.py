@@ -21,7 +21,7 @@ from bitassay.bench.roofline import Cost
 from bitassay.bench.rounds import INTERVAL, ratio_of, spread, turns
 from bitassay.bench.worker import Job, Worker
 from bitassay.errors import BitassayError
-from bitassay.models.load import Identity, as_dtype, layer_count
+from bitassay.models.load import AUTO, Identity, as_dtype, layer_count
 from bitassay.models.source import resolve
 from bitassay.quantize.recipe import BASE, Recipe, find_recipe, row_names
 from bitassay.record.files import write_json
@@ -51,6 +51,7 @@ class BenchPlan:
     dtype: str = "bfloat16"
     device: str = "cpu"
     threads: int | None = None
+    attention: str = AUTO
 
     def __post_init__(self) -> None:
         as_dtype(self.dtype)
@@ -101,6 +102,7 @@ def bench(
         "device": plan.device,
         "threads": plan.threads,
         "trust_remote_code": trust_remote_code,
+        "attention": plan.attention,
     }
     jobs = {BASE: Job(model, **common)}
     jobs |= {recipe.name: Job(model, recipe, **common) for recipe in plan.recipes}

@@ -7,6 +7,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from bitassay.cli.output import Format, emit
+from bitassay.cli.parameters import AS_IT_IS, Loading
 
 
 def assay(
@@ -27,7 +28,7 @@ def assay(
     seed: int = 0,
     out: Path | None = None,
     dry_run: Annotated[bool, Parameter(negative=())] = False,
-    trust_remote_code: Annotated[bool, Parameter(negative=())] = False,
+    loading: Loading = AS_IT_IS,
     format: Format = "table",
 ) -> int:
     """Quantize MODEL by several recipes; one table of what each costs and whether a verifier notices.
@@ -53,7 +54,6 @@ def assay(
         seed: Of the choice of prompts and of sampling.
         out: Run folder (default: runs/assay-MODEL-ID).
         dry_run: Print the plan with an estimate of memory and time, and stop.
-        trust_remote_code: Run code that comes with the model.
         format: What to print on stdout.
     """
     from bitassay.cli.progress import show_progress
@@ -65,10 +65,12 @@ def assay(
     from bitassay.studies.estimate import estimate_assay
     from bitassay.studies.verification import Verification
 
+    model = loading.of(model)
     options = {
         "protocol": Protocol(window_tokens=window, windows=windows),
         "controls": controls,
         "dtype": dtype,
+        "attention": loading.attention,
         "seed": seed,
         "bench_repeats": repeats if bench else 0,
         "verification": Verification(prompts, calibration_prompts, new_tokens, alpha) if verify else None,
@@ -88,7 +90,7 @@ def assay(
         return 0
     with show_progress() as progress:
         run, folder = assay(
-            model, recipe, out=out, progress=progress, trust_remote_code=trust_remote_code, **options
+            model, recipe, out=out, progress=progress, trust_remote_code=loading.trust_remote_code, **options
         )
     report = folder / "report.html"
     write_report(run, report)

@@ -7,7 +7,7 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from bitassay.cli.output import Format, emit
-from bitassay.cli.parameters import Names, Numbers
+from bitassay.cli.parameters import AS_IT_IS, Loading, Names, Numbers
 
 bench = App(
     name="bench",
@@ -31,7 +31,7 @@ def models(
     device: str = "cpu",
     threads: int | None = None,
     out: Path | None = None,
-    trust_remote_code: Annotated[bool, Parameter(negative=())] = False,
+    loading: Loading = AS_IT_IS,
     format: Format = "table",
 ) -> int:
     """Time MODEL and packed quantized models in turn: first token, prefill, decode, memory, by batch size and
@@ -56,7 +56,6 @@ def models(
         device: cpu, cuda or another that torch knows.
         threads: Of each process (default: torch's own choice).
         out: Run folder (default: runs/bench-MODEL-ID).
-        trust_remote_code: Run code that comes with the model.
         format: What to print on stdout; json has every measurement.
     """
     from bitassay.bench.models import BATCHES, CONTEXTS, bench
@@ -73,7 +72,7 @@ def models(
 
     with show_progress() as progress:
         run, folder = bench(
-            model,
+            loading.of(model),
             recipe or [],
             candidates=tuple(candidate or ()),
             controls=controls,
@@ -87,7 +86,7 @@ def models(
             threads=threads,
             out=out,
             progress=progress,
-            trust_remote_code=trust_remote_code,
+            **loading.options,
         )
     write_bench_report(run, folder / "report.html")
     if format in ("table", "md"):

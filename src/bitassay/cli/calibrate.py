@@ -1,12 +1,10 @@
 """`bitassay calibrate`: fit a verification profile, or the thresholds of an experiment, to honest runs."""
 
 from pathlib import Path
-from typing import Annotated, Any
-
-from cyclopts import Parameter
+from typing import Any
 
 from bitassay.cli.output import Format, emit
-from bitassay.cli.parameters import Names, Numbers
+from bitassay.cli.parameters import AS_IT_IS, Loading, Names, Numbers
 
 
 def calibrate(
@@ -23,7 +21,6 @@ def calibrate(
     prover_attention: str | None = None,
     dtype: str = "bfloat16",
     device: str = "cpu",
-    attention: str = "sdpa",
     batch: int = 16,
     suspects: Names | None = None,
     suspect_runs: int = 48,
@@ -38,7 +35,7 @@ def calibrate(
     jobs: int = 1,
     gpus: Numbers | None = None,
     out: Path | None = None,
-    trust_remote_code: Annotated[bool, Parameter(negative=())] = False,
+    loading: Loading = AS_IT_IS,
     format: Format = "table",
 ) -> int:
     """Fit a verification profile for MODEL to honest runs on this machine, or an experiment's thresholds.
@@ -61,7 +58,6 @@ def calibrate(
         prover_attention: The prover's attention implementation (default: the verifier's).
         dtype: The verifier's arithmetic.
         device: Where to run: cpu, cuda, mps.
-        attention: The verifier's attention implementation of transformers.
         batch: Prompts generated at a time.
         suspects: Attacks that verdicts are to name where the evidence fits them, such as int8 fp8 int4 kv8:
             any that `bitassay attack` has, but for those that exact checks catch.
@@ -79,7 +75,6 @@ def calibrate(
         gpus: Which GPUs a study's processes are dealt to.
         out: The profile's file (default: the cache folder, where `bitassay verify` finds it); with --study a
             folder (default: data).
-        trust_remote_code: Run code that comes with the model.
         format: What to print on stdout.
     """
     if study:
@@ -96,7 +91,7 @@ def calibrate(
             attacks=tuple(attacks or ("w8", "fp8", "w4")),
             jobs=jobs,
             gpus=tuple(gpus or ()),
-            trust_remote_code=trust_remote_code,
+            **loading.options,
         )
         return optimise(study, plan, 0.05 if alpha is None else alpha, out or Path("data"), format)
     from bitassay.cli.progress import show_progress
@@ -109,13 +104,12 @@ def calibrate(
     texts = _prompts(prompts)
     check_enough(len(texts), alpha)
     with show_progress() as progress:
-        where = {"device": device, "trust_remote_code": trust_remote_code, "progress": progress}
-        verifier = load(model, dtype=dtype, attention=attention, **where)
+        name, where = loading.of(model), {"device": device, "progress": progress}
+        verifier = load(name, dtype=dtype, **where, **loading.options)
         prover = verifier
         if prover_dtype or prover_attention:
-            prover = load(
-                model, dtype=prover_dtype or dtype, attention=prover_attention or attention, **where
-            )
+            own = loading.options | ({"attention": prover_attention} if prover_attention else {})
+            prover = load(name, dtype=prover_dtype or dtype, **where, **own)
         if recipe:
             from bitassay.quantize.pipeline import quantize_once
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from bitassay.cli.output import Format, emit
-from bitassay.cli.parameters import Names
+from bitassay.cli.parameters import AS_IT_IS, Loading, Names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,7 +33,8 @@ def eval(
     out: Path | None = None,
     controls: bool = True,
     dtype: str = "float32",
-    trust_remote_code: Annotated[bool, Parameter(negative=())] = False,
+    seed: int = 0,
+    loading: Loading = AS_IT_IS,
     format: Format = "table",
 ) -> int:
     """Perplexity of MODEL; with --recipe or --against also divergence, with paired intervals.
@@ -60,7 +61,7 @@ def eval(
         out: Run folder of --tasks (default: runs/tasks-MODEL-ID).
         controls: Add the controls of recipes with replication.
         dtype: Arithmetic of both models.
-        trust_remote_code: Run code that comes with the model.
+        seed: Accepted by every verb, and recorded; nothing here is drawn at random.
         format: What to print on stdout.
     """
     from bitassay.bench.environment import environment
@@ -85,10 +86,8 @@ def eval(
         )
     protocols = [_protocol(text, window, windows) for text in protocol or ["wikitext2-raw"]]
     with show_progress() as progress:
-        names = [name for name in (model, against) if name is not None]
-        loaded, *other = [
-            load(name, dtype=dtype, progress=progress, trust_remote_code=trust_remote_code) for name in names
-        ]
+        names = [name for name in (loading.of(model), against) if name is not None]
+        loaded, *other = [load(name, dtype=dtype, progress=progress, **loading.options) for name in names]
         if tasks is None:
             for one, read in product(protocols, (loaded, *other)):
                 check_protocol(read, one)
@@ -112,7 +111,7 @@ def eval(
     rows = []
     for row in found:
         e = row.pop("evaluation")
-        about = {"protocol": e.protocol, "source": e.corpus_source, "against": e.base}
+        about = {"protocol": e.protocol, "source": e.corpus_source, "seed": seed, "against": e.base}
         rows.append(row | about | e.quality.to_dict())
     whole = {"rows": rows, "environment": environment()} if format == "json" else None
     emit(rows, CONTROL_COLUMNS if replicated else QUALITY_COLUMNS, format, whole)

@@ -7,6 +7,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from bitassay.cli.output import Format, emit
+from bitassay.cli.parameters import AS_IT_IS, Loading
 
 
 def generate(
@@ -19,8 +20,9 @@ def generate(
     new_tokens: int = 64,
     batch: int = 8,
     dtype: str = "float32",
+    seed: int = 0,
     out: Path | None = None,
-    trust_remote_code: Annotated[bool, Parameter(negative=())] = False,
+    loading: Loading = AS_IT_IS,
     format: Format = "table",
 ) -> int:
     """Let MODEL and quantized models continue the same prompts greedily, and compare the texts: length of the
@@ -38,8 +40,8 @@ def generate(
         new_tokens: Tokens of an answer, at most.
         batch: Prompts that are continued together. Part of the plan: 16-bit arithmetic depends on it.
         dtype: Arithmetic of all models.
+        seed: Accepted by every verb; nothing here is drawn at random.
         out: Run folder (default: runs/generation-MODEL-ID).
-        trust_remote_code: Run code that comes with the model.
         format: What to print on stdout; json has the texts too.
     """
     from bitassay.cli.progress import show_progress
@@ -53,7 +55,7 @@ def generate(
 
     with show_progress() as progress:
         run, folder = generation(
-            model,
+            loading.of(model),
             recipe or [],
             candidates=tuple(candidate or ()),
             prompts=prompts,
@@ -63,7 +65,7 @@ def generate(
             dtype=dtype,
             out=out,
             progress=progress,
-            trust_remote_code=trust_remote_code,
+            **loading.options,
         )
     write_generation_report(run, folder / "report.html")
     write_rating_sheet(run, folder / "ratings.csv")

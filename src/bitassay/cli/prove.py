@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from bitassay.cli.output import Format, emit
+from bitassay.cli.parameters import AS_IT_IS, Loading
 
 if TYPE_CHECKING:
     from bitassay.verify.trace import Trace
@@ -26,11 +27,10 @@ def prove(
     nonce: str = "0",
     dtype: str = "bfloat16",
     device: str = "cpu",
-    attention: str = "sdpa",
     batch: int = 16,
     commit_only: Annotated[bool, Parameter(negative=())] = False,
     key: Path | None = None,
-    trust_remote_code: Annotated[bool, Parameter(negative=())] = False,
+    loading: Loading = AS_IT_IS,
     format: Format = "table",
 ) -> int:
     """Generate with MODEL and write a trace for each prompt.
@@ -53,13 +53,11 @@ def prove(
             appended.
         dtype: Arithmetic, and the dtype of the states in the trace.
         device: Where to run: cpu, cuda, mps.
-        attention: transformers' attention implementation.
         batch: Prompts generated at a time.
         commit_only: Keep the traces, and write a signed receipt beside each, named `.receipt`, to send
             instead. `bitassay challenge` then draws what `bitassay open` must show.
         key: The file of the private key that signs receipts; made, readable to you alone, where there
             is none.
-        trust_remote_code: Run code that comes with the model.
         format: What to print on stdout.
     """
     from bitassay.cli.progress import show_progress
@@ -82,11 +80,10 @@ def prove(
     sampler = Sampler(temperature, top_p, seed)
     with show_progress() as progress:
         loaded = load(
-            model,
+            loading.of(model),
             dtype=dtype,
             device=device,
-            attention=attention,
-            trust_remote_code=trust_remote_code,
+            **loading.options,
             progress=progress,
         )
         if recipe:

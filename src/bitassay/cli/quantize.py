@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from bitassay.cli.output import Format, emit
+from bitassay.cli.parameters import AS_IT_IS, Loading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,7 +35,7 @@ def quantize(
     analyze: Annotated[bool, Parameter(negative=())] = False,
     samples: int | None = None,
     each_matrix: Annotated[bool, Parameter(negative=())] = False,
-    trust_remote_code: Annotated[bool, Parameter(negative=())] = False,
+    loading: Loading = AS_IT_IS,
     format: Format = "table",
 ) -> int:
     """Quantize MODEL by a recipe and save it as a folder, as a GGUF file for llama.cpp, or as both.
@@ -60,7 +61,6 @@ def quantize(
         samples: With --analyze, how many windows of the calibration text are looked at (8). How many a recipe
             calibrates with it says itself.
         each_matrix: With --analyze, measure the divergence of each matrix too, not of each layer only.
-        trust_remote_code: Run code that comes with the model.
         format: What to print on stdout.
     """
     from bitassay.cli.analysis import run_analysis
@@ -82,7 +82,7 @@ def quantize(
             dtype,
             8 if samples is None else samples,
             each_matrix,
-            trust_remote_code,
+            loading,
             format,
         )
     if samples is not None or each_matrix:
@@ -106,10 +106,9 @@ def quantize(
     )
     found = find_recipe(recipe)
     with show_progress() as progress:
-        source = resolve(model, progress)
-        order = _Order(
-            model, source, found, out, gguf, layout, work, dtype, check, trust_remote_code, progress
-        )
+        name = loading.of(model)
+        source = resolve(name, progress)
+        order = _Order(name, source, found, out, gguf, layout, work, dtype, check, loading, progress)
         folder_row, gguf_row = _finished_folder(order), _finished_gguf(order)
         if (out is None or folder_row) and (gguf is None or gguf_row):
             rows = [folder_row, gguf_row]
@@ -134,7 +133,7 @@ class _Order:
     work: Path | None
     dtype: str
     check: bool
-    trust_remote_code: bool
+    loading: Loading
     progress: "Progress"
 
 
@@ -151,9 +150,7 @@ def _written(order: _Order, folder_row: Row, gguf_row: Row) -> list[Row]:
         if order.out is not None and folder_row is None and row is not None and row["layout"] != "gguf":
             check_space(order.out, row["file_bytes"])
     started = time.monotonic()
-    base = load(
-        order.model, dtype=order.dtype, trust_remote_code=order.trust_remote_code, progress=order.progress
-    )
+    base = load(order.model, dtype=order.dtype, progress=order.progress, **order.loading.options)
     quantized = _quantized(order, base, folder_row)
     tokens = tokenizer(base)(bundled_prompts()[0], return_tensors="pt").input_ids if order.check else None
     if order.out is not None and folder_row is None:
@@ -174,7 +171,7 @@ def _quantized(order: _Order, base: "PreTrainedModel", folder_row: Row) -> "PreT
             return quantize_once(base, order.recipe, progress=order.progress)
         return quantize(base, order.recipe, work=order.work, progress=order.progress)
     done = quantization_of(
-        load(order.out, dtype=base.dtype, trust_remote_code=order.trust_remote_code, progress=order.progress)
+        load(order.out, dtype=base.dtype, progress=order.progress, **order.loading.options)
     )
     assert done is not None
     return with_tensors(base, done)
@@ -189,7 +186,7 @@ def _save_folder(order: _Order, quantized: "PreTrainedModel", out: Path, tokens:
         reader = "plain transformers" if card.layout == "compressed-tensors" else "bitassay.load"
         order.progress(f"loading {out} with {reader}")
         row["max_logits_difference"] = reload_difference(
-            quantized, out, tokens, trust_remote_code=order.trust_remote_code
+            quantized, out, tokens, trust_remote_code=order.loading.trust_remote_code
         )
     return row
 
@@ -212,16 +209,14 @@ def _save_gguf(order: _Order, quantized: "PreTrainedModel", path: Path, tokens: 
 def _planned(order: _Order) -> list[Row]:
     """What is known before any weight is read; refuses what could not be saved. The files are the tensors and
     what else the model's folder holds; which blocks a GGUF file has depends on the codes."""
-    from transformers import AutoConfig
-
-    from bitassay.models.causal import check_causal, empty_model
+    from bitassay.models.causal import empty_model
+    from bitassay.models.config import read_config
     from bitassay.models.load import as_dtype
     from bitassay.quantize.export_plan import plan_export
     from bitassay.quantize.gguf_file import check_gguf
 
-    trust = order.trust_remote_code
-    config = AutoConfig.from_pretrained(order.source.folder, trust_remote_code=trust)
-    check_causal(config, order.source.folder)
+    trust = order.loading.trust_remote_code
+    config = read_config(order.source.folder, trust_remote_code=trust)
     empty = empty_model(config, as_dtype(order.dtype), trust_remote_code=trust)
     plan = plan_export(empty, order.recipe, order.layout)
     files = [path for path in order.source.folder.iterdir() if path.is_file()]

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from bitassay.cli.output import Format, emit
-from bitassay.cli.parameters import Names
+from bitassay.cli.parameters import AS_IT_IS, Loading, Names
 
 
 def search(
@@ -27,7 +27,7 @@ def search(
     dtype: str = "float32",
     seed: int = 0,
     out: Path | None = None,
-    trust_remote_code: Annotated[bool, Parameter(negative=())] = False,
+    loading: Loading = AS_IT_IS,
     format: Format = "table",
 ) -> int:
     """Search SPACE for the best recipes of MODEL, and judge them on text that chose nothing.
@@ -52,7 +52,6 @@ def search(
         dtype: Arithmetic of all models.
         seed: Of the sampler.
         out: Run folder (default: runs/search-SPACE-ID).
-        trust_remote_code: Run code that comes with the model.
         format: What to print on stdout; json has every trial.
     """
     from bitassay.cli.progress import show_progress
@@ -68,14 +67,14 @@ def search(
 
     with show_progress() as progress:
         run, folder = search(
-            model,
+            loading.of(model),
             space,
             trials=trials,
             against=against or [],
             jobs=jobs,
             out=out,
             progress=progress,
-            trust_remote_code=trust_remote_code,
+            **loading.options,
             objectives=tuple(objective or ["kl_mean"]),
             at_most=dict(parse_limit(text) for text in at_most or []),
             sampler=sampler,

@@ -4,12 +4,12 @@ replication, as rows of data."""
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from cyclopts import App, Parameter
+from cyclopts import App
 
 from bitassay.cli.output import Format, emit
-from bitassay.cli.parameters import Names, Numbers
+from bitassay.cli.parameters import AS_IT_IS, Loading, Names, Numbers
 from bitassay.report.tables import Column, interval, percent
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def run(
     only: Names | None = None,
     ray: str | None = None,
     out: Path | None = None,
-    trust_remote_code: Annotated[bool, Parameter(negative=())] = False,
+    loading: Loading = AS_IT_IS,
     format: Format = "table",
 ) -> int:
     """Run STUDIES on a model: provers and verifiers each in a process of their own, everything through files.
@@ -138,12 +138,12 @@ def run(
         ray: Let a Ray cluster do the work: auto, or its address (extra `ray`).
         out: Folder of results and of the work in progress (default: data; task3 and replication:
             runs/STUDY-MODEL-ID).
-        trust_remote_code: Run code that comes with the model.
         format: What to print on stdout; json has everything.
     """
     from bitassay.errors import BitassayError
     from bitassay.studies.replication import STUDIES as REPLICATION
 
+    model = None if model is None else loading.of(model)
     if any(name.startswith("task") or name in REPLICATION for name in studies):
         from bitassay.cli.variants import run_variant_studies
 
@@ -159,7 +159,7 @@ def run(
             jobs=jobs,
             ray=ray,
             out=out,
-            trust_remote_code=trust_remote_code,
+            loading=loading,
             format=format,
         )
     from bitassay.cli.progress import show_progress
@@ -187,7 +187,7 @@ def run(
         role=role,
         jobs=1 if jobs is None else jobs,
         gpus=tuple(gpus or ()),
-        trust_remote_code=trust_remote_code,
+        **loading.options,
         **_rules(rules),
     )
     runs = []

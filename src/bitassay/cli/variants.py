@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bitassay.cli.output import Format, emit
+from bitassay.cli.parameters import Loading
 
 
 def run_variant_studies(
@@ -21,7 +22,7 @@ def run_variant_studies(
     jobs: int | None,
     ray: str | None,
     out: Path | None,
-    trust_remote_code: bool,
+    loading: Loading,
     format: Format,
 ) -> int:
     """Each study in a run folder of its own, OUT/STUDY where there are several; a table of its variants, its
@@ -57,7 +58,7 @@ def run_variant_studies(
     how: dict[str, Any] = {
         "dtype": DTYPES[precision],
         "device": devices[0] if devices else "cpu",
-        "trust_remote_code": trust_remote_code,
+        **loading.options,
     }
     done = []
     with show_progress() as progress:

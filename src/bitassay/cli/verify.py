@@ -2,11 +2,10 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-from cyclopts import Parameter
+from typing import TYPE_CHECKING, Any
 
 from bitassay.cli.output import Format, emit
+from bitassay.cli.parameters import AS_IT_IS, Loading
 
 CHUNK = 64  # traces in memory at a time
 
@@ -37,8 +36,7 @@ def verify(
     ledger: Path | None = None,
     dtype: str = "bfloat16",
     device: str = "cpu",
-    attention: str = "sdpa",
-    trust_remote_code: Annotated[bool, Parameter(negative=())] = False,
+    loading: Loading = AS_IT_IS,
     format: Format = "table",
 ) -> int:
     """Check TRACES against a model: PASS, FAIL or INCONCLUSIVE for each, and what they prove together.
@@ -66,8 +64,6 @@ def verify(
             them in their order. One file for each host and profile; no trace counts twice.
         dtype: The verifier's arithmetic.
         device: Where to run: cpu, cuda, mps.
-        attention: transformers' attention implementation.
-        trust_remote_code: Run code that comes with the model.
         format: What to print on stdout; json has everything, layer by layer and by both VeriLLM rule
             sets.
     """
@@ -86,11 +82,10 @@ def verify(
     known = read_profile(profile) if profile else None
     with show_progress() as progress:
         own = load(
-            model,
+            loading.of(model),
             dtype=dtype,
             device=device,
-            attention=attention,
-            trust_remote_code=trust_remote_code,
+            **loading.options,
             progress=progress,
         )
         if recipe:

@@ -31,8 +31,8 @@ WINDOW, PATTERN, LOCAL_BASE = (
 
 
 def read_model(reader: GGUFReader) -> PreTrainedModel:
-    """The model of a file, in fp32, to be saved: what no checkpoint holds, such as rotary frequencies, stays on
-    the meta device.
+    """The model of a file, in fp32, to be saved: what no checkpoint holds, such as rotary frequencies, stays
+    on the meta device.
 
     Raises BitassayError for what is not known here.
     """

@@ -18,7 +18,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokeniz
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from bitassay.errors import BitassayError, nearest
+from bitassay.errors import BitassayError, suggestion
 from bitassay.models.gguf_splitting import SPLITTINGS, Splitting
 
 GGML = "tokenizer.ggml."
@@ -142,7 +142,7 @@ def splitting_of(fields: Mapping[str, Any]) -> Splitting:
     if name not in SPLITTINGS:
         raise BitassayError(
             f"tokenizer.ggml.pre = {name}: this way of splitting text is not known here; "
-            f"the nearest are {nearest(name, SPLITTINGS)}"
+            f"{suggestion(name, SPLITTINGS)}"
         )
     return SPLITTINGS[name]
 

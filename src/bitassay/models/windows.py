@@ -4,10 +4,11 @@ from pathlib import Path
 
 from jaxtyping import Int
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from bitassay.data.windows import Protocol, token_windows
 from bitassay.errors import BitassayError
+from bitassay.models.config import read_config
 from bitassay.models.load import tokenizer
 from bitassay.models.positions import check_window, context_length, positions_of
 
@@ -42,7 +43,4 @@ def check_room(folder: Path, prompt: int, more: int, *, trust_remote_code: bool 
 
 
 def _positions(folder: Path, trust_remote_code: bool) -> int | None:
-    try:
-        return positions_of(AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code))
-    except Exception as error:
-        raise BitassayError(f"{folder}: no config.json that transformers reads ({error})") from error
+    return positions_of(read_config(folder, trust_remote_code=trust_remote_code))

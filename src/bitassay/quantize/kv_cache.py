@@ -64,6 +64,12 @@ class KvCache(Part):
         return FORMATS[self.format]
 
     @property
+    def label(self) -> str:
+        """What is stored, such as int4/g32/asymmetric/bfloat16."""
+        symmetry = "symmetric" if self.symmetric else "asymmetric"
+        return f"{self.format}/{self.granularity}/{symmetry}/{self.scale_dtype}"
+
+    @property
     def groups(self) -> Granularity:
         """Of vectors as the rows of a matrix."""
         return Granularity.parse("channel" if self.granularity == "head" else self.granularity)

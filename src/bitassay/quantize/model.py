@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError, suggestion
+from bitassay.models.config import untie
 from bitassay.models.load import Identity
 from bitassay.models.transposed import stores_transposed
 from bitassay.models.walk import decoder_layers, matrices, replace_module, walk
@@ -194,7 +195,7 @@ def _replace_parameter(model: PreTrainedModel, name: str, value: Tensor) -> None
     old = module.get_parameter(key)
     module.register_parameter(key, nn.Parameter(value.to(old.device, old.dtype), requires_grad=False))
     if module is model.get_output_embeddings():
-        model.config.tie_word_embeddings = False
+        untie(model)
 
 
 def _patterns(names: list[str]) -> set[str]:

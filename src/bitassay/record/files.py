@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bitassay.errors import BitassayError, MissingError
+from bitassay.record.progress import Progress, silent
 
 YAML_BYTES = 2**20
 
@@ -31,6 +32,10 @@ def explain_os_error(error: OSError, path: Path) -> BitassayError:
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return BitassayError(
             f"{path}: not writable ({error.strerror})", "choose a folder that you may write to"
+        )
+    if error.errno == errno.ENOTEMPTY:
+        return BitassayError(
+            f"{path}: the folder was filled by another process meanwhile", "choose another folder"
         )
     if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
         return BitassayError(
@@ -103,6 +108,27 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         raise explain_os_error(cause, path) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def locked(path: Path, progress: Progress = silent) -> Iterator[None]:
+    """Keep other processes out of what is being made at `path`; waits for one that is at it."""
+    from filelock import FileLock, Timeout
+
+    path = Path(path)
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        progress(f"waiting for another process to finish {path}")
+        lock.acquire()
+    except OSError as error:
+        raise explain_os_error(error, path) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _beside(path: Path) -> Path:

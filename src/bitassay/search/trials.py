@@ -25,6 +25,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from bitassay.data.windows import Protocol
 from bitassay.errors import BitassayError, MissingError
+from bitassay.models.load import AUTO
 from bitassay.quantize.pipeline import quantize_tensors
 from bitassay.quantize.recipe import Recipe
 from bitassay.record.files import write_text
@@ -59,6 +60,7 @@ class SearchPlan:
     windows: int = 8
     short: int = 2
     dtype: str = "float32"
+    attention: str = AUTO
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -102,6 +104,7 @@ class SearchPlan:
             self.protocol,
             self.short,
             dtype=self.dtype,
+            attention=self.attention,
             seed=self.seed,
             trust_remote_code=trust_remote_code,
             progress=progress,

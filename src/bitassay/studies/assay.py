@@ -29,7 +29,7 @@ from bitassay.errors import BitassayError
 from bitassay.evaluate.compare import INTERVAL, INTERVALS, score_windows, summarise
 from bitassay.evaluate.controls import pair
 from bitassay.evaluate.divergence import TokenScores
-from bitassay.models.load import identity, load
+from bitassay.models.load import AUTO, identity, load
 from bitassay.models.positions import context_length
 from bitassay.models.walk import decoder_layers
 from bitassay.models.windows import model_windows
@@ -70,6 +70,7 @@ class AssayPlan:
     recipes: tuple[Recipe, ...]
     protocol: Protocol = DEFAULT_PROTOCOL
     dtype: str = "float32"
+    attention: str = AUTO
     seed: int = 0
     bench_repeats: int = 3
     bench_tokens: int = 256
@@ -108,7 +109,17 @@ def assay(
     Raises BitassayError for bad input before any work is done.
     """
     plan = AssayPlan(model, tuple(find_recipe(recipe) for recipe in recipes), **options)
-    base = load(model, dtype=plan.dtype, progress=progress, trust_remote_code=trust_remote_code)
+
+    def loaded(dtype: str) -> PreTrainedModel:
+        return load(
+            model,
+            dtype=dtype,
+            attention=plan.attention,
+            progress=progress,
+            trust_remote_code=trust_remote_code,
+        )
+
+    base = loaded(plan.dtype)
     plan, places = plan.with_controls(len(decoder_layers(base))) if controls else (plan, [])
     for recipe in plan.recipes:
         check_recipe(base, recipe)
@@ -129,7 +140,7 @@ def assay(
 
     speed, verification, verdicts = {}, None, {}
     if plan.bench_repeats or plan.verification:
-        base = load(model, dtype="bfloat16", progress=progress, trust_remote_code=trust_remote_code)
+        base = loaded("bfloat16")
         if plan.bench_repeats:
             room = (context_length(base) or sys.maxsize) - DECODE_TOKENS
             prompt = windows[0, : max(1, min(plan.bench_tokens, room))]
@@ -173,6 +184,7 @@ def _open_folder(plan: AssayPlan, base: PreTrainedModel, corpus_source: str, out
         **plan.to_dict(),
         "model": identity(base).name,
         "weights_digest": identity(base).weights_digest,
+        "config_digest": identity(base).config_digest,
         "corpus_source": corpus_source,
         "versions": versions("torch", "transformers"),
     }

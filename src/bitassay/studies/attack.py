@@ -24,7 +24,7 @@ from bitassay.bench.environment import environment
 from bitassay.errors import BitassayError, MissingError, suggestion
 from bitassay.generate.decode import TokenIds
 from bitassay.generate.sampling import GREEDY, Sampler
-from bitassay.models.load import identity, load
+from bitassay.models.load import AUTO, identity, load
 from bitassay.record.files import write_json
 from bitassay.record.progress import Progress, silent
 from bitassay.record.run import RunFolder, default_folder
@@ -63,6 +63,7 @@ class AttackPlan:
     alpha: float = 0.01
     batch: int = 32
     seed: int = 0
+    attention: str = AUTO
     attacks: tuple[str, ...] = tuple(ATTACKS)
     variants: tuple[str, ...] = field(default_factory=lambda: tuple(VARIANTS))
 
@@ -146,6 +147,7 @@ def _other_instructions(bench: Bench) -> list[Trace]:
             tuple(sorted(items, key=lambda item: len(item.prompt))),
             bench.plan.batch,
             bench.trust_remote_code,
+            bench.plan.attention,
         )
         if problem := problem_of(start(folder / "job.json", job)):
             raise BitassayError(f"{machine.name} failed: {problem}", "give --numerics without isa")
@@ -208,8 +210,16 @@ def attack(
     for one in left_out:
         progress(str(one))
     check_plan(plan)
-    base = load(model, dtype=DTYPES[PRECISION], trust_remote_code=trust_remote_code, progress=progress)
-    described = {"schema": SCHEMA, "kind": "attack", "model": identity(base).weights_digest, **asdict(plan)}
+    base = load(
+        model,
+        dtype=DTYPES[PRECISION],
+        attention=plan.attention,
+        trust_remote_code=trust_remote_code,
+        progress=progress,
+    )
+    known = identity(base)
+    described = {"schema": SCHEMA, "kind": "attack", "model": known.weights_digest, **asdict(plan)}
+    described |= {"config": known.config_digest}
     described |= {"numerics": environment()["cpu_capability"], "threads": torch.get_num_threads()}
     # A run may be widened: what is attacked and what is pooled do not change the parts that are there.
     folder = _folder(

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from bitassay.bench.roofline import matrix_peak, stream_bandwidth
+from bitassay.models.causal import empty_model
+from bitassay.models.config import read_config, text_config
 from bitassay.models.load import as_dtype
 from bitassay.models.source import resolve
 from bitassay.models.walk import decoder_layers
@@ -38,9 +39,7 @@ def estimate_assay(
     """Rows `step, work, memory_bytes, seconds`. The model is fetched where it is not here yet, but no weights
     are loaded."""
     plan = AssayPlan(model, tuple(find_recipe(recipe) for recipe in recipes), **options)
-    folder = resolve(model, progress).folder
-    config = AutoConfig.from_pretrained(folder)
-    check_causal(config, folder)
+    config = read_config(resolve(model, progress).folder)
     empty = empty_model(config)
     if controls:
         plan, _ = plan.with_controls(len(decoder_layers(empty)))
@@ -49,7 +48,7 @@ def estimate_assay(
     parameters, models = parameter_count(empty), len(plan.recipes) + 1
     item = as_dtype(plan.dtype).itemsize
     tokens = (plan.protocol.windows or 0) * plan.protocol.window_tokens
-    logits = 2 * plan.protocol.window_tokens * config.get_text_config().vocab_size * item
+    logits = 2 * plan.protocol.window_tokens * text_config(config).vocab_size * item
     rate, rate16 = _flops(as_dtype(plan.dtype)), _flops(torch.bfloat16)
     rows = [
         {

@@ -28,7 +28,7 @@ from bitassay.evaluate.generation import (
 )
 from bitassay.generate.decode import vocabulary_size
 from bitassay.generate.prompts import encode_prompt
-from bitassay.models.load import Identity, identity, load
+from bitassay.models.load import AUTO, Identity, identity, load
 from bitassay.models.positions import context_length
 from bitassay.models.source import resolve
 from bitassay.quantize.model import check_recipe
@@ -56,6 +56,7 @@ class GenerationPlan:
     max_new_tokens: int = 64
     batch: int = BATCH
     dtype: str = "float32"
+    attention: str = AUTO
 
     def __post_init__(self) -> None:
         if len(row_names(self.recipes, self.candidates)) == 1:
@@ -83,7 +84,13 @@ def generation(
     plan = GenerationPlan(model, tuple(find_recipe(recipe) for recipe in recipes), **options)
 
     def loaded(name: str) -> PreTrainedModel:
-        return load(name, dtype=plan.dtype, progress=progress, trust_remote_code=trust_remote_code)
+        return load(
+            name,
+            dtype=plan.dtype,
+            attention=plan.attention,
+            progress=progress,
+            trust_remote_code=trust_remote_code,
+        )
 
     base = loaded(model)
     for recipe in plan.recipes:
@@ -208,6 +215,7 @@ def _open_folder(
         **_settings(plan),
         "model": identity(base).name,
         "weights_digest": identity(base).weights_digest,
+        "config_digest": identity(base).config_digest,
         "candidates_digests": [Identity(resolve(name)).weights_digest for name in plan.candidates],
         "prompts_digest": digest_json(prompts),
         "versions": versions("torch", "transformers"),

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer
 
 from bitassay.data.corpora import corpus
 from bitassay.errors import BitassayError, suggestion
-from bitassay.models.load import Identity
+from bitassay.models.load import AUTO, Identity
 from bitassay.models.source import resolve
 from bitassay.models.windows import check_room
 from bitassay.quantize.recipe import find_recipe
@@ -66,6 +66,7 @@ class Plan:
     gpus: tuple[int, ...] = ()
     batch: int = 1
     trust_remote_code: bool = False
+    attention: str = AUTO
     left_out: tuple[LeftOut, ...] = ()
 
     def party(self, side: str, machine: Machine) -> Party:
@@ -169,6 +170,8 @@ class Work:
         described = {
             "schema": SCHEMA,
             "weights_digest": Identity(source).weights_digest,
+            "config_digest": Identity(source, own_code=plan.trust_remote_code).config_digest,
+            "attention": plan.attention,
             "tokens": plan.tokens,
             "prompt_tokens": plan.prompt_tokens,
             "corpus": CORPUS,
@@ -284,6 +287,7 @@ class Work:
             tuple(items),
             plan.batch,
             trust_remote_code=plan.trust_remote_code,
+            attention=plan.attention,
         )
         if self._stopped:
             return

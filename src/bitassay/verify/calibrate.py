@@ -74,12 +74,10 @@ def calibrate(
     `alpha` or of a suspect; it says how many are needed.
     """
     claim = ModelClaim.of(identity(verifier_model))
-    if ModelClaim.of(identity(prover_model)).model_dump(exclude={"name"}) != claim.model_dump(
-        exclude={"name"}
-    ):
+    if not ModelClaim.of(identity(prover_model)).is_same_model(claim):
         raise BitassayError(
             "prover and verifier are not the same model",
-            "calibrate with honest runs: the same weights and recipe on both sides",
+            "calibrate with honest runs: the same weights, configuration and recipe on both sides",
         )
     check_enough(len(prompts), alpha)
     attacks = chosen_attacks(suspects, sampler, min(suspect_runs, len(prompts)))
