@@ -21,6 +21,7 @@ def run_analysis(
     from bitassay.models.load import load
     from bitassay.quantize.analysis import AnalysisPlan, analyze
     from bitassay.quantize.calibration import Calibration
+    from bitassay.quantize.fits import check_fit
     from bitassay.quantize.recipe import find_recipe
     from bitassay.report.analysis import (
         LAYER_COLUMNS,
@@ -35,6 +36,7 @@ def run_analysis(
     given = found.calibration or Calibration.model_validate({})
     text = given.model_copy(update={"samples": samples})
     with show_progress() as progress:
+        check_fit(model, [found], trust_remote_code=trust_remote_code, progress=progress)
         base = load(model, dtype=dtype, trust_remote_code=trust_remote_code, progress=progress)
         run, folder = analyze(base, found, AnalysisPlan(text, each_matrix), out=out, progress=progress)
     write_analysis_report(run, folder / "report.html")

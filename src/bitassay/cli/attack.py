@@ -7,7 +7,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from bitassay.cli.output import Format, emit
-from bitassay.cli.parameters import Names
+from bitassay.cli.parameters import Count, Names, Seed, Share
 
 
 def attack(
@@ -15,11 +15,11 @@ def attack(
     *,
     attacks: Names | None = None,
     numerics: Names | None = None,
-    sequences: int = 100,
-    tokens: int = 64,
-    alpha: float = 0.01,
-    batch: int = 32,
-    seed: int = 0,
+    sequences: Count = 100,
+    tokens: Count = 64,
+    alpha: Share = 0.01,
+    batch: Count = 32,
+    seed: Seed = 0,
     out: Path | None = None,
     trust_remote_code: Annotated[bool, Parameter(negative=())] = False,
     format: Format = "table",
@@ -42,6 +42,9 @@ def attack(
         trust_remote_code: Run code that comes with the model.
         format: What to print on stdout; json and csv have every cell with its interval.
     """
+    from bitassay.cli.checks import check_words
+
+    check_words([model], folder=out)
     from bitassay.cli.progress import show_progress
     from bitassay.report.attack import (
         ATTACK_COLUMNS,

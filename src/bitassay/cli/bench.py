@@ -7,7 +7,7 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from bitassay.cli.output import Format, emit
-from bitassay.cli.parameters import Names, Numbers
+from bitassay.cli.parameters import Count, CountOrNone, Counts, Device, Dtype, Names, Seed
 
 bench = App(
     name="bench",
@@ -22,14 +22,14 @@ def models(
     recipe: Annotated[list[str] | None, Parameter(negative=())] = None,
     candidate: Annotated[list[str] | None, Parameter(negative=())] = None,
     controls: bool = True,
-    batches: Numbers | None = None,
-    contexts: Numbers | None = None,
-    prompt_tokens: int = 128,
-    new_tokens: int = 16,
-    repeats: int = 5,
-    dtype: str = "bfloat16",
-    device: str = "cpu",
-    threads: int | None = None,
+    batches: Counts | None = None,
+    contexts: Counts | None = None,
+    prompt_tokens: Count = 128,
+    new_tokens: Count = 16,
+    repeats: Count = 5,
+    dtype: Dtype = "bfloat16",
+    device: Device = "cpu",
+    threads: Count | None = None,
     out: Path | None = None,
     trust_remote_code: Annotated[bool, Parameter(negative=())] = False,
     format: Format = "table",
@@ -59,6 +59,9 @@ def models(
         trust_remote_code: Run code that comes with the model.
         format: What to print on stdout; json has every measurement.
     """
+    from bitassay.cli.checks import check_words
+
+    check_words([model, *(candidate or ())], recipe, folder=out)
     from bitassay.bench.models import BATCHES, CONTEXTS, bench
     from bitassay.cli.progress import show_progress
     from bitassay.report.bench import (
@@ -107,10 +110,10 @@ def models(
 def matmul(
     *,
     shapes: Names | None = None,
-    draws: int = 4,
-    repeats: int = 5,
-    seed: int = 0,
-    device: str = "cpu",
+    draws: Count = 4,
+    repeats: CountOrNone = 5,
+    seed: Seed = 0,
+    device: Device = "cpu",
     out: Path | None = None,
     format: Format = "table",
 ) -> int:
@@ -129,8 +132,11 @@ def matmul(
     """
     from bitassay.bench.matmul import SHAPES, matmul
     from bitassay.cli.progress import show_progress
+    from bitassay.record.files import check_place
     from bitassay.report.bench import MATMUL_COLUMNS, shown_columns, write_matmul_report
 
+    if out is not None:
+        check_place(out)
     asked = SHAPES if shapes is None else [_shape(text) for text in shapes]
     with show_progress() as progress:
         run = matmul(asked, draws=draws, repeats=repeats, seed=seed, device=device, progress=progress)

@@ -59,8 +59,11 @@ def pull(model: str, *, format: Format = "table") -> int:
         model: A name from `bitassay models list`, a hub id, or a .gguf file, which is dequantized.
         format: What to print on stdout.
     """
+    from bitassay.cli.checks import check_words
     from bitassay.cli.progress import show_progress
     from bitassay.models.source import resolve
+
+    check_words([model])
 
     with show_progress() as progress:
         source = resolve(model, progress)
@@ -88,6 +91,9 @@ def check(
         trust_remote_code: Run code that comes with the model.
         format: What to print on stdout.
     """
+    from bitassay.cli.checks import check_words
+
+    check_words([model])
     from bitassay.cli.progress import show_progress
     from bitassay.models.check import check as check_model
 

@@ -1,8 +1,34 @@
-"""Kinds of parameters that several verbs share."""
+"""Kinds of parameters that several verbs share. What a value can be is said here, so that a wrong one is
+refused before anything is imported."""
 
-from typing import Annotated
+import re
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
+from cyclopts.validators import Number
 
 Names = Annotated[list[str], Parameter(consume_multiple=True, negative=())]
 Numbers = Annotated[list[int], Parameter(consume_multiple=True, negative=())]
+Counts = Annotated[list[int], Parameter(consume_multiple=True, negative=(), validator=Number(gte=1))]
+Count = Annotated[int, Parameter(validator=Number(gte=1))]
+CountOrNone = Annotated[int, Parameter(validator=Number(gte=0))]
+Seed = Annotated[int, Parameter(validator=Number(gte=0, lt=2**63))]
+Dtype = Literal["float32", "bfloat16", "float16", "float64"]
+StateDtype = Literal["float32", "bfloat16", "float16"]
+Precision = Literal["fp16", "bf16", "fp32"]
+
+
+def _is_share(_: Any, value: float | None) -> None:
+    if value is not None and not 0 < value < 1:  # not a number is none either
+        raise ValueError("Must be between 0 and 1.")
+
+
+Share = Annotated[float, Parameter(validator=_is_share)]
+
+
+def _is_device(_: Any, text: str | None) -> None:
+    if text is not None and not re.fullmatch(r"[a-z]+(:\d+)?", text):
+        raise ValueError("A device is cpu, cuda, cuda:1 or mps.")
+
+
+Device = Annotated[str, Parameter(validator=_is_device)]

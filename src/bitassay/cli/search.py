@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from bitassay.cli.output import Format, emit
-from bitassay.cli.parameters import Names
+from bitassay.cli.parameters import Count, Dtype, Names, Seed
 
 
 def search(
@@ -18,14 +18,14 @@ def search(
     at_most: Names | None = None,
     against: Names | None = None,
     sampler: Literal["tpe", "nsga2", "grid"] = "tpe",
-    trials: int = 60,
-    jobs: int = 1,
+    trials: Count = 60,
+    jobs: Count = 1,
     corpus: str = "wikitext2-raw",
-    windows: int = 8,
-    window: int = 512,
-    short: int = 2,
-    dtype: str = "float32",
-    seed: int = 0,
+    windows: Count = 8,
+    window: Count = 512,
+    short: Count = 2,
+    dtype: Dtype = "float32",
+    seed: Seed = 0,
     out: Path | None = None,
     trust_remote_code: Annotated[bool, Parameter(negative=())] = False,
     format: Format = "table",
@@ -55,8 +55,11 @@ def search(
         trust_remote_code: Run code that comes with the model.
         format: What to print on stdout; json has every trial.
     """
+    from bitassay.cli.checks import check_words
     from bitassay.cli.progress import show_progress
     from bitassay.errors import MissingError
+
+    check_words([model], against, folder=out)
 
     try:
         import optuna  # noqa: F401

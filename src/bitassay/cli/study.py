@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import App, Parameter
 
 from bitassay.cli.output import Format, emit
-from bitassay.cli.parameters import Names, Numbers
+from bitassay.cli.parameters import Count, Names, Numbers, Precision, Share
 from bitassay.report.tables import Column, interval, percent
 
 if TYPE_CHECKING:
@@ -71,24 +71,24 @@ def run(
     /,
     *,
     model: str | None = None,
-    tokens: int | None = None,
-    prompt_tokens: int | None = None,
-    trials: int | None = None,
-    verifiers: int = 3,
+    tokens: Count | None = None,
+    prompt_tokens: Count | None = None,
+    trials: Count | None = None,
+    verifiers: Count = 3,
     devices: Names | None = None,
     here: Names | None = None,
     role: Literal["prove", "verify"] | None = None,
-    precision: str | None = None,
+    precision: Precision | None = None,
     quantized: str = "w4",
     attacks: Names | None = None,
     precisions: Names | None = None,
     rules: str = "documents",
-    alpha: float = 0.01,
-    jobs: int | None = None,
+    alpha: Share = 0.01,
+    jobs: Count | None = None,
     gpus: Numbers | None = None,
-    limit: int | None = None,
-    windows: int = 16,
-    window: int | None = None,
+    limit: Count | None = None,
+    windows: Count = 16,
+    window: Count | None = None,
     only: Names | None = None,
     ray: str | None = None,
     out: Path | None = None,
@@ -141,10 +141,30 @@ def run(
         trust_remote_code: Run code that comes with the model.
         format: What to print on stdout; json has everything.
     """
-    from bitassay.errors import BitassayError
+    from bitassay.cli.checks import check_words
+
+    check_words([model], folder=out)
+    from bitassay.errors import BitassayError, suggestion
+    from bitassay.studies.eight_bit import STUDIES as EIGHT_BIT
+    from bitassay.studies.experiments import EXPERIMENTS
     from bitassay.studies.replication import STUDIES as REPLICATION
 
-    if any(name.startswith("task") or name in REPLICATION for name in studies):
+    every = (*EXPERIMENTS, "separability", *EIGHT_BIT, *REPLICATION)
+    for name in studies:
+        if name not in every:
+            raise BitassayError(
+                f"no study is called {name!r}; {suggestion(name, every)}",
+                "bitassay study list",
+            )
+    if twice := [name for name in studies if studies.count(name) > 1]:
+        raise BitassayError(f"the study {twice[0]!r} is given twice", "name each once")
+    kinds = {name in EIGHT_BIT or name in REPLICATION for name in studies}
+    if len(kinds) > 1:
+        raise BitassayError(
+            f"{' '.join(studies)}: exp1 to exp5 and separability run in one command, the others in another",
+            "one command for each kind",
+        )
+    if True in kinds:
         from bitassay.cli.variants import run_variant_studies
 
         return run_variant_studies(

@@ -23,6 +23,7 @@ from transformers import (
 
 from bitassay.errors import BitassayError, MissingError, suggestion
 from bitassay.models.checkpoint import read_card
+from bitassay.models.device import as_device
 from bitassay.models.source import Source, resolve
 from bitassay.record.hashing import digest_file, digest_json, digest_tensors
 from bitassay.record.progress import Progress, silent
@@ -86,10 +87,10 @@ def load(
     as codes where `packed`. Raises BitassayError where the files are missing, truncated or not finite,
     MissingError where they cannot be fetched.
     """
+    wanted, where = as_dtype(dtype), as_device(device)
     source = resolve(model, progress)
     check_files(source.folder)
     card = read_card(source.folder)
-    wanted = as_dtype(dtype)
     if packed and card is None:
         raise BitassayError(
             f"{source.folder}: holds no codes that `bitassay quantize` wrote",
@@ -119,7 +120,7 @@ def load(
     # nn.Module's own __setattr__ is for tensors and modules.
     object.__setattr__(loaded, "tokenizer", tokenizer)
     object.__setattr__(loaded, "identity", known)
-    return loaded.eval().requires_grad_(False).to(device)  # type: ignore[arg-type]
+    return loaded.eval().requires_grad_(False).to(where)  # type: ignore[arg-type]
 
 
 def layer_count(source: Source, *, trust_remote_code: bool = False) -> int:

@@ -70,6 +70,18 @@ def resolve(model: str | Path, progress: Progress = silent) -> Source:
     return _from_hub(found.hub, found.name, progress)
 
 
+def check_name(model: str) -> None:
+    """Refuse what cannot be a model, before anything is fetched, converted or imported: a folder without one,
+    a file that is none, a short name that there is not."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        _from_folder(path)
+    elif path.is_file() or path.suffix.lower() == ".gguf":
+        _check_gguf(path)
+    elif os.sep not in model:
+        entry(model.partition("@")[0])
+
+
 def is_cached(found: CatalogueEntry) -> bool:
     """Whether the entry's weights are on this machine already."""
     if found.bundled:
@@ -150,13 +162,20 @@ def _from_hub(hub_id: str, name: str, progress: Progress) -> Source:
     return Source(name, _from_folder(folder).folder, f"hub {hub_id}")
 
 
-def _from_gguf(path: Path, name: str, progress: Progress) -> Source:
+def _check_gguf(path: Path) -> None:
     try:
         with open(path, "rb") as stream:
             if stream.read(4) != b"GGUF":
-                raise BitassayError(f"{path}: not a GGUF file (its first bytes are not 'GGUF')")
+                raise BitassayError(
+                    f"{path}: not a GGUF file (its first bytes are not 'GGUF')",
+                    "a model is a folder, a .gguf file, a hub id or a name from `bitassay models list`",
+                )
     except OSError as error:
         raise BitassayError(f"{path}: {error.strerror}", "check the path") from error
+
+
+def _from_gguf(path: Path, name: str, progress: Progress) -> Source:
+    _check_gguf(path)
     digest = digest_file(path)
     folder = cache_folder() / "dequantized" / f"{path.stem}-{digest[:12]}"
     if not folder.is_dir():

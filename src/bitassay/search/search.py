@@ -32,11 +32,12 @@ from filelock import FileLock, Timeout
 from optuna.trial import FrozenTrial, TrialState
 
 from bitassay.bench.environment import environment
-from bitassay.errors import BitassayError
+from bitassay.errors import BitassayError, at_least
 from bitassay.models.load import identity
+from bitassay.quantize.fits import check_fit
 from bitassay.quantize.pipeline import quantize_tensors_once
 from bitassay.quantize.recipe import BASE, Recipe, find_recipe, row_names
-from bitassay.record.files import read_json, write_json, write_text
+from bitassay.record.files import check_folder, read_json, write_json, write_text
 from bitassay.record.processes import end, end_with_parent, helper_variables
 from bitassay.record.progress import Progress, silent
 from bitassay.record.run import RunFolder, default_folder
@@ -85,8 +86,10 @@ def search(
     row_names(written)
     if taken := [one.name for one in written if re.fullmatch(rf"{re.escape(plan.space.name)}-\d+", one.name)]:
         raise BitassayError(f"{taken[0]}: a recipe that this search finds may be called so", "rename it")
-    if trials < 1 or jobs < 1:
-        raise BitassayError(f"{min(trials, jobs)} trials or jobs", "at least 1")
+    at_least(1, trials=trials, jobs=jobs)
+    if out is not None:
+        check_folder(out)
+    check_fit(model, written, trust_remote_code=trust_remote_code, progress=progress)
     exam = plan.exam(progress, trust_remote_code)
     plan = replace(plan, at_most=limits(exam.base, at_most or {}))
     folder = _open_folder(plan, exam, out)

@@ -23,13 +23,15 @@ from transformers import PreTrainedModel
 
 from bitassay.bench.environment import environment
 from bitassay.bench.throughput import throughput
+from bitassay.data.corpora import check_corpus
 from bitassay.data.windows import Protocol, token_windows
-from bitassay.errors import BitassayError
+from bitassay.errors import BitassayError, at_least
 from bitassay.evaluate.compare import score_windows, summarise
 from bitassay.evaluate.controls import pair
 from bitassay.evaluate.divergence import TokenScores
-from bitassay.models.load import identity, load, tokenizer
+from bitassay.models.load import as_dtype, identity, load, tokenizer
 from bitassay.models.walk import decoder_layers
+from bitassay.quantize.fits import check_fit
 from bitassay.quantize.model import (
     Quantization,
     bits_per_weight,
@@ -41,7 +43,7 @@ from bitassay.quantize.model import (
 )
 from bitassay.quantize.pipeline import quantize_tensors_once
 from bitassay.quantize.recipe import BASE, Recipe, find_recipe, row_names
-from bitassay.record.files import write_json
+from bitassay.record.files import check_folder, write_json
 from bitassay.record.progress import Progress, silent
 from bitassay.record.run import RunFolder, default_folder
 from bitassay.record.versions import versions
@@ -76,6 +78,11 @@ class AssayPlan:
     def __post_init__(self) -> None:
         if len(row_names(self.recipes)) == 1:
             raise BitassayError("no recipe was given", "--recipe w4, or see `bitassay recipes list`")
+        as_dtype(self.dtype)
+        at_least(0, repeats=self.bench_repeats, seed=self.seed)
+        at_least(1, windows=self.protocol.windows)
+        at_least(2, window=self.protocol.window_tokens)
+        check_corpus(self.protocol.corpus)
 
     def with_controls(self, layers: int) -> tuple["AssayPlan", list[Place]]:
         """The plan with controls, for a model of so many layers, and which these are."""
@@ -106,11 +113,16 @@ def assay(
     Raises BitassayError for bad input before any work is done.
     """
     plan = AssayPlan(model, tuple(find_recipe(recipe) for recipe in recipes), **options)
+    check_fit(model, plan.recipes, trust_remote_code=trust_remote_code, progress=progress)
+    if out is not None:
+        check_folder(out)
     base = load(model, dtype=plan.dtype, progress=progress, trust_remote_code=trust_remote_code)
     plan, places = plan.with_controls(len(decoder_layers(base))) if controls else (plan, [])
     for recipe in plan.recipes:
         check_recipe(base, recipe)
     windows, corpus_source = token_windows(tokenizer(base), plan.protocol)
+    if plan.verification:  # that there are so many short prompts depends on the tokenizer
+        chosen_prompts(base, plan.verification.prompts + plan.verification.calibration_prompts, plan.seed)
     folder = _open_folder(plan, base, corpus_source, out)
     progress(f"run {folder.run_id} in {folder.path}")
 

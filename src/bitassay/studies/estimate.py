@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from bitassay.bench.roofline import matrix_peak, stream_bandwidth
 from bitassay.models.load import as_dtype
+from bitassay.models.shapes import without_weights
 from bitassay.models.source import resolve
 from bitassay.models.walk import decoder_layers
 from bitassay.quantize.calibration import Calibration
@@ -38,9 +38,8 @@ def estimate_assay(
     """Rows `step, work, memory_bytes, seconds`. The model is fetched where it is not here yet, but no weights
     are loaded."""
     plan = AssayPlan(model, tuple(find_recipe(recipe) for recipe in recipes), **options)
-    config = AutoConfig.from_pretrained(resolve(model, progress).folder)
-    with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config)
+    empty = without_weights(resolve(model, progress))
+    config = empty.config
     if controls:
         plan, _ = plan.with_controls(len(decoder_layers(empty)))
     for recipe in plan.recipes:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from bitassay.bench.environment import environment
 from bitassay.data.corpora import bundled_prompts, prompts_from
-from bitassay.errors import BitassayError
+from bitassay.errors import BitassayError, at_least
 from bitassay.evaluate.generation import (
     BATCH,
     Text,
@@ -26,12 +26,13 @@ from bitassay.evaluate.generation import (
 )
 from bitassay.generate.decode import context_length, vocabulary_size
 from bitassay.generate.prompts import encode_prompt
-from bitassay.models.load import Identity, identity, load
+from bitassay.models.load import Identity, as_dtype, identity, load
 from bitassay.models.source import resolve
+from bitassay.quantize.fits import check_fit
 from bitassay.quantize.model import check_recipe
 from bitassay.quantize.pipeline import quantize_once
 from bitassay.quantize.recipe import BASE, Recipe, find_recipe, row_names
-from bitassay.record.files import write_json
+from bitassay.record.files import check_folder, write_json
 from bitassay.record.hashing import digest_json
 from bitassay.record.progress import Progress, silent
 from bitassay.record.run import RunFolder, default_folder
@@ -59,9 +60,9 @@ class GenerationPlan:
     def __post_init__(self) -> None:
         if len(row_names(self.recipes, self.candidates)) == 1:
             raise BitassayError("nothing to compare the model with", "--recipe w4, or --candidate FOLDER")
-        for name in ("prompts", "max_new_tokens", "batch"):
-            if getattr(self, name) < 1:
-                raise BitassayError(f"{name} is {getattr(self, name)}", "at least 1")
+        as_dtype(self.dtype)
+        at_least(1, prompts=self.prompts, new_tokens=self.max_new_tokens, batch=self.batch)
+        at_least(0, seed=self.seed)
 
 
 def generation(
@@ -80,6 +81,14 @@ def generation(
     """
     check_scorers()
     plan = GenerationPlan(model, tuple(find_recipe(recipe) for recipe in recipes), **options)
+
+    if plan.prompts_file is not None:
+        prompts_from(plan.prompts_file)
+    if out is not None:
+        check_folder(out)
+    for name in plan.candidates:
+        check_fit(name, trust_remote_code=trust_remote_code, progress=progress)
+    check_fit(model, plan.recipes, trust_remote_code=trust_remote_code, progress=progress)
 
     def loaded(name: str) -> PreTrainedModel:
         return load(name, dtype=plan.dtype, progress=progress, trust_remote_code=trust_remote_code)
