@@ -2,17 +2,27 @@
 refused before anything is imported."""
 
 import re
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from cyclopts import Parameter
+from cyclopts import Parameter, Token
 from cyclopts.validators import Number
+
+
+def _whole(_: Any, tokens: Sequence[Token]) -> Any:
+    """A number as it is written: left alone, cyclopts takes 1.5 for 1."""
+    try:
+        return int(tokens[0].value)
+    except ValueError:
+        raise ValueError(f'unable to convert "{tokens[0].value}" into int.') from None
+
 
 Names = Annotated[list[str], Parameter(consume_multiple=True, negative=())]
 Numbers = Annotated[list[int], Parameter(consume_multiple=True, negative=())]
 Counts = Annotated[list[int], Parameter(consume_multiple=True, negative=(), validator=Number(gte=1))]
-Count = Annotated[int, Parameter(validator=Number(gte=1))]
-CountOrNone = Annotated[int, Parameter(validator=Number(gte=0))]
-Seed = Annotated[int, Parameter(validator=Number(gte=0, lt=2**63))]
+Count = Annotated[int, Parameter(validator=Number(gte=1), converter=_whole)]
+CountOrNone = Annotated[int, Parameter(validator=Number(gte=0), converter=_whole)]
+Seed = Annotated[int, Parameter(validator=Number(gte=0, lt=2**63), converter=_whole)]
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 StateDtype = Literal["float32", "bfloat16", "float16"]
 Precision = Literal["fp16", "bf16", "fp32"]

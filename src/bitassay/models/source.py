@@ -74,7 +74,9 @@ def check_name(model: str) -> None:
     """Refuse what cannot be a model, before anything is fetched, converted or imported: a folder without one,
     a file that is none, a short name that there is not."""
     path = Path(model).expanduser()
-    if path.is_dir():
+    if not model.strip():
+        entry(model)
+    elif path.is_dir():
         _from_folder(path)
     elif path.is_file() or path.suffix.lower() == ".gguf":
         _check_gguf(path)

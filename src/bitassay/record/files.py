@@ -231,4 +231,7 @@ def read_yaml(path: Path) -> Any:
         return yaml.safe_load(text)
     # PyYAML lets the last four out of values that do not fit their tag: 2020-13-01, `!!int ''`, `!!bool x`.
     except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError) as error:
-        raise BitassayError(f"{path}: not valid YAML ({error})") from error
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark is not None else ""
+        why = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise BitassayError(f"{path}: not valid YAML ({why:.200}{where})", "mend the file") from error
