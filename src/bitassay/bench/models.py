@@ -168,7 +168,7 @@ def measure_rounds(
         name: folder.part(f"facts-{place:02d}", lambda name=name: runner(name).facts())
         for place, name in enumerate(names)
     }
-    rounds, steps = [], 0
+    rounds, done, whole = [], 0, repeats * sum(map(work_of, cells))
     for round_ in range(repeats):
         found: dict[str, Any] = {
             "limits": folder.part(f"round-{round_:02d}-limits", lambda: runner(names[0]).limits()),
@@ -182,10 +182,16 @@ def measure_rounds(
                 return {"load": load, "answers": given}
 
             found["cells"][cell.name] = folder.part(f"round-{round_:02d}-{cell.name}", answers)
-            steps += 1
-            progress("timing", steps, repeats * len(cells))
+            done += work_of(cell)
+            progress("timing, percent", 100 * done // whole, 100)
         rounds.append(found)
     return facts, rounds
+
+
+def work_of(cell: Cell) -> int:
+    """About how much work a cell is, in tokens of a prefill. A decoding step reads all weights, which takes
+    about as long as some tokens of a prefill take to compute."""
+    return cell.batch * cell.prompt_tokens + cell.new_tokens * (16 + cell.batch)
 
 
 def summarise(
