@@ -40,7 +40,7 @@ def models(
     equal work, and its speed over theirs.
 
     Writes run.json and report.html into a run folder. Interrupted, the same command goes on. What the model
-    has no positions for, or the machine no memory, is skipped and says so.
+    has no positions for, or the machine no memory, is skipped and says so; exit status 1 where all is.
 
     Args:
         model: The base model: a name from `bitassay models list`, a folder, a .gguf file or a hub id.
@@ -103,7 +103,7 @@ def models(
     for line in (machine_line(run), busy(run), f"report: {folder / 'report.html'}"):
         if line:
             print(line, file=sys.stderr)
-    return 0
+    return 1 if all("skipped" in row for row in run["rows"]) else 0
 
 
 @bench.command

@@ -33,7 +33,8 @@ def search(
     """Search SPACE for the best recipes of MODEL, and judge them on text that chose nothing.
 
     Writes run.json, report.html and best/*.yaml into a run folder. Interrupted, the same command goes on
-    after the last finished trial; more --trials add to what there is.
+    after the last finished trial; more --trials add to what there is. Exit status 1 where trials failed by a
+    bug; the others count.
 
     Args:
         space: A YAML file (docs/search.md), or a shipped one: two-bit, w8a8, replication, loops.
@@ -68,6 +69,7 @@ def search(
     from bitassay.report.search import SEARCH_COLUMNS, write_search_report
     from bitassay.search.objectives import parse_limit
     from bitassay.search.search import search
+    from bitassay.search.trials import FAILED
 
     with show_progress() as progress:
         run, folder = search(
@@ -92,4 +94,5 @@ def search(
     write_search_report(run, folder / "report.html")
     emit(run["rows"], SEARCH_COLUMNS, format, whole=run)
     print(f"report: {folder / 'report.html'}", file=sys.stderr)
-    return 0
+    failed = any((trial["stopped"] or "").startswith(FAILED) for trial in run["trials"])
+    return 1 if failed else 0

@@ -100,7 +100,7 @@ def run(
     Measured stands beside expected, and beside what the same bar does to INT8 and INT4 provers. Writes
     OUT/raw/STUDY/..._trialK.json and ..._summary.json, and OUT/report.html. Interrupted, the same command
     goes on. For two computers: run with `--role prove` on one, copy OUT to the other, and run there with
-    `--role verify` and the same --devices.
+    `--role verify` and the same --devices. Exit status 1 where something of a study could not be measured.
 
     task3.1 to task3.3 are the INT8/FP8 studies; control-table, phase1 to phase4, uses and planes are those of
     layer replication. --model, --limit (task3), --only, --windows, --window, --precision, --devices (one),
@@ -222,18 +222,19 @@ def run(
     for one in (one for found in runs for one in found["missing"]):
         verb = "lacks" if one.get("impossible") else "waits for"
         sys.stderr.write(f"{one['study']}: {verb} {one['missing']}\n")
+    lost = [one for found in runs for one in found["missing"] if role is None or one.get("impossible")]
     if any(found["rows"] for found in runs):
         report.write_study_report(runs, out / "report.html")
     if format == "json":
         whole = {"rows": [{"kind": one["kind"], **row} for one in runs for row in one["rows"]], "runs": runs}
         emit([], [], "json", whole=whole)
-        return 0
+        return 1 if lost else 0
     for found in runs:
         if found["kind"] == "separability":
             emit(report.separability_rows(found), report.separability_columns(found), format)
         else:
             emit(found["rows"], report.EXPERIMENT_COLUMNS, format)
-    return 0
+    return 1 if lost else 0
 
 
 def optimise(studies: list[str], plan: "Plan", alpha: float, out: Path, format: Format) -> int:
@@ -248,7 +249,9 @@ def optimise(studies: list[str], plan: "Plan", alpha: float, out: Path, format: 
     emit(report.threshold_rows(found), report.THRESHOLD_COLUMNS, format, whole=found)
     for row in found["rows"]:
         sys.stderr.write(f"thresholds: {row['file']}\n")
-    return 0
+    for one in found["missing"]:
+        sys.stderr.write(f"{one['study']}: lacks {one['missing']}\n")
+    return 1 if found["missing"] else 0
 
 
 def make_plan(
