@@ -126,8 +126,10 @@ def calibrate(
     chosen_attacks(suspects or (), sampler, min(suspect_runs, len(texts)))
     as_device(device)
     with show_progress() as progress:
-        wanted = [] if recipe is None else [find_recipe(recipe)]
-        check_fit(model, wanted, trust_remote_code=trust_remote_code, progress=progress)
+        wanted = [find_recipe(recipe)] if recipe else []
+        check_fit(
+            model, wanted, tokens=max_new_tokens, trust_remote_code=trust_remote_code, progress=progress
+        )
         where = {"device": device, "trust_remote_code": trust_remote_code, "progress": progress}
         verifier = load(model, dtype=dtype, attention=attention, **where)
         prover = verifier

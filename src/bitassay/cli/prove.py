@@ -100,8 +100,10 @@ def prove(
     if key is not None:
         private_key(key)  # made now where there is none
     with show_progress() as progress:
-        wanted = [] if recipe is None else [find_recipe(recipe)]
-        check_fit(model, wanted, trust_remote_code=trust_remote_code, progress=progress)
+        wanted = [find_recipe(recipe)] if recipe else []
+        check_fit(
+            model, wanted, tokens=max_new_tokens, trust_remote_code=trust_remote_code, progress=progress
+        )
         claimed = Identity(resolve(claim, progress)) if claim else None
         loaded = load(
             model,

@@ -80,6 +80,8 @@ def quantize(
         )
     elif out is None and gguf is None:
         raise BitassayError("nowhere to write to", "--out FOLDER, --gguf FILE, or both")
+    elif out is None and layout is not None:
+        raise BitassayError("--layout is of the folder", "--out FOLDER too, or leave it out")
     check_words([model], [recipe], folder=out, file=gguf)
     if work is not None:
         check_folder(work)

@@ -96,7 +96,7 @@ def verify(
     if ledger is not None:
         check_ledger(ledger, known, signer.lower() if signer else None)
     with show_progress() as progress:
-        wanted = [] if recipe is None else [find_recipe(recipe)]
+        wanted = [find_recipe(recipe)] if recipe else []
         check_fit(model, wanted, trust_remote_code=trust_remote_code, progress=progress)
         own = load(
             model,

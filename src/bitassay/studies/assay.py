@@ -113,7 +113,8 @@ def assay(
     Raises BitassayError for bad input before any work is done.
     """
     plan = AssayPlan(model, tuple(find_recipe(recipe) for recipe in recipes), **options)
-    check_fit(model, plan.recipes, trust_remote_code=trust_remote_code, progress=progress)
+    tokens = plan.verification.new_tokens if plan.verification else 0
+    check_fit(model, plan.recipes, tokens=tokens, trust_remote_code=trust_remote_code, progress=progress)
     if out is not None:
         check_folder(out)
     base = load(model, dtype=plan.dtype, progress=progress, trust_remote_code=trust_remote_code)

@@ -207,7 +207,7 @@ def attack(
     check_plan(plan)
     if out is not None:
         check_folder(out)
-    check_fit(model, trust_remote_code=trust_remote_code, progress=progress)
+    check_fit(model, tokens=plan.tokens, trust_remote_code=trust_remote_code, progress=progress)
     plan, other, left_out = runnable(plan, trial)
     for one in left_out:
         progress(str(one))

@@ -82,13 +82,17 @@ def generation(
     check_scorers()
     plan = GenerationPlan(model, tuple(find_recipe(recipe) for recipe in recipes), **options)
 
-    if plan.prompts_file is not None:
-        prompts_from(plan.prompts_file)
+    there = len(bundled_prompts() if plan.prompts_file is None else prompts_from(plan.prompts_file))
+    if plan.prompts > there:
+        raise BitassayError(
+            f"{plan.prompts} prompts were asked for, there are {there}", f"--prompts {there} or fewer"
+        )
     if out is not None:
         check_folder(out)
     for name in plan.candidates:
         check_fit(name, trust_remote_code=trust_remote_code, progress=progress)
-    check_fit(model, plan.recipes, trust_remote_code=trust_remote_code, progress=progress)
+    tokens = plan.max_new_tokens + 1
+    check_fit(model, plan.recipes, tokens=tokens, trust_remote_code=trust_remote_code, progress=progress)
 
     def loaded(name: str) -> PreTrainedModel:
         return load(name, dtype=plan.dtype, progress=progress, trust_remote_code=trust_remote_code)

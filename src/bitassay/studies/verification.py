@@ -43,6 +43,12 @@ class Verification:
         """Raises BitassayError for numbers that no verdict can come of."""
         at_least(1, prompts=self.prompts)
         check_plan(self.calibration_prompts, self.alpha, self.new_tokens)
+        wanted, there = self.prompts + self.calibration_prompts, len(bundled_prompts())
+        if wanted > there:
+            raise BitassayError(
+                f"{wanted} prompts were asked for, the package has {there}",
+                "fewer --prompts or --calibration-prompts",
+            )
 
 
 def honest_profile(

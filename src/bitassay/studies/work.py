@@ -24,6 +24,7 @@ from bitassay.data.corpora import corpus
 from bitassay.errors import BitassayError, suggestion
 from bitassay.models.load import Identity
 from bitassay.models.source import resolve
+from bitassay.quantize.fits import check_fit
 from bitassay.quantize.recipe import find_recipe
 from bitassay.record.hashing import digest_file, digest_json
 from bitassay.record.processes import helper_variables
@@ -162,6 +163,12 @@ class Work:
         self.plan, self.out, self.progress = plan, out, progress
         self._children: list[Popen[str]] = []
         self._stopped = False
+        check_fit(
+            plan.model,
+            tokens=plan.prompt_tokens + plan.tokens - 1,
+            trust_remote_code=plan.trust_remote_code,
+            progress=progress,
+        )
         source = resolve(plan.model, progress)
         self.name = Path(source.name).name
         described = {
