@@ -31,7 +31,9 @@ def at_least(least: int, **values: int | None) -> None:
     for name, value in values.items():
         if value is not None and value < least:
             option = f"--{name.replace('_', '-')}"
-            raise BitassayError(f"{option} {value}: at least {least} is needed", f"{option} {least} or more")
+            raise BitassayError(
+                f"{option} is {value}; at least {least} is needed", f"{option} {least} or more"
+            )
 
 
 SHORT = 8  # a list of at most so many names is shown whole

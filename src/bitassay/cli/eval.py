@@ -69,6 +69,8 @@ def eval(
 
     if recipe and against:
         raise BitassayError("--recipe and --against both name a comparison", "give one of them")
+    if against == model and tasks is not None:
+        raise BitassayError(f"{model} is named twice", "--against another model")
     if tasks is None and not (limit is shots is out is None):
         raise BitassayError("--limit, --shots and --out belong to tasks", "--tasks hellaswag")
     if tasks is not None and not (protocol is window is windows is None):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import App, Parameter
 
 from bitassay.cli.output import Format, emit
-from bitassay.cli.parameters import Count, Names, Numbers, Precision, Share
+from bitassay.cli.parameters import Count, Names, Numbers, Share
 from bitassay.report.tables import Column, interval, percent
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def run(
     devices: Names | None = None,
     here: Names | None = None,
     role: Literal["prove", "verify"] | None = None,
-    precision: Precision | None = None,
+    precision: str | None = None,
     quantized: str = "w4",
     attacks: Names | None = None,
     precisions: Names | None = None,
@@ -153,7 +153,7 @@ def run(
     for name in studies:
         if name not in every:
             raise BitassayError(
-                f"no study is called {name!r}; {suggestion(name, every)}",
+                f"no experiment is called {name!r}; {suggestion(name, every)}",
                 "bitassay study list",
             )
     if twice := [name for name in studies if studies.count(name) > 1]:
@@ -265,7 +265,7 @@ def make_plan(
 ) -> "Plan":
     """A plan on these machines, or on those at hand that can compute, in `precision` or the one that suits
     them."""
-    from bitassay.errors import BitassayError
+    from bitassay.errors import BitassayError, suggestion
     from bitassay.studies.parties import DTYPES, Machine, first_machines, other_machines
     from bitassay.studies.trial import LeftOut, first_that_runs, try_machine
     from bitassay.studies.work import Plan
@@ -278,6 +278,11 @@ def make_plan(
         )
     named = [Machine(name) for name in devices]
     precision = precision or ("fp16" if len(named) == 2 and all(m.device != "cpu" for m in named) else "bf16")
+    if precision not in DTYPES:
+        raise BitassayError(
+            f"{precision!r} is no precision of the dense model; {suggestion(precision, DTYPES)}",
+            "--precision bf16",
+        )
     left_out: tuple[LeftOut, ...] = ()
 
     def chosen(candidates: Sequence[Machine]) -> Machine:

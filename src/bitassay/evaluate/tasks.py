@@ -83,7 +83,7 @@ def check_tasks(tasks: Sequence[str], limit: int | None = None) -> None:
     if not tasks:
         raise BitassayError("no task was given", "--tasks hellaswag")
     if twice := [name for name in tasks if tasks.count(name) > 1]:
-        raise BitassayError(f"the task {twice[0]!r} is given twice", "name each once")
+        raise BitassayError(f"the task {twice[0]!r} is named twice", "name each once")
     for task in tasks:
         leaves(task)
 
@@ -110,7 +110,7 @@ def evaluate_tasks(
         check_folder(out)
     names = [candidate.name for candidate in candidates]
     if not names or len(set(names)) < len(names):
-        raise BitassayError(f"the models to ask are {names}", "at least one, and each name once")
+        raise BitassayError(f"a model is missing or named twice: {names}", "name each once")
     groups = {task: [AskedTask.of(leaf, limit, shots, progress) for leaf in leaves(task)] for task in tasks}
     plan = {
         "kind": "tasks",

@@ -32,7 +32,7 @@ from filelock import FileLock, Timeout
 from optuna.trial import FrozenTrial, TrialState
 
 from bitassay.bench.environment import environment
-from bitassay.errors import BitassayError, at_least
+from bitassay.errors import BitassayError
 from bitassay.models.load import identity
 from bitassay.quantize.fits import check_fit
 from bitassay.quantize.pipeline import quantize_tensors_once
@@ -86,7 +86,8 @@ def search(
     row_names(written)
     if taken := [one.name for one in written if re.fullmatch(rf"{re.escape(plan.space.name)}-\d+", one.name)]:
         raise BitassayError(f"{taken[0]}: a recipe that this search finds may be called so", "rename it")
-    at_least(1, trials=trials, jobs=jobs)
+    if trials < 1 or jobs < 1:
+        raise BitassayError(f"{min(trials, jobs)} trials or jobs", "at least 1")
     if out is not None:
         check_folder(out)
     check_fit(model, written, trust_remote_code=trust_remote_code, progress=progress)

@@ -72,7 +72,7 @@ class SearchPlan:
         at_least(0, seed=self.seed)
         if self.short > self.windows:
             raise BitassayError(
-                f"--short {self.short}: {self.windows} windows choose", f"--short 1 to {self.windows}"
+                f"{self.short} of {self.windows} windows come first", f"--short 1 to {self.windows}"
             )
         check_corpus(self.corpus)
         if not self.objectives:
