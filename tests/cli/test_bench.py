@@ -75,9 +75,9 @@ def test_a_replica_is_timed_beside_its_controls(bitassay, timed_here, tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["bench", "stories260k", "--batches", "0"], "is 0"),
+        (["bench", "stories260k", "--batches", "0"], '"[0]" for --batches'),
         (["bench", "stories260k", "--recipe", "w5"], "no recipe is called 'w5'"),
-        (["bench", "stories260k", "--dtype", "int8"], "unknown dtype 'int8'"),
+        (["bench", "stories260k", "--dtype", "int8"], '"int8" for --dtype'),
         (["bench", "matmul", "--shapes", "16"], "'16' is not a shape"),
         (["bench", "matmul", "--shapes", "0x4"], "a product of 0x4"),
         (["generate", "stories260k"], "nothing to compare"),

@@ -68,7 +68,7 @@ def run(arguments: list[str], debug: bool = False) -> int:
                 f"no verb is called {arguments[0]!r}; {suggestion(arguments[0], VERBS)}",
                 "bitassay --help",
             )
-        result = app(arguments, exit_on_error=False, print_error=True, result_action="return_value")
+        result = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
         sys.stdout.flush()  # here, where a reader that went away or a full disk can still be dealt with
         return result if isinstance(result, int) else 0
     except BitassayError as error:
@@ -76,8 +76,12 @@ def run(arguments: list[str], debug: bool = False) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
-    except CycloptsError:
-        return 2  # cyclopts has printed what was wrong
+    except CycloptsError as error:
+        if debug:
+            raise
+        verb = f" {arguments[0]}" if arguments and arguments[0] in VERBS else ""
+        print(f"error: {error}\n  try: bitassay{verb} --help", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("\ninterrupted; finished parts are kept: run the same command again to go on", file=sys.stderr)
         return 130

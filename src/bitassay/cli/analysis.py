@@ -22,6 +22,7 @@ def run_analysis(
     from bitassay.models.load import load
     from bitassay.quantize.analysis import AnalysisPlan, analyze
     from bitassay.quantize.calibration import Calibration
+    from bitassay.quantize.fits import check_fit
     from bitassay.quantize.recipe import find_recipe
     from bitassay.report.analysis import (
         LAYER_COLUMNS,
@@ -36,7 +37,9 @@ def run_analysis(
     given = found.calibration or Calibration.model_validate({})
     text = given.model_copy(update={"samples": samples})
     with show_progress() as progress:
-        base = load(loading.of(model), dtype=dtype, progress=progress, **loading.options)
+        name, options = loading.of(model), loading.options
+        check_fit(name, [found], trust_remote_code=loading.trust_remote_code, progress=progress)
+        base = load(name, dtype=dtype, progress=progress, **options)
         run, folder = analyze(base, found, AnalysisPlan(text, each_matrix), out=out, progress=progress)
     write_analysis_report(run, folder / "report.html")
     write_heat_map(run, folder / "heat-map.png")

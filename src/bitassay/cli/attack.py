@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from bitassay.cli.output import Format, emit
-from bitassay.cli.parameters import AS_IT_IS, Loading, Names
+from bitassay.cli.parameters import AS_IT_IS, Count, Loading, Names, Seed, Share
 
 
 def attack(
@@ -12,11 +12,11 @@ def attack(
     *,
     attacks: Names | None = None,
     numerics: Names | None = None,
-    sequences: int = 100,
-    tokens: int = 64,
-    alpha: float = 0.01,
-    batch: int = 32,
-    seed: int = 0,
+    sequences: Count = 100,
+    tokens: Count = 64,
+    alpha: Share = 0.01,
+    batch: Count = 32,
+    seed: Seed = 0,
     out: Path | None = None,
     loading: Loading = AS_IT_IS,
     format: Format = "table",
@@ -38,6 +38,9 @@ def attack(
         out: Run folder (default: runs/attack-MODEL-ID).
         format: What to print on stdout; json and csv have every cell with its interval.
     """
+    from bitassay.cli.checks import check_words
+
+    check_words([model], folder=out)
     from bitassay.cli.progress import show_progress
     from bitassay.report.attack import (
         ATTACK_COLUMNS,

@@ -7,7 +7,17 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from bitassay.cli.output import Format, emit
-from bitassay.cli.parameters import AS_IT_IS, Loading, Names, Numbers
+from bitassay.cli.parameters import (
+    AS_IT_IS,
+    Count,
+    CountOrNone,
+    Counts,
+    Device,
+    Dtype,
+    Loading,
+    Names,
+    Seed,
+)
 
 bench = App(
     name="bench",
@@ -22,14 +32,14 @@ def models(
     recipe: Annotated[list[str] | None, Parameter(negative=())] = None,
     candidate: Annotated[list[str] | None, Parameter(negative=())] = None,
     controls: bool = True,
-    batches: Numbers | None = None,
-    contexts: Numbers | None = None,
-    prompt_tokens: int = 128,
-    new_tokens: int = 16,
-    repeats: int = 5,
-    dtype: str = "bfloat16",
-    device: str = "cpu",
-    threads: int | None = None,
+    batches: Counts | None = None,
+    contexts: Counts | None = None,
+    prompt_tokens: Count = 128,
+    new_tokens: Count = 16,
+    repeats: Count = 5,
+    dtype: Dtype = "bfloat16",
+    device: Device = "cpu",
+    threads: Count | None = None,
     out: Path | None = None,
     loading: Loading = AS_IT_IS,
     format: Format = "table",
@@ -40,7 +50,7 @@ def models(
     equal work, and its speed over theirs.
 
     Writes run.json and report.html into a run folder. Interrupted, the same command goes on. What the model
-    has no positions for, or the machine no memory, is skipped and says so.
+    has no positions for, or the machine no memory, is skipped and says so; exit status 1 where all is.
 
     Args:
         model: The base model: a name from `bitassay models list`, a folder, a .gguf file or a hub id.
@@ -58,6 +68,9 @@ def models(
         out: Run folder (default: runs/bench-MODEL-ID).
         format: What to print on stdout; json has every measurement.
     """
+    from bitassay.cli.checks import check_words
+
+    check_words([model, *(candidate or ())], recipe, folder=out)
     from bitassay.bench.models import BATCHES, CONTEXTS, bench
     from bitassay.cli.progress import show_progress
     from bitassay.report.bench import (
@@ -99,17 +112,17 @@ def models(
     for line in (machine_line(run), busy(run), f"report: {folder / 'report.html'}"):
         if line:
             print(line, file=sys.stderr)
-    return 0
+    return 1 if all("skipped" in row for row in run["rows"]) else 0
 
 
 @bench.command
 def matmul(
     *,
     shapes: Names | None = None,
-    draws: int = 4,
-    repeats: int = 5,
-    seed: int = 0,
-    device: str = "cpu",
+    draws: Count = 4,
+    repeats: CountOrNone = 5,
+    seed: Seed = 0,
+    device: Device = "cpu",
     out: Path | None = None,
     format: Format = "table",
 ) -> int:
@@ -128,8 +141,11 @@ def matmul(
     """
     from bitassay.bench.matmul import SHAPES, matmul
     from bitassay.cli.progress import show_progress
+    from bitassay.record.files import check_place
     from bitassay.report.bench import MATMUL_COLUMNS, shown_columns, write_matmul_report
 
+    if out is not None:
+        check_place(out)
     asked = SHAPES if shapes is None else [_shape(text) for text in shapes]
     with show_progress() as progress:
         run = matmul(asked, draws=draws, repeats=repeats, seed=seed, device=device, progress=progress)

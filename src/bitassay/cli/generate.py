@@ -7,7 +7,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from bitassay.cli.output import Format, emit
-from bitassay.cli.parameters import AS_IT_IS, Loading
+from bitassay.cli.parameters import AS_IT_IS, Count, Dtype, Loading, Seed
 
 
 def generate(
@@ -15,12 +15,12 @@ def generate(
     *,
     recipe: Annotated[list[str] | None, Parameter(negative=())] = None,
     candidate: Annotated[list[str] | None, Parameter(negative=())] = None,
-    prompts: int = 32,
+    prompts: Count = 32,
     prompts_file: Path | None = None,
-    new_tokens: int = 64,
-    batch: int = 8,
-    dtype: str = "float32",
-    seed: int = 0,
+    new_tokens: Count = 64,
+    batch: Count = 8,
+    dtype: Dtype = "float32",
+    seed: Seed = 0,
     out: Path | None = None,
     loading: Loading = AS_IT_IS,
     format: Format = "table",
@@ -44,6 +44,9 @@ def generate(
         out: Run folder (default: runs/generation-MODEL-ID).
         format: What to print on stdout; json has the texts too.
     """
+    from bitassay.cli.checks import check_words
+
+    check_words([model, *(candidate or ())], recipe, folder=out, texts=[prompts_file])
     from bitassay.cli.progress import show_progress
     from bitassay.report.generation import (
         GENERATION_COLUMNS,

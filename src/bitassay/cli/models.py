@@ -58,8 +58,11 @@ def pull(model: str, *, revision: Revision = NEWEST, format: Format = "table") -
         model: A name from `bitassay models list`, a hub id, or a .gguf file, which is dequantized.
         format: What to print on stdout.
     """
+    from bitassay.cli.checks import check_words
     from bitassay.cli.progress import show_progress
     from bitassay.models.source import resolve
+
+    check_words([model])
 
     with show_progress() as progress:
         source = resolve(revision.of(model), progress)
@@ -86,6 +89,9 @@ def check(
         model: A name from `bitassay models list`, a folder, a .gguf file or a hub id.
         format: What to print on stdout.
     """
+    from bitassay.cli.checks import check_words
+
+    check_words([model])
     from bitassay.cli.progress import show_progress
     from bitassay.models.check import check as check_model
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from bitassay.cli.output import Format, emit
-from bitassay.cli.parameters import AS_IT_IS, Loading
+from bitassay.cli.parameters import AS_IT_IS, Count, Loading, StateDtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,11 +29,11 @@ def quantize(
     gguf: Path | None = None,
     layout: Literal["compressed-tensors", "bitassay"] | None = None,
     work: Path | None = None,
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    dtype: StateDtype = "float32",
     check: bool = True,
     dry_run: Annotated[bool, Parameter(negative=())] = False,
     analyze: Annotated[bool, Parameter(negative=())] = False,
-    samples: int | None = None,
+    samples: Count | None = None,
     each_matrix: Annotated[bool, Parameter(negative=())] = False,
     loading: Loading = AS_IT_IS,
     format: Format = "table",
@@ -63,18 +63,34 @@ def quantize(
         each_matrix: With --analyze, measure the divergence of each matrix too, not of each layer only.
         format: What to print on stdout.
     """
-    from bitassay.cli.analysis import run_analysis
-    from bitassay.cli.progress import show_progress
+    from bitassay.cli.checks import check_words
     from bitassay.errors import BitassayError
-    from bitassay.models.source import resolve
-    from bitassay.quantize.recipe import find_recipe
-    from bitassay.report.tables import Column, number, significant, size
+    from bitassay.record.files import check_folder
 
     if analyze:
         if gguf is not None or dry_run:
             raise BitassayError(
                 "--analyze writes no model, so --gguf and --dry-run say nothing", "leave them out"
             )
+    elif samples is not None or each_matrix:
+        raise BitassayError(
+            "--samples and --each-matrix are of --analyze",
+            "--analyze too, or in the recipe: calibration: {samples: 128, tokens: 512}",
+        )
+    elif out is None and gguf is None:
+        raise BitassayError("nowhere to write to", "--out FOLDER, --gguf FILE, or both")
+    elif out is None and layout is not None:
+        raise BitassayError("--layout is of the folder", "--out FOLDER too, or leave it out")
+    check_words([model], [recipe], folder=out, file=gguf)
+    if work is not None:
+        check_folder(work)
+    from bitassay.cli.analysis import run_analysis
+    from bitassay.cli.progress import show_progress
+    from bitassay.models.source import resolve
+    from bitassay.quantize.recipe import find_recipe
+    from bitassay.report.tables import Column, number, significant, size
+
+    if analyze:
         return run_analysis(
             model,
             recipe,
@@ -85,13 +101,6 @@ def quantize(
             loading,
             format,
         )
-    if samples is not None or each_matrix:
-        raise BitassayError(
-            "--samples and --each-matrix are of --analyze",
-            "--analyze too, or in the recipe: calibration: {samples: 128, tokens: 512}",
-        )
-    if out is None and gguf is None:
-        raise BitassayError("nowhere to write to", "--out FOLDER, --gguf FILE, or both")
     sizes = (
         Column("recipe", "recipe", align="left"),
         Column("layout", "layout", align="left"),
@@ -209,15 +218,13 @@ def _save_gguf(order: _Order, quantized: "PreTrainedModel", path: Path, tokens: 
 def _planned(order: _Order) -> list[Row]:
     """What is known before any weight is read; refuses what could not be saved. The files are the tensors and
     what else the model's folder holds; which blocks a GGUF file has depends on the codes."""
-    from bitassay.models.causal import empty_model
-    from bitassay.models.config import read_config
     from bitassay.models.load import as_dtype
+    from bitassay.models.shapes import without_weights
     from bitassay.quantize.export_plan import plan_export
     from bitassay.quantize.gguf_file import check_gguf
 
     trust = order.loading.trust_remote_code
-    config = read_config(order.source.folder, trust_remote_code=trust)
-    empty = empty_model(config, as_dtype(order.dtype), trust_remote_code=trust)
+    empty = without_weights(order.source, dtype=as_dtype(order.dtype), trust_remote_code=trust)
     plan = plan_export(empty, order.recipe, order.layout)
     files = [path for path in order.source.folder.iterdir() if path.is_file()]
     others = sum(path.stat().st_size for path in files if path.suffix != ".safetensors")

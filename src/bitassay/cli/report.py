@@ -11,12 +11,14 @@ def report(*runs: Path, out: Path = Path("report.html")) -> int:
             and the like (or their run.json).
         out: The file to write.
     """
+    from bitassay.cli.checks import check_words
     from bitassay.errors import BitassayError
     from bitassay.report.assay import write_report
     from bitassay.report.eight_bit import write_eight_bit_report
     from bitassay.report.replication import write_replication_report
     from bitassay.report.schema import EightBitRun, ReplicationRun, read_run
 
+    check_words(file=out)
     if not runs:
         raise BitassayError("no run folder was given", "bitassay report runs/demo --out report.html")
     found = [read_run(folder) for folder in runs]

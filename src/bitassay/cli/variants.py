@@ -30,6 +30,7 @@ def run_variant_studies(
     from bitassay.cli.progress import show_progress
     from bitassay.data.windows import Protocol
     from bitassay.errors import BitassayError
+    from bitassay.models.device import as_device
     from bitassay.report import eight_bit, replication
     from bitassay.report.bench import shown_columns
     from bitassay.report.claims import SHORT_CLAIM_COLUMNS
@@ -48,6 +49,8 @@ def run_variant_studies(
         raise BitassayError(f"--precision {precision} is none of {', '.join(DTYPES)}", "--precision bf16")
     if jobs is not None and jobs < 1:
         raise BitassayError(f"--jobs {jobs}: at least 1 process is needed", "--jobs 1")
+    if ray is None and devices:
+        as_device(devices[0])
     for name in studies:
         if name not in REPLICATION:
             find_study(name)

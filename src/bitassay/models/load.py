@@ -24,6 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from bitassay.errors import BitassayError, BitassayWarning, MissingError, suggestion
 from bitassay.models.checkpoint import read_card
 from bitassay.models.config import configuration_digests, read_config, text_config
+from bitassay.models.device import as_device
 from bitassay.models.positions import forget_lengths
 from bitassay.models.source import Source, resolve
 from bitassay.models.transposed import as_linears
@@ -110,13 +111,13 @@ def load(
     id (`id@revision` says the same). Raises BitassayError where the files are missing, truncated or not
     finite, MissingError where they cannot be fetched. Warns of files that look like weights and are none.
     """
+    wanted, where, chosen = as_dtype(dtype), as_device(device), as_attention(attention)
     source = resolve(model, progress, revision=revision)
     check_files(source.folder)
     for stray in stray_files(source.folder):
         message = f"{stray}: nothing loads this file, so it is no part of the model; remove it"
         warnings.warn(message, BitassayWarning, stacklevel=2)
     card = read_card(source.folder)
-    wanted, chosen = as_dtype(dtype), as_attention(attention)
     if packed and card is None:
         raise BitassayError(
             f"{source.folder}: holds no codes that `bitassay quantize` wrote",
@@ -153,7 +154,7 @@ def load(
     # nn.Module's own __setattr__ is for tensors and modules.
     object.__setattr__(loaded, "tokenizer", tokenizer)
     object.__setattr__(loaded, "identity", known)
-    return loaded.eval().requires_grad_(False).to(device)  # type: ignore[arg-type]
+    return loaded.eval().requires_grad_(False).to(where)  # type: ignore[arg-type]
 
 
 def layer_count(source: Source, *, trust_remote_code: bool = False) -> int:

@@ -107,6 +107,20 @@ def _unless(revision: str | None, name: str, what: str, remedy: str = "") -> Non
         )
 
 
+def check_name(model: str) -> None:
+    """Refuse what cannot be a model, before anything is fetched, converted or imported: a folder without one,
+    a file that is none, a short name that there is not."""
+    path = Path(model).expanduser()
+    if not model.strip():
+        entry(model)
+    elif path.is_dir():
+        _from_folder(path)
+    elif path.is_file() or path.suffix.lower() == ".gguf":
+        _check_gguf(path)
+    elif os.sep not in model:
+        entry(model.partition("@")[0])
+
+
 def is_cached(found: CatalogueEntry) -> bool:
     """Whether the entry's weights are on this machine already."""
     if found.bundled:
@@ -213,13 +227,20 @@ def _from_hub(hub_id: str, name: str, revision: str | None, progress: Progress) 
     return Source(name, _from_folder(folder).folder, f"hub {hub_id}{commit}")
 
 
-def _from_gguf(path: Path, name: str, progress: Progress) -> Source:
+def _check_gguf(path: Path) -> None:
     try:
         with open(path, "rb") as stream:
             if stream.read(4) != b"GGUF":
-                raise BitassayError(f"{path}: not a GGUF file (its first bytes are not 'GGUF')")
+                raise BitassayError(
+                    f"{path}: not a GGUF file (its first bytes are not 'GGUF')",
+                    "a model is a folder, a .gguf file, a hub id or a name from `bitassay models list`",
+                )
     except OSError as error:
         raise BitassayError(f"{path}: {error.strerror}", "check the path") from error
+
+
+def _from_gguf(path: Path, name: str, progress: Progress) -> Source:
+    _check_gguf(path)
     digest = digest_file(path)
     folder = cache_folder() / "dequantized" / f"{path.stem}-{digest[:12]}-v{READING_VERSION}"
     if not folder.is_dir():

@@ -7,7 +7,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bitassay.data.windows import Protocol, token_windows
-from bitassay.errors import BitassayError
 from bitassay.models.config import read_config
 from bitassay.models.load import tokenizer
 from bitassay.models.positions import check_window, context_length, positions_of
@@ -29,17 +28,6 @@ def check_folder(folder: Path, protocol: Protocol, *, trust_remote_code: bool = 
     """`check_protocol` for a model that is not loaded yet. Raises BitassayError for a config.json that is not
     read, too."""
     check_window(_positions(folder, trust_remote_code), protocol.window_tokens, protocol.id)
-
-
-def check_room(folder: Path, prompt: int, more: int, *, trust_remote_code: bool = False) -> None:
-    """Refuse prompts of so many tokens, and so many more, that a model which is not loaded yet cannot
-    read."""
-    limit = _positions(folder, trust_remote_code)
-    if limit is not None and prompt + more - 1 > limit:
-        raise BitassayError(
-            f"prompts of {prompt} tokens and outputs of {more} do not fit the model's {limit} positions",
-            "fewer --tokens or --prompt-tokens",
-        )
 
 
 def _positions(folder: Path, trust_remote_code: bool) -> int | None:

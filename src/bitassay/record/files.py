@@ -10,6 +10,7 @@ import re
 import secrets
 import shutil
 import stat
+import tempfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -153,6 +154,32 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def check_folder(path: Path) -> None:
+    """Refuse a folder that could not be made or written into."""
+    if path.exists() and not path.is_dir():
+        raise BitassayError(f"{path}: a file, and a folder is to be written", "choose another path")
+    _check_writable(path, path)
+
+
+def check_place(path: Path) -> None:
+    """Refuse a file that could not be written."""
+    if path.is_dir():
+        raise BitassayError(f"{path}: a folder, and a file is to be written", "choose another path")
+    _check_writable(path, path.parent)
+
+
+def _check_writable(path: Path, folder: Path) -> None:
+    """Leaves nothing behind: of folders that are to be made, the nearest that there is counts."""
+    there = next(one for one in (folder, *folder.absolute().parents) if os.path.lexists(one))
+    try:
+        if not there.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise explain_os_error(error, path) from error
+
+
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file, gunzipped where its name ends in .gz, as `decode_text` gives it. Raises
     BitassayError that names the file and the defect."""
@@ -230,4 +257,7 @@ def read_yaml(path: Path) -> Any:
         return yaml.safe_load(text)
     # PyYAML lets the last four out of values that do not fit their tag: 2020-13-01, `!!int ''`, `!!bool x`.
     except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError) as error:
-        raise BitassayError(f"{path}: not valid YAML ({error})") from error
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark is not None else ""
+        why = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise BitassayError(f"{path}: not valid YAML ({why:.200}{where})", "mend the file") from error

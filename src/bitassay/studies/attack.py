@@ -21,11 +21,12 @@ from pydantic import TypeAdapter
 from transformers import PreTrainedModel
 
 from bitassay.bench.environment import environment
-from bitassay.errors import BitassayError, MissingError, suggestion
+from bitassay.errors import BitassayError, MissingError, at_least, suggestion
 from bitassay.generate.decode import TokenIds
 from bitassay.generate.sampling import GREEDY, Sampler
 from bitassay.models.load import AUTO, identity, load
-from bitassay.record.files import write_json
+from bitassay.quantize.fits import check_fit
+from bitassay.record.files import check_folder, write_json
 from bitassay.record.progress import Progress, silent
 from bitassay.record.run import RunFolder, default_folder
 from bitassay.studies.court import FOLDS, Court, fewest_counted, honest_rows, judged_rows
@@ -206,6 +207,9 @@ def attack(
     MissingError where the verifier's own numerics cannot be computed.
     """
     check_plan(plan)
+    if out is not None:
+        check_folder(out)
+    check_fit(model, tokens=plan.tokens, trust_remote_code=trust_remote_code, progress=progress)
     plan, other, left_out = runnable(plan, trial)
     for one in left_out:
         progress(str(one))
@@ -296,8 +300,17 @@ def check_plan(plan: AttackPlan) -> None:
                 raise BitassayError(
                     f"no {kind} is called {name!r}; {suggestion(name, known)}", f"any of {', '.join(known)}"
                 )
+    at_least(1, batch=plan.batch)
+    at_least(0, seed=plan.seed)
+    if not 0 < plan.alpha < 1:
+        raise BitassayError(f"alpha {plan.alpha:g} is not between 0 and 1", "--alpha 0.01")
     if plan.tokens < 2 or plan.sequences < 2 * FOLDS:
         raise BitassayError("a study needs 2 tokens and 10 sequences at least", "--tokens 64 --sequences 100")
+    if plan.sequences > MOST_CANDIDATES:
+        raise BitassayError(
+            f"{plan.sequences} sequences: at most {MOST_CANDIDATES} prompts are tried",
+            f"--sequences {MOST_CANDIDATES} or fewer",
+        )
     for sampled in {ATTACKS[name].sampled for name in plan.attacks}:
         pooled = [name for name in plan.variants if VARIANTS[name].sampled == sampled]
         scores = len(pooled) * fewest_counted(plan.sequences)

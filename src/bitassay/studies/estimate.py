@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from bitassay.bench.roofline import matrix_peak, stream_bandwidth
-from bitassay.models.causal import empty_model
-from bitassay.models.config import read_config, text_config
+from bitassay.models.config import text_config
 from bitassay.models.load import as_dtype
+from bitassay.models.shapes import without_weights
 from bitassay.models.source import resolve
 from bitassay.models.walk import decoder_layers
 from bitassay.quantize.calibration import Calibration
@@ -39,8 +39,8 @@ def estimate_assay(
     """Rows `step, work, memory_bytes, seconds`. The model is fetched where it is not here yet, but no weights
     are loaded."""
     plan = AssayPlan(model, tuple(find_recipe(recipe) for recipe in recipes), **options)
-    config = read_config(resolve(model, progress).folder)
-    empty = empty_model(config)
+    empty = without_weights(resolve(model, progress))
+    config = empty.config
     if controls:
         plan, _ = plan.with_controls(len(decoder_layers(empty)))
     for recipe in plan.recipes:

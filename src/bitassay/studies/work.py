@@ -24,7 +24,7 @@ from bitassay.data.corpora import corpus
 from bitassay.errors import BitassayError, suggestion
 from bitassay.models.load import AUTO, Identity
 from bitassay.models.source import resolve
-from bitassay.models.windows import check_room
+from bitassay.quantize.fits import check_fit
 from bitassay.quantize.recipe import find_recipe
 from bitassay.record.hashing import digest_file, digest_json
 from bitassay.record.processes import helper_variables
@@ -164,9 +164,14 @@ class Work:
         self.plan, self.out, self.progress = plan, out, progress
         self._children: list[Popen[str]] = []
         self._stopped = False
+        check_fit(
+            plan.model,
+            tokens=plan.prompt_tokens + plan.tokens - 1,
+            trust_remote_code=plan.trust_remote_code,
+            progress=progress,
+        )
         source = resolve(plan.model, progress)
         self.name = Path(source.name).name
-        check_room(source.folder, plan.prompt_tokens, plan.tokens, trust_remote_code=plan.trust_remote_code)
         described = {
             "schema": SCHEMA,
             "weights_digest": Identity(source).weights_digest,

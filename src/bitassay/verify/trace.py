@@ -11,6 +11,7 @@ it fits the verifier's model is for `structure.py` to say.
 
 import math
 import os
+import re
 import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from pydantic import (
 from safetensors import SafetensorError
 from torch import Tensor
 
+from bitassay.errors import BitassayError
 from bitassay.generate.sampling import Sampler
 from bitassay.models.load import Identity
 from bitassay.record.files import atomic_file, explain_os_error
@@ -124,6 +126,18 @@ class Sampling(_Part):
         return Sampler(self.temperature, self.top_p, self.seed)
 
 
+NONCE = r"^[A-Za-z0-9._:-]*$"
+
+
+def check_nonce(nonce: str) -> None:
+    """Raises BitassayError for a nonce that no trace can hold."""
+    if len(nonce) > 128 or not re.fullmatch(NONCE, nonce):
+        raise BitassayError(
+            f"the nonce {nonce!r:.60} is not one that a trace can hold",
+            "nonces have up to 128 of A-Z a-z 0-9 . _ : -",
+        )
+
+
 class Header(_Part):
     """Everything in a trace but the states. `positions` are those of prompt and output but for the last
     token, from 0."""
@@ -132,7 +146,7 @@ class Header(_Part):
     model: ModelClaim
     numerics: Numerics
     sampling: Sampling
-    nonce: str = Field(max_length=128, pattern=r"^[A-Za-z0-9._:-]*$")
+    nonce: str = Field(max_length=128, pattern=NONCE)
     prompt_ids: tuple[_Index, ...] = Field(min_length=1, max_length=TOKENS, strict=False)
     output_ids: tuple[_Index, ...] = Field(min_length=1, max_length=TOKENS, strict=False)
     layers: tuple[_Index, ...] = Field(min_length=1, max_length=LAYERS, strict=False)
