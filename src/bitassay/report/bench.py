@@ -11,7 +11,16 @@ from matplotlib.figure import Figure
 
 from bitassay.report.figures import COLOURS, INK, MARKERS, STYLE, svg
 from bitassay.report.page import write_page
-from bitassay.report.tables import Column, interval, number, percent, printable, significant, size
+from bitassay.report.tables import (
+    Column,
+    interval_note,
+    number,
+    percent,
+    printable,
+    significant,
+    size,
+    with_interval,
+)
 
 
 def _few(value: float) -> str:
@@ -21,12 +30,7 @@ def _few(value: float) -> str:
 
 def _ratio(key: str, title: str) -> Column:
     """A ratio with its interval."""
-
-    def text(row: dict[str, Any]) -> str:
-        pair = row.get(f"{key}_ci")
-        return number(2)(row[key]) + (f" {interval(number(2))(pair)}" if pair else "")
-
-    return Column(key, title, text, whole_row=True, also=(f"{key}_ci",))
+    return with_interval(key, title, number(2))
 
 
 def _milliseconds(seconds: float) -> str:
@@ -271,10 +275,12 @@ def write_matmul_report(run: Mapping[str, Any], path: Path) -> None:
 def page_table(title: str, columns: Sequence[Column], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """A table as the page wants it, without the columns that are empty."""
     shown = shown_columns(columns, rows)
+    cells = [[column.text(row) for column in shown] for row in rows]
     return {
         "title": title,
         "header": [(column.title.replace("\n", " "), column.align) for column in shown],
-        "rows": [[(column.text(row), column.align) for column in shown] for row in rows],
+        "rows": [[(text, column.align) for text, column in zip(row, shown, strict=True)] for row in cells],
+        "note": interval_note(cells),
     }
 
 

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from bitassay.record.files import write_text
 from bitassay.report.figures import COLOURS, STYLE, svg
 from bitassay.report.page import write_page
-from bitassay.report.tables import Column, number, percent, printable, with_interval
+from bitassay.report.tables import Column, interval_note, number, percent, printable, with_interval
 
 GENERATION_COLUMNS = [
     Column("recipe", "recipe", align="left"),
@@ -71,6 +71,7 @@ def write_generation_report(run: dict[str, Any], path: Path) -> None:
         run=run,
         titles=[column.title.replace("\n", " ") for column in GENERATION_COLUMNS],
         rows=rows,
+        note=interval_note(rows),
         figure=Markup(svg(divergence_figure(run), "g-")),
         names=names,
         samples=samples,
