@@ -261,6 +261,9 @@ def test_what_is_not_an_assay_is_refused(defect):
 
 
 def test_reading_a_folder(tmp_path):
+    with pytest.raises(BitassayError, match=r"no run\.json"):
+        read_run(tmp_path)
+    (tmp_path / "plan.json").write_text("{}")
     with pytest.raises(BitassayError, match="not finished"):
         read_run(tmp_path)
     (tmp_path / "run.json").write_text(json.dumps(RUN))

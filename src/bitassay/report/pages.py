@@ -124,6 +124,7 @@ def write_pages(folders: Sequence[Path], out: Path) -> None:
     try:
         kind.write(found if kind.many else found[0], out)
     except UnshownError as error:
+        where = ", ".join(map(str, folders))
         raise BitassayError(
-            f"{folders[0]}: damaged: {error.problem}", "run the same command again"
+            f"{where}: not a run as this version writes it: {error.problem}", "run the same command again"
         ) from error

@@ -1,7 +1,7 @@
 """What a run.json must hold before anything is drawn from it. A run folder may come from anyone, so sizes,
 types and everything that the page names are checked."""
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -260,7 +260,11 @@ def parsed(kind: type[Kind], value: object, where: str) -> Kind:
         return kind.model_validate(value)
     except ValidationError as error:
         found = "; ".join(map(_defect, error.errors(include_url=False)[:3]))
-        raise BitassayError(f"{where}: damaged: {found}", "run the same command again") from error
+        (name,) = get_args(kind.model_fields["kind"].annotation)
+        raise BitassayError(
+            f"{where}: not a run of kind {name!r} as this version writes it: {found}",
+            "run the same command again",
+        ) from error
 
 
 def _defect(error: Any) -> str:
