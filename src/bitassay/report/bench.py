@@ -103,7 +103,7 @@ def machine_line(run: Mapping[str, Any]) -> str:
     load, cores = machine["load"], run["environment"]["cores"]
     return (
         f"Measured on the spot: reading {machine['bandwidth'] / 1e9:.3g} GB/s; products {peaks}. "
-        f"{run['environment']['threads']} threads of {cores} cores; load {min(load):g} to {max(load):g}."
+        f"Threads: {run['environment']['threads']} of {cores} cores; load {min(load):g} to {max(load):g}."
     )
 
 
@@ -112,7 +112,8 @@ def busy(run: Mapping[str, Any]) -> str:
     load, own = max(run["machine"]["load"]), run["environment"]["threads"]
     if load <= own + 0.5:
         return ""
-    return f"The load reached {load:g} where {own} threads were ours: compare ratios, not times."
+    ours = "1 thread was" if own == 1 else f"{own} threads were"
+    return f"The load reached {load:g} where {ours} ours: compare ratios, not times."
 
 
 def throughput_figure(run: Mapping[str, Any]) -> Figure | None:
@@ -278,10 +279,15 @@ def page_table(title: str, columns: Sequence[Column], rows: Sequence[dict[str, A
     cells = [[column.text(row) for column in shown] for row in rows]
     return {
         "title": title,
-        "header": [(column.title.replace("\n", " "), column.align) for column in shown],
+        "header": [(one_line(column.title), column.align) for column in shown],
         "rows": [[(text, column.align) for text, column in zip(row, shown, strict=True)] for row in cells],
         "note": interval_note(cells),
     }
+
+
+def one_line(title: str) -> str:
+    """A column's title for a page, where a percent sign stays with its number."""
+    return title.replace("\n", " ").replace(" %", "\N{NO-BREAK SPACE}%")
 
 
 def write_tables(

@@ -12,6 +12,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from bitassay.record.files import write_text
+from bitassay.report.bench import one_line
 from bitassay.report.figures import COLOURS, STYLE, svg
 from bitassay.report.page import write_page
 from bitassay.report.tables import Column, interval_note, number, percent, printable, with_interval
@@ -69,7 +70,7 @@ def write_generation_report(run: dict[str, Any], path: Path) -> None:
         "generation.html.j2",
         filters={},
         run=run,
-        titles=[column.title.replace("\n", " ") for column in GENERATION_COLUMNS],
+        titles=[one_line(column.title) for column in GENERATION_COLUMNS],
         rows=rows,
         note=interval_note(rows),
         figure=Markup(svg(divergence_figure(run), "g-")),

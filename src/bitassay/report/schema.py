@@ -136,6 +136,23 @@ class VariantRow(Compared):
     granularity: Text | None
     kind: Literal["fake", "real"] | None
     refused: Text | None = None
+    kl_mean: Distance | None = None
+    kl_ci: Pair | None = None
+    ppl_delta: Finite | None = None
+    ppl_delta_ci: Pair | None = None
+    direct_acc: Fraction | None = None
+    direct_acc_ci: Pair | None = None
+    generate_acc: Fraction | None = None
+    generate_acc_ci: Pair | None = None
+
+    @model_validator(mode="after")
+    def _measured_or_refused(self) -> "VariantRow":
+        for name in ("direct_acc", "direct_acc_ci", "generate_acc", "generate_acc_ci"):
+            if self.refused is None and getattr(self, name) is None:
+                raise ValueError(f"{self.variant} was run, but has no {name}")
+        if (self.kl_mean is None) != (self.ppl_delta is None):
+            raise ValueError(f"{self.variant} has one of kl_mean and ppl_delta only")
+        return self
 
 
 class PairRow(Compared):
@@ -183,6 +200,12 @@ class EightBitRun(_StudyRun):
     uneven_groups: dict[Text, list[Count]]
     speed: Table | None = None
     products: Table | None = None
+
+    @model_validator(mode="after")
+    def _text_of_all_or_none(self) -> "EightBitRun":
+        if len({row.kl_mean is None for row in self.rows if row.refused is None}) > 1:
+            raise ValueError("some rows have a kl_mean, others have none")
+        return self
 
 
 class ReplicationRow(Compared):

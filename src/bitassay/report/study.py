@@ -8,6 +8,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
+from bitassay.report.bench import one_line
 from bitassay.report.figures import COLOURS, MARKERS, STYLE, svg
 from bitassay.report.page import write_page
 from bitassay.report.tables import (
@@ -167,7 +168,7 @@ def _section(run: Mapping[str, Any], index: int) -> dict[str, Any]:
         "title": title,
         "text": text,
         "figures": [svg(figure, f"s{index}f{number}-") for number, figure in enumerate(figures)],
-        "header": [column.title.replace("\n", " ") for column in columns],
+        "header": [one_line(column.title) for column in columns],
         "rows": cells,
         "note": interval_note(cells),
         "missing": run.get("missing", []),
