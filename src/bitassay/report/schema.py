@@ -10,9 +10,11 @@ from bitassay.errors import BitassayError
 MAX_ROWS = 1000
 MAX_LAYERS = 1000
 
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Distance = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+MOST = 1e200  # the axis of a picture needs room beyond
+
+Finite = Annotated[float, Field(ge=-MOST, le=MOST, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, le=MOST, allow_inf_nan=False)]
+Distance = Annotated[float, Field(ge=0, le=MOST, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0, le=2**63)]
 Pair = tuple[Finite, Finite]

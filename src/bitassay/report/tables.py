@@ -146,8 +146,8 @@ def number(digits: int) -> Callable[[float], str]:
 
 
 def significant(digits: int) -> Callable[[float], str]:
-    """So many significant digits."""
-    return lambda value: f"{value:.{digits}g}"
+    """So many significant digits; 0 for the numbers next to it that a float knows."""
+    return lambda value: f"{0.0 if abs(value) < 1e-300 else value:.{digits}g}"
 
 
 def percent(digits: int) -> Callable[[float], str]:
