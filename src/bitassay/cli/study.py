@@ -98,9 +98,10 @@ def run(
     """Run STUDIES on a model: provers and verifiers each in a process of their own, everything through files.
 
     Measured stands beside expected, and beside what the same bar does to INT8 and INT4 provers. Writes
-    OUT/raw/STUDY/..._trialK.json and ..._summary.json, and OUT/report.html. Interrupted, the same command
-    goes on. For two computers: run with `--role prove` on one, copy OUT to the other, and run there with
-    `--role verify` and the same --devices. Exit status 1 where something of a study could not be measured.
+    OUT/raw/STUDY/..._trialK.json and ..._summary.json, OUT/run.json and OUT/report.html. Interrupted, the
+    same command goes on. For two computers: run with `--role prove` on one, copy OUT to the other, and run
+    there with `--role verify` and the same --devices. Exit status 1 where something of a study could not be
+    measured.
 
     task3.1 to task3.3 are the INT8/FP8 studies; control-table, phase1 to phase4, uses and planes are those of
     layer replication. --model, --limit (task3), --only, --windows, --window, --precision, --devices (one),
@@ -183,6 +184,7 @@ def run(
             format=format,
         )
     from bitassay.cli.progress import show_progress
+    from bitassay.record.files import write_json
     from bitassay.report import study as report
     from bitassay.studies.experiments import run_experiments
     from bitassay.studies.separability import PRECISIONS, run_separability
@@ -224,6 +226,7 @@ def run(
         sys.stderr.write(f"{one['study']}: {verb} {one['missing']}\n")
     lost = [one for found in runs for one in found["missing"] if role is None or one.get("impossible")]
     if any(found["rows"] for found in runs):
+        write_json(out / "run.json", {"schema": 1, "kind": "studies", "runs": runs})
         report.write_study_report(runs, out / "report.html")
     if format == "json":
         whole = {"rows": [{"kind": one["kind"], **row} for one in runs for row in one["rows"]], "runs": runs}
@@ -240,11 +243,13 @@ def run(
 def optimise(studies: list[str], plan: "Plan", alpha: float, out: Path, format: Format) -> int:
     """What `bitassay calibrate --study` does."""
     from bitassay.cli.progress import show_progress
+    from bitassay.record.files import write_json
     from bitassay.report import study as report
     from bitassay.studies.thresholds import optimise_thresholds
 
     with show_progress() as progress:
         found = optimise_thresholds(studies, plan, alpha=alpha, out=out, progress=progress)
+    write_json(out / "threshold_optimization" / "run.json", found)
     report.write_study_report([found], out / "threshold_optimization" / "report.html")
     emit(report.threshold_rows(found), report.THRESHOLD_COLUMNS, format, whole=found)
     for row in found["rows"]:

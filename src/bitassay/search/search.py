@@ -203,7 +203,7 @@ def _result(
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "model": {"name": who.name, "weights_digest": who.weights_digest},
         "settings": plan.to_dict(),
-        "interval": f"over the windows held out: {INTERVAL}",
+        "interval": f"{INTERVAL}; over the windows held out",
         "intervals": {"rows": INTERVALS, "against": PAIR_INTERVALS},
         "rows": [
             {"chosen": name not in (BASE, *hand)} | _finite(row)

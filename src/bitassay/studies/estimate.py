@@ -2,8 +2,8 @@
 of this machine.
 
 Time is arithmetic over measured speed: two floating-point operations a parameter and token for prefill; for
-decoding, the bytes of the weights over the measured read bandwidth. It leaves out loading, the bootstrap and
-everything else that is short.
+decoding, the bytes of the weights over the measured read bandwidth. It leaves out loading and everything else
+that is short.
 """
 
 from collections.abc import Sequence
