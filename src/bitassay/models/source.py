@@ -1,9 +1,9 @@
 """From what the user typed to a local folder of safetensors: `resolve`.
 
 A model may be a short name of the catalogue, a local folder, a local GGUF file or a Hugging Face id. A GGUF
-file is dequantized once (`gguf_model.py`, `gguf_vocabulary.py`) and kept as a plain folder in the cache,
-because reading it takes many times longer than reading safetensors. Nothing here unpickles anything: checkpoints that
-exist only as `.bin` are refused.
+file is dequantized once (`gguf_model.py`, `gguf_vocabulary.py`) and kept as a plain folder in the
+cache, because reading it takes many times longer than reading safetensors. Nothing here unpickles anything:
+checkpoints that exist only as `.bin` are refused.
 """
 
 import os
