@@ -105,11 +105,10 @@ def _implied(
     fields: Mapping[str, Any], keys: Mapping[str, Any], tensors: Mapping[str, Any], vocabulary: int | None
 ) -> dict[str, Any]:
     """What llama.cpp concludes where a key is missing, and what the tokenizer and the tensors say."""
-    try:
-        width, heads = keys["embedding_length"], keys["attention.head_count"]
-        keys["context_length"], keys["block_count"]
-    except KeyError as error:
-        raise BitassayError(f"{fields['general.architecture']}.{error.args[0]}: missing") from error
+    for key in ("embedding_length", "attention.head_count", "context_length", "block_count"):
+        if key not in keys:
+            raise BitassayError(f"{fields['general.architecture']}.{key}: missing")
+    width, heads = keys["embedding_length"], keys["attention.head_count"]
     size = keys.get("attention.key_length", width // heads)
     if keys.get("attention.value_length", size) != size:
         raise BitassayError(f"key_length = {size}, value_length = {keys['attention.value_length']}: not read")

@@ -45,8 +45,8 @@ def rope_parameters(
         scale = 0.1 * math.log(max(factor, 1.0)) + 1.0
         if not math.isclose(keys.get("rope.scaling.yarn_attn_factor", scale), scale, rel_tol=1e-4):
             raise BitassayError(
-                f"rope.scaling.yarn_attn_factor = {keys['rope.scaling.yarn_attn_factor']}: llama.cpp ignores it "
-                f"and scales by {scale:.4f}, so it is not clear what is meant"
+                f"rope.scaling.yarn_attn_factor = {keys['rope.scaling.yarn_attn_factor']}: llama.cpp ignores "
+                f"it and scales by {scale:.4f}, so it is not clear what is meant"
             )
         more = {
             ours: float(keys[f"rope.scaling.yarn_{ours}"])

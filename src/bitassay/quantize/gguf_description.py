@@ -94,12 +94,12 @@ def check_description(model: PreTrainedModel, names: Collection[str]) -> None:
 def _same(name: str, ours: Any, back: Any) -> bool:
     if isinstance(ours, float) and isinstance(back, float):
         return math.isclose(ours, back, rel_tol=1e-6)  # the file holds float32
-    if name == "rope_parameters":
-        plain = {"partial_rotary_factor": 1.0, "rope_type": "default"}
-        ours, back = (plain | {key: v for key, v in rope.items() if v is not None} for rope in (ours, back))
-        return ours.keys() == back.keys() and all(_same(key, ours[key], back[key]) for key in ours)
+    if isinstance(ours, dict) and isinstance(back, dict):
+        plain = {"partial_rotary_factor": 1.0, "rope_type": "default"} if name == "rope_parameters" else {}
+        said, read = (plain | {key: v for key, v in one.items() if v is not None} for one in (ours, back))
+        return said.keys() == read.keys() and all(_same(key, said[key], read[key]) for key in said)
     if name == "hidden_act":
-        return ACTIVATIONS.get(ours, ours) == ACTIVATIONS.get(back, back)
+        return ACTIVATIONS.get(str(ours), ours) == back
     # What the described class does not have must be off.
     return ours == back or (back is None and not ours)
 

@@ -75,8 +75,9 @@ def write_gguf(model: PreTrainedModel, path: str | Path, *, progress: Progress =
     left_out = [part for part in AT_RUN_TIME if getattr(recipe, part, None) is not None]
     notes = [f"{part}: left out, llama.cpp has its own way" for part in left_out]
     base, ours = identity(model).source.gguf, tokenizer(model)
-    copied = base is not None and is_tokenizer_of(base, ours)
-    keys, more = ({}, []) if copied else tokenizer_keys(ours, config.vocab_size, _ends(model))
+    if base is not None and not is_tokenizer_of(base, ours):
+        base = None
+    keys, more = tokenizer_keys(ours, config.vocab_size, _ends(model)) if base is None else ({}, [])
     written = GgufFile(path, notes=[*notes, *more])
     tensors = dict(_tensors(model, written))
     check_space(path, sum(data.nbytes for _, data in tensors.values()))
@@ -84,10 +85,10 @@ def write_gguf(model: PreTrainedModel, path: str | Path, *, progress: Progress =
     with atomic_file(path) as temporary:
         writer = GGUFWriter(temporary, gguf.MODEL_ARCH_NAMES[ARCHITECTURES[config.model_type]])
         _write_description(writer, model, config, tensors)
-        if copied:
-            copy_tokenizer(writer, base)
-        else:
+        if base is None:
             write_tokenizer(writer, keys)
+        else:
+            copy_tokenizer(writer, base)
         for name, (kind, data) in tensors.items():
             writer.add_tensor(name, data, raw_dtype=kind)
         writer.write_header_to_file()
@@ -131,7 +132,8 @@ def check_gguf(model: PreTrainedModel, recipe: Recipe | None) -> None:
 def reload_difference(model: PreTrainedModel, path: str | Path, tokens: Int[Tensor, "batch tokens"]) -> float:
     """The largest difference between the logits of `model` and of the file as it is read again, in the
     model's dtype."""
-    reloaded = read_model(GGUFReader(path)).to(device=model.device, dtype=model.dtype)
+    reloaded = read_model(GGUFReader(path))
+    torch.nn.Module.to(reloaded, device=model.device, dtype=model.dtype)
     with torch.inference_mode():
         return (model(tokens).logits.float() - reloaded(tokens).logits.float()).abs().max().item()
 
@@ -265,5 +267,7 @@ def _write_description(
         writer.add_string(BASE_KEY, known.weights_digest)
     prefix = gguf.MODEL_ARCH_NAMES[ARCHITECTURES[config.model_type]]
     for key, value in described(config, cache_slots(model)).items():
-        add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
-        add(f"{prefix}.{key}", value)
+        if isinstance(value, float):
+            writer.add_float32(f"{prefix}.{key}", value)
+        else:
+            writer.add_uint32(f"{prefix}.{key}", value)

@@ -111,7 +111,7 @@ def tokenizer_keys(
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = json.loads(backend.to_str()) if backend is not None else {}
     model = content.get("model") or {}
-    if model.get("type") != "BPE":
+    if backend is None or model.get("type") != "BPE":
         raise _refused(f"tokenizers of type {model.get('type')} are not written")
     tokens, types = _tokens(tokenizer, content, vocabulary)
     notes: list[str] = []
