@@ -135,6 +135,13 @@ def test_chat_templates():
     assert read_tokenizer(byte_level()).chat_template is None
 
 
+def test_runs_of_spaces_become_one():
+    given = sentencepiece_fields(True)
+    single = read_tokenizer(given | {"tokenizer.ggml.remove_extra_whitespaces": True})
+    assert single("a   b").input_ids == read_tokenizer(given)("a b").input_ids
+    assert single("a   b").input_ids != read_tokenizer(given)("a   b").input_ids
+
+
 def test_phi_3_swallows_spaces_after_special_tokens():
     given = sentencepiece_fields(True) | {"general.name": "Phi-3 Mini"}
     ids = read_tokenizer(given)(f"a{CONTROL}  b").input_ids

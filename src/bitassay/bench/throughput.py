@@ -38,7 +38,7 @@ class Times:
 
 @dataclass(frozen=True)
 class Throughput:
-    """Medians over `repeats`; the spread is (largest - smallest) / median of the times, None for a single one."""
+    """Medians over `repeats`; the spread is (largest - smallest) / median, None of a single time."""
 
     prefill_tok_s: float
     decode_tok_s: float
