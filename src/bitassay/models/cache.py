@@ -45,7 +45,8 @@ def takes_positions(model: nn.Module) -> bool:
 
 def takes_cache(model: PreTrainedModel) -> bool:
     """Whether a model reads on from transformers' DynamicCache; others are given the whole text each time."""
-    return _argument(model) is not None and model._supports_default_dynamic_cache()
+    supported: bool = type(model)._supports_default_dynamic_cache()  # type: ignore[operator]
+    return supported and _argument(model) is not None
 
 
 def _argument(model: nn.Module) -> str | None:
@@ -65,11 +66,8 @@ def behind(model: nn.Module, cache: DynamicCache, begun: int, tokens: torch.Tens
 
 def keeps_positions(model: PreTrainedModel) -> bool:
     """Whether all that a model keeps has a place for each position, so that padding does no harm."""
-    if not (
-        takes_cache(model) and takes(model, "past_key_values", "attention_mask") and takes_positions(model)
-    ):
-        return False
-    return _by_position(DynamicCache(config=model.config))
+    padded = takes(model, "past_key_values", "attention_mask") and takes_positions(model)
+    return padded and takes_cache(model) and _by_position(DynamicCache(config=model.config))
 
 
 @torch.inference_mode()
@@ -124,7 +122,7 @@ def select_rows(cache: DynamicCache, rows: Sequence[int], device: torch.device) 
     if _by_position(cache):
         cache.batch_select_indices(places)
     else:
-        cache.reorder_cache(places)  # which states have too
+        cache.reorder_cache(places)  # type: ignore[arg-type] # states have it too
 
 
 def stored_bytes(cache: DynamicCache) -> int:
