@@ -76,6 +76,8 @@ def test_size_is_under_650_bytes_and_8_a_token(trace):
         {"model": {"weights_digest": "0" * 64}},
         {"model": {"tokenizer_digest": "0" * 64}},
         {"model": {"recipe_id": "0" * 64}},
+        {"model": {"config_digest": "0" * 64}},
+        {"model": {"config_digest": None}},
         {"numerics": {"threads": 99}},
         {"numerics": {"dtype": "float16"}},
         {"numerics": {"torch": "3"}},

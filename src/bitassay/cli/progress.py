@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from bitassay.cli.quiet import without_bars
 from bitassay.record.progress import Progress
 
 PLAIN_SECONDS = 5.0
@@ -41,10 +42,17 @@ class Stage:
 
 @contextmanager
 def show_progress() -> Iterator[Progress]:
-    """Yield a Progress that draws on stderr."""
-    if not sys.stderr.isatty():
-        yield _PlainProgress()
-        return
+    """Yield a Progress that draws on stderr, where nothing else draws meanwhile."""
+    with without_bars():
+        if sys.stderr.isatty():
+            with _bars() as draw:
+                yield draw
+        else:
+            yield _PlainProgress()
+
+
+@contextmanager
+def _bars() -> Iterator[Progress]:
     from rich.console import Console
     from rich.progress import (
         BarColumn,

@@ -11,6 +11,7 @@ does not fit its shards, two sets of weights, an adapter. A file beside them tha
 the model; `stray_files` names it. `consolidated*.safetensors` is the same model in Mistral's own layout.
 """
 
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,9 @@ from bitassay.record.files import read_json
 WEIGHTS, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
 OTHER_LAYOUT = "consolidated*.safetensors"
 # torch.distributed's own checkpoints: where a folder has one, transformers loads nothing else.
+_PLAIN = ("F64", "F32", "F16", "BF16")
+_BITS = dict.fromkeys(("F64", "I64", "U64"), 64) | dict.fromkeys(("F32", "I32", "U32"), 32)
+_BITS |= dict.fromkeys(("F16", "BF16", "I16", "U16"), 16)
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 
 
@@ -77,6 +81,24 @@ def stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 def stored_bytes(folder: Path) -> int:
     """Bytes of the model's files."""
     return sum(path.stat().st_size for path in weight_files(folder))
+
+
+def stored_bits(folder: Path) -> dict[str, int]:
+    """Bits of each module that the files hold as codes: all its tensors together but for a bias. Modules
+    whose weight is a plain number a parameter are left out."""
+    bits: dict[str, int] = {}
+    plain: set[str] = set()
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                module, _, part = name.rpartition(".")
+                entry = file.get_slice(name)
+                width = _BITS.get(entry.get_dtype(), 8)
+                if part == "weight" and entry.get_dtype() in _PLAIN:
+                    plain.add(module)
+                elif part != "bias":
+                    bits[module] = bits.get(module, 0) + math.prod(entry.get_shape()) * width
+    return {module: count for module, count in bits.items() if module not in plain}
 
 
 def check_files(folder: Path) -> dict[str, Path]:
