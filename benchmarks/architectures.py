@@ -83,8 +83,9 @@ class Trial:
 
 
 def load(trial: Trial) -> str:
+    loaded = logits(trial.base)
     plain = AutoModelForCausalLM.from_pretrained(trial.stored).eval()
-    same(logits(trial.base), logits(plain), 0, "the loaded model")
+    same(loaded, logits(plain), 0, "the loaded model")
     return "yes"
 
 
@@ -161,7 +162,8 @@ def rotated(trial: Trial) -> str:
 
 
 def smoothed(trial: Trial) -> str:
-    return _transformed(trial, smoothing={"method": "smoothquant"})
+    activations = {"format": "int8"}
+    return _transformed(trial, smoothing={"method": "smoothquant"}, activations=activations)
 
 
 def _transformed(trial: Trial, **parts: object) -> str:

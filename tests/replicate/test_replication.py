@@ -199,7 +199,7 @@ def test_plain_layouts_and_gguf(stories, tmp_path):
     for own in (serial, residual):
         with pytest.raises(BitassayError, match="cannot hold"):
             plan_export(stories, own, "compressed-tensors")
-    assert choose_layout(serial, {}) == "bitassay"
+    assert choose_layout(tiny_model("llama"), serial, {})[0] == "bitassay"
     with pytest.raises(BitassayError, match="become layers"):
         check_gguf(stories, damped)
     # Physical copies: a deeper model, whose passes are layers.

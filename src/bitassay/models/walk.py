@@ -70,15 +70,13 @@ def _named_decoder(model: PreTrainedModel) -> nn.Module:
 
 
 def _lists_of_blocks(module: nn.Module) -> dict[str, nn.ModuleList]:
-    """The lists of modules that have modules of their own with matrices, but for lists within such lists."""
+    """The lists of modules that are made of several, such as attention and MLP, which have modules of their
+    own; but for lists within such lists."""
     found: dict[str, nn.ModuleList] = {}
     for name, part in module.named_modules():
         if not isinstance(part, nn.ModuleList) or any(name.startswith(f"{outer}.") for outer in found):
             continue
-        if len(part) and all(
-            any(True for _ in block.children()) and any(p.ndim >= 2 for p in block.parameters())
-            for block in part
-        ):
+        if len(part) and all(any([*child.children()] for child in block.children()) for block in part):
             found[name] = part
     return found
 

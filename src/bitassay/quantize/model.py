@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError, nearest
 from bitassay.models.load import Identity
-from bitassay.models.transposed import stores_transposed
 from bitassay.models.walk import decoder_layers, matrices, replace_module, walk
 from bitassay.quantize.activations import InputRounding
 from bitassay.quantize.experts import put_experts
@@ -66,7 +65,6 @@ def with_tensors(
         tensor, inputs = quantization.tensors.get(name), quantization.inputs.get(name)
         if tensor is not None and packed:
             packed_linear = QuantizedLinear(tensor, linear.bias, linear.weight.dtype, inputs)
-            packed_linear.stored_transposed = stores_transposed(linear)
             replace_module(model, linear, packed_linear)
             continue
         if tensor is not None:

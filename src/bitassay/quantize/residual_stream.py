@@ -37,7 +37,7 @@ class Weight(NamedTuple):
     transposed: bool = False
 
     def read(self) -> Float[Tensor, "..."]:
-        value = self.module.get_parameter(self.key).detach().double()
+        value = self.module.get_parameter(self.key).detach().to(torch.float64, copy=True)
         return value.transpose(-1, -2) if self.transposed else value
 
     def write(self, value: Float[Tensor, "..."]) -> None:
