@@ -26,6 +26,7 @@ from bitassay.quantize.pipeline import quantize
 from bitassay.quantize.recipe import Recipe
 from bitassay.replicate.fit import fit_parallel, fit_serial, least_squares
 from bitassay.replicate.plan import ReplicationPlan
+from bitassay.testing.tiny import tiny_model
 from bitassay.verify.calibrate import calibrate
 from bitassay.verify.prove import prove_many
 from bitassay.verify.verdict import verify

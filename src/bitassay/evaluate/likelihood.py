@@ -37,6 +37,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from bitassay.evaluate.tries import Trie, attends_by_mask, rows_of
 from bitassay.generate.decode import TokenIds, default_batch_tokens, token_batches
+from bitassay.models.walk import decoder
 from bitassay.quantize.kv_cache import empty_cache
 
 SHARED_TOKENS = 32  # reading so many tokens less is worth a forward of its own
@@ -197,7 +198,7 @@ class Prefix:
     def extend(self, rows: Sequence[TokenIds]) -> "Prefix":
         """Read equally many more tokens in every row. This prefix is used up."""
         tokens = torch.tensor(rows, device=self.model.device)
-        self.model.get_decoder()(input_ids=tokens, past_key_values=self.cache, use_cache=True)
+        decoder(self.model)(input_ids=tokens, past_key_values=self.cache, use_cache=True)
         return Prefix(self.model, self.cache, self.length + tokens.shape[1])
 
     def score(self, group: Sequence[_Sequence]) -> _Leaves:

@@ -79,7 +79,7 @@ def save(
     }
     progress(f"writing {folder}")
     with atomic_folder(folder) as temporary:
-        original = _original_format(model, chosen)
+        original = _original_format(model, chosen, descriptions)
         model.save_pretrained(temporary, state_dict=state, save_original_format=original)
         _describe(model, quantization, temporary, chosen)
         if getattr(model, "tokenizer", None) is not None:
@@ -180,10 +180,12 @@ def layout_obstacle(
     return plain_load.obstacle(model, matrices)
 
 
-def _original_format(model: PreTrainedModel, layout: Layout) -> bool:
-    """Whether tensors get the names that checkpoints of the architecture have, or the model's own. In our
-    own layout fused experts are not cut into experts."""
-    return plain_load.keeps_names(model) and not (layout == "bitassay" and fused_experts(model))
+def _original_format(model: PreTrainedModel, layout: Layout, matrices: dict[str, Stored]) -> bool:
+    """Whether tensors get the names that checkpoints of the architecture have, or the model's own. Dense
+    experts stay fused: transformers loses those that come one by one beside codes."""
+    experts = tuple(f"{name}." for name in fused_experts(model))
+    in_codes = layout == "compressed-tensors" and any(name.startswith(experts) for name in matrices)
+    return plain_load.keeps_names(model) and (not experts or in_codes)
 
 
 def _describe(model: PreTrainedModel, quantization: Quantization, folder: Path, layout: Layout) -> None:

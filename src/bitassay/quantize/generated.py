@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from bitassay.models.walk import decoder
 from bitassay.quantize.tune import Tune, head_weight, last_states
 from bitassay.record.progress import Progress
 from bitassay.record.run import RunFolder
@@ -67,11 +68,11 @@ def continued(
     generator: torch.Generator,
 ) -> tuple[Int[Tensor, "samples length"], Float[Tensor, "samples length hidden"]]:
     """Go on to `length` tokens, and the last hidden states at all of them. Products are in bf16."""
-    decoder, head = copy.deepcopy(model.get_decoder()).bfloat16(), head.bfloat16()
+    reader, head = copy.deepcopy(decoder(model)).bfloat16(), head.bfloat16()
     tokens, states, cache = start.to(head.device), [], DynamicCache(config=model.config)
     entering = tokens
     while True:
-        new = decoder(input_ids=entering, past_key_values=cache, use_cache=True)
+        new = reader(input_ids=entering, past_key_values=cache, use_cache=True)
         states.append(new.last_hidden_state)
         if tokens.shape[1] == length:
             return tokens, torch.cat(states, dim=1)

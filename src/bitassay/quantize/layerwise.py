@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bitassay.models.walk import decoder_layers
+from bitassay.models.walk import decoder, decoder_layers
 
 BATCH_SAMPLES = 8
 CHUNK_ROWS = 8192
@@ -57,13 +57,13 @@ def first_inputs(model: PreTrainedModel, tokens: Int[Tensor, "samples tokens"]) 
         raise _Stop
 
     handles = [layer.register_forward_pre_hook(keep_arguments, with_kwargs=True) for layer in layers]
-    model.get_decoder()(input_ids=tokens[:1], use_cache=False)
+    decoder(model)(input_ids=tokens[:1], use_cache=False)
     for handle in handles:
         handle.remove()
     handle = layers[0].register_forward_pre_hook(keep_hidden, with_kwargs=True)
     for batch in tokens.split(BATCH_SAMPLES):
         try:
-            model.get_decoder()(input_ids=batch, use_cache=False)
+            decoder(model)(input_ids=batch, use_cache=False)
         except _Stop:
             continue
     handle.remove()

@@ -27,7 +27,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bitassay.models.walk import decoder_layers, matrices, module_name, walk
+from bitassay.models.walk import decoder, decoder_layers, matrices, module_name, walk
 from bitassay.quantize.experts import Load, expert_inputs, expert_products
 from bitassay.quantize.model import Quantization, with_tensors
 from bitassay.quantize.recipe import Recipe
@@ -72,7 +72,7 @@ def observe(
     try:
         with expert_inputs(model, tap) as load:
             for done, sample in enumerate(tokens):
-                model.get_decoder()(input_ids=sample[None].to(model.device), use_cache=False)
+                decoder(model)(input_ids=sample[None].to(model.device), use_cache=False)
                 progress(done + 1)
     finally:
         for handle in handles:

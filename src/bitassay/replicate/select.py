@@ -14,7 +14,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bitassay.models.walk import decoder_layers, matrices
+from bitassay.models.walk import decoder, decoder_layers, matrices
 from bitassay.quantize.scheme import WeightScheme
 from bitassay.quantize.sensitivity import divergences, places
 from bitassay.quantize.tensor import QuantizedTensor, quantize_tensor
@@ -95,7 +95,7 @@ def largest_additions(model: PreTrainedModel, tokens: Int[Tensor, "samples token
         for index, layer in enumerate(decoder_layers(model)):
             stack.callback(layer.register_forward_hook(watch(index)).remove)
         for sample in tokens:
-            model.get_decoder()(input_ids=sample[None].to(model.device), use_cache=False)
+            decoder(model)(input_ids=sample[None].to(model.device), use_cache=False)
     return scores
 
 
