@@ -67,7 +67,12 @@ class Trial:
 
     @cached_property
     def base(self) -> PreTrainedModel:
-        return bitassay.load(self.stored)
+        try:
+            return bitassay.load(self.stored)
+        except BitassayError as error:
+            if "attention implementation" not in str(error):
+                raise
+            return bitassay.load(self.stored, attention="eager")
 
     @cached_property
     def nearest(self) -> PreTrainedModel:
@@ -124,7 +129,7 @@ def gptq(trial: Trial) -> str:
 def saved(trial: Trial) -> str:
     folder = trial.folder / "saved"
     card = save(trial.nearest, folder)
-    again = bitassay.load(folder)
+    again = bitassay.load(folder, attention=trial.base.config._attn_implementation)
     same(logits(again), logits(trial.nearest), CLOSE, "the folder")
     if card.layout == "bitassay":
         return "own layout"
@@ -171,7 +176,7 @@ def _transformed(trial: Trial, **parts: object) -> str:
     from bitassay.quantize.pipeline import _prepared  # the model before it is rounded
 
     recipe = trial.recipe("changed", **parts)
-    base = bitassay.load(trial.stored, dtype="float64")
+    base = bitassay.load(trial.stored, dtype="float64", attention="eager")
     base.set_experts_implementation("eager")  # the others know no float64
     tokens = calibration_tokens(base, recipe.calibration)
     changed, _ = _prepared(base, recipe, matrices(base), tokens, None, lambda *_: None)

@@ -107,8 +107,6 @@ def walk(model: PreTrainedModel) -> Walk:
             full = f"{name}.{key}"
             if is_fused_experts(module) and parameter.ndim == 3:
                 found.experts[full] = parameter
-            elif is_fused_experts(module) and key.endswith("_bias"):
-                continue  # a vector for each expert
             elif parameter.ndim == 2 and "router" in type(module).__name__.lower():
                 found.routers[full] = parameter
             elif parameter.ndim >= 2 and _is_constant(module, key, parameter):

@@ -11,6 +11,7 @@ stored as the one or two matrices that its rows come from:
     <module>.experts.gate_up_proj.3  ->  <module>.experts.3.gate_proj, <module>.experts.3.up_proj
 
 That way knows one scheme for all experts, no zero points, and scales of rows or of groups that divide them.
+It decodes in the dtype of the scales, which are therefore stored in fp32.
 
 Everything else is decoded in place, for which modules lose their `weight` while transformers prepares them;
 classes that look for it then cannot be loaded, and are found by trying that on an empty model.
@@ -36,7 +37,8 @@ from bitassay.models.transposed import as_linears, stores_transposed
 from bitassay.models.walk import fused_experts, matrices, walk
 from bitassay.quantize.formats import FORMATS
 from bitassay.quantize.granularity import Granularity
-from bitassay.quantize.layout import Stored
+from bitassay.quantize.layout import Stored, description
+from bitassay.quantize.scheme import WeightScheme
 from bitassay.quantize.tensor import QuantizedTensor, from_codes
 
 EXPERTS = r"re:.*\.experts\.\d+\..*"  # a target that names all experts, as transformers and vLLM look for it
@@ -81,16 +83,22 @@ def expert_pieces(model: PreTrainedModel) -> dict[str, list[Piece]]:
     return found
 
 
+def exact_scales(stored: Stored) -> Stored:
+    """How a slice of experts is stored: with scales in fp32."""
+    scheme = stored.scheme.model_copy(update={"scale_dtype": "float32"})
+    return stored.model_copy(update={"scheme": scheme})
+
+
 def part_of(tensor: QuantizedTensor, piece: Piece) -> QuantizedTensor:
     """The rows of a matrix that are one piece; it has no `obstacle`."""
-    rows = piece.rows(tensor.shape[0])
-    return from_codes(tensor.codes()[rows], tensor.scale.float()[rows], tensor.scheme)
+    rows, scheme = piece.rows(tensor.shape[0]), exact_scales(description(tensor)).scheme
+    return from_codes(tensor.codes()[rows], tensor.scale.float()[rows], scheme)
 
 
-def joined(parts: list[QuantizedTensor]) -> QuantizedTensor:
-    """The inverse of `part_of`."""
+def joined(parts: list[QuantizedTensor], scheme: WeightScheme) -> QuantizedTensor:
+    """The inverse of `part_of`, for a matrix of `scheme`."""
     scales = torch.cat([part.scale.float() for part in parts])
-    return from_codes(torch.cat([part.codes() for part in parts]), scales, parts[0].scheme)
+    return from_codes(torch.cat([part.codes() for part in parts]), scales, scheme)
 
 
 def keeps_names(model: PreTrainedModel) -> bool:

@@ -31,7 +31,7 @@ from bitassay.quantize.calibration import UNTRUSTED
 from bitassay.quantize.folding import INPUT_SCALES
 from bitassay.quantize.layout import Stored
 from bitassay.quantize.model import Quantization, with_tensors
-from bitassay.quantize.plain_load import Piece, expert_pieces, joined, module_names
+from bitassay.quantize.plain_load import Piece, exact_scales, expert_pieces, joined, module_names
 from bitassay.quantize.recipe import Recipe
 from bitassay.quantize.tensor import QuantizedTensor
 from bitassay.replicate.plan import Steps, is_replica, replica_names
@@ -154,8 +154,9 @@ def expected_parts(
     pieces, expected = pieces_of(model, chosen), dict[str, Any]()
     for name, stored in described.items():
         rows, columns = shapes[name]
+        how = exact_scales(stored) if name in pieces else stored
         for piece in pieces.get(name, [Piece(name, 0, 1)]):
-            parts = LAYOUTS[chosen].expected_tensors(stored, (rows // piece.count, columns))
+            parts = LAYOUTS[chosen].expected_tensors(how, (rows // piece.count, columns))
             expected |= {f"{piece.name}.{part}": what for part, what in parts.items()}
     return expected
 
@@ -171,7 +172,9 @@ def _read_matrix(
     """A matrix, or one that is joined from pieces."""
     if pieces is not None:
         size = (shape[0] // len(pieces), shape[1])
-        return joined([_read_matrix(piece.name, stored, size, chosen, entries) for piece in pieces])
+        exact = exact_scales(stored)
+        parts = [_read_matrix(piece.name, exact, size, chosen, entries) for piece in pieces]
+        return joined(parts, stored.scheme)
     parts = {
         part: entries[f"{name}.{part}"].read() for part in LAYOUTS[chosen].expected_tensors(stored, shape)
     }
