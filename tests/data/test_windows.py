@@ -32,13 +32,26 @@ def test_chosen_windows_are_evenly_spaced_members_of_all(stories):
     assert places[-1] + max(gaps) >= len(every) - 1
 
 
-@pytest.mark.parametrize(
-    "protocol",
-    [Protocol(window_tokens=1), Protocol(windows=0), Protocol(windows=10**6), Protocol(window_tokens=10**8)],
-)
-def test_impossible_windows_say_what_is_possible(stories, protocol):
+@pytest.mark.parametrize("said", [{"windows": 10**6}, {"window_tokens": 10**8}])
+def test_impossible_windows_say_what_is_possible(stories, said):
     with pytest.raises(BitassayError, match="window"):
-        token_windows(stories.tokenizer, protocol)
+        token_windows(stories.tokenizer, Protocol(**said))
+
+
+@pytest.mark.parametrize(
+    "said", [{"window_tokens": 0}, {"window_tokens": 1}, {"windows": 0}, {"windows": -1}]
+)
+def test_what_measures_nothing_is_no_protocol(said):
+    with pytest.raises(BitassayError, match="window"):
+        Protocol(**said)
+    with pytest.raises(BitassayError, match="window"):
+        Protocol.parse("wikitext2-raw", **said)
+
+
+@pytest.mark.parametrize("text", ["wikitext2-raw/0", "wikitext2-raw/64[n=0]"])
+def test_nothing_in_an_id_is_not_the_default(text):
+    with pytest.raises(BitassayError, match="window"):
+        Protocol.parse(text)
 
 
 def test_the_published_join(monkeypatch, tmp_path):

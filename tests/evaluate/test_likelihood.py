@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 import bitassay
 import bitassay.evaluate.likelihood as module
+from bitassay.evaluate.greedy import greedy_texts
 from bitassay.evaluate.likelihood import (
     SHARED_TOKENS,
     common_prefixes,
@@ -15,6 +16,7 @@ from bitassay.evaluate.likelihood import (
 )
 from bitassay.quantize.recipe import Recipe, WeightScheme
 from bitassay.testing.tiny import tiny_model
+from kinds import HYBRID, ROTARY, SHORT, reread_greedy, tiny_kind
 
 
 def plain(model, context, continuation, max_length):
@@ -180,3 +182,53 @@ def test_shared_length():
     assert shared_length((1, 2, 3), (1, 2, 4, 5)) == 2
     assert shared_length((1, 2), (1, 2, 4)) == 2
     assert shared_length((), (1,)) == 0
+
+
+def around(length):
+    """Items that begin alike, on either side of a length: their heads end before it, at it, behind it."""
+    found = []
+    for shared in (length - 24, length - 2, length + 4):
+        head = list(range(5, 5 + shared))
+        for item in range(3):
+            context = [*head, *[200 + item] * (6 * item + 1)]
+            found += [(context, [300 + end] * (1 + 4 * end)) for end in range(4)]
+    return found
+
+
+@pytest.mark.parametrize("name", ROTARY)
+def test_nothing_is_shared_across_a_change_of_frequencies(name):
+    check(tiny_kind(name), around(SHORT))
+
+
+@pytest.mark.parametrize("name", HYBRID)
+def test_states_are_shared_where_that_is_right(name):
+    check(tiny_kind(name), around(SHORT))
+
+
+def test_a_state_is_read_once(monkeypatch):
+    """Where it may be shared; and nothing is, where it may not."""
+    reads = []
+    extend = module.Prefix.extend
+    monkeypatch.setattr(module.Prefix, "extend", lambda self, rows: reads.append(rows) or extend(self, rows))
+    continuation_scores(tiny_kind("lfm2"), around(SHORT), max_length=200)
+    assert reads
+    reads.clear()
+    continuation_scores(tiny_kind("mamba"), around(SHORT), max_length=200)
+    assert not reads
+
+
+class Words:
+    """A tokenizer that only writes numbers."""
+
+    @staticmethod
+    def decode(ids, **_options):
+        return " ".join(map(str, ids))
+
+
+@pytest.mark.parametrize("name", [*ROTARY, *HYBRID])
+def test_greedy_texts_of_such_models(name):
+    model = tiny_kind(name)
+    model.config.eos_token_id = model.generation_config.eos_token_id = None
+    prompts = [context for context, _ in around(SHORT)[::4]]
+    texts = greedy_texts(model, Words(), prompts, stops=[], max_new_tokens=5)  # type: ignore[arg-type]
+    assert texts == [Words.decode(reread_greedy(model, prompt, 5)[0]) for prompt in prompts]

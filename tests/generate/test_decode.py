@@ -6,7 +6,6 @@ from hypothesis import strategies as st
 from bitassay.errors import BitassayError
 from bitassay.generate.decode import (
     CACHED_ROWS,
-    context_length,
     end_tokens,
     generate,
     left_pad,
@@ -16,6 +15,7 @@ from bitassay.generate.decode import (
 )
 from bitassay.generate.sampling import Sampler
 from bitassay.generate.taps import record_states, tap_layers
+from bitassay.models.positions import context_length
 from bitassay.testing.tiny import tiny_model
 
 PROMPTS = [[1, 403, 407], [1, 300, 12, 44, 90, 31, 7], [1, 422]]

@@ -13,13 +13,17 @@ from dataclasses import asdict, dataclass
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from bitassay.bench.roofline import wait_for
 from bitassay.bench.rounds import spread
-from bitassay.models.head import last_positions
+from bitassay.errors import BitassayError
+from bitassay.models.cache import behind, stored_bytes, takes_cache
+from bitassay.models.head import last_logits
 from bitassay.quantize.kv_cache import empty_cache
 from bitassay.record.progress import Progress, silent
+
+DECODE_TOKENS = 12
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ def throughput(
     models: Mapping[str, Callable[[], PreTrainedModel]],
     prompt: Int[Tensor, " tokens"],
     *,
-    decode_tokens: int = 12,
+    decode_tokens: int = DECODE_TOKENS,
     repeats: int = 3,
     progress: Progress = silent,
 ) -> dict[str, Throughput]:
@@ -71,11 +75,18 @@ def throughput(
 @torch.inference_mode()
 def time_once(model: PreTrainedModel, prompts: Int[Tensor, "batch tokens"], decode_tokens: int) -> Times:
     """Read all prompts as one batch, then take `decode_tokens` greedy steps."""
-    cache = empty_cache(model)
-    tokens, last = prompts.to(model.device), last_positions(1, model.device)
+    if not takes_cache(model):
+        raise BitassayError(
+            f"{type(model).__name__} cannot read on from a cache, so it has no decode steps",
+            "a model with attention, or one of Mamba",
+        )
+    cache, begun = empty_cache(model), 0
+    tokens, head = prompts.to(model.device), last_logits(model, 1)
 
     def step() -> Tensor:
-        output = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=last)
+        nonlocal begun
+        output = model(input_ids=tokens, **behind(model, cache, begun, tokens), **head)
+        begun += tokens.shape[1]
         return output.logits[:, -1:].argmax(-1)
 
     start = _now(model)
@@ -83,13 +94,7 @@ def time_once(model: PreTrainedModel, prompts: Int[Tensor, "batch tokens"], deco
     filled = _now(model)
     for _ in range(decode_tokens):
         tokens = step()
-    return Times(filled - start, _now(model) - filled, cache_bytes(cache))
-
-
-def cache_bytes(cache: DynamicCache) -> int:
-    """What all layers of a cache hold."""
-    held = [part for keys, values, _ in cache for part in (keys, values) if part is not None]
-    return sum(part.nbytes for part in held)
+    return Times(filled - start, _now(model) - filled, stored_bytes(cache))
 
 
 def _now(model: PreTrainedModel) -> float:

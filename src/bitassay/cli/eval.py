@@ -1,5 +1,6 @@
 """`bitassay eval`: perplexity and divergence, or tasks, without the rest of an assay."""
 
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -70,6 +71,7 @@ def eval(
     from bitassay.evaluate.compare import evaluate_all
     from bitassay.evaluate.controls import evaluate_with_controls
     from bitassay.models.load import load
+    from bitassay.models.windows import check_protocol
     from bitassay.quantize.pipeline import quantize_once
     from bitassay.quantize.recipe import BASE, find_recipe
     from bitassay.report.assay import CONTROL_COLUMNS, QUALITY_COLUMNS
@@ -89,6 +91,9 @@ def eval(
         loaded, *other = [
             load(name, dtype=dtype, progress=progress, trust_remote_code=trust_remote_code) for name in names
         ]
+        if tasks is None:
+            for one, read in product(protocols, (loaded, *other)):
+                check_protocol(read, one)
         if tasks is not None:
             candidates = _candidates(names, [loaded, *other], recipe or [], controls, progress)
             return _tasks(candidates, tasks, limit, shots, out, format, progress)

@@ -192,10 +192,10 @@ def run(
     runs = []
     with show_progress() as progress:
         if experiments:
-            asked = _lengths(plan, tokens or 1000, prompt_tokens or 300, trials or 3)
+            asked = _lengths(plan, (tokens, 1000), (prompt_tokens, 300), (trials, 3))
             runs.append(run_experiments(experiments, asked, out=out, progress=progress))
         if "separability" in studies:
-            asked = _lengths(plan, tokens or 16, prompt_tokens or 48, trials or 100)
+            asked = _lengths(plan, (tokens, 16), (prompt_tokens, 48), (trials, 100))
             names = precisions or PRECISIONS
             runs.append(run_separability(asked, precisions=names, alpha=alpha, out=out, progress=progress))
     for one in (one for found in runs for one in found["missing"]):
@@ -250,9 +250,11 @@ def make_plan(
     )
 
 
-def _lengths(plan: "Plan", tokens: int, prompt_tokens: int, trials: int) -> "Plan":
+def _lengths(plan: "Plan", *asked: tuple[int | None, int]) -> "Plan":
+    """The plan with its tokens, prompt tokens and trials: each as given, or the default."""
     from dataclasses import replace
 
+    tokens, prompt_tokens, trials = (default if given is None else given for given, default in asked)
     return replace(plan, tokens=tokens, prompt_tokens=prompt_tokens, trials=trials)
 
 

@@ -32,6 +32,14 @@ class Protocol:
     window_tokens: int = 2048
     windows: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.window_tokens < 2:
+            raise BitassayError(
+                f"a window of {self.window_tokens} tokens predicts nothing", "--window 2 or more"
+            )
+        if self.windows is not None and self.windows < 1:
+            raise BitassayError(f"{self.windows} windows leave nothing to measure", "--windows 1 or more")
+
     @property
     def id(self) -> str:
         chosen = "" if self.windows is None else f"[n={self.windows}]"
@@ -50,11 +58,15 @@ class Protocol:
                 f"no protocol is called {text!r}; the nearest are {nearest(text, PROTOCOLS)}",
                 "a name, an id such as ptb-new/512[n=16], or a file of your own: PATH.txt, PATH.jsonl",
             )
-        said = (found[2] and int(found[2]), found[3] and int(found[3]))
-        for one, given, option in zip(said, (window_tokens, windows), ("--window", "--windows"), strict=True):
-            if one is not None and given is not None and one != given:
+        asked = (window_tokens, windows)
+        said = [
+            a if digits is None else int(digits) for digits, a in zip(found.groups()[1:], asked, strict=True)
+        ]
+        for one, given, option in zip(said, asked, ("--window", "--windows"), strict=True):
+            if given is not None and one != given:
                 raise BitassayError(f"{text!r} says {one}, {option} says {given}", "leave one of them out")
-        return cls(pinned(found[1]), said[0] or window_tokens or 2048, said[1] or windows)
+        length, count = said
+        return cls(pinned(found[1]), 2048 if length is None else length, count)
 
 
 class TooShortError(BitassayError):
@@ -68,10 +80,6 @@ def token_windows(
 
     Raises TooShortError where the text is shorter than what is asked for.
     """
-    if protocol.window_tokens < 2:
-        raise BitassayError(
-            f"a window of {protocol.window_tokens} tokens predicts nothing", "--window 2 or more"
-        )
     text = corpus(protocol.corpus)
     ids = _token_ids(tokenizer, len(tokenizer), text)
     available = len(ids) // protocol.window_tokens

@@ -15,11 +15,12 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bitassay.data.windows import Protocol, token_windows
+from bitassay.data.windows import Protocol
 from bitassay.errors import BitassayError
 from bitassay.evaluate.divergence import TokenScores, token_scores, window_logits
 from bitassay.evaluate.statistics import bootstrap_means, percentile_interval
-from bitassay.models.load import tokenizer
+from bitassay.models.positions import check_window, context_length
+from bitassay.models.windows import model_windows
 from bitassay.quantize.recipe import BASE
 from bitassay.record.progress import Progress, silent
 
@@ -103,7 +104,7 @@ def evaluate_all(
 ) -> dict[str, Evaluation]:
     """`evaluate` for many candidates in one pass over the text, and for the base, under BASE."""
     protocol = protocol or Protocol(windows=16)
-    windows, source = token_windows(tokenizer(base), protocol)
+    windows, source = model_windows(base, protocol)
     scores: dict[str, list[TokenScores]] = {BASE: [], **{name: [] for name in candidates}}
     for index, found in score_windows(base, candidates, windows):
         for name, score in found.items():
@@ -139,6 +140,7 @@ def score_windows(
                 f"the base model of {base.config.vocab_size}",
                 "compare a model with one that uses the same tokenizer",
             )
+        check_window(context_length(candidate), windows.shape[1], name)
     for index, window in enumerate(windows):
         if index in skip:
             continue

@@ -11,11 +11,12 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from bitassay.data.windows import Protocol, token_windows
+from bitassay.data.windows import Protocol
 from bitassay.evaluate.compare import Evaluation, score_windows, summarise, text_difference
 from bitassay.evaluate.divergence import TokenScores
-from bitassay.models.load import identity, tokenizer
+from bitassay.models.load import identity
 from bitassay.models.walk import decoder_layers
+from bitassay.models.windows import model_windows
 from bitassay.quantize.model import bits_per_weight
 from bitassay.quantize.pipeline import quantize_once
 from bitassay.quantize.recipe import BASE, Recipe
@@ -58,8 +59,8 @@ def evaluate_with_controls(
     its interval; beats: whether the replica's KL is the lower one (`beats`; None for one window).
     """
     recipes, places = with_controls([recipe], len(decoder_layers(base)))
+    windows, source = model_windows(base, protocol)
     models = {one.name: quantize_once(base, one, progress=progress) for one in recipes}
-    windows, source = token_windows(tokenizer(base), protocol)
     scores: dict[str, list[TokenScores]] = {name: [] for name in (BASE, *models)}
     for index, found in score_windows(base, models, windows):
         for name, score in found.items():

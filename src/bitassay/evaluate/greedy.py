@@ -11,9 +11,12 @@ from collections.abc import Callable, Sequence
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, RepetitionPenaltyLogitsProcessor
 
-from bitassay.evaluate.likelihood import Prefix, common_prefixes
+from bitassay.evaluate.likelihood import Prefix, common_prefixes, may_share
 from bitassay.generate.decode import TokenIds, default_batch_tokens, end_tokens, token_batches
-from bitassay.models.head import last_positions
+from bitassay.models.cache import behind, reads_on, select_rows, takes_cache
+from bitassay.models.head import last_logits
+from bitassay.models.positions import frequencies
+from bitassay.quantize.kv_cache import empty_cache
 
 
 def greedy_texts(
@@ -28,20 +31,25 @@ def greedy_texts(
 ) -> list[str]:
     """Continue each prompt (token ids, none empty) until a stop string, the end of text, or `max_new_tokens`.
     `done` hears how many are finished. In the order given, without the stop string."""
-    budget = batch_tokens or default_batch_tokens(model)
+    budget = default_batch_tokens(model) if batch_tokens is None else batch_tokens
     order = sorted(range(len(prompts)), key=lambda index: tuple(prompts[index]))
     found: dict[int, str] = {}
     for start, stop, shared in common_prefixes([tuple(prompts[index])[:-1] for index in order]):
         run = order[start:stop]
-        trunk = Prefix.read(model, prompts[run[0]][:shared])
+        nothing, trunk = (
+            Prefix.read(model, ()),
+            Prefix.read(model, prompts[run[0]][: shared if reads_on(model) else 0]),
+        )
         by_length: dict[int, list[int]] = {}
         for index in run:
             by_length.setdefault(len(prompts[index]), []).append(index)
         for length, equal in sorted(by_length.items()):
-            for batch in token_batches([length - shared] * len(equal), budget, shared + max_new_tokens):
+            begun = trunk if may_share(model, shared, length) else nothing
+            rests = [length - begun.length] * len(equal)
+            for batch in token_batches(rests, budget, begun.length + max_new_tokens):
                 group = [equal[place] for place in batch]
                 outputs = _continue(
-                    trunk.spread([0] * len(group)),
+                    begun.spread([0] * len(group)),
                     tokenizer,
                     [prompts[index] for index in group],
                     stops,
@@ -64,16 +72,22 @@ def _continue(
     max_new_tokens: int,
 ) -> list[list[int]]:
     """Output token ids of prompts of equal length, which begin with what `prefix` has read."""
-    model, cache = prefix.model, prefix.cache
+    model, cache, begun = prefix.model, prefix.cache, prefix.length
     ends, penalty = end_tokens(model), model.generation_config.repetition_penalty  # type: ignore[union-attr]
     process = RepetitionPenaltyLogitsProcessor(penalty) if penalty not in (None, 1.0) else None
     outputs: list[list[int]] = [[] for _ in prompts]
     going = list(range(len(prompts)))
-    tokens = torch.tensor([prompt[prefix.length :] for prompt in prompts], device=model.device)
-    last = last_positions(1, model.device)
-    for _ in range(max_new_tokens):
-        forward = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=last)
-        logits = forward.logits[:, -1].float()
+    length, caches = len(prompts[0]), takes_cache(model)
+    read_at = frequencies(model, length)
+    head = last_logits(model, 1)
+    for step in range(length, length + max_new_tokens):
+        if not caches or frequencies(model, step) != read_at:  # what is cached is not what it would be now
+            begun, cache, read_at = 0, empty_cache(model), frequencies(model, step)
+        unread = [[*prompts[row], *outputs[row]][begun:] for row in going]
+        tokens = torch.tensor(unread, device=model.device)
+        held = behind(model, cache, begun, tokens) if caches else {"use_cache": False}
+        forward = model(input_ids=tokens, **held, **head)
+        logits, begun = forward.logits[:, -1].float(), step
         if process is not None:
             seen = [[*prompts[row], *outputs[row]] for row in going]
             logits = process(torch.tensor(seen, device=model.device), logits)  # type: ignore[arg-type]
@@ -88,9 +102,8 @@ def _continue(
         if not kept:
             break
         if len(kept) < len(going):
-            cache.batch_select_indices(torch.tensor(kept, device=model.device))
+            select_rows(cache, kept, model.device)
         going = [going[place] for place in kept]
-        tokens = torch.tensor([outputs[row][-1:] for row in going], device=model.device)
     return outputs
 
 

@@ -32,6 +32,7 @@ from bitassay.evaluate.greedy import greedy_texts
 from bitassay.evaluate.likelihood import continuation_scores
 from bitassay.models.load import load
 from bitassay.models.load import tokenizer as tokenizer_of
+from bitassay.models.positions import context_length
 from bitassay.quantize.pipeline import quantize_once
 from bitassay.record.progress import Progress, silent
 from bitassay.record.run import RunFolder
@@ -85,7 +86,13 @@ class BitassayLM(TemplateLM):
             raise BitassayError(f"batch_tokens={batch_tokens}", "leave it out, or give 1 or more")
         self.model, self.tokenizer = model, tokenizer_of(model)
         self.batch_tokens, self.progress = batch_tokens, progress
-        self.max_length = max_length or resolve_max_length(model.config, self.tokenizer)
+        limit = context_length(model)
+        if max_length is None:
+            resolved = resolve_max_length(model.config, self.tokenizer)
+            max_length = resolved if limit is None or resolved < 1 else min(resolved, limit)
+        if max_length < 1 or (limit is not None and max_length > limit):
+            raise BitassayError(f"max_length={max_length}", f"leave it out, or give 1 to {limit or 'more'}")
+        self.max_length = max_length
         self.max_gen_toks = DEFAULT_NEW_TOKENS
         self._device = model.device
         self._encode = lru_cache(maxsize=REMEMBERED_TEXTS)(self._encode_once)

@@ -24,11 +24,10 @@ model reads, scores and cuts (EleutherAI, lm-evaluation-harness 0.4.13, `models/
 differ from its by rounding.
 """
 
-import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -37,7 +36,10 @@ from transformers import DynamicCache, PreTrainedModel
 
 from bitassay.evaluate.tries import Trie, attends_by_mask, rows_of
 from bitassay.generate.decode import TokenIds, default_batch_tokens, token_batches
-from bitassay.models.walk import decoder
+from bitassay.models.cache import behind, copy_rows, reads_on
+from bitassay.models.hooks import hooked
+from bitassay.models.positions import frequencies
+from bitassay.models.walk import decoder_of
 from bitassay.quantize.kv_cache import empty_cache
 
 SHARED_TOKENS = 32  # reading so many tokens less is worth a forward of its own
@@ -83,7 +85,7 @@ def continuation_scores(
         sequence = sequences.setdefault(tokens, _Sequence(tokens))
         sequence.scored = max(sequence.scored, len(continuation))
         sequence.asked.append((index, continuation))
-    budget = batch_tokens or default_batch_tokens(model)
+    budget = default_batch_tokens(model) if batch_tokens is None else batch_tokens
     found: dict[int, Score] = {}
     for leaves in _leaf_logits(model, list(sequences.values()), budget):
         found |= _scores(leaves)
@@ -119,7 +121,7 @@ def _scores(leaves: _Leaves) -> dict[int, Score]:
 def _leaf_logits(model: PreTrainedModel, sequences: Sequence[_Sequence], budget: int) -> Iterator[_Leaves]:
     """Logits of the scored positions, for all sequences, a few at a time."""
     by_mask = attends_by_mask(model)
-    for shared, families in _by_trunk(sequences).items():
+    for shared, families in _by_trunk(model, sequences):
         trunk, past = Prefix.read(model, shared), len(shared)
         tries, others = list[tuple[Trie, list[_Sequence]]](), []
         for family in families:
@@ -130,7 +132,7 @@ def _leaf_logits(model: PreTrainedModel, sequences: Sequence[_Sequence], budget:
                 others.append(family)
         for batch in token_batches([len(trie.tokens) for trie, _ in tries], budget, past):
             yield trunk.spread([0] * len(batch)).score_tries([tries[index] for index in batch])
-        alone, several = _worth_a_head(others, past)
+        alone, several = _worth_a_head(model, others, past)
         for batch in token_batches([len(one.tokens) - past for one in alone], budget, past):
             group = [alone[index] for index in batch]
             yield trunk.spread([0] * len(group)).score(group)
@@ -144,28 +146,39 @@ def _leaf_logits(model: PreTrainedModel, sequences: Sequence[_Sequence], budget:
                 yield heads.spread(rows).score(group)
 
 
-def _by_trunk(sequences: Sequence[_Sequence]) -> dict[tuple[int, ...], list[list[_Sequence]]]:
+def _by_trunk(
+    model: PreTrainedModel, sequences: Sequence[_Sequence]
+) -> Iterator[tuple[tuple[int, ...], list[list[_Sequence]]]]:
     """Sequences of one head together, and those families by what their heads have in common from the start:
-    nothing, where that is not worth while."""
-    families: dict[tuple[int, ...], list[_Sequence]] = {}
+    nothing, where that is not worth while. Those that the model reads at other frequencies are apart."""
+    alike: dict[tuple[int, ...], dict[tuple[int, ...], list[_Sequence]]] = {}
     for sequence in sequences:
+        families = alike.setdefault(frequencies(model, len(sequence.tokens)), {})
         families.setdefault(sequence.head, []).append(sequence)
-    heads = sorted(families)
-    found: dict[tuple[int, ...], list[list[_Sequence]]] = {}
-    for start, stop, shared in common_prefixes(heads):
-        trunk = found.setdefault(heads[start][:shared], [])
-        trunk += [families[head] for head in heads[start:stop]]
-    return found
+    for families in alike.values():
+        heads = sorted(families)
+        found: dict[tuple[int, ...], list[list[_Sequence]]] = {}
+        for start, stop, shared in common_prefixes(heads):
+            first = families[heads[start]][0].tokens
+            trunk = found.setdefault(first[:shared] if may_share(model, shared, len(first)) else (), [])
+            trunk += [families[head] for head in heads[start:stop]]
+        yield from found.items()
+
+
+def may_share(model: PreTrainedModel, shared: int, tokens: int) -> bool:
+    """Whether the model may read the first `shared` tokens once for several texts of `tokens` tokens."""
+    return reads_on(model) and frequencies(model, shared) == frequencies(model, tokens)
 
 
 def _worth_a_head(
-    families: Sequence[list[_Sequence]], shared: int
+    model: PreTrainedModel, families: Sequence[list[_Sequence]], shared: int
 ) -> tuple[list[_Sequence], list[list[_Sequence]]]:
     """Sequences that are read alone, and families whose head beyond `shared` is long enough to be read
     once."""
     alone, several = [], []
     for family in families:
-        if (len(family) - 1) * (len(family[0].head) - shared) >= SHARED_TOKENS:
+        head, tokens = len(family[0].head), len(family[0].tokens)
+        if (len(family) - 1) * (head - shared) >= SHARED_TOKENS and may_share(model, head, tokens):
             several.append(family)
         else:
             alone += family
@@ -188,17 +201,16 @@ class Prefix:
 
     def spread(self, rows: Sequence[int]) -> "Prefix":
         """A prefix whose rows are these rows of this one, which stays as it is."""
-        cache = copy.copy(self.cache)
-        cache.layers = [copy.copy(layer) for layer in self.cache.layers]
-        if self.length:
-            cache.batch_select_indices(torch.tensor(rows, device=self.model.device))
-        return Prefix(self.model, cache, self.length)
+        if not self.length:
+            return Prefix.read(self.model, ())
+        return Prefix(self.model, copy_rows(self.cache, rows, self.model.device), self.length)
 
     @torch.inference_mode()
     def extend(self, rows: Sequence[TokenIds]) -> "Prefix":
         """Read equally many more tokens in every row. This prefix is used up."""
         tokens = torch.tensor(rows, device=self.model.device)
-        decoder(self.model)(input_ids=tokens, past_key_values=self.cache, use_cache=True)
+        decoder: torch.nn.Module = decoder_of(self.model)
+        decoder(input_ids=tokens, **behind(decoder, self.cache, self.length, tokens))
         return Prefix(self.model, self.cache, self.length + tokens.shape[1])
 
     def score(self, group: Sequence[_Sequence]) -> _Leaves:
@@ -208,7 +220,8 @@ class Prefix:
         wanted = torch.zeros(tokens.shape, dtype=torch.bool)
         for row, (rest, sequence) in enumerate(zip(rests, group, strict=True)):
             wanted[row, len(rest) - sequence.scored : len(rest)] = True
-        logits = logits_at(self.model, tokens, wanted.to(tokens.device), self.cache if self.length else None)
+        options = behind(self.model, self.cache, self.length, tokens) if self.length else {"use_cache": False}
+        logits = logits_at(self.model, tokens, wanted.to(tokens.device), options)
         stops = accumulate(sequence.scored for sequence in group)
         rows = [range(stop - one.scored, stop) for stop, one in zip(stops, group, strict=True)]
         return _Leaves(group, rows, logits)
@@ -226,14 +239,13 @@ class Prefix:
             wanted[row, nodes] = True
         places = wanted.flatten().cumsum(0).view(wanted.shape) - 1
         device = self.model.device
-        logits = logits_at(
-            self.model,
-            tokens.to(device),
-            wanted.to(device),
-            self.cache if self.length else None,
-            position_ids=positions.to(device),
-            attention_mask=mask.to(device),
-        )
+        options = {
+            "past_key_values": self.cache if self.length else None,
+            "use_cache": self.length > 0,
+            "position_ids": positions.to(device),
+            "attention_mask": mask.to(device),
+        }
+        logits = logits_at(self.model, tokens.to(device), wanted.to(device), options)
         rows = [places[row, nodes].tolist() for row, nodes in scored]
         return _Leaves([one for _, family in families for one in family], rows, logits)
 
@@ -243,11 +255,10 @@ def logits_at(
     model: PreTrainedModel,
     tokens: Int[Tensor, "batch tokens"],
     wanted: Bool[Tensor, "batch tokens"],
-    cache: DynamicCache | None,
-    **options: Tensor,
+    options: Mapping[str, Any],
 ) -> Float[Tensor, "rows vocabulary"]:
-    """Logits at the wanted positions alone, row by row, in the model's dtype. The cache, if any, grows.
-    `options` go to the model.
+    """Logits at the wanted positions alone, row by row, in the model's dtype. `options` go to the model; a
+    cache among them grows.
 
     The output head is given those positions of its input in one row; what the model does to logits after it
     (a cap, a scale) it does to these.
@@ -257,12 +268,9 @@ def logits_at(
         hidden, *rest = arguments
         return (hidden[wanted][None], *rest)
 
-    hook = cast(torch.nn.Module, model.get_output_embeddings()).register_forward_pre_hook(keep)
-    try:
-        read = model(input_ids=tokens, past_key_values=cache, use_cache=cache is not None, **options)
-        return read.logits[0]
-    finally:
-        hook.remove()
+    head = cast(torch.nn.Module, model.get_output_embeddings())
+    with hooked([head.register_forward_pre_hook(keep)]):
+        return model(input_ids=tokens, **options).logits[0]
 
 
 def right_pad(rows: Sequence[TokenIds], device: torch.device) -> Int[Tensor, "batch tokens"]:

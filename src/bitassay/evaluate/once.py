@@ -30,6 +30,9 @@ from bitassay.evaluate.greedy import cut, is_stopped
 from bitassay.evaluate.harness import BitassayLM
 from bitassay.evaluate.likelihood import Prefix, common_prefixes, logits_at, right_pad
 from bitassay.generate.decode import TokenIds, default_batch_tokens, end_tokens, token_batches
+from bitassay.models.cache import behind, keeps_positions
+from bitassay.models.positions import frequencies
+from bitassay.quantize.kv_cache import empty_cache
 
 
 @dataclass
@@ -47,7 +50,7 @@ def read_rows(
     model: PreTrainedModel, prompts: Sequence[tuple[int, ...]], batch_tokens: int | None = None
 ) -> list[Rows]:
     """Read different prompts, none empty: first what they share, then their rests in batches."""
-    budget, found = batch_tokens or default_batch_tokens(model), []
+    budget, found = default_batch_tokens(model) if batch_tokens is None else batch_tokens, []
     ordered = sorted(prompts)
     for start, stop, shared in common_prefixes([prompt[:-1] for prompt in ordered]):
         trunk = Prefix.read(model, ordered[start][:shared])
@@ -58,7 +61,7 @@ def read_rows(
             last = torch.zeros(tokens.shape, dtype=torch.bool, device=tokens.device)
             for row, place in enumerate(batch):
                 last[row, len(rests[place]) - 1] = True
-            logits = logits_at(model, tokens, last, rows.cache)
+            logits = logits_at(model, tokens, last, behind(model, rows.cache, rows.length, tokens))
             found.append(Rows(model, [ordered[start + place] for place in batch], rows.cache, logits))
     return found
 
@@ -109,12 +112,20 @@ class OnceReadLM(BitassayLM):
     def _plain_cache(self) -> bool:
         return has_plain_cache(self.model)
 
+    def _alike(self, tokens: int) -> bool:
+        """Whether the model reads all texts of up to so many tokens alike."""
+        return frequencies(self.model, 1) == frequencies(self.model, tokens)
+
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **options: Any
     ) -> list[tuple[float, bool]]:
         self._read = ()
         plain = all(len(end) == 1 and 0 < len(start) < self.max_length for _, start, end in requests)
-        if not plain or not self._plain_cache:
+        if (
+            not plain
+            or not self._plain_cache
+            or not self._alike(max((len(start) for _, start, _ in requests), default=1))
+        ):
             return super()._loglikelihood_tokens(requests, disable_tqdm, **options)
         prompts = dict.fromkeys(tuple(context) for _, context, _ in requests)
         self._read = tuple(read_rows(self.model, list(prompts), self.batch_tokens))
@@ -141,7 +152,8 @@ class OnceReadLM(BitassayLM):
         ):
             return super().generate_until(requests, disable_tqdm)
         stops, new_tokens = asked[0]
-        if max(map(len, prompts)) + new_tokens > self.max_length:
+        longest = max(map(len, prompts)) + new_tokens
+        if longest > self.max_length or not self._alike(longest):
             return super().generate_until(requests, disable_tqdm)
         texts: dict[TokenIds, str] = {}
         for rows in read:
@@ -151,5 +163,4 @@ class OnceReadLM(BitassayLM):
 
 def has_plain_cache(model: PreTrainedModel) -> bool:
     """Whether a model's cache is keys and values, a place for each position."""
-    cache = Prefix.read(model, [0]).cache
-    return all(type(layer) is DynamicLayer for layer in cache.layers)
+    return keeps_positions(model) and all(type(layer) is DynamicLayer for layer in empty_cache(model).layers)

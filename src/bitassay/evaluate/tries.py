@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bitassay.generate.decode import TokenIds
+from bitassay.models.cache import keeps_positions
 from bitassay.models.walk import decoder_layers
 
 
@@ -63,6 +64,7 @@ def attends_by_mask(model: PreTrainedModel) -> bool:
     windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     return (
         type(model).__module__.startswith("transformers.models.")
+        and keeps_positions(model)
         and not kinds
         and not any(windows)
         and getattr(model, "kv_cache", None) is None

@@ -11,17 +11,20 @@ output token i.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from bitassay.errors import BitassayError
 from bitassay.generate.cache import RoundedCache
 from bitassay.generate.sampling import GREEDY, Draw, Sampler
 from bitassay.generate.taps import joined_states, record_states
-from bitassay.models.head import last_positions
+from bitassay.models.cache import behind, keeps_positions, takes_cache
+from bitassay.models.head import last_logits
+from bitassay.models.positions import context_length, frequencies
 from bitassay.quantize.kv_cache import empty_cache
 
 TokenIds = Sequence[int]
@@ -59,8 +62,8 @@ def generate(
     layers: Sequence[int] = (),
     cache_bits: int | None = None,
 ) -> list[Generation]:
-    """Generate for all prompts as one batch, token by token with a KV cache, until each has ended or has
-    `max_new_tokens`.
+    """Generate for all prompts, token by token with a KV cache, until each has ended or has `max_new_tokens`;
+    as one batch, or as a few where the model cannot read them together.
 
     nonces: one a prompt, part of the key of the sampling noise (default: "0", "1", ...). cache_bits: round
     keys and values to so many bits (see `RoundedCache`; default: as the model computes them). Raises
@@ -72,35 +75,81 @@ def generate(
     if max_new_tokens < 1:
         raise BitassayError(f"max_new_tokens is {max_new_tokens}", "ask for at least 1")
     check_ids(model, prompts, max_new_tokens - 1)
-    tokens, mask = left_pad(prompts, model.device)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    found: dict[int, Generation] = {}
+    for batch in _readable_together(model, [(len(p), len(p) + max_new_tokens - 1) for p in prompts]):
+        steps = _Steps(model, [prompts[index] for index in batch], cache_bits)
+        chosen = [nonces[index] for index in batch]
+        found |= zip(batch, _continue(steps, max_new_tokens, sampler, chosen, layers), strict=True)
+    return [found[index] for index in range(len(prompts))]
+
+
+def _continue(
+    steps: "_Steps", max_new_tokens: int, sampler: Sampler, nonces: Sequence[str], layers: Sequence[int]
+) -> list[Generation]:
+    """`generate` for one batch."""
+    model, prompts = steps.model, steps.prompts
     ends = torch.tensor(sorted(end_tokens(model)), device=model.device, dtype=torch.long)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
     chosen: list[Int[Tensor, " batch"]] = []
-    last = last_positions(1, model.device)
-    cache = empty_cache(model) if cache_bits is None else RoundedCache(model.config, cache_bits)
     with record_states(model, layers) as recorded:
         for index in range(max_new_tokens):
-            forward = model(
-                input_ids=tokens,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=last,
-            )
-            chosen.append(sampler.choose(forward.logits[:, -1], [Draw(nonce, index) for nonce in nonces]))
+            logits = steps.read(chosen[-1] if chosen else None)
+            for pieces in recorded.values():
+                pieces[-1] = pieces[-1][:, -(1 if chosen else steps.length) :]  # what was read again, once
+            chosen.append(sampler.choose(logits, [Draw(nonce, index) for nonce in nonces]))
             ended |= torch.isin(chosen[-1], ends)
             if ended.all():
                 break
-            tokens, positions = chosen[-1][:, None], positions[:, -1:] + 1
-            mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
     outputs = [until_end(row, ends.tolist()) for row in torch.stack(chosen, dim=1).tolist()]
     states, longest = joined_states(recorded), max(map(len, prompts))
     return [
         Generation(tuple(output), _cut(states, row, longest - len(prompt), longest + len(output) - 1))
         for row, (prompt, output) in enumerate(zip(prompts, outputs, strict=True))
     ]
+
+
+class _Steps:
+    """A batch that is read on, a token in each row at a time."""
+
+    def __init__(self, model: PreTrainedModel, prompts: Sequence[TokenIds], cache_bits: int | None):
+        self.model, self.prompts, self.cache_bits = model, prompts, cache_bits
+        self.tokens, self.mask = left_pad(prompts, model.device)
+        self.read_at = frequencies(model, self.length)
+        self.caches, self.padded = takes_cache(model), keeps_positions(model)
+        self.head = last_logits(model, 1)
+        self.cache = self._empty() if self.caches else None
+        if cache_bits is not None and not self.caches:
+            raise BitassayError(
+                f"{type(model).__name__} has no KV cache to be rounded", "leave cache_bits out"
+            )
+
+    @property
+    def length(self) -> int:
+        return self.tokens.shape[1]
+
+    def read(self, chosen: Int[Tensor, " batch"] | None) -> Float[Tensor, "batch vocabulary"]:
+        """The logits behind the prompts, or behind one more token in each row. Everything is read again
+        where there is no cache, and where what is in it was computed at other frequencies."""
+        new = self.length
+        if chosen is not None:
+            new = 1
+            self.tokens = torch.cat([self.tokens, chosen[:, None]], dim=1)
+            self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
+            now = frequencies(self.model, self.length)
+            if now != self.read_at or not self.caches:
+                new, self.read_at = self.length, now
+                self.cache = self._empty() if self.caches else None
+        tokens, options = self.tokens[:, -new:], dict[str, Any](use_cache=False)
+        if self.cache is not None:
+            options = behind(self.model, self.cache, self.length - new, tokens)
+        if self.padded:
+            positions = (self.mask.cumsum(1) - 1).clamp(min=0)
+            options |= {"attention_mask": self.mask, "position_ids": positions[:, -new:]}
+        return self.model(input_ids=tokens, **options, **self.head).logits[:, -1]
+
+    def _empty(self) -> DynamicCache:
+        bits, model = self.cache_bits, self.model
+        return empty_cache(model) if bits is None else RoundedCache(model.config, bits)
 
 
 @torch.no_grad()
@@ -111,8 +160,8 @@ def prefill(
     *,
     layers: Sequence[int] = (),
 ) -> list[Prefill]:
-    """One forward over each prompt and its given output (all but its last token), as one batch without a
-    cache.
+    """What a host computes that reads each prompt and then its given output (all but its last token) token by
+    token, in one forward for all, without a cache; in a few where the model cannot read them together.
 
     Raises BitassayError as `generate` does.
     """
@@ -122,20 +171,68 @@ def prefill(
         raise BitassayError(
             "an output without tokens: there is nothing to check", "generate at least one token"
         )
+    found: dict[int, Prefill] = {}
+    spans = [(len(prompt), len(tokens)) for prompt, tokens in zip(prompts, sequences, strict=True)]
+    for batch in _readable_together(model, spans):
+        parts: list[list[Prefill]] = []
+        begin, (first, last) = 0, spans[batch[0]]
+        for end in _same_frequencies(model, first, last):
+            # A batch of several parts has rows of equal lengths; of a batch with one, all is wanted.
+            cut = [sequences[index][:end] if end < last else sequences[index] for index in batch]
+            wanted = [len(tokens) - max(begin, spans[i][0] - 1) for i, tokens in zip(batch, cut, strict=True)]
+            parts.append(_read(model, cut, wanted, layers, begin))
+            begin = end
+        found |= zip(batch, map(_joined, *parts) if len(parts) > 1 else parts[0], strict=True)
+    return [found[index] for index in range(len(prompts))]
+
+
+def _read(
+    model: PreTrainedModel,
+    sequences: Sequence[TokenIds],
+    wanted: Sequence[int],
+    layers: Sequence[int],
+    begin: int,
+) -> list[Prefill]:
+    """One forward: the states from position `begin` on, and the last `wanted` logits of each sequence."""
     tokens, mask = left_pad(sequences, model.device)
+    options: dict[str, Any] = {}
+    if keeps_positions(model):
+        options |= {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    options |= last_logits(model, max(wanted))
     with record_states(model, layers) as recorded:
-        forward = model(
-            input_ids=tokens,
-            attention_mask=mask,
-            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-            use_cache=False,
-            logits_to_keep=last_positions(max(map(len, outputs)), model.device),
-        )
+        logits = model(input_ids=tokens, use_cache=False, **options).logits
     states, longest = joined_states(recorded), tokens.shape[1]
     return [
-        Prefill(_cut(states, row, longest - len(sequence), longest), forward.logits[row, -len(output) :])
-        for row, (sequence, output) in enumerate(zip(sequences, outputs, strict=True))
+        Prefill(_cut(states, row, longest - len(sequence) + begin, longest), logits[row, -count:])
+        for row, (sequence, count) in enumerate(zip(sequences, wanted, strict=True))
     ]
+
+
+def _joined(*parts: Prefill) -> Prefill:
+    """The parts of one sequence, in order."""
+    states = {layer: torch.cat([part.states[layer] for part in parts]) for layer in parts[0].states}
+    return Prefill(states, torch.cat([part.logits for part in parts]))
+
+
+def _same_frequencies(model: PreTrainedModel, first: int, last: int) -> list[int]:
+    """The lengths at which a text that is read from `first` to `last` tokens has rotary frequencies for the
+    last time, in order: `last` alone, where they do not change."""
+    if frequencies(model, first) == frequencies(model, last):
+        return [last]
+    known = {length: frequencies(model, length) for length in range(first, last + 1)}
+    return [length for length in known if length == last or known[length + 1] != known[length]]
+
+
+def _readable_together(model: PreTrainedModel, spans: Sequence[tuple[int, int]]) -> list[list[int]]:
+    """Texts as batches, by what they have read at first and at last: all together, or those of equal lengths
+    where padding does harm or where rotary frequencies change on the way; and apart those of other
+    frequencies."""
+    padded, batches = keeps_positions(model), dict[tuple, list[int]]()
+    for index, (first, last) in enumerate(spans):
+        begins, ends = frequencies(model, first), frequencies(model, last)
+        key = (begins, ends) if padded and begins == ends else (begins, ends, first, last)
+        batches.setdefault(key, []).append(index)
+    return list(batches.values())
 
 
 def left_pad(
@@ -186,11 +283,6 @@ def until_end(output: list[int], ends: Sequence[int]) -> list[int]:
 
 def vocabulary_size(model: PreTrainedModel) -> int:
     return model.get_input_embeddings().num_embeddings  # type: ignore[return-value]
-
-
-def context_length(model: PreTrainedModel) -> int | None:
-    """The positions that the model was made for; None where its configuration does not say."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def check_ids(model: PreTrainedModel, sequences: Sequence[TokenIds], more: int = 0) -> None:

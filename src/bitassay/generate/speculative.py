@@ -24,7 +24,8 @@ from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError
 from bitassay.generate.decode import check_ids, end_tokens, until_end
-from bitassay.quantize.kv_cache import empty_cache
+from bitassay.models.positions import frequencies
+from bitassay.quantize.kv_cache import cache_to_crop
 from bitassay.replicate.on_demand import Reader
 
 
@@ -66,30 +67,43 @@ def speculate(
     if max_new_tokens < 1 or draft_tokens < 1:
         raise BitassayError(f"{max_new_tokens} new tokens, drafts of {draft_tokens}", "at least 1 of each")
     check_ids(model, [prompt], max_new_tokens - 1)
-    ends, cache, output = end_tokens(model), empty_cache(model), list[int]()
+    ends, cache, output = end_tokens(model), cache_to_crop(model), list[int]()
+    text = list[int]()  # what the cache holds
     drafted = accepted = checks = 0
 
     def choose(tokens: Sequence[int], depth: int) -> list[int]:
         """What follows each of these tokens."""
+        nonlocal cache
+        unread = [*tokens]
+        if frequencies(model, len(text) + len(tokens)) != frequencies(model, max(1, len(text))):
+            unread, cache = [*text, *tokens], cache_to_crop(model)
         with reader.reading(depth):
-            ids = torch.tensor([list(tokens)], device=model.device)
+            ids = torch.tensor([unread], device=model.device)
             logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits[0]
-        return logits.argmax(-1).tolist()
+        text.extend(tokens)
+        return logits[-len(tokens) :].argmax(-1).tolist()
+
+    def forget(count: int) -> None:
+        cache.crop(-count)
+        del text[len(text) - count :]
 
     output.append(choose(prompt, reader.planes)[-1])
     before = _read(reader)
     while len(output) < max_new_tokens and output[-1] not in ends:
         draft: list[int] = []
-        # The check adds one token of its own.
-        for _ in range(min(draft_tokens, max_new_tokens - len(output) - 1)):
+        checked = len(text) + 1  # tokens of the text when the last one of the output has been read
+        # The check adds one token of its own, and reads all of its tokens at the same frequencies.
+        for place in range(min(draft_tokens, max_new_tokens - len(output) - 1)):
+            if frequencies(model, checked + place + 1) != frequencies(model, checked):
+                break
             draft.append(choose([draft[-1] if draft else output[-1]], 1)[0])
             if draft[-1] in ends:
                 break
-        cache.crop(-len(draft))
+        forget(len(draft))
         wanted = choose([output[-1], *draft], reader.planes)
         agreed = next((n for n, token in enumerate(draft) if token != wanted[n]), len(draft))
         output += [*draft[:agreed], wanted[agreed]]
-        cache.crop(agreed - len(draft))
+        forget(len(draft) - agreed)
         drafted, accepted, checks = drafted + len(draft), accepted + agreed, checks + 1
         output = until_end(output, list(ends)) if ends & set(output) else output
     decoded = max(1, len(output) - 1)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError
+from bitassay.models.hooks import hooked
 from bitassay.models.walk import decoder_layers
 
 EVERY = 8
@@ -51,12 +52,8 @@ def record_states(
 
         return hook
 
-    handles = [modules[layer - 1].register_forward_hook(tap(layer)) for layer in layers]
-    try:
+    with hooked(modules[layer - 1].register_forward_hook(tap(layer)) for layer in layers):
         yield recorded
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def joined_states(recorded: dict[int, list[Tensor]]) -> dict[int, Float[Tensor, "batch tokens hidden"]]:

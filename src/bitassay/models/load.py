@@ -24,6 +24,7 @@ from transformers import (
 from bitassay.errors import BitassayError, MissingError, nearest
 from bitassay.models.causal import check_causal
 from bitassay.models.checkpoint import read_card
+from bitassay.models.positions import forget_lengths
 from bitassay.models.source import Source, resolve
 from bitassay.models.transposed import as_linears
 from bitassay.record.hashing import digest_file, digest_json, digest_tensors
@@ -118,6 +119,7 @@ def load(
     except Exception as error:  # a defect of config.json shows as whatever it happens to trip over
         raise BitassayError(f"{source.folder}: transformers cannot load it ({error})") from error
     check_finite(loaded, source.folder)
+    forget_lengths(loaded)
     known = Identity(source) if card is None else Identity(source, card.recipe_id, card.recipe_name)
     # nn.Module's own __setattr__ is for tensors and modules.
     object.__setattr__(loaded, "tokenizer", tokenizer)

@@ -38,7 +38,8 @@ class Walk:
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The decoder layers, in order. Raises BitassayError for an architecture that keeps no single list of
     them, such as one list of attentions and another of MLPs."""
-    lists = _lists_of_blocks(_named_decoder(model)) or _lists_of_blocks(model)
+    # Some classes have an output head by the name under which transformers looks for the decoder.
+    lists = _lists_of_blocks(model.get_decoder()) or _lists_of_blocks(model)
     if lists:
         # Towers of images or audio, and what belongs to them, lie deeper than the text's own layers.
         outermost = min(name.count(".") for name in lists)
@@ -52,7 +53,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     return next(iter(lists.values()))
 
 
-def decoder(model: PreTrainedModel) -> PreTrainedModel:
+def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
     """The part of `model` that turns token ids into the last hidden states: the innermost model around
     `decoder_layers` that has the embedding too."""
     layers, embedding = decoder_layers(model), model.get_input_embeddings()
@@ -62,11 +63,6 @@ def decoder(model: PreTrainedModel) -> PreTrainedModel:
         if isinstance(module, PreTrainedModel) and {layers, embedding} <= set(module.modules())
     ]
     return around[-1]  # outer modules come first
-
-
-def _named_decoder(model: PreTrainedModel) -> nn.Module:
-    """What transformers says is the decoder. Some classes name their output head so."""
-    return model.get_decoder()
 
 
 def _lists_of_blocks(module: nn.Module) -> dict[str, nn.ModuleList]:

@@ -31,6 +31,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError
+from bitassay.models.hooks import hooked
 from bitassay.models.load import identity
 from bitassay.models.walk import decoder_layers, fused_experts, matrices
 from bitassay.quantize.calibration import Calibration, calibration_tokens
@@ -141,15 +142,11 @@ def _statistics(
         states = (y[0] if isinstance(y, tuple) else y).flatten(0, -2)
         hidden.setdefault(index, Statistics(states.shape[-1])).add(states)
 
-    handles = [
+    with hooked(
         layer.register_forward_hook(lambda _, given, y, index=index: leaves(index, y))
         for index, layer in enumerate(decoder_layers(model))
-    ]
-    try:
+    ):
         observe(model, tokens, tap, lambda done: progress("inputs and outputs", done, count))
-    finally:
-        for handle in handles:
-            handle.remove()
     candidates = {name: [tensor] for name, tensor in tensors.items()}
     predicted = predicted_divergences(
         model, candidates, tokens, lambda done: progress("predicting divergences", done, count)

@@ -12,9 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bitassay.data.corpora import is_pinned, pinned
-from bitassay.data.windows import Protocol, TooShortError, token_windows
+from bitassay.data.windows import Protocol, TooShortError
 from bitassay.errors import BitassayError
-from bitassay.models.load import tokenizer
+from bitassay.models.positions import context_length
+from bitassay.models.windows import model_windows
 from bitassay.quantize.scheme import Part
 
 UNTRUSTED = "untrusted"  # of a recipe that is validated: it may not make us look at files
@@ -40,17 +41,24 @@ class Calibration(Part):
         return pinned(name)
 
 
-def calibration_tokens(model: PreTrainedModel, spec: Calibration) -> Int[Tensor, "samples tokens"]:
-    """The windows as the model's token ids. Raises BitassayError where the corpus is unknown or too short, or
-    a window longer than what the model reads."""
-    places = getattr(model.config, "max_position_embeddings", None)
+def check_calibration(model: PreTrainedModel, spec: Calibration) -> None:
+    """Refuse no samples, and samples that are longer than what the model reads."""
+    places = context_length(model)
     if places is not None and spec.tokens > places:
         raise BitassayError(
             f"calibration: samples of {spec.tokens} tokens, and the model reads {places}", f"tokens: {places}"
         )
+    if spec.samples < 1:  # a copy of a spec is not validated
+        raise BitassayError(f"calibration: {spec.samples} samples", "samples: 1 or more")
+
+
+def calibration_tokens(model: PreTrainedModel, spec: Calibration) -> Int[Tensor, "samples tokens"]:
+    """The windows as the model's token ids. Raises BitassayError where the corpus is unknown or too short, or
+    a window longer than what the model reads."""
+    check_calibration(model, spec)
     protocol = Protocol(spec.corpus, window_tokens=spec.tokens, windows=spec.samples)
     try:
-        return token_windows(tokenizer(model), protocol)[0]
+        return model_windows(model, protocol)[0]
     except TooShortError as error:
         raise BitassayError(
             f"calibration: {error.problem}", "fewer samples or fewer tokens, or a longer text"

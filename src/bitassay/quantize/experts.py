@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from bitassay.models.hooks import forwarded, hooked
 from bitassay.models.walk import fused_experts, is_fused_experts
 from bitassay.quantize.tensor import QuantizedTensor
 from bitassay.record.progress import Progress, silent
@@ -100,7 +101,7 @@ def expert_products(
     found = {name: part for name, part in module.named_modules() if is_fused_experts(part)}
     load: Load = {}
 
-    def patch(name: str, experts: nn.Module) -> None:
+    def patched(name: str, experts: nn.Module) -> Callable[..., Tensor]:
         count = experts.get_parameter("down_proj").shape[0]
         load[name] = torch.zeros(count, dtype=torch.int64)
 
@@ -117,15 +118,10 @@ def expert_products(
                     multiply("down_proj", expert, _inner(experts, x, expert, multiply))
             return one_by_one(experts, x, chosen, shares, plain if every else multiply)
 
-        experts.forward = forward
+        return forward
 
-    try:
-        for name, experts in found.items():
-            patch(name, experts)
+    with forwarded((experts, patched(name, experts)) for name, experts in found.items()):
         yield load
-    finally:
-        for experts in found.values():
-            experts.__dict__.pop("forward", None)  # the class has its own
 
 
 @contextmanager
@@ -172,12 +168,8 @@ def routes(model: PreTrainedModel, tokens: Int[Tensor, "batch tokens"], names: l
 
         return model.get_submodule(name).register_forward_pre_hook(hook)
 
-    hooks = [keep(name) for name in names]
-    try:
+    with hooked(keep(name) for name in names):
         model(tokens.to(model.device), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return chosen
 
 

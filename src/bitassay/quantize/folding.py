@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError
+from bitassay.models.hooks import hooked
 from bitassay.models.walk import decoder_layers, module_name, walk
 from bitassay.quantize.residual_stream import Norm, Weight, find_norm
 from bitassay.quantize.rotation import probe
@@ -174,13 +175,10 @@ def _norm_readers(model: PreTrainedModel) -> dict[str, list[str]]:
         return hook
 
     own = [name for name, module in inside.items() if module._parameters and name not in norms]
-    handles = [inside[name].register_forward_hook(put_out(name)) for name in norms]
-    handles += [inside[name].register_forward_pre_hook(read(name), with_kwargs=True) for name in own]
-    try:
+    writes = (inside[name].register_forward_hook(put_out(name)) for name in norms)
+    reads = (inside[name].register_forward_pre_hook(read(name), with_kwargs=True) for name in own)
+    with hooked(writes), hooked(reads):
         probe(model)
-    finally:
-        for handle in handles:
-            handle.remove()
     return readers
 
 

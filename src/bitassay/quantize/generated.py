@@ -14,7 +14,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from bitassay.models.walk import decoder
+from bitassay.models.cache import behind, takes_cache
+from bitassay.models.positions import frequencies
+from bitassay.models.walk import decoder_of
 from bitassay.quantize.tune import Tune, head_weight, last_states
 from bitassay.record.progress import Progress
 from bitassay.record.run import RunFolder
@@ -67,17 +69,22 @@ def continued(
     length: int,
     generator: torch.Generator,
 ) -> tuple[Int[Tensor, "samples length"], Float[Tensor, "samples length hidden"]]:
-    """Go on to `length` tokens, and the last hidden states at all of them. Products are in bf16."""
-    reader, head = copy.deepcopy(decoder(model)).bfloat16(), head.bfloat16()
-    tokens, states, cache = start.to(head.device), [], DynamicCache(config=model.config)
-    entering = tokens
+    """Go on to `length` tokens, and the last hidden states at all of them, as one forward over them gives.
+    Products are in bf16."""
+    decoder, head = copy.deepcopy(decoder_of(model)).bfloat16(), head.bfloat16()
+    tokens, caches, read_at = start.to(head.device), takes_cache(model), None
     while True:
-        new = reader(input_ids=entering, past_key_values=cache, use_cache=True)
-        states.append(new.last_hidden_state)
-        if tokens.shape[1] == length:
+        now = frequencies(model, tokens.shape[1])
+        if now != read_at or not caches:  # read everything (again)
+            states, cache, begun, read_at = [], DynamicCache(config=model.config), 0, now
+        entering = tokens[:, begun:]
+        options = behind(decoder, cache, begun, entering) if caches else {"use_cache": False}
+        states.append(decoder(input_ids=entering, **options).last_hidden_state)
+        begun = tokens.shape[1]
+        if begun == length:
             return tokens, torch.cat(states, dim=1)
         p = ((states[-1][:, -1] @ head.T).float() / TEMPERATURE).softmax(-1)
         # The first token at which the distribution function exceeds a uniform number.
         u = torch.rand(len(p), 1, generator=generator).to(p.device)
-        entering = torch.searchsorted(p.cumsum(-1), u, right=True).clamp_(max=p.shape[1] - 1)
-        tokens = torch.cat([tokens, entering], dim=1)
+        written = torch.searchsorted(p.cumsum(-1), u, right=True).clamp_(max=p.shape[1] - 1)
+        tokens = torch.cat([tokens, written], dim=1)

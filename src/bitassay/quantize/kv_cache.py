@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 
 from bitassay.errors import BitassayError
+from bitassay.models.cache import keeps_positions
 from bitassay.models.walk import decoder_layers
 from bitassay.quantize.formats import FORMATS, NumberFormat
 from bitassay.quantize.granularity import Granularity
@@ -189,13 +190,13 @@ def round_cache(model: PreTrainedModel, spec: KvCache) -> None:
 
     Raises BitassayError for decoder layers without attention of the usual kind.
     """
-    for index, layer in enumerate(decoder_layers(model)):
-        attention = getattr(layer, "self_attn", None)
-        if attention is None:
-            raise BitassayError(
-                f"{type(model).__name__}: layer {index} has no self_attn, so its cache cannot be rounded",
-                "leave kv_cache out of the recipe",
-            )
+    attentions = [getattr(layer, "self_attn", None) for layer in decoder_layers(model)]
+    if None in attentions:
+        raise BitassayError(
+            f"{type(model).__name__}: layer {attentions.index(None)} has no self_attn to round the cache of",
+            "leave kv_cache out of the recipe",
+        )
+    for attention in attentions:
         attention.register_forward_pre_hook(_RoundedEntry(spec), with_kwargs=True)
     object.__setattr__(model, "kv_cache", spec)  # nn.Module's own is for tensors and modules
 
@@ -204,6 +205,19 @@ def empty_cache(model: PreTrainedModel) -> DynamicCache:
     """The cache for a new text: packed where `round_cache` was here."""
     spec = getattr(model, "kv_cache", None)
     return PackedCache(model.config, spec) if spec is not None else DynamicCache(config=model.config)
+
+
+def cache_to_crop(model: PreTrainedModel) -> DynamicCache:
+    """An empty cache from which tokens can be taken away again. Raises BitassayError for a model that keeps
+    something else than keys and values."""
+    if not keeps_positions(model):
+        raise BitassayError(
+            f"{type(model).__name__} keeps a state from which no token can be taken away again",
+            "a model with attention alone",
+        )
+    cache = empty_cache(model)
+    cache.activate_past_recording()  # windows that slide
+    return cache
 
 
 class _RoundedEntry:

@@ -25,6 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from bitassay.models.hooks import forwarded
 from bitassay.quantize.formats import NumberFormat
 from bitassay.quantize.gptq import group_bounds
 from bitassay.quantize.granularity import Granularity
@@ -135,13 +136,8 @@ def latent_linears(model: nn.Module, latents: Mapping[str, LatentWeight]) -> Ite
     def with_latent(latent: LatentWeight, bias: Tensor | None):
         return lambda x: nn.functional.linear(x, latent(), bias)
 
-    try:
-        for name, linear in linears.items():
-            linear.forward = with_latent(latents[name], linear.bias)  # type: ignore[arg-type]
+    with forwarded((one, with_latent(latents[name], one.bias)) for name, one in linears.items()):  # type: ignore[arg-type]
         yield
-    finally:
-        for linear in linears.values():
-            linear.__dict__.pop("forward", None)  # the class has its own
 
 
 class _OnGrid(torch.autograd.Function):

@@ -7,7 +7,6 @@ finished layer is written to the work folder, and read from there the next time.
 
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -23,6 +22,7 @@ from bitassay.quantize.experts import expert_inputs, expert_matrix, warn_of_few
 from bitassay.quantize.gptq import Gptq, Rounded, gptq_planes
 from bitassay.quantize.latent import LatentWeight
 from bitassay.quantize.layerwise import (
+    Arguments,
     Hidden,
     first_inputs,
     hessian_of,
@@ -67,8 +67,9 @@ def quantize_layers(
     """Every matrix that has a scheme, layer by layer; `draft` gets the dequantized weights on the way."""
     layers, what = decoder_layers(draft), f"quantizing by {recipe.name}"
     prefix = module_name(draft, layers)
-    hidden, arguments = first_inputs(draft, tokens)
-    reference = hidden if recipe.learned is not None else None
+    stream = first_inputs(draft, tokens)
+    hidden, arguments = stream
+    reference, beside = stream.beside() if recipe.learned is not None else (None, arguments)
     kept = [folder is not None and folder.has_tensors(_part(index)) for index in range(len(layers))]
     solved: dict[str, Solved] = {}
     for index, layer in enumerate(layers):
@@ -83,7 +84,7 @@ def quantize_layers(
             work.put(work.solved)
             solved |= work.solved
             continue
-        targets = None if reference is None else work.output(layer, reference, arguments[index])
+        targets = None if reference is None else work.output(layer, reference, beside[index])
         if folder is not None and kept[index]:
             work.solved = _read_layer(folder, index, work)
             work.put(work.solved)
@@ -129,18 +130,18 @@ class _LayerWork:
             )
         self.solved: dict[str, Solved] = {}
 
-    def output(self, layer: nn.Module, hidden: Hidden, arguments: dict[str, Any]) -> Hidden:
+    def output(self, layer: nn.Module, hidden: Hidden, arguments: Arguments) -> Hidden:
         """The layer's output as it is now."""
         with products_in(self.calibration.precision, self.draft.device):
             return run_layer(layer, hidden, arguments)
 
-    def run(self, layer: nn.Module, hidden: Hidden, arguments: dict[str, Any]) -> Hidden:
+    def run(self, layer: nn.Module, hidden: Hidden, arguments: Arguments) -> Hidden:
         """The layer's output, every matrix quantized on the way when its input arrives."""
         with products_in(self.calibration.precision, self.draft.device):
             return self._run(layer, hidden, arguments)
 
-    def _run(self, layer: nn.Module, hidden: Hidden, arguments: dict[str, Any]) -> Hidden:
-        groups = input_groups(layer, hidden[:1], arguments, self.linears)
+    def _run(self, layer: nn.Module, hidden: Hidden, arguments: Arguments) -> Hidden:
+        groups = input_groups(layer, hidden, arguments, self.linears)
         self._round_unreached({name for name in self.linears if not any(name in one for one in groups)})
         if not self.slices:
             return quantize_in_passing(layer, hidden, arguments, self.linears, groups, self.solve)
@@ -261,7 +262,7 @@ class _LayerWork:
         }
 
     def learn(
-        self, layer: nn.Module, prefix: str, hidden: Hidden, targets: Hidden, arguments: dict[str, Any]
+        self, layer: nn.Module, prefix: str, hidden: Hidden, targets: Hidden, arguments: Arguments
     ) -> None:
         """Move the linears on from what was solved, to the layer's own output."""
         assert self.recipe.learned is not None

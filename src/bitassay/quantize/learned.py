@@ -14,7 +14,6 @@ layer's weights so is the first phase of EfficientQAT (2407.11062). Products are
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -22,7 +21,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from bitassay.quantize.latent import LatentWeight, latent_linears
-from bitassay.quantize.layerwise import Hidden, call_layer
+from bitassay.quantize.layerwise import Arguments, Hidden
 from bitassay.quantize.schedule import learning_rate, sample_order
 from bitassay.quantize.scheme import Part
 
@@ -52,7 +51,7 @@ def learn_layer(
     latents: Mapping[str, LatentWeight],
     hidden: Hidden,
     targets: Hidden,
-    arguments: dict[str, Any],
+    arguments: Arguments,
     spec: Learned,
 ) -> list[float]:
     """Learn the latents of a layer's linears (by their names within it) in place; the loss of every step."""
@@ -69,7 +68,7 @@ def learn_layer(
             for group in optimizer.param_groups:
                 group["lr"] = group["rate"] * learning_rate(step, spec.steps, spec.warmup)
             with torch.autocast(hidden.device.type, torch.bfloat16):
-                output = call_layer(layer, hidden[chosen], arguments)
+                output = arguments.call(layer, hidden[chosen], chosen)
             loss = relative_error(output, targets[chosen])
             loss.backward()
             optimizer.step()

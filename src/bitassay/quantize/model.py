@@ -18,6 +18,7 @@ from bitassay.errors import BitassayError, nearest
 from bitassay.models.load import Identity
 from bitassay.models.walk import decoder_layers, matrices, replace_module, walk
 from bitassay.quantize.activations import InputRounding
+from bitassay.quantize.calibration import Calibration, check_calibration
 from bitassay.quantize.experts import put_experts
 from bitassay.quantize.folding import INPUT_SCALES, divide_inputs
 from bitassay.quantize.kv_cache import round_cache
@@ -102,7 +103,10 @@ def cache_slots(model: PreTrainedModel) -> int:
 
 
 def check_recipe(model: PreTrainedModel, recipe: Recipe) -> dict[str, Tensor]:
-    """The model's `matrices`, once it is sure that the recipe accounts for every matrix of the layers."""
+    """The model's `matrices`, once it is sure that the recipe accounts for every matrix of the layers, and
+    that the model reads its calibration text."""
+    if recipe.is_calibrated:
+        check_calibration(model, recipe.calibration or Calibration())
     found, views = walk(model), matrices(model)
     names = [*views, *found.others]
     routers = {name.removesuffix(".weight") for name in found.routers} | set(found.routers)

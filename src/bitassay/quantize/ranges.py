@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError, nearest
-from bitassay.models.head import last_positions
+from bitassay.models.head import last_logits
+from bitassay.models.hooks import hooked
 from bitassay.models.walk import walk
 from bitassay.quantize.activations import (
     Activations,
@@ -72,14 +73,10 @@ def collect_ranges(
         batches = [row[None] for row in batches]
     linears = walk(model).linears
     watched = {name: _Watch(linears[name], len(batches)) for name in (linears if names is None else names)}
-    handles = [linears[name].register_forward_pre_hook(watch) for name, watch in watched.items()]
-    try:
+    with hooked(linears[name].register_forward_pre_hook(watch) for name, watch in watched.items()):
         for done, batch in enumerate(batches):
             progress("reading calibration text", done, len(batches))
-            model(batch.to(model.device), use_cache=False, logits_to_keep=last_positions(1, model.device))
-    finally:
-        for handle in handles:
-            handle.remove()
+            model(batch.to(model.device), use_cache=False, **last_logits(model, 1))
     progress("reading calibration text", len(batches), len(batches))
     return {name: watch.ranges(name) for name, watch in watched.items()}
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError
-from bitassay.models.walk import Walk, decoder, decoder_layers, module_name, walk
+from bitassay.models.walk import Walk, decoder_layers, decoder_of, module_name, walk
 
 ATTENTION_READS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "q_a_proj", "kv_a_proj_with_mqa")
 MLP_READS = ("gate_proj", "up_proj", "gate_up_proj")
@@ -83,7 +83,7 @@ class ResidualStream:
 def residual_stream(model: PreTrainedModel) -> ResidualStream:
     """Everything that touches the stream. Raises BitassayError that names the first part of the model that
     cannot go along with a rotation, and why."""
-    around, embedding = decoder(model), model.get_input_embeddings()
+    around, embedding = decoder_of(model), model.get_input_embeddings()
     head, final = model.get_output_embeddings(), getattr(around, "norm", None)
     if not isinstance(head, nn.Linear) or not isinstance(final, nn.Module):
         raise BitassayError(f"{type(model).__name__}: found no final norm and linear output head", REMEDY)

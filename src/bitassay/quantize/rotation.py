@@ -42,6 +42,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError
+from bitassay.models.hooks import hooked
 from bitassay.models.walk import decoder_layers, module_name
 from bitassay.quantize.hadamard import (
     Orthogonal,
@@ -342,9 +343,7 @@ def _normed_stream(
     def keep(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         rows.append(output.reshape(-1, output.shape[-1])[::every].float())
 
-    handles = [norm.register_forward_hook(keep) for norm in norms]
-    for batch in tokens.split(8):
-        model(batch.to(model.device), use_cache=False)
-    for handle in handles:
-        handle.remove()
+    with hooked(norm.register_forward_hook(keep) for norm in norms):
+        for batch in tokens.split(8):
+            model(batch.to(model.device), use_cache=False)
     return torch.cat(rows)

@@ -27,7 +27,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bitassay.models.walk import decoder, decoder_layers, matrices, module_name, walk
+from bitassay.models.hooks import hooked
+from bitassay.models.walk import decoder_layers, decoder_of, matrices, module_name, walk
 from bitassay.quantize.experts import Load, expert_inputs, expert_products
 from bitassay.quantize.model import Quantization, with_tensors
 from bitassay.quantize.recipe import Recipe
@@ -68,15 +69,14 @@ def observe(
     def shows(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda _, given: tap(name, given[0].reshape(-1, given[0].shape[-1]))
 
-    handles = [m.register_forward_pre_hook(shows(name)) for name, m in walk(model).linears.items()]
-    try:
-        with expert_inputs(model, tap) as load:
-            for done, sample in enumerate(tokens):
-                decoder(model)(input_ids=sample[None].to(model.device), use_cache=False)
-                progress(done + 1)
-    finally:
-        for handle in handles:
-            handle.remove()
+    linears = walk(model).linears.items()
+    with (
+        hooked(module.register_forward_pre_hook(shows(name)) for name, module in linears),
+        expert_inputs(model, tap) as load,
+    ):
+        for done, sample in enumerate(tokens):
+            decoder_of(model)(input_ids=sample[None].to(model.device), use_cache=False)
+            progress(done + 1)
     return load
 
 
@@ -150,16 +150,14 @@ def _kept_products(model: PreTrainedModel) -> Iterator[list[tuple[str, Tensor, T
     def after(name: str) -> Callable[..., Tensor]:
         return lambda _, given, y: keep(name, given[0], y)
 
-    handles = [module.register_forward_hook(after(name)) for name, module in walk(model).linears.items()]
-    # Parameters need no gradients; everything after the embeddings does.
-    embeddings = model.get_input_embeddings()
-    handles.append(embeddings.register_forward_hook(lambda _, given, y: y.detach().requires_grad_()))
-    try:
-        with expert_products(model, lambda name, x, plain: keep(name, x, plain())):
-            yield kept
-    finally:
-        for handle in handles:
-            handle.remove()
+    linears, embeddings = walk(model).linears.items(), model.get_input_embeddings()
+    with (
+        hooked(module.register_forward_hook(after(name)) for name, module in linears),
+        # Parameters need no gradients; everything after the embeddings does.
+        hooked([embeddings.register_forward_hook(lambda _, given, y: y.detach().requires_grad_())]),
+        expert_products(model, lambda name, x, plain: keep(name, x, plain())),
+    ):
+        yield kept
 
 
 @torch.no_grad()
@@ -170,35 +168,39 @@ def divergences(
 ) -> Iterator[tuple[str, float]]:
     """For each group of matrices in turn, the mean KL divergence over a window when only it is quantized."""
     entering: dict[int, Tensor] = {}
+    beside: dict[int, tuple[Any, ...] | None] = {}  # what a layer puts out with its states
 
     def keep(index: int) -> Callable[..., None]:
-        return lambda _, given: entering.__setitem__(index, given[0])
+        def kept(_module: nn.Module, given: tuple, options: dict[str, Any], output: Any) -> None:
+            entering[index] = given[0] if given else options["hidden_states"]
+            beside[index] = output[1:] if isinstance(output, tuple) else None
 
-    handles = [m.register_forward_pre_hook(keep(i)) for i, m in enumerate(decoder_layers(model))]
-    try:
+        return kept
+
+    layers = decoder_layers(model)
+    with hooked(m.register_forward_hook(keep(i), with_kwargs=True) for i, m in enumerate(layers)):
         wanted = _logits(model, window)
-    finally:
-        for handle in handles:
-            handle.remove()
     where = places(model)
+    # Where layers hand keys on to others, none can be left out.
+    all_run = getattr(model.config.get_text_config(), "num_kv_shared_layers", 0) > 0
     for label, tensors in groups.items():
         changed = with_tensors(model, Quantization(NOTHING_ELSE, dict(tensors)))
-        first = min((where[name].layer for name in tensors), default=0)
-        _start_at(changed, first, entering[first])
+        first = 0 if all_run else min((where[name].layer for name in tensors), default=0)
+        _start_at(changed, [beside[index] for index in range(first)], entering[first])
         yield label, mean_divergence(wanted, _logits(changed, window))
 
 
-def _start_at(model: PreTrainedModel, index: int, hidden: Float[Tensor, "1 tokens hidden"]) -> None:
-    """Let a copy of a model go through its first layers without doing anything, and enter the layer `index`
-    with `hidden`."""
+def _start_at(
+    model: PreTrainedModel, beside: Sequence[tuple[Any, ...] | None], hidden: Float[Tensor, "..."]
+) -> None:
+    """Let a copy of a model go through its first layers without doing anything, and enter the next one with
+    `hidden`. beside: what each of them puts out with its states; None: these alone."""
 
-    def pass_on(x: Tensor, *_: Any, **__: Any) -> Tensor:
-        return x
+    def pass_on(rest: tuple[Any, ...] | None) -> Callable[..., Any]:
+        return lambda *_, **__: hidden if rest is None else (hidden, *rest)
 
-    layers = decoder_layers(model)
-    for layer in layers[:index]:
-        layer.forward = pass_on
-    layers[index].register_forward_pre_hook(lambda _, given: (hidden, *given[1:]))
+    for layer, rest in zip(decoder_layers(model), beside, strict=False):
+        layer.forward = pass_on(rest)
 
 
 def _logits(model: PreTrainedModel, window: Int[Tensor, " tokens"]) -> Float[Tensor, "tokens vocabulary"]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bitassay.models.walk import decoder_layers
-from bitassay.quantize.layerwise import BATCH_SAMPLES, Hidden, first_inputs, run_layer
+from bitassay.quantize.layerwise import Hidden, first_inputs, run_layer
 from bitassay.record.progress import Progress
 from bitassay.replicate.passes import Passes, step
 from bitassay.replicate.plan import Steps
@@ -39,15 +39,15 @@ def fit_passes(
     back, so that each is fitted to what really enters it. `reference` is the same model unquantized."""
     layers, references, found = decoder_layers(model), decoder_layers(reference), {}
     hidden, arguments = first_inputs(model, tokens)
-    wanted, _ = first_inputs(reference, tokens)
+    wanted, plain = first_inputs(reference, tokens)
     for index, layer in enumerate(layers):
         progress("fitting the coefficients of copies", index, len(layers))
-        wanted = run_layer(references[index], wanted, arguments[index])
+        wanted = run_layer(references[index], wanted, plain[index])
         if isinstance(passes := layer.forward, Passes):
 
             def run(number: int, x: Hidden, passes: Passes = passes, index: int = index) -> Hidden:
-                [forward], options = passes.forwards[number], arguments[index]
-                return torch.cat([forward(batch, **options) for batch in x.split(BATCH_SAMPLES)])
+                [forward] = passes.forwards[number]
+                return run_layer(forward, x, arguments[index])
 
             count = range(passes.steps.count)
             if passes.how == "parallel":

@@ -31,10 +31,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError
+from bitassay.models.hooks import hooked
+from bitassay.models.positions import frequencies
 from bitassay.models.walk import walk
 from bitassay.quantize.activations import InputRounding, rounded_inputs
 from bitassay.quantize.copies import planes
-from bitassay.quantize.kv_cache import empty_cache
+from bitassay.quantize.kv_cache import cache_to_crop
 from bitassay.quantize.linear import QuantizedLinear
 from bitassay.quantize.model import copy_sharing_parameters, quantization_of, size_bytes
 from bitassay.quantize.scheme import SUMS
@@ -198,24 +200,23 @@ def gated(model: PreTrainedModel, reader: Reader, threshold: float) -> Iterator[
         unsure = entropy(output.logits[:, -1]) > threshold
         reader.depth = torch.where(unsure, reader.planes, 1)[:, None]
 
-    handles = [
-        model.register_forward_pre_hook(before, with_kwargs=True),
-        model.register_forward_hook(after),
-    ]
-    try:
-        with reader.reading(reader.planes):
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    entering = model.register_forward_pre_hook(before, with_kwargs=True)
+    with hooked([entering, model.register_forward_hook(after)]), reader.reading(reader.planes):
+        yield
 
 
 @torch.inference_mode()
 def gated_logits(
     model: PreTrainedModel, reader: Reader, window: Int[Tensor, " tokens"], threshold: float
 ) -> tuple[Float[Tensor, "tokens vocabulary"], Int[Tensor, " tokens"]]:
-    """The logits at every position of a text that is decoded token by token, and the depth of each token."""
-    cache, logits, depths = empty_cache(model), list[Tensor](), list[Tensor]()
+    """The logits at every position of a text that is decoded token by token, and the depth of each token.
+    Raises BitassayError for a text on whose way the model's rotary frequencies change."""
+    if frequencies(model, 1) != frequencies(model, len(window)):
+        raise BitassayError(
+            f"a gate over {len(window)} tokens: on the way the model's rotary frequencies change",
+            "a shorter window",
+        )
+    cache, logits, depths = cache_to_crop(model), list[Tensor](), list[Tensor]()
     first = reader.planes
     for piece in window[None].to(model.device).split(PIECE, dim=1):
         depth = torch.ones_like(piece)

@@ -7,14 +7,14 @@ massive    the largest magnitude that the layer adds to any state: layers that p
 """
 
 from collections.abc import Mapping
-from contextlib import ExitStack
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bitassay.models.walk import decoder, decoder_layers, matrices
+from bitassay.models.hooks import hooked
+from bitassay.models.walk import decoder_layers, decoder_of, matrices
 from bitassay.quantize.scheme import WeightScheme
 from bitassay.quantize.sensitivity import divergences, places
 from bitassay.quantize.tensor import QuantizedTensor, quantize_tensor
@@ -91,11 +91,10 @@ def largest_additions(model: PreTrainedModel, tokens: Int[Tensor, "samples token
 
         return note
 
-    with ExitStack() as stack:
-        for index, layer in enumerate(decoder_layers(model)):
-            stack.callback(layer.register_forward_hook(watch(index)).remove)
+    layers = enumerate(decoder_layers(model))
+    with hooked(layer.register_forward_hook(watch(index)) for index, layer in layers):
         for sample in tokens:
-            decoder(model)(input_ids=sample[None].to(model.device), use_cache=False)
+            decoder_of(model)(input_ids=sample[None].to(model.device), use_cache=False)
     return scores
 
 

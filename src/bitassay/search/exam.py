@@ -15,11 +15,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bitassay.bench.throughput import throughput
-from bitassay.data.windows import Protocol, token_windows
+from bitassay.data.windows import Protocol
 from bitassay.errors import BitassayError
 from bitassay.evaluate.compare import TextDifference, score_windows, summarise, text_difference
 from bitassay.evaluate.divergence import TokenScores, token_scores, window_logits
-from bitassay.models.load import load, tokenizer
+from bitassay.models.load import load
+from bitassay.models.windows import model_windows
 from bitassay.quantize.export_plan import plan_export
 from bitassay.quantize.model import Quantization, check_recipe, with_tensors
 from bitassay.quantize.pipeline import quantize_tensors
@@ -56,7 +57,7 @@ class Exam:
         self.seed, self.progress = seed, progress
         count = protocol.windows or 0
         twice = Protocol(protocol.corpus, window_tokens=protocol.window_tokens, windows=2 * count)
-        every, self.corpus_source = token_windows(tokenizer(self.base), twice)
+        every, self.corpus_source = model_windows(self.base, twice)
         if not 0 < short <= count:
             raise BitassayError(f"{short} of {count} windows come first", f"--short 1 to {count}")
         self.windows, self.held_out = every[0::2], every[1::2]

@@ -10,6 +10,7 @@ notices.
 Every step keeps its finished parts in the run folder, so that the same command goes on where it was stopped.
 """
 
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,14 +23,16 @@ import torch
 from transformers import PreTrainedModel
 
 from bitassay.bench.environment import environment
-from bitassay.bench.throughput import throughput
-from bitassay.data.windows import Protocol, token_windows
+from bitassay.bench.throughput import DECODE_TOKENS, throughput
+from bitassay.data.windows import Protocol
 from bitassay.errors import BitassayError
 from bitassay.evaluate.compare import score_windows, summarise
 from bitassay.evaluate.controls import pair
 from bitassay.evaluate.divergence import TokenScores
-from bitassay.models.load import identity, load, tokenizer
+from bitassay.models.load import identity, load
+from bitassay.models.positions import context_length
 from bitassay.models.walk import decoder_layers
+from bitassay.models.windows import model_windows
 from bitassay.quantize.model import (
     Quantization,
     bits_per_weight,
@@ -110,7 +113,7 @@ def assay(
     plan, places = plan.with_controls(len(decoder_layers(base))) if controls else (plan, [])
     for recipe in plan.recipes:
         check_recipe(base, recipe)
-    windows, corpus_source = token_windows(tokenizer(base), plan.protocol)
+    windows, corpus_source = model_windows(base, plan.protocol)
     folder = _open_folder(plan, base, corpus_source, out)
     progress(f"run {folder.run_id} in {folder.path}")
 
@@ -129,7 +132,8 @@ def assay(
     if plan.bench_repeats or plan.verification:
         base = load(model, dtype="bfloat16", progress=progress, trust_remote_code=trust_remote_code)
         if plan.bench_repeats:
-            prompt = windows[0, : plan.bench_tokens]
+            room = (context_length(base) or sys.maxsize) - DECODE_TOKENS
+            prompt = windows[0, : max(1, min(plan.bench_tokens, room))]
             speed = folder.part("bench", lambda: _bench(plan, base, quantizations, prompt, progress))
             stopwatch.lap("bench")
         if plan.verification:

@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from bitassay.data.windows import token_windows
 from bitassay.errors import BitassayError, MissingError
 from bitassay.evaluate.divergence import TokenScores, token_scores, window_logits
 from bitassay.evaluate.questions import AskedTask, Leaf
 from bitassay.evaluate.tasks import answer
-from bitassay.models.load import identity, load, tokenizer
+from bitassay.models.load import identity, load
+from bitassay.models.windows import model_windows
 from bitassay.quantize.model import with_tensors
 from bitassay.quantize.pipeline import quantize_tensors_once
 from bitassay.record.run import AGAIN, RunFolder, differing
@@ -130,7 +130,7 @@ class Bench:
 
     def _text(self, cell: Cell, folder: RunFolder) -> None:
         assert self.plan.protocol is not None
-        windows, _ = token_windows(tokenizer(self.base), self.plan.protocol)
+        windows, _ = model_windows(self.base, self.plan.protocol)
         block = windows[list(self.plan.blocks[cell.which])]
         logits = [window_logits(self.base, window) for window in block]
         variants = in_turn(self.plan.variants, cell.which, len(self.plan.blocks))

@@ -24,6 +24,7 @@ from transformers import AutoConfig
 from bitassay.errors import BitassayError, MissingError
 from bitassay.models.load import Identity, as_dtype
 from bitassay.models.source import resolve
+from bitassay.models.windows import check_folder
 from bitassay.record.files import read_json
 from bitassay.record.processes import end, end_with_parent, helper_variables
 from bitassay.record.progress import Progress, silent
@@ -76,6 +77,8 @@ def do_study(
     cluster, which then does the cells. Raises BitassayError for bad input, MissingError for what the
     environment lacks."""
     source = resolve(plan.model, progress)
+    if plan.protocol is not None:
+        check_folder(source.folder, plan.protocol, trust_remote_code=plan.trust_remote_code)
     described = plan.described(kind, Identity(source).weights_digest)
     name = f"{plan.study}-{Path(source.name).name}"
     folder = RunFolder(out or default_folder(name, described), described)

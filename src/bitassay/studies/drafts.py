@@ -10,10 +10,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from bitassay.data.windows import Protocol, token_windows
+from bitassay.data.windows import Protocol
 from bitassay.generate.decode import generate
 from bitassay.generate.speculative import speculate
-from bitassay.models.load import load, tokenizer
+from bitassay.models.load import load
+from bitassay.models.windows import model_windows
 from bitassay.quantize.pipeline import quantize_once
 from bitassay.quantize.recipe import Recipe
 from bitassay.replicate.on_demand import planes_on_demand
@@ -28,9 +29,9 @@ def drafted(plan: VariantPlan, recipe: Recipe, length: int) -> dict[str, Any]:
     assert plan.protocol is not None
     base = load(plan.model, dtype="float32", device=plan.device, trust_remote_code=plan.trust_remote_code)
     model, reader = planes_on_demand(quantize_once(base, recipe))
-    prompts = token_windows(
-        tokenizer(base), Protocol(plan.protocol.corpus, window_tokens=PROMPT_TOKENS, windows=TEXTS)
-    )[0]
+    prompts = model_windows(base, Protocol(plan.protocol.corpus, window_tokens=PROMPT_TOKENS, windows=TEXTS))[
+        0
+    ]
     work: dict[str, Callable[[list[int]], Any]] = {
         "plain": lambda prompt: generate(model, [prompt], max_new_tokens=NEW_TOKENS)[0],
         "drafts": lambda prompt: speculate(

@@ -24,9 +24,10 @@ from bitassay.evaluate.generation import (
     decoded,
     prefix_lengths,
 )
-from bitassay.generate.decode import context_length, vocabulary_size
+from bitassay.generate.decode import vocabulary_size
 from bitassay.generate.prompts import encode_prompt
 from bitassay.models.load import Identity, identity, load
+from bitassay.models.positions import context_length
 from bitassay.models.source import resolve
 from bitassay.quantize.model import check_recipe
 from bitassay.quantize.pipeline import quantize_once

@@ -24,6 +24,7 @@ from bitassay.data.corpora import corpus
 from bitassay.errors import BitassayError, nearest
 from bitassay.models.load import Identity
 from bitassay.models.source import resolve
+from bitassay.models.windows import check_room
 from bitassay.quantize.recipe import find_recipe
 from bitassay.record.hashing import digest_file, digest_json
 from bitassay.record.processes import helper_variables
@@ -145,6 +146,7 @@ class Work:
         self._stopped = False
         source = resolve(plan.model, progress)
         self.name = Path(source.name).name
+        check_room(source.folder, plan.prompt_tokens, plan.tokens, trust_remote_code=plan.trust_remote_code)
         described = {
             "schema": SCHEMA,
             "weights_digest": Identity(source).weights_digest,

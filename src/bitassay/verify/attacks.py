@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from bitassay.generate.decode import TokenIds, end_tokens, vocabulary_size
 from bitassay.generate.sampling import Sampler
+from bitassay.models.hooks import hooked
 from bitassay.models.load import identity
 from bitassay.models.walk import decoder_layers
 from bitassay.quantize.pipeline import quantize_once
@@ -199,12 +200,8 @@ def skip(model: PreTrainedModel, count: int) -> Iterator[None]:
         return (states, *output[1:]) if isinstance(output, tuple) else states
 
     chosen = [(2 * index + 1) * len(layers) // (2 * count) for index in range(count)]
-    handles = [layers[index].register_forward_hook(given, with_kwargs=True) for index in chosen]
-    try:
+    with hooked(layers[index].register_forward_hook(given, with_kwargs=True) for index in chosen):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 # --- another prompt ---

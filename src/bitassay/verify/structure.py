@@ -10,11 +10,12 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from bitassay.generate.decode import TokenIds, context_length, end_tokens, vocabulary_size
+from bitassay.generate.decode import TokenIds, end_tokens, vocabulary_size
 from bitassay.generate.prompts import encode_prompt
 from bitassay.generate.sampling import Sampler
 from bitassay.generate.taps import tap_layers
 from bitassay.models.load import identity
+from bitassay.models.positions import context_length
 from bitassay.verify.numerics import STATE_DTYPES
 from bitassay.verify.trace import Header, ModelClaim, Sampling, Trace, TraceError, check_consistent
 

@@ -1,0 +1,110 @@
+"""How many tokens a model reads, and which lengths it reads alike.
+
+A rotary key is turned by its position times a frequency. Two schemes of transformers (`modeling_rope_utils`)
+choose the frequencies of a whole forward by its largest position:
+
+    longrope  one set up to `original_max_position_embeddings` tokens, another beyond (Phi-3, Phi-4)
+    dynamic   NTK scaling: beyond `max_position_embeddings` tokens, another set for every length
+
+Keys that were cached at one length are wrong at a length with other frequencies. So whoever keeps a cache, or
+reads sequences of several lengths together, asks `frequencies`, and reads again where they differ.
+"""
+
+from typing import Any
+
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from bitassay.errors import BitassayError
+
+LONG = ("longrope", "su")  # su: its name in Phi-3's first checkpoints
+
+
+def frequencies(model: PreTrainedModel, tokens: int) -> tuple[int, ...]:
+    """What stands for the frequencies at which a sequence of so many tokens is read: two lengths are read
+    alike where it is equal. It never decreases with the length, so lengths between equal ones are equal."""
+    config = model.config.get_text_config()
+    return tuple(_at(parameters, config, tokens) for parameters in _schemes(config))
+
+
+def _at(parameters: dict[str, Any], config: PretrainedConfig, tokens: int) -> int:
+    kind = _kind(parameters)
+    if kind in LONG:
+        original = parameters.get("original_max_position_embeddings") or getattr(
+            config, "original_max_position_embeddings", config.max_position_embeddings
+        )
+        return int(tokens > original)
+    return max(tokens, config.max_position_embeddings) if "dynamic" in kind else 0
+
+
+def _kind(parameters: dict[str, Any]) -> str:
+    return parameters.get("rope_type") or parameters.get("type") or "default"
+
+
+def _schemes(config: PretrainedConfig) -> list[dict[str, Any]]:
+    """What the configuration says about its rotary embeddings: once, or for each kind of layer."""
+    said = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    nested = [one for one in said.values() if isinstance(one, dict)]
+    return nested or [said]
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """The positions that the model was made for; None where its configuration does not say."""
+    table = padded_positions(model)
+    return (
+        positions_of(model.config)
+        if table is None
+        else table.num_embeddings - 1 - int(table.padding_idx or 0)
+    )
+
+
+def padded_positions(model: nn.Module) -> nn.Embedding | None:
+    """The table of learned positions that are counted from behind the padding token's id, as RoBERTa and its
+    like have it."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            return module if module.padding_idx is not None else None
+    return None
+
+
+def positions_of(config: PretrainedConfig) -> int | None:
+    """`context_length` by the configuration alone. Dynamic scaling makes `factor` times as many of them."""
+    text = config.get_text_config()
+    said = getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)
+    if not isinstance(said, int) or said < 1:  # XLNet says -1
+        return None
+    factors = [one.get("factor") or 1.0 for one in _schemes(text) if "dynamic" in _kind(one)]
+    return int(said * min(factors, default=1.0))
+
+
+def check_window(positions: int | None, tokens: int, what: str) -> None:
+    """Refuse windows of more tokens than the model has positions; `what` they are, as the error names
+    them."""
+    if positions is not None and tokens > positions:
+        raise BitassayError(
+            f"{what}: windows of {tokens} tokens, and the model reads {positions}",
+            f"--window {positions}, or less",
+        )
+
+
+def forget_lengths(model: PreTrainedModel) -> None:
+    """Make dynamic frequencies a function of the forward alone: transformers keeps those of the longest
+    sequence that it has read, so that what a model says would depend on what it was asked before."""
+    for module in model.modules():
+        if any("dynamic" in kind for kind in _kinds(module).values()):
+            module.register_forward_pre_hook(_forget)
+
+
+def _forget(module: nn.Module, _arguments: object) -> None:
+    for prefix, kind in _kinds(module).items():
+        if "dynamic" in kind:
+            setattr(module, f"{prefix}inv_freq", getattr(module, f"{prefix}original_inv_freq"))
+            setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
+
+
+def _kinds(module: nn.Module) -> dict[str, str]:
+    """The schemes of a rotary module of transformers by the prefix of their buffers; of others, none."""
+    kinds = getattr(module, "rope_type", None) if hasattr(module, "original_max_seq_len") else None
+    if isinstance(kinds, dict):
+        return {f"{layer_type}_": kind for layer_type, kind in kinds.items()}
+    return {"": kinds} if isinstance(kinds, str) else {}

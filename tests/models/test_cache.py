@@ -1,0 +1,69 @@
+"""What models keep, and what may be done with it."""
+
+import pytest
+import torch
+
+from bitassay.errors import BitassayError
+from bitassay.models.cache import (
+    behind,
+    copy_rows,
+    keeps_positions,
+    reads_on,
+    select_rows,
+    stored_bytes,
+    takes_cache,
+)
+from bitassay.quantize.kv_cache import cache_to_crop, empty_cache
+from bitassay.testing.tiny import tiny_model
+from kinds import HYBRID, tiny_kind
+
+TOKENS = torch.arange(5, 45)[None]
+
+
+def test_attention_keeps_positions():
+    for name in ("llama", "gemma3", "deepseek_v2"):
+        model = tiny_model(name)
+        assert takes_cache(model)
+        assert keeps_positions(model)
+        assert reads_on(model)
+
+
+@pytest.mark.parametrize("name", HYBRID)
+def test_a_state_keeps_no_positions(name):
+    model = tiny_kind(name)
+    assert takes_cache(model)
+    assert not keeps_positions(model)
+    with pytest.raises(BitassayError, match="state"):
+        cache_to_crop(model)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", HYBRID)
+def test_reading_on_is_right_where_it_is_said_to_be(name):
+    model, cache = tiny_kind(name), empty_cache(tiny_kind(name))
+    wanted = model(input_ids=TOKENS, use_cache=False).logits[:, 30:]
+    first, rest = TOKENS.split([30, 10], dim=1)
+    model(input_ids=first, **behind(model, cache, 0, first))
+    found = model(input_ids=rest, **behind(model, cache, 30, rest)).logits
+    assert reads_on(model) == (((found - wanted).abs().max() / wanted.abs().max()).item() < 1e-5)
+
+
+def test_in_few_bits_reading_on_is_not_tried():
+    assert reads_on(tiny_kind("lfm2"))
+    assert not reads_on(tiny_kind("lfm2").bfloat16())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["lfm2", "qwen3_next"])
+def test_rows_are_copies(name):
+    model = tiny_kind(name)
+    cache, one = empty_cache(model), TOKENS[:, :30]
+    model(input_ids=one, **behind(model, cache, 0, one))
+    size = stored_bytes(cache)
+    for _ in range(2):  # what is read behind a copy leaves no trace
+        rows, rest = copy_rows(cache, [0, 0, 0], model.device), TOKENS[:, 30:].repeat(3, 1)
+        found = model(input_ids=rest, **behind(model, rows, 30, rest)).logits
+        wanted = model(input_ids=TOKENS, use_cache=False).logits[:, 30:]
+        assert torch.allclose(found, wanted.expand_as(found), atol=1e-5)
+    select_rows(rows, [0], model.device)
+    assert stored_bytes(cache) == size < stored_bytes(rows)
