@@ -89,7 +89,8 @@ class Trial:
 
 def load(trial: Trial) -> str:
     loaded = logits(trial.base)
-    plain = AutoModelForCausalLM.from_pretrained(trial.stored).eval()
+    attention = trial.base.config._attn_implementation
+    plain = AutoModelForCausalLM.from_pretrained(trial.stored, attn_implementation=attention).eval()
     same(loaded, logits(plain), 0, "the loaded model")
     return "yes"
 
