@@ -38,7 +38,6 @@ from math import nan
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -50,7 +49,7 @@ from bitassay.bench.environment import environment
 from bitassay.data.windows import Protocol, token_windows
 from bitassay.errors import BitassayError, MissingError
 from bitassay.evaluate.compare import score_windows, summarise
-from bitassay.evaluate.statistics import bootstrap_means, percentile_interval
+from bitassay.evaluate.statistics import log_difference_interval, mean_of
 from bitassay.models.load import tokenizer
 from bitassay.models.walk import walk
 from bitassay.quantize.formats import FORMATS
@@ -212,7 +211,7 @@ class Bench:
         found = [scores for _, scores in score_windows(self.base, named, load_file(self.tokens)["windows"])]
         base = [scores[BASE] for scores in found]
         scores = [scores["candidate"] for scores in found] if named else base
-        quality = summarise(scores, base, SEED)
+        quality = summarise(scores, base)
         return {
             **{key: getattr(quality, key) for key in ("ppl", "ppl_ci", "kl_mean", "kl_ci", "top1_agreement")},
             "kl_by_window": [window.kl.double().mean().item() for window in scores],
@@ -311,10 +310,10 @@ def bits_and_group(recipe: Recipe) -> dict[str, Any]:
 
 def difference(ours: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     """Mean KL of one row less that of another; below zero the first is closer to the base model."""
-    apart = np.array(ours["kl_by_window"]) - np.array(other["kl_by_window"])
+    one, two = (mean_of(row["kl_by_window"]) for row in (ours, other))
     return {
-        "kl_difference": float(apart.mean()),
-        "kl_difference_ci": percentile_interval(bootstrap_means(apart, SEED), len(apart)),
+        "kl_difference": one.value - two.value,
+        "kl_difference_ci": log_difference_interval(two, one),
     }
 
 

@@ -22,7 +22,6 @@ import sys
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -32,7 +31,7 @@ from bitassay.bench.environment import environment
 from bitassay.data.windows import Protocol, token_windows
 from bitassay.evaluate.compare import score_windows, summarise
 from bitassay.evaluate.divergence import TokenScores
-from bitassay.evaluate.statistics import bootstrap_means, percentile_interval
+from bitassay.evaluate.statistics import log_difference_interval, mean_of
 from bitassay.models.walk import walk
 from bitassay.quantize.activations import Activations, InputRounding, OutlierColumns, rounded_inputs
 from bitassay.quantize.calibration import Calibration, calibration_tokens
@@ -107,14 +106,13 @@ def measure(
             {"model": label, "candidate": name, "kl_mean": quality.kl_mean, "kl_ci": quality.kl_ci}
             | {"ppl": quality.ppl, "top1_agreement": quality.top1_agreement}
         )
-    kl = {name: np.array([w.kl.double().mean().item() for w in found]) for name, found in scores.items()}
+    kl = {name: mean_of([w.kl.double().mean().item() for w in found]) for name, found in scores.items()}
     pairs = []
     for name in ("w8a8-smoothquant-0.5", "w8a8-smoothquant-0.8", "w8a8-outliers"):
-        resampled = bootstrap_means(np.stack([kl[name], kl["w8a8"]]), 0)
-        interval = percentile_interval(resampled[0] - resampled[1], len(windows))
+        interval = log_difference_interval(kl["w8a8"], kl[name])
         pairs.append(
             {"model": label, "pair": f"{name} - w8a8"}
-            | {"kl_difference": float((kl[name] - kl["w8a8"]).mean()), "ci": interval}
+            | {"kl_difference": kl[name].value - kl["w8a8"].value, "ci": interval}
         )
     return rows, pairs
 

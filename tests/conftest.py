@@ -10,6 +10,7 @@ import pytest
 
 from bitassay.quantize import pipeline
 from bitassay.quantize.calibration import calibration_tokens
+from bitassay.studies import trial
 from bitassay.testing.tiny import stories260k
 
 # A shell starts background jobs with interrupts ignored, and children inherit that; tests send them some.
@@ -56,3 +57,16 @@ def _calibration_text(spec):
 def text_read_once(monkeypatch):
     """Calibration text, which takes longer to tokenize than these models to quantize, is read once."""
     monkeypatch.setattr(pipeline, "calibration_tokens", lambda model, spec: _calibration_text(spec))
+
+
+@pytest.fixture
+def really_tried():
+    """Whoever asks for this has numerics tried on this machine."""
+
+
+@pytest.fixture(autouse=True)
+def _numerics_run(request, monkeypatch):
+    """Numerics are not tried: that takes a process for each, and depends on the machine."""
+    if "really_tried" not in request.fixturenames:
+        monkeypatch.setattr(trial, "try_here", lambda machine, dtype: "")
+        monkeypatch.setattr(trial, "_try_in_process", lambda machine, dtype: "")

@@ -26,9 +26,23 @@ class MissingError(BitassayError):
     exit_status = 3
 
 
-def nearest(value: str, choices: Iterable[str]) -> str:
-    """The choices closest to `value`, quoted and joined for an error message; all of them where none is
-    close."""
+SHORT = 8  # a list of at most so many names is shown whole
+
+
+def nearest(value: str, choices: Iterable[str], short: int = SHORT) -> str:
+    """At most three choices that are close to `value`, quoted and joined for an error message. Where none is
+    close, all of them if they are at most `short`, else nothing."""
     names = sorted(choices)
-    close = get_close_matches(value, names, n=3, cutoff=0.5) or names
-    return ", ".join(repr(name) for name in close)
+    folded = {name.casefold(): name for name in names}
+    close = [folded[name] for name in get_close_matches(value.casefold(), folded, n=3, cutoff=0.5)]
+    return ", ".join(repr(name) for name in close or (names if len(names) <= short else ()))
+
+
+def suggestion(value: str, choices: Iterable[str], short: int = SHORT) -> str:
+    """The clause of an error message about a name that is none of `choices`: the nearest, or what there
+    is."""
+    names = list(choices)
+    if shown := nearest(value, names, 0):
+        return f"the nearest are {shown}"
+    shown = nearest(value, names, short)
+    return f"there are {shown}" if shown else f"none of the {len(names)} that there are is close"

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from bitassay import cli
-from bitassay.errors import BitassayError, MissingError, nearest
+from bitassay.errors import BitassayError, MissingError, nearest, suggestion
 
 COMMAND = [sys.executable, "-c", "from bitassay.cli import main; main()"]
 # Output is held back until the end, as it is for most users, whatever this test run is set to.
@@ -73,7 +73,7 @@ def test_help_names_every_verb(bitassay):
         (["models", "nonsense"], "nonsense"),
         (["models", "list", "too", "many"], "too"),
         (["recipes", "show", "w44"], "no recipe is called 'w44'; the nearest are 'w4'"),
-        (["models", "check", "stories"], "no model is called 'stories'; the nearest names are 'stories260k'"),
+        (["models", "check", "stories"], "no model is called 'stories'; the nearest are 'stories260k'"),
         (["report"], "no run folder was given"),
     ],
 )
@@ -210,3 +210,14 @@ def test_a_verb_on_a_full_disk(bitassay, tmp_path, monkeypatch):
 def test_nearest_names():
     assert nearest("w5", ["w4", "w8", "fp8"]) == "'w8', 'w4'"
     assert nearest("zzz", ["b", "a"]) == "'a', 'b'"
+    assert nearest("zzz", [f"name-{n}" for n in range(20)]) == ""
+    assert nearest("name", [f"name-{n}" for n in range(20)]).count(",") == 2
+    assert nearest("W4", ["w4", "qwerty"]) == "'w4'"
+
+
+def test_what_is_said_where_no_name_is_near():
+    many = [f"name-{n}" for n in range(20)]
+    assert suggestion("name-33", many).startswith("the nearest are 'name-3'")
+    assert suggestion("zzz", ["b", "a"]) == "there are 'a', 'b'"
+    assert suggestion("zzz", many) == "none of the 20 that there are is close"
+    assert suggestion("zzz", many, short=20).count("'name-") == 20

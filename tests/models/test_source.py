@@ -23,7 +23,7 @@ def test_a_folder_resolves_to_itself(folder):
 
 def test_unknown_name_gives_the_nearest():
     with pytest.raises(
-        BitassayError, match=r"no model is called 'smolm2-135'; the nearest names are 'smollm2-135m'"
+        BitassayError, match=r"no model is called 'smolm2-135'; the nearest are 'smollm2-135m'"
     ):
         resolve("smolm2-135")
 

@@ -5,8 +5,8 @@ round all take their turn under much the same load, so that ratios within rounds
 
     r_i = t_base,i / t_other,i        ratio = exp(mean log r_i)        above 1: faster than the base
 
-The interval is Student's, 95 %, of log r over rounds. It covers what differs between rounds, not what would
-differ on another day.
+The interval is Student's, 95 %, of log r over rounds (`evaluate/statistics.py`). It covers what differs
+between rounds, not what would differ on another day.
 """
 
 import math
@@ -15,37 +15,30 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from scipy import stats
-
+from bitassay.evaluate.statistics import NONE, Interval, geometric_interval
 from bitassay.record.progress import Progress, silent
 
-LEVEL = 0.95
-INTERVAL = "95 %, Student's t of the logarithms of the ratios within rounds"
+RATIO = "Student's t, log scale, of the ratios within rounds"
+INTERVAL = f"95 %, {RATIO}; {NONE}"
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times as fast as the base; no interval from a single round."""
+    """How many times as fast as the base; no interval from too few rounds."""
 
     value: float
-    interval: tuple[float, float] | None
+    interval: Interval
 
 
 def ratio_of(base: Sequence[float], other: Sequence[float]) -> Ratio:
     """The ratio of paired times in seconds, one of each a round."""
-    logs = [math.log(a / b) for a, b in zip(base, other, strict=True)]
-    middle = statistics.fmean(logs)
-    if len(logs) < 2:
-        return Ratio(math.exp(middle), None)
-    half = stats.t.ppf((1 + LEVEL) / 2, len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs))
-    # Where a clock is coarser than what it times, an interval may be too wide for a float.
-    low, high = (math.exp(max(-700.0, min(700.0, middle + sign * half))) for sign in (-1, 1))
-    return Ratio(math.exp(middle), (low, high))
+    ratios = [a / b for a, b in zip(base, other, strict=True)]
+    return Ratio(statistics.geometric_mean(ratios), geometric_interval(ratios))
 
 
-def spread(times: Sequence[float]) -> float:
-    """(largest - smallest) / median."""
-    return (max(times) - min(times)) / statistics.median(times)
+def spread(times: Sequence[float]) -> float | None:
+    """(largest - smallest) / median; None of a single time."""
+    return None if len(times) < 2 else (max(times) - min(times)) / statistics.median(times)
 
 
 def turns(names: Sequence[str], round_: int) -> list[str]:

@@ -11,7 +11,7 @@ import sys
 from cyclopts import App, CycloptsError
 
 from bitassay import __version__
-from bitassay.errors import BitassayError, nearest
+from bitassay.errors import BitassayError, suggestion
 
 VERBS = {
     "assay": "Quantize a model by several recipes; one table of what each costs "
@@ -65,7 +65,7 @@ def run(arguments: list[str], debug: bool = False) -> int:
         # Left to cyclopts, an unknown verb imports all the others to describe them.
         if arguments and not arguments[0].startswith("-") and arguments[0] not in VERBS:
             raise BitassayError(
-                f"no verb is called {arguments[0]!r}; the nearest are {nearest(arguments[0], VERBS)}",
+                f"no verb is called {arguments[0]!r}; {suggestion(arguments[0], VERBS)}",
                 "bitassay --help",
             )
         result = app(arguments, exit_on_error=False, print_error=True, result_action="return_value")

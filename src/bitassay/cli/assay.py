@@ -50,7 +50,7 @@ def assay(
         verify: Reach verdicts.
         bench: Time prefill and decode.
         controls: Add the controls of recipes with replication.
-        seed: Of the bootstrap and of sampling.
+        seed: Of the choice of prompts and of sampling.
         out: Run folder (default: runs/assay-MODEL-ID).
         dry_run: Print the plan with an estimate of memory and time, and stop.
         trust_remote_code: Run code that comes with the model.

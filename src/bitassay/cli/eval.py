@@ -33,7 +33,6 @@ def eval(
     out: Path | None = None,
     controls: bool = True,
     dtype: str = "float32",
-    seed: int = 0,
     trust_remote_code: Annotated[bool, Parameter(negative=())] = False,
     format: Format = "table",
 ) -> int:
@@ -61,7 +60,6 @@ def eval(
         out: Run folder of --tasks (default: runs/tasks-MODEL-ID).
         controls: Add the controls of recipes with replication.
         dtype: Arithmetic of both models.
-        seed: Of the bootstrap of perplexities.
         trust_remote_code: Run code that comes with the model.
         format: What to print on stdout.
     """
@@ -106,15 +104,15 @@ def eval(
         found = []
         for one in protocols:
             if plain or not replicated:
-                measured = evaluate_all(base, plain, protocol=one, seed=seed, progress=progress)
+                measured = evaluate_all(base, plain, protocol=one, progress=progress)
                 for name in plain or [BASE]:
                     found.append({"recipe": name if plain else model, "evaluation": measured[name]})
             for name in replicated:
-                found += evaluate_with_controls(loaded, find_recipe(name), one, seed=seed, progress=progress)
+                found += evaluate_with_controls(loaded, find_recipe(name), one, progress=progress)
     rows = []
     for row in found:
         e = row.pop("evaluation")
-        about = {"protocol": e.protocol, "source": e.corpus_source, "seed": e.seed, "against": e.base}
+        about = {"protocol": e.protocol, "source": e.corpus_source, "against": e.base}
         rows.append(row | about | e.quality.to_dict())
     whole = {"rows": rows, "environment": environment()} if format == "json" else None
     emit(rows, CONTROL_COLUMNS if replicated else QUALITY_COLUMNS, format, whole)

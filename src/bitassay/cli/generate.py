@@ -19,7 +19,6 @@ def generate(
     new_tokens: int = 64,
     batch: int = 8,
     dtype: str = "float32",
-    seed: int = 0,
     out: Path | None = None,
     trust_remote_code: Annotated[bool, Parameter(negative=())] = False,
     format: Format = "table",
@@ -39,7 +38,6 @@ def generate(
         new_tokens: Tokens of an answer, at most.
         batch: Prompts that are continued together. Part of the plan: 16-bit arithmetic depends on it.
         dtype: Arithmetic of all models.
-        seed: Of the bootstrap.
         out: Run folder (default: runs/generation-MODEL-ID).
         trust_remote_code: Run code that comes with the model.
         format: What to print on stdout; json has the texts too.
@@ -63,7 +61,6 @@ def generate(
             max_new_tokens=new_tokens,
             batch=batch,
             dtype=dtype,
-            seed=seed,
             out=out,
             progress=progress,
             trust_remote_code=trust_remote_code,

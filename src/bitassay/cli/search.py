@@ -50,7 +50,7 @@ def search(
         window: Tokens in a window.
         short: Windows that come first: a trial that half of the earlier ones dominate there stops.
         dtype: Arithmetic of all models.
-        seed: Of the sampler and the bootstrap.
+        seed: Of the sampler.
         out: Run folder (default: runs/search-SPACE-ID).
         trust_remote_code: Run code that comes with the model.
         format: What to print on stdout; json has every trial.

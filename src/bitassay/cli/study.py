@@ -13,6 +13,7 @@ from bitassay.cli.parameters import Names, Numbers
 from bitassay.report.tables import Column, interval, percent
 
 if TYPE_CHECKING:
+    from bitassay.studies.trial import Trial
     from bitassay.studies.work import Plan
 
 study = App(name="study", help="List and run the experiments.")
@@ -199,7 +200,8 @@ def run(
             names = precisions or PRECISIONS
             runs.append(run_separability(asked, precisions=names, alpha=alpha, out=out, progress=progress))
     for one in (one for found in runs for one in found["missing"]):
-        sys.stderr.write(f"{one['study']}: waits for {one['missing']}\n")
+        verb = "lacks" if one.get("impossible") else "waits for"
+        sys.stderr.write(f"{one['study']}: {verb} {one['missing']}\n")
     if any(found["rows"] for found in runs):
         report.write_study_report(runs, out / "report.html")
     if format == "json":
@@ -230,23 +232,47 @@ def optimise(studies: list[str], plan: "Plan", alpha: float, out: Path, format: 
 
 
 def make_plan(
-    model: str, devices: list[str], *, here: Sequence[str] = (), precision: str | None = None, **fields: Any
+    model: str,
+    devices: list[str],
+    *,
+    here: Sequence[str] = (),
+    precision: str | None = None,
+    trial: "Trial | None" = None,
+    **fields: Any,
 ) -> "Plan":
-    """A plan on these machines, or on those at hand, in `precision` or the one that suits them."""
+    """A plan on these machines, or on those at hand that can compute, in `precision` or the one that suits
+    them."""
     from bitassay.errors import BitassayError
-    from bitassay.studies.parties import Machine, first_machine, other_machine
+    from bitassay.studies.parties import DTYPES, Machine, first_machines, other_machines
+    from bitassay.studies.trial import LeftOut, first_that_runs, try_machine
     from bitassay.studies.work import Plan
+
+    trial = trial or try_machine
 
     if len(devices) > 2:
         raise BitassayError(
             f"--devices names {len(devices)} machines", "one, or two: the prover's and the other one"
         )
-    machines: list[Machine] = [Machine(name) for name in devices]
-    first = machines[0] if machines else first_machine()
-    second = machines[1] if len(machines) == 2 else other_machine(first)
-    suits = "bf16" if "cpu" in (first.device, second.device) else "fp16"
+    named = [Machine(name) for name in devices]
+    precision = precision or ("fp16" if len(named) == 2 and all(m.device != "cpu" for m in named) else "bf16")
+    left_out: tuple[LeftOut, ...] = ()
+
+    def chosen(candidates: Sequence[Machine]) -> Machine:
+        """The first that runs here; where none does, the first, which the study then leaves out."""
+        nonlocal left_out
+        found, failed = first_that_runs(candidates, DTYPES[precision], trial)
+        left_out += failed
+        return found or candidates[0]
+
+    first = named[0] if named else chosen(first_machines())
+    second = named[1] if len(named) == 2 else chosen(other_machines(first))
     return Plan(
-        model, (first, second), precision=precision or suits, here=tuple(map(Machine, here)), **fields
+        model,
+        (first, second),
+        precision=precision,
+        here=tuple(map(Machine, here)),
+        left_out=left_out,
+        **fields,
     )
 
 
@@ -260,7 +286,7 @@ def _lengths(plan: "Plan", *asked: tuple[int | None, int]) -> "Plan":
 
 def _rules(given: str) -> dict[str, Any]:
     """Rules and bar by name or from a file."""
-    from bitassay.errors import BitassayError, nearest
+    from bitassay.errors import BitassayError, suggestion
     from bitassay.studies.thresholds import read_thresholds
     from bitassay.verify.verillm import RULE_SETS
 
@@ -268,7 +294,7 @@ def _rules(given: str) -> dict[str, Any]:
         return {"rules": RULE_SETS[given]}
     if Path(given).suffix not in (".yaml", ".yml"):
         raise BitassayError(
-            f"no rules are called {given!r}; the nearest are {nearest(given, RULE_SETS)}",
+            f"no rules are called {given!r}; {suggestion(given, RULE_SETS)}",
             "or give a .yaml file that `bitassay calibrate MODEL --study exp1` wrote",
         )
     rules, bar = read_thresholds(Path(given))

@@ -7,20 +7,19 @@ A file of one's own is a corpus too, called by its path and, once it has been lo
 digest: `notes.jsonl@1a2b3c4d5e6f7a8b`. So the id of whatever used it says what was in it.
 """
 
-import gzip
 import hashlib
 import io
 import json
 import os
 import re
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import islice
 from pathlib import Path
 
-from bitassay.errors import BitassayError, MissingError, nearest
+from bitassay.errors import BitassayError, MissingError, suggestion
+from bitassay.record.files import read_text
 
 
 @dataclass(frozen=True)
@@ -91,25 +90,24 @@ def is_pinned(name: str) -> bool:
 def pinned(name: str) -> str:
     """The name of a corpus with what is in it: a file of one's own gets the start of its digest, others have
     one text. Raises BitassayError where there is no such file."""
-    return name if is_pinned(name) else f"{name}@{_digest(Path(name))}"
+    return name if is_pinned(name) else f"{name}@{_digest(read_text(Path(name)))}"
 
 
-def _digest(path: Path) -> str:
-    try:
-        with open(path, "rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
-    except OSError as error:
-        raise BitassayError(f"{path}: {error.strerror or error}", "check the path") from error
+def _digest(text: str) -> str:
+    """Of the text, not of the file: a copy with other line ends, or gzipped, is the same corpus."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _own_corpus(name: str, path: Path, digest: str | None) -> Corpus:
-    found = _digest(path)
+    text = read_text(path)
+    found = _digest(text)
     if digest not in (None, found):
         raise BitassayError(
             f"{path}: its digest begins with {found}, {name} means another text",
             f"restore that file, or say {path} alone to take what it holds now",
         )
-    text = "\n\n".join(_field(path, "text")) if ".jsonl" in path.name else read_text(path)
+    if ".jsonl" in path.name:
+        text = "\n\n".join(_field(path, "text"))
     if not text.strip():
         raise BitassayError(f"{path}: the corpus is empty", "another file")
     return Corpus(name, text, f"{path}, sha256 {found}...")
@@ -132,13 +130,14 @@ def corpus(name: str) -> Corpus:
                     space: GPTQ's `ptb-new`.
     c4-train        the documents of c4-train-new joined by an empty line; for calibration, never for
                     measuring.
-    PATH            a file of one's own: .txt as it is, the texts of .jsonl joined by an empty line.
+    PATH            a file of one's own: .txt as it is (line ends as LF, no byte order mark), the texts of
+                    .jsonl joined by an empty line.
     """
     if own := _OWN.fullmatch(name):
         return _own_corpus(name, Path(own["path"]), own["digest"])
     if name not in CORPORA:
         raise BitassayError(
-            f"unknown corpus {name!r}; the nearest are {nearest(name, CORPORA)}",
+            f"unknown corpus {name!r}; {suggestion(name, CORPORA)}",
             "one of these, or a file of your own: PATH.txt, or PATH.jsonl with a field 'text'",
         )
     path, source = _locate(name)
@@ -156,7 +155,7 @@ def same_text(first: str, second: str) -> bool:
 
 def _files(name: str) -> tuple[str, ...]:
     own = _OWN.fullmatch(name)
-    return CORPORA[name].paths if own is None else (own["digest"] or _digest(Path(name)),)
+    return CORPORA[name].paths if own is None else (own["digest"] or _digest(read_text(Path(name))),)
 
 
 def bundled_prompts() -> list[str]:
@@ -195,18 +194,6 @@ def _field(path: Path, name: str, count: int | None = None) -> list[str]:
             raise BitassayError(f"{path}:{number}: the {name} is empty or not a string")
         values.append(value)
     return values
-
-
-def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, gunzipped where its name ends in .gz; a BitassayError names the file and the
-    defect."""
-    try:
-        data = path.read_bytes()
-        return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
-    except OSError as error:
-        raise BitassayError(f"{path}: {error.strerror or error}", "check the path") from error
-    except (EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise BitassayError(f"{path}: truncated or not UTF-8 text ({error})", "restore the file") from error
 
 
 def _locate(name: str) -> tuple[Path, str]:

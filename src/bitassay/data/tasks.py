@@ -25,8 +25,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from bitassay.data.corpora import bundled_file, in_data_folder, read_text
-from bitassay.errors import BitassayError, nearest
+from bitassay.data.corpora import bundled_file, in_data_folder
+from bitassay.errors import BitassayError, suggestion
+from bitassay.record.files import read_text
 
 Row = dict[str, Any]
 
@@ -158,7 +159,7 @@ def _read(family: str, subject: str | None, bundled: bool) -> TaskData:
             rows = [row for row in rows if row["subject"] == subject]
             if not rows:
                 raise BitassayError(
-                    f"{path}: no question about {subject!r}; the nearest are {nearest(subject, known)}",
+                    f"{path}: no question about {subject!r}; {suggestion(subject, known)}",
                     "restore the file, or choose another subject",
                 )
         splits[split] = rows

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from bitassay.data.corpora import Corpus, corpus, is_own, pinned
-from bitassay.errors import BitassayError, nearest
+from bitassay.errors import BitassayError, suggestion
 
 PROTOCOLS = ("wikitext2-raw", "c4-new", "ptb-new", "c4-train-new")
 _ID = re.compile(r"(.+?)(?:/(\d{1,9}))?(?:\[n=(\d{1,9})\])?")
@@ -55,7 +55,7 @@ class Protocol:
         found = _ID.fullmatch(text)
         if found is None or not (found[1] in PROTOCOLS or is_own(found[1])):
             raise BitassayError(
-                f"no protocol is called {text!r}; the nearest are {nearest(text, PROTOCOLS)}",
+                f"no protocol is called {text!r}; {suggestion(text, PROTOCOLS)}",
                 "a name, an id such as ptb-new/512[n=16], or a file of your own: PATH.txt, PATH.jsonl",
             )
         asked = (window_tokens, windows)

@@ -18,24 +18,59 @@ from transformers import PreTrainedModel
 from bitassay.data.windows import Protocol
 from bitassay.errors import BitassayError
 from bitassay.evaluate.divergence import TokenScores, token_scores, window_logits
-from bitassay.evaluate.statistics import bootstrap_means, percentile_interval
+from bitassay.evaluate.statistics import (
+    FEWEST,
+    LOG,
+    LOG_DIFFERENCE,
+    LOG_RATIO,
+    LOGIT,
+    NONE,
+    Estimate,
+    Interval,
+    exp_mean_of,
+    log_difference_interval,
+    log_interval,
+    log_ratio_interval,
+    logit_interval,
+    mean_of,
+    visible_difference,
+)
 from bitassay.models.positions import check_window, context_length
 from bitassay.models.windows import model_windows
 from bitassay.quantize.recipe import BASE
 from bitassay.record.progress import Progress, silent
 
-Interval = tuple[float, float] | None
+# By column, how its interval is made.
+INTERVALS = {
+    "ppl_ci": f"{LOG} of what is above 1",
+    "ppl_delta_ci": LOG_DIFFERENCE,
+    "kl_ci": LOG,
+    "top1_ci": LOGIT,
+}
+PAIR_INTERVALS = {
+    "ppl_ci": LOG_DIFFERENCE,
+    "ppl_fraction_ci": LOG_RATIO,
+    "kl_ci": LOG_DIFFERENCE,
+    "kl_fraction_ci": LOG_RATIO,
+}
+INTERVAL = (
+    "95 %, Student's t over windows, paired with the base model: of losses, KL and differences on a log "
+    f"scale, of agreement on a logit scale; {NONE}"
+)
 
 
 @dataclass(frozen=True)
 class Quality:
     """How well a model predicts a text, and how far it is from its base. Perplexities are exp of the mean
-    loss in nats; KL in nats a token; intervals are 95 %, paired with the base by window."""
+    loss in nats; KL in nats a token; intervals are 95 %, paired with the base by window, None for fewer than
+    FEWEST windows (`statistics.py`). ppl_delta_visible: the smallest true difference from the base that so
+    many windows would show with a probability of 80 %."""
 
     ppl: float
     ppl_ci: Interval
     ppl_delta: float
     ppl_delta_ci: Interval
+    ppl_delta_visible: float | None
     kl_mean: float
     kl_ci: Interval
     kl_median: float
@@ -57,7 +92,6 @@ class Evaluation:
     corpus_source: str
     windows: int
     predicted_tokens: int
-    seed: int
     quality: Quality
 
     def __str__(self) -> str:
@@ -81,7 +115,6 @@ def evaluate(
     *,
     against: PreTrainedModel | None = None,
     protocol: Protocol | None = None,
-    seed: int = 0,
     progress: Progress = silent,
 ) -> Evaluation:
     """Perplexity of `model`; with `against`, also its difference from that model, with paired intervals.
@@ -90,7 +123,7 @@ def evaluate(
     different vocabularies.
     """
     base, candidates = (model, {}) if against is None else (against, {"model": model})
-    found = evaluate_all(base, candidates, protocol=protocol, seed=seed, progress=progress)
+    found = evaluate_all(base, candidates, protocol=protocol, progress=progress)
     return found["model" if candidates else BASE]
 
 
@@ -99,7 +132,6 @@ def evaluate_all(
     candidates: Mapping[str, PreTrainedModel],
     *,
     protocol: Protocol | None = None,
-    seed: int = 0,
     progress: Progress = silent,
 ) -> dict[str, Evaluation]:
     """`evaluate` for many candidates in one pass over the text, and for the base, under BASE."""
@@ -118,8 +150,7 @@ def evaluate_all(
             corpus_source=source,
             windows=len(windows),
             predicted_tokens=windows.shape[0] * (windows.shape[1] - 1),
-            seed=seed,
-            quality=summarise(scores[name], scores[BASE], seed),
+            quality=summarise(scores[name], scores[BASE]),
         )
         for name, model in {BASE: base, **candidates}.items()
     }
@@ -151,28 +182,35 @@ def score_windows(
         yield index, scores
 
 
-def summarise(scores: Sequence[TokenScores], base: Sequence[TokenScores], seed: int = 0) -> Quality:
+def summarise(scores: Sequence[TokenScores], base: Sequence[TokenScores]) -> Quality:
     """Figures and intervals from the scores of equal windows; for the base itself pass its scores twice."""
     nll, base_nll, kl, agree = (
-        np.array([getattr(window, field).double().mean().item() for window in group])
+        _by_window(group, field)
         for group, field in ((scores, "nll"), (base, "nll"), (scores, "kl"), (scores, "agree"))
     )
-    resampled = bootstrap_means(np.stack([nll, base_nll, kl, agree]), seed)
-    ppl, delta = np.exp(resampled[0]), np.exp(resampled[0]) - np.exp(resampled[1])
+    ppl, base_ppl = exp_mean_of(nll.parts), exp_mean_of(base_nll.parts)
     kl_tokens = np.concatenate([window.kl.numpy() for window in scores])
-    n = len(nll)
     return Quality(
-        ppl=float(np.exp(nll.mean())),
-        ppl_ci=percentile_interval(ppl, n),
-        ppl_delta=float(np.exp(nll.mean()) - np.exp(base_nll.mean())),
-        ppl_delta_ci=percentile_interval(delta, n),
-        kl_mean=float(kl.mean()),
-        kl_ci=percentile_interval(resampled[2], n),
+        ppl=ppl.value,
+        ppl_ci=_plus(log_interval(Estimate(ppl.value - 1, ppl.parts)), 1),
+        ppl_delta=ppl.value - base_ppl.value,
+        ppl_delta_ci=log_difference_interval(base_ppl, ppl),
+        ppl_delta_visible=visible_difference(base_ppl, ppl),
+        kl_mean=kl.value,
+        kl_ci=log_interval(kl),
         kl_median=float(np.median(kl_tokens)),
         kl_p99=float(np.quantile(kl_tokens, 0.99)),
-        top1_agreement=float(agree.mean()),
-        top1_ci=percentile_interval(resampled[3], n),
+        top1_agreement=agree.value,
+        top1_ci=logit_interval(agree),
     )
+
+
+def _by_window(scores: Sequence[TokenScores], field: str) -> Estimate:
+    return mean_of([getattr(window, field).double().mean().item() for window in scores])
+
+
+def _plus(interval: Interval, value: float) -> Interval:
+    return None if interval is None else (interval[0] + value, interval[1] + value)
 
 
 @dataclass(frozen=True)
@@ -191,31 +229,24 @@ class TextDifference:
 
 
 def text_difference(
-    first: Sequence[TokenScores], second: Sequence[TokenScores], seed: int = 0, level: float = 0.95
+    first: Sequence[TokenScores], second: Sequence[TokenScores], level: float = 0.95
 ) -> TextDifference:
     """Compare two candidates by their scores of equal windows, with intervals at `level`, paired by
     window."""
-    means = np.array(
-        [
-            [getattr(window, field).double().mean().item() for window in group]
-            for group in (first, second)
-            for field in ("nll", "kl")
-        ]
-    )
-    n = means.shape[1]
-    resampled, point = bootstrap_means(means, seed), means.mean(1)
-    found = {}
-    for name, (one, kl_one, two, kl_two) in (("point", point), ("resampled", resampled)):
-        share = kl_two / kl_one - 1 if np.all(kl_one) else np.full_like(kl_one, np.nan)
-        found[name] = (np.exp(two) - np.exp(one), np.exp(two - one) - 1, kl_two - kl_one, share)
-    values = [
-        (float(value), percentile_interval(spread, n, level))
-        for value, spread in zip(found["point"], found["resampled"], strict=True)
-    ]
-    (ppl, ppl_ci), (fraction, fraction_ci), (kl, kl_ci), (share, share_ci) = values
-    known = np.isfinite(share)
+    losses, divergences = ([_by_window(group, field) for group in (first, second)] for field in ("nll", "kl"))
+    ppl_one, ppl_two = (exp_mean_of(loss.parts) for loss in losses)
+    kl_one, kl_two = divergences
+    ratio = log_ratio_interval(ppl_one, ppl_two, level)
+    kl_ratio = log_ratio_interval(kl_one, kl_two, level)
     return TextDifference(
-        ppl, ppl_ci, fraction, fraction_ci, kl, kl_ci, share if known else None, share_ci if known else None
+        ppl=ppl_two.value - ppl_one.value,
+        ppl_ci=log_difference_interval(ppl_one, ppl_two, level),
+        ppl_fraction=exp_mean_of(losses[1].parts - losses[0].parts).value - 1,
+        ppl_fraction_ci=_plus(ratio, -1),
+        kl=kl_two.value - kl_one.value,
+        kl_ci=log_difference_interval(kl_one, kl_two, level),
+        kl_fraction=kl_two.value / kl_one.value - 1 if kl_one.value else None,
+        kl_fraction_ci=_plus(kl_ratio, -1),
     )
 
 
@@ -227,4 +258,8 @@ def _name(model: PreTrainedModel) -> str:
 
 
 def _interval(interval: Interval) -> str:
-    return "[one window, no interval]" if interval is None else f"[{interval[0]:.4g}, {interval[1]:.4g}]"
+    return (
+        f"[no interval: fewer than {FEWEST} windows, or all equal]"
+        if interval is None
+        else f"[{interval[0]:.4g}, {interval[1]:.4g}]"
+    )

@@ -24,9 +24,9 @@ from bitassay.record.progress import Progress, silent
 from bitassay.replicate.controls import REPLICA, Place, with_controls
 
 
-def pair(place: Place, replica: str, text: Mapping[str, Sequence[TokenScores]], seed: int) -> dict[str, Any]:
+def pair(place: Place, replica: str, text: Mapping[str, Sequence[TokenScores]]) -> dict[str, Any]:
     """The variant of that name less the control at `place`."""
-    apart = text_difference(text[place.variant], text[replica], seed)
+    apart = text_difference(text[place.variant], text[replica])
     return {
         "group": place.group,
         "role": place.role,
@@ -49,14 +49,13 @@ def evaluate_with_controls(
     recipe: Recipe,
     protocol: Protocol,
     *,
-    seed: int = 0,
     progress: Progress = silent,
 ) -> list[dict[str, Any]]:
     """A row for the replicated model and one for each of its controls, each with an `evaluation` against
     `base`.
 
     role: `replica`, or in what the control equals it. gain: the control's perplexity less the replica's, and
-    its interval; beats: whether the replica's KL is the lower one (`beats`; None for one window).
+    its interval; beats: whether the replica's KL is the lower one (`beats`; None where there is no interval).
     """
     recipes, places = with_controls([recipe], len(decoder_layers(base)))
     windows, source = model_windows(base, protocol)
@@ -80,8 +79,7 @@ def evaluate_with_controls(
                 source,
                 len(windows),
                 windows.shape[0] * (windows.shape[1] - 1),
-                seed,
-                summarise(scores[name], scores[BASE], seed),
+                summarise(scores[name], scores[BASE]),
             ),
             "gain": None,
             "gain_ci": None,
@@ -89,8 +87,8 @@ def evaluate_with_controls(
         }
         if place.role != REPLICA:
             # Of the control against the replica: positive where the replica predicts the text better.
-            paired = summarise(scores[name], scores[recipe.name], seed)
+            paired = summarise(scores[name], scores[recipe.name])
             row |= {"gain": paired.ppl_delta, "gain_ci": paired.ppl_delta_ci}
-            row["beats"] = pair(place, recipe.name, scores, seed)["beats"]
+            row["beats"] = pair(place, recipe.name, scores)["beats"]
         rows.append(row)
     return rows

@@ -27,12 +27,35 @@ from transformers import PreTrainedModel
 
 from bitassay.errors import MissingError
 from bitassay.evaluate.likelihood import shared_length
-from bitassay.evaluate.statistics import bootstrap_means, percentile_interval
+from bitassay.evaluate.statistics import (
+    LOGIT,
+    MEDIAN,
+    NONE,
+    WILSON,
+    Interval,
+    accuracy_interval,
+    jackknife_of,
+    logit_interval,
+    mean_of,
+    median_interval,
+)
 from bitassay.generate.decode import TokenIds, generate
 from bitassay.models.load import tokenizer
 from bitassay.record.progress import Progress, silent
 
-Interval = tuple[float, float] | None
+INTERVALS = {
+    "prefix_tokens_ci": f"{LOGIT} between 0 and the longest text of the base model",
+    "divergence_ci": MEDIAN,
+    "identical_ci": WILSON,
+    "bleu_ci": f"{LOGIT}, jackknife",
+    "rouge1_ci": LOGIT,
+    "rouge2_ci": LOGIT,
+    "rougeL_ci": LOGIT,
+}
+INTERVAL = (
+    "95 % over prompts: Student's t on a logit scale (of BLEU by the jackknife), Wilson's of identical "
+    f"texts, order statistics of the median (from 6 prompts on); {NONE}"
+)
 ROUGE = ("rouge1", "rouge2", "rougeL")
 BATCH = 8
 
@@ -120,38 +143,34 @@ def prefix_lengths(texts: Sequence[Text], base: Sequence[Text]) -> list[int]:
     return [shared_length(x.ids, y.ids) for x, y in zip(texts, base, strict=True)]
 
 
-def compare_texts(texts: Sequence[Text], base: Sequence[Text], seed: int = 0) -> TextQuality:
+def compare_texts(texts: Sequence[Text], base: Sequence[Text]) -> TextQuality:
     """All figures, texts paired with the base model's in their order. Raises MissingError without the
     `generation` extra."""
     check_scorers()
-    count = len(texts)
-    shares = bootstrap_means(np.eye(count), seed)  # of each text in each resample
-    prefix = np.array(prefix_lengths(texts, base))
-    identical = np.array([x.ids == y.ids for x, y in zip(texts, base, strict=True)])
-    rouge = rouge_scores([x.text for x in texts], [y.text for y in base])
-
-    def interval(values: np.ndarray) -> Interval:
-        return percentile_interval(values.astype(np.float64) @ shares, count)
-
-    bleu, resampled_bleu, signature = _bleu([x.text for x in texts], [y.text for y in base], shares)
-    middle = _medians(prefix + 1, np.full((count, 1), 1 / count))[0]
+    prefixes = np.array(prefix_lengths(texts, base))
+    longest = max(len(one.ids) for one in base)
+    identical = sum(x.ids == y.ids for x, y in zip(texts, base, strict=True))
+    written, reference = [one.text for one in texts], [one.text for one in base]
+    rouge = {name: mean_of(found) for name, found in rouge_scores(written, reference).items()}
+    prefix = mean_of(prefixes)
+    bleu, without, signature = _bleu(written, reference)
     return TextQuality(
-        prompts=count,
-        prefix_tokens=float(prefix.mean()),
-        prefix_tokens_ci=interval(prefix),
-        divergence=float(middle),
-        divergence_ci=percentile_interval(_medians(prefix + 1, shares), count),
-        identical_fraction=float(identical.mean()),
-        identical_ci=interval(identical),
+        prompts=len(texts),
+        prefix_tokens=prefix.value,
+        prefix_tokens_ci=logit_interval(prefix, 0, longest),
+        divergence=float(np.quantile(prefixes + 1, 0.5, method="inverted_cdf")),
+        divergence_ci=median_interval(prefixes + 1),
+        identical_fraction=identical / len(texts),
+        identical_ci=accuracy_interval(identical, len(texts)),
         bleu=bleu,
-        bleu_ci=percentile_interval(resampled_bleu, count),
+        bleu_ci=logit_interval(jackknife_of(bleu, without), 0, 100),
         bleu_signature=signature,
-        rouge1=float(rouge["rouge1"].mean()),
-        rouge1_ci=interval(rouge["rouge1"]),
-        rouge2=float(rouge["rouge2"].mean()),
-        rouge2_ci=interval(rouge["rouge2"]),
-        rougeL=float(rouge["rougeL"].mean()),
-        rougeL_ci=interval(rouge["rougeL"]),
+        rouge1=rouge["rouge1"].value,
+        rouge1_ci=logit_interval(rouge["rouge1"]),
+        rouge2=rouge["rouge2"].value,
+        rouge2_ci=logit_interval(rouge["rouge2"]),
+        rougeL=rouge["rougeL"].value,
+        rougeL_ci=logit_interval(rouge["rougeL"]),
     )
 
 
@@ -164,36 +183,24 @@ def rouge_scores(texts: Sequence[str], references: Sequence[str]) -> dict[str, F
     return {name: np.array([one[name].fmeasure for one in found]) for name in ROUGE}
 
 
-def _bleu(
-    texts: Sequence[str], references: Sequence[str], shares: Float[np.ndarray, "texts resamples"]
-) -> tuple[float, Float[np.ndarray, " resamples"], str]:
-    """BLEU of the corpus, of its resamples, and sacrebleu's signature. Counts of n-grams add up over texts,
-    so a resample needs only their weighted sums."""
+def _bleu(texts: Sequence[str], references: Sequence[str]) -> tuple[float, list[float], str]:
+    """BLEU of the corpus, what it is without each text in turn, and sacrebleu's signature. Counts of n-grams
+    add up over texts, so leaving one out is a subtraction."""
     from sacrebleu.metrics.bleu import BLEU
 
     metric, single = BLEU(), BLEU(effective_order=True)
     bleu = metric.corpus_score(texts, [references])  # the signature knows the references only afterwards
     found = [single.sentence_score(a, [b]) for a, b in zip(texts, references, strict=True)]
-    counts = np.array([[*s.counts, *s.totals, s.sys_len, s.ref_len] for s in found], dtype=np.float64)
-    sums = np.rint(counts.T @ shares * len(texts)).astype(int)  # a text is drawn a whole number of times
+    counts = np.array([[*s.counts, *s.totals, s.sys_len, s.ref_len] for s in found])
     orders = len(found[0].counts)
-    resampled = [
+    without = [
         BLEU.compute_bleu(
-            column[:orders],
-            column[orders:-2],
-            *column[-2:],
+            left[:orders],
+            left[orders:-2],
+            *left[-2:],
             smooth_method=metric.smooth_method,
             smooth_value=metric.smooth_value,
         ).score
-        for column in sums.T.tolist()
+        for left in (counts.sum(0) - counts).tolist()
     ]
-    return bleu.score, np.array(resampled), str(metric.get_signature())
-
-
-def _medians(
-    values: np.ndarray, shares: Float[np.ndarray, "texts resamples"]
-) -> Float[np.ndarray, " resamples"]:
-    """The lower median of each resample: the smallest value that half of it does not exceed."""
-    order = np.argsort(values, kind="stable")
-    reached = shares[order].cumsum(0) >= 0.5 - 1e-9
-    return values[order][reached.argmax(0)].astype(np.float64)
+    return bleu.score, without, str(metric.get_signature())

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitassay.data.tasks import TaskData, even_indices, mmlu_subjects, task_data
-from bitassay.errors import BitassayError, MissingError, nearest
+from bitassay.errors import BitassayError, MissingError, suggestion
 from bitassay.record.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -60,9 +60,7 @@ def _foreign_leaves(task: str) -> list[str]:
     index, found, todo = _index(None), [], [task]
     if task not in index:
         known = [*FOLDERS, "mmlu", "mmlu_generative", *(name for name in index if "_" not in name)]
-        raise BitassayError(
-            f"lm-eval knows no task {task!r}; the nearest are {nearest(task, known)}", "lm_eval ls tasks"
-        )
+        raise BitassayError(f"lm-eval knows no task {task!r}; {suggestion(task, known)}", "lm_eval ls tasks")
     from lm_eval.tasks._yaml_loader import load_yaml
 
     while todo:

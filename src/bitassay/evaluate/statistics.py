@@ -1,7 +1,28 @@
-"""Intervals and tests.
+"""Intervals and tests. Every interval of the package is one of these.
 
-Of texts: the unit that is resampled is the window: neighbouring tokens are not independent, windows nearly
-are. Of tasks: two models answer the same items, and only the items where just one of them is right (the
+An interval is made on a scale on which the quantity has no bounds, so that it holds nothing that the quantity
+cannot be. There, the estimate is taken as normal with a standard error by the delta method:
+
+    mean of positive values (losses, KL)  log: m exp(-+h)               h = t s / (m sqrt n)
+    mean of values in [a, b]              logit of p = (m - a) / (b - a)
+                                                                        h = t s / ((b - a) p (1 - p) sqrt n)
+    paired ratio of positives y / x       log: y / x exp(-+h)           s: of y_i / y - x_i / x
+    paired difference y - x               log of the larger, say y: y exp(-+h) - x
+                                                                        s: of (y_i - x_i) / y
+    perplexity                            log of what is above 1
+    ratios of times                       log, of their geometric mean
+    share of items                        Wilson's score interval, or Clopper and Pearson's
+    median                                order statistics, without any assumption
+
+m: mean, s: standard deviation of the n values, t: Student's quantile with n - 1 degrees of freedom. The
+values are of units that are nearly independent: windows, prompts, rounds; never of tokens, whose neighbours
+depend on each other. `benchmarks/coverage.py` measures how often the intervals hold the truth.
+
+There is no interval (None) for fewer than FEWEST values: with two, t is 12.7 and an end is 9 standard
+deviations away, with three it is 2.5. Nor for values that are all equal, which say nothing of the spread of
+others, or that are not finite.
+
+Of tasks: two models answer the same items, and only the items where just one of them is right (the
 *discordant* ones) say which is better. Let b be those that the first alone gets right, c those that the
 second alone does, of n items:
 
@@ -10,62 +31,191 @@ second alone does, of n items:
     difference  (c - b) / n, with Tango's score interval: all values that the score test with the rest of the
                 model at its constrained maximum likelihood does not reject (Tango 1998, Stat. Med. 17:891)
     Holm        the k-th smallest of m p-values times m - k + 1, made monotone (Holm 1979, Scand. J. Stat.
-    6:65)
+                6:65)
 
-An accuracy alone has Wilson's score interval (Wilson 1927, JASA 22:209).
+Sources: delta method: Oehlert 1992, Am. Stat. 46:27. Jackknife: Efron and Stein 1981, Ann. Stat. 9:586.
+Wilson 1927, JASA 22:209. Clopper and Pearson 1934, Biometrika 26:404. Median: Thompson 1936, Ann. Math.
+Stat. 7:122.
 """
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float64
 from scipy import optimize, stats
 
 from bitassay.errors import BitassayError
 
-RESAMPLES = 10_000
-FEWEST = 5  # resamples in a tail
+FEWEST = 3
+LEVEL = 0.95
 ALPHA = 0.05
 POWER = 0.8
 
+Interval = tuple[float, float] | None
 
-def bootstrap_means(values: np.ndarray, seed: int) -> np.ndarray:
-    """Means of `values` [..., windows] over resampled windows: [..., RESAMPLES]. Equal seeds resample
-    equally, so that differences of two results are paired."""
-    count = values.shape[-1]
-    picks = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
-    return values.astype(np.float64) @ (picks.T / count)
+LOG = "Student's t, log scale"
+LOGIT = "Student's t, logit scale"
+LOG_DIFFERENCE = "Student's t, paired, log scale of the larger"
+LOG_RATIO = "Student's t, paired, log scale"
+WILSON = "Wilson"
+TANGO = "Tango, paired"
+MEDIAN = "order statistics"
+NONE = f"none (\N{EM DASH}) for fewer than {FEWEST} or without spread"
 
 
-def percentile_interval(
-    resampled: np.ndarray, windows: int, level: float = 0.95
-) -> tuple[float, float] | None:
-    """The expanded percentile interval of a bootstrap distribution; None for a single window, which says
-    nothing of spread.
+class Estimate(NamedTuple):
+    """A value, and how it depends on each of n units: its error is nearly the mean of `parts` less what they
+    are expected to be. Of a mean, these are the values themselves."""
 
-    A plain percentile interval is too narrow for few windows, by sqrt((n - 1) / n) and by using normal
-    instead of t quantiles; the tails are widened to make up for both (Hesterberg 2015, arXiv 1411.5279,
-    section 5.3). Where so thin a tail is beyond the rarest resample, n times the same window, or holds fewer
-    than FEWEST of those drawn, the interval is Student's, of the bootstrap's standard error.
-    """
-    if windows < 2:
+    value: float
+    parts: Float64[np.ndarray, " n"]
+
+
+def mean_of(values: Sequence[float] | np.ndarray) -> Estimate:
+    """The mean of values, as an estimate."""
+    parts = np.asarray(values, dtype=np.float64)
+    return Estimate(float(parts.mean()), parts)
+
+
+def exp_mean_of(values: Sequence[float] | np.ndarray) -> Estimate:
+    """exp of the mean, as a perplexity is of losses; infinite where a float cannot hold it."""
+    mean, parts = mean_of(values)
+    with np.errstate(over="ignore", invalid="ignore"):
+        value = np.exp(mean)
+        return Estimate(float(value), value * (parts - mean))
+
+
+def jackknife_of(value: float, without: Sequence[float]) -> Estimate:
+    """Any statistic of n units, given what it is without each of them in turn."""
+    left_out = np.asarray(without, dtype=np.float64)
+    return Estimate(value, (len(left_out) - 1) * (left_out.mean() - left_out))
+
+
+def standard_error(parts: np.ndarray) -> float | None:
+    """Of the mean of the parts; None where they say nothing of it."""
+    if len(parts) < FEWEST or not np.isfinite(parts).all() or parts.min() == parts.max():
         return None
-    widened = np.sqrt(windows / (windows - 1)) * stats.t.ppf((1 - level) / 2, windows - 1)
-    tail = stats.norm.cdf(widened)
-    if tail < max(float(windows) ** -windows, FEWEST / len(resampled)):
-        centre, reach = float(resampled.mean()), -float(widened * resampled.std())
-        return centre - reach, centre + reach
-    low, high = np.quantile(resampled, [tail, 1 - tail])
-    return float(low), float(high)
+    scale = float(np.abs(parts).max())  # squares of what is very large or small are beyond a float
+    return float((parts / scale).std(ddof=1)) * scale / len(parts) ** 0.5
 
 
-def accuracy_interval(right: int, items: int, level: float = 0.95) -> tuple[float, float]:
+def student_interval(estimate: Estimate, level: float = LEVEL) -> Interval:
+    """Of what has no bounds."""
+    reach = _reach(estimate.parts, 1.0, level)
+    return None if reach is None else _finite(estimate.value - reach, estimate.value + reach)
+
+
+def log_interval(estimate: Estimate, level: float = LEVEL) -> Interval:
+    """Of what is above 0."""
+    reach = _reach(estimate.parts, estimate.value, level)
+    return None if reach is None else _finite(*(estimate.value * _exp(sign * reach) for sign in (-1, 1)))
+
+
+def logit_interval(estimate: Estimate, low: float = 0.0, high: float = 1.0, level: float = LEVEL) -> Interval:
+    """Of what lies between `low` and `high`; None where the estimate is one of them."""
+    width = high - low
+    share = (estimate.value - low) / width if width > 0 else 0.0
+    reach = _reach(estimate.parts, width * share * (1 - share), level)
+    if reach is None:
+        return None
+    # 1 / (1 + exp(-logit)) of logit p -+ h
+    ends = (share / (share + (1 - share) * _exp(sign * reach)) for sign in (1, -1))
+    return _finite(*(low + width * end for end in ends))
+
+
+def log_ratio_interval(first: Estimate, second: Estimate, level: float = LEVEL) -> Interval:
+    """Of second / first, both above 0, of the same units."""
+    if not (_is_positive(first.value) and _is_positive(second.value)):
+        return None
+    ratio = second.value / first.value
+    return log_interval(
+        Estimate(ratio, ratio * (second.parts / second.value - first.parts / first.value)), level
+    )
+
+
+def log_difference_interval(first: Estimate, second: Estimate, level: float = LEVEL) -> Interval:
+    """Of second - first, both above 0, of the same units: above -first where the second is the larger, below
+    the second where it is not."""
+    if second.value < first.value:
+        turned = log_difference_interval(second, first, level)
+        return None if turned is None else (-turned[1], -turned[0])
+    ends = log_interval(Estimate(second.value, second.parts - first.parts), level)
+    return None if ends is None else (ends[0] - first.value, ends[1] - first.value)
+
+
+def visible_difference(first: Estimate, second: Estimate, alpha: float = ALPHA) -> float | None:
+    """The smallest true difference that an interval at 1 - alpha would tell from 0 with probability POWER,
+    where the spread is that of these units: (t of 1 - alpha / 2 + t of POWER) standard errors. None where
+    they say nothing of their spread."""
+    error = standard_error(second.parts - first.parts)
+    if error is None:
+        return None
+    freedom = len(first.parts) - 1
+    return float(stats.t.ppf(1 - alpha / 2, freedom) + stats.t.ppf(POWER, freedom)) * error
+
+
+def geometric_interval(values: Sequence[float] | np.ndarray, level: float = LEVEL) -> Interval:
+    """Of the geometric mean of positive values, such as ratios of times."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ends = student_interval(mean_of(np.log(values)), level)
+    return None if ends is None else _finite(*map(_exp, ends))
+
+
+def median_interval(values: Sequence[float] | np.ndarray, level: float = LEVEL) -> Interval:
+    """Of the median: the k-th smallest to the k-th largest value, k the largest for which that holds it at
+    `level`. None for fewer values than that takes: 6 at 95 %."""
+    ordered, tail = np.sort(np.asarray(values, dtype=np.float64)), (1 - level) / 2
+    ranks = np.arange(len(ordered) // 2 + 1)
+    k = int(np.count_nonzero(stats.binom.cdf(ranks, len(ordered), 0.5) <= tail))
+    if k == 0 or not np.isfinite(ordered).all():
+        return None
+    return float(ordered[k - 1]), float(ordered[-k])
+
+
+def wilson_interval(share: float, items: float, level: float = LEVEL) -> tuple[float, float]:
+    """Of a share of `items`."""
+    z = float(stats.norm.ppf((1 + level) / 2))
+    middle = (share + z * z / (2 * items)) / (1 + z * z / items)
+    half = z / (1 + z * z / items) * np.sqrt(share * (1 - share) / items + (z / (2 * items)) ** 2)
+    low = 0.0 if share == 0 else max(float(middle - half), 0.0)
+    return low, 1.0 if share == 1 else min(float(middle + half), 1.0)
+
+
+def clopper_pearson_interval(count: int, items: int, level: float = LEVEL) -> tuple[float, float]:
+    """Of a share: all that a two-sided exact test does not reject, hence never too narrow."""
+    found = stats.binomtest(count, items).proportion_ci(level, method="exact")
+    return float(found.low), float(found.high)
+
+
+def _reach(parts: np.ndarray, slope: float, level: float) -> float | None:
+    """How far an interval reaches on its scale, whose unit is worth `slope` at the estimate."""
+    error = standard_error(parts)
+    if error is None or not _is_positive(slope):
+        return None
+    return float(stats.t.ppf((1 + level) / 2, len(parts) - 1)) * error / slope
+
+
+def _is_positive(value: float) -> bool:
+    return bool(np.isfinite(value)) and value > 0
+
+
+def _exp(value: float) -> float:
+    with np.errstate(over="ignore"):
+        return float(np.exp(value))
+
+
+def _finite(low: float, high: float) -> Interval:
+    """None where an end is beyond a float: the values say next to nothing."""
+    return (low, high) if np.isfinite(low) and np.isfinite(high) else None
+
+
+def accuracy_interval(right: int, items: int, level: float = LEVEL) -> tuple[float, float]:
     """Wilson's interval of the share of `items` that are right."""
     if not 0 <= right <= items or items < 1:
         raise BitassayError(f"{right} right of {items} items is no accuracy", "at least one item")
-    found = stats.binomtest(right, items).proportion_ci(level, method="wilson")
-    return float(found.low), float(found.high)
+    return wilson_interval(right / items, items, level)
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,17 @@ from bitassay.data.tasks import even_indices
 from bitassay.errors import BitassayError
 from bitassay.evaluate.questions import AskedTask, leaves, protocol_id, require_lm_eval
 from bitassay.evaluate.statistics import (
+    NONE,
+    TANGO,
+    WILSON,
+    Interval,
     accuracy_interval,
-    bootstrap_means,
     holm,
+    log_interval,
+    logit_interval,
+    mean_of,
     paired_difference,
-    percentile_interval,
+    student_interval,
 )
 from bitassay.models.load import identity
 from bitassay.quantize.model import check_recipe, quantization_of
@@ -128,7 +134,9 @@ def evaluate_tasks(
         "models": plan["models"],
         "versions": plan["versions"],
         "protocols": {task: _protocol(task, asked, limit) for task, asked in groups.items()},
-        "interval": "95 %: Wilson's of an accuracy, Tango's of a paired difference",
+        "interval": "95 %: Wilson's of an accuracy, Tango's of a paired difference, Student's t over items "
+        f"of another mean (logit scale of fractions, log scale of positive values); {NONE}",
+        "intervals": {"value_ci": f"{WILSON} of shares, Student's t of other means", "difference_ci": TANGO},
         "test": "exact McNemar, two-sided; Holm over the models of a task and metric",
         "visible_difference": "of accuracies, shown by exact McNemar at 5 % with power 80 %, "
         "at as many discordant items as were seen (at least 6)",
@@ -300,10 +308,16 @@ def _value(
     if value is not None and all(isinstance(one, (int, float)) for one in values):
         mean = float(np.mean(values))
         if np.isclose(mean, value):
-            interval = percentile_interval(
-                bootstrap_means(np.array(values, dtype=np.float64), 0), len(values)
-            )
+            interval = _mean_interval(values)
     return {"value": value, "value_ci": interval}
+
+
+def _mean_interval(values: Sequence[float]) -> Interval:
+    """On the scale that the values of the items suggest: fractions, positive numbers, or any."""
+    mean, least, largest = mean_of(values), min(values), max(values)
+    if least >= 0:
+        return logit_interval(mean) if largest <= 1 else log_interval(mean)
+    return student_interval(mean)
 
 
 def is_letter(text: str) -> bool:

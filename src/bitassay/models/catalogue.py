@@ -7,7 +7,7 @@ this package.
 
 from dataclasses import dataclass
 
-from bitassay.errors import BitassayError, nearest
+from bitassay.errors import BitassayError, suggestion
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def entry(name: str) -> CatalogueEntry:
     """The entry called `name`; a BitassayError with the nearest names where there is none."""
     if name.lower() not in CATALOGUE:
         raise BitassayError(
-            f"no model is called {name!r}; the nearest names are {nearest(name, CATALOGUE)}",
+            f"no model is called {name!r}; {suggestion(name, CATALOGUE)}",
             "give a name from `bitassay models list`, a folder, a .gguf file, or a hub id "
             "such as Qwen/Qwen3-0.6B",
         )

@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from bitassay.errors import BitassayError, MissingError, nearest
+from bitassay.errors import BitassayError, MissingError, suggestion
 from bitassay.models.causal import check_causal
 from bitassay.models.checkpoint import read_card
 from bitassay.models.positions import forget_lengths
@@ -240,7 +240,7 @@ def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype not in DTYPES:
-        raise BitassayError(f"unknown dtype {dtype!r}; the nearest are {nearest(dtype, DTYPES)}")
+        raise BitassayError(f"unknown dtype {dtype!r}; {suggestion(dtype, DTYPES)}")
     return DTYPES[dtype]
 
 

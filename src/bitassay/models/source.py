@@ -1,8 +1,8 @@
 """From what the user typed to a local folder of safetensors: `resolve`.
 
 A model may be a short name of the catalogue, a local folder, a local GGUF file or a Hugging Face id. A GGUF
-file is dequantized once, by transformers' own loader, and kept as a plain folder in the cache, because
-reading it takes many times longer than reading safetensors. Nothing here unpickles anything: checkpoints that
+file is dequantized once (`gguf_model.py`, `gguf_vocabulary.py`) and kept as a plain folder in the cache,
+because reading it takes many times longer than reading safetensors. Nothing here unpickles anything: checkpoints that
 exist only as `.bin` are refused.
 """
 
@@ -24,6 +24,8 @@ from bitassay.record.progress import Progress, silent
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 SOURCE_FILE = "bitassay-source.json"
+# Part of the name of a folder made of a GGUF file: one that is read in another way gets a folder of its own.
+READING_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ def _from_gguf(path: Path, name: str, progress: Progress) -> Source:
     except OSError as error:
         raise BitassayError(f"{path}: {error.strerror}", "check the path") from error
     digest = digest_file(path)
-    folder = cache_folder() / "dequantized" / f"{path.stem}-{digest[:12]}"
+    folder = cache_folder() / "dequantized" / f"{path.stem}-{digest[:12]}-v{READING_VERSION}"
     if not folder.is_dir():
         progress(f"dequantizing {path.name} (once; kept in {folder})")
         with atomic_folder(folder) as temporary:
@@ -168,24 +170,23 @@ def _from_gguf(path: Path, name: str, progress: Progress) -> Source:
 
 def _dequantize(path: Path, digest: str, out: Path) -> None:
     """Write `path` as fp32 safetensors with config and tokenizer into `out`."""
-    import torch
     from gguf import GGUFReader
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from bitassay.models.gguf_model import read_model
+    from bitassay.models.gguf_vocabulary import fields_of, read_tokenizer
 
     try:
-        kinds = sorted({t.tensor_type.name for t in GGUFReader(path).tensors} - {"F32"})
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    except Exception as error:  # the readers raise whatever the defect happens to trip over
+        reader = GGUFReader(path)
+        kinds = sorted({t.tensor_type.name for t in reader.tensors} - {"F32"})
+        tokenizer = read_tokenizer(fields_of(reader))
+        model = read_model(reader)
+    except BitassayError as error:
+        raise BitassayError(f"{path}: {error.problem}", error.remedy) from error
+    except Exception as error:  # gguf raises whatever the defect happens to trip over
         raise BitassayError(
             f"{path}: cannot be read as GGUF ({type(error).__name__}: {error})",
-            "download the file again; it may be truncated, or of an architecture that transformers "
-            "does not read",
+            "download the file again; it may be truncated",
         ) from error
-    # transformers refuses to save a model that still says it is quantized; these weights are plain numbers by
-    # now.
-    del model.config.quantization_config  # pyright: ignore[reportAttributeAccessIssue]
-    vars(model).pop("hf_quantizer", None)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     origin = f"dequantized from GGUF {path.name} ({', '.join(kinds) or 'F32'})"

@@ -28,7 +28,7 @@ from jaxtyping import Bool, Float
 from pydantic import ConfigDict, Field, field_validator, model_serializer, model_validator
 from torch import Tensor
 
-from bitassay.errors import nearest
+from bitassay.errors import suggestion
 from bitassay.quantize.formats import FORMATS, NumberFormat
 from bitassay.quantize.grid import Grid
 from bitassay.quantize.rounding import dequantize, round_to_nearest
@@ -80,7 +80,7 @@ class InputScheme(Part):
     @classmethod
     def _known_format(cls, name: str) -> str:
         if name not in INPUT_FORMATS:
-            raise ValueError(f"unknown input format {name!r}; the nearest are {nearest(name, INPUT_FORMATS)}")
+            raise ValueError(f"unknown input format {name!r}; {suggestion(name, INPUT_FORMATS, short=30)}")
         return name
 
     @model_validator(mode="after")

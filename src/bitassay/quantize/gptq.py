@@ -51,7 +51,7 @@ class Gptq(Part):
     """How GPTQ is run; the header of `gptq.py` says what the fields mean."""
 
     order: Literal["activation", "natural"] = "activation"
-    damping: float = Field(0.01, gt=0, le=1)
+    damping: float = Field(default=0.01, gt=0, le=1)
     planes: Literal["apart"] | None = None
 
 

@@ -30,11 +30,11 @@ class Learned(Part):
     """steps of `batch` calibration samples for each layer. Learning rates: `codes` in steps of the grid,
     `scales` relative to their first value; zero leaves that kind as it is."""
 
-    steps: int = Field(50, ge=1)
-    batch: int = Field(4, ge=1)
-    codes: float = Field(1e-2, ge=0)
-    scales: float = Field(5e-3, ge=0)
-    warmup: float = Field(0.1, ge=0, le=1)
+    steps: int = Field(default=50, ge=1)
+    batch: int = Field(default=4, ge=1)
+    codes: float = Field(default=1e-2, ge=0)
+    scales: float = Field(default=5e-3, ge=0)
+    warmup: float = Field(default=0.1, ge=0, le=1)
     seed: int = 0
 
 

@@ -30,9 +30,9 @@ class Mixed(Part):
     the calibration text it is measured on."""
 
     bits: float = Field(gt=0, le=16)
-    formats: tuple[str | dict[str, Any], ...] = Field(("int2", "int3", "int4"), min_length=2)
+    formats: tuple[str | dict[str, Any], ...] = Field(default=("int2", "int3", "int4"), min_length=2)
     sensitivity: Literal["kl", "error"] = "error"
-    samples: int = Field(8, ge=1)
+    samples: int = Field(default=8, ge=1)
 
     @model_validator(mode="after")
     def _different(self) -> "Mixed":

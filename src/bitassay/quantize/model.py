@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bitassay.errors import BitassayError, nearest
+from bitassay.errors import BitassayError, suggestion
 from bitassay.models.load import Identity
 from bitassay.models.walk import decoder_layers, matrices, replace_module, walk
 from bitassay.quantize.activations import InputRounding
@@ -122,7 +122,7 @@ def check_recipe(model: PreTrainedModel, recipe: Recipe) -> dict[str, Tensor]:
         raise BitassayError(
             f"recipe {recipe.name}: the override {override.match!r} applies to no module of "
             f"{type(model).__name__}; "
-            f"the nearest names are {nearest(override.match, _patterns(names))}",
+            f"{suggestion(override.match, _patterns(names))}",
             "match full names with a glob, such as '*.down_proj' or 'model.layers.0.*'; the first match wins",
         )
     skipped = [name for name in found.others if recipe.scheme_for(name) is not None]

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bitassay.errors import BitassayError, nearest
+from bitassay.errors import BitassayError, suggestion
 from bitassay.models.head import last_logits
 from bitassay.models.hooks import hooked
 from bitassay.models.walk import walk
@@ -135,7 +135,7 @@ def input_roundings(
             raise BitassayError(
                 f"activations: the override {override.match!r} applies to no linear of "
                 f"{type(model).__name__}; "
-                f"the nearest names are {nearest(override.match, {_last_word(name) for name in names})}",
+                f"{suggestion(override.match, {_last_word(name) for name in names})}",
                 "match full names with a glob, such as '*.down_proj'; the first match wins",
             )
     if experts := [name for name in found.experts if spec.scheme_for(name) is not None]:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError, model_validator
 
-from bitassay.errors import BitassayError, nearest
+from bitassay.errors import BitassayError, suggestion
 from bitassay.quantize.activations import Activations, has_product
 from bitassay.quantize.calibration import Calibration
 from bitassay.quantize.gptq import Gptq
@@ -62,7 +62,7 @@ class Recipe(Part):
     are."""
 
     name: str = Field(pattern=r"^[\w.+-]{1,64}$")
-    description: str = Field("", max_length=1000)
+    description: str = Field(default="", max_length=1000)
     weights: WeightScheme | None
     overrides: tuple[Override, ...] = ()
     calibration: Calibration | None = None
@@ -266,7 +266,7 @@ def find_recipe(recipe: "str | Path | Recipe") -> Recipe:
     names = [found.stem for found in SHIPPED.glob("*.yaml")]
     if str(recipe) not in names:
         raise BitassayError(
-            f"no recipe is called {str(recipe)!r}; the nearest are {nearest(str(recipe), names)}",
+            f"no recipe is called {str(recipe)!r}; {suggestion(str(recipe), names)}",
             "bitassay recipes list, or give the path of a .yaml file",
         )
     return read_recipe(SHIPPED / f"{recipe}.yaml")

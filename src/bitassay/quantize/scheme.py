@@ -13,7 +13,7 @@ from pydantic import (
     model_validator,
 )
 
-from bitassay.errors import nearest
+from bitassay.errors import suggestion
 from bitassay.quantize.formats import FORMATS, NumberFormat
 from bitassay.quantize.granularity import Granularity
 
@@ -213,7 +213,7 @@ class WeightScheme(Part):
     @classmethod
     def _known_format(cls, name: str) -> str:
         if name not in FORMATS:
-            raise ValueError(f"unknown format {name!r}; the nearest are {nearest(name, FORMATS)}")
+            raise ValueError(f"unknown format {name!r}; {suggestion(name, FORMATS, short=30)}")
         return name
 
     @field_validator("granularity")

@@ -57,13 +57,13 @@ class Tune(Part):
     as `generated` says. Learning rates: `codes` in steps of the grid, `scales` relative to their first value,
     `norms` absolute; zero leaves that kind as it is."""
 
-    steps: int = Field(128, ge=1)
-    batch: int = Field(4, ge=1)
-    generated: int = Field(0, ge=0)
-    codes: float = Field(2e-3, ge=0)
-    scales: float = Field(1e-3, ge=0)
-    norms: float = Field(1e-4, ge=0)
-    warmup: float = Field(0.05, ge=0, le=1)
+    steps: int = Field(default=128, ge=1)
+    batch: int = Field(default=4, ge=1)
+    generated: int = Field(default=0, ge=0)
+    codes: float = Field(default=2e-3, ge=0)
+    scales: float = Field(default=1e-3, ge=0)
+    norms: float = Field(default=1e-4, ge=0)
+    warmup: float = Field(default=0.05, ge=0, le=1)
     seed: int = 0
 
 

@@ -1,12 +1,16 @@
-"""Files that are either whole or absent: written beside their place, then renamed into it."""
+"""Files that are either whole or absent: written beside their place, then renamed into it. And text files of
+users, which come from editors and shells of all kinds: `read_text`."""
 
+import codecs
 import errno
+import gzip
 import json
 import os
 import re
 import secrets
 import shutil
 import stat
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -123,6 +127,43 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, gunzipped where its name ends in .gz, as `decode_text` gives it. Raises
+    BitassayError that names the file and the defect."""
+    try:
+        data = path.read_bytes()
+        return decode_text(gzip.decompress(data) if path.suffix == ".gz" else data, path)
+    except OSError as error:
+        raise BitassayError(f"{path}: {error.strerror or error}", "check the path") from error
+    except (EOFError, zlib.error) as error:
+        raise BitassayError(f"{path}: truncated or not gzip ({error})", "restore the file") from error
+
+
+# UTF-32's mark begins with UTF-16's, so it stands first.
+_OTHER_MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+
+
+def decode_text(data: bytes, path: Path) -> str:
+    """UTF-8 as text, the same wherever it was written: without a byte order mark, and with every line end (CR
+    LF, CR) as LF. Raises BitassayError that names `path` where the bytes are no such text."""
+    remedy = "save the file as UTF-8 text"
+    for mark, encoding in _OTHER_MARKS.items():
+        if data.startswith(mark):
+            raise BitassayError(f"{path}: {encoding} text, not UTF-8", remedy)
+    if b"\0" in data:
+        raise BitassayError(f"{path}: not text (it has zero bytes, as binary files and UTF-16 do)", remedy)
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BitassayError(f"{path}: not UTF-8 text ({error})", remedy) from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
 def read_json(path: Path, *, limit_bytes: int = 64 * 2**20) -> Any:
     """Read a JSON file that may come from anyone: its size is checked first, and a defect names the file."""
     path = Path(path)
@@ -131,12 +172,17 @@ def read_json(path: Path, *, limit_bytes: int = 64 * 2**20) -> Any:
             raise BitassayError(
                 f"{path}: {path.stat().st_size} bytes, more than the {limit_bytes} that such a file may have"
             )
-        return json.loads(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
     except FileNotFoundError as error:
         raise BitassayError(f"{path}: no such file") from error
     except OSError as error:
         raise explain_os_error(error, path) from error
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    try:
+        return json.loads(decode_text(data, path))
+    except BitassayError as error:
+        why = error.problem.removeprefix(f"{path}: ")
+        raise BitassayError(f"{path}: not a JSON file ({why})", error.remedy) from error
+    except (json.JSONDecodeError, RecursionError) as error:
         raise BitassayError(
             f"{path}: not a JSON file ({error})", "write it again with the command that made it"
         ) from error
@@ -153,8 +199,9 @@ def read_yaml(path: Path) -> Any:
         raise BitassayError(f"{path}: {error.strerror or error}", "check the path") from error
     if len(raw) > YAML_BYTES:
         raise BitassayError(f"{path}: more than the {YAML_BYTES} bytes that such a file may have")
+    text = decode_text(raw, path)
     try:
-        return yaml.safe_load(raw.decode("utf-8"))
+        return yaml.safe_load(text)
     # PyYAML lets the last four out of values that do not fit their tag: 2020-13-01, `!!int ''`, `!!bool x`.
     except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError) as error:
         raise BitassayError(f"{path}: not valid YAML ({error})") from error

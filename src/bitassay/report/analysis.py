@@ -13,8 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from bitassay.record.files import atomic_file
-from bitassay.report.figures import STYLE
+from bitassay.report.figures import STYLE, write_png
 from bitassay.report.page import write_page
 from bitassay.report.tables import Column, percent, printable, significant
 
@@ -161,8 +160,7 @@ def draw_heat_map(axes: Axes, found: HeatMap) -> None:
 
 def write_heat_map(run: dict[str, Any], path: Path) -> None:
     """The figure as a PNG."""
-    with atomic_file(path) as temporary:
-        heat_map_figure(run).savefig(temporary, format="png", dpi=140, facecolor="white")
+    write_png(heat_map_figure(run), path, dpi=140)
 
 
 def write_analysis_report(run: dict[str, Any], path: Path) -> None:

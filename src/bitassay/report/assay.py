@@ -6,7 +6,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from bitassay.record.files import atomic_file, write_text
+from bitassay.record.files import write_text
 from bitassay.report.bench import page_table
 from bitassay.report.figures import (
     layers_figure,
@@ -15,6 +15,7 @@ from bitassay.report.figures import (
     summary_figure,
     svg,
     svg_file,
+    write_png,
 )
 from bitassay.report.page import write_page
 from bitassay.report.replication import PAIR_COLUMNS
@@ -106,8 +107,7 @@ def write_picture(run: dict[str, Any], path: Path) -> None:
     if path.suffix == ".svg":
         write_text(path, svg_file(figure))
         return
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=160, facecolor="white")
+    write_png(figure, path, dpi=160)
 
 
 def plain(value: Any) -> str:

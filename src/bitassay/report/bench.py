@@ -8,7 +8,6 @@ import matplotlib as mpl
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from bitassay.report.figures import COLOURS, INK, MARKERS, STYLE, svg
 from bitassay.report.page import write_page
@@ -157,13 +156,20 @@ def _lines(
 
 
 def roofline_figure(run: Mapping[str, Any]) -> Figure | None:
-    """Every timed phase as FLOP/s against FLOP a byte, under the limits of the machine."""
+    """Every timed phase as GFLOP/s against FLOP a byte, under the limits of the machine."""
     rows = [row for row in run["rows"] if row.get("skipped") is None]
     if not rows:
         return None
-    machine, models = run["machine"], list(dict.fromkeys(row["model"] for row in run["rows"]))
+    bandwidth = run["machine"]["bandwidth"] / 1e9
+    peaks = {dtype: peak / 1e9 for dtype, peak in run["machine"]["peaks"].items()}
+    models = list(dict.fromkeys(row["model"] for row in run["rows"]))
     points = [
-        (models.index(row["model"]), phase, row[f"{phase}_flop_per_byte"], row[f"{phase}_flop"] / seconds)
+        (
+            models.index(row["model"]),
+            phase,
+            row[f"{phase}_flop_per_byte"],
+            row[f"{phase}_flop"] / seconds / 1e9,
+        )
         for row in rows
         for phase, seconds in (
             ("prefill", row["ttft_s"]),
@@ -174,13 +180,13 @@ def roofline_figure(run: Mapping[str, Any]) -> Figure | None:
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(8, 4.2), layout="constrained")
         axes = figure.add_subplot()
-        for dtype, peak in machine["peaks"].items():
-            knee = peak / machine["bandwidth"]
+        for dtype, peak in peaks.items():
+            knee = peak / bandwidth
             if knee < high:
                 axes.plot([max(low, knee), high], [peak, peak], color=INK, lw=1, ls="--")
                 axes.annotate(dtype, (high, peak), ha="right", va="bottom", fontsize="small")
-        top = min(high, max(machine["peaks"].values()) / machine["bandwidth"])
-        axes.plot([low, top], [low * machine["bandwidth"], top * machine["bandwidth"]], color=INK, lw=1)
+        top = min(high, max(peaks.values()) / bandwidth)
+        axes.plot([low, top], [low * bandwidth, top * bandwidth], color=INK, lw=1)
         for index, model in enumerate(models):
             for phase, face in (("decode", COLOURS[index % len(COLOURS)]), ("prefill", "none")):
                 mine = [(x, y) for at, which, x, y in points if (at, which) == (index, phase)]
@@ -188,7 +194,7 @@ def roofline_figure(run: Mapping[str, Any]) -> Figure | None:
                     x, y = zip(*mine, strict=True)
                     style: dict[str, Any] = _style(index) | {"linestyle": "none", "markerfacecolor": face}
                     axes.plot(x, y, label=f"{printable(model)}, {phase}", **style)
-        axes.set(xscale="log", yscale="log", xlabel="FLOP a byte", ylabel="FLOP/s")
+        axes.set(xscale="log", yscale="log", xlabel="FLOP a byte", ylabel="GFLOP/s")
         axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
@@ -205,8 +211,6 @@ def _style(index: int) -> dict[str, Any]:
 def _log(axes: Axes, ticks: Sequence[int]) -> None:
     axes.set(xscale="log", yscale="log")
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def write_bench_report(run: Mapping[str, Any], path: Path) -> None:

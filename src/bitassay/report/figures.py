@@ -1,4 +1,5 @@
-"""The plots of an assay, as matplotlib figures: quality against size, distance by layer, speed.
+"""The plots of an assay, as matplotlib figures: quality against size, distance by layer, speed; and how the
+figures of every page are drawn (`svg`, `svg_file`, `write_png`).
 
 Colours are Okabe and Ito's, which colour-blind readers can tell apart; every series has a marker and a label
 of its own as well. On a page, colours become CSS variables, so that one drawing serves light and dark.
@@ -8,13 +9,23 @@ import io
 import math
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, SymmetricalLogLocator
+from matplotlib.ticker import (
+    FuncFormatter,
+    LogFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    SymmetricalLogLocator,
+)
 
+from bitassay.record.files import atomic_file
 from bitassay.report.schema import AssayRun, Row
 from bitassay.report.tables import printable
 
@@ -64,9 +75,44 @@ def svg_file(figure: Figure) -> str:
     return _drawn(figure, facecolor="white")
 
 
+def write_png(figure: Figure, path: Path, dpi: int) -> None:
+    """The figure as a PNG file, on white."""
+    plain_ticks(figure)
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=dpi, facecolor="white")
+
+
+def plain_ticks(figure: Figure) -> None:
+    """Label logarithmic axes with plain numbers, also between the powers of ten where they span few of them.
+
+    matplotlib writes such labels as formulas, which STYLE leaves as they are, since names may hold a `$`.
+    """
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            if isinstance(axis.get_major_formatter(), LogFormatter):
+                axis.set_major_formatter(FuncFormatter(lambda value, _: plain_number(value)))
+            if isinstance(axis.get_minor_formatter(), LogFormatter):
+                axis.set_minor_formatter(NullFormatter())
+            if axis.get_scale() == "log" and isinstance(axis.get_major_locator(), LogLocator | MaxNLocator):
+                axis.set_major_locator(_log_locator(axis))
+
+
+def _log_locator(axis: Axis) -> LogLocator | MaxNLocator:
+    low, high = axis.get_view_interval()
+    if high / low < 5:
+        return MaxNLocator(4)
+    return LogLocator(subs=(1, 2, 5) if high / low < 300 else (1,))
+
+
+def plain_number(value: float) -> str:
+    """A tick's label: 0.001, 0.5, 20, 1,000,000; far from 1 as 1e+09."""
+    return f"{value:,.7g}" if abs(value) < 1e7 else f"{value:.4g}"
+
+
 def _drawn(figure: Figure, facecolor: str) -> str:
     out = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    plain_ticks(figure)
     with mpl.rc_context(STYLE):
         figure.savefig(out, format="svg", metadata=nothing, facecolor=facecolor)
     text = out.getvalue()
@@ -140,7 +186,7 @@ def draw_divergence(axes: Axes, rows: Sequence[Row]) -> Labels:
     if zero := [row.recipe for row in rows[1:] if row.kl_mean <= 0]:
         text = f"exactly 0: {_short(', '.join(zero))}"
         axes.annotate(text, (0.02, 0.02), xycoords="axes fraction", fontsize="small")
-    _log_axis(axes)
+    axes.set_yscale("log")
     axes.set(xlabel="checkpoint, MB", ylabel="KL divergence to the base, nats a token")
     return labels
 
@@ -155,8 +201,6 @@ def draw_perplexity(axes: Axes, rows: Sequence[Row]) -> Labels:
     linear = 10.0 ** math.floor(math.log10(min((value for value in reach if value > 0), default=1.0)))
     axes.set_yscale("symlog", linthresh=linear)
     axes.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=linear))
-    axes.yaxis.set_major_formatter(_plain_number())
-    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set(xlabel="checkpoint, MB", ylabel="perplexity minus the base's")
     return labels
 
@@ -176,7 +220,7 @@ def draw_layers(axes: Axes, run: AssayRun) -> Labels:
         values = [max(value, floor) for value in row.hidden_distance_by_layer]
         axes.plot(layers, values, color=colour, marker=marker)
         labels.append((layers[-1], values[-1], "honest" if index == 0 else row.recipe))
-    _log_axis(axes)
+    axes.set_yscale("log")
     axes.set(xlabel="after decoder layer", ylabel="relative distance of hidden states", xticks=layers)
     longest = max((len(_short(name)) for _, _, name in labels), default=0)
     room = (32 + LETTER_WIDTH * longest) / axes.get_window_extent().width  # for the names
@@ -212,6 +256,7 @@ def label_points(axes: Axes, labels: Labels) -> None:
     """Write each name beside its point, moved up where it would cover another, with a line to its point."""
     figure = axes.get_figure()
     assert isinstance(figure, Figure)
+    plain_ticks(figure)
     figure.draw_without_rendering()  # only now is it known where on the drawing a point lies
     box, taken = axes.get_window_extent(), list[tuple[float, float, float]]()
     for x, y, name in sorted(labels, key=lambda label: label[1]):
@@ -262,16 +307,3 @@ def _point(
     axes.margins(x=0.15)
     axes.locator_params(axis="x", nbins=6)
     return x, value, row.recipe
-
-
-def _log_axis(axes: Axes) -> None:
-    """A log axis with plain numbers, also between the powers of ten where it spans few of them."""
-    axes.set_yscale("log")
-    low, high = axes.get_ylim()
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 300 else (1,)))
-    axes.yaxis.set_major_formatter(_plain_number())
-    axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _plain_number() -> FuncFormatter:
-    return FuncFormatter(lambda value, _: f"{value:g}")

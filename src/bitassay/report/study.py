@@ -160,5 +160,6 @@ def _section(run: Mapping[str, Any], index: int) -> dict[str, Any]:
         "header": [column.title.replace("\n", " ") for column in columns],
         "rows": cells,
         "missing": run.get("missing", []),
+        "left_out": run.get("left_out", []),
         "created": run["created"],
     }

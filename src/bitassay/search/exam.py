@@ -103,13 +103,13 @@ class Exam:
             for name, one in found.items():
                 scores[name].append(one)
             self.progress("scoring what is held out", index + 1, len(self.held_out))
-        rows = [facts_of(self.base) | summarise(scores[BASE], scores[BASE], self.seed).to_dict()]
+        rows = [facts_of(self.base) | summarise(scores[BASE], scores[BASE]).to_dict()]
         rows += [
-            facts(self.base, one) | summarise(scores[name], scores[BASE], self.seed).to_dict()
+            facts(self.base, one) | summarise(scores[name], scores[BASE]).to_dict()
             for name, one in quantizations.items()
         ]
         every = [scores[name] for name in quantizations]
-        return rows, [[text_difference(other, one, self.seed) for other in every] for one in every]
+        return rows, [[text_difference(other, one) for other in every] for one in every]
 
     def speed(self, quantization: Quantization) -> Row:
         """Columns of speed, of packed weights."""
@@ -161,7 +161,7 @@ class Sitting:
                 found = window_logits(self._model(), window)
                 self._scores[index] = token_scores(found, window[1:], logits)
             self.exam.progress("scoring", done + 1, len(indices))
-        return summarise([self._scores[index] for index in indices], base, self.exam.seed).to_dict()
+        return summarise([self._scores[index] for index in indices], base).to_dict()
 
 
 def facts(base: PreTrainedModel, quantization: Quantization) -> Row:

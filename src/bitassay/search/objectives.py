@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bitassay.errors import BitassayError, nearest
+from bitassay.errors import BitassayError, suggestion
 from bitassay.quantize.recipe import Recipe, find_recipe, shipped_recipes
 
 FACTS = ("bits_per_weight", "checkpoint_bits_per_weight", "size_bytes")  # known before anything is run
@@ -60,7 +60,7 @@ class Objective:
 def known_column(name: str) -> str:
     if name not in COLUMNS:
         raise BitassayError(
-            f"no column is called {name!r}; the nearest are {nearest(name, COLUMNS)}",
+            f"no column is called {name!r}; {suggestion(name, COLUMNS)}",
             f"one of {', '.join(COLUMNS)}",
         )
     return name

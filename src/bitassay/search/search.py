@@ -33,6 +33,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from bitassay.bench.environment import environment
 from bitassay.errors import BitassayError
+from bitassay.evaluate.compare import INTERVAL, INTERVALS, PAIR_INTERVALS
 from bitassay.models.load import identity
 from bitassay.quantize.pipeline import quantize_tensors_once
 from bitassay.quantize.recipe import BASE, Recipe, find_recipe, row_names
@@ -57,7 +58,6 @@ from bitassay.search.trials import (
 
 SCHEMA = 1
 MOST_BEST = 8  # recipes of a front that are judged
-INTERVAL = "95 %, expanded percentile bootstrap over the windows held out, paired"
 
 
 def search(
@@ -199,7 +199,8 @@ def _result(
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "model": {"name": who.name, "weights_digest": who.weights_digest},
         "settings": plan.to_dict(),
-        "interval": INTERVAL,
+        "interval": f"over the windows held out: {INTERVAL}",
+        "intervals": {"rows": INTERVALS, "against": PAIR_INTERVALS},
         "rows": [
             {"chosen": name not in (BASE, *hand)} | _finite(row)
             for name, row in zip((BASE, *recipes), rows, strict=True)

@@ -26,7 +26,7 @@ from typing import Any
 from pydantic import Field, ValidationError, model_validator
 from pydantic_core import to_jsonable_python
 
-from bitassay.errors import BitassayError, nearest
+from bitassay.errors import BitassayError, suggestion
 from bitassay.quantize.recipe import Recipe
 from bitassay.quantize.scheme import Part
 from bitassay.record.files import read_yaml
@@ -194,7 +194,7 @@ def find_space(space: "str | Path | Space") -> Space:
         names = sorted(found.stem for found in SHIPPED.glob("*.yaml"))
         if str(space) not in names:
             raise BitassayError(
-                f"no space is called {str(space)!r}; the nearest are {nearest(str(space), names)}",
+                f"no space is called {str(space)!r}; {suggestion(str(space), names)}",
                 "give one of them, or the path of a .yaml file",
             )
         path = SHIPPED / f"{space}.yaml"

@@ -47,7 +47,7 @@ PROCESS = "process"  # of a trial: who has it in hand
 class SearchPlan:
     """What is searched: `space` over `model`, for the least of each of `objectives`, where no column of
     `at_most` is larger. windows: how many of `window` tokens choose (as many are held out); short: how many
-    of them come first. seed: of the sampler and the bootstrap."""
+    of them come first. seed: of the sampler."""
 
     model: str
     space: Space

@@ -26,7 +26,7 @@ from bitassay.bench.environment import environment
 from bitassay.bench.throughput import DECODE_TOKENS, throughput
 from bitassay.data.windows import Protocol
 from bitassay.errors import BitassayError
-from bitassay.evaluate.compare import score_windows, summarise
+from bitassay.evaluate.compare import INTERVAL, INTERVALS, score_windows, summarise
 from bitassay.evaluate.controls import pair
 from bitassay.evaluate.divergence import TokenScores
 from bitassay.models.load import identity, load
@@ -60,7 +60,6 @@ from bitassay.verify.profile import Profile
 SCHEMA = 1
 DEFAULT_PROTOCOL = Protocol(windows=16)
 DEFAULT_VERIFICATION = Verification()
-INTERVAL = "95 %, expanded percentile bootstrap over windows, paired with the base model"
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,7 @@ def assay(
     facts = {name: facts_of(model) for name, model in models.items()}
     stopwatch.lap("quantize")
     scores = _evaluate(plan, folder, base, quantizations, windows, progress)
-    quality = {name: summarise(scores[name], scores[BASE], plan.seed).to_dict() for name in models}
+    quality = {name: summarise(scores[name], scores[BASE]).to_dict() for name in models}
     stopwatch.lap("evaluate")
     head = _head(plan, folder, base, corpus_source, windows)
     del base, models  # timing and verification run in bf16
@@ -145,7 +144,7 @@ def assay(
         facts[name] | quality[name] | speed.get(name, _NO_SPEED) | verdicts.get(name, _NO_VERDICT)
         for name in facts
     ]
-    pairs = [pair(place, place.group, scores, plan.seed) for place in places]
+    pairs = [pair(place, place.group, scores) for place in places]
     run = {**head, "verification": verification, "rows": rows, "pairs": pairs, "seconds": stopwatch.laps}
     write_json(folder.path / "run.json", run)
     return run, folder.path
@@ -206,6 +205,7 @@ def _head(
             "predicted_tokens": windows.numel() - len(windows),
             "seed": plan.seed,
             "interval": INTERVAL,
+            "intervals": INTERVALS,
         },
         "recipes": {recipe.name: recipe.model_dump(mode="json") for recipe in plan.recipes},
         "environment": environment(),

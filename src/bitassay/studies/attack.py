@@ -10,8 +10,7 @@ accusations?
 
 import functools
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +21,7 @@ from pydantic import TypeAdapter
 from transformers import PreTrainedModel
 
 from bitassay.bench.environment import environment
-from bitassay.errors import BitassayError, nearest
+from bitassay.errors import BitassayError, MissingError, suggestion
 from bitassay.generate.decode import TokenIds
 from bitassay.generate.sampling import GREEDY, Sampler
 from bitassay.models.load import identity, load
@@ -30,7 +29,8 @@ from bitassay.record.files import write_json
 from bitassay.record.progress import Progress, silent
 from bitassay.record.run import RunFolder, default_folder
 from bitassay.studies.court import FOLDS, Court, fewest_counted, honest_rows, judged_rows
-from bitassay.studies.parties import DTYPES, Machine, other_machine
+from bitassay.studies.parties import DTYPES, Machine, other_machines, threads
+from bitassay.studies.trial import LeftOut, Trial, first_that_runs, try_machine
 from bitassay.studies.verification import chosen_prompts
 from bitassay.studies.work import problem_of, start
 from bitassay.studies.worker import Item, Job
@@ -70,7 +70,7 @@ class AttackPlan:
 @dataclass(frozen=True)
 class Bench:
     """Requests with one sampler, and the model that answers them honestly. name: where the model was loaded
-    from."""
+    from. other: the machine of the variant `isa`."""
 
     name: str
     model: PreTrainedModel
@@ -78,6 +78,7 @@ class Bench:
     sampler: Sampler
     plan: AttackPlan
     trust_remote_code: bool = False
+    other: Machine | None = None
 
     @property
     def nonces(self) -> list[str]:
@@ -129,7 +130,7 @@ def _one_thread(bench: Bench) -> list[Trace]:
 def _other_instructions(bench: Bench) -> list[Trace]:
     """Greedily in a process of its own that is told to use other vector instructions; batches are those of
     `prove_many`, of similar length."""
-    machine = other_machine(Machine("cpu"))
+    machine = bench.other or other_machines(HOST)[0]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         items = [
@@ -151,38 +152,40 @@ def _other_instructions(bench: Bench) -> list[Trace]:
         return [read_trace(item.trace) for item in items]
 
 
+HOST = Machine("cpu")
+
+
+def _here(*options: str) -> Callable[[], list[Machine]]:
+    return lambda: [Machine("+".join((HOST.name, *options)))]
+
+
 @dataclass(frozen=True)
 class Variant:
-    """One way of running the model honestly. sampled: with the sampler SAMPLED instead of greedily."""
+    """One way of running the model honestly. machines: whose numerics it has, as `parties` spells them; the
+    first that can compute here. sampled: with the sampler SAMPLED instead of greedily."""
 
     about: str
     run: Callable[[Bench], list[Trace]]
     sampled: bool = False
+    machines: Callable[[], Sequence[Machine]] = lambda: [HOST]
 
 
 VARIANTS = {
     "same": Variant("cached decode in batches, as the verifier's numerics are", lambda bench: bench.traces),
-    "eager": Variant("eager attention", _eager),
-    "thread-1": Variant("one thread", _one_thread),
+    "eager": Variant("eager attention", _eager, machines=_here("eager")),
+    "thread-1": Variant("one thread", _one_thread, machines=_here("1thread")),
     "batch-1": Variant("one request at a time", lambda bench: bench.prove(batch=1)),
     "batch-8": Variant("eight requests at a time", lambda bench: bench.prove(batch=8)),
-    "isa": Variant("a process with AVX2 where AVX-512 is the default", _other_instructions),
+    "isa": Variant(
+        "a process with other vector instructions (AVX2 where AVX-512 is the default)",
+        _other_instructions,
+        machines=lambda: other_machines(HOST),
+    ),
     "prefill": Variant("states from one prefill instead of cached decode", _prefill),
     "sampled": Variant("sampled, otherwise the same", lambda bench: bench.traces, sampled=True),
-    "sampled-eager": Variant("sampled, eager attention", _eager, sampled=True),
-    "sampled-thread-1": Variant("sampled, one thread", _one_thread, sampled=True),
+    "sampled-eager": Variant("sampled, eager attention", _eager, True, _here("eager")),
+    "sampled-thread-1": Variant("sampled, one thread", _one_thread, True, _here("1thread")),
 }
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Within the context, PyTorch runs on `count` threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def attack(
@@ -191,12 +194,19 @@ def attack(
     *,
     out: Path | None = None,
     trust_remote_code: bool = False,
+    trial: Trial = try_machine,
     progress: Progress = silent,
 ) -> tuple[dict[str, Any], Path]:
-    """Run the study; the finished run and its folder. Interrupted, the same call goes on.
+    """Run the study; the finished run and its folder. Interrupted, the same call goes on. Numerics that
+    cannot be computed here are `left_out`, or another machine's stand in.
 
-    Raises BitassayError for an unknown attack or variant, and where the honest runs are too few for alpha.
+    Raises BitassayError for an unknown attack or variant, and where the honest runs are too few for alpha,
+    MissingError where the verifier's own numerics cannot be computed.
     """
+    check_plan(plan)
+    plan, other, left_out = runnable(plan, trial)
+    for one in left_out:
+        progress(str(one))
     check_plan(plan)
     base = load(model, dtype=DTYPES[PRECISION], trust_remote_code=trust_remote_code, progress=progress)
     described = {"schema": SCHEMA, "kind": "attack", "model": identity(base).weights_digest, **asdict(plan)}
@@ -205,7 +215,7 @@ def attack(
     folder = _folder(
         out, model, {key: value for key, value in described.items() if key not in ("attacks", "variants")}
     )
-    greedy = Bench(model, base, (), GREEDY, plan, trust_remote_code)
+    greedy = Bench(model, base, (), GREEDY, plan, trust_remote_code, other)
     chosen = folder.part("requests", lambda: _choose(greedy, progress))
     greedy = replace(greedy, prompts=[tuple(prompt) for prompt in chosen])
     benches = {False: greedy, True: replace(greedy, sampler=SAMPLED)}
@@ -261,6 +271,7 @@ def attack(
         ],
         "honest": honest_rows(courts, plan.tokens),
         "about": {name: ATTACKS[name].about for name in plan.attacks},
+        "left_out": [asdict(one) for one in left_out],
         "numerics_pooled": {name: VARIANTS[name].about for name in plan.variants},
     }
     write_json(folder.path / "run.json", run)
@@ -272,7 +283,9 @@ def check_plan(plan: AttackPlan) -> None:
     for given, known, kind in ((plan.attacks, ATTACKS, "attack"), (plan.variants, VARIANTS, "numerics")):
         for name in given:
             if name not in known:
-                raise BitassayError(f"no {kind} is called {name!r}; the nearest are {nearest(name, known)}")
+                raise BitassayError(
+                    f"no {kind} is called {name!r}; {suggestion(name, known)}", f"any of {', '.join(known)}"
+                )
     if plan.tokens < 2 or plan.sequences < 2 * FOLDS:
         raise BitassayError("a study needs 2 tokens and 10 sequences at least", "--tokens 64 --sequences 100")
     for sampled in {ATTACKS[name].sampled for name in plan.attacks}:
@@ -284,6 +297,29 @@ def check_plan(plan: AttackPlan) -> None:
                 f"{scores} honest scores; alpha {plan.alpha:g} needs {needed}",
                 "more --sequences, more --numerics or a larger --alpha",
             )
+
+
+def runnable(
+    plan: AttackPlan, trial: Trial = try_machine
+) -> tuple[AttackPlan, Machine | None, tuple[LeftOut, ...]]:
+    """The plan without variants whose numerics cannot be computed here, the machine of `isa`, and what was
+    left out or replaced."""
+    dtype = DTYPES[PRECISION]
+    if problem := trial(HOST, dtype):
+        raise MissingError(f"{dtype} cannot be computed here: {problem}", "unset ATEN_CPU_CAPABILITY")
+    known: dict[tuple[Machine, ...], tuple[Machine | None, tuple[LeftOut, ...]]] = {(HOST,): (HOST, ())}
+    kept, left_out, other = [], list[LeftOut](), None
+    for name in plan.variants:
+        machines = tuple(VARIANTS[name].machines())
+        if machines not in known:
+            known[machines] = first_that_runs(machines, dtype, trial)
+        found, failed = known[machines]
+        left_out += [replace(one, numerics=f"{name}: {one.numerics}") for one in failed]
+        if found is not None:
+            kept.append(name)
+        if name == "isa":
+            other = found
+    return replace(plan, variants=tuple(kept)), other, tuple(left_out)
 
 
 def _choose(bench: Bench, progress: Progress) -> list[list[int]]:

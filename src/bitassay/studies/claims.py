@@ -98,7 +98,7 @@ def perplexity(second: str, first: str, fraction: bool = False) -> Measure:
         a, b = found.called(first), found.called(second)
         if not {a, b} <= found.text.keys():
             return None
-        one = text_difference(found.text[a], found.text[b], found.plan.seed, level)
+        one = text_difference(found.text[a], found.text[b], level)
         value = (one.ppl_fraction, one.ppl_fraction_ci) if fraction else (one.ppl, one.ppl_ci)
         return Quantity(f"{b} - {a}", *value)
 
@@ -112,7 +112,7 @@ def divergence(second: str, first: str, fraction: bool = False) -> Measure:
         a, b = found.called(first), found.called(second)
         if not {a, b} <= found.text.keys():
             return None
-        one = text_difference(found.text[a], found.text[b], found.plan.seed, level)
+        one = text_difference(found.text[a], found.text[b], level)
         if not fraction:
             return Quantity(f"{b} - {a}", one.kl, one.kl_ci)
         if one.kl_fraction is None:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from bitassay.data.windows import Protocol
-from bitassay.errors import BitassayError, nearest
+from bitassay.errors import BitassayError, suggestion
 from bitassay.quantize.recipe import BASE, Recipe
 from bitassay.studies.parties import DTYPES
 from bitassay.studies.variants import Findings, Kind, Variant, VariantPlan
@@ -148,7 +148,7 @@ def _named(variants: Sequence[Variant], only: Sequence[str]) -> tuple[Variant, .
 
 def find_study(name: str) -> Study:
     if name not in STUDIES:
-        raise BitassayError(f"no INT8/FP8 study is called {name!r}; the nearest are {nearest(name, STUDIES)}")
+        raise BitassayError(f"no INT8/FP8 study is called {name!r}; {suggestion(name, STUDIES)}")
     return STUDIES[name]
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from bitassay.evaluate.statistics import bootstrap_means, difference_interval, percentile_interval
+from bitassay.evaluate.statistics import difference_interval, logit_interval, mean_of
 from bitassay.studies.claims import Measure, Quantity
 from bitassay.studies.eight_bit import FORMATS, EightBitFindings
 
@@ -36,7 +36,7 @@ def accuracy(second: str, first: str, method: str, first_method: str | None = No
 
 
 def mean_accuracy(second: Sequence[str], first: Sequence[str], method: str) -> Measure:
-    """Accuracy of `second` less that of `first`, pair by pair, in the mean over pairs; resampled are the
+    """Accuracy of `second` less that of `first`, pair by pair, in the mean over pairs; the interval is over
     questions, which all were asked alike."""
 
     def measure(found: EightBitFindings, level: float) -> Quantity | None:
@@ -49,10 +49,9 @@ def mean_accuracy(second: Sequence[str], first: Sequence[str], method: str) -> M
             ],
             axis=0,
         )
-        interval = None  # where all answers are equal, resampling says nothing of what others would be
-        if gained.any():
-            interval = percentile_interval(bootstrap_means(gained, found.plan.seed), len(gained), level)
-        return Quantity(f"mean of {len(first)} granularities", float(gained.mean()), interval)
+        mean = mean_of(gained)
+        name = f"mean of {len(first)} granularities"
+        return Quantity(name, mean.value, logit_interval(mean, -1, 1, level))
 
     return measure
 
@@ -69,7 +68,7 @@ def overhead(variant: str) -> Measure:
 
 def rounding_ratio(shape: str) -> Measure:
     """FP8's rounding error of a matrix over INT8's, one scale for the tensor; its interval is what the draws
-    spanned."""
+    spanned, none of a single draw."""
 
     def measure(found: EightBitFindings, level: float) -> Quantity | None:
         rows = {} if found.products is None else _products(found.products, shape)
@@ -77,7 +76,7 @@ def rounding_ratio(shape: str) -> Measure:
             return None
         (int_low, int_high), (low, high) = (rows[name]["rounding_error_range"] for name in ("int8", "fp8"))
         value = rows["fp8"]["rounding_error"] / rows["int8"]["rounding_error"]
-        return Quantity(f"fp8 / int8 at {shape}", value, (low / int_high, high / int_low))
+        return Quantity(f"fp8 / int8 at {shape}", value, _spanned(low / int_high, high / int_low))
 
     return measure
 
@@ -91,9 +90,13 @@ def over_documented(shape: str, format: str) -> Measure:
             return None
         low, high = row["rounding_error_range"]
         given = row["documented"]
-        return Quantity(f"{format} at {shape}", row["over_documented"], (low / given, high / given))
+        return Quantity(f"{format} at {shape}", row["over_documented"], _spanned(low / given, high / given))
 
     return measure
+
+
+def _spanned(low: float, high: float) -> tuple[float, float] | None:
+    return (low, high) if low < high else None
 
 
 def _products(products: dict[str, Any], shape: str) -> dict[str, Any]:

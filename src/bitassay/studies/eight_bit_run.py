@@ -18,9 +18,9 @@ from typing import Any
 from bitassay.bench.environment import environment
 from bitassay.bench.matmul import matmul
 from bitassay.bench.models import bench
-from bitassay.evaluate.compare import summarise, text_difference
+from bitassay.evaluate.compare import INTERVAL, INTERVALS, PAIR_INTERVALS, summarise, text_difference
 from bitassay.evaluate.questions import require_lm_eval
-from bitassay.evaluate.statistics import ALPHA, accuracy_interval, holm, paired_difference
+from bitassay.evaluate.statistics import ALPHA, TANGO, WILSON, accuracy_interval, holm, paired_difference
 from bitassay.evaluate.tasks import is_letter
 from bitassay.quantize.granularity import Granularity
 from bitassay.record.files import write_json
@@ -35,6 +35,11 @@ from bitassay.studies.torchao_models import require_torchao
 from bitassay.studies.variants import VariantPlan
 
 Pair = tuple[str, str, str]  # family, first variant, second variant
+
+
+_QUESTIONS = {f"{method}_acc_ci": WILSON for method in METHODS} | {
+    f"{method}_difference_ci": TANGO for method in METHODS
+}
 
 
 def run_eight_bit(
@@ -64,8 +69,10 @@ def run_eight_bit(
             "questions": question_protocol(plan, asked["whole"]),
             "questions_source": asked["source"],
         },
-        "interval": "95 %, of pairs for all of a family together: expanded percentile bootstrap over "
-        "windows, Wilson's of an accuracy, Tango's of a paired difference",
+        "interval": "95 %, of pairs for all of a family together. Of text: "
+        f"{INTERVAL.removeprefix('95 %, ')}. Of questions: Wilson's of an accuracy, Tango's of a paired "
+        "difference",
+        "intervals": {"rows": INTERVALS | _QUESTIONS, "pairs": PAIR_INTERVALS | _QUESTIONS},
         "rows": rows_of(found),
         "pairs": pairs_of(found),
         "claims": judged(found, CLAIMS),
@@ -140,7 +147,7 @@ def rows_of(found: EightBitFindings) -> list[dict[str, Any]]:
             facts = found.facts[name]
             row |= {key: facts.get(key) for key in ("recipe_id", "bits_per_weight", "size_bytes")}
             if name in found.text:
-                row |= summarise(found.text[name], found.text[found.plan.base], found.plan.seed).to_dict()
+                row |= summarise(found.text[name], found.text[found.plan.base]).to_dict()
             for method in METHODS:
                 row |= {f"{method}_{key}": value for key, value in adjusted[method][name].items()}
             row["unparsed"] = _unparsed(found.asked[name]["generate"]["answers"])
@@ -212,7 +219,7 @@ def pairs_of(found: EightBitFindings) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"family": family, "first": first, "second": second}
         alpha = ALPHA / sum(other == family for other, *_ in made)
         if first in found.text:
-            row |= asdict(text_difference(found.text[first], found.text[second], found.plan.seed, 1 - alpha))
+            row |= asdict(text_difference(found.text[first], found.text[second], 1 - alpha))
         for method in METHODS:
             sides = (found.right[name][method] for name in (first, second))
             one = paired_difference(*sides, level=1 - alpha, alpha=alpha)

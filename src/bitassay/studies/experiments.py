@@ -22,19 +22,20 @@ sampled layers count; those of the prompt are reported beside them.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from bitassay.bench.environment import environment
-from bitassay.errors import BitassayError, nearest
+from bitassay.errors import BitassayError, MissingError, suggestion
+from bitassay.evaluate.statistics import logit_interval, mean_of
 from bitassay.record.files import write_json
 from bitassay.record.progress import Progress, silent
-from bitassay.studies.parties import Party
+from bitassay.studies.parties import Machine, Party
+from bitassay.studies.trial import Trial, try_machine
 from bitassay.studies.work import SCHEMA, Plan, Work, check_plan
 from bitassay.studies.worker import Cells
 from bitassay.verify import verillm
@@ -82,12 +83,22 @@ class Direction:
     prover: Party
     verifiers: tuple[Party, ...]
     attackers: tuple[Party, ...]
+    target: Machine
+
+    @property
+    def parties(self) -> tuple[Party, ...]:
+        return (self.prover, *self.verifiers, *self.attackers)
+
+    @property
+    def machines(self) -> tuple[Machine, Machine]:
+        """The prover's, and the one that the verifiers are kinds of."""
+        return self.prover.machine, self.target
 
     @property
     def label(self) -> str:
         """As the documents name their files: precisions are named where they differ."""
         names = {"full": "fp", "quantized": "quantized"}
-        one, two = self.experiment, self.verifiers[0].machine.label
+        one, two = self.experiment, self.target.label
         if one.prover == one.verifier:
             return f"{self.prover.machine.label}_to_{two}"
         return f"{names[one.prover]}_{self.prover.machine.label}_to_{names[one.verifier]}_{two}"
@@ -102,8 +113,9 @@ def directions(name: str, plan: Plan) -> list[Direction]:
         Direction(
             one,
             plan.party(one.prover, source),
-            tuple(plan.party(one.verifier, machine) for machine in target.verifiers(plan.verifiers)),
+            tuple(plan.party(one.verifier, machine) for machine in plan.verifiers_on(target)),
             tuple(plan.party(side, source) for side in dict.fromkeys((plan.precision, *plan.attacks))),
+            target,
         )
         for source, target in pairs
     ]
@@ -113,23 +125,26 @@ def check_names(names: Sequence[str]) -> None:
     """Raises BitassayError for an unknown experiment."""
     for name in names:
         if name not in EXPERIMENTS:
-            raise BitassayError(
-                f"no experiment is called {name!r}; the nearest are {nearest(name, EXPERIMENTS)}"
-            )
+            raise BitassayError(f"no experiment is called {name!r}; {suggestion(name, EXPERIMENTS)}")
 
 
 def run_experiments(
-    names: Sequence[str], plan: Plan, *, out: Path = Path("data"), progress: Progress = silent
+    names: Sequence[str],
+    plan: Plan,
+    *,
+    out: Path = Path("data"),
+    trial: Trial = try_machine,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Run what of the experiments this computer can, and write trials and summaries under `out`/raw.
 
     Returns {"rows": ...}, a row for each direction whose cells are all there, and what is `missing` for the
     others. Interrupted, the same call goes on; more trials, verifiers or experiments keep what there is.
+    Numerics that cannot be computed here are `left_out`, and with them the directions that need them. Raises
+    BitassayError for bad input, MissingError where no direction is left.
     """
-    check_names(names)
-    check_plan(plan)
+    plan, wanted, impossible = planned(names, plan, trial, progress)
     work = Work(plan, out, progress)
-    wanted = [direction for name in names for direction in directions(name, plan)]
     if plan.role != "verify":
         work.prove(dict.fromkeys(p for one in wanted for p in (one.prover, *one.attackers)))
     if plan.role != "prove":
@@ -141,7 +156,7 @@ def run_experiments(
                 for v in one.verifiers
             ]
         )
-    rows, missing = [], []
+    rows, missing = [], list(impossible)
     for one in wanted:
         provers = (one.prover, *one.attackers)
         if lacking := next(filter(None, (work.lacking(prover, one.verifiers) for prover in provers)), ""):
@@ -157,7 +172,41 @@ def run_experiments(
         "folder": str(work.folder.path),
         "rows": rows,
         "missing": missing,
+        "left_out": [asdict(one) for one in plan.left_out],
     }
+
+
+def planned(
+    names: Sequence[str], plan: Plan, trial: Trial = try_machine, progress: Progress = silent
+) -> tuple[Plan, list[Direction], list[dict[str, Any]]]:
+    """The plan without numerics that cannot be computed here, the directions that can be run by it, and of
+    the others what is missing. Raises as `run_experiments` does."""
+    check_names(names)
+    check_plan(plan)
+    machines = {m for name in names for one in directions(name, plan) for m in one.machines}
+    plan = plan.tried(sorted(machines, key=plan.machines.index), trial)
+    for one in plan.left_out:
+        progress(str(one))
+    wanted = [direction for name in names for direction in directions(name, plan)]
+    problems = {one.numerics: one.problem for one in plan.left_out if one.instead is None}
+    impossible = [
+        {
+            "study": one.experiment.name,
+            "direction": one.label,
+            "impossible": True,
+            "missing": f"{lost[0]}, which cannot run here: {problems[lost[0]]}",
+        }
+        for one in wanted
+        if (lost := [party.machine.name for party in one.parties if party.machine.name in problems])
+    ]
+    lost = {(one["study"], one["direction"]) for one in impossible}
+    left = [one for one in wanted if (one.experiment.name, one.label) not in lost]
+    if not left:
+        raise MissingError(
+            f"{impossible[0]['study']} needs {impossible[0]['missing']}",
+            "other --devices, such as cpu+eager, or another --precision",
+        )
+    return plan, left, impossible
 
 
 def report(work: Work, one: Direction) -> dict[str, Any]:
@@ -244,7 +293,7 @@ def summary(
     distances = [[v["relative_distance"] for v in trial["verifiers"]] for trial in trials]
     aggregate = {
         "avg_accept_rate": float(np.mean(rates)),
-        "accept_rate_ci": mean_interval(rates),
+        "accept_rate_ci": logit_interval(mean_of(rates)),
         "avg_overhead_percentage": float(np.mean([trial["overhead_percentage"] for trial in trials])),
         "pass_rate": float(np.mean([trial["passed"] for trial in trials])),
         "pass_rate_ci": list(share(sum(trial["passed"] for trial in trials), len(trials))[1:]),
@@ -287,14 +336,6 @@ def summary(
         },
         "environment": environment(),
     }
-
-
-def mean_interval(values: Sequence[float], level: float = 0.95) -> list[float] | None:
-    """Student's t interval of the mean of shares, within [0, 1]; None for fewer than two values."""
-    if len(values) < 2:
-        return None
-    half = stats.t.ppf((1 + level) / 2, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
-    return [max(float(np.mean(values) - half), 0.0), min(float(np.mean(values) + half), 1.0)]
 
 
 def hardware(one: Direction) -> str:

@@ -17,6 +17,8 @@ from bitassay.data.corpora import bundled_prompts, prompts_from
 from bitassay.errors import BitassayError
 from bitassay.evaluate.generation import (
     BATCH,
+    INTERVAL,
+    INTERVALS,
     Text,
     check_scorers,
     compare_texts,
@@ -39,7 +41,6 @@ from bitassay.record.run import RunFolder, default_folder
 from bitassay.record.versions import versions
 
 SCHEMA = 1
-INTERVAL = "95 %, expanded percentile bootstrap over prompts"
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,6 @@ class GenerationPlan:
     max_new_tokens: int = 64
     batch: int = BATCH
     dtype: str = "float32"
-    seed: int = 0
 
     def __post_init__(self) -> None:
         if len(row_names(self.recipes, self.candidates)) == 1:
@@ -100,8 +100,7 @@ def generation(
         for place, (name, make) in enumerate(makers.items())
     }
     rows = [
-        {"recipe": name, **compare_texts(found, written[BASE], plan.seed).to_dict()}
-        for name, found in written.items()
+        {"recipe": name, **compare_texts(found, written[BASE]).to_dict()} for name, found in written.items()
     ]
     run = {
         **_head(plan, folder, base),
@@ -223,7 +222,6 @@ def _settings(plan: GenerationPlan) -> dict[str, Any]:
         "max_new_tokens": plan.max_new_tokens,
         "batch": plan.batch,
         "dtype": plan.dtype,
-        "seed": plan.seed,
     }
 
 
@@ -237,5 +235,6 @@ def _head(plan: GenerationPlan, folder: RunFolder, base: PreTrainedModel) -> dic
         "model": {"name": who.name, "origin": who.source.origin, "weights_digest": who.weights_digest},
         "settings": _settings(plan),
         "interval": INTERVAL,
+        "intervals": INTERVALS,
         "environment": environment(),
     }

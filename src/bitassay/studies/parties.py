@@ -14,6 +14,8 @@ then runs in the study's dtype.
 
 import os
 import re
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +23,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from bitassay.errors import BitassayError, nearest
+from bitassay.errors import BitassayError, suggestion
 from bitassay.models.load import load
 from bitassay.quantize.pipeline import quantize_once
 from bitassay.quantize.recipe import find_recipe, shipped_recipes
@@ -37,6 +39,11 @@ VERIFIER_NUMERICS = {
     "cuda": ("", "eager"),
     "mps": ("", "eager"),
 }
+
+
+def _kind(option: str) -> str:
+    """What an option decides."""
+    return "instructions" if option in INSTRUCTIONS else "attention" if option in ATTENTIONS else "threads"
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,7 @@ class Machine:
                 known = (*INSTRUCTIONS, *ATTENTIONS, "1thread", "2threads")
                 raise BitassayError(
                     f"{self.name!r} is no machine: no numerics are called {option!r}; "
-                    f"the nearest are {nearest(option, known)}"
+                    f"{suggestion(option, known)}"
                 )
 
     @property
@@ -73,6 +80,11 @@ class Machine:
         return next((option for option in self.options if option in ATTENTIONS), "sdpa")
 
     @property
+    def threads(self) -> int | None:
+        """Threads of PyTorch; None leaves its own choice."""
+        return next((int(found[1]) for option in self.options if (found := _THREADS.fullmatch(option))), None)
+
+    @property
     def label(self) -> str:
         """The name in file names."""
         return self.name.replace(":", "")
@@ -83,8 +95,8 @@ class Machine:
         for option in self.options:
             if option in INSTRUCTIONS:
                 found["ATEN_CPU_CAPABILITY"] = option
-            elif threads := _THREADS.fullmatch(option):
-                found["OMP_NUM_THREADS"] = threads[1]
+        if self.threads is not None:
+            found["OMP_NUM_THREADS"] = str(self.threads)
         return found
 
     def seen_alone(self) -> "Machine":
@@ -97,12 +109,19 @@ class Machine:
             return torch.cuda.device_count() > int(self.device.partition(":")[2] or 0)
         return self.device == "cpu" or torch.backends.mps.is_available()
 
-    def verifiers(self, count: int) -> list["Machine"]:
-        """`count` machines like this one with different numerics; past those that there are they repeat."""
+    @property
+    def with_more_numerics(self) -> tuple["Machine", ...]:
+        """This machine, and those like it with different numerics."""
         kinds = VERIFIER_NUMERICS[self.device.partition(":")[0]]
-        return [
-            Machine("+".join(filter(None, (self.name, kinds[index % len(kinds)])))) for index in range(count)
-        ]
+        said = set(map(_kind, self.options))
+        new = [kind for kind in kinds if not said & set(map(_kind, filter(None, kind.split("+"))))]
+        return tuple(Machine("+".join(filter(None, (self.name, kind)))) for kind in new)
+
+    def verifiers(self, count: int, without: Collection[str] = ()) -> list["Machine"]:
+        """`count` machines like this one with different numerics, without those of these names; past those
+        that there are they repeat."""
+        there = [machine for machine in self.with_more_numerics if machine.name not in without] or [self]
+        return [there[index % len(there)] for index in range(count)]
 
 
 @dataclass(frozen=True)
@@ -147,20 +166,33 @@ def is_recipe(precision: str) -> bool:
     return Path(precision).suffix in (".yaml", ".yml") or precision in shipped_recipes()
 
 
-def other_machine(first: Machine) -> Machine:
-    """What stands in for other hardware where none was named: the CPU beside a GPU, other vector instructions
-    beside a CPU."""
+def other_machines(first: Machine) -> list[Machine]:
+    """What may stand in for other hardware where none was named, the best first: the CPU beside a GPU; beside
+    a CPU other vector instructions, or another attention."""
     if first.device != "cpu":
-        return Machine("cpu")
-    capability = torch.backends.cpu.get_cpu_capability()
-    return Machine("cpu+avx2" if capability not in ("AVX2", "DEFAULT") else "cpu+default")
+        return [Machine("cpu"), Machine("cpu+eager")]
+    less = {"DEFAULT": (), "AVX2": ("default",)}
+    others = less.get(torch.backends.cpu.get_cpu_capability(), ("avx2", "default"))
+    names = [f"cpu+{one}{attention}" for one in others for attention in ("", "+eager")]
+    return [machine for machine in map(Machine, (*names, "cpu+eager")) if machine != first]
 
 
-def first_machine() -> Machine:
-    """The GPU where there is one."""
-    if torch.cuda.is_available():
-        return Machine("cuda:0")
-    return Machine("mps" if torch.backends.mps.is_available() else "cpu")
+def first_machines() -> list[Machine]:
+    """What may be the machine of a study, the best first: the GPU where there is one."""
+    gpu = "cuda:0" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else None
+    device = gpu or "cpu"
+    return [Machine(device), Machine(f"{device}+eager")]
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Within the context, PyTorch runs on `count` threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def process_environment(machine: Machine, gpu: int | None = None) -> dict[str, str]:

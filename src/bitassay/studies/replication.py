@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bitassay.data.windows import Protocol
-from bitassay.errors import BitassayError, nearest
+from bitassay.errors import BitassayError, suggestion
 from bitassay.quantize.recipe import BASE, Recipe
 from bitassay.replicate.controls import REPLICA, Place, changes_nothing, controls
 from bitassay.replicate.plan import Chosen
@@ -286,9 +286,7 @@ def replication_plan(
     found = find_study(study)
     names = [one.name for one in found.groups]
     if unknown := [name for name in only if name not in names]:
-        raise BitassayError(
-            f"{study} has no group {unknown[0]!r}; the nearest are {nearest(unknown[0], names)}"
-        )
+        raise BitassayError(f"{study} has no group {unknown[0]!r}; {suggestion(unknown[0], names)}")
     groups = tuple(one for place, one in enumerate(found.groups) if not (only and place) or one.name in only)
     variants, places = arranged(groups, layers)
     drafts = found.drafts if any(variant.reading for variant in variants) else ()
@@ -298,7 +296,5 @@ def replication_plan(
 
 def find_study(name: str) -> Study:
     if name not in STUDIES:
-        raise BitassayError(
-            f"no study of replication is called {name!r}; the nearest are {nearest(name, STUDIES)}"
-        )
+        raise BitassayError(f"no study of replication is called {name!r}; {suggestion(name, STUDIES)}")
     return STUDIES[name]

@@ -12,15 +12,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from bitassay.bench.environment import environment
 from bitassay.bench.models import bench
-from bitassay.bench.rounds import ratio_of
+from bitassay.bench.rounds import RATIO, ratio_of
 from bitassay.data.corpora import corpus
-from bitassay.evaluate.compare import summarise
+from bitassay.evaluate.compare import INTERVAL, INTERVALS, PAIR_INTERVALS, summarise
 from bitassay.evaluate.controls import pair
-from bitassay.evaluate.statistics import bootstrap_means, percentile_interval
+from bitassay.evaluate.statistics import LOG, LOGIT, log_interval, logit_interval, mean_of
 from bitassay.models.load import layer_count
 from bitassay.models.source import resolve
 from bitassay.quantize.recipe import BASE
@@ -67,7 +65,12 @@ def run_replication(
         **head,
         "protocol": plan.protocol.id,
         "corpus_source": corpus(plan.protocol.corpus).source,
-        "interval": "95 %, expanded percentile bootstrap over windows, paired",
+        "interval": INTERVAL,
+        "intervals": {
+            "rows": INTERVALS | {"decode_ratio_ci": RATIO},
+            "pairs": PAIR_INTERVALS,
+            "drafts": {"acceptance_ci": LOGIT, "speed_bound_ci": LOG, "speed_ci": RATIO},
+        },
         "rows": [row_of(found, place, pairs, speed) for place in places],
         "pairs": pairs,
         "drafts": drafts_of(folder, plan),
@@ -107,7 +110,7 @@ def with_costs(facts: dict[str, Any], costs: dict[str, float]) -> dict[str, Any]
 def row_of(found: Findings, place: Place, pairs: Sequence[Row], speed: dict[str, Row]) -> Row:
     """One line of the table."""
     facts = found.facts[place.variant]
-    quality = summarise(found.text[place.variant], found.text[found.plan.base], found.plan.seed).to_dict()
+    quality = summarise(found.text[place.variant], found.text[found.plan.base]).to_dict()
     timed = speed.get(place.variant, {})
     kept = ("bits_per_weight", "size_bytes", "passes", "flop_per_token", "bytes_per_token")
     row: Row = {
@@ -150,7 +153,7 @@ def pairs_of(found: Findings, places: Sequence[Place], speed: dict[str, Row]) ->
         if replica is None or place.role == REPLICA:
             continue
         rows.append(
-            pair(place, replica, found.text, found.plan.seed)
+            pair(place, replica, found.text)
             | {
                 "read_ratio": read(place.variant) / read(replica),
                 "decode_tok_s": speed.get(replica, {}).get("decode_tok_s"),
@@ -194,14 +197,10 @@ def drafts_of(folder: RunFolder, plan: VariantPlan) -> list[Row]:
         found = folder.part(Cell("drafts", place).name, dict)
         texts, row = found["texts"], {"draft_tokens": found["draft_tokens"], "texts": len(found["texts"])}
         row["identical"] = sum(text["identical"] for text in texts)
-        each = {
-            "acceptance": [text["accepted"] / max(1, text["drafted"]) for text in texts],
-            "speed_bound": [text["plain_bytes_per_token"] / text["bytes_per_token"] for text in texts],
-        }
-        for name, values in each.items():
-            row[name] = float(np.mean(values))
-            spread = bootstrap_means(np.array(values), plan.seed)
-            row[f"{name}_ci"] = percentile_interval(spread, len(values))
+        acceptance = mean_of([text["accepted"] / max(1, text["drafted"]) for text in texts])
+        bound = mean_of([text["plain_bytes_per_token"] / text["bytes_per_token"] for text in texts])
+        row |= {"acceptance": acceptance.value, "acceptance_ci": logit_interval(acceptance)}
+        row |= {"speed_bound": bound.value, "speed_bound_ci": log_interval(bound)}
         ratio = ratio_of([text["plain_seconds"] for text in texts], [text["seconds"] for text in texts])
         rows.append(row | {"speed": ratio.value, "speed_ci": ratio.interval})
     return rows

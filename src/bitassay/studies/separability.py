@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 
 from bitassay.bench.environment import environment
-from bitassay.errors import BitassayError
+from bitassay.errors import BitassayError, MissingError
 from bitassay.record.files import write_json
 from bitassay.record.progress import Progress, silent
+from bitassay.studies.parties import DTYPES
+from bitassay.studies.trial import Trial, try_machine
 from bitassay.studies.work import SCHEMA, Plan, Work, check_plan
 from bitassay.verify.power import auc, tpr_at_fpr
 from bitassay.verify.profile import runs_needed
@@ -33,6 +35,7 @@ def run_separability(
     precisions: Sequence[str] = PRECISIONS,
     alpha: float = 0.01,
     out: Path = Path("data"),
+    trial: Trial = try_machine,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """A row for each (prover, verifier); written to `out`/raw/separability too.
@@ -46,8 +49,13 @@ def run_separability(
             f"which needs {runs_needed(alpha)}",
             f"--trials {runs_needed(alpha)}, or a larger --alpha",
         )
-    work = Work(replace(plan, batch=BATCH), out, progress)
     machine = plan.machines[0]
+    if plan.is_here(machine) and (problem := trial(machine, DTYPES[plan.precision])):
+        raise MissingError(
+            f"{machine.name} cannot run here: {problem}",
+            "other --devices, such as cpu+eager, or another --precision",
+        )
+    work = Work(replace(plan, batch=BATCH), out, progress)
     parties = [plan.party(precision, machine) for precision in precisions]
     if plan.role != "verify":
         work.prove(parties)

@@ -17,7 +17,7 @@ alone, for comparison.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,9 @@ from bitassay.bench.environment import environment
 from bitassay.errors import BitassayError
 from bitassay.record.files import read_yaml, write_json, write_text
 from bitassay.record.progress import Progress, silent
-from bitassay.studies.experiments import Direction, check_names, directions, rules_of
+from bitassay.studies.experiments import Direction, check_names, planned, rules_of
+from bitassay.studies.trial import Trial as MachineTrial
+from bitassay.studies.trial import try_machine
 from bitassay.studies.work import SCHEMA, Plan, Work, check_plan
 from bitassay.studies.worker import Cells
 from bitassay.verify import verillm
@@ -50,12 +52,14 @@ def optimise_thresholds(
     alpha: float = 0.05,
     percentile: float = 95,
     out: Path = Path("data"),
+    trial: MachineTrial = try_machine,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """A row for each direction of the studies: recommended thresholds, false accusations, and what is caught.
 
     Writes `out`/threshold_optimization/..._thresholds.yaml, which `bitassay study run --rules` reads, and all
-    distributions as JSON beside it. Raises BitassayError where the trials are too few for alpha.
+    distributions as JSON beside it. Raises BitassayError where the trials are too few for alpha, MissingError
+    where no direction can run here.
     """
     check_names(names)
     check_plan(plan)
@@ -64,8 +68,8 @@ def optimise_thresholds(
             f"{plan.trials} trials are too few for a false-positive rate of {alpha:g}, which needs {needed}",
             f"--trials {needed}, or a larger --alpha",
         )
+    plan, wanted, impossible = planned(names, plan, trial, progress)
     work = Work(plan, out, progress)
-    wanted = [direction for name in names for direction in directions(name, plan)]
     work.prove(dict.fromkeys(party for one in wanted for party in one.attackers))
     work.verify(
         [(party, verifier) for one in wanted for party in one.attackers for verifier in one.verifiers]
@@ -91,6 +95,8 @@ def optimise_thresholds(
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "environment": environment(),
         "rows": rows,
+        "missing": impossible,
+        "left_out": [asdict(one) for one in plan.left_out],
     }
 
 

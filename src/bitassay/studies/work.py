@@ -12,16 +12,16 @@ the folder can be carried to another computer for the other half.
 
 import itertools
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from subprocess import DEVNULL, PIPE, Popen
 
 from transformers import AutoTokenizer
 
 from bitassay.data.corpora import corpus
-from bitassay.errors import BitassayError, nearest
+from bitassay.errors import BitassayError, suggestion
 from bitassay.models.load import Identity
 from bitassay.models.source import resolve
 from bitassay.models.windows import check_room
@@ -31,6 +31,7 @@ from bitassay.record.processes import helper_variables
 from bitassay.record.progress import Progress
 from bitassay.record.run import RunFolder
 from bitassay.studies.parties import DTYPES, Machine, Party, is_recipe, process_environment
+from bitassay.studies.trial import LeftOut, Trial, left_out, try_machine
 from bitassay.studies.worker import Cells, Item, Job, Spent, read_cells, read_timing, timing_file, write_job
 from bitassay.verify.verillm import DOCUMENTS, Rules
 
@@ -45,7 +46,8 @@ class Plan:
     quantized: recipe or checkpoint of the quantized side. attacks: provers that the bars are tried on beside
     the dense model. here: machines of this computer (default: those whose device it has). role: "prove",
     "verify", or both where None. jobs: processes at a time; gpus: what they are dealt to. batch: prompts that
-    a prover answers at a time; timings are true for 1. bar: instead of the experiments' own."""
+    a prover answers at a time; timings are true for 1. bar: instead of the experiments' own.
+    left_out: numerics that cannot be computed here."""
 
     model: str
     machines: tuple[Machine, Machine]
@@ -64,6 +66,7 @@ class Plan:
     gpus: tuple[int, ...] = ()
     batch: int = 1
     trust_remote_code: bool = False
+    left_out: tuple[LeftOut, ...] = ()
 
     def party(self, side: str, machine: Machine) -> Party:
         """The party of a side: "full", "quantized", or a precision."""
@@ -73,13 +76,29 @@ class Plan:
     def is_here(self, machine: Machine) -> bool:
         return machine in self.here if self.here else machine.is_here()
 
+    def verifiers_on(self, machine: Machine) -> list[Machine]:
+        """The machines of the verifiers there."""
+        return machine.verifiers(self.verifiers, [one.numerics for one in self.left_out])
+
+    def tried(self, machines: Iterable[Machine], trial: Trial = try_machine) -> "Plan":
+        """The plan, knowing which of these machines' numerics cannot be computed, as far as they are here."""
+        here = [machine for machine in machines if self.is_here(machine)]
+        plan, seen = self, set[Machine]()
+        # What stands in for a verifier that cannot run has to be tried as well.
+        while todo := {m: None for one in here for m in (one, *plan.verifiers_on(one)) if m not in seen}:
+            seen |= todo.keys()
+            found = left_out(todo, DTYPES[self.precision], trial)
+            known = {one.numerics for one in plan.left_out}
+            more = [one for one in found if one.numerics not in known]
+            plan = replace(plan, left_out=(*plan.left_out, *more))
+        return plan
+
 
 def check_plan(plan: Plan, precisions: Sequence[str] = ()) -> None:
     """Raises BitassayError for what plan and further precisions cannot mean, before anything is computed."""
     if plan.precision not in DTYPES:
         raise BitassayError(
-            f"{plan.precision!r} is no precision of the dense model; the nearest are "
-            f"{nearest(plan.precision, DTYPES)}"
+            f"{plan.precision!r} is no precision of the dense model; {suggestion(plan.precision, DTYPES)}"
         )
     for value, what in ((plan.tokens, "tokens"), (plan.trials, "trials"), (plan.verifiers, "verifiers")):
         if value < 1:
@@ -184,7 +203,7 @@ class Work:
     def _verifier_is_here(self, verifier: Party) -> bool:
         """A verifier's machine is one of the plan's with more numerics."""
         return any(
-            self.plan.is_here(machine) and verifier.machine in machine.verifiers(self.plan.verifiers)
+            self.plan.is_here(machine) and verifier.machine in self.plan.verifiers_on(machine)
             for machine in self.plan.machines
         )
 

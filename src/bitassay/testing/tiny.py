@@ -6,7 +6,7 @@ They are part of the package so that users can test their own code without a dow
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from bitassay.errors import BitassayError, nearest
+from bitassay.errors import BitassayError, suggestion
 from bitassay.models.load import Identity, load
 from bitassay.models.source import Source, resolve
 
@@ -67,7 +67,7 @@ def tiny_model(architecture: str, seed: int = 0, **changes) -> PreTrainedModel:
     """
     if architecture not in ARCHITECTURES:
         raise BitassayError(
-            f"unknown architecture {architecture!r}; the nearest are {nearest(architecture, ARCHITECTURES)}"
+            f"unknown architecture {architecture!r}; {suggestion(architecture, ARCHITECTURES)}"
         )
     model_type, extra = ARCHITECTURES[architecture]
     config = AutoConfig.for_model(model_type, **(_DENSE | extra | changes))

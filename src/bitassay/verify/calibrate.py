@@ -12,10 +12,10 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import numpy as np
-from scipy import stats
 from transformers import PreTrainedModel
 
-from bitassay.errors import BitassayError, nearest
+from bitassay.errors import BitassayError, suggestion
+from bitassay.evaluate.statistics import clopper_pearson_interval
 from bitassay.generate.decode import TokenIds
 from bitassay.generate.prompts import encode_prompt
 from bitassay.generate.sampling import GREEDY, Sampler
@@ -207,8 +207,8 @@ def measure(profile: Profile, held_out: Sequence[Evidence]) -> HeldOut:
     """How many of the held-out honest runs the profile refuses at its alpha."""
     limit = profile.generated_positions[1]
     rejected = sum(profile.p_value(profile.score(one).value, limit) <= profile.alpha for one in held_out)
-    interval = stats.binomtest(rejected, len(held_out)).proportion_ci(method="exact")
-    return HeldOut(n=len(held_out), rejected=rejected, interval=(float(interval.low), float(interval.high)))
+    interval = clopper_pearson_interval(rejected, len(held_out))
+    return HeldOut(n=len(held_out), rejected=rejected, interval=interval)
 
 
 def chosen_attacks(names: Sequence[str], sampler: Sampler, runs: int) -> list[Attack]:
@@ -216,7 +216,8 @@ def chosen_attacks(names: Sequence[str], sampler: Sampler, runs: int) -> list[At
     for name in names:
         if name not in TRACE_ATTACKS:
             raise BitassayError(
-                f"--suspects {name}: no such attack; the nearest are {nearest(name, TRACE_ATTACKS)}"
+                f"--suspects {name}: no such attack; {suggestion(name, TRACE_ATTACKS)}",
+                f"any of {', '.join(name for name, one in TRACE_ATTACKS.items() if not one.structural)}",
             )
         if TRACE_ATTACKS[name].structural:
             raise BitassayError(

@@ -19,11 +19,12 @@ them.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from bitassay.errors import BitassayError
+from bitassay.record.files import decode_text
 from bitassay.record.hashing import digest_json
 from bitassay.verify.committee import Assignment, Expected, Report, judge, report_commitment
 from bitassay.verify.container import TraceError, read_regular, strict_json
@@ -111,11 +112,15 @@ class Answers(BaseModel):
 Kind = TypeVar("Kind", bound=BaseModel)
 
 
+def _read_json(path: Path) -> Any:
+    return strict_json(decode_text(read_regular(path, FILE_BYTES), path), path)
+
+
 def read(path: Path, kind: type[Kind], remedy: str, field: str | None = None) -> Kind:
     """The file at `path`, of which `kind` says what must be in it (its `field`, if one is named). Raises
     BitassayError that names the file."""
     try:
-        content = strict_json(read_regular(path, FILE_BYTES), path)
+        content = _read_json(path)
         return kind.model_validate(content if field is None else {field: content})
     except TraceError as error:
         raise BitassayError(error.problem, remedy) from error
@@ -128,14 +133,14 @@ def read(path: Path, kind: type[Kind], remedy: str, field: str | None = None) ->
 def read_items(path: Path) -> list[str]:
     """Items from a text file, one a line; empty lines do not count."""
     try:
-        lines = read_regular(path, FILE_BYTES).decode("utf-8").splitlines()
+        lines = decode_text(read_regular(path, FILE_BYTES), path).split("\n")
         items = [line.strip() for line in lines if line.strip()]
         if not items:
             raise BitassayError(f"{path}: no items", "a text file with one item a line")
         _ITEMS.validate_python(tuple(items))
     except TraceError as error:
         raise BitassayError(error.problem, "a text file with one item a line") from error
-    except (UnicodeDecodeError, ValidationError) as error:
+    except ValidationError as error:
         raise BitassayError(f"{path}: not a list of items", "a text file with one item a line") from error
     return items
 
@@ -149,7 +154,7 @@ def read_answers(path: Path) -> dict[str, Status]:
     are the items."""
     remedy = '{"ITEM": "PASS", …}, or the output of bitassay verify --format json'
     try:
-        content = strict_json(read_regular(path, FILE_BYTES), path)
+        content = _read_json(path)
     except TraceError as error:
         raise BitassayError(error.problem, remedy) from error
     match content:

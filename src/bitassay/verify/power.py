@@ -25,9 +25,9 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float64
-from scipy import stats
 
 from bitassay.errors import BitassayError
+from bitassay.evaluate.statistics import clopper_pearson_interval, wilson_interval
 
 
 class Rate(NamedTuple):
@@ -47,7 +47,7 @@ def auc(honest: Float64[np.ndarray, " n"], attacked: Float64[np.ndarray, " m"], 
     ordered = np.sort(honest)
     below, up_to = (np.searchsorted(ordered, attacked, side=side) for side in ("left", "right"))
     value = float((below + up_to).mean() / 2 / len(honest))
-    return Rate(value, *_wilson(value, min(len(honest), len(attacked)), level))
+    return Rate(value, *wilson_interval(value, min(len(honest), len(attacked)), level))
 
 
 def threshold(honest: Float64[np.ndarray, " n"], fpr: float) -> float:
@@ -90,16 +90,7 @@ def tokens_to(rates: Mapping[int, float], target: float = 0.99) -> int | None:
 
 def share(count: int, of: int, level: float = 0.95) -> Rate:
     """count / of with the Clopper-Pearson interval."""
-    interval = stats.binomtest(count, of).proportion_ci(level, method="exact")
-    return Rate(count / of, float(interval.low), float(interval.high))
-
-
-def _wilson(value: float, size: int, level: float) -> tuple[float, float]:
-    """Wilson's score interval for a share `value` of `size`."""
-    z = float(stats.norm.ppf((1 + level) / 2))
-    middle = (value + z * z / (2 * size)) / (1 + z * z / size)
-    half = z / (1 + z * z / size) * math.sqrt(value * (1 - value) / size + (z / (2 * size)) ** 2)
-    return max(middle - half, 0.0), min(middle + half, 1.0)
+    return Rate(count / of, *clopper_pearson_interval(count, of, level))
 
 
 def _check(honest: np.ndarray, attacked: np.ndarray) -> None:

@@ -28,7 +28,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from bitassay.errors import BitassayError, nearest
+from bitassay.errors import BitassayError, suggestion
 
 # name -> torch dtype, an integer dtype of the same width, mantissa bits, exponent bits
 _FORMATS = {
@@ -91,7 +91,7 @@ def cell_statistics(
             f"states of shape {list(prover.shape)} cannot be compared with {list(verifier.shape)}"
         )
     if format not in _FORMATS:
-        raise BitassayError(f"unknown format {format!r}; the nearest are {nearest(format, _FORMATS)}")
+        raise BitassayError(f"unknown format {format!r}; {suggestion(format, _FORMATS)}")
     x, y = prover.to(_FORMATS[format][0]), verifier.to(_FORMATS[format][0])
     (sign_x, exponent_x, mantissa_x), (sign_y, exponent_y, mantissa_y) = (
         bit_fields(x, format),

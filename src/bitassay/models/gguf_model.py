@@ -1,0 +1,266 @@
+"""The model of a GGUF file as one of transformers: configuration and weights, or a refusal.
+
+Nothing is dropped: a key under the architecture's prefix is taken up by a field of the configuration, where
+it is then looked for again, or has a value that changes nothing (`gguf_families.py`); every tensor fills a
+parameter, and every parameter is filled. What is left over on either side makes the file be refused, by
+name. Two things are filled in: a bias that is not there is zero, and a head that is not there is the
+embedding.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGUFReader, ReaderTensor
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+
+from bitassay.errors import BitassayError
+from bitassay.models.gguf_families import FAMILIES, HARMLESS, READ_APART, SHAPE, Family, family_of
+from bitassay.models.gguf_rope import ROPE_TENSORS, rope_parameters
+from bitassay.models.gguf_vocabulary import fields_of, special_ids
+
+WINDOW, PATTERN, LOCAL_BASE = (
+    "attention.sliding_window",
+    "attention.sliding_window_pattern",
+    "rope.freq_base_swa",
+)
+
+
+def read_model(reader: GGUFReader) -> PreTrainedModel:
+    """The model of a file, in fp32, to be saved: what no checkpoint holds, such as rotary frequencies, stays on
+    the meta device.
+
+    Raises BitassayError for what is not known here.
+    """
+    fields = fields_of(reader)
+    family = family_of(fields)
+    if family is None:
+        read = ", ".join(name for name in FAMILIES if " " not in name)
+        raise BitassayError(
+            f"general.architecture = {fields.get('general.architecture')}: not read, only {read}"
+        )
+    if fields.get("split.count", 1) > 1:
+        raise BitassayError("split.count: one of several files; merge them first (llama-gguf-split --merge)")
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    config = read_config(fields, family, tensors)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    weights = _weights(model, family, fields["general.architecture"], tensors)
+    model.load_state_dict(weights, strict=False, assign=True)
+    model.tie_weights()
+    model.generation_config = _generation(fields)
+    return model.eval()
+
+
+def read_config(
+    fields: Mapping[str, Any], family: Family, tensors: Mapping[str, ReaderTensor]
+) -> PretrainedConfig:
+    """The configuration that the keys describe, each looked for in it again."""
+    prefix = f"{fields['general.architecture']}."
+    keys = {
+        key.removeprefix(prefix): _one(key, value) for key, value in fields.items() if key.startswith(prefix)
+    }
+    known = SHAPE | dict(family.norm) | dict(family.keys)
+    windowed = {PATTERN, LOCAL_BASE} if family.windows else set()
+    unknown = [
+        f"{prefix}{key} = {value}"
+        for key, value in keys.items()
+        if key not in known and key not in READ_APART and key not in windowed and not _harmless(key, value)
+    ]
+    if unknown:
+        raise BitassayError(f"keys that may change what is computed and are not read: {', '.join(unknown)}")
+    wanted = dict(family.fixed) | {field: keys[key] for key, field in known.items() if key in keys}
+    wanted |= _implied(fields, keys, tensors)
+    for name in {
+        field for end, field in family.switches.items() if any(n.endswith(f".{end}") for n in tensors)
+    }:
+        wanted[name] = True
+    rotary = int(keys.get("rope.dimension_count", wanted["head_dim"]))
+    if rotary != wanted["head_dim"] and not family.partial_rotary:
+        raise BitassayError(
+            f"{prefix}rope.dimension_count = {rotary}, but heads have {wanted['head_dim']} numbers: not read"
+        )
+    factors = {
+        n: gguf.dequantize(tensors[n].data, tensors[n].tensor_type) for n in ROPE_TENSORS if n in tensors
+    }
+    rope = rope_parameters(keys, factors, rotary, wanted["max_position_embeddings"])
+    if family.partial_rotary:
+        rope["partial_rotary_factor"] = rotary / wanted["head_dim"]
+    if "longrope" in rope["rope_type"] and family.model_type == "phi3":
+        wanted["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
+    wanted |= _windows(family, keys, wanted, rope) if family.windows else {"rope_parameters": rope}
+    if family.model_type == "phi3":
+        wanted["sliding_window"] = keys.get(WINDOW) or None
+    return _checked_config(family, wanted)
+
+
+def _implied(
+    fields: Mapping[str, Any], keys: Mapping[str, Any], tensors: Mapping[str, ReaderTensor]
+) -> dict[str, Any]:
+    """What llama.cpp concludes where a key is missing, and what the tokenizer and the tensors say."""
+    try:
+        width, heads = keys["embedding_length"], keys["attention.head_count"]
+        keys["context_length"], keys["block_count"]
+    except KeyError as error:
+        raise BitassayError(f"{fields['general.architecture']}.{error.args[0]}: missing") from error
+    size = keys.get("attention.key_length", width // heads)
+    if keys.get("attention.value_length", size) != size:
+        raise BitassayError(f"key_length = {size}, value_length = {keys['attention.value_length']}: not read")
+    ids = special_ids(fields, len(fields["tokenizer.ggml.tokens"]))
+    return {
+        "head_dim": size,
+        "num_key_value_heads": keys.get("attention.head_count_kv", heads),
+        "vocab_size": len(fields["tokenizer.ggml.tokens"]),
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "bos_token_id": ids.get("bos"),
+        "eos_token_id": ids.get("eos"),
+        "pad_token_id": ids.get("padding"),
+    }
+
+
+def _windows(
+    family: Family, keys: Mapping[str, Any], wanted: Mapping[str, Any], rope: dict[str, Any]
+) -> dict[str, Any]:
+    """Which layers see a window only, and Gemma's rotary embeddings, which differ for these."""
+    layers = wanted["num_hidden_layers"]
+    pattern = keys.get(PATTERN, family.windows)
+    if not isinstance(pattern, list):
+        pattern = [bool((layer + 1) % pattern) for layer in range(layers)]
+    if not wanted.get("sliding_window"):
+        pattern = [False] * layers
+    found: dict[str, Any] = {
+        "layer_types": ["sliding_attention" if window else "full_attention" for window in pattern]
+    }
+    # llama.cpp tells the largest of the two generations by its layers.
+    largest = {"gemma2": 46, "gemma3_text": 62}[family.model_type]
+    width, heads = wanted["hidden_size"], wanted["num_attention_heads"]
+    found["query_pre_attn_scalar"] = width // heads if layers == largest else wanted["head_dim"]
+    if family.model_type == "gemma2":
+        if LOCAL_BASE in keys and keys[LOCAL_BASE] != rope["rope_theta"]:
+            raise BitassayError(f"{LOCAL_BASE} = {keys[LOCAL_BASE]}: not read for gemma2")
+        return {**found, "rope_parameters": rope}
+    local = {"rope_type": "default", "rope_theta": float(keys.get(LOCAL_BASE, 10_000.0))}
+    return {**found, "rope_parameters": {"full_attention": rope, "sliding_attention": local}}
+
+
+def _checked_config(family: Family, wanted: dict[str, Any]) -> PretrainedConfig:
+    """A configuration with these fields, each of which the class must declare and keep."""
+    kind = type(AutoConfig.for_model(family.model_type))
+    declared = {*kind.__dataclass_fields__, *kind.attribute_map}
+    optional = {"head_dim", "num_key_value_heads"}  # where a class works them out
+    undeclared = [f"{name} = {value}" for name, value in wanted.items() if name not in declared | optional]
+    if undeclared:
+        raise BitassayError(f"{family.model_type} has no {', '.join(undeclared)}")
+    derived = {name: wanted.pop(name) for name in optional - declared if name in wanted}
+    config = kind(**wanted)
+    lost = [f"{name} = {value}" for name, value in (wanted | derived).items() if _said(config, name) != value]
+    if lost:
+        raise BitassayError(f"{kind.__name__} does not take up {', '.join(lost)}")
+    return config
+
+
+def _said(config: PretrainedConfig, name: str) -> Any:
+    if name == "head_dim" and getattr(config, name, None) is None:
+        return config.hidden_size // config.num_attention_heads
+    if name == "num_key_value_heads" and not hasattr(config, name):
+        return config.num_attention_heads
+    return getattr(config, name)
+
+
+def _one(key: str, value: Any) -> Any:
+    """A value, or the one that all layers share; a float32 in its short spelling."""
+    if isinstance(value, list) and not key.endswith(PATTERN):
+        if len(set(value)) != 1:
+            raise BitassayError(f"{key} = {value}: layers that differ in it are not read")
+        value = value[0]
+    if isinstance(value, float) and float(np.float32(value)) == value:
+        return float(str(np.float32(value)))
+    return value
+
+
+def _harmless(key: str, value: Any) -> bool:
+    return key in HARMLESS and (HARMLESS[key] is ... or HARMLESS[key] == value)
+
+
+def _generation(fields: Mapping[str, Any]) -> GenerationConfig:
+    """Where generation begins and ends; llama.cpp ends it at the end of a turn and of a message too."""
+    ids = special_ids(fields, len(fields["tokenizer.ggml.tokens"]))
+    ends = list(dict.fromkeys(ids[name] for name in ("eos", "eot", "eom") if name in ids))
+    return GenerationConfig(
+        bos_token_id=ids.get("bos"),
+        eos_token_id=ends[0] if len(ends) == 1 else ends or None,
+        pad_token_id=ids.get("padding"),
+    )
+
+
+def _weights(
+    model: PreTrainedModel, family: Family, architecture: str, tensors: Mapping[str, ReaderTensor]
+) -> dict[str, Tensor]:
+    """Every parameter of `model` from the file; refuses what is left over on either side."""
+    left = dict.fromkeys(name for name in tensors if name not in ROPE_TENSORS)
+    config, weights, missing = model.config, {}, []
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    for name, parameter in model.state_dict().items():
+        if name in tied:
+            continue
+        sources = sources_of(name, architecture, config.num_hidden_layers)
+        if not all(source in tensors for source in sources):
+            if not name.endswith(".bias"):
+                missing += [source for source in sources if source not in tensors] or [name]
+            weights[name] = torch.zeros(parameter.shape)
+            continue
+        parts = [_read(tensors[source], source, family, config) for source in sources]
+        # Gate and up projections of experts are one parameter in transformers.
+        value = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        if value.numel() == parameter.numel() and value.squeeze().shape == parameter.squeeze().shape:
+            value = value.reshape(parameter.shape)
+        if value.shape != parameter.shape:
+            raise BitassayError(
+                f"{' and '.join(sources)}: of shape {tuple(value.shape)}, "
+                f"but the keys describe {tuple(parameter.shape)}"
+            )
+        weights[name] = value
+        for source in sources:
+            left.pop(source, None)
+    if missing:
+        raise BitassayError(f"tensors that the architecture needs and the file has not: {_few(missing)}")
+    if left:
+        raise BitassayError(f"tensors that the model has no place for: {_few(list(left))}")
+    return weights
+
+
+def sources_of(name: str, architecture: str, layers: int) -> list[str]:
+    """The tensors of a GGUF file that make the parameter `name` of transformers."""
+    if found := re.fullmatch(r"model\.layers\.(\d+)\.mlp\.experts\.(gate_up|down)_proj", name):
+        layer, kind = found.groups()
+        kinds = ("gate", "up") if kind == "gate_up" else ("down",)
+        return [f"blk.{layer}.ffn_{kind}_exps.weight" for kind in kinds]
+    arch = next(arch for arch, known in gguf.MODEL_ARCH_NAMES.items() if known == architecture)
+    theirs = _names(arch, layers)(name)
+    return [theirs or f"(llama.cpp's name for {name})"]
+
+
+def _names(arch: gguf.MODEL_ARCH, layers: int) -> Callable[[str], str | None]:
+    table = gguf.get_tensor_name_map(arch, layers)
+    return lambda name: table.get_name(name, try_suffixes=(".weight", ".bias"))
+
+
+def _read(tensor: ReaderTensor, name: str, family: Family, config: PretrainedConfig) -> Tensor:
+    value = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32))
+    part = name.split(".")[-2]
+    if family.interleaved and part in ("attn_q", "attn_k"):
+        heads = config.num_attention_heads if part == "attn_q" else config.num_key_value_heads
+        # llama.cpp's row 2 i + j of a head is transformers' row j d/2 + i.
+        value = value.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2).contiguous()
+    if family.norm_offset and name.endswith("norm.weight"):
+        value = value - family.norm_offset
+    return value
+
+
+def _few(names: list[str]) -> str:
+    more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+    return ", ".join(names[:6]) + more
