@@ -40,7 +40,10 @@ from bitassay.models.walk import decoder_layers, matrices, walk
 from bitassay.quantize.export import save
 from bitassay.quantize.gguf_file import write_gguf
 from bitassay.quantize.model import with_tensors
+from bitassay.quantize.ranges import collect_ranges
 from bitassay.quantize.recipe import Recipe
+from bitassay.quantize.rotation import Rotation, rotate
+from bitassay.quantize.smoothing import Smoothing, smooth
 from bitassay.testing.architectures import architectures, save_tiny
 
 TEXT = "Once upon a time there was a little dog who lived in a big red house near the sea. " * 12
@@ -164,24 +167,30 @@ def tasks(trial: Trial) -> str:
 
 
 def rotated(trial: Trial) -> str:
-    return _transformed(trial, rotation={"r1": "folded", "r2": True, "without_hadamard": "orthogonal"})
+    rotation = Rotation(without_hadamard="orthogonal")
+    return _unchanged(trial, lambda model: rotate(model, rotation))
 
 
 def smoothed(trial: Trial) -> str:
-    activations = {"format": "int8"}
-    return _transformed(trial, smoothing={"method": "smoothquant"}, activations=activations)
+    def change(model: PreTrainedModel) -> None:
+        ranges = collect_ranges(model, IDS)
+        smooth(model, Smoothing(method="smoothquant"), ranges, lambda name: None)
+
+    return _unchanged(trial, change)
 
 
-def _transformed(trial: Trial, **parts: object) -> str:
-    from bitassay.quantize.calibration import calibration_tokens
-    from bitassay.quantize.pipeline import _prepared  # the model before it is rounded
-
-    recipe = trial.recipe("changed", **parts)
-    base = bitassay.load(trial.stored, dtype="float64", attention="eager")
-    base.set_experts_implementation("eager")  # the others know no float64
-    tokens = calibration_tokens(base, recipe.calibration)
-    changed, _ = _prepared(base, recipe, matrices(base), tokens, None, lambda *_: None)
-    same(logits(changed), logits(base), 1e-5, "the changed model, unrounded,")
+def _unchanged(trial: Trial, change: Callable[[PreTrainedModel], object]) -> str:
+    """In float64, but for classes that have a number of float32 in their forward."""
+    model = bitassay.load(trial.stored, dtype="float64", attention="eager")
+    model.set_experts_implementation("eager")  # the others know no float64
+    tolerance = 1e-6
+    try:
+        before = logits(model)
+    except RuntimeError:
+        model, tolerance = model.float(), CLOSE
+        before = logits(model)
+    change(model)
+    same(logits(model), before, tolerance, "the changed model")
     return "yes"
 
 
@@ -243,14 +252,52 @@ def examine(model_type: str, steps: list[str] | None = None) -> dict[str, str]:
     return found
 
 
-if __name__ == "__main__":
+SHOWN = ("nearest", "gptq", "save", "generate", "tasks", "rotate", "smooth", "gguf")
+
+
+def row(found: dict[str, str]) -> list[str]:
+    """What the table says of a model: `yes`, `own layout` or `no` for each step that is shown."""
+    return [found.get(step, "no").partition(":")[0] for step in SHOWN]
+
+
+def table(rows: dict[str, dict[str, str]]) -> str:
+    """The table of docs/supported-models.md, and why some models are refused altogether."""
+    lines = [f"| model_type | {' | '.join(SHOWN)} |", f"|---|{'---|' * len(SHOWN)}"]
+    lines += [f"| {name} | {' | '.join(row(found))} |" for name, found in rows.items()]
+    lines += ["", "Refused before any work:", ""]
+    for name, found in rows.items():
+        last = list(found.values())[-1]
+        if len(found) < len(STEPS):
+            lines.append(f"- {name}: {last.removeprefix('no: ').replace(tempfile.gettempdir(), '')}")
+    lines += ["", "Listed by transformers and not tried:", ""]
+    lines += [f"- {name}: {why}" for name, why in NOT_BUILT.items()]
+    return "\n".join(lines)
+
+
+def documented() -> dict[str, list[str]]:
+    """What docs/supported-models.md says, by `model_type`."""
+    between = DOCS.read_text().partition(BEGIN)[2].partition(END)[0].splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in between if line[:1] == "|"]
+    return {name: said for name, *said in cells[2:]}
+
+
+def write_docs(rows: dict[str, dict[str, str]]) -> None:
+    before, _, rest = DOCS.read_text().partition(BEGIN)
+    DOCS.write_text(f"{before}{BEGIN}\n{table(rows)}\n{END}{rest.partition(END)[2]}")
+
+
+def main(asked: list[str]) -> int:
     warnings.filterwarnings("ignore")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    names = [one for one in sys.argv[1:] if not one.startswith("--")] or architectures()
-    faults = 0
-    for one in names:
-        outcome = examine(one)
-        faults += sum(text.startswith("FAULT") for text in outcome.values())
-        print(json.dumps({one: outcome}), flush=True)
-    sys.exit(bool(faults))
+    rows = {}
+    for name in [one for one in asked if not one.startswith("--")] or architectures():
+        rows[name] = examine(name)
+        print(json.dumps({name: rows[name]}), flush=True)
+    if "--docs" in asked:
+        write_docs(rows)
+    return any(text.startswith("FAULT") for found in rows.values() for text in found.values())
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
