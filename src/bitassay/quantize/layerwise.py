@@ -101,7 +101,8 @@ class Stream(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """A tensor with the samples along `axis`; in `rows` they are in front, or one that is everybody's."""
+    """A tensor with the samples along `axis`, each with one or more places there (a bias for each head); in
+    `rows`, `[samples, places, ...]`, they are in front, or one that is everybody's."""
 
     rows: Tensor
     axis: int
@@ -109,7 +110,7 @@ class _Rows(NamedTuple):
     def of(self, places: Tensor) -> Tensor:
         alike = len(self.rows) == 1
         rows = self.rows.expand(len(places), *self.rows.shape[1:]) if alike else self.rows[places]
-        return rows.movedim(0, self.axis)
+        return rows.flatten(0, 1).movedim(0, self.axis)
 
 
 class _Handed(NamedTuple):
@@ -214,10 +215,11 @@ def _merged(one: Any, two: Any, batches: list[Any], written: set[int]) -> Any:
         axis = _axis(one, two)
         if axis is None:
             return two
-        rows = two.movedim(axis, 0)
-        if torch.equal(rows[0], rows[1]):
-            return _Rows(rows[:1], axis)
-        return _Rows(torch.cat([batch.movedim(axis, 0) for batch in batches]), axis)
+        first, second = (part[None] for part in two.movedim(axis, 0).split(one.shape[axis]))
+        if torch.equal(first, second):
+            return _Rows(first, axis)
+        several = [batch.movedim(axis, 0).unflatten(0, (-1, one.shape[axis])) for batch in batches]
+        return _Rows(torch.cat(several), axis)
     if isinstance(two, Cache):
         return None  # nothing was cached
     if id(two) in written:

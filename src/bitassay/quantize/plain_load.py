@@ -163,9 +163,9 @@ def _preparing_obstacle(empty: PreTrainedModel, names: list[str]) -> str | None:
         del linear.weight
         linear.register_parameter("weight_packed", nn.Parameter(torch.empty(0), requires_grad=False))
     try:
-        with torch.no_grad():
-            for module in empty.modules():
-                empty._init_weights(module)
+        for module in empty.modules():
+            vars(module).pop("_is_hf_initialized", None)
+        empty.initialize_weights()
         for pair in empty.all_tied_weights_keys.items():
             for key in pair:
                 empty.get_parameter(key)
