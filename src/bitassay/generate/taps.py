@@ -3,11 +3,12 @@
 A tap on decoder layer l (counted from 1) records what that layer returns. For the last layer this is the
 layer's own output, *before* the final norm, so that all taps are alike (transformers' `output_hidden_states`
 gives the last one after the norm). The embedding output is never tapped: it depends on the token ids alone,
-so it would match whatever ran.
+so it would match whatever ran. Of a model with several residual streams the first is recorded.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -42,17 +43,26 @@ def record_states(
             f"there is no decoder layer {unknown[0]}", f"layers are counted from 1 to {len(modules)}"
         )
     recorded: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    read: list[torch.Size] = []  # batch and tokens of the forward under way
+
+    def embedded(_module: nn.Module, given: tuple[Tensor, ...]) -> None:
+        read[:] = [given[0].shape]
 
     def tap(layer: int):
-        def hook(_module: nn.Module, _arguments: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        def hook(_module: nn.Module, _arguments: object, output: Any) -> None:
             states = output if isinstance(output, Tensor) else output[0]
+            if (
+                states.ndim == 4
+            ):  # several residual streams: of Gemma 3n in front, of others behind the tokens
+                states = states[:, :, 0] if states.shape[:2] == read[0] else states[0]
             recorded[layer].append(
                 states.detach().clone()
             )  # a model may go on to change its own tensor in place
 
         return hook
 
-    with hooked(modules[layer - 1].register_forward_hook(tap(layer)) for layer in layers):
+    entering = [model.get_input_embeddings().register_forward_pre_hook(embedded)]
+    with hooked(entering), hooked(modules[i - 1].register_forward_hook(tap(i)) for i in layers):
         yield recorded
 
 

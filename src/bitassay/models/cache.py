@@ -65,11 +65,8 @@ def behind(model: nn.Module, cache: DynamicCache, begun: int, tokens: torch.Tens
 
 def keeps_positions(model: PreTrainedModel) -> bool:
     """Whether all that a model keeps has a place for each position, so that padding does no harm."""
-    if not (
-        takes_cache(model) and takes(model, "past_key_values", "attention_mask") and takes_positions(model)
-    ):
-        return False
-    return _by_position(DynamicCache(config=model.config))
+    padded = takes(model, "past_key_values", "attention_mask") and takes_positions(model)
+    return padded and takes_cache(model) and _by_position(DynamicCache(config=model.config))
 
 
 @torch.inference_mode()

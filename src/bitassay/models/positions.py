@@ -51,11 +51,9 @@ def _schemes(config: PretrainedConfig) -> list[dict[str, Any]]:
 def context_length(model: PreTrainedModel) -> int | None:
     """The positions that the model was made for; None where its configuration does not say."""
     table = padded_positions(model)
-    return (
-        positions_of(model.config)
-        if table is None
-        else table.num_embeddings - 1 - int(table.padding_idx or 0)
-    )
+    if table is not None and table.padding_idx is not None:
+        return table.num_embeddings - table.padding_idx - 1
+    return positions_of(model.config)
 
 
 def padded_positions(model: nn.Module) -> nn.Embedding | None:

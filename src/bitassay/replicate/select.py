@@ -7,6 +7,7 @@ massive    the largest magnitude that the layer adds to any state: layers that p
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -85,7 +86,7 @@ def largest_additions(model: PreTrainedModel, tokens: Int[Tensor, "samples token
     scores = dict.fromkeys(_layers(model), 0.0)
 
     def watch(layer: int):
-        def note(_module: nn.Module, given: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
+        def note(_module: nn.Module, given: tuple[Tensor, ...], output: Any) -> None:
             states = output if isinstance(output, Tensor) else output[0]
             scores[layer] = max(scores[layer], (states.float() - given[0].float()).abs().max().item())
 
