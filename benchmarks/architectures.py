@@ -15,10 +15,11 @@ is a fault and ends the run with status 1.
     tasks     log-likelihoods of continuations that share a context, beside one forward each
     rotate    folded rotations of stream and values leave float64 logits as they are
     smooth    so do scales in norms, values and up projections
-    gguf      the file, loaded by plain transformers, says what was saved, to 16 bits
+    gguf      the file, loaded by `bitassay.load`, says what was saved, to 16 bits
 """
 
 import json
+import os
 import sys
 import tempfile
 import warnings
@@ -197,8 +198,15 @@ def _unchanged(trial: Trial, change: Callable[[PreTrainedModel], object]) -> str
 def gguf(trial: Trial) -> str:
     path = trial.folder / "model.gguf"
     write_gguf(trial.nearest, path)
-    again = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name).eval()
-    same(logits(again), logits(trial.nearest), 2e-2, "the GGUF file in plain transformers")
+    before = os.environ.get("BITASSAY_CACHE")
+    os.environ["BITASSAY_CACHE"] = str(trial.folder / "cache")
+    try:
+        again = bitassay.load(path)
+    finally:
+        del os.environ["BITASSAY_CACHE"]
+        if before is not None:
+            os.environ["BITASSAY_CACHE"] = before
+    same(logits(again), logits(trial.nearest), 2e-2, "the GGUF file")
     return "yes"
 
 
