@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check bench clean
+.PHONY: demo test test-slow check bench clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "bitassay needs Python 3.11 or newer; try: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 3; }
@@ -17,7 +17,10 @@ demo: $(VENV)/.ready  ## quantize, evaluate and verify SmolLM2-135M; prints the 
 	  --windows 6 --window 512 --repeats 1 --new-tokens 16 --out runs/demo
 
 test: $(VENV)/.ready  ## unit tests and those on the real model (fetched once, 98 MB)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --maxprocesses 4 --dist loadfile -m "not gpu and not ray"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --maxprocesses 4 --dist loadfile -m "not gpu and not ray and not slow"
+
+test-slow: $(VENV)/.ready  ## every architecture that transformers builds, tiny
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --maxprocesses 4 -m slow
 
 check: $(VENV)/.ready  ## linters, types, import rules
 	$(BIN)/ruff check .

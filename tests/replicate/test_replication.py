@@ -26,6 +26,7 @@ from bitassay.quantize.pipeline import quantize
 from bitassay.quantize.recipe import Recipe
 from bitassay.replicate.fit import fit_parallel, fit_serial, least_squares
 from bitassay.replicate.plan import ReplicationPlan
+from bitassay.testing.tiny import tiny_model
 from bitassay.verify.calibrate import calibrate
 from bitassay.verify.prove import prove_many
 from bitassay.verify.verdict import verify
@@ -199,7 +200,7 @@ def test_plain_layouts_and_gguf(stories, tmp_path):
     for own in (serial, residual):
         with pytest.raises(BitassayError, match="cannot hold"):
             plan_export(stories, own, "compressed-tensors")
-    assert choose_layout(serial, {}) == "bitassay"
+    assert choose_layout(tiny_model("llama"), serial, {})[0] == "bitassay"
     with pytest.raises(BitassayError, match="become layers"):
         check_gguf(stories, damped)
     # Physical copies: a deeper model, whose passes are layers.

@@ -226,6 +226,10 @@ def _planned(order: _Order) -> list[Row]:
     trust = order.loading.trust_remote_code
     empty = without_weights(order.source, dtype=as_dtype(order.dtype), trust_remote_code=trust)
     plan = plan_export(empty, order.recipe, order.layout)
+    if order.out is not None and plan.layout_reason is not None:
+        order.progress(
+            f"{order.out}: {plan.layout_reason}; bitassay.load reads it, plain transformers does not"
+        )
     files = [path for path in order.source.folder.iterdir() if path.is_file()]
     others = sum(path.stat().st_size for path in files if path.suffix != ".safetensors")
     row = {

@@ -39,6 +39,7 @@ from bitassay.generate.decode import TokenIds, default_batch_tokens, token_batch
 from bitassay.models.cache import behind, copy_rows, reads_on
 from bitassay.models.hooks import hooked
 from bitassay.models.positions import frequencies
+from bitassay.models.walk import decoder_of
 from bitassay.quantize.kv_cache import empty_cache
 
 SHARED_TOKENS = 32  # reading so many tokens less is worth a forward of its own
@@ -208,7 +209,7 @@ class Prefix:
     def extend(self, rows: Sequence[TokenIds]) -> "Prefix":
         """Read equally many more tokens in every row. This prefix is used up."""
         tokens = torch.tensor(rows, device=self.model.device)
-        decoder: torch.nn.Module = self.model.get_decoder()
+        decoder: torch.nn.Module = decoder_of(self.model)
         decoder(input_ids=tokens, **behind(decoder, self.cache, self.length, tokens))
         return Prefix(self.model, self.cache, self.length + tokens.shape[1])
 

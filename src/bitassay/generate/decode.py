@@ -271,7 +271,7 @@ def end_tokens(model: PreTrainedModel) -> set[int]:
     """The ids at which generation stops, by the model's generation configuration."""
     configured = getattr(model.generation_config, "eos_token_id", None)
     if configured is None:
-        configured = model.config.get_text_config().eos_token_id
+        configured = getattr(model.config.get_text_config(), "eos_token_id", None)
     return set() if configured is None else {configured} if isinstance(configured, int) else set(configured)
 
 

@@ -8,8 +8,8 @@ such a state, or takes it up for one token at a time only, differs from model to
 
 import copy
 import inspect
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -23,11 +23,12 @@ from transformers.cache_utils import (
 )
 
 from bitassay.models.positions import padded_positions
+from bitassay.models.walk import decoder_layers
 
 # Exactly these: what a model derives from them keeps more than keys and values.
 BY_POSITION = (DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer, DummyLayer)
-TRIED, TRIED_BEHIND = 8, 40  # tokens that `reads_on` tries behind so many others
-_reads_on: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+TRIED, TRIED_BEHIND = 8, 40  # tokens that are tried behind so many others
+_trials: "WeakKeyDictionary[nn.Module, _Trial]" = WeakKeyDictionary()
 _takes_positions: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
@@ -44,9 +45,11 @@ def takes_positions(model: nn.Module) -> bool:
 
 
 def takes_cache(model: PreTrainedModel) -> bool:
-    """Whether a model reads on from transformers' DynamicCache; others are given the whole text each time."""
+    """Whether a model reads on from transformers' DynamicCache as it reads one text; others are given the
+    whole text each time."""
     supported: bool = type(model)._supports_default_dynamic_cache()  # type: ignore[operator]
-    return supported and _argument(model) is not None
+    by_name = supported and _argument(model) is not None
+    return by_name and (_needs_no_trial(model) or _trial(model).one_by_one)
 
 
 def _argument(model: nn.Module) -> str | None:
@@ -67,42 +70,85 @@ def behind(model: nn.Module, cache: DynamicCache, begun: int, tokens: torch.Tens
 def keeps_positions(model: PreTrainedModel) -> bool:
     """Whether all that a model keeps has a place for each position, so that padding does no harm."""
     padded = takes(model, "past_key_values", "attention_mask") and takes_positions(model)
-    return padded and takes_cache(model) and _by_position(DynamicCache(config=model.config))
+    by_position = padded and takes_cache(model) and _by_position(DynamicCache(config=model.config))
+    return by_position and (_needs_no_trial(model) or _trial(model).padded)
 
 
-@torch.inference_mode()
 def reads_on(model: PreTrainedModel) -> bool:
     """Whether a model reads several tokens behind a cache as it reads them in one text.
 
-    Of keys and values that is known. Of other states it is tried: read together, tokens must be as near to
-    those of one text as they are one by one. In few bits such a difference would not be seen, so there the
-    answer is no.
+    Of plain attention that is known. Of anything else it is tried: read together, tokens must be as near to
+    those of one text as they are one by one. In few bits such a difference would not be seen, so there keys
+    and values are taken for granted, and the answer for other states is no.
     """
     if not takes_cache(model):
         return False
-    if _by_position(DynamicCache(config=model.config)):
-        return True
-    if model.dtype != torch.float32:
-        return False
-    if model not in _reads_on:
-        _reads_on[model] = _tried(model)
-    return _reads_on[model]
+    if _needs_no_trial(model):
+        return _by_position(DynamicCache(config=model.config))
+    return _trial(model).together
 
 
-def _tried(model: PreTrainedModel) -> bool:
+class _Trial(NamedTuple):
+    """What a model was seen to do as it does it in one text: read behind a cache one token at a time, several
+    together, and a text behind padding."""
+
+    one_by_one: bool
+    together: bool
+    padded: bool
+
+
+def _needs_no_trial(model: PreTrainedModel) -> bool:
+    """Whether every layer has attention of full length under its usual name; or no trial would tell."""
+    plain = all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
+    named = takes_positions(model) and all(hasattr(layer, "self_attn") for layer in decoder_layers(model))
+    return (plain and named) or model.dtype != torch.float32 or model.device.type == "meta"
+
+
+@torch.inference_mode()
+def _trial(model: PreTrainedModel) -> _Trial:
+    if model not in _trials:
+        _trials[model] = _tried(model)
+    return _trials[model]
+
+
+def _tried(model: PreTrainedModel) -> _Trial:
     size: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
     tokens = (7 * torch.arange(TRIED_BEHIND + TRIED) + 3)[None].to(model.device) % size
-    wanted = model(input_ids=tokens, use_cache=False).logits[:, TRIED_BEHIND:]
+    wanted = model(input_ids=tokens, use_cache=False).logits
 
-    def error(pieces: list[int]) -> float:
+    def away(found: torch.Tensor) -> float:
+        expected = wanted[:, -found.shape[1] :]
+        return (found - expected).abs().max().item() / expected.abs().max().item()
+
+    def read(pieces: list[int]) -> float:
         cache, begun, found = DynamicCache(config=model.config), 0, []
         for piece in tokens.split(pieces, dim=1):
             found.append(model(input_ids=piece, **behind(model, cache, begun, piece)).logits)
             begun += piece.shape[1]
-        return (torch.cat(found[1:], 1) - wanted).abs().max().item() / wanted.abs().max().item()
+        return away(torch.cat(found[1:], 1))
 
-    rounding = max(error([TRIED_BEHIND, *[1] * TRIED]), torch.finfo(torch.float32).eps)
-    return error([TRIED_BEHIND, TRIED]) < 8 * rounding < 1e-3
+    def read_padded() -> float:
+        mask = torch.ones_like(torch.cat([tokens[:, :TRIED], tokens], 1))
+        mask[:, :TRIED] = 0
+        row = torch.cat([tokens[:, :TRIED], tokens], 1) * mask
+        places = (mask.cumsum(1) - 1).clamp(min=0)
+        cache, begun, found = DynamicCache(config=model.config), 0, []
+        for piece in row.split([row.shape[1] - 1, 1], dim=1):
+            here = slice(begun, begun + piece.shape[1])
+            options = {"attention_mask": mask[:, : here.stop], "position_ids": places[:, here]}
+            found.append(model(input_ids=piece, **behind(model, cache, begun, piece) | options).logits)
+            begun = here.stop
+        return away(torch.cat(found, 1)[:, TRIED:])
+
+    def error(of: Callable[[], float]) -> float:
+        try:
+            return of()
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError):
+            return float("inf")  # what a class does not provide for fails in any of these ways
+
+    rounding = max(error(lambda: read([TRIED_BEHIND, *[1] * TRIED])), torch.finfo(torch.float32).eps)
+    together = error(lambda: read([TRIED_BEHIND, TRIED]))
+    return _Trial(rounding < 1e-3, together < 8 * rounding < 1e-3, error(read_padded) < 1e-3)
 
 
 def copy_rows(cache: DynamicCache, rows: Sequence[int], device: torch.device) -> DynamicCache:

@@ -12,6 +12,9 @@ from transformers.models.auto.modeling_auto import (
 from bitassay.errors import BitassayError
 from bitassay.models.transposed import as_linears
 
+# What comes after a token changes what these say about it: CPM-Ant and XLNet see all of a text, XLM does unless
+# its configuration says otherwise, ProphetNet's buckets of distances depend on the text's length.
+NOT_CAUSAL = ("cpmant", "prophetnet", "xlm", "xlnet")
 REMEDY = "a decoder-only model, such as Llama, Qwen, Gemma, Mistral, GPT-2 or Mamba"
 
 
@@ -25,6 +28,8 @@ def check_causal(config: PretrainedConfig, folder: str | Path) -> None:
     )
     if config.is_encoder_decoder:
         why = f"{kind} is an encoder-decoder"
+    elif kind in NOT_CAUSAL:
+        why = f"in {kind}, what is said about a token depends on what comes after it"
     elif encoder:
         why = f"{kind} is an encoder here (is_decoder is false), which sees what comes after a token"
     elif kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not own_code:

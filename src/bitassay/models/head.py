@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bitassay.models.cache import takes
+from bitassay.models.walk import decoder_of
 
 
 def last_positions(count: int, device: torch.device) -> Int[Tensor, " count"]:
@@ -22,6 +23,6 @@ def last_positions(count: int, device: torch.device) -> Int[Tensor, " count"]:
 def last_logits(model: PreTrainedModel, count: int) -> dict[str, Any]:
     """The options of a forward that wants its last `count` logits: these alone, or all where the model cannot
     say fewer, or then leaves positions out of its layers too (Gemma 4, behind those that hand on keys)."""
-    if not takes(model, "logits_to_keep") or takes(model.get_decoder(), "logits_to_keep"):
+    if not takes(model, "logits_to_keep") or takes(decoder_of(model), "logits_to_keep"):
         return {}
     return {"logits_to_keep": last_positions(count, model.device)}

@@ -38,7 +38,8 @@ class Walk:
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The decoder layers, in order. Raises BitassayError for an architecture that keeps no single list of
     them, such as one list of attentions and another of MLPs."""
-    lists = _lists_of_blocks(_named_decoder(model)) or _lists_of_blocks(model)
+    # Some classes have an output head by the name under which transformers looks for the decoder.
+    lists = _lists_of_blocks(model.get_decoder()) or _lists_of_blocks(model)
     if lists:
         # Towers of images or audio, and what belongs to them, lie deeper than the text's own layers.
         outermost = min(name.count(".") for name in lists)
@@ -52,7 +53,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     return next(iter(lists.values()))
 
 
-def decoder(model: PreTrainedModel) -> PreTrainedModel:
+def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
     """The part of `model` that turns token ids into the last hidden states: the innermost model around
     `decoder_layers` that has the embedding too."""
     layers, embedding = decoder_layers(model), model.get_input_embeddings()
@@ -64,21 +65,14 @@ def decoder(model: PreTrainedModel) -> PreTrainedModel:
     return around[-1]  # outer modules come first
 
 
-def _named_decoder(model: PreTrainedModel) -> nn.Module:
-    """What transformers says is the decoder. Some classes name their output head so."""
-    return model.get_decoder()
-
-
 def _lists_of_blocks(module: nn.Module) -> dict[str, nn.ModuleList]:
-    """The lists of modules that have modules of their own with matrices, but for lists within such lists."""
+    """The lists of modules that are made of several, such as attention and MLP, which have modules of their
+    own; but for lists within such lists."""
     found: dict[str, nn.ModuleList] = {}
     for name, part in module.named_modules():
         if not isinstance(part, nn.ModuleList) or any(name.startswith(f"{outer}.") for outer in found):
             continue
-        if len(part) and all(
-            any(True for _ in block.children()) and any(p.ndim >= 2 for p in block.parameters())
-            for block in part
-        ):
+        if len(part) and all(any([*child.children()] for child in block.children()) for block in part):
             found[name] = part
     return found
 
@@ -109,8 +103,6 @@ def walk(model: PreTrainedModel) -> Walk:
             full = f"{name}.{key}"
             if is_fused_experts(module) and parameter.ndim == 3:
                 found.experts[full] = parameter
-            elif is_fused_experts(module) and key.endswith("_bias"):
-                continue  # a vector for each expert
             elif parameter.ndim == 2 and "router" in type(module).__name__.lower():
                 found.routers[full] = parameter
             elif parameter.ndim >= 2 and _is_constant(module, key, parameter):

@@ -46,6 +46,7 @@ from bitassay.quantize.formats import FORMATS
 from bitassay.quantize.granularity import Granularity
 from bitassay.quantize.layout import Expected, Stored, description
 from bitassay.quantize.model import Quantization
+from bitassay.quantize.plain_load import EXPERTS, expert_pieces
 from bitassay.quantize.scheme import WeightScheme
 from bitassay.quantize.tensor import QuantizedTensor, from_codes
 
@@ -206,8 +207,10 @@ def _shift(args: QuantizationArgs) -> int:
 
 def quantization_config(model: PreTrainedModel, quantization: Quantization) -> QuantizationConfig:
     """One config group for each distinct description: the commonest targets every Linear, the others name
-    theirs; the rest is ignored. Raises BitassayError that names a matrix with an obstacle."""
+    theirs; experts have their own; the rest is ignored. Raises BitassayError that names a matrix with an
+    obstacle."""
     groups: dict[str, tuple[dict[str, Any], list[str]]] = {}
+    pieces, experts = expert_pieces(model), None
     if alone := [name for name in quantization.inputs if name not in quantization.tensors]:
         raise BitassayError(
             f"{alone[0]}: a compressed-tensors folder rounds no inputs of a matrix that it does not quantize",
@@ -225,12 +228,17 @@ def quantization_config(model: PreTrainedModel, quantization: Quantization) -> Q
             "input_activations": None if inputs is None else input_args(inputs),
             "format": _format(with_inputs(description(tensor), inputs)),
         }
-        groups.setdefault(str(said), (said, []))[1].append(name)
+        if name in pieces:
+            experts = said  # the same for all
+        else:
+            groups.setdefault(str(said), (said, []))[1].append(name)
     largest_first = sorted(groups.values(), key=lambda group: -len(group[1]))
     schemes = {
         f"group_{place}": QuantizationScheme(targets=names if place else ["Linear"], **said)
         for place, (said, names) in enumerate(largest_first)
     }
+    if experts is not None:
+        schemes[f"group_{len(schemes)}"] = QuantizationScheme(targets=[EXPERTS], **experts)
     formats = {str(getattr(scheme.format, "value", scheme.format)) for scheme in schemes.values()}
     return QuantizationConfig(
         config_groups=dict(schemes),
@@ -252,5 +260,6 @@ def _left_alone(model: PreTrainedModel, quantization: Quantization) -> list[str]
     """
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     found = walk(model)
-    parents = [name.rpartition(".")[0] for name in (*found.routers, *found.experts)]
+    parents = [name.rpartition(".")[0] for name in found.routers]
+    parents += [name.rpartition(".")[0] for name in found.experts if f"{name}.0" not in quantization.tensors]
     return list(dict.fromkeys(name for name in (*linears, *parents) if name not in quantization.tensors))

@@ -22,7 +22,7 @@ from bitassay.errors import BitassayError, MissingError
 from bitassay.models.checkpoint import CARD_FILE, Base, Card, hashed_files, read_card
 from bitassay.models.load import attention_of, identity, load
 from bitassay.models.walk import fused_experts, walk
-from bitassay.quantize import compressed
+from bitassay.quantize import compressed, plain_load
 from bitassay.quantize.layout import Stored, description, stored_tensors
 from bitassay.quantize.model import (
     Quantization,
@@ -61,14 +61,16 @@ def save(
     if dtype not in dtypes:
         raise BitassayError(f"a checkpoint holds {', '.join(dtypes)}, not {dtype}", f"load it in {dtypes[0]}")
     descriptions = {name: description(tensor) for name, tensor in quantization.tensors.items()}
-    chosen = choose_layout(quantization.recipe, descriptions, layout)
+    chosen, why = choose_layout(model, quantization.recipe, descriptions, layout)
+    if why is not None:
+        progress(f"{folder}: {why}")
     if chosen == "compressed-tensors":
         descriptions = {
             name: compressed.with_inputs(stored, quantization.inputs.get(name))
             for name, stored in descriptions.items()
         }
     progress(f"packing {len(quantization.tensors)} matrices ({chosen} layout)")
-    parts = _parts(quantization, chosen)
+    parts = _parts(model, quantization, chosen)
     state = _other_parameters(model, quantization) | parts
     check_space(folder, _bytes(state))
     weights = quantized_weights(quantization.tensors)
@@ -77,9 +79,8 @@ def save(
     }
     progress(f"writing {folder}")
     with atomic_folder(folder) as temporary:
-        # transformers decodes the experts of a compressed checkpoint that come one by one, even dense ones,
-        # and loses them; fused, they load as they are.
-        model.save_pretrained(temporary, state_dict=state, save_original_format=not fused_experts(model))
+        original = _original_format(model, chosen, descriptions)
+        model.save_pretrained(temporary, state_dict=state, save_original_format=original)
         _describe(model, quantization, temporary, chosen)
         if getattr(model, "tokenizer", None) is not None:
             model.tokenizer.save_pretrained(temporary)  # type: ignore[union-attr]
@@ -140,22 +141,31 @@ def reload_difference(
         return (model(tokens).logits.float() - reloaded(tokens).logits.float()).abs().max().item()
 
 
-def choose_layout(recipe: Recipe, matrices: dict[str, Stored], wanted: Layout | None = None) -> Layout:
-    """`wanted`, or compressed-tensors where it is exact, else our own. Raises BitassayError that names what
-    compressed-tensors cannot hold where it is wanted.
+def choose_layout(
+    model: PreTrainedModel, recipe: Recipe, matrices: dict[str, Stored], wanted: Layout | None = None
+) -> tuple[Layout, str | None]:
+    """`wanted`, or compressed-tensors where it is exact, else our own, with the reason. Raises BitassayError
+    that names what compressed-tensors cannot hold where it is wanted.
     """
-    why = _obstacle(recipe, matrices, wanted)
+    why = None if wanted == "bitassay" else layout_obstacle(model, recipe, matrices, wanted)
     if wanted == "compressed-tensors" and why:
         raise BitassayError(
             f"a compressed-tensors folder cannot hold {why}",
             "leave out --layout, or --layout bitassay, for a folder that bitassay.load reads",
         )
-    return wanted or ("bitassay" if why else "compressed-tensors")
+    if why is None:
+        return wanted or "compressed-tensors", None
+    return "bitassay", (
+        "in bitassay's own layout, which bitassay.load reads and plain transformers does not: "
+        f"a compressed-tensors folder cannot hold {why}"
+    )
 
 
-def _obstacle(recipe: Recipe, matrices: dict[str, Stored], wanted: Layout | None) -> str | None:
-    """The first thing that compressed-tensors cannot hold: exactly, but for rounded inputs where it is
-    wanted."""
+def layout_obstacle(
+    model: PreTrainedModel, recipe: Recipe, matrices: dict[str, Stored], wanted: Layout | None = None
+) -> str | None:
+    """The first thing that compressed-tensors cannot hold, or plain transformers not load from it: exactly,
+    but for rounded inputs where it is wanted."""
     if recipe.kv_cache is not None:
         return "the recipe's kv_cache: plain transformers would run the model without"
     if (spec := recipe.activations) is not None:
@@ -171,11 +181,17 @@ def _obstacle(recipe: Recipe, matrices: dict[str, Stored], wanted: Layout | None
     if recipe.rotation is not None and recipe.rotation.online:
         return "the recipe's rotation: plain transformers would run the model without its part at run time"
     for name, stored in matrices.items():
-        if ".experts." in name and name.rpartition(".")[2].isdigit():
-            return f"{name} exactly: transformers keeps experts in one tensor and cannot decode their codes"
         if why := compressed.obstacle(stored):
             return f"{name} in {stored.scheme.format} exactly: {why}"
-    return None
+    return plain_load.obstacle(model, matrices)
+
+
+def _original_format(model: PreTrainedModel, layout: Layout, matrices: dict[str, Stored]) -> bool:
+    """Whether tensors get the names that checkpoints of the architecture have, or the model's own. Dense
+    experts stay fused: transformers loses those that come one by one beside codes."""
+    experts = tuple(f"{name}." for name in fused_experts(model))
+    in_codes = layout == "compressed-tensors" and any(name.startswith(experts) for name in matrices)
+    return plain_load.keeps_names(model) and (not experts or in_codes)
 
 
 def _describe(model: PreTrainedModel, quantization: Quantization, folder: Path, layout: Layout) -> None:
@@ -202,14 +218,18 @@ def _quantization(model: PreTrainedModel) -> Quantization:
     return quantization
 
 
-def _parts(quantization: Quantization, layout: Layout) -> dict[str, Tensor]:
+def _parts(model: PreTrainedModel, quantization: Quantization, layout: Layout) -> dict[str, Tensor]:
     """Codes and all that belongs to them."""
-    stored = {
-        name: compressed.stored_tensors(tensor, quantization.inputs.get(name))
-        if layout == "compressed-tensors"
-        else stored_tensors(tensor)
-        for name, tensor in quantization.tensors.items()
-    }
+    stored: dict[str, dict[str, Tensor]] = {}
+    pieces = plain_load.expert_pieces(model) if layout == "compressed-tensors" else {}
+    for name, tensor in quantization.tensors.items():
+        if layout == "bitassay":
+            stored[name] = stored_tensors(tensor)
+        elif name in pieces:
+            for piece in pieces[name]:
+                stored[piece.name] = compressed.stored_tensors(plain_load.part_of(tensor, piece))
+        else:
+            stored[name] = compressed.stored_tensors(tensor, quantization.inputs.get(name))
     return {f"{name}.{part}": value for name, parts in stored.items() for part, value in parts.items()}
 
 

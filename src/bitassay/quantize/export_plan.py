@@ -14,7 +14,7 @@ from bitassay.quantize.export import Layout, choose_layout
 from bitassay.quantize.layout import Factors, Stored, expected_bytes, planned, planned_bits
 from bitassay.quantize.model import check_recipe, parameter_count
 from bitassay.quantize.recipe import Recipe
-from bitassay.quantize.reload import LAYOUTS
+from bitassay.quantize.reload import expected_parts
 from bitassay.quantize.scheme import WeightScheme
 from bitassay.quantize.tune import memory_of
 from bitassay.replicate.plan import is_replica, original, replica_names
@@ -24,14 +24,15 @@ from bitassay.replicate.plan import is_replica, original, replica_names
 class Plan:
     """What quantizing by a recipe will give, known from shapes alone.
 
-    size_bytes: as `quantize.model.size_bytes` counts, and by the whole model's parameters. tensor_bytes:
-    what the folder's tensors take. memory_bytes: the base model, the quantized one, its codes twice (as
-    kept and as stored), and the reloaded model beside them; or, where that is more, what calibrating
-    holds: the base model, what is quantized, and what one layer makes of the text; or what tuning holds
-    of each weight.
+    layout_reason: why it is our own layout where nobody asked for it. size_bytes: as
+    `quantize.model.size_bytes` counts, and by the whole model's parameters. tensor_bytes: what the folder's
+    tensors take. memory_bytes: the base model, the quantized one, its codes twice (as kept and as stored),
+    and the reloaded model beside them; or, where that is more, what calibrating holds: the base model, what
+    is quantized, and what one layer makes of the text; or what tuning holds of each weight.
     """
 
     layout: Layout
+    layout_reason: str | None
     matrices: int
     bits_per_weight: float
     checkpoint_bits_per_weight: float
@@ -52,8 +53,8 @@ def plan_export(model: PreTrainedModel, recipe: Recipe, layout: Layout | None = 
             f"recipe {recipe.name} quantizes nothing in {type(model).__name__}",
             "another recipe; see `bitassay recipes list`",
         )
-    layouts: set[Layout] = {choose_layout(recipe, way, layout) for way in ways}
-    chosen: Layout = layouts.pop() if len(layouts) == 1 else "bitassay"
+    layouts = [choose_layout(model, recipe, way, layout) for way in ways]
+    chosen, why = next((found for found in layouts if found[0] == "bitassay"), layouts[0])
     # Of several ways, the one of the most bits; a budget of mixed bits stays below it.
     bits = max(sum(planned_bits(way[name], shapes[name]) for name in way) for way in ways)
     if chosen == "compressed-tensors" and (spec := recipe.activations) is not None:
@@ -61,10 +62,7 @@ def plan_export(model: PreTrainedModel, recipe: Recipe, layout: Layout | None = 
             {name: compressed.with_inputs(stored, spec.scheme_for(name)) for name, stored in way.items()}
             for way in ways
         ]
-    expected_tensors = LAYOUTS[chosen].expected_tensors
-    stored = max(
-        sum(expected_bytes(expected_tensors(way[name], shapes[name])) for name in way) for way in ways
-    )
+    stored = max(expected_bytes(expected_parts(model, chosen, way, shapes)) for way in ways)
     weights = sum(shapes[name][0] * shapes[name][1] for name in ways[0] if not is_replica(name))
     added = _untied(model, recipe) + _input_scales(model, recipe)
     parameters, item = parameter_count(model) + added, model.dtype.itemsize
@@ -86,6 +84,7 @@ def plan_export(model: PreTrainedModel, recipe: Recipe, layout: Layout | None = 
     size_bytes = (parameters - weights) * 2 + bits // 8
     return Plan(
         layout=chosen,
+        layout_reason=why,
         matrices=len(ways[0]),
         bits_per_weight=bits / weights,
         checkpoint_bits_per_weight=size_bytes * 8 / parameters,

@@ -33,6 +33,8 @@ from bitassay.quantize.residual_stream import Norm, Weight, find_norm
 from bitassay.quantize.rotation import probe
 
 Place = Literal["norms", "values", "up", "inputs"]
+# Modules of an attention that see no values, or that multiply its output by column.
+BESIDE_VALUES = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "gate_proj", "g_proj")
 INPUT_SCALES = "input_scales"  # of a linear: the name of the parameter
 
 
@@ -187,6 +189,9 @@ def _value_fold(model: PreTrainedModel, attention: str) -> Fold | str:
         return f"{attention} has no v_proj"
     if hasattr(module, "v_norm"):
         return f"{attention} norms its values"
+    children = [name for name, part in module.named_children() if any(True for _ in part.parameters())]
+    if strange := [name for name in children if name not in BESIDE_VALUES]:
+        return f"{attention}.{strange[0]} may come between v_proj and o_proj"
     width = getattr(module, "head_dim", None)
     if not isinstance(width, int) or values.out_features % width or back.in_features % values.out_features:
         return f"{attention}: the columns of o_proj are not those of v_proj's heads"

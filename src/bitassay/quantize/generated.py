@@ -16,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from bitassay.models.cache import behind, takes_cache
 from bitassay.models.positions import frequencies
+from bitassay.models.walk import decoder_of
 from bitassay.quantize.tune import Tune, head_weight, last_states
 from bitassay.record.progress import Progress
 from bitassay.record.run import RunFolder
@@ -70,7 +71,7 @@ def continued(
 ) -> tuple[Int[Tensor, "samples length"], Float[Tensor, "samples length hidden"]]:
     """Go on to `length` tokens, and the last hidden states at all of them, as one forward over them gives.
     Products are in bf16."""
-    decoder, head = copy.deepcopy(model.get_decoder()).bfloat16(), head.bfloat16()
+    decoder, head = copy.deepcopy(decoder_of(model)).bfloat16(), head.bfloat16()
     tokens, caches = start.to(head.device), takes_cache(model)
     states, cache, begun = list[Tensor](), DynamicCache(config=model.config), 0
     while True:

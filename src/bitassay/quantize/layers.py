@@ -142,6 +142,7 @@ class _LayerWork:
 
     def _run(self, layer: nn.Module, hidden: Hidden, arguments: Arguments) -> Hidden:
         groups = input_groups(layer, hidden, arguments, self.linears)
+        self._round_unreached({name for name in self.linears if not any(name in one for one in groups)})
         if not self.slices:
             return quantize_in_passing(layer, hidden, arguments, self.linears, groups, self.solve)
 
@@ -152,12 +153,21 @@ class _LayerWork:
         with expert_inputs(self.draft, reached, every=self.calibration.every_expert) as load:
             output = quantize_in_passing(layer, hidden, arguments, self.linears, groups, self.solve)
         warn_of_few({name: counts for name, counts in load.items() if counts.any()}, progress=self.progress)
-        for name in self.slices:
-            if name not in self.solved:  # no token came by: its Hessian is unknown
-                weight = self.weight(name)
-                self.solved[name] = Solved(quantize_tensor(weight, self.schemes[name], name), weight.float())
+        self._round_unreached({name for name in self.slices if name not in self.solved})
         self.put(self.slices)
         return output
+
+    def _round_unreached(self, names: Container[str]) -> None:
+        """Round matrices to nearest that no token reaches, so that their Hessians are unknown: of experts
+        that are never chosen, and of modules that a text alone does not use, such as cross attention."""
+        unreached = [name for name in self.schemes if name in names]
+        for name in unreached:
+            weight = self.weight(name)
+            self.solved[name] = Solved(quantize_tensor(weight, self.schemes[name], name), weight.float())
+        self.put(unreached)
+        if linears := [name for name in unreached if name in self.linears]:
+            others = f" and {len(linears) - 1} more" if linears[1:] else ""
+            self.progress(f"{linears[0]}{others}: rounded to nearest, since no token gets there")
 
     def weight(self, name: str) -> Float[Tensor, "out in"]:
         """The matrix as the draft holds it now."""

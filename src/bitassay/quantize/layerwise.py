@@ -19,7 +19,7 @@ from transformers import Cache, PreTrainedModel
 
 from bitassay.errors import BitassayError
 from bitassay.models.hooks import hooked
-from bitassay.models.walk import decoder_layers
+from bitassay.models.walk import decoder_layers, decoder_of
 
 BATCH_SAMPLES = 8
 CHUNK_ROWS = 8192
@@ -101,7 +101,8 @@ class Stream(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """A tensor with the samples along `axis`; in `rows` they are in front, or one that is everybody's."""
+    """A tensor with the samples along `axis`, each with one or more places there (a bias for each head); in
+    `rows`, `[samples, places, ...]`, they are in front, or one that is everybody's."""
 
     rows: Tensor
     axis: int
@@ -109,7 +110,7 @@ class _Rows(NamedTuple):
     def of(self, places: Tensor) -> Tensor:
         alike = len(self.rows) == 1
         rows = self.rows.expand(len(places), *self.rows.shape[1:]) if alike else self.rows[places]
-        return rows.movedim(0, self.axis)
+        return rows.flatten(0, 1).movedim(0, self.axis)
 
 
 class _Handed(NamedTuple):
@@ -204,7 +205,7 @@ class _Forward:
             hooked(layer.register_forward_hook(after) for layer in layers),
             suppress(_Stop),
         ):
-            model.get_decoder()(input_ids=tokens, use_cache=False)
+            decoder_of(model)(input_ids=tokens, use_cache=False)
         self.written = {place for place, (value, size) in seen.items() if len(value) != size}
 
 
@@ -214,10 +215,11 @@ def _merged(one: Any, two: Any, batches: list[Any], written: set[int]) -> Any:
         axis = _axis(one, two)
         if axis is None:
             return two
-        rows = two.movedim(axis, 0)
-        if torch.equal(rows[0], rows[1]):
-            return _Rows(rows[:1], axis)
-        return _Rows(torch.cat([batch.movedim(axis, 0) for batch in batches]), axis)
+        first, second = (part[None] for part in two.movedim(axis, 0).split(one.shape[axis]))
+        if torch.equal(first, second):
+            return _Rows(first, axis)
+        several = [batch.movedim(axis, 0).unflatten(0, (-1, one.shape[axis])) for batch in batches]
+        return _Rows(torch.cat(several), axis)
     if isinstance(two, Cache):
         return None  # nothing was cached
     if id(two) in written:

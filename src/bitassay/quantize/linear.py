@@ -56,7 +56,6 @@ class QuantizedLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.out_features, self.in_features = quantized.shape
         self.dtype = dtype
-        self.stored_transposed = False
 
     @property
     def weight(self) -> Float[Tensor, "out in"]:

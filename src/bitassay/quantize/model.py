@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 from bitassay.errors import BitassayError, suggestion
 from bitassay.models.config import untie
 from bitassay.models.load import Identity
-from bitassay.models.transposed import stores_transposed
 from bitassay.models.walk import decoder_layers, matrices, replace_module, walk
 from bitassay.models.weights import stored_bits
 from bitassay.quantize.activations import InputRounding
@@ -69,7 +68,6 @@ def with_tensors(
         tensor, inputs = quantization.tensors.get(name), quantization.inputs.get(name)
         if tensor is not None and packed:
             packed_linear = QuantizedLinear(tensor, linear.bias, linear.weight.dtype, inputs)
-            packed_linear.stored_transposed = stores_transposed(linear)
             replace_module(model, linear, packed_linear)
             continue
         if tensor is not None:

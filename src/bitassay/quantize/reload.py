@@ -6,7 +6,7 @@ of each part, which the headers of the files must state, part for part. What els
 parameters, and transformers loads them: none may be missing and none left over.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,7 @@ from bitassay.quantize.calibration import UNTRUSTED
 from bitassay.quantize.folding import INPUT_SCALES
 from bitassay.quantize.layout import Stored
 from bitassay.quantize.model import Quantization, with_tensors
+from bitassay.quantize.plain_load import Piece, exact_scales, expert_pieces, joined, module_names
 from bitassay.quantize.recipe import Recipe
 from bitassay.quantize.tensor import QuantizedTensor
 from bitassay.replicate.plan import Steps, is_replica, replica_names
@@ -58,10 +59,11 @@ class Entry:
     file: Path
     dtype: torch.dtype | None
     shape: tuple[int, ...]
+    key: str
 
-    def read(self, name: str) -> Tensor:
+    def read(self) -> Tensor:
         with safe_open(self.file, framework="pt") as file:
-            return file.get_tensor(name)
+            return file.get_tensor(self.key)
 
 
 def read_quantized(
@@ -80,7 +82,8 @@ def read_quantized(
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # type: ignore[attr-defined] # the codes are decoded here
     empty = empty_model(config, dtype, trust_remote_code=trust_remote_code)
-    entries = stored_entries(folder)
+    stored_as = stored_entries(folder)
+    entries = {name: stored_as[key] for key, name in module_names(empty, stored_as).items()}
     shapes = {name: (view.shape[0], view.shape[1]) for name, view in matrices(empty).items()}
     described, plain = {}, dict(entries)
     passes = _passes(recipe, len(decoder_layers(empty)), card, folder)
@@ -91,18 +94,17 @@ def read_quantized(
     for name, place in card.matrices.items():
         if name not in shapes:
             raise BitassayError(f"{folder / CARD_FILE}: the model has no matrix {name}", AGAIN)
-        stored = schemes[place]
-        expected = LAYOUTS[card.layout].expected_tensors(stored, shapes[name])
-        parts = {f"{name}.{part}": what for part, what in expected.items()}
-        _check_parts(parts, entries, folder)
-        for key in parts:
-            plain.pop(key, None)
-        described[name] = stored
+        described[name] = schemes[place]
+    parts = expected_parts(empty, card.layout, described, shapes)
+    _check_parts(parts, entries, folder)
+    for key in parts:
+        plain.pop(key, None)
     scales = _input_scales(empty, recipe, plain, folder)
     originals = {name for name in described if not is_replica(name)}
     model = _with_plain_parameters(empty, config, folder, plain, originals, dtype, attention)
+    pieces = pieces_of(empty, card.layout)
     tensors = {
-        name: _read_matrix(name, stored, shapes[name], card.layout, entries)
+        name: _read_matrix(name, stored, shapes[name], card.layout, entries, pieces.get(name))
         for name, stored in described.items()
     }
     parameters = _changed_parameters(model, card, scales, folder)
@@ -121,7 +123,7 @@ def stored_entries(folder: Path) -> dict[str, Entry]:
                 if name in entries:
                     raise BitassayError(f"{path}: {name} is in {entries[name].file.name} too", AGAIN)
                 header = file.get_slice(name)
-                entries[name] = Entry(path, DTYPES.get(header.get_dtype()), tuple(header.get_shape()))
+                entries[name] = Entry(path, DTYPES.get(header.get_dtype()), tuple(header.get_shape()), name)
     return entries
 
 
@@ -138,12 +140,44 @@ def _check_parts(parts: layout.Expected, entries: dict[str, Entry], folder: Path
             )
 
 
+def pieces_of(model: PreTrainedModel, chosen: str) -> dict[str, list[Piece]]:
+    """What each slice of experts is stored as that is not stored under its own name."""
+    return expert_pieces(model) if chosen == "compressed-tensors" else {}
+
+
+def expected_parts(
+    model: PreTrainedModel,
+    chosen: str,
+    described: Mapping[str, Stored],
+    shapes: Mapping[str, tuple[int, int]],
+) -> layout.Expected:
+    """Dtype and shape of every part of every matrix, by its name in the folder."""
+    pieces, expected = pieces_of(model, chosen), dict[str, Any]()
+    for name, stored in described.items():
+        rows, columns = shapes[name]
+        how = exact_scales(stored) if name in pieces else stored
+        for piece in pieces.get(name, [Piece(name, 0, 1)]):
+            parts = LAYOUTS[chosen].expected_tensors(how, (rows // piece.count, columns))
+            expected |= {f"{piece.name}.{part}": what for part, what in parts.items()}
+    return expected
+
+
 def _read_matrix(
-    name: str, stored: Stored, shape: tuple[int, int], chosen: str, entries: dict[str, Entry]
+    name: str,
+    stored: Stored,
+    shape: tuple[int, int],
+    chosen: str,
+    entries: dict[str, Entry],
+    pieces: list[Piece] | None = None,
 ) -> QuantizedTensor:
+    """A matrix, or one that is joined from pieces."""
+    if pieces is not None:
+        size = (shape[0] // len(pieces), shape[1])
+        exact = exact_scales(stored)
+        parts = [_read_matrix(piece.name, exact, size, chosen, entries) for piece in pieces]
+        return joined(parts, stored.scheme)
     parts = {
-        part: entries[f"{name}.{part}"].read(f"{name}.{part}")
-        for part in LAYOUTS[chosen].expected_tensors(stored, shape)
+        part: entries[f"{name}.{part}"].read() for part in LAYOUTS[chosen].expected_tensors(stored, shape)
     }
     file = entries[f"{name}.{next(iter(parts))}"].file
     for part, value in parts.items():
@@ -172,7 +206,7 @@ def _with_plain_parameters(
 ) -> PreTrainedModel:
     """The model with every parameter but the quantized matrices, whose memory is not even touched."""
     own = empty.state_dict()  # shapes as files have them
-    state: dict[str, Any] = {key: entry.read(key) for key, entry in plain.items()}
+    state: dict[str, Any] = {key: entry.read() for key, entry in plain.items()}
     for name in quantized:
         key = f"{name}.weight" if f"{name}.weight" in own else name.rpartition(".")[0]
         if key not in state:
@@ -208,7 +242,7 @@ def _input_scales(
     scales = {}
     for name in shapes:
         entry = plain.pop(name)
-        scales[name] = entry.read(name)
+        scales[name] = entry.read()
         if not (scales[name].isfinite() & (scales[name] > 0)).all():
             raise BitassayError(f"{entry.file}: {name} has values that are not above zero and finite", AGAIN)
     return scales
@@ -258,8 +292,7 @@ def _check_inputs(
         rounding = inputs.get(name)
         said = compressed.input_tensors(rounding)
         if stored != compressed.with_inputs(stored.model_copy(update={"inputs": None}), rounding) or any(
-            not torch.equal(entries[f"{name}.{part}"].read(f"{name}.{part}"), value)
-            for part, value in said.items()
+            not torch.equal(entries[f"{name}.{part}"].read(), value) for part, value in said.items()
         ):
             raise BitassayError(f"{folder}: {CARD_FILE} and the files differ in the inputs of {name}", AGAIN)
 

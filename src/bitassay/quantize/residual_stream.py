@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError
-from bitassay.models.walk import Walk, decoder_layers, module_name, walk
+from bitassay.models.walk import Walk, decoder_layers, decoder_of, module_name, walk
 
 ATTENTION_READS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "q_a_proj", "kv_a_proj_with_mqa")
 MLP_READS = ("gate_proj", "up_proj", "gate_up_proj")
@@ -37,7 +37,7 @@ class Weight(NamedTuple):
     transposed: bool = False
 
     def read(self) -> Float[Tensor, "..."]:
-        value = self.module.get_parameter(self.key).detach().double()
+        value = self.module.get_parameter(self.key).detach().to(torch.float64, copy=True)
         return value.transpose(-1, -2) if self.transposed else value
 
     def write(self, value: Float[Tensor, "..."]) -> None:
@@ -83,8 +83,8 @@ class ResidualStream:
 def residual_stream(model: PreTrainedModel) -> ResidualStream:
     """Everything that touches the stream. Raises BitassayError that names the first part of the model that
     cannot go along with a rotation, and why."""
-    decoder, embedding = model.get_decoder(), model.get_input_embeddings()
-    head, final = model.get_output_embeddings(), getattr(decoder, "norm", None)
+    around, embedding = decoder_of(model), model.get_input_embeddings()
+    head, final = model.get_output_embeddings(), getattr(around, "norm", None)
     if not isinstance(head, nn.Linear) or not isinstance(final, nn.Module):
         raise BitassayError(f"{type(model).__name__}: found no final norm and linear output head", REMEDY)
     prefix = f"{module_name(model, decoder_layers(model))}."

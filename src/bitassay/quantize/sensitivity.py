@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bitassay.models.hooks import hooked
-from bitassay.models.walk import decoder_layers, matrices, module_name, walk
+from bitassay.models.walk import decoder_layers, decoder_of, matrices, module_name, walk
 from bitassay.quantize.experts import Load, expert_inputs, expert_products
 from bitassay.quantize.model import Quantization, with_tensors
 from bitassay.quantize.recipe import Recipe
@@ -75,7 +75,7 @@ def observe(
         expert_inputs(model, tap) as load,
     ):
         for done, sample in enumerate(tokens):
-            model.get_decoder()(input_ids=sample[None].to(model.device), use_cache=False)
+            decoder_of(model)(input_ids=sample[None].to(model.device), use_cache=False)
             progress(done + 1)
     return load
 

@@ -35,7 +35,7 @@ from transformers import PreTrainedModel
 from bitassay.errors import BitassayError
 from bitassay.models.config import text_config
 from bitassay.models.hooks import forwarded
-from bitassay.models.walk import decoder_layers
+from bitassay.models.walk import decoder_layers, decoder_of
 from bitassay.quantize.latent import LatentWeight
 from bitassay.quantize.layerwise import BATCH_SAMPLES
 from bitassay.quantize.schedule import learning_rate, sample_order
@@ -104,7 +104,7 @@ def head_weight(model: PreTrainedModel) -> Float[Tensor, "vocabulary hidden"]:
 def own_norms(model: PreTrainedModel) -> list[nn.Parameter]:
     """The gains of the decoder's norms, each replaced by a copy in fp32 that may be changed."""
     norms = []
-    for module in model.get_decoder().modules():
+    for module in decoder_of(model).modules():
         gain = module._parameters.get("weight")
         if gain is not None and gain.ndim == 1:
             module.register_parameter("weight", nn.Parameter(gain.detach().float().clone()))
@@ -119,7 +119,7 @@ def last_states(
     """What the output head reads, in bf16."""
     with torch.autocast(tokens.device.type, torch.bfloat16):
         parts = [
-            model.get_decoder()(input_ids=part, use_cache=False).last_hidden_state.bfloat16()
+            decoder_of(model)(input_ids=part, use_cache=False).last_hidden_state.bfloat16()
             for part in tokens.split(batch)
         ]
     return torch.cat(parts)
@@ -178,7 +178,7 @@ def tune(
         for group in optimizer.param_groups:
             group["lr"] = group["rate"] * learning_rate(step, spec.steps, spec.warmup)
         with torch.autocast(tokens.device.type, torch.bfloat16), layers_computed_again(student):
-            states = student.get_decoder()(input_ids=tokens[chosen], use_cache=False).last_hidden_state
+            states = decoder_of(student)(input_ids=tokens[chosen], use_cache=False).last_hidden_state
         loss, gradient = divergence(states, base_states[chosen], head, base_head)
         states.backward(gradient.to(states.dtype))
         optimizer.step()

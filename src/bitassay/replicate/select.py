@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bitassay.models.hooks import hooked
-from bitassay.models.walk import decoder_layers, matrices
+from bitassay.models.walk import decoder_layers, decoder_of, matrices
 from bitassay.quantize.scheme import WeightScheme
 from bitassay.quantize.sensitivity import divergences, places
 from bitassay.quantize.tensor import QuantizedTensor, quantize_tensor
@@ -95,7 +95,7 @@ def largest_additions(model: PreTrainedModel, tokens: Int[Tensor, "samples token
     layers = enumerate(decoder_layers(model))
     with hooked(layer.register_forward_hook(watch(index)) for index, layer in layers):
         for sample in tokens:
-            model.get_decoder()(input_ids=sample[None].to(model.device), use_cache=False)
+            decoder_of(model)(input_ids=sample[None].to(model.device), use_cache=False)
     return scores
 
 

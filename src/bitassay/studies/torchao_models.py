@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bitassay.errors import MissingError
-from bitassay.models.walk import decoder_layers
+from bitassay.models.walk import decoder_layers, decoder_of
 from bitassay.quantize.calibration import Calibration, calibration_tokens
 from bitassay.quantize.model import copy_sharing_parameters
 
@@ -61,4 +61,4 @@ def _config(api: Any, format: str) -> Any:
 @torch.no_grad()
 def _show(model: PreTrainedModel, tokens: Tensor) -> None:
     for window in tokens:
-        model.get_decoder()(input_ids=window[None].to(model.device), use_cache=False)
+        decoder_of(model)(input_ids=window[None].to(model.device), use_cache=False)

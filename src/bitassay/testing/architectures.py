@@ -44,7 +44,7 @@ _NAMES: dict[Any, str] = {  # of the fields that get each size
     32: "moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size q_lora_rank "
     "expert_ffn_hidden_size shared_experts_intermediate_size moe_shared_expert_intermediate_size "
     "kv_lora_rank prefix_dense_intermediate_size o_lora_rank router_hidden_size chunk_size mamba_chunk_size "
-    "index_topk indexer_budget index_block_size mamba_d_head sliding_window window_size "
+    "indexer_budget index_block_size mamba_d_head sliding_window window_size "
     "attention_window_size sliding_window_size local_attention attention_chunk_size keep_window_size",
     8: "mamba_d_state state_size ssm_state_size qk_rope_head_dim mamba_num_heads",
     1: "n_group topk_group num_expert_group n_groups mamba_n_groups mamba_ngroups first_k_dense_replace "
@@ -53,7 +53,7 @@ _NAMES: dict[Any, str] = {  # of the fields that get each size
     "model_max_length vocab_size vocab_size_per_layer_input",
 }
 SIZES = {name: size for size, names in _NAMES.items() for name in names.split()}
-SIZES |= {"eos_token_id": 2, "pad_token_id": 0, "mamba_head_dim": 16}
+SIZES |= {"eos_token_id": 2, "pad_token_id": 0, "mamba_head_dim": 16, "index_topk": 128}
 # Latent attention rotates a part of each head alone, and all heads have keys of their own.
 LATENT = {"head_dim": SIZES["qk_rope_head_dim"], "num_key_value_heads": HEADS}
 _LINEAR, _FULL, _SLIDING = "linear_attention", "full_attention", "sliding_attention"
