@@ -4,6 +4,11 @@ keys do."""
 import json
 
 import pytest
+from transformers import AutoTokenizer
+
+from bitassay.errors import BitassayError
+from bitassay.models.gguf_splitting import SPLITTINGS, patterns_of
+from bitassay.models.gguf_vocabulary import merges_of, read_tokenizer
 from gguf_reference import (
     CONTROL,
     TABLE,
@@ -12,11 +17,6 @@ from gguf_reference import (
     fields,
     sentencepiece_fields,
 )
-from transformers import AutoTokenizer
-
-from bitassay.errors import BitassayError
-from bitassay.models.gguf_splitting import SPLITTINGS, patterns_of
-from bitassay.models.gguf_vocabulary import merges_of, read_tokenizer
 
 REFERENCE = json.loads(TABLE.read_text())
 NAMES = sorted(REFERENCE["row_of"])
