@@ -96,3 +96,16 @@ def test_attention_is_in_force(tmp_path, capsys):
     from bitassay.verify.trace import read_trace
 
     assert read_trace(out).header.numerics.attention == "eager"
+
+
+def test_a_folder_of_another_configuration_is_not_taken_for_finished(tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(resolve("stories260k").folder, folder)
+    words = ["quantize", str(folder), "--recipe", "w8", "--no-check", "--out", str(tmp_path / "w8")]
+    assert cli.run(words) == 0
+    assert cli.run(words) == 0
+    assert "finished before" in capsys.readouterr().err
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text.replace('"rms_norm_eps": 1e-05', '"rms_norm_eps": 1e-06'))
+    assert cli.run(words) == 2
+    assert "give another --out" in capsys.readouterr().err
