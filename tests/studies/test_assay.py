@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from bitassay.cli import run as command
 from bitassay.data.windows import Protocol
 from bitassay.errors import BitassayError
 from bitassay.quantize.recipe import Recipe, find_recipe
@@ -234,12 +235,24 @@ def test_a_file_where_the_folder_should_be(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_too_few_honest_runs_cost_the_verdict_not_the_run(tmp_path):
-    few = SMALL | {
-        "bench_repeats": 0,
-        "verification": Verification(prompts=2, calibration_prompts=10, new_tokens=12),
-    }
-    run, _ = assay("stories260k", ["w8"], out=tmp_path / "run", **few)
+def test_too_few_honest_runs_are_refused_before_the_work():
+    with pytest.raises(BitassayError, match="10 honest runs are too few for alpha"):
+        Verification(prompts=2, calibration_prompts=10, new_tokens=12)
+    with pytest.raises(BitassayError, match="8 tokens have 7 generated positions"):
+        Verification(new_tokens=8)
+
+
+def test_runs_that_end_early_cost_the_verdict_not_the_run(tmp_path, monkeypatch, capsys):
+    """How long a model answers shows only when it does. The exit status says that a part is missing."""
+
+    def ended_early(*_, **__):
+        raise BitassayError("3 honest runs with 8 or more generated positions are too few")
+
+    monkeypatch.setattr("bitassay.studies.assay.honest_profile", ended_early)
+    words = ["assay", "stories260k", "--recipe", "w8", "--windows", "2", "--window", "32", "--no-bench"]
+    words += ["--prompts", "2", "--calibration-prompts", "38", "--alpha", "0.05", "--new-tokens", "12"]
+    assert command([*words, "--out", str(tmp_path / "run"), "--format", "json"]) == 1
+    run = json.loads(capsys.readouterr().out)
     assert [row["verdict"] for row in run["rows"]] == ["INCONCLUSIVE", "INCONCLUSIVE"]
     assert "too few" in run["verification"]["reason"]
     assert run["rows"][1]["kl_mean"] > 0
