@@ -38,8 +38,8 @@ class Throughput:
 
     prefill_tok_s: float
     decode_tok_s: float
-    prefill_spread: float
-    decode_spread: float
+    prefill_spread: float | None
+    decode_spread: float | None
     prompt_tokens: int
     decode_tokens: int
     repeats: int
