@@ -44,7 +44,7 @@ class Throughput:
     decode_tokens: int
     repeats: int
 
-    def to_dict(self) -> dict[str, float]:
+    def to_dict(self) -> dict[str, float | None]:
         return asdict(self)
 
 
