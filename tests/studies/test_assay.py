@@ -36,13 +36,16 @@ def finished(tmp_path_factory):
 
 def test_rows_hold_what_was_promised(finished):
     run, folder = finished
-    quality = ["ppl", "ppl_delta", "ppl_delta_ci", "kl_mean", "top1_agreement"]
+    quality = ["ppl", "ppl_ci", "ppl_delta", "kl_mean", "top1_agreement"]
     speed = ["prefill_tok_s", "decode_tok_s", "hidden_distance", "verdict"]
     keys = ["recipe", "bits_per_weight", "size_bytes", *quality, *speed]
     assert [row["recipe"] for row in run["rows"]] == ["base", "w8", "w2"]
     for row in run["rows"]:
         assert all(row[key] is not None for key in keys)
     base, w8, w2 = run["rows"]
+    assert base["ppl_delta_ci"] is base["kl_ci"] is None  # the base against itself has no spread
+    assert all(row[key] is not None for row in (w8, w2) for key in ("ppl_delta_ci", "kl_ci", "top1_ci"))
+    assert run["protocol"]["intervals"].keys() == {"ppl_ci", "ppl_delta_ci", "kl_ci", "top1_ci"}
     assert base["verdict"] == "PASS"
     assert w2["verdict"] == "FAIL"
     assert base["kl_mean"] == 0 < w8["kl_mean"] < w2["kl_mean"]
