@@ -26,6 +26,20 @@ class MissingError(BitassayError):
     exit_status = 3
 
 
+class BitassayWarning(UserWarning):
+    """Something that the user should know of and that changes no result. The command line prints it."""
+
+
+def at_least(least: int, **values: int | None) -> None:
+    """Raise BitassayError for the first of the options (named as in Python) that is below `least`."""
+    for name, value in values.items():
+        if value is not None and value < least:
+            option = f"--{name.replace('_', '-')}"
+            raise BitassayError(
+                f"{option} is {value}; at least {least} is needed", f"{option} {least} or more"
+            )
+
+
 SHORT = 8  # a list of at most so many names is shown whole
 
 

@@ -23,16 +23,19 @@ def test_the_interval_is_students():
     assert found.interval == pytest.approx((math.exp(low), math.exp(high)))
 
 
-def test_one_round_has_no_interval():
-    assert ratio_of([3.0], [1.0]).interval is None
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_too_few_rounds_have_no_interval(rounds):
+    assert ratio_of([3.0, 4.0][:rounds], [1.0] * rounds).interval is None
 
 
 def test_wild_rounds_stay_finite():
-    assert all(map(math.isfinite, ratio_of([1e-9, 1e9], [1.0, 1.0]).interval))
+    assert all(map(math.isfinite, ratio_of([1e-9, 1e9, 1.0], [1.0, 1.0, 1.0]).interval))
+    assert ratio_of([1e-200, 1e200, 1.0], [1.0, 1.0, 1.0]).interval is None
 
 
 def test_spread():
     assert spread([1.0, 2.0, 4.0]) == 1.5
+    assert spread([2.0]) is None  # not 0: nothing was repeated
 
 
 def test_each_round_begins_with_another():

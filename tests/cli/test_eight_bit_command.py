@@ -49,10 +49,10 @@ def test_a_run_a_page_and_a_report_of_it(study, bitassay, tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("task3.4", *WORDS), "no INT8/FP8 study is called 'task3.4'"),
-        (("task3.1", "exp1", *WORDS), "no INT8/FP8 study is called 'exp1'"),
-        (("task3.1", *WORDS, "--jobs", "0"), "--jobs 0"),
-        (("task3.1", "--model", "stories260k", "--limit", "-1"), "-1 questions"),
+        (("task3.4", *WORDS), "no experiment is called 'task3.4'"),
+        (("task3.1", "exp1", *WORDS), "one command for each kind"),
+        (("task3.1", *WORDS, "--jobs", "0"), '"0" for --jobs'),
+        (("task3.1", "--model", "stories260k", "--limit", "-1"), '"-1" for --limit'),
         (("task3.1", *WORDS, "--devices", "cpu", "cpu"), "one device"),
         (("task3.1", *WORDS, "--precision", "w4"), "--precision w4 is none of"),
         (("exp1", "--model", "stories260k", "--ray", "auto"), "--ray auto"),

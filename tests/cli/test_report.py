@@ -40,7 +40,11 @@ def test_a_folder_that_is_not_there(bitassay, tmp_path):
     assert "no such file" in refuse(bitassay, tmp_path, tmp_path / "gone")
 
 
-def test_an_unfinished_run(bitassay, tmp_path):
+def test_a_folder_without_a_run(bitassay, tmp_path, run_folder):
+    (tmp_path / "empty").mkdir()
+    assert "holds no run.json" in refuse(bitassay, tmp_path, tmp_path / "empty")
+    assert "one of its folders: run" in refuse(bitassay, tmp_path, tmp_path)
+    (tmp_path / "plan.json").write_text("{}")
     assert "not finished" in refuse(bitassay, tmp_path, tmp_path)
 
 
@@ -52,9 +56,12 @@ def test_an_unfinished_run(bitassay, tmp_path):
         (b"\xff\xfe\x00", "not a JSON file"),
         (b"[" * 100_000, "not a JSON file"),
         (b"[]", "not a run of"),
-        (b'{"schema": 1, "kind": "assay"}', "run_id: Field required; created: Field required"),
-        (json.dumps(RUN).replace("22.71", "NaN").encode(), "rows.0.ppl: Input should be a finite number"),
-        (json.dumps(RUN).replace("22.71", "-1").encode(), "rows.0.ppl: Input should be greater than 0"),
+        (b'{"schema": 1, "kind": "essay"}', "of kind 'essay'; known are assay, tasks, generation, bench"),
+        (b'{"schema": 7, "kind": "bench"}', "in schema 7; this version reads schema 1"),
+        (b'{"schema": 1, "kind": ["bench"]}', "not a run of"),
+        (b'{"schema": 1, "kind": "assay"}', "run_id is missing; created is missing; model is missing"),
+        (json.dumps(RUN).replace("22.71", "NaN").encode(), "rows.0.ppl is nan, not a finite number"),
+        (json.dumps(RUN).replace("22.71", "-1").encode(), "rows.0.ppl is -1, not above 0"),
     ],
 )
 def test_a_damaged_run(bitassay, tmp_path, run_folder, content, said):

@@ -84,7 +84,7 @@ def test_rules_from_a_file(study, tmp_path):
         (("exp1", "--rules", "papers"), "no rules are called 'papers'"),
         (("exp1", "--rules", "nothing.yaml"), "nothing.yaml: No such file"),
         (("exp1", "--quantized", "w99"), "neither a recipe nor a checkpoint"),
-        (("exp1", "--trials", "-1"), "-1 trials"),
+        (("exp1", "--trials", "-1"), '"-1" for --trials'),
     ],
 )
 def test_what_it_refuses(study, words, said):

@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -8,6 +9,8 @@ from bitassay.data.windows import Protocol, token_windows
 from bitassay.errors import BitassayError
 from bitassay.evaluate import compare
 from bitassay.evaluate.compare import evaluate_all, score_windows, summarise
+from bitassay.evaluate.divergence import TokenScores
+from bitassay.evaluate.statistics import FEWEST
 from bitassay.quantize.recipe import BASE
 from bitassay.testing.tiny import tiny_model
 
@@ -53,9 +56,52 @@ def test_figures_against_a_base_follow_from_the_tokens(stories):
 def test_a_model_against_itself_has_no_cost(stories):
     quality = bitassay.evaluate(stories, against=stories, protocol=SHORT).quality
     assert quality.ppl_delta == 0
-    assert quality.ppl_delta_ci == (0, 0)
+    assert quality.ppl_delta_ci is quality.ppl_delta_visible is None  # all windows say the same: no spread
     assert quality.kl_mean < 1e-6
     assert quality.top1_agreement == 1
+
+
+def scores(losses, divergences=0.1, agree=0.9):
+    """Of windows of 100 tokens, from their mean losses, KL and agreement."""
+    each = np.broadcast_arrays(losses, divergences, agree)
+    return [
+        TokenScores(torch.full((100,), nll), torch.full((100,), kl), torch.arange(100) < 100 * share)
+        for nll, kl, share in zip(*each, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("windows", [1, 2, 3, 5, 40])
+@pytest.mark.parametrize("more", [-3.0, 0.0, 0.01, 8.0])
+def test_intervals_hold_only_what_can_be(windows, more):
+    """Whatever the spread: perplexity is at least 1, KL at least 0, a share a share, and a difference above
+    what would leave no perplexity."""
+    rng = np.random.default_rng(windows)
+    base = rng.uniform(3, 6, windows)
+    kl, agree = rng.lognormal(-2, 2, windows), rng.uniform(0.8, 1, windows)
+    found = summarise(scores(base + more + rng.normal(0, 0.5, windows), kl, agree), scores(base))
+    intervals = (found.ppl_ci, found.ppl_delta_ci, found.kl_ci, found.top1_ci)
+    if windows < FEWEST:
+        assert intervals == (None,) * 4
+        return
+    assert 1 < found.ppl_ci[0] < found.ppl < found.ppl_ci[1]
+    assert 0 < found.kl_ci[0] < found.kl_mean < found.kl_ci[1]
+    assert 0 < found.top1_ci[0] < found.top1_agreement < found.top1_ci[1] < 1
+    low, high = found.ppl_delta_ci
+    base_ppl = found.ppl - found.ppl_delta
+    assert low < found.ppl_delta < high
+    assert low > -base_ppl if found.ppl_delta >= 0 else high < found.ppl
+    assert found.ppl_delta_visible > 0
+
+
+def test_a_ruined_model_has_figures_and_no_intervals():
+    ruined = summarise(scores([800.0, 900.0, 700.0], [5.0, math.inf, 6.0], 0.0), scores([3.0, 4.0, 5.0]))
+    assert ruined.ppl == math.inf
+    assert ruined.ppl_ci is ruined.ppl_delta_ci is ruined.kl_ci is ruined.top1_ci is None
+
+
+def test_a_model_of_almost_no_loss_has_a_perplexity_above_one():
+    low, high = summarise(scores([0.001, 0.02, 0.004]), scores([0.001, 0.02, 0.004])).ppl_ci
+    assert 1 < low < math.exp(0.025 / 3) < high
 
 
 def test_windows_that_are_done_are_skipped(stories):

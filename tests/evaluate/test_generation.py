@@ -34,7 +34,9 @@ def test_equal_texts():
     assert (found.prefix_tokens, found.divergence, found.identical_fraction) == (20, 21, 1)
     assert found.bleu == pytest.approx(100)
     assert found.rouge1 == found.rouge2 == found.rougeL == 1
-    assert found.bleu_ci == pytest.approx((100, 100))
+    # Texts that are all equal say nothing of how other texts would differ; a share of them does.
+    assert found.bleu_ci is found.rouge1_ci is found.prefix_tokens_ci is None
+    assert found.identical_ci == pytest.approx((0.6097, 1), abs=1e-4)
 
 
 def test_texts_that_part_after_so_many_tokens():
@@ -68,18 +70,39 @@ def test_bleu_is_sacrebleus_of_the_corpus_and_its_interval_holds_it():
     assert "nrefs:1" in quality.bleu_signature
 
 
-def test_resampled_bleu_is_that_of_the_resampled_corpus():
+def test_bleu_without_a_text_is_that_of_the_other_texts():
     import sacrebleu
 
     base, found = (
         random_texts(5),
         [text(*a.ids[:8], *b.ids[8:]) for a, b in zip(random_texts(5), random_texts(5, seed=1), strict=True)],
     )
-    picks = [0, 0, 3, 4, 4]
-    shares = np.bincount(picks, minlength=5)[:, None] / 5
-    _, resampled, _ = generation._bleu([one.text for one in found], [one.text for one in base], shares)
-    expected = sacrebleu.corpus_bleu([found[i].text for i in picks], [[base[i].text for i in picks]])
-    assert resampled[0] == pytest.approx(expected.score)
+    written, reference = ([one.text for one in texts] for texts in (found, base))
+    _, without, _ = generation._bleu(written, reference)
+    for place, score in enumerate(without):
+        others = [written[:place] + written[place + 1 :], reference[:place] + reference[place + 1 :]]
+        assert score == pytest.approx(sacrebleu.corpus_bleu(others[0], [others[1]]).score)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 6, 30])
+@pytest.mark.parametrize("equal", [0.0, 0.3, 1.0])
+def test_intervals_hold_only_what_can_be(count, equal):
+    rng = np.random.default_rng(count)
+    base, other = random_texts(count), random_texts(count, seed=1)
+    found = [a if rng.random() < equal else text(*b.ids[:15]) for a, b in zip(base, other, strict=True)]
+    quality = compare_texts(found, base).to_dict()
+    for name, most in (
+        ("prefix_tokens", 20),
+        ("divergence", 21),
+        ("bleu", 100),
+        ("rouge1", 1),
+        ("rougeL", 1),
+    ):
+        if (interval := quality[f"{name}_ci"]) is not None:
+            assert 0 <= interval[0] <= quality[name] <= interval[1] <= most
+    low, high = quality["identical_ci"]
+    assert 0 <= low <= quality["identical_fraction"] <= high <= 1
+    assert low < high
 
 
 def test_rouge_counts_words_pairs_and_order():

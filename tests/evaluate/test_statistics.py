@@ -7,68 +7,190 @@ from hypothesis import strategies as st
 
 from bitassay.errors import BitassayError
 from bitassay.evaluate.statistics import (
+    FEWEST,
     accuracy_interval,
-    bootstrap_means,
+    clopper_pearson_interval,
     difference_interval,
+    exp_mean_of,
+    geometric_interval,
     holm,
+    jackknife_of,
+    log_difference_interval,
+    log_interval,
+    log_ratio_interval,
+    logit_interval,
     mcnemar,
+    mean_of,
+    median_interval,
     paired_difference,
-    percentile_interval,
     smallest_difference,
+    standard_error,
+    student_interval,
+    visible_difference,
 )
 
 
-def coverage(windows: int, trials: int = 300) -> float:
-    """How often the interval of a mean of exponential values holds the true mean, 1."""
-    rng = np.random.default_rng(5)
-    hits = 0
-    for trial in range(trials):
-        values = rng.exponential(1.0, windows)
-        low, high = percentile_interval(bootstrap_means(values[None], trial)[0], windows)
-        hits += low <= 1.0 <= high
-    return hits / trials
+@pytest.fixture(scope="module")
+def coverage(benchmark):
+    return benchmark("coverage")
 
 
-def test_intervals_cover_what_they_claim_even_for_few_windows():
-    # The plain percentile interval covers 0.85 and 0.89 of these skewed samples.
-    assert coverage(12) > 0.885
-    assert coverage(40) > 0.915
-
-
-@pytest.mark.parametrize(("windows", "level"), [(3, 0.95), (4, 0.95), (4, 0.99), (16, 0.998)])
-def test_so_does_one_for_whose_tails_there_are_too_few_resamples(windows, level):
-    """The widest that resampling reaches is the range, which holds the mean of 4 in 7 of 8 cases only."""
-    rng = np.random.default_rng(7)
-    values = rng.normal(size=(2000, windows))
-    ends = [percentile_interval(bootstrap_means(one, 0), windows, level) for one in values]
-    share = np.mean([low <= 0 <= high for low, high in ends])
-    assert level - 0.015 < share <= 1
+@pytest.mark.parametrize(
+    ("case", "n", "least"),
+    [
+        ("KL, lognormal, sigma 0.5", 4, 0.9),
+        ("KL, lognormal, sigma 0.5", 16, 0.91),
+        ("KL, lognormal, sigma 1", 16, 0.86),
+        ("agreement 90 %, windows of 127 tokens", 4, 0.9),
+        ("agreement 90 %, windows of 127 tokens", 16, 0.92),
+        ("perplexity, skewed losses", 16, 0.9),
+        ("perplexity less the base's, 3 % more", 8, 0.9),
+        ("perplexity less the base's, 50 times", 16, 0.89),
+        ("KL less another's", 8, 0.91),
+        ("ratios of times", 3, 0.92),
+        ("identical texts, 10 %", 16, 0.9),
+        ("median", 12, 0.94),
+    ],
+)
+def test_intervals_hold_the_truth_about_as_often_as_they_say(coverage, case, n, least):
+    held, given = coverage.measured(coverage.CASES[case], n, 400, np.random.default_rng(1))
+    assert least <= held <= 0.99
+    assert given > 0.95
 
 
 def test_pairing_removes_what_both_share():
     rng = np.random.default_rng(0)
     difficulty = rng.normal(3, 1, 16)
     base, model = difficulty, difficulty + 0.1 + rng.normal(0, 0.01, 16)
-    resampled = bootstrap_means(np.stack([base, model]), 0)
-    low, high = percentile_interval(resampled[1] - resampled[0], 16)
+    low, high = log_difference_interval(mean_of(base), mean_of(model))
     assert 0.08 < low < 0.1 < high < 0.12
 
 
-def test_equal_seeds_resample_equally():
-    values = np.arange(10.0)[None]
-    assert (bootstrap_means(values, 3) == bootstrap_means(values, 3)).all()
-    assert (bootstrap_means(values, 3) != bootstrap_means(values, 4)).any()
+positive = st.floats(1e-6, 1e6)
+values_above_0 = st.lists(positive, min_size=FEWEST, max_size=40)
+pairs_above_0 = st.lists(st.tuples(positive, positive), min_size=FEWEST, max_size=40)
+shares = st.lists(st.floats(0, 1), min_size=FEWEST, max_size=40)
 
 
-def test_one_window_has_no_interval():
-    assert percentile_interval(np.ones(100), 1) is None
+def check(interval, estimate, low=-math.inf, high=math.inf):
+    """Where there is an interval, it is finite, within the range, and holds the estimate."""
+    if interval is not None:
+        near = 1e-9 * abs(estimate) + 1e-300
+        assert all(map(math.isfinite, interval))
+        assert low <= interval[0] <= estimate + near
+        assert estimate - near <= interval[1] <= high
 
 
-@pytest.mark.parametrize("windows", [2, 5, 100])
-def test_interval_of_a_constant_is_that_constant(windows):
-    assert percentile_interval(bootstrap_means(np.full((1, windows), 2.5), 0)[0], windows) == pytest.approx(
-        (2.5, 2.5)
+@given(values_above_0)
+def test_intervals_of_what_is_positive(values):
+    check(log_interval(mean_of(values)), np.mean(values), low=0)
+    check(geometric_interval(values), math.exp(np.log(values).mean()), low=0)
+    middle = np.quantile(values, 0.5, method="inverted_cdf")
+    check(median_interval(values), middle, min(values), max(values))
+
+
+@given(shares)
+def test_intervals_of_what_is_bounded(values):
+    check(logit_interval(mean_of(values)), np.mean(values), 0, 1)
+    points = [100 * value for value in values]
+    check(logit_interval(mean_of(points), 0, 100), np.mean(points), 0, 100)
+
+
+@given(pairs_above_0)
+def test_a_difference_lies_where_both_can_be(values):
+    first, second = (mean_of(one) for one in zip(*values, strict=True))
+    found = log_difference_interval(first, second)
+    check(log_ratio_interval(first, second), second.value / first.value, low=0)
+    if found is not None:
+        larger = max(first.value, second.value)
+        assert found[0] - 1e-9 * larger <= second.value - first.value <= found[1] + 1e-9 * larger
+        assert found[0] >= -first.value if second.value >= first.value else found[1] <= second.value
+        assert log_difference_interval(second, first) == pytest.approx((-found[1], -found[0]))
+
+
+@given(st.integers(0, 50), st.integers(1, 50))
+def test_a_share_has_an_interval_that_is_never_a_point(some, more):
+    items = some + more
+    for count in (0, some, items):
+        for low, high in (accuracy_interval(count, items), clopper_pearson_interval(count, items)):
+            assert 0 <= low <= count / items <= high <= 1
+            assert low < high
+
+
+@given(st.lists(st.floats(0.01, 0.99), min_size=4, max_size=8).filter(lambda v: max(v) - min(v) > 0.01))
+def test_intervals_shrink_with_more_of_the_same(values):
+    for make in (logit_interval, log_interval, student_interval):
+        few, many = (make(mean_of(values * times)) for times in (1, 4))
+        assert many[1] - many[0] < few[1] - few[0]
+
+
+@pytest.mark.parametrize(
+    "values", [[1.0] * 9, [0.1 + 0.2] * 5, [0.0] * 4, [2.0], [0.2, 0.3], [0.1, math.nan, 0.2, 0.3]]
+)
+@pytest.mark.parametrize("make", [log_interval, logit_interval, student_interval])
+def test_there_is_none_where_nothing_is_known_of_the_spread(make, values):
+    assert make(mean_of(values)) is None
+
+
+@pytest.mark.parametrize("losses", [[1.0, math.inf, 2.0], [700.0, 900.0, 800.0, 1000.0], [1e308, 1.0, 5.0]])
+def test_what_overflows_has_none_either(losses):
+    found, base = exp_mean_of(losses), exp_mean_of(range(1, len(losses) + 1))
+    assert log_interval(found) is None
+    assert log_difference_interval(base, found) is None
+    assert log_ratio_interval(base, found) is None
+    assert visible_difference(base, found) is None
+
+
+def test_a_huge_spread_stays_finite_or_has_no_interval():
+    check(log_interval(mean_of([1e-300, 1e300, 1.0])), np.mean([1e-300, 1e300, 1.0]), low=0)
+    check(geometric_interval([1e-9, 1e9, 1.0]), 1.0, low=0)
+    assert geometric_interval([1e-300, 1e300, 1.0]) is None
+    assert geometric_interval([0.0, 1.0, 2.0]) is None
+
+
+def test_intervals_follow_their_scale():
+    values = [0.9, 0.8, 0.95, 0.7]
+    low, high = logit_interval(mean_of(values))
+    assert logit_interval(mean_of([1 - value for value in values])) == pytest.approx((1 - high, 1 - low))
+    low, high = log_interval(mean_of(values))
+    assert log_interval(mean_of([3 * value for value in values])) == pytest.approx((3 * low, 3 * high))
+
+
+def test_the_formulas():
+    """By hand: t of 2 degrees of freedom is 4.302653, the standard error of 1, 2, 3 is 1 / sqrt 3."""
+    reach = 4.302653 / math.sqrt(3)
+    assert student_interval(mean_of([1, 2, 3])) == pytest.approx((2 - reach, 2 + reach))
+    assert log_interval(mean_of([1, 2, 3])) == pytest.approx(
+        (2 * math.exp(-reach / 2), 2 * math.exp(reach / 2))
     )
+    logit = reach / (8 * 0.25 * 0.75)  # 2 of 0 to 8
+    odds = [1 / 3 * math.exp(sign * logit) for sign in (-1, 1)]
+    assert logit_interval(mean_of([1, 2, 3]), 0, 8) == pytest.approx([8 * one / (1 + one) for one in odds])
+
+
+def test_a_median_lies_between_its_order_statistics():
+    assert median_interval(range(5)) is None  # all five hold it in 93.75 % of cases only
+    assert median_interval(range(6)) == (0, 5)
+    assert median_interval(range(1, 21)) == (6, 15)  # P(Binomial(20, 1/2) < 6) = 0.0207, < 7: 0.0577
+
+
+def test_the_jackknife_of_a_mean_is_its_values():
+    values = np.array([1.0, 4.0, 2.0, 7.0])
+    without = [np.delete(values, place).mean() for place in range(4)]
+    assert standard_error(jackknife_of(3.5, without).parts) == pytest.approx(standard_error(values))
+
+
+def test_the_visible_difference_is_seen_as_often_as_it_says():
+    rng, seen, n, sd = np.random.default_rng(2), [], 16, 0.2
+    true = visible_difference(
+        mean_of(np.zeros(n)), mean_of(sd * np.sqrt((n - 1) / n) * np.tile([1, -1], n // 2))
+    )
+    for _ in range(600):
+        base = rng.normal(10, 1, n)
+        low, _ = log_difference_interval(mean_of(base), mean_of(base + true + rng.normal(0, sd, n)))
+        seen.append(low > 0)
+    assert 0.75 < np.mean(seen) < 0.86
+    assert visible_difference(mean_of([1.0, 2.0]), mean_of([1.0, 3.0])) is None
 
 
 def test_an_accuracy_has_wilsons_interval():

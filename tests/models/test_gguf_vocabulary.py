@@ -4,6 +4,11 @@ keys do."""
 import json
 
 import pytest
+from transformers import AutoTokenizer
+
+from bitassay.errors import BitassayError
+from bitassay.models.gguf_splitting import SPLITTINGS, patterns_of
+from bitassay.models.gguf_vocabulary import merges_of, read_tokenizer
 from gguf_reference import (
     CONTROL,
     TABLE,
@@ -12,11 +17,6 @@ from gguf_reference import (
     fields,
     sentencepiece_fields,
 )
-from transformers import AutoTokenizer
-
-from bitassay.errors import BitassayError
-from bitassay.models.gguf_splitting import SPLITTINGS, patterns_of
-from bitassay.models.gguf_vocabulary import merges_of, read_tokenizer
 
 REFERENCE = json.loads(TABLE.read_text())
 NAMES = sorted(REFERENCE["row_of"])
@@ -133,6 +133,13 @@ def test_chat_templates():
     several = one | {"tokenizer.chat_templates": ["tool_use"], "tokenizer.chat_template.tool_use": "two"}
     assert read_tokenizer(several).chat_template == {"default": "one", "tool_use": "two"}
     assert read_tokenizer(byte_level()).chat_template is None
+
+
+def test_runs_of_spaces_become_one():
+    given = sentencepiece_fields(True)
+    single = read_tokenizer(given | {"tokenizer.ggml.remove_extra_whitespaces": True})
+    assert single("a   b").input_ids == read_tokenizer(given)("a b").input_ids
+    assert single("a   b").input_ids != read_tokenizer(given)("a   b").input_ids
 
 
 def test_phi_3_swallows_spaces_after_special_tokens():

@@ -127,7 +127,7 @@ def test_a_missing_shard(folder, stories):
 @pytest.mark.parametrize("text", ["{broken", "", "{}", "[1]", "\x00"])
 def test_a_broken_config(folder, text):
     (folder / "config.json").write_text(text)
-    with pytest.raises(BitassayError, match="transformers cannot load it"):
+    with pytest.raises(BitassayError, match=r"config\.json: (not a|model_type is None)"):
         load(folder)
 
 
@@ -141,12 +141,9 @@ def test_a_config_that_makes_no_sense(folder, values):
         load(folder)
 
 
-@pytest.mark.parametrize("text", [None, "{broken"])
-def test_a_missing_or_broken_tokenizer(folder, text):
-    (folder / "tokenizer.json").unlink()
-    if text:
-        (folder / "tokenizer.json").write_text(text)
-    with pytest.raises(BitassayError, match="transformers cannot load it"):
+def test_a_broken_tokenizer(folder):
+    (folder / "tokenizer.json").write_text("{broken")
+    with pytest.raises(BitassayError, match="transformers cannot load the tokenizer"):
         load(folder)
 
 

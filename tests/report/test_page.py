@@ -10,7 +10,8 @@ import pytest
 
 from bitassay.errors import BitassayError
 from bitassay.report.assay import ASSAY_COLUMNS, headline, plain, write_picture, write_report
-from bitassay.report.schema import parse_run, read_run
+from bitassay.report.pages import read_run
+from bitassay.report.schema import parse_run
 from bitassay.report.tables import printable, render
 from report.example import BASE, NO_SPEED, NO_VERDICT, RUN, W1, W4, W8
 
@@ -177,8 +178,8 @@ def test_only_the_base_model(tmp_path):
     [
         (
             [BASE, W8, W4, W1],
-            "No difference in perplexity is visible for w8 (the 95 % interval holds zero); perplexity is "
-            "higher than the base model's for w4 and w1; a verifier that expects the base model rejects w4 "
+            "No difference in perplexity is visible for w8 (the 95 % interval holds zero; one of 0.31 would "
+            "show with a probability of 80 %); perplexity is higher than the base model's for w4 and w1; a verifier that expects the base model rejects w4 "
             "and w1 and comes to no decision on w8.",
         ),
         (
@@ -260,6 +261,9 @@ def test_what_is_not_an_assay_is_refused(defect):
 
 
 def test_reading_a_folder(tmp_path):
+    with pytest.raises(BitassayError, match=r"no run\.json"):
+        read_run(tmp_path)
+    (tmp_path / "plan.json").write_text("{}")
     with pytest.raises(BitassayError, match="not finished"):
         read_run(tmp_path)
     (tmp_path / "run.json").write_text(json.dumps(RUN))

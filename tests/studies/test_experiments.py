@@ -11,7 +11,7 @@ import torch
 from bitassay.errors import BitassayError
 from bitassay.record.files import read_json, write_json
 from bitassay.studies import work
-from bitassay.studies.experiments import EXPERIMENTS, directions, mean_interval, run_experiments
+from bitassay.studies.experiments import EXPERIMENTS, directions, run_experiments
 from bitassay.studies.parties import Machine, Party
 from bitassay.studies.work import Plan
 from bitassay.studies.worker import read_cells
@@ -283,17 +283,6 @@ def test_other_rules_and_bar_change_the_verdict_only(finished, tmp_path, started
     assert (strict["rules"], lax["rules"]) == ("paper", "documents")
     assert set(strict["refused"].values()) == {"2/2"}
     assert set(lax["refused"].values()) == {"0/2"}
-
-
-def test_the_interval_of_a_mean():
-    """Student's t with 2 degrees of freedom: 4.303."""
-    low, high = mean_interval([0.4, 0.5, 0.6])
-    assert (low, high) == (
-        pytest.approx(0.5 - 4.3027 * 0.1 / 3**0.5, abs=1e-4),
-        pytest.approx(0.7484, abs=1e-4),
-    )
-    assert mean_interval([0.5]) is None
-    assert mean_interval([0.0, 1.0]) == [0.0, 1.0]
 
 
 def test_real_processes_have_their_machines_numerics(tmp_path):

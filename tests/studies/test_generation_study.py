@@ -68,7 +68,7 @@ def test_another_plan_is_refused(done):
         ({"recipes": []}, "nothing to compare"),
         ({"recipes": ["w8"], "prompts": 0}, "prompts is 0"),
         ({"recipes": ["w8"], "prompts": 801}, "801 prompts were asked for"),
-        ({"recipes": ["w8"], "max_new_tokens": 10**4}, "leave room for 10000 tokens in the model's 512"),
+        ({"recipes": ["w8"], "max_new_tokens": 10**4}, "10001 tokens do not fit its 512 positions"),
     ],
 )
 def test_bad_plans(options, match, tmp_path):

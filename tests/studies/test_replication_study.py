@@ -68,7 +68,7 @@ def windows_of(protocol):
     return token_windows(bitassay.load("stories260k").tokenizer, protocol)
 
 
-def windows(_tokenizer, protocol):
+def windows(_model, protocol):
     return windows_of(protocol)
 
 
@@ -84,7 +84,7 @@ def here():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(crew, "run_local", in_process)
         for module in ("cells", "drafts"):
-            patch.setattr(f"bitassay.studies.{module}.token_windows", windows)
+            patch.setattr(f"bitassay.studies.{module}.model_windows", windows)
         patch.setattr("bitassay.studies.drafts.NEW_TOKENS", 6)
         patch.setattr("bitassay.studies.drafts.TEXTS", 3)
         patch.setattr(replication, "BLOCK", 3)

@@ -33,7 +33,7 @@ def test_what_is_written_is_read(trace, sampled, tmp_path):
         assert receipt.header == one.header
 
 
-def test_size_is_under_600_bytes_and_8_a_token(trace):
+def test_size_is_under_650_bytes_and_8_a_token(trace):
     """With a name, a nonce and version strings of the usual length, and ten sampled layers."""
     numerics = trace.header.numerics.model_copy(
         update={
@@ -55,7 +55,7 @@ def test_size_is_under_600_bytes_and_8_a_token(trace):
     one_token = replace(receipt, header=receipt.header.model_copy(update={"output_ids": (1,)}))
     per_token = (len(encode(receipt)) - len(encode(one_token))) / 99
     assert per_token < 8
-    assert len(encode(receipt)) - per_token * 1000 < 600
+    assert len(encode(receipt)) - per_token * 1000 < 650
 
 
 @pytest.mark.parametrize(
@@ -76,6 +76,8 @@ def test_size_is_under_600_bytes_and_8_a_token(trace):
         {"model": {"weights_digest": "0" * 64}},
         {"model": {"tokenizer_digest": "0" * 64}},
         {"model": {"recipe_id": "0" * 64}},
+        {"model": {"config_digest": "0" * 64}},
+        {"model": {"config_digest": None}},
         {"numerics": {"threads": 99}},
         {"numerics": {"dtype": "float16"}},
         {"numerics": {"torch": "3"}},

@@ -331,6 +331,7 @@ DEFECTS = {
     "other weights": (with_header(model__weights_digest=DIGEST), "other-weights"),
     "other tokenizer": (with_header(model__tokenizer_digest=DIGEST), "other-tokenizer"),
     "other recipe": (with_header(model__recipe_id=DIGEST), "other-recipe"),
+    "other configuration": (with_header(model__config_digest=DIGEST), "other-configuration"),
     # against the request
     "other prompt claimed": (another_prompt, "other-prompt"),
     "other nonce": (with_header(nonce="old"), "other-nonce"),

@@ -92,7 +92,7 @@ class LocalRunner:
             "dtype": str(self.model.dtype)[6:],
             "product_dtype": product_dtype(self.model),
             "context_length": context_length(self.model),
-            "environment": environment(),
+            "environment": environment(self.model.device),
         }
 
     def limits(self) -> dict[str, Any]:

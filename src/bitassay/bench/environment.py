@@ -11,8 +11,11 @@ import torch
 VERSIONS = ("bitassay", "transformers", "compressed-tensors")
 
 
-def environment() -> dict[str, Any]:
-    """Versions, processor, load (runnable processes over 1, 5 and 15 minutes) and devices, as JSON values."""
+def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
+    """Versions, processor, load (runnable processes over 1, 5 and 15 minutes) and the device that was used,
+    as JSON values; `cuda` is the GPU's name."""
+    used = torch.device(device)
+    gpu = used if used.type == "cuda" else None
     return {
         **{name: version(name) for name in VERSIONS},
         "torch": str(torch.__version__),  # names the build (+cpu, +cu130), as the metadata may not
@@ -23,8 +26,8 @@ def environment() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": [round(value, 2) for value in os.getloadavg()],
-        "device": "cpu",
-        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "device": str(used),
+        "cuda": torch.cuda.get_device_name(gpu) if torch.cuda.is_available() else None,
     }
 
 

@@ -30,7 +30,8 @@ from torch.nn.functional import linear
 from bitassay.bench.environment import environment
 from bitassay.bench.roofline import wait_for
 from bitassay.bench.rounds import INTERVAL, alternate, ratio_of, spread
-from bitassay.errors import BitassayError
+from bitassay.errors import BitassayError, at_least
+from bitassay.models.device import as_device
 from bitassay.quantize.activations import INPUT_FORMATS, InputRounding
 from bitassay.quantize.linear import QuantizedLinear
 from bitassay.quantize.products import product_kind
@@ -81,8 +82,9 @@ def matmul(
     for rows, columns in shapes:
         if not (1 <= rows <= MOST and 1 <= columns <= MOST):
             raise BitassayError(f"a product of {rows}x{columns}", f"1 to {MOST} rows and columns")
-    if draws < 1 or repeats < 0:
-        raise BitassayError(f"{draws} draws, {repeats} repeats", "at least 1 draw")
+    at_least(1, draws=draws)
+    at_least(0, repeats=repeats, seed=seed)
+    as_device(device)
     rows = []
     for m, k in shapes:
         progress(f"errors of {m}x{k}")
@@ -110,7 +112,7 @@ def matmul(
         "kind": "matmul",
         "settings": {"draws": draws, "repeats": repeats, "seed": seed, "device": device},
         "interval": INTERVAL,
-        "environment": environment(),
+        "environment": environment(device),
         "rows": rows,
     }
 

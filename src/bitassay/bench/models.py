@@ -20,11 +20,13 @@ from bitassay.bench.cells import Cell, Runner
 from bitassay.bench.roofline import Cost
 from bitassay.bench.rounds import INTERVAL, ratio_of, spread, turns
 from bitassay.bench.worker import Job, Worker
-from bitassay.errors import BitassayError
-from bitassay.models.load import Identity, as_dtype, layer_count
+from bitassay.errors import BitassayError, at_least
+from bitassay.models.device import as_device
+from bitassay.models.load import AUTO, Identity, as_dtype, layer_count
 from bitassay.models.source import resolve
+from bitassay.quantize.fits import check_fit
 from bitassay.quantize.recipe import BASE, Recipe, find_recipe, row_names
-from bitassay.record.files import write_json
+from bitassay.record.files import check_folder, write_json
 from bitassay.record.progress import Progress, silent
 from bitassay.record.run import RunFolder, default_folder
 from bitassay.record.versions import versions
@@ -51,13 +53,21 @@ class BenchPlan:
     dtype: str = "bfloat16"
     device: str = "cpu"
     threads: int | None = None
+    attention: str = AUTO
 
     def __post_init__(self) -> None:
         as_dtype(self.dtype)
         row_names(self.recipes, self.candidates)
-        numbers = (*self.batches, *self.contexts, self.prompt_tokens, self.new_tokens, self.repeats)
-        if min(numbers) < 1:
-            raise BitassayError(f"a batch, length or number of repeats is {min(numbers)}", "at least 1")
+        as_device(self.device)
+        at_least(
+            1,
+            batches=min(self.batches, default=None),
+            contexts=min(self.contexts, default=None),
+            prompt_tokens=self.prompt_tokens,
+            new_tokens=self.new_tokens,
+            repeats=self.repeats,
+            threads=self.threads,
+        )
         if not self.cells:
             raise BitassayError("there is nothing to time", "--batches 1, or --contexts 512")
 
@@ -87,6 +97,11 @@ def bench(
     Raises BitassayError for bad input.
     """
     plan = BenchPlan(model, tuple(find_recipe(recipe) for recipe in recipes), **options)
+    if out is not None:
+        check_folder(out)
+    for name in plan.candidates:
+        check_fit(name, trust_remote_code=trust_remote_code, progress=progress)
+    check_fit(model, plan.recipes, trust_remote_code=trust_remote_code, progress=progress)
     sources = {name: resolve(name, progress) for name in (model, *plan.candidates)}
     places = list[Place]()
     if controls and any(recipe.replication is not None for recipe in plan.recipes):
@@ -101,6 +116,7 @@ def bench(
         "device": plan.device,
         "threads": plan.threads,
         "trust_remote_code": trust_remote_code,
+        "attention": plan.attention,
     }
     jobs = {BASE: Job(model, **common)}
     jobs |= {recipe.name: Job(model, recipe, **common) for recipe in plan.recipes}
@@ -154,7 +170,7 @@ def measure_rounds(
         name: folder.part(f"facts-{place:02d}", lambda name=name: runner(name).facts())
         for place, name in enumerate(names)
     }
-    rounds, steps = [], 0
+    rounds, done, whole = [], 0, repeats * sum(map(work_of, cells))
     for round_ in range(repeats):
         found: dict[str, Any] = {
             "limits": folder.part(f"round-{round_:02d}-limits", lambda: runner(names[0]).limits()),
@@ -168,10 +184,16 @@ def measure_rounds(
                 return {"load": load, "answers": given}
 
             found["cells"][cell.name] = folder.part(f"round-{round_:02d}-{cell.name}", answers)
-            steps += 1
-            progress("timing", steps, repeats * len(cells))
+            done += work_of(cell)
+            progress("timing, percent", 100 * done // whole, 100)
         rounds.append(found)
     return facts, rounds
+
+
+def work_of(cell: Cell) -> int:
+    """About how much work a cell is, in tokens of a prefill. A decoding step reads all weights, which takes
+    about as long as some tokens of a prefill take to compute."""
+    return cell.batch * cell.prompt_tokens + cell.new_tokens * (16 + cell.batch)
 
 
 def summarise(

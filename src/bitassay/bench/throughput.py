@@ -38,17 +38,17 @@ class Times:
 
 @dataclass(frozen=True)
 class Throughput:
-    """Medians over `repeats`; the spread is (largest - smallest) / median of the times."""
+    """Medians over `repeats`; the spread is (largest - smallest) / median, None of a single time."""
 
     prefill_tok_s: float
     decode_tok_s: float
-    prefill_spread: float
-    decode_spread: float
+    prefill_spread: float | None
+    decode_spread: float | None
     prompt_tokens: int
     decode_tokens: int
     repeats: int
 
-    def to_dict(self) -> dict[str, float]:
+    def to_dict(self) -> dict[str, float | None]:
         return asdict(self)
 
 

@@ -28,7 +28,7 @@ from pydantic import TypeAdapter
 from bitassay.bench.cells import Cell, LocalRunner
 from bitassay.errors import BitassayError, MissingError
 from bitassay.models.checkpoint import read_card
-from bitassay.models.load import load
+from bitassay.models.load import AUTO, load
 from bitassay.models.source import resolve
 from bitassay.quantize.pipeline import quantize_once
 from bitassay.quantize.recipe import Recipe
@@ -48,6 +48,7 @@ class Job:
     device: str = "cpu"
     threads: int | None = None
     trust_remote_code: bool = False
+    attention: str = AUTO
 
 
 COMMAND = (sys.executable, "-m", "bitassay.bench.worker")
@@ -68,6 +69,7 @@ def local_runner(job: Job, progress: Progress = silent) -> LocalRunner:
         device=job.device,
         packed=job.recipe is None and read_card(source.folder) is not None,
         trust_remote_code=job.trust_remote_code,
+        attention=job.attention,
         progress=progress,
     )
     if job.recipe is not None:

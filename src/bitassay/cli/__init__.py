@@ -7,10 +7,12 @@ without a traceback; `--debug` shows the traceback.
 
 import os
 import sys
+from contextlib import nullcontext
 
 from cyclopts import App, CycloptsError
 
 from bitassay import __version__
+from bitassay.cli.quiet import quiet
 from bitassay.errors import BitassayError, suggestion
 
 VERBS = {
@@ -57,10 +59,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(arguments: list[str], debug: bool = False) -> int:
     """The exit status of one command line; with `debug`, exceptions propagate."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         # Left to cyclopts, an unknown verb imports all the others to describe them.
         if arguments and not arguments[0].startswith("-") and arguments[0] not in VERBS:
@@ -68,7 +66,8 @@ def run(arguments: list[str], debug: bool = False) -> int:
                 f"no verb is called {arguments[0]!r}; {suggestion(arguments[0], VERBS)}",
                 "bitassay --help",
             )
-        result = app(arguments, exit_on_error=False, print_error=True, result_action="return_value")
+        with nullcontext() if debug else quiet():
+            result = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
         sys.stdout.flush()  # here, where a reader that went away or a full disk can still be dealt with
         return result if isinstance(result, int) else 0
     except BitassayError as error:
@@ -76,8 +75,12 @@ def run(arguments: list[str], debug: bool = False) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
-    except CycloptsError:
-        return 2  # cyclopts has printed what was wrong
+    except CycloptsError as error:
+        if debug:
+            raise
+        verb = f" {arguments[0]}" if arguments and arguments[0] in VERBS else ""
+        print(f"error: {error}\n  try: bitassay{verb} --help", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("\ninterrupted; finished parts are kept: run the same command again to go on", file=sys.stderr)
         return 130

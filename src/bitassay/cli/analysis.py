@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 from bitassay.cli.output import Format, emit
+from bitassay.cli.parameters import Loading
 
 
 def run_analysis(
@@ -13,7 +14,7 @@ def run_analysis(
     dtype: str,
     samples: int,
     each_matrix: bool,
-    trust_remote_code: bool,
+    loading: Loading,
     format: Format,
 ) -> int:
     """Analyze, write run.json, report.html and heat-map.png into the run folder, and print the layers."""
@@ -21,6 +22,7 @@ def run_analysis(
     from bitassay.models.load import load
     from bitassay.quantize.analysis import AnalysisPlan, analyze
     from bitassay.quantize.calibration import Calibration
+    from bitassay.quantize.fits import check_fit
     from bitassay.quantize.recipe import find_recipe
     from bitassay.report.analysis import (
         LAYER_COLUMNS,
@@ -35,7 +37,9 @@ def run_analysis(
     given = found.calibration or Calibration.model_validate({})
     text = given.model_copy(update={"samples": samples})
     with show_progress() as progress:
-        base = load(model, dtype=dtype, trust_remote_code=trust_remote_code, progress=progress)
+        name, options = loading.of(model), loading.options
+        check_fit(name, [found], trust_remote_code=loading.trust_remote_code, progress=progress)
+        base = load(name, dtype=dtype, progress=progress, **options)
         run, folder = analyze(base, found, AnalysisPlan(text, each_matrix), out=out, progress=progress)
     write_analysis_report(run, folder / "report.html")
     write_heat_map(run, folder / "heat-map.png")

@@ -7,34 +7,35 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from bitassay.cli.output import Format, emit
+from bitassay.cli.parameters import AS_IT_IS, Count, CountOrNone, Dtype, Loading, Seed, Share
 
 
 def assay(
     model: str,
     *,
     recipe: Annotated[list[str], Parameter(negative=())],
-    windows: int = 16,
-    window: int = 2048,
-    dtype: str = "float32",
-    prompts: int = 8,
-    calibration_prompts: int = 220,
-    new_tokens: int = 24,
-    alpha: float = 0.01,
-    repeats: int = 3,
+    windows: Count = 16,
+    window: Count = 2048,
+    dtype: Dtype = "float32",
+    prompts: Count = 8,
+    calibration_prompts: Count = 220,
+    new_tokens: Count = 24,
+    alpha: Share = 0.01,
+    repeats: CountOrNone = 3,
     verify: bool = True,
     bench: bool = True,
     controls: bool = True,
-    seed: int = 0,
+    seed: Seed = 0,
     out: Path | None = None,
     dry_run: Annotated[bool, Parameter(negative=())] = False,
-    trust_remote_code: Annotated[bool, Parameter(negative=())] = False,
+    loading: Loading = AS_IT_IS,
     format: Format = "table",
 ) -> int:
     """Quantize MODEL by several recipes; one table of what each costs and whether a verifier notices.
 
     A recipe with replication comes with its controls, plain recipes of equal bits and of equal work, and
     whether it beats them. Writes run.json and report.html into a run folder. Interrupted, the same command
-    goes on.
+    goes on. Exit status 1 where no verdicts could be reached.
 
     Args:
         model: A name from `bitassay models list`, a folder, a .gguf file or a hub id.
@@ -53,9 +54,11 @@ def assay(
         seed: Of the choice of prompts and of sampling.
         out: Run folder (default: runs/assay-MODEL-ID).
         dry_run: Print the plan with an estimate of memory and time, and stop.
-        trust_remote_code: Run code that comes with the model.
         format: What to print on stdout.
     """
+    from bitassay.cli.checks import check_words
+
+    check_words([model], recipe, folder=out)
     from bitassay.cli.progress import show_progress
     from bitassay.data.windows import Protocol
     from bitassay.report.assay import ASSAY_COLUMNS, write_report
@@ -65,10 +68,12 @@ def assay(
     from bitassay.studies.estimate import estimate_assay
     from bitassay.studies.verification import Verification
 
+    model = loading.of(model)
     options = {
         "protocol": Protocol(window_tokens=window, windows=windows),
         "controls": controls,
         "dtype": dtype,
+        "attention": loading.attention,
         "seed": seed,
         "bench_repeats": repeats if bench else 0,
         "verification": Verification(prompts, calibration_prompts, new_tokens, alpha) if verify else None,
@@ -88,7 +93,7 @@ def assay(
         return 0
     with show_progress() as progress:
         run, folder = assay(
-            model, recipe, out=out, progress=progress, trust_remote_code=trust_remote_code, **options
+            model, recipe, out=out, progress=progress, trust_remote_code=loading.trust_remote_code, **options
         )
     report = folder / "report.html"
     write_report(run, report)
@@ -96,4 +101,5 @@ def assay(
     if run["pairs"] and format == "table":
         emit(run["pairs"], shown_columns(PAIR_COLUMNS, run["pairs"]), format)
     print(f"report: {report}", file=sys.stderr)
-    return 0
+    reason = (run["verification"] or {}).get("reason")
+    return 1 if reason else 0  # the columns of verification are missing

@@ -2,12 +2,9 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
-
-from cyclopts import Parameter
 
 from bitassay.cli.output import Format, emit
-from bitassay.cli.parameters import Names
+from bitassay.cli.parameters import AS_IT_IS, Count, Loading, Names, Seed, Share
 
 
 def attack(
@@ -15,13 +12,13 @@ def attack(
     *,
     attacks: Names | None = None,
     numerics: Names | None = None,
-    sequences: int = 100,
-    tokens: int = 64,
-    alpha: float = 0.01,
-    batch: int = 32,
-    seed: int = 0,
+    sequences: Count = 100,
+    tokens: Count = 64,
+    alpha: Share = 0.01,
+    batch: Count = 32,
+    seed: Seed = 0,
     out: Path | None = None,
-    trust_remote_code: Annotated[bool, Parameter(negative=())] = False,
+    loading: Loading = AS_IT_IS,
     format: Format = "table",
 ) -> int:
     """Attack the verifier of MODEL in every known way, and say which detector catches what.
@@ -39,9 +36,11 @@ def attack(
         batch: Requests generated at a time.
         seed: Of the choice of requests.
         out: Run folder (default: runs/attack-MODEL-ID).
-        trust_remote_code: Run code that comes with the model.
         format: What to print on stdout; json and csv have every cell with its interval.
     """
+    from bitassay.cli.checks import check_words
+
+    check_words([model], folder=out)
     from bitassay.cli.progress import show_progress
     from bitassay.report.attack import (
         ATTACK_COLUMNS,
@@ -53,10 +52,19 @@ def attack(
     from bitassay.studies.attack import ATTACKS, VARIANTS, AttackPlan, attack
 
     plan = AttackPlan(
-        sequences, tokens, alpha, batch, seed, tuple(attacks or ATTACKS), tuple(numerics or VARIANTS)
+        sequences,
+        tokens,
+        alpha,
+        batch,
+        seed,
+        attention=loading.attention,
+        attacks=tuple(attacks or ATTACKS),
+        variants=tuple(numerics or VARIANTS),
     )
     with show_progress() as progress:
-        run, folder = attack(model, plan, out=out, trust_remote_code=trust_remote_code, progress=progress)
+        run, folder = attack(
+            loading.of(model), plan, out=out, trust_remote_code=loading.trust_remote_code, progress=progress
+        )
     write_attack_report(run, folder / "report.html")
     if format in ("table", "md"):
         emit(matrix(run), matrix_columns(run), format)

@@ -7,7 +7,17 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from bitassay.cli.output import Format, emit
-from bitassay.cli.parameters import Names, Numbers
+from bitassay.cli.parameters import (
+    AS_IT_IS,
+    Count,
+    CountOrNone,
+    Counts,
+    Device,
+    Dtype,
+    Loading,
+    Names,
+    Seed,
+)
 
 bench = App(
     name="bench",
@@ -22,16 +32,16 @@ def models(
     recipe: Annotated[list[str] | None, Parameter(negative=())] = None,
     candidate: Annotated[list[str] | None, Parameter(negative=())] = None,
     controls: bool = True,
-    batches: Numbers | None = None,
-    contexts: Numbers | None = None,
-    prompt_tokens: int = 128,
-    new_tokens: int = 16,
-    repeats: int = 5,
-    dtype: str = "bfloat16",
-    device: str = "cpu",
-    threads: int | None = None,
+    batches: Counts | None = None,
+    contexts: Counts | None = None,
+    prompt_tokens: Count = 128,
+    new_tokens: Count = 16,
+    repeats: Count = 5,
+    dtype: Dtype = "bfloat16",
+    device: Device = "cpu",
+    threads: Count | None = None,
     out: Path | None = None,
-    trust_remote_code: Annotated[bool, Parameter(negative=())] = False,
+    loading: Loading = AS_IT_IS,
     format: Format = "table",
 ) -> int:
     """Time MODEL and packed quantized models in turn: first token, prefill, decode, memory, by batch size and
@@ -40,7 +50,7 @@ def models(
     equal work, and its speed over theirs.
 
     Writes run.json and report.html into a run folder. Interrupted, the same command goes on. What the model
-    has no positions for, or the machine no memory, is skipped and says so.
+    has no positions for, or the machine no memory, is skipped and says so; exit status 1 where all is.
 
     Args:
         model: The base model: a name from `bitassay models list`, a folder, a .gguf file or a hub id.
@@ -56,9 +66,11 @@ def models(
         device: cpu, cuda or another that torch knows.
         threads: Of each process (default: torch's own choice).
         out: Run folder (default: runs/bench-MODEL-ID).
-        trust_remote_code: Run code that comes with the model.
         format: What to print on stdout; json has every measurement.
     """
+    from bitassay.cli.checks import check_words
+
+    check_words([model, *(candidate or ())], recipe, folder=out)
     from bitassay.bench.models import BATCHES, CONTEXTS, bench
     from bitassay.cli.progress import show_progress
     from bitassay.report.bench import (
@@ -73,7 +85,7 @@ def models(
 
     with show_progress() as progress:
         run, folder = bench(
-            model,
+            loading.of(model),
             recipe or [],
             candidates=tuple(candidate or ()),
             controls=controls,
@@ -87,7 +99,7 @@ def models(
             threads=threads,
             out=out,
             progress=progress,
-            trust_remote_code=trust_remote_code,
+            **loading.options,
         )
     write_bench_report(run, folder / "report.html")
     if format in ("table", "md"):
@@ -100,17 +112,17 @@ def models(
     for line in (machine_line(run), busy(run), f"report: {folder / 'report.html'}"):
         if line:
             print(line, file=sys.stderr)
-    return 0
+    return 1 if all("skipped" in row for row in run["rows"]) else 0
 
 
 @bench.command
 def matmul(
     *,
     shapes: Names | None = None,
-    draws: int = 4,
-    repeats: int = 5,
-    seed: int = 0,
-    device: str = "cpu",
+    draws: Count = 4,
+    repeats: CountOrNone = 5,
+    seed: Seed = 0,
+    device: Device = "cpu",
     out: Path | None = None,
     format: Format = "table",
 ) -> int:
@@ -129,8 +141,11 @@ def matmul(
     """
     from bitassay.bench.matmul import SHAPES, matmul
     from bitassay.cli.progress import show_progress
+    from bitassay.record.files import check_place
     from bitassay.report.bench import MATMUL_COLUMNS, shown_columns, write_matmul_report
 
+    if out is not None:
+        check_place(out)
     asked = SHAPES if shapes is None else [_shape(text) for text in shapes]
     with show_progress() as progress:
         run = matmul(asked, draws=draws, repeats=repeats, seed=seed, device=device, progress=progress)

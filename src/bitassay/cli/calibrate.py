@@ -1,12 +1,21 @@
 """`bitassay calibrate`: fit a verification profile, or the thresholds of an experiment, to honest runs."""
 
 from pathlib import Path
-from typing import Annotated, Any
-
-from cyclopts import Parameter
+from typing import Any
 
 from bitassay.cli.output import Format, emit
-from bitassay.cli.parameters import Names, Numbers
+from bitassay.cli.parameters import (
+    AS_IT_IS,
+    Count,
+    Device,
+    Loading,
+    Names,
+    Numbers,
+    Precision,
+    Seed,
+    Share,
+    StateDtype,
+)
 
 
 def calibrate(
@@ -14,31 +23,30 @@ def calibrate(
     *,
     recipe: str | None = None,
     prompts: str = "240",
-    max_new_tokens: int = 32,
-    alpha: float | None = None,
+    max_new_tokens: Count = 32,
+    alpha: Share | None = None,
     temperature: float = 0.0,
     top_p: float = 1.0,
-    seed: int = 0,
-    prover_dtype: str | None = None,
+    seed: Seed = 0,
+    prover_dtype: StateDtype | None = None,
     prover_attention: str | None = None,
-    dtype: str = "bfloat16",
-    device: str = "cpu",
-    attention: str = "sdpa",
-    batch: int = 16,
+    dtype: StateDtype = "bfloat16",
+    device: Device = "cpu",
+    batch: Count = 16,
     suspects: Names | None = None,
-    suspect_runs: int = 48,
-    expires_days: int = 90,
+    suspect_runs: Count = 48,
+    expires_days: Count = 90,
     study: Names | None = None,
-    trials: int = 30,
-    prompt_tokens: int = 300,
-    verifiers: int = 1,
+    trials: Count = 30,
+    prompt_tokens: Count = 300,
+    verifiers: Count = 1,
     devices: Names | None = None,
-    precision: str | None = None,
+    precision: Precision | None = None,
     attacks: Names | None = None,
-    jobs: int = 1,
+    jobs: Count = 1,
     gpus: Numbers | None = None,
     out: Path | None = None,
-    trust_remote_code: Annotated[bool, Parameter(negative=())] = False,
+    loading: Loading = AS_IT_IS,
     format: Format = "table",
 ) -> int:
     """Fit a verification profile for MODEL to honest runs on this machine, or an experiment's thresholds.
@@ -61,7 +69,6 @@ def calibrate(
         prover_attention: The prover's attention implementation (default: the verifier's).
         dtype: The verifier's arithmetic.
         device: Where to run: cpu, cuda, mps.
-        attention: The verifier's attention implementation of transformers.
         batch: Prompts generated at a time.
         suspects: Attacks that verdicts are to name where the evidence fits them, such as int8 fp8 int4 kv8:
             any that `bitassay attack` has, but for those that exact checks catch.
@@ -79,12 +86,22 @@ def calibrate(
         gpus: Which GPUs a study's processes are dealt to.
         out: The profile's file (default: the cache folder, where `bitassay verify` finds it); with --study a
             folder (default: data).
-        trust_remote_code: Run code that comes with the model.
         format: What to print on stdout.
     """
+    from bitassay.cli.checks import check_words
+
+    check_words(
+        [model],
+        None if recipe is None else [recipe],
+        folder=out if study else None,
+        file=None if study else out,
+        texts=[] if prompts.isdigit() else [Path(prompts)],
+    )
     if study:
         from bitassay.cli.study import make_plan, optimise
+        from bitassay.studies.experiments import check_names
 
+        check_names(study)
         plan = make_plan(
             model,
             devices or [],
@@ -96,26 +113,35 @@ def calibrate(
             attacks=tuple(attacks or ("w8", "fp8", "w4")),
             jobs=jobs,
             gpus=tuple(gpus or ()),
-            trust_remote_code=trust_remote_code,
+            **loading.options,
         )
         return optimise(study, plan, 0.05 if alpha is None else alpha, out or Path("data"), format)
     from bitassay.cli.progress import show_progress
     from bitassay.generate.sampling import Sampler
+    from bitassay.models.device import as_device
     from bitassay.models.load import load
-    from bitassay.verify.calibrate import calibrate, check_enough
+    from bitassay.quantize.fits import check_fit
+    from bitassay.quantize.recipe import find_recipe
+    from bitassay.verify.calibrate import calibrate, check_plan, chosen_attacks
     from bitassay.verify.profile import ALPHA, write_profile
 
     alpha = ALPHA if alpha is None else alpha
     texts = _prompts(prompts)
-    check_enough(len(texts), alpha)
+    sampler = Sampler(temperature, top_p, seed)
+    check_plan(len(texts), alpha, max_new_tokens)
+    chosen_attacks(suspects or (), sampler, min(suspect_runs, len(texts)))
+    as_device(device)
     with show_progress() as progress:
-        where = {"device": device, "trust_remote_code": trust_remote_code, "progress": progress}
-        verifier = load(model, dtype=dtype, attention=attention, **where)
+        name = loading.of(model)
+        where: dict[str, Any] = {"device": device, "progress": progress}
+        wanted, trust = [find_recipe(recipe)] if recipe else [], loading.trust_remote_code
+        check_fit(name, wanted, tokens=max_new_tokens, trust_remote_code=trust, progress=progress)
+        verifier = load(name, dtype=dtype, **where, **loading.options)
         prover = verifier
         if prover_dtype or prover_attention:
-            prover = load(
-                model, dtype=prover_dtype or dtype, attention=prover_attention or attention, **where
-            )
+            changed = {"attention": prover_attention} if prover_attention else {}
+            own: dict[str, Any] = loading.options | changed
+            prover = load(name, dtype=prover_dtype or dtype, **where, **own)
         if recipe:
             from bitassay.quantize.pipeline import quantize_once
 
@@ -127,7 +153,7 @@ def calibrate(
             verifier,
             texts,
             max_new_tokens=max_new_tokens,
-            sampler=Sampler(temperature, top_p, seed),
+            sampler=sampler,
             alpha=alpha,
             batch_size=batch,
             expires_days=expires_days,

@@ -28,6 +28,9 @@ def challenge(
         signer: The host's public key in hex, as you know it from elsewhere; refuse another one's receipt.
         format: What to print on stdout.
     """
+    from bitassay.cli.checks import check_words
+
+    check_words(file=out)
     from bitassay.errors import BitassayError
     from bitassay.report.tables import Column
     from bitassay.verify import challenge as drawing

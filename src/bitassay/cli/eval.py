@@ -1,13 +1,12 @@
 """`bitassay eval`: perplexity and divergence, or tasks, without the rest of an assay."""
 
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from bitassay.cli.output import Format, emit
-from bitassay.cli.parameters import Names
+from bitassay.cli.parameters import AS_IT_IS, Count, CountOrNone, Dtype, Loading, Names, Seed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,15 +24,16 @@ def eval(
     recipe: Annotated[list[str] | None, Parameter(negative=())] = None,
     against: str | None = None,
     protocol: Names | None = None,
-    windows: int | None = None,
-    window: int | None = None,
+    windows: CountOrNone | None = None,
+    window: Count | None = None,
     tasks: str | None = None,
-    limit: int | None = None,
-    shots: int | None = None,
+    limit: Count | None = None,
+    shots: CountOrNone | None = None,
     out: Path | None = None,
     controls: bool = True,
-    dtype: str = "float32",
-    trust_remote_code: Annotated[bool, Parameter(negative=())] = False,
+    dtype: Dtype = "float32",
+    seed: Seed = 0,
+    loading: Loading = AS_IT_IS,
     format: Format = "table",
 ) -> int:
     """Perplexity of MODEL; with --recipe or --against also divergence, with paired intervals.
@@ -60,22 +60,16 @@ def eval(
         out: Run folder of --tasks (default: runs/tasks-MODEL-ID).
         controls: Add the controls of recipes with replication.
         dtype: Arithmetic of both models.
-        trust_remote_code: Run code that comes with the model.
+        seed: Accepted by every verb, and recorded; nothing here is drawn at random.
         format: What to print on stdout.
     """
-    from bitassay.bench.environment import environment
-    from bitassay.cli.progress import show_progress
+    from bitassay.cli.checks import check_words
     from bitassay.errors import BitassayError
-    from bitassay.evaluate.compare import evaluate_all
-    from bitassay.evaluate.controls import evaluate_with_controls
-    from bitassay.models.load import load
-    from bitassay.models.windows import check_protocol
-    from bitassay.quantize.pipeline import quantize_once
-    from bitassay.quantize.recipe import BASE, find_recipe
-    from bitassay.report.assay import CONTROL_COLUMNS, QUALITY_COLUMNS
 
     if recipe and against:
         raise BitassayError("--recipe and --against both name a comparison", "give one of them")
+    if against == model and tasks is not None:
+        raise BitassayError(f"{model} is named twice", "--against another model")
     if tasks is None and not (limit is shots is out is None):
         raise BitassayError("--limit, --shots and --out belong to tasks", "--tasks hellaswag")
     if tasks is not None and not (protocol is window is windows is None):
@@ -83,20 +77,42 @@ def eval(
             "--protocol, --window and --windows belong to perplexity, --tasks asks questions",
             "one command for each",
         )
+    check_words([model, against], recipe, folder=out)
+    from bitassay.bench.environment import environment
+    from bitassay.cli.progress import show_progress
+    from bitassay.data.corpora import check_corpus
+    from bitassay.data.windows import token_windows
+    from bitassay.evaluate.compare import evaluate_all
+    from bitassay.evaluate.controls import evaluate_with_controls
+    from bitassay.evaluate.tasks import check_tasks
+    from bitassay.models.load import load, tokenizer
+    from bitassay.models.source import resolve
+    from bitassay.models.windows import check_folder
+    from bitassay.quantize.fits import check_fit
+    from bitassay.quantize.pipeline import quantize_once
+    from bitassay.quantize.recipe import BASE, find_recipe
+    from bitassay.report.assay import CONTROL_COLUMNS, QUALITY_COLUMNS
+
     protocols = [_protocol(text, window, windows) for text in protocol or ["wikitext2-raw"]]
     with show_progress() as progress:
-        names = [name for name in (model, against) if name is not None]
-        loaded, *other = [
-            load(name, dtype=dtype, progress=progress, trust_remote_code=trust_remote_code) for name in names
-        ]
-        if tasks is None:
-            for one, read in product(protocols, (loaded, *other)):
-                check_protocol(read, one)
+        names = [name for name in (loading.of(model), against) if name is not None]
+        trust, recipes = loading.trust_remote_code, [find_recipe(one) for one in recipe or ()]
+        if tasks is not None:
+            check_tasks(_names(tasks), limit)
+        for one in protocols if tasks is None else ():
+            check_corpus(one.corpus)
+        for name in names:
+            check_fit(name, recipes, trust_remote_code=trust, progress=progress)
+            for one in protocols if tasks is None else ():
+                check_folder(resolve(name, progress).folder, one, trust_remote_code=trust)
+        loaded, *other = [load(name, dtype=dtype, progress=progress, **loading.options) for name in names]
         if tasks is not None:
             candidates = _candidates(names, [loaded, *other], recipe or [], controls, progress)
             return _tasks(candidates, tasks, limit, shots, out, format, progress)
         replicated = [name for name in recipe or [] if controls and find_recipe(name).replication is not None]
         base, plain = (other[0], {model: loaded}) if other else (loaded, {})
+        for one in protocols:
+            token_windows(tokenizer(base), one)  # refuses more windows than there are; the text is kept
         for name in recipe or []:
             if name not in replicated:
                 plain[name] = quantize_once(loaded, name, progress=progress)
@@ -112,7 +128,7 @@ def eval(
     rows = []
     for row in found:
         e = row.pop("evaluation")
-        about = {"protocol": e.protocol, "source": e.corpus_source, "against": e.base}
+        about = {"protocol": e.protocol, "source": e.corpus_source, "seed": seed, "against": e.base}
         rows.append(row | about | e.quality.to_dict())
     whole = {"rows": rows, "environment": environment()} if format == "json" else None
     emit(rows, CONTROL_COLUMNS if replicated else QUALITY_COLUMNS, format, whole)
@@ -165,6 +181,10 @@ def _candidates(
     ]
 
 
+def _names(tasks: str) -> list[str]:
+    return [name.strip() for name in tasks.split(",") if name.strip()]
+
+
 def _tasks(
     candidates: "list[Candidate]",
     tasks: str,
@@ -182,7 +202,7 @@ def _tasks(
 
     run, folder = evaluate_tasks(
         candidates,
-        [name.strip() for name in tasks.split(",") if name.strip()],
+        _names(tasks),
         limit=limit,
         shots=shots,
         out=out,

@@ -7,6 +7,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from bitassay.cli.output import Format, emit
+from bitassay.cli.parameters import AS_IT_IS, Count, Dtype, Loading, Seed
 
 
 def generate(
@@ -14,13 +15,14 @@ def generate(
     *,
     recipe: Annotated[list[str] | None, Parameter(negative=())] = None,
     candidate: Annotated[list[str] | None, Parameter(negative=())] = None,
-    prompts: int = 32,
+    prompts: Count = 32,
     prompts_file: Path | None = None,
-    new_tokens: int = 64,
-    batch: int = 8,
-    dtype: str = "float32",
+    new_tokens: Count = 64,
+    batch: Count = 8,
+    dtype: Dtype = "float32",
+    seed: Seed = 0,
     out: Path | None = None,
-    trust_remote_code: Annotated[bool, Parameter(negative=())] = False,
+    loading: Loading = AS_IT_IS,
     format: Format = "table",
 ) -> int:
     """Let MODEL and quantized models continue the same prompts greedily, and compare the texts: length of the
@@ -38,10 +40,13 @@ def generate(
         new_tokens: Tokens of an answer, at most.
         batch: Prompts that are continued together. Part of the plan: 16-bit arithmetic depends on it.
         dtype: Arithmetic of all models.
+        seed: Accepted by every verb; nothing here is drawn at random.
         out: Run folder (default: runs/generation-MODEL-ID).
-        trust_remote_code: Run code that comes with the model.
         format: What to print on stdout; json has the texts too.
     """
+    from bitassay.cli.checks import check_words
+
+    check_words([model, *(candidate or ())], recipe, folder=out, texts=[prompts_file])
     from bitassay.cli.progress import show_progress
     from bitassay.report.generation import (
         GENERATION_COLUMNS,
@@ -53,7 +58,7 @@ def generate(
 
     with show_progress() as progress:
         run, folder = generation(
-            model,
+            loading.of(model),
             recipe or [],
             candidates=tuple(candidate or ()),
             prompts=prompts,
@@ -63,7 +68,7 @@ def generate(
             dtype=dtype,
             out=out,
             progress=progress,
-            trust_remote_code=trust_remote_code,
+            **loading.options,
         )
     write_generation_report(run, folder / "report.html")
     write_rating_sheet(run, folder / "ratings.csv")

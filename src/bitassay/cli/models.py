@@ -1,10 +1,9 @@
 """`bitassay models`: the catalogue, and whether a model is whole."""
 
-from typing import Annotated
-
-from cyclopts import App, Parameter
+from cyclopts import App
 
 from bitassay.cli.output import Format, emit
+from bitassay.cli.parameters import AS_IT_IS, NEWEST, Loading, Revision
 from bitassay.report.tables import Column, size
 
 models = App(name="models", help="List, pull and check models.")
@@ -52,18 +51,21 @@ def list_(*, format: Format = "table") -> int:
 
 
 @models.command
-def pull(model: str, *, format: Format = "table") -> int:
+def pull(model: str, *, revision: Revision = NEWEST, format: Format = "table") -> int:
     """Fetch MODEL into the cache, and convert it where needed.
 
     Args:
         model: A name from `bitassay models list`, a hub id, or a .gguf file, which is dequantized.
         format: What to print on stdout.
     """
+    from bitassay.cli.checks import check_words
     from bitassay.cli.progress import show_progress
     from bitassay.models.source import resolve
 
+    check_words([model])
+
     with show_progress() as progress:
-        source = resolve(model, progress)
+        source = resolve(revision.of(model), progress)
     row = {
         "name": source.name,
         "size_bytes": sum(path.stat().st_size for path in source.folder.iterdir()),
@@ -78,20 +80,22 @@ def pull(model: str, *, format: Format = "table") -> int:
 def check(
     model: str,
     *,
-    trust_remote_code: Annotated[bool, Parameter(negative=())] = False,
+    loading: Loading = AS_IT_IS,
     format: Format = "table",
 ) -> int:
     """Read all of MODEL, run it once, and say what it is.
 
     Args:
         model: A name from `bitassay models list`, a folder, a .gguf file or a hub id.
-        trust_remote_code: Run code that comes with the model.
         format: What to print on stdout.
     """
+    from bitassay.cli.checks import check_words
+
+    check_words([model])
     from bitassay.cli.progress import show_progress
     from bitassay.models.check import check as check_model
 
     with show_progress() as progress:
-        found = check_model(model, trust_remote_code=trust_remote_code, progress=progress).to_dict()
+        found = check_model(loading.of(model), progress=progress, **loading.options).to_dict()
     emit([{"property": key, "value": value} for key, value in found.items()], _CHECKED, format, whole=found)
     return 0

@@ -14,6 +14,9 @@ def open(trace: Path, /, *, challenge: Path, out: Path, format: Format = "table"
         out: The opening, to be sent to the verifier.
         format: What to print on stdout.
     """
+    from bitassay.cli.checks import check_words
+
+    check_words(file=out)
     from bitassay.report.tables import Column
     from bitassay.verify.challenge import opened_positions, read_challenge
     from bitassay.verify.opening import open_trace, write_opening

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from bitassay.cli.output import Format, emit
+from bitassay.cli.parameters import AS_IT_IS, Count, Device, Loading, Seed, StateDtype
 
 if TYPE_CHECKING:
     from bitassay.verify.trace import Trace
@@ -19,18 +20,17 @@ def prove(
     prompts: Path | None = None,
     recipe: str | None = None,
     claim: str | None = None,
-    max_new_tokens: int = 32,
+    max_new_tokens: Count = 32,
     temperature: float = 0.0,
     top_p: float = 1.0,
-    seed: int = 0,
+    seed: Seed = 0,
     nonce: str = "0",
-    dtype: str = "bfloat16",
-    device: str = "cpu",
-    attention: str = "sdpa",
-    batch: int = 16,
+    dtype: StateDtype = "bfloat16",
+    device: Device = "cpu",
+    batch: Count = 16,
     commit_only: Annotated[bool, Parameter(negative=())] = False,
     key: Path | None = None,
-    trust_remote_code: Annotated[bool, Parameter(negative=())] = False,
+    loading: Loading = AS_IT_IS,
     format: Format = "table",
 ) -> int:
     """Generate with MODEL and write a trace for each prompt.
@@ -53,23 +53,15 @@ def prove(
             appended.
         dtype: Arithmetic, and the dtype of the states in the trace.
         device: Where to run: cpu, cuda, mps.
-        attention: transformers' attention implementation.
         batch: Prompts generated at a time.
         commit_only: Keep the traces, and write a signed receipt beside each, named `.receipt`, to send
             instead. `bitassay challenge` then draws what `bitassay open` must show.
         key: The file of the private key that signs receipts; made, readable to you alone, where there
             is none.
-        trust_remote_code: Run code that comes with the model.
         format: What to print on stdout.
     """
-    from bitassay.cli.progress import show_progress
-    from bitassay.data.corpora import prompts_from
+    from bitassay.cli.checks import check_words
     from bitassay.errors import BitassayError
-    from bitassay.generate.sampling import Sampler
-    from bitassay.models.load import Identity, identity, load
-    from bitassay.models.source import resolve
-    from bitassay.verify.prove import prove_many
-    from bitassay.verify.trace import write_trace
 
     if (prompt is None) == (prompts is None):
         raise BitassayError(
@@ -78,23 +70,43 @@ def prove(
         )
     if commit_only != (key is not None):
         raise BitassayError("--commit-only and --key go together", "--commit-only --key host.pem")
+    many = prompts is not None
+    check_words(
+        [model, claim],
+        None if recipe is None else [recipe],
+        folder=out if many else None,
+        file=None if many else out,
+        texts=[prompts],
+    )
+    from bitassay.cli.progress import show_progress
+    from bitassay.data.corpora import prompts_from
+    from bitassay.generate.sampling import Sampler
+    from bitassay.models.device import as_device
+    from bitassay.models.load import Identity, identity, load
+    from bitassay.models.source import resolve
+    from bitassay.quantize.fits import check_fit
+    from bitassay.quantize.recipe import find_recipe
+    from bitassay.verify.keys import private_key
+    from bitassay.verify.prove import prove_many
+    from bitassay.verify.trace import check_nonce, write_trace
+
     texts = [prompt] if prompt is not None else prompts_from(prompts)  # type: ignore[arg-type]
     sampler = Sampler(temperature, top_p, seed)
+    as_device(device)
+    check_nonce(nonce)
+    if key is not None:
+        private_key(key)  # made now where there is none
     with show_progress() as progress:
-        loaded = load(
-            model,
-            dtype=dtype,
-            device=device,
-            attention=attention,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
-        )
+        wanted = [find_recipe(recipe)] if recipe else []
+        name, trust = loading.of(model), loading.trust_remote_code
+        check_fit(name, wanted, tokens=max_new_tokens, trust_remote_code=trust, progress=progress)
+        claimed = Identity(resolve(claim, progress)) if claim else None
+        loaded = load(name, dtype=dtype, device=device, progress=progress, **loading.options)
         if recipe:
             from bitassay.quantize.pipeline import quantize_once
 
             loaded = quantize_once(loaded, recipe, progress=progress)
-        claimed = Identity(resolve(claim, progress)) if claim else identity(loaded)
-        options = {"max_new_tokens": max_new_tokens, "sampler": sampler, "claim": claimed}
+        options = {"max_new_tokens": max_new_tokens, "sampler": sampler, "claim": claimed or identity(loaded)}
         if prompts is None:
             trace = prove_many(loaded, texts, nonces=[nonce], progress=progress, **options)[0]
             write_trace(out, trace)

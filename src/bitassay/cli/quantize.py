@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from bitassay.cli.output import Format, emit
+from bitassay.cli.parameters import AS_IT_IS, Count, Loading, StateDtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,13 +29,13 @@ def quantize(
     gguf: Path | None = None,
     layout: Literal["compressed-tensors", "bitassay"] | None = None,
     work: Path | None = None,
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    dtype: StateDtype = "float32",
     check: bool = True,
     dry_run: Annotated[bool, Parameter(negative=())] = False,
     analyze: Annotated[bool, Parameter(negative=())] = False,
-    samples: int | None = None,
+    samples: Count | None = None,
     each_matrix: Annotated[bool, Parameter(negative=())] = False,
-    trust_remote_code: Annotated[bool, Parameter(negative=())] = False,
+    loading: Loading = AS_IT_IS,
     format: Format = "table",
 ) -> int:
     """Quantize MODEL by a recipe and save it as a folder, as a GGUF file for llama.cpp, or as both.
@@ -60,21 +61,36 @@ def quantize(
         samples: With --analyze, how many windows of the calibration text are looked at (8). How many a recipe
             calibrates with it says itself.
         each_matrix: With --analyze, measure the divergence of each matrix too, not of each layer only.
-        trust_remote_code: Run code that comes with the model.
         format: What to print on stdout.
     """
-    from bitassay.cli.analysis import run_analysis
-    from bitassay.cli.progress import show_progress
+    from bitassay.cli.checks import check_words
     from bitassay.errors import BitassayError
-    from bitassay.models.source import resolve
-    from bitassay.quantize.recipe import find_recipe
-    from bitassay.report.tables import Column, number, significant, size
+    from bitassay.record.files import check_folder
 
     if analyze:
         if gguf is not None or dry_run:
             raise BitassayError(
                 "--analyze writes no model, so --gguf and --dry-run say nothing", "leave them out"
             )
+    elif samples is not None or each_matrix:
+        raise BitassayError(
+            "--samples and --each-matrix are of --analyze",
+            "--analyze too, or in the recipe: calibration: {samples: 128, tokens: 512}",
+        )
+    elif out is None and gguf is None:
+        raise BitassayError("nowhere to write to", "--out FOLDER, --gguf FILE, or both")
+    elif out is None and layout is not None:
+        raise BitassayError("--layout is of the folder", "--out FOLDER too, or leave it out")
+    check_words([model], [recipe], folder=out, file=gguf)
+    if work is not None:
+        check_folder(work)
+    from bitassay.cli.analysis import run_analysis
+    from bitassay.cli.progress import show_progress
+    from bitassay.models.source import resolve
+    from bitassay.quantize.recipe import find_recipe
+    from bitassay.report.tables import Column, number, significant, size
+
+    if analyze:
         return run_analysis(
             model,
             recipe,
@@ -82,16 +98,9 @@ def quantize(
             dtype,
             8 if samples is None else samples,
             each_matrix,
-            trust_remote_code,
+            loading,
             format,
         )
-    if samples is not None or each_matrix:
-        raise BitassayError(
-            "--samples and --each-matrix are of --analyze",
-            "--analyze too, or in the recipe: calibration: {samples: 128, tokens: 512}",
-        )
-    if out is None and gguf is None:
-        raise BitassayError("nowhere to write to", "--out FOLDER, --gguf FILE, or both")
     sizes = (
         Column("recipe", "recipe", align="left"),
         Column("layout", "layout", align="left"),
@@ -106,10 +115,9 @@ def quantize(
     )
     found = find_recipe(recipe)
     with show_progress() as progress:
-        source = resolve(model, progress)
-        order = _Order(
-            model, source, found, out, gguf, layout, work, dtype, check, trust_remote_code, progress
-        )
+        name = loading.of(model)
+        source = resolve(name, progress)
+        order = _Order(name, source, found, out, gguf, layout, work, dtype, check, loading, progress)
         folder_row, gguf_row = _finished_folder(order), _finished_gguf(order)
         if (out is None or folder_row) and (gguf is None or gguf_row):
             rows = [folder_row, gguf_row]
@@ -134,7 +142,7 @@ class _Order:
     work: Path | None
     dtype: str
     check: bool
-    trust_remote_code: bool
+    loading: Loading
     progress: "Progress"
 
 
@@ -151,9 +159,7 @@ def _written(order: _Order, folder_row: Row, gguf_row: Row) -> list[Row]:
         if order.out is not None and folder_row is None and row is not None and row["layout"] != "gguf":
             check_space(order.out, row["file_bytes"])
     started = time.monotonic()
-    base = load(
-        order.model, dtype=order.dtype, trust_remote_code=order.trust_remote_code, progress=order.progress
-    )
+    base = load(order.model, dtype=order.dtype, progress=order.progress, **order.loading.options)
     quantized = _quantized(order, base, folder_row)
     tokens = tokenizer(base)(bundled_prompts()[0], return_tensors="pt").input_ids if order.check else None
     if order.out is not None and folder_row is None:
@@ -174,7 +180,7 @@ def _quantized(order: _Order, base: "PreTrainedModel", folder_row: Row) -> "PreT
             return quantize_once(base, order.recipe, progress=order.progress)
         return quantize(base, order.recipe, work=order.work, progress=order.progress)
     done = quantization_of(
-        load(order.out, dtype=base.dtype, trust_remote_code=order.trust_remote_code, progress=order.progress)
+        load(order.out, dtype=base.dtype, progress=order.progress, **order.loading.options)
     )
     assert done is not None
     return with_tensors(base, done)
@@ -189,7 +195,7 @@ def _save_folder(order: _Order, quantized: "PreTrainedModel", out: Path, tokens:
         reader = "plain transformers" if card.layout == "compressed-tensors" else "bitassay.load"
         order.progress(f"loading {out} with {reader}")
         row["max_logits_difference"] = reload_difference(
-            quantized, out, tokens, trust_remote_code=order.trust_remote_code
+            quantized, out, tokens, trust_remote_code=order.loading.trust_remote_code
         )
     return row
 
@@ -212,17 +218,13 @@ def _save_gguf(order: _Order, quantized: "PreTrainedModel", path: Path, tokens: 
 def _planned(order: _Order) -> list[Row]:
     """What is known before any weight is read; refuses what could not be saved. The files are the tensors and
     what else the model's folder holds; which blocks a GGUF file has depends on the codes."""
-    from transformers import AutoConfig
-
-    from bitassay.models.causal import check_causal, empty_model
     from bitassay.models.load import as_dtype
+    from bitassay.models.shapes import without_weights
     from bitassay.quantize.export_plan import plan_export
     from bitassay.quantize.gguf_file import check_gguf
 
-    trust = order.trust_remote_code
-    config = AutoConfig.from_pretrained(order.source.folder, trust_remote_code=trust)
-    check_causal(config, order.source.folder)
-    empty = empty_model(config, as_dtype(order.dtype), trust_remote_code=trust)
+    trust = order.loading.trust_remote_code
+    empty = without_weights(order.source, dtype=as_dtype(order.dtype), trust_remote_code=trust)
     plan = plan_export(empty, order.recipe, order.layout)
     if order.out is not None and plan.layout_reason is not None:
         order.progress(

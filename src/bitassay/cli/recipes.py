@@ -52,6 +52,9 @@ def show(recipe: str) -> int:
     Args:
         recipe: A shipped recipe or a YAML file.
     """
+    from bitassay.cli.checks import check_words
+
+    check_words(recipes=[recipe])
     import yaml
 
     from bitassay.quantize.recipe import find_recipe

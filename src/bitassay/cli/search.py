@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from bitassay.cli.output import Format, emit
-from bitassay.cli.parameters import Names
+from bitassay.cli.parameters import AS_IT_IS, Count, Dtype, Loading, Names, Seed
 
 
 def search(
@@ -18,22 +18,23 @@ def search(
     at_most: Names | None = None,
     against: Names | None = None,
     sampler: Literal["tpe", "nsga2", "grid"] = "tpe",
-    trials: int = 60,
-    jobs: int = 1,
+    trials: Count = 60,
+    jobs: Count = 1,
     corpus: str = "wikitext2-raw",
-    windows: int = 8,
-    window: int = 512,
-    short: int = 2,
-    dtype: str = "float32",
-    seed: int = 0,
+    windows: Count = 8,
+    window: Count = 512,
+    short: Count = 2,
+    dtype: Dtype = "float32",
+    seed: Seed = 0,
     out: Path | None = None,
-    trust_remote_code: Annotated[bool, Parameter(negative=())] = False,
+    loading: Loading = AS_IT_IS,
     format: Format = "table",
 ) -> int:
     """Search SPACE for the best recipes of MODEL, and judge them on text that chose nothing.
 
     Writes run.json, report.html and best/*.yaml into a run folder. Interrupted, the same command goes on
-    after the last finished trial; more --trials add to what there is.
+    after the last finished trial; more --trials add to what there is. Exit status 1 where trials failed by a
+    bug; the others count.
 
     Args:
         space: A YAML file (docs/search.md), or a shipped one: two-bit, w8a8, replication, loops.
@@ -52,11 +53,13 @@ def search(
         dtype: Arithmetic of all models.
         seed: Of the sampler.
         out: Run folder (default: runs/search-SPACE-ID).
-        trust_remote_code: Run code that comes with the model.
         format: What to print on stdout; json has every trial.
     """
+    from bitassay.cli.checks import check_words
     from bitassay.cli.progress import show_progress
     from bitassay.errors import MissingError
+
+    check_words([model], against, folder=out)
 
     try:
         import optuna  # noqa: F401
@@ -65,17 +68,18 @@ def search(
     from bitassay.report.search import SEARCH_COLUMNS, write_search_report
     from bitassay.search.objectives import parse_limit
     from bitassay.search.search import search
+    from bitassay.search.trials import FAILED
 
     with show_progress() as progress:
         run, folder = search(
-            model,
+            loading.of(model),
             space,
             trials=trials,
             against=against or [],
             jobs=jobs,
             out=out,
             progress=progress,
-            trust_remote_code=trust_remote_code,
+            **loading.options,
             objectives=tuple(objective or ["kl_mean"]),
             at_most=dict(parse_limit(text) for text in at_most or []),
             sampler=sampler,
@@ -89,4 +93,5 @@ def search(
     write_search_report(run, folder / "report.html")
     emit(run["rows"], SEARCH_COLUMNS, format, whole=run)
     print(f"report: {folder / 'report.html'}", file=sys.stderr)
-    return 0
+    failed = any((trial["stopped"] or "").startswith(FAILED) for trial in run["trials"])
+    return 1 if failed else 0

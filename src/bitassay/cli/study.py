@@ -4,12 +4,12 @@ replication, as rows of data."""
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from cyclopts import App, Parameter
+from cyclopts import App
 
 from bitassay.cli.output import Format, emit
-from bitassay.cli.parameters import Names, Numbers
+from bitassay.cli.parameters import AS_IT_IS, Count, Loading, Names, Numbers, Share
 from bitassay.report.tables import Column, interval, percent
 
 if TYPE_CHECKING:
@@ -71,10 +71,10 @@ def run(
     /,
     *,
     model: str | None = None,
-    tokens: int | None = None,
-    prompt_tokens: int | None = None,
-    trials: int | None = None,
-    verifiers: int = 3,
+    tokens: Count | None = None,
+    prompt_tokens: Count | None = None,
+    trials: Count | None = None,
+    verifiers: Count = 3,
     devices: Names | None = None,
     here: Names | None = None,
     role: Literal["prove", "verify"] | None = None,
@@ -83,24 +83,25 @@ def run(
     attacks: Names | None = None,
     precisions: Names | None = None,
     rules: str = "documents",
-    alpha: float = 0.01,
-    jobs: int | None = None,
+    alpha: Share = 0.01,
+    jobs: Count | None = None,
     gpus: Numbers | None = None,
-    limit: int | None = None,
-    windows: int = 16,
-    window: int | None = None,
+    limit: Count | None = None,
+    windows: Count = 16,
+    window: Count | None = None,
     only: Names | None = None,
     ray: str | None = None,
     out: Path | None = None,
-    trust_remote_code: Annotated[bool, Parameter(negative=())] = False,
+    loading: Loading = AS_IT_IS,
     format: Format = "table",
 ) -> int:
     """Run STUDIES on a model: provers and verifiers each in a process of their own, everything through files.
 
     Measured stands beside expected, and beside what the same bar does to INT8 and INT4 provers. Writes
-    OUT/raw/STUDY/..._trialK.json and ..._summary.json, and OUT/report.html. Interrupted, the same command
-    goes on. For two computers: run with `--role prove` on one, copy OUT to the other, and run there with
-    `--role verify` and the same --devices.
+    OUT/raw/STUDY/..._trialK.json and ..._summary.json, OUT/run.json and OUT/report.html. Interrupted, the
+    same command goes on. For two computers: run with `--role prove` on one, copy OUT to the other, and run
+    there with `--role verify` and the same --devices. Exit status 1 where something of a study could not be
+    measured.
 
     task3.1 to task3.3 are the INT8/FP8 studies; control-table, phase1 to phase4, uses and planes are those of
     layer replication. --model, --limit (task3), --only, --windows, --window, --precision, --devices (one),
@@ -138,13 +139,33 @@ def run(
         ray: Let a Ray cluster do the work: auto, or its address (extra `ray`).
         out: Folder of results and of the work in progress (default: data; task3 and replication:
             runs/STUDY-MODEL-ID).
-        trust_remote_code: Run code that comes with the model.
         format: What to print on stdout; json has everything.
     """
-    from bitassay.errors import BitassayError
+    from bitassay.cli.checks import check_words
+
+    check_words([model], folder=out)
+    from bitassay.errors import BitassayError, suggestion
+    from bitassay.studies.eight_bit import STUDIES as EIGHT_BIT
+    from bitassay.studies.experiments import EXPERIMENTS
     from bitassay.studies.replication import STUDIES as REPLICATION
 
-    if any(name.startswith("task") or name in REPLICATION for name in studies):
+    model = None if model is None else loading.of(model)
+    every = (*EXPERIMENTS, "separability", *EIGHT_BIT, *REPLICATION)
+    for name in studies:
+        if name not in every:
+            raise BitassayError(
+                f"no experiment is called {name!r}; {suggestion(name, every)}",
+                "bitassay study list",
+            )
+    if twice := [name for name in studies if studies.count(name) > 1]:
+        raise BitassayError(f"the study {twice[0]!r} is given twice", "name each once")
+    kinds = {name in EIGHT_BIT or name in REPLICATION for name in studies}
+    if len(kinds) > 1:
+        raise BitassayError(
+            f"{' '.join(studies)}: exp1 to exp5 and separability run in one command, the others in another",
+            "one command for each kind",
+        )
+    if True in kinds:
         from bitassay.cli.variants import run_variant_studies
 
         return run_variant_studies(
@@ -159,10 +180,11 @@ def run(
             jobs=jobs,
             ray=ray,
             out=out,
-            trust_remote_code=trust_remote_code,
+            loading=loading,
             format=format,
         )
     from bitassay.cli.progress import show_progress
+    from bitassay.record.files import write_json
     from bitassay.report import study as report
     from bitassay.studies.experiments import run_experiments
     from bitassay.studies.separability import PRECISIONS, run_separability
@@ -187,7 +209,7 @@ def run(
         role=role,
         jobs=1 if jobs is None else jobs,
         gpus=tuple(gpus or ()),
-        trust_remote_code=trust_remote_code,
+        **loading.options,
         **_rules(rules),
     )
     runs = []
@@ -202,33 +224,39 @@ def run(
     for one in (one for found in runs for one in found["missing"]):
         verb = "lacks" if one.get("impossible") else "waits for"
         sys.stderr.write(f"{one['study']}: {verb} {one['missing']}\n")
+    lost = [one for found in runs for one in found["missing"] if role is None or one.get("impossible")]
     if any(found["rows"] for found in runs):
+        write_json(out / "run.json", {"schema": 1, "kind": "studies", "runs": runs})
         report.write_study_report(runs, out / "report.html")
     if format == "json":
         whole = {"rows": [{"kind": one["kind"], **row} for one in runs for row in one["rows"]], "runs": runs}
         emit([], [], "json", whole=whole)
-        return 0
+        return 1 if lost else 0
     for found in runs:
         if found["kind"] == "separability":
             emit(report.separability_rows(found), report.separability_columns(found), format)
         else:
             emit(found["rows"], report.EXPERIMENT_COLUMNS, format)
-    return 0
+    return 1 if lost else 0
 
 
 def optimise(studies: list[str], plan: "Plan", alpha: float, out: Path, format: Format) -> int:
     """What `bitassay calibrate --study` does."""
     from bitassay.cli.progress import show_progress
+    from bitassay.record.files import write_json
     from bitassay.report import study as report
     from bitassay.studies.thresholds import optimise_thresholds
 
     with show_progress() as progress:
         found = optimise_thresholds(studies, plan, alpha=alpha, out=out, progress=progress)
+    write_json(out / "threshold_optimization" / "run.json", found)
     report.write_study_report([found], out / "threshold_optimization" / "report.html")
     emit(report.threshold_rows(found), report.THRESHOLD_COLUMNS, format, whole=found)
     for row in found["rows"]:
         sys.stderr.write(f"thresholds: {row['file']}\n")
-    return 0
+    for one in found["missing"]:
+        sys.stderr.write(f"{one['study']}: lacks {one['missing']}\n")
+    return 1 if found["missing"] else 0
 
 
 def make_plan(
@@ -242,7 +270,7 @@ def make_plan(
 ) -> "Plan":
     """A plan on these machines, or on those at hand that can compute, in `precision` or the one that suits
     them."""
-    from bitassay.errors import BitassayError
+    from bitassay.errors import BitassayError, suggestion
     from bitassay.studies.parties import DTYPES, Machine, first_machines, other_machines
     from bitassay.studies.trial import LeftOut, first_that_runs, try_machine
     from bitassay.studies.work import Plan
@@ -255,6 +283,11 @@ def make_plan(
         )
     named = [Machine(name) for name in devices]
     precision = precision or ("fp16" if len(named) == 2 and all(m.device != "cpu" for m in named) else "bf16")
+    if precision not in DTYPES:
+        raise BitassayError(
+            f"{precision!r} is no precision of the dense model; {suggestion(precision, DTYPES)}",
+            "--precision bf16",
+        )
     left_out: tuple[LeftOut, ...] = ()
 
     def chosen(candidates: Sequence[Machine]) -> Machine:

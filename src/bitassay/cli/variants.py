@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bitassay.cli.output import Format, emit
+from bitassay.cli.parameters import Loading
 
 
 def run_variant_studies(
@@ -21,7 +22,7 @@ def run_variant_studies(
     jobs: int | None,
     ray: str | None,
     out: Path | None,
-    trust_remote_code: bool,
+    loading: Loading,
     format: Format,
 ) -> int:
     """Each study in a run folder of its own, OUT/STUDY where there are several; a table of its variants, its
@@ -29,6 +30,7 @@ def run_variant_studies(
     from bitassay.cli.progress import show_progress
     from bitassay.data.windows import Protocol
     from bitassay.errors import BitassayError
+    from bitassay.models.device import as_device
     from bitassay.report import eight_bit, replication
     from bitassay.report.bench import shown_columns
     from bitassay.report.claims import SHORT_CLAIM_COLUMNS
@@ -47,6 +49,8 @@ def run_variant_studies(
         raise BitassayError(f"--precision {precision} is none of {', '.join(DTYPES)}", "--precision bf16")
     if jobs is not None and jobs < 1:
         raise BitassayError(f"--jobs {jobs}: at least 1 process is needed", "--jobs 1")
+    if ray is None and devices:
+        as_device(devices[0])
     for name in studies:
         if name not in REPLICATION:
             find_study(name)
@@ -57,7 +61,7 @@ def run_variant_studies(
     how: dict[str, Any] = {
         "dtype": DTYPES[precision],
         "device": devices[0] if devices else "cpu",
-        "trust_remote_code": trust_remote_code,
+        **loading.options,
     }
     done = []
     with show_progress() as progress:

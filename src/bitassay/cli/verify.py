@@ -2,11 +2,10 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-from cyclopts import Parameter
+from typing import TYPE_CHECKING, Any
 
 from bitassay.cli.output import Format, emit
+from bitassay.cli.parameters import AS_IT_IS, Count, Device, Loading, Share, StateDtype
 
 CHUNK = 64  # traces in memory at a time
 
@@ -29,16 +28,15 @@ def verify(
     prompt: str | None = None,
     prompts: Path | None = None,
     nonce: str | None = None,
-    max_new_tokens: int | None = None,
-    alpha: float | None = None,
+    max_new_tokens: Count | None = None,
+    alpha: Share | None = None,
     receipt: Path | None = None,
     challenge: Path | None = None,
     signer: str | None = None,
     ledger: Path | None = None,
-    dtype: str = "bfloat16",
-    device: str = "cpu",
-    attention: str = "sdpa",
-    trust_remote_code: Annotated[bool, Parameter(negative=())] = False,
+    dtype: StateDtype = "bfloat16",
+    device: Device = "cpu",
+    loading: Loading = AS_IT_IS,
     format: Format = "table",
 ) -> int:
     """Check TRACES against a model: PASS, FAIL or INCONCLUSIVE for each, and what they prove together.
@@ -66,31 +64,41 @@ def verify(
             them in their order. One file for each host and profile; no trace counts twice.
         dtype: The verifier's arithmetic.
         device: Where to run: cpu, cuda, mps.
-        attention: transformers' attention implementation.
-        trust_remote_code: Run code that comes with the model.
         format: What to print on stdout; json has everything, layer by layer and by both VeriLLM rule
             sets.
     """
+    from bitassay.cli.checks import check_words
+
+    paths = [] if receipt else trace_files(traces)
+    check_words([model], None if recipe is None else [recipe], file=ledger, texts=[prompts])
     import numpy as np
 
     from bitassay.cli.progress import show_progress
+    from bitassay.models.device import as_device
     from bitassay.models.load import load
-    from bitassay.verify.ledger import extended, scored, update_ledger
+    from bitassay.quantize.fits import check_fit
+    from bitassay.quantize.recipe import find_recipe
+    from bitassay.verify.ledger import check_ledger, extended, scored, update_ledger
     from bitassay.verify.pooled import pooled_verdict
     from bitassay.verify.profile import ALPHA, read_profile
     from bitassay.verify.sequential import SequentialEvidence
 
     signed = _signed_files(traces, receipt, challenge, signer)
-    paths = traces if signed else trace_files(traces)
+    paths = traces if signed else paths
     requests = _requests(len(paths), prompt, prompts, nonce, max_new_tokens)
     known = read_profile(profile) if profile else None
+    as_device(device)
+    if ledger is not None:
+        check_ledger(ledger, known, signer.lower() if signer else None)
     with show_progress() as progress:
+        wanted = [find_recipe(recipe)] if recipe else []
+        name, trust = loading.of(model), loading.trust_remote_code
+        check_fit(name, wanted, trust_remote_code=trust, progress=progress)
         own = load(
-            model,
+            loading.of(model),
             dtype=dtype,
             device=device,
-            attention=attention,
-            trust_remote_code=trust_remote_code,
+            **loading.options,
             progress=progress,
         )
         if recipe:
@@ -162,6 +170,8 @@ def _signed_files(
             "a receipt is verified by one opening and the challenge that it answers",
             "bitassay verify OPENING --receipt FILE --challenge FILE --signer KEY --model MODEL",
         )
+    if not receipt.is_file():  # an opening that is not there is a host that withholds it
+        raise BitassayError(f"{receipt}: no such file", "the receipt that the host sent")
     return receipt, read_challenge(challenge), None if signer is None else public_key(signer)
 
 

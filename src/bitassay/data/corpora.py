@@ -113,6 +113,24 @@ def _own_corpus(name: str, path: Path, digest: str | None) -> Corpus:
     return Corpus(name, text, f"{path}, sha256 {found}...")
 
 
+def check_corpus(name: str) -> None:
+    """Raises as `corpus` does for a name, and where its file is not here, without reading a whole text that
+    comes with the package."""
+    if own := _OWN.fullmatch(name):
+        _own_corpus(name, Path(own["path"]), own["digest"])
+    else:
+        _locate(_known(name))
+
+
+def _known(name: str) -> str:
+    if name not in CORPORA:
+        raise BitassayError(
+            f"unknown corpus {name!r}; {suggestion(name, CORPORA)}",
+            "one of these, or a file of your own: PATH.txt, or PATH.jsonl with a field 'text'",
+        )
+    return name
+
+
 def corpus(name: str) -> Corpus:
     """The corpus called `name`, joined as its protocol wants. Raises BitassayError for an unknown name, an
     empty file, or a file of one's own that is not what its name says, MissingError for a text that neither
@@ -135,12 +153,7 @@ def corpus(name: str) -> Corpus:
     """
     if own := _OWN.fullmatch(name):
         return _own_corpus(name, Path(own["path"]), own["digest"])
-    if name not in CORPORA:
-        raise BitassayError(
-            f"unknown corpus {name!r}; {suggestion(name, CORPORA)}",
-            "one of these, or a file of your own: PATH.txt, or PATH.jsonl with a field 'text'",
-        )
-    path, source = _locate(name)
+    path, source = _locate(_known(name))
     text = CORPORA[name].text(path)
     if not text.strip():
         raise BitassayError(f"{path}: the corpus is empty", "restore the file, or unset BITASSAY_DATA")

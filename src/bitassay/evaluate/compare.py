@@ -35,6 +35,7 @@ from bitassay.evaluate.statistics import (
     mean_of,
     visible_difference,
 )
+from bitassay.models.config import text_config
 from bitassay.models.positions import check_window, context_length
 from bitassay.models.windows import model_windows
 from bitassay.quantize.recipe import BASE
@@ -164,11 +165,11 @@ def score_windows(
 ) -> Iterator[tuple[int, dict[str, TokenScores]]]:
     """Yield, window by window, the scores of the base (under BASE) and of every candidate; `skip` holds
     windows that are done."""
+    size = text_config(base).vocab_size
     for name, candidate in candidates.items():
-        if candidate.config.vocab_size != base.config.vocab_size:
+        if (other := text_config(candidate).vocab_size) != size:
             raise BitassayError(
-                f"{name} has a vocabulary of {candidate.config.vocab_size}, "
-                f"the base model of {base.config.vocab_size}",
+                f"{name} has a vocabulary of {other}, the base model of {size}",
                 "compare a model with one that uses the same tokenizer",
             )
         check_window(context_length(candidate), windows.shape[1], name)

@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 from bitassay.errors import BitassayError
 from bitassay.evaluate.greedy import greedy_texts
 from bitassay.evaluate.likelihood import continuation_scores
+from bitassay.models.config import text_config
 from bitassay.models.load import load
 from bitassay.models.load import tokenizer as tokenizer_of
 from bitassay.models.positions import context_length
@@ -88,7 +89,7 @@ class BitassayLM(TemplateLM):
         self.batch_tokens, self.progress = batch_tokens, progress
         limit = context_length(model)
         if max_length is None:
-            resolved = resolve_max_length(model.config, self.tokenizer)
+            resolved = resolve_max_length(text_config(model), self.tokenizer)
             max_length = resolved if limit is None or resolved < 1 else min(resolved, limit)
         if max_length < 1 or (limit is not None and max_length > limit):
             raise BitassayError(f"max_length={max_length}", f"leave it out, or give 1 to {limit or 'more'}")

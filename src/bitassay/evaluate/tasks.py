@@ -39,7 +39,7 @@ from bitassay.models.load import identity
 from bitassay.quantize.model import check_recipe, quantization_of
 from bitassay.quantize.pipeline import quantize_once
 from bitassay.quantize.recipe import Recipe, find_recipe
-from bitassay.record.files import write_json
+from bitassay.record.files import check_folder, write_json
 from bitassay.record.progress import Progress, silent
 from bitassay.record.run import RunFolder, default_folder
 from bitassay.record.versions import versions
@@ -82,6 +82,18 @@ def quantized_candidate(
     return Candidate(found.name, about, lambda: quantize_once(base, found, progress=progress))
 
 
+def check_tasks(tasks: Sequence[str], limit: int | None = None) -> None:
+    """Raises as `evaluate_tasks` does for names and a limit, without a model."""
+    require_lm_eval()
+    even_indices(1, limit)
+    if not tasks:
+        raise BitassayError("no task was given", "--tasks hellaswag")
+    if twice := [name for name in tasks if tasks.count(name) > 1]:
+        raise BitassayError(f"the task {twice[0]!r} is named twice", "name each once")
+    for task in tasks:
+        leaves(task)
+
+
 def evaluate_tasks(
     candidates: Sequence[Candidate],
     tasks: Sequence[str],
@@ -99,13 +111,12 @@ def evaluate_tasks(
     model) and its folder. The same call goes on where it was stopped. Raises BitassayError for unknown
     tasks, a limit below 1 or damaged data, MissingError where lm-eval or the data are not there.
     """
-    require_lm_eval()
-    even_indices(1, limit)
-    if not candidates or not tasks:
-        raise BitassayError("no task was given" if candidates else "no model was given", "--tasks hellaswag")
+    check_tasks(tasks, limit)
+    if out is not None:
+        check_folder(out)
     names = [candidate.name for candidate in candidates]
-    if len(set(names)) < len(names) or len(set(tasks)) < len(tasks):
-        raise BitassayError(f"something is named twice in {names} or {list(tasks)}", "name each once")
+    if not names or len(set(names)) < len(names):
+        raise BitassayError(f"a model is missing or named twice: {names}", "name each once")
     groups = {task: [AskedTask.of(leaf, limit, shots, progress) for leaf in leaves(task)] for task in tasks}
     plan = {
         "kind": "tasks",

@@ -47,7 +47,8 @@ def takes_positions(model: nn.Module) -> bool:
 def takes_cache(model: PreTrainedModel) -> bool:
     """Whether a model reads on from transformers' DynamicCache as it reads one text; others are given the
     whole text each time."""
-    by_name = _argument(model) is not None and model._supports_default_dynamic_cache()
+    supported: bool = type(model)._supports_default_dynamic_cache()  # type: ignore[operator]
+    by_name = supported and _argument(model) is not None
     return by_name and (_needs_no_trial(model) or _trial(model).one_by_one)
 
 
@@ -167,7 +168,7 @@ def select_rows(cache: DynamicCache, rows: Sequence[int], device: torch.device) 
     if _by_position(cache):
         cache.batch_select_indices(places)
     else:
-        cache.reorder_cache(places)  # which states have too
+        cache.reorder_cache(places)  # type: ignore[arg-type] # states have it too
 
 
 def stored_bytes(cache: DynamicCache) -> int:

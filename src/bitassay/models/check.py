@@ -12,8 +12,10 @@ from typing import Any
 import torch
 
 from bitassay.errors import BitassayError
-from bitassay.models.load import identity, load, tokenizer
+from bitassay.models.config import text_config
+from bitassay.models.load import AUTO, identity, load, tokenizer
 from bitassay.models.walk import decoder_layers, walk
+from bitassay.models.weights import stored_bytes
 from bitassay.record.progress import Progress, silent
 
 PROBE = "The quick brown fox jumps over the lazy dog."
@@ -40,19 +42,33 @@ class Checked:
     stored_bytes: int
     weights_sha256: str
     tokenizer_sha256: str
+    config_sha256: str
+    config_parts_sha256: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def check(model: str | Path, *, trust_remote_code: bool = False, progress: Progress = silent) -> Checked:
+def check(
+    model: str | Path,
+    *,
+    attention: str = AUTO,
+    trust_remote_code: bool = False,
+    progress: Progress = silent,
+) -> Checked:
     """Load `model` (as `load` does, in bfloat16) and run it once.
 
     Raises BitassayError where a file is damaged, a weight is missing or not finite, the tokenizer does not
     fit or the logits are not finite.
     """
-    loaded = load(model, dtype=torch.bfloat16, trust_remote_code=trust_remote_code, progress=progress)
-    name, source, config = identity(loaded).name, identity(loaded).source, loaded.config.get_text_config()
+    loaded = load(
+        model,
+        dtype=torch.bfloat16,
+        attention=attention,
+        trust_remote_code=trust_remote_code,
+        progress=progress,
+    )
+    name, source, config = identity(loaded).name, identity(loaded).source, text_config(loaded)
     progress(f"running {name} once")
     tokens = tokenizer(loaded)(PROBE, return_tensors="pt").input_ids
     largest = int(tokens.max()) if tokens.numel() else -1
@@ -86,7 +102,9 @@ def check(model: str | Path, *, trust_remote_code: bool = False, progress: Progr
         experts=len(found.experts),
         routers=len(found.routers),
         parameters=sum(parameter.numel() for parameter in loaded.parameters()),
-        stored_bytes=sum(path.stat().st_size for path in source.folder.glob("*.safetensors")),
+        stored_bytes=stored_bytes(source.folder),
         weights_sha256=identity(loaded).weights_digest,
         tokenizer_sha256=identity(loaded).tokenizer_digest,
+        config_sha256=identity(loaded).config_digest,
+        config_parts_sha256=identity(loaded).configuration,
     )

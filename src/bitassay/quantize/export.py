@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from bitassay.errors import BitassayError, MissingError
 from bitassay.models.checkpoint import CARD_FILE, Base, Card, hashed_files, read_card
-from bitassay.models.load import identity, load
+from bitassay.models.load import attention_of, identity, load
 from bitassay.models.walk import fused_experts, walk
 from bitassay.quantize import compressed, plain_load
 from bitassay.quantize.layout import Stored, description, stored_tensors
@@ -126,10 +126,16 @@ def reload_difference(
     """
     card = read_card(Path(folder))
     if card is not None and card.layout == "bitassay":
-        reloaded = load(folder, dtype=model.dtype, trust_remote_code=trust_remote_code).to(model.device)  # type: ignore[arg-type]
+        reloaded = load(
+            folder, dtype=model.dtype, attention=attention_of(model), trust_remote_code=trust_remote_code
+        ).to(model.device)  # type: ignore[arg-type]
     else:
         reloaded = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=model.dtype, device_map=model.device, trust_remote_code=trust_remote_code
+            folder,
+            dtype=model.dtype,
+            device_map=model.device,
+            attn_implementation=attention_of(model),
+            trust_remote_code=trust_remote_code,
         ).eval()
     with torch.inference_mode():
         return (model(tokens).logits.float() - reloaded(tokens).logits.float()).abs().max().item()

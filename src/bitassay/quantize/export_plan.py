@@ -135,8 +135,8 @@ def _with_copies(
 
 def _untied(model: PreTrainedModel, recipe: Recipe) -> int:
     """Parameters of a head that was the embedding, and that a folded rotation makes a matrix of its own."""
-    spec, config = recipe.rotation, model.config.get_text_config()
-    if spec is None or spec.r1 != "folded" or spec.layers == "none" or not config.tie_word_embeddings:
+    spec = recipe.rotation
+    if spec is None or spec.r1 != "folded" or spec.layers == "none" or not model.config.tie_word_embeddings:
         return 0
     return model.get_input_embeddings().get_parameter("weight").numel()
 

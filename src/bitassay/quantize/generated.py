@@ -72,11 +72,11 @@ def continued(
     """Go on to `length` tokens, and the last hidden states at all of them, as one forward over them gives.
     Products are in bf16."""
     decoder, head = copy.deepcopy(decoder_of(model)).bfloat16(), head.bfloat16()
-    tokens, caches, read_at = start.to(head.device), takes_cache(model), None
+    tokens, caches = start.to(head.device), takes_cache(model)
+    states, cache, begun = list[Tensor](), DynamicCache(config=model.config), 0
     while True:
-        now = frequencies(model, tokens.shape[1])
-        if now != read_at or not caches:  # read everything (again)
-            states, cache, begun, read_at = [], DynamicCache(config=model.config), 0, now
+        if not caches or frequencies(model, tokens.shape[1]) != frequencies(model, max(1, begun)):
+            states, cache, begun = [], DynamicCache(config=model.config), 0  # read everything (again)
         entering = tokens[:, begun:]
         options = behind(decoder, cache, begun, entering) if caches else {"use_cache": False}
         states.append(decoder(input_ids=entering, **options).last_hidden_state)

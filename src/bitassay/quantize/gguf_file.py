@@ -22,14 +22,16 @@ from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFReader, GGUFWriter
 from jaxtyping import Int
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from bitassay.errors import BitassayError
+from bitassay.models.gguf_model import read_model
 from bitassay.models.load import identity, tokenizer
 from bitassay.models.walk import decoder_layers, module_name
 from bitassay.quantize.export import check_space
 from bitassay.quantize.gguf_blocks import Blocks, as_blocks, beside_codes
-from bitassay.quantize.gguf_tokenizer import copy_tokenizer, write_tokenizer
+from bitassay.quantize.gguf_description import ARCHITECTURES, LLAMA, check_description, described, head_size
+from bitassay.quantize.gguf_tokenizer import copy_tokenizer, is_tokenizer_of, tokenizer_keys, write_tokenizer
 from bitassay.quantize.model import cache_slots, quantization_of
 from bitassay.quantize.recipe import Recipe
 from bitassay.quantize.tensor import QuantizedTensor
@@ -37,13 +39,6 @@ from bitassay.record.files import atomic_file
 from bitassay.record.progress import Progress, silent
 from bitassay.replicate.plan import is_replica, replica_names
 
-LLAMA = gguf.MODEL_ARCH.LLAMA
-ARCHITECTURES = {
-    "llama": LLAMA,
-    "mistral": LLAMA,
-    "qwen2": gguf.MODEL_ARCH.QWEN2,
-    "qwen3": gguf.MODEL_ARCH.QWEN3,
-}
 AT_RUN_TIME = ("activations", "kv_cache")  # parts of a recipe that no weight shows
 RECIPE_KEY, BASE_KEY = "bitassay.recipe_id", "bitassay.base_weights_sha256"
 
@@ -79,18 +74,21 @@ def write_gguf(model: PreTrainedModel, path: str | Path, *, progress: Progress =
     progress(f"arranging {path.name} for llama.cpp")
     left_out = [part for part in AT_RUN_TIME if getattr(recipe, part, None) is not None]
     notes = [f"{part}: left out, llama.cpp has its own way" for part in left_out]
-    written = GgufFile(path, notes=notes)
+    base, ours = identity(model).source.gguf, tokenizer(model)
+    if base is not None and not is_tokenizer_of(base, ours):
+        base = None
+    keys, more = tokenizer_keys(ours, config.vocab_size, _ends(model)) if base is None else ({}, [])
+    written = GgufFile(path, notes=[*notes, *more])
     tensors = dict(_tensors(model, written))
     check_space(path, sum(data.nbytes for _, data in tensors.values()))
     progress(f"writing {path}")
     with atomic_file(path) as temporary:
         writer = GGUFWriter(temporary, gguf.MODEL_ARCH_NAMES[ARCHITECTURES[config.model_type]])
         _write_description(writer, model, config, tensors)
-        base = identity(model).source.gguf
-        if base is not None:
-            copy_tokenizer(writer, base)
+        if base is None:
+            write_tokenizer(writer, keys)
         else:
-            write_tokenizer(writer, tokenizer(model), config.vocab_size)
+            copy_tokenizer(writer, base)
         for name, (kind, data) in tensors.items():
             writer.add_tensor(name, data, raw_dtype=kind)
         writer.write_header_to_file()
@@ -126,15 +124,16 @@ def check_gguf(model: PreTrainedModel, recipe: Recipe | None) -> None:
     for why, is_so in wrong.items():
         if is_so:
             raise BitassayError(f"{type(model).__name__} as GGUF: {why}", "save a folder: --out")
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    names = [name for name in _stored(model) if name not in tied and not is_replica(name)]
+    check_description(model, [_named(model, name) for name in names])
 
 
 def reload_difference(model: PreTrainedModel, path: str | Path, tokens: Int[Tensor, "batch tokens"]) -> float:
-    """The largest difference between the logits of `model` and of the file as plain transformers loads it, in
-    the model's dtype."""
-    path = Path(path)
-    reloaded = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=model.dtype, device_map=model.device
-    ).eval()
+    """The largest difference between the logits of `model` and of the file as it is read again, in the
+    model's dtype."""
+    reloaded = read_model(GGUFReader(path))
+    torch.nn.Module.to(reloaded, device=model.device, dtype=model.dtype)
     with torch.inference_mode():
         return (model(tokens).logits.float() - reloaded(tokens).logits.float()).abs().max().item()
 
@@ -153,18 +152,14 @@ def _tensors(model: PreTrainedModel, written: GgufFile) -> Iterator[tuple[str, B
     """Every tensor under llama.cpp's name."""
     config = model.config.get_text_config()
     arch = ARCHITECTURES[config.model_type]
-    names = gguf.get_tensor_name_map(arch, cache_slots(model))
     quantized = {} if (done := quantization_of(model)) is None else done.tensors
     bits = weights = 0
     lost, length = 0.0, 1e-300
     plain = dict(model.state_dict())
-    every = [*plain, *(f"{name}.weight" for name in quantized if f"{name}.weight" not in plain)]
-    for unrolled, name in _unrolled(model, every):
+    for unrolled, name in _unrolled(model, _stored(model)):
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        theirs = names.get_name(unrolled, try_suffixes=(".weight", ".bias"))
-        if theirs is None:
-            raise BitassayError(f"{name}: llama.cpp knows no such tensor", "save a folder: --out")
+        theirs = _named(model, unrolled)
         tensor = quantized.get(name.removesuffix(".weight"))
         if tensor is None:
             kind, data = _plain(plain[name])
@@ -175,10 +170,36 @@ def _tensors(model: PreTrainedModel, written: GgufFile) -> Iterator[tuple[str, B
             length += weight.square().sum().item()
             bits, weights = bits + data.nbytes * 8, weights + weight.numel()
         if arch is LLAMA and theirs.split(".")[-2] in ("attn_q", "attn_k"):
-            data = data[_interleaved(len(data), _head_size(config))]
+            data = data[_interleaved(len(data), head_size(config))]
         yield theirs, Blocks(kind, data)
     written.bits_per_weight = bits / weights if weights else 16.0
     written.relative_error = (lost / length) ** 0.5
+
+
+def _stored(model: PreTrainedModel) -> list[str]:
+    """The names of what a model holds, those of packed matrices as if they were plain."""
+    plain, done = list(model.state_dict()), quantization_of(model)
+    packed = {} if done is None else done.tensors
+    return [*plain, *(f"{name}.weight" for name in packed if f"{name}.weight" not in plain)]
+
+
+def _ends(model: PreTrainedModel) -> list[int]:
+    """The ids at which generation stops."""
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    if ends is None:
+        ends = model.config.get_text_config().eos_token_id
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+
+
+def _named(model: PreTrainedModel, name: str) -> str:
+    """llama.cpp's name of a tensor."""
+    names = gguf.get_tensor_name_map(
+        ARCHITECTURES[model.config.get_text_config().model_type], cache_slots(model)
+    )
+    theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
+    if theirs is None:
+        raise BitassayError(f"{name}: llama.cpp knows no such tensor", "save a folder: --out")
+    return theirs
 
 
 def _unrolled(model: PreTrainedModel, names: list[str]) -> Iterator[tuple[str, str]]:
@@ -228,10 +249,6 @@ def _interleaved(rows: int, size: int) -> np.ndarray:
     return np.arange(rows).reshape(-1, 2, size // 2).swapaxes(1, 2).reshape(-1)
 
 
-def _head_size(config: PretrainedConfig) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
 def _write_description(
     writer: GGUFWriter,
     model: PreTrainedModel,
@@ -248,16 +265,9 @@ def _write_description(
         writer.add_string(RECIPE_KEY, done.recipe.recipe_id)
         writer.add_string("bitassay.recipe", done.recipe.model_dump_json())
         writer.add_string(BASE_KEY, known.weights_digest)
-    size = _head_size(config)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(cache_slots(model))
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(size)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_key_length(size)
-    writer.add_value_length(size)
-    writer.add_vocab_size(config.vocab_size)
+    prefix = gguf.MODEL_ARCH_NAMES[ARCHITECTURES[config.model_type]]
+    for key, value in described(config, cache_slots(model)).items():
+        if isinstance(value, float):
+            writer.add_float32(f"{prefix}.{key}", value)
+        else:
+            writer.add_uint32(f"{prefix}.{key}", value)

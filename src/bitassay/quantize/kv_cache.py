@@ -64,6 +64,12 @@ class KvCache(Part):
         return FORMATS[self.format]
 
     @property
+    def label(self) -> str:
+        """What is stored, such as int4/g32/asymmetric/bfloat16."""
+        symmetry = "symmetric" if self.symmetric else "asymmetric"
+        return f"{self.format}/{self.granularity}/{symmetry}/{self.scale_dtype}"
+
+    @property
     def groups(self) -> Granularity:
         """Of vectors as the rows of a matrix."""
         return Granularity.parse("channel" if self.granularity == "head" else self.granularity)
@@ -190,10 +196,12 @@ def round_cache(model: PreTrainedModel, spec: KvCache) -> None:
 
     Raises BitassayError for decoder layers without attention of the usual kind.
     """
-    attentions = [getattr(layer, "self_attn", None) for layer in decoder_layers(model)]
-    if None in attentions:
+    layers = decoder_layers(model)
+    attentions = [one for layer in layers if (one := getattr(layer, "self_attn", None)) is not None]
+    if len(attentions) < len(layers):
+        index = next(i for i, layer in enumerate(layers) if getattr(layer, "self_attn", None) is None)
         raise BitassayError(
-            f"{type(model).__name__}: layer {attentions.index(None)} has no self_attn to round the cache of",
+            f"{type(model).__name__}: layer {index} has no self_attn to round the cache of",
             "leave kv_cache out of the recipe",
         )
     for attention in attentions:

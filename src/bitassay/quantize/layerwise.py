@@ -186,7 +186,7 @@ class _Forward:
 
         def before(layer: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
             name = None if given else "hidden_states"
-            hidden = given[0] if given else named[name]
+            hidden = given[0] if name is None else named[name]
             rest = {key: value for key, value in named.items() if key != name}
             self.hidden = self.hidden if self.calls else hidden
             self.calls.append(_Call(layer, given[1:], rest, name))

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError, suggestion
+from bitassay.models.config import untie
 from bitassay.models.load import Identity
 from bitassay.models.walk import decoder_layers, matrices, replace_module, walk
+from bitassay.models.weights import stored_bits
 from bitassay.quantize.activations import InputRounding
 from bitassay.quantize.calibration import Calibration, check_calibration
 from bitassay.quantize.experts import put_experts
@@ -137,17 +139,17 @@ def check_recipe(model: PreTrainedModel, recipe: Recipe) -> dict[str, Tensor]:
 
 
 def bits_per_weight(model: PreTrainedModel) -> float:
-    """Average bits of a quantized weight, scales, zero points and the codes of all its copies included; 16
-    for an unquantized model."""
-    tensors = _tensors(model)
-    weights = quantized_weights(tensors)
-    return sum(t.stored_bits for t in tensors.values()) / weights if weights else 16.0
+    """Average bits of a quantized weight, scales, zero points and the codes of all its copies included, also
+    of a checkpoint that others quantized; 16 for an unquantized model."""
+    bits, weights = _quantized(model)
+    return bits / weights if weights else 16.0
 
 
 def size_bytes(model: PreTrainedModel) -> int:
     """Bytes of the whole checkpoint: packed matrices, and every other parameter (tied ones once) at 16
     bits."""
-    return _dense_parameters(model) * 2 + sum(t.stored_bits for t in _tensors(model).values()) // 8
+    bits, weights = _quantized(model)
+    return (parameter_count(model) - weights) * 2 + bits // 8
 
 
 def parameter_count(model: PreTrainedModel) -> int:
@@ -172,6 +174,23 @@ def _dense_parameters(model: PreTrainedModel) -> int:
     return sum(dense.values())
 
 
+def _quantized(model: PreTrainedModel) -> tuple[int, int]:
+    """Bits of the quantized matrices, and how many weights these are."""
+    if tensors := _tensors(model):
+        return sum(t.stored_bits for t in tensors.values()), quantized_weights(tensors)
+    known = getattr(model, "identity", None)
+    if not isinstance(known, Identity):
+        return 0, 0
+    # Another program's codes: linears of which the files hold something else than a plain weight.
+    stored = stored_bits(known.source.folder)
+    found = [
+        (stored[name], linear.in_features * linear.out_features)
+        for name, linear in walk(model).linears.items()
+        if name in stored
+    ]
+    return sum(bits for bits, _ in found), sum(weights for _, weights in found)
+
+
 def _tensors(model: PreTrainedModel) -> dict[str, QuantizedTensor]:
     quantization = quantization_of(model)
     return quantization.tensors if quantization is not None else {}
@@ -192,7 +211,7 @@ def _replace_parameter(model: PreTrainedModel, name: str, value: Tensor) -> None
     old = module.get_parameter(key)
     module.register_parameter(key, nn.Parameter(value.to(old.device, old.dtype), requires_grad=False))
     if module is model.get_output_embeddings():
-        model.config.tie_word_embeddings = False
+        untie(model)
 
 
 def _patterns(names: list[str]) -> set[str]:

@@ -48,7 +48,8 @@ from bitassay.quantize.sensitivity import places
 from bitassay.quantize.smoothing import smooth
 from bitassay.quantize.tensor import QuantizedTensor, quantize_tensor
 from bitassay.quantize.tune import KEEP_STEPS, head_weight, own_norms, tune
-from bitassay.quantize.work import RESULT, code_digest, locked, read_result, write_result
+from bitassay.quantize.work import RESULT, code_digest, read_result, write_result
+from bitassay.record.files import locked
 from bitassay.record.hashing import digest_json
 from bitassay.record.progress import Progress, silent
 from bitassay.record.run import RunFolder
@@ -358,5 +359,5 @@ def _to_nearest(
 def _plan(base: PreTrainedModel, recipe: Recipe) -> dict[str, Any]:
     """What a work folder belongs to."""
     known = getattr(base, "identity", None)
-    digest = known.weights_digest if isinstance(known, Identity) else None
-    return {"kind": "quantize", "weights": digest, "dtype": str(base.dtype), "recipe": recipe.recipe_id}
+    digests = [known.weights_digest, known.config_digest] if isinstance(known, Identity) else None
+    return {"kind": "quantize", "model": digests, "dtype": str(base.dtype), "recipe": recipe.recipe_id}

@@ -12,12 +12,11 @@ JSON without name and description: the same change has the same id, whatever it 
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from importlib.resources import files
 from pathlib import Path
 
 from pydantic import Field, ValidationError, model_validator
 
-from bitassay.errors import BitassayError, suggestion
+from bitassay.errors import BitassayError
 from bitassay.quantize.activations import Activations, has_product
 from bitassay.quantize.calibration import Calibration
 from bitassay.quantize.gptq import Gptq
@@ -25,12 +24,13 @@ from bitassay.quantize.kv_cache import KvCache
 from bitassay.quantize.learned import Learned
 from bitassay.quantize.low_rank import LowRankSpec
 from bitassay.quantize.mixed import Mixed
+from bitassay.quantize.recipe_files import REMEDY, SHIPPED, read_recipe_file, recipe_file
 from bitassay.quantize.rotation import Rotation
 from bitassay.quantize.scheme import SUMS, Part, WeightScheme
 from bitassay.quantize.smoothing import Smoothing
 from bitassay.quantize.tune import Tune
-from bitassay.record.files import read_yaml
 from bitassay.record.hashing import digest_json
+from bitassay.record.schema import defects
 from bitassay.replicate.plan import Chosen, ReplicationPlan
 
 # What a recipe may do beside rounding, in the order in which it is done.
@@ -46,7 +46,6 @@ PARTS = (
     "kv_cache",
     "replication",
 )
-SHIPPED = Path(str(files("bitassay") / "recipes"))
 BASE = "base"  # what tables call the model that recipes change
 
 
@@ -261,15 +260,7 @@ def find_recipe(recipe: "str | Path | Recipe") -> Recipe:
     """
     if isinstance(recipe, Recipe):
         return recipe
-    if (path := Path(recipe)).suffix in (".yaml", ".yml"):
-        return read_recipe(path)
-    names = [found.stem for found in SHIPPED.glob("*.yaml")]
-    if str(recipe) not in names:
-        raise BitassayError(
-            f"no recipe is called {str(recipe)!r}; {suggestion(str(recipe), names)}",
-            "bitassay recipes list, or give the path of a .yaml file",
-        )
-    return read_recipe(SHIPPED / f"{recipe}.yaml")
+    return read_recipe(recipe_file(str(recipe)))
 
 
 def row_names(recipes: Sequence[Recipe], others: Sequence[str] = ()) -> list[str]:
@@ -283,11 +274,8 @@ def row_names(recipes: Sequence[Recipe], others: Sequence[str] = ()) -> list[str
 
 def read_recipe(path: Path) -> Recipe:
     """Read a recipe from YAML; a defect is a BitassayError that names the file and the field."""
-    content = read_yaml(path)
+    content = read_recipe_file(path)
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
-        defects = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg']}" for e in error.errors())
-        raise BitassayError(
-            f"{path}: not a recipe: {defects}", "compare it with `bitassay recipes show w4`"
-        ) from error
+        raise BitassayError(f"{path}: not a recipe: {defects(error, Recipe)}", REMEDY) from error

@@ -25,6 +25,7 @@ from bitassay.models.checkpoint import CARD_FILE, Card
 from bitassay.models.load import check_keys
 from bitassay.models.transposed import as_linears
 from bitassay.models.walk import decoder_layers, matrices, walk
+from bitassay.models.weights import weight_files
 from bitassay.quantize import compressed, layout
 from bitassay.quantize.activations import InputRounding
 from bitassay.quantize.calibration import UNTRUSTED
@@ -71,7 +72,7 @@ def read_quantized(
     config: PretrainedConfig,
     *,
     dtype: torch.dtype,
-    attention: str,
+    attention: str | None,
     trust_remote_code: bool,
     packed: bool,
 ) -> PreTrainedModel:
@@ -116,7 +117,7 @@ def read_quantized(
 def stored_entries(folder: Path) -> dict[str, Entry]:
     """What the safetensors files of a folder hold, from their headers alone."""
     entries: dict[str, Entry] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weight_files(folder):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (not a dict)
                 if name in entries:
@@ -201,7 +202,7 @@ def _with_plain_parameters(
     plain: dict[str, Entry],
     quantized: set[str],
     dtype: torch.dtype,
-    attention: str,
+    attention: str | None,
 ) -> PreTrainedModel:
     """The model with every parameter but the quantized matrices, whose memory is not even touched."""
     own = empty.state_dict()  # shapes as files have them

@@ -42,6 +42,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError
+from bitassay.models.config import untie
 from bitassay.models.hooks import hooked
 from bitassay.models.walk import decoder_layers, module_name
 from bitassay.quantize.hadamard import (
@@ -211,8 +212,7 @@ def _fold_head(model: PreTrainedModel, stream: ResidualStream) -> None:
     """The final norm's gains go into the head, which is its own matrix from here on."""
     stream.head.write(stream.head.read() * stream.final_norm.gain())
     stream.final_norm.set_to_one()
-    model.config.tie_word_embeddings = False
-    model.config.get_text_config().tie_word_embeddings = False
+    untie(model)
 
 
 def _turn_layer(layer: LayerStream, q: Orthogonal) -> None:

@@ -33,6 +33,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError
+from bitassay.models.config import text_config
 from bitassay.models.hooks import forwarded
 from bitassay.models.walk import decoder_layers, decoder_of
 from bitassay.quantize.latent import LatentWeight
@@ -90,7 +91,8 @@ def head_weight(model: PreTrainedModel) -> Float[Tensor, "vocabulary hidden"]:
     """The matrix that makes logits of the last hidden states. Raises BitassayError for a model that does more
     than a product there."""
     head = model.get_output_embeddings()
-    more = [name for name in ("final_logit_softcapping", "logit_scale") if getattr(model.config, name, None)]
+    config = text_config(model)
+    more = [name for name in ("final_logit_softcapping", "logit_scale") if getattr(config, name, None)]
     if head is None or more:
         why = more[0] if more else "no output head"
         raise BitassayError(

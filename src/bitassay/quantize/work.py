@@ -2,12 +2,9 @@
 takes their place in the work folder.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 
-from filelock import FileLock, Timeout
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
@@ -15,8 +12,6 @@ from bitassay.errors import BitassayError
 from bitassay.quantize.activations import InputRounding
 from bitassay.quantize.layout import Stored, description, expected_tensors, read_tensor, stored_tensors
 from bitassay.quantize.tensor import QuantizedTensor
-from bitassay.record.files import explain_os_error
-from bitassay.record.progress import Progress
 from bitassay.record.run import RunFolder
 from bitassay.record.versions import source_digest
 from bitassay.replicate.plan import Steps, original
@@ -85,24 +80,6 @@ def read_result(
     except ValidationError as error:
         raise BitassayError(f"{folder.path}: inputs or passes are damaged", AGAIN) from error
     return tensors, parameters, inputs, passes
-
-
-@contextmanager
-def locked(path: Path, progress: Progress) -> Iterator[None]:
-    """Keep other processes out of a work folder; waits for one that is in it."""
-    lock = FileLock(path.with_name(f"{path.name}.lock"))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout:
-        progress(f"waiting for another process to finish {path}")
-        lock.acquire()
-    except OSError as error:
-        raise explain_os_error(error, path) from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def code_digest() -> str:

@@ -10,6 +10,7 @@ import re
 import secrets
 import shutil
 import stat
+import tempfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bitassay.errors import BitassayError, MissingError
+from bitassay.record.progress import Progress, silent
 
 YAML_BYTES = 2**20
 
@@ -31,6 +33,10 @@ def explain_os_error(error: OSError, path: Path) -> BitassayError:
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return BitassayError(
             f"{path}: not writable ({error.strerror})", "choose a folder that you may write to"
+        )
+    if error.errno == errno.ENOTEMPTY:
+        return BitassayError(
+            f"{path}: the folder was filled by another process meanwhile", "choose another folder"
         )
     if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
         return BitassayError(
@@ -105,6 +111,27 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextmanager
+def locked(path: Path, progress: Progress = silent) -> Iterator[None]:
+    """Keep other processes out of what is being made at `path`; waits for one that is at it."""
+    from filelock import FileLock, Timeout
+
+    path = Path(path)
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        progress(f"waiting for another process to finish {path}")
+        lock.acquire()
+    except OSError as error:
+        raise explain_os_error(error, path) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def _beside(path: Path) -> Path:
     """A name in `path`'s folder that nobody has, chosen before anything is made under it: a Ctrl-C between
     the making and the noting of a name would leave a file that nobody removes."""
@@ -125,6 +152,32 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def check_folder(path: Path) -> None:
+    """Refuse a folder that could not be made or written into."""
+    if path.exists() and not path.is_dir():
+        raise BitassayError(f"{path}: a file, and a folder is to be written", "choose another path")
+    _check_writable(path, path)
+
+
+def check_place(path: Path) -> None:
+    """Refuse a file that could not be written."""
+    if path.is_dir():
+        raise BitassayError(f"{path}: a folder, and a file is to be written", "choose another path")
+    _check_writable(path, path.parent)
+
+
+def _check_writable(path: Path, folder: Path) -> None:
+    """Leaves nothing behind: of folders that are to be made, the nearest that there is counts."""
+    there = next(one for one in (folder, *folder.absolute().parents) if os.path.lexists(one))
+    try:
+        if not there.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise explain_os_error(error, path) from error
 
 
 def read_text(path: Path) -> str:
@@ -204,4 +257,7 @@ def read_yaml(path: Path) -> Any:
         return yaml.safe_load(text)
     # PyYAML lets the last four out of values that do not fit their tag: 2020-13-01, `!!int ''`, `!!bool x`.
     except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError) as error:
-        raise BitassayError(f"{path}: not valid YAML ({error})") from error
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark is not None else ""
+        why = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise BitassayError(f"{path}: not valid YAML ({why:.200}{where})", "mend the file") from error

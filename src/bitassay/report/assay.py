@@ -1,6 +1,7 @@
 """An assay for people: the columns of its table, and one HTML file that opens offline."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +20,20 @@ from bitassay.report.figures import (
 )
 from bitassay.report.page import write_page
 from bitassay.report.replication import PAIR_COLUMNS
-from bitassay.report.schema import AssayRun, parse_run
-from bitassay.report.tables import DECIDED, Column, interval, number, percent, significant, size
+from bitassay.report.schema import AssayRun, Row, parse_run
+from bitassay.report.tables import (
+    DECIDED,
+    Column,
+    interval_note,
+    number,
+    percent,
+    significant,
+    size,
+    with_interval,
+)
 
 RowText = Callable[[dict[str, Any]], str]
-_ppl, _kl = number(2), significant(3)
-
-
-def _with_interval(key: str, interval_key: str, form: Callable[[float], str]) -> RowText:
-    """Value and interval of one row: `1.23 [1.10, 1.36]`."""
-
-    def text(row: dict[str, Any]) -> str:
-        pair = row.get(interval_key)
-        return form(row[key]) + (f" {interval(form)(pair)}" if pair else "")
-
-    return text
+_ppl, _kl, _few = number(2), significant(3), significant(2)
 
 
 def _not_for_base(form: RowText) -> RowText:
@@ -47,8 +47,8 @@ def _compared(form: RowText) -> RowText:
 
 
 def _column(title: str, key: str, interval_key: str, form: Callable[[float], str], shown: Any) -> Column:
-    text = shown(_with_interval(key, interval_key, form))
-    return Column(key, title, text, whole_row=True, also=(interval_key,))
+    column = with_interval(key, title, form, interval_key)
+    return replace(column, format=shown(column.format))
 
 
 RECIPE = Column("recipe", "recipe", align="left")
@@ -148,6 +148,7 @@ def _page(run: AssayRun, prefix: str) -> dict[str, Any]:
         "run": run,
         "headline": headline(run),
         "titles": [column.title.replace(" %", "\N{NO-BREAK SPACE}%").split("\n") for column in ASSAY_COLUMNS],
+        "note": interval_note([[column.text(row) for column in ASSAY_COLUMNS] for row in rows]),
         "table": [[_value_and_interval(column.text(row)) for column in ASSAY_COLUMNS] for row in rows],
         "pairs": page_table("Replicas less their controls", PAIR_COLUMNS, pairs) if pairs else None,
         "verdicts": [row for row in run.rows if row.verdict],
@@ -175,7 +176,7 @@ def _speed_caption(run: AssayRun) -> str:
         "in brackets the ratio to the base."
     )
     spreads = [s for row in run.rows for s in (row.prefill_spread, row.decode_spread) if s is not None]
-    if spreads:
+    if spreads and max(spreads) > 0:  # those of a single round are 0, or none
         caption += (
             f" Repeats of one measurement differed by up to {percent(0)(max(spreads))} of their median."
         )
@@ -187,8 +188,8 @@ def headline(run: AssayRun) -> str:
     recipes = run.rows[1:]
     compared = [(row.recipe, *row.ppl_delta_ci) for row in recipes if row.ppl_delta_ci]
     clauses = [
-        f"no difference in perplexity is visible for {_listed(names)} (the 95 % interval holds zero)"
-        if (names := [name for name, low, high in compared if low <= 0 <= high])
+        f"no difference in perplexity is visible for {_listed(names)}"
+        if (names := [_with_reach(row) for row in recipes if _holds_zero(row)])
         else "",
         f"perplexity is higher than the base model's for {_listed(names)}"
         if (names := [name for name, low, _ in compared if low > 0])
@@ -201,6 +202,19 @@ def headline(run: AssayRun) -> str:
     nothing = "only the base model was measured" if not recipes else "no interval supports a comparison"
     text = "; ".join(clause for clause in clauses if clause) or nothing
     return text[0].upper() + text[1:] + "."
+
+
+def _holds_zero(row: Row) -> bool:
+    return row.ppl_delta_ci is not None and row.ppl_delta_ci[0] <= 0 <= row.ppl_delta_ci[1]
+
+
+def _with_reach(row: Row) -> str:
+    """The name, and what could have been seen; of older runs, which do not say, what the interval allows."""
+    if row.ppl_delta_visible is not None:
+        seen = f"one of {_few(row.ppl_delta_visible)} would show with a probability of 80 %"
+        return f"{row.recipe} (the 95 % interval holds zero; {seen})"
+    assert row.ppl_delta_ci is not None
+    return f"{row.recipe} (the 95 % interval holds zero, and {_few(max(map(abs, row.ppl_delta_ci)))} too)"
 
 
 def _verdict_clauses(run: AssayRun) -> list[str]:

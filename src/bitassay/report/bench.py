@@ -11,7 +11,16 @@ from matplotlib.figure import Figure
 
 from bitassay.report.figures import COLOURS, INK, MARKERS, STYLE, svg
 from bitassay.report.page import write_page
-from bitassay.report.tables import Column, interval, number, percent, printable, significant, size
+from bitassay.report.tables import (
+    Column,
+    interval_note,
+    number,
+    percent,
+    printable,
+    significant,
+    size,
+    with_interval,
+)
 
 
 def _few(value: float) -> str:
@@ -21,12 +30,7 @@ def _few(value: float) -> str:
 
 def _ratio(key: str, title: str) -> Column:
     """A ratio with its interval."""
-
-    def text(row: dict[str, Any]) -> str:
-        pair = row.get(f"{key}_ci")
-        return number(2)(row[key]) + (f" {interval(number(2))(pair)}" if pair else "")
-
-    return Column(key, title, text, whole_row=True, also=(f"{key}_ci",))
+    return with_interval(key, title, number(2))
 
 
 def _milliseconds(seconds: float) -> str:
@@ -99,7 +103,7 @@ def machine_line(run: Mapping[str, Any]) -> str:
     load, cores = machine["load"], run["environment"]["cores"]
     return (
         f"Measured on the spot: reading {machine['bandwidth'] / 1e9:.3g} GB/s; products {peaks}. "
-        f"{run['environment']['threads']} threads of {cores} cores; load {min(load):g} to {max(load):g}."
+        f"Threads: {run['environment']['threads']} of {cores} cores; load {min(load):g} to {max(load):g}."
     )
 
 
@@ -108,7 +112,8 @@ def busy(run: Mapping[str, Any]) -> str:
     load, own = max(run["machine"]["load"]), run["environment"]["threads"]
     if load <= own + 0.5:
         return ""
-    return f"The load reached {load:g} where {own} threads were ours: compare ratios, not times."
+    ours = "1 thread was" if own == 1 else f"{own} threads were"
+    return f"The load reached {load:g} where {ours} ours: compare ratios, not times."
 
 
 def throughput_figure(run: Mapping[str, Any]) -> Figure | None:
@@ -271,11 +276,18 @@ def write_matmul_report(run: Mapping[str, Any], path: Path) -> None:
 def page_table(title: str, columns: Sequence[Column], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """A table as the page wants it, without the columns that are empty."""
     shown = shown_columns(columns, rows)
+    cells = [[column.text(row) for column in shown] for row in rows]
     return {
         "title": title,
-        "header": [(column.title.replace("\n", " "), column.align) for column in shown],
-        "rows": [[(column.text(row), column.align) for column in shown] for row in rows],
+        "header": [(one_line(column.title), column.align) for column in shown],
+        "rows": [[(text, column.align) for text, column in zip(row, shown, strict=True)] for row in cells],
+        "note": interval_note(cells),
     }
+
+
+def one_line(title: str) -> str:
+    """A column's title for a page, where a percent sign stays with its number."""
+    return title.replace("\n", " ").replace(" %", "\N{NO-BREAK SPACE}%")
 
 
 def write_tables(

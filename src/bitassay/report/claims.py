@@ -25,9 +25,7 @@ _UNITS: dict[str, Callable[[float], str]] = {
 def _measured(row: Row) -> str:
     form = _UNITS[row["unit"]]
     parts = [
-        f"{one['name']}: {form(one['value'])}"
-        + (f" {interval(form)(one['interval'])}" if one["interval"] else "")
-        for one in row["measured"]
+        f"{one['name']}: {form(one['value'])} {interval(form)(one['interval'])}" for one in row["measured"]
     ]
     if row["not_measured"]:
         parts.append(f"{row['not_measured']} not measured here")

@@ -79,11 +79,15 @@ def granularity_figure(run: Mapping[str, Any]) -> Figure | None:
     """Accuracy and divergence against granularity, with intervals, INT8 beside FP8, fake models; the band is
     the base's. None where there are fewer than two granularities."""
     rows = [row for row in run["rows"] if row["kind"] == "fake" and row["refused"] is None]
-    sizes = list(dict.fromkeys(row["granularity"] for row in rows))
+    sizes = list(dict.fromkeys(str(row["granularity"]) for row in rows))
     if len(sizes) < 2:
         return None
     panels = {"direct": "direct_acc", "generate": "generate_acc"}
-    panels |= {"KL to base, nats": "kl_mean", "perplexity delta": "ppl_delta"} if "kl_mean" in rows[0] else {}
+    panels |= (
+        {"KL to base, nats": "kl_mean", "perplexity delta": "ppl_delta"}
+        if rows[0].get("kl_mean") is not None
+        else {}
+    )
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(9, 3.2 * (len(panels) // 2)), layout="constrained")
         grid = figure.subplots(len(panels) // 2, 2, squeeze=False).ravel()
@@ -105,9 +109,9 @@ def granularity_figure(run: Mapping[str, Any]) -> Figure | None:
 def _panel(axes: Axes, rows: Sequence[Row], sizes: Sequence[str], key: str) -> None:
     for place, format in enumerate(("int8", "fp8")):
         mine = [row for row in rows if row["format"] == format]
-        x = [sizes.index(row["granularity"]) + 0.16 * (place - 0.5) for row in mine]
+        x = [sizes.index(str(row["granularity"])) + 0.16 * (place - 0.5) for row in mine]
         pair = "ppl_delta_ci" if key == "ppl_delta" else "kl_ci" if key == "kl_mean" else f"{key}_ci"
-        ends = [row[pair] or (row[key], row[key]) for row in mine]
+        ends = [row.get(pair) or (row[key], row[key]) for row in mine]
         colour = COLOURS[place + 1]
         axes.vlines(x, [low for low, _ in ends], [high for _, high in ends], color=colour, lw=1.3)
         axes.plot(x, [row[key] for row in mine], "os"[place], color=colour, ms=5, label=format)

@@ -100,7 +100,7 @@ def plain_ticks(figure: Figure) -> None:
 def _log_locator(axis: Axis) -> LogLocator | MaxNLocator:
     low, high = axis.get_view_interval()
     if high / low < 5:
-        return MaxNLocator(4)
+        return MaxNLocator(4, steps=[1, 2, 5, 10])
     return LogLocator(subs=(1, 2, 5) if high / low < 300 else (1,))
 
 

@@ -12,9 +12,10 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from bitassay.record.files import write_text
+from bitassay.report.bench import one_line
 from bitassay.report.figures import COLOURS, STYLE, svg
 from bitassay.report.page import write_page
-from bitassay.report.tables import Column, number, percent, printable, with_interval
+from bitassay.report.tables import Column, interval_note, number, percent, printable, with_interval
 
 GENERATION_COLUMNS = [
     Column("recipe", "recipe", align="left"),
@@ -69,8 +70,9 @@ def write_generation_report(run: dict[str, Any], path: Path) -> None:
         "generation.html.j2",
         filters={},
         run=run,
-        titles=[column.title.replace("\n", " ") for column in GENERATION_COLUMNS],
+        titles=[one_line(column.title) for column in GENERATION_COLUMNS],
         rows=rows,
+        note=interval_note(rows),
         figure=Markup(svg(divergence_figure(run), "g-")),
         names=names,
         samples=samples,

@@ -1,20 +1,20 @@
 """What a run.json must hold before anything is drawn from it. A run folder may come from anyone, so sizes,
 types and everything that the page names are checked."""
 
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bitassay.errors import BitassayError
-from bitassay.record.files import read_json
 
 MAX_ROWS = 1000
 MAX_LAYERS = 1000
 
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Distance = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+MOST = 1e200  # the axis of a picture needs room beyond
+
+Finite = Annotated[float, Field(ge=-MOST, le=MOST, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, le=MOST, allow_inf_nan=False)]
+Distance = Annotated[float, Field(ge=0, le=MOST, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0, le=2**63)]
 Pair = tuple[Finite, Finite]
@@ -25,7 +25,7 @@ class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
-class _Described(BaseModel):
+class Described(BaseModel):
     """A part with fields that the page needs and any number of others, which it lists as they are."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
@@ -42,6 +42,7 @@ class Row(_Part):
     ppl_ci: Pair | None = None
     ppl_delta: Finite
     ppl_delta_ci: Pair | None = None
+    ppl_delta_visible: Distance | None = None
     kl_mean: Finite
     kl_ci: Pair | None = None
     kl_median: Finite | None = None
@@ -61,19 +62,19 @@ class Row(_Part):
     p_value: Fraction | None = None
 
 
-class Model(_Described):
+class Model(Described):
     name: Text
     origin: Text
 
 
-class Protocol(_Described):
+class Protocol(Described):
     id: Text
     windows: Count
     predicted_tokens: Count
     interval: Text
 
 
-class Verification(_Described):
+class Verification(Described):
     """How verdicts were reached. `layers`: after which decoder layers hidden states were compared; none where
     verification did not come about, and then `reason` says why."""
 
@@ -125,21 +126,38 @@ class ClaimRow(_Part):
     verdict: Literal["supported", "not supported", "not decidable at this n"]
 
 
-class _Compared(_Described):
+class Compared(Described):
     """Numbers and their intervals under any names, which only the columns of a table know."""
 
     __pydantic_extra__: dict[str, int | Finite | Pair | bool | Text | None]  # type: ignore[reportIncompatibleVariableOverride]
 
 
-class VariantRow(_Compared):
+class VariantRow(Compared):
     variant: Annotated[str, Field(min_length=1, max_length=64)]
     format: Text | None
     granularity: Text | None
     kind: Literal["fake", "real"] | None
     refused: Text | None = None
+    kl_mean: Distance | None = None
+    kl_ci: Pair | None = None
+    ppl_delta: Finite | None = None
+    ppl_delta_ci: Pair | None = None
+    direct_acc: Fraction | None = None
+    direct_acc_ci: Pair | None = None
+    generate_acc: Fraction | None = None
+    generate_acc_ci: Pair | None = None
+
+    @model_validator(mode="after")
+    def _measured_or_refused(self) -> "VariantRow":
+        for name in ("direct_acc", "direct_acc_ci", "generate_acc", "generate_acc_ci"):
+            if self.refused is None and getattr(self, name) is None:
+                raise ValueError(f"{self.variant} was run, but has no {name}")
+        if (self.kl_mean is None) != (self.ppl_delta is None):
+            raise ValueError(f"{self.variant} has one of kl_mean and ppl_delta only")
+        return self
 
 
-class PairRow(_Compared):
+class PairRow(Compared):
     family: Text
     first: Text
     second: Text
@@ -149,7 +167,7 @@ class PairRow(_Compared):
     generate_p_holm: Fraction
 
 
-class Table(_Described):
+class Table(Described):
     rows: Annotated[list[dict[Text, Any]], Field(max_length=MAX_ROWS)]
 
 
@@ -185,8 +203,14 @@ class EightBitRun(_StudyRun):
     speed: Table | None = None
     products: Table | None = None
 
+    @model_validator(mode="after")
+    def _text_of_all_or_none(self) -> "EightBitRun":
+        if len({row.kl_mean is None for row in self.rows if row.refused is None}) > 1:
+            raise ValueError("some rows have a kl_mean, others have none")
+        return self
 
-class ReplicationRow(_Compared):
+
+class ReplicationRow(Compared):
     """controls: the kinds that there are of a replica; none of another row."""
 
     group: Annotated[str, Field(min_length=1, max_length=64)]
@@ -205,7 +229,7 @@ class ReplicationRow(_Compared):
     kl_ci: Pair | None = None
 
 
-class ControlPair(_Compared):
+class ControlPair(Compared):
     group: Text
     role: Text
     control: Text
@@ -217,7 +241,7 @@ class ControlPair(_Compared):
     control_decode_tok_s: Positive | None = None
 
 
-class DraftRow(_Compared):
+class DraftRow(Compared):
     draft_tokens: Count
     texts: Count
     identical: Count
@@ -237,47 +261,75 @@ class ReplicationRun(_StudyRun):
     drafts: Annotated[list[DraftRow], Field(max_length=MAX_ROWS)]
 
 
-Run = AssayRun | EightBitRun | ReplicationRun
 Kind = TypeVar("Kind", bound=BaseModel)
 
 
 def parse_run(value: object, where: str) -> AssayRun:
     """Raises BitassayError that names the first defects of a value that is not an assay."""
-    return _parsed(AssayRun, value, where, "bitassay assay")
+    return parsed(AssayRun, value, where)
 
 
 def parse_study(value: object, where: str) -> EightBitRun:
     """The same of an INT8/FP8 study."""
-    return _parsed(EightBitRun, value, where, "bitassay study run task3.1")
+    return parsed(EightBitRun, value, where)
 
 
 def parse_replication(value: object, where: str) -> ReplicationRun:
     """The same of a study of replication."""
-    return _parsed(ReplicationRun, value, where, "bitassay study run control-table")
+    return parsed(ReplicationRun, value, where)
 
 
-PARSERS = {"eight-bit": parse_study, "replication": parse_replication}
-
-
-def _parsed(kind: type[Kind], value: object, where: str, command: str) -> Kind:
+def parsed(kind: type[Kind], value: object, where: str) -> Kind:
+    """`value` as a run of a kind. Raises BitassayError that names its first defects."""
     try:
         return kind.model_validate(value)
     except ValidationError as error:
-        defects = "; ".join(
-            f"{'.'.join(map(str, e['loc'])) or 'run'}: {e['msg']}" for e in error.errors()[:3]
-        )
+        found = "; ".join(map(_defect, error.errors(include_url=False)[:3]))
+        (name,) = get_args(kind.model_fields["kind"].annotation)
         raise BitassayError(
-            f"{where}: not a run of `{command}`: {defects}", "run the same command again"
+            f"{where}: not a run of kind {name!r} as this version writes it: {found}",
+            "run the same command again",
         ) from error
 
 
-def read_run(folder: Path) -> Run:
-    """The run of a folder (or of a run.json): an assay, an INT8/FP8 study or one of replication."""
-    path = folder / "run.json" if folder.is_dir() else folder
-    if folder.is_dir() and not path.exists():
-        raise BitassayError(
-            f"{folder}: no run.json, so the run is not finished", "run the same command again: it goes on"
-        )
-    value = read_json(path)
-    kind = value.get("kind") if isinstance(value, dict) else None
-    return PARSERS.get(str(kind), parse_run)(value, str(path))
+def _defect(error: Any) -> str:
+    """In plain words: `rows.0.ppl is -1, not above 0`."""
+    place = ".".join(str(part) for part in error["loc"] if part not in _MARKS) or "it"
+    if error["type"] == "missing":
+        return f"{place} is missing"
+    if error["type"] == "value_error":
+        return f"{error['ctx']['error']}"
+    wanted = next(
+        (text for kind, text in _WANTED.items() if error["type"].startswith(kind)), "not valid here"
+    )
+    return f"{place} is {_shown(error['input'])}, {wanted.format(**error.get('ctx', {}))}"
+
+
+_MARKS = ("int", "float", "bool", "str", "constrained-str", "nullable")  # of the members of a union
+_WANTED = {
+    "finite_number": "not a finite number",
+    "greater_than_equal": "below {ge}",
+    "greater_than": "not above {gt}",
+    "less_than_equal": "above {le}",
+    "int": "not a whole number",
+    "float": "not a number",
+    "bool": "not true or false",
+    "string_too_long": "longer than {max_length} characters",
+    "string_too_short": "shorter than {min_length} characters",
+    "string": "not text",
+    "too_long": "longer than {max_length}",
+    "too_short": "shorter than {min_length}",
+    "list": "not a list",
+    "tuple": "not a pair",
+    "dict": "not an object",
+    "model": "not an object",
+    "literal": "not {expected}",
+    "union": "not one of the known kinds",
+}
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, dict | list):
+        return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= 40 else f"{text[:39]}…"

@@ -18,8 +18,7 @@ Row = dict[str, Any]
 def _differences(row: Row) -> str:
     """KL less that of each recipe that was written by hand, itself left out."""
     return "; ".join(
-        f"{name} {found['kl']:+.4g}"
-        + (f" {interval(significant(4))(found['kl_ci'])}" if found["kl_ci"] else "")
+        f"{name} {found['kl']:+.4g} {interval(significant(4))(found['kl_ci'])}"
         for name, found in row["against"].items()
         if name != row["recipe"]
     )

@@ -8,17 +8,26 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
+from bitassay.report.bench import one_line
 from bitassay.report.figures import COLOURS, MARKERS, STYLE, svg
 from bitassay.report.page import write_page
-from bitassay.report.tables import Column, interval, number, percent, pivot, significant
+from bitassay.report.tables import (
+    Column,
+    interval,
+    interval_note,
+    number,
+    percent,
+    pivot,
+    significant,
+    with_interval,
+)
 
 EXPERIMENT_COLUMNS = [
     Column("study", "study", align="left"),
     Column("prover", "prover", align="left"),
     Column("verifier", "verifier", align="left"),
     Column("expected", "accept rate\nexpected", interval(percent(0))),
-    Column("avg_accept_rate", "accept rate\nmeasured", percent(1)),
-    Column("accept_rate_ci", "95 % interval", interval(percent(1))),
+    with_interval("avg_accept_rate", "accept rate\nmeasured [95 %]", percent(1), "accept_rate_ci"),
     Column("as_expected", "as\nexpected", lambda yes: "yes" if yes else "no"),
     Column("pass_rate", "trials that\npass", percent(0)),
     Column("avg_overhead_percentage", "overhead\n%", number(2)),
@@ -89,8 +98,8 @@ def experiment_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
                 axes.plot(
                     one["avg_accept_rate"],
                     y,
-                    MARKERS[index + 1],
-                    color=COLOURS[index + 1],
+                    MARKERS[(index + 1) % len(MARKERS)],
+                    color=COLOURS[(index + 1) % len(COLOURS)],
                     ms=5,
                     label=f"prover {name}" if y == 0 else None,
                 )
@@ -116,7 +125,9 @@ def distribution_figure(row: Mapping[str, Any]) -> Figure:
                 one = found[statistic]
                 if one["n"]:
                     counts = np.array(one["histogram"]["counts"]) / one["n"]
-                    axes.stairs(counts, one["histogram"]["edges"], color=COLOURS[index], label=name)
+                    axes.stairs(
+                        counts, one["histogram"]["edges"], color=COLOURS[index % len(COLOURS)], label=name
+                    )
             axes.axvline(limits[lines[statistic]], color=COLOURS[0], ls="--", lw=1)
             axes.set_xlabel(statistic)
             axes.set_yticks([])
@@ -157,8 +168,9 @@ def _section(run: Mapping[str, Any], index: int) -> dict[str, Any]:
         "title": title,
         "text": text,
         "figures": [svg(figure, f"s{index}f{number}-") for number, figure in enumerate(figures)],
-        "header": [column.title.replace("\n", " ") for column in columns],
+        "header": [one_line(column.title) for column in columns],
         "rows": cells,
+        "note": interval_note(cells),
         "missing": run.get("missing", []),
         "left_out": run.get("left_out", []),
         "created": run["created"],

@@ -10,9 +10,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from bitassay.errors import BitassayError
+
 MISSING = "-"
+NO_INTERVAL = "[\N{EM DASH}]"
 DECIDED = {True: "yes", False: "no", None: "not decided"}
 Row = dict[str, Any]
+
+
+class UnshownError(BitassayError):
+    """A row that does not hold what its column shows."""
 
 
 @dataclass(frozen=True)
@@ -29,20 +36,38 @@ class Column:
 
     def text(self, row: Row) -> str:
         value = row.get(self.key)
-        return MISSING if value is None else self.format(row if self.whole_row else value)
+        if value is None:
+            return MISSING
+        try:
+            return self.format(row if self.whole_row else value)
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise UnshownError(f"{self.key} is {value!r:.60}, which its column cannot show") from error
 
 
 def with_interval(
     key: str, title: str, form: Callable[[float], str], interval_key: str | None = None
 ) -> Column:
-    """A value and, in brackets, its interval where it has one (under KEY_ci, if nothing else is said)."""
+    """A value and, in brackets, its interval (under KEY_ci, if nothing else is said)."""
     pair_key = interval_key or f"{key}_ci"
+    return Column(
+        key,
+        title,
+        lambda row: f"{form(row[key])} {interval(form)(row.get(pair_key))}",
+        whole_row=True,
+        also=(pair_key,),
+    )
 
-    def text(row: Row) -> str:
-        pair = row.get(pair_key)
-        return form(row[key]) + (f" {interval(form)(pair)}" if pair else "")
 
-    return Column(key, title, text, whole_row=True, also=(pair_key,))
+def interval_note(cells: Sequence[Sequence[str]]) -> str:
+    """Why there are cells without an interval; empty where there are none."""
+    from bitassay.evaluate.statistics import FEWEST  # takes scipy along, which most tables do without
+
+    if not any(NO_INTERVAL in text for row in cells for text in row):
+        return ""
+    return (
+        f"{NO_INTERVAL} no interval: fewer than {FEWEST} values (windows, prompts, rounds; of a median 6), "
+        "or values without spread"
+    )
 
 
 def render(rows: Sequence[Row], columns: Sequence[Column], format: Literal["table", "csv", "md"]) -> str:
@@ -50,7 +75,9 @@ def render(rows: Sequence[Row], columns: Sequence[Column], format: Literal["tabl
     if format == "csv":
         return _csv(rows, columns)
     cells = [[column.text(row) for column in columns] for row in rows]
-    return _markdown(cells, columns) if format == "md" else _table(cells, columns)
+    text = _markdown(cells, columns) if format == "md" else _table(cells, columns)
+    note = interval_note(cells)
+    return f"{text}\n\n{note}" if note else text
 
 
 def pivot(rows: Sequence[Mapping[str, Any]], down: str, across: str) -> list[Row]:
@@ -119,8 +146,8 @@ def number(digits: int) -> Callable[[float], str]:
 
 
 def significant(digits: int) -> Callable[[float], str]:
-    """So many significant digits."""
-    return lambda value: f"{value:.{digits}g}"
+    """So many significant digits; 0 for the numbers next to it that a float knows."""
+    return lambda value: f"{0.0 if abs(value) < 1e-300 else value:.{digits}g}"
 
 
 def percent(digits: int) -> Callable[[float], str]:
@@ -137,6 +164,6 @@ def size(value: float) -> str:
     return f"{value:.1f} TB"
 
 
-def interval(form: Callable[[float], str]) -> Callable[[Sequence[float]], str]:
-    """`[low, high]`, both in the same form."""
-    return lambda pair: f"[{form(pair[0])}, {form(pair[1])}]"
+def interval(form: Callable[[float], str]) -> Callable[[Sequence[float] | None], str]:
+    """`[low, high]`, both in the same form; NO_INTERVAL for None."""
+    return lambda pair: NO_INTERVAL if pair is None else f"[{form(pair[0])}, {form(pair[1])}]"

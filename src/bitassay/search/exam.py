@@ -19,7 +19,7 @@ from bitassay.data.windows import Protocol
 from bitassay.errors import BitassayError
 from bitassay.evaluate.compare import TextDifference, score_windows, summarise, text_difference
 from bitassay.evaluate.divergence import TokenScores, token_scores, window_logits
-from bitassay.models.load import load
+from bitassay.models.load import AUTO, load
 from bitassay.models.windows import model_windows
 from bitassay.quantize.export_plan import plan_export
 from bitassay.quantize.model import Quantization, check_recipe, with_tensors
@@ -47,13 +47,24 @@ class Exam:
         short: int,
         *,
         dtype: str = "float32",
+        attention: str = AUTO,
         seed: int = 0,
         trust_remote_code: bool = False,
         progress: Progress = silent,
     ):
         """`protocol` says how many windows choose; as many are held out. short: how many of them come first.
         Raises BitassayError where the text is too short."""
-        self.base = load(model, dtype=dtype, progress=progress, trust_remote_code=trust_remote_code)
+
+        def loaded(dtype: str) -> PreTrainedModel:
+            return load(
+                model,
+                dtype=dtype,
+                attention=attention,
+                progress=progress,
+                trust_remote_code=trust_remote_code,
+            )
+
+        self.base = loaded(dtype)
         self.seed, self.progress = seed, progress
         count = protocol.windows or 0
         twice = Protocol(protocol.corpus, window_tokens=protocol.window_tokens, windows=2 * count)
@@ -63,10 +74,7 @@ class Exam:
         self.windows, self.held_out = every[0::2], every[1::2]
         self.first = [index * count // short for index in range(short)]
 
-        def half() -> PreTrainedModel:
-            return load(model, dtype="bfloat16", progress=progress, trust_remote_code=trust_remote_code)
-
-        self._half = cache(half)  # timed and verified, as in an assay
+        self._half = cache(lambda: loaded("bfloat16"))  # timed and verified, as in an assay
         self._profile: Profile | None = None
         self._kept: dict[int, tuple[Tensor, TokenScores]] = {}
         self._codes: tuple[str, Quantization] | None = None

@@ -35,9 +35,10 @@ from bitassay.bench.environment import environment
 from bitassay.errors import BitassayError
 from bitassay.evaluate.compare import INTERVAL, INTERVALS, PAIR_INTERVALS
 from bitassay.models.load import identity
+from bitassay.quantize.fits import check_fit
 from bitassay.quantize.pipeline import quantize_tensors_once
 from bitassay.quantize.recipe import BASE, Recipe, find_recipe, row_names
-from bitassay.record.files import read_json, write_json, write_text
+from bitassay.record.files import check_folder, read_json, write_json, write_text
 from bitassay.record.processes import end, end_with_parent, helper_variables
 from bitassay.record.progress import Progress, silent
 from bitassay.record.run import RunFolder, default_folder
@@ -87,6 +88,9 @@ def search(
         raise BitassayError(f"{taken[0]}: a recipe that this search finds may be called so", "rename it")
     if trials < 1 or jobs < 1:
         raise BitassayError(f"{min(trials, jobs)} trials or jobs", "at least 1")
+    if out is not None:
+        check_folder(out)
+    check_fit(model, written, trust_remote_code=trust_remote_code, progress=progress)
     exam = plan.exam(progress, trust_remote_code)
     plan = replace(plan, at_most=limits(exam.base, at_most or {}))
     folder = _open_folder(plan, exam, out)
@@ -199,7 +203,7 @@ def _result(
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "model": {"name": who.name, "weights_digest": who.weights_digest},
         "settings": plan.to_dict(),
-        "interval": f"over the windows held out: {INTERVAL}",
+        "interval": f"{INTERVAL}; over the windows held out",
         "intervals": {"rows": INTERVALS, "against": PAIR_INTERVALS},
         "rows": [
             {"chosen": name not in (BASE, *hand)} | _finite(row)

@@ -31,6 +31,7 @@ from bitassay.quantize.recipe import Recipe
 from bitassay.quantize.scheme import Part
 from bitassay.record.files import read_yaml
 from bitassay.record.hashing import digest_json
+from bitassay.record.schema import defects
 
 SHIPPED = Path(str(files("bitassay") / "search" / "spaces"))
 MOST_POINTS = 100_000  # of a grid
@@ -201,5 +202,4 @@ def find_space(space: "str | Path | Space") -> Space:
     try:
         return Space.model_validate(read_yaml(path))
     except ValidationError as error:
-        defects = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'space'}: {e['msg']}" for e in error.errors())
-        raise BitassayError(f"{path}: not a space: {defects}", "see docs/search.md") from error
+        raise BitassayError(f"{path}: not a space: {defects(error, Space)}", "see docs/search.md") from error

@@ -23,8 +23,10 @@ from filelock import FileLock
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
+from bitassay.data.corpora import check_corpus
 from bitassay.data.windows import Protocol
-from bitassay.errors import BitassayError, MissingError
+from bitassay.errors import BitassayError, MissingError, at_least
+from bitassay.models.load import AUTO, as_dtype
 from bitassay.quantize.pipeline import quantize_tensors
 from bitassay.quantize.recipe import Recipe
 from bitassay.record.files import write_text
@@ -59,11 +61,21 @@ class SearchPlan:
     windows: int = 8
     short: int = 2
     dtype: str = "float32"
+    attention: str = AUTO
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
             raise BitassayError(f"{self.sampler!r} is no sampler", f"one of {', '.join(SAMPLERS)}")
+        as_dtype(self.dtype)
+        at_least(1, windows=self.windows, short=self.short)
+        at_least(2, window=self.window)
+        at_least(0, seed=self.seed)
+        if self.short > self.windows:
+            raise BitassayError(
+                f"{self.short} of {self.windows} windows come first", f"--short 1 to {self.windows}"
+            )
+        check_corpus(self.corpus)
         if not self.objectives:
             raise BitassayError("there is no objective", "--objective kl_mean")
         for text in self.objectives:
@@ -102,6 +114,7 @@ class SearchPlan:
             self.protocol,
             self.short,
             dtype=self.dtype,
+            attention=self.attention,
             seed=self.seed,
             trust_remote_code=trust_remote_code,
             progress=progress,

@@ -24,15 +24,17 @@ from transformers import PreTrainedModel
 
 from bitassay.bench.environment import environment
 from bitassay.bench.throughput import DECODE_TOKENS, throughput
+from bitassay.data.corpora import check_corpus
 from bitassay.data.windows import Protocol
-from bitassay.errors import BitassayError
+from bitassay.errors import BitassayError, at_least
 from bitassay.evaluate.compare import INTERVAL, INTERVALS, score_windows, summarise
 from bitassay.evaluate.controls import pair
 from bitassay.evaluate.divergence import TokenScores
-from bitassay.models.load import identity, load
+from bitassay.models.load import AUTO, as_dtype, identity, load
 from bitassay.models.positions import context_length
 from bitassay.models.walk import decoder_layers
 from bitassay.models.windows import model_windows
+from bitassay.quantize.fits import check_fit
 from bitassay.quantize.model import (
     Quantization,
     bits_per_weight,
@@ -44,7 +46,7 @@ from bitassay.quantize.model import (
 )
 from bitassay.quantize.pipeline import quantize_tensors_once
 from bitassay.quantize.recipe import BASE, Recipe, find_recipe, row_names
-from bitassay.record.files import write_json
+from bitassay.record.files import check_folder, write_json
 from bitassay.record.progress import Progress, silent
 from bitassay.record.run import RunFolder, default_folder
 from bitassay.record.versions import versions
@@ -70,6 +72,7 @@ class AssayPlan:
     recipes: tuple[Recipe, ...]
     protocol: Protocol = DEFAULT_PROTOCOL
     dtype: str = "float32"
+    attention: str = AUTO
     seed: int = 0
     bench_repeats: int = 3
     bench_tokens: int = 256
@@ -78,6 +81,11 @@ class AssayPlan:
     def __post_init__(self) -> None:
         if len(row_names(self.recipes)) == 1:
             raise BitassayError("no recipe was given", "--recipe w4, or see `bitassay recipes list`")
+        as_dtype(self.dtype)
+        at_least(0, repeats=self.bench_repeats, seed=self.seed)
+        at_least(1, windows=self.protocol.windows)
+        at_least(2, window=self.protocol.window_tokens)
+        check_corpus(self.protocol.corpus)
 
     def with_controls(self, layers: int) -> tuple["AssayPlan", list[Place]]:
         """The plan with controls, for a model of so many layers, and which these are."""
@@ -108,11 +116,27 @@ def assay(
     Raises BitassayError for bad input before any work is done.
     """
     plan = AssayPlan(model, tuple(find_recipe(recipe) for recipe in recipes), **options)
-    base = load(model, dtype=plan.dtype, progress=progress, trust_remote_code=trust_remote_code)
+    tokens = plan.verification.new_tokens if plan.verification else 0
+    check_fit(model, plan.recipes, tokens=tokens, trust_remote_code=trust_remote_code, progress=progress)
+    if out is not None:
+        check_folder(out)
+
+    def loaded(dtype: str) -> PreTrainedModel:
+        return load(
+            model,
+            dtype=dtype,
+            attention=plan.attention,
+            progress=progress,
+            trust_remote_code=trust_remote_code,
+        )
+
+    base = loaded(plan.dtype)
     plan, places = plan.with_controls(len(decoder_layers(base))) if controls else (plan, [])
     for recipe in plan.recipes:
         check_recipe(base, recipe)
     windows, corpus_source = model_windows(base, plan.protocol)
+    if plan.verification:  # that there are so many short prompts depends on the tokenizer
+        chosen_prompts(base, plan.verification.prompts + plan.verification.calibration_prompts, plan.seed)
     folder = _open_folder(plan, base, corpus_source, out)
     progress(f"run {folder.run_id} in {folder.path}")
 
@@ -129,7 +153,7 @@ def assay(
 
     speed, verification, verdicts = {}, None, {}
     if plan.bench_repeats or plan.verification:
-        base = load(model, dtype="bfloat16", progress=progress, trust_remote_code=trust_remote_code)
+        base = loaded("bfloat16")
         if plan.bench_repeats:
             room = (context_length(base) or sys.maxsize) - DECODE_TOKENS
             prompt = windows[0, : max(1, min(plan.bench_tokens, room))]
@@ -173,6 +197,7 @@ def _open_folder(plan: AssayPlan, base: PreTrainedModel, corpus_source: str, out
         **plan.to_dict(),
         "model": identity(base).name,
         "weights_digest": identity(base).weights_digest,
+        "config_digest": identity(base).config_digest,
         "corpus_source": corpus_source,
         "versions": versions("torch", "transformers"),
     }

@@ -21,11 +21,12 @@ from pydantic import TypeAdapter
 from transformers import PreTrainedModel
 
 from bitassay.bench.environment import environment
-from bitassay.errors import BitassayError, MissingError, suggestion
+from bitassay.errors import BitassayError, MissingError, at_least, suggestion
 from bitassay.generate.decode import TokenIds
 from bitassay.generate.sampling import GREEDY, Sampler
-from bitassay.models.load import identity, load
-from bitassay.record.files import write_json
+from bitassay.models.load import AUTO, identity, load
+from bitassay.quantize.fits import check_fit
+from bitassay.record.files import check_folder, write_json
 from bitassay.record.progress import Progress, silent
 from bitassay.record.run import RunFolder, default_folder
 from bitassay.studies.court import FOLDS, Court, fewest_counted, honest_rows, judged_rows
@@ -63,6 +64,7 @@ class AttackPlan:
     alpha: float = 0.01
     batch: int = 32
     seed: int = 0
+    attention: str = AUTO
     attacks: tuple[str, ...] = tuple(ATTACKS)
     variants: tuple[str, ...] = field(default_factory=lambda: tuple(VARIANTS))
 
@@ -146,6 +148,7 @@ def _other_instructions(bench: Bench) -> list[Trace]:
             tuple(sorted(items, key=lambda item: len(item.prompt))),
             bench.plan.batch,
             bench.trust_remote_code,
+            bench.plan.attention,
         )
         if problem := problem_of(start(folder / "job.json", job)):
             raise BitassayError(f"{machine.name} failed: {problem}", "give --numerics without isa")
@@ -204,12 +207,23 @@ def attack(
     MissingError where the verifier's own numerics cannot be computed.
     """
     check_plan(plan)
+    if out is not None:
+        check_folder(out)
+    check_fit(model, tokens=plan.tokens, trust_remote_code=trust_remote_code, progress=progress)
     plan, other, left_out = runnable(plan, trial)
     for one in left_out:
         progress(str(one))
     check_plan(plan)
-    base = load(model, dtype=DTYPES[PRECISION], trust_remote_code=trust_remote_code, progress=progress)
-    described = {"schema": SCHEMA, "kind": "attack", "model": identity(base).weights_digest, **asdict(plan)}
+    base = load(
+        model,
+        dtype=DTYPES[PRECISION],
+        attention=plan.attention,
+        trust_remote_code=trust_remote_code,
+        progress=progress,
+    )
+    known = identity(base)
+    described = {"schema": SCHEMA, "kind": "attack", "model": known.weights_digest, **asdict(plan)}
+    described |= {"config": known.config_digest}
     described |= {"numerics": environment()["cpu_capability"], "threads": torch.get_num_threads()}
     # A run may be widened: what is attacked and what is pooled do not change the parts that are there.
     folder = _folder(
@@ -286,8 +300,17 @@ def check_plan(plan: AttackPlan) -> None:
                 raise BitassayError(
                     f"no {kind} is called {name!r}; {suggestion(name, known)}", f"any of {', '.join(known)}"
                 )
+    at_least(1, batch=plan.batch)
+    at_least(0, seed=plan.seed)
+    if not 0 < plan.alpha < 1:
+        raise BitassayError(f"alpha {plan.alpha:g} is not between 0 and 1", "--alpha 0.01")
     if plan.tokens < 2 or plan.sequences < 2 * FOLDS:
         raise BitassayError("a study needs 2 tokens and 10 sequences at least", "--tokens 64 --sequences 100")
+    if plan.sequences > MOST_CANDIDATES:
+        raise BitassayError(
+            f"{plan.sequences} sequences: at most {MOST_CANDIDATES} prompts are tried",
+            f"--sequences {MOST_CANDIDATES} or fewer",
+        )
     for sampled in {ATTACKS[name].sampled for name in plan.attacks}:
         pooled = [name for name in plan.variants if VARIANTS[name].sampled == sampled]
         scores = len(pooled) * fewest_counted(plan.sequences)

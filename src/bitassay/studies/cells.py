@@ -89,7 +89,11 @@ class Bench:
         if changed := differing(begun["versions"], plan.versions()):
             raise BitassayError(f"this study began with {changed}", AGAIN)
         self.base = load(
-            plan.model, dtype=plan.dtype, device=plan.device, trust_remote_code=plan.trust_remote_code
+            plan.model,
+            dtype=plan.dtype,
+            device=plan.device,
+            attention=plan.attention,
+            trust_remote_code=plan.trust_remote_code,
         )
         if identity(self.base).weights_digest != begun["weights_digest"]:
             raise BitassayError(

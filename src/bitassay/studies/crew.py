@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from transformers import AutoConfig
 
 from bitassay.errors import BitassayError, MissingError
+from bitassay.models.config import read_config, text_config
 from bitassay.models.load import Identity, as_dtype
 from bitassay.models.source import resolve
+from bitassay.models.weights import stored_bytes
 from bitassay.models.windows import check_folder
 from bitassay.record.files import read_json
 from bitassay.record.processes import end, end_with_parent, helper_variables
@@ -119,7 +120,7 @@ def crew_size(plan: VariantPlan, model: Path, cells: int, jobs: int | None) -> t
     on a GPU), as many as have room for two models and the logits of a block."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if jobs is None:
-        weights = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+        weights = stored_bytes(model)
         room = psutil.virtual_memory().available // max(1, 2 * weights + _logit_bytes(plan, model))
         jobs = 1 if plan.device != "cpu" else max(1, min(cores, int(room)))
     jobs = min(jobs, cells)
@@ -131,8 +132,8 @@ def _logit_bytes(plan: VariantPlan, model: Path) -> int:
     also scored in fp32."""
     if plan.protocol is None:
         return 0
-    config = AutoConfig.from_pretrained(model, trust_remote_code=plan.trust_remote_code)
-    row = config.get_text_config(decoder=True).vocab_size * as_dtype(plan.dtype).itemsize
+    config = text_config(read_config(model, trust_remote_code=plan.trust_remote_code))
+    row = config.vocab_size * as_dtype(plan.dtype).itemsize
     return (plan.block + 2) * plan.protocol.window_tokens * row
 
 

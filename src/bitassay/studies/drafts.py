@@ -27,7 +27,13 @@ def drafted(plan: VariantPlan, recipe: Recipe, length: int) -> dict[str, Any]:
     """Greedy texts with drafts of so many tokens and without any, one entry a text: whether they are
     identical, how many tokens were drafted and stood, checks, bytes of weights a token, seconds."""
     assert plan.protocol is not None
-    base = load(plan.model, dtype="float32", device=plan.device, trust_remote_code=plan.trust_remote_code)
+    base = load(
+        plan.model,
+        dtype="float32",
+        device=plan.device,
+        attention=plan.attention,
+        trust_remote_code=plan.trust_remote_code,
+    )
     model, reader = planes_on_demand(quantize_once(base, recipe))
     prompts = model_windows(base, Protocol(plan.protocol.corpus, window_tokens=PROMPT_TOKENS, windows=TEXTS))[
         0

@@ -79,7 +79,7 @@ def run_eight_bit(
         "uneven_groups": uneven_groups(found),
         "speed": found.speed,
         "products": found.products,
-        "environment": environment(),
+        "environment": environment(plan.device),
     }
     write_json(folder.path / "run.json", run)
     return run, folder.path
@@ -123,6 +123,7 @@ def _speed(
         device=plan.device,
         progress=progress,
         trust_remote_code=plan.trust_remote_code,
+        attention=plan.attention,
     )
     products = folder.part(
         "products", lambda: matmul(repeats=0, seed=plan.seed, device=plan.device, progress=progress)

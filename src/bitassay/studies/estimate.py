@@ -2,8 +2,8 @@
 of this machine.
 
 Time is arithmetic over measured speed: two floating-point operations a parameter and token for prefill; for
-decoding, the bytes of the weights over the measured read bandwidth. It leaves out loading, the bootstrap and
-everything else that is short.
+decoding, the bytes of the weights over the measured read bandwidth. It leaves out loading and everything else
+that is short.
 """
 
 from collections.abc import Sequence
@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from bitassay.bench.roofline import matrix_peak, stream_bandwidth
+from bitassay.models.config import text_config
 from bitassay.models.load import as_dtype
+from bitassay.models.shapes import without_weights
 from bitassay.models.source import resolve
 from bitassay.models.walk import decoder_layers
 from bitassay.quantize.calibration import Calibration
@@ -38,10 +39,8 @@ def estimate_assay(
     """Rows `step, work, memory_bytes, seconds`. The model is fetched where it is not here yet, but no weights
     are loaded."""
     plan = AssayPlan(model, tuple(find_recipe(recipe) for recipe in recipes), **options)
-    folder = resolve(model, progress).folder
-    config = AutoConfig.from_pretrained(folder)
-    check_causal(config, folder)
-    empty = empty_model(config)
+    empty = without_weights(resolve(model, progress))
+    config = empty.config
     if controls:
         plan, _ = plan.with_controls(len(decoder_layers(empty)))
     for recipe in plan.recipes:
@@ -49,7 +48,7 @@ def estimate_assay(
     parameters, models = parameter_count(empty), len(plan.recipes) + 1
     item = as_dtype(plan.dtype).itemsize
     tokens = (plan.protocol.windows or 0) * plan.protocol.window_tokens
-    logits = 2 * plan.protocol.window_tokens * config.get_text_config().vocab_size * item
+    logits = 2 * plan.protocol.window_tokens * text_config(config).vocab_size * item
     rate, rate16 = _flops(as_dtype(plan.dtype)), _flops(torch.bfloat16)
     rows = [
         {

@@ -168,7 +168,7 @@ def run_experiments(
         "kind": "experiments",
         "model": plan.model,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "environment": environment(),
+        "environment": environment(plan.machines[0].device),
         "folder": str(work.folder.path),
         "rows": rows,
         "missing": missing,
@@ -334,7 +334,7 @@ def summary(
             }
             for precision, found in tried.items()
         },
-        "environment": environment(),
+        "environment": environment(plan.machines[0].device),
     }
 
 

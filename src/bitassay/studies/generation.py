@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from bitassay.bench.environment import environment
 from bitassay.data.corpora import bundled_prompts, prompts_from
-from bitassay.errors import BitassayError
+from bitassay.errors import BitassayError, at_least
 from bitassay.evaluate.generation import (
     BATCH,
     INTERVAL,
@@ -28,13 +28,14 @@ from bitassay.evaluate.generation import (
 )
 from bitassay.generate.decode import vocabulary_size
 from bitassay.generate.prompts import encode_prompt
-from bitassay.models.load import Identity, identity, load
+from bitassay.models.load import AUTO, Identity, as_dtype, identity, load
 from bitassay.models.positions import context_length
 from bitassay.models.source import resolve
+from bitassay.quantize.fits import check_fit
 from bitassay.quantize.model import check_recipe
 from bitassay.quantize.pipeline import quantize_once
 from bitassay.quantize.recipe import BASE, Recipe, find_recipe, row_names
-from bitassay.record.files import write_json
+from bitassay.record.files import check_folder, write_json
 from bitassay.record.hashing import digest_json
 from bitassay.record.progress import Progress, silent
 from bitassay.record.run import RunFolder, default_folder
@@ -56,13 +57,13 @@ class GenerationPlan:
     max_new_tokens: int = 64
     batch: int = BATCH
     dtype: str = "float32"
+    attention: str = AUTO
 
     def __post_init__(self) -> None:
         if len(row_names(self.recipes, self.candidates)) == 1:
             raise BitassayError("nothing to compare the model with", "--recipe w4, or --candidate FOLDER")
-        for name in ("prompts", "max_new_tokens", "batch"):
-            if getattr(self, name) < 1:
-                raise BitassayError(f"{name} is {getattr(self, name)}", "at least 1")
+        as_dtype(self.dtype)
+        at_least(1, prompts=self.prompts, new_tokens=self.max_new_tokens, batch=self.batch)
 
 
 def generation(
@@ -82,8 +83,26 @@ def generation(
     check_scorers()
     plan = GenerationPlan(model, tuple(find_recipe(recipe) for recipe in recipes), **options)
 
+    there = len(bundled_prompts() if plan.prompts_file is None else prompts_from(plan.prompts_file))
+    if plan.prompts > there:
+        raise BitassayError(
+            f"{plan.prompts} prompts were asked for, there are {there}", f"--prompts {there} or fewer"
+        )
+    if out is not None:
+        check_folder(out)
+    for name in plan.candidates:
+        check_fit(name, trust_remote_code=trust_remote_code, progress=progress)
+    tokens = plan.max_new_tokens + 1
+    check_fit(model, plan.recipes, tokens=tokens, trust_remote_code=trust_remote_code, progress=progress)
+
     def loaded(name: str) -> PreTrainedModel:
-        return load(name, dtype=plan.dtype, progress=progress, trust_remote_code=trust_remote_code)
+        return load(
+            name,
+            dtype=plan.dtype,
+            attention=plan.attention,
+            progress=progress,
+            trust_remote_code=trust_remote_code,
+        )
 
     base = loaded(model)
     for recipe in plan.recipes:
@@ -208,6 +227,7 @@ def _open_folder(
         **_settings(plan),
         "model": identity(base).name,
         "weights_digest": identity(base).weights_digest,
+        "config_digest": identity(base).config_digest,
         "candidates_digests": [Identity(resolve(name)).weights_digest for name in plan.candidates],
         "prompts_digest": digest_json(prompts),
         "versions": versions("torch", "transformers"),

@@ -24,7 +24,7 @@ import torch
 from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError, suggestion
-from bitassay.models.load import load
+from bitassay.models.load import AUTO, load
 from bitassay.quantize.pipeline import quantize_once
 from bitassay.quantize.recipe import find_recipe, shipped_recipes
 from bitassay.record.progress import Progress, silent
@@ -77,7 +77,8 @@ class Machine:
 
     @property
     def attention(self) -> str:
-        return next((option for option in self.options if option in ATTENTIONS), "sdpa")
+        """AUTO where the name does not say."""
+        return next((option for option in self.options if option in ATTENTIONS), AUTO)
 
     @property
     def threads(self) -> int | None:
@@ -143,14 +144,20 @@ class Party:
         return "_".join((re.sub(r"[^\w.-]", "-", words), self.machine.label))
 
     def load(
-        self, model: str, *, trust_remote_code: bool = False, progress: Progress = silent
+        self,
+        model: str,
+        *,
+        attention: str = AUTO,
+        trust_remote_code: bool = False,
+        progress: Progress = silent,
     ) -> PreTrainedModel:
-        """The model as this party runs it. `model` is the dense one; a quantized checkpoint takes its
-        place."""
+        """The model as this party runs it. `model` is the dense one; a quantized checkpoint takes its place.
+        attention: where the machine's name says none."""
+        own = self.machine.attention
         where = {
             "dtype": DTYPES.get(self.precision, self.dtype),
             "device": self.machine.device,
-            "attention": self.machine.attention,
+            "attention": attention if own == AUTO else own,
             "trust_remote_code": trust_remote_code,
             "progress": progress,
         }

@@ -75,7 +75,7 @@ def run_replication(
         "pairs": pairs,
         "drafts": drafts_of(folder, plan),
         "claims": judged(found, CLAIMS),
-        "environment": environment(),
+        "environment": environment(plan.device),
     }
     write_json(folder.path / "run.json", run)
     return run, folder.path
@@ -183,6 +183,7 @@ def _speed(
                 device=plan.device,
                 progress=progress,
                 trust_remote_code=plan.trust_remote_code,
+                attention=plan.attention,
             )
             rows = {row["model"]: row for row in run["rows"]}
             found = {plan.base: rows.pop(BASE)} | found | rows

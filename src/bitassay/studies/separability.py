@@ -100,7 +100,7 @@ def run_separability(
         "trials": plan.trials,
         "alpha": alpha,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "environment": environment(),
+        "environment": environment(plan.machines[0].device),
         "rows": rows,
         "missing": missing,
     }

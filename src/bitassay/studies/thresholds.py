@@ -93,7 +93,7 @@ def optimise_thresholds(
         "alpha": alpha,
         "percentile": percentile,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "environment": environment(),
+        "environment": environment(plan.machines[0].device),
         "rows": rows,
         "missing": impossible,
         "left_out": [asdict(one) for one in plan.left_out],

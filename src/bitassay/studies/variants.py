@@ -12,7 +12,7 @@ from bitassay.data.tasks import mmlu_subjects, task_data
 from bitassay.data.windows import Protocol
 from bitassay.errors import BitassayError
 from bitassay.evaluate.divergence import TokenScores
-from bitassay.models.load import as_dtype
+from bitassay.models.load import AUTO, as_dtype
 from bitassay.quantize.recipe import BASE, Recipe
 from bitassay.record.versions import versions
 from bitassay.replicate.plan import Chosen
@@ -93,6 +93,7 @@ class VariantPlan:
     device: str = "cpu"
     seed: int = 0
     trust_remote_code: bool = False
+    attention: str = AUTO
 
     def __post_init__(self) -> None:
         as_dtype(self.dtype)

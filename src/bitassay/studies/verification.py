@@ -11,14 +11,14 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from bitassay.data.corpora import bundled_prompts
-from bitassay.errors import BitassayError
+from bitassay.errors import BitassayError, at_least
 from bitassay.generate.decode import TokenIds
 from bitassay.generate.prompts import encode_prompt
 from bitassay.models.load import identity
 from bitassay.quantize.model import Quantization, with_tensors
 from bitassay.quantize.recipe import BASE
 from bitassay.record.progress import Progress, silent
-from bitassay.verify.calibrate import calibrate
+from bitassay.verify.calibrate import calibrate, check_plan
 from bitassay.verify.pooled import pooled_verdict
 from bitassay.verify.profile import Profile
 from bitassay.verify.prove import prove_many
@@ -38,6 +38,17 @@ class Verification:
     calibration_prompts: int = 220
     new_tokens: int = 24
     alpha: float = 0.01
+
+    def __post_init__(self) -> None:
+        """Raises BitassayError for numbers that no verdict can come of."""
+        at_least(1, prompts=self.prompts)
+        check_plan(self.calibration_prompts, self.alpha, self.new_tokens)
+        wanted, there = self.prompts + self.calibration_prompts, len(bundled_prompts())
+        if wanted > there:
+            raise BitassayError(
+                f"{wanted} prompts were asked for, the package has {there}",
+                "fewer --prompts or --calibration-prompts",
+            )
 
 
 def honest_profile(

@@ -22,9 +22,9 @@ from transformers import AutoTokenizer
 
 from bitassay.data.corpora import corpus
 from bitassay.errors import BitassayError, suggestion
-from bitassay.models.load import Identity
+from bitassay.models.load import AUTO, Identity
 from bitassay.models.source import resolve
-from bitassay.models.windows import check_room
+from bitassay.quantize.fits import check_fit
 from bitassay.quantize.recipe import find_recipe
 from bitassay.record.hashing import digest_file, digest_json
 from bitassay.record.processes import helper_variables
@@ -66,6 +66,7 @@ class Plan:
     gpus: tuple[int, ...] = ()
     batch: int = 1
     trust_remote_code: bool = False
+    attention: str = AUTO
     left_out: tuple[LeftOut, ...] = ()
 
     def party(self, side: str, machine: Machine) -> Party:
@@ -163,12 +164,19 @@ class Work:
         self.plan, self.out, self.progress = plan, out, progress
         self._children: list[Popen[str]] = []
         self._stopped = False
+        check_fit(
+            plan.model,
+            tokens=plan.prompt_tokens + plan.tokens - 1,
+            trust_remote_code=plan.trust_remote_code,
+            progress=progress,
+        )
         source = resolve(plan.model, progress)
         self.name = Path(source.name).name
-        check_room(source.folder, plan.prompt_tokens, plan.tokens, trust_remote_code=plan.trust_remote_code)
         described = {
             "schema": SCHEMA,
             "weights_digest": Identity(source).weights_digest,
+            "config_digest": Identity(source, own_code=plan.trust_remote_code).config_digest,
+            "attention": plan.attention,
             "tokens": plan.tokens,
             "prompt_tokens": plan.prompt_tokens,
             "corpus": CORPUS,
@@ -284,6 +292,7 @@ class Work:
             tuple(items),
             plan.batch,
             trust_remote_code=plan.trust_remote_code,
+            attention=plan.attention,
         )
         if self._stopped:
             return

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 
 from bitassay.bench.environment import environment
 from bitassay.errors import BitassayError
+from bitassay.models.load import AUTO
 from bitassay.record.files import atomic_file, read_json, write_json
 from bitassay.record.processes import end_with_parent
 from bitassay.studies.parties import Machine, Party
@@ -66,6 +67,7 @@ class Job:
     items: tuple[Item, ...]
     batch: int = 1
     trust_remote_code: bool = False
+    attention: str = AUTO
 
 
 class Spent(BaseModel):
@@ -128,7 +130,7 @@ def run_job(job: Job) -> None:
     if not items:
         return
     party = Party(job.precision, Machine(job.machine), job.dtype)
-    model = party.load(job.model, trust_remote_code=job.trust_remote_code)
+    model = party.load(job.model, attention=job.attention, trust_remote_code=job.trust_remote_code)
     (_prove if job.role == "prove" else _verify)(job, model, items)
 
 
@@ -154,7 +156,7 @@ def _prove(job: Job, model: PreTrainedModel, items: Sequence[Item]) -> None:
         for item, trace in zip(batch, traces, strict=True):
             write_trace(item.trace, trace)
             spent = {"seconds": seconds / len(batch), "output_tokens": trace.n_tokens, "batch": len(batch)}
-            write_json(timing_file(item.trace), {**spent, "environment": environment()})
+            write_json(timing_file(item.trace), {**spent, "environment": environment(model.device)})
 
 
 def _verify(job: Job, model: PreTrainedModel, items: Sequence[Item]) -> None:

@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from bitassay.errors import BitassayError, nearest
+from bitassay.errors import BitassayError, suggestion
 from bitassay.models.load import Identity
 from bitassay.models.source import Source, resolve
 
@@ -132,9 +132,7 @@ def tiny_config(model_type: str, **changes: Any) -> PretrainedConfig:
     Raises BitassayError for a `model_type` that transformers does not list.
     """
     if model_type not in CONFIG_MAPPING:
-        raise BitassayError(
-            f"unknown architecture {model_type!r}; the nearest are {nearest(model_type, architectures())}"
-        )
+        raise BitassayError(f"unknown architecture {model_type!r}; {suggestion(model_type, architectures())}")
     config = _tiny(CONFIG_MAPPING[model_type], changes)
     if "is_decoder" in config.to_dict() and "is_decoder" not in changes:
         config.is_decoder = True

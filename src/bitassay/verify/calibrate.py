@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from bitassay.errors import BitassayError, suggestion
+from bitassay.errors import BitassayError, at_least, suggestion
 from bitassay.evaluate.statistics import clopper_pearson_interval
 from bitassay.generate.decode import TokenIds
 from bitassay.generate.prompts import encode_prompt
@@ -74,14 +74,13 @@ def calibrate(
     `alpha` or of a suspect; it says how many are needed.
     """
     claim = ModelClaim.of(identity(verifier_model))
-    if ModelClaim.of(identity(prover_model)).model_dump(exclude={"name"}) != claim.model_dump(
-        exclude={"name"}
-    ):
+    if not ModelClaim.of(identity(prover_model)).is_same_model(claim):
         raise BitassayError(
             "prover and verifier are not the same model",
-            "calibrate with honest runs: the same weights and recipe on both sides",
+            "calibrate with honest runs: the same weights, configuration and recipe on both sides",
         )
-    check_enough(len(prompts), alpha)
+    check_plan(len(prompts), alpha, max_new_tokens, min_positions)
+    at_least(1, batch=batch_size, expires_days=expires_days)
     attacks = chosen_attacks(suspects, sampler, min(suspect_runs, len(prompts)))
     shuffled = [prompts[index] for index in np.random.default_rng(seed).permutation(len(prompts))]
     options: dict[str, Any] = {
@@ -305,6 +304,18 @@ def suspects_library(
         {name: at_lengths(runs) for name, runs in unseen.items()},
         alpha,
     )
+
+
+def check_plan(runs: int, alpha: float, max_new_tokens: int, min_positions: int = MIN_POSITIONS) -> None:
+    """Refuse what no profile can come of, whatever the model: too few runs for `alpha`, or too short ones.
+    The last token of a run has no position of its own."""
+    check_enough(runs, alpha)
+    if max_new_tokens <= min_positions:
+        raise BitassayError(
+            f"runs of {max_new_tokens} tokens have {max(max_new_tokens - 1, 0)} generated positions, "
+            f"and a profile needs {min_positions}",
+            f"ask for {min_positions + 1} tokens or more",
+        )
 
 
 def check_enough(runs: int, alpha: float, of_which: str = "") -> None:

@@ -122,7 +122,7 @@ def update_ledger(path: Path, new: Sequence[Scored], profile: Profile, host: str
     """
     binding = Binding(profile=profile.digest, host=host)
     with _locked(Path(path)) as handle:
-        whole, lines = _read(handle, binding, Path(path))
+        whole, lines = _read(handle, Path(path), binding.profile, host)
         every = extended(lines, new, profile)
         added = [*([binding] if not whole else []), *every[len(lines) :]]
         text = "".join(canonical_json(one.model_dump(mode="json")) + "\n" for one in added)
@@ -136,14 +136,21 @@ def update_ledger(path: Path, new: Sequence[Scored], profile: Profile, host: str
     return every
 
 
+def check_ledger(path: Path, profile: Profile | None, host: str | None = None) -> None:
+    """Raises as `update_ledger` would for the file that is there; of another profile, where one is given."""
+    if path.exists():
+        with _locked(path) as handle:
+            _read(handle, path, profile and profile.digest, host)
+
+
 def _append(handle: int, data: bytes) -> None:
     while data:
         data = data[os.write(handle, data) :]
     os.fsync(handle)
 
 
-def _read(handle: int, binding: Binding, path: Path) -> tuple[int, list[Line]]:
-    """Bytes of whole lines, and the requests in them."""
+def _read(handle: int, path: Path, profile: str | None, host: str | None) -> tuple[int, list[Line]]:
+    """Bytes of whole lines, and the requests in them, in a ledger of that profile (None: any) and host."""
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         raise BitassayError(f"{path}: not a regular file", "begin a new --ledger FILE")
     size = os.fstat(handle).st_size
@@ -154,17 +161,18 @@ def _read(handle: int, binding: Binding, path: Path) -> tuple[int, list[Line]]:
         data = stream.read(size)
     *texts, torn = data.split(b"\n")
     if not texts:
-        if torn and not canonical_json(binding.model_dump(mode="json")).encode().startswith(torn):
+        started = Binding(profile=profile or "0" * 64, host=host).model_dump(mode="json")
+        if torn and profile and not canonical_json(started).encode().startswith(torn):
             raise BitassayError(f"{path}: not a ledger", "begin a new --ledger FILE")
         return 0, []
     bound = _parsed(Binding, texts[0], f"{path}, line 1")
     lines = [_parsed(Line, text, f"{path}, line {place}") for place, text in enumerate(texts[1:], 2)]
-    if bound.profile != binding.profile:
+    if profile not in (None, bound.profile):
         raise BitassayError(
-            f"{path}: a ledger of another profile ({bound.profile[:12]}, not {binding.profile[:12]})",
+            f"{path}: a ledger of another profile ({bound.profile[:12]}, not {profile[:12]})",
             "give --profile the one it was begun with, or begin a new --ledger FILE",
         )
-    if bound.host != binding.host:
+    if bound.host != host:
         raise BitassayError(
             f"{path}: a ledger of another host ({bound.host or 'unsigned'})",
             "keep one --ledger FILE for each host",

@@ -10,16 +10,19 @@ import transformers
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedModel
 
+from bitassay.models.load import attention_of
+
 STATE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class Numerics(BaseModel):
-    """device is its type (cpu, cuda, mps); threads and cpu_capability are those of PyTorch."""
+    """kv_dtype: of cached keys and values, or how they are packed, such as int4/g32/asymmetric/bfloat16.
+    device is its type (cpu, cuda, mps); threads and cpu_capability are those of PyTorch."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     dtype: str = Field(max_length=16)
-    kv_dtype: str = Field(max_length=16)
+    kv_dtype: str = Field(max_length=64)
     attention: str = Field(max_length=64)
     device: str = Field(max_length=16)
     threads: int = Field(ge=1, le=2**16)
@@ -34,11 +37,11 @@ class Numerics(BaseModel):
 
 def numerics(model: PreTrainedModel) -> Numerics:
     """The fingerprint of `model` where and as it would run now."""
-    dtype = str(model.dtype).removeprefix("torch.")
+    dtype, cache = str(model.dtype).removeprefix("torch."), getattr(model, "kv_cache", None)
     return Numerics(
         dtype=dtype,
-        kv_dtype=dtype,  # generation here keeps the cache in the model's dtype
-        attention=str(model.config._attn_implementation),
+        kv_dtype=dtype if cache is None else cache.label,
+        attention=attention_of(model),
         device=model.device.type,
         threads=torch.get_num_threads(),
         cpu_capability=torch.backends.cpu.get_cpu_capability(),

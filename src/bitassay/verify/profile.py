@@ -269,7 +269,10 @@ def read_profile(path: Path) -> Profile:
 def find_profile(
     model: ModelClaim, prover: Numerics, verifier: Numerics, sampling: Sampling
 ) -> Profile | None:
-    """The profile in the cache folder for this model, these numerics and this way of sampling; None where
-    there is none."""
-    path = profile_path(profile_key(model, prover, verifier, sampling))
-    return read_profile(path) if path.is_file() else None
+    """The profile in the cache folder for this model, these numerics and this way of sampling, else one from
+    before profiles knew the configuration; None where there is none."""
+    for claim in (model, model.model_copy(update={"config_digest": None})):
+        path = profile_path(profile_key(claim, prover, verifier, sampling))
+        if path.is_file():
+            return read_profile(path)
+    return None

@@ -14,7 +14,7 @@ from bitassay.generate.taps import tap_layers
 from bitassay.models.load import Identity, identity
 from bitassay.record.progress import Progress, silent
 from bitassay.verify.numerics import STATE_DTYPES, numerics
-from bitassay.verify.trace import Header, ModelClaim, Sampling, Trace
+from bitassay.verify.trace import Header, ModelClaim, Sampling, Trace, check_nonce
 
 BATCH = 16
 
@@ -61,6 +61,8 @@ def prove_many(
         raise BitassayError(
             f"{len(nonces)} nonces for {len(prompts)} prompts", "give one for each prompt, or none"
         )
+    for nonce in nonces:
+        check_nonce(nonce)
     claimed, ids = (
         ModelClaim.of(claim or identity(model)),
         [encode_prompt(model, prompt) for prompt in prompts],

@@ -37,7 +37,7 @@ from bitassay.verify.trace import Header, Sampling, Trace, check_consistent, val
 RECEIPT_BYTES = 2**22
 COMMITMENT, SIGNED = b"bitassay commitment 1\0", b"bitassay receipt 1\0"
 _VERSION = "bitassay receipt 1"
-_DIGESTS = ("weights_digest", "tokenizer_digest", "recipe_id")
+_DIGESTS = ("weights_digest", "tokenizer_digest", "recipe_id", "config_digest")  # the last may be missing
 _CLAIMS = ("version", "model", "numerics", "sampling", "nonce", "layers", "prompt", "ids")
 _FIELDS = (*_CLAIMS, "root", "key", "signature")
 
@@ -107,7 +107,8 @@ def encode(receipt: Receipt) -> bytes:
     """One line of JSON: a list of the fields' values, without their names, which would be a sixth of it."""
     header = receipt.header
     ids = np.array([*header.prompt_ids, *header.output_ids], "<u4")
-    digests = (getattr(header.model, name) for name in _DIGESTS)
+    names = _DIGESTS if header.model.config_digest else _DIGESTS[:-1]
+    digests = (getattr(header.model, name) for name in names)
     content = {
         "version": _VERSION,
         "model": [header.model.name, *(_text(bytes.fromhex(one)) if one else None for one in digests)],
@@ -130,13 +131,15 @@ def decode(data: bytes, where: Path) -> Receipt:
     if not isinstance(values, list) or len(values) != len(_FIELDS) or values[0] != _VERSION:
         raise TraceError("not-a-receipt", f"{where}: not a {_VERSION!r}")
     content: dict[str, Any] = dict(zip(_FIELDS, values, strict=True))
-    model, prompt = _listed(content, "model", 1 + len(_DIGESTS), where), content["prompt"]
+    model, prompt = content["model"], content["prompt"]
+    if not isinstance(model, list) or len(model) - 1 not in (len(_DIGESTS), len(_DIGESTS) - 1):
+        raise TraceError("header-field", f"{where}: model is not a list of a name and its digests")
     ids = np.frombuffer(_binary(content, "ids", None, where), "<u4").tolist()
     if type(prompt) is not int or not 0 < prompt < len(ids):
         raise TraceError("header-field", f"{where}: no prompt and output of {len(ids)} token ids")
     digests = {
         name: None if value is None else _binary({name: value}, name, 32, where).hex()
-        for name, value in zip(_DIGESTS, model[1:], strict=True)
+        for name, value in zip(_DIGESTS, model[1:], strict=False)
     }
     header = validate_header(
         {

@@ -8,12 +8,14 @@ compared; with *claim* defects they can, and are, so that a verdict says how far
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+import transformers
 from transformers import PreTrainedModel
 
 from bitassay.generate.decode import TokenIds, end_tokens, vocabulary_size
 from bitassay.generate.prompts import encode_prompt
 from bitassay.generate.sampling import Sampler
 from bitassay.generate.taps import tap_layers
+from bitassay.models.config import text_config
 from bitassay.models.load import identity
 from bitassay.models.positions import context_length
 from bitassay.verify.numerics import STATE_DTYPES
@@ -45,7 +47,7 @@ def shape_defects(trace: Trace, model: PreTrainedModel) -> list[Reason]:
     except TraceError as error:
         return [Reason(error.code, error.problem)]
     found = header_defects(trace.header, model)
-    hidden = model.config.get_text_config().hidden_size
+    hidden = text_config(model).hidden_size
     wrong = [f"{layer} has {len(rows[0])}" for layer, rows in trace.states.items() if rows.shape[1] != hidden]
     if wrong:
         found.append(
@@ -104,11 +106,24 @@ def claim_defects(
         )
     if header.model.tokenizer_digest != own.tokenizer_digest:
         found.append(Reason("other-tokenizer", "the prover claims another tokenizer than the verifier has"))
+    if header.model.config_digest not in (None, own.config_digest):
+        found.append(Reason("other-configuration", _other_configuration(header, own)))
     if header.numerics.dtype not in allowed_dtypes:
         found.append(
             Reason("dtype-not-allowed", f"{header.numerics.dtype}; allowed are {', '.join(allowed_dtypes)}")
         )
     return found + request_defects(trace, model, request) + _length_defects(trace, model)
+
+
+def _other_configuration(header: Header, own: ModelClaim) -> str:
+    digests = [(claim.config_digest or "")[:12] for claim in (header.model, own)]
+    sentence = (
+        f"the prover claims configuration {digests[0]}, the verifier has {digests[1]}: config.json, "
+        "generation_config.json, the chat template or tokenizer_config.json differ"
+    )
+    if header.numerics.transformers != transformers.__version__:
+        sentence += f" (or transformers {header.numerics.transformers} reads them otherwise than yours)"
+    return sentence
 
 
 def request_defects(trace: Trace, model: PreTrainedModel, request: Request) -> list[Reason]:

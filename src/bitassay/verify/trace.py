@@ -11,18 +11,27 @@ it fits the verifier's model is for `structure.py` to say.
 
 import math
 import os
+import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import safetensors.torch
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 from safetensors import SafetensorError
 from torch import Tensor
 
+from bitassay.errors import BitassayError
 from bitassay.generate.sampling import Sampler
 from bitassay.models.load import Identity
 from bitassay.record.files import atomic_file, explain_os_error
@@ -53,12 +62,14 @@ class _Part(BaseModel):
 
 
 class ModelClaim(_Part):
-    """Which model the prover says it ran."""
+    """Which model the prover says it ran. config_digest: of what the files beside the weights say
+    (`models/config.py`); None in what was written before there was one, where it is left out."""
 
     name: str = Field(max_length=512)
     weights_digest: Digest
     tokenizer_digest: Digest
     recipe_id: Digest | None
+    config_digest: Digest | None = None
 
     @classmethod
     def of(cls, identity: Identity) -> "ModelClaim":
@@ -67,7 +78,23 @@ class ModelClaim(_Part):
             weights_digest=identity.weights_digest,
             tokenizer_digest=identity.tokenizer_digest,
             recipe_id=identity.recipe_id,
+            config_digest=identity.config_digest,
         )
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, usual: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        """Without a configuration where there is none: what was signed without one keeps its digest."""
+        written = usual(self)
+        if self.config_digest is None:
+            written.pop("config_digest", None)
+        return written
+
+    def is_same_model(self, other: "ModelClaim") -> bool:
+        """Whether both name one model, whatever they call it. A configuration counts where both have one."""
+        exclude = {"name"}
+        if None in (self.config_digest, other.config_digest):
+            exclude.add("config_digest")
+        return self.model_dump(exclude=exclude) == other.model_dump(exclude=exclude)
 
 
 class Sampling(_Part):
@@ -99,6 +126,18 @@ class Sampling(_Part):
         return Sampler(self.temperature, self.top_p, self.seed)
 
 
+NONCE = r"^[A-Za-z0-9._:-]*$"
+
+
+def check_nonce(nonce: str) -> None:
+    """Raises BitassayError for a nonce that no trace can hold."""
+    if len(nonce) > 128 or not re.fullmatch(NONCE, nonce):
+        raise BitassayError(
+            f"the nonce {nonce!r:.60} is not one that a trace can hold",
+            "nonces have up to 128 of A-Z a-z 0-9 . _ : -",
+        )
+
+
 class Header(_Part):
     """Everything in a trace but the states. `positions` are those of prompt and output but for the last
     token, from 0."""
@@ -107,7 +146,7 @@ class Header(_Part):
     model: ModelClaim
     numerics: Numerics
     sampling: Sampling
-    nonce: str = Field(max_length=128, pattern=r"^[A-Za-z0-9._:-]*$")
+    nonce: str = Field(max_length=128, pattern=NONCE)
     prompt_ids: tuple[_Index, ...] = Field(min_length=1, max_length=TOKENS, strict=False)
     output_ids: tuple[_Index, ...] = Field(min_length=1, max_length=TOKENS, strict=False)
     layers: tuple[_Index, ...] = Field(min_length=1, max_length=LAYERS, strict=False)

@@ -227,7 +227,7 @@ def decide(
     if p_value <= alpha:
         reasons += _too_far(score, profile, alpha, limit)
     status = "FAIL" if reasons else "PASS"
-    reasons = reasons or [Reason("as-honest", "states and tokens are those of an honest run")]
+    reasons = reasons or [Reason("as-honest", _as_honest(trace.header))]
     return Verdict(
         status,
         tuple(reasons),
@@ -267,11 +267,11 @@ def profile_doubts(
         sentence = f"no calibration profile for {own.name} with {pair}; run bitassay calibrate"
         return [Reason("no-profile", sentence)]
     found = []
-    if profile.model.model_dump(exclude={"name"}) != own.model_dump(exclude={"name"}):
+    if not profile.model.is_same_model(own):
         found.append(
             Reason("profile-other-model", f"the profile is of {profile.model.name}, another model or recipe")
         )
-    elif profile.key != profile_key(own, header.numerics, here, header.sampling):
+    elif profile.key != profile_key(profile.model, header.numerics, here, header.sampling):
         pairs = (("prover", profile.prover, header.numerics), ("verifier", profile.verifier, here))
         differ = [f"{side} {theirs} instead of {ours}" for side, ours, theirs in pairs if ours != theirs]
         found.append(
@@ -306,6 +306,13 @@ def profile_doubts(
             )
         )
     return found
+
+
+def _as_honest(header: Header) -> str:
+    sentence = "states and tokens are those of an honest run"
+    if header.model.config_digest is None:
+        sentence += "; the trace does not say with which configuration, as older ones do not"
+    return sentence
 
 
 def _refused_cells(evidence: Evidence) -> list[Reason]:

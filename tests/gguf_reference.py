@@ -1,6 +1,6 @@
 """What llama.cpp makes of tricky strings, for every way to split text that it knows by name.
 
-`python tests/models/gguf_reference.py` writes `gguf_reference.json` anew; it needs llama-cpp-python, which
+`python tests/gguf_reference.py` writes `gguf_reference.json` anew; it needs llama-cpp-python, which
 the tests do not. The vocabulary is made so that every split shows: its merges were learned from the strings
 themselves, unsplit, so whatever is not split apart is joined.
 """

@@ -1,0 +1,241 @@
+"""A model's configuration: read, its text part, and the digests of all in it that changes what is computed.
+
+Weights alone do not say what a model computes: the rotary base, the norm's epsilon, which layers slide, when
+a text ends and how a chat is written down stand in JSON files beside them. `configuration_digests` names
+each of these. Files that say the same in other words give the same digest:
+
+    model       config.json as transformers understands it (`rope_theta` or `rope_parameters`), reduced to the
+                fewest settings that give this configuration, so that defaults written out, values that
+                follow from others, and fields that a later version adds do not matter; without names, dtypes,
+                what only training reads, and ids of special tokens
+    generation  generation_config.json, or what config.json has of it: the end tokens and all that is not
+                neutral; without caches and output options
+    chat        the chat template or templates, wherever they are stored
+    tokenizer   tokenizer_config.json without names, limits, padding and what tokenizer.json holds too
+    code        the Python files of a model that runs its own code
+
+Numbers are compared as float32, which is what they are computed in: a GGUF file says 9.99999975e-06 for
+1e-05.
+"""
+
+import copy
+import math
+import re
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from bitassay.errors import BitassayError, suggestion
+from bitassay.models.causal import check_causal
+from bitassay.models.weights import read_config_file
+from bitassay.record.files import read_json
+from bitassay.record.hashing import digest_file, digest_json
+
+# Of config.json: bookkeeping, what only training reads, how a result is returned, and special tokens, which
+# are in the parts `generation` and `tokenizer`.
+_UNUSED = re.compile(
+    r"_?name_or_path|_commit_hash|architectures|auto_map|transformers_(version|weights)|(torch_)?dtype|use_cache"
+    r"|(.*_)?initializer_(range|factor)|(.*_)?(dropout|pdrop)(_prob)?|router_aux_loss_coef|chunk_size_feed_forward"
+    r"|_?output_(attentions|hidden_states|router_logits)|return_dict|_?(attn|experts)_implementation.*"
+    r"|id2label|label2id|num_labels|problem_type|finetuning_task|task_specific_params|torchscript"
+    r"|(bos|eos|pad|sep|decoder_start)_token_id|tokenizer_class"
+)
+_GENERATION_UNUSED = re.compile(
+    r"_.*|transformers_version|(bos|pad)_token_id|use_cache|cache_.*|output_.*|return_dict.*|.*compile.*|max_length"
+)
+_TOKENIZER_UNUSED = re.compile(
+    r"_.*|name_or_path|tokenizer_file|vocab_file|merges_file|special_tokens_map_file|transformers_version"
+    r"|processor_class|auto_map|backend|is_local|.*local_files_only|chat_template|model_max_length|max_length|max_len"
+    r"|(padding|truncation)_(side|strategy)|pad_to_multiple_of|stride|model_input_names|added_tokens_decoder"
+    r"|.*special_tokens|clean_up_tokenization_spaces|verbose|device_map"
+)
+_TEMPLATE_FILE, _TEMPLATE_FOLDER = "chat_template.jinja", "additional_chat_templates"
+
+
+def read_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The configuration of a causal LM. Raises BitassayError where transformers does not know the kind of
+    model, where it is none that continues a text, and where a value makes no sense."""
+    path = folder / "config.json"
+    said = read_config_file(folder)
+    kind, own_code = said.get("model_type"), "auto_map" in said
+    if (not isinstance(kind, str) or kind not in CONFIG_MAPPING) and not (own_code and trust_remote_code):
+        if own_code:
+            remedy = "--trust-remote-code, where you trust the code that comes with it"
+        elif isinstance(kind, str):
+            remedy = f"a newer transformers; of what it knows {suggestion(kind, CONFIG_MAPPING)}"
+        else:
+            remedy = "download or save the model again"
+        version = f"transformers {transformers.__version__}"
+        raise BitassayError(f"{path}: model_type is {kind!r:.80}, which {version} does not know", remedy)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a defect of config.json shows as whatever it happens to trip over
+        raise BitassayError(f"{path}: transformers cannot load it ({error})") from error
+    check_causal(config, path)
+    return config
+
+
+def text_config(model: PreTrainedModel | PretrainedConfig) -> PretrainedConfig:
+    """The part of a configuration that is the language model's: of a multimodal wrapper its text model's, of
+    other models all of it."""
+    config = model if isinstance(model, PretrainedConfig) else model.config
+    return config.get_text_config(decoder=True)
+
+
+def untie(model: PreTrainedModel) -> None:
+    """Say in the configuration that the output head is no longer the embedding."""
+    for config in (model.config, text_config(model)):
+        config.tie_word_embeddings = False
+
+
+def configuration_digests(folder: Path, *, own_code: bool = False) -> dict[str, str]:
+    """A digest for each part of what the files beside the weights say; see the top of this file."""
+    config = read_config(folder, trust_remote_code=own_code)
+    with _without_log():
+        parts = {
+            "model": _fewest_settings(config),
+            "generation": _generation(folder, config),
+            "chat": chat_templates(folder),
+            "tokenizer": _tokenizer_settings(folder),
+        }
+    if own_code:
+        files = {str(path.relative_to(folder)): digest_file(path) for path in folder.rglob("*.py")}
+        parts["code"] = {"auto_map": getattr(config, "auto_map", None), "files": files}
+    return {name: digest_json(_canonical(part)) for name, part in parts.items()}
+
+
+def chat_templates(folder: Path) -> dict[str, str]:
+    """The chat templates by name, from wherever a version of transformers puts them: files win over
+    tokenizer_config.json."""
+    found = {path.stem: path.read_text("utf-8") for path in (folder / _TEMPLATE_FOLDER).glob("*.jinja")}
+    if (folder / _TEMPLATE_FILE).is_file():
+        found["default"] = (folder / _TEMPLATE_FILE).read_text("utf-8")
+    if found:
+        return found
+    said = _object(folder / "tokenizer_config.json").get("chat_template")
+    if isinstance(said, list):
+        return {str(one["name"]): str(one["template"]) for one in said}
+    return {} if said is None else {"default": str(said)}
+
+
+def _fewest_settings(config: PretrainedConfig) -> dict[str, Any]:
+    """The settings of `config` without those that its class would fill in by itself. Names are tried in
+    alphabetical order, so that equal configurations lose the same ones."""
+    settings = {"model_type": config.model_type, **_used(config.to_dict())}
+
+    def effect() -> Any:
+        return _canonical(_used(type(config).from_dict(copy.deepcopy(settings)).to_dict()))
+
+    whole = _attempt(effect)
+    if whole is None:  # a class that cannot read what it writes: nothing can be left out
+        return settings
+    for holder, key in list(_leaves(settings)):
+        value = holder.pop(key)
+        if _attempt(effect) != whole:
+            holder[key] = value
+    return _without_empty(settings)
+
+
+def _attempt(make: Callable[[], Any]) -> Any:
+    """What `make` gives; None where the configuration's class refuses the settings."""
+    try:
+        return make()
+    except Exception:
+        return None
+
+
+def _leaves(settings: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
+    for key in sorted(settings, key=str):
+        if isinstance(settings[key], dict):
+            yield from _leaves(settings[key])
+        elif key != "model_type":
+            yield settings, key
+
+
+def _used(settings: dict[str, Any]) -> dict[str, Any]:
+    """Without what changes nothing that is computed, at any depth."""
+    return {
+        key: _used(value) if isinstance(value, dict) else value
+        for key, value in settings.items()
+        if not _UNUSED.fullmatch(str(key))
+    }
+
+
+def _without_empty(settings: dict[str, Any]) -> dict[str, Any]:
+    smaller = {k: _without_empty(v) if isinstance(v, dict) else v for k, v in settings.items()}
+    return {key: value for key, value in smaller.items() if value != {}}
+
+
+def _generation(folder: Path, config: PretrainedConfig) -> dict[str, Any]:
+    """As transformers loads it, and with the end tokens where `end_tokens` looks for them."""
+    own = (folder / "generation_config.json").is_file()
+    name = "generation_config.json" if own else "config.json"
+    try:
+        loaded = GenerationConfig.from_pretrained(folder, config_file_name=name, _from_model_config=not own)
+    except Exception as error:
+        raise BitassayError(f"{folder / name}: transformers cannot load it ({error})") from error
+    neutral = GenerationConfig._get_default_generation_params()
+    found = {
+        key: value
+        for key, value in loaded.to_dict().items()
+        if not _GENERATION_UNUSED.fullmatch(key) and value is not None and value != neutral.get(key)
+    }
+    ends = found.pop("eos_token_id", None)
+    ends = getattr(text_config(config), "eos_token_id", None) if ends is None else ends
+    return found | {"eos_token_id": sorted({ends} if isinstance(ends, int) else set(ends or ()))}
+
+
+def _tokenizer_settings(folder: Path) -> dict[str, Any]:
+    said = {
+        key: value["content"] if isinstance(value, dict) and "content" in value else value
+        for key, value in _object(folder / "tokenizer_config.json").items()
+        if not _TOKENIZER_UNUSED.fullmatch(key) and value is not None
+    }
+    if isinstance(kind := said.get("tokenizer_class"), str):
+        said["tokenizer_class"] = kind.removesuffix("Fast")
+    return said
+
+
+def _object(path: Path) -> dict[str, Any]:
+    content = read_json(path) if path.is_file() else {}
+    if not isinstance(content, dict):
+        raise BitassayError(f"{path}: not an object", "download or save the model again")
+    return content
+
+
+def _canonical(value: Any) -> Any:
+    """`value` with text keys, and with numbers as float32 has them."""
+    if isinstance(value, dict):
+        return {str(key): _canonical(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_canonical(item) for item in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(str, value))
+    if isinstance(value, float):
+        return _as_float32(value)
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
+
+
+def _as_float32(value: float) -> int | float | str:
+    if not math.isfinite(value):
+        return str(value)
+    if value.is_integer():
+        return int(value)
+    return struct.unpack("f", struct.pack("f", value))[0] if abs(value) < 3e38 else value
+
+
+@contextmanager
+def _without_log() -> Iterator[None]:
+    """transformers warns of settings that are tried out here."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(before)

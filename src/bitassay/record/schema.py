@@ -1,0 +1,59 @@
+"""What is wrong with a file of fields, in words for its author: the sentences that pydantic has are for
+programmers."""
+
+from collections.abc import Iterable
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from bitassay.errors import suggestion
+
+MOST = 5  # defects that are named
+
+
+def defects(error: ValidationError, kind: type[BaseModel]) -> str:
+    """The defects that validating something as `kind` found, each with its place; of a field that there is
+    not, the nearest that there are."""
+    found = list(dict.fromkeys(_defect(dict(one), kind) for one in error.errors(include_url=False)))
+    more = f"; and {len(found) - MOST} more" if len(found) > MOST else ""
+    return "; ".join(found[:MOST]) + more
+
+
+def _defect(one: dict[str, Any], kind: type[BaseModel]) -> str:
+    place = [str(part) for part in one["loc"]]
+    if one["type"] == "extra_forbidden":
+        within = ".".join(place[:-1])
+        known = {name for model in _models_at(kind, one["loc"][:-1]) for name in model.model_fields}
+        said = suggestion(place[-1], known) if known else ""
+        return f"{within + ': ' if within else ''}there is no field {place[-1]!r}" + (
+            f"; {said}" if said else ""
+        )
+    if one["type"] == "missing":
+        return f"{'.'.join(place)} is missing"
+    message = one["msg"].removeprefix("Value error, ")
+    value = one.get("input")
+    told = isinstance(value, (str, int, float, bool)) and repr(value) not in message
+    shown = f" (it is {value!r:.60})" if told else ""
+    return f"{'.'.join(place)}: {message[:1].lower()}{message[1:]}{shown}" if place else message
+
+
+def _models_at(kind: type[BaseModel], place: Iterable[str | int]) -> list[type[BaseModel]]:
+    """The models that may stand at a place of `kind`. Names of union members, which pydantic puts into a
+    place, are passed over."""
+    here: list[type[BaseModel]] = [kind]
+    for part in place:
+        fields = [model.model_fields[part] for model in here if part in model.model_fields]
+        if fields:
+            here = [model for field in fields for model in _models_in(field.annotation)]
+        elif named := [model for model in here if model.__name__ == part]:
+            here = named
+    return here
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if get_origin(annotation) in (Union, UnionType, Annotated, tuple, list, dict):
+        return [model for inner in get_args(annotation) for model in _models_in(inner)]
+    return []
