@@ -12,8 +12,8 @@ from transformers.models.auto.modeling_auto import (
 from bitassay.errors import BitassayError
 from bitassay.models.transposed import as_linears
 
-# What comes after a token changes what these say about it: CPM-Ant and XLNet see all of a text, XLM does
-# unless its configuration says otherwise, ProphetNet's buckets of distances depend on the text's length.
+# What comes after a token changes what these say about it: CPM-Ant and XLNet see all of a text, XLM too,
+# unless its configuration says otherwise, and the buckets of distances of ProphetNet depend on the length.
 NOT_CAUSAL = ("cpmant", "prophetnet", "xlm", "xlnet")
 REMEDY = "a decoder-only model, such as Llama, Qwen, Gemma, Mistral, GPT-2 or Mamba"
 

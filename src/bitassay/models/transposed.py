@@ -26,10 +26,14 @@ class TransposedLinear(nn.Linear):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[f"{prefix}weight"] = destination[f"{prefix}weight"].T
 
-    def _load_from_state_dict(self, state_dict, prefix, *options):
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
         key = f"{prefix}weight"
         stored = {**state_dict, key: state_dict[key].T} if key in state_dict else state_dict
-        super()._load_from_state_dict(stored, prefix, *options)
+        super()._load_from_state_dict(
+            stored, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
 
 def as_linears(model: nn.Module) -> None:

@@ -49,10 +49,10 @@ class Piece(NamedTuple):
 
     name: str
     place: int
-    count: int
+    of: int
 
     def rows(self, total: int) -> slice:
-        size = total // self.count
+        size = total // self.of
         return slice(self.place * size, (self.place + 1) * size)
 
 

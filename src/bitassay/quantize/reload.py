@@ -157,7 +157,7 @@ def expected_parts(
         rows, columns = shapes[name]
         how = exact_scales(stored) if name in pieces else stored
         for piece in pieces.get(name, [Piece(name, 0, 1)]):
-            parts = LAYOUTS[chosen].expected_tensors(how, (rows // piece.count, columns))
+            parts = LAYOUTS[chosen].expected_tensors(how, (rows // piece.of, columns))
             expected |= {f"{piece.name}.{part}": what for part, what in parts.items()}
     return expected
 
