@@ -157,14 +157,14 @@ def write_json(path: Path, value: Any) -> None:
 def check_folder(path: Path) -> None:
     """Refuse a folder that could not be made or written into."""
     if path.exists() and not path.is_dir():
-        raise BitassayError(f"{path}: a file, and a folder is to be written", "choose another path")
+        raise BitassayError(f"{path}: a file is where a folder should be", "choose another path")
     _check_writable(path, path)
 
 
 def check_place(path: Path) -> None:
     """Refuse a file that could not be written."""
     if path.is_dir():
-        raise BitassayError(f"{path}: a folder, and a file is to be written", "choose another path")
+        raise BitassayError(f"{path}: a folder is where a file should be", "choose another path")
     _check_writable(path, path.parent)
 
 
