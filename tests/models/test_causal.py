@@ -74,7 +74,8 @@ def test_every_other_type_that_transformers_lists_is_let_through():
 
 
 @pytest.mark.parametrize(
-    "verb", [["quantize", "--recipe", "w8", "--out", "OUT"], ["eval"], ["prove", "--prompt", "a", "--out", "OUT"]]
+    "verb",
+    [["quantize", "--recipe", "w8", "--out", "OUT"], ["eval"], ["prove", "--prompt", "a", "--out", "OUT"]],
 )
 def test_verbs(tmp_path, capfd, monkeypatch, verb):
     monkeypatch.chdir(tmp_path)
