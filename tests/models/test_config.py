@@ -171,6 +171,7 @@ def test_what_is_left_out_is_known_to_change_nothing():
 
 def test_own_code_is_part_of_the_configuration(folder):
     (folder / "modeling_own.py").write_text("x = 1\n")
+    assert configuration_digests(folder, own_code=True) == configuration_digests(folder)
     change(folder, auto_map={"AutoModelForCausalLM": "modeling_own.Own"})
     plain, own = configuration_digests(folder), configuration_digests(folder, own_code=True)
     assert "code" not in plain

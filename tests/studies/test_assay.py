@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from bitassay.cli import run as command
 from bitassay.data.windows import Protocol
 from bitassay.errors import BitassayError
 from bitassay.quantize.recipe import Recipe, find_recipe
@@ -35,13 +36,16 @@ def finished(tmp_path_factory):
 
 def test_rows_hold_what_was_promised(finished):
     run, folder = finished
-    quality = ["ppl", "ppl_delta", "ppl_delta_ci", "kl_mean", "top1_agreement"]
+    quality = ["ppl", "ppl_ci", "ppl_delta", "kl_mean", "top1_agreement"]
     speed = ["prefill_tok_s", "decode_tok_s", "hidden_distance", "verdict"]
     keys = ["recipe", "bits_per_weight", "size_bytes", *quality, *speed]
     assert [row["recipe"] for row in run["rows"]] == ["base", "w8", "w2"]
     for row in run["rows"]:
         assert all(row[key] is not None for key in keys)
     base, w8, w2 = run["rows"]
+    assert base["ppl_delta_ci"] is base["kl_ci"] is None  # the base against itself has no spread
+    assert all(row[key] is not None for row in (w8, w2) for key in ("ppl_delta_ci", "kl_ci", "top1_ci"))
+    assert run["protocol"]["intervals"].keys() == {"ppl_ci", "ppl_delta_ci", "kl_ci", "top1_ci"}
     assert base["verdict"] == "PASS"
     assert w2["verdict"] == "FAIL"
     assert base["kl_mean"] == 0 < w8["kl_mean"] < w2["kl_mean"]
@@ -234,12 +238,24 @@ def test_a_file_where_the_folder_should_be(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_too_few_honest_runs_cost_the_verdict_not_the_run(tmp_path):
-    few = SMALL | {
-        "bench_repeats": 0,
-        "verification": Verification(prompts=2, calibration_prompts=10, new_tokens=12),
-    }
-    run, _ = assay("stories260k", ["w8"], out=tmp_path / "run", **few)
+def test_too_few_honest_runs_are_refused_before_the_work():
+    with pytest.raises(BitassayError, match="10 honest runs are too few for alpha"):
+        Verification(prompts=2, calibration_prompts=10, new_tokens=12)
+    with pytest.raises(BitassayError, match="8 tokens have 7 generated positions"):
+        Verification(new_tokens=8)
+
+
+def test_runs_that_end_early_cost_the_verdict_not_the_run(tmp_path, monkeypatch, capsys):
+    """How long a model answers shows only when it does. The exit status says that a part is missing."""
+
+    def ended_early(*_, **__):
+        raise BitassayError("3 honest runs with 8 or more generated positions are too few")
+
+    monkeypatch.setattr("bitassay.studies.assay.honest_profile", ended_early)
+    words = ["assay", "stories260k", "--recipe", "w8", "--windows", "2", "--window", "32", "--no-bench"]
+    words += ["--prompts", "2", "--calibration-prompts", "38", "--alpha", "0.05", "--new-tokens", "12"]
+    assert command([*words, "--out", str(tmp_path / "run"), "--format", "json"]) == 1
+    run = json.loads(capsys.readouterr().out)
     assert [row["verdict"] for row in run["rows"]] == ["INCONCLUSIVE", "INCONCLUSIVE"]
     assert "too few" in run["verification"]["reason"]
     assert run["rows"][1]["kl_mean"] > 0

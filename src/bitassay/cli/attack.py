@@ -29,7 +29,8 @@ def attack(
     Args:
         model: A name from `bitassay models list`, a folder, a .gguf file or a hub id.
         attacks: Which attacks (default: all).
-        numerics: Which honest numerics are pooled (default: all that this machine has).
+        numerics: Which honest numerics are pooled (default: all). Those that this machine cannot compute
+            are left out by name.
         sequences: Requests that every honest host and every attacker answers.
         tokens: Tokens of an output.
         alpha: How often an honest run may be accused.

@@ -265,7 +265,9 @@ def _finished_folder(order: _Order) -> Row:
         raise BitassayError(
             f"{out}: holds something else than a model that `bitassay quantize` wrote", "give another --out"
         )
-    same_base = card.base.weights_digest == Identity(order.source).weights_digest
+    base = Identity(order.source, own_code=order.loading.trust_remote_code)
+    same_base = card.base.weights_digest == base.weights_digest
+    same_base = same_base and card.base.config_digest in (None, base.config_digest)
     if not same_base or (card.recipe_id, card.dtype) != (order.recipe.recipe_id, order.dtype):
         raise BitassayError(
             f"{out}: holds {card.base.name} quantized by {card.recipe_name} in {card.dtype}, "

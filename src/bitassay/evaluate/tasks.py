@@ -65,6 +65,7 @@ def loaded_candidate(model: PreTrainedModel, name: str) -> Candidate:
     about = {
         "model": who.name,
         "weights_digest": who.weights_digest,
+        "config_digest": who.config_digest,
         "recipe": None if done is None else done.recipe.model_dump(mode="json"),
         "dtype": str(model.dtype).removeprefix("torch."),
     }

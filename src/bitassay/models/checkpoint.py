@@ -28,12 +28,14 @@ class _Part(BaseModel):
 
 
 class Base(_Part):
-    """The model that the recipe was applied to, as its owner's machine knew it."""
+    """The model that the recipe was applied to, as its owner's machine knew it; older cards say nothing of
+    its configuration."""
 
     name: ShortText
     origin: ShortText
     weights_digest: Digest
     tokenizer_digest: Digest
+    config_digest: Digest | None = None
 
 
 class Card(_Part):

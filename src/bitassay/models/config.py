@@ -95,7 +95,8 @@ def untie(model: PreTrainedModel) -> None:
 
 
 def configuration_digests(folder: Path, *, own_code: bool = False) -> dict[str, str]:
-    """A digest for each part of what the files beside the weights say; see the top of this file."""
+    """A digest for each part of what the files beside the weights say; see the top of this file. own_code:
+    Python code that comes with the model is run, where there is some."""
     config = read_config(folder, trust_remote_code=own_code)
     with _without_log():
         parts = {
@@ -104,9 +105,10 @@ def configuration_digests(folder: Path, *, own_code: bool = False) -> dict[str, 
             "chat": chat_templates(folder),
             "tokenizer": _tokenizer_settings(folder),
         }
-    if own_code:
+    code = read_config_file(folder).get("auto_map")
+    if own_code and isinstance(code, dict) and "AutoModelForCausalLM" in code:
         files = {str(path.relative_to(folder)): digest_file(path) for path in folder.rglob("*.py")}
-        parts["code"] = {"auto_map": getattr(config, "auto_map", None), "files": files}
+        parts["code"] = {"auto_map": code, "files": files}
     return {name: digest_json(_canonical(part)) for name, part in parts.items()}
 
 

@@ -30,8 +30,8 @@ WINDOW, PATTERN, LOCAL_BASE = (
 )
 
 
-def read_model(reader: GGUFReader) -> PreTrainedModel:
-    """The model of a file, in fp32.
+def read_model(reader: GGUFReader, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model of a file, in `dtype`.
 
     Raises BitassayError for what is not known here.
     """
@@ -49,7 +49,7 @@ def read_model(reader: GGUFReader) -> PreTrainedModel:
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     weights = _weights(empty, family, fields["general.architecture"], tensors)
-    model = type(empty).from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32)
+    model = type(empty).from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
     model.generation_config = _generation(fields)
     return model.eval()
 

@@ -55,8 +55,8 @@ PACKAGES_OF_METHOD = {
 @dataclass(frozen=True)
 class Identity:
     """Which model this is. Digests are of the files that are loaded, as stored, whatever dtype the model was
-    loaded in; `recipe_id` says which recipe was applied afterwards (None: none). own_code: the model runs
-    Python code that comes with it, which then belongs to its configuration."""
+    loaded in; `recipe_id` says which recipe was applied afterwards (None: none). own_code: Python code that
+    comes with the model is run, and then belongs to its configuration."""
 
     source: Source
     recipe_id: str | None = None

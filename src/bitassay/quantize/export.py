@@ -98,6 +98,7 @@ def save(
                 origin=base.source.origin,
                 weights_digest=base.weights_digest,
                 tokenizer_digest=base.tokenizer_digest,
+                config_digest=base.config_digest,
             ),
             dtype=dtype,  # type: ignore[arg-type]
             bits_per_weight=bits_per_weight(model),

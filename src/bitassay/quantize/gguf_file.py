@@ -132,8 +132,8 @@ def check_gguf(model: PreTrainedModel, recipe: Recipe | None) -> None:
 def reload_difference(model: PreTrainedModel, path: str | Path, tokens: Int[Tensor, "batch tokens"]) -> float:
     """The largest difference between the logits of `model` and of the file as it is read again, in the
     model's dtype."""
-    reloaded = read_model(GGUFReader(path))
-    torch.nn.Module.to(reloaded, device=model.device, dtype=model.dtype)
+    reloaded = read_model(GGUFReader(path), model.dtype)
+    torch.nn.Module.to(reloaded, device=model.device)
     with torch.inference_mode():
         return (model(tokens).logits.float() - reloaded(tokens).logits.float()).abs().max().item()
 

@@ -44,7 +44,7 @@ def recipe_file(name: str) -> Path:
     return SHIPPED / f"{name}.yaml"
 
 
-def read_recipe_file(path: Path) -> dict[str, Any]:
+def read_recipe_file(path: Path) -> dict[Any, Any]:
     """The fields of a recipe's file, not checked further. Raises BitassayError where it holds something else,
     and says what, where that is known."""
     content = read_yaml(path)

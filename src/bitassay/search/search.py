@@ -116,6 +116,7 @@ def _open_folder(plan: SearchPlan, exam: Exam, out: Path | None) -> RunFolder:
         "schema": SCHEMA,
         **plan.to_dict(),
         "weights_digest": who.weights_digest,
+        "config_digest": who.config_digest,
         "corpus_source": exam.corpus_source,
         "versions": versions("optuna", "torch", "transformers"),
     }
