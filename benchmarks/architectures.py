@@ -71,12 +71,7 @@ class Trial:
 
     @cached_property
     def base(self) -> PreTrainedModel:
-        try:
-            return bitassay.load(self.stored)
-        except BitassayError as error:
-            if "attention implementation" not in str(error):
-                raise
-            return bitassay.load(self.stored, attention="eager")
+        return bitassay.load(self.stored)
 
     @cached_property
     def nearest(self) -> PreTrainedModel:
@@ -134,7 +129,7 @@ def gptq(trial: Trial) -> str:
 def saved(trial: Trial) -> str:
     folder = trial.folder / "saved"
     card = save(trial.nearest, folder)
-    again = bitassay.load(folder, attention=trial.base.config._attn_implementation)
+    again = bitassay.load(folder)
     same(logits(again), logits(trial.nearest), CLOSE, "the folder")
     if card.layout == "bitassay":
         return "own layout"
