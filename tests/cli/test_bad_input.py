@@ -95,7 +95,7 @@ CASES = {
     "no windows": ([*ASSAY, "--windows", "0"], '"0" for --windows'),
     "negative windows": ([*EVAL, "--windows", "-3"], "--windows"),
     "no window": ([*EVAL, "--window", "0"], '"0" for --window'),
-    "a window of one token": ([*ASSAY, "--window", "1"], "--window is 1; at least 2 is needed"),
+    "a window of one token": ([*ASSAY, "--window", "1"], "a window of 1 tokens predicts nothing"),
     "words for numbers": ([*ASSAY, "--windows", "many"], 'unable to convert "many"'),
     "a fraction for a count": ([*ASSAY, "--windows", "1.5"], "1.5"),
     "negative seed": ([*EVAL, "--seed", "-1"], "--seed"),

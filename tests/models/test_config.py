@@ -186,8 +186,8 @@ def test_own_code_is_part_of_the_configuration(folder):
         ({"model_type": "lamma"}, r"model_type is 'lamma', which transformers [\d.]+ does not know"),
         ({"model_type": None}, r"model_type is None"),
         ({"model_type": "x", "auto_map": {"AutoConfig": "a.B"}}, r"model_type is 'x'"),
-        ({"model_type": "t5"}, r"t5 is an encoder and a decoder"),
-        ({"model_type": "clip"}, r"clip is no causal language model"),
+        ({"model_type": "t5"}, r"t5 is an encoder-decoder"),
+        ({"model_type": "clip"}, r"transformers has no causal language model of type clip"),
         ({"num_attention_heads": "many"}, r"transformers cannot load it"),
     ],
 )

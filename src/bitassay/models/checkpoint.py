@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bitassay.errors import BitassayError
+from bitassay.models.weights import stray_files
 from bitassay.record.files import read_json
 from bitassay.record.hashing import digest_file, digest_json
 
@@ -106,6 +107,8 @@ def read_card(folder: Path) -> Card | None:
         raise BitassayError(
             f"{folder / changed[0]}: this file {state} ({CARD_FILE} lists the others)", "save the model again"
         )
+    if stray := stray_files(folder):  # also where the card was made to list it
+        raise BitassayError(f"{stray[0]}: nothing loads this file", "save the model again")
     for name, file in found.items():
         if (digest := digest_file(file)) != card.files[name]:
             raise BitassayError(

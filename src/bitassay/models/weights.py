@@ -15,13 +15,15 @@ import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from bitassay.errors import BitassayError
 from bitassay.record.files import read_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WEIGHTS, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
 OTHER_LAYOUT = "consolidated*.safetensors"
@@ -67,7 +69,7 @@ def stray_files(folder: Path) -> list[Path]:
     return sorted(set(folder.glob("*.safetensors")) - known)
 
 
-def stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+def stored_tensors(folder: Path) -> "Iterator[tuple[str, Tensor]]":
     """All tensors of the model's files, sorted by name, read one at a time."""
     where = check_files(folder)
     open_path, file = None, None
