@@ -104,7 +104,8 @@ def calibrate(
     texts = _prompts(prompts)
     check_enough(len(texts), alpha)
     with show_progress() as progress:
-        name, where = loading.of(model), dict[str, Any](device=device, progress=progress)
+        name = loading.of(model)
+        where: dict[str, Any] = {"device": device, "progress": progress}
         verifier = load(name, dtype=dtype, **where, **loading.options)
         prover = verifier
         if prover_dtype or prover_attention:
