@@ -109,7 +109,7 @@ def calibrate(
         verifier = load(name, dtype=dtype, **where, **loading.options)
         prover = verifier
         if prover_dtype or prover_attention:
-            own = loading.options | ({"attention": prover_attention} if prover_attention else {})
+            own: dict[str, Any] = {**loading.options, "attention": prover_attention or loading.attention}
             prover = load(name, dtype=prover_dtype or dtype, **where, **own)
         if recipe:
             from bitassay.quantize.pipeline import quantize_once
