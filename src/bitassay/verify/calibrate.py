@@ -313,7 +313,7 @@ def check_plan(runs: int, alpha: float, max_new_tokens: int, min_positions: int 
     if max_new_tokens <= min_positions:
         raise BitassayError(
             f"runs of {max_new_tokens} tokens have {max(max_new_tokens - 1, 0)} generated positions, "
-            f"and a profile needs {min_positions}",
+            f"and a profile is fitted to runs with {min_positions} or more generated positions",
             f"ask for {min_positions + 1} tokens or more",
         )
 
