@@ -56,7 +56,8 @@ def test_figures_against_a_base_follow_from_the_tokens(stories):
 def test_a_model_against_itself_has_no_cost(stories):
     quality = bitassay.evaluate(stories, against=stories, protocol=SHORT).quality
     assert quality.ppl_delta == 0
-    assert quality.ppl_delta_ci is quality.ppl_delta_visible is None  # all windows say the same: no spread
+    assert quality.ppl_delta_ci == (0, 0)
+    assert quality.kl_ci is quality.ppl_delta_visible is None  # all windows say the same: no spread
     assert quality.kl_mean < 1e-6
     assert quality.top1_agreement == 1
 

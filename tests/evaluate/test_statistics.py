@@ -141,6 +141,14 @@ def test_what_overflows_has_none_either(losses):
     assert visible_difference(base, found) is None
 
 
+def test_two_that_are_equal_on_every_unit_differ_by_nothing():
+    same = mean_of([0.1, 0.5, 0.2])
+    assert log_difference_interval(same, mean_of(same.parts)) == (0, 0)
+    assert log_ratio_interval(same, mean_of(same.parts)) == (1, 1)
+    assert log_difference_interval(mean_of([0.1]), mean_of([0.1])) is None
+    assert log_difference_interval(same, mean_of(same.parts + 0.25)) is None  # apart, by we know not how much
+
+
 def test_a_huge_spread_stays_finite_or_has_no_interval():
     check(log_interval(mean_of([1e-300, 1e300, 1.0])), np.mean([1e-300, 1e300, 1.0]), low=0)
     check(geometric_interval([1e-9, 1e9, 1.0]), 1.0, low=0)

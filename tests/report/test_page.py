@@ -188,6 +188,14 @@ def test_only_the_base_model(tmp_path):
         ),
         ([BASE | NO_VERDICT, W4 | NO_VERDICT | {"ppl_delta_ci": None}], "No interval supports a comparison."),
         (
+            [BASE | NO_VERDICT, W8 | NO_VERDICT | {"ppl_delta_visible": None}],
+            "No difference in perplexity is visible for w8 (the 95 % interval holds zero, and 0.34 too).",
+        ),
+        (
+            [BASE | NO_VERDICT, W8 | NO_VERDICT | {"ppl_delta_ci": [0.0, 0.0], "ppl_delta_visible": None}],
+            "Perplexity is the base model's on every window for w8.",
+        ),
+        (
             [BASE | {"verdict": "FAIL"}, W8 | {"ppl_delta_ci": None, "verdict": "PASS"}],
             "A verifier that expects the base model cannot tell w8 from it; it also rejected the honest base "
             "model, so its verdicts are in doubt.",

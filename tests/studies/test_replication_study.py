@@ -335,7 +335,7 @@ def scores(kl):
     return [
         TokenScores(
             torch.full((4,), 2.0 + kl + jitter),
-            torch.full((4,), kl + jitter),
+            torch.full((4,), kl * (1 + jitter) + jitter),
             torch.ones(4, dtype=torch.bool),
         )
         for jitter in (0.0, 1e-4, 2e-4)

@@ -20,7 +20,7 @@ depend on each other. `benchmarks/coverage.py` measures how often the intervals 
 
 There is no interval (None) for fewer than FEWEST values: with two, t is 12.7 and an end is 9 standard
 deviations away, with three it is 2.5. Nor for values that are all equal, which say nothing of the spread of
-others, or that are not finite.
+others, or that are not finite. Only of two that are equal on every unit, the difference is 0 without more.
 
 Of tasks: two models answer the same items, and only the items where just one of them is right (the
 *discordant* ones) say which is better. Let b be those that the first alone gets right, c those that the
@@ -49,6 +49,7 @@ from scipy import optimize, stats
 from bitassay.errors import BitassayError
 
 FEWEST = 3
+ROUNDING = 1e-14  # by so small a share of the largest, equal values may differ
 LEVEL = 0.95
 ALPHA = 0.05
 POWER = 0.8
@@ -95,9 +96,11 @@ def jackknife_of(value: float, without: Sequence[float]) -> Estimate:
 
 def standard_error(parts: np.ndarray) -> float | None:
     """Of the mean of the parts; None where they say nothing of it."""
-    if len(parts) < FEWEST or not np.isfinite(parts).all() or parts.min() == parts.max():
+    if len(parts) < FEWEST or not np.isfinite(parts).all():
         return None
     scale = float(np.abs(parts).max())  # squares of what is very large or small are beyond a float
+    if parts.max() / 2 - parts.min() / 2 <= ROUNDING * scale:
+        return None
     return float((parts / scale).std(ddof=1)) * scale / len(parts) ** 0.5
 
 
@@ -126,7 +129,9 @@ def logit_interval(estimate: Estimate, low: float = 0.0, high: float = 1.0, leve
 
 
 def log_ratio_interval(first: Estimate, second: Estimate, level: float = LEVEL) -> Interval:
-    """Of second / first, both above 0, of the same units."""
+    """Of second / first, both above 0, of the same units; 1 where they are equal on each."""
+    if _are_equal(first, second):
+        return 1.0, 1.0
     if not (_is_positive(first.value) and _is_positive(second.value)):
         return None
     ratio = second.value / first.value
@@ -137,7 +142,9 @@ def log_ratio_interval(first: Estimate, second: Estimate, level: float = LEVEL) 
 
 def log_difference_interval(first: Estimate, second: Estimate, level: float = LEVEL) -> Interval:
     """Of second - first, both above 0, of the same units: above -first where the second is the larger, below
-    the second where it is not."""
+    the second where it is not; 0 where they are equal on each unit."""
+    if _are_equal(first, second):
+        return 0.0, 0.0
     if second.value < first.value:
         turned = log_difference_interval(second, first, level)
         return None if turned is None else (-turned[1], -turned[0])
@@ -195,6 +202,10 @@ def _reach(parts: np.ndarray, slope: float, level: float) -> float | None:
     if error is None or not _is_positive(slope):
         return None
     return float(stats.t.ppf((1 + level) / 2, len(parts) - 1)) * error / slope
+
+
+def _are_equal(first: Estimate, second: Estimate) -> bool:
+    return len(first.parts) >= FEWEST and np.array_equal(first.parts, second.parts)
 
 
 def _is_positive(value: float) -> bool:

@@ -188,6 +188,9 @@ def headline(run: AssayRun) -> str:
     recipes = run.rows[1:]
     compared = [(row.recipe, *row.ppl_delta_ci) for row in recipes if row.ppl_delta_ci]
     clauses = [
+        f"perplexity is the base model's on every window for {_listed(names)}"
+        if (names := [name for name, low, high in compared if low == high == 0])
+        else "",
         f"no difference in perplexity is visible for {_listed(names)}"
         if (names := [_with_reach(row) for row in recipes if _holds_zero(row)])
         else "",
@@ -205,7 +208,9 @@ def headline(run: AssayRun) -> str:
 
 
 def _holds_zero(row: Row) -> bool:
-    return row.ppl_delta_ci is not None and row.ppl_delta_ci[0] <= 0 <= row.ppl_delta_ci[1]
+    """Where it is not (0, 0), which is that of equal losses."""
+    low, high = row.ppl_delta_ci or (0.0, 0.0)
+    return low <= 0 <= high and low < high
 
 
 def _with_reach(row: Row) -> str:
