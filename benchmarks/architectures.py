@@ -20,6 +20,7 @@ is a fault and ends the run with status 1.
 
 import json
 import os
+import re
 import sys
 import tempfile
 import warnings
@@ -88,8 +89,7 @@ class Trial:
 
 def load(trial: Trial) -> str:
     loaded = logits(trial.base)
-    attention = trial.base.config._attn_implementation
-    plain = AutoModelForCausalLM.from_pretrained(trial.stored, attn_implementation=attention).eval()
+    plain = AutoModelForCausalLM.from_pretrained(trial.stored).eval()
     same(loaded, logits(plain), 0, "the loaded model")
     return "yes"
 
@@ -245,7 +245,8 @@ def examine(model_type: str, steps: list[str] | None = None) -> dict[str, str]:
             try:
                 found[step] = STEPS[step](trial)
             except BitassayError as error:
-                found[step] = f"no: {error.problem.removeprefix(f'{trial.stored}: ')}"
+                where = re.compile(rf"^{re.escape(str(trial.stored))}\S*: ")
+                found[step] = f"no: {where.sub('', error.problem)}"
                 if "\n" in error.problem:
                     found[step] = f"FAULT: a refusal of several lines: {error.problem}"
             except Exception as error:
