@@ -83,7 +83,7 @@ def continued(
         begun = tokens.shape[1]
         if begun == length:
             return tokens, torch.cat(states, dim=1)
-        p = ((states[-1][:, -1] @ head.T).float() / TEMPERATURE).softmax(-1)
+        p = ((states[-1][:, -1].to(head.dtype) @ head.T).float() / TEMPERATURE).softmax(-1)
         # The first token at which the distribution function exceeds a uniform number.
         u = torch.rand(len(p), 1, generator=generator).to(p.device)
         written = torch.searchsorted(p.cumsum(-1), u, right=True).clamp_(max=p.shape[1] - 1)
