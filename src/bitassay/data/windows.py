@@ -87,10 +87,11 @@ def token_windows(
         available = min(available, text.max_windows)
     wanted = available if protocol.windows is None else protocol.windows
     if not 1 <= wanted <= available:
+        fewer = {0: "", 1: "--windows 1, or "}.get(available, f"--windows 1 to {available}, or ")
         raise TooShortError(
             f"{text.source}: {len(ids)} tokens make {available} windows of {protocol.window_tokens}, "
-            f"{wanted} were asked for",
-            f"--windows 1 to {available}, or a shorter --window",
+            f"{wanted or 1} were asked for",
+            f"{fewer}a shorter --window",
         )
     starts = torch.arange(wanted) * available // wanted
     return torch.stack(
