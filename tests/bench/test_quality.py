@@ -20,12 +20,12 @@ def row(tool, bits, kl, **more):
 def test_pairs_are_of_equal_bits_and_windows(quality, capsys):
     rows = [
         row("bitassay mine", 2, [0.1, 0.2, 0.3, 0.4]),
-        row("autoround", 2, [0.2, 0.3, 0.4, 0.5], seconds=3.0, peak_bytes=10**9),
+        row("autoround", 2, [0.19, 0.31, 0.41, 0.49], seconds=3.0, peak_bytes=10**9),
         row("autoround", 3, [0.1, 0.1, 0.1, 0.1]),
     ]
     (pair,) = quality.pairs(rows)
     assert pair["kl_difference"] == pytest.approx(-0.1)
-    assert pair["kl_difference_ci"] == pytest.approx([-0.1, -0.1])
+    assert pair["kl_difference_ci"][0] < -0.1 < pair["kl_difference_ci"][1] < 0
     rows.append(row("bitassay next", 2, [0.1, 0.2, 0.2, 0.3]))
     (step,) = quality.steps(rows)
     assert (step["ours"], step["other"]) == ("bitassay next", "bitassay mine")

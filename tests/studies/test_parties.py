@@ -10,7 +10,7 @@ def test_a_machine_is_a_device_and_numerics():
     machine = Machine("cpu+avx2+eager+2threads")
     assert (machine.device, machine.attention) == ("cpu", "eager")
     assert machine.variables() == {"ATEN_CPU_CAPABILITY": "avx2", "OMP_NUM_THREADS": "2"}
-    assert (Machine("cpu").attention, Machine("cpu").variables()) == ("sdpa", {})
+    assert (Machine("cpu").attention, Machine("cpu").variables()) == ("auto", {})
     assert Machine("cuda:1").label == "cuda1"
 
 

@@ -96,7 +96,8 @@ def eval(
     protocols = [_protocol(text, window, windows) for text in protocol or ["wikitext2-raw"]]
     with show_progress() as progress:
         names = [name for name in (loading.of(model), against) if name is not None]
-        trust, recipes = loading.trust_remote_code, [find_recipe(one) for one in recipe or ()]
+        options, recipes = loading.options, [find_recipe(one) for one in recipe or ()]
+        trust = loading.trust_remote_code
         if tasks is not None:
             check_tasks(_names(tasks), limit)
         for one in protocols if tasks is None else ():
@@ -105,7 +106,7 @@ def eval(
             check_fit(name, recipes, trust_remote_code=trust, progress=progress)
             for one in protocols if tasks is None else ():
                 check_folder(resolve(name, progress).folder, one, trust_remote_code=trust)
-        loaded, *other = [load(name, dtype=dtype, progress=progress, **loading.options) for name in names]
+        loaded, *other = [load(name, dtype=dtype, progress=progress, **options) for name in names]
         if tasks is not None:
             candidates = _candidates(names, [loaded, *other], recipe or [], controls, progress)
             return _tasks(candidates, tasks, limit, shots, out, format, progress)

@@ -280,6 +280,9 @@ def profile_doubts(
                 f"the profile is of other runs: {'; '.join(differ) or 'another sampler'}",
             )
         )
+    elif profile.model.config_digest and not header.model.config_digest:
+        sentence = "the trace does not say with which configuration; a profile of before can decide on it"
+        found.append(Reason("no-configuration", sentence))
     elif set(profile.layers) != set(header.layers):
         found.append(Reason("profile-other-model", f"the profile is of layers {sorted(profile.layers)}"))
     if profile.expired(now):
