@@ -105,6 +105,15 @@ def test_a_model_of_almost_no_loss_has_a_perplexity_above_one():
     assert 1 < low < math.exp(0.025 / 3) < high
 
 
+def test_losses_that_are_not_finite_are_refused_by_name(stories):
+    windows, _ = token_windows(stories.tokenizer, SHORT)
+    ruined = bitassay.quantize(stories, "w8")
+    ruined.get_output_embeddings().weight = torch.nn.Parameter(stories.lm_head.weight * float("inf"))
+    with pytest.raises(BitassayError, match="w8: the losses of .* are NaN or infinite"):
+        next(score_windows(stories, {"w8": ruined}, windows))
+    assert next(score_windows(stories, {"w8": ruined}, windows, finite=False))
+
+
 def test_windows_that_are_done_are_skipped(stories):
     windows, _ = token_windows(stories.tokenizer, SHORT)
     assert [index for index, _ in score_windows(stories, {}, windows, skip={0, 2, 5})] == [1, 3, 4]

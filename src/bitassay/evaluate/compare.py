@@ -162,9 +162,11 @@ def score_windows(
     candidates: Mapping[str, PreTrainedModel],
     windows: Int[Tensor, "windows tokens"],
     skip: Container[int] = (),
+    finite: bool = True,
 ) -> Iterator[tuple[int, dict[str, TokenScores]]]:
     """Yield, window by window, the scores of the base (under BASE) and of every candidate; `skip` holds
-    windows that are done."""
+    windows that are done. Raises BitassayError for other vocabularies, windows that a model cannot read, and,
+    where they have to be `finite`, for losses that are not."""
     size = text_config(base).vocab_size
     for name, candidate in candidates.items():
         if (other := text_config(candidate).vocab_size) != size:
@@ -180,6 +182,13 @@ def score_windows(
         scores = {BASE: token_scores(base_logits, targets)}
         for name, candidate in candidates.items():
             scores[name] = token_scores(window_logits(candidate, window), targets, base_logits)
+        for name, found in scores.items() if finite else ():
+            if bad := int((~(found.nll.isfinite() & found.kl.isfinite())).sum()):
+                raise BitassayError(
+                    f"{name}: the losses of {bad} of {len(targets)} tokens are NaN or infinite, "
+                    f"in {candidates.get(name, base).dtype}",
+                    "--dtype float32, or leave it out",
+                )
         yield index, scores
 
 

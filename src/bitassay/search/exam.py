@@ -107,7 +107,7 @@ class Exam:
         between the recipes: entry [i][j] is of recipe i less recipe j."""
         candidates = {name: with_tensors(self.base, one) for name, one in quantizations.items()}
         scores: dict[str, list[TokenScores]] = {BASE: [], **{name: [] for name in candidates}}
-        for index, found in score_windows(self.base, candidates, self.held_out):
+        for index, found in score_windows(self.base, candidates, self.held_out, finite=False):
             for name, one in found.items():
                 scores[name].append(one)
             self.progress("scoring what is held out", index + 1, len(self.held_out))
