@@ -35,17 +35,17 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 import bitassay
+from bitassay.engines.decode import generate, prefill
 from bitassay.errors import BitassayError
-from bitassay.evaluate.likelihood import continuation_scores
-from bitassay.generate.decode import generate, prefill
+from bitassay.evaluation.likelihood import continuation_scores
 from bitassay.models.walk import decoder_layers, matrices, walk
-from bitassay.quantize.export import save
-from bitassay.quantize.gguf_file import write_gguf
-from bitassay.quantize.model import with_tensors
-from bitassay.quantize.ranges import collect_ranges
-from bitassay.quantize.recipe import Recipe
-from bitassay.quantize.rotation import Rotation, rotate
-from bitassay.quantize.smoothing import Smoothing, smooth
+from bitassay.quantization.export.gguf_file import write_gguf
+from bitassay.quantization.export.save import save
+from bitassay.quantization.inputs.ranges import collect_ranges
+from bitassay.quantization.recipe.recipe import Recipe
+from bitassay.quantization.runtime.model import with_tensors
+from bitassay.quantization.transforms.rotation import Rotation, rotate
+from bitassay.quantization.transforms.smoothing import Smoothing, smooth
 from bitassay.testing.architectures import NOT_BUILT, architectures, save_tiny
 
 TEXT = "Once upon a time there was a little dog who lived in a big red house near the sea. " * 12

@@ -26,16 +26,16 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 import bitassay
 from bitassay.bench.environment import environment
 from bitassay.data.corpora import corpus
-from bitassay.generate.decode import generate
-from bitassay.generate.taps import tap_layers
-from bitassay.verify.audit import verify_opening
-from bitassay.verify.challenge import challenge
-from bitassay.verify.opening import open_trace, write_opening
-from bitassay.verify.prove import prove
-from bitassay.verify.receipt import commit, encode
-from bitassay.verify.structure import Request
-from bitassay.verify.trace import Trace, write_trace
-from bitassay.verify.verdict import verify_many
+from bitassay.engines.decode import generate
+from bitassay.engines.taps import tap_layers
+from bitassay.verification.prove import prove
+from bitassay.verification.receipts.audit import verify_opening
+from bitassay.verification.receipts.challenge import challenge
+from bitassay.verification.receipts.opening import open_trace, write_opening
+from bitassay.verification.receipts.receipt import commit, encode
+from bitassay.verification.structure import Request
+from bitassay.verification.trace import Trace, write_trace
+from bitassay.verification.verdict import verify_many
 
 GOALS = {"recording": 0.03, "verification": 0.08, "receipt_bytes": 600, "receipt_bytes_per_token": 8}
 

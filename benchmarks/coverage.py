@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bitassay.evaluate.statistics import (
+from bitassay.evaluation.statistics import (
     Estimate,
     Interval,
     accuracy_interval,

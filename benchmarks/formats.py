@@ -21,13 +21,13 @@ from torch import Tensor
 import bitassay
 from bitassay.bench.environment import environment
 from bitassay.models.walk import walk
-from bitassay.quantize.adaptive import adapted
-from bitassay.quantize.binary import solved
-from bitassay.quantize.calibration import Calibration, calibration_tokens
-from bitassay.quantize.gptq import Gptq, gptq
-from bitassay.quantize.layerwise import hessian_of
-from bitassay.quantize.scheme import WeightScheme
-from bitassay.quantize.tensor import QuantizedTensor, from_codes, quantize_tensor
+from bitassay.quantization.codes.adaptive import adapted
+from bitassay.quantization.codes.binary import solved
+from bitassay.quantization.codes.tensor import QuantizedTensor, from_codes, quantize_tensor
+from bitassay.quantization.recipe.calibration import Calibration, calibration_tokens
+from bitassay.quantization.recipe.weights import WeightScheme
+from bitassay.quantization.solvers.gptq import Gptq, gptq
+from bitassay.quantization.solvers.layerwise import hessian_of
 
 LAYERS = (0, 15)
 FREE = {"symmetric": False, "zero_point": "free"}

@@ -40,21 +40,35 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from bitassay.bench.environment import environment
+from bitassay.engines.sampling import Sampler
 from bitassay.errors import BitassayError
-from bitassay.generate.sampling import Sampler
 from bitassay.testing.tiny import tiny_model
-from bitassay.verify import committee_files as files
-from bitassay.verify.audit import verify_opening
-from bitassay.verify.calibrate import calibrate
-from bitassay.verify.challenge import Challenge, challenge, opened_positions, read_challenge, write_challenge
-from bitassay.verify.committee import assign, report, report_commitment
-from bitassay.verify.opening import Opening, open_trace, read_opening, write_opening
-from bitassay.verify.profile import read_profile, write_profile
-from bitassay.verify.prove import prove_many
-from bitassay.verify.receipt import SIGNED, Receipt, commit, decode, encode, read_receipt, write_receipt
-from bitassay.verify.structure import Request
-from bitassay.verify.trace import Trace, read_trace, write_trace
-from bitassay.verify.verdict import verify_many
+from bitassay.verification.calibrate import calibrate
+from bitassay.verification.committee import files
+from bitassay.verification.committee.rounds import assign, report, report_commitment
+from bitassay.verification.profile import read_profile, write_profile
+from bitassay.verification.prove import prove_many
+from bitassay.verification.receipts.audit import verify_opening
+from bitassay.verification.receipts.challenge import (
+    Challenge,
+    challenge,
+    opened_positions,
+    read_challenge,
+    write_challenge,
+)
+from bitassay.verification.receipts.opening import Opening, open_trace, read_opening, write_opening
+from bitassay.verification.receipts.receipt import (
+    SIGNED,
+    Receipt,
+    commit,
+    decode,
+    encode,
+    read_receipt,
+    write_receipt,
+)
+from bitassay.verification.structure import Request
+from bitassay.verification.trace import Trace, read_trace, write_trace
+from bitassay.verification.verdict import verify_many
 
 SECONDS, MEGABYTES = 10, 500
 TOKENS = 12

@@ -19,7 +19,7 @@ import yaml
 from quality import Bench, pairs
 
 from bitassay.bench.environment import environment
-from bitassay.quantize.recipe import find_recipe
+from bitassay.quantization.recipe.recipe import find_recipe
 
 DTYPES = ("float32", "bfloat16")  # of the model that GPTQModel loads
 SHOWN = (

@@ -16,8 +16,8 @@ from typing import Any
 import bitassay
 from bitassay.bench.environment import environment
 from bitassay.data.windows import Protocol, token_windows
-from bitassay.evaluate.compare import score_windows, summarise
-from bitassay.quantize.recipe import BASE, Recipe
+from bitassay.evaluation.compare import score_windows, summarise
+from bitassay.quantization.recipe.recipe import BASE, Recipe
 
 WEIGHTS = {"format": "int8", "granularity": "channel"}
 WAYS: dict[str, dict[str, Any]] = {

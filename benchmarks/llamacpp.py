@@ -22,9 +22,9 @@ import bitassay
 from bitassay.bench.environment import environment
 from bitassay.data.corpora import corpus
 from bitassay.data.windows import Protocol, token_windows
-from bitassay.evaluate.compare import score_windows
-from bitassay.quantize.gguf_file import reload_difference, write_gguf
-from bitassay.quantize.recipe import BASE, Recipe
+from bitassay.evaluation.compare import score_windows
+from bitassay.quantization.export.gguf_file import reload_difference, write_gguf
+from bitassay.quantization.recipe.recipe import BASE, Recipe
 
 PROTOCOL = Protocol(window_tokens=512, windows=4)
 COLUMNS = (

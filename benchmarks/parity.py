@@ -13,8 +13,8 @@ import torch
 
 import bitassay
 from bitassay.bench.environment import environment
-from bitassay.quantize.model import with_tensors
-from bitassay.quantize.recipe import Recipe, WeightScheme, shipped_recipes
+from bitassay.quantization.recipe.recipe import Recipe, WeightScheme, shipped_recipes
+from bitassay.quantization.runtime.model import with_tensors
 
 MODEL = sys.argv[1] if len(sys.argv) > 1 else "smollm2-135m"
 EXTRA = [

@@ -16,8 +16,8 @@ import torch
 import bitassay
 from bitassay.bench.environment import environment
 from bitassay.data.windows import Protocol, token_windows
-from bitassay.evaluate.compare import score_windows
-from bitassay.quantize.recipe import BASE
+from bitassay.evaluation.compare import score_windows
+from bitassay.quantization.recipe.recipe import BASE
 
 ROUNDS = 3
 PROTOCOL = Protocol(window_tokens=1024, windows=2)

@@ -48,13 +48,13 @@ import bitassay
 from bitassay.bench.environment import environment
 from bitassay.data.windows import Protocol, token_windows
 from bitassay.errors import BitassayError, MissingError
-from bitassay.evaluate.compare import score_windows, summarise
-from bitassay.evaluate.statistics import log_difference_interval, mean_of
+from bitassay.evaluation.compare import score_windows, summarise
+from bitassay.evaluation.statistics import log_difference_interval, mean_of
 from bitassay.models.load import tokenizer
 from bitassay.models.walk import walk
-from bitassay.quantize.formats import FORMATS
-from bitassay.quantize.model import bits_per_weight, copy_sharing_parameters
-from bitassay.quantize.recipe import BASE, Recipe, find_recipe
+from bitassay.quantization.recipe.formats import FORMATS
+from bitassay.quantization.recipe.recipe import BASE, Recipe, find_recipe
+from bitassay.quantization.runtime.model import bits_per_weight, copy_sharing_parameters
 from bitassay.record.files import read_json, write_text
 from bitassay.record.run import RunFolder
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bitassay.quantize.recipe import BASE
+from bitassay.quantization.recipe.recipe import BASE
 from bitassay.report.claims import CLAIM_COLUMNS
 from bitassay.report.replication import DRAFT_COLUMNS
 from bitassay.report.tables import interval, render

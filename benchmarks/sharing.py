@@ -33,12 +33,12 @@ from transformers import PreTrainedModel
 import bitassay
 from bitassay.bench.environment import environment
 from bitassay.data.windows import Protocol, token_windows
-from bitassay.evaluate.compare import score_windows, summarise, text_difference
-from bitassay.evaluate.divergence import TokenScores
+from bitassay.evaluation.compare import score_windows, summarise, text_difference
+from bitassay.evaluation.divergence import TokenScores
 from bitassay.models.walk import decoder_layers, module_name, walk
-from bitassay.quantize.model import copy_sharing_parameters
-from bitassay.quantize.pipeline import quantize_once
-from bitassay.quantize.recipe import BASE, Recipe
+from bitassay.quantization.pipeline import quantize_once
+from bitassay.quantization.recipe.recipe import BASE, Recipe
+from bitassay.quantization.runtime.model import copy_sharing_parameters
 
 MLP = {"mlp.gate_proj": 0, "mlp.up_proj": 0, "mlp.down_proj": 1}  # by kind: which dimension has the neurons
 W2 = Recipe.model_validate(

@@ -29,21 +29,26 @@ from transformers import PreTrainedModel
 import bitassay
 from bitassay.bench.environment import environment
 from bitassay.data.windows import Protocol, token_windows
-from bitassay.evaluate.compare import score_windows, summarise
-from bitassay.evaluate.divergence import TokenScores
-from bitassay.evaluate.statistics import log_difference_interval, mean_of
+from bitassay.evaluation.compare import score_windows, summarise
+from bitassay.evaluation.divergence import TokenScores
+from bitassay.evaluation.statistics import log_difference_interval, mean_of
 from bitassay.models.walk import walk
-from bitassay.quantize.activations import Activations, InputRounding, OutlierColumns, rounded_inputs
-from bitassay.quantize.calibration import Calibration, calibration_tokens
-from bitassay.quantize.folding import find_folds
-from bitassay.quantize.model import copy_sharing_parameters, with_tensors
-from bitassay.quantize.pipeline import quantize_tensors
-from bitassay.quantize.ranges import Ranges, collect_ranges, input_roundings
-from bitassay.quantize.recipe import BASE, Recipe
-from bitassay.quantize.residual_stream import Weight
-from bitassay.quantize.scheme import WeightScheme
-from bitassay.quantize.smoothing import Smoothing, smooth, smoothquant_scales
-from bitassay.quantize.tensor import quantize_tensor
+from bitassay.quantization.codes.tensor import quantize_tensor
+from bitassay.quantization.inputs.activations import (
+    Activations,
+    InputRounding,
+    OutlierColumns,
+    rounded_inputs,
+)
+from bitassay.quantization.inputs.ranges import Ranges, collect_ranges, input_roundings
+from bitassay.quantization.pipeline import quantize_tensors
+from bitassay.quantization.recipe.calibration import Calibration, calibration_tokens
+from bitassay.quantization.recipe.recipe import BASE, Recipe
+from bitassay.quantization.recipe.weights import WeightScheme
+from bitassay.quantization.runtime.model import copy_sharing_parameters, with_tensors
+from bitassay.quantization.transforms.folding import find_folds
+from bitassay.quantization.transforms.residual_stream import Weight
+from bitassay.quantization.transforms.smoothing import Smoothing, smooth, smoothquant_scales
 
 LAYER = "model.layers.{}.mlp.gate_proj"
 W8 = WeightScheme(format="int8", scale_dtype="float32")

@@ -28,8 +28,8 @@ from lm_eval.models.huggingface import HFLM
 import bitassay
 from bitassay.bench.environment import environment
 from bitassay.data.tasks import even_indices, mmlu_subjects
-from bitassay.evaluate.harness import BitassayLM, quiet
-from bitassay.evaluate.questions import AskedTask, leaves
+from bitassay.evaluation.harness import BitassayLM, quiet
+from bitassay.evaluation.questions import AskedTask, leaves
 from bitassay.models.load import identity
 from bitassay.record.run import RunFolder
 

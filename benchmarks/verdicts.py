@@ -15,11 +15,11 @@ from scipy import stats
 import bitassay
 from bitassay.bench.environment import environment
 from bitassay.models.load import identity
-from bitassay.quantize.pipeline import quantize
+from bitassay.quantization.pipeline import quantize
 from bitassay.studies.verification import chosen_prompts
-from bitassay.verify.calibrate import calibrate
-from bitassay.verify.prove import prove_many
-from bitassay.verify.verdict import verify_many
+from bitassay.verification.calibrate import calibrate
+from bitassay.verification.prove import prove_many
+from bitassay.verification.verdict import verify_many
 
 PROMPTS, CALIBRATION, NEW_TOKENS, ALPHA, BATCH = 40, 220, 24, 0.01, 32
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from bitassay.quantize import pipeline
-from bitassay.quantize.calibration import calibration_tokens
-from bitassay.studies import trial
+from bitassay.quantization import pipeline
+from bitassay.quantization.recipe.calibration import calibration_tokens
+from bitassay.studies.verillm import trial
 from bitassay.testing.tiny import stories260k
 
 # A shell starts background jobs with interrupts ignored, and children inherit that; tests send them some.

@@ -12,12 +12,12 @@ from importlib.resources import files
 import pytest
 
 import bitassay
-from bitassay.evaluate.compare import evaluate
+from bitassay.evaluation.compare import evaluate
 from bitassay.models.load import load
-from bitassay.quantize.pipeline import quantize
-from bitassay.quantize.recipe import Recipe
-from bitassay.verify.prove import prove
-from bitassay.verify.verdict import verify
+from bitassay.quantization.pipeline import quantize
+from bitassay.quantization.recipe.recipe import Recipe
+from bitassay.verification.prove import prove
+from bitassay.verification.verdict import verify
 
 FUNCTIONS = {"load": load, "quantize": quantize, "evaluate": evaluate, "prove": prove, "verify": verify}
 
@@ -56,11 +56,11 @@ def test_a_public_name_can_be_pickled_and_copied(name):
 
 
 def test_the_folders_behind_the_functions_stay_importable():
-    import bitassay.evaluate.compare
-    import bitassay.verify.verdict as verdict
+    import bitassay.evaluation.compare
+    import bitassay.verification.verdict as verdict
 
     assert callable(bitassay.evaluate)
-    assert bitassay.evaluate.compare.evaluate is evaluate
+    assert bitassay.evaluation.compare.evaluate is evaluate
     assert verdict.verify is verify
     names = {}
     exec("from bitassay import *", names)

@@ -4,7 +4,7 @@ import io
 import sys
 from subprocess import Popen
 
-from bitassay.studies import worker
+from bitassay.studies.verillm import worker
 
 
 class InProcess(Popen):

@@ -24,8 +24,8 @@ from bitassay.bench.throughput import time_once
 from bitassay.bench.worker import Job, Worker, local_runner, serve
 from bitassay.errors import BitassayError, MissingError
 from bitassay.models.source import resolve
-from bitassay.quantize.kv_cache import token_bytes
-from bitassay.quantize.recipe import Recipe, find_recipe
+from bitassay.quantization.inputs.kv_cache import token_bytes
+from bitassay.quantization.recipe.recipe import Recipe, find_recipe
 from bitassay.record.run import RunFolder
 
 SHORT = Cell("batch", 2, 12, 3)

@@ -5,7 +5,7 @@ import torch
 
 import bitassay
 from bitassay.bench.roofline import Cost, matrices_of, matrix_peak, product_dtype, stream_bandwidth
-from bitassay.quantize.recipe import Recipe
+from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.testing.tiny import tiny_model
 
 CPU = torch.device("cpu")

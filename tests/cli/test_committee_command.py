@@ -11,11 +11,11 @@ import torch
 
 from bitassay.cli import run
 from bitassay.models.load import load
-from bitassay.verify.calibrate import calibrate
-from bitassay.verify.profile import write_profile
-from bitassay.verify.prove import prove_many
-from bitassay.verify.trace import write_trace
-from bitassay.verify.verdict import verify_many
+from bitassay.verification.calibrate import calibrate
+from bitassay.verification.profile import write_profile
+from bitassay.verification.prove import prove_many
+from bitassay.verification.trace import write_trace
+from bitassay.verification.verdict import verify_many
 
 NAMES = ("ada", "ben", "cyd", "dov")
 WORDS = ("day", "night", "cat", "dog", "sun", "tree", "big", "red", "boy")

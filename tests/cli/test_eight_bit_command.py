@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("lm_eval")
 
-from bitassay.studies.eight_bit import STUDIES, Study, weight_only
+from bitassay.studies.eight_bit.study import STUDIES, Study, weight_only
 from bitassay.studies.variants import Variant
 
 SMALL = Study(

@@ -93,7 +93,7 @@ def test_attention_is_in_force(tmp_path, capsys):
     out = tmp_path / "x.trace"
     words = ["prove", str(folder), "--prompt", "a", "--out", str(out), "--max-new-tokens", "2"]
     assert cli.run([*words, "--attention", "eager"]) == 0
-    from bitassay.verify.trace import read_trace
+    from bitassay.verification.trace import read_trace
 
     assert read_trace(out).header.numerics.attention == "eager"
 

@@ -216,14 +216,14 @@ def test_what_a_calibrated_recipe_made_is_kept_in_the_cache(out, tmp_path, monke
     recipe = tmp_path / "calibrated.yaml"
     recipe.write_text(CALIBRATED)
     with monkeypatch.context() as patched:
-        patched.setattr("bitassay.quantize.export.save", lambda *_, **__: 1 / 0)
+        patched.setattr("bitassay.quantization.export.save.save", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             quantize(out, recipe=recipe)
     (kept,) = (path for path in (tmp_path / "cache/quantized").iterdir() if path.is_dir())
     assert {path.name for path in (kept / "parts").iterdir()} == {
         "inputs.json", "passes.json", "result.json", "result.safetensors",
     }  # fmt: skip
-    monkeypatch.setattr("bitassay.quantize.pipeline.quantize_layers", lambda *_: 1 / 0)
+    monkeypatch.setattr("bitassay.quantization.pipeline.quantize_layers", lambda *_: 1 / 0)
     assert quantize(out, "--no-check", recipe=recipe) == 0
     with pytest.raises(ZeroDivisionError):
         quantize(tmp_path / "other", "--no-check", "--work", str(tmp_path / "work"), recipe=recipe)

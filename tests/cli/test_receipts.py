@@ -11,9 +11,9 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from bitassay.cli import run
 from bitassay.models.load import load
-from bitassay.verify.calibrate import calibrate
-from bitassay.verify.profile import write_profile
-from bitassay.verify.receipt import read_receipt
+from bitassay.verification.calibrate import calibrate
+from bitassay.verification.profile import write_profile
+from bitassay.verification.receipts.receipt import read_receipt
 
 MODEL = ("stories260k", "--dtype", "float32")
 VERIFY = ("--model", *MODEL)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bitassay.quantize.recipe import find_recipe, shipped_recipes
+from bitassay.quantization.recipe.recipe import find_recipe, shipped_recipes
 
 
 def test_list_has_every_shipped_recipe(bitassay):

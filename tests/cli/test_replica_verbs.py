@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from bitassay.generate.decode import generate, prefill
-from bitassay.generate.sampling import Sampler
+from bitassay.engines.decode import generate, prefill
+from bitassay.engines.sampling import Sampler
 from bitassay.models.load import load
-from bitassay.quantize.pipeline import quantize
-from bitassay.quantize.recipe import read_recipe
+from bitassay.quantization.pipeline import quantize
+from bitassay.quantization.recipe.recipe import read_recipe
 
 MODEL = "stories260k"
 TEXT = "name: twice\nweights: {format: int8, granularity: g32}\nreplication: {layers: [1, 3], coefficients: mean}\n"
@@ -123,9 +123,9 @@ def test_prove_and_verify(bitassay, folder):
 def test_smollm_twice_is_told_from_once(tmp_path):
     """The same 8-bit codes: run once, and one of 30 layers run twice, damped."""
     from bitassay.studies.verification import chosen_prompts
-    from bitassay.verify.calibrate import calibrate
-    from bitassay.verify.prove import prove_many
-    from bitassay.verify.verdict import verify_many
+    from bitassay.verification.calibrate import calibrate
+    from bitassay.verification.prove import prove_many
+    from bitassay.verification.verdict import verify_many
 
     base = load("smollm2-135m", dtype="bfloat16")
     (tmp_path / "r.yaml").write_text(TEXT.replace("[1, 3]", "[14]"))

@@ -6,8 +6,8 @@ import json
 import pytest
 
 from bitassay.bench import models
-from bitassay.studies import replication_run
-from bitassay.studies.replication import STUDIES, W2, Group, Study, group
+from bitassay.studies.replication import run as replication_run
+from bitassay.studies.replication.study import STUDIES, W2, Group, Study, group
 
 WORDS = ("--model", "stories260k", "--windows", "3", "--window", "48")
 SMALL = Study(

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from bitassay.record.files import write_text
-from bitassay.studies import work
-from bitassay.studies.thresholds import read_thresholds
+from bitassay.studies.verillm import work
+from bitassay.studies.verillm.thresholds import read_thresholds
 from workers import InProcess
 
 SMALL = ("--tokens", "4", "--prompt-tokens", "8", "--trials", "1", "--verifiers", "1", "--precision", "bf16")

@@ -10,9 +10,9 @@ from bitassay.data.corpora import corpus, pinned, prompts_from
 from bitassay.data.windows import Protocol, token_windows
 from bitassay.errors import BitassayError
 from bitassay.models.load import tokenizer
-from bitassay.quantize.recipe import read_recipe
+from bitassay.quantization.recipe.recipe import read_recipe
 from bitassay.record.files import read_json, read_text, read_yaml
-from bitassay.verify.committee_files import read_answers, read_items, read_plants
+from bitassay.verification.committee.files import read_answers, read_items, read_plants
 
 LF = "Why is it blue?\nHow far? Grüße \x0b\u2028 end\n\n last"
 WRITTEN = {

@@ -13,7 +13,7 @@ from bitassay.models.cache import (
     stored_bytes,
     takes_cache,
 )
-from bitassay.quantize.kv_cache import cache_to_crop, empty_cache
+from bitassay.quantization.inputs.kv_cache import cache_to_crop, empty_cache
 from bitassay.testing.tiny import tiny_model
 from kinds import HYBRID, tiny_kind
 

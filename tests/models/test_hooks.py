@@ -4,15 +4,18 @@ import pytest
 import torch
 from torch import nn
 
-from bitassay.evaluate.likelihood import continuation_scores
-from bitassay.generate.decode import generate, prefill
+from bitassay.engines.decode import generate, prefill
+from bitassay.evaluation.likelihood import continuation_scores
 from bitassay.models.hooks import forwarded, hooked
 from bitassay.models.walk import decoder_layers, fused_experts
-from bitassay.quantize import experts, folding, ranges, rotation, sensitivity, tune
-from bitassay.quantize.residual_stream import residual_stream
-from bitassay.replicate import select
+from bitassay.quantization.inputs import ranges
+from bitassay.quantization.replication import select
+from bitassay.quantization.runtime import experts
+from bitassay.quantization.solvers import sensitivity, tune
+from bitassay.quantization.transforms import folding, rotation
+from bitassay.quantization.transforms.residual_stream import residual_stream
 from bitassay.testing.tiny import tiny_model
-from bitassay.verify.attacks import skip
+from bitassay.verification.attacks.hosts import skip
 from kinds import hook_count
 
 TOKENS = torch.arange(5, 45).view(2, 20)

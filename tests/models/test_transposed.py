@@ -10,10 +10,10 @@ import bitassay
 from bitassay.errors import BitassayError
 from bitassay.models.transposed import TransposedLinear, as_linears
 from bitassay.models.walk import matrices, walk
-from bitassay.quantize.export import save
-from bitassay.quantize.export_plan import plan_export
-from bitassay.quantize.model import with_tensors
-from bitassay.quantize.recipe import Recipe
+from bitassay.quantization.export.plan import plan_export
+from bitassay.quantization.export.save import save
+from bitassay.quantization.recipe.recipe import Recipe
+from bitassay.quantization.runtime.model import with_tensors
 from bitassay.testing.architectures import save_tiny
 
 IDS = torch.arange(3, 35)[None]

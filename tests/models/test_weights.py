@@ -13,9 +13,9 @@ from bitassay.models.check import check
 from bitassay.models.load import identity, load
 from bitassay.models.source import resolve
 from bitassay.models.weights import INDEX, WEIGHTS, stored_bits, stored_bytes, stored_tensors, weight_files
-from bitassay.quantize.export import save
-from bitassay.quantize.model import bits_per_weight, size_bytes
-from bitassay.quantize.pipeline import quantize
+from bitassay.quantization.export.save import save
+from bitassay.quantization.pipeline import quantize
+from bitassay.quantization.runtime.model import bits_per_weight, size_bytes
 from bitassay.record.hashing import digest_tensors
 
 TOKENS = torch.arange(3, 40)[None]

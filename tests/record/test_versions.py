@@ -20,7 +20,9 @@ def changed(monkeypatch, name):
         return versions()["bitassay"]
 
 
-@pytest.mark.parametrize("name", ["quantize/gptq.py", "studies/cells.py", "data/windows.py", "record/run.py"])
+@pytest.mark.parametrize(
+    "name", ["quantization/solvers/gptq.py", "studies/cells.py", "data/windows.py", "record/run.py"]
+)
 def test_code_that_makes_results_counts(monkeypatch, name):
     before = versions()["bitassay"]
     assert before.startswith(f"{version('bitassay')}+")

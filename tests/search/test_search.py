@@ -13,8 +13,8 @@ import pytest
 
 import bitassay
 from bitassay.errors import BitassayError, MissingError
-from bitassay.evaluate.compare import score_windows, summarise
-from bitassay.quantize.recipe import Recipe, find_recipe, read_recipe
+from bitassay.evaluation.compare import score_windows, summarise
+from bitassay.quantization.recipe.recipe import Recipe, find_recipe, read_recipe
 from bitassay.search import exam as exam_module
 from bitassay.search import search as module
 from bitassay.search import trials as trials_module

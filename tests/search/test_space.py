@@ -5,7 +5,7 @@ import random
 import pytest
 
 from bitassay.errors import BitassayError
-from bitassay.quantize.recipe import Recipe, find_recipe
+from bitassay.quantization.recipe.recipe import Recipe, find_recipe
 from bitassay.search.space import SHIPPED, Range, Space, find_space
 
 RECIPE = {"weights": {"format": "int2"}, "overrides": [{"match": "*.v_proj", "weights": {"format": "int4"}}]}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bitassay.studies import work
+from bitassay.studies.verillm import work
 from workers import InProcess
 
 

@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 
 from bitassay.cli import run as command
+from bitassay.engines.sampling import GREEDY
 from bitassay.errors import BitassayError
-from bitassay.generate.sampling import GREEDY
 from bitassay.models.load import load
 from bitassay.report.attack import matrix, write_attack_report
-from bitassay.studies import attack as study
-from bitassay.studies.attack import VARIANTS, AttackPlan, Bench, attack, check_plan
-from bitassay.studies.court import Court
-from bitassay.verify.detectors import DETECTORS
-from bitassay.verify.observation import Observation
+from bitassay.studies.attacks import study
+from bitassay.studies.attacks.cross_fitted import Court
+from bitassay.studies.attacks.study import VARIANTS, AttackPlan, Bench, attack, check_plan
+from bitassay.verification.detectors.registry import DETECTORS
+from bitassay.verification.observation import Observation
 
 PLAN = AttackPlan(
     sequences=35,

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from bitassay.evaluate.divergence import TokenScores
+from bitassay.evaluation.divergence import TokenScores
 from bitassay.studies.claims import LESS, MORE, Quantity, judged, verdict
-from bitassay.studies.eight_bit import GRANULARITIES, STUDIES, EightBitFindings, eight_bit_plan
-from bitassay.studies.eight_bit_claims import CLAIMS
+from bitassay.studies.eight_bit.claims import CLAIMS
+from bitassay.studies.eight_bit.study import GRANULARITIES, STUDIES, EightBitFindings, eight_bit_plan
 
 SUPPORTED, NOT, OPEN = "supported", "not supported", "not decidable at this n"
 

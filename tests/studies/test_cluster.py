@@ -16,7 +16,7 @@ from bitassay.record.run import RunFolder
 from bitassay.studies import cluster
 from bitassay.studies.cells import Bench, Cell
 from bitassay.studies.cluster import Worker, run_on_ray
-from bitassay.studies.eight_bit import eight_bit_plan
+from bitassay.studies.eight_bit.study import eight_bit_plan
 
 PLAN = eight_bit_plan("task3.1", "stories260k", 1, Protocol(windows=2, window_tokens=48))
 CELLS = [Cell("questions", place) for place in range(4)]

@@ -20,16 +20,16 @@ pytest.importorskip("lm_eval")
 import bitassay
 from bitassay.data.windows import Protocol
 from bitassay.errors import BitassayError, MissingError
-from bitassay.evaluate.compare import evaluate
-from bitassay.evaluate.statistics import holm, paired_difference
+from bitassay.evaluation.compare import evaluate
+from bitassay.evaluation.statistics import holm, paired_difference
 from bitassay.models.load import Identity
 from bitassay.models.source import resolve
 from bitassay.record.run import RunFolder
 from bitassay.report.eight_bit import supported
 from bitassay.studies import crew
 from bitassay.studies.cells import Bench, Cell, in_turn
-from bitassay.studies.eight_bit import STUDIES, Study, both_sides, eight_bit_plan, weight_only
-from bitassay.studies.eight_bit_run import findings, run_eight_bit
+from bitassay.studies.eight_bit.run import findings, run_eight_bit
+from bitassay.studies.eight_bit.study import STUDIES, Study, both_sides, eight_bit_plan, weight_only
 from bitassay.studies.variants import Variant, VariantPlan
 
 SMALL = Study(
@@ -243,7 +243,7 @@ def test_a_variant_that_cannot_be_made_says_why(here, tmp_path, monkeypatch):
             run_eight_bit(plan, out=tmp_path / "r")
         assert not (tmp_path / "r").exists()
     monkeypatch.setattr("bitassay.studies.cells.torchao_model", refuses)
-    monkeypatch.setattr("bitassay.studies.eight_bit_run.require_torchao", lambda: None)
+    monkeypatch.setattr("bitassay.studies.eight_bit.run.require_torchao", lambda: None)
     monkeypatch.setattr("bitassay.record.versions.version", lambda _name: "0")
     run, _ = run_eight_bit(plan, out=tmp_path / "r")
     assert run["rows"][1]["refused"] == "torchao: no such products"

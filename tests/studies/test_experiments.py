@@ -10,12 +10,12 @@ import torch
 
 from bitassay.errors import BitassayError
 from bitassay.record.files import read_json, write_json
-from bitassay.studies import work
-from bitassay.studies.experiments import EXPERIMENTS, directions, run_experiments
-from bitassay.studies.parties import Machine, Party
-from bitassay.studies.work import Plan
-from bitassay.studies.worker import read_cells
-from bitassay.verify.verillm import DOCUMENTS, PAPER
+from bitassay.studies.verillm import work
+from bitassay.studies.verillm.experiments import EXPERIMENTS, directions, run_experiments
+from bitassay.studies.verillm.parties import Machine, Party
+from bitassay.studies.verillm.work import Plan
+from bitassay.studies.verillm.worker import read_cells
+from bitassay.verification.detectors.verillm import DOCUMENTS, PAPER
 from workers import InProcess
 
 CPU, OTHER = Machine("cpu"), Machine("cpu+avx2")

@@ -3,7 +3,7 @@
 import pytest
 
 from bitassay.errors import BitassayError
-from bitassay.studies.parties import Machine, Party, is_recipe, process_environment
+from bitassay.studies.verillm.parties import Machine, Party, is_recipe, process_environment
 
 
 def test_a_machine_is_a_device_and_numerics():

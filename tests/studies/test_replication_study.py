@@ -13,17 +13,20 @@ import torch
 import bitassay
 from bitassay.data.windows import Protocol, token_windows
 from bitassay.errors import BitassayError
-from bitassay.evaluate.compare import evaluate, text_difference
-from bitassay.evaluate.controls import beats
-from bitassay.evaluate.divergence import TokenScores, window_logits
-from bitassay.quantize.pipeline import quantize
-from bitassay.replicate.plan import Chosen
-from bitassay.studies import crew, replication
+from bitassay.evaluation.compare import evaluate, text_difference
+from bitassay.evaluation.controls import beats
+from bitassay.evaluation.divergence import TokenScores, window_logits
+from bitassay.quantization.pipeline import quantize
+from bitassay.quantization.recipe.replication import Chosen
+from bitassay.studies import crew
 from bitassay.studies.cells import Bench
 from bitassay.studies.claims import judged
 from bitassay.studies.costs import facts_of, window_reader
-from bitassay.studies.drafts import drafted
-from bitassay.studies.replication import (
+from bitassay.studies.replication import study as replication
+from bitassay.studies.replication.claims import CLAIMS
+from bitassay.studies.replication.drafts import drafted
+from bitassay.studies.replication.run import grade, run_replication, with_costs
+from bitassay.studies.replication.study import (
     BASE,
     EVEN,
     MESHED,
@@ -36,8 +39,6 @@ from bitassay.studies.replication import (
     group,
     replication_plan,
 )
-from bitassay.studies.replication_claims import CLAIMS
-from bitassay.studies.replication_run import grade, run_replication, with_costs
 from bitassay.studies.variants import Findings, Reading, Variant, VariantPlan
 
 W2 = W2 | {"scale": "absmax"}  # which is quick
@@ -85,8 +86,8 @@ def here():
         patch.setattr(crew, "run_local", in_process)
         for module in ("cells", "drafts"):
             patch.setattr(f"bitassay.studies.{module}.model_windows", windows)
-        patch.setattr("bitassay.studies.drafts.NEW_TOKENS", 6)
-        patch.setattr("bitassay.studies.drafts.TEXTS", 3)
+        patch.setattr("bitassay.studies.replication.drafts.NEW_TOKENS", 6)
+        patch.setattr("bitassay.studies.replication.drafts.TEXTS", 3)
         patch.setattr(replication, "BLOCK", 3)
         patch.setitem(STUDIES, "small", SMALL)
         yield
@@ -290,7 +291,7 @@ def test_planes_in_a_run(done):
 
 def test_drafts_are_compared_with_both_planes(stories, monkeypatch):
     """Another text than that of all planes is seen."""
-    from bitassay.studies import drafts
+    from bitassay.studies.replication.study import drafts
 
     monkeypatch.setattr(drafts, "NEW_TOKENS", 4)
     monkeypatch.setattr(drafts, "TEXTS", 2)

@@ -3,9 +3,9 @@
 import pytest
 
 from bitassay.errors import BitassayError
-from bitassay.studies.parties import Machine
-from bitassay.studies.separability import run_separability
-from bitassay.studies.work import Plan
+from bitassay.studies.verillm.parties import Machine
+from bitassay.studies.verillm.separability import run_separability
+from bitassay.studies.verillm.work import Plan
 
 PLAN = Plan("stories260k", (Machine("cpu"), Machine("cpu+avx2")), 6, 10, trials=9, precision="bf16", batch=3)
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from bitassay.errors import BitassayError
-from bitassay.studies.experiments import directions
-from bitassay.studies.parties import Machine
-from bitassay.studies.thresholds import (
+from bitassay.studies.verillm.experiments import directions
+from bitassay.studies.verillm.parties import Machine
+from bitassay.studies.verillm.thresholds import (
     accept_rate,
     as_yaml,
     cell_values,
@@ -20,10 +20,10 @@ from bitassay.studies.thresholds import (
     read_thresholds,
     recommend,
 )
-from bitassay.studies.work import Plan
-from bitassay.studies.worker import Cells
-from bitassay.verify.power import threshold
-from bitassay.verify.verillm import DOCUMENTS, CellStatistics
+from bitassay.studies.verillm.work import Plan
+from bitassay.studies.verillm.worker import Cells
+from bitassay.verification.detectors.verillm import DOCUMENTS, CellStatistics
+from bitassay.verification.power import threshold
 
 PLAN = Plan("stories260k", (Machine("cpu"), Machine("cpu+avx2")), tokens=4, prompt_tokens=8, verifiers=1)
 DIRECTION = directions("exp1", PLAN)[0]

@@ -5,9 +5,9 @@ import torch
 
 import bitassay
 from bitassay.errors import MissingError
-from bitassay.studies import torchao_models
-from bitassay.studies.eight_bit import both_sides
-from bitassay.studies.torchao_models import torchao_model
+from bitassay.studies.eight_bit import torchao_models
+from bitassay.studies.eight_bit.study import both_sides
+from bitassay.studies.eight_bit.torchao_models import torchao_model
 
 IDS = torch.arange(5, 60)[None]
 

@@ -9,13 +9,13 @@ from bitassay.cli.study import make_plan
 from bitassay.errors import MissingError
 from bitassay.report.attack import write_attack_report
 from bitassay.report.study import write_study_report
-from bitassay.studies import probe, trial
-from bitassay.studies.attack import VARIANTS, AttackPlan, attack, runnable
-from bitassay.studies.experiments import planned, run_experiments
-from bitassay.studies.parties import Machine, other_machines
-from bitassay.studies.trial import LeftOut, first_that_runs, try_here
-from bitassay.studies.work import Plan
-from bitassay.verify.profile import runs_needed
+from bitassay.studies.attacks.study import VARIANTS, AttackPlan, attack, runnable
+from bitassay.studies.verillm import probe, trial
+from bitassay.studies.verillm.experiments import planned, run_experiments
+from bitassay.studies.verillm.parties import Machine, other_machines
+from bitassay.studies.verillm.trial import LeftOut, first_that_runs, try_here
+from bitassay.studies.verillm.work import Plan
+from bitassay.verification.profile import runs_needed
 
 PACKING = "pack_vnni2 is only supported when avx512 is supported"
 CPU, AVX2 = Machine("cpu"), Machine("cpu+avx2")

@@ -26,8 +26,8 @@ from bitassay.errors import BitassayError
 from bitassay.models.load import tokenizer
 from bitassay.models.positions import context_length
 from bitassay.models.walk import decoder_layers
-from bitassay.quantize.kv_cache import token_bytes
-from bitassay.quantize.model import (
+from bitassay.quantization.inputs.kv_cache import token_bytes
+from bitassay.quantization.runtime.model import (
     bits_per_weight,
     cache_slots,
     parameter_count,

@@ -32,12 +32,12 @@ from bitassay.bench.roofline import wait_for
 from bitassay.bench.rounds import INTERVAL, alternate, ratio_of, spread
 from bitassay.errors import BitassayError, at_least
 from bitassay.models.device import as_device
-from bitassay.quantize.activations import INPUT_FORMATS, InputRounding
-from bitassay.quantize.linear import QuantizedLinear
-from bitassay.quantize.products import product_kind
-from bitassay.quantize.scales import absmax_grid
-from bitassay.quantize.scheme import WeightScheme
-from bitassay.quantize.tensor import QuantizedTensor, quantize_tensor
+from bitassay.quantization.codes.scales import absmax_grid
+from bitassay.quantization.codes.tensor import QuantizedTensor, quantize_tensor
+from bitassay.quantization.inputs.activations import INPUT_FORMATS, InputRounding
+from bitassay.quantization.recipe.weights import WeightScheme
+from bitassay.quantization.runtime.linear import QuantizedLinear
+from bitassay.quantization.runtime.products import product_kind
 from bitassay.record.progress import Progress, silent
 
 SCHEMA = 1

@@ -24,13 +24,13 @@ from bitassay.errors import BitassayError, at_least
 from bitassay.models.device import as_device
 from bitassay.models.load import AUTO, Identity, as_dtype, layer_count
 from bitassay.models.source import resolve
-from bitassay.quantize.fits import check_fit
-from bitassay.quantize.recipe import BASE, Recipe, find_recipe, row_names
+from bitassay.quantization.export.fits import check_fit
+from bitassay.quantization.recipe.recipe import BASE, Recipe, find_recipe, row_names
+from bitassay.quantization.replication.controls import Place, with_controls
 from bitassay.record.files import check_folder, write_json
 from bitassay.record.progress import Progress, silent
 from bitassay.record.run import RunFolder, default_folder
 from bitassay.record.versions import versions
-from bitassay.replicate.controls import Place, with_controls
 
 SCHEMA = 1
 BATCHES = (1, 2, 4, 8, 16, 32)

@@ -27,9 +27,9 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from bitassay.models.walk import decoder_layers, module_name, walk
-from bitassay.quantize.linear import QuantizedLinear
-from bitassay.quantize.model import cache_slots, quantization_of
-from bitassay.quantize.products import product_kind
+from bitassay.quantization.runtime.linear import QuantizedLinear
+from bitassay.quantization.runtime.model import cache_slots, quantization_of
+from bitassay.quantization.runtime.products import product_kind
 
 BUFFER_BYTES = 256 * 2**20
 CPU_SHAPE = (512, 2048, 2048)

@@ -5,7 +5,7 @@ round all take their turn under much the same load, so that ratios within rounds
 
     r_i = t_base,i / t_other,i        ratio = exp(mean log r_i)        above 1: faster than the base
 
-The interval is Student's, 95 %, of log r over rounds (`evaluate/statistics.py`). It covers what differs
+The interval is Student's, 95 %, of log r over rounds (`evaluation/statistics.py`). It covers what differs
 between rounds, not what would differ on another day.
 """
 
@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from bitassay.evaluate.statistics import NONE, Interval, geometric_interval
+from bitassay.evaluation.statistics import NONE, Interval, geometric_interval
 from bitassay.record.progress import Progress, silent
 
 RATIO = "Student's t, log scale, of the ratios within rounds"

@@ -20,7 +20,7 @@ from bitassay.bench.rounds import spread
 from bitassay.errors import BitassayError
 from bitassay.models.cache import behind, stored_bytes, takes_cache
 from bitassay.models.head import last_logits
-from bitassay.quantize.kv_cache import empty_cache
+from bitassay.quantization.inputs.kv_cache import empty_cache
 from bitassay.record.progress import Progress, silent
 
 DECODE_TOKENS = 12

@@ -30,8 +30,8 @@ from bitassay.errors import BitassayError, MissingError
 from bitassay.models.checkpoint import read_card
 from bitassay.models.load import AUTO, load
 from bitassay.models.source import resolve
-from bitassay.quantize.pipeline import quantize_once
-from bitassay.quantize.recipe import Recipe
+from bitassay.quantization.pipeline import quantize_once
+from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.record.files import read_json, write_json
 from bitassay.record.processes import end, end_with_parent, helper_variables
 from bitassay.record.progress import Progress, silent

@@ -20,10 +20,10 @@ def run_analysis(
     """Analyze, write run.json, report.html and heat-map.png into the run folder, and print the layers."""
     from bitassay.cli.progress import show_progress
     from bitassay.models.load import load
-    from bitassay.quantize.analysis import AnalysisPlan, analyze
-    from bitassay.quantize.calibration import Calibration
-    from bitassay.quantize.fits import check_fit
-    from bitassay.quantize.recipe import find_recipe
+    from bitassay.quantization.analysis import AnalysisPlan, analyze
+    from bitassay.quantization.export.fits import check_fit
+    from bitassay.quantization.recipe.calibration import Calibration
+    from bitassay.quantization.recipe.recipe import find_recipe
     from bitassay.report.analysis import (
         LAYER_COLUMNS,
         MATRIX_COLUMNS,

@@ -50,7 +50,7 @@ def attack(
         matrix_columns,
         write_attack_report,
     )
-    from bitassay.studies.attack import ATTACKS, VARIANTS, AttackPlan, attack
+    from bitassay.studies.attacks.study import ATTACKS, VARIANTS, AttackPlan, attack
 
     plan = AttackPlan(
         sequences,

@@ -99,7 +99,7 @@ def calibrate(
     )
     if study:
         from bitassay.cli.study import make_plan, optimise
-        from bitassay.studies.experiments import check_names
+        from bitassay.studies.verillm.experiments import check_names
 
         check_names(study)
         plan = make_plan(
@@ -117,13 +117,13 @@ def calibrate(
         )
         return optimise(study, plan, 0.05 if alpha is None else alpha, out or Path("data"), format)
     from bitassay.cli.progress import show_progress
-    from bitassay.generate.sampling import Sampler
+    from bitassay.engines.sampling import Sampler
     from bitassay.models.device import as_device
     from bitassay.models.load import load
-    from bitassay.quantize.fits import check_fit
-    from bitassay.quantize.recipe import find_recipe
-    from bitassay.verify.calibrate import calibrate, check_plan, chosen_attacks
-    from bitassay.verify.profile import ALPHA, write_profile
+    from bitassay.quantization.export.fits import check_fit
+    from bitassay.quantization.recipe.recipe import find_recipe
+    from bitassay.verification.calibrate import calibrate, check_plan, chosen_attacks
+    from bitassay.verification.profile import ALPHA, write_profile
 
     alpha = ALPHA if alpha is None else alpha
     texts = _prompts(prompts)
@@ -143,7 +143,7 @@ def calibrate(
             own: dict[str, Any] = loading.options | changed
             prover = load(name, dtype=prover_dtype or dtype, **where, **own)
         if recipe:
-            from bitassay.quantize.pipeline import quantize_once
+            from bitassay.quantization.pipeline import quantize_once
 
             same = prover is verifier
             verifier = quantize_once(verifier, recipe, progress=progress)
@@ -200,7 +200,7 @@ def _prompts(given: str) -> list[str]:
 
 def _confusion_columns(kinds: list[str]) -> list[Any]:
     from bitassay.report.tables import Column
-    from bitassay.verify.attribution import NONE
+    from bitassay.verification.attribution import NONE
 
     first = Column("kind", "held-out runs of", align="left")
     return [first, *(Column(name, f"called\n{name}") for name in (*kinds, NONE))]

@@ -33,9 +33,9 @@ def challenge(
     check_words(file=out)
     from bitassay.errors import BitassayError
     from bitassay.report.tables import Column
-    from bitassay.verify import challenge as drawing
-    from bitassay.verify.keys import public_key
-    from bitassay.verify.receipt import read_receipt
+    from bitassay.verification.receipts import challenge as drawing
+    from bitassay.verification.receipts.keys import public_key
+    from bitassay.verification.receipts.receipt import read_receipt
 
     signed = read_receipt(receipt)
     if signer is not None and public_key(signer) != signed.key:

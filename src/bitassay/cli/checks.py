@@ -23,7 +23,7 @@ def check_words(
 
             check_name(name)
     if recipes:
-        from bitassay.quantize.recipe_files import read_recipe_file, recipe_file
+        from bitassay.quantization.recipe.files import read_recipe_file, recipe_file
 
         for name in recipes:
             if (path := recipe_file(name)).suffix and str(path) == name:

@@ -13,8 +13,8 @@ from bitassay.cli.parameters import Names
 from bitassay.report.tables import Column
 
 if TYPE_CHECKING:
-    from bitassay.verify.committee import Report
-    from bitassay.verify.structure import Reason
+    from bitassay.verification.committee.rounds import Report
+    from bitassay.verification.structure import Reason
 
 committee = App(
     name="committee",
@@ -50,8 +50,8 @@ def assign(
     import secrets
 
     from bitassay.record.files import atomic_folder, write_json
-    from bitassay.verify.committee import assign as deal
-    from bitassay.verify.committee_files import Secret, Task, read_items, read_plants
+    from bitassay.verification.committee.files import Secret, Task, read_items, read_plants
+    from bitassay.verification.committee.rounds import assign as deal
 
     word = secrets.token_hex(16) if round is None else round
     given = deal(read_items(items), read_plants(plants), each=each, seed=secrets.token_bytes(32))
@@ -97,9 +97,9 @@ def commit(task: Path, /, *, answers: Path, report: Path, out: Path, format: For
     """
     from bitassay.errors import BitassayError
     from bitassay.record.files import write_json
-    from bitassay.verify.committee import report as make_report
-    from bitassay.verify.committee import report_commitment
-    from bitassay.verify.committee_files import Commitment, Task, read, read_answers
+    from bitassay.verification.committee.files import Commitment, Task, read, read_answers
+    from bitassay.verification.committee.rounds import report as make_report
+    from bitassay.verification.committee.rounds import report_commitment
 
     mine = read(task, Task, "the file that bitassay committee assign wrote")
     said = read_answers(answers)
@@ -146,9 +146,9 @@ def reveal(
         format: What to print on stdout.
     """
     from bitassay.record.files import write_json
-    from bitassay.verify.committee import Report
-    from bitassay.verify.committee_files import Task, read, read_board
-    from bitassay.verify.committee_files import reveal as revealed
+    from bitassay.verification.committee.files import Task, read, read_board
+    from bitassay.verification.committee.files import reveal as revealed
+    from bitassay.verification.committee.rounds import Report
 
     mine = read(report, Report, "the --report that bitassay committee commit wrote")
     given = read(task, Task, "the file that bitassay committee assign wrote")
@@ -188,7 +188,7 @@ def judge(
         format: What to print on stdout; json has verifiers and items.
     """
     from bitassay.errors import BitassayError
-    from bitassay.verify.committee_files import Secret, judge_files, read
+    from bitassay.verification.committee.files import Secret, judge_files, read
 
     if not 0 < alpha < 1 or quorum < 1:
         raise BitassayError(f"alpha {alpha:g}, quorum {quorum}", "alpha between 0 and 1, a quorum from 1 on")
@@ -235,7 +235,7 @@ def _item_row(
 ) -> dict[str, Any]:
     from collections import Counter
 
-    from bitassay.verify.committee import committee_status
+    from bitassay.verification.committee.rounds import committee_status
 
     sound = [reports[name].answers for name, reasons in judged.items() if not reasons]
     votes = Counter(answers[item] for answers in sound if item in answers)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from bitassay.data.windows import Protocol
-    from bitassay.evaluate.tasks import Candidate
+    from bitassay.evaluation.tasks import Candidate
     from bitassay.record.progress import Progress
 
 WINDOWS = 16
@@ -82,15 +82,15 @@ def eval(
     from bitassay.cli.progress import show_progress
     from bitassay.data.corpora import check_corpus
     from bitassay.data.windows import token_windows
-    from bitassay.evaluate.compare import evaluate_all
-    from bitassay.evaluate.controls import evaluate_with_controls
-    from bitassay.evaluate.tasks import check_tasks
+    from bitassay.evaluation.compare import evaluate_all
+    from bitassay.evaluation.controls import evaluate_with_controls
+    from bitassay.evaluation.tasks import check_tasks
     from bitassay.models.load import load, tokenizer
     from bitassay.models.source import resolve
     from bitassay.models.windows import check_folder
-    from bitassay.quantize.fits import check_fit
-    from bitassay.quantize.pipeline import quantize_once
-    from bitassay.quantize.recipe import BASE, find_recipe
+    from bitassay.quantization.export.fits import check_fit
+    from bitassay.quantization.pipeline import quantize_once
+    from bitassay.quantization.recipe.recipe import BASE, find_recipe
     from bitassay.report.assay import CONTROL_COLUMNS, QUALITY_COLUMNS
 
     protocols = [_protocol(text, window, windows) for text in protocol or ["wikitext2-raw"]]
@@ -147,8 +147,8 @@ def _protocol(text: str, window: int | None, windows: int | None) -> "Protocol":
 
 def _warn_of_seen_text(recipes: list[str], protocols: "list[Protocol]", progress: "Progress") -> None:
     from bitassay.data.corpora import same_text
-    from bitassay.quantize.calibration import Calibration
-    from bitassay.quantize.recipe import find_recipe
+    from bitassay.quantization.recipe.calibration import Calibration
+    from bitassay.quantization.recipe.recipe import find_recipe
 
     for recipe in map(find_recipe, recipes):
         corpus = (recipe.calibration or Calibration()).corpus
@@ -165,10 +165,10 @@ def _candidates(
     progress: "Progress",
 ) -> "list[Candidate]":
     """Who is asked, the one that others are compared with first."""
-    from bitassay.evaluate.tasks import loaded_candidate, quantized_candidate
+    from bitassay.evaluation.tasks import loaded_candidate, quantized_candidate
     from bitassay.models.walk import decoder_layers
-    from bitassay.quantize.recipe import BASE, find_recipe
-    from bitassay.replicate.controls import with_controls
+    from bitassay.quantization.recipe.recipe import BASE, find_recipe
+    from bitassay.quantization.replication.controls import with_controls
 
     if not recipes:
         return [loaded_candidate(model, name) for name, model in zip(names[::-1], models[::-1], strict=True)]
@@ -198,7 +198,7 @@ def _tasks(
     import sys
 
     from bitassay.bench.environment import environment
-    from bitassay.evaluate.tasks import evaluate_tasks
+    from bitassay.evaluation.tasks import evaluate_tasks
     from bitassay.report.tasks import TASK_COLUMNS
 
     run, folder = evaluate_tasks(

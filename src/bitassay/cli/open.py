@@ -18,9 +18,9 @@ def open(trace: Path, /, *, challenge: Path, out: Path, format: Format = "table"
 
     check_words(file=out)
     from bitassay.report.tables import Column
-    from bitassay.verify.challenge import opened_positions, read_challenge
-    from bitassay.verify.opening import open_trace, write_opening
-    from bitassay.verify.trace import read_trace
+    from bitassay.verification.receipts.challenge import opened_positions, read_challenge
+    from bitassay.verification.receipts.opening import open_trace, write_opening
+    from bitassay.verification.trace import read_trace
 
     asked, whole = read_challenge(challenge), read_trace(trace)
     write_opening(out, open_trace(whole, asked))

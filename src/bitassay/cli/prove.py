@@ -9,7 +9,7 @@ from bitassay.cli.output import Format, emit
 from bitassay.cli.parameters import AS_IT_IS, Count, Device, Loading, Seed, StateDtype
 
 if TYPE_CHECKING:
-    from bitassay.verify.trace import Trace
+    from bitassay.verification.trace import Trace
 
 
 def prove(
@@ -80,15 +80,15 @@ def prove(
     )
     from bitassay.cli.progress import show_progress
     from bitassay.data.corpora import prompts_from
-    from bitassay.generate.sampling import Sampler
+    from bitassay.engines.sampling import Sampler
     from bitassay.models.device import as_device
     from bitassay.models.load import Identity, identity, load
     from bitassay.models.source import resolve
-    from bitassay.quantize.fits import check_fit
-    from bitassay.quantize.recipe import find_recipe
-    from bitassay.verify.keys import private_key
-    from bitassay.verify.prove import prove_many
-    from bitassay.verify.trace import check_nonce, write_trace
+    from bitassay.quantization.export.fits import check_fit
+    from bitassay.quantization.recipe.recipe import find_recipe
+    from bitassay.verification.prove import prove_many
+    from bitassay.verification.receipts.keys import private_key
+    from bitassay.verification.trace import check_nonce, write_trace
 
     texts = [prompt] if prompt is not None else prompts_from(prompts)  # type: ignore[arg-type]
     sampler = Sampler(temperature, top_p, seed)
@@ -103,7 +103,7 @@ def prove(
         claimed = Identity(resolve(claim, progress)) if claim else None
         loaded = load(name, dtype=dtype, device=device, progress=progress, **loading.options)
         if recipe:
-            from bitassay.quantize.pipeline import quantize_once
+            from bitassay.quantization.pipeline import quantize_once
 
             loaded = quantize_once(loaded, recipe, progress=progress)
         options = {"max_new_tokens": max_new_tokens, "sampler": sampler, "claim": claimed or identity(loaded)}
@@ -121,9 +121,9 @@ def prove(
 
 def _write_receipts(rows: list[dict[str, Any]], key: Path) -> None:
     """A receipt beside each trace; its path and size, and the public key, into the rows."""
-    from bitassay.verify.keys import private_key
-    from bitassay.verify.receipt import commit, write_receipt
-    from bitassay.verify.trace import read_trace
+    from bitassay.verification.receipts.keys import private_key
+    from bitassay.verification.receipts.receipt import commit, write_receipt
+    from bitassay.verification.trace import read_trace
 
     private = private_key(key)
     for row in rows:
@@ -137,8 +137,8 @@ def _prove_folder(
     model: Any, texts: list[str], nonce: str, out: Path, batch: int, options: dict[str, Any], progress: Any
 ) -> list[dict[str, Any]]:
     """Prove what `out` does not hold yet, batch by batch, and return a row for each prompt."""
-    from bitassay.verify.prove import prove_many
-    from bitassay.verify.trace import write_trace
+    from bitassay.verification.prove import prove_many
+    from bitassay.verification.trace import write_trace
 
     _same_run(model, out, options)
     paths = [out / f"{index:05d}.trace" for index in range(len(texts))]
@@ -167,8 +167,8 @@ def _same_run(model: Any, out: Path, options: dict[str, Any]) -> None:
     from bitassay.errors import BitassayError
     from bitassay.models.load import identity
     from bitassay.record.files import read_json, write_json
-    from bitassay.verify.numerics import numerics
-    from bitassay.verify.trace import ModelClaim, Sampling
+    from bitassay.verification.numerics import numerics
+    from bitassay.verification.trace import ModelClaim, Sampling
 
     run = {
         "ran": ModelClaim.of(identity(model)).model_dump(),
@@ -186,8 +186,8 @@ def _same_run(model: Any, out: Path, options: dict[str, Any]) -> None:
 
 def _finished(model: Any, path: Path, text: str, nonce: str) -> "Trace | None":
     """The trace at `path` where it is whole and answers this request."""
-    from bitassay.generate.prompts import encode_prompt
-    from bitassay.verify.trace import TraceError, read_trace
+    from bitassay.engines.prompts import encode_prompt
+    from bitassay.verification.trace import TraceError, read_trace
 
     if not path.exists():
         return None

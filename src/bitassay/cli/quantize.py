@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     from bitassay.models.checkpoint import Card
     from bitassay.models.source import Source
-    from bitassay.quantize.export import Layout
-    from bitassay.quantize.recipe import Recipe
+    from bitassay.quantization.export.save import Layout
+    from bitassay.quantization.recipe.recipe import Recipe
     from bitassay.record.progress import Progress
 
 
@@ -87,7 +87,7 @@ def quantize(
     from bitassay.cli.analysis import run_analysis
     from bitassay.cli.progress import show_progress
     from bitassay.models.source import resolve
-    from bitassay.quantize.recipe import find_recipe
+    from bitassay.quantization.recipe.recipe import find_recipe
     from bitassay.report.tables import Column, number, significant, size
 
     if analyze:
@@ -153,7 +153,7 @@ def _written(order: _Order, folder_row: Row, gguf_row: Row) -> list[Row]:
     """The rows of what was finished before and of what is written now."""
     from bitassay.data.corpora import bundled_prompts
     from bitassay.models.load import load, tokenizer
-    from bitassay.quantize.export import check_space
+    from bitassay.quantization.export.save import check_space
 
     for row in _planned(order):
         if order.out is not None and folder_row is None and row is not None and row["layout"] != "gguf":
@@ -172,8 +172,8 @@ def _written(order: _Order, folder_row: Row, gguf_row: Row) -> list[Row]:
 def _quantized(order: _Order, base: "PreTrainedModel", folder_row: Row) -> "PreTrainedModel":
     """`base`, quantized now, or with what a finished folder holds."""
     from bitassay.models.load import load
-    from bitassay.quantize.model import quantization_of, with_tensors
-    from bitassay.quantize.pipeline import quantize, quantize_once
+    from bitassay.quantization.pipeline import quantize, quantize_once
+    from bitassay.quantization.runtime.model import quantization_of, with_tensors
 
     if order.out is None or folder_row is None:
         if order.work is None:
@@ -187,7 +187,7 @@ def _quantized(order: _Order, base: "PreTrainedModel", folder_row: Row) -> "PreT
 
 
 def _save_folder(order: _Order, quantized: "PreTrainedModel", out: Path, tokens: Any, started: float) -> Row:
-    from bitassay.quantize.export import reload_difference, save
+    from bitassay.quantization.export.save import reload_difference, save
 
     card = save(quantized, out, layout=order.layout, progress=order.progress)
     row = _folder_row(card, out) | {"seconds": time.monotonic() - started}
@@ -201,7 +201,7 @@ def _save_folder(order: _Order, quantized: "PreTrainedModel", out: Path, tokens:
 
 
 def _save_gguf(order: _Order, quantized: "PreTrainedModel", path: Path, tokens: Any, started: float) -> Row:
-    from bitassay.quantize.gguf_file import reload_difference, write_gguf
+    from bitassay.quantization.export.gguf_file import reload_difference, write_gguf
 
     written = write_gguf(quantized, path, progress=order.progress)
     for how, count in sorted(written.stored_as.items()):
@@ -220,8 +220,8 @@ def _planned(order: _Order) -> list[Row]:
     what else the model's folder holds; which blocks a GGUF file has depends on the codes."""
     from bitassay.models.load import as_dtype
     from bitassay.models.shapes import without_weights
-    from bitassay.quantize.export_plan import plan_export
-    from bitassay.quantize.gguf_file import check_gguf
+    from bitassay.quantization.export.gguf_file import check_gguf
+    from bitassay.quantization.export.plan import plan_export
 
     trust = order.loading.trust_remote_code
     empty = without_weights(order.source, dtype=as_dtype(order.dtype), trust_remote_code=trust)
@@ -287,7 +287,7 @@ def _finished_gguf(order: _Order) -> Row:
     """The row of a GGUF file of the same base model and recipe; None where there is no file."""
     from bitassay.errors import BitassayError
     from bitassay.models.load import Identity
-    from bitassay.quantize.gguf_file import written_before
+    from bitassay.quantization.export.gguf_file import written_before
 
     if (path := order.gguf) is None or not path.exists():
         return None

@@ -24,7 +24,7 @@ def list_(*, format: Format = "table") -> int:
     Args:
         format: What to print on stdout.
     """
-    from bitassay.quantize.recipe import PARTS, shipped_recipes
+    from bitassay.quantization.recipe.recipe import PARTS, shipped_recipes
 
     rows = [
         {
@@ -57,7 +57,7 @@ def show(recipe: str) -> int:
     check_words(recipes=[recipe])
     import yaml
 
-    from bitassay.quantize.recipe import find_recipe
+    from bitassay.quantization.recipe.recipe import find_recipe
 
     found = find_recipe(recipe).model_dump(mode="json")
     print(yaml.safe_dump(found, sort_keys=False, allow_unicode=True), end="")

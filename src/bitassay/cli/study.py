@@ -13,8 +13,8 @@ from bitassay.cli.parameters import AS_IT_IS, Count, Loading, Names, Numbers, Sh
 from bitassay.report.tables import Column, interval, percent
 
 if TYPE_CHECKING:
-    from bitassay.studies.trial import Trial
-    from bitassay.studies.work import Plan
+    from bitassay.studies.verillm.trial import Trial
+    from bitassay.studies.verillm.work import Plan
 
 study = App(name="study", help="List and run the experiments.")
 
@@ -36,9 +36,9 @@ def list_(*, format: Format = "table") -> int:
     Args:
         format: What to print on stdout.
     """
-    from bitassay.studies.eight_bit import STUDIES as EIGHT_BIT
-    from bitassay.studies.experiments import EXPERIMENTS
-    from bitassay.studies.replication import STUDIES as REPLICATION
+    from bitassay.studies.eight_bit.study import STUDIES as EIGHT_BIT
+    from bitassay.studies.replication.study import STUDIES as REPLICATION
+    from bitassay.studies.verillm.experiments import EXPERIMENTS
 
     side = {"full": "FP16", "quantized": "INT4"}
     rows: list[dict[str, Any]] = [
@@ -145,9 +145,9 @@ def run(
 
     check_words([model], folder=out)
     from bitassay.errors import BitassayError, suggestion
-    from bitassay.studies.eight_bit import STUDIES as EIGHT_BIT
-    from bitassay.studies.experiments import EXPERIMENTS
-    from bitassay.studies.replication import STUDIES as REPLICATION
+    from bitassay.studies.eight_bit.study import STUDIES as EIGHT_BIT
+    from bitassay.studies.replication.study import STUDIES as REPLICATION
+    from bitassay.studies.verillm.experiments import EXPERIMENTS
 
     model = None if model is None else loading.of(model)
     every = (*EXPERIMENTS, "separability", *EIGHT_BIT, *REPLICATION)
@@ -186,8 +186,8 @@ def run(
     from bitassay.cli.progress import show_progress
     from bitassay.record.files import write_json
     from bitassay.report import study as report
-    from bitassay.studies.experiments import run_experiments
-    from bitassay.studies.separability import PRECISIONS, run_separability
+    from bitassay.studies.verillm.experiments import run_experiments
+    from bitassay.studies.verillm.separability import PRECISIONS, run_separability
 
     if model is None:
         raise BitassayError("no model was given", "--model smollm2-135m")
@@ -245,7 +245,7 @@ def optimise(studies: list[str], plan: "Plan", alpha: float, out: Path, format: 
     from bitassay.cli.progress import show_progress
     from bitassay.record.files import write_json
     from bitassay.report import study as report
-    from bitassay.studies.thresholds import optimise_thresholds
+    from bitassay.studies.verillm.thresholds import optimise_thresholds
 
     with show_progress() as progress:
         found = optimise_thresholds(studies, plan, alpha=alpha, out=out, progress=progress)
@@ -271,9 +271,9 @@ def make_plan(
     """A plan on these machines, or on those at hand that can compute, in `precision` or the one that suits
     them."""
     from bitassay.errors import BitassayError, suggestion
-    from bitassay.studies.parties import DTYPES, Machine, first_machines, other_machines
-    from bitassay.studies.trial import LeftOut, first_that_runs, try_machine
-    from bitassay.studies.work import Plan
+    from bitassay.studies.verillm.parties import DTYPES, Machine, first_machines, other_machines
+    from bitassay.studies.verillm.trial import LeftOut, first_that_runs, try_machine
+    from bitassay.studies.verillm.work import Plan
 
     trial = trial or try_machine
 
@@ -320,8 +320,8 @@ def _lengths(plan: "Plan", *asked: tuple[int | None, int]) -> "Plan":
 def _rules(given: str) -> dict[str, Any]:
     """Rules and bar by name or from a file."""
     from bitassay.errors import BitassayError, suggestion
-    from bitassay.studies.thresholds import read_thresholds
-    from bitassay.verify.verillm import RULE_SETS
+    from bitassay.studies.verillm.thresholds import read_thresholds
+    from bitassay.verification.detectors.verillm import RULE_SETS
 
     if given in RULE_SETS:
         return {"rules": RULE_SETS[given]}

@@ -34,12 +34,12 @@ def run_variant_studies(
     from bitassay.report import eight_bit, replication
     from bitassay.report.bench import shown_columns
     from bitassay.report.claims import SHORT_CLAIM_COLUMNS
-    from bitassay.studies.eight_bit import STUDIES as EIGHT_BIT
-    from bitassay.studies.eight_bit import eight_bit_plan, find_study
-    from bitassay.studies.eight_bit_run import run_eight_bit
-    from bitassay.studies.parties import DTYPES, Machine
-    from bitassay.studies.replication import STUDIES as REPLICATION
-    from bitassay.studies.replication_run import run_replication
+    from bitassay.studies.eight_bit.run import run_eight_bit
+    from bitassay.studies.eight_bit.study import STUDIES as EIGHT_BIT
+    from bitassay.studies.eight_bit.study import eight_bit_plan, find_study
+    from bitassay.studies.replication.run import run_replication
+    from bitassay.studies.replication.study import STUDIES as REPLICATION
+    from bitassay.studies.verillm.parties import DTYPES, Machine
 
     if len(devices) > 1 or any(Machine(name).options for name in devices):
         raise BitassayError(

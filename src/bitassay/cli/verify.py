@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from bitassay.record.progress import Progress
-    from bitassay.verify.ledger import Line
-    from bitassay.verify.profile import Profile
-    from bitassay.verify.verdict import Verdict
+    from bitassay.verification.ledger import Line
+    from bitassay.verification.profile import Profile
+    from bitassay.verification.verdict import Verdict
 
 
 def verify(
@@ -76,12 +76,12 @@ def verify(
     from bitassay.cli.progress import show_progress
     from bitassay.models.device import as_device
     from bitassay.models.load import load
-    from bitassay.quantize.fits import check_fit
-    from bitassay.quantize.recipe import find_recipe
-    from bitassay.verify.ledger import check_ledger, extended, scored, update_ledger
-    from bitassay.verify.pooled import pooled_verdict
-    from bitassay.verify.profile import ALPHA, read_profile
-    from bitassay.verify.sequential import SequentialEvidence
+    from bitassay.quantization.export.fits import check_fit
+    from bitassay.quantization.recipe.recipe import find_recipe
+    from bitassay.verification.ledger import check_ledger, extended, scored, update_ledger
+    from bitassay.verification.pooled import pooled_verdict
+    from bitassay.verification.profile import ALPHA, read_profile
+    from bitassay.verification.sequential import SequentialEvidence
 
     signed = _signed_files(traces, receipt, challenge, signer)
     paths = traces if signed else paths
@@ -102,7 +102,7 @@ def verify(
             progress=progress,
         )
         if recipe:
-            from bitassay.quantize.pipeline import quantize_once
+            from bitassay.quantization.pipeline import quantize_once
 
             own = quantize_once(own, recipe, progress=progress)
         host = signer.lower() if signer else None
@@ -160,8 +160,8 @@ def _signed_files(
 ) -> tuple[Path, Any, bytes | None] | None:
     """Receipt, challenge and the signer's key, where a receipt is to be verified; None otherwise."""
     from bitassay.errors import BitassayError
-    from bitassay.verify.challenge import read_challenge
-    from bitassay.verify.keys import public_key
+    from bitassay.verification.receipts.challenge import read_challenge
+    from bitassay.verification.receipts.keys import public_key
 
     if receipt is None and challenge is None and signer is None:
         return None
@@ -184,8 +184,8 @@ def _verdicts(
     requests: list[Any],
     progress: "Progress",
 ) -> "list[Verdict]":
-    from bitassay.verify.trace import TraceError, read_trace
-    from bitassay.verify.verdict import failed, verify_many
+    from bitassay.verification.trace import TraceError, read_trace
+    from bitassay.verification.verdict import failed, verify_many
 
     verdicts, readable = {}, {}
     for index, path in enumerate(paths):
@@ -212,11 +212,11 @@ def _receipt_verdict(
     alpha: float | None,
     request: Any,
 ) -> "Verdict":
-    from bitassay.verify.audit import verify_opening
-    from bitassay.verify.container import TraceError
-    from bitassay.verify.opening import read_opening
-    from bitassay.verify.receipt import read_receipt
-    from bitassay.verify.verdict import failed
+    from bitassay.verification.container import TraceError
+    from bitassay.verification.receipts.audit import verify_opening
+    from bitassay.verification.receipts.opening import read_opening
+    from bitassay.verification.receipts.receipt import read_receipt
+    from bitassay.verification.verdict import failed
 
     try:
         signed = read_receipt(receipt)
@@ -233,7 +233,7 @@ def _requests(
 ) -> list[Any]:
     from bitassay.data.corpora import prompts_from
     from bitassay.errors import BitassayError
-    from bitassay.verify.structure import Request
+    from bitassay.verification.structure import Request
 
     if prompts is None:
         return [Request(prompt, nonce, None, max_new_tokens)] * count

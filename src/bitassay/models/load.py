@@ -198,7 +198,7 @@ def _read_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenize
 def _reader() -> Callable[..., PreTrainedModel]:
     """What reads our quantized folders. It belongs to `quantize`, which is built on this file, so it is only
     named here."""
-    return import_module("bitassay.quantize.reload").read_quantized
+    return import_module("bitassay.quantization.export.reload").read_quantized
 
 
 def _plain(

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bitassay.replicate.controls import KINDS
+from bitassay.quantization.replication.controls import KINDS
 from bitassay.report.bench import page_table, write_tables
 from bitassay.report.claims import CLAIM_COLUMNS
 from bitassay.report.figures import COLOURS, INK, STYLE, label_points, svg

@@ -60,7 +60,7 @@ def with_interval(
 
 def interval_note(cells: Sequence[Sequence[str]]) -> str:
     """Why there are cells without an interval; empty where there are none."""
-    from bitassay.evaluate.statistics import FEWEST  # takes scipy along, which most tables do without
+    from bitassay.evaluation.statistics import FEWEST  # takes scipy along, which most tables do without
 
     if not any(NO_INTERVAL in text for row in cells for text in row):
         return ""

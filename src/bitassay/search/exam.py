@@ -17,20 +17,20 @@ from transformers import PreTrainedModel
 from bitassay.bench.throughput import throughput
 from bitassay.data.windows import Protocol
 from bitassay.errors import BitassayError
-from bitassay.evaluate.compare import TextDifference, score_windows, summarise, text_difference
-from bitassay.evaluate.divergence import TokenScores, token_scores, window_logits
+from bitassay.evaluation.compare import TextDifference, score_windows, summarise, text_difference
+from bitassay.evaluation.divergence import TokenScores, token_scores, window_logits
 from bitassay.models.load import AUTO, load
 from bitassay.models.windows import model_windows
-from bitassay.quantize.export_plan import plan_export
-from bitassay.quantize.model import Quantization, check_recipe, with_tensors
-from bitassay.quantize.pipeline import quantize_tensors
-from bitassay.quantize.recipe import BASE, Recipe
+from bitassay.quantization.export.plan import plan_export
+from bitassay.quantization.pipeline import quantize_tensors
+from bitassay.quantization.recipe.recipe import BASE, Recipe
+from bitassay.quantization.recipe.replication import Chosen
+from bitassay.quantization.runtime.model import Quantization, check_recipe, with_tensors
 from bitassay.record.progress import Progress, silent
-from bitassay.replicate.plan import Chosen
 from bitassay.search.objectives import FACTS, QUALITY, SPEED, VERIFICATION
 from bitassay.studies.assay import facts_of
 from bitassay.studies.verification import Verification, chosen_prompts, honest_profile, verdict_columns
-from bitassay.verify.profile import Profile
+from bitassay.verification.profile import Profile
 
 Row = dict[str, Any]
 PROMPT_TOKENS, REPEATS = 128, 3  # of the columns of speed

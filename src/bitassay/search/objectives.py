@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bitassay.errors import BitassayError, suggestion
-from bitassay.quantize.recipe import Recipe, find_recipe, shipped_recipes
+from bitassay.quantization.recipe.recipe import Recipe, find_recipe, shipped_recipes
 
 FACTS = ("bits_per_weight", "checkpoint_bits_per_weight", "size_bytes")  # known before anything is run
 QUALITY = ("ppl", "ppl_delta", "kl_mean", "kl_median", "kl_p99", "top1_agreement")

@@ -33,11 +33,11 @@ from optuna.trial import FrozenTrial, TrialState
 
 from bitassay.bench.environment import environment
 from bitassay.errors import BitassayError
-from bitassay.evaluate.compare import INTERVAL, INTERVALS, PAIR_INTERVALS
+from bitassay.evaluation.compare import INTERVAL, INTERVALS, PAIR_INTERVALS
 from bitassay.models.load import identity
-from bitassay.quantize.fits import check_fit
-from bitassay.quantize.pipeline import quantize_tensors_once
-from bitassay.quantize.recipe import BASE, Recipe, find_recipe, row_names
+from bitassay.quantization.export.fits import check_fit
+from bitassay.quantization.pipeline import quantize_tensors_once
+from bitassay.quantization.recipe.recipe import BASE, Recipe, find_recipe, row_names
 from bitassay.record.files import check_folder, read_json, write_json, write_text
 from bitassay.record.processes import end, end_with_parent, helper_variables
 from bitassay.record.progress import Progress, silent

@@ -27,8 +27,8 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic_core import to_jsonable_python
 
 from bitassay.errors import BitassayError, suggestion
-from bitassay.quantize.recipe import Recipe
-from bitassay.quantize.scheme import Part
+from bitassay.quantization.recipe.recipe import Recipe
+from bitassay.quantization.recipe.weights import Part
 from bitassay.record.files import read_yaml
 from bitassay.record.hashing import digest_json
 from bitassay.record.schema import defects

@@ -27,8 +27,8 @@ from bitassay.data.corpora import check_corpus
 from bitassay.data.windows import Protocol
 from bitassay.errors import BitassayError, MissingError, at_least
 from bitassay.models.load import AUTO, as_dtype
-from bitassay.quantize.pipeline import quantize_tensors
-from bitassay.quantize.recipe import Recipe
+from bitassay.quantization.pipeline import quantize_tensors
+from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.record.files import write_text
 from bitassay.record.progress import Progress, silent
 from bitassay.search.exam import Exam, Row, Sitting, facts, known_facts

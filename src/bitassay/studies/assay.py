@@ -2,7 +2,7 @@
 notices.
 
 1. evaluate: all recipes against the base model in one pass over the text, in fp32 by default. Recipes with
-   copies bring their controls along (`replicate/controls.py`) as rows of their own;
+   copies bring their controls along (`quantization/replication/controls.py`) as rows of their own;
 2. bench: real models (packed codes) in bf16, in turn;
 3. verify: a profile is fitted to honest bf16 runs of the base model; then each quantized model generates
    while claiming to be the base model, and a verifier that holds the base model checks its traces.
@@ -27,15 +27,18 @@ from bitassay.bench.throughput import DECODE_TOKENS, throughput
 from bitassay.data.corpora import check_corpus
 from bitassay.data.windows import Protocol
 from bitassay.errors import BitassayError, at_least
-from bitassay.evaluate.compare import INTERVAL, INTERVALS, score_windows, summarise
-from bitassay.evaluate.controls import pair
-from bitassay.evaluate.divergence import TokenScores
+from bitassay.evaluation.compare import INTERVAL, INTERVALS, score_windows, summarise
+from bitassay.evaluation.controls import pair
+from bitassay.evaluation.divergence import TokenScores
 from bitassay.models.load import AUTO, as_dtype, identity, load
 from bitassay.models.positions import context_length
 from bitassay.models.walk import decoder_layers
 from bitassay.models.windows import model_windows
-from bitassay.quantize.fits import check_fit
-from bitassay.quantize.model import (
+from bitassay.quantization.export.fits import check_fit
+from bitassay.quantization.pipeline import quantize_tensors_once
+from bitassay.quantization.recipe.recipe import BASE, Recipe, find_recipe, row_names
+from bitassay.quantization.replication.controls import Place, with_controls
+from bitassay.quantization.runtime.model import (
     Quantization,
     bits_per_weight,
     check_recipe,
@@ -44,20 +47,17 @@ from bitassay.quantize.model import (
     size_bytes,
     with_tensors,
 )
-from bitassay.quantize.pipeline import quantize_tensors_once
-from bitassay.quantize.recipe import BASE, Recipe, find_recipe, row_names
 from bitassay.record.files import check_folder, write_json
 from bitassay.record.progress import Progress, silent
 from bitassay.record.run import RunFolder, default_folder
 from bitassay.record.versions import versions
-from bitassay.replicate.controls import Place, with_controls
 from bitassay.studies.verification import (
     Verification,
     chosen_prompts,
     honest_profile,
     verdict_columns,
 )
-from bitassay.verify.profile import Profile
+from bitassay.verification.profile import Profile
 
 SCHEMA = 1
 DEFAULT_PROTOCOL = Protocol(windows=16)

@@ -22,18 +22,18 @@ import torch
 from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError, MissingError
-from bitassay.evaluate.divergence import TokenScores, token_scores, window_logits
-from bitassay.evaluate.questions import AskedTask, Leaf
-from bitassay.evaluate.tasks import answer
+from bitassay.evaluation.divergence import TokenScores, token_scores, window_logits
+from bitassay.evaluation.questions import AskedTask, Leaf
+from bitassay.evaluation.tasks import answer
 from bitassay.models.load import identity, load
 from bitassay.models.windows import model_windows
-from bitassay.quantize.model import with_tensors
-from bitassay.quantize.pipeline import quantize_tensors_once
+from bitassay.quantization.pipeline import quantize_tensors_once
+from bitassay.quantization.runtime.model import with_tensors
 from bitassay.record.run import AGAIN, RunFolder, differing
 from bitassay.studies.costs import COSTS, Read, facts_of, window_reader
-from bitassay.studies.drafts import drafted
-from bitassay.studies.eight_bit import ALPHA, SAMPLES
-from bitassay.studies.torchao_models import torchao_model
+from bitassay.studies.eight_bit.study import ALPHA, SAMPLES
+from bitassay.studies.eight_bit.torchao_models import torchao_model
+from bitassay.studies.replication.drafts import drafted
 from bitassay.studies.variants import Variant, VariantPlan
 
 METHODS = {"direct": "", "generate": "_generative"}
@@ -198,7 +198,7 @@ def questions(plan: VariantPlan) -> dict[str, dict[str, AskedTask]]:
 def answers_of(model: PreTrainedModel, plan: VariantPlan) -> dict[str, Any]:
     """By method: whether each question was answered rightly, and what was answered (log-likelihoods of the
     four letters in nats, or the text)."""
-    from bitassay.evaluate.once import OnceReadLM
+    from bitassay.evaluation.once import OnceReadLM
 
     lm = OnceReadLM(model)
     lm.max_gen_toks = NEW_TOKENS

@@ -18,21 +18,21 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bitassay.bench.roofline import matrices_of
-from bitassay.evaluate.divergence import window_logits
+from bitassay.evaluation.divergence import window_logits
 from bitassay.models.walk import decoder_layers
-from bitassay.quantize.calibration import Calibration, calibration_tokens
-from bitassay.quantize.model import (
+from bitassay.quantization.codes.rounding import generator_for
+from bitassay.quantization.recipe.calibration import Calibration, calibration_tokens
+from bitassay.quantization.recipe.replication import Chosen
+from bitassay.quantization.replication.on_demand import Depth, gated_logits, planes_on_demand, shuffled
+from bitassay.quantization.replication.select import chosen_layers
+from bitassay.quantization.runtime.model import (
     bits_per_weight,
     cache_slots,
     quantization_of,
     size_bytes,
 )
-from bitassay.quantize.rounding import generator_for
+from bitassay.quantization.runtime.passes import Usage
 from bitassay.record.progress import silent
-from bitassay.replicate.on_demand import Depth, gated_logits, planes_on_demand, shuffled
-from bitassay.replicate.passes import Usage
-from bitassay.replicate.plan import Chosen
-from bitassay.replicate.select import chosen_layers
 from bitassay.studies.variants import Reading
 
 COSTS = ("passes", "bytes")

@@ -18,10 +18,10 @@ from bitassay.models.load import as_dtype
 from bitassay.models.shapes import without_weights
 from bitassay.models.source import resolve
 from bitassay.models.walk import decoder_layers
-from bitassay.quantize.calibration import Calibration
-from bitassay.quantize.export_plan import plan_export
-from bitassay.quantize.model import check_recipe, parameter_count
-from bitassay.quantize.recipe import PARTS, Recipe, find_recipe
+from bitassay.quantization.export.plan import plan_export
+from bitassay.quantization.recipe.calibration import Calibration
+from bitassay.quantization.recipe.recipe import PARTS, Recipe, find_recipe
+from bitassay.quantization.runtime.model import check_recipe, parameter_count
 from bitassay.record.progress import Progress, silent
 from bitassay.studies.assay import AssayPlan
 

@@ -11,11 +11,11 @@ from typing import Any, Literal
 from bitassay.data.tasks import mmlu_subjects, task_data
 from bitassay.data.windows import Protocol
 from bitassay.errors import BitassayError
-from bitassay.evaluate.divergence import TokenScores
+from bitassay.evaluation.divergence import TokenScores
 from bitassay.models.load import AUTO, as_dtype
-from bitassay.quantize.recipe import BASE, Recipe
+from bitassay.quantization.recipe.recipe import BASE, Recipe
+from bitassay.quantization.recipe.replication import Chosen
 from bitassay.record.versions import versions
-from bitassay.replicate.plan import Chosen
 
 SCHEMA = 1
 
@@ -24,7 +24,7 @@ Kind = Literal["fake", "real"]
 
 @dataclass(frozen=True)
 class Reading:
-    """How a model in residual codes is read (`replicate/on_demand.py`): its first plane, all planes in some
+    """How a model in residual codes is read (`replication/on_demand.py`): its first plane, all planes in some
     layers, and all planes for a token that follows an entropy above `threshold` nats; with a `seed`, for as
     many tokens of a window at random."""
 

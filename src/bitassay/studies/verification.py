@@ -11,18 +11,18 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from bitassay.data.corpora import bundled_prompts
+from bitassay.engines.decode import TokenIds
+from bitassay.engines.prompts import encode_prompt
 from bitassay.errors import BitassayError, at_least
-from bitassay.generate.decode import TokenIds
-from bitassay.generate.prompts import encode_prompt
 from bitassay.models.load import identity
-from bitassay.quantize.model import Quantization, with_tensors
-from bitassay.quantize.recipe import BASE
+from bitassay.quantization.recipe.recipe import BASE
+from bitassay.quantization.runtime.model import Quantization, with_tensors
 from bitassay.record.progress import Progress, silent
-from bitassay.verify.calibrate import calibrate, check_plan
-from bitassay.verify.pooled import pooled_verdict
-from bitassay.verify.profile import Profile
-from bitassay.verify.prove import prove_many
-from bitassay.verify.verdict import verify_many
+from bitassay.verification.calibrate import calibrate, check_plan
+from bitassay.verification.pooled import pooled_verdict
+from bitassay.verification.profile import Profile
+from bitassay.verification.prove import prove_many
+from bitassay.verification.verdict import verify_many
 
 MAX_PROMPT_TOKENS = 96
 PROOF_BATCH = 32

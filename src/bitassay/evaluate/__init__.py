@@ -1,3 +1,0 @@
-from bitassay import _callable_package
-
-_callable_package(__name__, "bitassay.evaluate.compare:evaluate")

@@ -1,0 +1,275 @@
+"""Measure candidates against a base model, in one pass: `evaluate` for one, `evaluate_all` for many,
+`score_windows` and `summarise` for what keeps the scores.
+
+The base model runs once per window and every candidate is compared with it there and then; full logits are
+never stored. Each candidate keeps a few numbers per token, from which all figures and their paired intervals
+are made.
+"""
+
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from bitassay.data.windows import Protocol
+from bitassay.errors import BitassayError
+from bitassay.evaluation.divergence import TokenScores, token_scores, window_logits
+from bitassay.evaluation.statistics import (
+    FEWEST,
+    LOG,
+    LOG_DIFFERENCE,
+    LOG_RATIO,
+    LOGIT,
+    NONE,
+    Estimate,
+    Interval,
+    exp_mean_of,
+    log_difference_interval,
+    log_interval,
+    log_ratio_interval,
+    logit_interval,
+    mean_of,
+    visible_difference,
+)
+from bitassay.models.config import text_config
+from bitassay.models.positions import check_window, context_length
+from bitassay.models.windows import model_windows
+from bitassay.quantization.recipe.recipe import BASE
+from bitassay.record.progress import Progress, silent
+
+# By column, how its interval is made.
+INTERVALS = {
+    "ppl_ci": f"{LOG} of what is above 1",
+    "ppl_delta_ci": LOG_DIFFERENCE,
+    "kl_ci": LOG,
+    "top1_ci": LOGIT,
+}
+PAIR_INTERVALS = {
+    "ppl_ci": LOG_DIFFERENCE,
+    "ppl_fraction_ci": LOG_RATIO,
+    "kl_ci": LOG_DIFFERENCE,
+    "kl_fraction_ci": LOG_RATIO,
+}
+INTERVAL = (
+    "95 %, Student's t over windows, paired with the base model: of losses, KL and differences on a log "
+    f"scale, of agreement on a logit scale; {NONE}"
+)
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How well a model predicts a text, and how far it is from its base. Perplexities are exp of the mean
+    loss in nats; KL in nats a token; intervals are 95 %, paired with the base by window, None for fewer than
+    FEWEST windows (`statistics.py`). ppl_delta_visible: the smallest true difference from the base that so
+    many windows would show with a probability of 80 %."""
+
+    ppl: float
+    ppl_ci: Interval
+    ppl_delta: float
+    ppl_delta_ci: Interval
+    ppl_delta_visible: float | None
+    kl_mean: float
+    kl_ci: Interval
+    kl_median: float
+    kl_p99: float
+    top1_agreement: float
+    top1_ci: Interval
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The quality of one model under a named protocol; `base` says what it was compared with."""
+
+    model: str
+    base: str | None
+    protocol: str
+    corpus_source: str
+    windows: int
+    predicted_tokens: int
+    quality: Quality
+
+    def __str__(self) -> str:
+        q = self.quality
+        lines = [
+            f"{self.model}: perplexity {q.ppl:.4g} {_interval(q.ppl_ci)} "
+            f"on {self.protocol}, {self.windows} windows"
+        ]
+        if self.base is not None:
+            lines += [
+                f"  against {self.base}: {q.ppl_delta:+.4g} {_interval(q.ppl_delta_ci)}",
+                f"  KL divergence {q.kl_mean:.4g} {_interval(q.kl_ci)} nats a token, "
+                f"median {q.kl_median:.3g}, 99 % {q.kl_p99:.3g}",
+                f"  top-1 agreement {q.top1_agreement:.2%} {_interval(q.top1_ci)}",
+            ]
+        return "\n".join(lines)
+
+
+def evaluate(
+    model: PreTrainedModel,
+    *,
+    against: PreTrainedModel | None = None,
+    protocol: Protocol | None = None,
+    progress: Progress = silent,
+) -> Evaluation:
+    """Perplexity of `model`; with `against`, also its difference from that model, with paired intervals.
+
+    The default protocol is `wikitext2-raw/2048[n=16]`. Raises BitassayError where the two models have
+    different vocabularies.
+    """
+    base, candidates = (model, {}) if against is None else (against, {"model": model})
+    found = evaluate_all(base, candidates, protocol=protocol, progress=progress)
+    return found["model" if candidates else BASE]
+
+
+def evaluate_all(
+    base: PreTrainedModel,
+    candidates: Mapping[str, PreTrainedModel],
+    *,
+    protocol: Protocol | None = None,
+    progress: Progress = silent,
+) -> dict[str, Evaluation]:
+    """`evaluate` for many candidates in one pass over the text, and for the base, under BASE."""
+    protocol = protocol or Protocol(windows=16)
+    windows, source = model_windows(base, protocol)
+    scores: dict[str, list[TokenScores]] = {BASE: [], **{name: [] for name in candidates}}
+    for index, found in score_windows(base, candidates, windows):
+        for name, score in found.items():
+            scores[name].append(score)
+        progress(f"evaluating on {protocol.id}", index + 1, len(windows))
+    return {
+        name: Evaluation(
+            model=_name(model),
+            base=None if name == BASE else _name(base),
+            protocol=protocol.id,
+            corpus_source=source,
+            windows=len(windows),
+            predicted_tokens=windows.shape[0] * (windows.shape[1] - 1),
+            quality=summarise(scores[name], scores[BASE]),
+        )
+        for name, model in {BASE: base, **candidates}.items()
+    }
+
+
+def score_windows(
+    base: PreTrainedModel,
+    candidates: Mapping[str, PreTrainedModel],
+    windows: Int[Tensor, "windows tokens"],
+    skip: Container[int] = (),
+    finite: bool = True,
+) -> Iterator[tuple[int, dict[str, TokenScores]]]:
+    """Yield, window by window, the scores of the base (under BASE) and of every candidate; `skip` holds
+    windows that are done. Raises BitassayError for other vocabularies, windows that a model cannot read, and,
+    where they have to be `finite`, for losses that are not."""
+    size = text_config(base).vocab_size
+    for name, candidate in candidates.items():
+        if (other := text_config(candidate).vocab_size) != size:
+            raise BitassayError(
+                f"{name} has a vocabulary of {other}, the base model of {size}",
+                "compare a model with one that uses the same tokenizer",
+            )
+        check_window(context_length(candidate), windows.shape[1], name)
+    for index, window in enumerate(windows):
+        if index in skip:
+            continue
+        base_logits, targets = window_logits(base, window), window[1:]
+        scores = {BASE: token_scores(base_logits, targets)}
+        for name, candidate in candidates.items():
+            scores[name] = token_scores(window_logits(candidate, window), targets, base_logits)
+        for name, found in scores.items() if finite else ():
+            if bad := int((~(found.nll.isfinite() & found.kl.isfinite())).sum()):
+                raise BitassayError(
+                    f"{name}: the losses of {bad} of {len(targets)} tokens are NaN or infinite, "
+                    f"in {candidates.get(name, base).dtype}",
+                    "--dtype float32, or leave it out",
+                )
+        yield index, scores
+
+
+def summarise(scores: Sequence[TokenScores], base: Sequence[TokenScores]) -> Quality:
+    """Figures and intervals from the scores of equal windows; for the base itself pass its scores twice."""
+    nll, base_nll, kl, agree = (
+        _by_window(group, field)
+        for group, field in ((scores, "nll"), (base, "nll"), (scores, "kl"), (scores, "agree"))
+    )
+    ppl, base_ppl = exp_mean_of(nll.parts), exp_mean_of(base_nll.parts)
+    kl_tokens = np.concatenate([window.kl.numpy() for window in scores])
+    return Quality(
+        ppl=ppl.value,
+        ppl_ci=_plus(log_interval(Estimate(ppl.value - 1, ppl.parts)), 1),
+        ppl_delta=ppl.value - base_ppl.value,
+        ppl_delta_ci=log_difference_interval(base_ppl, ppl),
+        ppl_delta_visible=visible_difference(base_ppl, ppl),
+        kl_mean=kl.value,
+        kl_ci=log_interval(kl),
+        kl_median=float(np.median(kl_tokens)),
+        kl_p99=float(np.quantile(kl_tokens, 0.99)),
+        top1_agreement=agree.value,
+        top1_ci=logit_interval(agree),
+    )
+
+
+def _by_window(scores: Sequence[TokenScores], field: str) -> Estimate:
+    return mean_of([getattr(window, field).double().mean().item() for window in scores])
+
+
+def _plus(interval: Interval, value: float) -> Interval:
+    return None if interval is None else (interval[0] + value, interval[1] + value)
+
+
+@dataclass(frozen=True)
+class TextDifference:
+    """The second model's figures less the first's on the same windows: perplexity, and KL to their common
+    base in nats a token, each also as a share of the first's (of the KL none where the first's is 0)."""
+
+    ppl: float
+    ppl_ci: Interval
+    ppl_fraction: float
+    ppl_fraction_ci: Interval
+    kl: float
+    kl_ci: Interval
+    kl_fraction: float | None
+    kl_fraction_ci: Interval
+
+
+def text_difference(
+    first: Sequence[TokenScores], second: Sequence[TokenScores], level: float = 0.95
+) -> TextDifference:
+    """Compare two candidates by their scores of equal windows, with intervals at `level`, paired by
+    window."""
+    losses, divergences = ([_by_window(group, field) for group in (first, second)] for field in ("nll", "kl"))
+    ppl_one, ppl_two = (exp_mean_of(loss.parts) for loss in losses)
+    kl_one, kl_two = divergences
+    ratio = log_ratio_interval(ppl_one, ppl_two, level)
+    kl_ratio = log_ratio_interval(kl_one, kl_two, level)
+    return TextDifference(
+        ppl=ppl_two.value - ppl_one.value,
+        ppl_ci=log_difference_interval(ppl_one, ppl_two, level),
+        ppl_fraction=exp_mean_of(losses[1].parts - losses[0].parts).value - 1,
+        ppl_fraction_ci=_plus(ratio, -1),
+        kl=kl_two.value - kl_one.value,
+        kl_ci=log_difference_interval(kl_one, kl_two, level),
+        kl_fraction=kl_two.value / kl_one.value - 1 if kl_one.value else None,
+        kl_fraction_ci=_plus(kl_ratio, -1),
+    )
+
+
+def _name(model: PreTrainedModel) -> str:
+    known = getattr(model, "identity", None)
+    if known is None:
+        return type(model).__name__
+    return known.name if known.recipe_name is None else f"{known.name} ({known.recipe_name})"
+
+
+def _interval(interval: Interval) -> str:
+    return (
+        f"[no interval: fewer than {FEWEST} windows, or all equal]"
+        if interval is None
+        else f"[{interval[0]:.4g}, {interval[1]:.4g}]"
+    )

@@ -1,0 +1,92 @@
+"""Sequences that begin alike, read in one row: no token that they share is read twice.
+
+Sequences make a trie: a node for each token behind each beginning. In a row the nodes stand in the order in
+which they come up, parents before children, and the attention mask lets each see its ancestors and itself
+alone, at the position that is its depth; so its hidden state is what it would be in a row of its sequence
+alone. Rows of different lengths are padded on the right.
+
+That needs a model that attends where a mask says and nowhere else: `attends_by_mask`. (Tree attention, as in
+SpecInfer, 2305.09781, section 4.1, where the trie is one of drafts.)
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from bitassay.engines.decode import TokenIds
+from bitassay.models.cache import keeps_positions
+from bitassay.models.walk import decoder_layers
+
+
+@dataclass(frozen=True)
+class Trie:
+    """A row: its tokens, the parent of each (-1: none) and how deep it is; and each sequence's nodes, from
+    the root."""
+
+    tokens: list[int]
+    parents: list[int]
+    depths: list[int]
+    paths: list[list[int]]
+
+    @classmethod
+    def of(cls, sequences: Sequence[TokenIds]) -> "Trie":
+        node_of: dict[tuple[int, int], int] = {}  # by parent and token; -1 is the parent of the first
+        depths, paths = [], []
+        for sequence in sequences:
+            path = []
+            for depth, token in enumerate(sequence):
+                key = (path[-1] if path else -1, token)
+                if key not in node_of:
+                    node_of[key] = len(node_of)
+                    depths.append(depth)
+                path.append(node_of[key])
+            paths.append(path)
+        return cls([token for _, token in node_of], [parent for parent, _ in node_of], depths, paths)
+
+    def sees(self) -> Bool[Tensor, "nodes nodes"]:
+        """What each node attends to: its ancestors and itself."""
+        found = torch.eye(len(self.tokens), dtype=torch.bool)
+        for node, parent in enumerate(self.parents):
+            if parent >= 0:
+                found[node] |= found[parent]
+        return found
+
+
+def attends_by_mask(model: PreTrainedModel) -> bool:
+    """Whether every layer attends to what a mask says, however far back, and keeps keys as they are; of code
+    that is not transformers' own nobody knows."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    return (
+        type(model).__module__.startswith("transformers.models.")
+        and keeps_positions(model)
+        and not kinds
+        and not any(windows)
+        and getattr(model, "kv_cache", None) is None
+        and config._attn_implementation in ("eager", "sdpa")
+        and all(hasattr(layer, "self_attn") for layer in decoder_layers(model))
+    )
+
+
+def rows_of(
+    tries: Sequence[Trie], past: int, dtype: torch.dtype
+) -> tuple[Int[Tensor, "rows tokens"], Int[Tensor, "rows tokens"], Float[Tensor, "rows 1 tokens all"]]:
+    """Tokens, positions and the mask to add, behind `past` tokens that every node sees. Padding sees what is
+    before it."""
+    longest = max(len(trie.tokens) for trie in tries)
+    tokens = torch.zeros(len(tries), longest, dtype=torch.long)
+    positions = torch.zeros_like(tokens)
+    sees = torch.ones(longest, longest, dtype=torch.bool).tril().repeat(len(tries), 1, 1)
+    for row, trie in enumerate(tries):
+        size = len(trie.tokens)
+        tokens[row, :size] = torch.tensor(trie.tokens)
+        positions[row, :size] = torch.tensor(trie.depths)
+        sees[row, :size, :size] = trie.sees()
+    sees = torch.cat([sees.new_ones(len(tries), longest, past), sees], 2)
+    mask = torch.zeros(sees.shape, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min)
+    return tokens, positions + past, mask[:, None]

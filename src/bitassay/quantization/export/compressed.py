@@ -1,0 +1,265 @@
+"""The compressed-tensors layout: codes that plain transformers, and engines such as vLLM, can read.
+
+A weight is stored as codes and as what the library calls a strategy: which block of the matrix shares a
+scale. It decodes `(q - z) * s` in the dtype it was loaded in, so in fp32 the weights are ours to the bit; in
+16 bits the scales are rounded to the model's dtype first.
+
+    codes       integers  `pack-quantized`: b bits a code in 32-bit words, each row padded to a whole word;
+                          shifted to -2^(b-1) ... 2^(b-1)-1
+                ternary   the same with b = 2, codes -1, 0, 1
+                fp8_e4m3  `float-quantized`: torch.float8_e4m3fn
+                int8, symmetric, where inputs are rounded too
+                          `int-quantized`: torch.int8, which is what engines multiply as it is
+    granularity tensor -> `tensor`, channel -> `channel`, groups that divide the row -> `group`;
+                with zero points, or a shorter last group -> `block` of one row and that many columns
+
+The detour over `block` is there because transformers cannot load packed zero points of `group` and `channel`:
+compressed-tensors 0.20 expects them unpacked when it prepares the model and packed when it decodes. Blocks
+keep them as int8, one byte a group, and decode the same.
+
+Rounded inputs are said by bits, sign and whether each token has its own scale; one scale for all lies beside
+the codes (`input_scale`, `input_zero_point`). How a token's scale is found the format does not say: from
+largest magnitude m compressed-tensors takes m / 127.5 for int8, we m / 127. So a folder for engines is
+written where it is asked for, and its model is not ours to the bit.
+
+What the format cannot say exactly has an `obstacle`, and goes into the layout of `export/layout.py`.
+"""
+
+import math
+from typing import Any
+
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationConfig,
+    QuantizationScheme,
+    QuantizationStatus,
+)
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from bitassay.errors import BitassayError
+from bitassay.models.walk import walk
+from bitassay.quantization.codes.tensor import QuantizedTensor, from_codes
+from bitassay.quantization.export.layout import Expected, Stored, description
+from bitassay.quantization.export.plain_load import EXPERTS, expert_pieces
+from bitassay.quantization.inputs.activations import INPUT_FORMATS, InputRounding, InputScheme
+from bitassay.quantization.recipe.formats import FORMATS
+from bitassay.quantization.recipe.granularity import Granularity
+from bitassay.quantization.recipe.weights import WeightScheme
+from bitassay.quantization.runtime.model import Quantization
+
+E4M3 = torch.float8_e4m3fn
+
+
+def obstacle(stored: Stored) -> str | None:
+    """Why the format cannot hold such a matrix exactly; None where it can."""
+    fmt = FORMATS[stored.scheme.format]
+    if fmt.kind == "binary":
+        return "it has no codes of one bit without a zero"
+    if fmt.kind == "float" and fmt.float_dtype is not E4M3:
+        return f"its only 8-bit float is e4m3, not {fmt.name}"
+    if stored.scheme.offset or not stored.scheme.whole_zero_points:
+        return "its grids are whole steps away from zero"
+    if Granularity.parse(stored.scheme.granularity).block_sizes is not None:
+        return "its groups are all of one size"
+    if stored.residual is not None:
+        return "it has no second plane of codes"
+    if stored.scheme.turned is not None:
+        return "it has no rotations"
+    if stored.low_rank is not None:
+        return "it has no low-rank factors"
+    return None
+
+
+def input_obstacle(scheme: InputScheme) -> str | None:
+    """Why the format cannot say that inputs are rounded so; None where it can."""
+    if scheme.outliers is not None:
+        return "it has no columns in 16 bits beside codes"
+    if scheme.scale == "dynamic" and scheme.scale_factor != 1:
+        return "it has no factor on the scale of each token"
+    fmt = INPUT_FORMATS[scheme.format]
+    known = fmt.float_dtype is E4M3 if fmt.kind == "float" else fmt.bits in (4, 8)
+    return None if known else f"engines know inputs of 4 and 8 bits and e4m3, not {fmt.name}"
+
+
+def with_inputs(stored: Stored, inputs: InputScheme | InputRounding | None) -> Stored:
+    """How a matrix is stored here whose inputs are rounded so."""
+    if inputs is None:
+        return stored
+    if inputs.scale in (None, "dynamic"):
+        return stored.model_copy(update={"inputs": "dynamic"})
+    return stored.model_copy(update={"inputs": "static" if inputs.symmetric else "static-asymmetric"})
+
+
+def input_args(inputs: InputRounding) -> QuantizationArgs:
+    """How the library describes rounded inputs that have no `input_obstacle`."""
+    fmt, dynamic = inputs.number_format, inputs.scale is None
+    return QuantizationArgs(
+        num_bits=int(fmt.bits),
+        type="float" if fmt.kind == "float" else "int",  # type: ignore[arg-type]
+        symmetric=inputs.symmetric,
+        strategy="token" if dynamic else "tensor",  # type: ignore[arg-type]
+        dynamic=dynamic,
+    )
+
+
+def input_tensors(inputs: InputRounding | None) -> dict[str, Tensor]:
+    """What lies beside a matrix for them."""
+    if inputs is None or inputs.scale is None:
+        return {}
+    tensors = {"input_scale": torch.tensor([inputs.scale])}
+    if inputs.zero_point is not None:
+        shifted = inputs.zero_point - 2 ** (int(inputs.number_format.bits) - 1)
+        tensors["input_zero_point"] = torch.tensor([shifted], dtype=torch.int8)
+    return tensors
+
+
+def _as_bytes(stored: Stored) -> bool:
+    """Whether codes are bytes instead of parts of 32-bit words."""
+    return stored.inputs is not None and stored.scheme.format == "int8" and stored.scheme.symmetric
+
+
+def weight_args(scheme: WeightScheme, shape: tuple[int, int]) -> QuantizationArgs:
+    """How the library describes a matrix of `shape` quantized by `scheme`, which has no `obstacle`."""
+    fmt, granularity = FORMATS[scheme.format], Granularity.parse(scheme.granularity)
+    common = {
+        "num_bits": 2 if fmt.kind == "ternary" else int(fmt.bits),
+        "type": "float" if fmt.kind == "float" else "int",
+        "symmetric": scheme.symmetric,
+    }
+    columns, size = shape[1], granularity.group_size
+    if granularity.name == "tensor":
+        return QuantizationArgs(strategy="tensor", **common)  # type: ignore[arg-type]
+    if scheme.symmetric and size is None:
+        return QuantizationArgs(strategy="channel", **common)  # type: ignore[arg-type]
+    if scheme.symmetric and size is not None and columns % size == 0:
+        return QuantizationArgs(strategy="group", group_size=size, **common)  # type: ignore[arg-type]
+    return QuantizationArgs(strategy="block", block_structure=[1, min(size or columns, columns)], **common)  # type: ignore[arg-type]
+
+
+def expected_tensors(stored: Stored, shape: tuple[int, int]) -> Expected:
+    """Dtype and shape of what is kept of a matrix `[out, in]`, by the library's names."""
+    scheme = stored.scheme
+    args = weight_args(scheme, shape)
+    grid = (1,) if args.strategy == "tensor" else Granularity.parse(scheme.granularity).scale_shape(*shape)
+    expected: Expected = {"weight_scale": (getattr(torch, scheme.scale_dtype), grid)}
+    if stored.inputs in ("static", "static-asymmetric"):
+        expected["input_scale"] = (torch.float32, (1,))
+    if stored.inputs == "static-asymmetric":
+        expected["input_zero_point"] = (torch.int8, (1,))
+    if args.type == "float":
+        return expected | {"weight": (E4M3, shape)}
+    if _as_bytes(stored):
+        return expected | {"weight": (torch.int8, shape)}
+    expected["weight_packed"] = (torch.int32, (shape[0], math.ceil(shape[1] * args.num_bits / 32)))
+    expected["weight_shape"] = (torch.int64, (2,))
+    if not args.symmetric:
+        expected["weight_zero_point"] = (torch.int8, grid)
+    return expected
+
+
+def stored_tensors(tensor: QuantizedTensor, inputs: InputRounding | None = None) -> dict[str, Tensor]:
+    """The tensors of one matrix and of how its inputs are rounded, under the library's names for them."""
+    args = weight_args(tensor.scheme, tensor.shape)
+    scale = tensor.scale.reshape(1) if args.strategy == "tensor" else tensor.scale
+    stored = {"weight_scale": scale.contiguous(), **input_tensors(inputs)}
+    if args.type == "float":
+        return stored | {"weight": tensor.codes().to(E4M3)}
+    if _as_bytes(with_inputs(description(tensor), inputs)):
+        return stored | {"weight": tensor.codes().to(torch.int8)}
+    shift, zero_points = _shift(args), tensor.zero_points()
+    stored["weight_packed"] = pack_to_int32((tensor.codes() - shift).to(torch.int8), args.num_bits)
+    stored["weight_shape"] = torch.tensor(tensor.shape)
+    if zero_points is not None:
+        stored["weight_zero_point"] = (zero_points - shift).to(torch.int8).reshape(scale.shape)
+    return stored
+
+
+def read_tensor(parts: dict[str, Tensor], stored: Stored, shape: tuple[int, int]) -> QuantizedTensor:
+    """The inverse of `stored_tensors`, for parts that are as `expected_tensors` says. Raises BitassayError
+    for values that no writer makes."""
+    scheme = stored.scheme
+    args, fmt = weight_args(scheme, shape), FORMATS[scheme.format]
+    scale = parts["weight_scale"].float().view(Granularity.parse(scheme.granularity).scale_shape(*shape))
+    if "weight" in parts:
+        return from_codes(parts["weight"].float(), scale, scheme)
+    if parts["weight_shape"].tolist() != list(shape):
+        raise BitassayError(f"weight_shape says {parts['weight_shape'].tolist()}, the model {list(shape)}")
+    shift, zero_point = _shift(args), None
+    codes = unpack_from_int32(parts["weight_packed"], args.num_bits, torch.Size(shape)).float() + shift
+    lowest, highest = fmt.code_range(scheme.symmetric)
+    if codes.min() < lowest or codes.max() > highest:
+        raise BitassayError(f"weight_packed holds codes beyond {lowest} ... {highest}")
+    if not args.symmetric:
+        zero_point = parts["weight_zero_point"].float().view(scale.shape) + shift
+        if zero_point.min() < lowest or zero_point.max() > highest:
+            raise BitassayError(f"weight_zero_point holds values beyond {lowest} ... {highest}")
+    return from_codes(codes, scale, scheme, zero_point=zero_point)
+
+
+def _shift(args: QuantizationArgs) -> int:
+    """Asymmetric codes start at 0 here and at -2^(b-1) there; moving the zero points along leaves `q - z` as
+    it is."""
+    return 0 if args.symmetric else 2 ** (args.num_bits - 1)
+
+
+def quantization_config(model: PreTrainedModel, quantization: Quantization) -> QuantizationConfig:
+    """One config group for each distinct description: the commonest targets every Linear, the others name
+    theirs; experts have their own; the rest is ignored. Raises BitassayError that names a matrix with an
+    obstacle."""
+    groups: dict[str, tuple[dict[str, Any], list[str]]] = {}
+    pieces, experts = expert_pieces(model), None
+    if alone := [name for name in quantization.inputs if name not in quantization.tensors]:
+        raise BitassayError(
+            f"{alone[0]}: a compressed-tensors folder rounds no inputs of a matrix that it does not quantize",
+            "leave the layout to bitassay, or quantize it too",
+        )
+    for name, tensor in quantization.tensors.items():
+        if why := obstacle(description(tensor)):
+            raise BitassayError(
+                f"{name}: a compressed-tensors folder cannot hold {tensor.scheme.format} exactly: {why}",
+                "leave the layout to bitassay, or another recipe",
+            )
+        inputs = quantization.inputs.get(name)
+        said = {
+            "weights": weight_args(tensor.scheme, tensor.shape),
+            "input_activations": None if inputs is None else input_args(inputs),
+            "format": _format(with_inputs(description(tensor), inputs)),
+        }
+        if name in pieces:
+            experts = said  # the same for all
+        else:
+            groups.setdefault(str(said), (said, []))[1].append(name)
+    largest_first = sorted(groups.values(), key=lambda group: -len(group[1]))
+    schemes = {
+        f"group_{place}": QuantizationScheme(targets=names if place else ["Linear"], **said)
+        for place, (said, names) in enumerate(largest_first)
+    }
+    if experts is not None:
+        schemes[f"group_{len(schemes)}"] = QuantizationScheme(targets=[EXPERTS], **experts)
+    formats = {str(getattr(scheme.format, "value", scheme.format)) for scheme in schemes.values()}
+    return QuantizationConfig(
+        config_groups=dict(schemes),
+        format=formats.pop() if len(formats) == 1 else "mixed-precision",
+        quantization_status=QuantizationStatus.COMPRESSED,
+        ignore=_left_alone(model, quantization),
+    )
+
+
+def _format(stored: Stored) -> str:
+    if FORMATS[stored.scheme.format].kind == "float":
+        return "float-quantized"
+    return "int-quantized" if _as_bytes(stored) else "pack-quantized"
+
+
+def _left_alone(model: PreTrainedModel, quantization: Quantization) -> list[str]:
+    """Modules that a target of every Linear would catch (routers and experts: in engines that build them from
+    Linears) but the recipe did not.
+    """
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    found = walk(model)
+    parents = [name.rpartition(".")[0] for name in found.routers]
+    parents += [name.rpartition(".")[0] for name in found.experts if f"{name}.0" not in quantization.tensors]
+    return list(dict.fromkeys(name for name in (*linears, *parents) if name not in quantization.tensors))

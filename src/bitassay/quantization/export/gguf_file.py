@@ -1,0 +1,284 @@
+"""A quantized model as a GGUF file, which llama.cpp and everything built on it runs.
+
+Matrices become blocks (`gguf_blocks.py`). Those that no block type holds, the embedding and the head are
+stored in 16 bits (bf16 if the model is in it, else fp16), vectors in fp32. llama.cpp's "llama" wants the
+rotary halves of q and k interleaved: row `2 i + j` of a head is our row `j d/2 + i`. Everything else is
+renamed by the gguf package's own table.
+
+llama.cpp rounds the inputs of its products to 8 bits, so its logits are not ours to the bit, whatever the
+file says. Left out: mixtures of experts, other families than ARCHITECTURES, stretched rotary embeddings,
+sliding windows, rotations at run time: all refused, with the reason.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType as Kind
+from gguf import GGUFReader, GGUFWriter
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from bitassay.errors import BitassayError
+from bitassay.models.gguf_model import read_model
+from bitassay.models.load import identity, tokenizer
+from bitassay.models.walk import decoder_layers, module_name
+from bitassay.quantization.codes.tensor import QuantizedTensor
+from bitassay.quantization.export.gguf_blocks import Blocks, as_blocks, beside_codes
+from bitassay.quantization.export.gguf_description import (
+    ARCHITECTURES,
+    LLAMA,
+    check_description,
+    described,
+    head_size,
+)
+from bitassay.quantization.export.gguf_tokenizer import (
+    copy_tokenizer,
+    is_tokenizer_of,
+    tokenizer_keys,
+    write_tokenizer,
+)
+from bitassay.quantization.export.save import check_space
+from bitassay.quantization.recipe.recipe import Recipe
+from bitassay.quantization.recipe.replication import is_replica, replica_names
+from bitassay.quantization.runtime.model import cache_slots, quantization_of
+from bitassay.record.files import atomic_file
+from bitassay.record.progress import Progress, silent
+
+AT_RUN_TIME = ("activations", "kv_cache")  # parts of a recipe that no weight shows
+RECIPE_KEY, BASE_KEY = "bitassay.recipe_id", "bitassay.base_weights_sha256"
+
+
+@dataclass
+class GgufFile:
+    """What was written. `stored_as` counts matrices by scheme and block type, such as `int4 g32 -> Q4_0`;
+    `relative_error` is the length of what rounding to the blocks changed in the quantized matrices, by
+    theirs; `notes` say what the file does not hold."""
+
+    path: Path
+    stored_as: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
+    bits_per_weight: float = 0.0
+    relative_error: float = 0.0
+
+    @property
+    def size_bytes(self) -> int:
+        return self.path.stat().st_size
+
+
+def write_gguf(model: PreTrainedModel, path: str | Path, *, progress: Progress = silent) -> GgufFile:
+    """Write a model, quantized (fake or packed) or not, into the file `path`, which must not exist.
+
+    Raises BitassayError for what llama.cpp would run as another model, MissingError where the disk is too
+    small.
+    """
+    path, config, done = Path(path), model.config.get_text_config(), quantization_of(model)
+    recipe = None if done is None else done.recipe
+    check_gguf(model, recipe)
+    if path.exists():
+        raise BitassayError(f"{path}: exists already", "choose another file or remove this one first")
+    progress(f"arranging {path.name} for llama.cpp")
+    left_out = [part for part in AT_RUN_TIME if getattr(recipe, part, None) is not None]
+    notes = [f"{part}: left out, llama.cpp has its own way" for part in left_out]
+    base, ours = identity(model).source.gguf, tokenizer(model)
+    if base is not None and not is_tokenizer_of(base, ours):
+        base = None
+    keys, more = tokenizer_keys(ours, config.vocab_size, _ends(model)) if base is None else ({}, [])
+    written = GgufFile(path, notes=[*notes, *more])
+    tensors = dict(_tensors(model, written))
+    check_space(path, sum(data.nbytes for _, data in tensors.values()))
+    progress(f"writing {path}")
+    with atomic_file(path) as temporary:
+        writer = GGUFWriter(temporary, gguf.MODEL_ARCH_NAMES[ARCHITECTURES[config.model_type]])
+        _write_description(writer, model, config, tensors)
+        if base is None:
+            write_tokenizer(writer, keys)
+        else:
+            copy_tokenizer(writer, base)
+        for name, (kind, data) in tensors.items():
+            writer.add_tensor(name, data, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return written
+
+
+def check_gguf(model: PreTrainedModel, recipe: Recipe | None) -> None:
+    """Refuse what a GGUF file cannot say, or llama.cpp does not do, for a model that may be on the meta
+    device."""
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    rotation, plan = getattr(recipe, "rotation", None), getattr(recipe, "replication", None)
+    wrong = {
+        f"models of the {config.model_type} family are not written, only {', '.join(ARCHITECTURES)}": (
+            config.model_type not in ARCHITECTURES
+        ),
+        f"stretched rotary embeddings ({rope.get('rope_type')}) are not written": (
+            rope.get("rope_type", "default") != "default"
+        ),
+        "sliding windows are not written": bool(kinds or getattr(config, "sliding_window", None)),
+        "llama.cpp does not rotate at run time, as this recipe does": getattr(rotation, "online", False),
+        "llama.cpp does not divide inputs at run time, as this recipe's smoothing does": getattr(
+            getattr(recipe, "smoothing", None), "at_run_time", False
+        ),
+        "passes that are weighed, parallel or stopped are not written; plain serial ones become layers": (
+            plan is not None and plan.at_run_time and not plan.is_deeper_model
+        ),
+    }
+    for why, is_so in wrong.items():
+        if is_so:
+            raise BitassayError(f"{type(model).__name__} as GGUF: {why}", "save a folder: --out")
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    names = [name for name in _stored(model) if name not in tied and not is_replica(name)]
+    check_description(model, [_named(model, name) for name in names])
+
+
+def reload_difference(model: PreTrainedModel, path: str | Path, tokens: Int[Tensor, "batch tokens"]) -> float:
+    """The largest difference between the logits of `model` and of the file as it is read again, in the
+    model's dtype."""
+    reloaded = read_model(GGUFReader(path), model.dtype)
+    torch.nn.Module.to(reloaded, device=model.device)
+    with torch.inference_mode():
+        return (model(tokens).logits.float() - reloaded(tokens).logits.float()).abs().max().item()
+
+
+def written_before(path: Path) -> tuple[str, str] | None:
+    """The recipe's id and the digest of the base model's weights, as a GGUF file of ours names them; None for
+    another file."""
+    try:
+        fields = GGUFReader(path).fields
+        return str(fields[RECIPE_KEY].contents()), str(fields[BASE_KEY].contents())
+    except (KeyError, ValueError, IndexError, OverflowError, OSError):
+        return None
+
+
+def _tensors(model: PreTrainedModel, written: GgufFile) -> Iterator[tuple[str, Blocks]]:
+    """Every tensor under llama.cpp's name."""
+    config = model.config.get_text_config()
+    arch = ARCHITECTURES[config.model_type]
+    quantized = {} if (done := quantization_of(model)) is None else done.tensors
+    bits = weights = 0
+    lost, length = 0.0, 1e-300
+    plain = dict(model.state_dict())
+    for unrolled, name in _unrolled(model, _stored(model)):
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        theirs = _named(model, unrolled)
+        tensor = quantized.get(name.removesuffix(".weight"))
+        if tensor is None:
+            kind, data = _plain(plain[name])
+        else:
+            kind, data = _quantized(tensor, model, written)
+            weight = tensor.dequantize().double()
+            lost += (torch.from_numpy(gguf.dequantize(data, kind).copy()) - weight).square().sum().item()
+            length += weight.square().sum().item()
+            bits, weights = bits + data.nbytes * 8, weights + weight.numel()
+        if arch is LLAMA and theirs.split(".")[-2] in ("attn_q", "attn_k"):
+            data = data[_interleaved(len(data), head_size(config))]
+        yield theirs, Blocks(kind, data)
+    written.bits_per_weight = bits / weights if weights else 16.0
+    written.relative_error = (lost / length) ** 0.5
+
+
+def _stored(model: PreTrainedModel) -> list[str]:
+    """The names of what a model holds, those of packed matrices as if they were plain."""
+    plain, done = list(model.state_dict()), quantization_of(model)
+    packed = {} if done is None else done.tensors
+    return [*plain, *(f"{name}.weight" for name in packed if f"{name}.weight" not in plain)]
+
+
+def _ends(model: PreTrainedModel) -> list[int]:
+    """The ids at which generation stops."""
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    if ends is None:
+        ends = model.config.get_text_config().eos_token_id
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+
+
+def _named(model: PreTrainedModel, name: str) -> str:
+    """llama.cpp's name of a tensor."""
+    names = gguf.get_tensor_name_map(
+        ARCHITECTURES[model.config.get_text_config().model_type], cache_slots(model)
+    )
+    theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
+    if theirs is None:
+        raise BitassayError(f"{name}: llama.cpp knows no such tensor", "save a folder: --out")
+    return theirs
+
+
+def _unrolled(model: PreTrainedModel, names: list[str]) -> Iterator[tuple[str, str]]:
+    """Each tensor's name in a model that has a layer for every pass, and the name of what it holds."""
+    done, prefix = quantization_of(model), f"{module_name(model, decoder_layers(model))}."
+    counts = [1] * len(decoder_layers(model))
+    for index, steps in ({} if done is None else done.passes).items():
+        counts[index] = steps.count
+    for name in names:
+        if is_replica(name):
+            continue
+        if not name.startswith(prefix):
+            yield name, name
+            continue
+        number, _, rest = name.removeprefix(prefix).partition(".")
+        layer = int(number)
+        own = [name, *replica_names(model, layer, name, counts[layer])]
+        for place, copy in enumerate(own, start=sum(counts[:layer])):
+            yield f"{prefix}{place}.{rest}", copy if copy in names else name
+
+
+def _quantized(tensor: QuantizedTensor, model: PreTrainedModel, written: GgufFile) -> Blocks:
+    scheme = tensor.scheme
+    blocks = as_blocks(tensor)
+    if blocks is None:
+        blocks = _plain(tensor.dequantize().to(model.dtype))
+    written.stored_as[
+        f"{' + '.join([scheme.format, *beside_codes(tensor)])} {scheme.granularity} -> {blocks.kind.name}"
+    ] += 1
+    return blocks
+
+
+def _plain(value: Tensor) -> Blocks:
+    """A matrix in 16 bits, a vector in 32."""
+    if value.ndim == 1:
+        return Blocks(Kind.F32, value.float().cpu().numpy())
+    if value.dtype == torch.bfloat16:
+        return Blocks(Kind.BF16, value.contiguous().view(torch.uint8).cpu().numpy())
+    half = value.half()
+    if not half.isfinite().all():
+        return Blocks(Kind.F32, value.float().cpu().numpy())
+    return Blocks(Kind.F16, half.cpu().numpy())
+
+
+def _interleaved(rows: int, size: int) -> np.ndarray:
+    """Where each row of llama.cpp's q or k comes from."""
+    return np.arange(rows).reshape(-1, 2, size // 2).swapaxes(1, 2).reshape(-1)
+
+
+def _write_description(
+    writer: GGUFWriter,
+    model: PreTrainedModel,
+    config: PretrainedConfig,
+    tensors: dict[str, Blocks],
+) -> None:
+    known, done = identity(model), quantization_of(model)
+    commonest = Counter(kind for kind, data in tensors.values() if data.ndim > 1).most_common(1)[0][0]
+    file_type = {Kind.F32: "ALL_F32", Kind.Q2_K: "MOSTLY_Q2_K", Kind.Q3_K: "MOSTLY_Q3_K_M"}
+    writer.add_name(known.name if done is None else f"{known.name} {done.recipe.name}")
+    writer.add_file_type(gguf.LlamaFileType[file_type.get(commonest, f"MOSTLY_{commonest.name}")])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    if done is not None:
+        writer.add_string(RECIPE_KEY, done.recipe.recipe_id)
+        writer.add_string("bitassay.recipe", done.recipe.model_dump_json())
+        writer.add_string(BASE_KEY, known.weights_digest)
+    prefix = gguf.MODEL_ARCH_NAMES[ARCHITECTURES[config.model_type]]
+    for key, value in described(config, cache_slots(model)).items():
+        if isinstance(value, float):
+            writer.add_float32(f"{prefix}.{key}", value)
+        else:
+            writer.add_uint32(f"{prefix}.{key}", value)

@@ -1,0 +1,358 @@
+"""A folder that `quantize.export.save` wrote, back to the model that was saved: codes, recipe and all.
+
+Anybody may have written the folder, so nothing is read before it is sure that it fits. The card names every
+quantized matrix and its scheme, `config.json` gives the shapes; from these follow the name, dtype and shape
+of each part, which the headers of the files must state, part for part. What else the files hold are plain
+parameters, and transformers loads them: none may be missing and none left over.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from safetensors import safe_open
+from torch import Tensor
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+
+from bitassay.errors import BitassayError
+from bitassay.models.causal import empty_model
+from bitassay.models.checkpoint import CARD_FILE, Card
+from bitassay.models.load import check_keys
+from bitassay.models.transposed import as_linears
+from bitassay.models.walk import decoder_layers, matrices, walk
+from bitassay.models.weights import weight_files
+from bitassay.quantization.codes.tensor import QuantizedTensor
+from bitassay.quantization.export import compressed, layout
+from bitassay.quantization.export.layout import Stored
+from bitassay.quantization.export.plain_load import Piece, exact_scales, expert_pieces, joined, module_names
+from bitassay.quantization.inputs.activations import InputRounding
+from bitassay.quantization.recipe.calibration import UNTRUSTED
+from bitassay.quantization.recipe.recipe import Recipe
+from bitassay.quantization.recipe.replication import Steps, is_replica, replica_names
+from bitassay.quantization.runtime.model import Quantization, with_tensors
+from bitassay.quantization.transforms.folding import INPUT_SCALES
+
+LAYOUTS: dict[str, ModuleType] = {"compressed-tensors": compressed, "bitassay": layout}
+AGAIN = "save the model again with `bitassay quantize`"
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of a safetensors file, as the file's header describes it."""
+
+    file: Path
+    dtype: torch.dtype | None
+    shape: tuple[int, ...]
+    key: str
+
+    def read(self) -> Tensor:
+        with safe_open(self.file, framework="pt") as file:
+            return file.get_tensor(self.key)
+
+
+def read_quantized(
+    folder: Path,
+    card: Card,
+    config: PretrainedConfig,
+    *,
+    dtype: torch.dtype,
+    attention: str | None,
+    trust_remote_code: bool,
+    packed: bool,
+) -> PreTrainedModel:
+    """The quantized model in `folder`, whose files `card` describes; fake, or `packed`. Raises BitassayError
+    that names the file where the two do not fit."""
+    recipe, schemes = _recipe(card, folder), _schemes(card, folder)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # type: ignore[attr-defined] # the codes are decoded here
+    empty = empty_model(config, dtype, trust_remote_code=trust_remote_code)
+    stored_as = stored_entries(folder)
+    entries = {name: stored_as[key] for key, name in module_names(empty, stored_as).items()}
+    shapes = {name: (view.shape[0], view.shape[1]) for name, view in matrices(empty).items()}
+    described, plain = {}, dict(entries)
+    passes = _passes(recipe, len(decoder_layers(empty)), card, folder)
+    copies = _copies(empty, recipe, passes, [name for name in card.matrices if not is_replica(name)])
+    shapes |= {name: shapes[of] for name, of in copies.items() if of in shapes}
+    if missing := sorted(copies.keys() - card.matrices.keys()):
+        raise BitassayError(f"{folder / CARD_FILE}: matrices: {missing[0]} is not there", AGAIN)
+    for name, place in card.matrices.items():
+        if name not in shapes:
+            raise BitassayError(f"{folder / CARD_FILE}: the model has no matrix {name}", AGAIN)
+        described[name] = schemes[place]
+    parts = expected_parts(empty, card.layout, described, shapes)
+    _check_parts(parts, entries, folder)
+    for key in parts:
+        plain.pop(key, None)
+    scales = _input_scales(empty, recipe, plain, folder)
+    originals = {name for name in described if not is_replica(name)}
+    model = _with_plain_parameters(empty, config, folder, plain, originals, dtype, attention)
+    pieces = pieces_of(empty, card.layout)
+    tensors = {
+        name: _read_matrix(name, stored, shapes[name], card.layout, entries, pieces.get(name))
+        for name, stored in described.items()
+    }
+    parameters = _changed_parameters(model, card, scales, folder)
+    inputs = _inputs(model, recipe, card, folder)
+    if card.layout == "compressed-tensors":
+        _check_inputs(inputs, described, entries, folder)
+    return with_tensors(model, Quantization(recipe, tensors, parameters, inputs, passes), packed=packed)
+
+
+def stored_entries(folder: Path) -> dict[str, Entry]:
+    """What the safetensors files of a folder hold, from their headers alone."""
+    entries: dict[str, Entry] = {}
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                if name in entries:
+                    raise BitassayError(f"{path}: {name} is in {entries[name].file.name} too", AGAIN)
+                header = file.get_slice(name)
+                entries[name] = Entry(path, DTYPES.get(header.get_dtype()), tuple(header.get_shape()), name)
+    return entries
+
+
+def _check_parts(parts: layout.Expected, entries: dict[str, Entry], folder: Path) -> None:
+    for key, (dtype, shape) in parts.items():
+        if key not in entries:
+            raise BitassayError(f"{folder}: no file holds {key}", AGAIN)
+        entry = entries[key]
+        if (entry.dtype, entry.shape) != (dtype, tuple(shape)):
+            raise BitassayError(
+                f"{entry.file}: {key} is {entry.dtype} {list(entry.shape)}, "
+                f"the model and its recipe need {dtype} {list(shape)}",
+                AGAIN,
+            )
+
+
+def pieces_of(model: PreTrainedModel, chosen: str) -> dict[str, list[Piece]]:
+    """What each slice of experts is stored as that is not stored under its own name."""
+    return expert_pieces(model) if chosen == "compressed-tensors" else {}
+
+
+def expected_parts(
+    model: PreTrainedModel,
+    chosen: str,
+    described: Mapping[str, Stored],
+    shapes: Mapping[str, tuple[int, int]],
+) -> layout.Expected:
+    """Dtype and shape of every part of every matrix, by its name in the folder."""
+    pieces, expected = pieces_of(model, chosen), dict[str, Any]()
+    for name, stored in described.items():
+        rows, columns = shapes[name]
+        how = exact_scales(stored) if name in pieces else stored
+        for piece in pieces.get(name, [Piece(name, 0, 1)]):
+            parts = LAYOUTS[chosen].expected_tensors(how, (rows // piece.of, columns))
+            expected |= {f"{piece.name}.{part}": what for part, what in parts.items()}
+    return expected
+
+
+def _read_matrix(
+    name: str,
+    stored: Stored,
+    shape: tuple[int, int],
+    chosen: str,
+    entries: dict[str, Entry],
+    pieces: list[Piece] | None = None,
+) -> QuantizedTensor:
+    """A matrix, or one that is joined from pieces."""
+    if pieces is not None:
+        size = (shape[0] // len(pieces), shape[1])
+        exact = exact_scales(stored)
+        parts = [_read_matrix(piece.name, exact, size, chosen, entries) for piece in pieces]
+        return joined(parts, stored.scheme)
+    parts = {
+        part: entries[f"{name}.{part}"].read() for part in LAYOUTS[chosen].expected_tensors(stored, shape)
+    }
+    file = entries[f"{name}.{next(iter(parts))}"].file
+    for part, value in parts.items():
+        if value.is_floating_point() and not value.float().isfinite().all():
+            raise BitassayError(f"{file}: {name}.{part} has values that are NaN or infinite", AGAIN)
+    with _naming(f"{file}: {name}"):
+        return LAYOUTS[chosen].read_tensor(parts, stored, shape)
+
+
+@contextmanager
+def _naming(where: str) -> Iterator[None]:
+    try:
+        yield
+    except BitassayError as error:
+        raise BitassayError(f"{where}: {error.problem}", error.remedy or AGAIN) from error
+
+
+def _with_plain_parameters(
+    empty: PreTrainedModel,
+    config: PretrainedConfig,
+    folder: Path,
+    plain: dict[str, Entry],
+    quantized: set[str],
+    dtype: torch.dtype,
+    attention: str | None,
+) -> PreTrainedModel:
+    """The model with every parameter but the quantized matrices, whose memory is not even touched."""
+    own = empty.state_dict()  # shapes as files have them
+    state: dict[str, Any] = {key: entry.read() for key, entry in plain.items()}
+    for name in quantized:
+        key = f"{name}.weight" if f"{name}.weight" in own else name.rpartition(".")[0]
+        if key not in state:
+            state[key] = torch.empty(own[key].shape, dtype=dtype)
+    model, report = type(empty).from_pretrained(  # type: ignore[misc]
+        None,
+        config=config,
+        state_dict=state,
+        dtype=dtype,
+        attn_implementation=attention,
+        ignore_mismatched_sizes=True,  # reported by check_keys, with names
+        output_loading_info=True,
+    )
+    check_keys(report, folder)
+    if unused := sorted(report["unexpected_keys"]):
+        file = plain[unused[0]].file if unused[0] in plain else folder
+        raise BitassayError(f"{file}: {unused[0]} belongs to nothing in the model", AGAIN)
+    as_linears(model)
+    model.config.name_or_path = str(folder)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
+
+
+def _input_scales(
+    model: PreTrainedModel, recipe: Recipe, plain: dict[str, Entry], folder: Path
+) -> dict[str, Tensor]:
+    """By what linears divide their inputs, taken out of what is left to be plain parameters."""
+    if recipe.smoothing is None or not recipe.smoothing.at_run_time:
+        return {}
+    shapes = {f"{name}.{INPUT_SCALES}": (one.in_features,) for name, one in walk(model).linears.items()}
+    _check_parts({name: (model.dtype, shape) for name, shape in shapes.items()}, plain, folder)
+    scales = {}
+    for name in shapes:
+        entry = plain.pop(name)
+        scales[name] = entry.read()
+        if not (scales[name].isfinite() & (scales[name] > 0)).all():
+            raise BitassayError(f"{entry.file}: {name} has values that are not above zero and finite", AGAIN)
+    return scales
+
+
+def _changed_parameters(
+    model: PreTrainedModel, card: Card, scales: dict[str, Tensor], folder: Path
+) -> dict[str, Tensor]:
+    # A tied head has no name of its own among the parameters.
+    own = dict(model.named_parameters(remove_duplicate=False)) | scales
+    if missing := sorted(scales.keys() - set(card.parameters)):
+        raise BitassayError(f"{folder / CARD_FILE}: parameters: {missing[0]} is not there", AGAIN)
+    for name in card.parameters:
+        if name not in own:
+            raise BitassayError(f"{folder / CARD_FILE}: the model has no parameter {name}", AGAIN)
+    return {name: own[name].detach() for name in card.parameters}
+
+
+def _inputs(model: PreTrainedModel, recipe: Recipe, card: Card, folder: Path) -> dict[str, InputRounding]:
+    linears, inputs, part, plan = walk(model).linears, {}, recipe.activations, recipe.replication
+    formats = {name: s.format for name in linears if part is not None and (s := part.scheme_for(name))}
+    if {name: said.get("format") for name, said in card.inputs.items()} != formats:
+        raise BitassayError(f"{folder / CARD_FILE}: inputs are not those of the recipe's activations", AGAIN)
+    for name, said in card.inputs.items():
+        try:
+            rounding = TypeAdapter(InputRounding).validate_python(said)
+        except ValidationError as error:
+            raise BitassayError(f"{folder / CARD_FILE}: inputs of {name}: {_first(error)}", AGAIN) from error
+        if rounding.outliers and max(rounding.outliers) >= linears[name].in_features:
+            raise BitassayError(
+                f"{folder / CARD_FILE}: inputs of {name}: it has no column {max(rounding.outliers)}", AGAIN
+            )
+        several = plan.copies if plan is not None and (plan.of, plan.differ) == ("linear", "inputs") else 1
+        if rounding.copy is not None or not 1 <= rounding.copies <= several:
+            raise BitassayError(
+                f"{folder / CARD_FILE}: inputs of {name}: copies that the recipe has not", AGAIN
+            )
+        inputs[name] = rounding
+    return inputs
+
+
+def _check_inputs(
+    inputs: dict[str, InputRounding], described: dict[str, Stored], entries: dict[str, Entry], folder: Path
+) -> None:
+    """What engines read of rounded inputs has to be what the card says."""
+    for name, stored in described.items():
+        rounding = inputs.get(name)
+        said = compressed.input_tensors(rounding)
+        if stored != compressed.with_inputs(stored.model_copy(update={"inputs": None}), rounding) or any(
+            not torch.equal(entries[f"{name}.{part}"].read(), value) for part, value in said.items()
+        ):
+            raise BitassayError(f"{folder}: {CARD_FILE} and the files differ in the inputs of {name}", AGAIN)
+
+
+def _passes(recipe: Recipe, layers: int, card: Card, folder: Path) -> dict[int, Steps]:
+    """The passes of the layers that have several, which must be those that the recipe asks for, as far as it
+    says."""
+    plan, where = recipe.replication, f"{folder / CARD_FILE}: passes"
+    try:
+        passes = TypeAdapter(dict[int, Steps]).validate_python(card.passes)
+    except ValidationError as error:
+        raise BitassayError(f"{where}: {_first(error)}", AGAIN) from error
+    wanted = {} if plan is None or not plan.at_run_time else plan.known_counts(layers)
+    if wanted is None:  # the layers were measured
+        wanted = {i: plan.copies for i in passes if 0 <= i < layers} if plan is not None else {}
+    said = {index: steps.count for index, steps in passes.items()}
+    if said != wanted or (
+        plan is not None
+        and plan.coefficients != "fitted"
+        and any(steps != plan.steps(steps.count) for steps in passes.values())
+    ):
+        raise BitassayError(f"{where}: not those of the recipe's replication", AGAIN)
+    return passes
+
+
+def _copies(
+    model: PreTrainedModel, recipe: Recipe, passes: dict[int, Steps], names: list[str]
+) -> dict[str, str]:
+    """The matrices of layers' copies that have codes of their own, each with the one that it is a copy of."""
+    if recipe.replication is None or not recipe.replication.makes_codes:
+        return {}
+    return {
+        copy: name
+        for index, steps in passes.items()
+        for name in names
+        for copy in replica_names(model, index, name, steps.count)
+    }
+
+
+def _recipe(card: Card, folder: Path) -> Recipe:
+    try:
+        return Recipe.model_validate(card.recipe, context=UNTRUSTED)
+    except ValidationError as error:
+        raise BitassayError(f"{folder / CARD_FILE}: recipe: {_first(error)}", AGAIN) from error
+
+
+def _schemes(card: Card, folder: Path) -> list[Stored]:
+    try:
+        schemes = [Stored.model_validate(scheme) for scheme in card.schemes]
+    except ValidationError as error:
+        raise BitassayError(f"{folder / CARD_FILE}: schemes: {_first(error)}", AGAIN) from error
+    if max(card.matrices.values()) >= len(schemes):
+        raise BitassayError(f"{folder / CARD_FILE}: matrices: no such place in schemes", AGAIN)
+    if card.layout == "compressed-tensors":
+        for scheme in schemes:
+            if why := compressed.obstacle(scheme):
+                raise BitassayError(f"{folder / CARD_FILE}: schemes: {why}", AGAIN)
+    return schemes
+
+
+def _first(error: ValidationError) -> str:
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"

@@ -1,0 +1,271 @@
+"""Save a quantized model as a folder: `save`.
+
+Two layouts: compressed-tensors (`compressed.py`), which plain transformers loads, wherever it holds
+the model exactly; else our own (`layout.py`), which `bitassay.load` loads. In both, what is not
+quantized lies beside the codes as ordinary parameters, and `bitassay.json` says what the folder is.
+"""
+
+import json
+import shutil
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from compressed_tensors.compressors import ModelCompressor
+from jaxtyping import Int
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from bitassay.errors import BitassayError, MissingError
+from bitassay.models.checkpoint import CARD_FILE, Base, Card, hashed_files, read_card
+from bitassay.models.load import attention_of, identity, load
+from bitassay.models.walk import fused_experts, walk
+from bitassay.quantization.export import compressed, plain_load
+from bitassay.quantization.export.layout import Stored, description, stored_tensors
+from bitassay.quantization.recipe.recipe import Recipe
+from bitassay.quantization.recipe.replication import is_replica
+from bitassay.quantization.runtime.model import (
+    Quantization,
+    bits_per_weight,
+    quantization_of,
+    quantized_weights,
+    size_bytes,
+)
+from bitassay.record.files import atomic_folder, read_json, write_json
+from bitassay.record.hashing import canonical_json, digest_file
+from bitassay.record.progress import Progress, silent
+
+MARGIN_BYTES = 2**24  # configuration, tokenizer and file headers
+Layout = Literal["compressed-tensors", "bitassay"]
+
+
+def save(
+    model: PreTrainedModel,
+    folder: str | Path,
+    *,
+    layout: Layout | None = None,
+    progress: Progress = silent,
+) -> Card:
+    """Write a model that `quantize` made, fake or packed, into `folder`, which must not exist or be empty.
+
+    layout: None takes compressed-tensors where it is exact, else our own; the card says which it was. Asked
+    for, compressed-tensors also says that inputs are rounded, which engines do by steps of their own.
+    Everything that the recipe left alone is stored in the model's dtype; tokenizer and generation settings go
+    along, and `bitassay.json` says what the folder is. Raises BitassayError where the layout asked for cannot
+    express a scheme exactly, MissingError where the disk is too small.
+    """
+    folder, quantization, base = Path(folder), _quantization(model), identity(model)
+    dtype, dtypes = str(model.dtype).removeprefix("torch."), get_args(Card.model_fields["dtype"].annotation)
+    if dtype not in dtypes:
+        raise BitassayError(f"a checkpoint holds {', '.join(dtypes)}, not {dtype}", f"load it in {dtypes[0]}")
+    descriptions = {name: description(tensor) for name, tensor in quantization.tensors.items()}
+    chosen, why = choose_layout(model, quantization.recipe, descriptions, layout)
+    if why is not None:
+        progress(f"{folder}: {why}")
+    if chosen == "compressed-tensors":
+        descriptions = {
+            name: compressed.with_inputs(stored, quantization.inputs.get(name))
+            for name, stored in descriptions.items()
+        }
+    progress(f"packing {len(quantization.tensors)} matrices ({chosen} layout)")
+    parts = _parts(model, quantization, chosen)
+    state = _other_parameters(model, quantization) | parts
+    check_space(folder, _bytes(state))
+    weights = quantized_weights(quantization.tensors)
+    schemes = {
+        scheme: place for place, scheme in enumerate(dict.fromkeys(map(_canonical, descriptions.values())))
+    }
+    progress(f"writing {folder}")
+    with atomic_folder(folder) as temporary:
+        original = _original_format(model, chosen, descriptions)
+        model.save_pretrained(temporary, state_dict=state, save_original_format=original)
+        _describe(model, quantization, temporary, chosen)
+        if getattr(model, "tokenizer", None) is not None:
+            model.tokenizer.save_pretrained(temporary)  # type: ignore[union-attr]
+        card = Card(
+            schema_version=1,
+            layout=chosen,
+            recipe=quantization.recipe.model_dump(mode="json"),
+            schemes=tuple(json.loads(scheme) for scheme in schemes),
+            matrices={name: schemes[_canonical(stored)] for name, stored in descriptions.items()},
+            parameters=tuple(quantization.parameters),
+            inputs={name: asdict(rounding) for name, rounding in quantization.inputs.items()},
+            passes={index: asdict(steps) for index, steps in quantization.passes.items()},
+            base=Base(
+                name=base.name,
+                origin=base.source.origin,
+                weights_digest=base.weights_digest,
+                tokenizer_digest=base.tokenizer_digest,
+                config_digest=base.config_digest,
+            ),
+            dtype=dtype,  # type: ignore[arg-type]
+            bits_per_weight=bits_per_weight(model),
+            stored_bits_per_weight=_bytes(parts) * 8 / weights,
+            size_bytes=size_bytes(model),
+            versions={
+                name: version(name) for name in ("bitassay", "compressed-tensors", "transformers", "torch")
+            },
+            files={path.name: digest_file(path) for path in hashed_files(temporary)},
+        )
+        for path in hashed_files(temporary):
+            path.chmod((temporary / "config.json").stat().st_mode)  # safetensors makes private files
+        write_json(temporary / CARD_FILE, card.model_dump(mode="json"))
+    return card
+
+
+def reload_difference(
+    model: PreTrainedModel,
+    folder: str | Path,
+    tokens: Int[Tensor, "batch tokens"],
+    *,
+    trust_remote_code: bool = False,
+) -> float:
+    """The largest difference between the logits of `model` and of the folder, in the model's dtype: as plain
+    transformers loads it where it can, else as `bitassay.load` does.
+    """
+    card = read_card(Path(folder))
+    if card is not None and card.layout == "bitassay":
+        reloaded = load(
+            folder, dtype=model.dtype, attention=attention_of(model), trust_remote_code=trust_remote_code
+        ).to(model.device)  # type: ignore[arg-type]
+    else:
+        reloaded = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=model.dtype,
+            device_map=model.device,
+            attn_implementation=attention_of(model),
+            trust_remote_code=trust_remote_code,
+        ).eval()
+    with torch.inference_mode():
+        return (model(tokens).logits.float() - reloaded(tokens).logits.float()).abs().max().item()
+
+
+def choose_layout(
+    model: PreTrainedModel, recipe: Recipe, matrices: dict[str, Stored], wanted: Layout | None = None
+) -> tuple[Layout, str | None]:
+    """`wanted`, or compressed-tensors where it is exact, else our own, with the reason. Raises BitassayError
+    that names what compressed-tensors cannot hold where it is wanted.
+    """
+    why = None if wanted == "bitassay" else layout_obstacle(model, recipe, matrices, wanted)
+    if wanted == "compressed-tensors" and why:
+        raise BitassayError(
+            f"a compressed-tensors folder cannot hold {why}",
+            "leave out --layout, or --layout bitassay, for a folder that bitassay.load reads",
+        )
+    if why is None:
+        return wanted or "compressed-tensors", None
+    return "bitassay", (
+        "in bitassay's own layout, which bitassay.load reads and plain transformers does not: "
+        f"a compressed-tensors folder cannot hold {why}"
+    )
+
+
+def layout_obstacle(
+    model: PreTrainedModel, recipe: Recipe, matrices: dict[str, Stored], wanted: Layout | None = None
+) -> str | None:
+    """The first thing that compressed-tensors cannot hold, or plain transformers not load from it: exactly,
+    but for rounded inputs where it is wanted."""
+    if recipe.kv_cache is not None:
+        return "the recipe's kv_cache: plain transformers would run the model without"
+    if (spec := recipe.activations) is not None:
+        if wanted != "compressed-tensors":
+            return "the recipe's activations exactly: engines round inputs by their own steps"
+        for scheme in (spec, *(override.inputs for override in spec.overrides)):
+            if scheme is not None and (why := compressed.input_obstacle(scheme)):
+                return f"the recipe's activations: {why}"
+    if recipe.smoothing is not None and recipe.smoothing.at_run_time:
+        return "the recipe's smoothing: plain transformers would not divide inputs at run time"
+    if recipe.replication is not None and recipe.replication.at_run_time:
+        return "the recipe's replication: plain transformers would run each layer once"
+    if recipe.rotation is not None and recipe.rotation.online:
+        return "the recipe's rotation: plain transformers would run the model without its part at run time"
+    for name, stored in matrices.items():
+        if why := compressed.obstacle(stored):
+            return f"{name} in {stored.scheme.format} exactly: {why}"
+    return plain_load.obstacle(model, matrices)
+
+
+def _original_format(model: PreTrainedModel, layout: Layout, matrices: dict[str, Stored]) -> bool:
+    """Whether tensors get the names that checkpoints of the architecture have, or the model's own. Dense
+    experts stay fused: transformers loses those that come one by one beside codes."""
+    experts = tuple(f"{name}." for name in fused_experts(model))
+    in_codes = layout == "compressed-tensors" and any(name.startswith(experts) for name in matrices)
+    return plain_load.keeps_names(model) and (not experts or in_codes)
+
+
+def _describe(model: PreTrainedModel, quantization: Quantization, folder: Path, layout: Layout) -> None:
+    """Say in config.json how the codes are stored."""
+    if layout == "compressed-tensors":
+        configuration = compressed.quantization_config(model, quantization)
+        ModelCompressor(quantization_config=configuration).update_config(str(folder))
+        return
+    # Without a `quant_method` transformers refuses the folder, instead of making up what it does not find.
+    config = read_json(folder / "config.json")
+    write_json(
+        folder / "config.json",
+        config | {"quantization_config": {"format": "bitassay", "read_by": "bitassay.load"}},
+    )
+
+
+def _quantization(model: PreTrainedModel) -> Quantization:
+    quantization = quantization_of(model)
+    if quantization is None or not quantization.tensors:
+        raise BitassayError(
+            "this model is not quantized, so there is nothing to export",
+            "bitassay.quantize(model, recipe='w4') first",
+        )
+    return quantization
+
+
+def _parts(model: PreTrainedModel, quantization: Quantization, layout: Layout) -> dict[str, Tensor]:
+    """Codes and all that belongs to them."""
+    stored: dict[str, dict[str, Tensor]] = {}
+    pieces = plain_load.expert_pieces(model) if layout == "compressed-tensors" else {}
+    for name, tensor in quantization.tensors.items():
+        if layout == "bitassay":
+            stored[name] = stored_tensors(tensor)
+        elif name in pieces:
+            for piece in pieces[name]:
+                stored[piece.name] = compressed.stored_tensors(plain_load.part_of(tensor, piece))
+        else:
+            stored[name] = compressed.stored_tensors(tensor, quantization.inputs.get(name))
+    return {f"{name}.{part}": value for name, parts in stored.items() for part, value in parts.items()}
+
+
+def _other_parameters(model: PreTrainedModel, quantization: Quantization) -> dict[str, Tensor]:
+    """What is stored as it is: all but the quantized matrices, of which fused experts are slices."""
+    experts = {name.rpartition(".")[0] for name in quantization.tensors}
+    whole = {
+        key
+        for key, fused in walk(model).experts.items()
+        if key in experts and all(f"{key}.{place}" in quantization.tensors for place in range(len(fused)))
+    }
+    return {
+        key: value
+        for key, value in model.state_dict().items()
+        if key.removesuffix(".weight") not in quantization.tensors
+        and key not in whole
+        and not is_replica(key)
+    }
+
+
+def _canonical(stored: Stored) -> str:
+    return canonical_json(stored.model_dump(mode="json"))
+
+
+def _bytes(tensors: dict[str, Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def check_space(folder: Path, needed_bytes: int) -> None:
+    """Raise MissingError where the disk of `folder`, which need not exist yet, has no room for that much."""
+    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
+    free_bytes = shutil.disk_usage(existing).free
+    if free_bytes < needed_bytes + MARGIN_BYTES:
+        raise MissingError(
+            f"{folder}: needs {(needed_bytes + MARGIN_BYTES) / 1e6:.0f} MB, "
+            f"{free_bytes / 1e6:.0f} MB are free",
+            "free some space or choose another folder",
+        )

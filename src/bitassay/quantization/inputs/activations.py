@@ -1,0 +1,251 @@
+"""Activations: what the input of a linear is rounded to before it meets the weights.
+
+    q  = clamp(round(x / s) + z, qmin, qmax)        x' = (q - z) s        y = x' W'^T + b
+
+    scale   `dynamic`: each token has its own s (and z), from the largest magnitude (asymmetric: the range) in
+            that token. Otherwise one s for the linear, from calibration text; `thresholds.py` says how each
+            of absmax, percentile, moving_average, kl and learned finds it, and what is beyond is clipped.
+            Either is multiplied by `scale_factor`, which clips (below 1) or leaves room.
+    outliers  columns of the input that stay in the model's own 16 bits and meet the same weights there, as
+            in LLM.int8() (2208.07339, section 3). There a column is an outlier of one batch; here it is one
+            of the calibration text, so that what becomes of a token never depends on its neighbours:
+
+                sigma: k         columns with max |x_j| > k times the standard deviation of all inputs
+                percentile: p    columns whose max |x_j| is above that percentile of all columns' maxima
+
+Integers as in `formats.py`; int16 and int6 exist for inputs only. Arithmetic is in fp32 and x' is rounded to
+the model's dtype. Left out: groups within a token, and inputs of attention's own two products (the cache's
+side of those is `kv_cache.py`).
+"""
+
+import math
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from pydantic import ConfigDict, Field, field_validator, model_serializer, model_validator
+from torch import Tensor
+
+from bitassay.errors import suggestion
+from bitassay.quantization.codes.grid import Grid
+from bitassay.quantization.codes.rounding import dequantize, round_to_nearest
+from bitassay.quantization.codes.scales import absmax_grid, rescaled
+from bitassay.quantization.recipe.formats import FORMATS, NumberFormat
+from bitassay.quantization.recipe.weights import Part, WeightScheme
+
+INPUT_FORMATS = {
+    fmt.name: fmt
+    for fmt in (
+        NumberFormat("int16", "integer", 16),
+        FORMATS["int8"],
+        NumberFormat("int6", "integer", 6),
+        FORMATS["int4"],
+        FORMATS["fp8_e4m3"],
+        FORMATS["fp8_e5m2"],
+    )
+}
+
+
+class OutlierColumns(Part):
+    """Which columns stay in 16 bits: exactly one of the two rules."""
+
+    sigma: float | None = Field(default=None, gt=0)
+    percentile: float | None = Field(default=None, gt=0, lt=100)
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> "OutlierColumns":
+        if (self.sigma is None) == (self.percentile is None):
+            raise ValueError("give sigma or percentile, such as {sigma: 6}")
+        return self
+
+
+class InputScheme(Part):
+    """How the input of one linear is rounded."""
+
+    format: str = "int8"
+    symmetric: bool = True
+    scale: Literal["dynamic", "absmax", "percentile", "moving_average", "kl", "learned"] = "dynamic"
+    percentile: float = Field(default=99.9, ge=50, le=100)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    outliers: OutlierColumns | None = None
+    scale_factor: float = Field(default=1.0, ge=0.1, le=4)
+
+    @property
+    def needs_calibration(self) -> bool:
+        return self.scale != "dynamic" or self.outliers is not None
+
+    @field_validator("format")
+    @classmethod
+    def _known_format(cls, name: str) -> str:
+        if name not in INPUT_FORMATS:
+            raise ValueError(f"unknown input format {name!r}; {suggestion(name, INPUT_FORMATS, short=30)}")
+        return name
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> "InputScheme":
+        fmt = INPUT_FORMATS[self.format]
+        if not self.symmetric and fmt.kind == "float":
+            raise ValueError(f"{self.format} codes are symmetric around zero: a zero point cannot shift them")
+        if not self.symmetric and self.scale in ("kl", "learned"):
+            raise ValueError(f"scale: {self.scale} finds one threshold for both signs: use symmetric: true")
+        if self.scale == "kl" and (fmt.kind == "float" or fmt.bits > 8):
+            raise ValueError(f"scale: kl compares histograms of at most 256 equal steps, not {self.format}")
+        for name, rule in (("percentile", "percentile"), ("momentum", "moving_average")):
+            if self.scale != rule and getattr(self, name) != InputScheme.model_fields[name].default:
+                raise ValueError(f"{name} has no effect on scale: {self.scale}")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_idle_factor(self, dump: Any) -> dict[str, Any]:
+        """As a scheme of weights leaves out idle options: recipes keep their ids."""
+        return {key: value for key, value in dump(self).items() if key != "scale_factor" or value != 1}
+
+
+class InputOverride(Part):
+    """Another scheme, or none, for the inputs of the linears whose full name matches the glob `match`."""
+
+    match: str
+    inputs: InputScheme | None
+
+
+class Activations(InputScheme):
+    """A recipe's `activations`: the scheme of every linear in the decoder layers, but for the overrides, of
+    which the first that matches wins."""
+
+    overrides: tuple[InputOverride, ...] = ()
+
+    def override_for(self, module: str) -> InputOverride | None:
+        """The first override whose pattern matches."""
+        return next((o for o in self.overrides if fnmatchcase(module, o.match)), None)
+
+    def scheme_for(self, module: str) -> InputScheme | None:
+        """The scheme of the linear of that full name; None: its input stays as it is."""
+        override = self.override_for(module)
+        return self if override is None else override.inputs
+
+    @property
+    def any_needs_calibration(self) -> bool:
+        return any(scheme.needs_calibration for scheme in self._schemes)
+
+    @property
+    def has_steps(self) -> bool:
+        """Whether all inputs are rounded to integers, whose grid can be moved by a share of a step."""
+        return all(INPUT_FORMATS[scheme.format].kind == "integer" for scheme in self._schemes)
+
+    @property
+    def _schemes(self) -> list[InputScheme]:
+        return [self, *(o.inputs for o in self.overrides if o.inputs is not None)]
+
+
+@dataclass(frozen=True)
+class InputRounding:
+    """A scheme as one linear carries it out. scale and the whole zero_point are None where each token has
+    its own, whose scale is then multiplied by scale_factor; outliers are columns, in order. With several
+    copies there are as many grids, spread evenly over a step around the usual one, so that zero stays
+    where it is on average and far from where a code begins: the input is rounded on that of `copy`, or
+    where that is None is the mean of all. Raises ValueError for what fits no scheme."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=False)
+
+    format: str
+    symmetric: bool = True
+    scale: float | None = None
+    zero_point: int | None = None
+    outliers: tuple[int, ...] = ()
+    copies: int = 1
+    copy: int | None = None
+    scale_factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.format not in INPUT_FORMATS:
+            raise ValueError(f"unknown input format {self.format!r}")
+        if self.scale is not None and not (self.scale > 0 and math.isfinite(self.scale)):
+            raise ValueError(f"a scale of {self.scale}")
+        if not 0 < self.scale_factor < math.inf or (self.scale is not None and self.scale_factor != 1):
+            raise ValueError(f"{self.scale_factor} times a scale of {self.scale}")
+        if (self.zero_point is not None) != (self.scale is not None and not self.symmetric):
+            raise ValueError("a zero point belongs to an asymmetric grid with a scale")
+        if self.zero_point is not None:
+            low, high = self.number_format.code_range(self.symmetric)
+            if not low <= self.zero_point <= high:
+                raise ValueError(f"a zero point of {self.zero_point}")
+        if list(self.outliers) != sorted({column for column in self.outliers if column >= 0}):
+            raise ValueError("outlier columns are not in order")
+        if not 1 <= self.copies <= 16 or not 0 <= (self.copy or 0) < self.copies:
+            raise ValueError(f"copy {self.copy} of {self.copies}")
+        if self.number_format.kind == "float" and self.copies > 1:
+            raise ValueError(f"{self.format} has no step that a grid could be moved by")
+
+    @property
+    def number_format(self) -> NumberFormat:
+        return INPUT_FORMATS[self.format]
+
+    def __str__(self) -> str:
+        sign = "" if self.symmetric else " asymmetric"
+        which = "per token" if self.scale is None else f"scale {self.scale:.4g}"
+        if self.scale_factor != 1:
+            which += f" times {self.scale_factor:g}"
+        kept = f", {len(self.outliers)} columns in 16 bits" if self.outliers else ""
+        which_grid = "the mean" if self.copy is None else f"number {self.copy}"
+        several = f", {which_grid} of {self.copies} grids" if self.copies > 1 else ""
+        return f"{self.format}{sign} inputs {which}{kept}{several}"
+
+
+class Codes(NamedTuple):
+    """Rounded inputs: codes as fp32 numbers, 0 stands at the zero point in outlier columns; one grid a token,
+    or one for all."""
+
+    codes: Float[Tensor, "tokens in"]
+    grid: Grid
+
+
+def input_codes(x: Float[Tensor, "tokens in"], rounding: InputRounding) -> Codes:
+    """The codes and the grid of each token's input."""
+    fmt, x = rounding.number_format, x.float()
+    if rounding.outliers:
+        x = x.masked_fill(outlier_mask(rounding, x), 0)
+    if rounding.scale is None:
+        grid = rescaled(
+            absmax_grid(x, fmt, rounding.symmetric, torch.float32), rounding.scale_factor, torch.float32
+        )
+    else:
+        zero_point = rounding.zero_point
+        grid = Grid(
+            x.new_full((1, 1), rounding.scale),
+            None if zero_point is None else x.new_full((1, 1), zero_point),
+        )
+    grid = grid._replace(offset=((rounding.copy or 0) + 0.5) / rounding.copies - 0.5)
+    return Codes(round_to_nearest(x, grid, fmt, rounding.symmetric), grid)
+
+
+def rounded_inputs(x: Float[Tensor, "... in"], rounding: InputRounding) -> Float[Tensor, "... in"]:
+    """`x'`: what the codes stand for, in the dtype of `x`; outlier columns as they are. A token that
+    holds NaN or infinity gives NaN."""
+    tokens, rounded = x.reshape(-1, x.shape[-1]), torch.zeros((), device=x.device)
+    copies = range(rounding.copies) if rounding.copy is None else [rounding.copy]
+    for copy in copies:
+        codes, grid = input_codes(tokens, replace(rounding, copy=copy))
+        rounded = rounded + dequantize(codes, grid, rounding.number_format) / len(copies)
+    rounded = rounded + undefined(tokens)
+    if rounding.outliers:
+        rounded = torch.where(outlier_mask(rounding, tokens), tokens.float(), rounded)
+    return rounded.to(x.dtype).view(x.shape)
+
+
+def undefined(tokens: Float[Tensor, "tokens in"]) -> Float[Tensor, "tokens 1"]:
+    """NaN for a token with an input that is not finite, else 0: no code stands for NaN, and a scale that is
+    infinite would turn the other inputs to zero."""
+    return tokens.float().abs().amax(-1, keepdim=True) * 0
+
+
+def outlier_mask(rounding: InputRounding, x: Float[Tensor, "tokens in"]) -> Bool[Tensor, " in"]:
+    mask = torch.zeros(x.shape[-1], dtype=torch.bool, device=x.device)
+    mask[list(rounding.outliers)] = True
+    return mask
+
+
+def has_product(inputs: InputScheme, weights: WeightScheme) -> bool:
+    """Whether some device multiplies the two: integer inputs and FP8 weights no device does."""
+    return INPUT_FORMATS[inputs.format].kind == "float" or FORMATS[weights.format].kind != "float"

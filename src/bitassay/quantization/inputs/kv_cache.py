@@ -1,0 +1,262 @@
+"""The KV cache in few bits: keys and values are rounded as they enter it, and attention reads only those.
+
+Every head's key and every head's value of one token (or each group of neighbours in it) has a scale of its
+own, and asymmetric a zero point: the formulas are those of weights (`formats.py`), absmax. Keys are rounded
+as they are cached, which is after the rotary embedding.
+
+What a model with a rounded cache computes does not depend on how it is run: a token's own key and value are
+rounded before its own query meets them, so that one forward over a text, without any cache (`evaluate`,
+`prefill`), reads the same numbers as generation of that text token by token. Two parts do this:
+
+    round_cache(model, spec)  on every attention module, what goes into the cache is rounded, whatever cache
+                              there is, or none: all of transformers works, and entries take what they took
+    PackedCache(config, spec) a transformers cache that stores codes, scales and zero points as bytes, and
+                              dequantizes all of them at each read: `generate` uses it
+
+Sources: KIVI (2402.02750) rounds values per token as here, but keys per channel, which needs a residual of
+recent tokens in 16 bits; that is left out. So are formats below 4 bits, which without it are of no use.
+"""
+
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, UInt8
+from pydantic import field_validator, model_validator
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
+
+from bitassay.errors import BitassayError
+from bitassay.models.cache import keeps_positions
+from bitassay.models.walk import decoder_layers
+from bitassay.quantization.codes.grid import Grid
+from bitassay.quantization.codes.packing import PACKINGS, pack, unpack
+from bitassay.quantization.codes.rounding import dequantize, round_to_nearest
+from bitassay.quantization.codes.scales import absmax_grid
+from bitassay.quantization.recipe.formats import FORMATS, NumberFormat
+from bitassay.quantization.recipe.granularity import Granularity
+from bitassay.quantization.recipe.weights import Part
+
+
+class KvCache(Part):
+    """How keys and values are stored. granularity: `head`, one scale for a head's vector of one token, or
+    groups of it such as `g32`."""
+
+    format: Literal["int8", "int4", "fp8_e4m3", "fp8_e5m2"] = "int8"
+    granularity: str = "head"
+    symmetric: bool = True
+    scale_dtype: Literal["float16", "bfloat16", "float32"] = "bfloat16"
+
+    @field_validator("granularity")
+    @classmethod
+    def _known_granularity(cls, text: str) -> str:
+        if text != "head" and Granularity.parse(text).group_size is None:
+            raise ValueError(f"granularity of a cache: head, or groups such as g32, not {text!r}")
+        return text
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> "KvCache":
+        if not self.symmetric and not self.number_format.has_asymmetric:
+            raise ValueError(f"{self.format} codes are symmetric around zero: a zero point cannot shift them")
+        return self
+
+    @property
+    def number_format(self) -> NumberFormat:
+        return FORMATS[self.format]
+
+    @property
+    def label(self) -> str:
+        """What is stored, such as int4/g32/asymmetric/bfloat16."""
+        symmetry = "symmetric" if self.symmetric else "asymmetric"
+        return f"{self.format}/{self.granularity}/{symmetry}/{self.scale_dtype}"
+
+    @property
+    def groups(self) -> Granularity:
+        """Of vectors as the rows of a matrix."""
+        return Granularity.parse("channel" if self.granularity == "head" else self.granularity)
+
+
+def packed_bytes(spec: KvCache, width: int) -> int:
+    """Bytes of one vector of `width` numbers: codes, scales, zero points."""
+    _, count = spec.groups.scale_shape(1, width)
+    zero_points = 0 if spec.symmetric else count
+    codes = PACKINGS[spec.number_format.bits].packed_bytes(width)
+    return codes + count * getattr(torch, spec.scale_dtype).itemsize + zero_points
+
+
+def token_bytes(config: PretrainedConfig, spec: KvCache | None) -> int:
+    """Bytes that one token takes in the caches of all layers, at 16 bits a number without a `spec`.
+
+    Raises BitassayError for a model whose cache does not hold a key and a value a head.
+    """
+    text = config.get_text_config(decoder=True)
+    if getattr(text, "kv_lora_rank", None) is not None:
+        raise BitassayError(f"{text.model_type} caches a compressed state: its size is not counted here")
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    vector = 2 * width if spec is None else packed_bytes(spec, width)
+    return 2 * text.num_hidden_layers * heads * vector
+
+
+def encode(vectors: Float[Tensor, "... width"], spec: KvCache) -> UInt8[Tensor, "... bytes"]:
+    """Each vector (last dimension) as its codes, scales and zero points, one after the other."""
+    width, fmt = vectors.shape[-1], spec.number_format
+    rows = vectors.reshape(-1, width)
+    coded = [_rounded_group(group, spec) for group in spec.groups.to_groups(rows.float())]
+    codes = spec.groups.from_groups([q for q, _ in coded], len(rows))
+    scale = spec.groups.from_groups([grid.scale for _, grid in coded], len(rows))
+    if fmt.float_dtype is not None:
+        parts = [codes.to(fmt.float_dtype).view(torch.uint8)]
+    else:
+        digits = PACKINGS[fmt.bits].digits
+        raw = nn.functional.pad(codes - fmt.code_range(spec.symmetric)[0], (0, -width % digits))
+        parts = [pack(raw.to(torch.uint8), fmt.bits).view(len(rows), -1)]
+    parts.append(scale.to(getattr(torch, spec.scale_dtype)).view(torch.uint8))
+    zero_points = [grid.zero_point for _, grid in coded if grid.zero_point is not None]
+    if zero_points:
+        parts.append(spec.groups.from_groups(zero_points, len(rows)).to(torch.uint8))
+    return torch.cat(parts, dim=1).view(*vectors.shape[:-1], -1)
+
+
+def decode(
+    packed: UInt8[Tensor, "... bytes"], width: int, spec: KvCache, dtype: torch.dtype
+) -> Float[Tensor, "... width"]:
+    """The vectors that `encode` made these bytes of, as they read back."""
+    rows, fmt = packed.reshape(-1, packed.shape[-1]), spec.number_format
+    _, count = spec.groups.scale_shape(1, width)
+    code_bytes = PACKINGS[fmt.bits].packed_bytes(width)
+    scale_dtype = getattr(torch, spec.scale_dtype)
+    raw, scale, zero_point = rows.split(
+        [code_bytes, count * scale_dtype.itemsize, 0 if spec.symmetric else count], dim=1
+    )
+    if fmt.float_dtype is not None:
+        codes = raw.contiguous().view(fmt.float_dtype).float()
+    else:
+        padded = code_bytes * PACKINGS[fmt.bits].digits
+        codes = unpack(raw.reshape(-1), fmt.bits, len(rows) * padded).view(len(rows), padded)[:, :width]
+        codes = codes.float() + fmt.code_range(spec.symmetric)[0]
+    scales = spec.groups.scales_to_groups(scale.contiguous().view(scale_dtype).float(), width)
+    if spec.symmetric:
+        zero_points = [None] * len(scales)
+    else:
+        zero_points = spec.groups.scales_to_groups(zero_point.float(), width)
+    groups = [
+        dequantize(q, Grid(s, z), fmt)
+        for q, s, z in zip(spec.groups.to_groups(codes), scales, zero_points, strict=True)
+    ]
+    vectors = spec.groups.from_groups(groups, len(rows)).to(dtype)
+    return vectors.view(*packed.shape[:-1], width)
+
+
+def rounded(vectors: Float[Tensor, "... width"], spec: KvCache) -> Float[Tensor, "... width"]:
+    """What `decode(encode(vectors))` is, without the bytes between."""
+    rows = vectors.reshape(-1, vectors.shape[-1])
+    groups = [
+        dequantize(*_rounded_group(group, spec), spec.number_format)
+        for group in spec.groups.to_groups(rows.float())
+    ]
+    return spec.groups.from_groups(groups, len(rows)).to(vectors.dtype).view(vectors.shape)
+
+
+def _rounded_group(vectors: Float[Tensor, "groups size"], spec: KvCache) -> tuple[Tensor, Grid]:
+    fmt = spec.number_format
+    grid = absmax_grid(vectors, fmt, spec.symmetric, getattr(torch, spec.scale_dtype))
+    # No code stands for NaN or infinity: the scale carries it.
+    grid = grid._replace(scale=grid.scale + vectors.abs().amax(1, keepdim=True) * 0)
+    return round_to_nearest(vectors, grid, fmt, spec.symmetric), grid
+
+
+class PackedCache(DynamicCache):
+    """A DynamicCache that stores the bytes of `encode`, and reads them by `decode`. Cropping, reordering and
+    sliding windows are DynamicCache's own: they move tokens and never look into them."""
+
+    def __init__(self, config: PretrainedConfig, spec: KvCache):
+        super().__init__(config=config)
+        self.spec = spec
+
+    def update(  # type: ignore[override]
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        keys, values = super().update(
+            encode(key_states, self.spec), encode(value_states, self.spec), layer_idx, *args, **kwargs
+        )
+        return (
+            decode(keys, key_states.shape[-1], self.spec, key_states.dtype),
+            decode(values, value_states.shape[-1], self.spec, value_states.dtype),
+        )
+
+    @property
+    def stored_bytes(self) -> int:
+        """What all layers hold."""
+        held = [part for keys, values, _ in self for part in (keys, values) if part is not None]
+        return sum(part.numel() * part.element_size() for part in held)
+
+
+def round_cache(model: PreTrainedModel, spec: KvCache) -> None:
+    """Make `model` round, in place, all that its attention caches or would cache.
+
+    Raises BitassayError for decoder layers without attention of the usual kind.
+    """
+    layers = decoder_layers(model)
+    attentions = [one for layer in layers if (one := getattr(layer, "self_attn", None)) is not None]
+    if len(attentions) < len(layers):
+        index = next(i for i, layer in enumerate(layers) if getattr(layer, "self_attn", None) is None)
+        raise BitassayError(
+            f"{type(model).__name__}: layer {index} has no self_attn to round the cache of",
+            "leave kv_cache out of the recipe",
+        )
+    for attention in attentions:
+        attention.register_forward_pre_hook(_RoundedEntry(spec), with_kwargs=True)
+    object.__setattr__(model, "kv_cache", spec)  # nn.Module's own is for tensors and modules
+
+
+def empty_cache(model: PreTrainedModel) -> DynamicCache:
+    """The cache for a new text: packed where `round_cache` was here."""
+    spec = getattr(model, "kv_cache", None)
+    return PackedCache(model.config, spec) if spec is not None else DynamicCache(config=model.config)
+
+
+def cache_to_crop(model: PreTrainedModel) -> DynamicCache:
+    """An empty cache from which tokens can be taken away again. Raises BitassayError for a model that keeps
+    something else than keys and values."""
+    if not keeps_positions(model):
+        raise BitassayError(
+            f"{type(model).__name__} keeps a state from which no token can be taken away again",
+            "a model with attention alone",
+        )
+    cache = empty_cache(model)
+    cache.activate_past_recording()  # windows that slide
+    return cache
+
+
+class _RoundedEntry:
+    """The hook of `round_cache`."""
+
+    def __init__(self, spec: KvCache):
+        self.spec = spec
+
+    def __call__(
+        self, module: nn.Module, arguments: tuple, options: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]]:
+        cache = options.get("past_key_values")
+        # A packed cache, or what stands for one while a copy of a layer runs, rounds by itself.
+        if getattr(cache, "spec", None) == self.spec:
+            return arguments, options
+        return arguments, options | {"past_key_values": _RoundedUpdates(cache, self.spec)}
+
+
+class _RoundedUpdates:
+    """Stands for a cache, or for none, in one call of an attention module: rounds what is added to it."""
+
+    def __init__(self, cache: Cache | None, spec: KvCache):
+        self._cache, self._spec = cache, spec
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        keys, values = rounded(key_states, self._spec), rounded(value_states, self._spec)
+        if self._cache is None:
+            return keys, values
+        return self._cache.update(keys, values, layer_idx, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)

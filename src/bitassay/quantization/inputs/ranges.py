@@ -1,0 +1,228 @@
+"""What the linears' inputs look like on calibration text, and the roundings that follow: `collect_ranges`,
+`input_roundings`.
+
+Extremes and mean squares are exact over all tokens. What needs more than that (percentiles, histograms,
+learning) takes SAMPLED_TOKENS evenly spaced tokens of each linear, with all their columns.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from bitassay.errors import BitassayError, suggestion
+from bitassay.models.head import last_logits
+from bitassay.models.hooks import hooked
+from bitassay.models.walk import walk
+from bitassay.quantization.inputs.activations import (
+    Activations,
+    InputRounding,
+    InputScheme,
+    OutlierColumns,
+)
+from bitassay.quantization.inputs.thresholds import (
+    Span,
+    kl_threshold,
+    learned_threshold,
+    moving_average,
+    percentile_span,
+    percentile_threshold,
+)
+from bitassay.record.progress import Progress, silent
+
+SAMPLED_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """The inputs of one linear, over all calibration tokens; batches in their order; the sample in the
+    model's dtype."""
+
+    batch_low: Float[Tensor, "batches in"]
+    batch_high: Float[Tensor, "batches in"]
+    mean: Float[Tensor, " in"]
+    mean_square: Float[Tensor, " in"]
+    mean_magnitude: Float[Tensor, " in"]
+    sample: Float[Tensor, "sampled in"]
+
+    @property
+    def absmax(self) -> Float[Tensor, " in"]:
+        """The largest magnitude in each column."""
+        return torch.maximum(self.batch_high.amax(0), -self.batch_low.amin(0))
+
+    @property
+    def deviation(self) -> float:
+        """The standard deviation of all inputs."""
+        mean, mean_square = self.mean.double().mean(), self.mean_square.double().mean()
+        return (mean_square - mean.square()).clamp(min=0).sqrt().item()
+
+
+@torch.no_grad()
+def collect_ranges(
+    model: PreTrainedModel,
+    batches: Int[Tensor, "batches tokens"] | Sequence[Int[Tensor, "_ _"]],
+    names: Sequence[str] | None = None,
+    progress: Progress = silent,
+) -> dict[str, Ranges]:
+    """Run the model on each batch (a row of token ids, or several) and watch the inputs of the decoder
+    layers' linears, or of those in `names`. Raises BitassayError where an input is not finite."""
+    if isinstance(batches, Tensor):
+        batches = [row[None] for row in batches]
+    linears = walk(model).linears
+    watched = {name: _Watch(linears[name], len(batches)) for name in (linears if names is None else names)}
+    with hooked(linears[name].register_forward_pre_hook(watch) for name, watch in watched.items()):
+        for done, batch in enumerate(batches):
+            progress("reading calibration text", done, len(batches))
+            model(batch.to(model.device), use_cache=False, **last_logits(model, 1))
+    progress("reading calibration text", len(batches), len(batches))
+    return {name: watch.ranges(name) for name, watch in watched.items()}
+
+
+class _Watch:
+    """A forward pre-hook that gathers what `Ranges` holds."""
+
+    def __init__(self, linear: nn.Linear, batches: int):
+        self.low: list[Tensor] = []
+        self.high: list[Tensor] = []
+        self.sampled: list[Tensor] = []
+        self.total = torch.zeros(linear.in_features, dtype=torch.float64)
+        self.square = torch.zeros_like(self.total)
+        self.magnitude = torch.zeros_like(self.total)
+        self.count, self.quota = 0, -(-SAMPLED_TOKENS // batches)
+
+    def __call__(self, _module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        tokens = arguments[0].reshape(-1, arguments[0].shape[-1])
+        if not len(tokens):  # an expert that this batch did not reach
+            return
+        exact = tokens.float()
+        self.low.append(exact.amin(0).cpu())
+        self.high.append(exact.amax(0).cpu())
+        self.total += exact.sum(0).double().cpu()
+        self.square += exact.square().sum(0).double().cpu()
+        self.magnitude += exact.abs().sum(0).double().cpu()
+        self.count += len(tokens)
+        picked = torch.linspace(0, len(tokens) - 1, min(self.quota, len(tokens))).round().long()
+        self.sampled.append(tokens[picked.to(tokens.device)].cpu())
+
+    def ranges(self, name: str) -> Ranges:
+        if not self.count:
+            raise BitassayError(f"{name}: no calibration token reached it", "calibrate on more samples")
+        if not self.square.isfinite().all():
+            raise BitassayError(f"{name}: its inputs are not finite on the calibration text")
+        mean, square, magnitude = (
+            t.div(self.count).float() for t in (self.total, self.square, self.magnitude)
+        )
+        low, high, sample = torch.stack(self.low), torch.stack(self.high), torch.cat(self.sampled)
+        return Ranges(low, high, mean, square, magnitude, sample)
+
+
+def input_roundings(
+    model: PreTrainedModel, spec: Activations, ranges: Mapping[str, Ranges] | None = None
+) -> dict[str, InputRounding]:
+    """What `spec` comes to for each linear of the decoder layers, by name.
+
+    ranges: from `collect_ranges` on this model, with the weights and norms it is to have; only needed where
+    `spec.any_needs_calibration`. Raises BitassayError for an override that matches nothing, and for fused
+    experts, whose inputs no linear sees.
+    """
+    found = walk(model)
+    names = [*found.linears, *found.experts]
+    for override in spec.overrides:
+        if not any(spec.override_for(name) is override for name in names):
+            raise BitassayError(
+                f"activations: the override {override.match!r} applies to no linear of "
+                f"{type(model).__name__}; "
+                f"{suggestion(override.match, {_last_word(name) for name in names})}",
+                "match full names with a glob, such as '*.down_proj'; the first match wins",
+            )
+    if experts := [name for name in found.experts if spec.scheme_for(name) is not None]:
+        raise BitassayError(
+            f"{type(model).__name__} has fused experts, whose inputs cannot be rounded, such as {experts[0]}",
+            "leave them as they are: activations: {overrides: [{match: '*.experts.*', inputs: null}]}",
+        )
+    roundings = {}
+    for name, linear in found.linears.items():
+        if (scheme := spec.scheme_for(name)) is None:
+            continue
+        if not scheme.needs_calibration:
+            roundings[name] = InputRounding(scheme.format, scheme.symmetric, scale_factor=scheme.scale_factor)
+        elif ranges is None or name not in ranges:
+            raise BitassayError(
+                f"activations: {name} has no calibration, which scale: {scheme.scale} "
+                f"{'and outliers need' if scheme.outliers else 'needs'}",
+                "add a calibration part to the recipe, or use scale: dynamic",
+            )
+        else:
+            roundings[name] = rounding_from(scheme, ranges[name], linear.weight)
+    return roundings
+
+
+@torch.no_grad()
+def rounding_from(scheme: InputScheme, ranges: Ranges, weight: Float[Tensor, "out in"]) -> InputRounding:
+    """The rounding of one linear; thresholds are those of the columns that are no outliers."""
+    outliers = () if scheme.outliers is None else outlier_columns(ranges, scheme.outliers)
+    if scheme.scale == "dynamic":
+        return InputRounding(
+            scheme.format, scheme.symmetric, outliers=outliers, scale_factor=scheme.scale_factor
+        )
+    kept = torch.ones(len(ranges.absmax), dtype=torch.bool)
+    kept[list(outliers)] = False
+    rounding = InputRounding(scheme.format, scheme.symmetric, outliers=outliers)
+    fmt = rounding.number_format
+    if scheme.symmetric:
+        threshold = _threshold(scheme, ranges, kept, weight)
+        scale = _float32(threshold / fmt.largest * scheme.scale_factor)
+        return InputRounding(scheme.format, True, scale, None, outliers)
+    span, (_, qmax) = _span(scheme, ranges, kept), fmt.code_range(symmetric=False)
+    scale = (span.high - span.low) / qmax
+    zero_point = min(qmax, round(-span.low / _float32(scale)))
+    return InputRounding(scheme.format, False, _float32(scale * scheme.scale_factor), zero_point, outliers)
+
+
+def outlier_columns(ranges: Ranges, rule: OutlierColumns) -> tuple[int, ...]:
+    """Columns that stay in 16 bits, in order; never all of them."""
+    absmax = ranges.absmax
+    if rule.sigma is not None:
+        limit = rule.sigma * ranges.deviation
+    else:
+        assert rule.percentile is not None
+        limit = percentile_threshold(absmax, rule.percentile)
+    columns = (absmax > limit).nonzero()[:, 0].tolist()
+    return tuple(columns) if len(columns) < len(absmax) else ()
+
+
+def _threshold(scheme: InputScheme, ranges: Ranges, kept: Tensor, weight: Tensor) -> float:
+    sample = ranges.sample[:, kept]
+    if scheme.scale == "percentile":
+        return percentile_threshold(sample, scheme.percentile)
+    if scheme.scale == "kl":
+        _, largest = InputRounding(scheme.format).number_format.code_range(symmetric=True)
+        return kl_threshold(sample, levels=largest + 1)
+    if scheme.scale == "learned":
+        column_weight = weight.float().square().sum(0).cpu()[kept]
+        return learned_threshold(sample, column_weight, InputRounding(scheme.format).number_format)
+    low, high = ranges.batch_low[:, kept].amin(1), ranges.batch_high[:, kept].amax(1)
+    maxima = torch.maximum(high, -low).tolist()
+    return max(maxima) if scheme.scale == "absmax" else moving_average(maxima, scheme.momentum)
+
+
+def _span(scheme: InputScheme, ranges: Ranges, kept: Tensor) -> Span:
+    if scheme.scale == "percentile":
+        return percentile_span(ranges.sample[:, kept], scheme.percentile)
+    lows = ranges.batch_low[:, kept].amin(1).clamp(max=0).tolist()
+    highs = ranges.batch_high[:, kept].amax(1).clamp(min=0).tolist()
+    if scheme.scale == "absmax":
+        return Span(min(lows), max(highs))
+    return Span(moving_average(lows, scheme.momentum), moving_average(highs, scheme.momentum))
+
+
+def _float32(scale: float) -> float:
+    """As arithmetic in fp32 will read it; 1 where all inputs were zero."""
+    return torch.tensor(scale if scale > 0 else 1.0, dtype=torch.float32).item()
+
+
+def _last_word(name: str) -> str:
+    return f"*.{name.rpartition('.')[2]}"

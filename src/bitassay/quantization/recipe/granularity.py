@@ -1,0 +1,114 @@
+"""Granularity: which weights of a matrix `[out, in]` share a scale.
+
+`tensor`: all of them. `channel`: an output row. `g64`: 64 neighbours along the input dimension of a row;
+where 64 does not divide the row, the last group is shorter, exactly, so that no size is ever changed behind
+the user's back. `adaptive64`: as many groups as with `g64`, of 128, 64 or 32 neighbours (`adaptive.py`); once
+they are chosen, `adaptive64/120...` says which for each 128 columns: 0, 1 or 2 halvings.
+"""
+
+import re
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bitassay.errors import BitassayError
+from bitassay.quantization.codes.packing import PACKINGS
+
+# [groups, size]; unnamed, since the members of a list differ in both
+Groups = Float[Tensor, "_ _"]
+
+
+@dataclass(frozen=True)
+class Granularity:
+    """`group_size` is None for `tensor` and `channel`, and for adaptive groups, which have `block_sizes`, and
+    `digits` once they are settled."""
+
+    name: str
+    group_size: int | None = None
+    block_sizes: tuple[int, int, int] | None = None
+    digits: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "Granularity":
+        """From `tensor`, `channel`, `g` and a positive number, or `adaptive` and an even one."""
+        if text in ("tensor", "channel"):
+            return cls(text)
+        if found := re.fullmatch(r"g([1-9][0-9]{0,6})", text):
+            return cls(text, int(found[1]))
+        found = re.fullmatch(r"adaptive([1-9][0-9]{0,6})(?:/([012]+))?", text)
+        if found is None or int(found[1]) % 2:
+            raise BitassayError(
+                f"unknown granularity {text!r}",
+                "use tensor, channel, a group size such as g64, or an even average of sizes: adaptive64",
+            )
+        size = int(found[1])
+        return cls(text, block_sizes=(2 * size, size, size // 2), digits=found[2])
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether it is known which groups there are."""
+        return self.block_sizes is None or self.digits is not None
+
+    def blocks(self, columns: int) -> list[tuple[int, int]]:
+        """First column and the one after the last of what has a digit in adaptive groups."""
+        assert self.block_sizes is not None
+        size = self.block_sizes[0]
+        return [(start, min(start + size, columns)) for start in range(0, columns, size)]
+
+    def layout_bits(self, columns: int) -> int:
+        """What it takes to say which adaptive groups a matrix has: five digits a byte."""
+        return 0 if self.block_sizes is None else 8 * PACKINGS[1.6].packed_bytes(len(self.blocks(columns)))
+
+    def spans(self, columns: int) -> list[tuple[int, int, int]]:
+        """`(start, stop, size)` of runs of equal groups of a row: the whole ones, then a shorter last one."""
+        if self.block_sizes is None:
+            return _runs(0, columns, self.group_size or columns)
+        assert self.digits is not None, "adaptive groups that nobody has chosen"
+        blocks = self.blocks(columns)
+        if len(blocks) != len(self.digits):
+            raise BitassayError(
+                f"granularity {self.name} is of a matrix of {len(self.digits)} blocks of columns, "
+                f"this one has {len(blocks)}",
+                f"granularity: {self.name.partition('/')[0]}",
+            )
+        return [
+            run
+            for (start, stop), digit in zip(blocks, self.digits, strict=True)
+            for run in _runs(start, stop, self.block_sizes[int(digit)])
+        ]
+
+    def scale_shape(self, rows: int, columns: int) -> tuple[int, int]:
+        """Shape of the scales of a matrix `[rows, columns]`."""
+        if self.name == "tensor":
+            return 1, 1
+        if not self.is_settled:
+            assert self.block_sizes is not None
+            return rows, -(-columns // self.block_sizes[1])
+        return rows, sum((stop - start) // size for start, stop, size in self.spans(columns))
+
+    def to_groups(self, matrix: Float[Tensor, "out in"]) -> list[Groups]:
+        """The matrix as groups, one tensor for each group size; row by row, left to right."""
+        if self.name == "tensor":
+            return [matrix.reshape(1, -1)]
+        return [matrix[:, start:stop].reshape(-1, size) for start, stop, size in self.spans(matrix.shape[1])]
+
+    def from_groups(self, parts: list[Groups], rows: int) -> Float[Tensor, "out in"]:
+        """The inverse of `to_groups`; also joins one number a group into `[rows, groups]` (or `[1, 1]`)."""
+        return torch.cat([part.reshape(1 if part.numel() == 1 else rows, -1) for part in parts], dim=1)
+
+    def scales_to_groups(
+        self, scales: Float[Tensor, "rows groups"], columns: int
+    ) -> list[Float[Tensor, "_ 1"]]:
+        """`[rows, groups]` as one column for each tensor that `to_groups` returns."""
+        if self.name == "tensor":
+            return [scales.reshape(1, 1)]
+        counts = [(stop - start) // size for start, stop, size in self.spans(columns)]
+        return [part.reshape(-1, 1) for part in scales.split(counts, dim=1)]
+
+
+def _runs(start: int, stop: int, size: int) -> list[tuple[int, int, int]]:
+    size = min(size, stop - start)
+    whole = start + (stop - start) // size * size
+    return [(start, whole, size)] + ([(whole, stop, stop - whole)] if whole < stop else [])

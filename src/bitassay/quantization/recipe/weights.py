@@ -1,0 +1,320 @@
+"""A scheme: how one matrix is stored, as a recipe says it."""
+
+import math
+from typing import Any, Literal, TypeVar
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+
+from bitassay.errors import suggestion
+from bitassay.quantization.recipe.formats import FORMATS, NumberFormat
+from bitassay.quantization.recipe.granularity import Granularity
+
+
+class Part(BaseModel):
+    """A part of a recipe: frozen, and it refuses fields that it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def content(self) -> dict[str, Any]:
+        """What `model_validate` makes the same part of, without fields that are left out."""
+        return _without_absent(self, self.model_dump(mode="json"))
+
+
+def _without_absent(part: BaseModel, dumped: dict[str, Any]) -> dict[str, Any]:
+    for name in list(dumped):
+        value = getattr(part, name)
+        if value is None and not type(part).model_fields[name].is_required():
+            del dumped[name]
+        for one, inner in zip(value, dumped[name], strict=True) if isinstance(value, tuple) else ():
+            if isinstance(one, BaseModel):
+                _without_absent(one, inner)
+        if isinstance(value, BaseModel):
+            _without_absent(value, dumped[name])
+    return dumped
+
+
+P = TypeVar("P", bound=Part)
+
+
+def made_of(part: type[P], fields: dict[str, Any]) -> P:
+    """A part that another one asks for. Raises ValueError with the first reason alone: inside a validator
+    a ValidationError would print all of itself."""
+    try:
+        return part.model_validate(fields)
+    except ValidationError as error:
+        raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from error
+
+
+SUMS = ("residual", "digits")
+
+
+class Copies(Part):
+    """Several quantized copies of one matrix instead of one: `W' = sum_i c_i W'_i` (`copies.py`).
+
+    differ: what sets them apart. values: a scale factor, percentile, offset or level of noise for each copy;
+    offsets are i/n by default; of residual codes, scale factors, 1 by default. coefficients: the c_i, 1/n by
+    default, and 1 for residual codes and digits. seed: the first one's; each further copy's is one more.
+    """
+
+    count: int = Field(ge=2, le=16)
+    differ: Literal["scale", "clip", "offset", "noise", "seed", "rotation", "residual", "digits"]
+    values: tuple[float, ...] = ()
+    coefficients: tuple[float, ...] | None = None
+    seed: int = Field(default=0, ge=0, lt=2**31)
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> "Copies":
+        wanted = self.differ in ("scale", "clip", "noise")
+        if self.values and not wanted and self.differ not in ("offset", "residual"):
+            raise ValueError(f"values: copies that differ by {self.differ} have none")
+        if (wanted or self.values) and len(self.values) != self.count:
+            raise ValueError(f"values: {self.count} copies that differ by {self.differ} need as many")
+        if self.coefficients is not None and self.is_sum:
+            raise ValueError("coefficients: residual codes and digits are summed as they are")
+        if self.coefficients is not None and len(self.coefficients) != self.count:
+            raise ValueError(f"coefficients: {self.count} copies need as many")
+        return self
+
+    @property
+    def is_sum(self) -> bool:
+        """Whether each copy but the first repairs what those before it left over."""
+        return self.differ in SUMS
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """The c_i."""
+        usual = 1.0 if self.is_sum else 1 / self.count
+        return self.coefficients or (usual,) * self.count
+
+    def scheme(self, scheme: "WeightScheme", copy: int) -> "WeightScheme":
+        """The scheme of one copy. Raises ValueError where it makes no sense."""
+        value = self.values[copy] if self.values else copy / self.count
+        change: dict[str, Any] = {
+            "scale": {"scale_factor": value},
+            "clip": {"scale": "percentile", "percentile": value},
+            "offset": {"offset": value},
+            "noise": {"noise": value} | ({"seed": self.seed + copy} if value else {}),
+            "seed": {"rounding": "stochastic", "seed": self.seed + copy},
+            "rotation": {"turned": self.seed + copy},
+            "residual": {"scale_factor": value} if self.values else {},
+            "digits": {},
+        }[self.differ]
+        return made_of(WeightScheme, scheme.model_dump(exclude={"copies"}) | change)
+
+    def schemes(self, scheme: "WeightScheme") -> list["WeightScheme"]:
+        """Those of all copies."""
+        return [self.scheme(scheme, copy) for copy in range(self.count)]
+
+    def whole(self, scheme: "WeightScheme") -> "WeightScheme":
+        """That of the one grid whose codes' digits the copies are."""
+        bits = int(scheme.number_format.bits) * self.count
+        return made_of(WeightScheme, scheme.model_dump(exclude={"copies"}) | {"format": f"int{bits}"})
+
+
+class WeightScheme(Part):
+    """How one matrix is quantized.
+
+    restricted: leave out the lowest code of a symmetric integer format, so that both ends are 2^(b-1)-1.
+    scale: how the scale is found (`scales.py`); mse by default below 4 bits, absmax from there on.
+    percentile: where `scale: percentile` clips, in percent. scale_dtype: what scales are stored in; float16
+    by default, for FP8 bfloat16: an FP8 scale is absmax over 448 or 57344, so small that float16 would hold
+    it as a subnormal number of few bits. zero_point: a whole number of steps (`integer`), the same searched
+    jointly with the scale (`searched`), one of as many places in the middle half of the codes (`middle`), or
+    any number in scale_dtype (`free`). offset: shifts the grid by a share of a step; stored nowhere.
+    scale_factor: what the scale that was found is multiplied by. turned: the seed of a random Hadamard
+    rotation of the inputs, before rounding and back after it. rounding, noise (in steps), seed: see
+    `rounding.py`. residual: the share of the columns that have a second binary plane, column_scales: whether
+    columns have scales too: see `binary.py`.
+
+    An option that is as if it was not there is not written out: recipes keep their ids when options come.
+    """
+
+    format: str
+    granularity: str = "channel"
+    symmetric: bool = True
+    restricted: bool = False
+    scale: Literal["absmax", "mse", "percentile"] = "absmax"
+    percentile: float = Field(default=99.9, gt=50, le=100)
+    scale_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    zero_point: Literal["integer", "searched", "middle", "free"] = "integer"
+    offset: float = Field(default=0.0, ge=0, lt=1)
+    scale_factor: float = Field(default=1.0, ge=0.1, le=4)
+    turned: int | None = Field(default=None, ge=0, lt=2**63)
+    rounding: Literal["nearest", "stochastic", "feedback"] = "nearest"
+    noise: float = Field(default=0.0, ge=0, le=1)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    residual: float = Field(default=0.0, ge=0, le=1)
+    column_scales: bool = False
+    copies: Copies | None = None
+
+    def residual_columns(self, columns: int) -> int:
+        """How many of a matrix's columns have a second plane."""
+        return math.ceil(self.residual * columns)
+
+    @property
+    def has_planes(self) -> bool:
+        """Whether it takes `binary.py` to make it."""
+        return self.residual > 0 or self.column_scales
+
+    @property
+    def weighs_inputs(self) -> bool:
+        """Whether it rounds a matrix differently once it knows the inputs."""
+        searched = self.scale == "mse" or not Granularity.parse(self.granularity).is_settled
+        return searched or self.has_planes or self.copies is not None
+
+    @property
+    def whole_zero_points(self) -> bool:
+        """Whether zero points, if there are any, are whole steps."""
+        return self.zero_point in ("integer", "searched")
+
+    @property
+    def residual_scheme(self) -> "WeightScheme":
+        """How the second plane, its columns side by side, is stored."""
+        sizes = Granularity.parse(self.granularity).block_sizes
+        return WeightScheme(
+            format=self.format,
+            granularity=self.granularity if sizes is None else f"g{sizes[1]}",
+            scale_dtype=self.scale_dtype,
+        )
+
+    @property
+    def number_format(self) -> NumberFormat:
+        return FORMATS[self.format]
+
+    def with_copies(self, copies: Copies) -> "WeightScheme":
+        """Several such matrices. Raises ValueError where the scheme cannot have such copies."""
+        return made_of(WeightScheme, self.model_dump() | {"copies": copies})
+
+    def with_granularity(self, granularity: str) -> "WeightScheme":
+        return self.model_copy(update={"granularity": granularity})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_format(cls, given: Any) -> Any:
+        fmt = (
+            FORMATS.get(given["format"])
+            if isinstance(given, dict) and isinstance(given.get("format"), str)
+            else None
+        )
+        if fmt is None:
+            return given
+        scale = "mse" if fmt.bits < 4 else "absmax"
+        return {"scale": scale, "scale_dtype": "bfloat16" if fmt.kind == "float" else "float16", **given}
+
+    @field_validator("format")
+    @classmethod
+    def _known_format(cls, name: str) -> str:
+        if name not in FORMATS:
+            raise ValueError(f"unknown format {name!r}; {suggestion(name, FORMATS, short=30)}")
+        return name
+
+    @field_validator("granularity")
+    @classmethod
+    def _known_granularity(cls, text: str) -> str:
+        return Granularity.parse(text).name
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> "WeightScheme":
+        for wrong, why in _contradictions(self):
+            if wrong:
+                raise ValueError(why)
+        if self.copies is not None:
+            self.copies.schemes(self)
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_idle_options(self, dump: Any) -> dict[str, Any]:
+        return {
+            key: value for key, value in dump(self).items() if key not in OPTIONS or value != OPTIONS[key]
+        }
+
+
+ALWAYS = ("format", "granularity", "symmetric", "scale", "scale_dtype")
+OPTIONS = {name: field.default for name, field in WeightScheme.model_fields.items() if name not in ALWAYS}
+
+
+def _contradictions(s: WeightScheme) -> list[tuple[bool, str]]:
+    """Combinations that make no sense, and why."""
+    fmt, given = s.number_format, s.model_fields_set
+    random = s.rounding == "stochastic" or s.noise > 0
+    return [
+        (
+            not s.symmetric and not fmt.has_asymmetric,
+            f"{s.format} codes are symmetric around zero: a zero point cannot shift them",
+        ),
+        (
+            fmt.kind == "binary" and s.scale != "mse",
+            f"binary has no code for zero, so scale: {s.scale} would only add error: use scale: mse",
+        ),
+        (
+            "percentile" in given and s.scale != "percentile",
+            f"percentile says where scale: percentile clips; scale: {s.scale} does not use it",
+        ),
+        (
+            s.restricted and (fmt.kind != "integer" or not s.symmetric),
+            "restricted leaves out the lowest code of symmetric integers; no other codes have one to spare",
+        ),
+        (
+            s.zero_point != "integer" and (fmt.kind != "integer" or s.symmetric),
+            f"zero_point: {s.zero_point} needs zero points: an integer format with symmetric: false",
+        ),
+        (
+            s.zero_point in ("searched", "middle") and s.scale != "mse",
+            f"zero_point: {s.zero_point} is what leaves the least squared error: use scale: mse",
+        ),
+        (s.offset > 0 and fmt.kind != "integer", f"offset shifts a grid of integers, not of {s.format}"),
+        (
+            s.offset > 0 and (s.restricted or not s.whole_zero_points),
+            "an offset adds nothing to zero points in parts of a step, and takes back the symmetry of a "
+            "restricted range",
+        ),
+        (
+            (s.rounding != "nearest" or s.noise > 0) and fmt.kind == "float",
+            f"{s.format} is rounded to nearest by torch's own cast, and has no step to measure noise in",
+        ),
+        (
+            s.has_planes and fmt.kind != "binary",
+            f"{s.format} has codes enough for one plane; residual and column_scales are of binary",
+        ),
+        (
+            s.has_planes and (s.rounding != "nearest" or s.noise > 0),
+            "binary planes and column scales are fitted to each other by rounding to nearest",
+        ),
+        ("seed" in given and not random, "seed is of stochastic rounding and of noise; there is neither"),
+        (
+            s.turned is not None and s.has_planes,
+            "turned: column scales and planes of columns are of columns as they are",
+        ),
+        (
+            s.copies is not None
+            and s.copies.differ == "digits"
+            and (
+                fmt.kind != "integer"
+                or (s.symmetric, s.restricted, s.offset, s.rounding, s.noise)
+                != (True, False, 0.5, "nearest", 0)
+                or f"int{int(fmt.bits) * s.copies.count}" not in FORMATS
+            ),
+            "copies: digits are of symmetric integers with offset: 0.5, rounded to nearest, on a grid of as "
+            "many bits as all copies have: 2 of int2 or int4, 4 of int2",
+        ),
+        (
+            s.copies is not None and s.copies.differ == "offset" and s.scale == "percentile",
+            "copies: offset grids share one scale: scale: mse or absmax",
+        ),
+        (
+            s.copies is not None and s.copies.differ == "offset" and (s.offset > 0 or s.scale_factor != 1),
+            "copies: offset grids have offsets of their own, and one scale that is theirs",
+        ),
+        (
+            s.copies is not None and s.has_planes,
+            "copies: binary planes are copies already: residual: 1 has two",
+        ),
+    ]

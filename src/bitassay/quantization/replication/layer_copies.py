@@ -1,0 +1,114 @@
+"""Make what a recipe's `replication` asks for: `copies_by_layer`, which layers get how many copies, then
+`with_copies`, the codes of these and the coefficients of the passes. Both become part of the `Quantization`;
+`replicas.py` gives them to a model.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from bitassay.errors import BitassayError
+from bitassay.models.walk import decoder_layers, matrices, walk
+from bitassay.quantization.codes.tensor import QuantizedTensor, quantize_tensor
+from bitassay.quantization.inputs.ranges import collect_ranges
+from bitassay.quantization.recipe.replication import Chosen, ReplicationPlan, Steps, replica_names
+from bitassay.quantization.recipe.weights import WeightScheme
+from bitassay.quantization.replication.fit import fit_passes
+from bitassay.quantization.replication.select import chosen_layers
+from bitassay.quantization.runtime.model import Quantization, with_tensors
+from bitassay.record.progress import Progress
+
+
+def copies_by_layer(
+    model: PreTrainedModel,
+    plan: ReplicationPlan,
+    schemes: Mapping[str, WeightScheme | None],
+    tokens: Int[Tensor, "samples tokens"] | None,
+    progress: Progress,
+) -> dict[int, int]:
+    """How many copies each layer gets that gets several. `model` is about to be quantized by `schemes`."""
+    counts = plan.known_counts(len(decoder_layers(model)))
+    if counts is not None:
+        return counts
+    assert isinstance(plan.layers, Chosen)
+    chosen = chosen_layers(model, schemes, plan.layers, tokens, progress)
+    progress(f"layers with copies, by {plan.layers.by}: {', '.join(map(str, chosen))}")
+    return dict.fromkeys(chosen, plan.copies)
+
+
+def with_copies(
+    base: PreTrainedModel,
+    made: Quantization,
+    before: PreTrainedModel,
+    schemes: Mapping[str, WeightScheme | None],
+    counts: Mapping[int, int],
+    tokens: Int[Tensor, "samples tokens"] | None,
+    progress: Progress,
+) -> Quantization:
+    """`made` with the codes of layers' copies and the coefficients of their passes. `before` is the model as
+    it was when its matrices were quantized; `schemes` are those of the recipe."""
+    plan = made.recipe.replication
+    assert plan is not None
+    if not plan.at_run_time:
+        return made
+    tensors = dict(made.tensors)
+    if plan.makes_codes:
+        importance = _importance(base, made, tokens, progress)
+        tensors |= _codes_of_copies(before, plan, schemes, counts, importance, progress)
+    known = plan.coefficients != "fitted"
+    passes = {
+        index: plan.steps(count) if known else Steps((1.0,) * count, (1.0,) * count)
+        for index, count in counts.items()
+    }
+    made = replace(made, tensors=tensors, passes=passes)
+    if known:
+        return made
+    assert tokens is not None
+    return replace(made, passes=fit_passes(with_tensors(base, made), before, tokens, progress))
+
+
+def _importance(
+    base: PreTrainedModel,
+    made: Quantization,
+    tokens: Int[Tensor, "samples tokens"] | None,
+    progress: Progress,
+) -> dict[str, Float[Tensor, " in"]]:
+    """What weighs the columns of copies, the mean squared inputs behind the quantized layers: the same that
+    weighed the first copy. Nothing where nothing did."""
+    if made.recipe.calibration is None:
+        return {}
+    assert tokens is not None
+    once = with_tensors(base, replace(made, inputs={}))
+    return {
+        name: found.mean_square for name, found in collect_ranges(once, tokens, progress=progress).items()
+    }
+
+
+def _codes_of_copies(
+    before: PreTrainedModel,
+    plan: ReplicationPlan,
+    schemes: Mapping[str, WeightScheme | None],
+    counts: Mapping[int, int],
+    importance: Mapping[str, Float[Tensor, " in"]],
+    progress: Progress,
+) -> dict[str, QuantizedTensor]:
+    """The matrices of all copies but the layers themselves."""
+    linears, weights, tensors = walk(before).linears, matrices(before), {}
+    for done, (index, count) in enumerate(counts.items()):
+        progress("quantizing copies", done, len(counts))
+        copies = plan.of_matrices(count)
+        for name, scheme in schemes.items():
+            for number, replica in enumerate(replica_names(before, index, name, count), start=1):
+                if scheme is None:
+                    continue
+                if name not in linears:
+                    raise BitassayError(
+                        f"{name}: copies of fused experts with codes of their own are not made",
+                        "replication: {of: linear}, or copies that differ by nothing",
+                    )
+                own = copies.scheme(scheme, number)
+                tensors[replica] = quantize_tensor(weights[name], own, replica, importance.get(name))
+    return tensors

@@ -1,0 +1,85 @@
+"""Products with packed weights: where torch has a kernel that reads the codes themselves.
+
+Decoding one token at a time is bound by the bytes of weights that are read, so a kernel that reads 4 or 8
+bits instead of 16 is several times faster than a bf16 product. Many rows at once are bound by arithmetic
+instead, and there dequantizing first is faster: `QuantizedLinear` chooses by MAX_ROWS. On a CPU with bf16
+input:
+
+    int8 codes, one scale a row              _weight_int8pack_mm          8 bits read a weight
+    codes of at most 4 bits, equal groups    _weight_int4pack_mm_for_cpu  4 bits read, whatever was stored
+
+Planes beside each other (residual codes, merged copies) are a product each, and the sum of these.
+
+Both round differently from the dequantized product: the scale is applied to the sum, or is itself held in
+bf16. The result differs by bf16 rounding (`tests/quantize/test_kernels.py` bounds it), in fp32 there is no
+kernel and no difference.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from jaxtyping import BFloat16
+from torch import Tensor
+
+from bitassay.quantization.codes.tensor import QuantizedTensor
+
+MAX_ROWS = 32
+INT8_COLUMNS = (
+    32  # torch 2.13's kernel reads past the end of other rows (seen at 168 columns: a segmentation fault)
+)
+INT4_GROUPS = (32, 64, 128, 256)
+
+Product = Callable[[BFloat16[Tensor, "rows in"]], BFloat16[Tensor, "rows out"]]
+
+
+def packed_product(quantized: QuantizedTensor) -> Product | None:
+    """`x -> x W'^T` on the codes for bf16 `x`; None where torch has no kernel for this scheme, shape or
+    device."""
+    beside_codes = (quantized.residual_columns, quantized.column_scale, quantized.low_rank)
+    if quantized.packed.device.type != "cpu" or any(part is not None for part in beside_codes):
+        return None
+    if quantized.residual is not None:
+        plane, rest = packed_product(replace(quantized, residual=None)), packed_product(quantized.residual)
+        if plane is None or rest is None:
+            return None
+        return lambda x: (plane(x).float() + rest(x)).to(torch.bfloat16)
+    rows, columns = quantized.shape
+    scheme = quantized.scheme
+    if scheme.turned is not None:
+        return None
+    if (scheme.format, scheme.symmetric, scheme.granularity) == ("int8", True, "channel"):
+        return _int8_product(quantized) if columns % INT8_COLUMNS == 0 else None
+    group_size = quantized.granularity.group_size
+    integer = quantized.format.float_dtype is None and quantized.format.bits <= 4
+    if integer and group_size in INT4_GROUPS and columns % group_size == 0 and rows % 16 == 0:
+        return _int4_product(quantized, group_size)
+    return None
+
+
+def _int8_product(quantized: QuantizedTensor) -> Product:
+    codes = quantized.codes().to(torch.int8)
+    scale = quantized.scale[:, 0].float()
+    ones = torch.ones(len(scale), dtype=torch.bfloat16)
+    # The kernel takes scales in bf16; kept out of it, they keep their precision.
+    return lambda x: (torch.ops.aten._weight_int8pack_mm(x, codes, ones).float() * scale).to(torch.bfloat16)
+
+
+def _int4_product(quantized: QuantizedTensor, group_size: int) -> Product:
+    """The kernel computes `(q - 8) * s + m` with q in 0..15; every format of at most 16 levels can be written
+    so.
+
+    Where `q - z` fits into -8..7 it is what the kernel gets, so that m is 0 but for an offset or the rest of
+    a free zero point; only 4-bit codes with zero points, and free ones far from 0, need a larger m, in bf16.
+    """
+    codes, grid = quantized.codes(), quantized.grid
+    rest = torch.full_like(grid.scale, grid.offset)
+    if grid.zero_point is not None:
+        _, qmax = quantized.format.code_range(symmetric=False)
+        whole = grid.zero_point.round().clamp(qmax - 7, 8)  # q - z in -8..7
+        codes = codes - whole.repeat_interleave(group_size, dim=1)
+        rest = rest + whole - grid.zero_point
+    shift = rest * grid.scale + (0 if grid.mean is None else grid.mean)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu((codes + 8).int(), 1)
+    grids = torch.stack((grid.scale, shift), dim=-1).transpose(0, 1).contiguous().to(torch.bfloat16)
+    return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group_size, grids)

@@ -1,0 +1,91 @@
+"""Give a model the copies of its layers that its recipe says: `add_passes`, for whoever builds a model from
+codes, fake, packed or reloaded.
+"""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from bitassay.errors import BitassayError
+from bitassay.models.walk import decoder_layers, module_name
+from bitassay.quantization.codes.tensor import QuantizedTensor
+from bitassay.quantization.recipe.replication import REPLICAS, ReplicationPlan, Steps
+from bitassay.quantization.runtime.linear import QuantizedLinear, RoundedInputLinear
+from bitassay.quantization.runtime.passes import Passes, Usage, hands_on
+
+
+def add_passes(
+    model: PreTrainedModel,
+    plan: ReplicationPlan,
+    steps_of: Mapping[int, Steps],
+    tensors: Mapping[str, QuantizedTensor],
+) -> None:
+    """Give the layers of a model, in place, their passes; `tensors` has the codes of copies that differ.
+    Everything else about the model must be as it will be: a copy of a layer takes over its hooks.
+
+    Raises BitassayError for layers whose keys and values cannot have several slots.
+    """
+    layers, usage = decoder_layers(model), Usage()
+    slot, added = len(layers), []
+    block = [layers[index] for index in sorted(steps_of)] if plan.of == "block" else []
+    kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ["all"] * len(layers)
+    if block and len({kinds[index] for index in steps_of}) > 1:
+        raise BitassayError(
+            f"{type(model).__name__}: the layers of the block attend in different ways", "of: layer"
+        )
+    for index, steps in sorted(steps_of.items()):
+        layer = layers[index]
+        if not hasattr(layer, "self_attn"):
+            raise BitassayError(
+                f"{type(model).__name__}: layer {index} has no self_attn, so no cache has a place for copies",
+                "replication: {of: linear}, or other layers",
+            )
+        if plan.of == "block" and added:
+            layer.forward = hands_on
+            continue
+        if plan.makes_codes or plan.differ == "inputs":
+            replicas = _replicas(layer, module_name(model, layer), steps.count, plan, tensors)
+            layer.add_module(REPLICAS, nn.ModuleList(replicas))
+            runs = [[one] for one in (layer, *replicas)]
+        else:
+            runs = [block or [layer]] * steps.count
+        passes = Passes(runs, steps, first_slot=slot, how=plan.how, stop=plan.stop, usage=usage)
+        layer.forward = passes
+        added.append(passes)
+        slot += steps.count - 1
+    added[0].begins = added[-1].ends = True
+    # nn.Module's own __setattr__ is for tensors and modules.
+    object.__setattr__(model, "replication_usage", usage)
+
+
+def _replicas(
+    layer: nn.Module, name: str, count: int, plan: ReplicationPlan, tensors: Mapping[str, QuantizedTensor]
+) -> list[nn.Module]:
+    """Copies of a layer that share all that does not differ."""
+    shared = {id(item): item for item in (*layer.parameters(), *layer.buffers())}
+    codes = [module.quantized for module in layer.modules() if isinstance(module, QuantizedLinear)]
+    shared |= {id(tensor): tensor for tensor in codes}
+    replicas = [copy.deepcopy(layer, dict(shared)) for _ in range(count - 1)]
+    for number, replica in enumerate(replicas, start=1):
+        for own, module in replica.named_modules():
+            tensor = tensors.get(f"{name}.{REPLICAS}.{number - 1}.{own}")
+            if tensor is not None:
+                _put(module, tensor)
+    if plan.differ == "inputs":
+        for number, one in enumerate((layer, *replicas)):
+            for module in one.modules():
+                if isinstance(module, (QuantizedLinear, RoundedInputLinear)) and module.inputs is not None:
+                    module.inputs = replace(module.inputs, copies=count, copy=number)
+    return replicas
+
+
+def _put(module: nn.Module, tensor: QuantizedTensor) -> None:
+    """Give a linear other codes: as they are where it holds codes, else dequantized."""
+    if isinstance(module, QuantizedLinear):
+        module.quantized = tensor
+    else:
+        dtype = module.get_parameter("weight").dtype
+        module.register_parameter("weight", nn.Parameter(tensor.dequantize().to(dtype), requires_grad=False))

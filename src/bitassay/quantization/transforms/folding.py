@@ -1,0 +1,210 @@
+"""Scales that pass from a linear's input to its weights: where a model has room for them.
+
+`x W^T = (x / s)(W s)^T` for any s > 0, one number for each column of the input x. What multiplies the same
+columns last can be divided by s, so that the model computes what it did:
+
+    norm    -> the linears that read it    the gains of an RMSNorm: gain / s
+    v_proj  -> o_proj                      the rows of v_proj and its bias. Attention mixes tokens, not
+                                           columns; query heads that share a value head share its scales
+    up_proj -> down_proj                   the rows of up_proj and its bias, where down_proj reads
+                                           act(gate) * up
+    inputs                                 every linear divides what it reads, at run time, by scales of its
+                                           own, which need not be those of others that read the same
+
+Which linears read a norm is found by running the model on a few tokens and watching where the norm's output
+goes: if it also goes where no scale can be folded (a router, fused experts), the norm is left alone. So are
+LayerNorms, and the down projection behind an online rotation. Scales at run time (the parameter
+`input_scales`) cost a division for each number read, and fit everywhere.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from bitassay.errors import BitassayError
+from bitassay.models.hooks import hooked
+from bitassay.models.walk import decoder_layers, module_name, walk
+from bitassay.quantization.transforms.residual_stream import Norm, Weight, find_norm
+from bitassay.quantization.transforms.rotation import probe
+
+Place = Literal["norms", "values", "up", "inputs"]
+# Modules of an attention that see no values, or that multiply its output by column.
+BESIDE_VALUES = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "gate_proj", "g_proj")
+INPUT_SCALES = "input_scales"  # of a linear: the name of the parameter
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Somewhere to fold scales. producer and readers are full names; the readers' inputs are the same
+    columns. shared: how many columns of the input, in runs of `width`, share a scale with the first run of
+    theirs (query heads of a value head)."""
+
+    place: Place
+    producer: str
+    readers: tuple[str, ...]
+    norm: Norm | None = None
+    sharing: int = 1
+    width: int = 1
+
+    def share(self, columns: Float[Tensor, " in"]) -> Float[Tensor, " own"]:
+        """The largest number of the columns that share a scale."""
+        if self.sharing == 1:
+            return columns
+        return columns.view(-1, self.sharing, self.width).amax(1).flatten()
+
+    def spread(self, scales: Float[Tensor, " own"]) -> Float[Tensor, " in"]:
+        """Each input column's scale: undoes `share`."""
+        if self.sharing == 1:
+            return scales
+        return scales.view(-1, 1, self.width).expand(-1, self.sharing, -1).flatten()
+
+
+def find_folds(model: PreTrainedModel, places: tuple[Place, ...]) -> tuple[list[Fold], dict[str, str]]:
+    """All folds at `places`, and for every other linear of the decoder layers why it has none."""
+    linears = walk(model).linears
+    if "inputs" in places:
+        return [Fold("inputs", name, (name,)) for name in linears], {}
+    folds, refused = [], {}
+    if "norms" in places:
+        folds, refused = _norm_folds(model)
+    for name in linears:
+        parent, _, own = name.rpartition(".")
+        if own == "o_proj" and "values" in places:
+            found = _value_fold(model, parent)
+        elif own == "down_proj" and "up" in places:
+            found = _up_fold(model, parent)
+        else:
+            continue
+        if isinstance(found, Fold):
+            folds.append(found)
+        else:
+            refused[name] = found
+    covered = {reader for fold in folds for reader in fold.readers}
+    left = {name: refused.get(name, "nothing before it can take up a scale") for name in linears}
+    return folds, {name: reason for name, reason in left.items() if name not in covered}
+
+
+@torch.no_grad()
+def fold(model: PreTrainedModel, where: Fold, scales: Float[Tensor, " own"]) -> Float[Tensor, " own"]:
+    """Divide the producer's columns by the scales and multiply the readers' with them. Gains, and scales at
+    run time, are rounded to what bf16 holds, since they may be stored so; returned are the scales used."""
+    scales = scales.double()
+    if where.norm is not None:
+        gain = where.norm.gain()
+        stored = (gain / scales - where.norm.offset).bfloat16().double()
+        usable = (stored + where.norm.offset != 0) & (gain != 0)
+        scales = torch.where(usable, gain / (stored + where.norm.offset), 1)
+        kept = torch.where(usable, stored, gain - where.norm.offset)
+        Weight(where.norm.module, "weight").write(kept)
+    elif where.place == "inputs":
+        scales = scales.bfloat16().double()
+        divide_inputs(model.get_submodule(where.producer), scales.to(model.dtype))
+    else:
+        producer = model.get_submodule(where.producer)
+        Weight(producer, "weight").write(Weight(producer, "weight").read() / scales[:, None])
+        if producer.bias is not None:
+            Weight(producer, "bias").write(Weight(producer, "bias").read() / scales)
+    for name in where.readers:
+        weight = Weight(model.get_submodule(name), "weight")
+        weight.write(weight.read() * where.spread(scales))
+    return scales.float()
+
+
+def divide_inputs(linear: nn.Module, scales: Float[Tensor, " in"]) -> None:
+    """Let a linear divide what it reads, before it rounds it or does anything else with it."""
+    linear.register_parameter(INPUT_SCALES, nn.Parameter(scales, requires_grad=False))
+    linear.register_forward_pre_hook(_divided)
+
+
+def _divided(linear: nn.Module, arguments: tuple) -> tuple:
+    return (arguments[0] / linear.get_parameter(INPUT_SCALES), *arguments[1:])
+
+
+def _norm_folds(model: PreTrainedModel) -> tuple[list[Fold], dict[str, str]]:
+    folds, refused = [], {}
+    linears = walk(model).linears
+    for name, readers in _norm_readers(model).items():
+        reading = tuple(reader for reader in readers if reader in linears)
+        others = [reader for reader in readers if reader not in linears]
+        if others:
+            refused |= dict.fromkeys(reading, f"{name} also feeds {others[0]}, which takes no scale")
+            continue
+        try:
+            norm = find_norm(model.get_submodule(name), name)
+        except BitassayError as error:
+            refused |= dict.fromkeys(reading, str(error))
+            continue
+        if reading:
+            folds.append(Fold("norms", name, reading, norm))
+    return folds, refused
+
+
+def _norm_readers(model: PreTrainedModel) -> dict[str, list[str]]:
+    """For each norm that is a decoder layer's own, the modules with parameters that get its output, or a view
+    of it."""
+    prefix = module_name(model, decoder_layers(model))
+    inside = dict(decoder_layers(model).named_modules(prefix=prefix))
+    norms = [
+        f"{prefix}.{index}.{name}"
+        for index, layer in enumerate(decoder_layers(model))
+        for name, _ in layer.named_children()
+        if name.endswith("norm")
+    ]
+    readers: dict[str, list[str]] = {name: [] for name in norms}
+    outputs: dict[int, tuple[str, Tensor]] = {}  # by storage; held, so that no other tensor takes its place
+
+    def put_out(name: str) -> Callable:
+        def hook(_module: nn.Module, _arguments: tuple, output: Tensor) -> None:
+            outputs[output.untyped_storage().data_ptr()] = (name, output)
+
+        return hook
+
+    def read(name: str) -> Callable:
+        def hook(_module: nn.Module, arguments: tuple, options: dict[str, Any]) -> None:
+            for value in (*arguments, *options.values()):
+                if isinstance(value, Tensor) and value.untyped_storage().data_ptr() in outputs:
+                    norm, _ = outputs[value.untyped_storage().data_ptr()]
+                    if name not in readers[norm]:
+                        readers[norm].append(name)
+
+        return hook
+
+    own = [name for name, module in inside.items() if module._parameters and name not in norms]
+    writes = (inside[name].register_forward_hook(put_out(name)) for name in norms)
+    reads = (inside[name].register_forward_pre_hook(read(name), with_kwargs=True) for name in own)
+    with hooked(writes), hooked(reads):
+        probe(model)
+    return readers
+
+
+def _value_fold(model: PreTrainedModel, attention: str) -> Fold | str:
+    module = model.get_submodule(attention)
+    values, back = getattr(module, "v_proj", None), getattr(module, "o_proj", None)
+    if not isinstance(values, nn.Linear) or not isinstance(back, nn.Linear):
+        return f"{attention} has no v_proj"
+    if hasattr(module, "v_norm"):
+        return f"{attention} norms its values"
+    children = [name for name, part in module.named_children() if any(True for _ in part.parameters())]
+    if strange := [name for name in children if name not in BESIDE_VALUES]:
+        return f"{attention}.{strange[0]} may come between v_proj and o_proj"
+    width = getattr(module, "head_dim", None)
+    if not isinstance(width, int) or values.out_features % width or back.in_features % values.out_features:
+        return f"{attention}: the columns of o_proj are not those of v_proj's heads"
+    sharing = back.in_features // values.out_features
+    return Fold("values", f"{attention}.v_proj", (f"{attention}.o_proj",), None, sharing, width)
+
+
+def _up_fold(model: PreTrainedModel, mlp: str) -> Fold | str:
+    module = model.get_submodule(mlp)
+    up, gate, down = (getattr(module, f"{key}_proj", None) for key in ("up", "gate", "down"))
+    if not all(isinstance(linear, nn.Linear) for linear in (up, gate, down)):
+        return f"{mlp} has no gate_proj and up_proj"
+    assert isinstance(down, nn.Linear)
+    if down._forward_pre_hooks:
+        return f"{mlp}.down_proj reads what a rotation at run time makes of up_proj's output"
+    return Fold("up", f"{mlp}.up_proj", (f"{mlp}.down_proj",))

@@ -1,0 +1,354 @@
+"""Rotations that leave a model's logits as they are and its matrices easier to round.
+
+With Q orthogonal, `x W^T = (x Q)(W Q)^T`: turn both, and the outliers of either spread over all coordinates.
+Three places take a rotation:
+
+    R1  the residual stream, h -> h Q. The gains of the norms go into the matrices that read them; then
+        embedding -> E Q, reading matrices W -> W Q, writing ones W -> Q^T W and their biases b -> b Q.
+          folded  the embedding and the head change, so a head that was the embedding becomes a matrix of its
+                  own, which costs its size
+          online  the stream is turned where the chosen layers begin and back where they end: two products
+                  with Q at run time for each run of neighbouring layers, while embedding and head stay
+                  what they are, one matrix if they were
+    R2  the values of each head, v -> v Q, undone by the output projection; one Q a layer, whatever the number
+        of heads that share a key and a value
+    R4  the input of the down projection, at run time: x -> x H, W -> W H
+
+Chosen layers: R2 and R4 are a layer's own business. The residual stream is not: folded R1 is for all
+layers, chosen layers need it online.
+
+kinds: `hadamard`, fixed; `random-hadamard`, random signs first; `orthogonal`, uniformly random (R4 is a
+random Hadamard matrix even then, as it is paid for at run time); `refined`, R1 improved by `refine` on
+calibration tokens, beginning from the random Hadamard matrix. What happens at run time follows from the
+recipe and the shapes alone, so a saved model needs no matrix stored: `add_online`.
+
+Every rotated model is run on a few tokens and compared with what it said before. An architecture that does
+something between the matrices that nobody here thought of is refused, not broken.
+
+Sources: QuaRot (2404.00456, sections 3 and 4); R1, R2, R4 are SpinQuant's names (2405.16406); refinement:
+DFRot (2412.00648, section 4). Left out: the rotation of queries and keys for a quantized cache (R3), learned
+rotations (SpinQuant's Cayley descent).
+"""
+
+import random
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from bitassay.errors import BitassayError
+from bitassay.models.config import untie
+from bitassay.models.hooks import hooked
+from bitassay.models.walk import decoder_layers, module_name
+from bitassay.quantization.codes.hadamard import (
+    Orthogonal,
+    block_hadamard,
+    hadamard,
+    random_hadamard,
+    random_orthogonal,
+)
+from bitassay.quantization.recipe.weights import Part
+from bitassay.quantization.transforms.procrustes import refine
+from bitassay.quantization.transforms.residual_stream import (
+    LayerStream,
+    ResidualStream,
+    Weight,
+    residual_stream,
+)
+
+PROBE_TOKENS = 16
+PROBE_TOLERANCE = 1e-3  # of the logits' length; a wrong rotation is off by about 1
+REFINE_ROWS = 4096
+
+
+class Rotation(Part):
+    """What to rotate, and how. `without_hadamard` says what a size gets that has no Hadamard matrix here:
+    nothing but a refusal, a random orthogonal matrix, or Hadamard blocks along the diagonal. `rounds` is for
+    `refined`."""
+
+    kind: Literal["hadamard", "random-hadamard", "orthogonal", "refined"] = "random-hadamard"
+    r1: Literal["folded", "online"] | None = "folded"
+    r2: bool = True
+    r4: bool = False
+    layers: Literal["all", "none"] | tuple[int, ...] = "all"
+    seed: int = 0
+    without_hadamard: Literal["refuse", "orthogonal", "blocks"] = "refuse"
+    rounds: int = Field(default=20, ge=1, le=1000)
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> "Rotation":
+        if self.r1 is None and not self.r2 and not self.r4:
+            raise ValueError("nothing to rotate: r1, r2 and r4 are all off")
+        if self.r1 == "folded" and not isinstance(self.layers, str):
+            raise ValueError(
+                "folded r1 turns the residual stream of all layers: for chosen ones, r1: online or r1: null"
+            )
+        if self.kind == "refined" and self.r1 != "folded":
+            raise ValueError(
+                "refined is for r1: folded; what is applied at run time must follow from the seed"
+            )
+        return self
+
+    @property
+    def online(self) -> bool:
+        """Whether the model needs products at run time, which no other engine knows of."""
+        return self.layers != "none" and (self.r1 == "online" or self.r4)
+
+    def chosen(self, count: int) -> list[int]:
+        """The layers of a model that has `count`. Raises BitassayError for one that it does not have."""
+        if isinstance(self.layers, str):
+            return list(range(count)) if self.layers == "all" else []
+        if wrong := [index for index in self.layers if not 0 <= index < count]:
+            raise BitassayError(f"rotation: there is no layer {wrong[0]}", f"layers from 0 to {count - 1}")
+        return sorted(set(self.layers))
+
+
+@torch.no_grad()
+def rotate(
+    model: PreTrainedModel, rotation: Rotation, tokens: Int[Tensor, "samples tokens"] | None = None
+) -> None:
+    """Rotate a working copy in place, products in fp64; what it computes stays the same. A copy in 16 bits is
+    in fp32 afterwards: rounded to 16 bits again, rotated weights are no longer quite the model's.
+
+    Only new parameters are made: another model that shares the old ones keeps them. `tokens` are for
+    `refined`. Raises BitassayError that names the part of an architecture that cannot be rotated.
+    """
+    layers = decoder_layers(model)
+    chosen = rotation.chosen(len(layers))
+    if not chosen:
+        return
+    _to_fp32(model)
+    before = probe(model)
+    if rotation.r1 is not None:
+        stream = residual_stream(model)
+        q = _orthogonal(rotation, stream.embedding.read().shape[-1], "r1")
+        if rotation.r1 == "folded":
+            _fold_gains(stream.layers)
+            _fold_head(model, stream)
+            if rotation.kind == "refined":
+                q = refine(_normed_stream(model, stream, tokens), q, rotation.rounds)
+            for weight in (stream.embedding, stream.head):
+                weight.write(q.apply(weight.read()))
+        else:
+            _fold_gains([stream.layers[index] for index in chosen])
+        for index in chosen:
+            _turn_layer(stream.layers[index], q)
+    for index in chosen:
+        if rotation.r2:
+            _turn_values(model, rotation, index)
+        if rotation.r4:
+            for name, down in _down_projections(model, index):
+                q = _orthogonal(rotation, down.in_features, "r4", name)
+                Weight(down, "weight").write(q.apply(Weight(down, "weight").read()))
+    add_online(model, rotation)
+    change = ((probe(model) - before).norm() / before.norm()).item()
+    if not change <= PROBE_TOLERANCE:
+        raise BitassayError(
+            f"{type(model).__name__}: rotated, it says something else (logits differ by {change:.2g} of "
+            "their length), so it does something between its matrices that rotations do not know of",
+            "try r1, r2 and r4 one at a time, or no rotation",
+        )
+
+
+def add_online(model: PreTrainedModel, rotation: Rotation) -> None:
+    """Give a model whose weights are rotated what has to happen at run time: for the copies that hold a
+    rotated model's weights, fake, packed or reloaded. A second call with the same rotation does nothing."""
+    present = getattr(model, "online_rotation", None)
+    assert present in (None, rotation), "the model has another rotation already"
+    layers = decoder_layers(model)
+    chosen = rotation.chosen(len(layers))
+    if present is not None or not rotation.online or not chosen:
+        return
+    if rotation.r1 == "online":
+        embedding = model.get_input_embeddings()
+        q = _orthogonal(rotation, embedding.get_parameter("weight").shape[-1], "r1")
+        # On outputs only: a hook on a layer's input would turn what is captured there and put in again twice.
+        for first, last in _runs(chosen):
+            begin = layers[first - 1] if first else embedding
+            begin.register_forward_hook(_Turn(q).output)
+            layers[last].register_forward_hook(_Turn(q, back=True).output)
+    if rotation.r4:
+        for index in chosen:
+            for name, down in _down_projections(model, index):
+                q = _orthogonal(rotation, down.in_features, "r4", name)
+                down.register_forward_pre_hook(_Turn(q).input)
+    object.__setattr__(model, "online_rotation", rotation)
+
+
+def changed_parameters(base: PreTrainedModel, changed: PreTrainedModel) -> dict[str, Tensor]:
+    """Every parameter of `changed` that is not the base model's, by full name, new ones too; an output head
+    that was tied in the base model has a name of its own."""
+    before = dict(base.named_parameters(remove_duplicate=False))
+    after = changed.named_parameters(remove_duplicate=False)
+    return {
+        name: value.detach() for name, value in after if name not in before or not _same(value, before[name])
+    }
+
+
+def _same(new: Tensor, old: Tensor) -> bool:
+    return new is old or torch.equal(new.to(old.dtype), old)
+
+
+def _to_fp32(model: PreTrainedModel) -> None:
+    """New parameters in fp32 for those in 16 bits; what was one parameter stays one."""
+    wide: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for key, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            if parameter.dtype in (torch.float16, torch.bfloat16):
+                if parameter not in wide:
+                    wide[parameter] = nn.Parameter(parameter.detach().float(), requires_grad=False)
+                module.register_parameter(key, wide[parameter])
+
+
+def _fold_gains(layers: list[LayerStream]) -> None:
+    for norm, weights in (read for layer in layers for read in layer.reads):
+        if norm is not None:
+            for weight in weights:
+                weight.write(weight.read() * norm.gain())
+            norm.set_to_one()
+
+
+def _fold_head(model: PreTrainedModel, stream: ResidualStream) -> None:
+    """The final norm's gains go into the head, which is its own matrix from here on."""
+    stream.head.write(stream.head.read() * stream.final_norm.gain())
+    stream.final_norm.set_to_one()
+    untie(model)
+
+
+def _turn_layer(layer: LayerStream, q: Orthogonal) -> None:
+    for weight in (weight for _, weights in layer.reads for weight in weights):
+        weight.write(q.apply(weight.read()))
+    for weight in layer.writes:
+        weight.write(q.apply(weight.read().transpose(-1, -2)).transpose(-1, -2))
+    for bias in layer.biases:
+        bias.write(q.apply(bias.read()))
+
+
+def _turn_values(model: PreTrainedModel, rotation: Rotation, index: int) -> None:
+    layer = decoder_layers(model)[index]
+    attention, name = getattr(layer, "self_attn", None), module_name(model, layer)
+    source = next(
+        (
+            s
+            for key in ("v_proj", "kv_b_proj", "qkv_proj")
+            if (s := getattr(attention, key, None)) is not None
+        ),
+        None,
+    )
+    back = getattr(attention, "o_proj", None)
+    if not isinstance(source, nn.Linear) or not isinstance(back, nn.Linear) or hasattr(attention, "v_norm"):
+        raise BitassayError(
+            f"{name}: found no linears for values and output with nothing but attention between them",
+            "rotation: {r2: false}",
+        )
+    size: int = getattr(attention, "v_head_dim", None) or attention.head_dim  # type: ignore[union-attr, assignment]
+    q = _orthogonal(rotation, size, "r2", name)
+    rows = torch.arange(source.out_features)
+    if source is getattr(attention, "kv_b_proj", None):  # keys without position and values, head by head
+        rows = rows.view(model.config.get_text_config().num_attention_heads, -1)[:, -size:]
+    elif source is getattr(attention, "qkv_proj", None):
+        rows = rows[-model.config.get_text_config().num_key_value_heads * size :]
+    rows = rows.reshape(-1, size)
+    weight = Weight(source, "weight").read()
+    weight[rows] = q.apply(weight[rows].transpose(1, 2)).transpose(1, 2)
+    Weight(source, "weight").write(weight)
+    if source.bias is not None:
+        bias = Weight(source, "bias").read()
+        bias[rows] = q.apply(bias[rows])
+        Weight(source, "bias").write(bias)
+    out = Weight(back, "weight").read()
+    Weight(back, "weight").write(q.apply(out.view(len(out), -1, size)).view_as(out))
+
+
+def _down_projections(model: PreTrainedModel, index: int) -> Iterator[tuple[str, nn.Linear]]:
+    """Raises BitassayError where there are none, or where experts are fused: nothing can come between their
+    matrices."""
+    layer, found = decoder_layers(model)[index], False
+    for name, module in layer.named_modules(prefix=module_name(model, layer)):
+        if isinstance(getattr(module, "down_proj", None), nn.Parameter):
+            raise BitassayError(
+                f"{name}: fused experts have no place for an online rotation before their down projections",
+                "rotation: {r4: false}, or layers without experts",
+            )
+        if name.endswith(".down_proj") and hasattr(module, "in_features"):
+            found = True
+            yield name, module  # type: ignore[misc]  # an nn.Linear, or a packed one in its place
+    if not found:
+        raise BitassayError(f"{module_name(model, layer)}: found no down_proj", "rotation: {r4: false}")
+
+
+def _orthogonal(rotation: Rotation, size: int, place: str, name: str = "") -> Orthogonal:
+    """The rotation of that size for a place, `r1`, `r2` or `r4`, the same at every call."""
+    seed = random.Random(f"{rotation.seed} {place} {name}").getrandbits(63)
+    generator = torch.Generator().manual_seed(seed)
+    if rotation.kind == "orthogonal" and place != "r4":
+        return random_orthogonal(size, generator)
+    found = hadamard(size) if rotation.kind == "hadamard" else random_hadamard(size, generator)
+    if found is not None:
+        return found
+    if rotation.without_hadamard == "refuse":
+        raise BitassayError(
+            f"rotation: {place} needs a Hadamard matrix of order {size}, and there is none here",
+            "without_hadamard: orthogonal or blocks",
+        )
+    return (random_orthogonal if rotation.without_hadamard == "orthogonal" else block_hadamard)(
+        size, generator
+    )
+
+
+def _runs(chosen: list[int]) -> list[tuple[int, int]]:
+    """First and last of each run of neighbours."""
+    ends = [i for i, (a, b) in enumerate(pairwise(chosen)) if b > a + 1]
+    starts = [0, *(end + 1 for end in ends)]
+    return [(chosen[a], chosen[b]) for a, b in zip(starts, [*ends, len(chosen) - 1], strict=True)]
+
+
+class _Turn:
+    """Forward hooks that turn what goes into a module, or what comes out of it."""
+
+    def __init__(self, q: Orthogonal, back: bool = False):
+        self.q, self.back = q, back
+
+    def __call__(self, x: Float[Tensor, "*rows size"]) -> Float[Tensor, "*rows size"]:
+        work = torch.promote_types(x.dtype, torch.float32)
+        factor = self.q.factors[0]
+        if factor.device != x.device or factor.dtype != work:
+            self.q = self.q.to(x.device, work)
+        return self.q.apply_transposed(x) if self.back else self.q.apply(x)
+
+    def input(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (self(args[0]), *args[1:])
+
+    def output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return (self(output[0]), *output[1:]) if isinstance(output, tuple) else self(output)
+
+
+def probe(model: PreTrainedModel) -> Float[Tensor, "tokens vocabulary"]:
+    """Logits on PROBE_TOKENS random tokens, the same at every call."""
+    vocabulary = len(model.get_input_embeddings().get_parameter("weight"))
+    tokens = torch.randint(0, vocabulary, (1, PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
+    return model(tokens.to(model.device), use_cache=False).logits[0].double()
+
+
+def _normed_stream(
+    model: PreTrainedModel, stream: ResidualStream, tokens: Int[Tensor, "samples tokens"] | None
+) -> Float[Tensor, "rows hidden"]:
+    """Rows of what the norms put out over the tokens, about REFINE_ROWS of them, evenly from all layers."""
+    if tokens is None:
+        raise BitassayError("rotation: refined needs calibration text", "a recipe with calibration")
+    norms = [norm.module for layer in stream.layers for norm, _ in layer.reads if norm is not None]
+    every = max(1, len(norms) * tokens.numel() // REFINE_ROWS)
+    rows: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        rows.append(output.reshape(-1, output.shape[-1])[::every].float())
+
+    with hooked(norm.register_forward_hook(keep) for norm in norms):
+        for batch in tokens.split(8):
+            model(batch.to(model.device), use_cache=False)
+    return torch.cat(rows)

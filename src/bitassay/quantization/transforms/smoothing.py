@@ -1,0 +1,224 @@
+"""Smoothing: columns of a linear's input that are hard to round are made smaller, its weights larger.
+
+A few columns of the activations are tens of times larger than the others, and one scale a token has to span
+them all. `x W^T = (x / s)(W s)^T` moves the difficulty to the weights, which have a scale for each row; the
+division is folded into the operation before, or done at run time (`folding.py`). Two ways to choose s:
+
+    smoothquant  s_j = max |X_j|^alpha / max |W_j|^(1 - alpha)      (2211.10438, eq. 4), for rounded inputs;
+                 the maximum over all linears that read X
+    awq          s_j = mean |X_j|^a: the a among `exponents` numbers from 0 up to, not with, 1 that makes
+                 sum |X (Q(W s) / s - W)^T|^2 over those linears least (2306.00978, section 3.2), for rounded
+                 weights; s is divided by sqrt(max s * min s). With `clip`, each group of weights is then
+                 clamped to the share of its largest magnitude, 1 down to 0.5, that makes the error of the
+                 group's part of the output least, queries and keys excepted
+
+Differences from AWQ's own code: the error is that of the linears' outputs, not of the whole block's, and Q is
+the recipe's scheme, whatever it is. Columns that are always zero, in X or in W, keep s = 1.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from pydantic import Field, model_validator
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from bitassay.errors import BitassayError
+from bitassay.quantization.codes.tensor import quantize_tensor
+from bitassay.quantization.inputs.ranges import Ranges
+from bitassay.quantization.recipe.granularity import Granularity
+from bitassay.quantization.recipe.weights import Part, WeightScheme
+from bitassay.quantization.transforms.folding import Fold, Place, find_folds, fold
+from bitassay.quantization.transforms.residual_stream import Weight
+from bitassay.quantization.transforms.rotation import PROBE_TOLERANCE, probe
+from bitassay.record.progress import Progress, silent
+
+CLIP_SHARES = tuple(1 - 0.05 * step for step in range(11))
+UNCLIPPED = ("q_proj", "k_proj")
+
+
+class Smoothing(Part):
+    """How scales are chosen, and where they are folded. alpha is smoothquant's, exponents and clip are
+    awq's."""
+
+    method: Literal["smoothquant", "awq"]
+    places: tuple[Place, ...] = ("norms", "values", "up")
+    alpha: float = Field(default=0.5, ge=0, le=1)
+    exponents: int = Field(default=20, ge=1, le=100)
+    clip: bool = False
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> "Smoothing":
+        foreign = {"smoothquant": ("exponents", "clip"), "awq": ("alpha",)}[self.method]
+        for name in foreign:
+            if getattr(self, name) != Smoothing.model_fields[name].default:
+                raise ValueError(f"{name} has no effect on method: {self.method}")
+        if not self.places:
+            raise ValueError("places is empty: there is nowhere to fold a scale")
+        if self.at_run_time and len(self.places) > 1:
+            raise ValueError("places: inputs gives every linear scales of its own, so it stands alone")
+        return self
+
+    @property
+    def at_run_time(self) -> bool:
+        """Whether inputs are divided as they are read, which other tools would leave out."""
+        return "inputs" in self.places
+
+
+class Smoothed(NamedTuple):
+    """What was done: the scales by the name of what took them up; and why other linears have none."""
+
+    scales: dict[str, Float[Tensor, " columns"]]
+    skipped: dict[str, str]
+
+
+def smoothquant_scales(
+    input_absmax: Float[Tensor, " in"], weight_absmax: Float[Tensor, " in"], alpha: float
+) -> Float[Tensor, " in"]:
+    """`max |X_j|^alpha / max |W_j|^(1 - alpha)`."""
+    x, w = input_absmax.double(), weight_absmax.double()
+    usable = (x > 0) & (w > 0)
+    return torch.where(usable, x**alpha / torch.where(usable, w, 1) ** (1 - alpha), 1).float()
+
+
+def awq_scales(magnitude: Float[Tensor, " in"], exponent: float) -> Float[Tensor, " in"]:
+    """`mean |X_j|^a`, with the geometric mean of the largest and the smallest at 1."""
+    usable = magnitude > 0
+    s = torch.where(usable, magnitude.double(), 1) ** exponent
+    centre = (s[usable].max() * s[usable].min()).sqrt() if usable.any() else torch.ones(())
+    return torch.where(usable, s / centre, 1).float()
+
+
+def output_error(difference: Float[Tensor, "out in"], inputs: Float[Tensor, "rows in"]) -> float:
+    """`|X D^T|^2`."""
+    return (inputs.float() @ difference.float().T).double().square().sum().item()
+
+
+@torch.no_grad()
+def smooth(
+    model: PreTrainedModel,
+    spec: Smoothing,
+    ranges: Mapping[str, Ranges],
+    scheme_for: Callable[[str], WeightScheme | None],
+    progress: Progress = silent,
+) -> Smoothed:
+    """Smooth a working copy in fp32 or fp64, in place; without clipping, what it computes stays the same.
+
+    ranges: from `collect_ranges` on this model as it is. Only new parameters are made: another model that
+    shares the old ones keeps them. Raises BitassayError for a model in 16 bits, and where the logits change
+    although they must not.
+    """
+    if model.dtype not in (torch.float32, torch.float64):
+        raise BitassayError(
+            f"smoothing: the model is in {model.dtype}, in which folds would change it",
+            "load it in float32",
+        )
+    before = probe(model)
+    folds, skipped = find_folds(model, spec.places)
+    scales = {}
+    for done, where in enumerate(folds):
+        progress(f"smoothing by {spec.method}", done, len(folds))
+        if spec.method == "smoothquant":
+            wanted = _smoothquant_fold(model, where, ranges, spec.alpha)
+        else:
+            wanted = _awq_fold(model, where, ranges, scheme_for, spec.exponents)
+        scales[where.producer] = fold(model, where, wanted)
+    change = ((probe(model) - before).norm() / before.norm()).item()
+    if not change <= PROBE_TOLERANCE:
+        raise BitassayError(
+            f"{type(model).__name__}: smoothed, it says something else (logits differ by {change:.2g} of "
+            "their length), so it does something between its matrices that smoothing does not know of",
+            "try places one at a time, or no smoothing",
+        )
+    if spec.clip:
+        for where in folds:
+            spread = where.spread(scales[where.producer])
+            for name in where.readers:
+                scheme = scheme_for(name)
+                if scheme is not None and not name.endswith(UNCLIPPED):
+                    weight = Weight(model.get_submodule(name), "weight")
+                    inputs = ranges[name].sample.float() / spread
+                    weight.write(clipped(weight.read().float(), inputs, scheme))
+    progress(f"smoothing by {spec.method}", len(folds), len(folds))
+    return Smoothed(scales, skipped)
+
+
+def _smoothquant_fold(
+    model: PreTrainedModel, where: Fold, ranges: Mapping[str, Ranges], alpha: float
+) -> Float[Tensor, " own"]:
+    weights = [Weight(model.get_submodule(name), "weight").read() for name in where.readers]
+    largest = torch.cat(weights).abs().amax(0)
+    inputs = ranges[where.readers[0]].absmax
+    return smoothquant_scales(where.share(inputs), where.share(largest), alpha)
+
+
+def _awq_fold(
+    model: PreTrainedModel,
+    where: Fold,
+    ranges: Mapping[str, Ranges],
+    scheme_for: Callable[[str], WeightScheme | None],
+    exponents: int,
+) -> Float[Tensor, " own"]:
+    schemes = [(name, scheme) for name in where.readers if (scheme := scheme_for(name)) is not None]
+    weights = [Weight(model.get_submodule(name), "weight").read().float() for name, _ in schemes]
+    found = ranges[where.readers[0]]
+    magnitude, inputs = where.share(found.mean_magnitude), found.sample.float()
+    best, least = torch.ones_like(magnitude), torch.inf
+    for step in range(exponents):
+        scales = awq_scales(magnitude, step / exponents)
+        s = where.spread(scales)
+        error = sum(
+            output_error(_rounded(w * s, scheme, name) / s - w, inputs)
+            for (name, scheme), w in zip(schemes, weights, strict=True)
+        )
+        if error < least:
+            best, least = scales, error
+    return best
+
+
+def clipped(
+    weight: Float[Tensor, "out in"], inputs: Float[Tensor, "rows in"], scheme: WeightScheme
+) -> Float[Tensor, "out in"]:
+    """The weights, each group clamped to the share of its largest magnitude at which rounding it costs its
+    part of the output least."""
+    granularity = Granularity.parse(scheme.granularity)
+    spans = granularity.spans(weight.shape[1])
+    shares = torch.stack([_group_errors(weight, inputs, scheme, spans, share) for share in CLIP_SHARES])
+    best = torch.tensor(CLIP_SHARES)[shares.argmin(0)]  # of equals the first: the one that clips less
+    bounds, group = [], 0
+    for start, stop, size in spans:
+        parts = weight[:, start:stop].unflatten(1, (-1, size))
+        share = best[:, group : group + parts.shape[1]]
+        bounds.append((parts.abs().amax(2) * share).repeat_interleave(size, 1))
+        group += parts.shape[1]
+    bound = torch.cat(bounds, 1)
+    return weight.clamp(-bound, bound)
+
+
+def _group_errors(
+    weight: Float[Tensor, "out in"],
+    inputs: Float[Tensor, "rows in"],
+    scheme: WeightScheme,
+    spans: Sequence[tuple[int, int, int]],
+    share: float,
+) -> Float[Tensor, "out groups"]:
+    """`|X_g D_g^T|^2` of every row's groups, when clamped to `share` of their largest magnitude."""
+    clamped = []
+    for start, stop, size in spans:
+        parts = weight[:, start:stop].unflatten(1, (-1, size))
+        bound = parts.abs().amax(2, keepdim=True) * share
+        clamped.append(parts.clamp(-bound, bound).flatten(1))
+    difference = _rounded(torch.cat(clamped, 1), scheme, "weight") - weight
+    errors = []
+    for start, stop, size in spans:
+        d = difference[:, start:stop].unflatten(1, (-1, size))
+        x = inputs[:, start:stop].unflatten(1, (-1, size))
+        gram = torch.einsum("tgi,tgj->gij", x, x)
+        errors.append((torch.einsum("ogi,gij->ogj", d, gram) * d).sum(2))
+    return torch.cat(errors, 1)
+
+
+def _rounded(weight: Float[Tensor, "out in"], scheme: WeightScheme, name: str) -> Float[Tensor, "out in"]:
+    return quantize_tensor(weight, scheme, name).dequantize()

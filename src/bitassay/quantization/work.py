@@ -1,0 +1,93 @@
+"""What is finished of a calibrated recipe: layers, the state of tuning and, in the end, the result, which
+takes their place in the work folder.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+
+from bitassay.errors import BitassayError
+from bitassay.quantization.codes.tensor import QuantizedTensor
+from bitassay.quantization.export.layout import (
+    Stored,
+    description,
+    expected_tensors,
+    read_tensor,
+    stored_tensors,
+)
+from bitassay.quantization.inputs.activations import InputRounding
+from bitassay.quantization.recipe.replication import Steps, original
+from bitassay.record.run import RunFolder
+from bitassay.record.versions import source_digest
+
+RESULT = "result"
+AGAIN = "remove this folder and run the same command again"
+
+
+def write_part(
+    folder: RunFolder, name: str, tensors: Mapping[str, QuantizedTensor], beside: Mapping[str, Tensor]
+) -> None:
+    """Keep matrices and other tensors: how each matrix is stored, then the parts, which make it finished."""
+    folder.part(name, lambda: {n: description(t).model_dump(mode="json") for n, t in tensors.items()})
+    parts = {f"{n}/{part}": value for n, t in tensors.items() for part, value in stored_tensors(t).items()}
+    folder.write_tensors(name, {key: value.contiguous() for key, value in (parts | dict(beside)).items()})
+
+
+def read_part(
+    folder: RunFolder, name: str, shapes: Mapping[str, tuple[int, int]]
+) -> tuple[dict[str, QuantizedTensor], dict[str, Tensor]]:
+    """The inverse of `write_part`, for matrices of such shapes. Raises BitassayError for a part that is
+    damaged or is of other matrices."""
+    kept, parts, tensors = folder.part(name, dict), folder.read_tensors(name), {}
+    if not isinstance(kept, dict) or kept.keys() != shapes.keys():
+        raise BitassayError(f"{folder.path}: {name} does not name the matrices of the recipe", AGAIN)
+    for own, said in kept.items():
+        try:
+            stored = Stored.model_validate(said)
+            expected = expected_tensors(stored, shapes[own])
+            found = {part: parts.pop(f"{own}/{part}") for part in expected}
+        except (KeyError, ValidationError) as error:
+            raise BitassayError(f"{folder.path}: {name} is damaged at {own}", AGAIN) from error
+        if any((found[part].dtype, found[part].shape) != what for part, what in expected.items()):
+            raise BitassayError(f"{folder.path}: {name} does not fit the model at {own}", AGAIN)
+        tensors[own] = read_tensor(found, stored, shapes[own])
+    return tensors, parts
+
+
+def write_result(
+    folder: RunFolder,
+    tensors: Mapping[str, QuantizedTensor],
+    parameters: Mapping[str, Tensor],
+    inputs: Mapping[str, InputRounding],
+    passes: Mapping[int, Steps],
+) -> None:
+    """Keep the result, and drop what led to it."""
+    folder.part("inputs", lambda: {name: asdict(rounding) for name, rounding in inputs.items()})
+    folder.part("passes", lambda: {str(index): asdict(steps) for index, steps in passes.items()})
+    write_part(folder, RESULT, tensors, parameters)
+    for path in (folder.path / "parts").iterdir():
+        if path.stem not in (RESULT, "inputs", "passes"):
+            path.unlink()
+
+
+def read_result(
+    folder: RunFolder, shapes: Mapping[str, tuple[int, int]]
+) -> tuple[dict[str, QuantizedTensor], dict[str, Tensor], dict[str, InputRounding], dict[int, Steps]]:
+    """The inverse of `write_result`, for matrices of such shapes and copies of them."""
+    if missing := [name for name in ("inputs", "passes") if not folder.has(name)]:
+        raise BitassayError(f"{folder.path}: {missing[0]} is not there", AGAIN)
+    copies = {name: shapes[of] for name in folder.part(RESULT, dict) if (of := original(name)) in shapes}
+    tensors, parameters = read_part(folder, RESULT, {**shapes, **copies})
+    try:
+        inputs = TypeAdapter(dict[str, InputRounding]).validate_python(folder.part("inputs", dict))
+        passes = TypeAdapter(dict[int, Steps]).validate_python(folder.part("passes", dict))
+    except ValidationError as error:
+        raise BitassayError(f"{folder.path}: inputs or passes are damaged", AGAIN) from error
+    return tensors, parameters, inputs, passes
+
+
+def code_digest() -> str:
+    """Of the code that makes results: another version of it may make others."""
+    return source_digest("quantize", "replicate")

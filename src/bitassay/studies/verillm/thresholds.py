@@ -1,0 +1,272 @@
+"""Thresholds for the VeriLLM rules, fitted on honest runs alone and scored on attacks.
+
+The experiment documents tune thresholds on all runs, the quantized ones included, so that these pass. Here
+every number comes from honest trials (the dense model on both ends, or the study's verifier with the dense
+prover), and what the same numbers do to attacks is reported beside them.
+
+    Pe_max, mean_error_max   the 95th percentile over honest cells of Pe and |mean_epsilon|
+    Pm_min, Pw_min           the 5th percentile over honest cells
+    accept_rate_min          a trial passes above it; just below the floor(alpha (n + 1))-th smallest of the
+                             honest trials' accept rates under these rules (conformal)
+
+The cells' thresholds are fitted on one third of the honest trials, accept_rate_min on the others, so that one
+more honest trial is refused with a probability of at most alpha. The rate of false accusations is measured by
+leaving out each honest trial in turn and fitting all again. The same is done with the relative distance
+alone, for comparison.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from bitassay.bench.environment import environment
+from bitassay.errors import BitassayError
+from bitassay.record.files import read_yaml, write_json, write_text
+from bitassay.record.progress import Progress, silent
+from bitassay.studies.verillm.experiments import Direction, check_names, planned, rules_of
+from bitassay.studies.verillm.trial import Trial as MachineTrial
+from bitassay.studies.verillm.trial import try_machine
+from bitassay.studies.verillm.work import SCHEMA, Plan, Work, check_plan
+from bitassay.studies.verillm.worker import Cells
+from bitassay.verification.detectors import verillm
+from bitassay.verification.detectors.verillm import DOCUMENTS, Rules
+from bitassay.verification.power import share, threshold
+from bitassay.verification.profile import runs_needed
+
+PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
+FIT_SHARE = 3  # one in so many honest trials fits the cells' thresholds
+BINS = 40
+Trial = Sequence[Cells]  # what each verifier found in one trace
+
+
+def optimise_thresholds(
+    names: Sequence[str],
+    plan: Plan,
+    *,
+    alpha: float = 0.05,
+    percentile: float = 95,
+    out: Path = Path("data"),
+    trial: MachineTrial = try_machine,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """A row for each direction of the studies: recommended thresholds, false accusations, and what is caught.
+
+    Writes `out`/threshold_optimization/..._thresholds.yaml, which `bitassay study run --rules` reads, and all
+    distributions as JSON beside it. Raises BitassayError where the trials are too few for alpha, MissingError
+    where no direction can run here.
+    """
+    check_names(names)
+    check_plan(plan)
+    if plan.trials < (needed := trials_needed(alpha)):
+        raise BitassayError(
+            f"{plan.trials} trials are too few for a false-positive rate of {alpha:g}, which needs {needed}",
+            f"--trials {needed}, or a larger --alpha",
+        )
+    plan, wanted, impossible = planned(names, plan, trial, progress)
+    work = Work(plan, out, progress)
+    work.prove(dict.fromkeys(party for one in wanted for party in one.attackers))
+    work.verify(
+        [(party, verifier) for one in wanted for party in one.attackers for verifier in one.verifiers]
+    )
+    rows = []
+    for one in wanted:
+        found = {party.precision: list(work.cells(party, one.verifiers)) for party in one.attackers}
+        result = optimised(one, found.pop(plan.precision), found, alpha, percentile)
+        stem = out / "threshold_optimization" / f"{one.experiment.name}_{work.name}_{one.label}"
+        result = {"model": plan.model, **result}
+        write_json(stem.with_name(f"{stem.name}_analysis.json"), result)
+        file = stem.with_name(f"{stem.name}_thresholds.yaml")
+        write_text(file, as_yaml(result))
+        rows.append({**result, "file": str(file)})
+    return {
+        "schema": SCHEMA,
+        "kind": "thresholds",
+        "model": plan.model,
+        "tokens": plan.tokens,
+        "trials": plan.trials,
+        "alpha": alpha,
+        "percentile": percentile,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "environment": environment(plan.machines[0].device),
+        "rows": rows,
+        "missing": impossible,
+        "left_out": [asdict(one) for one in plan.left_out],
+    }
+
+
+def trials_needed(alpha: float) -> int:
+    """Honest trials of which all but one, those that fit thresholds left out, give a p-value of `alpha`."""
+    others = runs_needed(alpha)
+    while others - math.ceil(others / FIT_SHARE) < runs_needed(alpha):
+        others += 1
+    return others + 1
+
+
+def optimised(
+    one: Direction,
+    honest: Sequence[Trial],
+    attacked: Mapping[str, Sequence[Trial]],
+    alpha: float,
+    percentile: float,
+) -> dict[str, Any]:
+    """Everything about one direction, from its cells."""
+    rules, bar = recommend(honest, alpha, percentile)
+    without = [[*honest[:index], *honest[index + 1 :]] for index in range(len(honest))]
+    left_out = [recommend(others, alpha, percentile) for others in without]
+    refused = [
+        accept_rate(trial, found[0]) <= found[1] for trial, found in zip(honest, left_out, strict=True)
+    ]
+    far = threshold(distances(honest), alpha)
+    too_far = [
+        distances([trial])[0] > threshold(distances(others), alpha)
+        for trial, others in zip(honest, without, strict=True)
+    ]
+    everything = {one.attackers[0].precision: honest, **attacked}
+    return {
+        "study": one.experiment.name,
+        "direction": one.label,
+        "verifier": one.verifiers[0].name,
+        "fitted_on": f"{len(honest)} honest trials of {one.attackers[0].name}",
+        "thresholds": {**rules_of(rules), "accept_rate_min": bar},
+        "alpha": alpha,
+        "false_positive_rate": float(np.mean(refused)),
+        "false_positive_ci": list(share(sum(refused), len(refused))[1:]),
+        "distance_max": math.exp(far),
+        "distance_false_positive_rate": float(np.mean(too_far)),
+        "attacks": {
+            name: {
+                "n": len(trials),
+                "caught": (
+                    caught := share(sum(accept_rate(t, rules) <= bar for t in trials), len(trials))
+                ).value,
+                "caught_ci": list(caught[1:]),
+                "caught_by_documents": float(
+                    np.mean([accept_rate(t, DOCUMENTS) <= one.experiment.bar for t in trials])
+                ),
+                "caught_by_distance": float(np.mean(distances(trials) > far)),
+            }
+            for name, trials in attacked.items()
+        },
+        "distributions": {
+            name: {
+                **{statistic: described(values) for statistic, values in cell_values(trials).items()},
+                "accept_rate": described(np.array([accept_rate(t, rules) for t in trials])),
+                "accept_rate_documents": described(np.array([accept_rate(t, DOCUMENTS) for t in trials])),
+            }
+            for name, trials in everything.items()
+        },
+    }
+
+
+def recommend(honest: Sequence[Trial], alpha: float, percentile: float) -> tuple[Rules, float]:
+    """Rules by every third honest trial, and by the others the accept rate above which a trial passes; minus
+    infinite where these are too few for alpha."""
+    fit, counted = honest[::FIT_SHARE], [trial for i, trial in enumerate(honest) if i % FIT_SHARE]
+    values = cell_values(fit)
+    rules = replace(
+        DOCUMENTS,
+        name="optimised",
+        max_Pe=_above(np.percentile(values["Pe"], percentile)),
+        min_Pm=_below(np.percentile(values["Pm"], 100 - percentile)) if len(values["Pm"]) else 0.0,
+        min_Pw=_below(np.percentile(values["Pw"], 100 - percentile)),
+        max_mean=_above(np.percentile(values["mean_error"], percentile)),
+    )
+    rates = np.array([accept_rate(trial, rules) for trial in counted], np.float64)
+    return rules, _below(-threshold(-rates, alpha))
+
+
+def _above(value: float) -> float:
+    """The rules compare strictly: a threshold must lie above the value that it is to let pass."""
+    return float(np.nextafter(value, np.inf))
+
+
+def _below(value: float) -> float:
+    return float(np.nextafter(value, -np.inf))
+
+
+def cell_values(trials: Sequence[Trial]) -> dict[str, np.ndarray]:
+    """Each statistic over all generated cells, without those that are not defined (Pm where no exponent
+    differs)."""
+    names = {"Pe": "Pe", "Pm": "Pm", "Pw": "Pw", "mean_error": "mean_epsilon"}
+    found = {
+        name: np.concatenate([getattr(c.generated, field).numpy().ravel() for trial in trials for c in trial])
+        for name, field in names.items()
+    }
+    found["mean_error"] = np.abs(found["mean_error"])
+    return {name: values[~np.isnan(values)] for name, values in found.items()}
+
+
+def accept_rate(trial: Trial, rules: Rules) -> float:
+    """The mean over verifiers of the share of generated cells that hold to `rules`."""
+    return float(np.mean([verillm.accept_rate(cells.generated, rules) for cells in trial]))
+
+
+def distances(trials: Sequence[Trial]) -> np.ndarray:
+    """For each trial the mean log relative distance over verifiers, layers and generated cells."""
+    return np.array([np.mean([float(c.log_distances.mean()) for c in trial]) for trial in trials], np.float64)
+
+
+def described(values: np.ndarray) -> dict[str, Any]:
+    """Mean, standard deviation, percentiles and a histogram."""
+    if not len(values):
+        return {"n": 0}
+    counts, edges = np.histogram(values, bins=BINS)
+    return {
+        "n": len(values),
+        "mean": float(values.mean()),
+        "std": float(values.std(ddof=1)) if len(values) > 1 else 0.0,
+        "percentiles": {str(p): float(np.percentile(values, p)) for p in PERCENTILES},
+        "histogram": {"counts": counts.tolist(), "edges": edges.tolist()},
+    }
+
+
+def as_yaml(result: Mapping[str, Any]) -> str:
+    """As the documents' configuration has it; `read_thresholds` reads it."""
+    thresholds = dict(result["thresholds"])
+    thresholds.pop("name")
+    text = yaml.safe_dump(
+        {
+            "experiment": {
+                "thresholds": {
+                    name: thresholds[name] for name in ("Pe", "Pm", "Pw", "mean_epsilon", "e_m", "e_w")
+                },
+                "accept_rate_min": thresholds["accept_rate_min"],
+            }
+        },
+        sort_keys=False,
+    )
+    return (
+        f"# {result['study']}, {result['model']}, {result['direction']}: fitted on {result['fitted_on']},\n"
+        f"# for a false-positive rate of {result['alpha']:g}; bitassay study run --rules takes this file.\n"
+    ) + text
+
+
+def read_thresholds(path: Path) -> tuple[Rules, float]:
+    """Rules and bar from such a file. Raises BitassayError that names the file and the field."""
+    content = read_yaml(path)
+    try:
+        found = content["experiment"]
+        numbers = {name: float(value) for name, value in found["thresholds"].items()}
+        rules = Rules(
+            path.stem,
+            numbers.pop("Pe"),
+            numbers.pop("Pm"),
+            numbers.pop("Pw"),
+            numbers.pop("mean_epsilon"),
+            **numbers,
+        )
+        bar = float(found["accept_rate_min"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BitassayError(
+            f"{path}: not a file of thresholds ({error})",
+            "experiment: {thresholds: {Pe, Pm, Pw, mean_epsilon}, accept_rate_min}",
+        ) from error
+    if not all(map(math.isfinite, (*numbers.values(), rules.max_Pe, rules.min_Pm, rules.min_Pw, bar))):
+        raise BitassayError(f"{path}: a threshold is not finite")
+    return rules, bar

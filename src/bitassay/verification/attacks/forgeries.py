@@ -1,0 +1,340 @@
+"""Attacks on receipts, challenges and openings, and of verifiers that do not work.
+
+The order is that of `receipt.py` and `challenge.py`: the host sends a receipt; the verifier draws a challenge
+of it, with a beacon that is younger; the host answers. An attack replaces some of the host's steps. The host
+of these attacks knows everything but the verifier's beacon, owns its key, and goes by the real functions
+wherever a lie would not help it.
+
+In a committee (`committee.py`) the dishonest one is a verifier: VERIFIERS judge as many requests, each of
+them with plants of its own, and the first does not look at them.
+
+**What grinding gains.** A host with b bad positions among n generated ones, k of which are opened, and which
+foresees the beacon, needs `challenge.grinding_tries(n, b, k)` = C(n, k) / C(n - b, k) commitments until none
+of the bad ones is drawn. `commitment-ground` makes GRINDS commitments and keeps the best; as the verifier's
+beacon is another than the one it foresaw, its draw is as if it had made one. `beacon-chosen` answers the
+challenge that it foresaw, which is not the one that was asked.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from math import ceil
+
+import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from bitassay.verification.attacks.hosts import Attack, Setting, listed_in
+from bitassay.verification.committee.rounds import (
+    Assignment,
+    Expected,
+    Report,
+    assign,
+    honest_plants_needed,
+    report,
+    report_commitment,
+)
+from bitassay.verification.exchange import Answer, Ballot
+from bitassay.verification.receipts.challenge import GENERATED, PROMPT, Challenge, challenge, opened_positions
+from bitassay.verification.receipts.merkle import cell_leaf, merkle_proof, merkle_root
+from bitassay.verification.receipts.opening import Opening, cell_indices, encode_opening, open_trace
+from bitassay.verification.receipts.receipt import SIGNED, Receipt, commit, encode, trace_leaves
+from bitassay.verification.trace import Header, Trace
+from bitassay.verification.verdict import Status
+
+GRINDS = 32
+VERIFIERS = ("verifier-0", "verifier-1", "verifier-2", "verifier-3")
+PLANTED_FAILURES = 4
+RECEIPT_ATTACKS: dict[str, Attack] = {}
+_attack = listed_in(RECEIPT_ATTACKS)
+
+Send = Callable[[Trace], Receipt]
+Show = Callable[[Trace, Challenge], Opening | None]
+
+
+def _secret(*words: str) -> bytes:
+    """32 bytes that only those know who may: a study has to be repeatable."""
+    return hashlib.sha256("\0".join(("bitassay study", *words)).encode()).digest()
+
+
+HOST = Ed25519PrivateKey.from_private_bytes(_secret("the host's key"))
+OTHER = Ed25519PrivateKey.from_private_bytes(_secret("another key"))
+
+
+def honest_receipt(trace: Trace) -> Receipt:
+    return commit(trace, HOST)
+
+
+def exchange(trace: Trace, send: Send = honest_receipt, show: Show = open_trace) -> Answer:
+    """One request from receipt to opening; with the defaults, as an honest host answers."""
+    receipt = send(trace)
+    asked = ask(receipt, _secret("the verifier's beacon", trace.header.nonce))
+    opening = show(trace, asked)
+    known = HOST.public_key().public_bytes_raw()
+    return Answer(encode(receipt), asked, None if opening is None else encode_opening(opening), known)
+
+
+def ask(receipt: Receipt, beacon: bytes) -> Challenge:
+    """A challenge of the usual size, or of half the positions where that is less."""
+    n_prompt, n = len(receipt.header.prompt_ids), len(receipt.header.positions)
+    generated, prompt = min(GENERATED, ceil((n - n_prompt) / 2)), min(PROMPT, ceil(n_prompt / 2))
+    return challenge(receipt, beacon=beacon, generated=max(generated, 1), prompt=prompt)
+
+
+def show_without_checks(trace: Trace, asked: Challenge, leaves: Sequence[bytes] | None = None) -> Opening:
+    """The opening of `trace` as if the challenge were of it. leaves: of the tree behind the root, where they
+    are not the trace's."""
+    positions = opened_positions(asked, trace.header)
+    indices = cell_indices(positions, len(trace.header.layers))
+    states = {layer: trace.states[layer][list(positions)] for layer in trace.header.layers}
+    proof = merkle_proof(trace_leaves(trace) if leaves is None else leaves, indices)
+    return Opening(asked.commitment, asked.beacon, states, tuple(proof))
+
+
+def sign(header: Header, root: bytes, key: Ed25519PrivateKey = HOST) -> Receipt:
+    """A receipt of any root under any header."""
+    unsigned = Receipt(header, root, key.public_key().public_bytes_raw())
+    return replace(unsigned, signature=key.sign(SIGNED + unsigned.commitment))
+
+
+# --- the receipt ---
+
+
+@_attack("receipt-tampered", "a field of the header changed after signing", structural=True)
+def tampered(setting: Setting) -> list[Answer]:
+    """A field in turn: tokens, nonce, weights, sampling, numerics."""
+
+    def send(trace: Trace, index: int) -> Receipt:
+        header = trace.header
+        changes = (
+            {"output_ids": (*header.output_ids[:-1], header.output_ids[-1] ^ 1)},
+            {"prompt_ids": (header.prompt_ids[0] ^ 1, *header.prompt_ids[1:])},
+            {"nonce": header.nonce[1:]},
+            {"model": header.model.model_copy(update={"weights_digest": header.model.weights_digest[::-1]})},
+            {"sampling": header.sampling.model_copy(update={"seed": header.sampling.seed + 1})},
+            {"numerics": header.numerics.model_copy(update={"threads": header.numerics.threads + 1})},
+        )
+        signed = commit(trace, HOST)
+        return replace(signed, header=header.model_copy(update=changes[index % len(changes)]))
+
+    return [
+        exchange(trace, partial(send, index=index), show_without_checks)
+        for index, trace in enumerate(setting.honest)
+    ]
+
+
+@_attack("receipt-other-key", "signed by another key than the host's", structural=True)
+def other_key(setting: Setting) -> list[Answer]:
+    return [exchange(trace, partial(commit, key=OTHER)) for trace in setting.honest]
+
+
+@_attack("receipt-replayed", "receipt and opening of another request", structural=True)
+def replayed_receipt(setting: Setting) -> list[Answer]:
+    return [exchange(trace) for trace in (*setting.honest[1:], setting.honest[0])]
+
+
+@_attack("receipt-second", "a second receipt, signed after the challenge of the first", structural=True)
+def second_receipt(setting: Setting) -> list[Answer]:
+    """The first commits to states of which the host thinks better once it sees what is drawn."""
+    return [
+        replace(
+            exchange(_copied(trace), show=lambda _, asked, trace=trace: show_without_checks(trace, asked)),
+            receipt=encode(commit(trace, HOST)),
+        )
+        for trace in setting.honest
+    ]
+
+
+# --- the root ---
+
+
+@_attack("root-forged", "a root with nothing behind it, states fitted to the challenge", structural=True)
+def forged_root(setting: Setting) -> list[Answer]:
+    def send(trace: Trace) -> Receipt:
+        return sign(trace.header, _secret("no tree", trace.header.nonce))
+
+    return [exchange(trace, send, show_without_checks) for trace in setting.honest]
+
+
+@_attack("root-reordered", "a root over the right leaves in another order", structural=True)
+def reordered_root(setting: Setting) -> list[Answer]:
+    def send(trace: Trace) -> Receipt:
+        return sign(trace.header, merkle_root(trace_leaves(trace)[::-1]))
+
+    def show(trace: Trace, asked: Challenge) -> Opening:
+        return show_without_checks(trace, asked, trace_leaves(trace)[::-1])
+
+    return [exchange(trace, send, show) for trace in setting.honest]
+
+
+# --- the opening ---
+
+
+@_attack("opening-withheld", "no opening", structural=True)
+def withheld_opening(setting: Setting) -> list[Answer]:
+    return [exchange(trace, show=lambda *_: None) for trace in setting.honest]
+
+
+@_attack("opening-other-cells", "cells that were committed to, but not those asked for", structural=True)
+def other_cells(setting: Setting) -> list[Answer]:
+    """Each asked position shows the one before it, with the proof of that one."""
+
+    def show(trace: Trace, asked: Challenge) -> Opening:
+        n, layers = len(trace.header.positions), trace.header.layers
+        positions = sorted((position - 1) % n for position in opened_positions(asked, trace.header))
+        proof = merkle_proof(trace_leaves(trace), cell_indices(positions, len(layers)))
+        states = {layer: trace.states[layer][positions] for layer in layers}
+        return Opening(asked.commitment, asked.beacon, states, tuple(proof))
+
+    return [exchange(trace, show=show) for trace in setting.honest]
+
+
+@_attack("opening-other-states", "states of an honest prefill where others were signed", structural=True)
+def other_states(setting: Setting) -> list[Answer]:
+    def show(trace: Trace, asked: Challenge) -> Opening:
+        return show_without_checks(trace, asked, trace_leaves(_copied(trace)))
+
+    return [exchange(trace, lambda trace: commit(_copied(trace), HOST), show) for trace in setting.honest]
+
+
+@_attack("opening-older", "the answer to an older challenge of the same receipt", structural=True)
+def older_opening(setting: Setting) -> list[Answer]:
+    def show(trace: Trace, asked: Challenge) -> Opening:
+        return open_trace(trace, ask(commit(trace, HOST), _secret("an older beacon", asked.beacon)))
+
+    return [exchange(trace, show=show) for trace in setting.honest]
+
+
+# --- the challenge ---
+
+
+@_attack("beacon-chosen", "bad cells, and a challenge of its own that misses most", structural=True)
+def chosen_beacon(setting: Setting) -> list[Answer]:
+    def show(trace: Trace, asked: Challenge) -> Opening:
+        signed, bad = commit(trace, HOST), bad_positions(trace)
+        drawn = [ask(signed, _secret("chosen", str(index))) for index in range(GRINDS)]
+        return open_trace(trace, min(drawn, key=lambda one: n_bad_opened(one, trace.header, bad)))
+
+    return [exchange(with_bad_cells(trace), show=show) for trace in setting.honest]
+
+
+@_attack("commitment-ground", f"bad cells; the best of {GRINDS} commitments for a beacon that never comes")
+def ground_commitment(setting: Setting) -> list[Answer]:
+    foreseen = _secret("foreseen")
+    ground = [grind(trace, foreseen, GRINDS)[0] for trace in setting.honest]
+    return [exchange(trace) for trace in ground]
+
+
+def grind(trace: Trace, foreseen: bytes, tries: int) -> tuple[Trace, int]:
+    """`trace` with bad cells, of whose commitments under unimportant changes the challenge of `foreseen`
+    opens the fewest bad positions; and how many these are.
+
+    What is changed is the first number of a bad cell.
+    """
+    bad, trace = bad_positions(trace), with_bad_cells(trace)
+    layer, at = trace.header.layers[0], bad[-1]
+    leaves, place = trace_leaves(trace), cell_indices([bad[-1]], len(trace.header.layers))[0]
+    rows = trace.states[layer].clone()
+    found: list[tuple[int, torch.Tensor]] = []
+    for number in range(tries):
+        rows[at, 0] = number  # small whole numbers are exact in every dtype
+        state = rows[at].view(torch.uint8).numpy().tobytes()
+        leaves[place] = cell_leaf(layer, at, trace.header.numerics.dtype, state)
+        drawn = ask(sign(trace.header, merkle_root(leaves)), foreseen)
+        found.append((n_bad_opened(drawn, trace.header, bad), rows.clone()))
+    fewest, best = min(found, key=lambda one: one[0])
+    return replace(trace, states={**trace.states, layer: best}), fewest
+
+
+def bad_positions(trace: Trace) -> tuple[int, ...]:
+    """Every other generated position, the last among them."""
+    return trace.header.positions[: trace.n_prompt - 1 : -2][::-1]
+
+
+def with_bad_cells(trace: Trace) -> Trace:
+    """`trace` where the bad positions show the state of the one before."""
+    bad, states = list(bad_positions(trace)), {}
+    for layer, rows in trace.states.items():
+        states[layer] = rows.clone()
+        states[layer][bad] = rows[[position - 1 for position in bad]]
+    return replace(trace, states=states)
+
+
+def n_bad_opened(one: Challenge, header: Header, bad: Sequence[int]) -> int:
+    return len(set(bad) & set(opened_positions(one, header)))
+
+
+def _copied(trace: Trace) -> Trace:
+    """Each position with the state of the one before it, as a host has that saved its work."""
+    return replace(trace, states={layer: rows.roll(1, 0) for layer, rows in trace.states.items()})
+
+
+# --- verifiers ---
+
+Answers = dict[str, Status]
+
+
+@_attack("verifier-passes-all", "a verifier that says PASS without looking", "PASS", structural=True)
+@_attack("verifier-fails-all", "a verifier that says FAIL without looking", "FAIL", structural=True)
+def without_looking(setting: Setting, answer: Status) -> list[Ballot]:
+    return _rounds(setting, lambda mine, _: dict.fromkeys(mine.items, answer))
+
+
+@_attack("verifier-copies", "a verifier that copies answers, and says PASS to the rest", structural=True)
+def copied_answers(setting: Setting) -> list[Ballot]:
+    return _rounds(setting, lambda mine, friend: {item: friend.get(item, "PASS") for item in mine.items})
+
+
+@_attack("verifier-copies-commitment", "a verifier that hands in another's commitment", structural=True)
+def copied_commitment(setting: Setting) -> list[Ballot]:
+    """It reveals what the other one revealed, under its own name."""
+    rounds = []
+    for ballot in _rounds(setting):
+        lazy, other = VERIFIERS[:2]
+        theirs = ballot.revealed[other].model_copy(update={"verifier": lazy})
+        copied = {**ballot.commitments, lazy: ballot.commitments[other]}
+        rounds.append(replace(ballot, commitments=copied, revealed={**ballot.revealed, lazy: theirs}))
+    return rounds
+
+
+@_attack("verifier-waits", "a verifier that changes its answers after the others revealed", structural=True)
+def changed_answers(setting: Setting) -> list[Ballot]:
+    """It passed all; now it knows better."""
+    rounds = []
+    for ballot, honest in zip(without_looking(setting, "PASS"), _rounds(setting), strict=True):
+        late = {**ballot.revealed, VERIFIERS[0]: honest.revealed[VERIFIERS[0]]}
+        rounds.append(replace(ballot, revealed=late))
+    return rounds
+
+
+def _rounds(setting: Setting, lazy: Callable[[Assignment, Answers], Answers] | None = None) -> list[Ballot]:
+    """A round for each request: honest verifiers, but for the first where `lazy` says what it answers, from
+    its assignment and the answers of the second."""
+    items = [f"request-{index}" for index in range(len(setting.honest))]
+    return [_round(word, items, lazy) for word in setting.nonces]
+
+
+def _round(
+    word: str, items: Sequence[str], lazy: Callable[[Assignment, Answers], Answers] | None = None
+) -> Ballot:
+    """The truth about all items that are not planted is PASS."""
+    plants = {name: _plants(name) for name in VERIFIERS}
+    given = assign(items, plants, each=len(VERIFIERS) - 1, seed=_secret("the coordinator's seed", word))
+    answers: dict[str, Answers] = {
+        one.verifier: {item: one.planted.get(item, "PASS") for item in one.items} for one in given
+    }
+    if lazy is not None:
+        answers[VERIFIERS[0]] = lazy(given[0], answers[VERIFIERS[1]])
+    reports: dict[str, Report] = {
+        name: report(name, said, _secret("salt", word, name)) for name, said in answers.items()
+    }
+    commitments = {name: report_commitment(word, one) for name, one in reports.items()}
+    return Ballot(word, VERIFIERS[0], tuple(given), commitments, reports)
+
+
+def _plants(name: str) -> dict[str, Expected]:
+    failures = [f"{name} failure {index}" for index in range(PLANTED_FAILURES)]
+    honest = [f"{name} honest {index}" for index in range(honest_plants_needed())]
+    planted: dict[str, Expected] = dict.fromkeys(failures, "FAIL")
+    planted.update(dict.fromkeys(honest, "PASS"))
+    return planted

@@ -1,0 +1,377 @@
+"""What a dishonest host might send, one small function an attack.
+
+An attack answers the requests of a `Setting` and claims that its base model did. All of them know the scheme:
+where an attack lies about a header field, it writes what the verifier expects, unless the defect is the
+attack. "Honest prefill" is the strongest forgery of hidden states: whatever chose the tokens, one forward of
+the real model over them gives the states, so that only the tokens are left to judge by. The list follows the
+threats named by TOPLOC (arXiv 2501.16007), VeriLLM (2509.24257) and DiFR (2511.20621), with the structural
+ones of any protocol.
+
+What is handed over is a whole trace here; attacks that go by receipt, and those of verifiers in a committee,
+are in `forgeries.py`.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from bitassay.engines.decode import TokenIds, end_tokens, vocabulary_size
+from bitassay.engines.sampling import Sampler
+from bitassay.models.hooks import hooked
+from bitassay.models.load import identity
+from bitassay.models.walk import decoder_layers
+from bitassay.quantization.pipeline import quantize_once
+from bitassay.quantization.recipe.recipe import Recipe, WeightScheme
+from bitassay.verification.evidence import own_prefills
+from bitassay.verification.exchange import Handed
+from bitassay.verification.prove import prove_many
+from bitassay.verification.trace import Sampling, Trace
+
+INT8_GROUP64 = Recipe(
+    name="w8-g64", description="INT8, groups of 64", weights=WeightScheme(format="int8", granularity="g64")
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The requests, `honest` traces that answer them (attacks forge from these), and the real model."""
+
+    model: PreTrainedModel
+    honest: Sequence[Trace]
+    batch_size: int = 32
+
+    @property
+    def prompts(self) -> list[TokenIds]:
+        return [trace.header.prompt_ids for trace in self.honest]
+
+    @property
+    def sampler(self) -> Sampler:
+        return self.honest[0].header.sampling.to_sampler()
+
+    @property
+    def max_new_tokens(self) -> int:
+        return self.honest[0].header.sampling.max_new_tokens
+
+    @property
+    def nonces(self) -> list[str]:
+        return [trace.header.nonce for trace in self.honest]
+
+
+@dataclass(frozen=True)
+class Attack:
+    """run: what a verifier gets, one for each request of the setting. structural: exact checks must catch it,
+    whatever the states. sampled: it needs requests that are sampled."""
+
+    name: str
+    about: str
+    run: Callable[[Setting], Sequence[Handed]]
+    structural: bool = False
+    sampled: bool = False
+
+
+Run = TypeVar("Run", bound=Callable[..., Sequence[Handed]])
+
+
+def listed_in(table: dict[str, Attack]) -> Callable[..., Callable[[Run], Run]]:
+    """A decorator that puts a function into `table` as an attack; the function is called with the setting and
+    `arguments`."""
+
+    def attack(name: str, about: str, *arguments: object, structural: bool = False, sampled: bool = False):
+        def register(function: Run) -> Run:
+            table[name] = Attack(
+                name, about, lambda setting: function(setting, *arguments), structural, sampled
+            )
+            return function
+
+        return register
+
+    return attack
+
+
+TRACE_ATTACKS: dict[str, Attack] = {}
+_attack = listed_in(TRACE_ATTACKS)
+
+
+def _answer(
+    setting: Setting,
+    model: PreTrainedModel,
+    *,
+    prompts: Sequence[TokenIds] | None = None,
+    sampler: Sampler | None = None,
+    cache_bits: int | None = None,
+) -> list[Trace]:
+    """Answer with `model`, otherwise as asked; the traces claim the setting's model and sampler."""
+    traces = prove_many(
+        model,
+        setting.prompts if prompts is None else prompts,
+        max_new_tokens=setting.max_new_tokens,
+        sampler=sampler or setting.sampler,
+        claim=identity(setting.model),
+        nonces=setting.nonces,
+        batch_size=setting.batch_size,
+        cache_bits=cache_bits,
+    )
+    return [
+        _with_header(trace, sampling=Sampling.of(setting.sampler, setting.max_new_tokens)) for trace in traces
+    ]
+
+
+def _with_header(trace: Trace, **fields: object) -> Trace:
+    return replace(trace, header=trace.header.model_copy(update=fields))
+
+
+# --- other weights, cache, layers ---
+
+
+@_attack("int8", "INT8 weights, a scale for each row", "w8")
+@_attack("int8-g64", "INT8 weights in groups of 64", INT8_GROUP64)
+@_attack("fp8", "FP8 (e4m3) weights", "fp8")
+@_attack("int4", "INT4 weights", "w4")
+@_attack("int3", "INT3 weights", "w3")
+@_attack("int2", "INT2 weights", "w2")
+def quantized_weights(setting: Setting, recipe: str | Recipe) -> list[Trace]:
+    return _answer(setting, quantize_once(setting.model, recipe))
+
+
+@_attack("kv8", "INT8 keys and values in the cache", 8)
+@_attack("kv4", "INT4 keys and values in the cache", 4)
+def quantized_cache(setting: Setting, bits: int) -> list[Trace]:
+    return _answer(setting, setting.model, cache_bits=bits)
+
+
+@_attack("fine-tune-0.01", "a low-rank update of 1 % of the weights' norm", 0.01)
+@_attack("fine-tune-0.03", "a low-rank update of 3 % of the weights' norm", 0.03)
+@_attack("fine-tune-0.1", "a low-rank update of 10 % of the weights' norm", 0.1)
+def fine_tuned(setting: Setting, norm: float) -> list[Trace]:
+    with low_rank_update(setting.model, norm):
+        return _answer(setting, setting.model)
+
+
+@_attack("skip-1", "one decoder layer left out", 1)
+@_attack("skip-4", "four decoder layers left out", 4)
+def skipped_layers(setting: Setting, count: int) -> list[Trace]:
+    with skip(setting.model, count):
+        return _answer(setting, setting.model)
+
+
+@_attack("half-depth", "a smaller model: every other decoder layer")
+def half_depth(setting: Setting) -> list[Trace]:
+    with skip(setting.model, len(decoder_layers(setting.model)) // 2):
+        return _answer(setting, setting.model)
+
+
+@contextmanager
+def low_rank_update(model: PreTrainedModel, norm: float, rank: int = 8, seed: int = 0) -> Iterator[None]:
+    """Within the context, every linear of the decoder layers is W + norm ||W|| D / ||D|| with D of `rank`."""
+    generator = torch.Generator().manual_seed(seed)
+    kept: list[tuple[Tensor, Tensor]] = []
+    with torch.no_grad():
+        try:
+            for layer in decoder_layers(model):
+                for module in layer.modules():
+                    if isinstance(module, torch.nn.Linear):
+                        weight = module.weight
+                        rows, columns = weight.shape
+                        D = torch.randn(rows, rank, generator=generator) @ torch.randn(
+                            rank, columns, generator=generator
+                        )
+                        kept.append((weight, weight.detach().clone()))
+                        change = norm * weight.float().norm().cpu() / D.norm() * D
+                        weight.copy_(weight.float() + change.to(weight.device))
+            yield
+        finally:
+            for weight, before in kept:
+                weight.copy_(before)
+
+
+@contextmanager
+def skip(model: PreTrainedModel, count: int) -> Iterator[None]:
+    """Within the context, `count` evenly spaced decoder layers return what they are given."""
+    layers = decoder_layers(model)
+
+    def given(_module: object, args: tuple[Tensor, ...], kwargs: dict[str, Any], output: object) -> object:
+        states = args[0] if args else kwargs["hidden_states"]
+        return (states, *output[1:]) if isinstance(output, tuple) else states
+
+    chosen = [(2 * index + 1) * len(layers) // (2 * count) for index in range(count)]
+    with hooked(layers[index].register_forward_hook(given, with_kwargs=True) for index in chosen):
+        yield
+
+
+# --- another prompt ---
+
+
+@_attack("system-altered", "the tokens of the system prompt in another order", True)
+@_attack("system-dropped", "the system prompt left out", False)
+def system_prompt(setting: Setting, reorder: bool) -> list[Trace]:
+    """The system prompt is what all prompts begin with, or the first quarter where that is little."""
+    alike = [len(set(tokens)) == 1 for tokens in zip(*setting.prompts, strict=False)]
+    shared = [*alike, False].index(False) if len(setting.prompts) > 1 else 0
+
+    def changed(prompt: TokenIds) -> TokenIds:
+        cut = min(shared if shared >= 4 else max(len(prompt) // 4, 2), len(prompt) - 1)
+        return [*reversed(prompt[:cut]), *prompt[cut:]] if reorder else prompt[cut:]
+
+    return _other_prompts(setting, [changed(prompt) for prompt in setting.prompts])
+
+
+@_attack("context-10", "the first 10 % of the prompt left out", 0.1)
+@_attack("context-50", "the first 50 % of the prompt left out", 0.5)
+@_attack("context-90", "the first 90 % of the prompt left out", 0.9)
+def cut_context(setting: Setting, share: float) -> list[Trace]:
+    cut = [prompt[min(max(round(share * len(prompt)), 1), len(prompt) - 1) :] for prompt in setting.prompts]
+    return _other_prompts(setting, cut)
+
+
+def _other_prompts(setting: Setting, prompts: Sequence[TokenIds]) -> list[Trace]:
+    """Answer other prompts and say that they were the ones asked; positions that are missing at the front
+    show the first state that there is."""
+    answers = _answer(setting, setting.model, prompts=prompts)
+    return [_fitted(trace, honest) for trace, honest in zip(answers, setting.honest, strict=True)]
+
+
+def _fitted(trace: Trace, asked: Trace) -> Trace:
+    """`trace` with the prompt and nonce of `asked`, and as many states as that takes."""
+    prompt = asked.header.prompt_ids
+    count = len(prompt) + trace.n_tokens - 1
+    states = {}
+    for layer, rows in trace.states.items():
+        last = rows[-count:]
+        states[layer] = torch.cat([last[:1].expand(count - len(last), -1), last])
+    header = trace.header.model_copy(
+        update={"prompt_ids": prompt, "nonce": asked.header.nonce, "positions": tuple(range(count))}
+    )
+    return Trace(header, states)
+
+
+# --- other tokens ---
+
+
+@_attack("temperature", "half as hot again as asked", sampled=True)
+def wrong_temperature(setting: Setting) -> list[Trace]:
+    sampler = replace(setting.sampler, temperature=1.5 * setting.sampler.temperature)
+    return _answer(setting, setting.model, sampler=sampler)
+
+
+@_attack("seed", "another seed", sampled=True)
+def wrong_seed(setting: Setting) -> list[Trace]:
+    return _answer(setting, setting.model, sampler=replace(setting.sampler, seed=setting.sampler.seed + 1))
+
+
+@_attack("top-p", "a nucleus half as large", sampled=True)
+def wrong_top_p(setting: Setting) -> list[Trace]:
+    return _answer(setting, setting.model, sampler=replace(setting.sampler, top_p=setting.sampler.top_p / 2))
+
+
+@_attack("greedy-instead", "the most likely token where sampling was asked for", sampled=True)
+def greedy_instead(setting: Setting) -> list[Trace]:
+    return _answer(setting, setting.model, sampler=Sampler())
+
+
+@_attack("tokens-one", "one token altered, honest prefill", 0.0)
+@_attack("tokens-1%", "1 % of the tokens altered (one at least), honest prefill", 0.01)
+@_attack("tokens-10%", "10 % of the tokens altered, honest prefill", 0.1)
+def altered_tokens(setting: Setting, share: float) -> list[Trace]:
+    random, ends, size = np.random.default_rng(0), end_tokens(setting.model), vocabulary_size(setting.model)
+    allowed = np.setdiff1d(np.arange(size), sorted(ends))
+    outputs = []
+    for trace in setting.honest:
+        output = list(trace.header.output_ids)
+        body = len(output) - (output[-1] in ends) or 1
+        for place in random.choice(body, size=min(max(round(share * len(output)), 1), body), replace=False):
+            output[place] = int(random.choice(allowed[allowed != output[place]]))
+        outputs.append(output)
+    return honest_prefill(setting.honest, setting.model, outputs)
+
+
+@_attack("decode-int8", "decoded by INT8 weights, honest prefill", "w8")
+@_attack("decode-int4", "decoded by INT4 weights, honest prefill", "w4")
+def cheap_decode(setting: Setting, recipe: str) -> list[Trace]:
+    cheap = _answer(setting, quantize_once(setting.model, recipe))
+    return honest_prefill(setting.honest, setting.model, [trace.header.output_ids for trace in cheap])
+
+
+@_attack("padded", "the last third is one token again and again, honest prefill")
+def padded(setting: Setting) -> list[Trace]:
+    outputs = []
+    for trace in setting.honest:
+        output = trace.header.output_ids
+        keep = max(2 * len(output) // 3, 1)
+        outputs.append([*output[:keep], *[output[keep - 1]] * (len(output) - keep)])
+    return honest_prefill(setting.honest, setting.model, outputs)
+
+
+def honest_prefill(
+    traces: Sequence[Trace], model: PreTrainedModel, outputs: Sequence[TokenIds]
+) -> list[Trace]:
+    """The traces with other outputs, and the states that one forward of `model` over these gives."""
+    claimed = []
+    for trace, output in zip(traces, outputs, strict=True):
+        positions = tuple(range(trace.n_prompt + len(output) - 1))
+        header = trace.header.model_copy(update={"output_ids": tuple(output), "positions": positions})
+        claimed.append(Trace(header, {}))
+    done = dict(own_prefills(claimed, model))
+    return [replace(trace, states=done[index].states) for index, trace in enumerate(claimed)]
+
+
+# --- forged traces ---
+
+
+@_attack("stopped-early", "three quarters of the output", structural=True)
+def stopped_early(setting: Setting) -> list[Trace]:
+    cut = []
+    for trace in setting.honest:
+        output = trace.header.output_ids[: max(3 * trace.n_tokens // 4, 1)]
+        count = trace.n_prompt + len(output) - 1
+        header = trace.header.model_copy(update={"output_ids": output, "positions": tuple(range(count))})
+        cut.append(Trace(header, {layer: rows[:count] for layer, rows in trace.states.items()}))
+    return cut
+
+
+@_attack("replayed", "the trace of another request", structural=True)
+def replayed(setting: Setting) -> list[Trace]:
+    return [*setting.honest[1:], setting.honest[0]]
+
+
+@_attack("replayed-relabelled", "tokens and states of another request under this prompt and nonce")
+def replayed_relabelled(setting: Setting) -> list[Trace]:
+    return [_fitted(trace, asked) for trace, asked in zip(replayed(setting), setting.honest, strict=True)]
+
+
+@_attack("missing-cells", "states of the last position left out", structural=True)
+def missing_cells(setting: Setting) -> list[Trace]:
+    return [
+        replace(
+            _with_header(trace, positions=trace.header.positions[:-1]),
+            states={layer: rows[:-1] for layer, rows in trace.states.items()},
+        )
+        for trace in setting.honest
+    ]
+
+
+@_attack("other-weights", "the header names other weights", structural=True)
+def other_weights(setting: Setting) -> list[Trace]:
+    claim = setting.honest[0].header.model
+    other = claim.model_copy(update={"weights_digest": claim.weights_digest[::-1]})
+    return [_with_header(trace, model=other) for trace in setting.honest]
+
+
+@_attack("zero-states", "states of nothing but 0", torch.zeros_like)
+@_attack("random-states", "Gaussian noise of the states' size", lambda rows: _noise(rows))
+@_attack("copied-states", "each position shows the state of the one before", lambda rows: rows.roll(1, 0))
+def forged_states(setting: Setting, forge: Callable[[Tensor], Tensor]) -> list[Trace]:
+    return [
+        replace(trace, states={layer: forge(rows) for layer, rows in trace.states.items()})
+        for trace in setting.honest
+    ]
+
+
+def _noise(rows: Tensor) -> Tensor:
+    noise = torch.randn(rows.shape, generator=torch.Generator().manual_seed(0))
+    return (noise * rows.float().std()).to(rows.dtype)

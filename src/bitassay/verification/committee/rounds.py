@@ -1,0 +1,196 @@
+"""A committee of verifiers, none of whom is trusted: they commit before they reveal, and some of what they
+judge has a known answer.
+
+    commitment = H("bitassay report 1" | canonical JSON of [round, verifier, salt, answers])
+
+Everybody hands in a commitment; only then does anybody reveal answers and salt. The salt (32 random bytes)
+keeps others from trying out the few likely sets of answers; the name in it makes a copied commitment useless
+to the copier. Source of the scheme: VeriLLM (arXiv 2509.24257), whose verifiers commit and reveal; planted
+items are the "ringers" of Golle and Mironov 2001 (Uncheatable distributed computations).
+
+**Plants.** Among the items of each verifier are some that the coordinator made: failures that no honest
+verifier passes (a forged root, a model of two bits), and honest runs. Who passes all misses the failures, who
+fails all refuses the honest ones, and who answers without looking misses one soon: a verifier that skips a
+share s of its work and passes what it skipped is caught with probability 1 - (1 - s)^f by f planted failures.
+An honest verifier refuses an honest run at times (alpha), so refusals are judged by their binomial tail.
+
+A plant goes to one verifier only, and each other item to a random part of the committee. So answers copied
+from a friend (who shows them before the commitment) lack one's own plants, and two who compare their lists
+cannot tell plants from items that only one of them was given.
+
+What this leaves out: plants must look like the rest, so a host has to sign them like any other request (with
+a receipt under another key they would stand out). Verifiers that all share their lists can find the plants,
+which no two of them have, where every other item goes to two or more. Names stand for people: who may join,
+and who answers for a name, is decided elsewhere.
+"""
+
+import hashlib
+import secrets
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil, log
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from scipy import stats
+
+from bitassay.errors import BitassayError
+from bitassay.record.hashing import canonical_json
+from bitassay.verification.structure import Reason
+from bitassay.verification.trace import Digest
+from bitassay.verification.verdict import Status
+
+REPORT = b"bitassay report 1\0"
+LEVEL = 0.001  # at which an honest verifier is accused by its refusals of planted honest runs
+Expected = Literal["PASS", "FAIL"]
+
+
+class Report(BaseModel):
+    """What one verifier found, by the names of its items; with the salt, what it reveals."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    verifier: str = Field(min_length=1, max_length=128)
+    salt: Digest
+    answers: dict[str, Status] = Field(max_length=10**6)
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """The items of one verifier in the order in which it gets them; `planted`, of which the coordinator knows
+    the answer, is a secret until all have revealed."""
+
+    verifier: str
+    items: tuple[str, ...]
+    planted: Mapping[str, Expected]
+
+
+def assign(
+    items: Sequence[str],
+    plants: Mapping[str, Mapping[str, Expected]],
+    *,
+    each: int,
+    seed: bytes,
+) -> list[Assignment]:
+    """Give each item to `each` of the verifiers that `plants` names, together with their plants, shuffled.
+
+    plants: by verifier, its own items with known answers. seed: secret; the draw is by SHA-256 of it.
+    """
+    names = sorted(plants)
+    mine = [item for own in plants.values() for item in own]
+    if not 0 < each <= len(names) or len({*items, *mine}) != len(items) + len(mine):
+        raise BitassayError(
+            f"{each} of {len(names)} verifiers for each item, or an item that is given twice",
+            "name every item once, and each plant for one verifier",
+        )
+
+    def draw(*words: str) -> bytes:
+        return hashlib.sha256(seed + canonical_json(words).encode()).digest()
+
+    given: dict[str, list[str]] = {name: list(plants[name]) for name in names}
+    for item in items:
+        for name in sorted(names, key=lambda name: draw("who", item, name))[:each]:
+            given[name].append(item)
+    return [
+        Assignment(name, tuple(sorted(given[name], key=lambda item: draw("order", item))), dict(plants[name]))
+        for name in names
+    ]
+
+
+def report(verifier: str, answers: Mapping[str, Status], salt: bytes | None = None) -> Report:
+    """A report with a fresh salt, unless one is given."""
+    salt = secrets.token_bytes(32) if salt is None else salt
+    return parse_report({"verifier": verifier, "salt": salt.hex(), "answers": dict(answers)})
+
+
+def report_commitment(round: str, revealed: Report) -> str:
+    """What a verifier hands in before anybody reveals, in hex."""
+    content = [round, revealed.verifier, revealed.salt, revealed.answers]
+    return hashlib.sha256(REPORT + canonical_json(content).encode()).hexdigest()
+
+
+def parse_report(content: Any) -> Report:
+    """A report from plain values that may come from anyone. Raises BitassayError."""
+    try:
+        found = Report.model_validate(content)
+        canonical_json(found.model_dump()).encode()
+        return found
+    except UnicodeEncodeError as error:
+        raise BitassayError("not a report: text that is not Unicode") from error
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        field = ".".join(map(str, first["loc"])) or "report"
+        raise BitassayError(f"not a report: {field:.80}: {first['msg']}") from error
+
+
+def judge(
+    round: str,
+    assignments: Sequence[Assignment],
+    commitments: Mapping[str, str],
+    revealed: Mapping[str, Report],
+    *,
+    alpha: float = 0.05,
+) -> dict[str, tuple[Reason, ...]]:
+    """Why each verifier's report is not to be used; empty where it is.
+
+    commitments: by verifier, all handed in before the first of `revealed`. alpha: how often an honest
+    verifier refuses an honest run; planted ones must be within its profile.
+    """
+    return {
+        one.verifier: tuple(
+            _defects(round, one, commitments.get(one.verifier), revealed.get(one.verifier), alpha)
+        )
+        for one in assignments
+    }
+
+
+def committee_status(
+    item: str,
+    revealed: Mapping[str, Report],
+    judged: Mapping[str, tuple[Reason, ...]],
+    quorum: int = 2,
+) -> Status:
+    """What more than half of the sound verifiers that had `item` say; INCONCLUSIVE where there is no such
+    majority, or there are fewer than `quorum` of them."""
+    sound = [name for name, reasons in judged.items() if not reasons and item in revealed[name].answers]
+    votes = Counter(revealed[name].answers[item] for name in sound)
+    for status in ("PASS", "FAIL"):
+        if len(sound) >= quorum and 2 * votes[status] > len(sound):
+            return status
+    return "INCONCLUSIVE"
+
+
+def honest_plants_needed(alpha: float = 0.05) -> int:
+    """Planted honest runs without which a verifier that fails all cannot be told from an unlucky one."""
+    return ceil(log(LEVEL) / log(alpha))
+
+
+def chance_to_catch(skipped_share: float, planted_failures: int) -> float:
+    """That a verifier which passes this share of its items without looking passes a planted failure."""
+    return 1 - (1 - skipped_share) ** planted_failures
+
+
+def _defects(
+    round: str, given: Assignment, commitment: str | None, revealed: Report | None, alpha: float
+) -> list[Reason]:
+    if commitment is None:
+        return [Reason("no-commitment", "nothing was committed to before the others revealed")]
+    if revealed is None:
+        return [Reason("withheld-report", "the commitment was never revealed")]
+    if revealed.verifier != given.verifier or report_commitment(round, revealed) != commitment:
+        return [Reason("other-report", "what was revealed is not what this verifier committed to")]
+    if set(revealed.answers) != set(given.items):
+        count = len(set(given.items) ^ set(revealed.answers))
+        return [Reason("wrong-items", f"{count} answers are missing or were not asked for")]
+    found, answers = [], revealed.answers
+    failures = [item for item, expected in given.planted.items() if expected == "FAIL"]
+    if missed := sum(answers[item] != "FAIL" for item in failures):
+        sentence = f"{missed} of {len(failures)} planted failures were not noticed"
+        found.append(Reason("missed-planted-failure", sentence))
+    honest = [item for item, expected in given.planted.items() if expected == "PASS"]
+    refused = sum(answers[item] != "PASS" for item in honest)
+    if refused and stats.binom.sf(refused - 1, len(honest), alpha) <= LEVEL:
+        sentence = f"{refused} of {len(honest)} planted honest runs were refused"
+        found.append(Reason("refused-planted-honest", sentence))
+    return found

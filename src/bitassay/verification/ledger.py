@@ -1,0 +1,212 @@
+"""A ledger: the scores of one host's requests, kept from call to call, and what they prove together.
+
+`sequential.py` bounds the probability that an honest host is *ever* accused, however often one looks, if
+every request counts once and in its order. A ledger file sees to that. It is JSON lines, only ever appended
+to: first whom and what it is about, then a line for each request,
+
+    {"schema_version": 1, "profile": digest, "host": public key or null}
+    {"trace": digest, "score": ..., "limit": ..., "log_wealth": ..., "time": ...}
+
+with the digest of the trace's header (model, request, tokens), so that no trace counts twice, in whatever
+file it comes and whoever sends it again. `log_wealth` follows from the lines above it and the profile, and is
+kept because it takes longer to compute than to read.
+
+What is guaranteed: an honest host has a probability of at most alpha that its ledger ever gives an alarm at
+alpha. One ledger is one host, one profile and one such promise; with a new profile begins a new ledger.
+What that needs: requests like the calibration prompts, and every scored trace of the host goes in, whatever
+its verdict. Traces with a structural defect do not count, as they prove their case alone and may be what
+somebody else made of an honest host's trace; nor do those without a score.
+"""
+
+import json
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple, TypeVar
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from bitassay.errors import BitassayError
+from bitassay.record.files import explain_os_error
+from bitassay.record.hashing import canonical_json
+from bitassay.verification.profile import Finite, Profile
+from bitassay.verification.sequential import wealth_by_limit
+from bitassay.verification.trace import TOKENS, Digest
+from bitassay.verification.verdict import Verdict
+
+SCHEMA_VERSION = 1
+LIMIT_BYTES = 64 * 2**20
+REMEDY = "put a copy of the file back, or begin a new --ledger FILE"
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+Kind = TypeVar("Kind", bound=_Part)
+
+
+class Binding(_Part):
+    """What a ledger is about: the digest of the profile that scores, and the host's public key in hex where
+    it signs."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    profile: Digest
+    host: Digest | None
+
+
+class Line(_Part):
+    """One request. limit: generated positions, see `Profile.p_value`. log_wealth: of `wealth_by_limit` after
+    it."""
+
+    trace: Digest
+    score: Finite
+    limit: Annotated[int, Field(ge=1, le=TOKENS)]
+    log_wealth: Finite
+    time: datetime
+
+
+class Scored(NamedTuple):
+    """What a verdict adds to a ledger."""
+
+    trace: str
+    score: float
+    limit: int
+
+
+def scored(verdicts: Sequence[Verdict], profile: Profile) -> list[Scored]:
+    """Those that count, in their order: scored by `profile` and structurally sound."""
+    digest = profile.digest
+    return [
+        Scored(one.trace, one.score.value, one.limit)
+        for one in verdicts
+        if one.trace and one.score and one.limit and one.profile == digest and not one.structural
+    ]
+
+
+def extended(lines: Sequence[Line], new: Sequence[Scored], profile: Profile) -> list[Line]:
+    """`lines`, and one for each of `new` that they do not have yet."""
+    known: set[str] = {line.trace for line in lines}
+    fresh: dict[str, Scored] = {}
+    for one in new:
+        if one.trace not in known:
+            fresh.setdefault(one.trace, one)
+    every = [*lines, *fresh.values()]
+    wealth = wealth_by_limit(
+        np.array([one.score for one in every]),
+        [one.limit for one in every],
+        lambda limit: np.array(profile.honest_scores(limit)),
+        known=[line.log_wealth for line in lines],
+    )
+    now = datetime.now(UTC).replace(microsecond=0)
+    return [
+        *lines,
+        *(
+            Line(**one._asdict(), log_wealth=float(log_wealth), time=now)
+            for one, log_wealth in zip(fresh.values(), wealth[len(lines) :], strict=True)
+        ),
+    ]
+
+
+def update_ledger(path: Path, new: Sequence[Scored], profile: Profile, host: str | None = None) -> list[Line]:
+    """Append to the ledger what it does not have yet, and return all its lines. A ledger that is not there is
+    begun.
+
+    Two calls at a time wait for each other. What one call appends is on the disk when it returns; a line that
+    a crash cut off is dropped by the next. Raises BitassayError that names the file for a ledger of another
+    profile or host, for anything that is no ledger, and where it cannot be written.
+    """
+    binding = Binding(profile=profile.digest, host=host)
+    with _locked(Path(path)) as handle:
+        whole, lines = _read(handle, Path(path), binding.profile, host)
+        every = extended(lines, new, profile)
+        added = [*([binding] if not whole else []), *every[len(lines) :]]
+        text = "".join(canonical_json(one.model_dump(mode="json")) + "\n" for one in added)
+        if whole + len(text) > LIMIT_BYTES:
+            raise BitassayError(
+                f"{path}: would be longer than the {LIMIT_BYTES} bytes of a ledger",
+                "begin a new --ledger FILE; its promise is its own",
+            )
+        os.ftruncate(handle, whole)
+        _append(handle, text.encode())
+    return every
+
+
+def check_ledger(path: Path, profile: Profile | None, host: str | None = None) -> None:
+    """Raises as `update_ledger` would for the file that is there; of another profile, where one is given."""
+    if path.exists():
+        with _locked(path) as handle:
+            _read(handle, path, profile and profile.digest, host)
+
+
+def _append(handle: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(handle, data) :]
+    os.fsync(handle)
+
+
+def _read(handle: int, path: Path, profile: str | None, host: str | None) -> tuple[int, list[Line]]:
+    """Bytes of whole lines, and the requests in them, in a ledger of that profile (None: any) and host."""
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        raise BitassayError(f"{path}: not a regular file", "begin a new --ledger FILE")
+    size = os.fstat(handle).st_size
+    if size > LIMIT_BYTES:
+        raise BitassayError(f"{path}: {size} bytes, more than the {LIMIT_BYTES} of a ledger", REMEDY)
+    with os.fdopen(os.dup(handle), "rb") as stream:
+        stream.seek(0)
+        data = stream.read(size)
+    *texts, torn = data.split(b"\n")
+    if not texts:
+        started = Binding(profile=profile or "0" * 64, host=host).model_dump(mode="json")
+        if torn and profile and not canonical_json(started).encode().startswith(torn):
+            raise BitassayError(f"{path}: not a ledger", "begin a new --ledger FILE")
+        return 0, []
+    bound = _parsed(Binding, texts[0], f"{path}, line 1")
+    lines = [_parsed(Line, text, f"{path}, line {place}") for place, text in enumerate(texts[1:], 2)]
+    if profile not in (None, bound.profile):
+        raise BitassayError(
+            f"{path}: a ledger of another profile ({bound.profile[:12]}, not {profile[:12]})",
+            "give --profile the one it was begun with, or begin a new --ledger FILE",
+        )
+    if bound.host != host:
+        raise BitassayError(
+            f"{path}: a ledger of another host ({bound.host or 'unsigned'})",
+            "keep one --ledger FILE for each host",
+        )
+    if len({line.trace for line in lines}) < len(lines):
+        raise BitassayError(f"{path}: counts a trace twice", REMEDY)
+    return len(data) - len(torn), lines
+
+
+def _parsed(kind: type[Kind], text: bytes, where: str) -> Kind:
+    try:
+        return kind.model_validate(json.loads(text))
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        field = ".".join(map(str, first["loc"])) or "line"
+        raise BitassayError(f"{where}: not a ledger: {field}: {first['msg']}", REMEDY) from error
+    except (ValueError, RecursionError) as error:
+        raise BitassayError(f"{where}: not a ledger: not JSON", REMEDY) from error
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[int]:
+    """The file open for reading and appending, for this process alone; it is made where it is missing."""
+    import fcntl
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        raise explain_os_error(error, path) from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield handle
+    except OSError as error:
+        raise explain_os_error(error, path) from error
+    finally:
+        os.close(handle)

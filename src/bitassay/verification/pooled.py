@@ -1,0 +1,113 @@
+"""One decision about many traces of the same host.
+
+The p-values of several traces count the same honest scores, so they are not independent and Fisher's method
+does not hold. But under honesty all n calibration scores and k new ones are exchangeable, and then the
+p-values say everything that matters: p_i (n + 1) - 1 is the number of honest scores at least as bad as trace
+i. Their sum U is the Mann-Whitney statistic (Mann and Whitney 1947), whose exact distribution under
+exchangeability is known,
+
+    P(U = u) = coefficient of q^u in the Gaussian binomial [n + k choose k] / C(n + k, k),
+
+and a small U says that the new runs are farther off than the honest ones. Ties were counted against
+rejection, so the p-value P(U <= u) is valid with them. Traces of different limits (see `profile.py`) were
+ranked among different honest scores: each limit gets its own U, and the smallest p-value times the number of
+limits is the answer (Bonferroni). Compare Bates et al. 2023 ("Testing for outliers with
+conformal p-values"), who show how far conformal p-values are from independent.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import comb
+from typing import Any
+
+from bitassay.errors import BitassayError
+from bitassay.verification.profile import ALPHA
+from bitassay.verification.structure import Reason
+from bitassay.verification.verdict import Status, Verdict
+
+
+@dataclass(frozen=True)
+class PooledVerdict:
+    """counts: verdicts by status. n_pooled: traces whose p-values were pooled."""
+
+    status: Status
+    reasons: tuple[Reason, ...]
+    counts: dict[str, int]
+    n_pooled: int
+    p_value: float | None
+    alpha: float
+
+    def to_dict(self) -> dict[str, Any]:
+        reasons = [{"code": reason.code, "sentence": reason.sentence} for reason in self.reasons]
+        return {
+            "status": self.status,
+            "reasons": reasons,
+            "counts": self.counts,
+            "n_pooled": self.n_pooled,
+            "p_value": self.p_value,
+            "alpha": self.alpha,
+        }
+
+    def __str__(self) -> str:
+        return f"{self.status}: {'; '.join(reason.sentence for reason in self.reasons)}"
+
+
+def pooled_verdict(verdicts: Sequence[Verdict], alpha: float = ALPHA) -> PooledVerdict:
+    """Are all traces together those of an honest host? The false-positive rate is at most `alpha` for the
+    whole set.
+
+    A single structural FAIL fails the set. Traces without a p-value (too short, say) are left out; with none
+    left the answer is INCONCLUSIVE. Raises BitassayError for no verdicts, or for p-values of different
+    profiles.
+    """
+    if not verdicts:
+        raise BitassayError("there are no verdicts to pool")
+    counts = dict(Counter(verdict.status for verdict in verdicts))
+    structural = [reason for verdict in verdicts for reason in verdict.structural]
+    p_values: dict[int | None, list[float]] = {}
+    for verdict in verdicts:
+        if verdict.p_value is not None:
+            p_values.setdefault(verdict.limit, []).append(verdict.p_value)
+    n_pooled = sum(map(len, p_values.values()))
+    calibrations = {(verdict.profile, verdict.n_calibration or 0) for verdict in verdicts if verdict.profile}
+    if len(calibrations) > 1:
+        raise BitassayError(
+            "the verdicts come from different profiles", "pool traces of one model and one pair of numerics"
+        )
+    p_value = None
+    if p_values:
+        n = calibrations.pop()[1]
+        p_value = min(1.0, len(p_values) * min(pooled_p_value(alike, n) for alike in p_values.values()))
+    if structural:
+        return PooledVerdict("FAIL", tuple(dict.fromkeys(structural)), counts, n_pooled, p_value, alpha)
+    if p_value is None:
+        doubts = tuple(dict.fromkeys(reason for verdict in verdicts for reason in verdict.reasons))
+        return PooledVerdict("INCONCLUSIVE", doubts, counts, 0, None, alpha)
+    failing = sum(verdict.status == "FAIL" for verdict in verdicts)
+    sentence = f"{failing} of {n_pooled} traces fail alone; as a set p = {p_value:.2g} under honesty"
+    if p_value <= alpha:
+        return PooledVerdict("FAIL", (Reason("pooled-too-far", sentence),), counts, n_pooled, p_value, alpha)
+    return PooledVerdict("PASS", (Reason("as-honest", sentence),), counts, n_pooled, p_value, alpha)
+
+
+def pooled_p_value(p_values: Sequence[float], n: int) -> float:
+    """P(U <= u) for conformal p-values against the same `n` honest scores."""
+    U = sum(round(p * (n + 1)) - 1 for p in p_values)
+    counts = mann_whitney_counts(len(p_values), n)
+    return sum(counts[: U + 1]) / comb(n + len(p_values), n)
+
+
+def mann_whitney_counts(k: int, n: int) -> list[int]:
+    """In how many of the C(n + k, k) orders of k new and n honest scores U is 0, 1, ..., k n: the Gaussian
+    binomial's coefficients.
+
+    [n + k choose k] is the product over i = 1 .. k of (1 - q^(n + i)) / (1 - q^i); integers throughout.
+    """
+    counts = [1] + [0] * (k * n)
+    for i in range(1, k + 1):
+        for u in range(len(counts) - 1, n + i - 1, -1):
+            counts[u] -= counts[u - n - i]
+        for u in range(i, len(counts)):
+            counts[u] += counts[u - i]
+    return counts

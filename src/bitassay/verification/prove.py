@@ -1,0 +1,132 @@
+"""What a host does: generate, and keep what a verifier needs to check it."""
+
+import secrets
+from collections.abc import Sequence
+
+from pydantic import ValidationError
+from transformers import PreTrainedModel
+
+from bitassay.engines.decode import TokenIds, generate
+from bitassay.engines.prompts import encode_prompt
+from bitassay.engines.sampling import GREEDY, Sampler
+from bitassay.engines.taps import tap_layers
+from bitassay.errors import BitassayError
+from bitassay.models.load import Identity, identity
+from bitassay.record.progress import Progress, silent
+from bitassay.verification.numerics import STATE_DTYPES, numerics
+from bitassay.verification.trace import Header, ModelClaim, Sampling, Trace, check_nonce
+
+BATCH = 16
+
+
+def prove(
+    model: PreTrainedModel,
+    prompt: str | TokenIds,
+    *,
+    max_new_tokens: int = 32,
+    sampler: Sampler = GREEDY,
+    claim: Identity | None = None,
+    nonce: str = "0",
+) -> Trace:
+    """Generate for one prompt and return the trace of it.
+
+    prompt: text (put into the chat template where the tokenizer has one) or token ids, taken as they are.
+    nonce: a word that the verifier chose for this request, so that no older trace answers it; it also keys
+    the sampling noise. claim: the identity to put into the header instead of the model's own, as a host would
+    that runs another model than it sells; measurements of the verifier use it. Raises BitassayError for an
+    empty prompt or one that does not fit.
+    """
+    return prove_many(
+        model, [prompt], max_new_tokens=max_new_tokens, sampler=sampler, claim=claim, nonces=[nonce]
+    )[0]
+
+
+def prove_many(
+    model: PreTrainedModel,
+    prompts: Sequence[str | TokenIds],
+    *,
+    max_new_tokens: int = 32,
+    sampler: Sampler = GREEDY,
+    claim: Identity | None = None,
+    nonces: Sequence[str] | None = None,
+    batch_size: int = BATCH,
+    cache_bits: int | None = None,
+    progress: Progress = silent,
+) -> list[Trace]:
+    """`prove` for many prompts, in batches of similar length; traces in the order of the prompts. Default
+    nonces: "0", "1", ... cache_bits: as in `generate`; the header does not say so, since this is what a host
+    does that saves memory in silence."""
+    nonces = [str(index) for index in range(len(prompts))] if nonces is None else list(nonces)
+    if len(nonces) != len(prompts):
+        raise BitassayError(
+            f"{len(nonces)} nonces for {len(prompts)} prompts", "give one for each prompt, or none"
+        )
+    for nonce in nonces:
+        check_nonce(nonce)
+    claimed, ids = (
+        ModelClaim.of(claim or identity(model)),
+        [encode_prompt(model, prompt) for prompt in prompts],
+    )
+    if numerics(model).dtype not in STATE_DTYPES:
+        raise BitassayError(
+            f"traces cannot hold {numerics(model).dtype} states",
+            f"load the model in {', '.join(STATE_DTYPES)}",
+        )
+    order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
+    traces: dict[int, Trace] = {}
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        progress("generating", start, len(order))
+        done = generate(
+            model,
+            [ids[index] for index in batch],
+            max_new_tokens=max_new_tokens,
+            sampler=sampler,
+            nonces=[nonces[index] for index in batch],
+            layers=tap_layers(model),
+            cache_bits=cache_bits,
+        )
+        for index, generation in zip(batch, done, strict=True):
+            header = _header(
+                model,
+                claimed,
+                Sampling.of(sampler, max_new_tokens),
+                nonces[index],
+                ids[index],
+                generation.output_ids,
+            )
+            traces[index] = Trace(header, generation.states)
+    progress("generating", len(order), len(order))
+    return [traces[index] for index in range(len(ids))]
+
+
+def fresh_nonce() -> str:
+    """A nonce that nobody can have foreseen."""
+    return secrets.token_hex(16)
+
+
+def _header(
+    model: PreTrainedModel,
+    claim: ModelClaim,
+    sampling: Sampling,
+    nonce: str,
+    prompt: TokenIds,
+    output: TokenIds,
+) -> Header:
+    try:
+        return Header(
+            model=claim,
+            numerics=numerics(model),
+            sampling=sampling,
+            nonce=nonce,
+            prompt_ids=tuple(prompt),
+            output_ids=tuple(output),
+            layers=tap_layers(model),
+            positions=tuple(range(len(prompt) + len(output) - 1)),
+        )
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise BitassayError(
+            f"{'.'.join(map(str, first['loc']))}: {first['msg']}",
+            "nonces have up to 128 of A-Z a-z 0-9 . _ : -",
+        ) from error

@@ -1,0 +1,115 @@
+"""The challenge: which positions a host must open, chosen by nobody.
+
+    seed = H("bitassay challenge 1" | commitment | beacon)
+
+and of the generated positions, and likewise of the prompt's, those are opened whose H(seed | position) is
+smallest. An opened position shows all sampled layers, so both halves of the evidence have the same layers.
+The commitment (root and header, see `receipt.py`) is part of the seed, but the signature is not: a host could
+sign the same claims in many ways and keep the one that it likes.
+
+**The beacon must come after the commitment.** It is 32 random bytes of the verifier, made when it has the
+receipt; or a public one (a drand round) whose round began after the receipt was handed over. A host that can
+foresee or choose the beacon grinds: it alters an unimportant bit of a bad cell, commits again, and looks
+where the challenge falls. Of n positions of which b are bad, k opened ones miss all bad ones with probability
+
+    C(n - b, k) / C(n, k)
+
+so that many tries on average (`grinding_tries`) are needed, each as cheap as one hash of the tree. That is
+a number of seconds, not security, unless b or k is near n. With a beacon it cannot foresee, a host has one
+try. The challenge names the commitment, so a second receipt does not answer it.
+
+What it cannot do: the statistic is a mean, so a few bad cells in a long text that are opened do not
+make a verdict by themselves; the challenge makes the opened mean an honest sample of the whole one.
+"""
+
+import hashlib
+import secrets
+from collections.abc import Sequence
+from math import comb
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from bitassay.errors import BitassayError
+from bitassay.record.files import read_json, write_json
+from bitassay.verification.receipts.receipt import Receipt
+from bitassay.verification.trace import TOKENS, Digest, Header
+
+GENERATED, PROMPT = 32, 8
+SEED = b"bitassay challenge 1\0"
+CHALLENGE_BYTES = 2**12
+
+
+class Challenge(BaseModel):
+    """commitment: of the receipt that is challenged. generated, prompt: how many positions of each to open;
+    all where there are fewer."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    challenge: Literal[1] = 1
+    commitment: Digest
+    beacon: Digest
+    generated: int = Field(ge=1, le=TOKENS)
+    prompt: int = Field(ge=1, le=TOKENS)
+
+
+def challenge(
+    receipt: Receipt, *, beacon: bytes | None = None, generated: int = GENERATED, prompt: int = PROMPT
+) -> Challenge:
+    """A challenge of `receipt`. beacon: 32 bytes that nobody could know before the receipt was handed over
+    (default: fresh random ones)."""
+    beacon = secrets.token_bytes(32) if beacon is None else beacon
+    try:
+        return Challenge(
+            commitment=receipt.commitment.hex(), beacon=beacon.hex(), generated=generated, prompt=prompt
+        )
+    except ValidationError as error:
+        raise _not_a_challenge("challenge", error) from error
+
+
+def opened_positions(one: Challenge, header: Header) -> tuple[int, ...]:
+    """The positions to open, ascending: of the prompt first, then generated ones."""
+    seed = hashlib.sha256(SEED + bytes.fromhex(one.commitment) + bytes.fromhex(one.beacon)).digest()
+    n_prompt = len(header.prompt_ids)
+    prompt = _smallest(seed, header.positions[:n_prompt], one.prompt)
+    return (*prompt, *_smallest(seed, header.positions[n_prompt:], one.generated))
+
+
+def evasion_probability(n: int, bad: int, opened: int) -> float:
+    """That `opened` of n positions, drawn at random, miss all the `bad` ones."""
+    return comb(n - bad, opened) / comb(n, opened)
+
+
+def grinding_tries(n: int, bad: int, opened: int) -> float:
+    """How many commitments a host that foresees the beacon makes on average until no bad position is
+    opened."""
+    chance = evasion_probability(n, bad, opened)
+    return 1 / chance if chance else float("inf")
+
+
+def write_challenge(path: str | Path, one: Challenge) -> None:
+    write_json(Path(path), one.model_dump())
+
+
+def read_challenge(path: str | Path) -> Challenge:
+    """Read a challenge that may come from anyone; a defect is a BitassayError that names the file."""
+    try:
+        return Challenge.model_validate(read_json(Path(path), limit_bytes=CHALLENGE_BYTES))
+    except ValidationError as error:
+        raise _not_a_challenge(str(path), error) from error
+
+
+def _smallest(seed: bytes, positions: Sequence[int], count: int) -> list[int]:
+    def draw(position: int) -> bytes:
+        return hashlib.sha256(seed + position.to_bytes(4, "little")).digest()
+
+    return sorted(sorted(positions, key=draw)[:count])
+
+
+def _not_a_challenge(where: str, error: ValidationError) -> BitassayError:
+    first = error.errors(include_input=False, include_url=False)[0]
+    return BitassayError(
+        f"{where}: not a challenge: {'.'.join(map(str, first['loc']))}: {first['msg']}",
+        "bitassay challenge RECEIPT --out FILE",
+    )

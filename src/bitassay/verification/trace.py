@@ -1,0 +1,290 @@
+"""The trace: what a prover claims (the header) and shows (hidden states), and how it travels.
+
+A trace is one safetensors file. Its `__metadata__` has one entry, `bitassay`: the header as JSON text. Its
+tensors are `layer.<n>`, one for each sampled decoder layer, `[positions, hidden]` in the declared dtype,
+before the final norm for the last layer.
+
+A trace is untrusted. `read_trace` looks at sizes before it allocates, at the header before the tensors, and
+refuses every defect with a TraceError that has a short code. What it returns is consistent in itself; whether
+it fits the verifier's model is for `structure.py` to say.
+"""
+
+import math
+import os
+import re
+import stat
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import safetensors.torch
+from jaxtyping import Float
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
+from safetensors import SafetensorError
+from torch import Tensor
+
+from bitassay.engines.sampling import Sampler
+from bitassay.errors import BitassayError
+from bitassay.models.load import Identity
+from bitassay.record.files import atomic_file, explain_os_error
+from bitassay.record.hashing import canonical_json
+from bitassay.verification.container import (
+    HEADER_KEY,
+    TraceError,
+    check_tiling,
+    declared_size,
+    read_metadata,
+    tensor_entry,
+)
+from bitassay.verification.numerics import STATE_DTYPES, Numerics
+
+SCHEMA_VERSION = 1
+TOKENS = 2**18
+LAYERS = 1024
+HIDDEN = 2**16
+SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+_Index = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class ModelClaim(_Part):
+    """Which model the prover says it ran. config_digest: of what the files beside the weights say
+    (`models/config.py`); None in what was written before there was one, where it is left out."""
+
+    name: str = Field(max_length=512)
+    weights_digest: Digest
+    tokenizer_digest: Digest
+    recipe_id: Digest | None
+    config_digest: Digest | None = None
+
+    @classmethod
+    def of(cls, identity: Identity) -> "ModelClaim":
+        return cls(
+            name=identity.name,
+            weights_digest=identity.weights_digest,
+            tokenizer_digest=identity.tokenizer_digest,
+            recipe_id=identity.recipe_id,
+            config_digest=identity.config_digest,
+        )
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, usual: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        """Without a configuration where there is none: what was signed without one keeps its digest."""
+        written = usual(self)
+        if self.config_digest is None:
+            written.pop("config_digest", None)
+        return written
+
+    def is_same_model(self, other: "ModelClaim") -> bool:
+        """Whether both name one model, whatever they call it. A configuration counts where both have one."""
+        exclude = {"name"}
+        if None in (self.config_digest, other.config_digest):
+            exclude.add("config_digest")
+        return self.model_dump(exclude=exclude) == other.model_dump(exclude=exclude)
+
+
+class Sampling(_Part):
+    """How the prover says it chose tokens. Values are as in `generate.sampling.Sampler`."""
+
+    sampler: Literal["greedy", "gumbel-max"]
+    temperature: float = Field(ge=0, le=100, allow_inf_nan=False)
+    top_p: float = Field(gt=0, le=1, allow_inf_nan=False)
+    seed: int = Field(ge=0, lt=2**63)
+    max_new_tokens: int = Field(ge=1, le=TOKENS)
+
+    @classmethod
+    def of(cls, sampler: Sampler, max_new_tokens: int) -> "Sampling":
+        return cls(
+            sampler=sampler.name,  # type: ignore[arg-type]
+            temperature=float(sampler.temperature),
+            top_p=float(sampler.top_p),
+            seed=sampler.seed,
+            max_new_tokens=max_new_tokens,
+        )
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> "Sampling":
+        if self.sampler != self.to_sampler().name:
+            raise ValueError(f"{self.sampler} at temperature {self.temperature} is a contradiction")
+        return self
+
+    def to_sampler(self) -> Sampler:
+        return Sampler(self.temperature, self.top_p, self.seed)
+
+
+NONCE = r"^[A-Za-z0-9._:-]*$"
+
+
+def check_nonce(nonce: str) -> None:
+    """Raises BitassayError for a nonce that no trace can hold."""
+    if len(nonce) > 128 or not re.fullmatch(NONCE, nonce):
+        raise BitassayError(
+            f"the nonce {nonce!r:.60} is not one that a trace can hold",
+            "nonces have up to 128 of A-Z a-z 0-9 . _ : -",
+        )
+
+
+class Header(_Part):
+    """Everything in a trace but the states. `positions` are those of prompt and output but for the last
+    token, from 0."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    model: ModelClaim
+    numerics: Numerics
+    sampling: Sampling
+    nonce: str = Field(max_length=128, pattern=NONCE)
+    prompt_ids: tuple[_Index, ...] = Field(min_length=1, max_length=TOKENS, strict=False)
+    output_ids: tuple[_Index, ...] = Field(min_length=1, max_length=TOKENS, strict=False)
+    layers: tuple[_Index, ...] = Field(min_length=1, max_length=LAYERS, strict=False)
+    positions: tuple[_Index, ...] = Field(min_length=1, max_length=2 * TOKENS, strict=False)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A header, and the states by layer in the declared dtype."""
+
+    header: Header
+    states: Mapping[int, Float[Tensor, "positions hidden"]]
+
+    @property
+    def n_tokens(self) -> int:
+        """Output tokens, the end-of-text token included."""
+        return len(self.header.output_ids)
+
+    @property
+    def n_prompt(self) -> int:
+        return len(self.header.prompt_ids)
+
+
+def tensor_name(layer: int) -> str:
+    return f"layer.{layer}"
+
+
+def write_trace(path: str | Path, trace: Trace) -> None:
+    """Write `trace` to `path`, whole or not at all."""
+    tensors = {tensor_name(layer): states.contiguous().clone() for layer, states in trace.states.items()}
+    metadata = {HEADER_KEY: canonical_json(trace.header.model_dump(mode="json"))}
+    with atomic_file(Path(path)) as temporary:
+        temporary.write_bytes(safetensors.torch.save(tensors, metadata))
+
+
+def read_trace(path: str | Path) -> Trace:
+    """Read a trace that may come from anyone. Raises TraceError for each defect of the content, BitassayError
+    where there is no file to read."""
+    path = Path(path)
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise TraceError("not-a-file", f"{path}: not a regular file")
+        with open(path, "rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            declared = declared_size(stream.read(8), size, path)
+            entries, header = _read_header(stream.read(declared), path)
+            _check_tensors(entries, header, size - 8 - declared, path)
+            stream.seek(0)
+            data = stream.read(size)
+    except OSError as error:
+        raise explain_os_error(error, path) from error
+    try:
+        tensors = safetensors.torch.load(data)
+    except SafetensorError as error:
+        raise TraceError("malformed", f"{path}: not a safetensors file ({error})") from error
+    trace = Trace(header, {layer: tensors[tensor_name(layer)] for layer in header.layers})
+    check_consistent(trace, str(path))
+    return trace
+
+
+def check_consistent(trace: Trace, where: str = "trace") -> None:
+    """Raise the TraceError for the first way in which header and states do not fit together, or in which a
+    state is not finite."""
+    header = validate_header(trace.header.model_dump(), where)
+    wanted = STATE_DTYPES.get(header.numerics.dtype)
+    if wanted is None:
+        raise TraceError(
+            "wrong-dtype",
+            f"{where}: states in {header.numerics.dtype!r}; known are {', '.join(STATE_DTYPES)}",
+        )
+    if len(set(header.layers)) != len(header.layers):
+        raise TraceError("duplicate-layer", f"{where}: a layer is named twice in {header.layers}")
+    if missing := sorted(set(header.layers) - set(trace.states)):
+        raise TraceError("missing-layer", f"{where}: no states of layer {missing[0]}, which the header names")
+    if extra := sorted(set(trace.states) - set(header.layers)):
+        raise TraceError(
+            "extra-layer", f"{where}: states of layer {extra[0]}, which the header does not name"
+        )
+    hidden = {states.shape[-1] for states in trace.states.values() if states.ndim == 2}
+    for layer, states in trace.states.items():
+        if states.dtype != wanted:
+            raise TraceError(
+                "wrong-dtype",
+                f"{where}: layer {layer} is {states.dtype}, the header says {header.numerics.dtype}",
+            )
+        if states.ndim != 2 or len(states) != len(header.positions) or len(hidden) > 1 or not states.shape[1]:
+            raise TraceError(
+                "wrong-shape",
+                f"{where}: layer {layer} is {list(states.shape)}, not [{len(header.positions)}, hidden]",
+            )
+        if not states.isfinite().all():
+            raise TraceError("not-finite", f"{where}: layer {layer} has NaN or infinity")
+
+
+def validate_header(content: Any, where: str = "trace") -> Header:
+    """The header in `content`, every field of it checked."""
+    if isinstance(content, dict) and content.get("schema_version") != SCHEMA_VERSION:
+        raise TraceError(
+            "schema-version",
+            f"{where}: schema version {content.get('schema_version')!r:.40}; this reads {SCHEMA_VERSION}",
+        )
+    try:
+        return Header.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        field = ".".join(map(str, first["loc"])) or "header"
+        raise TraceError("header-field", f"{where}: header field {field:.80}: {first['msg']}") from error
+
+
+def _read_header(raw: bytes, path: Path) -> tuple[dict[str, Any], Header]:
+    """The safetensors entries by tensor name, and the trace's own header."""
+    entries, content = read_metadata(raw, path)
+    return entries, validate_header(content, str(path))
+
+
+def _check_tensors(entries: dict[str, Any], header: Header, data_bytes: int, path: Path) -> None:
+    """Names, dtypes, shapes and offsets of all tensors, before a byte of them is read. They must tile the
+    rest of the file."""
+    names = {tensor_name(layer) for layer in header.layers}
+    if missing := sorted(names - set(entries)):
+        raise TraceError("missing-layer", f"{path}: no tensor {missing[0]}, which the header names")
+    if extra := sorted(set(entries) - names):
+        raise TraceError("extra-layer", f"{path}: a tensor {extra[0]!r:.80}, which the header does not name")
+    spans = []
+    for name, entry in entries.items():
+        shape, offsets, dtype = tensor_entry(name, entry, path)
+        if SAFETENSORS_DTYPES.get(dtype) != header.numerics.dtype:
+            raise TraceError(
+                "wrong-dtype", f"{path}: {name} is {dtype:.20}, the header says {header.numerics.dtype}"
+            )
+        if len(shape) != 2 or shape[0] != len(header.positions) or not 0 < shape[1] <= HIDDEN:
+            raise TraceError(
+                "wrong-shape", f"{path}: {name} is {shape!s:.60}, not [{len(header.positions)}, hidden]"
+            )
+        if offsets[1] - offsets[0] != math.prod(shape) * ITEM_BYTES[dtype]:
+            raise TraceError(
+                "wrong-offsets",
+                f"{path}: {name} declares bytes {offsets}, its shape {shape} needs another number",
+            )
+        spans.append(offsets)
+    check_tiling(spans, data_bytes, path)

@@ -1,0 +1,222 @@
+"""Tasks on several models: rows, resuming, and what is refused."""
+
+import importlib.util
+
+import pytest
+
+import bitassay
+from bitassay.errors import BitassayError, MissingError
+from bitassay.evaluation.statistics import holm, mcnemar
+
+pytest.importorskip("lm_eval")
+from lm_eval.models.huggingface import HFLM
+
+from bitassay.evaluation.questions import AskedTask, leaves, protocol_id
+from bitassay.evaluation.tasks import (
+    Candidate,
+    answer,
+    evaluate_tasks,
+    loaded_candidate,
+    quantized_candidate,
+)
+
+TASKS = ["mmlu_anatomy", "mmlu_anatomy_generative", "hellaswag", "arc_challenge"]
+
+
+@pytest.fixture(autouse=True)
+def _no_data_folder(monkeypatch):
+    monkeypatch.delenv("BITASSAY_DATA", raising=False)
+
+
+@pytest.fixture(scope="module")
+def run(stories, tmp_path_factory):
+    """Three models on four tasks, five items each, and the folder of that run."""
+    out = tmp_path_factory.mktemp("tasks") / "run"
+    models = [
+        loaded_candidate(stories, "base"),
+        *(quantized_candidate(stories, name) for name in ("w4", "w2")),
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("BITASSAY_DATA", raising=False)
+        return evaluate_tasks(models, TASKS, limit=5, out=out)[0], out, models
+
+
+def test_rows_are_by_task_metric_and_model(run):
+    rows = run[0]["rows"]
+    kinds = [("mmlu_anatomy", "acc"), ("mmlu_anatomy_generative", "exact_match")]
+    kinds += [(task, metric) for task in ("hellaswag", "arc_challenge") for metric in ("acc", "acc_norm")]
+    assert [(row["task"], row["metric"], row["model"]) for row in rows] == [
+        (*kind, model) for kind in kinds for model in ("base", "w4", "w2")
+    ]
+    assert {row["n"] for row in rows} == {5}
+    assert [row["protocol"] for row in rows[::3]][:3] == [
+        "mmlu_anatomy/5-shot[n=5 of the bundled slice]",
+        "mmlu_anatomy_generative/5-shot[n=5 of the bundled slice]",
+        "hellaswag/0-shot[n=5 of the bundled slice]",
+    ]
+
+
+def test_comparisons_follow_from_who_got_which_item_right(run):
+    rows, out = run[0]["rows"], run[1]
+    from bitassay.record.files import read_json
+
+    for start in range(0, len(rows), 3):
+        base, *others = rows[start : start + 3]
+        assert base["against"] is base["difference"] is base["p_value"] is None
+        p_values = []
+        right = [
+            [
+                item["metrics"][row["metric"]] == 1
+                for item in read_json(out / f"parts/m{place}-{row['task']}.json")["items"]
+            ]
+            for place, row in enumerate((base, *others))
+        ]
+        for row, found in zip(others, right[1:], strict=True):
+            lost = sum(a and not b for a, b in zip(right[0], found, strict=True))
+            gained = sum(b and not a for a, b in zip(right[0], found, strict=True))
+            assert (row["lost"], row["gained"]) == (lost, gained)
+            assert row["difference"] == pytest.approx(row["value"] - base["value"])
+            assert row["difference_ci"][0] <= row["difference"] <= row["difference_ci"][1]
+            assert row["p_value"] == mcnemar(lost, gained)
+            assert row["visible_difference"] > 1  # five items show nothing
+            p_values.append(row["p_value"])
+        assert [row["p_holm"] for row in others] == holm(p_values)
+
+
+def test_unparsed_texts_are_counted_and_wrong(run):
+    """The tiny model tells stories instead of naming a letter."""
+    for row in run[0]["rows"]:
+        if row["metric"] == "exact_match":
+            assert (row["unparsed"], row["value"], row["n"]) == (5, 0, 5)
+        else:
+            assert row["unparsed"] is None
+
+
+def test_a_finished_run_asks_no_model_again(run):
+    first, out, models = run
+
+    def never():
+        raise AssertionError("the model was made again")
+
+    again = [Candidate(one.name, one.about, never) for one in models]
+    found, _ = evaluate_tasks(again, TASKS, limit=5, out=out)
+    as_lists = [
+        {key: list(v) if isinstance(v, tuple) else v for key, v in row.items()} for row in first["rows"]
+    ]
+    assert [
+        {key: list(v) if isinstance(v, tuple) else v for key, v in row.items()} for row in found["rows"]
+    ] == as_lists
+
+
+def test_another_plan_is_not_mixed_in(run):
+    with pytest.raises(BitassayError, match=r"another plan .*limit"):
+        evaluate_tasks(run[2], TASKS, limit=4, out=run[1])
+
+
+@pytest.mark.parametrize("task", ["hellaswag", "arc_challenge", "mmlu_anatomy", "mmlu_anatomy_generative"])
+def test_answers_are_those_of_lm_evals_hf_model(run, stories, task):
+    from bitassay.record.files import read_json
+
+    hf = HFLM(pretrained=stories, tokenizer=stories.tokenizer, batch_size=2)
+    expected = answer(hf, AskedTask.of(leaves(task)[0], 5, None))
+    found = read_json(run[1] / f"parts/m0-{task}.json")
+    for one, other in zip(found["items"], expected["items"], strict=True):
+        assert (
+            one["answers"] == pytest.approx(other["answers"], abs=1e-3)
+            if "gen" not in task
+            else other["answers"]
+        )
+        assert one["metrics"] == other["metrics"]
+    assert found["results"] == expected["results"]
+
+
+def test_the_whole_of_a_folder_is_asked_without_a_limit(monkeypatch, tmp_path):
+    import json
+
+    row = {"subject": "anatomy", "question": "Which?", "choices": ["a", "b", "c", "d"], "answer": 2}
+    (tmp_path / "mmlu").mkdir()
+    (tmp_path / "mmlu/mmlu_test.jsonl").write_text(
+        "".join(json.dumps(row | {"question": f"{n}?"}) + "\n" for n in range(7))
+    )
+    monkeypatch.setenv("BITASSAY_DATA", str(tmp_path))
+    asked = AskedTask.of(leaves("mmlu_anatomy")[0], None, 2)
+    assert (len(asked.items), asked.shots) == (7, 2)
+    assert protocol_id("mmlu_anatomy", [asked], None) == "mmlu_anatomy/2-shot"
+    assert AskedTask.of(leaves("mmlu_anatomy")[0], 3, 0).items == [0, 2, 4]
+    with pytest.raises(BitassayError, match="6 examples were asked for, there are 5"):
+        AskedTask.of(leaves("mmlu_anatomy")[0], 3, 6)
+
+
+def test_names_stand_for_tasks():
+    assert len(leaves("mmlu")) == len(leaves("mmlu_generative")) == 57
+    assert leaves("mmlu")[1].name == "mmlu_anatomy"
+    assert leaves("mmlu_generative")[1].name == "mmlu_anatomy_generative"
+
+
+@pytest.fixture
+def few_tasks(monkeypatch):
+    """lm-eval's index of all its tasks takes long to read; that of one folder stands for it."""
+    import bitassay.evaluation.questions as questions
+
+    whole = questions._index
+    monkeypatch.setattr(questions, "_index", lambda folder: whole(folder or "arc"))
+
+
+def test_an_unknown_task_is_refused_with_the_nearest(few_tasks):
+    with pytest.raises(BitassayError, match="no task 'helaswag'; the nearest are 'hellaswag'"):
+        leaves("helaswag")
+
+
+def test_a_group_of_lm_eval_is_its_tasks(few_tasks):
+    assert [leaf.name for leaf in leaves("ai2_arc")] == ["arc_challenge", "arc_easy"]
+
+
+def test_data_that_cannot_be_fetched(few_tasks, stories, monkeypatch, tmp_path):
+    import datasets
+
+    def offline(*_, **__):
+        raise ConnectionError("no route to the hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(
+        MissingError, match=r"arc_easy: .*ConnectionError: no route to the hub.*\n.*BITASSAY_DATA"
+    ):
+        evaluate_tasks([loaded_candidate(stories, "base")], ["arc_easy"], limit=2, out=tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"tasks": ["hellaswag"], "limit": 0}, "limit of 0"),
+        ({"tasks": []}, "no task was given"),
+        ({"tasks": ["hellaswag", "hellaswag"]}, "named twice"),
+        ({"tasks": ["hellaswag"], "limit": 3, "shots": -1}, "cannot be asked with -1 examples"),
+    ],
+)
+def test_bad_input_is_refused_before_any_work(stories, tmp_path, options, said):
+    with pytest.raises(BitassayError, match=said):
+        evaluate_tasks([loaded_candidate(stories, "base")], out=tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_lm_eval_the_extra_is_named(stories, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        "bitassay.evaluation.questions.find_spec", lambda name: None if name == "lm_eval" else find_spec(name)
+    )
+    with pytest.raises(MissingError, match=r"pip install 'bitassay\[tasks\]'"):
+        evaluate_tasks([loaded_candidate(stories, "base")], ["hellaswag"])
+
+
+@pytest.mark.real
+def test_real_predictions_are_those_of_lm_evals_hf_model():
+    model = bitassay.load("smollm2-135m")
+    hf = HFLM(pretrained=model, tokenizer=model.tokenizer, batch_size=1)
+    from bitassay.evaluation.harness import BitassayLM
+
+    for task in ("hellaswag", "mmlu_anatomy"):
+        asked = AskedTask.of(leaves(task)[0], 3, None)
+        ours, expected = answer(BitassayLM(model), asked), answer(hf, asked)
+        assert [item["metrics"] for item in ours["items"]] == [item["metrics"] for item in expected["items"]]
+        for one, other in zip(ours["items"], expected["items"], strict=True):
+            assert one["answers"] == pytest.approx(other["answers"], abs=2e-3)

@@ -1,0 +1,229 @@
+"""A GGUF file of ours, read by transformers' loader and by ours, is the model that was written."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from gguf import GGUFReader
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+from bitassay.errors import BitassayError, MissingError
+from bitassay.models.load import load
+from bitassay.quantization.export import save as export
+from bitassay.quantization.export.gguf_file import write_gguf, written_before
+from bitassay.quantization.pipeline import quantize
+from bitassay.quantization.recipe.recipe import Recipe
+from bitassay.quantization.runtime.model import Quantization, with_tensors
+from bitassay.testing.tiny import tiny_model
+
+IDS = torch.arange(3, 60)[None]
+FRESH = """
+import sys, torch
+from pathlib import Path
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+ids, out, file = map(Path, sys.argv[1:])
+model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+with torch.inference_mode():
+    save_file({"logits": model(load_file(ids)["ids"]).logits.contiguous()}, out)
+assert not [name for name in sys.modules if name.startswith("bitassay")]
+"""
+
+
+def recipe(**weights) -> Recipe:
+    return Recipe.model_validate(
+        {"name": "test", "weights": {"granularity": "g32", "scale": "mse"} | weights}
+    )
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """Dequantized files go into a folder of the test's own."""
+    monkeypatch.setenv("BITASSAY_CACHE", str(tmp_path / "cache"))
+
+
+def logits(model):
+    with torch.inference_mode():
+        return model(IDS).logits
+
+
+def half_embedded(model):
+    """The model with an embedding and a head that fp16 holds exactly, so that the matrices decide alone."""
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        module.weight.data = module.weight.data.half().float()
+    return model
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_architectures_come_back_exactly(tmp_path, architecture, tied):
+    # transformers' GGUF loader takes qwen3's heads to be 128 wide, as those of all published ones are.
+    size = {"head_dim": 128} if architecture == "qwen3" else {}
+    base = half_embedded(tiny_model(architecture, num_hidden_layers=2, tie_word_embeddings=tied, **size))
+    for name, parameter in base.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_(generator=torch.Generator().manual_seed(len(name)))
+    quantized = quantize(base, recipe(format="int4"))
+    written = write_gguf(quantized, tmp_path / "w4.gguf")
+    assert dict(written.stored_as) == {"int4 g32 -> Q4_0": 14}
+    assert (written.bits_per_weight, written.relative_error) == (4.5, 0)
+    again = load(tmp_path / "w4.gguf")
+    ours, theirs = quantized.state_dict(), again.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+    assert torch.equal(logits(again), logits(quantized))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_mixed_schemes_and_changed_parameters(tmp_path, packed):
+    base = half_embedded(tiny_model("llama", num_hidden_layers=1, tie_word_embeddings=True))
+    overrides = [
+        {"match": "*.down_proj", "weights": {"format": "int8", "granularity": "g32"}},
+        {"match": "*.up_proj", "weights": {"format": "int4", "granularity": "g32", "symmetric": False}},
+        {"match": "*.gate_proj", "weights": {"format": "fp8_e4m3", "granularity": "channel"}},
+        {"match": "*.k_proj", "weights": {"format": "ternary", "granularity": "g36"}},
+        {"match": "*.v_proj", "weights": None},
+    ]
+    mixed = recipe(format="binary").model_copy(
+        update={
+            "overrides": Recipe.model_validate(
+                {"name": "o", "weights": None, "overrides": overrides}
+            ).overrides
+        }
+    )
+    changed = {
+        "model.norm.weight": base.model.norm.weight * 1.5,
+        "lm_head.weight": base.lm_head.weight.flip(0).half().float(),
+    }
+    tensors = quantize(base, mixed).quantization.tensors
+    quantized = with_tensors(base, Quantization(mixed, tensors, changed), packed=packed)
+    written = write_gguf(quantized, tmp_path / "mixed.gguf")
+    assert dict(written.stored_as) == {
+        "binary g32 -> Q4_0": 2,
+        "int8 g32 -> Q8_0": 1,
+        "int4 g32 -> Q4_1": 1,
+        "fp8_e4m3 channel -> F16": 1,
+        "ternary g36 -> F16": 1,
+    }
+    assert 0 < written.relative_error < 1e-3
+    again = load(tmp_path / "mixed.gguf")
+    assert torch.equal(again.lm_head.weight, changed["lm_head.weight"])
+    assert torch.equal(again.model.norm.weight, changed["model.norm.weight"])
+    for name in ("o_proj", "q_proj"):
+        tensor = tensors[f"model.layers.0.self_attn.{name}"]
+        assert torch.equal(
+            again.get_submodule(f"model.layers.0.self_attn.{name}").weight, tensor.dequantize()
+        )
+    torch.testing.assert_close(logits(again), logits(quantized), rtol=0, atol=2e-3)
+    assert not torch.equal(logits(again), logits(quantized))
+
+
+def test_a_fresh_process_that_knows_transformers_alone(stories, tmp_path):
+    base = half_embedded(tiny_model("llama", num_hidden_layers=1))
+    quantized = quantize(base, recipe(format="int2", symmetric=False))
+    write_gguf(quantized, tmp_path / "w2.gguf")
+    save_file({"ids": IDS}, tmp_path / "ids.safetensors")
+    command = [
+        sys.executable,
+        "-c",
+        FRESH,
+        tmp_path / "ids.safetensors",
+        tmp_path / "out",
+        tmp_path / "w2.gguf",
+    ]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert torch.equal(load_file(tmp_path / "out")["logits"], logits(quantized))
+
+
+def test_a_model_that_is_not_quantized_is_written_in_16_bits(tmp_path):
+    base = tiny_model("qwen2", num_hidden_layers=1).bfloat16()
+    written = write_gguf(base, tmp_path / "base.gguf")
+    assert not written.stored_as
+    kinds = {tensor.tensor_type.name for tensor in GGUFReader(tmp_path / "base.gguf").tensors}
+    assert kinds == {"BF16", "F32"}
+    again = load(tmp_path / "base.gguf")
+    for name, parameter in base.named_parameters():
+        assert torch.equal(again.get_parameter(name), parameter.float()), name
+
+
+def test_the_tokenizer_goes_along(stories, tmp_path):
+    write_gguf(stories, tmp_path / "stories.gguf")
+    theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="stories.gguf")
+    for text in ("Once upon a time, there was a little girl.", "é and 17 — bytes"):
+        assert theirs(text).input_ids == stories.tokenizer(text).input_ids
+
+
+def test_a_gguf_base_hands_down_its_tokenizer(stories, tmp_path):
+    write_gguf(stories, tmp_path / "base.gguf")
+    base = load(tmp_path / "base.gguf")
+    assert base.identity.source.gguf == tmp_path / "base.gguf"
+    write_gguf(quantize(base, recipe(format="int8")), tmp_path / "w8.gguf")
+    ours, theirs = (GGUFReader(tmp_path / name).fields for name in ("w8.gguf", "base.gguf"))
+    handed_down = [key for key in theirs if key.startswith("tokenizer.")]
+    assert len(handed_down) > 5
+    for key in handed_down:
+        assert ours[key].contents() == theirs[key].contents(), key
+        assert ours[key].types == theirs[key].types, key
+
+
+def test_the_file_says_where_it_comes_from(stories, tmp_path):
+    quantized = quantize(stories, recipe(format="int8"))
+    write_gguf(quantized, tmp_path / "w8.gguf")
+    known = quantized.identity
+    assert written_before(tmp_path / "w8.gguf") == (known.recipe_id, known.weights_digest)
+    write_gguf(stories, tmp_path / "base.gguf")
+    assert written_before(tmp_path / "base.gguf") is None
+    (tmp_path / "rubbish.gguf").write_bytes(b"GGUF" + bytes(100))
+    assert written_before(tmp_path / "rubbish.gguf") is None
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "message"),
+    [
+        ("gemma3", {}, "gemma3_text family"),
+        ("mixtral", {}, "mixtral family"),
+        ("mistral", {"sliding_window": 64}, "sliding windows"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+            "stretched",
+        ),
+    ],
+)
+def test_what_llama_cpp_would_run_as_another_model_is_refused(tmp_path, architecture, changes, message):
+    base = tiny_model(architecture, num_hidden_layers=1, **changes)
+    with pytest.raises(BitassayError, match=message):
+        write_gguf(base, tmp_path / "out.gguf")
+    assert not list(tmp_path.glob("*"))
+
+
+def test_a_tokenizer_that_llama_cpp_does_not_know_is_refused(tmp_path):
+    base = tiny_model("llama", num_hidden_layers=1)
+    base.tokenizer = None
+    with pytest.raises(BitassayError, match="no tokenizer"):
+        write_gguf(base, tmp_path / "out.gguf")
+    assert not list(tmp_path.glob("*.gguf*"))
+
+
+def test_a_file_in_the_way_and_a_full_disk(stories, tmp_path, monkeypatch):
+    (tmp_path / "mine.gguf").write_text("keep me")
+    with pytest.raises(BitassayError, match="exists already"):
+        write_gguf(stories, tmp_path / "mine.gguf")
+    assert (tmp_path / "mine.gguf").read_text() == "keep me"
+    usage = export.shutil._ntuple_diskusage(10**9, 10**9, 10**5)
+    monkeypatch.setattr(export.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(MissingError, match="0 MB are free"):
+        write_gguf(stories, tmp_path / "deep" / "out.gguf")
+    assert not (tmp_path / "deep").exists()
+
+
+def test_a_truncated_file_is_refused(stories, tmp_path):
+    path = tmp_path / "stories.gguf"
+    write_gguf(stories, path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(BitassayError, match=r"stories\.gguf: cannot be read as GGUF"):
+        load(path)
