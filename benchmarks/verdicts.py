@@ -13,7 +13,7 @@ import time
 from scipy import stats
 
 import bitassay
-from bitassay.models.load import identity
+from bitassay.models.identity import identity
 from bitassay.quantization.pipeline import quantize
 from bitassay.record.environment import environment
 from bitassay.studies.verification import chosen_prompts

@@ -22,7 +22,7 @@ from bitassay.bench.roofline import Matrices, machine_limits, matrices_of, produ
 from bitassay.bench.throughput import Times, time_once
 from bitassay.data.corpora import corpus
 from bitassay.errors import BitassayError
-from bitassay.models.load import tokenizer
+from bitassay.models.identity import tokenizer
 from bitassay.models.positions import context_length
 from bitassay.models.walk import decoder_layers
 from bitassay.quantization.inputs.kv_cache import token_bytes

@@ -21,8 +21,9 @@ from bitassay.bench.roofline import Cost
 from bitassay.bench.rounds import INTERVAL, ratio_of, spread, turns
 from bitassay.bench.worker import Job, Worker
 from bitassay.errors import BitassayError, at_least
-from bitassay.models.device import as_device
-from bitassay.models.load import AUTO, Identity, as_dtype, layer_count
+from bitassay.models.config import layer_count
+from bitassay.models.identity import Identity
+from bitassay.models.options import AUTO, as_device, as_dtype
 from bitassay.models.source import resolve
 from bitassay.quantization.export.fits import check_fit
 from bitassay.quantization.recipe.recipe import BASE, Recipe, find_recipe, row_names
@@ -105,7 +106,7 @@ def bench(
     sources = {name: resolve(name, progress) for name in (model, *plan.candidates)}
     places = list[Place]()
     if controls and any(recipe.replication is not None for recipe in plan.recipes):
-        layers = layer_count(sources[model], trust_remote_code=trust_remote_code)
+        layers = layer_count(sources[model].folder, trust_remote_code=trust_remote_code)
         with_them, places = with_controls(plan.recipes, layers)
         plan = replace(plan, recipes=with_them)
     digests = {name: Identity(source).weights_digest for name, source in sources.items()}

@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError
-from bitassay.models.load import AUTO
+from bitassay.models.options import AUTO
 from bitassay.record.environment import environment
 from bitassay.record.files import atomic_file, read_json, write_json
 from bitassay.record.processes import end_with_parent
