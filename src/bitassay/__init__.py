@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 __all__ = ["Recipe", "evaluate", "load", "prove", "quantize", "verify"]
 
 if TYPE_CHECKING:
-    from bitassay.evaluation.compare import evaluate
+    from bitassay.evaluation.quality import evaluate
     from bitassay.models.load import load
     from bitassay.quantization.pipeline import quantize
     from bitassay.quantization.recipe.recipe import Recipe
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Recipe": "bitassay.quantization.recipe.recipe",
-    "evaluate": "bitassay.evaluation.compare",
+    "evaluate": "bitassay.evaluation.quality",
     "load": "bitassay.models.load",
     "prove": "bitassay.verification.prove",
     "quantize": "bitassay.quantization.pipeline",

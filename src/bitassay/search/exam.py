@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from bitassay.bench.throughput import throughput
 from bitassay.data.windows import Protocol
 from bitassay.errors import BitassayError
-from bitassay.evaluation.compare import TextDifference, score_windows, summarise, text_difference
 from bitassay.evaluation.divergence import TokenScores, token_scores, window_logits
+from bitassay.evaluation.quality import TextDifference, score_windows, summarise, text_difference
 from bitassay.models.load import AUTO, load
 from bitassay.models.windows import model_windows
 from bitassay.quantization.export.plan import plan_export

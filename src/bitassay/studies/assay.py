@@ -27,9 +27,9 @@ from bitassay.bench.throughput import DECODE_TOKENS, throughput
 from bitassay.data.corpora import check_corpus
 from bitassay.data.windows import Protocol
 from bitassay.errors import BitassayError, at_least
-from bitassay.evaluation.compare import INTERVAL, INTERVALS, score_windows, summarise
 from bitassay.evaluation.controls import pair
 from bitassay.evaluation.divergence import TokenScores
+from bitassay.evaluation.quality import INTERVAL, INTERVALS, score_windows, summarise
 from bitassay.models.load import AUTO, as_dtype, identity, load
 from bitassay.models.positions import context_length
 from bitassay.models.walk import decoder_layers

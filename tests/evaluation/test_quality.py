@@ -8,8 +8,8 @@ import bitassay
 from bitassay.data.windows import Protocol, token_windows
 from bitassay.errors import BitassayError
 from bitassay.evaluation import compare
-from bitassay.evaluation.compare import evaluate_all, score_windows, summarise
 from bitassay.evaluation.divergence import TokenScores
+from bitassay.evaluation.quality import evaluate_all, score_windows, summarise
 from bitassay.evaluation.statistics import FEWEST
 from bitassay.quantization.recipe.recipe import BASE
 from bitassay.testing.tiny import tiny_model
