@@ -50,7 +50,7 @@ from bitassay.data.windows import Protocol, token_windows
 from bitassay.errors import BitassayError, MissingError
 from bitassay.evaluation.quality import score_windows, summarise
 from bitassay.evaluation.statistics import log_difference_interval, mean_of
-from bitassay.models.load import tokenizer
+from bitassay.models.identity import tokenizer
 from bitassay.models.walk import walk
 from bitassay.quantization.recipe.formats import FORMATS
 from bitassay.quantization.recipe.recipe import BASE, Recipe, find_recipe

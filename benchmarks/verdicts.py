@@ -14,7 +14,7 @@ from scipy import stats
 
 import bitassay
 from bitassay.bench.environment import environment
-from bitassay.models.load import identity
+from bitassay.models.identity import identity
 from bitassay.quantization.pipeline import quantize
 from bitassay.studies.verification import chosen_prompts
 from bitassay.verification.calibrate import calibrate

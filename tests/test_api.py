@@ -12,8 +12,8 @@ from importlib.resources import files
 import pytest
 
 import bitassay
+from bitassay.engines.load import load
 from bitassay.evaluation.quality import evaluate
-from bitassay.models.load import load
 from bitassay.quantization.pipeline import quantize
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.verification.prove import prove

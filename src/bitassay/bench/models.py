@@ -1,8 +1,8 @@
 """Time models beside each other and beside what the machine could do: `bench`.
 
 Every model is packed, as it would be run, in a process of its own. A round measures the machine's limits,
-then every workload (`workload.py`) by every model in turn, in another order each round; figures are medians over
-rounds, and comparisons with the base model are ratios within rounds (`rounds.py`). The share of the bound
+then every workload (`workload.py`) by every model in turn, in another order each round; figures are medians
+over rounds, comparisons with the base model ratios within rounds (`rounds.py`). The share of the bound
 that was reached (`roofline.py`) is within rounds too.
 
 Each workload of each round is a part of the run folder: the same command goes on where it was stopped.
@@ -21,8 +21,9 @@ from bitassay.bench.rounds import INTERVAL, ratio_of, spread, turns
 from bitassay.bench.worker import Job, Worker
 from bitassay.bench.workload import Timer, Workload
 from bitassay.errors import BitassayError, at_least
-from bitassay.models.device import as_device
-from bitassay.models.load import AUTO, Identity, as_dtype, layer_count
+from bitassay.models.config import layer_count
+from bitassay.models.identity import Identity
+from bitassay.models.options import AUTO, as_device, as_dtype
 from bitassay.models.source import resolve
 from bitassay.quantization.export.fits import check_fit
 from bitassay.quantization.recipe.recipe import BASE, Recipe, find_recipe, row_names
@@ -105,7 +106,7 @@ def bench(
     sources = {name: resolve(name, progress) for name in (model, *plan.candidates)}
     places = list[Place]()
     if controls and any(recipe.replication is not None for recipe in plan.recipes):
-        layers = layer_count(sources[model], trust_remote_code=trust_remote_code)
+        layers = layer_count(sources[model].folder, trust_remote_code=trust_remote_code)
         with_them, places = with_controls(plan.recipes, layers)
         plan = replace(plan, recipes=with_them)
     digests = {name: Identity(source).weights_digest for name, source in sources.items()}
@@ -191,8 +192,8 @@ def measure_rounds(
 
 
 def work_of(workload: Workload) -> int:
-    """About how much work a workload is, in tokens of a prefill. A decoding step reads all weights, which takes
-    about as long as some tokens of a prefill take to compute."""
+    """Return about how much work a workload is, in tokens of a prefill. A decoding step reads all weights,
+    which takes about as long as some tokens of a prefill take to compute."""
     return workload.batch * workload.prompt_tokens + workload.new_tokens * (16 + workload.batch)
 
 

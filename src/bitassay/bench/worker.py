@@ -26,10 +26,11 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from bitassay.bench.workload import ModelTimer, Workload
+from bitassay.engines.load import load
 from bitassay.errors import BitassayError, MissingError
-from bitassay.models.checkpoint import read_card
-from bitassay.models.load import AUTO, load
+from bitassay.models.options import AUTO
 from bitassay.models.source import resolve
+from bitassay.quantization.export.card import read_card
 from bitassay.quantization.pipeline import quantize_once
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.record.files import read_json, write_json

@@ -1,8 +1,8 @@
-"""What is timed: workloads, one for each batch size and each context length; and how one model times a workload.
+"""What is timed, and how one model is timed: a workload is `batch` prompts of `prompt_tokens` tokens read at
+once, then `new_tokens` greedy steps.
 
-A workload is `batch` prompts of `prompt_tokens` tokens read at once, then `new_tokens` greedy steps. The first
-time that a process sees a workload it runs it once without the clock: that warms caches up, makes the kernels'
-own arrangements of the codes, and shows how much memory the workload takes.
+The first time that a process sees a workload it runs it once without the clock: that warms caches up, makes
+the kernels' own arrangements of the codes, and shows how much memory the workload takes.
 
 A workload that cannot be run is skipped with the reason: it has more tokens than the model has positions, or
 needs more memory than is free, by an estimate or because the attempt failed.
@@ -23,7 +23,7 @@ from bitassay.bench.roofline import Matrices, machine_limits, matrices_of, produ
 from bitassay.bench.throughput import Times, time_once
 from bitassay.data.corpora import corpus
 from bitassay.errors import BitassayError
-from bitassay.models.load import tokenizer
+from bitassay.models.identity import tokenizer
 from bitassay.models.positions import context_length
 from bitassay.models.walk import decoder_layers
 from bitassay.quantization.inputs.kv_cache import token_bytes
@@ -137,7 +137,8 @@ class ModelTimer:
         return f"needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free" if needed > free else ""
 
     def needed_bytes(self, workload: Workload) -> int:
-        """About what a workload takes beside the weights: its cache, and the widest activations of a prefill."""
+        """Return about how many bytes a workload takes besides the weights: its cache, and the widest
+        activations of a prefill."""
         text = self.model.config.get_text_config(decoder=True)
         wide = 6 * text.hidden_size + 4 * (getattr(text, "intermediate_size", None) or 4 * text.hidden_size)
         prompt = workload.batch * workload.prompt_tokens

@@ -82,10 +82,11 @@ def eval(
     from bitassay.cli.progress import show_progress
     from bitassay.data.corpora import check_corpus
     from bitassay.data.windows import token_windows
+    from bitassay.engines.load import load
     from bitassay.evaluation.controls import evaluate_with_controls
     from bitassay.evaluation.quality import evaluate_all
     from bitassay.evaluation.tasks import check_tasks
-    from bitassay.models.load import load, tokenizer
+    from bitassay.models.identity import tokenizer
     from bitassay.models.source import resolve
     from bitassay.models.windows import check_folder
     from bitassay.quantization.export.fits import check_fit

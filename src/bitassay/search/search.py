@@ -34,7 +34,7 @@ from optuna.trial import FrozenTrial, TrialState
 from bitassay.bench.environment import environment
 from bitassay.errors import BitassayError
 from bitassay.evaluation.quality import INTERVAL, INTERVALS, PAIR_INTERVALS
-from bitassay.models.load import identity
+from bitassay.models.identity import identity
 from bitassay.quantization.export.fits import check_fit
 from bitassay.quantization.pipeline import quantize_tensors_once
 from bitassay.quantization.recipe.recipe import BASE, Recipe, find_recipe, row_names

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from bitassay.bench.environment import environment
 from bitassay.data.corpora import bundled_prompts, prompts_from
 from bitassay.engines.decode import vocabulary_size
+from bitassay.engines.load import load
 from bitassay.engines.prompts import encode_prompt
 from bitassay.errors import BitassayError, at_least
 from bitassay.evaluation.generation import (
@@ -28,7 +29,8 @@ from bitassay.evaluation.generation import (
     decoded,
     prefix_lengths,
 )
-from bitassay.models.load import AUTO, Identity, as_dtype, identity, load
+from bitassay.models.identity import Identity, identity
+from bitassay.models.options import AUTO, as_dtype
 from bitassay.models.positions import context_length
 from bitassay.models.source import resolve
 from bitassay.quantization.export.fits import check_fit
