@@ -15,7 +15,7 @@ from typing import Any
 
 import bitassay
 from bitassay.data.windows import Protocol, token_windows
-from bitassay.evaluation.compare import score_windows, summarise
+from bitassay.evaluation.quality import score_windows, summarise
 from bitassay.quantization.recipe.recipe import BASE, Recipe
 from bitassay.record.environment import environment
 

@@ -15,7 +15,7 @@ import torch
 
 import bitassay
 from bitassay.data.windows import Protocol, token_windows
-from bitassay.evaluation.compare import score_windows
+from bitassay.evaluation.quality import score_windows
 from bitassay.quantization.recipe.recipe import BASE
 from bitassay.record.environment import environment
 

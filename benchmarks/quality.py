@@ -47,7 +47,7 @@ from transformers.modeling_outputs import CausalLMOutput
 import bitassay
 from bitassay.data.windows import Protocol, token_windows
 from bitassay.errors import BitassayError, MissingError
-from bitassay.evaluation.compare import score_windows, summarise
+from bitassay.evaluation.quality import score_windows, summarise
 from bitassay.evaluation.statistics import log_difference_interval, mean_of
 from bitassay.models.identity import tokenizer
 from bitassay.models.walk import walk

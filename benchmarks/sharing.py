@@ -32,8 +32,8 @@ from transformers import PreTrainedModel
 
 import bitassay
 from bitassay.data.windows import Protocol, token_windows
-from bitassay.evaluation.compare import score_windows, summarise, text_difference
 from bitassay.evaluation.divergence import TokenScores
+from bitassay.evaluation.quality import score_windows, summarise, text_difference
 from bitassay.models.walk import decoder_layers, module_name, walk
 from bitassay.quantization.pipeline import quantize_once
 from bitassay.quantization.recipe.recipe import BASE, Recipe

@@ -28,8 +28,8 @@ from transformers import PreTrainedModel
 
 import bitassay
 from bitassay.data.windows import Protocol, token_windows
-from bitassay.evaluation.compare import score_windows, summarise
 from bitassay.evaluation.divergence import TokenScores
+from bitassay.evaluation.quality import score_windows, summarise
 from bitassay.evaluation.statistics import log_difference_interval, mean_of
 from bitassay.models.walk import walk
 from bitassay.quantization.codes.tensor import quantize_tensor

@@ -82,8 +82,8 @@ def eval(
     from bitassay.data.corpora import check_corpus
     from bitassay.data.windows import token_windows
     from bitassay.engines.load import load
-    from bitassay.evaluation.compare import evaluate_all
     from bitassay.evaluation.controls import evaluate_with_controls
+    from bitassay.evaluation.quality import evaluate_all
     from bitassay.evaluation.tasks import check_tasks
     from bitassay.models.identity import tokenizer
     from bitassay.models.source import resolve

@@ -32,7 +32,7 @@ from filelock import FileLock, Timeout
 from optuna.trial import FrozenTrial, TrialState
 
 from bitassay.errors import BitassayError
-from bitassay.evaluation.compare import INTERVAL, INTERVALS, PAIR_INTERVALS
+from bitassay.evaluation.quality import INTERVAL, INTERVALS, PAIR_INTERVALS
 from bitassay.models.identity import identity
 from bitassay.quantization.export.fits import check_fit
 from bitassay.quantization.pipeline import quantize_tensors_once

@@ -27,9 +27,9 @@ from bitassay.data.corpora import check_corpus
 from bitassay.data.windows import Protocol
 from bitassay.engines.load import load
 from bitassay.errors import BitassayError, at_least
-from bitassay.evaluation.compare import INTERVAL, INTERVALS, score_windows, summarise
 from bitassay.evaluation.controls import pair
 from bitassay.evaluation.divergence import TokenScores
+from bitassay.evaluation.quality import INTERVAL, INTERVALS, score_windows, summarise
 from bitassay.models.identity import identity
 from bitassay.models.options import AUTO, as_dtype
 from bitassay.models.positions import context_length

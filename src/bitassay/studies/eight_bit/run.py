@@ -17,7 +17,7 @@ from typing import Any
 
 from bitassay.bench.matmul import matmul
 from bitassay.bench.models import bench
-from bitassay.evaluation.compare import INTERVAL, INTERVALS, PAIR_INTERVALS, summarise, text_difference
+from bitassay.evaluation.quality import INTERVAL, INTERVALS, PAIR_INTERVALS, summarise, text_difference
 from bitassay.evaluation.questions import require_lm_eval
 from bitassay.evaluation.statistics import ALPHA, TANGO, WILSON, accuracy_interval, holm, paired_difference
 from bitassay.evaluation.tasks import is_letter

@@ -15,8 +15,8 @@ from typing import Any
 from bitassay.bench.models import bench
 from bitassay.bench.rounds import RATIO, ratio_of
 from bitassay.data.corpora import corpus
-from bitassay.evaluation.compare import INTERVAL, INTERVALS, PAIR_INTERVALS, summarise
 from bitassay.evaluation.controls import pair
+from bitassay.evaluation.quality import INTERVAL, INTERVALS, PAIR_INTERVALS, summarise
 from bitassay.evaluation.statistics import LOG, LOGIT, log_interval, logit_interval, mean_of
 from bitassay.models.config import layer_count
 from bitassay.models.source import resolve
