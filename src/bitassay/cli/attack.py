@@ -50,7 +50,8 @@ def attack(
         matrix_columns,
         write_attack_report,
     )
-    from bitassay.studies.attacks.study import ATTACKS, VARIANTS, AttackPlan, attack
+    from bitassay.studies.attacks.study import VARIANTS, AttackPlan, attack
+    from bitassay.verification.attacks.registry import ATTACKS
 
     plan = AttackPlan(
         sequences,
