@@ -21,11 +21,11 @@ import torch
 from transformers import PreTrainedModel
 
 import bitassay
-from bitassay.bench.environment import environment
 from bitassay.bench.roofline import Cost, machine_limits
 from bitassay.bench.rounds import INTERVAL, ratio_of, spread, turns
 from bitassay.bench.workload import ModelTimer, Workload
 from bitassay.models.walk import walk
+from bitassay.record.environment import environment
 
 OURS = {"int8": "w8", "int4": "w4"}
 BASE = "transformers bf16"

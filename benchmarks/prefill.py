@@ -16,12 +16,12 @@ from collections import defaultdict
 from torch.profiler import ProfilerActivity, profile
 
 import bitassay
-from bitassay.bench.environment import environment
 from bitassay.bench.roofline import matrix_peak, product_dtype
 from bitassay.bench.rounds import INTERVAL, ratio_of, spread, turns
 from bitassay.bench.throughput import time_once
 from bitassay.bench.workload import ModelTimer, Workload
 from bitassay.quantization.recipe.recipe import Recipe
+from bitassay.record.environment import environment
 
 W8A8 = {"name": "w8a8", "weights": {"format": "int8", "granularity": "channel"}, "activations": {}}
 # The first pattern that an operation's name holds says what it is for.

@@ -17,7 +17,6 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bitassay.bench.environment import environment
 from bitassay.bench.memory import peak_memory
 from bitassay.bench.roofline import Matrices, machine_limits, matrices_of, product_dtype
 from bitassay.bench.throughput import Times, time_once
@@ -34,6 +33,7 @@ from bitassay.quantization.runtime.model import (
     quantization_of,
     size_bytes,
 )
+from bitassay.record.environment import environment
 
 TEXT_LETTERS = 200_000
 CORPUS = "wikitext2-raw"

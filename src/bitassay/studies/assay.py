@@ -22,7 +22,6 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
-from bitassay.bench.environment import environment
 from bitassay.bench.throughput import DECODE_TOKENS, throughput
 from bitassay.data.corpora import check_corpus
 from bitassay.data.windows import Protocol
@@ -49,6 +48,7 @@ from bitassay.quantization.runtime.model import (
     size_bytes,
     with_tensors,
 )
+from bitassay.record.environment import environment
 from bitassay.record.files import check_folder, write_json
 from bitassay.record.progress import Progress, silent
 from bitassay.record.run import RunFolder, default_folder

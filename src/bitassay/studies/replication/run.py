@@ -12,7 +12,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bitassay.bench.environment import environment
 from bitassay.bench.models import bench
 from bitassay.bench.rounds import RATIO, ratio_of
 from bitassay.data.corpora import corpus
@@ -23,6 +22,7 @@ from bitassay.models.config import layer_count
 from bitassay.models.source import resolve
 from bitassay.quantization.recipe.recipe import BASE
 from bitassay.quantization.replication.controls import KINDS, REPLICA, Place
+from bitassay.record.environment import environment
 from bitassay.record.files import write_json
 from bitassay.record.progress import Progress, silent
 from bitassay.record.run import RunFolder
