@@ -17,7 +17,7 @@ __all__ = ["Recipe", "evaluate", "load", "prove", "quantize", "verify"]
 
 if TYPE_CHECKING:
     from bitassay.engines.load import load
-    from bitassay.evaluation.compare import evaluate
+    from bitassay.evaluation.quality import evaluate
     from bitassay.quantization.pipeline import quantize
     from bitassay.quantization.recipe.recipe import Recipe
     from bitassay.verification.prove import prove
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Recipe": "bitassay.quantization.recipe.recipe",
-    "evaluate": "bitassay.evaluation.compare",
+    "evaluate": "bitassay.evaluation.quality",
     "load": "bitassay.engines.load",
     "prove": "bitassay.verification.prove",
     "quantize": "bitassay.quantization.pipeline",

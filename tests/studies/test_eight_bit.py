@@ -20,7 +20,7 @@ pytest.importorskip("lm_eval")
 import bitassay
 from bitassay.data.windows import Protocol
 from bitassay.errors import BitassayError, MissingError
-from bitassay.evaluation.compare import evaluate
+from bitassay.evaluation.quality import evaluate
 from bitassay.evaluation.statistics import holm, paired_difference
 from bitassay.models.identity import Identity
 from bitassay.models.source import resolve

@@ -12,7 +12,6 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from bitassay.bench.environment import environment
 from bitassay.data.corpora import bundled_prompts, prompts_from
 from bitassay.engines.decode import vocabulary_size
 from bitassay.engines.load import load
@@ -37,6 +36,7 @@ from bitassay.quantization.export.fits import check_fit
 from bitassay.quantization.pipeline import quantize_once
 from bitassay.quantization.recipe.recipe import BASE, Recipe, find_recipe, row_names
 from bitassay.quantization.runtime.model import check_recipe
+from bitassay.record.environment import environment
 from bitassay.record.files import check_folder, write_json
 from bitassay.record.hashing import digest_json
 from bitassay.record.progress import Progress, silent
