@@ -22,10 +22,9 @@ from bitassay.errors import BitassayError, MissingError
 from bitassay.models.checkpoint import CARD_FILE, Base, Card, hashed_files, read_card
 from bitassay.models.load import attention_of, identity, load
 from bitassay.models.walk import fused_experts, walk
+from bitassay.quantization.codes.storage import Stored, description, stored_tensors
 from bitassay.quantization.export import compressed, plain_load
-from bitassay.quantization.export.layout import Stored, description, stored_tensors
 from bitassay.quantization.recipe.recipe import Recipe
-from bitassay.quantization.recipe.replication import is_replica
 from bitassay.quantization.runtime.model import (
     Quantization,
     bits_per_weight,
@@ -33,6 +32,7 @@ from bitassay.quantization.runtime.model import (
     quantized_weights,
     size_bytes,
 )
+from bitassay.quantization.runtime.replicas import is_replica
 from bitassay.record.files import atomic_folder, read_json, write_json
 from bitassay.record.hashing import canonical_json, digest_file
 from bitassay.record.progress import Progress, silent
