@@ -30,20 +30,22 @@ from bitassay.models.source import Source
 from bitassay.models.transposed import as_linears
 from bitassay.models.walk import decoder_layers, matrices, walk
 from bitassay.models.weights import weight_files
+from bitassay.quantization.codes import storage
+from bitassay.quantization.codes.storage import Stored
 from bitassay.quantization.codes.tensor import QuantizedTensor
-from bitassay.quantization.export import compressed, layout
+from bitassay.quantization.export import compressed
 from bitassay.quantization.export.card import CARD_FILE, Card
-from bitassay.quantization.export.layout import Stored
 from bitassay.quantization.export.plain_load import Piece, exact_scales, expert_pieces, joined, module_names
 from bitassay.quantization.inputs.activations import InputRounding
 from bitassay.quantization.recipe.calibration import UNTRUSTED
 from bitassay.quantization.recipe.recipe import Recipe
-from bitassay.quantization.recipe.replication import Steps, is_replica, replica_names
+from bitassay.quantization.recipe.replication import Steps
 from bitassay.quantization.runtime.model import Quantization, with_tensors
+from bitassay.quantization.runtime.replicas import is_replica, replica_names
 from bitassay.quantization.transforms.folding import INPUT_SCALES
 from bitassay.record.progress import Progress, silent
 
-LAYOUTS: dict[str, ModuleType] = {"compressed-tensors": compressed, "bitassay": layout}
+LAYOUTS: dict[str, ModuleType] = {"compressed-tensors": compressed, "bitassay": storage}
 AGAIN = "save the model again with `bitassay quantize`"
 
 
@@ -127,7 +129,7 @@ def stored_entries(folder: Path) -> dict[str, Entry]:
     return entries
 
 
-def _check_parts(parts: layout.Expected, entries: dict[str, Entry], folder: Path) -> None:
+def _check_parts(parts: storage.Expected, entries: dict[str, Entry], folder: Path) -> None:
     for key, (dtype, shape) in parts.items():
         if key not in entries:
             raise BitassayError(f"{folder}: no file holds {key}", AGAIN)
@@ -150,7 +152,7 @@ def expected_parts(
     chosen: str,
     described: Mapping[str, Stored],
     shapes: Mapping[str, tuple[int, int]],
-) -> layout.Expected:
+) -> storage.Expected:
     """Dtype and shape of every part of every matrix, by its name in the folder."""
     pieces, expected = pieces_of(model, chosen), dict[str, Any]()
     for name, stored in described.items():
