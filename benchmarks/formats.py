@@ -24,8 +24,9 @@ from bitassay.quantization.codes.adaptive import adapted
 from bitassay.quantization.codes.binary import solved
 from bitassay.quantization.codes.tensor import QuantizedTensor, from_codes, quantize_tensor
 from bitassay.quantization.recipe.calibration import Calibration, calibration_tokens
+from bitassay.quantization.recipe.solvers import Gptq
 from bitassay.quantization.recipe.weights import WeightScheme
-from bitassay.quantization.solvers.gptq import Gptq, gptq
+from bitassay.quantization.solvers.gptq import gptq
 from bitassay.quantization.solvers.layerwise import hessian_of
 from bitassay.record.environment import environment
 

@@ -11,9 +11,10 @@ from bitassay.quantization.codes.tensor import from_codes, quantize_tensor
 from bitassay.quantization.pipeline import quantize
 from bitassay.quantization.recipe.granularity import Granularity
 from bitassay.quantization.recipe.recipe import Recipe
+from bitassay.quantization.recipe.solvers import Gptq
 from bitassay.quantization.recipe.weights import WeightScheme
 from bitassay.quantization.runtime.model import quantization_of
-from bitassay.quantization.solvers.gptq import Gptq, gptq, gptq_planes, group_bounds, inverse_factor
+from bitassay.quantization.solvers.gptq import gptq, gptq_planes, group_bounds, inverse_factor
 
 
 def problem(rows=12, columns=40, tokens=200, seed=0):

@@ -42,8 +42,9 @@ from bitassay.quantization.codes.packing import pack
 from bitassay.quantization.codes.scales import grid_for
 from bitassay.quantization.codes.tensor import QuantizedTensor, from_codes, joined
 from bitassay.quantization.recipe.granularity import Granularity
+from bitassay.quantization.recipe.solvers import Gptq
 from bitassay.quantization.recipe.weights import WeightScheme
-from bitassay.quantization.solvers.gptq import Gptq, gptq_on_levels
+from bitassay.quantization.solvers.gptq import gptq_on_levels
 
 SWEEPS = 15
 ROUNDS = 2

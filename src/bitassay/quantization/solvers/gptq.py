@@ -29,11 +29,10 @@ Left out: the paper's variant without groups is granularity `channel`.
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
-from pydantic import Field
 from torch import Tensor
 
 from bitassay.errors import BitassayError
@@ -42,17 +41,10 @@ from bitassay.quantization.codes.rounding import dequantize, round_to_nearest
 from bitassay.quantization.codes.scales import grid_for
 from bitassay.quantization.codes.tensor import joined
 from bitassay.quantization.recipe.granularity import Granularity
-from bitassay.quantization.recipe.weights import Part, WeightScheme
+from bitassay.quantization.recipe.solvers import Gptq
+from bitassay.quantization.recipe.weights import WeightScheme
 
 BLOCK_COLUMNS = 128  # columns whose updates are gathered into one product
-
-
-class Gptq(Part):
-    """How GPTQ is run; the header of `gptq.py` says what the fields mean."""
-
-    order: Literal["activation", "natural"] = "activation"
-    damping: float = Field(default=0.01, gt=0, le=1)
-    planes: Literal["apart"] | None = None
 
 
 class Rounded(NamedTuple):

@@ -20,9 +20,10 @@ from bitassay.quantization.codes.copies import digits, merged
 from bitassay.quantization.codes.tensor import QuantizedTensor, check_weight, from_codes, quantize_tensor
 from bitassay.quantization.recipe.calibration import Calibration
 from bitassay.quantization.recipe.recipe import Recipe
+from bitassay.quantization.recipe.solvers import Gptq
 from bitassay.quantization.recipe.weights import WeightScheme
 from bitassay.quantization.runtime.experts import expert_inputs, expert_matrix, warn_of_few
-from bitassay.quantization.solvers.gptq import Gptq, Rounded, gptq_planes
+from bitassay.quantization.solvers.gptq import Rounded, gptq_planes
 from bitassay.quantization.solvers.latent import LatentWeight
 from bitassay.quantization.solvers.layerwise import (
     Arguments,
