@@ -75,18 +75,19 @@ def eval(
             "one command for each",
         )
     check_words([model, against], recipe, folder=output.out)
-    from bitassay.bench.environment import environment
     from bitassay.data.corpora import check_corpus
     from bitassay.data.windows import Protocol, token_windows
-    from bitassay.evaluation.compare import evaluate_all
+    from bitassay.engines.load import load
     from bitassay.evaluation.controls import evaluate_with_controls
+    from bitassay.evaluation.quality import evaluate_all
     from bitassay.evaluation.tasks import check_tasks, evaluate_tasks
-    from bitassay.models.load import load, tokenizer
+    from bitassay.models.identity import tokenizer
     from bitassay.models.source import resolve
     from bitassay.models.windows import check_folder
     from bitassay.quantization.export.fits import check_fit
     from bitassay.quantization.pipeline import quantize_once
     from bitassay.quantization.recipe.recipe import BASE, find_recipe
+    from bitassay.record.environment import environment
     from bitassay.report.assay import CONTROL_COLUMNS, QUALITY_COLUMNS
     from bitassay.report.tasks import TASK_COLUMNS
 

@@ -47,7 +47,7 @@ def pull(model: Model, *, revision: Revision = Revision(), output: Output = Outp
 def check(model: Model, *, loading: Loading = Loading(), output: Output = Output()) -> int:
     """Read all of MODEL, run it once, and describe it."""
     check_words([model])
-    from bitassay.models.check import check as check_model
+    from bitassay.engines.check import check as check_model
 
     with show_progress() as progress:
         properties = check_model(loading.of(model), progress=progress, **loading.options).to_dict()

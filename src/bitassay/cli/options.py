@@ -115,7 +115,7 @@ class Loading(Revision):
 
     def check(self) -> None:
         """Raise BitassayError for an attention that is unknown."""
-        from bitassay.models.load import as_attention
+        from bitassay.models.options import as_attention
 
         as_attention(self.attention)
 
@@ -145,7 +145,7 @@ class Compute(Loading):
         What does not fit the model is refused before weights are read: a recipe for other modules, more
         `tokens` than it has positions.
         """
-        from bitassay.models.load import load
+        from bitassay.engines.load import load
         from bitassay.quantization.export.fits import check_fit
         from bitassay.quantization.pipeline import quantize_once
         from bitassay.quantization.recipe.recipe import find_recipe
@@ -166,7 +166,7 @@ class Placed(Compute):
 
     def check(self) -> None:
         """Raise BitassayError for an unknown attention or device, MissingError for an absent device."""
-        from bitassay.models.device import as_device
+        from bitassay.models.options import as_device
 
         super().check()
         as_device(self.device)

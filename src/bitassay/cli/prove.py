@@ -58,7 +58,7 @@ def prove(
     file, folder = (out, None) if prompts is None else (None, out)
     check_words([model, claim], [recipe], file=file, folder=folder, texts=[prompts])
     from bitassay.data.corpora import prompts_from
-    from bitassay.models.load import Identity, identity
+    from bitassay.models.identity import Identity, identity
     from bitassay.models.source import resolve
     from bitassay.verification.prove import prove_many
     from bitassay.verification.receipts.keys import private_key
@@ -119,7 +119,7 @@ class _Request(NamedTuple):
 def _refuse_other_run(model: Any, out: Path, options: dict[str, Any]) -> None:
     """Refuse a folder that holds traces of another model, claim or sampling. The traces themselves cannot
     tell: a header is a claim."""
-    from bitassay.models.load import identity
+    from bitassay.models.identity import identity
     from bitassay.record.files import read_json, write_json
     from bitassay.verification.numerics import numerics
     from bitassay.verification.trace import ModelClaim, Sampling
@@ -166,7 +166,7 @@ def _write_receipts(rows: list[dict[str, Any]], key: Any) -> None:
 
 
 def _row(model: Any, path: Path, trace: "Trace") -> dict[str, Any]:
-    from bitassay.models.load import tokenizer
+    from bitassay.models.identity import tokenizer
 
     return {
         "trace": str(path),

@@ -153,7 +153,8 @@ class _Job:
     def write(self, folder_row: Row | None, gguf_row: Row | None) -> list[Row | None]:
         """Write what is missing, and return its rows with those of an earlier run."""
         from bitassay.data.corpora import bundled_prompts
-        from bitassay.models.load import load, tokenizer
+        from bitassay.engines.load import load
+        from bitassay.models.identity import tokenizer
         from bitassay.quantization.export.save import check_space
 
         for row in self.plan():
@@ -170,7 +171,7 @@ class _Job:
 
     def _quantized(self, base: "PreTrainedModel", is_finished: bool) -> "PreTrainedModel":
         """Quantize `base`, or take the codes of the finished folder."""
-        from bitassay.models.load import load
+        from bitassay.engines.load import load
         from bitassay.quantization.pipeline import quantize, quantize_once
         from bitassay.quantization.runtime.model import quantization_of, with_tensors
 
@@ -213,7 +214,7 @@ class _Job:
         """Return what is known before any weight is read; refuse what could not be saved. The size of a
         folder is that of its tensors and of the model's other files; the blocks of a GGUF file depend on the
         codes."""
-        from bitassay.models.load import as_dtype
+        from bitassay.models.options import as_dtype
         from bitassay.models.shapes import without_weights
         from bitassay.quantization.export.gguf_file import check_gguf
         from bitassay.quantization.export.plan import plan_export
@@ -236,8 +237,8 @@ class _Job:
 
     def finished_folder(self) -> Row | None:
         """Return the row of a folder that this command wrote before; None where it is empty or absent."""
-        from bitassay.models.checkpoint import read_card
-        from bitassay.models.load import Identity
+        from bitassay.models.identity import Identity
+        from bitassay.quantization.export.card import read_card
 
         if (out := self.out) is None:
             return None
@@ -267,7 +268,7 @@ class _Job:
 
     def finished_gguf(self) -> Row | None:
         """Return the row of a GGUF file of the same base model and recipe; None where there is no file."""
-        from bitassay.models.load import Identity
+        from bitassay.models.identity import Identity
         from bitassay.quantization.export.gguf_file import written_before
 
         if (path := self.gguf) is None or not path.exists():

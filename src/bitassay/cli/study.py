@@ -256,7 +256,7 @@ def _run_variants(
     """Run each study of task3 or of replication in a run folder of its own, OUT/STUDY where there are
     several; print a table of its variants and its verdicts."""
     from bitassay.data.windows import Protocol
-    from bitassay.models.device import as_device
+    from bitassay.models.options import as_device
     from bitassay.report import eight_bit, replication
     from bitassay.report.bench import shown_columns
     from bitassay.report.claims import SHORT_CLAIM_COLUMNS
