@@ -33,7 +33,7 @@ from bitassay.evaluation.compare import score_windows, summarise
 from bitassay.evaluation.divergence import TokenScores
 from bitassay.evaluation.statistics import log_difference_interval, mean_of
 from bitassay.models.walk import walk
-from bitassay.quantization.codes.tensor import quantize_tensor
+from bitassay.quantization.codes.quantize import quantize_tensor
 from bitassay.quantization.inputs.activations import (
     Activations,
     InputRounding,

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitassay.quantization.codes.adaptive import adapted, cheapest, column_errors
-from bitassay.quantization.codes.tensor import from_codes, quantize_tensor
+from bitassay.quantization.codes.quantize import quantize_tensor
+from bitassay.quantization.codes.tensor import from_codes
 from bitassay.quantization.export.layout import (
     description,
     expected_tensors,

@@ -18,7 +18,7 @@ from bitassay.errors import BitassayError, MissingError
 from bitassay.models.checkpoint import CARD_BYTES, CARD_FILE, read_card
 from bitassay.models.load import load
 from bitassay.models.walk import matrices
-from bitassay.quantization.codes.tensor import quantize_tensor
+from bitassay.quantization.codes.quantize import quantize_tensor
 from bitassay.quantization.export import layout as own
 from bitassay.quantization.export.compressed import weight_args
 from bitassay.quantization.export.plan import plan_export

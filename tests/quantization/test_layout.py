@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 from bitassay.errors import BitassayError, MissingError
 from bitassay.models.checkpoint import CARD_FILE, hashed_files, read_card
 from bitassay.models.load import load
-from bitassay.quantization.codes.tensor import LowRank, QuantizedTensor, quantize_tensor
+from bitassay.quantization.codes.quantize import quantize_tensor
+from bitassay.quantization.codes.tensor import LowRank, QuantizedTensor
 from bitassay.quantization.export import layout
 from bitassay.quantization.export.plan import plan_export
 from bitassay.quantization.export.save import save

@@ -27,7 +27,8 @@ from bitassay.errors import BitassayError
 from bitassay.models.load import Identity, identity, load
 from bitassay.models.source import cache_folder
 from bitassay.models.walk import matrices, walk
-from bitassay.quantization.codes.tensor import QuantizedTensor, quantize_tensor
+from bitassay.quantization.codes.quantize import quantize_tensor
+from bitassay.quantization.codes.tensor import QuantizedTensor
 from bitassay.quantization.inputs.activations import InputRounding
 from bitassay.quantization.inputs.ranges import collect_ranges, input_roundings
 from bitassay.quantization.recipe.calibration import Calibration, calibration_tokens
