@@ -19,15 +19,16 @@ import torch
 from torch import Tensor
 
 import bitassay
-from bitassay.bench.environment import environment
 from bitassay.models.walk import walk
 from bitassay.quantization.codes.adaptive import adapted
 from bitassay.quantization.codes.quantize import quantize_tensor
 from bitassay.quantization.codes.tensor import QuantizedTensor
 from bitassay.quantization.recipe.calibration import Calibration, calibration_tokens
+from bitassay.quantization.recipe.solvers import Gptq
 from bitassay.quantization.recipe.weights import WeightScheme
-from bitassay.quantization.solvers.gptq import Gptq, gptq, gptq_binary
+from bitassay.quantization.solvers.gptq import gptq, gptq_binary
 from bitassay.quantization.solvers.layerwise import hessian_of
+from bitassay.record.environment import environment
 
 LAYERS = (0, 15)
 FREE = {"symmetric": False, "zero_point": "free"}

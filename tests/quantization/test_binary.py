@@ -24,7 +24,7 @@ from bitassay.quantization.codes.binary import (
     rescaled_second,
 )
 from bitassay.quantization.codes.quantize import quantize_tensor
-from bitassay.quantization.export.layout import (
+from bitassay.quantization.codes.storage import (
     description,
     expected_tensors,
     planned,
@@ -33,10 +33,11 @@ from bitassay.quantization.export.layout import (
     stored_tensors,
 )
 from bitassay.quantization.pipeline import quantize
-from bitassay.quantization.recipe.recipe import Recipe, WeightScheme
+from bitassay.quantization.recipe.recipe import Recipe
+from bitassay.quantization.recipe.solvers import Gptq
 from bitassay.quantization.runtime.kernels import packed_product
 from bitassay.quantization.runtime.linear import QuantizedLinear
-from bitassay.quantization.solvers.gptq import Gptq, gptq, gptq_binary, gptq_on_levels
+from bitassay.quantization.solvers.gptq import gptq, gptq_binary, gptq_on_levels
 
 SCHEMES = [
     WeightScheme(format="binary", granularity=granularity, symmetric=symmetric, residual=residual, column_scales=c)

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from bitassay.quantization.codes.copies import merged, planes, scaled
 from bitassay.quantization.codes.quantize import quantize_tensor
-from bitassay.quantization.export.layout import description, planned, planned_bits
+from bitassay.quantization.codes.storage import description, planned, planned_bits
 from bitassay.quantization.inputs.activations import InputRounding, rounded_inputs
 from bitassay.quantization.recipe.weights import Copies, WeightScheme
 from bitassay.quantization.runtime.linear import QuantizedLinear

@@ -12,9 +12,10 @@ from bitassay.quantization.codes.scales import grid_for
 from bitassay.quantization.pipeline import quantize
 from bitassay.quantization.recipe.granularity import Granularity
 from bitassay.quantization.recipe.recipe import Recipe
+from bitassay.quantization.recipe.solvers import Gptq
 from bitassay.quantization.recipe.weights import WeightScheme
 from bitassay.quantization.runtime.model import quantization_of
-from bitassay.quantization.solvers.gptq import Gptq, gptq, inverse_factor
+from bitassay.quantization.solvers.gptq import gptq, inverse_factor
 
 
 def problem(rows=12, columns=40, tokens=200, seed=0):

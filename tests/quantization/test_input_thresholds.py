@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from bitassay.quantization.codes.grid import Grid
 from bitassay.quantization.codes.rounding import nearest
-from bitassay.quantization.inputs.activations import INPUT_FORMATS
 from bitassay.quantization.inputs.thresholds import (
     kl_threshold,
     learned_threshold,
@@ -18,6 +17,7 @@ from bitassay.quantization.inputs.thresholds import (
     percentile_span,
     percentile_threshold,
 )
+from bitassay.quantization.recipe.formats import INPUT_FORMATS
 
 
 def sample(seed: int, *shape: int, tail: float = 0.0) -> torch.Tensor:

@@ -25,11 +25,12 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from bitassay.bench.cells import Cell, LocalRunner
+from bitassay.bench.workload import ModelTimer, Workload
+from bitassay.engines.load import load
 from bitassay.errors import BitassayError, MissingError
-from bitassay.models.checkpoint import read_card
-from bitassay.models.load import AUTO, load
+from bitassay.models.options import AUTO
 from bitassay.models.source import resolve
+from bitassay.quantization.export.card import read_card
 from bitassay.quantization.pipeline import quantize_once
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.record.files import read_json, write_json
@@ -53,10 +54,10 @@ class Job:
 
 COMMAND = (sys.executable, "-m", "bitassay.bench.worker")
 _JOB = TypeAdapter(Job)
-_CELL = TypeAdapter(Cell)
+_WORKLOAD = TypeAdapter(Workload)
 
 
-def local_runner(job: Job, progress: Progress = silent) -> LocalRunner:
+def model_timer(job: Job, progress: Progress = silent) -> ModelTimer:
     """The job's model in this process."""
     import torch
 
@@ -74,7 +75,7 @@ def local_runner(job: Job, progress: Progress = silent) -> LocalRunner:
     )
     if job.recipe is not None:
         model = quantize_once(model, job.recipe, packed=True, progress=progress)
-    return LocalRunner(model)
+    return ModelTimer(model)
 
 
 class Worker:
@@ -102,8 +103,8 @@ class Worker:
     def limits(self) -> dict[str, Any]:
         return self._ask({"limits": True})
 
-    def measure(self, cell: Cell) -> dict[str, Any]:
-        return self._ask({"measure": asdict(cell)})
+    def measure(self, workload: Workload) -> dict[str, Any]:
+        return self._ask({"measure": asdict(workload)})
 
     def stop(self) -> None:
         """End the process, whatever it is doing."""
@@ -150,12 +151,12 @@ def serve(job: Job, requests: Iterable[str], answers: TextIOBase) -> int:
         say({"progress": [what, done, total]})
 
     try:
-        runner = local_runner(job, tell)
+        runner = model_timer(job, tell)
         say({"answer": runner.facts()})
         for line in requests:
             request = json.loads(line)
             if "measure" in request:
-                say({"answer": runner.measure(_CELL.validate_python(request["measure"]))})
+                say({"answer": runner.measure(_WORKLOAD.validate_python(request["measure"]))})
             else:
                 say({"answer": runner.limits()})
     except BitassayError as error:

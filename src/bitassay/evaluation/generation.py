@@ -25,7 +25,8 @@ import numpy as np
 from jaxtyping import Float
 from transformers import PreTrainedModel
 
-from bitassay.engines.decode import TokenIds, generate
+from bitassay.engines.decode import TokenIds
+from bitassay.engines.engine import engine_of
 from bitassay.errors import MissingError
 from bitassay.evaluation.likelihood import shared_length
 from bitassay.evaluation.statistics import (
@@ -40,7 +41,7 @@ from bitassay.evaluation.statistics import (
     mean_of,
     median_interval,
 )
-from bitassay.models.load import tokenizer
+from bitassay.models.identity import tokenizer
 from bitassay.record.progress import Progress, silent
 
 INTERVALS = {
@@ -125,7 +126,7 @@ def continuations(
     texts = list[Text]()
     for start in range(done, len(prompts), batch):
         progress("writing", start, len(prompts))
-        found = generate(model, prompts[start : start + batch], max_new_tokens=max_new_tokens)
+        found = engine_of(model).generate(prompts[start : start + batch], max_new_tokens=max_new_tokens)
         fresh = [Text(one.output_ids, decoded(model, one.output_ids)) for one in found]
         keep(fresh)
         texts += fresh

@@ -31,13 +31,13 @@ import yaml
 from filelock import FileLock, Timeout
 from optuna.trial import FrozenTrial, TrialState
 
-from bitassay.bench.environment import environment
 from bitassay.errors import BitassayError
-from bitassay.evaluation.compare import INTERVAL, INTERVALS, PAIR_INTERVALS
-from bitassay.models.load import identity
+from bitassay.evaluation.quality import INTERVAL, INTERVALS, PAIR_INTERVALS
+from bitassay.models.identity import identity
 from bitassay.quantization.export.fits import check_fit
 from bitassay.quantization.pipeline import quantize_tensors_once
 from bitassay.quantization.recipe.recipe import BASE, Recipe, find_recipe, row_names
+from bitassay.record.environment import environment
 from bitassay.record.files import check_folder, read_json, write_json, write_text
 from bitassay.record.processes import end, end_with_parent, helper_variables
 from bitassay.record.progress import Progress, silent
@@ -186,7 +186,7 @@ def _result(
             "more --trials, another space, or wider --at-most",
         )
     for recipe in best:
-        content = recipe.content()
+        content = recipe.to_yaml_dict()
         write_text(folder.path / "best" / f"{recipe.name}.yaml", yaml.safe_dump(content, sort_keys=False))
     recipes = {recipe.name: recipe for recipe in (*best[:MOST_BEST], *against)}
     quantizations = {name: quantize_tensors_once(exam.base, one, progress) for name, one in recipes.items()}

@@ -26,7 +26,7 @@ from optuna.trial import FrozenTrial, TrialState
 from bitassay.data.corpora import check_corpus
 from bitassay.data.windows import Protocol
 from bitassay.errors import BitassayError, MissingError, at_least
-from bitassay.models.load import AUTO, as_dtype
+from bitassay.models.options import AUTO, as_dtype
 from bitassay.quantization.pipeline import quantize_tensors
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.record.files import write_text
@@ -237,7 +237,7 @@ def _tried(
         recipe = plan.space.recipe_of(values)
     except BitassayError as error:
         return Outcome(stopped=f"refused: {error}")
-    content = recipe.content()
+    content = recipe.to_yaml_dict()
     for trial in ended:  # a sampler may come back to a recipe
         if trial.user_attrs["recipe"] == content:
             return Outcome(**{key: trial.user_attrs[key] for key in Outcome.__dataclass_fields__})

@@ -26,7 +26,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from bitassay.errors import BitassayError
 from bitassay.models.gguf_model import read_model
-from bitassay.models.load import identity, tokenizer
+from bitassay.models.identity import identity, tokenizer
 from bitassay.models.walk import decoder_layers, module_name
 from bitassay.quantization.codes.tensor import QuantizedTensor
 from bitassay.quantization.export.gguf_blocks import Blocks, as_blocks, beside_codes
@@ -45,8 +45,8 @@ from bitassay.quantization.export.gguf_tokenizer import (
 )
 from bitassay.quantization.export.save import check_space
 from bitassay.quantization.recipe.recipe import Recipe
-from bitassay.quantization.recipe.replication import is_replica, replica_names
 from bitassay.quantization.runtime.model import cache_slots, quantization_of
+from bitassay.quantization.runtime.replicas import is_replica, replica_names
 from bitassay.record.files import atomic_file
 from bitassay.record.progress import Progress, silent
 

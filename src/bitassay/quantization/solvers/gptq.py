@@ -31,11 +31,9 @@ without groups is granularity `channel`.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import Field
 from torch import Tensor
 
 from bitassay.errors import BitassayError
@@ -46,18 +44,11 @@ from bitassay.quantization.codes.rounding import nearest, rounded_matrix
 from bitassay.quantization.codes.scales import grid_for, matrix_grids
 from bitassay.quantization.codes.tensor import QuantizedTensor, from_codes
 from bitassay.quantization.recipe.granularity import Granularity
-from bitassay.quantization.recipe.weights import Part, WeightScheme
+from bitassay.quantization.recipe.solvers import Gptq
+from bitassay.quantization.recipe.weights import WeightScheme
 
 BLOCK_COLUMNS = 128  # columns whose updates are gathered into one product
 ROUNDS = 2
-
-
-class Gptq(Part):
-    """How GPTQ is run; the header of `gptq.py` says what the fields mean."""
-
-    order: Literal["activation", "natural"] = "activation"
-    damping: float = Field(default=0.01, gt=0, le=1)
-    planes: Literal["apart"] | None = None
 
 
 @dataclass(frozen=True)

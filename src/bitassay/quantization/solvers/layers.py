@@ -21,9 +21,10 @@ from bitassay.quantization.codes.quantize import check_weight, quantize_tensor
 from bitassay.quantization.codes.tensor import QuantizedTensor
 from bitassay.quantization.recipe.calibration import Calibration
 from bitassay.quantization.recipe.recipe import Recipe
+from bitassay.quantization.recipe.solvers import Gptq
 from bitassay.quantization.recipe.weights import WeightScheme
 from bitassay.quantization.runtime.experts import expert_inputs, expert_matrix, warn_of_few
-from bitassay.quantization.solvers.gptq import Gptq, Rounded, gptq, gptq_binary
+from bitassay.quantization.solvers.gptq import Rounded, gptq, gptq_binary
 from bitassay.quantization.solvers.latent import LatentWeight
 from bitassay.quantization.solvers.layerwise import (
     Arguments,

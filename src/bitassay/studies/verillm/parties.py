@@ -23,8 +23,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from bitassay.engines.load import load
 from bitassay.errors import BitassayError, suggestion
-from bitassay.models.load import AUTO, load
+from bitassay.models.options import AUTO
 from bitassay.quantization.pipeline import quantize_once
 from bitassay.quantization.recipe.recipe import find_recipe, shipped_recipes
 from bitassay.record.progress import Progress, silent

@@ -26,9 +26,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bitassay.bench.environment import environment
 from bitassay.errors import BitassayError
-from bitassay.models.load import AUTO
+from bitassay.models.options import AUTO
+from bitassay.record.environment import environment
 from bitassay.record.files import atomic_file, read_json, write_json
 from bitassay.record.processes import end_with_parent
 from bitassay.studies.verillm.parties import Machine, Party
