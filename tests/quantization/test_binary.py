@@ -35,6 +35,7 @@ from bitassay.quantization.codes.storage import (
 from bitassay.quantization.pipeline import quantize
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.recipe.solvers import Gptq
+from bitassay.quantization.recipe.weights import WeightScheme
 from bitassay.quantization.runtime.kernels import packed_product
 from bitassay.quantization.runtime.linear import QuantizedLinear
 from bitassay.quantization.solvers.gptq import gptq, gptq_binary, gptq_on_levels
