@@ -1,5 +1,6 @@
 """`bitassay eval`: perplexity and divergence, or tasks, without the rest of an assay."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitassay.cli.checks import check_words
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from bitassay.data.windows import Protocol
-    from bitassay.evaluation.tasks import Candidate
+    from bitassay.evaluation.tasks.run import Candidate
     from bitassay.quantization.recipe.recipe import Recipe
     from bitassay.record.progress import Progress
 
@@ -40,6 +41,7 @@ def eval(
     tasks: str | None = None,
     limit: Count | None = None,
     shots: CountFromZero | None = None,
+    include_path: Path | None = None,
     controls: Controls = True,
     seed: Seed = 0,
     compute: Compute = Compute(),
@@ -62,13 +64,15 @@ def eval(
             mmlu_anatomy or any other by its name.
         limit: Ask this many items of each task (of each subject of MMLU), evenly spaced.
         shots: Examples shown before each question (default: 5 for MMLU, otherwise the task's own).
+        include_path: A folder with task YAML in lm-eval's form, for --tasks. YAML that names Python functions
+            needs --trust-remote-code.
     """
     if recipe and against:
         raise BitassayError("--recipe and --against both name a comparison", "give one of them")
     if against == model and tasks is not None:
         raise BitassayError(f"{model} is named twice", "--against another model")
-    if tasks is None and not (limit is shots is output.out is None):
-        raise BitassayError("--limit, --shots and --out belong to tasks", "--tasks hellaswag")
+    if tasks is None and not (limit is shots is include_path is output.out is None):
+        raise BitassayError("--limit, --shots, --include-path and --out belong to tasks", "--tasks hellaswag")
     if tasks is not None and not (protocol is window is windows is None):
         raise BitassayError(
             "--protocol, --window and --windows belong to perplexity, --tasks asks questions",
@@ -80,7 +84,7 @@ def eval(
     from bitassay.engines.load import load
     from bitassay.evaluation.controls import evaluate_with_controls
     from bitassay.evaluation.quality import evaluate_all
-    from bitassay.evaluation.tasks import check_tasks, evaluate_tasks
+    from bitassay.evaluation.tasks.run import check_tasks, evaluate_tasks
     from bitassay.models.identity import tokenizer
     from bitassay.models.source import resolve
     from bitassay.models.windows import check_folder
@@ -102,7 +106,7 @@ def eval(
         names = [name for name in (compute.of(model), against) if name is not None]
         task_names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
         if tasks is not None:
-            check_tasks(task_names, limit)
+            check_tasks(task_names, limit, include_path, trust)
         for text in protocols:
             check_corpus(text.corpus)
         for name in names:
@@ -116,6 +120,8 @@ def eval(
                 task_names,
                 limit=limit,
                 shots=shots,
+                include=include_path,
+                trust_remote_code=trust,
                 out=output.out,
                 environment=environment(),
                 progress=progress,
@@ -170,7 +176,7 @@ def _candidates(
     progress: "Progress",
 ) -> "list[Candidate]":
     """Return the models that answer the tasks; the others are compared with the first."""
-    from bitassay.evaluation.tasks import loaded_candidate, quantized_candidate
+    from bitassay.evaluation.tasks.run import loaded_candidate, quantized_candidate
     from bitassay.models.walk import decoder_layers
     from bitassay.quantization.recipe.recipe import BASE
     from bitassay.quantization.replication.controls import with_controls
