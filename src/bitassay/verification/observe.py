@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel
 
-from bitassay.engines.decode import Prefill, default_batch_tokens, prefill, token_batches
+from bitassay.engines.decode import Prefill, default_batch_tokens, token_batches
+from bitassay.engines.engine import engine_of
 from bitassay.record.progress import Progress, silent
 from bitassay.verification.detectors.detector import Comparison, Series
 from bitassay.verification.detectors.registry import DETECTORS
@@ -94,4 +95,4 @@ def prefills(headers: Sequence[Header], model: PreTrainedModel) -> Iterator[tupl
         prompts = [headers[index].prompt_ids for index in batch]
         outputs = [headers[index].output_ids for index in batch]
         layers = headers[batch[0]].layers
-        yield from zip(batch, prefill(model, prompts, outputs, layers=layers), strict=True)
+        yield from zip(batch, engine_of(model).prefill(prompts, outputs, layers=layers), strict=True)

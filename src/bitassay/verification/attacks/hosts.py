@@ -14,7 +14,7 @@ are in `forgeries.py`.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,9 +26,12 @@ from bitassay.engines.sampling import Sampler
 from bitassay.models.hooks import hooked
 from bitassay.models.identity import identity
 from bitassay.models.walk import decoder_layers
+from bitassay.quantization.inputs.kv_cache import KvCache, round_cache
 from bitassay.quantization.pipeline import quantize_once
 from bitassay.quantization.recipe.recipe import Recipe, WeightScheme
+from bitassay.quantization.runtime.model import copy_sharing_parameters
 from bitassay.verification.attacks.attack import Setting, attack
+from bitassay.verification.numerics import numerics
 from bitassay.verification.observe import prefills
 from bitassay.verification.prove import prove_many
 from bitassay.verification.trace import Sampling, Trace
@@ -44,7 +47,6 @@ def _answer(
     *,
     prompts: Sequence[TokenIds] | None = None,
     sampler: Sampler | None = None,
-    cache_bits: int | None = None,
 ) -> list[Trace]:
     """Answer with `model`, otherwise as asked; the traces claim the setting's model and sampler."""
     traces = prove_many(
@@ -55,7 +57,6 @@ def _answer(
         claim=identity(setting.model),
         nonces=setting.nonces,
         batch_size=setting.batch_size,
-        cache_bits=cache_bits,
     )
     return [
         _with_header(trace, sampling=Sampling.of(setting.sampler, setting.max_new_tokens)) for trace in traces
@@ -79,10 +80,12 @@ def quantized_weights(setting: Setting, recipe: str | Recipe) -> list[Trace]:
     return _answer(setting, quantize_once(setting.model, recipe))
 
 
-@attack("kv8", "INT8 keys and values in the cache", 8)
-@attack("kv4", "INT4 keys and values in the cache", 4)
-def quantized_cache(setting: Setting, bits: int) -> list[Trace]:
-    return _answer(setting, setting.model, cache_bits=bits)
+@attack("kv8", "INT8 keys and values in the cache", "int8")
+@attack("kv4", "INT4 keys and values in the cache", "int4")
+def quantized_cache(setting: Setting, format: Literal["int8", "int4"]) -> list[Trace]:
+    model = copy_sharing_parameters(setting.model)
+    round_cache(model, KvCache(format=format, scale_dtype="float32"))
+    return [_with_header(trace, numerics=numerics(setting.model)) for trace in _answer(setting, model)]
 
 
 @attack("fine-tune-0.01", "a low-rank update of 1 % of the weights' norm", 0.01)
