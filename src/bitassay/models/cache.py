@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from jaxtyping import Int
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import (
     DummyLayer,
@@ -23,7 +24,7 @@ from transformers.cache_utils import (
 )
 
 from bitassay.models.positions import padded_positions
-from bitassay.models.walk import decoder_layers
+from bitassay.models.walk import decoder_layers, decoder_of
 
 # Exactly these: what a model derives from them keeps more than keys and values.
 BY_POSITION = (DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer, DummyLayer)
@@ -65,6 +66,23 @@ def behind(model: nn.Module, cache: DynamicCache, begun: int, tokens: torch.Tens
         positions = torch.arange(begun, begun + tokens.shape[1], device=tokens.device)
         options["position_ids"] = positions.expand(tokens.shape)
     return options
+
+
+def last_positions(count: int, device: torch.device) -> Int[Tensor, " count"]:
+    """What a forward's `logits_to_keep` takes for its last `count` positions, which must be there.
+
+    Indices, not a number: of a number transformers takes a slice, and before torch multiplies a slice with
+    strides it copies the head's whole weight, once for each sequence of the batch.
+    """
+    return torch.arange(-count, 0, device=device)
+
+
+def last_logits(model: PreTrainedModel, count: int) -> dict[str, Any]:
+    """The options of a forward that wants its last `count` logits: these alone, or all where the model cannot
+    say fewer, or then leaves positions out of its layers too (Gemma 4, behind those that hand on keys)."""
+    if not takes(model, "logits_to_keep") or takes(decoder_of(model), "logits_to_keep"):
+        return {}
+    return {"logits_to_keep": last_positions(count, model.device)}
 
 
 def keeps_positions(model: PreTrainedModel) -> bool:

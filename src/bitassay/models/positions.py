@@ -10,12 +10,17 @@ Keys that were cached at one length are wrong at a length with other frequencies
 reads sequences of several lengths together, asks `frequencies`, and reads again where they differ.
 """
 
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+from jaxtyping import Int
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from bitassay.data.windows import Protocol, token_windows
 from bitassay.errors import BitassayError
+from bitassay.models.config import read_config
+from bitassay.models.identity import tokenizer
 
 LONG = ("longrope", "su")  # su: its name in Phi-3's first checkpoints
 
@@ -76,13 +81,26 @@ def positions_of(config: PretrainedConfig) -> int | None:
 
 
 def check_window(positions: int | None, tokens: int, what: str) -> None:
-    """Refuse windows of more tokens than the model has positions; `what` they are, as the error names
-    them."""
+    """Raise BitassayError for windows of more tokens than the model has positions; `what` names them."""
     if positions is not None and tokens > positions:
         raise BitassayError(
             f"{what}: windows of {tokens} tokens, and the model reads {positions}",
             f"--window {positions}, or less",
         )
+
+
+def model_windows(model: PreTrainedModel, protocol: Protocol) -> tuple[Int[Tensor, "windows tokens"], str]:
+    """Return `token_windows` of the model's tokenizer. Raises BitassayError for windows that are longer than
+    what the model reads."""
+    check_window(context_length(model), protocol.window_tokens, protocol.id)
+    return token_windows(tokenizer(model), protocol)
+
+
+def check_folder(folder: Path, protocol: Protocol, *, trust_remote_code: bool = False) -> None:
+    """Raise BitassayError where the windows of a protocol are longer than what a model reads that is not
+    loaded yet, or where its config.json cannot be read."""
+    config = read_config(folder, trust_remote_code=trust_remote_code)
+    check_window(positions_of(config), protocol.window_tokens, protocol.id)
 
 
 def forget_lengths(model: PreTrainedModel) -> None:
