@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from bitassay.data.windows import Protocol
 from bitassay.errors import BitassayError
-from bitassay.models.positions import check_protocol, context_length, frequencies, model_windows, positions_of
+from bitassay.models.positions import context_length, frequencies, model_windows, positions_of
 from bitassay.testing.tiny import tiny_model
 from kinds import SHORT, tiny_kind
 
