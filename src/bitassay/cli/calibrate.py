@@ -35,6 +35,7 @@ def calibrate(
     batch: Count = 16,
     suspects: Names | None = None,
     suspect_runs: Count = 48,
+    detectors: Names | None = None,
     expires_days: Count = 90,
     study: Names | None = None,
     trials: Count = 30,
@@ -68,6 +69,8 @@ def calibrate(
             attack of `bitassay attack` except those that exact checks catch.
         suspect_runs: Number of prompts on which each suspect is run; half of them measure how often it is
             named correctly.
+        detectors: Detectors that decide verdicts, besides the distance of the states and the margins of the
+            tokens: any detector of `bitassay attack`, or of an installed plug-in.
         expires_days: How long the profile is valid.
         study: Fit the thresholds of these experiments instead: exp1 to exp5.
         trials: Honest runs in a study, and runs of each attack.
@@ -105,13 +108,14 @@ def calibrate(
             trust_remote_code=verifier.trust_remote_code,
         )
         return optimise(study, plan, 0.05 if alpha is None else alpha, out or Path("data"), output)
-    from bitassay.verification.calibrate import calibrate, check_plan, chosen_attacks
+    from bitassay.verification.calibrate import calibrate, check_plan, chosen_attacks, chosen_detectors
     from bitassay.verification.profile import ALPHA, write_profile
 
     alpha = ALPHA if alpha is None else alpha
     texts, sampler = _prompts(prompts), sampling.sampler
     check_plan(len(texts), alpha, max_new_tokens)
     chosen_attacks(suspects or (), sampler, min(suspect_runs, len(texts)))
+    chosen_detectors(detectors or ())
     verifier.check()  # an unknown device or attention is refused before a model is fetched
     with show_progress() as progress:
         loaded = verifier.load(model, recipe, tokens=max_new_tokens, progress=progress)
@@ -132,6 +136,7 @@ def calibrate(
             expires_days=expires_days,
             seed=sampling.seed,
             suspects=suspects or (),
+            detectors=detectors or (),
             suspect_runs=suspect_runs,
             progress=progress,
         )
