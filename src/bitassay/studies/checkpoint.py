@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 from bitassay.data.corpora import bundled_prompts
 from bitassay.engines.load import load
 from bitassay.errors import BitassayError
+from bitassay.models.empty import without_weights
 from bitassay.models.identity import Identity, tokenizer
 from bitassay.models.options import as_dtype
-from bitassay.models.shapes import without_weights
 from bitassay.models.source import Source
 from bitassay.quantization.export import gguf_file, save
 from bitassay.quantization.export.card import read_card
