@@ -33,7 +33,8 @@ def attack(
     """
     check_words([model], folder=output.out)
     from bitassay.report.attack import ATTACK_COLUMNS, COST_COLUMNS, matrix, matrix_columns
-    from bitassay.studies.attacks.study import ATTACKS, VARIANTS, AttackPlan, attack
+    from bitassay.studies.attacks.study import VARIANTS, AttackPlan, attack
+    from bitassay.verification.attacks.registry import ATTACKS
 
     plan = AttackPlan(
         sequences,

@@ -144,7 +144,7 @@ def _row(path: str, verdict: "Verdict") -> dict[str, Any]:
         "p_value": verdict.p_value,
         "output_tokens": verdict.n_tokens,
         "hidden_distance": verdict.hidden_distance,
-        "mean_margin": verdict.evidence.mean_margin if verdict.evidence else None,
+        "mean_margin": verdict.mean_margin,
         "accept_rate_paper": verdict.accept_rate("paper"),
         "accept_rate_documents": verdict.accept_rate("documents"),
         "fits_best": str(verdict.attribution) if verdict.attribution and verdict.status == "FAIL" else None,

@@ -26,14 +26,13 @@ from bitassay.verification.numerics import numerics
 from bitassay.verification.pooled import PooledVerdict, pooled_verdict
 from bitassay.verification.profile import ALPHA, Profile
 from bitassay.verification.prove import BATCH, prove_many
-from bitassay.verification.receipts.audit import verify_opening
 from bitassay.verification.receipts.challenge import Challenge
 from bitassay.verification.receipts.opening import read_opening
 from bitassay.verification.receipts.receipt import commit, read_receipt, write_receipt
 from bitassay.verification.sequential import SequentialEvidence
 from bitassay.verification.structure import Request
 from bitassay.verification.trace import ModelClaim, Sampling, Trace, read_trace, write_trace
-from bitassay.verification.verdict import Verdict, failed, verify_many
+from bitassay.verification.verdict import Verdict, failed, verify_many, verify_opening
 
 CHUNK = 64  # traces in memory at a time
 
