@@ -12,11 +12,9 @@ import functools
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import TypeAdapter
 from transformers import PreTrainedModel
 
@@ -28,9 +26,10 @@ from bitassay.models.identity import identity
 from bitassay.models.options import AUTO
 from bitassay.quantization.export.fits import check_fit
 from bitassay.record.environment import environment
-from bitassay.record.files import check_folder, write_json
+from bitassay.record.files import check_folder
 from bitassay.record.progress import Progress, silent
-from bitassay.record.run import RunFolder, default_folder
+from bitassay.record.result import write_run
+from bitassay.record.run import RunFolder, open_run_folder, run_plan
 from bitassay.studies.attacks.cross_fitted import FOLDS, Court, fewest_counted, honest_rows, judged_rows
 from bitassay.studies.verification import chosen_prompts
 from bitassay.studies.verillm.parties import DTYPES, Machine, other_machines, threads
@@ -47,7 +46,6 @@ from bitassay.verification.prove import prove_many
 from bitassay.verification.structure import Request
 from bitassay.verification.trace import Trace, read_trace
 
-SCHEMA = 1
 ATTACKS = TRACE_ATTACKS | RECEIPT_ATTACKS
 MOST_CANDIDATES = 400
 SAMPLED = Sampler(temperature=0.8, top_p=0.95, seed=7)
@@ -223,14 +221,12 @@ def attack(
         trust_remote_code=trust_remote_code,
         progress=progress,
     )
-    known = identity(base)
-    described = {"schema": SCHEMA, "kind": "attack", "model": known.weights_digest, **asdict(plan)}
-    described |= {"config": known.config_digest}
-    described |= {"numerics": environment()["cpu_capability"], "threads": torch.get_num_threads()}
+    known, here = identity(base), environment()
+    settings = {**asdict(plan), "numerics": here["cpu_capability"], "threads": here["threads"]}
     # A run may be widened: what is attacked and what is pooled do not change the parts that are there.
-    folder = _folder(
-        out, model, {key: value for key, value in described.items() if key not in ("attacks", "variants")}
-    )
+    work = {key: value for key, value in settings.items() if key not in ("attacks", "variants")}
+    work |= {"model": known.weights_digest, "config": known.config_digest}
+    folder = open_run_folder(f"attack-{Path(model).stem}", run_plan("attack", work), out)
     greedy = Bench(model, base, (), GREEDY, plan, trust_remote_code, other)
     chosen = folder.part("requests", lambda: _choose(greedy, progress))
     greedy = replace(greedy, prompts=[tuple(prompt) for prompt in chosen])
@@ -262,13 +258,13 @@ def attack(
     layers = len(honest[plan.variants[0]][0].log_distances)
     hidden = base.config.get_text_config().hidden_size
     seconds = {sampled: _seconds(folder, benches[sampled], progress) for sampled in courts}
-    run = {
-        **described,
-        "model": {"name": model, "weights_digest": identity(base).weights_digest},
-        "run_id": folder.run_id,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "environment": environment(),
-        "rows": [
+    run = write_run(
+        folder,
+        model={"name": model, "weights_digest": known.weights_digest},
+        settings=settings,
+        interval="95 %, Clopper-Pearson over runs",
+        environment=here,
+        rows=[
             row
             for name in plan.attacks
             for row in judged_rows(
@@ -279,18 +275,17 @@ def attack(
                 costs(seconds[ATTACKS[name].sampled], layers, hidden),
             )
         ],
-        "timed": TIMED,
-        "costs": [
+        timed=TIMED,
+        costs=[
             {"sampler": "sampled" if sampled else "greedy", "detector": name, **cost}
             for sampled, measured in seconds.items()
             for name, cost in costs(measured, layers, hidden).items()
         ],
-        "honest": honest_rows(courts, plan.tokens),
-        "about": {name: ATTACKS[name].about for name in plan.attacks},
-        "left_out": [asdict(one) for one in left_out],
-        "numerics_pooled": {name: VARIANTS[name].about for name in plan.variants},
-    }
-    write_json(folder.path / "run.json", run)
+        honest=honest_rows(courts, plan.tokens),
+        about={name: ATTACKS[name].about for name in plan.attacks},
+        left_out=[asdict(one) for one in left_out],
+        numerics_pooled={name: VARIANTS[name].about for name in plan.variants},
+    )
     return run, folder.path
 
 
@@ -387,7 +382,3 @@ def costs(seconds: Seconds, layers: int, hidden: int) -> dict[str, dict[str, flo
         }
         for name, detector in DETECTORS.items()
     }
-
-
-def _folder(out: Path | None, model: str, described: dict[str, Any]) -> RunFolder:
-    return RunFolder(out or default_folder(f"attack-{Path(model).stem}", described), described)
