@@ -108,9 +108,7 @@ def matmul(
                 }
             )
     settings = {"draws": draws, "repeats": repeats, "seed": seed, "device": device}
-    return new_run(
-        "matmul", settings=settings, interval=INTERVAL, environment=environment(device), rows=rows
-    )
+    return new_run("matmul", settings=settings, interval=INTERVAL, environment=environment(device), rows=rows)
 
 
 def rounding_error(rounded: Matrix, exact: Matrix) -> float:

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from bitassay.cli.output import Format, emit
+from bitassay.cli.output import Format, emit_run
 from bitassay.cli.parameters import Loading
 
 
@@ -24,14 +24,7 @@ def run_analysis(
     from bitassay.quantization.export.fits import check_fit
     from bitassay.quantization.recipe.calibration import Calibration
     from bitassay.quantization.recipe.recipe import find_recipe
-    from bitassay.report.analysis import (
-        LAYER_COLUMNS,
-        MATRIX_COLUMNS,
-        ROUTING_COLUMNS,
-        worst_matrices,
-        write_analysis_report,
-        write_heat_map,
-    )
+    from bitassay.report.pages import write_heat_map
 
     found = find_recipe(recipe)
     given = found.calibration or Calibration.model_validate({})
@@ -41,16 +34,7 @@ def run_analysis(
         check_fit(name, [found], trust_remote_code=loading.trust_remote_code, progress=progress)
         base = load(name, dtype=dtype, progress=progress, **options)
         run, folder = analyze(base, found, AnalysisPlan(text, each_matrix), out=out, progress=progress)
-    write_analysis_report(run, folder / "report.html")
     write_heat_map(run, folder / "heat-map.png")
-    if format in ("table", "md"):
-        emit(run["layers"], LAYER_COLUMNS, format)
-        if run["routing"]:
-            print()
-            emit(run["routing"], ROUTING_COLUMNS, format)
-        print()
-        emit(worst_matrices(run, 10), MATRIX_COLUMNS[:7], format)
-    else:
-        emit(run["matrices"], MATRIX_COLUMNS, format, whole=run)
-    print(f"report: {folder / 'report.html'}, heat map: {folder / 'heat-map.png'}", file=sys.stderr)
+    emit_run(run, format, folder / "report.html")
+    print(f"heat map: {folder / 'heat-map.png'}", file=sys.stderr)
     return 0

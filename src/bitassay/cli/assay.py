@@ -1,12 +1,11 @@
 """`bitassay assay`: the main job."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
-from bitassay.cli.output import Format, emit
+from bitassay.cli.output import Format, emit, emit_run
 from bitassay.cli.parameters import AS_IT_IS, Count, CountOrNone, Dtype, Loading, Seed, Share
 
 
@@ -61,9 +60,6 @@ def assay(
     check_words([model], recipe, folder=out)
     from bitassay.cli.progress import show_progress
     from bitassay.data.windows import Protocol
-    from bitassay.report.assay import ASSAY_COLUMNS, write_report
-    from bitassay.report.bench import shown_columns
-    from bitassay.report.replication import PAIR_COLUMNS
     from bitassay.studies.assay import assay
     from bitassay.studies.estimate import estimate_assay
     from bitassay.studies.verification import Verification
@@ -95,11 +91,6 @@ def assay(
         run, folder = assay(
             model, recipe, out=out, progress=progress, trust_remote_code=loading.trust_remote_code, **options
         )
-    report = folder / "report.html"
-    write_report(run, report)
-    emit(run["rows"], ASSAY_COLUMNS, format, whole=run)
-    if run["pairs"] and format == "table":
-        emit(run["pairs"], shown_columns(PAIR_COLUMNS, run["pairs"]), format)
-    print(f"report: {report}", file=sys.stderr)
+    emit_run(run, format, folder / "report.html")
     reason = (run["verification"] or {}).get("reason")
     return 1 if reason else 0  # the columns of verification are missing

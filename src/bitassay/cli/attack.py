@@ -1,9 +1,8 @@
 """`bitassay attack`: attacks against detectors."""
 
-import sys
 from pathlib import Path
 
-from bitassay.cli.output import Format, emit
+from bitassay.cli.output import Format, emit_run
 from bitassay.cli.parameters import AS_IT_IS, Count, Loading, Names, Seed, Share
 
 
@@ -43,13 +42,6 @@ def attack(
 
     check_words([model], folder=out)
     from bitassay.cli.progress import show_progress
-    from bitassay.report.attack import (
-        ATTACK_COLUMNS,
-        COST_COLUMNS,
-        matrix,
-        matrix_columns,
-        write_attack_report,
-    )
     from bitassay.studies.attacks.study import ATTACKS, VARIANTS, AttackPlan, attack
 
     plan = AttackPlan(
@@ -66,12 +58,5 @@ def attack(
         run, folder = attack(
             loading.of(model), plan, out=out, trust_remote_code=loading.trust_remote_code, progress=progress
         )
-    write_attack_report(run, folder / "report.html")
-    if format in ("table", "md"):
-        emit(matrix(run), matrix_columns(run), format)
-        print()
-        emit(run["costs"], COST_COLUMNS, format)
-    else:
-        emit(run["rows"], ATTACK_COLUMNS, format, whole=run)
-    print(f"report: {folder / 'report.html'}", file=sys.stderr)
+    emit_run(run, format, folder / "report.html")
     return 0

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 
-from bitassay.cli.output import Format, emit
+from bitassay.cli.output import Format, emit_run
 from bitassay.cli.parameters import (
     AS_IT_IS,
     Count,
@@ -73,15 +73,7 @@ def models(
     check_words([model, *(candidate or ())], recipe, folder=out)
     from bitassay.bench.models import BATCHES, CONTEXTS, bench
     from bitassay.cli.progress import show_progress
-    from bitassay.report.bench import (
-        BENCH_COLUMNS,
-        MODEL_COLUMNS,
-        PAIR_COLUMNS,
-        busy,
-        machine_line,
-        shown_columns,
-        write_bench_report,
-    )
+    from bitassay.report.findings import busy, machine_line
 
     with show_progress() as progress:
         run, folder = bench(
@@ -101,17 +93,9 @@ def models(
             progress=progress,
             **loading.options,
         )
-    write_bench_report(run, folder / "report.html")
-    if format in ("table", "md"):
-        emit(run["models"], shown_columns(MODEL_COLUMNS, run["models"]), format)
-        print()
-    emit(run["rows"], shown_columns(BENCH_COLUMNS, run["rows"]), format, whole=run)
-    if run["pairs"] and format in ("table", "md"):
-        print()
-        emit(run["pairs"], PAIR_COLUMNS, format)
-    for line in (machine_line(run), busy(run), f"report: {folder / 'report.html'}"):
-        if line:
-            print(line, file=sys.stderr)
+    emit_run(run, format, folder / "report.html")
+    for line in filter(None, (machine_line(run), busy(run))):
+        print(line, file=sys.stderr)
     return 1 if all("skipped" in row for row in run["rows"]) else 0
 
 
@@ -142,17 +126,13 @@ def matmul(
     from bitassay.bench.matmul import SHAPES, matmul
     from bitassay.cli.progress import show_progress
     from bitassay.record.files import check_place
-    from bitassay.report.bench import MATMUL_COLUMNS, shown_columns, write_matmul_report
 
     if out is not None:
         check_place(out)
     asked = SHAPES if shapes is None else [_shape(text) for text in shapes]
     with show_progress() as progress:
         run = matmul(asked, draws=draws, repeats=repeats, seed=seed, device=device, progress=progress)
-    if out is not None:
-        write_matmul_report(run, out)
-        print(f"report: {out}", file=sys.stderr)
-    emit(run["rows"], shown_columns(MATMUL_COLUMNS, run["rows"]), format, whole=run)
+    emit_run(run, format, out)
     return 0
 
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from bitassay.cli.output import Format, emit
+from bitassay.cli.output import Format, emit_run
 from bitassay.cli.parameters import AS_IT_IS, Count, CountOrNone, Dtype, Loading, Names, Seed
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def eval(
     from bitassay.data.windows import token_windows
     from bitassay.engines.load import load
     from bitassay.evaluation.controls import evaluate_with_controls
-    from bitassay.evaluation.quality import evaluate_all
+    from bitassay.evaluation.quality import INTERVAL, evaluate_all
     from bitassay.evaluation.tasks import check_tasks
     from bitassay.models.identity import tokenizer
     from bitassay.models.source import resolve
@@ -91,8 +91,7 @@ def eval(
     from bitassay.quantization.export.fits import check_fit
     from bitassay.quantization.pipeline import quantize_once
     from bitassay.quantization.recipe.recipe import BASE, find_recipe
-    from bitassay.record.environment import environment
-    from bitassay.report.assay import CONTROL_COLUMNS, QUALITY_COLUMNS
+    from bitassay.record.result import new_run
 
     protocols = [_protocol(text, window, windows) for text in protocol or ["wikitext2-raw"]]
     with show_progress() as progress:
@@ -132,8 +131,9 @@ def eval(
         e = row.pop("evaluation")
         about = {"protocol": e.protocol, "source": e.corpus_source, "seed": seed, "against": e.base}
         rows.append(row | about | e.quality.to_dict())
-    whole = {"rows": rows, "environment": environment()} if format == "json" else None
-    emit(rows, CONTROL_COLUMNS if replicated else QUALITY_COLUMNS, format, whole)
+    settings = {"protocols": [one.id for one in protocols], "dtype": dtype, "seed": seed}
+    run = new_run("evaluation", model={"name": names[0]}, settings=settings, interval=INTERVAL, rows=rows)
+    emit_run(run, format)
     return 0
 
 
@@ -196,11 +196,7 @@ def _tasks(
     format: Format,
     progress: "Progress",
 ) -> int:
-    import sys
-
     from bitassay.evaluation.tasks import evaluate_tasks
-    from bitassay.record.environment import environment
-    from bitassay.report.tasks import TASK_COLUMNS
 
     run, folder = evaluate_tasks(
         candidates,
@@ -208,9 +204,7 @@ def _tasks(
         limit=limit,
         shots=shots,
         out=out,
-        environment=environment(),
         progress=progress,
     )
-    emit(run["rows"], TASK_COLUMNS, format, whole=run)
-    print(f"run: {folder}", file=sys.stderr)
+    emit_run(run, format, folder / "report.html")
     return 0

@@ -1,12 +1,11 @@
 """`bitassay generate`: how far quantized models' own words are from the base model's."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
-from bitassay.cli.output import Format, emit
+from bitassay.cli.output import Format, emit_run
 from bitassay.cli.parameters import AS_IT_IS, Count, Dtype, Loading, Seed
 
 
@@ -48,12 +47,7 @@ def generate(
 
     check_words([model, *(candidate or ())], recipe, folder=out, texts=[prompts_file])
     from bitassay.cli.progress import show_progress
-    from bitassay.report.generation import (
-        GENERATION_COLUMNS,
-        candidates,
-        write_generation_report,
-        write_rating_sheet,
-    )
+    from bitassay.report.pages import write_rating_sheet
     from bitassay.studies.generation import generation
 
     with show_progress() as progress:
@@ -70,8 +64,6 @@ def generate(
             progress=progress,
             **loading.options,
         )
-    write_generation_report(run, folder / "report.html")
     write_rating_sheet(run, folder / "ratings.csv")
-    emit(candidates(run), GENERATION_COLUMNS, format, whole=run)
-    print(f"report: {folder / 'report.html'}", file=sys.stderr)
+    emit_run(run, format, folder / "report.html")
     return 0

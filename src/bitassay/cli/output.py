@@ -15,12 +15,12 @@ def emit(
     rows: Sequence[Row],
     columns: Sequence[Column],
     format: Format,
-    content: Mapping[str, Any] | None = None,
+    whole: Mapping[str, Any] | None = None,
 ) -> None:
-    """Print `rows`; as JSON, the object `content` (default: `{"rows": rows}`), which is the only thing on
+    """Print `rows`; as JSON, the object `whole` (default: `{"rows": rows}`), which is the only thing on
     stdout."""
     if format == "json":
-        value = {"rows": rows} if content is None else content
+        value = {"rows": rows} if whole is None else whole
         text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     else:
         text = render(rows, columns, format)

@@ -6,8 +6,7 @@ from pathlib import Path
 def report(*runs: Path, out: Path = Path("report.html")) -> int:
     """Turn run folders into one HTML file that opens offline, and print where it is.
 
-    Every kind of run folder has a page. Several assays share one, and so do several of the studies exp1 to
-    exp5, separability and `calibrate --study`.
+    Every kind of run folder has a page, and several runs of any kind can share one.
 
     Args:
         runs: Folders that a command of bitassay wrote, or their run.json.
@@ -16,8 +15,8 @@ def report(*runs: Path, out: Path = Path("report.html")) -> int:
     from bitassay.cli.checks import check_words
 
     check_words(file=out)
-    from bitassay.report.pages import write_pages
+    from bitassay.report.pages import write_reports
 
-    write_pages(runs, out)
+    write_reports(runs, out)
     print(out)
     return 0

@@ -1,12 +1,11 @@
 """`bitassay search`: the best recipes of a space, for several objectives and within limits."""
 
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from bitassay.cli.output import Format, emit
+from bitassay.cli.output import Format, emit_run
 from bitassay.cli.parameters import AS_IT_IS, Count, Dtype, Loading, Names, Seed
 
 
@@ -65,7 +64,6 @@ def search(
         import optuna  # noqa: F401
     except ImportError as error:
         raise MissingError("a search needs optuna", "pip install 'bitassay[search]'") from error
-    from bitassay.report.search import SEARCH_COLUMNS, write_search_report
     from bitassay.search.objectives import parse_limit
     from bitassay.search.search import search
     from bitassay.search.trials import FAILED
@@ -90,8 +88,6 @@ def search(
             dtype=dtype,
             seed=seed,
         )
-    write_search_report(run, folder / "report.html")
-    emit(run["rows"], SEARCH_COLUMNS, format, whole=run)
-    print(f"report: {folder / 'report.html'}", file=sys.stderr)
+    emit_run(run, format, folder / "report.html")
     failed = any((trial["stopped"] or "").startswith(FAILED) for trial in run["trials"])
     return 1 if failed else 0

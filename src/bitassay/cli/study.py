@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cyclopts import App
 
-from bitassay.cli.output import Format, emit
+from bitassay.cli.output import Format, emit, emit_run
 from bitassay.cli.parameters import AS_IT_IS, Count, Loading, Names, Numbers, Share
 from bitassay.report.tables import Column, interval, percent
 
@@ -185,7 +185,8 @@ def run(
         )
     from bitassay.cli.progress import show_progress
     from bitassay.record.files import write_json
-    from bitassay.report import study as report
+    from bitassay.record.result import new_run
+    from bitassay.report.pages import write_report
     from bitassay.studies.verillm.experiments import run_experiments
     from bitassay.studies.verillm.separability import PRECISIONS, run_separability
 
@@ -225,18 +226,13 @@ def run(
         verb = "lacks" if one.get("impossible") else "waits for"
         sys.stderr.write(f"{one['study']}: {verb} {one['missing']}\n")
     lost = [one for found in runs for one in found["missing"] if role is None or one.get("impossible")]
-    if any(found["rows"] for found in runs):
-        write_json(out / "run.json", {"schema": 1, "kind": "studies", "runs": runs})
-        report.write_study_report(runs, out / "report.html")
-    if format == "json":
-        whole = {"rows": [{"kind": one["kind"], **row} for one in runs for row in one["rows"]], "runs": runs}
-        emit([], [], "json", whole=whole)
-        return 1 if lost else 0
-    for found in runs:
-        if found["kind"] == "separability":
-            emit(report.separability_rows(found), report.separability_columns(found), format)
-        else:
-            emit(found["rows"], report.EXPERIMENT_COLUMNS, format)
+    rows = [{"kind": part["kind"], **row} for part in runs for row in part["rows"]]
+    run = new_run("studies", model={"name": model}, rows=rows, runs=runs)
+    if rows:
+        write_json(out / "run.json", run)
+        write_report(run, out / "report.html")
+    for part in [run] if format == "json" else runs:
+        emit_run(part, format)
     return 1 if lost else 0
 
 
@@ -244,14 +240,13 @@ def optimise(studies: list[str], plan: "Plan", alpha: float, out: Path, format: 
     """What `bitassay calibrate --study` does."""
     from bitassay.cli.progress import show_progress
     from bitassay.record.files import write_json
-    from bitassay.report import study as report
     from bitassay.studies.verillm.thresholds import optimise_thresholds
 
     with show_progress() as progress:
         found = optimise_thresholds(studies, plan, alpha=alpha, out=out, progress=progress)
-    write_json(out / "threshold_optimization" / "run.json", found)
-    report.write_study_report([found], out / "threshold_optimization" / "report.html")
-    emit(report.threshold_rows(found), report.THRESHOLD_COLUMNS, format, whole=found)
+    folder = out / "threshold_optimization"
+    write_json(folder / "run.json", found)
+    emit_run(found, format, folder / "report.html")
     for row in found["rows"]:
         sys.stderr.write(f"thresholds: {row['file']}\n")
     for one in found["missing"]:

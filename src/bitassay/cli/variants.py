@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bitassay.cli.output import Format, emit
+from bitassay.cli.output import Format, emit, emit_run
 from bitassay.cli.parameters import Loading
 
 
@@ -31,9 +31,7 @@ def run_variant_studies(
     from bitassay.data.windows import Protocol
     from bitassay.errors import BitassayError
     from bitassay.models.options import as_device
-    from bitassay.report import eight_bit, replication
-    from bitassay.report.bench import shown_columns
-    from bitassay.report.claims import SHORT_CLAIM_COLUMNS
+    from bitassay.report.pages import write_report
     from bitassay.studies.eight_bit.run import run_eight_bit
     from bitassay.studies.eight_bit.study import STUDIES as EIGHT_BIT
     from bitassay.studies.eight_bit.study import eight_bit_plan, find_study
@@ -63,7 +61,7 @@ def run_variant_studies(
         "device": devices[0] if devices else "cpu",
         **loading.options,
     }
-    done = []
+    runs = []
     with show_progress() as progress:
         for name in studies:
             work: dict[str, Any] = {"jobs": jobs, "ray": ray, "progress": progress}
@@ -72,27 +70,18 @@ def run_variant_studies(
                 assert model is not None
                 protocol = Protocol(windows=windows, window_tokens=1024 if window is None else window)
                 run, folder = run_replication(name, model, protocol=protocol, only=tuple(only), **how, **work)
-                replication.write_replication_report(run, folder / "report.html")
-                done.append((run, folder, replication.ROW_COLUMNS))
             else:
                 own = EIGHT_BIT[name]
                 protocol = Protocol(windows=windows, window_tokens=2048 if window is None else window)
                 questions = own.questions if limit is None else limit
                 plan = eight_bit_plan(name, model or own.model, questions, protocol, tuple(only), **how)
                 run, folder = run_eight_bit(plan, **work)
-                eight_bit.write_eight_bit_report(run, folder / "report.html")
-                done.append((run, folder, eight_bit.VARIANT_COLUMNS))
+            write_report(run, folder / "report.html")
+            print(f"report: {folder / 'report.html'}", file=sys.stderr)
+            runs.append(run)
     if format == "json":
-        runs = [run for run, *_ in done]
         emit([], [], "json", whole={"rows": [row for run in runs for row in run["rows"]], "runs": runs})
-    for run, folder, columns in done:
-        if format != "json":
-            emit(run["rows"], shown_columns(columns, run["rows"]), format)
-        if format in ("table", "md"):
-            if run.get("drafts"):
-                print()
-                emit(run["drafts"], replication.DRAFT_COLUMNS, format)
-            print()
-            emit(run["claims"], SHORT_CLAIM_COLUMNS, format)
-        print(f"report: {folder / 'report.html'}", file=sys.stderr)
+    else:
+        for run in runs:
+            emit_run(run, format)
     return 0

@@ -60,13 +60,21 @@ ASSAY = [
     Column("hidden_distance", "hidden\ndistance", _few),
     text_column("verdict", "verdict"),
 ]
+
+
+def _passed(row: Row) -> str:
+    return f"{row['traces_passed']} of {row['traces']}"
+
+
 VERDICT = [
     RECIPE,
-    Column("traces_passed", "traces\npassed"),
-    Column("traces", "of"),
+    Column("traces_passed", "traces passed", _passed, whole_row=True),
+    Column("traces", "not\npassed", lambda row: str(row["traces"] - row["traces_passed"]), whole_row=True),
     Column("p_value", "pooled\np-value", significant(2)),
     text_column("verdict", "verdict"),
 ]
+
+
 RECIPES = [RECIPE, text_column("recipe_id", "id")]
 QUALITY = [
     RECIPE,

@@ -12,12 +12,13 @@ import yaml
 from jinja2 import Environment, StrictUndefined, TemplateError
 
 from bitassay.errors import BitassayError
+from bitassay.record.files import write_text
 from bitassay.record.result import read_run
 from bitassay.report import columns, findings
 from bitassay.report.figures import assay, bench, heat_maps, search, studies
 from bitassay.report.figures.drawing import write_png
 from bitassay.report.page import MOST_ROWS, Page, Section, write_page
-from bitassay.report.tables import UnshownError, percent, pivot, significant
+from bitassay.report.tables import Column, UnshownError, percent, pivot, render, significant
 
 Run = Mapping[str, Any]
 DAMAGED = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError, TemplateError)
@@ -26,8 +27,7 @@ DAMAGED = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, 
 def page_of(run: Run) -> Page:
     """Return the page of a run of any kind, as `record.result` reads it."""
     content = _contents()[run["kind"]]
-    rows = run.get("rows", [])[:MOST_ROWS]
-    values = {**run, "rows": rows, "run": {**run, "rows": rows}}
+    values = {**run, "run": {**run, "rows": run.get("rows", [])[:MOST_ROWS]}}  # plots are of the first rows
     sections = [section for part in content["sections"] for section in _sections(part, values)]
     for part in run.get("runs", []):
         sections.append(page_of(part).sections[0])
@@ -130,6 +130,14 @@ def write_reports(folders: Sequence[Path], out: Path) -> None:
 def write_picture(run: Run, path: Path) -> None:
     """Write the summary plot of an assay as a PNG file."""
     write_png(assay.summary_figure(run), path, dpi=160)
+
+
+def write_rating_sheet(run: Run, path: Path) -> None:
+    """Write a CSV for a person to fill in: a line for each text of a run of `generate`."""
+    keys = ("sample", "model", "rating_1_to_5", "remark")
+    numbers = range(1, len(run["prompts"]) + 1)
+    rows = [{"sample": number, "model": name} for number in numbers for name in run["texts"]]
+    write_text(path, render(rows, [Column(key, key) for key in keys], "csv"))
 
 
 def write_heat_map(run: Run, path: Path) -> None:

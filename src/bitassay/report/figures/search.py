@@ -32,7 +32,8 @@ def pareto_figure(run: Run) -> Figure:
     axes = figure.add_subplot()
     if others:
         axes.plot(*zip(*others, strict=True), "o", color=INK, alpha=0.45, label="complete trials")
-    axes.plot(*zip(*sorted(best), strict=True), "D-", color=COLOURS[2], label="best")
+    if best:
+        axes.plot(*zip(*sorted(best), strict=True), "D-", color=COLOURS[2], label="best")
     across = objectives[1] if len(objectives) > 1 else "bits_per_weight"
     axes.set(xlabel=printable(across), ylabel=printable(objectives[0]))
     axes.legend(frameon=False)
