@@ -1,49 +1,51 @@
-"""Write a result to stdout in the format that was asked for, and the page of a run beside it."""
+"""Write results: tables to stdout in the format that was asked for."""
 
-import json
+import json as json_module
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
-from bitassay.report.tables import Column, Row, render, shown_columns
+from bitassay.report.tables import Column, Row, render
 
 Format = Literal["table", "json", "csv", "md"]
+Rows = Sequence[Row]
+Table = tuple[Rows, Sequence[Column | str]]
+"""Rows, and the columns to show. A bare key is a column titled like the key, with text on the left."""
 
 
-def emit(
-    rows: Sequence[Row],
-    columns: Sequence[Column],
+def print_tables(
+    tables: Sequence[Table],
     format: Format,
-    whole: Mapping[str, Any] | None = None,
+    *,
+    csv: Table | None = None,
+    json: Mapping[str, Any] | None = None,
 ) -> None:
-    """Print `rows`; as JSON, the object `whole` (default: `{"rows": rows}`), which is the only thing on
-    stdout."""
+    """Print tables with an empty line between them, leaving out those without rows but for the first.
+
+    CSV holds one table: `csv`, or the first. JSON is one object: `json`, or `{"rows": rows of the first}`.
+    """
     if format == "json":
-        value = {"rows": rows} if whole is None else whole
-        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
-    else:
-        text = render(rows, columns, format)
-    sys.stdout.write(text.rstrip("\n") + "\n")
-
-
-def emit_run(run: Mapping[str, Any], format: Format, page: Path | None = None) -> None:
-    """Print the tables of a run, or as CSV its main table, or as JSON all of it; write its page to `page` and
-    say so on stderr."""
-    from bitassay.report.page import write_page
-    from bitassay.report.pages import page_of
-
-    content = page_of(run)
-    if page is not None:
-        write_page([content], page)
-    if format == "json":
-        emit([], [], format, run)
+        whole = {"rows": tables[0][0]} if json is None else json
+        text = json_module.dumps(whole, indent=2, ensure_ascii=False, allow_nan=False)
     elif format == "csv":
-        emit(*content.csv, format)
+        rows, columns = csv or tables[0]
+        text = render(rows, as_columns(rows, columns), "csv").rstrip("\n")
     else:
-        tables = [section for section in content.sections if section.place != "page" and section.rows]
-        for index, section in enumerate(tables):
-            sys.stdout.write("\n" if index else "")
-            emit(section.rows, shown_columns(section.columns, section.rows), format)
-    if page is not None:
-        print(f"report: {page}", file=sys.stderr)
+        shown = [(rows, columns) for rows, columns in tables if rows] or tables[:1]
+        texts = [render(rows, as_columns(rows, columns), format) for rows, columns in shown]
+        text = "\n\n".join(part.rstrip("\n") for part in texts)
+    sys.stdout.write(text + "\n")
+
+
+def as_columns(rows: Rows, columns: Sequence[Column | str]) -> list[Column]:
+    """Return the columns, with those given by their key alone filled in."""
+    return [column if isinstance(column, Column) else _column(rows, column) for column in columns]
+
+
+def _column(rows: Rows, key: str) -> Column:
+    is_text = any(isinstance(row.get(key), str | bool) for row in rows)
+    return Column(key, key.replace("_", " "), _text, align="left" if is_text else "right")
+
+
+def _text(value: Any) -> str:
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)

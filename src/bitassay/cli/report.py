@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+from bitassay.cli.checks import check_words
+
 
 def report(*runs: Path, out: Path = Path("report.html")) -> int:
-    """Turn run folders into one HTML file that opens offline, and print where it is.
+    """Turn run folders into one HTML file that opens offline, and print its path.
 
     Every kind of run folder has a page, and several runs of any kind can share one.
 
@@ -12,8 +14,6 @@ def report(*runs: Path, out: Path = Path("report.html")) -> int:
         runs: Folders that a command of bitassay wrote, or their run.json.
         out: The file to write.
     """
-    from bitassay.cli.checks import check_words
-
     check_words(file=out)
     from bitassay.report.pages import write_reports
 

@@ -75,6 +75,15 @@ class Page:
     csv: Table
     glossary: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def printed(self) -> list[Table]:
+        """The tables that the terminal shows, without their empty columns."""
+        return [
+            (section.rows, shown_columns(section.columns, section.rows))
+            for section in self.sections
+            if section.place != "page" and section.rows
+        ]
+
 
 def write_page(pages: Sequence[Page], path: Path) -> None:
     """Write one HTML file of one or several runs. Raises UnshownError for a row that a column cannot show."""
