@@ -51,7 +51,7 @@ class HeatMap:
     values: Float[np.ndarray, "layers kinds"]
 
     @property
-    def rows(self) -> list[dict[str, float]]:
+    def rows(self) -> list[dict[str, Any]]:
         """A row for each layer; a kind of matrix that it has not is left out."""
         return [
             {"layer": layer} | {kind: v for kind, v in zip(self.kinds, row, strict=True) if v == v}
@@ -87,7 +87,7 @@ def heat_maps(run: Run) -> list[HeatMap]:
     return maps
 
 
-@mpl.rc_context(STYLE | {"axes.grid": False})
+@mpl.rc_context({**STYLE, "axes.grid": False})
 def heat_map_figure(run: Run) -> Figure:
     """Draw layers down, matrices across; one panel for each of the measures that are drawn."""
     maps = [heat_map for heat_map in heat_maps(run) if heat_map.measure.drawn]
