@@ -14,7 +14,7 @@ from bitassay.studies.verillm.experiments import planned, run_experiments
 from bitassay.studies.verillm.parties import Machine, other_machines
 from bitassay.studies.verillm.trial import LeftOut, first_that_runs, try_here
 from bitassay.studies.verillm.work import Plan
-from bitassay.verification.profile import runs_needed
+from bitassay.verification.calibration import runs_needed
 
 PACKING = "pack_vnni2 is only supported when avx512 is supported"
 CPU, AVX2 = Machine("cpu"), Machine("cpu+avx2")

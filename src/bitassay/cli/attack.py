@@ -32,7 +32,8 @@ def attack(
         batch: Requests generated at a time.
     """
     check_words([model], folder=output.out)
-    from bitassay.studies.attacks.study import ATTACKS, VARIANTS, AttackPlan, attack
+    from bitassay.studies.attacks.study import VARIANTS, AttackPlan, attack
+    from bitassay.verification.attacks.registry import ATTACKS
 
     plan = AttackPlan(
         sequences,

@@ -23,9 +23,9 @@ from bitassay.errors import BitassayError, MissingError
 from bitassay.models.config import read_config, text_config
 from bitassay.models.identity import Identity
 from bitassay.models.options import as_dtype
+from bitassay.models.positions import check_folder
 from bitassay.models.source import resolve
 from bitassay.models.weights import stored_bytes
-from bitassay.models.windows import check_folder
 from bitassay.record.files import read_json
 from bitassay.record.processes import end, end_with_parent, helper_variables
 from bitassay.record.progress import Progress, silent

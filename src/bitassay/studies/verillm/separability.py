@@ -22,8 +22,8 @@ from bitassay.record.result import new_run
 from bitassay.studies.verillm.parties import DTYPES
 from bitassay.studies.verillm.trial import Trial, try_machine
 from bitassay.studies.verillm.work import Plan, Work, check_plan
+from bitassay.verification.calibration import runs_needed
 from bitassay.verification.power import auc, tpr_at_fpr
-from bitassay.verification.profile import runs_needed
 
 BATCH = 25  # prompts that a prover answers at a time: nothing is timed
 PRECISIONS = ("fp32", "fp16", "bf16", "w8", "fp8", "w4", "w3", "w2")

@@ -34,10 +34,10 @@ from bitassay.studies.verillm.trial import Trial as MachineTrial
 from bitassay.studies.verillm.trial import try_machine
 from bitassay.studies.verillm.work import Plan, Work, check_plan
 from bitassay.studies.verillm.worker import Cells
+from bitassay.verification.calibration import runs_needed, threshold
 from bitassay.verification.detectors import verillm
 from bitassay.verification.detectors.verillm import DOCUMENTS, Rules
-from bitassay.verification.power import share, threshold
-from bitassay.verification.profile import runs_needed
+from bitassay.verification.power import share
 
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 FIT_SHARE = 3  # one in so many honest trials fits the cells' thresholds
