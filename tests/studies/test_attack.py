@@ -10,7 +10,7 @@ from bitassay.cli import run as command
 from bitassay.engines.load import load
 from bitassay.engines.sampling import GREEDY
 from bitassay.errors import BitassayError
-from bitassay.report.attack import matrix, write_attack_report
+from bitassay.report.pages import page_of, write_report
 from bitassay.studies.attacks import study
 from bitassay.studies.attacks.evaluation import CrossFit, evaluated
 from bitassay.studies.attacks.study import VARIANTS, AttackPlan, RequestSet, attack, check_plan
@@ -117,12 +117,12 @@ def test_it_goes_on_where_it_was_stopped(finished, tmp_path, monkeypatch):
 
 def test_the_page(finished, tmp_path):
     run, _ = finished
-    write_attack_report(run, tmp_path / "report.html")
+    write_report(run, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert "blind" in page
     assert all(name in page for name in DETECTORS)
     assert "://" not in page
-    assert [row["attack"] for row in matrix(run)] == list(PLAN.attacks)
+    assert [row["attack"] for row in page_of(run).sections[0].rows] == list(PLAN.attacks)
 
 
 def test_refusals():

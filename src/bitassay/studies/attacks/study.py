@@ -13,13 +13,11 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
 from pydantic import TypeAdapter
 from transformers import PreTrainedModel
 
@@ -31,9 +29,10 @@ from bitassay.models.identity import identity
 from bitassay.models.options import AUTO
 from bitassay.quantization.export.fits import check_fit
 from bitassay.record.environment import environment
-from bitassay.record.files import check_folder, write_json
+from bitassay.record.files import check_folder
 from bitassay.record.progress import Progress, silent
-from bitassay.record.run import RunFolder, default_folder
+from bitassay.record.result import write_run
+from bitassay.record.run import RunFolder, open_run_folder, run_plan
 from bitassay.studies.attacks.evaluation import (
     FOLDS,
     CrossFit,
@@ -58,7 +57,6 @@ from bitassay.verification.structure import Request
 from bitassay.verification.submissions import Submission, check_submission
 from bitassay.verification.trace import Trace, read_trace
 
-SCHEMA = 1
 MOST_CANDIDATES = 400
 SAMPLED = Sampler(temperature=0.8, top_p=0.95, seed=7)
 PRECISION = "bf16"
@@ -250,14 +248,12 @@ def attack(
         trust_remote_code=trust_remote_code,
         progress=progress,
     )
-    known = identity(base)
-    described = {"schema": SCHEMA, "kind": "attack", "model": known.weights_digest, **asdict(plan)}
-    described |= {"config": known.config_digest}
-    described |= {"numerics": environment()["cpu_capability"], "threads": torch.get_num_threads()}
+    known, here = identity(base), environment()
+    settings = {**asdict(plan), "numerics": here["cpu_capability"], "threads": here["threads"]}
     # A run may be widened: what is attacked and what is pooled do not change the parts that are there.
-    kept = {key: value for key, value in described.items() if key not in ("attacks", "variants")}
-    kept |= {"detectors": list(DETECTORS)}
-    folder = RunFolder(out or default_folder(f"attack-{Path(model).stem}", kept), kept)
+    work = {key: value for key, value in settings.items() if key not in ("attacks", "variants")}
+    work |= {"model": known.weights_digest, "config": known.config_digest, "detectors": list(DETECTORS)}
+    folder = open_run_folder(f"attack-{Path(model).stem}", run_plan("attack", work), out)
     greedy = RequestSet(model, base, (), GREEDY, plan, trust_remote_code, other)
     chosen = folder.part("requests", lambda: _choose(greedy, progress))
     greedy = replace(greedy, prompts=[tuple(prompt) for prompt in chosen])
@@ -293,13 +289,13 @@ def attack(
     cost = {
         sampled: costs(_seconds(folder, requests[sampled], progress), layers, hidden) for sampled in pools
     }
-    run = {
-        **described,
-        "model": {"name": model, "weights_digest": identity(base).weights_digest},
-        "run_id": folder.run_id,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "environment": environment(),
-        "rows": [
+    run = write_run(
+        folder,
+        model={"name": model, "weights_digest": known.weights_digest},
+        settings=settings,
+        interval="95 %, Clopper-Pearson over runs",
+        environment=here,
+        rows=[
             row
             for name in plan.attacks
             for row in attack_rows(
@@ -310,18 +306,17 @@ def attack(
                 cost[ATTACKS[name].sampled],
             )
         ],
-        "timed": TIMED,
-        "costs": [
-            {"sampler": "sampled" if sampled else "greedy", "detector": name, **one}
+        timed=TIMED,
+        costs=[
+            {"sampler": "sampled" if sampled else "greedy", "detector": name, **measured}
             for sampled, by_detector in cost.items()
-            for name, one in by_detector.items()
+            for name, measured in by_detector.items()
         ],
-        "honest": honest_rows(pools, plan.tokens),
-        "about": {name: ATTACKS[name].about for name in plan.attacks},
-        "left_out": [asdict(one) for one in left_out],
-        "numerics_pooled": {name: VARIANTS[name].about for name in plan.variants},
-    }
-    write_json(folder.path / "run.json", run)
+        honest=honest_rows(pools, plan.tokens),
+        about={name: ATTACKS[name].about for name in plan.attacks},
+        left_out=[asdict(one) for one in left_out],
+        numerics_pooled={name: VARIANTS[name].about for name in plan.variants},
+    )
     return run, folder.path
 
 
