@@ -39,8 +39,8 @@ from bitassay.quantization.runtime.linear import QuantizedLinear
 from bitassay.quantization.runtime.products import product_kind
 from bitassay.record.environment import environment
 from bitassay.record.progress import Progress, silent
+from bitassay.record.result import new_run
 
-SCHEMA = 1
 SHAPES = ((16, 512), (100, 1024), (4096, 4096))
 FORMATS = {"int8": "int8", "fp8": "fp8_e4m3"}
 SCALES = {"row": "channel", "tensor": "tensor"}
@@ -98,14 +98,8 @@ def matmul(
                     **speeds.get(kind, {}),
                 }
             )
-    return {
-        "schema": SCHEMA,
-        "kind": "matmul",
-        "settings": {"draws": draws, "repeats": repeats, "seed": seed, "device": device},
-        "interval": INTERVAL,
-        "environment": environment(device),
-        "rows": rows,
-    }
+    settings = {"draws": draws, "repeats": repeats, "seed": seed, "device": device}
+    return new_run("matmul", settings=settings, interval=INTERVAL, environment=environment(device), rows=rows)
 
 
 def rounding_error(rounded: Matrix, exact: Matrix) -> float:

@@ -12,7 +12,6 @@ import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +27,11 @@ from bitassay.models.source import resolve
 from bitassay.quantization.export.fits import check_fit
 from bitassay.quantization.recipe.recipe import BASE, Recipe, find_recipe, row_names
 from bitassay.quantization.replication.controls import Place, with_controls
-from bitassay.record.files import check_folder, write_json
+from bitassay.record.files import check_folder
 from bitassay.record.progress import Progress, silent
-from bitassay.record.run import RunFolder, default_folder
-from bitassay.record.versions import versions
+from bitassay.record.result import write_run
+from bitassay.record.run import RunFolder, open_run_folder, run_plan
 
-SCHEMA = 1
 BATCHES = (1, 2, 4, 8, 16, 32)
 CONTEXTS = (512, 1024, 2048, 4096, 8192)
 
@@ -107,7 +105,8 @@ def bench(
         with_them, places = with_controls(plan.recipes, layers)
         plan = replace(plan, recipes=with_them)
     digests = {name: Identity(source).weights_digest for name, source in sources.items()}
-    folder = _open_folder(plan, sources[model].name, digests, out)
+    work = {**plan.to_dict(), "weights_digests": digests}
+    folder = open_run_folder(f"bench-{sources[model].name}", run_plan("bench", work), out)
     progress(f"run {folder.run_id} in {folder.path}")
     common = {
         "dtype": plan.dtype,
@@ -135,22 +134,15 @@ def bench(
     finally:
         for worker in started.values():
             worker.stop()
-    run = {
-        "schema": SCHEMA,
-        "kind": "bench",
-        "run_id": folder.run_id,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "model": {
-            "name": sources[model].name,
-            "origin": sources[model].origin,
-            "weights_digest": digests[model],
-        },
-        "settings": plan.to_dict(),
-        "interval": INTERVAL,
+    source = sources[model]
+    run = write_run(
+        folder,
+        model={"name": source.name, "origin": source.origin, "weights_digest": digests[model]},
+        settings=plan.to_dict(),
+        interval=INTERVAL,
         **summarise(facts, rounds, plan.workloads),
-        "pairs": pairs_of(places, rounds, plan.workloads),
-    }
-    write_json(folder.path / "run.json", run)
+        pairs=pairs_of(places, rounds, plan.workloads),
+    )
     return run, folder.path
 
 
@@ -297,14 +289,3 @@ def pairs_of(
             )
         )
     ]
-
-
-def _open_folder(plan: BenchPlan, name: str, digests: dict[str, str], out: Path | None) -> RunFolder:
-    content = {
-        "kind": "bench",
-        "schema": SCHEMA,
-        **plan.to_dict(),
-        "weights_digests": digests,
-        "versions": versions("torch", "transformers"),
-    }
-    return RunFolder(out or default_folder(f"bench-{name}", content), content)

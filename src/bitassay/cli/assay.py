@@ -57,9 +57,6 @@ def assay(
     """
     check_words([model], recipe, folder=output.out)
     from bitassay.data.windows import Protocol
-    from bitassay.report.assay import ASSAY_COLUMNS
-    from bitassay.report.bench import shown_columns
-    from bitassay.report.replication import PAIR_COLUMNS
     from bitassay.studies.assay import assay
     from bitassay.studies.estimate import estimate_assay
     from bitassay.studies.verification import Verification
@@ -82,6 +79,5 @@ def assay(
     options |= {"out": output.out, "trust_remote_code": compute.trust_remote_code}
     with show_progress() as progress:
         run, folder = assay(compute.of(model), recipe, progress=progress, **options)
-    pairs = run["pairs"]
-    output.show_run(run, folder, (run["rows"], ASSAY_COLUMNS), (pairs, shown_columns(PAIR_COLUMNS, pairs)))
+    output.show_run(run, folder)
     return 1 if (run["verification"] or {}).get("reason") else 0  # the columns of verification are missing

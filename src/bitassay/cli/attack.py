@@ -32,8 +32,8 @@ def attack(
         batch: Requests generated at a time.
     """
     check_words([model], folder=output.out)
-    from bitassay.report.attack import ATTACK_COLUMNS, COST_COLUMNS, matrix, matrix_columns
-    from bitassay.studies.attacks.study import ATTACKS, VARIANTS, AttackPlan, attack
+    from bitassay.studies.attacks.study import VARIANTS, AttackPlan, attack
+    from bitassay.verification.attacks.registry import ATTACKS
 
     plan = AttackPlan(
         sequences,
@@ -50,6 +50,5 @@ def attack(
         run, folder = attack(
             loading.of(model), plan, out=output.out, trust_remote_code=trust, progress=progress
         )
-    tables = (matrix(run), matrix_columns(run)), (run["costs"], COST_COLUMNS)
-    output.show_run(run, folder, *tables, csv=(run["rows"], ATTACK_COLUMNS))
+    output.show_run(run, folder)
     return 0

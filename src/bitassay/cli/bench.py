@@ -64,14 +64,7 @@ def models(
     """
     check_words([model, *(candidate or ())], recipe, folder=output.out)
     from bitassay.bench.models import BATCHES, CONTEXTS, bench
-    from bitassay.report.bench import (
-        BENCH_COLUMNS,
-        MODEL_COLUMNS,
-        PAIR_COLUMNS,
-        busy,
-        machine_line,
-        shown_columns,
-    )
+    from bitassay.report.findings import busy, machine_line
 
     with show_progress() as progress:
         run, folder = bench(
@@ -92,9 +85,7 @@ def models(
     for line in (machine_line(run), busy(run)):
         if line:
             print(line, file=sys.stderr)
-    cells = (run["rows"], shown_columns(BENCH_COLUMNS, run["rows"]))
-    described = (run["models"], shown_columns(MODEL_COLUMNS, run["models"]))
-    output.show_run(run, folder, described, cells, (run["pairs"], PAIR_COLUMNS), csv=cells)
+    output.show_run(run, folder)
     return 1 if all("skipped" in row for row in run["rows"]) else 0
 
 
@@ -121,15 +112,15 @@ def matmul(
     """
     check_words(file=out)
     from bitassay.bench.matmul import SHAPES, matmul
-    from bitassay.report.bench import MATMUL_COLUMNS, shown_columns, write_matmul_report
+    from bitassay.report.pages import write_report
 
     chosen = SHAPES if shapes is None else [_shape(text) for text in shapes]
     with show_progress() as progress:
         run = matmul(chosen, draws=draws, repeats=repeats, seed=seed, device=device, progress=progress)
     if out is not None:
-        write_matmul_report(run, out)
+        write_report(run, out)
         print(f"report: {out}", file=sys.stderr)
-    output.emit((run["rows"], shown_columns(MATMUL_COLUMNS, run["rows"])), json=run)
+    output.emit_run(run)
     return 0
 
 

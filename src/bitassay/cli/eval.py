@@ -83,17 +83,15 @@ def eval(
     from bitassay.data.windows import Protocol, token_windows
     from bitassay.engines.load import load
     from bitassay.evaluation.controls import evaluate_with_controls
-    from bitassay.evaluation.quality import evaluate_all
+    from bitassay.evaluation.quality import INTERVAL, evaluate_all
     from bitassay.evaluation.tasks.run import check_tasks, evaluate_tasks
     from bitassay.models.identity import tokenizer
+    from bitassay.models.positions import check_folder
     from bitassay.models.source import resolve
-    from bitassay.models.windows import check_folder
     from bitassay.quantization.export.fits import check_fit
     from bitassay.quantization.pipeline import quantize_once
     from bitassay.quantization.recipe.recipe import BASE, find_recipe
-    from bitassay.record.environment import environment
-    from bitassay.report.assay import CONTROL_COLUMNS, QUALITY_COLUMNS
-    from bitassay.report.tasks import TASK_COLUMNS
+    from bitassay.record.result import new_run
 
     protocols: list[Protocol] = []
     for name in protocol or ["wikitext2-raw"] if tasks is None else []:
@@ -123,10 +121,9 @@ def eval(
                 include=include_path,
                 trust_remote_code=trust,
                 out=output.out,
-                environment=environment(),
                 progress=progress,
             )
-            output.show_run(run, folder, (run["rows"], TASK_COLUMNS))
+            output.show_run(run, folder)
             return 0
         base, compared = (other[0], {model: loaded}) if other else (loaded, {})
         for text in protocols:
@@ -151,9 +148,10 @@ def eval(
         e = row.pop("evaluation")
         about = {"protocol": e.protocol, "source": e.corpus_source, "seed": seed, "against": e.base}
         rows.append(row | about | e.quality.to_dict())
-    columns = CONTROL_COLUMNS if replicated else QUALITY_COLUMNS
-    whole = {"rows": rows, "environment": environment()} if output.format == "json" else None
-    output.emit((rows, columns), json=whole)
+    settings = {"protocols": [text.id for text in protocols], "dtype": compute.dtype, "seed": seed}
+    output.emit_run(
+        new_run("evaluation", model={"name": names[0]}, settings=settings, interval=INTERVAL, rows=rows)
+    )
     return 0
 
 

@@ -33,7 +33,7 @@ def generate(
         batch: Prompts that are continued together. Results in 16-bit arithmetic depend on it.
     """
     check_words([model, *(candidate or ())], recipe, folder=output.out, texts=[prompts_file])
-    from bitassay.report.generation import GENERATION_COLUMNS, candidates, write_rating_sheet
+    from bitassay.report.pages import write_rating_sheet
     from bitassay.studies.generation import generation
 
     with show_progress() as progress:
@@ -50,5 +50,5 @@ def generate(
             **compute.options,
         )
     write_rating_sheet(run, folder / "ratings.csv")
-    output.show_run(run, folder, (candidates(run), GENERATION_COLUMNS))
+    output.show_run(run, folder)
     return 0

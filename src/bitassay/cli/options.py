@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, dataclass_transform
 from cyclopts import Parameter, Token
 from cyclopts.validators import Number
 
-from bitassay.cli.output import Format, Table, print_tables, write_page
+from bitassay.cli.output import Format, Table, print_tables
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -214,6 +214,13 @@ class Output:
         the first)."""
         print_tables(tables, self.format, csv=csv, json=json)
 
+    def emit_run(self, run: dict[str, Any]) -> None:
+        """Print the tables of a run of any kind."""
+        from bitassay.report.pages import page_of
+
+        page = page_of(run)
+        self.emit(*page.printed, csv=page.csv, json=run)
+
 
 @group
 class RunOutput(Output):
@@ -222,8 +229,10 @@ class RunOutput(Output):
     out: Path | None = None
     """Run folder, which gets run.json and report.html (default: runs/NAME-ID)."""
 
-    def show_run(self, run: dict[str, Any], folder: Path, *tables: Table, csv: Table | None = None) -> None:
-        """Write the page of a finished run folder, print its tables, and name the page on stderr."""
-        write_page(folder)
-        self.emit(*tables, csv=csv, json=run)
+    def show_run(self, run: dict[str, Any], folder: Path) -> None:
+        """Write the page of a finished run into its folder, print its tables, and name the page on stderr."""
+        from bitassay.report.pages import write_report
+
+        write_report(run, folder / "report.html")
+        self.emit_run(run)
         print(f"report: {folder / 'report.html'}", file=sys.stderr)

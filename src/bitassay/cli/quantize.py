@@ -214,8 +214,8 @@ class _Job:
         """Return what is known before any weight is read; refuse what could not be saved. The size of a
         folder is that of its tensors and of the model's other files; the blocks of a GGUF file depend on the
         codes."""
+        from bitassay.models.empty import without_weights
         from bitassay.models.options import as_dtype
-        from bitassay.models.shapes import without_weights
         from bitassay.quantization.export.gguf_file import check_gguf
         from bitassay.quantization.export.plan import plan_export
 
@@ -313,7 +313,7 @@ def _analyze(
     from bitassay.quantization.export.fits import check_fit
     from bitassay.quantization.recipe.calibration import Calibration
     from bitassay.quantization.recipe.recipe import find_recipe
-    from bitassay.report import analysis as report
+    from bitassay.report.pages import write_heat_map
 
     analyzed = find_recipe(recipe)
     text = (analyzed.calibration or Calibration()).model_copy(update={"samples": samples})
@@ -323,14 +323,6 @@ def _analyze(
         base = storage.load(model, progress=progress)
         plan = AnalysisPlan(text, each_matrix)
         run, folder = analyze(base, analyzed, plan, out=output.out, progress=progress)
-    report.write_heat_map(run, folder / "heat-map.png")
-    worst = (report.worst_matrices(run, 10), report.MATRIX_COLUMNS[:7])
-    output.show_run(
-        run,
-        folder,
-        (run["layers"], report.LAYER_COLUMNS),
-        (run["routing"], report.ROUTING_COLUMNS),
-        worst,
-        csv=(run["matrices"], report.MATRIX_COLUMNS),
-    )
+    write_heat_map(run, folder / "heat-map.png")
+    output.show_run(run, folder)
     return 0

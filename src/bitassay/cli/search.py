@@ -54,7 +54,6 @@ def search(
         import optuna  # noqa: F401
     except ImportError as error:
         raise MissingError("a search needs optuna", "pip install 'bitassay[search]'") from error
-    from bitassay.report.search import SEARCH_COLUMNS
     from bitassay.search.objectives import parse_limit
     from bitassay.search.search import search
     from bitassay.search.trials import FAILED
@@ -78,5 +77,5 @@ def search(
             seed=seed,
             **compute.options,
         )
-    output.show_run(run, folder, (run["rows"], SEARCH_COLUMNS))
+    output.show_run(run, folder)
     return 1 if any((trial["stopped"] or "").startswith(FAILED) for trial in run["trials"]) else 0

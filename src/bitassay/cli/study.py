@@ -22,7 +22,6 @@ from bitassay.cli.options import (
     Window,
     Windows,
 )
-from bitassay.cli.output import Table, write_page
 from bitassay.cli.progress import show_progress
 from bitassay.errors import BitassayError, suggestion
 from bitassay.report.tables import Column, interval, percent
@@ -206,7 +205,8 @@ def _run_experiments(
 ) -> int:
     """Run exp1 to exp5 and separability; write run.json and one page, and print a table of each kind."""
     from bitassay.record.files import write_json
-    from bitassay.report import study as report
+    from bitassay.record.result import new_run
+    from bitassay.report.pages import write_report
     from bitassay.studies.verillm.experiments import run_experiments
     from bitassay.studies.verillm.separability import PRECISIONS, run_separability
 
@@ -226,17 +226,12 @@ def _run_experiments(
     for part in missing:
         verb = "lacks" if part.get("impossible") else "waits for"
         print(f"{part['study']}: {verb} {part['missing']}", file=sys.stderr)
-    if any(run["rows"] for run in runs):
-        write_json(out / "run.json", {"schema": 1, "kind": "studies", "runs": runs})
-        report.write_study_report(runs, out / "report.html")
-    tables: list[Table] = [
-        (report.separability_rows(run), report.separability_columns(run))
-        if run["kind"] == "separability"
-        else (run["rows"], report.EXPERIMENT_COLUMNS)
-        for run in runs
-    ]
     rows = [{"kind": run["kind"], **row} for run in runs for row in run["rows"]]
-    _emit_each(output, tables, {"rows": rows, "runs": runs})
+    together = new_run("studies", model={"name": plan.model}, rows=rows, runs=runs)
+    if rows:
+        write_json(out / "run.json", together)
+        write_report(together, out / "report.html")
+    _emit_each(output, runs, together)
     return 1 if any(plan.role is None or part.get("impossible") for part in missing) else 0
 
 
@@ -257,9 +252,7 @@ def _run_variants(
     several; print a table of its variants and its verdicts."""
     from bitassay.data.windows import Protocol
     from bitassay.models.options import as_device
-    from bitassay.report import eight_bit, replication
-    from bitassay.report.bench import shown_columns
-    from bitassay.report.claims import SHORT_CLAIM_COLUMNS
+    from bitassay.report.pages import write_report
     from bitassay.studies.eight_bit.run import run_eight_bit
     from bitassay.studies.eight_bit.study import STUDIES as EIGHT_BIT
     from bitassay.studies.eight_bit.study import eight_bit_plan
@@ -279,7 +272,7 @@ def _run_variants(
         if name in REPLICATION and limit is not None:
             raise BitassayError(f"--limit {limit}: {name} asks no questions", "--windows, or --only")
     options = {"dtype": DTYPES[precision], "device": devices[0] if devices else "cpu", **loading.options}
-    runs, tables, folders = [], [], []
+    runs = []
     with show_progress() as progress:
         for name in studies:
             place = work["out"] / name if work["out"] is not None and len(studies) > 1 else work["out"]
@@ -289,7 +282,6 @@ def _run_variants(
                 run, folder = run_replication(
                     name, str(model), protocol=protocol, only=only, **options, **run_options
                 )
-                columns = replication.ROW_COLUMNS
             else:
                 protocol = Protocol(windows=windows, window_tokens=window or 2048)
                 questions = limit or EIGHT_BIT[name].questions
@@ -297,40 +289,34 @@ def _run_variants(
                     name, model or EIGHT_BIT[name].model, questions, protocol, only, **options
                 )
                 run, folder = run_eight_bit(plan, **run_options)
-                columns = eight_bit.VARIANT_COLUMNS
-            write_page(folder)
+            write_report(run, folder / "report.html")
+            print(f"report: {folder / 'report.html'}", file=sys.stderr)
             runs.append(run)
-            folders.append(folder)
-            tables.append((run["rows"], shown_columns(columns, run["rows"])))
-            if output.format != "csv":
-                drafts, claims = run.get("drafts") or [], run["claims"]
-                tables += [(drafts, replication.DRAFT_COLUMNS), (claims, SHORT_CLAIM_COLUMNS)]
-    _emit_each(output, tables, {"rows": [row for run in runs for row in run["rows"]], "runs": runs})
-    for folder in folders:
-        print(f"report: {folder / 'report.html'}", file=sys.stderr)
+    _emit_each(output, runs, {"rows": [row for run in runs for row in run["rows"]], "runs": runs})
     return 0
 
 
-def _emit_each(output: Output, tables: list[Table], whole: dict[str, Any]) -> None:
-    """Print the tables of several studies; as CSV one after the other."""
-    if output.format == "csv":
-        for table in tables:
-            output.emit(table)
+def _emit_each(output: Output, runs: list[dict[str, Any]], together: dict[str, Any]) -> None:
+    """Print the tables of several runs, or as JSON one object."""
+    if output.format == "json":
+        output.emit(json=together)
     else:
-        output.emit(*tables, json=whole)
+        for run in runs:
+            output.emit_run(run)
 
 
 def optimise(studies: list[str], plan: "Plan", alpha: float, out: Path, output: Output) -> int:
     """Fit thresholds as `bitassay calibrate --study` does, and print them."""
     from bitassay.record.files import write_json
-    from bitassay.report import study as report
+    from bitassay.report.pages import write_report
     from bitassay.studies.verillm.thresholds import optimise_thresholds
 
     with show_progress() as progress:
         run = optimise_thresholds(studies, plan, alpha=alpha, out=out, progress=progress)
-    write_json(out / "threshold_optimization" / "run.json", run)
-    report.write_study_report([run], out / "threshold_optimization" / "report.html")
-    output.emit((report.threshold_rows(run), report.THRESHOLD_COLUMNS), json=run)
+    folder = out / "threshold_optimization"
+    write_json(folder / "run.json", run)
+    write_report(run, folder / "report.html")
+    output.emit_run(run)
     for row in run["rows"]:
         print(f"thresholds: {row['file']}", file=sys.stderr)
     for part in run["missing"]:

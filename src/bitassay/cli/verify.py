@@ -177,10 +177,9 @@ def _receipt_verdict(
 ) -> "Verdict":
     """Return the verdict on an opening: FAIL where it or the receipt cannot be read."""
     from bitassay.verification.container import TraceError
-    from bitassay.verification.receipts.audit import verify_opening
     from bitassay.verification.receipts.opening import read_opening
     from bitassay.verification.receipts.receipt import read_receipt
-    from bitassay.verification.verdict import failed
+    from bitassay.verification.verdict import failed, verify_opening
 
     try:
         signed = read_receipt(receipt)
@@ -215,7 +214,7 @@ def _row(path: str, verdict: "Verdict") -> dict[str, Any]:
         "p_value": verdict.p_value,
         "output_tokens": verdict.n_tokens,
         "hidden_distance": verdict.hidden_distance,
-        "mean_margin": verdict.evidence.mean_margin if verdict.evidence else None,
+        "mean_margin": verdict.mean_margin,
         "accept_rate_paper": verdict.accept_rate("paper"),
         "accept_rate_documents": verdict.accept_rate("documents"),
         "fits_best": str(verdict.attribution) if verdict.attribution and verdict.status == "FAIL" else None,
