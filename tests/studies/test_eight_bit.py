@@ -25,7 +25,7 @@ from bitassay.evaluation.statistics import holm, paired_difference
 from bitassay.models.identity import Identity
 from bitassay.models.source import resolve
 from bitassay.record.run import RunFolder
-from bitassay.report.eight_bit import supported
+from bitassay.report.findings import supported
 from bitassay.studies import crew
 from bitassay.studies.cells import Bench, Cell, in_turn
 from bitassay.studies.eight_bit.run import findings, run_eight_bit

@@ -14,7 +14,6 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import suppress
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from bitassay.models.weights import stored_bytes
 from bitassay.record.files import read_json
 from bitassay.record.processes import end, end_with_parent, helper_variables
 from bitassay.record.progress import Progress, silent
-from bitassay.record.run import RunFolder, default_folder
+from bitassay.record.run import RunFolder, open_run_folder
 from bitassay.studies.cells import Bench, Cell, cells_of, is_done
 from bitassay.studies.variants import VariantPlan
 
@@ -81,23 +80,15 @@ def do_study(
     source = resolve(plan.model, progress)
     if plan.protocol is not None:
         check_folder(source.folder, plan.protocol, trust_remote_code=plan.trust_remote_code)
-    described = plan.described(kind, Identity(source).weights_digest)
+    digest = Identity(source).weights_digest
     name = f"{plan.study}-{Path(source.name).name}"
-    folder = RunFolder(out or default_folder(name, described), described)
+    folder = open_run_folder(name, plan.described(kind, digest), out)
     progress(f"run {folder.run_id} in {folder.path}")
     _do_cells(folder, plan, source.folder, jobs, ray, progress)
     return folder, {
-        "schema": described["schema"],
-        "kind": kind,
         "study": plan.study,
         "about": about,
-        "run_id": folder.run_id,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "model": {
-            "name": source.name,
-            "origin": source.origin,
-            "weights_digest": described["weights_digest"],
-        },
+        "model": {"name": source.name, "origin": source.origin, "weights_digest": digest},
         "settings": plan.settings,
     }
 

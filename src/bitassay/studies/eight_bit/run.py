@@ -23,8 +23,8 @@ from bitassay.evaluation.tasks.mmlu import is_letter
 from bitassay.evaluation.tasks.registry import require_lm_eval
 from bitassay.quantization.recipe.granularity import Granularity
 from bitassay.record.environment import environment
-from bitassay.record.files import write_json
 from bitassay.record.progress import Progress, silent
+from bitassay.record.result import write_run
 from bitassay.record.run import RunFolder
 from bitassay.studies.cells import METHODS, read_facts, read_text
 from bitassay.studies.claims import judged
@@ -62,26 +62,26 @@ def run_eight_bit(
     found = findings(folder, plan)
     if plan.speed:
         found.speed, found.products = _speed(plan, folder, repeats, progress)
-    run = {
+    run = write_run(
+        folder,
         **head,
-        "protocols": {
+        protocols={
             "text": plan.protocol.id if plan.protocol else None,
             "questions": question_protocol(plan, asked["whole"]),
             "questions_source": asked["source"],
         },
-        "interval": "95 %, of pairs for all of a family together. Of text: "
+        interval="95 %, of pairs for all of a family together. Of text: "
         f"{INTERVAL.removeprefix('95 %, ')}. Of questions: Wilson's of an accuracy, Tango's of a paired "
         "difference",
-        "intervals": {"rows": INTERVALS | _QUESTIONS, "pairs": PAIR_INTERVALS | _QUESTIONS},
-        "rows": rows_of(found),
-        "pairs": pairs_of(found),
-        "claims": judged(found, CLAIMS),
-        "uneven_groups": uneven_groups(found),
-        "speed": found.speed,
-        "products": found.products,
-        "environment": environment(plan.device),
-    }
-    write_json(folder.path / "run.json", run)
+        intervals={"rows": INTERVALS | _QUESTIONS, "pairs": PAIR_INTERVALS | _QUESTIONS},
+        rows=rows_of(found),
+        pairs=pairs_of(found),
+        claims=judged(found, CLAIMS),
+        uneven_groups=uneven_groups(found),
+        speed=found.speed,
+        products=found.products,
+        environment=environment(plan.device),
+    )
     return run, folder.path
 
 

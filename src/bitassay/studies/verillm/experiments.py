@@ -23,7 +23,6 @@ sampled layers count; those of the prompt are reported beside them.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from bitassay.evaluation.statistics import logit_interval, mean_of
 from bitassay.record.environment import environment
 from bitassay.record.files import write_json
 from bitassay.record.progress import Progress, silent
+from bitassay.record.result import new_run
 from bitassay.studies.verillm.parties import Machine, Party
 from bitassay.studies.verillm.trial import Trial, try_machine
 from bitassay.studies.verillm.work import SCHEMA, Plan, Work, check_plan
@@ -163,17 +163,15 @@ def run_experiments(
             missing.append({"study": one.experiment.name, "direction": one.label, "missing": lacking})
         else:
             rows.append(report(work, one))
-    return {
-        "schema": SCHEMA,
-        "kind": "experiments",
-        "model": plan.model,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "environment": environment(plan.machines[0].device),
-        "folder": str(work.folder.path),
-        "rows": rows,
-        "missing": missing,
-        "left_out": [asdict(one) for one in plan.left_out],
-    }
+    return new_run(
+        "experiments",
+        model={"name": plan.model},
+        settings={"folder": str(work.folder.path)},
+        environment=environment(plan.machines[0].device),
+        rows=rows,
+        missing=missing,
+        left_out=[asdict(one) for one in plan.left_out],
+    )
 
 
 def planned(

@@ -32,15 +32,11 @@ from bitassay.record.environment import environment
 from bitassay.record.files import atomic_file, read_json, write_json
 from bitassay.record.processes import end_with_parent
 from bitassay.studies.verillm.parties import Machine, Party
-from bitassay.verification.detectors.verillm import (
-    DOCUMENTS,
-    FORMAT_OF_DTYPE,
-    CellStatistics,
-    cell_statistics,
-)
-from bitassay.verification.distance import distance_floor, relative_distances
-from bitassay.verification.evidence import own_prefills, token_margins
+from bitassay.verification.detectors.distance import cell_distances
+from bitassay.verification.detectors.token_difr import token_margins
+from bitassay.verification.detectors.verillm import CellStatistics, run_statistics
 from bitassay.verification.numerics import numerics
+from bitassay.verification.observe import compare
 from bitassay.verification.prove import prove_many
 from bitassay.verification.structure import Request, request_defects, shape_defects
 from bitassay.verification.trace import Trace, read_trace, write_trace
@@ -169,7 +165,7 @@ def _verify(job: Job, model: PreTrainedModel, items: Sequence[Item]) -> None:
     for index, item in enumerate(items):
         trace = read_trace(item.trace)
         request = Request(item.prompt, item.nonce, None, item.tokens)
-        if defects := shape_defects(trace, model) or request_defects(trace, model, request):
+        if defects := shape_defects(trace, model) or request_defects(trace.header, model, request):
             raise BitassayError(
                 f"{item.trace}: {defects[0].sentence}", "remove the file and run the same command again"
             )
@@ -188,18 +184,10 @@ def _verify(job: Job, model: PreTrainedModel, items: Sequence[Item]) -> None:
 
 
 def statistics_of(trace: Trace, model: PreTrainedModel) -> dict[str, Tensor]:
-    """All statistics of `Cells` by the verifier's own prefill."""
-    [(_, own)] = own_prefills([trace], model)
-    format = FORMAT_OF_DTYPE[str(model.dtype).removeprefix("torch.")]
-    floor = distance_floor(model.dtype)
-    cells, distances = [], []
-    for layer in trace.header.layers:
-        x, y = trace.states[layer].to(model.device), own.states[layer]
-        cells.append(cell_statistics(x, y, DOCUMENTS, format))
-        distances.append(relative_distances(x, y).clamp(min=floor))
-    found = {name: torch.stack([getattr(one, name) for one in cells]) for name in STATISTICS}
-    found |= {"distance": torch.stack(distances), "margins": torch.tensor(token_margins(trace.header, own))}
-    return {name: values.cpu() for name, values in found.items()}
+    """Return all statistics of `Cells`, by the verifier's own prefill."""
+    comparison = compare(trace, model)
+    margins = torch.tensor(token_margins(comparison))
+    return {**vars(run_statistics(comparison)), "distance": cell_distances(comparison), "margins": margins}
 
 
 def timed(model: PreTrainedModel, work: Any) -> tuple[Any, float]:

@@ -1,0 +1,120 @@
+"""Distillation data: calibration text, and more that the base model writes itself, with the base model's last
+hidden states.
+
+Learning all codes end to end sees every calibration token several times and begins to know them by heart. The
+base model can say what follows in any text, so it may as well write the text (LLM-QAT, 2305.17888, section
+3.1): each new sample goes on from PROMPT_TOKENS tokens of a calibration sample, drawn from the model's own
+distribution, sharpened by TEMPERATURE. States are kept instead of logits, which are `vocabulary / hidden`
+times larger and are one product away.
+"""
+
+import copy
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from bitassay.errors import BitassayError
+from bitassay.models.cache import behind, takes_cache
+from bitassay.models.config import text_config
+from bitassay.models.positions import frequencies
+from bitassay.models.walk import decoder_of
+from bitassay.quantization.recipe.solvers import Tune
+from bitassay.quantization.solvers.layerwise import BATCH_SAMPLES
+from bitassay.record.progress import Progress
+from bitassay.record.run import RunFolder
+
+PROMPT_TOKENS = 16
+TEMPERATURE = 0.8  # at 1 a small model soon loses the thread
+WRITING_SAMPLES = 64
+
+
+def distillation_data(
+    base: PreTrainedModel,
+    tokens: Int[Tensor, "samples tokens"],
+    spec: Tune,
+    folder: RunFolder | None,
+    progress: Progress,
+) -> tuple[Int[Tensor, "texts tokens"], Float[Tensor, "texts tokens hidden"]]:
+    """Return token ids, and the base model's last hidden states in bf16; written text is kept in `folder`."""
+    progress("running the base model over the calibration text")
+    parts, head = [(tokens, last_states(base, tokens))], head_weight(base)
+    starts = prompts(tokens, spec.generated).split(WRITING_SAMPLES) if spec.generated else ()
+    for index, start in enumerate(starts):
+        name = f"written-{index:04d}"
+        if folder is not None and folder.has_tensors(name):
+            kept = folder.read_tensors(name)
+            parts.append((kept["tokens"], kept["states"]))
+            continue
+        progress("the base model writes", index * WRITING_SAMPLES, spec.generated)
+        generator = torch.Generator().manual_seed(spec.seed + index)
+        parts.append(continued(base, head, start, tokens.shape[1], generator))
+        if folder is not None:
+            folder.write_tensors(name, {"tokens": parts[-1][0], "states": parts[-1][1]})
+    texts, states = (torch.cat(part) for part in zip(*parts, strict=True))
+    return texts, states
+
+
+def head_weight(model: PreTrainedModel) -> Float[Tensor, "vocabulary hidden"]:
+    """Return the matrix that makes logits of the last hidden states. Raises BitassayError for a model that
+    does more than a product there."""
+    head, config = model.get_output_embeddings(), text_config(model)
+    more = [name for name in ("final_logit_softcapping", "logit_scale") if getattr(config, name, None)]
+    if head is None or more:
+        why = more[0] if more else "no output head"
+        raise BitassayError(
+            f"{type(model).__name__} has {why}: tune knows of a plain head alone", "a recipe without tune"
+        )
+    return head.get_parameter("weight").detach()
+
+
+@torch.no_grad()
+def last_states(
+    model: PreTrainedModel, tokens: Int[Tensor, "samples tokens"], batch: int = BATCH_SAMPLES
+) -> Float[Tensor, "samples tokens hidden"]:
+    """Return what the output head reads, in bf16."""
+    with torch.autocast(tokens.device.type, torch.bfloat16):
+        parts = [
+            decoder_of(model)(input_ids=part, use_cache=False).last_hidden_state.bfloat16()
+            for part in tokens.split(batch)
+        ]
+    return torch.cat(parts)
+
+
+def prompts(tokens: Int[Tensor, "samples tokens"], count: int) -> Int[Tensor, "count prompt"]:
+    """Return `count` pieces of PROMPT_TOKENS tokens: the first of every sample, then the second, and so on
+    from the start where there are no more."""
+    length = min(PROMPT_TOKENS, tokens.shape[1])
+    pieces = tokens[:, : tokens.shape[1] // length * length].unflatten(1, (-1, length))
+    interleaved = pieces.transpose(0, 1).flatten(0, 1)
+    return interleaved[torch.arange(count) % len(interleaved)]
+
+
+@torch.inference_mode()
+def continued(
+    model: PreTrainedModel,
+    head: Float[Tensor, "vocabulary hidden"],
+    start: Int[Tensor, "samples prompt"],
+    length: int,
+    generator: torch.Generator,
+) -> tuple[Int[Tensor, "samples length"], Float[Tensor, "samples length hidden"]]:
+    """Go on to `length` tokens; return them and the last hidden states at all of them, as one forward over
+    them gives. Products are in bf16."""
+    decoder, head = copy.deepcopy(decoder_of(model)).bfloat16(), head.bfloat16()
+    tokens, caches = start.to(head.device), takes_cache(model)
+    states, cache, begun = list[Tensor](), DynamicCache(config=model.config), 0
+    while True:
+        if not caches or frequencies(model, tokens.shape[1]) != frequencies(model, max(1, begun)):
+            states, cache, begun = [], DynamicCache(config=model.config), 0  # read everything (again)
+        entering = tokens[:, begun:]
+        options = behind(decoder, cache, begun, entering) if caches else {"use_cache": False}
+        states.append(decoder(input_ids=entering, **options).last_hidden_state)
+        begun = tokens.shape[1]
+        if begun == length:
+            return tokens, torch.cat(states, dim=1)
+        p = ((states[-1][:, -1].to(head.dtype) @ head.T).float() / TEMPERATURE).softmax(-1)
+        # The first token at which the distribution function exceeds a uniform number.
+        u = torch.rand(len(p), 1, generator=generator).to(p.device)
+        written = torch.searchsorted(p.cumsum(-1), u, right=True).clamp_(max=p.shape[1] - 1)
+        tokens = torch.cat([tokens, written], dim=1)
