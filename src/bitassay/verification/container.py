@@ -3,6 +3,7 @@
 Traces, receipts and openings share this. Every defect is a TraceError with a short stable code.
 """
 
+import io
 import json
 import math
 import os
@@ -65,7 +66,7 @@ def open_regular(path: Path, limit_bytes: int = FILE_BYTES) -> Iterator[BinaryIO
 
 
 def read_tensors(
-    stream: BinaryIO, path: Path, check: Callable[[Any, dict[str, Entry]], Claims]
+    stream: BinaryIO | io.BytesIO, path: Path, check: Callable[[Any, dict[str, Entry]], Claims]
 ) -> tuple[Claims, dict[str, Tensor]]:
     """Return what a safetensors file claims and its tensors by name. check: it sees the JSON value of the one
     metadata entry that is ours, and dtype and shape of each tensor, before a byte of these is read; it
