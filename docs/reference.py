@@ -1,7 +1,7 @@
 """Write docs/api.md, the reference of the Python API, from the docstrings: `python docs/reference.py`.
 
 With `--check` nothing is written. The exit status is 1 where the page is not up to date, where a public
-function or class has no docstring, or where the first line of a function's docstring is not a sentence (a verb
+function or class has no docstring, or where the first line of a function's docstring is no sentence (a verb
 first, a full stop last). Public is every name without underscore at the top level of a module; the command
 line has its own help. Sources are parsed, never imported.
 """
@@ -27,8 +27,8 @@ Made from the docstrings by `python docs/reference.py`; `make check` compares it
 NO_VERBS = set(
     re.findall(
         r"\w+",
-        "a an the this these those what which whether where when how why who as of in for from by at with like one "
-        "all each every its their and but if no none not same our it they true false to",
+        "a an the this these those what which whether where when how why who as of in for from by at with "
+        "like one all each every its their and but if no none not same our it they true false to",
     )
 )
 
