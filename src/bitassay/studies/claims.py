@@ -1,4 +1,4 @@
-"""Claims, of a document or of a theory, and what a study says of them.
+"""Claims, of a source or of a theory, and what a study says of them.
 
 A claim is that every one of some quantities lies in an open range: "INT8 is more accurate" is accuracy(INT8)
 - accuracy(FP8) in (0, inf). A quantity is measured with an interval, at 95 % for all quantities of a claim
@@ -9,7 +9,7 @@ together (Bonferroni), and
     not decidable    neither: an interval reaches over the edge, and says how much more data it would take
 
 so that no claim is called right or wrong by a number that chance could have turned round. `expected` is what
-the document gives, on its own models and machine, or the theory.
+the source gives, on its own models and machine, or the theory.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""What the document on INT8 and FP8 claims (`claims.py` says how it is judged)."""
+"""What the INT8/FP8 report claims (`claims.py` says how it is judged)."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -233,7 +233,7 @@ def _claims() -> Iterator[Claim]:
         yield Claim(
             three,
             "5.3",
-            f"SmoothQuant raises accuracy ({tool}; the document compares two different models)",
+            f"SmoothQuant raises accuracy ({tool}; the report compares two different models)",
             "53.50 and 54.50 beside 51.60 %",
             MORE,
             tuple(m for f, t in SMOOTHED if t == tool for m in both(f"{f}-smooth-{tool}", f"{f}-{tool}")),
@@ -241,7 +241,7 @@ def _claims() -> Iterator[Claim]:
     yield Claim(
         three,
         "-",
-        "smoothing brings INT8 nearer to BF16 (not in the document)",
+        "smoothing brings INT8 nearer to BF16 (not in the report)",
         "-",
         LESS,
         (divergence("int8-smooth-ours", "int8-ours"), divergence("int8-smooth-torchao", "int8-torchao")),
@@ -250,7 +250,7 @@ def _claims() -> Iterator[Claim]:
     yield Claim(
         three,
         "-",
-        "torchao's smoothed INT8 and ours are equally near to BF16, within 0.001 nats (not in the document)",
+        "torchao's smoothed INT8 and ours are equally near to BF16, within 0.001 nats (not in the report)",
         "-",
         (-0.001, 0.001),
         (divergence("int8-smooth-torchao", "int8-smooth-ours"),),

@@ -82,7 +82,7 @@ def rounding_ratio(shape: str) -> Measure:
 
 
 def over_documented(shape: str, format: str) -> Measure:
-    """The rounding error over what the document gives as the error of a product."""
+    """The rounding error over what the report gives as the error of a product."""
 
     def measure(found: EightBitFindings, level: float) -> Quantity | None:
         row = {} if found.products is None else _products(found.products, shape).get(format, {})

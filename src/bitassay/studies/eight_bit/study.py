@@ -34,7 +34,7 @@ DEFAULT_PROTOCOL = Protocol(windows=16)
 
 @dataclass(frozen=True)
 class Study:
-    """A row of the table above. model, questions: the document's own."""
+    """A row of the table above. model, questions: the report's own."""
 
     name: str
     about: str

@@ -1,6 +1,6 @@
-"""What theory, and the document on layer replication, predict of copies (`claims.py` says how it is judged).
+"""What theory and the layer-replication proposal predict of copies (`claims.py` says how it is judged).
 
-"As good as" is KL within 10 % of the other's. The sections are those of the document, `-` what it does not
+"As good as" is KL within 10 % of the other's. The sections are those of the proposal, `-` what it does not
 say.
 """
 

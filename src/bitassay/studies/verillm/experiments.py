@@ -8,13 +8,13 @@ verifier accept, by fixed thresholds, and what do these thresholds catch?
     exp4    INT4 -> FP16         other, both directions    70-80 %                70 %
     exp5    FP16 -> INT4         the same                  80-85 %                80 %
 
-Source: the experiment documents, from VeriLLM (arXiv 2509.24257). What they expect stands beside what is
+Source: the VeriLLM experiments (docs/sources.md; arXiv 2509.24257). What they expect stands beside what is
 measured. An accept rate alone decides nothing: a bar that INT4 passes is a bar that a cheat passes. So each
 experiment also gives the share of FP16, INT8 and INT4 provers that its bar refuses.
 
 1. Provers generate, a process for each precision and machine; traces and their seconds go to files.
 2. Verifiers, each a process with numerics of its own, read them and write the statistics of every cell.
-3. `trials_of` and `summary` reduce those to the documents' files, data/raw/expN/..._trialK.json and
+3. `trials_of` and `summary` reduce those to the experiments' files, data/raw/expN/..._trialK.json and
    ..._summary.json.
 
 A trial passes where most of its verifiers find an accept rate above the bar. Generated positions of all
@@ -96,7 +96,7 @@ class Direction:
 
     @property
     def label(self) -> str:
-        """As the documents name their files: precisions are named where they differ."""
+        """As the experiments name their files: precisions are named where they differ."""
         names = {"full": "fp", "quantized": "quantized"}
         one, two = self.experiment, self.target.label
         if one.prover == one.verifier:
@@ -208,7 +208,7 @@ def planned(
 
 
 def report(work: Work, one: Direction) -> dict[str, Any]:
-    """Write the documents' files of a direction; its row."""
+    """Write the experiments' files of a direction; its row."""
     trials = trials_of(work, one, one.prover)
     tried = {party.precision: trials_of(work, one, party) for party in one.attackers}
     place = work.out / "raw" / one.experiment.name
