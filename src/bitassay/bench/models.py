@@ -19,7 +19,7 @@ from typing import Any
 from bitassay.bench.cells import Cell, Runner
 from bitassay.bench.roofline import Cost
 from bitassay.bench.rounds import INTERVAL, ratio_of, spread, turns
-from bitassay.bench.worker import Job, Worker
+from bitassay.bench.worker import ProcessRunner, TimedModel
 from bitassay.errors import BitassayError, at_least
 from bitassay.models.device import as_device
 from bitassay.models.load import AUTO, Identity, as_dtype, layer_count
@@ -118,25 +118,23 @@ def bench(
         "trust_remote_code": trust_remote_code,
         "attention": plan.attention,
     }
-    jobs = {BASE: Job(model, **common)}
-    jobs |= {recipe.name: Job(model, recipe, **common) for recipe in plan.recipes}
-    jobs |= {name: Job(name, **common) for name in plan.candidates}
+    timed = {BASE: TimedModel(model, **common)}
+    timed |= {recipe.name: TimedModel(model, recipe, **common) for recipe in plan.recipes}
+    timed |= {name: TimedModel(name, **common) for name in plan.candidates}
+    logs = {name: folder.path / "workers" / f"{place:02d}.log" for place, name in enumerate(timed)}
+    started: dict[str, ProcessRunner] = {}
 
-    started: dict[str, Worker] = {}
-
-    def runner(name: str) -> Worker:
+    def runner(name: str) -> ProcessRunner:
         if name not in started:
             progress(f"{name}: starting")
-            place = folder.path / "workers" / f"{list(jobs).index(name):02d}"
-            place.mkdir(parents=True, exist_ok=True)
-            started[name] = Worker(Path(name).name, jobs[name], place, progress)
+            started[name] = ProcessRunner(Path(name).name, timed[name], logs[name], progress)
         return started[name]
 
     try:
-        facts, rounds = measure_rounds(list(jobs), runner, plan.cells, plan.repeats, folder, progress)
+        facts, rounds = measure_rounds(list(timed), runner, plan.cells, plan.repeats, folder, progress)
     finally:
-        for worker in started.values():
-            worker.stop()
+        for each in started.values():
+            each.stop()
     run = {
         "schema": SCHEMA,
         "kind": "bench",

@@ -13,8 +13,8 @@ from bitassay.cli.parameters import AS_IT_IS, Count, Loading, Names, Numbers, Sh
 from bitassay.report.tables import Column, interval, percent
 
 if TYPE_CHECKING:
-    from bitassay.studies.verillm.trial import Trial
-    from bitassay.studies.verillm.work import Plan
+    from bitassay.studies.machines import Probe
+    from bitassay.studies.verillm.work import ExperimentPlan
 
 study = App(name="study", help="List and run the experiments.")
 
@@ -240,7 +240,7 @@ def run(
     return 1 if lost else 0
 
 
-def optimise(studies: list[str], plan: "Plan", alpha: float, out: Path, format: Format) -> int:
+def optimise(studies: list[str], plan: "ExperimentPlan", alpha: float, out: Path, format: Format) -> int:
     """What `bitassay calibrate --study` does."""
     from bitassay.cli.progress import show_progress
     from bitassay.record.files import write_json
@@ -265,17 +265,22 @@ def make_plan(
     *,
     here: Sequence[str] = (),
     precision: str | None = None,
-    trial: "Trial | None" = None,
+    probe: "Probe | None" = None,
     **fields: Any,
-) -> "Plan":
+) -> "ExperimentPlan":
     """A plan on these machines, or on those at hand that can compute, in `precision` or the one that suits
     them."""
     from bitassay.errors import BitassayError, suggestion
-    from bitassay.studies.verillm.parties import DTYPES, Machine, first_machines, other_machines
-    from bitassay.studies.verillm.trial import LeftOut, first_that_runs, try_machine
-    from bitassay.studies.verillm.work import Plan
-
-    trial = trial or try_machine
+    from bitassay.studies.machines import (
+        LeftOut,
+        Machine,
+        first_machines,
+        first_that_runs,
+        other_machines,
+        probe_machine,
+    )
+    from bitassay.studies.parties import DTYPES
+    from bitassay.studies.verillm.work import ExperimentPlan
 
     if len(devices) > 2:
         raise BitassayError(
@@ -293,13 +298,13 @@ def make_plan(
     def chosen(candidates: Sequence[Machine]) -> Machine:
         """The first that runs here; where none does, the first, which the study then leaves out."""
         nonlocal left_out
-        found, failed = first_that_runs(candidates, DTYPES[precision], trial)
+        found, failed = first_that_runs(candidates, DTYPES[precision], probe or probe_machine)
         left_out += failed
         return found or candidates[0]
 
     first = named[0] if named else chosen(first_machines())
     second = named[1] if len(named) == 2 else chosen(other_machines(first))
-    return Plan(
+    return ExperimentPlan(
         model,
         (first, second),
         precision=precision,
@@ -309,7 +314,7 @@ def make_plan(
     )
 
 
-def _lengths(plan: "Plan", *asked: tuple[int | None, int]) -> "Plan":
+def _lengths(plan: "ExperimentPlan", *asked: tuple[int | None, int]) -> "ExperimentPlan":
     """The plan with its tokens, prompt tokens and trials: each as given, or the default."""
     from dataclasses import replace
 

@@ -180,14 +180,23 @@ class VariantPlan:
 @dataclass
 class Findings:
     """What the cells of a study found, by variant's name. text: scores by window; facts: what a model stores
-    and costs; refused: variants that there are none of here, and why."""
+    and costs; right: by method, which questions were answered rightly; asked: all that was answered; refused:
+    variants that cannot be made here, and why. speed, products: runs of benchmarks."""
 
     plan: VariantPlan
     variants: dict[str, Variant]
     text: dict[str, list[TokenScores]] = field(default_factory=dict)
     facts: dict[str, dict[str, Any]] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
+    right: dict[str, dict[str, list[bool]]] = field(default_factory=dict)
+    asked: dict[str, dict[str, Any]] = field(default_factory=dict)
+    speed: dict[str, Any] | None = None
+    products: dict[str, Any] | None = None
+
+    def has(self, *names: str) -> bool:
+        """Return whether these variants answered questions."""
+        return all(name in self.right for name in names)
 
     def called(self, name: str) -> str:
-        """A variant's name; BASE is the first, whatever the plan calls it."""
+        """Return a variant's name; BASE is the first, whatever the plan calls it."""
         return self.plan.base if name == BASE else name

@@ -27,14 +27,21 @@ from bitassay.errors import BitassayError, MissingError, at_least, suggestion
 from bitassay.models.load import AUTO, identity, load
 from bitassay.quantization.export.fits import check_fit
 from bitassay.record.files import check_folder, write_json
+from bitassay.record.jobs import ask_once
 from bitassay.record.progress import Progress, silent
 from bitassay.record.run import RunFolder, default_folder
 from bitassay.studies.attacks.cross_fitted import FOLDS, Court, fewest_counted, honest_rows, judged_rows
+from bitassay.studies.machines import (
+    LeftOut,
+    Machine,
+    Probe,
+    first_that_runs,
+    other_machines,
+    probe_machine,
+    threads,
+)
+from bitassay.studies.parties import DTYPES, PROVER, Item, Party, party_job
 from bitassay.studies.verification import chosen_prompts
-from bitassay.studies.verillm.parties import DTYPES, Machine, other_machines, threads
-from bitassay.studies.verillm.trial import LeftOut, Trial, first_that_runs, try_machine
-from bitassay.studies.verillm.work import problem_of, start
-from bitassay.studies.verillm.worker import Item, Job
 from bitassay.verification.attacks.forgeries import RECEIPT_ATTACKS
 from bitassay.verification.attacks.hosts import TRACE_ATTACKS, Setting, honest_prefill
 from bitassay.verification.detectors.registry import DETECTORS, Seconds, measure
@@ -139,19 +146,17 @@ def _other_instructions(bench: Bench) -> list[Trace]:
             Item(tuple(prompt), nonce, bench.plan.tokens, folder / f"{nonce}.trace")
             for prompt, nonce in zip(bench.prompts, bench.nonces, strict=True)
         ]
-        job = Job(
-            "prove",
+        job = party_job(
+            PROVER,
+            Party(PRECISION, machine, DTYPES[PRECISION]),
             bench.name,
-            PRECISION,
-            machine.name,
-            DTYPES[PRECISION],
-            tuple(sorted(items, key=lambda item: len(item.prompt))),
-            bench.plan.batch,
-            bench.trust_remote_code,
-            bench.plan.attention,
+            sorted(items, key=lambda item: len(item.prompt)),
+            folder,
+            batch=bench.plan.batch,
+            trust_remote_code=bench.trust_remote_code,
+            attention=bench.plan.attention,
         )
-        if problem := problem_of(start(folder / "job.json", job)):
-            raise BitassayError(f"{machine.name} failed: {problem}", "give --numerics without isa")
+        ask_once(job)
         return [read_trace(item.trace) for item in items]
 
 
@@ -197,7 +202,7 @@ def attack(
     *,
     out: Path | None = None,
     trust_remote_code: bool = False,
-    trial: Trial = try_machine,
+    probe: Probe = probe_machine,
     progress: Progress = silent,
 ) -> tuple[dict[str, Any], Path]:
     """Run the study; the finished run and its folder. Interrupted, the same call goes on. Numerics that
@@ -210,7 +215,7 @@ def attack(
     if out is not None:
         check_folder(out)
     check_fit(model, tokens=plan.tokens, trust_remote_code=trust_remote_code, progress=progress)
-    plan, other, left_out = runnable(plan, trial)
+    plan, other, left_out = runnable(plan, probe)
     for one in left_out:
         progress(str(one))
     check_plan(plan)
@@ -323,19 +328,19 @@ def check_plan(plan: AttackPlan) -> None:
 
 
 def runnable(
-    plan: AttackPlan, trial: Trial = try_machine
+    plan: AttackPlan, probe: Probe = probe_machine
 ) -> tuple[AttackPlan, Machine | None, tuple[LeftOut, ...]]:
     """The plan without variants whose numerics cannot be computed here, the machine of `isa`, and what was
     left out or replaced."""
     dtype = DTYPES[PRECISION]
-    if problem := trial(HOST, dtype):
+    if problem := probe(HOST, dtype):
         raise MissingError(f"{dtype} cannot be computed here: {problem}", "unset ATEN_CPU_CAPABILITY")
     known: dict[tuple[Machine, ...], tuple[Machine | None, tuple[LeftOut, ...]]] = {(HOST,): (HOST, ())}
     kept, left_out, other = [], list[LeftOut](), None
     for name in plan.variants:
         machines = tuple(VARIANTS[name].machines())
         if machines not in known:
-            known[machines] = first_that_runs(machines, dtype, trial)
+            known[machines] = first_that_runs(machines, dtype, probe)
         found, failed = known[machines]
         left_out += [replace(one, numerics=f"{name}: {one.numerics}") for one in failed]
         if found is not None:

@@ -8,11 +8,12 @@ import numpy as np
 
 from bitassay.evaluation.statistics import difference_interval, logit_interval, mean_of
 from bitassay.studies.claims import Measure, Quantity
-from bitassay.studies.eight_bit.study import FORMATS, EightBitFindings
+from bitassay.studies.eight_bit.study import FORMATS
+from bitassay.studies.variants import Findings
 
 
 def accuracy_difference(
-    found: EightBitFindings, first: tuple[str, str], second: tuple[str, str], level: float = 0.95
+    found: Findings, first: tuple[str, str], second: tuple[str, str], level: float = 0.95
 ) -> tuple[float, tuple[float, float]]:
     """(variant, method) against (variant, method) on the same questions: the second's accuracy less the
     first's, and its interval at `level`."""
@@ -25,7 +26,7 @@ def accuracy_difference(
 def accuracy(second: str, first: str, method: str, first_method: str | None = None) -> Measure:
     """Accuracy of `second` less that of `first`."""
 
-    def measure(found: EightBitFindings, level: float) -> Quantity | None:
+    def measure(found: Findings, level: float) -> Quantity | None:
         a, b = found.called(first), found.called(second)
         if not found.has(a, b):
             return None
@@ -39,7 +40,7 @@ def mean_accuracy(second: Sequence[str], first: Sequence[str], method: str) -> M
     """Accuracy of `second` less that of `first`, pair by pair, in the mean over pairs; the interval is over
     questions, which all were asked alike."""
 
-    def measure(found: EightBitFindings, level: float) -> Quantity | None:
+    def measure(found: Findings, level: float) -> Quantity | None:
         if not found.has(*first, *second):
             return None
         gained = np.mean(
@@ -59,7 +60,7 @@ def mean_accuracy(second: Sequence[str], first: Sequence[str], method: str) -> M
 def overhead(variant: str) -> Measure:
     """What scales add to the 8 bits of a weight, a share; counted, so its interval is the number itself."""
 
-    def measure(found: EightBitFindings, level: float) -> Quantity | None:
+    def measure(found: Findings, level: float) -> Quantity | None:
         bits = found.facts.get(variant, {}).get("bits_per_weight")
         return None if bits is None else Quantity(variant, bits / 8 - 1, (bits / 8 - 1, bits / 8 - 1))
 
@@ -70,7 +71,7 @@ def rounding_ratio(shape: str) -> Measure:
     """FP8's rounding error of a matrix over INT8's, one scale for the tensor; its interval is what the draws
     spanned, none of a single draw."""
 
-    def measure(found: EightBitFindings, level: float) -> Quantity | None:
+    def measure(found: Findings, level: float) -> Quantity | None:
         rows = {} if found.products is None else _products(found.products, shape)
         if not FORMATS.keys() <= rows.keys():
             return None
@@ -84,7 +85,7 @@ def rounding_ratio(shape: str) -> Measure:
 def over_documented(shape: str, format: str) -> Measure:
     """The rounding error over what the document gives as the error of a product."""
 
-    def measure(found: EightBitFindings, level: float) -> Quantity | None:
+    def measure(found: Findings, level: float) -> Quantity | None:
         row = {} if found.products is None else _products(found.products, shape).get(format, {})
         if not row.get("documented"):
             return None
@@ -108,7 +109,7 @@ def _products(products: dict[str, Any], shape: str) -> dict[str, Any]:
 def decode_ratio(recipe: str) -> Measure:
     """Decoding speed over the base's, one sequence, within rounds; its interval is 95 %."""
 
-    def measure(found: EightBitFindings, level: float) -> Quantity | None:
+    def measure(found: Findings, level: float) -> Quantity | None:
         rows = [] if found.speed is None else found.speed["rows"]
         for row in rows:
             if (row["model"], row["kind"], row["batch"]) == (recipe, "batch", 1) and "decode_ratio" in row:

@@ -26,13 +26,13 @@ from bitassay.quantization.recipe.granularity import Granularity
 from bitassay.record.files import write_json
 from bitassay.record.progress import Progress, silent
 from bitassay.record.run import RunFolder
-from bitassay.studies.cells import METHODS, read_facts, read_text
+from bitassay.studies.cells import METHODS, read_findings
 from bitassay.studies.claims import judged
-from bitassay.studies.crew import do_study
 from bitassay.studies.eight_bit.claims import CLAIMS
-from bitassay.studies.eight_bit.study import FORMATS, GRANULARITIES, EightBitFindings, find_study
-from bitassay.studies.eight_bit.torchao_models import require_torchao
-from bitassay.studies.variants import VariantPlan
+from bitassay.studies.eight_bit.study import FORMATS, GRANULARITIES, find_study
+from bitassay.studies.run import do_study
+from bitassay.studies.torchao_models import require_torchao
+from bitassay.studies.variants import Findings, VariantPlan
 
 Pair = tuple[str, str, str]  # family, first variant, second variant
 
@@ -59,7 +59,7 @@ def run_eight_bit(
     about = find_study(plan.study).about
     folder, head = do_study(plan, "eight-bit", about, out=out, jobs=jobs, ray=ray, progress=progress)
     asked = folder.plan["questions"]
-    found = findings(folder, plan)
+    found = read_findings(folder, plan)
     if plan.speed:
         found.speed, found.products = _speed(plan, folder, repeats, progress)
     run = {
@@ -91,23 +91,6 @@ def question_protocol(plan: VariantPlan, whole: bool) -> str:
     return f"mmlu/5-shot[n={plan.questions} over {spread}{'' if whole else ' of the bundled slice'}]"
 
 
-def findings(folder: RunFolder, plan: VariantPlan) -> EightBitFindings:
-    """Read what all cells made."""
-    found = EightBitFindings(plan, {variant.name: variant for variant in plan.variants})
-    for place, (name, variant) in enumerate(found.variants.items()):
-        asked = folder.part(f"questions-{place:02d}", dict)
-        if "refused" in asked:
-            found.refused[name] = asked["refused"]
-            continue
-        found.facts[name], found.asked[name] = read_facts(folder, variant), asked
-        found.right[name] = {method: asked[method]["right"] for method in METHODS}
-        if plan.blocks:
-            text = read_text(folder, plan, variant)
-            assert not isinstance(text, str)
-            found.text[name] = text
-    return found
-
-
 def _speed(
     plan: VariantPlan, folder: RunFolder, repeats: int, progress: Progress
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -131,7 +114,7 @@ def _speed(
     return timed, products
 
 
-def rows_of(found: EightBitFindings) -> list[dict[str, Any]]:
+def rows_of(found: Findings) -> list[dict[str, Any]]:
     """A row a variant, in the study's order, which is no ranking; the base is the first."""
     adjusted = {method: _against_base(found, method) for method in METHODS}
     rows = []
@@ -156,7 +139,7 @@ def rows_of(found: EightBitFindings) -> list[dict[str, Any]]:
     return rows
 
 
-def _against_base(found: EightBitFindings, method: str) -> dict[str, dict[str, Any]]:
+def _against_base(found: Findings, method: str) -> dict[str, dict[str, Any]]:
     """Accuracy of every variant, and its difference from the base's."""
     base = found.right[found.plan.base][method]
     accuracies = {
@@ -188,7 +171,7 @@ def _unparsed(answers: Sequence[Sequence[str]]) -> int:
     return sum(not is_letter(str(given[0])) for given in answers)
 
 
-def comparisons(found: EightBitFindings) -> list[Pair]:
+def comparisons(found: Findings) -> list[Pair]:
     """Which variants are compared with which, by family; only those that there are."""
     pairs: list[Pair] = []
 
@@ -212,7 +195,7 @@ def comparisons(found: EightBitFindings) -> list[Pair]:
     return pairs
 
 
-def pairs_of(found: EightBitFindings) -> list[dict[str, Any]]:
+def pairs_of(found: Findings) -> list[dict[str, Any]]:
     """Every comparison: the second's figures less the first's. Those of a family hold together: intervals by
     Bonferroni, p-values by Holm."""
     rows, made = [], comparisons(found)
@@ -239,7 +222,7 @@ def pairs_of(found: EightBitFindings) -> list[dict[str, Any]]:
     return rows
 
 
-def uneven_groups(found: EightBitFindings) -> dict[str, list[int]]:
+def uneven_groups(found: Findings) -> dict[str, list[int]]:
     """By granularity, which lengths of rows its groups do not divide: there the last group is shorter."""
     uneven: dict[str, set[int]] = {}
     for name, facts in found.facts.items():

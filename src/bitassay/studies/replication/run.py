@@ -26,11 +26,11 @@ from bitassay.quantization.replication.controls import KINDS, REPLICA, Place
 from bitassay.record.files import write_json
 from bitassay.record.progress import Progress, silent
 from bitassay.record.run import RunFolder
-from bitassay.studies.cells import Cell, read_costs, read_facts, read_text
+from bitassay.studies.cells import Cell, read_findings
 from bitassay.studies.claims import judged
-from bitassay.studies.crew import do_study
 from bitassay.studies.replication.claims import CLAIMS
 from bitassay.studies.replication.study import find_study, replication_plan
+from bitassay.studies.run import do_study
 from bitassay.studies.variants import Findings, VariantPlan
 
 GRADES = {0.5: "excellent", 1.0: "good", 2.0: "acceptable"}  # by the increase of perplexity
@@ -57,7 +57,7 @@ def run_replication(
     layers = layer_count(source, trust_remote_code=options.get("trust_remote_code", False))
     plan, places = replication_plan(study, model, layers, **options)
     folder, head = do_study(plan, "replication", about, out=out, jobs=jobs, ray=ray, progress=progress)
-    found = findings(folder, plan)
+    found = read_findings(folder, plan)
     speed = _speed(plan, places, folder, repeats, progress) if plan.speed else {}
     pairs = pairs_of(found, places, speed)
     assert plan.protocol is not None
@@ -79,32 +79,6 @@ def run_replication(
     }
     write_json(folder.path / "run.json", run)
     return run, folder.path
-
-
-def findings(folder: RunFolder, plan: VariantPlan) -> Findings:
-    """Read what all cells made."""
-    found = Findings(plan, {variant.name: variant for variant in plan.variants})
-    for name, variant in found.variants.items():
-        text = read_text(folder, plan, variant)
-        assert not isinstance(text, str)
-        found.text[name] = text
-        found.facts[name] = with_costs(read_facts(folder, variant), read_costs(folder, plan, variant))
-    return found
-
-
-def with_costs(facts: dict[str, Any], costs: dict[str, float]) -> dict[str, Any]:
-    """Facts, with what the text really took in the place of what it could take at most."""
-    share = costs["passes"] / facts["passes"]
-
-    def took(what: str) -> float:
-        head = facts[f"head_{what}"]  # has no passes
-        return head + (facts[f"{what}_per_token"] - head) * share
-
-    return facts | {
-        "passes": costs["passes"],
-        "flop_per_token": took("flop"),
-        "bytes_per_token": costs.get("bytes", took("bytes")),
-    }
 
 
 def row_of(found: Findings, place: Place, pairs: Sequence[Row], speed: dict[str, Row]) -> Row:
