@@ -24,10 +24,10 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 import bitassay
-from bitassay.bench.environment import environment
 from bitassay.data.corpora import corpus
 from bitassay.engines.decode import generate
 from bitassay.engines.taps import tap_layers
+from bitassay.record.environment import environment
 from bitassay.verification.prove import prove
 from bitassay.verification.receipts.audit import verify_opening
 from bitassay.verification.receipts.challenge import challenge

@@ -21,11 +21,11 @@ import torch
 from transformers import PreTrainedModel
 
 import bitassay
-from bitassay.bench.cells import Cell, LocalRunner
-from bitassay.bench.environment import environment
 from bitassay.bench.roofline import Cost, machine_limits
 from bitassay.bench.rounds import INTERVAL, ratio_of, spread, turns
+from bitassay.bench.workload import ModelTimer, Workload
 from bitassay.models.walk import walk
+from bitassay.record.environment import environment
 
 OURS = {"int8": "w8", "int4": "w4"}
 BASE = "transformers bf16"
@@ -84,14 +84,14 @@ def torchao_models(base: PreTrainedModel) -> Peers:
     return found
 
 
-class TorchaoRunner(LocalRunner):
+class TorchaoRunner(ModelTimer):
     """Its bytes are counted from bits a weight: what a torchao tensor holds is its own business."""
 
-    def __init__(self, model: PreTrainedModel, base: LocalRunner, bits: float):
+    def __init__(self, model: PreTrainedModel, base: ModelTimer, bits: float):
         super().__init__(model)
         self.bits, self.matrices = bits, base.matrices
 
-    def measure(self, cell: Cell) -> dict:
+    def measure(self, cell: Workload) -> dict:
         found = super().measure(cell)
         if "costs" in found:
             of = self.matrices
@@ -112,16 +112,16 @@ def main() -> None:
     asked = parser.parse_args()
 
     base = bitassay.load(asked.model, dtype="bfloat16")
-    runners = {BASE: LocalRunner(base)}
+    runners = {BASE: ModelTimer(base)}
     for name, recipe in OURS.items():
-        runners[f"bitassay {name}"] = LocalRunner(bitassay.quantize(base, recipe, packed=True))
+        runners[f"bitassay {name}"] = ModelTimer(bitassay.quantize(base, recipe, packed=True))
     peers = torchao_models(base)
     for name, model in peers.models.items():
         runners[name] = TorchaoRunner(model, runners[BASE], peers.bits[name])
 
     rows, limits = [], []
     for batch in asked.batches:
-        cell = Cell("batch", batch, asked.prompt_tokens, asked.new_tokens)
+        cell = Workload("batch", batch, asked.prompt_tokens, asked.new_tokens)
         times: dict[str, list[float]] = {name: [] for name in runners}
         shares: dict[str, list[float]] = {name: [] for name in runners}
         for round_ in range(asked.rounds):

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 import bitassay
-from bitassay.bench.environment import environment
 from bitassay.models.walk import walk
 from bitassay.quantization.codes.adaptive import adapted
 from bitassay.quantization.codes.binary import solved
@@ -28,6 +27,7 @@ from bitassay.quantization.recipe.calibration import Calibration, calibration_to
 from bitassay.quantization.recipe.weights import WeightScheme
 from bitassay.quantization.solvers.gptq import Gptq, gptq
 from bitassay.quantization.solvers.layerwise import hessian_of
+from bitassay.record.environment import environment
 
 LAYERS = (0, 15)
 FREE = {"symmetric": False, "zero_point": "free"}

@@ -39,9 +39,9 @@ from hypothesis import seed as hypothesis_seed
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from bitassay.bench.environment import environment
 from bitassay.engines.sampling import Sampler
 from bitassay.errors import BitassayError
+from bitassay.record.environment import environment
 from bitassay.testing.tiny import tiny_model
 from bitassay.verification.calibrate import calibrate
 from bitassay.verification.committee import files

@@ -18,8 +18,8 @@ from typing import Any
 import yaml
 from quality import Bench, pairs
 
-from bitassay.bench.environment import environment
 from bitassay.quantization.recipe.recipe import find_recipe
+from bitassay.record.environment import environment
 
 DTYPES = ("float32", "bfloat16")  # of the model that GPTQModel loads
 SHOWN = (

@@ -14,10 +14,10 @@ import sys
 from typing import Any
 
 import bitassay
-from bitassay.bench.environment import environment
 from bitassay.data.windows import Protocol, token_windows
-from bitassay.evaluation.compare import score_windows, summarise
+from bitassay.evaluation.quality import score_windows, summarise
 from bitassay.quantization.recipe.recipe import BASE, Recipe
+from bitassay.record.environment import environment
 
 WEIGHTS = {"format": "int8", "granularity": "channel"}
 WAYS: dict[str, dict[str, Any]] = {

@@ -19,12 +19,12 @@ from pathlib import Path
 import torch
 
 import bitassay
-from bitassay.bench.environment import environment
 from bitassay.data.corpora import corpus
 from bitassay.data.windows import Protocol, token_windows
-from bitassay.evaluation.compare import score_windows
+from bitassay.evaluation.quality import score_windows
 from bitassay.quantization.export.gguf_file import reload_difference, write_gguf
 from bitassay.quantization.recipe.recipe import BASE, Recipe
+from bitassay.record.environment import environment
 
 PROTOCOL = Protocol(window_tokens=512, windows=4)
 COLUMNS = (

@@ -12,9 +12,9 @@ import sys
 import torch
 
 import bitassay
-from bitassay.bench.environment import environment
 from bitassay.quantization.recipe.recipe import Recipe, WeightScheme, shipped_recipes
 from bitassay.quantization.runtime.model import with_tensors
+from bitassay.record.environment import environment
 
 MODEL = sys.argv[1] if len(sys.argv) > 1 else "smollm2-135m"
 EXTRA = [

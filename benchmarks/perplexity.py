@@ -14,10 +14,10 @@ import time
 import torch
 
 import bitassay
-from bitassay.bench.environment import environment
 from bitassay.data.windows import Protocol, token_windows
-from bitassay.evaluation.compare import score_windows
+from bitassay.evaluation.quality import score_windows
 from bitassay.quantization.recipe.recipe import BASE
+from bitassay.record.environment import environment
 
 ROUNDS = 3
 PROTOCOL = Protocol(window_tokens=1024, windows=2)

@@ -16,12 +16,12 @@ from collections import defaultdict
 from torch.profiler import ProfilerActivity, profile
 
 import bitassay
-from bitassay.bench.cells import Cell, LocalRunner
-from bitassay.bench.environment import environment
 from bitassay.bench.roofline import matrix_peak, product_dtype
 from bitassay.bench.rounds import INTERVAL, ratio_of, spread, turns
 from bitassay.bench.throughput import time_once
+from bitassay.bench.workload import ModelTimer, Workload
 from bitassay.quantization.recipe.recipe import Recipe
+from bitassay.record.environment import environment
 
 W8A8 = {"name": "w8a8", "weights": {"format": "int8", "granularity": "channel"}, "activations": {}}
 # The first pattern that an operation's name holds says what it is for.
@@ -38,7 +38,7 @@ def kind_of(operation: str) -> str:
     return next((kind for kind, parts in KINDS.items() if any(part in operation for part in parts)), "other")
 
 
-def where_it_goes(runner: LocalRunner, cell: Cell) -> tuple[dict[str, float], list[tuple[str, float]]]:
+def where_it_goes(runner: ModelTimer, cell: Workload) -> tuple[dict[str, float], list[tuple[str, float]]]:
     """Shares of the time inside torch's operations, by kind, and the ten largest operations."""
     activities = [ProfilerActivity.CPU]
     if runner.model.device.type == "cuda":
@@ -69,10 +69,10 @@ def main() -> None:
 
     base = bitassay.load(asked.model, dtype="bfloat16", device=asked.device)
     recipes = {"int8": "w8", "int4": "w4", "int8 both sides": Recipe.model_validate(W8A8)}
-    runners = {"bf16": LocalRunner(base)}
-    runners |= {name: LocalRunner(bitassay.quantize(base, one, packed=True)) for name, one in recipes.items()}
+    runners = {"bf16": ModelTimer(base)}
+    runners |= {name: ModelTimer(bitassay.quantize(base, one, packed=True)) for name, one in recipes.items()}
     dtypes = {name: product_dtype(runner.model) for name, runner in runners.items()}
-    cell = Cell("batch", asked.batch, asked.tokens, 1)
+    cell = Workload("batch", asked.batch, asked.tokens, 1)
 
     times: dict[str, list[float]] = {name: [] for name in runners}
     shares: dict[str, list[float]] = {name: [] for name in runners}

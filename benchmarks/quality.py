@@ -45,16 +45,16 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 import bitassay
-from bitassay.bench.environment import environment
 from bitassay.data.windows import Protocol, token_windows
 from bitassay.errors import BitassayError, MissingError
-from bitassay.evaluation.compare import score_windows, summarise
+from bitassay.evaluation.quality import score_windows, summarise
 from bitassay.evaluation.statistics import log_difference_interval, mean_of
-from bitassay.models.load import tokenizer
+from bitassay.models.identity import tokenizer
 from bitassay.models.walk import walk
 from bitassay.quantization.recipe.formats import FORMATS
 from bitassay.quantization.recipe.recipe import BASE, Recipe, find_recipe
 from bitassay.quantization.runtime.model import bits_per_weight, copy_sharing_parameters
+from bitassay.record.environment import environment
 from bitassay.record.files import read_json, write_text
 from bitassay.record.run import RunFolder
 

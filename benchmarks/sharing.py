@@ -31,14 +31,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import bitassay
-from bitassay.bench.environment import environment
 from bitassay.data.windows import Protocol, token_windows
-from bitassay.evaluation.compare import score_windows, summarise, text_difference
 from bitassay.evaluation.divergence import TokenScores
+from bitassay.evaluation.quality import score_windows, summarise, text_difference
 from bitassay.models.walk import decoder_layers, module_name, walk
 from bitassay.quantization.pipeline import quantize_once
 from bitassay.quantization.recipe.recipe import BASE, Recipe
 from bitassay.quantization.runtime.model import copy_sharing_parameters
+from bitassay.record.environment import environment
 
 MLP = {"mlp.gate_proj": 0, "mlp.up_proj": 0, "mlp.down_proj": 1}  # by kind: which dimension has the neurons
 W2 = Recipe.model_validate(

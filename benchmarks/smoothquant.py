@@ -27,10 +27,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import bitassay
-from bitassay.bench.environment import environment
 from bitassay.data.windows import Protocol, token_windows
-from bitassay.evaluation.compare import score_windows, summarise
 from bitassay.evaluation.divergence import TokenScores
+from bitassay.evaluation.quality import score_windows, summarise
 from bitassay.evaluation.statistics import log_difference_interval, mean_of
 from bitassay.models.walk import walk
 from bitassay.quantization.codes.tensor import quantize_tensor
@@ -49,6 +48,7 @@ from bitassay.quantization.runtime.model import copy_sharing_parameters, with_te
 from bitassay.quantization.transforms.folding import find_folds
 from bitassay.quantization.transforms.residual_stream import Weight
 from bitassay.quantization.transforms.smoothing import Smoothing, smooth, smoothquant_scales
+from bitassay.record.environment import environment
 
 LAYER = "model.layers.{}.mlp.gate_proj"
 W8 = WeightScheme(format="int8", scale_dtype="float32")

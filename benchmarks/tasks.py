@@ -26,11 +26,11 @@ import numpy as np
 from lm_eval.models.huggingface import HFLM
 
 import bitassay
-from bitassay.bench.environment import environment
 from bitassay.data.tasks import even_indices, mmlu_subjects
 from bitassay.evaluation.harness import BitassayLM, quiet
 from bitassay.evaluation.questions import AskedTask, leaves
-from bitassay.models.load import identity
+from bitassay.models.identity import identity
+from bitassay.record.environment import environment
 from bitassay.record.run import RunFolder
 
 PART_ITEMS = 50

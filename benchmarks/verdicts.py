@@ -13,9 +13,9 @@ import time
 from scipy import stats
 
 import bitassay
-from bitassay.bench.environment import environment
-from bitassay.models.load import identity
+from bitassay.models.identity import identity
 from bitassay.quantization.pipeline import quantize
+from bitassay.record.environment import environment
 from bitassay.studies.verification import chosen_prompts
 from bitassay.verification.calibrate import calibrate
 from bitassay.verification.prove import prove_many

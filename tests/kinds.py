@@ -4,7 +4,7 @@ shows: rotary frequencies that depend on the length, hybrid caches, layers with 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from bitassay.models.load import Identity
+from bitassay.models.identity import Identity
 from bitassay.models.positions import forget_lengths
 from bitassay.models.source import Source, resolve
 from bitassay.testing.tiny import stories260k

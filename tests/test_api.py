@@ -12,8 +12,8 @@ from importlib.resources import files
 import pytest
 
 import bitassay
-from bitassay.evaluation.compare import evaluate
-from bitassay.models.load import load
+from bitassay.engines.load import load
+from bitassay.evaluation.quality import evaluate
 from bitassay.quantization.pipeline import quantize
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.verification.prove import prove
@@ -56,11 +56,11 @@ def test_a_public_name_can_be_pickled_and_copied(name):
 
 
 def test_the_folders_behind_the_functions_stay_importable():
-    import bitassay.evaluation.compare
+    import bitassay.evaluation.quality
     import bitassay.verification.verdict as verdict
 
     assert callable(bitassay.evaluate)
-    assert bitassay.evaluation.compare.evaluate is evaluate
+    assert bitassay.evaluation.quality.evaluate is evaluate
     assert verdict.verify is verify
     names = {}
     exec("from bitassay import *", names)

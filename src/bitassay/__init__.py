@@ -16,8 +16,8 @@ __version__ = "0.1.0"
 __all__ = ["Recipe", "evaluate", "load", "prove", "quantize", "verify"]
 
 if TYPE_CHECKING:
-    from bitassay.evaluation.compare import evaluate
-    from bitassay.models.load import load
+    from bitassay.engines.load import load
+    from bitassay.evaluation.quality import evaluate
     from bitassay.quantization.pipeline import quantize
     from bitassay.quantization.recipe.recipe import Recipe
     from bitassay.verification.prove import prove
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Recipe": "bitassay.quantization.recipe.recipe",
-    "evaluate": "bitassay.evaluation.compare",
-    "load": "bitassay.models.load",
+    "evaluate": "bitassay.evaluation.quality",
+    "load": "bitassay.engines.load",
     "prove": "bitassay.verification.prove",
     "quantize": "bitassay.quantization.pipeline",
     "verify": "bitassay.verification.verdict",

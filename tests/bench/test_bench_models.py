@@ -1,4 +1,4 @@
-"""The job: rounds over cells by models that take turns, each in a process of its own."""
+"""The job: rounds over workloads by models that take turns, each in a process of its own."""
 
 import copy
 import io
@@ -14,22 +14,22 @@ from transformers import AutoConfig
 
 import bitassay
 from bitassay import cli
-from bitassay.bench import cells as cells_module
 from bitassay.bench import models
 from bitassay.bench import worker as worker_module
-from bitassay.bench.cells import Cell, LocalRunner, is_out_of_memory
+from bitassay.bench import workload as workload_module
 from bitassay.bench.memory import peak_memory
 from bitassay.bench.models import BenchPlan, bench, measure_rounds, summarise
 from bitassay.bench.throughput import time_once
-from bitassay.bench.worker import Job, Worker, local_runner, serve
+from bitassay.bench.worker import Job, Worker, model_timer, serve
+from bitassay.bench.workload import ModelTimer, Workload, is_out_of_memory
 from bitassay.errors import BitassayError, MissingError
 from bitassay.models.source import resolve
 from bitassay.quantization.inputs.kv_cache import token_bytes
 from bitassay.quantization.recipe.recipe import Recipe, find_recipe
 from bitassay.record.run import RunFolder
 
-SHORT = Cell("batch", 2, 12, 3)
-LONG = Cell("context", 1, 600, 3)
+SHORT = Workload("batch", 2, 12, 3)
+LONG = Workload("context", 1, 600, 3)
 
 
 class Scripted:
@@ -45,9 +45,9 @@ class Scripted:
         self.log.append("limits")
         return {"bandwidth": 100.0, "peaks": {"bfloat16": 1000.0}}
 
-    def measure(self, cell):
+    def measure(self, workload):
         self.log.append(self.name)
-        if cell is LONG:
+        if workload is LONG:
             return {"skipped": "too long"}
         cost = {"bytes": 50.0, "flop": 100.0}
         return {
@@ -60,10 +60,10 @@ class Scripted:
         }
 
 
-def rounds_of(tmp_path, log, repeats=2, cells=(SHORT, LONG)):
+def rounds_of(tmp_path, log, repeats=2, workloads=(SHORT, LONG)):
     folder = RunFolder(tmp_path / "run", {"kind": "test"})
     runners = {"base": Scripted("base", log, 2.0), "w4": Scripted("w4", log, 1.0)}
-    return measure_rounds(list(runners), runners.__getitem__, cells, repeats, folder)
+    return measure_rounds(list(runners), runners.__getitem__, workloads, repeats, folder)
 
 
 def test_models_take_turns_and_what_is_done_is_not_done_again(tmp_path):
@@ -100,7 +100,7 @@ def test_a_peak_that_is_not_known_gives_no_share(tmp_path):
 
 def test_a_cell_by_a_real_model(stories):
     model = bitassay.quantize(stories, "w4", packed=True)
-    found = LocalRunner(model).measure(SHORT)
+    found = ModelTimer(model).measure(SHORT)
     assert found["cache_bytes"] == 2 * token_bytes(stories.config, None) * 2 * (12 + 3)  # fp32
     assert found["first_token_s"] > 0
     assert found["peak_resident_bytes"] > 10**7
@@ -109,8 +109,8 @@ def test_a_cell_by_a_real_model(stories):
 
 def test_each_cell_is_warmed_up_once(stories, monkeypatch):
     calls = []
-    monkeypatch.setattr(cells_module, "time_once", lambda *a: calls.append(a[2]) or time_once(*a))
-    runner = LocalRunner(stories)
+    monkeypatch.setattr(workload_module, "time_once", lambda *a: calls.append(a[2]) or time_once(*a))
+    runner = ModelTimer(stories)
     for _ in range(2):
         runner.measure(SHORT)
     assert len(calls) == 3
@@ -119,16 +119,16 @@ def test_each_cell_is_warmed_up_once(stories, monkeypatch):
 def test_a_rounded_cache_is_timed_packed(stories):
     recipe = Recipe.model_validate({"name": "kv", "weights": None, "kv_cache": {"format": "int8"}})
     model = bitassay.quantize(stories, recipe, packed=True)
-    runner = LocalRunner(model)
+    runner = ModelTimer(model)
     spec = recipe.kv_cache
     assert runner.facts()["kv_bytes_per_token"] == token_bytes(stories.config, spec)
     assert runner.measure(SHORT)["cache_bytes"] == 2 * 15 * token_bytes(stories.config, spec)
 
 
 def test_what_does_not_fit_is_skipped_and_says_why(stories, monkeypatch):
-    runner = LocalRunner(stories)
+    runner = ModelTimer(stories)
     assert runner.measure(LONG) == {"skipped": "the model has 512 positions"}
-    monkeypatch.setattr(LocalRunner, "needed_bytes", lambda *_: 10**15)
+    monkeypatch.setattr(ModelTimer, "needed_bytes", lambda *_: 10**15)
     assert runner.measure(SHORT)["skipped"].startswith("needs about 1000000.0 GB")
 
 
@@ -147,12 +147,12 @@ def test_only_a_want_of_memory_is_skipped(stories, monkeypatch, error, known):
     def fails(*_):
         raise error
 
-    monkeypatch.setattr(cells_module, "time_once", fails)
+    monkeypatch.setattr(workload_module, "time_once", fails)
     if known:
-        assert LocalRunner(stories).measure(SHORT) == {"skipped": "out of memory"}
+        assert ModelTimer(stories).measure(SHORT) == {"skipped": "out of memory"}
     else:
         with pytest.raises(RuntimeError, match="shapes"):
-            LocalRunner(stories).measure(SHORT)
+            ModelTimer(stories).measure(SHORT)
 
 
 def test_the_peak_of_what_is_freed_again():
@@ -172,7 +172,7 @@ class InProcess:
     """A worker that is none."""
 
     def __init__(self, name, job, folder, progress):
-        self.runner = local_runner(job, progress)
+        self.runner = model_timer(job, progress)
         self.facts, self.measure, self.limits = self.runner.facts, self.runner.measure, lambda: LIMITS
         self.stop = lambda: None
 
@@ -201,10 +201,10 @@ def test_the_whole_job_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
 
 def test_a_quantized_folder_runs_on_its_codes(tmp_path):
     assert cli.run(["quantize", "stories260k", "--recipe", "w8", "--out", str(tmp_path / "w8")]) == 0
-    facts = local_runner(Job(str(tmp_path / "w8"))).facts()
+    facts = model_timer(Job(str(tmp_path / "w8"))).facts()
     assert (
         facts["bits_per_weight"]
-        == local_runner(Job("stories260k", find_recipe("w8"))).facts()["bits_per_weight"]
+        == model_timer(Job("stories260k", find_recipe("w8"))).facts()["bits_per_weight"]
     )
 
 
@@ -276,13 +276,17 @@ def test_bad_plans(options, match):
 
 def test_cells_are_batches_and_contexts():
     plan = BenchPlan("m", batches=(1, 4), contexts=(64,), prompt_tokens=8, new_tokens=2)
-    assert plan.cells == [Cell("batch", 1, 8, 2), Cell("batch", 4, 8, 2), Cell("context", 1, 64, 2)]
-    assert len({cell.name for cell in plan.cells}) == 3
+    assert plan.workloads == [
+        Workload("batch", 1, 8, 2),
+        Workload("batch", 4, 8, 2),
+        Workload("context", 1, 64, 2),
+    ]
+    assert len({workload.name for workload in plan.workloads}) == 3
 
 
 def test_a_slower_model_is_slower(stories):
     slowed = copy.deepcopy(stories)
     slowed.register_forward_pre_hook(lambda *_: time.sleep(0.03))
-    found = LocalRunner(slowed).measure(SHORT)
+    found = ModelTimer(slowed).measure(SHORT)
     assert found["first_token_s"] >= 0.03
     assert found["decode_s"] >= 3 * 0.03

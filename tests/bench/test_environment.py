@@ -11,7 +11,7 @@ from packaging.specifiers import SpecifierSet
 
 from bitassay.bench import doctor
 from bitassay.bench.doctor import Finding, memory, package, place, verbs
-from bitassay.bench.environment import cpu_name, environment
+from bitassay.record.environment import cpu_name, environment
 
 
 def test_environment_is_plain_json():

@@ -6,7 +6,7 @@ import pytest
 
 from bitassay import cli
 from bitassay.bench import models
-from bitassay.bench.worker import local_runner
+from bitassay.bench.worker import model_timer
 from bitassay.studies import crew
 from bitassay.studies.cells import Bench
 
@@ -28,7 +28,7 @@ class InProcess:
     """A bench's worker that is none, on a machine that is known."""
 
     def __init__(self, name, job, folder, progress):
-        runner = local_runner(job, progress)
+        runner = model_timer(job, progress)
         self.facts, self.measure = runner.facts, runner.measure
         self.limits = lambda: {"bandwidth": 1e9, "peaks": {"bfloat16": 1e9}}
         self.stop = lambda: None

@@ -243,7 +243,7 @@ def _nothing_is_loaded(monkeypatch):
     def loaded(*_, **__):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(loading, "_plain", loaded)
+    monkeypatch.setattr(loading, "read_plain", loaded)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bitassay.cli import run
-from bitassay.models.load import load
+from bitassay.engines.load import load
 from bitassay.verification.calibrate import calibrate
 from bitassay.verification.profile import write_profile
 from bitassay.verification.prove import prove_many

@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 
-from bitassay.bench.cells import Cell
 from bitassay.bench.models import BATCHES, CONTEXTS, work_of
+from bitassay.bench.workload import Workload
 from bitassay.cli import progress as progress_module
 from bitassay.cli.progress import Stage, show_progress
 
@@ -94,8 +94,8 @@ def test_on_a_terminal(monkeypatch, capsys):
 
 def test_work_of_cells_grows_with_what_they_do():
     """Long prompts come last in a round of `bench`; counted by the cell, the time left would climb."""
-    cells = [Cell("batch", batch, 128, 16) for batch in BATCHES]
-    cells += [Cell("context", 1, length, 16) for length in CONTEXTS]
+    cells = [Workload("batch", batch, 128, 16) for batch in BATCHES]
+    cells += [Workload("context", 1, length, 16) for length in CONTEXTS]
     for some in (cells[: len(BATCHES)], cells[len(BATCHES) :]):
         assert [work_of(cell) for cell in some] == sorted(work_of(cell) for cell in some)
     assert work_of(cells[-1]) > 10 * work_of(cells[0])

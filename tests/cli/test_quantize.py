@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from bitassay.cli import run
-from bitassay.models.load import load
+from bitassay.engines.load import load
 from bitassay.testing.tiny import tiny_model
 
 

@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from bitassay.cli import run
-from bitassay.models.load import load
+from bitassay.engines.load import load
 from bitassay.verification.calibrate import calibrate
 from bitassay.verification.profile import write_profile
 from bitassay.verification.receipts.receipt import read_receipt

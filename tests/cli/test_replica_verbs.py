@@ -5,8 +5,8 @@ import json
 import pytest
 
 from bitassay.engines.decode import generate, prefill
+from bitassay.engines.load import load
 from bitassay.engines.sampling import Sampler
-from bitassay.models.load import load
 from bitassay.quantization.pipeline import quantize
 from bitassay.quantization.recipe.recipe import read_recipe
 

@@ -9,7 +9,7 @@ import pytest
 from bitassay.data.corpora import corpus, pinned, prompts_from
 from bitassay.data.windows import Protocol, token_windows
 from bitassay.errors import BitassayError
-from bitassay.models.load import tokenizer
+from bitassay.models.identity import tokenizer
 from bitassay.quantization.recipe.recipe import read_recipe
 from bitassay.record.files import read_json, read_text, read_yaml
 from bitassay.verification.committee.files import read_answers, read_items, read_plants

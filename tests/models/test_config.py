@@ -11,10 +11,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from bitassay.engines.load import load
 from bitassay.errors import BitassayError
 from bitassay.models import config
 from bitassay.models.config import configuration_digests, read_config, text_config, untie
-from bitassay.models.load import Identity, identity, load
+from bitassay.models.identity import Identity, identity
 from bitassay.models.source import resolve
 from bitassay.testing.tiny import tiny_model
 

@@ -6,9 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from bitassay.engines.check import PROBE, check
+from bitassay.engines.load import load
 from bitassay.errors import BitassayError
-from bitassay.models.check import PROBE, check
-from bitassay.models.load import as_dtype, identity, load, stored_tensors, tokenizer
+from bitassay.models.identity import identity, tokenizer
+from bitassay.models.options import as_dtype
+from bitassay.models.weights import stored_tensors
 from bitassay.record.hashing import digest_tensors
 from bitassay.testing.tiny import tiny_model
 

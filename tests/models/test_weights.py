@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from bitassay.engines.check import check
+from bitassay.engines.load import load
 from bitassay.errors import BitassayError, BitassayWarning
-from bitassay.models.check import check
-from bitassay.models.load import identity, load
+from bitassay.models.identity import identity
 from bitassay.models.source import resolve
 from bitassay.models.weights import INDEX, WEIGHTS, stored_bits, stored_bytes, stored_tensors, weight_files
 from bitassay.quantization.export.save import save

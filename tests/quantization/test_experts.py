@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import bitassay
+from bitassay.engines.load import load
 from bitassay.errors import BitassayError
-from bitassay.models.load import load
 from bitassay.models.walk import fused_experts, matrices, walk
 from bitassay.quantization.codes.tensor import quantize_tensor
 from bitassay.quantization.export.save import save

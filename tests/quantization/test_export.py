@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bitassay
 from bitassay.data.corpora import corpus
+from bitassay.engines.load import load
 from bitassay.errors import BitassayError, MissingError
-from bitassay.models.checkpoint import CARD_BYTES, CARD_FILE, read_card
-from bitassay.models.load import load
 from bitassay.models.walk import matrices
 from bitassay.quantization.codes.tensor import quantize_tensor
 from bitassay.quantization.export import layout as own
+from bitassay.quantization.export.card import CARD_BYTES, CARD_FILE, read_card
 from bitassay.quantization.export.compressed import weight_args
 from bitassay.quantization.export.plan import plan_export
 from bitassay.quantization.export.save import save

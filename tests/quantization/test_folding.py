@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 
 import bitassay
 from bitassay.errors import BitassayError
-from bitassay.models.checkpoint import CARD_FILE
+from bitassay.quantization.export.card import CARD_FILE
 from bitassay.quantization.export.gguf_file import write_gguf
 from bitassay.quantization.export.plan import plan_export
 from bitassay.quantization.export.save import save

@@ -9,8 +9,8 @@ from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from bitassay.engines.load import load
 from bitassay.errors import BitassayError, MissingError
-from bitassay.models.load import load
 from bitassay.quantization.export import save as export
 from bitassay.quantization.export.gguf_file import write_gguf, written_before
 from bitassay.quantization.pipeline import quantize

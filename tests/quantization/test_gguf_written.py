@@ -18,10 +18,10 @@ from tokenizers import (
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
+from bitassay.engines.load import load
 from bitassay.errors import BitassayError
 from bitassay.models.gguf_splitting import SPLITTINGS
 from bitassay.models.gguf_vocabulary import PREPEND_KEY, read_tokenizer
-from bitassay.models.load import load
 from bitassay.models.source import resolve
 from bitassay.quantization.export.gguf_description import ARCHITECTURES
 from bitassay.quantization.export.gguf_file import check_gguf, write_gguf

@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from bitassay.engines.load import load
 from bitassay.errors import BitassayError, MissingError
-from bitassay.models.checkpoint import CARD_FILE, hashed_files, read_card
-from bitassay.models.load import load
 from bitassay.quantization.codes.tensor import LowRank, QuantizedTensor, quantize_tensor
 from bitassay.quantization.export import layout
+from bitassay.quantization.export.card import CARD_FILE, hashed_files, read_card
 from bitassay.quantization.export.plan import plan_export
 from bitassay.quantization.export.save import save
 from bitassay.quantization.pipeline import quantize

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from bitassay.data.windows import Protocol
 from bitassay.errors import BitassayError
-from bitassay.evaluation.compare import evaluate
+from bitassay.evaluation.quality import evaluate
 from bitassay.models.walk import decoder_layers, matrices
 from bitassay.quantization import pipeline, work
 from bitassay.quantization.pipeline import quantize

@@ -8,8 +8,8 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 import bitassay
+from bitassay.engines.load import load
 from bitassay.errors import BitassayError
-from bitassay.models.load import load
 from bitassay.quantization.export.plain_load import expert_pieces, part_of
 from bitassay.quantization.export.plan import plan_export
 from bitassay.quantization.export.save import save

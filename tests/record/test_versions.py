@@ -30,12 +30,12 @@ def test_code_that_makes_results_counts(monkeypatch, name):
     assert changed(monkeypatch, name) != before
 
 
-@pytest.mark.parametrize("name", ["cli/study.py", "report/study.py"])
+@pytest.mark.parametrize("name", ["cli/study.py", "report/tables.py"])
 def test_what_shows_results_does_not(monkeypatch, name):
     assert (ROOT / name).exists()
     assert changed(monkeypatch, name) == versions()["bitassay"]
 
 
 def test_of_some_folders():
-    assert source_digest("quantize") != source_digest("quantize", "replicate")
+    assert source_digest("engines") != source_digest("engines", "data")
     assert versions("torch") == versions() | {"torch": version("torch")}

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from bitassay.engines.decode import generate
+from bitassay.engines.load import load
 from bitassay.engines.speculative import speculate
 from bitassay.errors import BitassayError
-from bitassay.models.load import load
 from bitassay.quantization.codes.copies import planes
 from bitassay.quantization.export.save import save
 from bitassay.quantization.inputs.kv_cache import empty_cache

@@ -6,9 +6,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from bitassay.engines.load import load
 from bitassay.engines.taps import record_states
 from bitassay.errors import BitassayError
-from bitassay.models.load import load
 from bitassay.models.walk import decoder_layers
 from bitassay.quantization.export.gguf_file import check_gguf, reload_difference, write_gguf
 from bitassay.quantization.export.plan import plan_export

@@ -13,7 +13,7 @@ import pytest
 
 import bitassay
 from bitassay.errors import BitassayError, MissingError
-from bitassay.evaluation.compare import score_windows, summarise
+from bitassay.evaluation.quality import score_windows, summarise
 from bitassay.quantization.recipe.recipe import Recipe, find_recipe, read_recipe
 from bitassay.search import exam as exam_module
 from bitassay.search import search as module

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from bitassay.cli import run as command
+from bitassay.engines.load import load
 from bitassay.engines.sampling import GREEDY
 from bitassay.errors import BitassayError
-from bitassay.models.load import load
 from bitassay.report.attack import matrix, write_attack_report
 from bitassay.studies.attacks import study
 from bitassay.studies.attacks.cross_fitted import Court

@@ -10,7 +10,7 @@ pytest.importorskip("lm_eval")
 
 from bitassay.data.windows import Protocol
 from bitassay.errors import BitassayError, MissingError
-from bitassay.models.load import Identity
+from bitassay.models.identity import Identity
 from bitassay.models.source import resolve
 from bitassay.record.run import RunFolder
 from bitassay.studies import cluster

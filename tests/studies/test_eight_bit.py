@@ -20,9 +20,9 @@ pytest.importorskip("lm_eval")
 import bitassay
 from bitassay.data.windows import Protocol
 from bitassay.errors import BitassayError, MissingError
-from bitassay.evaluation.compare import evaluate
+from bitassay.evaluation.quality import evaluate
 from bitassay.evaluation.statistics import holm, paired_difference
-from bitassay.models.load import Identity
+from bitassay.models.identity import Identity
 from bitassay.models.source import resolve
 from bitassay.record.run import RunFolder
 from bitassay.report.eight_bit import supported

@@ -13,9 +13,9 @@ import torch
 import bitassay
 from bitassay.data.windows import Protocol, token_windows
 from bitassay.errors import BitassayError
-from bitassay.evaluation.compare import evaluate, text_difference
 from bitassay.evaluation.controls import beats
 from bitassay.evaluation.divergence import TokenScores, window_logits
+from bitassay.evaluation.quality import evaluate, text_difference
 from bitassay.quantization.pipeline import quantize
 from bitassay.quantization.recipe.replication import Chosen
 from bitassay.studies import crew

@@ -10,7 +10,7 @@ from scipy import stats
 
 from bitassay.engines.sampling import GREEDY, Sampler
 from bitassay.errors import BitassayError
-from bitassay.models.load import identity
+from bitassay.models.identity import identity
 from bitassay.quantization.pipeline import quantize
 from bitassay.verification.attribution import (
     HONEST,

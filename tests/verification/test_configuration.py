@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 
 import bitassay
-from bitassay.models.load import identity, load
+from bitassay.engines.load import load
+from bitassay.models.identity import identity
 from bitassay.models.source import resolve
 from bitassay.quantization.inputs.kv_cache import KvCache
 from bitassay.quantization.pipeline import quantize

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bitassay.errors import BitassayError
-from bitassay.models.load import identity
+from bitassay.models.identity import identity
 from bitassay.testing.tiny import tiny_model
 from bitassay.verification.container import TraceError
 from bitassay.verification.profile import write_profile

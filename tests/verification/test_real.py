@@ -6,7 +6,8 @@ import torch
 from scipy import stats
 
 from bitassay.data.corpora import bundled_prompts
-from bitassay.models.load import identity, load
+from bitassay.engines.load import load
+from bitassay.models.identity import identity
 from bitassay.verification.calibrate import calibrate
 from bitassay.verification.pooled import pooled_verdict
 from bitassay.verification.prove import prove_many

@@ -12,7 +12,7 @@ from scipy import stats
 
 from bitassay.engines.decode import prefill
 from bitassay.errors import BitassayError
-from bitassay.models.load import identity
+from bitassay.models.identity import identity
 from bitassay.testing.tiny import tiny_model
 from bitassay.verification.evidence import gather
 from bitassay.verification.pooled import mann_whitney_counts, pooled_p_value, pooled_verdict

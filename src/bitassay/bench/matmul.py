@@ -27,17 +27,17 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import linear
 
-from bitassay.bench.environment import environment
 from bitassay.bench.roofline import wait_for
 from bitassay.bench.rounds import INTERVAL, alternate, ratio_of, spread
 from bitassay.errors import BitassayError, at_least
-from bitassay.models.device import as_device
+from bitassay.models.options import as_device
 from bitassay.quantization.codes.scales import absmax_grid
 from bitassay.quantization.codes.tensor import QuantizedTensor, quantize_tensor
 from bitassay.quantization.inputs.activations import INPUT_FORMATS, InputRounding
 from bitassay.quantization.recipe.weights import WeightScheme
 from bitassay.quantization.runtime.linear import QuantizedLinear
 from bitassay.quantization.runtime.products import product_kind
+from bitassay.record.environment import environment
 from bitassay.record.progress import Progress, silent
 
 SCHEMA = 1

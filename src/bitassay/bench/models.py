@@ -1,11 +1,11 @@
 """Time models beside each other and beside what the machine could do: `bench`.
 
 Every model is packed, as it would be run, in a process of its own. A round measures the machine's limits,
-then every cell (`cells.py`) by every model in turn, in another order each round; figures are medians over
-rounds, and comparisons with the base model are ratios within rounds (`rounds.py`). The share of the bound
+then every workload (`workload.py`) by every model in turn, in another order each round; figures are medians
+over rounds, comparisons with the base model ratios within rounds (`rounds.py`). The share of the bound
 that was reached (`roofline.py`) is within rounds too.
 
-Each cell of each round is a part of the run folder: the same command goes on where it was stopped.
+Each workload of each round is a part of the run folder: the same command goes on where it was stopped.
 """
 
 import os
@@ -16,13 +16,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from bitassay.bench.cells import Cell, Runner
 from bitassay.bench.roofline import Cost
 from bitassay.bench.rounds import INTERVAL, ratio_of, spread, turns
-from bitassay.bench.worker import ProcessRunner, TimedModel
+from bitassay.bench.worker import ProcessTimer, TimedModel
+from bitassay.bench.workload import Timer, Workload
 from bitassay.errors import BitassayError, at_least
-from bitassay.models.device import as_device
-from bitassay.models.load import AUTO, Identity, as_dtype, layer_count
+from bitassay.models.config import layer_count
+from bitassay.models.identity import Identity
+from bitassay.models.options import AUTO, as_device, as_dtype
 from bitassay.models.source import resolve
 from bitassay.quantization.export.fits import check_fit
 from bitassay.quantization.recipe.recipe import BASE, Recipe, find_recipe, row_names
@@ -68,13 +69,13 @@ class BenchPlan:
             repeats=self.repeats,
             threads=self.threads,
         )
-        if not self.cells:
+        if not self.workloads:
             raise BitassayError("there is nothing to time", "--batches 1, or --contexts 512")
 
     @property
-    def cells(self) -> list[Cell]:
-        short = [Cell("batch", batch, self.prompt_tokens, self.new_tokens) for batch in self.batches]
-        return short + [Cell("context", 1, length, self.new_tokens) for length in self.contexts]
+    def workloads(self) -> list[Workload]:
+        short = [Workload("batch", batch, self.prompt_tokens, self.new_tokens) for batch in self.batches]
+        return short + [Workload("context", 1, length, self.new_tokens) for length in self.contexts]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"recipes": [recipe.model_dump(mode="json") for recipe in self.recipes]}
@@ -105,7 +106,7 @@ def bench(
     sources = {name: resolve(name, progress) for name in (model, *plan.candidates)}
     places = list[Place]()
     if controls and any(recipe.replication is not None for recipe in plan.recipes):
-        layers = layer_count(sources[model], trust_remote_code=trust_remote_code)
+        layers = layer_count(sources[model].folder, trust_remote_code=trust_remote_code)
         with_them, places = with_controls(plan.recipes, layers)
         plan = replace(plan, recipes=with_them)
     digests = {name: Identity(source).weights_digest for name, source in sources.items()}
@@ -122,16 +123,16 @@ def bench(
     timed |= {recipe.name: TimedModel(model, recipe, **common) for recipe in plan.recipes}
     timed |= {name: TimedModel(name, **common) for name in plan.candidates}
     logs = {name: folder.path / "workers" / f"{place:02d}.log" for place, name in enumerate(timed)}
-    started: dict[str, ProcessRunner] = {}
+    started: dict[str, ProcessTimer] = {}
 
-    def runner(name: str) -> ProcessRunner:
+    def runner(name: str) -> ProcessTimer:
         if name not in started:
             progress(f"{name}: starting")
-            started[name] = ProcessRunner(Path(name).name, timed[name], logs[name], progress)
+            started[name] = ProcessTimer(Path(name).name, timed[name], logs[name], progress)
         return started[name]
 
     try:
-        facts, rounds = measure_rounds(list(timed), runner, plan.cells, plan.repeats, folder, progress)
+        facts, rounds = measure_rounds(list(timed), runner, plan.workloads, plan.repeats, folder, progress)
     finally:
         for each in started.values():
             each.stop()
@@ -147,8 +148,8 @@ def bench(
         },
         "settings": plan.to_dict(),
         "interval": INTERVAL,
-        **summarise(facts, rounds, plan.cells),
-        "pairs": pairs_of(places, rounds, plan.cells),
+        **summarise(facts, rounds, plan.workloads),
+        "pairs": pairs_of(places, rounds, plan.workloads),
     }
     write_json(folder.path / "run.json", run)
     return run, folder.path
@@ -156,50 +157,50 @@ def bench(
 
 def measure_rounds(
     names: Sequence[str],
-    runner: Callable[[str], Runner],
-    cells: Sequence[Cell],
+    runner: Callable[[str], Timer],
+    workloads: Sequence[Workload],
     repeats: int,
     folder: RunFolder,
     progress: Progress = silent,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Facts by model, and for each round the machine's limits and, by cell, the load (runnable processes,
+    """Facts by model, and for each round the machine's limits and, by workload, the load (runnable processes,
     over a minute) and the answer of every model. What the folder has is not measured again."""
     facts = {
         name: folder.part(f"facts-{place:02d}", lambda name=name: runner(name).facts())
         for place, name in enumerate(names)
     }
-    rounds, done, whole = [], 0, repeats * sum(map(work_of, cells))
+    rounds, done, whole = [], 0, repeats * sum(map(work_of, workloads))
     for round_ in range(repeats):
         found: dict[str, Any] = {
             "limits": folder.part(f"round-{round_:02d}-limits", lambda: runner(names[0]).limits()),
             "cells": {},
         }
-        for cell in cells:
+        for workload in workloads:
 
-            def answers(cell: Cell = cell, round_: int = round_) -> dict[str, Any]:
+            def answers(workload: Workload = workload, round_: int = round_) -> dict[str, Any]:
                 load = os.getloadavg()[0]
-                given = {name: runner(name).measure(cell) for name in turns(names, round_)}
+                given = {name: runner(name).measure(workload) for name in turns(names, round_)}
                 return {"load": load, "answers": given}
 
-            found["cells"][cell.name] = folder.part(f"round-{round_:02d}-{cell.name}", answers)
-            done += work_of(cell)
+            found["cells"][workload.name] = folder.part(f"round-{round_:02d}-{workload.name}", answers)
+            done += work_of(workload)
             progress("timing, percent", 100 * done // whole, 100)
         rounds.append(found)
     return facts, rounds
 
 
-def work_of(cell: Cell) -> int:
-    """About how much work a cell is, in tokens of a prefill. A decoding step reads all weights, which takes
-    about as long as some tokens of a prefill take to compute."""
-    return cell.batch * cell.prompt_tokens + cell.new_tokens * (16 + cell.batch)
+def work_of(workload: Workload) -> int:
+    """Return about how much work a workload is, in tokens of a prefill. A decoding step reads all weights,
+    which takes about as long as some tokens of a prefill take to compute."""
+    return workload.batch * workload.prompt_tokens + workload.new_tokens * (16 + workload.batch)
 
 
 def summarise(
-    facts: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]], cells: Sequence[Cell]
+    facts: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]], workloads: Sequence[Workload]
 ) -> dict[str, Any]:
     """The parts of run.json that are made of measurements: environment, machine, models, rows, rounds.
 
-    The first model is the base. A row is one cell by one model: medians, spread ((largest - smallest) /
+    The first model is the base. A row is one workload by one model: medians, spread ((largest - smallest) /
     median), ratios to the base with intervals, costs, shares of the bound, peaks of memory; or `skipped`, why
     there is none of that.
     """
@@ -209,11 +210,11 @@ def summarise(
     machine = {
         "bandwidth": statistics.median(one["bandwidth"] for one in limits),
         "peaks": {name: statistics.median(one["peaks"][name] for one in limits) for name in peaks},
-        "load": [round(one["cells"][cell.name]["load"], 2) for one in rounds for cell in cells],
+        "load": [round(one["cells"][workload.name]["load"], 2) for one in rounds for workload in workloads],
     }
     rows = [
-        {"model": name, **asdict(cell), **_row(name, base, cell, facts[name], rounds)}
-        for cell in cells
+        {"model": name, **asdict(workload), **_row(name, base, workload, facts[name], rounds)}
+        for workload in workloads
         for name in facts
     ]
     return {
@@ -229,9 +230,9 @@ def summarise(
 
 
 def _row(
-    name: str, base: str, cell: Cell, known: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]]
+    name: str, base: str, workload: Workload, known: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    answers = [one["cells"][cell.name]["answers"] for one in rounds]
+    answers = [one["cells"][workload.name]["answers"] for one in rounds]
     mine = [one[name] for one in answers]
     if skipped := [one["skipped"] for one in mine if "skipped" in one]:
         return {"skipped": skipped[0]}
@@ -239,16 +240,16 @@ def _row(
     costs = {phase: Cost(**cost) for phase, cost in mine[0]["costs"].items()}
     row: dict[str, Any] = {
         "ttft_s": statistics.median(prefill),
-        "prefill_tok_s": cell.batch * cell.prompt_tokens / statistics.median(prefill),
-        "prefill_samples_s": cell.batch / statistics.median(prefill),
-        "decode_tok_s": cell.batch * cell.new_tokens / statistics.median(decode),
+        "prefill_tok_s": workload.batch * workload.prompt_tokens / statistics.median(prefill),
+        "prefill_samples_s": workload.batch / statistics.median(prefill),
+        "decode_tok_s": workload.batch * workload.new_tokens / statistics.median(decode),
         "prefill_spread": spread(prefill),
         "decode_spread": spread(decode),
         "cache_bytes": mine[0]["cache_bytes"],
         "peak_resident_bytes": max(one["peak_resident_bytes"] for one in mine),
         "peak_device_bytes": mine[0]["peak_device_bytes"],
     }
-    steps = {"prefill": prefill, "decode": [one / cell.new_tokens for one in decode]}
+    steps = {"prefill": prefill, "decode": [one / workload.new_tokens for one in decode]}
     for phase, seconds in steps.items():
         dtype = known["product_dtype"] if phase == "prefill" else known["dtype"]
         bounds = [_bound(costs[phase], one["limits"], dtype) for one in rounds]
@@ -266,18 +267,18 @@ def _row(
 
 
 def pairs_of(
-    places: Sequence[Place], rounds: Sequence[Mapping[str, Any]], cells: Sequence[Cell]
+    places: Sequence[Place], rounds: Sequence[Mapping[str, Any]], workloads: Sequence[Workload]
 ) -> list[dict[str, Any]]:
-    """How many times as fast as each of its controls a replica is, in every cell that both were timed in;
+    """How many times as fast as each of its controls a replica is, in every workload that both were timed in;
     ratios within rounds."""
     rows = []
     for place in places:
-        for cell in cells:
-            found = [one["cells"][cell.name]["answers"] for one in rounds]
+        for workload in workloads:
+            found = [one["cells"][workload.name]["answers"] for one in rounds]
             timed = [(answers[place.group], answers[place.variant]) for answers in found]
             if any("skipped" in one for both in timed for one in both):
                 continue
-            row = {"group": place.group, "role": place.role, "control": place.variant, **asdict(cell)}
+            row = {"group": place.group, "role": place.role, "control": place.variant, **asdict(workload)}
             for phase, key in (("prefill", "first_token_s"), ("decode", "decode_s")):
                 ratio = ratio_of([control[key] for _, control in timed], [mine[key] for mine, _ in timed])
                 row |= {f"{phase}_ratio": ratio.value, f"{phase}_ratio_ci": ratio.interval}

@@ -8,10 +8,11 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from bitassay.bench.cells import Cell, LocalRunner
-from bitassay.models.checkpoint import read_card
-from bitassay.models.load import AUTO, load
+from bitassay.bench.workload import ModelTimer, Workload
+from bitassay.engines.load import load
+from bitassay.models.options import AUTO
 from bitassay.models.source import resolve
+from bitassay.quantization.export.card import read_card
 from bitassay.quantization.pipeline import quantize_once
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.record.jobs import Job, Start, Worker
@@ -35,7 +36,7 @@ class TimedModel:
 _MODEL = TypeAdapter(TimedModel)
 
 
-def local_runner(timed: TimedModel, progress: Progress = silent) -> LocalRunner:
+def model_timer(timed: TimedModel, progress: Progress = silent) -> ModelTimer:
     """Load the model in this process."""
     import torch
 
@@ -53,22 +54,23 @@ def local_runner(timed: TimedModel, progress: Progress = silent) -> LocalRunner:
     )
     if timed.recipe is not None:
         model = quantize_once(model, timed.recipe, packed=True, progress=progress)
-    return LocalRunner(model)
+    return ModelTimer(model)
 
 
 def start(setup: Any, folder: Path, progress: Progress) -> Callable[[Any], dict[str, Any]]:
-    """Load the model of `setup`. A job is the name of a method of LocalRunner, and the cell for `measure`."""
-    runner = local_runner(_MODEL.validate_python(setup), progress)
+    """Load the model of `setup`. A job is the name of a method of ModelTimer, and the workload for
+    `measure`."""
+    timer = model_timer(_MODEL.validate_python(setup), progress)
 
     def work(content: Any) -> dict[str, Any]:
-        method, cell = content
-        return getattr(runner, method)(*[] if cell is None else [Cell(**cell)])
+        method, workload = content
+        return getattr(timer, method)(*[] if workload is None else [Workload(**workload)])
 
     return work
 
 
-class ProcessRunner:
-    """A runner (`cells.py`) in a process of its own. Its errors name the model."""
+class ProcessTimer:
+    """A timer (`workload.py`) in a process of its own. Its errors name the model."""
 
     def __init__(self, name: str, timed: TimedModel, log: Path, progress: Progress = silent):
         setup = _MODEL.dump_python(timed, mode="json")
@@ -81,11 +83,11 @@ class ProcessRunner:
     def limits(self) -> dict[str, Any]:
         return self._ask("limits")
 
-    def measure(self, cell: Cell) -> dict[str, Any]:
-        return self._ask("measure", asdict(cell))
+    def measure(self, workload: Workload) -> dict[str, Any]:
+        return self._ask("measure", asdict(workload))
 
     def stop(self) -> None:
         self._worker.stop()
 
-    def _ask(self, method: str, cell: dict[str, Any] | None = None) -> dict[str, Any]:
-        return self._worker.ask(Job(self._name, self._start, [method, cell]))
+    def _ask(self, method: str, workload: dict[str, Any] | None = None) -> dict[str, Any]:
+        return self._worker.ask(Job(self._name, self._start, [method, workload]))

@@ -19,7 +19,7 @@ def run_analysis(
 ) -> int:
     """Analyze, write run.json, report.html and heat-map.png into the run folder, and print the layers."""
     from bitassay.cli.progress import show_progress
-    from bitassay.models.load import load
+    from bitassay.engines.load import load
     from bitassay.quantization.analysis import AnalysisPlan, analyze
     from bitassay.quantization.export.fits import check_fit
     from bitassay.quantization.recipe.calibration import Calibration

@@ -117,9 +117,9 @@ def calibrate(
         )
         return optimise(study, plan, 0.05 if alpha is None else alpha, out or Path("data"), format)
     from bitassay.cli.progress import show_progress
+    from bitassay.engines.load import load
     from bitassay.engines.sampling import Sampler
-    from bitassay.models.device import as_device
-    from bitassay.models.load import load
+    from bitassay.models.options import as_device
     from bitassay.quantization.export.fits import check_fit
     from bitassay.quantization.recipe.recipe import find_recipe
     from bitassay.verification.calibrate import calibrate, check_plan, chosen_attacks

@@ -78,19 +78,20 @@ def eval(
             "one command for each",
         )
     check_words([model, against], recipe, folder=out)
-    from bitassay.bench.environment import environment
     from bitassay.cli.progress import show_progress
     from bitassay.data.corpora import check_corpus
     from bitassay.data.windows import token_windows
-    from bitassay.evaluation.compare import evaluate_all
+    from bitassay.engines.load import load
     from bitassay.evaluation.controls import evaluate_with_controls
+    from bitassay.evaluation.quality import evaluate_all
     from bitassay.evaluation.tasks import check_tasks
-    from bitassay.models.load import load, tokenizer
+    from bitassay.models.identity import tokenizer
     from bitassay.models.source import resolve
     from bitassay.models.windows import check_folder
     from bitassay.quantization.export.fits import check_fit
     from bitassay.quantization.pipeline import quantize_once
     from bitassay.quantization.recipe.recipe import BASE, find_recipe
+    from bitassay.record.environment import environment
     from bitassay.report.assay import CONTROL_COLUMNS, QUALITY_COLUMNS
 
     protocols = [_protocol(text, window, windows) for text in protocol or ["wikitext2-raw"]]
@@ -197,8 +198,8 @@ def _tasks(
 ) -> int:
     import sys
 
-    from bitassay.bench.environment import environment
     from bitassay.evaluation.tasks import evaluate_tasks
+    from bitassay.record.environment import environment
     from bitassay.report.tasks import TASK_COLUMNS
 
     run, folder = evaluate_tasks(

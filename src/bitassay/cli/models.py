@@ -93,7 +93,7 @@ def check(
 
     check_words([model])
     from bitassay.cli.progress import show_progress
-    from bitassay.models.check import check as check_model
+    from bitassay.engines.check import check as check_model
 
     with show_progress() as progress:
         found = check_model(loading.of(model), progress=progress, **loading.options).to_dict()

@@ -75,7 +75,7 @@ class Loading(_Revision):
     @property
     def options(self) -> dict[str, Any]:
         """What `bitassay.load` takes. Raises BitassayError for an attention that nobody knows."""
-        from bitassay.models.load import as_attention
+        from bitassay.models.options import as_attention
 
         as_attention(self.attention)
         return {"attention": self.attention, "trust_remote_code": self.trust_remote_code}

@@ -80,9 +80,10 @@ def prove(
     )
     from bitassay.cli.progress import show_progress
     from bitassay.data.corpora import prompts_from
+    from bitassay.engines.load import load
     from bitassay.engines.sampling import Sampler
-    from bitassay.models.device import as_device
-    from bitassay.models.load import Identity, identity, load
+    from bitassay.models.identity import Identity, identity
+    from bitassay.models.options import as_device
     from bitassay.models.source import resolve
     from bitassay.quantization.export.fits import check_fit
     from bitassay.quantization.recipe.recipe import find_recipe
@@ -165,7 +166,7 @@ def _same_run(model: Any, out: Path, options: dict[str, Any]) -> None:
     """Refuse a folder that holds the traces of another model, claim or way of sampling. A trace cannot tell:
     its header is a claim."""
     from bitassay.errors import BitassayError
-    from bitassay.models.load import identity
+    from bitassay.models.identity import identity
     from bitassay.record.files import read_json, write_json
     from bitassay.verification.numerics import numerics
     from bitassay.verification.trace import ModelClaim, Sampling
@@ -203,7 +204,7 @@ def _finished(model: Any, path: Path, text: str, nonce: str) -> "Trace | None":
 
 
 def _row(model: Any, path: Path, trace: "Trace") -> dict[str, Any]:
-    from bitassay.models.load import tokenizer
+    from bitassay.models.identity import tokenizer
 
     return {
         "trace": str(path),

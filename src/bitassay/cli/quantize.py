@@ -14,8 +14,8 @@ from bitassay.cli.parameters import AS_IT_IS, Count, Loading, StateDtype
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from bitassay.models.checkpoint import Card
     from bitassay.models.source import Source
+    from bitassay.quantization.export.card import Card
     from bitassay.quantization.export.save import Layout
     from bitassay.quantization.recipe.recipe import Recipe
     from bitassay.record.progress import Progress
@@ -152,7 +152,8 @@ Row = dict[str, Any] | None
 def _written(order: _Order, folder_row: Row, gguf_row: Row) -> list[Row]:
     """The rows of what was finished before and of what is written now."""
     from bitassay.data.corpora import bundled_prompts
-    from bitassay.models.load import load, tokenizer
+    from bitassay.engines.load import load
+    from bitassay.models.identity import tokenizer
     from bitassay.quantization.export.save import check_space
 
     for row in _planned(order):
@@ -171,7 +172,7 @@ def _written(order: _Order, folder_row: Row, gguf_row: Row) -> list[Row]:
 
 def _quantized(order: _Order, base: "PreTrainedModel", folder_row: Row) -> "PreTrainedModel":
     """`base`, quantized now, or with what a finished folder holds."""
-    from bitassay.models.load import load
+    from bitassay.engines.load import load
     from bitassay.quantization.pipeline import quantize, quantize_once
     from bitassay.quantization.runtime.model import quantization_of, with_tensors
 
@@ -218,7 +219,7 @@ def _save_gguf(order: _Order, quantized: "PreTrainedModel", path: Path, tokens: 
 def _planned(order: _Order) -> list[Row]:
     """What is known before any weight is read; refuses what could not be saved. The files are the tensors and
     what else the model's folder holds; which blocks a GGUF file has depends on the codes."""
-    from bitassay.models.load import as_dtype
+    from bitassay.models.options import as_dtype
     from bitassay.models.shapes import without_weights
     from bitassay.quantization.export.gguf_file import check_gguf
     from bitassay.quantization.export.plan import plan_export
@@ -250,8 +251,8 @@ def _planned(order: _Order) -> list[Row]:
 def _finished_folder(order: _Order) -> Row:
     """The row of a folder that this very command has written before; None where it is empty or absent."""
     from bitassay.errors import BitassayError
-    from bitassay.models.checkpoint import read_card
-    from bitassay.models.load import Identity
+    from bitassay.models.identity import Identity
+    from bitassay.quantization.export.card import read_card
     from bitassay.record.files import explain_os_error
 
     if (out := order.out) is None:
@@ -286,7 +287,7 @@ def _finished_folder(order: _Order) -> Row:
 def _finished_gguf(order: _Order) -> Row:
     """The row of a GGUF file of the same base model and recipe; None where there is no file."""
     from bitassay.errors import BitassayError
-    from bitassay.models.load import Identity
+    from bitassay.models.identity import Identity
     from bitassay.quantization.export.gguf_file import written_before
 
     if (path := order.gguf) is None or not path.exists():

@@ -30,7 +30,7 @@ def run_variant_studies(
     from bitassay.cli.progress import show_progress
     from bitassay.data.windows import Protocol
     from bitassay.errors import BitassayError
-    from bitassay.models.device import as_device
+    from bitassay.models.options import as_device
     from bitassay.report import eight_bit, replication
     from bitassay.report.bench import shown_columns
     from bitassay.report.claims import SHORT_CLAIM_COLUMNS

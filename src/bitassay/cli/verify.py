@@ -74,8 +74,8 @@ def verify(
     import numpy as np
 
     from bitassay.cli.progress import show_progress
-    from bitassay.models.device import as_device
-    from bitassay.models.load import load
+    from bitassay.engines.load import load
+    from bitassay.models.options import as_device
     from bitassay.quantization.export.fits import check_fit
     from bitassay.quantization.recipe.recipe import find_recipe
     from bitassay.verification.ledger import check_ledger, extended, scored, update_ledger

@@ -3,7 +3,7 @@
 from transformers import PreTrainedModel
 
 from bitassay.engines.decode import TokenIds
-from bitassay.models.load import tokenizer
+from bitassay.models.identity import tokenizer
 
 
 def encode_prompt(model: PreTrainedModel, prompt: str | TokenIds) -> tuple[int, ...]:

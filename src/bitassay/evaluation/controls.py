@@ -12,9 +12,9 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from bitassay.data.windows import Protocol
-from bitassay.evaluation.compare import Evaluation, score_windows, summarise, text_difference
 from bitassay.evaluation.divergence import TokenScores
-from bitassay.models.load import identity
+from bitassay.evaluation.quality import Evaluation, score_windows, summarise, text_difference
+from bitassay.models.identity import identity
 from bitassay.models.walk import decoder_layers
 from bitassay.models.windows import model_windows
 from bitassay.quantization.pipeline import quantize_once

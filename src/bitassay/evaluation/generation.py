@@ -40,7 +40,7 @@ from bitassay.evaluation.statistics import (
     mean_of,
     median_interval,
 )
-from bitassay.models.load import tokenizer
+from bitassay.models.identity import tokenizer
 from bitassay.record.progress import Progress, silent
 
 INTERVALS = {

@@ -27,12 +27,12 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, re
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import PreTrainedModel
 
+from bitassay.engines.load import load
 from bitassay.errors import BitassayError
 from bitassay.evaluation.greedy import greedy_texts
 from bitassay.evaluation.likelihood import continuation_scores
 from bitassay.models.config import text_config
-from bitassay.models.load import load
-from bitassay.models.load import tokenizer as tokenizer_of
+from bitassay.models.identity import tokenizer as tokenizer_of
 from bitassay.models.positions import context_length
 from bitassay.quantization.pipeline import quantize_once
 from bitassay.record.progress import Progress, silent

@@ -35,7 +35,7 @@ from bitassay.evaluation.statistics import (
     paired_difference,
     student_interval,
 )
-from bitassay.models.load import identity
+from bitassay.models.identity import identity
 from bitassay.quantization.pipeline import quantize_once
 from bitassay.quantization.recipe.recipe import Recipe, find_recipe
 from bitassay.quantization.runtime.model import check_recipe, quantization_of

@@ -88,6 +88,12 @@ def text_config(model: PreTrainedModel | PretrainedConfig) -> PretrainedConfig:
     return config.get_text_config(decoder=True)
 
 
+def layer_count(folder: Path, *, trust_remote_code: bool = False) -> int:
+    """Return the number of decoder layers of a checkpoint. Raises BitassayError for a config.json that does
+    not say."""
+    return text_config(read_config(folder, trust_remote_code=trust_remote_code)).num_hidden_layers
+
+
 def untie(model: PreTrainedModel) -> None:
     """Say in the configuration that the output head is no longer the embedding."""
     for config in (model.config, text_config(model)):

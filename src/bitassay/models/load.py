@@ -1,10 +1,10 @@
-"""Load a causal LM, with its tokenizer and its identity attached."""
+"""Load a checkpoint that transformers reads, with its tokenizer and its identity attached.
+
+`bitassay.load` (`engines/load.py`) is built on it, and reads what `bitassay quantize` wrote too.
+"""
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cached_property
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,30 +19,18 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from bitassay.errors import BitassayError, BitassayWarning, MissingError, suggestion
-from bitassay.models.checkpoint import read_card
-from bitassay.models.config import configuration_digests, read_config, text_config
-from bitassay.models.device import as_device
+from bitassay.errors import BitassayError, BitassayWarning, MissingError
+from bitassay.models.config import read_config
+from bitassay.models.identity import Identity, attach, vocabularies
+from bitassay.models.options import AUTO, LoadOptions, attention_of
 from bitassay.models.positions import forget_lengths
-from bitassay.models.source import Source, resolve
+from bitassay.models.source import Source
 from bitassay.models.transposed import as_linears
-from bitassay.models.weights import check_files, stored_tensors, stray_files
-from bitassay.record.hashing import digest_file, digest_json, digest_tensors
+from bitassay.models.weights import check_files, stray_files
 from bitassay.record.progress import Progress, silent
 
-DTYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float64": torch.float64,
-}
-
-AUTO = "auto"  # SDPA where the architecture has it, else what transformers chooses
-
-# What vocabularies are called; "tokenizer.*json" leaves tokenizer_config.json out, which has none.
-VOCABULARIES = ("tokenizer.*json", "*.model", "*vocab*", "merges*", "*.tiktoken", "tekken.json")
+Reader = Callable[[Path, PretrainedConfig, LoadOptions], PreTrainedModel]
 
 # What transformers needs to load a checkpoint of such a method; the package's extras are named alike.
 PACKAGES_OF_METHOD = {
@@ -52,126 +40,39 @@ PACKAGES_OF_METHOD = {
 }
 
 
-@dataclass(frozen=True)
-class Identity:
-    """Which model this is. Digests are of the files that are loaded, as stored, whatever dtype the model was
-    loaded in; `recipe_id` says which recipe was applied afterwards (None: none). own_code: Python code that
-    comes with the model is run, and then belongs to its configuration."""
-
-    source: Source
-    recipe_id: str | None = None
-    recipe_name: str | None = None
-    own_code: bool = False
-
-    @property
-    def name(self) -> str:
-        return self.source.name
-
-    @cached_property
-    def weights_digest(self) -> str:
-        return digest_tensors(stored_tensors(self.source.folder))
-
-    @cached_property
-    def tokenizer_digest(self) -> str:
-        folder = self.source.folder
-        usual = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
-        files = [folder / name for name in usual if (folder / name).is_file()] or vocabularies(folder)
-        return digest_json({path.name: digest_file(path) for path in files})
-
-    @cached_property
-    def configuration(self) -> dict[str, str]:
-        """Digests of what the files beside the weights say, by part: see `models/config.py`."""
-        return configuration_digests(self.source.folder, own_code=self.own_code)
-
-    @property
-    def config_digest(self) -> str:
-        return digest_json(self.configuration)
-
-    def with_recipe(self, recipe_id: str, recipe_name: str) -> "Identity":
-        return replace(self, recipe_id=recipe_id, recipe_name=recipe_name)
-
-
-def load(
-    model: str | Path,
-    *,
-    dtype: str | torch.dtype = torch.float32,
-    device: str = "cpu",
-    attention: str = AUTO,
-    revision: str | None = None,
-    packed: bool = False,
-    trust_remote_code: bool = False,
+def load_checkpoint(
+    source: Source,
+    options: LoadOptions = LoadOptions(),  # noqa: B008 (frozen)
     progress: Progress = silent,
+    read: Reader | None = None,
 ) -> PreTrainedModel:
-    """Load `model`: a catalogue name, a local folder, a local GGUF file or a Hugging Face id.
+    """Load the checkpoint in a folder: in eval mode, without gradients, with `.tokenizer` and `.identity`.
 
-    Returns the transformers model in eval mode, without gradients, with `.tokenizer` and `.identity` set. A
-    folder that `bitassay quantize` wrote comes back as `quantize` made it, with its `.quantization`: fake, or
-    as codes where `packed`. attention: an implementation that transformers knows; "auto" is SDPA where the
-    architecture has it, else what transformers chooses. revision: a branch, tag or commit of a Hugging Face
-    id (`id@revision` says the same). Raises BitassayError where the files are missing, truncated or not
-    finite, MissingError where they cannot be fetched. Warns of files that look like weights and are none.
+    read: what makes the model of the folder and its configuration, by default transformers. Raises
+    BitassayError where the files are missing, truncated or not finite. Warns of files that look like weights
+    and are none.
     """
-    wanted, where, chosen = as_dtype(dtype), as_device(device), as_attention(attention)
-    source = resolve(model, progress, revision=revision)
-    check_files(source.folder)
-    for stray in stray_files(source.folder):
+    folder = source.folder
+    check_files(folder)
+    for stray in stray_files(folder):
         message = f"{stray}: nothing loads this file, so it is no part of the model; remove it"
-        warnings.warn(message, BitassayWarning, stacklevel=2)
-    card = read_card(source.folder)
-    if packed and card is None:
-        raise BitassayError(
-            f"{source.folder}: holds no codes that `bitassay quantize` wrote",
-            "bitassay.quantize(model, recipe='w4', packed=True)",
-        )
-    config = read_config(source.folder, trust_remote_code=trust_remote_code)
-    tokenizer = _read_tokenizer(source.folder, trust_remote_code)
+        warnings.warn(message, BitassayWarning, stacklevel=3)
+    config = read_config(folder, trust_remote_code=options.trust_remote_code)
+    tokenizer = _read_tokenizer(folder, options.trust_remote_code)
     try:
-        if card is None:
-            loaded = _plain(source.folder, config, wanted, chosen, trust_remote_code)
-        else:
-            loaded = _reader()(
-                source.folder,
-                card,
-                config,
-                dtype=wanted,
-                attention=chosen,
-                trust_remote_code=trust_remote_code,
-                packed=packed,
-            )
+        model = (read or read_plain)(folder, config, options)
     except BitassayError:
         raise
     except Exception as error:  # a defect of config.json shows as whatever it happens to trip over
-        remedy = "" if chosen is None else f"attention {AUTO}, which takes what the model supports"
-        raise BitassayError(f"{source.folder}: transformers cannot load it ({error})", remedy) from error
-    check_finite(loaded, source.folder)
-    forget_lengths(loaded)
-    own_code = type(loaded).__module__.startswith("transformers_modules.")
-    known = Identity(source, own_code=own_code)
-    if card is not None:
-        known = known.with_recipe(card.recipe_id, card.recipe_name)
-    if chosen is None and (in_force := attention_of(loaded)) != "sdpa":
-        progress(f"{known.name}: {type(loaded).__name__} has no SDPA attention; it runs with {in_force}")
-    # nn.Module's own __setattr__ is for tensors and modules.
-    object.__setattr__(loaded, "tokenizer", tokenizer)
-    object.__setattr__(loaded, "identity", known)
-    return loaded.eval().requires_grad_(False).to(where)  # type: ignore[arg-type]
-
-
-def layer_count(source: Source, *, trust_remote_code: bool = False) -> int:
-    """How many decoder layers a model has, without its weights. Raises BitassayError for a config.json that
-    does not say."""
-    config = text_config(read_config(source.folder, trust_remote_code=trust_remote_code))
-    return config.num_hidden_layers
-
-
-def attention_of(model: PreTrainedModel) -> str:
-    """The attention implementation in force."""
-    return str(text_config(model)._attn_implementation)
-
-
-def vocabularies(folder: Path) -> list[Path]:
-    """The files of a folder that a tokenizer is read from."""
-    return sorted({path for pattern in VOCABULARIES for path in folder.glob(pattern) if path.is_file()})
+        remedy = "" if options.attention is None else f"attention {AUTO}, which takes what the model supports"
+        raise BitassayError(f"{folder}: transformers cannot load it ({error})", remedy) from error
+    check_finite(model, folder)
+    forget_lengths(model)
+    if options.attention is None and (attention := attention_of(model)) != "sdpa":
+        progress(f"{source.name}: {type(model).__name__} has no SDPA attention; it runs with {attention}")
+    own_code = type(model).__module__.startswith("transformers_modules.")
+    attach(model, tokenizer=tokenizer, identity=Identity(source, own_code=own_code))
+    return model.eval().requires_grad_(False).to(options.device)  # type: ignore[arg-type]
 
 
 def _read_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
@@ -195,31 +96,23 @@ def _read_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenize
     return found
 
 
-def _reader() -> Callable[..., PreTrainedModel]:
-    """What reads our quantized folders. It belongs to `quantize`, which is built on this file, so it is only
-    named here."""
-    return import_module("bitassay.quantization.export.reload").read_quantized
-
-
-def _plain(
-    folder: Path, config: PretrainedConfig, dtype: torch.dtype, attention: str | None, trust_remote_code: bool
-) -> PreTrainedModel:
-    """A folder that transformers loads."""
+def read_plain(folder: Path, config: PretrainedConfig, options: LoadOptions) -> PreTrainedModel:
+    """Read a folder that transformers loads."""
     check_method(config, folder)
     compressed = is_compressed(config)
     loaded, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
         folder,
         config=config,
-        dtype=torch.float32 if compressed else dtype,  # scales must not be rounded before they are used
-        attn_implementation=attention,
-        trust_remote_code=trust_remote_code,
+        dtype=torch.float32 if compressed else options.dtype,  # scales must stay exact until used
+        attn_implementation=options.attention,
+        trust_remote_code=options.trust_remote_code,
         use_safetensors=True,
         ignore_mismatched_sizes=True,  # reported below, with names
         output_loading_info=True,
     )
     check_keys(report, folder)
     if compressed:
-        make_dense(loaded, dtype, folder)
+        make_dense(loaded, options.dtype, folder)
     as_linears(loaded)
     return loaded
 
@@ -292,39 +185,6 @@ def _check_stored_shape(module: nn.Module, name: str, folder: Path) -> None:
             f"config.json {[module.out_features, module.in_features]}",
             "download or save the checkpoint again",
         )
-
-
-def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype not in DTYPES:
-        raise BitassayError(f"unknown dtype {dtype!r}; {suggestion(dtype, DTYPES)}")
-    return DTYPES[dtype]
-
-
-def as_attention(attention: str) -> str | None:
-    """What transformers calls it: None leaves the choice to the model's class. Raises BitassayError for a
-    name that nobody knows; `owner/name` is a kernel of the hub."""
-    known = [AUTO, "eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
-    if attention not in known and "/" not in attention:
-        raise BitassayError(f"unknown attention {attention!r}; {suggestion(attention, known)}")
-    return None if attention == AUTO else attention
-
-
-def identity(model: PreTrainedModel) -> Identity:
-    """The identity of a model that came from `load` or `quantize`."""
-    if not isinstance(getattr(model, "identity", None), Identity):
-        raise BitassayError("this model has no identity", "load it with bitassay.load(...)")
-    return model.identity  # type: ignore[return-value]
-
-
-def tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase:
-    """The tokenizer that `load` attached (or that the caller set as `model.tokenizer`)."""
-    if getattr(model, "tokenizer", None) is None:
-        raise BitassayError(
-            "this model has no tokenizer", "load it with bitassay.load(...), or set model.tokenizer"
-        )
-    return model.tokenizer  # type: ignore[return-value]
 
 
 def check_keys(report: Any, folder: Path) -> None:

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from bitassay.data.windows import Protocol, token_windows
 from bitassay.models.config import read_config
-from bitassay.models.load import tokenizer
+from bitassay.models.identity import tokenizer
 from bitassay.models.positions import check_window, context_length, positions_of
 
 

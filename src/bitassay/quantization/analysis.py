@@ -32,7 +32,7 @@ from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError
 from bitassay.models.hooks import hooked
-from bitassay.models.load import identity
+from bitassay.models.identity import identity
 from bitassay.models.walk import decoder_layers, fused_experts, matrices
 from bitassay.quantization.codes.tensor import QuantizedTensor, quantize_tensor
 from bitassay.quantization.recipe.calibration import Calibration, calibration_tokens

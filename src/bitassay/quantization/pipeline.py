@@ -24,8 +24,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError
-from bitassay.models.load import Identity, identity, load
-from bitassay.models.source import cache_folder
+from bitassay.models.identity import Identity, identity
+from bitassay.models.load import load_checkpoint
+from bitassay.models.options import LoadOptions
+from bitassay.models.source import cache_folder, resolve
 from bitassay.models.walk import matrices, walk
 from bitassay.quantization.codes.tensor import QuantizedTensor, quantize_tensor
 from bitassay.quantization.inputs.activations import InputRounding
@@ -100,7 +102,7 @@ def quantize_tensors_once(base: PreTrainedModel, recipe: Recipe, progress: Progr
         if base.dtype == torch.float32 and base.device.type == "cpu":
             return base
         own_code = type(base).__module__.startswith("transformers_modules")
-        return load(source.folder, trust_remote_code=own_code, progress=progress)
+        return load_checkpoint(resolve(source.folder), LoadOptions(trust_remote_code=own_code), progress)
 
     def codes(draft: PreTrainedModel) -> Quantization | None:
         same = recipe.codes_alone

@@ -90,4 +90,4 @@ def read_result(
 
 def code_digest() -> str:
     """Of the code that makes results: another version of it may make others."""
-    return source_digest("quantize", "replicate")
+    return source_digest("quantization")

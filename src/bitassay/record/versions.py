@@ -1,4 +1,4 @@
-"""What made a result: the versions of packages, and a digest of this one's own code, which changes from
+"""What made a result: the versions of packages, and a digest of this package's own code, which changes from
 version to version and, in a checkout, between them."""
 
 from importlib.metadata import version
@@ -7,17 +7,17 @@ from pathlib import Path
 from bitassay.record.hashing import digest_json
 
 ROOT = Path(__file__).parents[1]
-SHOWING = ("cli", "report")  # they show results, and make none
+SHOWING = ("cli", "report")  # they show results and make none
 
 
 def source_digest(*folders: str) -> str:
-    """Of the Python files in these folders of the package."""
-    paths = sorted(path for folder in folders for path in (ROOT / folder).glob("*.py"))
+    """Return the digest of the Python files below these folders of the package."""
+    paths = sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
     return digest_json({path.relative_to(ROOT).as_posix(): path.read_text() for path in paths})
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Of this package, with its code, and of others."""
+    """Return the version of this package, with its code's digest, and of others."""
     making = sorted(path.parent.name for path in ROOT.glob("*/__init__.py"))
-    own = source_digest(*(name for name in making if name not in SHOWING))
-    return {"bitassay": f"{version('bitassay')}+{own[:12]}", **{name: version(name) for name in packages}}
+    code = source_digest(*(name for name in making if name not in SHOWING))
+    return {"bitassay": f"{version('bitassay')}+{code[:12]}", **{name: version(name) for name in packages}}

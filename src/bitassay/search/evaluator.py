@@ -16,10 +16,11 @@ from transformers import PreTrainedModel
 
 from bitassay.bench.throughput import throughput
 from bitassay.data.windows import Protocol
+from bitassay.engines.load import load
 from bitassay.errors import BitassayError
-from bitassay.evaluation.compare import TextDifference, score_windows, summarise, text_difference
 from bitassay.evaluation.divergence import TokenScores, token_scores, window_logits
-from bitassay.models.load import AUTO, load
+from bitassay.evaluation.quality import TextDifference, score_windows, summarise, text_difference
+from bitassay.models.options import AUTO
 from bitassay.models.windows import model_windows
 from bitassay.quantization.export.plan import plan_export
 from bitassay.quantization.pipeline import quantize_tensors

@@ -28,13 +28,13 @@ import yaml
 from filelock import FileLock, Timeout
 from optuna.trial import FrozenTrial, TrialState
 
-from bitassay.bench.environment import environment
 from bitassay.errors import BitassayError
-from bitassay.evaluation.compare import INTERVAL, INTERVALS, PAIR_INTERVALS
-from bitassay.models.load import identity
+from bitassay.evaluation.quality import INTERVAL, INTERVALS, PAIR_INTERVALS
+from bitassay.models.identity import identity
 from bitassay.quantization.export.fits import check_fit
 from bitassay.quantization.pipeline import quantize_tensors_once
 from bitassay.quantization.recipe.recipe import BASE, Recipe, find_recipe, row_names
+from bitassay.record.environment import environment
 from bitassay.record.files import check_folder, write_json, write_text
 from bitassay.record.progress import Progress, silent
 from bitassay.record.run import RunFolder, default_folder

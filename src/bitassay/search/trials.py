@@ -25,7 +25,7 @@ from optuna.trial import FrozenTrial, TrialState
 from bitassay.data.corpora import check_corpus
 from bitassay.data.windows import Protocol
 from bitassay.errors import BitassayError, MissingError, at_least
-from bitassay.models.load import AUTO, as_dtype
+from bitassay.models.options import AUTO, as_dtype
 from bitassay.quantization.pipeline import quantize_tensors
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.record.files import write_text

@@ -22,15 +22,16 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
-from bitassay.bench.environment import environment
 from bitassay.bench.throughput import DECODE_TOKENS, throughput
 from bitassay.data.corpora import check_corpus
 from bitassay.data.windows import Protocol
+from bitassay.engines.load import load
 from bitassay.errors import BitassayError, at_least
-from bitassay.evaluation.compare import INTERVAL, INTERVALS, score_windows, summarise
 from bitassay.evaluation.controls import pair
 from bitassay.evaluation.divergence import TokenScores
-from bitassay.models.load import AUTO, as_dtype, identity, load
+from bitassay.evaluation.quality import INTERVAL, INTERVALS, score_windows, summarise
+from bitassay.models.identity import identity
+from bitassay.models.options import AUTO, as_dtype
 from bitassay.models.positions import context_length
 from bitassay.models.walk import decoder_layers
 from bitassay.models.windows import model_windows
@@ -47,6 +48,7 @@ from bitassay.quantization.runtime.model import (
     size_bytes,
     with_tensors,
 )
+from bitassay.record.environment import environment
 from bitassay.record.files import check_folder, write_json
 from bitassay.record.progress import Progress, silent
 from bitassay.record.run import RunFolder, default_folder

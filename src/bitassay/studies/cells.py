@@ -19,11 +19,12 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from bitassay.engines.load import load
 from bitassay.errors import BitassayError, MissingError
 from bitassay.evaluation.divergence import TokenScores, token_scores, window_logits
 from bitassay.evaluation.questions import AskedTask, Leaf
 from bitassay.evaluation.tasks import answer
-from bitassay.models.load import identity, load
+from bitassay.models.identity import identity
 from bitassay.models.windows import model_windows
 from bitassay.quantization.pipeline import quantize_tensors_once
 from bitassay.quantization.runtime.model import Quantization, with_tensors

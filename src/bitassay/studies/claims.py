@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from bitassay.evaluation.compare import text_difference
+from bitassay.evaluation.quality import text_difference
 from bitassay.studies.variants import Findings
 
 LEVEL = 0.95

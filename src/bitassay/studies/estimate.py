@@ -14,7 +14,7 @@ import torch
 
 from bitassay.bench.roofline import matrix_peak, stream_bandwidth
 from bitassay.models.config import text_config
-from bitassay.models.load import as_dtype
+from bitassay.models.options import as_dtype
 from bitassay.models.shapes import without_weights
 from bitassay.models.source import resolve
 from bitassay.models.walk import decoder_layers

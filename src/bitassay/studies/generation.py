@@ -12,9 +12,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from bitassay.bench.environment import environment
 from bitassay.data.corpora import bundled_prompts, prompts_from
 from bitassay.engines.decode import vocabulary_size
+from bitassay.engines.load import load
 from bitassay.engines.prompts import encode_prompt
 from bitassay.errors import BitassayError, at_least
 from bitassay.evaluation.generation import (
@@ -28,13 +28,15 @@ from bitassay.evaluation.generation import (
     decoded,
     prefix_lengths,
 )
-from bitassay.models.load import AUTO, Identity, as_dtype, identity, load
+from bitassay.models.identity import Identity, identity
+from bitassay.models.options import AUTO, as_dtype
 from bitassay.models.positions import context_length
 from bitassay.models.source import resolve
 from bitassay.quantization.export.fits import check_fit
 from bitassay.quantization.pipeline import quantize_once
 from bitassay.quantization.recipe.recipe import BASE, Recipe, find_recipe, row_names
 from bitassay.quantization.runtime.model import check_recipe
+from bitassay.record.environment import environment
 from bitassay.record.files import check_folder, write_json
 from bitassay.record.hashing import digest_json
 from bitassay.record.progress import Progress, silent

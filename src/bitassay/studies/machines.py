@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from bitassay.errors import BitassayError, MissingError, suggestion
-from bitassay.models.load import AUTO
+from bitassay.models.options import AUTO
 from bitassay.record.jobs import Job, Start, ask_once
 from bitassay.studies import probe
 

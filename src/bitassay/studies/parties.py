@@ -17,12 +17,13 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from transformers import PreTrainedModel
 
-from bitassay.bench.environment import environment
 from bitassay.bench.roofline import wait_for
+from bitassay.engines.load import load
 from bitassay.errors import BitassayError
-from bitassay.models.load import AUTO, load
+from bitassay.models.options import AUTO
 from bitassay.quantization.pipeline import quantize_once
 from bitassay.quantization.recipe.recipe import find_recipe, shipped_recipes
+from bitassay.record.environment import environment
 from bitassay.record.files import read_json, write_json
 from bitassay.record.jobs import Job, Start
 from bitassay.record.progress import Progress

@@ -9,7 +9,8 @@ import psutil
 import torch
 
 from bitassay.models.config import read_config, text_config
-from bitassay.models.load import Identity, as_dtype
+from bitassay.models.identity import Identity
+from bitassay.models.options import as_dtype
 from bitassay.models.source import resolve
 from bitassay.models.weights import stored_bytes
 from bitassay.models.windows import check_folder

@@ -12,8 +12,8 @@ from typing import Any
 
 from bitassay.data.windows import Protocol
 from bitassay.engines.decode import generate
+from bitassay.engines.load import load
 from bitassay.engines.speculative import speculate
-from bitassay.models.load import load
 from bitassay.models.windows import model_windows
 from bitassay.quantization.pipeline import quantize_once
 from bitassay.quantization.recipe.recipe import Recipe

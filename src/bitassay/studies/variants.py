@@ -12,7 +12,7 @@ from bitassay.data.tasks import mmlu_subjects, task_data
 from bitassay.data.windows import Protocol
 from bitassay.errors import BitassayError
 from bitassay.evaluation.divergence import TokenScores
-from bitassay.models.load import AUTO, as_dtype
+from bitassay.models.options import AUTO, as_dtype
 from bitassay.quantization.recipe.recipe import BASE, Recipe
 from bitassay.quantization.recipe.replication import Chosen
 from bitassay.record.versions import versions

@@ -14,7 +14,7 @@ from bitassay.data.corpora import bundled_prompts
 from bitassay.engines.decode import TokenIds
 from bitassay.engines.prompts import encode_prompt
 from bitassay.errors import BitassayError, at_least
-from bitassay.models.load import identity
+from bitassay.models.identity import identity
 from bitassay.quantization.recipe.recipe import BASE
 from bitassay.quantization.runtime.model import Quantization, with_tensors
 from bitassay.record.progress import Progress, silent

@@ -19,7 +19,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from bitassay.errors import BitassayError, suggestion
-from bitassay.models.load import Identity
+from bitassay.models.identity import Identity
 from bitassay.models.source import Source, resolve
 
 LAYERS, HEADS = 2, 4

@@ -7,7 +7,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from bitassay.errors import BitassayError, suggestion
-from bitassay.models.load import Identity, load
+from bitassay.models.identity import Identity
+from bitassay.models.load import load_checkpoint
+from bitassay.models.options import LoadOptions, as_dtype
 from bitassay.models.source import Source, resolve
 
 _DENSE = {
@@ -55,9 +57,9 @@ ARCHITECTURES = {
 }
 
 
-def stories260k(**options) -> PreTrainedModel:
-    """The trained 260-thousand-parameter Llama that this package carries; `options` go to `bitassay.load`."""
-    return load("stories260k", **options)
+def stories260k(dtype: str | torch.dtype = torch.float32) -> PreTrainedModel:
+    """Load the trained Llama of 260 thousand parameters that this package carries."""
+    return load_checkpoint(resolve("stories260k"), LoadOptions(as_dtype(dtype)))
 
 
 def tiny_model(architecture: str, seed: int = 0, **changes) -> PreTrainedModel:

@@ -19,7 +19,7 @@ from bitassay.engines.prompts import encode_prompt
 from bitassay.engines.sampling import GREEDY, Sampler
 from bitassay.errors import BitassayError, at_least, suggestion
 from bitassay.evaluation.statistics import clopper_pearson_interval
-from bitassay.models.load import identity
+from bitassay.models.identity import identity
 from bitassay.record.hashing import digest_json
 from bitassay.record.progress import Progress, silent
 from bitassay.verification.attacks.hosts import TRACE_ATTACKS, Attack, Setting

@@ -10,7 +10,7 @@ import transformers
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedModel
 
-from bitassay.models.load import attention_of
+from bitassay.models.options import attention_of
 
 STATE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

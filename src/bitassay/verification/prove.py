@@ -11,7 +11,7 @@ from bitassay.engines.prompts import encode_prompt
 from bitassay.engines.sampling import GREEDY, Sampler
 from bitassay.engines.taps import tap_layers
 from bitassay.errors import BitassayError
-from bitassay.models.load import Identity, identity
+from bitassay.models.identity import Identity, identity
 from bitassay.record.progress import Progress, silent
 from bitassay.verification.numerics import STATE_DTYPES, numerics
 from bitassay.verification.trace import Header, ModelClaim, Sampling, Trace, check_nonce

@@ -16,7 +16,7 @@ from bitassay.engines.prompts import encode_prompt
 from bitassay.engines.sampling import Sampler
 from bitassay.engines.taps import tap_layers
 from bitassay.models.config import text_config
-from bitassay.models.load import identity
+from bitassay.models.identity import identity
 from bitassay.models.positions import context_length
 from bitassay.verification.numerics import STATE_DTYPES
 from bitassay.verification.trace import Header, ModelClaim, Sampling, Trace, TraceError, check_consistent

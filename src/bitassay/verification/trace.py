@@ -33,7 +33,7 @@ from torch import Tensor
 
 from bitassay.engines.sampling import Sampler
 from bitassay.errors import BitassayError
-from bitassay.models.load import Identity
+from bitassay.models.identity import Identity
 from bitassay.record.files import atomic_file, explain_os_error
 from bitassay.record.hashing import canonical_json
 from bitassay.verification.container import (

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from bitassay.engines.decode import TokenIds
 from bitassay.engines.sampling import Sampler
-from bitassay.models.load import identity
+from bitassay.models.identity import identity
 from bitassay.record.hashing import digest_json
 from bitassay.record.progress import Progress, silent
 from bitassay.verification.attribution import Attribution

@@ -26,7 +26,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from bitassay.errors import BitassayError
 from bitassay.models.gguf_model import read_model
-from bitassay.models.load import identity, tokenizer
+from bitassay.models.identity import identity, tokenizer
 from bitassay.models.walk import decoder_layers, module_name
 from bitassay.quantization.codes.tensor import QuantizedTensor
 from bitassay.quantization.export.gguf_blocks import Blocks, as_blocks, beside_codes

@@ -9,6 +9,7 @@ parameters, and transformers loads them: none may be missing and none left over.
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,13 +22,16 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from bitassay.errors import BitassayError
 from bitassay.models.causal import empty_model
-from bitassay.models.checkpoint import CARD_FILE, Card
-from bitassay.models.load import check_keys
+from bitassay.models.identity import attach, identity
+from bitassay.models.load import check_keys, load_checkpoint
+from bitassay.models.options import LoadOptions
+from bitassay.models.source import Source
 from bitassay.models.transposed import as_linears
 from bitassay.models.walk import decoder_layers, matrices, walk
 from bitassay.models.weights import weight_files
 from bitassay.quantization.codes.tensor import QuantizedTensor
 from bitassay.quantization.export import compressed, layout
+from bitassay.quantization.export.card import CARD_FILE, Card
 from bitassay.quantization.export.layout import Stored
 from bitassay.quantization.export.plain_load import Piece, exact_scales, expert_pieces, joined, module_names
 from bitassay.quantization.inputs.activations import InputRounding
@@ -36,6 +40,7 @@ from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.recipe.replication import Steps, is_replica, replica_names
 from bitassay.quantization.runtime.model import Quantization, with_tensors
 from bitassay.quantization.transforms.folding import INPUT_SCALES
+from bitassay.record.progress import Progress, silent
 
 LAYOUTS: dict[str, ModuleType] = {"compressed-tensors": compressed, "bitassay": layout}
 AGAIN = "save the model again with `bitassay quantize`"
@@ -66,22 +71,26 @@ class Entry:
             return file.get_tensor(self.key)
 
 
+def load_quantized(
+    source: Source, card: Card, options: LoadOptions, *, packed: bool = False, progress: Progress = silent
+) -> PreTrainedModel:
+    """Load the quantized model that `card` describes, fake or `packed`, with its recipe in its identity."""
+    read = partial(read_quantized, card=card, packed=packed)
+    model = load_checkpoint(source, options, progress, read)
+    attach(model, identity=identity(model).with_recipe(card.recipe_id, card.recipe_name))
+    return model
+
+
 def read_quantized(
-    folder: Path,
-    card: Card,
-    config: PretrainedConfig,
-    *,
-    dtype: torch.dtype,
-    attention: str | None,
-    trust_remote_code: bool,
-    packed: bool,
+    folder: Path, config: PretrainedConfig, options: LoadOptions, *, card: Card, packed: bool
 ) -> PreTrainedModel:
     """The quantized model in `folder`, whose files `card` describes; fake, or `packed`. Raises BitassayError
     that names the file where the two do not fit."""
+    dtype = options.dtype
     recipe, schemes = _recipe(card, folder), _schemes(card, folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # type: ignore[attr-defined] # the codes are decoded here
-    empty = empty_model(config, dtype, trust_remote_code=trust_remote_code)
+    empty = empty_model(config, dtype, trust_remote_code=options.trust_remote_code)
     stored_as = stored_entries(folder)
     entries = {name: stored_as[key] for key, name in module_names(empty, stored_as).items()}
     shapes = {name: (view.shape[0], view.shape[1]) for name, view in matrices(empty).items()}
@@ -101,7 +110,7 @@ def read_quantized(
         plain.pop(key, None)
     scales = _input_scales(empty, recipe, plain, folder)
     originals = {name for name in described if not is_replica(name)}
-    model = _with_plain_parameters(empty, config, folder, plain, originals, dtype, attention)
+    model = _with_plain_parameters(empty, config, folder, plain, originals, dtype, options.attention)
     pieces = pieces_of(empty, card.layout)
     tensors = {
         name: _read_matrix(name, stored, shapes[name], card.layout, entries, pieces.get(name))

@@ -19,11 +19,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from bitassay.errors import BitassayError, MissingError
-from bitassay.models.checkpoint import CARD_FILE, Base, Card, hashed_files, read_card
-from bitassay.models.load import attention_of, identity, load
+from bitassay.models.identity import identity
+from bitassay.models.options import LoadOptions, attention_of
+from bitassay.models.source import resolve
 from bitassay.models.walk import fused_experts, walk
 from bitassay.quantization.export import compressed, plain_load
+from bitassay.quantization.export.card import CARD_FILE, Base, Card, hashed_files, read_card
 from bitassay.quantization.export.layout import Stored, description, stored_tensors
+from bitassay.quantization.export.reload import load_quantized
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.recipe.replication import is_replica
 from bitassay.quantization.runtime.model import (
@@ -127,9 +130,8 @@ def reload_difference(
     """
     card = read_card(Path(folder))
     if card is not None and card.layout == "bitassay":
-        reloaded = load(
-            folder, dtype=model.dtype, attention=attention_of(model), trust_remote_code=trust_remote_code
-        ).to(model.device)  # type: ignore[arg-type]
+        options = LoadOptions(model.dtype, model.device, attention_of(model), trust_remote_code)
+        reloaded = load_quantized(resolve(folder), card, options)
     else:
         reloaded = AutoModelForCausalLM.from_pretrained(
             folder,

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError, suggestion
 from bitassay.models.config import untie
-from bitassay.models.load import Identity
+from bitassay.models.identity import Identity
 from bitassay.models.walk import decoder_layers, matrices, replace_module, walk
 from bitassay.models.weights import stored_bits
 from bitassay.quantization.codes.tensor import QuantizedTensor

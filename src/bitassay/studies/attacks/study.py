@@ -20,12 +20,14 @@ import torch
 from pydantic import TypeAdapter
 from transformers import PreTrainedModel
 
-from bitassay.bench.environment import environment
 from bitassay.engines.decode import TokenIds
+from bitassay.engines.load import load
 from bitassay.engines.sampling import GREEDY, Sampler
 from bitassay.errors import BitassayError, MissingError, at_least, suggestion
-from bitassay.models.load import AUTO, identity, load
+from bitassay.models.identity import identity
+from bitassay.models.options import AUTO
 from bitassay.quantization.export.fits import check_fit
+from bitassay.record.environment import environment
 from bitassay.record.files import check_folder, write_json
 from bitassay.record.jobs import ask_once
 from bitassay.record.progress import Progress, silent

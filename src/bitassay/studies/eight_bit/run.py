@@ -15,14 +15,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from bitassay.bench.environment import environment
 from bitassay.bench.matmul import matmul
 from bitassay.bench.models import bench
-from bitassay.evaluation.compare import INTERVAL, INTERVALS, PAIR_INTERVALS, summarise, text_difference
+from bitassay.evaluation.quality import INTERVAL, INTERVALS, PAIR_INTERVALS, summarise, text_difference
 from bitassay.evaluation.questions import require_lm_eval
 from bitassay.evaluation.statistics import ALPHA, TANGO, WILSON, accuracy_interval, holm, paired_difference
 from bitassay.evaluation.tasks import is_letter
 from bitassay.quantization.recipe.granularity import Granularity
+from bitassay.record.environment import environment
 from bitassay.record.files import write_json
 from bitassay.record.progress import Progress, silent
 from bitassay.record.run import RunFolder

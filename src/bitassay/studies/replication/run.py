@@ -12,17 +12,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bitassay.bench.environment import environment
 from bitassay.bench.models import bench
 from bitassay.bench.rounds import RATIO, ratio_of
 from bitassay.data.corpora import corpus
-from bitassay.evaluation.compare import INTERVAL, INTERVALS, PAIR_INTERVALS, summarise
 from bitassay.evaluation.controls import pair
+from bitassay.evaluation.quality import INTERVAL, INTERVALS, PAIR_INTERVALS, summarise
 from bitassay.evaluation.statistics import LOG, LOGIT, log_interval, logit_interval, mean_of
-from bitassay.models.load import layer_count
+from bitassay.models.config import layer_count
 from bitassay.models.source import resolve
 from bitassay.quantization.recipe.recipe import BASE
 from bitassay.quantization.replication.controls import KINDS, REPLICA, Place
+from bitassay.record.environment import environment
 from bitassay.record.files import write_json
 from bitassay.record.progress import Progress, silent
 from bitassay.record.run import RunFolder
@@ -54,7 +54,7 @@ def run_replication(
     `options` go to `replication_plan`; the rest is as in `do_study`. Raises as these do."""
     about = find_study(study).about
     source = resolve(model, progress)
-    layers = layer_count(source, trust_remote_code=options.get("trust_remote_code", False))
+    layers = layer_count(source.folder, trust_remote_code=options.get("trust_remote_code", False))
     plan, places = replication_plan(study, model, layers, **options)
     folder, head = do_study(plan, "replication", about, out=out, jobs=jobs, ray=ray, progress=progress)
     found = read_findings(folder, plan)

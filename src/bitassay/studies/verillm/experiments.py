@@ -26,9 +26,9 @@ from typing import Any
 
 import numpy as np
 
-from bitassay.bench.environment import environment
 from bitassay.errors import BitassayError, MissingError, suggestion
 from bitassay.evaluation.statistics import logit_interval, mean_of
+from bitassay.record.environment import environment
 from bitassay.record.files import write_json
 from bitassay.record.progress import Progress, silent
 from bitassay.studies.machines import Machine, Probe, probe_machine

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from bitassay.bench.environment import environment
 from bitassay.errors import BitassayError, MissingError
+from bitassay.record.environment import environment
 from bitassay.record.files import write_json
 from bitassay.record.progress import Progress, silent
 from bitassay.studies.machines import Probe, probe_machine

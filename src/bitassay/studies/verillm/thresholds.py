@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from bitassay.bench.environment import environment
 from bitassay.errors import BitassayError
+from bitassay.record.environment import environment
 from bitassay.record.files import read_yaml, write_json, write_text
 from bitassay.record.progress import Progress, silent
 from bitassay.studies.machines import Probe, probe_machine

@@ -18,7 +18,8 @@ from transformers import AutoTokenizer
 
 from bitassay.data.corpora import corpus
 from bitassay.errors import BitassayError, at_least, suggestion
-from bitassay.models.load import AUTO, Identity
+from bitassay.models.identity import Identity
+from bitassay.models.options import AUTO
 from bitassay.models.source import resolve
 from bitassay.quantization.export.fits import check_fit
 from bitassay.quantization.recipe.recipe import find_recipe

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from bitassay.engines.decode import TokenIds, end_tokens, vocabulary_size
 from bitassay.engines.sampling import Sampler
 from bitassay.models.hooks import hooked
-from bitassay.models.load import identity
+from bitassay.models.identity import identity
 from bitassay.models.walk import decoder_layers
 from bitassay.quantization.pipeline import quantize_once
 from bitassay.quantization.recipe.recipe import Recipe, WeightScheme

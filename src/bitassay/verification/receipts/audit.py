@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bitassay.engines.decode import Prefill, prefill
-from bitassay.models.load import identity
+from bitassay.models.identity import identity
 from bitassay.verification.container import TraceError
 from bitassay.verification.detectors.verillm import FORMAT_OF_DTYPE
 from bitassay.verification.distance import distance_floor, relative_distances

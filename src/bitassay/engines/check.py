@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 
+from bitassay.engines.load import load
 from bitassay.errors import BitassayError
 from bitassay.models.config import text_config
-from bitassay.models.load import AUTO, identity, load, tokenizer
+from bitassay.models.identity import identity, tokenizer
+from bitassay.models.options import AUTO
 from bitassay.models.walk import decoder_layers, walk
 from bitassay.models.weights import stored_bytes
 from bitassay.record.progress import Progress, silent

@@ -7,9 +7,9 @@ import torch
 import bitassay
 from bitassay.data.windows import Protocol, token_windows
 from bitassay.errors import BitassayError
-from bitassay.evaluation import compare
-from bitassay.evaluation.compare import evaluate_all, score_windows, summarise
+from bitassay.evaluation import quality
 from bitassay.evaluation.divergence import TokenScores
+from bitassay.evaluation.quality import evaluate_all, score_windows, summarise
 from bitassay.evaluation.statistics import FEWEST
 from bitassay.quantization.recipe.recipe import BASE
 from bitassay.testing.tiny import tiny_model
@@ -122,8 +122,8 @@ def test_windows_that_are_done_are_skipped(stories):
 def test_many_models_are_read_in_one_pass(stories, monkeypatch):
     models = {name: bitassay.quantize(stories, name) for name in ("w8", "w4")}
     protocol, read = Protocol(windows=3, window_tokens=32), []
-    forward = compare.window_logits
-    monkeypatch.setattr(compare, "window_logits", lambda model, w: read.append(model) or forward(model, w))
+    forward = quality.window_logits
+    monkeypatch.setattr(quality, "window_logits", lambda model, w: read.append(model) or forward(model, w))
     found = evaluate_all(stories, models, protocol=protocol)
     assert list(found) == [BASE, "w8", "w4"]
     assert [read.count(model) for model in (stories, *models.values())] == [3, 3, 3]

@@ -1,10 +1,10 @@
-"""What is timed: cells, one for each batch size and each context length; and how one model times a cell.
+"""What is timed, and how one model is timed: a workload is `batch` prompts of `prompt_tokens` tokens read at
+once, then `new_tokens` greedy steps.
 
-A cell is `batch` prompts of `prompt_tokens` tokens read at once, then `new_tokens` greedy steps. The first
-time that a process sees a cell it runs it once without the clock: that warms caches up, makes the kernels'
-own arrangements of the codes, and shows how much memory the cell takes.
+The first time that a process sees a workload it runs it once without the clock: that warms caches up, makes
+the kernels' own arrangements of the codes, and shows how much memory the workload takes.
 
-A cell that cannot be run is skipped with the reason: it has more tokens than the model has positions, or
+A workload that cannot be run is skipped with the reason: it has more tokens than the model has positions, or
 needs more memory than is free, by an estimate or because the attempt failed.
 """
 
@@ -17,13 +17,12 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bitassay.bench.environment import environment
 from bitassay.bench.memory import peak_memory
 from bitassay.bench.roofline import Matrices, machine_limits, matrices_of, product_dtype
 from bitassay.bench.throughput import Times, time_once
 from bitassay.data.corpora import corpus
 from bitassay.errors import BitassayError
-from bitassay.models.load import tokenizer
+from bitassay.models.identity import tokenizer
 from bitassay.models.positions import context_length
 from bitassay.models.walk import decoder_layers
 from bitassay.quantization.inputs.kv_cache import token_bytes
@@ -34,13 +33,14 @@ from bitassay.quantization.runtime.model import (
     quantization_of,
     size_bytes,
 )
+from bitassay.record.environment import environment
 
 TEXT_LETTERS = 200_000
 CORPUS = "wikitext2-raw"
 
 
 @dataclass(frozen=True)
-class Cell:
+class Workload:
     """One line of the table. kind: `batch`, of short prompts, or `context`, of one long prompt."""
 
     kind: str
@@ -53,7 +53,7 @@ class Cell:
         return f"{self.kind}-{self.batch}x{self.prompt_tokens}+{self.new_tokens}"
 
 
-class Runner(Protocol):
+class Timer(Protocol):
     """Something that holds one model and times it: here, or in a process of its own."""
 
     def facts(self) -> dict[str, Any]:
@@ -64,19 +64,19 @@ class Runner(Protocol):
         """`machine_limits` of its device, measured now."""
         ...
 
-    def measure(self, cell: Cell) -> dict[str, Any]:
-        """The times of a cell, or `{"skipped": why}`."""
+    def measure(self, workload: Workload) -> dict[str, Any]:
+        """The times of a workload, or `{"skipped": why}`."""
         ...
 
 
-class LocalRunner:
+class ModelTimer:
     """A model in this process."""
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
         self.matrices: Matrices = matrices_of(model)
         self._ids: Int[Tensor, " tokens"] | None = None
-        self._peaks: dict[Cell, dict[str, Any]] = {}
+        self._peaks: dict[Workload, dict[str, Any]] = {}
 
     def facts(self) -> dict[str, Any]:
         done = quantization_of(self.model)
@@ -98,47 +98,51 @@ class LocalRunner:
     def limits(self) -> dict[str, Any]:
         return machine_limits(self.model.device)
 
-    def measure(self, cell: Cell) -> dict[str, Any]:
-        if why := self._impossible(cell):
+    def measure(self, workload: Workload) -> dict[str, Any]:
+        if why := self._impossible(workload):
             return {"skipped": why}
-        prompts = self.prompts(cell)
+        prompts = self.prompts(workload)
         try:
-            if cell not in self._peaks:
+            if workload not in self._peaks:
                 with peak_memory(self.model.device) as peak:
-                    time_once(self.model, prompts, cell.new_tokens)
-                self._peaks[cell] = {"peak_resident_bytes": peak.resident, "peak_device_bytes": peak.device}
-            times = time_once(self.model, prompts, cell.new_tokens)
+                    time_once(self.model, prompts, workload.new_tokens)
+                self._peaks[workload] = {
+                    "peak_resident_bytes": peak.resident,
+                    "peak_device_bytes": peak.device,
+                }
+            times = time_once(self.model, prompts, workload.new_tokens)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
             return {"skipped": "out of memory"}
-        return {**asdict(times), **self._peaks[cell], "costs": self._costs(cell, times)}
+        return {**asdict(times), **self._peaks[workload], "costs": self._costs(workload, times)}
 
-    def _costs(self, cell: Cell, times: Times) -> dict[str, Any]:
-        total = cell.prompt_tokens + cell.new_tokens
-        context = cell.prompt_tokens + cell.new_tokens // 2  # in the middle of the decode steps
+    def _costs(self, workload: Workload, times: Times) -> dict[str, Any]:
+        total = workload.prompt_tokens + workload.new_tokens
+        context = workload.prompt_tokens + workload.new_tokens // 2  # in the middle of the decode steps
         cost = {
-            "prefill": self.matrices.prefill(cell.batch, cell.prompt_tokens),
-            "decode": self.matrices.decode(cell.batch, context, times.cache_bytes * context / total),
+            "prefill": self.matrices.prefill(workload.batch, workload.prompt_tokens),
+            "decode": self.matrices.decode(workload.batch, context, times.cache_bytes * context / total),
         }
         return {name: asdict(one) for name, one in cost.items()}
 
-    def _impossible(self, cell: Cell) -> str:
-        """Why the cell cannot be run; empty where it may be tried."""
-        total, limit = cell.prompt_tokens + cell.new_tokens, context_length(self.model)
+    def _impossible(self, workload: Workload) -> str:
+        """Why the workload cannot be run; empty where it may be tried."""
+        total, limit = workload.prompt_tokens + workload.new_tokens, context_length(self.model)
         if limit is not None and total > limit:
             return f"the model has {limit} positions"
         if self.model.device.type != "cpu":
             return ""  # tried: what a device has free says little about what an allocator can reuse
-        needed, free = self.needed_bytes(cell), psutil.virtual_memory().available
+        needed, free = self.needed_bytes(workload), psutil.virtual_memory().available
         return f"needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free" if needed > free else ""
 
-    def needed_bytes(self, cell: Cell) -> int:
-        """About what a cell takes beside the weights: its cache, and the widest activations of a prefill."""
+    def needed_bytes(self, workload: Workload) -> int:
+        """Return about how many bytes a workload takes besides the weights: its cache, and the widest
+        activations of a prefill."""
         text = self.model.config.get_text_config(decoder=True)
         wide = 6 * text.hidden_size + 4 * (getattr(text, "intermediate_size", None) or 4 * text.hidden_size)
-        prompt = cell.batch * cell.prompt_tokens
-        cache = (self._cache_token_bytes() or 0) * (prompt + cell.batch * cell.new_tokens)
+        prompt = workload.batch * workload.prompt_tokens
+        cache = (self._cache_token_bytes() or 0) * (prompt + workload.batch * workload.new_tokens)
         return 2 * cache + prompt * wide * self.model.dtype.itemsize
 
     def _cache_token_bytes(self) -> int | None:
@@ -151,13 +155,15 @@ class LocalRunner:
             return None
         return size if spec is not None else size * self.model.dtype.itemsize // 2
 
-    def prompts(self, cell: Cell) -> Int[Tensor, "batch tokens"]:
+    def prompts(self, workload: Workload) -> Int[Tensor, "batch tokens"]:
         """Text of WikiText-2, from its beginning again where it is too short."""
         if self._ids is None:
             text = corpus(CORPUS).text[:TEXT_LETTERS]
             self._ids = torch.tensor(tokenizer(self.model)(text, verbose=False).input_ids)
-        count = cell.batch * cell.prompt_tokens
-        return self._ids.repeat(-(-count // len(self._ids)))[:count].view(cell.batch, cell.prompt_tokens)
+        count = workload.batch * workload.prompt_tokens
+        return self._ids.repeat(-(-count // len(self._ids)))[:count].view(
+            workload.batch, workload.prompt_tokens
+        )
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -1,0 +1,91 @@
+"""Files that version 0.1.0 wrote load, and are judged as they were: traces, a profile, a receipt with its
+challenge and opening, a ledger, a committee's round."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bitassay.testing.tiny import stories260k
+from bitassay.verification import verdict
+from bitassay.verification.committee.files import Secret, Task, judge_files, read
+from bitassay.verification.ledger import scored, update_ledger
+from bitassay.verification.profile import read_profile
+from bitassay.verification.receipts.audit import verify_opening
+from bitassay.verification.receipts.challenge import read_challenge
+from bitassay.verification.receipts.opening import read_opening
+from bitassay.verification.receipts.receipt import read_receipt
+from bitassay.verification.sequential import SequentialEvidence
+from bitassay.verification.trace import read_trace
+from bitassay.verification.verdict import verify_many
+
+FILES = Path(__file__).parent / "version_0_1"
+TRACES = ("honest-0", "honest-4", "int4")
+EXPECTED = json.loads((FILES / "verdicts.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def old_profile():
+    return read_profile(FILES / "profile.json")
+
+
+@pytest.fixture
+def verifier(old_profile, monkeypatch):
+    """The model in bf16, as if on the machine that wrote the files."""
+    monkeypatch.setattr(verdict, "numerics", lambda model: old_profile.verifier)
+    return stories260k(dtype="bfloat16")
+
+
+def check(judged, name):
+    """The same verdict; numbers may differ by what another machine's arithmetic does."""
+    was, now = EXPECTED[name], judged.to_dict()
+    for exact in ("status", "profile", "trace_digest", "limit", "n_calibration"):
+        assert now[exact] == was[exact]
+    assert [reason["code"] for reason in now["reasons"]] == was["codes"]
+    assert now["p_value"] == pytest.approx(was["p_value"], abs=0.3)
+    assert now["hidden_distance"] == pytest.approx(was["hidden_distance"], rel=0.3)
+    assert now["mean_margin"] == pytest.approx(was["mean_margin"], abs=0.05)
+    assert now["score"].keys() == was["score"].keys()
+    assert now["accept_rate"].keys() == was["accept_rate"].keys()
+    assert now["attribution"]["best"] == was["best"]
+
+
+def test_traces_and_profile_give_the_same_verdicts(old_profile, verifier):
+    traces = [read_trace(FILES / f"{name}.trace") for name in TRACES]
+    judged = verify_many(traces, verifier, profile=old_profile, now=old_profile.created)
+    for one, name in zip(judged, TRACES, strict=True):
+        check(one, name)
+
+
+def test_a_receipt_and_its_opening(old_profile, verifier):
+    receipt, challenge = read_receipt(FILES / "receipt"), read_challenge(FILES / "challenge.json")
+    opening = read_opening(FILES / "opening", receipt, challenge)
+    signer = bytes.fromhex((FILES / "key.txt").read_text())
+    judged = verify_opening(
+        receipt, challenge, opening, verifier, signer=signer, profile=old_profile, now=old_profile.created
+    )
+    check(judged, "opening")
+
+
+def test_a_ledger_goes_on(old_profile, verifier, tmp_path):
+    path = tmp_path / "host.ledger"
+    shutil.copy(FILES / "host.ledger", path)
+    known = [read_trace(FILES / f"{name}.trace") for name in TRACES]
+    judged = verify_many(known, verifier, profile=old_profile, now=old_profile.created)
+    lines = update_ledger(path, scored(judged, old_profile), old_profile)
+    assert len(lines) == 9  # eight honest ones, of which two were shown again, and the INT4 one
+    assert not SequentialEvidence.of(np.array([line.log_wealth for line in lines[:8]]), 0.05).alarm_at
+
+
+def test_a_round_of_a_committee():
+    secret = read(FILES / "round" / "secret.json", Secret, "")
+    assert read(FILES / "round" / "tasks" / "anna.json", Task, "").verifiers == ("anna", "ben", "cleo")
+    judged, reports = judge_files(secret, FILES / "round" / "commitments", FILES / "round" / "reveals")
+    assert {name: [reason.code for reason in reasons] for name, reasons in judged.items()} == {
+        "anna": [],
+        "ben": ["missed-planted-failure"],
+        "cleo": [],
+    }
+    assert reports["anna"].answers["af1"] == "FAIL"
