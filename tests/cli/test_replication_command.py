@@ -21,7 +21,7 @@ ASKED |= {"peak_bytes", "grade", "flop_per_token", "size_bytes", "passes"}
 
 
 @pytest.fixture
-def study(bitassay, cells_here, timed_here, monkeypatch, tmp_path):
+def study(bitassay, workers_here, monkeypatch, tmp_path):
     quick = {"repeats": 2, "prompt_tokens": 8, "new_tokens": 2}
     monkeypatch.setattr(replication_run, "bench", lambda *a, **k: models.bench(*a, **{**k, **quick}))
     monkeypatch.setitem(STUDIES, "control-table", SMALL)

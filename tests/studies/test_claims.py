@@ -8,7 +8,8 @@ import torch
 from bitassay.evaluation.divergence import TokenScores
 from bitassay.studies.claims import LESS, MORE, Quantity, judged, verdict
 from bitassay.studies.eight_bit.claims import CLAIMS
-from bitassay.studies.eight_bit.study import GRANULARITIES, STUDIES, EightBitFindings, eight_bit_plan
+from bitassay.studies.eight_bit.study import GRANULARITIES, STUDIES, eight_bit_plan
+from bitassay.studies.variants import Findings
 
 SUPPORTED, NOT, OPEN = "supported", "not supported", "not decidable at this n"
 
@@ -50,7 +51,7 @@ def findings(study, right):
     plan = eight_bit_plan(study, "stories260k", 8)
     variants = {variant.name: variant for variant in plan.variants}
     given = {name: right.get(name, right["bf16"]) for name in variants}
-    return EightBitFindings(plan, variants, right={n: {"direct": r, "generate": r} for n, r in given.items()})
+    return Findings(plan, variants, right={n: {"direct": r, "generate": r} for n, r in given.items()})
 
 
 def claim(found, words):

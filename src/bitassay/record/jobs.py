@@ -35,7 +35,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from bitassay.errors import BitassayError, MissingError
 from bitassay.record.files import atomic_file
@@ -72,6 +72,7 @@ class WorkerLost(MissingError):
     """A worker was killed while it did a job."""
 
 
+@runtime_checkable
 class AnyWorker(Protocol):
     """restarts: whether a worker that was lost can take another job."""
 
@@ -215,7 +216,7 @@ class Worker:
         return child
 
 
-def local_workers(count: int, logs: Path, gpus: Sequence[int] = ()) -> list[Worker]:
+def local_workers(count: int, logs: Path, gpus: Sequence[int] = ()) -> Sequence[AnyWorker]:
     """Return `count` workers of this computer with logs in a folder, which take turns in using the GPUs."""
     return [
         Worker(logs / f"{place:02d}.log", gpu=gpus[place % len(gpus)] if gpus else None)
@@ -306,7 +307,7 @@ class Node:
         return message, files
 
 
-def ray_workers(address: str, jobs: int, *, gpu: bool) -> list[RayWorker]:
+def ray_workers(address: str, jobs: int, *, gpu: bool) -> Sequence[AnyWorker]:
     """Return workers on the cluster at `address` ("auto": the one of this computer), one a CPU or GPU, at
     most one a job. Raises MissingError without Ray, a cluster, or room."""
     ray, kind = connected(address), "GPU" if gpu else "CPU"

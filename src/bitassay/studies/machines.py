@@ -29,6 +29,7 @@ from bitassay.record.jobs import Job, Start, ask_once
 from bitassay.studies import probe
 
 INSTRUCTIONS, ATTENTIONS = ("avx512", "avx2", "default"), ("eager", "sdpa")
+PROBE = "bitassay.studies.probe:start"
 _DEVICE = re.compile(r"cpu|mps|cuda(:\d+)?")
 _THREADS = re.compile(r"(\d+)threads?")
 # What the verifiers on one machine differ in, beyond the machine itself.
@@ -180,7 +181,7 @@ def probe_here(machine: Machine, dtype: str) -> str:
 def _probe_in_process(machine: Machine, dtype: str) -> str:
     setup = [machine.device, dtype, machine.attention]
     with tempfile.TemporaryDirectory() as folder:
-        job = Job(machine.name, Start("bitassay.studies.probe:start", setup, Path(folder), machine.variables))
+        job = Job(machine.name, Start(PROBE, setup, Path(folder), machine.variables))
         try:
             return ask_once(job)
         except (MissingError, RuntimeError) as error:
