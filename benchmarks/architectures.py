@@ -43,9 +43,10 @@ from bitassay.quantization.export.gguf_file import write_gguf
 from bitassay.quantization.export.save import save
 from bitassay.quantization.inputs.ranges import collect_ranges
 from bitassay.quantization.recipe.recipe import Recipe
+from bitassay.quantization.recipe.transforms import Rotation, Smoothing
 from bitassay.quantization.runtime.model import with_tensors
-from bitassay.quantization.transforms.rotation import Rotation, rotate
-from bitassay.quantization.transforms.smoothing import Smoothing, smooth
+from bitassay.quantization.transforms.rotation import rotate
+from bitassay.quantization.transforms.smoothing import smooth
 from bitassay.testing.architectures import NOT_BUILT, architectures, save_tiny
 
 TEXT = "Once upon a time there was a little dog who lived in a big red house near the sea. " * 12

@@ -32,22 +32,19 @@ from bitassay.evaluation.divergence import TokenScores
 from bitassay.evaluation.quality import score_windows, summarise
 from bitassay.evaluation.statistics import log_difference_interval, mean_of
 from bitassay.models.walk import walk
-from bitassay.quantization.codes.tensor import quantize_tensor
-from bitassay.quantization.inputs.activations import (
-    Activations,
-    InputRounding,
-    OutlierColumns,
-    rounded_inputs,
-)
+from bitassay.quantization.codes.quantize import quantize_tensor
+from bitassay.quantization.inputs.activations import InputRounding, rounded_inputs
 from bitassay.quantization.inputs.ranges import Ranges, collect_ranges, input_roundings
 from bitassay.quantization.pipeline import quantize_tensors
 from bitassay.quantization.recipe.calibration import Calibration, calibration_tokens
+from bitassay.quantization.recipe.inputs import Activations, OutlierColumns
 from bitassay.quantization.recipe.recipe import BASE, Recipe
+from bitassay.quantization.recipe.transforms import Smoothing
 from bitassay.quantization.recipe.weights import WeightScheme
 from bitassay.quantization.runtime.model import copy_sharing_parameters, with_tensors
 from bitassay.quantization.transforms.folding import find_folds
 from bitassay.quantization.transforms.residual_stream import Weight
-from bitassay.quantization.transforms.smoothing import Smoothing, smooth, smoothquant_scales
+from bitassay.quantization.transforms.smoothing import smooth, smoothquant_scales
 from bitassay.record.environment import environment
 
 LAYER = "model.layers.{}.mlp.gate_proj"

@@ -7,14 +7,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from bitassay.quantization.inputs.activations import (
-    INPUT_FORMATS,
-    Activations,
-    InputRounding,
-    InputScheme,
-    has_product,
-    rounded_inputs,
-)
+from bitassay.quantization.inputs.activations import InputRounding, rounded_inputs
+from bitassay.quantization.recipe.formats import INPUT_FORMATS
+from bitassay.quantization.recipe.inputs import Activations, InputScheme, has_product
 from bitassay.quantization.recipe.weights import WeightScheme
 from bitassay.quantization.runtime.linear import RoundedInputLinear
 

@@ -14,7 +14,8 @@ from bitassay.evaluation.divergence import window_logits
 from bitassay.models.walk import walk
 from bitassay.quantization.export.save import save
 from bitassay.quantization.inputs.activations import InputRounding
-from bitassay.quantization.inputs.kv_cache import KvCache, PackedCache, empty_cache
+from bitassay.quantization.inputs.kv_cache import PackedCache, empty_cache
+from bitassay.quantization.recipe.inputs import KvCache
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.runtime.linear import QuantizedLinear, RoundedInputLinear
 from bitassay.quantization.runtime.model import Quantization, with_tensors

@@ -8,7 +8,6 @@ from transformers import DynamicCache
 from bitassay.engines.decode import generate, prefill
 from bitassay.errors import BitassayError
 from bitassay.quantization.inputs.kv_cache import (
-    KvCache,
     PackedCache,
     decode,
     empty_cache,
@@ -18,6 +17,7 @@ from bitassay.quantization.inputs.kv_cache import (
     rounded,
     token_bytes,
 )
+from bitassay.quantization.recipe.inputs import KvCache
 from bitassay.testing.tiny import tiny_model
 
 IDS = torch.randint(3, 500, (2, 23), generator=torch.Generator().manual_seed(0))

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from bitassay.errors import BitassayError
-from bitassay.quantization.codes.tensor import quantize_tensor
+from bitassay.quantization.codes.quantize import quantize_tensor
+from bitassay.quantization.recipe.solvers import LowRankSpec
 from bitassay.quantization.recipe.weights import WeightScheme
-from bitassay.quantization.solvers.low_rank import LowRankSpec, corrected, correction
+from bitassay.quantization.solvers.low_rank import corrected, correction
 
 SHAPES = [(24, 40), (40, 24), (32, 32)]
 INT2 = WeightScheme(format="int2", granularity="g16")

@@ -216,8 +216,8 @@ AFTER_THE_CODES = {
 def test_codes_are_made_once_whatever_comes_after_them(base, tmp_path, monkeypatch, parts):
     monkeypatch.setenv("BITASSAY_CACHE", str(tmp_path))
     few = {"overrides": [{"match": "model.layers.[1-4].*", "weights": None}], "rotation": {}}
-    codes = Recipe.model_validate(recipe("gptq").content() | few)
-    other = Recipe.model_validate(codes.content() | parts | {"name": "other"})
+    codes = Recipe.model_validate(recipe("gptq").to_yaml_dict() | few)
+    other = Recipe.model_validate(codes.to_yaml_dict() | parts | {"name": "other"})
     wanted = quantize(base, other)
     assert codes.recipe_id == other.codes_alone.recipe_id != other.recipe_id
     pipeline.quantize_once(base, codes)
@@ -238,7 +238,7 @@ def test_codes_are_made_once_whatever_comes_after_them(base, tmp_path, monkeypat
     ids=["residual", "smoothquant"],
 )
 def test_codes_are_not_shared_where_they_differ(parts):
-    other = Recipe.model_validate(recipe("gptq").content() | parts)
+    other = Recipe.model_validate(recipe("gptq").to_yaml_dict() | parts)
     assert other.codes_alone.recipe_id == other.recipe_id
 
 

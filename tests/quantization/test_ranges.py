@@ -5,12 +5,7 @@ import torch
 
 from bitassay.errors import BitassayError
 from bitassay.models.walk import walk
-from bitassay.quantization.inputs.activations import (
-    Activations,
-    InputRounding,
-    OutlierColumns,
-    rounded_inputs,
-)
+from bitassay.quantization.inputs.activations import InputRounding, rounded_inputs
 from bitassay.quantization.inputs.ranges import (
     SAMPLED_TOKENS,
     Ranges,
@@ -20,6 +15,7 @@ from bitassay.quantization.inputs.ranges import (
     rounding_from,
 )
 from bitassay.quantization.inputs.thresholds import kl_threshold, learned_threshold, percentile_threshold
+from bitassay.quantization.recipe.inputs import Activations, OutlierColumns
 from bitassay.testing.tiny import tiny_model
 
 TOKENS = torch.randint(3, 500, (3, 40), generator=torch.Generator().manual_seed(0))

@@ -107,7 +107,7 @@ LEFT_OUT = {
 
 def test_the_content_of_a_recipe_makes_the_same_one():
     for recipe in (*shipped_recipes().values(), Recipe.model_validate(LEFT_OUT)):
-        content = recipe.content()
+        content = recipe.to_yaml_dict()
         assert Recipe.model_validate(yaml.safe_load(yaml.safe_dump(content))) == recipe
     assert content["overrides"] == [{"match": "*.0.*", "weights": None}]
     assert not {"gptq", "calibration"} & content.keys()

@@ -11,10 +11,11 @@ from transformers import AutoModelForCausalLM
 import bitassay
 from bitassay.errors import BitassayError
 from bitassay.models.walk import walk
-from bitassay.quantization.codes.tensor import quantize_tensor
+from bitassay.quantization.codes.quantize import quantize_tensor
 from bitassay.quantization.recipe.recipe import Recipe
+from bitassay.quantization.recipe.transforms import Rotation
 from bitassay.quantization.runtime.model import Quantization, with_tensors
-from bitassay.quantization.transforms.rotation import Rotation, add_online, changed_parameters, rotate
+from bitassay.quantization.transforms.rotation import add_online, changed_parameters, rotate
 from bitassay.testing.tiny import tiny_model
 
 IDS = torch.arange(3, 23)[None]

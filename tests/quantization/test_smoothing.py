@@ -9,15 +9,15 @@ from pydantic import ValidationError
 import bitassay.quantization.transforms.smoothing as module
 from bitassay.errors import BitassayError
 from bitassay.models.walk import walk
-from bitassay.quantization.codes.tensor import quantize_tensor
+from bitassay.quantization.codes.quantize import quantize_tensor
 from bitassay.quantization.inputs.activations import InputRounding, rounded_inputs
 from bitassay.quantization.inputs.ranges import collect_ranges
 from bitassay.quantization.recipe.recipe import Recipe
+from bitassay.quantization.recipe.transforms import Smoothing
 from bitassay.quantization.recipe.weights import WeightScheme
 from bitassay.quantization.runtime.model import copy_sharing_parameters
 from bitassay.quantization.transforms.folding import Fold, find_folds, fold
 from bitassay.quantization.transforms.smoothing import (
-    Smoothing,
     awq_scales,
     clipped,
     output_error,

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from bitassay.errors import BitassayError
+from bitassay.quantization.recipe.solvers import Tune
 from bitassay.quantization.solvers import tune
 from bitassay.quantization.solvers.layerwise import hessian_of
 from bitassay.quantization.solvers.learned import relative_error
 from bitassay.quantization.solvers.schedule import learning_rate, sample_order
 from bitassay.quantization.solvers.tune import (
-    Tune,
     divergence,
     head_weight,
     last_states,

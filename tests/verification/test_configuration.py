@@ -11,8 +11,8 @@ import bitassay
 from bitassay.engines.load import load
 from bitassay.models.identity import identity
 from bitassay.models.source import resolve
-from bitassay.quantization.inputs.kv_cache import KvCache
 from bitassay.quantization.pipeline import quantize
+from bitassay.quantization.recipe.inputs import KvCache
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.record.hashing import canonical_json
 from bitassay.verification.numerics import numerics

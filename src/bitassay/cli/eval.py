@@ -1,7 +1,7 @@
 """`bitassay eval`: perplexity and divergence, or tasks, without the rest of an assay."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from bitassay.data.windows import Protocol
-    from bitassay.evaluation.tasks import Candidate
+    from bitassay.evaluation.tasks.run import Candidate
     from bitassay.record.progress import Progress
 
 WINDOWS = 16
@@ -29,6 +29,7 @@ def eval(
     tasks: str | None = None,
     limit: Count | None = None,
     shots: CountOrNone | None = None,
+    include_path: Path | None = None,
     out: Path | None = None,
     controls: bool = True,
     dtype: Dtype = "float32",
@@ -57,6 +58,8 @@ def eval(
             any other by its name.
         limit: Ask so many items of each task (of each subject of MMLU), evenly spaced.
         shots: Examples shown before each question (default: 5 for MMLU, else the task's own).
+        include_path: A folder with task YAML in lm-eval's form, for --tasks. YAML that names Python
+            functions needs --trust-remote-code.
         out: Run folder of --tasks (default: runs/tasks-MODEL-ID).
         controls: Add the controls of recipes with replication.
         dtype: Arithmetic of both models.
@@ -70,8 +73,8 @@ def eval(
         raise BitassayError("--recipe and --against both name a comparison", "give one of them")
     if against == model and tasks is not None:
         raise BitassayError(f"{model} is named twice", "--against another model")
-    if tasks is None and not (limit is shots is out is None):
-        raise BitassayError("--limit, --shots and --out belong to tasks", "--tasks hellaswag")
+    if tasks is None and not (limit is shots is include_path is out is None):
+        raise BitassayError("--limit, --shots, --include-path and --out belong to tasks", "--tasks hellaswag")
     if tasks is not None and not (protocol is window is windows is None):
         raise BitassayError(
             "--protocol, --window and --windows belong to perplexity, --tasks asks questions",
@@ -84,7 +87,7 @@ def eval(
     from bitassay.engines.load import load
     from bitassay.evaluation.controls import evaluate_with_controls
     from bitassay.evaluation.quality import evaluate_all
-    from bitassay.evaluation.tasks import check_tasks
+    from bitassay.evaluation.tasks.run import check_tasks
     from bitassay.models.identity import tokenizer
     from bitassay.models.source import resolve
     from bitassay.models.windows import check_folder
@@ -100,7 +103,7 @@ def eval(
         options, recipes = loading.options, [find_recipe(one) for one in recipe or ()]
         trust = loading.trust_remote_code
         if tasks is not None:
-            check_tasks(_names(tasks), limit)
+            check_tasks(_names(tasks), limit, include_path, trust)
         for one in protocols if tasks is None else ():
             check_corpus(one.corpus)
         for name in names:
@@ -110,7 +113,8 @@ def eval(
         loaded, *other = [load(name, dtype=dtype, progress=progress, **options) for name in names]
         if tasks is not None:
             candidates = _candidates(names, [loaded, *other], recipe or [], controls, progress)
-            return _tasks(candidates, tasks, limit, shots, out, format, progress)
+            asked = {"limit": limit, "shots": shots, "include": include_path, "trust_remote_code": trust}
+            return _tasks(candidates, tasks, asked, out, format, progress)
         replicated = [name for name in recipe or [] if controls and find_recipe(name).replication is not None]
         base, plain = (other[0], {model: loaded}) if other else (loaded, {})
         for one in protocols:
@@ -166,7 +170,7 @@ def _candidates(
     progress: "Progress",
 ) -> "list[Candidate]":
     """Who is asked, the one that others are compared with first."""
-    from bitassay.evaluation.tasks import loaded_candidate, quantized_candidate
+    from bitassay.evaluation.tasks.run import loaded_candidate, quantized_candidate
     from bitassay.models.walk import decoder_layers
     from bitassay.quantization.recipe.recipe import BASE, find_recipe
     from bitassay.quantization.replication.controls import with_controls
@@ -190,23 +194,21 @@ def _names(tasks: str) -> list[str]:
 def _tasks(
     candidates: "list[Candidate]",
     tasks: str,
-    limit: int | None,
-    shots: int | None,
+    asked: dict[str, Any],
     out: Path | None,
     format: Format,
     progress: "Progress",
 ) -> int:
     import sys
 
-    from bitassay.evaluation.tasks import evaluate_tasks
+    from bitassay.evaluation.tasks.run import evaluate_tasks
     from bitassay.record.environment import environment
     from bitassay.report.tasks import TASK_COLUMNS
 
     run, folder = evaluate_tasks(
         candidates,
         _names(tasks),
-        limit=limit,
-        shots=shots,
+        **asked,
         out=out,
         environment=environment(),
         progress=progress,

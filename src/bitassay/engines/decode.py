@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from bitassay.engines.cache import RoundedCache
 from bitassay.engines.sampling import GREEDY, Draw, Sampler
 from bitassay.engines.taps import joined_states, record_states
 from bitassay.errors import BitassayError
@@ -35,7 +34,7 @@ CACHED_ROWS = 16  # a batch's keys and values may span so many times its tokens
 
 @dataclass(frozen=True)
 class Generation:
-    """What one prompt gave. The end-of-text token is part of the output; states by layer, in the model's
+    """The output of one prompt, with its end-of-text token, and hidden states by layer in the model's
     dtype."""
 
     output_ids: tuple[int, ...]
@@ -60,33 +59,31 @@ def generate(
     sampler: Sampler = GREEDY,
     nonces: Sequence[str] | None = None,
     layers: Sequence[int] = (),
-    cache_bits: int | None = None,
 ) -> list[Generation]:
     """Generate for all prompts, token by token with a KV cache, until each has ended or has `max_new_tokens`;
-    as one batch, or as a few where the model cannot read them together.
+    as one batch, or as several where the model cannot read the prompts together.
 
-    nonces: one a prompt, part of the key of the sampling noise (default: "0", "1", ...). cache_bits: round
-    keys and values to so many bits (see `RoundedCache`; default: as the model computes them). Raises
-    BitassayError for an empty prompt, ids outside the vocabulary, or more tokens than the model has
-    positions.
+    nonces: one a prompt, part of the key of the sampling noise (default: "0", "1", ...). layers: those whose
+    states are recorded. Raises BitassayError for an empty prompt, ids outside the vocabulary, or more tokens
+    than the model has positions.
     """
     nonces = [str(index) for index in range(len(prompts))] if nonces is None else list(nonces)
     assert len(nonces) == len(prompts)
     if max_new_tokens < 1:
         raise BitassayError(f"max_new_tokens is {max_new_tokens}", "ask for at least 1")
     check_ids(model, prompts, max_new_tokens - 1)
-    found: dict[int, Generation] = {}
+    generations: dict[int, Generation] = {}
     for batch in _readable_together(model, [(len(p), len(p) + max_new_tokens - 1) for p in prompts]):
-        steps = _Steps(model, [prompts[index] for index in batch], cache_bits)
-        chosen = [nonces[index] for index in batch]
-        found |= zip(batch, _continue(steps, max_new_tokens, sampler, chosen, layers), strict=True)
-    return [found[index] for index in range(len(prompts))]
+        steps = _Steps(model, [prompts[index] for index in batch])
+        batch_nonces = [nonces[index] for index in batch]
+        outputs = _generate_batch(steps, max_new_tokens, sampler, batch_nonces, layers)
+        generations |= zip(batch, outputs, strict=True)
+    return [generations[index] for index in range(len(prompts))]
 
 
-def _continue(
+def _generate_batch(
     steps: "_Steps", max_new_tokens: int, sampler: Sampler, nonces: Sequence[str], layers: Sequence[int]
 ) -> list[Generation]:
-    """`generate` for one batch."""
     model, prompts = steps.model, steps.prompts
     ends = torch.tensor(sorted(end_tokens(model)), device=model.device, dtype=torch.long)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
@@ -95,7 +92,7 @@ def _continue(
         for index in range(max_new_tokens):
             logits = steps.read(chosen[-1] if chosen else None)
             for pieces in recorded.values():
-                pieces[-1] = pieces[-1][:, -(1 if chosen else steps.length) :]  # what was read again, once
+                pieces[-1] = pieces[-1][:, -(1 if chosen else steps.length) :]  # not what was read before
             chosen.append(sampler.choose(logits, [Draw(nonce, index) for nonce in nonces]))
             ended |= torch.isin(chosen[-1], ends)
             if ended.all():
@@ -109,47 +106,36 @@ def _continue(
 
 
 class _Steps:
-    """A batch that is read on, a token in each row at a time."""
+    """A batch of texts that grow by one token each at a time."""
 
-    def __init__(self, model: PreTrainedModel, prompts: Sequence[TokenIds], cache_bits: int | None):
-        self.model, self.prompts, self.cache_bits = model, prompts, cache_bits
+    def __init__(self, model: PreTrainedModel, prompts: Sequence[TokenIds]):
+        self.model, self.prompts = model, prompts
         self.tokens, self.mask = left_pad(prompts, model.device)
         self.read_at = frequencies(model, self.length)
-        self.caches, self.padded = takes_cache(model), keeps_positions(model)
-        self.head = last_logits(model, 1)
-        self.cache = self._empty() if self.caches else None
-        if cache_bits is not None and not self.caches:
-            raise BitassayError(
-                f"{type(model).__name__} has no KV cache to be rounded", "leave cache_bits out"
-            )
+        self.padded, self.head = keeps_positions(model), last_logits(model, 1)
+        self.cache = empty_cache(model) if takes_cache(model) else None
 
     @property
     def length(self) -> int:
         return self.tokens.shape[1]
 
     def read(self, chosen: Int[Tensor, " batch"] | None) -> Float[Tensor, "batch vocabulary"]:
-        """The logits behind the prompts, or behind one more token in each row. Everything is read again
-        where there is no cache, and where what is in it was computed at other frequencies."""
+        """Return the logits behind the prompts, or behind one more token in each row. All tokens are read
+        again where there is no cache, and where its content was computed at other frequencies."""
         new = self.length
         if chosen is not None:
-            new = 1
             self.tokens = torch.cat([self.tokens, chosen[:, None]], dim=1)
             self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
-            now = frequencies(self.model, self.length)
-            if now != self.read_at or not self.caches:
-                new, self.read_at = self.length, now
-                self.cache = self._empty() if self.caches else None
+            before, self.read_at = self.read_at, frequencies(self.model, self.length)
+            new = self.length if self.cache is None or self.read_at != before else 1
+            if self.cache is not None and new > 1:
+                self.cache = empty_cache(self.model)
         tokens, options = self.tokens[:, -new:], dict[str, Any](use_cache=False)
         if self.cache is not None:
             options = behind(self.model, self.cache, self.length - new, tokens)
         if self.padded:
-            positions = (self.mask.cumsum(1) - 1).clamp(min=0)
-            options |= {"attention_mask": self.mask, "position_ids": positions[:, -new:]}
+            options |= _padding(self.mask, new)
         return self.model(input_ids=tokens, **options, **self.head).logits[:, -1]
-
-    def _empty(self) -> DynamicCache:
-        bits, model = self.cache_bits, self.model
-        return empty_cache(model) if bits is None else RoundedCache(model.config, bits)
 
 
 @torch.no_grad()
@@ -160,8 +146,8 @@ def prefill(
     *,
     layers: Sequence[int] = (),
 ) -> list[Prefill]:
-    """What a host computes that reads each prompt and then its given output (all but its last token) token by
-    token, in one forward for all, without a cache; in a few where the model cannot read them together.
+    """Compute what a host computes that reads each prompt and then its output (all but the last token) token
+    by token, in one forward for all, without a cache; in several where the model cannot read them together.
 
     Raises BitassayError as `generate` does.
     """
@@ -171,7 +157,7 @@ def prefill(
         raise BitassayError(
             "an output without tokens: there is nothing to check", "generate at least one token"
         )
-    found: dict[int, Prefill] = {}
+    prefills: dict[int, Prefill] = {}
     spans = [(len(prompt), len(tokens)) for prompt, tokens in zip(prompts, sequences, strict=True)]
     for batch in _readable_together(model, spans):
         parts: list[list[Prefill]] = []
@@ -180,13 +166,13 @@ def prefill(
             # A batch of several parts has rows of equal lengths; of a batch with one, all is wanted.
             cut = [sequences[index][:end] if end < last else sequences[index] for index in batch]
             wanted = [len(tokens) - max(begin, spans[i][0] - 1) for i, tokens in zip(batch, cut, strict=True)]
-            parts.append(_read(model, cut, wanted, layers, begin))
+            parts.append(_prefill_batch(model, cut, wanted, layers, begin))
             begin = end
-        found |= zip(batch, map(_joined, *parts) if len(parts) > 1 else parts[0], strict=True)
-    return [found[index] for index in range(len(prompts))]
+        prefills |= zip(batch, map(_joined, *parts) if len(parts) > 1 else parts[0], strict=True)
+    return [prefills[index] for index in range(len(prompts))]
 
 
-def _read(
+def _prefill_batch(
     model: PreTrainedModel,
     sequences: Sequence[TokenIds],
     wanted: Sequence[int],
@@ -195,17 +181,19 @@ def _read(
 ) -> list[Prefill]:
     """One forward: the states from position `begin` on, and the last `wanted` logits of each sequence."""
     tokens, mask = left_pad(sequences, model.device)
-    options: dict[str, Any] = {}
-    if keeps_positions(model):
-        options |= {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
-    options |= last_logits(model, max(wanted))
+    options = _padding(mask, tokens.shape[1]) if keeps_positions(model) else {}
     with record_states(model, layers) as recorded:
-        logits = model(input_ids=tokens, use_cache=False, **options).logits
+        logits = model(input_ids=tokens, use_cache=False, **options, **last_logits(model, max(wanted))).logits
     states, longest = joined_states(recorded), tokens.shape[1]
     return [
         Prefill(_cut(states, row, longest - len(sequence) + begin, longest), logits[row, -count:])
         for row, (sequence, count) in enumerate(zip(sequences, wanted, strict=True))
     ]
+
+
+def _padding(mask: Int[Tensor, "batch tokens"], new: int) -> dict[str, Tensor]:
+    """The options of a forward that reads the last `new` tokens of padded rows."""
+    return {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, -new:]}
 
 
 def _joined(*parts: Prefill) -> Prefill:
@@ -224,9 +212,9 @@ def _same_frequencies(model: PreTrainedModel, first: int, last: int) -> list[int
 
 
 def _readable_together(model: PreTrainedModel, spans: Sequence[tuple[int, int]]) -> list[list[int]]:
-    """Texts as batches, by what they have read at first and at last: all together, or those of equal lengths
-    where padding does harm or where rotary frequencies change on the way; and apart those of other
-    frequencies."""
+    """Sort texts into batches, by the lengths (first, last) that they are read at: all together, or those of
+    equal lengths where padding does harm or rotary frequencies change on the way; those of other frequencies
+    apart."""
     padded, batches = keeps_positions(model), dict[tuple, list[int]]()
     for index, (first, last) in enumerate(spans):
         begins, ends = frequencies(model, first), frequencies(model, last)
@@ -238,7 +226,7 @@ def _readable_together(model: PreTrainedModel, spans: Sequence[tuple[int, int]])
 def left_pad(
     sequences: Sequence[TokenIds], device: torch.device
 ) -> tuple[Int[Tensor, "batch tokens"], Int[Tensor, "batch tokens"]]:
-    """Token ids padded on the left with 0, and the mask that is 1 at real tokens."""
+    """Return token ids padded on the left with 0, and the mask that is 1 at real tokens."""
     longest = max(map(len, sequences))
     ids = [[0] * (longest - len(sequence)) + list(sequence) for sequence in sequences]
     mask = [[0] * (longest - len(sequence)) + [1] * len(sequence) for sequence in sequences]
@@ -246,15 +234,16 @@ def left_pad(
 
 
 def default_batch_tokens(model: PreTrainedModel) -> int:
+    """Return how many tokens, padding included, one forward reads."""
     return CPU_TOKENS if model.device.type == "cpu" else DEVICE_TOKENS
 
 
 def token_batches(lengths: Sequence[int], budget: int, past: int = 0) -> Iterator[list[int]]:
-    """Indices of rows in batches, short ones first: at most `budget` tokens with padding, CACHED_ROWS times
-    as many with the `past` of each row, and little padding once a batch is a quarter full."""
+    """Yield the indices of rows in batches, short rows first: at most `budget` tokens with padding,
+    CACHED_ROWS times as many with the `past` of each row, and little padding once a quarter is full."""
     batch: list[int] = []
     held = 0
-    for index in sorted(range(len(lengths)), key=lambda place: (lengths[place], place)):
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
         size = (len(batch) + 1) * lengths[index]
         too_big = size > budget or size + (len(batch) + 1) * past > CACHED_ROWS * budget
         too_ragged = held > budget / 4 and size > 1.2 * (held + lengths[index])
@@ -268,7 +257,7 @@ def token_batches(lengths: Sequence[int], budget: int, past: int = 0) -> Iterato
 
 
 def end_tokens(model: PreTrainedModel) -> set[int]:
-    """The ids at which generation stops, by the model's generation configuration."""
+    """Return the ids at which generation stops, by the model's generation configuration."""
     configured = getattr(model.generation_config, "eos_token_id", None)
     if configured is None:
         configured = getattr(model.config.get_text_config(), "eos_token_id", None)
@@ -276,18 +265,19 @@ def end_tokens(model: PreTrainedModel) -> set[int]:
 
 
 def until_end(output: list[int], ends: Sequence[int]) -> list[int]:
-    """`output` up to and with its first end token."""
+    """Return `output` up to and with its first end token."""
     stop = next((index for index, token in enumerate(output) if token in ends), len(output) - 1)
     return output[: stop + 1]
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:
+    """Return the number of token ids that the model has an embedding for."""
     return model.get_input_embeddings().num_embeddings  # type: ignore[return-value]
 
 
 def check_ids(model: PreTrainedModel, sequences: Sequence[TokenIds], more: int = 0) -> None:
-    """Refuse what the model cannot read: no tokens, ids outside the vocabulary, `more` tokens beyond its
-    positions."""
+    """Raise BitassayError for what the model cannot read: no tokens, ids outside the vocabulary, `more`
+    tokens beyond its positions."""
     if not sequences or not all(sequences):
         raise BitassayError("a prompt without tokens", "give at least one token")
     size, limit = vocabulary_size(model), context_length(model)

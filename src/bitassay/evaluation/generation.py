@@ -25,7 +25,8 @@ import numpy as np
 from jaxtyping import Float
 from transformers import PreTrainedModel
 
-from bitassay.engines.decode import TokenIds, generate
+from bitassay.engines.decode import TokenIds
+from bitassay.engines.engine import engine_of
 from bitassay.errors import MissingError
 from bitassay.evaluation.likelihood import shared_length
 from bitassay.evaluation.statistics import (
@@ -34,11 +35,11 @@ from bitassay.evaluation.statistics import (
     NONE,
     WILSON,
     Interval,
-    accuracy_interval,
     jackknife_of,
     logit_interval,
     mean_of,
     median_interval,
+    wilson_interval,
 )
 from bitassay.models.identity import tokenizer
 from bitassay.record.progress import Progress, silent
@@ -125,7 +126,7 @@ def continuations(
     texts = list[Text]()
     for start in range(done, len(prompts), batch):
         progress("writing", start, len(prompts))
-        found = generate(model, prompts[start : start + batch], max_new_tokens=max_new_tokens)
+        found = engine_of(model).generate(prompts[start : start + batch], max_new_tokens=max_new_tokens)
         fresh = [Text(one.output_ids, decoded(model, one.output_ids)) for one in found]
         keep(fresh)
         texts += fresh
@@ -161,7 +162,7 @@ def compare_texts(texts: Sequence[Text], base: Sequence[Text]) -> TextQuality:
         divergence=float(np.quantile(prefixes + 1, 0.5, method="inverted_cdf")),
         divergence_ci=median_interval(prefixes + 1),
         identical_fraction=identical / len(texts),
-        identical_ci=accuracy_interval(identical, len(texts)),
+        identical_ci=wilson_interval(identical, len(texts)),
         bleu=bleu,
         bleu_ci=logit_interval(jackknife_of(bleu, without), 0, 100),
         bleu_signature=signature,

@@ -9,16 +9,17 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from bitassay.errors import BitassayError
-from bitassay.quantization.codes.tensor import QuantizedTensor
-from bitassay.quantization.export.layout import (
+from bitassay.quantization.codes.storage import (
     Stored,
     description,
     expected_tensors,
     read_tensor,
     stored_tensors,
 )
+from bitassay.quantization.codes.tensor import QuantizedTensor
 from bitassay.quantization.inputs.activations import InputRounding
-from bitassay.quantization.recipe.replication import Steps, original
+from bitassay.quantization.recipe.replication import Steps
+from bitassay.quantization.runtime.replicas import original
 from bitassay.record.run import RunFolder
 from bitassay.record.versions import source_digest
 

@@ -153,7 +153,7 @@ def _result(
             "more --trials, another space, or wider --at-most",
         )
     for recipe in best:
-        content = recipe.content()
+        content = recipe.to_yaml_dict()
         write_text(folder.path / "best" / f"{recipe.name}.yaml", yaml.safe_dump(content, sort_keys=False))
     recipes = {recipe.name: recipe for recipe in (*best[:MOST_BEST], *against)}
     quantizations = {

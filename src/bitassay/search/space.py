@@ -28,7 +28,7 @@ from pydantic_core import to_jsonable_python
 
 from bitassay.errors import BitassayError, suggestion
 from bitassay.quantization.recipe.recipe import Recipe
-from bitassay.quantization.recipe.weights import Part
+from bitassay.quantization.recipe.spec import Spec
 from bitassay.record.files import read_yaml
 from bitassay.record.hashing import digest_json
 from bitassay.record.schema import defects
@@ -40,7 +40,7 @@ Value = Any  # what YAML holds: a number, text, null, or a part of a recipe
 Values = Mapping[str, Value]
 
 
-class Range(Part):
+class Range(Spec):
     """Numbers from `low` to `high`, whole ones where all that is given is whole; log: each doubling alike."""
 
     low: int | float
@@ -77,7 +77,7 @@ class Range(Part):
         return [self.low + index * step for index in range(count + 1)]
 
 
-class Space(Part):
+class Space(Spec):
     """What is searched. Raises ValueError for a path that leads nowhere."""
 
     name: str = Field(pattern=r"^[\w.+-]{1,48}$")
@@ -171,7 +171,7 @@ def _field(recipe: Recipe, path: str) -> Value:
 
 def _is_same(recipe: Recipe, values: Values) -> bool:
     """Whether a recipe stays what it is when these values are put into it."""
-    content = recipe.content()
+    content = recipe.to_yaml_dict()
     try:
         for path, value in values.items():
             _put(content, path, copy.deepcopy(value))

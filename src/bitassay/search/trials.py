@@ -264,7 +264,7 @@ def _prepared(
         recipe = plan.space.recipe_of(values)
     except BitassayError as error:
         return Outcome(stopped=f"refused: {error}")
-    content = recipe.content()
+    content = recipe.to_yaml_dict()
     for trial in ended:  # a sampler may come back to a recipe
         if trial.user_attrs["recipe"] == content:
             return Outcome(**{key: trial.user_attrs[key] for key in Outcome.__dataclass_fields__})

@@ -14,7 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bitassay.engines.decode import Prefill, default_batch_tokens, prefill, token_batches
+from bitassay.engines.decode import Prefill, default_batch_tokens, token_batches
+from bitassay.engines.engine import engine_of
 from bitassay.engines.sampling import Draw
 from bitassay.record.progress import Progress, silent
 from bitassay.verification.detectors.verillm import FORMAT_OF_DTYPE, RULE_SETS, cell_statistics, summary
@@ -82,8 +83,8 @@ def own_prefills(traces: Sequence[Trace], model: PreTrainedModel) -> Iterator[tu
     lengths = [len(trace.header.positions) for trace in traces]
     for batch in token_batches(lengths, default_batch_tokens(model)):
         headers = [traces[index].header for index in batch]
-        done = prefill(
-            model, [h.prompt_ids for h in headers], [h.output_ids for h in headers], layers=headers[0].layers
+        done = engine_of(model).prefill(
+            [h.prompt_ids for h in headers], [h.output_ids for h in headers], layers=headers[0].layers
         )
         yield from zip(batch, done, strict=True)
 

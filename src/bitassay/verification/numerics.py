@@ -5,14 +5,13 @@ calibration profile belongs to one pair of them. A prover *declares* its own; a 
 nothing but a profile that the verifier already trusts.
 """
 
-import torch
-import transformers
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedModel
 
-from bitassay.models.options import attention_of
+from bitassay.engines.engine import engine_of
+from bitassay.models.options import DTYPES
 
-STATE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+STATE_DTYPES = {name: DTYPES[name] for name in ("float32", "float16", "bfloat16")}
 
 
 class Numerics(BaseModel):
@@ -36,15 +35,5 @@ class Numerics(BaseModel):
 
 
 def numerics(model: PreTrainedModel) -> Numerics:
-    """The fingerprint of `model` where and as it would run now."""
-    dtype, cache = str(model.dtype).removeprefix("torch."), getattr(model, "kv_cache", None)
-    return Numerics(
-        dtype=dtype,
-        kv_dtype=dtype if cache is None else cache.label,
-        attention=attention_of(model),
-        device=model.device.type,
-        threads=torch.get_num_threads(),
-        cpu_capability=torch.backends.cpu.get_cpu_capability(),
-        torch=str(torch.__version__),
-        transformers=transformers.__version__,
-    )
+    """Return the fingerprint of `model` where and as it would run now."""
+    return Numerics(**engine_of(model).numerics())

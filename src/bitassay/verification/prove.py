@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pydantic import ValidationError
 from transformers import PreTrainedModel
 
-from bitassay.engines.decode import TokenIds, generate
+from bitassay.engines.decode import TokenIds
+from bitassay.engines.engine import engine_of
 from bitassay.engines.prompts import encode_prompt
 from bitassay.engines.sampling import GREEDY, Sampler
 from bitassay.engines.taps import tap_layers
@@ -50,12 +51,10 @@ def prove_many(
     claim: Identity | None = None,
     nonces: Sequence[str] | None = None,
     batch_size: int = BATCH,
-    cache_bits: int | None = None,
     progress: Progress = silent,
 ) -> list[Trace]:
     """`prove` for many prompts, in batches of similar length; traces in the order of the prompts. Default
-    nonces: "0", "1", ... cache_bits: as in `generate`; the header does not say so, since this is what a host
-    does that saves memory in silence."""
+    nonces: "0", "1", ..."""
     nonces = [str(index) for index in range(len(prompts))] if nonces is None else list(nonces)
     if len(nonces) != len(prompts):
         raise BitassayError(
@@ -77,14 +76,12 @@ def prove_many(
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         progress("generating", start, len(order))
-        done = generate(
-            model,
+        done = engine_of(model).generate(
             [ids[index] for index in batch],
             max_new_tokens=max_new_tokens,
             sampler=sampler,
             nonces=[nonces[index] for index in batch],
             layers=tap_layers(model),
-            cache_bits=cache_bits,
         )
         for index, generation in zip(batch, done, strict=True):
             header = _header(

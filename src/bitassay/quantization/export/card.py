@@ -1,7 +1,7 @@
 """`bitassay.json`: what a quantized folder says of itself, and the check that its files are unchanged.
 
 The folder itself is a plain compressed-tensors checkpoint, or holds codes in the layout of
-`export/layout.py`. This card adds what those have no place for: the recipe, the model it was applied to,
+`codes/storage.py`. This card adds what those have no place for: the recipe, the model it was applied to,
 which matrix is stored by which scheme, and the SHA-256 of every file that decides what the model computes.
 The digests find damage and careless editing; they are no signature, since whoever changes a file can change
 the card too.

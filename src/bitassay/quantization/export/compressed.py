@@ -22,7 +22,7 @@ the codes (`input_scale`, `input_zero_point`). How a token's scale is found the 
 largest magnitude m compressed-tensors takes m / 127.5 for int8, we m / 127. So a folder for engines is
 written where it is asked for, and its model is not ours to the bit.
 
-What the format cannot say exactly has an `obstacle`, and goes into the layout of `export/layout.py`.
+What the format cannot say exactly has an `obstacle`, and goes into the layout of `codes/storage.py`.
 """
 
 import math
@@ -41,12 +41,13 @@ from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError
 from bitassay.models.walk import walk
+from bitassay.quantization.codes.storage import Expected, Stored, description
 from bitassay.quantization.codes.tensor import QuantizedTensor, from_codes
-from bitassay.quantization.export.layout import Expected, Stored, description
 from bitassay.quantization.export.plain_load import EXPERTS, expert_pieces
-from bitassay.quantization.inputs.activations import INPUT_FORMATS, InputRounding, InputScheme
-from bitassay.quantization.recipe.formats import FORMATS
+from bitassay.quantization.inputs.activations import InputRounding
+from bitassay.quantization.recipe.formats import FORMATS, INPUT_FORMATS
 from bitassay.quantization.recipe.granularity import Granularity
+from bitassay.quantization.recipe.inputs import InputScheme
 from bitassay.quantization.recipe.weights import WeightScheme
 from bitassay.quantization.runtime.model import Quantization
 

@@ -45,8 +45,8 @@ from bitassay.quantization.export.gguf_tokenizer import (
 )
 from bitassay.quantization.export.save import check_space
 from bitassay.quantization.recipe.recipe import Recipe
-from bitassay.quantization.recipe.replication import is_replica, replica_names
 from bitassay.quantization.runtime.model import cache_slots, quantization_of
+from bitassay.quantization.runtime.replicas import is_replica, replica_names
 from bitassay.record.files import atomic_file
 from bitassay.record.progress import Progress, silent
 

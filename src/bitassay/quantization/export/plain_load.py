@@ -35,8 +35,8 @@ from transformers.core_model_loading import (
 
 from bitassay.models.transposed import as_linears, stores_transposed
 from bitassay.models.walk import fused_experts, matrices, walk
+from bitassay.quantization.codes.storage import Stored, description
 from bitassay.quantization.codes.tensor import QuantizedTensor, from_codes
-from bitassay.quantization.export.layout import Stored, description
 from bitassay.quantization.recipe.formats import FORMATS
 from bitassay.quantization.recipe.granularity import Granularity
 from bitassay.quantization.recipe.weights import WeightScheme

@@ -8,15 +8,15 @@ from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError
 from bitassay.models.walk import decoder_layers, walk
+from bitassay.quantization.codes.storage import Factors, Stored, expected_bytes, planned, planned_bits
 from bitassay.quantization.export import compressed
-from bitassay.quantization.export.layout import Factors, Stored, expected_bytes, planned, planned_bits
 from bitassay.quantization.export.reload import expected_parts
 from bitassay.quantization.export.save import Layout, choose_layout
 from bitassay.quantization.recipe.calibration import Calibration
 from bitassay.quantization.recipe.recipe import Recipe
-from bitassay.quantization.recipe.replication import is_replica, original, replica_names
 from bitassay.quantization.recipe.weights import WeightScheme
 from bitassay.quantization.runtime.model import check_recipe, parameter_count
+from bitassay.quantization.runtime.replicas import is_replica, original, replica_names
 from bitassay.quantization.solvers import layerwise
 from bitassay.quantization.solvers.tune import memory_of
 

@@ -19,6 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import safe_open
 from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.modeling_utils import str_to_torch_dtype
 
 from bitassay.errors import BitassayError
 from bitassay.models.causal import empty_model
@@ -29,32 +30,23 @@ from bitassay.models.source import Source
 from bitassay.models.transposed import as_linears
 from bitassay.models.walk import decoder_layers, matrices, walk
 from bitassay.models.weights import weight_files
+from bitassay.quantization.codes import storage
+from bitassay.quantization.codes.storage import Stored
 from bitassay.quantization.codes.tensor import QuantizedTensor
-from bitassay.quantization.export import compressed, layout
+from bitassay.quantization.export import compressed
 from bitassay.quantization.export.card import CARD_FILE, Card
-from bitassay.quantization.export.layout import Stored
 from bitassay.quantization.export.plain_load import Piece, exact_scales, expert_pieces, joined, module_names
 from bitassay.quantization.inputs.activations import InputRounding
 from bitassay.quantization.recipe.calibration import UNTRUSTED
 from bitassay.quantization.recipe.recipe import Recipe
-from bitassay.quantization.recipe.replication import Steps, is_replica, replica_names
+from bitassay.quantization.recipe.replication import Steps
 from bitassay.quantization.runtime.model import Quantization, with_tensors
+from bitassay.quantization.runtime.replicas import is_replica, replica_names
 from bitassay.quantization.transforms.folding import INPUT_SCALES
 from bitassay.record.progress import Progress, silent
 
-LAYOUTS: dict[str, ModuleType] = {"compressed-tensors": compressed, "bitassay": layout}
+LAYOUTS: dict[str, ModuleType] = {"compressed-tensors": compressed, "bitassay": storage}
 AGAIN = "save the model again with `bitassay quantize`"
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-}
 
 
 @dataclass(frozen=True)
@@ -132,11 +124,12 @@ def stored_entries(folder: Path) -> dict[str, Entry]:
                 if name in entries:
                     raise BitassayError(f"{path}: {name} is in {entries[name].file.name} too", AGAIN)
                 header = file.get_slice(name)
-                entries[name] = Entry(path, DTYPES.get(header.get_dtype()), tuple(header.get_shape()), name)
+                dtype = str_to_torch_dtype.get(header.get_dtype())
+                entries[name] = Entry(path, dtype, tuple(header.get_shape()), name)
     return entries
 
 
-def _check_parts(parts: layout.Expected, entries: dict[str, Entry], folder: Path) -> None:
+def _check_parts(parts: storage.Expected, entries: dict[str, Entry], folder: Path) -> None:
     for key, (dtype, shape) in parts.items():
         if key not in entries:
             raise BitassayError(f"{folder}: no file holds {key}", AGAIN)
@@ -159,7 +152,7 @@ def expected_parts(
     chosen: str,
     described: Mapping[str, Stored],
     shapes: Mapping[str, tuple[int, int]],
-) -> layout.Expected:
+) -> storage.Expected:
     """Dtype and shape of every part of every matrix, by its name in the folder."""
     pieces, expected = pieces_of(model, chosen), dict[str, Any]()
     for name, stored in described.items():

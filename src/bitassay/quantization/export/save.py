@@ -23,12 +23,11 @@ from bitassay.models.identity import identity
 from bitassay.models.options import LoadOptions, attention_of
 from bitassay.models.source import resolve
 from bitassay.models.walk import fused_experts, walk
+from bitassay.quantization.codes.storage import Stored, description, stored_tensors
 from bitassay.quantization.export import compressed, plain_load
 from bitassay.quantization.export.card import CARD_FILE, Base, Card, hashed_files, read_card
-from bitassay.quantization.export.layout import Stored, description, stored_tensors
 from bitassay.quantization.export.reload import load_quantized
 from bitassay.quantization.recipe.recipe import Recipe
-from bitassay.quantization.recipe.replication import is_replica
 from bitassay.quantization.runtime.model import (
     Quantization,
     bits_per_weight,
@@ -36,6 +35,7 @@ from bitassay.quantization.runtime.model import (
     quantized_weights,
     size_bytes,
 )
+from bitassay.quantization.runtime.replicas import is_replica
 from bitassay.record.files import atomic_folder, read_json, write_json
 from bitassay.record.hashing import canonical_json, digest_file
 from bitassay.record.progress import Progress, silent

@@ -20,123 +20,17 @@ side of those is `kv_cache.py`).
 
 import math
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
-from pydantic import ConfigDict, Field, field_validator, model_serializer, model_validator
+from pydantic import ConfigDict
 from torch import Tensor
 
-from bitassay.errors import suggestion
 from bitassay.quantization.codes.grid import Grid
 from bitassay.quantization.codes.rounding import dequantize, round_to_nearest
 from bitassay.quantization.codes.scales import absmax_grid, rescaled
-from bitassay.quantization.recipe.formats import FORMATS, NumberFormat
-from bitassay.quantization.recipe.weights import Part, WeightScheme
-
-INPUT_FORMATS = {
-    fmt.name: fmt
-    for fmt in (
-        NumberFormat("int16", "integer", 16),
-        FORMATS["int8"],
-        NumberFormat("int6", "integer", 6),
-        FORMATS["int4"],
-        FORMATS["fp8_e4m3"],
-        FORMATS["fp8_e5m2"],
-    )
-}
-
-
-class OutlierColumns(Part):
-    """Which columns stay in 16 bits: exactly one of the two rules."""
-
-    sigma: float | None = Field(default=None, gt=0)
-    percentile: float | None = Field(default=None, gt=0, lt=100)
-
-    @model_validator(mode="after")
-    def _one_rule(self) -> "OutlierColumns":
-        if (self.sigma is None) == (self.percentile is None):
-            raise ValueError("give sigma or percentile, such as {sigma: 6}")
-        return self
-
-
-class InputScheme(Part):
-    """How the input of one linear is rounded."""
-
-    format: str = "int8"
-    symmetric: bool = True
-    scale: Literal["dynamic", "absmax", "percentile", "moving_average", "kl", "learned"] = "dynamic"
-    percentile: float = Field(default=99.9, ge=50, le=100)
-    momentum: float = Field(default=0.9, ge=0, lt=1)
-    outliers: OutlierColumns | None = None
-    scale_factor: float = Field(default=1.0, ge=0.1, le=4)
-
-    @property
-    def needs_calibration(self) -> bool:
-        return self.scale != "dynamic" or self.outliers is not None
-
-    @field_validator("format")
-    @classmethod
-    def _known_format(cls, name: str) -> str:
-        if name not in INPUT_FORMATS:
-            raise ValueError(f"unknown input format {name!r}; {suggestion(name, INPUT_FORMATS, short=30)}")
-        return name
-
-    @model_validator(mode="after")
-    def _makes_sense(self) -> "InputScheme":
-        fmt = INPUT_FORMATS[self.format]
-        if not self.symmetric and fmt.kind == "float":
-            raise ValueError(f"{self.format} codes are symmetric around zero: a zero point cannot shift them")
-        if not self.symmetric and self.scale in ("kl", "learned"):
-            raise ValueError(f"scale: {self.scale} finds one threshold for both signs: use symmetric: true")
-        if self.scale == "kl" and (fmt.kind == "float" or fmt.bits > 8):
-            raise ValueError(f"scale: kl compares histograms of at most 256 equal steps, not {self.format}")
-        for name, rule in (("percentile", "percentile"), ("momentum", "moving_average")):
-            if self.scale != rule and getattr(self, name) != InputScheme.model_fields[name].default:
-                raise ValueError(f"{name} has no effect on scale: {self.scale}")
-        return self
-
-    @model_serializer(mode="wrap")
-    def _without_idle_factor(self, dump: Any) -> dict[str, Any]:
-        """As a scheme of weights leaves out idle options: recipes keep their ids."""
-        return {key: value for key, value in dump(self).items() if key != "scale_factor" or value != 1}
-
-
-class InputOverride(Part):
-    """Another scheme, or none, for the inputs of the linears whose full name matches the glob `match`."""
-
-    match: str
-    inputs: InputScheme | None
-
-
-class Activations(InputScheme):
-    """A recipe's `activations`: the scheme of every linear in the decoder layers, but for the overrides, of
-    which the first that matches wins."""
-
-    overrides: tuple[InputOverride, ...] = ()
-
-    def override_for(self, module: str) -> InputOverride | None:
-        """The first override whose pattern matches."""
-        return next((o for o in self.overrides if fnmatchcase(module, o.match)), None)
-
-    def scheme_for(self, module: str) -> InputScheme | None:
-        """The scheme of the linear of that full name; None: its input stays as it is."""
-        override = self.override_for(module)
-        return self if override is None else override.inputs
-
-    @property
-    def any_needs_calibration(self) -> bool:
-        return any(scheme.needs_calibration for scheme in self._schemes)
-
-    @property
-    def has_steps(self) -> bool:
-        """Whether all inputs are rounded to integers, whose grid can be moved by a share of a step."""
-        return all(INPUT_FORMATS[scheme.format].kind == "integer" for scheme in self._schemes)
-
-    @property
-    def _schemes(self) -> list[InputScheme]:
-        return [self, *(o.inputs for o in self.overrides if o.inputs is not None)]
+from bitassay.quantization.recipe.formats import INPUT_FORMATS, NumberFormat
 
 
 @dataclass(frozen=True)
@@ -213,11 +107,12 @@ def input_codes(x: Float[Tensor, "tokens in"], rounding: InputRounding) -> Codes
     else:
         zero_point = rounding.zero_point
         grid = Grid(
+            fmt,
             x.new_full((1, 1), rounding.scale),
             None if zero_point is None else x.new_full((1, 1), zero_point),
         )
     grid = grid._replace(offset=((rounding.copy or 0) + 0.5) / rounding.copies - 0.5)
-    return Codes(round_to_nearest(x, grid, fmt, rounding.symmetric), grid)
+    return Codes(round_to_nearest(x, grid), grid)
 
 
 def rounded_inputs(x: Float[Tensor, "... in"], rounding: InputRounding) -> Float[Tensor, "... in"]:
@@ -227,7 +122,7 @@ def rounded_inputs(x: Float[Tensor, "... in"], rounding: InputRounding) -> Float
     copies = range(rounding.copies) if rounding.copy is None else [rounding.copy]
     for copy in copies:
         codes, grid = input_codes(tokens, replace(rounding, copy=copy))
-        rounded = rounded + dequantize(codes, grid, rounding.number_format) / len(copies)
+        rounded = rounded + dequantize(codes, grid) / len(copies)
     rounded = rounded + undefined(tokens)
     if rounding.outliers:
         rounded = torch.where(outlier_mask(rounding, tokens), tokens.float(), rounded)
@@ -244,8 +139,3 @@ def outlier_mask(rounding: InputRounding, x: Float[Tensor, "tokens in"]) -> Bool
     mask = torch.zeros(x.shape[-1], dtype=torch.bool, device=x.device)
     mask[list(rounding.outliers)] = True
     return mask
-
-
-def has_product(inputs: InputScheme, weights: WeightScheme) -> bool:
-    """Whether some device multiplies the two: integer inputs and FP8 weights no device does."""
-    return INPUT_FORMATS[inputs.format].kind == "float" or FORMATS[weights.format].kind != "float"

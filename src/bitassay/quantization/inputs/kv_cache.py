@@ -17,11 +17,10 @@ Sources: KIVI (2402.02750) rounds values per token as here, but keys per channel
 recent tokens in 16 bits; that is left out. So are formats below 4 bits, which without it are of no use.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
-from pydantic import field_validator, model_validator
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 
@@ -32,47 +31,7 @@ from bitassay.quantization.codes.grid import Grid
 from bitassay.quantization.codes.packing import PACKINGS, pack, unpack
 from bitassay.quantization.codes.rounding import dequantize, round_to_nearest
 from bitassay.quantization.codes.scales import absmax_grid
-from bitassay.quantization.recipe.formats import FORMATS, NumberFormat
-from bitassay.quantization.recipe.granularity import Granularity
-from bitassay.quantization.recipe.weights import Part
-
-
-class KvCache(Part):
-    """How keys and values are stored. granularity: `head`, one scale for a head's vector of one token, or
-    groups of it such as `g32`."""
-
-    format: Literal["int8", "int4", "fp8_e4m3", "fp8_e5m2"] = "int8"
-    granularity: str = "head"
-    symmetric: bool = True
-    scale_dtype: Literal["float16", "bfloat16", "float32"] = "bfloat16"
-
-    @field_validator("granularity")
-    @classmethod
-    def _known_granularity(cls, text: str) -> str:
-        if text != "head" and Granularity.parse(text).group_size is None:
-            raise ValueError(f"granularity of a cache: head, or groups such as g32, not {text!r}")
-        return text
-
-    @model_validator(mode="after")
-    def _makes_sense(self) -> "KvCache":
-        if not self.symmetric and not self.number_format.has_asymmetric:
-            raise ValueError(f"{self.format} codes are symmetric around zero: a zero point cannot shift them")
-        return self
-
-    @property
-    def number_format(self) -> NumberFormat:
-        return FORMATS[self.format]
-
-    @property
-    def label(self) -> str:
-        """What is stored, such as int4/g32/asymmetric/bfloat16."""
-        symmetry = "symmetric" if self.symmetric else "asymmetric"
-        return f"{self.format}/{self.granularity}/{symmetry}/{self.scale_dtype}"
-
-    @property
-    def groups(self) -> Granularity:
-        """Of vectors as the rows of a matrix."""
-        return Granularity.parse("channel" if self.granularity == "head" else self.granularity)
+from bitassay.quantization.recipe.inputs import KvCache
 
 
 def packed_bytes(spec: KvCache, width: int) -> int:
@@ -140,7 +99,7 @@ def decode(
     else:
         zero_points = spec.groups.scales_to_groups(zero_point.float(), width)
     groups = [
-        dequantize(q, Grid(s, z), fmt)
+        dequantize(q, Grid(fmt, s, z))
         for q, s, z in zip(spec.groups.to_groups(codes), scales, zero_points, strict=True)
     ]
     vectors = spec.groups.from_groups(groups, len(rows)).to(dtype)
@@ -150,10 +109,7 @@ def decode(
 def rounded(vectors: Float[Tensor, "... width"], spec: KvCache) -> Float[Tensor, "... width"]:
     """What `decode(encode(vectors))` is, without the bytes between."""
     rows = vectors.reshape(-1, vectors.shape[-1])
-    groups = [
-        dequantize(*_rounded_group(group, spec), spec.number_format)
-        for group in spec.groups.to_groups(rows.float())
-    ]
+    groups = [dequantize(*_rounded_group(group, spec)) for group in spec.groups.to_groups(rows.float())]
     return spec.groups.from_groups(groups, len(rows)).to(vectors.dtype).view(vectors.shape)
 
 
@@ -162,7 +118,7 @@ def _rounded_group(vectors: Float[Tensor, "groups size"], spec: KvCache) -> tupl
     grid = absmax_grid(vectors, fmt, spec.symmetric, getattr(torch, spec.scale_dtype))
     # No code stands for NaN or infinity: the scale carries it.
     grid = grid._replace(scale=grid.scale + vectors.abs().amax(1, keepdim=True) * 0)
-    return round_to_nearest(vectors, grid, fmt, spec.symmetric), grid
+    return round_to_nearest(vectors, grid), grid
 
 
 class PackedCache(DynamicCache):

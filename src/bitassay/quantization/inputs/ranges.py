@@ -17,12 +17,7 @@ from bitassay.errors import BitassayError, suggestion
 from bitassay.models.head import last_logits
 from bitassay.models.hooks import hooked
 from bitassay.models.walk import walk
-from bitassay.quantization.inputs.activations import (
-    Activations,
-    InputRounding,
-    InputScheme,
-    OutlierColumns,
-)
+from bitassay.quantization.inputs.activations import InputRounding
 from bitassay.quantization.inputs.thresholds import (
     Span,
     kl_threshold,
@@ -31,6 +26,7 @@ from bitassay.quantization.inputs.thresholds import (
     percentile_span,
     percentile_threshold,
 )
+from bitassay.quantization.recipe.inputs import Activations, InputScheme, OutlierColumns
 from bitassay.record.progress import Progress, silent
 
 SAMPLED_TOKENS = 256

@@ -16,12 +16,12 @@ from bitassay.data.windows import Protocol, TooShortError
 from bitassay.errors import BitassayError
 from bitassay.models.positions import context_length
 from bitassay.models.windows import model_windows
-from bitassay.quantization.recipe.weights import Part
+from bitassay.quantization.recipe.spec import Spec
 
 UNTRUSTED = "untrusted"  # of a recipe that is validated: it may not make us look at files
 
 
-class Calibration(Part):
+class Calibration(Spec):
     """`samples` windows of `tokens` tokens of a corpus; a file of one's own (`corpora.py`) is in the recipe's
     id by its digest. every_expert: show every token to every expert of a mixture, not only to those that its
     router chooses. precision: what the layers' products are computed in while the text runs through them,

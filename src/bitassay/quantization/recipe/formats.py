@@ -59,3 +59,16 @@ FORMATS = {
         NumberFormat("fp8_e5m2", "float", 8, torch.float8_e5m2),
     )
 }
+
+# int16 and int6 exist for inputs only.
+INPUT_FORMATS = {
+    fmt.name: fmt
+    for fmt in (
+        NumberFormat("int16", "integer", 16),
+        FORMATS["int8"],
+        NumberFormat("int6", "integer", 6),
+        FORMATS["int4"],
+        FORMATS["fp8_e4m3"],
+        FORMATS["fp8_e5m2"],
+    )
+}

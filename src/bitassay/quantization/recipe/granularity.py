@@ -6,6 +6,7 @@ the user's back. `adaptive64`: as many groups as with `g64`, of 128, 64 or 32 ne
 they are chosen, `adaptive64/120...` says which for each 128 columns: 0, 1 or 2 halvings.
 """
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -14,7 +15,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bitassay.errors import BitassayError
-from bitassay.quantization.codes.packing import PACKINGS
 
 # [groups, size]; unnamed, since the members of a list differ in both
 Groups = Float[Tensor, "_ _"]
@@ -59,7 +59,7 @@ class Granularity:
 
     def layout_bits(self, columns: int) -> int:
         """What it takes to say which adaptive groups a matrix has: five digits a byte."""
-        return 0 if self.block_sizes is None else 8 * PACKINGS[1.6].packed_bytes(len(self.blocks(columns)))
+        return 0 if self.block_sizes is None else 8 * math.ceil(len(self.blocks(columns)) / 5)
 
     def spans(self, columns: int) -> list[tuple[int, int, int]]:
         """`(start, stop, size)` of runs of equal groups of a row: the whole ones, then a shorter last one."""

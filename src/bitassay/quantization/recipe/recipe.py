@@ -17,19 +17,14 @@ from pathlib import Path
 from pydantic import Field, ValidationError, model_validator
 
 from bitassay.errors import BitassayError
-from bitassay.quantization.inputs.activations import Activations, has_product
-from bitassay.quantization.inputs.kv_cache import KvCache
 from bitassay.quantization.recipe.calibration import Calibration
 from bitassay.quantization.recipe.files import REMEDY, SHIPPED, read_recipe_file, recipe_file
+from bitassay.quantization.recipe.inputs import Activations, KvCache, has_product
 from bitassay.quantization.recipe.replication import Chosen, ReplicationPlan
-from bitassay.quantization.recipe.weights import SUMS, Part, WeightScheme
-from bitassay.quantization.solvers.gptq import Gptq
-from bitassay.quantization.solvers.learned import Learned
-from bitassay.quantization.solvers.low_rank import LowRankSpec
-from bitassay.quantization.solvers.mixed import Mixed
-from bitassay.quantization.solvers.tune import Tune
-from bitassay.quantization.transforms.rotation import Rotation
-from bitassay.quantization.transforms.smoothing import Smoothing
+from bitassay.quantization.recipe.solvers import Gptq, Learned, LowRankSpec, Mixed, Tune
+from bitassay.quantization.recipe.spec import Spec
+from bitassay.quantization.recipe.transforms import Rotation, Smoothing
+from bitassay.quantization.recipe.weights import SUMS, WeightScheme
 from bitassay.record.hashing import digest_json
 from bitassay.record.schema import defects
 
@@ -49,14 +44,14 @@ PARTS = (
 BASE = "base"  # what tables call the model that recipes change
 
 
-class Override(Part):
+class Override(Spec):
     """Another scheme, or none, for the modules whose full name matches the glob `match`."""
 
     match: str
     weights: WeightScheme | None
 
 
-class Recipe(Part):
+class Recipe(Spec):
     """What is done to the decoder layers' matrices; embeddings, norms and the output head stay as they
     are."""
 

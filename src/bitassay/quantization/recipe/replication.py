@@ -33,21 +33,19 @@ next-token distributions, or whose largest hidden states suffer (`select.py`).
 """
 
 import math
-import re
 from dataclasses import dataclass
 from typing import Any, Literal, TypeGuard
 
 from pydantic import ConfigDict, Field, model_validator
-from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError
-from bitassay.models.walk import decoder_layers, module_name
-from bitassay.quantization.recipe.weights import SUMS, Copies, Part, made_of
+from bitassay.quantization.recipe.spec import Spec, validate_as
+from bitassay.quantization.recipe.weights import SUMS, Copies
 
 SHARED = ("nothing", "inputs")  # what differs leaves codes as they are
 
 
-class Chosen(Part):
+class Chosen(Spec):
     """The share of the layers that need it most, and what says so."""
 
     by: Literal["error", "kl", "massive"]
@@ -58,7 +56,7 @@ class Chosen(Part):
         return max(1, math.floor(self.share * layers + 0.5))
 
 
-class Between(Part):
+class Between(Spec):
     """The layers between two shares of the depth, at least one of them."""
 
     start: float = Field(ge=0, lt=1)
@@ -70,29 +68,7 @@ class Between(Part):
         return range(first, max(first + 1, math.floor(self.end * layers + 0.5)))
 
 
-# The name of a layer's copies among its modules: `model.layers.3.replicas.0.mlp.down_proj` is of the second.
-REPLICAS = "replicas"
-
-
-def is_replica(name: str) -> bool:
-    """Whether a module or parameter belongs to a copy of a layer."""
-    return f".{REPLICAS}." in name
-
-
-def replica_names(model: PreTrainedModel, layer: int, name: str, count: int) -> list[str]:
-    """What a layer's matrix is called in each of its `count` - 1 copies; nothing for one of another layer."""
-    prefix = f"{module_name(model, decoder_layers(model))}.{layer}."
-    if not name.startswith(prefix):
-        return []
-    return [f"{prefix}{REPLICAS}.{copy}.{name.removeprefix(prefix)}" for copy in range(count - 1)]
-
-
-def original(name: str) -> str:
-    """The module or parameter that this one is a copy of; itself, where it is none."""
-    return re.sub(rf"\.{REPLICAS}\.\d+\.", ".", name)
-
-
-class Stop(Part):
+class Stop(Spec):
     """When a token needs no further pass: its state was turned by at most `cosine` (1 - cos) and changed by
     at most `norm` of its length. budget: passes beyond the first ones that a token gets over all layers."""
 
@@ -122,7 +98,7 @@ class Steps:
         return len(self.add)
 
 
-class ReplicationPlan(Part):
+class ReplicationPlan(Spec):
     """What is run how often. copies counts the original: with 1 nothing changes, but for fitted coefficients,
     which rescale what the layer puts out. layers: all; progressive, from `copies` at the front down to one at
     the back; middle, the third of them there; between two shares of the depth; chosen by a measure; numbers;
@@ -201,7 +177,7 @@ class ReplicationPlan(Part):
         given = self.coefficients if isinstance(self.coefficients, tuple) else None
         if self.coefficients == "plain" and self.differ not in SUMS and self.of == "linear":
             given = (1.0,) * count
-        return made_of(
+        return validate_as(
             Copies,
             {
                 "count": count,

@@ -1,13 +1,10 @@
 """A scheme: how one matrix is stored, as a recipe says it."""
 
 import math
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
-    ValidationError,
     field_validator,
     model_serializer,
     model_validator,
@@ -16,47 +13,12 @@ from pydantic import (
 from bitassay.errors import suggestion
 from bitassay.quantization.recipe.formats import FORMATS, NumberFormat
 from bitassay.quantization.recipe.granularity import Granularity
-
-
-class Part(BaseModel):
-    """A part of a recipe: frozen, and it refuses fields that it does not know."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    def content(self) -> dict[str, Any]:
-        """What `model_validate` makes the same part of, without fields that are left out."""
-        return _without_absent(self, self.model_dump(mode="json"))
-
-
-def _without_absent(part: BaseModel, dumped: dict[str, Any]) -> dict[str, Any]:
-    for name in list(dumped):
-        value = getattr(part, name)
-        if value is None and not type(part).model_fields[name].is_required():
-            del dumped[name]
-        for one, inner in zip(value, dumped[name], strict=True) if isinstance(value, tuple) else ():
-            if isinstance(one, BaseModel):
-                _without_absent(one, inner)
-        if isinstance(value, BaseModel):
-            _without_absent(value, dumped[name])
-    return dumped
-
-
-P = TypeVar("P", bound=Part)
-
-
-def made_of(part: type[P], fields: dict[str, Any]) -> P:
-    """A part that another one asks for. Raises ValueError with the first reason alone: inside a validator
-    a ValidationError would print all of itself."""
-    try:
-        return part.model_validate(fields)
-    except ValidationError as error:
-        raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from error
-
+from bitassay.quantization.recipe.spec import Spec, validate_as
 
 SUMS = ("residual", "digits")
 
 
-class Copies(Part):
+class Copies(Spec):
     """Several quantized copies of one matrix instead of one: `W' = sum_i c_i W'_i` (`copies.py`).
 
     differ: what sets them apart. values: a scale factor, percentile, offset or level of noise for each copy;
@@ -107,7 +69,7 @@ class Copies(Part):
             "residual": {"scale_factor": value} if self.values else {},
             "digits": {},
         }[self.differ]
-        return made_of(WeightScheme, scheme.model_dump(exclude={"copies"}) | change)
+        return validate_as(WeightScheme, scheme.model_dump(exclude={"copies"}) | change)
 
     def schemes(self, scheme: "WeightScheme") -> list["WeightScheme"]:
         """Those of all copies."""
@@ -116,10 +78,10 @@ class Copies(Part):
     def whole(self, scheme: "WeightScheme") -> "WeightScheme":
         """That of the one grid whose codes' digits the copies are."""
         bits = int(scheme.number_format.bits) * self.count
-        return made_of(WeightScheme, scheme.model_dump(exclude={"copies"}) | {"format": f"int{bits}"})
+        return validate_as(WeightScheme, scheme.model_dump(exclude={"copies"}) | {"format": f"int{bits}"})
 
 
-class WeightScheme(Part):
+class WeightScheme(Spec):
     """How one matrix is quantized.
 
     restricted: leave out the lowest code of a symmetric integer format, so that both ends are 2^(b-1)-1.
@@ -191,7 +153,7 @@ class WeightScheme(Part):
 
     def with_copies(self, copies: Copies) -> "WeightScheme":
         """Several such matrices. Raises ValueError where the scheme cannot have such copies."""
-        return made_of(WeightScheme, self.model_dump() | {"copies": copies})
+        return validate_as(WeightScheme, self.model_dump() | {"copies": copies})
 
     def with_granularity(self, granularity: str) -> "WeightScheme":
         return self.model_copy(update={"granularity": granularity})

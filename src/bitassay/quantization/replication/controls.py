@@ -23,9 +23,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from bitassay.quantization.inputs.activations import INPUT_FORMATS, Activations
-from bitassay.quantization.recipe.formats import FORMATS
+from bitassay.quantization.recipe.formats import FORMATS, INPUT_FORMATS
 from bitassay.quantization.recipe.granularity import Granularity
+from bitassay.quantization.recipe.inputs import Activations
 from bitassay.quantization.recipe.recipe import BASE, Recipe
 from bitassay.quantization.recipe.replication import Chosen, ReplicationPlan
 from bitassay.quantization.recipe.weights import WeightScheme
@@ -125,7 +125,7 @@ def _layers_with_copies(plan: ReplicationPlan, layers: int) -> Any:
 
 def _changed(recipe: Recipe, suffix: str, change: dict[str, Any]) -> Recipe:
     """A valid recipe without these copies, weighed by the text that weighs the replicated one, if any."""
-    fields = recipe.content()
+    fields = recipe.to_yaml_dict()
     for part, gone in ((fields, "replication"), (fields, "description"), (fields.get("gptq", {}), "planes")):
         part.pop(gone, None)
     return Recipe.model_validate({**fields, "name": f"{recipe.name[:56]}-{suffix}", **change})

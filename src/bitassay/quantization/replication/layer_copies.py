@@ -12,13 +12,15 @@ from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError
 from bitassay.models.walk import decoder_layers, matrices, walk
-from bitassay.quantization.codes.tensor import QuantizedTensor, quantize_tensor
+from bitassay.quantization.codes.quantize import quantize_tensor
+from bitassay.quantization.codes.tensor import QuantizedTensor
 from bitassay.quantization.inputs.ranges import collect_ranges
-from bitassay.quantization.recipe.replication import Chosen, ReplicationPlan, Steps, replica_names
+from bitassay.quantization.recipe.replication import Chosen, ReplicationPlan, Steps
 from bitassay.quantization.recipe.weights import WeightScheme
 from bitassay.quantization.replication.fit import fit_passes
 from bitassay.quantization.replication.select import chosen_layers
 from bitassay.quantization.runtime.model import Quantization, with_tensors
+from bitassay.quantization.runtime.replicas import replica_names
 from bitassay.record.progress import Progress
 
 

@@ -24,10 +24,10 @@ from bitassay.quantization.inputs.activations import InputRounding
 from bitassay.quantization.inputs.kv_cache import round_cache
 from bitassay.quantization.recipe.calibration import Calibration, check_calibration
 from bitassay.quantization.recipe.recipe import Recipe
-from bitassay.quantization.recipe.replication import Steps, is_replica
+from bitassay.quantization.recipe.replication import Steps
 from bitassay.quantization.runtime.experts import put_experts
 from bitassay.quantization.runtime.linear import QuantizedLinear, RoundedInputLinear
-from bitassay.quantization.runtime.replicas import add_passes
+from bitassay.quantization.runtime.replicas import add_passes, is_replica
 from bitassay.quantization.transforms.folding import INPUT_SCALES, divide_inputs
 from bitassay.quantization.transforms.rotation import add_online
 

@@ -3,6 +3,7 @@ codes, fake, packed or reloaded.
 """
 
 import copy
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -12,9 +13,30 @@ from transformers import PreTrainedModel
 from bitassay.errors import BitassayError
 from bitassay.models.walk import decoder_layers, module_name
 from bitassay.quantization.codes.tensor import QuantizedTensor
-from bitassay.quantization.recipe.replication import REPLICAS, ReplicationPlan, Steps
+from bitassay.quantization.recipe.replication import ReplicationPlan, Steps
 from bitassay.quantization.runtime.linear import QuantizedLinear, RoundedInputLinear
 from bitassay.quantization.runtime.passes import Passes, Usage, hands_on
+
+# The name of a layer's copies among its modules: `model.layers.3.replicas.0.mlp.down_proj` is of the second.
+REPLICAS = "replicas"
+
+
+def is_replica(name: str) -> bool:
+    """Whether a module or parameter belongs to a copy of a layer."""
+    return f".{REPLICAS}." in name
+
+
+def replica_names(model: PreTrainedModel, layer: int, name: str, count: int) -> list[str]:
+    """What a layer's matrix is called in each of its `count` - 1 copies; nothing for one of another layer."""
+    prefix = f"{module_name(model, decoder_layers(model))}.{layer}."
+    if not name.startswith(prefix):
+        return []
+    return [f"{prefix}{REPLICAS}.{copy}.{name.removeprefix(prefix)}" for copy in range(count - 1)]
+
+
+def original(name: str) -> str:
+    """The module or parameter that this one is a copy of; itself, where it is none."""
+    return re.sub(rf"\.{REPLICAS}\.\d+\.", ".", name)
 
 
 def add_passes(

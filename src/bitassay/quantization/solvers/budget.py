@@ -19,10 +19,12 @@ from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError
 from bitassay.models.walk import matrices
-from bitassay.quantization.codes.tensor import QuantizedTensor, quantize_tensor
+from bitassay.quantization.codes.quantize import quantize_tensor
+from bitassay.quantization.codes.tensor import QuantizedTensor
 from bitassay.quantization.recipe.recipe import Recipe
+from bitassay.quantization.recipe.solvers import Mixed
 from bitassay.quantization.recipe.weights import WeightScheme
-from bitassay.quantization.solvers.mixed import Mixed, allocate
+from bitassay.quantization.solvers.mixed import allocate
 from bitassay.quantization.solvers.sensitivity import divergences, places, predicted_divergences
 from bitassay.record.progress import Progress, silent
 from bitassay.record.run import RunFolder

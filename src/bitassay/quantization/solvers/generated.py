@@ -17,7 +17,8 @@ from transformers import DynamicCache, PreTrainedModel
 from bitassay.models.cache import behind, takes_cache
 from bitassay.models.positions import frequencies
 from bitassay.models.walk import decoder_of
-from bitassay.quantization.solvers.tune import Tune, head_weight, last_states
+from bitassay.quantization.recipe.solvers import Tune
+from bitassay.quantization.solvers.tune import head_weight, last_states
 from bitassay.record.progress import Progress
 from bitassay.record.run import RunFolder
 

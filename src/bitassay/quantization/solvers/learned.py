@@ -17,25 +17,12 @@ from collections.abc import Mapping
 
 import torch
 from jaxtyping import Float
-from pydantic import Field
 from torch import Tensor, nn
 
-from bitassay.quantization.recipe.weights import Part
+from bitassay.quantization.recipe.solvers import Learned
 from bitassay.quantization.solvers.latent import LatentWeight, latent_linears
 from bitassay.quantization.solvers.layerwise import Arguments, Hidden
 from bitassay.quantization.solvers.schedule import learning_rate, sample_order
-
-
-class Learned(Part):
-    """steps of `batch` calibration samples for each layer. Learning rates: `codes` in steps of the grid,
-    `scales` relative to their first value; zero leaves that kind as it is."""
-
-    steps: int = Field(default=50, ge=1)
-    batch: int = Field(default=4, ge=1)
-    codes: float = Field(default=1e-2, ge=0)
-    scales: float = Field(default=5e-3, ge=0)
-    warmup: float = Field(default=0.1, ge=0, le=1)
-    seed: int = 0
 
 
 def relative_error(output: Hidden, target: Hidden) -> Float[Tensor, ""]:

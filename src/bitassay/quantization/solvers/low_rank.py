@@ -26,31 +26,16 @@ with the rounding: LQ-LoRA (2311.12023, section 3.1), LoftQ (2310.08659).
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import Field
 from torch import Tensor
 
 from bitassay.errors import BitassayError
 from bitassay.quantization.codes.tensor import LowRank, QuantizedTensor
-from bitassay.quantization.recipe.weights import Part
+from bitassay.quantization.recipe.solvers import LowRankSpec
 
 DAMPING = 0.01
-
-
-class LowRankSpec(Part):
-    """The rank of every matrix's correction, the dtype of its factors, and how often the weights are rounded
-    again without what the factors hold (`rounds`: 1 rounds once)."""
-
-    rank: int = Field(ge=0, le=65536)
-    dtype: Literal["float16", "bfloat16"] = "float16"
-    rounds: int = Field(default=1, ge=1, le=100)
-
-    def bits(self, out: int, columns: int) -> int:
-        """What the factors of such a matrix store."""
-        return 16 * self.rank * (out + columns)
 
 
 def correction(

@@ -11,44 +11,12 @@ an assumption, the one that HAWQ-V2 (1911.03852), and most work since, makes.
 Left out: choices below one matrix (groups of channels), and the order in which matrices spoil each other.
 """
 
-from typing import Any, Literal
-
 import numpy as np
 from jaxtyping import Float, Int
-from pydantic import Field, model_validator
 
 from bitassay.errors import BitassayError
-from bitassay.quantization.recipe.weights import Part, WeightScheme
 
 TOLERANCE = 1e-5  # of the budget: more than HiGHS may overdraw it by
-
-
-class Mixed(Part):
-    """bits: the average of stored bits a weight, at most. formats: what a matrix may have, each a format's
-    name or some fields of a scheme; the recipe's `weights` has the rest. sensitivity: what is added up, the
-    measured divergence (`kl`) or the one that output errors predict (`error`). samples: how many windows of
-    the calibration text it is measured on."""
-
-    bits: float = Field(gt=0, le=16)
-    formats: tuple[str | dict[str, Any], ...] = Field(default=("int2", "int3", "int4"), min_length=2)
-    sensitivity: Literal["kl", "error"] = "error"
-    samples: int = Field(default=8, ge=1)
-
-    @model_validator(mode="after")
-    def _different(self) -> "Mixed":
-        if any(one == other for place, one in enumerate(self.formats) for other in self.formats[:place]):
-            raise ValueError("formats lists the same choice twice")
-        return self
-
-    def choices(self, weights: WeightScheme) -> list[WeightScheme]:
-        """The schemes to choose from. Raises ValueError where one makes no sense."""
-        usual = WeightScheme.model_validate({"format": weights.format})
-        rest = weights.model_dump()
-        for key in ("scale", "scale_dtype"):  # each format has its own defaults
-            if rest[key] == getattr(usual, key):
-                del rest[key]
-        given = [{"format": choice} if isinstance(choice, str) else choice for choice in self.formats]
-        return [WeightScheme.model_validate(rest | fields) for fields in given]
 
 
 def allocate(

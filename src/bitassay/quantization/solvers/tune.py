@@ -27,7 +27,6 @@ from functools import partial
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -36,7 +35,7 @@ from bitassay.errors import BitassayError
 from bitassay.models.config import text_config
 from bitassay.models.hooks import forwarded
 from bitassay.models.walk import decoder_layers, decoder_of
-from bitassay.quantization.recipe.weights import Part
+from bitassay.quantization.recipe.solvers import Tune
 from bitassay.quantization.solvers.latent import LatentWeight
 from bitassay.quantization.solvers.layerwise import BATCH_SAMPLES
 from bitassay.quantization.solvers.schedule import learning_rate, sample_order
@@ -51,21 +50,6 @@ BYTES_A_WEIGHT = 4 * 4 + 4 + 12
 BYTES_IN_A_PASS = 4 + 2 + 2  # of the layer that is being computed: value, bf16 and position
 BYTES_A_FEATURE = 2.6  # and, for each input and output of each of its linears and token: SmolLM2's
 CHUNK_TOKENS = 512  # logits that are held at once
-
-
-class Tune(Part):
-    """steps of `batch` samples each: of the calibration samples and as many more that the base model writes
-    as `generated` says. Learning rates: `codes` in steps of the grid, `scales` relative to their first value,
-    `norms` absolute; zero leaves that kind as it is."""
-
-    steps: int = Field(default=128, ge=1)
-    batch: int = Field(default=4, ge=1)
-    generated: int = Field(default=0, ge=0)
-    codes: float = Field(default=2e-3, ge=0)
-    scales: float = Field(default=1e-3, ge=0)
-    norms: float = Field(default=1e-4, ge=0)
-    warmup: float = Field(default=0.05, ge=0, le=1)
-    seed: int = 0
 
 
 def memory_of(

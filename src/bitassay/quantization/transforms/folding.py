@@ -19,7 +19,7 @@ LayerNorms, and the down projection behind an online rotation. Scales at run tim
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -29,10 +29,10 @@ from transformers import PreTrainedModel
 from bitassay.errors import BitassayError
 from bitassay.models.hooks import hooked
 from bitassay.models.walk import decoder_layers, module_name, walk
+from bitassay.quantization.recipe.transforms import Place
 from bitassay.quantization.transforms.residual_stream import Norm, Weight, find_norm
 from bitassay.quantization.transforms.rotation import probe
 
-Place = Literal["norms", "values", "up", "inputs"]
 # Modules of an attention that see no values, or that multiply its output by column.
 BESIDE_VALUES = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "gate_proj", "g_proj")
 INPUT_SCALES = "input_scales"  # of a linear: the name of the parameter

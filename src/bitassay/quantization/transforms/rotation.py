@@ -33,11 +33,10 @@ rotations (SpinQuant's Cayley descent).
 import random
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -52,7 +51,7 @@ from bitassay.quantization.codes.hadamard import (
     random_hadamard,
     random_orthogonal,
 )
-from bitassay.quantization.recipe.weights import Part
+from bitassay.quantization.recipe.transforms import Rotation
 from bitassay.quantization.transforms.procrustes import refine
 from bitassay.quantization.transforms.residual_stream import (
     LayerStream,
@@ -64,48 +63,6 @@ from bitassay.quantization.transforms.residual_stream import (
 PROBE_TOKENS = 16
 PROBE_TOLERANCE = 1e-3  # of the logits' length; a wrong rotation is off by about 1
 REFINE_ROWS = 4096
-
-
-class Rotation(Part):
-    """What to rotate, and how. `without_hadamard` says what a size gets that has no Hadamard matrix here:
-    nothing but a refusal, a random orthogonal matrix, or Hadamard blocks along the diagonal. `rounds` is for
-    `refined`."""
-
-    kind: Literal["hadamard", "random-hadamard", "orthogonal", "refined"] = "random-hadamard"
-    r1: Literal["folded", "online"] | None = "folded"
-    r2: bool = True
-    r4: bool = False
-    layers: Literal["all", "none"] | tuple[int, ...] = "all"
-    seed: int = 0
-    without_hadamard: Literal["refuse", "orthogonal", "blocks"] = "refuse"
-    rounds: int = Field(default=20, ge=1, le=1000)
-
-    @model_validator(mode="after")
-    def _makes_sense(self) -> "Rotation":
-        if self.r1 is None and not self.r2 and not self.r4:
-            raise ValueError("nothing to rotate: r1, r2 and r4 are all off")
-        if self.r1 == "folded" and not isinstance(self.layers, str):
-            raise ValueError(
-                "folded r1 turns the residual stream of all layers: for chosen ones, r1: online or r1: null"
-            )
-        if self.kind == "refined" and self.r1 != "folded":
-            raise ValueError(
-                "refined is for r1: folded; what is applied at run time must follow from the seed"
-            )
-        return self
-
-    @property
-    def online(self) -> bool:
-        """Whether the model needs products at run time, which no other engine knows of."""
-        return self.layers != "none" and (self.r1 == "online" or self.r4)
-
-    def chosen(self, count: int) -> list[int]:
-        """The layers of a model that has `count`. Raises BitassayError for one that it does not have."""
-        if isinstance(self.layers, str):
-            return list(range(count)) if self.layers == "all" else []
-        if wrong := [index for index in self.layers if not 0 <= index < count]:
-            raise BitassayError(f"rotation: there is no layer {wrong[0]}", f"layers from 0 to {count - 1}")
-        return sorted(set(self.layers))
 
 
 @torch.no_grad()

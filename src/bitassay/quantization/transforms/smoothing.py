@@ -17,54 +17,26 @@ the recipe's scheme, whatever it is. Columns that are always zero, in X or in W,
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
-from pydantic import Field, model_validator
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError
-from bitassay.quantization.codes.tensor import quantize_tensor
+from bitassay.quantization.codes.quantize import quantize_tensor
 from bitassay.quantization.inputs.ranges import Ranges
 from bitassay.quantization.recipe.granularity import Granularity
-from bitassay.quantization.recipe.weights import Part, WeightScheme
-from bitassay.quantization.transforms.folding import Fold, Place, find_folds, fold
+from bitassay.quantization.recipe.transforms import Smoothing
+from bitassay.quantization.recipe.weights import WeightScheme
+from bitassay.quantization.transforms.folding import Fold, find_folds, fold
 from bitassay.quantization.transforms.residual_stream import Weight
 from bitassay.quantization.transforms.rotation import PROBE_TOLERANCE, probe
 from bitassay.record.progress import Progress, silent
 
 CLIP_SHARES = tuple(1 - 0.05 * step for step in range(11))
 UNCLIPPED = ("q_proj", "k_proj")
-
-
-class Smoothing(Part):
-    """How scales are chosen, and where they are folded. alpha is smoothquant's, exponents and clip are
-    awq's."""
-
-    method: Literal["smoothquant", "awq"]
-    places: tuple[Place, ...] = ("norms", "values", "up")
-    alpha: float = Field(default=0.5, ge=0, le=1)
-    exponents: int = Field(default=20, ge=1, le=100)
-    clip: bool = False
-
-    @model_validator(mode="after")
-    def _makes_sense(self) -> "Smoothing":
-        foreign = {"smoothquant": ("exponents", "clip"), "awq": ("alpha",)}[self.method]
-        for name in foreign:
-            if getattr(self, name) != Smoothing.model_fields[name].default:
-                raise ValueError(f"{name} has no effect on method: {self.method}")
-        if not self.places:
-            raise ValueError("places is empty: there is nowhere to fold a scale")
-        if self.at_run_time and len(self.places) > 1:
-            raise ValueError("places: inputs gives every linear scales of its own, so it stands alone")
-        return self
-
-    @property
-    def at_run_time(self) -> bool:
-        """Whether inputs are divided as they are read, which other tools would leave out."""
-        return "inputs" in self.places
 
 
 class Smoothed(NamedTuple):

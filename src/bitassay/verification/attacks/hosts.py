@@ -14,7 +14,7 @@ are in `forgeries.py`.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -26,10 +26,13 @@ from bitassay.engines.sampling import Sampler
 from bitassay.models.hooks import hooked
 from bitassay.models.identity import identity
 from bitassay.models.walk import decoder_layers
+from bitassay.quantization.inputs.kv_cache import KvCache, round_cache
 from bitassay.quantization.pipeline import quantize_once
 from bitassay.quantization.recipe.recipe import Recipe, WeightScheme
+from bitassay.quantization.runtime.model import copy_sharing_parameters
 from bitassay.verification.evidence import own_prefills
 from bitassay.verification.exchange import Handed
+from bitassay.verification.numerics import numerics
 from bitassay.verification.prove import prove_many
 from bitassay.verification.trace import Sampling, Trace
 
@@ -104,7 +107,6 @@ def _answer(
     *,
     prompts: Sequence[TokenIds] | None = None,
     sampler: Sampler | None = None,
-    cache_bits: int | None = None,
 ) -> list[Trace]:
     """Answer with `model`, otherwise as asked; the traces claim the setting's model and sampler."""
     traces = prove_many(
@@ -115,7 +117,6 @@ def _answer(
         claim=identity(setting.model),
         nonces=setting.nonces,
         batch_size=setting.batch_size,
-        cache_bits=cache_bits,
     )
     return [
         _with_header(trace, sampling=Sampling.of(setting.sampler, setting.max_new_tokens)) for trace in traces
@@ -139,10 +140,12 @@ def quantized_weights(setting: Setting, recipe: str | Recipe) -> list[Trace]:
     return _answer(setting, quantize_once(setting.model, recipe))
 
 
-@_attack("kv8", "INT8 keys and values in the cache", 8)
-@_attack("kv4", "INT4 keys and values in the cache", 4)
-def quantized_cache(setting: Setting, bits: int) -> list[Trace]:
-    return _answer(setting, setting.model, cache_bits=bits)
+@_attack("kv8", "INT8 keys and values in the cache", "int8")
+@_attack("kv4", "INT4 keys and values in the cache", "int4")
+def quantized_cache(setting: Setting, format: Literal["int8", "int4"]) -> list[Trace]:
+    model = copy_sharing_parameters(setting.model)
+    round_cache(model, KvCache(format=format, scale_dtype="float32"))
+    return [_with_header(trace, numerics=numerics(setting.model)) for trace in _answer(setting, model)]
 
 
 @_attack("fine-tune-0.01", "a low-rank update of 1 % of the weights' norm", 0.01)

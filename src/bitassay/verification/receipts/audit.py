@@ -23,7 +23,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bitassay.engines.decode import Prefill, prefill
+from bitassay.engines.decode import Prefill
+from bitassay.engines.engine import engine_of
 from bitassay.models.identity import identity
 from bitassay.verification.container import TraceError
 from bitassay.verification.detectors.verillm import FORMAT_OF_DTYPE
@@ -70,7 +71,7 @@ def verify_opening(
     header, name = receipt.header, identity(model).name
     if defects := opening_defects(receipt, one, opening, model, signer):
         return Verdict("FAIL", tuple(defects), name, len(header.output_ids))
-    (own,) = prefill(model, [header.prompt_ids], [header.output_ids], layers=header.layers)
+    (own,) = engine_of(model).prefill([header.prompt_ids], [header.output_ids], layers=header.layers)
     positions = opened_positions(one, header)
     evidence = opened_evidence(opening, header, positions, own, model.dtype)
     trace = Trace(header, {})  # its states were compared

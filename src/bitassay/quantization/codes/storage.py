@@ -29,21 +29,22 @@ from bitassay.quantization.codes.packing import PACKINGS, unpack
 from bitassay.quantization.codes.tensor import LowRank, QuantizedTensor
 from bitassay.quantization.recipe.formats import FORMATS
 from bitassay.quantization.recipe.granularity import Granularity
-from bitassay.quantization.recipe.weights import Part, WeightScheme
+from bitassay.quantization.recipe.spec import Spec
+from bitassay.quantization.recipe.weights import WeightScheme
 
 TERNARY_BYTES = 3**5  # a byte of five ternary codes is smaller
 
 Expected = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
-class Factors(Part):
+class Factors(Spec):
     """Low-rank factors `a [out, rank]` and `b [rank, in]`."""
 
     rank: int = Field(gt=0)
     dtype: Literal["float16", "bfloat16"]
 
 
-class Stored(Part):
+class Stored(Spec):
     """How a matrix is stored, apart from its shape. inputs: where the format says how what meets the matrix
     is rounded, whether each token has its own scale, or one scale and perhaps a zero point lie beside the
     codes."""

@@ -16,14 +16,15 @@ from transformers import AutoModelForCausalLM
 
 from bitassay.engines.load import load
 from bitassay.errors import BitassayError, MissingError
-from bitassay.quantization.codes.tensor import LowRank, QuantizedTensor, quantize_tensor
-from bitassay.quantization.export import layout
+from bitassay.quantization.codes import storage
+from bitassay.quantization.codes.quantize import quantize_tensor
+from bitassay.quantization.codes.tensor import LowRank, QuantizedTensor
 from bitassay.quantization.export.card import CARD_FILE, hashed_files, read_card
 from bitassay.quantization.export.plan import plan_export
 from bitassay.quantization.export.save import save
 from bitassay.quantization.pipeline import quantize
 from bitassay.quantization.recipe.formats import FORMATS
-from bitassay.quantization.recipe.recipe import Recipe, WeightScheme
+from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.runtime.model import Quantization, bits_per_weight, size_bytes, with_tensors
 from bitassay.record.hashing import digest_file
 from bitassay.testing.tiny import tiny_model
@@ -160,11 +161,11 @@ def test_what_is_expected_is_what_is_stored(format, granularity, symmetric):
     second = quantize_tensor(weight - tensor.dequantize(), scheme)
     factors = LowRank(torch.randn(24, 3).bfloat16(), torch.randn(3, 100).bfloat16())
     for found in (tensor, replace(tensor, residual=second, low_rank=factors)):
-        stored, parts = layout.description(found), layout.stored_tensors(found)
-        expected = layout.expected_tensors(stored, (24, 100))
+        stored, parts = storage.description(found), storage.stored_tensors(found)
+        expected = storage.expected_tensors(stored, (24, 100))
         assert {key: (part.dtype, tuple(part.shape)) for key, part in parts.items()} == expected
-        assert layout.planned_bits(stored, (24, 100)) == found.stored_bits
-        assert same(layout.read_tensor(parts, stored, (24, 100)), found)
+        assert storage.planned_bits(stored, (24, 100)) == found.stored_bits
+        assert same(storage.read_tensor(parts, stored, (24, 100)), found)
 
 
 def test_everything_beside_the_codes_comes_back(tiny, saved):

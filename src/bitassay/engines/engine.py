@@ -1,0 +1,116 @@
+"""What a model can be asked, whoever runs it: the protocol `Engine`, and the engines by name.
+
+`ENGINES` has the engines of this package and those that installed packages add by entry points of the group
+`bitassay.engines`. Generation, proofs, verification and evaluation ask `engine_of(model)`.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+import transformers
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from bitassay.engines import decode
+from bitassay.engines.decode import Generation, Prefill, TokenIds
+from bitassay.engines.prompts import encode_prompt
+from bitassay.engines.sampling import GREEDY, Sampler
+from bitassay.models.options import attention_of
+from bitassay.registry import Registry
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """A model that a program runs. Prompts and outputs are token ids; `encode` makes them of text."""
+
+    def __init__(self, model: Any) -> None: ...
+
+    def encode(self, prompt: str | TokenIds) -> tuple[int, ...]:
+        """Return the token ids of a prompt: text as one user message in the chat template."""
+        ...
+
+    def generate(
+        self,
+        prompts: Sequence[TokenIds],
+        *,
+        max_new_tokens: int,
+        sampler: Sampler = GREEDY,
+        nonces: Sequence[str] | None = None,
+        layers: Sequence[int] = (),
+    ) -> list[Generation]:
+        """Continue each prompt; the states after `layers` (counted from 1) come along."""
+        ...
+
+    def prefill(
+        self, prompts: Sequence[TokenIds], outputs: Sequence[TokenIds], *, layers: Sequence[int] = ()
+    ) -> list[Prefill]:
+        """Read each prompt with its output: states after `layers`, and the logits behind each token."""
+        ...
+
+    def logprobs(
+        self, prompts: Sequence[TokenIds], outputs: Sequence[TokenIds]
+    ) -> list[Float[Tensor, " outputs"]]:
+        """Return the log-probability, in nats, of each token of the outputs."""
+        ...
+
+    def numerics(self) -> dict[str, Any]:
+        """Describe what decides the last bits of a forward besides the weights: dtypes of weights and cache,
+        attention, device, threads, versions."""
+        ...
+
+
+def token_logprobs(
+    logits: Float[Tensor, "outputs vocabulary"], output: TokenIds
+) -> Float[Tensor, " outputs"]:
+    """Return the log-probability of each token by the logits that would choose it, in float64."""
+    tokens = torch.tensor(output, device=logits.device)
+    return logits.double().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+
+
+class TransformersEngine:
+    """A model of transformers, run by this package (`decode.py`)."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def encode(self, prompt: str | TokenIds) -> tuple[int, ...]:
+        return encode_prompt(self.model, prompt)
+
+    def generate(self, prompts: Sequence[TokenIds], **options: Any) -> list[Generation]:
+        return decode.generate(self.model, prompts, **options)
+
+    def prefill(
+        self, prompts: Sequence[TokenIds], outputs: Sequence[TokenIds], *, layers: Sequence[int] = ()
+    ) -> list[Prefill]:
+        return decode.prefill(self.model, prompts, outputs, layers=layers)
+
+    def logprobs(
+        self, prompts: Sequence[TokenIds], outputs: Sequence[TokenIds]
+    ) -> list[Float[Tensor, " outputs"]]:
+        return [
+            token_logprobs(read.logits, output)
+            for read, output in zip(self.prefill(prompts, outputs), outputs, strict=True)
+        ]
+
+    def numerics(self) -> dict[str, Any]:
+        dtype, cache = str(self.model.dtype).removeprefix("torch."), getattr(self.model, "kv_cache", None)
+        return {
+            "dtype": dtype,
+            "kv_dtype": dtype if cache is None else cache.label,
+            "attention": attention_of(self.model),
+            "device": self.model.device.type,
+            "threads": torch.get_num_threads(),
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "torch": str(torch.__version__),
+            "transformers": transformers.__version__,
+        }
+
+
+ENGINES: Registry[type[Engine]] = Registry("engines", {"transformers": TransformersEngine})
+
+
+def engine_of(model: PreTrainedModel) -> Engine:
+    """Return the engine that runs a loaded model."""
+    return ENGINES["transformers"](model)

@@ -1,0 +1,147 @@
+"""Specs of what is rounded beside weights: the inputs of linears, and the KV cache. The algorithms are
+`inputs/`."""
+
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_serializer, model_validator
+
+from bitassay.errors import suggestion
+from bitassay.quantization.recipe.formats import FORMATS, INPUT_FORMATS, NumberFormat
+from bitassay.quantization.recipe.granularity import Granularity
+from bitassay.quantization.recipe.spec import Spec
+from bitassay.quantization.recipe.weights import WeightScheme
+
+
+class OutlierColumns(Spec):
+    """Which columns stay in 16 bits: exactly one of the two rules."""
+
+    sigma: float | None = Field(default=None, gt=0)
+    percentile: float | None = Field(default=None, gt=0, lt=100)
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> "OutlierColumns":
+        if (self.sigma is None) == (self.percentile is None):
+            raise ValueError("give sigma or percentile, such as {sigma: 6}")
+        return self
+
+
+class InputScheme(Spec):
+    """How the input of one linear is rounded."""
+
+    format: str = "int8"
+    symmetric: bool = True
+    scale: Literal["dynamic", "absmax", "percentile", "moving_average", "kl", "learned"] = "dynamic"
+    percentile: float = Field(default=99.9, ge=50, le=100)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    outliers: OutlierColumns | None = None
+    scale_factor: float = Field(default=1.0, ge=0.1, le=4)
+
+    @property
+    def needs_calibration(self) -> bool:
+        return self.scale != "dynamic" or self.outliers is not None
+
+    @field_validator("format")
+    @classmethod
+    def _known_format(cls, name: str) -> str:
+        if name not in INPUT_FORMATS:
+            raise ValueError(f"unknown input format {name!r}; {suggestion(name, INPUT_FORMATS, short=30)}")
+        return name
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> "InputScheme":
+        fmt = INPUT_FORMATS[self.format]
+        if not self.symmetric and fmt.kind == "float":
+            raise ValueError(f"{self.format} codes are symmetric around zero: a zero point cannot shift them")
+        if not self.symmetric and self.scale in ("kl", "learned"):
+            raise ValueError(f"scale: {self.scale} finds one threshold for both signs: use symmetric: true")
+        if self.scale == "kl" and (fmt.kind == "float" or fmt.bits > 8):
+            raise ValueError(f"scale: kl compares histograms of at most 256 equal steps, not {self.format}")
+        for name, rule in (("percentile", "percentile"), ("momentum", "moving_average")):
+            if self.scale != rule and getattr(self, name) != InputScheme.model_fields[name].default:
+                raise ValueError(f"{name} has no effect on scale: {self.scale}")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_idle_factor(self, dump: Any) -> dict[str, Any]:
+        """As a scheme of weights leaves out idle options: recipes keep their ids."""
+        return {key: value for key, value in dump(self).items() if key != "scale_factor" or value != 1}
+
+
+class InputOverride(Spec):
+    """Another scheme, or none, for the inputs of the linears whose full name matches the glob `match`."""
+
+    match: str
+    inputs: InputScheme | None
+
+
+class Activations(InputScheme):
+    """A recipe's `activations`: the scheme of every linear in the decoder layers, but for the overrides, of
+    which the first that matches wins."""
+
+    overrides: tuple[InputOverride, ...] = ()
+
+    def override_for(self, module: str) -> InputOverride | None:
+        """The first override whose pattern matches."""
+        return next((o for o in self.overrides if fnmatchcase(module, o.match)), None)
+
+    def scheme_for(self, module: str) -> InputScheme | None:
+        """The scheme of the linear of that full name; None: its input stays as it is."""
+        override = self.override_for(module)
+        return self if override is None else override.inputs
+
+    @property
+    def any_needs_calibration(self) -> bool:
+        return any(scheme.needs_calibration for scheme in self._schemes)
+
+    @property
+    def has_steps(self) -> bool:
+        """Whether all inputs are rounded to integers, whose grid can be moved by a share of a step."""
+        return all(INPUT_FORMATS[scheme.format].kind == "integer" for scheme in self._schemes)
+
+    @property
+    def _schemes(self) -> list[InputScheme]:
+        return [self, *(o.inputs for o in self.overrides if o.inputs is not None)]
+
+
+def has_product(inputs: InputScheme, weights: WeightScheme) -> bool:
+    """Whether some device multiplies the two: integer inputs and FP8 weights no device does."""
+    return INPUT_FORMATS[inputs.format].kind == "float" or FORMATS[weights.format].kind != "float"
+
+
+class KvCache(Spec):
+    """How keys and values are stored. granularity: `head`, one scale for a head's vector of one token, or
+    groups of it such as `g32`."""
+
+    format: Literal["int8", "int4", "fp8_e4m3", "fp8_e5m2"] = "int8"
+    granularity: str = "head"
+    symmetric: bool = True
+    scale_dtype: Literal["float16", "bfloat16", "float32"] = "bfloat16"
+
+    @field_validator("granularity")
+    @classmethod
+    def _known_granularity(cls, text: str) -> str:
+        if text != "head" and Granularity.parse(text).group_size is None:
+            raise ValueError(f"granularity of a cache: head, or groups such as g32, not {text!r}")
+        return text
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> "KvCache":
+        if not self.symmetric and not self.number_format.has_asymmetric:
+            raise ValueError(f"{self.format} codes are symmetric around zero: a zero point cannot shift them")
+        return self
+
+    @property
+    def number_format(self) -> NumberFormat:
+        return FORMATS[self.format]
+
+    @property
+    def label(self) -> str:
+        """What is stored, such as int4/g32/asymmetric/bfloat16."""
+        symmetry = "symmetric" if self.symmetric else "asymmetric"
+        return f"{self.format}/{self.granularity}/{symmetry}/{self.scale_dtype}"
+
+    @property
+    def groups(self) -> Granularity:
+        """Of vectors as the rows of a matrix."""
+        return Granularity.parse("channel" if self.granularity == "head" else self.granularity)
