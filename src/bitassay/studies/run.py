@@ -1,6 +1,7 @@
 """Run a study of variants: its cells (`cells.py`), done by workers here or on a Ray cluster."""
 
 import os
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,14 @@ from typing import Any
 import psutil
 import torch
 
+from bitassay.bench.models import bench
 from bitassay.models.config import read_config, text_config
 from bitassay.models.identity import Identity
 from bitassay.models.options import as_dtype
 from bitassay.models.source import resolve
 from bitassay.models.weights import stored_bytes
 from bitassay.models.windows import check_folder
+from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.record.jobs import Job, Start, local_workers, ray_workers, run_jobs
 from bitassay.record.progress import Progress, silent
 from bitassay.record.run import RunFolder, default_folder
@@ -85,6 +88,25 @@ def _do_cells(
         tick=lambda done: progress("cells", done, len(cells)),
         progress=progress,
     )
+
+
+def time_variants(
+    plan: VariantPlan, recipes: Sequence[Recipe], out: Path, progress: Progress, **cells: Any
+) -> dict[str, Any]:
+    """Return a `bench` of the base model and these recipes, which take turns. cells: what is timed."""
+    run, _ = bench(
+        plan.model,
+        recipes,
+        controls=False,
+        out=out,
+        dtype=plan.dtype,
+        device=plan.device,
+        progress=progress,
+        trust_remote_code=plan.trust_remote_code,
+        attention=plan.attention,
+        **cells,
+    )
+    return run
 
 
 def workers_and_threads(
