@@ -263,10 +263,10 @@ def _run_variants(
     from bitassay.studies.eight_bit.run import run_eight_bit
     from bitassay.studies.eight_bit.study import STUDIES as EIGHT_BIT
     from bitassay.studies.eight_bit.study import eight_bit_plan
-    from bitassay.studies.replication.run import run_replication
-    from bitassay.studies.replication.study import STUDIES as REPLICATION
     from bitassay.studies.machines import Machine
     from bitassay.studies.parties import DTYPES
+    from bitassay.studies.replication.run import run_replication
+    from bitassay.studies.replication.study import STUDIES as REPLICATION
 
     if len(devices) > 1 or any(Machine(name).options for name in devices):
         raise BitassayError(
