@@ -18,8 +18,7 @@ from transformers import PreTrainedModel
 from bitassay.bench.roofline import wait_for
 from bitassay.bench.rounds import spread
 from bitassay.errors import BitassayError
-from bitassay.models.cache import behind, stored_bytes, takes_cache
-from bitassay.models.head import last_logits
+from bitassay.models.cache import behind, last_logits, stored_bytes, takes_cache
 from bitassay.quantization.inputs.kv_cache import empty_cache
 from bitassay.record.progress import Progress, silent
 

@@ -86,8 +86,8 @@ def eval(
     from bitassay.evaluation.quality import evaluate_all
     from bitassay.evaluation.tasks.run import check_tasks, evaluate_tasks
     from bitassay.models.identity import tokenizer
+    from bitassay.models.positions import check_folder
     from bitassay.models.source import resolve
-    from bitassay.models.windows import check_folder
     from bitassay.quantization.export.fits import check_fit
     from bitassay.quantization.pipeline import quantize_once
     from bitassay.quantization.recipe.recipe import BASE, find_recipe

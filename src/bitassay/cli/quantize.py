@@ -214,8 +214,8 @@ class _Job:
         """Return what is known before any weight is read; refuse what could not be saved. The size of a
         folder is that of its tensors and of the model's other files; the blocks of a GGUF file depend on the
         codes."""
+        from bitassay.models.empty import without_weights
         from bitassay.models.options import as_dtype
-        from bitassay.models.shapes import without_weights
         from bitassay.quantization.export.gguf_file import check_gguf
         from bitassay.quantization.export.plan import plan_export
 

@@ -23,8 +23,7 @@ from bitassay.evaluation import statistics
 from bitassay.evaluation.divergence import TokenScores, token_scores, window_logits
 from bitassay.evaluation.statistics import FEWEST, Estimate, Interval, exp_mean_of, mean_of
 from bitassay.models.config import text_config
-from bitassay.models.positions import check_window, context_length
-from bitassay.models.windows import model_windows
+from bitassay.models.positions import check_window, context_length, model_windows
 from bitassay.quantization.recipe.recipe import BASE
 from bitassay.record.progress import Progress, silent
 

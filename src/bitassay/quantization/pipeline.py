@@ -28,7 +28,7 @@ from bitassay.models.identity import Identity, identity
 from bitassay.models.load import load_checkpoint
 from bitassay.models.options import LoadOptions
 from bitassay.models.source import cache_folder, resolve
-from bitassay.models.walk import matrices, walk
+from bitassay.models.walk import matrices
 from bitassay.quantization.codes.quantize import quantize_tensor
 from bitassay.quantization.codes.tensor import QuantizedTensor
 from bitassay.quantization.inputs.activations import InputRounding
@@ -45,11 +45,8 @@ from bitassay.quantization.runtime.model import (
     with_tensors,
 )
 from bitassay.quantization.solvers.budget import mixed_schemes
-from bitassay.quantization.solvers.generated import lessons
-from bitassay.quantization.solvers.latent import latent_linears
-from bitassay.quantization.solvers.layers import quantize_layers
+from bitassay.quantization.solvers.layers import quantize_calibrated
 from bitassay.quantization.solvers.sensitivity import places
-from bitassay.quantization.solvers.tune import KEEP_STEPS, head_weight, own_norms, tune
 from bitassay.quantization.transforms.rotation import changed_parameters, rotate
 from bitassay.quantization.transforms.smoothing import smooth
 from bitassay.quantization.work import RESULT, code_digest, read_result, write_result
@@ -177,7 +174,7 @@ def _quantized(
         weighed = recipe.calibration is not None and any(one and one.weighs_inputs for one in first.values())
         if recipe.solves or weighed:
             assert tokens is not None
-            tensors = _calibrated(base, draft, first, recipe, tokens, folder, progress)
+            tensors = quantize_calibrated(base, draft, first, recipe, tokens, folder, progress)
         else:
             tensors = _to_nearest(matrices(draft), first, recipe.name, progress)
         solved = Quantization(recipe, tensors, _beside(base, draft, tensors))
@@ -252,38 +249,6 @@ def _schemes_with_copies(
     return found
 
 
-def _calibrated(
-    base: PreTrainedModel,
-    draft: PreTrainedModel,
-    schemes: Mapping[str, WeightScheme | None],
-    recipe: Recipe,
-    tokens: Int[Tensor, "samples tokens"],
-    folder: RunFolder | None,
-    progress: Progress,
-) -> dict[str, QuantizedTensor]:
-    """Layer by layer, then all layers together; `draft` is left with the norms that go with the result."""
-    if recipe.learned is not None or recipe.tune is not None:
-        _check_experts(draft, schemes, progress)
-    solved = quantize_layers(draft, schemes, recipe, tokens, folder, progress)
-    if recipe.tune is None:
-        return {name: found.tensor for name, found in solved.items()}
-    tokens, wanted = lessons(base, tokens, recipe.tune, folder, progress)
-    linears = walk(draft).linears
-    latents = {name: solved.pop(name).latent_weight() for name in list(solved) if name in linears}
-    head = head_weight(base)
-    steps = tune(draft, latents, own_norms(draft), tokens, wanted, head, recipe.tune, folder)
-    what, losses = f"tuning by {recipe.name}", []
-    with latent_linears(draft, latents):
-        for step, loss in steps:
-            progress(what, step, recipe.tune.steps)
-            losses.append(loss)
-            if step % KEEP_STEPS == 0 or step == recipe.tune.steps:
-                progress(f"step {step}: KL {sum(losses) / len(losses):.3f}, the mean of {len(losses)} steps")
-                losses.clear()
-    experts = {name: found.tensor for name, found in solved.items()}
-    return experts | {name: latent.quantized() for name, latent in latents.items()}
-
-
 def _inputs(
     base: PreTrainedModel,
     made: Quantization,
@@ -325,23 +290,6 @@ def _refuse_quantized(model: PreTrainedModel) -> None:
         or (isinstance(known, Identity) and known.recipe_id is not None)
     ):
         raise BitassayError("the model is quantized already", "quantize the base model instead")
-
-
-def _check_experts(
-    model: PreTrainedModel, schemes: Mapping[str, WeightScheme | None], progress: Progress
-) -> None:
-    """Raises BitassayError where learned and tune would have nothing to move."""
-    linears, quantized = walk(model).linears, [name for name, scheme in schemes.items() if scheme is not None]
-    experts = [name for name in quantized if name not in linears]
-    if not experts:
-        return
-    if len(experts) == len(quantized):
-        raise BitassayError(
-            "learned and tune move the weights of linears, and only experts are quantized", "gptq alone"
-        )
-    progress(
-        f"learned and tune move linears; the {len(experts)} matrices of experts stay as they were solved"
-    )
 
 
 def _to_nearest(

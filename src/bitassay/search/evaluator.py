@@ -21,7 +21,7 @@ from bitassay.errors import BitassayError
 from bitassay.evaluation.divergence import TokenScores, token_scores, window_logits
 from bitassay.evaluation.quality import TextDifference, score_windows, summarise, text_difference
 from bitassay.models.options import AUTO
-from bitassay.models.windows import model_windows
+from bitassay.models.positions import model_windows
 from bitassay.quantization.export.plan import plan_export
 from bitassay.quantization.pipeline import quantize_tensors
 from bitassay.quantization.recipe.recipe import BASE, Recipe

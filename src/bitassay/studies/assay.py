@@ -32,9 +32,8 @@ from bitassay.evaluation.divergence import TokenScores
 from bitassay.evaluation.quality import INTERVAL, INTERVALS, score_windows, summarise
 from bitassay.models.identity import identity
 from bitassay.models.options import AUTO, as_dtype
-from bitassay.models.positions import context_length
+from bitassay.models.positions import context_length, model_windows
 from bitassay.models.walk import decoder_layers
-from bitassay.models.windows import model_windows
 from bitassay.quantization.export.fits import check_fit
 from bitassay.quantization.pipeline import quantize_tensors_once
 from bitassay.quantization.recipe.recipe import BASE, Recipe, find_recipe, row_names

@@ -25,7 +25,7 @@ from bitassay.evaluation.divergence import TokenScores, token_scores, window_log
 from bitassay.evaluation.tasks.load import AskedTask, load_tasks
 from bitassay.evaluation.tasks.run import answer
 from bitassay.models.identity import identity
-from bitassay.models.windows import model_windows
+from bitassay.models.positions import model_windows
 from bitassay.quantization.pipeline import quantize_tensors_once
 from bitassay.quantization.runtime.model import Quantization, with_tensors
 from bitassay.record.progress import Progress

@@ -13,9 +13,9 @@ from bitassay.bench.models import bench
 from bitassay.models.config import read_config, text_config
 from bitassay.models.identity import Identity
 from bitassay.models.options import as_dtype
+from bitassay.models.positions import check_folder
 from bitassay.models.source import resolve
 from bitassay.models.weights import stored_bytes
-from bitassay.models.windows import check_folder
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.record.jobs import Job, Start, local_workers, ray_workers, run_jobs
 from bitassay.record.progress import Progress, silent

@@ -14,7 +14,7 @@ from bitassay.data.windows import Protocol
 from bitassay.engines.decode import generate
 from bitassay.engines.load import load
 from bitassay.engines.speculative import speculate
-from bitassay.models.windows import model_windows
+from bitassay.models.positions import model_windows
 from bitassay.quantization.pipeline import quantize_once
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.replication.on_demand import planes_on_demand
