@@ -40,10 +40,10 @@ def test_a_run_a_page_and_a_report_of_it(study, bitassay, tmp_path):
     rows = json.loads(study("task3.1", *WORDS, "--format", "json").out)["rows"]
     assert rows[1]["kl_mean"] > 0
     run = json.loads((tmp_path / "r/run.json").read_text())
-    run["claims"][0]["verdict"] = "<b>yes"
+    run["claims"][0]["unit"] = "miles"
     (tmp_path / "r/run.json").write_text(json.dumps(run))
     refused = bitassay("report", str(tmp_path / "r"), "--out", str(tmp_path / "third.html"))
-    assert (refused.status, "claims.0.verdict" in refused.err) == (2, True)
+    assert (refused.status, "which its column cannot show" in refused.err) == (2, True)
 
 
 @pytest.mark.parametrize(

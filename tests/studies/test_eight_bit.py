@@ -18,7 +18,7 @@ from bitassay.evaluation.statistics import holm, paired_difference
 from bitassay.models.identity import Identity
 from bitassay.models.source import resolve
 from bitassay.record.run import RunFolder
-from bitassay.report.eight_bit import supported
+from bitassay.report.findings import supported
 from bitassay.studies import run as run_module
 from bitassay.studies.cells import CellRunner, in_turn, read_findings
 from bitassay.studies.eight_bit.run import run_eight_bit

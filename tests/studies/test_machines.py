@@ -6,16 +6,14 @@ import sys
 
 import pytest
 
-from bitassay.cli.study import make_plan
 from bitassay.errors import MissingError
-from bitassay.report.attack import write_attack_report
-from bitassay.report.study import write_study_report
+from bitassay.report.pages import write_report
 from bitassay.studies import machines, probe
 from bitassay.studies.attacks.study import VARIANTS, AttackPlan, attack, runnable
 from bitassay.studies.machines import LeftOut, Machine, first_that_runs, other_machines, probe_here
 from bitassay.studies.verillm.experiments import planned, run_experiments
-from bitassay.studies.verillm.work import ExperimentPlan
-from bitassay.verification.profile import runs_needed
+from bitassay.studies.verillm.work import ExperimentPlan, make_plan
+from bitassay.verification.calibration import runs_needed
 
 PACKING = "pack_vnni2 is only supported when avx512 is supported"
 CPU, AVX2 = Machine("cpu"), Machine("cpu+avx2")
@@ -128,7 +126,7 @@ def test_the_rest_of_a_study_goes_on(tmp_path, started, avx512):
     assert {row["prover"] for row in run["rows"]} == {"bf16 on cpu", "bf16 on cpu+avx2+eager"}
     assert run["left_out"] == [{"numerics": "cpu+avx2", "problem": PACKING, "instead": "cpu+avx2+eager"}]
     assert f"cpu+avx2 cannot run here ({PACKING}): cpu+avx2+eager stands in" in said
-    write_study_report([run], tmp_path / "page.html")
+    write_report(run, tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert f"cpu+avx2 cannot run here ({PACKING}): cpu+avx2+eager stands in" in page
 
@@ -161,5 +159,5 @@ def test_an_attack_goes_on_without_what_cannot_run(tmp_path):
     assert set(run["numerics_pooled"]) == {"same"}
     kept = json.loads((folder / "run.json").read_text())["left_out"]
     assert {one["numerics"].partition(":")[0] for one in kept} == {"eager", "isa"}
-    write_attack_report(run, folder / "report.html")
+    write_report(run, folder / "report.html")
     assert "eager: cpu+eager cannot run here (broken): left out" in (folder / "report.html").read_text()

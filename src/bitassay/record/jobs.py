@@ -242,10 +242,10 @@ class _Reply:
 
     def __call__(self, content: Any) -> dict[str, Any]:
         try:
-            if self._work is None:
+            if (work := self._work) is None:
                 module, _, name = self._function.partition(":")
-                self._work = getattr(importlib.import_module(module), name)(*self._arguments)
-            return {"answer": self._work(content)}
+                work = self._work = getattr(importlib.import_module(module), name)(*self._arguments)
+            return {"answer": work(content)}
         except BitassayError as error:
             return {"error": [error.problem, error.remedy, error.exit_status]}
 

@@ -19,7 +19,6 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +33,10 @@ from bitassay.models.identity import identity
 from bitassay.quantization.export.fits import check_fit
 from bitassay.quantization.pipeline import quantize_tensors_once
 from bitassay.quantization.recipe.recipe import BASE, Recipe, find_recipe, row_names
-from bitassay.record.environment import environment
-from bitassay.record.files import check_folder, write_json, write_text
+from bitassay.record.files import check_folder, write_text
 from bitassay.record.progress import Progress, silent
-from bitassay.record.run import RunFolder, default_folder
-from bitassay.record.versions import versions
+from bitassay.record.result import write_run
+from bitassay.record.run import RunFolder, open_run_folder, run_plan
 from bitassay.search.evaluator import TrialEvaluator, limits
 from bitassay.search.objectives import pareto
 from bitassay.search.space import Space, find_space
@@ -52,7 +50,6 @@ from bitassay.search.trials import (
     run_trials,
 )
 
-SCHEMA = 1
 MOST_BEST = 8  # recipes of a front that are judged
 
 
@@ -88,7 +85,15 @@ def search(
     check_fit(model, written, trust_remote_code=trust_remote_code, progress=progress)
     evaluator = plan.evaluator(progress, trust_remote_code)
     plan = replace(plan, at_most=limits(evaluator.base, at_most or {}))
-    folder = _open_folder(plan, evaluator, out)
+    who = identity(evaluator.base)
+    work = {
+        **plan.to_dict(),
+        "weights_digest": who.weights_digest,
+        "config_digest": who.config_digest,
+        "corpus_source": evaluator.corpus_source,
+    }
+    described = run_plan("search", work, ("optuna", "torch", "transformers"))
+    folder = open_run_folder(f"search-{plan.space.name}", described, out)
     progress(f"run {folder.run_id} in {folder.path}")
     with _alone(folder.path):
         study = open_study(plan, folder.path)
@@ -108,22 +113,7 @@ def search(
         if failed := _failed(study):
             progress(f"trials that failed by a bug: {failed}; {folder.path / 'failed'} has the tracebacks")
         run = _result(plan, study, evaluator, written, folder, progress)
-    write_json(folder.path / "run.json", run)
     return run, folder.path
-
-
-def _open_folder(plan: SearchPlan, evaluator: TrialEvaluator, out: Path | None) -> RunFolder:
-    who = identity(evaluator.base)
-    content = {
-        "kind": "search",
-        "schema": SCHEMA,
-        **plan.to_dict(),
-        "weights_digest": who.weights_digest,
-        "config_digest": who.config_digest,
-        "corpus_source": evaluator.corpus_source,
-        "versions": versions("optuna", "torch", "transformers"),
-    }
-    return RunFolder(out or default_folder(f"search-{plan.space.name}", content), content)
 
 
 @contextmanager
@@ -166,24 +156,20 @@ def _result(
             other: asdict(one) for other, one in zip(recipes, found, strict=True) if other in hand
         }
     who = identity(evaluator.base)
-    return {
-        "schema": SCHEMA,
-        "kind": "search",
-        "run_id": folder.run_id,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "model": {"name": who.name, "weights_digest": who.weights_digest},
-        "settings": plan.to_dict(),
-        "interval": f"{INTERVAL}; over the windows held out",
-        "intervals": {"rows": INTERVALS, "against": PAIR_INTERVALS},
-        "rows": [
+    return write_run(
+        folder,
+        model={"name": who.name, "weights_digest": who.weights_digest},
+        settings=plan.to_dict(),
+        interval=f"{INTERVAL}; over the windows held out",
+        intervals={"rows": INTERVALS, "against": PAIR_INTERVALS},
+        rows=[
             {"chosen": name not in (BASE, *hand)} | _finite(row)
             for name, row in zip((BASE, *recipes), rows, strict=True)
         ],
-        "best": [recipe.name for recipe in best],
-        "trials": [_described(trial) for trial in trials],
-        "importance": _importance(plan, study),
-        "environment": environment(),
-    }
+        best=[recipe.name for recipe in best],
+        trials=[_described(trial) for trial in trials],
+        importance=_importance(plan, study),
+    )
 
 
 def best_trials(plan: SearchPlan, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:

@@ -197,7 +197,7 @@ def run_trials(
             if isinstance(prepared, Outcome):
                 tell(name, prepared)
             else:
-                yield Job(name, start, [prepared.content(), *_standard(plan, ended)])
+                yield Job(name, start, [prepared.to_yaml_dict(), *_standard(plan, ended)])
 
     def tell(name: str, outcome: Outcome) -> None:
         trial = running.pop(name)

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from bitassay.models.weights import stored_bytes
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.record.jobs import Job, Start, local_workers, ray_workers, run_jobs
 from bitassay.record.progress import Progress, silent
-from bitassay.record.run import RunFolder, default_folder
+from bitassay.record.run import RunFolder, open_run_folder
 from bitassay.studies.cells import Cell, cells_of, is_done
 from bitassay.studies.variants import VariantPlan
 
@@ -41,25 +40,17 @@ def do_study(
     source = resolve(plan.model, progress)
     if plan.protocol is not None:
         check_folder(source.folder, plan.protocol, trust_remote_code=plan.trust_remote_code)
-    described = plan.described(kind, Identity(source).weights_digest)
+    digest = Identity(source).weights_digest
     name = f"{plan.study}-{Path(source.name).name}"
-    folder = RunFolder(out or default_folder(name, described), described)
+    folder = open_run_folder(name, plan.described(kind, digest), out)
     progress(f"run {folder.run_id} in {folder.path}")
     todo = [cell for cell in cells_of(plan) if not is_done(folder, plan, cell)]
     if todo:
         _do_cells(folder, plan, todo, source.folder, jobs, ray, progress)
     return folder, {
-        "schema": described["schema"],
-        "kind": kind,
         "study": plan.study,
         "about": about,
-        "run_id": folder.run_id,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "model": {
-            "name": source.name,
-            "origin": source.origin,
-            "weights_digest": described["weights_digest"],
-        },
+        "model": {"name": source.name, "origin": source.origin, "weights_digest": digest},
         "settings": plan.settings,
     }
 

@@ -17,9 +17,8 @@ from bitassay.evaluation.tasks.mmlu import DIRECT, mmlu_subjects
 from bitassay.models.options import AUTO, as_dtype
 from bitassay.quantization.recipe.recipe import BASE, Recipe
 from bitassay.quantization.recipe.replication import Chosen
+from bitassay.record.run import run_plan
 from bitassay.record.versions import versions
-
-SCHEMA = 1
 
 Kind = Literal["fake", "real"]
 
@@ -120,19 +119,19 @@ class VariantPlan:
     def described(self, kind: str, digest: str) -> dict[str, Any]:
         """Return what a run folder belongs to; `digest` is that of the model's weights. Raises BitassayError
         where the questions are not on this machine."""
-        return {
-            "kind": kind,
-            "schema": SCHEMA,
-            "plan": self.to_dict(),
-            "weights_digest": digest,
-            "questions": self.source_of_questions(),
-            "versions": self.versions(),
-        }
+        questions = self.source_of_questions()
+        work = {"plan": self.to_dict(), "weights_digest": digest, "questions": questions}
+        return run_plan(kind, work, self.packages)
+
+    @property
+    def packages(self) -> list[str]:
+        """The packages whose versions a study depends on."""
+        others = ["lm-eval"] * bool(self.questions) + ["torchao"] * any(v.torchao for v in self.variants)
+        return ["torch", "transformers", *others]
 
     def versions(self) -> dict[str, str]:
-        """Return what this machine would make the study with."""
-        others = ["lm-eval"] * bool(self.questions) + ["torchao"] * any(v.torchao for v in self.variants)
-        return versions("torch", "transformers", *others)
+        """Return the versions that this machine would make the study with."""
+        return versions(*self.packages)
 
     def source_of_questions(self) -> dict[str, Any] | None:
         """Return which questions of MMLU this machine has, None where none are asked."""

@@ -11,7 +11,6 @@ compared with the base (Holm, within a task and metric). A generated text withou
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -30,12 +29,11 @@ from bitassay.models.identity import identity
 from bitassay.quantization.pipeline import quantize_once
 from bitassay.quantization.recipe.recipe import Recipe, find_recipe
 from bitassay.quantization.runtime.model import check_recipe, quantization_of
-from bitassay.record.files import check_folder, write_json
+from bitassay.record.files import check_folder
 from bitassay.record.progress import Progress, silent
-from bitassay.record.run import RunFolder, default_folder
-from bitassay.record.versions import versions
+from bitassay.record.result import write_run
+from bitassay.record.run import RunFolder, open_run_folder, run_plan
 
-SCHEMA = 1
 SEED = 1234  # lm-eval's own, of the few-shot examples that a task draws
 HARNESS = "lm-eval"
 
@@ -102,15 +100,14 @@ def evaluate_tasks(
     trust_remote_code: bool = False,
     batch_tokens: int | None = None,
     out: Path | None = None,
-    environment: dict[str, Any] | None = None,
     progress: Progress = silent,
 ) -> tuple[dict[str, Any], Path]:
     """Ask every candidate the items of `tasks`; the others are compared with the first.
 
     include: a folder with lm-eval's task YAML of one's own; what Python it names runs only with
-    `trust_remote_code`. `environment` is recorded as it is. Returns the run (the content of run.json: `rows`,
-    by task, metric and model) and its folder; a stopped call goes on where it was. Raises BitassayError for
-    unknown tasks, a limit below 1 or damaged data, MissingError where lm-eval or the data are not here.
+    `trust_remote_code`. Returns the run (the content of run.json: `rows`, by task, metric and model) and its
+    folder; a stopped call goes on where it was. Raises BitassayError for unknown tasks, a limit below 1 or
+    damaged data, MissingError where lm-eval or the data are not here.
     """
     check_tasks(tasks, limit, include, trust_remote_code)
     if out is not None:
@@ -119,15 +116,15 @@ def evaluate_tasks(
     if not names or len(set(names)) < len(names):
         raise BitassayError(f"a model is missing or named twice: {names}", "name each once")
     groups = {task: load_tasks(task, limit, shots, include=include, progress=progress) for task in tasks}
-    plan = {
-        "kind": "tasks",
-        "schema": SCHEMA,
-        "models": {candidate.name: candidate.about for candidate in candidates},
+    models = {candidate.name: candidate.about for candidate in candidates}
+    work = {
+        "models": models,
         "tasks": {task: [question.about() for question in asked] for task, asked in groups.items()},
         "limit": limit,
-        "versions": versions(HARNESS, "torch", "transformers"),
     }
-    folder = RunFolder(out or default_folder(f"tasks-{candidates[0].about['model']}", plan), plan)
+    base = candidates[0].about
+    plan = run_plan("tasks", work, (HARNESS, "torch", "transformers"))
+    folder = open_run_folder(f"tasks-{base['model']}", plan, out)
     progress(f"run {folder.run_id} in {folder.path}")
     answers = {
         candidate.name: _ask(candidate, index, groups, folder, batch_tokens, progress)
@@ -138,24 +135,20 @@ def evaluate_tasks(
         for task, asked in groups.items()
         for row in _rows(task, protocol_id(task, asked, limit), asked, answers)
     ]
-    run = {
-        "schema": SCHEMA,
-        "kind": "tasks",
-        "run_id": folder.run_id,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "models": plan["models"],
-        "versions": plan["versions"],
-        "protocols": {task: _protocol(task, asked, limit) for task, asked in groups.items()},
-        "interval": "95 %: Wilson's of an accuracy, Tango's of a paired difference, Student's t over items "
+    run = write_run(
+        folder,
+        model={"name": base["model"], "weights_digest": base["weights_digest"]},
+        settings={"limit": limit, "versions": plan["versions"]},
+        models=models,
+        protocols={task: _protocol(task, asked, limit) for task, asked in groups.items()},
+        interval="95 %: Wilson's of an accuracy, Tango's of a paired difference, Student's t over items "
         f"of another mean (logit scale of fractions, log scale of positive values); {NONE}",
-        "intervals": {"value_ci": f"{WILSON} of shares, Student's t of other means", "difference_ci": TANGO},
-        "test": "exact McNemar, two-sided; Holm over the models of a task and metric",
-        "visible_difference": "of accuracies, shown by exact McNemar at 5 % with power 80 %, "
+        intervals={"value_ci": f"{WILSON} of shares, Student's t of other means", "difference_ci": TANGO},
+        test="exact McNemar, two-sided; Holm over the models of a task and metric",
+        visible_difference="of accuracies, shown by exact McNemar at 5 % with power 80 %, "
         "at as many discordant items as were seen (at least 6)",
-        "rows": rows,
-        "environment": environment,
-    }
-    write_json(folder.path / "run.json", run)
+        rows=rows,
+    )
     return run, folder.path
 
 

@@ -17,13 +17,13 @@ from typing import Any
 
 from bitassay.bench.matmul import matmul
 from bitassay.evaluation.quality import INTERVAL, INTERVALS, PAIR_INTERVALS, summarise, text_difference
-from bitassay.evaluation.statistics import ALPHA, TANGO, WILSON, holm, paired_difference
+from bitassay.evaluation.statistics import ALPHA, TANGO, WILSON, holm, paired_difference, wilson_interval
 from bitassay.evaluation.tasks.mmlu import is_letter
 from bitassay.evaluation.tasks.registry import require_lm_eval
 from bitassay.quantization.recipe.granularity import Granularity
 from bitassay.record.environment import environment
-from bitassay.record.files import write_json
 from bitassay.record.progress import Progress, silent
+from bitassay.record.result import write_run
 from bitassay.studies.cells import METHODS, read_findings
 from bitassay.studies.claims import judged, read_claims
 from bitassay.studies.eight_bit.study import FORMATS, GRANULARITIES, find_study
@@ -63,26 +63,26 @@ def run_eight_bit(
         findings.products = folder.part(
             "products", lambda: matmul(repeats=0, seed=plan.seed, device=plan.device, progress=progress)
         )
-    run = {
+    run = write_run(
+        folder,
         **head,
-        "protocols": {
+        protocols={
             "text": plan.protocol.id if plan.protocol else None,
             "questions": question_protocol(plan, asked["whole"]),
             "questions_source": asked["source"],
         },
-        "interval": "95 %, of pairs for all of a family together. Of text: "
+        interval="95 %, of pairs for all of a family together. Of text: "
         f"{INTERVAL.removeprefix('95 %, ')}. Of questions: Wilson's of an accuracy, Tango's of a paired "
         "difference",
-        "intervals": {"rows": INTERVALS | _QUESTIONS, "pairs": PAIR_INTERVALS | _QUESTIONS},
-        "rows": rows_of(findings),
-        "pairs": pairs_of(findings),
-        "claims": judged(findings, CLAIMS.get(plan.study, ())),
-        "uneven_groups": uneven_groups(findings),
-        "speed": findings.speed,
-        "products": findings.products,
-        "environment": environment(plan.device),
-    }
-    write_json(folder.path / "run.json", run)
+        intervals={"rows": INTERVALS | _QUESTIONS, "pairs": PAIR_INTERVALS | _QUESTIONS},
+        rows=rows_of(findings),
+        pairs=pairs_of(findings),
+        claims=judged(findings, CLAIMS.get(plan.study, ())),
+        uneven_groups=uneven_groups(findings),
+        speed=findings.speed,
+        products=findings.products,
+        environment=environment(plan.device),
+    )
     return run, folder.path
 
 
@@ -123,7 +123,7 @@ def _against_base(findings: Findings, method: str) -> dict[str, dict[str, Any]]:
     right = {name: by_method[method] for name, by_method in findings.right.items()}
     base = right[findings.plan.base]
     figures: dict[str, dict[str, Any]] = {
-        name: {"n": len(r), "acc": sum(r) / len(r), "acc_ci": accuracy_interval(sum(r), len(r))}
+        name: {"n": len(r), "acc": sum(r) / len(r), "acc_ci": wilson_interval(sum(r), len(r))}
         for name, r in right.items()
     }
     others = [name for name in right if name != findings.plan.base]

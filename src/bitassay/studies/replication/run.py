@@ -22,8 +22,8 @@ from bitassay.models.source import resolve
 from bitassay.quantization.recipe.recipe import BASE
 from bitassay.quantization.replication.controls import KINDS, REPLICA, Place
 from bitassay.record.environment import environment
-from bitassay.record.files import write_json
 from bitassay.record.progress import Progress, silent
+from bitassay.record.result import write_run
 from bitassay.record.run import RunFolder
 from bitassay.studies.cells import Cell, read_findings
 from bitassay.studies.claims import judged, read_claims
@@ -60,23 +60,23 @@ def run_replication(
     speed = _speed(plan, places, folder, repeats, progress) if plan.speed else {}
     pairs = pairs_of(findings, places, speed)
     assert plan.protocol is not None
-    run = {
+    run = write_run(
+        folder,
         **head,
-        "protocol": plan.protocol.id,
-        "corpus_source": corpus(plan.protocol.corpus).source,
-        "interval": INTERVAL,
-        "intervals": {
+        protocol=plan.protocol.id,
+        corpus_source=corpus(plan.protocol.corpus).source,
+        interval=INTERVAL,
+        intervals={
             "rows": INTERVALS | {"decode_ratio_ci": RATIO},
             "pairs": PAIR_INTERVALS,
             "drafts": {"acceptance_ci": LOGIT, "speed_bound_ci": LOG, "speed_ci": RATIO},
         },
-        "rows": [row_of(findings, place, pairs, speed) for place in places],
-        "pairs": pairs,
-        "drafts": drafts_of(folder, plan),
-        "claims": judged(findings, CLAIMS.get(study, ())),
-        "environment": environment(plan.device),
-    }
-    write_json(folder.path / "run.json", run)
+        rows=[row_of(findings, place, pairs, speed) for place in places],
+        pairs=pairs,
+        drafts=drafts_of(folder, plan),
+        claims=judged(findings, CLAIMS.get(study, ())),
+        environment=environment(plan.device),
+    )
     return run, folder.path
 
 

@@ -20,7 +20,6 @@ the prompt are reported too.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from bitassay.evaluation.statistics import logit_interval, mean_of
 from bitassay.record.environment import environment
 from bitassay.record.files import write_json
 from bitassay.record.progress import Progress, silent
+from bitassay.record.result import new_run
 from bitassay.studies.machines import Machine, Probe, probe_machine
 from bitassay.studies.parties import Party
 from bitassay.studies.verillm.verifier import TraceStatistics
@@ -149,17 +149,15 @@ def run_experiments(
             missing.append({"study": way.experiment.name, "direction": way.label, "missing": lacking})
         else:
             rows.append(report(work, way))
-    return {
-        "schema": SCHEMA,
-        "kind": "experiments",
-        "model": plan.model,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "environment": environment(plan.machines[0].device),
-        "folder": str(work.folder.path),
-        "rows": rows,
-        "missing": missing,
-        "left_out": [asdict(left) for left in plan.left_out],
-    }
+    return new_run(
+        "experiments",
+        model={"name": plan.model},
+        settings={"folder": str(work.folder.path)},
+        environment=environment(plan.machines[0].device),
+        rows=rows,
+        missing=missing,
+        left_out=[asdict(left) for left in plan.left_out],
+    )
 
 
 def planned(

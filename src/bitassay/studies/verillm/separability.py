@@ -9,7 +9,6 @@ is precision alone.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,13 @@ from bitassay.errors import BitassayError, MissingError
 from bitassay.record.environment import environment
 from bitassay.record.files import write_json
 from bitassay.record.progress import Progress, silent
+from bitassay.record.result import new_run
 from bitassay.studies.machines import Probe, probe_machine
 from bitassay.studies.parties import DTYPES
 from bitassay.studies.verillm.experiments import OTHER_DEVICES
-from bitassay.studies.verillm.work import SCHEMA, ExperimentPlan, Work, check_plan
+from bitassay.studies.verillm.work import ExperimentPlan, Work, check_plan
+from bitassay.verification.calibration import runs_needed
 from bitassay.verification.power import auc, tpr_at_fpr
-from bitassay.verification.profile import runs_needed
 
 BATCH = 25  # prompts that a prover answers at a time: nothing is timed
 PRECISIONS = ("fp32", "fp16", "bf16", "w8", "fp8", "w4", "w3", "w2")
@@ -86,20 +86,20 @@ def run_separability(
                     "n": len(found),
                 }
             )
-    run = {
-        "schema": SCHEMA,
-        "kind": "separability",
-        "model": plan.model,
-        "machine": machine.name,
-        "tokens": plan.tokens,
-        "prompt_tokens": plan.prompt_tokens,
-        "trials": plan.trials,
-        "alpha": alpha,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "environment": environment(plan.machines[0].device),
-        "rows": rows,
-        "missing": missing,
-    }
+    run = new_run(
+        "separability",
+        model={"name": plan.model},
+        settings={
+            "machine": machine.name,
+            "tokens": plan.tokens,
+            "prompt_tokens": plan.prompt_tokens,
+            "trials": plan.trials,
+            "alpha": alpha,
+        },
+        environment=environment(machine.device),
+        rows=rows,
+        missing=missing,
+    )
     if rows:
         write_json(out / "raw" / "separability" / f"{work.name}_{machine.label}_summary.json", run)
     return run

@@ -18,25 +18,25 @@ alone, for comparison.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
 
-from bitassay.errors import BitassayError
+from bitassay.errors import BitassayError, suggestion
 from bitassay.record.environment import environment
 from bitassay.record.files import read_yaml, write_json, write_text
 from bitassay.record.progress import Progress, silent
+from bitassay.record.result import new_run
 from bitassay.studies.machines import Probe, probe_machine
 from bitassay.studies.verillm.experiments import Direction, check_names, planned, rules_of
 from bitassay.studies.verillm.verifier import TraceStatistics
-from bitassay.studies.verillm.work import SCHEMA, ExperimentPlan, Work, check_plan
+from bitassay.studies.verillm.work import ExperimentPlan, Work, check_plan
+from bitassay.verification.calibration import runs_needed, threshold
 from bitassay.verification.detectors import verillm
-from bitassay.verification.detectors.verillm import DOCUMENTS, Rules
-from bitassay.verification.power import share, threshold
-from bitassay.verification.profile import runs_needed
+from bitassay.verification.detectors.verillm import DOCUMENTS, RULE_SETS, Rules
+from bitassay.verification.power import share
 
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 FIT_SHARE = 3  # one in so many honest trials fits the cells' thresholds
@@ -80,20 +80,20 @@ def optimise_thresholds(
         file = stem.with_name(f"{stem.name}_thresholds.yaml")
         write_text(file, as_yaml(result))
         rows.append({**result, "file": str(file)})
-    return {
-        "schema": SCHEMA,
-        "kind": "thresholds",
-        "model": plan.model,
-        "tokens": plan.tokens,
-        "trials": plan.trials,
-        "alpha": alpha,
-        "percentile": percentile,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "environment": environment(plan.machines[0].device),
-        "rows": rows,
-        "missing": impossible,
-        "left_out": [asdict(left) for left in plan.left_out],
-    }
+    return new_run(
+        "thresholds",
+        model={"name": plan.model},
+        settings={
+            "tokens": plan.tokens,
+            "trials": plan.trials,
+            "alpha": alpha,
+            "percentile": percentile,
+        },
+        environment=environment(plan.machines[0].device),
+        rows=rows,
+        missing=impossible,
+        left_out=[asdict(left) for left in plan.left_out],
+    )
 
 
 def trials_needed(alpha: float) -> int:
@@ -266,3 +266,18 @@ def read_thresholds(path: Path) -> tuple[Rules, float]:
     if not all(map(math.isfinite, (*numbers.values(), rules.max_Pe, rules.min_Pm, rules.min_Pw, bar))):
         raise BitassayError(f"{path}: a threshold is not finite")
     return rules, bar
+
+
+def find_rules(name: str) -> dict[str, Any]:
+    """Return the fields `rules` and `bar` of a plan: the rule set of this name, or what a YAML file holds.
+
+    Raises BitassayError that names the nearest rule set.
+    """
+    if name in RULE_SETS:
+        return {"rules": RULE_SETS[name]}
+    if Path(name).suffix not in (".yaml", ".yml"):
+        raise BitassayError(
+            f"no rules are called {name!r}; {suggestion(name, RULE_SETS)}",
+            "or give a .yaml file that `bitassay calibrate MODEL --study exp1` wrote",
+        )
+    return dict(zip(("rules", "bar"), read_thresholds(Path(name)), strict=True))

@@ -19,15 +19,11 @@ from bitassay.errors import BitassayError
 from bitassay.record.files import atomic_file
 from bitassay.record.progress import Progress
 from bitassay.studies.parties import ITEMS, load_party, timed
-from bitassay.verification.detectors.verillm import (
-    DOCUMENTS,
-    FORMAT_OF_DTYPE,
-    CellStatistics,
-    cell_statistics,
-)
-from bitassay.verification.distance import distance_floor, relative_distances
-from bitassay.verification.evidence import own_prefills, token_margins
+from bitassay.verification.detectors.distance import cell_distances
+from bitassay.verification.detectors.token_difr import token_margins
+from bitassay.verification.detectors.verillm import CellStatistics, run_statistics
 from bitassay.verification.numerics import numerics
+from bitassay.verification.observe import compare
 from bitassay.verification.structure import Request, request_defects, shape_defects
 from bitassay.verification.trace import Trace, read_trace
 
@@ -86,7 +82,7 @@ def verifier(setup: Any, folder: Path, progress: Progress) -> Callable[[Any], No
                 continue
             trace = read_trace(item.trace)
             request = Request(item.prompt, item.nonce, None, item.tokens)
-            if defects := shape_defects(trace, model) or request_defects(trace, model, request):
+            if defects := shape_defects(trace, model) or request_defects(trace.header, model, request):
                 raise BitassayError(
                     f"{item.trace}: {defects[0].sentence}", "remove the file and run the same command again"
                 )
@@ -107,18 +103,10 @@ def verifier(setup: Any, folder: Path, progress: Progress) -> Callable[[Any], No
 
 
 def statistics_of(trace: Trace, model: PreTrainedModel) -> dict[str, Tensor]:
-    """Return all tensors of `TraceStatistics` by the verifier's own prefill."""
-    [(_, own)] = own_prefills([trace], model)
-    format = FORMAT_OF_DTYPE[str(model.dtype).removeprefix("torch.")]
-    floor = distance_floor(model.dtype)
-    cells, distances = [], []
-    for layer in trace.header.layers:
-        x, y = trace.states[layer].to(model.device), own.states[layer]
-        cells.append(cell_statistics(x, y, DOCUMENTS, format))
-        distances.append(relative_distances(x, y).clamp(min=floor))
-    tensors = {name: torch.stack([getattr(cell, name) for cell in cells]) for name in STATISTICS}
-    tensors |= {"distance": torch.stack(distances), "margins": torch.tensor(token_margins(trace.header, own))}
-    return {name: values.cpu() for name, values in tensors.items()}
+    """Return all tensors of `TraceStatistics`, by the verifier's own prefill."""
+    comparison = compare(trace, model)
+    margins = torch.tensor(token_margins(comparison))
+    return {**vars(run_statistics(comparison)), "distance": cell_distances(comparison), "margins": margins}
 
 
 def read_statistics(path: Path) -> TraceStatistics:

@@ -13,6 +13,7 @@ and the folder can be carried to another computer for the other half.
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer
 
@@ -27,7 +28,16 @@ from bitassay.record.hashing import digest_file, digest_json
 from bitassay.record.jobs import local_workers, run_jobs
 from bitassay.record.progress import Progress
 from bitassay.record.run import RunFolder
-from bitassay.studies.machines import LeftOut, Machine, Probe, left_out, probe_machine
+from bitassay.studies.machines import (
+    LeftOut,
+    Machine,
+    Probe,
+    first_machines,
+    first_that_runs,
+    left_out,
+    other_machines,
+    probe_machine,
+)
 from bitassay.studies.parties import (
     DTYPES,
     PROVER,
@@ -104,6 +114,40 @@ class ExperimentPlan:
             more = tuple(left for left in failed if left.numerics not in known)
             plan = replace(plan, left_out=plan.left_out + more)
         return plan
+
+
+def make_plan(
+    model: str,
+    devices: Sequence[str],
+    *,
+    here: Sequence[str] = (),
+    precision: str | None = None,
+    probe: Probe = probe_machine,
+    **fields: Any,
+) -> ExperimentPlan:
+    """Return a plan on these machines, or on those of this computer that can compute, in `precision` or in
+    the one that suits them. fields: the other fields of the plan. Raises BitassayError for more than two
+    machines."""
+    if len(devices) > 2:
+        raise BitassayError(
+            f"--devices names {len(devices)} machines", "one, or two: the prover's and the other one"
+        )
+    named = [Machine(name) for name in devices]
+    is_gpu_pair = len(named) == 2 and all(machine.device != "cpu" for machine in named)
+    precision = precision or ("fp16" if is_gpu_pair else "bf16")
+    left_out: tuple[LeftOut, ...] = ()
+
+    def chosen(candidates: Sequence[Machine]) -> Machine:
+        """Return the first that runs here; where none does, the first, which the study then leaves out."""
+        nonlocal left_out
+        runs_here, failed = first_that_runs(candidates, DTYPES[precision], probe)
+        left_out += failed
+        return runs_here or candidates[0]
+
+    first = named[0] if named else chosen(first_machines())
+    second = named[1] if len(named) == 2 else chosen(other_machines(first))
+    machines, local = (first, second), tuple(map(Machine, here))
+    return ExperimentPlan(model, machines, precision=precision, here=local, left_out=left_out, **fields)
 
 
 def check_plan(plan: ExperimentPlan, precisions: Sequence[str] = ()) -> None:
