@@ -164,8 +164,8 @@ def test_the_peak_of_what_is_freed_again():
     ):  # a heap may reuse pages it holds
         torch.frombuffer(held, dtype=torch.uint8).fill_(1)
         time.sleep(0.5)  # a busy machine samples seldom
-    assert large.resident - small.resident > 100 * 2**20
-    assert large.device is None
+    assert large.peak_resident_bytes - small.peak_resident_bytes > 100 * 2**20
+    assert large.peak_device_bytes is None
 
 
 class InProcess:

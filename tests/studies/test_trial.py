@@ -5,12 +5,12 @@ import sys
 
 import pytest
 
-from bitassay.cli.study import make_plan
 from bitassay.errors import MissingError
 from bitassay.report.pages import write_report
 from bitassay.studies.attacks.study import VARIANTS, AttackPlan, attack, runnable
 from bitassay.studies.verillm import probe, trial
 from bitassay.studies.verillm.experiments import planned, run_experiments
+from bitassay.studies.verillm.machines import make_plan
 from bitassay.studies.verillm.parties import Machine, other_machines
 from bitassay.studies.verillm.trial import LeftOut, first_that_runs, try_here
 from bitassay.studies.verillm.work import Plan

@@ -5,22 +5,8 @@ from pathlib import Path
 
 from cyclopts import App
 
+from bitassay.cli import options
 from bitassay.cli.checks import check_words
-from bitassay.cli.options import (
-    Candidates,
-    Controls,
-    Count,
-    CountFromZero,
-    Counts,
-    Device,
-    Model,
-    Names,
-    Output,
-    Placed,
-    Recipes,
-    RunOutput,
-    Seed,
-)
 from bitassay.cli.progress import show_progress
 from bitassay.errors import BitassayError
 
@@ -32,19 +18,19 @@ bench = App(
 
 @bench.default
 def models(
-    model: Model,
+    model: options.Model,
     *,
-    recipe: Recipes | None = None,
-    candidate: Candidates | None = None,
-    controls: Controls = True,
-    batches: Counts | None = None,
-    contexts: Counts | None = None,
-    prompt_tokens: Count = 128,
-    new_tokens: Count = 16,
-    repeats: Count = 5,
-    threads: Count | None = None,
-    placed: Placed = Placed(),
-    output: RunOutput = RunOutput(),
+    recipe: options.Recipes | None = None,
+    candidate: options.Candidates | None = None,
+    controls: options.Controls = True,
+    batches: options.Counts | None = None,
+    contexts: options.Counts | None = None,
+    prompt_tokens: options.Count = 128,
+    new_tokens: options.Count = 16,
+    repeats: options.Count = 5,
+    threads: options.Count | None = None,
+    placed: options.Placed = options.Placed(),
+    output: options.RunOutput = options.RunOutput(),
 ) -> int:
     """Time MODEL and packed quantized models in turn: first token, prefill, decode and memory, by batch size
     and by context length. Each speed is also given as a share of the bandwidth or of the matrix peak, which
@@ -92,13 +78,13 @@ def models(
 @bench.command
 def matmul(
     *,
-    shapes: Names | None = None,
-    draws: Count = 4,
-    repeats: CountFromZero = 5,
-    seed: Seed = 0,
-    device: Device = "cpu",
+    shapes: options.Names | None = None,
+    draws: options.Count = 4,
+    repeats: options.CountFromZero = 5,
+    seed: options.Seed = 0,
+    device: options.Device = "cpu",
     out: Path | None = None,
-    output: Output = Output(),
+    output: options.Output = options.Output(),
 ) -> int:
     """Measure the error of INT8 and FP8 products with one scale a row or a tensor, and their speed as a ratio
     to fp32 and bf16 products. The table also shows the errors that the INT8/FP8 report states.

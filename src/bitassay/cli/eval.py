@@ -3,19 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bitassay.cli import options
 from bitassay.cli.checks import check_words
-from bitassay.cli.options import (
-    Compute,
-    Controls,
-    Count,
-    CountFromZero,
-    Model,
-    Names,
-    Recipes,
-    RunOutput,
-    Seed,
-    Window,
-)
 from bitassay.cli.progress import show_progress
 from bitassay.errors import BitassayError
 
@@ -31,21 +20,21 @@ WINDOWS = 16
 
 
 def eval(
-    model: Model,
+    model: options.Model,
     *,
-    recipe: Recipes | None = None,
+    recipe: options.Recipes | None = None,
     against: str | None = None,
-    protocol: Names | None = None,
-    windows: CountFromZero | None = None,
-    window: Window | None = None,
+    protocol: options.Names | None = None,
+    windows: options.CountFromZero | None = None,
+    window: options.Window | None = None,
     tasks: str | None = None,
-    limit: Count | None = None,
-    shots: CountFromZero | None = None,
+    limit: options.Count | None = None,
+    shots: options.CountFromZero | None = None,
     include_path: Path | None = None,
-    controls: Controls = True,
-    seed: Seed = 0,
-    compute: Compute = Compute(),
-    output: RunOutput = RunOutput(),
+    controls: options.Controls = True,
+    seed: options.Seed = 0,
+    compute: options.Compute = options.Compute(),
+    output: options.RunOutput = options.RunOutput(),
 ) -> int:
     """Measure the perplexity of MODEL; with --recipe or --against also the divergence, with paired intervals.
 
@@ -99,7 +88,7 @@ def eval(
         count = WINDOWS if windows is None and not is_id else windows or None
         protocols.append(Protocol.parse(name, window_tokens=window, windows=count))
     with show_progress() as progress:
-        options, trust = compute.options, compute.trust_remote_code
+        loading, trust = compute.options, compute.trust_remote_code
         recipes = [find_recipe(name) for name in recipe or ()]
         names = [name for name in (compute.of(model), against) if name is not None]
         task_names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
@@ -111,7 +100,7 @@ def eval(
             check_fit(name, recipes, trust_remote_code=trust, progress=progress)
             for text in protocols:
                 check_folder(resolve(name, progress).folder, text, trust_remote_code=trust)
-        loaded, *other = [load(name, progress=progress, **options) for name in names]
+        loaded, *other = [load(name, progress=progress, **loading) for name in names]
         if tasks is not None:
             run, folder = evaluate_tasks(
                 _candidates(names, [loaded, *other], recipes, controls, progress),

@@ -185,6 +185,24 @@ class Verifiable(Placed):
 
 
 @group
+class Machines:
+    """Machines and processes of a study."""
+
+    devices: Names | None = None
+    """The machine of same-hardware studies, and the other one: cpu, cuda:0, mps; numerics may follow, as in
+    cpu+avx2+eager+1thread (default: the devices of this computer; a CPU without another device uses other
+    vector instructions as the other hardware)."""
+    precision: Precision | None = None
+    """Precision of the dense model, and of the quantized sides (default: fp16 as in the VeriLLM experiments;
+    bf16 where a machine is a CPU, which computes fp16 many times slower; task3 and replication: bf16)."""
+    jobs: Count | None = None
+    """Processes at a time (default: 1, since more disturb the timings; task3 and replication: one a core, as
+    many as memory holds)."""
+    gpus: Numbers | None = None
+    """GPUs that the processes are distributed over."""
+
+
+@group
 class Sampling:
     """How tokens are chosen."""
 

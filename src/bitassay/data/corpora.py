@@ -170,6 +170,18 @@ def bundled_prompts() -> list[str]:
     return prompts_from(bundled_file("prompts.jsonl.gz")[0])
 
 
+def chosen_prompts(count_or_file: str) -> list[str]:
+    """Return so many bundled prompts, evenly spaced, or the prompts of a file. Raises BitassayError."""
+    if not count_or_file.isdigit():
+        return prompts_from(Path(count_or_file))
+    bundled, count = bundled_prompts(), int(count_or_file)
+    if not 0 < count <= len(bundled):
+        raise BitassayError(
+            f"--prompts {count}: the package has {len(bundled)}", f"1 to {len(bundled)}, or a file of prompts"
+        )
+    return [bundled[index * len(bundled) // count] for index in range(count)]
+
+
 def prompts_from(path: Path) -> list[str]:
     """Return the prompts in a `.jsonl` file (field `prompt`; may be gzipped) or in a text file, one a
     line."""

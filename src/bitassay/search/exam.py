@@ -124,8 +124,8 @@ class Exam:
         """Columns of speed, of packed weights."""
         packed = with_tensors(self._half(), quantization, packed=True)
         prompt = self.windows[0, :PROMPT_TOKENS]
-        found = throughput({"candidate": lambda: packed}, prompt, repeats=REPEATS, progress=self.progress)
-        return found["candidate"].to_dict()
+        models = {"candidate": lambda: packed}
+        return throughput(models, prompt, repeats=REPEATS, progress=self.progress)["candidate"]
 
     def verdict(self, quantization: Quantization) -> Row:
         """Columns of verification."""

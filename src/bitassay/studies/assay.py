@@ -280,13 +280,12 @@ def _bench(
     progress: Progress,
 ) -> dict[str, Any]:
     models = {BASE: base, **{name: with_tensors(base, q, packed=True) for name, q in quantizations.items()}}
-    found = throughput(
+    return throughput(
         {name: (lambda m=m: m) for name, m in models.items()},
         prompt,
         repeats=plan.bench_repeats,
         progress=progress,
     )
-    return {name: value.to_dict() for name, value in found.items()}
 
 
 def _verify(

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from bitassay.errors import BitassayError
+from bitassay.errors import BitassayError, suggestion
 from bitassay.record.environment import environment
 from bitassay.record.files import read_yaml, write_json, write_text
 from bitassay.record.progress import Progress, silent
@@ -36,7 +36,7 @@ from bitassay.studies.verillm.work import Plan, Work, check_plan
 from bitassay.studies.verillm.worker import Cells
 from bitassay.verification.calibration import runs_needed, threshold
 from bitassay.verification.detectors import verillm
-from bitassay.verification.detectors.verillm import DOCUMENTS, Rules
+from bitassay.verification.detectors.verillm import DOCUMENTS, RULE_SETS, Rules
 from bitassay.verification.power import share
 
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
@@ -270,3 +270,18 @@ def read_thresholds(path: Path) -> tuple[Rules, float]:
     if not all(map(math.isfinite, (*numbers.values(), rules.max_Pe, rules.min_Pm, rules.min_Pw, bar))):
         raise BitassayError(f"{path}: a threshold is not finite")
     return rules, bar
+
+
+def find_rules(name: str) -> dict[str, Any]:
+    """Return the fields `rules` and `bar` of a plan: the rule set of this name, or what a YAML file holds.
+
+    Raises BitassayError that names the nearest rule set.
+    """
+    if name in RULE_SETS:
+        return {"rules": RULE_SETS[name]}
+    if Path(name).suffix not in (".yaml", ".yml"):
+        raise BitassayError(
+            f"no rules are called {name!r}; {suggestion(name, RULE_SETS)}",
+            "or give a .yaml file that `bitassay calibrate MODEL --study exp1` wrote",
+        )
+    return dict(zip(("rules", "bar"), read_thresholds(Path(name)), strict=True))
