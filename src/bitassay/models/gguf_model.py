@@ -19,15 +19,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from bitassay.errors import BitassayError
-from bitassay.models.gguf_families import (
-    DERIVED,
-    FAMILIES,
-    HARMLESS,
-    READ_APART,
-    SWITCHES,
-    Family,
-    family_of,
-)
+from bitassay.models.gguf_families import DERIVED, FAMILIES, HARMLESS, READ_APART, SWITCHES, Family, family_of
 from bitassay.models.gguf_rope import ROPE_TENSORS, rope_parameters
 from bitassay.models.gguf_vocabulary import fields_of, special_ids
 
@@ -57,10 +49,7 @@ def read_model(reader: GGUFReader, dtype: torch.dtype = torch.float32) -> PreTra
 
 
 def read_config(
-    fields: Mapping[str, Any],
-    family: Family,
-    tensors: Mapping[str, Any],
-    vocabulary: int | None = None,
+    fields: Mapping[str, Any], family: Family, tensors: Mapping[str, Any], vocabulary: int | None = None
 ) -> PretrainedConfig:
     """Build the configuration that the keys describe, and look for each of them in it again. Without a
     tokenizer among the keys, `vocabulary` says how many tokens there are. Of `tensors`, those that stretch
