@@ -71,7 +71,7 @@ def calibrate(
     if study:
         from bitassay.cli.study import optimise
         from bitassay.studies.verillm.experiments import check_names
-        from bitassay.studies.verillm.machines import make_plan
+        from bitassay.studies.verillm.work import make_plan
 
         check_names(study)
         plan = make_plan(
