@@ -268,7 +268,7 @@ def summary(
     attacks: Mapping[str, Sequence[Mapping[str, Any]]],
     plan: ExperimentPlan,
 ) -> dict[str, Any]:
-    """Return the experiments' `aggregate`, with intervals, what they expected, and what the same threshold does
+    """Return the `aggregate`, with intervals, what they expected, and what the same threshold does
     to other provers. attacks: their trials, by precision."""
     low, high = way.experiment.expected
     rates = [trial["accept_rate"] for trial in trials]
