@@ -22,6 +22,7 @@ def calibrate(
     batch: options.Count = 16,
     suspects: options.Names | None = None,
     suspect_runs: options.Count = 48,
+    detectors: options.Names | None = None,
     expires_days: options.Count = 90,
     study: options.Names | None = None,
     trials: options.Count = 30,
@@ -52,6 +53,8 @@ def calibrate(
             attack of `bitassay attack` except those that exact checks catch.
         suspect_runs: Number of prompts on which each suspect is run; half of them measure how often it is
             named correctly.
+        detectors: Detectors that decide verdicts, besides the distance of the states and the margins of the
+            tokens: any detector of `bitassay attack`, or of an installed plug-in.
         expires_days: How long the profile is valid.
         study: Fit the thresholds of these experiments instead: exp1 to exp5.
         trials: Honest runs in a study, and runs of each attack.
@@ -68,7 +71,7 @@ def calibrate(
     if study:
         from bitassay.cli.study import optimise
         from bitassay.studies.verillm.experiments import check_names
-        from bitassay.studies.verillm.machines import make_plan
+        from bitassay.studies.verillm.work import make_plan
 
         check_names(study)
         plan = make_plan(
@@ -86,14 +89,15 @@ def calibrate(
             trust_remote_code=verifier.trust_remote_code,
         )
         return optimise(study, plan, 0.05 if alpha is None else alpha, out or Path("data"), output)
-    from bitassay.data.corpora import chosen_prompts
-    from bitassay.verification.calibrate import calibrate, check_plan, chosen_attacks
+    from bitassay.data.corpora import read_prompts
+    from bitassay.verification.calibrate import calibrate, check_plan, chosen_attacks, chosen_detectors
     from bitassay.verification.profile import ALPHA, write_profile
 
     alpha = ALPHA if alpha is None else alpha
-    texts, sampler = chosen_prompts(prompts), sampling.sampler
+    texts, sampler = read_prompts(prompts), sampling.sampler
     check_plan(len(texts), alpha, max_new_tokens)
     chosen_attacks(suspects or (), sampler, min(suspect_runs, len(texts)))
+    chosen_detectors(detectors or ())
     verifier.check()  # an unknown device or attention is refused before a model is fetched
     with show_progress() as progress:
         loaded = verifier.load(model, recipe, tokens=max_new_tokens, progress=progress)
@@ -114,6 +118,7 @@ def calibrate(
             expires_days=expires_days,
             seed=sampling.seed,
             suspects=suspects or (),
+            detectors=detectors or (),
             suspect_runs=suspect_runs,
             progress=progress,
         )
