@@ -150,7 +150,7 @@ def clipped(
     its part of the output least."""
     granularity = Granularity.parse("channel" if scheme.granularity == "tensor" else scheme.granularity)
     groups = granularity.to_groups(weight)
-    largest = granularity.from_groups([group.abs().amax(1) for group in groups], len(weight))
+    largest = granularity.from_groups([group.abs().amax(1, keepdim=True) for group in groups], len(weight))
 
     def clamped(share: float | Float[Tensor, "out groups"]) -> Float[Tensor, "out in"]:
         bound = widened(granularity, largest * share, weight.shape)
