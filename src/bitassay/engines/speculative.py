@@ -1,6 +1,6 @@
 """Self-speculative greedy decoding: plane 1 drafts, all planes check.
 
-One model in residual codes (`replication/on_demand.py`) is both parties. Plane 1 writes k tokens, one a
+One model in residual codes (`replication/any_precision.py`) is both parties. Plane 1 writes k tokens, one a
 forward; then one forward of all planes over these k tokens says what it would have chosen after each. The
 longest beginning on which both agree stands, and so does the first token on which they do not, as the checker
 has it: every check gives at least one token. What comes out is the greedy text of all planes, up to ties
@@ -26,7 +26,7 @@ from bitassay.engines.decode import check_ids, end_tokens, until_end
 from bitassay.errors import BitassayError
 from bitassay.models.positions import frequencies
 from bitassay.quantization.inputs.kv_cache import cache_to_crop
-from bitassay.quantization.replication.on_demand import Reader
+from bitassay.quantization.replication.any_precision import PrecisionPolicy
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Speculation:
 @torch.inference_mode()
 def speculate(
     model: PreTrainedModel,
-    reader: Reader,
+    reader: PrecisionPolicy,
     prompt: Sequence[int],
     *,
     max_new_tokens: int,
@@ -112,6 +112,6 @@ def speculate(
     return Speculation(tuple(output), drafted, accepted, checks, spent / decoded, whole)
 
 
-def _read(reader: Reader) -> float:
+def _read(reader: PrecisionPolicy) -> float:
     """Bytes read by all forwards so far."""
     return reader.by_forward + reader.forwards * reader.other_bytes

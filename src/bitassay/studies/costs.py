@@ -23,7 +23,7 @@ from bitassay.models.walk import decoder_layers
 from bitassay.quantization.codes.rounding import generator_for
 from bitassay.quantization.recipe.calibration import Calibration, calibration_tokens
 from bitassay.quantization.recipe.replication import Chosen
-from bitassay.quantization.replication.on_demand import Depth, gated_logits, planes_on_demand, shuffled
+from bitassay.quantization.replication.any_precision import Depth, gated_logits, shuffled, with_any_precision
 from bitassay.quantization.replication.select import chosen_layers
 from bitassay.quantization.runtime.model import (
     bits_per_weight,
@@ -83,7 +83,7 @@ def window_reader(
     """How a variant reads a window. `base` is the model before it was quantized."""
     if reading is None:
         return lambda window: _read(model, window)
-    deep, reader = planes_on_demand(model)
+    deep, reader = with_any_precision(model)
     if reading.layers is not None:
         reader.deep_layers = frozenset(_chosen(base, model, reading.layers))
 

@@ -86,7 +86,7 @@ class InputRounding:
 
 
 class Codes(NamedTuple):
-    """Rounded inputs: codes as fp32 numbers, in outlier columns those of 0; a grid a token, or one for all."""
+    """Rounded inputs: codes as fp32 numbers, in outlier columns those of 0; a grid a token or one for all."""
 
     codes: Float[Tensor, "tokens in"]
     grid: Grid
