@@ -23,11 +23,7 @@ PROBE = "The quick brown fox jumps over the lazy dog."
 
 
 def check(
-    model: str | Path,
-    *,
-    attention: str = AUTO,
-    trust_remote_code: bool = False,
-    progress: Progress = silent,
+    model: str | Path, *, attention: str = AUTO, trust_remote_code: bool = False, progress: Progress = silent
 ) -> dict[str, Any]:
     """Load `model` (as `load` does, in bfloat16), run it once, and return what it is, by property.
 
