@@ -1,7 +1,7 @@
 """Self-speculative greedy decoding: plane 1 drafts, all planes check.
 
-One model in residual codes (`replication/any_precision.py`) is both. Plane 1 writes k tokens, one a forward;
-then one forward of all planes over these k tokens says what it would have chosen after each. The longest beginning
+One model in residual codes (`replication/any_precision.py`) is both. Plane 1 writes k tokens, one by one;
+one forward of all planes over these k tokens says what it would have chosen after each. The longest beginning
 on which both agree stands, and the checker's first token on which they do not: every check gives at least one
 token. The output is the greedy text of all planes, up to ties within rounding, since a check computes k + 1
 tokens at once.
