@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from report.example import RUN
+from report.kinds import TASKS as RUN
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def test_a_run_folder_becomes_a_page(bitassay, run_folder, tmp_path):
     out = tmp_path / "new" / "report.html"
     done = bitassay("report", str(run_folder), str(run_folder / "run.json"), "--out", str(out))
     assert (done.status, done.out, done.err) == (0, f"{out}\n", "")
-    assert out.read_text().count("<h1>toy</h1>") == 2
+    assert out.read_text().count("<h1>Tasks: base, w4</h1>") == 2
 
 
 def refuse(bitassay, tmp_path, *runs):
@@ -58,8 +58,8 @@ def test_a_folder_without_a_run(bitassay, tmp_path, run_folder):
             b'{"schema_version": 2, "kind": "assay"}',
             "run_id is missing; created is missing; model is missing",
         ),
-        (json.dumps(RUN).replace("22.71", "NaN").encode(), "rows.0.ppl is nan, not a finite number"),
-        (json.dumps(RUN).replace("22.71", '"many"').encode(), "ppl is 'many', which its column cannot show"),
+        (json.dumps(RUN).replace("0.45", "NaN").encode(), "rows.1.value is nan, not a finite number"),
+        (json.dumps(RUN).replace("0.45", '"many"').encode(), "value is 'many', which its column cannot show"),
     ],
 )
 def test_a_damaged_run(bitassay, tmp_path, run_folder, content, said):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bitassay.report.columns import BENCH, MATMUL
+from bitassay.report.columns import COLUMNS
 from bitassay.report.figures.bench import context_figure, roofline_figure, throughput_figure
 from bitassay.report.findings import busy, machine_line
 from bitassay.report.pages import write_report
@@ -77,7 +77,7 @@ def run() -> dict:
 
 
 def test_the_table_shows_ratios_with_intervals_and_why_a_cell_is_missing(run):
-    columns = shown_columns(BENCH, run["rows"])
+    columns = shown_columns(COLUMNS["bench"], run["rows"])
     text = render(run["rows"], columns, "table")
     assert "1.50 [1.20, 1.80]" in text
     assert "the model has 512 positions" in text
@@ -136,4 +136,4 @@ def test_the_page_of_products(tmp_path):
     one |= {"over_documented": 1.04, "product_error": 0.014, "weights_error": 0.01, "path": "int8 product"}
     write_report(kinds.MATMUL | {"rows": [one]}, tmp_path / "m.html")
     assert "0.0096" in (tmp_path / "m.html").read_text()
-    assert "speed over" not in render([one], shown_columns(MATMUL, [one]), "table")
+    assert "speed over" not in render([one], shown_columns(COLUMNS["matmul"], [one]), "table")

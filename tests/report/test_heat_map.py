@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from bitassay.report.columns import LAYERS
+from bitassay.report.columns import COLUMNS
 from bitassay.report.figures.heat_maps import MEASURES, heat_map_figure, heat_maps
 from bitassay.report.pages import page_of, write_heat_map, write_report
 from bitassay.report.tables import render
@@ -109,5 +109,5 @@ def test_maps_of_equal_or_missing_values_are_drawn(run, tmp_path):
 def test_tables(run):
     worst = page_of(run).sections[-3].rows
     assert [row["name"] for row in worst[:2]] == [run["matrices"][1]["name"], run["matrices"][3]["name"]]
-    assert "KL, only this" in render(run["layers"], LAYERS, "table")
-    assert render(run["layers"], LAYERS, "csv").splitlines()[0].startswith("layer,kl,kl_se,")
+    assert "KL, only this" in render(run["layers"], COLUMNS["layers"], "table")
+    assert render(run["layers"], COLUMNS["layers"], "csv").splitlines()[0].startswith("layer,kl,kl_se,")

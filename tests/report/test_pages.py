@@ -92,7 +92,7 @@ def is_plain(problem, folder):
     )
 
 
-@pytest.mark.parametrize(("kind", "seed"), [(kind, seed) for seed, kind in enumerate(EVERY)])
+@pytest.mark.parametrize(("kind", "seed"), [("tasks", 1), ("attack", 2), ("matmul", 3), ("separability", 4)])
 def test_a_damaged_run_is_drawn_or_refused(folder_of, tmp_path, kind, seed):
     """Whatever is missing or of another kind: a page, or one line that names the file."""
     said = draw_damaged(folder_of, tmp_path / "page.html", kind, seed)

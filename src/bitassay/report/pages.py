@@ -77,10 +77,9 @@ def _contents() -> dict[str, Any]:
 def _environment() -> Environment:
     """Where the texts and expressions are evaluated. Nothing is escaped here: the page does that."""
     environment = Environment(undefined=StrictUndefined, autoescape=False)
-    modules = (columns, findings, assay, bench, heat_maps, search, studies)
-    for module in modules:
-        environment.globals |= {name: value for name, value in vars(module).items() if name[0] != "_"}
-    environment.globals |= {"pivot": pivot, "scalars": scalars, "nested": nested}
+    for module in (columns, findings, assay, bench, heat_maps, search, studies):
+        environment.globals |= {name: value for name, value in vars(module).items() if callable(value)}
+    environment.globals |= {"pivot": pivot, "scalars": scalars, "nested": nested, "columns": columns.COLUMNS}
     environment.filters |= {"few": significant(3), "percent": percent(0)}
     environment.filters |= {"distribution_figure": studies.distribution_figure}
     return environment
