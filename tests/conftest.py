@@ -13,7 +13,7 @@ import pytest
 from bitassay.data.corpora import bundled_file
 from bitassay.quantization import pipeline
 from bitassay.quantization.recipe.calibration import calibration_tokens
-from bitassay.studies.verillm import trial
+from bitassay.studies import machines
 from bitassay.testing.tiny import stories260k
 
 # On a busy machine any example may be slow.
@@ -89,5 +89,5 @@ def really_tried():
 def _numerics_run(request, monkeypatch):
     """Numerics are not tried: that takes a process for each, and depends on the machine."""
     if "really_tried" not in request.fixturenames:
-        monkeypatch.setattr(trial, "try_here", lambda machine, dtype: "")
-        monkeypatch.setattr(trial, "_try_in_process", lambda machine, dtype: "")
+        monkeypatch.setattr(machines, "probe_here", lambda machine, dtype: "")
+        monkeypatch.setattr(machines, "_probe_in_process", lambda machine, dtype: "")

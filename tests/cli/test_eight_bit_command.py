@@ -18,7 +18,7 @@ WORDS = ("--model", "stories260k", "--limit", "1", "--windows", "4", "--window",
 
 
 @pytest.fixture
-def study(bitassay, cells_here, monkeypatch, tmp_path):
+def study(bitassay, workers_here, monkeypatch, tmp_path):
     monkeypatch.delenv("BITASSAY_DATA", raising=False)
     monkeypatch.setitem(STUDIES, "task3.1", SMALL)
     return lambda *words: bitassay("study", "run", *words, "--out", str(tmp_path / "r"))

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from bitassay.bench import models
-from bitassay.studies.replication import run as replication_run
+from bitassay.studies import run as study_run
 from bitassay.studies.replication.study import STUDIES, W2, Group, Study, group
 
 WORDS = ("--model", "stories260k", "--windows", "3", "--window", "48")
@@ -21,9 +21,9 @@ ASKED |= {"peak_bytes", "grade", "flop_per_token", "size_bytes", "passes"}
 
 
 @pytest.fixture
-def study(bitassay, cells_here, timed_here, monkeypatch, tmp_path):
+def study(bitassay, workers_here, monkeypatch, tmp_path):
     quick = {"repeats": 2, "prompt_tokens": 8, "new_tokens": 2}
-    monkeypatch.setattr(replication_run, "bench", lambda *a, **k: models.bench(*a, **{**k, **quick}))
+    monkeypatch.setattr(study_run, "bench", lambda *a, **k: models.bench(*a, **{**k, **quick}))
     monkeypatch.setitem(STUDIES, "control-table", SMALL)
     return lambda *words: bitassay("study", "run", *words, "--out", str(tmp_path / "r"))
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from bitassay.bench.roofline import Cost
 from bitassay.bench.rounds import INTERVAL, ratio_of, spread, turns
-from bitassay.bench.worker import Job, Worker
+from bitassay.bench.worker import ProcessTimer, TimedModel
 from bitassay.bench.workload import Workload
 from bitassay.errors import BitassayError, at_least
 from bitassay.models.config import layer_count
@@ -115,25 +115,23 @@ def bench(
         "trust_remote_code": trust_remote_code,
         "attention": plan.attention,
     }
-    jobs = {BASE: Job(model, **common)}
-    jobs |= {recipe.name: Job(model, recipe, **common) for recipe in plan.recipes}
-    jobs |= {name: Job(name, **common) for name in plan.candidates}
+    timed = {BASE: TimedModel(model, **common)}
+    timed |= {recipe.name: TimedModel(model, recipe, **common) for recipe in plan.recipes}
+    timed |= {name: TimedModel(name, **common) for name in plan.candidates}
+    logs = {name: folder.path / "workers" / f"{place:02d}.log" for place, name in enumerate(timed)}
+    started: dict[str, ProcessTimer] = {}
 
-    started: dict[str, Worker] = {}
-
-    def runner(name: str) -> Worker:
+    def runner(name: str) -> ProcessTimer:
         if name not in started:
             progress(f"{name}: starting")
-            place = folder.path / "workers" / f"{list(jobs).index(name):02d}"
-            place.mkdir(parents=True, exist_ok=True)
-            started[name] = Worker(Path(name).name, jobs[name], place, progress)
+            started[name] = ProcessTimer(Path(name).name, timed[name], logs[name], progress)
         return started[name]
 
     try:
-        facts, rounds = measure_rounds(list(jobs), runner, plan.workloads, plan.repeats, folder, progress)
+        facts, rounds = measure_rounds(list(timed), runner, plan.workloads, plan.repeats, folder, progress)
     finally:
-        for worker in started.values():
-            worker.stop()
+        for each in started.values():
+            each.stop()
     source = sources[model]
     run = write_run(
         folder,

@@ -214,3 +214,5 @@ def wait_for(device: torch.device) -> None:
     """Return once everything asked of the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

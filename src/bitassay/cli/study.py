@@ -15,7 +15,7 @@ from bitassay.errors import BitassayError, suggestion
 from bitassay.report.tables import Column, interval, percent
 
 if TYPE_CHECKING:
-    from bitassay.studies.verillm.work import Plan
+    from bitassay.studies.verillm.work import ExperimentPlan
 
 study = App(name="study", help="List and run the experiments (docs/experiments.md).")
 
@@ -156,8 +156,8 @@ def run(
         )
     if variants.only:
         raise BitassayError(f"--only {variants.only[0]}: the other studies have no parts", "leave it out")
-    from bitassay.studies.verillm.machines import make_plan
     from bitassay.studies.verillm.thresholds import find_rules
+    from bitassay.studies.verillm.work import make_plan
 
     plan = make_plan(
         model,
@@ -179,7 +179,7 @@ def run(
 
 def _run_experiments(
     studies: list[str],
-    plan: "Plan",
+    plan: "ExperimentPlan",
     lengths: dict[str, int | None],
     precisions: list[str] | None,
     alpha: float,
@@ -233,9 +233,10 @@ def _run_variants(
     from bitassay.studies.eight_bit.run import run_eight_bit
     from bitassay.studies.eight_bit.study import STUDIES as EIGHT_BIT
     from bitassay.studies.eight_bit.study import eight_bit_plan
+    from bitassay.studies.machines import Machine
+    from bitassay.studies.parties import DTYPES
     from bitassay.studies.replication.run import run_replication
     from bitassay.studies.replication.study import STUDIES as REPLICATION
-    from bitassay.studies.verillm.parties import DTYPES, Machine
 
     devices = machines.devices or ["cpu"]
     if len(devices) > 1 or Machine(devices[0]).options:
@@ -284,7 +285,9 @@ def _emit_each(output: options.Output, runs: list[dict[str, Any]], together: dic
             output.emit_run(run)
 
 
-def optimise(studies: list[str], plan: "Plan", alpha: float, out: Path, output: options.Output) -> int:
+def optimise(
+    studies: list[str], plan: "ExperimentPlan", alpha: float, out: Path, output: options.Output
+) -> int:
     """Fit thresholds as `bitassay calibrate --study` does, and print them."""
     from bitassay.record.files import write_json
     from bitassay.report.pages import write_report

@@ -30,6 +30,7 @@ from bitassay.models.options import AUTO
 from bitassay.quantization.export.fits import check_fit
 from bitassay.record.environment import environment
 from bitassay.record.files import check_folder
+from bitassay.record.jobs import ask_once
 from bitassay.record.progress import Progress, silent
 from bitassay.record.result import write_run
 from bitassay.record.run import RunFolder, open_run_folder, run_plan
@@ -41,11 +42,17 @@ from bitassay.studies.attacks.evaluation import (
     fewest_counted,
     honest_rows,
 )
+from bitassay.studies.machines import (
+    LeftOut,
+    Machine,
+    Probe,
+    first_that_runs,
+    other_machines,
+    probe_machine,
+    threads,
+)
+from bitassay.studies.parties import DTYPES, PROVER, Item, Party, party_job
 from bitassay.studies.verification import chosen_prompts
-from bitassay.studies.verillm.parties import DTYPES, Machine, other_machines, threads
-from bitassay.studies.verillm.trial import LeftOut, Trial, first_that_runs, try_machine
-from bitassay.studies.verillm.work import problem_of, start
-from bitassay.studies.verillm.worker import Item, Job
 from bitassay.verification.attacks.attack import Setting
 from bitassay.verification.attacks.hosts import honest_prefill
 from bitassay.verification.attacks.registry import ATTACKS
@@ -164,19 +171,17 @@ def _other_instructions(requests: RequestSet) -> list[Trace]:
             Item(tuple(prompt), nonce, requests.plan.tokens, folder / f"{nonce}.trace")
             for prompt, nonce in zip(requests.prompts, requests.nonces, strict=True)
         ]
-        job = Job(
-            "prove",
+        job = party_job(
+            PROVER,
+            Party(PRECISION, machine, DTYPES[PRECISION]),
             requests.name,
-            PRECISION,
-            machine.name,
-            DTYPES[PRECISION],
-            tuple(sorted(items, key=lambda item: len(item.prompt))),
-            requests.plan.batch,
-            requests.trust_remote_code,
-            requests.plan.attention,
+            sorted(items, key=lambda item: len(item.prompt)),
+            folder,
+            batch=requests.plan.batch,
+            trust_remote_code=requests.trust_remote_code,
+            attention=requests.plan.attention,
         )
-        if problem := problem_of(start(folder / "job.json", job)):
-            raise BitassayError(f"{machine.name} failed: {problem}", "give --numerics without isa")
+        ask_once(job)
         return [read_trace(item.trace) for item in items]
 
 
@@ -224,7 +229,7 @@ def attack(
     *,
     out: Path | None = None,
     trust_remote_code: bool = False,
-    trial: Trial = try_machine,
+    probe: Probe = probe_machine,
     progress: Progress = silent,
 ) -> tuple[dict[str, Any], Path]:
     """Run the study and return the finished run and its folder. Interrupted, the same call goes on. Numerics
@@ -237,7 +242,7 @@ def attack(
     if out is not None:
         check_folder(out)
     check_fit(model, tokens=plan.tokens, trust_remote_code=trust_remote_code, progress=progress)
-    plan, other, left_out = runnable(plan, trial)
+    plan, other, left_out = runnable(plan, probe)
     for one in left_out:
         progress(str(one))
     check_plan(plan)
@@ -351,19 +356,19 @@ def check_plan(plan: AttackPlan) -> None:
 
 
 def runnable(
-    plan: AttackPlan, trial: Trial = try_machine
+    plan: AttackPlan, probe: Probe = probe_machine
 ) -> tuple[AttackPlan, Machine | None, tuple[LeftOut, ...]]:
     """Return the plan without variants whose numerics cannot be computed here, the machine of `isa`, and what
     was left out or replaced."""
     dtype = DTYPES[PRECISION]
-    if problem := trial(HOST, dtype):
+    if problem := probe(HOST, dtype):
         raise MissingError(f"{dtype} cannot be computed here: {problem}", "unset ATEN_CPU_CAPABILITY")
     known: dict[tuple[Machine, ...], tuple[Machine | None, tuple[LeftOut, ...]]] = {(HOST,): (HOST, ())}
     kept, left_out, other = [], list[LeftOut](), None
     for name in plan.variants:
         machines = tuple(VARIANTS[name].machines())
         if machines not in known:
-            known[machines] = first_that_runs(machines, dtype, trial)
+            known[machines] = first_that_runs(machines, dtype, probe)
         machine, failed = known[machines]
         left_out += [replace(one, numerics=f"{name}: {one.numerics}") for one in failed]
         if machine is not None:

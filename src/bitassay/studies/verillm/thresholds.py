@@ -1,6 +1,6 @@
 """Thresholds for the VeriLLM rules, fitted on honest runs alone and scored on attacks.
 
-The experiment documents tune thresholds on all runs, the quantized ones included, so that these pass. Here
+The VeriLLM experiments tune thresholds on all runs, the quantized ones included, so that these pass. Here
 every number comes from honest trials (the dense model on both ends, or the study's verifier with the dense
 prover), and what the same numbers do to attacks is reported beside them.
 
@@ -29,11 +29,10 @@ from bitassay.record.environment import environment
 from bitassay.record.files import read_yaml, write_json, write_text
 from bitassay.record.progress import Progress, silent
 from bitassay.record.result import new_run
+from bitassay.studies.machines import Probe, probe_machine
 from bitassay.studies.verillm.experiments import Direction, check_names, planned, rules_of
-from bitassay.studies.verillm.trial import Trial as MachineTrial
-from bitassay.studies.verillm.trial import try_machine
-from bitassay.studies.verillm.work import Plan, Work, check_plan
-from bitassay.studies.verillm.worker import Cells
+from bitassay.studies.verillm.verifier import TraceStatistics
+from bitassay.studies.verillm.work import ExperimentPlan, Work, check_plan
 from bitassay.verification.calibration import runs_needed, threshold
 from bitassay.verification.detectors import verillm
 from bitassay.verification.detectors.verillm import DOCUMENTS, RULE_SETS, Rules
@@ -42,17 +41,17 @@ from bitassay.verification.power import share
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 FIT_SHARE = 3  # one in so many honest trials fits the cells' thresholds
 BINS = 40
-Trial = Sequence[Cells]  # what each verifier found in one trace
+Trial = Sequence[TraceStatistics]  # what each verifier measured on one trace
 
 
 def optimise_thresholds(
     names: Sequence[str],
-    plan: Plan,
+    plan: ExperimentPlan,
     *,
     alpha: float = 0.05,
     percentile: float = 95,
     out: Path = Path("data"),
-    trial: MachineTrial = try_machine,
+    probe: Probe = probe_machine,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """A row for each direction of the studies: recommended thresholds, false accusations, and what is caught.
@@ -68,17 +67,14 @@ def optimise_thresholds(
             f"{plan.trials} trials are too few for a false-positive rate of {alpha:g}, which needs {needed}",
             f"--trials {needed}, or a larger --alpha",
         )
-    plan, wanted, impossible = planned(names, plan, trial, progress)
+    plan, wanted, impossible = planned(names, plan, probe, progress)
     work = Work(plan, out, progress)
-    work.prove(dict.fromkeys(party for one in wanted for party in one.attackers))
-    work.verify(
-        [(party, verifier) for one in wanted for party in one.attackers for verifier in one.verifiers]
-    )
+    work.do((party, verifier) for way in wanted for party in way.attackers for verifier in way.verifiers)
     rows = []
-    for one in wanted:
-        found = {party.precision: list(work.cells(party, one.verifiers)) for party in one.attackers}
-        result = optimised(one, found.pop(plan.precision), found, alpha, percentile)
-        stem = out / "threshold_optimization" / f"{one.experiment.name}_{work.name}_{one.label}"
+    for way in wanted:
+        attacks = {party.precision: list(work.statistics(party, way.verifiers)) for party in way.attackers}
+        result = optimised(way, attacks.pop(plan.precision), attacks, alpha, percentile)
+        stem = out / "threshold_optimization" / f"{way.experiment.name}_{work.name}_{way.label}"
         result = {"model": plan.model, **result}
         write_json(stem.with_name(f"{stem.name}_analysis.json"), result)
         file = stem.with_name(f"{stem.name}_thresholds.yaml")
@@ -96,7 +92,7 @@ def optimise_thresholds(
         environment=environment(plan.machines[0].device),
         rows=rows,
         missing=impossible,
-        left_out=[asdict(one) for one in plan.left_out],
+        left_out=[asdict(left) for left in plan.left_out],
     )
 
 
@@ -227,7 +223,7 @@ def described(values: np.ndarray) -> dict[str, Any]:
 
 
 def as_yaml(result: Mapping[str, Any]) -> str:
-    """As the documents' configuration has it; `read_thresholds` reads it."""
+    """As the experiments' configuration has it; `read_thresholds` reads it."""
     thresholds = dict(result["thresholds"])
     thresholds.pop("name")
     text = yaml.safe_dump(

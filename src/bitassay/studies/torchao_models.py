@@ -19,6 +19,8 @@ from bitassay.models.walk import decoder_layers, decoder_of
 from bitassay.quantization.recipe.calibration import Calibration, calibration_tokens
 from bitassay.quantization.runtime.model import copy_sharing_parameters
 
+ALPHA, SAMPLES = 0.5, 16  # SmoothQuant's own exponent; windows of calibration text, of 512 tokens
+
 
 def require_torchao() -> None:
     """Raises MissingError that says which extra has it."""
@@ -28,11 +30,9 @@ def require_torchao() -> None:
         )
 
 
-def torchao_model(
-    base: PreTrainedModel, format: str, *, smoothed: bool, alpha: float, samples: int
-) -> PreTrainedModel:
-    """A copy of `base` with `format` ("int8" or "fp8") on both sides of its linears; smoothed on `samples`
-    windows of calibration text. Raises MissingError without torchao or a device that it supports."""
+def torchao_model(base: PreTrainedModel, format: str, *, smoothed: bool) -> PreTrainedModel:
+    """Return a copy of `base` with `format` ("int8" or "fp8") on both sides of its linears. Raises
+    MissingError without torchao or a device that it supports."""
     require_torchao()
     api = import_module("torchao.quantization")
     model, config = copy_sharing_parameters(base), _config(api, format)
@@ -42,9 +42,9 @@ def torchao_model(
             api.quantize_(layers, config)
             return model
         smoothing = import_module("torchao.prototype.smoothquant").SmoothQuantConfig
-        options = {"base_config": config, "alpha": alpha, "use_running_absmax": True}
+        options = {"base_config": config, "alpha": ALPHA, "use_running_absmax": True}
         api.quantize_(layers, smoothing(step="prepare", **options))
-        _show(model, calibration_tokens(base, Calibration(samples=samples)))
+        _show(model, calibration_tokens(base, Calibration(samples=SAMPLES)))
         api.quantize_(layers, smoothing(step="convert", **options))
     except (AssertionError, NotImplementedError) as error:
         raise MissingError(f"torchao: {error}", "run it on another device") from error

@@ -38,8 +38,8 @@ PROMPT_TOKENS, REPEATS = 128, 3  # of the columns of speed
 KEPT_BYTES = 2 << 30  # of the base model's logits
 
 
-class Exam:
-    """A base model and the text on which recipes of it are judged."""
+class TrialEvaluator:
+    """A base model and the text on which recipes of it are measured."""
 
     def __init__(
         self,
@@ -137,39 +137,38 @@ class Exam:
         return verdict_columns(plan, base, quantization, proved, self._profile, self.progress)
 
 
-class Sitting:
-    """One recipe in the exam. What was scored on the first windows is not scored again."""
+class Measurement:
+    """Measures one recipe. What was scored on the first windows is not scored again."""
 
-    def __init__(self, exam: Exam, quantization: Quantization):
-        self.exam, self.quantization = exam, quantization
-        self._model = cache(lambda: with_tensors(exam.base, quantization))
+    def __init__(self, evaluator: TrialEvaluator, quantization: Quantization):
+        self.evaluator, self.quantization = evaluator, quantization
+        self._model = cache(lambda: with_tensors(evaluator.base, quantization))
         self._scores: dict[int, TokenScores] = {}
 
     def short(self) -> Row:
-        """Columns of quality on a few windows."""
-        return self._quality(self.exam.first)
+        """Return columns of quality on a few windows."""
+        return self._quality(self.evaluator.first)
 
-    def measured(self, columns: Collection[str]) -> Row:
-        """The columns that are asked for and take a run, on all windows that choose."""
+    def all_windows(self, columns: Collection[str]) -> Row:
+        """Return the columns that are asked for and take a run, on all windows that choose."""
         row: Row = {}
         if set(columns) & set(QUALITY):
-            row |= self._quality(range(len(self.exam.windows)))
+            row |= self._quality(range(len(self.evaluator.windows)))
         if set(columns) & set(SPEED):
-            row |= self.exam.speed(self.quantization)
+            row |= self.evaluator.speed(self.quantization)
         if set(columns) & set(VERIFICATION):
-            row |= self.exam.verdict(self.quantization)
+            row |= self.evaluator.verdict(self.quantization)
         return row
 
     def _quality(self, indices: Sequence[int]) -> Row:
         base = []
         for done, index in enumerate(indices):
-            logits, scores = self.exam.base_scores(index)
+            logits, scores = self.evaluator.base_scores(index)
             base.append(scores)
             if index not in self._scores:
-                window = self.exam.windows[index]
-                found = window_logits(self._model(), window)
-                self._scores[index] = token_scores(found, window[1:], logits)
-            self.exam.progress("scoring", done + 1, len(indices))
+                window = self.evaluator.windows[index]
+                self._scores[index] = token_scores(window_logits(self._model(), window), window[1:], logits)
+            self.evaluator.progress("scoring", done + 1, len(indices))
         return summarise([self._scores[index] for index in indices], base).to_dict()
 
 
