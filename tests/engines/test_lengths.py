@@ -6,7 +6,7 @@ import torch
 from bitassay.engines.decode import generate, prefill
 from bitassay.engines.speculative import speculate
 from bitassay.engines.taps import tap_layers
-from bitassay.quantization.replication.on_demand import Reader
+from bitassay.quantization.replication.any_precision import PrecisionPolicy
 from bitassay.quantization.solvers.distillation import continued
 from bitassay.verification.calibrate import calibrate
 from bitassay.verification.prove import prove, prove_many
@@ -86,7 +86,7 @@ def test_drafts_change_nothing_across_the_change(name, length):
     prompt = list(range(9, 9 + length))
     (plain,) = generate(model, [prompt], max_new_tokens=NEW)
     for draft in (1, 3):
-        found = speculate(model, Reader(1, 1, 1, 1), prompt, max_new_tokens=NEW, draft_tokens=draft)
+        found = speculate(model, PrecisionPolicy(1, 1, 1, 1), prompt, max_new_tokens=NEW, draft_tokens=draft)
         assert found.output_ids == plain.output_ids
 
 
