@@ -72,10 +72,12 @@ class BenchPlan:
 
     @property
     def workloads(self) -> list[Workload]:
+        """Return the workloads of a round, batches first."""
         short = [Workload("batch", batch, self.prompt_tokens, self.new_tokens) for batch in self.batches]
         return short + [Workload("context", 1, length, self.new_tokens) for length in self.contexts]
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the plan as a JSON value."""
         return asdict(self) | {"recipes": [recipe.model_dump(mode="json") for recipe in self.recipes]}
 
 
@@ -102,8 +104,8 @@ def bench(
     places = list[Place]()
     if controls and any(recipe.replication is not None for recipe in plan.recipes):
         layers = layer_count(sources[model].folder, trust_remote_code=trust_remote_code)
-        with_them, places = with_controls(plan.recipes, layers)
-        plan = replace(plan, recipes=with_them)
+        with_their_controls, places = with_controls(plan.recipes, layers)
+        plan = replace(plan, recipes=with_their_controls)
     digests = {name: Identity(source).weights_digest for name, source in sources.items()}
     work = {**plan.to_dict(), "weights_digests": digests}
     folder = open_run_folder(f"bench-{sources[model].name}", run_plan("bench", work), out)
@@ -118,7 +120,7 @@ def bench(
     timed = {BASE: TimedModel(model, **common)}
     timed |= {recipe.name: TimedModel(model, recipe, **common) for recipe in plan.recipes}
     timed |= {name: TimedModel(name, **common) for name in plan.candidates}
-    logs = {name: folder.path / "workers" / f"{place:02d}.log" for place, name in enumerate(timed)}
+    logs = {name: folder.path / "workers" / f"{index:02d}.log" for index, name in enumerate(timed)}
     started: dict[str, ProcessTimer] = {}
 
     def runner(name: str) -> ProcessTimer:

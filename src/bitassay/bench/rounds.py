@@ -1,12 +1,11 @@
-"""Times of things that take turns, and their ratios.
+"""Times of models or functions that take turns, and their ratios.
 
-On a shared machine absolute times mean little: a neighbour slows everything by an unknown factor. Within one
-round all take their turn under much the same load, so that ratios within rounds are steadier than times:
+On a shared machine absolute times mean little. Within one round all take their turn under much the same load,
+so ratios within rounds are steadier than times:
 
     r_i = t_base,i / t_other,i        ratio = exp(mean log r_i)        above 1: faster than the base
 
-The interval is Student's, 95 %, of log r over rounds (`evaluation/statistics.py`). It covers what differs
-between rounds, not what would differ on another day.
+The interval is Student's, 95 %, of log r over rounds. It does not cover what would differ on another day.
 """
 
 import math
@@ -31,18 +30,18 @@ class Ratio:
 
 
 def ratio_of(base: Sequence[float], other: Sequence[float]) -> Ratio:
-    """The ratio of paired times in seconds, one of each a round."""
+    """Return the ratio of paired times in seconds, one of each a round."""
     ratios = [a / b for a, b in zip(base, other, strict=True)]
     return Ratio(statistics.geometric_mean(ratios), geometric_interval(ratios))
 
 
 def spread(times: Sequence[float]) -> float | None:
-    """(largest - smallest) / median; None of a single time."""
+    """Return (largest - smallest) / median; None of a single time."""
     return None if len(times) < 2 else (max(times) - min(times)) / statistics.median(times)
 
 
 def turns(names: Sequence[str], round_: int) -> list[str]:
-    """The order of a round: each begins with another one."""
+    """Return the order of a round: each round begins with another name."""
     start = round_ % len(names)
     return [*names[start:], *names[:start]]
 
@@ -56,11 +55,9 @@ def alternate(
     clock: Callable[[], float] = time.perf_counter,
     progress: Progress = silent,
 ) -> dict[str, list[float]]:
-    """Seconds of one call of each function, a time a round.
-
-    A measurement is as many calls as take at least `seconds` (short timings snap to the scheduler's ticks),
-    found in a warm-up. wait: returns once everything asked of a device is done.
-    """
+    """Return the seconds of one call of each function, a time a round. A measurement is as many calls as take
+    at least `seconds` in a warm-up, since short timings snap to the scheduler's ticks. wait: returns once
+    everything asked of a device is done."""
 
     def timed(function: Callable[[], object], calls: int) -> float:
         start = clock()
@@ -71,12 +68,12 @@ def alternate(
 
     calls = {}
     for name, function in work.items():
-        first = timed(function, 1)
-        once = first if first > seconds else timed(function, 1)
-        calls[name] = max(1, math.ceil(seconds / max(once, 1e-9)))
+        call_s = timed(function, 1)
+        call_s = call_s if call_s > seconds else timed(function, 1)
+        calls[name] = max(1, math.ceil(seconds / max(call_s, 1e-9)))
     times: dict[str, list[float]] = {name: [] for name in work}
     for round_ in range(rounds):
-        for place, name in enumerate(turns(list(work), round_)):
+        for done, name in enumerate(turns(list(work), round_), round_ * len(work) + 1):
             times[name].append(timed(work[name], calls[name]))
-            progress("timing", round_ * len(work) + place + 1, rounds * len(work))
+            progress("timing", done, rounds * len(work))
     return times

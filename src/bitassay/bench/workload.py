@@ -49,6 +49,7 @@ class Workload:
 
     @property
     def name(self) -> str:
+        """Return a name that no other workload has."""
         return f"{self.kind}-{self.batch}x{self.prompt_tokens}+{self.new_tokens}"
 
 
