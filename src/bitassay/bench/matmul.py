@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from bitassay.bench.roofline import wait_for
-from bitassay.bench.rounds import INTERVAL, alternate, ratio_of, spread
+from bitassay.bench.timing import INTERVAL, alternate, ratio_of, spread
 from bitassay.errors import BitassayError, at_least
 from bitassay.models.options import as_device
 from bitassay.quantization.codes.quantize import quantize_tensor

@@ -2,7 +2,7 @@
 
 Every model is packed, as it would be run, in a process of its own. A round measures the machine's limits,
 then every workload (`workload.py`) by every model in turn, in another order each round; figures are medians
-over rounds, comparisons with the base model ratios within rounds (`rounds.py`). The share of the bound
+over rounds, comparisons with the base model ratios within rounds (`timing.py`). The share of the bound
 that was reached (`roofline.py`) is within rounds too.
 
 Each workload of each round is a part of the run folder: the same command goes on where it was stopped.
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bitassay.bench.roofline import Cost
-from bitassay.bench.rounds import INTERVAL, ratio_of, spread, turns
+from bitassay.bench.timing import INTERVAL, ratio_of, spread, turns
 from bitassay.bench.worker import ProcessTimer, TimedModel
 from bitassay.bench.workload import Workload
 from bitassay.errors import BitassayError, at_least

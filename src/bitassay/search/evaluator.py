@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bitassay.bench.throughput import throughput
+from bitassay.bench.timing import throughput
 from bitassay.data.windows import Protocol
 from bitassay.engines.load import load
 from bitassay.errors import BitassayError
