@@ -89,12 +89,12 @@ def calibrate(
             trust_remote_code=verifier.trust_remote_code,
         )
         return optimise(study, plan, 0.05 if alpha is None else alpha, out or Path("data"), output)
-    from bitassay.data.corpora import chosen_prompts
+    from bitassay.data.corpora import read_prompts
     from bitassay.verification.calibrate import calibrate, check_plan, chosen_attacks, chosen_detectors
     from bitassay.verification.profile import ALPHA, write_profile
 
     alpha = ALPHA if alpha is None else alpha
-    texts, sampler = chosen_prompts(prompts), sampling.sampler
+    texts, sampler = read_prompts(prompts), sampling.sampler
     check_plan(len(texts), alpha, max_new_tokens)
     chosen_attacks(suspects or (), sampler, min(suspect_runs, len(texts)))
     chosen_detectors(detectors or ())

@@ -158,7 +158,7 @@ def bundled_prompts() -> list[str]:
     return prompts_from(bundled_file("prompts.jsonl.gz")[0])
 
 
-def chosen_prompts(count_or_file: str) -> list[str]:
+def read_prompts(count_or_file: str) -> list[str]:
     """Return so many bundled prompts, evenly spaced, or the prompts of a file. Raises BitassayError."""
     if not count_or_file.isdigit():
         return prompts_from(Path(count_or_file))

@@ -1,9 +1,9 @@
 """What a model keeps of the text that it has read, and what follows for reading several texts at once.
 
 Attention keeps a key and a value for each position: texts of different lengths are read together with padding
-that a mask hides, and one beginning can be read once for several texts. Convolutions, linear attention and
-Mamba keep a state that every token changes, padding too. Whether transformers reads several tokens behind
-such a state, or takes it up for one token at a time only, differs from model to model, and is tried.
+that a mask hides, and a shared prefix is read once. Convolutions, linear attention and Mamba keep a state
+that every token changes, padding too. Whether transformers reads several tokens behind such a state differs
+from model to model, and is tried.
 """
 
 import copy
@@ -65,10 +65,8 @@ def behind(model: nn.Module, cache: DynamicCache, begun: int, tokens: torch.Tens
 
 def last_positions(count: int, device: torch.device) -> Int[Tensor, " count"]:
     """Return what a forward's `logits_to_keep` takes for its last `count` positions, which must be there.
-
-    Indices, not a number: of a number transformers takes a slice, and before torch multiplies a slice with
-    strides it copies the head's whole weight, once for each sequence of the batch.
-    """
+    Indices, not a number: of a number transformers takes a slice, of which torch copies the head's whole
+    weight, once for each sequence of the batch."""
     return torch.arange(-count, 0, device=device)
 
 

@@ -1,21 +1,18 @@
 """A model's configuration: read, its text part, and the digests of all in it that changes what is computed.
 
 Weights alone do not say what a model computes: the rotary base, the norm's epsilon, which layers slide, when
-a text ends and how a chat is written down stand in JSON files beside them. `configuration_digests` names
-each of these. Files that say the same in other words give the same digest:
+a text ends and how a chat is written stand in JSON files beside them. `configuration_digests` names each of
+these. Files that say the same in other words give the same digest:
 
-    model       config.json as transformers understands it (`rope_theta` or `rope_parameters`), reduced to the
-                fewest settings that give this configuration, so that defaults written out, values that
-                follow from others, and fields that a later version adds do not matter; without names, dtypes,
-                what only training reads, and ids of special tokens
+    model       config.json as transformers understands it, reduced to the fewest settings that give this
+                configuration; without names, dtypes, what only training reads, and special tokens
     generation  generation_config.json, or what config.json has of it: the end tokens and all that is not
                 neutral; without caches and output options
     chat        the chat template or templates, wherever they are stored
     tokenizer   tokenizer_config.json without names, limits, padding and what tokenizer.json holds too
     code        the Python files of a model that runs its own code
 
-Numbers are compared as float32, which is what they are computed in: a GGUF file says 9.99999975e-06 for
-1e-05.
+Numbers are compared as float32: a GGUF file says 9.99999975e-06 for 1e-05.
 """
 
 import copy
@@ -63,8 +60,8 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedC
     """Read the configuration of a causal LM. Raises BitassayError where transformers does not know the kind
     of model, where it is none that continues a text, and where a value makes no sense."""
     path = folder / "config.json"
-    said = read_object(folder / "config.json")
-    kind, own_code = said.get("model_type"), "auto_map" in said
+    content = read_object(path)
+    kind, own_code = content.get("model_type"), "auto_map" in content
     if (not isinstance(kind, str) or kind not in CONFIG_MAPPING) and not (own_code and trust_remote_code):
         if own_code:
             remedy = "--trust-remote-code, where you trust the code that comes with it"

@@ -44,9 +44,9 @@ from bitassay.quantization.runtime.model import (
     quantization_of,
     with_tensors,
 )
-from bitassay.quantization.solvers.budget import mixed_schemes
 from bitassay.quantization.solvers.layers import quantize_calibrated
-from bitassay.quantization.solvers.sensitivity import places
+from bitassay.quantization.solvers.mixed import mixed_schemes
+from bitassay.quantization.solvers.sensitivity import matrix_locations
 from bitassay.quantization.transforms.rotation import changed_parameters, rotate
 from bitassay.quantization.transforms.smoothing import smooth
 from bitassay.quantization.work import RESULT, code_digest, read_result, write_result
@@ -239,7 +239,7 @@ def _schemes_with_copies(
     counts: Mapping[int, int],
 ) -> dict[str, WeightScheme | None]:
     """What each matrix is quantized by: as copies that are merged, or as the first copy of its layer."""
-    plan, where, found = recipe.replication, places(draft), dict(schemes)
+    plan, where, found = recipe.replication, matrix_locations(draft), dict(schemes)
     if plan is None or not plan.makes_codes:
         return found
     for name, scheme in schemes.items():
@@ -267,7 +267,7 @@ def _inputs(
         ranges = collect_ranges(model, tokens, progress=progress)
     found = input_roundings(model, spec, ranges)
     if plan is not None and (plan.of, plan.differ) == ("linear", "inputs"):
-        where = places(base)
+        where = matrix_locations(base)
         found = {n: replace(rounding, copies=counts.get(where[n].layer, 1)) for n, rounding in found.items()}
     return found
 

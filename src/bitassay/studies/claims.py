@@ -1,4 +1,4 @@
-"""Claims, of a document or of a theory, and what a study says of them. They are data, in `claims.yaml`.
+"""Claims of a source or a theory, and what a study says of them. They are data, in `claims.yaml`.
 
 A claim is that every one of some quantities lies in an open range: "INT8 is more accurate" is accuracy(INT8)
 - accuracy(FP8) in (0, inf), or `more`. A quantity is measured with an interval, at 95 % for all quantities of
@@ -9,7 +9,7 @@ a claim together (Bonferroni), and
     not decidable    neither: an interval reaches over the edge, and says how much more data it would take
 
 so that no claim is called right or wrong by a number that chance could have turned round. `expected` is what
-the document gives, on its own models and machine, or the theory. A measure is its kind and names of variants:
+the source gives, on its own models and machine, or the theory. A measure is its kind and names of variants:
 
     ppl, kl, ppl_fraction, kl_fraction B A   of B less that of A, the last two as a share of A's
     direct, generate B A                     accuracy of B less that of A, asked directly or by text
@@ -17,7 +17,7 @@ the document gives, on its own models and machine, or the theory. A measure is i
     mean-generate G ...                      accuracy of INT8 less FP8's in the mean over granularities
     overhead A                               what scales add to the 8 bits of a weight, as a share
     rounding SHAPE                           FP8's rounding error over INT8's, one scale for the tensor
-    documented SHAPE FORMAT                  the rounding error over what the document gives for a product
+    documented SHAPE FORMAT                  the rounding error over what the report gives for a product
     decode A                                 decoding speed over the base's, one sequence, within rounds
 """
 

@@ -4,7 +4,7 @@
     OUT/bench/GROUP/         speeds: a group's models take turns with the base, alone, after all cells
     OUT/run.json             rows, pairs of replicas and controls, drafts, claims
 
-What a replica beats is in `evaluation/controls.py`. Grades are the document's.
+What a replica beats is in `evaluation/controls.py`. Grades are the proposal's.
 """
 
 from collections.abc import Sequence
@@ -100,7 +100,7 @@ def row_of(findings: Findings, place: Place, pairs: Sequence[Row], speed: dict[s
 
 
 def grade(ppl_delta: float, bits_per_weight: float) -> str | None:
-    """Return what the document calls such an increase of perplexity; None where it has no word for it. Below
+    """Return what the proposal calls such an increase of perplexity; None where it has no word for it. Below
     2 stored bits there is one more: three planes of 1 bit are no 1-bit model."""
     grades = ONE_BIT_GRADES if bits_per_weight < 2 else GRADES
     return next((name for most, name in grades.items() if ppl_delta < most), None)

@@ -1,6 +1,6 @@
 """The studies of replication: does a layer that runs more than once repair what rounding broke?
 
-    control-table   the document's table: baseline, GPTQ at 4 bits, four ways to replicate at 2 bits and 1
+    control-table   the proposal's table: baseline, GPTQ at 4 bits, four ways to replicate at 2 bits and 1
     phase1          a 2-bit baseline; the same codes again, plain and damped, by the number of copies
     phase2          copies that differ: scales, clipping, offsets, noise, seeds, residual codes, group sizes
     phase3          chosen layers, as many first and last ones; rotation before copies and in each
@@ -10,8 +10,8 @@
 
 They are rows of data, in `studies.yaml`: a *group* is a recipe, and each one with copies brings its controls
 along (`quantization/replication/controls.py`) as rows of their own. Equal models are one variant, measured
-once. Source: the experiment document on layer replication, sections 4.1 and 4.3; `claims.yaml` holds what its
-theory predicts. Weights shared across layers are not among them: `benchmarks/sharing.py` says why.
+once. Source: the layer-replication proposal (docs/sources.md), sections 4.1 and 4.3; `claims.yaml` holds what
+its theory predicts. Weights shared across layers are not among them: `benchmarks/sharing.py` says why.
 """
 
 from collections.abc import Mapping

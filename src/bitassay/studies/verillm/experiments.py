@@ -8,7 +8,7 @@ verifier accept, by fixed thresholds, and what do these thresholds catch?
     exp4    INT4 -> FP16         other, both directions    70-80 %                70 %
     exp5    FP16 -> INT4         the same                  80-85 %                80 %
 
-Source: the experiment documents, from VeriLLM (arXiv 2509.24257). What they expect is compared with what is
+Source: the VeriLLM experiments (docs/sources.md; arXiv 2509.24257). What they expect is compared with what is
 measured. An accept rate alone decides nothing: a threshold that INT4 passes is one that a cheat passes. So
 each experiment also gives the share of FP16, INT8 and INT4 provers that its threshold refuses.
 
@@ -45,7 +45,7 @@ OTHER_DEVICES = "other --devices, such as cpu+eager, or another --precision"
 
 @dataclass(frozen=True)
 class Experiment:
-    """prover and verifier: sides. expected: the documents' accept rates, as a range. bar: the accept rate
+    """prover and verifier: sides. expected: the accept rates, as a range. bar: the accept rate
     above which a verifier accepts."""
 
     name: str
@@ -84,7 +84,7 @@ class Direction:
 
     @property
     def label(self) -> str:
-        """As the documents name their files: precisions are named where they differ."""
+        """As the experiments name their files: precisions are named where they differ."""
         names = {FULL: "fp", QUANTIZED: "quantized"}
         source, target = self.prover.machine.label, self.target.label
         if self.experiment.prover == self.experiment.verifier:
@@ -188,7 +188,7 @@ def planned(
 
 
 def report(work: Work, way: Direction) -> dict[str, Any]:
-    """Write the documents' files of a direction; return its row."""
+    """Write the experiments' files of a direction; return its row."""
     trials = {prover: trials_of(work, way, prover) for prover in way.provers}
     stem = work.out / "raw" / way.experiment.name / f"{work.name}_{way.label}"
     for index, trial in enumerate(trials[way.prover], 1):
@@ -268,7 +268,7 @@ def summary(
     attacks: Mapping[str, Sequence[Mapping[str, Any]]],
     plan: ExperimentPlan,
 ) -> dict[str, Any]:
-    """Return the documents' `aggregate`, with intervals, what they expected, and what the same threshold does
+    """Return the `aggregate`, with intervals, what they expected, and what the same threshold does
     to other provers. attacks: their trials, by precision."""
     low, high = way.experiment.expected
     rates = [trial["accept_rate"] for trial in trials]
@@ -326,7 +326,7 @@ def _distances(trials: Sequence[Mapping[str, Any]]) -> list[float]:
 
 
 def rules_of(rules: Rules) -> dict[str, Any]:
-    """Return rules under the documents' names."""
+    """Return rules under the experiments' names."""
     return {
         "name": rules.name,
         "Pe": rules.max_Pe,

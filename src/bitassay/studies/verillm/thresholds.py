@@ -1,6 +1,6 @@
 """Thresholds for the VeriLLM rules, fitted on honest runs alone and scored on attacks.
 
-The experiment documents tune thresholds on all runs, the quantized ones included, so that these pass. Here
+The VeriLLM experiments tune thresholds on all runs, the quantized ones included, so that these pass. Here
 every number comes from honest trials (the dense model on both ends, or the study's verifier with the dense
 prover), and what the same numbers do to attacks is reported beside them.
 
@@ -223,7 +223,7 @@ def described(values: np.ndarray) -> dict[str, Any]:
 
 
 def as_yaml(result: Mapping[str, Any]) -> str:
-    """As the documents' configuration has it; `read_thresholds` reads it."""
+    """As the experiments' configuration has it; `read_thresholds` reads it."""
     thresholds = dict(result["thresholds"])
     thresholds.pop("name")
     text = yaml.safe_dump(

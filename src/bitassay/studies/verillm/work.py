@@ -179,7 +179,7 @@ def check_plan(plan: ExperimentPlan, precisions: Sequence[str] = ()) -> None:
 
 
 class Work:
-    """Files of one model and one way of asking: `work/ID` holds traces and statistics, `raw` the documents'
+    """Files of one model and one way of asking: `work/ID` holds traces and statistics, `raw` the experiments'
     files."""
 
     def __init__(self, plan: ExperimentPlan, out: Path, progress: Progress):

@@ -2,7 +2,7 @@
 
     detector             evidence a token                       source
     verillm-paper        full states at the sampled layers      arXiv 2509.24257; cells not accepted
-    verillm-documents    the same                               the experiment documents' thresholds
+    verillm-documents    the same                               the VeriLLM experiments' thresholds
     distance             the same                               mean log relative distance by layer
     toploc               258 bytes for 32 tokens                arXiv 2501.16007, on the last sampled layer
     activation-difr      a few projected numbers                arXiv 2511.20621

@@ -16,7 +16,7 @@ high Pm is good. Zeros and subnormals have the exponent field 0, and +0 equals -
 here) and holds. C empty: Pw is 0. V empty: nothing is accepted. Where one side is NaN or infinite and the
 other is not, or infinities have opposite signs, the cell is refused whatever else it shows.
 
-Two rule sets: `paper`, and `documents`, the thresholds of the first experiment documents. The paper's values
+Two rule sets: `paper`, and `documents`, that of the VeriLLM experiments (docs/sources.md). The paper's values
 of e_m and e_w are not known to us; they are parameters, named in every result. Neither set is calibrated: on
 real models the fixed thresholds refuse honest runs, so the verdict does not rest on them.
 """
