@@ -131,6 +131,7 @@ def test_a_real_mixture_follows_to_bf16():
         assert torch.equal(real(long).logits, fake(long).logits)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("every", [False, True])
 @pytest.mark.parametrize("architecture", MIXTURES)
 def test_taps_see_what_each_slice_multiplies(architecture, every):

@@ -132,6 +132,7 @@ PLANS = {
 }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_generation_with_a_cache_says_what_one_forward_says(stories, plan):
     model = quantize(stories, recipe(plan))
