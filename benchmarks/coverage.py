@@ -15,7 +15,6 @@ import numpy as np
 from bitassay.evaluation.statistics import (
     Estimate,
     Interval,
-    accuracy_interval,
     exp_mean_of,
     geometric_interval,
     log_difference_interval,
@@ -23,6 +22,7 @@ from bitassay.evaluation.statistics import (
     logit_interval,
     mean_of,
     median_interval,
+    wilson_interval,
 )
 
 Draw = Callable[[np.random.Generator, int], np.ndarray]
@@ -105,7 +105,7 @@ CASES = {
         agreement(0.99, 0.05, 127), lambda v: logit_interval(mean_of(v)), 0.99
     ),
     "identical texts, 10 %": Case(
-        lambda rng, n: rng.random(n) < 0.1, lambda v: accuracy_interval(int(v.sum()), len(v)), 0.1
+        lambda rng, n: rng.random(n) < 0.1, lambda v: wilson_interval(int(v.sum()), len(v)), 0.1
     ),
     "ROUGE, 30 % of texts equal": Case(
         lambda rng, n: np.where(rng.random(n) < 0.3, 1.0, rng.beta(3, 4, n)),

@@ -21,12 +21,12 @@ from torch import Tensor
 import bitassay
 from bitassay.models.walk import walk
 from bitassay.quantization.codes.adaptive import adapted
-from bitassay.quantization.codes.binary import solved
-from bitassay.quantization.codes.tensor import QuantizedTensor, from_codes, quantize_tensor
+from bitassay.quantization.codes.quantize import quantize_tensor
+from bitassay.quantization.codes.tensor import QuantizedTensor
 from bitassay.quantization.recipe.calibration import Calibration, calibration_tokens
 from bitassay.quantization.recipe.solvers import Gptq
 from bitassay.quantization.recipe.weights import WeightScheme
-from bitassay.quantization.solvers.gptq import gptq
+from bitassay.quantization.solvers.gptq import gptq, gptq_binary
 from bitassay.quantization.solvers.layerwise import hessian_of
 from bitassay.record.environment import environment
 
@@ -92,10 +92,9 @@ def lost(weight: Tensor, hessian: Tensor, tensor: QuantizedTensor) -> float:
 
 def by_gptq(weight: Tensor, hessian: Tensor, scheme: WeightScheme) -> QuantizedTensor:
     if scheme.has_planes:
-        return solved(weight, hessian, scheme, Gptq())[0]
+        return gptq_binary(weight, hessian, scheme, Gptq())[0]
     scheme = adapted(weight, scheme, hessian.diagonal().float())
-    found = gptq(weight, hessian, scheme, Gptq())
-    return from_codes(found.codes, found.grid.scale, scheme, found.grid.zero_point, found.grid.mean)
+    return gptq(weight, hessian, [scheme], Gptq()).tensor()
 
 
 def main() -> None:

@@ -32,7 +32,7 @@ from bitassay.evaluation.divergence import TokenScores
 from bitassay.evaluation.quality import score_windows, summarise
 from bitassay.evaluation.statistics import log_difference_interval, mean_of
 from bitassay.models.walk import walk
-from bitassay.quantization.codes.tensor import quantize_tensor
+from bitassay.quantization.codes.quantize import quantize_tensor
 from bitassay.quantization.inputs.activations import InputRounding, rounded_inputs
 from bitassay.quantization.inputs.ranges import Ranges, collect_ranges, input_roundings
 from bitassay.quantization.pipeline import quantize_tensors

@@ -26,9 +26,10 @@ import numpy as np
 from lm_eval.models.huggingface import HFLM
 
 import bitassay
-from bitassay.data.tasks import even_indices, mmlu_subjects
+from bitassay.data.tasks import even_indices
 from bitassay.evaluation.harness import BitassayLM, quiet
-from bitassay.evaluation.questions import AskedTask, leaves
+from bitassay.evaluation.tasks.load import AskedTask, load_tasks
+from bitassay.evaluation.tasks.mmlu import mmlu_subjects
 from bitassay.models.identity import identity
 from bitassay.record.environment import environment
 from bitassay.record.run import RunFolder
@@ -118,13 +119,13 @@ def parts_of(
         names = mmlu_subjects()
         chosen = [f"mmlu_{names[place]}" for place in even_indices(len(names), subjects)]
         return [
-            (name, AskedTask.of(leaves(name)[0], per_subject, 5), slice(None))
+            (name, load_tasks(name, per_subject, 5)[0], slice(None))
             for name in (chosen if per_subject else [])
         ]
     limit = hellaswag if task == "hellaswag" else arc
     if not limit:
         return []
-    asked = AskedTask.of(leaves(task)[0], limit, 0)
+    asked = load_tasks(task, limit, 0)[0]
     return [
         (f"{task}-{start:05d}", asked, slice(start, start + PART_ITEMS))
         for start in range(0, len(asked.items), PART_ITEMS)

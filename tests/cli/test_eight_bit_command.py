@@ -54,7 +54,7 @@ def test_a_run_a_page_and_a_report_of_it(study, bitassay, tmp_path):
         (("task3.1", *WORDS, "--jobs", "0"), '"0" for --jobs'),
         (("task3.1", "--model", "stories260k", "--limit", "-1"), '"-1" for --limit'),
         (("task3.1", *WORDS, "--devices", "cpu", "cpu"), "one device"),
-        (("task3.1", *WORDS, "--precision", "w4"), "--precision w4 is none of"),
+        (("task3.1", *WORDS, "--precision", "w4"), '"w4" for --precision'),
         (("exp1", "--model", "stories260k", "--ray", "auto"), "--ray auto"),
     ],
 )

@@ -1,47 +1,34 @@
 """Every option of every verb says what it is for."""
 
-import dataclasses
-import importlib
-import inspect
-import re
-
 import pytest
+from cyclopts import App
 
-from bitassay.cli import VERBS, run
-from bitassay.cli.parameters import Loading, Revision
-
-
-def functions():
-    for verb in VERBS:
-        module = importlib.import_module(f"bitassay.cli.{verb}")
-        for name, function in inspect.getmembers(module, inspect.isfunction):
-            if function.__module__ == module.__name__ and "Args:" in (function.__doc__ or ""):
-                yield pytest.param(function, id=f"{verb}-{name}")
+from bitassay.cli import VERBS, application, run
 
 
-@pytest.mark.parametrize("function", functions())
-def test_every_parameter_is_described(function):
-    """In its docstring; those that verbs share, where they are declared."""
-    described = function.__doc__.split("Args:")[1]
-    missing = [
-        name
-        for name, parameter in inspect.signature(function).parameters.items()
-        if f"\n        {name}: " not in described and not isinstance(parameter.default, Revision | Loading)
-    ]
-    assert not missing
-
-
-@pytest.mark.parametrize("shared", [Revision, Loading])
-def test_every_shared_parameter_is_described(shared):
-    described = "".join(map(inspect.getsource, shared.__mro__[:-1]))
-    for field in dataclasses.fields(shared):
-        assert re.search(rf'\n    {field.name}: [^\n]+\n    """', described), field.name
+def commands(app, words=()):
+    """Every command that computes, with the words that call it."""
+    subcommands = [name for name in app if not name.startswith("-")]
+    if app.default_command is not None or not subcommands:
+        yield pytest.param(app, id=" ".join(words))
+    for name in subcommands:
+        yield from commands(app[name], (*words, name))
 
 
 @pytest.mark.parametrize(
-    "verb", ["assay", "quantize", "eval", "prove", "verify", "calibrate", "report", "doctor"]
+    "command", [each for verb in VERBS for each in commands(application()[verb], (verb,))]
 )
-def test_help_shows_the_descriptions(verb, capsys):
+def test_every_option_is_described(command: App):
+    every = command.assemble_argument_collection(parse_docstring=True)
+    options = [option for option in every if not option.children]  # a group of options has children
+    assert not [option.names for option in options if not option.parameter.help]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_has_the_long_description(verb, capsys):
+    """The summary of the list of verbs does not replace the docstring of the function."""
     assert run([verb, "--help"]) == 0
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert "What to print on stdout" in shown or "offline" in shown
+    said = " ".join(application()[verb].help.split())
+    assert said[:60].replace("`", "") in shown
+    assert "What to print on stdout" in shown or verb in ("report", "models", "recipes", "study", "committee")

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from bitassay import cli
-from bitassay.cli.parameters import Loading
+from bitassay.cli.options import Loading
 from bitassay.cli.quiet import quiet, without_bars
 from bitassay.errors import BitassayWarning
 from bitassay.models.source import resolve

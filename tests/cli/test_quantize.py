@@ -243,4 +243,4 @@ def test_analyze_writes_a_table_a_heat_map_and_a_page(out, capsys):
     assert "--analyze writes no model" in capsys.readouterr().err
     for words in (["--samples", "4"], ["--each-matrix"]):
         assert quantize(out / "model", *words) == 2
-        assert "--samples and --each-matrix are of --analyze" in capsys.readouterr().err
+        assert "--samples and --each-matrix belong to --analyze" in capsys.readouterr().err

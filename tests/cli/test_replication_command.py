@@ -69,7 +69,7 @@ def test_a_table_a_page_and_a_report_of_it(study, bitassay, tmp_path):
         (("exp1", *WORDS, "--only", "w2"), "the other studies have no parts"),
         (("phase1", "exp1", *WORDS), "one command for each kind"),
         (("phase5", *WORDS), "phase5"),
-        (("control-table", *WORDS, "--precision", "int8"), "--precision int8 is none of"),
+        (("control-table", *WORDS, "--precision", "int8"), '"int8" for --precision'),
     ],
 )
 def test_what_it_refuses(study, words, said, tmp_path):

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from bitassay.errors import BitassayError
 from bitassay.evaluation.statistics import (
     FEWEST,
-    accuracy_interval,
     clopper_pearson_interval,
     difference_interval,
     exp_mean_of,
@@ -27,6 +27,7 @@ from bitassay.evaluation.statistics import (
     standard_error,
     student_interval,
     visible_difference,
+    wilson_interval,
 )
 
 
@@ -112,7 +113,7 @@ def test_a_difference_lies_where_both_can_be(values):
 def test_a_share_has_an_interval_that_is_never_a_point(some, more):
     items = some + more
     for count in (0, some, items):
-        for low, high in (accuracy_interval(count, items), clopper_pearson_interval(count, items)):
+        for low, high in (wilson_interval(count, items), clopper_pearson_interval(count, items)):
             assert 0 <= low <= count / items <= high <= 1
             assert low < high
 
@@ -203,9 +204,10 @@ def test_the_visible_difference_is_seen_as_often_as_it_says():
 
 def test_an_accuracy_has_wilsons_interval():
     # p = 0.8, n = 10, z = 1.96: (p + z²/2n ± z sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n)
-    assert accuracy_interval(8, 10) == pytest.approx((0.4901625, 0.9433178), abs=1e-6)
-    with pytest.raises(BitassayError, match="3 right of 2 items"):
-        accuracy_interval(3, 2)
+    assert wilson_interval(8, 10) == pytest.approx((0.4901625, 0.9433178), abs=1e-6)
+    expected = stats.binomtest(8, 10).proportion_ci(method="wilson")
+    assert wilson_interval(8, 10) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    assert wilson_interval(7, 10)[0] < wilson_interval(7.5, 10)[0] < wilson_interval(8, 10)[0]
 
 
 @given(st.integers(0, 25), st.integers(0, 25))

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitassay.quantization.codes.adaptive import adapted, cheapest, column_errors
+from bitassay.quantization.codes.quantize import quantize_tensor
 from bitassay.quantization.codes.storage import (
     description,
     expected_tensors,
@@ -15,9 +16,8 @@ from bitassay.quantization.codes.storage import (
     read_tensor,
     stored_tensors,
 )
-from bitassay.quantization.codes.tensor import from_codes, quantize_tensor
+from bitassay.quantization.codes.tensor import from_codes
 from bitassay.quantization.recipe.granularity import Granularity
-from bitassay.quantization.recipe.recipe import WeightScheme
 
 COSTS = st.tuples(*[st.floats(0, 10)] * 3)
 

@@ -22,8 +22,8 @@ from bitassay.quantization.codes.binary import (
     rescaled_columns,
     rescaled_first,
     rescaled_second,
-    solved,
 )
+from bitassay.quantization.codes.quantize import quantize_tensor
 from bitassay.quantization.codes.storage import (
     description,
     expected_tensors,
@@ -32,13 +32,13 @@ from bitassay.quantization.codes.storage import (
     read_tensor,
     stored_tensors,
 )
-from bitassay.quantization.codes.tensor import quantize_tensor
 from bitassay.quantization.pipeline import quantize
-from bitassay.quantization.recipe.recipe import Recipe, WeightScheme
+from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.recipe.solvers import Gptq
+from bitassay.quantization.recipe.weights import WeightScheme
 from bitassay.quantization.runtime.kernels import packed_product
 from bitassay.quantization.runtime.linear import QuantizedLinear
-from bitassay.quantization.solvers.gptq import gptq, gptq_on_levels
+from bitassay.quantization.solvers.gptq import gptq, gptq_binary, gptq_on_levels
 
 SCHEMES = [
     WeightScheme(format="binary", granularity=granularity, symmetric=symmetric, residual=residual, column_scales=c)
@@ -81,10 +81,10 @@ def test_the_error_never_rises(scheme, seed):
     settled = binarize(w, scheme, h, sweeps=0).scheme
     planes = tree_map(in_double, first_planes(w, settled, h))
     w, h = w.double(), h.double()
-    errors = [error(planes.values(), w, h)]
+    errors = [error((planes.unscaled() * planes.column_scale), w, h)]
     for _ in range(12):
         planes = refined(planes, w, h, scheme.column_scales)
-        errors.append(error(planes.values(), w, h))
+        errors.append(error((planes.unscaled() * planes.column_scale), w, h))
     assert all(after <= before * (1 + 1e-9) for before, after in itertools.pairwise(errors))
     assert errors[-1] < errors[0] * 0.999
 
@@ -118,18 +118,18 @@ def test_every_step_is_at_its_optimum(scheme):
         assert planes.second.summed(left * planes.second.codes).abs().max().item() < 1e-5 * size
 
     planes = recoded(planes, target)
-    one = planes.first.spread(planes.first.scale)
-    middle = 0 if planes.first.mean is None else planes.first.spread(planes.first.mean)
+    one = planes.first.widened(planes.first.scale)
+    middle = 0 if planes.first.mean is None else planes.first.widened(planes.first.mean)
     two = torch.zeros_like(one)
     if planes.second is not None:
-        two[:, planes.salient] = planes.second.spread(planes.second.scale)
+        two[:, planes.salient] = planes.second.widened(planes.second.scale)
     choices = torch.stack([middle + a * one + b * two for a in (-1, 1) for b in (-1, 1)])
     least = (choices - target).abs().amin(0)
     assert torch.allclose((planes.unscaled() - target).abs(), least, atol=1e-6)
 
     before, p = planes.column_scale, planes.unscaled()
     planes = rescaled_columns(planes, w)
-    slope, positive = ((w - planes.values()) * p).sum(0), (w * p).sum(0) > 0
+    slope, positive = ((w - (planes.unscaled() * planes.column_scale)) * p).sum(0), (w * p).sum(0) > 0
     assert slope[positive].abs().max() < 1e-5 * (w * p).abs().sum(0).max()
     assert torch.equal(planes.column_scale[~positive], before[~positive])
 
@@ -139,7 +139,7 @@ def test_the_second_plane_goes_where_the_weighed_error_is(residual):
     w, h = torch.randn(24, 40, generator=torch.Generator().manual_seed(0)), torch.ones(40)
     h[[3, 17, 20, 39]] = 100
     done = binarize(w, WeightScheme(format="binary", residual=residual), h)
-    places = done.residual_places().tolist()
+    places = done.residual_indices().tolist()
     assert len(places) == 40 * residual
     assert set(places) >= {3, 17, 20, 39}
     assert done.residual.shape == (24, 40 * residual)
@@ -199,9 +199,9 @@ def test_gptq_on_levels_is_gptq_where_the_levels_are_a_grid(order):
     grid = quantize_tensor(w, scheme).scale.float().item()
     steps = torch.tensor([-2.0, -1.0, 0.0, 1.0]) * grid
     found, damping = gptq_on_levels(w, hessian, steps[:, None, None].expand(4, 24, 100), spec)
-    expected = gptq(w, hessian, scheme, spec)
+    expected = gptq(w, hessian, [scheme], spec)
     assert damping == expected.damping
-    assert torch.allclose(found, expected.compensated, atol=1e-4)
+    assert torch.allclose(found, expected.updated, atol=1e-4)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES[:4], ids=lambda s: f"{s.granularity}-{s.symmetric}-{s.residual}")
@@ -210,11 +210,11 @@ def test_gptq_lowers_the_error_of_the_output(scheme):
     x = torch.randn(500, 100, generator=torch.Generator().manual_seed(1)) * inputs().sqrt()
     x = x + x.roll(1, 1) + 0.5 * x.roll(3, 1)  # correlated: there is something to make up with
     hessian = (x.T @ x).double()
-    done, compensated, damping = solved(w, hessian, scheme, Gptq())
+    done, updated, damping = gptq_binary(w, hessian, scheme, Gptq())
     plain = quantize_tensor(w, scheme, importance=hessian.diagonal().float())
     error, plain_error = ((x @ (tensor.dequantize() - w).T).square().sum() for tensor in (done, plain))
     assert error < 0.95 * plain_error
-    assert torch.equal(on_planes(done, compensated).dequantize(), done.dequantize())
+    assert torch.equal(on_planes(done, updated).dequantize(), done.dequantize())
     assert damping == 0.01
 
 

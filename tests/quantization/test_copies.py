@@ -7,9 +7,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from bitassay.quantization.codes.copies import merged, planes, quantize_copies, scaled
+from bitassay.quantization.codes.copies import merged, planes, scaled
+from bitassay.quantization.codes.quantize import quantize_tensor
 from bitassay.quantization.codes.storage import description, planned, planned_bits
-from bitassay.quantization.codes.tensor import quantize_tensor
 from bitassay.quantization.inputs.activations import InputRounding, rounded_inputs
 from bitassay.quantization.recipe.weights import Copies, WeightScheme
 from bitassay.quantization.runtime.linear import QuantizedLinear
@@ -174,7 +174,7 @@ def test_importance_moves_the_common_scale():
     h[:4] = 1000
     w[:, :4] *= 0.05
     own = scheme(copies={"count": 2, "differ": "offset"})
-    plain, weighed = (quantize_copies(w, own, "w", importance) for importance in (None, h))
+    plain, weighed = (quantize_tensor(w, own, "w", importance) for importance in (None, h))
     errors = [((t.dequantize() - w).square() * h).sum() for t in (plain, weighed)]
     assert errors[1] < errors[0]
 

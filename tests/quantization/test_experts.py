@@ -11,7 +11,7 @@ import bitassay
 from bitassay.engines.load import load
 from bitassay.errors import BitassayError
 from bitassay.models.walk import fused_experts, matrices, walk
-from bitassay.quantization.codes.tensor import quantize_tensor
+from bitassay.quantization.codes.quantize import quantize_tensor
 from bitassay.quantization.export.save import save
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.runtime.experts import (

@@ -18,14 +18,14 @@ from bitassay.engines.load import load
 from bitassay.errors import BitassayError, MissingError
 from bitassay.models.walk import matrices
 from bitassay.quantization.codes import storage as own
-from bitassay.quantization.codes.tensor import quantize_tensor
+from bitassay.quantization.codes.quantize import quantize_tensor
 from bitassay.quantization.export.card import CARD_BYTES, CARD_FILE, read_card
 from bitassay.quantization.export.compressed import weight_args
 from bitassay.quantization.export.plan import plan_export
 from bitassay.quantization.export.save import save
 from bitassay.quantization.pipeline import quantize
 from bitassay.quantization.recipe.formats import FORMATS
-from bitassay.quantization.recipe.recipe import Recipe, WeightScheme, find_recipe
+from bitassay.quantization.recipe.recipe import Recipe, find_recipe
 from bitassay.quantization.runtime.model import bits_per_weight
 from bitassay.testing.tiny import tiny_model
 

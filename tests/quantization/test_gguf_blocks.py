@@ -6,7 +6,8 @@ import pytest
 import torch
 from gguf import dequantize
 
-from bitassay.quantization.codes.tensor import LowRank, from_codes, quantize_tensor
+from bitassay.quantization.codes.quantize import quantize_tensor
+from bitassay.quantization.codes.tensor import LowRank, from_codes
 from bitassay.quantization.export.gguf_blocks import as_blocks
 from bitassay.quantization.recipe.weights import WeightScheme
 

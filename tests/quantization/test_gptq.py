@@ -5,16 +5,17 @@ import torch
 
 from bitassay.errors import BitassayError
 from bitassay.quantization.codes.copies import planes
-from bitassay.quantization.codes.rounding import dequantize, round_to_nearest
+from bitassay.quantization.codes.grid import group_bounds
+from bitassay.quantization.codes.quantize import quantize_tensor
+from bitassay.quantization.codes.rounding import nearest
 from bitassay.quantization.codes.scales import grid_for
-from bitassay.quantization.codes.tensor import from_codes, quantize_tensor
 from bitassay.quantization.pipeline import quantize
 from bitassay.quantization.recipe.granularity import Granularity
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.recipe.solvers import Gptq
 from bitassay.quantization.recipe.weights import WeightScheme
 from bitassay.quantization.runtime.model import quantization_of
-from bitassay.quantization.solvers.gptq import gptq, gptq_planes, group_bounds, inverse_factor
+from bitassay.quantization.solvers.gptq import gptq, inverse_factor
 
 
 def problem(rows=12, columns=40, tokens=200, seed=0):
@@ -28,10 +29,6 @@ def problem(rows=12, columns=40, tokens=200, seed=0):
 def output_error(weight, quantized, hessian):
     d = (weight - quantized).double()
     return (d @ hessian * d).sum().item()
-
-
-def packed(found, scheme):
-    return from_codes(found.codes, found.grid.scale, scheme, found.grid.zero_point, found.grid.mean)
 
 
 def textbook(weight, hessian, scheme, damping, order):
@@ -56,11 +53,7 @@ def textbook(weight, hessian, scheme, damping, order):
             grids[g] = grid_for(source[:, a:b].contiguous(), scheme, importance[a:b].expand(len(w), -1))
         inverse = torch.linalg.inv(h[left][:, left])
         value = w[:, column : column + 1].float()
-        rounded = dequantize(
-            round_to_nearest(value, grids[g], scheme.number_format, scheme.symmetric),
-            grids[g],
-            scheme.number_format,
-        )
+        _, rounded = nearest(value, grids[g])
         result[:, column] = rounded[:, 0].double()
         error = (w[:, column] - result[:, column]) / inverse[0, 0]
         w[:, left] -= error[:, None] * inverse[0][None]
@@ -82,13 +75,13 @@ def textbook(weight, hessian, scheme, damping, order):
 )
 def test_it_is_the_textbook_solution(fields, order):
     scheme, (weight, hessian) = WeightScheme(**fields), problem()
-    found = gptq(weight, hessian, scheme, Gptq(order=order, damping=0.01))
+    found = gptq(weight, hessian, [scheme], Gptq(order=order, damping=0.01))
     columns = (
         hessian.diagonal().float().argsort(descending=True).tolist() if order == "activation" else range(40)
     )
     wanted = textbook(weight, hessian, scheme, 0.01, columns)
     # One code may tip over where fp32 and fp64 fall on two sides of a tie; then its row goes another way.
-    same = (packed(found, scheme).dequantize().double() - wanted).abs().amax(1) < 1e-4
+    same = (found.tensor().dequantize().double() - wanted).abs().amax(1) < 1e-4
     assert same.float().mean() > 0.8
 
 
@@ -97,7 +90,7 @@ def test_it_is_the_textbook_solution(fields, order):
 def test_the_output_is_closer_than_by_rounding_to_nearest(granularity, order):
     weight, hessian = problem(rows=48, columns=150, tokens=400)
     scheme = WeightScheme(format="int3", granularity=granularity, symmetric=False)
-    found = packed(gptq(weight, hessian, scheme, Gptq(order=order)), scheme)
+    found = gptq(weight, hessian, [scheme], Gptq(order=order)).tensor()
     nearest = quantize_tensor(weight, scheme, importance=hessian.diagonal().float())
     ours = output_error(weight, found.dequantize(), hessian)
     assert ours < 0.8 * output_error(weight, nearest.dequantize(), hessian)
@@ -110,17 +103,15 @@ def test_planes_are_rounded_together(order):
     weight, hessian = problem(rows=64, columns=160, tokens=600)
     even = {"granularity": "g32", "offset": 0.5, "scale": "mse"}
     schemes = [WeightScheme(format="int2", scale_factor=factor, **even) for factor in (1.3, 1)]
-    found = gptq_planes(weight, hessian, schemes, Gptq(order=order))
-    values = [packed(one, scheme).dequantize() for one, scheme in zip(found, schemes, strict=True)]
-    # Each plane has what those before it left, and nothing but the sum makes up for errors.
-    torch.testing.assert_close(found[1].compensated, found[0].compensated - values[0], atol=1e-6, rtol=0)
+    found = gptq(weight, hessian, schemes, Gptq(order=order)).tensor()
+    values = [plane.dequantize() for plane in planes(found)]
     four = WeightScheme(format="int4", **even)
     whole = output_error(
-        weight, packed(gptq(weight, hessian, four, Gptq(order=order)), four).dequantize(), hessian
+        weight, gptq(weight, hessian, [four], Gptq(order=order)).tensor().dequantize(), hessian
     )
     assert output_error(weight, sum(values), hessian) < 1.5 * whole
-    first = packed(gptq(weight, hessian, schemes[0], Gptq(order=order)), schemes[0]).dequantize()
-    rest = packed(gptq(weight - first, hessian, schemes[1], Gptq(order=order)), schemes[1]).dequantize()
+    first = gptq(weight, hessian, [schemes[0]], Gptq(order=order)).tensor().dequantize()
+    rest = gptq(weight - first, hessian, [schemes[1]], Gptq(order=order)).tensor().dequantize()
     assert output_error(weight, first + rest, hessian) > 3 * whole
     assert output_error(weight, values[0], hessian) > output_error(weight, first, hessian)
 
@@ -128,34 +119,34 @@ def test_planes_are_rounded_together(order):
 def test_stacked_matrices_are_solved_as_if_alone():
     weight, hessian = problem(rows=20)
     scheme = WeightScheme(format="int2", granularity="g16", symmetric=False)
-    both = gptq(weight, hessian, scheme, Gptq())
-    second = gptq(weight[8:], hessian, scheme, Gptq())
-    assert (both.codes[8:] == second.codes).float().mean() > 0.99
+    both = gptq(weight, hessian, [scheme], Gptq())
+    second = gptq(weight[8:], hessian, [scheme], Gptq())
+    assert (both.codes[0, 8:] == second.codes[0]).float().mean() > 0.99
 
 
-def test_the_compensated_weights_round_to_the_codes():
+def test_the_updated_weights_round_to_the_codes():
     weight, hessian = problem()
     scheme = WeightScheme(format="int2", granularity="g16")
-    found = gptq(weight, hessian, scheme, Gptq())
-    wide = found.grid.scale.repeat_interleave(torch.tensor([16, 16, 8]), dim=1)
-    assert torch.equal((found.compensated / wide).round().clamp(-2, 1), found.codes)
+    found = gptq(weight, hessian, [scheme], Gptq())
+    wide = found.grids[0].scale.repeat_interleave(torch.tensor([16, 16, 8]), dim=1)
+    assert torch.equal((found.updated / wide).round().clamp(-2, 1), found.codes[0])
 
 
 def test_a_column_without_inputs_is_rounded_to_nearest():
     weight, hessian = problem()
     hessian[7], hessian[:, 7] = 0, 0
     scheme = WeightScheme(format="int4", granularity="channel")
-    found = gptq(weight, hessian, scheme, Gptq())
-    assert torch.equal(found.compensated[:, 7], weight[:, 7])
-    assert packed(found, scheme).dequantize().isfinite().all()
+    found = gptq(weight, hessian, [scheme], Gptq())
+    assert torch.equal(found.updated[:, 7], weight[:, 7])
+    assert found.tensor().dequantize().isfinite().all()
 
 
 @pytest.mark.parametrize("hessian", [torch.zeros(40, 40), torch.ones(40, 40)], ids=["zero", "rank one"])
 def test_singular_hessians_give_finite_weights(hessian):
     weight, _ = problem()
     scheme = WeightScheme(format="int2", granularity="g16", symmetric=False)
-    found = gptq(weight, hessian.double(), scheme, Gptq(damping=1e-9))
-    assert packed(found, scheme).dequantize().isfinite().all()
+    found = gptq(weight, hessian.double(), [scheme], Gptq(damping=1e-9))
+    assert found.tensor().dequantize().isfinite().all()
 
 
 def test_damping_escalates_until_the_factorisation_succeeds():
@@ -171,14 +162,14 @@ def test_inputs_that_are_not_finite_are_refused():
     weight, hessian = problem()
     hessian[0, 0] = torch.nan
     with pytest.raises(BitassayError, match="not finite"):
-        gptq(weight, hessian, WeightScheme(format="int4"), Gptq())
+        gptq(weight, hessian, [WeightScheme(format="int4")], Gptq())
 
 
 def test_a_constant_weight():
     _, hessian = problem()
     scheme = WeightScheme(format="int4", granularity="g16")
     for value in (0.0, 0.7):
-        found = packed(gptq(torch.full((3, 40), value), hessian, scheme, Gptq()), scheme)
+        found = gptq(torch.full((3, 40), value), hessian, [scheme], Gptq()).tensor()
         assert found.dequantize().isfinite().all()
         assert (found.dequantize() - value).abs().max() < 0.1
 

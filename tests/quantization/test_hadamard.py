@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import scipy.linalg
 import torch
 
 from bitassay.quantization.codes.hadamard import (
@@ -13,7 +14,6 @@ from bitassay.quantization.codes.hadamard import (
     paley_block,
     random_hadamard,
     random_orthogonal,
-    sylvester,
 )
 
 # hidden sizes, MLP widths and head sizes of the models in reach
@@ -99,11 +99,14 @@ def test_a_product_is_the_dense_one_and_the_transpose_undoes_it(make, size):
 
 
 def test_kronecker_order_is_the_one_of_torch():
-    dense = torch.kron(paley(36), sylvester(16)).double() / 24
+    dense = torch.kron(paley(36), torch.tensor(scipy.linalg.hadamard(16))).double() / 24
     assert torch.allclose(hadamard(576).matrix(), dense, atol=1e-15)
     three = hadamard(12 * 128)
     assert len(three.factors) == 3
-    assert torch.allclose(three.matrix() * math.sqrt(1536), torch.kron(paley(12), sylvester(128)).double())
+    assert torch.allclose(
+        three.matrix() * math.sqrt(1536),
+        torch.kron(paley(12), torch.tensor(scipy.linalg.hadamard(128))).double(),
+    )
 
 
 def test_a_block_diagonal_one_stays_in_its_blocks():

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitassay.quantization.codes.grid import Grid
-from bitassay.quantization.codes.rounding import dequantize, round_to_nearest
+from bitassay.quantization.codes.rounding import nearest
 from bitassay.quantization.inputs.thresholds import (
     kl_threshold,
     learned_threshold,
@@ -94,8 +94,7 @@ def test_kl_clips_a_far_outlier_and_little_else():
 
 
 def weighed_error(x, column_weight, fmt, threshold: float) -> float:
-    grid = Grid(torch.tensor([[threshold / fmt.largest]]))
-    rounded = dequantize(round_to_nearest(x, grid, fmt, symmetric=True), grid, fmt)
+    _, rounded = nearest(x, Grid(fmt, torch.tensor([[threshold / fmt.largest]])))
     return (column_weight * (rounded - x).square()).sum().item()
 
 

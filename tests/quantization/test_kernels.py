@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bitassay.quantization.codes.tensor import LowRank, quantize_tensor
+from bitassay.quantization.codes.quantize import quantize_tensor
+from bitassay.quantization.codes.tensor import LowRank
 from bitassay.quantization.recipe.recipe import WeightScheme
 from bitassay.quantization.runtime.kernels import MAX_ROWS, packed_product
 

@@ -5,8 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from bitassay.quantization.codes.grid import Grid
-from bitassay.quantization.codes.tensor import quantize_tensor
+from bitassay.quantization.codes.quantize import quantize_tensor
 from bitassay.quantization.recipe.weights import WeightScheme
 from bitassay.quantization.solvers.latent import LatentWeight, latent_linears
 
@@ -30,14 +29,7 @@ def name_of(scheme):
 def latent_of(scheme, seed=0):
     weight = torch.randn(6, 40, generator=torch.Generator().manual_seed(seed))
     tensor = quantize_tensor(weight, scheme)
-    grid = Grid(
-        tensor.scale.float(),
-        tensor.zero_points(),
-        None if tensor.mean is None else tensor.mean.float(),
-        scheme.offset,
-        scheme.restricted,
-    )
-    return LatentWeight(scheme, weight, grid), tensor, weight
+    return LatentWeight(scheme, weight, tensor.grid), tensor, weight
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=name_of)
@@ -61,8 +53,7 @@ def test_what_is_computed_with_is_what_is_packed(scheme):
 
 def test_a_latent_goes_on_from_another():
     latent, tensor, _ = latent_of(SCHEMES[0])
-    grid = Grid(tensor.scale.float(), tensor.zero_points())
-    again = LatentWeight(SCHEMES[0], latent.weight(), grid)
+    again = LatentWeight(SCHEMES[0], latent.weight(), tensor.grid)
     assert torch.allclose(again.u, latent.u, atol=1e-4)
 
 
@@ -89,9 +80,7 @@ def test_a_group_of_zeros_is_not_moved(scheme):
     weight = torch.randn(6, 40, generator=torch.Generator().manual_seed(0))
     weight[3] = 0
     tensor = quantize_tensor(weight, scheme)
-    mean = None if tensor.mean is None else tensor.mean.float()
-    grid = Grid(tensor.scale.float(), tensor.zero_points(), mean, scheme.offset, scheme.restricted)
-    latent = LatentWeight(scheme, weight, grid)
+    latent = LatentWeight(scheme, weight, tensor.grid)
     (latent() - 1).square().sum().backward()
     with torch.no_grad():
         for parameter in (latent.u, *latent.grid_parameters()):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from bitassay.quantization.codes.tensor import quantize_tensor
+from bitassay.quantization.codes.quantize import quantize_tensor
 from bitassay.quantization.inputs.activations import InputRounding, rounded_inputs
 from bitassay.quantization.recipe.recipe import WeightScheme
 from bitassay.quantization.runtime.kernels import MAX_ROWS

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bitassay.errors import BitassayError
-from bitassay.quantization.codes.tensor import quantize_tensor
+from bitassay.quantization.codes.quantize import quantize_tensor
 from bitassay.quantization.recipe.solvers import LowRankSpec
 from bitassay.quantization.recipe.weights import WeightScheme
 from bitassay.quantization.solvers.low_rank import corrected, correction

@@ -6,7 +6,7 @@ import torch
 import bitassay
 from bitassay.errors import BitassayError
 from bitassay.models.walk import walk
-from bitassay.quantization.codes.tensor import quantize_tensor
+from bitassay.quantization.codes.quantize import quantize_tensor
 from bitassay.quantization.recipe.formats import FORMATS
 from bitassay.quantization.recipe.recipe import Recipe, WeightScheme, shipped_recipes
 from bitassay.quantization.runtime.kernels import MAX_ROWS

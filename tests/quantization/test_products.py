@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 
-from bitassay.quantization.codes.tensor import LowRank, QuantizedTensor, quantize_tensor
+from bitassay.quantization.codes.quantize import quantize_tensor
+from bitassay.quantization.codes.tensor import LowRank, QuantizedTensor
 from bitassay.quantization.inputs.activations import InputRounding, input_codes, rounded_inputs
 from bitassay.quantization.recipe.weights import WeightScheme
 from bitassay.quantization.runtime.linear import QuantizedLinear

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 import bitassay
 from bitassay.errors import BitassayError
 from bitassay.models.walk import walk
-from bitassay.quantization.codes.tensor import quantize_tensor
+from bitassay.quantization.codes.quantize import quantize_tensor
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.recipe.transforms import Rotation
 from bitassay.quantization.runtime.model import Quantization, with_tensors

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bitassay.quantization.codes.tensor import quantize_tensor
+from bitassay.quantization.codes.quantize import quantize_tensor
 from bitassay.quantization.recipe.recipe import WeightScheme
 
 FORMATS = [

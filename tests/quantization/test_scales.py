@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from bitassay.quantization.codes.quantize import quantize_tensor
 from bitassay.quantization.codes.rounding import dequantize, round_to_nearest
 from bitassay.quantization.codes.scales import (
     BLOCK_ELEMENTS,
@@ -17,7 +18,6 @@ from bitassay.quantization.codes.scales import (
     middle_zero_points,
     percentiles,
 )
-from bitassay.quantization.codes.tensor import quantize_tensor
 from bitassay.quantization.recipe.formats import FORMATS
 from bitassay.quantization.recipe.recipe import WeightScheme
 
@@ -49,7 +49,7 @@ def absmax(w, name: str, symmetric: bool, dtype=torch.float32):
 
 
 def squared_error(w, grid, name: str, symmetric: bool) -> torch.Tensor:
-    back = dequantize(round_to_nearest(w, grid, FORMATS[name], symmetric), grid, FORMATS[name])
+    back = dequantize(round_to_nearest(w, grid), grid)
     return (back - w).double().square().sum(1)
 
 
@@ -57,7 +57,7 @@ def squared_error(w, grid, name: str, symmetric: bool) -> torch.Tensor:
 def test_absmax_puts_the_largest_magnitude_on_the_outermost_code(name):
     w = noise(1)
     grid = absmax_grid(w, FORMATS[name], True, torch.float32)
-    codes = round_to_nearest(w, grid, FORMATS[name], True)
+    codes = round_to_nearest(w, grid)
     assert codes.abs().amax(1).tolist() == [FORMATS[name].largest] * len(w)
 
 
@@ -67,10 +67,10 @@ def test_an_asymmetric_range_is_used_to_its_ends_and_holds_zero(name):
     mixed, positive, negative = noise(2), noise(2).abs() + 1, -noise(2).abs() - 1
     for w, expected in ((mixed, None), (positive, 0), (negative, top)):
         grid = absmax_grid(w, fmt, False, torch.float32)
-        codes = round_to_nearest(w, grid, fmt, False)
+        codes = round_to_nearest(w, grid)
         assert (codes.amax(1) - codes.amin(1)).min() >= (top - 1 if expected is None else 0)
         assert expected is None or (grid.zero_point == expected).all()
-        assert not dequantize(round_to_nearest(torch.zeros_like(w), grid, fmt, False), grid, fmt).any()
+        assert not dequantize(round_to_nearest(torch.zeros_like(w), grid), grid).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -125,7 +125,7 @@ def test_the_search_comes_near_the_best_grid_there_is(name, symmetric, options, 
     importance = torch.rand(w.shape, generator=torch.Generator().manual_seed(1)) ** 3 if weighed else None
 
     def error(grid):
-        back = dequantize(round_to_nearest(w, grid, fmt, symmetric), grid, fmt)
+        back = dequantize(round_to_nearest(w, grid), grid)
         errors = (back - w).double().square()
         return (errors if importance is None else errors * importance).sum(1)
 
@@ -266,8 +266,8 @@ def test_binary_with_a_mean_is_the_best_of_every_choice_of_codes(pairs, weighed)
     values, importance = (torch.tensor([column]).float() for column in zip(*pairs, strict=True))
     w, h = values.double()[0], importance.double()[0] if weighed else torch.ones(len(pairs)).double()
     grid = mse(values, "binary", False, importance=importance if weighed else None)
-    codes = round_to_nearest(values, grid, FORMATS["binary"], False)
-    found = (h * (dequantize(codes, grid, FORMATS["binary"])[0] - w).square()).sum().item()
+    codes = round_to_nearest(values, grid)
+    found = (h * (dequantize(codes, grid)[0] - w).square()).sum().item()
     energy = best = (h * w.square()).sum().item()
     for codes in itertools.product((False, True), repeat=len(pairs)):
         up = torch.tensor(codes)
@@ -284,8 +284,8 @@ def test_weighed_ternary_and_binary_are_the_best_of_every_choice(pairs):
     w, h = values.double()[0], (importance if importance.any() else torch.ones_like(importance)).double()[0]
     for name, choices in (("ternary", (-1, 0, 1)), ("binary", (-1, 1))):
         grid = mse(values, name, True, importance=importance)
-        codes = round_to_nearest(values, grid, FORMATS[name], True)
-        found = (h * (dequantize(codes, grid, FORMATS[name])[0] - w).square()).sum().item()
+        codes = round_to_nearest(values, grid)
+        found = (h * (dequantize(codes, grid)[0] - w).square()).sum().item()
         energy = best = (h * w.square()).sum().item()
         for codes in itertools.product(choices, repeat=len(pairs)):
             q = torch.tensor(codes, dtype=torch.float64)

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 import bitassay.quantization.transforms.smoothing as module
 from bitassay.errors import BitassayError
 from bitassay.models.walk import walk
-from bitassay.quantization.codes.tensor import quantize_tensor
+from bitassay.quantization.codes.quantize import quantize_tensor
 from bitassay.quantization.inputs.activations import InputRounding, rounded_inputs
 from bitassay.quantization.inputs.ranges import collect_ranges
 from bitassay.quantization.recipe.recipe import Recipe

@@ -17,13 +17,14 @@ from transformers import AutoModelForCausalLM
 from bitassay.engines.load import load
 from bitassay.errors import BitassayError, MissingError
 from bitassay.quantization.codes import storage
-from bitassay.quantization.codes.tensor import LowRank, QuantizedTensor, quantize_tensor
+from bitassay.quantization.codes.quantize import quantize_tensor
+from bitassay.quantization.codes.tensor import LowRank, QuantizedTensor
 from bitassay.quantization.export.card import CARD_FILE, hashed_files, read_card
 from bitassay.quantization.export.plan import plan_export
 from bitassay.quantization.export.save import save
 from bitassay.quantization.pipeline import quantize
 from bitassay.quantization.recipe.formats import FORMATS
-from bitassay.quantization.recipe.recipe import Recipe, WeightScheme
+from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.runtime.model import Quantization, bits_per_weight, size_bytes, with_tensors
 from bitassay.record.hashing import digest_file
 from bitassay.testing.tiny import tiny_model

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from bitassay.errors import BitassayError
+from bitassay.quantization.codes.quantize import quantize_tensor
 from bitassay.quantization.codes.scales import SEARCH_FACTORS, middle_zero_points
-from bitassay.quantization.codes.tensor import LowRank, quantize_tensor
+from bitassay.quantization.codes.tensor import LowRank
 from bitassay.quantization.recipe.formats import FORMATS
 from bitassay.quantization.recipe.recipe import WeightScheme
 

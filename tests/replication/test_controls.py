@@ -7,7 +7,7 @@ import torch
 
 from bitassay import cli
 from bitassay.models.walk import matrices
-from bitassay.quantization.codes.tensor import quantize_tensor
+from bitassay.quantization.codes.quantize import quantize_tensor
 from bitassay.quantization.pipeline import quantize
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.recipe.replication import Chosen

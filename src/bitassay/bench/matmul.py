@@ -31,8 +31,9 @@ from bitassay.bench.roofline import wait_for
 from bitassay.bench.rounds import INTERVAL, alternate, ratio_of, spread
 from bitassay.errors import BitassayError, at_least
 from bitassay.models.options import as_device
+from bitassay.quantization.codes.quantize import quantize_tensor
 from bitassay.quantization.codes.scales import absmax_grid
-from bitassay.quantization.codes.tensor import QuantizedTensor, quantize_tensor
+from bitassay.quantization.codes.tensor import QuantizedTensor
 from bitassay.quantization.inputs.activations import InputRounding
 from bitassay.quantization.recipe.formats import INPUT_FORMATS
 from bitassay.quantization.recipe.weights import WeightScheme

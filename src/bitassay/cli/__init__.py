@@ -16,19 +16,18 @@ from bitassay.cli.quiet import quiet
 from bitassay.errors import BitassayError, suggestion
 
 VERBS = {
-    "assay": "Quantize a model by several recipes; one table of what each costs "
-    "and whether a verifier notices.",
+    "assay": "Quantize a model by several recipes; one table of the costs, and whether a verifier notices.",
     "quantize": "Quantize a model by a recipe and save it as a checkpoint that transformers loads.",
-    "eval": "Perplexity, divergence or tasks: of one model, or of one against another.",
-    "generate": "How far quantized models' own words are from the base model's: greedy texts side by side.",
-    "bench": "Time models beside what the machine could do; `bench matmul`: error and speed of products.",
+    "eval": "Measure perplexity, divergence or tasks: of one model, or of one against another.",
+    "generate": "Compare the texts that quantized models generate with those of the base model.",
+    "bench": "Time models and compare them with the limits of the machine; `bench matmul` times products.",
     "prove": "Generate text and write a trace that shows which model ran.",
     "verify": "Check a trace against a model of your own: PASS, FAIL or INCONCLUSIVE.",
     "challenge": "Draw the positions that the host behind a signed receipt must open.",
-    "open": "Answer a challenge with the challenged cells of a trace, and proof that they were committed to.",
-    "committee": "Verifiers that commit before they reveal; planted items catch the lazy.",
+    "open": "Answer a challenge: write the challenged cells of a trace, and the proof of them.",
+    "committee": "Let several verifiers judge; canaries expose those that do not look.",
     "calibrate": "Fit a verification profile to honest runs on this machine.",
-    "attack": "Attack the verifier of a model in every known way; which detector catches what.",
+    "attack": "Attack the verifier of a model in every known way; show which detector catches what.",
     "study": "List and run the experiments: what fixed thresholds accept, and what they catch.",
     "search": "Find the best recipes of a space, for several objectives and within limits.",
     "report": "Turn run folders into one HTML file that opens offline.",
@@ -37,15 +36,20 @@ VERBS = {
     "doctor": "Check Python, packages, devices, disk and models.",
 }
 
-# Otherwise cyclopts exits at Ctrl-C without a word on what to do next.
-app = App(
-    name="bitassay",
-    help="Fewer bits, known cost, provable identity for language models.",
-    version=__version__,
-    suppress_keyboard_interrupt=False,
-)
-for verb, summary in VERBS.items():
-    app.command(f"bitassay.cli.{verb}:{verb}", name=verb, help=summary)
+
+def application(with_summaries: bool = False) -> App:
+    """Return the application. With summaries nothing is imported to list the verbs; without them, the help of
+    a verb is the docstring of its function."""
+    # Otherwise cyclopts exits at Ctrl-C without a word on what to do next.
+    app = App(
+        name="bitassay",
+        help="Fewer bits, known cost, provable identity for language models.",
+        version=__version__,
+        suppress_keyboard_interrupt=False,
+    )
+    for verb, summary in VERBS.items():
+        app.command(f"bitassay.cli.{verb}:{verb}", name=verb, help=summary if with_summaries else None)
+    return app
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -58,15 +62,17 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run(arguments: list[str], debug: bool = False) -> int:
-    """The exit status of one command line; with `debug`, exceptions propagate."""
+    """Run one command line and return its exit status; with `debug`, exceptions propagate."""
+    verb = arguments[0] if arguments and arguments[0] in VERBS else None
     try:
         # Left to cyclopts, an unknown verb imports all the others to describe them.
-        if arguments and not arguments[0].startswith("-") and arguments[0] not in VERBS:
+        if arguments and not arguments[0].startswith("-") and verb is None:
             raise BitassayError(
                 f"no verb is called {arguments[0]!r}; {suggestion(arguments[0], VERBS)}",
                 "bitassay --help",
             )
         with nullcontext() if debug else quiet():
+            app = application(with_summaries=verb is None)
             result = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
         sys.stdout.flush()  # here, where a reader that went away or a full disk can still be dealt with
         return result if isinstance(result, int) else 0
@@ -78,8 +84,7 @@ def run(arguments: list[str], debug: bool = False) -> int:
     except CycloptsError as error:
         if debug:
             raise
-        verb = f" {arguments[0]}" if arguments and arguments[0] in VERBS else ""
-        print(f"error: {error}\n  try: bitassay{verb} --help", file=sys.stderr)
+        print(f"error: {error}\n  try: {' '.join(filter(None, ('bitassay', verb)))} --help", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted; finished parts are kept: run the same command again to go on", file=sys.stderr)

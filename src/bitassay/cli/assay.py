@@ -1,105 +1,87 @@
 """`bitassay assay`: the main job."""
 
-import sys
-from pathlib import Path
-from typing import Annotated
+from typing import Any
 
-from cyclopts import Parameter
-
-from bitassay.cli.output import Format, emit
-from bitassay.cli.parameters import AS_IT_IS, Count, CountOrNone, Dtype, Loading, Seed, Share
+from bitassay.cli.checks import check_words
+from bitassay.cli.options import (
+    Alpha,
+    Compute,
+    Controls,
+    Count,
+    CountFromZero,
+    Flag,
+    Model,
+    Recipes,
+    RunOutput,
+    Seed,
+    Window,
+    Windows,
+)
+from bitassay.cli.progress import show_progress
+from bitassay.report.tables import Column, number, size
 
 
 def assay(
-    model: str,
+    model: Model,
     *,
-    recipe: Annotated[list[str], Parameter(negative=())],
-    windows: Count = 16,
-    window: Count = 2048,
-    dtype: Dtype = "float32",
+    recipe: Recipes,
+    windows: Windows = 16,
+    window: Window = 2048,
     prompts: Count = 8,
     calibration_prompts: Count = 220,
     new_tokens: Count = 24,
-    alpha: Share = 0.01,
-    repeats: CountOrNone = 3,
+    alpha: Alpha = 0.01,
+    repeats: CountFromZero = 3,
     verify: bool = True,
     bench: bool = True,
-    controls: bool = True,
+    controls: Controls = True,
     seed: Seed = 0,
-    out: Path | None = None,
-    dry_run: Annotated[bool, Parameter(negative=())] = False,
-    loading: Loading = AS_IT_IS,
-    format: Format = "table",
+    dry_run: Flag = False,
+    compute: Compute = Compute(),
+    output: RunOutput = RunOutput(),
 ) -> int:
     """Quantize MODEL by several recipes; one table of what each costs and whether a verifier notices.
 
-    A recipe with replication comes with its controls, plain recipes of equal bits and of equal work, and
-    whether it beats them. Writes run.json and report.html into a run folder. Interrupted, the same command
-    goes on. Exit status 1 where no verdicts could be reached.
+    Quality is measured on WikiText-2 in --dtype; timing and verification run in bfloat16. A recipe with
+    replication is compared with its controls, plain recipes of equal bits and of equal work. An interrupted
+    command continues when it is run again. Exit status 1 where no verdicts could be reached.
 
     Args:
-        model: A name from `bitassay models list`, a folder, a .gguf file or a hub id.
-        recipe: A shipped recipe or a YAML file; repeat it for more rows.
-        windows: How many windows of WikiText-2 to evaluate, evenly spaced.
-        window: Tokens in a window.
-        dtype: Arithmetic of the evaluation; timing and verification run in bfloat16.
-        prompts: Traces that each recipe has to prove.
-        calibration_prompts: Honest runs that the verification profile is fitted to.
+        prompts: How many traces each recipe proves.
+        calibration_prompts: How many honest runs the verification profile is fitted to.
         new_tokens: Tokens generated for each trace.
-        alpha: How often an honest run may be accused.
         repeats: Rounds of timing.
         verify: Reach verdicts.
         bench: Time prefill and decode.
-        controls: Add the controls of recipes with replication.
-        seed: Of the choice of prompts and of sampling.
-        out: Run folder (default: runs/assay-MODEL-ID).
         dry_run: Print the plan with an estimate of memory and time, and stop.
-        format: What to print on stdout.
     """
-    from bitassay.cli.checks import check_words
-
-    check_words([model], recipe, folder=out)
-    from bitassay.cli.progress import show_progress
+    check_words([model], recipe, folder=output.out)
     from bitassay.data.windows import Protocol
-    from bitassay.report.assay import ASSAY_COLUMNS, write_report
+    from bitassay.report.assay import ASSAY_COLUMNS
     from bitassay.report.bench import shown_columns
     from bitassay.report.replication import PAIR_COLUMNS
     from bitassay.studies.assay import assay
     from bitassay.studies.estimate import estimate_assay
     from bitassay.studies.verification import Verification
 
-    model = loading.of(model)
-    options = {
+    options: dict[str, Any] = {
         "protocol": Protocol(window_tokens=window, windows=windows),
         "controls": controls,
-        "dtype": dtype,
-        "attention": loading.attention,
+        "dtype": compute.dtype,
+        "attention": compute.attention,
         "seed": seed,
         "bench_repeats": repeats if bench else 0,
         "verification": Verification(prompts, calibration_prompts, new_tokens, alpha) if verify else None,
     }
     if dry_run:
-        from bitassay.report.tables import Column, number, size
-
-        columns = [
-            Column("step", "step", align="left"),
-            Column("work", "work", align="left"),
-            Column("memory_bytes", "memory", size),
-            Column("seconds", "seconds, about", number(0)),
-        ]
         with show_progress() as progress:
-            rows = estimate_assay(model, recipe, progress=progress, **options)
-        emit(rows, columns, format)
+            rows = estimate_assay(compute.of(model), recipe, progress=progress, **options)
+        memory = Column("memory_bytes", "memory", size)
+        output.emit((rows, ["step", "work", memory, Column("seconds", "seconds, about", number(0))]))
         return 0
+    options |= {"out": output.out, "trust_remote_code": compute.trust_remote_code}
     with show_progress() as progress:
-        run, folder = assay(
-            model, recipe, out=out, progress=progress, trust_remote_code=loading.trust_remote_code, **options
-        )
-    report = folder / "report.html"
-    write_report(run, report)
-    emit(run["rows"], ASSAY_COLUMNS, format, whole=run)
-    if run["pairs"] and format == "table":
-        emit(run["pairs"], shown_columns(PAIR_COLUMNS, run["pairs"]), format)
-    print(f"report: {report}", file=sys.stderr)
-    reason = (run["verification"] or {}).get("reason")
-    return 1 if reason else 0  # the columns of verification are missing
+        run, folder = assay(compute.of(model), recipe, progress=progress, **options)
+    pairs = run["pairs"]
+    output.show_run(run, folder, (run["rows"], ASSAY_COLUMNS), (pairs, shown_columns(PAIR_COLUMNS, pairs)))
+    return 1 if (run["verification"] or {}).get("reason") else 0  # the columns of verification are missing

@@ -1,55 +1,38 @@
 """`bitassay attack`: attacks against detectors."""
 
-import sys
-from pathlib import Path
-
-from bitassay.cli.output import Format, emit
-from bitassay.cli.parameters import AS_IT_IS, Count, Loading, Names, Seed, Share
+from bitassay.cli.checks import check_words
+from bitassay.cli.options import Alpha, Count, Loading, Model, Names, RunOutput, Seed
+from bitassay.cli.progress import show_progress
 
 
 def attack(
-    model: str,
+    model: Model,
     *,
     attacks: Names | None = None,
     numerics: Names | None = None,
     sequences: Count = 100,
     tokens: Count = 64,
-    alpha: Share = 0.01,
+    alpha: Alpha = 0.01,
     batch: Count = 32,
     seed: Seed = 0,
-    out: Path | None = None,
-    loading: Loading = AS_IT_IS,
-    format: Format = "table",
+    loading: Loading = Loading(),
+    output: RunOutput = RunOutput(),
 ) -> int:
-    """Attack the verifier of MODEL in every known way, and say which detector catches what.
+    """Attack the verifier of MODEL in every known way, and show which detector catches which attack.
 
-    Honest runs under several numerics set the thresholds. Writes run.json and report.html into a run folder.
-    Interrupted, the same command goes on.
+    Honest runs under several numerics set the thresholds. An interrupted command continues when it is run
+    again.
 
     Args:
-        model: A name from `bitassay models list`, a folder, a .gguf file or a hub id.
         attacks: Which attacks (default: all).
-        numerics: Which honest numerics are pooled (default: all). Those that this machine cannot compute
-            are left out by name.
+        numerics: Which honest numerics are pooled (default: all). Those that this machine cannot compute are
+            left out and named.
         sequences: Requests that every honest host and every attacker answers.
         tokens: Tokens of an output.
-        alpha: How often an honest run may be accused.
         batch: Requests generated at a time.
-        seed: Of the choice of requests.
-        out: Run folder (default: runs/attack-MODEL-ID).
-        format: What to print on stdout; json and csv have every cell with its interval.
     """
-    from bitassay.cli.checks import check_words
-
-    check_words([model], folder=out)
-    from bitassay.cli.progress import show_progress
-    from bitassay.report.attack import (
-        ATTACK_COLUMNS,
-        COST_COLUMNS,
-        matrix,
-        matrix_columns,
-        write_attack_report,
-    )
+    check_words([model], folder=output.out)
+    from bitassay.report.attack import ATTACK_COLUMNS, COST_COLUMNS, matrix, matrix_columns
     from bitassay.studies.attacks.study import ATTACKS, VARIANTS, AttackPlan, attack
 
     plan = AttackPlan(
@@ -63,15 +46,10 @@ def attack(
         variants=tuple(numerics or VARIANTS),
     )
     with show_progress() as progress:
+        trust = loading.trust_remote_code
         run, folder = attack(
-            loading.of(model), plan, out=out, trust_remote_code=loading.trust_remote_code, progress=progress
+            loading.of(model), plan, out=output.out, trust_remote_code=trust, progress=progress
         )
-    write_attack_report(run, folder / "report.html")
-    if format in ("table", "md"):
-        emit(matrix(run), matrix_columns(run), format)
-        print()
-        emit(run["costs"], COST_COLUMNS, format)
-    else:
-        emit(run["rows"], ATTACK_COLUMNS, format, whole=run)
-    print(f"report: {folder / 'report.html'}", file=sys.stderr)
+    tables = (matrix(run), matrix_columns(run)), (run["costs"], COST_COLUMNS)
+    output.show_run(run, folder, *tables, csv=(run["rows"], ATTACK_COLUMNS))
     return 0

@@ -1,78 +1,69 @@
-"""`bitassay bench`: how fast models and products run, beside what the machine could do."""
+"""`bitassay bench`: speed of models and of products, compared with the limits of the machine."""
 
 import sys
 from pathlib import Path
-from typing import Annotated
 
-from cyclopts import App, Parameter
+from cyclopts import App
 
-from bitassay.cli.output import Format, emit
-from bitassay.cli.parameters import (
-    AS_IT_IS,
+from bitassay.cli.checks import check_words
+from bitassay.cli.options import (
+    Candidates,
+    Controls,
     Count,
-    CountOrNone,
+    CountFromZero,
     Counts,
     Device,
-    Dtype,
-    Loading,
+    Model,
     Names,
+    Output,
+    Placed,
+    Recipes,
+    RunOutput,
     Seed,
 )
+from bitassay.cli.progress import show_progress
+from bitassay.errors import BitassayError
 
 bench = App(
     name="bench",
-    help="Time models beside what the machine could do; `bench matmul`: error and speed of products.",
+    help="Time models and compare them with the limits of the machine; `bench matmul` times products.",
 )
 
 
 @bench.default
 def models(
-    model: str,
+    model: Model,
     *,
-    recipe: Annotated[list[str] | None, Parameter(negative=())] = None,
-    candidate: Annotated[list[str] | None, Parameter(negative=())] = None,
-    controls: bool = True,
+    recipe: Recipes | None = None,
+    candidate: Candidates | None = None,
+    controls: Controls = True,
     batches: Counts | None = None,
     contexts: Counts | None = None,
     prompt_tokens: Count = 128,
     new_tokens: Count = 16,
     repeats: Count = 5,
-    dtype: Dtype = "bfloat16",
-    device: Device = "cpu",
     threads: Count | None = None,
-    out: Path | None = None,
-    loading: Loading = AS_IT_IS,
-    format: Format = "table",
+    placed: Placed = Placed(),
+    output: RunOutput = RunOutput(),
 ) -> int:
-    """Time MODEL and packed quantized models in turn: first token, prefill, decode, memory, by batch size and
-    by context length, and the share of what the machine could do (its bandwidth and matrix peak are measured
-    in the same run). A recipe with replication comes with its controls, plain recipes of equal bits and of
-    equal work, and its speed over theirs.
+    """Time MODEL and packed quantized models in turn: first token, prefill, decode and memory, by batch size
+    and by context length. Each speed is also given as a share of the bandwidth or of the matrix peak, which
+    are measured in the same run.
 
-    Writes run.json and report.html into a run folder. Interrupted, the same command goes on. What the model
-    has no positions for, or the machine no memory, is skipped and says so; exit status 1 where all is.
+    A recipe with replication is compared with its controls, plain recipes of equal bits and of equal work. An
+    interrupted command continues when it is run again. A cell that does not fit the model's positions or the
+    machine's memory is skipped, with the reason; exit status 1 where every cell is skipped.
 
     Args:
-        model: The base model: a name from `bitassay models list`, a folder, a .gguf file or a hub id.
-        recipe: MODEL quantized by this recipe, packed; may be repeated.
-        candidate: Another model, such as a folder that `bitassay quantize` wrote; may be repeated.
-        controls: Add the controls of recipes with replication.
         batches: Batch sizes (default: 1 2 4 8 16 32).
         contexts: Lengths of one prompt (default: 512 1024 2048 4096 8192).
         prompt_tokens: Tokens of each prompt of a batch.
-        new_tokens: Greedy steps behind the prompts.
+        new_tokens: Tokens decoded greedily after each prompt.
         repeats: Rounds over everything.
-        dtype: Of the dense parts, and of the base model.
-        device: cpu, cuda or another that torch knows.
-        threads: Of each process (default: torch's own choice).
-        out: Run folder (default: runs/bench-MODEL-ID).
-        format: What to print on stdout; json has every measurement.
+        threads: Threads of each process (default: torch's own choice).
     """
-    from bitassay.cli.checks import check_words
-
-    check_words([model, *(candidate or ())], recipe, folder=out)
+    check_words([model, *(candidate or ())], recipe, folder=output.out)
     from bitassay.bench.models import BATCHES, CONTEXTS, bench
-    from bitassay.cli.progress import show_progress
     from bitassay.report.bench import (
         BENCH_COLUMNS,
         MODEL_COLUMNS,
@@ -80,12 +71,11 @@ def models(
         busy,
         machine_line,
         shown_columns,
-        write_bench_report,
     )
 
     with show_progress() as progress:
         run, folder = bench(
-            loading.of(model),
+            placed.of(model),
             recipe or [],
             candidates=tuple(candidate or ()),
             controls=controls,
@@ -94,24 +84,17 @@ def models(
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
             repeats=repeats,
-            dtype=dtype,
-            device=device,
             threads=threads,
-            out=out,
+            out=output.out,
             progress=progress,
-            **loading.options,
+            **placed.options,
         )
-    write_bench_report(run, folder / "report.html")
-    if format in ("table", "md"):
-        emit(run["models"], shown_columns(MODEL_COLUMNS, run["models"]), format)
-        print()
-    emit(run["rows"], shown_columns(BENCH_COLUMNS, run["rows"]), format, whole=run)
-    if run["pairs"] and format in ("table", "md"):
-        print()
-        emit(run["pairs"], PAIR_COLUMNS, format)
-    for line in (machine_line(run), busy(run), f"report: {folder / 'report.html'}"):
+    for line in (machine_line(run), busy(run)):
         if line:
             print(line, file=sys.stderr)
+    cells = (run["rows"], shown_columns(BENCH_COLUMNS, run["rows"]))
+    described = (run["models"], shown_columns(MODEL_COLUMNS, run["models"]))
+    output.show_run(run, folder, described, cells, (run["pairs"], PAIR_COLUMNS), csv=cells)
     return 1 if all("skipped" in row for row in run["rows"]) else 0
 
 
@@ -120,45 +103,37 @@ def matmul(
     *,
     shapes: Names | None = None,
     draws: Count = 4,
-    repeats: CountOrNone = 5,
+    repeats: CountFromZero = 5,
     seed: Seed = 0,
     device: Device = "cpu",
     out: Path | None = None,
-    format: Format = "table",
+    output: Output = Output(),
 ) -> int:
-    """Error of INT8 and FP8 products with a scale a row or a tensor, beside what the documents say, and their
-    speed as a ratio to fp32 and bf16 products.
+    """Measure the error of INT8 and FP8 products with one scale a row or a tensor, and their speed as a ratio
+    to fp32 and bf16 products. The table also shows the errors that the INT8/FP8 report states.
 
     Args:
-        shapes: Rows and columns of the left side; the right one is square (default: 16x512 100x1024
+        shapes: Rows and columns of the left matrix; the right one is square (default: 16x512 100x1024
             4096x4096).
         draws: Random matrices that errors are averaged over.
-        repeats: Rounds of timing; 0 leaves speed out.
-        seed: Of the matrices.
-        device: cpu, cuda or another that torch knows.
-        out: Write an HTML page here too.
-        format: What to print on stdout.
+        repeats: Rounds of timing; 0 measures no speed.
+        out: Also write an HTML page to this file.
     """
+    check_words(file=out)
     from bitassay.bench.matmul import SHAPES, matmul
-    from bitassay.cli.progress import show_progress
-    from bitassay.record.files import check_place
     from bitassay.report.bench import MATMUL_COLUMNS, shown_columns, write_matmul_report
 
-    if out is not None:
-        check_place(out)
-    asked = SHAPES if shapes is None else [_shape(text) for text in shapes]
+    chosen = SHAPES if shapes is None else [_shape(text) for text in shapes]
     with show_progress() as progress:
-        run = matmul(asked, draws=draws, repeats=repeats, seed=seed, device=device, progress=progress)
+        run = matmul(chosen, draws=draws, repeats=repeats, seed=seed, device=device, progress=progress)
     if out is not None:
         write_matmul_report(run, out)
         print(f"report: {out}", file=sys.stderr)
-    emit(run["rows"], shown_columns(MATMUL_COLUMNS, run["rows"]), format, whole=run)
+    output.emit((run["rows"], shown_columns(MATMUL_COLUMNS, run["rows"])), json=run)
     return 0
 
 
 def _shape(text: str) -> tuple[int, int]:
-    from bitassay.errors import BitassayError
-
     rows, cross, columns = text.partition("x")
     if not (cross and rows.isdecimal() and columns.isdecimal()):
         raise BitassayError(f"{text!r} is not a shape", "rows and columns, such as 16x512")

@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
-from bitassay.cli.output import Format, emit
+from bitassay.cli.checks import check_words
+from bitassay.cli.options import Output
+from bitassay.errors import BitassayError
 
 
 def challenge(
@@ -14,25 +16,21 @@ def challenge(
     prompt: int = 8,
     beacon: str | None = None,
     signer: str | None = None,
-    format: Format = "table",
+    output: Output = Output(),
 ) -> int:
-    """Draw positions of the trace behind RECEIPT that its host must open; send it the file.
+    """Draw positions of the trace behind RECEIPT that its host must open; send the file to the host.
 
     Args:
-        receipt: What `bitassay prove --commit-only` wrote.
+        receipt: The receipt that `bitassay prove --commit-only` wrote.
         out: The challenge file.
         generated: Generated positions to open, at most.
         prompt: Prompt positions to open, at most.
-        beacon: 32 bytes in hex that nobody could know before you had the receipt (default: fresh
-            random ones).
-        signer: The host's public key in hex, as you know it from elsewhere; refuse another one's receipt.
-        format: What to print on stdout.
+        beacon: 32 bytes in hex that nobody could know before you had the receipt (default: fresh random
+            ones).
+        signer: The host's public key in hex, from a source that you trust. A receipt of another key is
+            refused.
     """
-    from bitassay.cli.checks import check_words
-
     check_words(file=out)
-    from bitassay.errors import BitassayError
-    from bitassay.report.tables import Column
     from bitassay.verification.receipts import challenge as drawing
     from bitassay.verification.receipts.keys import public_key
     from bitassay.verification.receipts.receipt import read_receipt
@@ -41,31 +39,23 @@ def challenge(
     if signer is not None and public_key(signer) != signed.key:
         raise BitassayError(f"{receipt}: signed by {signed.key.hex()}", "ask the host which key is its own")
     try:
-        chosen = None if beacon is None else bytes.fromhex(beacon)
+        seed = None if beacon is None else bytes.fromhex(beacon)
     except ValueError as error:
         raise BitassayError(
             f"--beacon {beacon!r:.80} is not hex", "64 hex digits, or leave it out"
         ) from error
-    drawn = drawing.challenge(signed, beacon=chosen, generated=generated, prompt=prompt)
+    drawn = drawing.challenge(signed, beacon=seed, generated=generated, prompt=prompt)
     drawing.write_challenge(out, drawn)
     opened = drawing.opened_positions(drawn, signed.header)
-    inside = sum(position < len(signed.header.prompt_ids) for position in opened)
+    in_prompt = sum(position < len(signed.header.prompt_ids) for position in opened)
     row = {
         "challenge": str(out),
-        "prompt_positions": inside,
-        "generated_positions": len(opened) - inside,
+        "prompt_positions": in_prompt,
+        "generated_positions": len(opened) - in_prompt,
         "cells": len(opened) * len(signed.header.layers),
         "of_cells": signed.n_cells,
         "signed_by": signed.key.hex(),
         "beacon": drawn.beacon,
     }
-    columns = [
-        Column("challenge", "challenge", align="left"),
-        Column("prompt_positions", "prompt\npositions"),
-        Column("generated_positions", "generated\npositions"),
-        Column("cells", "cells"),
-        Column("of_cells", "of"),
-        Column("signed_by", "signed by", align="left"),
-    ]
-    emit([row], columns, format)
+    output.emit(([row], [key for key in row if key != "beacon"]))
     return 0

@@ -2,30 +2,21 @@
 
 import sys
 
-from bitassay.cli.output import Format, emit
-from bitassay.report.tables import Column
+from bitassay.cli.options import Output
 
 
-def doctor(*, format: Format = "table") -> int:
-    """Check Python, packages, devices, memory, disk and models, and say which verbs can run here.
+def doctor(*, output: Output = Output()) -> int:
+    """Check Python, packages, devices, memory, disk and models, and list the verbs that can run here.
 
-    Looks at this machine alone; nothing is fetched. Exit status 3 where something that is needed is missing.
-
-    Args:
-        format: What to print on stdout.
+    Only this machine is examined; nothing is fetched. Exit status 3 where something that is needed is
+    missing.
     """
     from bitassay.bench.doctor import examine
 
-    columns = (
-        Column("subject", "subject", align="left"),
-        Column("status", "status", align="left"),
-        Column("found", "found", align="left"),
-        Column("needed", "needed", align="left"),
-        Column("remedy", "try", align="left"),
-    )
     findings = examine()
+    rows = [finding.to_dict() for finding in findings]
+    output.emit((rows, ["subject", "status", "found", "needed", "remedy"]))
     missing = [finding for finding in findings if finding.status == "missing"]
-    emit([finding.to_dict() for finding in findings], columns, format)
     for finding in missing:
         print(f"missing: {finding.subject}: {finding.found}", file=sys.stderr)
     return 3 if missing else 0

@@ -1,77 +1,54 @@
-"""`bitassay generate`: how far quantized models' own words are from the base model's."""
+"""`bitassay generate`: how far the texts of quantized models are from the base model's."""
 
-import sys
 from pathlib import Path
-from typing import Annotated
 
-from cyclopts import Parameter
-
-from bitassay.cli.output import Format, emit
-from bitassay.cli.parameters import AS_IT_IS, Count, Dtype, Loading, Seed
+from bitassay.cli.checks import check_words
+from bitassay.cli.options import Candidates, Compute, Count, Model, Recipes, RunOutput, Seed
+from bitassay.cli.progress import show_progress
 
 
 def generate(
-    model: str,
+    model: Model,
     *,
-    recipe: Annotated[list[str] | None, Parameter(negative=())] = None,
-    candidate: Annotated[list[str] | None, Parameter(negative=())] = None,
+    recipe: Recipes | None = None,
+    candidate: Candidates | None = None,
     prompts: Count = 32,
     prompts_file: Path | None = None,
     new_tokens: Count = 64,
     batch: Count = 8,
-    dtype: Dtype = "float32",
     seed: Seed = 0,
-    out: Path | None = None,
-    loading: Loading = AS_IT_IS,
-    format: Format = "table",
+    compute: Compute = Compute(),
+    output: RunOutput = RunOutput(),
 ) -> int:
     """Let MODEL and quantized models continue the same prompts greedily, and compare the texts: length of the
-    equal prefix, first divergence, BLEU, ROUGE, with intervals over prompts.
+    equal prefix, first divergence, BLEU and ROUGE, with intervals over prompts.
 
-    Writes run.json, report.html with all texts side by side, and ratings.csv for a person to fill in, into a
-    run folder. Interrupted, the same command goes on. Needs the `generation` extra.
+    The run folder also gets ratings.csv for a person to fill in, and its page shows all texts. An interrupted
+    command continues when it is run again. Needs the extra `generation`.
 
     Args:
-        model: The base model: a name from `bitassay models list`, a folder, a .gguf file or a hub id.
-        recipe: MODEL quantized by this recipe; may be repeated.
-        candidate: Another model with the same vocabulary, such as a quantized folder; may be repeated.
-        prompts: How many, evenly spaced over those that there are.
+        prompts: How many prompts, evenly spaced over those available.
         prompts_file: Prompts of your own: a text file with one a line, or JSON lines (default: bundled ones).
         new_tokens: Tokens of an answer, at most.
-        batch: Prompts that are continued together. Part of the plan: 16-bit arithmetic depends on it.
-        dtype: Arithmetic of all models.
-        seed: Accepted by every verb; nothing here is drawn at random.
-        out: Run folder (default: runs/generation-MODEL-ID).
-        format: What to print on stdout; json has the texts too.
+        batch: Prompts that are continued together. Results in 16-bit arithmetic depend on it.
     """
-    from bitassay.cli.checks import check_words
-
-    check_words([model, *(candidate or ())], recipe, folder=out, texts=[prompts_file])
-    from bitassay.cli.progress import show_progress
-    from bitassay.report.generation import (
-        GENERATION_COLUMNS,
-        candidates,
-        write_generation_report,
-        write_rating_sheet,
-    )
+    check_words([model, *(candidate or ())], recipe, folder=output.out, texts=[prompts_file])
+    from bitassay.report.generation import GENERATION_COLUMNS, candidates, write_rating_sheet
     from bitassay.studies.generation import generation
 
     with show_progress() as progress:
         run, folder = generation(
-            loading.of(model),
+            compute.of(model),
             recipe or [],
             candidates=tuple(candidate or ()),
             prompts=prompts,
             prompts_file=prompts_file,
             max_new_tokens=new_tokens,
             batch=batch,
-            dtype=dtype,
-            out=out,
+            out=output.out,
             progress=progress,
-            **loading.options,
+            **compute.options,
         )
-    write_generation_report(run, folder / "report.html")
     write_rating_sheet(run, folder / "ratings.csv")
-    emit(candidates(run), GENERATION_COLUMNS, format, whole=run)
-    print(f"report: {folder / 'report.html'}", file=sys.stderr)
+    output.show_run(run, folder, (candidates(run), GENERATION_COLUMNS))
     return 0

@@ -1,68 +1,53 @@
 """`bitassay prove`: generate, and write traces."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cyclopts import Parameter
-
-from bitassay.cli.output import Format, emit
-from bitassay.cli.parameters import AS_IT_IS, Count, Device, Loading, Seed, StateDtype
+from bitassay.cli.checks import check_words
+from bitassay.cli.options import Count, Flag, Model, Output, RecipeName, Sampling, Verifiable
+from bitassay.cli.progress import show_progress
+from bitassay.errors import BitassayError
+from bitassay.report.tables import Column
 
 if TYPE_CHECKING:
     from bitassay.verification.trace import Trace
 
 
 def prove(
-    model: str,
+    model: Model,
     *,
     out: Path,
     prompt: str | None = None,
     prompts: Path | None = None,
-    recipe: str | None = None,
+    recipe: RecipeName | None = None,
     claim: str | None = None,
     max_new_tokens: Count = 32,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: Seed = 0,
     nonce: str = "0",
-    dtype: StateDtype = "bfloat16",
-    device: Device = "cpu",
     batch: Count = 16,
-    commit_only: Annotated[bool, Parameter(negative=())] = False,
+    commit_only: Flag = False,
     key: Path | None = None,
-    loading: Loading = AS_IT_IS,
-    format: Format = "table",
+    sampling: Sampling = Sampling(),
+    prover: Verifiable = Verifiable(),
+    output: Output = Output(),
 ) -> int:
     """Generate with MODEL and write a trace for each prompt.
 
-    With --prompts, traces that --out holds already are kept: the same command goes on where it was stopped.
+    With --prompts, traces that --out already holds are kept: an interrupted command continues when it is run
+    again.
 
     Args:
-        model: A name from `bitassay models list`, a folder, a .gguf file or a hub id.
         out: The trace file for --prompt; the folder of traces for --prompts.
         prompt: One prompt.
         prompts: A file with one prompt a line, or JSON lines with a field `prompt`.
-        recipe: Quantize MODEL by this recipe first.
-        claim: Say in the trace that this model ran, as a dishonest host would. For tests of the
-            verifier.
+        claim: Write into the trace that this model ran, as a dishonest host would. For tests of the verifier.
         max_new_tokens: Tokens to generate, at most.
-        temperature: 0 takes the most likely token.
-        top_p: Sample from the most likely tokens that have this probability together.
-        seed: Of the sampling.
-        nonce: A word from the verifier; with --prompts, "-" and the number of the prompt are
-            appended.
-        dtype: Arithmetic, and the dtype of the states in the trace.
-        device: Where to run: cpu, cuda, mps.
+        nonce: A word from the verifier. With --prompts, "-" and the number of the prompt are appended.
         batch: Prompts generated at a time.
-        commit_only: Keep the traces, and write a signed receipt beside each, named `.receipt`, to send
-            instead. `bitassay challenge` then draws what `bitassay open` must show.
-        key: The file of the private key that signs receipts; made, readable to you alone, where there
-            is none.
-        format: What to print on stdout.
+        commit_only: Keep the traces, and write a signed receipt next to each, named `.receipt`, to send
+            instead. `bitassay challenge` then draws the positions that `bitassay open` must show.
+        key: The file of the private key that signs receipts. If it does not exist, a key is made, readable to
+            you alone.
     """
-    from bitassay.cli.checks import check_words
-    from bitassay.errors import BitassayError
-
     if (prompt is None) == (prompts is None):
         raise BitassayError(
             "give either --prompt or --prompts",
@@ -70,102 +55,70 @@ def prove(
         )
     if commit_only != (key is not None):
         raise BitassayError("--commit-only and --key go together", "--commit-only --key host.pem")
-    many = prompts is not None
-    check_words(
-        [model, claim],
-        None if recipe is None else [recipe],
-        folder=out if many else None,
-        file=None if many else out,
-        texts=[prompts],
-    )
-    from bitassay.cli.progress import show_progress
+    file, folder = (out, None) if prompts is None else (None, out)
+    check_words([model, claim], [recipe], file=file, folder=folder, texts=[prompts])
     from bitassay.data.corpora import prompts_from
-    from bitassay.engines.load import load
-    from bitassay.engines.sampling import Sampler
     from bitassay.models.identity import Identity, identity
-    from bitassay.models.options import as_device
     from bitassay.models.source import resolve
-    from bitassay.quantization.export.fits import check_fit
-    from bitassay.quantization.recipe.recipe import find_recipe
     from bitassay.verification.prove import prove_many
     from bitassay.verification.receipts.keys import private_key
     from bitassay.verification.trace import check_nonce, write_trace
 
-    texts = [prompt] if prompt is not None else prompts_from(prompts)  # type: ignore[arg-type]
-    sampler = Sampler(temperature, top_p, seed)
-    as_device(device)
+    texts = prompts_from(prompts) if prompts is not None else [prompt or ""]
     check_nonce(nonce)
-    if key is not None:
-        private_key(key)  # made now where there is none
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampler": sampling.sampler}
+    prover.check()  # an unknown device or attention is refused before a key is made
+    signing_key = None if key is None else private_key(key)
     with show_progress() as progress:
-        wanted = [find_recipe(recipe)] if recipe else []
-        name, trust = loading.of(model), loading.trust_remote_code
-        check_fit(name, wanted, tokens=max_new_tokens, trust_remote_code=trust, progress=progress)
         claimed = Identity(resolve(claim, progress)) if claim else None
-        loaded = load(name, dtype=dtype, device=device, progress=progress, **loading.options)
-        if recipe:
-            from bitassay.quantization.pipeline import quantize_once
-
-            loaded = quantize_once(loaded, recipe, progress=progress)
-        options = {"max_new_tokens": max_new_tokens, "sampler": sampler, "claim": claimed or identity(loaded)}
-        if prompts is None:
-            trace = prove_many(loaded, texts, nonces=[nonce], progress=progress, **options)[0]
-            write_trace(out, trace)
-            rows = [_row(loaded, out, trace)]
+        loaded = prover.load(model, recipe, tokens=max_new_tokens, progress=progress)
+        options["claim"] = claimed or identity(loaded)
+        if folder is None:
+            requests = [_Request(out, texts[0], nonce)]
         else:
-            rows = _prove_folder(loaded, texts, nonce, out, batch, options, progress)
-    if key is not None:
-        _write_receipts(rows, key)
-    emit(rows, _columns(commit_only), format)
+            _refuse_other_run(loaded, folder, options)
+            requests = [
+                _Request(folder / f"{index:05d}.trace", text, f"{nonce}-{index}")
+                for index, text in enumerate(texts)
+            ]
+        rows = {
+            request.path: _row(loaded, request.path, trace)
+            for request in (requests if folder else ())
+            if (trace := _finished(loaded, request))
+        }
+        missing = [request for request in requests if request.path not in rows]
+        for start in range(0, len(missing), batch):
+            progress("proving", len(rows), len(requests))
+            chunk = missing[start : start + batch]
+            prompts_of_chunk, nonces = [each.text for each in chunk], [each.nonce for each in chunk]
+            traces = prove_many(loaded, prompts_of_chunk, nonces=nonces, batch_size=batch, **options)
+            for request, trace in zip(chunk, traces, strict=True):
+                write_trace(request.path, trace)
+                rows[request.path] = _row(loaded, request.path, trace)
+        progress("proving", len(requests), len(requests))
+    shown = [rows[request.path] for request in requests]
+    columns = [
+        Column("trace", "trace", align="left"),
+        Column("prompt_tokens", "prompt"),
+        Column("output_tokens", "output"),
+    ]
+    if signing_key is None:
+        output.emit((shown, [*columns, Column("text", "text", _shortened, align="left")]))
+    else:
+        _write_receipts(shown, signing_key)
+        output.emit((shown, [*columns, "receipt", Column("receipt_bytes", "bytes"), "public_key"]))
     return 0
 
 
-def _write_receipts(rows: list[dict[str, Any]], key: Path) -> None:
-    """A receipt beside each trace; its path and size, and the public key, into the rows."""
-    from bitassay.verification.receipts.keys import private_key
-    from bitassay.verification.receipts.receipt import commit, write_receipt
-    from bitassay.verification.trace import read_trace
-
-    private = private_key(key)
-    for row in rows:
-        trace = Path(row["trace"])
-        path, receipt = trace.with_suffix(".receipt"), commit(read_trace(trace), private)
-        write_receipt(path, receipt)
-        row |= {"receipt": str(path), "receipt_bytes": path.stat().st_size, "public_key": receipt.key.hex()}
+class _Request(NamedTuple):
+    path: Path
+    text: str
+    nonce: str
 
 
-def _prove_folder(
-    model: Any, texts: list[str], nonce: str, out: Path, batch: int, options: dict[str, Any], progress: Any
-) -> list[dict[str, Any]]:
-    """Prove what `out` does not hold yet, batch by batch, and return a row for each prompt."""
-    from bitassay.verification.prove import prove_many
-    from bitassay.verification.trace import write_trace
-
-    _same_run(model, out, options)
-    paths = [out / f"{index:05d}.trace" for index in range(len(texts))]
-    nonces = [f"{nonce}-{index}" for index in range(len(texts))]
-    rows = {}
-    for index, path in enumerate(paths):
-        if trace := _finished(model, path, texts[index], nonces[index]):
-            rows[index] = _row(model, path, trace)
-    todo = [index for index in range(len(texts)) if index not in rows]
-    for start in range(0, len(todo), batch):
-        progress("proving", len(rows), len(texts))
-        chunk = todo[start : start + batch]
-        traces = prove_many(
-            model, [texts[i] for i in chunk], nonces=[nonces[i] for i in chunk], batch_size=batch, **options
-        )
-        for index, trace in zip(chunk, traces, strict=True):
-            write_trace(paths[index], trace)
-            rows[index] = _row(model, paths[index], trace)
-    progress("proving", len(texts), len(texts))
-    return [rows[index] for index in range(len(texts))]
-
-
-def _same_run(model: Any, out: Path, options: dict[str, Any]) -> None:
-    """Refuse a folder that holds the traces of another model, claim or way of sampling. A trace cannot tell:
-    its header is a claim."""
-    from bitassay.errors import BitassayError
+def _refuse_other_run(model: Any, out: Path, options: dict[str, Any]) -> None:
+    """Refuse a folder that holds traces of another model, claim or sampling. The traces themselves cannot
+    tell: a header is a claim."""
     from bitassay.models.identity import identity
     from bitassay.record.files import read_json, write_json
     from bitassay.verification.numerics import numerics
@@ -185,22 +138,31 @@ def _same_run(model: Any, out: Path, options: dict[str, Any]) -> None:
     write_json(path, run)
 
 
-def _finished(model: Any, path: Path, text: str, nonce: str) -> "Trace | None":
-    """The trace at `path` where it is whole and answers this request."""
+def _finished(model: Any, request: _Request) -> "Trace | None":
+    """Return the trace of an earlier run where it is intact and answers this request."""
     from bitassay.engines.prompts import encode_prompt
     from bitassay.verification.trace import TraceError, read_trace
 
-    if not path.exists():
+    if not request.path.exists():
         return None
     try:
-        trace = read_trace(path)
+        trace = read_trace(request.path)
     except TraceError:
-        return None  # what is not whole is made again
-    return (
-        trace
-        if trace.header.nonce == nonce and trace.header.prompt_ids == encode_prompt(model, text)
-        else None
-    )
+        return None  # a damaged trace is made again
+    asked = (request.nonce, encode_prompt(model, request.text))
+    return trace if (trace.header.nonce, trace.header.prompt_ids) == asked else None
+
+
+def _write_receipts(rows: list[dict[str, Any]], key: Any) -> None:
+    """Write a receipt next to each trace; add its path, its size and the public key to the rows."""
+    from bitassay.verification.receipts.receipt import commit, write_receipt
+    from bitassay.verification.trace import read_trace
+
+    for row in rows:
+        trace = Path(row["trace"])
+        path, receipt = trace.with_suffix(".receipt"), commit(read_trace(trace), key)
+        write_receipt(path, receipt)
+        row |= {"receipt": str(path), "receipt_bytes": path.stat().st_size, "public_key": receipt.key.hex()}
 
 
 def _row(model: Any, path: Path, trace: "Trace") -> dict[str, Any]:
@@ -215,26 +177,6 @@ def _row(model: Any, path: Path, trace: "Trace") -> dict[str, Any]:
     }
 
 
-def _columns(receipts: bool) -> list[Any]:
-    from bitassay.report.tables import Column
-
-    def short(text: str) -> str:
-        line = " ".join(text.split())
-        return line if len(line) <= 60 else line[:59] + "…"
-
-    shown = [
-        Column("trace", "trace", align="left"),
-        Column("prompt_tokens", "prompt"),
-        Column("output_tokens", "output"),
-    ]
-    if receipts:
-        return [
-            *shown,
-            Column("receipt", "receipt", align="left"),
-            Column("receipt_bytes", "bytes"),
-            Column("public_key", "public key", align="left"),
-        ]
-    return [
-        *shown,
-        Column("text", "text", short, align="left"),
-    ]
+def _shortened(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 60 else line[:59] + "…"

@@ -1,29 +1,19 @@
 """`bitassay recipes`: the shipped recipes."""
 
-from cyclopts import App
+from typing import Annotated
 
-from bitassay.cli.output import Format, emit
+from cyclopts import App, Parameter
+
+from bitassay.cli.checks import check_words
+from bitassay.cli.options import Output
 from bitassay.report.tables import Column
 
 recipes = App(name="recipes", help="List the shipped recipes or print one.")
 
-_COLUMNS = (
-    Column("name", "name", align="left"),
-    Column("weights", "weights", align="left"),
-    Column("parts", "parts", align="left"),
-    Column("overrides", "overrides"),
-    Column("recipe_id", "id", lambda digest: digest[:12], align="left"),
-    Column("description", "description", align="left"),
-)
-
 
 @recipes.command(name="list")
-def list_(*, format: Format = "table") -> int:
-    """The recipes that come with the package.
-
-    Args:
-        format: What to print on stdout.
-    """
+def list_(*, output: Output = Output()) -> int:
+    """List the recipes that come with the package."""
     from bitassay.quantization.recipe.recipe import PARTS, shipped_recipes
 
     rows = [
@@ -41,24 +31,19 @@ def list_(*, format: Format = "table") -> int:
         }
         for name, recipe in shipped_recipes().items()
     ]
-    emit(rows, _COLUMNS, format)
+    short_id = Column("recipe_id", "id", lambda digest: digest[:12], align="left")
+    output.emit((rows, ["name", "weights", "parts", "overrides", short_id, "description"]))
     return 0
 
 
 @recipes.command
-def show(recipe: str) -> int:
-    """Print RECIPE as YAML with every default spelled out; saved to a file, it is a recipe again.
-
-    Args:
-        recipe: A shipped recipe or a YAML file.
-    """
-    from bitassay.cli.checks import check_words
-
+def show(recipe: Annotated[str, Parameter(help="A shipped recipe or a YAML file.")]) -> int:
+    """Print RECIPE as YAML with every default written out. The output is a valid recipe file."""
     check_words(recipes=[recipe])
     import yaml
 
     from bitassay.quantization.recipe.recipe import find_recipe
 
-    found = find_recipe(recipe).model_dump(mode="json")
-    print(yaml.safe_dump(found, sort_keys=False, allow_unicode=True), end="")
+    fields = find_recipe(recipe).model_dump(mode="json")
+    print(yaml.safe_dump(fields, sort_keys=False, allow_unicode=True), end="")
     return 0

@@ -1,41 +1,44 @@
-"""Questions to measure on: MMLU, HellaSwag and ARC-Challenge, from a local folder or from small slices that
-this package carries, in the columns that lm-eval's tasks expect of the hub's data sets.
+"""Tasks with local data: lm-eval's YAML, and the items that it asks, in the columns of the hub's data sets.
 
-`BITASSAY_DATA` names a folder of data sets (searched first):
-
-    mmlu/mmlu_{dev,test}.jsonl              {"subject", "question", "choices": [4 texts], "answer": 0..3}
-    hellaswag/hellaswag_val.jsonl           {"ctx": "activity: context", "endings": [4 texts], "label": 0..3}
-    arc_challenge/ARC-Challenge-{Dev,Test}.jsonl   as upstream: {"id", "question": {"stem", "choices"},
-    "answerKey"}
-
-each plain or as .gz. A bundled slice is evenly spaced over the whole set and is used only where it has as
-many items as were asked for: never does a part stand for the whole. A result always says which was read.
-
-HellaSwag's file keeps activity and context in one text, in which the sentence that each ending completes is
-the last fragment without a full stop; splitting there gives back the published 3243 items from ActivityNet
-(with a fragment) and 6799 from WikiHow (without), and lm-eval then prepares them as it does the hub's.
+`BITASSAY_DATA` names a folder of data sets (searched first), each file plain or as .gz. Otherwise a bundled
+slice is used, evenly spaced over the whole set, if it has as many items as were asked for: a slice never
+stands for the whole set. A result always says which was read.
 """
 
 import hashlib
 import json
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from bitassay.data.corpora import bundled_file, in_data_folder
 from bitassay.errors import BitassayError, suggestion
 from bitassay.record.files import read_text
 
 Row = dict[str, Any]
+Text = Annotated[str, StringConstraints(pattern=r"\S")]
+FourTexts = Annotated[list[Text], Field(min_length=4, max_length=4)]
+
+
+class Item(BaseModel):
+    """A line of a data set's file, checked."""
+
+    model_config = ConfigDict(strict=True)
+    task: ClassVar[str] = "the task"
+
+    def row(self) -> Row:
+        """Return the item in the columns of the hub's data set. Raises ValueError where it has none."""
+        return self.model_dump()
 
 
 @dataclass(frozen=True)
 class TaskData:
-    """The rows of one task by split, and where they came from. `whole` is False for a slice; `digest` names
-    the files' bytes."""
+    """The rows of one task by split, and where they came from. `whole` is False for a slice; `digest` is the
+    SHA-256 of the files."""
 
     splits: dict[str, list[Row]]
     tested: str
@@ -44,145 +47,84 @@ class TaskData:
     digest: str
 
 
-@dataclass(frozen=True)
-class _File:
-    """Where a split is: under BITASSAY_DATA, and the bundled slice of it."""
-
-    path: str
-    bundled: str
-
-    def locate(self, bundled: bool) -> tuple[Path, str] | None:
-        return bundled_file(self.bundled) if bundled else in_data_folder((f"{self.path}.gz", self.path))
-
-
-def _mmlu(row: Row) -> Row:
-    return {
-        "question": _text(row["question"]),
-        "subject": _text(row["subject"]),
-        "choices": _texts(row["choices"], 4),
-        "answer": _index(row["answer"], 4),
-    }
-
-
-_LAST_FRAGMENT = re.compile(r"(.*[.!?\"')])\s+([^.!?]*[^.!?\s])", re.DOTALL)
-
-
-def _hellaswag(row: Row) -> Row:
-    activity, colon, context = _text(row["ctx"]).partition(": ")
-    if not colon:
-        raise ValueError("the context does not begin with an activity and a colon")
-    found = _LAST_FRAGMENT.fullmatch(context)
-    sentences, fragment = (found[1], found[2]) if found else (context, "")
-    return {
-        "activity_label": activity,
-        "ctx_a": sentences,
-        "ctx_b": fragment,
-        "endings": _texts(row["endings"], 4),
-        "label": str(_index(row["label"], 4)),
-    }
-
-
-def _arc(row: Row) -> Row:
-    choices = row["question"]["choices"]
-    labels = _texts([choice["label"] for choice in choices])
-    if row["answerKey"] not in labels:
-        raise ValueError(f"the answer {row['answerKey']!r} is none of {labels}")
-    return {
-        "id": _text(row["id"]),
-        "question": _text(row["question"]["stem"]),
-        "choices": {"text": _texts([choice["text"] for choice in choices]), "label": labels},
-        "answerKey": row["answerKey"],
-    }
+def lacks_answer(text: str) -> bool:
+    """Return whether lm-eval's filter found no answer in a generated text."""
+    return text.strip() in ("", "[invalid]")
 
 
 @dataclass(frozen=True)
-class _Family:
-    """A data set: its splits, which is tested, and how a line of its files becomes a row of the hub's."""
+class TaskSource:
+    """Tasks of lm-eval on one data set.
 
-    files: dict[str, _File]
-    tested: str
-    convert: Callable[[Row], Row]
-
-
-FAMILIES = {
-    "mmlu": _Family(
-        {
-            "dev": _File("mmlu/mmlu_dev.jsonl", "mmlu-dev.jsonl.gz"),
-            "test": _File("mmlu/mmlu_test.jsonl", "mmlu-test-5.jsonl.gz"),
-        },
-        "test",
-        _mmlu,
-    ),
-    "hellaswag": _Family(
-        {"validation": _File("hellaswag/hellaswag_val.jsonl", "hellaswag-val-200.jsonl.gz")},
-        "validation",
-        _hellaswag,
-    ),
-    "arc_challenge": _Family(
-        {
-            "validation": _File("arc_challenge/ARC-Challenge-Dev.jsonl", "arc-challenge-dev-25.jsonl.gz"),
-            "test": _File("arc_challenge/ARC-Challenge-Test.jsonl", "arc-challenge-test-200.jsonl.gz"),
-        },
-        "test",
-        _arc,
-    ),
-}
-
-
-def mmlu_subjects() -> list[str]:
-    """The 57 subjects, in alphabetical order."""
-    path, _ = bundled_file("mmlu-dev.jsonl.gz")
-    return sorted({row["subject"] for row in _rows(path, path.stat().st_mtime_ns, "mmlu")})
-
-
-def task_data(family: str, limit: int | None, subject: str | None = None) -> TaskData | None:
-    """What is on this machine of `family`, of one MMLU subject where `subject` is given: the folder that
-    BITASSAY_DATA names, else the bundled slice if it has `limit` items; None where there is neither (the
-    whole set is then the hub's to give).
-
-    Raises BitassayError for a file that is truncated, empty or has a line of another form, naming both.
+    yaml: lm-eval's task YAML, a file or a folder whose tasks are pooled; relative to lm-eval's own tasks.
+    splits: by name, a split's file of JSON lines under BITASSAY_DATA, and its bundled slice; none leave the
+    data to the YAML. tested: the split that is asked. item: what a line holds. has_subjects: whether a column
+    `subject` divides the items by task. shots: examples shown where the YAML says nothing. unparsed: whether
+    a generated text holds no answer.
     """
-    kind = FAMILIES[family]
-    if kind.files[kind.tested].locate(bundled=False) is not None:
-        return _read(family, subject, bundled=False)
-    found = _read(family, subject, bundled=True)
-    return found if limit is not None and limit <= len(found.splits[found.tested]) else None
 
+    yaml: str | Path
+    splits: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    tested: str = "test"
+    item: type[Item] = Item
+    has_subjects: bool = False
+    shots: int = 0
+    unparsed: Callable[[str], bool] = lacks_answer
 
-def _read(family: str, subject: str | None, bundled: bool) -> TaskData:
-    kind, splits, sources, sha = FAMILIES[family], {}, [], hashlib.sha256()
-    for split, file in kind.files.items():
-        path, source = file.locate(bundled) or bundled_file(file.bundled)  # few-shot examples may be bundled
-        rows = _rows(path, path.stat().st_mtime_ns, family)
-        if subject is not None:
-            known = {row["subject"] for row in rows}
-            rows = [row for row in rows if row["subject"] == subject]
-            if not rows:
-                raise BitassayError(
-                    f"{path}: no question about {subject!r}; {suggestion(subject, known)}",
-                    "restore the file, or choose another subject",
-                )
-        splits[split] = rows
-        sources.append(source)
-        sha.update(hashlib.sha256(path.read_bytes()).digest())
-    return TaskData(splits, kind.tested, ", ".join(sources), not bundled, sha.hexdigest())
+    def read(self, limit: int | None, subject: str | None = None) -> TaskData | None:
+        """Return the rows on this machine (of one subject): from BITASSAY_DATA, else from the bundled slice
+        if it has `limit` items, else None: the whole set has to come from the hub.
+
+        Raises BitassayError for a file that is truncated or empty, and for a line that is no item.
+        """
+        if not self.splits:
+            return None
+        if self._in_data_folder(self.tested) is not None:
+            return self._read(subject, bundled=False)
+        data = self._read(subject, bundled=True)
+        return data if limit is not None and limit <= len(data.splits[self.tested]) else None
+
+    def _in_data_folder(self, split: str) -> tuple[Path, str] | None:
+        path, _ = self.splits[split]
+        return in_data_folder((f"{path}.gz", path))
+
+    def _read(self, subject: str | None, bundled: bool) -> TaskData:
+        splits, sources, sha = {}, [], hashlib.sha256()
+        for split, (_, bundled_slice) in self.splits.items():
+            local = None if bundled else self._in_data_folder(split)  # few-shot examples may be bundled
+            path, source = local or bundled_file(bundled_slice)
+            splits[split] = self.rows(path, subject)
+            sources.append(source)
+            sha.update(hashlib.sha256(path.read_bytes()).digest())
+        return TaskData(splits, self.tested, ", ".join(sources), not bundled, sha.hexdigest())
+
+    def rows(self, path: Path, subject: str | None = None) -> list[Row]:
+        """Return the rows of a file (of one subject), checked."""
+        rows = _rows(path, path.stat().st_mtime_ns, self.item)
+        if subject is None:
+            return rows
+        known = {row["subject"] for row in rows}
+        if subject not in known:
+            raise BitassayError(
+                f"{path}: no question about {subject!r}; {suggestion(subject, known)}",
+                "restore the file, or choose another subject",
+            )
+        return [row for row in rows if row["subject"] == subject]
 
 
 @cache
-def _rows(path: Path, _changed: int, family: str) -> list[Row]:
-    """All rows of a file, checked; read once as long as it does not change."""
+def _rows(path: Path, _changed: int, item: type[Item]) -> list[Row]:
+    """All rows of a file; read once as long as it does not change."""
     rows = []
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-            if not isinstance(row, dict):
-                raise ValueError("not an object")
-            rows.append(FAMILIES[family].convert(row))
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+            rows.append(item.model_validate(json.loads(line)).row())
+        except ValueError as error:
+            problem = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
             raise BitassayError(
-                f"{path}:{number}: not an item of {family} ({type(error).__name__}: {error})",
+                f"{path}:{number}: not an item of {item.task} ({problem})",
                 "restore the file, or unset BITASSAY_DATA",
             ) from error
     if not rows:
@@ -191,28 +133,10 @@ def _rows(path: Path, _changed: int, family: str) -> list[Row]:
 
 
 def even_indices(total: int, limit: int | None) -> list[int]:
-    """`limit` places evenly spaced over `total`, in order; all of them without a limit, or one beyond the
-    total. Raises BitassayError for a limit below 1."""
+    """Return `limit` indices evenly spaced over `total`, in order; all of them without a limit, or with one
+    beyond the total. Raises BitassayError for a limit below 1."""
     if limit is None or limit >= total > 0:
         return list(range(total))
     if limit < 1:
         raise BitassayError(f"a limit of {limit} items leaves nothing to measure", "--limit 1 or more")
-    return [place * total // limit for place in range(limit)]
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{value!r} is not a text")
-    return value
-
-
-def _texts(values: Any, count: int | None = None) -> list[str]:
-    if not isinstance(values, Sequence) or isinstance(values, str) or count not in (None, len(values)):
-        raise ValueError(f"not a list of {count or 'some'} texts")
-    return [_text(value) for value in values]
-
-
-def _index(value: Any, below: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < below:
-        raise ValueError(f"the answer {value!r} is not a number from 0 to {below - 1}")
-    return value
+    return [index * total // limit for index in range(limit)]

@@ -1,5 +1,5 @@
-"""What one window says about a model: the loss of each token, and how far its next-token distribution is from
-the base model's.
+"""Scores of one window, token by token: the loss, and the divergence of the next-token distribution from the
+base model's.
 
     nll_t = -log q(x_t | x_<t)
     KL_t  = sum_v p_v (log p_v - log q_v)        p: base model, q: candidate, in nats
@@ -19,8 +19,7 @@ ROWS = 32  # rows of logits in work at a time
 
 
 class TokenScores(NamedTuple):
-    """One number for each predicted token of a window. For the base model itself, kl is 0 and agree is
-    True."""
+    """One number for each predicted token of a window. Of the base model itself, kl is 0 and agree True."""
 
     nll: Float[Tensor, " predicted"]
     kl: Float[Tensor, " predicted"]
@@ -31,8 +30,8 @@ class TokenScores(NamedTuple):
 def window_logits(
     model: PreTrainedModel, window: Int[Tensor, " tokens"]
 ) -> Float[Tensor, "predicted vocabulary"]:
-    """Next-token logits at all positions but the last, which has no token to predict, in the model's
-    dtype."""
+    """Return the next-token logits at all positions but the last, which has no token to predict, in the
+    model's dtype."""
     return model(window[None].to(model.device), use_cache=False).logits[0, :-1]
 
 
@@ -42,7 +41,7 @@ def token_scores(
     targets: Int[Tensor, " predicted"],
     base_logits: Float[Tensor, "predicted vocabulary"] | None = None,
 ) -> TokenScores:
-    """Score a candidate's logits; without `base_logits` it is the base model that is scored."""
+    """Score a candidate's logits against the base model's; without `base_logits`, the base's own."""
     nll, kl, agree = [], [], []
     for start in range(0, len(targets), ROWS):
         rows = slice(start, start + ROWS)
@@ -55,8 +54,7 @@ def token_scores(
             continue
         p = base_logits[rows].float()
         log_p = p.log_softmax(1)
-        # KL is never negative; the clamp removes what fp32 cancellation leaves below zero where the two
-        # agree.
+        # KL is never negative; fp32 cancellation leaves values below zero where the two agree.
         kl.append((log_p.exp() * (log_p - (q - log_z[:, None]))).sum(1).clamp(min=0))
         agree.append(p.argmax(1) == q.argmax(1))
     return TokenScores(torch.cat(nll).cpu(), torch.cat(kl).cpu(), torch.cat(agree).cpu())

@@ -35,11 +35,11 @@ from bitassay.evaluation.statistics import (
     NONE,
     WILSON,
     Interval,
-    accuracy_interval,
     jackknife_of,
     logit_interval,
     mean_of,
     median_interval,
+    wilson_interval,
 )
 from bitassay.models.identity import tokenizer
 from bitassay.record.progress import Progress, silent
@@ -162,7 +162,7 @@ def compare_texts(texts: Sequence[Text], base: Sequence[Text]) -> TextQuality:
         divergence=float(np.quantile(prefixes + 1, 0.5, method="inverted_cdf")),
         divergence_ci=median_interval(prefixes + 1),
         identical_fraction=identical / len(texts),
-        identical_ci=accuracy_interval(identical, len(texts)),
+        identical_ci=wilson_interval(identical, len(texts)),
         bleu=bleu,
         bleu_ci=logit_interval(jackknife_of(bleu, without), 0, 100),
         bleu_signature=signature,

@@ -1,14 +1,16 @@
-"""Measure candidates against a base model, in one pass: `evaluate` for one, `evaluate_all` for many,
-`score_windows` and `summarise` for what keeps the scores.
+"""The quality of candidates compared with their base model, measured in one pass over a text.
 
-The base model runs once per window and every candidate is compared with it there and then; full logits are
-never stored. Each candidate keeps a few numbers per token, from which all figures and their paired intervals
-are made.
+The base model runs once per window and every candidate is compared with it at once; full logits are never
+stored. A candidate keeps a few numbers per token (`divergence.py`), from which `summarise` makes every figure
+with its interval.
+
+A new column of the assay about quality: its figure and interval are fields of `Quality`, filled in
+`summarise`; its heading and format are a `Column` in `report/`.
 """
 
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
@@ -17,24 +19,9 @@ from transformers import PreTrainedModel
 
 from bitassay.data.windows import Protocol
 from bitassay.errors import BitassayError
+from bitassay.evaluation import statistics
 from bitassay.evaluation.divergence import TokenScores, token_scores, window_logits
-from bitassay.evaluation.statistics import (
-    FEWEST,
-    LOG,
-    LOG_DIFFERENCE,
-    LOG_RATIO,
-    LOGIT,
-    NONE,
-    Estimate,
-    Interval,
-    exp_mean_of,
-    log_difference_interval,
-    log_interval,
-    log_ratio_interval,
-    logit_interval,
-    mean_of,
-    visible_difference,
-)
+from bitassay.evaluation.statistics import FEWEST, Estimate, Interval, exp_mean_of, mean_of
 from bitassay.models.config import text_config
 from bitassay.models.positions import check_window, context_length
 from bitassay.models.windows import model_windows
@@ -43,29 +30,29 @@ from bitassay.record.progress import Progress, silent
 
 # By column, how its interval is made.
 INTERVALS = {
-    "ppl_ci": f"{LOG} of what is above 1",
-    "ppl_delta_ci": LOG_DIFFERENCE,
-    "kl_ci": LOG,
-    "top1_ci": LOGIT,
+    "ppl_ci": f"{statistics.LOG} of what is above 1",
+    "ppl_delta_ci": statistics.LOG_DIFFERENCE,
+    "kl_ci": statistics.LOG,
+    "top1_ci": statistics.LOGIT,
 }
 PAIR_INTERVALS = {
-    "ppl_ci": LOG_DIFFERENCE,
-    "ppl_fraction_ci": LOG_RATIO,
-    "kl_ci": LOG_DIFFERENCE,
-    "kl_fraction_ci": LOG_RATIO,
+    "ppl_ci": statistics.LOG_DIFFERENCE,
+    "ppl_fraction_ci": statistics.LOG_RATIO,
+    "kl_ci": statistics.LOG_DIFFERENCE,
+    "kl_fraction_ci": statistics.LOG_RATIO,
 }
 INTERVAL = (
     "95 %, Student's t over windows, paired with the base model: of losses, KL and differences on a log "
-    f"scale, of agreement on a logit scale; {NONE}"
+    f"scale, of agreement on a logit scale; {statistics.NONE}"
 )
 
 
 @dataclass(frozen=True)
 class Quality:
     """How well a model predicts a text, and how far it is from its base. Perplexities are exp of the mean
-    loss in nats; KL in nats a token; intervals are 95 %, paired with the base by window, None for fewer than
-    FEWEST windows (`statistics.py`). ppl_delta_visible: the smallest true difference from the base that so
-    many windows would show with a probability of 80 %."""
+    loss in nats; KL is in nats a token; intervals are 95 %, paired with the base by window, None for fewer
+    than FEWEST windows (`statistics.py`). ppl_delta_visible: the smallest true difference from the base that
+    so many windows would show with a probability of 80 %."""
 
     ppl: float
     ppl_ci: Interval
@@ -118,14 +105,15 @@ def evaluate(
     protocol: Protocol | None = None,
     progress: Progress = silent,
 ) -> Evaluation:
-    """Perplexity of `model`; with `against`, also its difference from that model, with paired intervals.
+    """Measure the perplexity of `model`; with `against`, also its difference from that model, with paired
+    intervals.
 
     The default protocol is `wikitext2-raw/2048[n=16]`. Raises BitassayError where the two models have
     different vocabularies.
     """
-    base, candidates = (model, {}) if against is None else (against, {"model": model})
-    found = evaluate_all(base, candidates, protocol=protocol, progress=progress)
-    return found["model" if candidates else BASE]
+    if against is None:
+        return evaluate_all(model, {}, protocol=protocol, progress=progress)[BASE]
+    return evaluate_all(against, {"model": model}, protocol=protocol, progress=progress)["model"]
 
 
 def evaluate_all(
@@ -135,26 +123,49 @@ def evaluate_all(
     protocol: Protocol | None = None,
     progress: Progress = silent,
 ) -> dict[str, Evaluation]:
-    """`evaluate` for many candidates in one pass over the text, and for the base, under BASE."""
-    protocol = protocol or Protocol(windows=16)
-    windows, source = model_windows(base, protocol)
-    scores: dict[str, list[TokenScores]] = {BASE: [], **{name: [] for name in candidates}}
-    for index, found in score_windows(base, candidates, windows):
-        for name, score in found.items():
-            scores[name].append(score)
-        progress(f"evaluating on {protocol.id}", index + 1, len(windows))
+    """Measure many candidates in one pass over the text, and the base itself, under BASE."""
+    text = score_text(base, candidates, protocol or Protocol(windows=16), progress)
     return {
-        name: Evaluation(
-            model=_name(model),
-            base=None if name == BASE else _name(base),
-            protocol=protocol.id,
-            corpus_source=source,
-            windows=len(windows),
-            predicted_tokens=windows.shape[0] * (windows.shape[1] - 1),
-            quality=summarise(scores[name], scores[BASE]),
-        )
+        name: text.evaluation(name, _name(model), None if name == BASE else _name(base))
         for name, model in {BASE: base, **candidates}.items()
     }
+
+
+class ScoredText(NamedTuple):
+    """The scores of a base model (under BASE) and of its candidates, window by window."""
+
+    protocol: Protocol
+    source: str
+    scores: dict[str, list[TokenScores]]
+
+    def evaluation(self, name: str, model: str, base: str | None) -> Evaluation:
+        """Return the figures of the candidate `name`; `model` and `base` are the names to print."""
+        scores = self.scores[name]
+        return Evaluation(
+            model=model,
+            base=base,
+            protocol=self.protocol.id,
+            corpus_source=self.source,
+            windows=len(scores),
+            predicted_tokens=sum(len(window.nll) for window in scores),
+            quality=summarise(scores, self.scores[BASE]),
+        )
+
+
+def score_text(
+    base: PreTrainedModel,
+    candidates: Mapping[str, PreTrainedModel],
+    protocol: Protocol,
+    progress: Progress = silent,
+) -> ScoredText:
+    """Score all windows of a protocol. Raises BitassayError as `score_windows` does."""
+    windows, source = model_windows(base, protocol)
+    text = ScoredText(protocol, source, {name: [] for name in (BASE, *candidates)})
+    for index, window_scores in score_windows(base, candidates, windows):
+        for name, scores in window_scores.items():
+            text.scores[name].append(scores)
+        progress(f"evaluating on {protocol.id}", index + 1, len(windows))
+    return text
 
 
 def score_windows(
@@ -164,9 +175,9 @@ def score_windows(
     skip: Container[int] = (),
     finite: bool = True,
 ) -> Iterator[tuple[int, dict[str, TokenScores]]]:
-    """Yield, window by window, the scores of the base (under BASE) and of every candidate; `skip` holds
-    windows that are done. Raises BitassayError for other vocabularies, windows that a model cannot read, and,
-    where they have to be `finite`, for losses that are not."""
+    """Yield, window by window, the scores of the base (under BASE) and of every candidate; `skip` holds the
+    indices of windows that are done. Raises BitassayError for different vocabularies, for windows that a
+    model cannot read, and, if `finite`, for losses that are NaN or infinite."""
     size = text_config(base).vocab_size
     for name, candidate in candidates.items():
         if (other := text_config(candidate).vocab_size) != size:
@@ -182,8 +193,8 @@ def score_windows(
         scores = {BASE: token_scores(base_logits, targets)}
         for name, candidate in candidates.items():
             scores[name] = token_scores(window_logits(candidate, window), targets, base_logits)
-        for name, found in scores.items() if finite else ():
-            if bad := int((~(found.nll.isfinite() & found.kl.isfinite())).sum()):
+        for name, tokens in scores.items() if finite else ():
+            if bad := int((~(tokens.nll.isfinite() & tokens.kl.isfinite())).sum()):
                 raise BitassayError(
                     f"{name}: the losses of {bad} of {len(targets)} tokens are NaN or infinite, "
                     f"in {candidates.get(name, base).dtype}",
@@ -193,7 +204,8 @@ def score_windows(
 
 
 def summarise(scores: Sequence[TokenScores], base: Sequence[TokenScores]) -> Quality:
-    """Figures and intervals from the scores of equal windows; for the base itself pass its scores twice."""
+    """Return figures and intervals from the scores of the same windows; of the base itself, pass its scores
+    twice."""
     nll, base_nll, kl, agree = (
         _by_window(group, field)
         for group, field in ((scores, "nll"), (base, "nll"), (scores, "kl"), (scores, "agree"))
@@ -202,16 +214,16 @@ def summarise(scores: Sequence[TokenScores], base: Sequence[TokenScores]) -> Qua
     kl_tokens = np.concatenate([window.kl.numpy() for window in scores])
     return Quality(
         ppl=ppl.value,
-        ppl_ci=_plus(log_interval(Estimate(ppl.value - 1, ppl.parts)), 1),
+        ppl_ci=_plus(statistics.log_interval(Estimate(ppl.value - 1, ppl.parts)), 1),
         ppl_delta=ppl.value - base_ppl.value,
-        ppl_delta_ci=log_difference_interval(base_ppl, ppl),
-        ppl_delta_visible=visible_difference(base_ppl, ppl),
+        ppl_delta_ci=statistics.log_difference_interval(base_ppl, ppl),
+        ppl_delta_visible=statistics.visible_difference(base_ppl, ppl),
         kl_mean=kl.value,
-        kl_ci=log_interval(kl),
+        kl_ci=statistics.log_interval(kl),
         kl_median=float(np.median(kl_tokens)),
         kl_p99=float(np.quantile(kl_tokens, 0.99)),
         top1_agreement=agree.value,
-        top1_ci=logit_interval(agree),
+        top1_ci=statistics.logit_interval(agree),
     )
 
 
@@ -226,7 +238,7 @@ def _plus(interval: Interval, value: float) -> Interval:
 @dataclass(frozen=True)
 class TextDifference:
     """The second model's figures less the first's on the same windows: perplexity, and KL to their common
-    base in nats a token, each also as a share of the first's (of the KL none where the first's is 0)."""
+    base in nats a token. Fractions are of the first's figure; None for a KL of 0."""
 
     ppl: float
     ppl_ci: Interval
@@ -241,22 +253,20 @@ class TextDifference:
 def text_difference(
     first: Sequence[TokenScores], second: Sequence[TokenScores], level: float = 0.95
 ) -> TextDifference:
-    """Compare two candidates by their scores of equal windows, with intervals at `level`, paired by
+    """Compare two candidates by their scores of the same windows, with intervals at `level`, paired by
     window."""
-    losses, divergences = ([_by_window(group, field) for group in (first, second)] for field in ("nll", "kl"))
-    ppl_one, ppl_two = (exp_mean_of(loss.parts) for loss in losses)
-    kl_one, kl_two = divergences
-    ratio = log_ratio_interval(ppl_one, ppl_two, level)
-    kl_ratio = log_ratio_interval(kl_one, kl_two, level)
+    losses = [_by_window(scores, "nll").parts for scores in (first, second)]
+    first_ppl, second_ppl = map(exp_mean_of, losses)
+    first_kl, second_kl = (_by_window(scores, "kl") for scores in (first, second))
     return TextDifference(
-        ppl=ppl_two.value - ppl_one.value,
-        ppl_ci=log_difference_interval(ppl_one, ppl_two, level),
-        ppl_fraction=exp_mean_of(losses[1].parts - losses[0].parts).value - 1,
-        ppl_fraction_ci=_plus(ratio, -1),
-        kl=kl_two.value - kl_one.value,
-        kl_ci=log_difference_interval(kl_one, kl_two, level),
-        kl_fraction=kl_two.value / kl_one.value - 1 if kl_one.value else None,
-        kl_fraction_ci=_plus(kl_ratio, -1),
+        ppl=second_ppl.value - first_ppl.value,
+        ppl_ci=statistics.log_difference_interval(first_ppl, second_ppl, level),
+        ppl_fraction=exp_mean_of(losses[1] - losses[0]).value - 1,
+        ppl_fraction_ci=_plus(statistics.log_ratio_interval(first_ppl, second_ppl, level), -1),
+        kl=second_kl.value - first_kl.value,
+        kl_ci=statistics.log_difference_interval(first_kl, second_kl, level),
+        kl_fraction=second_kl.value / first_kl.value - 1 if first_kl.value else None,
+        kl_fraction_ci=_plus(statistics.log_ratio_interval(first_kl, second_kl, level), -1),
     )
 
 
@@ -268,8 +278,6 @@ def _name(model: PreTrainedModel) -> str:
 
 
 def _interval(interval: Interval) -> str:
-    return (
-        f"[no interval: fewer than {FEWEST} windows, or all equal]"
-        if interval is None
-        else f"[{interval[0]:.4g}, {interval[1]:.4g}]"
-    )
+    if interval is None:
+        return f"[no interval: fewer than {FEWEST} windows, or all equal]"
+    return f"[{interval[0]:.4g}, {interval[1]:.4g}]"

@@ -1,28 +1,52 @@
 """Which architectures of GGUF are read, and what each of their keys means to transformers.
 
-A key that changes what is computed stands in one of these tables, by the field of the configuration that
-takes it up, or it has one value that changes nothing. Everything else under an architecture's prefix makes
-`gguf_model.py` refuse the file. The keys and their defaults are llama.cpp's (src/llama-arch.cpp,
-src/llama-model.cpp and src/models/, July 2026), the fields those of transformers' configurations.
+A key that changes what is computed has a field of the configuration that takes it up (FIELDS), or is read by
+`gguf_model.py` together with others, or has the one value that changes nothing. Every other key under an
+architecture's prefix makes `gguf_model.py` refuse the file. What a key does not say is what the class of the
+configuration says by default. The keys and their defaults are llama.cpp's (src/llama-arch.cpp,
+src/llama-model.cpp and src/models/, July 2026).
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-# Keys that nearly every architecture has.
-SHAPE = {
-    "vocab_size": "vocab_size",
-    "context_length": "max_position_embeddings",
-    "embedding_length": "hidden_size",
-    "block_count": "num_hidden_layers",
-    "feed_forward_length": "intermediate_size",
-    "attention.head_count": "num_attention_heads",
-    "attention.head_count_kv": "num_key_value_heads",
-    "attention.key_length": "head_dim",
+# The fields that may take up a key: the first one that the class of the configuration declares.
+FIELDS: dict[str, tuple[str, ...]] = {
+    "vocab_size": ("vocab_size",),
+    "context_length": ("max_position_embeddings",),
+    "embedding_length": ("hidden_size",),
+    "block_count": ("num_hidden_layers",),
+    "feed_forward_length": ("intermediate_size",),
+    "attention.head_count": ("num_attention_heads",),
+    "attention.head_count_kv": ("num_key_value_heads",),
+    "attention.key_length": ("head_dim",),
+    "attention.layer_norm_rms_epsilon": ("rms_norm_eps", "norm_eps"),
+    "attention.layer_norm_epsilon": ("layer_norm_eps", "norm_epsilon", "norm_eps"),
+    "attention.sliding_window": ("sliding_window",),
+    "attention.scale": ("attention_multiplier",),
+    "embedding_scale": ("embedding_multiplier",),
+    "residual_scale": ("residual_multiplier",),
+    "logit_scale": ("logit_scale", "logits_scaling"),
+    "attn_logit_softcapping": ("attn_logit_softcapping",),
+    "final_logit_softcapping": ("final_logit_softcapping",),
+    "use_parallel_residual": ("use_parallel_residual",),
+    "expert_count": ("num_local_experts", "num_experts"),
+    "expert_used_count": ("num_experts_per_tok",),
+    "expert_feed_forward_length": ("moe_intermediate_size",),
+    "expert_shared_feed_forward_length": ("shared_expert_intermediate_size",),
 }
-RMS = {"attention.layer_norm_rms_epsilon": "rms_norm_eps"}
-
+# Fields that transformers works out where a class does not declare them.
+DERIVED = ("head_dim", "num_key_value_heads")
+# Fields that are on where a tensor of such a name is in the file; of several, those that a class declares.
+SWITCHES = {
+    "attention_bias": ("attn_q.bias", "attn_k.bias", "attn_v.bias", "attn_output.bias"),
+    "attention_out_bias": ("attn_output.bias",),
+    "use_qkv_bias": ("attn_q.bias", "attn_k.bias", "attn_v.bias"),
+    "mlp_bias": ("ffn_gate.bias", "ffn_up.bias", "ffn_down.bias"),
+    "use_bias": ("attn_q.bias", "attn_output.bias", "ffn_up.bias", "ffn_down.bias"),
+    "use_qk_norm": ("attn_q_norm.weight",),
+}
 # Keys that `gguf_model.py` reads one by one, because several make one field.
 READ_APART = {
     "attention.value_length",
@@ -37,187 +61,73 @@ HARMLESS: dict[str, Any] = {
     "tensor_data_layout": ...,
     "rope.scaling.finetuned": ...,
     "rope.scaling.yarn_ext_factor": 1.0,
-    "rope.scaling.yarn_log_multiplier": 0.0,
-    "rope.scaling.alpha": 0.0,
     "attention.causal": True,
-    "attention.clamp_kqv": 0.0,
-    "attention.max_alibi_bias": 0.0,
-    "attention.scale": 0.0,
-    "attention.sliding_window": 0,
-    "attention.shared_kv_layers": 0,
-    "attn_logit_softcapping": 0.0,
-    "final_logit_softcapping": 0.0,
-    "logit_scale": 0.0,
-    "residual_scale": 0.0,
-    "embedding_scale": 0.0,
-    "expert_count": 0,
-    "expert_used_count": 0,
-    "nextn_predict_layers": 0,
-    "pooling_type": 0,
+    **dict.fromkeys(
+        (
+            *("rope.scaling.yarn_log_multiplier", "rope.scaling.alpha", "attention.clamp_kqv"),
+            *("attention.max_alibi_bias", "attention.scale", "attention.sliding_window"),
+            *("attention.shared_kv_layers", "attn_logit_softcapping", "final_logit_softcapping"),
+            *("logit_scale", "residual_scale", "embedding_scale", "expert_count", "expert_used_count"),
+            *("nextn_predict_layers", "pooling_type"),
+        ),
+        0,
+    ),
 }
 
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture. `keys`: what fields take keys up. `fixed`: fields that the architecture implies.
+    """One architecture. `fixed`: fields that the architecture implies; keys for them are not read.
     `interleaved`: the rows of q and k are in llama.cpp's order. `norm_offset`: what llama.cpp's norm weights
-    have more than transformers'. `partial_rotary`: a part of a head may stay unrotated. `windows`: how many
-    layers share one that sees everything, where the file does not say which do. `switches`: fields that are
-    on where a tensor of such a name is in the file."""
+    have more than transformers'. `partial_rotary`: a part of a head may stay unrotated. `window_period`: of
+    so many layers the last sees everything, and where it is 1, all see a window; 0: windows are not read.
+    `largest`: how many layers the model of the family has whose attention is scaled by another size."""
 
     model_type: str
-    keys: Mapping[str, str] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
-    norm: Mapping[str, str] = field(default_factory=lambda: RMS)
-    switches: Mapping[str, str] = field(default_factory=dict)
     interleaved: bool = False
     norm_offset: float = 0.0
     partial_rotary: bool = False
-    windows: int = 0
+    window_period: int = 0
+    largest: int = 0
 
+    def field_of(self, key: str, declared: set[str]) -> str | None:
+        """Return the field, of those that a class declares, that takes up a key; None: it is not read."""
+        names = [name for name in FIELDS.get(key, ()) if name in declared or name in DERIVED]
+        if not names or names[0] in self.fixed or (names[0] == "sliding_window" and not self.window_period):
+            return None
+        return names[0]
 
-_ATTENTION_BIAS: dict[str, str] = dict.fromkeys(
-    ("attn_q.bias", "attn_k.bias", "attn_v.bias", "attn_output.bias"), "attention_bias"
-)
-_MLP_BIAS: dict[str, str] = dict.fromkeys(("ffn_gate.bias", "ffn_up.bias", "ffn_down.bias"), "mlp_bias")
-_EXPERTS = {
-    "expert_count": "num_experts",
-    "expert_used_count": "num_experts_per_tok",
-    "expert_feed_forward_length": "moe_intermediate_size",
-}
-_MULTIPLIERS = {
-    "attention.scale": "attention_multiplier",
-    "embedding_scale": "embedding_multiplier",
-    "residual_scale": "residual_multiplier",
-    "logit_scale": "logits_scaling",
-}
-_GEMMA = {"hidden_activation": "gelu_pytorch_tanh"}
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(
-        "llama", switches=_ATTENTION_BIAS | _MLP_BIAS, fixed={"hidden_act": "silu"}, interleaved=True
-    ),
+    "llama": Family("llama", interleaved=True),
     # What the file calls llama and has a window, or experts.
-    "llama with a window": Family(
-        "mistral",
-        keys={"attention.sliding_window": "sliding_window"},
-        fixed={"hidden_act": "silu"},
-        interleaved=True,
-    ),
-    "llama with experts": Family(
-        "mixtral",
-        keys={"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"},
-        fixed={"hidden_act": "silu", "sliding_window": None},
-        interleaved=True,
-    ),
-    "qwen2": Family("qwen2", fixed={"hidden_act": "silu", "use_sliding_window": False}),
-    "qwen3": Family(
-        "qwen3", switches=_ATTENTION_BIAS, fixed={"hidden_act": "silu", "use_sliding_window": False}
-    ),
-    "qwen2moe": Family(
-        "qwen2_moe",
-        keys=_EXPERTS | {"expert_shared_feed_forward_length": "shared_expert_intermediate_size"},
-        fixed={
-            "hidden_act": "silu",
-            "norm_topk_prob": False,
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": [],
-        },
-    ),
-    "qwen3moe": Family(
-        "qwen3_moe",
-        keys=_EXPERTS,
-        switches=_ATTENTION_BIAS,
-        fixed={"hidden_act": "silu", "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []},
-    ),
-    "phi3": Family(
-        "phi3",
-        keys={"attention.sliding_window": "sliding_window"},
-        fixed={"hidden_act": "silu"},
-        partial_rotary=True,
-    ),
-    "gemma": Family("gemma", fixed={"hidden_act": "gelu_pytorch_tanh"}, norm_offset=1.0),
-    "gemma2": Family(
-        "gemma2",
-        keys={
-            "attention.sliding_window": "sliding_window",
-            "attn_logit_softcapping": "attn_logit_softcapping",
-            "final_logit_softcapping": "final_logit_softcapping",
-        },
-        fixed=_GEMMA
-        | {"sliding_window": 4096, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
-        norm_offset=1.0,
-        windows=2,
-    ),
+    "llama with a window": Family("mistral", interleaved=True, window_period=1),
+    "llama with experts": Family("mixtral", interleaved=True),
+    "qwen2": Family("qwen2"),
+    "qwen3": Family("qwen3"),
+    "qwen2moe": Family("qwen2_moe"),
+    "qwen3moe": Family("qwen3_moe", fixed={"norm_topk_prob": True}),
+    "phi3": Family("phi3", partial_rotary=True, window_period=1),
+    "gemma": Family("gemma", norm_offset=1.0),
+    "gemma2": Family("gemma2", norm_offset=1.0, window_period=2, largest=46),
     "gemma3": Family(
-        "gemma3_text",
-        keys={
-            "attention.sliding_window": "sliding_window",
-            "final_logit_softcapping": "final_logit_softcapping",
-        },
-        fixed=_GEMMA | {"final_logit_softcapping": None, "attn_logit_softcapping": None},
-        norm_offset=1.0,
-        windows=6,
+        "gemma3_text", {"attn_logit_softcapping": None}, norm_offset=1.0, window_period=6, largest=62
     ),
-    "granite": Family(
-        "granite",
-        keys=_MULTIPLIERS,
-        switches=_ATTENTION_BIAS | _MLP_BIAS,
-        fixed={"hidden_act": "silu", "embedding_multiplier": 1.0, "residual_multiplier": 1.0},
-        interleaved=True,
-    ),
-    "smollm3": Family(
-        "smollm3",
-        switches=_ATTENTION_BIAS | _MLP_BIAS,
-        fixed={"hidden_act": "silu", "use_sliding_window": False},
-        interleaved=True,
-    ),
-    "arcee": Family(
-        "arcee", switches=_ATTENTION_BIAS | _MLP_BIAS, fixed={"hidden_act": "relu2"}, interleaved=True
-    ),
-    "seed_oss": Family(
-        "seed_oss",
-        switches=_ATTENTION_BIAS | _MLP_BIAS | {"attn_output.bias": "attention_out_bias"},
-        fixed={"hidden_act": "silu", "attention_out_bias": False},
-    ),
-    "olmo2": Family("olmo2", switches=_ATTENTION_BIAS, fixed={"hidden_act": "silu"}),
-    "command-r": Family(
-        "cohere",
-        keys={"logit_scale": "logit_scale"},
-        norm={"attention.layer_norm_epsilon": "layer_norm_eps"},
-        switches=_ATTENTION_BIAS | {"attn_q_norm.weight": "use_qk_norm"},
-        fixed={"hidden_act": "silu", "use_qk_norm": False},
-    ),
-    "nemotron": Family(
-        "nemotron",
-        norm={
-            "attention.layer_norm_rms_epsilon": "norm_eps",
-            "attention.layer_norm_epsilon": "norm_eps",
-        },
-        switches=_ATTENTION_BIAS | _MLP_BIAS,
-        fixed={"hidden_act": "relu2"},
-        norm_offset=1.0,
-        partial_rotary=True,
-    ),
-    "starcoder2": Family(
-        "starcoder2",
-        norm={"attention.layer_norm_epsilon": "norm_epsilon"},
-        switches=dict.fromkeys((*_ATTENTION_BIAS, *_MLP_BIAS), "use_bias"),
-        fixed={"hidden_act": "gelu_pytorch_tanh", "sliding_window": None, "use_bias": False},
-    ),
-    "stablelm": Family(
-        "stablelm",
-        keys={"use_parallel_residual": "use_parallel_residual"},
-        norm={"attention.layer_norm_epsilon": "layer_norm_eps"},
-        switches=dict.fromkeys(("attn_q.bias", "attn_k.bias", "attn_v.bias"), "use_qkv_bias"),
-        fixed={"hidden_act": "silu", "use_qkv_bias": False},
-        partial_rotary=True,
-    ),
+    "granite": Family("granite", interleaved=True),
+    "smollm3": Family("smollm3", interleaved=True),
+    "arcee": Family("arcee", interleaved=True),
+    "seed_oss": Family("seed_oss"),
+    "olmo2": Family("olmo2"),
+    "command-r": Family("cohere"),
+    "nemotron": Family("nemotron", norm_offset=1.0, partial_rotary=True),
+    "starcoder2": Family("starcoder2", fixed={"sliding_window": None}),
+    "stablelm": Family("stablelm", partial_rotary=True),
 }
 
 
 def family_of(fields: Mapping[str, Any]) -> Family | None:
-    """The family of a file with these keys, None for one that is not read."""
+    """Return the family of a file with these keys, None for one that is not read."""
     name = fields.get("general.architecture")
     if name == "llama" and fields.get("llama.expert_count"):
         name = "llama with experts"

@@ -8,7 +8,7 @@ embedding.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import gguf
@@ -19,22 +19,24 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from bitassay.errors import BitassayError
-from bitassay.models.gguf_families import FAMILIES, HARMLESS, READ_APART, SHAPE, Family, family_of
+from bitassay.models.gguf_families import (
+    DERIVED,
+    FAMILIES,
+    HARMLESS,
+    READ_APART,
+    SWITCHES,
+    Family,
+    family_of,
+)
 from bitassay.models.gguf_rope import ROPE_TENSORS, rope_parameters
 from bitassay.models.gguf_vocabulary import fields_of, special_ids
 
-WINDOW, PATTERN, LOCAL_BASE = (
-    "attention.sliding_window",
-    "attention.sliding_window_pattern",
-    "rope.freq_base_swa",
-)
+WINDOW, PATTERN = "attention.sliding_window", "attention.sliding_window_pattern"
+LOCAL_BASE = "rope.freq_base_swa"
 
 
 def read_model(reader: GGUFReader, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The model of a file, in `dtype`.
-
-    Raises BitassayError for what is not known here.
-    """
+    """Build the model of a file, in `dtype`. Raises BitassayError for what is not known here."""
     fields = fields_of(reader)
     family = family_of(fields)
     if family is None:
@@ -60,28 +62,31 @@ def read_config(
     tensors: Mapping[str, Any],
     vocabulary: int | None = None,
 ) -> PretrainedConfig:
-    """The configuration that the keys describe, each looked for in it again. Without a tokenizer among the
-    keys, `vocabulary` says how many tokens there are. Of `tensors`, those are read that stretch rotary
-    embeddings; of the others, it matters that they are there."""
+    """Build the configuration that the keys describe, and look for each of them in it again. Without a
+    tokenizer among the keys, `vocabulary` says how many tokens there are. Of `tensors`, those that stretch
+    rotary embeddings are read; of the others, only the names matter."""
     prefix = f"{fields['general.architecture']}."
     keys = {
         key.removeprefix(prefix): _one(key, value) for key, value in fields.items() if key.startswith(prefix)
     }
-    known = SHAPE | dict(family.norm) | dict(family.keys)
-    windowed = {PATTERN, LOCAL_BASE} if family.windows else set()
+    kind = type(AutoConfig.for_model(family.model_type))
+    declared = {*kind.__dataclass_fields__, *kind.attribute_map}
+    taken = {key: name for key in keys if (name := family.field_of(key, declared)) is not None}
+    windowed = {PATTERN, LOCAL_BASE} if family.window_period > 1 else set()
     unknown = [
         f"{prefix}{key} = {value}"
         for key, value in keys.items()
-        if key not in known and key not in READ_APART and key not in windowed and not _harmless(key, value)
+        if key not in {*taken, *READ_APART, *windowed} and HARMLESS.get(key) not in (..., value)
     ]
     if unknown:
         raise BitassayError(f"keys that may change what is computed and are not read: {', '.join(unknown)}")
-    wanted = dict(family.fixed) | {field: keys[key] for key, field in known.items() if key in keys}
+    wanted = dict(family.fixed) | {name: keys[key] for key, name in taken.items()}
     wanted |= _implied(fields, keys, tensors, vocabulary)
-    for name in {
-        field for end, field in family.switches.items() if any(n.endswith(f".{end}") for n in tensors)
-    }:
-        wanted[name] = True
+    wanted |= {
+        name: any(tensor.endswith(tuple(f".{end}" for end in ends)) for tensor in tensors)
+        for name, ends in SWITCHES.items()
+        if name in declared
+    }
     rotary = int(keys.get("rope.dimension_count", wanted["head_dim"]))
     if rotary != wanted["head_dim"] and not family.partial_rotary:
         raise BitassayError(
@@ -95,10 +100,11 @@ def read_config(
         rope["partial_rotary_factor"] = rotary / wanted["head_dim"]
     if "longrope" in rope["rope_type"] and family.model_type == "phi3":
         wanted["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
-    wanted |= _windows(family, keys, wanted, rope) if family.windows else {"rope_parameters": rope}
-    if family.model_type == "phi3":
+    if family.window_period > 1:
+        return _checked_config(kind, wanted | _windows(family, keys, wanted, rope))
+    if family.window_period:
         wanted["sliding_window"] = keys.get(WINDOW) or None
-    return _checked_config(family, wanted)
+    return _checked_config(kind, wanted | {"rope_parameters": rope})
 
 
 def _implied(
@@ -132,7 +138,7 @@ def _windows(
 ) -> dict[str, Any]:
     """Which layers see a window only, and Gemma's rotary embeddings, which differ for these."""
     layers = wanted["num_hidden_layers"]
-    pattern = keys.get(PATTERN, family.windows)
+    pattern = keys.get(PATTERN, family.window_period)
     if not isinstance(pattern, list):
         pattern = [bool((layer + 1) % pattern) for layer in range(layers)]
     if not wanted.get("sliding_window"):
@@ -140,10 +146,8 @@ def _windows(
     found: dict[str, Any] = {
         "layer_types": ["sliding_attention" if window else "full_attention" for window in pattern]
     }
-    # llama.cpp tells the largest of the two generations by its layers.
-    largest = {"gemma2": 46, "gemma3_text": 62}[family.model_type]
     width, heads = wanted["hidden_size"], wanted["num_attention_heads"]
-    found["query_pre_attn_scalar"] = width // heads if layers == largest else wanted["head_dim"]
+    found["query_pre_attn_scalar"] = width // heads if layers == family.largest else wanted["head_dim"]
     if family.model_type == "gemma2":
         if LOCAL_BASE in keys and keys[LOCAL_BASE] != rope["rope_theta"]:
             raise BitassayError(f"{LOCAL_BASE} = {keys[LOCAL_BASE]}: not read for gemma2")
@@ -152,17 +156,14 @@ def _windows(
     return {**found, "rope_parameters": {"full_attention": rope, "sliding_attention": local}}
 
 
-def _checked_config(family: Family, wanted: dict[str, Any]) -> PretrainedConfig:
+def _checked_config(kind: type[PretrainedConfig], wanted: dict[str, Any]) -> PretrainedConfig:
     """A configuration with these fields, each of which the class must declare and keep."""
-    kind = type(AutoConfig.for_model(family.model_type))
     declared = {*kind.__dataclass_fields__, *kind.attribute_map}
-    optional = {"head_dim", "num_key_value_heads"}  # where a class works them out
-    undeclared = [f"{name} = {value}" for name, value in wanted.items() if name not in declared | optional]
+    undeclared = [f"{name} = {value}" for name, value in wanted.items() if name not in {*declared, *DERIVED}]
     if undeclared:
-        raise BitassayError(f"{family.model_type} has no {', '.join(undeclared)}")
-    derived = {name: wanted.pop(name) for name in optional - declared if name in wanted}
-    config = kind(**wanted)
-    lost = [f"{name} = {value}" for name, value in (wanted | derived).items() if _said(config, name) != value]
+        raise BitassayError(f"{kind.__name__} has no {', '.join(undeclared)}")
+    config = kind(**{name: value for name, value in wanted.items() if name in declared})
+    lost = [f"{name} = {value}" for name, value in wanted.items() if _said(config, name) != value]
     if lost:
         raise BitassayError(f"{kind.__name__} does not take up {', '.join(lost)}")
     return config
@@ -185,10 +186,6 @@ def _one(key: str, value: Any) -> Any:
     if isinstance(value, float) and float(np.float32(value)) == value:
         return float(str(np.float32(value)))
     return value
-
-
-def _harmless(key: str, value: Any) -> bool:
-    return key in HARMLESS and (HARMLESS[key] is ... or HARMLESS[key] == value)
 
 
 def _generation(fields: Mapping[str, Any]) -> GenerationConfig:
@@ -239,19 +236,12 @@ def _weights(
 
 
 def sources_of(name: str, architecture: str, layers: int) -> list[str]:
-    """The tensors of a GGUF file that make the parameter `name` of transformers."""
-    if found := re.fullmatch(r"model\.layers\.(\d+)\.mlp\.experts\.(gate_up|down)_proj", name):
-        layer, kind = found.groups()
-        kinds = ("gate", "up") if kind == "gate_up" else ("down",)
-        return [f"blk.{layer}.ffn_{kind}_exps.weight" for kind in kinds]
+    """Return the tensors of a GGUF file that make the parameter `name` of transformers."""
+    if experts := re.fullmatch(r"model\.layers\.(\d+)\.mlp\.experts\.(gate_up|down)_proj", name):
+        return [f"blk.{experts[1]}.ffn_{kind}_exps.weight" for kind in experts[2].split("_")]
     arch = next(arch for arch, known in gguf.MODEL_ARCH_NAMES.items() if known == architecture)
-    theirs = _names(arch, layers)(name)
+    theirs = gguf.get_tensor_name_map(arch, layers).get_name(name, try_suffixes=(".weight", ".bias"))
     return [theirs or f"(llama.cpp's name for {name})"]
-
-
-def _names(arch: gguf.MODEL_ARCH, layers: int) -> Callable[[str], str | None]:
-    table = gguf.get_tensor_name_map(arch, layers)
-    return lambda name: table.get_name(name, try_suffixes=(".weight", ".bias"))
 
 
 def _read(tensor: ReaderTensor, name: str, family: Family, config: PretrainedConfig) -> Tensor:

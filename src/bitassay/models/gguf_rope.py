@@ -18,48 +18,56 @@ from bitassay.errors import BitassayError
 FREQUENCIES = "rope_freqs.weight"
 SHORT, LONG = "rope_factors_short.weight", "rope_factors_long.weight"
 ROPE_TENSORS = (FREQUENCIES, SHORT, LONG)
+PUBLISHED_LENGTHS = (
+    8192,
+    4096,
+    2048,
+    16384,
+    32768,
+)  # of models with Llama 3's scheme
 
 
 def rope_parameters(
     keys: Mapping[str, Any], tensors: Mapping[str, np.ndarray], rotary_size: int, context: int
 ) -> dict[str, Any]:
-    """`rope_parameters` of a model whose heads rotate `rotary_size` numbers. `keys` are without the
-    architecture's prefix."""
-    theta = float(keys.get("rope.freq_base", 10_000.0))
-    plain = {"rope_type": "default", "rope_theta": theta}
-    original = int(keys.get("rope.scaling.original_context_length", context))
-    # Without a type, a factor is one of linear scaling.
-    kind = str(keys.get("rope.scaling.type", "linear"))
-    factor = float(keys.get("rope.scaling.factor", keys.get("rope.scale_linear", 0.0))) or 1.0
-    attention = float(keys.get("rope.scaling.attn_factor", 1.0))
+    """Return `rope_parameters` of a model whose heads rotate `rotary_size` numbers. `keys` are without the
+    architecture's prefix. Raises BitassayError for what transformers has no scheme for."""
+    for name, factors in tensors.items():
+        if factors.shape != (rotary_size // 2,):
+            raise BitassayError(f"{name} has {factors.size} factors, but heads rotate {rotary_size} numbers")
+    start = "rope.scaling."
+    scaling = {key.removeprefix(start): value for key, value in keys.items() if key.startswith(start)}
+    plain = {"rope_type": "default", "rope_theta": float(keys.get("rope.freq_base", 10_000.0))}
+    original = int(scaling.get("original_context_length", context))
+    kind = str(scaling.get("type", "linear"))  # without a type, a factor is one of linear scaling
+    factor = float(scaling.get("factor", keys.get("rope.scale_linear", 0.0))) or 1.0
+    attention = float(scaling.get("attn_factor", 1.0))
+    if LONG in tensors and SHORT in tensors:
+        return _longrope(plain, tensors[SHORT], tensors[LONG], context / original, original, attention)
     if LONG in tensors or SHORT in tensors:
-        return _longrope(theta, tensors, rotary_size, context, original, keys.get("rope.scaling.attn_factor"))
+        raise BitassayError(f"of {SHORT} and {LONG} only one is there")
     if kind == "longrope":
         raise BitassayError(f"rope.scaling.type = longrope without the tensors {SHORT} and {LONG}")
     stretched = kind != "none" and factor != 1.0
     if FREQUENCIES in tensors:
         if stretched:
             raise BitassayError(f"rope.scaling.factor = {factor} together with {FREQUENCIES} is not read")
-        return _divided(plain, tensors[FREQUENCIES], rotary_size, context)
+        return _divided(plain, tensors[FREQUENCIES].astype(np.float64), context)
     if stretched and kind == "yarn":
         scale = 0.1 * math.log(max(factor, 1.0)) + 1.0
-        if not math.isclose(keys.get("rope.scaling.yarn_attn_factor", scale), scale, rel_tol=1e-4):
+        if not math.isclose(scaling.get("yarn_attn_factor", scale), scale, rel_tol=1e-4):
             raise BitassayError(
-                f"rope.scaling.yarn_attn_factor = {keys['rope.scaling.yarn_attn_factor']}: llama.cpp ignores "
+                f"rope.scaling.yarn_attn_factor = {scaling['yarn_attn_factor']}: llama.cpp ignores "
                 f"it and scales by {scale:.4f}, so it is not clear what is meant"
             )
-        more = {
-            ours: float(keys[f"rope.scaling.yarn_{ours}"])
-            for ours in ("beta_fast", "beta_slow")
-            if f"rope.scaling.yarn_{ours}" in keys
-        }
+        betas = ("beta_fast", "beta_slow")
         return {
             **plain,
             "rope_type": "yarn",
             "factor": factor,
             "original_max_position_embeddings": original,
             "attention_factor": scale * attention,
-            **more,
+            **{beta: float(scaling[f"yarn_{beta}"]) for beta in betas if f"yarn_{beta}" in scaling},
         }
     if stretched and kind != "linear":
         raise BitassayError(f"rope.scaling.type = {kind} is not read")
@@ -69,62 +77,37 @@ def rope_parameters(
 
 
 def _longrope(
-    theta: float,
-    tensors: Mapping[str, np.ndarray],
-    rotary_size: int,
-    context: int,
-    original: int,
-    attention: float | None,
+    plain: dict[str, Any], short: np.ndarray, long: np.ndarray, factor: float, original: int, attention: float
 ) -> dict[str, Any]:
-    if not (SHORT in tensors and LONG in tensors):
-        raise BitassayError(f"of {SHORT} and {LONG} only one is there")
-    factors = {name: [float(f) for f in _checked(tensors[name], name, rotary_size)] for name in (SHORT, LONG)}
     return {
+        **plain,
         "rope_type": "longrope",
-        "rope_theta": theta,
-        "short_factor": factors[SHORT],
-        "long_factor": factors[LONG],
-        "factor": context / original,
+        "short_factor": [float(divisor) for divisor in short],
+        "long_factor": [float(divisor) for divisor in long],
+        "factor": factor,
         "original_max_position_embeddings": original,
-        "attention_factor": 1.0 if attention is None else float(attention),
+        "attention_factor": attention,
     }
 
 
-def _checked(factors: np.ndarray, name: str, rotary_size: int) -> np.ndarray:
-    if factors.shape != (rotary_size // 2,):
-        raise BitassayError(f"{name} has {factors.size} factors, but heads rotate {rotary_size} numbers")
-    return factors
-
-
-def _divided(plain: dict[str, Any], factors: np.ndarray, rotary_size: int, context: int) -> dict[str, Any]:
-    """Frequencies divided by `factors`: as Llama 3's scheme where it gives these factors, else as longrope
-    with the same factors for all lengths, which divides by any."""
-    factors = _checked(factors, FREQUENCIES, rotary_size).astype(np.float64)
+def _divided(plain: dict[str, Any], factors: np.ndarray, context: int) -> dict[str, Any]:
+    """Frequencies divided by `factors`: as Llama 3's scheme with published parameters where it gives these
+    factors, else as longrope with the same factors for all lengths, which divides by any."""
     if np.allclose(factors, 1.0, rtol=1e-6):
         return plain
-    theta = plain["rope_theta"]
-    wavelengths = 2 * math.pi * theta ** (np.arange(0, rotary_size, 2) / rotary_size)
-    most = float(np.float32(factors.max()))
-    for low, high, original in _llama3_guesses(factors, wavelengths, most):
-        if np.allclose(_llama3(wavelengths, most, low, high, original), factors, rtol=1e-5):
+    size, most = len(factors), float(np.float32(factors.max()))
+    wavelengths = 2 * math.pi * plain["rope_theta"] ** (np.arange(size) / size)
+    for original in PUBLISHED_LENGTHS:
+        if np.allclose(_llama3(wavelengths, most, 1.0, 4.0, original), factors, rtol=1e-5):
             return {
+                **plain,
                 "rope_type": "llama3",
-                "rope_theta": theta,
                 "factor": float(str(np.float32(most))),
-                "low_freq_factor": low,
-                "high_freq_factor": high,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
                 "original_max_position_embeddings": original,
             }
-    same = [float(factor) for factor in factors]
-    return {
-        "rope_type": "longrope",
-        "rope_theta": theta,
-        "short_factor": same,
-        "long_factor": same,
-        "factor": 1.0,
-        "original_max_position_embeddings": context,
-        "attention_factor": 1.0,
-    }
+    return _longrope(plain, factors, factors, 1.0, context, 1.0)
 
 
 def _llama3(wavelengths: np.ndarray, factor: float, low: float, high: float, original: int) -> np.ndarray:
@@ -132,19 +115,3 @@ def _llama3(wavelengths: np.ndarray, factor: float, low: float, high: float, ori
     `factor` for long ones, something between in the middle."""
     smooth = np.clip((original / wavelengths - low) / (high - low), 0.0, 1.0)
     return 1.0 / ((1.0 - smooth) / factor + smooth)
-
-
-def _llama3_guesses(
-    factors: np.ndarray, wavelengths: np.ndarray, factor: float
-) -> list[tuple[float, float, int]]:
-    """What Llama 3's parameters may have been: the published ones, and those of the straight line through two
-    factors in the middle. Only the ratios of the three show, so the lowest is taken to be 1."""
-    guesses = [(1.0, 4.0, original) for original in (8192, 4096, 2048, 16384, 32768)]
-    middle = np.flatnonzero((factors > 1.0 + 1e-6) & (factors < factor * (1 - 1e-6)))
-    if len(middle) > 1:
-        smooth = (1.0 / factors[middle] - 1.0 / factor) / (1.0 - 1.0 / factor)
-        slope, offset = np.polyfit(1.0 / wavelengths[middle], smooth, 1)
-        if offset < 0:
-            high = 1.0 - 1.0 / offset
-            guesses.append((1.0, round(high, 6), round(slope * (high - 1.0))))
-    return guesses

@@ -6,7 +6,8 @@ the pieces that the one before it left, and both what matches and what lies betw
 llama.cpp says that it approximates a published pattern, because its engine has no case-insensitive groups
 and no classes of letter case, the published one stands here.
 
-Left out, and refused by name: `whitespace` and the DNA tokenizers, which are no byte-level ones.
+Left out, and refused by name: `whitespace` and the DNA tokenizers, which are no byte-level ones, and names
+of models whose architecture is not read.
 """
 
 import re
@@ -24,27 +25,22 @@ CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 MARKS = r" ?[^\s\p{L}\p{N}]+"
 
 
-def _words(number: str, spaces: str = SPACES) -> str:
+def _words(number: str) -> str:
     """GPT-4's pattern (cl100k) with `number` for its digits."""
-    return rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{number}|{MARKS}[\r\n]*|{spaces}"
+    return rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{number}|{MARKS}[\r\n]*|{SPACES}"
 
 
-def _cased(number: str, contractions: str, letters: str = "", mark: str = "", end: str = "[\r\n/]*") -> str:
+def _cased(number: str, contractions: str) -> str:
     """GPT-4o's pattern (o200k): words end where upper case begins."""
-    upper, lower = (
-        rf"[\p{{Lu}}\p{{Lt}}\p{{Lm}}\p{{Lo}}\p{{M}}{letters}]",
-        (rf"[\p{{Ll}}\p{{Lm}}\p{{Lo}}\p{{M}}{letters}]"),
-    )
-    end = end.replace("\r", r"\r").replace("\n", r"\n")
+    upper, lower = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
     return (
-        rf"{mark}[^\r\n\p{{L}}\p{{N}}]?{upper}*{lower}+{contractions}"
-        rf"|[^\r\n\p{{L}}\p{{N}}]?{upper}+{lower}*{contractions}|{number}|{MARKS}{end}|{SPACES}"
+        rf"[^\r\n\p{{L}}\p{{N}}]?{upper}*{lower}+{contractions}"
+        rf"|[^\r\n\p{{L}}\p{{N}}]?{upper}+{lower}*{contractions}|{number}|{MARKS}[\r\n/]*|{SPACES}"
     )
 
 
 LLAMA3, QWEN2 = _words(THREE_DIGITS), _words(DIGIT)
 GPT4O = _cased(THREE_DIGITS, f"{CONTRACTIONS}?")
-CASCADE = "|".join(rf"\s{{{n}}}(?!\S)" for n in (512, 256, 128, 64, 32, 16, 8, 4)) + r"|\s{1,2}(?!\S)|\s{1}"
 EAST_ASIAN = "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"
 ASCII_MARKS = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~]"""
 DEEPSEEK3 = (
@@ -65,38 +61,24 @@ DEEPSEEK_LETTERS = (
     "\U000118a0-\U000118df\U0001e900-\U0001e943]+"
 )
 IDEOGRAPHS = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
-AFMOE_SCRIPTS = (
-    "[\u4e00-\u9fff\u3400-\u4dbf\u8c48-\ufaff\u3040-\u309f\u30a0-\u30ff\uff65-\uff9f\u2f00-\u2fdf"
-    "\u0e40-\u0e7f\u0e80-\u0eff\u1780-\u17ff\u1000-\u109f\uaa60-\uaa7f\ua9e0-\ua9ff\uac00-\ud7af\u1100-\u11ff]+"
-)
 BLOOM = " ?[^(\\s|.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c)]+"
-FROM_THE_RIGHT = r"\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))"
-NOT_HAN = r"&&[^\p{Han}]"
-YOUTU_SCRIPTS = (
-    "[\uac00-\ud7a3\u3131-\u318e]+|[\uff01\u2026\u201c\u201d\u2018\u2019\u2014\uff1a\uff1b\uff0c\u3001-\u303f\ufe30-\ufe4f]+"
-    "|[\u3105-\u312f]+|[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"
-)
 
 
 @dataclass(frozen=True)
 class Splitting:
     """The patterns of a name. `ignore_merges`: a piece that is a token becomes it, whatever the merges say.
-    `add_bos`: what holds where the file does not say. `byte_level`: tokens are spelt in GPT-2's bytes; if
-    not, in characters, with `▁` for the space, and what is unknown falls back to bytes."""
+    `add_bos`: what holds where the file does not say."""
 
     patterns: tuple[str, ...]
     ignore_merges: bool = False
     add_bos: bool = False
-    byte_level: bool = True
 
     def pre_tokenizer(self) -> PreTokenizer:
         """The splitter of `tokenizers` that does this."""
         # ByteLevel's own regex is the published spelling of GPT2, and of a last step that is this.
         *steps, last = self.patterns
-        plain = last == GPT2 and self.byte_level
-        parts = [_step(pattern) for pattern in (steps if plain else self.patterns)]
-        if self.byte_level:
-            parts.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=plain))
+        parts = [_step(pattern) for pattern in (steps if last == GPT2 else self.patterns)]
+        parts.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=last == GPT2))
         return parts[0] if len(parts) == 1 else pre_tokenizers.Sequence(parts)
 
 
@@ -129,16 +111,7 @@ SPLITTINGS: dict[str, Splitting] = {
     **_named("smollm starcoder refact command-r codeshell exaone minerva-7b mellum2", DIGIT, GPT2),
     **_named("tekken", _cased(DIGIT, ""), ignore_merges=True, add_bos=True),
     **_named("gpt-4o llama4 kanana2 talkie minimax-m2", GPT4O),
-    **_named("granite-embed-multi-97m", GPT4O, ignore_merges=True),
-    **_named("tiny_aya cohere2moe", r"\d{1,3}(?=(?:\d{3})*\b)", GPT4O),
     **_named("deepseek-v3 hunyuan-dense joyai-llm hy_v4", THREE_DIGITS, EAST_ASIAN, DEEPSEEK3),
-    **_named(
-        "spark2_5",
-        THREE_DIGITS,
-        EAST_ASIAN,
-        DEEPSEEK3.replace(r"+[\r\n]*|\s*[\r\n]+", r"+|[\r\n]"),
-        DIGIT,
-    ),
     **_named(
         "deepseek-llm",
         r"[\r\n]",
@@ -149,47 +122,14 @@ SPLITTINGS: dict[str, Splitting] = {
         DIGITS,
     ),
     **_named("deepseek-coder", r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", IDEOGRAPHS, DIGIT),
-    **_named("falcon", r"[\p{P}\$\+<=>\^~\|`]+", GPT2, "[0-9][0-9][0-9]"),
-    **_named("bloom gpt3-finnish poro-chat", BLOOM),
     **_named("viking", BLOOM, DIGIT),
-    **_named("jais-2", _words(THREE_DIGITS, rf"\s*[\r\n]+|{CASCADE}")),
-    **_named("qwen35", QWEN2.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(r"\s\p{L}", r"\s\p{L}\p{M}")),
     **_named("minicpm5", THREE_DIGITS, _words(DIGITS), ignore_merges=True),
     **_named("ufakzeka", QWEN2.removeprefix(f"{CONTRACTIONS}|")),
-    **_named("laguna", r"[^\n]+|[\n]+", QWEN2),
-    **_named(
-        "bailingmoe bailingmoe2 llada-moe",
-        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}"
-        r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
-    ),
     **_named(
         "seed-coder",
         rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{SPACES}",
     ),
-    **_named(
-        "exaone-moe",
-        rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?(?:\p{{L}}\p{{M}}*(?: \p{{L}}\p{{M}}*)*)+|\p{{N}}"
-        rf"|{MARKS}[\r\n/]?|\s*[\r\n]|\s+(?!\S)|\s+",
-    ),
-    **_named("youtu", YOUTU_SCRIPTS, _cased(DIGIT, f"{CONTRACTIONS}?"), ignore_merges=True),
     **_named("superbpe", DIGITS, r"(?=(\d{3})+(?!\d))"),
-    **_named("afmoe", FROM_THE_RIGHT, AFMOE_SCRIPTS, DEEPSEEK3),
-    **_named(
-        "kimi-k2",
-        _cased(THREE_DIGITS, f"{CONTRACTIONS}?", NOT_HAN, r"[\p{Han}]+|", "[\r\n]*"),
-    ),
-    **_named(
-        "chameleon",
-        "<sentinel:[0-9]+>",
-        "(IMGIMG)((A|B|C|D|E|F|G|H|I){1,4})Z",
-        r"([\t\n]|    |  )",
-        DIGIT,
-        r"[\p{P}!-/:-@\[-`{-~]",
-        GPT2,
-        add_bos=True,
-    ),
-    **_named("gemma4 granite-embed-multi-311m", r"[^\n]+|[\n]+", byte_level=False, add_bos=True),
-    **_named("sarvam-moe", r"[^\n]+|[\n]+", byte_level=False),
     **_named("default", r"[\p{P}\$\+<=>\^~\|]+", GPT2, DIGITS, "[0-9][0-9][0-9]"),
 }
 

@@ -13,7 +13,7 @@ table, and keys that are not known here, since one of them may change the tokens
 from collections.abc import Mapping
 from typing import Any
 
-from gguf import GGUFReader, TokenType
+from gguf import GGUFReader, Keys, TokenType
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
@@ -29,7 +29,6 @@ SPACE = "\u2581"
 DEFAULT_IDS = {
     "gpt2": {},
     "llama": {"bos": 1, "eos": 2, "unknown": 0},
-    "gemma4": {},
 }
 # Tokens that are special whatever type the file gives them, as llama.cpp finds them by their text.
 _SPECIAL_NAMES = """
@@ -43,32 +42,24 @@ _SPECIAL_NAMES = """
     <|file_sep|>
 """
 SPECIAL_BY_NAME = frozenset(_SPECIAL_NAMES.split())
-_SPECIAL_IDS = (
-    "bos eos eot eom unknown padding seperator separator mask cls fim_pre fim_suf fim_mid fim_pad fim_rep "
-    "fim_sep prefix suffix middle"
-)
-_OTHERS = (
-    "model pre tokens token_type token_type_count scores merges add_bos_token add_eos_token add_sep_token "
-    "add_space_prefix remove_extra_whitespaces"
-)
-KNOWN = {
-    *(f"{GGML}{name}_token_id" for name in _SPECIAL_IDS.split()),
-    *(f"{GGML}{name}" for name in _OTHERS.split()),
-    "tokenizer.chat_templates",
-    "tokenizer.huggingface.json",
-}
+KNOWN = {key for key in vars(Keys.Tokenizer).values() if str(key).startswith(GGML)}
+KNOWN -= {Keys.Tokenizer.PRECOMPILED_CHARSMAP}
+KNOWN |= {f"{GGML}separator_token_id", f"{GGML}cls_token_id"}
+ID = "_token_id"
+TEMPLATE = "tokenizer.chat_template"
+# What transformers calls the special tokens that it has an attribute for.
+_ATTRIBUTES = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad", "mask": "mask", "cls": "cls"}
+_ATTRIBUTES |= {"seperator": "sep", "separator": "sep"}
 
 
 def fields_of(reader: GGUFReader) -> dict[str, Any]:
-    """Every key of a file with its value, but for those that `GGUFReader` adds."""
+    """Return every key of a file with its value, but for those that `GGUFReader` adds."""
     return {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
 
 
 def read_tokenizer(fields: Mapping[str, Any]) -> PreTrainedTokenizerFast:
-    """The tokenizer that a file with these keys describes.
-
-    Raises BitassayError for what is not known here.
-    """
+    """Rebuild the tokenizer that a file with these keys describes. Raises BitassayError for what is not known
+    here."""
     kind = str(fields.get(f"{GGML}model"))
     if kind not in DEFAULT_IDS:
         raise BitassayError(
@@ -82,14 +73,11 @@ def read_tokenizer(fields: Mapping[str, Any]) -> PreTrainedTokenizerFast:
         twice = next(token for index, token in enumerate(tokens) if vocabulary[token] != index)
         raise BitassayError(f"tokenizer.ggml.tokens: {twice!r} stands there twice")
     ids = special_ids(fields, len(tokens))
-    splitting = None
     if kind == "llama":
-        tokenizer = _sentencepiece(fields, vocabulary)
-        add_bos = True
+        tokenizer, add_bos = _sentencepiece(fields, vocabulary), True
     else:
         splitting = splitting_of(fields)
-        tokenizer = _bpe(fields, vocabulary, splitting)
-        add_bos = splitting.add_bos
+        tokenizer, add_bos = _bpe(fields, vocabulary, splitting), splitting.add_bos
     _add_special(tokenizer, fields, tokens)
     ends = {
         "bos": fields.get(f"{GGML}add_bos_token", add_bos),
@@ -99,46 +87,43 @@ def read_tokenizer(fields: Mapping[str, Any]) -> PreTrainedTokenizerFast:
         raise BitassayError(f"{GGML}{nameless[0]}_token_id: missing, but every text gets this token")
     first, last = (ids[name] if add else None for name, add in ends.items())
     _surround(tokenizer, tokens, first, last)
-    named = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad", "mask": "mask", "cls": "cls"}
-    named |= {"seperator": "sep", "separator": "sep"}
     rebuilt = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],
-        **{f"{ours}_token": tokens[ids[theirs]] for theirs, ours in named.items() if theirs in ids},
+        **{f"{ours}_token": tokens[ids[theirs]] for theirs, ours in _ATTRIBUTES.items() if theirs in ids},
     )
     rebuilt.chat_template = chat_templates(fields)
     return rebuilt
 
 
 def special_ids(fields: Mapping[str, Any], count: int) -> dict[str, int]:
-    """The ids of special tokens by llama.cpp's words for them: `bos`, `eos`, `eot`, `unknown` and so on."""
+    """Return the ids of special tokens by llama.cpp's words: `bos`, `eos`, `eot`, `unknown` and so on."""
     # A default is meant for vocabularies of the usual size; a small one has something else there.
     defaults = DEFAULT_IDS[fields[f"{GGML}model"]]
     ids = {name: index for name, index in defaults.items() if index < count}
-    for name in _SPECIAL_IDS.split():
-        if (index := fields.get(f"{GGML}{name}_token_id")) is None:
-            continue
-        if not 0 <= index < count:
-            raise BitassayError(f"{GGML}{name}_token_id = {index}, but there are {count} tokens")
-        ids[name] = int(index)
+    for key in fields.keys() & {key for key in KNOWN if key.endswith(ID)}:
+        if not 0 <= fields[key] < count:
+            raise BitassayError(f"{key} = {fields[key]}, but there are {count} tokens")
+        ids[key.removeprefix(GGML).removesuffix(ID)] = int(fields[key])
     return ids
 
 
 def chat_templates(fields: Mapping[str, Any]) -> str | dict[str, str] | None:
-    """The chat template, or those by name where there are several."""
-    start = "tokenizer.chat_template"
+    """Return the chat template, or templates by name where there are several."""
     named = {
-        key.removeprefix(f"{start}."): text for key, text in fields.items() if key.startswith(f"{start}.")
+        key.removeprefix(f"{TEMPLATE}."): text
+        for key, text in fields.items()
+        if key.startswith(f"{TEMPLATE}.")
     }
-    if named and start in fields:
-        return {"default": fields[start], **named}
-    return named or fields.get(start)
+    if named and TEMPLATE in fields:
+        return {"default": fields[TEMPLATE], **named}
+    return named or fields.get(TEMPLATE)
 
 
 def splitting_of(fields: Mapping[str, Any]) -> Splitting:
-    """How the file says that text is split."""
-    name = "gemma4" if fields[f"{GGML}model"] == "gemma4" else fields.get(f"{GGML}pre") or "default"
+    """Return how the file says that text is split. Raises BitassayError for an unknown name."""
+    name = fields.get(f"{GGML}pre") or "default"
     if name not in SPLITTINGS:
         raise BitassayError(
             f"tokenizer.ggml.pre = {name}: this way of splitting text is not known here; "
@@ -148,13 +133,11 @@ def splitting_of(fields: Mapping[str, Any]) -> Splitting:
 
 
 def _check_keys(fields: Mapping[str, Any]) -> None:
+    aside = (TEMPLATE, "tokenizer.huggingface.json")  # chat_template, chat_templates, chat_template.NAME
     unknown = [
         key
         for key in fields
-        if key.startswith("tokenizer.")
-        and key not in KNOWN
-        and key != "tokenizer.chat_template"
-        and not key.startswith("tokenizer.chat_template.")
+        if key.startswith("tokenizer.") and key not in KNOWN and not key.startswith(aside)
     ]
     if unknown:
         raise BitassayError(f"keys that may change the tokens and are not known here: {', '.join(unknown)}")
@@ -175,20 +158,9 @@ def _bpe(fields: Mapping[str, Any], vocabulary: dict[str, int], splitting: Split
     # A token may begin with the space that parts a pair, hence the search from the second character on.
     cuts = [merge.index(" ", 1) for merge in merges]
     pairs = [(merge[:cut], merge[cut + 1 :]) for merge, cut in zip(merges, cuts, strict=True)]
-    tokenizer = Tokenizer(
-        BPE(
-            vocab=vocabulary,
-            merges=pairs,
-            ignore_merges=splitting.ignore_merges,
-            byte_fallback=not splitting.byte_level,
-        )
-    )
+    tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=pairs, ignore_merges=splitting.ignore_merges))
     tokenizer.pre_tokenizer = splitting.pre_tokenizer()
-    if splitting.byte_level:
-        tokenizer.decoder = decoders.ByteLevel()
-    else:
-        tokenizer.normalizer = normalizers.Replace(" ", SPACE)
-        tokenizer.decoder = _spaces_back(strip=False)
+    tokenizer.decoder = decoders.ByteLevel()
     if (form := fields.get(NORMALIZER_KEY)) is not None:
         tokenizer.normalizer = {"NFC": normalizers.NFC, "NFKC": normalizers.NFKC}[form]()
     return tokenizer
@@ -216,25 +188,22 @@ def _sentencepiece(fields: Mapping[str, Any], vocabulary: dict[str, int]) -> Tok
         steps += [normalizers.Prepend(SPACE)] if prefix else []
         steps.append(normalizers.Replace(" ", SPACE))
         tokenizer.normalizer = normalizers.Sequence(steps)
-    tokenizer.decoder = _spaces_back(strip=prefix)
+    strip = [decoders.Strip(" ", left=1)] if prefix else []
+    spaces = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*spaces, *strip])
     return tokenizer
 
 
-def _spaces_back(strip: bool) -> decoders.Decoder:
-    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    return decoders.Sequence([*steps, decoders.Strip(" ", left=1)] if strip else steps)
-
-
 def merges_of(vocabulary: Mapping[str, int], scores: list[float]) -> list[tuple[str, str]]:
-    """The merges that scores stand for: every way to make a token of two, the best score first. Among equals
-    the longer left half comes first, as in the `tokenizer.json` that is made of a SentencePiece model."""
-    found = [
+    """Return the merges that scores stand for: every way to make a token of two, the best score first. Among
+    equals the longer left half comes first, as in the `tokenizer.json` made of a SentencePiece model."""
+    ways = [
         (-scores[index], -cut, token[:cut], token[cut:])
         for token, index in vocabulary.items()
         for cut in range(1, len(token))
         if token[:cut] in vocabulary and token[cut:] in vocabulary
     ]
-    return [(left, right) for *_, left, right in sorted(found)]
+    return [(left, right) for *_, left, right in sorted(ways)]
 
 
 def _add_special(tokenizer: Tokenizer, fields: Mapping[str, Any], tokens: list[str]) -> None:
@@ -256,19 +225,9 @@ def _add_special(tokenizer: Tokenizer, fields: Mapping[str, Any], tokens: list[s
 
 def _surround(tokenizer: Tokenizer, tokens: list[str], first: int | None, last: int | None) -> None:
     """Put `first` before and `last` after every text."""
-    ends = [(tokens[index], index) for index in (first, last) if index is not None]
-    if not ends:
-        return
-    before, after = ([] if index is None else [tokens[index]] for index in (first, last))
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=[*before, "$A:0", *after],
-        pair=[
-            *before,
-            "$A:0",
-            *after,
-            *[f"{token}:1" for token in before],
-            "$B:1",
-            *[f"{t}:1" for t in after],
-        ],
-        special_tokens=ends,
-    )
+    before, after = ([] if index is None else [(tokens[index], index)] for index in (first, last))
+    if before or after:
+        single = [*(token for token, _ in before), "$A:0", *(token for token, _ in after)]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=single, pair=[*single, "$B:1"], special_tokens=[*before, *after]
+        )

@@ -28,9 +28,6 @@ if TYPE_CHECKING:
 WEIGHTS, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
 OTHER_LAYOUT = "consolidated*.safetensors"
 # torch.distributed's own checkpoints: where a folder has one, transformers loads nothing else.
-_PLAIN = ("F64", "F32", "F16", "BF16")
-_BITS = dict.fromkeys(("F64", "I64", "U64"), 64) | dict.fromkeys(("F32", "I32", "U32"), 32)
-_BITS |= dict.fromkeys(("F16", "BF16", "I16", "U16"), 16)
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 
 
@@ -88,6 +85,9 @@ def stored_bytes(folder: Path) -> int:
 def stored_bits(folder: Path) -> dict[str, int]:
     """Bits of each module that the files hold as codes: all its tensors together but for a bias. Modules
     whose weight is a plain number a parameter are left out."""
+    import torch
+    from transformers.modeling_utils import str_to_torch_dtype
+
     bits: dict[str, int] = {}
     plain: set[str] = set()
     for path in weight_files(folder):
@@ -95,11 +95,12 @@ def stored_bits(folder: Path) -> dict[str, int]:
             for name in file.keys():  # noqa: SIM118 (not a dict)
                 module, _, part = name.rpartition(".")
                 entry = file.get_slice(name)
-                width = _BITS.get(entry.get_dtype(), 8)
-                if part == "weight" and entry.get_dtype() in _PLAIN:
+                dtype = str_to_torch_dtype.get(entry.get_dtype(), torch.uint8)
+                if part == "weight" and dtype.is_floating_point and dtype.itemsize > 1:
                     plain.add(module)
                 elif part != "bias":
-                    bits[module] = bits.get(module, 0) + math.prod(entry.get_shape()) * width
+                    size = 8 * dtype.itemsize * math.prod(entry.get_shape())
+                    bits[module] = bits.get(module, 0) + size
     return {module: count for module, count in bits.items() if module not in plain}
 
 

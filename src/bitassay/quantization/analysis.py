@@ -34,7 +34,8 @@ from bitassay.errors import BitassayError
 from bitassay.models.hooks import hooked
 from bitassay.models.identity import identity
 from bitassay.models.walk import decoder_layers, fused_experts, matrices
-from bitassay.quantization.codes.tensor import QuantizedTensor, quantize_tensor
+from bitassay.quantization.codes.quantize import quantize_tensor
+from bitassay.quantization.codes.tensor import QuantizedTensor
 from bitassay.quantization.recipe.calibration import Calibration, calibration_tokens
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.runtime.experts import changed_fraction, load_of, routes

@@ -29,7 +29,8 @@ from bitassay.models.load import load_checkpoint
 from bitassay.models.options import LoadOptions
 from bitassay.models.source import cache_folder, resolve
 from bitassay.models.walk import matrices, walk
-from bitassay.quantization.codes.tensor import QuantizedTensor, quantize_tensor
+from bitassay.quantization.codes.quantize import quantize_tensor
+from bitassay.quantization.codes.tensor import QuantizedTensor
 from bitassay.quantization.inputs.activations import InputRounding
 from bitassay.quantization.inputs.ranges import collect_ranges, input_roundings
 from bitassay.quantization.recipe.calibration import Calibration, calibration_tokens

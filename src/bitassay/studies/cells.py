@@ -24,8 +24,8 @@ from transformers import PreTrainedModel
 from bitassay.engines.load import load
 from bitassay.errors import BitassayError, MissingError
 from bitassay.evaluation.divergence import TokenScores, token_scores, window_logits
-from bitassay.evaluation.questions import AskedTask, Leaf
-from bitassay.evaluation.tasks import answer
+from bitassay.evaluation.tasks.load import AskedTask, load_tasks
+from bitassay.evaluation.tasks.run import answer
 from bitassay.models.identity import identity
 from bitassay.models.windows import model_windows
 from bitassay.quantization.pipeline import quantize_tensors_once
@@ -189,8 +189,7 @@ def questions(plan: VariantPlan) -> dict[str, dict[str, AskedTask]]:
     """The questions by subject and method."""
     return {
         subject: {
-            method: AskedTask.of(Leaf(f"mmlu_{subject}{ending}", "mmlu", subject), count, None)
-            for method, ending in METHODS.items()
+            method: load_tasks(f"mmlu_{subject}{ending}", count)[0] for method, ending in METHODS.items()
         }
         for subject, count in plan.subjects.items()
     }
@@ -199,9 +198,9 @@ def questions(plan: VariantPlan) -> dict[str, dict[str, AskedTask]]:
 def answers_of(model: PreTrainedModel, plan: VariantPlan) -> dict[str, Any]:
     """By method: whether each question was answered rightly, and what was answered (log-likelihoods of the
     four letters in nats, or the text)."""
-    from bitassay.evaluation.once import OnceReadLM
+    from bitassay.evaluation.harness import BitassayLM
 
-    lm = OnceReadLM(model)
+    lm = BitassayLM(model)
     lm.max_gen_toks = NEW_TOKENS
     found: dict[str, Any] = {method: {"right": [], "answers": []} for method in METHODS}
     for asked in questions(plan).values():

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from bitassay.data.tasks import mmlu_subjects, task_data
 from bitassay.data.windows import Protocol
 from bitassay.errors import BitassayError
 from bitassay.evaluation.divergence import TokenScores
+from bitassay.evaluation.tasks.mmlu import DIRECT, mmlu_subjects
 from bitassay.models.options import AUTO, as_dtype
 from bitassay.quantization.recipe.recipe import BASE, Recipe
 from bitassay.quantization.recipe.replication import Chosen
@@ -168,7 +168,7 @@ class VariantPlan:
         if not self.questions:
             return None
         subject, most = max(self.subjects.items(), key=lambda one: one[1])
-        data = task_data("mmlu", most, subject)
+        data = DIRECT.read(most, subject)
         if data is None:
             raise BitassayError(
                 f"{self.questions} questions are up to {most} of a subject of MMLU; 5 come with the package",

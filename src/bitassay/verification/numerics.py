@@ -5,13 +5,13 @@ calibration profile belongs to one pair of them. A prover *declares* its own; a 
 nothing but a profile that the verifier already trusts.
 """
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedModel
 
 from bitassay.engines.engine import engine_of
+from bitassay.models.options import DTYPES
 
-STATE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+STATE_DTYPES = {name: DTYPES[name] for name in ("float32", "float16", "bfloat16")}
 
 
 class Numerics(BaseModel):

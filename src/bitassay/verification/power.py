@@ -47,7 +47,8 @@ def auc(honest: Float64[np.ndarray, " n"], attacked: Float64[np.ndarray, " m"], 
     ordered = np.sort(honest)
     below, up_to = (np.searchsorted(ordered, attacked, side=side) for side in ("left", "right"))
     value = float((below + up_to).mean() / 2 / len(honest))
-    return Rate(value, *wilson_interval(value, min(len(honest), len(attacked)), level))
+    pairs = min(len(honest), len(attacked))
+    return Rate(value, *wilson_interval(value * pairs, pairs, level))
 
 
 def threshold(honest: Float64[np.ndarray, " n"], fpr: float) -> float:

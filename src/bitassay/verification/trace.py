@@ -30,6 +30,7 @@ from pydantic import (
 )
 from safetensors import SafetensorError
 from torch import Tensor
+from transformers.modeling_utils import str_to_torch_dtype
 
 from bitassay.engines.sampling import Sampler
 from bitassay.errors import BitassayError
@@ -50,8 +51,6 @@ SCHEMA_VERSION = 1
 TOKENS = 2**18
 LAYERS = 1024
 HIDDEN = 2**16
-SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _Index = Annotated[int, Field(ge=0, lt=2**31)]
@@ -273,7 +272,7 @@ def _check_tensors(entries: dict[str, Any], header: Header, data_bytes: int, pat
     spans = []
     for name, entry in entries.items():
         shape, offsets, dtype = tensor_entry(name, entry, path)
-        if SAFETENSORS_DTYPES.get(dtype) != header.numerics.dtype:
+        if str_to_torch_dtype.get(dtype, dtype) != STATE_DTYPES.get(header.numerics.dtype):
             raise TraceError(
                 "wrong-dtype", f"{path}: {name} is {dtype:.20}, the header says {header.numerics.dtype}"
             )
@@ -281,7 +280,7 @@ def _check_tensors(entries: dict[str, Any], header: Header, data_bytes: int, pat
             raise TraceError(
                 "wrong-shape", f"{path}: {name} is {shape!s:.60}, not [{len(header.positions)}, hidden]"
             )
-        if offsets[1] - offsets[0] != math.prod(shape) * ITEM_BYTES[dtype]:
+        if offsets[1] - offsets[0] != math.prod(shape) * str_to_torch_dtype[dtype].itemsize:
             raise TraceError(
                 "wrong-offsets",
                 f"{path}: {name} declares bytes {offsets}, its shape {shape} needs another number",

@@ -5,14 +5,11 @@ A row is cut into blocks of `2 G` columns. In each block, for all rows alike, gr
 
     min sum_b E_b(d_b)     with     sum_b n_b(d_b) = ceil(in / G)
 
-is found exactly: E_b(d) is the squared error of block b, weighed by importance, rounded to nearest with
-groups of size d; n_b(d) is its number of groups; the sum is built up block by block over all numbers of
-groups. Groups get small where weights vary, or where inputs are large. What is kept is a digit a block, five
-to a byte, for the whole matrix; `stored_bits` counts it.
+is found exactly, built up block by block over all numbers of groups: E_b(d) is the squared error of block b,
+weighed by importance, rounded to nearest with groups of size d; n_b(d) is its number of groups. A digit a
+block, five to a byte, is stored for the whole matrix; `stored_bits` counts it.
 
-All rows have the same groups, so that solvers which go column by column (`gptq.py`) need not know. Without
-importance there is nothing to gain where columns vary alike over all rows; weighed by the inputs there is a
-little (`benchmarks/formats.py`). Left out: groups of
+All rows have the same groups, so that solvers which go column by column need not know. Left out: groups of
 its own for every row, whose digits would cost 0.8 bits for every G weights.
 """
 
@@ -20,18 +17,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bitassay.quantization.codes.rounding import dequantize, round_to_nearest
-from bitassay.quantization.codes.scales import grid_for
+from bitassay.quantization.codes.rounding import rounded_matrix
+from bitassay.quantization.codes.scales import matrix_grids
 from bitassay.quantization.recipe.granularity import Granularity
 from bitassay.quantization.recipe.weights import WeightScheme
 
 
 def adapted(
-    weight: Float[Tensor, "out in"],
-    scheme: WeightScheme,
-    importance: Float[Tensor, " in"] | None = None,
+    weight: Float[Tensor, "out in"], scheme: WeightScheme, importance: Float[Tensor, " in"] | None = None
 ) -> WeightScheme:
-    """`scheme` with the groups that suit `weight` best; as it is, where its granularity is fixed already."""
+    """Return `scheme` with the groups that suit `weight` best; unchanged where its granularity is fixed."""
     granularity = Granularity.parse(scheme.granularity)
     if granularity.is_settled:
         return scheme
@@ -48,29 +43,23 @@ def adapted(
 def column_errors(
     weight: Float[Tensor, "out in"], scheme: WeightScheme, importance: Float[Tensor, " in"] | None
 ) -> Float[Tensor, " in"]:
-    """The squared error of every column, weighed by importance, rounded to nearest."""
-    granularity, fmt, w = Granularity.parse(scheme.granularity), scheme.number_format, weight.float()
-    h = torch.ones(w.shape[1], device=w.device) if importance is None else importance.float()
-    parts = []
-    for group, weighed in zip(
-        granularity.to_groups(w), granularity.to_groups(h.expand(w.shape)), strict=True
-    ):
-        grid = grid_for(group, scheme, None if importance is None else weighed)
-        codes = round_to_nearest(group, grid, fmt, scheme.symmetric)
-        parts.append((dequantize(codes, grid, fmt) - group).square_().mul_(weighed))
-    return granularity.from_groups(parts, len(w)).sum(0)
+    """Return the squared error of every column, weighed by importance, rounded to nearest."""
+    granularity, w = Granularity.parse(scheme.granularity), weight.float()
+    grids = matrix_grids(w, scheme, importance)
+    squares = (rounded_matrix(w, grids, granularity) - w).square_()
+    return (squares if importance is None else squares.mul_(importance.float())).sum(0)
 
 
 def cheapest(costs: list[list[float]], counts: list[list[int]], total: int) -> list[int]:
-    """One choice a block, so that `counts` add up to `total`, at the least sum of `costs`; of equally cheap
-    ones the one that leaves the groups as they are."""
+    """Return one choice a block, so that `counts` add up to `total`, at the least sum of `costs`; of equally
+    cheap ones the one that leaves the groups as they are."""
     best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}
     for cost, count in zip(costs, counts, strict=True):
-        following: dict[int, tuple[float, list[int]]] = {}
-        for used, (spent, digits) in best.items():
+        extended: dict[int, tuple[float, list[int]]] = {}
+        for groups, (error, digits) in best.items():
             for digit in (1, 0, 2):
-                sum_, now = spent + cost[digit], used + count[digit]
-                if now <= total and (now not in following or sum_ < following[now][0]):
-                    following[now] = (sum_, [*digits, digit])
-        best = following
+                longer = error + cost[digit], groups + count[digit]
+                if longer[1] <= total and longer[0] < extended.get(longer[1], (torch.inf,))[0]:
+                    extended[longer[1]] = (longer[0], [*digits, digit])
+        best = extended
     return best[total][1]

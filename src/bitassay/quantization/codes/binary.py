@@ -16,11 +16,7 @@ fall (`refined`):
     c        <W, P>_j / <P, P>_j for the columns of P = m + s B + s_2 B_2
 
 Then c, s and m, and s_2 are rounded to the dtype they are stored in, each followed by new codes. The first
-plane begins at the exact optimum of one plane (`few_levels.py`).
-
-GPTQ rounds each column to the `levels` of such a tensor, and `on_planes` puts the columns as it compensated
-them on the same planes. `solved` does so twice, the second time on planes fitted to the compensated columns,
-and keeps the better (`benchmarks/formats.py` measures it beside one plane with groups).
+plane begins at the exact optimum of one plane. `levels` and `on_planes` are what GPTQ needs of such a tensor.
 
 Residual binarization of salient columns is BiLLM's (2402.04291, section 3.2), alternating refinement with
 scales of rows and columns ARB-LLM's (2410.03129, ARB and ARB-RC). Unlike theirs, bits are counted with all
@@ -38,16 +34,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from bitassay.quantization.codes.adaptive import adapted
+from bitassay.quantization.codes.grid import as_stored, joined, widened
 from bitassay.quantization.codes.packing import pack
-from bitassay.quantization.codes.scales import grid_for
-from bitassay.quantization.codes.tensor import QuantizedTensor, from_codes, joined
+from bitassay.quantization.codes.scales import matrix_grids
+from bitassay.quantization.codes.tensor import QuantizedTensor, from_codes
 from bitassay.quantization.recipe.granularity import Granularity
-from bitassay.quantization.recipe.solvers import Gptq
 from bitassay.quantization.recipe.weights import WeightScheme
-from bitassay.quantization.solvers.gptq import gptq_on_levels
 
 SWEEPS = 15
-ROUNDS = 2
 
 
 class Plane(NamedTuple):
@@ -58,22 +52,19 @@ class Plane(NamedTuple):
     scale: Float[Tensor, "rows groups"]
     mean: Float[Tensor, "rows groups"] | None
 
-    def spread(self, per_group: Float[Tensor, "rows groups"]) -> Float[Tensor, "out columns"]:
-        """Each group's number at each of its weights."""
-        rows, columns = self.codes.shape
-        parts = self.granularity.scales_to_groups(per_group, columns)
-        shapes = self.granularity.to_groups(self.codes)
-        wide = [part.expand_as(shape) for part, shape in zip(parts, shapes, strict=True)]
-        return self.granularity.from_groups(wide, rows)
+    def widened(self, per_group: Float[Tensor, "rows groups"]) -> Float[Tensor, "out columns"]:
+        """Return each group's number at each of its weights."""
+        return widened(self.granularity, per_group, self.codes.shape)
 
     def summed(self, matrix: Float[Tensor, "out columns"]) -> Float[Tensor, "rows groups"]:
-        """The sum over each group."""
+        """Return the sum over each group."""
         sums = [group.sum(1, keepdim=True) for group in self.granularity.to_groups(matrix)]
         return self.granularity.from_groups(sums, len(matrix))
 
     def values(self) -> Float[Tensor, "out columns"]:
-        weights = self.spread(self.scale) * self.codes
-        return weights if self.mean is None else weights + self.spread(self.mean)
+        """Return the weights that the plane stands for."""
+        weights = self.widened(self.scale) * self.codes
+        return weights if self.mean is None else weights + self.widened(self.mean)
 
 
 class Planes(NamedTuple):
@@ -85,13 +76,11 @@ class Planes(NamedTuple):
     column_scale: Float[Tensor, " in"]
 
     def unscaled(self) -> Float[Tensor, "out in"]:
+        """Return the sum of the planes, without column scales."""
         weights = self.first.values()
         if self.second is not None:
             weights = weights.index_add(1, self.salient, self.second.values())
         return weights
-
-    def values(self) -> Float[Tensor, "out in"]:
-        return self.unscaled() * self.column_scale
 
 
 def binarize(
@@ -100,8 +89,8 @@ def binarize(
     importance: Float[Tensor, " in"] | None = None,
     sweeps: int = SWEEPS,
 ) -> QuantizedTensor:
-    """A matrix as binary planes by `scheme`, its error weighed by the columns' `importance`; a column without
-    any counts as little as the least important of the others. Weights must be finite."""
+    """Return a matrix as binary planes by `scheme`, its error weighed by the columns' `importance`; a column
+    without any counts as little as the least important of the others. Weights must be finite."""
     largest = weight.abs().max().item()
     unit = 2.0 ** math.frexp(largest)[1] if largest else 1.0  # so that no square overflows
     w, h = weight.float() / unit, _positive(importance, weight)
@@ -112,44 +101,26 @@ def binarize(
     return _packed(_rounded(planes, w, h, scheme, unit), scheme, unit)
 
 
-def solved(
-    weight: Float[Tensor, "out in"], hessian: Float[Tensor, "in in"], scheme: WeightScheme, spec: Gptq
-) -> tuple[QuantizedTensor, Float[Tensor, "out in"], float]:
-    """A matrix as binary planes by GPTQ, for inputs whose `sum x x^T` is `hessian`: the tensor, the columns
-    as they were compensated, and the damping that it took."""
-    h = hessian.diagonal().float()
-    found, source = [], weight.float()
-    for _ in range(ROUNDS):
-        planes = binarize(source, scheme, h)
-        source, damping = gptq_on_levels(weight, hessian, levels(planes), spec)
-        tensor = on_planes(planes, source)
-        left = (tensor.dequantize() - weight).double()
-        found.append((((left @ hessian.double()) * left).sum().item(), tensor, source, damping))
-    _, *best = min(found, key=lambda one: one[0])
-    return tuple(best)  # type: ignore[return-value]
-
-
 def levels(tensor: QuantizedTensor) -> Float[Tensor, "levels out in"]:
-    """What a weight can become on the planes of `tensor`: two values, or four, which in columns without a
-    second plane are twice the same two."""
+    """Return what a weight can become on the planes of `tensor`: two values, or four, in columns without a
+    second plane twice the same two."""
     first, second, salient, c = planes_of(tensor)
-    step = first.spread(first.scale)
-    middle = torch.zeros_like(step) if first.mean is None else first.spread(first.mean)
+    step = first.widened(first.scale)
+    middle = torch.zeros_like(step) if first.mean is None else first.widened(first.mean)
     if second is None:
         return torch.stack([middle - step, middle + step]) * c
-    finer = torch.zeros_like(step).index_copy(1, salient, second.spread(second.scale))
-    ends = [middle + sign * step + other * finer for sign in (-1, 1) for other in (-1, 1)]
-    return torch.stack(ends) * c
+    finer = torch.zeros_like(step).index_copy(1, salient, second.widened(second.scale))
+    return torch.stack([middle + a * step + b * finer for a in (-1, 1) for b in (-1, 1)]) * c
 
 
 def on_planes(tensor: QuantizedTensor, weight: Float[Tensor, "out in"]) -> QuantizedTensor:
-    """`weight` rounded to the nearest levels of `tensor`, whose scales stay."""
+    """Round `weight` to the nearest levels of `tensor`, whose scales stay."""
     planes = planes_of(tensor)
     return _packed(recoded(planes, weight.float() / planes.column_scale), tensor.scheme, 1.0)
 
 
 def planes_of(tensor: QuantizedTensor) -> Planes:
-    """The planes that `tensor` stores."""
+    """Return the planes that `tensor` stores."""
     grid, c = tensor.grid, tensor.column_scale
     first = Plane(tensor.granularity, tensor.codes(), grid.scale, grid.mean)
     ones = torch.ones(tensor.shape[1], device=tensor.scale.device)
@@ -157,53 +128,44 @@ def planes_of(tensor: QuantizedTensor) -> Planes:
     if (plane := tensor.residual) is None:
         return Planes(first, None, torch.arange(0, device=ones.device), scales)
     second = Plane(plane.granularity, plane.codes(), plane.grid.scale, None)
-    return Planes(first, second, tensor.residual_places(), scales)
+    return Planes(first, second, tensor.residual_indices(), scales)
 
 
 def first_planes(w: Float[Tensor, "out in"], scheme: WeightScheme, h: Float[Tensor, " in"]) -> Planes:
-    """The best first plane, and the best second one of what it leaves over; column scales of 1."""
-    granularity = Granularity.parse(scheme.granularity)
-    first = best_plane(w, h, granularity, scheme)
+    """Return the best first plane, and the best second one of what it leaves over; column scales of 1."""
+    first = best_plane(w, h, scheme)
     left = w - first.values()
     worst = (left.square().sum(0) * h).argsort(descending=True)
     salient = worst[: scheme.residual_columns(w.shape[1])].sort().values
     second = None
     if len(salient):
-        plain = scheme.residual_scheme
-        second = best_plane(left[:, salient], h[salient], Granularity.parse(plain.granularity), plain)
+        second = best_plane(left[:, salient], h[salient], scheme.residual_scheme)
     return Planes(first, second, salient, torch.ones_like(h))
 
 
-def best_plane(
-    w: Float[Tensor, "out columns"],
-    h: Float[Tensor, " columns"],
-    granularity: Granularity,
-    scheme: WeightScheme,
-) -> Plane:
-    """One plane of least error, its scales not rounded."""
-    exact = scheme.model_copy(update={"scale_dtype": "float32"})
-    groups = zip(granularity.to_groups(w), granularity.to_groups(h.expand(w.shape)), strict=True)
-    grid = joined(granularity, [grid_for(group, exact, weighed) for group, weighed in groups], len(w))
+def best_plane(w: Float[Tensor, "out columns"], h: Float[Tensor, " columns"], scheme: WeightScheme) -> Plane:
+    """Return one plane of least error, its scales not rounded."""
+    exact, granularity = (
+        scheme.model_copy(update={"scale_dtype": "float32"}),
+        Granularity.parse(scheme.granularity),
+    )
+    grid = joined(granularity, matrix_grids(w, exact, h), len(w))
     plane = Plane(granularity, torch.ones_like(w), grid.scale, grid.mean)
-    return plane._replace(codes=_sign(w if grid.mean is None else w - plane.spread(grid.mean)))
+    return plane._replace(codes=_sign(w if grid.mean is None else w - plane.widened(grid.mean)))
 
 
 def refined(
     planes: Planes, w: Float[Tensor, "out in"], h: Float[Tensor, " in"], column_scales: bool
 ) -> Planes:
-    """Every part once, at its optimum for the others as they are: the error does not rise."""
+    """Refine every part once, to its optimum for the others as they are: the error does not rise."""
     target, weighed = w / planes.column_scale, (h * planes.column_scale.square()).expand(w.shape)
-    planes = rescaled(planes, target, weighed)
+    planes = rescaled_second(rescaled_first(planes, target, weighed), target, weighed)
     planes = recoded(planes, target)
     return rescaled_columns(planes, w) if column_scales else planes
 
 
-def rescaled(planes: Planes, target: Float[Tensor, "out in"], h: Float[Tensor, "out in"]) -> Planes:
-    """Scales and means by weighted regression on the codes, one plane after the other."""
-    return rescaled_second(rescaled_first(planes, target, h), target, h)
-
-
 def rescaled_first(planes: Planes, target: Float[Tensor, "out in"], h: Float[Tensor, "out in"]) -> Planes:
+    """Regress the first plane's scales and means on its codes, with weights."""
     first, second, salient, _ = planes
     if second is not None:
         target = target.index_add(1, salient, -second.values())
@@ -218,6 +180,7 @@ def rescaled_first(planes: Planes, target: Float[Tensor, "out in"], h: Float[Ten
 
 
 def rescaled_second(planes: Planes, target: Float[Tensor, "out in"], h: Float[Tensor, "out in"]) -> Planes:
+    """Regress the second plane's scales on its codes, with weights."""
     first, second, salient, _ = planes
     if second is None:
         return planes
@@ -227,14 +190,14 @@ def rescaled_second(planes: Planes, target: Float[Tensor, "out in"], h: Float[Te
 
 
 def recoded(planes: Planes, target: Float[Tensor, "out in"]) -> Planes:
-    """The nearest of the levels that scales and means leave."""
+    """Give every weight the nearest of the levels that scales and means leave."""
     first, second, salient, _ = planes
-    centred = target if first.mean is None else target - first.spread(first.mean)
-    scale = first.spread(first.scale)
+    centred = target if first.mean is None else target - first.widened(first.mean)
+    scale = first.widened(first.scale)
     codes = _sign(centred * scale)  # a negative scale turns the codes
     if second is None:
         return planes._replace(first=first._replace(codes=codes))
-    centred, scale, step = centred[:, salient], scale[:, salient], second.spread(second.scale)
+    centred, scale, step = centred[:, salient], scale[:, salient], second.widened(second.scale)
     # For either code of the first plane, the best one of the second: then the better of the two.
     left = [centred - scale, centred + scale]
     other = [_sign(rest * step) for rest in left]
@@ -246,7 +209,7 @@ def recoded(planes: Planes, target: Float[Tensor, "out in"]) -> Planes:
 
 
 def rescaled_columns(planes: Planes, w: Float[Tensor, "out in"]) -> Planes:
-    """The best scale of every column; as it was where there is none that is positive."""
+    """Fit the scale of every column; unchanged where no positive one is best."""
     p = planes.unscaled()
     best = (w * p).sum(0) / p.square().sum(0)
     return planes._replace(column_scale=torch.where(best > 0, best, planes.column_scale))
@@ -255,12 +218,12 @@ def rescaled_columns(planes: Planes, w: Float[Tensor, "out in"]) -> Planes:
 def _rounded(
     planes: Planes, w: Float[Tensor, "out in"], h: Float[Tensor, " in"], scheme: WeightScheme, unit: float
 ) -> Planes:
-    """The planes with numbers that the scales' dtype has, once they are multiplied by `unit`."""
+    """Return the planes with numbers that the scales' dtype has, once they are multiplied by `unit`."""
     dtype = getattr(torch, scheme.scale_dtype)
+    limit = torch.finfo(dtype).max
 
     def held(numbers: Tensor, unit: float = unit) -> Tensor:
-        limit = torch.finfo(dtype).max
-        return (numbers * unit).clamp(-limit, limit).to(dtype).float() / unit
+        return as_stored((numbers * unit).clamp(-limit, limit), dtype) / unit
 
     c = held(planes.column_scale, 1.0)
     c = torch.where(c > 0, c, 1.0)
@@ -298,7 +261,7 @@ def _sign(numbers: Tensor) -> Tensor:
 def _positive(
     importance: Float[Tensor, " in"] | None, weight: Float[Tensor, "out in"]
 ) -> Float[Tensor, " in"]:
-    """Importances above zero, of at most 1; alike where none was given or all are zero."""
+    """Return importances above zero, of at most 1; equal ones where none was given or all are zero."""
     if importance is None or not importance.any():
         return torch.ones(weight.shape[1], device=weight.device)
     relative = (importance / importance.max()).float()

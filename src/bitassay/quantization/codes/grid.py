@@ -1,11 +1,10 @@
-"""The grid of a group of weights: what its codes are relative to.
+"""The grid of a group of weights: what its codes stand for, `w' = (q - z + o) s + m`.
 
 Scales are rounded to the dtype they will be stored in *before* any code is computed, so that the stored
-numbers are the ones that were used. A group of zeros has the scale 1; with an offset, which leaves no code
-for zero, the smallest number that the dtype has.
+numbers are the ones that were used.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,24 +12,28 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bitassay.quantization.recipe.formats import NumberFormat
+from bitassay.quantization.recipe.granularity import Granularity
 
 Column = Float[Tensor, "groups 1"]
 
 
 class Grid(NamedTuple):
-    """What a group shares. scale > 0 (binary: >= 0); zero_point is in steps, a whole number but where it is
-    middle or free; mean is in the unit of the weights; offset, in steps, and restricted are the scheme's."""
+    """The number format and what groups share. scale > 0 (binary: >= 0); zero_point is in steps, a whole
+    number unless it is middle or free; mean is in the unit of the weights; offset, in steps, moves the grid;
+    narrow_range leaves out the lowest code."""
 
-    scale: Float[Tensor, "groups 1"]
-    zero_point: Float[Tensor, "groups 1"] | None = None
-    mean: Float[Tensor, "groups 1"] | None = None
+    format: NumberFormat
+    scale: Column
+    zero_point: Column | None = None
+    mean: Column | None = None
     offset: float = 0.0
-    restricted: bool = False
+    narrow_range: bool = False
 
-    def code_range(self, fmt: NumberFormat, symmetric: bool) -> tuple[int, int]:
+    @property
+    def code_range(self) -> tuple[int, int]:
         """Smallest and largest integer code."""
-        low, high = fmt.code_range(symmetric)
-        return low + self.restricted, high
+        low, high = self.format.code_range(symmetric=self.zero_point is None)
+        return low + self.narrow_range, high
 
     @property
     def shift(self) -> tuple[Tensor | None, Tensor | float | None]:
@@ -41,25 +44,59 @@ class Grid(NamedTuple):
         whole = z.round()
         return whole, (-offset or None) if torch.equal(whole, z) else z - whole - offset
 
-    @property
-    def parts(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        return self.scale, self.zero_point, self.mean
-
     def each(self, change: Callable[[Tensor], Tensor]) -> "Grid":
-        """The grid with every tensor of it changed in the same way."""
-        _, zero_point, mean = (None if part is None else change(part) for part in self.parts)
-        return self._replace(scale=change(self.scale), zero_point=zero_point, mean=mean)
+        """Return the grid with every tensor of it changed in the same way."""
+        return combined([self], lambda tensors: change(tensors[0]))
 
 
-def read_back(values: Column, dtype: torch.dtype) -> Column:
-    """`values` as they will read back from storage."""
+def combined(grids: Sequence[Grid], combine: Callable[[list[Tensor]], Tensor]) -> Grid:
+    """Return one grid of several of the same kind: `combine` is called for each of the three tensors."""
+    columns = zip(*((grid.scale, grid.zero_point, grid.mean) for grid in grids), strict=True)
+    scale, zero_point, mean = (None if parts[0] is None else combine(list(parts)) for parts in columns)
+    assert scale is not None
+    return grids[0]._replace(scale=scale, zero_point=zero_point, mean=mean)
+
+
+def joined(granularity: Granularity, grids: Sequence[Grid], rows: int) -> Grid:
+    """Return the grids of all groups as one, its tensors `[rows, groups]`."""
+    return combined(grids, lambda parts: granularity.from_groups(parts, rows))
+
+
+def split(granularity: Granularity, grid: Grid, columns: int) -> list[Grid]:
+    """Invert `joined`: return the grids as `granularity.to_groups` orders the groups."""
+    tensors = (grid.scale, grid.zero_point, grid.mean)
+    parts = [None if part is None else granularity.scales_to_groups(part, columns) for part in tensors]
+    scales, zeros, means = (part or [None] * len(parts[0] or []) for part in parts)
+    return [
+        grid._replace(scale=scale, zero_point=zero, mean=mean)
+        for scale, zero, mean in zip(scales, zeros, means, strict=True)
+    ]
+
+
+def widened(granularity: Granularity, per_group: Tensor, shape: torch.Size) -> Float[Tensor, "out in"]:
+    """Return each group's number (`[rows, groups]`) at each of its weights."""
+    groups = granularity.to_groups(torch.empty(shape, device="meta"))
+    parts = granularity.scales_to_groups(per_group, shape[1])
+    wide = [part.expand(group.shape) for part, group in zip(parts, groups, strict=True)]
+    return granularity.from_groups(wide, shape[0])
+
+
+def group_bounds(granularity: Granularity, columns: int) -> list[tuple[int, int]]:
+    """Return the first column and the one after the last of every group of a row."""
+    return [
+        (a, a + size) for start, stop, size in granularity.spans(columns) for a in range(start, stop, size)
+    ]
+
+
+def as_stored(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `values` as they will read back from storage."""
     return values.to(dtype).float()
 
 
-def stored(scale: Column, dtype: torch.dtype, offset: bool = False) -> Column:
-    """`scale` as it will read back from storage, never 0 and never infinite. Where a group is all zero: 1, or
-    on a grid that has no zero, the smallest number there is."""
+def stored_scale(scale: Column, dtype: torch.dtype, offset: bool = False) -> Column:
+    """Return `scale` as it will read back from storage, never 0 and never infinite. A group of zeros gets 1;
+    on a grid with an offset, which has no zero, the smallest number there is."""
     info = torch.finfo(dtype)
     smallest = info.smallest_normal * info.eps  # the smallest subnormal number
-    stored = scale.clamp(smallest, info.max).to(dtype).float()
+    stored = as_stored(scale.clamp(smallest, info.max), dtype)
     return stored if offset else torch.where(scale > 0, stored, torch.ones_like(stored))

@@ -29,6 +29,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+import scipy.linalg
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -85,7 +86,7 @@ def hadamard(size: int) -> Orthogonal | None:
     rest = size // block
     while rest > 1 or not factors:
         part = min(rest, SYLVESTER_FACTOR)
-        factors.append(sylvester(part).double() / math.sqrt(part))
+        factors.append(torch.from_numpy(scipy.linalg.hadamard(part)).double() / math.sqrt(part))
         rest //= part
     return Orthogonal(tuple(factors))
 
@@ -107,7 +108,7 @@ def block_hadamard(size: int, generator: torch.Generator) -> Orthogonal:
 
 
 @lru_cache(maxsize=64)
-def turning(size: int, seed: int) -> Orthogonal:
+def seeded_hadamard(size: int, seed: int) -> Orthogonal:
     """The random Hadamard rotation of that seed; in blocks along the diagonal where the size has no other."""
     found = random_hadamard(size, torch.Generator().manual_seed(seed))
     return block_hadamard(size, torch.Generator().manual_seed(seed)) if found is None else found
@@ -141,15 +142,6 @@ def paley_block(size: int) -> int | None:
             return block
         block *= 2
     return None
-
-
-def sylvester(order: int) -> Int[Tensor, "order order"]:
-    """The Hadamard matrix of a power of two."""
-    h = torch.ones(1, 1, dtype=torch.int64)
-    while len(h) < order:
-        h = torch.cat((torch.cat((h, h), 1), torch.cat((h, -h), 1)))
-    assert len(h) == order, f"{order} is no power of two"
-    return h
 
 
 def paley(order: int) -> Int[Tensor, "order order"]:

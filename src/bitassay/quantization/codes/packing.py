@@ -20,18 +20,14 @@ class Packing:
     width: int
 
     def packed_bytes(self, count: int) -> int:
-        """Bytes that `count` codes take."""
+        """Return the bytes that `count` codes take."""
         return math.ceil(count / self.digits) * self.width
 
 
-PACKINGS = {
-    8: Packing(256, 1, 1),
-    4: Packing(16, 2, 1),
-    3: Packing(8, 8, 3),
-    2: Packing(4, 4, 1),
-    1.6: Packing(3, 5, 1),
-    1: Packing(2, 8, 1),
-}
+# By the bits that a code takes: bit fields that fill whole bytes, and ternary.
+PACKINGS: dict[float, Packing] = {
+    bits: Packing(2**bits, 8 // math.gcd(bits, 8), bits // math.gcd(bits, 8)) for bits in range(1, 9)
+} | {1.6: Packing(3, 5, 1)}
 
 
 def pack(codes: Int[Tensor, "..."] | UInt8[Tensor, "..."], bits: float) -> UInt8[Tensor, " bytes"]:
@@ -41,34 +37,27 @@ def pack(codes: Int[Tensor, "..."] | UInt8[Tensor, "..."], bits: float) -> UInt8
     if packing.digits == 1:
         return flat.clone()
     padded = torch.nn.functional.pad(flat, (0, -flat.numel() % packing.digits)).view(-1, packing.digits)
-    word = torch.zeros(len(padded), dtype=torch.int32, device=codes.device)
+    word = torch.zeros(len(padded), dtype=torch.int64, device=codes.device)
     for place in range(packing.digits):
-        word += padded[:, place].int() * packing.base**place
-    bytes_of_word = [(word >> (8 * byte)) & 255 for byte in range(packing.width)]
-    return torch.stack(bytes_of_word, dim=1).to(torch.uint8).reshape(-1)
+        word += padded[:, place].long() * packing.base**place
+    return torch.stack([(word >> (8 * byte)) & 255 for byte in range(packing.width)], 1).byte().reshape(-1)
 
 
 def unpack(packed: UInt8[Tensor, " bytes"], bits: float, count: int) -> UInt8[Tensor, " count"]:
-    """The first `count` codes of `packed`: the inverse of `pack`."""
-    packing = PACKINGS[bits]
+    """Return the first `count` codes of `packed`: the inverse of `pack`."""
+    packing, device = PACKINGS[bits], packed.device
     assert packed.numel() == packing.packed_bytes(count), "packed bytes do not match the number of codes"
     if packing.digits == 1:
         return packed[:count]
-    if packing.base == 3:
-        return _ternary_digits(packed.device)[packed.int()].view(-1)[:count]
-    if packing.width == 1:
-        word = packed
-    else:
-        parts = packed.view(-1, packing.width).int()
-        word = sum(
-            (parts[:, byte] << (8 * byte) for byte in range(packing.width)), torch.zeros_like(parts[:, 0])
-        )
+    if packing.base == 3:  # looking up the five digits of a byte is many times faster than dividing
+        digits = torch.arange(256, device=device)[:, None] // 3 ** torch.arange(5, device=device) % 3
+        return digits.byte()[packed.int()].view(-1)[:count]
+    word = packed
+    if packing.width > 1:
+        parts = packed.view(-1, packing.width).to(torch.int32 if packing.width < 4 else torch.int64)
+        word = parts[:, 0]
+        for byte in range(1, packing.width):
+            word = word | parts[:, byte] << (8 * byte)
     shift, mask = packing.base.bit_length() - 1, packing.base - 1
     codes = torch.stack([(word >> (shift * place)) & mask for place in range(packing.digits)], dim=1)
-    return codes.to(torch.uint8).view(-1)[:count]
-
-
-def _ternary_digits(device: torch.device) -> UInt8[Tensor, "256 5"]:
-    """The five base-3 digits of every byte: looking them up is many times faster than dividing."""
-    byte = torch.arange(256, device=device)
-    return torch.stack([byte // 3**place % 3 for place in range(5)], dim=1).to(torch.uint8)
+    return codes.byte().view(-1)[:count]

@@ -1,7 +1,4 @@
-"""A quantized matrix: packed codes and the grids they live on.
-
-Fake quantization is `quantize_tensor(w, scheme).dequantize()`.
-"""
+"""A quantized matrix: packed codes and the grids they live on."""
 
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -10,21 +7,12 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from bitassay.errors import BitassayError
-from bitassay.quantization.codes.adaptive import adapted
-from bitassay.quantization.codes.grid import Grid
-from bitassay.quantization.codes.hadamard import turning
+from bitassay.quantization.codes.grid import Grid, split
+from bitassay.quantization.codes.hadamard import seeded_hadamard
 from bitassay.quantization.codes.packing import pack, unpack
-from bitassay.quantization.codes.rounding import (
-    dequantize,
-    generator_for,
-    noisy,
-    round_stochastically,
-    round_to_nearest,
-    round_with_feedback,
-)
-from bitassay.quantization.codes.scales import grid_for, middle_zero_points
-from bitassay.quantization.recipe.formats import FORMATS, NumberFormat
+from bitassay.quantization.codes.rounding import dequantize
+from bitassay.quantization.codes.scales import middle_zero_points
+from bitassay.quantization.recipe.formats import NumberFormat
 from bitassay.quantization.recipe.granularity import Granularity
 from bitassay.quantization.recipe.weights import WeightScheme
 
@@ -68,7 +56,7 @@ class QuantizedTensor:
 
     @property
     def format(self) -> NumberFormat:
-        return FORMATS[self.scheme.format]
+        return self.scheme.number_format
 
     @cached_property
     def granularity(self) -> Granularity:
@@ -95,9 +83,12 @@ class QuantizedTensor:
     def grid(self) -> Grid:
         """What the groups share, in fp32; its tensors are `[rows, groups]`."""
         mean = None if self.mean is None else self.mean.float()
-        return Grid(self.scale.float(), self.zero_points(), mean, self.scheme.offset, self.scheme.restricted)
+        scheme = self.scheme
+        return Grid(
+            self.format, self.scale.float(), self.zero_points(), mean, scheme.offset, scheme.restricted
+        )
 
-    def residual_places(self) -> Int[Tensor, " residual"]:
+    def residual_indices(self) -> Int[Tensor, " residual"]:
         """The columns that have a second plane."""
         if self.residual_columns is None:
             return torch.arange(self.shape[1], device=self.packed.device)
@@ -107,14 +98,14 @@ class QuantizedTensor:
         """The weights that the codes stand for, in fp32."""
         groups = self.granularity.to_groups(self.codes())
         grids = split(self.granularity, self.grid, self.shape[1])
-        parts = [dequantize(q, grid, self.format) for q, grid in zip(groups, grids, strict=True)]
+        parts = [dequantize(q, grid) for q, grid in zip(groups, grids, strict=True)]
         weight = self.granularity.from_groups(parts, self.shape[0])
         if self.scheme.turned is not None:
-            weight = turning(self.shape[1], self.scheme.turned).apply_transposed(weight)
+            weight = seeded_hadamard(self.shape[1], self.scheme.turned).apply_transposed(weight)
         if self.residual is not None and self.residual_columns is None:
             weight = weight + self.residual.dequantize()
         elif self.residual is not None:
-            weight[:, self.residual_places()] += self.residual.dequantize()
+            weight[:, self.residual_indices()] += self.residual.dequantize()
         if self.column_scale is not None:
             weight = weight * self.column_scale.float()
         return weight if self.low_rank is None else weight + self.low_rank.product()
@@ -126,109 +117,14 @@ class QuantizedTensor:
         kept = [self.packed, self.scale, self.zero_point, self.mean, self.residual_columns, self.column_scale]
         if self.low_rank is not None:
             kept += [self.low_rank.a, self.low_rank.b]
-        own = sum(part.numel() * part.element_size() * 8 for part in kept if part is not None)
-        own += self.granularity.layout_bits(self.shape[1])
-        return own if self.residual is None else own + self.residual.stored_bits
+        bits = sum(part.numel() * part.element_size() * 8 for part in kept if part is not None)
+        bits += self.granularity.layout_bits(self.shape[1])
+        return bits if self.residual is None else bits + self.residual.stored_bits
 
     def to(self, device: torch.device | str) -> "QuantizedTensor":
         """The same tensor on another device."""
         held = {field.name: getattr(self, field.name) for field in fields(self)[2:]}
         return replace(self, **{name: part.to(device) for name, part in held.items() if part is not None})
-
-
-def quantize_tensor(
-    weight: Float[Tensor, "out in"],
-    scheme: WeightScheme,
-    name: str = "weight",
-    importance: Float[Tensor, " in"] | None = None,
-) -> QuantizedTensor:
-    """Round a matrix to nearest on the grids that `scheme` asks for, each column's error weighed by its
-    `importance`: the mean squared input, or a Hessian's diagonal.
-
-    Raises BitassayError that names the tensor where a value is NaN or infinite, or too large for the scale's
-    dtype, or an importance is not finite or negative. Anything else comes back finite: zeros as zeros (on a
-    grid with an offset, as half the smallest step there is), constant groups to within the format's own
-    error, and a group larger than the row is the row.
-    """
-    check_weight(weight, scheme, name)
-    if importance is not None and not ((importance >= 0) & importance.isfinite()).all():
-        raise BitassayError(
-            f"{name}: importances must be finite and not negative", "check the calibration inputs"
-        )
-    if scheme.copies is not None:
-        from bitassay.quantization.codes.copies import quantize_copies  # which are made here, one by one
-
-        return quantize_copies(weight.detach(), scheme, name, importance)
-    if scheme.has_planes:
-        from bitassay.quantization.codes.binary import binarize  # which makes these tensors
-
-        return binarize(weight.detach(), scheme, importance)
-    w = weight.detach().float()
-    if scheme.turned is not None:
-        w, importance = turning(w.shape[1], scheme.turned).apply(w), None  # which is of columns as they were
-    scheme = adapted(w, scheme, importance)
-    granularity = Granularity.parse(scheme.granularity)
-    groups = granularity.to_groups(w)
-    if importance is None:
-        weighed = [None] * len(groups)
-    else:
-        weighed = granularity.to_groups(importance.float().expand(weight.shape))
-    grids = [grid_for(group, scheme, h) for group, h in zip(groups, weighed, strict=True)]
-    codes = round_matrix(w, grids, granularity, scheme, name)
-    shared = joined(granularity, grids, len(w))
-    return from_codes(codes, shared.scale, scheme, shared.zero_point, shared.mean)
-
-
-def check_weight(weight: Float[Tensor, "out in"], scheme: WeightScheme, name: str) -> None:
-    """Raises BitassayError where weights are not finite, or scales in the scheme's dtype cannot hold them."""
-    if not weight.isfinite().all():
-        raise BitassayError(f"{name}: NaN or infinite weights cannot be quantized", "restore the checkpoint")
-    # Half, since the range of a group and the distance from its mean are up to twice the largest weight.
-    if weight.abs().max() > torch.finfo(getattr(torch, scheme.scale_dtype)).max / 2:
-        raise BitassayError(
-            f"{name}: weights up to {weight.abs().max():.3g} overflow scales in {scheme.scale_dtype}",
-            "scale_dtype: float32",
-        )
-
-
-def round_matrix(
-    w: Float[Tensor, "out in"], grids: list[Grid], granularity: Granularity, scheme: WeightScheme, name: str
-) -> Float[Tensor, "out in"]:
-    """The codes of a matrix, rounded as the scheme says; `name` seeds what is random."""
-    fmt, symmetric, generator = scheme.number_format, scheme.symmetric, generator_for(scheme.seed, name)
-    pairs = list(zip(granularity.to_groups(w), grids, strict=True))
-    if scheme.noise:
-        pairs = [(noisy(group, grid, scheme.noise, generator), grid) for group, grid in pairs]
-    if scheme.rounding == "feedback":
-        matrix = granularity.from_groups([group for group, _ in pairs], len(w))
-        spread = [grid.each(lambda part, group=group: part.expand_as(group)) for group, grid in pairs]
-        return round_with_feedback(matrix, joined(granularity, spread, len(w)), fmt, symmetric)
-    if scheme.rounding == "stochastic":
-        codes = [round_stochastically(group, grid, fmt, symmetric, generator) for group, grid in pairs]
-    else:
-        codes = [round_to_nearest(group, grid, fmt, symmetric) for group, grid in pairs]
-    return granularity.from_groups(codes, len(w))
-
-
-def joined(granularity: Granularity, grids: list[Grid], rows: int) -> Grid:
-    """The grids of all groups as one, its tensors `[rows, groups]`."""
-    scale, zero_point, mean = zip(*(grid.parts for grid in grids), strict=True)
-    join = granularity.from_groups
-    return grids[0]._replace(
-        scale=join(list(scale), rows),
-        zero_point=None if zero_point[0] is None else join(list(zero_point), rows),
-        mean=None if mean[0] is None else join(list(mean), rows),
-    )
-
-
-def split(granularity: Granularity, grid: Grid, columns: int) -> list[Grid]:
-    """The inverse of `joined`: the grids as `granularity.to_groups` orders the groups."""
-    parts = [None if part is None else granularity.scales_to_groups(part, columns) for part in grid.parts]
-    scales, zeros, means = (part or [None] * len(parts[0] or []) for part in parts)
-    return [
-        grid._replace(scale=scale, zero_point=zero, mean=mean)
-        for scale, zero, mean in zip(scales, zeros, means, strict=True)
-    ]
 
 
 def from_codes(
@@ -239,7 +135,7 @@ def from_codes(
     mean: Float[Tensor, "rows groups"] | None = None,
 ) -> QuantizedTensor:
     """Pack codes and grids, all given as fp32 numbers."""
-    fmt, dtype = FORMATS[scheme.format], getattr(torch, scheme.scale_dtype)
+    fmt, dtype = scheme.number_format, getattr(torch, scheme.scale_dtype)
     if fmt.float_dtype is not None:
         raw = codes.to(fmt.float_dtype).view(torch.uint8).reshape(-1)
     else:

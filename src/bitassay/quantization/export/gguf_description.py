@@ -13,7 +13,7 @@ import gguf
 from transformers import PretrainedConfig, PreTrainedModel
 
 from bitassay.errors import BitassayError
-from bitassay.models.gguf_families import family_of
+from bitassay.models.gguf_families import FIELDS, family_of
 from bitassay.models.gguf_model import read_config
 
 LLAMA = gguf.MODEL_ARCH.LLAMA
@@ -23,6 +23,11 @@ ARCHITECTURES = {
     "qwen2": gguf.MODEL_ARCH.QWEN2,
     "qwen3": gguf.MODEL_ARCH.QWEN3,
 }
+# Keys that have the value of a field.
+WRITTEN = (
+    *("vocab_size", "context_length", "embedding_length", "feed_forward_length"),
+    *("attention.head_count", "attention.head_count_kv"),
+)
 # The biases that llama.cpp loads; a file with others is one that it does not open.
 _QKV = {"attn_q", "attn_k", "attn_v"}
 BIASES = {
@@ -50,13 +55,8 @@ def described(config: PretrainedConfig, layers: int) -> dict[str, Any]:
     """The keys of a model with `layers` layers, without the architecture's prefix."""
     size = head_size(config)
     return {
-        "vocab_size": config.vocab_size,
-        "context_length": config.max_position_embeddings,
-        "embedding_length": config.hidden_size,
+        **{key: getattr(config, FIELDS[key][0]) for key in WRITTEN},
         "block_count": layers,
-        "feed_forward_length": config.intermediate_size,
-        "attention.head_count": config.num_attention_heads,
-        "attention.head_count_kv": config.num_key_value_heads,
         "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
         "attention.key_length": size,
         "attention.value_length": size,

@@ -19,6 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import safe_open
 from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.modeling_utils import str_to_torch_dtype
 
 from bitassay.errors import BitassayError
 from bitassay.models.causal import empty_model
@@ -46,17 +47,6 @@ from bitassay.record.progress import Progress, silent
 
 LAYOUTS: dict[str, ModuleType] = {"compressed-tensors": compressed, "bitassay": storage}
 AGAIN = "save the model again with `bitassay quantize`"
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-}
 
 
 @dataclass(frozen=True)
@@ -134,7 +124,8 @@ def stored_entries(folder: Path) -> dict[str, Entry]:
                 if name in entries:
                     raise BitassayError(f"{path}: {name} is in {entries[name].file.name} too", AGAIN)
                 header = file.get_slice(name)
-                entries[name] = Entry(path, DTYPES.get(header.get_dtype()), tuple(header.get_shape()), name)
+                dtype = str_to_torch_dtype.get(header.get_dtype())
+                entries[name] = Entry(path, dtype, tuple(header.get_shape()), name)
     return entries
 
 

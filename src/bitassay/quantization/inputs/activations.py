@@ -107,11 +107,12 @@ def input_codes(x: Float[Tensor, "tokens in"], rounding: InputRounding) -> Codes
     else:
         zero_point = rounding.zero_point
         grid = Grid(
+            fmt,
             x.new_full((1, 1), rounding.scale),
             None if zero_point is None else x.new_full((1, 1), zero_point),
         )
     grid = grid._replace(offset=((rounding.copy or 0) + 0.5) / rounding.copies - 0.5)
-    return Codes(round_to_nearest(x, grid, fmt, rounding.symmetric), grid)
+    return Codes(round_to_nearest(x, grid), grid)
 
 
 def rounded_inputs(x: Float[Tensor, "... in"], rounding: InputRounding) -> Float[Tensor, "... in"]:
@@ -121,7 +122,7 @@ def rounded_inputs(x: Float[Tensor, "... in"], rounding: InputRounding) -> Float
     copies = range(rounding.copies) if rounding.copy is None else [rounding.copy]
     for copy in copies:
         codes, grid = input_codes(tokens, replace(rounding, copy=copy))
-        rounded = rounded + dequantize(codes, grid, rounding.number_format) / len(copies)
+        rounded = rounded + dequantize(codes, grid) / len(copies)
     rounded = rounded + undefined(tokens)
     if rounding.outliers:
         rounded = torch.where(outlier_mask(rounding, tokens), tokens.float(), rounded)

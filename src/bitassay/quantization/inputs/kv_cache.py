@@ -99,7 +99,7 @@ def decode(
     else:
         zero_points = spec.groups.scales_to_groups(zero_point.float(), width)
     groups = [
-        dequantize(q, Grid(s, z), fmt)
+        dequantize(q, Grid(fmt, s, z))
         for q, s, z in zip(spec.groups.to_groups(codes), scales, zero_points, strict=True)
     ]
     vectors = spec.groups.from_groups(groups, len(rows)).to(dtype)
@@ -109,10 +109,7 @@ def decode(
 def rounded(vectors: Float[Tensor, "... width"], spec: KvCache) -> Float[Tensor, "... width"]:
     """What `decode(encode(vectors))` is, without the bytes between."""
     rows = vectors.reshape(-1, vectors.shape[-1])
-    groups = [
-        dequantize(*_rounded_group(group, spec), spec.number_format)
-        for group in spec.groups.to_groups(rows.float())
-    ]
+    groups = [dequantize(*_rounded_group(group, spec)) for group in spec.groups.to_groups(rows.float())]
     return spec.groups.from_groups(groups, len(rows)).to(vectors.dtype).view(vectors.shape)
 
 
@@ -121,7 +118,7 @@ def _rounded_group(vectors: Float[Tensor, "groups size"], spec: KvCache) -> tupl
     grid = absmax_grid(vectors, fmt, spec.symmetric, getattr(torch, spec.scale_dtype))
     # No code stands for NaN or infinity: the scale carries it.
     grid = grid._replace(scale=grid.scale + vectors.abs().amax(1, keepdim=True) * 0)
-    return round_to_nearest(vectors, grid, fmt, spec.symmetric), grid
+    return round_to_nearest(vectors, grid), grid
 
 
 class PackedCache(DynamicCache):

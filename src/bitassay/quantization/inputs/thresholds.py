@@ -29,7 +29,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bitassay.quantization.codes.grid import Grid
-from bitassay.quantization.codes.rounding import dequantize, round_to_nearest
+from bitassay.quantization.codes.rounding import nearest
 from bitassay.quantization.recipe.formats import NumberFormat
 
 HISTOGRAM_BINS = 2048
@@ -107,9 +107,9 @@ def learned_threshold(
     total = (column_weight * x.square()).sum().clamp(min=torch.finfo(torch.float32).tiny)
     for step in range(LEARNING_STEPS):
         scale = start * shift.exp()
-        grid = Grid(scale.view(1, 1))
-        codes = round_to_nearest(x, grid, fmt, symmetric=True)
-        error = dequantize(codes, grid, fmt) - x
+        grid = Grid(fmt, scale.view(1, 1))
+        codes, rounded = nearest(x, grid)
+        error = rounded - x
         loss = (column_weight * error.square()).sum() / total
         if loss < least:
             best, least = scale, loss

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError
 from bitassay.models.walk import decoder_layers, matrices, walk
-from bitassay.quantization.codes.tensor import QuantizedTensor, quantize_tensor
+from bitassay.quantization.codes.quantize import quantize_tensor
+from bitassay.quantization.codes.tensor import QuantizedTensor
 from bitassay.quantization.inputs.ranges import collect_ranges
 from bitassay.quantization.recipe.replication import Chosen, ReplicationPlan, Steps
 from bitassay.quantization.recipe.weights import WeightScheme

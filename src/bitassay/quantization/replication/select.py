@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 
 from bitassay.models.hooks import hooked
 from bitassay.models.walk import decoder_layers, decoder_of, matrices
-from bitassay.quantization.codes.tensor import QuantizedTensor, quantize_tensor
+from bitassay.quantization.codes.quantize import quantize_tensor
+from bitassay.quantization.codes.tensor import QuantizedTensor
 from bitassay.quantization.recipe.replication import Chosen
 from bitassay.quantization.recipe.weights import WeightScheme
 from bitassay.quantization.solvers.sensitivity import divergences, places

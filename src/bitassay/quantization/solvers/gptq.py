@@ -17,132 +17,161 @@ of the update is a matrix product.
     damping a share of the mean of H's diagonal that is added to the diagonal. Where the Cholesky
             factorisation fails it is multiplied by ten until it succeeds, and the caller is told.
 
-Residual codes are several planes whose sum is the matrix, each of what those before it left over. All planes
-of a column are rounded at once, and d is what the last one leaves: the error of the sum is what later columns
-make up for, and the planes mesh into one finer grid as they do without GPTQ. Plane 1 by itself is the columns
-as compensated for that sum, rounded to nearest: nothing makes up for its own errors. With `planes: apart`
-each plane is GPTQ of what those before it left, so that plane 1 is the GPTQ of its bits, and the sum worse:
-errors that were made up for no longer lie within a step, where the next plane would have its levels.
+Residual codes are several planes whose sum is the matrix. All planes of a column are rounded at once, and d
+is what the last one leaves: the planes mesh into one finer grid as they do without GPTQ. Plane 1 by itself is
+the columns updated for that sum, rounded to nearest. With `planes: apart` each plane is GPTQ of what those
+before it left: plane 1 is the GPTQ of its bits, and the sum is worse.
 
-A column that no calibration input reached (`H_jj = 0`) has no error to make up for and is rounded to nearest.
-Left out: the paper's variant without groups is granularity `channel`.
+Binary planes have no grid, but a few levels for each weight. Columns are rounded to the levels of a fit, and
+planes are fitted again to the updated columns; the better of ROUNDS results counts.
+
+A column that no calibration input reached (`H_jj = 0`) is rounded to nearest. Left out: the paper's variant
+without groups is granularity `channel`.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from bitassay.errors import BitassayError
-from bitassay.quantization.codes.grid import Grid
-from bitassay.quantization.codes.rounding import dequantize, round_to_nearest
-from bitassay.quantization.codes.scales import grid_for
-from bitassay.quantization.codes.tensor import joined
+from bitassay.quantization.codes.binary import binarize, levels, on_planes
+from bitassay.quantization.codes.copies import merged
+from bitassay.quantization.codes.grid import Grid, combined, group_bounds, joined
+from bitassay.quantization.codes.rounding import nearest, rounded_matrix
+from bitassay.quantization.codes.scales import grid_for, matrix_grids
+from bitassay.quantization.codes.tensor import QuantizedTensor, from_codes
 from bitassay.quantization.recipe.granularity import Granularity
 from bitassay.quantization.recipe.solvers import Gptq
 from bitassay.quantization.recipe.weights import WeightScheme
 
 BLOCK_COLUMNS = 128  # columns whose updates are gathered into one product
+ROUNDS = 2
 
 
-class Rounded(NamedTuple):
-    """One plane: codes `[out, in]` and their grid, its tensors `[rows, groups]`; compensated: each column as
-    it was when its turn to be rounded came, less the planes before; damping: the share of the mean diagonal
-    that was needed."""
+@dataclass(frozen=True)
+class Rounded:
+    """What GPTQ makes of a matrix. For each plane: its scheme, codes `[out, in]` and grid, whose tensors are
+    `[rows, groups]`. updated: each column as it was when its turn to be rounded came. damping: the share of
+    the mean diagonal that was needed."""
 
-    codes: Float[Tensor, "out in"]
-    grid: Grid
-    compensated: Float[Tensor, "out in"]
+    schemes: Sequence[WeightScheme]
+    codes: Float[Tensor, "planes out in"]
+    grids: list[Grid]
+    updated: Float[Tensor, "out in"]
     damping: float
+
+    def tensor(self, rows: slice = slice(None)) -> QuantizedTensor:
+        """Return the matrix, or some rows of it, packed."""
+        parts = []
+        for scheme, codes, grid in zip(self.schemes, self.codes, self.grids, strict=True):
+            g = grid if rows == slice(None) else grid.each(lambda part: part[rows])
+            parts.append(from_codes(codes[rows], g.scale, scheme, g.zero_point, g.mean))
+        return merged(parts)
 
 
 def gptq(
-    weight: Float[Tensor, "out in"], hessian: Float[Tensor, "in in"], scheme: WeightScheme, spec: Gptq
-) -> Rounded:
-    """Round `weight` for the inputs whose `sum x x^T` is `hessian`. Rows are independent of each other
-    (granularity `tensor` apart), so matrices that read the same input may be stacked."""
-    [found] = gptq_planes(weight, hessian, [scheme], spec)
-    return found
-
-
-def gptq_planes(
     weight: Float[Tensor, "out in"],
     hessian: Float[Tensor, "in in"],
     schemes: Sequence[WeightScheme],
     spec: Gptq,
-) -> list[Rounded]:
-    """The same as a sum of planes, one for each scheme; all have one granularity."""
-    granularity = Granularity.parse(schemes[0].granularity)
-    rows, columns = weight.shape
-    importance = hessian.diagonal().float()
-    by_activation = spec.order == "activation"
-    order = importance.argsort(descending=True) if by_activation else torch.arange(columns)
-    factor, damping = inverse_factor(hessian[order][:, order], spec.damping)
-    factor = factor.float()
-
-    bounds = group_bounds(granularity, columns)
-    static = by_activation or granularity.name == "tensor"
-    grids = _static_grids(weight, importance, schemes, granularity) if static else [[] for _ in schemes]
+) -> Rounded:
+    """Round `weight` for the inputs whose `sum x x^T` is `hessian`, as a sum of planes, one for each scheme;
+    all have one granularity. Rows are independent of each other (granularity `tensor` apart), so matrices
+    that read the same input may be stacked."""
+    granularity, (rows, columns) = Granularity.parse(schemes[0].granularity), weight.shape
+    importance, bounds = hessian.diagonal().float(), group_bounds(granularity, columns)
     group_of = [g for g, (start, stop) in enumerate(bounds) for _ in range(start, stop)]
-    # Column j of the weight is row j here, so that what is read together lies together.
-    w = weight.float().T[order].contiguous()
-    codes, compensated = torch.empty(2, len(schemes), *w.shape)
-    for first, last in [(0, columns)] if static else bounds:
-        if not static:  # the group's turn has come
-            left = w[first:last].T.contiguous()
-            for own, scheme in zip(grids, schemes, strict=True):
-                own.append(grid_for(left, scheme, importance[first:last].expand_as(left)))
-                left = left - _nearest(left, own[-1], scheme)[1]
-        for start in range(first, last, BLOCK_COLUMNS):
-            stop = min(start + BLOCK_COLUMNS, last)
-            block, errors = w[start:stop], torch.empty(stop - start, rows)
-            for j in range(stop - start):
-                column, u = block[j], factor[start + j, start:stop]
-                group, left = group_of[order[start + j]], column
-                for plane, scheme in enumerate(schemes):
-                    q, value = _nearest(left[:, None], grids[plane][group], scheme)
-                    codes[plane, start + j], compensated[plane, start + j] = q[:, 0], left
-                    left = left - value[:, 0]
-                errors[j] = left / u[j]
-                block[j + 1 :].addr_(u[j + 1 :], errors[j], alpha=-1)
-            w[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
-    back = order.argsort()
-    return [
-        Rounded(q[back].T.contiguous(), _beside(own), source[back].T.contiguous(), damping)
-        for q, own, source in zip(codes, grids, compensated, strict=True)
-    ]
+    static = spec.order == "activation" or granularity.name == "tensor"
+    grids = _static_grids(weight, importance, schemes) if static else [[] for _ in schemes]
+    codes = torch.empty(len(schemes), columns, rows)
+
+    def fix_grids(start: int, stop: int, group: Float[Tensor, "out size"]) -> None:
+        for plane, scheme in zip(grids, schemes, strict=True):
+            plane.append(grid_for(group, scheme, importance[start:stop].expand_as(group)))
+            group = group - nearest(group, plane[-1])[1]
+
+    def round_column(j: int, left: Float[Tensor, " out"]) -> Float[Tensor, " out"]:
+        for plane, plane_grids in enumerate(grids):
+            q, value = nearest(left[:, None], plane_grids[group_of[j]])
+            codes[plane, j], left = q[:, 0], left - value[:, 0]
+        return left
+
+    begin = None if static else fix_grids
+    updated, damping = _compensated(weight, hessian, importance, spec, round_column, bounds, begin)
+    shared = [combined(plane, lambda parts: torch.cat(parts, dim=1)) for plane in grids]
+    return Rounded(schemes, codes.transpose(1, 2).contiguous(), shared, updated, damping)
 
 
 def gptq_on_levels(
     weight: Float[Tensor, "out in"],
     hessian: Float[Tensor, "in in"],
-    levels: Float[Tensor, "levels out in"],
+    choices: Float[Tensor, "levels out in"],
     spec: Gptq,
 ) -> tuple[Float[Tensor, "out in"], float]:
-    """GPTQ where each weight has levels of its own, fixed beforehand, instead of a grid: every column as it
-    was when its turn to be rounded came, and the damping."""
-    by_activation = spec.order == "activation"
-    order = hessian.diagonal().argsort(descending=True) if by_activation else torch.arange(len(hessian))
+    """Run GPTQ where each weight has levels of its own, fixed beforehand, instead of a grid. Returns every
+    column as it was when its turn to be rounded came, and the damping."""
+    by_column = choices.permute(2, 1, 0).contiguous()
+
+    def round_column(j: int, column: Float[Tensor, " out"]) -> Float[Tensor, " out"]:
+        closest = (by_column[j] - column[:, None]).abs().argmin(1, keepdim=True)
+        return column - by_column[j].gather(1, closest)[:, 0]
+
+    return _compensated(weight, hessian, hessian.diagonal(), spec, round_column)
+
+
+def gptq_binary(
+    weight: Float[Tensor, "out in"], hessian: Float[Tensor, "in in"], scheme: WeightScheme, spec: Gptq
+) -> tuple[QuantizedTensor, Float[Tensor, "out in"], float]:
+    """Return a matrix as binary planes, its updated columns, and the damping."""
+    best, least, source = None, torch.inf, weight.float()
+    for _ in range(ROUNDS):
+        planes = binarize(source, scheme, hessian.diagonal().float())
+        source, damping = gptq_on_levels(weight, hessian, levels(planes), spec)
+        tensor = on_planes(planes, source)
+        left = (tensor.dequantize() - weight).double()
+        if (error := ((left @ hessian.double()) * left).sum().item()) < least:
+            best, least = (tensor, source, damping), error
+    assert best is not None, "finite weights have a finite error"
+    return best
+
+
+def _compensated(
+    weight: Float[Tensor, "out in"],
+    hessian: Float[Tensor, "in in"],
+    importance: Float[Tensor, " in"],
+    spec: Gptq,
+    round_column: Callable[[int, Float[Tensor, " out"]], Float[Tensor, " out"]],
+    bounds: Sequence[tuple[int, int]] = (),
+    begin: Callable[[int, int, Float[Tensor, "out size"]], None] | None = None,
+) -> tuple[Float[Tensor, "out in"], float]:
+    """Return every column as it was when its turn came, and the damping. `round_column(j, column)` rounds one
+    and returns what that leaves over; with `begin`, which is called at the first column of every group,
+    columns are taken from left to right."""
+    by_activation, columns = spec.order == "activation", len(hessian)
+    order = importance.argsort(descending=True) if by_activation else torch.arange(columns)
     factor, damping = inverse_factor(hessian[order][:, order], spec.damping)
-    factor = factor.float()
-    w, choices = weight.float().T[order].contiguous(), levels.permute(2, 1, 0)[order]
-    columns, rows = w.shape
-    for start in range(0, columns, BLOCK_COLUMNS):
-        stop = min(start + BLOCK_COLUMNS, columns)
-        block, errors = w[start:stop], torch.empty(stop - start, rows)
-        for j in range(stop - start):
-            u, of_column = factor[start + j, start:stop], choices[start + j]
-            nearest = (of_column - block[j][:, None]).abs().argmin(1, keepdim=True)
-            errors[j] = (block[j] - of_column.gather(1, nearest)[:, 0]) / u[j]
-            block[j + 1 :].addr_(u[j + 1 :], errors[j], alpha=-1)
-        w[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+    factor, number = factor.float(), order.tolist()
+    # Column j of the weight is row j here, so that what is read together lies together.
+    w = weight.float().T[order].contiguous()
+    for first, last in [(0, columns)] if begin is None else bounds:
+        if begin is not None:
+            begin(first, last, w[first:last].T.contiguous())
+        for start in range(first, last, BLOCK_COLUMNS):
+            stop = min(start + BLOCK_COLUMNS, last)
+            block, errors = w[start:stop], torch.empty(stop - start, len(weight))
+            for j in range(stop - start):
+                u = factor[start + j, start:stop]
+                errors[j] = round_column(number[start + j], block[j]) / u[j]
+                block[j + 1 :].addr_(u[j + 1 :], errors[j], alpha=-1)
+            w[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
     return w[order.argsort()].T.contiguous(), damping
 
 
 def inverse_factor(hessian: Float[Tensor, "in in"], damping: float) -> tuple[Float[Tensor, "in in"], float]:
-    """The upper Cholesky factor of `(H + c I)^-1` in fp64, and the share c / mean(diag H) that it took."""
+    """Return the upper Cholesky factor of `(H + c I)^-1` in fp64, and the share c / mean(diag H) it took."""
     if not hessian.isfinite().all():
         raise BitassayError("the calibration inputs are not finite", "check the model in a wider dtype")
     h = hessian.double()
@@ -159,44 +188,16 @@ def inverse_factor(hessian: Float[Tensor, "in in"], damping: float) -> tuple[Flo
         damping *= 10
 
 
-def group_bounds(granularity: Granularity, columns: int) -> list[tuple[int, int]]:
-    """First column and the one after the last of every group of a row."""
-    return [
-        (a, a + size) for start, stop, size in granularity.spans(columns) for a in range(start, stop, size)
-    ]
-
-
-def _nearest(
-    w: Float[Tensor, "groups size"], grid: Grid, scheme: WeightScheme
-) -> tuple[Float[Tensor, "groups size"], Float[Tensor, "groups size"]]:
-    """Codes, and what they stand for."""
-    codes = round_to_nearest(w, grid, scheme.number_format, scheme.symmetric)
-    return codes, dequantize(codes, grid, scheme.number_format)
-
-
 def _static_grids(
-    weight: Float[Tensor, "out in"],
-    importance: Float[Tensor, " in"],
-    schemes: Sequence[WeightScheme],
-    granularity: Granularity,
+    weight: Float[Tensor, "out in"], importance: Float[Tensor, " in"], schemes: Sequence[WeightScheme]
 ) -> list[list[Grid]]:
     """For each plane the grid of every group of columns, from the weights as they are; tensors `[out, 1]`, or
     `[1, 1]`."""
-    left, found = granularity.to_groups(weight.float()), []
-    weighed = granularity.to_groups(importance.expand(weight.shape))
+    granularity, left, planes = Granularity.parse(schemes[0].granularity), weight.float(), []
     for scheme in schemes:
-        grids = [grid_for(w, scheme, h) for w, h in zip(left, weighed, strict=True)]
-        left = [w - _nearest(w, grid, scheme)[1] for w, grid in zip(left, grids, strict=True)]
-        whole = joined(granularity, grids, len(weight))
-        found.append([whole.each(lambda part, g=g: part[:, g : g + 1]) for g in range(whole.scale.shape[1])])
-    return found
-
-
-def _beside(grids: list[Grid]) -> Grid:
-    """The inverse: the grids of all groups, side by side."""
-    scale, zero_point, mean = zip(*(grid.parts for grid in grids), strict=True)
-    return grids[0]._replace(
-        scale=torch.cat(scale, dim=1),
-        zero_point=None if zero_point[0] is None else torch.cat(zero_point, dim=1),
-        mean=None if mean[0] is None else torch.cat(mean, dim=1),
-    )
+        grids = matrix_grids(left, scheme, importance)
+        left = left - rounded_matrix(left, grids, granularity)
+        shared = joined(granularity, grids, len(weight))
+        groups = range(shared.scale.shape[1])
+        planes.append([shared.each(lambda part, g=g: part[:, g : g + 1]) for g in groups])
+    return planes

@@ -26,12 +26,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from bitassay.models.hooks import forwarded
-from bitassay.quantization.codes.grid import Grid
+from bitassay.quantization.codes.grid import Grid, group_bounds
 from bitassay.quantization.codes.tensor import LowRank, QuantizedTensor, from_codes
 from bitassay.quantization.recipe.formats import NumberFormat
 from bitassay.quantization.recipe.granularity import Granularity
 from bitassay.quantization.recipe.weights import WeightScheme
-from bitassay.quantization.solvers.gptq import group_bounds
 
 ZEROS = 0.25  # steps: a group that is nowhere farther from zero was all zero when its scale was found
 
@@ -58,7 +57,7 @@ class LatentWeight(nn.Module):
         self.scheme, self.fmt = scheme, scheme.number_format
         bounds = group_bounds(Granularity.parse(scheme.granularity), weight.shape[1])
         self.sizes = torch.tensor([stop - start for start, stop in bounds])
-        self.limits = grid.code_range(self.fmt, scheme.symmetric)
+        self.limits = grid.code_range
         self.first_scale, self.zero_point = grid.scale.float(), grid.zero_point
         zero = torch.zeros_like(self.first_scale) if grid.zero_point is None else grid.zero_point.float()
         self.zero = nn.Parameter(zero - grid.offset)

@@ -5,7 +5,8 @@ low-rank factors where the recipe wants them. Where it wants the layer's own out
 finished layer is written to the work folder, and read from there the next time.
 """
 
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,16 +15,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bitassay.models.walk import decoder_layers, module_name
-from bitassay.quantization.codes import binary
 from bitassay.quantization.codes.adaptive import adapted
-from bitassay.quantization.codes.copies import digits, merged
-from bitassay.quantization.codes.tensor import QuantizedTensor, check_weight, from_codes, quantize_tensor
+from bitassay.quantization.codes.copies import digit_planes, merged, planes
+from bitassay.quantization.codes.quantize import check_weight, quantize_tensor
+from bitassay.quantization.codes.tensor import QuantizedTensor
 from bitassay.quantization.recipe.calibration import Calibration
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.recipe.solvers import Gptq
 from bitassay.quantization.recipe.weights import WeightScheme
 from bitassay.quantization.runtime.experts import expert_inputs, expert_matrix, warn_of_few
-from bitassay.quantization.solvers.gptq import Rounded, gptq_planes
+from bitassay.quantization.solvers.gptq import Rounded, gptq, gptq_binary
 from bitassay.quantization.solvers.latent import LatentWeight
 from bitassay.quantization.solvers.layerwise import (
     Arguments,
@@ -209,9 +210,13 @@ class _LayerWork:
             return {name: self._alone(name, weight, hessian, scheme) for name, weight in pairs}
         stacked = torch.cat(weights)
         scheme = adapted(stacked, scheme, hessian.diagonal().float())
-        [found] = self._by_gptq(members[0], stacked, hessian, [scheme], spec)
-        parts = zip(members, _rows(found, [len(weight) for weight in weights]), strict=True)
-        return {name: _packed(part, scheme) for name, part in parts}
+        rounded = self._by_gptq(members[0], stacked, hessian, [scheme], spec)
+        stops = list(itertools.accumulate(len(weight) for weight in weights))
+        rows = [slice(a, b) for a, b in itertools.pairwise([0, *stops])]
+        return {
+            name: Solved(rounded.tensor(own), rounded.updated[own])
+            for name, own in zip(members, rows, strict=True)
+        }
 
     def _alone(
         self,
@@ -229,20 +234,20 @@ class _LayerWork:
                 last = w.float()
                 return quantize_tensor(w, scheme, name, hessian.diagonal().float())
             if scheme.has_planes:
-                tensor, last, _ = binary.solved(w, hessian, scheme, spec)
+                tensor, last, _ = gptq_binary(w, hessian, scheme, spec)
                 return tensor
-            if scheme.copies is not None and scheme.copies.differ == "digits":
-                whole = scheme.copies.whole(scheme)
-                [found] = self._by_gptq(name, w, hessian, [whole], spec)
-                last = found.compensated
-                return merged(digits(_packed(found, whole).tensor, scheme))
-            schemes = [scheme] if scheme.copies is None else scheme.copies.schemes(scheme)
+            copies = scheme.copies
+            if copies is not None and copies.differ == "digits":
+                rounded = self._by_gptq(name, w, hessian, [copies.whole(scheme)], spec)
+                last = rounded.updated
+                return merged(digit_planes(rounded.tensor(), scheme))
+            schemes = [scheme] if copies is None else copies.schemes(scheme)
             parts, left = list[QuantizedTensor](), w.float()
             for some in [schemes] if spec.planes is None else [[own] for own in schemes]:
                 rounded = self._by_gptq(name, left, hessian, some, spec)
-                last = rounded[0].compensated
-                parts += [_packed(one, own).tensor for one, own in zip(rounded, some, strict=True)]
-                left = left - sum(part.dequantize() for part in parts[-len(some) :])
+                last = rounded.updated
+                parts += planes(rounded.tensor())
+                left = left - rounded.tensor().dequantize()
             return merged(parts)
 
         alone = low_rank is None
@@ -250,11 +255,11 @@ class _LayerWork:
 
     def _by_gptq(
         self, name: str, weight: Tensor, hessian: Tensor, schemes: Sequence[WeightScheme], spec: Gptq
-    ) -> list[Rounded]:
-        found = gptq_planes(weight, hessian, schemes, spec)
-        if (damping := found[0].damping) > spec.damping:
-            self.progress(f"{name}: the Hessian needed damping of {damping:g}")
-        return found
+    ) -> Rounded:
+        rounded = gptq(weight, hessian, schemes, spec)
+        if rounded.damping > spec.damping:
+            self.progress(f"{name}: the Hessian needed damping of {rounded.damping:g}")
+        return rounded
 
     def forget_latents(self, keep: Container[str]) -> None:
         """Nothing goes on from the others, which would be a second copy of the layer in fp32."""
@@ -273,21 +278,6 @@ class _LayerWork:
         self.progress(f"{prefix[:-1]}: error {losses[0]:.3g} -> {losses[-1]:.3g}")
         self.solved |= {name: Solved(latent.quantized(), latent.weight()) for name, latent in latents.items()}
         self.put(latents)
-
-
-def _rows(found: Rounded, counts: list[int]) -> Iterator[Rounded]:
-    """What was solved as a stack, as the matrices that it was stacked from."""
-    start = 0
-    for count in counts:
-        rows = slice(start, start + count)
-        grid = found.grid.each(lambda part, rows=rows: part[rows])
-        yield Rounded(found.codes[rows], grid, found.compensated[rows], found.damping)
-        start += count
-
-
-def _packed(found: Rounded, scheme: WeightScheme) -> Solved:
-    grid = found.grid
-    return Solved(from_codes(found.codes, grid.scale, scheme, grid.zero_point, grid.mean), found.compensated)
 
 
 def _part(index: int) -> str:

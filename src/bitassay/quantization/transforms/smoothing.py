@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError
-from bitassay.quantization.codes.tensor import quantize_tensor
+from bitassay.quantization.codes.quantize import quantize_tensor
 from bitassay.quantization.inputs.ranges import Ranges
 from bitassay.quantization.recipe.granularity import Granularity
 from bitassay.quantization.recipe.transforms import Smoothing

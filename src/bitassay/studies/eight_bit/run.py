@@ -18,9 +18,9 @@ from typing import Any
 from bitassay.bench.matmul import matmul
 from bitassay.bench.models import bench
 from bitassay.evaluation.quality import INTERVAL, INTERVALS, PAIR_INTERVALS, summarise, text_difference
-from bitassay.evaluation.questions import require_lm_eval
-from bitassay.evaluation.statistics import ALPHA, TANGO, WILSON, accuracy_interval, holm, paired_difference
-from bitassay.evaluation.tasks import is_letter
+from bitassay.evaluation.statistics import ALPHA, TANGO, WILSON, holm, paired_difference, wilson_interval
+from bitassay.evaluation.tasks.mmlu import is_letter
+from bitassay.evaluation.tasks.registry import require_lm_eval
 from bitassay.quantization.recipe.granularity import Granularity
 from bitassay.record.environment import environment
 from bitassay.record.files import write_json
@@ -163,7 +163,7 @@ def _against_base(found: EightBitFindings, method: str) -> dict[str, dict[str, A
         name: {
             "n": len(base),
             "acc": sum(r[method]) / len(base),
-            "acc_ci": accuracy_interval(sum(r[method]), len(base)),
+            "acc_ci": wilson_interval(sum(r[method]), len(base)),
         }
         for name, r in found.right.items()
     }

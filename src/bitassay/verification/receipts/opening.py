@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Shaped
 from safetensors import SafetensorError
 from torch import Tensor
+from transformers.modeling_utils import str_to_torch_dtype
 
 from bitassay.errors import BitassayError
 from bitassay.record.files import atomic_file
@@ -45,8 +46,6 @@ from bitassay.verification.receipts.merkle import (
 from bitassay.verification.receipts.receipt import Receipt, commitment_of, trace_leaves
 from bitassay.verification.trace import (
     HIDDEN,
-    ITEM_BYTES,
-    SAFETENSORS_DTYPES,
     Trace,
     check_consistent,
     tensor_name,
@@ -181,11 +180,11 @@ def _check_tensors(entries: dict, receipt: Receipt, one: Challenge, data_bytes: 
             else len(shape) == 2
             and shape[0] == len(positions)
             and 0 < shape[1] <= HIDDEN
-            and SAFETENSORS_DTYPES.get(dtype) == header.numerics.dtype
+            and str_to_torch_dtype.get(dtype, dtype) == STATE_DTYPES.get(header.numerics.dtype)
         )
         if not fits:
             raise TraceError("wrong-shape", f"{path}: {name} is {dtype:.20} {shape!s:.60}")
-        if offsets[1] - offsets[0] != math.prod(shape) * (ITEM_BYTES | {"U8": 1})[dtype]:
+        if offsets[1] - offsets[0] != math.prod(shape) * str_to_torch_dtype[dtype].itemsize:
             raise TraceError("wrong-offsets", f"{path}: {name} declares bytes {offsets} for {shape}")
         spans.append(offsets)
     check_tiling(spans, data_bytes, path)

@@ -1,17 +1,18 @@
-"""Tasks: what share of questions a model answers rightly, beside the model it came from, with intervals and
-tests.
+"""Tasks: the share of questions that each model answers rightly, compared with the base model, with intervals
+and tests.
 
 Tasks, prompts, filters and metrics are lm-eval's (EleutherAI's lm-evaluation-harness, the extra `tasks`);
-what is asked is in `questions.py`, and what runs the model is ours (`harness.py`). Two models answer the same
-items, so differences are paired (`statistics.py`), and every model's p-value is also adjusted for how many
-were compared with the base (Holm, within a task and metric). A generated text that holds no answer counts as
-wrong, and how many do is said.
+what is asked is in `load.py`, and the model that is asked in `harness.py`. Models answer the same items, so
+differences are paired (`statistics.py`), and every model's p-value is also adjusted for how many models were
+compared with the base (Holm, within a task and metric). A generated text without an answer counts as wrong;
+`unparsed` says how many there are.
 """
 
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,20 +22,10 @@ from transformers import PreTrainedModel
 
 from bitassay.data.tasks import even_indices
 from bitassay.errors import BitassayError
-from bitassay.evaluation.questions import AskedTask, leaves, protocol_id, require_lm_eval
-from bitassay.evaluation.statistics import (
-    NONE,
-    TANGO,
-    WILSON,
-    Interval,
-    accuracy_interval,
-    holm,
-    log_interval,
-    logit_interval,
-    mean_of,
-    paired_difference,
-    student_interval,
-)
+from bitassay.evaluation import statistics
+from bitassay.evaluation.statistics import NONE, TANGO, WILSON, Interval
+from bitassay.evaluation.tasks.load import AskedTask, load_tasks, protocol_id
+from bitassay.evaluation.tasks.registry import check_include, find_task, require_lm_eval
 from bitassay.models.identity import identity
 from bitassay.quantization.pipeline import quantize_once
 from bitassay.quantization.recipe.recipe import Recipe, find_recipe
@@ -51,8 +42,8 @@ HARNESS = "lm-eval"
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model to ask: its name in the table, what a plan says of it, and how to get it (once, and only if
-    something is left to ask)."""
+    """A model to ask: its name in the table, what a plan says of it, and a function that makes it, which is
+    called once, and only if something is left to ask."""
 
     name: str
     about: dict[str, Any]
@@ -60,7 +51,7 @@ class Candidate:
 
 
 def loaded_candidate(model: PreTrainedModel, name: str) -> Candidate:
-    """A model as it is."""
+    """Return a model as it is, as a candidate."""
     who, done = identity(model), quantization_of(model)
     about = {
         "model": who.name,
@@ -75,24 +66,30 @@ def loaded_candidate(model: PreTrainedModel, name: str) -> Candidate:
 def quantized_candidate(
     base: PreTrainedModel, recipe: str | Path | Recipe, progress: Progress = silent
 ) -> Candidate:
-    """`base` quantized by a recipe. Raises BitassayError where that is not possible."""
-    found = find_recipe(recipe)
-    check_recipe(base, found)
-    plain = loaded_candidate(base, found.name)
-    about = plain.about | {"recipe": found.model_dump(mode="json")}
-    return Candidate(found.name, about, lambda: quantize_once(base, found, progress=progress))
+    """Return `base` quantized by a recipe. Raises BitassayError where that is not possible."""
+    recipe = find_recipe(recipe)
+    check_recipe(base, recipe)
+    about = loaded_candidate(base, recipe.name).about | {"recipe": recipe.model_dump(mode="json")}
+    return Candidate(recipe.name, about, lambda: quantize_once(base, recipe, progress=progress))
 
 
-def check_tasks(tasks: Sequence[str], limit: int | None = None) -> None:
-    """Raises as `evaluate_tasks` does for names and a limit, without a model."""
+def check_tasks(
+    tasks: Sequence[str],
+    limit: int | None = None,
+    include: Path | None = None,
+    trust_remote_code: bool = False,
+) -> None:
+    """Raise as `evaluate_tasks` does for names, a limit and a folder of tasks, without a model."""
     require_lm_eval()
     even_indices(1, limit)
     if not tasks:
         raise BitassayError("no task was given", "--tasks hellaswag")
     if twice := [name for name in tasks if tasks.count(name) > 1]:
         raise BitassayError(f"the task {twice[0]!r} is named twice", "name each once")
+    if include is not None:
+        check_include(include, trust_remote_code)
     for task in tasks:
-        leaves(task)
+        find_task(task, include)
 
 
 def evaluate_tasks(
@@ -101,24 +98,27 @@ def evaluate_tasks(
     *,
     limit: int | None = None,
     shots: int | None = None,
+    include: Path | None = None,
+    trust_remote_code: bool = False,
     batch_tokens: int | None = None,
     out: Path | None = None,
     environment: dict[str, Any] | None = None,
     progress: Progress = silent,
 ) -> tuple[dict[str, Any], Path]:
-    """Ask every candidate the items of `tasks`; the first is the one that the others are compared with.
+    """Ask every candidate the items of `tasks`; the others are compared with the first.
 
-    `environment` is recorded as it is. Returns the run (the content of run.json: `rows`, by task, metric and
-    model) and its folder. The same call goes on where it was stopped. Raises BitassayError for unknown
-    tasks, a limit below 1 or damaged data, MissingError where lm-eval or the data are not there.
+    include: a folder with lm-eval's task YAML of one's own; what Python it names runs only with
+    `trust_remote_code`. `environment` is recorded as it is. Returns the run (the content of run.json: `rows`,
+    by task, metric and model) and its folder; a stopped call goes on where it was. Raises BitassayError for
+    unknown tasks, a limit below 1 or damaged data, MissingError where lm-eval or the data are not here.
     """
-    check_tasks(tasks, limit)
+    check_tasks(tasks, limit, include, trust_remote_code)
     if out is not None:
         check_folder(out)
     names = [candidate.name for candidate in candidates]
     if not names or len(set(names)) < len(names):
         raise BitassayError(f"a model is missing or named twice: {names}", "name each once")
-    groups = {task: [AskedTask.of(leaf, limit, shots, progress) for leaf in leaves(task)] for task in tasks}
+    groups = {task: load_tasks(task, limit, shots, include=include, progress=progress) for task in tasks}
     plan = {
         "kind": "tasks",
         "schema": SCHEMA,
@@ -164,7 +164,7 @@ def _protocol(task: str, asked: Sequence[AskedTask], limit: int | None) -> dict[
         "id": protocol_id(task, asked, limit),
         "harness": f"{HARNESS} {version(HARNESS)}",
         "task_versions": sorted({str(question.task.VERSION) for question in asked}),
-        "sources": sorted({question.source for question in asked}),
+        "sources": sorted({question.origin for question in asked}),
         "tasks": len(asked),
         "items": sum(len(question.items) for question in asked),
     }
@@ -178,23 +178,17 @@ def _ask(
     batch_tokens: int | None,
     progress: Progress,
 ) -> dict[str, Any]:
-    """What a candidate answered, by lm-eval's task; the model is made when the first is missing."""
+    """Return what a candidate answered, by lm-eval's task; the model is made once something is missing."""
     from bitassay.evaluation.harness import BitassayLM
 
-    asked = {question.leaf.name: question for group in groups.values() for question in group}
-    made: list[BitassayLM] = []
-
-    def lm() -> BitassayLM:
-        if not made:
-            made.append(BitassayLM(candidate.make(), batch_tokens=batch_tokens, progress=progress))
-        return made[0]
-
-    found = {}
-    for place, (name, question) in enumerate(asked.items()):
+    asked = {question.name: question for group in groups.values() for question in group}
+    lm = cache(lambda: BitassayLM(candidate.make(), batch_tokens=batch_tokens, progress=progress))
+    answers = {}
+    for count, (name, question) in enumerate(asked.items(), 1):
         part = f"m{index}-{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}"
-        found[name] = folder.part(part, lambda q=question, p=part: answer(lm(), q, folder, p))
-        progress(f"{candidate.name}: tasks", place + 1, len(asked))
-    return found
+        answers[name] = folder.part(part, lambda q=question, p=part: answer(lm(), q, folder, p))
+        progress(f"{candidate.name}: tasks", count, len(asked))
+    return answers
 
 
 def answer(lm: Any, question: AskedTask, folder: RunFolder | None = None, name: str = "") -> dict[str, Any]:
@@ -204,33 +198,33 @@ def answer(lm: Any, question: AskedTask, folder: RunFolder | None = None, name: 
 
     from bitassay.evaluation.harness import KeptAnswers, quiet
 
-    task, leaf = question.task, question.leaf
+    task = question.task
     with quiet():
         task.set_fewshot_seed(SEED)
         results: Any = evaluate(
             lm if folder is None else KeptAnswers(lm, folder, name),
-            {"tasks": {leaf.name: task}},
-            samples={leaf.name: question.items} if len(question.items) < question.available else None,
+            {"tasks": {question.name: task}},
+            samples={question.name: question.items} if len(question.items) < question.available else None,
             bootstrap_iters=0,
             log_samples=True,
         )
-    items = []
-    for sample in results["samples"][leaf.name]:
-        given = [
-            found[0] if isinstance(found, (list, tuple)) else found for found in sample["filtered_resps"]
-        ]
-        items.append(
-            {
-                "item": sample["doc_id"],
-                "filter": sample["filter"],
-                "target": sample["target"],
-                "answers": given if task.OUTPUT_TYPE != "loglikelihood_rolling" else sample["filtered_resps"],
-                "metrics": {key: _plain(sample[key]) for key in sample["metrics"]},
-            }
-        )
+    is_rolling = task.OUTPUT_TYPE == "loglikelihood_rolling"
+    items = [
+        {
+            "item": sample["doc_id"],
+            "filter": sample["filter"],
+            "target": sample["target"],
+            "answers": [
+                response[0] if isinstance(response, (list, tuple)) and not is_rolling else response
+                for response in sample["filtered_resps"]
+            ],
+            "metrics": {key: _plain(sample[key]) for key in sample["metrics"]},
+        }
+        for sample in results["samples"][question.name]
+    ]
     aggregates = {
         key: float(value)
-        for key, value in results["results"][leaf.name].items()
+        for key, value in results["results"][question.name].items()
         if isinstance(value, (int, float)) and "stderr" not in key and "," in key
     }
     return {"items": items, "results": aggregates}
@@ -248,7 +242,7 @@ def _rows(
 ) -> list[dict[str, Any]]:
     """A row for every metric, filter and model; the first model is the base."""
     base, *others = answers
-    names = [question.leaf.name for question in asked]
+    names = [question.name for question in asked]
     first = answers[base][names[0]]["items"]
     kinds = dict.fromkeys((metric, item["filter"]) for item in first for metric in item["metrics"])
     rows = []
@@ -257,42 +251,27 @@ def _rows(
             model: [
                 item["metrics"][metric]
                 for name in names
-                for item in answers[model][name]["items"]
+                for item in answered[name]["items"]
                 if item["filter"] == filter
             ]
-            for model in answers
+            for model, answered in answers.items()
         }
         binary = all(not isinstance(value, list) and value in (0, 1) for v in values.values() for value in v)
-        several = len({kept for m, kept in kinds if m == metric}) > 1
-        found = [
+        has_filters = len({kept for m, kept in kinds if m == metric}) > 1
+        comparisons = _comparisons(base, others, values) if binary else {}
+        rows += [
             {
                 "task": task,
-                "metric": f"{metric} ({filter})" if several else metric,
+                "metric": f"{metric} ({filter})" if has_filters else metric,
                 "model": model,
                 "n": len(values[model]),
-                **_value(values[model], binary, [a[name] for name in names], metric, filter),
-                "unparsed": _unparsed(asked, a, filter),
+                **_value(values[model], binary, [answered[name] for name in names], f"{metric},{filter}"),
+                "unparsed": _unparsed(asked, answered, filter),
                 "protocol": protocol,
-                **_NO_COMPARISON,
+                **comparisons.get(model, _NO_COMPARISON),
             }
-            for model, a in answers.items()
+            for model, answered in answers.items()
         ]
-        if binary:
-            right = {model: [value == 1 for value in values[model]] for model in answers}
-            differences = [paired_difference(right[base], right[model]) for model in others]
-            adjusted = holm([difference.p_value for difference in differences])
-            for row, d, p_holm in zip(found[1:], differences, adjusted, strict=True):
-                row |= {
-                    "against": base,
-                    "difference": d.difference,
-                    "difference_ci": d.interval,
-                    "lost": d.first_only,
-                    "gained": d.second_only,
-                    "p_value": d.p_value,
-                    "p_holm": p_holm,
-                    "visible_difference": d.visible_difference,
-                }
-        rows += found
     return rows
 
 
@@ -301,57 +280,61 @@ _NO_COMPARISON = dict.fromkeys(
 )
 
 
+def _comparisons(
+    base: str, others: Sequence[str], values: Mapping[str, Sequence[float]]
+) -> dict[str, dict[str, Any]]:
+    """By model, the columns that compare it with the base on items that are right (1) or wrong."""
+    right = {model: [value == 1 for value in found] for model, found in values.items()}
+    differences = [statistics.paired_difference(right[base], right[model]) for model in others]
+    adjusted = statistics.holm([difference.p_value for difference in differences])
+    return {
+        model: {
+            "against": base,
+            "difference": difference.difference,
+            "difference_ci": difference.interval,
+            "lost": difference.first_only,
+            "gained": difference.second_only,
+            "p_value": difference.p_value,
+            "p_holm": p_holm,
+            "visible_difference": difference.visible_difference,
+        }
+        for model, difference, p_holm in zip(others, differences, adjusted, strict=True)
+    }
+
+
 def _value(
-    values: Sequence[Any],
-    binary: bool,
-    answered: Sequence[Mapping[str, Any]],
-    metric: str,
-    filter: str,
+    values: Sequence[Any], binary: bool, answered: Sequence[Mapping[str, Any]], key: str
 ) -> dict[str, Any]:
     """A metric over all items, with its interval where the items' values have one."""
     if binary:
         right = sum(value == 1 for value in values)
-        return {"value": right / len(values), "value_ci": accuracy_interval(right, len(values))}
-    key = f"{metric},{filter}"
-    parts = [(one["results"][key], len(one["items"])) for one in answered if key in one["results"]]
+        return {"value": right / len(values), "value_ci": statistics.wilson_interval(right, len(values))}
+    parts = [(part["results"][key], len(part["items"])) for part in answered if key in part["results"]]
     total = sum(weight for _, weight in parts)
-    value = sum(found * weight for found, weight in parts) / total if parts else None
-    interval = None
-    if value is not None and all(isinstance(one, (int, float)) for one in values):
-        mean = float(np.mean(values))
-        if np.isclose(mean, value):
-            interval = _mean_interval(values)
-    return {"value": value, "value_ci": interval}
+    value = sum(result * weight for result, weight in parts) / total if parts else None
+    is_mean = (
+        value is not None
+        and all(isinstance(item, (int, float)) for item in values)
+        and np.isclose(float(np.mean(values)), value)
+    )
+    return {"value": value, "value_ci": _mean_interval(values) if is_mean else None}
 
 
 def _mean_interval(values: Sequence[float]) -> Interval:
     """On the scale that the values of the items suggest: fractions, positive numbers, or any."""
-    mean, least, largest = mean_of(values), min(values), max(values)
-    if least >= 0:
-        return logit_interval(mean) if largest <= 1 else log_interval(mean)
-    return student_interval(mean)
-
-
-def is_letter(text: str) -> bool:
-    """Whether a generated text names one of MMLU's answers, as lm-eval reads it: punctuation and case
-    aside."""
-    return re.sub(r"[^\w\s]", "", text).strip().upper() in ("A", "B", "C", "D")
+    mean = statistics.mean_of(values)
+    if min(values) < 0:
+        return statistics.student_interval(mean)
+    return statistics.logit_interval(mean) if max(values) <= 1 else statistics.log_interval(mean)
 
 
 def _unparsed(asked: Sequence[AskedTask], answers: Mapping[str, Any], filter: str) -> int | None:
-    """How many generated texts hold no answer: for MMLU no letter, else none by lm-eval's filter; None where
-    nothing was generated."""
-    count, generated = 0, False
-    for question in asked:
-        if question.task.OUTPUT_TYPE != "generate_until":
-            continue
-        generated = True
-        for item in answers[question.leaf.name]["items"]:
-            if item["filter"] != filter:
-                continue
-            text = str(item["answers"][0]).strip()
-            if question.leaf.family == "mmlu":
-                count += not is_letter(text)
-            else:
-                count += text in ("", "[invalid]")
-    return count if generated else None
+    """How many generated texts hold no answer; None where nothing was generated."""
+    generated = [question for question in asked if question.task.OUTPUT_TYPE == "generate_until"]
+    texts = [
+        question.unparsed(str(item["answers"][0]))
+        for question in generated
+        for item in answers[question.name]["items"]
+        if item["filter"] == filter
+    ]
+    return sum(texts) if generated else None

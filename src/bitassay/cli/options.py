@@ -1,0 +1,229 @@
+"""Options that several verbs share. Each is declared, described and checked here, once.
+
+A group is a frozen dataclass whose fields are options; a verb takes it as one parameter, and a verb with
+other defaults takes a subclass. An option that every verb with a model should have becomes a field of
+`Loading`. Values are checked while the command line is parsed, before anything heavy is imported.
+"""
+
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, dataclass_transform
+
+from cyclopts import Parameter, Token
+from cyclopts.validators import Number
+
+from bitassay.cli.output import Format, Table, print_tables, write_page
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from bitassay.engines.sampling import Sampler
+    from bitassay.record.progress import Progress
+
+
+def _integer(_: Any, tokens: Sequence[Token]) -> Any:
+    """Refuse 1.5, which cyclopts by itself rounds to 1."""
+    try:
+        return int(tokens[0].value)
+    except ValueError:
+        raise ValueError(f'unable to convert "{tokens[0].value}" into int.') from None
+
+
+def _is_fraction(_: Any, value: float | None) -> None:
+    if value is not None and not 0 < value < 1:  # also refuses NaN
+        raise ValueError("Must be between 0 and 1.")
+
+
+def _is_device(_: Any, text: str | None) -> None:
+    if text is not None and not re.fullmatch(r"[a-z]+(:\d+)?", text):
+        raise ValueError("A device is cpu, cuda, cuda:1 or mps.")
+
+
+Flag = Annotated[bool, Parameter(negative=())]
+Names = Annotated[list[str], Parameter(consume_multiple=True, negative=())]
+Numbers = Annotated[list[int], Parameter(consume_multiple=True, negative=())]
+Counts = Annotated[list[int], Parameter(consume_multiple=True, negative=(), validator=Number(gte=1))]
+Count = Annotated[int, Parameter(validator=Number(gte=1), converter=_integer)]
+CountFromZero = Annotated[int, Parameter(validator=Number(gte=0), converter=_integer)]
+Dtype = Literal["float32", "bfloat16", "float16", "float64"]
+StateDtype = Literal["float32", "bfloat16", "float16"]
+Precision = Literal["fp16", "bf16", "fp32"]
+
+Model = Annotated[
+    str, Parameter(help="A name from `bitassay models list`, a folder, a .gguf file or a hub id.")
+]
+RecipeName = Annotated[str, Parameter(help="Quantize MODEL by this recipe: a shipped one or a YAML file.")]
+Recipes = Annotated[
+    list[str],
+    Parameter(negative=(), help="Quantize MODEL by this recipe, shipped or a YAML file; may be repeated."),
+]
+Candidates = Annotated[
+    list[str],
+    Parameter(
+        negative=(),
+        help="Another model with the same vocabulary, such as a quantized folder; may be repeated.",
+    ),
+]
+Controls = Annotated[bool, Parameter(help="Add the controls of recipes with replication.")]
+Windows = Annotated[Count, Parameter(help="How many windows of the text to measure, evenly spaced.")]
+Window = Annotated[Count, Parameter(help="Tokens in a window.")]
+Seed = Annotated[
+    int,
+    Parameter(
+        validator=Number(gte=0, lt=2**63),
+        converter=_integer,
+        help="Seed of everything that is drawn at random.",
+    ),
+]
+Device = Annotated[str, Parameter(validator=_is_device, help="Where to run: cpu, cuda, cuda:1 or mps.")]
+Alpha = Annotated[
+    float,
+    Parameter(validator=_is_fraction, help="False-positive rate: how often an honest run may be refused."),
+]
+
+
+@dataclass_transform(frozen_default=True)
+def group(options: type) -> Any:
+    """Make a class of options a group that a verb can take as one parameter."""
+    return Parameter(name="*")(dataclass(frozen=True)(options))
+
+
+@group
+class Revision:
+    """Which version of MODEL is meant."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a model on the Hugging Face hub. MODEL@REVISION says the same for any model.
+    """
+
+    def of(self, model: str) -> str:
+        """Return `model` with the revision."""
+        return model if self.revision is None else f"{model}@{self.revision}"
+
+
+@group
+class Loading(Revision):
+    """How MODEL is found and loaded: the options of every verb that loads a model."""
+
+    attention: str = "auto"
+    """Attention of transformers: auto (sdpa where the model has it), sdpa, eager or another."""
+    trust_remote_code: Flag = False
+    """Run code that comes with the model."""
+
+    def check(self) -> None:
+        """Raise BitassayError for an attention that is unknown."""
+        from bitassay.models.options import as_attention
+
+        as_attention(self.attention)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Return the keywords that `bitassay.load` takes, checked."""
+        self.check()
+        return {"attention": self.attention, "trust_remote_code": self.trust_remote_code}
+
+
+@group
+class Compute(Loading):
+    """How MODEL is loaded and in which arithmetic it runs."""
+
+    dtype: Dtype = "float32"
+    """Arithmetic, and the dtype of weights that are not quantized."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return super().options | {"dtype": self.dtype}
+
+    def load(
+        self, model: str, recipe: str | None = None, *, tokens: int = 0, progress: "Progress"
+    ) -> "PreTrainedModel":
+        """Load `model`, and quantize it by `recipe` where one is named.
+
+        What does not fit the model is refused before weights are read: a recipe for other modules, more
+        `tokens` than it has positions.
+        """
+        from bitassay.engines.load import load
+        from bitassay.quantization.export.fits import check_fit
+        from bitassay.quantization.pipeline import quantize_once
+        from bitassay.quantization.recipe.recipe import find_recipe
+
+        name, recipes = self.of(model), [find_recipe(recipe)] if recipe else []
+        check_fit(name, recipes, tokens=tokens, trust_remote_code=self.trust_remote_code, progress=progress)
+        loaded = load(name, progress=progress, **self.options)
+        return quantize_once(loaded, recipes[0], progress=progress) if recipes else loaded
+
+
+@group
+class Placed(Compute):
+    """How MODEL is loaded, in which arithmetic and on which device it runs."""
+
+    dtype: Dtype = "bfloat16"
+    """Arithmetic, and the dtype of weights that are not quantized."""
+    device: Device = "cpu"
+
+    def check(self) -> None:
+        """Raise BitassayError for an unknown attention or device, MissingError for an absent device."""
+        from bitassay.models.options import as_device
+
+        super().check()
+        as_device(self.device)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return super().options | {"device": self.device}
+
+
+@group
+class Verifiable(Placed):
+    """How a prover or a verifier runs MODEL. Traces hold states in these dtypes alone."""
+
+    dtype: StateDtype = "bfloat16"
+    """Arithmetic, and the dtype of the states in a trace."""
+
+
+@group
+class Sampling:
+    """How tokens are chosen."""
+
+    temperature: float = 0.0
+    """0 takes the most likely token."""
+    top_p: float = 1.0
+    """Sample from the most likely tokens that have this probability together."""
+    seed: Seed = 0
+
+    @property
+    def sampler(self) -> "Sampler":
+        """Return the sampler. Raises BitassayError for values outside its range."""
+        from bitassay.engines.sampling import Sampler
+
+        return Sampler(self.temperature, self.top_p, self.seed)
+
+
+@group
+class Output:
+    """How results are printed."""
+
+    format: Format = "table"
+    """What to print on stdout; json has everything."""
+
+    def emit(self, *tables: Table, csv: Table | None = None, json: dict[str, Any] | None = None) -> None:
+        """Print `tables`; as CSV only `csv` (default: the first), as JSON only `json` (default: the rows of
+        the first)."""
+        print_tables(tables, self.format, csv=csv, json=json)
+
+
+@group
+class RunOutput(Output):
+    """How results are printed, and where the run folder is."""
+
+    out: Path | None = None
+    """Run folder, which gets run.json and report.html (default: runs/NAME-ID)."""
+
+    def show_run(self, run: dict[str, Any], folder: Path, *tables: Table, csv: Table | None = None) -> None:
+        """Write the page of a finished run folder, print its tables, and name the page on stderr."""
+        write_page(folder)
+        self.emit(*tables, csv=csv, json=run)
+        print(f"report: {folder / 'report.html'}", file=sys.stderr)
