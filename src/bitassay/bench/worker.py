@@ -31,7 +31,7 @@ from bitassay.errors import BitassayError, MissingError
 from bitassay.models.options import AUTO
 from bitassay.models.source import resolve
 from bitassay.quantization.export.card import read_card
-from bitassay.quantization.pipeline import quantize_once
+from bitassay.quantization.pipeline import quantize_cached
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.record.files import read_json, write_json
 from bitassay.record.processes import end, end_with_parent, helper_variables
@@ -74,7 +74,7 @@ def model_timer(job: Job, progress: Progress = silent) -> ModelTimer:
         progress=progress,
     )
     if job.recipe is not None:
-        model = quantize_once(model, job.recipe, packed=True, progress=progress)
+        model = quantize_cached(model, job.recipe, packed=True, progress=progress)
     return ModelTimer(model)
 
 

@@ -172,12 +172,12 @@ class _Job:
     def _quantized(self, base: "PreTrainedModel", is_finished: bool) -> "PreTrainedModel":
         """Quantize `base`, or take the codes of the finished folder."""
         from bitassay.engines.load import load
-        from bitassay.quantization.pipeline import quantize, quantize_once
+        from bitassay.quantization.pipeline import quantize, quantize_cached
         from bitassay.quantization.runtime.model import quantization_of, with_tensors
 
         if self.out is None or not is_finished:
             if self.work is None:
-                return quantize_once(base, self.recipe, progress=self.progress)
+                return quantize_cached(base, self.recipe, progress=self.progress)
             return quantize(base, self.recipe, work=self.work, progress=self.progress)
         saved = quantization_of(load(self.out, progress=self.progress, **self.storage.options))
         assert saved is not None

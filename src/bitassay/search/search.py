@@ -35,7 +35,7 @@ from bitassay.errors import BitassayError
 from bitassay.evaluation.quality import INTERVAL, INTERVALS, PAIR_INTERVALS
 from bitassay.models.identity import identity
 from bitassay.quantization.export.fits import check_fit
-from bitassay.quantization.pipeline import quantize_tensors_once
+from bitassay.quantization.pipeline import quantize_tensors_cached
 from bitassay.quantization.recipe.recipe import BASE, Recipe, find_recipe, row_names
 from bitassay.record.environment import environment
 from bitassay.record.files import check_folder, read_json, write_json, write_text
@@ -189,7 +189,7 @@ def _result(
         content = recipe.to_yaml_dict()
         write_text(folder.path / "best" / f"{recipe.name}.yaml", yaml.safe_dump(content, sort_keys=False))
     recipes = {recipe.name: recipe for recipe in (*best[:MOST_BEST], *against)}
-    quantizations = {name: quantize_tensors_once(exam.base, one, progress) for name, one in recipes.items()}
+    quantizations = {name: quantize_tensors_cached(exam.base, one, progress) for name, one in recipes.items()}
     rows, differences = exam.judged(quantizations)
     hand = [recipe.name for recipe in against]
     for row, found in zip(rows[1:], differences, strict=True):

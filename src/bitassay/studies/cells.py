@@ -28,7 +28,7 @@ from bitassay.evaluation.tasks.load import AskedTask, load_tasks
 from bitassay.evaluation.tasks.run import answer
 from bitassay.models.identity import identity
 from bitassay.models.windows import model_windows
-from bitassay.quantization.pipeline import quantize_tensors_once
+from bitassay.quantization.pipeline import quantize_tensors_cached
 from bitassay.quantization.runtime.model import with_tensors
 from bitassay.record.run import AGAIN, RunFolder, differing
 from bitassay.studies.costs import COSTS, Read, facts_of, window_reader
@@ -117,7 +117,7 @@ class Bench:
         for variant in variants:
             if variant.recipe is not None:
                 if variant.recipe != recipe:
-                    recipe, made = variant.recipe, quantize_tensors_once(self.base, variant.recipe)
+                    recipe, made = variant.recipe, quantize_tensors_cached(self.base, variant.recipe)
                 yield variant, with_tensors(self.base, made, packed=variant.kind == "real")  # type: ignore[arg-type]
             elif variant.torchao:
                 assert variant.format is not None

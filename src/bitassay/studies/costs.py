@@ -21,7 +21,7 @@ from bitassay.bench.roofline import matrices_of
 from bitassay.evaluation.divergence import window_logits
 from bitassay.models.walk import decoder_layers
 from bitassay.quantization.codes.rounding import generator_for
-from bitassay.quantization.recipe.calibration import Calibration, calibration_tokens
+from bitassay.quantization.recipe.calibration import calibration_tokens
 from bitassay.quantization.recipe.replication import Chosen
 from bitassay.quantization.replication.on_demand import Depth, gated_logits, planes_on_demand, shuffled
 from bitassay.quantization.replication.select import chosen_layers
@@ -74,7 +74,7 @@ def _products(model: PreTrainedModel) -> int:
     """How many products there are with each matrix in a pass."""
     done = quantization_of(model)
     plan = None if done is None else done.recipe.replication
-    return plan.copies if plan is not None and (plan.of, plan.differ) == ("linear", "inputs") else 1
+    return plan.copies if plan is not None and plan.averages_inputs else 1
 
 
 def window_reader(
@@ -117,7 +117,5 @@ def _chosen(base: PreTrainedModel, model: PreTrainedModel, chosen: Chosen) -> li
     done = quantization_of(model)
     assert done is not None
     schemes = {name: done.recipe.scheme_for(name) for name in done.tensors}
-    tokens = (
-        None if chosen.by == "error" else calibration_tokens(base, done.recipe.calibration or Calibration())
-    )
+    tokens = None if chosen.by == "error" else calibration_tokens(base, done.recipe.text)
     return chosen_layers(base, schemes, chosen, tokens, silent)

@@ -70,8 +70,8 @@ def plan_export(model: PreTrainedModel, recipe: Recipe, layout: Layout | None = 
     saving = (2 * parameters + weights) * item + bits // 8 + 2 * stored
     calibrating = tuning = 0
     text, config = recipe.calibration or Calibration(), model.config.get_text_config()
-    weighs = any((own := recipe.scheme_for(name)) and own.weighs_inputs for name in ways[0])
-    if recipe.is_calibrated and (recipe.solves or weighs):
+    weighs = any((own := recipe.scheme_for(name)) and own.uses_importance for name in ways[0])
+    if recipe.is_calibrated and (recipe.uses_calibrated_solver or weighs):
         widest = max(max(shapes[name]) for name in ways[0])
         streams = layerwise.LEARNED_STREAMS if recipe.learned is not None else 0
         passing = layerwise.memory_of(text.samples * text.tokens, config.hidden_size, widest, streams)

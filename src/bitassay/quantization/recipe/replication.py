@@ -148,6 +148,10 @@ class ReplicationPlan(RecipePart):
         return self.coefficients == "fitted" or (isinstance(chosen, Chosen) and chosen.by != "error")
 
     @property
+    def measures_bits(self) -> bool:
+        return self.makes_codes and isinstance(self.layers, Chosen)
+
+    @property
     def changes_nothing(self) -> bool:
         """Whether every layer runs once, as it is."""
         return self.copies == 1 and self.coefficients != "fitted"

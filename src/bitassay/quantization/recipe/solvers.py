@@ -1,6 +1,6 @@
 """Specs of what solves for codes: gptq, low_rank, learned, mixed, tune. The algorithms are `solvers/`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
@@ -33,6 +33,10 @@ class Mixed(RecipePart):
     def needs_text(self) -> bool:
         return True
 
+    @property
+    def measures_bits(self) -> bool:
+        return True
+
     def conflicts(self, recipe: "Recipe") -> Iterator[str]:
         if recipe.weights is None:
             yield "its formats are variants of weights, of which there are none"
@@ -63,7 +67,7 @@ class Gptq(SolverPart):
         if self.planes is not None and (plan is None or not plan.makes_codes or plan.differ != "residual"):
             yield "planes: apart is of residual codes, and there are none"
 
-    def conflicts_of_copies(self, recipe: "Recipe", solved: tuple[str, ...] = SUMS) -> Iterator[str]:
+    def conflicts_of_copies(self, recipe: "Recipe", solved: Sequence[str] = SUMS) -> Iterator[str]:
         yield from super().conflicts_of_copies(recipe, solved)
 
 
@@ -78,8 +82,7 @@ class LowRankSpec(SolverPart):
     def conflicts(self, recipe: "Recipe") -> Iterator[str]:
         yield from self.conflicts_of_copies(recipe)
 
-    def bits(self, out: int, columns: int) -> int:
-        """Return how many bits the factors of a matrix `[out, columns]` take."""
+    def stored_bits(self, out: int, columns: int) -> int:
         return 16 * self.rank * (out + columns)
 
 

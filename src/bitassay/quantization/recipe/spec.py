@@ -78,6 +78,11 @@ class RecipePart(Spec):
         return False
 
     @property
+    def measures_bits(self) -> bool:
+        """Whether it takes a measurement to know how many bits are stored."""
+        return False
+
+    @property
     def plain_obstacle(self) -> str | None:
         """What plain transformers would not do with the weights of such a model; None: nothing is missing."""
         return None
@@ -85,6 +90,10 @@ class RecipePart(Spec):
     def changes_codes(self, recipe: "Recipe") -> bool:
         """Whether the recipe without this part would have other codes."""
         return True
+
+    def stored_bits(self, out: int, columns: int) -> int:
+        """Return how many bits the part stores beside the codes of a matrix `[out, columns]`."""
+        return 0
 
     def text_passes(self, samples: int) -> int:
         """How many forward passes over one calibration sample the part takes, about."""

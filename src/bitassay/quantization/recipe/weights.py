@@ -202,9 +202,7 @@ class WeightScheme(Spec):
         if "percentile" in fields and self.scale != "percentile":
             yield f"percentile says where scale: percentile clips; scale: {self.scale} does not use it"
         if self.restricted and (fmt.kind != "integer" or not self.symmetric):
-            yield (
-                "restricted leaves out the lowest code of symmetric integers; no others have one to spare"
-            )
+            yield ("restricted leaves out the lowest code of symmetric integers; no others have one to spare")
         if self.zero_point != "integer" and (fmt.kind != "integer" or self.symmetric):
             yield f"zero_point: {self.zero_point} needs zero points: an integer format with symmetric: false"
         if self.zero_point in ("searched", "middle") and self.scale != "mse":

@@ -83,8 +83,7 @@ def _spend(
     shapes = [tensors[0].shape for tensors in candidates.values()]
     count = sum(rows * columns for rows, columns in shapes)
     fixed = sum(int(_bits(unit, candidates)[0]) for unit in units if not unit.free)
-    if recipe.low_rank is not None:
-        fixed += sum(recipe.low_rank.bits(*shape) for shape in shapes)
+    fixed += sum(part.stored_bits(*shape) for part in recipe.parts.values() for shape in shapes)
     _check_budget(spec, (fixed + bits.min(1).sum()) / count, (fixed + bits.max(1).sum()) / count)
     costs = _costs(model, free, candidates, tokens, spec, progress)
     found = allocate(costs, bits, spec.bits * count - fixed)

@@ -19,7 +19,6 @@ from bitassay.quantization.codes.adaptive import adapted
 from bitassay.quantization.codes.copies import digit_planes, merged, planes
 from bitassay.quantization.codes.quantize import check_weight, quantize_tensor
 from bitassay.quantization.codes.tensor import QuantizedTensor
-from bitassay.quantization.recipe.calibration import Calibration
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.recipe.solvers import Gptq
 from bitassay.quantization.recipe.weights import WeightScheme
@@ -118,7 +117,7 @@ class _LayerWork:
         progress: Progress,
     ):
         self.draft, self.schemes, self.recipe, self.progress = draft, schemes, recipe, progress
-        self.calibration = recipe.calibration or Calibration()
+        self.calibration = recipe.text
         modules = dict(draft.named_modules())
         self.linears = {
             name: module for name in schemes if isinstance(module := modules.get(name), nn.Linear)

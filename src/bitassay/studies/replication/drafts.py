@@ -15,7 +15,7 @@ from bitassay.engines.decode import generate
 from bitassay.engines.load import load
 from bitassay.engines.speculative import speculate
 from bitassay.models.windows import model_windows
-from bitassay.quantization.pipeline import quantize_once
+from bitassay.quantization.pipeline import quantize_cached
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.replication.on_demand import planes_on_demand
 from bitassay.studies.variants import VariantPlan
@@ -34,7 +34,7 @@ def drafted(plan: VariantPlan, recipe: Recipe, length: int) -> dict[str, Any]:
         attention=plan.attention,
         trust_remote_code=plan.trust_remote_code,
     )
-    model, reader = planes_on_demand(quantize_once(base, recipe))
+    model, reader = planes_on_demand(quantize_cached(base, recipe))
     prompts = model_windows(base, Protocol(plan.protocol.corpus, window_tokens=PROMPT_TOKENS, windows=TEXTS))[
         0
     ]

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from bitassay.engines.load import load
 from bitassay.errors import BitassayError, suggestion
 from bitassay.models.options import AUTO
-from bitassay.quantization.pipeline import quantize_once
+from bitassay.quantization.pipeline import quantize_cached
 from bitassay.quantization.recipe.recipe import find_recipe, shipped_recipes
 from bitassay.record.progress import Progress, silent
 
@@ -165,7 +165,7 @@ class Party:
         if self.precision in DTYPES:
             return load(model, **where)
         if is_recipe(self.precision):
-            return quantize_once(load(model, **where), find_recipe(self.precision), progress=progress)
+            return quantize_cached(load(model, **where), find_recipe(self.precision), progress=progress)
         return load(self.precision, **where)
 
 
