@@ -7,7 +7,7 @@ from bitassay.engines.decode import generate, prefill
 from bitassay.engines.speculative import speculate
 from bitassay.engines.taps import tap_layers
 from bitassay.quantization.replication.on_demand import Reader
-from bitassay.quantization.solvers.generated import continued
+from bitassay.quantization.solvers.distillation import continued
 from bitassay.verification.calibrate import calibrate
 from bitassay.verification.prove import prove, prove_many
 from bitassay.verification.verdict import verify_many

@@ -10,8 +10,10 @@ import bitassay
 from bitassay.errors import BitassayError
 
 pytest.importorskip("lm_eval")
+from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 
 from bitassay.evaluation.harness import BitassayLM, KeptAnswers
 from bitassay.record.run import RunFolder
@@ -136,7 +138,9 @@ def test_answers_are_kept(ours, tmp_path, monkeypatch):
     assert calls == [4, 4, 4, 1]  # the first part was not asked again
 
 
-def test_lm_evals_command_line_knows_the_model(tmp_path):
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with a task of two items, `tiny`."""
     task = {
         "task": "tiny",
         "dataset_path": "json",
@@ -149,14 +153,27 @@ def test_lm_evals_command_line_knows_the_model(tmp_path):
     }
     (tmp_path / "rows.jsonl").write_text('{"q": "She saw a big", "a": 1}\n{"q": "The small", "a": 0}\n')
     (tmp_path / "tiny.yaml").write_text(json.dumps(task))
+    return tmp_path
+
+
+def test_lm_eval_knows_the_model_by_its_name(folder):
+    tasks = TaskManager(include_path=folder, include_defaults=False)
+    options = {"model_args": "pretrained=stories260k,recipe=w4,packed=True", "task_manager": tasks}
+    results = simple_evaluate(model="bitassay", tasks=["tiny"], bootstrap_iters=0, **options)
+    assert results["results"]["tiny"]["acc,none"] in (0, 0.5, 1)
+
+
+@pytest.mark.slow
+def test_lm_evals_command_line_knows_the_model(folder):
+    """Slow, since lm-eval reads the YAML of all its tasks first."""
     command = [
         *(sys.executable, "-m", "bitassay.evaluation.harness", "run", "--model", "bitassay"),
         *("--model_args", "pretrained=stories260k,recipe=w4,packed=True"),
-        *("--tasks", "tiny", "--include_path", str(tmp_path), "--output_path", str(tmp_path / "found")),
+        *("--tasks", "tiny", "--include_path", str(folder), "--output_path", str(folder / "found")),
     ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    (found,) = (tmp_path / "found").rglob("results_*.json")
-    content = json.loads(found.read_text())
+    (path,) = (folder / "found").rglob("results_*.json")
+    content = json.loads(path.read_text())
     assert content["n-samples"]["tiny"]["effective"] == 2
     assert content["results"]["tiny"]["acc,none"] in (0, 0.5, 1)

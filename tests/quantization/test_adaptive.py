@@ -18,6 +18,7 @@ from bitassay.quantization.codes.storage import (
 )
 from bitassay.quantization.codes.tensor import from_codes
 from bitassay.quantization.recipe.granularity import Granularity
+from bitassay.quantization.recipe.weights import WeightScheme
 
 COSTS = st.tuples(*[st.floats(0, 10)] * 3)
 

@@ -26,6 +26,7 @@ from bitassay.quantization.export.save import save
 from bitassay.quantization.pipeline import quantize
 from bitassay.quantization.recipe.formats import FORMATS
 from bitassay.quantization.recipe.recipe import Recipe, find_recipe
+from bitassay.quantization.recipe.weights import WeightScheme
 from bitassay.quantization.runtime.model import bits_per_weight
 from bitassay.testing.tiny import tiny_model
 

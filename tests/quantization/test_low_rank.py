@@ -10,6 +10,7 @@ from bitassay.quantization.codes.quantize import quantize_tensor
 from bitassay.quantization.recipe.solvers import LowRankSpec
 from bitassay.quantization.recipe.weights import WeightScheme
 from bitassay.quantization.solvers.low_rank import corrected, correction
+from bitassay.quantization.solvers.solver import Solution
 
 SHAPES = [(24, 40), (40, 24), (32, 32)]
 INT2 = WeightScheme(format="int2", granularity="g16")
@@ -122,15 +123,19 @@ def test_what_cannot_be_is_refused():
         correction(residual, hessian, 2)
 
 
+def by_nearest(w, scheme=INT2):
+    return Solution(quantize_tensor(w, scheme), w)
+
+
 def test_beside_the_codes():
     weight, hessian = problem(32, 48)
     plain = quantize_tensor(weight, INT2)
-    made = corrected(weight, hessian, LowRankSpec(rank=4), lambda w: quantize_tensor(w, INT2))
+    made = corrected(weight, hessian, LowRankSpec(rank=4), by_nearest).tensor
     assert torch.equal(made.packed, plain.packed)
     assert made.stored_bits == plain.stored_bits + 16 * 4 * (32 + 48)
     before, after = (error(weight - t.dequantize(), hessian) for t in (plain, made))
     assert after < 0.8 * before
-    none = corrected(weight, hessian, LowRankSpec(rank=0), lambda w: quantize_tensor(w, INT2))
+    none = corrected(weight, hessian, LowRankSpec(rank=0), by_nearest).tensor
     assert none.low_rank is None
     assert torch.equal(none.dequantize(), plain.dequantize())
 
@@ -139,10 +144,9 @@ def test_a_round_that_is_worse_does_not_count():
     weight, hessian = problem(32, 48)
     coarse = WeightScheme(format="binary", granularity="channel", scale="mse")
     schemes = [INT2, coarse, coarse]
-    made = corrected(
-        weight, hessian, LowRankSpec(rank=4, rounds=3), lambda w: quantize_tensor(w, schemes.pop(0))
-    )
-    once = corrected(weight, hessian, LowRankSpec(rank=4), lambda w: quantize_tensor(w, INT2))
+    spec = LowRankSpec(rank=4, rounds=3)
+    made = corrected(weight, hessian, spec, lambda w: by_nearest(w, schemes.pop(0))).tensor
+    once = corrected(weight, hessian, LowRankSpec(rank=4), by_nearest).tensor
     assert not schemes
     assert torch.equal(made.dequantize(), once.dequantize())
 
@@ -153,11 +157,11 @@ def test_alternating_helps_and_the_best_round_counts():
 
     def rounding(w):
         calls.append(w)
-        return quantize_tensor(w, INT2)
+        return by_nearest(w)
 
     errors = []
     for rounds in (1, 2, 6):
-        made = corrected(weight, hessian, LowRankSpec(rank=6, rounds=rounds), rounding)
+        made = corrected(weight, hessian, LowRankSpec(rank=6, rounds=rounds), rounding).tensor
         errors.append(
             error(weight - made.dequantize(), hessian + 0.01 * hessian.diagonal().mean() * torch.eye(48))
         )

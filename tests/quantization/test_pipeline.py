@@ -22,7 +22,7 @@ from bitassay.quantization.runtime.model import (
     quantization_of,
     with_tensors,
 )
-from bitassay.quantization.solvers import generated, layers, tune
+from bitassay.quantization.solvers import distillation, layers, tune
 from bitassay.quantization.solvers.layerwise import (
     first_inputs,
     hessian_of,
@@ -83,23 +83,22 @@ def test_the_base_model_stays_as_it_is(base):
 @pytest.mark.parametrize(("name", "at"), [("gptq", 0), ("gptq", 4), ("learned", 2)])
 def test_an_interrupted_run_goes_on(base, tmp_path, monkeypatch, name, at):
     wanted = quantize(base, recipe(name))
-    finished, write = [], layers._write_layer
+    finished, write = [], layers.write_part
 
-    def write_some(folder, index, solved):
-        if index == at:
+    def write_some(folder, part, *tensors):
+        if part == f"layer-{at:04d}":
             raise KeyboardInterrupt
-        finished.append(index)
-        write(folder, index, solved)
+        finished.append(part)
+        write(folder, part, *tensors)
 
-    monkeypatch.setattr(layers, "_write_layer", write_some)
+    monkeypatch.setattr(layers, "write_part", write_some)
     with pytest.raises(KeyboardInterrupt):
         quantize(base, recipe(name), work=tmp_path / "work")
     monkeypatch.undo()
-    assert finished == list(range(at))
-    solved = []
-    monkeypatch.setattr(layers, "_write_layer", lambda folder, index, s: solved.append(index))
+    assert len(finished) == at
+    monkeypatch.setattr(layers, "write_part", lambda folder, part, *tensors: finished.append(part))
     found = quantize(base, recipe(name), work=tmp_path / "work")
-    assert solved == list(range(at, len(decoder_layers(base))))
+    assert finished == [f"layer-{index:04d}" for index in range(len(decoder_layers(base)))]
     for key, value in wanted.state_dict().items():
         assert torch.equal(found.state_dict()[key], value), key
 
@@ -139,7 +138,7 @@ def test_tuning_learns_from_what_the_base_model_writes(base, tmp_path, monkeypat
     written = load_file(tmp_path / "parts/written-0000.safetensors")
     assert written["tokens"].shape == (16, 64)
     assert written["states"].shape == (16, 64, base.config.hidden_size)
-    monkeypatch.setattr(generated, "continued", lambda *_: 1 / 0)
+    monkeypatch.setattr(distillation, "continued", lambda *_: 1 / 0)
     found = quantize(base, spec, work=tmp_path)
     monkeypatch.undo()
     for key, value in quantize(base, spec).state_dict().items():
@@ -152,7 +151,7 @@ def test_a_finished_work_folder_holds_the_result_alone(base, tmp_path, monkeypat
     assert {path.name for path in (tmp_path / "work/parts").iterdir()} == {
         "inputs.json", "passes.json", "result.json", "result.safetensors",
     }  # fmt: skip
-    monkeypatch.setattr(pipeline, "quantize_layers", lambda *_: 1 / 0)
+    monkeypatch.setattr(pipeline, "quantize_calibrated", lambda *_: 1 / 0)
     found = quantize(base, recipe("tune", **changes), work=tmp_path / "work")
     assert quantization_of(found).inputs == quantization_of(wanted).inputs
     tokens = torch.arange(1, 60)[None]
@@ -188,7 +187,7 @@ def test_a_calibrated_recipe_is_run_once_in_float32(tmp_path, monkeypatch):
     monkeypatch.setenv("BITASSAY_CACHE", str(tmp_path))
     half = stories260k(dtype="bfloat16")
     first = quantization_of(pipeline.quantize_cached(half, recipe("gptq")))
-    monkeypatch.setattr(pipeline, "quantize_layers", lambda *_: 1 / 0)
+    monkeypatch.setattr(pipeline, "quantize_calibrated", lambda *_: 1 / 0)
     again = quantization_of(pipeline.quantize_cached(stories260k(), recipe("gptq")))
     for name, tensor in first.tensors.items():
         assert torch.equal(tensor.dequantize(), again.tensors[name].dequantize())
@@ -221,7 +220,7 @@ def test_codes_are_made_once_whatever_comes_after_them(base, tmp_path, monkeypat
     wanted = quantize(base, other)
     assert codes.recipe_id == other.without_postprocessing.recipe_id != other.recipe_id
     pipeline.quantize_cached(base, codes)
-    monkeypatch.setattr(pipeline, "quantize_layers", lambda *_: 1 / 0)
+    monkeypatch.setattr(pipeline, "quantize_calibrated", lambda *_: 1 / 0)
     found = pipeline.quantize_cached(base, other)
     assert quantization_of(found).inputs == quantization_of(wanted).inputs
     assert quantization_of(found).passes == quantization_of(wanted).passes
@@ -292,8 +291,8 @@ def test_overrides_hold_while_calibrating(base):
 
 @pytest.mark.parametrize(("scale", "runs"), [("absmax", 0), ("mse", 1)])
 def test_text_that_has_no_say_in_rounding_is_not_run_through_the_layers(base, monkeypatch, scale, runs):
-    real, seen = pipeline.quantize_layers, []
-    monkeypatch.setattr(pipeline, "quantize_layers", lambda *given: seen.append(1) or real(*given))
+    real, seen = pipeline.quantize_calibrated, []
+    monkeypatch.setattr(pipeline, "quantize_calibrated", lambda *given: seen.append(1) or real(*given))
     weights = {"format": "int8", "scale": scale}
     smooth = Recipe.model_validate(
         {
@@ -419,26 +418,26 @@ def test_learning_moves_the_linears_of_a_mixture_and_leaves_its_experts(name):
         quantize(model, recipe(name, overrides=only_experts))
 
 
-def test_without_tuning_no_latent_outlives_its_layer(base):
+def test_without_tuning_no_unrounded_weight_outlives_its_layer(base):
     tokens = pipeline.calibration_tokens(base, recipe("gptq").calibration)
     schemes = {name: recipe("gptq").scheme_for(name) for name in matrices(base)}
     for name, kept in (("gptq", False), ("learned", False), ("tune", True)):
         draft = copy_sharing_parameters(base)
         found = layers.quantize_layers(draft, schemes, recipe(name), tokens, None, silent)
-        assert all((solved.latent is not None) is kept for solved in found.values()), name
+        assert all((solved.unrounded is not None) is kept for solved in found.values()), name
 
 
-def test_no_latent_of_an_expert_outlives_its_layer():
+def test_no_unrounded_weight_of_an_expert_outlives_its_layer():
     model, spec = tiny_model("qwen3_moe"), recipe("tune")
     tokens = pipeline.calibration_tokens(model, spec.calibration)
     schemes = {name: spec.scheme_for(name) for name in matrices(model)}
     found = layers.quantize_layers(copy_sharing_parameters(model), schemes, spec, tokens, None, silent)
-    kept = {name for name, solved in found.items() if solved.latent is not None}
+    kept = {name for name, solved in found.items() if solved.unrounded is not None}
     assert kept == {name for name in schemes if ".experts." not in name}
 
 
 def test_tuning_is_one_stage_with_the_mean_loss_now_and_then(base, monkeypatch):
-    monkeypatch.setattr(pipeline, "KEEP_STEPS", 5)
+    monkeypatch.setattr(tune, "KEEP_STEPS", 5)
     said = []
     quantize(base, recipe("tune"), progress=lambda *report: said.append(report))
     stage = [report for report in said if report[0].startswith("tuning")]

@@ -25,6 +25,7 @@ from bitassay.quantization.export.save import save
 from bitassay.quantization.pipeline import quantize
 from bitassay.quantization.recipe.formats import FORMATS
 from bitassay.quantization.recipe.recipe import Recipe
+from bitassay.quantization.recipe.weights import WeightScheme
 from bitassay.quantization.runtime.model import Quantization, bits_per_weight, size_bytes, with_tensors
 from bitassay.record.hashing import digest_file
 from bitassay.testing.tiny import tiny_model

@@ -6,16 +6,15 @@ import torch
 from bitassay.errors import BitassayError
 from bitassay.quantization.recipe.solvers import Tune
 from bitassay.quantization.solvers import tune
+from bitassay.quantization.solvers.descent import learning_rate, sample_order
+from bitassay.quantization.solvers.distillation import head_weight, last_states
 from bitassay.quantization.solvers.layerwise import hessian_of
 from bitassay.quantization.solvers.learned import relative_error
-from bitassay.quantization.solvers.schedule import learning_rate, sample_order
 from bitassay.quantization.solvers.tune import (
     divergence,
-    head_weight,
-    last_states,
     layers_computed_again,
     memory_of,
-    own_norms,
+    tunable_norms,
 )
 from bitassay.testing.tiny import tiny_model
 
@@ -101,7 +100,7 @@ def test_every_sample_is_seen_before_any_is_seen_again():
 def test_norms_of_its_own():
     model = tiny_model("qwen3")
     before = model.model.norm.weight
-    norms = own_norms(model)
+    norms = tunable_norms(model)
     assert len(norms) == 4 * 3 + 1  # two of the layer, those of queries and keys, and the last
     assert model.model.norm.weight is not before
     assert any(norm is model.model.norm.weight for norm in norms)

@@ -1,10 +1,23 @@
-"""Text to measure on: corpora and prompts, from a local folder or from what this package carries.
+"""Text to measure on: corpora and prompts, from a local folder, a file of the user, or this package.
 
 `BITASSAY_DATA` names a folder of data sets (searched first); without it the bundled files are used, where the
-licence of a text lets it be carried. A result always says which.
+licence of a text allows it to be bundled. A result always says which.
 
-A file of one's own is a corpus too, called by its path and, once it has been looked at, by the start of its
-digest: `notes.jsonl@1a2b3c4d5e6f7a8b`. So the id of whatever used it says what was in it.
+A user's file is a corpus too. It is called by its path and, once read, by the start of its digest, so that
+the id of whatever used it says what was in it: `notes.jsonl@1a2b3c4d5e6f7a8b`.
+
+A new corpus is one entry of CORPORA. Those that GPTQ (2210.17323) and its successors measure on:
+
+    wikitext2-raw   the lines of the raw test set joined by two newlines, blank lines as empty strings, as the
+                    published WikiText-2 perplexities of quantized models have it
+    c4-new          the first 1100 documents of C4's English validation set (its first file), joined by a
+                    space; 256 windows are read
+    ptb-new         the lines of the Penn Treebank test set (Mikolov's preprocessing), stripped, joined by a
+                    space
+
+Two of our own: c4-train-new, the first 1000 documents of C4's training set joined by a space, stands in for
+c4-new where the validation set is missing. Its numbers are not comparable with published ones, nor fair to
+recipes that were calibrated on C4. c4-train, the same documents joined by an empty line, is for calibration.
 """
 
 import hashlib
@@ -24,45 +37,13 @@ from bitassay.record.files import read_text
 
 @dataclass(frozen=True)
 class CorpusFiles:
-    """Where a corpus lies: paths searched under BITASSAY_DATA, the bundled file (None: it may not be
-    carried), and how its text is made from the file."""
+    """Where a corpus is: paths searched under BITASSAY_DATA and the bundled file, if any; and how its text is
+    made from the file. max_windows: how many its protocol reads at most."""
 
     paths: tuple[str, ...]
     bundled: str | None
     text: Callable[[Path], str]
     max_windows: int | None = None
-
-
-C4_DOCUMENTS = 1100
-C4_TRAIN = ("c4/c4_en_train_first1000.jsonl.gz",)
-CORPORA = {
-    "wikitext2-raw": CorpusFiles(
-        ("wikitext2/wiki.test.raw.gz", "wikitext2/wiki.test.raw"),
-        "wikitext2-test.raw.gz",
-        lambda path: "\n\n".join(line if line.strip() else "" for line in _lines(path)),
-    ),
-    "c4-new": CorpusFiles(
-        ("c4/c4-validation.00000-of-00008.json.gz", "c4/en/c4-validation.00000-of-00008.json.gz"),
-        None,
-        lambda path: " ".join(_field(path, "text", C4_DOCUMENTS)),
-        max_windows=256,
-    ),
-    "c4-train-new": CorpusFiles(
-        C4_TRAIN,
-        "c4-train-1000.jsonl.gz",
-        lambda path: " ".join(_field(path, "text", C4_DOCUMENTS)),
-        max_windows=256,
-    ),
-    "ptb-new": CorpusFiles(
-        ("ptb/ptb.test.txt.gz", "ptb/ptb.test.txt"),
-        None,
-        lambda path: " ".join(line.strip() for line in _lines(path)),
-    ),
-    "c4-train": CorpusFiles(
-        C4_TRAIN, "c4-train-1000.jsonl.gz", lambda path: "\n\n".join(_field(path, "text"))
-    ),
-}
-_OWN = re.compile(r"(?P<path>.+\.(?:txt|jsonl)(?:\.gz)?)(?:@(?P<digest>[0-9a-f]{16}))?")
 
 
 @dataclass(frozen=True)
@@ -75,21 +56,55 @@ class Corpus:
     max_windows: int | None = None
 
 
-def is_own(name: str) -> bool:
-    """Whether a corpus of this name is a file of one's own: .txt, or .jsonl with a field `text`, or either
+def _wikitext(path: Path) -> str:
+    return "\n\n".join(line if line.strip() else "" for line in _lines(path))
+
+
+def _ptb(path: Path) -> str:
+    return " ".join(line.strip() for line in _lines(path))
+
+
+def _c4(path: Path) -> str:
+    return " ".join(_field(path, "text", 1100))
+
+
+def _documents(path: Path) -> str:
+    return "\n\n".join(_field(path, "text"))
+
+
+_C4_TRAIN = ("c4/c4_en_train_first1000.jsonl.gz",)
+CORPORA = {
+    "wikitext2-raw": CorpusFiles(
+        ("wikitext2/wiki.test.raw.gz", "wikitext2/wiki.test.raw"), "wikitext2-test.raw.gz", _wikitext
+    ),
+    "c4-new": CorpusFiles(
+        ("c4/c4-validation.00000-of-00008.json.gz", "c4/en/c4-validation.00000-of-00008.json.gz"),
+        None,
+        _c4,
+        max_windows=256,
+    ),
+    "c4-train-new": CorpusFiles(_C4_TRAIN, "c4-train-1000.jsonl.gz", _c4, max_windows=256),
+    "ptb-new": CorpusFiles(("ptb/ptb.test.txt.gz", "ptb/ptb.test.txt"), None, _ptb),
+    "c4-train": CorpusFiles(_C4_TRAIN, "c4-train-1000.jsonl.gz", _documents),
+}
+_USER_FILE = re.compile(r"(?P<path>.+\.(?:txt|jsonl)(?:\.gz)?)(?:@(?P<digest>[0-9a-f]{16}))?")
+
+
+def is_user_file(name: str) -> bool:
+    """Return whether a corpus of this name is a user's file: .txt, or .jsonl with a field `text`, or either
     gzipped."""
-    return _OWN.fullmatch(name) is not None
+    return _USER_FILE.fullmatch(name) is not None
 
 
 def is_pinned(name: str) -> bool:
-    """Whether this name means one text."""
-    own = _OWN.fullmatch(name)
-    return own is None or own["digest"] is not None
+    """Return whether this name always means the same text."""
+    user_file = _USER_FILE.fullmatch(name)
+    return user_file is None or user_file["digest"] is not None
 
 
 def pinned(name: str) -> str:
-    """The name of a corpus with what is in it: a file of one's own gets the start of its digest, others have
-    one text. Raises BitassayError where there is no such file."""
+    """Return the name of a corpus that always means the text it has now: a user's file gets the start of its
+    digest. Raises BitassayError where there is no such file."""
     return name if is_pinned(name) else f"{name}@{_digest(read_text(Path(name)))}"
 
 
@@ -98,62 +113,39 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _own_corpus(name: str, path: Path, digest: str | None) -> Corpus:
+def _user_corpus(name: str, path: Path, digest: str | None) -> Corpus:
     text = read_text(path)
-    found = _digest(text)
-    if digest not in (None, found):
+    now = _digest(text)
+    if digest not in (None, now):
         raise BitassayError(
-            f"{path}: its digest begins with {found}, {name} means another text",
+            f"{path}: its digest begins with {now}, {name} means another text",
             f"restore that file, or say {path} alone to take what it holds now",
         )
     if ".jsonl" in path.name:
-        text = "\n\n".join(_field(path, "text"))
+        text = _documents(path)
     if not text.strip():
         raise BitassayError(f"{path}: the corpus is empty", "another file")
-    return Corpus(name, text, f"{path}, sha256 {found}...")
+    return Corpus(name, text, f"{path}, sha256 {now}...")
 
 
 def check_corpus(name: str) -> None:
-    """Raises as `corpus` does for a name, and where its file is not here, without reading a whole text that
-    comes with the package."""
-    if own := _OWN.fullmatch(name):
-        _own_corpus(name, Path(own["path"]), own["digest"])
+    """Raise as `corpus` does for an unknown name or a missing file; a bundled text is not read."""
+    if user_file := _USER_FILE.fullmatch(name):
+        _user_corpus(name, Path(user_file["path"]), user_file["digest"])
     else:
-        _locate(_known(name))
-
-
-def _known(name: str) -> str:
-    if name not in CORPORA:
-        raise BitassayError(
-            f"unknown corpus {name!r}; {suggestion(name, CORPORA)}",
-            "one of these, or a file of your own: PATH.txt, or PATH.jsonl with a field 'text'",
-        )
-    return name
+        _locate(name)
 
 
 def corpus(name: str) -> Corpus:
-    """The corpus called `name`, joined as its protocol wants. Raises BitassayError for an unknown name, an
-    empty file, or a file of one's own that is not what its name says, MissingError for a text that neither
-    BITASSAY_DATA nor the package has.
+    """Return the corpus called `name`, or PATH: a .txt file as it is (line ends as LF, no byte order mark),
+    the texts of a .jsonl file joined by an empty line.
 
-    wikitext2-raw   the lines of the raw test set joined by two newlines, blank lines as empty strings. That
-                    is how the data set's rows are joined in GPTQ's evaluation, which the published WikiText-2
-                    perplexities of quantized models follow.
-    c4-new          the first 1100 documents of C4's English validation set (its first file), joined by a
-                    space: GPTQ's `c4-new`, of which 256 windows are read.
-    c4-train-new    the same of the training set, of which 1000 documents are at hand: a stand-in where the
-                    validation set is not, never comparable with published numbers, and not for recipes that
-                    were calibrated on C4.
-    ptb-new         the lines of the Penn Treebank test set (Mikolov's preprocessing), stripped, joined by a
-                    space: GPTQ's `ptb-new`.
-    c4-train        the documents of c4-train-new joined by an empty line; for calibration, never for
-                    measuring.
-    PATH            a file of one's own: .txt as it is (line ends as LF, no byte order mark), the texts of
-                    .jsonl joined by an empty line.
+    Raises BitassayError for an unknown name, an empty file, or a user's file that is not what its name says;
+    MissingError for a text that neither BITASSAY_DATA nor the package has.
     """
-    if own := _OWN.fullmatch(name):
-        return _own_corpus(name, Path(own["path"]), own["digest"])
-    path, source = _locate(_known(name))
+    if user_file := _USER_FILE.fullmatch(name):
+        return _user_corpus(name, Path(user_file["path"]), user_file["digest"])
+    path, source = _locate(name)
     text = CORPORA[name].text(path)
     if not text.strip():
         raise BitassayError(f"{path}: the corpus is empty", "restore the file, or unset BITASSAY_DATA")
@@ -161,32 +153,35 @@ def corpus(name: str) -> Corpus:
 
 
 def same_text(first: str, second: str) -> bool:
-    """Whether two corpora are read from the same files: what is calibrated on one is flattered by the
+    """Return whether two corpora are read from the same files: what is calibrated on one is flattered by the
     other."""
     return _files(first) == _files(second)
 
 
 def _files(name: str) -> tuple[str, ...]:
-    own = _OWN.fullmatch(name)
-    return CORPORA[name].paths if own is None else (own["digest"] or _digest(read_text(Path(name))),)
+    user_file = _USER_FILE.fullmatch(name)
+    if user_file is None:
+        return CORPORA[name].paths
+    return (user_file["digest"] or _digest(read_text(Path(name))),)
 
 
 def bundled_prompts() -> list[str]:
-    """800 instructions in a fixed order: the 80 first turns of MT-bench, then 720 from Dolly."""
+    """Return 800 instructions in a fixed order: the 80 first turns of MT-bench, then 720 from Dolly."""
     return prompts_from(bundled_file("prompts.jsonl.gz")[0])
 
 
 def prompts_from(path: Path) -> list[str]:
-    """Prompts from a `.jsonl` file (field `prompt`; may be gzipped) or a text file with one prompt a line."""
+    """Return the prompts in a `.jsonl` file (field `prompt`; may be gzipped) or in a text file, one a
+    line."""
     if ".jsonl" in path.name:
-        lines = _field(path, "prompt")
+        prompts = _field(path, "prompt")
     else:
-        lines = [line for line in read_text(path).split("\n") if line.strip()]
-    if not lines:
+        prompts = [line for line in read_text(path).split("\n") if line.strip()]
+    if not prompts:
         raise BitassayError(
             f"{path}: no prompts in it", "write one prompt a line, or JSON lines with a field 'prompt'"
         )
-    return lines
+    return prompts
 
 
 def _lines(path: Path) -> io.StringIO:
@@ -210,9 +205,14 @@ def _field(path: Path, name: str, count: int | None = None) -> list[str]:
 
 
 def _locate(name: str) -> tuple[Path, str]:
+    if name not in CORPORA:
+        raise BitassayError(
+            f"unknown corpus {name!r}; {suggestion(name, CORPORA)}",
+            "one of these, or a file of your own: PATH.txt, or PATH.jsonl with a field 'text'",
+        )
     known = CORPORA[name]
-    if found := in_data_folder(known.paths):
-        return found
+    if located := in_data_folder(known.paths):
+        return located
     if known.bundled is None:
         raise MissingError(
             f"{name}: its text does not come with this package, and BITASSAY_DATA has none",
@@ -223,8 +223,8 @@ def _locate(name: str) -> tuple[Path, str]:
 
 
 def in_data_folder(candidates: tuple[str, ...]) -> tuple[Path, str] | None:
-    """The first of `candidates` that is a file under BITASSAY_DATA, and what a result says of it; None where
-    there is none. Raises BitassayError where that folder does not exist."""
+    """Return the first of `candidates` that is a file under BITASSAY_DATA, and how a result names it; None
+    where there is none. Raises BitassayError where that folder does not exist."""
     root = os.environ.get("BITASSAY_DATA")
     if not root:
         return None
@@ -239,5 +239,5 @@ def in_data_folder(candidates: tuple[str, ...]) -> tuple[Path, str] | None:
 
 
 def bundled_file(name: str) -> tuple[Path, str]:
-    """A file that this package carries, and what a result says of it."""
+    """Return a file that this package carries, and how a result names it."""
     return Path(str(files("bitassay") / "data" / "bundled" / name)), f"bundled {name}"

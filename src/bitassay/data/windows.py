@@ -1,11 +1,9 @@
 """Perplexity protocols: which text, cut how. The id names everything that changes the number.
 
-`wikitext2-raw/2048` is the published one: the raw test set joined by blank lines, tokenized once, cut into
-non-overlapping windows of 2048, the rest dropped; the first token of a window predicts nothing. `c4-new/2048`
-and `ptb-new/2048` are those of GPTQ (2210.17323) and its successors; of C4 the first 256 windows are read.
-`corpora.py` says how each text is joined. With `windows`, that many windows evenly spaced over the text are
-taken, and the id says so: `ptb-new/512[n=16]`. A file of one's own has an id too, with the start of its
-digest: `notes.txt@1a2b3c4d5e6f7a8b/512`.
+`wikitext2-raw/2048` is the published protocol: the text is tokenized once and cut into non-overlapping
+windows of 2048, the rest dropped; the first token of a window is not predicted. `corpora.py` says how each
+text is joined. With `windows`, that many windows evenly spaced over the text are taken, and the id says so:
+`ptb-new/512[n=16]`. A user's file has an id too: `notes.txt@1a2b3c4d5e6f7a8b/512`.
 """
 
 import re
@@ -17,7 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from bitassay.data.corpora import Corpus, corpus, is_own, pinned
+from bitassay.data.corpora import Corpus, corpus, is_user_file, pinned
 from bitassay.errors import BitassayError, suggestion
 
 PROTOCOLS = ("wikitext2-raw", "c4-new", "ptb-new", "c4-train-new")
@@ -47,26 +45,25 @@ class Protocol:
 
     @classmethod
     def parse(cls, text: str, *, window_tokens: int | None = None, windows: int | None = None) -> "Protocol":
-        """The protocol of that name, file or id; what the text leaves out is as given, else 2048 tokens and
-        all windows.
-
-        Raises BitassayError for an unknown name, and where text and arguments disagree.
-        """
-        found = _ID.fullmatch(text)
-        if found is None or not (found[1] in PROTOCOLS or is_own(found[1])):
+        """Return the protocol of that name, file or id. The arguments say what the text leaves out, else it
+        is 2048 tokens and all windows. Raises BitassayError for an unknown name, and where text and arguments
+        disagree."""
+        parts = _ID.fullmatch(text)
+        if parts is None or not (parts[1] in PROTOCOLS or is_user_file(parts[1])):
             raise BitassayError(
                 f"no protocol is called {text!r}; {suggestion(text, PROTOCOLS)}",
                 "a name, an id such as ptb-new/512[n=16], or a file of your own: PATH.txt, PATH.jsonl",
             )
-        asked = (window_tokens, windows)
-        said = [
-            a if digits is None else int(digits) for digits, a in zip(found.groups()[1:], asked, strict=True)
-        ]
-        for one, given, option in zip(said, asked, ("--window", "--windows"), strict=True):
-            if given is not None and one != given:
-                raise BitassayError(f"{text!r} says {one}, {option} says {given}", "leave one of them out")
-        length, count = said
-        return cls(pinned(found[1]), 2048 if length is None else length, count)
+        settings = []
+        for digits, value, option in (
+            (parts[2], window_tokens, "--window"),
+            (parts[3], windows, "--windows"),
+        ):
+            if digits is not None and value not in (None, int(digits)):
+                raise BitassayError(f"{text!r} says {digits}, {option} says {value}", "leave one of them out")
+            settings.append(value if digits is None else int(digits))
+        length, count = settings
+        return cls(pinned(parts[1]), 2048 if length is None else length, count)
 
 
 class TooShortError(BitassayError):
@@ -76,10 +73,8 @@ class TooShortError(BitassayError):
 def token_windows(
     tokenizer: PreTrainedTokenizerBase, protocol: Protocol
 ) -> tuple[Int[Tensor, "windows tokens"], str]:
-    """The windows as token ids, and where the text came from.
-
-    Raises TooShortError where the text is shorter than what is asked for.
-    """
+    """Return the windows as token ids, and where the text came from. Raises TooShortError where the text has
+    fewer windows than are asked for."""
     text = corpus(protocol.corpus)
     ids = _token_ids(tokenizer, len(tokenizer), text)
     available = len(ids) // protocol.window_tokens
@@ -101,6 +96,6 @@ def token_windows(
 
 @lru_cache(maxsize=4)
 def _token_ids(tokenizer: PreTrainedTokenizerBase, _vocabulary: int, text: Corpus) -> Int[Tensor, " tokens"]:
-    """The whole text, which takes seconds; kept, since a study calibrates dozens of models with the same."""
-    # It is far longer than any model's context; it is cut by whoever asked, so the tokenizer need not warn.
+    """The whole text, which takes seconds; kept, since a study calibrates dozens of models with it."""
+    # The caller cuts it to the model's context, so the tokenizer need not warn of its length.
     return tokenizer(text.text, return_tensors="pt", verbose=False).input_ids[0]

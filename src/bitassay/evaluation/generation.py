@@ -1,17 +1,15 @@
-"""How far a model's own words are from its base's: greedy continuations of the same prompts, side by side.
+"""How far a model's texts are from its base's: greedy continuations of the same prompts, compared in pairs.
 
-Both models write at most so many tokens, greedily and with a KV cache; the base model's text is the
-reference, so these figures say how much a text *changed*, never how good it is.
+The base model's text is the reference, so these figures say how much a text *changed*, never how good it is.
 
-    prefix       the leading tokens that are equal
-    divergence   the first token that is not, counted from 1: prefix + 1, also for texts that never part (they
-                 part after their end)
-    BLEU         of the whole corpus, by sacrebleu, whose signature stands beside it
+    prefix       the number of leading tokens that are equal
+    divergence   the first token that differs, counted from 1: prefix + 1, for equal texts too
+    BLEU         of the whole corpus, by sacrebleu, with its signature
     ROUGE-1/2/L  F-measure of each text, averaged, by rouge-score without stemming
 
 Greedy texts part for good at the first close call, so the prefix is the sharper figure: BLEU and ROUGE of two
-texts that parted early say little more than that both are about the same thing. Intervals are 95 %, over
-prompts (`statistics.py`). Two texts without a word score 0 in BLEU and ROUGE, whether they are equal or not.
+texts that parted early say little more than that both have the same topic. Intervals are 95 %, over prompts
+(`statistics.py`). Two texts without a word score 0 in BLEU and ROUGE.
 
 Sources: Papineni et al. 2002 (BLEU), Post 2018 (1804.08771, sacrebleu), Lin 2004 (ROUGE).
 """
@@ -22,25 +20,13 @@ from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 from transformers import PreTrainedModel
 
-from bitassay.engines.decode import TokenIds
-from bitassay.engines.engine import engine_of
+from bitassay.engines.decode import TokenIds, generate
 from bitassay.errors import MissingError
+from bitassay.evaluation import statistics
 from bitassay.evaluation.likelihood import shared_length
-from bitassay.evaluation.statistics import (
-    LOGIT,
-    MEDIAN,
-    NONE,
-    WILSON,
-    Interval,
-    jackknife_of,
-    logit_interval,
-    mean_of,
-    median_interval,
-    wilson_interval,
-)
+from bitassay.evaluation.statistics import LOGIT, MEDIAN, NONE, WILSON, Interval, logit_interval, mean_of
 from bitassay.models.identity import tokenizer
 from bitassay.record.progress import Progress, silent
 
@@ -49,21 +35,18 @@ INTERVALS = {
     "divergence_ci": MEDIAN,
     "identical_ci": WILSON,
     "bleu_ci": f"{LOGIT}, jackknife",
-    "rouge1_ci": LOGIT,
-    "rouge2_ci": LOGIT,
-    "rougeL_ci": LOGIT,
+    **dict.fromkeys(("rouge1_ci", "rouge2_ci", "rougeL_ci"), LOGIT),
 }
 INTERVAL = (
     "95 % over prompts: Student's t on a logit scale (of BLEU by the jackknife), Wilson's of identical "
     f"texts, order statistics of the median (from 6 prompts on); {NONE}"
 )
-ROUGE = ("rouge1", "rouge2", "rougeL")
 BATCH = 8
 
 
 @dataclass(frozen=True)
 class Text:
-    """What a model wrote: token ids with the end token where it came to one, and the text without it."""
+    """What a model wrote: token ids, with the end token if it wrote one, and the text without it."""
 
     ids: tuple[int, ...]
     text: str
@@ -96,15 +79,13 @@ class TextQuality:
 
 
 def check_scorers() -> None:
-    """Raises MissingError where the packages that score texts are not here."""
-    missing = [name for name, module in _SCORERS.items() if find_spec(module) is None]
+    """Raise MissingError where the packages that score texts are not installed."""
+    scorers = {"sacrebleu": "sacrebleu", "rouge-score": "rouge_score"}
+    missing = [name for name, module in scorers.items() if find_spec(module) is None]
     if missing:
         raise MissingError(
             f"comparing texts needs {' and '.join(missing)}", "pip install 'bitassay[generation]'"
         )
-
-
-_SCORERS = {"sacrebleu": "sacrebleu", "rouge-score": "rouge_score"}
 
 
 def continuations(
@@ -117,83 +98,79 @@ def continuations(
     keep: Callable[[list[Text]], None] = lambda texts: None,
     progress: Progress = silent,
 ) -> list[Text]:
-    """The greedy continuation of each prompt; the first `done` are left out.
+    """Return the greedy continuation of each prompt but the first `done`.
 
-    keep: gets each batch as it is finished. Arithmetic in 16 bits depends on what shares a batch, so models
+    keep: gets each batch once it is finished. Arithmetic in 16 bits depends on the rest of a batch, so models
     that are compared must get the same prompts in the same order and batches. Raises BitassayError as
     `generate` does.
     """
     texts = list[Text]()
     for start in range(done, len(prompts), batch):
         progress("writing", start, len(prompts))
-        found = engine_of(model).generate(prompts[start : start + batch], max_new_tokens=max_new_tokens)
-        fresh = [Text(one.output_ids, decoded(model, one.output_ids)) for one in found]
-        keep(fresh)
-        texts += fresh
+        generations = generate(model, prompts[start : start + batch], max_new_tokens=max_new_tokens)
+        written = [Text(item.output_ids, decoded(model, item.output_ids)) for item in generations]
+        keep(written)
+        texts += written
     progress("writing", len(prompts), len(prompts))
     return texts
 
 
 def decoded(model: PreTrainedModel, ids: TokenIds) -> str:
-    """The text of token ids, without special tokens."""
+    """Return the text of token ids, without special tokens."""
     return str(tokenizer(model).decode(list(ids), skip_special_tokens=True))
 
 
 def prefix_lengths(texts: Sequence[Text], base: Sequence[Text]) -> list[int]:
-    """The number of leading tokens that each text shares with the base model's."""
+    """Return the number of leading tokens that each text shares with the base model's."""
     return [shared_length(x.ids, y.ids) for x, y in zip(texts, base, strict=True)]
 
 
 def compare_texts(texts: Sequence[Text], base: Sequence[Text]) -> TextQuality:
-    """All figures, texts paired with the base model's in their order. Raises MissingError without the
+    """Return all figures, texts paired with the base model's in their order. Raises MissingError without the
     `generation` extra."""
     check_scorers()
     prefixes = np.array(prefix_lengths(texts, base))
-    longest = max(len(one.ids) for one in base)
     identical = sum(x.ids == y.ids for x, y in zip(texts, base, strict=True))
-    written, reference = [one.text for one in texts], [one.text for one in base]
-    rouge = {name: mean_of(found) for name, found in rouge_scores(written, reference).items()}
+    written, reference = [text.text for text in texts], [text.text for text in base]
     prefix = mean_of(prefixes)
     bleu, without, signature = _bleu(written, reference)
     return TextQuality(
         prompts=len(texts),
         prefix_tokens=prefix.value,
-        prefix_tokens_ci=logit_interval(prefix, 0, longest),
+        prefix_tokens_ci=logit_interval(prefix, 0, max(len(text.ids) for text in base)),
         divergence=float(np.quantile(prefixes + 1, 0.5, method="inverted_cdf")),
-        divergence_ci=median_interval(prefixes + 1),
+        divergence_ci=statistics.median_interval(prefixes + 1),
         identical_fraction=identical / len(texts),
-        identical_ci=wilson_interval(identical, len(texts)),
+        identical_ci=statistics.wilson_interval(identical, len(texts)),
         bleu=bleu,
-        bleu_ci=logit_interval(jackknife_of(bleu, without), 0, 100),
+        bleu_ci=logit_interval(statistics.jackknife_of(bleu, without), 0, 100),
         bleu_signature=signature,
-        rouge1=rouge["rouge1"].value,
-        rouge1_ci=logit_interval(rouge["rouge1"]),
-        rouge2=rouge["rouge2"].value,
-        rouge2_ci=logit_interval(rouge["rouge2"]),
-        rougeL=rouge["rougeL"].value,
-        rougeL_ci=logit_interval(rouge["rougeL"]),
+        **_rouge(written, reference),
     )
 
 
-def rouge_scores(texts: Sequence[str], references: Sequence[str]) -> dict[str, Float[np.ndarray, " texts"]]:
-    """F-measures by the measure's name."""
+def _rouge(texts: Sequence[str], references: Sequence[str]) -> dict[str, Any]:
+    """The mean F-measure of each ROUGE, and its interval."""
     from rouge_score.rouge_scorer import RougeScorer
 
-    scorer = RougeScorer(ROUGE)
-    found = [scorer.score(target=b, prediction=a) for a, b in zip(texts, references, strict=True)]
-    return {name: np.array([one[name].fmeasure for one in found]) for name in ROUGE}
+    names = ["rouge1", "rouge2", "rougeL"]
+    scorer = RougeScorer(names)
+    scores = [scorer.score(target=b, prediction=a) for a, b in zip(texts, references, strict=True)]
+    means = {name: mean_of([score[name].fmeasure for score in scores]) for name in names}
+    intervals = {f"{name}_ci": logit_interval(mean) for name, mean in means.items()}
+    return {name: mean.value for name, mean in means.items()} | intervals
 
 
 def _bleu(texts: Sequence[str], references: Sequence[str]) -> tuple[float, list[float], str]:
-    """BLEU of the corpus, what it is without each text in turn, and sacrebleu's signature. Counts of n-grams
-    add up over texts, so leaving one out is a subtraction."""
+    """BLEU of the corpus, BLEU without each text in turn, and sacrebleu's signature. Counts of n-grams add up
+    over texts, so leaving one out is a subtraction."""
     from sacrebleu.metrics.bleu import BLEU
 
     metric, single = BLEU(), BLEU(effective_order=True)
     bleu = metric.corpus_score(texts, [references])  # the signature knows the references only afterwards
-    found = [single.sentence_score(a, [b]) for a, b in zip(texts, references, strict=True)]
-    counts = np.array([[*s.counts, *s.totals, s.sys_len, s.ref_len] for s in found])
-    orders = len(found[0].counts)
+    scores = [single.sentence_score(a, [b]) for a, b in zip(texts, references, strict=True)]
+    counts = np.array([[*s.counts, *s.totals, s.sys_len, s.ref_len] for s in scores])
+    orders = len(scores[0].counts)
     without = [
         BLEU.compute_bleu(
             left[:orders],

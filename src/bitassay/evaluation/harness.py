@@ -1,25 +1,26 @@
-"""Every model of this package as a model of lm-eval (EleutherAI's lm-evaluation-harness), by the name
+"""The models of this package as models of lm-eval (EleutherAI's lm-evaluation-harness), by the name
 `bitassay`.
 
-Importing this module registers it; lm-eval has no plug-ins to be found by. So, for lm-eval's own command
-line,
+Importing this module registers the name, since lm-eval finds no plug-ins. In Python, that is enough for
+`lm_eval.simple_evaluate(model="bitassay", ...)`. For lm-eval's command line, run this module instead:
 
     python -m bitassay.evaluation.harness run --model bitassay --model_args pretrained=smollm2-135m \\
         --tasks hellaswag
 
-is `lm_eval` with this import before it, and in Python `import bitassay.evaluation.harness` is enough for
-`lm_eval.simple_evaluate(model="bitassay", ...)`.
-
-Text becomes tokens by lm-eval's own rules (`TemplateLM._encode_pair`, `HFLM.tok_encode`): a context's spaces
-at the end belong to the continuation, the pair is tokenized in one piece and cut where the context's own
-tokens end, and no second BOS is put before one. The model's work is in `likelihood.py` and `greedy.py`.
+Text becomes tokens by lm-eval's own rules (`TemplateLM._encode_pair`, `HFLM.tok_encode`): spaces at the end
+of a context belong to the continuation, the pair is tokenized in one piece and cut where the context's own
+tokens end, and no second BOS is added. The model's work is in `likelihood.py` and `greedy.py`.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
+import datasets
+import torch
+from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM, TemplateLM
 from lm_eval.api.registry import model_registry, register_model
@@ -46,13 +47,13 @@ GREEDY_OPTIONS = {"do_sample", "temperature", "top_p", "top_k"}
 
 
 class BitassayLM(TemplateLM):
-    """A model of this package, or one that is already loaded, for lm-eval.
+    """A model for lm-eval.
 
     pretrained: whatever `bitassay.load` takes, or a loaded model; recipe: quantize it by this one first;
-    packed: keep its codes packed. device: as torch names it; lm-eval's command line says cuda:0 unless told
-    otherwise, so without CUDA that is the CPU. max_length: read at most so many tokens (default: the model's
-    positions). batch_tokens: tokens in one forward (default: by device). batch_size and max_batch_size are
-    lm-eval's and have no effect: batches are cut by tokens.
+    packed: keep its codes packed. device: as torch names it; lm-eval's command line asks for cuda:0 by
+    default, which without CUDA is taken as the CPU. max_length: read at most so many tokens (default: the
+    model's positions). batch_tokens: tokens in one forward (default: by device). lm-eval's batch_size and
+    max_batch_size have no effect.
     """
 
     def __init__(
@@ -70,13 +71,13 @@ class BitassayLM(TemplateLM):
         progress: Progress = silent,
     ):
         super().__init__()
-        if isinstance(pretrained, PreTrainedModel):
-            model = pretrained
-        else:
+        model = pretrained
+        if not isinstance(model, PreTrainedModel):
+            no_cuda = device is None or (device.startswith("cuda") and not torch.cuda.is_available())
             model = load(
-                pretrained,
+                model,
                 dtype=dtype,
-                device=_at_hand(device),
+                device="cpu" if no_cuda else str(device),
                 packed=packed and recipe is None,
                 trust_remote_code=trust_remote_code,
                 progress=progress,
@@ -140,9 +141,11 @@ class BitassayLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         for texts, context, continuation in requests:
             if not context or not 0 < len(continuation) <= self.max_length:
+                text = repr(texts)
+                text = text if len(text) < 200 else f"{text[:100]} ... {text[-100:]}"
                 raise BitassayError(
                     f"a continuation of {len(continuation)} tokens cannot be scored by a model that reads "
-                    f"{self.max_length}: {_shortened(texts)}",
+                    f"{self.max_length}: {text}",
                     "leave the item out, or choose another model",
                 )
         scores = continuation_scores(
@@ -159,8 +162,8 @@ class BitassayLM(TemplateLM):
         return answers
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of each whole text in nats; every token is predicted once, from as much before it as
-        the model reads."""
+        """Return the log-likelihood of each text in nats; every token is predicted once, from as many tokens
+        before it as the model reads."""
         windows, owners = [], []
         for owner, request in enumerate(requests):
             for window in get_rolling_token_windows(
@@ -178,15 +181,15 @@ class BitassayLM(TemplateLM):
         return sums
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Greedy texts up to a request's stop strings. Raises BitassayError where a task asks for anything
-        but greedy decoding."""
+        """Return greedy texts up to a request's stop strings. Raises BitassayError where a task asks for
+        anything but greedy decoding."""
         report = self._reporter("generating", len(requests), disable_tqdm)
         groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
-            groups.setdefault(repr(_arguments(request)[1]), []).append(index)
-        found: dict[int, str] = {}
+            groups.setdefault(repr(request.args[1]), []).append(index)  # type: ignore[misc]
+        answers: dict[int, str] = {}
         for group in groups.values():
-            stops, new_tokens = self._until(_arguments(requests[group[0]])[1])
+            stops, new_tokens = self._until(requests[group[0]].args[1])  # type: ignore[misc]
             room = self.max_length - new_tokens
             if room < 1:
                 raise BitassayError(
@@ -194,6 +197,7 @@ class BitassayLM(TemplateLM):
                     "model reads",
                     "ask for fewer, or give another model",
                 )
+            before = len(answers)
             texts = greedy_texts(
                 self.model,
                 self.tokenizer,
@@ -201,35 +205,34 @@ class BitassayLM(TemplateLM):
                 stops=stops,
                 max_new_tokens=new_tokens,
                 batch_tokens=self.batch_tokens,
-                done=partial(_after, report, len(found)),
+                done=lambda count, before=before: report(before + count),
             )
             for index, text in zip(group, texts, strict=True):
-                found[index] = text
+                answers[index] = text
                 self.cache_hook.add_partial("generate_until", requests[index].args, text)
-        return [found[index] for index in range(len(requests))]
+        return [answers[index] for index in range(len(requests))]
 
     def _encode_prompt(self, text: str) -> list[int]:
-        """lm-eval tokenizes prompts to be continued apart from contexts: only the tokenizer's own BOS
-        counts."""
+        """Tokens of a prompt to be continued: unlike for contexts, lm-eval minds the tokenizer's own BOS
+        alone."""
         bos = self.tokenizer.bos_token
-        special: dict[str, Any] = {}
-        if isinstance(bos, str) and text.startswith(bos):
-            special["add_special_tokens"] = False
-        return self.tokenizer(text, **special)["input_ids"]  # type: ignore[return-value]
+        has_bos = isinstance(bos, str) and text.startswith(bos)
+        options: dict[str, Any] = {"add_special_tokens": False} if has_bos else {}
+        return self.tokenizer(text, **options)["input_ids"]  # type: ignore[return-value]
 
     def _until(self, asked: dict[str, Any]) -> tuple[list[str], int]:
-        """Stop strings and number of new tokens that a task asks for."""
+        """The stop strings and the number of new tokens that a task asks for."""
         options: dict[str, Any] = {**normalize_gen_kwargs(asked, self.max_gen_toks)}
         stops = handle_stop_sequences(
             options.pop("until"),
             eos=self.tokenizer.decode(self.eot_token_id),  # type: ignore[arg-type]
         )
         new_tokens = options.pop("max_gen_toks")
-        unknown = sorted(options.keys() - GREEDY_OPTIONS)
-        if options.get("do_sample") or unknown:
-            what = "do_sample" if options.get("do_sample") else unknown[0]
+        refused = ["do_sample"] if options.get("do_sample") else sorted(options.keys() - GREEDY_OPTIONS)
+        if refused:
+            value = options[refused[0]]
             raise BitassayError(
-                f"the task asks to generate with {what}={options[what]!r}; this adapter decodes greedily",
+                f"the task asks to generate with {refused[0]}={value!r}; this adapter decodes greedily",
                 "lm_eval --model hf for such a task",
             )
         return stops, int(new_tokens)
@@ -239,9 +242,9 @@ class BitassayLM(TemplateLM):
 
 
 class KeptAnswers(LM):
-    """A model whose answers are kept in a run folder, in parts of so many requests: what was answered before
-    is read instead. The requests of one `name` must be the same every time, which the plan of the folder
-    sees to."""
+    """A model whose answers are kept in a run folder, in parts of PART_REQUESTS, and are not asked again. The
+    requests of one `name` must be the same every time, which the folder's plan ensures. (lm-eval's own cache
+    keeps pickles.)"""
 
     def __init__(self, lm: BitassayLM, folder: RunFolder, name: str):
         super().__init__()
@@ -270,35 +273,9 @@ if "bitassay" not in model_registry:  # this file may be imported twice, once as
     register_model("bitassay")(BitassayLM)
 
 
-def _at_hand(device: str | None) -> str:
-    import torch
-
-    if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):
-        return "cpu"
-    return device
-
-
-def _arguments(request: Instance) -> tuple[Any, ...]:
-    return request.args
-
-
-def _after(report: Callable[[int], None], before: int, count: int) -> None:
-    report(before + count)
-
-
-def _shortened(texts: Any) -> str:
-    text = repr(texts)
-    return text if len(text) < 200 else f"{text[:100]} ... {text[-100:]}"
-
-
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without lm-eval's and the data sets' own bars and messages, which say nothing that a result does
-    not."""
-    import logging
-
-    import datasets
-
+    """Silence the progress bars and messages of lm-eval and of its data sets."""
     logger, bars = logging.getLogger("lm_eval"), datasets.are_progress_bars_disabled()
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -312,9 +289,7 @@ def quiet() -> Iterator[None]:
 
 
 def main() -> None:
-    """lm-eval's own command line, which knows the model `bitassay`."""
-    from lm_eval.__main__ import cli_evaluate
-
+    """Run lm-eval's own command line, which then knows the model `bitassay`."""
     cli_evaluate()
 
 

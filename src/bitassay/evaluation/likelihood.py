@@ -2,20 +2,14 @@
 
 A multiple-choice item asks for the log-likelihood of a few endings of one context, and all items of a subject
 begin with the same few-shot examples. A plain run reads every context with every ending from the start. Here
-the sequences to read make a tree with at most three levels:
+the prefix that the contexts of many items share is read once, as one row, and its keys and values are given
+to all rows behind it by indexing the cache: any cache of transformers or of `quantization.inputs` will do.
+Behind the prefix, an item is one row: a trie of the rest of its context and its endings (`tries.py`), where
+the model attends by mask.
 
-    trunk   what the contexts of many items have in common: one row, read once
-    head    the rest of an item's context: read once, behind the trunk
-    leaf    the scored part: the context's last token and the continuation but for its last
-
-The keys and values of a trunk are computed once and given to all rows behind it by indexing the cache, so
-every cache that transformers or `quantize.kv_cache` has will do. Behind it an item is one row, a trie of head
-and leaves (`tries.py`), where the model attends by mask.
-
-Elsewhere no row needs a mask or explicit positions, whatever the architecture: rows that others build on have
-equal lengths, and the last rows are padded on the right, where causal attention never looks. So heads of
-several items are read together as far as the shortest of them goes, and what the others have beyond that is
-read with each leaf; items are sorted by length, so that is little. Logits are computed for leaves alone.
+Other models (sliding windows, rounded caches) read each context with each ending behind the prefix. Those
+rows need no mask and no positions, whatever the architecture: they are padded on the right, where causal
+attention never looks. Logits are computed only at the positions that predict a continuation.
 
     log p(y | x) = sum_i log softmax(z_i)[y_i],   z_i in fp32, the sum in fp64
 
@@ -55,16 +49,24 @@ class Score(NamedTuple):
 
 @dataclass
 class _Sequence:
-    """One row to read: its last `scored` positions predict something. `asked`: which requests want the
-    predictions of which tokens, at the last positions."""
+    """Tokens to read, of which the last `scored` predict something; and which requests (by index) ask for
+    which continuation at the last positions."""
 
     tokens: tuple[int, ...]
     scored: int = 0
-    asked: list[tuple[int, TokenIds]] = field(default_factory=list)
+    requests: list[tuple[int, TokenIds]] = field(default_factory=list)
 
     @property
-    def head(self) -> tuple[int, ...]:
+    def context(self) -> tuple[int, ...]:
         return self.tokens[: len(self.tokens) - self.scored]
+
+
+class _Scored(NamedTuple):
+    """Sequences that were read, the logits of their scored positions, and each sequence's rows of these."""
+
+    sequences: Sequence[_Sequence]
+    rows: Sequence[Sequence[int]]
+    logits: Float[Tensor, "rows vocabulary"]
 
 
 def continuation_scores(
@@ -75,8 +77,8 @@ def continuation_scores(
     batch_tokens: int | None = None,
     done: Callable[[int], None] = lambda count: None,
 ) -> list[Score]:
-    """Score every (context, continuation), both in token ids and neither empty; `max_length` tokens are read
-    at most, the last ones. `done` hears how many pairs are finished. In the order given."""
+    """Score every (context, continuation), both in token ids and neither empty, and return the scores in that
+    order. At most the last `max_length` tokens are read. `done` is told how many pairs are finished."""
     sequences: dict[tuple[int, ...], _Sequence] = {}
     for index, (context, continuation) in enumerate(pairs):
         assert 0 < len(continuation) <= max_length
@@ -84,160 +86,128 @@ def continuation_scores(
         tokens = (*context, *continuation)[-(max_length + 1) :][:-1]
         sequence = sequences.setdefault(tokens, _Sequence(tokens))
         sequence.scored = max(sequence.scored, len(continuation))
-        sequence.asked.append((index, continuation))
+        sequence.requests.append((index, continuation))
     budget = default_batch_tokens(model) if batch_tokens is None else batch_tokens
-    found: dict[int, Score] = {}
-    for leaves in _leaf_logits(model, list(sequences.values()), budget):
-        found |= _scores(leaves)
-        done(len(found))
-    return [found[index] for index in range(len(pairs))]
-
-
-class _Leaves(NamedTuple):
-    """Sequences that were read, the logits of their scored positions, and which rows are whose, in order."""
-
-    sequences: Sequence[_Sequence]
-    rows: Sequence[Sequence[int]]
-    logits: Float[Tensor, "rows vocabulary"]
+    scores: dict[int, Score] = {}
+    for batch in _read_all(model, list(sequences.values()), budget):
+        scores |= _scores(batch)
+        done(len(scores))
+    return [scores[index] for index in range(len(pairs))]
 
 
 @torch.inference_mode()
-def _scores(leaves: _Leaves) -> dict[int, Score]:
+def _scores(batch: _Scored) -> dict[int, Score]:
     """Scores by request."""
-    parts = [part.float() for part in leaves.logits.split(ROWS)]
+    parts = [part.float() for part in batch.logits.split(ROWS)]
     normalizer = torch.cat([part.logsumexp(1) for part in parts])
     best = torch.cat([part.amax(1) for part in parts])
-    found = {}
-    for sequence, rows in zip(leaves.sequences, leaves.rows, strict=True):
-        for index, continuation in sequence.asked:
-            own = torch.tensor(rows[-len(continuation) :], device=leaves.logits.device)
-            targets = torch.tensor(continuation, device=leaves.logits.device)
-            chosen = leaves.logits[own, targets].float()
-            log_likelihood = (chosen - normalizer[own]).double().sum().item()
-            found[index] = Score(log_likelihood, bool((chosen == best[own]).all()))
-    return found
+    scores = {}
+    for sequence, all_rows in zip(batch.sequences, batch.rows, strict=True):
+        for index, continuation in sequence.requests:
+            rows = torch.tensor(all_rows[-len(continuation) :], device=batch.logits.device)
+            targets = torch.tensor(continuation, device=batch.logits.device)
+            chosen = batch.logits[rows, targets].float()
+            log_likelihood = (chosen - normalizer[rows]).double().sum().item()
+            scores[index] = Score(log_likelihood, bool((chosen == best[rows]).all()))
+    return scores
 
 
-def _leaf_logits(model: PreTrainedModel, sequences: Sequence[_Sequence], budget: int) -> Iterator[_Leaves]:
-    """Logits of the scored positions, for all sequences, a few at a time."""
+def _read_all(model: PreTrainedModel, sequences: Sequence[_Sequence], budget: int) -> Iterator[_Scored]:
+    """Read all sequences, a few at a time."""
     by_mask = attends_by_mask(model)
-    for shared, families in _by_trunk(model, sequences):
-        trunk, past = Prefix.read(model, shared), len(shared)
-        tries, others = list[tuple[Trie, list[_Sequence]]](), []
+    for shared, families in _by_prefix(model, sequences):
+        prefix, past = Prefix.read(model, shared), len(shared)
+        tries, alone = list[tuple[Trie, list[_Sequence]]](), list[_Sequence]()
         for family in families:
-            trie = Trie.of([one.tokens[past:] for one in family]) if by_mask and len(family) > 1 else None
-            if trie is not None and len(trie.tokens) <= budget:
+            trie = Trie.of([sequence.tokens[past:] for sequence in family])
+            if by_mask and len(family) > 1 and len(trie.tokens) <= budget:
                 tries.append((trie, family))
             else:
-                others.append(family)
+                alone += family
         for batch in token_batches([len(trie.tokens) for trie, _ in tries], budget, past):
-            yield trunk.spread([0] * len(batch)).score_tries([tries[index] for index in batch])
-        alone, several = _worth_a_head(model, others, past)
-        for batch in token_batches([len(one.tokens) - past for one in alone], budget, past):
-            group = [alone[index] for index in batch]
-            yield trunk.spread([0] * len(group)).score(group)
-        for batch in token_batches([len(one[0].head) - past for one in several], budget, past):
-            chosen = [several[index] for index in batch]
-            length = min(len(family[0].head) for family in chosen)
-            heads = trunk.spread([0] * len(batch)).extend([one[0].head[past:length] for one in chosen])
-            leaves = [(row, one) for row, family in enumerate(chosen) for one in family]
-            for part in token_batches([len(one.tokens) - length for _, one in leaves], budget, length):
-                rows, group = zip(*(leaves[index] for index in part), strict=True)
-                yield heads.spread(rows).score(group)
+            yield prefix.repeated(len(batch)).score_tries([tries[index] for index in batch])
+        for batch in token_batches([len(sequence.tokens) - past for sequence in alone], budget, past):
+            yield prefix.repeated(len(batch)).score([alone[index] for index in batch])
 
 
-def _by_trunk(
+def _by_prefix(
     model: PreTrainedModel, sequences: Sequence[_Sequence]
 ) -> Iterator[tuple[tuple[int, ...], list[list[_Sequence]]]]:
-    """Sequences of one head together, and those families by what their heads have in common from the start:
-    nothing, where that is not worth while. Those that the model reads at other frequencies are apart."""
-    alike: dict[tuple[int, ...], dict[tuple[int, ...], list[_Sequence]]] = {}
+    """Families of sequences with one context, by the prefix that their contexts share: an empty one where
+    that is not worth while. Sequences that the model reads at different frequencies are apart."""
+    by_frequencies: dict[tuple[int, ...], dict[tuple[int, ...], list[_Sequence]]] = {}
     for sequence in sequences:
-        families = alike.setdefault(frequencies(model, len(sequence.tokens)), {})
-        families.setdefault(sequence.head, []).append(sequence)
-    for families in alike.values():
-        heads = sorted(families)
-        found: dict[tuple[int, ...], list[list[_Sequence]]] = {}
-        for start, stop, shared in common_prefixes(heads):
-            first = families[heads[start]][0].tokens
-            trunk = found.setdefault(first[:shared] if may_share(model, shared, len(first)) else (), [])
-            trunk += [families[head] for head in heads[start:stop]]
-        yield from found.items()
+        families = by_frequencies.setdefault(frequencies(model, len(sequence.tokens)), {})
+        families.setdefault(sequence.context, []).append(sequence)
+    for families in by_frequencies.values():
+        contexts = sorted(families)
+        by_prefix: dict[tuple[int, ...], list[list[_Sequence]]] = {}
+        for start, stop, shared in common_prefixes(contexts):
+            first = families[contexts[start]][0].tokens
+            prefix = first[:shared] if may_share(model, shared, len(first)) else ()
+            by_prefix.setdefault(prefix, []).extend(families[context] for context in contexts[start:stop])
+        yield from by_prefix.items()
 
 
 def may_share(model: PreTrainedModel, shared: int, tokens: int) -> bool:
-    """Whether the model may read the first `shared` tokens once for several texts of `tokens` tokens."""
+    """Return whether the model may read the first `shared` tokens once for several texts of `tokens`
+    tokens."""
     return reads_on(model) and frequencies(model, shared) == frequencies(model, tokens)
-
-
-def _worth_a_head(
-    model: PreTrainedModel, families: Sequence[list[_Sequence]], shared: int
-) -> tuple[list[_Sequence], list[list[_Sequence]]]:
-    """Sequences that are read alone, and families whose head beyond `shared` is long enough to be read
-    once."""
-    alone, several = [], []
-    for family in families:
-        head, tokens = len(family[0].head), len(family[0].tokens)
-        if (len(family) - 1) * (head - shared) >= SHARED_TOKENS and may_share(model, head, tokens):
-            several.append(family)
-        else:
-            alone += family
-    return alone, several
 
 
 @dataclass
 class Prefix:
-    """Rows of equal length that a model has read, as its cache; `length` 0: nothing yet, and one row."""
+    """Equal rows that a model has read, as its cache; `length` 0: nothing yet."""
 
     model: PreTrainedModel
     cache: DynamicCache
     length: int
 
     @classmethod
-    def read(cls, model: PreTrainedModel, tokens: TokenIds) -> "Prefix":
-        """One row that holds `tokens`; there may be none."""
-        nothing = cls(model, empty_cache(model), 0)
-        return nothing.extend([tokens]) if tokens else nothing
-
-    def spread(self, rows: Sequence[int]) -> "Prefix":
-        """A prefix whose rows are these rows of this one, which stays as it is."""
-        if not self.length:
-            return Prefix.read(self.model, ())
-        return Prefix(self.model, copy_rows(self.cache, rows, self.model.device), self.length)
-
     @torch.inference_mode()
-    def extend(self, rows: Sequence[TokenIds]) -> "Prefix":
-        """Read equally many more tokens in every row. This prefix is used up."""
-        tokens = torch.tensor(rows, device=self.model.device)
-        decoder: torch.nn.Module = decoder_of(self.model)
-        decoder(input_ids=tokens, **behind(decoder, self.cache, self.length, tokens))
-        return Prefix(self.model, self.cache, self.length + tokens.shape[1])
+    def read(cls, model: PreTrainedModel, tokens: TokenIds) -> "Prefix":
+        """Read one row of tokens; there may be none."""
+        cache = empty_cache(model)
+        if tokens:
+            decoder: torch.nn.Module = decoder_of(model)
+            row = torch.tensor([tokens], device=model.device)
+            decoder(input_ids=row, **behind(decoder, cache, 0, row))
+        return cls(model, cache, len(tokens))
 
-    def score(self, group: Sequence[_Sequence]) -> _Leaves:
+    def repeated(self, rows: int) -> "Prefix":
+        """Return so many copies of the row; this prefix stays as it is."""
+        if not self.length:
+            return Prefix(self.model, empty_cache(self.model), 0)
+        return Prefix(self.model, copy_rows(self.cache, [0] * rows, self.model.device), self.length)
+
+    def score(self, sequences: Sequence[_Sequence]) -> _Scored:
         """Read the rest of each sequence in its row. This prefix is used up."""
-        rests = [sequence.tokens[self.length :] for sequence in group]
-        tokens = right_pad(rests, self.model.device)
+        rests = [sequence.tokens[self.length :] for sequence in sequences]
+        longest = max(map(len, rests))
+        tokens = torch.tensor([[*rest, *[0] * (longest - len(rest))] for rest in rests])
         wanted = torch.zeros(tokens.shape, dtype=torch.bool)
-        for row, (rest, sequence) in enumerate(zip(rests, group, strict=True)):
+        for row, (rest, sequence) in enumerate(zip(rests, sequences, strict=True)):
             wanted[row, len(rest) - sequence.scored : len(rest)] = True
+        device = self.model.device
+        tokens = tokens.to(device)
         options = behind(self.model, self.cache, self.length, tokens) if self.length else {"use_cache": False}
-        logits = logits_at(self.model, tokens, wanted.to(tokens.device), options)
-        stops = accumulate(sequence.scored for sequence in group)
-        rows = [range(stop - one.scored, stop) for stop, one in zip(stops, group, strict=True)]
-        return _Leaves(group, rows, logits)
+        logits = _logits_at(self.model, tokens, wanted.to(device), options)
+        stops = accumulate(sequence.scored for sequence in sequences)
+        rows = [range(stop - s.scored, stop) for stop, s in zip(stops, sequences, strict=True)]
+        return _Scored(sequences, rows, logits)
 
-    def score_tries(self, families: Sequence[tuple[Trie, Sequence[_Sequence]]]) -> _Leaves:
-        """Read the rest of each family in a row, as the trie that it is. This prefix is used up."""
+    def score_tries(self, families: Sequence[tuple[Trie, Sequence[_Sequence]]]) -> _Scored:
+        """Read the rest of each family in a row, as a trie. This prefix is used up."""
         tokens, positions, mask = rows_of([trie for trie, _ in families], self.length, self.model.dtype)
         wanted = torch.zeros(tokens.shape, dtype=torch.bool)
         scored = [
-            (row, path[-one.scored :])
+            (row, path[-sequence.scored :])
             for row, (trie, family) in enumerate(families)
-            for path, one in zip(trie.paths, family, strict=True)
+            for path, sequence in zip(trie.paths, family, strict=True)
         ]
         for row, nodes in scored:
             wanted[row, nodes] = True
-        places = wanted.flatten().cumsum(0).view(wanted.shape) - 1
+        row_of_logits = wanted.flatten().cumsum(0).view(wanted.shape) - 1
         device = self.model.device
         options = {
             "past_key_values": self.cache if self.length else None,
@@ -245,24 +215,21 @@ class Prefix:
             "position_ids": positions.to(device),
             "attention_mask": mask.to(device),
         }
-        logits = logits_at(self.model, tokens.to(device), wanted.to(device), options)
-        rows = [places[row, nodes].tolist() for row, nodes in scored]
-        return _Leaves([one for _, family in families for one in family], rows, logits)
+        logits = _logits_at(self.model, tokens.to(device), wanted.to(device), options)
+        rows = [row_of_logits[row, nodes].tolist() for row, nodes in scored]
+        return _Scored([sequence for _, family in families for sequence in family], rows, logits)
 
 
 @torch.inference_mode()
-def logits_at(
+def _logits_at(
     model: PreTrainedModel,
     tokens: Int[Tensor, "batch tokens"],
     wanted: Bool[Tensor, "batch tokens"],
     options: Mapping[str, Any],
 ) -> Float[Tensor, "rows vocabulary"]:
-    """Logits at the wanted positions alone, row by row, in the model's dtype. `options` go to the model; a
-    cache among them grows.
-
-    The output head is given those positions of its input in one row; what the model does to logits after it
-    (a cap, a scale) it does to these.
-    """
+    """Logits at the wanted positions alone, row by row, in the model's dtype. The output head is given those
+    positions of its input in one row; what the model does to logits after it (a cap, a scale) it does to
+    these. `options` go to the model; a cache among them grows."""
 
     def keep(_module: torch.nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden, *rest = arguments
@@ -273,18 +240,13 @@ def logits_at(
         return model(input_ids=tokens, **options).logits[0]
 
 
-def right_pad(rows: Sequence[TokenIds], device: torch.device) -> Int[Tensor, "batch tokens"]:
-    longest = max(map(len, rows))
-    return torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device)
-
-
 def common_prefixes(ordered: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, int, int]]:
-    """Runs of sequences, which come in lexicographic order, that share a long beginning: (first, one past the
-    last, shared length, 0 where it is not worth while). Every sequence is in one run."""
+    """Yield runs of sequences, given in lexicographic order, that share a long prefix: (first, one past the
+    last, shared length, 0 where sharing is not worth while). Every sequence is in one run."""
     start, shared = 0, -1  # -1: a run of one, which shares whatever it has
     for index in range(1, len(ordered) + 1):
         common = shared_length(ordered[index - 1], ordered[index]) if index < len(ordered) else 0
-        # A short common beginning ends a run rather than cutting what the run shares to less than half.
+        # A short common prefix ends a run rather than cutting what the run shares to less than half.
         if common >= SHARED_TOKENS and 2 * common >= shared:
             shared = common if shared < 0 else min(shared, common)
             continue
@@ -292,9 +254,7 @@ def common_prefixes(ordered: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, i
         start, shared = index, -1
 
 
-def shared_length(one: TokenIds, other: TokenIds) -> int:
-    """How many tokens two sequences have in common from the start."""
-    return next(
-        (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b),
-        min(len(one), len(other)),
-    )
+def shared_length(first: TokenIds, second: TokenIds) -> int:
+    """Return how many tokens two sequences have in common from the start."""
+    equal = (a == b for a, b in zip(first, second, strict=False))
+    return next((index for index, same in enumerate(equal) if not same), min(len(first), len(second)))

@@ -1,12 +1,11 @@
-"""Sequences that begin alike, read in one row: no token that they share is read twice.
+"""Tree attention: sequences with a common prefix are read in one row, and no token that they share is read
+twice (SpecInfer, 2305.09781, section 4.1).
 
-Sequences make a trie: a node for each token behind each beginning. In a row the nodes stand in the order in
-which they come up, parents before children, and the attention mask lets each see its ancestors and itself
-alone, at the position that is its depth; so its hidden state is what it would be in a row of its sequence
-alone. Rows of different lengths are padded on the right.
+The sequences make a trie, with a node for each token behind each prefix. The nodes stand in a row, parents
+before children. The attention mask lets each node see its ancestors and itself alone, and its position is its
+depth; so its hidden state is that of a row of its sequence alone. Rows are padded on the right.
 
-That needs a model that attends where a mask says and nowhere else: `attends_by_mask`. (Tree attention, as in
-SpecInfer, 2305.09781, section 4.1, where the trie is one of drafts.)
+The model must attend exactly where a mask says: `attends_by_mask`.
 """
 
 from collections.abc import Sequence
@@ -24,8 +23,8 @@ from bitassay.models.walk import decoder_layers
 
 @dataclass(frozen=True)
 class Trie:
-    """A row: its tokens, the parent of each (-1: none) and how deep it is; and each sequence's nodes, from
-    the root."""
+    """A row: its tokens, the parent of each (-1: none) and its depth; and the path of each sequence's nodes
+    from the root."""
 
     tokens: list[int]
     parents: list[int]
@@ -34,6 +33,7 @@ class Trie:
 
     @classmethod
     def of(cls, sequences: Sequence[TokenIds]) -> "Trie":
+        """Return the trie of some sequences."""
         node_of: dict[tuple[int, int], int] = {}  # by parent and token; -1 is the parent of the first
         depths, paths = [], []
         for sequence in sequences:
@@ -48,17 +48,17 @@ class Trie:
         return cls([token for _, token in node_of], [parent for parent, _ in node_of], depths, paths)
 
     def sees(self) -> Bool[Tensor, "nodes nodes"]:
-        """What each node attends to: its ancestors and itself."""
-        found = torch.eye(len(self.tokens), dtype=torch.bool)
+        """Return what each node attends to: its ancestors and itself."""
+        visible = torch.eye(len(self.tokens), dtype=torch.bool)
         for node, parent in enumerate(self.parents):
             if parent >= 0:
-                found[node] |= found[parent]
-        return found
+                visible[node] |= visible[parent]
+        return visible
 
 
 def attends_by_mask(model: PreTrainedModel) -> bool:
-    """Whether every layer attends to what a mask says, however far back, and keeps keys as they are; of code
-    that is not transformers' own nobody knows."""
+    """Return whether every layer attends to what a mask says, however far back, and keeps keys as they are;
+    False for code that is not transformers' own."""
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
@@ -76,8 +76,8 @@ def attends_by_mask(model: PreTrainedModel) -> bool:
 def rows_of(
     tries: Sequence[Trie], past: int, dtype: torch.dtype
 ) -> tuple[Int[Tensor, "rows tokens"], Int[Tensor, "rows tokens"], Float[Tensor, "rows 1 tokens all"]]:
-    """Tokens, positions and the mask to add, behind `past` tokens that every node sees. Padding sees what is
-    before it."""
+    """Return tokens, positions and the mask to add, behind `past` tokens that every node sees. Padding sees
+    what is before it."""
     longest = max(len(trie.tokens) for trie in tries)
     tokens = torch.zeros(len(tries), longest, dtype=torch.long)
     positions = torch.zeros_like(tokens)

@@ -4,8 +4,8 @@
     -> activations -> replication
 
 Each part of a recipe that is present is done, in this order: PREPARE changes a working copy of the model and
-decides how each matrix is stored, `quantize_layers` solves layer by layer, TRAIN moves all layers together,
-FINISH adds what belongs to the codes. Without any part a matrix is rounded to nearest on its own and no text
+decides how each matrix is stored, SOLVERS (`solvers/registry.py`) find the codes, FINISH adds what belongs to
+them. Without any part a matrix is rounded to nearest on its own and no text
 is read. A recipe that names a `calibration` has its scale searches weighed by the inputs; a part that needs
 text where none is named reads the default one for itself.
 
@@ -30,7 +30,7 @@ from bitassay.models.identity import Identity, identity
 from bitassay.models.load import load_checkpoint
 from bitassay.models.options import LoadOptions
 from bitassay.models.source import cache_folder, resolve
-from bitassay.models.walk import matrices, walk
+from bitassay.models.walk import matrices
 from bitassay.quantization.codes.quantize import quantize_tensor
 from bitassay.quantization.codes.tensor import QuantizedTensor
 from bitassay.quantization.inputs.ranges import collect_ranges, input_roundings
@@ -38,8 +38,7 @@ from bitassay.quantization.recipe.calibration import calibration_tokens
 from bitassay.quantization.recipe.inputs import Activations
 from bitassay.quantization.recipe.recipe import Recipe, find_recipe
 from bitassay.quantization.recipe.replication import ReplicationPlan
-from bitassay.quantization.recipe.solvers import Mixed, Tune
-from bitassay.quantization.recipe.spec import SolverPart
+from bitassay.quantization.recipe.solvers import Mixed
 from bitassay.quantization.recipe.transforms import Rotation, Smoothing
 from bitassay.quantization.recipe.weights import WeightScheme
 from bitassay.quantization.replication.layer_copies import copies_by_layer, with_copies
@@ -51,11 +50,8 @@ from bitassay.quantization.runtime.model import (
     with_tensors,
 )
 from bitassay.quantization.solvers.budget import mixed_schemes
-from bitassay.quantization.solvers.generated import lessons
-from bitassay.quantization.solvers.latent import latent_linears
-from bitassay.quantization.solvers.layers import Solved, quantize_layers
+from bitassay.quantization.solvers.layers import quantize_calibrated
 from bitassay.quantization.solvers.sensitivity import places
-from bitassay.quantization.solvers.tune import KEEP_STEPS, head_weight, own_norms, tune
 from bitassay.quantization.transforms.rotation import changed_parameters, rotate
 from bitassay.quantization.transforms.smoothing import smooth
 from bitassay.quantization.work import RESULT, code_digest, read_result, write_result
@@ -154,10 +150,10 @@ def _kept(
 
 
 @dataclass
-class Draft:
+class WorkingCopy:
     """A working copy of the base model on its way through the steps of a recipe. schemes: how each matrix is
     stored, None where it is left alone. copies: how many copies each layer has that has several, for which
-    `uncopied` is the draft as it was before it had the first copy's schemes."""
+    `uncopied` is this as it was before it had the first copy's schemes."""
 
     base: PreTrainedModel
     recipe: Recipe
@@ -167,7 +163,7 @@ class Draft:
     folder: RunFolder | None
     progress: Progress
     copies: dict[int, int] = field(default_factory=dict)
-    uncopied: "Draft | None" = None
+    uncopied: "WorkingCopy | None" = None
 
     @property
     def text(self) -> Int[Tensor, "samples tokens"]:
@@ -191,29 +187,28 @@ def _quantized(
             "load it on the CPU, quantize, and move the result",
         )
     tokens = calibration_tokens(base, recipe.text) if recipe.is_calibrated else None
-    draft = Draft(base, recipe, copy_sharing_parameters(base), schemes, tokens, folder, progress)
+    work = WorkingCopy(base, recipe, copy_sharing_parameters(base), schemes, tokens, folder, progress)
     if codes is None or "replication" in recipe.parts:
         for prepare, part in recipe.steps(PREPARE):
-            prepare(draft, part)
-    made = replace(codes or _solved(draft), recipe=recipe)
+            prepare(work, part)
+    made = replace(codes or _solved(work), recipe=recipe)
     for finish, part in recipe.steps(FINISH):
-        made = finish(draft, part, made)
+        made = finish(work, part, made)
     return made
 
 
-def _solved(draft: Draft) -> Quantization:
+def _solved(work: WorkingCopy) -> Quantization:
     """Return the codes of all matrices, and what else changed in the working copy."""
-    recipe, schemes = draft.recipe, draft.schemes
+    recipe, schemes = work.recipe, work.schemes
     weighed = recipe.calibration is not None and any(s and s.uses_importance for s in schemes.values())
     if recipe.uses_calibrated_solver or weighed:
-        solved = quantize_layers(draft.model, schemes, recipe, draft.text, draft.folder, draft.progress)
-        for train, part in recipe.steps(TRAIN):
-            solved = train(draft, part, solved)
-        tensors = {name: matrix.tensor for name, matrix in solved.items()}
+        tensors = quantize_calibrated(
+            work.base, work.model, schemes, recipe, work.text, work.folder, work.progress
+        )
     else:
-        tensors = rounded_to_nearest(draft.model, schemes, f"quantizing by {recipe.name}", draft.progress)
+        tensors = rounded_to_nearest(work.model, schemes, f"quantizing by {recipe.name}", work.progress)
     quantized = {f"{name}.weight" for name in tensors} | {name.rpartition(".")[0] for name in tensors}
-    changed = changed_parameters(draft.base, draft.model)
+    changed = changed_parameters(work.base, work.model)
     parameters = {name: value for name, value in changed.items() if name not in quantized}
     return Quantization(recipe, tensors, parameters)
 
@@ -231,112 +226,73 @@ def rounded_to_nearest(
     return tensors
 
 
-def _rotate(draft: Draft, rotation: Rotation) -> None:
-    draft.progress(f"rotating by {draft.recipe.name}")
-    rotate(draft.model, rotation, draft.tokens)
+def _rotate(work: WorkingCopy, rotation: Rotation) -> None:
+    work.progress(f"rotating by {work.recipe.name}")
+    rotate(work.model, rotation, work.tokens)
 
 
-def _smooth(draft: Draft, smoothing: Smoothing) -> None:
-    ranges = collect_ranges(draft.model, draft.text, progress=draft.progress)
-    skipped = smooth(draft.model, smoothing, ranges, draft.recipe.scheme_for, draft.progress).skipped
+def _smooth(work: WorkingCopy, smoothing: Smoothing) -> None:
+    ranges = collect_ranges(work.model, work.text, progress=work.progress)
+    skipped = smooth(work.model, smoothing, ranges, work.recipe.scheme_for, work.progress).skipped
     if skipped:
         name, why = next(iter(skipped.items()))
-        draft.progress(f"not smoothed: {len(skipped)} linears, the first {name}: {why}")
+        work.progress(f"not smoothed: {len(skipped)} linears, the first {name}: {why}")
 
 
-def _allocate(draft: Draft, mixed: Mixed) -> None:
-    draft.schemes = mixed_schemes(draft.model, draft.recipe, draft.text, draft.progress, draft.folder)
+def _allocate(work: WorkingCopy, mixed: Mixed) -> None:
+    work.schemes = mixed_schemes(work.model, work.recipe, work.text, work.progress, work.folder)
 
 
-def _check_linears(draft: Draft, part: SolverPart) -> None:
-    """Refuse training where there are experts alone, which it does not move."""
-    linears = walk(draft.model).linears
-    quantized = [name for name, scheme in draft.schemes.items() if scheme is not None]
-    experts = [name for name in quantized if name not in linears]
-    if experts and len(experts) == len(quantized):
-        raise BitassayError(
-            "learned and tune move the weights of linears, and only experts are quantized", "gptq alone"
-        )
-    if experts:
-        what = type(part).__name__.lower()
-        draft.progress(
-            f"{what} moves linears; the {len(experts)} matrices of experts stay as they were solved"
-        )
-
-
-def _choose_copies(draft: Draft, plan: ReplicationPlan) -> None:
+def _choose_copies(work: WorkingCopy, plan: ReplicationPlan) -> None:
     """Decide which layers have copies; merged copies, or the first copy of a layer, are what is solved."""
     if plan.changes_nothing:
         return
 
     def measured() -> dict[str, int]:
-        counts = copies_by_layer(draft.model, plan, draft.schemes, draft.tokens, draft.progress)
+        counts = copies_by_layer(work.model, plan, work.schemes, work.tokens, work.progress)
         return {str(index): count for index, count in counts.items()}
 
-    counts = measured() if draft.folder is None else draft.folder.part("copies", measured)
-    draft.copies = {int(index): count for index, count in counts.items()}
-    draft.uncopied = replace(draft, model=copy_sharing_parameters(draft.model))
+    counts = measured() if work.folder is None else work.folder.part("copies", measured)
+    work.copies = {int(index): count for index, count in counts.items()}
+    work.uncopied = replace(work, model=copy_sharing_parameters(work.model))
     if not plan.makes_codes:
         return
-    locations, draft.schemes = places(draft.model), dict(draft.schemes)
-    for name, scheme in draft.schemes.items():
-        if scheme is not None and (count := draft.copies.get(locations[name].layer)) is not None:
+    locations, work.schemes = places(work.model), dict(work.schemes)
+    for name, scheme in work.schemes.items():
+        if scheme is not None and (count := work.copies.get(locations[name].layer)) is not None:
             copies = plan.of_matrices(count)
             merged = plan.of == "linear"
-            draft.schemes[name] = scheme.with_copies(copies) if merged else copies.scheme(scheme, 0)
+            work.schemes[name] = scheme.with_copies(copies) if merged else copies.scheme(scheme, 0)
 
 
-def _tune(draft: Draft, spec: Tune, solved: dict[str, Solved]) -> dict[str, Solved]:
-    """Train all layers together; the working copy is left with the norms that go with the result."""
-    tokens, targets = lessons(draft.base, draft.text, spec, draft.folder, draft.progress)
-    linears = walk(draft.model).linears
-    latents = {name: matrix.latent_weight() for name, matrix in solved.items() if name in linears}
-    solved = {name: matrix for name, matrix in solved.items() if name not in latents}
-    norms, head = own_norms(draft.model), head_weight(draft.base)
-    steps = tune(draft.model, latents, norms, tokens, targets, head, spec, draft.folder)
-    losses = list[float]()
-    with latent_linears(draft.model, latents):
-        for step, loss in steps:
-            draft.progress(f"tuning by {draft.recipe.name}", step, spec.steps)
-            losses.append(loss)
-            if step % KEEP_STEPS == 0 or step == spec.steps:
-                mean = sum(losses) / len(losses)
-                draft.progress(f"step {step}: KL {mean:.3f}, the mean of {len(losses)} steps")
-                losses.clear()
-    return solved | {name: Solved(latent.quantized(), None) for name, latent in latents.items()}
-
-
-def _round_inputs(draft: Draft, spec: Activations, made: Quantization) -> Quantization:
+def _round_inputs(work: WorkingCopy, spec: Activations, made: Quantization) -> Quantization:
     """Say how inputs are rounded: static ones by their ranges in the model with quantized weights."""
-    model = with_tensors(draft.base, made)
-    ranges = collect_ranges(model, draft.text, progress=draft.progress) if spec.needs_text else None
+    model = with_tensors(work.base, made)
+    ranges = collect_ranges(model, work.text, progress=work.progress) if spec.needs_text else None
     return replace(made, inputs=input_roundings(model, spec, ranges))
 
 
-def _add_copies(draft: Draft, plan: ReplicationPlan, made: Quantization) -> Quantization:
-    if draft.uncopied is None or not draft.copies:
+def _add_copies(work: WorkingCopy, plan: ReplicationPlan, made: Quantization) -> Quantization:
+    if work.uncopied is None or not work.copies:
         return made
     if plan.averages_inputs:
-        layers = {name: place.layer for name, place in places(draft.base).items()}
-        inputs = {n: replace(r, copies=draft.copies.get(layers[n], 1)) for n, r in made.inputs.items()}
+        layers = {name: place.layer for name, place in places(work.base).items()}
+        inputs = {n: replace(r, copies=work.copies.get(layers[n], 1)) for n, r in made.inputs.items()}
         made = replace(made, inputs=inputs)
-    before = draft.uncopied
+    before = work.uncopied
     return with_copies(
-        draft.base, made, plan, before.model, before.schemes, draft.copies, draft.tokens, draft.progress
+        work.base, made, plan, before.model, before.schemes, work.copies, work.tokens, work.progress
     )
 
 
 # What a part of a recipe does, by its name, at which step.
-PREPARE: dict[str, Callable[[Draft, Any], None]] = {
+PREPARE: dict[str, Callable[[WorkingCopy, Any], None]] = {
     "rotation": _rotate,
     "smoothing": _smooth,
     "mixed": _allocate,
-    "learned": _check_linears,
-    "tune": _check_linears,
     "replication": _choose_copies,
 }
-TRAIN: dict[str, Callable[[Draft, Any, dict[str, Solved]], dict[str, Solved]]] = {"tune": _tune}
-FINISH: dict[str, Callable[[Draft, Any, Quantization], Quantization]] = {
+FINISH: dict[str, Callable[[WorkingCopy, Any, Quantization], Quantization]] = {
     "activations": _round_inputs,
     "replication": _add_copies,
 }

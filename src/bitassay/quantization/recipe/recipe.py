@@ -9,8 +9,8 @@
 The first override whose pattern matches a module's name wins. A recipe's id is the digest of its canonical
 JSON without name and description: the same change has the same id, whatever it is called.
 
-An installed package adds a part by an entry point in the group `bitassay.solvers` (`spec.Solver`). Its name
-is then a field of recipes, which its spec checks and which is part of the id.
+An installed package adds a part by an entry point in the group `bitassay.solvers` (`solvers/solver.py`). Its
+name is then a field of recipes, which its spec checks and which is part of the id.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +26,7 @@ from bitassay.quantization.recipe.files import REMEDY, SHIPPED, read_recipe_file
 from bitassay.quantization.recipe.inputs import Activations, KvCache
 from bitassay.quantization.recipe.replication import ReplicationPlan
 from bitassay.quantization.recipe.solvers import Gptq, Learned, LowRankSpec, Mixed, Tune
-from bitassay.quantization.recipe.spec import RecipePart, Solver, SolverPart, Spec, refuse, validate_as
+from bitassay.quantization.recipe.spec import RecipePart, SolverPart, Spec, refuse, validate_as
 from bitassay.quantization.recipe.transforms import Rotation, Smoothing
 from bitassay.quantization.recipe.weights import WeightScheme
 from bitassay.record.hashing import digest_json
@@ -34,7 +34,7 @@ from bitassay.record.schema import defects
 from bitassay.registry import Registry
 
 BASE = "base"  # what tables call the model that recipes change
-PLUGINS: Registry[Solver] = Registry("solvers")  # those of installed packages; ours are fields of a recipe
+PLUGINS: Registry[Any] = Registry("solvers")  # of installed packages; the part of each is a field of recipes
 T = TypeVar("T")
 
 
@@ -75,7 +75,7 @@ class Recipe(Spec):
         if "plugins" in fields:
             raise ValueError("there is no field 'plugins': a plug-in's part has a field of its own name")
         names = [name for name in fields if name not in cls.model_fields and name in PLUGINS]
-        plugins = {name: validate_as(PLUGINS[name].spec, fields[name]) for name in names}
+        plugins = {name: validate_as(PLUGINS[name].part, fields[name]) for name in names}
         return {name: value for name, value in fields.items() if name not in names} | {"plugins": plugins}
 
     @model_serializer(mode="wrap")

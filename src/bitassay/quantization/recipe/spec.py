@@ -1,12 +1,12 @@
 """What the specs of a recipe have in common: frozen fields that are validated, and written out again.
 
 A `RecipePart` also says what it needs and which combinations make no sense. What a part *does* is registered
-under its name where the algorithms are: `PREPARE` and `FINISH` of `pipeline.py`, `SOLVERS` of `solvers/`,
-`ATTACH` of `runtime/model.py`, `EXPRESSED`, `ADDED_PARAMETERS` and `MEMORY` of `export/`.
+under its name where the algorithms are: `PREPARE` and `FINISH` of `pipeline.py`, `SOLVERS` of
+`solvers/registry.py`, `ATTACH` of `runtime/model.py`, `EXPRESSED`, `ADDED_PARAMETERS` and `MEMORY` of
+`export/`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -133,13 +133,3 @@ class SolverPart(RecipePart):
                 "copies that differ in their codes are rounded to nearest (residual codes and digits by gptq "
                 "too)"
             )
-
-
-@dataclass(frozen=True)
-class Solver:
-    """What an entry point of the group `bitassay.solvers` names: the spec of a recipe part, and the function
-    that quantizes one matrix by it, `solve(weight [out, in], hessian [in, in], scheme, spec)`, which returns
-    a QuantizedTensor. The hessian is the sum of x x^T over the calibration inputs, in fp64."""
-
-    spec: type[SolverPart]
-    solve: Callable[..., Any]

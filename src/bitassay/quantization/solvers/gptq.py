@@ -29,6 +29,7 @@ A column that no calibration input reached (`H_jj = 0`) is rounded to nearest. L
 without groups is granularity `channel`.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -37,8 +38,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bitassay.errors import BitassayError
+from bitassay.quantization.codes.adaptive import adapted
 from bitassay.quantization.codes.binary import binarize, levels, on_planes
-from bitassay.quantization.codes.copies import merged
+from bitassay.quantization.codes.copies import digit_planes, merged, planes
 from bitassay.quantization.codes.grid import Grid, combined, group_bounds, joined
 from bitassay.quantization.codes.rounding import nearest, rounded_matrix
 from bitassay.quantization.codes.scales import grid_for, matrix_grids
@@ -46,9 +48,58 @@ from bitassay.quantization.codes.tensor import QuantizedTensor, from_codes
 from bitassay.quantization.recipe.granularity import Granularity
 from bitassay.quantization.recipe.solvers import Gptq
 from bitassay.quantization.recipe.weights import WeightScheme
+from bitassay.quantization.solvers.solver import Matrices, MatrixSolver, Solution
 
 BLOCK_COLUMNS = 128  # columns whose updates are gathered into one product
 ROUNDS = 2
+
+
+def solver(spec: Gptq, _inner: MatrixSolver) -> MatrixSolver:
+    """Return the solver that rounds matrices by GPTQ: stacked, where they do not depend on each other."""
+
+    def solve(matrices: Matrices) -> dict[str, Solution]:
+        scheme, weights = matrices.scheme, list(matrices.weights.values())
+        if scheme.has_planes or scheme.copies is not None or scheme.granularity == "tensor":
+            singles = matrices.one_by_one()
+            return {name: _alone(name, weight, single, spec) for name, weight, single in singles}
+        stacked = torch.cat(weights)
+        scheme = adapted(stacked, scheme, matrices.importance)
+        rounded = gptq(stacked, matrices.hessian, [scheme], spec)
+        _tell(next(iter(matrices.weights)), rounded.damping, matrices, spec)
+        stops = list(itertools.accumulate(len(weight) for weight in weights))
+        rows = [slice(start, stop) for start, stop in itertools.pairwise([0, *stops])]
+        return {
+            name: Solution(rounded.tensor(part), rounded.updated[part])
+            for name, part in zip(matrices.weights, rows, strict=True)
+        }
+
+    return solve
+
+
+def _alone(name: str, weight: Float[Tensor, "out in"], matrices: Matrices, spec: Gptq) -> Solution:
+    """Solve binary planes, copies, and a matrix with one scale."""
+    hessian, scheme, copies = matrices.hessian, matrices.scheme, matrices.scheme.copies
+    if scheme.has_planes:
+        tensor, updated, _ = gptq_binary(weight, hessian, scheme, spec)
+        return Solution(tensor, updated)
+    if copies is None:
+        schemes = [scheme]
+    else:
+        schemes = [copies.whole(scheme)] if copies.differ == "digits" else copies.schemes(scheme)
+    parts, left, updated = list[QuantizedTensor](), weight.float(), weight.float()
+    for together in [schemes] if spec.planes is None else [[plane] for plane in schemes]:
+        rounded = gptq(left, hessian, together, spec)
+        _tell(name, rounded.damping, matrices, spec)
+        parts, updated = [*parts, *planes(rounded.tensor())], rounded.updated
+        left = left - rounded.tensor().dequantize()
+    if copies is not None and copies.differ == "digits":
+        parts = digit_planes(parts[0], scheme)
+    return Solution(merged(parts), updated)
+
+
+def _tell(name: str, damping: float, matrices: Matrices, spec: Gptq) -> None:
+    if damping > spec.damping:
+        matrices.progress(f"{name}: the Hessian needed damping of {damping:g}")
 
 
 @dataclass(frozen=True)

@@ -32,10 +32,27 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bitassay.errors import BitassayError
-from bitassay.quantization.codes.tensor import LowRank, QuantizedTensor
+from bitassay.quantization.codes.tensor import LowRank
 from bitassay.quantization.recipe.solvers import LowRankSpec
+from bitassay.quantization.solvers.solver import Matrices, MatrixSolver, Solution
 
 DAMPING = 0.01
+
+
+def solver(spec: LowRankSpec, inner: MatrixSolver) -> MatrixSolver:
+    """Return the solver that adds factors to what `inner` makes of each matrix by itself."""
+
+    def solve(matrices: Matrices) -> dict[str, Solution]:
+        solutions = {}
+        for name, weight, single in matrices.one_by_one():
+
+            def quantize(w: Tensor, name: str = name, single: Matrices = single) -> Solution:
+                return inner(single._replace(weights={name: w}))[name]
+
+            solutions[name] = corrected(weight, matrices.hessian, spec, quantize)
+        return solutions
+
+    return solve
 
 
 def correction(
@@ -45,7 +62,7 @@ def correction(
     dtype: torch.dtype = torch.float16,
     damping: float = DAMPING,
 ) -> LowRank:
-    """The factors that leave the least of `residual` in the metric of `hessian`; computed in fp64.
+    """Return the factors that leave the least of `residual` in the metric of `hessian`; computed in fp64.
 
     Raises BitassayError where the rank is larger than the matrix has, or a value is not finite.
     """
@@ -70,28 +87,28 @@ def corrected(
     weight: Float[Tensor, "out in"],
     hessian: Float[Tensor, "in in"],
     spec: LowRankSpec,
-    quantize: Callable[[Float[Tensor, "out in"]], QuantizedTensor],
-) -> QuantizedTensor:
-    """Codes and factors together: `quantize` rounds a matrix, what it lost goes into the factors, and each
-    further round rounds `W - A B` and begins anew. The best round is returned, by the error in the metric of
+    quantize: Callable[[Float[Tensor, "out in"]], Solution],
+) -> Solution:
+    """Return codes and factors together: `quantize` rounds a matrix, what it lost goes into the factors, and
+    each further round rounds `W - A B` and begins anew. The best round counts, by the error in the metric of
     `hessian`."""
     dtype, weight = getattr(torch, spec.dtype), weight.float()
     metric = _damped(hessian.double(), DAMPING)
-    quantized = quantize(weight)
+    solution = quantize(weight)
     if spec.rank == 0:
-        return quantized
+        return solution
     best, least = None, torch.inf
     for step in range(spec.rounds):
-        factors = correction(weight - quantized.dequantize(), hessian, spec.rank, dtype)
-        candidate = replace(quantized, low_rank=factors)
+        factors = correction(weight - solution.tensor.dequantize(), hessian, spec.rank, dtype)
+        candidate = replace(solution.tensor, low_rank=factors)
         left = (weight - candidate.dequantize()).double()
         error = ((left @ metric) * left).sum().item()
         if error < least:
             best, least = candidate, error
         if step + 1 < spec.rounds:
-            quantized = quantize(weight - factors.product())
+            solution = quantize(weight - factors.product())
     assert best is not None, "finite weights have a finite error"
-    return best
+    return Solution(best, solution.unrounded)
 
 
 def _damped(hessian: Float[Tensor, "in in"], damping: float) -> Float[Tensor, "in in"]:

@@ -7,7 +7,7 @@ from torch import nn
 
 from bitassay.quantization.codes.quantize import quantize_tensor
 from bitassay.quantization.recipe.weights import WeightScheme
-from bitassay.quantization.solvers.latent import LatentWeight, latent_linears
+from bitassay.quantization.solvers.shadow_weight import ShadowWeight, shadow_linears
 
 SCHEMES = [
     WeightScheme(format="int2", granularity="g16", symmetric=False),
@@ -29,7 +29,7 @@ def name_of(scheme):
 def latent_of(scheme, seed=0):
     weight = torch.randn(6, 40, generator=torch.Generator().manual_seed(seed))
     tensor = quantize_tensor(weight, scheme)
-    return LatentWeight(scheme, weight, tensor.grid), tensor, weight
+    return ShadowWeight(scheme, weight, tensor.grid), tensor, weight
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=name_of)
@@ -53,7 +53,7 @@ def test_what_is_computed_with_is_what_is_packed(scheme):
 
 def test_a_latent_goes_on_from_another():
     latent, tensor, _ = latent_of(SCHEMES[0])
-    again = LatentWeight(SCHEMES[0], latent.weight(), tensor.grid)
+    again = ShadowWeight(SCHEMES[0], latent.weight(), tensor.grid)
     assert torch.allclose(again.u, latent.u, atol=1e-4)
 
 
@@ -80,7 +80,7 @@ def test_a_group_of_zeros_is_not_moved(scheme):
     weight = torch.randn(6, 40, generator=torch.Generator().manual_seed(0))
     weight[3] = 0
     tensor = quantize_tensor(weight, scheme)
-    latent = LatentWeight(scheme, weight, tensor.grid)
+    latent = ShadowWeight(scheme, weight, tensor.grid)
     (latent() - 1).square().sum().backward()
     with torch.no_grad():
         for parameter in (latent.u, *latent.grid_parameters()):
@@ -104,7 +104,7 @@ def test_settling_leaves_codes_and_takes_latents_from_the_thresholds(scheme):
     latent, _, _ = latent_of(scheme)
     before, codes = latent().detach().clone(), latent.quantized().codes()
     away = (latent.u.detach() - latent.u.detach().round()).abs()
-    latent.settle(0.5)
+    latent.shrink_to_grid(0.5)
     assert torch.equal(latent(), before)
     assert torch.equal(latent.quantized().codes(), codes)
     if scheme.number_format.kind != "binary":
@@ -115,6 +115,6 @@ def test_linears_compute_with_latents_only_inside():
     model = nn.Sequential(nn.Linear(40, 6), nn.ReLU())
     latent, tensor, _ = latent_of(SCHEMES[0])
     x, own = torch.randn(3, 40), model[0]
-    with latent_linears(model, {"0": latent}):
+    with shadow_linears(model, {"0": latent}):
         assert torch.allclose(model(x), (x @ tensor.dequantize().T + own.bias).relu(), atol=1e-4)
     assert torch.equal(model(x), own(x).relu())

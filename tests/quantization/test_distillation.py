@@ -3,8 +3,14 @@
 import pytest
 import torch
 
-from bitassay.quantization.solvers.generated import PROMPT_TOKENS, TEMPERATURE, continued, prompts
-from bitassay.quantization.solvers.tune import head_weight, last_states
+from bitassay.quantization.solvers.distillation import (
+    PROMPT_TOKENS,
+    TEMPERATURE,
+    continued,
+    head_weight,
+    last_states,
+    prompts,
+)
 from bitassay.testing.tiny import stories260k
 
 

@@ -1,10 +1,11 @@
-"""Text that the base model writes itself, as more of what `tune` learns from.
+"""Distillation data: calibration text, and more that the base model writes itself, with the base model's last
+hidden states.
 
 Learning all codes end to end sees every calibration token several times and begins to know them by heart. The
 base model can say what follows in any text, so it may as well write the text (LLM-QAT, 2305.17888, section
 3.1): each new sample goes on from PROMPT_TOKENS tokens of a calibration sample, drawn from the model's own
-distribution, sharpened by TEMPERATURE. Its last hidden states, which tuning wants too, are at hand while it
-writes.
+distribution, sharpened by TEMPERATURE. States are kept instead of logits, which are `vocabulary / hidden`
+times larger and are one product away.
 """
 
 import copy
@@ -14,38 +15,40 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from bitassay.errors import BitassayError
 from bitassay.models.cache import behind, takes_cache
+from bitassay.models.config import text_config
 from bitassay.models.positions import frequencies
 from bitassay.models.walk import decoder_of
 from bitassay.quantization.recipe.solvers import Tune
-from bitassay.quantization.solvers.tune import head_weight, last_states
+from bitassay.quantization.solvers.layerwise import BATCH_SAMPLES
 from bitassay.record.progress import Progress
 from bitassay.record.run import RunFolder
 
 PROMPT_TOKENS = 16
 TEMPERATURE = 0.8  # at 1 a small model soon loses the thread
-BATCH_SAMPLES = 64
+WRITING_SAMPLES = 64
 
 
-def lessons(
+def distillation_data(
     base: PreTrainedModel,
     tokens: Int[Tensor, "samples tokens"],
     spec: Tune,
     folder: RunFolder | None,
     progress: Progress,
-) -> tuple[Int[Tensor, "lessons tokens"], Float[Tensor, "lessons tokens hidden"]]:
-    """What tuning learns from: token ids, and the base model's last hidden states."""
+) -> tuple[Int[Tensor, "texts tokens"], Float[Tensor, "texts tokens hidden"]]:
+    """Return token ids, and the base model's last hidden states in bf16; written text is kept in `folder`."""
     progress("running the base model over the calibration text")
     parts, head = [(tokens, last_states(base, tokens))], head_weight(base)
-    starts = prompts(tokens, spec.generated).split(BATCH_SAMPLES) if spec.generated else ()
-    for place, start in enumerate(starts):
-        name = f"written-{place:04d}"
+    starts = prompts(tokens, spec.generated).split(WRITING_SAMPLES) if spec.generated else ()
+    for index, start in enumerate(starts):
+        name = f"written-{index:04d}"
         if folder is not None and folder.has_tensors(name):
             kept = folder.read_tensors(name)
             parts.append((kept["tokens"], kept["states"]))
             continue
-        progress("the base model writes", place * BATCH_SAMPLES, spec.generated)
-        generator = torch.Generator().manual_seed(spec.seed + place)
+        progress("the base model writes", index * WRITING_SAMPLES, spec.generated)
+        generator = torch.Generator().manual_seed(spec.seed + index)
         parts.append(continued(base, head, start, tokens.shape[1], generator))
         if folder is not None:
             folder.write_tensors(name, {"tokens": parts[-1][0], "states": parts[-1][1]})
@@ -53,13 +56,39 @@ def lessons(
     return texts, states
 
 
+def head_weight(model: PreTrainedModel) -> Float[Tensor, "vocabulary hidden"]:
+    """Return the matrix that makes logits of the last hidden states. Raises BitassayError for a model that
+    does more than a product there."""
+    head, config = model.get_output_embeddings(), text_config(model)
+    more = [name for name in ("final_logit_softcapping", "logit_scale") if getattr(config, name, None)]
+    if head is None or more:
+        why = more[0] if more else "no output head"
+        raise BitassayError(
+            f"{type(model).__name__} has {why}: tune knows of a plain head alone", "a recipe without tune"
+        )
+    return head.get_parameter("weight").detach()
+
+
+@torch.no_grad()
+def last_states(
+    model: PreTrainedModel, tokens: Int[Tensor, "samples tokens"], batch: int = BATCH_SAMPLES
+) -> Float[Tensor, "samples tokens hidden"]:
+    """Return what the output head reads, in bf16."""
+    with torch.autocast(tokens.device.type, torch.bfloat16):
+        parts = [
+            decoder_of(model)(input_ids=part, use_cache=False).last_hidden_state.bfloat16()
+            for part in tokens.split(batch)
+        ]
+    return torch.cat(parts)
+
+
 def prompts(tokens: Int[Tensor, "samples tokens"], count: int) -> Int[Tensor, "count prompt"]:
-    """`count` different pieces of PROMPT_TOKENS tokens: the first of every sample, then the second, and so on
+    """Return `count` pieces of PROMPT_TOKENS tokens: the first of every sample, then the second, and so on
     from the start where there are no more."""
     length = min(PROMPT_TOKENS, tokens.shape[1])
     pieces = tokens[:, : tokens.shape[1] // length * length].unflatten(1, (-1, length))
-    in_turn = pieces.transpose(0, 1).flatten(0, 1)
-    return in_turn[torch.arange(count) % len(in_turn)]
+    interleaved = pieces.transpose(0, 1).flatten(0, 1)
+    return interleaved[torch.arange(count) % len(interleaved)]
 
 
 @torch.inference_mode()
@@ -70,8 +99,8 @@ def continued(
     length: int,
     generator: torch.Generator,
 ) -> tuple[Int[Tensor, "samples length"], Float[Tensor, "samples length hidden"]]:
-    """Go on to `length` tokens, and the last hidden states at all of them, as one forward over them gives.
-    Products are in bf16."""
+    """Go on to `length` tokens; return them and the last hidden states at all of them, as one forward over
+    them gives. Products are in bf16."""
     decoder, head = copy.deepcopy(decoder_of(model)).bfloat16(), head.bfloat16()
     tokens, caches = start.to(head.device), takes_cache(model)
     states, cache, begun = list[Tensor](), DynamicCache(config=model.config), 0

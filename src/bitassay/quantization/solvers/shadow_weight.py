@@ -1,7 +1,7 @@
-"""Latent weights: codes that gradients can move.
+"""Shadow weights: codes that gradients can move.
 
-A code is a rounded position on the grid. While learning, the position is kept unrounded, as the latent `u`,
-and every forward pass rounds it:
+A code is a rounded position on the grid. While learning, the position is kept unrounded, as `u`, and every
+forward pass rounds it:
 
     q = clamp(round(u), qmin, qmax)         w' = (q - c) s + m
 
@@ -14,7 +14,7 @@ with `c = z - o`, the position of zero. Gradients pass the rounding as if it wer
 Since `u` counts steps, one learning rate suits all matrices, and moving a scale moves the weights with it
 instead of changing codes (in LSQ, 1902.08153, both follow from `w / s`). `u` is kept within half a step of
 the outermost codes, so that a clipped weight can come back. Scales are rounded to the dtype they are stored
-in at each pass: what is learned is what is stored. Zero points stay as they are, but for free ones.
+in at each pass: what is learned is what is stored. Zero points stay as they are, except free ones.
 """
 
 from collections.abc import Iterator, Mapping
@@ -28,15 +28,15 @@ from torch import Tensor, nn
 from bitassay.models.hooks import forwarded
 from bitassay.quantization.codes.grid import Grid, group_bounds
 from bitassay.quantization.codes.tensor import LowRank, QuantizedTensor, from_codes
-from bitassay.quantization.recipe.formats import NumberFormat
 from bitassay.quantization.recipe.granularity import Granularity
 from bitassay.quantization.recipe.weights import WeightScheme
 
-ZEROS = 0.25  # steps: a group that is nowhere farther from zero was all zero when its scale was found
+ZEROS = 0.25  # steps: a group that is nowhere farther from zero was all zero when its scale was fitted
 
 
-class LatentWeight(nn.Module):
-    """A matrix whose codes and grid are being learned.
+class ShadowWeight(nn.Module):
+    """A matrix whose codes and grid are being learned, from `weight` on `grid` on, its tensors `[out,
+    groups]`. Low-rank factors stay as they are.
 
     u: positions on the grid, `[out, in]`. gain: what the first scales are multiplied by, `[out, groups]`, 1
     at first, so that one learning rate suits all of them. zero: the position of zero. mean: as the grid's.
@@ -49,16 +49,12 @@ class LatentWeight(nn.Module):
         grid: Grid,
         low_rank: LowRank | None = None,
     ):
-        """Starts at `weight` on `grid`, its tensors `[out, groups]`: codes begin where these values round
-        to. Low-rank factors beside the codes stay as they are."""
         super().__init__()
-        self.low_rank = low_rank
-        self.beside = None if low_rank is None else low_rank.product()
-        self.scheme, self.fmt = scheme, scheme.number_format
+        self.scheme, self.grid, self.low_rank = scheme, grid, low_rank
+        self.correction = None if low_rank is None else low_rank.product()
         bounds = group_bounds(Granularity.parse(scheme.granularity), weight.shape[1])
         self.sizes = torch.tensor([stop - start for start, stop in bounds])
-        self.limits = grid.code_range
-        self.first_scale, self.zero_point = grid.scale.float(), grid.zero_point
+        self.first_scale = grid.scale.float()
         zero = torch.zeros_like(self.first_scale) if grid.zero_point is None else grid.zero_point.float()
         self.zero = nn.Parameter(zero - grid.offset)
         self.gain = nn.Parameter(torch.ones_like(self.first_scale))
@@ -66,76 +62,78 @@ class LatentWeight(nn.Module):
         centred = weight.float() if grid.mean is None else weight.float() - self._wide(grid.mean.float())
         positions = centred / self._wide(self.first_scale) + self._wide(self.zero.detach())
         self.u = nn.Parameter(positions.contiguous())
-        self.offset = grid.offset
         # A group of zeros has the scale 1, a step of which would ruin the matrix: it stays as it is.
-        away = (self.u.detach() - self._wide(zero - grid.offset)).abs()
-        self.moves = torch.stack([part.amax(1) > ZEROS for part in away.split(self.sizes.tolist(), 1)], 1)
+        distance = (self.u.detach() - self._wide(zero - grid.offset)).abs()
+        self.moves = torch.stack([part.amax(1) > ZEROS for part in distance.split(self.sizes.tolist(), 1)], 1)
         self.clamp()
 
     def _wide(self, per_group: Float[Tensor, "out groups"]) -> Float[Tensor, "out in"]:
         return per_group.repeat_interleave(self.sizes, dim=1)
 
     def grid_parameters(self) -> list[nn.Parameter]:
-        """What is learned beside the codes."""
+        """Return what is learned besides the codes."""
         free = self.zero if self.scheme.zero_point == "free" else None
         return [part for part in (self.gain, free, self.mean) if part is not None]
 
     @torch.no_grad()
     def clamp(self) -> None:
         """Bring `u` back to within half a step of the outermost codes."""
-        lowest, highest = self.limits
+        lowest, highest = self.grid.code_range
         self.u.clamp_(lowest - 0.499, highest + 0.499)
 
     @torch.no_grad()
-    def settle(self, share: float) -> None:
-        """Keep this share of every latent's distance from its code; the codes stay."""
-        codes = _rounded(self.u, self.fmt, self.limits)
-        self.u.lerp_(codes, 1 - share)
+    def shrink_to_grid(self, share: float) -> None:
+        """Keep this share of every position's distance from its code; the codes stay."""
+        self.u.lerp_(_rounded(self.u, self.grid), 1 - share)
 
     def scale(self) -> Float[Tensor, "out groups"]:
+        """Return the scales as they will be stored."""
         return self._stored(self.first_scale * self.gain)
 
     def _stored(self, exact: Tensor) -> Tensor:
-        """As it will be stored; the gradient passes the rounding to the scales' dtype."""
+        """Round to the scales' dtype; the gradient passes the rounding."""
         return exact + (exact.to(getattr(torch, self.scheme.scale_dtype)).float() - exact).detach()
 
     def forward(self) -> Float[Tensor, "out in"]:
         zero = self._stored(self.zero) if self.scheme.zero_point == "free" else self.zero
-        weight = _OnGrid.apply(self.u, self.scale(), zero, self.moves, self.sizes, self.fmt, self.limits)
+        weight = _OnGrid.apply(self.u, self.scale(), zero, self.moves, self.sizes, self.grid)
         if self.mean is not None:
             mean = torch.where(self.moves, self.mean, self.mean.detach())
             weight = weight + self._wide(self._stored(mean))
-        return weight if self.beside is None else weight + self.beside
+        return weight if self.correction is None else weight + self.correction
 
     @torch.no_grad()
     def weight(self) -> Float[Tensor, "out in"]:
-        """The latent as an unrounded weight, from which another `LatentWeight` goes on."""
+        """Return the unrounded weight, from which another `ShadowWeight` goes on."""
         weight = (self.u - self._wide(self.zero)) * self._wide(self.scale())
         return weight if self.mean is None else weight + self._wide(self.mean)
 
     @torch.no_grad()
     def quantized(self) -> QuantizedTensor:
-        """What has been learned, packed."""
-        zero = None if self.zero_point is None else self.zero + self.offset
-        codes = _rounded(self.u, self.fmt, self.limits)
+        """Return what has been learned, packed."""
+        zero = None if self.grid.zero_point is None else self.zero + self.grid.offset
+        codes = _rounded(self.u, self.grid)
         tensor = from_codes(codes, self.scale(), self.scheme, zero_point=zero, mean=self.mean)
         return replace(tensor, low_rank=self.low_rank)
 
 
-def _rounded(u: Tensor, fmt: NumberFormat, limits: tuple[int, int]) -> Tensor:
-    """Codes of positions; binary has the two codes -1 and 1."""
-    return torch.where(u < 0, -1.0, 1.0) if fmt.kind == "binary" else u.round().clamp_(*limits)
+def _rounded(u: Tensor, grid: Grid) -> Tensor:
+    """Return the codes of positions; binary has the two codes -1 and 1."""
+    return (
+        torch.where(u < 0, -1.0, 1.0) if grid.format.kind == "binary" else u.round().clamp_(*grid.code_range)
+    )
 
 
 @contextmanager
-def latent_linears(model: nn.Module, latents: Mapping[str, LatentWeight]) -> Iterator[None]:
-    """While this lasts, the linears of those names compute with latent weights; their hooks stay."""
-    linears = {name: model.get_submodule(name) for name in latents}
+def shadow_linears(model: nn.Module, shadows: Mapping[str, ShadowWeight]) -> Iterator[None]:
+    """While this lasts, the linears of those names compute with shadow weights; their hooks stay."""
+    linears = {name: model.get_submodule(name) for name in shadows}
 
-    def with_latent(latent: LatentWeight, bias: Tensor | None):
-        return lambda x: nn.functional.linear(x, latent(), bias)
+    def with_shadow(shadow: ShadowWeight, bias: Tensor | None):
+        return lambda x: nn.functional.linear(x, shadow(), bias)
 
-    with forwarded((one, with_latent(latents[name], one.bias)) for name, one in linears.items()):  # type: ignore[arg-type]
+    forwards = ((linear, with_shadow(shadows[name], linear.bias)) for name, linear in linears.items())
+    with forwarded(forwards):  # type: ignore[arg-type]
         yield
 
 
@@ -143,8 +141,8 @@ class _OnGrid(torch.autograd.Function):
     """`(round(u) - c) s`, straight through the rounding."""
 
     @staticmethod
-    def forward(ctx, u, scale, zero, moves, sizes, fmt, limits):  # type: ignore[override]
-        centred = _rounded(u, fmt, limits).sub_(zero.repeat_interleave(sizes, dim=1))
+    def forward(ctx, u, scale, zero, moves, sizes, grid):  # type: ignore[override]
+        centred = _rounded(u, grid).sub_(zero.repeat_interleave(sizes, dim=1))
         ctx.save_for_backward(centred.half(), scale, moves, sizes)
         return centred * scale.repeat_interleave(sizes, dim=1)
 
@@ -158,5 +156,4 @@ class _OnGrid(torch.autograd.Function):
 
         of_zero = -scale * by_group(gradient) if ctx.needs_input_grad[2] else None
         of_scale = by_group(gradient * centred)
-        of_u = gradient * scale.repeat_interleave(sizes, dim=1)
-        return of_u, of_scale, of_zero, None, None, None, None
+        return gradient * scale.repeat_interleave(sizes, dim=1), of_scale, of_zero, None, None, None

@@ -1,0 +1,106 @@
+"""What a solver is: how a recipe's part `gptq`, `low_rank`, `learned` or `tune` finds codes that know the
+model's inputs. Each is one file and one row of the table in `registry.py`, under the part's name.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from bitassay.quantization.codes.adaptive import adapted
+from bitassay.quantization.codes.quantize import quantize_tensor
+from bitassay.quantization.codes.tensor import QuantizedTensor
+from bitassay.quantization.recipe.spec import SolverPart
+from bitassay.quantization.recipe.weights import WeightScheme
+from bitassay.quantization.solvers.layerwise import Arguments, Hidden
+from bitassay.quantization.solvers.shadow_weight import ShadowWeight
+from bitassay.record.progress import Progress
+from bitassay.record.run import RunFolder
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A quantized matrix, and its weights before their last rounding, from which learning goes on; None where
+    nothing will."""
+
+    tensor: QuantizedTensor
+    unrounded: Float[Tensor, "out in"] | None = None
+
+    def shadow_weight(self) -> ShadowWeight:
+        """Return the weight from which learning starts."""
+        assert self.unrounded is not None
+        return ShadowWeight(self.tensor.scheme, self.unrounded, self.tensor.grid, self.tensor.low_rank)
+
+
+class Matrices(NamedTuple):
+    """Matrices of one scheme that read the same input, by name; hessian: `sum x x^T` over that input."""
+
+    weights: dict[str, Float[Tensor, "_ in"]]
+    hessian: Float[Tensor, "in in"]
+    scheme: WeightScheme
+    progress: Progress
+
+    @property
+    def importance(self) -> Float[Tensor, " in"]:
+        """The Hessian's diagonal."""
+        return self.hessian.diagonal().float()
+
+    def one_by_one(self) -> "Iterator[tuple[str, Float[Tensor, 'out in'], Matrices]]":
+        """Yield name, weight and problem of each matrix by itself, with its own adaptive groups."""
+        for name, weight in self.weights.items():
+            scheme = adapted(weight, self.scheme, self.importance)
+            yield name, weight, self._replace(weights={name: weight}, scheme=scheme)
+
+
+class Layer(NamedTuple):
+    """A decoder layer whose linears were quantized: these by their names within it, what enters the layer,
+    and what the unquantized layer puts out."""
+
+    name: str
+    module: nn.Module
+    linears: Mapping[str, Solution]
+    hidden: Hidden
+    targets: Hidden
+    arguments: Arguments
+    progress: Progress
+
+
+class Model(NamedTuple):
+    """A model whose layers were quantized one by one: the base model, the working copy, its linears by full
+    name, and the calibration text."""
+
+    recipe_name: str
+    base: PreTrainedModel
+    working_copy: PreTrainedModel
+    linears: Mapping[str, Solution]
+    tokens: Int[Tensor, "samples tokens"]
+    folder: RunFolder | None
+    progress: Progress
+
+
+MatrixSolver = Callable[[Matrices], dict[str, Solution]]
+
+
+@dataclass(frozen=True)
+class Solver:
+    """What one part of a recipe does. part: the class of its spec; `spec` below is one of these.
+
+    matrices(spec, inner): the function that quantizes matrices, where the parts before it use `inner`.
+    layer(spec, layer), model(spec, model): better solutions for linears, once their layer or all layers were
+    quantized."""
+
+    part: type[SolverPart]
+    matrices: Callable[[Any, MatrixSolver], MatrixSolver] | None = None
+    layer: Callable[[Any, Layer], dict[str, Solution]] | None = None
+    model: Callable[[Any, Model], dict[str, Solution]] | None = None
+
+
+def to_nearest(matrices: Matrices) -> dict[str, Solution]:
+    """Round matrices to nearest, errors weighed by the inputs."""
+    return {
+        name: Solution(quantize_tensor(weight, single.scheme, name, single.importance), weight.float())
+        for name, weight, single in matrices.one_by_one()
+    }
