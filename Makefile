@@ -22,11 +22,12 @@ test: $(VENV)/.ready  ## unit tests and those on the real model (fetched once, 9
 test-slow: $(VENV)/.ready  ## every architecture that transformers builds, tiny
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --maxprocesses 4 -m slow
 
-check: $(VENV)/.ready  ## linters, types, import rules
+check: $(VENV)/.ready  ## linters, types, import rules, docstrings and the API reference made from them
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+	$(BIN)/python docs/reference.py --check
 
 bench: $(VENV)/.ready  ## side-by-side comparisons (minutes); those that build other tools or need whole data sets run on their own
 	for f in $(filter-out $(addprefix benchmarks/,quality.py gptq.py llamacpp.py tasks.py), $(wildcard benchmarks/*.py)); do $(BIN)/python $$f || exit 1; done

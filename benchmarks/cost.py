@@ -29,13 +29,12 @@ from bitassay.engines.decode import generate
 from bitassay.engines.taps import tap_layers
 from bitassay.record.environment import environment
 from bitassay.verification.prove import prove
-from bitassay.verification.receipts.audit import verify_opening
 from bitassay.verification.receipts.challenge import challenge
 from bitassay.verification.receipts.opening import open_trace, write_opening
 from bitassay.verification.receipts.receipt import commit, encode
 from bitassay.verification.structure import Request
 from bitassay.verification.trace import Trace, write_trace
-from bitassay.verification.verdict import verify_many
+from bitassay.verification.verdict import verify_many, verify_opening
 
 GOALS = {"recording": 0.03, "verification": 0.08, "receipt_bytes": 600, "receipt_bytes_per_token": 8}
 

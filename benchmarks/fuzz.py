@@ -48,7 +48,6 @@ from bitassay.verification.committee import files
 from bitassay.verification.committee.rounds import assign, report, report_commitment
 from bitassay.verification.profile import read_profile, write_profile
 from bitassay.verification.prove import prove_many
-from bitassay.verification.receipts.audit import verify_opening
 from bitassay.verification.receipts.challenge import (
     Challenge,
     challenge,
@@ -68,7 +67,7 @@ from bitassay.verification.receipts.receipt import (
 )
 from bitassay.verification.structure import Request
 from bitassay.verification.trace import Trace, read_trace, write_trace
-from bitassay.verification.verdict import verify_many
+from bitassay.verification.verdict import verify_many, verify_opening
 
 SECONDS, MEGABYTES = 10, 500
 TOKENS = 12

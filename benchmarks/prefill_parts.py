@@ -1,7 +1,7 @@
 """Two parts of a prefill that cost more than their products, each beside another way.
 
     head        the last position asked for by number, of which transformers makes a slice, over by index
-                (`models/head.py`): the whole model, in turns, and whether the logits are the same to the bit
+                (`models/cache.py`): the whole model, in turns, and whether the logits are the same to the bit
     attention   torch's causal kernel over products of blocks of BLOCK rows, one layer's shapes, at bf16
 
 Above 1 the second way is faster. Medians over ROUNDS. Run: OMP_NUM_THREADS=1 python
@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 import bitassay
-from bitassay.models.head import last_positions
+from bitassay.models.cache import last_positions
 
 BLOCK = 128
 SHAPES = ((1, 64), (4, 128), (1, 512), (1, 1024))

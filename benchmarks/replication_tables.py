@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bitassay.quantization.recipe.recipe import BASE
-from bitassay.report.claims import CLAIM_COLUMNS
-from bitassay.report.replication import DRAFT_COLUMNS
+from bitassay.report.columns import COLUMNS
 from bitassay.report.tables import interval, render
 
 ROOT = Path(__file__).parent
@@ -92,7 +91,7 @@ def table(run: Row, timed: Mapping[str, Row]) -> str:
 
 def verdicts(run: Row) -> str:
     """A line for each claim."""
-    measured = next(column for column in CLAIM_COLUMNS if column.key == "measured")
+    measured = next(column for column in COLUMNS["claims"] if column.key == "measured")
     return "\n".join(
         f"- {row['claim']}: **{row['verdict']}**. {measured.text(row)}" + UNITS.get(row["unit"], "")
         for row in run["claims"]
@@ -104,7 +103,7 @@ def filled(page: str) -> str:
         run = json.loads((RUNS / f"{found[2]}.json").read_text())
         parts = [
             table(run, speeds(found[2])),
-            render(run["drafts"], DRAFT_COLUMNS, "md") if run["drafts"] else "",
+            render(run["drafts"], COLUMNS["drafts"], "md") if run["drafts"] else "",
             verdicts(run),
         ]
         return found[1] + "\n\n".join(part.strip() for part in parts if part) + f"\n{found[3]}"

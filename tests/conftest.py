@@ -10,7 +10,7 @@ import pytest
 
 from bitassay.quantization import pipeline
 from bitassay.quantization.recipe.calibration import calibration_tokens
-from bitassay.studies.verillm import trial
+from bitassay.studies import machines
 from bitassay.testing.tiny import stories260k
 
 # A shell starts background jobs with interrupts ignored, and children inherit that; tests send them some.
@@ -68,5 +68,5 @@ def really_tried():
 def _numerics_run(request, monkeypatch):
     """Numerics are not tried: that takes a process for each, and depends on the machine."""
     if "really_tried" not in request.fixturenames:
-        monkeypatch.setattr(trial, "try_here", lambda machine, dtype: "")
-        monkeypatch.setattr(trial, "_try_in_process", lambda machine, dtype: "")
+        monkeypatch.setattr(machines, "probe_here", lambda machine, dtype: "")
+        monkeypatch.setattr(machines, "_probe_in_process", lambda machine, dtype: "")

@@ -1,11 +1,8 @@
 """The job: rounds over workloads by models that take turns, each in a process of its own."""
 
 import copy
-import io
 import json
 import mmap
-import signal
-import sys
 import time
 
 import pytest
@@ -14,19 +11,18 @@ from transformers import AutoConfig
 
 import bitassay
 from bitassay import cli
-from bitassay.bench import models
-from bitassay.bench import worker as worker_module
 from bitassay.bench import workload as workload_module
 from bitassay.bench.memory import peak_memory
 from bitassay.bench.models import BenchPlan, bench, measure_rounds, summarise
 from bitassay.bench.throughput import time_once
-from bitassay.bench.worker import Job, Worker, model_timer, serve
+from bitassay.bench.worker import ProcessTimer, TimedModel, model_timer
 from bitassay.bench.workload import ModelTimer, Workload, is_out_of_memory
-from bitassay.errors import BitassayError, MissingError
+from bitassay.errors import BitassayError
 from bitassay.models.source import resolve
 from bitassay.quantization.inputs.kv_cache import token_bytes
 from bitassay.quantization.recipe.recipe import Recipe, find_recipe
 from bitassay.record.run import RunFolder
+from workers import in_process
 
 SHORT = Workload("batch", 2, 12, 3)
 LONG = Workload("context", 1, 600, 3)
@@ -164,24 +160,16 @@ def test_the_peak_of_what_is_freed_again():
     ):  # a heap may reuse pages it holds
         torch.frombuffer(held, dtype=torch.uint8).fill_(1)
         time.sleep(0.5)  # a busy machine samples seldom
-    assert large.resident - small.resident > 100 * 2**20
-    assert large.device is None
-
-
-class InProcess:
-    """A worker that is none."""
-
-    def __init__(self, name, job, folder, progress):
-        self.runner = model_timer(job, progress)
-        self.facts, self.measure, self.limits = self.runner.facts, self.runner.measure, lambda: LIMITS
-        self.stop = lambda: None
+    assert large.peak_resident_bytes - small.peak_resident_bytes > 100 * 2**20
+    assert large.peak_device_bytes is None
 
 
 LIMITS = {"bandwidth": 1e9, "peaks": {"float32": 1e9, "bfloat16": 1e9}}
 
 
 def test_the_whole_job_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "Worker", InProcess)
+    started = in_process(monkeypatch)
+    monkeypatch.setattr(workload_module, "machine_limits", lambda _: LIMITS)
     options = {"batches": (1, 2), "contexts": (600,), "prompt_tokens": 8, "new_tokens": 2, "repeats": 2}
     run, folder = bench("stories260k", ["w4"], out=tmp_path / "b", **options)
     assert json.loads((folder / "run.json").read_text()) == json.loads(json.dumps(run))
@@ -192,8 +180,9 @@ def test_the_whole_job_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     assert run["rows"][-1]["skipped"] == "the model has 512 positions"
     assert [one["bits_per_weight"] > 16 - 1e-9 for one in run["models"]] == [True, False]
     (folder / "run.json").unlink()
-    monkeypatch.setattr(models, "Worker", None)  # nothing is left to start one for
+    del started[:]
     again, _ = bench("stories260k", ["w4"], out=tmp_path / "b", **options)
+    assert started == []
     assert json.loads(json.dumps(again["rows"])) == json.loads(json.dumps(run["rows"]))
     with pytest.raises(BitassayError, match="repeats"):
         bench("stories260k", ["w4"], out=tmp_path / "b", **options | {"repeats": 3})
@@ -201,62 +190,32 @@ def test_the_whole_job_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
 
 def test_a_quantized_folder_runs_on_its_codes(tmp_path):
     assert cli.run(["quantize", "stories260k", "--recipe", "w8", "--out", str(tmp_path / "w8")]) == 0
-    facts = model_timer(Job(str(tmp_path / "w8"))).facts()
+    facts = model_timer(TimedModel(str(tmp_path / "w8"))).facts()
     assert (
         facts["bits_per_weight"]
-        == model_timer(Job("stories260k", find_recipe("w8"))).facts()["bits_per_weight"]
+        == model_timer(TimedModel("stories260k", find_recipe("w8"))).facts()["bits_per_weight"]
     )
 
 
 def test_a_process_of_its_own(tmp_path):
-    worker = Worker("w8", Job("stories260k", find_recipe("w8")), tmp_path)
+    said = []
+    timer = ProcessTimer(
+        "w8", TimedModel("stories260k", find_recipe("w8")), tmp_path / "00.log", lambda *a: said.append(a)
+    )
     try:
-        assert worker.facts()["bits_per_weight"] < 9
-        assert worker.measure(SHORT)["cache_bytes"] == 2 * 15 * token_bytes(
+        assert timer.facts()["bits_per_weight"] < 9
+        assert timer.measure(SHORT)["cache_bytes"] == 2 * 15 * token_bytes(
             AutoConfig.from_pretrained(resolve("stories260k").folder), None
         )
-        assert worker.measure(LONG) == {"skipped": "the model has 512 positions"}
-        worker._child.send_signal(signal.SIGKILL)
-        with pytest.raises(MissingError, match="its process was killed"):
-            worker.measure(SHORT)
+        assert timer.measure(LONG) == {"skipped": "the model has 512 positions"}
     finally:
-        worker.stop()
-
-
-def says(monkeypatch, script):
-    monkeypatch.setattr(worker_module, "COMMAND", (sys.executable, "-c", script))
-
-
-def test_what_a_worker_says_is_passed_on(tmp_path, monkeypatch):
-    said = []
-    says(
-        monkeypatch,
-        """print('{"progress": ["loading", 1, 2]}'); print('{"error": ["no such thing", "another", 3]}')""",
-    )
-    with pytest.raises(MissingError, match=r"w8: no such thing\n  try: another"):
-        Worker("w8", Job("m"), tmp_path, lambda *a: said.append(a))
-    assert said == [("w8: loading", 1, 2)]
-    says(monkeypatch, """print('{"error": ["bad", "", 2]}')""")
-    with pytest.raises(BitassayError, match="bad") as caught:
-        Worker("w8", Job("m"), tmp_path)
-    assert caught.value.exit_status == 2
-
-
-def test_a_worker_that_breaks_leaves_its_last_words(tmp_path, monkeypatch):
-    says(monkeypatch, "raise SystemError('broken')")
-    with pytest.raises(RuntimeError, match=r"ended with 1: SystemError: broken"):
-        Worker("w8", Job("m"), tmp_path)
-
-
-def test_serving(stories):
-    answers = io.StringIO()
-    requests = [json.dumps({"measure": {"kind": "batch", "batch": 1, "prompt_tokens": 4, "new_tokens": 1}})]
-    assert serve(Job("stories260k"), requests, answers) == 0
-    facts, measured = (json.loads(line)["answer"] for line in answers.getvalue().splitlines())
-    assert facts["parameters"] == sum(p.numel() for p in stories.parameters())
-    assert measured["first_token_s"] > 0
-    assert serve(Job("nowhere"), [], answers) == 2
-    assert "no model is called 'nowhere'" in json.loads(answers.getvalue().splitlines()[-1])["error"][0]
+        timer.stop()
+    assert said
+    assert all(what.startswith("w8: ") for what, *_ in said)
+    nowhere = ProcessTimer("x", TimedModel("nowhere"), tmp_path / "01.log")
+    with pytest.raises(BitassayError, match="x: no model is called 'nowhere'"):
+        nowhere.facts()
+    nowhere.stop()
 
 
 @pytest.mark.parametrize(

@@ -5,15 +5,13 @@ import math
 
 import pytest
 
-from bitassay.bench import models
-
 
 @pytest.fixture(autouse=True)
 def _no_data_folder(monkeypatch):
     monkeypatch.delenv("BITASSAY_DATA", raising=False)
 
 
-def test_bench(bitassay, timed_here, monkeypatch, tmp_path):
+def test_bench(bitassay, workers_here, tmp_path):
     words = [
         "bench",
         "stories260k",
@@ -35,13 +33,13 @@ def test_bench(bitassay, timed_here, monkeypatch, tmp_path):
     ]  # fmt: skip
     assert (tmp_path / "b" / "report.html").is_file()
     assert "Measured on the spot" in done.err
-    monkeypatch.setattr(models, "Worker", None)
+    del workers_here[:]
     table = bitassay(*words)  # from the run folder
-    assert table.status == 0, table.err
+    assert (table.status, workers_here) == (0, []), table.err
     assert "the model has 512 positions" in table.out
 
 
-def test_a_replica_is_timed_beside_its_controls(bitassay, timed_here, tmp_path):
+def test_a_replica_is_timed_beside_its_controls(bitassay, workers_here, tmp_path):
     (tmp_path / "twice.yaml").write_text(
         "name: twice\nweights: {format: int2, granularity: g32}\n"
         "replication: {how: parallel, of: linear, differ: residual}\n"

@@ -79,7 +79,10 @@ def test_it_leaves_nothing_behind(bitassay, monkeypatch, tmp_path):
     assert not os.listdir(tmp_path)
 
 
-@pytest.mark.parametrize("broken", ["torch", "psutil", "huggingface_hub"])
+@pytest.mark.parametrize(
+    "broken",
+    ["torch", *(pytest.param(name, marks=pytest.mark.slow) for name in ("psutil", "huggingface_hub"))],
+)
 def test_it_answers_without_a_package_that_does_not_import(broken):
     words = ["doctor", "--format", "json"]
     script = f"import sys; sys.modules[{broken!r}] = None; from bitassay.cli import main; main({words})"

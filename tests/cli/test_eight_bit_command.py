@@ -18,7 +18,7 @@ WORDS = ("--model", "stories260k", "--limit", "1", "--windows", "4", "--window",
 
 
 @pytest.fixture
-def study(bitassay, cells_here, monkeypatch, tmp_path):
+def study(bitassay, workers_here, monkeypatch, tmp_path):
     monkeypatch.delenv("BITASSAY_DATA", raising=False)
     monkeypatch.setitem(STUDIES, "task3.1", SMALL)
     return lambda *words: bitassay("study", "run", *words, "--out", str(tmp_path / "r"))
@@ -40,10 +40,10 @@ def test_a_run_a_page_and_a_report_of_it(study, bitassay, tmp_path):
     rows = json.loads(study("task3.1", *WORDS, "--format", "json").out)["rows"]
     assert rows[1]["kl_mean"] > 0
     run = json.loads((tmp_path / "r/run.json").read_text())
-    run["claims"][0]["verdict"] = "<b>yes"
+    run["claims"][0]["unit"] = "miles"
     (tmp_path / "r/run.json").write_text(json.dumps(run))
     refused = bitassay("report", str(tmp_path / "r"), "--out", str(tmp_path / "third.html"))
-    assert (refused.status, "claims.0.verdict" in refused.err) == (2, True)
+    assert (refused.status, "which its column cannot show" in refused.err) == (2, True)
 
 
 @pytest.mark.parametrize(

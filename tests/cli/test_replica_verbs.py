@@ -119,6 +119,7 @@ def test_prove_and_verify(bitassay, folder):
     assert verdict("own", "once", "once") == (1, "FAIL")
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_smollm_twice_is_told_from_once(tmp_path):
     """The same 8-bit codes: run once, and one of 30 layers run twice, damped."""

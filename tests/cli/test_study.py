@@ -5,18 +5,13 @@ import json
 import pytest
 
 from bitassay.record.files import write_text
-from bitassay.studies.verillm import work
 from bitassay.studies.verillm.thresholds import read_thresholds
-from workers import InProcess
 
 SMALL = ("--tokens", "4", "--prompt-tokens", "8", "--trials", "1", "--verifiers", "1", "--precision", "bf16")
 
 
 @pytest.fixture
-def study(bitassay, monkeypatch, tmp_path):
-    monkeypatch.setattr(work, "Popen", InProcess)
-    monkeypatch.setattr(InProcess, "started", [], raising=False)
-
+def study(bitassay, workers_here, tmp_path):
     def call(*words):
         return bitassay("study", "run", *words, "--model", "stories260k", "--out", str(tmp_path / "data"))
 
@@ -99,10 +94,8 @@ def test_a_run_needs_a_model(bitassay):
     assert (done.status, "--model" in done.err) == (2, True)
 
 
-def test_thresholds_of_an_experiment(bitassay, monkeypatch, tmp_path):
+def test_thresholds_of_an_experiment(bitassay, workers_here, tmp_path):
     """Fitted, written as a file that a later run takes, and scored."""
-    monkeypatch.setattr(work, "Popen", InProcess)
-    monkeypatch.setattr(InProcess, "started", [], raising=False)
     out = tmp_path / "data"
     words = ("--max-new-tokens", "4", "--prompt-tokens", "8", "--precision", "bf16", "--attacks", "w2")
     done = bitassay(

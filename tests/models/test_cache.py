@@ -8,13 +8,14 @@ from bitassay.models.cache import (
     behind,
     copy_rows,
     keeps_positions,
+    last_positions,
     reads_on,
     select_rows,
     stored_bytes,
     takes_cache,
 )
 from bitassay.quantization.inputs.kv_cache import cache_to_crop, empty_cache
-from bitassay.testing.tiny import tiny_model
+from bitassay.testing.tiny import stories260k, tiny_model
 from kinds import HYBRID, tiny_kind
 
 TOKENS = torch.arange(5, 45)[None]
@@ -67,3 +68,26 @@ def test_rows_are_copies(name):
         assert torch.allclose(found, wanted.expand_as(found), atol=1e-5)
     select_rows(rows, [0], model.device)
     assert stored_bytes(cache) == size < stored_bytes(rows)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma3", "qwen3_moe"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_logits_of_the_last_positions(architecture, count):
+    model = tiny_model(architecture)
+    ids = torch.arange(10).reshape(2, 5)
+    last = last_positions(count, model.device)
+    with torch.inference_mode():
+        assert torch.allclose(
+            model(ids, logits_to_keep=last).logits, model(ids).logits[:, -count:], atol=1e-6
+        )
+
+
+@pytest.mark.parametrize(("last", "times"), [(1, 1), (last_positions(1, torch.device("cpu")), 0)])
+def test_the_head_is_not_repeated_for_each_sequence(last, times):
+    """A number makes torch do so: with that gone, this module can go."""
+    model = stories260k()  # loaded: its weights want no gradients
+    with torch.inference_mode(), torch.profiler.profile(record_shapes=True) as found:
+        model(torch.arange(10).reshape(2, 5), logits_to_keep=last)
+    vocabulary, hidden = model.get_output_embeddings().weight.shape
+    products = [event.input_shapes for event in found.events() if event.name == "aten::bmm"]
+    assert sum([2, hidden, vocabulary] in shapes for shapes in products) == times

@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import (
 from bitassay.cli import run
 from bitassay.engines.load import load
 from bitassay.errors import BitassayError
-from bitassay.models.causal import NOT_CAUSAL, check_causal
+from bitassay.models.config import NOT_CAUSAL, check_causal
 
 TWO_PARTS = [
     kind

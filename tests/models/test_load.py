@@ -166,15 +166,21 @@ def test_a_model_from_elsewhere_has_no_identity():
 
 def test_check_says_what_a_model_is(folder):
     found = check(folder)
-    assert (found.layers, found.hidden_size, found.heads, found.key_value_heads, found.vocabulary) == (
+    assert (
+        found["layers"],
+        found["hidden_size"],
+        found["heads"],
+        found["key_value_heads"],
+        found["vocabulary"],
+    ) == (
         5,
         64,
         8,
         4,
         512,
     )
-    assert (found.linears, found.experts, found.routers, found.parameters) == (35, 0, 0, 260_032)
-    assert found.weights_sha256 == digest_tensors(stored_tensors(folder))
+    assert (found["linears"], found["experts"], found["routers"], found["parameters"]) == (35, 0, 0, 260_032)
+    assert found["weights_sha256"] == digest_tensors(stored_tensors(folder))
 
 
 def test_check_runs_the_model(folder):

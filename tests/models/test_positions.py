@@ -8,8 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from bitassay.data.windows import Protocol
 from bitassay.errors import BitassayError
-from bitassay.models.positions import context_length, frequencies, positions_of
-from bitassay.models.windows import check_protocol, model_windows
+from bitassay.models.positions import context_length, frequencies, model_windows, positions_of
 from bitassay.testing.tiny import tiny_model
 from kinds import SHORT, tiny_kind
 
@@ -82,4 +81,4 @@ def test_windows_of_more_tokens_than_the_model_reads_are_refused(stories):
         model_windows(stories, Protocol(window_tokens=513, windows=1))
     assert "--window 512" in error.value.remedy
     with pytest.raises(BitassayError):
-        check_protocol(stories, Protocol())
+        model_windows(stories, Protocol())

@@ -126,7 +126,7 @@ def test_a_file_that_nothing_loads_is_named_and_counts_for_nothing(folder):
     assert identity(found).weights_digest == identity(honest).weights_digest
     assert torch.equal(found(TOKENS).logits, honest(TOKENS).logits)
     assert stored_bytes(folder) == size
-    assert check(folder).stored_bytes == size
+    assert check(folder)["stored_bytes"] == size
 
 
 def test_another_layout_of_the_same_model_is_no_stray_file(folder):

@@ -85,7 +85,7 @@ def interrupted_at(step: int, write: Callable[[], None]) -> bool:
     return False
 
 
-@pytest.mark.parametrize("kind", ["file", "folder"])
+@pytest.mark.parametrize("kind", ["file", pytest.param("folder", marks=pytest.mark.slow)])
 def test_ctrl_c_at_any_moment_leaves_a_whole_result_or_none(tmp_path, kind):
     def write():
         if kind == "file":

@@ -75,7 +75,7 @@ W1 = W4 | {
     "top1_agreement": 0.013,
 }
 RUN = {
-    "schema": 1,
+    "schema_version": 2,
     "kind": "assay",
     "run_id": "0123456789ab",
     "created": "2026-01-01T00:00:00+00:00",
@@ -94,6 +94,10 @@ RUN = {
         "w1": {"name": "w1"},
     },
     "verification": {"prompts": 8, "layers": [8, 16], "alpha": 0.01, "held_out_interval": [0.0004, 0.0894]},
+    "settings": {},
+    "interval": "",
+    "intervals": {},
+    "pairs": [],
     "environment": {"python": "3.11.7", "cpu": "a processor", "load": [0.25, 0.5, 0.75], "cuda": None},
     "seconds": {"evaluate": 61.25},
     "rows": [BASE, W8, W4, W1],

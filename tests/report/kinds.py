@@ -2,8 +2,9 @@
 
 from report.example import RUN
 
-HEAD = {"schema": 1, "run_id": "0123456789ab", "created": "2026-01-01T00:00:00+00:00"}
 MODEL = {"name": "toy", "origin": "bundled", "weights_digest": "d" * 64}
+HEAD = {"schema_version": 2, "run_id": "0123456789ab", "created": "2026-01-01T00:00:00+00:00", "model": MODEL}
+HEAD |= {"settings": {}, "interval": "95 %", "intervals": {}}
 ENVIRONMENT = {"threads": 2, "cores": 4, "cpu": "a processor", "cuda": None, "load": [0.5, 0.25, 0.1]}
 
 
@@ -35,7 +36,7 @@ RATIO = {"decode_ratio": 1.5, "decode_ratio_ci": [1.2, 1.8], "prefill_ratio": 0.
 CELLS = [("batch", 1, 64), ("batch", 8, 64), ("context", 1, 512), ("context", 1, 1024)]
 BENCH = HEAD | {
     "kind": "bench",
-    "model": MODEL,
+    "rounds": [],
     "settings": {"repeats": 3, "prompt_tokens": 64, "new_tokens": 4},
     "interval": "95 %, Student's t",
     "machine": {"bandwidth": 1e10, "peaks": {"float32": 5e10, "bfloat16": 1e11}, "load": [0.5, 3.0]},
@@ -49,8 +50,7 @@ BENCH = HEAD | {
         {"group": "w4", "role": "equal bits", "control": "w5", "batch": 1, "prompt_tokens": 64} | RATIO
     ],
 }
-MATMUL = {
-    "schema": 1,
+MATMUL = HEAD | {
     "kind": "matmul",
     "settings": {"draws": 2, "repeats": 3, "seed": 0, "device": "cpu"},
     "interval": "95 %, Student's t",
@@ -86,7 +86,6 @@ FIGURES = {
 }
 GENERATION = HEAD | {
     "kind": "generation",
-    "model": MODEL,
     "settings": {"max_new_tokens": 4, "dtype": "float32", "batch": 8},
     "interval": "95 % over prompts",
     "prompts": ["Once", "The dog"],
@@ -101,12 +100,11 @@ ASKED = {"task": "hellaswag", "metric": "acc", "n": 20, "protocol": "hellaswag/0
 TASKS = HEAD | {
     "kind": "tasks",
     "models": {"base": {"model": "toy"}, "w4": {"model": "toy"}},
-    "versions": {"torch": "2.13.0"},
     "protocols": {"hellaswag": {"id": "hellaswag/0-shot", "tasks": 1, "items": 20, "sources": ["here"]}},
     "interval": "95 %: Wilson's",
     "test": "McNemar",
     "visible_difference": "at 5 %",
-    "environment": None,
+    "environment": ENVIRONMENT,
     "rows": [
         ASKED | {"model": "base", "value": 0.5, "value_ci": [0.3, 0.7], "difference": None},
         ASKED
@@ -117,11 +115,10 @@ TASKS = HEAD | {
 }
 ATTACK = HEAD | {
     "kind": "attack",
-    "model": MODEL,
-    "tokens": 8,
-    "alpha": 0.01,
-    "sequences": 20,
+    "settings": {"tokens": 8, "alpha": 0.01, "sequences": 20},
+    "environment": ENVIRONMENT,
     "timed": 2,
+    "left_out": [{"numerics": "isa", "problem": "no AVX2", "instead": None}],
     "rows": [
         {"attack": "int4", "detector": name, "auc": 0.9, "tpr_at_1pct_fpr": 0.8, "tpr_ci": [0.6, 0.9]}
         | {"tokens_to_99": tokens, "sees": sees}
@@ -138,11 +135,9 @@ ATTACK = HEAD | {
     "about": {"int4": "weights of 4 bits"},
     "numerics_pooled": {"same": "as the verifier's"},
 }
-EXPERIMENTS = {
-    "schema": 1,
+EXPERIMENTS = HEAD | {
     "kind": "experiments",
-    "model": "toy",
-    "created": HEAD["created"],
+    "environment": ENVIRONMENT,
     "rows": [
         {"study": "exp1", "prover": "bf16 on cpu", "verifier": "w4 on cpu", "expected": [0.9, 1.0]}
         | {"avg_accept_rate": 0.95, "accept_rate_ci": None, "as_expected": True, "pass_rate": 1.0}
@@ -150,15 +145,12 @@ EXPERIMENTS = {
         | {"detection": {f"w{bits}": {"avg_accept_rate": 0.5} for bits in range(1, 15)}}
     ],
     "missing": [{"study": "exp2", "missing": "traces of the other machine"}],
+    "left_out": [],
 }
-SEPARABILITY = {
-    "schema": 1,
+SEPARABILITY = HEAD | {
     "kind": "separability",
-    "model": "toy",
-    "created": HEAD["created"],
-    "trials": 100,
-    "tokens": 16,
-    "alpha": 0.01,
+    "environment": ENVIRONMENT,
+    "settings": {"trials": 100, "tokens": 16, "alpha": 0.01},
     "rows": [
         {"prover": "fp32", "verifier": "fp32", "honest": True, "tpr_at_fpr": None},
         {"prover": "w4", "verifier": "fp32", "honest": False, "tpr_at_fpr": 1.0},
@@ -167,19 +159,20 @@ SEPARABILITY = {
 }
 HISTOGRAM = {"n": 3, "histogram": {"counts": [1, 2], "edges": [0.0, 0.5, 1.0]}}
 DISTRIBUTIONS = dict.fromkeys(("Pe", "Pm", "mean_error", "accept_rate"), HISTOGRAM) | {"Pw": {"n": 0}}
-THRESHOLDS = {
-    "schema": 1,
+THRESHOLDS = HEAD | {
     "kind": "thresholds",
-    "model": "toy",
-    "created": HEAD["created"],
+    "environment": ENVIRONMENT,
     "rows": [
         {"study": "exp1", "direction": "bf16", "false_positive_rate": 0.0, "false_positive_ci": [0.0, 0.1]}
         | {"thresholds": {"Pe": 0.1, "Pm": 0.5, "Pw": 0.5, "mean_epsilon": 1e-3, "accept_rate_min": 0.9}}
         | {"attacks": {"w8": {"caught": 0.5, "caught_by_distance": 1.0}}}
         | {"distributions": dict.fromkeys(("bf16", *(f"w{bits}" for bits in range(9))), DISTRIBUTIONS)}
     ],
+    "missing": [],
+    "left_out": [],
 }
-STUDIES = {"schema": 1, "kind": "studies", "runs": [EXPERIMENTS, SEPARABILITY]}
+STUDIES = HEAD | {"kind": "studies", "environment": ENVIRONMENT, "runs": [EXPERIMENTS, SEPARABILITY]}
+STUDIES |= {"rows": [{"kind": "experiments"} | row for row in EXPERIMENTS["rows"]]}
 
 
 def trial(number: int, state: str, kl: float | None) -> dict:
@@ -195,7 +188,6 @@ def trial(number: int, state: str, kl: float | None) -> dict:
 
 SEARCH = HEAD | {
     "kind": "search",
-    "model": MODEL,
     "settings": {"objectives": ["kl_mean"], "space": {"name": "two", "parameters": {"bits": {}, "group": {}}}}
     | {
         "sampler": "tpe",
@@ -222,12 +214,9 @@ SEARCH = HEAD | {
     "importance": {"kl_mean": {"bits": 0.9, "group": 0.1}},
     "environment": ENVIRONMENT,
 }
-ANALYSIS = {
-    "schema_version": 1,
+ANALYSIS = HEAD | {
     "kind": "analysis",
-    "run_id": HEAD["run_id"],
-    "created": HEAD["created"],
-    "model": MODEL,
+    "environment": ENVIRONMENT,
     "recipe": {"name": "w3", "id": "3" * 64},
     "text": {"corpus": "c4-train", "samples": 2, "tokens": 32},
     "whole": {"bits_per_weight": 3.25, "matrices": 2, "kl": 0.7, "kl_se": None},
@@ -253,7 +242,6 @@ CLAIMS = [
 STUDY = HEAD | {
     "study": "a study",
     "about": "about it",
-    "model": MODEL,
     "settings": {"dtype": "bfloat16"},
     "interval": "95 %",
     "claims": CLAIMS,
@@ -311,6 +299,13 @@ EIGHT_BIT = STUDY | {
         | {"generate_visible_difference": 0.05, "kl": -0.01, "kl_ci": None, "ppl": 0.1, "ppl_ci": None}
     ],
     "uneven_groups": {},
+    "speed": None,
+    "products": {"rows": MATMUL["rows"]},
+}
+EVALUATION = HEAD | {
+    "kind": "evaluation",
+    "environment": ENVIRONMENT,
+    "rows": [{"recipe": "w4", "protocol": "wikitext2-raw", "against": "base", "kl_p99": 0.3} | QUALITY],
 }
 EVERY = {
     run["kind"]: run
@@ -329,5 +324,6 @@ EVERY = {
         ANALYSIS,
         REPLICATION,
         EIGHT_BIT,
+        EVALUATION,
     )
 }

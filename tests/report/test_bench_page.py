@@ -2,19 +2,12 @@
 
 import pytest
 
-from bitassay.report.bench import (
-    BENCH_COLUMNS,
-    MATMUL_COLUMNS,
-    busy,
-    context_figure,
-    machine_line,
-    roofline_figure,
-    shown_columns,
-    throughput_figure,
-    write_bench_report,
-    write_matmul_report,
-)
-from bitassay.report.tables import render
+from bitassay.report.columns import COLUMNS
+from bitassay.report.figures.bench import context_figure, roofline_figure, throughput_figure
+from bitassay.report.findings import busy, machine_line
+from bitassay.report.pages import write_report
+from bitassay.report.tables import render, shown_columns
+from report import kinds
 
 
 def row(model: str, kind: str, batch: int, tokens: int, **more) -> dict:
@@ -60,7 +53,7 @@ def run() -> dict:
         "prompt_tokens": 8192,
         "skipped": "the model has 512 positions",
     }
-    return {
+    return kinds.BENCH | {
         "model": {"name": "m"},
         "settings": {"repeats": 3, "prompt_tokens": 64, "new_tokens": 4},
         "interval": "95 %",
@@ -84,7 +77,7 @@ def run() -> dict:
 
 
 def test_the_table_shows_ratios_with_intervals_and_why_a_cell_is_missing(run):
-    columns = shown_columns(BENCH_COLUMNS, run["rows"])
+    columns = shown_columns(COLUMNS["bench"], run["rows"])
     text = render(run["rows"], columns, "table")
     assert "1.50 [1.20, 1.80]" in text
     assert "the model has 512 positions" in text
@@ -118,7 +111,7 @@ def test_a_busy_machine_is_named(run):
 
 
 def test_the_page_opens_offline_and_escapes_names(run, tmp_path):
-    write_bench_report(run, tmp_path / "r.html")
+    write_report(run, tmp_path / "r.html")
     page = (tmp_path / "r.html").read_text()
     assert "<b>w4" not in page
     assert "&lt;b&gt;w4" in page
@@ -127,7 +120,7 @@ def test_the_page_opens_offline_and_escapes_names(run, tmp_path):
     assert "compare ratios, not times" in page
     assert "Speed of replicas over their controls" in page
     run["pairs"] = []
-    write_bench_report(run, tmp_path / "r.html")
+    write_report(run, tmp_path / "r.html")
     assert "over their controls" not in (tmp_path / "r.html").read_text()
 
 
@@ -141,7 +134,6 @@ def test_the_page_of_products(tmp_path):
         "documented": 0.0096,
     }
     one |= {"over_documented": 1.04, "product_error": 0.014, "weights_error": 0.01, "path": "int8 product"}
-    run = {"settings": {"draws": 2}, "interval": "95 %", "environment": {"cores": 2}, "rows": [one]}
-    write_matmul_report(run, tmp_path / "m.html")
+    write_report(kinds.MATMUL | {"rows": [one]}, tmp_path / "m.html")
     assert "0.0096" in (tmp_path / "m.html").read_text()
-    assert "speed over" not in render([one], shown_columns(MATMUL_COLUMNS, [one]), "table")
+    assert "speed over" not in render([one], shown_columns(COLUMNS["matmul"], [one]), "table")

@@ -6,27 +6,22 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from bitassay.report.figures import (
+from bitassay.report.figures.assay import (
     draw_divergence,
     draw_layers,
     draw_perplexity,
     draw_speed,
-    label_points,
     layers_figure,
     quality_figure,
     speed_figure,
 )
-from bitassay.report.schema import parse_run
+from bitassay.report.figures.drawing import label_points
 from report.example import BASE, NO_SPEED, NO_VERDICT, RUN, W1, W4, W8
 
 
 @pytest.fixture
 def axes():
     return Figure(figsize=(9, 4), layout="constrained").subplots()
-
-
-def rows(*of):
-    return parse_run(RUN | {"rows": list(of)}, "x").rows
 
 
 def bars(axes):
@@ -40,28 +35,28 @@ def bars(axes):
 
 
 def test_divergence_with_its_interval(axes):
-    labels = draw_divergence(axes, rows(BASE, W8, W4))
+    labels = draw_divergence(axes, [BASE, W8, W4])
     assert labels == [(163.0, 0.00412, "w8"), (114.0, 0.0671, "w4")]
     assert np.allclose(bars(axes), [(163.0, 0.00333, 0.00519), (114.0, 0.0612, 0.0724)])
     assert axes.get_yscale() == "log"
 
 
 def test_a_divergence_of_zero_is_named_and_one_that_reaches_zero_is_drawn(axes):
-    labels = draw_divergence(axes, rows(BASE, W8 | {"kl_mean": 0.0}, W4 | {"kl_ci": [0.0, 0.1]}))
+    labels = draw_divergence(axes, [BASE, W8 | {"kl_mean": 0.0}, W4 | {"kl_ci": [0.0, 0.1]}])
     assert [name for _, _, name in labels] == ["w4"]
     assert [text.get_text() for text in axes.texts] == ["exactly 0: w8"]
     assert np.allclose(bars(axes), [(114.0, 0.00671, 0.1)])
 
 
 def test_perplexity_is_drawn_as_the_paired_difference(axes):
-    labels = draw_perplexity(axes, rows(BASE, W8, W1))
+    labels = draw_perplexity(axes, [BASE, W8, W1])
     assert labels == [(163.0, 0.12, "w8"), (77.0, 4.1e6, "w1")]
     assert np.allclose(bars(axes), [(163.0, -0.13, 0.34), (77.0, 3.2e6, 5.3e6)])
     assert axes.get_yscale() == "symlog"
 
 
 def test_distances_by_layer_and_the_honest_band(axes):
-    labels = draw_layers(axes, parse_run(RUN, "x"))
+    labels = draw_layers(axes, RUN)
     lines = {tuple(line.get_ydata()) for line in axes.lines}
     assert lines == {(0.0083, 0.0161), (0.0214, 0.0517)}
     assert [tuple(line.get_xdata()) for line in axes.lines] == [(8, 16)] * 4
@@ -76,13 +71,13 @@ def test_distances_by_layer_and_the_honest_band(axes):
 def test_one_layer_has_a_band_too(axes):
     one = {"hidden_distance_by_layer": [0.016], "hidden_distance_range_by_layer": [[0.014, 0.018]]}
     run = RUN | {"verification": {"alpha": 0.01, "layers": [5]}, "rows": [BASE | one, W8 | one]}
-    draw_layers(axes, parse_run(run, "x"))
+    draw_layers(axes, run)
     low, high = axes.collections[0].get_paths()[0].get_extents().intervalx
     assert low < 5 < high
 
 
 def test_speed_and_its_ratio_to_the_base(axes):
-    timed = list(enumerate(rows(BASE, W8, W4)))
+    timed = list(enumerate([BASE, W8, W4]))
     draw_speed(axes, timed, "prefill_tok_s")
     assert [bar.get_width() for bar in axes.patches] == [905.0, 452.0, 452.0]
     assert [text.get_text() for text in axes.texts] == ["905", "452  (0.5×)", "452  (0.5×)"]
@@ -106,9 +101,7 @@ def test_names_do_not_cover_each_other(axes):
 
 
 def test_nothing_is_drawn_of_what_was_not_measured():
-    bare = parse_run(
-        RUN | {"verification": None, "rows": [row | NO_VERDICT | NO_SPEED for row in (BASE, W8)]}, "x"
-    )
+    bare = RUN | {"verification": None, "rows": [row | NO_VERDICT | NO_SPEED for row in (BASE, W8)]}
     assert layers_figure(bare) is None
     assert speed_figure(bare) is None
-    assert quality_figure(parse_run(RUN | {"rows": [BASE]}, "x")) is None
+    assert quality_figure(RUN | {"rows": [BASE]}) is None

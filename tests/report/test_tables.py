@@ -58,7 +58,7 @@ def test_csv_keeps_every_digit_and_splits_intervals():
 
 
 def test_csv_spells_out_what_a_text_also_shows():
-    column = Column("kl", "KL", str, also=("kl_ci",))
+    column = Column("kl", "KL", str, interval="kl_ci")
     assert (
         render([{"kl": 0.5, "kl_ci": [0.25, 1]}], [column], "csv") == "kl,kl_ci_low,kl_ci_high\n0.5,0.25,1\n"
     )

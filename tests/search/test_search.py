@@ -15,10 +15,10 @@ import bitassay
 from bitassay.errors import BitassayError, MissingError
 from bitassay.evaluation.quality import score_windows, summarise
 from bitassay.quantization.recipe.recipe import Recipe, find_recipe, read_recipe
-from bitassay.search import exam as exam_module
+from bitassay.search import evaluator as evaluator_module
 from bitassay.search import search as module
 from bitassay.search import trials as trials_module
-from bitassay.search.exam import Exam, Sitting, facts, known_facts
+from bitassay.search.evaluator import Measurement, TrialEvaluator, facts, known_facts
 from bitassay.search.objectives import FACTS
 from bitassay.search.search import search
 from bitassay.search.space import Space
@@ -64,33 +64,35 @@ def test_the_best_of_a_grid_is_the_best_of_its_trials(tmp_path):
 
     # The row is what an evaluation of the recipe's file says on the windows held out, not on those that chose.
     recipe = read_recipe(tmp_path / "run/best" / f"{found['best'][0]}.yaml")
-    exam = Exam("stories260k", module.SearchPlan("stories260k", SPACE, window=64, windows=3).protocol, 1)
-    model = bitassay.quantize(exam.base, recipe)
-    rows, _ = exam.judged({recipe.name: model.quantization})
+    evaluator = TrialEvaluator(
+        "stories260k", module.SearchPlan("stories260k", SPACE, window=64, windows=3).protocol, 1
+    )
+    model = bitassay.quantize(evaluator.base, recipe)
+    rows, _ = evaluator.judged({recipe.name: model.quantization})
     assert rows[1]["kl_mean"] == found["rows"][1]["kl_mean"]
     assert rows[1]["kl_mean"] != best["row"]["kl_mean"]
 
 
 def test_an_interrupted_search_goes_on_and_repeats_no_finished_trial(tmp_path, monkeypatch):
-    real, seen, grid = Sitting.measured, [], {"sampler": "grid", "short": 3}
+    real, seen, grid = Measurement.all_windows, [], {"sampler": "grid", "short": 3}
 
-    def stops(sitting, columns):
-        seen.append(sitting.quantization.recipe.name)
+    def stops(measurement, columns):
+        seen.append(measurement.quantization.recipe.name)
         if len(seen) == 4:
             raise KeyboardInterrupt
-        return real(sitting, columns)
+        return real(measurement, columns)
 
-    monkeypatch.setattr(Sitting, "measured", stops)
+    monkeypatch.setattr(Measurement, "all_windows", stops)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "run", trials=5, **grid)
     finished, interrupted = set(seen[:3]), seen[3]
 
-    def counts(sitting, columns):
-        seen.append(sitting.quantization.recipe.name)
-        return real(sitting, columns)
+    def counts(measurement, columns):
+        seen.append(measurement.quantization.recipe.name)
+        return real(measurement, columns)
 
     del seen[:]
-    monkeypatch.setattr(Sitting, "measured", counts)
+    monkeypatch.setattr(Measurement, "all_windows", counts)
     found = run(tmp_path / "run", trials=5, **grid)
     assert seen[0] == interrupted
     assert not finished & set(seen)
@@ -210,13 +212,15 @@ def test_what_the_machine_lacks_stops_the_search_and_is_no_fault_of_the_recipe(t
 
 @pytest.mark.parametrize("kept_bytes", [0, 10**9])
 def test_what_a_window_says_does_not_depend_on_what_was_kept(monkeypatch, kept_bytes):
-    monkeypatch.setattr(exam_module, "KEPT_BYTES", kept_bytes)
-    exam = Exam("stories260k", module.SearchPlan("stories260k", SPACE, window=64, windows=3).protocol, 2)
-    model = bitassay.quantize(exam.base, "w3")
-    sitting = Sitting(exam, model.quantization)
-    sitting.short()
-    row = sitting.measured(["kl_mean"])
-    pairs = [scores for _, scores in score_windows(exam.base, {"w3": model}, exam.windows)]
+    monkeypatch.setattr(evaluator_module, "KEPT_BYTES", kept_bytes)
+    evaluator = TrialEvaluator(
+        "stories260k", module.SearchPlan("stories260k", SPACE, window=64, windows=3).protocol, 2
+    )
+    model = bitassay.quantize(evaluator.base, "w3")
+    measurement = Measurement(evaluator, model.quantization)
+    measurement.short()
+    row = measurement.all_windows(["kl_mean"])
+    pairs = [scores for _, scores in score_windows(evaluator.base, {"w3": model}, evaluator.windows)]
     expected = summarise([pair["w3"] for pair in pairs], [pair["base"] for pair in pairs])
     assert row == expected.to_dict()
 
@@ -278,7 +282,7 @@ def test_two_processes_try_different_recipes(tmp_path):
 def test_two_processes_share_the_trials(tmp_path):
     found = run(tmp_path / "run", trials=4, jobs=2)
     assert len(found["trials"]) == 4
-    assert (tmp_path / "run/worker-1.log").exists()
+    assert (tmp_path / "run/workers/01.log").exists()
 
 
 KILLED = """
@@ -294,13 +298,15 @@ def test_a_killed_search_leaves_no_helper_and_goes_on(tmp_path):
     out = tmp_path / "run"
     main = subprocess.Popen([sys.executable, "-c", KILLED, str(out)], cwd=Path(__file__).parent)
     try:
-        eventually(lambda: (out / "worker-1.log").exists())
+        eventually(lambda: (out / "workers/01.log").exists())
         finished = eventually(lambda: ended(out)[:3])
-        [helper] = psutil.Process(main.pid).children()
+        helpers = psutil.Process(main.pid).children()
+        assert len(helpers) == 2
     finally:
         main.kill()
         main.wait()
-    eventually(lambda: not helper.is_running() or helper.status() == psutil.STATUS_ZOMBIE)
+    for helper in helpers:
+        eventually(lambda helper=helper: not helper.is_running() or helper.status() == psutil.STATUS_ZOMBIE)
     found = run(out, trials=len(ended(out)) + 1, space=FREE)["trials"]
     assert [(one["number"], one["values"]) for one in found][: len(finished)] == finished
 
@@ -309,13 +315,13 @@ DYING = """
 import os, signal, sys
 from pathlib import Path
 from test_search import SPACE, run
-from bitassay.search.exam import Sitting
-real = Sitting.measured
-def measured(sitting, columns):
-    if sitting.quantization.recipe.weights.offset:
+from bitassay.search.evaluator import Measurement
+real = Measurement.all_windows
+def all_windows(measurement, columns):
+    if measurement.quantization.recipe.weights.offset:
         os.kill(os.getpid(), signal.SIGKILL)
-    return real(sitting, columns)
-Sitting.measured = measured
+    return real(measurement, columns)
+Measurement.all_windows = all_windows
 run(Path(sys.argv[1]), trials=2, sampler="grid", short=3)
 """
 
@@ -335,7 +341,7 @@ def test_a_trial_that_the_user_stops_is_never_given_up(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(Sitting, "measured", stops)
+        patched.setattr(Measurement, "all_windows", stops)
         for _ in range(ATTEMPTS + 1):
             with pytest.raises(KeyboardInterrupt):
                 run(tmp_path / "run", trials=1, sampler="grid", short=3)
@@ -415,7 +421,9 @@ def test_what_breaks_a_limit_stops_nobody(tmp_path, short):
 def test_nothing_is_hopeless_before_every_objective_is_known(tmp_path, monkeypatch):
     """The model of most divergence is the fastest, so it is on the front."""
     monkeypatch.setattr(
-        Exam, "speed", lambda _, made: {"decode_tok_s": 100 / made.recipe.weights.number_format.bits}
+        TrialEvaluator,
+        "speed",
+        lambda _, made: {"decode_tok_s": 100 / made.recipe.weights.number_format.bits},
     )
     parameters = {"weights.format": ["int8", "int3", "int2"], "weights.scale_factor": [0.96, 0.98, 1.0]}
     found = run(
@@ -434,13 +442,13 @@ def test_nothing_is_hopeless_before_every_objective_is_known(tmp_path, monkeypat
 
 @pytest.mark.parametrize("short", [1, 3])
 def test_a_ruined_model_is_a_trial_as_any(tmp_path, monkeypatch, short):
-    real = Sitting._quality
+    real = Measurement._quality
 
-    def ruined(sitting, indices):
-        wrong = {"kl_mean": math.nan} if sitting.quantization.recipe.weights.offset else {"ppl": math.inf}
-        return real(sitting, indices) | wrong
+    def ruined(measurement, indices):
+        wrong = {"kl_mean": math.nan} if measurement.quantization.recipe.weights.offset else {"ppl": math.inf}
+        return real(measurement, indices) | wrong
 
-    monkeypatch.setattr(Sitting, "_quality", ruined)
+    monkeypatch.setattr(Measurement, "_quality", ruined)
     found = run(tmp_path / "run", trials=6, sampler="grid", short=short)
     stopped = [trial for trial in found["trials"] if trial["stopped"] == "the result is not finite"]
     assert [trial["values"]["weights.offset"] for trial in stopped] == [0.5] * 3
@@ -464,34 +472,23 @@ def test_trials_of_one_model_in_different_loops_have_its_codes_made_once(tmp_pat
             },
         }
     )
-    solved, real = [], exam_module.quantize_tensors
+    solved, real = [], evaluator_module.quantize_tensors
 
     def noted(base, recipe, *rest):
         solved.append(recipe.replication)
         return real(base, recipe, *rest)
 
-    monkeypatch.setattr(exam_module, "quantize_tensors", noted)
+    monkeypatch.setattr(evaluator_module, "quantize_tensors", noted)
     found = run(tmp_path / "run", trials=4, space=space, sampler="grid", short=3)
     assert solved == [None]
     assert len({trial["row"]["kl_mean"] for trial in found["trials"]}) == 4
     assert not [path for path in (tmp_path / "run/work").iterdir() if path.is_dir()]
     recipe = read_recipe(tmp_path / "run/best" / f"{found['best'][0]}.yaml")
-    exam = Exam("stories260k", module.SearchPlan("stories260k", space, window=64, windows=3).protocol, 1)
-    rows, _ = exam.judged({"alone": bitassay.quantize(exam.base, recipe).quantization})
+    evaluator = TrialEvaluator(
+        "stories260k", module.SearchPlan("stories260k", space, window=64, windows=3).protocol, 1
+    )
+    rows, _ = evaluator.judged({"alone": bitassay.quantize(evaluator.base, recipe).quantization})
     assert rows[1]["kl_mean"] == found["rows"][1]["kl_mean"]
-
-
-def test_helpers_that_are_ended_are_no_fault_of_their_recipes(tmp_path):
-    plan = module.SearchPlan("stories260k", FREE)
-    study = trials_module.open_study(plan, tmp_path)
-    for process in (11, 12):
-        trial = study.ask()
-        trial.suggest_float("weights.scale_factor", 0.8, 1.2)
-        trial.set_user_attr(trials_module.PROCESS, process)
-    trials_module.left_on_purpose(study, {12})
-    assert trials_module.propose_interrupted_again(study) == 2
-    waiting = study.get_trials(states=(optuna.trial.TrialState.WAITING,))
-    assert [trial.user_attrs["deaths"] for trial in waiting] == [1, 0]
 
 
 def test_a_recipe_by_hand_has_a_name_of_its_own(tmp_path):

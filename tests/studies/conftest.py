@@ -2,13 +2,10 @@
 
 import pytest
 
-from bitassay.studies.verillm import work
-from workers import InProcess
+from workers import in_process
 
 
 @pytest.fixture
 def started(monkeypatch):
-    """The jobs that were started, by the names of their files."""
-    monkeypatch.setattr(work, "Popen", InProcess)
-    monkeypatch.setattr(InProcess, "started", [], raising=False)
-    return InProcess.started
+    """Jobs are done in this process; the names of those that were started."""
+    return in_process(monkeypatch)

@@ -13,7 +13,7 @@ from bitassay.data.windows import Protocol
 from bitassay.errors import BitassayError
 from bitassay.quantization.recipe.recipe import Recipe, find_recipe
 from bitassay.quantization.recipe.solvers import Tune
-from bitassay.report.assay import write_report
+from bitassay.report.pages import write_report
 from bitassay.studies.assay import AssayPlan, assay
 from bitassay.studies.estimate import estimate_assay
 from bitassay.studies.verification import Verification

@@ -10,13 +10,14 @@ from bitassay.cli import run as command
 from bitassay.engines.load import load
 from bitassay.engines.sampling import GREEDY
 from bitassay.errors import BitassayError
-from bitassay.report.attack import matrix, write_attack_report
+from bitassay.report.pages import page_of, write_report
 from bitassay.studies.attacks import study
-from bitassay.studies.attacks.cross_fitted import Court
-from bitassay.studies.attacks.study import VARIANTS, AttackPlan, Bench, attack, check_plan
-from bitassay.verification.detectors.registry import DETECTORS
-from bitassay.verification.observation import Observation
+from bitassay.studies.attacks.evaluation import CrossFit, evaluated
+from bitassay.studies.attacks.study import VARIANTS, AttackPlan, RequestSet, attack, check_plan
+from bitassay.verification.detectors.detector import Series
+from bitassay.verification.observe import Observation
 
+DETECTORS = evaluated()
 PLAN = AttackPlan(
     sequences=35,
     tokens=16,
@@ -116,12 +117,12 @@ def test_it_goes_on_where_it_was_stopped(finished, tmp_path, monkeypatch):
 
 def test_the_page(finished, tmp_path):
     run, _ = finished
-    write_attack_report(run, tmp_path / "report.html")
+    write_report(run, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert "blind" in page
     assert all(name in page for name in DETECTORS)
     assert "://" not in page
-    assert [row["attack"] for row in matrix(run)] == list(PLAN.attacks)
+    assert [row["attack"] for row in page_of(run).sections[0].rows] == list(PLAN.attacks)
 
 
 def test_refusals():
@@ -152,28 +153,26 @@ def test_command_line(tmp_path, capsys):
 
 
 def observed(value):
-    return Observation(
-        2, (), margins=(value, value), log_distances=((value,),), prompt_log_distances=(value,)
-    )
+    return Observation(2, (), 1, (8,), {"distance": (Series((value,), (value,)),)})
 
 
 def test_a_run_is_not_judged_by_its_own_request():
     """Runs of one fold are far off, honest or not; the judges of that fold have not seen them."""
     honest = [observed(5.0 if index % 5 == 0 else index / 1000) for index in range(100)]
-    _, caught = Court({"same": honest}, 1 / 61).decide("distance", 1, honest)
+    _, caught = CrossFit({"same": honest}, 1 / 61).decide("distance", 1, honest)
     assert caught[::5].all()
     assert caught.sum() == 20
 
 
 def test_another_process_answers_in_the_same_batches(started):
-    """Run in this process it has our numerics, so its traces are those of the bench to the last bit."""
+    """Run in this process it has our numerics, so its traces are those of the request set to the last bit."""
     prompts = [tuple(range(10, 10 + length)) for length in (9, 3, 6, 3, 12)]
-    bench = Bench(
+    asked = RequestSet(
         "stories260k", load("stories260k", dtype="bfloat16"), prompts, GREEDY, replace(PLAN, batch=2)
     )
-    theirs = VARIANTS["isa"].run(bench)
+    theirs = VARIANTS["isa"].run(asked)
     assert started == ["job.json"]
-    for ours, other in zip(bench.traces, theirs, strict=True):
+    for ours, other in zip(asked.traces, theirs, strict=True):
         assert ours.header == other.header
         assert all(ours.states[layer].equal(other.states[layer]) for layer in ours.header.layers)
 
@@ -182,5 +181,5 @@ def test_rates_are_those_of_exchangeable_scores():
     random = np.random.default_rng(1)
     honest = [observed(float(value)) for value in random.normal(size=4000)]
     for alpha in (0.01, 0.05, 0.5):
-        _, caught = Court({"same": honest}, alpha).decide("distance", 1, honest)
+        _, caught = CrossFit({"same": honest}, alpha).decide("distance", 1, honest)
         assert caught.mean() == pytest.approx(alpha, abs=4 * (alpha * (1 - alpha) / 4000) ** 0.5)

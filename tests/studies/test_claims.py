@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from bitassay.evaluation.divergence import TokenScores
-from bitassay.studies.claims import LESS, MORE, Quantity, judged, verdict
-from bitassay.studies.eight_bit.claims import CLAIMS
-from bitassay.studies.eight_bit.study import GRANULARITIES, STUDIES, EightBitFindings, eight_bit_plan
+from bitassay.studies.claims import RANGES, Quantity, judged, verdict
+from bitassay.studies.eight_bit.run import CLAIMS
+from bitassay.studies.eight_bit.study import GRANULARITIES, STUDIES, eight_bit_plan
+from bitassay.studies.variants import Findings
 
+MORE, LESS = RANGES["more"], RANGES["less"]
 SUPPORTED, NOT, OPEN = "supported", "not supported", "not decidable at this n"
 
 
@@ -50,11 +52,11 @@ def findings(study, right):
     plan = eight_bit_plan(study, "stories260k", 8)
     variants = {variant.name: variant for variant in plan.variants}
     given = {name: right.get(name, right["bf16"]) for name in variants}
-    return EightBitFindings(plan, variants, right={n: {"direct": r, "generate": r} for n, r in given.items()})
+    return Findings(plan, variants, right={n: {"direct": r, "generate": r} for n, r in given.items()})
 
 
 def claim(found, words):
-    [row] = [row for row in judged(found, CLAIMS) if words in row["claim"]]
+    [row] = [row for row in judged(found, CLAIMS[found.plan.study]) if words in row["claim"]]
     return row
 
 
@@ -153,9 +155,13 @@ def test_every_claim_names_variants_that_there_are():
         found = findings(study, {"bf16": [True, False]})
         found.text = dict.fromkeys(found.variants, [score] * 3)
         found.facts = {name: {"bits_per_weight": 8.0} for name in found.variants}
-        rows = judged(found, CLAIMS)
-        assert len(rows) == sum(one.study == study for one in CLAIMS) > 3
+        rows = judged(found, CLAIMS[found.plan.study])
+        assert len(rows) == len(CLAIMS[study]) > 3
         for row in rows:
             if row["unit"] != "ratio":  # those are of products and speeds, above
                 assert row["not_measured"] == 0, row["claim"]
-    assert all(low < high and not math.isnan(low) for low, high in (one.within for one in CLAIMS))
+    assert all(
+        low < high and not math.isnan(low)
+        for claims in CLAIMS.values()
+        for low, high in (claim.range for claim in claims)
+    )

@@ -2,17 +2,10 @@
 but for one test, which kills processes."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import threading
-import time
 from dataclasses import replace
 from importlib.util import find_spec
 from types import SimpleNamespace
 
-import psutil
 import pytest
 
 pytest.importorskip("lm_eval")
@@ -25,12 +18,13 @@ from bitassay.evaluation.statistics import holm, paired_difference
 from bitassay.models.identity import Identity
 from bitassay.models.source import resolve
 from bitassay.record.run import RunFolder
-from bitassay.report.eight_bit import supported
-from bitassay.studies import crew
-from bitassay.studies.cells import Bench, Cell, in_turn
-from bitassay.studies.eight_bit.run import findings, run_eight_bit
+from bitassay.report.findings import supported
+from bitassay.studies import run as run_module
+from bitassay.studies.cells import CellRunner, in_turn, read_findings
+from bitassay.studies.eight_bit.run import run_eight_bit
 from bitassay.studies.eight_bit.study import STUDIES, Study, both_sides, eight_bit_plan, weight_only
 from bitassay.studies.variants import Variant, VariantPlan
+from workers import in_process
 
 SMALL = Study(
     "small",
@@ -42,17 +36,6 @@ SMALL = Study(
     ),
 )
 PLAN = eight_bit_plan("task3.1", "stories260k", 2, Protocol(windows=5, window_tokens=48), dtype="float32")
-PARENT = """
-import sys, time
-from pathlib import Path
-from bitassay.record.files import read_json
-from bitassay.record.run import RunFolder
-from bitassay.studies import crew
-path = Path(sys.argv[1])
-child = crew._Member(RunFolder(path, read_json(path / "plan.json")), 0, 1)._start()
-print(child.pid, flush=True)
-time.sleep(600)  # the child's input stays open
-"""
 SMALL_PLAN = replace(PLAN, study="small", variants=SMALL.variants)
 
 
@@ -61,16 +44,10 @@ def _bundled_questions(monkeypatch):
     monkeypatch.delenv("BITASSAY_DATA", raising=False)
 
 
-def in_process(folder, cells, _jobs, _threads, _progress):
-    bench = Bench(folder.plan)
-    for cell in cells:
-        bench.work(cell, folder)
-
-
 @pytest.fixture
 def here(monkeypatch):
     """Cells inside this process, and the study `small`."""
-    monkeypatch.setattr(crew, "run_local", in_process)
+    in_process(monkeypatch)
     monkeypatch.setitem(STUDIES, "small", SMALL)
 
 
@@ -79,7 +56,7 @@ def done(tmp_path_factory):
     """A run of `small`; tests must not change its folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("BITASSAY_DATA", raising=False)
-        patch.setattr(crew, "run_local", in_process)
+        in_process(patch)
         patch.setitem(STUDIES, "small", SMALL)
         return run_eight_bit(SMALL_PLAN, out=tmp_path_factory.mktemp("run") / "r")
 
@@ -161,7 +138,7 @@ def test_groups_that_do_not_divide_a_row_are_named(done):
 
 def test_a_run_goes_on_and_ends_the_same(done, here, tmp_path, monkeypatch):
     worked = []
-    work = Bench.work
+    work = CellRunner.work
 
     def stops(self, cell, folder):
         worked.append(cell.name)
@@ -169,12 +146,12 @@ def test_a_run_goes_on_and_ends_the_same(done, here, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         work(self, cell, folder)
 
-    monkeypatch.setattr(Bench, "work", stops)
+    monkeypatch.setattr(CellRunner, "work", stops)
     plan = SMALL_PLAN
     with pytest.raises(KeyboardInterrupt):
-        run_eight_bit(plan, out=tmp_path / "r")
+        run_eight_bit(plan, out=tmp_path / "r", jobs=1)
     (tmp_path / "r/parts/text-01-fp8-tensor-fake.safetensors").unlink()  # stopped in the middle of a cell
-    run, _ = run_eight_bit(plan, out=tmp_path / "r")
+    run, _ = run_eight_bit(plan, out=tmp_path / "r", jobs=1)
     assert worked == ["text-00", "text-01", "questions-00", "text-01"] + [
         f"questions-{n:02d}" for n in range(6)
     ]
@@ -185,15 +162,15 @@ def test_a_run_goes_on_and_ends_the_same(done, here, tmp_path, monkeypatch):
 def test_another_model_under_the_same_name_is_refused(tmp_path):
     folder = RunFolder(tmp_path / "r", PLAN.described("eight-bit", "0" * 64))
     with pytest.raises(BitassayError, match="not those that this study began with"):
-        Bench(folder.plan)
+        CellRunner(folder.plan)
 
 
 def test_other_questions_are_refused():
     described = PLAN.described("eight-bit", Identity(resolve("stories260k")).weights_digest)
-    Bench(described)
+    CellRunner(described)
     described["questions"]["digest"] = "0" * 64
     with pytest.raises(BitassayError, match="questions of MMLU here are not those"):
-        Bench(described)
+        CellRunner(described)
 
 
 def test_a_part_of_a_study():
@@ -212,7 +189,9 @@ def test_a_part_of_a_study():
 
 def test_intervals_of_a_family_hold_together(done):
     run, _ = done
-    right = findings(RunFolder(done[1], json.loads((done[1] / "plan.json").read_text())), SMALL_PLAN).right
+    right = read_findings(
+        RunFolder(done[1], json.loads((done[1] / "plan.json").read_text())), SMALL_PLAN
+    ).right
     families = [pair["family"] for pair in run["pairs"]]
     assert sorted(families) == ["INT8 against FP8", "real against fake", "real against fake"]
     for pair in run["pairs"]:
@@ -263,29 +242,7 @@ def test_a_process_with_other_code_does_no_cell(here, tmp_path):
     described = PLAN.described("eight-bit", Identity(resolve("stories260k")).weights_digest)
     began = described | {"versions": described["versions"] | {"bitassay": "0.0.1+abc"}}
     with pytest.raises(BitassayError, match=r"this study began with bitassay 0.0.1\+abc, not"):
-        Bench(began)
-
-
-def test_a_dead_process_loses_its_cell_to_another(tmp_path, monkeypatch):
-    """Real processes: the first one is killed at work, and its cell is done again, with the same files."""
-    described = PLAN.described("eight-bit", Identity(resolve("stories260k")).weights_digest)
-    folder, again = RunFolder(tmp_path / "a", described), RunFolder(tmp_path / "b", described)
-    cell, started = Cell("questions", 0), []
-    start = crew._Member._start
-
-    def killed_once(self):
-        child = start(self)
-        started.append(child)
-        if len(started) == 1:
-            threading.Timer(0.5, lambda: os.kill(child.pid, signal.SIGKILL)).start()
-        return child
-
-    monkeypatch.setattr(crew._Member, "_start", killed_once)
-    crew.run_local(folder, [cell], 1, 1)
-    assert len(started) == 2
-    in_process(again, [cell], 1, 1, None)
-    name = "parts/questions-00.json"
-    assert json.loads((folder.path / name).read_text()) == json.loads((again.path / name).read_text())
+        CellRunner(began)
 
 
 def test_as_many_processes_as_there_is_room_and_work_for(monkeypatch):
@@ -295,40 +252,12 @@ def test_as_many_processes_as_there_is_room_and_work_for(monkeypatch):
     one = 2 * weights + 6 * 48 * 512 * 4
 
     def size(cells, available, jobs=None):
-        monkeypatch.setattr(crew.psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
-        return crew.crew_size(PLAN, folder, cells, jobs)
+        monkeypatch.setattr(run_module.psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
+        return run_module.workers_and_threads(PLAN, folder, cells, jobs)
 
-    monkeypatch.setattr(crew.os, "sched_getaffinity", lambda _: range(4), raising=False)
+    monkeypatch.setattr(run_module.os, "sched_getaffinity", lambda _: range(4), raising=False)
     assert size(9, 100 * one) == (4, 1)
     assert size(9, 2 * one) == (2, 2)
     assert size(9, one // 2) == (1, 4)
     assert size(1, 100 * one) == (1, 4)
     assert size(9, one, jobs=3) == (3, 1)
-
-
-def test_processes_end_with_a_study_that_is_killed(tmp_path):
-    described = PLAN.described("eight-bit", Identity(resolve("stories260k")).weights_digest)
-    RunFolder(tmp_path / "a", described)
-    study = subprocess.Popen(
-        [sys.executable, "-c", PARENT, str(tmp_path / "a")], stdout=subprocess.PIPE, text=True
-    )
-    child = psutil.Process(int(study.stdout.readline()))
-    study.kill()
-    study.wait()
-    deadline = time.monotonic() + 60
-    while child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
-def test_a_cell_that_kills_is_given_up(tmp_path, monkeypatch):
-    folder = RunFolder(tmp_path / "a", PLAN.described("eight-bit", "0" * 64))
-    monkeypatch.setattr(crew, "COMMAND", ("python3", "-c", "pass"))
-    with pytest.raises(MissingError, match="questions-01: its process died 2 times"):
-        crew.run_local(folder, [Cell("questions", 1)], 1, 1)
-
-
-def test_a_users_mistake_comes_back_from_a_process(tmp_path):
-    folder = RunFolder(tmp_path / "a", PLAN.described("eight-bit", "0" * 64))
-    with pytest.raises(BitassayError, match="not those that this study began with"):
-        crew.run_local(folder, [Cell("questions", 0)], 2, 1)

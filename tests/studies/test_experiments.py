@@ -6,20 +6,21 @@ import shutil
 from dataclasses import replace
 
 import pytest
-import torch
 
 from bitassay.errors import BitassayError
 from bitassay.record.files import read_json, write_json
-from bitassay.studies.verillm import work
+from bitassay.studies.machines import Machine
+from bitassay.studies.parties import Party
 from bitassay.studies.verillm.experiments import EXPERIMENTS, directions, run_experiments
-from bitassay.studies.verillm.parties import Machine, Party
-from bitassay.studies.verillm.work import Plan
-from bitassay.studies.verillm.worker import read_cells
+from bitassay.studies.verillm.verifier import read_statistics
+from bitassay.studies.verillm.work import ExperimentPlan, Work
 from bitassay.verification.detectors.verillm import DOCUMENTS, PAPER
-from workers import InProcess
+from workers import in_process
 
 CPU, OTHER = Machine("cpu"), Machine("cpu+avx2")
-PLAN = Plan("stories260k", (CPU, OTHER), tokens=6, prompt_tokens=12, trials=2, verifiers=2, precision="bf16")
+PLAN = ExperimentPlan(
+    "stories260k", (CPU, OTHER), tokens=6, prompt_tokens=12, trials=2, verifiers=2, precision="bf16"
+)
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +28,7 @@ def finished(tmp_path_factory):
     """exp2 and exp3, run once; tests must not change the folder."""
     out = tmp_path_factory.mktemp("data")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(work, "Popen", InProcess)
-        patch.setattr(InProcess, "started", [], raising=False)
+        in_process(patch)
         return run_experiments(["exp2", "exp3"], PLAN, out=out), out
 
 
@@ -84,7 +84,7 @@ def test_the_judged_numbers_come_from_the_cells(finished):
     _, out = finished
     trial = read_json(out / "raw" / "exp2" / "stories260k_cpu_to_cpu+avx2_trial1.json")
     [file] = out.glob("work/*/cells/bf16_cpu_to_bf16_cpu+avx2/trial1.safetensors")
-    cells = read_cells(file)
+    cells = read_statistics(file)
     assert cells.n_prompt == 12
     found = cells.statistics
     holds = (
@@ -114,7 +114,7 @@ def test_what_is_missing_is_computed_and_nothing_else(finished, tmp_path, starte
     shutil.copytree(out, tmp_path / "data")
     next((tmp_path / "data").glob("work/*/cells/w4_cpu_*_to_bf16_cpu/trial2.safetensors")).unlink()
     run_experiments(["exp2", "exp3"], PLAN, out=tmp_path / "data")
-    assert started == ["verify-bf16_cpu.json"]
+    assert started == ["verifier: bf16 on cpu"]
 
 
 def test_more_trials_keep_what_there_is(finished, tmp_path, started):
@@ -135,7 +135,7 @@ def test_one_computer_proves_and_another_verifies(tmp_path, started):
         "bf16 on cpu+avx2 verifying bf16 on cpu",
         "traces of bf16 on cpu+avx2",
     ]
-    assert {name.split("-")[0] for name in started} == {"prove"}
+    assert {name.partition(":")[0] for name in started} == {"prover"}
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     second = run_experiments(["exp2"], replace(plan, role="verify", here=(OTHER,)), out=tmp_path / "b")
     assert [(row["prover"], row["verifier"]) for row in second["rows"]] == [
@@ -181,12 +181,6 @@ def test_damaged_timings_are_named(finished, tmp_path, started):
         run_experiments(["exp2"], PLAN, out=tmp_path / "data")
 
 
-def test_gpus_are_dealt_to_the_parties_that_run_on_one():
-    parties = [Party("w4", Machine(name)) for name in ("cuda:0", "cpu", "cuda:1+eager", "cuda:0")]
-    assert work.dealt((2, 3), parties) == [2, None, 3, 2]
-    assert work.dealt((), parties) == [None] * 4
-
-
 def test_an_error_in_a_worker_says_who_and_what(tmp_path, started):
     plan = replace(PLAN, quantized=str(tmp_path / "nothing"), attacks=())
     (tmp_path / "nothing").mkdir()
@@ -194,41 +188,17 @@ def test_an_error_in_a_worker_says_who_and_what(tmp_path, started):
         run_experiments(["exp3"], plan, out=tmp_path / "data")
 
 
-def test_an_interrupt_stops_the_workers(tmp_path, monkeypatch, started):
-    stopped = []
-
-    class Endless(InProcess):
-        def communicate(self):
-            while not stopped:
-                torch.rand(1)
-            self.returncode = -15
-            return None, ""
-
-        def terminate(self):
-            stopped.append(self)
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(work, "Popen", Endless)
-    with pytest.raises(KeyboardInterrupt):
-        run_experiments(
-            ["exp1"], PLAN, out=tmp_path, progress=lambda what, *_: what == "proving" and interrupt()
-        )
-    assert stopped
-
-
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"trials": 0}, "0 trials"),
-        ({"tokens": 1}, "2 tokens"),
-        ({"verifiers": 0}, "0 verifiers"),
+        ({"trials": 0}, "--trials is 0"),
+        ({"tokens": 1}, "--tokens is 1"),
+        ({"verifiers": 0}, "--verifiers is 0"),
         ({"precision": "fp8"}, "no precision of the dense model"),
         ({"quantized": "w44"}, "neither a recipe nor a checkpoint"),
         ({"attacks": ("int4",)}, "neither a recipe nor a checkpoint"),
         ({"role": "watch"}, "no role"),
-        ({"jobs": 0}, "--jobs 0"),
+        ({"jobs": 0}, "--jobs is 0"),
         ({"rules": replace(DOCUMENTS, e_w=0.3)}, "e_w 0.3; cells are kept with"),
         ({"trials": 10_000}, "at most 256 trials"),
     ],
@@ -290,11 +260,10 @@ def test_real_processes_have_their_machines_numerics(tmp_path):
     plan = replace(
         PLAN, trials=1, verifiers=1, attacks=(), machines=(CPU, Machine("cpu+default+eager+1thread"))
     )
-    ours = work.Work(plan, tmp_path, lambda *_: None)
+    ours = Work(plan, tmp_path, lambda *_: None)
     prover, verifier = Party("bf16", plan.machines[0]), Party("bf16", plan.machines[1])
-    ours.prove([prover])
-    ours.verify([(prover, verifier)])
-    [[cells]] = ours.cells(prover, [verifier])
+    ours.do([(prover, verifier)])
+    [[cells]] = ours.statistics(prover, [verifier])
     assert cells.verifier["cpu_capability"] == "DEFAULT"
     assert (cells.verifier["attention"], cells.verifier["threads"]) == ("eager", 1)
     assert json.loads(next(tmp_path.glob("work/*/traces/*/trial1.json")).read_text())["output_tokens"] == 6

@@ -6,12 +6,7 @@ import json
 import pytest
 
 from bitassay.errors import BitassayError
-from bitassay.report.generation import (
-    GENERATION_COLUMNS,
-    candidates,
-    write_generation_report,
-    write_rating_sheet,
-)
+from bitassay.report.pages import page_of, write_rating_sheet, write_report
 from bitassay.report.tables import render
 from bitassay.studies import generation as study
 from bitassay.studies.generation import generation
@@ -95,7 +90,7 @@ def test_the_page_and_the_sheet(done, tmp_path):
     run = json.loads(json.dumps(done[0]))
     run["prompts"][0] = "<script>alert(1)</script>"
     run["texts"]["w8"][0] |= {"text": "same <b>other", "prefix": "same "}
-    write_generation_report(run, tmp_path / "r.html")
+    write_report(run, tmp_path / "r.html")
     page = (tmp_path / "r.html").read_text()
     assert "<script" not in page
     assert "same <mark>&lt;b&gt;other</mark>" in page
@@ -109,6 +104,6 @@ def test_the_page_and_the_sheet(done, tmp_path):
         ("1", "w2"),
         ("2", "base"),
     ]
-    table = render(candidates(run), GENERATION_COLUMNS, "csv").splitlines()
+    table = render(*page_of(run).csv, "csv").splitlines()
     assert table[0].startswith("recipe,prompts,prefix_tokens,prefix_tokens_ci_low,prefix_tokens_ci_high")
     assert len(table) == 3

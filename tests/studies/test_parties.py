@@ -3,14 +3,15 @@
 import pytest
 
 from bitassay.errors import BitassayError
-from bitassay.studies.verillm.parties import Machine, Party, is_recipe, process_environment
+from bitassay.studies.machines import Machine
+from bitassay.studies.parties import PROVER, Party, is_recipe, party_job
 
 
 def test_a_machine_is_a_device_and_numerics():
     machine = Machine("cpu+avx2+eager+2threads")
     assert (machine.device, machine.attention) == ("cpu", "eager")
-    assert machine.variables() == {"ATEN_CPU_CAPABILITY": "avx2", "OMP_NUM_THREADS": "2"}
-    assert (Machine("cpu").attention, Machine("cpu").variables()) == ("auto", {})
+    assert machine.variables == {"ATEN_CPU_CAPABILITY": "avx2", "OMP_NUM_THREADS": "2"}
+    assert (Machine("cpu").attention, Machine("cpu").variables) == ("auto", {})
     assert Machine("cuda:1").label == "cuda1"
 
 
@@ -27,11 +28,14 @@ def test_verifiers_differ_while_there_are_numerics_left():
     assert [machine.name for machine in Machine("cuda:0").verifiers(2)] == ["cuda:0", "cuda:0+eager"]
 
 
-def test_a_process_sees_its_gpu_alone():
-    found = process_environment(Machine("cpu+avx2"), gpu=3)
-    assert (found["CUDA_VISIBLE_DEVICES"], found["ATEN_CPU_CAPABILITY"]) == ("3", "avx2")
-    assert "PATH" in found
-    assert Machine("cuda:3+eager").seen_alone().name == "cuda:0+eager"
+def test_a_process_sees_its_gpu_alone(tmp_path):
+    def machine_of(name, gpus):
+        job = party_job(PROVER, Party("bf16", Machine(name)), "m", [], tmp_path, gpus=gpus)
+        return job.start.setup["party"][1]
+
+    assert machine_of("cuda:3+eager", [3, 5]) == "cuda:0+eager"
+    assert machine_of("cuda:3+eager", []) == "cuda:3+eager"
+    assert machine_of("cpu+avx2", [3, 5]) == "cpu+avx2"
 
 
 def test_labels_can_be_file_names():

@@ -18,14 +18,12 @@ from bitassay.evaluation.divergence import TokenScores, window_logits
 from bitassay.evaluation.quality import evaluate, text_difference
 from bitassay.quantization.pipeline import quantize
 from bitassay.quantization.recipe.replication import Chosen
-from bitassay.studies import crew
-from bitassay.studies.cells import Bench
+from bitassay.studies import speculation
+from bitassay.studies.cells import CellRunner
 from bitassay.studies.claims import judged
-from bitassay.studies.costs import facts_of, window_reader
+from bitassay.studies.costs import facts_of, window_reader, with_costs
 from bitassay.studies.replication import study as replication
-from bitassay.studies.replication.claims import CLAIMS
-from bitassay.studies.replication.drafts import drafted
-from bitassay.studies.replication.run import grade, run_replication, with_costs
+from bitassay.studies.replication.run import CLAIMS, grade, run_replication
 from bitassay.studies.replication.study import (
     BASE,
     EVEN,
@@ -39,7 +37,9 @@ from bitassay.studies.replication.study import (
     group,
     replication_plan,
 )
+from bitassay.studies.speculation import check_speculation
 from bitassay.studies.variants import Findings, Reading, Variant, VariantPlan
+from workers import in_process
 
 W2 = W2 | {"scale": "absmax"}  # which is quick
 EVEN = EVEN | {"scale": "absmax"}
@@ -73,21 +73,15 @@ def windows(_model, protocol):
     return windows_of(protocol)
 
 
-def in_process(folder, cells, _jobs, _threads, _progress):
-    bench = Bench(folder.plan)
-    for cell in cells:
-        bench.work(cell, folder)
-
-
 @pytest.fixture(scope="module")
 def here():
     """Cells inside this process, drafts of few words, and the study `small`."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(crew, "run_local", in_process)
-        for module in ("cells", "drafts"):
+        in_process(patch)
+        for module in ("cells", "speculation"):
             patch.setattr(f"bitassay.studies.{module}.model_windows", windows)
-        patch.setattr("bitassay.studies.replication.drafts.NEW_TOKENS", 6)
-        patch.setattr("bitassay.studies.replication.drafts.TEXTS", 3)
+        patch.setattr("bitassay.studies.speculation.NEW_TOKENS", 6)
+        patch.setattr("bitassay.studies.speculation.TEXTS", 3)
         patch.setattr(replication, "BLOCK", 3)
         patch.setitem(STUDIES, "small", SMALL)
         yield
@@ -291,22 +285,20 @@ def test_planes_in_a_run(done):
 
 def test_drafts_are_compared_with_both_planes(stories, monkeypatch):
     """Another text than that of all planes is seen."""
-    from bitassay.studies.replication.study import drafts
-
-    monkeypatch.setattr(drafts, "NEW_TOKENS", 4)
-    monkeypatch.setattr(drafts, "TEXTS", 2)
+    monkeypatch.setattr(speculation, "NEW_TOKENS", 4)
+    monkeypatch.setattr(speculation, "TEXTS", 2)
     plan, _ = replication_plan("planes", "stories260k", 5, PROTOCOL, dtype="float32")
-    honest = drafts.speculate
+    honest = speculation.speculate
     monkeypatch.setattr(
-        drafts,
+        speculation,
         "speculate",
         lambda *a, **k: replace(found := honest(*a, **k), output_ids=found.output_ids[::-1]),
     )
-    assert [text["identical"] for text in drafted(plan, WHOLE.recipe, 2)["texts"]] == [False, False]
+    assert [text["identical"] for text in check_speculation(plan, WHOLE.recipe, 2)["texts"]] == [False, False]
 
 
 def test_a_run_goes_on_and_ends_the_same(done, here, tmp_path, monkeypatch):
-    worked, work = [], Bench.work
+    worked, work = [], CellRunner.work
 
     def stops(self, cell, folder):
         worked.append(cell.name)
@@ -314,10 +306,10 @@ def test_a_run_goes_on_and_ends_the_same(done, here, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         work(self, cell, folder)
 
-    monkeypatch.setattr(Bench, "work", stops)
+    monkeypatch.setattr(CellRunner, "work", stops)
     with pytest.raises(KeyboardInterrupt):
-        run_replication("small", "stories260k", out=tmp_path / "r", **HOW)
-    run, _ = run_replication("small", "stories260k", out=tmp_path / "r", **HOW)
+        run_replication("small", "stories260k", out=tmp_path / "r", jobs=1, **HOW)
+    run, _ = run_replication("small", "stories260k", out=tmp_path / "r", jobs=1, **HOW)
     assert worked == ["text-00", "text-01", "text-01", "drafts-00"]
     for name in ("rows", "pairs", "claims"):
         assert run[name] == done[0][name]
@@ -348,12 +340,12 @@ def claims(study, given):
     variants, _ = arranged(STUDIES[study].groups, 30)
     plan = VariantPlan(study, "stories260k", variants, PROTOCOL)
     text = {variant.name: scores(given.get(variant.name, 1.0)) for variant in variants}
-    return judged(Findings(plan, {v.name: v for v in variants}, text), CLAIMS)
+    return judged(Findings(plan, {v.name: v for v in variants}, text), CLAIMS[study])
 
 
 @pytest.mark.parametrize("study", list(STUDIES))
 def test_claims_are_of_variants_that_there_are(study):
-    assert {claim.study for claim in CLAIMS} == set(STUDIES) - {"small"}
+    assert set(CLAIMS) == set(STUDIES) - {"small"}
     rows = claims(study, {"base": 0.5, "Baseline": 0.5})
     assert rows
     assert not any(one["not_measured"] for one in rows)

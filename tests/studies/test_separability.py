@@ -3,11 +3,13 @@
 import pytest
 
 from bitassay.errors import BitassayError
-from bitassay.studies.verillm.parties import Machine
+from bitassay.studies.machines import Machine
 from bitassay.studies.verillm.separability import run_separability
-from bitassay.studies.verillm.work import Plan
+from bitassay.studies.verillm.work import ExperimentPlan
 
-PLAN = Plan("stories260k", (Machine("cpu"), Machine("cpu+avx2")), 6, 10, trials=9, precision="bf16", batch=3)
+PLAN = ExperimentPlan(
+    "stories260k", (Machine("cpu"), Machine("cpu+avx2")), 6, 10, trials=9, precision="bf16", batch=3
+)
 
 
 def test_a_verifier_tells_other_precisions_from_its_own(tmp_path, started):

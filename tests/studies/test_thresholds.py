@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from bitassay.errors import BitassayError
+from bitassay.studies.machines import Machine
 from bitassay.studies.verillm.experiments import directions
-from bitassay.studies.verillm.parties import Machine
 from bitassay.studies.verillm.thresholds import (
     accept_rate,
     as_yaml,
@@ -20,12 +20,14 @@ from bitassay.studies.verillm.thresholds import (
     read_thresholds,
     recommend,
 )
-from bitassay.studies.verillm.work import Plan
-from bitassay.studies.verillm.worker import Cells
+from bitassay.studies.verillm.verifier import TraceStatistics
+from bitassay.studies.verillm.work import ExperimentPlan
 from bitassay.verification.detectors.verillm import DOCUMENTS, CellStatistics
 from bitassay.verification.power import threshold
 
-PLAN = Plan("stories260k", (Machine("cpu"), Machine("cpu+avx2")), tokens=4, prompt_tokens=8, verifiers=1)
+PLAN = ExperimentPlan(
+    "stories260k", (Machine("cpu"), Machine("cpu+avx2")), tokens=4, prompt_tokens=8, verifiers=1
+)
 DIRECTION = directions("exp1", PLAN)[0]
 
 
@@ -36,7 +38,7 @@ def made(generator, Pe=0.06, Pw=0.8, distance=0.015, n_prompt=5, positions=45):
         values = mean * (1 + spread * torch.randn(2, positions, generator=generator, dtype=torch.float64))
         return torch.cat([torch.full((2, n_prompt), 9.0, dtype=torch.float64), values], 1)
 
-    return Cells(
+    return TraceStatistics(
         layers=(8, 16),
         n_prompt=n_prompt,
         seconds=1.0,

@@ -5,9 +5,10 @@ import torch
 
 from bitassay.engines.sampling import Sampler
 from bitassay.models.walk import decoder_layers
-from bitassay.studies.attacks.study import ATTACKS
-from bitassay.verification.attacks.hosts import Setting, low_rank_update, skip
-from bitassay.verification.observation import observe
+from bitassay.verification.attacks.attack import Setting
+from bitassay.verification.attacks.hosts import low_rank_update, skip
+from bitassay.verification.attacks.registry import ATTACKS
+from bitassay.verification.observe import observe
 from bitassay.verification.prove import prove_many
 from bitassay.verification.structure import Request
 

@@ -1,6 +1,5 @@
 """Posteriors against scipy, "none of these" against its promise, and suspects of the tiny model."""
 
-import dataclasses
 import json
 import math
 
@@ -22,7 +21,7 @@ from bitassay.verification.attribution import (
     fit_library,
 )
 from bitassay.verification.calibrate import calibrate, chosen_attacks
-from bitassay.verification.profile import read_profile, statistics, write_profile
+from bitassay.verification.profile import read_profile, write_profile
 from bitassay.verification.prove import prove_many
 from bitassay.verification.verdict import verify_many
 
@@ -213,14 +212,6 @@ def test_attribution_decides_nothing(honest, model, suspected):
     one, other = (verify_many(honest[:20], model, profile=profile) for profile in (suspected, swapped))
     assert [verdict.status for verdict in one] == [verdict.status for verdict in other]
     assert "int2" in {verdict.attribution.best for verdict in other if verdict.attribution}
-
-
-def test_statistics_do_not_depend_on_the_order_of_layers(honest, model, profile):
-    evidence = verify_many(honest[:1], model, profile=profile)[0].evidence
-    turned = dataclasses.replace(evidence, layers=evidence.layers[::-1])
-    a, b = (statistics(one, profile.layers, profile.tokens) for one in (evidence, turned))
-    assert a.tolist() == b.tolist()
-    assert len(a) == 7
 
 
 def test_what_cannot_be_a_suspect():

@@ -9,36 +9,62 @@ import torch
 from bitassay.errors import BitassayError
 from bitassay.testing.tiny import tiny_model
 from bitassay.verification.calibrate import (
-    STATES_SD,
-    TOKENS_SD,
     calibrate,
     check_enough,
+    chosen_detectors,
     fit_by_length,
     fit_lengths,
-    fit_values,
     scores_by_length,
     split,
 )
-from bitassay.verification.evidence import Evidence, LayerEvidence, gather
+from bitassay.verification.calibration import Fit, Statistic, fit, runs_needed, standardise, statistics
+from bitassay.verification.detectors.detector import Series
+from bitassay.verification.detectors.registry import DECIDING, DETECTORS
+from bitassay.verification.detectors.token_difr import OFFSET
 from bitassay.verification.numerics import numerics
+from bitassay.verification.observe import Observation, observe
 from bitassay.verification.profile import (
-    OFFSET,
-    Fit,
     Profile,
-    evidence_score,
+    Score,
     find_profile,
     profile_path,
     read_profile,
-    runs_needed,
-    token_statistic,
     write_profile,
 )
 from bitassay.verification.prove import prove_many
+from bitassay.verification.structure import Request
+
+STATES_SD, TOKENS_SD = (DETECTORS[name].smallest_sd for name in DECIDING)
 
 
-def evidence(generated, prompt=(-9.0, -9.0), margin=0.0):
-    layers = tuple(LayerEvidence(layer, p, g) for layer, p, g in zip((8, 16), prompt, generated, strict=True))
-    return Evidence(layers, (margin,) * 10, "bf16")
+def observation(generated, prompt=(-9.0, -9.0), margins=(0.0,) * 10):
+    """Of layers 8 and 16; generated: by layer one number, or one a position."""
+    rows = [row if isinstance(row, tuple) else (row,) * (len(margins) - 1) for row in generated]
+    distances = tuple(Series(row, (before,)) for row, before in zip(rows, prompt, strict=True))
+    series = {"distance": distances, "token-difr": (Series(margins),)}
+    return Observation(len(margins), (), len(margins) - 1, (8, 16), series)
+
+
+def prefix(run, n):
+    return observation(
+        [series.values[:n] for series in run.series["distance"]],
+        [series.prompt[0] for series in run.series["distance"]],
+        run.series["token-difr"][0].values[: n + 1],
+    )
+
+
+def scored(run, layers, tokens):
+    fits = {"distance": list(layers.values()), "token-difr": [tokens]}
+    return Score.of(standardise(statistics(run, DECIDING), fits, run.positions), (8, 16))
+
+
+def fit_values(lengths, values, detector="distance"):
+    """values: those of all runs at each of the lengths."""
+    runs = {
+        n: [[Statistic(detector, 0, "generated", value)] for value in several]
+        for n, several in zip(lengths, values, strict=True)
+    }
+    return fit(runs)[detector][0]
 
 
 def constant(mean, sd):
@@ -50,15 +76,17 @@ TOKENS = constant(math.log(OFFSET), 0.5)
 
 
 def test_score_is_the_largest_standardised_statistic():
-    assert evidence_score(evidence((-4.0, -3.0)), FITS, TOKENS).value == 0
-    assert evidence_score(evidence((-3.0, -3.0)), FITS, TOKENS).value == 2
-    assert evidence_score(evidence((-4.0, -2.0)), FITS, TOKENS)[:2] == (4, 4)
-    assert evidence_score(evidence((-5.0, -4.0)), FITS, TOKENS).states < 0, (
+    assert scored(observation((-4.0, -3.0)), FITS, TOKENS).value == 0
+    assert scored(observation((-3.0, -3.0)), FITS, TOKENS).value == 2
+    far = scored(observation((-4.0, -2.0)), FITS, TOKENS)
+    assert (far.value, far.states) == (4, 4)
+    assert scored(observation((-5.0, -4.0)), FITS, TOKENS).states < 0, (
         "nearer than usual is no evidence against a run"
     )
-    far_prompt = evidence_score(evidence((-4.0, -3.0), prompt=(-9.0, -1.0)), FITS, TOKENS)
+    far_prompt = scored(observation((-4.0, -3.0), prompt=(-9.0, -1.0)), FITS, TOKENS)
     assert (far_prompt.value, far_prompt.layer, far_prompt.part) == (8, 16, "prompt")
-    tokens = evidence_score(evidence((-4.0, -3.0), margin=OFFSET * (math.e - 1)), FITS, TOKENS)
+    assert set(far_prompt.to_dict()) == {"value", "states", "tokens", "layer", "part"}
+    tokens = scored(observation((-4.0, -3.0), margins=(OFFSET * (math.e - 1),) * 10), FITS, TOKENS)
     assert tokens.tokens == pytest.approx(2)
     assert tokens.value == tokens.tokens > tokens.states
 
@@ -111,31 +139,31 @@ def test_too_few_runs_are_refused_with_the_number_needed(model, prompts):
 
 
 def test_split_is_a_quarter_half_and_quarter_without_overlap():
-    runs = [evidence((float(index), 0.0)) for index in range(43)]
-    fit, conformal, held_out = split(runs)
-    assert (len(fit), len(conformal), len(held_out)) == (10, 23, 10)
-    assert fit + conformal + held_out == runs
+    runs = [observation((float(index), 0.0)) for index in range(43)]
+    parts = split(runs)
+    assert [len(part) for part in parts] == [10, 23, 10]
+    assert [run for part in parts for run in part] == runs
 
 
 def test_fit_is_mean_and_standard_deviation_with_a_floor():
-    fit = fit_values([4, 8], [[1.0, 3.0], [1.0, 1.0]], 0.1)
-    assert fit == Fit(lengths=(4, 8), mean=(2.0, 1.0), sd=(math.sqrt(2), 0.1))
+    curve = fit_values([4, 8], [[1.0, 3.0], [1.0, 1.0]], "token-difr")
+    assert curve == Fit(lengths=(4, 8), mean=(2.0, 1.0), sd=(math.sqrt(2), TOKENS_SD))
 
 
 def test_a_fit_is_linear_in_log_n_and_constant_beyond():
-    fit = Fit(lengths=(8, 32), mean=(1.0, 3.0), sd=(0.5, 0.1))
-    assert fit.at(8) == (1, 0.5)
-    assert fit.at(16) == pytest.approx((2, 0.3))
-    assert fit.at(2) == fit.at(8)
-    assert fit.at(99) == fit.at(32) == (3, 0.1)
-    assert fit.standardised(2.6, 16) == pytest.approx(2)
+    curve = Fit(lengths=(8, 32), mean=(1.0, 3.0), sd=(0.5, 0.1))
+    assert curve.at(8) == (1, 0.5)
+    assert curve.at(16) == pytest.approx((2, 0.3))
+    assert curve.at(2) == curve.at(8)
+    assert curve.at(99) == curve.at(32) == (3, 0.1)
+    assert curve.standardised(2.6, 16) == pytest.approx(2)
 
 
 def test_statistics_are_standardised_for_the_generated_positions_of_the_run():
     """10 output tokens are 9 generated positions, of which prompt states and tokens are judged too."""
-    fit = Fit(lengths=(8, 9, 10), mean=(50.0, 1.0, 50.0), sd=(9.0, 2.0, 9.0))
+    curve = Fit(lengths=(8, 9, 10), mean=(50.0, 1.0, 50.0), sd=(9.0, 2.0, 9.0))
     tokens = Fit(lengths=(8, 9, 10), mean=(50.0, math.log(OFFSET) - 6, 50.0), sd=(9.0, 3.0, 9.0))
-    found = evidence_score(evidence((3.0, 1.0), prompt=(-1.0, 0.0)), {8: fit, 16: fit}, tokens)
+    found = scored(observation((3.0, 1.0), prompt=(-1.0, 0.0)), {8: curve, 16: curve}, tokens)
     assert (found.states, found.tokens) == (1, pytest.approx(2))
 
 
@@ -150,15 +178,15 @@ def test_lengths_are_half_octaves_up_to_what_enough_runs_reach():
 
 
 def test_each_length_is_fitted_to_the_runs_that_reach_it():
-    def run(n, value):
-        layers = tuple(LayerEvidence(layer, -6.0, value, by_position=(value,) * n) for layer in (8, 16))
-        return Evidence(layers, (0.0,) * (n + 1), "bf16")
-
-    layers, tokens = fit_by_length([run(n, v) for n, v in ((16, -4.0), (8, -1.0)) for _ in range(8)], 8)
-    assert layers[8] == layers[16]
-    assert layers[8].lengths == tokens.lengths == (8, 11, 16)
-    assert layers[8].mean == (-2.5, -4, -4)
-    assert layers[8].sd == pytest.approx((1.5 * (16 / 15) ** 0.5, STATES_SD, STATES_SD))
+    runs = [
+        observation((v, v), margins=(0.0,) * (n + 1)) for n, v in ((16, -4.0), (8, -1.0)) for _ in range(8)
+    ]
+    fits = fit_by_length(runs, DECIDING, 8)
+    (first, second), (tokens,) = fits["distance"], fits["token-difr"]
+    assert first == second
+    assert first.lengths == tokens.lengths == (8, 11, 16)
+    assert first.mean == (-2.5, -4, -4)
+    assert first.sd == pytest.approx((1.5 * (16 / 15) ** 0.5, STATES_SD, STATES_SD))
     assert (tokens.mean[2], tokens.sd[2]) == (pytest.approx(math.log(OFFSET)), TOKENS_SD)
 
 
@@ -167,37 +195,34 @@ def synthetic(rng, most, farther=0.0):
     in five ends by itself. farther: than honest states, in nats."""
     n = most if rng.random() < 0.8 else int(rng.integers(8, most + 1))
     layers = []
-    for layer in (8, 16):
+    for _ in (8, 16):
         logs = -4 + farther + 0.05 * rng.normal() + 0.4 * rng.normal(size=n)
-        layers.append(LayerEvidence(layer, -6.0, float(logs.mean()), by_position=tuple(logs.tolist())))
+        layers.append(tuple(logs.tolist()))
     margins = rng.exponential(0.3, n + 1) * (rng.random(n + 1) < 0.05)
-    return Evidence(tuple(layers), tuple(margins.tolist()), "bf16")
+    return observation(layers, (-6.0, -6.0), tuple(margins.tolist()))
 
 
 @pytest.fixture(scope="module")
 def by_length(profile):
     """A profile of synthetic runs of 8 to 48 generated positions, and one that ignores their lengths."""
     rng = np.random.default_rng(0)
-    fit, conformal = ([synthetic(rng, 48) for _ in range(count)] for count in (100, 199))
-    layers, tokens = fit_by_length(fit, 8)
-    flat = (
-        [fit_values([8], [[one.layers[at].generated for one in fit]], STATES_SD) for at in (0, 1)],
-        fit_values([8], [[token_statistic(one) for one in fit]], TOKENS_SD),
-    )
-    flat_layers = dict(zip((8, 16), flat[0], strict=True))
+    fitted, conformal = ([synthetic(rng, 48) for _ in range(count)] for count in (100, 199))
+    curves, flat = fit_by_length(fitted, DECIDING, 8), fit({8: [statistics(run, DECIDING) for run in fitted]})
     return [
         profile.model_copy(
-            update={"layers": a, "tokens": b, "scores": tuple(scores), "generated_positions": (8, 48)}
+            update={
+                "layers": dict(zip((8, 16), fits["distance"], strict=True)),
+                "tokens": fits["token-difr"][0],
+                "scores": tuple(scores_by_length(run, fits, 8)[-shown:] for run in conformal),
+                "generated_positions": (8, 48),
+            }
         )
-        for a, b, scores in (
-            (layers, tokens, [scores_by_length(one, layers, tokens, 8) for one in conformal]),
-            (flat_layers, flat[1], [(evidence_score(one, flat_layers, flat[1]).value,) for one in conformal]),
-        )
+        for fits, shown in ((curves, 99), (flat, 1))
     ]
 
 
 def refused(profile, rng, limit, alpha, farther=0.0, runs=600):
-    cut = (synthetic(rng, 48, farther).prefix(limit) for _ in range(runs))
+    cut = (prefix(synthetic(rng, 48, farther), limit) for _ in range(runs))
     return np.mean([profile.p_value(profile.score(one).value, limit) <= alpha for one in cut])
 
 
@@ -227,24 +252,29 @@ def test_long_dishonest_runs_are_seen_better_than_short_ones(by_length):
 def test_a_run_cut_short_is_the_run_of_a_shorter_request(model, prompts, profile):
     """Up to what batches of other lengths do to bf16."""
     long, short = (prove_many(model, prompts[:6], max_new_tokens=n, nonces=["n"] * 6) for n in (12, 8))
-    for whole, cut in zip(gather(long, model), gather(short, model), strict=True):
-        prefix = whole.prefix(7)
-        assert len(prefix.margins) == len(cut.margins)
-        assert prefix.margins == pytest.approx(cut.margins, abs=0.1)
-        for a, b in zip(prefix.layers, cut.layers, strict=True):
-            assert (a.layer, len(a.by_position)) == (b.layer, len(b.by_position))
-            assert a.generated == pytest.approx(b.generated, abs=0.2)
-            assert a.prompt == pytest.approx(b.prompt, abs=0.2)
-        assert whole.prefix(99).layers[0].generated == pytest.approx(whole.layers[0].generated)
+    pairs = [observe(runs, model, [Request()] * 6, DECIDING) for runs in (long, short)]
+    for all_of_it, cut in zip(*pairs, strict=True):
+        for a, b in zip(statistics(all_of_it, DECIDING, 7, 8), statistics(cut, DECIDING), strict=True):
+            assert a[:3] == b[:3]
+            assert a.value == pytest.approx(b.value, abs=0.2)
+        assert statistics(all_of_it, DECIDING, 99, 99) == statistics(all_of_it, DECIDING)
 
 
 def test_scores_of_all_lengths_are_those_of_runs_cut_there(by_length):
     profile, _ = by_length
-    run = synthetic(np.random.default_rng(9), 20).prefix(12)
-    scores = scores_by_length(run, profile.layers, profile.tokens, 8)
-    assert len(scores) == run.n_generated - 7
+    run = prefix(synthetic(np.random.default_rng(9), 20), 12)
+    scores = scores_by_length(run, profile.fits, 8)
+    assert len(scores) == run.positions - 7
     assert scores[-1] == profile.score(run).value
-    assert scores[1] == profile.score(run.prefix(9)).value
+    assert scores[1] == profile.score(prefix(run, 9)).value
+
+
+def test_exact_checks_are_no_detector_that_a_profile_adds():
+    assert chosen_detectors(["toploc", "distance", "toploc"]) == ["toploc"]
+    with pytest.raises(BitassayError, match="always decide"):
+        chosen_detectors(["structure"])
+    with pytest.raises(BitassayError, match="nearest are 'toploc'"):
+        chosen_detectors(["toplok"])
 
 
 def test_a_profile_says_what_it_was_made_from(profile, model):

@@ -93,7 +93,7 @@ def test_the_sequence_of_requests_is_judged_and_kept(folder, traces, profile, ca
     assert [row["status"] for row in found["rows"]] == ["PASS"] * 4
     assert found["sequential"]["alarm_at"], "an alarm stays"
     assert run(["verify", str(traces), "--model", MODEL, "--ledger", str(folder / "new.ledger")]) == 1
-    assert "nothing could be scored" in capsys.readouterr().err
+    assert "no trace could be scored" in capsys.readouterr().err
     assert run(["verify", str(traces), *common, "--ledger", str(folder / "prompts.txt")]) == 2
     assert "not a ledger" in capsys.readouterr().err
 

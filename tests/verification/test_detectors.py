@@ -6,24 +6,26 @@ import numpy as np
 import pytest
 import torch
 
-from bitassay.verification.detectors.registry import DETECTORS, HonestFit, Statistics
-from bitassay.verification.observation import Observation, observe
+from bitassay.studies.attacks.evaluation import evaluated, refused_at_published_limits
+from bitassay.verification.calibration import Statistic, fit, statistics
+from bitassay.verification.calibration import score as scored
+from bitassay.verification.detectors.detector import Series
+from bitassay.verification.observe import Observation, observe
 from bitassay.verification.structure import Request
 
 
-def observation(shift=0.0, margin=0.0, defects=(), tokens=8, noise=None):
+def observation(shift=0.0, margin=0.0, defects=(), tokens=8, noise=None, prompt=-4.0):
     noise = np.zeros(tokens - 1) if noise is None else noise
     cells = tuple(float(value) - 4 + shift for value in noise)
-    return Observation(
-        tokens=tokens,
-        defects=defects,
-        margins=(margin,) * tokens,
-        log_distances=(cells, cells),
-        prompt_log_distances=(-4.0, -4.0),
-        refused_cells={"paper": (0.5,) * (tokens - 1), "documents": (0.0,) * (tokens - 1)},
-        projected=cells,
-        toploc=dict.fromkeys((1, 2, 4, 8), (1.0 + shift, shift < 1)),
-    )
+    series = {
+        "distance": (Series(cells, (-4.0,)), Series(cells, (prompt,))),
+        "token-difr": (Series((margin,) * tokens),),
+        "verillm-paper": (Series((0.5,) * (tokens - 1)),),
+        "verillm-documents": (Series((0.0,) * (tokens - 1)),),
+        "activation-difr": (Series(cells),),
+        "toploc": (Series((1.0 + shift,) * tokens, accepted=shift < 1),),
+    }
+    return Observation(tokens, defects, tokens - 1, (8, 16), series)
 
 
 @pytest.fixture
@@ -35,8 +37,8 @@ def runs():
 
 
 def score(name, runs, one, n=8):
-    statistics = DETECTORS[name].statistics
-    return HonestFit.of([statistics(other, n) for other in runs]).score(statistics(one, n))
+    names = evaluated()[name]
+    return scored(statistics(one, names, n, n), fit({n: [statistics(run, names, n, n) for run in runs]}), n)
 
 
 @pytest.mark.parametrize("name", ["distance", "toploc", "activation-difr", "combined"])
@@ -62,9 +64,7 @@ def test_a_defect_decides_alone(runs):
 
 
 def test_prompt_positions_are_judged_by_the_generated_ones(runs):
-    far = observation()
-    far = Observation(**{**far.__dict__, "prompt_log_distances": (-4.0, 0.0)})
-    assert score("distance", runs, far) > 10
+    assert score("distance", runs, observation(prompt=0.0)) > 10
 
 
 def test_only_the_first_tokens_count(runs):
@@ -73,15 +73,15 @@ def test_only_the_first_tokens_count(runs):
 
 
 def test_a_spread_is_never_too_small():
-    same = [Statistics((1.0,), (0.5,), (0,))] * 5
-    assert HonestFit.of(same).score(Statistics((2.0,), (0.5,), (0,))) == 2.0
+    same = [[Statistic("token-difr", 0, "generated", 1.0)]] * 5
+    assert scored([Statistic("token-difr", 0, "generated", 1.2)], fit({8: same}), 8) == pytest.approx(2)
 
 
 def test_fixed_limits_of_toploc():
-    accepts = DETECTORS["toploc"].accepts
-    assert accepts(observation(), 8) is True
-    assert accepts(observation(shift=2.0), 8) is False
-    assert accepts(Observation(8, ("missing-layer",)), 8) is None
+    runs = [observation(), observation(shift=2.0), Observation(8, ("missing-layer",))]
+    assert [refused_at_published_limits("toploc", [run]) for run in runs] == [0, 1, None]
+    assert refused_at_published_limits("toploc", runs) == 0.5
+    assert refused_at_published_limits("distance", runs) is None
 
 
 def test_observing_real_traces(honest, model):
@@ -89,12 +89,20 @@ def test_observing_real_traces(honest, model):
     seen = observe(honest_traces, model, [Request()] * len(honest_traces))
     for one, trace in zip(seen, honest_traces, strict=True):
         assert one.defects == ()
-        assert len(one.margins) == one.tokens == trace.n_tokens
-        assert [len(layer) for layer in one.log_distances] == [trace.n_tokens - 1] * len(trace.header.layers)
-        assert len(one.projected) == trace.n_tokens - 1
-        assert max(one.toploc) <= trace.n_tokens
+        assert one.tokens == one.positions + 1 == trace.n_tokens
+        lengths = {name: [len(series.values) for series in several] for name, several in one.series.items()}
+        by_position, by_token = [one.positions], [one.tokens]
+        assert lengths == {
+            "distance": by_position * len(trace.header.layers),
+            "verillm-paper": by_position,
+            "verillm-documents": by_position,
+            "activation-difr": by_position,
+            "toploc": by_token,
+            "token-difr": by_token,
+            "structure": [],
+        }
     wrong = observe(honest_traces[:1], model, [Request(nonce="another")])[0]
     assert wrong.defects == ("other-nonce",)
     states = {layer: torch.zeros_like(rows) for layer, rows in honest_traces[0].states.items()}
     zero = observe([type(honest_traces[0])(honest_traces[0].header, states)], model, [Request()])[0]
-    assert np.allclose(zero.log_distances, 0)
+    assert np.allclose([series.values for series in zero.series["distance"]], 0)

@@ -5,16 +5,20 @@ import math
 import pytest
 import torch
 
-from bitassay.engines.sampling import MARGIN_CAP, Draw, Sampler
+from bitassay.engines.decode import Prefill
+from bitassay.engines.sampling import Draw, Sampler
 from bitassay.errors import BitassayError
-from bitassay.verification.detectors.difr import (
-    activation_score,
+from bitassay.verification.detectors.activation_difr import (
+    ACTIVATION_DIFR,
+    SEED,
     project,
     projection_distances,
     signs,
-    token_score,
 )
-from bitassay.verification.distance import CEILING, distance_floor, relative_distances
+from bitassay.verification.detectors.detector import Comparison
+from bitassay.verification.detectors.distance import CEILING, distance_floor, relative_distances
+from bitassay.verification.detectors.token_difr import token_margins, token_statistic
+from bitassay.verification.trace import Sampling
 
 SIGNS_8_1_4 = "+--++-++---+--+++--------++---+-"
 
@@ -102,39 +106,47 @@ def test_the_numbers_of_positions_must_agree():
         projection_distances(project(y, 0)[:3], y, 0)
 
 
-def test_activation_score_is_the_mean_log_with_a_floor():
+def comparison(claimed, states, header):
+    """One layer, no prompt."""
+    update = {"prompt_ids": (), "layers": (1,)}
+    prefill = Prefill({1: states}, torch.zeros(len(states) + 1, 4))
+    return Comparison(
+        header.model_copy(update=update), range(len(states)), {1: claimed}, prefill, states.dtype
+    )
+
+
+def test_the_activation_series_are_logs_with_a_floor(trace):
     y = normal(2, 64).bfloat16()
-    floor = math.log(distance_floor(torch.bfloat16))
-    assert activation_score(project(y, 0), y, 0) == pytest.approx(floor)
-    claimed = project(y, 0)
-    claimed[0] += 1
-    one = projection_distances(claimed, y, 0)[0].item()
-    assert activation_score(claimed, y, 0) == pytest.approx((math.log(one) + floor) / 2)
+    (series,) = ACTIVATION_DIFR.measure(comparison(y, y, trace.header))
+    assert series.values == pytest.approx([math.log(distance_floor(torch.bfloat16))] * 2)
+    x = y.clone()
+    x[0] += 1
+    (series,) = ACTIVATION_DIFR.measure(comparison(x, y, trace.header))
+    assert series.values[0] == pytest.approx(projection_distances(project(x, SEED), y, SEED)[0].log().item())
 
 
-def test_activation_score_separates_twice_the_noise_with_few_tokens():
+def test_twice_the_noise_is_told_apart_with_few_tokens():
     y = normal(32, 256)
-    scores = {
+    means = {
         noise: [
-            activation_score(project(y + noise * normal(32, 256, seed=seed), seed), y, seed)
+            projection_distances(project(y + noise * normal(32, 256, seed=seed), seed), y, seed).log().mean()
             for seed in range(1, 20)
         ]
         for noise in (0.016, 0.032)
     }
-    assert max(scores[0.016]) < min(scores[0.032])
-
-
-def test_token_score_caps_each_margin():
-    assert token_score(torch.tensor([0.0, 1.0, 1000.0])) == pytest.approx((1 + MARGIN_CAP) / 3)
-    assert token_score(torch.tensor([0.0, 1.0, 1000.0]), cap=2) == 1
-    assert math.isnan(token_score(torch.zeros(0)))
+    assert max(means[0.016]) < min(means[0.032])
 
 
 @pytest.mark.parametrize("sampler", [Sampler(), Sampler(0.8, 0.95, 3)])
-def test_token_score_of_the_samplers_margins(sampler):
+def test_token_margins_are_those_of_the_sampler(sampler, trace):
     logits = normal(24, 100).float() * 3
     draws = [Draw("nonce", index) for index in range(24)]
     tokens = sampler.choose(logits, draws)
-    assert token_score(sampler.margins(logits, tokens, draws)) == 0
-    others = (tokens + 1) % 100
-    assert token_score(sampler.margins(logits, others, draws)) > 0.5
+    sampling = Sampling.of(sampler, 24)
+    for claimed, lowest in ((tokens, 0.0), ((tokens + 1) % 100, 0.5)):
+        update = {"output_ids": tuple(claimed.tolist()), "nonce": "nonce", "sampling": sampling}
+        header = trace.header.model_copy(update=update)
+        found = token_margins(Comparison(header, (), {}, Prefill({}, logits), torch.float32))
+        assert found == tuple(sampler.margins(logits, claimed, draws).tolist())
+        assert (sum(found) / 24 > lowest) == bool(lowest)
+    assert token_statistic([0.0, 0.1]) == pytest.approx(math.log(0.1))

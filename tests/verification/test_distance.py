@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from bitassay.verification.distance import CEILING, distance_floor, mean_log_distance, relative_distances
+from bitassay.verification.detectors.distance import CEILING, distance_floor, relative_distances
 
 
 def test_distance_is_the_norm_of_the_difference_over_the_verifiers_norm():
@@ -16,11 +16,6 @@ def test_what_cannot_be_computed_is_as_far_as_anything():
     y = torch.tensor([[0.0, 0.0], [0.0, 0.0], [math.inf, 1.0], [1.0, 1.0]])
     x = torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0], [math.nan, 1.0]])
     assert relative_distances(x, y).tolist() == [CEILING, 0, CEILING, CEILING]
-
-
-def test_mean_log_distance_has_a_floor():
-    distances = torch.tensor([0.1, 0.0], dtype=torch.float64)
-    assert mean_log_distance(distances, 0.001) == pytest.approx((math.log(0.1) + math.log(0.001)) / 2)
 
 
 def test_the_floor_is_below_what_rounding_alone_gives():

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
+from bitassay.verification.attacks.attack import Setting
 from bitassay.verification.attacks.forgeries import (
     HOST,
-    RECEIPT_ATTACKS,
     VERIFIERS,
     _rounds,
     ask,
@@ -18,13 +18,13 @@ from bitassay.verification.attacks.forgeries import (
     grind,
     n_bad_opened,
 )
-from bitassay.verification.attacks.hosts import Setting
+from bitassay.verification.attacks.registry import ATTACKS
 from bitassay.verification.committee.rounds import judge
-from bitassay.verification.exchange import Ballot, codes, examine
-from bitassay.verification.observation import observe
+from bitassay.verification.observe import observe
 from bitassay.verification.receipts.challenge import evasion_probability, grinding_tries, opened_positions
 from bitassay.verification.receipts.receipt import commit
 from bitassay.verification.structure import Request
+from bitassay.verification.submissions import CommitteeRound, check_submission
 
 CAUGHT = {
     "receipt-tampered": {"bad-signature"},
@@ -59,21 +59,21 @@ def requests(setting):
     ]
 
 
-def found(handed, setting):
-    pairs = zip(handed, requests(setting), strict=True)
-    return [set(codes(examine(one, setting.model, request).defects)) for one, request in pairs]
+def found(submissions, setting):
+    pairs = zip(submissions, requests(setting), strict=True)
+    checked = [check_submission(one, setting.model, request) for one, request in pairs]
+    return [{reason.code for reason in result.defects} for result in checked]
 
 
 def test_every_attack_is_in_the_table():
-    assert set(CAUGHT) == set(RECEIPT_ATTACKS)
-    assert {name for name, attack in RECEIPT_ATTACKS.items() if not attack.structural} == {
-        "commitment-ground"
-    }
+    listed = {name for name, attack in ATTACKS.items() if attack.run.__module__.endswith("attack")}
+    assert set(CAUGHT) < listed
+    assert {name for name in CAUGHT if not ATTACKS[name].structural} == {"commitment-ground"}
 
 
 @pytest.mark.parametrize("name", CAUGHT)
 def test_each_is_caught_every_time_for_its_own_reason(name, setting):
-    for defects in found(RECEIPT_ATTACKS[name].run(setting), setting):
+    for defects in found(ATTACKS[name].run(setting), setting):
         assert defects <= CAUGHT[name]
         assert bool(defects) == bool(CAUGHT[name])
 
@@ -85,9 +85,9 @@ def test_the_same_steps_taken_honestly_have_no_defect(setting):
 
 @pytest.mark.parametrize("name", [name for name in CAUGHT if name.startswith("verifier")])
 def test_no_honest_verifier_is_accused_beside_a_lazy_one(name, setting):
-    for ballot in RECEIPT_ATTACKS[name].run(setting):
-        assert isinstance(ballot, Ballot)
-        judged = judge(ballot.round, ballot.assignments, ballot.commitments, ballot.revealed)
+    for one in ATTACKS[name].run(setting):
+        assert isinstance(one, CommitteeRound)
+        judged = judge(one.round, one.assignments, one.commitments, one.revealed)
         assert {who for who, reasons in judged.items() if reasons} == {VERIFIERS[0]}
 
 
@@ -100,21 +100,22 @@ def test_an_honest_answer_shows_the_distances_of_the_whole_trace(setting):
     ):
         opened = [
             position - trace.n_prompt
-            for position in opened_positions(answer.asked, trace.header)
+            for position in opened_positions(answer.challenge, trace.header)
             if position >= trace.n_prompt
         ]
         assert 0 < len(opened) < trace.n_tokens - 1
-        for mine, full in zip(part.log_distances, all_of_it.log_distances, strict=True):
-            assert mine == tuple(full[index] for index in opened)
-        assert part.margins == pytest.approx(all_of_it.margins, abs=0.05)
+        for mine, full in zip(part.series["distance"], all_of_it.series["distance"], strict=True):
+            assert mine.values == tuple(full.values[index] for index in opened)
+        margins = [one.series["token-difr"][0].values for one in (part, all_of_it)]
+        assert margins[0] == pytest.approx(margins[1], abs=0.05)
 
 
 def test_ground_commitments_are_seen_by_their_states(setting):
-    ground = observe(RECEIPT_ATTACKS["commitment-ground"].run(setting), setting.model, requests(setting))
+    ground = observe(ATTACKS["commitment-ground"].run(setting), setting.model, requests(setting))
     honest = observe([exchange(trace) for trace in setting.honest], setting.model, requests(setting))
     for one, other in zip(ground, honest, strict=True):
         assert one.defects == ()
-        assert max(one.log_distances[-1]) > max(other.log_distances[-1]) + 1
+        assert max(one.series["distance"][-1].values) > max(other.series["distance"][-1].values) + 1
 
 
 def beacon(word):

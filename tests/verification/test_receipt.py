@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from bitassay.errors import BitassayError
 from bitassay.verification.container import TraceError
-from bitassay.verification.receipts.audit import verify_opening
 from bitassay.verification.receipts.challenge import (
     challenge,
     evasion_probability,
@@ -27,6 +26,7 @@ from bitassay.verification.receipts.receipt import (
     read_receipt,
     write_receipt,
 )
+from bitassay.verification.verdict import verify_opening
 from verification.receipts import BEACON, KEY, OTHER_KEY, SIGNER, codes, refused, signed
 
 # --- the receipt ---

@@ -469,10 +469,8 @@ def test_seeded_sampling_is_checked(sampled, model):
     are."""
     honest = verify(sampled, model)
     assert honest.status == "INCONCLUSIVE"
-    assert honest.evidence is not None
     sampling = sampled.header.sampling.model_copy(update={"seed": 6})
     other = verify(Trace(sampled.header.model_copy(update={"sampling": sampling}), sampled.states), model)
-    assert other.evidence is not None
-    assert honest.evidence.mean_margin < 0.05 < other.evidence.mean_margin
+    assert honest.mean_margin < 0.05 < other.mean_margin
     assert verify(sampled, model, expected_sampler=Sampler(0.9, 0.95, 6)).status == "FAIL"
     assert verify(sampled, model, expected_sampler=Sampler(0.9, 0.95, 5)).status == "INCONCLUSIVE"

@@ -1,6 +1,5 @@
 import dataclasses
 import json
-import math
 from datetime import timedelta
 from itertools import combinations
 from math import comb
@@ -14,7 +13,6 @@ from bitassay.engines.decode import prefill
 from bitassay.errors import BitassayError
 from bitassay.models.identity import identity
 from bitassay.testing.tiny import tiny_model
-from bitassay.verification.evidence import gather
 from bitassay.verification.pooled import mann_whitney_counts, pooled_p_value, pooled_verdict
 from bitassay.verification.profile import write_profile
 from bitassay.verification.prove import encode_prompt, prove, prove_many
@@ -145,13 +143,10 @@ def test_a_profile_path_may_be_given(trace, model, profile, tmp_path):
 
 
 def test_batched_and_single_verification_agree(honest, model):
-    together = gather(honest[:6], model, verillm=False)
-    for one, trace in zip(together, honest, strict=False):
-        (alone,) = gather([trace], model, verillm=False)
-        for a, b in zip(one.layers, alone.layers, strict=True):
-            assert a.generated is not None
-            assert b.generated is not None
-            assert max(a.generated, b.generated) < math.log(0.05)
+    for one, trace in zip(verify_many(honest[:6], model), honest, strict=False):
+        alone = verify(trace, model)
+        for layer in trace.header.layers:
+            assert max(one.distance(layer), alone.distance(layer)) < 0.05
         assert one.margins == pytest.approx(alone.margins, abs=0.1)
         assert len(one.margins) == trace.n_tokens
 

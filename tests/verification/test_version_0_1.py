@@ -13,13 +13,12 @@ from bitassay.verification import verdict
 from bitassay.verification.committee.files import Secret, Task, judge_files, read
 from bitassay.verification.ledger import scored, update_ledger
 from bitassay.verification.profile import read_profile
-from bitassay.verification.receipts.audit import verify_opening
 from bitassay.verification.receipts.challenge import read_challenge
 from bitassay.verification.receipts.opening import read_opening
 from bitassay.verification.receipts.receipt import read_receipt
 from bitassay.verification.sequential import SequentialEvidence
 from bitassay.verification.trace import read_trace
-from bitassay.verification.verdict import verify_many
+from bitassay.verification.verdict import verify_many, verify_opening
 
 FILES = Path(__file__).parent / "version_0_1"
 TRACES = ("honest-0", "honest-4", "int4")

@@ -6,20 +6,18 @@ For a shape m x k, `x` [m, k] and `W` [k, k] are drawn from a normal distributio
     product    || x' W'^T - x W^T || / || x W^T ||       both sides rounded, by the kernel that runs them
     weights    || x  W'^T - x W^T || / || x W^T ||       only W rounded
 
-each with one scale for a row (of x: a token) or for the whole tensor, absmax. DOCUMENTED holds what the
-documents that this package replicates give as "matrix product quantization error". It is the first of the
-three with a scale for the tensor: FP8's error is 0.022 in one rounded matrix whatever the shape, and INT8's
-grows with the largest of m x k normal numbers. The error of a product with two rounded sides is larger: about
-sqrt(2) times the error of one side.
+each with one absmax scale a row (of x: a token) or a tensor. DOCUMENTED holds the "matrix product
+quantization error" of the INT8/FP8 report. It is the first of the three with a scale for the tensor: FP8's
+error is 0.022 in one rounded matrix of any shape, and INT8's grows with the largest of m x k normal numbers.
+A product with two rounded sides has about sqrt(2) times the error of one side.
 
-Errors of a large product are taken over PRODUCT_ROWS rows of x (its scales over all of them). Speed: what
-`QuantizedLinear` does in a bf16 model, rounding of its inputs included, beside dense products of fp32 and
-bf16, in turns (`rounds.py`); `path` says what that was.
+Errors of a large product are taken over PRODUCT_ROWS rows of x (its scales over all of them). Speed:
+`QuantizedLinear` in a bf16 model, the rounding of its inputs included, compared in turns with dense products
+of fp32 and bf16 (`rounds.py`); `path` says how it computed.
 """
 
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -41,8 +39,8 @@ from bitassay.quantization.runtime.linear import QuantizedLinear
 from bitassay.quantization.runtime.products import product_kind
 from bitassay.record.environment import environment
 from bitassay.record.progress import Progress, silent
+from bitassay.record.result import new_run
 
-SCHEMA = 1
 SHAPES = ((16, 512), (100, 1024), (4096, 4096))
 FORMATS = {"int8": "int8", "fp8": "fp8_e4m3"}
 SCALES = {"row": "channel", "tensor": "tensor"}
@@ -58,15 +56,7 @@ DOCUMENTED = {
 }
 
 Matrix = Float[Tensor, "_ _"]
-
-
-@dataclass(frozen=True)
-class Errors:
-    """As above, fractions."""
-
-    rounding_error: float
-    product_error: float
-    weights_error: float
+Kind = tuple[str, str]  # a format, and what shares a scale
 
 
 def matmul(
@@ -78,9 +68,9 @@ def matmul(
     device: str = "cpu",
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Errors (means over `draws`, with their smallest and largest) and speeds (ratios over `repeats` rounds;
-    0 leaves them out) of every shape, as a JSON value. Raises BitassayError for a shape that makes no
-    sense."""
+    """Measure errors (means over `draws`, with the range of the rounding error) and speeds (ratios over
+    `repeats` rounds; none for 0) of every shape; return the run as a JSON value. Raises BitassayError for a
+    shape without rows or with more than MOST."""
     for rows, columns in shapes:
         if not (1 <= rows <= MOST and 1 <= columns <= MOST):
             raise BitassayError(f"a product of {rows}x{columns}", f"1 to {MOST} rows and columns")
@@ -93,44 +83,38 @@ def matmul(
         errors = [_all_errors(*_draw(m, k, seed + draw, device)) for draw in range(draws)]
         speeds = _speeds(*_draw(m, k, seed, device), repeats, progress) if repeats else {}
         for kind in errors[0]:
-            found = [asdict(one[kind]) for one in errors]
+            by_draw = {name: [draw[kind][name] for draw in errors] for name in errors[0][kind]}
             documented = DOCUMENTED.get((kind[0], m, k)) if kind[1] == "tensor" else None
-            mean = {name: statistics.fmean(one[name] for one in found) for name in found[0]}
-            span = [min(one["rounding_error"] for one in found), max(one["rounding_error"] for one in found)]
+            mean = {name: statistics.fmean(values) for name, values in by_draw.items()}
             rows.append(
                 {
                     "shape": f"{m}x{k}",
                     "format": kind[0],
                     "scales": kind[1],
                     **mean,
-                    "rounding_error_range": span,
+                    "rounding_error_range": [min(by_draw["rounding_error"]), max(by_draw["rounding_error"])],
                     "documented": documented,
                     "over_documented": documented and mean["rounding_error"] / documented,
                     **speeds.get(kind, {}),
                 }
             )
-    return {
-        "schema": SCHEMA,
-        "kind": "matmul",
-        "settings": {"draws": draws, "repeats": repeats, "seed": seed, "device": device},
-        "interval": INTERVAL,
-        "environment": environment(device),
-        "rows": rows,
-    }
+    settings = {"draws": draws, "repeats": repeats, "seed": seed, "device": device}
+    return new_run("matmul", settings=settings, interval=INTERVAL, environment=environment(device), rows=rows)
 
 
 def rounding_error(rounded: Matrix, exact: Matrix) -> float:
-    """mean |x' - x| / mean |x|."""
+    """Return mean |x' - x| / mean |x|."""
     return ((rounded - exact).double().abs().mean() / exact.double().abs().mean()).item()
 
 
-def relative_error(found: Matrix, exact: Matrix) -> float:
-    """Of Frobenius norms."""
-    return ((found - exact).double().norm() / exact.double().norm()).item()
+def relative_error(rounded: Matrix, exact: Matrix) -> float:
+    """Return the relative error in the Frobenius norm."""
+    return ((rounded - exact).double().norm() / exact.double().norm()).item()
 
 
 def rounding_of(x: Matrix, format: str, scales: str) -> InputRounding:
-    """How the inputs of a product are rounded: by each row's own scale, or by one for all of `x`."""
+    """Return how the inputs of a product are rounded: with a scale for each row, or with one for all of
+    `x`."""
     if scales == "row":
         return InputRounding(format)
     grid = absmax_grid(x.reshape(1, -1), INPUT_FORMATS[format], True, torch.float32)
@@ -148,68 +132,60 @@ def _quantized(weight: Matrix, format: str, scales: str) -> QuantizedTensor:
     return quantize_tensor(weight, WeightScheme.model_validate(scheme))
 
 
-def _all_errors(x: Matrix, weight: Matrix) -> dict[tuple[str, str], Errors]:
-    """By format and what shares a scale; bf16 for comparison."""
-    few = x[:PRODUCT_ROWS]
-    exact = linear(few, weight)
-    x16, weight16 = x.bfloat16().float(), weight.bfloat16().float()
-    found = {
-        ("bfloat16", "-"): Errors(
-            rounding_error(x16, x),
-            relative_error(linear(few.bfloat16(), weight.bfloat16()).float(), exact),
-            relative_error(linear(few, weight16), exact),
-        )
-    }
+def _kinds(x: Matrix, weight: Matrix) -> Iterator[tuple[Kind, QuantizedTensor, InputRounding]]:
+    """Both sides of the product, rounded in every way."""
     for format in FORMATS:
         for scales in SCALES:
-            quantized = _quantized(weight, format, scales)
-            inputs = rounding_of(x, FORMATS[format], scales)
-            product = QuantizedLinear(quantized, None, torch.float32, inputs)
-            found[format, scales] = Errors(
-                rounding_error(_quantized(x, format, scales).dequantize(), x),
-                relative_error(product(few), exact),
-                relative_error(linear(few, quantized.dequantize()), exact),
+            yield (
+                (format, scales),
+                _quantized(weight, format, scales),
+                rounding_of(x, FORMATS[format], scales),
             )
-    return found
+
+
+def _all_errors(x: Matrix, weight: Matrix) -> dict[Kind, dict[str, float]]:
+    """The three errors of each kind; of bf16 for comparison."""
+    few = x[:PRODUCT_ROWS]
+    exact = linear(few, weight)
+
+    def errors(rounded: Matrix, product: Matrix, weights_only: Matrix) -> dict[str, float]:
+        return {
+            "rounding_error": rounding_error(rounded, x),
+            "product_error": relative_error(product, exact),
+            "weights_error": relative_error(weights_only, exact),
+        }
+
+    x16, weight16 = x.bfloat16().float(), weight.bfloat16().float()
+    product16 = linear(few.bfloat16(), weight.bfloat16()).float()
+    by_kind = {("bfloat16", "-"): errors(x16, product16, linear(few, weight16))}
+    for kind, quantized, inputs in _kinds(x, weight):
+        product = QuantizedLinear(quantized, None, torch.float32, inputs)(few)
+        rounded = _quantized(x, *kind).dequantize()
+        by_kind[kind] = errors(rounded, product, linear(few, quantized.dequantize()))
+    return by_kind
 
 
 @torch.inference_mode()
-def _speeds(
-    x: Matrix, weight: Matrix, repeats: int, progress: Progress
-) -> dict[tuple[str, str], dict[str, Any]]:
+def _speeds(x: Matrix, weight: Matrix, repeats: int, progress: Progress) -> dict[Kind, dict[str, Any]]:
     """Ratios to the fp32 and to the bf16 product, and the path that was taken."""
     x16, weight16 = x.bfloat16(), weight.bfloat16()
-    work: dict[tuple[str, str], Callable[[], Tensor]] = {
-        ("float32", "-"): lambda: linear(x, weight),
-        ("bfloat16", "-"): lambda: linear(x16, weight16),
+    work: dict[str, Callable[[], Tensor]] = {
+        "float32": lambda: linear(x, weight),
+        "bfloat16": lambda: linear(x16, weight16),
     }
     paths = {("bfloat16", "-"): "dense"}
-    for format in FORMATS:
-        for scales in SCALES:
-            quantized = _quantized(weight, format, scales)
-            inputs = rounding_of(x, FORMATS[format], scales)
-            module = QuantizedLinear(quantized, None, torch.bfloat16, inputs)
-            work[format, scales] = lambda module=module: module(x16)
-            kind = product_kind(quantized, inputs, torch.bfloat16)
-            paths[format, scales] = f"{kind} product" if kind else "both dequantized, bf16 product"
-    names = {" ".join(kind): kind for kind in work}
-    times = alternate(
-        {name: work[kind] for name, kind in names.items()},
-        rounds=repeats,
-        wait=lambda: wait_for(x.device),
-        progress=progress,
-    )
-    found = {}
-    for name, kind in names.items():
-        if kind not in paths:
-            continue
-        found[kind] = {
-            "path": paths[kind],
-            "seconds": statistics.median(times[name]),
-            "spread": spread(times[name]),
-        }
+    for kind, quantized, inputs in _kinds(x, weight):
+        module = QuantizedLinear(quantized, None, torch.bfloat16, inputs)
+        work[" ".join(kind)] = lambda module=module: module(x16)
+        product = product_kind(quantized, inputs, torch.bfloat16)
+        paths[kind] = f"{product} product" if product else "both dequantized, bf16 product"
+    times = alternate(work, rounds=repeats, wait=lambda: wait_for(x.device), progress=progress)
+    speeds = {}
+    for kind, path in paths.items():
+        seconds = times[" ".join(kind).removesuffix(" -")]
+        speeds[kind] = {"path": path, "seconds": statistics.median(seconds), "spread": spread(seconds)}
         for dense in ("float32", "bfloat16"):
-            ratio = ratio_of(times[f"{dense} -"], times[name])
+            ratio = ratio_of(times[dense], seconds)
             if dense != kind[0]:
-                found[kind] |= {f"speed_over_{dense}": ratio.value, f"speed_over_{dense}_ci": ratio.interval}
-    return found
+                speeds[kind] |= {f"speed_over_{dense}": ratio.value, f"speed_over_{dense}_ci": ratio.interval}
+    return speeds

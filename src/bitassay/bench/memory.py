@@ -14,24 +14,27 @@ PERIOD_S = 0.002
 
 @dataclass
 class Peak:
-    """Bytes; `device` is None without an accelerator."""
+    """The device's peak is None without an accelerator."""
 
-    resident: int = 0
-    device: int | None = None
+    peak_resident_bytes: int = 0
+    peak_device_bytes: int | None = None
 
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[Peak]:
-    """Within the context memory is watched; afterwards the Peak that it yields is complete."""
+    """Watch memory within the context; afterwards the Peak that it yields is complete."""
     process, done, peak = psutil.Process(), threading.Event(), Peak()
+
+    def look() -> None:
+        peak.peak_resident_bytes = max(peak.peak_resident_bytes, process.memory_info().rss)
 
     def watch() -> None:
         while not done.wait(PERIOD_S):
-            peak.resident = max(peak.resident, process.memory_info().rss)
+            look()
 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    peak.resident = process.memory_info().rss
+    look()
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
@@ -39,6 +42,6 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
     finally:
         done.set()
         watcher.join()
-        peak.resident = max(peak.resident, process.memory_info().rss)
+        look()
         if device.type == "cuda":
-            peak.device = torch.cuda.max_memory_allocated(device)
+            peak.peak_device_bytes = torch.cuda.max_memory_allocated(device)

@@ -19,7 +19,7 @@ smaller share of the bound. A model that fits into the processor's cache can do 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,8 +38,7 @@ PEAK_DTYPES = ("float32", "bfloat16", "int8", "fp8")
 REPEATS = 5
 
 
-@dataclass(frozen=True)
-class Cost:
+class Cost(NamedTuple):
     """What one forward pass needs: bytes that are read, floating-point (or integer) operations."""
 
     bytes: float
@@ -47,26 +46,28 @@ class Cost:
 
     @property
     def flop_per_byte(self) -> float:
+        """The arithmetic intensity."""
         return self.flop / self.bytes
 
     def bound_s(self, bandwidth: float, peak: float) -> float:
-        """The least seconds, with bandwidth in bytes/s and peak in FLOP/s."""
+        """Return the least seconds, with bandwidth in bytes/s and peak in FLOP/s."""
         return max(self.bytes / bandwidth, self.flop / peak)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Matrices:
     """A model's weights in a forward pass, as bytes and numbers: of the layers without experts, of experts,
-    and of the output head. reached: the share of experts that one token reaches."""
+    and of the output head. reached: the share of experts that one token reaches; attention_flop: a token and
+    key."""
 
-    body_bytes: float
-    body_weights: int
-    expert_bytes: float
-    expert_weights: int
-    head_bytes: float
-    head_weights: int
     reached: float
-    attention_flop: int  # a token and key
+    attention_flop: int
+    body_bytes: float = 0
+    body_weights: int = 0
+    expert_bytes: float = 0
+    expert_weights: int = 0
+    head_bytes: float = 0
+    head_weights: int = 0
 
     @property
     def token_bytes(self) -> float:
@@ -74,13 +75,13 @@ class Matrices:
         return self.body_bytes + self.reached * self.expert_bytes + self.head_bytes
 
     def decode(self, batch: int, context: int, cache_bytes: float) -> Cost:
-        """One step of `batch` sequences with `context` tokens each behind them, whose cache takes
-        `cache_bytes` in all."""
+        """Return the cost of one step of `batch` sequences with `context` tokens each behind them, whose
+        cache takes `cache_bytes` in all."""
         return self._cost(batch, batch, batch * context, cache_bytes)
 
     def prefill(self, batch: int, tokens: int) -> Cost:
-        """`batch` prompts of `tokens` tokens, of which only the last has logits; each token looks at those
-        before it."""
+        """Return the cost of `batch` prompts of `tokens` tokens, of which only the last has logits; each
+        token looks at those before it."""
         return self._cost(batch * tokens, batch, batch * tokens * (tokens + 1) / 2, 0)
 
     def _cost(self, tokens: int, rows: int, keys: float, cache_bytes: float) -> Cost:
@@ -99,39 +100,37 @@ def matrices_of(model: PreTrainedModel, dense_bytes: int | None = None) -> Matri
     tensors = done.tensors if done is not None else {}
     embedding, output = model.get_input_embeddings().weight, model.get_output_embeddings()
     assert output is not None
-    head = output.weight
-    experts, counted = set(walk(model).experts), set[str]()
-    size = {"body": [0.0, 0], "expert": [0.0, 0], "head": [0.0, 0]}
+    experts, counted, repeated = set(walk(model).experts), set[str](), _repeated(model)
+    text = model.config.get_text_config(decoder=True)
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    matrices = Matrices(1.0, 4 * cache_slots(model) * text.num_attention_heads * width)
 
-    def add(kind: str, size_bytes: float, weights: int) -> None:
-        size[kind][0] += size_bytes
-        size[kind][1] += weights
+    def add(name: str, is_expert: bool, size_bytes: float, weights: int) -> None:
+        times = repeated(name)
+        if is_expert:
+            matrices.reached = _reached(text)
+            matrices.expert_bytes += times * size_bytes
+            matrices.expert_weights += times * weights
+        else:
+            matrices.body_bytes += times * size_bytes
+            matrices.body_weights += times * weights
 
-    again = _repeated(model)
     for name, tensor in tensors.items():
-        kind, times = "expert" if name.rpartition(".")[2].isdigit() else "body", again(name)
-        add(kind, times * tensor.stored_bits / 8, times * tensor.shape[0] * tensor.shape[1])
-        counted |= {f"{name}.weight", name.rpartition(".")[0]}
+        parent, _, last = name.rpartition(".")
+        add(name, last.isdigit(), tensor.stored_bits / 8, tensor.shape[0] * tensor.shape[1])
+        counted |= {f"{name}.weight", parent}
     for name, parameter in model.named_parameters():
         count = parameter.numel()
         held = count * (dense_bytes or parameter.itemsize)
-        if parameter is head:
-            add("head", held, count)
+        if parameter is output.weight:
+            matrices.head_bytes, matrices.head_weights = held, count
         elif parameter is not embedding and name not in counted:  # of the embedding, a row a token is read
-            times = again(name)
-            add("expert" if name in experts else "body", times * held, times * count)
-    text = model.config.get_text_config(decoder=True)
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return Matrices(
-        *(part for kind in ("body", "expert", "head") for part in size[kind]),  # type: ignore[arg-type]
-        reached=_reached(text) if size["expert"][1] else 1.0,
-        attention_flop=4 * cache_slots(model) * text.num_attention_heads * width,
-    )
+            add(name, name in experts, held, count)
+    return matrices
 
 
 def _repeated(model: PreTrainedModel) -> Callable[[str], int]:
-    """How often one token reads a matrix or parameter: once, or once a pass where passes share their
-    codes."""
+    """How often one token reads a matrix or parameter: once, or once a pass if passes share their codes."""
     done = quantization_of(model)
     if done is None or not done.passes or (done.recipe.replication and done.recipe.replication.makes_codes):
         return lambda name: 1
@@ -153,7 +152,8 @@ def _reached(config: Any) -> float:
 
 
 def product_dtype(model: PreTrainedModel) -> str:
-    """The dtype of the matrix products of a prefill: the model's own, or that of codes on both sides."""
+    """Return the dtype of the matrix products of a prefill: the model's own, or that of codes on both
+    sides."""
     for module in model.modules():
         if isinstance(module, QuantizedLinear) and module.inputs is not None:
             return product_kind(module.quantized, module.inputs, module.dtype) or str(module.dtype)[6:]
@@ -161,7 +161,7 @@ def product_dtype(model: PreTrainedModel) -> str:
 
 
 def stream_bandwidth(device: torch.device, buffer_bytes: int = BUFFER_BYTES) -> float:
-    """Bytes a second of reading: the best of a sum over a buffer and of a matrix-vector product."""
+    """Measure the bytes a second of reading: the best of a sum over a buffer and a matrix-vector product."""
     rows = max(1, buffer_bytes // 4 // 4096)
     matrix, vector = torch.ones(rows, 4096, device=device), torch.ones(4096, device=device)
     seconds = min(_best(matrix.sum, device), _best(lambda: matrix @ vector, device))
@@ -169,8 +169,8 @@ def stream_bandwidth(device: torch.device, buffer_bytes: int = BUFFER_BYTES) -> 
 
 
 def matrix_peak(dtype: str, device: torch.device, shape: tuple[int, int, int] | None = None) -> float | None:
-    """FLOP a second of a product `[m, k] x [n, k]^T` with shape (m, n, k); None where the device has no
-    product of that dtype (fp8 on a CPU)."""
+    """Measure the FLOP a second of a product `[m, k] x [n, k]^T` with shape (m, n, k); None where the device
+    has no product of that dtype (fp8 on a CPU)."""
     m, n, k = shape or (GPU_SHAPE if device.type == "cuda" else CPU_SHAPE)
     if dtype == "fp8" and device.type != "cuda":
         return None
@@ -184,14 +184,14 @@ def _product(dtype: str, x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
         return lambda: torch.ops.aten._int_mm(a, b.t())
     if dtype == "fp8":
         a, b = x.to(torch.float8_e4m3fn), weight.to(torch.float8_e4m3fn)
-        one = torch.ones((), device=x.device)
-        return lambda: torch.ops.aten._scaled_mm(a, b.t(), one, one, out_dtype=torch.bfloat16)
+        unit = torch.ones((), device=x.device)
+        return lambda: torch.ops.aten._scaled_mm(a, b.t(), unit, unit, out_dtype=torch.bfloat16)
     a, b = x.to(getattr(torch, dtype)), weight.to(getattr(torch, dtype))
     return lambda: linear(a, b)
 
 
 def machine_limits(device: torch.device) -> dict[str, Any]:
-    """Bandwidth in bytes/s and the peaks in FLOP/s that the device has, as JSON values."""
+    """Measure bandwidth in bytes/s and the peaks in FLOP/s that the device has, as JSON values."""
     peaks = {dtype: matrix_peak(dtype, device) for dtype in PEAK_DTYPES}
     return {
         "bandwidth": stream_bandwidth(device),
@@ -214,3 +214,5 @@ def wait_for(device: torch.device) -> None:
     """Return once everything asked of the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

@@ -1,4 +1,4 @@
-"""How fast a model runs: `time_once` for one prompt, `throughput` for a few models that take turns.
+"""How fast a model runs: `time_once` for one batch of prompts, `throughput` for models that take turns.
 
 Prefill: tokens of a prompt a second, one forward pass that fills the cache and returns the last logits; its
 time is the time to the first token. Decode: tokens a second of greedy decoding, one token of each sequence a
@@ -8,7 +8,7 @@ step, with that cache, which is packed where the recipe says so.
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Int
@@ -18,8 +18,7 @@ from transformers import PreTrainedModel
 from bitassay.bench.roofline import wait_for
 from bitassay.bench.rounds import spread
 from bitassay.errors import BitassayError
-from bitassay.models.cache import behind, stored_bytes, takes_cache
-from bitassay.models.head import last_logits
+from bitassay.models.cache import behind, last_logits, stored_bytes, takes_cache
 from bitassay.quantization.inputs.kv_cache import empty_cache
 from bitassay.record.progress import Progress, silent
 
@@ -36,22 +35,6 @@ class Times:
     cache_bytes: int
 
 
-@dataclass(frozen=True)
-class Throughput:
-    """Medians over `repeats`; the spread is (largest - smallest) / median, None of a single time."""
-
-    prefill_tok_s: float
-    decode_tok_s: float
-    prefill_spread: float | None
-    decode_spread: float | None
-    prompt_tokens: int
-    decode_tokens: int
-    repeats: int
-
-    def to_dict(self) -> dict[str, float | None]:
-        return asdict(self)
-
-
 def throughput(
     models: Mapping[str, Callable[[], PreTrainedModel]],
     prompt: Int[Tensor, " tokens"],
@@ -59,8 +42,9 @@ def throughput(
     decode_tokens: int = DECODE_TOKENS,
     repeats: int = 3,
     progress: Progress = silent,
-) -> dict[str, Throughput]:
-    """Time every model in turn, `repeats` rounds over all of them. A model is given as a function that
+) -> dict[str, dict[str, float | None]]:
+    """Time every model in turn, `repeats` rounds over all of them, and return the columns of each: medians,
+    and spreads ((largest - smallest) / median, None of a single time). A model is given as a function that
     returns it, so that the caller decides how many are in memory."""
     times: dict[str, list[Times]] = {name: [] for name in models}
     for round_ in range(repeats):
@@ -69,7 +53,19 @@ def throughput(
                 time_once(model(), prompt[None, :8], 2)
             times[name].append(time_once(model(), prompt[None], decode_tokens))
             progress("timing", round_ * len(models) + index + 1, repeats * len(models))
-    return {name: _summary(found, len(prompt), decode_tokens) for name, found in times.items()}
+    columns: dict[str, dict[str, float | None]] = {}
+    for name, timed in times.items():
+        prefill, decode = [item.first_token_s for item in timed], [item.decode_s for item in timed]
+        columns[name] = {
+            "prefill_tok_s": len(prompt) / statistics.median(prefill),
+            "decode_tok_s": decode_tokens / statistics.median(decode),
+            "prefill_spread": spread(prefill),
+            "decode_spread": spread(decode),
+            "prompt_tokens": len(prompt),
+            "decode_tokens": decode_tokens,
+            "repeats": repeats,
+        }
+    return columns
 
 
 @torch.inference_mode()
@@ -101,16 +97,3 @@ def _now(model: PreTrainedModel) -> float:
     """The clock once everything asked of the model's device is done."""
     wait_for(model.device)
     return time.perf_counter()
-
-
-def _summary(times: list[Times], prompt_tokens: int, decode_tokens: int) -> Throughput:
-    prefill, decode = [one.first_token_s for one in times], [one.decode_s for one in times]
-    return Throughput(
-        prompt_tokens / statistics.median(prefill),
-        decode_tokens / statistics.median(decode),
-        spread(prefill),
-        spread(decode),
-        prompt_tokens,
-        decode_tokens,
-        len(times),
-    )

@@ -9,7 +9,7 @@ needs more memory than is free, by an estimate or because the attempt failed.
 """
 
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import psutil
 import torch
@@ -17,7 +17,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bitassay.bench.memory import peak_memory
+from bitassay.bench.memory import Peak, peak_memory
 from bitassay.bench.roofline import Matrices, machine_limits, matrices_of, product_dtype
 from bitassay.bench.throughput import Times, time_once
 from bitassay.data.corpora import corpus
@@ -36,12 +36,11 @@ from bitassay.quantization.runtime.model import (
 from bitassay.record.environment import environment
 
 TEXT_LETTERS = 200_000
-CORPUS = "wikitext2-raw"
 
 
 @dataclass(frozen=True)
 class Workload:
-    """One line of the table. kind: `batch`, of short prompts, or `context`, of one long prompt."""
+    """A line of the table. kind: `batch`, of short prompts, or `context`, of one long prompt."""
 
     kind: str
     batch: int
@@ -53,32 +52,17 @@ class Workload:
         return f"{self.kind}-{self.batch}x{self.prompt_tokens}+{self.new_tokens}"
 
 
-class Timer(Protocol):
-    """Something that holds one model and times it: here, or in a process of its own."""
-
-    def facts(self) -> dict[str, Any]:
-        """What is known of the model without running it."""
-        ...
-
-    def limits(self) -> dict[str, Any]:
-        """`machine_limits` of its device, measured now."""
-        ...
-
-    def measure(self, workload: Workload) -> dict[str, Any]:
-        """The times of a workload, or `{"skipped": why}`."""
-        ...
-
-
 class ModelTimer:
-    """A model in this process."""
+    """Times a model in this process."""
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
         self.matrices: Matrices = matrices_of(model)
         self._ids: Int[Tensor, " tokens"] | None = None
-        self._peaks: dict[Workload, dict[str, Any]] = {}
+        self._peaks: dict[Workload, Peak] = {}
 
     def facts(self) -> dict[str, Any]:
+        """Return what is known of the model without running it."""
         done = quantization_of(self.model)
         return {
             "recipe_id": done.recipe.recipe_id if done else None,
@@ -96,9 +80,11 @@ class ModelTimer:
         }
 
     def limits(self) -> dict[str, Any]:
+        """Measure the limits of the model's device now."""
         return machine_limits(self.model.device)
 
     def measure(self, workload: Workload) -> dict[str, Any]:
+        """Return the times of a workload, or `{"skipped": why}`."""
         if why := self._impossible(workload):
             return {"skipped": why}
         prompts = self.prompts(workload)
@@ -106,16 +92,13 @@ class ModelTimer:
             if workload not in self._peaks:
                 with peak_memory(self.model.device) as peak:
                     time_once(self.model, prompts, workload.new_tokens)
-                self._peaks[workload] = {
-                    "peak_resident_bytes": peak.resident,
-                    "peak_device_bytes": peak.device,
-                }
+                self._peaks[workload] = peak
             times = time_once(self.model, prompts, workload.new_tokens)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
             return {"skipped": "out of memory"}
-        return {**asdict(times), **self._peaks[workload], "costs": self._costs(workload, times)}
+        return {**asdict(times), **asdict(self._peaks[workload]), "costs": self._costs(workload, times)}
 
     def _costs(self, workload: Workload, times: Times) -> dict[str, Any]:
         total = workload.prompt_tokens + workload.new_tokens
@@ -124,7 +107,7 @@ class ModelTimer:
             "prefill": self.matrices.prefill(workload.batch, workload.prompt_tokens),
             "decode": self.matrices.decode(workload.batch, context, times.cache_bytes * context / total),
         }
-        return {name: asdict(one) for name, one in cost.items()}
+        return {name: phase._asdict() for name, phase in cost.items()}
 
     def _impossible(self, workload: Workload) -> str:
         """Why the workload cannot be run; empty where it may be tried."""
@@ -156,17 +139,16 @@ class ModelTimer:
         return size if spec is not None else size * self.model.dtype.itemsize // 2
 
     def prompts(self, workload: Workload) -> Int[Tensor, "batch tokens"]:
-        """Text of WikiText-2, from its beginning again where it is too short."""
+        """Return text of WikiText-2, repeated if it is too short."""
         if self._ids is None:
-            text = corpus(CORPUS).text[:TEXT_LETTERS]
+            text = corpus("wikitext2-raw").text[:TEXT_LETTERS]
             self._ids = torch.tensor(tokenizer(self.model)(text, verbose=False).input_ids)
         count = workload.batch * workload.prompt_tokens
-        return self._ids.repeat(-(-count // len(self._ids)))[:count].view(
-            workload.batch, workload.prompt_tokens
-        )
+        ids = self._ids.repeat(-(-count // len(self._ids)))[:count]
+        return ids.view(workload.batch, workload.prompt_tokens)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed; torch's CPU allocator says so in a RuntimeError's text alone."""
+    """Return whether an allocation failed; torch's CPU allocator says so in a RuntimeError's text alone."""
     known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     return known or "DefaultCPUAllocator" in str(error) or "can't allocate memory" in str(error)

@@ -76,37 +76,35 @@ def run(arguments: list[str], debug: bool = False) -> int:
             result = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
         sys.stdout.flush()  # here, where a reader that went away or a full disk can still be dealt with
         return result if isinstance(result, int) else 0
-    except BitassayError as error:
-        if debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
-    except CycloptsError as error:
-        if debug:
-            raise
-        print(f"error: {error}\n  try: {' '.join(filter(None, ('bitassay', verb)))} --help", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
-        print("\ninterrupted; finished parts are kept: run the same command again to go on", file=sys.stderr)
+        print(
+            "\ninterrupted; finished parts are kept: run the same command again to continue", file=sys.stderr
+        )
         return 130
     except BrokenPipeError:
         _drop_output()
         return 0
-    except MemoryError:
+    except (BitassayError, CycloptsError, MemoryError, OSError) as error:
         if debug:
             raise
-        print(
-            "error: out of memory\n  try: a smaller model, fewer recipes, or a shorter --window",
-            file=sys.stderr,
-        )
-        return 3
-    except OSError as error:
-        if debug:
-            raise
-        _drop_output()
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
-        return 3
+        if isinstance(error, OSError):
+            _drop_output()
+        message, status = _explained(error, verb)
+        print(f"error: {message}", file=sys.stderr)
+        return status
+
+
+def _explained(error: Exception, verb: str | None) -> tuple[str, int]:
+    """Return what to say of an expected error, and the exit status."""
+    match error:
+        case BitassayError():
+            return str(error), error.exit_status
+        case CycloptsError():
+            return f"{error}\n  try: {' '.join(filter(None, ('bitassay', verb)))} --help", 2
+        case OSError():
+            where = f"{error.filename}: " if error.filename else ""
+            return f"{where}{error.strerror or error}", 3
+    return "out of memory\n  try: a smaller model, fewer recipes, or a shorter --window", 3
 
 
 def _drop_output() -> None:

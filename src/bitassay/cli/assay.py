@@ -2,43 +2,30 @@
 
 from typing import Any
 
+from bitassay.cli import options
 from bitassay.cli.checks import check_words
-from bitassay.cli.options import (
-    Alpha,
-    Compute,
-    Controls,
-    Count,
-    CountFromZero,
-    Flag,
-    Model,
-    Recipes,
-    RunOutput,
-    Seed,
-    Window,
-    Windows,
-)
 from bitassay.cli.progress import show_progress
 from bitassay.report.tables import Column, number, size
 
 
 def assay(
-    model: Model,
+    model: options.Model,
     *,
-    recipe: Recipes,
-    windows: Windows = 16,
-    window: Window = 2048,
-    prompts: Count = 8,
-    calibration_prompts: Count = 220,
-    new_tokens: Count = 24,
-    alpha: Alpha = 0.01,
-    repeats: CountFromZero = 3,
+    recipe: options.Recipes,
+    windows: options.Windows = 16,
+    window: options.Window = 2048,
+    prompts: options.Count = 8,
+    calibration_prompts: options.Count = 220,
+    new_tokens: options.Count = 24,
+    alpha: options.Alpha = 0.01,
+    repeats: options.CountFromZero = 3,
     verify: bool = True,
     bench: bool = True,
-    controls: Controls = True,
-    seed: Seed = 0,
-    dry_run: Flag = False,
-    compute: Compute = Compute(),
-    output: RunOutput = RunOutput(),
+    controls: options.Controls = True,
+    seed: options.Seed = 0,
+    dry_run: options.Flag = False,
+    compute: options.Compute = options.Compute(),
+    output: options.RunOutput = options.RunOutput(),
 ) -> int:
     """Quantize MODEL by several recipes; one table of what each costs and whether a verifier notices.
 
@@ -57,14 +44,11 @@ def assay(
     """
     check_words([model], recipe, folder=output.out)
     from bitassay.data.windows import Protocol
-    from bitassay.report.assay import ASSAY_COLUMNS
-    from bitassay.report.bench import shown_columns
-    from bitassay.report.replication import PAIR_COLUMNS
     from bitassay.studies.assay import assay
     from bitassay.studies.estimate import estimate_assay
     from bitassay.studies.verification import Verification
 
-    options: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "protocol": Protocol(window_tokens=window, windows=windows),
         "controls": controls,
         "dtype": compute.dtype,
@@ -75,13 +59,12 @@ def assay(
     }
     if dry_run:
         with show_progress() as progress:
-            rows = estimate_assay(compute.of(model), recipe, progress=progress, **options)
+            rows = estimate_assay(compute.of(model), recipe, progress=progress, **settings)
         memory = Column("memory_bytes", "memory", size)
         output.emit((rows, ["step", "work", memory, Column("seconds", "seconds, about", number(0))]))
         return 0
-    options |= {"out": output.out, "trust_remote_code": compute.trust_remote_code}
+    settings |= {"out": output.out, "trust_remote_code": compute.trust_remote_code}
     with show_progress() as progress:
-        run, folder = assay(compute.of(model), recipe, progress=progress, **options)
-    pairs = run["pairs"]
-    output.show_run(run, folder, (run["rows"], ASSAY_COLUMNS), (pairs, shown_columns(PAIR_COLUMNS, pairs)))
+        run, folder = assay(compute.of(model), recipe, progress=progress, **settings)
+    output.show_run(run, folder)
     return 1 if (run["verification"] or {}).get("reason") else 0  # the columns of verification are missing

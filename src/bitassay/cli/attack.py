@@ -1,22 +1,22 @@
 """`bitassay attack`: attacks against detectors."""
 
+from bitassay.cli import options
 from bitassay.cli.checks import check_words
-from bitassay.cli.options import Alpha, Count, Loading, Model, Names, RunOutput, Seed
 from bitassay.cli.progress import show_progress
 
 
 def attack(
-    model: Model,
+    model: options.Model,
     *,
-    attacks: Names | None = None,
-    numerics: Names | None = None,
-    sequences: Count = 100,
-    tokens: Count = 64,
-    alpha: Alpha = 0.01,
-    batch: Count = 32,
-    seed: Seed = 0,
-    loading: Loading = Loading(),
-    output: RunOutput = RunOutput(),
+    attacks: options.Names | None = None,
+    numerics: options.Names | None = None,
+    sequences: options.Count = 100,
+    tokens: options.Count = 64,
+    alpha: options.Alpha = 0.01,
+    batch: options.Count = 32,
+    seed: options.Seed = 0,
+    loading: options.Loading = options.Loading(),
+    output: options.RunOutput = options.RunOutput(),
 ) -> int:
     """Attack the verifier of MODEL in every known way, and show which detector catches which attack.
 
@@ -32,8 +32,8 @@ def attack(
         batch: Requests generated at a time.
     """
     check_words([model], folder=output.out)
-    from bitassay.report.attack import ATTACK_COLUMNS, COST_COLUMNS, matrix, matrix_columns
-    from bitassay.studies.attacks.study import ATTACKS, VARIANTS, AttackPlan, attack
+    from bitassay.studies.attacks.study import VARIANTS, AttackPlan, attack
+    from bitassay.verification.attacks.registry import ATTACKS
 
     plan = AttackPlan(
         sequences,
@@ -50,6 +50,5 @@ def attack(
         run, folder = attack(
             loading.of(model), plan, out=output.out, trust_remote_code=trust, progress=progress
         )
-    tables = (matrix(run), matrix_columns(run)), (run["costs"], COST_COLUMNS)
-    output.show_run(run, folder, *tables, csv=(run["rows"], ATTACK_COLUMNS))
+    output.show_run(run, folder)
     return 0

@@ -5,22 +5,8 @@ from pathlib import Path
 
 from cyclopts import App
 
+from bitassay.cli import options
 from bitassay.cli.checks import check_words
-from bitassay.cli.options import (
-    Candidates,
-    Controls,
-    Count,
-    CountFromZero,
-    Counts,
-    Device,
-    Model,
-    Names,
-    Output,
-    Placed,
-    Recipes,
-    RunOutput,
-    Seed,
-)
 from bitassay.cli.progress import show_progress
 from bitassay.errors import BitassayError
 
@@ -32,19 +18,19 @@ bench = App(
 
 @bench.default
 def models(
-    model: Model,
+    model: options.Model,
     *,
-    recipe: Recipes | None = None,
-    candidate: Candidates | None = None,
-    controls: Controls = True,
-    batches: Counts | None = None,
-    contexts: Counts | None = None,
-    prompt_tokens: Count = 128,
-    new_tokens: Count = 16,
-    repeats: Count = 5,
-    threads: Count | None = None,
-    placed: Placed = Placed(),
-    output: RunOutput = RunOutput(),
+    recipe: options.Recipes | None = None,
+    candidate: options.Candidates | None = None,
+    controls: options.Controls = True,
+    batches: options.Counts | None = None,
+    contexts: options.Counts | None = None,
+    prompt_tokens: options.Count = 128,
+    new_tokens: options.Count = 16,
+    repeats: options.Count = 5,
+    threads: options.Count | None = None,
+    placed: options.Placed = options.Placed(),
+    output: options.RunOutput = options.RunOutput(),
 ) -> int:
     """Time MODEL and packed quantized models in turn: first token, prefill, decode and memory, by batch size
     and by context length. Each speed is also given as a share of the bandwidth or of the matrix peak, which
@@ -64,14 +50,7 @@ def models(
     """
     check_words([model, *(candidate or ())], recipe, folder=output.out)
     from bitassay.bench.models import BATCHES, CONTEXTS, bench
-    from bitassay.report.bench import (
-        BENCH_COLUMNS,
-        MODEL_COLUMNS,
-        PAIR_COLUMNS,
-        busy,
-        machine_line,
-        shown_columns,
-    )
+    from bitassay.report.findings import busy, machine_line
 
     with show_progress() as progress:
         run, folder = bench(
@@ -92,22 +71,20 @@ def models(
     for line in (machine_line(run), busy(run)):
         if line:
             print(line, file=sys.stderr)
-    cells = (run["rows"], shown_columns(BENCH_COLUMNS, run["rows"]))
-    described = (run["models"], shown_columns(MODEL_COLUMNS, run["models"]))
-    output.show_run(run, folder, described, cells, (run["pairs"], PAIR_COLUMNS), csv=cells)
+    output.show_run(run, folder)
     return 1 if all("skipped" in row for row in run["rows"]) else 0
 
 
 @bench.command
 def matmul(
     *,
-    shapes: Names | None = None,
-    draws: Count = 4,
-    repeats: CountFromZero = 5,
-    seed: Seed = 0,
-    device: Device = "cpu",
+    shapes: options.Names | None = None,
+    draws: options.Count = 4,
+    repeats: options.CountFromZero = 5,
+    seed: options.Seed = 0,
+    device: options.Device = "cpu",
     out: Path | None = None,
-    output: Output = Output(),
+    output: options.Output = options.Output(),
 ) -> int:
     """Measure the error of INT8 and FP8 products with one scale a row or a tensor, and their speed as a ratio
     to fp32 and bf16 products. The table also shows the errors that the INT8/FP8 report states.
@@ -121,15 +98,15 @@ def matmul(
     """
     check_words(file=out)
     from bitassay.bench.matmul import SHAPES, matmul
-    from bitassay.report.bench import MATMUL_COLUMNS, shown_columns, write_matmul_report
+    from bitassay.report.pages import write_report
 
     chosen = SHAPES if shapes is None else [_shape(text) for text in shapes]
     with show_progress() as progress:
         run = matmul(chosen, draws=draws, repeats=repeats, seed=seed, device=device, progress=progress)
     if out is not None:
-        write_matmul_report(run, out)
+        write_report(run, out)
         print(f"report: {out}", file=sys.stderr)
-    output.emit((run["rows"], shown_columns(MATMUL_COLUMNS, run["rows"])), json=run)
+    output.emit_run(run)
     return 0
 
 

@@ -4,51 +4,36 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from bitassay.cli import options
 from bitassay.cli.checks import check_words
-from bitassay.cli.options import (
-    Alpha,
-    Count,
-    Model,
-    Names,
-    Numbers,
-    Output,
-    Precision,
-    RecipeName,
-    Sampling,
-    StateDtype,
-    Verifiable,
-)
 from bitassay.cli.progress import show_progress
-from bitassay.errors import BitassayError
 from bitassay.report.tables import Column, interval, percent, significant
 
 
 def calibrate(
-    model: Model,
+    model: options.Model,
     *,
-    recipe: RecipeName | None = None,
+    recipe: options.RecipeName | None = None,
     prompts: str = "240",
-    max_new_tokens: Count = 32,
-    alpha: Alpha | None = None,
-    prover_dtype: StateDtype | None = None,
+    max_new_tokens: options.Count = 32,
+    alpha: options.Alpha | None = None,
+    prover_dtype: options.StateDtype | None = None,
     prover_attention: str | None = None,
-    batch: Count = 16,
-    suspects: Names | None = None,
-    suspect_runs: Count = 48,
-    expires_days: Count = 90,
-    study: Names | None = None,
-    trials: Count = 30,
-    prompt_tokens: Count = 300,
-    verifiers: Count = 1,
-    devices: Names | None = None,
-    precision: Precision | None = None,
-    attacks: Names | None = None,
-    jobs: Count = 1,
-    gpus: Numbers | None = None,
+    batch: options.Count = 16,
+    suspects: options.Names | None = None,
+    suspect_runs: options.Count = 48,
+    detectors: options.Names | None = None,
+    expires_days: options.Count = 90,
+    study: options.Names | None = None,
+    trials: options.Count = 30,
+    prompt_tokens: options.Count = 300,
+    verifiers: options.Count = 1,
+    attacks: options.Names | None = None,
     out: Path | None = None,
-    sampling: Sampling = Sampling(),
-    verifier: Verifiable = Verifiable(),
-    output: Output = Output(),
+    machines: options.Machines = options.Machines(),
+    sampling: options.Sampling = options.Sampling(),
+    verifier: options.Verifiable = options.Verifiable(),
+    output: options.Output = options.Output(),
 ) -> int:
     """Fit a verification profile for MODEL to honest runs on this machine, or the thresholds of an
     experiment.
@@ -68,16 +53,14 @@ def calibrate(
             attack of `bitassay attack` except those that exact checks catch.
         suspect_runs: Number of prompts on which each suspect is run; half of them measure how often it is
             named correctly.
+        detectors: Detectors that decide verdicts, besides the distance of the states and the margins of the
+            tokens: any detector of `bitassay attack`, or of an installed plug-in.
         expires_days: How long the profile is valid.
         study: Fit the thresholds of these experiments instead: exp1 to exp5.
         trials: Honest runs in a study, and runs of each attack.
         prompt_tokens: Tokens of a study's prompt.
         verifiers: Verifiers in a study's trial.
-        devices: Machines of a study, as in `bitassay study run`.
-        precision: Precision of the dense model in a study, as in `bitassay study run`.
         attacks: Provers that a study's thresholds are scored on (default: w8 fp8 w4).
-        jobs: Processes of a study at a time.
-        gpus: GPUs that a study's processes are distributed over.
         out: The file of the profile (default: in the cache folder, where `bitassay verify` finds it); with
             --study a folder (default: data).
     """
@@ -86,32 +69,35 @@ def calibrate(
         [model], [recipe], folder=folder, file=file, texts=[] if prompts.isdigit() else [Path(prompts)]
     )
     if study:
-        from bitassay.cli.study import make_plan, optimise
+        from bitassay.cli.study import optimise
         from bitassay.studies.verillm.experiments import check_names
+        from bitassay.studies.verillm.work import make_plan
 
         check_names(study)
         plan = make_plan(
             verifier.of(model),
-            devices or [],
+            machines.devices or [],
             tokens=max_new_tokens,
             prompt_tokens=prompt_tokens,
             trials=trials,
             verifiers=verifiers,
-            precision=precision,
+            precision=machines.precision,
             attacks=tuple(attacks or ("w8", "fp8", "w4")),
-            jobs=jobs,
-            gpus=tuple(gpus or ()),
+            jobs=machines.jobs or 1,
+            gpus=tuple(machines.gpus or ()),
             attention=verifier.attention,
             trust_remote_code=verifier.trust_remote_code,
         )
         return optimise(study, plan, 0.05 if alpha is None else alpha, out or Path("data"), output)
-    from bitassay.verification.calibrate import calibrate, check_plan, chosen_attacks
+    from bitassay.data.corpora import read_prompts
+    from bitassay.verification.calibrate import calibrate, check_plan, chosen_attacks, chosen_detectors
     from bitassay.verification.profile import ALPHA, write_profile
 
     alpha = ALPHA if alpha is None else alpha
-    texts, sampler = _prompts(prompts), sampling.sampler
+    texts, sampler = read_prompts(prompts), sampling.sampler
     check_plan(len(texts), alpha, max_new_tokens)
     chosen_attacks(suspects or (), sampler, min(suspect_runs, len(texts)))
+    chosen_detectors(detectors or ())
     verifier.check()  # an unknown device or attention is refused before a model is fetched
     with show_progress() as progress:
         loaded = verifier.load(model, recipe, tokens=max_new_tokens, progress=progress)
@@ -132,6 +118,7 @@ def calibrate(
             expires_days=expires_days,
             seed=sampling.seed,
             suspects=suspects or (),
+            detectors=detectors or (),
             suspect_runs=suspect_runs,
             progress=progress,
         )
@@ -169,17 +156,3 @@ COLUMNS = (
     Column("expires", "expires", lambda text: text[:10]),
     Column("profile", "profile", align="left"),
 )
-
-
-def _prompts(count_or_file: str) -> list[str]:
-    """Return the prompts of a file, or so many bundled prompts, evenly spaced."""
-    from bitassay.data.corpora import bundled_prompts, prompts_from
-
-    if not count_or_file.isdigit():
-        return prompts_from(Path(count_or_file))
-    bundled, count = bundled_prompts(), int(count_or_file)
-    if not 0 < count <= len(bundled):
-        raise BitassayError(
-            f"--prompts {count}: the package has {len(bundled)}", f"1 to {len(bundled)}, or a file of prompts"
-        )
-    return [bundled[index * len(bundled) // count] for index in range(count)]

@@ -1,6 +1,7 @@
 """`bitassay doctor`: can this machine do the work?"""
 
 import sys
+from dataclasses import asdict
 
 from bitassay.cli.options import Output
 
@@ -12,9 +13,10 @@ def doctor(*, output: Output = Output()) -> int:
     missing.
     """
     from bitassay.bench.doctor import examine
+    from bitassay.cli import VERBS
 
-    findings = examine()
-    rows = [finding.to_dict() for finding in findings]
+    findings = examine(verb for verb in VERBS if verb != "doctor")
+    rows = [asdict(finding) for finding in findings]
     output.emit((rows, ["subject", "status", "found", "needed", "remedy"]))
     missing = [finding for finding in findings if finding.status == "missing"]
     for finding in missing:

@@ -3,19 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bitassay.cli import options
 from bitassay.cli.checks import check_words
-from bitassay.cli.options import (
-    Compute,
-    Controls,
-    Count,
-    CountFromZero,
-    Model,
-    Names,
-    Recipes,
-    RunOutput,
-    Seed,
-    Window,
-)
 from bitassay.cli.progress import show_progress
 from bitassay.errors import BitassayError
 
@@ -31,21 +20,21 @@ WINDOWS = 16
 
 
 def eval(
-    model: Model,
+    model: options.Model,
     *,
-    recipe: Recipes | None = None,
+    recipe: options.Recipes | None = None,
     against: str | None = None,
-    protocol: Names | None = None,
-    windows: CountFromZero | None = None,
-    window: Window | None = None,
+    protocol: options.Names | None = None,
+    windows: options.CountFromZero | None = None,
+    window: options.Window | None = None,
     tasks: str | None = None,
-    limit: Count | None = None,
-    shots: CountFromZero | None = None,
+    limit: options.Count | None = None,
+    shots: options.CountFromZero | None = None,
     include_path: Path | None = None,
-    controls: Controls = True,
-    seed: Seed = 0,
-    compute: Compute = Compute(),
-    output: RunOutput = RunOutput(),
+    controls: options.Controls = True,
+    seed: options.Seed = 0,
+    compute: options.Compute = options.Compute(),
+    output: options.RunOutput = options.RunOutput(),
 ) -> int:
     """Measure the perplexity of MODEL; with --recipe or --against also the divergence, with paired intervals.
 
@@ -83,17 +72,15 @@ def eval(
     from bitassay.data.windows import Protocol, token_windows
     from bitassay.engines.load import load
     from bitassay.evaluation.controls import evaluate_with_controls
-    from bitassay.evaluation.quality import evaluate_all
+    from bitassay.evaluation.quality import INTERVAL, evaluate_all
     from bitassay.evaluation.tasks.run import check_tasks, evaluate_tasks
     from bitassay.models.identity import tokenizer
+    from bitassay.models.positions import check_folder
     from bitassay.models.source import resolve
-    from bitassay.models.windows import check_folder
     from bitassay.quantization.export.fits import check_fit
     from bitassay.quantization.pipeline import quantize_cached
     from bitassay.quantization.recipe.recipe import BASE, find_recipe
-    from bitassay.record.environment import environment
-    from bitassay.report.assay import CONTROL_COLUMNS, QUALITY_COLUMNS
-    from bitassay.report.tasks import TASK_COLUMNS
+    from bitassay.record.result import new_run
 
     protocols: list[Protocol] = []
     for name in protocol or ["wikitext2-raw"] if tasks is None else []:
@@ -101,7 +88,7 @@ def eval(
         count = WINDOWS if windows is None and not is_id else windows or None
         protocols.append(Protocol.parse(name, window_tokens=window, windows=count))
     with show_progress() as progress:
-        options, trust = compute.options, compute.trust_remote_code
+        loading, trust = compute.options, compute.trust_remote_code
         recipes = [find_recipe(name) for name in recipe or ()]
         names = [name for name in (compute.of(model), against) if name is not None]
         task_names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
@@ -113,7 +100,7 @@ def eval(
             check_fit(name, recipes, trust_remote_code=trust, progress=progress)
             for text in protocols:
                 check_folder(resolve(name, progress).folder, text, trust_remote_code=trust)
-        loaded, *other = [load(name, progress=progress, **options) for name in names]
+        loaded, *other = [load(name, progress=progress, **loading) for name in names]
         if tasks is not None:
             run, folder = evaluate_tasks(
                 _candidates(names, [loaded, *other], recipes, controls, progress),
@@ -123,10 +110,9 @@ def eval(
                 include=include_path,
                 trust_remote_code=trust,
                 out=output.out,
-                environment=environment(),
                 progress=progress,
             )
-            output.show_run(run, folder, (run["rows"], TASK_COLUMNS))
+            output.show_run(run, folder)
             return 0
         base, compared = (other[0], {model: loaded}) if other else (loaded, {})
         for text in protocols:
@@ -151,9 +137,10 @@ def eval(
         e = row.pop("evaluation")
         about = {"protocol": e.protocol, "source": e.corpus_source, "seed": seed, "against": e.base}
         rows.append(row | about | e.quality.to_dict())
-    columns = CONTROL_COLUMNS if replicated else QUALITY_COLUMNS
-    whole = {"rows": rows, "environment": environment()} if output.format == "json" else None
-    output.emit((rows, columns), json=whole)
+    settings = {"protocols": [text.id for text in protocols], "dtype": compute.dtype, "seed": seed}
+    output.emit_run(
+        new_run("evaluation", model={"name": names[0]}, settings=settings, interval=INTERVAL, rows=rows)
+    )
     return 0
 
 

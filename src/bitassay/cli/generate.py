@@ -2,23 +2,23 @@
 
 from pathlib import Path
 
+from bitassay.cli import options
 from bitassay.cli.checks import check_words
-from bitassay.cli.options import Candidates, Compute, Count, Model, Recipes, RunOutput, Seed
 from bitassay.cli.progress import show_progress
 
 
 def generate(
-    model: Model,
+    model: options.Model,
     *,
-    recipe: Recipes | None = None,
-    candidate: Candidates | None = None,
-    prompts: Count = 32,
+    recipe: options.Recipes | None = None,
+    candidate: options.Candidates | None = None,
+    prompts: options.Count = 32,
     prompts_file: Path | None = None,
-    new_tokens: Count = 64,
-    batch: Count = 8,
-    seed: Seed = 0,
-    compute: Compute = Compute(),
-    output: RunOutput = RunOutput(),
+    new_tokens: options.Count = 64,
+    batch: options.Count = 8,
+    seed: options.Seed = 0,
+    compute: options.Compute = options.Compute(),
+    output: options.RunOutput = options.RunOutput(),
 ) -> int:
     """Let MODEL and quantized models continue the same prompts greedily, and compare the texts: length of the
     equal prefix, first divergence, BLEU and ROUGE, with intervals over prompts.
@@ -33,7 +33,7 @@ def generate(
         batch: Prompts that are continued together. Results in 16-bit arithmetic depend on it.
     """
     check_words([model, *(candidate or ())], recipe, folder=output.out, texts=[prompts_file])
-    from bitassay.report.generation import GENERATION_COLUMNS, candidates, write_rating_sheet
+    from bitassay.report.pages import write_rating_sheet
     from bitassay.studies.generation import generation
 
     with show_progress() as progress:
@@ -50,5 +50,5 @@ def generate(
             **compute.options,
         )
     write_rating_sheet(run, folder / "ratings.csv")
-    output.show_run(run, folder, (candidates(run), GENERATION_COLUMNS))
+    output.show_run(run, folder)
     return 0

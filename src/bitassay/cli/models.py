@@ -50,7 +50,7 @@ def check(model: Model, *, loading: Loading = Loading(), output: Output = Output
     from bitassay.engines.check import check as check_model
 
     with show_progress() as progress:
-        properties = check_model(loading.of(model), progress=progress, **loading.options).to_dict()
+        properties = check_model(loading.of(model), progress=progress, **loading.options)
     rows = [{"property": key, "value": value} for key, value in properties.items()]
     output.emit((rows, [Column("property", "property", align="left"), "value"]), json=properties)
     return 0

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, dataclass_transform
 from cyclopts import Parameter, Token
 from cyclopts.validators import Number
 
-from bitassay.cli.output import Format, Table, print_tables, write_page
+from bitassay.cli.output import Format, Table, print_tables
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -185,6 +185,24 @@ class Verifiable(Placed):
 
 
 @group
+class Machines:
+    """Machines and processes of a study."""
+
+    devices: Names | None = None
+    """The machine of same-hardware studies, and the other one: cpu, cuda:0, mps; numerics may follow, as in
+    cpu+avx2+eager+1thread (default: the devices of this computer; a CPU without another device uses other
+    vector instructions as the other hardware)."""
+    precision: Precision | None = None
+    """Precision of the dense model, and of the quantized sides (default: fp16 as in the VeriLLM experiments;
+    bf16 where a machine is a CPU, which computes fp16 many times slower; task3 and replication: bf16)."""
+    jobs: Count | None = None
+    """Processes at a time (default: 1, since more disturb the timings; task3 and replication: one a core, as
+    many as memory holds)."""
+    gpus: Numbers | None = None
+    """GPUs that the processes are distributed over."""
+
+
+@group
 class Sampling:
     """How tokens are chosen."""
 
@@ -214,6 +232,13 @@ class Output:
         the first)."""
         print_tables(tables, self.format, csv=csv, json=json)
 
+    def emit_run(self, run: dict[str, Any]) -> None:
+        """Print the tables of a run of any kind."""
+        from bitassay.report.pages import page_of
+
+        page = page_of(run)
+        self.emit(*page.printed, csv=page.csv, json=run)
+
 
 @group
 class RunOutput(Output):
@@ -222,8 +247,10 @@ class RunOutput(Output):
     out: Path | None = None
     """Run folder, which gets run.json and report.html (default: runs/NAME-ID)."""
 
-    def show_run(self, run: dict[str, Any], folder: Path, *tables: Table, csv: Table | None = None) -> None:
-        """Write the page of a finished run folder, print its tables, and name the page on stderr."""
-        write_page(folder)
-        self.emit(*tables, csv=csv, json=run)
+    def show_run(self, run: dict[str, Any], folder: Path) -> None:
+        """Write the page of a finished run into its folder, print its tables, and name the page on stderr."""
+        from bitassay.report.pages import write_report
+
+        write_report(run, folder / "report.html")
+        self.emit_run(run)
         print(f"report: {folder / 'report.html'}", file=sys.stderr)

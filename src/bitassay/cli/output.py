@@ -1,21 +1,24 @@
-"""Write results: tables to stdout in the format that was asked for, pages into run folders."""
+"""Write results: tables to stdout in the format that was asked for."""
 
 import json as json_module
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from bitassay.report.tables import Column, render
+from bitassay.report.tables import Column, Row, render
 
 Format = Literal["table", "json", "csv", "md"]
-Rows = list[dict[str, Any]]
+Rows = Sequence[Row]
 Table = tuple[Rows, Sequence[Column | str]]
 """Rows, and the columns to show. A bare key is a column titled like the key, with text on the left."""
 
 
 def print_tables(
-    tables: Sequence[Table], format: Format, *, csv: Table | None = None, json: dict[str, Any] | None = None
+    tables: Sequence[Table],
+    format: Format,
+    *,
+    csv: Table | None = None,
+    json: Mapping[str, Any] | None = None,
 ) -> None:
     """Print tables with an empty line between them, leaving out those without rows but for the first.
 
@@ -46,10 +49,3 @@ def _column(rows: Rows, key: str) -> Column:
 
 def _text(value: Any) -> str:
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
-
-
-def write_page(folder: Path) -> None:
-    """Write `report.html` of the run in `folder`."""
-    from bitassay.report.pages import write_pages
-
-    write_pages([folder], folder / "report.html")

@@ -17,22 +17,18 @@ PLAIN_SECONDS = 5.0
 
 
 class Stage:
-    """What is known of one stage: of how many steps `done`, since when."""
+    """What is known of one stage: how many of its steps are `done`, and since when."""
 
     def __init__(self, done: int, total: int, now: float):
         self.first = self.done = done
         self.total, self.started, self.last = total, now, now
-
-    def goes_on(self, done: int, total: int) -> bool:
-        """Whether these numbers are of the same stage; one that falls back has begun anew."""
-        return done >= self.done and total == self.total
 
     def step(self, done: int, now: float) -> None:
         if done > self.done:
             self.done, self.last = done, now
 
     def seconds_left(self, now: float) -> float | None:
-        """None before the first step and after the last."""
+        """Return None before the first step and after the last."""
         moved, left = self.done - self.first, self.total - self.done
         if moved <= 0 or left <= 0:
             return None
@@ -42,7 +38,7 @@ class Stage:
 
 @contextmanager
 def show_progress() -> Iterator[Progress]:
-    """Yield a Progress that draws on stderr, where nothing else draws meanwhile."""
+    """Yield a Progress that draws on stderr, and keep libraries from drawing there meanwhile."""
     with without_bars():
         if sys.stderr.isatty():
             with _bars() as draw:
@@ -53,72 +49,51 @@ def show_progress() -> Iterator[Progress]:
 
 @contextmanager
 def _bars() -> Iterator[Progress]:
+    from rich import progress as rich_progress
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        ProgressColumn,
-        Task,
-        TextColumn,
-        TimeElapsedColumn,
-    )
-    from rich.progress import Progress as Bar
-    from rich.text import Text
-
-    class LeftColumn(ProgressColumn):
-        def render(self, task: Task) -> Text:
-            seconds = task.fields["stage"].seconds_left(time.monotonic())
-            return Text("-:--" if seconds is None else f"{seconds // 60:.0f}:{seconds % 60:02.0f}")
 
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        LeftColumn(),
+        rich_progress.TextColumn("{task.description}"),
+        rich_progress.BarColumn(),
+        rich_progress.MofNCompleteColumn(),
+        rich_progress.TimeElapsedColumn(),
+        rich_progress.TimeRemainingColumn(),
     )
-    with Bar(*columns, console=Console(stderr=True)) as bar:
-        tasks: dict[str, int] = {}
-        stages: dict[str, Stage] = {}
+    with rich_progress.Progress(*columns, console=Console(stderr=True)) as bar:
+        tasks: dict[str, rich_progress.TaskID] = {}
 
         def draw(what: str, done: int = 0, total: int = 0) -> None:
             if not total:
                 bar.console.print(what)
                 return
-            now = time.monotonic()
-            if what not in stages or not stages[what].goes_on(done, total):
-                stages[what] = Stage(done, total, now)
-            stages[what].step(done, now)
             if what not in tasks:
-                tasks[what] = int(bar.add_task(what, total=total, completed=done, stage=stages[what]))
-            else:
-                bar.update(tasks[what], completed=done, total=total, stage=stages[what])  # type: ignore[arg-type]
+                tasks[what] = bar.add_task(what, total=total)
+            elif done < bar.tasks[tasks[what]].completed:
+                bar.reset(tasks[what])
+            bar.update(tasks[what], completed=done, total=total)
 
         yield draw
 
 
 class _PlainProgress:
-    """Prints a line when a stage starts and ends, and every few seconds between, with the time left."""
+    """Print a line when a stage starts and ends, and every few seconds between, with the time left."""
 
     def __init__(self) -> None:
         self.stages: dict[str, Stage] = {}
         self.printed: dict[str, float] = {}
 
     def __call__(self, what: str, done: int = 0, total: int = 0) -> None:
-        now = time.monotonic()
+        now, stage = time.monotonic(), self.stages.get(what)
         if not total:
             print(what, file=sys.stderr, flush=True)
             return
-        begins = what not in self.stages or not self.stages[what].goes_on(done, total)
-        if begins:
-            self.stages[what] = Stage(done, total, now)
-        stage = self.stages[what]
+        if begins := stage is None or done < stage.done or total != stage.total:
+            stage = self.stages[what] = Stage(done, total, now)
         ends = stage.done < done == total
         stage.step(done, now)
         due = done < total and now - self.printed.get(what, now) >= PLAIN_SECONDS
-        if not (begins or ends or due):
-            return
-        self.printed[what] = now
-        seconds = stage.seconds_left(now)
-        left = "" if seconds is None else f", about {seconds:.0f} s left"
-        print(f"{what}: {done}/{total}{left}", file=sys.stderr, flush=True)
+        if begins or ends or due:
+            self.printed[what] = now
+            seconds = stage.seconds_left(now)
+            left = "" if seconds is None else f", about {seconds:.0f} s left"
+            print(f"{what}: {done}/{total}{left}", file=sys.stderr, flush=True)

@@ -1,27 +1,15 @@
 """`bitassay quantize`: a recipe and a model to a checkpoint folder, a GGUF file, or both."""
 
-import sys
-import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
+from bitassay.cli import options
 from bitassay.cli.checks import check_words
-from bitassay.cli.options import Compute, Count, Flag, Model, Output, RecipeName, RunOutput, StateDtype, group
+from bitassay.cli.options import Compute, Count, Flag, Output, RunOutput
 from bitassay.cli.progress import show_progress
 from bitassay.errors import BitassayError
-from bitassay.record.files import check_folder, explain_os_error
+from bitassay.record.files import check_folder
 from bitassay.report.tables import Column, number, significant, size
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from bitassay.models.source import Source
-    from bitassay.quantization.export.save import Layout
-    from bitassay.quantization.recipe.recipe import Recipe
-    from bitassay.record.progress import Progress
-
-Row = dict[str, Any]
 
 SIZES = (
     Column("recipe", "recipe", align="left"),
@@ -30,27 +18,26 @@ SIZES = (
     Column("size_bytes", "size", size),
     Column("file_bytes", "files", size),
 )
-PLANNED_COLUMNS = (*SIZES, Column("memory_bytes", "memory", size))
+PLANNED_COLUMNS = (Column("memory_bytes", "memory", size),)
 WRITTEN_COLUMNS = (
-    *SIZES,
     Column("seconds", "seconds", number(1)),
     Column("max_logits_difference", "largest logits\ndifference", significant(3)),
 )
 
 
-@group
+@options.group
 class Storage(Compute):
     """How MODEL is loaded, and in which dtype it is stored."""
 
-    dtype: StateDtype = "float32"
+    dtype: options.StateDtype = "float32"
     """Dtype of everything that is not quantized. In float32 the checkpoint loads exactly; in 16 bits it is
     smaller, and transformers rounds the scales once more."""
 
 
 def quantize(
-    model: Model,
+    model: options.Model,
     *,
-    recipe: RecipeName,
+    recipe: options.RecipeName,
     out: Path | None = None,
     gguf: Path | None = None,
     layout: Literal["compressed-tensors", "bitassay"] | None = None,
@@ -105,204 +92,17 @@ def quantize(
         return _analyze(model, recipe, samples or 8, each_matrix, storage, RunOutput(output.format, out))
     from bitassay.models.source import resolve
     from bitassay.quantization.recipe.recipe import find_recipe
+    from bitassay.studies.checkpoint import CheckpointJob, planned, written
 
-    columns, wanted = WRITTEN_COLUMNS, find_recipe(recipe)
+    wanted = find_recipe(recipe)
     with show_progress() as progress:
-        source = resolve(storage.of(model), progress)
-        job = _Job(
-            storage.of(model),
-            source,
-            wanted,
-            out,
-            gguf,
-            layout,
-            work,
-            check,
-            storage,
-            progress,
-            time.monotonic(),
-        )
-        folder_row, gguf_row = job.finished_folder(), job.finished_gguf()
-        if (out is None or folder_row) and (gguf is None or gguf_row):
-            rows = [folder_row, gguf_row]
-        elif dry_run:
-            rows, columns = job.plan(), PLANNED_COLUMNS
-        else:
-            rows = job.write(folder_row, gguf_row)
-    output.emit(([row for row in rows if row is not None], columns))
+        name = storage.of(model)
+        source = resolve(name, progress)
+        job = CheckpointJob(name, source, wanted, out, gguf, layout, work, check, storage.options)
+        rows = planned(job, progress) if dry_run else written(job, progress)
+    last = PLANNED_COLUMNS if dry_run else WRITTEN_COLUMNS
+    output.emit((rows, (*SIZES, *last)))
     return 0
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What was asked for, and the steps towards it. A row describes one file or folder; None stands for one
-    that was not asked for or is not there yet."""
-
-    model: str
-    source: "Source"
-    recipe: "Recipe"
-    out: Path | None
-    gguf: Path | None
-    layout: "Layout | None"
-    work: Path | None
-    check: bool
-    storage: Storage
-    progress: "Progress"
-    started: float
-
-    def write(self, folder_row: Row | None, gguf_row: Row | None) -> list[Row | None]:
-        """Write what is missing, and return its rows with those of an earlier run."""
-        from bitassay.data.corpora import bundled_prompts
-        from bitassay.engines.load import load
-        from bitassay.models.identity import tokenizer
-        from bitassay.quantization.export.save import check_space
-
-        for row in self.plan():
-            if self.out is not None and folder_row is None and row is not None and row["layout"] != "gguf":
-                check_space(self.out, row["file_bytes"])
-        base = load(self.model, progress=self.progress, **self.storage.options)
-        quantized = self._quantized(base, is_finished=folder_row is not None)
-        tokens = tokenizer(base)(bundled_prompts()[0], return_tensors="pt").input_ids if self.check else None
-        if self.out is not None and folder_row is None:
-            folder_row = self._write_folder(quantized, self.out, tokens)
-        if self.gguf is not None and gguf_row is None:
-            gguf_row = self._write_gguf(quantized, self.gguf, tokens)
-        return [folder_row, gguf_row]
-
-    def _quantized(self, base: "PreTrainedModel", is_finished: bool) -> "PreTrainedModel":
-        """Quantize `base`, or take the codes of the finished folder."""
-        from bitassay.engines.load import load
-        from bitassay.quantization.pipeline import quantize, quantize_cached
-        from bitassay.quantization.runtime.model import quantization_of, with_tensors
-
-        if self.out is None or not is_finished:
-            if self.work is None:
-                return quantize_cached(base, self.recipe, progress=self.progress)
-            return quantize(base, self.recipe, work=self.work, progress=self.progress)
-        saved = quantization_of(load(self.out, progress=self.progress, **self.storage.options))
-        assert saved is not None
-        return with_tensors(base, saved)
-
-    def _write_folder(self, quantized: "PreTrainedModel", out: Path, tokens: Any) -> Row:
-        from bitassay.quantization.export.save import reload_difference, save
-
-        card = save(quantized, out, layout=self.layout, progress=self.progress)
-        row = self._row(card.layout, card.bits_per_weight, card.size_bytes, _files_size(out), now=True)
-        if tokens is not None:
-            reader = "plain transformers" if card.layout == "compressed-tensors" else "bitassay.load"
-            self.progress(f"loading {out} with {reader}")
-            row["max_logits_difference"] = reload_difference(
-                quantized, out, tokens, trust_remote_code=self.storage.trust_remote_code
-            )
-        return row
-
-    def _write_gguf(self, quantized: "PreTrainedModel", path: Path, tokens: Any) -> Row:
-        from bitassay.quantization.export.gguf_file import reload_difference, write_gguf
-
-        written = write_gguf(quantized, path, progress=self.progress)
-        for blocks, count in sorted(written.stored_as.items()):
-            self.progress(f"{path.name}: {blocks}: {count} matrices")
-        for note in written.notes:
-            self.progress(f"{path.name}: {note}")
-        row = self._row("gguf", written.bits_per_weight, path.stat().st_size, now=True)
-        if tokens is not None:
-            self.progress(f"loading {path} with plain transformers")
-            row["max_logits_difference"] = reload_difference(quantized, path, tokens)
-        return row
-
-    def plan(self) -> list[Row | None]:
-        """Return what is known before any weight is read; refuse what could not be saved. The size of a
-        folder is that of its tensors and of the model's other files; the blocks of a GGUF file depend on the
-        codes."""
-        from bitassay.models.options import as_dtype
-        from bitassay.models.shapes import without_weights
-        from bitassay.quantization.export.gguf_file import check_gguf
-        from bitassay.quantization.export.plan import plan_export
-
-        trust = self.storage.trust_remote_code
-        empty = without_weights(self.source, dtype=as_dtype(self.storage.dtype), trust_remote_code=trust)
-        plan = plan_export(empty, self.recipe, self.layout)
-        if self.out is not None and plan.layout_reason is not None:
-            self.progress(
-                f"{self.out}: {plan.layout_reason}; bitassay.load reads it, plain transformers does not"
-            )
-        files = plan.tensor_bytes + _files_size(self.source.folder, without=".safetensors")
-        row = self._row(plan.layout, plan.bits_per_weight, plan.size_bytes, files)
-        row["memory_bytes"] = plan.memory_bytes
-        if self.gguf is None:
-            return [row]
-        check_gguf(empty, self.recipe)
-        unknown = {"layout": "gguf", "bits_per_weight": None, "file_bytes": None}
-        return [row if self.out is not None else None, row | unknown]
-
-    def finished_folder(self) -> Row | None:
-        """Return the row of a folder that this command wrote before; None where it is empty or absent."""
-        from bitassay.models.identity import Identity
-        from bitassay.quantization.export.card import read_card
-
-        if (out := self.out) is None:
-            return None
-        try:
-            if not out.exists() or not any(out.iterdir()):
-                return None
-        except OSError as error:
-            raise explain_os_error(error, out) from error
-        if (card := read_card(out)) is None:
-            raise BitassayError(
-                f"{out}: holds something else than a model that `bitassay quantize` wrote",
-                "give another --out",
-            )
-        base = Identity(self.source, own_code=self.storage.trust_remote_code)
-        is_base = card.base.weights_digest == base.weights_digest
-        is_base = is_base and card.base.config_digest in (None, base.config_digest)
-        found, wanted = f"the {card.layout} layout", f"{self.layout}"
-        if not is_base or (card.recipe_id, card.dtype) != (self.recipe.recipe_id, self.storage.dtype):
-            found = f"{card.base.name} quantized by {card.recipe_name} in {card.dtype}"
-            wanted = f"{self.source.name} by {self.recipe.name} in {self.storage.dtype}"
-        elif self.layout in (None, card.layout):
-            print(f"{out}: finished before; its files are unchanged", file=sys.stderr)
-            return self._row(card.layout, card.bits_per_weight, card.size_bytes, _files_size(out))
-        raise BitassayError(
-            f"{out}: holds {found}, not {wanted}", "give another --out, or remove that folder"
-        )
-
-    def finished_gguf(self) -> Row | None:
-        """Return the row of a GGUF file of the same base model and recipe; None where there is no file."""
-        from bitassay.models.identity import Identity
-        from bitassay.quantization.export.gguf_file import written_before
-
-        if (path := self.gguf) is None or not path.exists():
-            return None
-        if written_before(path) != (self.recipe.recipe_id, Identity(self.source).weights_digest):
-            raise BitassayError(
-                f"{path}: holds something else than {self.source.name} by {self.recipe.name}",
-                "give another --gguf, or remove that file",
-            )
-        print(f"{path}: finished before", file=sys.stderr)
-        return self._row("gguf", None, path.stat().st_size)
-
-    def _row(
-        self,
-        layout: str,
-        bits_per_weight: float | None,
-        size_bytes: int,
-        file_bytes: int | None = None,
-        now=False,
-    ) -> Row:
-        return {
-            "recipe": self.recipe.name,
-            "layout": layout,
-            "bits_per_weight": bits_per_weight,
-            "size_bytes": size_bytes,
-            "file_bytes": size_bytes if file_bytes is None else file_bytes,
-            "seconds": time.monotonic() - self.started if now else None,
-            "max_logits_difference": None,
-        }
-
-
-def _files_size(folder: Path, without: str | None = None) -> int:
-    files = [path for path in folder.iterdir() if path.is_file() and path.suffix != without]
-    return sum(path.stat().st_size for path in files)
 
 
 def _analyze(
@@ -313,7 +113,7 @@ def _analyze(
     from bitassay.quantization.export.fits import check_fit
     from bitassay.quantization.recipe.calibration import Calibration
     from bitassay.quantization.recipe.recipe import find_recipe
-    from bitassay.report import analysis as report
+    from bitassay.report.pages import write_heat_map
 
     analyzed = find_recipe(recipe)
     text = (analyzed.calibration or Calibration()).model_copy(update={"samples": samples})
@@ -323,14 +123,6 @@ def _analyze(
         base = storage.load(model, progress=progress)
         plan = AnalysisPlan(text, each_matrix)
         run, folder = analyze(base, analyzed, plan, out=output.out, progress=progress)
-    report.write_heat_map(run, folder / "heat-map.png")
-    worst = (report.worst_matrices(run, 10), report.MATRIX_COLUMNS[:7])
-    output.show_run(
-        run,
-        folder,
-        (run["layers"], report.LAYER_COLUMNS),
-        (run["routing"], report.ROUTING_COLUMNS),
-        worst,
-        csv=(run["matrices"], report.MATRIX_COLUMNS),
-    )
+    write_heat_map(run, folder / "heat-map.png")
+    output.show_run(run, folder)
     return 0

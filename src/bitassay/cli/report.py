@@ -8,16 +8,15 @@ from bitassay.cli.checks import check_words
 def report(*runs: Path, out: Path = Path("report.html")) -> int:
     """Turn run folders into one HTML file that opens offline, and print its path.
 
-    Every kind of run folder has a page. Several assays share one page, and so do several of the studies exp1
-    to exp5, separability and `calibrate --study`.
+    Every kind of run folder has a page, and several runs of any kind can share one.
 
     Args:
         runs: Folders that a command of bitassay wrote, or their run.json.
         out: The file to write.
     """
     check_words(file=out)
-    from bitassay.report.pages import write_pages
+    from bitassay.report.pages import write_reports
 
-    write_pages(runs, out)
+    write_reports(runs, out)
     print(out)
     return 0

@@ -4,8 +4,8 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from bitassay.cli import options
 from bitassay.cli.checks import check_words
-from bitassay.cli.options import Compute, Count, Model, Names, RunOutput, Seed, Window, Windows
 from bitassay.cli.progress import show_progress
 from bitassay.errors import MissingError
 
@@ -13,20 +13,20 @@ from bitassay.errors import MissingError
 def search(
     space: str,
     *,
-    model: Model,
+    model: options.Model,
     objective: Annotated[list[str] | None, Parameter(negative=())] = None,
-    at_most: Names | None = None,
-    against: Names | None = None,
+    at_most: options.Names | None = None,
+    against: options.Names | None = None,
     sampler: Literal["tpe", "nsga2", "grid"] = "tpe",
-    trials: Count = 60,
-    jobs: Count = 1,
+    trials: options.Count = 60,
+    jobs: options.Count = 1,
     corpus: str = "wikitext2-raw",
-    windows: Windows = 8,
-    window: Window = 512,
-    short: Count = 2,
-    seed: Seed = 0,
-    compute: Compute = Compute(),
-    output: RunOutput = RunOutput(),
+    windows: options.Windows = 8,
+    window: options.Window = 512,
+    short: options.Count = 2,
+    seed: options.Seed = 0,
+    compute: options.Compute = options.Compute(),
+    output: options.RunOutput = options.RunOutput(),
 ) -> int:
     """Search SPACE for the best recipes of MODEL, and judge the best on other text than that which chose
     them.
@@ -46,15 +46,14 @@ def search(
         trials: Trials in all, including those of earlier runs of the same command.
         jobs: Processes that work on trials at the same time.
         corpus: The text, by the name of its protocol. As many other windows judge the best recipes.
-        short: Windows that are measured first. A trial that half of the earlier trials dominate on them
-            stops.
+        short: options.Windows that are measured first. A trial that half of the earlier trials dominate on
+            them stops.
     """
     check_words([model], against, folder=output.out)
     try:
         import optuna  # noqa: F401
     except ImportError as error:
         raise MissingError("a search needs optuna", "pip install 'bitassay[search]'") from error
-    from bitassay.report.search import SEARCH_COLUMNS
     from bitassay.search.objectives import parse_limit
     from bitassay.search.search import search
     from bitassay.search.trials import FAILED
@@ -78,5 +77,5 @@ def search(
             seed=seed,
             **compute.options,
         )
-    output.show_run(run, folder, (run["rows"], SEARCH_COLUMNS))
+    output.show_run(run, folder)
     return 1 if any((trial["stopped"] or "").startswith(FAILED) for trial in run["trials"]) else 0

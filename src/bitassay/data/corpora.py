@@ -1,23 +1,19 @@
 """Text to measure on: corpora and prompts, from a local folder, a file of the user, or this package.
 
 `BITASSAY_DATA` names a folder of data sets (searched first); without it the bundled files are used, where the
-licence of a text allows it to be bundled. A result always says which.
+licence of a text allows that. A result always says which. A user's file is called by its path and, once read,
+by the start of its digest, so that an id says what was in it: `notes.jsonl@1a2b3c4d5e6f7a8b`.
 
-A user's file is a corpus too. It is called by its path and, once read, by the start of its digest, so that
-the id of whatever used it says what was in it: `notes.jsonl@1a2b3c4d5e6f7a8b`.
+A new corpus is one entry of CORPORA. GPTQ (2210.17323) and its successors measure on
 
-A new corpus is one entry of CORPORA. Those that GPTQ (2210.17323) and its successors measure on:
-
-    wikitext2-raw   the lines of the raw test set joined by two newlines, blank lines as empty strings, as the
-                    published WikiText-2 perplexities of quantized models have it
-    c4-new          the first 1100 documents of C4's English validation set (its first file), joined by a
-                    space; 256 windows are read
+    wikitext2-raw   the lines of the raw test set joined by two newlines, blank lines as empty strings
+    c4-new          the first 1100 documents of C4's English validation set, joined by a space; 256 windows
     ptb-new         the lines of the Penn Treebank test set (Mikolov's preprocessing), stripped, joined by a
                     space
 
-Two of our own: c4-train-new, the first 1000 documents of C4's training set joined by a space, stands in for
-c4-new where the validation set is missing. Its numbers are not comparable with published ones, nor fair to
-recipes that were calibrated on C4. c4-train, the same documents joined by an empty line, is for calibration.
+Where C4's validation set is missing, c4-train-new stands in: 1000 documents of its training set. Its numbers
+are not comparable with published ones, nor fair to recipes that were calibrated on C4. c4-train, the same
+documents joined by an empty line, is for calibration.
 """
 
 import hashlib
@@ -36,17 +32,6 @@ from bitassay.record.files import read_text
 
 
 @dataclass(frozen=True)
-class CorpusFiles:
-    """Where a corpus is: paths searched under BITASSAY_DATA and the bundled file, if any; and how its text is
-    made from the file. max_windows: how many its protocol reads at most."""
-
-    paths: tuple[str, ...]
-    bundled: str | None
-    text: Callable[[Path], str]
-    max_windows: int | None = None
-
-
-@dataclass(frozen=True)
 class Corpus:
     """One long text and where it came from; max_windows: how many its protocol reads at most."""
 
@@ -56,12 +41,22 @@ class Corpus:
     max_windows: int | None = None
 
 
+@dataclass(frozen=True)
+class CorpusFiles:
+    """Paths of a corpus under BITASSAY_DATA, its bundled file, and how its text is made from a file."""
+
+    paths: tuple[str, ...]
+    bundled: str | None
+    text: Callable[[Path], str]
+    max_windows: int | None = None
+
+
 def _wikitext(path: Path) -> str:
-    return "\n\n".join(line if line.strip() else "" for line in _lines(path))
+    return "\n\n".join(line if line.strip() else "" for line in io.StringIO(read_text(path)))
 
 
 def _ptb(path: Path) -> str:
-    return " ".join(line.strip() for line in _lines(path))
+    return " ".join(line.strip() for line in io.StringIO(read_text(path)))
 
 
 def _c4(path: Path) -> str:
@@ -72,27 +67,21 @@ def _documents(path: Path) -> str:
     return "\n\n".join(_field(path, "text"))
 
 
-_C4_TRAIN = ("c4/c4_en_train_first1000.jsonl.gz",)
+_C4 = ("c4/c4-validation.00000-of-00008.json.gz", "c4/en/c4-validation.00000-of-00008.json.gz")
+_C4_TRAIN = (("c4/c4_en_train_first1000.jsonl.gz",), "c4-train-1000.jsonl.gz")
+_WIKITEXT = ("wikitext2/wiki.test.raw.gz", "wikitext2/wiki.test.raw")
 CORPORA = {
-    "wikitext2-raw": CorpusFiles(
-        ("wikitext2/wiki.test.raw.gz", "wikitext2/wiki.test.raw"), "wikitext2-test.raw.gz", _wikitext
-    ),
-    "c4-new": CorpusFiles(
-        ("c4/c4-validation.00000-of-00008.json.gz", "c4/en/c4-validation.00000-of-00008.json.gz"),
-        None,
-        _c4,
-        max_windows=256,
-    ),
-    "c4-train-new": CorpusFiles(_C4_TRAIN, "c4-train-1000.jsonl.gz", _c4, max_windows=256),
+    "wikitext2-raw": CorpusFiles(_WIKITEXT, "wikitext2-test.raw.gz", _wikitext),
+    "c4-new": CorpusFiles(_C4, None, _c4, max_windows=256),
+    "c4-train-new": CorpusFiles(*_C4_TRAIN, _c4, max_windows=256),
     "ptb-new": CorpusFiles(("ptb/ptb.test.txt.gz", "ptb/ptb.test.txt"), None, _ptb),
-    "c4-train": CorpusFiles(_C4_TRAIN, "c4-train-1000.jsonl.gz", _documents),
+    "c4-train": CorpusFiles(*_C4_TRAIN, _documents),
 }
 _USER_FILE = re.compile(r"(?P<path>.+\.(?:txt|jsonl)(?:\.gz)?)(?:@(?P<digest>[0-9a-f]{16}))?")
 
 
 def is_user_file(name: str) -> bool:
-    """Return whether a corpus of this name is a user's file: .txt, or .jsonl with a field `text`, or either
-    gzipped."""
+    """Return whether a name is a user's file: .txt, .jsonl with a field `text`, or either gzipped."""
     return _USER_FILE.fullmatch(name) is not None
 
 
@@ -153,8 +142,7 @@ def corpus(name: str) -> Corpus:
 
 
 def same_text(first: str, second: str) -> bool:
-    """Return whether two corpora are read from the same files: what is calibrated on one is flattered by the
-    other."""
+    """Return whether two corpora are read from the same files."""
     return _files(first) == _files(second)
 
 
@@ -170,9 +158,20 @@ def bundled_prompts() -> list[str]:
     return prompts_from(bundled_file("prompts.jsonl.gz")[0])
 
 
+def read_prompts(count_or_file: str) -> list[str]:
+    """Return so many bundled prompts, evenly spaced, or the prompts of a file. Raises BitassayError."""
+    if not count_or_file.isdigit():
+        return prompts_from(Path(count_or_file))
+    bundled, count = bundled_prompts(), int(count_or_file)
+    if not 0 < count <= len(bundled):
+        raise BitassayError(
+            f"--prompts {count}: the package has {len(bundled)}", f"1 to {len(bundled)}, or a file of prompts"
+        )
+    return [bundled[index * len(bundled) // count] for index in range(count)]
+
+
 def prompts_from(path: Path) -> list[str]:
-    """Return the prompts in a `.jsonl` file (field `prompt`; may be gzipped) or in a text file, one a
-    line."""
+    """Return the prompts of a .jsonl file (field `prompt`; may be gzipped) or of a text file, one a line."""
     if ".jsonl" in path.name:
         prompts = _field(path, "prompt")
     else:
@@ -182,11 +181,6 @@ def prompts_from(path: Path) -> list[str]:
             f"{path}: no prompts in it", "write one prompt a line, or JSON lines with a field 'prompt'"
         )
     return prompts
-
-
-def _lines(path: Path) -> io.StringIO:
-    """Lines with their ends, split at line feeds alone, unlike str.splitlines."""
-    return io.StringIO(read_text(path))
 
 
 def _field(path: Path, name: str, count: int | None = None) -> list[str]:

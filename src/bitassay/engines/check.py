@@ -5,7 +5,6 @@ one, a forward pass that overflows. What `load` refuses by itself: truncated fil
 or not finite, no tokenizer.
 """
 
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,45 +22,14 @@ from bitassay.record.progress import Progress, silent
 PROBE = "The quick brown fox jumps over the lazy dog."
 
 
-@dataclass(frozen=True)
-class Checked:
-    """What a sound model is. `linears`, `experts` (fused parameters) and `routers` count matrices of the
-    decoder layers; `parameters` counts tied weights once; the digests are those of `Identity`."""
-
-    model: str
-    origin: str
-    folder: str
-    architecture: str
-    layers: int
-    hidden_size: int
-    heads: int
-    key_value_heads: int
-    vocabulary: int
-    linears: int
-    experts: int
-    routers: int
-    parameters: int
-    stored_bytes: int
-    weights_sha256: str
-    tokenizer_sha256: str
-    config_sha256: str
-    config_parts_sha256: dict[str, str]
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
 def check(
-    model: str | Path,
-    *,
-    attention: str = AUTO,
-    trust_remote_code: bool = False,
-    progress: Progress = silent,
-) -> Checked:
-    """Load `model` (as `load` does, in bfloat16) and run it once.
+    model: str | Path, *, attention: str = AUTO, trust_remote_code: bool = False, progress: Progress = silent
+) -> dict[str, Any]:
+    """Load `model` (as `load` does, in bfloat16), run it once, and return what it is, by property.
 
-    Raises BitassayError where a file is damaged, a weight is missing or not finite, the tokenizer does not
-    fit or the logits are not finite.
+    `linears`, `experts` (fused parameters) and `routers` count matrices of the decoder layers; `parameters`
+    counts tied weights once; the digests are those of `Identity`. Raises BitassayError where a file is
+    damaged, a weight is missing or not finite, the tokenizer does not fit or the logits are not finite.
     """
     loaded = load(
         model,
@@ -89,24 +57,24 @@ def check(
             "restore the checkpoint from its source",
         )
     progress(f"hashing the weights of {name}")
-    found = walk(loaded)
-    return Checked(
-        model=name,
-        origin=source.origin,
-        folder=str(source.folder),
-        architecture=type(loaded).__name__,
-        layers=len(decoder_layers(loaded)),
-        hidden_size=config.hidden_size,
-        heads=config.num_attention_heads,
-        key_value_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-        vocabulary=config.vocab_size,
-        linears=len(found.linears),
-        experts=len(found.experts),
-        routers=len(found.routers),
-        parameters=sum(parameter.numel() for parameter in loaded.parameters()),
-        stored_bytes=stored_bytes(source.folder),
-        weights_sha256=identity(loaded).weights_digest,
-        tokenizer_sha256=identity(loaded).tokenizer_digest,
-        config_sha256=identity(loaded).config_digest,
-        config_parts_sha256=identity(loaded).configuration,
-    )
+    known, matrices = identity(loaded), walk(loaded)
+    return {
+        "model": name,
+        "origin": source.origin,
+        "folder": str(source.folder),
+        "architecture": type(loaded).__name__,
+        "layers": len(decoder_layers(loaded)),
+        "hidden_size": config.hidden_size,
+        "heads": config.num_attention_heads,
+        "key_value_heads": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        "vocabulary": config.vocab_size,
+        "linears": len(matrices.linears),
+        "experts": len(matrices.experts),
+        "routers": len(matrices.routers),
+        "parameters": sum(parameter.numel() for parameter in loaded.parameters()),
+        "stored_bytes": stored_bytes(source.folder),
+        "weights_sha256": known.weights_digest,
+        "tokenizer_sha256": known.tokenizer_digest,
+        "config_sha256": known.config_digest,
+        "config_parts_sha256": known.configuration,
+    }

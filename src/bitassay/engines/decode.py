@@ -21,8 +21,7 @@ from transformers import PreTrainedModel
 from bitassay.engines.sampling import GREEDY, Draw, Sampler
 from bitassay.engines.taps import joined_states, record_states
 from bitassay.errors import BitassayError
-from bitassay.models.cache import behind, keeps_positions, takes_cache
-from bitassay.models.head import last_logits
+from bitassay.models.cache import behind, keeps_positions, last_logits, takes_cache
 from bitassay.models.positions import context_length, frequencies
 from bitassay.quantization.inputs.kv_cache import empty_cache
 

@@ -9,7 +9,6 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 import transformers
-from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -49,24 +48,14 @@ class Engine(Protocol):
         """Read each prompt with its output: states after `layers`, and the logits behind each token."""
         ...
 
-    def logprobs(
-        self, prompts: Sequence[TokenIds], outputs: Sequence[TokenIds]
-    ) -> list[Float[Tensor, " outputs"]]:
-        """Return the log-probability, in nats, of each token of the outputs."""
+    def logprobs(self, prompts: Sequence[TokenIds], outputs: Sequence[TokenIds]) -> list[Tensor]:
+        """Return the log-probability, in nats, of each token of each output, in float64."""
         ...
 
     def numerics(self) -> dict[str, Any]:
         """Describe what decides the last bits of a forward besides the weights: dtypes of weights and cache,
         attention, device, threads, versions."""
         ...
-
-
-def token_logprobs(
-    logits: Float[Tensor, "outputs vocabulary"], output: TokenIds
-) -> Float[Tensor, " outputs"]:
-    """Return the log-probability of each token by the logits that would choose it, in float64."""
-    tokens = torch.tensor(output, device=logits.device)
-    return logits.double().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
 
 
 class TransformersEngine:
@@ -86,13 +75,10 @@ class TransformersEngine:
     ) -> list[Prefill]:
         return decode.prefill(self.model, prompts, outputs, layers=layers)
 
-    def logprobs(
-        self, prompts: Sequence[TokenIds], outputs: Sequence[TokenIds]
-    ) -> list[Float[Tensor, " outputs"]]:
-        return [
-            token_logprobs(read.logits, output)
-            for read, output in zip(self.prefill(prompts, outputs), outputs, strict=True)
-        ]
+    def logprobs(self, prompts: Sequence[TokenIds], outputs: Sequence[TokenIds]) -> list[Tensor]:
+        logprobs = [read.logits.double().log_softmax(-1) for read in self.prefill(prompts, outputs)]
+        columns = [torch.tensor(output)[:, None].to(self.model.device) for output in outputs]
+        return [rows.gather(1, column)[:, 0] for rows, column in zip(logprobs, columns, strict=True)]
 
     def numerics(self) -> dict[str, Any]:
         dtype, cache = str(self.model.dtype).removeprefix("torch."), getattr(self.model, "kv_cache", None)

@@ -43,7 +43,7 @@ class Draw:
 
 @dataclass(frozen=True)
 class Sampler:
-    """temperature 0 is greedy, and then top_p and seed have no effect."""
+    """How tokens are chosen. temperature 0 is greedy, and then top_p and seed have no effect."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -62,7 +62,7 @@ class Sampler:
         return "gumbel-max" if self.temperature else "greedy"
 
     def choose(self, logits: Float[Tensor, "rows vocabulary"], draws: Sequence[Draw]) -> Int[Tensor, " rows"]:
-        """The token ids that this sampler takes, one a row."""
+        """Return the token id that this sampler takes in each row."""
         if not self.temperature:
             return logits.argmax(-1)
         _, noisy, kept = self._perturb(logits, draws)
@@ -71,18 +71,16 @@ class Sampler:
     def margins(
         self, logits: Float[Tensor, "rows vocabulary"], claimed: Int[Tensor, " rows"], draws: Sequence[Draw]
     ) -> Float[Tensor, " rows"]:
-        """By how many nats each claimed token loses to the one that `logits` would choose; 0 where it is the
-        one. At most
-        MARGIN_CAP, which also stands for what logits that are not finite cannot tell.
+        """Return by how many nats each claimed token loses to the one that `logits` would choose; 0 where it
+        is that one. At most MARGIN_CAP, which also stands for logits that are not finite.
 
         A claimed token outside the nucleus also pays for the gap between its logit and the smallest one
         inside.
         """
-        parts = []
+        margins = torch.zeros(len(claimed), dtype=torch.float64, device=logits.device)
         for start in range(0, len(claimed), ROWS):
             rows = slice(start, start + ROWS)
-            parts.append(self._margins(logits[rows], claimed[rows, None].to(logits.device), draws[rows]))
-        margins = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
+            margins[rows] = self._margins(logits[rows], claimed[rows, None].to(logits.device), draws[rows])
         return margins.nan_to_num(nan=MARGIN_CAP).clamp(0, MARGIN_CAP).cpu()
 
     def _margins(self, logits: Tensor, claimed: Tensor, draws: Sequence[Draw]) -> Tensor:
@@ -96,9 +94,7 @@ class Sampler:
 
     def _perturb(
         self, logits: Float[Tensor, "rows vocabulary"], draws: Sequence[Draw]
-    ) -> tuple[
-        Float[Tensor, "rows vocabulary"], Float[Tensor, "rows vocabulary"], Bool[Tensor, "rows vocabulary"]
-    ]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Scaled logits, the same with noise, and which tokens are in the nucleus; all in float64."""
         scaled = logits.double() / self.temperature
         size = logits.shape[-1]
@@ -110,35 +106,24 @@ GREEDY = Sampler()
 
 
 def gumbel_noise(seed: int, draw: Draw, size: int) -> np.ndarray:
-    """`size` independent Gumbel(0, 1) numbers in float64: g = -log(-log u), u uniform on the open interval
-    (0, 1)."""
+    """Return `size` independent Gumbel(0, 1) numbers in float64: g = -log(-log u), u uniform on (0, 1)."""
     key = hashlib.sha256(f"bitassay gumbel 1\0{seed}\0{draw.nonce}\0{draw.index}".encode()).digest()[:16]
     raw = np.random.Philox(key=int.from_bytes(key, "little")).random_raw(size)
-    uniform = (
-        (raw >> np.uint64(12)).astype(np.float64) + 0.5
-    ) * 2.0**-52  # 52 bits, so that 1 - u is never rounded to 0
+    # 52 bits, so that 1 - u is never rounded to 0.
+    uniform = ((raw >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
     return -np.log(-np.log(uniform))
 
 
 def nucleus(scaled: Float[Tensor, "rows vocabulary"], top_p: float) -> Bool[Tensor, "rows vocabulary"]:
-    """The smallest set of most likely tokens whose probabilities sum to at least `top_p`, and what is as
-    likely as the last of them: logits in 16 bits are often equal, and two hosts must not choose among them
-    by the order of a sort.
-    """
+    """Return the smallest set of most likely tokens whose probabilities sum to at least `top_p`, and what is
+    as likely as the last of them: logits in 16 bits are often equal, and two hosts must not choose among them
+    by the order of a sort."""
     if top_p == 1:
         return torch.ones_like(scaled, dtype=torch.bool)
-    probabilities = scaled.softmax(-1)
-    return probabilities >= _smallest_inside(probabilities, top_p, NUCLEUS_SIZES)
-
-
-def _smallest_inside(
-    probabilities: Float[Tensor, "rows vocabulary"], top_p: float, sizes: tuple[int, ...]
-) -> Float[Tensor, "rows 1"]:
-    """The nucleus's smallest probability, looked for among the `sizes[0]` most likely tokens, then among
-    more."""
-    size = min([*sizes[:1], probabilities.shape[-1]])
-    ordered = probabilities.topk(size).values
-    inside = ordered.cumsum(-1) - ordered < top_p
-    if size < probabilities.shape[-1] and inside[:, -1].any():
-        return _smallest_inside(probabilities, top_p, sizes[1:])
-    return ordered.masked_fill(~inside, torch.inf).amin(-1, keepdim=True)
+    probabilities, vocabulary = scaled.softmax(-1), scaled.shape[-1]
+    for size in [min(size, vocabulary) for size in (*NUCLEUS_SIZES, vocabulary)]:
+        ordered = probabilities.topk(size).values
+        inside = ordered.cumsum(-1) - ordered < top_p
+        if size == vocabulary or not inside[:, -1].any():
+            break
+    return probabilities >= ordered.masked_fill(~inside, torch.inf).amin(-1, keepdim=True)

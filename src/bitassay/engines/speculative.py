@@ -1,14 +1,14 @@
 """Self-speculative greedy decoding: plane 1 drafts, all planes check.
 
-One model in residual codes (`replication/on_demand.py`) is both parties. Plane 1 writes k tokens, one a
-forward; then one forward of all planes over these k tokens says what it would have chosen after each. The
-longest beginning on which both agree stands, and so does the first token on which they do not, as the checker
-has it: every check gives at least one token. What comes out is the greedy text of all planes, up to ties
-within rounding: a check computes k + 1 tokens at once, which some kernels round otherwise than one alone.
+One model in residual codes (`replication/on_demand.py`) is both. Plane 1 writes k tokens, one a forward; then
+one forward of all planes over these k tokens says what it would have chosen after each. The longest beginning
+on which both agree stands, and the checker's first token on which they do not: every check gives at least one
+token. The output is the greedy text of all planes, up to ties within rounding, since a check computes k + 1
+tokens at once.
 
 There is one cache. The drafter attends to keys and values that all planes made of the text so far, which
-makes it a better drafter than plane 1 alone, and its own are cut off before each check. With c tokens a check
-on average, bytes read for each token are
+makes it a better drafter than plane 1 alone; its own are cut off before each check. With c tokens a check on
+average, bytes read for each token are
 
     (k bytes_1 + bytes_all) / c        instead of bytes_all
 
@@ -31,9 +31,8 @@ from bitassay.quantization.replication.on_demand import Reader
 
 @dataclass(frozen=True)
 class Speculation:
-    """output_ids as greedy decoding gives them; how many tokens were drafted and how many of these stood, in
-    how many checks; bytes of weights read for each output token behind the prompt, and what all planes alone
-    would have read."""
+    """The output of greedy decoding; how many tokens were drafted and accepted, in how many checks; bytes of
+    weights read for each output token behind the prompt, and what all planes alone would have read."""
 
     output_ids: tuple[int, ...]
     drafted: int
@@ -44,12 +43,12 @@ class Speculation:
 
     @property
     def acceptance(self) -> float:
-        """The share of drafted tokens that stood."""
+        """Return the share of drafted tokens that were accepted."""
         return self.accepted / max(1, self.drafted)
 
     @property
     def speed_bound(self) -> float:
-        """How many times faster than all planes alone, where reading weights is all that takes time."""
+        """Return how many times faster than all planes alone, where only reading weights takes time."""
         return self.plain_bytes_per_token / self.bytes_per_token
 
 
@@ -62,8 +61,8 @@ def speculate(
     max_new_tokens: int,
     draft_tokens: int = 4,
 ) -> Speculation:
-    """The greedy continuation of a prompt by all planes, drafted by the first. Raises BitassayError as
-    `generate` does."""
+    """Continue a prompt greedily by all planes, drafted by the first. Raises BitassayError as `generate`
+    does."""
     if max_new_tokens < 1 or draft_tokens < 1:
         raise BitassayError(f"{max_new_tokens} new tokens, drafts of {draft_tokens}", "at least 1 of each")
     check_ids(model, [prompt], max_new_tokens - 1)
@@ -88,7 +87,7 @@ def speculate(
         del text[len(text) - count :]
 
     output.append(choose(prompt, reader.planes)[-1])
-    before = _read(reader)
+    before = reader.by_forward + reader.forwards * reader.other_bytes
     while len(output) < max_new_tokens and output[-1] not in ends:
         draft: list[int] = []
         checked = len(text) + 1  # tokens of the text when the last one of the output has been read
@@ -106,12 +105,6 @@ def speculate(
         forget(len(draft) - agreed)
         drafted, accepted, checks = drafted + len(draft), accepted + agreed, checks + 1
         output = until_end(output, list(ends)) if ends & set(output) else output
-    decoded = max(1, len(output) - 1)
-    whole = reader.other_bytes + reader.all_bytes
-    spent = _read(reader) - before if checks else whole
-    return Speculation(tuple(output), drafted, accepted, checks, spent / decoded, whole)
-
-
-def _read(reader: Reader) -> float:
-    """Bytes read by all forwards so far."""
-    return reader.by_forward + reader.forwards * reader.other_bytes
+    plain = reader.other_bytes + reader.all_bytes
+    read = reader.by_forward + reader.forwards * reader.other_bytes - before if checks else plain
+    return Speculation(tuple(output), drafted, accepted, checks, read / max(1, len(output) - 1), plain)

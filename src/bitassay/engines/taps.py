@@ -23,7 +23,7 @@ EVERY = 8
 
 
 def tap_layers(model: PreTrainedModel) -> tuple[int, ...]:
-    """The layers that are sampled: every 8th, counted from 1, and always the last."""
+    """Return the layers that are sampled: every 8th, counted from 1, and always the last."""
     count = len(decoder_layers(model))
     return tuple(sorted({*range(EVERY, count + 1, EVERY), count}))
 
@@ -33,31 +33,25 @@ def record_states(
     model: PreTrainedModel, layers: Sequence[int]
 ) -> Iterator[dict[int, list[Float[Tensor, "batch tokens hidden"]]]]:
     """Within the context, each forward appends every tapped layer's output to the list of that layer, on the
-    model's device.
-
-    Raises BitassayError for a layer that the model does not have.
-    """
+    model's device. Raises BitassayError for a layer that the model does not have."""
     modules = decoder_layers(model)
     if unknown := [layer for layer in layers if not 1 <= layer <= len(modules)]:
         raise BitassayError(
             f"there is no decoder layer {unknown[0]}", f"layers are counted from 1 to {len(modules)}"
         )
     recorded: dict[int, list[Tensor]] = {layer: [] for layer in layers}
-    read: list[torch.Size] = []  # batch and tokens of the forward under way
+    shape = torch.Size()  # batch and tokens of the forward under way
 
-    def embedded(_module: nn.Module, given: tuple[Tensor, ...]) -> None:
-        read[:] = [given[0].shape]
+    def embedded(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        nonlocal shape
+        shape = arguments[0].shape
 
     def tap(layer: int):
         def hook(_module: nn.Module, _arguments: object, output: Any) -> None:
             states = output if isinstance(output, Tensor) else output[0]
-            if (
-                states.ndim == 4
-            ):  # several residual streams: of Gemma 3n in front, of others behind the tokens
-                states = states[:, :, 0] if states.shape[:2] == read[0] else states[0]
-            recorded[layer].append(
-                states.detach().clone()
-            )  # a model may go on to change its own tensor in place
+            if states.ndim == 4:  # residual streams: behind the tokens, of Gemma 3n in front
+                states = states[:, :, 0] if states.shape[:2] == shape else states[0]
+            recorded[layer].append(states.detach().clone())  # a model may change its own tensor in place
 
         return hook
 
@@ -67,5 +61,5 @@ def record_states(
 
 
 def joined_states(recorded: dict[int, list[Tensor]]) -> dict[int, Float[Tensor, "batch tokens hidden"]]:
-    """What the forwards recorded, one after the other along the tokens, on the CPU."""
+    """Join what the forwards recorded along the tokens, on the CPU."""
     return {layer: torch.cat(pieces, dim=1).cpu() for layer, pieces in recorded.items()}

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from bitassay.data.windows import Protocol
 from bitassay.evaluation.divergence import TokenScores
-from bitassay.evaluation.quality import score_text, summarise, text_difference
+from bitassay.evaluation.quality import score_text, text_difference
 from bitassay.models.identity import identity
 from bitassay.models.walk import decoder_layers
 from bitassay.quantization.pipeline import quantize_cached
@@ -69,12 +69,10 @@ def evaluate_with_controls(
             "beats": None,
         }
         if place.role != REPLICA:
-            # The control compared with the replica: positive where the replica predicts the text better.
-            paired = summarise(text.scores[name], text.scores[recipe.name])
-            row |= {
-                "gain": paired.ppl_delta,
-                "gain_ci": paired.ppl_delta_ci,
-                "beats": pair(place, recipe.name, text.scores)["beats"],
-            }
+            # The control less the replica: positive where the replica predicts the text better.
+            paired = pair(place, recipe.name, text.scores)
+            ends = paired["ppl_ci"]
+            row |= {"gain": -paired["ppl"], "beats": paired["beats"]}
+            row["gain_ci"] = None if ends is None else (-ends[1], -ends[0])
         rows.append(row)
     return rows

@@ -13,8 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, RepetitionPen
 
 from bitassay.engines.decode import TokenIds, default_batch_tokens, end_tokens, token_batches
 from bitassay.evaluation.likelihood import Prefix, common_prefixes, may_share
-from bitassay.models.cache import behind, reads_on, select_rows, takes_cache
-from bitassay.models.head import last_logits
+from bitassay.models.cache import behind, last_logits, reads_on, select_rows, takes_cache
 from bitassay.models.positions import frequencies
 from bitassay.quantization.inputs.kv_cache import empty_cache
 

@@ -23,8 +23,7 @@ from bitassay.evaluation import statistics
 from bitassay.evaluation.divergence import TokenScores, token_scores, window_logits
 from bitassay.evaluation.statistics import FEWEST, Estimate, Interval, exp_mean_of, mean_of
 from bitassay.models.config import text_config
-from bitassay.models.positions import check_window, context_length
-from bitassay.models.windows import model_windows
+from bitassay.models.positions import check_window, context_length, model_windows
 from bitassay.quantization.recipe.recipe import BASE
 from bitassay.record.progress import Progress, silent
 
@@ -83,16 +82,13 @@ class Evaluation:
     quality: Quality
 
     def __str__(self) -> str:
-        q = self.quality
-        lines = [
-            f"{self.model}: perplexity {q.ppl:.4g} {_interval(q.ppl_ci)} "
-            f"on {self.protocol}, {self.windows} windows"
-        ]
+        q, ppl = self.quality, _interval(self.quality.ppl_ci)
+        lines = [f"{self.model}: perplexity {q.ppl:.4g} {ppl} on {self.protocol}, {self.windows} windows"]
         if self.base is not None:
+            tail = f"median {q.kl_median:.3g}, 99 % {q.kl_p99:.3g}"
             lines += [
                 f"  against {self.base}: {q.ppl_delta:+.4g} {_interval(q.ppl_delta_ci)}",
-                f"  KL divergence {q.kl_mean:.4g} {_interval(q.kl_ci)} nats a token, "
-                f"median {q.kl_median:.3g}, 99 % {q.kl_p99:.3g}",
+                f"  KL divergence {q.kl_mean:.4g} {_interval(q.kl_ci)} nats a token, {tail}",
                 f"  top-1 agreement {q.top1_agreement:.2%} {_interval(q.top1_ci)}",
             ]
         return "\n".join(lines)
@@ -206,11 +202,8 @@ def score_windows(
 def summarise(scores: Sequence[TokenScores], base: Sequence[TokenScores]) -> Quality:
     """Return figures and intervals from the scores of the same windows; of the base itself, pass its scores
     twice."""
-    nll, base_nll, kl, agree = (
-        _by_window(group, field)
-        for group, field in ((scores, "nll"), (base, "nll"), (scores, "kl"), (scores, "agree"))
-    )
-    ppl, base_ppl = exp_mean_of(nll.parts), exp_mean_of(base_nll.parts)
+    kl, agree = _by_window(scores, "kl"), _by_window(scores, "agree")
+    ppl, base_ppl = (exp_mean_of(_by_window(group, "nll").parts) for group in (scores, base))
     kl_tokens = np.concatenate([window.kl.numpy() for window in scores])
     return Quality(
         ppl=ppl.value,

@@ -1,40 +1,38 @@
 """A model's configuration: read, its text part, and the digests of all in it that changes what is computed.
 
 Weights alone do not say what a model computes: the rotary base, the norm's epsilon, which layers slide, when
-a text ends and how a chat is written down stand in JSON files beside them. `configuration_digests` names
-each of these. Files that say the same in other words give the same digest:
+a text ends and how a chat is written stand in JSON files beside them. `configuration_digests` names each of
+these. Files that say the same in other words give the same digest:
 
-    model       config.json as transformers understands it (`rope_theta` or `rope_parameters`), reduced to the
-                fewest settings that give this configuration, so that defaults written out, values that
-                follow from others, and fields that a later version adds do not matter; without names, dtypes,
-                what only training reads, and ids of special tokens
+    model       config.json as transformers understands it, reduced to the fewest settings that give this
+                configuration; without names, dtypes, what only training reads, and special tokens
     generation  generation_config.json, or what config.json has of it: the end tokens and all that is not
                 neutral; without caches and output options
     chat        the chat template or templates, wherever they are stored
     tokenizer   tokenizer_config.json without names, limits, padding and what tokenizer.json holds too
     code        the Python files of a model that runs its own code
 
-Numbers are compared as float32, which is what they are computed in: a GGUF file says 9.99999975e-06 for
-1e-05.
+Numbers are compared as float32: a GGUF file says 9.99999975e-06 for 1e-05.
 """
 
 import copy
 import math
 import re
 import struct
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import transformers
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 
 from bitassay.errors import BitassayError, suggestion
-from bitassay.models.causal import check_causal
-from bitassay.models.weights import read_config_file
-from bitassay.record.files import read_json
+from bitassay.models.weights import read_object
 from bitassay.record.hashing import digest_file, digest_json
 
 # Of config.json: bookkeeping, what only training reads, how a result is returned, and special tokens, which
@@ -59,11 +57,11 @@ _TEMPLATE_FILE, _TEMPLATE_FOLDER = "chat_template.jinja", "additional_chat_templ
 
 
 def read_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
-    """The configuration of a causal LM. Raises BitassayError where transformers does not know the kind of
-    model, where it is none that continues a text, and where a value makes no sense."""
+    """Read the configuration of a causal LM. Raises BitassayError where transformers does not know the kind
+    of model, where it is none that continues a text, and where a value makes no sense."""
     path = folder / "config.json"
-    said = read_config_file(folder)
-    kind, own_code = said.get("model_type"), "auto_map" in said
+    content = read_object(path)
+    kind, own_code = content.get("model_type"), "auto_map" in content
     if (not isinstance(kind, str) or kind not in CONFIG_MAPPING) and not (own_code and trust_remote_code):
         if own_code:
             remedy = "--trust-remote-code, where you trust the code that comes with it"
@@ -81,9 +79,36 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedC
     return config
 
 
+# What comes after a token changes what these say about it: CPM-Ant and XLNet see all of a text, XLM too,
+# unless its configuration says otherwise, and the buckets of distances of ProphetNet depend on the length.
+NOT_CAUSAL = ("cpmant", "prophetnet", "xlm", "xlnet")
+REMEDY = "a decoder-only model, such as Llama, Qwen, Gemma, Mistral, GPT-2 or Mamba"
+
+
+def check_causal(config: PretrainedConfig, folder: str | Path) -> None:
+    """Raise BitassayError for an encoder-decoder, an encoder, and whatever else AutoModelForCausalLM does not
+    load or would load as something that it is not."""
+    kind = config.model_type
+    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    encoders = MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()
+    is_encoder = getattr(config, "is_decoder", None) is False
+    reasons = {
+        f"{kind} is an encoder-decoder": config.is_encoder_decoder,
+        f"in {kind}, what is said about a token depends on what comes after it": kind in NOT_CAUSAL,
+        f"{kind} is an encoder here (is_decoder is false), which sees what comes after a token": (
+            is_encoder and any(name in encoders for name in config.architectures or ())
+        ),
+        f"transformers has no causal language model of type {kind}": (
+            kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not own_code
+        ),
+    }
+    if why := next((reason for reason, holds in reasons.items() if holds), None):
+        raise BitassayError(f"{folder}: {why}; only causal language models are read", REMEDY)
+
+
 def text_config(model: PreTrainedModel | PretrainedConfig) -> PretrainedConfig:
-    """The part of a configuration that is the language model's: of a multimodal wrapper its text model's, of
-    other models all of it."""
+    """Return the language model's part of a configuration: of a multimodal wrapper its text model's, of other
+    models all of it."""
     config = model if isinstance(model, PretrainedConfig) else model.config
     return config.get_text_config(decoder=True)
 
@@ -101,17 +126,18 @@ def untie(model: PreTrainedModel) -> None:
 
 
 def configuration_digests(folder: Path, *, own_code: bool = False) -> dict[str, str]:
-    """A digest for each part of what the files beside the weights say; see the top of this file. own_code:
-    Python code that comes with the model is run, where there is some."""
+    """Return a digest for each part of what the files beside the weights say; see the top of this file.
+    own_code: Python code that comes with the model is run, where there is some."""
     config = read_config(folder, trust_remote_code=own_code)
-    with _without_log():
-        parts = {
-            "model": _fewest_settings(config),
-            "generation": _generation(folder, config),
-            "chat": chat_templates(folder),
-            "tokenizer": _tokenizer_settings(folder),
-        }
-    code = read_config_file(folder).get("auto_map")
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # it warns of settings that are only tried out
+    try:
+        model, generation = _fewest_settings(config), _generation(folder, config)
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    parts: dict[str, Any] = {"model": model, "generation": generation}
+    parts |= {"chat": chat_templates(folder), "tokenizer": _tokenizer_settings(folder)}
+    code = read_object(folder / "config.json").get("auto_map")
     if own_code and isinstance(code, dict) and "AutoModelForCausalLM" in code:
         files = {str(path.relative_to(folder)): digest_file(path) for path in folder.rglob("*.py")}
         parts["code"] = {"auto_map": code, "files": files}
@@ -119,16 +145,16 @@ def configuration_digests(folder: Path, *, own_code: bool = False) -> dict[str, 
 
 
 def chat_templates(folder: Path) -> dict[str, str]:
-    """The chat templates by name, from wherever a version of transformers puts them: files win over
+    """Read the chat templates by name, from wherever a version of transformers puts them: files win over
     tokenizer_config.json."""
-    found = {path.stem: path.read_text("utf-8") for path in (folder / _TEMPLATE_FOLDER).glob("*.jinja")}
+    templates = {path.stem: path.read_text("utf-8") for path in (folder / _TEMPLATE_FOLDER).glob("*.jinja")}
     if (folder / _TEMPLATE_FILE).is_file():
-        found["default"] = (folder / _TEMPLATE_FILE).read_text("utf-8")
-    if found:
-        return found
-    said = _object(folder / "tokenizer_config.json").get("chat_template")
+        templates["default"] = (folder / _TEMPLATE_FILE).read_text("utf-8")
+    if templates:
+        return templates
+    said = read_object(folder / "tokenizer_config.json", missing={}).get("chat_template")
     if isinstance(said, list):
-        return {str(one["name"]): str(one["template"]) for one in said}
+        return {str(named["name"]): str(named["template"]) for named in said}
     return {} if said is None else {"default": str(said)}
 
 
@@ -138,24 +164,20 @@ def _fewest_settings(config: PretrainedConfig) -> dict[str, Any]:
     settings = {"model_type": config.model_type, **_used(config.to_dict())}
 
     def effect() -> Any:
-        return _canonical(_used(type(config).from_dict(copy.deepcopy(settings)).to_dict()))
+        """What the class makes of the settings; None where it refuses them."""
+        try:
+            return _canonical(_used(type(config).from_dict(copy.deepcopy(settings)).to_dict()))
+        except Exception:
+            return None
 
-    whole = _attempt(effect)
-    if whole is None:  # a class that cannot read what it writes: nothing can be left out
+    wanted = effect()
+    if wanted is None:  # a class that cannot read what it writes: nothing can be left out
         return settings
     for holder, key in list(_leaves(settings)):
         value = holder.pop(key)
-        if _attempt(effect) != whole:
+        if effect() != wanted:
             holder[key] = value
     return _without_empty(settings)
-
-
-def _attempt(make: Callable[[], Any]) -> Any:
-    """What `make` gives; None where the configuration's class refuses the settings."""
-    try:
-        return make()
-    except Exception:
-        return None
 
 
 def _leaves(settings: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
@@ -202,19 +224,12 @@ def _generation(folder: Path, config: PretrainedConfig) -> dict[str, Any]:
 def _tokenizer_settings(folder: Path) -> dict[str, Any]:
     said = {
         key: value["content"] if isinstance(value, dict) and "content" in value else value
-        for key, value in _object(folder / "tokenizer_config.json").items()
+        for key, value in read_object(folder / "tokenizer_config.json", missing={}).items()
         if not _TOKENIZER_UNUSED.fullmatch(key) and value is not None
     }
     if isinstance(kind := said.get("tokenizer_class"), str):
         said["tokenizer_class"] = kind.removesuffix("Fast")
     return said
-
-
-def _object(path: Path) -> dict[str, Any]:
-    content = read_json(path) if path.is_file() else {}
-    if not isinstance(content, dict):
-        raise BitassayError(f"{path}: not an object", "download or save the model again")
-    return content
 
 
 def _canonical(value: Any) -> Any:
@@ -225,25 +240,10 @@ def _canonical(value: Any) -> Any:
         return [_canonical(item) for item in value]
     if isinstance(value, (set, frozenset)):
         return sorted(map(str, value))
-    if isinstance(value, float):
-        return _as_float32(value)
-    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
-
-
-def _as_float32(value: float) -> int | float | str:
-    if not math.isfinite(value):
-        return str(value)
+    if not isinstance(value, float):
+        return value if value is None or isinstance(value, (bool, int, str)) else str(value)
     if value.is_integer():
         return int(value)
+    if not math.isfinite(value):
+        return str(value)
     return struct.unpack("f", struct.pack("f", value))[0] if abs(value) < 3e38 else value
-
-
-@contextmanager
-def _without_log() -> Iterator[None]:
-    """transformers warns of settings that are tried out here."""
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(before)

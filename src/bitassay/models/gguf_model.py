@@ -19,15 +19,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from bitassay.errors import BitassayError
-from bitassay.models.gguf_families import (
-    DERIVED,
-    FAMILIES,
-    HARMLESS,
-    READ_APART,
-    SWITCHES,
-    Family,
-    family_of,
-)
+from bitassay.models.gguf_families import DERIVED, FAMILIES, HARMLESS, READ_APART, SWITCHES, Family, family_of
 from bitassay.models.gguf_rope import ROPE_TENSORS, rope_parameters
 from bitassay.models.gguf_vocabulary import fields_of, special_ids
 
@@ -57,18 +49,24 @@ def read_model(reader: GGUFReader, dtype: torch.dtype = torch.float32) -> PreTra
 
 
 def read_config(
-    fields: Mapping[str, Any],
-    family: Family,
-    tensors: Mapping[str, Any],
-    vocabulary: int | None = None,
+    fields: Mapping[str, Any], family: Family, tensors: Mapping[str, Any], vocabulary: int | None = None
 ) -> PretrainedConfig:
     """Build the configuration that the keys describe, and look for each of them in it again. Without a
     tokenizer among the keys, `vocabulary` says how many tokens there are. Of `tensors`, those that stretch
-    rotary embeddings are read; of the others, only the names matter."""
+    rotary embeddings are read; of the others, only the names matter. Raises BitassayError that names keys
+    which are not read."""
     prefix = f"{fields['general.architecture']}."
     keys = {
-        key.removeprefix(prefix): _one(key, value) for key, value in fields.items() if key.startswith(prefix)
+        key.removeprefix(prefix): _shared(key, value)
+        for key, value in fields.items()
+        if key.startswith(prefix)
     }
+    for key in ("embedding_length", "attention.head_count", "context_length", "block_count"):
+        if key not in keys:
+            raise BitassayError(f"{prefix}{key}: missing")
+    # What llama.cpp concludes where a key is missing.
+    size = keys.setdefault("attention.key_length", keys["embedding_length"] // keys["attention.head_count"])
+    keys.setdefault("attention.head_count_kv", keys["attention.head_count"])
     kind = type(AutoConfig.for_model(family.model_type))
     declared = {*kind.__dataclass_fields__, *kind.attribute_map}
     taken = {key: name for key in keys if (name := family.field_of(key, declared)) is not None}
@@ -80,104 +78,85 @@ def read_config(
     ]
     if unknown:
         raise BitassayError(f"keys that may change what is computed and are not read: {', '.join(unknown)}")
+    if keys.get("attention.value_length", size) != size:
+        raise BitassayError(f"key_length = {size}, value_length = {keys['attention.value_length']}: not read")
+    count = len(fields["tokenizer.ggml.tokens"]) if vocabulary is None else vocabulary
+    ids = special_ids(fields, count) if vocabulary is None else {}
     wanted = dict(family.fixed) | {name: keys[key] for key, name in taken.items()}
-    wanted |= _implied(fields, keys, tensors, vocabulary)
-    wanted |= {
-        name: any(tensor.endswith(tuple(f".{end}" for end in ends)) for tensor in tensors)
-        for name, ends in SWITCHES.items()
-        if name in declared
-    }
-    rotary = int(keys.get("rope.dimension_count", wanted["head_dim"]))
-    if rotary != wanted["head_dim"] and not family.partial_rotary:
+    wanted |= {"vocab_size": count, "tie_word_embeddings": "output.weight" not in tensors}
+    wanted |= {"bos_token_id": ids.get("bos"), "eos_token_id": ids.get("eos")}
+    wanted |= {"pad_token_id": ids.get("padding")}
+    ends = {name.split(".", 2)[-1] for name in tensors}
+    wanted |= {name: not ends.isdisjoint(SWITCHES[name]) for name in SWITCHES if name in declared}
+    rotary = int(keys.get("rope.dimension_count", size))
+    if rotary != size and not family.partial_rotary:
         raise BitassayError(
-            f"{prefix}rope.dimension_count = {rotary}, but heads have {wanted['head_dim']} numbers: not read"
+            f"{prefix}rope.dimension_count = {rotary}, but heads have {size} numbers: not read"
         )
     factors = {
-        n: gguf.dequantize(tensors[n].data, tensors[n].tensor_type) for n in ROPE_TENSORS if n in tensors
+        name: gguf.dequantize(tensors[name].data, tensors[name].tensor_type)
+        for name in ROPE_TENSORS
+        if name in tensors
     }
     rope = rope_parameters(keys, factors, rotary, wanted["max_position_embeddings"])
     if family.partial_rotary:
-        rope["partial_rotary_factor"] = rotary / wanted["head_dim"]
+        rope["partial_rotary_factor"] = rotary / size
     if "longrope" in rope["rope_type"] and family.model_type == "phi3":
         wanted["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
-    if family.window_period > 1:
-        return _checked_config(kind, wanted | _windows(family, keys, wanted, rope))
-    if family.window_period:
+    wanted["rope_parameters"] = rope
+    if family.window_period == 1:
         wanted["sliding_window"] = keys.get(WINDOW) or None
-    return _checked_config(kind, wanted | {"rope_parameters": rope})
+    elif family.window_period:
+        wanted |= _windows(family, keys, wanted)
+    return _checked_config(kind, declared, wanted)
 
 
-def _implied(
-    fields: Mapping[str, Any], keys: Mapping[str, Any], tensors: Mapping[str, Any], vocabulary: int | None
-) -> dict[str, Any]:
-    """What llama.cpp concludes where a key is missing, and what the tokenizer and the tensors say."""
-    for key in ("embedding_length", "attention.head_count", "context_length", "block_count"):
-        if key not in keys:
-            raise BitassayError(f"{fields['general.architecture']}.{key}: missing")
-    width, heads = keys["embedding_length"], keys["attention.head_count"]
-    size = keys.get("attention.key_length", width // heads)
-    if keys.get("attention.value_length", size) != size:
-        raise BitassayError(f"key_length = {size}, value_length = {keys['attention.value_length']}: not read")
-    ids = {}
-    if vocabulary is None:
-        vocabulary = len(fields["tokenizer.ggml.tokens"])
-        ids = special_ids(fields, vocabulary)
-    return {
-        "head_dim": size,
-        "num_key_value_heads": keys.get("attention.head_count_kv", heads),
-        "vocab_size": vocabulary,
-        "tie_word_embeddings": "output.weight" not in tensors,
-        "bos_token_id": ids.get("bos"),
-        "eos_token_id": ids.get("eos"),
-        "pad_token_id": ids.get("padding"),
-    }
-
-
-def _windows(
-    family: Family, keys: Mapping[str, Any], wanted: Mapping[str, Any], rope: dict[str, Any]
-) -> dict[str, Any]:
+def _windows(family: Family, keys: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
     """Which layers see a window only, and Gemma's rotary embeddings, which differ for these."""
-    layers = wanted["num_hidden_layers"]
+    layers, rope = wanted["num_hidden_layers"], wanted["rope_parameters"]
     pattern = keys.get(PATTERN, family.window_period)
     if not isinstance(pattern, list):
         pattern = [bool((layer + 1) % pattern) for layer in range(layers)]
     if not wanted.get("sliding_window"):
         pattern = [False] * layers
-    found: dict[str, Any] = {
-        "layer_types": ["sliding_attention" if window else "full_attention" for window in pattern]
+    kinds = ["sliding_attention" if window else "full_attention" for window in pattern]
+    scaled = wanted["hidden_size"] // wanted["num_attention_heads"]
+    fields = {
+        "layer_types": kinds,
+        "query_pre_attn_scalar": scaled if layers == family.largest else wanted["head_dim"],
     }
-    width, heads = wanted["hidden_size"], wanted["num_attention_heads"]
-    found["query_pre_attn_scalar"] = width // heads if layers == family.largest else wanted["head_dim"]
+    local = float(keys.get(LOCAL_BASE, 10_000.0))
     if family.model_type == "gemma2":
-        if LOCAL_BASE in keys and keys[LOCAL_BASE] != rope["rope_theta"]:
-            raise BitassayError(f"{LOCAL_BASE} = {keys[LOCAL_BASE]}: not read for gemma2")
-        return {**found, "rope_parameters": rope}
-    local = {"rope_type": "default", "rope_theta": float(keys.get(LOCAL_BASE, 10_000.0))}
-    return {**found, "rope_parameters": {"full_attention": rope, "sliding_attention": local}}
+        if LOCAL_BASE in keys and local != rope["rope_theta"]:
+            raise BitassayError(f"{LOCAL_BASE} = {local}: not read for gemma2")
+        return fields
+    sliding = {"rope_type": "default", "rope_theta": local}
+    return {**fields, "rope_parameters": {"full_attention": rope, "sliding_attention": sliding}}
 
 
-def _checked_config(kind: type[PretrainedConfig], wanted: dict[str, Any]) -> PretrainedConfig:
+def _checked_config(
+    kind: type[PretrainedConfig], declared: set[str], wanted: dict[str, Any]
+) -> PretrainedConfig:
     """A configuration with these fields, each of which the class must declare and keep."""
-    declared = {*kind.__dataclass_fields__, *kind.attribute_map}
     undeclared = [f"{name} = {value}" for name, value in wanted.items() if name not in {*declared, *DERIVED}]
     if undeclared:
         raise BitassayError(f"{kind.__name__} has no {', '.join(undeclared)}")
     config = kind(**{name: value for name, value in wanted.items() if name in declared})
-    lost = [f"{name} = {value}" for name, value in wanted.items() if _said(config, name) != value]
+    derived = {
+        "head_dim": config.hidden_size // config.num_attention_heads,
+        "num_key_value_heads": config.num_attention_heads,
+    }
+    lost = [
+        f"{name} = {value}"
+        for name, value in wanted.items()
+        if (getattr(config, name, None) or derived.get(name, getattr(config, name, None))) != value
+    ]
     if lost:
         raise BitassayError(f"{kind.__name__} does not take up {', '.join(lost)}")
     return config
 
 
-def _said(config: PretrainedConfig, name: str) -> Any:
-    if name == "head_dim" and getattr(config, name, None) is None:
-        return config.hidden_size // config.num_attention_heads
-    if name == "num_key_value_heads" and not hasattr(config, name):
-        return config.num_attention_heads
-    return getattr(config, name)
-
-
-def _one(key: str, value: Any) -> Any:
+def _shared(key: str, value: Any) -> Any:
     """A value, or the one that all layers share; a float32 in its short spelling."""
     if isinstance(value, list) and not key.endswith(PATTERN):
         if len(set(value)) != 1:
@@ -203,35 +182,30 @@ def _weights(
     model: PreTrainedModel, family: Family, architecture: str, tensors: Mapping[str, ReaderTensor]
 ) -> dict[str, Tensor]:
     """Every parameter of `model` from the file; refuses what is left over on either side."""
-    left = dict.fromkeys(name for name in tensors if name not in ROPE_TENSORS)
-    config, weights, missing = model.config, {}, []
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    left, config = set(tensors) - set(ROPE_TENSORS), model.config
+    weights, missing = dict[str, Tensor](), list[str]()
     for name, parameter in model.state_dict().items():
-        if name in tied:
+        if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         sources = sources_of(name, architecture, config.num_hidden_layers)
-        if not all(source in tensors for source in sources):
-            if not name.endswith(".bias"):
-                missing += [source for source in sources if source not in tensors] or [name]
+        if absent := [source for source in sources if source not in tensors]:
+            missing += [] if name.endswith(".bias") else absent
             weights[name] = torch.zeros(parameter.shape)
             continue
-        parts = [_read(tensors[source], source, family, config) for source in sources]
         # Gate and up projections of experts are one parameter in transformers.
+        parts = [_read(tensors[source], source, family, config) for source in sources]
         value = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        if value.numel() == parameter.numel() and value.squeeze().shape == parameter.squeeze().shape:
-            value = value.reshape(parameter.shape)
-        if value.shape != parameter.shape:
+        if value.squeeze().shape != parameter.squeeze().shape:
             raise BitassayError(
                 f"{' and '.join(sources)}: of shape {tuple(value.shape)}, "
                 f"but the keys describe {tuple(parameter.shape)}"
             )
-        weights[name] = value
-        for source in sources:
-            left.pop(source, None)
+        weights[name] = value.reshape(parameter.shape)
+        left -= set(sources)
     if missing:
         raise BitassayError(f"tensors that the architecture needs and the file has not: {_few(missing)}")
     if left:
-        raise BitassayError(f"tensors that the model has no place for: {_few(list(left))}")
+        raise BitassayError(f"tensors that the model has no place for: {_few(sorted(left))}")
     return weights
 
 

@@ -18,13 +18,7 @@ from bitassay.errors import BitassayError
 FREQUENCIES = "rope_freqs.weight"
 SHORT, LONG = "rope_factors_short.weight", "rope_factors_long.weight"
 ROPE_TENSORS = (FREQUENCIES, SHORT, LONG)
-PUBLISHED_LENGTHS = (
-    8192,
-    4096,
-    2048,
-    16384,
-    32768,
-)  # of models with Llama 3's scheme
+PUBLISHED_LENGTHS = (8192, 4096, 2048, 16384, 32768)  # of models with Llama 3's scheme
 
 
 def rope_parameters(

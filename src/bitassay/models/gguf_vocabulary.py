@@ -26,10 +26,7 @@ PREPEND_KEY, NORMALIZER_KEY = "bitassay.tokenizer.prepend_scheme", "bitassay.tok
 SPACE = "\u2581"
 # Ids that hold where the file gives none, by kind: llama.cpp's, but for its 11 of byte-level tokenizers,
 # which is a token like any other in most of them.
-DEFAULT_IDS = {
-    "gpt2": {},
-    "llama": {"bos": 1, "eos": 2, "unknown": 0},
-}
+DEFAULT_IDS = {"gpt2": {}, "llama": {"bos": 1, "eos": 2, "unknown": 0}}
 # Tokens that are special whatever type the file gives them, as llama.cpp finds them by their text.
 _SPECIAL_NAMES = """
     <|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> </s>

@@ -27,16 +27,16 @@ from bitassay.models.options import AUTO, LoadOptions, attention_of
 from bitassay.models.positions import forget_lengths
 from bitassay.models.source import Source
 from bitassay.models.transposed import as_linears
-from bitassay.models.weights import check_files, stray_files
+from bitassay.models.weights import AGAIN, check_files, stray_files
 from bitassay.record.progress import Progress, silent
 
 Reader = Callable[[Path, PretrainedConfig, LoadOptions], PreTrainedModel]
 
-# What transformers needs to load a checkpoint of such a method; the package's extras are named alike.
+# What transformers needs to load a checkpoint of such a method; this package's extras have the same names.
 PACKAGES_OF_METHOD = {
-    "awq": ("gptqmodel",),
-    "gptq": ("gptqmodel", "optimum"),
-    "bitsandbytes": ("bitsandbytes",),
+    "awq": ["gptqmodel"],
+    "gptq": ["gptqmodel", "optimum"],
+    "bitsandbytes": ["bitsandbytes"],
 }
 
 
@@ -76,31 +76,34 @@ def load_checkpoint(
 
 
 def _read_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """The tokenizer. Raises BitassayError for a folder without a vocabulary, of which transformers makes an
-    empty tokenizer without a word."""
-    without = BitassayError(
+    """Read the tokenizer. Raises BitassayError for a folder without a vocabulary, of which transformers makes
+    an empty tokenizer without a word."""
+    failed: Exception | None = None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        if not tokenizer.vocab_files_names or vocabularies(folder):  # those of bytes need no files
+            return tokenizer
+    except Exception as error:  # the readers raise whatever the defect happens to trip over
+        failed = error
+    if failed is not None and vocabularies(folder):
+        raise BitassayError(
+            f"{folder}: transformers cannot load the tokenizer ({type(failed).__name__}: {failed})",
+            "restore the tokenizer files that came with the model",
+        ) from failed
+    raise BitassayError(
         f"{folder}: no tokenizer files (such as tokenizer.json, tokenizer.model or vocab.json)",
         "tokenizer.save_pretrained(folder) with the tokenizer of the model that this one was made of",
-    )
-    try:
-        found = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # the readers raise whatever the defect happens to trip over
-        if not vocabularies(folder):
-            raise without from error
-        raise BitassayError(
-            f"{folder}: transformers cannot load the tokenizer ({type(error).__name__}: {error})",
-            "restore the tokenizer files that came with the model",
-        ) from error
-    if found.vocab_files_names and not vocabularies(folder):  # some, such as those of bytes, need none
-        raise without
-    return found
+    ) from failed
 
 
 def read_plain(folder: Path, config: PretrainedConfig, options: LoadOptions) -> PreTrainedModel:
-    """Read a folder that transformers loads."""
-    check_method(config, folder)
-    compressed = is_compressed(config)
-    loaded, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
+    """Read a folder that transformers loads. Raises BitassayError where its weights are not those that the
+    configuration describes, MissingError where its format needs a package that is not installed."""
+    quantization = getattr(config, "quantization_config", None) or {}
+    settings = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    check_quantization(settings, folder)
+    compressed = settings.get("quant_method") == "compressed-tensors"
+    model, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
         folder,
         config=config,
         dtype=torch.float32 if compressed else options.dtype,  # scales must stay exact until used
@@ -112,20 +115,20 @@ def read_plain(folder: Path, config: PretrainedConfig, options: LoadOptions) -> 
     )
     check_keys(report, folder)
     if compressed:
-        make_dense(loaded, options.dtype, folder)
-    as_linears(loaded)
-    return loaded
+        make_dense(model, options.dtype, folder)
+    as_linears(model)
+    return model
 
 
-def check_method(config: PretrainedConfig, folder: Path) -> None:
-    """Refuse a quantized checkpoint whose packages are not here, or whose cache is quantized too. Raises
-    MissingError that says which extra has them, BitassayError for the cache."""
-    method, said = quantization_method(config), _quantization_config(config)
-    if said.get("kv_cache_scheme"):
+def check_quantization(settings: dict[str, Any], folder: Path) -> None:
+    """Refuse a quantized checkpoint whose packages are not here (MissingError), or whose cache is quantized
+    too (BitassayError). `settings`: the quantization_config of its config.json, empty where it has none."""
+    if settings.get("kv_cache_scheme"):
         raise BitassayError(
             f"{folder}: the checkpoint quantizes the KV cache too, which is not read",
             "a checkpoint without kv_cache_scheme",
         )
+    method = str(settings.get("quant_method", ""))
     missing = [name for name in PACKAGES_OF_METHOD.get(method, ()) if find_spec(name) is None]
     if missing:
         raise MissingError(
@@ -134,27 +137,12 @@ def check_method(config: PretrainedConfig, folder: Path) -> None:
         )
 
 
-def quantization_method(config: PretrainedConfig) -> str:
-    """What the checkpoint's config says it is quantized by; empty where it says nothing."""
-    return str(_quantization_config(config).get("quant_method", ""))
-
-
-def _quantization_config(config: PretrainedConfig) -> dict[str, Any]:
-    said = getattr(config, "quantization_config", None) or {}
-    return said if isinstance(said, dict) else said.to_dict()
-
-
-def is_compressed(config: PretrainedConfig) -> bool:
-    """Whether the checkpoint holds codes in the compressed-tensors format."""
-    return quantization_method(config) == "compressed-tensors"
-
-
 def make_dense(model: PreTrainedModel, dtype: torch.dtype, folder: Path) -> None:
     """Decode a compressed-tensors model that was loaded in fp32 into plain weights of `dtype`, as `quantize`
-    makes them; linears whose inputs are rounded keep the library's forward, which does it.
+    makes them; linears whose inputs are rounded keep the library's forward, which rounds them.
 
-    Raises BitassayError where it also quantizes what leaves a linear, which would silently be left out, and
-    where a stored shape is not the module's.
+    Raises BitassayError where it also quantizes the outputs of a linear, which would silently be left out,
+    and where a stored shape is not the module's.
     """
     for name, module in model.named_modules():
         if (scheme := getattr(module, "quantization_scheme", None)) is not None:
@@ -163,7 +151,12 @@ def make_dense(model: PreTrainedModel, dtype: torch.dtype, folder: Path) -> None
                     f"{folder}: {name}: the checkpoint quantizes what leaves a linear, which is not read",
                     "a checkpoint that quantizes weights, or weights and inputs",
                 )
-            _check_stored_shape(module, name, folder)
+            stored = getattr(module, "weight_shape", None)
+            if stored is not None and isinstance(module, nn.Linear):
+                shape = [module.out_features, module.in_features]
+                if stored.tolist() != shape:
+                    why = f"{name}.weight_shape says {stored.tolist()}, config.json {shape}"
+                    raise BitassayError(f"{folder}: {why}", AGAIN)
             decompress_module(module, leave_decompressed=scheme.input_activations is not None)
         for parameter in module.parameters(recurse=False):
             if parameter.is_floating_point():
@@ -175,20 +168,8 @@ def make_dense(model: PreTrainedModel, dtype: torch.dtype, folder: Path) -> None
     model.config.dtype = dtype
 
 
-def _check_stored_shape(module: nn.Module, name: str, folder: Path) -> None:
-    stored = getattr(module, "weight_shape", None)
-    if stored is None or not isinstance(module, nn.Linear):
-        return
-    if stored.tolist() != [module.out_features, module.in_features]:
-        raise BitassayError(
-            f"{folder}: {name}.weight_shape says {stored.tolist()}, "
-            f"config.json {[module.out_features, module.in_features]}",
-            "download or save the checkpoint again",
-        )
-
-
 def check_keys(report: Any, folder: Path) -> None:
-    """Refuse a model whose weights are not the checkpoint's: transformers makes up the ones that are missing
+    """Refuse a model whose weights are not the checkpoint's: transformers makes up weights that are missing
     or of another shape, and drops layers that the configuration does not mention. `report` is what
     `from_pretrained` returns as loading info."""
     unused = [key for key in report.get("unexpected_keys", ()) if ".layers." in key]
@@ -199,21 +180,15 @@ def check_keys(report: Any, folder: Path) -> None:
     }
     for defect, keys in defects.items():
         if keys:
-            raise BitassayError(
-                f"{folder}: {len(keys)} weights are {defect}, the first is {keys[0]}",
-                "download or save the checkpoint again",
-            )
+            raise BitassayError(f"{folder}: {len(keys)} weights are {defect}, the first is {keys[0]}", AGAIN)
 
 
 def check_finite(model: PreTrainedModel, where: str | Path) -> None:
-    """Refuse weights with NaN or infinity, naming the first tensor that has one."""
+    """Raise BitassayError for weights with NaN or infinity, naming the first tensor that has one."""
     for name, parameter in model.named_parameters():
-        if (
-            parameter.is_floating_point()
-            and not torch.isfinite(parameter.float().sum())
-            and not parameter.isfinite().all()
-        ):
-            bad = int((~parameter.isfinite()).sum())
+        if not parameter.is_floating_point() or parameter.float().sum().isfinite():
+            continue
+        if bad := int((~parameter.isfinite()).sum()):
             raise BitassayError(
                 f"{where}: {name} has {bad} values that are NaN or infinite",
                 "restore the checkpoint from its source",

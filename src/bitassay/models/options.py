@@ -47,29 +47,23 @@ def attention_of(model: PreTrainedModel) -> str:
 
 
 def as_device(name: str) -> torch.device:
-    """Raises BitassayError for what torch knows no device by, MissingError for one that is not here."""
+    """Return the device of a name. Raises BitassayError for what torch knows no device by, MissingError for
+    one that is not here."""
+    example = "cpu, cuda, cuda:1 or mps"
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise BitassayError(f"{name!r} is no device", "cpu, cuda, cuda:1 or mps") from error
+        raise BitassayError(f"{name!r} is no device", example) from error
     if device.type == "cpu":
         return device
     if device.type == "meta":
-        raise BitassayError(f"{name!r} computes nothing", "cpu, cuda, cuda:1 or mps")
+        raise BitassayError(f"{name!r} computes nothing", example)
     backend = getattr(torch, device.type, None)
-    available = getattr(backend, "is_available", None)
-    if available is None or not available():
-        why = (
-            ""
-            if device.type != "cuda" or torch.version.cuda or torch.version.hip
-            else ": this torch has no CUDA"
-        )
-        raise MissingError(
-            f"no device {name!r} here{why}", "--device cpu; `bitassay doctor` lists what is here"
-        )
-    count = backend.device_count()  # type: ignore[union-attr]
-    if device.index is not None and device.index >= count:
-        raise MissingError(
-            f"no device {name!r} here: {count} of them, numbered from 0", "`bitassay doctor` lists them"
-        )
+    if backend is None or not getattr(backend, "is_available", bool)():
+        no_cuda = device.type == "cuda" and not (torch.version.cuda or torch.version.hip)
+        why = f"no device {name!r} here{': this torch has no CUDA' if no_cuda else ''}"
+        raise MissingError(why, "--device cpu; `bitassay doctor` lists what is here")
+    if device.index is not None and device.index >= backend.device_count():
+        why = f"no device {name!r} here: {backend.device_count()} of them, numbered from 0"
+        raise MissingError(why, "`bitassay doctor` lists them")
     return device

@@ -10,46 +10,47 @@ Keys that were cached at one length are wrong at a length with other frequencies
 reads sequences of several lengths together, asks `frequencies`, and reads again where they differ.
 """
 
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+from jaxtyping import Int
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from bitassay.data.windows import Protocol, token_windows
 from bitassay.errors import BitassayError
+from bitassay.models.config import read_config
+from bitassay.models.identity import tokenizer
 
 LONG = ("longrope", "su")  # su: its name in Phi-3's first checkpoints
 
 
 def frequencies(model: PreTrainedModel, tokens: int) -> tuple[int, ...]:
-    """What stands for the frequencies at which a sequence of so many tokens is read: two lengths are read
-    alike where it is equal. It never decreases with the length, so lengths between equal ones are equal."""
-    config = model.config.get_text_config()
-    return tuple(_at(parameters, config, tokens) for parameters in _schemes(config))
+    """Return a key of the frequencies at which a sequence of so many tokens is read: two lengths with equal
+    keys are read alike. It never decreases with the length, so lengths between equal ones are equal."""
+    config, keys = model.config.get_text_config(), []
+    for scheme in _schemes(config):
+        key = max(tokens, config.max_position_embeddings) if "dynamic" in _kind(scheme) else 0
+        if _kind(scheme) in LONG:
+            original = getattr(config, "original_max_position_embeddings", None)
+            original = scheme.get("original_max_position_embeddings") or original
+            key = int(tokens > (original or config.max_position_embeddings))
+        keys.append(key)
+    return tuple(keys)
 
 
-def _at(parameters: dict[str, Any], config: PretrainedConfig, tokens: int) -> int:
-    kind = _kind(parameters)
-    if kind in LONG:
-        original = parameters.get("original_max_position_embeddings") or getattr(
-            config, "original_max_position_embeddings", config.max_position_embeddings
-        )
-        return int(tokens > original)
-    return max(tokens, config.max_position_embeddings) if "dynamic" in kind else 0
-
-
-def _kind(parameters: dict[str, Any]) -> str:
-    return parameters.get("rope_type") or parameters.get("type") or "default"
+def _kind(scheme: dict[str, Any]) -> str:
+    return scheme.get("rope_type") or scheme.get("type") or "default"
 
 
 def _schemes(config: PretrainedConfig) -> list[dict[str, Any]]:
     """What the configuration says about its rotary embeddings: once, or for each kind of layer."""
-    said = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    nested = [one for one in said.values() if isinstance(one, dict)]
-    return nested or [said]
+    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    return [scheme for scheme in parameters.values() if isinstance(scheme, dict)] or [parameters]
 
 
 def context_length(model: PreTrainedModel) -> int | None:
-    """The positions that the model was made for; None where its configuration does not say."""
+    """Return how many positions the model was made for; None where its configuration does not say."""
     table = padded_positions(model)
     if table is not None and table.padding_idx is not None:
         return table.num_embeddings - table.padding_idx - 1
@@ -57,8 +58,8 @@ def context_length(model: PreTrainedModel) -> int | None:
 
 
 def padded_positions(model: nn.Module) -> nn.Embedding | None:
-    """The table of learned positions that are counted from behind the padding token's id, as RoBERTa and its
-    like have it."""
+    """Return the table of learned positions that are counted from behind the padding token's id, as RoBERTa
+    has it; None for other models."""
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
             return module if module.padding_idx is not None else None
@@ -66,23 +67,36 @@ def padded_positions(model: nn.Module) -> nn.Embedding | None:
 
 
 def positions_of(config: PretrainedConfig) -> int | None:
-    """`context_length` by the configuration alone. Dynamic scaling makes `factor` times as many of them."""
+    """Return `context_length` by the configuration alone; dynamic scaling makes `factor` times as many."""
     text = config.get_text_config()
     said = getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)
     if not isinstance(said, int) or said < 1:  # XLNet says -1
         return None
-    factors = [one.get("factor") or 1.0 for one in _schemes(text) if "dynamic" in _kind(one)]
+    factors = [s.get("factor") or 1.0 for s in _schemes(text) if "dynamic" in _kind(s)]
     return int(said * min(factors, default=1.0))
 
 
 def check_window(positions: int | None, tokens: int, what: str) -> None:
-    """Refuse windows of more tokens than the model has positions; `what` they are, as the error names
-    them."""
+    """Raise BitassayError for windows of more tokens than the model has positions; `what` names them."""
     if positions is not None and tokens > positions:
         raise BitassayError(
             f"{what}: windows of {tokens} tokens, and the model reads {positions}",
             f"--window {positions}, or less",
         )
+
+
+def model_windows(model: PreTrainedModel, protocol: Protocol) -> tuple[Int[Tensor, "windows tokens"], str]:
+    """Return `token_windows` of the model's tokenizer. Raises BitassayError for windows that are longer than
+    what the model reads."""
+    check_window(context_length(model), protocol.window_tokens, protocol.id)
+    return token_windows(tokenizer(model), protocol)
+
+
+def check_folder(folder: Path, protocol: Protocol, *, trust_remote_code: bool = False) -> None:
+    """Raise BitassayError where the windows of a protocol are longer than what a model reads that is not
+    loaded yet, or where its config.json cannot be read."""
+    config = read_config(folder, trust_remote_code=trust_remote_code)
+    check_window(positions_of(config), protocol.window_tokens, protocol.id)
 
 
 def forget_lengths(model: PreTrainedModel) -> None:

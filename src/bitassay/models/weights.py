@@ -27,13 +27,14 @@ if TYPE_CHECKING:
 
 WEIGHTS, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
 OTHER_LAYOUT = "consolidated*.safetensors"
+AGAIN = "download or save the model again"
 # torch.distributed's own checkpoints: where a folder has one, transformers loads nothing else.
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files whose tensors are the model, sorted by name. Raises BitassayError where the folder has none,
-    or more than one answer."""
+    """Return the files whose tensors are the model, sorted by name. Raises BitassayError where the folder has
+    none, or more than one answer."""
     for path in sorted(folder.glob("*.safetensors")):
         if _DISTRIBUTED.fullmatch(path.name):
             raise BitassayError(
@@ -47,44 +48,46 @@ def weight_files(folder: Path) -> list[Path]:
         )
     if (chosen := _named_in_config(folder)) is not None:
         return [chosen] if chosen.suffix == ".safetensors" else _shards(chosen)
-    whole, index = folder / WEIGHTS, folder / INDEX
-    if not whole.is_file():
-        if index.is_file():
-            return _shards(index)
-        raise BitassayError(f"{folder}: {_what_is_there(folder)}", "model.save_pretrained(folder) writes it")
+    single, index = folder / WEIGHTS, folder / INDEX
+    if not single.is_file() and index.is_file():
+        return _shards(index)
+    if not single.is_file():
+        others = ", ".join(sorted(path.name for path in folder.glob("*.safetensors"))[:4])
+        why = (
+            f"no {WEIGHTS} and no {INDEX}, which transformers loads, only {others}"
+            if others
+            else "no .safetensors file (pickled .bin checkpoints are not read)"
+        )
+        raise BitassayError(f"{folder}: {why}", "model.save_pretrained(folder) writes it")
     if index.is_file() and set(_weight_map(index).values()) != {WEIGHTS}:
         raise BitassayError(
             f"{folder}: two sets of weights: {WEIGHTS}, and the shards that {INDEX} names",
             "remove the one that is not the model, or save the model into an empty folder",
         )
-    return [whole]
+    return [single]
 
 
 def stray_files(folder: Path) -> list[Path]:
-    """The safetensors files that are no part of the model."""
+    """Return the safetensors files that are no part of the model."""
     known = {*weight_files(folder), *folder.glob(OTHER_LAYOUT)}
     return sorted(set(folder.glob("*.safetensors")) - known)
 
 
 def stored_tensors(folder: Path) -> "Iterator[tuple[str, Tensor]]":
-    """All tensors of the model's files, sorted by name, read one at a time."""
-    where = check_files(folder)
-    open_path, file = None, None
-    for name in sorted(where):
-        if where[name] != open_path:
-            open_path, file = where[name], safe_open(where[name], framework="pt")
-        assert file is not None
-        yield name, file.get_tensor(name)
+    """Yield all tensors of the model's files by name, in the order of the names, read one at a time."""
+    for name, path in sorted(check_files(folder).items()):
+        with safe_open(path, framework="pt") as file:
+            yield name, file.get_tensor(name)
 
 
 def stored_bytes(folder: Path) -> int:
-    """Bytes of the model's files."""
+    """Return the bytes of the model's files."""
     return sum(path.stat().st_size for path in weight_files(folder))
 
 
 def stored_bits(folder: Path) -> dict[str, int]:
-    """Bits of each module that the files hold as codes: all its tensors together but for a bias. Modules
-    whose weight is a plain number a parameter are left out."""
+    """Return the bits of each module that the files hold as codes: all its tensors together but for a bias.
+    Modules whose weight is a plain number a parameter are left out."""
     import torch
     from transformers.modeling_utils import str_to_torch_dtype
 
@@ -105,63 +108,53 @@ def stored_bits(folder: Path) -> dict[str, int]:
 
 
 def check_files(folder: Path) -> dict[str, Path]:
-    """The file of each tensor, from the files' headers alone. Raises BitassayError that names the file where
-    one is truncated, malformed or missing, or has a tensor that another has too, and where an index says
-    something else than the files."""
-    files = weight_files(folder)
+    """Return the file of each tensor, from the files' headers alone. Raises BitassayError that names the file
+    where one is truncated, malformed or missing, or has a tensor that another has too, and where an index
+    says something else than the files."""
     where: dict[str, Path] = {}
-    for path in files:
-        for name in _tensor_names(path):
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                names = list(file.keys())
+        except (SafetensorError, OSError) as error:
+            raise BitassayError(
+                f"{path}: truncated or not a safetensors file ({error})", "download or save it again"
+            ) from error
+        for name in names:
             if name in where:
                 raise BitassayError(
                     f"{path}: the tensor {name} is in {where[name].name} too",
                     "remove the file that is not the model's, or save the model into an empty folder",
                 )
             where[name] = path
-    index = _index_in_force(folder, files)
-    for name, file in _weight_map(index).items() if index is not None else ():
+    index = _named_in_config(folder) or folder / INDEX
+    for name, file in _weight_map(index).items() if index.suffix == ".json" and index.is_file() else ():
         if name not in where or where[name].name != file:
             found = f"it is in {where[name].name}" if name in where else "it is not there"
-            raise BitassayError(
-                f"{index}: says that {name} is in {file}, but {found}", "download or save the model again"
-            )
+            raise BitassayError(f"{index}: says that {name} is in {file}, but {found}", AGAIN)
     return where
-
-
-def _tensor_names(path: Path) -> list[str]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return list(file.keys())
-    except (SafetensorError, OSError) as error:
-        raise BitassayError(
-            f"{path}: truncated or not a safetensors file ({error})", "download or save it again"
-        ) from error
 
 
 def _named_in_config(folder: Path) -> Path | None:
     """The file that config.json's `transformers_weights` names."""
-    if not (folder / "config.json").is_file():
+    config = folder / "config.json"
+    name = read_object(config, missing={}).get("transformers_weights")
+    if name is None:
         return None
-    said = read_config_file(folder).get("transformers_weights")
-    if said is None:
-        return None
-    if not isinstance(said, str) or not said.endswith((".safetensors", ".safetensors.index.json")):
-        raise BitassayError(f"{folder / 'config.json'}: transformers_weights is {said!r:.80}, no such file")
-    return _inside(folder / "config.json", said)
+    if not isinstance(name, str) or not name.endswith((".safetensors", ".safetensors.index.json")):
+        raise BitassayError(f"{config}: transformers_weights is {name!r:.80}, no such file")
+    return _inside(config, name)
 
 
-def read_config_file(folder: Path) -> dict[str, Any]:
-    """The content of config.json. Raises BitassayError where it is no JSON object."""
-    content = read_json(folder / "config.json")
+def read_object(path: Path, missing: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Read a JSON object; where the file is missing, return `missing` if that is given. Raises BitassayError
+    for other content."""
+    if missing is not None and not path.is_file():
+        return missing
+    content = read_json(path)
     if not isinstance(content, dict):
-        raise BitassayError(f"{folder / 'config.json'}: not an object", "download or save the model again")
+        raise BitassayError(f"{path}: not an object", AGAIN)
     return content
-
-
-def _index_in_force(folder: Path, files: list[Path]) -> Path | None:
-    chosen = _named_in_config(folder)
-    index = folder / INDEX if chosen is None else chosen
-    return index if index.suffix == ".json" and index.is_file() else None
 
 
 def _shards(index: Path) -> list[Path]:
@@ -169,13 +162,10 @@ def _shards(index: Path) -> list[Path]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    content = read_json(index)
-    found = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found.values()):
-        raise BitassayError(
-            f"{index}: no weight_map of tensors and files", "download or save the model again"
-        )
-    return found
+    files = read_object(index).get("weight_map")
+    if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
+        raise BitassayError(f"{index}: no weight_map of tensors and files", AGAIN)
+    return files
 
 
 def _inside(owner: Path, name: str) -> Path:
@@ -184,18 +174,8 @@ def _inside(owner: Path, name: str) -> Path:
     path = owner.parent / name
     if Path(name).name != name or path.suffix not in (".safetensors", ".json"):
         raise BitassayError(
-            f"{owner}: names {name!r:.80}, which is no safetensors file of its own folder",
-            "download or save the model again",
+            f"{owner}: names {name!r:.80}, which is no safetensors file of its own folder", AGAIN
         )
     if not path.is_file():
-        raise BitassayError(
-            f"{path}: {owner.name} names this file, and it is missing", "download or save the model again"
-        )
+        raise BitassayError(f"{path}: {owner.name} names this file, and it is missing", AGAIN)
     return path
-
-
-def _what_is_there(folder: Path) -> str:
-    others = sorted(path.name for path in folder.glob("*.safetensors"))
-    if others:
-        return f"no {WEIGHTS} and no {INDEX}, which transformers loads, only {', '.join(others[:4])}"
-    return "no .safetensors file (pickled .bin checkpoints are not read)"

@@ -19,7 +19,6 @@ folder, and the same command goes on.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -50,11 +49,10 @@ from bitassay.quantization.solvers.sensitivity import (
     predicted_divergences,
 )
 from bitassay.quantization.weight_statistics import Statistics
-from bitassay.record.files import write_json
 from bitassay.record.progress import Progress, silent
-from bitassay.record.run import RunFolder
+from bitassay.record.result import write_run
+from bitassay.record.run import RunFolder, open_run_folder, run_plan
 
-SCHEMA = 1
 ALL = "all"
 Row = dict[str, Any]
 
@@ -81,14 +79,13 @@ def analyze(
     plan = plan or AnalysisPlan()
     weights, known = check_recipe(model, recipe), identity(model)
     described = {
-        "kind": "analysis",
         "model": {"name": known.name, "weights_digest": known.weights_digest, "dtype": str(model.dtype)},
         "recipe": {"name": recipe.name, "id": recipe.recipe_id},
         "text": plan.text.model_dump(),
-        "each_matrix": plan.each_matrix,
     }
-    place = f"analysis-{known.name}-{recipe.name}-{recipe.recipe_id[:8]}"
-    folder = RunFolder(Path("runs") / place if out is None else out, described)
+    work = {**described, "each_matrix": plan.each_matrix}
+    name = f"analysis-{known.name}-{recipe.name}"
+    folder = open_run_folder(name, run_plan("analysis", work), out)
     tokens = calibration_tokens(model, plan.text)
     names = [name for name in weights if recipe.scheme_for(name) is not None]
     if not names:
@@ -96,18 +93,16 @@ def analyze(
     tensors = cache(lambda: _rounded(weights, recipe, progress))  # not needed where all parts are finished
     found = folder.part("statistics", lambda: _statistics(model, tensors(), tokens, progress))
     divergence = _divergences(model, names, tensors, tokens, plan, folder, progress)
-    result = {
-        "schema_version": SCHEMA,
+    run = write_run(
+        folder,
         **described,
-        "run_id": folder.run_id,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "whole": found["whole"] | _mean("kl", divergence[ALL]),
-        "layers": _layers(found, divergence, places(model)),
-        "matrices": _matrices(found["matrices"], divergence),
-        "routing": folder.part("routing", lambda: _routing(model, tensors(), tokens, progress)),
-    }
-    write_json(folder.path / "run.json", result)
-    return result, folder.path
+        settings={"each_matrix": plan.each_matrix},
+        whole=found["whole"] | _mean("kl", divergence[ALL]),
+        layers=_layers(found, divergence, places(model)),
+        matrices=_matrices(found["matrices"], divergence),
+        routing=folder.part("routing", lambda: _routing(model, tensors(), tokens, progress)),
+    )
+    return run, folder.path
 
 
 def _rounded(

@@ -12,3 +12,8 @@ class Progress(Protocol):
 
 def silent(what: str, done: int = 0, total: int = 0) -> None:
     """A Progress that says nothing."""
+
+
+def prefixed(name: str, progress: Progress) -> Progress:
+    """Return a Progress that begins every line with `name`."""
+    return lambda what, done=0, total=0: progress(f"{name}: {what}", done, total)

@@ -10,31 +10,44 @@ instead of mixed in, and so is other code (`versions`, an entry of the plan), wh
     run.json             the result
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitassay.errors import BitassayError
 from bitassay.record.files import atomic_file, explain_os_error, read_json, write_json
 from bitassay.record.hashing import canonical_json, digest_json
+from bitassay.record.versions import versions
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
+SCHEMA = 2  # of plan.json and run.json
 AGAIN = "finish it with what it began with, or give another --out to begin anew"
 
 
 def default_folder(name: str, plan: Mapping[str, Any]) -> Path:
-    """Where a run is that was given no folder: in the same place for the same work by other code, so that
-    somebody hears of it who goes on after an upgrade."""
+    """Return the folder of a run that was given none: the same for the same work by other code, so that going
+    on after an upgrade is noticed."""
     work = {key: value for key, value in plan.items() if key != "versions"}
     return Path("runs") / f"{name}-{digest_json(work)[:8]}"
 
 
+def run_plan(
+    kind: str, work: Mapping[str, Any], packages: Sequence[str] = ("torch", "transformers")
+) -> dict[str, Any]:
+    """Return the plan of a run: its kind, the work, and the versions of this package and of `packages`."""
+    return {"kind": kind, "schema": SCHEMA, **work, "versions": versions(*packages)}
+
+
+def open_run_folder(name: str, plan: dict[str, Any], out: Path | None = None) -> "RunFolder":
+    """Open the folder of a plan at `out`, by default runs/NAME-DIGEST. Raises BitassayError as RunFolder."""
+    return RunFolder(out or default_folder(name, plan), plan)
+
+
 class RunFolder:
-    """The folder of one plan. Raises BitassayError where the folder cannot be written or holds something
-    else."""
+    """The folder of one plan. Raises BitassayError where it cannot be written or holds something else."""
 
     def __init__(self, path: Path, plan: dict[str, Any]):
         self.path, self.plan = Path(path), plan
@@ -67,7 +80,7 @@ class RunFolder:
             write_json(plan_file, plan)
 
     def part(self, name: str, compute: Callable[[], Any]) -> Any:
-        """The JSON value of a part: read where it is finished, else computed and written."""
+        """Return the JSON value of a part: read where it is finished, else computed and written."""
         path = self.path / "parts" / f"{name}.json"
         if path.exists():
             return read_json(path)
@@ -76,10 +89,11 @@ class RunFolder:
         return value
 
     def has(self, name: str) -> bool:
-        """Whether the JSON value of a part is finished."""
+        """Return whether the JSON value of a part is finished."""
         return (self.path / "parts" / f"{name}.json").exists()
 
     def has_tensors(self, name: str) -> bool:
+        """Return whether the tensors of a part are finished."""
         return (self.path / "parts" / f"{name}.safetensors").exists()
 
     def write_tensors(self, name: str, tensors: "dict[str, Tensor]") -> None:
@@ -90,7 +104,7 @@ class RunFolder:
             save_file(tensors, temporary)
 
     def read_tensors(self, name: str) -> "dict[str, Tensor]":
-        """The tensors of a finished part; a damaged file is a BitassayError that names it."""
+        """Return the tensors of a finished part. Raises BitassayError that names a damaged file."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
@@ -104,7 +118,7 @@ class RunFolder:
 
 
 def differing(began: Mapping[str, str], here: Mapping[str, str]) -> str:
-    """The versions that differ: `torch 2.13.0, not 2.14.0`; nothing where none does."""
+    """Return the versions that differ: `torch 2.13.0, not 2.14.0`; an empty text where none does."""
     return ", ".join(
         f"{name} {began.get(name, 'none')}, not {here.get(name, 'none')}"
         for name in sorted(began.keys() | here.keys())

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 from bitassay.errors import suggestion
 
 MOST = 5  # defects that are named
+_PLAIN = {"dict_type": "not an object", "model_type": "not an object", "string_type": "not a text"}
 
 
 def defects(error: ValidationError, kind: type[BaseModel]) -> str:
@@ -31,7 +32,7 @@ def _defect(one: dict[str, Any], kind: type[BaseModel]) -> str:
         )
     if one["type"] == "missing":
         return f"{'.'.join(place)} is missing"
-    message = one["msg"].removeprefix("Value error, ")
+    message = _PLAIN.get(one["type"]) or one["msg"].removeprefix("Value error, ")
     value = one.get("input")
     told = isinstance(value, (str, int, float, bool)) and repr(value) not in message
     shown = f" (it is {value!r:.60})" if told else ""

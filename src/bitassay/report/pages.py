@@ -1,130 +1,144 @@
-"""Run folders to pages: which kinds of runs there are, and what draws each."""
+"""The page of a run of any kind. `pages.yaml` says by kind what stands there: titles, texts, tables, plots,
+facts. A new kind of run gets its fields in `record/result.py`, its columns in `columns.py` and an entry in
+`pages.yaml`."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
+import yaml
+from jinja2 import Environment, StrictUndefined, TemplateError
 
 from bitassay.errors import BitassayError
-from bitassay.record.files import read_json
-from bitassay.report.analysis import write_analysis_report
-from bitassay.report.assay import write_report
-from bitassay.report.attack import write_attack_report
-from bitassay.report.bench import write_bench_report, write_matmul_report
-from bitassay.report.eight_bit import write_eight_bit_report
-from bitassay.report.generation import write_generation_report
-from bitassay.report.replication import write_replication_report
-from bitassay.report.runs import (
-    AnalysisRun,
-    AttackRun,
-    BenchRun,
-    ExperimentsRun,
-    GenerationRun,
-    MatmulRun,
-    SearchRun,
-    SeparabilityRun,
-    StudiesRun,
-    TasksRun,
-    ThresholdsRun,
-)
-from bitassay.report.schema import AssayRun, EightBitRun, ReplicationRun, parsed
-from bitassay.report.search import write_search_report
-from bitassay.report.study import write_study_report
-from bitassay.report.tables import UnshownError
-from bitassay.report.tasks import write_tasks_report
+from bitassay.record.files import write_text
+from bitassay.record.result import read_run
+from bitassay.report import columns, findings
+from bitassay.report.figures import assay, bench, heat_maps, search, studies
+from bitassay.report.figures.drawing import write_png
+from bitassay.report.page import MOST_ROWS, Page, Section, write_page
+from bitassay.report.tables import Column, UnshownError, percent, pivot, render, significant
 
-Run = dict[str, Any]
-SCHEMA = 1
+Run = Mapping[str, Any]
+DAMAGED = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError, TemplateError)
 
 
-@dataclass(frozen=True)
-class Kind:
-    """A kind of run. command: what writes it; write: draws a page of one run, or of several where `many`."""
-
-    command: str
-    model: type[BaseModel]
-    write: Callable[[Any, Path], None]
-    many: bool = False
-
-
-def _write_studies(runs: Sequence[Run], path: Path) -> None:
-    write_study_report([part for run in runs for part in run.get("runs", [run])], path)
-
-
-KINDS = {
-    "assay": Kind("assay", AssayRun, write_report, many=True),
-    "tasks": Kind("eval --tasks", TasksRun, write_tasks_report),
-    "generation": Kind("generate", GenerationRun, write_generation_report),
-    "bench": Kind("bench", BenchRun, write_bench_report),
-    "matmul": Kind("bench matmul", MatmulRun, write_matmul_report),
-    "attack": Kind("attack", AttackRun, write_attack_report),
-    "search": Kind("search", SearchRun, write_search_report),
-    "analysis": Kind("quantize --analyze", AnalysisRun, write_analysis_report),
-    "eight-bit": Kind("study run task3.1", EightBitRun, write_eight_bit_report),
-    "replication": Kind("study run control-table", ReplicationRun, write_replication_report),
-    "studies": Kind("study run exp1", StudiesRun, _write_studies, many=True),
-    "experiments": Kind("study run exp1", ExperimentsRun, _write_studies, many=True),
-    "separability": Kind("study run separability", SeparabilityRun, _write_studies, many=True),
-    "thresholds": Kind("calibrate --study", ThresholdsRun, _write_studies, many=True),
-}
-
-
-def read_run(folder: Path) -> BaseModel:
-    """The run of a folder, or of a run.json. Raises BitassayError that names the file and what is wrong."""
-    path = _run_file(folder)
-    value = read_json(path)
-    given = value.get("kind") if isinstance(value, dict) else None
-    if not isinstance(given, str) or given not in KINDS:
-        seen = f"of kind {given!r:.40}" if isinstance(value, dict) and given else "without a kind"
-        raise BitassayError(
-            f"{path}: not a run of bitassay that has a page: {type(value).__name__} {seen}; "
-            f"known are {', '.join(KINDS)}",
-            "a folder that holds run.json, such as one under runs/",
-        )
-    schema = value.get("schema", value.get("schema_version"))
-    if schema != SCHEMA or isinstance(schema, bool):
-        raise BitassayError(
-            f"{path}: a run of kind {given!r} in schema {schema!r:.40}; this version reads schema {SCHEMA}",
-            f"the version of bitassay that wrote it, or `bitassay {KINDS[given].command}` again",
-        )
-    return parsed(KINDS[given].model, value, str(path))
-
-
-def _run_file(folder: Path) -> Path:
-    """Raises BitassayError where a folder holds none."""
-    if not folder.is_dir() or (folder / "run.json").exists():
-        return folder / "run.json" if folder.is_dir() else folder
-    if (folder / "plan.json").exists():
-        raise BitassayError(
-            f"{folder}: no run.json, so the run is not finished", "run the same command again: it goes on"
-        )
-    runs = sorted(place.parent.name for place in folder.glob("*/run.json"))
-    raise BitassayError(
-        f"{folder}: not a run folder, it holds no run.json",
-        f"one of its folders: {', '.join(runs[:3])}" if runs else "a folder that a command wrote, see --out",
+def page_of(run: Run) -> Page:
+    """Return the page of a run of any kind, as `record.result` reads it."""
+    content = _contents()[run["kind"]]
+    values = {**run, "run": {**run, "rows": run.get("rows", [])[:MOST_ROWS]}}  # plots are of the first rows
+    sections = [section for part in content["sections"] for section in _sections(part, values)]
+    for part in run.get("runs", []):
+        sections.append(page_of(part).sections[0])
+    sections += [section for part in _contents()["provenance"] for section in _sections(part, values)]
+    origin, run_id = run["model"].get("origin"), run["run_id"]
+    source = (str(origin or ""), run_id and f"run {run_id}", run["created"])
+    csv_rows, csv_columns = (_value(expression, {**run, "run": run}) for expression in content["csv"])
+    return Page(
+        title=_text(content["title"], values),
+        source=" · ".join(filter(None, source)),
+        lead=_text(content["lead"], values).split("\n"),
+        sections=sections,
+        csv=(csv_rows, csv_columns),
+        glossary=content.get("glossary", {}),
     )
 
 
-def write_pages(folders: Sequence[Path], out: Path) -> None:
-    """One page of one run, or of several that share one. Raises BitassayError for what is no run, and for
-    runs that have pages of their own."""
+def _sections(part: Mapping[str, Any], values: Mapping[str, Any]) -> list[Section]:
+    """The section of an entry, or one for each of its items; none where there is nothing to show."""
+    sections = []
+    for item in _value(part.get("each", "[none]"), values):
+        known = {**values, "item": item}
+        figure = _value(part.get("figure", "none"), known)
+        section = Section(
+            title=_text(part["title"], known),
+            text=_text(part.get("text", ""), known),
+            rows=_value(part.get("rows", "[]"), known),
+            columns=_value(part.get("columns", "[]"), known),
+            figures=figure if isinstance(figure, list) else [figure],
+            facts=_value(part.get("facts", "{}"), known) or {},
+            data=_value(part.get("data", "none"), known) or None,
+            notes=_text(part.get("notes", ""), known).split("\n"),
+            place=part.get("place", "page"),
+            wraps=part.get("wraps", False),
+        )
+        if section.text or section.rows or section.facts or section.data or any(section.figures):
+            sections.append(section)
+    return sections
+
+
+@cache
+def _contents() -> dict[str, Any]:
+    return yaml.safe_load((files("bitassay") / "report" / "pages.yaml").read_text(encoding="utf-8"))
+
+
+@cache
+def _environment() -> Environment:
+    """Where the texts and expressions are evaluated. Nothing is escaped here: the page does that."""
+    environment = Environment(undefined=StrictUndefined, autoescape=False)
+    for module in (columns, findings, assay, bench, heat_maps, search, studies):
+        environment.globals |= {name: value for name, value in vars(module).items() if callable(value)}
+    environment.globals |= {"pivot": pivot, "scalars": scalars, "nested": nested, "columns": columns.COLUMNS}
+    environment.filters |= {"few": significant(3), "percent": percent(0)}
+    environment.filters |= {"distribution_figure": studies.distribution_figure}
+    return environment
+
+
+def scalars(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that are single values."""
+    return {key: value for key, value in settings.items() if not isinstance(value, dict | list)}
+
+
+def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that are lists or objects."""
+    return {key: value for key, value in settings.items() if isinstance(value, dict | list)}
+
+
+def _text(template: str, values: Mapping[str, Any]) -> str:
+    return _environment().from_string(template).render(values).strip()
+
+
+def _value(expression: str, values: Mapping[str, Any]) -> Any:
+    return _environment().compile_expression(expression, undefined_to_none=False)(values)
+
+
+def write_report(run: Run, path: Path) -> None:
+    """Write the page of one run."""
+    write_page([page_of(run)], path)
+
+
+def write_reports(folders: Sequence[Path], out: Path) -> None:
+    """Write one page of the runs of several folders. Raises BitassayError for what is no run, or a damaged
+    one."""
     if not folders:
         raise BitassayError("no run folder was given", "bitassay report runs/demo --out report.html")
-    found = [read_run(folder).model_dump(by_alias=True) for folder in folders]
-    writers = {KINDS[run["kind"]].write for run in found}
-    kind = KINDS[found[0]["kind"]]
-    if len(found) > 1 and (len(writers) > 1 or not kind.many):
-        named = ", ".join(f"{folder} ({run['kind']})" for folder, run in zip(folders, found, strict=True))
-        raise BitassayError(
-            f"{len(found)} runs cannot share a page: {named}; only assays can, or studies of verifiers",
-            "report them one by one",
-        )
+    runs = [read_run(folder) for folder in folders]
     try:
-        kind.write(found if kind.many else found[0], out)
-    except UnshownError as error:
-        where = ", ".join(map(str, folders))
+        write_page([page_of(run) for run in runs], out)
+    except DAMAGED as error:
+        if isinstance(error, BitassayError) and not isinstance(error, UnshownError):
+            raise
+        said = error.problem if isinstance(error, BitassayError) else f"{type(error).__name__} {error!s:.200}"
         raise BitassayError(
-            f"{where}: not a run as this version writes it: {error.problem}", "run the same command again"
+            f"{', '.join(map(str, folders))}: not as this version writes it: {' '.join(said.split())}",
+            "run the same command again",
         ) from error
+
+
+def write_picture(run: Run, path: Path) -> None:
+    """Write the summary plot of an assay as a PNG file."""
+    write_png(assay.summary_figure(run), path, dpi=160)
+
+
+def write_rating_sheet(run: Run, path: Path) -> None:
+    """Write a CSV for a person to fill in: a line for each text of a run of `generate`."""
+    keys = ("sample", "model", "rating_1_to_5", "remark")
+    numbers = range(1, len(run["prompts"]) + 1)
+    rows = [{"sample": number, "model": name} for number in numbers for name in run["texts"]]
+    write_text(path, render(rows, [Column(key, key) for key in keys], "csv"))
+
+
+def write_heat_map(run: Run, path: Path) -> None:
+    """Write the heat maps of an analysis as a PNG file."""
+    write_png(heat_maps.heat_map_figure(run), path)

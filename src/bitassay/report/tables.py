@@ -1,7 +1,8 @@
-"""Rows of results as text: an aligned table for a terminal, Markdown, or CSV with raw values.
+"""Rows of results as an aligned table for a terminal, Markdown, CSV with raw values, or cells of a page.
 
-A Column says which key of a row it shows and how. CSV ignores the formatting: it is for programs, so numbers
-keep every digit, an interval becomes two columns, and what is missing is empty.
+A Column says which key of a row it shows and how; `columns.py` has those of every kind of run. CSV ignores
+the formatting: it is for programs, so numbers keep every digit, an interval becomes two columns, and what is
+missing is empty.
 """
 
 import csv
@@ -15,54 +16,94 @@ from bitassay.errors import BitassayError
 MISSING = "-"
 NO_INTERVAL = "[\N{EM DASH}]"
 DECIDED = {True: "yes", False: "no", None: "not decided"}
-Row = dict[str, Any]
+Row = Mapping[str, Any]
+Format = Callable[[Any], str]
 
 
 class UnshownError(BitassayError):
-    """A row that does not hold what its column shows."""
+    """A row does not hold what its column shows."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of a page. small: below the text, such as an interval; mark: the rest of the text, marked;
+    shade: 0 to 1, how strongly the cell is coloured; hint: what a pointer over the cell shows."""
+
+    text: str
+    small: str = ""
+    mark: str = ""
+    shade: float | None = None
+    hint: str = ""
 
 
 @dataclass(frozen=True)
 class Column:
-    """`format` gets the value under `key`, or the whole row where `whole_row` is set. `also`: other keys that
-    the text shows, which are columns of their own in CSV. A title may have several lines."""
+    """How one key of a row is shown.
+
+    format: of the value under `key`, or of the whole row where `whole_row` is set. interval: the key of the
+    interval behind the value. also: further keys that CSV has. instead: the text of a row whose value is not
+    to be shown, None for other rows. cell: the cell of a page, from the value. A title may have lines.
+    """
 
     key: str
     title: str
-    format: Callable[[Any], str] = str
+    format: Format = str
     align: Literal["left", "right"] = "right"
-    whole_row: bool = False
+    interval: str = ""
     also: tuple[str, ...] = ()
+    whole_row: bool = False
+    instead: Callable[[Row], str | None] | None = None
+    cell: Callable[[Any], Cell] | None = None
 
     def text(self, row: Row) -> str:
+        """Return the text of a row's cell. Raises UnshownError."""
+        cell = self._cell(row, None)
+        return f"{cell.text} {cell.small}" if cell.small else cell.text
+
+    def shown(self, row: Row) -> Cell:
+        """Return a row's cell of a page. Raises UnshownError."""
+        return self._cell(row, self.cell)
+
+    def _cell(self, row: Row, draw: Callable[[Any], Cell] | None) -> Cell:
         value = row.get(self.key)
-        if value is None:
-            return MISSING
         try:
-            return self.format(row if self.whole_row else value)
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            if self.instead is not None and (text := self.instead(row)) is not None:
+                return Cell(text)
+            if value is None:
+                return Cell(MISSING)
+            if draw is not None:
+                return draw(value)
+            ends = interval(self.format)(row.get(self.interval)) if self.interval else ""
+            return Cell(self.format(row if self.whole_row else value), ends)
+        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             raise UnshownError(f"{self.key} is {value!r:.60}, which its column cannot show") from error
 
-
-def with_interval(
-    key: str, title: str, form: Callable[[float], str], interval_key: str | None = None
-) -> Column:
-    """A value and, in brackets, its interval (under KEY_ci, if nothing else is said)."""
-    pair_key = interval_key or f"{key}_ci"
-    return Column(
-        key,
-        title,
-        lambda row: f"{form(row[key])} {interval(form)(row.get(pair_key))}",
-        whole_row=True,
-        also=(pair_key,),
-    )
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return (self.key, *([self.interval] if self.interval else []), *self.also)
 
 
-def interval_note(cells: Sequence[Sequence[str]]) -> str:
-    """Why there are cells without an interval; empty where there are none."""
+def text_column(key: str, title: str, format: Format = str) -> Column:
+    """Return a column of words, which are aligned at the left."""
+    return Column(key, title, format, "left")
+
+
+def with_interval(key: str, title: str, format: Format, interval_key: str = "", **more: Any) -> Column:
+    """Return a column of values with, in brackets, their intervals (by default under KEY_ci)."""
+    return Column(key, f"{title}\n[95 %]", format, interval=interval_key or f"{key}_ci", **more)
+
+
+def shown_columns(columns: Sequence[Column], rows: Sequence[Row]) -> list[Column]:
+    """Return the columns that some row has something in; all where there are no rows."""
+    empty = (MISSING, "")
+    return [column for column in columns if not rows or any(column.text(row) not in empty for row in rows)]
+
+
+def interval_note(texts: Sequence[str]) -> str:
+    """Return why some of the cells have no interval; empty where all have theirs."""
     from bitassay.evaluation.statistics import FEWEST  # takes scipy along, which most tables do without
 
-    if not any(NO_INTERVAL in text for row in cells for text in row):
+    if not any(NO_INTERVAL in text for text in texts):
         return ""
     return (
         f"{NO_INTERVAL} no interval: fewer than {FEWEST} values (windows, prompts, rounds; of a median 6), "
@@ -71,21 +112,21 @@ def interval_note(cells: Sequence[Sequence[str]]) -> str:
 
 
 def render(rows: Sequence[Row], columns: Sequence[Column], format: Literal["table", "csv", "md"]) -> str:
-    """The rows in one of the three formats; `table` never cuts a value, however narrow the terminal is."""
+    """Return the rows in one of three formats; `table` never cuts a value, however narrow the terminal is."""
     if format == "csv":
         return _csv(rows, columns)
     cells = [[column.text(row) for column in columns] for row in rows]
     text = _markdown(cells, columns) if format == "md" else _table(cells, columns)
-    note = interval_note(cells)
+    note = interval_note([text for row in cells for text in row])
     return f"{text}\n\n{note}" if note else text
 
 
-def pivot(rows: Sequence[Mapping[str, Any]], down: str, across: str) -> list[Row]:
-    """One row for each value under `down`, with the whole of each given row under its value of `across`."""
-    found: dict[str, Row] = {}
+def pivot(rows: Sequence[Row], down: str, across: str) -> list[dict[str, Any]]:
+    """Return a row for each value under `down`, which has each given row under its value of `across`."""
+    lines: dict[str, dict[str, Any]] = {}
     for row in rows:
-        found.setdefault(row[down], {down: row[down]})[row[across]] = row
-    return list(found.values())
+        lines.setdefault(row[down], {down: row[down]})[row[across]] = row
+    return list(lines.values())
 
 
 def _table(cells: list[list[str]], columns: Sequence[Column]) -> str:
@@ -106,7 +147,7 @@ def _table(cells: list[list[str]], columns: Sequence[Column]) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` without line breaks, and without what could move a terminal's cursor or hide other text."""
+    """Return `text` without line breaks and what could move a terminal's cursor or hide other text."""
     return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
@@ -119,7 +160,7 @@ def _markdown(cells: list[list[str]], columns: Sequence[Column]) -> str:
 
 
 def _csv(rows: Sequence[Row], columns: Sequence[Column]) -> str:
-    keys = list(dict.fromkeys(key for column in columns for key in (column.key, *column.also)))
+    keys = list(dict.fromkeys(key for column in columns for key in column.keys))
     pairs = {key for key in keys if _holds_pairs([row.get(key) for row in rows])}
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -140,23 +181,28 @@ def _holds_pairs(values: list[Any]) -> bool:
     return bool(present) and all(isinstance(value, (list, tuple)) and len(value) == 2 for value in present)
 
 
-def number(digits: int) -> Callable[[float], str]:
-    """Fixed decimals; scientific notation from a million on, where decimals say nothing."""
+def number(digits: int) -> Format:
+    """Return a format of fixed decimals; scientific from a million on, where decimals say nothing."""
     return lambda value: f"{value:.{digits}f}" if abs(value) < 1e6 else f"{value:.2e}"
 
 
-def significant(digits: int) -> Callable[[float], str]:
-    """So many significant digits; 0 for the numbers next to it that a float knows."""
+def significant(digits: int) -> Format:
+    """Return a format of so many digits; 0 for numbers that only a float tells from it."""
     return lambda value: f"{0.0 if abs(value) < 1e-300 else value:.{digits}g}"
 
 
-def percent(digits: int) -> Callable[[float], str]:
-    """A fraction as a percentage."""
+def percent(digits: int) -> Format:
+    """Return a format of fractions as percentages."""
     return lambda value: f"{value * 100:.{digits}f} %"
 
 
+def points(value: float) -> str:
+    """Return a difference of fractions as percentage points with a sign."""
+    return f"{value * 100:+.1f}"
+
+
 def size(value: float) -> str:
-    """Bytes in decimal units: 98.4 MB."""
+    """Return bytes in decimal units: 98.4 MB."""
     for unit in ("B", "kB", "MB", "GB"):
         if value < 1000:
             return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
@@ -164,6 +210,19 @@ def size(value: float) -> str:
     return f"{value:.1f} TB"
 
 
-def interval(form: Callable[[float], str]) -> Callable[[Sequence[float] | None], str]:
-    """`[low, high]`, both in the same form; NO_INTERVAL for None."""
+def interval(form: Format) -> Callable[[Sequence[float] | None], str]:
+    """Return a format `[low, high]` of intervals; NO_INTERVAL for None."""
     return lambda pair: NO_INTERVAL if pair is None else f"[{form(pair[0])}, {form(pair[1])}]"
+
+
+def plain(value: Any) -> str:
+    """Return any value of a run as text: numbers to four digits, lists and objects spelled out."""
+    if value is None:
+        return "none"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(plain, value))
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {plain(item)}" for key, item in value.items())
+    return str(value)

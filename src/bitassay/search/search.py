@@ -14,16 +14,12 @@ holds are the first trials, so that the search begins where people had come to.
 """
 
 import math
-import os
 import re
-import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
 from pathlib import Path
-from subprocess import DEVNULL, STDOUT, Popen
 from typing import Any
 
 import optuna
@@ -37,27 +33,23 @@ from bitassay.models.identity import identity
 from bitassay.quantization.export.fits import check_fit
 from bitassay.quantization.pipeline import quantize_tensors_cached
 from bitassay.quantization.recipe.recipe import BASE, Recipe, find_recipe, row_names
-from bitassay.record.environment import environment
-from bitassay.record.files import check_folder, read_json, write_json, write_text
-from bitassay.record.processes import end, end_with_parent, helper_variables
+from bitassay.record.files import check_folder, write_text
 from bitassay.record.progress import Progress, silent
-from bitassay.record.run import RunFolder, default_folder
-from bitassay.record.versions import versions
-from bitassay.search.exam import Exam, limits
+from bitassay.record.result import write_run
+from bitassay.record.run import RunFolder, open_run_folder, run_plan
+from bitassay.search.evaluator import TrialEvaluator, limits
 from bitassay.search.objectives import pareto
 from bitassay.search.space import Space, find_space
 from bitassay.search.trials import (
     ENDED,
     FAILED,
     SearchPlan,
-    left_on_purpose,
     open_study,
     propose_first,
     propose_interrupted_again,
     run_trials,
 )
 
-SCHEMA = 1
 MOST_BEST = 8  # recipes of a front that are judged
 
 
@@ -91,36 +83,37 @@ def search(
     if out is not None:
         check_folder(out)
     check_fit(model, written, trust_remote_code=trust_remote_code, progress=progress)
-    exam = plan.exam(progress, trust_remote_code)
-    plan = replace(plan, at_most=limits(exam.base, at_most or {}))
-    folder = _open_folder(plan, exam, out)
+    evaluator = plan.evaluator(progress, trust_remote_code)
+    plan = replace(plan, at_most=limits(evaluator.base, at_most or {}))
+    who = identity(evaluator.base)
+    work = {
+        **plan.to_dict(),
+        "weights_digest": who.weights_digest,
+        "config_digest": who.config_digest,
+        "corpus_source": evaluator.corpus_source,
+    }
+    described = run_plan("search", work, ("optuna", "torch", "transformers"))
+    folder = open_run_folder(f"search-{plan.space.name}", described, out)
     progress(f"run {folder.run_id} in {folder.path}")
     with _alone(folder.path):
         study = open_study(plan, folder.path)
         propose_first(plan, study, written)
         if again := propose_interrupted_again(study):
             progress(f"{again} interrupted trials are proposed again")
-        with _helpers(study, folder.path, trials, jobs - 1, trust_remote_code):
-            run_trials(plan, folder.path, trials, exam, progress)
+        run_trials(
+            plan,
+            study,
+            folder.path,
+            trials,
+            evaluator,
+            jobs,
+            progress,
+            trust_remote_code=trust_remote_code,
+        )
         if failed := _failed(study):
             progress(f"trials that failed by a bug: {failed}; {folder.path / 'failed'} has the tracebacks")
-        run = _result(plan, study, exam, written, folder, progress)
-    write_json(folder.path / "run.json", run)
+        run = _result(plan, study, evaluator, written, folder, progress)
     return run, folder.path
-
-
-def _open_folder(plan: SearchPlan, exam: Exam, out: Path | None) -> RunFolder:
-    who = identity(exam.base)
-    content = {
-        "kind": "search",
-        "schema": SCHEMA,
-        **plan.to_dict(),
-        "weights_digest": who.weights_digest,
-        "config_digest": who.config_digest,
-        "corpus_source": exam.corpus_source,
-        "versions": versions("optuna", "torch", "transformers"),
-    }
-    return RunFolder(out or default_folder(f"search-{plan.space.name}", content), content)
 
 
 @contextmanager
@@ -133,46 +126,10 @@ def _alone(folder: Path) -> Iterator[None]:
         raise BitassayError(f"{folder}: another search works on it", "wait for it, or --out") from None
 
 
-@contextmanager
-def _helpers(
-    study: optuna.Study, folder: Path, trials: int, count: int, trust_remote_code: bool
-) -> Iterator[None]:
-    """Further processes that work on the trials of the folder."""
-    logs = [folder / f"worker-{index + 1}.log" for index in range(count)]
-    processes: list[Popen[bytes]] = []
-    try:
-        for log in logs:
-            command = [sys.executable, "-m", "bitassay.search.search", str(folder), str(trials)]
-            with open(log, "wb") as output:
-                processes.append(
-                    Popen(
-                        [*command, str(int(trust_remote_code))],
-                        stdin=DEVNULL,
-                        stdout=output,
-                        stderr=STDOUT,
-                        env={**os.environ, **helper_variables()},
-                    )
-                )
-        yield
-        for process, log in zip(processes, logs, strict=True):
-            if process.wait():
-                raise BitassayError(
-                    f"a worker ended with status {process.returncode}: "
-                    f"{log.read_text(errors='replace').strip()[-300:]}",
-                    f"see {log}; the same command goes on",
-                )
-    finally:
-        working = {process.pid for process in processes if process.poll() is None}
-        for process in processes:
-            end(process)
-        with FileLock(folder / "trials.lock"):
-            left_on_purpose(study, working)
-
-
 def _result(
     plan: SearchPlan,
     study: optuna.Study,
-    exam: Exam,
+    evaluator: TrialEvaluator,
     against: Sequence[Recipe],
     folder: RunFolder,
     progress: Progress,
@@ -189,32 +146,30 @@ def _result(
         content = recipe.to_yaml_dict()
         write_text(folder.path / "best" / f"{recipe.name}.yaml", yaml.safe_dump(content, sort_keys=False))
     recipes = {recipe.name: recipe for recipe in (*best[:MOST_BEST], *against)}
-    quantizations = {name: quantize_tensors_cached(exam.base, one, progress) for name, one in recipes.items()}
-    rows, differences = exam.judged(quantizations)
+    quantizations = {
+        name: quantize_tensors_cached(evaluator.base, one, progress) for name, one in recipes.items()
+    }
+    rows, differences = evaluator.judged(quantizations)
     hand = [recipe.name for recipe in against]
     for row, found in zip(rows[1:], differences, strict=True):
         row["against"] = {
             other: asdict(one) for other, one in zip(recipes, found, strict=True) if other in hand
         }
-    who = identity(exam.base)
-    return {
-        "schema": SCHEMA,
-        "kind": "search",
-        "run_id": folder.run_id,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "model": {"name": who.name, "weights_digest": who.weights_digest},
-        "settings": plan.to_dict(),
-        "interval": f"{INTERVAL}; over the windows held out",
-        "intervals": {"rows": INTERVALS, "against": PAIR_INTERVALS},
-        "rows": [
+    who = identity(evaluator.base)
+    return write_run(
+        folder,
+        model={"name": who.name, "weights_digest": who.weights_digest},
+        settings=plan.to_dict(),
+        interval=f"{INTERVAL}; over the windows held out",
+        intervals={"rows": INTERVALS, "against": PAIR_INTERVALS},
+        rows=[
             {"chosen": name not in (BASE, *hand)} | _finite(row)
             for name, row in zip((BASE, *recipes), rows, strict=True)
         ],
-        "best": [recipe.name for recipe in best],
-        "trials": [_described(trial) for trial in trials],
-        "importance": _importance(plan, study),
-        "environment": environment(),
-    }
+        best=[recipe.name for recipe in best],
+        trials=[_described(trial) for trial in trials],
+        importance=_importance(plan, study),
+    )
 
 
 def best_trials(plan: SearchPlan, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
@@ -282,14 +237,3 @@ def _importance(plan: SearchPlan, study: optuna.Study) -> dict[str, dict[str, fl
 def _reasons(trials: Sequence[FrozenTrial]) -> str:
     reasons = [trial.user_attrs.get("stopped") for trial in trials]
     return "; ".join(sorted({str(reason) for reason in reasons if reason})[:3]) or "nothing was tried"
-
-
-def main(folder: Path, trials: int, trust_remote_code: bool) -> None:
-    """A further process: trials of the search that has the folder."""
-    plan = SearchPlan.of(read_json(folder / "plan.json"))
-    run_trials(plan, folder, trials, plan.exam(trust_remote_code=trust_remote_code))
-
-
-if __name__ == "__main__":
-    end_with_parent()
-    main(Path(sys.argv[1]), int(sys.argv[2]), bool(int(sys.argv[3])))

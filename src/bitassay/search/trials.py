@@ -1,5 +1,6 @@
-"""One trial after the other: a sampler proposes values, the recipe is made and measured, and the sampler
-hears what came of it. Several processes may do this on the same storage at once.
+"""Trials of a search: a sampler proposes values, a worker makes and measures the recipe, and the sampler is
+told the outcome. One process alone asks and tells; with several jobs, workers (`record/jobs.py`) do the
+trials.
 
 A trial is *complete*, or it stopped early (optuna: pruned) for a reason that is kept with it: the recipe
 makes no sense, a limit is broken, the result is not finite, earlier trials are better on a few windows
@@ -10,16 +11,14 @@ ended its process ATTEMPTS times, as too little memory does, has failed.
 """
 
 import math
-import os
 import shutil
 import traceback
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import optuna
-from filelock import FileLock
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
@@ -30,8 +29,9 @@ from bitassay.models.options import AUTO, as_dtype
 from bitassay.quantization.pipeline import quantize_tensors
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.record.files import write_text
+from bitassay.record.jobs import ATTEMPTS, Job, Start, WorkerLost, local_workers, run_jobs
 from bitassay.record.progress import Progress, silent
-from bitassay.search.exam import Exam, Row, Sitting, facts, known_facts
+from bitassay.search.evaluator import Measurement, Row, TrialEvaluator, facts, known_facts
 from bitassay.search.objectives import Objective, is_hopeless
 from bitassay.search.space import Range, Space, Value, label
 
@@ -39,10 +39,8 @@ SAMPLERS = ("tpe", "nsga2", "grid")
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
 NAME = "search"
 FAILED = "failed: "  # how the reason begins where an error was a bug
-ATTEMPTS = 3
 NOT_FINITE = "the result is not finite"
 STOPPED = "stopped"  # of a study: the trials that were left on purpose
-PROCESS = "process"  # of a trial: who has it in hand
 
 
 @dataclass(frozen=True)
@@ -108,8 +106,9 @@ class SearchPlan:
         known |= {"objectives": tuple(known["objectives"]), "space": Space.model_validate(known["space"])}
         return cls(**known)
 
-    def exam(self, progress: Progress = silent, trust_remote_code: bool = False) -> Exam:
-        return Exam(
+    def evaluator(self, progress: Progress = silent, trust_remote_code: bool = False) -> TrialEvaluator:
+        """Load the base model and the text."""
+        return TrialEvaluator(
             self.model,
             self.protocol,
             self.short,
@@ -125,19 +124,14 @@ def open_study(plan: SearchPlan, folder: Path) -> optuna.Study:
     """The study in FOLDER/trials.db, made where it is not there."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = f"sqlite:///{(folder / 'trials.db').resolve()}"
-    with FileLock(folder / "trials.lock"):
-        return optuna.create_study(
-            study_name=NAME,
-            storage=storage,
-            directions=[StudyDirection.MINIMIZE for _ in plan.objectives],
-            load_if_exists=True,
-        )
+    directions = [StudyDirection.MINIMIZE for _ in plan.objectives]
+    return optuna.create_study(study_name=NAME, storage=storage, directions=directions, load_if_exists=True)
 
 
 def _sampler(plan: SearchPlan, seed: int) -> optuna.samplers.BaseSampler:
     if plan.sampler == "nsga2":
         return optuna.samplers.NSGAIISampler(population_size=20, seed=seed)
-    return optuna.samplers.TPESampler(seed=seed, constant_liar=True)  # no two processes near each other
+    return optuna.samplers.TPESampler(seed=seed, constant_liar=True)  # no two trials at once near each other
 
 
 def propose_first(plan: SearchPlan, study: optuna.Study, recipes: Sequence[Recipe]) -> None:
@@ -150,7 +144,8 @@ def propose_first(plan: SearchPlan, study: optuna.Study, recipes: Sequence[Recip
 
 
 def propose_interrupted_again(study: optuna.Study) -> int:
-    """End the trials that nobody works on any more, and propose their values first; how many there were."""
+    """End the trials of a search that was killed, and propose their values first; return how many there
+    were."""
     left = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
     stopped = study.user_attrs.get(STOPPED, [])
     for trial in left:
@@ -158,46 +153,54 @@ def propose_interrupted_again(study: optuna.Study) -> int:
         if not trial.params:
             continue
         ended = study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
-        deaths = sum(one.params == trial.params and one.number not in stopped for one in ended)
+        deaths = sum(same.params == trial.params and same.number not in stopped for same in ended)
         study.enqueue_trial(trial.params, user_attrs={"deaths": deaths})
     return len(left)
 
 
-def left_on_purpose(study: optuna.Study, processes: Collection[int]) -> None:
-    """Remember the trials in the hands of these processes: that they end is not those recipes' fault."""
-    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-    left = [trial.number for trial in running if trial.user_attrs.get(PROCESS) in processes]
-    study.set_user_attr(STOPPED, study.user_attrs.get(STOPPED, []) + left)
-
-
-def run_trials(plan: SearchPlan, folder: Path, total: int, exam: Exam, progress: Progress = silent) -> None:
-    """Work on trials until `total` have ended or are in somebody's hands."""
-    study, lock = open_study(plan, folder), FileLock(folder / "trials.lock")
+def run_trials(
+    plan: SearchPlan,
+    study: optuna.Study,
+    folder: Path,
+    total: int,
+    evaluator: TrialEvaluator,
+    jobs: int = 1,
+    progress: Progress = silent,
+    *,
+    trust_remote_code: bool = False,
+) -> None:
+    """Do trials until `total` have ended, in this process or, with several `jobs`, in as many others."""
+    setup = {"plan": plan.to_dict(), "trust_remote_code": trust_remote_code}
+    start = Start("bitassay.search.trials:start", setup, folder)
     grid = list(plan.space.grid()) if plan.sampler == "grid" else None
     total = total if grid is None else min(total, len(grid))
-    while True:
-        with lock:
+    running: dict[str, optuna.Trial] = {}
+
+    def asked() -> Iterator[Job]:
+        """Ask for a trial where one is wanted. Those that need no work end here."""
+        while True:
             known = study.get_trials(deepcopy=False, states=(*ENDED, TrialState.RUNNING))
-            waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
             if len(known) >= total:
                 return
+            waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
             if grid is not None and not waiting:
                 study.enqueue_trial({path: label(value) for path, value in grid[len(known)].items()})
-            # Each trial has a seed of its own: processes draw different ones, and a search that goes on the
-            # ones that it would have drawn.
+            # Each trial has a seed of its own: a search that goes on draws what it would have drawn.
             study.sampler = _sampler(plan, plan.seed + len(known))
             trial = study.ask()
             values = _suggested(trial, plan.space)
-            trial.set_user_attr(PROCESS, os.getpid())
-            deaths = trial.user_attrs.get("deaths", 0)
-        ended = study.get_trials(deepcopy=False, states=ENDED)
-        progress("trials", len(ended), total)
-        try:
-            outcome = _tried(plan, values, folder, exam, ended, deaths)
-        except BaseException:
-            with lock:
-                left_on_purpose(study, {os.getpid()})
-            raise
+            ended = study.get_trials(deepcopy=False, states=ENDED)
+            progress("trials", len(ended), total)
+            name = f"trial {trial.number}"
+            running[name] = trial
+            prepared = _prepared(plan, values, ended, trial.user_attrs.get("deaths", 0), folder)
+            if isinstance(prepared, Outcome):
+                tell(name, prepared)
+            else:
+                yield Job(name, start, [prepared.to_yaml_dict(), *_standard(plan, ended)])
+
+    def tell(name: str, outcome: Outcome) -> None:
+        trial = running.pop(name)
         for key, value in asdict(outcome).items():
             trial.set_user_attr(key, value)
         for column, value in outcome.excess(plan.at_most).items():
@@ -206,7 +209,35 @@ def run_trials(plan: SearchPlan, folder: Path, total: int, exam: Exam, progress:
             study.tell(trial, outcome.objectives)
         else:
             study.tell(trial, state=TrialState.PRUNED)
-        progress(_said(trial.number, outcome))
+        result = outcome.stopped or ", ".join(f"{value:.4g}" for value in outcome.objectives or [])
+        progress(f"{name}: {result}")
+
+    def given_up(job: Job, error: WorkerLost) -> None:
+        tell(job.name, Outcome(job.content[0], f"{FAILED}{error.problem}"))
+
+    try:
+        if jobs == 1:
+            for job in asked():
+                tell(job.name, _tried(plan, job.content, folder, evaluator))
+        else:
+            run_jobs(
+                asked(),
+                local_workers(min(jobs, total), folder / "workers"),
+                keep=lambda job, answer: tell(job.name, Outcome(**answer)),
+                give_up=given_up,
+                progress=progress,
+            )
+    except BaseException:  # that these trials end is not their recipes' fault
+        stopped = [trial.number for trial in running.values()]
+        study.set_user_attr(STOPPED, study.user_attrs.get(STOPPED, []) + stopped)
+        raise
+
+
+def start(setup: Any, folder: Path, progress: Progress) -> Callable[[Any], dict[str, Any]]:
+    """Return the function of a worker's jobs, trials."""
+    plan = SearchPlan.of(setup["plan"])
+    evaluator = plan.evaluator(progress, setup["trust_remote_code"])
+    return lambda content: asdict(_tried(plan, content, folder, evaluator))
 
 
 @dataclass(frozen=True)
@@ -225,14 +256,10 @@ class Outcome:
         return {name: row[name] - most for name, most in at_most.items() if row.get(name) is not None}
 
 
-def _tried(
-    plan: SearchPlan,
-    values: dict[str, Value],
-    folder: Path,
-    exam: Exam,
-    ended: Sequence[FrozenTrial],
-    deaths: int,
-) -> Outcome:
+def _prepared(
+    plan: SearchPlan, values: dict[str, Value], ended: Sequence[FrozenTrial], deaths: int, folder: Path
+) -> Recipe | Outcome:
+    """Return the recipe to try, or the outcome where that is known."""
     try:
         recipe = plan.space.recipe_of(values)
     except BitassayError as error:
@@ -241,11 +268,20 @@ def _tried(
     for trial in ended:  # a sampler may come back to a recipe
         if trial.user_attrs["recipe"] == content:
             return Outcome(**{key: trial.user_attrs[key] for key in Outcome.__dataclass_fields__})
+    if deaths < ATTEMPTS:
+        return recipe
+    shutil.rmtree(folder / "work" / recipe.recipe_id, ignore_errors=True)
+    why = f"its process was ended {deaths} times, most likely by a lack of memory"
+    return Outcome(content, f"{FAILED}{why}")
+
+
+def _tried(plan: SearchPlan, content: Any, folder: Path, evaluator: TrialEvaluator) -> Outcome:
+    """Return the outcome of a trial that is worked on. content: of its job."""
+    fields, *standard = content
+    recipe = Recipe.model_validate(fields)
     work = folder / "work" / recipe.recipe_id
     try:
-        if deaths >= ATTEMPTS:
-            raise RuntimeError(f"its process was ended {deaths} times, most likely by a lack of memory")
-        outcome = _measured(plan, recipe, work, exam, ended)
+        outcome = _measured(plan, recipe, work, evaluator, *standard)
     except (MissingError, OSError):
         raise
     except BitassayError as error:
@@ -254,37 +290,43 @@ def _tried(
         write_text(folder / "failed" / f"{recipe.name}.txt", traceback.format_exc())
         outcome = Outcome(stopped=f"{FAILED}{type(error).__name__}: {error}")
     shutil.rmtree(work, ignore_errors=True)
-    return replace(outcome, recipe=content)
+    return replace(outcome, recipe=fields)
 
 
 def _measured(
-    plan: SearchPlan, recipe: Recipe, work: Path, exam: Exam, earlier: Sequence[FrozenTrial]
+    plan: SearchPlan,
+    recipe: Recipe,
+    work: Path,
+    evaluator: TrialEvaluator,
+    better: Sequence[Sequence[float]],
+    earlier: int,
 ) -> Outcome:
-    """What comes of a recipe beside earlier trials."""
-    row = known_facts(exam.base, recipe)
+    """Measure a recipe. better, earlier: of `is_hopeless`."""
+    row = known_facts(evaluator.base, recipe)
     if over := plan.over(row):
         return Outcome(stopped=over, row=row)
-    quantization = quantize_tensors(exam.base, recipe, exam.progress, work, exam.codes(recipe, work))
-    row = facts(exam.base, quantization)
+    codes = evaluator.codes(recipe, work)
+    quantization = quantize_tensors(evaluator.base, recipe, evaluator.progress, work, codes)
+    row = facts(evaluator.base, quantization)
     if over := plan.over(row):
         return Outcome(stopped=over, row=row)
-    first, sitting = None, Sitting(exam, quantization)
+    short, measurement = None, Measurement(evaluator, quantization)
     if plan.short < plan.windows:
-        measured = row | sitting.short()
-        known = [one.value(measured) for one in plan.parsed if measured.keys() >= set(one.columns)]
-        if not all(map(math.isfinite, known)):
+        measured = row | measurement.short()
+        values = [o.value(measured) for o in plan.parsed if measured.keys() >= set(o.columns)]
+        if not all(map(math.isfinite, values)):
             return Outcome(stopped=NOT_FINITE, row=row)
-        if len(known) == len(plan.parsed):  # else it may be the best in what is not known yet
-            first = known
-            if is_hopeless(first, *_standard(plan, earlier)):
-                return Outcome(stopped="others are better on the first windows", short=first, row=row)
-    columns = [column for one in plan.parsed for column in one.columns] + list(plan.at_most)
-    measured = row | sitting.measured(columns)
-    objectives = [one.value(measured) for one in plan.parsed]
+        if len(values) == len(plan.parsed):  # else it may be the best in what is not known yet
+            short = values
+            if is_hopeless(short, better, earlier):
+                return Outcome(stopped="others are better on the first windows", short=short, row=row)
+    columns = [column for objective in plan.parsed for column in objective.columns]
+    measured = row | measurement.all_windows([*columns, *plan.at_most])
+    objectives = [objective.value(measured) for objective in plan.parsed]
     limited = [measured.get(name) for name in plan.at_most]
     if not all(math.isfinite(value) for value in (*objectives, *limited) if value is not None):
-        return Outcome(stopped=NOT_FINITE, short=first, row=row)
-    return Outcome(short=first, objectives=objectives, row=measured)
+        return Outcome(stopped=NOT_FINITE, short=short, row=row)
+    return Outcome(short=short, objectives=objectives, row=measured)
 
 
 def _standard(plan: SearchPlan, earlier: Sequence[FrozenTrial]) -> tuple[list[list[float]], int]:
@@ -319,8 +361,3 @@ def _suggested(trial: optuna.Trial, space: Space) -> dict[str, Value]:
             by_label = {label(choice): choice for choice in choices}
             values[path] = by_label[trial.suggest_categorical(path, list(by_label))]
     return values
-
-
-def _said(number: int, outcome: Outcome) -> str:
-    result = outcome.stopped or ", ".join(f"{value:.4g}" for value in outcome.objectives or [])
-    return f"trial {number}: {result}"

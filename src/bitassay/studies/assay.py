@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +31,8 @@ from bitassay.evaluation.divergence import TokenScores
 from bitassay.evaluation.quality import INTERVAL, INTERVALS, score_windows, summarise
 from bitassay.models.identity import identity
 from bitassay.models.options import AUTO, as_dtype
-from bitassay.models.positions import context_length
+from bitassay.models.positions import context_length, model_windows
 from bitassay.models.walk import decoder_layers
-from bitassay.models.windows import model_windows
 from bitassay.quantization.export.fits import check_fit
 from bitassay.quantization.pipeline import quantize_tensors_cached
 from bitassay.quantization.recipe.recipe import BASE, Recipe, find_recipe, row_names
@@ -48,11 +46,10 @@ from bitassay.quantization.runtime.model import (
     size_bytes,
     with_tensors,
 )
-from bitassay.record.environment import environment
-from bitassay.record.files import check_folder, write_json
+from bitassay.record.files import check_folder
 from bitassay.record.progress import Progress, silent
-from bitassay.record.run import RunFolder, default_folder
-from bitassay.record.versions import versions
+from bitassay.record.result import write_run
+from bitassay.record.run import RunFolder, open_run_folder, run_plan
 from bitassay.studies.verification import (
     Verification,
     chosen_prompts,
@@ -61,7 +58,6 @@ from bitassay.studies.verification import (
 )
 from bitassay.verification.profile import Profile
 
-SCHEMA = 1
 DEFAULT_PROTOCOL = Protocol(windows=16)
 DEFAULT_VERIFICATION = Verification()
 
@@ -139,7 +135,15 @@ def assay(
     windows, corpus_source = model_windows(base, plan.protocol)
     if plan.verification:  # that there are so many short prompts depends on the tokenizer
         chosen_prompts(base, plan.verification.prompts + plan.verification.calibration_prompts, plan.seed)
-    folder = _open_folder(plan, base, corpus_source, out)
+    who = identity(base)
+    work = {
+        **plan.to_dict(),
+        "model": who.name,
+        "weights_digest": who.weights_digest,
+        "config_digest": who.config_digest,
+        "corpus_source": corpus_source,
+    }
+    folder = open_run_folder(f"assay-{who.name}", run_plan("assay", work), out)
     progress(f"run {folder.run_id} in {folder.path}")
 
     stopwatch = _Stopwatch()
@@ -150,7 +154,7 @@ def assay(
     scores = _evaluate(plan, folder, base, quantizations, windows, progress)
     quality = {name: summarise(scores[name], scores[BASE]).to_dict() for name in models}
     stopwatch.lap("evaluate")
-    head = _head(plan, folder, base, corpus_source, windows)
+    described = _described(plan, base, corpus_source, windows)
     del base, models  # timing and verification run in bf16
 
     speed, verification, verdicts = {}, None, {}
@@ -171,8 +175,9 @@ def assay(
         for name in facts
     ]
     pairs = [pair(place, place.group, scores) for place in places]
-    run = {**head, "verification": verification, "rows": rows, "pairs": pairs, "seconds": stopwatch.laps}
-    write_json(folder.path / "run.json", run)
+    run = write_run(
+        folder, **described, verification=verification, rows=rows, pairs=pairs, seconds=stopwatch.laps
+    )
     return run, folder.path
 
 
@@ -192,30 +197,12 @@ class _Stopwatch:
         self.laps[name], self.last = round(now - self.last, 2), now
 
 
-def _open_folder(plan: AssayPlan, base: PreTrainedModel, corpus_source: str, out: Path | None) -> RunFolder:
-    content = {
-        "kind": "assay",
-        "schema": SCHEMA,
-        **plan.to_dict(),
-        "model": identity(base).name,
-        "weights_digest": identity(base).weights_digest,
-        "config_digest": identity(base).config_digest,
-        "corpus_source": corpus_source,
-        "versions": versions("torch", "transformers"),
-    }
-    return RunFolder(out or default_folder(f"assay-{identity(base).name}", content), content)
-
-
-def _head(
-    plan: AssayPlan, folder: RunFolder, base: PreTrainedModel, corpus_source: str, windows: torch.Tensor
+def _described(
+    plan: AssayPlan, base: PreTrainedModel, corpus_source: str, windows: torch.Tensor
 ) -> dict[str, Any]:
-    """Everything in run.json that is not a result."""
+    """What run.json says of the model, the text and the recipes."""
     who = identity(base)
     return {
-        "schema": SCHEMA,
-        "kind": "assay",
-        "run_id": folder.run_id,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "model": {
             "name": who.name,
             "origin": who.source.origin,
@@ -235,7 +222,6 @@ def _head(
             "intervals": INTERVALS,
         },
         "recipes": {recipe.name: recipe.model_dump(mode="json") for recipe in plan.recipes},
-        "environment": environment(),
     }
 
 
@@ -294,13 +280,12 @@ def _bench(
     progress: Progress,
 ) -> dict[str, Any]:
     models = {BASE: base, **{name: with_tensors(base, q, packed=True) for name, q in quantizations.items()}}
-    found = throughput(
+    return throughput(
         {name: (lambda m=m: m) for name, m in models.items()},
         prompt,
         repeats=plan.bench_repeats,
         progress=progress,
     )
-    return {name: value.to_dict() for name, value in found.items()}
 
 
 def _verify(

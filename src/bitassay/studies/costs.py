@@ -5,11 +5,11 @@ floating-point operations, passes of a layer.
             what is not quantized counts 16 bits a weight, whatever dtype it is computed in
     flop    2 a weight and product; n roundings of one input are n products
 
-Of dynamic passes and planes on demand, what a text really took is measured with it (`Read`); the keys and
-values that a token leaves in the cache for passes that it does not have are not counted.
+Of dynamic passes and planes on demand, what a text really took is measured with it (`WindowResult`); the keys
+and values that a token leaves in the cache for passes that it does not have are not counted.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +22,6 @@ from bitassay.evaluation.divergence import window_logits
 from bitassay.models.walk import decoder_layers
 from bitassay.quantization.codes.rounding import generator_for
 from bitassay.quantization.recipe.calibration import calibration_tokens
-from bitassay.quantization.recipe.replication import Chosen
 from bitassay.quantization.replication.on_demand import Depth, gated_logits, planes_on_demand, shuffled
 from bitassay.quantization.replication.select import chosen_layers
 from bitassay.quantization.runtime.model import (
@@ -38,8 +37,8 @@ from bitassay.studies.variants import Reading
 COSTS = ("passes", "bytes")
 
 
-class Read(NamedTuple):
-    """A window as a variant read it: the logits at all positions but the last; passes of a layer and, of
+class WindowResult(NamedTuple):
+    """What a variant made of a window: the logits at all positions but the last; passes of a layer and, of
     planes on demand, bytes of weights, both for a token on average."""
 
     logits: Float[Tensor, "predicted vocabulary"]
@@ -48,12 +47,12 @@ class Read(NamedTuple):
 
     @property
     def costs(self) -> dict[str, Tensor]:
-        found = {name: getattr(self, name) for name in COSTS}
-        return {k: torch.tensor(v, dtype=torch.float64) for k, v in found.items() if v is not None}
+        values = {"passes": self.passes, "bytes": self.bytes}
+        return {k: torch.tensor(v, dtype=torch.float64) for k, v in values.items() if v is not None}
 
 
 def facts_of(model: PreTrainedModel) -> dict[str, Any]:
-    """What a model stores and what a token costs."""
+    """Return what a model stores and what a token costs."""
     done, matrices = quantization_of(model), matrices_of(model, dense_bytes=2)
     tensors = {} if done is None else done.tensors
     weights = matrices.body_weights + matrices.reached * matrices.expert_weights
@@ -70,52 +69,66 @@ def facts_of(model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
+def with_costs(facts: dict[str, Any], costs: Mapping[str, float]) -> dict[str, Any]:
+    """Return facts with what the text really took in the place of what it could take at most."""
+    if not facts:
+        return facts
+    share = costs["passes"] / facts["passes"]
+
+    def took(what: str) -> float:
+        head = facts[f"head_{what}"]  # has no passes
+        return head + (facts[f"{what}_per_token"] - head) * share
+
+    return facts | {
+        "passes": costs["passes"],
+        "flop_per_token": took("flop"),
+        "bytes_per_token": costs.get("bytes", took("bytes")),
+    }
+
+
 def _products(model: PreTrainedModel) -> int:
     """How many products there are with each matrix in a pass."""
     done = quantization_of(model)
     plan = None if done is None else done.recipe.replication
-    return plan.copies if plan is not None and plan.averages_inputs else 1
+    return plan.copies if plan is not None and (plan.of, plan.differ) == ("linear", "inputs") else 1
 
 
 def window_reader(
     base: PreTrainedModel, model: PreTrainedModel, reading: Reading | None
-) -> Callable[[Int[Tensor, " tokens"]], Read]:
-    """How a variant reads a window. `base` is the model before it was quantized."""
+) -> Callable[[Int[Tensor, " tokens"]], WindowResult]:
+    """Return the function that runs a variant on a window. `base` is the model before it was quantized."""
     if reading is None:
-        return lambda window: _read(model, window)
+        return lambda window: _run(model, window)
     deep, reader = planes_on_demand(model)
     if reading.layers is not None:
-        reader.deep_layers = frozenset(_chosen(base, model, reading.layers))
+        done = quantization_of(model)
+        assert done is not None
+        schemes = {name: done.recipe.scheme_for(name) for name in done.tensors}
+        by_text = reading.layers.by != "error"
+        tokens = calibration_tokens(base, done.recipe.text) if by_text else None
+        reader.deep_layers = frozenset(chosen_layers(base, schemes, reading.layers, tokens, silent))
 
-    def read(window: Int[Tensor, " tokens"]) -> Read:
+    def run(window: Int[Tensor, " tokens"]) -> WindowResult:
         reader.clear()
         depth: Depth = 1
         if reading.threshold is not None:
             logits, depths = gated_logits(deep, reader, window, reading.threshold)
             if reading.seed is None:
-                return Read(logits[:-1], 1.0, reader.bytes_per_token)
+                return WindowResult(logits[:-1], 1.0, reader.bytes_per_token)
             depth = shuffled(depths, generator_for(reading.seed, str(window.tolist())))[None]
             reader.clear()
         with reader.reading(depth):
             logits = window_logits(deep, window)
-        return Read(logits, 1.0, reader.bytes_per_token)
+        return WindowResult(logits, 1.0, reader.bytes_per_token)
 
-    return read
+    return run
 
 
-def _read(model: PreTrainedModel, window: Int[Tensor, " tokens"]) -> Read:
+def _run(model: PreTrainedModel, window: Int[Tensor, " tokens"]) -> WindowResult:
     done, layers = quantization_of(model), len(decoder_layers(model))
     plan = None if done is None else done.recipe.replication
     if plan is None or plan.stop is None:
-        return Read(window_logits(model, window), cache_slots(model) / layers, None)
+        return WindowResult(window_logits(model, window), cache_slots(model) / layers, None)
     usage: Usage = model.replication_usage  # type: ignore[assignment]
     usage.clear()
-    return Read(window_logits(model, window), 1 + usage.passes_per_token / layers, None)
-
-
-def _chosen(base: PreTrainedModel, model: PreTrainedModel, chosen: Chosen) -> list[int]:
-    done = quantization_of(model)
-    assert done is not None
-    schemes = {name: done.recipe.scheme_for(name) for name in done.tensors}
-    tokens = None if chosen.by == "error" else calibration_tokens(base, done.recipe.text)
-    return chosen_layers(base, schemes, chosen, tokens, silent)
+    return WindowResult(window_logits(model, window), 1 + usage.passes_per_token / layers, None)

@@ -14,8 +14,8 @@ import torch
 
 from bitassay.bench.roofline import matrix_peak, stream_bandwidth
 from bitassay.models.config import text_config
+from bitassay.models.empty import without_weights
 from bitassay.models.options import as_dtype
-from bitassay.models.shapes import without_weights
 from bitassay.models.source import resolve
 from bitassay.models.walk import decoder_layers
 from bitassay.quantization.export.plan import plan_export

@@ -6,7 +6,6 @@ Finished batches of texts are parts of the run folder, so that the same command 
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +35,11 @@ from bitassay.quantization.export.fits import check_fit
 from bitassay.quantization.pipeline import quantize_cached
 from bitassay.quantization.recipe.recipe import BASE, Recipe, find_recipe, row_names
 from bitassay.quantization.runtime.model import check_recipe
-from bitassay.record.environment import environment
-from bitassay.record.files import check_folder, write_json
+from bitassay.record.files import check_folder
 from bitassay.record.hashing import digest_json
 from bitassay.record.progress import Progress, silent
-from bitassay.record.run import RunFolder, default_folder
-from bitassay.record.versions import versions
-
-SCHEMA = 1
+from bitassay.record.result import write_run
+from bitassay.record.run import RunFolder, open_run_folder, run_plan
 
 
 @dataclass(frozen=True)
@@ -110,7 +106,16 @@ def generation(
     for recipe in plan.recipes:
         check_recipe(base, recipe)
     texts, prompts = _prompts(base, plan)
-    folder = _open_folder(plan, base, texts, out)
+    who = identity(base)
+    work = {
+        **_settings(plan),
+        "model": who.name,
+        "weights_digest": who.weights_digest,
+        "config_digest": who.config_digest,
+        "candidates_digests": [Identity(resolve(name)).weights_digest for name in plan.candidates],
+        "prompts_digest": digest_json(texts),
+    }
+    folder = open_run_folder(f"generation-{who.name}", run_plan("generation", work), out)
     progress(f"run {folder.run_id} in {folder.path}")
 
     makers: dict[str, Callable[[], PreTrainedModel]] = {BASE: lambda: base}
@@ -123,19 +128,22 @@ def generation(
     rows = [
         {"recipe": name, **compare_texts(found, written[BASE]).to_dict()} for name, found in written.items()
     ]
-    run = {
-        **_head(plan, folder, base),
-        "prompts": texts,
-        "texts": {
+    run = write_run(
+        folder,
+        model={"name": who.name, "origin": who.source.origin, "weights_digest": who.weights_digest},
+        settings=_settings(plan),
+        interval=INTERVAL,
+        intervals=INTERVALS,
+        prompts=texts,
+        texts={
             name: [
                 {"text": one.text, "tokens": len(one.ids), "prefix_tokens": prefix, "prefix": shown}
                 for one, prefix, shown in _prefixes(base, found, written[BASE])
             ]
             for name, found in written.items()
         },
-        "rows": rows,
-    }
-    write_json(folder.path / "run.json", run)
+        rows=rows,
+    )
     return run, folder.path
 
 
@@ -220,23 +228,6 @@ def _prefixes(
         yield one, length, prefix if one.text.startswith(prefix) else ""
 
 
-def _open_folder(
-    plan: GenerationPlan, base: PreTrainedModel, prompts: list[str], out: Path | None
-) -> RunFolder:
-    content = {
-        "kind": "generation",
-        "schema": SCHEMA,
-        **_settings(plan),
-        "model": identity(base).name,
-        "weights_digest": identity(base).weights_digest,
-        "config_digest": identity(base).config_digest,
-        "candidates_digests": [Identity(resolve(name)).weights_digest for name in plan.candidates],
-        "prompts_digest": digest_json(prompts),
-        "versions": versions("torch", "transformers"),
-    }
-    return RunFolder(out or default_folder(f"generation-{identity(base).name}", content), content)
-
-
 def _settings(plan: GenerationPlan) -> dict[str, Any]:
     return {
         "recipes": [recipe.model_dump(mode="json") for recipe in plan.recipes],
@@ -244,19 +235,4 @@ def _settings(plan: GenerationPlan) -> dict[str, Any]:
         "max_new_tokens": plan.max_new_tokens,
         "batch": plan.batch,
         "dtype": plan.dtype,
-    }
-
-
-def _head(plan: GenerationPlan, folder: RunFolder, base: PreTrainedModel) -> dict[str, Any]:
-    who = identity(base)
-    return {
-        "schema": SCHEMA,
-        "kind": "generation",
-        "run_id": folder.run_id,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "model": {"name": who.name, "origin": who.source.origin, "weights_digest": who.weights_digest},
-        "settings": _settings(plan),
-        "interval": INTERVAL,
-        "intervals": INTERVALS,
-        "environment": environment(),
     }

@@ -5,8 +5,10 @@ The first variant is the base model itself, which the others are compared with.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from pydantic import TypeAdapter
 
 from bitassay.data.windows import Protocol
 from bitassay.errors import BitassayError
@@ -15,9 +17,8 @@ from bitassay.evaluation.tasks.mmlu import DIRECT, mmlu_subjects
 from bitassay.models.options import AUTO, as_dtype
 from bitassay.quantization.recipe.recipe import BASE, Recipe
 from bitassay.quantization.recipe.replication import Chosen
+from bitassay.record.run import run_plan
 from bitassay.record.versions import versions
-
-SCHEMA = 1
 
 Kind = Literal["fake", "real"]
 
@@ -31,16 +32,6 @@ class Reading:
     layers: Chosen | None = None
     threshold: float | None = None
     seed: int | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        layers = None if self.layers is None else self.layers.model_dump(mode="json")
-        return asdict(self) | {"layers": layers}
-
-    @classmethod
-    def of(cls, content: Mapping[str, Any]) -> "Reading":
-        """From `to_dict`."""
-        layers = content["layers"]
-        return cls(**{**content, "layers": None if layers is None else Chosen.model_validate(layers)})
 
 
 @dataclass(frozen=True)
@@ -57,21 +48,6 @@ class Variant:
     torchao: bool = False
     smoothed: bool = False
     reading: Reading | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        recipe = None if self.recipe is None else self.recipe.model_dump(mode="json")
-        reading = None if self.reading is None else self.reading.to_dict()
-        return asdict(replace(self, recipe=None, reading=None)) | {"recipe": recipe, "reading": reading}
-
-    @classmethod
-    def of(cls, content: Mapping[str, Any]) -> "Variant":
-        """From `to_dict`."""
-        recipe, reading = content["recipe"], content["reading"]
-        parts = {
-            "recipe": None if recipe is None else Recipe.model_validate(recipe),
-            "reading": None if reading is None else Reading.of(reading),
-        }
-        return cls(**{**content, **parts})
 
 
 @dataclass(frozen=True)
@@ -126,48 +102,42 @@ class VariantPlan:
         return {name: count for name, count in counts.items() if count}
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(replace(self, variants=())) | {
-            "protocol": None if self.protocol is None else self.protocol.id,
-            "variants": [variant.to_dict() for variant in self.variants],
-        }
+        """Return the plan as JSON values."""
+        return _PLAN.dump_python(self, mode="json") | {"protocol": self.protocol and self.protocol.id}
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> "VariantPlan":
+        """Return the plan that gave `to_dict`."""
+        protocol = None if content["protocol"] is None else Protocol.parse(content["protocol"])
+        return _PLAN.validate_python({**content, "protocol": protocol})
 
     @property
     def settings(self) -> dict[str, Any]:
         """What was asked for, without the variants."""
         return {key: value for key, value in self.to_dict().items() if key != "variants"}
 
-    @classmethod
-    def of(cls, content: Mapping[str, Any]) -> "VariantPlan":
-        """From `to_dict`."""
-        parts = {
-            "protocol": None if content["protocol"] is None else Protocol.parse(content["protocol"]),
-            "variants": tuple(map(Variant.of, content["variants"])),
-            "drafts": tuple(content["drafts"]),
-        }
-        return cls(**{**content, **parts})
-
     def described(self, kind: str, digest: str) -> dict[str, Any]:
-        """What a run folder belongs to; `digest` is that of the model's weights. Raises BitassayError where
-        the questions are not on this machine."""
-        return {
-            "kind": kind,
-            "schema": SCHEMA,
-            "plan": self.to_dict(),
-            "weights_digest": digest,
-            "questions": self.source_of_questions(),
-            "versions": self.versions(),
-        }
+        """Return what a run folder belongs to; `digest` is that of the model's weights. Raises BitassayError
+        where the questions are not on this machine."""
+        questions = self.source_of_questions()
+        work = {"plan": self.to_dict(), "weights_digest": digest, "questions": questions}
+        return run_plan(kind, work, self.packages)
+
+    @property
+    def packages(self) -> list[str]:
+        """The packages whose versions a study depends on."""
+        others = ["lm-eval"] * bool(self.questions) + ["torchao"] * any(v.torchao for v in self.variants)
+        return ["torch", "transformers", *others]
 
     def versions(self) -> dict[str, str]:
-        """What this machine would make the study with."""
-        others = ["lm-eval"] * bool(self.questions) + ["torchao"] * any(v.torchao for v in self.variants)
-        return versions("torch", "transformers", *others)
+        """Return the versions that this machine would make the study with."""
+        return versions(*self.packages)
 
     def source_of_questions(self) -> dict[str, Any] | None:
-        """Which questions of MMLU this machine has, None where none are asked."""
+        """Return which questions of MMLU this machine has, None where none are asked."""
         if not self.questions:
             return None
-        subject, most = max(self.subjects.items(), key=lambda one: one[1])
+        subject, most = max(self.subjects.items(), key=lambda item: item[1])
         data = DIRECT.read(most, subject)
         if data is None:
             raise BitassayError(
@@ -177,17 +147,29 @@ class VariantPlan:
         return {"source": data.source, "digest": data.digest, "whole": data.whole}
 
 
+_PLAN = TypeAdapter(VariantPlan)
+
+
 @dataclass
 class Findings:
     """What the cells of a study found, by variant's name. text: scores by window; facts: what a model stores
-    and costs; refused: variants that there are none of here, and why."""
+    and costs; right: by method, which questions were answered rightly; asked: all that was answered; refused:
+    variants that cannot be made here, and why. speed, products: runs of benchmarks."""
 
     plan: VariantPlan
     variants: dict[str, Variant]
     text: dict[str, list[TokenScores]] = field(default_factory=dict)
     facts: dict[str, dict[str, Any]] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
+    right: dict[str, dict[str, list[bool]]] = field(default_factory=dict)
+    asked: dict[str, dict[str, Any]] = field(default_factory=dict)
+    speed: dict[str, Any] | None = None
+    products: dict[str, Any] | None = None
+
+    def has(self, *names: str) -> bool:
+        """Return whether these variants answered questions."""
+        return all(name in self.right for name in names)
 
     def called(self, name: str) -> str:
-        """A variant's name; BASE is the first, whatever the plan calls it."""
+        """Return a variant's name; BASE is the first, whatever the plan calls it."""
         return self.plan.base if name == BASE else name

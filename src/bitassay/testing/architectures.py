@@ -8,19 +8,11 @@ too; OWN has what a family needs beside them. So most architectures that transfo
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import (
-    CONFIG_MAPPING,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from bitassay.errors import BitassayError, suggestion
-from bitassay.models.identity import Identity
-from bitassay.models.source import Source, resolve
+from bitassay.testing.tiny import random_model
 
 LAYERS, HEADS = 2, 4
 _NAMES: dict[Any, str] = {  # of the fields that get each size
@@ -57,7 +49,6 @@ SIZES |= {"eos_token_id": 2, "pad_token_id": 0, "mamba_head_dim": 16, "index_top
 # Latent attention rotates a part of each head alone, and all heads have keys of their own.
 LATENT = {"head_dim": SIZES["qk_rope_head_dim"], "num_key_value_heads": HEADS}
 _LINEAR, _FULL, _SLIDING = "linear_attention", "full_attention", "sliding_attention"
-_TWO_KINDS = {"layer_types": [_LINEAR, _FULL]}
 _SHARED_BLOCKS = {  # one block for several layers, on the hidden state and the embedding side by side
     "num_hidden_layers": 4,
     "layers_block_type": [_LINEAR, "hybrid"] * 2,
@@ -65,47 +56,38 @@ _SHARED_BLOCKS = {  # one block for several layers, on the hidden state and the 
     "attention_hidden_size": 128,
     "attention_head_dim": 32,
 }
+_GEMMA3N = {
+    "num_hidden_layers": 4,
+    "num_kv_shared_layers": 2,
+    "layer_types": [_SLIDING, _FULL] * 2,
+    "intermediate_size": [96] * 4,
+    "activation_sparsity_pattern": [0.0] * 4,
+}
+_REFORMER = {"attn_layers": ["local", "lsh"], "axial_pos_shape": [16, 32], "axial_pos_embds_dim": [32, 32]}
+_TWO_KINDS = "bailing_hybrid granitemoehybrid kimi_linear qwen3_5_text qwen3_5_moe_text qwen3_next"
 # What a family needs beside SIZES: mostly one layer of each of its kinds. By the configuration's model_type.
 OWN: dict[str, dict[str, Any]] = {
-    "bailing_hybrid": _TWO_KINDS,
+    **{key: {"layer_types": [_LINEAR, _FULL]} for key in _TWO_KINDS.split()},
+    **{key: {"layer_types": ["conv", _FULL]} for key in ("lfm2", "lfm2_moe", "lfm3")},
+    **dict.fromkeys(("zamba", "zamba2"), _SHARED_BLOCKS),
     "bamba": {"attn_layer_indices": [1]},
     "cohere_compass_text": {"rope_parameters": {_FULL: {"rope_type": "default", "rope_theta": 10000.0}}},
     "deepseek_v4": {"num_hidden_layers": 4},
     "dots1": {"layer_types": [_SLIDING, _FULL], "n_shared_experts": 1},
     "falcon_h1": {"mamba_d_ssm": 128},
-    "gemma3n_text": {
-        "num_hidden_layers": 4,
-        "num_kv_shared_layers": 2,
-        "layer_types": [_SLIDING, _FULL] * 2,
-        "intermediate_size": [96] * 4,
-        "activation_sparsity_pattern": [0.0] * 4,
-    },
+    "gemma3n_text": _GEMMA3N,
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
-    "granitemoehybrid": _TWO_KINDS,
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
-    "kimi_linear": _TWO_KINDS,
-    "lfm2": {"layer_types": ["conv", _FULL]},
-    "lfm2_moe": {"layer_types": ["conv", _FULL]},
-    "lfm3": {"layer_types": ["conv", _FULL]},
     "mamba2": {"num_heads": 8},
-    "qwen3_5_text": _TWO_KINDS,
-    "qwen3_5_moe_text": _TWO_KINDS,
-    "qwen3_next": _TWO_KINDS,
     "qwen4_exp_text": {
         "indexer_kv_heads": 1,
         "indexer_compress_ratio": 4,
         "layer_types": [_LINEAR, "indexed_attention"],
     },
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
-    "reformer": {
-        "attn_layers": ["local", "lsh"],
-        "axial_pos_shape": [16, 32],
-        "axial_pos_embds_dim": [32, 32],
-    },
+    "reformer": _REFORMER,
     "xlstm": {"head_dim": 16, "qk_dim_factor": 1.0},
     "xmod": {"default_language": "en_XX"},
-    "zamba": _SHARED_BLOCKS,
-    "zamba2": _SHARED_BLOCKS,
     "zaya": {"num_experts_per_tok": 1},
 }
 # What AutoModelForCausalLM lists beside them, and why it is not here.
@@ -114,20 +96,25 @@ NOT_BUILT = {
     "dbrx": "transformers' own class does not build from its own default configuration",
     "dots3_note": "its configuration fixes the sizes of single layers",
     "gemma3n": "its vision tower needs the package timm; gemma3n_text is the language model",
-    "gemma4_assistant": "a head for drafts, which reads the cache of another model",
-    "gemma4_unified_assistant": "a head for drafts, which reads the cache of another model",
-    "musicgen": "a decoder of audio codes that is loaded from an encoder-decoder's configuration",
-    "musicgen_melody": "a decoder of audio codes that is loaded from an encoder-decoder's configuration",
+    **dict.fromkeys(
+        ("gemma4_assistant", "gemma4_unified_assistant"),
+        "a head for drafts, which reads the cache of another model",
+    ),
+    **dict.fromkeys(
+        ("musicgen", "musicgen_melody"),
+        "a decoder of audio codes that is loaded from an encoder-decoder's configuration",
+    ),
 }
 
 
 def architectures() -> list[str]:
-    """The `model_type` of everything that AutoModelForCausalLM loads and that is built here."""
+    """Return the `model_type` of everything that AutoModelForCausalLM loads and that is built here."""
     return sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - set(NOT_BUILT))
 
 
 def tiny_config(model_type: str, **changes: Any) -> PretrainedConfig:
-    """The configuration of a tiny model, a decoder where it could be either; `changes` override its fields.
+    """Return the configuration of a tiny model, a decoder where it could be either; `changes` override its
+    fields.
 
     Raises BitassayError for a `model_type` that transformers does not list.
     """
@@ -150,22 +137,12 @@ def _tiny(kind: type[PretrainedConfig], changes: dict[str, Any]) -> PretrainedCo
 
 
 def tiny_architecture(model_type: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
-    """A randomly initialised causal model of `model_type` with hidden size 64 and two layers, or as many as
-    show all its kinds of layers; vectors such as gains and biases are random too.
+    """Return a causal model with random weights of `model_type` with hidden size 64 and two layers, or as
+    many as show all its kinds of layers; vectors such as gains and biases are random too.
 
     It uses stories260k's tokenizer. `changes` override fields of the configuration.
     """
-    config = tiny_config(model_type, **changes)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        for parameter in model.parameters():
-            if parameter.ndim == 1:  # zeros and ones hide what is left out
-                parameter.data += 0.1 * torch.randn_like(parameter)
-    stories = resolve("stories260k")
-    model.tokenizer = AutoTokenizer.from_pretrained(stories.folder)
-    model.identity = Identity(Source(f"tiny-{model_type}", stories.folder, f"random weights, seed {seed}"))
-    return model.eval().requires_grad_(False)
+    return random_model(tiny_config(model_type, **changes), model_type, seed, vector_noise=0.1)
 
 
 def save_tiny(model_type: str, folder: str | Path, seed: int = 0, **changes: Any) -> Path:

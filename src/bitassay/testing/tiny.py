@@ -3,11 +3,13 @@
 They are part of the package so that users can test their own code without a download.
 """
 
+from typing import Any
+
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from bitassay.errors import BitassayError, suggestion
-from bitassay.models.identity import Identity
+from bitassay.models.identity import Identity, attach
 from bitassay.models.load import load_checkpoint
 from bitassay.models.options import LoadOptions, as_dtype
 from bitassay.models.source import Source, resolve
@@ -38,7 +40,7 @@ _LATENT = {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 64,
 }
-_PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 ARCHITECTURES = {
     "llama": ("llama", {}),
     "mistral": ("mistral", {"sliding_window": None}),
@@ -47,13 +49,10 @@ ARCHITECTURES = {
     "gemma3": ("gemma3_text", {"sliding_window": 64}),
     "qwen2_moe": ("qwen2_moe", _MOE | {"shared_expert_intermediate_size": 64}),
     "qwen3_moe": ("qwen3_moe", _MOE),
-    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
+    "mixtral": ("mixtral", _EXPERTS | {"sliding_window": None}),
     "deepseek_v2": ("deepseek_v2", _LATENT | {"first_k_dense_replace": 1, "n_shared_experts": 1}),
-    # the only one here whose experts are [in, out] and have biases
-    "gpt_oss": (
-        "gpt_oss",
-        {"num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": _PLAIN_ROPE},
-    ),
+    # The only one here whose experts are [in, out] and have biases.
+    "gpt_oss": ("gpt_oss", _EXPERTS | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
 }
 
 
@@ -62,8 +61,9 @@ def stories260k(dtype: str | torch.dtype = torch.float32) -> PreTrainedModel:
     return load_checkpoint(resolve("stories260k"), LoadOptions(as_dtype(dtype)))
 
 
-def tiny_model(architecture: str, seed: int = 0, **changes) -> PreTrainedModel:
-    """A randomly initialised model of `architecture` with hidden size 96 (no power of two) and three layers.
+def tiny_model(architecture: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """Return a model of `architecture` with random weights, hidden size 96 (no power of two) and three
+    layers.
 
     It uses stories260k's tokenizer. `changes` override fields of the configuration.
     """
@@ -73,12 +73,21 @@ def tiny_model(architecture: str, seed: int = 0, **changes) -> PreTrainedModel:
         )
     model_type, extra = ARCHITECTURES[architecture]
     config = AutoConfig.for_model(model_type, **(_DENSE | extra | changes))
+    return random_model(config, architecture, seed)
+
+
+def random_model(
+    config: PretrainedConfig, name: str, seed: int, vector_noise: float = 0.0
+) -> PreTrainedModel:
+    """Return a model with seeded random weights, and stories260k's tokenizer. vector_noise: what is added to
+    gains and biases, whose zeros and ones hide what is left out."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    from transformers import AutoTokenizer
-
+        for parameter in model.parameters():
+            if vector_noise and parameter.ndim == 1:
+                parameter.data += vector_noise * torch.randn_like(parameter)
     stories = resolve("stories260k")
-    model.tokenizer = AutoTokenizer.from_pretrained(stories.folder)
-    model.identity = Identity(Source(f"tiny-{architecture}", stories.folder, f"random weights, seed {seed}"))
+    known = Identity(Source(f"tiny-{name}", stories.folder, f"random weights, seed {seed}"))
+    attach(model, tokenizer=AutoTokenizer.from_pretrained(stories.folder), identity=known)
     return model.eval().requires_grad_(False)

@@ -10,6 +10,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from bitassay.errors import BitassayError
 from bitassay.record.files import explain_os_error
 
@@ -121,3 +123,10 @@ def check_tiling(spans: list[list[int]], data_bytes: int, path: Path) -> None:
     if spans[-1][1] != data_bytes:
         code = "truncated" if spans[-1][1] > data_bytes else "trailing-bytes"
         raise TraceError(code, f"{path}: the tensors need {spans[-1][1]} bytes, the file has {data_bytes}")
+
+
+def first_defect(error: ValidationError) -> str:
+    """Return the first thing that is wrong with the fields of a file, without what the file says there."""
+    first = error.errors(include_input=False, include_url=False)[0]
+    place = ".".join(map(str, first["loc"])) or "content"
+    return f"{place:.80}: {first['msg']}"

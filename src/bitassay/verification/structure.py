@@ -5,10 +5,12 @@ Every defect is a Reason with a short stable code. *Shape* defects mean that sta
 compared; with *claim* defects they can, and are, so that a verdict says how far off the run was besides.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import transformers
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from bitassay.engines.decode import TokenIds, end_tokens, vocabulary_size
@@ -20,6 +22,8 @@ from bitassay.models.identity import identity
 from bitassay.models.positions import context_length
 from bitassay.verification.numerics import STATE_DTYPES
 from bitassay.verification.trace import Header, ModelClaim, Sampling, Trace, TraceError, check_consistent
+
+Status = Literal["PASS", "FAIL", "INCONCLUSIVE"]
 
 
 @dataclass(frozen=True)
@@ -46,16 +50,17 @@ def shape_defects(trace: Trace, model: PreTrainedModel) -> list[Reason]:
         check_consistent(trace)
     except TraceError as error:
         return [Reason(error.code, error.problem)]
-    found = header_defects(trace.header, model)
+    return header_defects(trace.header, model) + hidden_size_defects(trace.states, model)
+
+
+def hidden_size_defects(states: Mapping[int, Tensor], model: PreTrainedModel) -> list[Reason]:
+    """Return a defect where states have another size than those of `model`."""
     hidden = text_config(model).hidden_size
-    wrong = [f"{layer} has {len(rows[0])}" for layer, rows in trace.states.items() if rows.shape[1] != hidden]
-    if wrong:
-        found.append(
-            Reason(
-                "wrong-hidden-size", f"states of layer {wrong[0]} numbers a position, the model has {hidden}"
-            )
-        )
-    return found
+    for layer, rows in states.items():
+        if rows.shape[1] != hidden:
+            sentence = f"states of layer {layer} have {rows.shape[1]} numbers, the model has {hidden}"
+            return [Reason("wrong-hidden-size", sentence)]
+    return []
 
 
 def header_defects(header: Header, model: PreTrainedModel) -> list[Reason]:
@@ -86,13 +91,13 @@ def header_defects(header: Header, model: PreTrainedModel) -> list[Reason]:
 
 
 def claim_defects(
-    trace: Trace,
+    header: Header,
     model: PreTrainedModel,
     request: Request,
     allowed_dtypes: Collection[str] = tuple(STATE_DTYPES),
 ) -> list[Reason]:
     """In what the header contradicts `model`, `request` or itself."""
-    header, own = trace.header, ModelClaim.of(identity(model))
+    own = ModelClaim.of(identity(model))
     found = []
     if header.model.weights_digest != own.weights_digest:
         digests = [claim.weights_digest[:12] for claim in (header.model, own)]
@@ -112,7 +117,7 @@ def claim_defects(
         found.append(
             Reason("dtype-not-allowed", f"{header.numerics.dtype}; allowed are {', '.join(allowed_dtypes)}")
         )
-    return found + request_defects(trace, model, request) + _length_defects(trace, model)
+    return found + request_defects(header, model, request) + _length_defects(header, model)
 
 
 def _other_configuration(header: Header, own: ModelClaim) -> str:
@@ -126,9 +131,9 @@ def _other_configuration(header: Header, own: ModelClaim) -> str:
     return sentence
 
 
-def request_defects(trace: Trace, model: PreTrainedModel, request: Request) -> list[Reason]:
-    """In what the header contradicts what was asked for."""
-    header, found = trace.header, []
+def request_defects(header: Header, model: PreTrainedModel, request: Request) -> list[Reason]:
+    """Return in what the header contradicts what was asked for."""
+    found = []
     if request.prompt is not None and header.prompt_ids != encode_prompt(model, request.prompt):
         found.append(Reason("other-prompt", "the prompt tokens are not those of the request"))
     if request.nonce is not None and header.nonce != request.nonce:
@@ -160,10 +165,10 @@ def request_defects(trace: Trace, model: PreTrainedModel, request: Request) -> l
     return found
 
 
-def _length_defects(trace: Trace, model: PreTrainedModel) -> list[Reason]:
+def _length_defects(header: Header, model: PreTrainedModel) -> list[Reason]:
     """An output ends with an end token or has as many tokens as were asked for, and nothing follows an end
     token."""
-    output, most, ends = trace.header.output_ids, trace.header.sampling.max_new_tokens, end_tokens(model)
+    output, most, ends = header.output_ids, header.sampling.max_new_tokens, end_tokens(model)
     found = []
     if len(output) > most:
         found.append(Reason("too-many-tokens", f"{len(output)} output tokens; {most} were asked for"))

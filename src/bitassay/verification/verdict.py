@@ -1,20 +1,24 @@
-"""The verifier's decision: `verify`, `verify_many`, `pooled_verdict`.
+"""The verifier's decision: `verify`, `verify_many`, `verify_opening`.
 
     FAIL          a structural defect, a non-finite mismatch, or p <= alpha by the calibration profile
     INCONCLUSIVE  nothing structural is wrong, but no valid profile covers this trace
     PASS          nothing structural is wrong and p > alpha
 
-The VeriLLM statistics of both rule sets are reported with every verdict, but they do not decide (see
-`verillm.py`). PASS says that this trace looks like an honest run of the verifier's model; it does not say
-that the host served these tokens to anybody.
+Hidden states alone are forgeable: decode with a cheap model, then run one honest prefill over its tokens. So
+the profile judges states and tokens (`detectors/registry.py` names the detectors that decide). The VeriLLM
+statistics of both rule sets are reported with every verdict, but they do not decide. PASS says that this
+trace looks like an honest run of the verifier's model; it does not say that the host served these tokens to
+anybody.
 """
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
+from functools import partial
 from math import exp
 from pathlib import Path
-from typing import Any, Literal
+from statistics import fmean
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -24,32 +28,51 @@ from bitassay.models.identity import identity
 from bitassay.record.hashing import digest_json
 from bitassay.record.progress import Progress, silent
 from bitassay.verification.attribution import Attribution
-from bitassay.verification.evidence import Evidence, gather
+from bitassay.verification.calibration import lower_bound, runs_needed
+from bitassay.verification.detectors.detector import Comparison, Part
+from bitassay.verification.detectors.registry import DECIDING
+from bitassay.verification.detectors.verillm import (
+    FORMAT_OF_DTYPE,
+    RULE_SETS,
+    CellStatistics,
+    accept_rate,
+    run_statistics,
+    summary,
+)
 from bitassay.verification.numerics import numerics
-from bitassay.verification.profile import Profile, Score, find_profile, profile_key, read_profile, runs_needed
-from bitassay.verification.structure import Reason, Request, claim_defects, shape_defects
+from bitassay.verification.observe import Observation, compared, reduced
+from bitassay.verification.profile import Profile, Score, find_profile, profile_key, read_profile
+from bitassay.verification.receipts.challenge import Challenge
+from bitassay.verification.receipts.opening import Opening
+from bitassay.verification.receipts.receipt import Receipt
+from bitassay.verification.structure import Reason, Request, Status
+from bitassay.verification.submissions import CheckResult, check_opened, check_submission
 from bitassay.verification.trace import Header, ModelClaim, Trace, TraceError
 
-Status = Literal["PASS", "FAIL", "INCONCLUSIVE"]
-STATISTICAL = frozenset({"states-too-far", "tokens-unlikely"})  # codes of a FAIL that could be bad luck
+STATES, TOKENS = DECIDING
+STATISTICAL = frozenset({"states-too-far", "tokens-unlikely", "detector-unlikely"})  # could be bad luck
 
 
 @dataclass(frozen=True)
 class Verdict:
     """status and why, with the numbers that led there; those are None where they could not be computed.
 
-    n_tokens: output tokens. p_value, score, alpha, n_calibration: from the profile whose digest is `profile`.
-    limit: the generated positions that the honest runs were cut at which the score was ranked among.
-    evidence: distances by layer, VeriLLM statistics, margins by token. trace: digest of the header judged.
-    calibration: the profile itself. attribution: what the evidence fits best, where the profile has a
-    library; it has no part in the status.
+    n_tokens: output tokens. observation: series by detector. cells: VeriLLM statistics [layers, positions] in
+    `format`, the first `n_prompt` positions in the prompt. p_value, score, alpha, n_calibration: from the
+    profile whose digest is `profile`. limit: the generated positions that the honest runs were cut at which
+    the score was ranked among. trace: digest of the header judged. calibration: the profile itself.
+    attribution: what the observation fits best, where the profile has a library; it has no part in the
+    status.
     """
 
     status: Status
     reasons: tuple[Reason, ...]
     model: str
     n_tokens: int
-    evidence: Evidence | None = None
+    observation: Observation | None = None
+    cells: CellStatistics | None = field(default=None, repr=False, compare=False)
+    n_prompt: int = 0
+    format: str | None = None
     p_value: float | None = None
     score: Score | None = None
     alpha: float | None = None
@@ -62,35 +85,56 @@ class Verdict:
 
     @property
     def structural(self) -> tuple[Reason, ...]:
-        """Why it fails whatever the statistics say."""
+        """Return why it fails whatever the statistics say."""
         reasons = self.reasons if self.status == "FAIL" else ()
         return tuple(reason for reason in reasons if reason.code not in STATISTICAL)
 
     @property
+    def margins(self) -> tuple[float, ...]:
+        """Return the nats by which each claimed token loses; empty where nothing was compared."""
+        return self.observation.series[TOKENS][0].values if self.observation else ()
+
+    @property
+    def mean_margin(self) -> float | None:
+        """Return the mean of the margins."""
+        return fmean(self.margins) if self.margins else None
+
+    @property
     def hidden_distance(self) -> float | None:
-        """Geometric mean of the relative distance over generated positions at the last sampled layer."""
-        return self.distance(self.evidence.layers[-1].layer) if self.evidence else None
+        """Return the geometric mean of the relative distance over generated positions at the last sampled
+        layer."""
+        return self.distance(self.observation.layers[-1]) if self.observation else None
 
-    def distance(self, layer: int, part: Literal["prompt", "generated"] = "generated") -> float | None:
-        """Geometric mean of the relative distance over one part's positions at one sampled layer."""
-        found = (
-            next((one for one in self.evidence.layers if one.layer == layer), None) if self.evidence else None
-        )
-        value = getattr(found, part, None)
-        return None if value is None else exp(value)
+    def distance(self, layer: int, part: Part = "generated") -> float | None:
+        """Return the geometric mean of the relative distance over one part's positions at a sampled layer."""
+        if self.observation is None or layer not in self.observation.layers:
+            return None
+        series = self.observation.series[STATES][self.observation.layers.index(layer)]
+        values = series.prompt if part == "prompt" else series.values
+        return exp(fmean(values)) if values else None
 
-    def accept_rate(self, rules: str, part: Literal["prompt", "generated"] = "generated") -> float | None:
-        """Accepted cells / cells compared over all sampled layers, by the VeriLLM rule set `rules`."""
-        summaries = (
-            [one.verillm[part][rules] for one in self.evidence.layers if one.verillm] if self.evidence else []
-        )
-        cells = sum(one["cells"] for one in summaries)
-        return sum(one["accept_rate"] * one["cells"] for one in summaries) / cells if cells else None
+    def accept_rate(self, rules: str, part: Part = "generated") -> float | None:
+        """Return accepted cells / cells compared over all sampled layers, by the VeriLLM rule set `rules`."""
+        cells = self._cells(part)
+        return accept_rate(cells, RULE_SETS[rules]) if cells and cells.Pe.numel() else None
+
+    def _cells(self, part: Part, layer: slice | int = slice(None)) -> CellStatistics | None:
+        """Return the statistics of one part, of all layers or of one by its index."""
+        positions = slice(self.n_prompt) if part == "prompt" else slice(self.n_prompt, None)
+        return None if self.cells is None else self.cells[layer, positions]
+
+    def _verillm(self, index: int) -> dict[str, dict[str, dict[str, Any]]]:
+        parts: tuple[Part, ...] = ("prompt", "generated")
+        cells = {part: self._cells(part, index) for part in parts}
+        return {
+            part: {name: summary(one, rules) for name, rules in RULE_SETS.items()}
+            for part, one in cells.items()
+            if one
+        }
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain JSON values."""
-        layers = self.evidence.layers if self.evidence else ()
-        margins = self.evidence.margins if self.evidence else ()
+        """Return everything as plain JSON values."""
+        layers, margins = self.observation.layers if self.observation else (), self.margins
         return {
             "status": self.status,
             "reasons": [asdict(reason) for reason in self.reasons],
@@ -98,42 +142,39 @@ class Verdict:
             "n_tokens": self.n_tokens,
             "p_value": self.p_value,
             "alpha": self.alpha,
-            "score": self.score._asdict() if self.score else None,
+            "score": self.score.to_dict() if self.score else None,
             "profile": self.profile,
             "n_calibration": self.n_calibration,
             "limit": self.limit,
             "trace_digest": self.trace,
-            "attribution": self.attribution.to_dict() if self.attribution else None,
+            "attribution": asdict(self.attribution) if self.attribution else None,
             "hidden_distance": self.hidden_distance,
-            "mean_margin": self.evidence.mean_margin if self.evidence else None,
+            "mean_margin": self.mean_margin,
             "max_margin": max(margins) if margins else None,
             "tokens_not_chosen": sum(margin > 0 for margin in margins) if margins else None,
             "margins": list(margins),
-            "accept_rate": {rules: self.accept_rate(rules) for rules in ("paper", "documents")},
-            "format": self.evidence.format if self.evidence else None,
+            "accept_rate": {rules: self.accept_rate(rules) for rules in RULE_SETS},
+            "format": self.format,
             "layers": [
                 {
-                    "layer": one.layer,
-                    "prompt_distance": self.distance(one.layer, "prompt"),
-                    "generated_distance": self.distance(one.layer),
-                    "verillm": one.verillm,
+                    "layer": layer,
+                    "prompt_distance": self.distance(layer, "prompt"),
+                    "generated_distance": self.distance(layer),
+                    "verillm": self._verillm(index),
                 }
-                for one in layers
+                for index, layer in enumerate(layers)
             ],
         }
 
     def __str__(self) -> str:
         lines = [f"{self.status}: {'; '.join(reason.sentence for reason in self.reasons)}"]
-        if self.evidence:
+        if self.observation:
             distances = ", ".join(
-                f"{self.distance(one.layer) or 0:.3g} at layer {one.layer}" for one in self.evidence.layers
+                f"{self.distance(layer) or 0:.3g} at layer {layer}" for layer in self.observation.layers
             )
-            lines.append(
-                f"  states: relative distance {distances} ({self.evidence.n_generated} generated positions)"
-            )
-            lines.append(
-                f"  tokens: mean margin {self.evidence.mean_margin:.3g} nats over {self.n_tokens} tokens"
-            )
+            positions = self.observation.positions
+            lines.append(f"  states: relative distance {distances} ({positions} generated positions)")
+            lines.append(f"  tokens: mean margin {self.mean_margin:.3g} nats over {self.n_tokens} tokens")
         if self.p_value is not None:
             lines.append(
                 f"  p-value {self.p_value:.3g} against {self.n_calibration} honest runs, alpha {self.alpha:g}"
@@ -155,11 +196,11 @@ def verify(
     expected_max_new_tokens: int | None = None,
     now: datetime | None = None,
 ) -> Verdict:
-    """Check `trace` against the verifier's own `model`.
+    """Return the verdict on `trace` by a verifier that holds `model`.
 
-    profile: a calibration profile or its path; default: the one in the cache folder for this model and these
-    numerics. alpha: the false-positive rate that is accepted (default: the profile's). expected_*: what was
-    asked for; what is given is checked.
+    profile: a calibration profile or its path (default: the one in the cache folder for this model and these
+    numerics). alpha: the false-positive rate that is accepted (default: the profile's). expected_*: what was
+    asked for; only what is given is checked.
     """
     request = Request(expected_prompt, expected_nonce, expected_sampler, expected_max_new_tokens)
     return verify_many([trace], model, profile=profile, alpha=alpha, requests=[request], now=now)[0]
@@ -175,140 +216,175 @@ def verify_many(
     now: datetime | None = None,
     progress: Progress = silent,
 ) -> list[Verdict]:
-    """`verify` for many traces, with prefills in batches; `requests` says what each was asked for, in the
-    same order."""
-    requests = [Request()] * len(traces) if requests is None else list(requests)
-    assert len(requests) == len(traces)
+    """Return the verdicts of `verify` on many traces, with prefills in batches. requests: what each was asked
+    for, in the same order."""
+    requests = [Request()] * len(traces) if requests is None else requests
+    checked = [
+        check_submission(trace, model, request) for trace, request in zip(traces, requests, strict=True)
+    ]
     profile = read_profile(Path(profile)) if isinstance(profile, (str, Path)) else profile
-    shapes = [shape_defects(trace, model) for trace in traces]
-    sound = [index for index, defects in enumerate(shapes) if not defects]
-    gathered = gather([traces[index] for index in sound], model, progress=progress)
-    evidence = dict(zip(sound, gathered, strict=True))
-    verdicts = []
-    for index, (trace, request) in enumerate(zip(traces, requests, strict=True)):
-        if shapes[index]:
-            verdicts.append(Verdict("FAIL", tuple(shapes[index]), identity(model).name, _tokens(trace)))
-            continue
-        claims = claim_defects(trace, model, request)
-        verdicts.append(decide(trace, model, evidence[index], claims, profile, alpha, now))
-    return verdicts
+    return _verdicts(checked, model, profile, alpha, now, progress)
+
+
+def verify_opening(
+    receipt: Receipt,
+    challenge: Challenge,
+    opening: Opening,
+    model: PreTrainedModel,
+    *,
+    signer: bytes | None,
+    profile: Profile | None = None,
+    alpha: float | None = None,
+    request: Request | None = None,
+    now: datetime | None = None,
+) -> Verdict:
+    """Return the verdict on a receipt and on what was opened of it, without the trace.
+
+    challenge: the one that the verifier itself made. signer: the host's public key, as the verifier knows it
+    from elsewhere; None: not known, and then there is neither a PASS nor a statistical FAIL, because anyone
+    could have signed. profile: default, the one in the cache folder. request: what was asked for. The tokens
+    are judged in full, the states by the opened positions: these must be at least as many as the profile was
+    calibrated on.
+    """
+    checked = check_opened(receipt, challenge, opening, model, request or Request(), signer)
+    return _verdicts([checked], model, profile, alpha, now)[0]
 
 
 def failed(error: TraceError, model: str) -> Verdict:
-    """The verdict on a trace that could not even be read."""
+    """Return the verdict on a trace that could not even be read."""
     return Verdict("FAIL", (Reason(error.code, error.problem),), model, 0)
 
 
-def decide(
-    trace: Trace,
+def _verdicts(
+    checked: Sequence[CheckResult],
     model: PreTrainedModel,
-    evidence: Evidence,
-    claims: list[Reason],
     profile: Profile | None,
     alpha: float | None,
     now: datetime | None,
-    more_doubts: Sequence[Reason] = (),
-) -> Verdict:
-    """Structure first, then statistics; a structural FAIL carries the statistics too where a profile fits.
-    more_doubts: other reasons why the statistics cannot decide."""
+    progress: Progress = silent,
+) -> list[Verdict]:
     name = identity(model).name
-    if profile is None:
-        profile = profile_for(trace.header, model)
-    reasons, doubts = (
-        [*claims, *_refused_cells(evidence)],
-        [*more_doubts, *profile_doubts(profile, trace, model, evidence, alpha, now)],
+    verdicts = [Verdict("FAIL", result.defects, name, result.tokens) for result in checked]
+    opened = {index: result.opened for index, result in enumerate(checked) if result.opened}
+    for index, comparison in compared(opened, model, progress):
+        verdicts[index] = decide(checked[index], comparison, model, profile, alpha, now)
+    return verdicts
+
+
+def decide(
+    checked: CheckResult,
+    comparison: Comparison,
+    model: PreTrainedModel,
+    profile: Profile | None = None,
+    alpha: float | None = None,
+    now: datetime | None = None,
+) -> Verdict:
+    """Return the verdict on one comparison: structure first, then statistics; a structural FAIL carries the
+    statistics too where a profile fits."""
+    header = comparison.header
+    profile = profile or profile_for(header, model)
+    observation = reduced(comparison, list(profile.fits) if profile else DECIDING)
+    cells = run_statistics(comparison)
+    reasons = [*checked.defects, *_nonfinite_mismatches(cells, model)]
+    undecided = [*checked.undecided, *why_undecided(profile, header, model, observation, alpha, now)]
+    verdict = partial(
+        Verdict,
+        model=identity(model).name,
+        n_tokens=checked.tokens,
+        observation=observation,
+        cells=cells,
+        n_prompt=comparison.n_prompt,
+        format=_format(model),
     )
-    if profile is None or doubts:
-        status: Status = "FAIL" if reasons else "INCONCLUSIVE"
-        return Verdict(status, tuple(reasons or doubts), name, trace.n_tokens, evidence)
-    alpha, score = alpha or profile.alpha, profile.score(evidence)
-    limit = min(trace.header.sampling.max_new_tokens - 1, profile.generated_positions[1])
+    if profile is None or undecided:
+        return verdict("FAIL" if reasons else "INCONCLUSIVE", tuple(reasons or undecided))
+    alpha, limit = alpha or profile.alpha, _limit(header, profile)
+    judged = observation
+    if len(comparison.positions) < len(header.positions):
+        judged = lower_bound(observation, header, profile.fits, profile.generated_positions[1])
+    score = profile.score(judged)
     p_value = profile.p_value(score.value, limit)
     if p_value <= alpha:
-        reasons += _too_far(score, profile, alpha, limit)
-    status = "FAIL" if reasons else "PASS"
-    reasons = reasons or [Reason("as-honest", _as_honest(trace.header))]
-    return Verdict(
+        reasons += _unlike_honest_runs(score, profile, alpha, limit)
+    status: Status = "FAIL" if reasons else "PASS"
+    return verdict(
         status,
-        tuple(reasons),
-        name,
-        trace.n_tokens,
-        evidence,
-        p_value,
-        score,
-        alpha,
-        profile.digest,
-        profile.n,
-        limit,
-        digest_json(trace.header.model_dump(mode="json")),
-        profile,
-        profile.attribution(evidence),
+        tuple(reasons or [Reason("as-honest", _as_honest(header))]),
+        p_value=p_value,
+        score=score,
+        alpha=alpha,
+        profile=profile.digest,
+        n_calibration=profile.n,
+        limit=limit,
+        trace=digest_json(header.model_dump(mode="json")),
+        calibration=profile,
+        attribution=profile.attribution(observation),
     )
+
+
+def _limit(header: Header, profile: Profile) -> int:
+    return min(header.sampling.max_new_tokens - 1, profile.generated_positions[1])
+
+
+def _format(model: PreTrainedModel) -> str:
+    return FORMAT_OF_DTYPE[str(model.dtype).removeprefix("torch.")]
 
 
 def profile_for(header: Header, model: PreTrainedModel) -> Profile | None:
-    """The profile in the cache folder for what `header` claims and the verifier's own `model`; None where
-    there is none."""
+    """Return the profile in the cache folder for what `header` claims and the verifier's own `model`; None
+    where there is none."""
     return find_profile(ModelClaim.of(identity(model)), header.numerics, numerics(model), header.sampling)
 
 
-def profile_doubts(
+def why_undecided(
     profile: Profile | None,
-    trace: Trace,
+    header: Header,
     model: PreTrainedModel,
-    evidence: Evidence,
+    observation: Observation,
     alpha: float | None = None,
     now: datetime | None = None,
 ) -> list[Reason]:
-    """Why `profile` cannot decide on this trace; empty where it can."""
-    header, own, here = trace.header, ModelClaim.of(identity(model)), numerics(model)
+    """Return why `profile` cannot decide on this run; empty where it can."""
+    claim, here = ModelClaim.of(identity(model)), numerics(model)
     if profile is None:
         pair = f"prover {header.numerics} and verifier {here}"
-        sentence = f"no calibration profile for {own.name} with {pair}; run bitassay calibrate"
+        sentence = f"no calibration profile for {claim.name} with {pair}; run bitassay calibrate"
         return [Reason("no-profile", sentence)]
-    found = []
-    if not profile.model.is_same_model(own):
-        found.append(
-            Reason("profile-other-model", f"the profile is of {profile.model.name}, another model or recipe")
+    reasons: list[tuple[str, str]] = []
+    counts = {name: len(curves) for name, curves in profile.detectors.items()}
+    if not profile.model.is_same_model(claim):
+        reasons.append(
+            ("profile-other-model", f"the profile is of {profile.model.name}, another model or recipe")
         )
     elif profile.key != profile_key(profile.model, header.numerics, here, header.sampling):
         pairs = (("prover", profile.prover, header.numerics), ("verifier", profile.verifier, here))
         differ = [f"{side} {theirs} instead of {ours}" for side, ours, theirs in pairs if ours != theirs]
-        found.append(
-            Reason(
-                "profile-other-numerics",
-                f"the profile is of other runs: {'; '.join(differ) or 'another sampler'}",
-            )
-        )
+        sentence = f"the profile is of other runs: {'; '.join(differ) or 'another sampler'}"
+        reasons.append(("profile-other-numerics", sentence))
     elif profile.model.config_digest and not header.model.config_digest:
-        sentence = "the trace does not say with which configuration; a profile of before can decide on it"
-        found.append(Reason("no-configuration", sentence))
+        sentence = "the trace does not say with which configuration; an older profile can decide on it"
+        reasons.append(("no-configuration", sentence))
     elif set(profile.layers) != set(header.layers):
-        found.append(Reason("profile-other-model", f"the profile is of layers {sorted(profile.layers)}"))
+        reasons.append(("profile-other-model", f"the profile is of layers {sorted(profile.layers)}"))
+    elif wrong := [name for name, n in counts.items() if len(observation.series[name]) != n]:
+        reasons.append(("profile-other-detector", f"the profile is of another version of {wrong[0]}"))
     if profile.expired(now):
-        found.append(
-            Reason(
-                "profile-expired",
-                f"the profile expired on {profile.expires:%Y-%m-%d}; run bitassay calibrate again",
-            )
-        )
-    low, high = profile.generated_positions
-    if not low <= evidence.n_generated <= high:
-        code = "too-few-tokens" if evidence.n_generated < low else "beyond-profile"
-        found.append(
-            Reason(
-                code,
-                f"{evidence.n_generated} generated positions; the profile was calibrated on {low} to {high}",
-            )
-        )
+        sentence = f"the profile expired on {profile.expires:%Y-%m-%d}; run bitassay calibrate again"
+        reasons.append(("profile-expired", sentence))
+    (low, high), opened, generated = (
+        profile.generated_positions,
+        observation.positions,
+        observation.tokens - 1,
+    )
+    calibrated = f"the profile was calibrated on {low} to {high}"
+    if opened < low:
+        reasons.append(("too-few-tokens", f"{opened} generated positions; {calibrated}"))
+    elif generated > high:
+        reasons.append(("beyond-profile", f"{generated} generated positions; {calibrated}"))
     if profile.n < (needed := runs_needed(alpha or profile.alpha)):
-        found.append(
-            Reason(
-                "profile-too-small",
-                f"alpha {alpha or profile.alpha:g} needs {needed} honest runs, the profile has {profile.n}",
-            )
-        )
-    return found
+        sentence = f"alpha {alpha or profile.alpha:g} needs {needed} honest runs, the profile has {profile.n}"
+        reasons.append(("profile-too-small", sentence))
+    return [Reason(*reason) for reason in reasons]
 
 
 def _as_honest(header: Header) -> str:
@@ -318,34 +394,32 @@ def _as_honest(header: Header) -> str:
     return sentence
 
 
-def _refused_cells(evidence: Evidence) -> list[Reason]:
-    cells = sum(
-        one.verillm[part]["paper"]["refused_cells"] for one in evidence.layers for part in one.verillm
-    )
-    sentence = f"in {cells} cells a number is NaN or infinite on one side only in {evidence.format}"
-    return [Reason("nonfinite-mismatch", sentence)] if cells else []
+def _nonfinite_mismatches(cells: CellStatistics, model: PreTrainedModel) -> list[Reason]:
+    count = int(cells.refused.sum())
+    sentence = f"in {count} cells a number is NaN or infinite on one side only in {_format(model)}"
+    return [Reason("nonfinite-mismatch", sentence)] if count else []
 
 
-def _too_far(score: Score, profile: Profile, alpha: float, limit: int) -> list[Reason]:
-    """Which half of the evidence is too unlike honest runs by itself; both where both are."""
-    found = []
-    if profile.p_value(score.states, limit) <= alpha:
-        where = f"{score.part} positions at layer {score.layer}"
-        found.append(
-            Reason(
-                "states-too-far",
-                f"hidden states are {score.states:.1f} sd farther off than honest ones ({where})",
-            )
-        )
-    if profile.p_value(score.tokens, limit) <= alpha:
-        found.append(
-            Reason(
-                "tokens-unlikely",
-                f"this model would take other tokens ({score.tokens:.1f} sd worse than honest ones)",
-            )
-        )
-    return found
-
-
-def _tokens(trace: Trace) -> int:
-    return len(trace.header.output_ids)
+def _unlike_honest_runs(score: Score, profile: Profile, alpha: float, limit: int) -> list[Reason]:
+    """Return which parts of the evidence are too unlike honest runs by themselves."""
+    where = f"{score.part} positions at layer {score.layer}"
+    sentences = {
+        "states-too-far": (
+            score.states,
+            f"hidden states are {score.states:.1f} sd farther off than honest ones ({where})",
+        ),
+        "tokens-unlikely": (
+            score.tokens,
+            f"this model would take other tokens ({score.tokens:.1f} sd worse than honest ones)",
+        ),
+    }
+    reasons = [
+        Reason(code, sentence)
+        for code, (value, sentence) in sentences.items()
+        if profile.p_value(value, limit) <= alpha
+    ]
+    return reasons + [
+        Reason("detector-unlikely", f"{name} is {value:.1f} sd farther off than in honest runs")
+        for name, value in score.others.items()
+        if profile.p_value(value, limit) <= alpha
+    ]

@@ -11,7 +11,6 @@ compared with the base (Holm, within a task and metric). A generated text withou
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -23,19 +22,18 @@ from transformers import PreTrainedModel
 from bitassay.data.tasks import even_indices
 from bitassay.errors import BitassayError
 from bitassay.evaluation import statistics
-from bitassay.evaluation.statistics import NONE, TANGO, WILSON, Interval
+from bitassay.evaluation.statistics import NONE, TANGO, WILSON
 from bitassay.evaluation.tasks.load import AskedTask, load_tasks, protocol_id
 from bitassay.evaluation.tasks.registry import check_include, find_task, require_lm_eval
 from bitassay.models.identity import identity
 from bitassay.quantization.pipeline import quantize_cached
 from bitassay.quantization.recipe.recipe import Recipe, find_recipe
 from bitassay.quantization.runtime.model import check_recipe, quantization_of
-from bitassay.record.files import check_folder, write_json
+from bitassay.record.files import check_folder
 from bitassay.record.progress import Progress, silent
-from bitassay.record.run import RunFolder, default_folder
-from bitassay.record.versions import versions
+from bitassay.record.result import write_run
+from bitassay.record.run import RunFolder, open_run_folder, run_plan
 
-SCHEMA = 1
 SEED = 1234  # lm-eval's own, of the few-shot examples that a task draws
 HARNESS = "lm-eval"
 
@@ -100,17 +98,15 @@ def evaluate_tasks(
     shots: int | None = None,
     include: Path | None = None,
     trust_remote_code: bool = False,
-    batch_tokens: int | None = None,
     out: Path | None = None,
-    environment: dict[str, Any] | None = None,
     progress: Progress = silent,
 ) -> tuple[dict[str, Any], Path]:
     """Ask every candidate the items of `tasks`; the others are compared with the first.
 
     include: a folder with lm-eval's task YAML of one's own; what Python it names runs only with
-    `trust_remote_code`. `environment` is recorded as it is. Returns the run (the content of run.json: `rows`,
-    by task, metric and model) and its folder; a stopped call goes on where it was. Raises BitassayError for
-    unknown tasks, a limit below 1 or damaged data, MissingError where lm-eval or the data are not here.
+    `trust_remote_code`. Returns the run (the content of run.json: `rows`, by task, metric and model) and its
+    folder; a stopped call goes on where it was. Raises BitassayError for unknown tasks, a limit below 1 or
+    damaged data, MissingError where lm-eval or the data are not here.
     """
     check_tasks(tasks, limit, include, trust_remote_code)
     if out is not None:
@@ -119,43 +115,35 @@ def evaluate_tasks(
     if not names or len(set(names)) < len(names):
         raise BitassayError(f"a model is missing or named twice: {names}", "name each once")
     groups = {task: load_tasks(task, limit, shots, include=include, progress=progress) for task in tasks}
-    plan = {
-        "kind": "tasks",
-        "schema": SCHEMA,
-        "models": {candidate.name: candidate.about for candidate in candidates},
+    models = {candidate.name: candidate.about for candidate in candidates}
+    work = {
+        "models": models,
         "tasks": {task: [question.about() for question in asked] for task, asked in groups.items()},
         "limit": limit,
-        "versions": versions(HARNESS, "torch", "transformers"),
     }
-    folder = RunFolder(out or default_folder(f"tasks-{candidates[0].about['model']}", plan), plan)
+    base = candidates[0].about
+    plan = run_plan("tasks", work, (HARNESS, "torch", "transformers"))
+    folder = open_run_folder(f"tasks-{base['model']}", plan, out)
     progress(f"run {folder.run_id} in {folder.path}")
     answers = {
-        candidate.name: _ask(candidate, index, groups, folder, batch_tokens, progress)
+        candidate.name: _ask(candidate, index, groups, folder, progress)
         for index, candidate in enumerate(candidates)
     }
-    rows = [
-        row
-        for task, asked in groups.items()
-        for row in _rows(task, protocol_id(task, asked, limit), asked, answers)
-    ]
-    run = {
-        "schema": SCHEMA,
-        "kind": "tasks",
-        "run_id": folder.run_id,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "models": plan["models"],
-        "versions": plan["versions"],
-        "protocols": {task: _protocol(task, asked, limit) for task, asked in groups.items()},
-        "interval": "95 %: Wilson's of an accuracy, Tango's of a paired difference, Student's t over items "
+    protocols = {task: _protocol(task, asked, limit) for task, asked in groups.items()}
+    run = write_run(
+        folder,
+        model={"name": base["model"], "weights_digest": base["weights_digest"]},
+        settings={"limit": limit, "versions": plan["versions"]},
+        models=models,
+        protocols=protocols,
+        interval="95 %: Wilson's of an accuracy, Tango's of a paired difference, Student's t over items "
         f"of another mean (logit scale of fractions, log scale of positive values); {NONE}",
-        "intervals": {"value_ci": f"{WILSON} of shares, Student's t of other means", "difference_ci": TANGO},
-        "test": "exact McNemar, two-sided; Holm over the models of a task and metric",
-        "visible_difference": "of accuracies, shown by exact McNemar at 5 % with power 80 %, "
+        intervals={"value_ci": f"{WILSON} of shares, Student's t of other means", "difference_ci": TANGO},
+        test="exact McNemar, two-sided; Holm over the models of a task and metric",
+        visible_difference="of accuracies, shown by exact McNemar at 5 % with power 80 %, "
         "at as many discordant items as were seen (at least 6)",
-        "rows": rows,
-        "environment": environment,
-    }
-    write_json(folder.path / "run.json", run)
+        rows=[row for task in groups for row in _rows(task, protocols[task]["id"], groups[task], answers)],
+    )
     return run, folder.path
 
 
@@ -175,14 +163,13 @@ def _ask(
     index: int,
     groups: Mapping[str, Sequence[AskedTask]],
     folder: RunFolder,
-    batch_tokens: int | None,
     progress: Progress,
 ) -> dict[str, Any]:
     """Return what a candidate answered, by lm-eval's task; the model is made once something is missing."""
     from bitassay.evaluation.harness import BitassayLM
 
     asked = {question.name: question for group in groups.values() for question in group}
-    lm = cache(lambda: BitassayLM(candidate.make(), batch_tokens=batch_tokens, progress=progress))
+    lm = cache(lambda: BitassayLM(candidate.make(), progress=progress))
     answers = {}
     for count, (name, question) in enumerate(asked.items(), 1):
         part = f"m{index}-{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}"
@@ -247,17 +234,18 @@ def _rows(
     kinds = dict.fromkeys((metric, item["filter"]) for item in first for metric in item["metrics"])
     rows = []
     for metric, filter in kinds:
+        answered = {model: [by_task[name] for name in names] for model, by_task in answers.items()}
         values = {
             model: [
                 item["metrics"][metric]
-                for name in names
-                for item in answered[name]["items"]
+                for task_answers in all_answers
+                for item in task_answers["items"]
                 if item["filter"] == filter
             ]
-            for model, answered in answers.items()
+            for model, all_answers in answered.items()
         }
         binary = all(not isinstance(value, list) and value in (0, 1) for v in values.values() for value in v)
-        has_filters = len({kept for m, kept in kinds if m == metric}) > 1
+        has_filters = [kept for kept, _ in kinds].count(metric) > 1
         comparisons = _comparisons(base, others, values) if binary else {}
         rows += [
             {
@@ -265,12 +253,12 @@ def _rows(
                 "metric": f"{metric} ({filter})" if has_filters else metric,
                 "model": model,
                 "n": len(values[model]),
-                **_value(values[model], binary, [answered[name] for name in names], f"{metric},{filter}"),
-                "unparsed": _unparsed(asked, answered, filter),
+                **_value(values[model], binary, answered[model], f"{metric},{filter}"),
+                "unparsed": _unparsed(asked, by_task, filter),
                 "protocol": protocol,
                 **comparisons.get(model, _NO_COMPARISON),
             }
-            for model, answered in answers.items()
+            for model, by_task in answers.items()
         ]
     return rows
 
@@ -310,22 +298,16 @@ def _value(
         right = sum(value == 1 for value in values)
         return {"value": right / len(values), "value_ci": statistics.wilson_interval(right, len(values))}
     parts = [(part["results"][key], len(part["items"])) for part in answered if key in part["results"]]
-    total = sum(weight for _, weight in parts)
-    value = sum(result * weight for result, weight in parts) / total if parts else None
-    is_mean = (
-        value is not None
-        and all(isinstance(item, (int, float)) for item in values)
-        and np.isclose(float(np.mean(values)), value)
-    )
-    return {"value": value, "value_ci": _mean_interval(values) if is_mean else None}
-
-
-def _mean_interval(values: Sequence[float]) -> Interval:
-    """On the scale that the values of the items suggest: fractions, positive numbers, or any."""
+    if not parts:
+        return {"value": None, "value_ci": None}
+    value = sum(result * weight for result, weight in parts) / sum(weight for _, weight in parts)
+    if not all(isinstance(item, (int, float)) for item in values) or not np.isclose(np.mean(values), value):
+        return {"value": value, "value_ci": None}  # no mean of the items
     mean = statistics.mean_of(values)
     if min(values) < 0:
-        return statistics.student_interval(mean)
-    return statistics.logit_interval(mean) if max(values) <= 1 else statistics.log_interval(mean)
+        return {"value": value, "value_ci": statistics.student_interval(mean)}
+    make = statistics.logit_interval if max(values) <= 1 else statistics.log_interval
+    return {"value": value, "value_ci": make(mean)}
 
 
 def _unparsed(asked: Sequence[AskedTask], answers: Mapping[str, Any], filter: str) -> int | None:

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from bitassay.data.corpora import check_corpus
 from bitassay.errors import BitassayError
+from bitassay.models.empty import without_weights
 from bitassay.models.positions import context_length
-from bitassay.models.shapes import without_weights
 from bitassay.models.source import resolve
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.runtime.model import check_recipe

@@ -22,7 +22,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.modeling_utils import str_to_torch_dtype
 
 from bitassay.errors import BitassayError
-from bitassay.models.causal import empty_model
+from bitassay.models.empty import empty_model
 from bitassay.models.identity import attach, identity
 from bitassay.models.load import check_keys, load_checkpoint
 from bitassay.models.options import LoadOptions

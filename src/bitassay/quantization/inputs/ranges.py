@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError, suggestion
-from bitassay.models.head import last_logits
+from bitassay.models.cache import last_logits
 from bitassay.models.hooks import hooked
 from bitassay.models.walk import walk
 from bitassay.quantization.inputs.activations import InputRounding

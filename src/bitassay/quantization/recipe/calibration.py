@@ -14,8 +14,7 @@ from transformers import PreTrainedModel
 from bitassay.data.corpora import is_pinned, pinned
 from bitassay.data.windows import Protocol, TooShortError
 from bitassay.errors import BitassayError
-from bitassay.models.positions import context_length
-from bitassay.models.windows import model_windows
+from bitassay.models.positions import context_length, model_windows
 from bitassay.quantization.recipe.spec import Spec
 
 UNTRUSTED = "untrusted"  # of a recipe that is validated: it may not make us look at files

@@ -1,22 +1,23 @@
 """Attacks against detectors: how often does each detector catch each attack, at what rate of false
-accusations?
+positives?
 
 1. Honest runs answer the same requests under several numerics (`VARIANTS`), pooled: a threshold must hold for
    all of them, not only for the verifier's own. Sampled requests have honest runs of their own.
-2. Each attack answers them too, by traces (`attacks/hosts.py`) or by receipts (`attacks/forgeries.py`), and
-   `observe` reduces every answer to a few numbers a position.
-3. Honest runs judge all others (`cross_fitted.py`).
+2. Each attack answers them too (`verification/attacks/`), and `observe` reduces every answer to the series of
+   all detectors.
+3. Honest runs judge all others (`evaluation.py`).
 """
 
 import functools
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-import torch
 from pydantic import TypeAdapter
 from transformers import PreTrainedModel
 
@@ -28,32 +29,56 @@ from bitassay.models.identity import identity
 from bitassay.models.options import AUTO
 from bitassay.quantization.export.fits import check_fit
 from bitassay.record.environment import environment
-from bitassay.record.files import check_folder, write_json
+from bitassay.record.files import check_folder
+from bitassay.record.jobs import ask_once
 from bitassay.record.progress import Progress, silent
-from bitassay.record.run import RunFolder, default_folder
-from bitassay.studies.attacks.cross_fitted import FOLDS, Court, fewest_counted, honest_rows, judged_rows
+from bitassay.record.result import write_run
+from bitassay.record.run import RunFolder, open_run_folder, run_plan
+from bitassay.studies.attacks.evaluation import (
+    FOLDS,
+    CrossFit,
+    attack_rows,
+    evaluated,
+    fewest_counted,
+    honest_rows,
+)
+from bitassay.studies.machines import (
+    LeftOut,
+    Machine,
+    Probe,
+    first_that_runs,
+    other_machines,
+    probe_machine,
+    threads,
+)
+from bitassay.studies.parties import DTYPES, PROVER, Item, Party, party_job
 from bitassay.studies.verification import chosen_prompts
-from bitassay.studies.verillm.parties import DTYPES, Machine, other_machines, threads
-from bitassay.studies.verillm.trial import LeftOut, Trial, first_that_runs, try_machine
-from bitassay.studies.verillm.work import problem_of, start
-from bitassay.studies.verillm.worker import Item, Job
-from bitassay.verification.attacks.forgeries import RECEIPT_ATTACKS
-from bitassay.verification.attacks.hosts import TRACE_ATTACKS, Setting, honest_prefill
-from bitassay.verification.detectors.registry import DETECTORS, Seconds, measure
-from bitassay.verification.exchange import Handed
-from bitassay.verification.observation import Observation, observe
-from bitassay.verification.profile import runs_needed
+from bitassay.verification.attacks.attack import Setting
+from bitassay.verification.attacks.hosts import honest_prefill
+from bitassay.verification.attacks.registry import ATTACKS
+from bitassay.verification.calibration import runs_needed
+from bitassay.verification.detectors.registry import DETECTORS
+from bitassay.verification.observe import Observation, compare, observe
 from bitassay.verification.prove import prove_many
 from bitassay.verification.structure import Request
+from bitassay.verification.submissions import Submission, check_submission
 from bitassay.verification.trace import Trace, read_trace
 
-SCHEMA = 1
-ATTACKS = TRACE_ATTACKS | RECEIPT_ATTACKS
 MOST_CANDIDATES = 400
 SAMPLED = Sampler(temperature=0.8, top_p=0.95, seed=7)
 PRECISION = "bf16"
-TIMED = 3  # traces on which the detectors are timed
-_OBSERVATIONS, _SECONDS = TypeAdapter(list[Observation]), TypeAdapter(Seconds)
+TIMED, ROUNDS = 3, 3  # traces on which the detectors are timed, and how often
+_OBSERVATIONS = TypeAdapter(list[Observation])
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """For each token of the output: the verifier's prefill, which all detectors share; beyond it the check of
+    each, and what each makes the host do beyond generation."""
+
+    prefill: float
+    check: dict[str, float]
+    prove: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -67,12 +92,12 @@ class AttackPlan:
     batch: int = 32
     seed: int = 0
     attention: str = AUTO
-    attacks: tuple[str, ...] = tuple(ATTACKS)
+    attacks: tuple[str, ...] = field(default_factory=lambda: tuple(ATTACKS))
     variants: tuple[str, ...] = field(default_factory=lambda: tuple(VARIANTS))
 
 
 @dataclass(frozen=True)
-class Bench:
+class RequestSet:
     """Requests with one sampler, and the model that answers them honestly. name: where the model was loaded
     from. other: the machine of the variant `isa`."""
 
@@ -115,45 +140,48 @@ class Bench:
         )
 
 
-def _eager(bench: Bench) -> list[Trace]:
+def _eager(requests: RequestSet) -> list[Trace]:
     model = load(
-        bench.name, dtype=DTYPES[PRECISION], attention="eager", trust_remote_code=bench.trust_remote_code
+        requests.name,
+        dtype=DTYPES[PRECISION],
+        attention="eager",
+        trust_remote_code=requests.trust_remote_code,
     )
-    return bench.prove(model)
+    return requests.prove(model)
 
 
-def _prefill(bench: Bench) -> list[Trace]:
-    return honest_prefill(bench.traces, bench.model, [trace.header.output_ids for trace in bench.traces])
+def _prefill(requests: RequestSet) -> list[Trace]:
+    return honest_prefill(
+        requests.traces, requests.model, [trace.header.output_ids for trace in requests.traces]
+    )
 
 
-def _one_thread(bench: Bench) -> list[Trace]:
+def _one_thread(requests: RequestSet) -> list[Trace]:
     with threads(1):
-        return bench.prove()
+        return requests.prove()
 
 
-def _other_instructions(bench: Bench) -> list[Trace]:
+def _other_instructions(requests: RequestSet) -> list[Trace]:
     """Greedily in a process of its own that is told to use other vector instructions; batches are those of
     `prove_many`, of similar length."""
-    machine = bench.other or other_machines(HOST)[0]
+    machine = requests.other or other_machines(HOST)[0]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         items = [
-            Item(tuple(prompt), nonce, bench.plan.tokens, folder / f"{nonce}.trace")
-            for prompt, nonce in zip(bench.prompts, bench.nonces, strict=True)
+            Item(tuple(prompt), nonce, requests.plan.tokens, folder / f"{nonce}.trace")
+            for prompt, nonce in zip(requests.prompts, requests.nonces, strict=True)
         ]
-        job = Job(
-            "prove",
-            bench.name,
-            PRECISION,
-            machine.name,
-            DTYPES[PRECISION],
-            tuple(sorted(items, key=lambda item: len(item.prompt))),
-            bench.plan.batch,
-            bench.trust_remote_code,
-            bench.plan.attention,
+        job = party_job(
+            PROVER,
+            Party(PRECISION, machine, DTYPES[PRECISION]),
+            requests.name,
+            sorted(items, key=lambda item: len(item.prompt)),
+            folder,
+            batch=requests.plan.batch,
+            trust_remote_code=requests.trust_remote_code,
+            attention=requests.plan.attention,
         )
-        if problem := problem_of(start(folder / "job.json", job)):
-            raise BitassayError(f"{machine.name} failed: {problem}", "give --numerics without isa")
+        ask_once(job)
         return [read_trace(item.trace) for item in items]
 
 
@@ -170,24 +198,26 @@ class Variant:
     first that can compute here. sampled: with the sampler SAMPLED instead of greedily."""
 
     about: str
-    run: Callable[[Bench], list[Trace]]
+    run: Callable[[RequestSet], list[Trace]]
     sampled: bool = False
     machines: Callable[[], Sequence[Machine]] = lambda: [HOST]
 
 
 VARIANTS = {
-    "same": Variant("cached decode in batches, as the verifier's numerics are", lambda bench: bench.traces),
+    "same": Variant(
+        "cached decode in batches, as the verifier's numerics are", lambda requests: requests.traces
+    ),
     "eager": Variant("eager attention", _eager, machines=_here("eager")),
     "thread-1": Variant("one thread", _one_thread, machines=_here("1thread")),
-    "batch-1": Variant("one request at a time", lambda bench: bench.prove(batch=1)),
-    "batch-8": Variant("eight requests at a time", lambda bench: bench.prove(batch=8)),
+    "batch-1": Variant("one request at a time", lambda requests: requests.prove(batch=1)),
+    "batch-8": Variant("eight requests at a time", lambda requests: requests.prove(batch=8)),
     "isa": Variant(
         "a process with other vector instructions (AVX2 where AVX-512 is the default)",
         _other_instructions,
         machines=lambda: other_machines(HOST),
     ),
     "prefill": Variant("states from one prefill instead of cached decode", _prefill),
-    "sampled": Variant("sampled, otherwise the same", lambda bench: bench.traces, sampled=True),
+    "sampled": Variant("sampled, otherwise the same", lambda requests: requests.traces, sampled=True),
     "sampled-eager": Variant("sampled, eager attention", _eager, True, _here("eager")),
     "sampled-thread-1": Variant("sampled, one thread", _one_thread, True, _here("1thread")),
 }
@@ -199,11 +229,11 @@ def attack(
     *,
     out: Path | None = None,
     trust_remote_code: bool = False,
-    trial: Trial = try_machine,
+    probe: Probe = probe_machine,
     progress: Progress = silent,
 ) -> tuple[dict[str, Any], Path]:
-    """Run the study; the finished run and its folder. Interrupted, the same call goes on. Numerics that
-    cannot be computed here are `left_out`, or another machine's stand in.
+    """Run the study and return the finished run and its folder. Interrupted, the same call goes on. Numerics
+    that cannot be computed here are `left_out`, or another machine's stand in.
 
     Raises BitassayError for an unknown attack or variant, and where the honest runs are too few for alpha,
     MissingError where the verifier's own numerics cannot be computed.
@@ -212,7 +242,7 @@ def attack(
     if out is not None:
         check_folder(out)
     check_fit(model, tokens=plan.tokens, trust_remote_code=trust_remote_code, progress=progress)
-    plan, other, left_out = runnable(plan, trial)
+    plan, other, left_out = runnable(plan, probe)
     for one in left_out:
         progress(str(one))
     check_plan(plan)
@@ -223,81 +253,82 @@ def attack(
         trust_remote_code=trust_remote_code,
         progress=progress,
     )
-    known = identity(base)
-    described = {"schema": SCHEMA, "kind": "attack", "model": known.weights_digest, **asdict(plan)}
-    described |= {"config": known.config_digest}
-    described |= {"numerics": environment()["cpu_capability"], "threads": torch.get_num_threads()}
+    known, here = identity(base), environment()
+    settings = {**asdict(plan), "numerics": here["cpu_capability"], "threads": here["threads"]}
     # A run may be widened: what is attacked and what is pooled do not change the parts that are there.
-    folder = _folder(
-        out, model, {key: value for key, value in described.items() if key not in ("attacks", "variants")}
-    )
-    greedy = Bench(model, base, (), GREEDY, plan, trust_remote_code, other)
+    work = {key: value for key, value in settings.items() if key not in ("attacks", "variants")}
+    work |= {"model": known.weights_digest, "config": known.config_digest, "detectors": list(DETECTORS)}
+    folder = open_run_folder(f"attack-{Path(model).stem}", run_plan("attack", work), out)
+    greedy = RequestSet(model, base, (), GREEDY, plan, trust_remote_code, other)
     chosen = folder.part("requests", lambda: _choose(greedy, progress))
     greedy = replace(greedy, prompts=[tuple(prompt) for prompt in chosen])
-    benches = {False: greedy, True: replace(greedy, sampler=SAMPLED)}
+    requests = {False: greedy, True: replace(greedy, sampler=SAMPLED)}
 
-    def part(name: str, sampled: bool, run: Callable[[Bench], Sequence[Handed]]) -> list[Observation]:
+    def part(
+        name: str, sampled: bool, run: Callable[[RequestSet], Sequence[Submission]]
+    ) -> list[Observation]:
         def compute() -> Any:
             progress(name)
-            bench = benches[sampled]
-            found = observe(run(bench), base, bench.requests, progress=progress)
-            return _OBSERVATIONS.dump_python(found, mode="json")
+            asked = requests[sampled]
+            observed = observe(run(asked), base, asked.requests, progress=progress)
+            return _OBSERVATIONS.dump_python(observed, mode="json")
 
         return _OBSERVATIONS.validate_python(folder.part(name, compute))
 
     def attacks(name: str) -> list[Observation]:
-        one = ATTACKS[name]
-        return part(f"attack-{name}", one.sampled, lambda bench: one.run(bench.setting))
+        attack = ATTACKS[name]
+        return part(f"attack-{name}", attack.sampled, lambda asked: attack.run(asked.setting))
 
     honest = {
         name: part(f"honest-{name}", VARIANTS[name].sampled, VARIANTS[name].run) for name in plan.variants
     }
     attacked = {name: attacks(name) for name in plan.attacks}
-    courts = {
-        sampled: Court(
+    pools = {
+        sampled: CrossFit(
             {name: runs for name, runs in honest.items() if VARIANTS[name].sampled == sampled}, plan.alpha
         )
         for sampled in sorted({VARIANTS[name].sampled for name in plan.variants})
     }
-    layers = len(honest[plan.variants[0]][0].log_distances)
+    layers = len(honest[plan.variants[0]][0].layers)
     hidden = base.config.get_text_config().hidden_size
-    seconds = {sampled: _seconds(folder, benches[sampled], progress) for sampled in courts}
-    run = {
-        **described,
-        "model": {"name": model, "weights_digest": identity(base).weights_digest},
-        "run_id": folder.run_id,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "environment": environment(),
-        "rows": [
+    cost = {
+        sampled: costs(_seconds(folder, requests[sampled], progress), layers, hidden) for sampled in pools
+    }
+    run = write_run(
+        folder,
+        model={"name": model, "weights_digest": known.weights_digest},
+        settings=settings,
+        interval="95 %, Clopper-Pearson over runs",
+        environment=here,
+        rows=[
             row
             for name in plan.attacks
-            for row in judged_rows(
+            for row in attack_rows(
                 name,
-                courts[ATTACKS[name].sampled],
+                pools[ATTACKS[name].sampled],
                 attacked[name],
                 plan.tokens,
-                costs(seconds[ATTACKS[name].sampled], layers, hidden),
+                cost[ATTACKS[name].sampled],
             )
         ],
-        "timed": TIMED,
-        "costs": [
-            {"sampler": "sampled" if sampled else "greedy", "detector": name, **cost}
-            for sampled, measured in seconds.items()
-            for name, cost in costs(measured, layers, hidden).items()
+        timed=TIMED,
+        costs=[
+            {"sampler": "sampled" if sampled else "greedy", "detector": name, **measured}
+            for sampled, by_detector in cost.items()
+            for name, measured in by_detector.items()
         ],
-        "honest": honest_rows(courts, plan.tokens),
-        "about": {name: ATTACKS[name].about for name in plan.attacks},
-        "left_out": [asdict(one) for one in left_out],
-        "numerics_pooled": {name: VARIANTS[name].about for name in plan.variants},
-    }
-    write_json(folder.path / "run.json", run)
+        honest=honest_rows(pools, plan.tokens),
+        about={name: ATTACKS[name].about for name in plan.attacks},
+        left_out=[asdict(one) for one in left_out],
+        numerics_pooled={name: VARIANTS[name].about for name in plan.variants},
+    )
     return run, folder.path
 
 
 def check_plan(plan: AttackPlan) -> None:
-    """Raises BitassayError for what the plan cannot mean."""
-    for given, known, kind in ((plan.attacks, ATTACKS, "attack"), (plan.variants, VARIANTS, "numerics")):
-        for name in given:
+    """Raise BitassayError for what the plan cannot mean."""
+    for names, known, kind in ((plan.attacks, ATTACKS, "attack"), (plan.variants, VARIANTS, "numerics")):
+        for name in names:
             if name not in known:
                 raise BitassayError(
                     f"no {kind} is called {name!r}; {suggestion(name, known)}", f"any of {', '.join(known)}"
@@ -325,69 +356,99 @@ def check_plan(plan: AttackPlan) -> None:
 
 
 def runnable(
-    plan: AttackPlan, trial: Trial = try_machine
+    plan: AttackPlan, probe: Probe = probe_machine
 ) -> tuple[AttackPlan, Machine | None, tuple[LeftOut, ...]]:
-    """The plan without variants whose numerics cannot be computed here, the machine of `isa`, and what was
-    left out or replaced."""
+    """Return the plan without variants whose numerics cannot be computed here, the machine of `isa`, and what
+    was left out or replaced."""
     dtype = DTYPES[PRECISION]
-    if problem := trial(HOST, dtype):
+    if problem := probe(HOST, dtype):
         raise MissingError(f"{dtype} cannot be computed here: {problem}", "unset ATEN_CPU_CAPABILITY")
     known: dict[tuple[Machine, ...], tuple[Machine | None, tuple[LeftOut, ...]]] = {(HOST,): (HOST, ())}
     kept, left_out, other = [], list[LeftOut](), None
     for name in plan.variants:
         machines = tuple(VARIANTS[name].machines())
         if machines not in known:
-            known[machines] = first_that_runs(machines, dtype, trial)
-        found, failed = known[machines]
+            known[machines] = first_that_runs(machines, dtype, probe)
+        machine, failed = known[machines]
         left_out += [replace(one, numerics=f"{name}: {one.numerics}") for one in failed]
-        if found is not None:
+        if machine is not None:
             kept.append(name)
         if name == "isa":
-            other = found
+            other = machine
     return replace(plan, variants=tuple(kept)), other, tuple(left_out)
 
 
-def _choose(bench: Bench, progress: Progress) -> list[list[int]]:
-    """Prompts whose honest output has all the tokens."""
-    plan, found = bench.plan, []
-    candidates = chosen_prompts(bench.model, MOST_CANDIDATES, plan.seed)
+def _choose(requests: RequestSet, progress: Progress) -> list[list[int]]:
+    """Return prompts whose honest output has all the tokens."""
+    plan, prompts = requests.plan, []
+    candidates = chosen_prompts(requests.model, MOST_CANDIDATES, plan.seed)
     for first in range(0, len(candidates), plan.batch):
-        progress("choosing requests", len(found), plan.sequences)
-        traces = replace(bench, prompts=candidates[first : first + plan.batch]).traces
-        found += [list(trace.header.prompt_ids) for trace in traces if trace.n_tokens == plan.tokens]
-        if len(found) >= plan.sequences:
-            return found[: plan.sequences]
+        progress("choosing requests", len(prompts), plan.sequences)
+        traces = replace(requests, prompts=candidates[first : first + plan.batch]).traces
+        prompts += [list(trace.header.prompt_ids) for trace in traces if trace.n_tokens == plan.tokens]
+        if len(prompts) >= plan.sequences:
+            return prompts[: plan.sequences]
     raise BitassayError(
-        f"only {len(found)} of {len(candidates)} prompts get {plan.tokens} tokens from this model",
+        f"only {len(prompts)} of {len(candidates)} prompts get {plan.tokens} tokens from this model",
         "fewer --tokens or --sequences",
     )
 
 
-def _seconds(folder: RunFolder, bench: Bench, progress: Progress) -> Seconds:
-    """What the detectors take on a few honest traces, here and now."""
+def timings(traces: Sequence[Trace], model: PreTrainedModel, requests: Sequence[Request]) -> Seconds:
+    """Return medians over ROUNDS and traces, one trace at a time; the detectors take turns, so that what else
+    the machine does falls on all of them alike. A first round is not counted."""
+    measured: dict[tuple[str, str], list[float]] = {}
+
+    def timed(kind: str, name: str, tokens: int, work: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
+        value = work()
+        measured.setdefault((kind, name), []).append((time.perf_counter() - start) / tokens)
+        return value
+
+    for round in range(ROUNDS + 1):
+        if round == 1:
+            measured.clear()
+        for trace, request in zip(traces, requests, strict=True):
+            tokens = trace.n_tokens
+            comparison = timed("prefill", "", tokens, partial(compare, trace, model))
+            for name, detector in DETECTORS.items():
+                proof = None
+                if detector.prove is not None:
+                    proof = timed("prove", name, tokens, partial(detector.prove, comparison))
+                check = partial(detector.check, comparison, proof)
+                if detector.exact:
+                    check = partial(check_submission, trace, model, request)
+                timed("check", name, tokens, check)
+
+    def middle(kind: str, name: str = "") -> float:
+        return median(measured.get((kind, name), [0.0]))
+
+    check, prove = ({name: middle(kind, name) for name in DETECTORS} for kind in ("check", "prove"))
+    return Seconds(middle("prefill"), check, prove)
+
+
+def _seconds(folder: RunFolder, requests: RequestSet, progress: Progress) -> Seconds:
+    """Return what the detectors take on a few honest traces, here and now."""
 
     def compute() -> Any:
         progress("timing the detectors")
-        few = replace(bench, prompts=bench.prompts[:TIMED])
-        return _SECONDS.dump_python(measure(few.traces, few.model, few.requests), mode="json")
+        few = replace(requests, prompts=requests.prompts[:TIMED])
+        return asdict(timings(few.traces, few.model, few.requests))
 
-    name = "seconds" if bench.sampler == GREEDY else "seconds-sampled"
-    return _SECONDS.validate_python(folder.part(name, compute))
+    name = "seconds" if requests.sampler == GREEDY else "seconds-sampled"
+    return Seconds(**folder.part(name, compute))
 
 
 def costs(seconds: Seconds, layers: int, hidden: int) -> dict[str, dict[str, float]]:
-    """Of each detector, for a token of the output: bytes of evidence, the verifier's seconds beyond the
-    prefill, the prefill's, and the host's beyond generation."""
+    """Return for each detector, for a token of the output: bytes of evidence, the verifier's seconds beyond
+    the prefill, the prefill's, and the host's beyond generation. Detectors that are evaluated together share
+    the evidence."""
     return {
         name: {
-            "bytes_per_token": detector.evidence_bytes(layers, hidden),
-            "seconds_per_token": seconds.check[name],
+            "bytes_per_token": max(DETECTORS[one].evidence_bytes(layers, hidden) for one in detectors),
+            "seconds_per_token": sum(seconds.check[one] for one in detectors),
             "prefill_seconds_per_token": seconds.prefill,
-            "prover_seconds_per_token": seconds.prove[name],
+            "prover_seconds_per_token": max(seconds.prove[one] for one in detectors),
         }
-        for name, detector in DETECTORS.items()
+        for name, detectors in evaluated().items()
     }
-
-
-def _folder(out: Path | None, model: str, described: dict[str, Any]) -> RunFolder:
-    return RunFolder(out or default_folder(f"attack-{Path(model).stem}", described), described)

@@ -1,12 +1,12 @@
-"""Run an INT8/FP8 study (`eight_bit.py`): its cells, speeds and products, then what they say.
+"""Run an INT8/FP8 study (`study.py`): its cells, speeds and products, then what they say.
 
     OUT/plan.json, parts/    as every run folder (`record/run.py`); a file for what each cell made
     OUT/bench/               speeds, which are measured alone, after all cells
     OUT/run.json             rows by variant, pairs, claims
 
-A killed run goes on where it stopped. Differences are paired by window or by question. p-values are exact
-McNemar's, adjusted by Holm within a family of comparisons and a way of asking; intervals of a family's
-comparisons hold together at 95 %, and `visible` differences are those that its tests would show.
+Differences are paired by window or by question. p-values are exact McNemar's, adjusted by Holm within a
+family of comparisons and a way of asking; intervals of a family's comparisons hold together at 95 %, and
+`visible` differences are those that its tests would show.
 """
 
 from collections.abc import Sequence
@@ -16,27 +16,23 @@ from pathlib import Path
 from typing import Any
 
 from bitassay.bench.matmul import matmul
-from bitassay.bench.models import bench
 from bitassay.evaluation.quality import INTERVAL, INTERVALS, PAIR_INTERVALS, summarise, text_difference
 from bitassay.evaluation.statistics import ALPHA, TANGO, WILSON, holm, paired_difference, wilson_interval
 from bitassay.evaluation.tasks.mmlu import is_letter
 from bitassay.evaluation.tasks.registry import require_lm_eval
 from bitassay.quantization.recipe.granularity import Granularity
 from bitassay.record.environment import environment
-from bitassay.record.files import write_json
 from bitassay.record.progress import Progress, silent
-from bitassay.record.run import RunFolder
-from bitassay.studies.cells import METHODS, read_facts, read_text
-from bitassay.studies.claims import judged
-from bitassay.studies.crew import do_study
-from bitassay.studies.eight_bit.claims import CLAIMS
-from bitassay.studies.eight_bit.study import FORMATS, GRANULARITIES, EightBitFindings, find_study
-from bitassay.studies.eight_bit.torchao_models import require_torchao
-from bitassay.studies.variants import VariantPlan
+from bitassay.record.result import write_run
+from bitassay.studies.cells import METHODS, read_findings
+from bitassay.studies.claims import judged, read_claims
+from bitassay.studies.eight_bit.study import FORMATS, GRANULARITIES, find_study
+from bitassay.studies.run import do_study, time_variants
+from bitassay.studies.torchao_models import require_torchao
+from bitassay.studies.variants import Findings, VariantPlan
 
 Pair = tuple[str, str, str]  # family, first variant, second variant
-
-
+CLAIMS = read_claims(Path(__file__).with_name("claims.yaml"))
 _QUESTIONS = {f"{method}_acc_ci": WILSON for method in METHODS} | {
     f"{method}_difference_ci": TANGO for method in METHODS
 }
@@ -51,154 +47,115 @@ def run_eight_bit(
     repeats: int = 5,
     progress: Progress = silent,
 ) -> tuple[dict[str, Any], Path]:
-    """Run a study; the run (the content of run.json) and its folder. repeats: rounds of timing. The rest is
-    as in `do_study`, whose errors it raises."""
+    """Run a study; return the run (the content of run.json) and its folder. repeats: rounds of timing. The
+    rest is as in `do_study`, whose errors it raises."""
     require_lm_eval()
     if any(variant.torchao for variant in plan.variants):
         require_torchao()
     about = find_study(plan.study).about
     folder, head = do_study(plan, "eight-bit", about, out=out, jobs=jobs, ray=ray, progress=progress)
     asked = folder.plan["questions"]
-    found = findings(folder, plan)
+    findings = read_findings(folder, plan)
     if plan.speed:
-        found.speed, found.products = _speed(plan, folder, repeats, progress)
-    run = {
+        recipes = [v.recipe for v in plan.variants if v.granularity == "row" and v.recipe]
+        cells = {"batches": (1, 8), "contexts": (1024,), "repeats": repeats}
+        findings.speed = time_variants(plan, recipes, folder.path / "bench", progress, **cells)
+        findings.products = folder.part(
+            "products", lambda: matmul(repeats=0, seed=plan.seed, device=plan.device, progress=progress)
+        )
+    run = write_run(
+        folder,
         **head,
-        "protocols": {
+        protocols={
             "text": plan.protocol.id if plan.protocol else None,
             "questions": question_protocol(plan, asked["whole"]),
             "questions_source": asked["source"],
         },
-        "interval": "95 %, of pairs for all of a family together. Of text: "
+        interval="95 %, of pairs for all of a family together. Of text: "
         f"{INTERVAL.removeprefix('95 %, ')}. Of questions: Wilson's of an accuracy, Tango's of a paired "
         "difference",
-        "intervals": {"rows": INTERVALS | _QUESTIONS, "pairs": PAIR_INTERVALS | _QUESTIONS},
-        "rows": rows_of(found),
-        "pairs": pairs_of(found),
-        "claims": judged(found, CLAIMS),
-        "uneven_groups": uneven_groups(found),
-        "speed": found.speed,
-        "products": found.products,
-        "environment": environment(plan.device),
-    }
-    write_json(folder.path / "run.json", run)
+        intervals={"rows": INTERVALS | _QUESTIONS, "pairs": PAIR_INTERVALS | _QUESTIONS},
+        rows=rows_of(findings),
+        pairs=pairs_of(findings),
+        claims=judged(findings, CLAIMS.get(plan.study, ())),
+        uneven_groups=uneven_groups(findings),
+        speed=findings.speed,
+        products=findings.products,
+        environment=environment(plan.device),
+    )
     return run, folder.path
 
 
 def question_protocol(plan: VariantPlan, whole: bool) -> str:
-    """Everything about the questions that changes the number."""
+    """Return everything about the questions that changes the number."""
     spread = f"{len(plan.subjects)} subjects"
     return f"mmlu/5-shot[n={plan.questions} over {spread}{'' if whole else ' of the bundled slice'}]"
 
 
-def findings(folder: RunFolder, plan: VariantPlan) -> EightBitFindings:
-    """Read what all cells made."""
-    found = EightBitFindings(plan, {variant.name: variant for variant in plan.variants})
-    for place, (name, variant) in enumerate(found.variants.items()):
-        asked = folder.part(f"questions-{place:02d}", dict)
-        if "refused" in asked:
-            found.refused[name] = asked["refused"]
-            continue
-        found.facts[name], found.asked[name] = read_facts(folder, variant), asked
-        found.right[name] = {method: asked[method]["right"] for method in METHODS}
-        if plan.blocks:
-            text = read_text(folder, plan, variant)
-            assert not isinstance(text, str)
-            found.text[name] = text
-    return found
-
-
-def _speed(
-    plan: VariantPlan, folder: RunFolder, repeats: int, progress: Progress
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    recipes = [variant.recipe for variant in plan.variants if variant.granularity == "row" and variant.recipe]
-    timed, _ = bench(
-        plan.model,
-        recipes,
-        out=folder.path / "bench",
-        batches=(1, 8),
-        contexts=(1024,),
-        repeats=repeats,
-        dtype=plan.dtype,
-        device=plan.device,
-        progress=progress,
-        trust_remote_code=plan.trust_remote_code,
-        attention=plan.attention,
-    )
-    products = folder.part(
-        "products", lambda: matmul(repeats=0, seed=plan.seed, device=plan.device, progress=progress)
-    )
-    return timed, products
-
-
-def rows_of(found: EightBitFindings) -> list[dict[str, Any]]:
-    """A row a variant, in the study's order, which is no ranking; the base is the first."""
-    adjusted = {method: _against_base(found, method) for method in METHODS}
+def rows_of(findings: Findings) -> list[dict[str, Any]]:
+    """Return a row a variant, in the study's order, which is no ranking; the base is the first."""
+    adjusted = {method: _against_base(findings, method) for method in METHODS}
     rows = []
-    for name, variant in found.variants.items():
+    for name, variant in findings.variants.items():
         row: dict[str, Any] = {
             "variant": name,
             "format": variant.format,
             "granularity": variant.granularity,
             "kind": variant.kind,
             "tool": None if variant.format is None else "torchao" if variant.torchao else "bitassay",
-            "refused": found.refused.get(name),
+            "refused": findings.refused.get(name),
         }
-        if name in found.asked:
-            facts = found.facts[name]
+        if name in findings.asked:
+            facts = findings.facts[name]
             row |= {key: facts.get(key) for key in ("recipe_id", "bits_per_weight", "size_bytes")}
-            if name in found.text:
-                row |= summarise(found.text[name], found.text[found.plan.base]).to_dict()
+            if name in findings.text:
+                row |= summarise(findings.text[name], findings.text[findings.plan.base]).to_dict()
             for method in METHODS:
                 row |= {f"{method}_{key}": value for key, value in adjusted[method][name].items()}
-            row["unparsed"] = _unparsed(found.asked[name]["generate"]["answers"])
+            answers = findings.asked[name]["generate"]["answers"]
+            row["unparsed"] = sum(not is_letter(str(answer[0])) for answer in answers)
         rows.append(row)
     return rows
 
 
-def _against_base(found: EightBitFindings, method: str) -> dict[str, dict[str, Any]]:
+def _against_base(findings: Findings, method: str) -> dict[str, dict[str, Any]]:
     """Accuracy of every variant, and its difference from the base's."""
-    base = found.right[found.plan.base][method]
-    accuracies = {
-        name: {
-            "n": len(base),
-            "acc": sum(r[method]) / len(base),
-            "acc_ci": wilson_interval(sum(r[method]), len(base)),
-        }
-        for name, r in found.right.items()
+    right = {name: by_method[method] for name, by_method in findings.right.items()}
+    base = right[findings.plan.base]
+    figures: dict[str, dict[str, Any]] = {
+        name: {"n": len(r), "acc": sum(r) / len(r), "acc_ci": wilson_interval(sum(r), len(r))}
+        for name, r in right.items()
     }
-    others = [name for name in found.right if name != found.plan.base]
-    differences = {
-        name: paired_difference(base, found.right[name][method], alpha=ALPHA / len(others)) for name in others
+    others = [name for name in right if name != findings.plan.base]
+    for name in others:
+        figures[name] |= _difference(base, right[name], alpha=ALPHA / len(others))
+    adjusted = holm([figures[name]["p_value"] for name in others])
+    for name, p_holm in zip(others, adjusted, strict=True):
+        figures[name]["p_holm"] = p_holm
+    return figures
+
+
+def _difference(first: Sequence[bool], second: Sequence[bool], **levels: float) -> dict[str, Any]:
+    difference = paired_difference(first, second, **levels)
+    return {
+        "difference": difference.difference,
+        "difference_ci": difference.interval,
+        "p_value": difference.p_value,
+        "visible_difference": difference.visible_difference,
     }
-    p_values = holm([one.p_value for one in differences.values()])
-    for (name, one), p_holm in zip(differences.items(), p_values, strict=True):
-        accuracies[name] |= {
-            "difference": one.difference,
-            "difference_ci": one.interval,
-            "p_value": one.p_value,
-            "p_holm": p_holm,
-            "visible_difference": one.visible_difference,
-        }
-    return accuracies
 
 
-def _unparsed(answers: Sequence[Sequence[str]]) -> int:
-    """How many generated texts are none of the letters."""
-    return sum(not is_letter(str(given[0])) for given in answers)
-
-
-def comparisons(found: EightBitFindings) -> list[Pair]:
-    """Which variants are compared with which, by family; only those that there are."""
+def comparisons(findings: Findings) -> list[Pair]:
+    """Return which variants are compared with which, by family; only those that were measured."""
     pairs: list[Pair] = []
 
     def add(family: str, first: str, second: str) -> None:
-        if found.has(first, second):
+        if findings.has(first, second):
             pairs.append((family, first, second))
 
-    for name, variant in found.variants.items():
+    for name, variant in findings.variants.items():
         fake = name.replace("-real", "-fake")  # real ones are compared with these, below
-        if variant.format == "fp8" and (name == fake or not found.has(fake)):
+        if variant.format == "fp8" and (name == fake or not findings.has(fake)):
             add("INT8 against FP8", name, name.replace("fp8", "int8"))
     for format in FORMATS:
         for coarse, fine in pairwise(("tensor", "row", "g512", "g256", "g128", "g64")):
@@ -212,24 +169,19 @@ def comparisons(found: EightBitFindings) -> list[Pair]:
     return pairs
 
 
-def pairs_of(found: EightBitFindings) -> list[dict[str, Any]]:
-    """Every comparison: the second's figures less the first's. Those of a family hold together: intervals by
-    Bonferroni, p-values by Holm."""
-    rows, made = [], comparisons(found)
+def pairs_of(findings: Findings) -> list[dict[str, Any]]:
+    """Return every comparison: the second's figures less the first's. Those of a family hold together:
+    intervals by Bonferroni, p-values by Holm."""
+    rows, made = [], comparisons(findings)
     for family, first, second in made:
         row: dict[str, Any] = {"family": family, "first": first, "second": second}
         alpha = ALPHA / sum(other == family for other, *_ in made)
-        if first in found.text:
-            row |= asdict(text_difference(found.text[first], found.text[second], 1 - alpha))
+        if first in findings.text:
+            row |= asdict(text_difference(findings.text[first], findings.text[second], 1 - alpha))
         for method in METHODS:
-            sides = (found.right[name][method] for name in (first, second))
-            one = paired_difference(*sides, level=1 - alpha, alpha=alpha)
-            row |= {
-                f"{method}_difference": one.difference,
-                f"{method}_difference_ci": one.interval,
-                f"{method}_p_value": one.p_value,
-                f"{method}_visible_difference": one.visible_difference,
-            }
+            sides = [findings.right[name][method] for name in (first, second)]
+            difference = _difference(*sides, level=1 - alpha, alpha=alpha)
+            row |= {f"{method}_{key}": value for key, value in difference.items()}
         rows.append(row)
     for family in dict.fromkeys(row["family"] for row in rows):
         members = [row for row in rows if row["family"] == family]
@@ -239,11 +191,12 @@ def pairs_of(found: EightBitFindings) -> list[dict[str, Any]]:
     return rows
 
 
-def uneven_groups(found: EightBitFindings) -> dict[str, list[int]]:
-    """By granularity, which lengths of rows its groups do not divide: there the last group is shorter."""
+def uneven_groups(findings: Findings) -> dict[str, list[int]]:
+    """Return by granularity the lengths of rows that its groups do not divide: there the last group is
+    shorter."""
     uneven: dict[str, set[int]] = {}
-    for name, facts in found.facts.items():
-        granularity = found.variants[name].granularity
+    for name, facts in findings.facts.items():
+        granularity = findings.variants[name].granularity
         group = Granularity.parse(GRANULARITIES[granularity]).group_size if granularity else None
         if granularity and group:
             uneven.setdefault(granularity, set()).update(c for c in facts["columns"] if c % group)

@@ -16,25 +16,25 @@ every variant. `cells.py` says what is measured in one piece, `crew.py` and `clu
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from bitassay.data.windows import Protocol
 from bitassay.errors import BitassayError, suggestion
 from bitassay.quantization.recipe.recipe import BASE, Recipe
-from bitassay.studies.variants import Findings, Kind, Variant, VariantPlan
-from bitassay.studies.verillm.parties import DTYPES
+from bitassay.studies.parties import DTYPES
+from bitassay.studies.torchao_models import ALPHA, SAMPLES
+from bitassay.studies.variants import Kind, Variant, VariantPlan
 
 FORMATS = {"int8": "int8", "fp8": "fp8_e4m3"}
 GRANULARITIES = {"tensor": "tensor", "row": "channel", **{f"g{n}": f"g{n}" for n in (64, 128, 256, 512)}}
-ALPHA, SAMPLES = 0.5, 16  # SmoothQuant's own exponent; windows of calibration text, of 512 tokens
 _PRECISIONS = {dtype: precision for precision, dtype in DTYPES.items()}
 DEFAULT_PROTOCOL = Protocol(windows=16)
 
 
 @dataclass(frozen=True)
 class Study:
-    """A row of the table above. model, questions: the document's own."""
+    """A row of the table above. model, questions: the report's own."""
 
     name: str
     about: str
@@ -150,16 +150,3 @@ def find_study(name: str) -> Study:
     if name not in STUDIES:
         raise BitassayError(f"no INT8/FP8 study is called {name!r}; {suggestion(name, STUDIES)}")
     return STUDIES[name]
-
-
-@dataclass
-class EightBitFindings(Findings):
-    """right: by variant and method, which questions were answered rightly; asked: all that was answered."""
-
-    right: dict[str, dict[str, list[bool]]] = field(default_factory=dict)
-    asked: dict[str, dict[str, Any]] = field(default_factory=dict)
-    speed: dict[str, Any] | None = None
-    products: dict[str, Any] | None = None
-
-    def has(self, *names: str) -> bool:
-        return all(name in self.right for name in names)

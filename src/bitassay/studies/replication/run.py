@@ -1,10 +1,10 @@
-"""Run a study of replication (`replication.py`): its cells, speeds, then what they say.
+"""Run a study of replication (`study.py`): its cells, speeds, then what they say.
 
     OUT/plan.json, parts/    as every run folder (`record/run.py`); a file for what each cell made
     OUT/bench/GROUP/         speeds: a group's models take turns with the base, alone, after all cells
     OUT/run.json             rows, pairs of replicas and controls, drafts, claims
 
-What a replica beats is in `evaluation/controls.py`. Grades are the document's.
+What a replica beats is in `evaluation/controls.py`. Grades are the proposal's.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bitassay.bench.models import bench
 from bitassay.bench.rounds import RATIO, ratio_of
 from bitassay.data.corpora import corpus
 from bitassay.evaluation.controls import pair
@@ -23,16 +22,16 @@ from bitassay.models.source import resolve
 from bitassay.quantization.recipe.recipe import BASE
 from bitassay.quantization.replication.controls import KINDS, REPLICA, Place
 from bitassay.record.environment import environment
-from bitassay.record.files import write_json
 from bitassay.record.progress import Progress, silent
+from bitassay.record.result import write_run
 from bitassay.record.run import RunFolder
-from bitassay.studies.cells import Cell, read_costs, read_facts, read_text
-from bitassay.studies.claims import judged
-from bitassay.studies.crew import do_study
-from bitassay.studies.replication.claims import CLAIMS
+from bitassay.studies.cells import Cell, read_findings
+from bitassay.studies.claims import judged, read_claims
 from bitassay.studies.replication.study import find_study, replication_plan
+from bitassay.studies.run import do_study, time_variants
 from bitassay.studies.variants import Findings, VariantPlan
 
+CLAIMS = read_claims(Path(__file__).with_name("claims.yaml"))
 GRADES = {0.5: "excellent", 1.0: "good", 2.0: "acceptable"}  # by the increase of perplexity
 ONE_BIT_GRADES = GRADES | {10.0: "acceptable for 1 bit"}
 
@@ -50,112 +49,80 @@ def run_replication(
     progress: Progress = silent,
     **options: Any,
 ) -> tuple[dict[str, Any], Path]:
-    """Run a study on MODEL; the run (the content of run.json) and its folder. repeats: rounds of timing.
-    `options` go to `replication_plan`; the rest is as in `do_study`. Raises as these do."""
+    """Run a study on MODEL; return the run (the content of run.json) and its folder. repeats: rounds of
+    timing. `options` go to `replication_plan`; the rest is as in `do_study`. Raises as these do."""
     about = find_study(study).about
     source = resolve(model, progress)
     layers = layer_count(source.folder, trust_remote_code=options.get("trust_remote_code", False))
     plan, places = replication_plan(study, model, layers, **options)
     folder, head = do_study(plan, "replication", about, out=out, jobs=jobs, ray=ray, progress=progress)
-    found = findings(folder, plan)
+    findings = read_findings(folder, plan)
     speed = _speed(plan, places, folder, repeats, progress) if plan.speed else {}
-    pairs = pairs_of(found, places, speed)
+    pairs = pairs_of(findings, places, speed)
     assert plan.protocol is not None
-    run = {
+    run = write_run(
+        folder,
         **head,
-        "protocol": plan.protocol.id,
-        "corpus_source": corpus(plan.protocol.corpus).source,
-        "interval": INTERVAL,
-        "intervals": {
+        protocol=plan.protocol.id,
+        corpus_source=corpus(plan.protocol.corpus).source,
+        interval=INTERVAL,
+        intervals={
             "rows": INTERVALS | {"decode_ratio_ci": RATIO},
             "pairs": PAIR_INTERVALS,
             "drafts": {"acceptance_ci": LOGIT, "speed_bound_ci": LOG, "speed_ci": RATIO},
         },
-        "rows": [row_of(found, place, pairs, speed) for place in places],
-        "pairs": pairs,
-        "drafts": drafts_of(folder, plan),
-        "claims": judged(found, CLAIMS),
-        "environment": environment(plan.device),
-    }
-    write_json(folder.path / "run.json", run)
+        rows=[row_of(findings, place, pairs, speed) for place in places],
+        pairs=pairs,
+        drafts=drafts_of(folder, plan),
+        claims=judged(findings, CLAIMS.get(study, ())),
+        environment=environment(plan.device),
+    )
     return run, folder.path
 
 
-def findings(folder: RunFolder, plan: VariantPlan) -> Findings:
-    """Read what all cells made."""
-    found = Findings(plan, {variant.name: variant for variant in plan.variants})
-    for name, variant in found.variants.items():
-        text = read_text(folder, plan, variant)
-        assert not isinstance(text, str)
-        found.text[name] = text
-        found.facts[name] = with_costs(read_facts(folder, variant), read_costs(folder, plan, variant))
-    return found
-
-
-def with_costs(facts: dict[str, Any], costs: dict[str, float]) -> dict[str, Any]:
-    """Facts, with what the text really took in the place of what it could take at most."""
-    share = costs["passes"] / facts["passes"]
-
-    def took(what: str) -> float:
-        head = facts[f"head_{what}"]  # has no passes
-        return head + (facts[f"{what}_per_token"] - head) * share
-
-    return facts | {
-        "passes": costs["passes"],
-        "flop_per_token": took("flop"),
-        "bytes_per_token": costs.get("bytes", took("bytes")),
-    }
-
-
-def row_of(found: Findings, place: Place, pairs: Sequence[Row], speed: dict[str, Row]) -> Row:
-    """One line of the table."""
-    facts = found.facts[place.variant]
-    quality = summarise(found.text[place.variant], found.text[found.plan.base]).to_dict()
-    timed = speed.get(place.variant, {})
-    kept = ("bits_per_weight", "size_bytes", "passes", "flop_per_token", "bytes_per_token")
-    row: Row = {
+def row_of(findings: Findings, place: Place, pairs: Sequence[Row], speed: dict[str, Row]) -> Row:
+    """Return one line of the table."""
+    facts, timed = findings.facts[place.variant], speed.get(place.variant, {})
+    quality = summarise(findings.text[place.variant], findings.text[findings.plan.base]).to_dict()
+    kept = ("recipe_id", "bits_per_weight", "size_bytes", "passes", "flop_per_token", "bytes_per_token")
+    mine = [pair for pair in pairs if pair["group"] == place.group and place.role == REPLICA]
+    by_kind = {kind: pair["beats"] for pair in mine for kind in pair["role"].split(", ")}
+    return {
         **asdict(place),
-        "recipe_id": facts["recipe_id"],
         **{key: facts[key] for key in kept},
         **quality,
         "grade": grade(quality["ppl_delta"], facts["bits_per_weight"]),
-        "decode_tok_s": timed.get("decode_tok_s"),
-        "decode_ratio": timed.get("decode_ratio"),
-        "decode_ratio_ci": timed.get("decode_ratio_ci"),
+        **{key: timed.get(key) for key in ("decode_tok_s", "decode_ratio", "decode_ratio_ci")},
         "peak_bytes": timed.get("peak_device_bytes") or timed.get("peak_resident_bytes"),
+        "controls": list(by_kind),
+        **{f"beats_{kind.replace('-', '_')}": by_kind.get(kind) for kind in KINDS},
     }
-    mine = [pair for pair in pairs if pair["group"] == place.group and place.role == REPLICA]
-    by_kind = {kind: pair for pair in mine for kind in pair["role"].split(", ")}
-    row["controls"] = list(by_kind)
-    for kind in KINDS:
-        row[f"beats_{kind.replace('-', '_')}"] = by_kind[kind]["beats"] if kind in by_kind else None
-    return row
 
 
 def grade(ppl_delta: float, bits_per_weight: float) -> str | None:
-    """What the document calls such an increase of perplexity; None where it has no word for it. Below 2
-    stored bits there is one more: three planes of 1 bit are no 1-bit model."""
+    """Return what the proposal calls such an increase of perplexity; None where it has no word for it. Below
+    2 stored bits there is one more: three planes of 1 bit are no 1-bit model."""
     grades = ONE_BIT_GRADES if bits_per_weight < 2 else GRADES
     return next((name for most, name in grades.items() if ppl_delta < most), None)
 
 
-def pairs_of(found: Findings, places: Sequence[Place], speed: dict[str, Row]) -> list[Row]:
-    """Every replica less each of its controls. read_ratio: the weights that the control reads for a token,
-    over the replica's."""
+def pairs_of(findings: Findings, places: Sequence[Place], speed: dict[str, Row]) -> list[Row]:
+    """Return every replica less each of its controls. read_ratio: the weights that the control reads for a
+    token, over the replica's."""
     replicas = {place.group: place.variant for place in places if place.role == REPLICA}
     rows = []
-
-    def read(variant: str) -> float:
-        return found.facts[variant]["bytes_per_token"] - found.facts[variant]["head_bytes"]
-
     for place in places:
         replica = replicas.get(place.group)
         if replica is None or place.role == REPLICA:
             continue
+        control_bytes, replica_bytes = (
+            findings.facts[name]["bytes_per_token"] - findings.facts[name]["head_bytes"]
+            for name in (place.variant, replica)
+        )
         rows.append(
-            pair(place, replica, found.text)
+            pair(place, replica, findings.text)
             | {
-                "read_ratio": read(place.variant) / read(replica),
+                "read_ratio": control_bytes / replica_bytes,
                 "decode_tok_s": speed.get(replica, {}).get("decode_tok_s"),
                 "control_decode_tok_s": speed.get(place.variant, {}).get("decode_tok_s"),
             }
@@ -167,41 +134,38 @@ def _speed(
     plan: VariantPlan, places: Sequence[Place], folder: RunFolder, repeats: int, progress: Progress
 ) -> dict[str, Row]:
     """Timings by variant. Each group's models and the base take turns; ratios are to the base."""
-    recipes, found = {variant.name: variant.recipe for variant in plan.variants}, dict[str, Row]()
+    recipes, speed = {variant.name: variant.recipe for variant in plan.variants}, dict[str, Row]()
     for group in dict.fromkeys(place.group for place in places):
         mine = [recipe for p in places if p.group == group and (recipe := recipes[p.variant]) is not None]
         if mine:
-            run, _ = bench(
-                plan.model,
-                mine,
-                controls=False,  # they are among these
-                out=folder.path / "bench" / group,
-                batches=(1,),
-                contexts=(),
-                repeats=repeats,
-                dtype=plan.dtype,
-                device=plan.device,
-                progress=progress,
-                trust_remote_code=plan.trust_remote_code,
-                attention=plan.attention,
-            )
+            cells = {"batches": (1,), "contexts": (), "repeats": repeats}
+            run = time_variants(plan, mine, folder.path / "bench" / group, progress, **cells)
             rows = {row["model"]: row for row in run["rows"]}
-            found = {plan.base: rows.pop(BASE)} | found | rows
-    return found
+            speed = {plan.base: rows.pop(BASE)} | speed | rows
+    return speed
 
 
 def drafts_of(folder: RunFolder, plan: VariantPlan) -> list[Row]:
-    """A row for each length of drafts: means over texts with their intervals; speed is the ratio of seconds
-    without and with drafts, speed_bound that of bytes read."""
+    """Return a row for each length of drafts: means over texts with their intervals; speed is the ratio of
+    seconds without and with drafts, speed_bound that of bytes read."""
     rows = []
     for place in range(len(plan.drafts)):
-        found = folder.part(Cell("drafts", place).name, dict)
-        texts, row = found["texts"], {"draft_tokens": found["draft_tokens"], "texts": len(found["texts"])}
-        row["identical"] = sum(text["identical"] for text in texts)
+        content = folder.part(Cell("drafts", place).name, dict)
+        texts = content["texts"]
         acceptance = mean_of([text["accepted"] / max(1, text["drafted"]) for text in texts])
         bound = mean_of([text["plain_bytes_per_token"] / text["bytes_per_token"] for text in texts])
-        row |= {"acceptance": acceptance.value, "acceptance_ci": logit_interval(acceptance)}
-        row |= {"speed_bound": bound.value, "speed_bound_ci": log_interval(bound)}
         ratio = ratio_of([text["plain_seconds"] for text in texts], [text["seconds"] for text in texts])
-        rows.append(row | {"speed": ratio.value, "speed_ci": ratio.interval})
+        rows.append(
+            {
+                "draft_tokens": content["draft_tokens"],
+                "texts": len(texts),
+                "identical": sum(text["identical"] for text in texts),
+                "acceptance": acceptance.value,
+                "acceptance_ci": logit_interval(acceptance),
+                "speed_bound": bound.value,
+                "speed_bound_ci": log_interval(bound),
+                "speed": ratio.value,
+                "speed_ci": ratio.interval,
+            }
+        )
     return rows

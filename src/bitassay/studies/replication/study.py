@@ -1,6 +1,6 @@
 """The studies of replication: does a layer that runs more than once repair what rounding broke?
 
-    control-table   the document's table: baseline, GPTQ at 4 bits, four ways to replicate at 2 bits and 1
+    control-table   the proposal's table: baseline, GPTQ at 4 bits, four ways to replicate at 2 bits and 1
     phase1          a 2-bit baseline; the same codes again, plain and damped, by the number of copies
     phase2          copies that differ: scales, clipping, offsets, noise, seeds, residual codes, group sizes
     phase3          chosen layers, as many first and last ones; rotation before copies and in each
@@ -10,7 +10,7 @@
 
 A study is rows: a *group* is a recipe, and each one with copies brings its controls along
 (`replication/controls.py`) as rows of their own. Equal models are one variant, measured once. Source:
-the experiment document on layer replication, sections 4.1 and 4.3; `replication_claims.py` holds what its
+the layer-replication proposal, sections 4.1 and 4.3; `replication_claims.py` holds what its
 theory predicts. Weights shared across layers are not among them: `benchmarks/sharing.py` says why.
 """
 
@@ -235,7 +235,7 @@ STUDIES = {
     for study in (
         Study(
             "control-table",
-            "replicated models beside their controls, as in the document",
+            "replicated models and their controls, as in the proposal",
             _control_table(),
             True,
         ),

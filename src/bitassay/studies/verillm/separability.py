@@ -9,7 +9,6 @@ is precision alone.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +18,25 @@ from bitassay.errors import BitassayError, MissingError
 from bitassay.record.environment import environment
 from bitassay.record.files import write_json
 from bitassay.record.progress import Progress, silent
-from bitassay.studies.verillm.parties import DTYPES
-from bitassay.studies.verillm.trial import Trial, try_machine
-from bitassay.studies.verillm.work import SCHEMA, Plan, Work, check_plan
+from bitassay.record.result import new_run
+from bitassay.studies.machines import Probe, probe_machine
+from bitassay.studies.parties import DTYPES
+from bitassay.studies.verillm.experiments import OTHER_DEVICES
+from bitassay.studies.verillm.work import ExperimentPlan, Work, check_plan
+from bitassay.verification.calibration import runs_needed
 from bitassay.verification.power import auc, tpr_at_fpr
-from bitassay.verification.profile import runs_needed
 
 BATCH = 25  # prompts that a prover answers at a time: nothing is timed
 PRECISIONS = ("fp32", "fp16", "bf16", "w8", "fp8", "w4", "w3", "w2")
 
 
 def run_separability(
-    plan: Plan,
+    plan: ExperimentPlan,
     *,
     precisions: Sequence[str] = PRECISIONS,
     alpha: float = 0.01,
     out: Path = Path("data"),
-    trial: Trial = try_machine,
+    probe: Probe = probe_machine,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """A row for each (prover, verifier); written to `out`/raw/separability too.
@@ -50,17 +51,11 @@ def run_separability(
             f"--trials {runs_needed(alpha)}, or a larger --alpha",
         )
     machine = plan.machines[0]
-    if plan.is_here(machine) and (problem := trial(machine, DTYPES[plan.precision])):
-        raise MissingError(
-            f"{machine.name} cannot run here: {problem}",
-            "other --devices, such as cpu+eager, or another --precision",
-        )
+    if plan.is_here(machine) and (problem := probe(machine, DTYPES[plan.precision])):
+        raise MissingError(f"{machine.name} cannot run here: {problem}", OTHER_DEVICES)
     work = Work(replace(plan, batch=BATCH), out, progress)
     parties = [plan.party(precision, machine) for precision in precisions]
-    if plan.role != "verify":
-        work.prove(parties)
-    if plan.role != "prove":
-        work.verify([(prover, verifier) for verifier in parties for prover in parties])
+    work.do((prover, verifier) for verifier in parties for prover in parties)
     rows, missing = [], []
     for verifier in parties:
         if lacking := next(filter(None, (work.lacking(prover, [verifier]) for prover in parties)), ""):
@@ -68,7 +63,8 @@ def run_separability(
             continue
         scores = {
             prover.precision: np.array(
-                [float(cells.log_distances.mean()) for [cells] in work.cells(prover, [verifier])], np.float64
+                [float(cells.log_distances.mean()) for [cells] in work.statistics(prover, [verifier])],
+                np.float64,
             )
             for prover in parties
         }
@@ -90,20 +86,20 @@ def run_separability(
                     "n": len(found),
                 }
             )
-    run = {
-        "schema": SCHEMA,
-        "kind": "separability",
-        "model": plan.model,
-        "machine": machine.name,
-        "tokens": plan.tokens,
-        "prompt_tokens": plan.prompt_tokens,
-        "trials": plan.trials,
-        "alpha": alpha,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "environment": environment(plan.machines[0].device),
-        "rows": rows,
-        "missing": missing,
-    }
+    run = new_run(
+        "separability",
+        model={"name": plan.model},
+        settings={
+            "machine": machine.name,
+            "tokens": plan.tokens,
+            "prompt_tokens": plan.prompt_tokens,
+            "trials": plan.trials,
+            "alpha": alpha,
+        },
+        environment=environment(machine.device),
+        rows=rows,
+        missing=missing,
+    )
     if rows:
         write_json(out / "raw" / "separability" / f"{work.name}_{machine.label}_summary.json", run)
     return run

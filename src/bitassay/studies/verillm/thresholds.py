@@ -1,6 +1,6 @@
 """Thresholds for the VeriLLM rules, fitted on honest runs alone and scored on attacks.
 
-The experiment documents tune thresholds on all runs, the quantized ones included, so that these pass. Here
+The VeriLLM experiments tune thresholds on all runs, the quantized ones included, so that these pass. Here
 every number comes from honest trials (the dense model on both ends, or the study's verifier with the dense
 prover), and what the same numbers do to attacks is reported beside them.
 
@@ -18,41 +18,40 @@ alone, for comparison.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
 
-from bitassay.errors import BitassayError
+from bitassay.errors import BitassayError, suggestion
 from bitassay.record.environment import environment
 from bitassay.record.files import read_yaml, write_json, write_text
 from bitassay.record.progress import Progress, silent
+from bitassay.record.result import new_run
+from bitassay.studies.machines import Probe, probe_machine
 from bitassay.studies.verillm.experiments import Direction, check_names, planned, rules_of
-from bitassay.studies.verillm.trial import Trial as MachineTrial
-from bitassay.studies.verillm.trial import try_machine
-from bitassay.studies.verillm.work import SCHEMA, Plan, Work, check_plan
-from bitassay.studies.verillm.worker import Cells
+from bitassay.studies.verillm.verifier import TraceStatistics
+from bitassay.studies.verillm.work import ExperimentPlan, Work, check_plan
+from bitassay.verification.calibration import runs_needed, threshold
 from bitassay.verification.detectors import verillm
-from bitassay.verification.detectors.verillm import DOCUMENTS, Rules
-from bitassay.verification.power import share, threshold
-from bitassay.verification.profile import runs_needed
+from bitassay.verification.detectors.verillm import DOCUMENTS, RULE_SETS, Rules
+from bitassay.verification.power import share
 
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 FIT_SHARE = 3  # one in so many honest trials fits the cells' thresholds
 BINS = 40
-Trial = Sequence[Cells]  # what each verifier found in one trace
+Trial = Sequence[TraceStatistics]  # what each verifier measured on one trace
 
 
 def optimise_thresholds(
     names: Sequence[str],
-    plan: Plan,
+    plan: ExperimentPlan,
     *,
     alpha: float = 0.05,
     percentile: float = 95,
     out: Path = Path("data"),
-    trial: MachineTrial = try_machine,
+    probe: Probe = probe_machine,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """A row for each direction of the studies: recommended thresholds, false accusations, and what is caught.
@@ -68,36 +67,33 @@ def optimise_thresholds(
             f"{plan.trials} trials are too few for a false-positive rate of {alpha:g}, which needs {needed}",
             f"--trials {needed}, or a larger --alpha",
         )
-    plan, wanted, impossible = planned(names, plan, trial, progress)
+    plan, wanted, impossible = planned(names, plan, probe, progress)
     work = Work(plan, out, progress)
-    work.prove(dict.fromkeys(party for one in wanted for party in one.attackers))
-    work.verify(
-        [(party, verifier) for one in wanted for party in one.attackers for verifier in one.verifiers]
-    )
+    work.do((party, verifier) for way in wanted for party in way.attackers for verifier in way.verifiers)
     rows = []
-    for one in wanted:
-        found = {party.precision: list(work.cells(party, one.verifiers)) for party in one.attackers}
-        result = optimised(one, found.pop(plan.precision), found, alpha, percentile)
-        stem = out / "threshold_optimization" / f"{one.experiment.name}_{work.name}_{one.label}"
+    for way in wanted:
+        attacks = {party.precision: list(work.statistics(party, way.verifiers)) for party in way.attackers}
+        result = optimised(way, attacks.pop(plan.precision), attacks, alpha, percentile)
+        stem = out / "threshold_optimization" / f"{way.experiment.name}_{work.name}_{way.label}"
         result = {"model": plan.model, **result}
         write_json(stem.with_name(f"{stem.name}_analysis.json"), result)
         file = stem.with_name(f"{stem.name}_thresholds.yaml")
         write_text(file, as_yaml(result))
         rows.append({**result, "file": str(file)})
-    return {
-        "schema": SCHEMA,
-        "kind": "thresholds",
-        "model": plan.model,
-        "tokens": plan.tokens,
-        "trials": plan.trials,
-        "alpha": alpha,
-        "percentile": percentile,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "environment": environment(plan.machines[0].device),
-        "rows": rows,
-        "missing": impossible,
-        "left_out": [asdict(one) for one in plan.left_out],
-    }
+    return new_run(
+        "thresholds",
+        model={"name": plan.model},
+        settings={
+            "tokens": plan.tokens,
+            "trials": plan.trials,
+            "alpha": alpha,
+            "percentile": percentile,
+        },
+        environment=environment(plan.machines[0].device),
+        rows=rows,
+        missing=impossible,
+        left_out=[asdict(left) for left in plan.left_out],
+    )
 
 
 def trials_needed(alpha: float) -> int:
@@ -227,7 +223,7 @@ def described(values: np.ndarray) -> dict[str, Any]:
 
 
 def as_yaml(result: Mapping[str, Any]) -> str:
-    """As the documents' configuration has it; `read_thresholds` reads it."""
+    """As the experiments' configuration has it; `read_thresholds` reads it."""
     thresholds = dict(result["thresholds"])
     thresholds.pop("name")
     text = yaml.safe_dump(
@@ -270,3 +266,18 @@ def read_thresholds(path: Path) -> tuple[Rules, float]:
     if not all(map(math.isfinite, (*numbers.values(), rules.max_Pe, rules.min_Pm, rules.min_Pw, bar))):
         raise BitassayError(f"{path}: a threshold is not finite")
     return rules, bar
+
+
+def find_rules(name: str) -> dict[str, Any]:
+    """Return the fields `rules` and `bar` of a plan: the rule set of this name, or what a YAML file holds.
+
+    Raises BitassayError that names the nearest rule set.
+    """
+    if name in RULE_SETS:
+        return {"rules": RULE_SETS[name]}
+    if Path(name).suffix not in (".yaml", ".yml"):
+        raise BitassayError(
+            f"no rules are called {name!r}; {suggestion(name, RULE_SETS)}",
+            "or give a .yaml file that `bitassay calibrate MODEL --study exp1` wrote",
+        )
+    return dict(zip(("rules", "bar"), read_thresholds(Path(name)), strict=True))

@@ -24,7 +24,8 @@ from math import ceil
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from bitassay.verification.attacks.hosts import Attack, Setting, listed_in
+from bitassay.verification.attacks.attack import Setting, attack
+from bitassay.verification.attacks.hosts import with_copied_states
 from bitassay.verification.committee.rounds import (
     Assignment,
     Expected,
@@ -34,19 +35,17 @@ from bitassay.verification.committee.rounds import (
     report,
     report_commitment,
 )
-from bitassay.verification.exchange import Answer, Ballot
 from bitassay.verification.receipts.challenge import GENERATED, PROMPT, Challenge, challenge, opened_positions
 from bitassay.verification.receipts.merkle import cell_leaf, merkle_proof, merkle_root
 from bitassay.verification.receipts.opening import Opening, cell_indices, encode_opening, open_trace
 from bitassay.verification.receipts.receipt import SIGNED, Receipt, commit, encode, trace_leaves
+from bitassay.verification.structure import Status
+from bitassay.verification.submissions import CommitteeRound, ReceiptResponse
 from bitassay.verification.trace import Header, Trace
-from bitassay.verification.verdict import Status
 
 GRINDS = 32
 VERIFIERS = ("verifier-0", "verifier-1", "verifier-2", "verifier-3")
 PLANTED_FAILURES = 4
-RECEIPT_ATTACKS: dict[str, Attack] = {}
-_attack = listed_in(RECEIPT_ATTACKS)
 
 Send = Callable[[Trace], Receipt]
 Show = Callable[[Trace, Challenge], Opening | None]
@@ -65,13 +64,15 @@ def honest_receipt(trace: Trace) -> Receipt:
     return commit(trace, HOST)
 
 
-def exchange(trace: Trace, send: Send = honest_receipt, show: Show = open_trace) -> Answer:
+def exchange(trace: Trace, send: Send = honest_receipt, show: Show = open_trace) -> ReceiptResponse:
     """One request from receipt to opening; with the defaults, as an honest host answers."""
     receipt = send(trace)
     asked = ask(receipt, _secret("the verifier's beacon", trace.header.nonce))
     opening = show(trace, asked)
     known = HOST.public_key().public_bytes_raw()
-    return Answer(encode(receipt), asked, None if opening is None else encode_opening(opening), known)
+    return ReceiptResponse(
+        encode(receipt), asked, None if opening is None else encode_opening(opening), known
+    )
 
 
 def ask(receipt: Receipt, beacon: bytes) -> Challenge:
@@ -100,8 +101,8 @@ def sign(header: Header, root: bytes, key: Ed25519PrivateKey = HOST) -> Receipt:
 # --- the receipt ---
 
 
-@_attack("receipt-tampered", "a field of the header changed after signing", structural=True)
-def tampered(setting: Setting) -> list[Answer]:
+@attack("receipt-tampered", "a field of the header changed after signing", structural=True)
+def tampered(setting: Setting) -> list[ReceiptResponse]:
     """A field in turn: tokens, nonce, weights, sampling, numerics."""
 
     def send(trace: Trace, index: int) -> Receipt:
@@ -123,22 +124,25 @@ def tampered(setting: Setting) -> list[Answer]:
     ]
 
 
-@_attack("receipt-other-key", "signed by another key than the host's", structural=True)
-def other_key(setting: Setting) -> list[Answer]:
+@attack("receipt-other-key", "signed by another key than the host's", structural=True)
+def other_key(setting: Setting) -> list[ReceiptResponse]:
     return [exchange(trace, partial(commit, key=OTHER)) for trace in setting.honest]
 
 
-@_attack("receipt-replayed", "receipt and opening of another request", structural=True)
-def replayed_receipt(setting: Setting) -> list[Answer]:
+@attack("receipt-replayed", "receipt and opening of another request", structural=True)
+def replayed_receipt(setting: Setting) -> list[ReceiptResponse]:
     return [exchange(trace) for trace in (*setting.honest[1:], setting.honest[0])]
 
 
-@_attack("receipt-second", "a second receipt, signed after the challenge of the first", structural=True)
-def second_receipt(setting: Setting) -> list[Answer]:
+@attack("receipt-second", "a second receipt, signed after the challenge of the first", structural=True)
+def second_receipt(setting: Setting) -> list[ReceiptResponse]:
     """The first commits to states of which the host thinks better once it sees what is drawn."""
     return [
         replace(
-            exchange(_copied(trace), show=lambda _, asked, trace=trace: show_without_checks(trace, asked)),
+            exchange(
+                with_copied_states(trace),
+                show=lambda _, asked, trace=trace: show_without_checks(trace, asked),
+            ),
             receipt=encode(commit(trace, HOST)),
         )
         for trace in setting.honest
@@ -148,16 +152,16 @@ def second_receipt(setting: Setting) -> list[Answer]:
 # --- the root ---
 
 
-@_attack("root-forged", "a root with nothing behind it, states fitted to the challenge", structural=True)
-def forged_root(setting: Setting) -> list[Answer]:
+@attack("root-forged", "a root with nothing behind it, states fitted to the challenge", structural=True)
+def forged_root(setting: Setting) -> list[ReceiptResponse]:
     def send(trace: Trace) -> Receipt:
         return sign(trace.header, _secret("no tree", trace.header.nonce))
 
     return [exchange(trace, send, show_without_checks) for trace in setting.honest]
 
 
-@_attack("root-reordered", "a root over the right leaves in another order", structural=True)
-def reordered_root(setting: Setting) -> list[Answer]:
+@attack("root-reordered", "a root over the right leaves in another order", structural=True)
+def reordered_root(setting: Setting) -> list[ReceiptResponse]:
     def send(trace: Trace) -> Receipt:
         return sign(trace.header, merkle_root(trace_leaves(trace)[::-1]))
 
@@ -170,13 +174,13 @@ def reordered_root(setting: Setting) -> list[Answer]:
 # --- the opening ---
 
 
-@_attack("opening-withheld", "no opening", structural=True)
-def withheld_opening(setting: Setting) -> list[Answer]:
+@attack("opening-withheld", "no opening", structural=True)
+def withheld_opening(setting: Setting) -> list[ReceiptResponse]:
     return [exchange(trace, show=lambda *_: None) for trace in setting.honest]
 
 
-@_attack("opening-other-cells", "cells that were committed to, but not those asked for", structural=True)
-def other_cells(setting: Setting) -> list[Answer]:
+@attack("opening-other-cells", "cells that were committed to, but not those asked for", structural=True)
+def other_cells(setting: Setting) -> list[ReceiptResponse]:
     """Each asked position shows the one before it, with the proof of that one."""
 
     def show(trace: Trace, asked: Challenge) -> Opening:
@@ -189,16 +193,19 @@ def other_cells(setting: Setting) -> list[Answer]:
     return [exchange(trace, show=show) for trace in setting.honest]
 
 
-@_attack("opening-other-states", "states of an honest prefill where others were signed", structural=True)
-def other_states(setting: Setting) -> list[Answer]:
+@attack("opening-other-states", "states of an honest prefill where others were signed", structural=True)
+def other_states(setting: Setting) -> list[ReceiptResponse]:
     def show(trace: Trace, asked: Challenge) -> Opening:
-        return show_without_checks(trace, asked, trace_leaves(_copied(trace)))
+        return show_without_checks(trace, asked, trace_leaves(with_copied_states(trace)))
 
-    return [exchange(trace, lambda trace: commit(_copied(trace), HOST), show) for trace in setting.honest]
+    return [
+        exchange(trace, lambda trace: commit(with_copied_states(trace), HOST), show)
+        for trace in setting.honest
+    ]
 
 
-@_attack("opening-older", "the answer to an older challenge of the same receipt", structural=True)
-def older_opening(setting: Setting) -> list[Answer]:
+@attack("opening-older", "the answer to an older challenge of the same receipt", structural=True)
+def older_opening(setting: Setting) -> list[ReceiptResponse]:
     def show(trace: Trace, asked: Challenge) -> Opening:
         return open_trace(trace, ask(commit(trace, HOST), _secret("an older beacon", asked.beacon)))
 
@@ -208,8 +215,8 @@ def older_opening(setting: Setting) -> list[Answer]:
 # --- the challenge ---
 
 
-@_attack("beacon-chosen", "bad cells, and a challenge of its own that misses most", structural=True)
-def chosen_beacon(setting: Setting) -> list[Answer]:
+@attack("beacon-chosen", "bad cells, and a challenge of its own that misses most", structural=True)
+def chosen_beacon(setting: Setting) -> list[ReceiptResponse]:
     def show(trace: Trace, asked: Challenge) -> Opening:
         signed, bad = commit(trace, HOST), bad_positions(trace)
         drawn = [ask(signed, _secret("chosen", str(index))) for index in range(GRINDS)]
@@ -218,8 +225,8 @@ def chosen_beacon(setting: Setting) -> list[Answer]:
     return [exchange(with_bad_cells(trace), show=show) for trace in setting.honest]
 
 
-@_attack("commitment-ground", f"bad cells; the best of {GRINDS} commitments for a beacon that never comes")
-def ground_commitment(setting: Setting) -> list[Answer]:
+@attack("commitment-ground", f"bad cells; the best of {GRINDS} commitments for a beacon that never comes")
+def ground_commitment(setting: Setting) -> list[ReceiptResponse]:
     foreseen = _secret("foreseen")
     ground = [grind(trace, foreseen, GRINDS)[0] for trace in setting.honest]
     return [exchange(trace) for trace in ground]
@@ -264,50 +271,49 @@ def n_bad_opened(one: Challenge, header: Header, bad: Sequence[int]) -> int:
     return len(set(bad) & set(opened_positions(one, header)))
 
 
-def _copied(trace: Trace) -> Trace:
-    """Each position with the state of the one before it, as a host has that saved its work."""
-    return replace(trace, states={layer: rows.roll(1, 0) for layer, rows in trace.states.items()})
-
-
 # --- verifiers ---
 
 Answers = dict[str, Status]
 
 
-@_attack("verifier-passes-all", "a verifier that says PASS without looking", "PASS", structural=True)
-@_attack("verifier-fails-all", "a verifier that says FAIL without looking", "FAIL", structural=True)
-def without_looking(setting: Setting, answer: Status) -> list[Ballot]:
+@attack("verifier-passes-all", "a verifier that says PASS without looking", "PASS", structural=True)
+@attack("verifier-fails-all", "a verifier that says FAIL without looking", "FAIL", structural=True)
+def without_looking(setting: Setting, answer: Status) -> list[CommitteeRound]:
     return _rounds(setting, lambda mine, _: dict.fromkeys(mine.items, answer))
 
 
-@_attack("verifier-copies", "a verifier that copies answers, and says PASS to the rest", structural=True)
-def copied_answers(setting: Setting) -> list[Ballot]:
+@attack("verifier-copies", "a verifier that copies answers, and says PASS to the rest", structural=True)
+def copied_answers(setting: Setting) -> list[CommitteeRound]:
     return _rounds(setting, lambda mine, friend: {item: friend.get(item, "PASS") for item in mine.items})
 
 
-@_attack("verifier-copies-commitment", "a verifier that hands in another's commitment", structural=True)
-def copied_commitment(setting: Setting) -> list[Ballot]:
+@attack("verifier-copies-commitment", "a verifier that hands in another's commitment", structural=True)
+def copied_commitment(setting: Setting) -> list[CommitteeRound]:
     """It reveals what the other one revealed, under its own name."""
     rounds = []
-    for ballot in _rounds(setting):
+    for honest_round in _rounds(setting):
         lazy, other = VERIFIERS[:2]
-        theirs = ballot.revealed[other].model_copy(update={"verifier": lazy})
-        copied = {**ballot.commitments, lazy: ballot.commitments[other]}
-        rounds.append(replace(ballot, commitments=copied, revealed={**ballot.revealed, lazy: theirs}))
+        theirs = honest_round.revealed[other].model_copy(update={"verifier": lazy})
+        copied = {**honest_round.commitments, lazy: honest_round.commitments[other]}
+        rounds.append(
+            replace(honest_round, commitments=copied, revealed={**honest_round.revealed, lazy: theirs})
+        )
     return rounds
 
 
-@_attack("verifier-waits", "a verifier that changes its answers after the others revealed", structural=True)
-def changed_answers(setting: Setting) -> list[Ballot]:
+@attack("verifier-waits", "a verifier that changes its answers after the others revealed", structural=True)
+def changed_answers(setting: Setting) -> list[CommitteeRound]:
     """It passed all; now it knows better."""
     rounds = []
-    for ballot, honest in zip(without_looking(setting, "PASS"), _rounds(setting), strict=True):
-        late = {**ballot.revealed, VERIFIERS[0]: honest.revealed[VERIFIERS[0]]}
-        rounds.append(replace(ballot, revealed=late))
+    for lazy, honest in zip(without_looking(setting, "PASS"), _rounds(setting), strict=True):
+        late = {**lazy.revealed, VERIFIERS[0]: honest.revealed[VERIFIERS[0]]}
+        rounds.append(replace(lazy, revealed=late))
     return rounds
 
 
-def _rounds(setting: Setting, lazy: Callable[[Assignment, Answers], Answers] | None = None) -> list[Ballot]:
+def _rounds(
+    setting: Setting, lazy: Callable[[Assignment, Answers], Answers] | None = None
+) -> list[CommitteeRound]:
     """A round for each request: honest verifiers, but for the first where `lazy` says what it answers, from
     its assignment and the answers of the second."""
     items = [f"request-{index}" for index in range(len(setting.honest))]
@@ -316,7 +322,7 @@ def _rounds(setting: Setting, lazy: Callable[[Assignment, Answers], Answers] | N
 
 def _round(
     word: str, items: Sequence[str], lazy: Callable[[Assignment, Answers], Answers] | None = None
-) -> Ballot:
+) -> CommitteeRound:
     """The truth about all items that are not planted is PASS."""
     plants = {name: _plants(name) for name in VERIFIERS}
     given = assign(items, plants, each=len(VERIFIERS) - 1, seed=_secret("the coordinator's seed", word))
@@ -329,7 +335,7 @@ def _round(
         name: report(name, said, _secret("salt", word, name)) for name, said in answers.items()
     }
     commitments = {name: report_commitment(word, one) for name, one in reports.items()}
-    return Ballot(word, VERIFIERS[0], tuple(given), commitments, reports)
+    return CommitteeRound(word, VERIFIERS[0], tuple(given), commitments, reports)
 
 
 def _plants(name: str) -> dict[str, Expected]:

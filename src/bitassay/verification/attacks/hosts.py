@@ -13,8 +13,8 @@ are in `forgeries.py`.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from dataclasses import replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -30,75 +30,15 @@ from bitassay.quantization.inputs.kv_cache import KvCache, round_cache
 from bitassay.quantization.pipeline import quantize_cached
 from bitassay.quantization.recipe.recipe import Recipe, WeightScheme
 from bitassay.quantization.runtime.model import copy_sharing_parameters
-from bitassay.verification.evidence import own_prefills
-from bitassay.verification.exchange import Handed
+from bitassay.verification.attacks.attack import Setting, attack
 from bitassay.verification.numerics import numerics
+from bitassay.verification.observe import prefills
 from bitassay.verification.prove import prove_many
 from bitassay.verification.trace import Sampling, Trace
 
 INT8_GROUP64 = Recipe(
     name="w8-g64", description="INT8, groups of 64", weights=WeightScheme(format="int8", granularity="g64")
 )
-
-
-@dataclass(frozen=True)
-class Setting:
-    """The requests, `honest` traces that answer them (attacks forge from these), and the real model."""
-
-    model: PreTrainedModel
-    honest: Sequence[Trace]
-    batch_size: int = 32
-
-    @property
-    def prompts(self) -> list[TokenIds]:
-        return [trace.header.prompt_ids for trace in self.honest]
-
-    @property
-    def sampler(self) -> Sampler:
-        return self.honest[0].header.sampling.to_sampler()
-
-    @property
-    def max_new_tokens(self) -> int:
-        return self.honest[0].header.sampling.max_new_tokens
-
-    @property
-    def nonces(self) -> list[str]:
-        return [trace.header.nonce for trace in self.honest]
-
-
-@dataclass(frozen=True)
-class Attack:
-    """run: what a verifier gets, one for each request of the setting. structural: exact checks must catch it,
-    whatever the states. sampled: it needs requests that are sampled."""
-
-    name: str
-    about: str
-    run: Callable[[Setting], Sequence[Handed]]
-    structural: bool = False
-    sampled: bool = False
-
-
-Run = TypeVar("Run", bound=Callable[..., Sequence[Handed]])
-
-
-def listed_in(table: dict[str, Attack]) -> Callable[..., Callable[[Run], Run]]:
-    """A decorator that puts a function into `table` as an attack; the function is called with the setting and
-    `arguments`."""
-
-    def attack(name: str, about: str, *arguments: object, structural: bool = False, sampled: bool = False):
-        def register(function: Run) -> Run:
-            table[name] = Attack(
-                name, about, lambda setting: function(setting, *arguments), structural, sampled
-            )
-            return function
-
-        return register
-
-    return attack
-
-
-TRACE_ATTACKS: dict[str, Attack] = {}
-_attack = listed_in(TRACE_ATTACKS)
 
 
 def _answer(
@@ -130,40 +70,40 @@ def _with_header(trace: Trace, **fields: object) -> Trace:
 # --- other weights, cache, layers ---
 
 
-@_attack("int8", "INT8 weights, a scale for each row", "w8")
-@_attack("int8-g64", "INT8 weights in groups of 64", INT8_GROUP64)
-@_attack("fp8", "FP8 (e4m3) weights", "fp8")
-@_attack("int4", "INT4 weights", "w4")
-@_attack("int3", "INT3 weights", "w3")
-@_attack("int2", "INT2 weights", "w2")
+@attack("int8", "INT8 weights, a scale for each row", "w8")
+@attack("int8-g64", "INT8 weights in groups of 64", INT8_GROUP64)
+@attack("fp8", "FP8 (e4m3) weights", "fp8")
+@attack("int4", "INT4 weights", "w4")
+@attack("int3", "INT3 weights", "w3")
+@attack("int2", "INT2 weights", "w2")
 def quantized_weights(setting: Setting, recipe: str | Recipe) -> list[Trace]:
     return _answer(setting, quantize_cached(setting.model, recipe))
 
 
-@_attack("kv8", "INT8 keys and values in the cache", "int8")
-@_attack("kv4", "INT4 keys and values in the cache", "int4")
+@attack("kv8", "INT8 keys and values in the cache", "int8")
+@attack("kv4", "INT4 keys and values in the cache", "int4")
 def quantized_cache(setting: Setting, format: Literal["int8", "int4"]) -> list[Trace]:
     model = copy_sharing_parameters(setting.model)
     round_cache(model, KvCache(format=format, scale_dtype="float32"))
     return [_with_header(trace, numerics=numerics(setting.model)) for trace in _answer(setting, model)]
 
 
-@_attack("fine-tune-0.01", "a low-rank update of 1 % of the weights' norm", 0.01)
-@_attack("fine-tune-0.03", "a low-rank update of 3 % of the weights' norm", 0.03)
-@_attack("fine-tune-0.1", "a low-rank update of 10 % of the weights' norm", 0.1)
+@attack("fine-tune-0.01", "a low-rank update of 1 % of the weights' norm", 0.01)
+@attack("fine-tune-0.03", "a low-rank update of 3 % of the weights' norm", 0.03)
+@attack("fine-tune-0.1", "a low-rank update of 10 % of the weights' norm", 0.1)
 def fine_tuned(setting: Setting, norm: float) -> list[Trace]:
     with low_rank_update(setting.model, norm):
         return _answer(setting, setting.model)
 
 
-@_attack("skip-1", "one decoder layer left out", 1)
-@_attack("skip-4", "four decoder layers left out", 4)
+@attack("skip-1", "one decoder layer left out", 1)
+@attack("skip-4", "four decoder layers left out", 4)
 def skipped_layers(setting: Setting, count: int) -> list[Trace]:
     with skip(setting.model, count):
         return _answer(setting, setting.model)
 
 
-@_attack("half-depth", "a smaller model: every other decoder layer")
+@attack("half-depth", "a smaller model: every other decoder layer")
 def half_depth(setting: Setting) -> list[Trace]:
     with skip(setting.model, len(decoder_layers(setting.model)) // 2):
         return _answer(setting, setting.model)
@@ -210,8 +150,8 @@ def skip(model: PreTrainedModel, count: int) -> Iterator[None]:
 # --- another prompt ---
 
 
-@_attack("system-altered", "the tokens of the system prompt in another order", True)
-@_attack("system-dropped", "the system prompt left out", False)
+@attack("system-altered", "the tokens of the system prompt in another order", True)
+@attack("system-dropped", "the system prompt left out", False)
 def system_prompt(setting: Setting, reorder: bool) -> list[Trace]:
     """The system prompt is what all prompts begin with, or the first quarter where that is little."""
     alike = [len(set(tokens)) == 1 for tokens in zip(*setting.prompts, strict=False)]
@@ -224,9 +164,9 @@ def system_prompt(setting: Setting, reorder: bool) -> list[Trace]:
     return _other_prompts(setting, [changed(prompt) for prompt in setting.prompts])
 
 
-@_attack("context-10", "the first 10 % of the prompt left out", 0.1)
-@_attack("context-50", "the first 50 % of the prompt left out", 0.5)
-@_attack("context-90", "the first 90 % of the prompt left out", 0.9)
+@attack("context-10", "the first 10 % of the prompt left out", 0.1)
+@attack("context-50", "the first 50 % of the prompt left out", 0.5)
+@attack("context-90", "the first 90 % of the prompt left out", 0.9)
 def cut_context(setting: Setting, share: float) -> list[Trace]:
     cut = [prompt[min(max(round(share * len(prompt)), 1), len(prompt) - 1) :] for prompt in setting.prompts]
     return _other_prompts(setting, cut)
@@ -256,30 +196,30 @@ def _fitted(trace: Trace, asked: Trace) -> Trace:
 # --- other tokens ---
 
 
-@_attack("temperature", "half as hot again as asked", sampled=True)
+@attack("temperature", "1.5 times the temperature that was asked for", sampled=True)
 def wrong_temperature(setting: Setting) -> list[Trace]:
     sampler = replace(setting.sampler, temperature=1.5 * setting.sampler.temperature)
     return _answer(setting, setting.model, sampler=sampler)
 
 
-@_attack("seed", "another seed", sampled=True)
+@attack("seed", "another seed", sampled=True)
 def wrong_seed(setting: Setting) -> list[Trace]:
     return _answer(setting, setting.model, sampler=replace(setting.sampler, seed=setting.sampler.seed + 1))
 
 
-@_attack("top-p", "a nucleus half as large", sampled=True)
+@attack("top-p", "a nucleus half as large", sampled=True)
 def wrong_top_p(setting: Setting) -> list[Trace]:
     return _answer(setting, setting.model, sampler=replace(setting.sampler, top_p=setting.sampler.top_p / 2))
 
 
-@_attack("greedy-instead", "the most likely token where sampling was asked for", sampled=True)
+@attack("greedy-instead", "the most likely token where sampling was asked for", sampled=True)
 def greedy_instead(setting: Setting) -> list[Trace]:
     return _answer(setting, setting.model, sampler=Sampler())
 
 
-@_attack("tokens-one", "one token altered, honest prefill", 0.0)
-@_attack("tokens-1%", "1 % of the tokens altered (one at least), honest prefill", 0.01)
-@_attack("tokens-10%", "10 % of the tokens altered, honest prefill", 0.1)
+@attack("tokens-one", "one token altered, honest prefill", 0.0)
+@attack("tokens-1%", "1 % of the tokens altered (one at least), honest prefill", 0.01)
+@attack("tokens-10%", "10 % of the tokens altered, honest prefill", 0.1)
 def altered_tokens(setting: Setting, share: float) -> list[Trace]:
     random, ends, size = np.random.default_rng(0), end_tokens(setting.model), vocabulary_size(setting.model)
     allowed = np.setdiff1d(np.arange(size), sorted(ends))
@@ -293,14 +233,14 @@ def altered_tokens(setting: Setting, share: float) -> list[Trace]:
     return honest_prefill(setting.honest, setting.model, outputs)
 
 
-@_attack("decode-int8", "decoded by INT8 weights, honest prefill", "w8")
-@_attack("decode-int4", "decoded by INT4 weights, honest prefill", "w4")
+@attack("decode-int8", "decoded by INT8 weights, honest prefill", "w8")
+@attack("decode-int4", "decoded by INT4 weights, honest prefill", "w4")
 def cheap_decode(setting: Setting, recipe: str) -> list[Trace]:
     cheap = _answer(setting, quantize_cached(setting.model, recipe))
     return honest_prefill(setting.honest, setting.model, [trace.header.output_ids for trace in cheap])
 
 
-@_attack("padded", "the last third is one token again and again, honest prefill")
+@attack("padded", "the last third is one token again and again, honest prefill")
 def padded(setting: Setting) -> list[Trace]:
     outputs = []
     for trace in setting.honest:
@@ -314,19 +254,38 @@ def honest_prefill(
     traces: Sequence[Trace], model: PreTrainedModel, outputs: Sequence[TokenIds]
 ) -> list[Trace]:
     """The traces with other outputs, and the states that one forward of `model` over these gives."""
-    claimed = []
+    headers = []
     for trace, output in zip(traces, outputs, strict=True):
         positions = tuple(range(trace.n_prompt + len(output) - 1))
-        header = trace.header.model_copy(update={"output_ids": tuple(output), "positions": positions})
-        claimed.append(Trace(header, {}))
-    done = dict(own_prefills(claimed, model))
-    return [replace(trace, states=done[index].states) for index, trace in enumerate(claimed)]
+        update = {"output_ids": tuple(output), "positions": positions}
+        headers.append(trace.header.model_copy(update=update))
+    done = dict(prefills(headers, model))
+    return [Trace(header, done[index].states) for index, header in enumerate(headers)]
 
 
 # --- forged traces ---
 
 
-@_attack("stopped-early", "three quarters of the output", structural=True)
+def with_states(trace: Trace, forge: Callable[[Tensor], Tensor]) -> Trace:
+    """Return `trace` with the states that `forge` makes of each layer's."""
+    return replace(trace, states={layer: forge(rows) for layer, rows in trace.states.items()})
+
+
+def with_copied_states(trace: Trace) -> Trace:
+    """Return `trace` with the state of the position before at each, as a host has that saves its work."""
+    return with_states(trace, _shifted)
+
+
+def _shifted(rows: Tensor) -> Tensor:
+    return rows.roll(1, 0)
+
+
+def _noise(rows: Tensor) -> Tensor:
+    noise = torch.randn(rows.shape, generator=torch.Generator().manual_seed(0))
+    return (noise * rows.float().std()).to(rows.dtype)
+
+
+@attack("stopped-early", "three quarters of the output", structural=True)
 def stopped_early(setting: Setting) -> list[Trace]:
     cut = []
     for trace in setting.honest:
@@ -337,17 +296,17 @@ def stopped_early(setting: Setting) -> list[Trace]:
     return cut
 
 
-@_attack("replayed", "the trace of another request", structural=True)
+@attack("replayed", "the trace of another request", structural=True)
 def replayed(setting: Setting) -> list[Trace]:
     return [*setting.honest[1:], setting.honest[0]]
 
 
-@_attack("replayed-relabelled", "tokens and states of another request under this prompt and nonce")
+@attack("replayed-relabelled", "tokens and states of another request under this prompt and nonce")
 def replayed_relabelled(setting: Setting) -> list[Trace]:
     return [_fitted(trace, asked) for trace, asked in zip(replayed(setting), setting.honest, strict=True)]
 
 
-@_attack("missing-cells", "states of the last position left out", structural=True)
+@attack("missing-cells", "states of the last position left out", structural=True)
 def missing_cells(setting: Setting) -> list[Trace]:
     return [
         replace(
@@ -358,23 +317,15 @@ def missing_cells(setting: Setting) -> list[Trace]:
     ]
 
 
-@_attack("other-weights", "the header names other weights", structural=True)
+@attack("other-weights", "the header names other weights", structural=True)
 def other_weights(setting: Setting) -> list[Trace]:
     claim = setting.honest[0].header.model
     other = claim.model_copy(update={"weights_digest": claim.weights_digest[::-1]})
     return [_with_header(trace, model=other) for trace in setting.honest]
 
 
-@_attack("zero-states", "states of nothing but 0", torch.zeros_like)
-@_attack("random-states", "Gaussian noise of the states' size", lambda rows: _noise(rows))
-@_attack("copied-states", "each position shows the state of the one before", lambda rows: rows.roll(1, 0))
+@attack("zero-states", "states of nothing but 0", torch.zeros_like)
+@attack("random-states", "Gaussian noise of the states' size", _noise)
+@attack("copied-states", "each position shows the state of the one before", _shifted)
 def forged_states(setting: Setting, forge: Callable[[Tensor], Tensor]) -> list[Trace]:
-    return [
-        replace(trace, states={layer: forge(rows) for layer, rows in trace.states.items()})
-        for trace in setting.honest
-    ]
-
-
-def _noise(rows: Tensor) -> Tensor:
-    noise = torch.randn(rows.shape, generator=torch.Generator().manual_seed(0))
-    return (noise * rows.float().std()).to(rows.dtype)
+    return [with_states(trace, forge) for trace in setting.honest]

@@ -28,9 +28,8 @@ from bitassay.record.files import decode_text
 from bitassay.record.hashing import digest_json
 from bitassay.verification.committee.rounds import Assignment, Expected, Report, judge, report_commitment
 from bitassay.verification.container import TraceError, read_regular, strict_json
-from bitassay.verification.structure import Reason
+from bitassay.verification.structure import Reason, Status
 from bitassay.verification.trace import Digest
-from bitassay.verification.verdict import Status
 
 FILE_BYTES = 2**26
 VERIFIERS, ITEMS = 1000, 10**6

@@ -37,9 +37,8 @@ from scipy import stats
 
 from bitassay.errors import BitassayError
 from bitassay.record.hashing import canonical_json
-from bitassay.verification.structure import Reason
+from bitassay.verification.structure import Reason, Status
 from bitassay.verification.trace import Digest
-from bitassay.verification.verdict import Status
 
 REPORT = b"bitassay report 1\0"
 LEVEL = 0.001  # at which an honest verifier is accused by its refusals of planted honest runs

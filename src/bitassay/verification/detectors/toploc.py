@@ -24,26 +24,23 @@ of at most 8. They let INT8 weights pass, so there is a score too, whose limit i
 
     score = mean over chunks of log(mantissa_mean + 1/2) + log(1 + exponent_mismatches / 38)
 
-The mean mantissa error is an average over a hundred numbers and carries nearly all the power; mismatches
-are a handful of indices at the edge of the top k, mostly chance. Their plain sum would drown the one in the
-other. But the mean alone could be gamed, by leaving all indices unreadable but the few that hardly ever
-change; that costs log 4 here, as much as a fourfold error. Half a bit keeps the log of a perfect chunk
-finite.
+The mean mantissa error is an average over a hundred numbers and carries nearly all the power; mismatches are
+mostly chance at the edge of the top k, so their plain sum would drown it. The mean alone could be gamed, by
+leaving all indices unreadable but the few that hardly ever change; that costs log 4 here. Half a bit keeps
+the log of a perfect chunk finite. A proof of 32 tokens cannot be cut, so the score after n tokens is that of
+proofs made at the largest of GRID up to n.
 
 Differences from the published code (PrimeIntellect-ai/toploc 0.1.6), which reads our proofs as we read its:
-which of several equal numbers at the edge of the top k are taken is fixed here (the lowest indices), and
-there left to the sort of the device, which turns ties into mismatches; the median is the usual one, as in
-its Python path (its C++ path takes the upper of the two middle values); and a proof that cannot be made or
-read is an error, never a polynomial of zeros.
+ties at the edge of the top k go to the lowest indices (there: to the sort of the device); the median is the
+usual one, as in its Python path; and a proof that cannot be made or read is an error, never zeros.
 
-Left out: a proof says nothing of values outside the top k nor of signs, and like every check of hidden
-states it can be made by one honest prefill over the tokens of a cheap model. It must come with a check of
-the tokens.
+Left out: a proof says nothing of values outside the top k nor of signs, and one honest prefill over the
+tokens of a cheap model forges it. It must come with a check of the tokens.
 """
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import numpy as np
 import torch
@@ -51,6 +48,7 @@ from jaxtyping import Float, Int64, UInt16
 from torch import Tensor
 
 from bitassay.errors import BitassayError
+from bitassay.verification.detectors.detector import Comparison, Detector, Series, last
 
 PRIME = 65497
 SMALLEST_MODULUS = 2**15 + 1
@@ -61,31 +59,22 @@ NONE_AGREES = 2.0**64
 
 @dataclass(frozen=True)
 class ChunkStatistics:
-    """Exponent mismatches are a count among the top numbers of the chunk; mantissa errors are in units of the
-    last bit."""
+    """exponent_mismatches: a count among the top numbers of the chunk. mantissa errors in units of the last
+    bit."""
 
     exponent_mismatches: int
     mantissa_mean: float
     mantissa_median: float
 
 
-@dataclass(frozen=True)
-class Limits:
-    """The largest value of each statistic that is accepted."""
-
-    exponent_mismatches: float
-    mantissa_mean: float
-    mantissa_median: float
-
-
-BF16_LIMITS = Limits(exponent_mismatches=38, mantissa_mean=10, mantissa_median=8)
+BF16_LIMITS = ChunkStatistics(exponent_mismatches=38, mantissa_mean=10, mantissa_median=8)
 
 
 def prove_chunks(
     states: Float[Tensor, "positions hidden"], chunk: int = CHUNK, top: int = TOP
 ) -> list[bytes]:
-    """One proof for each `chunk` positions, the last for what is left: 2 + 2 k bytes, where k is `top` or, if
-    less, the chunk's size. States of another dtype are rounded to bf16.
+    """Return one proof for each `chunk` positions, the last for what is left: 2 + 2 k bytes, where k is `top`
+    or, if less, the chunk's size. States of another dtype are rounded to bf16.
 
     Raises BitassayError for states that are not finite.
     """
@@ -104,7 +93,7 @@ def check_chunks(
     chunk: int = CHUNK,
     top: int = TOP,
 ) -> list[ChunkStatistics]:
-    """The statistics of each chunk of the verifier's own `states`. The proofs may come from anyone.
+    """Return the statistics of each chunk of the verifier's own `states`. The proofs may come from anyone.
 
     Raises BitassayError for a number of proofs, a size, a modulus or a coefficient that cannot be.
     """
@@ -121,32 +110,20 @@ def check_chunks(
     return statistics
 
 
-def accepted(statistics: ChunkStatistics, limits: Limits = BF16_LIMITS) -> bool:
-    """Whether all three statistics of a chunk are within their limits."""
-    return (
-        statistics.exponent_mismatches <= limits.exponent_mismatches
-        and statistics.mantissa_mean <= limits.mantissa_mean
-        and statistics.mantissa_median <= limits.mantissa_median
-    )
+def accepted(statistics: ChunkStatistics, limits: ChunkStatistics = BF16_LIMITS) -> bool:
+    """Return whether none of the statistics of a chunk is above its limit."""
+    return all(value <= limit for value, limit in zip(astuple(statistics), astuple(limits), strict=True))
 
 
-def score(statistics: Sequence[ChunkStatistics]) -> float:
-    """How unlike an honest run a sequence is, on a log scale; larger is worse. NaN for no chunks."""
-    return float(
-        np.mean(
-            [
-                np.log(one.mantissa_mean + 0.5)
-                + np.log1p(one.exponent_mismatches / BF16_LIMITS.exponent_mismatches)
-                for one in statistics
-            ]
-        )
-        if statistics
-        else np.nan
-    )
+def score(chunks: Sequence[ChunkStatistics]) -> float:
+    """Return how unlike an honest run one or more chunks are, on a log scale; larger is worse."""
+    mismatches = np.array([chunk.exponent_mismatches for chunk in chunks]) / BF16_LIMITS.exponent_mismatches
+    means = np.array([chunk.mantissa_mean for chunk in chunks])
+    return float(np.mean(np.log(means + 0.5) + np.log1p(mismatches)))
 
 
 def parse_proof(proof: bytes, top: int, name: str = "TOPLOC proof") -> tuple[int, Int64[np.ndarray, " k"]]:
-    """Modulus and coefficients [top] of a proof that may come from anyone; a defect is a BitassayError."""
+    """Return modulus and coefficients [top] of a proof that may come from anyone. Raises BitassayError."""
     if len(proof) != 2 + 2 * top:
         raise BitassayError(f"{name} has {len(proof)} bytes instead of {2 + 2 * top}")
     modulus, *coefficients = np.frombuffer(proof, dtype=">u2").tolist()
@@ -157,17 +134,18 @@ def parse_proof(proof: bytes, top: int, name: str = "TOPLOC proof") -> tuple[int
     return modulus, np.array(coefficients, dtype=np.int64)
 
 
-def compare(claimed: Int64[np.ndarray, " k"], own: Int64[np.ndarray, " k"]) -> ChunkStatistics:
-    """The statistics of the 16-bit patterns `claimed` against the verifier's `own`."""
-    agree = (claimed >> MANTISSA_BITS) & 0xFF == (own >> MANTISSA_BITS) & 0xFF
+def compare(claimed: Int64[np.ndarray, " k"], expected: Int64[np.ndarray, " k"]) -> ChunkStatistics:
+    """Return the statistics of the 16-bit patterns `claimed` against the verifier's `expected`."""
+    agree = (claimed >> MANTISSA_BITS) & 0xFF == (expected >> MANTISSA_BITS) & 0xFF
     mantissa = 2**MANTISSA_BITS - 1
-    errors = np.abs((claimed & mantissa) - (own & mantissa))[agree]
+    errors = np.abs((claimed & mantissa) - (expected & mantissa))[agree]
     mean, median = (errors.mean(), np.median(errors)) if len(errors) else (NONE_AGREES, NONE_AGREES)
     return ChunkStatistics(int((~agree).sum()), float(mean), float(median))
 
 
 def largest(bits: UInt16[np.ndarray, " size"], top: int) -> Int64[np.ndarray, " k"]:
-    """Flat indices of the `top` largest magnitudes among bf16 patterns, at the edge the lowest of equal ones.
+    """Return the flat indices of the `top` largest magnitudes among bf16 patterns, at the edge the lowest of
+    equal ones.
 
     Without their signs the patterns of finite numbers are in the order of their magnitudes.
     """
@@ -178,7 +156,7 @@ def largest(bits: UInt16[np.ndarray, " size"], top: int) -> Int64[np.ndarray, " 
 
 
 def injective_modulus(indices: Int64[np.ndarray, " k"]) -> int:
-    """The largest m <= PRIME for which `indices` mod m are distinct."""
+    """Return the largest m <= PRIME for which `indices` mod m are distinct."""
     for modulus in range(PRIME, SMALLEST_MODULUS - 1, -1):
         if len(np.unique(indices % modulus)) == len(indices):
             return modulus
@@ -186,8 +164,8 @@ def injective_modulus(indices: Int64[np.ndarray, " k"]) -> int:
 
 
 def interpolate(x: Int64[np.ndarray, " k"], y: Int64[np.ndarray, " k"]) -> Int64[np.ndarray, " k"]:
-    """Coefficients, constant first, of the polynomial of degree below k through all (x, y) over GF(PRIME);
-    the x are distinct modulo PRIME.
+    """Return the coefficients, constant first, of the polynomial of degree below k through all (x, y) over
+    GF(PRIME); the x are distinct modulo PRIME.
 
     Newton's divided differences, then Horner's rule on polynomials: f = c_0 + (X - x_0) (c_1 + (X - x_1)
     (...)).
@@ -207,7 +185,7 @@ def interpolate(x: Int64[np.ndarray, " k"], y: Int64[np.ndarray, " k"]) -> Int64
 def evaluate(
     coefficients: Int64[np.ndarray, " k"], x: Int64[np.ndarray, " points"]
 ) -> Int64[np.ndarray, " points"]:
-    """f(x) over GF(PRIME) for each x, by Horner's rule."""
+    """Return f(x) over GF(PRIME) for each x, by Horner's rule."""
     values = np.zeros(len(x), dtype=np.int64)
     for coefficient in coefficients[::-1]:
         values = (values * x + coefficient) % PRIME
@@ -216,7 +194,7 @@ def evaluate(
 
 @functools.cache
 def _inverses() -> Int64[np.ndarray, " prime"]:
-    """1 / a for each a of GF(PRIME), and 0 for 0: a^(PRIME - 2)."""
+    """Return 1 / a for each a of GF(PRIME), and 0 for 0: a^(PRIME - 2)."""
     power, inverse, exponent = np.arange(PRIME, dtype=np.int64), np.ones(PRIME, dtype=np.int64), PRIME - 2
     while exponent:
         if exponent & 1:
@@ -226,9 +204,29 @@ def _inverses() -> Int64[np.ndarray, " prime"]:
 
 
 def _chunks(states: Float[Tensor, "positions hidden"], chunk: int) -> list[np.ndarray]:
-    """The bf16 patterns of each `chunk` positions, flat."""
+    """Return the bf16 patterns of each `chunk` positions, flat."""
     rounded = states.detach().cpu().to(torch.bfloat16).contiguous()
     if not rounded.isfinite().all():
         raise BitassayError("hidden states hold NaN or infinity in bf16, of which TOPLOC has no proof")
     patterns = rounded.view(torch.int16).numpy().view(np.uint16)
     return [patterns[start : start + chunk].reshape(-1) for start in range(0, len(patterns), chunk)]
+
+
+def check(comparison: Comparison, proofs: Sequence[bytes]) -> list[Series]:
+    """Return the score of all chunks as one number, and whether all are within the published limits."""
+    chunks = check_chunks(proofs, comparison.last()[1])
+    values = (score(chunks),) if chunks else ()
+    return [Series(values, accepted=all(map(accepted, chunks)) if chunks else None)]
+
+
+TOPLOC = Detector(
+    "toploc",
+    "the largest numbers of the last state, as polynomials",
+    check,
+    smallest_sd=0.1,
+    statistic=last,
+    prove=lambda comparison: prove_chunks(comparison.last()[0]),
+    by_token=True,
+    divisible=False,
+    evidence_bytes=lambda layers, hidden: (2 + 2 * TOP) / CHUNK,
+)

@@ -16,12 +16,13 @@ high Pm is good. Zeros and subnormals have the exponent field 0, and +0 equals -
 here) and holds. C empty: Pw is 0. V empty: nothing is accepted. Where one side is NaN or infinite and the
 other is not, or infinities have opposite signs, the cell is refused whatever else it shows.
 
-Two rule sets: `paper`, and `documents`, the thresholds of the first experiment documents. The paper's values
+Two rule sets: `paper`, and `documents`, that of the VeriLLM experiments (docs/sources.md). The paper's values
 of e_m and e_w are not known to us; they are parameters, named in every result. Neither set is calibrated: on
 real models the fixed thresholds refuse honest runs, so the verdict does not rest on them.
 """
 
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from bitassay.errors import BitassayError, suggestion
+from bitassay.verification.detectors.detector import Comparison, Detector, Series
+from bitassay.verification.detectors.distance import commit, full_states
 
 # name -> torch dtype, an integer dtype of the same width, mantissa bits, exponent bits
 _FORMATS = {
@@ -73,7 +76,7 @@ class CellStatistics:
     refused: Bool[Tensor, "*cells"]
 
     def __getitem__(self, cells: Any) -> "CellStatistics":
-        return CellStatistics(*(getattr(self, one.name)[cells] for one in fields(self)))
+        return CellStatistics(*(getattr(self, field.name)[cells] for field in fields(self)))
 
 
 def cell_statistics(
@@ -82,7 +85,7 @@ def cell_statistics(
     rules: Rules,
     format: str,
 ) -> CellStatistics:
-    """The statistics of each cell, with the e_m and e_w of `rules`, in `format` (fp16, bf16 or fp32).
+    """Return the statistics of each cell, with the e_m and e_w of `rules`, in `format` (fp16, bf16 or fp32).
 
     Raises BitassayError where the shapes differ: cells that cannot be compared are never accepted.
     """
@@ -119,22 +122,22 @@ def cell_statistics(
 
 
 def accepted(cells: CellStatistics, rules: Rules) -> Bool[Tensor, "*cells"]:
-    """Which cells hold to all four rules. A comparison with NaN is false, so V empty (Pe is NaN) is not
-    accepted."""
+    """Return which cells hold to all four rules. A comparison with NaN is false, so V empty (Pe is NaN) is
+    not accepted."""
     Pm_holds = (cells.Pm > rules.min_Pm) | cells.Pm.isnan()
     mean_holds = cells.mean_epsilon.abs() < rules.max_mean
     return (cells.Pe < rules.max_Pe) & Pm_holds & (cells.Pw > rules.min_Pw) & mean_holds & ~cells.refused
 
 
 def accept_rate(cells: CellStatistics, rules: Rules) -> float:
-    """Accepted cells / cells compared; 0 where there are none."""
+    """Return accepted cells / cells compared; 0 where there are none."""
     return float(accepted(cells, rules).double().mean()) if cells.Pe.numel() else 0.0
 
 
 def bit_fields(
     x: Float[Tensor, "*cells hidden"], format: str
 ) -> tuple[Bool[Tensor, "*cells hidden"], Int[Tensor, "*cells hidden"], Int[Tensor, "*cells hidden"]]:
-    """Sign (true: negative), exponent field and mantissa field of numbers that are stored in `format`."""
+    """Return sign (true: negative), exponent field and mantissa field of numbers stored in `format`."""
     _, integer, mantissa_bits, exponent_bits = _FORMATS[format]
     bits = x.contiguous().view(integer).to(torch.int64)
     exponent = (bits >> mantissa_bits) & (2**exponent_bits - 1)
@@ -142,7 +145,7 @@ def bit_fields(
 
 
 def summary(cells: CellStatistics, rules: Rules) -> dict[str, Any]:
-    """Means over cells as plain numbers, with the parameters that they depend on."""
+    """Return means over cells as plain numbers, with the parameters that they depend on."""
 
     def mean(values: Tensor) -> float | None:
         present = values[~values.isnan()]
@@ -164,8 +167,37 @@ def summary(cells: CellStatistics, rules: Rules) -> dict[str, Any]:
     }
 
 
-def _share(
-    part: Bool[Tensor, "*cells hidden"], whole: Bool[Tensor, "*cells hidden"]
-) -> Float[Tensor, "*cells"]:
-    """|part| / |whole| in each cell; NaN where `whole` is empty."""
-    return part.sum(-1).double() / whole.sum(-1).double()
+def _share(part: Bool[Tensor, "*cells hidden"], of: Bool[Tensor, "*cells hidden"]) -> Float[Tensor, "*cells"]:
+    """Return |part| / |of| in each cell; NaN where `of` is empty."""
+    return part.sum(-1).double() / of.sum(-1).double()
+
+
+def run_statistics(comparison: Comparison) -> CellStatistics:
+    """Return the statistics of all shown cells [layers, positions] in the format of the verifier's dtype,
+    with the e_m and e_w that both rule sets have."""
+    format = FORMAT_OF_DTYPE[str(comparison.dtype).removeprefix("torch.")]
+    layers = [
+        cell_statistics(*comparison.pair(layer), DOCUMENTS, format) for layer in comparison.header.layers
+    ]
+    return CellStatistics(
+        *(torch.stack([getattr(layer, field.name) for layer in layers]) for field in fields(CellStatistics))
+    )
+
+
+def check(rules: Rules, comparison: Comparison, _: Any) -> list[Series]:
+    """Return the share of layers that the rules do not accept, at each generated position, as one series."""
+    refused = ~accepted(run_statistics(comparison)[:, comparison.n_prompt :], rules)
+    return [Series(tuple(refused.double().mean(0).tolist()))]
+
+
+VERILLM_PAPER, VERILLM_DOCUMENTS = (
+    Detector(
+        f"verillm-{rules.name}",
+        f"cells that the rules `{rules.name}` do not accept",
+        partial(check, rules),
+        smallest_sd=0.01,
+        prove=commit,
+        evidence_bytes=full_states,
+    )
+    for rules in (PAPER, DOCUMENTS)
+)

@@ -1,0 +1,218 @@
+"""Write a quantized model as a checkpoint folder, as a GGUF file, or as both: what `bitassay quantize` does.
+
+What an earlier run of the same job finished is checked and kept, so an interrupted job continues. Every file
+is a row with its layout, bits and sizes: `planned` estimates the rows before any weight is read, `written`
+returns them when everything is there.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from bitassay.data.corpora import bundled_prompts
+from bitassay.engines.load import load
+from bitassay.errors import BitassayError
+from bitassay.models.empty import without_weights
+from bitassay.models.identity import Identity, tokenizer
+from bitassay.models.options import as_dtype
+from bitassay.models.source import Source
+from bitassay.quantization.export import gguf_file, save
+from bitassay.quantization.export.card import read_card
+from bitassay.quantization.export.plan import plan_export
+from bitassay.quantization.pipeline import quantize, quantize_cached
+from bitassay.quantization.recipe.recipe import Recipe
+from bitassay.quantization.runtime.model import quantization_of, with_tensors
+from bitassay.record.files import explain_os_error
+from bitassay.record.progress import Progress, silent
+
+Row = dict[str, Any]
+TRANSFORMERS = "plain transformers"
+
+
+@dataclass(frozen=True)
+class CheckpointJob:
+    """What to write and where. model, source: its name, and the files behind it. folder, gguf: the outputs,
+    None for one that is not wanted. layout: of the folder (None: compressed-tensors where that is exact).
+    work: where a calibrated recipe keeps its finished layers (None: in the cache). check: load what was
+    written and compare logits. loading: keywords of `load`."""
+
+    model: str
+    source: Source
+    recipe: Recipe
+    folder: Path | None
+    gguf: Path | None
+    layout: save.Layout | None = None
+    work: Path | None = None
+    check: bool = True
+    loading: Mapping[str, Any] = field(default_factory=lambda: {"dtype": "float32"})
+
+    def row(
+        self, layout: str, bits_per_weight: float | None, size_bytes: int, file_bytes: int | None = None
+    ) -> Row:
+        return {
+            "recipe": self.recipe.name,
+            "layout": layout,
+            "bits_per_weight": bits_per_weight,
+            "size_bytes": size_bytes,
+            "file_bytes": size_bytes if file_bytes is None else file_bytes,
+            "seconds": None,
+            "max_logits_difference": None,
+        }
+
+
+def planned(job: CheckpointJob, progress: Progress = silent) -> list[Row]:
+    """Return the rows of a finished job, or what is known before any weight is read, with `memory_bytes`.
+    Raises BitassayError for what could not be saved."""
+    outputs = _finished(job, progress)
+    return _plan(job, progress) if None in outputs.values() else [row for row in outputs.values() if row]
+
+
+def _finished(job: CheckpointJob, progress: Progress) -> dict[str, Row | None]:
+    """Return a row for each output that is wanted, None for one that is not there. Raises BitassayError where
+    something else is in its place."""
+    outputs: dict[str, Row | None] = {}
+    if job.folder is not None:
+        outputs["folder"] = _finished_folder(job, job.folder)
+    if job.gguf is not None:
+        outputs["gguf"] = _finished_gguf(job, job.gguf)
+    for name, row in outputs.items():
+        if row is not None:
+            progress(f"{getattr(job, name)}: finished before; its content is unchanged")
+    return outputs
+
+
+def _plan(job: CheckpointJob, progress: Progress) -> list[Row]:
+    """Return what is known before any weight is read. The size of a folder is that of its tensors and of the
+    model's other files; the blocks of a GGUF file depend on the codes, so its size is not known."""
+    trust = job.loading.get("trust_remote_code", False)
+    empty = without_weights(job.source, dtype=as_dtype(job.loading["dtype"]), trust_remote_code=trust)
+    plan = plan_export(empty, job.recipe, job.layout)
+    if job.folder is not None and plan.layout_reason is not None:
+        progress(f"{job.folder}: {plan.layout_reason}; bitassay.load reads it, {TRANSFORMERS} does not")
+    file_bytes = plan.tensor_bytes + _size(job.source.folder, without=".safetensors")
+    row = job.row(plan.layout, plan.bits_per_weight, plan.size_bytes, file_bytes)
+    row["memory_bytes"] = plan.memory_bytes
+    rows = [row] if job.folder is not None else []
+    if job.gguf is not None:
+        gguf_file.check_gguf(empty, job.recipe)
+        rows.append(row | {"layout": "gguf", "bits_per_weight": None, "file_bytes": None})
+    return rows
+
+
+def written(job: CheckpointJob, progress: Progress = silent) -> list[Row]:
+    """Write what is missing and return a row for each output. The rows of what is written now have seconds,
+    and with `check` the largest difference of logits to the reloaded model."""
+    started = time.monotonic()
+    outputs = _finished(job, progress)
+    if None in outputs.values():
+        for row in _plan(job, progress):
+            if job.folder is not None and outputs["folder"] is None and row["layout"] != "gguf":
+                save.check_space(job.folder, row["file_bytes"])
+        base = load(job.model, progress=progress, **job.loading)
+        quantized = _quantized(job, base, progress, is_finished=outputs.get("folder") is not None)
+        tokens = tokenizer(base)(bundled_prompts()[0], return_tensors="pt").input_ids if job.check else None
+        for name, write in (("folder", _write_folder), ("gguf", _write_gguf)):
+            if name in outputs and outputs[name] is None:
+                row = write(job, quantized, tokens, progress)
+                outputs[name] = row | {"seconds": time.monotonic() - started}
+    return [row for row in outputs.values() if row]
+
+
+def _quantized(
+    job: CheckpointJob, base: PreTrainedModel, progress: Progress, is_finished: bool
+) -> PreTrainedModel:
+    """Quantize `base`, or give it the codes of the finished folder."""
+    if is_finished:
+        saved = quantization_of(load(job.folder or "", progress=progress, **job.loading))
+        assert saved is not None
+        return with_tensors(base, saved)
+    if job.work is None:
+        return quantize_cached(base, job.recipe, progress=progress)
+    return quantize(base, job.recipe, work=job.work, progress=progress)
+
+
+def _write_folder(
+    job: CheckpointJob,
+    quantized: PreTrainedModel,
+    tokens: Int[Tensor, "batch tokens"] | None,
+    progress: Progress,
+) -> Row:
+    assert job.folder is not None
+    card = save.save(quantized, job.folder, layout=job.layout, progress=progress)
+    row = job.row(card.layout, card.bits_per_weight, card.size_bytes, _size(job.folder))
+    if tokens is not None:
+        reader = TRANSFORMERS if card.layout == "compressed-tensors" else "bitassay.load"
+        progress(f"loading {job.folder} with {reader}")
+        trust = job.loading.get("trust_remote_code", False)
+        row["max_logits_difference"] = save.reload_difference(
+            quantized, job.folder, tokens, trust_remote_code=trust
+        )
+    return row
+
+
+def _write_gguf(
+    job: CheckpointJob,
+    quantized: PreTrainedModel,
+    tokens: Int[Tensor, "batch tokens"] | None,
+    progress: Progress,
+) -> Row:
+    assert job.gguf is not None
+    file = gguf_file.write_gguf(quantized, job.gguf, progress=progress)
+    for blocks, count in sorted(file.stored_as.items()):
+        progress(f"{job.gguf.name}: {blocks}: {count} matrices")
+    for note in file.notes:
+        progress(f"{job.gguf.name}: {note}")
+    row = job.row("gguf", file.bits_per_weight, job.gguf.stat().st_size)
+    if tokens is not None:
+        progress(f"loading {job.gguf} with {TRANSFORMERS}")
+        row["max_logits_difference"] = gguf_file.reload_difference(quantized, job.gguf, tokens)
+    return row
+
+
+def _finished_folder(job: CheckpointJob, folder: Path) -> Row | None:
+    try:
+        if not folder.exists() or not any(folder.iterdir()):
+            return None
+    except OSError as error:
+        raise explain_os_error(error, folder) from error
+    if (card := read_card(folder)) is None:
+        raise BitassayError(
+            f"{folder}: holds something else than a model that `bitassay quantize` wrote",
+            "give another --out",
+        )
+    base, dtype = (
+        Identity(job.source, own_code=job.loading.get("trust_remote_code", False)),
+        job.loading["dtype"],
+    )
+    is_base = card.base.weights_digest == base.weights_digest
+    is_base = is_base and card.base.config_digest in (None, base.config_digest)
+    there, wanted = f"the {card.layout} layout", f"{job.layout}"
+    if not is_base or (card.recipe_id, card.dtype) != (job.recipe.recipe_id, dtype):
+        there = f"{card.base.name} quantized by {card.recipe_name} in {card.dtype}"
+        wanted = f"{job.source.name} by {job.recipe.name} in {dtype}"
+    elif job.layout in (None, card.layout):
+        return job.row(card.layout, card.bits_per_weight, card.size_bytes, _size(folder))
+    raise BitassayError(f"{folder}: holds {there}, not {wanted}", "give another --out, or remove that folder")
+
+
+def _finished_gguf(job: CheckpointJob, path: Path) -> Row | None:
+    if not path.exists():
+        return None
+    if gguf_file.written_before(path) != (job.recipe.recipe_id, Identity(job.source).weights_digest):
+        raise BitassayError(
+            f"{path}: holds something else than {job.source.name} by {job.recipe.name}",
+            "give another --gguf, or remove that file",
+        )
+    return job.row("gguf", None, path.stat().st_size)
+
+
+def _size(folder: Path, without: str | None = None) -> int:
+    """Return the bytes of the files in `folder`, leaving out those with the suffix `without`."""
+    files = [path for path in folder.iterdir() if path.is_file() and path.suffix != without]
+    return sum(path.stat().st_size for path in files)

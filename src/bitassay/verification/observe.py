@@ -1,0 +1,98 @@
+"""Observations: each submission, reduced by one prefill of the verifier to the series of some detectors.
+
+Everything that judges runs starts here: verdicts, calibration, attribution, `bitassay attack` and the VeriLLM
+experiments. A run whose shape is wrong has defects and no series.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedModel
+
+from bitassay.engines.decode import Prefill, default_batch_tokens, token_batches
+from bitassay.engines.engine import engine_of
+from bitassay.record.progress import Progress, silent
+from bitassay.verification.detectors.detector import Comparison, Series
+from bitassay.verification.detectors.registry import DETECTORS
+from bitassay.verification.structure import Request
+from bitassay.verification.submissions import OpenedStates, Submission, check_submission
+from bitassay.verification.trace import Header, Trace
+
+
+@dataclass(frozen=True)
+class Observation:
+    """tokens: of the claimed output. defects: codes of what exact checks found. positions: generated
+    positions that carry states (of a whole trace, one less than there are tokens). layers: those sampled.
+    series: by detector."""
+
+    tokens: int
+    defects: tuple[str, ...] = ()
+    positions: int = 0
+    layers: tuple[int, ...] = ()
+    series: Mapping[str, tuple[Series, ...]] = field(default_factory=dict)
+
+
+def observe(
+    submissions: Sequence[Submission],
+    model: PreTrainedModel,
+    requests: Sequence[Request],
+    detectors: Sequence[str] | None = None,
+    progress: Progress = silent,
+) -> list[Observation]:
+    """Return the observation of each submission, by a verifier that holds `model` and knows what was asked.
+    detectors: names (default: all that there are)."""
+    names = list(DETECTORS) if detectors is None else detectors
+    checked = [
+        check_submission(submission, model, request)
+        for submission, request in zip(submissions, requests, strict=True)
+    ]
+    defects = [tuple(reason.code for reason in result.defects) for result in checked]
+    observations = [Observation(result.tokens, codes) for result, codes in zip(checked, defects, strict=True)]
+    opened = {index: result.opened for index, result in enumerate(checked) if result.opened}
+    for index, comparison in compared(opened, model, progress):
+        observations[index] = reduced(comparison, names, defects[index])
+    return observations
+
+
+def reduced(comparison: Comparison, detectors: Sequence[str], defects: tuple[str, ...] = ()) -> Observation:
+    """Return the observation of one comparison."""
+    return Observation(
+        tokens=len(comparison.header.output_ids),
+        defects=defects,
+        positions=len(comparison.positions) - comparison.n_prompt,
+        layers=comparison.header.layers,
+        series={name: DETECTORS[name].measure(comparison) for name in detectors},
+    )
+
+
+def compared(
+    opened: Mapping[int, OpenedStates], model: PreTrainedModel, progress: Progress = silent
+) -> Iterator[tuple[int, Comparison]]:
+    """Yield each of `opened` beside the verifier's prefill of it, by its key; the prefills go in batches of
+    similar length."""
+    keys = list(opened)
+    headers = [opened[key].header for key in keys]
+    for done, (index, own) in enumerate(prefills(headers, model)):
+        progress("verifying", done, len(keys))
+        claimed = opened[keys[index]]
+        yield keys[index], Comparison(claimed.header, claimed.positions, claimed.states, own, model.dtype)
+    progress("verifying", len(keys), len(keys))
+
+
+def compare(trace: Trace, model: PreTrainedModel) -> Comparison:
+    """Return one trace, whose shape is known to be right, beside the verifier's prefill of it."""
+    ((_, comparison),) = compared(
+        {0: OpenedStates(trace.header, trace.header.positions, trace.states)}, model
+    )
+    return comparison
+
+
+def prefills(headers: Sequence[Header], model: PreTrainedModel) -> Iterator[tuple[int, Prefill]]:
+    """Yield the model's states and logits for each claimed run, by its index, in batches of similar
+    length."""
+    lengths = [len(header.prompt_ids) + len(header.output_ids) - 1 for header in headers]
+    for batch in token_batches(lengths, default_batch_tokens(model)):
+        prompts = [headers[index].prompt_ids for index in batch]
+        outputs = [headers[index].output_ids for index in batch]
+        layers = headers[batch[0]].layers
+        yield from zip(batch, engine_of(model).prefill(prompts, outputs, layers=layers), strict=True)
