@@ -65,8 +65,8 @@ def _public(tree: ast.Module | ast.ClassDef, module: str) -> Iterator[Item]:
         if not isinstance(node, Function | ast.ClassDef) or node.name.startswith("_"):
             continue
         decorators = " ".join(map(ast.unparse, node.decorator_list))
-        if any(word in decorators for word in ("overload", "validator", "serializer")):
-            continue
+        if any(word in decorators for word in ("overload", "validator", "serializer", "attack(")):
+            continue  # an attack is described where it is registered
         members = list(_public(node, module)) if isinstance(node, ast.ClassDef) else []
         yield Item(module, node.name, node, members)
 

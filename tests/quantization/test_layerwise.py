@@ -70,7 +70,7 @@ def test_two_streams_hand_on_what_is_their_own():
     for parameter in decoder_layers(other)[0].parameters():
         parameter.data.mul_(1.2)
     stream = first_inputs(model, TOKENS)
-    beside = stream.beside()
+    beside = stream.second()
     hidden, reference = stream.hidden, beside.hidden
     for index, (layer, changed) in enumerate(zip(decoder_layers(model), decoder_layers(other), strict=True)):
         reference = run_layer(layer, reference, beside.arguments[index])

@@ -15,8 +15,7 @@ from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.recipe.solvers import LowRankSpec, Mixed
 from bitassay.quantization.recipe.weights import WeightScheme
 from bitassay.quantization.runtime.model import bits_per_weight
-from bitassay.quantization.solvers.budget import mixed_schemes, units_of
-from bitassay.quantization.solvers.mixed import allocate
+from bitassay.quantization.solvers.mixed import allocate, mixed_schemes, units_of
 from bitassay.quantization.solvers.sensitivity import mean_divergence
 from bitassay.record.run import RunFolder
 from bitassay.testing.tiny import tiny_model

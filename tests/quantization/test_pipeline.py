@@ -192,7 +192,9 @@ def test_a_calibrated_recipe_is_run_once_in_float32(tmp_path, monkeypatch):
     for name, tensor in first.tensors.items():
         assert torch.equal(tensor.dequantize(), again.tensors[name].dequantize())
     with monkeypatch.context() as patched:
-        patched.setattr(pipeline, "load_checkpoint", lambda *_, **__: 1 / 0)  # what is finished needs no second model
+        patched.setattr(
+            pipeline, "load_checkpoint", lambda *_, **__: 1 / 0
+        )  # what is finished needs no second model
         pipeline.quantize_cached(half, recipe("gptq"))
     monkeypatch.setattr(pipeline, "code_digest", lambda: "of another version")
     with pytest.raises(ZeroDivisionError):

@@ -287,7 +287,7 @@ def test_something_between_values_and_output_is_noticed():
     for layer in model.model.layers:
         attention = layer.self_attn.o_proj
         attention.register_forward_pre_hook(lambda module, args: (args[0] * torch.linspace(0, 2, 96),))
-    with pytest.raises(BitassayError, match="says something else"):
+    with pytest.raises(BitassayError, match="its logits differ"):
         rotate(model, Rotation(r1=None))
     rotate(small("llama"), Rotation(r1=None))
 

@@ -14,9 +14,9 @@ from bitassay.quantization.solvers.sensitivity import (
     NOTHING_ELSE,
     OutputError,
     divergences,
+    matrix_locations,
     mean_divergence,
     observe,
-    places,
     predicted_divergences,
 )
 from bitassay.testing.tiny import tiny_model
@@ -39,7 +39,7 @@ def test_divergence_is_the_textbooks():
 @pytest.mark.parametrize("architecture", ["gemma3", "qwen2_moe", "gpt_oss"])
 def test_places_are_layers_and_names_there(architecture):
     model = tiny_model(architecture)
-    found = places(model)
+    found = matrix_locations(model)
     assert list(found) == list(matrices(model))
     assert {place.layer for place in found.values()} == {0, 1, 2}
     assert found["model.layers.2.self_attn.q_proj"] == (2, "self_attn.q_proj")
@@ -53,7 +53,9 @@ def test_divergences_are_those_of_whole_runs(architecture):
     codes = tensors(model, "int2")
     before = {name: view.clone() for name, view in matrices(model).items()}
     groups = {
-        str(layer): {name: codes[name] for name, place in places(model).items() if place.layer == layer}
+        str(layer): {
+            name: codes[name] for name, place in matrix_locations(model).items() if place.layer == layer
+        }
         for layer in range(3)
     }
     groups |= {"late": {name: codes[name] for name in codes if name.endswith("o_proj") and ".0." not in name}}

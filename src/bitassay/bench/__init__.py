@@ -1,0 +1,1 @@
+"""Speed and memory: models, products, the limits of the machine."""

@@ -1,0 +1,1 @@
+"""Corpora, task items and prompts: where texts come from."""

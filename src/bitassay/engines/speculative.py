@@ -1,6 +1,6 @@
 """Self-speculative greedy decoding: plane 1 drafts, all planes check.
 
-One model in residual codes (`replication/on_demand.py`) is both. Plane 1 writes k tokens, one a forward; then
+One model in residual codes (`replication/any_precision.py`) is both. Plane 1 writes k tokens, one by one;
 one forward of all planes over these k tokens says what it would have chosen after each. The longest beginning
 on which both agree stands, and the checker's first token on which they do not: every check gives at least one
 token. The output is the greedy text of all planes, up to ties within rounding, since a check computes k + 1
@@ -26,7 +26,7 @@ from bitassay.engines.decode import check_ids, end_tokens, until_end
 from bitassay.errors import BitassayError
 from bitassay.models.positions import frequencies
 from bitassay.quantization.inputs.kv_cache import cache_to_crop
-from bitassay.quantization.replication.on_demand import Reader
+from bitassay.quantization.replication.any_precision import PrecisionPolicy
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Speculation:
 @torch.inference_mode()
 def speculate(
     model: PreTrainedModel,
-    reader: Reader,
+    reader: PrecisionPolicy,
     prompt: Sequence[int],
     *,
     max_new_tokens: int,

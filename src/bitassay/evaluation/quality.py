@@ -5,7 +5,7 @@ stored. A candidate keeps a few numbers per token (`divergence.py`), from which 
 with its interval.
 
 A new column of the assay about quality: its figure and interval are fields of `Quality`, filled in
-`summarise`; its heading and format are a `Column` in `report/`.
+`summarise`; its heading and format are a line of `report/columns.yaml`.
 """
 
 from collections.abc import Container, Iterator, Mapping, Sequence

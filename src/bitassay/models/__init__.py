@@ -1,0 +1,1 @@
+"""Find, open and walk a causal language model; its identity."""

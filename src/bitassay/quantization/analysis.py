@@ -41,11 +41,11 @@ from bitassay.quantization.runtime.experts import changed_fraction, load_of, rou
 from bitassay.quantization.runtime.model import Quantization, check_recipe, with_tensors
 from bitassay.quantization.solvers.sensitivity import (
     NOTHING_ELSE,
+    Location,
     OutputError,
-    Place,
     divergences,
+    matrix_locations,
     observe,
-    places,
     predicted_divergences,
 )
 from bitassay.quantization.weight_statistics import Statistics
@@ -98,7 +98,7 @@ def analyze(
         **described,
         settings={"each_matrix": plan.each_matrix},
         whole=found["whole"] | _mean("kl", divergence[ALL]),
-        layers=_layers(found, divergence, places(model)),
+        layers=_layers(found, divergence, matrix_locations(model)),
         matrices=_matrices(found["matrices"], divergence),
         routing=folder.part("routing", lambda: _routing(model, tensors(), tokens, progress)),
     )
@@ -124,7 +124,7 @@ def _statistics(
     progress: Progress,
 ) -> dict[str, Any]:
     """What two passes over the text show of every matrix, and of what the layers put out."""
-    views, where, count = matrices(model), places(model), len(tokens)
+    views, where, count = matrices(model), matrix_locations(model), len(tokens)
     errors = OutputError(model, {name: [tensor] for name, tensor in tensors.items()})
     inputs = {name: Statistics(tensor.shape[1]) for name, tensor in tensors.items()}
     hidden: dict[int, Statistics] = {}
@@ -186,7 +186,7 @@ def _divergences(
     progress: Progress,
 ) -> dict[str, list[float]]:
     """For each group of matrices, the mean divergence of each window; a window is a part of the run."""
-    groups, where = {ALL: list(names)}, places(model)
+    groups, where = {ALL: list(names)}, matrix_locations(model)
     for name in names:
         groups.setdefault(_label(where[name].layer), []).append(name)
         if plan.each_matrix:
@@ -220,7 +220,7 @@ def _mean(name: str, windows: list[float]) -> Row:
 
 
 def _layers(
-    found: Mapping[str, Any], divergence: Mapping[str, list[float]], where: Mapping[str, Place]
+    found: Mapping[str, Any], divergence: Mapping[str, list[float]], where: Mapping[str, Location]
 ) -> list[Row]:
     rows = []
     for index, hidden in enumerate(found["hidden"]):

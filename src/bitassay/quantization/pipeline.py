@@ -49,9 +49,9 @@ from bitassay.quantization.runtime.model import (
     quantization_of,
     with_tensors,
 )
-from bitassay.quantization.solvers.budget import mixed_schemes
 from bitassay.quantization.solvers.layers import quantize_calibrated
-from bitassay.quantization.solvers.sensitivity import places
+from bitassay.quantization.solvers.mixed import mixed_schemes
+from bitassay.quantization.solvers.sensitivity import matrix_locations
 from bitassay.quantization.transforms.rotation import changed_parameters, rotate
 from bitassay.quantization.transforms.smoothing import smooth
 from bitassay.quantization.work import RESULT, code_digest, read_result, write_result
@@ -257,7 +257,7 @@ def _choose_copies(work: WorkingCopy, plan: ReplicationPlan) -> None:
     work.uncopied = replace(work, model=copy_sharing_parameters(work.model))
     if not plan.makes_codes:
         return
-    locations, work.schemes = places(work.model), dict(work.schemes)
+    locations, work.schemes = matrix_locations(work.model), dict(work.schemes)
     for name, scheme in work.schemes.items():
         if scheme is not None and (count := work.copies.get(locations[name].layer)) is not None:
             copies = plan.of_matrices(count)
@@ -276,7 +276,7 @@ def _add_copies(work: WorkingCopy, plan: ReplicationPlan, made: Quantization) ->
     if work.uncopied is None or not work.copies:
         return made
     if plan.averages_inputs:
-        layers = {name: place.layer for name, place in places(work.base).items()}
+        layers = {name: location.layer for name, location in matrix_locations(work.base).items()}
         inputs = {n: replace(r, copies=work.copies.get(layers[n], 1)) for n, r in made.inputs.items()}
         made = replace(made, inputs=inputs)
     before = work.uncopied

@@ -1,0 +1,1 @@
+"""Run folders, digests, files that are whole or absent, processes."""

@@ -1,5 +1,5 @@
 """Files that are either whole or absent: written beside their place, then renamed into it. And text files of
-users, which come from editors and shells of all kinds: `read_text`."""
+users, which come from editors and shells of all kinds: `read_text`. Every error names the path."""
 
 import codecs
 import errno
@@ -24,60 +24,53 @@ YAML_BYTES = 2**20
 
 
 def explain_os_error(error: OSError, path: Path) -> BitassayError:
-    """Say what went wrong with `path` and what to do about it."""
+    """Return an error that says what went wrong with `path` and what to do about it."""
+    why = error.strerror or str(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return MissingError(
-            f"{path}: no space left on the disk",
-            "free some space or choose another folder, then run the same command again",
-        )
+        remedy = "free some space or choose another folder, then run the same command again"
+        return MissingError(f"{path}: no space left on the disk", remedy)
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return BitassayError(
-            f"{path}: not writable ({error.strerror})", "choose a folder that you may write to"
-        )
+        return BitassayError(f"{path}: not writable ({why})", "choose a folder that you may write to")
     if error.errno == errno.ENOTEMPTY:
-        return BitassayError(
-            f"{path}: the folder was filled by another process meanwhile", "choose another folder"
-        )
+        problem = f"{path}: the folder was filled by another process meanwhile"
+        return BitassayError(problem, "choose another folder")
     if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
-        return BitassayError(
-            f"{path}: a file is where a folder should be, or the reverse ({error.strerror})",
-            "choose another path",
-        )
-    return BitassayError(f"{path}: {error.strerror or error}")
+        problem = f"{path}: a file is where a folder should be, or the reverse ({why})"
+        return BitassayError(problem, "choose another path")
+    return BitassayError(f"{path}: {why}")
 
 
-def as_os_error(error: Exception) -> OSError | None:
-    """The operating system's error behind `error`. safetensors wraps a full disk in an error of its own,
-    which keeps the number only in its text."""
-    if isinstance(error, OSError):
-        return error
-    number = (
-        re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
-    )
-    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else None
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn an error of the operating system into a BitassayError that names `path`. safetensors wraps a full
+    disk in an error of its own, which keeps the number only in its text."""
+    try:
+        yield
+    except OSError as error:
+        raise explain_os_error(error, path) from error
+    except Exception as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None or type(error).__name__ != "SafetensorError":
+            raise
+        cause = OSError(int(number[1]), os.strerror(int(number[1])))
+        raise explain_os_error(cause, path) from error
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the same folder; on success it is renamed to `path`, on any failure it is
-    removed.
-
-    Raises BitassayError that names `path` where the disk is full or the folder cannot be written.
-    """
+    removed. Raises BitassayError where the disk is full or the folder cannot be written."""
     path = Path(path)
     temporary = _beside(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch(exist_ok=False)
-        mode = temporary.stat().st_mode
-        yield temporary
-        _sync(temporary)
-        os.chmod(temporary, stat.S_IMODE(mode))  # safetensors puts a private file of its own in its place
-        os.replace(temporary, path)
-    except Exception as error:
-        if (cause := as_os_error(error)) is None:
-            raise
-        raise explain_os_error(cause, path) from error
+        with explained(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.touch(exist_ok=False)
+            mode = temporary.stat().st_mode
+            yield temporary
+            _sync(temporary)
+            os.chmod(temporary, stat.S_IMODE(mode))  # safetensors puts a private file of its own in its place
+            os.replace(temporary, path)
     finally:
         # A folder that could not be made or entered is an error already under way: this must not hide it.
         with suppress(OSError):
@@ -86,46 +79,41 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Like `atomic_file` for a folder, which must not exist yet or be empty."""
+    """Like `atomic_file` for a folder, which may be an empty one already."""
     path = Path(path)
     temporary = _beside(path)
     try:
-        if path.is_dir() and any(path.iterdir()):
-            raise BitassayError(
-                f"{path}: the folder is not empty", "choose another folder or remove this one first"
-            )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
-        yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                _sync(file)
-        if path.is_dir():
-            path.rmdir()
-        os.replace(temporary, path)
-    except Exception as error:
-        if (cause := as_os_error(error)) is None:
-            raise
-        raise explain_os_error(cause, path) from error
+        with explained(path):
+            if path.is_dir() and any(path.iterdir()):
+                remedy = "choose another folder or remove this one first"
+                raise BitassayError(f"{path}: the folder is not empty", remedy)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.mkdir()
+            yield temporary
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    _sync(file)
+            if path.is_dir():
+                path.rmdir()
+            os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
 def locked(path: Path, progress: Progress = silent) -> Iterator[None]:
-    """Keep other processes out of what is being made at `path`; waits for one that is at it."""
+    """Keep other processes out of what is being made at `path`; wait for one that is making it."""
     from filelock import FileLock, Timeout
 
     path = Path(path)
     lock = FileLock(path.with_name(f".{path.name}.lock"))
-    try:
+    with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout:
-        progress(f"waiting for another process to finish {path}")
-        lock.acquire()
-    except OSError as error:
-        raise explain_os_error(error, path) from error
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            progress(f"waiting for another process to finish {path}")
+            lock.acquire()
     try:
         yield
     finally:
@@ -140,29 +128,31 @@ def _beside(path: Path) -> Path:
 
 def _sync(path: Path) -> None:
     """Bring a file's content to the disk: a rename may get there first, and a power cut between the two would
-    leave a whole name on half a file."""
+    leave a complete name on half a file."""
     with open(path, "rb") as stream:
         os.fsync(stream.fileno())
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file, completely or not at all."""
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write a value as JSON. Raises ValueError for a number that is not finite."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def check_folder(path: Path) -> None:
-    """Refuse a folder that could not be made or written into."""
+    """Raise BitassayError for a folder that could not be made or written into."""
     if path.exists() and not path.is_dir():
         raise BitassayError(f"{path}: a file is where a folder should be", "choose another path")
     _check_writable(path, path)
 
 
 def check_place(path: Path) -> None:
-    """Refuse a file that could not be written."""
+    """Raise BitassayError for a file that could not be written."""
     if path.is_dir():
         raise BitassayError(f"{path}: a folder is where a file should be", "choose another path")
     _check_writable(path, path.parent)
@@ -170,19 +160,16 @@ def check_place(path: Path) -> None:
 
 def _check_writable(path: Path, folder: Path) -> None:
     """Leaves nothing behind: of folders that are to be made, the nearest that there is counts."""
-    there = next(one for one in (folder, *folder.absolute().parents) if os.path.lexists(one))
-    try:
-        if not there.is_dir():
+    nearest = next(parent for parent in (folder, *folder.absolute().parents) if os.path.lexists(parent))
+    with explained(path):
+        if not nearest.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        with tempfile.TemporaryFile(dir=there):
+        with tempfile.TemporaryFile(dir=nearest):
             pass
-    except OSError as error:
-        raise explain_os_error(error, path) from error
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, gunzipped where its name ends in .gz, as `decode_text` gives it. Raises
-    BitassayError that names the file and the defect."""
+    """Return the text of a UTF-8 file, gunzipped where its name ends in .gz, as `decode_text` does."""
     try:
         data = path.read_bytes()
         return decode_text(gzip.decompress(data) if path.suffix == ".gz" else data, path)
@@ -202,8 +189,8 @@ _OTHER_MARKS = {
 
 
 def decode_text(data: bytes, path: Path) -> str:
-    """UTF-8 as text, the same wherever it was written: without a byte order mark, and with every line end (CR
-    LF, CR) as LF. Raises BitassayError that names `path` where the bytes are no such text."""
+    """Return UTF-8 as text, the same wherever it was written: without a byte order mark, and with every line
+    end (CR LF, CR) as LF. Raises BitassayError that names `path` where the bytes are no such text."""
     remedy = "save the file as UTF-8 text"
     for mark, encoding in _OTHER_MARKS.items():
         if data.startswith(mark):
@@ -218,31 +205,28 @@ def decode_text(data: bytes, path: Path) -> str:
 
 
 def read_json(path: Path, *, limit_bytes: int = 64 * 2**20) -> Any:
-    """Read a JSON file that may come from anyone: its size is checked first, and a defect names the file."""
+    """Return the value of a JSON file that may come from anyone: its size is checked first."""
     path = Path(path)
-    try:
-        if path.stat().st_size > limit_bytes:
+    if not path.exists():
+        raise BitassayError(f"{path}: no such file")
+    with explained(path):
+        if (size := path.stat().st_size) > limit_bytes:
             raise BitassayError(
-                f"{path}: {path.stat().st_size} bytes, more than the {limit_bytes} that such a file may have"
+                f"{path}: {size} bytes, more than the {limit_bytes} that such a file may have"
             )
         data = path.read_bytes()
-    except FileNotFoundError as error:
-        raise BitassayError(f"{path}: no such file") from error
-    except OSError as error:
-        raise explain_os_error(error, path) from error
     try:
         return json.loads(decode_text(data, path))
     except BitassayError as error:
         why = error.problem.removeprefix(f"{path}: ")
         raise BitassayError(f"{path}: not a JSON file ({why})", error.remedy) from error
     except (json.JSONDecodeError, RecursionError) as error:
-        raise BitassayError(
-            f"{path}: not a JSON file ({error})", "write it again with the command that made it"
-        ) from error
+        remedy = "write it again with the command that made it"
+        raise BitassayError(f"{path}: not a JSON file ({error})", remedy) from error
 
 
 def read_yaml(path: Path) -> Any:
-    """Read a YAML file that may come from anyone: at most YAML_BYTES of it, and a defect names the file."""
+    """Return the value of a YAML file that may come from anyone: at most YAML_BYTES are read."""
     import yaml
 
     try:

@@ -33,46 +33,45 @@ MOST_ITEMS = 100_000
 MOST_DEPTH = 20
 
 Content = dict[str, Any]
+_EMPTY: Content = {"model": {}, "settings": {}, "interval": "", "intervals": {}}
 Text = Annotated[str, Field(max_length=10_000)]
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of run. command: what writes it. tables: its lists of rows. parts: what else it has."""
+    """A kind of run. command: what writes it; tables: its lists of rows; parts: what else it has, as names
+    with spaces between them."""
 
     command: str
-    tables: tuple[str, ...] = ("rows",)
-    parts: tuple[str, ...] = ()
+    tables: str = "rows"
+    parts: str = ""
 
     @property
-    def names(self) -> tuple[str, ...]:
-        return (*self.tables, *self.parts)
+    def names(self) -> list[str]:
+        return [*self.tables.split(), *self.parts.split()]
 
 
+_STUDY = "study about"
 KINDS = {
-    "assay": Kind("assay", ("rows", "pairs"), ("protocol", "recipes", "verification", "seconds")),
+    "assay": Kind("assay", "rows pairs", "protocol recipes verification seconds"),
     "evaluation": Kind("eval"),
-    "tasks": Kind("eval --tasks", parts=("models", "protocols", "test", "visible_difference")),
-    "generation": Kind("generate", parts=("prompts", "texts")),
-    "bench": Kind("bench", ("rows", "models", "pairs"), ("machine", "rounds")),
+    "tasks": Kind("eval --tasks", "rows", "models protocols test visible_difference"),
+    "generation": Kind("generate", "rows", "prompts texts"),
+    "bench": Kind("bench", "rows models pairs", "machine rounds"),
     "matmul": Kind("bench matmul"),
-    "attack": Kind("attack", ("rows", "costs", "honest", "left_out"), ("about", "numerics_pooled", "timed")),
-    "search": Kind("search", ("rows", "trials"), ("best", "importance")),
-    "analysis": Kind("quantize --analyze", ("layers", "matrices", "routing"), ("recipe", "text", "whole")),
+    "attack": Kind("attack", "rows costs honest left_out", "about numerics_pooled timed"),
+    "search": Kind("search", "rows trials", "best importance"),
+    "analysis": Kind("quantize --analyze", "layers matrices routing", "recipe text whole"),
     "eight-bit": Kind(
-        "study run task3.1",
-        ("rows", "pairs", "claims"),
-        ("study", "about", "protocols", "uneven_groups", "speed", "products"),
+        "study run task3.1", "rows pairs claims", f"{_STUDY} protocols uneven_groups speed products"
     ),
     "replication": Kind(
-        "study run control-table",
-        ("rows", "pairs", "drafts", "claims"),
-        ("study", "about", "protocol", "corpus_source"),
+        "study run control-table", "rows pairs drafts claims", f"{_STUDY} protocol corpus_source"
     ),
-    "experiments": Kind("study run exp1", ("rows", "missing", "left_out")),
-    "separability": Kind("study run separability", ("rows", "missing")),
-    "thresholds": Kind("calibrate --study", ("rows", "missing", "left_out")),
-    "studies": Kind("study run exp1", ("rows", "runs")),
+    "experiments": Kind("study run exp1", "rows missing left_out"),
+    "separability": Kind("study run separability", "rows missing"),
+    "thresholds": Kind("calibrate --study", "rows missing left_out"),
+    "studies": Kind("study run exp1", "rows runs"),
 }
 
 
@@ -98,7 +97,7 @@ class Run(BaseModel):
             raise ValueError("; ".join(f"{name} is missing" for name in missing))
         if unknown := fields.keys() - set(kind.names):
             raise ValueError(f"a run of kind {self.kind!r} has no {min(unknown)}")
-        for name in kind.tables:
+        for name in kind.tables.split():
             rows = fields[name]
             if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
                 raise ValueError(f"{name} is not a list of objects")
@@ -113,17 +112,10 @@ def new_run(kind: str, *, run_id: str = "", **fields: Any) -> Content:
         from bitassay.record.environment import environment  # needs torch, which reading does not
 
         fields["environment"] = environment()
-    head = {
-        "schema_version": SCHEMA,
-        "kind": kind,
-        "run_id": run_id,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "model": {},
-        "settings": {},
-        "interval": "",
-        "intervals": {},
-    }
-    return parse_run(json.loads(json.dumps(head | fields)), f"the result of `bitassay {KINDS[kind].command}`")
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    head = {"schema_version": SCHEMA, "kind": kind, "run_id": run_id, "created": created}
+    run = json.loads(json.dumps(head | _EMPTY | fields))
+    return parse_run(run, f"the result of `bitassay {KINDS[kind].command}`")
 
 
 def write_run(folder: RunFolder, **fields: Any) -> Content:
@@ -195,8 +187,8 @@ def check_values(value: object, place: tuple[str, ...] = ()) -> None:
 def _from_schema_1(value: Mapping[str, Any], kind: Kind) -> Content:
     """A run of bitassay 0.1: what it had at the top level beside the fields of its kind are settings, and the
     model of the VeriLLM studies is a name."""
-    run: Content = {"run_id": "", "created": "", "model": {}, "interval": "", "intervals": {}}
-    run |= {key: [] for key in kind.tables[1:]} | dict.fromkeys(kind.parts)
+    run: Content = {"run_id": "", "created": "", **_EMPTY}
+    run |= {key: [] for key in kind.tables.split()[1:]} | dict.fromkeys(kind.parts.split())
     run |= {key: item for key, item in value.items() if key in Run.model_fields or key in kind.names}
     settings = {key: item for key, item in value.items() if key not in run and key != "schema"}
     if isinstance(run["model"], str):

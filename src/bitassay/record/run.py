@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitassay.errors import BitassayError
-from bitassay.record.files import atomic_file, explain_os_error, read_json, write_json
+from bitassay.record.files import atomic_file, explained, read_json, write_json
 from bitassay.record.hashing import canonical_json, digest_json
 from bitassay.record.versions import versions
 
@@ -53,11 +53,9 @@ class RunFolder:
         self.path, self.plan = Path(path), plan
         self.run_id = digest_json(plan)[:12]
         plan_file = self.path / "plan.json"
-        try:
+        with explained(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             occupied = any(self.path.iterdir())
-        except OSError as error:
-            raise explain_os_error(error, self.path) from error
         if plan_file.exists():
             old = read_json(plan_file)
             changed = _differences(old, plan)

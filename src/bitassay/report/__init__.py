@@ -1,0 +1,1 @@
+"""Runs to tables and pages: `columns.yaml` has every column, `pages.yaml` every page."""

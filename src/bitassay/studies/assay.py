@@ -7,7 +7,9 @@ notices.
 3. verify: a profile is fitted to honest bf16 runs of the base model; then each quantized model generates
    while claiming to be the base model, and a verifier that holds the base model checks its traces.
 
-Every step keeps its finished parts in the run folder, so that the same command goes on where it was stopped.
+Every step keeps its finished parts in the run folder, so that the same command continues where it stopped.
+
+A new column: put its value into the row here, and add a line to `report/columns.yaml`.
 """
 
 import sys

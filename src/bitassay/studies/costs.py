@@ -22,14 +22,9 @@ from bitassay.evaluation.divergence import window_logits
 from bitassay.models.walk import decoder_layers
 from bitassay.quantization.codes.rounding import generator_for
 from bitassay.quantization.recipe.calibration import calibration_tokens
-from bitassay.quantization.replication.on_demand import Depth, gated_logits, planes_on_demand, shuffled
+from bitassay.quantization.replication.any_precision import Depth, gated_logits, shuffled, with_any_precision
 from bitassay.quantization.replication.select import chosen_layers
-from bitassay.quantization.runtime.model import (
-    bits_per_weight,
-    cache_slots,
-    quantization_of,
-    size_bytes,
-)
+from bitassay.quantization.runtime.model import bits_per_weight, cache_slots, quantization_of, size_bytes
 from bitassay.quantization.runtime.passes import Usage
 from bitassay.record.progress import silent
 from bitassay.studies.variants import Reading
@@ -99,7 +94,7 @@ def window_reader(
     """Return the function that runs a variant on a window. `base` is the model before it was quantized."""
     if reading is None:
         return lambda window: _run(model, window)
-    deep, reader = planes_on_demand(model)
+    deep, reader = with_any_precision(model)
     if reading.layers is not None:
         done = quantization_of(model)
         assert done is not None

@@ -17,7 +17,7 @@ from bitassay.engines.speculative import speculate
 from bitassay.models.positions import model_windows
 from bitassay.quantization.pipeline import quantize_cached
 from bitassay.quantization.recipe.recipe import Recipe
-from bitassay.quantization.replication.on_demand import planes_on_demand
+from bitassay.quantization.replication.any_precision import with_any_precision
 from bitassay.studies.variants import VariantPlan
 
 TEXTS, PROMPT_TOKENS, NEW_TOKENS = 8, 32, 32
@@ -34,7 +34,7 @@ def check_speculation(plan: VariantPlan, recipe: Recipe, length: int) -> dict[st
         attention=plan.attention,
         trust_remote_code=plan.trust_remote_code,
     )
-    model, reader = planes_on_demand(quantize_cached(base, recipe))
+    model, reader = with_any_precision(quantize_cached(base, recipe))
     protocol = Protocol(plan.protocol.corpus, window_tokens=PROMPT_TOKENS, windows=TEXTS)
     prompts = model_windows(base, protocol)[0].tolist()
 

@@ -25,9 +25,9 @@ Kind = Literal["fake", "real"]
 
 @dataclass(frozen=True)
 class Reading:
-    """How a model in residual codes is read (`replication/on_demand.py`): its first plane, all planes in some
-    layers, and all planes for a token that follows an entropy above `threshold` nats; with a `seed`, for as
-    many tokens of a window at random."""
+    """How a model in residual codes is read (`replication/any_precision.py`): its first plane, all planes in
+    some layers, and all planes for a token that follows an entropy above `threshold` nats; with a `seed`,
+    for as many tokens of a window at random."""
 
     layers: Chosen | None = None
     threshold: float | None = None

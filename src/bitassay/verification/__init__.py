@@ -1,0 +1,1 @@
+"""Which model ran: traces, evidence, calibrated verdicts."""

@@ -31,7 +31,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bitassay.errors import BitassayError
-from bitassay.record.files import explain_os_error
+from bitassay.record.files import explained, locked
 from bitassay.record.hashing import canonical_json
 from bitassay.verification.profile import Finite, Profile
 from bitassay.verification.sequential import wealth_by_limit
@@ -196,17 +196,9 @@ def _parsed(kind: type[Kind], text: bytes, where: str) -> Kind:
 @contextmanager
 def _locked(path: Path) -> Iterator[int]:
     """The file open for reading and appending, for this process alone; it is made where it is missing."""
-    import fcntl
-
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path), explained(path):
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK, 0o666)
-    except OSError as error:
-        raise explain_os_error(error, path) from error
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield handle
-    except OSError as error:
-        raise explain_os_error(error, path) from error
-    finally:
-        os.close(handle)
+        try:
+            yield handle
+        finally:
+            os.close(handle)

@@ -1,0 +1,1 @@
+"""One matrix by itself: grids, scales, rounding of weights to codes, packing."""

@@ -1,0 +1,1 @@
+"""Checkpoint layouts: compressed-tensors, our own, GGUF; saving and reading them."""

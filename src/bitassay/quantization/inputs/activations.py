@@ -3,9 +3,8 @@
     q  = clamp(round(x / s) + z, qmin, qmax)        x' = (q - z) s        y = x' W'^T + b
 
     scale   `dynamic`: each token has its own s (and z), from the largest magnitude (asymmetric: the range) in
-            that token. Otherwise one s for the linear, from calibration text; `thresholds.py` says how each
-            of absmax, percentile, moving_average, kl and learned finds it, and what is beyond is clipped.
-            Either is multiplied by `scale_factor`, which clips (below 1) or leaves room.
+            that token. Otherwise one s for the linear, from calibration text (`thresholds.py`). Either is
+            multiplied by `scale_factor`, which clips (below 1) or leaves room.
     outliers  columns of the input that stay in the model's own 16 bits and meet the same weights there, as
             in LLM.int8() (2208.07339, section 3). There a column is an outlier of one batch; here it is one
             of the calibration text, so that what becomes of a token never depends on its neighbours:
@@ -36,10 +35,9 @@ from bitassay.quantization.recipe.formats import INPUT_FORMATS, NumberFormat
 @dataclass(frozen=True)
 class InputRounding:
     """A scheme as one linear carries it out. scale and the whole zero_point are None where each token has
-    its own, whose scale is then multiplied by scale_factor; outliers are columns, in order. With several
-    copies there are as many grids, spread evenly over a step around the usual one, so that zero stays
-    where it is on average and far from where a code begins: the input is rounded on that of `copy`, or
-    where that is None is the mean of all. Raises ValueError for what fits no scheme."""
+    its own, whose scale is then multiplied by scale_factor; outliers are columns, in order. Several copies
+    are as many grids, evenly over a step around the usual one: the input is rounded on that of `copy`, or
+    where that is None becomes the mean of all. Raises ValueError for what fits no scheme."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=False)
 
@@ -88,41 +86,34 @@ class InputRounding:
 
 
 class Codes(NamedTuple):
-    """Rounded inputs: codes as fp32 numbers, 0 stands at the zero point in outlier columns; one grid a token,
-    or one for all."""
+    """Rounded inputs: codes as fp32 numbers, in outlier columns those of 0; a grid a token or one for all."""
 
     codes: Float[Tensor, "tokens in"]
     grid: Grid
 
 
 def input_codes(x: Float[Tensor, "tokens in"], rounding: InputRounding) -> Codes:
-    """The codes and the grid of each token's input."""
-    fmt, x = rounding.number_format, x.float()
+    """Return the codes and the grid of each token's input."""
+    fmt, x, zero_point = rounding.number_format, x.float(), rounding.zero_point
     if rounding.outliers:
         x = x.masked_fill(outlier_mask(rounding, x), 0)
     if rounding.scale is None:
-        grid = rescaled(
-            absmax_grid(x, fmt, rounding.symmetric, torch.float32), rounding.scale_factor, torch.float32
-        )
+        grid = absmax_grid(x, fmt, rounding.symmetric, torch.float32)
+        grid = rescaled(grid, rounding.scale_factor, torch.float32)
     else:
-        zero_point = rounding.zero_point
-        grid = Grid(
-            fmt,
-            x.new_full((1, 1), rounding.scale),
-            None if zero_point is None else x.new_full((1, 1), zero_point),
-        )
+        zero = None if zero_point is None else x.new_full((1, 1), zero_point)
+        grid = Grid(fmt, x.new_full((1, 1), rounding.scale), zero)
     grid = grid._replace(offset=((rounding.copy or 0) + 0.5) / rounding.copies - 0.5)
     return Codes(round_to_nearest(x, grid), grid)
 
 
 def rounded_inputs(x: Float[Tensor, "... in"], rounding: InputRounding) -> Float[Tensor, "... in"]:
-    """`x'`: what the codes stand for, in the dtype of `x`; outlier columns as they are. A token that
+    """Return `x'`, what the codes stand for, in the dtype of `x`; outlier columns as they are. A token that
     holds NaN or infinity gives NaN."""
     tokens, rounded = x.reshape(-1, x.shape[-1]), torch.zeros((), device=x.device)
     copies = range(rounding.copies) if rounding.copy is None else [rounding.copy]
     for copy in copies:
-        codes, grid = input_codes(tokens, replace(rounding, copy=copy))
-        rounded = rounded + dequantize(codes, grid) / len(copies)
+        rounded = rounded + dequantize(*input_codes(tokens, replace(rounding, copy=copy))) / len(copies)
     rounded = rounded + undefined(tokens)
     if rounding.outliers:
         rounded = torch.where(outlier_mask(rounding, tokens), tokens.float(), rounded)
@@ -130,12 +121,12 @@ def rounded_inputs(x: Float[Tensor, "... in"], rounding: InputRounding) -> Float
 
 
 def undefined(tokens: Float[Tensor, "tokens in"]) -> Float[Tensor, "tokens 1"]:
-    """NaN for a token with an input that is not finite, else 0: no code stands for NaN, and a scale that is
-    infinite would turn the other inputs to zero."""
+    """Return NaN for a token with an input that is not finite, else 0: no code stands for NaN."""
     return tokens.float().abs().amax(-1, keepdim=True) * 0
 
 
 def outlier_mask(rounding: InputRounding, x: Float[Tensor, "tokens in"]) -> Bool[Tensor, " in"]:
+    """Return which columns stay in 16 bits."""
     mask = torch.zeros(x.shape[-1], dtype=torch.bool, device=x.device)
     mask[list(rounding.outliers)] = True
     return mask

@@ -1,15 +1,12 @@
 """The KV cache in few bits: keys and values are rounded as they enter it, and attention reads only those.
 
 Every head's key and every head's value of one token (or each group of neighbours in it) has a scale of its
-own, and asymmetric a zero point: the formulas are those of weights (`formats.py`), absmax. Keys are rounded
-as they are cached, which is after the rotary embedding.
-
-What a model with a rounded cache computes does not depend on how it is run: a token's own key and value are
-rounded before its own query meets them, so that one forward over a text, without any cache (`evaluate`,
-`prefill`), reads the same numbers as generation of that text token by token. Two parts do this:
+own, and asymmetric a zero point, by absmax as for weights. Keys are rounded as they are cached, which is
+after the rotary embedding. A token's own key and value are rounded before its own query meets them, so that
+one forward over a text without any cache reads the same numbers as generation token by token.
 
     round_cache(model, spec)  on every attention module, what goes into the cache is rounded, whatever cache
-                              there is, or none: all of transformers works, and entries take what they took
+                              there is, or none; entries take what they took
     PackedCache(config, spec) a transformers cache that stores codes, scales and zero points as bytes, and
                               dequantizes all of them at each read: `generate` uses it
 
@@ -27,23 +24,26 @@ from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 from bitassay.errors import BitassayError
 from bitassay.models.cache import keeps_positions
 from bitassay.models.walk import decoder_layers
-from bitassay.quantization.codes.grid import Grid
+from bitassay.quantization.codes.grid import Grid, joined, split
 from bitassay.quantization.codes.packing import PACKINGS, pack, unpack
-from bitassay.quantization.codes.rounding import dequantize, round_to_nearest
+from bitassay.quantization.codes.rounding import dequantize, round_to_nearest, rounded_matrix
 from bitassay.quantization.codes.scales import absmax_grid
 from bitassay.quantization.recipe.inputs import KvCache
 
 
 def packed_bytes(spec: KvCache, width: int) -> int:
-    """Bytes of one vector of `width` numbers: codes, scales, zero points."""
+    """Return the bytes of one vector of `width` numbers: codes, scales, zero points."""
+    return sum(_part_bytes(spec, width))
+
+
+def _part_bytes(spec: KvCache, width: int) -> tuple[int, int, int]:
     _, count = spec.groups.scale_shape(1, width)
-    zero_points = 0 if spec.symmetric else count
     codes = PACKINGS[spec.number_format.bits].packed_bytes(width)
-    return codes + count * getattr(torch, spec.scale_dtype).itemsize + zero_points
+    return codes, count * getattr(torch, spec.scale_dtype).itemsize, 0 if spec.symmetric else count
 
 
 def token_bytes(config: PretrainedConfig, spec: KvCache | None) -> int:
-    """Bytes that one token takes in the caches of all layers, at 16 bits a number without a `spec`.
+    """Return the bytes that a token takes in the caches of all layers, at 16 bits a number without a `spec`.
 
     Raises BitassayError for a model whose cache does not hold a key and a value a head.
     """
@@ -57,68 +57,57 @@ def token_bytes(config: PretrainedConfig, spec: KvCache | None) -> int:
 
 
 def encode(vectors: Float[Tensor, "... width"], spec: KvCache) -> UInt8[Tensor, "... bytes"]:
-    """Each vector (last dimension) as its codes, scales and zero points, one after the other."""
+    """Return each vector (last dimension) as its codes, scales and zero points, one after the other."""
     width, fmt = vectors.shape[-1], spec.number_format
     rows = vectors.reshape(-1, width)
-    coded = [_rounded_group(group, spec) for group in spec.groups.to_groups(rows.float())]
-    codes = spec.groups.from_groups([q for q, _ in coded], len(rows))
-    scale = spec.groups.from_groups([grid.scale for _, grid in coded], len(rows))
+    grids = _grids(rows.float(), spec)
+    groups = zip(spec.groups.to_groups(rows.float()), grids, strict=True)
+    codes = spec.groups.from_groups([round_to_nearest(group, grid) for group, grid in groups], len(rows))
+    grid = joined(spec.groups, grids, len(rows))
     if fmt.float_dtype is not None:
         parts = [codes.to(fmt.float_dtype).view(torch.uint8)]
     else:
         digits = PACKINGS[fmt.bits].digits
         raw = nn.functional.pad(codes - fmt.code_range(spec.symmetric)[0], (0, -width % digits))
         parts = [pack(raw.to(torch.uint8), fmt.bits).view(len(rows), -1)]
-    parts.append(scale.to(getattr(torch, spec.scale_dtype)).view(torch.uint8))
-    zero_points = [grid.zero_point for _, grid in coded if grid.zero_point is not None]
-    if zero_points:
-        parts.append(spec.groups.from_groups(zero_points, len(rows)).to(torch.uint8))
+    parts.append(grid.scale.to(getattr(torch, spec.scale_dtype)).view(torch.uint8))
+    if grid.zero_point is not None:
+        parts.append(grid.zero_point.to(torch.uint8))
     return torch.cat(parts, dim=1).view(*vectors.shape[:-1], -1)
 
 
 def decode(
     packed: UInt8[Tensor, "... bytes"], width: int, spec: KvCache, dtype: torch.dtype
 ) -> Float[Tensor, "... width"]:
-    """The vectors that `encode` made these bytes of, as they read back."""
+    """Return the vectors that `encode` made these bytes of, as they read back."""
     rows, fmt = packed.reshape(-1, packed.shape[-1]), spec.number_format
-    _, count = spec.groups.scale_shape(1, width)
-    code_bytes = PACKINGS[fmt.bits].packed_bytes(width)
-    scale_dtype = getattr(torch, spec.scale_dtype)
-    raw, scale, zero_point = rows.split(
-        [code_bytes, count * scale_dtype.itemsize, 0 if spec.symmetric else count], dim=1
-    )
+    raw, scale, zero_point = rows.split(_part_bytes(spec, width), dim=1)
     if fmt.float_dtype is not None:
         codes = raw.contiguous().view(fmt.float_dtype).float()
     else:
-        padded = code_bytes * PACKINGS[fmt.bits].digits
+        padded = raw.shape[1] * PACKINGS[fmt.bits].digits // PACKINGS[fmt.bits].width
         codes = unpack(raw.reshape(-1), fmt.bits, len(rows) * padded).view(len(rows), padded)[:, :width]
         codes = codes.float() + fmt.code_range(spec.symmetric)[0]
-    scales = spec.groups.scales_to_groups(scale.contiguous().view(scale_dtype).float(), width)
-    if spec.symmetric:
-        zero_points = [None] * len(scales)
-    else:
-        zero_points = spec.groups.scales_to_groups(zero_point.float(), width)
-    groups = [
-        dequantize(q, Grid(fmt, s, z))
-        for q, s, z in zip(spec.groups.to_groups(codes), scales, zero_points, strict=True)
-    ]
-    vectors = spec.groups.from_groups(groups, len(rows)).to(dtype)
-    return vectors.view(*packed.shape[:-1], width)
+    scales = scale.contiguous().view(getattr(torch, spec.scale_dtype)).float()
+    grids = split(spec.groups, Grid(fmt, scales, None if spec.symmetric else zero_point.float()), width)
+    groups = zip(spec.groups.to_groups(codes), grids, strict=True)
+    vectors = spec.groups.from_groups([dequantize(q, grid) for q, grid in groups], len(rows))
+    return vectors.to(dtype).view(*packed.shape[:-1], width)
 
 
 def rounded(vectors: Float[Tensor, "... width"], spec: KvCache) -> Float[Tensor, "... width"]:
-    """What `decode(encode(vectors))` is, without the bytes between."""
-    rows = vectors.reshape(-1, vectors.shape[-1])
-    groups = [dequantize(*_rounded_group(group, spec)) for group in spec.groups.to_groups(rows.float())]
-    return spec.groups.from_groups(groups, len(rows)).to(vectors.dtype).view(vectors.shape)
+    """Return what `decode(encode(vectors))` is, without the bytes between."""
+    rows = vectors.reshape(-1, vectors.shape[-1]).float()
+    return rounded_matrix(rows, _grids(rows, spec), spec.groups).to(vectors.dtype).view(vectors.shape)
 
 
-def _rounded_group(vectors: Float[Tensor, "groups size"], spec: KvCache) -> tuple[Tensor, Grid]:
-    fmt = spec.number_format
-    grid = absmax_grid(vectors, fmt, spec.symmetric, getattr(torch, spec.scale_dtype))
-    # No code stands for NaN or infinity: the scale carries it.
-    grid = grid._replace(scale=grid.scale + vectors.abs().amax(1, keepdim=True) * 0)
-    return round_to_nearest(vectors, grid), grid
+def _grids(rows: Float[Tensor, "vectors width"], spec: KvCache) -> list[Grid]:
+    grids = []
+    for group in spec.groups.to_groups(rows):
+        grid = absmax_grid(group, spec.number_format, spec.symmetric, getattr(torch, spec.scale_dtype))
+        # No code stands for NaN or infinity: the scale carries it.
+        grids.append(grid._replace(scale=grid.scale + group.abs().amax(1, keepdim=True) * 0))
+    return grids
 
 
 class PackedCache(DynamicCache):

@@ -1,12 +1,11 @@
-"""What the linears' inputs look like on calibration text, and the roundings that follow: `collect_ranges`,
-`input_roundings`.
+"""What the linears' inputs look like on calibration text, and the roundings that follow from that.
 
-Extremes and mean squares are exact over all tokens. What needs more than that (percentiles, histograms,
-learning) takes SAMPLED_TOKENS evenly spaced tokens of each linear, with all their columns.
+Extremes and mean squares are exact over all tokens. Percentiles, histograms and learning take SAMPLED_TOKENS
+evenly spaced tokens of each linear, with all their columns.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -26,6 +25,7 @@ from bitassay.quantization.inputs.thresholds import (
     percentile_span,
     percentile_threshold,
 )
+from bitassay.quantization.recipe.formats import NumberFormat
 from bitassay.quantization.recipe.inputs import Activations, InputScheme, OutlierColumns
 from bitassay.record.progress import Progress, silent
 
@@ -118,68 +118,68 @@ class _Watch:
 def input_roundings(
     model: PreTrainedModel, spec: Activations, ranges: Mapping[str, Ranges] | None = None
 ) -> dict[str, InputRounding]:
-    """What `spec` comes to for each linear of the decoder layers, by name.
+    """Return what `spec` comes to for each linear of the decoder layers, by name.
 
     ranges: from `collect_ranges` on this model, with the weights and norms it is to have; only needed where
     `spec.needs_text`. Raises BitassayError for an override that matches nothing, and for fused
     experts, whose inputs no linear sees.
     """
-    found = walk(model)
-    names = [*found.linears, *found.experts]
+    parts, kind = walk(model), type(model).__name__
+    names = [*parts.linears, *parts.experts]
     for override in spec.overrides:
         if not any(spec.override_for(name) is override for name in names):
+            globs = {f"*.{name.rpartition('.')[2]}" for name in names}
             raise BitassayError(
-                f"activations: the override {override.match!r} applies to no linear of "
-                f"{type(model).__name__}; "
-                f"{suggestion(override.match, {_last_word(name) for name in names})}",
+                f"activations: the override {override.match!r} applies to no linear of {kind}; "
+                f"{suggestion(override.match, globs)}",
                 "match full names with a glob, such as '*.down_proj'; the first match wins",
             )
-    if experts := [name for name in found.experts if spec.scheme_for(name) is not None]:
+    if experts := [name for name in parts.experts if spec.scheme_for(name) is not None]:
         raise BitassayError(
-            f"{type(model).__name__} has fused experts, whose inputs cannot be rounded, such as {experts[0]}",
+            f"{kind} has fused experts, whose inputs cannot be rounded, such as {experts[0]}",
             "leave them as they are: activations: {overrides: [{match: '*.experts.*', inputs: null}]}",
         )
-    roundings = {}
-    for name, linear in found.linears.items():
-        if (scheme := spec.scheme_for(name)) is None:
-            continue
-        if not scheme.needs_calibration:
-            roundings[name] = InputRounding(scheme.format, scheme.symmetric, scale_factor=scheme.scale_factor)
-        elif ranges is None or name not in ranges:
+    schemes = {name: scheme for name in parts.linears if (scheme := spec.scheme_for(name)) is not None}
+    for name, scheme in schemes.items():
+        if scheme.needs_calibration and name not in (ranges or {}):
             raise BitassayError(
                 f"activations: {name} has no calibration, which scale: {scheme.scale} "
                 f"{'and outliers need' if scheme.outliers else 'needs'}",
                 "add a calibration part to the recipe, or use scale: dynamic",
             )
-        else:
-            roundings[name] = rounding_from(scheme, ranges[name], linear.weight)
-    return roundings
+    return {
+        name: rounding_from(scheme, (ranges or {}).get(name), parts.linears[name].weight)
+        for name, scheme in schemes.items()
+    }
 
 
 @torch.no_grad()
-def rounding_from(scheme: InputScheme, ranges: Ranges, weight: Float[Tensor, "out in"]) -> InputRounding:
-    """The rounding of one linear; thresholds are those of the columns that are no outliers."""
-    outliers = () if scheme.outliers is None else outlier_columns(ranges, scheme.outliers)
+def rounding_from(
+    scheme: InputScheme, ranges: Ranges | None, weight: Float[Tensor, "out in"]
+) -> InputRounding:
+    """Return the rounding of one linear; thresholds are those of the columns that are no outliers."""
+    if ranges is None or (outliers := scheme.outliers) is None:
+        columns: tuple[int, ...] = ()
+    else:
+        columns = outlier_columns(ranges, outliers)
+    rounding = InputRounding(scheme.format, scheme.symmetric, outliers=columns)
     if scheme.scale == "dynamic":
-        return InputRounding(
-            scheme.format, scheme.symmetric, outliers=outliers, scale_factor=scheme.scale_factor
-        )
+        return replace(rounding, scale_factor=scheme.scale_factor)
+    assert ranges is not None
     kept = torch.ones(len(ranges.absmax), dtype=torch.bool)
-    kept[list(outliers)] = False
-    rounding = InputRounding(scheme.format, scheme.symmetric, outliers=outliers)
+    kept[list(columns)] = False
     fmt = rounding.number_format
     if scheme.symmetric:
-        threshold = _threshold(scheme, ranges, kept, weight)
-        scale = _float32(threshold / fmt.largest * scheme.scale_factor)
-        return InputRounding(scheme.format, True, scale, None, outliers)
+        threshold = _threshold(scheme, ranges, kept, weight, fmt)
+        return replace(rounding, scale=_float32(threshold / fmt.largest * scheme.scale_factor))
     span, (_, qmax) = _span(scheme, ranges, kept), fmt.code_range(symmetric=False)
     scale = (span.high - span.low) / qmax
     zero_point = min(qmax, round(-span.low / _float32(scale)))
-    return InputRounding(scheme.format, False, _float32(scale * scheme.scale_factor), zero_point, outliers)
+    return replace(rounding, scale=_float32(scale * scheme.scale_factor), zero_point=zero_point)
 
 
 def outlier_columns(ranges: Ranges, rule: OutlierColumns) -> tuple[int, ...]:
-    """Columns that stay in 16 bits, in order; never all of them."""
+    """Return the columns that stay in 16 bits, in order; never all of them."""
     absmax = ranges.absmax
     if rule.sigma is not None:
         limit = rule.sigma * ranges.deviation
@@ -190,16 +190,14 @@ def outlier_columns(ranges: Ranges, rule: OutlierColumns) -> tuple[int, ...]:
     return tuple(columns) if len(columns) < len(absmax) else ()
 
 
-def _threshold(scheme: InputScheme, ranges: Ranges, kept: Tensor, weight: Tensor) -> float:
+def _threshold(scheme: InputScheme, ranges: Ranges, kept: Tensor, weight: Tensor, fmt: NumberFormat) -> float:
     sample = ranges.sample[:, kept]
     if scheme.scale == "percentile":
         return percentile_threshold(sample, scheme.percentile)
     if scheme.scale == "kl":
-        _, largest = InputRounding(scheme.format).number_format.code_range(symmetric=True)
-        return kl_threshold(sample, levels=largest + 1)
+        return kl_threshold(sample, levels=fmt.code_range(symmetric=True)[1] + 1)
     if scheme.scale == "learned":
-        column_weight = weight.float().square().sum(0).cpu()[kept]
-        return learned_threshold(sample, column_weight, InputRounding(scheme.format).number_format)
+        return learned_threshold(sample, weight.float().square().sum(0).cpu()[kept], fmt)
     low, high = ranges.batch_low[:, kept].amin(1), ranges.batch_high[:, kept].amax(1)
     maxima = torch.maximum(high, -low).tolist()
     return max(maxima) if scheme.scale == "absmax" else moving_average(maxima, scheme.momentum)
@@ -218,7 +216,3 @@ def _span(scheme: InputScheme, ranges: Ranges, kept: Tensor) -> Span:
 def _float32(scale: float) -> float:
     """As arithmetic in fp32 will read it; 1 where all inputs were zero."""
     return torch.tensor(scale if scale > 0 else 1.0, dtype=torch.float32).item()
-
-
-def _last_word(name: str) -> str:
-    return f"*.{name.rpartition('.')[2]}"

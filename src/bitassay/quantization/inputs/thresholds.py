@@ -1,7 +1,6 @@
 """Thresholds: how large an input of a linear may be before it is clipped, from calibration text.
 
-Every rule takes inputs (or a histogram of them) and returns T; the scale is T / (largest code), so that
-what is beyond T is clipped and what is below is rounded to steps of T / (largest code).
+Every rule returns T; the scale is T / (largest code), so that what is beyond T is clipped.
 
     absmax          the largest magnitude: nothing is clipped
     percentile      p percent of the magnitudes are at most T
@@ -44,14 +43,14 @@ class Span(NamedTuple):
 
 
 def percentile_threshold(x: Float[Tensor, "..."], percentile: float) -> float:
-    """The smallest magnitude that at least `percentile` percent of `x` do not exceed."""
+    """Return the smallest magnitude that at least `percentile` percent of `x` do not exceed."""
     magnitudes = x.abs().flatten().float()
     rank = max(1, math.ceil(percentile / 100 * magnitudes.numel() - 1e-9))
     return magnitudes.kthvalue(rank).values.item()
 
 
 def percentile_span(x: Float[Tensor, "..."], percentile: float) -> Span:
-    """The same for each side of zero: the percentile, and its mirror image, of the values themselves."""
+    """Return the same for each side of zero: the percentile, and its mirror image, of the values."""
     values = x.flatten().float()
     rank = max(1, math.ceil(percentile / 100 * values.numel() - 1e-9))
     high, low = values.kthvalue(rank).values.item(), -(-values).kthvalue(rank).values.item()
@@ -59,7 +58,7 @@ def percentile_span(x: Float[Tensor, "..."], percentile: float) -> Span:
 
 
 def moving_average(maxima: list[float], momentum: float) -> float:
-    """Of the batches' largest values in their order; it starts at the first."""
+    """Return the moving average of the batches' largest values in their order, from the first on."""
     average = maxima[0]
     for largest in maxima[1:]:
         average = momentum * average + (1 - momentum) * largest
@@ -67,7 +66,7 @@ def moving_average(maxima: list[float], momentum: float) -> float:
 
 
 def kl_threshold(x: Float[Tensor, "..."], levels: int, bins: int = HISTOGRAM_BINS) -> float:
-    """The upper edge of the last bin that is not clipped, out of `bins` up to the largest magnitude;
+    """Return the upper edge of the last bin that is not clipped, out of `bins` up to the largest magnitude;
     `levels`: codes of one sign, 128 for int8."""
     magnitudes = x.abs().flatten().float().cpu().numpy()
     largest = float(magnitudes.max())
@@ -99,7 +98,7 @@ def _clipped_divergence(counts: np.ndarray, kept: int, levels: int) -> float:
 def learned_threshold(
     x: Float[Tensor, "rows in"], column_weight: Float[Tensor, " in"], fmt: NumberFormat
 ) -> float:
-    """Gradient descent (Adam) on log s from the absmax scale; of all steps the one with the least error."""
+    """Descend (by Adam) on log s from the absmax scale; return the T of the step with the least error."""
     x = x.float()
     start = x.abs().max().clamp(min=torch.finfo(torch.float32).tiny) / fmt.largest
     shift, first, second = torch.zeros(()), torch.zeros(()), torch.zeros(())

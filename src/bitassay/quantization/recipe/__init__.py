@@ -1,0 +1,1 @@
+"""What a recipe can say: frozen specs and number formats, no algorithm."""

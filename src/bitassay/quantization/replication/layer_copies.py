@@ -31,7 +31,8 @@ def copies_by_layer(
     tokens: Int[Tensor, "samples tokens"] | None,
     progress: Progress,
 ) -> dict[int, int]:
-    """How many copies each layer gets that gets several. `model` is about to be quantized by `schemes`."""
+    """Return how many copies each layer gets that gets several. `model` is about to be quantized by
+    `schemes`."""
     counts = plan.known_counts(len(decoder_layers(model)))
     if counts is not None:
         return counts
@@ -51,8 +52,8 @@ def with_copies(
     tokens: Int[Tensor, "samples tokens"] | None,
     progress: Progress,
 ) -> Quantization:
-    """`made` with the codes of layers' copies and the coefficients of their passes. `before` is the model as
-    it was when its matrices were quantized; `schemes` are those of the recipe."""
+    """Return `made` with the codes of layers' copies and the coefficients of their passes. `before` is the
+    model as it was when its matrices were quantized; `schemes` are those of the recipe."""
     if not plan.at_run_time:
         return made
     tensors = dict(made.tensors)
@@ -77,15 +78,13 @@ def _importance(
     tokens: Int[Tensor, "samples tokens"] | None,
     progress: Progress,
 ) -> dict[str, Float[Tensor, " in"]]:
-    """What weighs the columns of copies, the mean squared inputs behind the quantized layers: the same that
-    weighed the first copy. Nothing where nothing did."""
+    """Return what weighs the columns of copies, the mean squared inputs behind the quantized layers, as it
+    weighed the first copy; nothing without calibration text."""
     if made.recipe.calibration is None:
         return {}
     assert tokens is not None
-    once = with_tensors(base, replace(made, inputs={}))
-    return {
-        name: found.mean_square for name, found in collect_ranges(once, tokens, progress=progress).items()
-    }
+    ranges = collect_ranges(with_tensors(base, replace(made, inputs={})), tokens, progress=progress)
+    return {name: seen.mean_square for name, seen in ranges.items()}
 
 
 def _codes_of_copies(
@@ -96,7 +95,7 @@ def _codes_of_copies(
     importance: Mapping[str, Float[Tensor, " in"]],
     progress: Progress,
 ) -> dict[str, QuantizedTensor]:
-    """The matrices of all copies but the layers themselves."""
+    """Return the matrices of all copies but the layers themselves."""
     linears, weights, tensors = walk(before).linears, matrices(before), {}
     for done, (index, count) in enumerate(counts.items()):
         progress("quantizing copies", done, len(counts))

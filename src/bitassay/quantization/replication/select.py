@@ -20,27 +20,29 @@ from bitassay.quantization.codes.quantize import quantize_tensor
 from bitassay.quantization.codes.tensor import QuantizedTensor
 from bitassay.quantization.recipe.replication import Chosen
 from bitassay.quantization.recipe.weights import WeightScheme
-from bitassay.quantization.solvers.sensitivity import divergences, places
+from bitassay.quantization.solvers.sensitivity import divergences_over, matrix_locations
 from bitassay.record.progress import Progress
 
 KL_SAMPLES = 4
 
-Schemes = Mapping[str, WeightScheme | None]
-
 
 def chosen_layers(
     model: PreTrainedModel,
-    schemes: Schemes,
+    schemes: Mapping[str, WeightScheme | None],
     chosen: Chosen,
     tokens: Int[Tensor, "samples tokens"] | None,
     progress: Progress,
 ) -> list[int]:
-    """The layers that need it most, in order."""
+    """Return the layers that need a copy most, in order. `tokens` may be None for `by: error`."""
     if chosen.by == "massive":
         assert tokens is not None
         scores = largest_additions(model, tokens)
     else:
-        tensors = _rounded(model, schemes, progress)
+        tensors = dict[str, QuantizedTensor]()
+        for done, (name, view) in enumerate(views := matrices(model).items()):
+            progress("rounding every matrix to choose layers", done, len(views))
+            if scheme := schemes.get(name):
+                tensors[name] = quantize_tensor(view, scheme, name)
         if chosen.by == "error":
             scores = weight_errors(model, tensors)
         else:
@@ -51,13 +53,13 @@ def chosen_layers(
 
 
 def weight_errors(model: PreTrainedModel, tensors: Mapping[str, QuantizedTensor]) -> dict[int, float]:
-    """Each layer's relative energy of rounding errors."""
-    views, where = matrices(model), places(model)
-    noise, signal = dict.fromkeys(_layers(model), 0.0), dict.fromkeys(_layers(model), 0.0)
+    """Return each layer's relative energy of rounding errors."""
+    views, locations = matrices(model), matrix_locations(model)
+    noise, signal = _zeros(model), _zeros(model)
     for name, tensor in tensors.items():
-        weight = views[name].double()
-        noise[where[name].layer] += (tensor.dequantize().double() - weight).square().sum().item()
-        signal[where[name].layer] += weight.square().sum().item()
+        weight, layer = views[name].double(), locations[name].layer
+        noise[layer] += (tensor.dequantize().double() - weight).square().sum().item()
+        signal[layer] += weight.square().sum().item()
     return {layer: noise[layer] / signal[layer] if signal[layer] else 0.0 for layer in noise}
 
 
@@ -67,29 +69,23 @@ def layer_divergences(
     tokens: Int[Tensor, "samples tokens"],
     progress: Progress,
 ) -> dict[int, float]:
-    """Each layer's mean divergence when only it is quantized."""
-    where, scores = places(model), dict.fromkeys(_layers(model), 0.0)
-    groups: dict[str, dict[str, QuantizedTensor]] = {}
+    """Return each layer's mean divergence when only it is quantized."""
+    locations, groups = matrix_locations(model), dict[str, dict[str, QuantizedTensor]]()
     for name, tensor in tensors.items():
-        groups.setdefault(str(where[name].layer), {})[name] = tensor
-    done = 0
-    for window in tokens:
-        for label, divergence in divergences(model, groups, window):
-            scores[int(label)] += divergence / len(tokens)
-            done += 1
-            progress("measuring the divergence of each layer", done, len(groups) * len(tokens))
-    return scores
+        groups.setdefault(str(locations[name].layer), {})[name] = tensor
+    means = divergences_over(model, groups, tokens, "measuring the divergence of each layer", progress)
+    return _zeros(model) | {int(layer): divergence for layer, divergence in means.items()}
 
 
 @torch.no_grad()
 def largest_additions(model: PreTrainedModel, tokens: Int[Tensor, "samples tokens"]) -> dict[int, float]:
-    """The largest magnitude that each layer adds to a state."""
-    scores = dict.fromkeys(_layers(model), 0.0)
+    """Return the largest magnitude that each layer adds to a state."""
+    scores = _zeros(model)
 
     def watch(layer: int):
-        def note(_module: nn.Module, given: tuple[Tensor, ...], output: Any) -> None:
+        def note(_module: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
             states = output if isinstance(output, Tensor) else output[0]
-            scores[layer] = max(scores[layer], (states.float() - given[0].float()).abs().max().item())
+            scores[layer] = max(scores[layer], (states.float() - args[0].float()).abs().max().item())
 
         return note
 
@@ -100,14 +96,5 @@ def largest_additions(model: PreTrainedModel, tokens: Int[Tensor, "samples token
     return scores
 
 
-def _layers(model: PreTrainedModel) -> range:
-    return range(len(decoder_layers(model)))
-
-
-def _rounded(model: PreTrainedModel, schemes: Schemes, progress: Progress) -> dict[str, QuantizedTensor]:
-    views, found = matrices(model), {}
-    for name, view in views.items():
-        progress("rounding every matrix to choose layers", len(found), len(views))
-        if scheme := schemes.get(name):
-            found[name] = quantize_tensor(view, scheme, name)
-    return found
+def _zeros(model: PreTrainedModel) -> dict[int, float]:
+    return dict.fromkeys(range(len(decoder_layers(model))), 0.0)

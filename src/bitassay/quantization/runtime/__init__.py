@@ -1,0 +1,1 @@
+"""Modules and products that compute with codes."""

@@ -1,0 +1,1 @@
+"""Codes that know the inputs of their matrix: GPTQ, learned, tuned, low-rank, mixed bits."""

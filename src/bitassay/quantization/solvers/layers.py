@@ -85,7 +85,7 @@ def quantize_layers(
     keeps_unrounded = any(solver.model is not None for solver, _ in used)
     stream = first_inputs(working_copy, tokens)
     hidden, arguments = stream
-    targets, base_arguments = stream.beside() if learning else (None, arguments)
+    targets, base_arguments = stream.second() if learning else (None, arguments)
     finished = [folder is not None and folder.has_tensors(_part(index)) for index in range(len(layers))]
     solutions: dict[str, Solution] = {}
     for index, layer in enumerate(layers):

@@ -1,17 +1,14 @@
 """How much a model minds that one of its matrices, or one of its layers, is quantized.
 
-Three measures, all on text:
-
     output error   ||x (W' - W)^T||^2 / ||x W^T||^2: the energy of what rounding adds to the matrix's own
                    output, relative to that output
     predicted KL   1/2 sum_t (g_t . (W' - W) x_t)^2, the mean over tokens; g_t is the gradient of
                    sum log p(y) at the matrix's output for token t, with each y drawn from the model's own
                    prediction: the output error seen through the Fisher information, which is the second
-                   derivative of the divergence. Products of different tokens' terms are left out; they are
-                   mostly noise
+                   derivative of the divergence. Products of different tokens' terms are left out
     KL             sum_v p_v (log p_v - log q_v), the mean over tokens of the divergence of the next-token
-                   distributions when only these matrices are quantized: it knows what the rest of the model
-                   makes of the error, and costs a run of all layers from the first changed one to the head
+                   distributions when only these matrices are quantized; it costs a run of all layers from
+                   the first changed one to the head
 
 The first two take one pass over the text for all matrices and any number of candidates. Output errors of
 different matrices do not compare: on stories260k, bits spent by them did worse than bits spent evenly, and
@@ -33,27 +30,27 @@ from bitassay.quantization.codes.tensor import QuantizedTensor
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.runtime.experts import Load, expert_inputs, expert_products
 from bitassay.quantization.runtime.model import Quantization, with_tensors
+from bitassay.record.progress import Progress
 
 NOTHING_ELSE = Recipe.model_validate({"name": "one-group", "weights": None})
 ROWS = 64  # tokens whose distributions exist at a time
 
 
-class Place(NamedTuple):
-    """Where a matrix sits: the number of its layer, and its name there, which all slices of one parameter
-    share."""
+class Location(NamedTuple):
+    """The number of a matrix's layer, and its name there, which all slices of one parameter share."""
 
     layer: int
     kind: str
 
 
-def places(model: PreTrainedModel) -> dict[str, Place]:
-    """The place of each of `matrices(model)`."""
+def matrix_locations(model: PreTrainedModel) -> dict[str, Location]:
+    """Return the location of each of `matrices(model)`."""
     prefix, linears = module_name(model, decoder_layers(model)), walk(model).linears
-    found = {}
+    locations = {}
     for name in matrices(model):
         layer, _, kind = name.removeprefix(f"{prefix}.").partition(".")
-        found[name] = Place(int(layer), kind if name in linears else kind.rpartition(".")[0])
-    return found
+        locations[name] = Location(int(layer), kind if name in linears else kind.rpartition(".")[0])
+    return locations
 
 
 @torch.no_grad()
@@ -81,8 +78,7 @@ def observe(
 
 
 class OutputError:
-    """The energy of matrices' outputs, and of what each candidate adds to them. It is a tap for `observe`;
-    matrices that have no candidates are passed over."""
+    """The energy of matrices' outputs, and of what each candidate adds to them: a tap for `observe`."""
 
     def __init__(self, model: PreTrainedModel, candidates: Mapping[str, Sequence[QuantizedTensor]]):
         self.weights, self.candidates = matrices(model), candidates
@@ -100,7 +96,7 @@ class OutputError:
             self.noise[name][place] += _energy(x @ (tensor.dequantize() - weight).T)
 
     def relative(self, name: str) -> list[float] | None:
-        """Each candidate's relative energy; None where no input came, or nothing but zeros."""
+        """Return each candidate's relative energy; None where no input came, or nothing but zeros."""
         if self.signal[name] == 0:
             return None
         return [noise / self.signal[name] for noise in self.noise[name]]
@@ -117,8 +113,8 @@ def predicted_divergences(
     progress: Callable[[int], None] = lambda done: None,
     seed: int = 0,
 ) -> dict[str, list[float]]:
-    """The predicted KL divergence of each candidate of each matrix, in nats a token; `progress` gets the
-    number of finished samples."""
+    """Return the predicted KL divergence of each candidate of each matrix, in nats a token; `progress` gets
+    the number of finished samples."""
     weights, generator = matrices(model), torch.Generator(model.device).manual_seed(seed)
     total = {name: [0.0] * len(tensors) for name, tensors in candidates.items()}
     for done, sample in enumerate(tokens):
@@ -139,7 +135,7 @@ def predicted_divergences(
 
 @contextmanager
 def _kept_products(model: PreTrainedModel) -> Iterator[list[tuple[str, Tensor, Tensor]]]:
-    """Every matrix's name, input and output (which gets a gradient) of the forward passes meanwhile."""
+    """Yield every matrix's name, input and output (which gets a gradient) of the forward passes meanwhile."""
     kept: list[tuple[str, Tensor, Tensor]] = []
 
     def keep(name: str, x: Tensor, y: Tensor) -> Tensor:
@@ -160,47 +156,56 @@ def _kept_products(model: PreTrainedModel) -> Iterator[list[tuple[str, Tensor, T
         yield kept
 
 
+def divergences_over(
+    model: PreTrainedModel,
+    groups: Mapping[str, Mapping[str, QuantizedTensor]],
+    tokens: Int[Tensor, "samples tokens"],
+    what: str,
+    progress: Progress,
+) -> dict[str, float]:
+    """Return the mean divergence over all windows of each group of matrices when only it is quantized."""
+    means, done = dict.fromkeys(groups, 0.0), 0
+    for window in tokens:
+        for label, divergence in divergences(model, groups, window):
+            means[label] += divergence / len(tokens)
+            done += 1
+            progress(what, done, len(groups) * len(tokens))
+    return means
+
+
 @torch.no_grad()
 def divergences(
     model: PreTrainedModel,
     groups: Mapping[str, Mapping[str, QuantizedTensor]],
     window: Int[Tensor, " tokens"],
 ) -> Iterator[tuple[str, float]]:
-    """For each group of matrices in turn, the mean KL divergence over a window when only it is quantized."""
+    """Yield, for each group of matrices, the mean KL divergence over a window when only it is quantized. The
+    layers before the first changed one are not run again."""
     entering: dict[int, Tensor] = {}
-    beside: dict[int, tuple[Any, ...] | None] = {}  # what a layer puts out with its states
+    further: dict[int, tuple[Any, ...] | None] = {}  # what a layer puts out with its states
 
     def keep(index: int) -> Callable[..., None]:
-        def kept(_module: nn.Module, given: tuple, options: dict[str, Any], output: Any) -> None:
-            entering[index] = given[0] if given else options["hidden_states"]
-            beside[index] = output[1:] if isinstance(output, tuple) else None
+        def kept(_module: nn.Module, args: tuple, options: dict[str, Any], output: Any) -> None:
+            entering[index] = args[0] if args else options["hidden_states"]
+            further[index] = output[1:] if isinstance(output, tuple) else None
 
         return kept
+
+    def pass_on(hidden: Tensor, rest: tuple[Any, ...] | None) -> Callable[..., Any]:
+        return lambda *_, **__: hidden if rest is None else (hidden, *rest)
 
     layers = decoder_layers(model)
     with hooked(m.register_forward_hook(keep(i), with_kwargs=True) for i, m in enumerate(layers)):
         wanted = _logits(model, window)
-    where = places(model)
+    locations = matrix_locations(model)
     # Where layers hand keys on to others, none can be left out.
     all_run = getattr(model.config.get_text_config(), "num_kv_shared_layers", 0) > 0
     for label, tensors in groups.items():
         changed = with_tensors(model, Quantization(NOTHING_ELSE, dict(tensors)))
-        first = 0 if all_run else min((where[name].layer for name in tensors), default=0)
-        _start_at(changed, [beside[index] for index in range(first)], entering[first])
+        first = 0 if all_run else min((locations[name].layer for name in tensors), default=0)
+        for index, layer in enumerate(decoder_layers(changed)[:first]):
+            layer.forward = pass_on(entering[first], further[index])
         yield label, mean_divergence(wanted, _logits(changed, window))
-
-
-def _start_at(
-    model: PreTrainedModel, beside: Sequence[tuple[Any, ...] | None], hidden: Float[Tensor, "..."]
-) -> None:
-    """Let a copy of a model go through its first layers without doing anything, and enter the next one with
-    `hidden`. beside: what each of them puts out with its states; None: these alone."""
-
-    def pass_on(rest: tuple[Any, ...] | None) -> Callable[..., Any]:
-        return lambda *_, **__: hidden if rest is None else (hidden, *rest)
-
-    for layer, rest in zip(decoder_layers(model), beside, strict=False):
-        layer.forward = pass_on(rest)
 
 
 def _logits(model: PreTrainedModel, window: Int[Tensor, " tokens"]) -> Float[Tensor, "tokens vocabulary"]:
@@ -210,10 +215,9 @@ def _logits(model: PreTrainedModel, window: Int[Tensor, " tokens"]) -> Float[Ten
 def mean_divergence(
     base: Float[Tensor, "tokens vocabulary"], other: Float[Tensor, "tokens vocabulary"]
 ) -> float:
-    """The mean of KL(base || other) over tokens, in nats. Never negative: what fp32 leaves below zero is
-    removed."""
+    """Return the mean of KL(base || other) over tokens, in nats, without what fp32 leaves below zero."""
     total = 0.0
-    for wanted, found in zip(base.split(ROWS), other.split(ROWS), strict=True):
-        log_p, log_q = wanted.float().log_softmax(1), found.float().log_softmax(1)
+    for rows, other_rows in zip(base.split(ROWS), other.split(ROWS), strict=True):
+        log_p, log_q = rows.float().log_softmax(1), other_rows.float().log_softmax(1)
         total += (log_p.exp() * (log_p - log_q)).sum(1).clamp(min=0).sum(dtype=torch.float64).item()
     return total / len(base)

@@ -1,0 +1,1 @@
+"""The same model in another basis: rotation and smoothing, before codes are made."""

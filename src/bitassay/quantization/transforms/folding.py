@@ -8,13 +8,11 @@ columns last can be divided by s, so that the model computes what it did:
                                            columns; query heads that share a value head share its scales
     up_proj -> down_proj                   the rows of up_proj and its bias, where down_proj reads
                                            act(gate) * up
-    inputs                                 every linear divides what it reads, at run time, by scales of its
-                                           own, which need not be those of others that read the same
+    inputs                                 every linear divides what it reads, at run time (`input_scales`)
 
 Which linears read a norm is found by running the model on a few tokens and watching where the norm's output
 goes: if it also goes where no scale can be folded (a router, fused experts), the norm is left alone. So are
-LayerNorms, and the down projection behind an online rotation. Scales at run time (the parameter
-`input_scales`) cost a division for each number read, and fit everywhere.
+LayerNorms, and the down projection behind an online rotation.
 """
 
 from collections.abc import Callable
@@ -30,8 +28,7 @@ from bitassay.errors import BitassayError
 from bitassay.models.hooks import hooked
 from bitassay.models.walk import decoder_layers, module_name, walk
 from bitassay.quantization.recipe.transforms import Place
-from bitassay.quantization.transforms.residual_stream import Norm, Weight, find_norm
-from bitassay.quantization.transforms.rotation import probe
+from bitassay.quantization.transforms.residual_stream import Norm, Weight, find_norm, probe
 
 # Modules of an attention that see no values, or that multiply its output by column.
 BESIDE_VALUES = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "gate_proj", "g_proj")
@@ -65,28 +62,26 @@ class Fold:
 
 
 def find_folds(model: PreTrainedModel, places: tuple[Place, ...]) -> tuple[list[Fold], dict[str, str]]:
-    """All folds at `places`, and for every other linear of the decoder layers why it has none."""
+    """Return all folds at `places`, and for every other linear of the decoder layers why it has none."""
     linears = walk(model).linears
     if "inputs" in places:
         return [Fold("inputs", name, (name,)) for name in linears], {}
-    folds, refused = [], {}
-    if "norms" in places:
-        folds, refused = _norm_folds(model)
+    folds, refused = _norm_folds(model) if "norms" in places else ([], {})
     for name in linears:
-        parent, _, own = name.rpartition(".")
-        if own == "o_proj" and "values" in places:
-            found = _value_fold(model, parent)
-        elif own == "down_proj" and "up" in places:
-            found = _up_fold(model, parent)
+        parent, _, child = name.rpartition(".")
+        if child == "o_proj" and "values" in places:
+            result = _value_fold(model, parent)
+        elif child == "down_proj" and "up" in places:
+            result = _up_fold(model, parent)
         else:
             continue
-        if isinstance(found, Fold):
-            folds.append(found)
+        if isinstance(result, Fold):
+            folds.append(result)
         else:
-            refused[name] = found
+            refused[name] = result
     covered = {reader for fold in folds for reader in fold.readers}
-    left = {name: refused.get(name, "nothing before it can take up a scale") for name in linears}
-    return folds, {name: reason for name, reason in left.items() if name not in covered}
+    others = [name for name in linears if name not in covered]
+    return folds, {name: refused.get(name, "nothing before it can take up a scale") for name in others}
 
 
 @torch.no_grad()
@@ -94,24 +89,22 @@ def fold(model: PreTrainedModel, where: Fold, scales: Float[Tensor, " own"]) -> 
     """Divide the producer's columns by the scales and multiply the readers' with them. Gains, and scales at
     run time, are rounded to what bf16 holds, since they may be stored so; returned are the scales used."""
     scales = scales.double()
+    producer = model.get_submodule(where.producer)
     if where.norm is not None:
-        gain = where.norm.gain()
-        stored = (gain / scales - where.norm.offset).bfloat16().double()
-        usable = (stored + where.norm.offset != 0) & (gain != 0)
-        scales = torch.where(usable, gain / (stored + where.norm.offset), 1)
-        kept = torch.where(usable, stored, gain - where.norm.offset)
-        Weight(where.norm.module, "weight").write(kept)
+        gain, offset = where.norm.gain(), where.norm.offset
+        stored = (gain / scales - offset).bfloat16().double()
+        usable = (stored + offset != 0) & (gain != 0)
+        scales = torch.where(usable, gain / (stored + offset), 1)
+        Weight(where.norm.module, "weight").write(torch.where(usable, stored, gain - offset))
     elif where.place == "inputs":
         scales = scales.bfloat16().double()
-        divide_inputs(model.get_submodule(where.producer), scales.to(model.dtype))
+        divide_inputs(producer, scales.to(model.dtype))
     else:
-        producer = model.get_submodule(where.producer)
-        Weight(producer, "weight").write(Weight(producer, "weight").read() / scales[:, None])
+        Weight(producer, "weight").change(lambda weight: weight / scales[:, None])
         if producer.bias is not None:
-            Weight(producer, "bias").write(Weight(producer, "bias").read() / scales)
+            Weight(producer, "bias").change(lambda bias: bias / scales)
     for name in where.readers:
-        weight = Weight(model.get_submodule(name), "weight")
-        weight.write(weight.read() * where.spread(scales))
+        Weight(model.get_submodule(name), "weight").change(lambda weight: weight * where.spread(scales))
     return scales.float()
 
 
@@ -131,10 +124,9 @@ def _norm_folds(model: PreTrainedModel) -> tuple[list[Fold], dict[str, str]]:
     for name, readers in _norm_readers(model).items():
         reading = tuple(reader for reader in readers if reader in linears)
         others = [reader for reader in readers if reader not in linears]
-        if others:
-            refused |= dict.fromkeys(reading, f"{name} also feeds {others[0]}, which takes no scale")
-            continue
         try:
+            if others:
+                raise BitassayError(f"{name} also feeds {others[0]}, which takes no scale")
             norm = find_norm(model.get_submodule(name), name)
         except BitassayError as error:
             refused |= dict.fromkeys(reading, str(error))
@@ -147,15 +139,14 @@ def _norm_folds(model: PreTrainedModel) -> tuple[list[Fold], dict[str, str]]:
 def _norm_readers(model: PreTrainedModel) -> dict[str, list[str]]:
     """For each norm that is a decoder layer's own, the modules with parameters that get its output, or a view
     of it."""
-    prefix = module_name(model, decoder_layers(model))
-    inside = dict(decoder_layers(model).named_modules(prefix=prefix))
-    norms = [
-        f"{prefix}.{index}.{name}"
-        for index, layer in enumerate(decoder_layers(model))
+    layers = decoder_layers(model)
+    inside = dict(layers.named_modules(prefix=module_name(model, layers)))
+    readers: dict[str, list[str]] = {
+        f"{module_name(model, layer)}.{name}": []
+        for layer in layers
         for name, _ in layer.named_children()
         if name.endswith("norm")
-    ]
-    readers: dict[str, list[str]] = {name: [] for name in norms}
+    }
     outputs: dict[int, tuple[str, Tensor]] = {}  # by storage; held, so that no other tensor takes its place
 
     def put_out(name: str) -> Callable:
@@ -174,9 +165,9 @@ def _norm_readers(model: PreTrainedModel) -> dict[str, list[str]]:
 
         return hook
 
-    own = [name for name, module in inside.items() if module._parameters and name not in norms]
-    writes = (inside[name].register_forward_hook(put_out(name)) for name in norms)
-    reads = (inside[name].register_forward_pre_hook(read(name), with_kwargs=True) for name in own)
+    reading = [name for name, module in inside.items() if module._parameters and name not in readers]
+    writes = (inside[name].register_forward_hook(put_out(name)) for name in readers)
+    reads = (inside[name].register_forward_pre_hook(read(name), with_kwargs=True) for name in reading)
     with hooked(writes), hooked(reads):
         probe(model)
     return readers

@@ -10,6 +10,8 @@ a block (Gemma 2 and 3, OLMo 2) have no matrix behind them to go into, and Layer
 rotation does change: such models are refused by name. So is anything in the decoder that has no known role.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,6 +28,29 @@ MLP_READS = ("gate_proj", "up_proj", "gate_up_proj")
 WRITES = ("o_proj", "down_proj")
 WITHIN_ATTENTION = ("q_b_proj", "kv_b_proj")
 REMEDY = "rotation: {r1: null}, which leaves the residual stream as it is"
+PROBE_TOKENS = 16
+PROBE_TOLERANCE = 1e-3  # of the logits' length; a wrong transform is off by about 1
+
+
+def probe(model: PreTrainedModel) -> Float[Tensor, "tokens vocabulary"]:
+    """Return logits on PROBE_TOKENS random tokens, the same at every call."""
+    vocabulary = len(model.get_input_embeddings().get_parameter("weight"))
+    tokens = torch.randint(0, vocabulary, (1, PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
+    return model(tokens.to(model.device), use_cache=False).logits[0].double()
+
+
+@contextmanager
+def unchanged(model: PreTrainedModel, done: str, transforms: str, remedy: str) -> Iterator[None]:
+    """Raise BitassayError where what happens within the context changed the model's logits."""
+    before = probe(model)
+    yield
+    change = ((probe(model) - before).norm() / before.norm()).item()
+    if not change <= PROBE_TOLERANCE:
+        raise BitassayError(
+            f"{type(model).__name__}: {done}, its logits differ by {change:.2g} of their length: it does "
+            f"something between its matrices that {transforms} do not know of",
+            f"try {remedy}",
+        )
 
 
 class Weight(NamedTuple):
@@ -44,6 +69,10 @@ class Weight(NamedTuple):
         stored = (value.transpose(-1, -2) if self.transposed else value).contiguous()
         dtype = self.module.get_parameter(self.key).dtype
         self.module.register_parameter(self.key, nn.Parameter(stored.to(dtype), requires_grad=False))
+
+    def change(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Replace the value by a function of it."""
+        self.write(function(self.read()))
 
 
 class Norm(NamedTuple):
@@ -81,8 +110,8 @@ class ResidualStream:
 
 
 def residual_stream(model: PreTrainedModel) -> ResidualStream:
-    """Everything that touches the stream. Raises BitassayError that names the first part of the model that
-    cannot go along with a rotation, and why."""
+    """Return everything that touches the stream. Raises BitassayError that names the first part of the model
+    that cannot go along with a rotation, and why."""
     around, embedding = decoder_of(model), model.get_input_embeddings()
     head, final = model.get_output_embeddings(), getattr(around, "norm", None)
     if not isinstance(head, nn.Linear) or not isinstance(final, nn.Module):
@@ -105,8 +134,8 @@ def residual_stream(model: PreTrainedModel) -> ResidualStream:
 
 
 def find_norm(module: nn.Module, name: str) -> Norm:
-    """How an RMSNorm uses its weight, found by asking it: classes differ, numbers do not. Raises
-    BitassayError where it is no RMSNorm."""
+    """Return how an RMSNorm uses its weight, found by running it. Raises BitassayError where it is no
+    RMSNorm."""
     weight = getattr(module, "weight", None)
     if isinstance(weight, Tensor):
         generator = torch.Generator().manual_seed(0)
@@ -153,8 +182,8 @@ def _layer_stream(model: PreTrainedModel, found: Walk, layer: nn.Module, here: s
 
 
 def _read_norms(layer: nn.Module, here: str) -> tuple[Norm | None, Norm | None]:
-    """The norms that attention and MLP read. Whatever other norms a layer owns come after a block, and have
-    to have equal gains."""
+    """Return the norms that attention and MLP read. All other norms of a layer come after a block, and must
+    have equal gains."""
     norms = {
         name: find_norm(module, here + name)
         for name, module in layer.named_children()

@@ -16,7 +16,7 @@ Differences from AWQ's own code: the error is that of the linears' outputs, not 
 the recipe's scheme, whatever it is. Columns that are always zero, in X or in W, keep s = 1.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -25,14 +25,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError
+from bitassay.quantization.codes.grid import widened
 from bitassay.quantization.codes.quantize import quantize_tensor
 from bitassay.quantization.inputs.ranges import Ranges
 from bitassay.quantization.recipe.granularity import Granularity
 from bitassay.quantization.recipe.transforms import Smoothing
 from bitassay.quantization.recipe.weights import WeightScheme
 from bitassay.quantization.transforms.folding import Fold, find_folds, fold
-from bitassay.quantization.transforms.residual_stream import Weight
-from bitassay.quantization.transforms.rotation import PROBE_TOLERANCE, probe
+from bitassay.quantization.transforms.residual_stream import Weight, unchanged
 from bitassay.record.progress import Progress, silent
 
 CLIP_SHARES = tuple(1 - 0.05 * step for step in range(11))
@@ -40,7 +40,7 @@ UNCLIPPED = ("q_proj", "k_proj")
 
 
 class Smoothed(NamedTuple):
-    """What was done: the scales by the name of what took them up; and why other linears have none."""
+    """The scales by the name of what took them up, and why other linears have none."""
 
     scales: dict[str, Float[Tensor, " columns"]]
     skipped: dict[str, str]
@@ -49,14 +49,14 @@ class Smoothed(NamedTuple):
 def smoothquant_scales(
     input_absmax: Float[Tensor, " in"], weight_absmax: Float[Tensor, " in"], alpha: float
 ) -> Float[Tensor, " in"]:
-    """`max |X_j|^alpha / max |W_j|^(1 - alpha)`."""
+    """Return `max |X_j|^alpha / max |W_j|^(1 - alpha)`."""
     x, w = input_absmax.double(), weight_absmax.double()
     usable = (x > 0) & (w > 0)
     return torch.where(usable, x**alpha / torch.where(usable, w, 1) ** (1 - alpha), 1).float()
 
 
 def awq_scales(magnitude: Float[Tensor, " in"], exponent: float) -> Float[Tensor, " in"]:
-    """`mean |X_j|^a`, with the geometric mean of the largest and the smallest at 1."""
+    """Return `mean |X_j|^a`, with the geometric mean of the largest and the smallest at 1."""
     usable = magnitude > 0
     s = torch.where(usable, magnitude.double(), 1) ** exponent
     centre = (s[usable].max() * s[usable].min()).sqrt() if usable.any() else torch.ones(())
@@ -64,7 +64,7 @@ def awq_scales(magnitude: Float[Tensor, " in"], exponent: float) -> Float[Tensor
 
 
 def output_error(difference: Float[Tensor, "out in"], inputs: Float[Tensor, "rows in"]) -> float:
-    """`|X D^T|^2`."""
+    """Return `|X D^T|^2`."""
     return (inputs.float() @ difference.float().T).double().square().sum().item()
 
 
@@ -87,23 +87,16 @@ def smooth(
             f"smoothing: the model is in {model.dtype}, in which folds would change it",
             "load it in float32",
         )
-    before = probe(model)
     folds, skipped = find_folds(model, spec.places)
     scales = {}
-    for done, where in enumerate(folds):
-        progress(f"smoothing by {spec.method}", done, len(folds))
-        if spec.method == "smoothquant":
-            wanted = _smoothquant_fold(model, where, ranges, spec.alpha)
-        else:
-            wanted = _awq_fold(model, where, ranges, scheme_for, spec.exponents)
-        scales[where.producer] = fold(model, where, wanted)
-    change = ((probe(model) - before).norm() / before.norm()).item()
-    if not change <= PROBE_TOLERANCE:
-        raise BitassayError(
-            f"{type(model).__name__}: smoothed, it says something else (logits differ by {change:.2g} of "
-            "their length), so it does something between its matrices that smoothing does not know of",
-            "try places one at a time, or no smoothing",
-        )
+    with unchanged(model, "smoothed", "smoothing steps", "places one at a time, or no smoothing"):
+        for done, where in enumerate(folds):
+            progress(f"smoothing by {spec.method}", done, len(folds))
+            if spec.method == "smoothquant":
+                wanted = _smoothquant_fold(model, where, ranges, spec.alpha)
+            else:
+                wanted = _awq_fold(model, where, ranges, scheme_for, spec.exponents)
+            scales[where.producer] = fold(model, where, wanted)
     if spec.clip:
         for where in folds:
             spread = where.spread(scales[where.producer])
@@ -135,8 +128,8 @@ def _awq_fold(
 ) -> Float[Tensor, " own"]:
     schemes = [(name, scheme) for name in where.readers if (scheme := scheme_for(name)) is not None]
     weights = [Weight(model.get_submodule(name), "weight").read().float() for name, _ in schemes]
-    found = ranges[where.readers[0]]
-    magnitude, inputs = where.share(found.mean_magnitude), found.sample.float()
+    seen = ranges[where.readers[0]]
+    magnitude, inputs = where.share(seen.mean_magnitude), seen.sample.float()
     best, least = torch.ones_like(magnitude), torch.inf
     for step in range(exponents):
         scales = awq_scales(magnitude, step / exponents)
@@ -153,38 +146,28 @@ def _awq_fold(
 def clipped(
     weight: Float[Tensor, "out in"], inputs: Float[Tensor, "rows in"], scheme: WeightScheme
 ) -> Float[Tensor, "out in"]:
-    """The weights, each group clamped to the share of its largest magnitude at which rounding it costs its
-    part of the output least."""
-    granularity = Granularity.parse(scheme.granularity)
-    spans = granularity.spans(weight.shape[1])
-    shares = torch.stack([_group_errors(weight, inputs, scheme, spans, share) for share in CLIP_SHARES])
-    best = torch.tensor(CLIP_SHARES)[shares.argmin(0)]  # of equals the first: the one that clips less
-    bounds, group = [], 0
-    for start, stop, size in spans:
-        parts = weight[:, start:stop].unflatten(1, (-1, size))
-        share = best[:, group : group + parts.shape[1]]
-        bounds.append((parts.abs().amax(2) * share).repeat_interleave(size, 1))
-        group += parts.shape[1]
-    bound = torch.cat(bounds, 1)
-    return weight.clamp(-bound, bound)
+    """Return the weights, each group clamped to the share of its largest magnitude at which rounding it costs
+    its part of the output least."""
+    granularity = Granularity.parse("channel" if scheme.granularity == "tensor" else scheme.granularity)
+    groups = granularity.to_groups(weight)
+    largest = granularity.from_groups([group.abs().amax(1, keepdim=True) for group in groups], len(weight))
+
+    def clamped(share: float | Float[Tensor, "out groups"]) -> Float[Tensor, "out in"]:
+        bound = widened(granularity, largest * share, weight.shape)
+        return weight.clamp(-bound, bound)
+
+    differences = (_rounded(clamped(share), scheme, "weight") - weight for share in CLIP_SHARES)
+    errors = [_group_errors(difference, inputs, granularity) for difference in differences]
+    # Of equals the first: the one that clips less.
+    return clamped(torch.tensor(CLIP_SHARES)[torch.stack(errors).argmin(0)])
 
 
 def _group_errors(
-    weight: Float[Tensor, "out in"],
-    inputs: Float[Tensor, "rows in"],
-    scheme: WeightScheme,
-    spans: Sequence[tuple[int, int, int]],
-    share: float,
+    difference: Float[Tensor, "out in"], inputs: Float[Tensor, "rows in"], granularity: Granularity
 ) -> Float[Tensor, "out groups"]:
-    """`|X_g D_g^T|^2` of every row's groups, when clamped to `share` of their largest magnitude."""
-    clamped = []
-    for start, stop, size in spans:
-        parts = weight[:, start:stop].unflatten(1, (-1, size))
-        bound = parts.abs().amax(2, keepdim=True) * share
-        clamped.append(parts.clamp(-bound, bound).flatten(1))
-    difference = _rounded(torch.cat(clamped, 1), scheme, "weight") - weight
+    """`|X_g D_g^T|^2` of every row's groups."""
     errors = []
-    for start, stop, size in spans:
+    for start, stop, size in granularity.spans(difference.shape[1]):
         d = difference[:, start:stop].unflatten(1, (-1, size))
         x = inputs[:, start:stop].unflatten(1, (-1, size))
         gram = torch.einsum("tgi,tgj->gij", x, x)

@@ -6,8 +6,8 @@
     task3.3   INT8 and FP8 with inputs rounded per token, plain and smoothed,       perplexity, KL, MMLU
               by torchao (no smoothed FP8: 0.18 has none) and by this package
 
-beside the model as it is, in BF16 unless told otherwise, which is the first variant. Source: the experiment
-document on INT8 and FP8; `eight_bit_claims.py` holds what it says. *Fake* models hold dequantized weights,
+beside the model as it is, in BF16 unless told otherwise, which is the first variant. Source: the
+INT8/FP8 report (docs/sources.md); `claims.yaml` holds what it claims. *Fake* models hold dequantized weights,
 *real* ones codes. A group that does not divide a row is shorter at the end, and nothing else changes; the
 report says where that is so.
 

@@ -1,0 +1,1 @@
+"""The studies of layer replication (docs/sources.md)."""

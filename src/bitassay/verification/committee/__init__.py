@@ -1,0 +1,1 @@
+"""Several verifiers that do not trust each other."""

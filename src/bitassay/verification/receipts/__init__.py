@@ -1,0 +1,1 @@
+"""Signed commitments to a trace, challenges and openings."""

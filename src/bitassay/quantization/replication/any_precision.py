@@ -1,23 +1,22 @@
-"""Planes on demand: residual codes, or digits, as one model that is read to the depth that a token deserves.
+"""Any-precision inference: residual codes, or nested bit planes, as one model that is read at the precision
+that a token deserves.
 
 Plane 1 of a matrix in residual codes is a complete matrix of few bits, and each further plane repairs it
 (Matryoshka quantization, 2502.06786, nests bits in the same spirit). So one checkpoint is several models, and
-what to read can be decided while it runs:
+a precision policy decides while it runs:
 
     depth     every token reads so many planes
-    layers    chosen layers are read to the bottom, the others' plane 1 alone
+    layers    chosen layers read all planes, the others plane 1 alone
     gated     a token reads all planes where the entropy of the distribution that it was drawn from is above
               a threshold, H_(t-1) > theta, else plane 1. The first token, and a prompt, read all
     shuffled  as many tokens as a gate opened, others: its control
 
-The gate knows H_(t-1) before it reads anything for token t, so that nothing is read twice. `gated_logits`
-finds for a whole text what decoding it token by token would give, a piece of it at a time: a token's depth
-depends on the tokens before it alone, so rounds over a piece settle one more token each at least, and mostly
-far more.
+The gate knows H_(t-1) before it reads anything for token t. `gated_logits` finds for a whole text what
+decoding it token by token would give, a piece at a time: a token's depth depends on the tokens before it
+alone, so each round over a piece fixes at least one more token.
 
-`Reader` counts bytes of codes, scales and all that is stored with a plane: by token, as decoding one by one
-reads them, and by forward, which reads a plane once for all its tokens. `engines/speculative.py` lets
-plane 1 draft and all planes check.
+`PrecisionPolicy` counts bytes of codes, scales and all that is stored with a plane: by token, as decoding one
+by one reads them, and by forward, which reads a plane once for all its tokens.
 """
 
 from collections.abc import Iterator
@@ -41,7 +40,7 @@ from bitassay.quantization.inputs.kv_cache import cache_to_crop
 from bitassay.quantization.recipe.weights import SUMS
 from bitassay.quantization.runtime.linear import QuantizedLinear
 from bitassay.quantization.runtime.model import copy_sharing_parameters, quantization_of, size_bytes
-from bitassay.quantization.solvers.sensitivity import places
+from bitassay.quantization.solvers.sensitivity import matrix_locations
 
 PIECE = 64  # tokens that rounds of `gated_logits` go over
 
@@ -49,11 +48,11 @@ Depth = int | Int[Tensor, "batch tokens"]
 
 
 @dataclass
-class Reader:
-    """How deep the next forwards read, and what they have read.
+class PrecisionPolicy:
+    """How many planes the next forwards read, and what they have read.
 
-    depth: of every token, or of each. deep_layers: those read to the bottom whatever the depth. all_bytes: of
-    all planes. other_bytes: what is read beside them for every token or forward (norms, head). by_token and
+    depth: of every token, or of each. deep_layers: those that read all planes whatever the depth. all_bytes:
+    of all planes. other_bytes: what else is read for every token or forward (norms, head). by_token and
     by_forward count bytes of planes.
     """
 
@@ -83,7 +82,7 @@ class Reader:
 
     @contextmanager
     def reading(self, depth: Depth) -> Iterator[None]:
-        """Read so deep, for a while."""
+        """Read so many planes within the context."""
         before, self.depth = self.depth, depth
         try:
             yield
@@ -101,77 +100,76 @@ class _Product:
     plane_bytes: list[float]
     bias: Tensor | None
     inputs: InputRounding | None
-    reader: Reader = field(repr=False)
+    policy: PrecisionPolicy = field(repr=False)
 
     def __call__(self, x: Float[Tensor, "batch tokens in"]) -> Float[Tensor, "batch tokens out"]:
-        reader, count = self.reader, x.shape[0] * x.shape[1]
-        depth = len(self.weights) if self.layer in reader.deep_layers else reader.depth
+        policy, count = self.policy, x.shape[0] * x.shape[1]
+        depth = len(self.weights) if self.layer in policy.deep_layers else policy.depth
         x = x if self.inputs is None else rounded_inputs(x, self.inputs)
         if isinstance(depth, int):
-            read = [count if place < depth else 0 for place in range(len(self.weights))]
+            read = [count if plane < depth else 0 for plane in range(len(self.weights))]
             y = nn.functional.linear(x, self.weights[min(depth, len(self.weights)) - 1], self.bias)
         else:
             read, y = [count], nn.functional.linear(x, self.weights[0], self.bias)
-            for place, weight in enumerate(self.weights[1:], start=1):
-                deeper = (depth > place).to(x.device)
+            for plane, weight in enumerate(self.weights[1:], start=1):
+                deeper = (depth > plane).to(x.device)
                 read.append(int(deeper.expand(x.shape[:2]).sum()))
                 if read[-1]:
                     y = torch.where(deeper[..., None], nn.functional.linear(x, weight, self.bias), y)
-        reader.by_token += sum(size * tokens for size, tokens in zip(self.plane_bytes, read, strict=True))
-        reader.by_forward += sum(size for size, tokens in zip(self.plane_bytes, read, strict=True) if tokens)
+        policy.by_token += sum(size * tokens for size, tokens in zip(self.plane_bytes, read, strict=True))
+        policy.by_forward += sum(size for size, tokens in zip(self.plane_bytes, read, strict=True) if tokens)
         return y
 
 
-def planes_on_demand(model: PreTrainedModel) -> tuple[PreTrainedModel, Reader]:
-    """A copy of a model in residual codes whose linears read as deep as its reader says; at first all planes,
-    which is the model itself. Raises BitassayError for a model without residual codes, or a packed one."""
+def with_any_precision(model: PreTrainedModel) -> tuple[PreTrainedModel, PrecisionPolicy]:
+    """Return a copy of a model in residual codes whose linears read as many planes as its policy says; at
+    first all, which is the model itself. Raises BitassayError for a model without residual codes, or a packed
+    one."""
     done, linears = quantization_of(model), walk(model).linears
     tensors = {} if done is None else done.tensors
-    counts = {len(planes(tensor)) for tensor in tensors.values()}
+    count = max((len(planes(tensor)) for tensor in tensors.values()), default=0)
     recipe = None if done is None else done.recipe
     copies = recipe and (recipe.replication or (recipe.weights and recipe.weights.copies))
     averaged = copies is not None and copies.differ not in SUMS
-    if (
-        not counts
-        or max(counts) < 2
-        or averaged
-        or any(isinstance(m, QuantizedLinear) for m in model.modules())
-    ):
+    if count < 2 or averaged or any(isinstance(m, QuantizedLinear) for m in model.modules()):
         raise BitassayError(
-            "planes on demand need a model in residual codes, not packed",
+            "any-precision inference needs a model in residual codes, not packed",
             "a recipe with replication: {how: parallel, of: linear, differ: residual}, or digits",
         )
     if done is not None and done.passes:
-        raise BitassayError("planes on demand are of models whose layers run once", "of: linear")
+        raise BitassayError("any-precision inference is of models whose layers run once", "of: linear")
     if others := [name for name in tensors if name not in linears]:
-        raise BitassayError(f"{others[0]}: planes of experts are not read on demand", "leave experts out")
+        raise BitassayError(f"{others[0]}: planes of experts are always read together", "leave experts out")
     copied = copy_sharing_parameters(model)
     stored = sum(tensor.stored_bits for tensor in tensors.values()) // 8
     embedding, head = copied.get_input_embeddings(), copied.get_output_embeddings()
     untied = head is None or head.weight is not embedding.weight
     unread = 2 * embedding.get_parameter("weight").numel() if untied else 0  # a row a token is read
-    reader = Reader(max(counts), stored, size_bytes(model) - stored - unread, max(counts))
-    where = places(model)
+    policy = PrecisionPolicy(count, stored, size_bytes(model) - stored - unread, count)
+    where = matrix_locations(model)
     for name, tensor in tensors.items():
         linear: Any = copied.get_submodule(name)
         weights, sizes = _by_depth(tensor, linear.get_parameter("weight"))
         linear.forward = _Product(
-            where[name].layer, weights, sizes, linear.bias, getattr(linear, "inputs", None), reader
+            where[name].layer, weights, sizes, linear.bias, getattr(linear, "inputs", None), policy
         )
-    copied.register_forward_pre_hook(lambda *given: _begin(reader, given[-1], given[1]), with_kwargs=True)
-    return copied, reader
+
+    def count_tokens(_module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        policy.tokens += _input_ids(args, options).numel()
+        policy.forwards += 1
+
+    copied.register_forward_pre_hook(count_tokens, with_kwargs=True)
+    return copied, policy
 
 
-def _begin(reader: Reader, options: dict[str, Any], given: tuple[Any, ...]) -> None:
+def _input_ids(args: tuple[Any, ...], options: dict[str, Any]) -> Tensor:
     ids = options.get("input_ids")
-    ids = ids if ids is not None else given[0]
-    reader.tokens += ids.numel()
-    reader.forwards += 1
+    return ids if ids is not None else args[0]
 
 
 def _by_depth(tensor: QuantizedTensor, whole: Tensor) -> tuple[list[Tensor], list[float]]:
-    """The weights of the first k planes for each k, the last of them the model's own, and the bytes of each
-    plane."""
+    """Return the weights of the first k planes for each k, the last of them the model's own, and the bytes of
+    each plane."""
     parts, total, weights = planes(tensor), torch.zeros(()), []
     for part in parts[:-1]:
         total = total + part.dequantize()
@@ -180,65 +178,65 @@ def _by_depth(tensor: QuantizedTensor, whole: Tensor) -> tuple[list[Tensor], lis
 
 
 def entropy(logits: Float[Tensor, "*rows vocabulary"]) -> Float[Tensor, "*rows"]:
-    """Of the next-token distributions, in nats."""
+    """Return the entropy of the next-token distributions, in nats."""
     log_p = logits.float().log_softmax(-1)
     return -(log_p.exp() * log_p).sum(-1)
 
 
 @contextmanager
-def gated(model: PreTrainedModel, reader: Reader, threshold: float) -> Iterator[None]:
+def gated(model: PreTrainedModel, policy: PrecisionPolicy, threshold: float) -> Iterator[None]:
     """Within the context, generation reads all planes for prompts and for tokens that follow an entropy above
     `threshold`."""
 
-    def before(_module: nn.Module, given: tuple[Any, ...], options: dict[str, Any]) -> None:
-        ids, cache = options.get("input_ids"), options.get("past_key_values")
+    def before(_module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        cache = options.get("past_key_values")
         text_begins = cache is None or cache.get_seq_length() == 0
-        if text_begins or (ids if ids is not None else given[0]).shape[1] > 1:
-            reader.depth = reader.planes
+        if text_begins or _input_ids(args, options).shape[1] > 1:
+            policy.depth = policy.planes
 
-    def after(_module: nn.Module, _given: tuple[Any, ...], output: Any) -> None:
+    def after(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         unsure = entropy(output.logits[:, -1]) > threshold
-        reader.depth = torch.where(unsure, reader.planes, 1)[:, None]
+        policy.depth = torch.where(unsure, policy.planes, 1)[:, None]
 
     entering = model.register_forward_pre_hook(before, with_kwargs=True)
-    with hooked([entering, model.register_forward_hook(after)]), reader.reading(reader.planes):
+    with hooked([entering, model.register_forward_hook(after)]), policy.reading(policy.planes):
         yield
 
 
 @torch.inference_mode()
 def gated_logits(
-    model: PreTrainedModel, reader: Reader, window: Int[Tensor, " tokens"], threshold: float
+    model: PreTrainedModel, policy: PrecisionPolicy, window: Int[Tensor, " tokens"], threshold: float
 ) -> tuple[Float[Tensor, "tokens vocabulary"], Int[Tensor, " tokens"]]:
-    """The logits at every position of a text that is decoded token by token, and the depth of each token.
-    Raises BitassayError for a text on whose way the model's rotary frequencies change."""
+    """Return the logits at every position of a text that is decoded token by token, and the depth of each
+    token. Raises BitassayError for a text on whose way the model's rotary frequencies change."""
     if frequencies(model, 1) != frequencies(model, len(window)):
         raise BitassayError(
             f"a gate over {len(window)} tokens: on the way the model's rotary frequencies change",
             "a shorter window",
         )
     cache, logits, depths = cache_to_crop(model), list[Tensor](), list[Tensor]()
-    first = reader.planes
+    first = policy.planes
     for piece in window[None].to(model.device).split(PIECE, dim=1):
         depth = torch.ones_like(piece)
         depth[0, 0] = first
-        counted = reader.by_token, reader.by_forward, reader.tokens, reader.forwards
+        counted = policy.by_token, policy.by_forward, policy.tokens, policy.forwards
         while True:
             # The last round alone is what decoding reads.
-            reader.by_token, reader.by_forward, reader.tokens, reader.forwards = counted
-            with reader.reading(depth):
-                found = model(piece, past_key_values=cache, use_cache=True).logits[0]
-            wanted = torch.where(entropy(found) > threshold, reader.planes, 1)
+            policy.by_token, policy.by_forward, policy.tokens, policy.forwards = counted
+            with policy.reading(depth):
+                piece_logits = model(piece, past_key_values=cache, use_cache=True).logits[0]
+            wanted = torch.where(entropy(piece_logits) > threshold, policy.planes, 1)
             settled = torch.equal(wanted[:-1], depth[0, 1:])
             depth[0, 1:], first = wanted[:-1], int(wanted[-1])
             if settled:
                 break
             cache.crop(-piece.shape[1])
-        logits.append(found)
+        logits.append(piece_logits)
         depths.append(depth[0])
     return torch.cat(logits), torch.cat(depths)
 
 
 def shuffled(depths: Int[Tensor, " tokens"], generator: torch.Generator) -> Int[Tensor, " tokens"]:
-    """The same depths at random places; the first token keeps its own."""
+    """Return the same depths at random positions; the first token keeps its own."""
     order = 1 + torch.randperm(len(depths) - 1, generator=generator).to(depths.device)
     return torch.cat([depths[:1], depths[order]])

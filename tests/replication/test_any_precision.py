@@ -12,13 +12,13 @@ from bitassay.quantization.export.save import save
 from bitassay.quantization.inputs.kv_cache import empty_cache
 from bitassay.quantization.pipeline import quantize
 from bitassay.quantization.recipe.recipe import Recipe
-from bitassay.quantization.replication import on_demand
-from bitassay.quantization.replication.on_demand import (
+from bitassay.quantization.replication import any_precision
+from bitassay.quantization.replication.any_precision import (
     entropy,
     gated,
     gated_logits,
-    planes_on_demand,
     shuffled,
+    with_any_precision,
 )
 from bitassay.quantization.runtime.model import Quantization, quantization_of, with_tensors
 
@@ -48,7 +48,7 @@ def logits(model, ids=IDS):
 
 
 def test_each_depth_is_a_model_of_its_own(stories, model):
-    deep, reader = planes_on_demand(model)
+    deep, reader = with_any_precision(model)
     assert torch.equal(logits(deep), logits(model))
     tensors = quantization_of(model).tensors
     first = {name: planes(tensor)[0] for name, tensor in tensors.items()}
@@ -67,7 +67,7 @@ def test_each_depth_is_a_model_of_its_own(stories, model):
 
 
 def test_chosen_layers_read_to_the_bottom(stories, model):
-    deep, reader = planes_on_demand(model)
+    deep, reader = with_any_precision(model)
     tensors = quantization_of(model).tensors
     mixed = {
         n: t if n.startswith(("model.layers.0.", "model.layers.4.")) else planes(t)[0]
@@ -83,8 +83,8 @@ def test_chosen_layers_read_to_the_bottom(stories, model):
 @pytest.mark.parametrize("piece", [1, 7, 64])
 @pytest.mark.parametrize("threshold", [0, 1.5, 3, 99])
 def test_a_gated_text_is_what_decoding_token_by_token_gives(model, threshold, piece, monkeypatch):
-    monkeypatch.setattr(on_demand, "PIECE", piece)
-    deep, reader = planes_on_demand(model)
+    monkeypatch.setattr(any_precision, "PIECE", piece)
+    deep, reader = with_any_precision(model)
     whole, depth = gated_logits(deep, reader, IDS, threshold)
     cache, unsure, stepwise, depths = empty_cache(deep), True, [], []
     with torch.inference_mode():
@@ -109,7 +109,7 @@ def test_shuffled_depths_are_the_same_elsewhere():
 
 
 def test_a_gate_decides_while_it_generates(model):
-    deep, reader = planes_on_demand(model)
+    deep, reader = with_any_precision(model)
     reader.clear()
     with gated(deep, reader, 1.0):
         text = generate(deep, [IDS.tolist()], max_new_tokens=12)[0].output_ids
@@ -122,7 +122,7 @@ def test_a_gate_decides_while_it_generates(model):
 
 def test_a_gate_forgets_the_text_before(model):
     """A prompt of a single token reads all planes, whatever was written before it."""
-    deep, reader = planes_on_demand(model)
+    deep, reader = with_any_precision(model)
     prompt = IDS[:1].tolist()
     with gated(deep, reader, 3.0):
         alone = generate(deep, [prompt], max_new_tokens=12)[0].output_ids
@@ -135,7 +135,7 @@ def test_a_gate_forgets_the_text_before(model):
 @pytest.mark.parametrize("drafts", [1, 3, 8])
 @pytest.mark.parametrize("tokens", [1, 2, 25])
 def test_drafts_change_the_cost_and_not_the_text(model, drafts, tokens):
-    deep, reader = planes_on_demand(model)
+    deep, reader = with_any_precision(model)
     found = speculate(deep, reader, IDS.tolist(), max_new_tokens=tokens, draft_tokens=drafts)
     assert found.output_ids == generate(model, [IDS.tolist()], max_new_tokens=tokens)[0].output_ids
     assert found.accepted <= found.drafted <= found.checks * drafts
@@ -159,4 +159,4 @@ def test_models_without_planes_are_refused(stories, model):
     )
     for wrong in (stories, plain, packed, averaged):
         with pytest.raises(BitassayError, match="residual codes"):
-            planes_on_demand(wrong)
+            with_any_precision(wrong)
