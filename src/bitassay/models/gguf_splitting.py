@@ -135,7 +135,8 @@ SPLITTINGS: dict[str, Splitting] = {
 
 
 def patterns_of(splitter: dict[str, Any] | None) -> tuple[str, ...] | None:
-    """The patterns of a pre-tokenizer as `tokenizer.json` says it, None for one that is no list of them.
+    """Return the patterns of a pre-tokenizer as `tokenizer.json` says it, None for one that is no list of
+    them.
 
     A ByteLevel step that puts a space in front is none: llama.cpp never does for byte-level tokenizers.
     """
