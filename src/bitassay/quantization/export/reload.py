@@ -277,7 +277,7 @@ def _inputs(model: PreTrainedModel, recipe: Recipe, card: Card, folder: Path) ->
             raise BitassayError(
                 f"{folder / CARD_FILE}: inputs of {name}: it has no column {max(rounding.outliers)}", AGAIN
             )
-        several = plan.copies if plan is not None and (plan.of, plan.differ) == ("linear", "inputs") else 1
+        several = plan.copies if plan is not None and plan.averages_inputs else 1
         if rounding.copy is not None or not 1 <= rounding.copies <= several:
             raise BitassayError(
                 f"{folder / CARD_FILE}: inputs of {name}: copies that the recipe has not", AGAIN
