@@ -1,17 +1,24 @@
 """Fixtures that several folders use."""
 
+import gzip
 import importlib.util
 import signal
 import sys
 from functools import cache
 from pathlib import Path
 
+import hypothesis
 import pytest
 
+from bitassay.data.corpora import bundled_file
 from bitassay.quantization import pipeline
 from bitassay.quantization.recipe.calibration import calibration_tokens
 from bitassay.studies import machines
 from bitassay.testing.tiny import stories260k
+
+# On a busy machine any example may be slow.
+hypothesis.settings.register_profile("busy", deadline=None)
+hypothesis.settings.load_profile("busy")
 
 # A shell starts background jobs with interrupts ignored, and children inherit that; tests send them some.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -39,6 +46,20 @@ def benchmark():
     yield imported
     for name in made:
         sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="session")
+def short_texts(tmp_path_factory):
+    """A folder for BITASSAY_DATA with the beginnings of the bundled texts, which are tokenized in no time."""
+    folder = tmp_path_factory.mktemp("texts")
+    for name, path, lines in (
+        ("wikitext2-test.raw.gz", "wikitext2/wiki.test.raw.gz", 100),
+        ("c4-train-1000.jsonl.gz", "c4/c4_en_train_first1000.jsonl.gz", 60),
+    ):
+        text = gzip.decompress(bundled_file(name)[0].read_bytes()).decode()
+        (folder / path).parent.mkdir()
+        (folder / path).write_bytes(gzip.compress("".join(text.splitlines(True)[:lines]).encode()))
+    return folder
 
 
 @pytest.fixture(scope="session")

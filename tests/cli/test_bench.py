@@ -7,24 +7,13 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def _no_data_folder(monkeypatch):
-    monkeypatch.delenv("BITASSAY_DATA", raising=False)
+def _short_texts(short_texts, monkeypatch):
+    monkeypatch.setenv("BITASSAY_DATA", str(short_texts))
 
 
 def test_bench(bitassay, workers_here, tmp_path):
-    words = [
-        "bench",
-        "stories260k",
-        "--recipe",
-        "w8",
-        "--batches",
-        "1",
-        "--contexts",
-        "600",
-        "--prompt-tokens",
-        "8",
-    ]
-    words += ["--new-tokens", "2", "--repeats", "2", "--out", str(tmp_path / "b")]
+    words = ["bench", "stories260k", "--recipe", "w8", "--batches", "1", "--contexts", "600"]
+    words += ["--prompt-tokens", "8", "--new-tokens", "2", "--repeats", "2", "--out", str(tmp_path / "b")]
     done = bitassay(*words, "--format", "json")
     assert done.status == 0, done.err
     run = json.loads(done.out)
@@ -111,18 +100,8 @@ def test_matmul(bitassay, tmp_path):
 
 
 def test_generate(bitassay, tmp_path):
-    words = [
-        "generate",
-        "stories260k",
-        "--recipe",
-        "w8",
-        "--prompts",
-        "2",
-        "--new-tokens",
-        "3",
-        "--out",
-        str(tmp_path / "g"),
-    ]
+    words = ["generate", "stories260k", "--recipe", "w8", "--prompts", "2", "--new-tokens", "3"]
+    words += ["--out", str(tmp_path / "g")]
     done = bitassay(*words, "--format", "json")
     assert done.status == 0, done.err
     assert set(json.loads(done.out)["texts"]) == {"base", "w8"}
@@ -135,19 +114,8 @@ def test_generate(bitassay, tmp_path):
 
 
 def test_protocols(bitassay):
-    done = bitassay(
-        "eval",
-        "stories260k",
-        "--protocol",
-        "wikitext2-raw",
-        "c4-train-new/32[n=2]",
-        "--windows",
-        "2",
-        "--window",
-        "32",
-        "--format",
-        "json",
-    )
+    words = ["eval", "stories260k", "--protocol", "wikitext2-raw", "c4-train-new/32[n=2]", "--windows", "2"]
+    done = bitassay(*words, "--window", "32", "--format", "json")
     assert done.status == 0, done.err
     whole = json.loads(done.out)
     assert [row["protocol"] for row in whole["rows"]] == ["wikitext2-raw/32[n=2]", "c4-train-new/32[n=2]"]

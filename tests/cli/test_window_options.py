@@ -3,6 +3,11 @@
 import pytest
 
 
+@pytest.fixture(autouse=True)
+def _short_texts(short_texts, monkeypatch):
+    monkeypatch.setenv("BITASSAY_DATA", str(short_texts))
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -14,12 +14,17 @@ def test_ids_name_what_changes_the_number():
     assert Protocol(window_tokens=512, windows=12).id == "wikitext2-raw/512[n=12]"
 
 
+@pytest.fixture(autouse=True)
+def _short_texts(short_texts, monkeypatch):
+    monkeypatch.setenv("BITASSAY_DATA", str(short_texts))
+
+
 def test_all_windows_are_the_text_cut_in_order(stories):
     windows, source = token_windows(stories.tokenizer, Protocol(window_tokens=500))
     ids = stories.tokenizer(corpus("wikitext2-raw").text, verbose=False).input_ids
     assert windows.reshape(-1).tolist() == ids[: windows.numel()]
     assert len(ids) - windows.numel() < 500
-    assert source.startswith("bundled")
+    assert source.startswith("BITASSAY_DATA")
 
 
 def test_chosen_windows_are_evenly_spaced_members_of_all(stories):
@@ -123,9 +128,9 @@ def test_an_id_and_options_that_disagree():
 
 
 def test_c4_is_cut_to_256_windows(stories, monkeypatch):
-    every, _ = token_windows(stories.tokenizer, Protocol("c4-train-new", 500))
+    every, _ = token_windows(stories.tokenizer, Protocol("c4-train-new", 50))
     assert len(every) == 256
     ids = stories.tokenizer(corpus("c4-train-new").text, verbose=False).input_ids
-    assert every.flatten().tolist() == ids[: 256 * 500]
-    longer, _ = token_windows(stories.tokenizer, Protocol("c4-train-new", 500, windows=2))
+    assert every.flatten().tolist() == ids[: 256 * 50]
+    longer, _ = token_windows(stories.tokenizer, Protocol("c4-train-new", 50, windows=2))
     assert torch.equal(longer, every[[0, 128]])

@@ -15,6 +15,7 @@ from kinds import HYBRID, ROTARY, SHORT, reread_greedy, tiny_kind
 
 NEW = 12
 # Short of the change, across it, just before and just behind it, beyond it; two that end on its either side.
+FEW_HYBRIDS = {"qwen3_next", "mamba"}
 LENGTHS = (20, SHORT - 6, SHORT - 1, SHORT, SHORT + 1, SHORT + 16, SHORT - NEW + 1, SHORT - NEW + 2)
 PROMPTS = [list(range(5 + place, 5 + place + length)) for place, length in enumerate(LENGTHS)]
 
@@ -23,7 +24,11 @@ def distance(a, b):
     return max(((a[layer] - b[layer]).norm(dim=-1) / b[layer].norm(dim=-1)).max().item() for layer in a)
 
 
-@pytest.mark.parametrize("name", [*ROTARY, *HYBRID])
+def slow(names):
+    return [pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", [*ROTARY, *FEW_HYBRIDS, *slow(HYBRID.keys() - FEW_HYBRIDS)])
 def test_a_host_says_what_reading_again_says_and_a_verifier_sees_it(name):
     model = tiny_kind(name)
     layers, prompts = tap_layers(model), PROMPTS if name in ROTARY else [*PROMPTS[:2], list(range(40, 47))]
@@ -48,7 +53,7 @@ def test_longrope_is_transformers_own_generate():
         assert tokens[0, len(prompt) :].tolist() == list(one.output_ids)
 
 
-@pytest.mark.parametrize("name", ["longrope", "dynamic", "qwen3_next"])
+@pytest.mark.parametrize("name", ["longrope", *slow(["dynamic", "qwen3_next"])])
 def test_an_honest_host_passes(name):
     """Half of the outputs cross the length at which frequencies change."""
     model = tiny_kind(name)
@@ -56,9 +61,8 @@ def test_an_honest_host_passes(name):
     prompts = [torch.randint(3, 500, (SHORT - 14 + n % 12,), generator=draw).tolist() for n in range(64)]
     profile = calibrate(model, model, prompts[:48], max_new_tokens=8, min_positions=4, alpha=0.05)
     traces = prove_many(model, prompts[48:], max_new_tokens=8, batch_size=5)
-    assert [one.status for one in verify_many(traces, model, profile=profile)].count(
-        "FAIL"
-    ) <= 1  # alpha: 0.8
+    verdicts = verify_many(traces, model, profile=profile)
+    assert [verdict.status for verdict in verdicts].count("FAIL") <= 4  # alpha: 0.8 of 16 on average
     other = tiny_kind(name, rms_norm_eps=1e-2)
     other.identity = model.identity
     traces = prove_many(other, prompts[48:], max_new_tokens=8)

@@ -13,6 +13,7 @@ pytest.importorskip("lm_eval")
 from lm_eval.models.huggingface import HFLM
 
 from bitassay.data.tasks import TaskSource
+from bitassay.evaluation import harness
 from bitassay.evaluation.tasks import registry
 from bitassay.evaluation.tasks.load import load_tasks, protocol_id
 from bitassay.evaluation.tasks.registry import TASKS, find_task
@@ -24,6 +25,7 @@ from bitassay.evaluation.tasks.run import (
     quantized_candidate,
 )
 
+NEW_TOKENS = 16  # of generated answers, which the tiny model does not end
 ASKED = ["mmlu_anatomy", "mmlu_anatomy_generative", "hellaswag", "arc_challenge"]
 
 
@@ -42,6 +44,7 @@ def run(stories, tmp_path_factory):
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("BITASSAY_DATA", raising=False)
+        patch.setattr(harness, "DEFAULT_NEW_TOKENS", NEW_TOKENS)
         return evaluate_tasks(models, ASKED, limit=5, out=out)[0], out, models
 
 
@@ -118,9 +121,10 @@ def test_another_plan_is_not_mixed_in(run):
 
 
 @pytest.mark.parametrize("task", ["hellaswag", "arc_challenge", "mmlu_anatomy", "mmlu_anatomy_generative"])
-def test_answers_are_those_of_lm_evals_hf_model(run, stories, task):
+def test_answers_are_those_of_lm_evals_hf_model(run, stories, task, monkeypatch):
     from bitassay.record.files import read_json
 
+    monkeypatch.setattr(HFLM, "max_gen_toks", NEW_TOKENS)
     hf = HFLM(pretrained=stories, tokenizer=stories.tokenizer, batch_size=2)
     expected = answer(hf, load_tasks(task, 5)[0])
     found = read_json(run[1] / f"parts/m0-{task}.json")

@@ -65,6 +65,7 @@ def test_what_sees_later_tokens(tmp_path, kind):
         load(folder_of(tmp_path, model_type=kind))
 
 
+@pytest.mark.slow
 def test_every_other_type_that_transformers_lists_is_let_through():
     for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         config = AutoConfig.for_model(kind) if kind != "gemma4_assistant" else None

@@ -64,6 +64,7 @@ def at_once(script, cache, *words):
     return {out.strip() for out, _ in done}
 
 
+@pytest.mark.slow
 def test_a_gguf_file_is_dequantized_once_for_all(gguf_file, cache, tmp_path):
     found = at_once(RESOLVE, cache, gguf_file, tmp_path / "made")
     assert len(found) == 1

@@ -75,8 +75,10 @@ def test_context_lengths():
     assert positions_of(AutoConfig.for_model("mpt", max_seq_len=96)) == 96
 
 
-def test_windows_of_more_tokens_than_the_model_reads_are_refused(stories):
-    assert model_windows(stories, Protocol(window_tokens=512, windows=1))[0].shape == (1, 512)
+def test_windows_of_more_tokens_than_the_model_reads_are_refused(stories, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time there was a cat. " * 200)
+    assert model_windows(stories, Protocol(str(text), 512, windows=1))[0].shape == (1, 512)
     with pytest.raises(BitassayError, match=r"513 tokens, and the model reads 512") as error:
         model_windows(stories, Protocol(window_tokens=513, windows=1))
     assert "--window 512" in error.value.remedy

@@ -191,6 +191,7 @@ def test_every_entry_says_where_it_comes_from():
 
 
 @pytest.mark.real
+@pytest.mark.slow
 def test_smollm2_is_what_it_says(tmp_path):
     """The wheel's GGUF, dequantized: known digest and shape, and plain enough to be saved."""
     model = load("smollm2-135m", dtype=torch.bfloat16)

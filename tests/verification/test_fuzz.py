@@ -82,7 +82,7 @@ def test_it_notices_a_verifier_that_forgets_a_check(fuzz, targets, tmp_path, mon
         with pytest.raises(AssertionError):
             check_all(fuzz, targets["trace"], fuzz.edit_header, tmp_path / "case")
     with monkeypatch.context() as patch:
-        patch.setattr("bitassay.verification.trace.check_tiling", lambda *_: 1 / 0)
+        patch.setattr("bitassay.verification.container._check_tiling", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             check_all(fuzz, targets["trace"], fuzz.edit_numbers, tmp_path / "case")
 

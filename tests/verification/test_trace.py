@@ -282,7 +282,7 @@ DEFECTS = {
     "undeclared tensor": (undeclared_layer, "extra-layer"),
     "tensor twice": (duplicate_tensor, "duplicate-key"),
     "three dimensions": (with_entries(unshaped), "wrong-shape"),
-    "huge declared tensor": (with_entries(huge), "wrong-offsets"),
+    "huge declared tensor": (with_entries(huge), "wrong-shape"),
     "overlapping tensors": (with_entries(overlapping), "wrong-offsets"),
     "negative offsets": (with_entries(negative), "malformed"),
     "entry that is no object": (with_entries(not_an_entry), "malformed"),

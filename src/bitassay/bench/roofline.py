@@ -3,17 +3,17 @@ insightful visual performance model").
 
     t >= max( bytes / bandwidth, flop / peak )
 
-bandwidth (bytes/s) and peak (FLOP/s, by dtype) are measured on the spot, as the best of a few repeats: of
-reading a buffer far larger than most caches, and of a product of two matrices. Bytes and FLOP are counted:
+bandwidth (bytes/s) and peak (FLOP/s, by dtype) are measured on the spot, as the best of a few repeats of
+reading a buffer larger than most caches, and of a product of two matrices. Bytes and FLOP are counted:
 
-    bytes   every weight that the pass needs, as it is stored (codes, scales, zero points), once; of a
-            layer that runs several times, once a pass; of a mixture, the experts that `tokens` tokens reach
-            on average where routing is even; and for a decode step the keys and values of the context
+    bytes   every weight that the pass needs, as stored (codes, scales, zero points), once a pass; of a
+            mixture, the experts that the tokens reach on average with even routing; and for a decode step the
+            keys and values of the context
     flop    2 a weight and token, and 4 x heads x width a layer for each key that a token looks at
 
-Left out: activations, norms, and what a kernel really reads: codes of 2 or 3 bits are kept in 4 by torch's
-kernel, and where weights are dequantized first, they are written and read again. All of that shows as a
-smaller share of the bound. A model that fits into the processor's cache can do better than the bound.
+Left out: activations, norms, and what a kernel reads beyond that (torch keeps codes of 2 or 3 bits in 4;
+weights that are dequantized first are written and read again). All of it shows as a smaller share of the
+bound. A model that fits into the processor's cache can do better than the bound.
 """
 
 import time

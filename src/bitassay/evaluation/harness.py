@@ -15,7 +15,6 @@ tokens end, and no second BOS is added. The model's work is in `likelihood.py` a
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from typing import Any
 
 import datasets
@@ -41,7 +40,6 @@ from bitassay.record.run import RunFolder
 
 DEFAULT_NEW_TOKENS = 256  # as lm-eval's hf model
 PART_REQUESTS = 512
-REMEMBERED_TEXTS = 4096  # a context comes once for each of its continuations
 # What a task may say about generation without asking for anything but greedy decoding.
 GREEDY_OPTIONS = {"do_sample", "temperature", "top_p", "top_k"}
 
@@ -97,7 +95,6 @@ class BitassayLM(TemplateLM):
         self.max_length = max_length
         self.max_gen_toks = DEFAULT_NEW_TOKENS
         self._device = model.device
-        self._encode = lru_cache(maxsize=REMEMBERED_TEXTS)(self._encode_once)
 
     @property
     def eot_token_id(self) -> int:
@@ -123,15 +120,14 @@ class BitassayLM(TemplateLM):
         )
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        return list(self._encode(string, add_special_tokens))
+        prefix = str(self.tokenizer.decode(self.prefix_token_id))
+        return self._encode(string, prefix, add_special_tokens)
 
-    def _encode_once(self, string: str, add_special_tokens: bool | None) -> tuple[int, ...]:
-        if add_special_tokens is None and string.startswith(self.tokenizer.decode(self.prefix_token_id)):  # type: ignore[arg-type]
+    def _encode(self, text: str, bos: Any, add_special_tokens: bool | None = None) -> list[int]:
+        if add_special_tokens is None and isinstance(bos, str) and text.startswith(bos):
             add_special_tokens = False
-        options: dict[str, Any] = {}
-        if add_special_tokens is not None:
-            options["add_special_tokens"] = add_special_tokens
-        return tuple(self.tokenizer.encode(string, **options))
+        options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        return self.tokenizer.encode(text, **options)  # type: ignore[arg-type]
 
     def _loglikelihood_tokens(  # type: ignore[override]
         self,
@@ -166,15 +162,13 @@ class BitassayLM(TemplateLM):
         before it as the model reads."""
         windows, owners = [], []
         for owner, request in enumerate(requests):
-            for window in get_rolling_token_windows(
-                self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length, context_len=1
-            ):
-                windows.append((None, *make_disjoint_window(window)))
-                owners.append(owner)
+            tokens = self.tok_encode(request.args[0])  # type: ignore[arg-type]
+            cut = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1)
+            windows += [(None, *make_disjoint_window(window)) for window in cut]
+            owners += [owner] * (len(windows) - len(owners))
         sums = [0.0] * len(requests)
-        for owner, (log_likelihood, _) in zip(
-            owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True
-        ):
+        scores = self._loglikelihood_tokens(windows, disable_tqdm)
+        for owner, (log_likelihood, _) in zip(owners, scores, strict=True):
             sums[owner] += log_likelihood
         for request, answer in zip(requests, sums, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, answer)
@@ -198,10 +192,11 @@ class BitassayLM(TemplateLM):
                     "ask for fewer, or give another model",
                 )
             before = len(answers)
+            prompts = [str(requests[index].args[0]) for index in group]
             texts = greedy_texts(
                 self.model,
                 self.tokenizer,
-                [self._encode_prompt(requests[index].args[0])[-room:] for index in group],
+                [self._encode(prompt, self.tokenizer.bos_token)[-room:] for prompt in prompts],
                 stops=stops,
                 max_new_tokens=new_tokens,
                 batch_tokens=self.batch_tokens,
@@ -211,14 +206,6 @@ class BitassayLM(TemplateLM):
                 answers[index] = text
                 self.cache_hook.add_partial("generate_until", requests[index].args, text)
         return [answers[index] for index in range(len(requests))]
-
-    def _encode_prompt(self, text: str) -> list[int]:
-        """Tokens of a prompt to be continued: unlike for contexts, lm-eval minds the tokenizer's own BOS
-        alone."""
-        bos = self.tokenizer.bos_token
-        has_bos = isinstance(bos, str) and text.startswith(bos)
-        options: dict[str, Any] = {"add_special_tokens": False} if has_bos else {}
-        return self.tokenizer(text, **options)["input_ids"]  # type: ignore[return-value]
 
     def _until(self, asked: dict[str, Any]) -> tuple[list[str], int]:
         """The stop strings and the number of new tokens that a task asks for."""

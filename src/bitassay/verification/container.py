@@ -1,16 +1,25 @@
-"""Reading files that may come from anyone: sizes before content, strict JSON, safetensors entries that tile.
+"""Reading files that may come from anyone: sizes before content, strict JSON, safetensors whose tensors tile.
 
 Traces, receipts and openings share this. Every defect is a TraceError with a short stable code.
 """
 
+import io
 import json
+import math
 import os
 import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeVar
 
+import safetensors.torch
+import torch
 from pydantic import ValidationError
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers.modeling_utils import str_to_torch_dtype
 
 from bitassay.errors import BitassayError
 from bitassay.record.files import explain_os_error
@@ -18,6 +27,9 @@ from bitassay.record.files import explain_os_error
 FILE_BYTES = 2**32
 HEADER_BYTES = 2**23
 HEADER_KEY = "bitassay"
+Entry = tuple[str, list[int]]  # dtype (as torch names it, where that knows it) and shape of a tensor
+
+Claims = TypeVar("Claims")
 
 
 class TraceError(BitassayError):
@@ -32,8 +44,15 @@ class TraceError(BitassayError):
 
 
 def read_regular(path: Path, limit_bytes: int) -> bytes:
-    """The bytes of a regular file of at most `limit_bytes`. Raises TraceError, or BitassayError where there
-    is no file to read."""
+    """Return the bytes of a regular file of at most `limit_bytes`. Raises TraceError, or BitassayError where
+    there is no file to read."""
+    with open_regular(path, limit_bytes) as stream:
+        return stream.read(limit_bytes)
+
+
+@contextmanager
+def open_regular(path: Path, limit_bytes: int = FILE_BYTES) -> Iterator[BinaryIO]:
+    """Open a regular file of at most `limit_bytes`. Raises as `read_regular` does."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise TraceError("not-a-file", f"{path}: not a regular file")
@@ -41,45 +60,52 @@ def read_regular(path: Path, limit_bytes: int) -> bytes:
             size = os.fstat(stream.fileno()).st_size
             if size > limit_bytes:
                 raise TraceError("oversize", f"{path}: {size} bytes; at most {limit_bytes} are read")
-            return stream.read(limit_bytes)
+            yield stream
     except OSError as error:
         raise explain_os_error(error, path) from error
 
 
-def declared_size(first: bytes, size: int, path: Path) -> int:
-    """The length of the safetensors header, once it is plausible."""
+def read_tensors(
+    stream: BinaryIO | io.BytesIO, path: Path, check: Callable[[Any, dict[str, Entry]], Claims]
+) -> tuple[Claims, dict[str, Tensor]]:
+    """Return what a safetensors file claims and its tensors by name. check: it sees the JSON value of the one
+    metadata entry that is ours, and dtype and shape of each tensor, before a byte of these is read; it
+    returns the claims, or raises TraceError."""
+    size = stream.seek(0, os.SEEK_END)
+    stream.seek(0)
+    first = stream.read(8)
     if len(first) < 8:
         raise TraceError("truncated", f"{path}: {size} bytes; a trace has more than 8")
-    if size > FILE_BYTES:
-        raise TraceError("oversize", f"{path}: {size} bytes; at most {FILE_BYTES} are read")
     declared = int.from_bytes(first, "little")
     if declared > HEADER_BYTES:
-        raise TraceError(
-            "header-oversize",
-            f"{path}: declares a header of {declared} bytes; at most {HEADER_BYTES} are read",
-        )
+        problem = f"declares a header of {declared} bytes; at most {HEADER_BYTES} are read"
+        raise TraceError("header-oversize", f"{path}: {problem}")
     if declared > size - 8:
-        raise TraceError(
-            "truncated", f"{path}: declares a header of {declared} bytes, {size - 8} are left in the file"
-        )
-    return declared
-
-
-def read_metadata(raw: bytes, path: Path) -> tuple[dict[str, Any], Any]:
-    """The safetensors entries by tensor name, and the JSON value of the one metadata entry that is ours."""
-    entries = strict_json(raw, path)
-    metadata = entries.pop("__metadata__", None) if isinstance(entries, dict) else None
-    if (
-        not isinstance(metadata, dict)
-        or set(metadata) != {HEADER_KEY}
-        or not isinstance(metadata[HEADER_KEY], str)
-    ):
-        raise TraceError("not-a-trace", f"{path}: a safetensors file without a bitassay header")
-    return entries, strict_json(metadata[HEADER_KEY], path)
+        problem = f"declares a header of {declared} bytes, {size - 8} are left in the file"
+        raise TraceError("truncated", f"{path}: {problem}")
+    listed = strict_json(stream.read(declared), path)
+    metadata = listed.pop("__metadata__", None) if isinstance(listed, dict) else None
+    match metadata:
+        case {"bitassay": str(text), **rest} if not rest:
+            content = strict_json(text, path)
+        case _:
+            raise TraceError("not-a-trace", f"{path}: a safetensors file without a bitassay header")
+    entries = {name: _tensor_entry(name, entry, path) for name, entry in listed.items()}
+    claims = check(content, {name: (dtype, shape) for name, (dtype, shape, _) in entries.items()})
+    for name, (dtype, shape, offsets) in entries.items():
+        if offsets[1] - offsets[0] != math.prod(shape) * getattr(torch, dtype).itemsize:
+            problem = f"{name} declares bytes {offsets}, its shape {shape} needs another number"
+            raise TraceError("wrong-offsets", f"{path}: {problem}")
+    _check_tiling(sorted(offsets for *_, offsets in entries.values()), size - 8 - declared, path)
+    stream.seek(0)
+    try:
+        return claims, safetensors.torch.load(stream.read(size))
+    except SafetensorError as error:
+        raise TraceError("malformed", f"{path}: not a safetensors file ({error})") from error
 
 
 def strict_json(raw: str | bytes, path: Path) -> Any:
-    """JSON without duplicate keys, NaN or infinity."""
+    """Return the value of JSON without duplicate keys, NaN or infinity. Raises TraceError."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -102,7 +128,7 @@ def strict_json(raw: str | bytes, path: Path) -> Any:
         raise TraceError("header-malformed", f"{path}: the header is not JSON ({error!s:.80})") from error
 
 
-def tensor_entry(name: str, entry: Any, path: Path) -> tuple[list[int], list[int], str]:
+def _tensor_entry(name: str, entry: Any, path: Path) -> tuple[str, list[int], list[int]]:
     match entry:
         case {
             "dtype": str(dtype),
@@ -111,14 +137,14 @@ def tensor_entry(name: str, entry: Any, path: Path) -> tuple[list[int], list[int
             **rest,
         } if not rest:
             if len(shape) <= 8 and all(type(n) is int and 0 <= n < 2**63 for n in (*shape, *offsets)):
-                return shape, list(offsets), dtype
+                name_in_torch = str(str_to_torch_dtype.get(dtype, dtype)).removeprefix("torch.")
+                return name_in_torch, shape, list(offsets)
     raise TraceError("malformed", f"{path}: {name!r:.80} is not a safetensors entry")
 
 
-def check_tiling(spans: list[list[int]], data_bytes: int, path: Path) -> None:
-    """The tensors' byte ranges must cover the `data_bytes` behind the header, each byte once."""
-    spans = sorted(spans)
-    if spans[0][0] != 0 or any(a[1] != b[0] for a, b in pairwise(spans)):
+def _check_tiling(spans: list[list[int]], data_bytes: int, path: Path) -> None:
+    """Raise TraceError unless the byte ranges cover the `data_bytes` behind the header, each byte once."""
+    if not spans or spans[0][0] != 0 or any(a[1] != b[0] for a, b in pairwise(spans)):
         raise TraceError("wrong-offsets", f"{path}: the tensors overlap or leave gaps")
     if spans[-1][1] != data_bytes:
         code = "truncated" if spans[-1][1] > data_bytes else "trailing-bytes"

@@ -9,10 +9,7 @@ refuses every defect with a TraceError that has a short code. What it returns is
 it fits the verifier's model is for `structure.py` to say.
 """
 
-import math
-import os
 import re
-import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,22 +25,20 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers.modeling_utils import str_to_torch_dtype
 
 from bitassay.engines.sampling import Sampler
 from bitassay.errors import BitassayError
 from bitassay.models.identity import Identity
-from bitassay.record.files import atomic_file, explain_os_error
+from bitassay.record.files import atomic_file
 from bitassay.record.hashing import canonical_json
 from bitassay.verification.container import (
     HEADER_KEY,
+    Entry,
     TraceError,
-    check_tiling,
-    declared_size,
-    read_metadata,
-    tensor_entry,
+    first_defect,
+    open_regular,
+    read_tensors,
 )
 from bitassay.verification.numerics import STATE_DTYPES, Numerics
 
@@ -89,7 +84,8 @@ class ModelClaim(_Part):
         return written
 
     def is_same_model(self, other: "ModelClaim") -> bool:
-        """Whether both name one model, whatever they call it. A configuration counts where both have one."""
+        """Return whether both name one model, whatever they call it. A configuration counts where both have
+        one."""
         exclude = {"name"}
         if None in (self.config_digest, other.config_digest):
             exclude.add("config_digest")
@@ -129,7 +125,7 @@ NONCE = r"^[A-Za-z0-9._:-]*$"
 
 
 def check_nonce(nonce: str) -> None:
-    """Raises BitassayError for a nonce that no trace can hold."""
+    """Raise BitassayError for a nonce that no trace can hold."""
     if len(nonce) > 128 or not re.fullmatch(NONCE, nonce):
         raise BitassayError(
             f"the nonce {nonce!r:.60} is not one that a trace can hold",
@@ -161,15 +157,17 @@ class Trace:
 
     @property
     def n_tokens(self) -> int:
-        """Output tokens, the end-of-text token included."""
+        """Return the number of output tokens, the end-of-text token included."""
         return len(self.header.output_ids)
 
     @property
     def n_prompt(self) -> int:
+        """Return the number of prompt tokens."""
         return len(self.header.prompt_ids)
 
 
 def tensor_name(layer: int) -> str:
+    """Return what the tensor of a layer is called."""
     return f"layer.{layer}"
 
 
@@ -184,25 +182,17 @@ def write_trace(path: str | Path, trace: Trace) -> None:
 def read_trace(path: str | Path) -> Trace:
     """Read a trace that may come from anyone. Raises TraceError for each defect of the content, BitassayError
     where there is no file to read."""
-    path = Path(path)
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise TraceError("not-a-file", f"{path}: not a regular file")
-        with open(path, "rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            declared = declared_size(stream.read(8), size, path)
-            entries, header = _read_header(stream.read(declared), path)
-            _check_tensors(entries, header, size - 8 - declared, path)
-            stream.seek(0)
-            data = stream.read(size)
-    except OSError as error:
-        raise explain_os_error(error, path) from error
-    try:
-        tensors = safetensors.torch.load(data)
-    except SafetensorError as error:
-        raise TraceError("malformed", f"{path}: not a safetensors file ({error})") from error
+    where = str(path)
+
+    def check(content: Any, entries: dict[str, Entry]) -> Header:
+        header = validate_header(content, where)
+        _check_cells(header, entries, where)
+        return header
+
+    with open_regular(Path(path)) as stream:
+        header, tensors = read_tensors(stream, Path(path), check)
     trace = Trace(header, {layer: tensors[tensor_name(layer)] for layer in header.layers})
-    check_consistent(trace, str(path))
+    check_consistent(trace, where)
     return trace
 
 
@@ -210,80 +200,44 @@ def check_consistent(trace: Trace, where: str = "trace") -> None:
     """Raise the TraceError for the first way in which header and states do not fit together, or in which a
     state is not finite."""
     header = validate_header(trace.header.model_dump(), where)
-    wanted = STATE_DTYPES.get(header.numerics.dtype)
-    if wanted is None:
-        raise TraceError(
-            "wrong-dtype",
-            f"{where}: states in {header.numerics.dtype!r}; known are {', '.join(STATE_DTYPES)}",
-        )
-    if len(set(header.layers)) != len(header.layers):
-        raise TraceError("duplicate-layer", f"{where}: a layer is named twice in {header.layers}")
-    if missing := sorted(set(header.layers) - set(trace.states)):
-        raise TraceError("missing-layer", f"{where}: no states of layer {missing[0]}, which the header names")
-    if extra := sorted(set(trace.states) - set(header.layers)):
-        raise TraceError(
-            "extra-layer", f"{where}: states of layer {extra[0]}, which the header does not name"
-        )
-    hidden = {states.shape[-1] for states in trace.states.values() if states.ndim == 2}
+    cells = {
+        tensor_name(layer): (str(states.dtype).removeprefix("torch."), list(states.shape))
+        for layer, states in trace.states.items()
+    }
+    _check_cells(header, cells, where)
     for layer, states in trace.states.items():
-        if states.dtype != wanted:
-            raise TraceError(
-                "wrong-dtype",
-                f"{where}: layer {layer} is {states.dtype}, the header says {header.numerics.dtype}",
-            )
-        if states.ndim != 2 or len(states) != len(header.positions) or len(hidden) > 1 or not states.shape[1]:
-            raise TraceError(
-                "wrong-shape",
-                f"{where}: layer {layer} is {list(states.shape)}, not [{len(header.positions)}, hidden]",
-            )
         if not states.isfinite().all():
             raise TraceError("not-finite", f"{where}: layer {layer} has NaN or infinity")
 
 
 def validate_header(content: Any, where: str = "trace") -> Header:
-    """The header in `content`, every field of it checked."""
+    """Return the header in `content`, every field of it checked. Raises TraceError."""
     if isinstance(content, dict) and content.get("schema_version") != SCHEMA_VERSION:
-        raise TraceError(
-            "schema-version",
-            f"{where}: schema version {content.get('schema_version')!r:.40}; this reads {SCHEMA_VERSION}",
-        )
+        version = f"{content.get('schema_version')!r:.40}"
+        raise TraceError("schema-version", f"{where}: schema version {version}; this reads {SCHEMA_VERSION}")
     try:
         return Header.model_validate(content)
     except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        field = ".".join(map(str, first["loc"])) or "header"
-        raise TraceError("header-field", f"{where}: header field {field:.80}: {first['msg']}") from error
+        raise TraceError("header-field", f"{where}: header field {first_defect(error)}") from error
 
 
-def _read_header(raw: bytes, path: Path) -> tuple[dict[str, Any], Header]:
-    """The safetensors entries by tensor name, and the trace's own header."""
-    entries, content = read_metadata(raw, path)
-    return entries, validate_header(content, str(path))
-
-
-def _check_tensors(entries: dict[str, Any], header: Header, data_bytes: int, path: Path) -> None:
-    """Names, dtypes, shapes and offsets of all tensors, before a byte of them is read. They must tile the
-    rest of the file."""
+def _check_cells(header: Header, tensors: Mapping[str, Entry], where: str) -> None:
+    """Raise the TraceError for the first way in which names, dtypes and shapes of a trace's tensors do not
+    fit its header."""
+    dtype = header.numerics.dtype
+    if dtype not in STATE_DTYPES:
+        raise TraceError("wrong-dtype", f"{where}: states in {dtype!r}; known are {', '.join(STATE_DTYPES)}")
+    if len(set(header.layers)) != len(header.layers):
+        raise TraceError("duplicate-layer", f"{where}: a layer is named twice in {header.layers}")
     names = {tensor_name(layer) for layer in header.layers}
-    if missing := sorted(names - set(entries)):
-        raise TraceError("missing-layer", f"{path}: no tensor {missing[0]}, which the header names")
-    if extra := sorted(set(entries) - names):
-        raise TraceError("extra-layer", f"{path}: a tensor {extra[0]!r:.80}, which the header does not name")
-    spans = []
-    for name, entry in entries.items():
-        shape, offsets, dtype = tensor_entry(name, entry, path)
-        if str_to_torch_dtype.get(dtype, dtype) != STATE_DTYPES.get(header.numerics.dtype):
-            raise TraceError(
-                "wrong-dtype", f"{path}: {name} is {dtype:.20}, the header says {header.numerics.dtype}"
-            )
-        if len(shape) != 2 or shape[0] != len(header.positions) or not 0 < shape[1] <= HIDDEN:
-            raise TraceError(
-                "wrong-shape", f"{path}: {name} is {shape!s:.60}, not [{len(header.positions)}, hidden]"
-            )
-        if offsets[1] - offsets[0] != math.prod(shape) * str_to_torch_dtype[dtype].itemsize:
-            raise TraceError(
-                "wrong-offsets",
-                f"{path}: {name} declares bytes {offsets}, its shape {shape} needs another number",
-            )
-        spans.append(offsets)
-    check_tiling(spans, data_bytes, path)
+    if missing := sorted(names - set(tensors)):
+        raise TraceError("missing-layer", f"{where}: no tensor {missing[0]}, which the header names")
+    if extra := sorted(set(tensors) - names):
+        raise TraceError("extra-layer", f"{where}: a tensor {extra[0]!r:.80}, which the header does not name")
+    hidden = {shape[-1] for _, shape in tensors.values() if len(shape) == 2}
+    for name, (stored, shape) in tensors.items():
+        if stored != dtype:
+            raise TraceError("wrong-dtype", f"{where}: {name} is {stored:.20}, the header says {dtype}")
+        rows = len(header.positions)
+        if len(shape) != 2 or shape[0] != rows or not 0 < shape[1] <= HIDDEN or len(hidden) > 1:
+            raise TraceError("wrong-shape", f"{where}: {name} is {shape!s:.60}, not [{rows}, hidden]")

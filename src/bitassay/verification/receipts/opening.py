@@ -6,18 +6,17 @@ hashes of `merkle_proof`, 32 bytes a row. What must be in it follows from receip
 reader knows every name, dtype and shape before it reads: only the hidden size is the file's to say.
 """
 
-import math
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
 from jaxtyping import Shaped
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers.modeling_utils import str_to_torch_dtype
 
 from bitassay.errors import BitassayError
 from bitassay.record.files import atomic_file
@@ -26,12 +25,10 @@ from bitassay.verification.container import (
     FILE_BYTES,
     HEADER_BYTES,
     HEADER_KEY,
+    Entry,
     TraceError,
-    check_tiling,
-    declared_size,
-    read_metadata,
     read_regular,
-    tensor_entry,
+    read_tensors,
 )
 from bitassay.verification.numerics import STATE_DTYPES
 from bitassay.verification.receipts.challenge import Challenge, opened_positions
@@ -65,33 +62,34 @@ class Opening:
     proof: tuple[bytes, ...]
 
 
-def open_trace(trace: Trace, one: Challenge) -> Opening:
-    """The opening of `trace` that answers a challenge of its receipt. Raises BitassayError where the trace is
-    not the one that was committed to."""
+def open_trace(trace: Trace, challenge: Challenge) -> Opening:
+    """Return the opening of `trace` that answers a challenge of its receipt. Raises BitassayError where the
+    trace is not the one that was committed to."""
     check_consistent(trace)
     leaves = trace_leaves(trace)
-    if commitment_of(merkle_root(leaves), trace.header).hex() != one.commitment:
+    if commitment_of(merkle_root(leaves), trace.header).hex() != challenge.commitment:
         raise BitassayError(
             "the challenge is of another trace than this one", "open the trace whose receipt was challenged"
         )
-    positions = opened_positions(one, trace.header)
+    positions = opened_positions(challenge, trace.header)
     states = {layer: trace.states[layer][list(positions)] for layer in trace.header.layers}
     indices = cell_indices(positions, len(trace.header.layers))
-    return Opening(one.commitment, one.beacon, states, tuple(merkle_proof(leaves, indices)))
+    return Opening(challenge.commitment, challenge.beacon, states, tuple(merkle_proof(leaves, indices)))
 
 
 def cell_indices(positions: Sequence[int], n_layers: int) -> list[int]:
-    """Which leaves the cells of all layers at these positions are, where positions count from 0."""
+    """Return which leaves the cells of all layers at these positions are, where positions count from 0."""
     return [position * n_layers + layer for position, layer in product(positions, range(n_layers))]
 
 
 def write_opening(path: str | Path, opening: Opening) -> None:
+    """Write an opening, whole or not at all."""
     with atomic_file(Path(path)) as temporary:
         temporary.write_bytes(encode_opening(opening))
 
 
 def encode_opening(opening: Opening) -> bytes:
-    """The file's content."""
+    """Return the file's content."""
     content = {"opening": 1, "commitment": opening.commitment, "beacon": opening.beacon}
     tensors = {tensor_name(layer): rows.contiguous().clone() for layer, rows in opening.states.items()}
     if opening.proof:
@@ -100,55 +98,66 @@ def encode_opening(opening: Opening) -> bytes:
     return safetensors.torch.save(tensors, {HEADER_KEY: canonical_json(content)})
 
 
-def read_opening(path: str | Path, receipt: Receipt, one: Challenge) -> Opening:
-    """Read what may come from anyone as the answer to challenge `one` of `receipt`, and check that the
-    receipt commits to it. Raises TraceError for each defect, "withheld-opening" where there is no file."""
+def read_opening(path: str | Path, receipt: Receipt, challenge: Challenge) -> Opening:
+    """Read what may come from anyone as the answer to a challenge of `receipt`, and check that the receipt
+    commits to it. Raises TraceError for each defect, "withheld-opening" where there is no file."""
     path = Path(path)
     if not path.exists():
         raise withheld(path)
-    check_challenge(receipt, one)
-    cells = len(opened_positions(one, receipt.header)) * len(receipt.header.layers)
+    check_challenge(receipt, challenge)
+    cells = len(opened_positions(challenge, receipt.header)) * len(receipt.header.layers)
     limit = min(FILE_BYTES, HEADER_BYTES + cells * (4 * HIDDEN + 32 * 32))
-    return decode_opening(read_regular(path, limit), receipt, one, path)
+    return decode_opening(read_regular(path, limit), receipt, challenge, path)
 
 
-def decode_opening(data: bytes, receipt: Receipt, one: Challenge, path: Path) -> Opening:
-    """The opening in `data`, checked as `read_opening` says; `path` is what errors name."""
-    check_challenge(receipt, one)
-    declared = declared_size(data[:8], len(data), path)
-    entries, content = read_metadata(data[8 : 8 + declared], path)
-    if content != {"opening": 1, "commitment": one.commitment, "beacon": one.beacon}:
-        raise TraceError("other-challenge", f"{path}: answers another challenge, or is no opening")
-    _check_tensors(entries, receipt, one, len(data) - 8 - declared, path)
-    try:
-        tensors = safetensors.torch.load(data)
-    except SafetensorError as error:
-        raise TraceError("malformed", f"{path}: not a safetensors file ({error})") from error
+def decode_opening(data: bytes, receipt: Receipt, challenge: Challenge, path: Path) -> Opening:
+    """Return the opening in `data`, checked as `read_opening` does; `path` is what errors name."""
+    check_challenge(receipt, challenge)
+    header, positions = receipt.header, opened_positions(challenge, receipt.header)
+    hashes = proof_length(receipt.n_cells, cell_indices(positions, len(header.layers)))
+    names = {tensor_name(layer) for layer in header.layers} | ({PROOF} if hashes else set())
+
+    def check(content: Any, entries: dict[str, Entry]) -> None:
+        if content != {"opening": 1, "commitment": challenge.commitment, "beacon": challenge.beacon}:
+            raise TraceError("other-challenge", f"{path}: answers another challenge, or is no opening")
+        if wrong := sorted(set(entries) ^ names):
+            raise TraceError("wrong-layers", f"{path}: {wrong[0]!r:.80} is missing, or should not be there")
+        for name, (dtype, shape) in entries.items():
+            if name == PROOF:
+                fits = (shape, dtype) == ([hashes, DIGEST_BYTES], "uint8")
+            else:
+                fits = dtype == header.numerics.dtype and len(shape) == 2
+                fits = fits and shape[0] == len(positions) and 0 < shape[1] <= HIDDEN
+            if not fits:
+                raise TraceError("wrong-shape", f"{path}: {name} is {dtype:.20} {shape!s:.60}")
+
+    _, tensors = read_tensors(io.BytesIO(data), path, check)
     proof = tuple(bytes(row) for row in tensors.pop(PROOF, torch.empty(0)).tolist())
-    states = {layer: tensors[tensor_name(layer)] for layer in receipt.header.layers}
-    opening = Opening(one.commitment, one.beacon, states, proof)
-    check_opening(opening, receipt, one, str(path))
+    states = {layer: tensors[tensor_name(layer)] for layer in header.layers}
+    opening = Opening(challenge.commitment, challenge.beacon, states, proof)
+    check_opening(opening, receipt, challenge, str(path))
     return opening
 
 
 def withheld(where: str | Path) -> TraceError:
+    """Return the defect of a challenge without an answer."""
     return TraceError("withheld-opening", f"{where}: the challenge has not been answered")
 
 
-def check_challenge(receipt: Receipt, one: Challenge) -> None:
+def check_challenge(receipt: Receipt, challenge: Challenge) -> None:
     """Raise TraceError unless the challenge is of this receipt and states of its dtype are known."""
-    if one.commitment != receipt.commitment.hex():
+    if challenge.commitment != receipt.commitment.hex():
         raise TraceError("other-receipt", "the receipt is not the one that was challenged")
     if receipt.header.numerics.dtype not in STATE_DTYPES:
         raise TraceError("wrong-dtype", f"states in {receipt.header.numerics.dtype!r}")
 
 
-def check_opening(opening: Opening, receipt: Receipt, one: Challenge, where: str = "opening") -> None:
+def check_opening(opening: Opening, receipt: Receipt, challenge: Challenge, where: str = "opening") -> None:
     """Raise the TraceError for the first way in which `opening` is not what `receipt` commits to at the
     challenged positions."""
-    check_challenge(receipt, one)
-    header, positions = receipt.header, opened_positions(one, receipt.header)
-    if (opening.commitment, opening.beacon) != (one.commitment, one.beacon):
+    check_challenge(receipt, challenge)
+    header, positions = receipt.header, opened_positions(challenge, receipt.header)
+    if (opening.commitment, opening.beacon) != (challenge.commitment, challenge.beacon):
         raise TraceError("other-challenge", f"{where}: answers another challenge")
     if tuple(opening.states) != header.layers:
         raise TraceError("wrong-layers", f"{where}: opens layers {list(opening.states)[:8]}")
@@ -162,29 +171,3 @@ def check_opening(opening: Opening, receipt: Receipt, one: Challenge, where: str
         raise TraceError("other-root", f"{where}: these states are not those that were committed to")
     if not all(rows.isfinite().all() for rows in opening.states.values()):
         raise TraceError("not-finite", f"{where}: a state has NaN or infinity")
-
-
-def _check_tensors(entries: dict, receipt: Receipt, one: Challenge, data_bytes: int, path: Path) -> None:
-    """Names, dtypes, shapes and offsets of all tensors, before a byte of them is read."""
-    header, positions = receipt.header, opened_positions(one, receipt.header)
-    hashes = proof_length(receipt.n_cells, cell_indices(positions, len(header.layers)))
-    names = {tensor_name(layer) for layer in header.layers} | ({PROOF} if hashes else set())
-    if wrong := sorted(set(entries) ^ names):
-        raise TraceError("wrong-layers", f"{path}: {wrong[0]!r:.80} is missing, or should not be there")
-    spans = []
-    for name, entry in entries.items():
-        shape, offsets, dtype = tensor_entry(name, entry, path)
-        fits = (
-            (shape, dtype) == ([hashes, DIGEST_BYTES], "U8")
-            if name == PROOF
-            else len(shape) == 2
-            and shape[0] == len(positions)
-            and 0 < shape[1] <= HIDDEN
-            and str_to_torch_dtype.get(dtype, dtype) == STATE_DTYPES.get(header.numerics.dtype)
-        )
-        if not fits:
-            raise TraceError("wrong-shape", f"{path}: {name} is {dtype:.20} {shape!s:.60}")
-        if offsets[1] - offsets[0] != math.prod(shape) * str_to_torch_dtype[dtype].itemsize:
-            raise TraceError("wrong-offsets", f"{path}: {name} declares bytes {offsets} for {shape}")
-        spans.append(offsets)
-    check_tiling(spans, data_bytes, path)
