@@ -31,7 +31,7 @@ class Ratio:
 
 
 def ratio_of(base: Sequence[float], other: Sequence[float]) -> Ratio:
-    """The ratio of paired times in seconds, one of each a round."""
+    """Return the ratio of paired times in seconds, one of each a round."""
     ratios = [a / b for a, b in zip(base, other, strict=True)]
     return Ratio(statistics.geometric_mean(ratios), geometric_interval(ratios))
 
@@ -42,7 +42,7 @@ def spread(times: Sequence[float]) -> float | None:
 
 
 def turns(names: Sequence[str], round_: int) -> list[str]:
-    """The order of a round: each begins with another one."""
+    """Return the order of a round: each begins with another one."""
     start = round_ % len(names)
     return [*names[start:], *names[:start]]
 

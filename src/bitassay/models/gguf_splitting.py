@@ -74,7 +74,7 @@ class Splitting:
     add_bos: bool = False
 
     def pre_tokenizer(self) -> PreTokenizer:
-        """The splitter of `tokenizers` that does this."""
+        """Return the splitter of `tokenizers` that does this."""
         # ByteLevel's own regex is the published spelling of GPT2, and of a last step that is this.
         *steps, last = self.patterns
         parts = [_step(pattern) for pattern in (steps if last == GPT2 else self.patterns)]
@@ -135,7 +135,8 @@ SPLITTINGS: dict[str, Splitting] = {
 
 
 def patterns_of(splitter: dict[str, Any] | None) -> tuple[str, ...] | None:
-    """The patterns of a pre-tokenizer as `tokenizer.json` says it, None for one that is no list of them.
+    """Return the patterns of a pre-tokenizer as `tokenizer.json` says it, None for one that is no list of
+    them.
 
     A ByteLevel step that puts a space in front is none: llama.cpp never does for byte-level tokenizers.
     """

@@ -79,7 +79,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Like `atomic_file` for a folder, which may be an empty one already."""
+    """Yield a temporary folder that becomes `path`, as `atomic_file` does for a file; `path` may be an empty
+    folder."""
     path = Path(path)
     temporary = _beside(path)
     try:

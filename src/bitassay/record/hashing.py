@@ -21,10 +21,12 @@ def canonical_json(value: Any) -> str:
 
 
 def digest_json(value: Any) -> str:
+    """Return the SHA-256 of a value as canonical JSON, in hex."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
 def digest_file(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, in hex."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

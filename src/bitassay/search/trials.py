@@ -90,7 +90,7 @@ class SearchPlan:
         return Protocol(self.corpus, window_tokens=self.window, windows=self.windows)
 
     def over(self, row: Mapping[str, Any]) -> str | None:
-        """The first limit that a recipe's columns, as far as they are known, break."""
+        """Return the first limit that a recipe's columns, as far as they are known, break."""
         for name, most in self.at_most.items():
             if row.get(name, most) > most:
                 return f"{name} is {row[name]:.6g}"
@@ -101,7 +101,7 @@ class SearchPlan:
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> "SearchPlan":
-        """From what `to_dict` gave."""
+        """Return the value that `to_dict` was called on."""
         known: dict[str, Any] = {name: content[name] for name in cls.__dataclass_fields__}
         known |= {"objectives": tuple(known["objectives"]), "space": Space.model_validate(known["space"])}
         return cls(**known)
@@ -121,7 +121,7 @@ class SearchPlan:
 
 
 def open_study(plan: SearchPlan, folder: Path) -> optuna.Study:
-    """The study in FOLDER/trials.db, made where it is not there."""
+    """Open the study in FOLDER/trials.db, or make it."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = f"sqlite:///{(folder / 'trials.db').resolve()}"
     directions = [StudyDirection.MINIMIZE for _ in plan.objectives]
@@ -251,7 +251,7 @@ class Outcome:
     row: Row | None = None
 
     def excess(self, at_most: Mapping[str, float]) -> dict[str, float]:
-        """By how much each limit is exceeded; below zero where it is not."""
+        """Return by how much each limit is exceeded; below zero where it is not."""
         row = self.row or {}
         return {name: row[name] - most for name, most in at_most.items() if row.get(name) is not None}
 

@@ -53,7 +53,7 @@ class Gaussian(_Part):
 
     @classmethod
     def fitted(cls, runs: Float64[np.ndarray, "N d"]) -> "Gaussian":
-        """Of at least two runs."""
+        """Fit a Gaussian to at least two runs."""
         N, d = runs.shape
         S = np.atleast_2d(np.cov(runs, rowvar=False))
         C = (N * S + d * np.diag(np.diag(S))) / (N + d) + SMALLEST_SD**2 * np.eye(d)
@@ -114,11 +114,12 @@ class Library(_Part):
         return len(self.kinds[HONEST][0].mean)
 
     def length(self, n: int) -> int | None:
-        """The longest of `lengths` that a run of `n` generated positions can be cut to; None: too short."""
+        """Return the longest of `lengths` that a run of `n` generated positions can be cut to; None: too
+        short."""
         return max((length for length in self.lengths if length <= n), default=None)
 
     def attribute(self, x: Float64[np.ndarray, " d"], length: int) -> "Attribution":
-        """What `x`, the statistics of a run cut at `length`, fits best."""
+        """Return what `x`, the statistics of a run cut at `length`, fits best."""
         at = self.lengths.index(length)
         kinds = {name: several[at] for name, several in self.kinds.items()}
         return attribute(x, kinds, self.plausible[at], length)
@@ -146,7 +147,7 @@ class Attribution:
 def attribute(
     x: Float64[np.ndarray, " d"], kinds: Mapping[str, Gaussian], plausible: float, length: int
 ) -> Attribution:
-    """The posterior over `kinds` for the statistics `x`; plausible: the largest D^2."""
+    """Return the posterior over `kinds` for the statistics `x`; plausible: the largest D^2."""
     logs = np.array([one.log_density(x) for one in kinds.values()])
     posterior = dict(zip(kinds, np.exp(logs - np.logaddexp.reduce(logs)).tolist(), strict=True))
     nearest = max(posterior, key=posterior.__getitem__)
@@ -160,7 +161,8 @@ def fit_library(
     held_out: Mapping[str, Mapping[int, Float64[np.ndarray, "held_out d"]]],
     alpha: float,
 ) -> Library:
-    """A library from statistics of runs by kind and length, HONEST first; all kinds at the same lengths."""
+    """Return a library from statistics of runs by kind and length, HONEST first; all kinds at the same
+    lengths."""
     lengths = tuple(fit[HONEST])
     kinds = {name: tuple(Gaussian.fitted(runs[n]) for n in lengths) for name, runs in fit.items()}
     plausible = tuple(

@@ -79,7 +79,7 @@ class Scored(NamedTuple):
 
 
 def scored(verdicts: Sequence[Verdict], profile: Profile) -> list[Scored]:
-    """Those that count, in their order: scored by `profile` and structurally sound."""
+    """Return the verdicts that count, in their order: scored by `profile` and structurally sound."""
     digest = profile.digest
     return [
         Scored(one.trace, one.score.value, one.limit)

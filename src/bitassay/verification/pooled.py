@@ -99,8 +99,8 @@ def pooled_p_value(p_values: Sequence[float], n: int) -> float:
 
 
 def mann_whitney_counts(k: int, n: int) -> list[int]:
-    """In how many of the C(n + k, k) orders of k new and n honest scores U is 0, 1, ..., k n: the Gaussian
-    binomial's coefficients.
+    """Return in how many of the C(n + k, k) orders of k new and n honest scores U is 0, 1, ..., k n: the
+    Gaussian binomial's coefficients.
 
     [n + k choose k] is the product over i = 1 .. k of (1 - q^(n + i)) / (1 - q^i); integers throughout.
     """

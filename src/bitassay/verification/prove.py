@@ -98,7 +98,7 @@ def prove_many(
 
 
 def fresh_nonce() -> str:
-    """A nonce that nobody can have foreseen."""
+    """Return a nonce that nobody can have foreseen."""
     return secrets.token_hex(16)
 
 

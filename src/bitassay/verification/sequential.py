@@ -147,13 +147,13 @@ def alarm_at(wealth: Float64[np.ndarray, " k"], alpha: float = 0.01) -> int | No
 
 
 def anytime_p_value(wealth: Float64[np.ndarray, " k"]) -> float:
-    """The smallest alpha at which there has been an alarm; 1 where the capital never grew."""
+    """Return the smallest alpha at which there has been an alarm; 1 where the capital never grew."""
     return math.exp(-max(float(wealth.max(initial=0.0)), 0.0))
 
 
 def starts(k: int) -> Int64[np.ndarray, " starts"]:
-    """How many requests go before each start, below `k`: all up to STARTS_PER_OCTAVE, then so many to a
-    doubling."""
+    """Return how many requests go before each start, below `k`: all up to STARTS_PER_OCTAVE, then so many to
+    a doubling."""
     each = np.arange(k)
     octave = np.maximum(np.log2(np.maximum(each, 1) / STARTS_PER_OCTAVE).astype(np.int64), 0)
     return each[each % 2**octave == 0]

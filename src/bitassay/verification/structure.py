@@ -45,7 +45,7 @@ class Request:
 
 
 def shape_defects(trace: Trace, model: PreTrainedModel) -> list[Reason]:
-    """Why the states and tokens cannot be compared with `model`'s; empty where they can."""
+    """Return why the states and tokens cannot be compared with `model`'s; empty where they can."""
     try:
         check_consistent(trace)
     except TraceError as error:
@@ -64,7 +64,7 @@ def hidden_size_defects(states: Mapping[int, Tensor], model: PreTrainedModel) ->
 
 
 def header_defects(header: Header, model: PreTrainedModel) -> list[Reason]:
-    """Why a run with this header cannot be compared with one of `model`, whatever its states."""
+    """Return why a run with this header cannot be compared with one of `model`, whatever its states."""
     found = []
     expected = tap_layers(model)
     if missing := sorted(set(expected) - set(header.layers)):
@@ -96,7 +96,7 @@ def claim_defects(
     request: Request,
     allowed_dtypes: Collection[str] = tuple(STATE_DTYPES),
 ) -> list[Reason]:
-    """In what the header contradicts `model`, `request` or itself."""
+    """Return in what the header contradicts `model`, `request` or itself."""
     own = ModelClaim.of(identity(model))
     found = []
     if header.model.weights_digest != own.weights_digest:

@@ -63,7 +63,7 @@ class Study:
 def group(
     name: str, weights: dict[str, Any] | None, copies: dict[str, Any] | None = None, **parts: Any
 ) -> Group:
-    """A group of a recipe that is called like it."""
+    """Return a group of a recipe that is called like it."""
     fields = {"name": name, "weights": weights, **parts}
     if copies is not None:
         fields["replication"] = copies
@@ -76,6 +76,7 @@ def average(format: str, **how: Any) -> dict[str, Any]:
 
 
 def chosen(by: str, share: float = 0.3) -> dict[str, Any]:
+    """Return the fields of a replication of the layers that are chosen by a measure."""
     return {"layers": {"by": by, "share": share}}
 
 
@@ -252,8 +253,8 @@ STUDIES = {
 
 
 def arranged(groups: tuple[Group, ...], layers: int) -> tuple[tuple[Variant, ...], list[Place]]:
-    """The variants, each model once and the base first, and the rows, each group with its controls, for a
-    model of so many layers."""
+    """Return the variants, each model once and the base first, and the rows, each group with its controls,
+    for a model of so many layers."""
     found: dict[tuple[str | None, Reading | None], Variant] = {(None, None): Variant(groups[0].name)}
     places = []
 
@@ -281,8 +282,8 @@ def replication_plan(
     only: tuple[str, ...] = (),
     **how: Any,
 ) -> tuple[VariantPlan, list[Place]]:
-    """The plan of a study and the places of its rows; with `only`, of these groups and the base alone. `how`
-    are further fields of the plan. Raises BitassayError for what there is not."""
+    """Return the plan of a study and the places of its rows; with `only`, of these groups and the base alone.
+    `how` are further fields of the plan. Raises BitassayError for what there is not."""
     found = find_study(study)
     names = [one.name for one in found.groups]
     if unknown := [name for name in only if name not in names]:
@@ -295,6 +296,7 @@ def replication_plan(
 
 
 def find_study(name: str) -> Study:
+    """Return the study called `name`. Raises BitassayError that names the nearest."""
     if name not in STUDIES:
         raise BitassayError(f"no study of replication is called {name!r}; {suggestion(name, STUDIES)}")
     return STUDIES[name]

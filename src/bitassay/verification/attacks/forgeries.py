@@ -61,11 +61,12 @@ OTHER = Ed25519PrivateKey.from_private_bytes(_secret("another key"))
 
 
 def honest_receipt(trace: Trace) -> Receipt:
+    """Return the receipt that an honest host signs."""
     return commit(trace, HOST)
 
 
 def exchange(trace: Trace, send: Send = honest_receipt, show: Show = open_trace) -> ReceiptResponse:
-    """One request from receipt to opening; with the defaults, as an honest host answers."""
+    """Carry out one request from receipt to opening; with the defaults, as an honest host answers."""
     receipt = send(trace)
     asked = ask(receipt, _secret("the verifier's beacon", trace.header.nonce))
     opening = show(trace, asked)
@@ -76,15 +77,15 @@ def exchange(trace: Trace, send: Send = honest_receipt, show: Show = open_trace)
 
 
 def ask(receipt: Receipt, beacon: bytes) -> Challenge:
-    """A challenge of the usual size, or of half the positions where that is less."""
+    """Return a challenge of the usual size, or of half the positions where that is less."""
     n_prompt, n = len(receipt.header.prompt_ids), len(receipt.header.positions)
     generated, prompt = min(GENERATED, ceil((n - n_prompt) / 2)), min(PROMPT, ceil(n_prompt / 2))
     return challenge(receipt, beacon=beacon, generated=max(generated, 1), prompt=prompt)
 
 
 def show_without_checks(trace: Trace, asked: Challenge, leaves: Sequence[bytes] | None = None) -> Opening:
-    """The opening of `trace` as if the challenge were of it. leaves: of the tree behind the root, where they
-    are not the trace's."""
+    """Return the opening of `trace` as if the challenge were of it. leaves: of the tree behind the root,
+    where they are not the trace's."""
     positions = opened_positions(asked, trace.header)
     indices = cell_indices(positions, len(trace.header.layers))
     states = {layer: trace.states[layer][list(positions)] for layer in trace.header.layers}
@@ -93,7 +94,7 @@ def show_without_checks(trace: Trace, asked: Challenge, leaves: Sequence[bytes] 
 
 
 def sign(header: Header, root: bytes, key: Ed25519PrivateKey = HOST) -> Receipt:
-    """A receipt of any root under any header."""
+    """Sign a receipt of any root under any header."""
     unsigned = Receipt(header, root, key.public_key().public_bytes_raw())
     return replace(unsigned, signature=key.sign(SIGNED + unsigned.commitment))
 
@@ -254,7 +255,7 @@ def grind(trace: Trace, foreseen: bytes, tries: int) -> tuple[Trace, int]:
 
 
 def bad_positions(trace: Trace) -> tuple[int, ...]:
-    """Every other generated position, the last among them."""
+    """Return every other generated position, the last among them."""
     return trace.header.positions[: trace.n_prompt - 1 : -2][::-1]
 
 
@@ -268,6 +269,7 @@ def with_bad_cells(trace: Trace) -> Trace:
 
 
 def n_bad_opened(one: Challenge, header: Header, bad: Sequence[int]) -> int:
+    """Return how many of the bad positions a challenge opens."""
     return len(set(bad) & set(opened_positions(one, header)))
 
 

@@ -253,7 +253,7 @@ def padded(setting: Setting) -> list[Trace]:
 def honest_prefill(
     traces: Sequence[Trace], model: PreTrainedModel, outputs: Sequence[TokenIds]
 ) -> list[Trace]:
-    """The traces with other outputs, and the states that one forward of `model` over these gives."""
+    """Return the traces with other outputs, and the states that one forward of `model` over these gives."""
     headers = []
     for trace, output in zip(traces, outputs, strict=True):
         positions = tuple(range(trace.n_prompt + len(output) - 1))

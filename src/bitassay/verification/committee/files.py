@@ -59,6 +59,8 @@ class Task(_File):
 
 
 class Commitment(_File):
+    """What a verifier hands in before anybody reveals."""
+
     verifier: Name
     commitment: Digest
 
@@ -71,6 +73,8 @@ class Revealed(_File):
 
 
 class Assigned(BaseModel):
+    """The items of one verifier, with its canaries."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     verifier: Name
@@ -79,6 +83,8 @@ class Assigned(BaseModel):
 
 
 class Secret(_File):
+    """What only the coordinator may see: the assignments with their canaries."""
+
     assignments: Annotated[tuple[Assigned, ...], Field(min_length=1, max_length=VERIFIERS, strict=False)]
 
     @classmethod
@@ -103,6 +109,8 @@ class Plants(BaseModel):
 
 
 class Answers(BaseModel):
+    """The verdict on each item."""
+
     model_config = ConfigDict(strict=True)
 
     answers: Annotated[dict[Item, Status], Field(max_length=ITEMS)]
@@ -116,8 +124,8 @@ def _read_json(path: Path) -> Any:
 
 
 def read(path: Path, kind: type[Kind], remedy: str, field: str | None = None) -> Kind:
-    """The file at `path`, of which `kind` says what must be in it (its `field`, if one is named). Raises
-    BitassayError that names the file."""
+    """Read the file at `path` as `kind` (or as its `field`, if one is named). Raises BitassayError that names
+    the file."""
     try:
         content = _read_json(path)
         return kind.model_validate(content if field is None else {field: content})
@@ -145,12 +153,13 @@ def read_items(path: Path) -> list[str]:
 
 
 def read_plants(path: Path) -> dict[str, dict[str, Expected]]:
+    """Read the canaries of each verifier, with their known answers."""
     return read(path, Plants, '{"VERIFIER": {"ITEM": "FAIL", …}, …}', "plants").plants
 
 
 def read_answers(path: Path) -> dict[str, Status]:
-    """By item; the file holds these, or what `bitassay verify --format json` printed about traces whose paths
-    are the items."""
+    """Read the verdict on each item; the file holds them, or the output of `bitassay verify --format json`
+    about traces whose paths are the items."""
     remedy = '{"ITEM": "PASS", …}, or the output of bitassay verify --format json'
     try:
         content = _read_json(path)
@@ -182,7 +191,7 @@ class Board:
 
 
 def read_board(folder: Path, round: str, verifiers: Sequence[str]) -> Board:
-    """The commitments of a round in `folder`, one file a verifier."""
+    """Read the commitments of a round in `folder`, one file a verifier."""
     commitments, unreadable = {}, {}
     for name in verifiers:
         path = folder / f"{name}.json"
@@ -197,7 +206,7 @@ def read_board(folder: Path, round: str, verifiers: Sequence[str]) -> Board:
 
 
 def reveal(mine: Report, task: Task, board: Board, without: Sequence[str] = ()) -> Revealed:
-    """What a verifier publishes once there is a commitment of everybody but those `without`. Raises
+    """Return what a verifier publishes once there is a commitment of everybody but those `without`. Raises
     BitassayError before that, and where the report is not what it committed to."""
     missing = [name for name in task.verifiers if name not in board.commitments and name not in without]
     if missing:
@@ -217,7 +226,7 @@ def reveal(mine: Report, task: Task, board: Board, without: Sequence[str] = ()) 
 def judge_files(
     secret: Secret, commitments: Path, reveals: Path, *, alpha: float = 0.05
 ) -> tuple[dict[str, tuple[Reason, ...]], dict[str, Report]]:
-    """Why each verifier's report is not to be used, and the reports, from the files that came."""
+    """Return why each verifier's report is not to be used, and the reports, from the files that came."""
     board = read_board(commitments, secret.round, secret.verifiers)
     reports: dict[str, Report] = {}
     wrong = dict(board.unreadable)

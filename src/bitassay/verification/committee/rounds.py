@@ -98,19 +98,19 @@ def assign(
 
 
 def report(verifier: str, answers: Mapping[str, Status], salt: bytes | None = None) -> Report:
-    """A report with a fresh salt, unless one is given."""
+    """Return a report with a fresh salt, unless one is given."""
     salt = secrets.token_bytes(32) if salt is None else salt
     return parse_report({"verifier": verifier, "salt": salt.hex(), "answers": dict(answers)})
 
 
 def report_commitment(round: str, revealed: Report) -> str:
-    """What a verifier hands in before anybody reveals, in hex."""
+    """Return what a verifier hands in before anybody reveals, in hex."""
     content = [round, revealed.verifier, revealed.salt, revealed.answers]
     return hashlib.sha256(REPORT + canonical_json(content).encode()).hexdigest()
 
 
 def parse_report(content: Any) -> Report:
-    """A report from plain values that may come from anyone. Raises BitassayError."""
+    """Check a report made of plain values that may come from anyone. Raises BitassayError."""
     try:
         found = Report.model_validate(content)
         canonical_json(found.model_dump()).encode()
@@ -131,7 +131,7 @@ def judge(
     *,
     alpha: float = 0.05,
 ) -> dict[str, tuple[Reason, ...]]:
-    """Why each verifier's report is not to be used; empty where it is.
+    """Return why each verifier's report is not to be used; empty where it is.
 
     commitments: by verifier, all handed in before the first of `revealed`. alpha: how often an honest
     verifier refuses an honest run; planted ones must be within its profile.
@@ -150,8 +150,8 @@ def committee_status(
     judged: Mapping[str, tuple[Reason, ...]],
     quorum: int = 2,
 ) -> Status:
-    """What more than half of the sound verifiers that had `item` say; INCONCLUSIVE where there is no such
-    majority, or there are fewer than `quorum` of them."""
+    """Return what more than half of the sound verifiers that had `item` say; INCONCLUSIVE where there is no
+    such majority, or there are fewer than `quorum` of them."""
     sound = [name for name, reasons in judged.items() if not reasons and item in revealed[name].answers]
     votes = Counter(revealed[name].answers[item] for name in sound)
     for status in ("PASS", "FAIL"):

@@ -57,8 +57,8 @@ class Challenge(BaseModel):
 def challenge(
     receipt: Receipt, *, beacon: bytes | None = None, generated: int = GENERATED, prompt: int = PROMPT
 ) -> Challenge:
-    """A challenge of `receipt`. beacon: 32 bytes that nobody could know before the receipt was handed over
-    (default: fresh random ones)."""
+    """Return a challenge of `receipt`. beacon: 32 bytes that nobody could know before the receipt was handed
+    over (default: fresh random ones)."""
     beacon = secrets.token_bytes(32) if beacon is None else beacon
     try:
         return Challenge(
@@ -69,7 +69,7 @@ def challenge(
 
 
 def opened_positions(one: Challenge, header: Header) -> tuple[int, ...]:
-    """The positions to open, ascending: of the prompt first, then generated ones."""
+    """Return the positions to open, ascending: of the prompt first, then generated ones."""
     seed = hashlib.sha256(SEED + bytes.fromhex(one.commitment) + bytes.fromhex(one.beacon)).digest()
     n_prompt = len(header.prompt_ids)
     prompt = _smallest(seed, header.positions[:n_prompt], one.prompt)
@@ -82,13 +82,14 @@ def evasion_probability(n: int, bad: int, opened: int) -> float:
 
 
 def grinding_tries(n: int, bad: int, opened: int) -> float:
-    """How many commitments a host that foresees the beacon makes on average until no bad position is
+    """Return how many commitments a host that foresees the beacon makes on average until no bad position is
     opened."""
     chance = evasion_probability(n, bad, opened)
     return 1 / chance if chance else float("inf")
 
 
 def write_challenge(path: str | Path, one: Challenge) -> None:
+    """Write a challenge as JSON."""
     write_json(Path(path), one.model_dump())
 
 

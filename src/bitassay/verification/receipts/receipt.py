@@ -62,7 +62,7 @@ class Receipt:
 
 
 def commit(trace: Trace, key: Ed25519PrivateKey) -> Receipt:
-    """The signed receipt of `trace`. Raises TraceError for a trace that is not consistent in itself."""
+    """Sign a receipt of `trace`. Raises TraceError for a trace that is not consistent in itself."""
     check_consistent(trace)
     receipt = Receipt(trace.header, merkle_root(trace_leaves(trace)), key.public_key().public_bytes_raw())
     _check_positions(receipt.header, "trace")
@@ -70,11 +70,13 @@ def commit(trace: Trace, key: Ed25519PrivateKey) -> Receipt:
 
 
 def commitment_of(root: bytes, header: Header) -> bytes:
+    """Return the hash that binds a root to a header; it is what the host signs."""
     digest = hashlib.sha256(canonical_json(header.model_dump(mode="json")).encode()).digest()
     return hashlib.sha256(COMMITMENT + root + digest).digest()
 
 
 def trace_leaves(trace: Trace) -> list[bytes]:
+    """Return the leaves of all cells of a trace."""
     header = trace.header
     states = {layer: trace.states[layer] for layer in header.layers}
     return cell_leaves(states, header.positions, header.numerics.dtype)
@@ -90,6 +92,7 @@ def check_signature(receipt: Receipt, where: str = "receipt") -> None:
 
 
 def write_receipt(path: str | Path, receipt: Receipt) -> None:
+    """Write a receipt as one line of JSON."""
     with atomic_file(Path(path)) as temporary:
         temporary.write_bytes(encode(receipt))
 
@@ -104,7 +107,8 @@ def read_receipt(path: str | Path) -> Receipt:
 
 
 def encode(receipt: Receipt) -> bytes:
-    """One line of JSON: a list of the fields' values, without their names, which would be a sixth of it."""
+    """Return one line of JSON: a list of the fields' values, without their names, which would be a sixth of
+    it."""
     header = receipt.header
     ids = np.array([*header.prompt_ids, *header.output_ids], "<u4")
     names = _DIGESTS if header.model.config_digest else _DIGESTS[:-1]
@@ -126,7 +130,7 @@ def encode(receipt: Receipt) -> bytes:
 
 
 def decode(data: bytes, where: Path) -> Receipt:
-    """The receipt in `data`; its signature is not checked here. Raises TraceError."""
+    """Return the receipt in `data`; its signature is not checked here. Raises TraceError."""
     values = strict_json(data, where)
     if not isinstance(values, list) or len(values) != len(_FIELDS) or values[0] != _VERSION:
         raise TraceError("not-a-receipt", f"{where}: not a {_VERSION!r}")
