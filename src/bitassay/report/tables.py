@@ -217,8 +217,8 @@ def interval(form: Format) -> Callable[[Sequence[float] | None], str]:
 
 def plain(value: Any) -> str:
     """Return any value of a run as text: numbers to four digits, lists and objects spelled out."""
-    if value is None:
-        return "none"
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "yes", False: "no"}[value]
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, list | tuple):
