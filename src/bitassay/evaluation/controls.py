@@ -1,8 +1,7 @@
 """Replicated models compared with their controls (`replication/controls.py`) on the same windows.
 
-Only a replica that beats its controls shows that copies repair what quantization broke. A replica *beats* a
-control (`true`) where the interval of the difference of their KL to the base, paired by window, lies below 0;
-`false` where it lies above 0, None where it holds 0.
+A replica *beats* a control (`true`) where the interval of the difference of their KL to the base, paired by
+window, lies below 0; `false` where it lies above 0, None where it holds 0.
 """
 
 from collections.abc import Mapping, Sequence

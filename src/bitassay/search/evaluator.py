@@ -14,13 +14,12 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bitassay.bench.throughput import throughput
+from bitassay.bench.timing import throughput
 from bitassay.data.windows import Protocol
 from bitassay.engines.load import load
 from bitassay.errors import BitassayError
 from bitassay.evaluation.divergence import TokenScores, token_scores, window_logits
 from bitassay.evaluation.quality import TextDifference, score_windows, summarise, text_difference
-from bitassay.models.options import AUTO
 from bitassay.models.positions import model_windows
 from bitassay.quantization.export.plan import plan_export
 from bitassay.quantization.pipeline import quantize_tensors
@@ -29,6 +28,7 @@ from bitassay.quantization.recipe.replication import Chosen
 from bitassay.quantization.runtime.model import Quantization, check_recipe, with_tensors
 from bitassay.record.progress import Progress, silent
 from bitassay.search.objectives import FACTS, QUALITY, SPEED, VERIFICATION
+from bitassay.search.plan import SearchPlan
 from bitassay.studies.assay import facts_of
 from bitassay.studies.verification import Verification, chosen_prompts, honest_profile, verdict_columns
 from bitassay.verification.profile import Profile
@@ -41,39 +41,24 @@ KEPT_BYTES = 2 << 30  # of the base model's logits
 class TrialEvaluator:
     """A base model and the text on which recipes of it are measured."""
 
-    def __init__(
-        self,
-        model: str,
-        protocol: Protocol,
-        short: int,
-        *,
-        dtype: str = "float32",
-        attention: str = AUTO,
-        seed: int = 0,
-        trust_remote_code: bool = False,
-        progress: Progress = silent,
-    ):
-        """`protocol` says how many windows choose; as many are held out. short: how many of them come first.
-        Raises BitassayError where the text is too short."""
+    def __init__(self, plan: SearchPlan, progress: Progress = silent, trust_remote_code: bool = False):
+        """Raises BitassayError where the text is too short."""
 
         def loaded(dtype: str) -> PreTrainedModel:
             return load(
-                model,
+                plan.model,
                 dtype=dtype,
-                attention=attention,
+                attention=plan.attention,
                 progress=progress,
                 trust_remote_code=trust_remote_code,
             )
 
-        self.base = loaded(dtype)
-        self.seed, self.progress = seed, progress
-        count = protocol.windows or 0
-        twice = Protocol(protocol.corpus, window_tokens=protocol.window_tokens, windows=2 * count)
+        self.plan, self.progress, self.trust_remote_code = plan, progress, trust_remote_code
+        self.base = loaded(plan.dtype)
+        twice = Protocol(plan.corpus, window_tokens=plan.window, windows=2 * plan.windows)
         every, self.corpus_source = model_windows(self.base, twice)
-        if not 0 < short <= count:
-            raise BitassayError(f"{short} of {count} windows come first", f"--short 1 to {count}")
         self.windows, self.held_out = every[0::2], every[1::2]
-        self.first = [index * count // short for index in range(short)]
+        self.first = [index * plan.windows // plan.short for index in range(plan.short)]
 
         self._half = cache(lambda: loaded("bfloat16"))  # timed and verified, as in an assay
         self._profile: Profile | None = None
@@ -130,7 +115,7 @@ class TrialEvaluator:
     def verdict(self, quantization: Quantization) -> Row:
         """Columns of verification."""
         plan, base = Verification(), self._half()
-        prompts = chosen_prompts(base, plan.prompts + plan.calibration_prompts, self.seed)
+        prompts = chosen_prompts(base, plan.prompts + plan.calibration_prompts, self.plan.seed)
         proved, calibration = prompts[: plan.prompts], prompts[plan.prompts :]
         if self._profile is None:
             self._profile = honest_profile(plan, base, calibration, self.progress)

@@ -23,7 +23,7 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
-from bitassay.bench.throughput import DECODE_TOKENS, throughput
+from bitassay.bench.timing import DECODE_TOKENS, throughput
 from bitassay.data.corpora import check_corpus
 from bitassay.data.windows import Protocol
 from bitassay.engines.load import load

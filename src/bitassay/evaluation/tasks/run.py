@@ -1,11 +1,10 @@
 """Tasks: the share of questions that each model answers rightly, compared with the base model, with intervals
 and tests.
 
-Tasks, prompts, filters and metrics are lm-eval's (EleutherAI's lm-evaluation-harness, the extra `tasks`);
-what is asked is in `load.py`, and the model that is asked in `harness.py`. Models answer the same items, so
-differences are paired (`statistics.py`), and every model's p-value is also adjusted for how many models were
-compared with the base (Holm, within a task and metric). A generated text without an answer counts as wrong;
-`unparsed` says how many there are.
+Tasks, prompts, filters and metrics are those of lm-eval (EleutherAI's lm-evaluation-harness). Models answer
+the same items, so differences are paired, and p-values are adjusted for as many models as were compared with
+the base (Holm, within a task and metric). A generated text without an answer is wrong, and counted as
+`unparsed`.
 """
 
 import re
@@ -272,7 +271,7 @@ def _comparisons(
     base: str, others: Sequence[str], values: Mapping[str, Sequence[float]]
 ) -> dict[str, dict[str, Any]]:
     """By model, the columns that compare it with the base on items that are right (1) or wrong."""
-    right = {model: [value == 1 for value in found] for model, found in values.items()}
+    right = {model: [value == 1 for value in of_model] for model, of_model in values.items()}
     differences = [statistics.paired_difference(right[base], right[model]) for model in others]
     adjusted = statistics.holm([difference.p_value for difference in differences])
     return {
