@@ -96,7 +96,7 @@ class Space(Spec):
         return self
 
     def recipe_of(self, values: Values) -> Recipe:
-        """Return the recipe with these values. Raises BitassayError with the reason where it makes no sense."""
+        """Return the recipe with these values. Raises BitassayError with the reason of a refusal."""
         content = copy.deepcopy(self.recipe)
         for path, value in values.items():
             _put(content, path, copy.deepcopy(value))
