@@ -16,10 +16,10 @@ from bitassay.errors import BitassayError, MissingError
 from bitassay.evaluation.quality import score_windows, summarise
 from bitassay.quantization.recipe.recipe import Recipe, find_recipe, read_recipe
 from bitassay.search import evaluator as evaluator_module
-from bitassay.search import search as module
 from bitassay.search import trials as trials_module
 from bitassay.search.evaluator import Measurement, TrialEvaluator, facts, known_facts
 from bitassay.search.objectives import FACTS
+from bitassay.search.plan import SearchPlan
 from bitassay.search.search import search
 from bitassay.search.space import Space
 from bitassay.search.trials import ATTEMPTS, ENDED
@@ -64,9 +64,7 @@ def test_the_best_of_a_grid_is_the_best_of_its_trials(tmp_path):
 
     # The row is what an evaluation of the recipe's file says on the windows held out, not on those that chose.
     recipe = read_recipe(tmp_path / "run/best" / f"{found['best'][0]}.yaml")
-    evaluator = TrialEvaluator(
-        "stories260k", module.SearchPlan("stories260k", SPACE, window=64, windows=3).protocol, 1
-    )
+    evaluator = TrialEvaluator(SearchPlan("stories260k", SPACE, window=64, windows=3, short=1))
     model = bitassay.quantize(evaluator.base, recipe)
     rows, _ = evaluator.judged({recipe.name: model.quantization})
     assert rows[1]["kl_mean"] == found["rows"][1]["kl_mean"]
@@ -213,9 +211,7 @@ def test_what_the_machine_lacks_stops_the_search_and_is_no_fault_of_the_recipe(t
 @pytest.mark.parametrize("kept_bytes", [0, 10**9])
 def test_what_a_window_says_does_not_depend_on_what_was_kept(monkeypatch, kept_bytes):
     monkeypatch.setattr(evaluator_module, "KEPT_BYTES", kept_bytes)
-    evaluator = TrialEvaluator(
-        "stories260k", module.SearchPlan("stories260k", SPACE, window=64, windows=3).protocol, 2
-    )
+    evaluator = TrialEvaluator(SearchPlan("stories260k", SPACE, window=64, windows=3, short=2))
     model = bitassay.quantize(evaluator.base, "w3")
     measurement = Measurement(evaluator, model.quantization)
     measurement.short()
@@ -484,9 +480,7 @@ def test_trials_of_one_model_in_different_loops_have_its_codes_made_once(tmp_pat
     assert len({trial["row"]["kl_mean"] for trial in found["trials"]}) == 4
     assert not [path for path in (tmp_path / "run/work").iterdir() if path.is_dir()]
     recipe = read_recipe(tmp_path / "run/best" / f"{found['best'][0]}.yaml")
-    evaluator = TrialEvaluator(
-        "stories260k", module.SearchPlan("stories260k", space, window=64, windows=3).protocol, 1
-    )
+    evaluator = TrialEvaluator(SearchPlan("stories260k", space, window=64, windows=3, short=1))
     rows, _ = evaluator.judged({"alone": bitassay.quantize(evaluator.base, recipe).quantization})
     assert rows[1]["kl_mean"] == found["rows"][1]["kl_mean"]
 

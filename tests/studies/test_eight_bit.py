@@ -198,7 +198,7 @@ def test_intervals_of_a_family_hold_together(done):
         sides = (right[pair[place]]["direct"] for place in ("first", "second"))
         alpha = 0.05 / families.count(pair["family"])
         one = paired_difference(*sides, level=1 - alpha, alpha=alpha)
-        assert pair["direct_difference_ci"] == one.interval
+        assert pair["direct_difference_ci"] == list(one.interval)
         assert pair["direct_visible_difference"] == one.visible_difference
 
 

@@ -17,6 +17,7 @@ from bitassay.evaluation.controls import beats
 from bitassay.evaluation.divergence import TokenScores, window_logits
 from bitassay.evaluation.quality import evaluate, text_difference
 from bitassay.quantization.pipeline import quantize
+from bitassay.quantization.recipe.recipe import BASE
 from bitassay.quantization.recipe.replication import Chosen
 from bitassay.studies import speculation
 from bitassay.studies.cells import CellRunner
@@ -24,25 +25,12 @@ from bitassay.studies.claims import judged
 from bitassay.studies.costs import facts_of, window_reader, with_costs
 from bitassay.studies.replication import study as replication
 from bitassay.studies.replication.run import CLAIMS, grade, run_replication
-from bitassay.studies.replication.study import (
-    BASE,
-    EVEN,
-    MESHED,
-    STUDIES,
-    W2,
-    Group,
-    Study,
-    arranged,
-    average,
-    group,
-    replication_plan,
-)
+from bitassay.studies.replication.study import STUDIES, Group, Study, arranged, replication_plan
 from bitassay.studies.speculation import check_speculation
 from bitassay.studies.variants import Findings, Reading, Variant, VariantPlan
+from groups import EVEN, MESHED, W2, average, group
 from workers import in_process
 
-W2 = W2 | {"scale": "absmax"}  # which is quick
-EVEN = EVEN | {"scale": "absmax"}
 WHOLE = group("both", EVEN, MESHED)
 SMALL = Study(
     "small",

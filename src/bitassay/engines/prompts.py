@@ -7,8 +7,8 @@ from bitassay.models.identity import tokenizer
 
 
 def encode_prompt(model: PreTrainedModel, prompt: str | TokenIds) -> tuple[int, ...]:
-    """Token ids of a prompt: text as one user message in the chat template, or as it is where there is
-    none."""
+    """Return the token ids of a prompt: text as one user message in the chat template, or as it is where
+    there is none."""
     if not isinstance(prompt, str):
         return tuple(int(token) for token in prompt)
     tokens = tokenizer(model)

@@ -121,9 +121,9 @@ def nucleus(scaled: Float[Tensor, "rows vocabulary"], top_p: float) -> Bool[Tens
     if top_p == 1:
         return torch.ones_like(scaled, dtype=torch.bool)
     probabilities, vocabulary = scaled.softmax(-1), scaled.shape[-1]
-    for size in [min(size, vocabulary) for size in (*NUCLEUS_SIZES, vocabulary)]:
-        ordered = probabilities.topk(size).values
+    for size in (*NUCLEUS_SIZES, vocabulary):
+        ordered = probabilities.topk(min(size, vocabulary)).values
         inside = ordered.cumsum(-1) - ordered < top_p
-        if size == vocabulary or not inside[:, -1].any():
-            break
-    return probabilities >= ordered.masked_fill(~inside, torch.inf).amin(-1, keepdim=True)
+        if size >= vocabulary or not inside[:, -1].any():
+            return probabilities >= ordered.masked_fill(~inside, torch.inf).amin(-1, keepdim=True)
+    raise AssertionError("the last size is the vocabulary's")

@@ -163,11 +163,11 @@ def copy_rows(cache: DynamicCache, rows: Sequence[int], device: torch.device) ->
 
 def select_rows(cache: DynamicCache, rows: Sequence[int], device: torch.device) -> None:
     """Leave these rows in a cache."""
-    places = torch.tensor(rows, device=device)
+    indices = torch.tensor(rows, device=device)
     if _by_position(cache):
-        cache.batch_select_indices(places)
+        cache.batch_select_indices(indices)
     else:
-        cache.reorder_cache(places)  # type: ignore[arg-type] # states have it too
+        cache.reorder_cache(indices)  # type: ignore[arg-type] # states have it too
 
 
 def stored_bytes(cache: DynamicCache) -> int:

@@ -152,10 +152,10 @@ def chat_templates(folder: Path) -> dict[str, str]:
         templates["default"] = (folder / _TEMPLATE_FILE).read_text("utf-8")
     if templates:
         return templates
-    said = read_object(folder / "tokenizer_config.json", missing={}).get("chat_template")
-    if isinstance(said, list):
-        return {str(named["name"]): str(named["template"]) for named in said}
-    return {} if said is None else {"default": str(said)}
+    stored = read_object(folder / "tokenizer_config.json", missing={}).get("chat_template")
+    if isinstance(stored, list):
+        return {str(named["name"]): str(named["template"]) for named in stored}
+    return {} if stored is None else {"default": str(stored)}
 
 
 def _fewest_settings(config: PretrainedConfig) -> dict[str, Any]:
@@ -204,32 +204,34 @@ def _without_empty(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _generation(folder: Path, config: PretrainedConfig) -> dict[str, Any]:
     """As transformers loads it, and with the end tokens where `end_tokens` looks for them."""
-    own = (folder / "generation_config.json").is_file()
-    name = "generation_config.json" if own else "config.json"
+    has_file = (folder / "generation_config.json").is_file()
+    name = "generation_config.json" if has_file else "config.json"
     try:
-        loaded = GenerationConfig.from_pretrained(folder, config_file_name=name, _from_model_config=not own)
+        loaded = GenerationConfig.from_pretrained(
+            folder, config_file_name=name, _from_model_config=not has_file
+        )
     except Exception as error:
         raise BitassayError(f"{folder / name}: transformers cannot load it ({error})") from error
     neutral = GenerationConfig._get_default_generation_params()
-    found = {
+    settings = {
         key: value
         for key, value in loaded.to_dict().items()
         if not _GENERATION_UNUSED.fullmatch(key) and value is not None and value != neutral.get(key)
     }
-    ends = found.pop("eos_token_id", None)
+    ends = settings.pop("eos_token_id", None)
     ends = getattr(text_config(config), "eos_token_id", None) if ends is None else ends
-    return found | {"eos_token_id": sorted({ends} if isinstance(ends, int) else set(ends or ()))}
+    return settings | {"eos_token_id": sorted({ends} if isinstance(ends, int) else set(ends or ()))}
 
 
 def _tokenizer_settings(folder: Path) -> dict[str, Any]:
-    said = {
+    settings = {
         key: value["content"] if isinstance(value, dict) and "content" in value else value
         for key, value in read_object(folder / "tokenizer_config.json", missing={}).items()
         if not _TOKENIZER_UNUSED.fullmatch(key) and value is not None
     }
-    if isinstance(kind := said.get("tokenizer_class"), str):
-        said["tokenizer_class"] = kind.removesuffix("Fast")
-    return said
+    if isinstance(kind := settings.get("tokenizer_class"), str):
+        settings["tokenizer_class"] = kind.removesuffix("Fast")
+    return settings
 
 
 def _canonical(value: Any) -> Any:

@@ -69,11 +69,11 @@ def padded_positions(model: nn.Module) -> nn.Embedding | None:
 def positions_of(config: PretrainedConfig) -> int | None:
     """Return `context_length` by the configuration alone; dynamic scaling makes `factor` times as many."""
     text = config.get_text_config()
-    said = getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)
-    if not isinstance(said, int) or said < 1:  # XLNet says -1
+    count = getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)
+    if not isinstance(count, int) or count < 1:  # XLNet says -1
         return None
     factors = [s.get("factor") or 1.0 for s in _schemes(text) if "dynamic" in _kind(s)]
-    return int(said * min(factors, default=1.0))
+    return int(count * min(factors, default=1.0))
 
 
 def check_window(positions: int | None, tokens: int, what: str) -> None:

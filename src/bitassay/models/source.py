@@ -63,13 +63,13 @@ def resolve(model: str | Path, progress: Progress = silent, *, revision: str | N
     """
     path, name = Path(model).expanduser(), str(model)
     if not path.exists() and "@" in name:
-        name, _, own = name.rpartition("@")
+        name, _, suffix = name.rpartition("@")
         path = Path(name).expanduser()
-        if not own or not name:
+        if not suffix or not name:
             raise BitassayError(f"{model}: not a name, '@' and a revision", f"{HUB_EXAMPLE}@main")
-        if revision not in (None, own):
+        if revision not in (None, suffix):
             raise BitassayError(f"{model}: revision {revision} was asked for too", "give one of them")
-        revision = own
+        revision = suffix
     is_file = path.suffix.lower() == ".gguf" or path.is_file()
     if path.is_dir() or is_file:
         _refuse_revision(revision, name, "a local file" if is_file else "a local folder")

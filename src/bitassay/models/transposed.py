@@ -43,5 +43,5 @@ def as_linears(model: nn.Module) -> None:
 
 
 def stores_transposed(module: nn.Module) -> bool:
-    """Whether files have the module's weight as `[in, out]`."""
+    """Return whether files have the module's weight as `[in, out]`."""
     return bool(getattr(module, "stored_transposed", False))

@@ -149,6 +149,6 @@ def _steers_experts(model: nn.Module, linear: str) -> bool:
     """Whether a linear is a gate beside the experts, such as Qwen2-MoE's `shared_expert_gate` with its one
     output or a router that is a plain linear. Too small to be worth fewer bits, and an error in it changes
     which expert answers, so no recipe touches it."""
-    parent, _, own = linear.rpartition(".")
+    parent, _, name = linear.rpartition(".")
     beside_experts = hasattr(model.get_submodule(parent), "experts")
-    return beside_experts and own.endswith(("gate", "router"))
+    return beside_experts and name.endswith(("gate", "router"))

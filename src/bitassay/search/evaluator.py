@@ -14,21 +14,20 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bitassay.bench.throughput import throughput
+from bitassay.bench.timing import throughput
 from bitassay.data.windows import Protocol
 from bitassay.engines.load import load
 from bitassay.errors import BitassayError
 from bitassay.evaluation.divergence import TokenScores, token_scores, window_logits
 from bitassay.evaluation.quality import TextDifference, score_windows, summarise, text_difference
-from bitassay.models.options import AUTO
 from bitassay.models.positions import model_windows
 from bitassay.quantization.export.plan import plan_export
 from bitassay.quantization.pipeline import quantize_tensors
 from bitassay.quantization.recipe.recipe import BASE, Recipe
-from bitassay.quantization.recipe.replication import Chosen
 from bitassay.quantization.runtime.model import Quantization, check_recipe, with_tensors
 from bitassay.record.progress import Progress, silent
 from bitassay.search.objectives import FACTS, QUALITY, SPEED, VERIFICATION
+from bitassay.search.plan import SearchPlan
 from bitassay.studies.assay import facts_of
 from bitassay.studies.verification import Verification, chosen_prompts, honest_profile, verdict_columns
 from bitassay.verification.profile import Profile
@@ -41,39 +40,24 @@ KEPT_BYTES = 2 << 30  # of the base model's logits
 class TrialEvaluator:
     """A base model and the text on which recipes of it are measured."""
 
-    def __init__(
-        self,
-        model: str,
-        protocol: Protocol,
-        short: int,
-        *,
-        dtype: str = "float32",
-        attention: str = AUTO,
-        seed: int = 0,
-        trust_remote_code: bool = False,
-        progress: Progress = silent,
-    ):
-        """`protocol` says how many windows choose; as many are held out. short: how many of them come first.
-        Raises BitassayError where the text is too short."""
+    def __init__(self, plan: SearchPlan, progress: Progress = silent, trust_remote_code: bool = False):
+        """Raises BitassayError where the text is too short."""
 
         def loaded(dtype: str) -> PreTrainedModel:
             return load(
-                model,
+                plan.model,
                 dtype=dtype,
-                attention=attention,
+                attention=plan.attention,
                 progress=progress,
                 trust_remote_code=trust_remote_code,
             )
 
-        self.base = loaded(dtype)
-        self.seed, self.progress = seed, progress
-        count = protocol.windows or 0
-        twice = Protocol(protocol.corpus, window_tokens=protocol.window_tokens, windows=2 * count)
+        self.plan, self.progress, self.trust_remote_code = plan, progress, trust_remote_code
+        self.base = loaded(plan.dtype)
+        twice = Protocol(plan.corpus, window_tokens=plan.window, windows=2 * plan.windows)
         every, self.corpus_source = model_windows(self.base, twice)
-        if not 0 < short <= count:
-            raise BitassayError(f"{short} of {count} windows come first", f"--short 1 to {count}")
         self.windows, self.held_out = every[0::2], every[1::2]
-        self.first = [index * count // short for index in range(short)]
+        self.first = [index * plan.windows // plan.short for index in range(plan.short)]
 
         self._half = cache(lambda: loaded("bfloat16"))  # timed and verified, as in an assay
         self._profile: Profile | None = None
@@ -94,7 +78,7 @@ class TrialEvaluator:
     def codes(self, recipe: Recipe, work: Path) -> Quantization | None:
         """The codes of a calibrated recipe, where other trials may have the same, made once while they do.
         work: where they are made, beside the recipe's own folder of that name."""
-        same = recipe.codes_alone
+        same = recipe.without_postprocessing
         if not same.is_calibrated or same.recipe_id == recipe.recipe_id:
             return None
         if self._codes is None or self._codes[0] != same.recipe_id:
@@ -130,7 +114,7 @@ class TrialEvaluator:
     def verdict(self, quantization: Quantization) -> Row:
         """Columns of verification."""
         plan, base = Verification(), self._half()
-        prompts = chosen_prompts(base, plan.prompts + plan.calibration_prompts, self.seed)
+        prompts = chosen_prompts(base, plan.prompts + plan.calibration_prompts, self.plan.seed)
         proved, calibration = prompts[: plan.prompts], prompts[plan.prompts :]
         if self._profile is None:
             self._profile = honest_profile(plan, base, calibration, self.progress)
@@ -180,9 +164,8 @@ def facts(base: PreTrainedModel, quantization: Quantization) -> Row:
 def known_facts(base: PreTrainedModel, recipe: Recipe) -> Row:
     """The same from shapes alone, before anything is quantized; nothing where measuring decides it (mixed
     bits, copies of chosen layers). Raises BitassayError where the recipe does not fit the model."""
-    copies, weights = recipe.replication, check_recipe(base, recipe)
-    chosen = copies is not None and copies.makes_codes and isinstance(copies.layers, Chosen)
-    if chosen or recipe.mixed is not None or not any(map(recipe.scheme_for, weights)):
+    weights, parts = check_recipe(base, recipe), recipe.parts.values()
+    if any(part.measures_bits for part in parts) or not any(map(recipe.scheme_for, weights)):
         return {}
     plan = plan_export(base, recipe)
     return {

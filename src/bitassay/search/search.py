@@ -31,7 +31,7 @@ from bitassay.errors import BitassayError
 from bitassay.evaluation.quality import INTERVAL, INTERVALS, PAIR_INTERVALS
 from bitassay.models.identity import identity
 from bitassay.quantization.export.fits import check_fit
-from bitassay.quantization.pipeline import quantize_tensors_once
+from bitassay.quantization.pipeline import quantize_tensors_cached
 from bitassay.quantization.recipe.recipe import BASE, Recipe, find_recipe, row_names
 from bitassay.record.files import check_folder, write_text
 from bitassay.record.progress import Progress, silent
@@ -39,11 +39,11 @@ from bitassay.record.result import write_run
 from bitassay.record.run import RunFolder, open_run_folder, run_plan
 from bitassay.search.evaluator import TrialEvaluator, limits
 from bitassay.search.objectives import pareto
+from bitassay.search.plan import SearchPlan
 from bitassay.search.space import Space, find_space
 from bitassay.search.trials import (
     ENDED,
     FAILED,
-    SearchPlan,
     open_study,
     propose_first,
     propose_interrupted_again,
@@ -83,8 +83,8 @@ def search(
     if out is not None:
         check_folder(out)
     check_fit(model, written, trust_remote_code=trust_remote_code, progress=progress)
-    evaluator = plan.evaluator(progress, trust_remote_code)
-    plan = replace(plan, at_most=limits(evaluator.base, at_most or {}))
+    evaluator = TrialEvaluator(plan, progress, trust_remote_code)
+    plan = evaluator.plan = replace(plan, at_most=limits(evaluator.base, at_most or {}))
     who = identity(evaluator.base)
     work = {
         **plan.to_dict(),
@@ -100,16 +100,7 @@ def search(
         propose_first(plan, study, written)
         if again := propose_interrupted_again(study):
             progress(f"{again} interrupted trials are proposed again")
-        run_trials(
-            plan,
-            study,
-            folder.path,
-            trials,
-            evaluator,
-            jobs,
-            progress,
-            trust_remote_code=trust_remote_code,
-        )
+        run_trials(study, folder.path, trials, evaluator, jobs)
         if failed := _failed(study):
             progress(f"trials that failed by a bug: {failed}; {folder.path / 'failed'} has the tracebacks")
         run = _result(plan, study, evaluator, written, folder, progress)
@@ -147,7 +138,7 @@ def _result(
         write_text(folder.path / "best" / f"{recipe.name}.yaml", yaml.safe_dump(content, sort_keys=False))
     recipes = {recipe.name: recipe for recipe in (*best[:MOST_BEST], *against)}
     quantizations = {
-        name: quantize_tensors_once(evaluator.base, one, progress) for name, one in recipes.items()
+        name: quantize_tensors_cached(evaluator.base, one, progress) for name, one in recipes.items()
     }
     rows, differences = evaluator.judged(quantizations)
     hand = [recipe.name for recipe in against]

@@ -14,7 +14,7 @@ import math
 import shutil
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +22,17 @@ import optuna
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from bitassay.data.corpora import check_corpus
-from bitassay.data.windows import Protocol
-from bitassay.errors import BitassayError, MissingError, at_least
-from bitassay.models.options import AUTO, as_dtype
+from bitassay.errors import BitassayError, MissingError
 from bitassay.quantization.pipeline import quantize_tensors
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.record.files import write_text
 from bitassay.record.jobs import ATTEMPTS, Job, Start, WorkerLost, local_workers, run_jobs
-from bitassay.record.progress import Progress, silent
+from bitassay.record.progress import Progress
 from bitassay.search.evaluator import Measurement, Row, TrialEvaluator, facts, known_facts
-from bitassay.search.objectives import Objective, is_hopeless
+from bitassay.search.objectives import is_hopeless
+from bitassay.search.plan import SearchPlan
 from bitassay.search.space import Range, Space, Value, label
 
-SAMPLERS = ("tpe", "nsga2", "grid")
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
 NAME = "search"
 FAILED = "failed: "  # how the reason begins where an error was a bug
@@ -43,85 +40,8 @@ NOT_FINITE = "the result is not finite"
 STOPPED = "stopped"  # of a study: the trials that were left on purpose
 
 
-@dataclass(frozen=True)
-class SearchPlan:
-    """What is searched: `space` over `model`, for the least of each of `objectives`, where no column of
-    `at_most` is larger. windows: how many of `window` tokens choose (as many are held out); short: how many
-    of them come first. seed: of the sampler."""
-
-    model: str
-    space: Space
-    objectives: tuple[str, ...] = ("kl_mean",)
-    at_most: Mapping[str, float] = field(default_factory=dict)
-    sampler: str = "tpe"
-    corpus: str = "wikitext2-raw"
-    window: int = 512
-    windows: int = 8
-    short: int = 2
-    dtype: str = "float32"
-    attention: str = AUTO
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.sampler not in SAMPLERS:
-            raise BitassayError(f"{self.sampler!r} is no sampler", f"one of {', '.join(SAMPLERS)}")
-        as_dtype(self.dtype)
-        at_least(1, windows=self.windows, short=self.short)
-        at_least(2, window=self.window)
-        at_least(0, seed=self.seed)
-        if self.short > self.windows:
-            raise BitassayError(
-                f"{self.short} of {self.windows} windows come first", f"--short 1 to {self.windows}"
-            )
-        check_corpus(self.corpus)
-        if not self.objectives:
-            raise BitassayError("there is no objective", "--objective kl_mean")
-        for text in self.objectives:
-            Objective.parse(text)
-        if self.sampler == "grid":
-            next(self.space.grid())
-
-    @property
-    def parsed(self) -> list[Objective]:
-        return [Objective.parse(text) for text in self.objectives]
-
-    @property
-    def protocol(self) -> Protocol:
-        return Protocol(self.corpus, window_tokens=self.window, windows=self.windows)
-
-    def over(self, row: Mapping[str, Any]) -> str | None:
-        """The first limit that a recipe's columns, as far as they are known, break."""
-        for name, most in self.at_most.items():
-            if row.get(name, most) > most:
-                return f"{name} is {row[name]:.6g}"
-        return None
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"space": self.space.model_dump(mode="json"), "at_most": dict(self.at_most)}
-
-    @classmethod
-    def of(cls, content: Mapping[str, Any]) -> "SearchPlan":
-        """From what `to_dict` gave."""
-        known: dict[str, Any] = {name: content[name] for name in cls.__dataclass_fields__}
-        known |= {"objectives": tuple(known["objectives"]), "space": Space.model_validate(known["space"])}
-        return cls(**known)
-
-    def evaluator(self, progress: Progress = silent, trust_remote_code: bool = False) -> TrialEvaluator:
-        """Load the base model and the text."""
-        return TrialEvaluator(
-            self.model,
-            self.protocol,
-            self.short,
-            dtype=self.dtype,
-            attention=self.attention,
-            seed=self.seed,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
-        )
-
-
 def open_study(plan: SearchPlan, folder: Path) -> optuna.Study:
-    """The study in FOLDER/trials.db, made where it is not there."""
+    """Open the study in FOLDER/trials.db, or make it."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = f"sqlite:///{(folder / 'trials.db').resolve()}"
     directions = [StudyDirection.MINIMIZE for _ in plan.objectives]
@@ -159,18 +79,11 @@ def propose_interrupted_again(study: optuna.Study) -> int:
 
 
 def run_trials(
-    plan: SearchPlan,
-    study: optuna.Study,
-    folder: Path,
-    total: int,
-    evaluator: TrialEvaluator,
-    jobs: int = 1,
-    progress: Progress = silent,
-    *,
-    trust_remote_code: bool = False,
+    study: optuna.Study, folder: Path, total: int, evaluator: TrialEvaluator, jobs: int = 1
 ) -> None:
     """Do trials until `total` have ended, in this process or, with several `jobs`, in as many others."""
-    setup = {"plan": plan.to_dict(), "trust_remote_code": trust_remote_code}
+    plan, progress = evaluator.plan, evaluator.progress
+    setup = {"plan": plan.to_dict(), "trust_remote_code": evaluator.trust_remote_code}
     start = Start("bitassay.search.trials:start", setup, folder)
     grid = list(plan.space.grid()) if plan.sampler == "grid" else None
     total = total if grid is None else min(total, len(grid))
@@ -218,7 +131,7 @@ def run_trials(
     try:
         if jobs == 1:
             for job in asked():
-                tell(job.name, _tried(plan, job.content, folder, evaluator))
+                tell(job.name, _tried(job.content, folder, evaluator))
         else:
             run_jobs(
                 asked(),
@@ -236,8 +149,8 @@ def run_trials(
 def start(setup: Any, folder: Path, progress: Progress) -> Callable[[Any], dict[str, Any]]:
     """Return the function of a worker's jobs, trials."""
     plan = SearchPlan.of(setup["plan"])
-    evaluator = plan.evaluator(progress, setup["trust_remote_code"])
-    return lambda content: asdict(_tried(plan, content, folder, evaluator))
+    evaluator = TrialEvaluator(plan, progress, setup["trust_remote_code"])
+    return lambda content: asdict(_tried(content, folder, evaluator))
 
 
 @dataclass(frozen=True)
@@ -275,13 +188,13 @@ def _prepared(
     return Outcome(content, f"{FAILED}{why}")
 
 
-def _tried(plan: SearchPlan, content: Any, folder: Path, evaluator: TrialEvaluator) -> Outcome:
+def _tried(content: Any, folder: Path, evaluator: TrialEvaluator) -> Outcome:
     """Return the outcome of a trial that is worked on. content: of its job."""
     fields, *standard = content
     recipe = Recipe.model_validate(fields)
     work = folder / "work" / recipe.recipe_id
     try:
-        outcome = _measured(plan, recipe, work, evaluator, *standard)
+        outcome = _measured(recipe, work, evaluator, *standard)
     except (MissingError, OSError):
         raise
     except BitassayError as error:
@@ -294,7 +207,6 @@ def _tried(plan: SearchPlan, content: Any, folder: Path, evaluator: TrialEvaluat
 
 
 def _measured(
-    plan: SearchPlan,
     recipe: Recipe,
     work: Path,
     evaluator: TrialEvaluator,
@@ -302,6 +214,7 @@ def _measured(
     earlier: int,
 ) -> Outcome:
     """Measure a recipe. better, earlier: of `is_hopeless`."""
+    plan = evaluator.plan
     row = known_facts(evaluator.base, recipe)
     if over := plan.over(row):
         return Outcome(stopped=over, row=row)

@@ -129,11 +129,12 @@ def tiny_config(model_type: str, **changes: Any) -> PretrainedConfig:
 def _tiny(kind: type[PretrainedConfig], changes: dict[str, Any]) -> PretrainedConfig:
     large = kind()
     fields = {*large.to_dict(), *kind.attribute_map}
-    own = {name: size for name, size in SIZES.items() if kind.attribute_map.get(name, name) in fields}
-    if "qk_rope_head_dim" in own:
-        own |= LATENT
-    own |= {n: _tiny(type(part), {}) for n, part in vars(large).items() if isinstance(part, PretrainedConfig)}
-    return kind(**(own | OWN.get(kind.model_type, {}) | changes))
+    small = {name: size for name, size in SIZES.items() if kind.attribute_map.get(name, name) in fields}
+    if "qk_rope_head_dim" in small:
+        small |= LATENT
+    parts = {name: part for name, part in vars(large).items() if isinstance(part, PretrainedConfig)}
+    small |= {name: _tiny(type(part), {}) for name, part in parts.items()}
+    return kind(**(small | OWN.get(kind.model_type, {}) | changes))
 
 
 def tiny_architecture(model_type: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
