@@ -22,8 +22,6 @@ class WheelFile:
 
 @dataclass(frozen=True)
 class CatalogueEntry:
-    """A model with a short name, and where its weights come from."""
-
     name: str
     parameters: str
     licence: str

@@ -79,8 +79,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder that becomes `path`, as `atomic_file` does for a file; `path` may be an empty
-    folder."""
+    """Yield a temporary folder as `atomic_file` does a file; `path` may be an empty folder already."""
     path = Path(path)
     temporary = _beside(path)
     try:

@@ -6,14 +6,14 @@ from typing import Protocol, runtime_checkable
 
 @runtime_checkable
 class Progress(Protocol):
-    """How long work tells its caller that it moves."""
+    """A function that is told what is being done."""
 
     def __call__(self, what: str, done: int = 0, total: int = 0) -> None:
         """Say what is being done; with `total`, that `done` of `total` steps are finished."""
 
 
 def silent(what: str, done: int = 0, total: int = 0) -> None:
-    """Say nothing: a Progress for callers that show none."""
+    """Ignore what is being done."""
 
 
 def prefixed(name: str, progress: Progress) -> Progress:

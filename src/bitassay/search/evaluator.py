@@ -76,15 +76,9 @@ class TrialEvaluator:
         return found
 
     def codes(self, recipe: Recipe, work: Path) -> Quantization | None:
-<<<<<<< HEAD
-        """Return the codes of a calibrated recipe, where other trials may have the same, made once while they
-        do. work: where they are made, beside the recipe's own folder of that name."""
-        same = recipe.codes_alone
-=======
         """The codes of a calibrated recipe, where other trials may have the same, made once while they do.
         work: where they are made, beside the recipe's own folder of that name."""
         same = recipe.without_postprocessing
->>>>>>> main
         if not same.is_calibrated or same.recipe_id == recipe.recipe_id:
             return None
         if self._codes is None or self._codes[0] != same.recipe_id:
@@ -163,24 +157,15 @@ class Measurement:
 
 
 def facts(base: PreTrainedModel, quantization: Quantization) -> Row:
-    """Return the columns that need no run."""
+    """The columns that need no run."""
     return facts_of(with_tensors(base, quantization, packed=True))
 
 
 def known_facts(base: PreTrainedModel, recipe: Recipe) -> Row:
-<<<<<<< HEAD
-    """Return the columns that are known from shapes alone, before anything is quantized; nothing where a
-    measurement decides them (mixed bits, copies of chosen layers). Raises BitassayError where the recipe does
-    not fit the model."""
-    copies, weights = recipe.replication, check_recipe(base, recipe)
-    chosen = copies is not None and copies.makes_codes and isinstance(copies.layers, Chosen)
-    if chosen or recipe.mixed is not None or not any(map(recipe.scheme_for, weights)):
-=======
     """The same from shapes alone, before anything is quantized; nothing where measuring decides it (mixed
     bits, copies of chosen layers). Raises BitassayError where the recipe does not fit the model."""
     weights, parts = check_recipe(base, recipe), recipe.parts.values()
     if any(part.measures_bits for part in parts) or not any(map(recipe.scheme_for, weights)):
->>>>>>> main
         return {}
     plan = plan_export(base, recipe)
     return {
@@ -191,8 +176,8 @@ def known_facts(base: PreTrainedModel, recipe: Recipe) -> Row:
 
 
 def limits(base: PreTrainedModel, at_most: Mapping[str, float | Recipe]) -> dict[str, float]:
-    """Return each limit as a number: a recipe stands for what it stores. Raises BitassayError where that is
-    not known before it is made."""
+    """Each limit as a number: a recipe stands for what it stores. Raises BitassayError where that is not
+    known before it is made."""
     found = {}
     for column, most in at_most.items():
         if isinstance(most, Recipe):

@@ -176,7 +176,7 @@ def best_trials(plan: SearchPlan, trials: Sequence[FrozenTrial]) -> list[FrozenT
 
 
 def named_recipe(trial: FrozenTrial, plan: SearchPlan) -> Recipe:
-    """Return the recipe of a trial, called after it."""
+    """Return the recipe of a trial, named after it."""
     recipe = Recipe.model_validate(trial.user_attrs["recipe"])
     return recipe.model_copy(
         update={

@@ -228,7 +228,7 @@ def _described(
 
 
 def facts_of(model: PreTrainedModel) -> dict[str, Any]:
-    """Return the columns of a row that need no run."""
+    """Return the columns of a row that need no run of the model."""
     done = quantization_of(model)
     return {
         "recipe": done.recipe.name if done else BASE,

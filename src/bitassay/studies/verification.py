@@ -54,7 +54,7 @@ class Verification:
 def honest_profile(
     plan: Verification, base: PreTrainedModel, prompts: list[TokenIds], progress: Progress = silent
 ) -> Profile:
-    """Fit a profile to honest runs of `base`, for a verifier that has it."""
+    """What honest runs of `base` look like to a verifier that has it."""
     return calibrate(
         base,
         base,

@@ -46,7 +46,6 @@ class Study:
 
 
 def weight_only(format: str, granularity: str, kind: Kind) -> Variant:
-    """Return the variant with weights in this format and granularity, fake or real."""
     name = f"{format}-{granularity}"
     weights = {"format": FORMATS[format], "granularity": GRANULARITIES[granularity]}
     recipe = Recipe.model_validate({"name": name, "weights": weights})
@@ -127,8 +126,8 @@ def eight_bit_plan(
     only: Sequence[str] = (),
     **how: Any,
 ) -> VariantPlan:
-    """Return the plan of a study; `how` are further fields of it. only: names of variants, or parts of them,
-    such as "row" or "fp8"; the base is always there. Raises BitassayError for what makes no sense."""
+    """The plan of a study; `how` are further fields of it. only: names of variants, or parts of them, such as
+    "row" or "fp8"; the base is always there. Raises BitassayError for what makes no sense."""
     found = find_study(study)
     if questions < 1:
         raise BitassayError(f"{questions} questions leave nothing to measure", "--limit 1 or more")
@@ -148,7 +147,6 @@ def _named(variants: Sequence[Variant], only: Sequence[str]) -> tuple[Variant, .
 
 
 def find_study(name: str) -> Study:
-    """Return the study called `name`. Raises BitassayError that names the nearest."""
     if name not in STUDIES:
         raise BitassayError(f"no INT8/FP8 study is called {name!r}; {suggestion(name, STUDIES)}")
     return STUDIES[name]

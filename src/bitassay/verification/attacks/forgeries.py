@@ -9,10 +9,9 @@ In a committee (`committee.py`) the dishonest one is a verifier: VERIFIERS judge
 them with plants of its own, and the first does not look at them.
 
 **What grinding gains.** A host with b bad positions among n generated ones, k of which are opened, and which
-foresees the beacon, needs `challenge.grinding_tries(n, b, k)` = C(n, k) / C(n - b, k) commitments until none
-of the bad ones is drawn. `commitment-ground` makes GRINDS commitments and keeps the best; as the verifier's
-beacon is another than the one it foresaw, its draw is as if it had made one. `beacon-chosen` answers the
-challenge that it foresaw, which is not the one that was asked.
+foresees the beacon, needs C(n, k) / C(n - b, k) commitments until none of the bad ones is drawn.
+`commitment-ground` makes GRINDS commitments and keeps the best, for another beacon than the one that comes.
+`beacon-chosen` answers the challenge that it foresaw.
 """
 
 import hashlib
@@ -31,7 +30,7 @@ from bitassay.verification.committee.rounds import (
     Expected,
     Report,
     assign,
-    honest_plants_needed,
+    honest_canaries_needed,
     report,
     report_commitment,
 )
@@ -61,12 +60,11 @@ OTHER = Ed25519PrivateKey.from_private_bytes(_secret("another key"))
 
 
 def honest_receipt(trace: Trace) -> Receipt:
-    """Return the receipt that an honest host signs."""
     return commit(trace, HOST)
 
 
 def exchange(trace: Trace, send: Send = honest_receipt, show: Show = open_trace) -> ReceiptResponse:
-    """Carry out one request from receipt to opening; with the defaults, as an honest host answers."""
+    """One request from receipt to opening; with the defaults, as an honest host answers."""
     receipt = send(trace)
     asked = ask(receipt, _secret("the verifier's beacon", trace.header.nonce))
     opening = show(trace, asked)
@@ -77,15 +75,15 @@ def exchange(trace: Trace, send: Send = honest_receipt, show: Show = open_trace)
 
 
 def ask(receipt: Receipt, beacon: bytes) -> Challenge:
-    """Return a challenge of the usual size, or of half the positions where that is less."""
+    """A challenge of the usual size, or of half the positions where that is less."""
     n_prompt, n = len(receipt.header.prompt_ids), len(receipt.header.positions)
     generated, prompt = min(GENERATED, ceil((n - n_prompt) / 2)), min(PROMPT, ceil(n_prompt / 2))
     return challenge(receipt, beacon=beacon, generated=max(generated, 1), prompt=prompt)
 
 
 def show_without_checks(trace: Trace, asked: Challenge, leaves: Sequence[bytes] | None = None) -> Opening:
-    """Return the opening of `trace` as if the challenge were of it. leaves: of the tree behind the root,
-    where they are not the trace's."""
+    """The opening of `trace` as if the challenge were of it. leaves: of the tree behind the root, where they
+    are not the trace's."""
     positions = opened_positions(asked, trace.header)
     indices = cell_indices(positions, len(trace.header.layers))
     states = {layer: trace.states[layer][list(positions)] for layer in trace.header.layers}
@@ -94,7 +92,7 @@ def show_without_checks(trace: Trace, asked: Challenge, leaves: Sequence[bytes] 
 
 
 def sign(header: Header, root: bytes, key: Ed25519PrivateKey = HOST) -> Receipt:
-    """Sign a receipt of any root under any header."""
+    """A receipt of any root under any header."""
     unsigned = Receipt(header, root, key.public_key().public_bytes_raw())
     return replace(unsigned, signature=key.sign(SIGNED + unsigned.commitment))
 
@@ -255,7 +253,7 @@ def grind(trace: Trace, foreseen: bytes, tries: int) -> tuple[Trace, int]:
 
 
 def bad_positions(trace: Trace) -> tuple[int, ...]:
-    """Return every other generated position, the last among them."""
+    """Every other generated position, the last among them."""
     return trace.header.positions[: trace.n_prompt - 1 : -2][::-1]
 
 
@@ -269,7 +267,6 @@ def with_bad_cells(trace: Trace) -> Trace:
 
 
 def n_bad_opened(one: Challenge, header: Header, bad: Sequence[int]) -> int:
-    """Return how many of the bad positions a challenge opens."""
     return len(set(bad) & set(opened_positions(one, header)))
 
 
@@ -342,7 +339,7 @@ def _round(
 
 def _plants(name: str) -> dict[str, Expected]:
     failures = [f"{name} failure {index}" for index in range(PLANTED_FAILURES)]
-    honest = [f"{name} honest {index}" for index in range(honest_plants_needed())]
+    honest = [f"{name} honest {index}" for index in range(honest_canaries_needed())]
     planted: dict[str, Expected] = dict.fromkeys(failures, "FAIL")
     planted.update(dict.fromkeys(honest, "PASS"))
     return planted

@@ -20,8 +20,8 @@ KEY_BYTES = 2**12
 
 
 def private_key(path: str | Path) -> Ed25519PrivateKey:
-    """Return the key in `path`, which is made if there is no file. Raises BitassayError for a file that
-    others may read or that holds something else."""
+    """The key in `path`, made there where there is none. Raises BitassayError for a file that others may
+    read or that holds something else."""
     path = Path(path)
     try:
         return read_key(path) if path.exists() else _new_key(path)
@@ -32,8 +32,6 @@ def private_key(path: str | Path) -> Ed25519PrivateKey:
 
 
 def read_key(path: Path) -> Ed25519PrivateKey:
-    """Read an Ed25519 private key. Raises BitassayError for a file that others may read or that holds
-    something else."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode) or status.st_size > KEY_BYTES:
         raise BitassayError(f"{path}: not a private key", "name a file that does not exist to make one")
@@ -51,7 +49,7 @@ def read_key(path: Path) -> Ed25519PrivateKey:
 
 
 def public_key(text: str) -> bytes:
-    """Return the 32 bytes of a public key in hex. Raises BitassayError."""
+    """The 32 bytes of a public key in hex. Raises BitassayError."""
     try:
         key = bytes.fromhex(text)
     except ValueError:
