@@ -25,7 +25,7 @@ from bitassay.evaluation.statistics import NONE, TANGO, WILSON
 from bitassay.evaluation.tasks.load import AskedTask, load_tasks, protocol_id
 from bitassay.evaluation.tasks.registry import check_include, find_task, require_lm_eval
 from bitassay.models.identity import identity
-from bitassay.quantization.pipeline import quantize_once
+from bitassay.quantization.pipeline import quantize_cached
 from bitassay.quantization.recipe.recipe import Recipe, find_recipe
 from bitassay.quantization.runtime.model import check_recipe, quantization_of
 from bitassay.record.files import check_folder
@@ -67,7 +67,7 @@ def quantized_candidate(
     recipe = find_recipe(recipe)
     check_recipe(base, recipe)
     about = loaded_candidate(base, recipe.name).about | {"recipe": recipe.model_dump(mode="json")}
-    return Candidate(recipe.name, about, lambda: quantize_once(base, recipe, progress=progress))
+    return Candidate(recipe.name, about, lambda: quantize_cached(base, recipe, progress=progress))
 
 
 def check_tasks(
