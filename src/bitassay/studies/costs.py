@@ -24,8 +24,8 @@ from bitassay.quantization.codes.rounding import generator_for
 from bitassay.quantization.recipe.calibration import calibration_tokens
 from bitassay.quantization.replication.any_precision import Depth, gated_logits, shuffled, with_any_precision
 from bitassay.quantization.replication.select import chosen_layers
+from bitassay.quantization.runtime.looped_layers import Usage
 from bitassay.quantization.runtime.model import bits_per_weight, cache_slots, quantization_of, size_bytes
-from bitassay.quantization.runtime.passes import Usage
 from bitassay.record.progress import silent
 from bitassay.studies.variants import Reading
 

@@ -1,14 +1,11 @@
 """What a dishonest host might send, one small function an attack.
 
-An attack answers the requests of a `Setting` and claims that its base model did. All of them know the scheme:
-where an attack lies about a header field, it writes what the verifier expects, unless the defect is the
-attack. "Honest prefill" is the strongest forgery of hidden states: whatever chose the tokens, one forward of
-the real model over them gives the states, so that only the tokens are left to judge by. The list follows the
-threats named by TOPLOC (arXiv 2501.16007), VeriLLM (2509.24257) and DiFR (2511.20621), with the structural
-ones of any protocol.
-
-What is handed over is a whole trace here; attacks that go by receipt, and those of verifiers in a committee,
-are in `forgeries.py`.
+An attack answers the requests of a `Setting` and claims that its base model did. Where it lies about a header
+field, it writes what the verifier expects, unless the defect is the attack. "Honest prefill" is the strongest
+forgery of hidden states: whatever chose the tokens, one forward of the real model over them gives the states,
+so that only the tokens are left to judge by. The list follows the threats named by TOPLOC (arXiv 2501.16007),
+VeriLLM (2509.24257) and DiFR (2511.20621), with the structural ones of any protocol. Attacks by receipt, and
+of verifiers in a committee, are in `forgeries.py`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
