@@ -164,7 +164,7 @@ def _result(
 
 
 def best_trials(plan: SearchPlan, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    """The Pareto front of the complete trials within the limits, by the first objective."""
+    """Return the Pareto front of the complete trials within the limits, by the first objective."""
     within = [
         trial
         for trial in trials
@@ -176,7 +176,7 @@ def best_trials(plan: SearchPlan, trials: Sequence[FrozenTrial]) -> list[FrozenT
 
 
 def named_recipe(trial: FrozenTrial, plan: SearchPlan) -> Recipe:
-    """The recipe of a trial, called after it."""
+    """Return the recipe of a trial, named after it."""
     recipe = Recipe.model_validate(trial.user_attrs["recipe"])
     return recipe.model_copy(
         update={

@@ -88,7 +88,7 @@ class AssayPlan:
         check_corpus(self.protocol.corpus)
 
     def with_controls(self, layers: int) -> tuple["AssayPlan", list[Place]]:
-        """The plan with controls, for a model of so many layers, and which these are."""
+        """Return the plan with controls, for a model of so many layers, and which these are."""
         recipes, places = with_controls(self.recipes, layers)
         return replace(self, recipes=recipes), places
 
@@ -228,7 +228,7 @@ def _described(
 
 
 def facts_of(model: PreTrainedModel) -> dict[str, Any]:
-    """The columns of a row that need no run."""
+    """Return the columns of a row that need no run of the model."""
     done = quantization_of(model)
     return {
         "recipe": done.recipe.name if done else BASE,

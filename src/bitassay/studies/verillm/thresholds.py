@@ -54,7 +54,7 @@ def optimise_thresholds(
     probe: Probe = probe_machine,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """A row for each direction of the studies: recommended thresholds, false accusations, and what is caught.
+    """Return a run with a row a direction: recommended thresholds, false accusations, and what is caught.
 
     Writes `out`/threshold_optimization/..._thresholds.yaml, which `bitassay study run --rules` reads, and all
     distributions as JSON beside it. Raises BitassayError where the trials are too few for alpha, MissingError
@@ -187,7 +187,7 @@ def _below(value: float) -> float:
 
 
 def cell_values(trials: Sequence[Trial]) -> dict[str, np.ndarray]:
-    """Each statistic over all generated cells, without those that are not defined (Pm where no exponent
+    """Return each statistic over all generated cells without those that are not defined (Pm where no exponent
     differs)."""
     names = {"Pe": "Pe", "Pm": "Pm", "Pw": "Pw", "mean_error": "mean_epsilon"}
     found = {
@@ -199,12 +199,12 @@ def cell_values(trials: Sequence[Trial]) -> dict[str, np.ndarray]:
 
 
 def accept_rate(trial: Trial, rules: Rules) -> float:
-    """The mean over verifiers of the share of generated cells that hold to `rules`."""
+    """Return the mean over verifiers of the share of generated cells that hold to `rules`."""
     return float(np.mean([verillm.accept_rate(cells.generated, rules) for cells in trial]))
 
 
 def distances(trials: Sequence[Trial]) -> np.ndarray:
-    """For each trial the mean log relative distance over verifiers, layers and generated cells."""
+    """Return for each trial the mean log relative distance over verifiers, layers and generated cells."""
     return np.array([np.mean([float(c.log_distances.mean()) for c in trial]) for trial in trials], np.float64)
 
 
@@ -223,7 +223,7 @@ def described(values: np.ndarray) -> dict[str, Any]:
 
 
 def as_yaml(result: Mapping[str, Any]) -> str:
-    """As the experiments' configuration has it; `read_thresholds` reads it."""
+    """Return YAML as the experiments' configuration has it; `read_thresholds` reads it."""
     thresholds = dict(result["thresholds"])
     thresholds.pop("name")
     text = yaml.safe_dump(
