@@ -76,8 +76,8 @@ class TrialEvaluator:
         return found
 
     def codes(self, recipe: Recipe, work: Path) -> Quantization | None:
-        """The codes of a calibrated recipe, where other trials may have the same, made once while they do.
-        work: where they are made, beside the recipe's own folder of that name."""
+        """Return the codes of a calibrated recipe, where other trials may have the same, made once while they
+        do. work: where they are made, beside the recipe's own folder of that name."""
         same = recipe.without_postprocessing
         if not same.is_calibrated or same.recipe_id == recipe.recipe_id:
             return None
@@ -157,13 +157,14 @@ class Measurement:
 
 
 def facts(base: PreTrainedModel, quantization: Quantization) -> Row:
-    """The columns that need no run."""
+    """Return the columns that need no run."""
     return facts_of(with_tensors(base, quantization, packed=True))
 
 
 def known_facts(base: PreTrainedModel, recipe: Recipe) -> Row:
-    """The same from shapes alone, before anything is quantized; nothing where measuring decides it (mixed
-    bits, copies of chosen layers). Raises BitassayError where the recipe does not fit the model."""
+    """Return the columns that are known from shapes alone, before anything is quantized; nothing where a
+    measurement decides them (mixed bits, copies of chosen layers). Raises BitassayError where the recipe does
+    not fit the model."""
     weights, parts = check_recipe(base, recipe), recipe.parts.values()
     if any(part.measures_bits for part in parts) or not any(map(recipe.scheme_for, weights)):
         return {}
@@ -176,8 +177,8 @@ def known_facts(base: PreTrainedModel, recipe: Recipe) -> Row:
 
 
 def limits(base: PreTrainedModel, at_most: Mapping[str, float | Recipe]) -> dict[str, float]:
-    """Each limit as a number: a recipe stands for what it stores. Raises BitassayError where that is not
-    known before it is made."""
+    """Return each limit as a number: a recipe stands for what it stores. Raises BitassayError where that is
+    not known before it is made."""
     found = {}
     for column, most in at_most.items():
         if isinstance(most, Recipe):

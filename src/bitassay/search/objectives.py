@@ -48,7 +48,7 @@ class Objective:
         return cls(text, tuple(terms))
 
     def value(self, row: Mapping[str, Any]) -> float:
-        """Of one recipe's columns; NaN where one of them is not there."""
+        """Return the objective of one recipe's columns; NaN where one of them is missing."""
         values = [(weight, row.get(column)) for weight, column in self.terms]
         return sum(math.nan if value is None else weight * value for weight, value in values)
 
@@ -58,6 +58,7 @@ class Objective:
 
 
 def known_column(name: str) -> str:
+    """Return `name` if it is a column. Raises BitassayError that names the nearest columns."""
     if name not in COLUMNS:
         raise BitassayError(
             f"no column is called {name!r}; {suggestion(name, COLUMNS)}",
@@ -88,7 +89,7 @@ def _number(text: str, whole: str) -> float:
 
 
 def dominates(one: Sequence[float], other: Sequence[float]) -> bool:
-    """Whether `one` is nowhere larger and somewhere smaller."""
+    """Return whether `one` is nowhere larger and somewhere smaller."""
     return all(a <= b for a, b in zip(one, other, strict=True)) and tuple(one) != tuple(other)
 
 
@@ -104,7 +105,7 @@ def pareto(points: Sequence[Sequence[float]]) -> list[int]:
 def is_hopeless(
     point: Sequence[float], better: Sequence[Sequence[float]], earlier: int, least: int = 5
 ) -> bool:
-    """Whether a recipe stops after the short evaluation: of `earlier` ones that may be within the limits, at
-    least half dominate it there (the median rule, if there is one objective); `better` are those that are
-    known to be within. The first `least` never stop."""
+    """Return whether a recipe stops after the short evaluation: of `earlier` ones that may be within the
+    limits, at least half dominate it there (the median rule, if there is one objective); `better` are those
+    that are known to be within. The first `least` never stop."""
     return earlier >= least and 2 * sum(dominates(other, point) for other in better) >= earlier
