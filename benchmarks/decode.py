@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 import bitassay
 from bitassay.bench.roofline import Cost, machine_limits
-from bitassay.bench.rounds import INTERVAL, ratio_of, spread, turns
+from bitassay.bench.timing import INTERVAL, ratio_of, spread, turns
 from bitassay.bench.workload import ModelTimer, Workload
 from bitassay.models.walk import walk
 from bitassay.record.environment import environment

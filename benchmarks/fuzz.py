@@ -287,7 +287,7 @@ class Judges:
             return (self.folder / name).read_bytes()
 
         given = assign(["x", "y"], {"ada": {"p": "FAIL"}, "ben": {"q": "PASS"}}, each=1, seed=b"")
-        secret = files.Secret.of("r", given)
+        secret = files.Secret(round="r", assignments=tuple(given))
         task = files.Task(round="r", verifier="ada", verifiers=("ada", "ben"), items=given[0].items)
         mine = report("ada", dict.fromkeys(given[0].items, "PASS"), bytes(32))
         board = files.Board({"ada": report_commitment("r", mine), "ben": "0" * 64}, {})
@@ -320,7 +320,7 @@ class Judges:
                 for name, one in models.items()
             ),
             Target(
-                "plants", dump({"ada": {"p": "FAIL"}}), "json", lambda path: word(files.read_plants(path))
+                "plants", dump({"ada": {"p": "FAIL"}}), "json", lambda path: word(files.read_canaries(path))
             ),
             Target("answers", dump(verdicts), "json", lambda path: word(files.read_answers(path))),
             Target("items", b"x\ny\n", "text", lambda path: word(files.read_items(path))),

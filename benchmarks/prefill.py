@@ -17,8 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import bitassay
 from bitassay.bench.roofline import matrix_peak, product_dtype
-from bitassay.bench.rounds import INTERVAL, ratio_of, spread, turns
-from bitassay.bench.throughput import time_once
+from bitassay.bench.timing import INTERVAL, ratio_of, spread, time_once, turns
 from bitassay.bench.workload import ModelTimer, Workload
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.record.environment import environment

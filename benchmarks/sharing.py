@@ -35,7 +35,7 @@ from bitassay.data.windows import Protocol, token_windows
 from bitassay.evaluation.divergence import TokenScores
 from bitassay.evaluation.quality import score_windows, summarise, text_difference
 from bitassay.models.walk import decoder_layers, module_name, walk
-from bitassay.quantization.pipeline import quantize_once
+from bitassay.quantization.pipeline import quantize_cached
 from bitassay.quantization.recipe.recipe import BASE, Recipe
 from bitassay.quantization.runtime.model import copy_sharing_parameters
 from bitassay.record.environment import environment
@@ -121,7 +121,7 @@ def with_shared(base: PreTrainedModel, pairs: Iterable[int]) -> PreTrainedModel:
 def models(base: PreTrainedModel, protocol: Protocol) -> Mapping[str, object]:
     windows, source = token_windows(base.tokenizer, protocol)  # type: ignore[arg-type]
     count = len(decoder_layers(base))
-    made = {"w2": quantize_once(base, W2), "all pairs": with_shared(base, range(0, count - 1, 2))}
+    made = {"w2": quantize_cached(base, W2), "all pairs": with_shared(base, range(0, count - 1, 2))}
     made |= {f"layers {i} and {i + 1}": with_shared(base, [i]) for i in range(0, count - 1, 2)}
     text: dict[str, list[TokenScores]] = {name: [] for name in (BASE, *made)}
     for place, found in score_windows(base, made, windows):

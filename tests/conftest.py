@@ -4,6 +4,7 @@ import gzip
 import importlib.util
 import signal
 import sys
+import zlib
 from functools import cache
 from pathlib import Path
 
@@ -22,6 +23,18 @@ hypothesis.settings.load_profile("busy")
 
 # A shell starts background jobs with interrupts ignored, and children inherit that; tests send them some.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items):
+    """Mark as slow what `sample(n)` leaves out: all but the n cases that a digest of their names puts first."""
+    sampled: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("sample"):
+            sampled.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for cases in sampled.values():
+        kept = cases[0].get_closest_marker("sample").args[0]
+        for item in sorted(cases, key=lambda item: zlib.crc32(item.nodeid.encode()))[kept:]:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

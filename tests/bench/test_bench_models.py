@@ -12,11 +12,10 @@ from transformers import AutoConfig
 import bitassay
 from bitassay import cli
 from bitassay.bench import workload as workload_module
-from bitassay.bench.memory import peak_memory
 from bitassay.bench.models import BenchPlan, bench, measure_rounds, summarise
-from bitassay.bench.throughput import time_once
+from bitassay.bench.timing import time_once
 from bitassay.bench.worker import ProcessTimer, TimedModel, model_timer
-from bitassay.bench.workload import ModelTimer, Workload, is_out_of_memory
+from bitassay.bench.workload import ModelTimer, Workload, is_out_of_memory, peak_memory
 from bitassay.errors import BitassayError
 from bitassay.models.source import resolve
 from bitassay.quantization.inputs.kv_cache import token_bytes

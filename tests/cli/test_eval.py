@@ -50,6 +50,8 @@ def test_one_model_against_another(bitassay, tmp_path):
         (["--tasks", "hellaswag", "--limit", "0"], '"0" for --limit'),
         (["--tasks", ","], "no task was given"),
         (["--limit", "3"], "belong to tasks"),
+        (["--include-path", "."], "belong to tasks"),
+        (["--tasks", "mine", "--include-path", "nowhere"], "nowhere: no task YAML in it"),
         (["--tasks", "hellaswag", "--protocol", "c4-new"], "belong to perplexity"),
         (["--tasks", "hellaswag", "--windows", "0"], "belong to perplexity"),
         (["--tasks", "hellaswag", "--recipe", "w4", "--against", "stories260k"], "both name a comparison"),

@@ -12,7 +12,7 @@ from bitassay.errors import BitassayError
 from bitassay.models.identity import tokenizer
 from bitassay.quantization.recipe.recipe import read_recipe
 from bitassay.record.files import read_json, read_text, read_yaml
-from bitassay.verification.committee.files import read_answers, read_items, read_plants
+from bitassay.verification.committee.files import read_answers, read_canaries, read_items
 
 LF = "Why is it blue?\nHow far? Grüße \x0b\u2028 end\n\n last"
 WRITTEN = {
@@ -36,7 +36,7 @@ READERS = {
     "recipe": ("a.yaml", RECIPE, read_recipe),
     "JSON": ("a.json", '{"a":\n1}', read_json),
     "items": ("items.txt", "a.trace\nb.trace\n", read_items),
-    "plants": ("plants.json", '{"ada":\n{"x": "FAIL"}}', read_plants),
+    "plants": ("plants.json", '{"ada":\n{"x": "FAIL"}}', read_canaries),
     "answers": ("answers.json", '{"x":\n"PASS"}', read_answers),
 }
 

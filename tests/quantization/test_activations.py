@@ -147,11 +147,11 @@ def test_the_first_override_that_matches_wins():
 
 
 def test_what_needs_calibration_says_so():
-    assert not Activations().any_needs_calibration
-    assert Activations(scale="kl").any_needs_calibration
-    assert Activations.model_validate({"outliers": {"sigma": 6}}).any_needs_calibration
+    assert not Activations().needs_text
+    assert Activations(scale="kl").needs_text
+    assert Activations.model_validate({"outliers": {"sigma": 6}}).needs_text
     override = {"match": "*", "inputs": {"scale": "absmax"}}
-    assert Activations.model_validate({"overrides": [override]}).any_needs_calibration
+    assert Activations.model_validate({"overrides": [override]}).needs_text
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,7 @@ def in_double(value):
     return value.double() if torch.is_tensor(value) and value.is_floating_point() else value
 
 
+@pytest.mark.sample(3)
 @every_scheme
 @settings(max_examples=6, deadline=None)
 @given(seed=st.integers(0, 2**31))
@@ -176,6 +177,7 @@ def test_stored_and_read_back(scheme):
             read_tensor(parts | {"residual_columns": parts["residual_columns"] * 0}, stored, done.shape)
 
 
+@pytest.mark.sample(3)
 @every_scheme
 def test_levels_are_what_weights_can_become(scheme):
     done, other = quantize_tensor(weights(), scheme), weights(5)
@@ -204,6 +206,7 @@ def test_gptq_on_levels_is_gptq_where_the_levels_are_a_grid(order):
     assert torch.allclose(found, expected.updated, atol=1e-4)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("scheme", SCHEMES[:4], ids=lambda s: f"{s.granularity}-{s.symmetric}-{s.residual}")
 def test_gptq_lowers_the_error_of_the_output(scheme):
     w = weights(3)
@@ -218,6 +221,7 @@ def test_gptq_lowers_the_error_of_the_output(scheme):
     assert damping == 0.01
 
 
+@pytest.mark.sample(6)
 @every_scheme
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_edge_values_stay_finite(scheme, dtype):

@@ -131,6 +131,7 @@ def test_a_real_mixture_follows_to_bf16():
         assert torch.equal(real(long).logits, fake(long).logits)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("every", [False, True])
 @pytest.mark.parametrize("architecture", MIXTURES)
 def test_taps_see_what_each_slice_multiplies(architecture, every):
@@ -212,22 +213,27 @@ def test_an_expert_that_no_token_reached_is_named_and_has_no_inputs():
     model, seen, said = starved(), set(), []
     with expert_inputs(model, lambda name, x: seen.add(name)) as load:
         logits(model)
-    none = warn_of_few(load, 10, lambda what, *_: said.append(what))
+    warn_of_few(load, 10, lambda what, *_: said.append(what))
+    none = {
+        f"{name}.{expert}"
+        for name, counts in load.items()
+        for expert in (counts == 0).nonzero()[:, 0].tolist()
+    }
     assert "model.layers.1.mlp.experts.3" in none  # and some that the random routers never take
     unseen = {
         name.rpartition(".")[0].rpartition(".")[0] + "." + name.rpartition(".")[2]
         for name in set(matrices(model)) - seen - set(walk(model).linears)
     }
-    assert unseen == set(none)
+    assert unseen == none
     assert any("3 (0)" in line and "rounded to nearest" in line for line in said)
     assert all(f"({int(count)})" in "".join(said) for layer in load.values() for count in layer if count < 10)
 
 
 def test_nothing_is_said_where_all_experts_got_enough():
     said = []
-    assert warn_of_few({"a": torch.tensor([7, 5])}, 5, lambda what, *_: said.append(what)) == []
+    warn_of_few({"a": torch.tensor([7, 5])}, 5, lambda what, *_: said.append(what))
     assert not said
-    assert warn_of_few({"a": torch.tensor([7, 4])}, 5, lambda what, *_: said.append(what)) == []
+    warn_of_few({"a": torch.tensor([7, 4])}, 5, lambda what, *_: said.append(what))
     assert "expert 1 (4)" in said[0]
     assert "nearest" not in said[0]
 

@@ -107,6 +107,7 @@ def fresh_logits(folders, ids, tmp_path) -> list[torch.Tensor]:
     return [found[str(folder)] for folder in folders]
 
 
+@pytest.mark.sample(10)
 @pytest.mark.parametrize(("format", "granularity", "symmetric"), EXPRESSIBLE)
 def test_round_trip_is_exact(tiny, tmp_path, format, granularity, symmetric):
     quantized = quantize(tiny, recipe(format=format, granularity=granularity, symmetric=symmetric))
@@ -244,6 +245,7 @@ def test_the_rest_goes_along(stories, saved, tmp_path):
     assert torch.equal(logits(load(tmp_path / "dense")), logits(loaded))
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("symmetric", [True, False])

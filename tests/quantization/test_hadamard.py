@@ -49,6 +49,7 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(3)
 
 
+@pytest.mark.sample(10)
 @pytest.mark.parametrize("size", [*SIZES, 2048])
 def test_rows_are_orthogonal_and_entries_are_signs(size):
     found = hadamard(size)
@@ -58,6 +59,7 @@ def test_rows_are_orthogonal_and_entries_are_signs(size):
     assert torch.equal(signs @ signs.T, size * torch.eye(size, dtype=torch.float64))
 
 
+@pytest.mark.sample(10)
 @pytest.mark.parametrize("order", [o for o in range(4, 800, 4) if paley_block(o) == o])
 def test_every_paley_block(order):
     h = paley(order).double()

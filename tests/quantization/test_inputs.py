@@ -34,6 +34,7 @@ def logits(model) -> torch.Tensor:
         return model(IDS).logits
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma3"])
 @pytest.mark.parametrize(
     "part", [{}, {"symmetric": False}, {"format": "fp8_e4m3"}, {"format": "int16"}, {"format": "int6"}]

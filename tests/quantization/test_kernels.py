@@ -38,6 +38,7 @@ def label(scheme: dict) -> str:
     return "-".join(str(value) for value in scheme.values())
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("scheme", KERNELS, ids=label)
 @pytest.mark.parametrize("rows", [1, 3, MAX_ROWS])
 def test_kernels_are_as_exact_as_a_bf16_product(scheme, rows):

@@ -47,6 +47,7 @@ def logits(model, ids=IDS, **options) -> torch.Tensor:
         return model(ids, **options).logits
 
 
+@pytest.mark.sample(10)
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 @pytest.mark.parametrize("width", [1, 24, 33])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -43,6 +43,7 @@ def walked(model, stream):
         yield hidden.movedim(0, arguments.axis)
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("name", [*ARCHITECTURES, *KINDS])
 def test_layers_one_by_one_give_what_the_model_gives(name):
     model = tiny_kind(name) if name in KINDS else tiny_model(name, initializer_range=0.1)

@@ -45,6 +45,7 @@ def brute_force(costs, bits, budget) -> float:
     return min(costs[rows, pick].sum() for pick in picks if bits[rows, pick].sum() <= budget)
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("seed", range(20))
 def test_allocation_is_what_brute_force_finds(seed):
     rng = np.random.default_rng(seed)

@@ -23,6 +23,7 @@ def logits(model) -> torch.Tensor:
         return model(IDS).logits
 
 
+@pytest.mark.sample(10)
 @pytest.mark.parametrize("architecture", DENSE)
 @pytest.mark.parametrize("name", FORMATS)
 def test_fake_and_real_models_give_the_same_logits(architecture, name):

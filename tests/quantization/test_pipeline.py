@@ -186,17 +186,19 @@ def test_a_damaged_result_is_refused(base, tmp_path, damage):
 def test_a_calibrated_recipe_is_run_once_in_float32(tmp_path, monkeypatch):
     monkeypatch.setenv("BITASSAY_CACHE", str(tmp_path))
     half = stories260k(dtype="bfloat16")
-    first = quantization_of(pipeline.quantize_once(half, recipe("gptq")))
+    first = quantization_of(pipeline.quantize_cached(half, recipe("gptq")))
     monkeypatch.setattr(pipeline, "quantize_calibrated", lambda *_: 1 / 0)
-    again = quantization_of(pipeline.quantize_once(stories260k(), recipe("gptq")))
+    again = quantization_of(pipeline.quantize_cached(stories260k(), recipe("gptq")))
     for name, tensor in first.tensors.items():
         assert torch.equal(tensor.dequantize(), again.tensors[name].dequantize())
     with monkeypatch.context() as patched:
-        patched.setattr(pipeline, "load", lambda *_, **__: 1 / 0)  # what is finished needs no second model
-        pipeline.quantize_once(half, recipe("gptq"))
+        patched.setattr(
+            pipeline, "load_checkpoint", lambda *_, **__: 1 / 0
+        )  # what is finished needs no second model
+        pipeline.quantize_cached(half, recipe("gptq"))
     monkeypatch.setattr(pipeline, "code_digest", lambda: "of another version")
     with pytest.raises(ZeroDivisionError):
-        pipeline.quantize_once(half, recipe("gptq"))
+        pipeline.quantize_cached(half, recipe("gptq"))
 
 
 AFTER_THE_CODES = {
@@ -218,10 +220,10 @@ def test_codes_are_made_once_whatever_comes_after_them(base, tmp_path, monkeypat
     codes = Recipe.model_validate(recipe("gptq").to_yaml_dict() | few)
     other = Recipe.model_validate(codes.to_yaml_dict() | parts | {"name": "other"})
     wanted = quantize(base, other)
-    assert codes.recipe_id == other.codes_alone.recipe_id != other.recipe_id
-    pipeline.quantize_once(base, codes)
+    assert codes.recipe_id == other.without_postprocessing.recipe_id != other.recipe_id
+    pipeline.quantize_cached(base, codes)
     monkeypatch.setattr(pipeline, "quantize_calibrated", lambda *_: 1 / 0)
-    found = pipeline.quantize_once(base, other)
+    found = pipeline.quantize_cached(base, other)
     assert quantization_of(found).inputs == quantization_of(wanted).inputs
     assert quantization_of(found).passes == quantization_of(wanted).passes
     tokens = torch.arange(1, 60)[None]
@@ -238,7 +240,7 @@ def test_codes_are_made_once_whatever_comes_after_them(base, tmp_path, monkeypat
 )
 def test_codes_are_not_shared_where_they_differ(parts):
     other = Recipe.model_validate(recipe("gptq").to_yaml_dict() | parts)
-    assert other.codes_alone.recipe_id == other.recipe_id
+    assert other.without_postprocessing.recipe_id == other.recipe_id
 
 
 def test_what_is_kept_belongs_to_the_code_that_made_it(monkeypatch):

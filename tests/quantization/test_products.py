@@ -48,6 +48,7 @@ def test_int8_is_the_sum_of_products_of_codes(rounding):
         assert ((y.double() - exact).abs() <= 2**-22 * exact.abs()).all(), (out, columns, rows)
 
 
+@pytest.mark.sample(10)
 @pytest.mark.parametrize("rounding", ROUNDINGS.values(), ids=ROUNDINGS)
 @pytest.mark.parametrize("outliers", [(), (0, 5, 30)], ids=["", "outliers"])
 @pytest.mark.parametrize(

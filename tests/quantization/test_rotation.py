@@ -75,6 +75,7 @@ def difference(model, rotation, tokens=None) -> float:
     return (logits(changed) - before).abs().max().item()
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
 @pytest.mark.parametrize("hidden", SHAPES)
@@ -84,6 +85,7 @@ def test_fp64_logits_stay(hidden, architecture, tied):
     assert logits(model).std() > 0.05
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("kind", ["hadamard", "random-hadamard", "orthogonal", "refined"])
 @pytest.mark.parametrize(
     "parts",

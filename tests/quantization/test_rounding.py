@@ -112,6 +112,7 @@ def test_noise_is_in_steps_and_the_grid_is_that_of_the_weights():
     assert abs(difference.mean().item()) < 0.03
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("options", [
     {"rounding": "stochastic"}, {"rounding": "feedback"}, {"noise": 1.0}, {"noise": 1.0, "rounding": "feedback"},
 ])  # fmt: skip

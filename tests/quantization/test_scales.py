@@ -73,6 +73,7 @@ def test_an_asymmetric_range_is_used_to_its_ends_and_holds_zero(name):
         assert not dequantize(round_to_nearest(torch.zeros_like(w), grid), grid).any()
 
 
+@pytest.mark.sample(10)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("rule", [absmax, mse])
 @pytest.mark.parametrize(("name", "symmetric"), [*SEARCHED, ("binary", True), ("binary", False)])
@@ -84,6 +85,7 @@ def test_scales_are_those_that_the_dtype_can_hold(rule, dtype, name, symmetric):
         assert part is None or torch.equal(part, part.to(dtype).float())
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize(("name", "symmetric"), SEARCHED)
 def test_no_group_is_worse_searched_than_by_absmax(name, symmetric, dtype):
@@ -118,6 +120,7 @@ SEARCHES = [
 ]
 
 
+@pytest.mark.sample(10)
 @pytest.mark.parametrize(("name", "symmetric", "options", "weighed"), SEARCHES)
 def test_the_search_comes_near_the_best_grid_there_is(name, symmetric, options, weighed):
     """Against a hundred scales times every zero point (a free one: steps of a tenth)."""

@@ -93,6 +93,7 @@ def test_awq_scales_are_a_power_of_the_mean_magnitude_centred():
     assert s.tolist() == pytest.approx([0.5, 2, 1])
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("architecture", DENSE)
 @pytest.mark.parametrize("spec", [SMOOTHQUANT, Smoothing(method="awq", exponents=3)], ids=lambda s: s.method)
 def test_what_the_model_computes_stays_the_same(architecture, spec):

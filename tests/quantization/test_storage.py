@@ -150,6 +150,7 @@ def test_a_scheme_comes_back_to_the_bit(tiny, tmp_path, scheme):
     assert bits_per_weight(fake) == bits_per_weight(quantized) == card.bits_per_weight
 
 
+@pytest.mark.sample(16)
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("granularity", ["tensor", "channel", "g32", "g36"])
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -396,6 +397,7 @@ def test_low_rank_factors_are_planned_and_come_back(tiny, tmp_path):
     assert torch.equal(logits(load(tmp_path / "out")), logits(quantized))
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("architecture", ["qwen2_moe", "qwen3_moe", "mixtral", "deepseek_v2", "gpt_oss"])
 @pytest.mark.parametrize("some", [True, False])
 def test_mixtures_of_experts(tmp_path, architecture, some):

@@ -193,6 +193,7 @@ def by_hand(w: np.ndarray, scheme: WeightScheme, found_scale: FLOAT32, found_zer
     return scale, zero, FLOAT32(0), codes, weights_of(codes, scale, zero, scheme)
 
 
+@pytest.mark.sample(20)
 @every_scheme
 @settings(max_examples=5, deadline=None)
 @given(seed=st.integers(0, 2**31), shape=st.sampled_from(SHAPES), dtype=st.sampled_from(DTYPES))
@@ -214,6 +215,7 @@ def test_scales_zero_points_codes_and_weights_are_those_of_the_definition(scheme
         assert np.array_equal(back[place].ravel(), by_hand_back)
 
 
+@pytest.mark.sample(20)
 @every_scheme
 @settings(max_examples=4, deadline=None)
 @given(seed=st.integers(0, 2**31), shape=st.sampled_from(SHAPES))
@@ -274,6 +276,7 @@ def test_fp8_scales_of_small_weights_keep_their_precision():
         assert (back - w).norm() / w.norm() < worst
 
 
+@pytest.mark.sample(24)
 @every_scheme
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_edge_values_stay_finite(scheme, dtype):
@@ -297,6 +300,7 @@ def test_edge_values_stay_finite(scheme, dtype):
             assert (done.dequantize().abs() <= scheme.offset * stored_scale(FLOAT32(1e-45), dtype)).all()
 
 
+@pytest.mark.sample(8)
 @every_scheme
 @settings(max_examples=8, deadline=None)
 @given(
@@ -322,6 +326,7 @@ def test_importances_that_are_none_are_refused_by_name(value):
             quantize_tensor(weights(0), WeightScheme(**scheme), "up_proj", importance)
 
 
+@pytest.mark.sample(10)
 @every_scheme
 def test_a_group_larger_than_the_row_is_the_row(scheme):
     if not scheme.granularity.startswith("g"):
@@ -340,6 +345,7 @@ def test_binary_is_exact_for_the_largest_weights_that_are_taken(dtype):
         assert torch.allclose(quantize_tensor(w, scheme).dequantize(), w, rtol=0.01)
 
 
+@pytest.mark.sample(12)
 @every_scheme
 def test_constant_groups_come_back(scheme):
     tolerance = 0.3 if scheme.format == "int2" else 0.04 if scheme.offset else 0.02
@@ -376,6 +382,7 @@ def test_other_dtypes_and_views_are_quantized_as_their_fp32_values(dtype):
     assert torch.equal(w, before)
 
 
+@pytest.mark.sample(6)
 @every_scheme
 def test_the_input_is_not_changed(scheme):
     w = weights(12)

@@ -80,6 +80,7 @@ def test_chosen_layers_read_to_the_bottom(stories, model):
     assert reader.by_token / reader.tokens == pytest.approx(sum(t.stored_bits for t in mixed.values()) / 8)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("piece", [1, 7, 64])
 @pytest.mark.parametrize("threshold", [0, 1.5, 3, 99])
 def test_a_gated_text_is_what_decoding_token_by_token_gives(model, threshold, piece, monkeypatch):
@@ -132,6 +133,7 @@ def test_a_gate_forgets_the_text_before(model):
         assert generate(deep, [prompt], max_new_tokens=12)[0].output_ids == alone
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("drafts", [1, 3, 8])
 @pytest.mark.parametrize("tokens", [1, 2, 25])
 def test_drafts_change_the_cost_and_not_the_text(model, drafts, tokens):

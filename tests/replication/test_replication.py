@@ -75,6 +75,7 @@ CASES = {
 }
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("own", CASES.values(), ids=CASES)
 def test_fake_packed_and_reloaded_models_say_the_same(stories, tmp_path, own):
     model = quantize(stories, own)

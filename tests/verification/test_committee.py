@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from bitassay.errors import BitassayError
 from bitassay.verification.committee.rounds import (
     assign,
-    chance_to_catch,
     committee_status,
-    honest_plants_needed,
+    honest_canaries_needed,
     judge,
     parse_report,
     report,
@@ -119,13 +118,12 @@ def test_a_lazy_one_is_caught_as_often_as_the_formula_says(assignments):
         lazy = report("cyd", answers, bytes(32))
         found = judge(ROUND, [one], {"cyd": report_commitment(ROUND, lazy)}, {"cyd": lazy})
         caught += bool(found["cyd"])
-    assert chance_to_catch(skipped, 4) == 1 - 0.5**4
-    assert caught / 300 == pytest.approx(chance_to_catch(skipped, 4), abs=0.05)
+    assert caught / 300 == pytest.approx(1 - (1 - skipped) ** 4, abs=0.05)
 
 
 def test_an_unlucky_honest_verifier_is_not_accused(assignments):
     one = assignments["dov"]
-    assert honest_plants_needed(0.05) == 3 <= 4
+    assert honest_canaries_needed(0.05) == 3 <= 4
     for unlucky in (1, 2):
         answers = honest(one) | {f"dov-p{i}": "FAIL" for i in range(unlucky)}
         mine = report("dov", answers)

@@ -1,7 +1,7 @@
 """Check this machine: Python, packages, devices, memory, disk and models, and which verbs can run.
 
-Requirements are read from the installed package's own metadata. Nothing touches the network. Heavy packages
-are imported only to learn whether they import, so that a machine without them still gets its answer.
+Requirements are read from the installed package's metadata, and nothing touches the network. Heavy packages
+are imported only to learn whether they import.
 """
 
 import os

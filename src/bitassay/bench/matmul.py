@@ -1,19 +1,16 @@
 """What INT8 and FP8 cost a matrix product: error and speed.
 
-For a shape m x k, `x` [m, k] and `W` [k, k] are drawn from a normal distribution, in fp32. Three errors:
+For a shape m x k, `x` [m, k] and `W` [k, k] are drawn from a normal distribution, in fp32. Three errors, each
+with one absmax scale a row (of x: a token) or a tensor:
 
     rounding   mean |x' - x| / mean |x|        of the m x k matrix alone, as if it were a weight
     product    || x' W'^T - x W^T || / || x W^T ||       both sides rounded, by the kernel that runs them
     weights    || x  W'^T - x W^T || / || x W^T ||       only W rounded
 
-each with one absmax scale a row (of x: a token) or a tensor. DOCUMENTED holds the "matrix product
-quantization error" of the INT8/FP8 report. It is the first of the three with a scale for the tensor: FP8's
-error is 0.022 in one rounded matrix of any shape, and INT8's grows with the largest of m x k normal numbers.
-A product with two rounded sides has about sqrt(2) times the error of one side.
-
-Errors of a large product are taken over PRODUCT_ROWS rows of x (its scales over all of them). Speed:
-`QuantizedLinear` in a bf16 model, the rounding of its inputs included, compared in turns with dense products
-of fp32 and bf16 (`rounds.py`); `path` says how it computed.
+DOCUMENTED holds the "matrix product quantization error" of the INT8/FP8 report. It is the first of the three
+with a scale for the tensor; a product with two rounded sides has about sqrt(2) times the error of one side.
+Errors of a large product are taken over PRODUCT_ROWS rows of x. Speed: `QuantizedLinear` in a bf16 model, the
+rounding of its inputs included, in turns with dense products of fp32 and bf16; `path` says how it computed.
 """
 
 import statistics
@@ -26,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from bitassay.bench.roofline import wait_for
-from bitassay.bench.rounds import INTERVAL, alternate, ratio_of, spread
+from bitassay.bench.timing import INTERVAL, alternate, ratio_of, spread
 from bitassay.errors import BitassayError, at_least
 from bitassay.models.options import as_device
 from bitassay.quantization.codes.quantize import quantize_tensor

@@ -2,7 +2,7 @@
 
 Every model is packed, as it would be run, in a process of its own. A round measures the machine's limits,
 then every workload (`workload.py`) by every model in turn, in another order each round; figures are medians
-over rounds, comparisons with the base model ratios within rounds (`rounds.py`). The share of the bound
+over rounds, comparisons with the base model ratios within rounds (`timing.py`). The share of the bound
 that was reached (`roofline.py`) is within rounds too.
 
 Each workload of each round is a part of the run folder: the same command goes on where it was stopped.
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bitassay.bench.roofline import Cost
-from bitassay.bench.rounds import INTERVAL, ratio_of, spread, turns
+from bitassay.bench.timing import INTERVAL, ratio_of, spread, turns
 from bitassay.bench.worker import ProcessTimer, TimedModel
 from bitassay.bench.workload import Workload
 from bitassay.errors import BitassayError, at_least
@@ -72,10 +72,12 @@ class BenchPlan:
 
     @property
     def workloads(self) -> list[Workload]:
+        """Return the workloads of a round, batches first."""
         short = [Workload("batch", batch, self.prompt_tokens, self.new_tokens) for batch in self.batches]
         return short + [Workload("context", 1, length, self.new_tokens) for length in self.contexts]
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the plan as a JSON value."""
         return asdict(self) | {"recipes": [recipe.model_dump(mode="json") for recipe in self.recipes]}
 
 
@@ -102,8 +104,8 @@ def bench(
     places = list[Place]()
     if controls and any(recipe.replication is not None for recipe in plan.recipes):
         layers = layer_count(sources[model].folder, trust_remote_code=trust_remote_code)
-        with_them, places = with_controls(plan.recipes, layers)
-        plan = replace(plan, recipes=with_them)
+        with_their_controls, places = with_controls(plan.recipes, layers)
+        plan = replace(plan, recipes=with_their_controls)
     digests = {name: Identity(source).weights_digest for name, source in sources.items()}
     work = {**plan.to_dict(), "weights_digests": digests}
     folder = open_run_folder(f"bench-{sources[model].name}", run_plan("bench", work), out)
@@ -118,7 +120,7 @@ def bench(
     timed = {BASE: TimedModel(model, **common)}
     timed |= {recipe.name: TimedModel(model, recipe, **common) for recipe in plan.recipes}
     timed |= {name: TimedModel(name, **common) for name in plan.candidates}
-    logs = {name: folder.path / "workers" / f"{place:02d}.log" for place, name in enumerate(timed)}
+    logs = {name: folder.path / "workers" / f"{index:02d}.log" for index, name in enumerate(timed)}
     started: dict[str, ProcessTimer] = {}
 
     def runner(name: str) -> ProcessTimer:

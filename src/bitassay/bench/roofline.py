@@ -46,7 +46,7 @@ class Cost(NamedTuple):
 
     @property
     def flop_per_byte(self) -> float:
-        """The arithmetic intensity."""
+        """Return the arithmetic intensity."""
         return self.flop / self.bytes
 
     def bound_s(self, bandwidth: float, peak: float) -> float:
@@ -71,7 +71,7 @@ class Matrices:
 
     @property
     def token_bytes(self) -> float:
-        """Bytes of weights that decoding one token reads."""
+        """Return the bytes of weights that decoding one token reads."""
         return self.body_bytes + self.reached * self.expert_bytes + self.head_bytes
 
     def decode(self, batch: int, context: int, cache_bytes: float) -> Cost:

@@ -13,7 +13,7 @@ from bitassay.engines.load import load
 from bitassay.models.options import AUTO
 from bitassay.models.source import resolve
 from bitassay.quantization.export.card import read_card
-from bitassay.quantization.pipeline import quantize_once
+from bitassay.quantization.pipeline import quantize_cached
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.record.jobs import Job, Start, Worker
 from bitassay.record.progress import Progress, prefixed, silent
@@ -53,7 +53,7 @@ def model_timer(timed: TimedModel, progress: Progress = silent) -> ModelTimer:
         progress=progress,
     )
     if timed.recipe is not None:
-        model = quantize_once(model, timed.recipe, packed=True, progress=progress)
+        model = quantize_cached(model, timed.recipe, packed=True, progress=progress)
     return ModelTimer(model)
 
 

@@ -8,6 +8,9 @@ A workload that cannot be run is skipped with the reason: it has more tokens tha
 needs more memory than is free, by an estimate or because the attempt failed.
 """
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,9 +20,8 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bitassay.bench.memory import Peak, peak_memory
 from bitassay.bench.roofline import Matrices, machine_limits, matrices_of, product_dtype
-from bitassay.bench.throughput import Times, time_once
+from bitassay.bench.timing import Times, time_once
 from bitassay.data.corpora import corpus
 from bitassay.errors import BitassayError
 from bitassay.models.identity import tokenizer
@@ -36,6 +38,7 @@ from bitassay.quantization.runtime.model import (
 from bitassay.record.environment import environment
 
 TEXT_LETTERS = 200_000
+PERIOD_S = 0.002  # between two looks at the memory; a shorter peak may be missed
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,16 @@ class Workload:
 
     @property
     def name(self) -> str:
+        """Return a name that no other workload has."""
         return f"{self.kind}-{self.batch}x{self.prompt_tokens}+{self.new_tokens}"
+
+
+@dataclass
+class Peak:
+    """The device's peak is None without an accelerator."""
+
+    peak_resident_bytes: int = 0
+    peak_device_bytes: int | None = None
 
 
 class ModelTimer:
@@ -152,3 +164,31 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an allocation failed; torch's CPU allocator says so in a RuntimeError's text alone."""
     known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     return known or "DefaultCPUAllocator" in str(error) or "can't allocate memory" in str(error)
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[Peak]:
+    """Watch memory within the context: samples, since a process's own high-water mark cannot be reset
+    everywhere. Afterwards the Peak that it yields is complete."""
+    process, done, peak = psutil.Process(), threading.Event(), Peak()
+
+    def look() -> None:
+        peak.peak_resident_bytes = max(peak.peak_resident_bytes, process.memory_info().rss)
+
+    def watch() -> None:
+        while not done.wait(PERIOD_S):
+            look()
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    look()
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        watcher.join()
+        look()
+        if device.type == "cuda":
+            peak.peak_device_bytes = torch.cuda.max_memory_allocated(device)

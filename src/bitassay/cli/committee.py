@@ -53,16 +53,19 @@ def assign(
     import secrets
 
     from bitassay.record.files import atomic_folder, write_json
-    from bitassay.verification.committee.files import Secret, Task, read_items, read_plants
+    from bitassay.verification.committee.files import Secret, Task, read_canaries, read_items
     from bitassay.verification.committee.rounds import assign as deal
 
     name = secrets.token_hex(16) if round is None else round
-    assignments = deal(read_items(items), read_plants(plants), each=each, seed=secrets.token_bytes(32))
+    assignments = deal(read_items(items), read_canaries(plants), each=each, seed=secrets.token_bytes(32))
     verifiers = tuple(assignment.verifier for assignment in assignments)
     rows = []
     with atomic_folder(out) as folder:
         with _private():
-            write_json(folder / "secret.json", Secret.of(name, assignments).model_dump(mode="json"))
+            write_json(
+                folder / "secret.json",
+                Secret(round=name, assignments=tuple(assignments)).model_dump(mode="json"),
+            )
         for assignment in assignments:
             verifier, count = assignment.verifier, len(assignment.items)
             task = Task(round=name, verifier=verifier, verifiers=verifiers, items=assignment.items)

@@ -78,7 +78,7 @@ def eval(
     from bitassay.models.positions import check_folder
     from bitassay.models.source import resolve
     from bitassay.quantization.export.fits import check_fit
-    from bitassay.quantization.pipeline import quantize_once
+    from bitassay.quantization.pipeline import quantize_cached
     from bitassay.quantization.recipe.recipe import BASE, find_recipe
     from bitassay.record.result import new_run
 
@@ -120,7 +120,7 @@ def eval(
         replicated = [recipe for recipe in recipes if controls and recipe.replication is not None]
         for name, plain in zip(recipe or (), recipes, strict=True):
             if plain not in replicated:
-                compared[name] = quantize_once(loaded, plain, progress=progress)
+                compared[name] = quantize_cached(loaded, plain, progress=progress)
         _warn_of_seen_text(recipes, protocols, progress)
         measured: list[dict[str, Any]] = []
         for text in protocols:
@@ -146,10 +146,9 @@ def eval(
 
 def _warn_of_seen_text(recipes: "list[Recipe]", protocols: "list[Protocol]", progress: "Progress") -> None:
     from bitassay.data.corpora import same_text
-    from bitassay.quantization.recipe.calibration import Calibration
 
     for recipe in recipes:
-        corpus = (recipe.calibration or Calibration()).corpus
+        corpus = recipe.text.corpus
         for text in protocols:
             if recipe.is_calibrated and same_text(corpus, text.corpus):
                 progress(f"{recipe.name} was calibrated on the text of {text.id}, which favours it")

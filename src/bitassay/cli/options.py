@@ -147,13 +147,13 @@ class Compute(Loading):
         """
         from bitassay.engines.load import load
         from bitassay.quantization.export.fits import check_fit
-        from bitassay.quantization.pipeline import quantize_once
+        from bitassay.quantization.pipeline import quantize_cached
         from bitassay.quantization.recipe.recipe import find_recipe
 
         name, recipes = self.of(model), [find_recipe(recipe)] if recipe else []
         check_fit(name, recipes, tokens=tokens, trust_remote_code=self.trust_remote_code, progress=progress)
         loaded = load(name, progress=progress, **self.options)
-        return quantize_once(loaded, recipes[0], progress=progress) if recipes else loaded
+        return quantize_cached(loaded, recipes[0], progress=progress) if recipes else loaded
 
 
 @group

@@ -14,7 +14,7 @@ recipes = App(name="recipes", help="List the shipped recipes or print one.")
 @recipes.command(name="list")
 def list_(*, output: Output = Output()) -> int:
     """List the recipes that come with the package."""
-    from bitassay.quantization.recipe.recipe import PARTS, shipped_recipes
+    from bitassay.quantization.recipe.recipe import shipped_recipes
 
     rows = [
         {
@@ -24,7 +24,7 @@ def list_(*, output: Output = Output()) -> int:
                 if (w := recipe.weights)
                 else ("left",)
             ),
-            "parts": ", ".join(part for part in PARTS if getattr(recipe, part) is not None),
+            "parts": ", ".join(recipe.parts),
             "overrides": len(recipe.overrides),
             "recipe_id": recipe.recipe_id,
             "description": recipe.description,

@@ -40,6 +40,7 @@ class Protocol:
 
     @property
     def id(self) -> str:
+        """Return the name of everything that changes the number."""
         chosen = "" if self.windows is None else f"[n={self.windows}]"
         return f"{self.corpus}/{self.window_tokens}{chosen}"
 

@@ -1,8 +1,7 @@
 """Replicated models compared with their controls (`replication/controls.py`) on the same windows.
 
-Only a replica that beats its controls shows that copies repair what quantization broke. A replica *beats* a
-control (`true`) where the interval of the difference of their KL to the base, paired by window, lies below 0;
-`false` where it lies above 0, None where it holds 0.
+A replica *beats* a control (`true`) where the interval of the difference of their KL to the base, paired by
+window, lies below 0; `false` where it lies above 0, None where it holds 0.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from bitassay.evaluation.divergence import TokenScores
 from bitassay.evaluation.quality import score_text, text_difference
 from bitassay.models.identity import identity
 from bitassay.models.walk import decoder_layers
-from bitassay.quantization.pipeline import quantize_once
+from bitassay.quantization.pipeline import quantize_cached
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.replication.controls import REPLICA, Place, with_controls
 from bitassay.quantization.runtime.model import bits_per_weight
@@ -54,7 +53,7 @@ def evaluate_with_controls(
     its interval; beats: whether the replica has the lower KL (`beats`).
     """
     recipes, controls = with_controls([recipe], len(decoder_layers(base)))
-    models = {item.name: quantize_once(base, item, progress=progress) for item in recipes}
+    models = {item.name: quantize_cached(base, item, progress=progress) for item in recipes}
     text = score_text(base, models, protocol, progress)
     base_name, rows = identity(base).name, []
     for place in (Place(recipe.name, REPLICA, recipe.name), *controls):

@@ -1,17 +1,13 @@
 """How far a model's texts are from its base's: greedy continuations of the same prompts, compared in pairs.
-
-The base model's text is the reference, so these figures say how much a text *changed*, never how good it is.
+These figures say how much a text *changed*, never how good it is.
 
     prefix       the number of leading tokens that are equal
     divergence   the first token that differs, counted from 1: prefix + 1, for equal texts too
-    BLEU         of the whole corpus, by sacrebleu, with its signature
-    ROUGE-1/2/L  F-measure of each text, averaged, by rouge-score without stemming
+    BLEU         of the whole corpus, by sacrebleu, with its signature (1804.08771)
+    ROUGE-1/2/L  F-measure of each text, averaged, by rouge-score without stemming (Lin 2004)
 
 Greedy texts part for good at the first close call, so the prefix is the sharper figure: BLEU and ROUGE of two
-texts that parted early say little more than that both have the same topic. Intervals are 95 %, over prompts
-(`statistics.py`). Two texts without a word score 0 in BLEU and ROUGE.
-
-Sources: Papineni et al. 2002 (BLEU), Post 2018 (1804.08771, sacrebleu), Lin 2004 (ROUGE).
+texts that parted early say little more than that both have the same topic. Two texts without a word score 0.
 """
 
 from collections.abc import Callable, Sequence
@@ -75,6 +71,7 @@ class TextQuality:
     rougeL_ci: Interval
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the figures by column."""
         return asdict(self)
 
 

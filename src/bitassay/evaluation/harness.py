@@ -34,7 +34,7 @@ from bitassay.evaluation.likelihood import continuation_scores
 from bitassay.models.config import text_config
 from bitassay.models.identity import tokenizer as tokenizer_of
 from bitassay.models.positions import context_length
-from bitassay.quantization.pipeline import quantize_once
+from bitassay.quantization.pipeline import quantize_cached
 from bitassay.record.progress import Progress, silent
 from bitassay.record.run import RunFolder
 
@@ -81,7 +81,7 @@ class BitassayLM(TemplateLM):
                 progress=progress,
             )
         if recipe is not None:
-            model = quantize_once(model, recipe, packed=packed, progress=progress)
+            model = quantize_cached(model, recipe, packed=packed, progress=progress)
         if batch_tokens is not None and batch_tokens < 1:
             raise BitassayError(f"batch_tokens={batch_tokens}", "leave it out, or give 1 or more")
         self.model, self.tokenizer = model, tokenizer_of(model)

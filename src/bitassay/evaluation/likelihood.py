@@ -1,21 +1,16 @@
 """How likely a model finds continuations of contexts, without reading what they share more than once.
 
-A multiple-choice item asks for the log-likelihood of a few endings of one context, and all items of a subject
-begin with the same few-shot examples. A plain run reads every context with every ending from the start. Here
-the prefix that the contexts of many items share is read once, as one row, and its keys and values are given
-to all rows behind it by indexing the cache: any cache of transformers or of `quantization.inputs` will do.
-Behind the prefix, an item is one row: a trie of the rest of its context and its endings (`tries.py`), where
-the model attends by mask.
-
-Other models (sliding windows, rounded caches) read each context with each ending behind the prefix. Those
-rows need no mask and no positions, whatever the architecture: they are padded on the right, where causal
-attention never looks. Logits are computed only at the positions that predict a continuation.
+Items of a subject begin with the same few-shot examples, and the endings of an item with the same context.
+The prefix that the contexts of many items share is read once, and its keys and values are given to all rows
+behind it by indexing the cache. Behind it an item is one row: a trie of the rest of its context and its
+endings (`tries.py`), where the model attends by mask. Other models (sliding windows, rounded caches) read a
+row for each ending, padded on the right, where causal attention never looks. Logits are computed only at the
+positions that predict a continuation.
 
     log p(y | x) = sum_i log softmax(z_i)[y_i],   z_i in fp32, the sum in fp64
 
-Sequences that are too long lose tokens on the left. What is read, scored and cut is what lm-eval's own `hf`
-model reads, scores and cuts (EleutherAI, lm-evaluation-harness 0.4.13, `models/huggingface.py`): the sums
-differ from its by rounding.
+Sequences that are too long lose tokens on the left. What is read, scored and cut is the same as in lm-eval's
+own `hf` model (lm-evaluation-harness 0.4.13, `models/huggingface.py`); the sums differ by rounding.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -1,11 +1,9 @@
 """The quality of candidates compared with their base model, measured in one pass over a text.
 
 The base model runs once per window and every candidate is compared with it at once; full logits are never
-stored. A candidate keeps a few numbers per token (`divergence.py`), from which `summarise` makes every figure
-with its interval.
-
-A new column of the assay about quality: its figure and interval are fields of `Quality`, filled in
-`summarise`; its heading and format are a line of `report/columns.yaml`.
+stored. A candidate keeps a few numbers per token (`divergence.py`), of which `summarise` makes every figure
+with its interval. A new column of the assay about quality is a field of `Quality`, filled in `summarise`, and
+a column in `report/`.
 """
 
 from collections.abc import Container, Iterator, Mapping, Sequence
@@ -66,6 +64,7 @@ class Quality:
     top1_ci: Interval
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the figures by column."""
         return asdict(self)
 
 

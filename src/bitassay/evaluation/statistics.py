@@ -1,37 +1,32 @@
 """Intervals and tests: every one that the package prints is made here.
 
 An interval is made on a scale on which the quantity has no bounds, so that it holds no impossible value. On
-that scale the estimate is taken as normal, with a standard error by the delta method (Oehlert 1992):
+that scale the estimate is taken as normal, with a standard error by the delta method (Oehlert 1992). With
+mean m and standard deviation s of n values, and Student's quantile t with n - 1 degrees of freedom:
 
-    mean of positive values (losses, KL)  log: m exp(-+h)               h = t s / (m sqrt n)
-    mean of values in [a, b]              logit of p = (m - a) / (b - a)
-                                                                        h = t s / ((b - a) p (1 - p) sqrt n)
-    paired ratio of positives y / x       log: y / x exp(-+h)           s: of y_i / y - x_i / x
-    paired difference y - x               log of the larger, say y: y exp(-+h) - x
-                                                                        s: of (y_i - x_i) / y
-    perplexity                            log of what is above 1
-    ratios of times                       log, of their geometric mean
+    mean of positive values (losses, KL)  log: m exp(-+h), h = t s / (m sqrt n)
+    mean of values in [a, b]              logit of p = (m - a) / (b - a): h = t s / ((b - a) p (1 - p) sqrt n)
+    paired ratio of positives y / x       log: y / x exp(-+h), s of y_i / y - x_i / x
+    paired difference y - x               log of the larger, say y: y exp(-+h) - x, s of (y_i - x_i) / y
+    perplexity; ratios of times           log of what is above 1; log of their geometric mean
     share of items                        Wilson's score interval (1927), or Clopper and Pearson's (1934)
     median                                order statistics (Thompson 1936), without any assumption
 
-m: mean, s: standard deviation of the n values, t: Student's quantile with n - 1 degrees of freedom. The
-values belong to nearly independent units: windows, prompts, rounds; never tokens, whose neighbours depend on
-each other. `benchmarks/coverage.py` measures how often the intervals hold the truth.
+The values belong to nearly independent units: windows, prompts, rounds; never tokens, whose neighbours depend
+on each other. `benchmarks/coverage.py` measures how often the intervals hold the truth. There is no interval
+(None) for fewer than FEWEST values (with two, an end is 9 standard deviations away, with three 2.5), for
+values that are all equal or not finite. But two models that are equal on every unit differ by 0.
 
-There is no interval (None) for fewer than FEWEST values (with two, an end is 9 standard deviations away, with
-three 2.5), for values that are all equal, or for values that are not finite. The exception: two models that
-are equal on every unit differ by 0.
-
-Two models on the same items differ in the *discordant* items, those that just one of them gets right: b by
-the first alone, c by the second alone, of n items.
+Two models on the same n items differ in the *discordant* items, b that only the first gets right and c that
+only the second does:
 
     McNemar     b given b + c is Binomial(b + c, 1/2) for equally good models; exact, two-sided (1947)
     difference  (c - b) / n, with Tango's score interval: all values that the score test does not reject, the
                 rest of the model at its constrained maximum likelihood (Tango 1998, Stat. Med. 17:891)
     Holm        the k-th smallest of m p-values times m - k + 1, made monotone (1979)
 
-scipy supplies Clopper-Pearson, the median's interval and the exact binomial test. Wilson's interval is also
-needed for a count that is not whole (the AUC's), which scipy's refuses; scipy has neither Tango's nor Holm's.
+Wilson's interval is also needed for a count that is not whole (the AUC's), which scipy's refuses; scipy has
+neither Tango's nor Holm's.
 """
 
 from collections.abc import Sequence

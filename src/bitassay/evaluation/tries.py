@@ -1,11 +1,9 @@
 """Tree attention: sequences with a common prefix are read in one row, and no token that they share is read
 twice (SpecInfer, 2305.09781, section 4.1).
 
-The sequences make a trie, with a node for each token behind each prefix. The nodes stand in a row, parents
-before children. The attention mask lets each node see its ancestors and itself alone, and its position is its
-depth; so its hidden state is that of a row of its sequence alone. Rows are padded on the right.
-
-The model must attend exactly where a mask says: `attends_by_mask`.
+The sequences make a trie, whose nodes stand in a row, parents before children. The mask lets a node see its
+ancestors and itself alone, and its position is its depth; so its hidden state is that of a row of its
+sequence alone. The model must attend exactly where a mask says: `attends_by_mask`.
 """
 
 from collections.abc import Sequence

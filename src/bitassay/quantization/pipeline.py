@@ -1,25 +1,27 @@
 """From a recipe to quantized matrices: `quantize`.
 
-    rotation -> smoothing -> mixed -> each layer in turn {rounding -> low_rank -> learned} -> tune
+    rotation -> smoothing -> mixed -> each layer in turn {gptq or nearest -> low_rank -> learned} -> tune
     -> activations -> replication
 
-Each part of a recipe that is present is done, in this order; `Recipe` says which belong together. Without any
-of them a matrix is rounded to nearest on its own and no text is read. Everything else works on a copy of the
-model, and calibrates it with the text that `calibration` names. A recipe that names one has its scale
-searches weighed by the inputs; a part that needs text where none is named reads the default one for itself.
+Each part of a recipe that is present is done, in this order: PREPARE changes a working copy of the model and
+decides how each matrix is stored, SOLVERS (`solvers/registry.py`) find the codes, FINISH adds what belongs to
+them. Without any part a matrix is rounded to nearest on its own and no text
+is read. A recipe that names a `calibration` has its scale searches weighed by the inputs; a part that needs
+text where none is named reads the default one for itself.
 
 With a work folder every finished layer is a file there, so is tuning every few steps, and in the end the
 result; the same call goes on where the last one stopped. In the cache, recipes that differ only in what comes
 after the codes (rounded inputs, a rounded cache, copies that share codes) share the folder of their codes.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -31,10 +33,13 @@ from bitassay.models.source import cache_folder, resolve
 from bitassay.models.walk import matrices
 from bitassay.quantization.codes.quantize import quantize_tensor
 from bitassay.quantization.codes.tensor import QuantizedTensor
-from bitassay.quantization.inputs.activations import InputRounding
 from bitassay.quantization.inputs.ranges import collect_ranges, input_roundings
-from bitassay.quantization.recipe.calibration import Calibration, calibration_tokens
+from bitassay.quantization.recipe.calibration import calibration_tokens
+from bitassay.quantization.recipe.inputs import Activations
 from bitassay.quantization.recipe.recipe import Recipe, find_recipe
+from bitassay.quantization.recipe.replication import ReplicationPlan
+from bitassay.quantization.recipe.solvers import Mixed
+from bitassay.quantization.recipe.transforms import Rotation, Smoothing
 from bitassay.quantization.recipe.weights import WeightScheme
 from bitassay.quantization.replication.layer_copies import copies_by_layer, with_copies
 from bitassay.quantization.runtime.model import (
@@ -64,49 +69,46 @@ def quantize(
     work: str | Path | None = None,
     progress: Progress = silent,
 ) -> PreTrainedModel:
-    """A copy of `base` with the decoder layers' linears and experts quantized by `recipe`; `base` stays as it
-    is.
+    """Return a copy of `base` with the decoder layers' linears and experts quantized by `recipe`; `base`
+    stays as it is.
 
     packed: store codes (a real model) instead of dequantized weights (a fake one). work: a folder for what is
     finished of a calibrated recipe; the same call goes on with it. The copy carries `.quantization`. Raises
     BitassayError where the recipe names modules that do not exist, where weights are not finite, or where the
     model has matrices that would be skipped.
     """
-    found = find_recipe(recipe)
-    return with_tensors(base, quantize_tensors(base, found, progress, work), packed=packed)
+    return with_tensors(base, quantize_tensors(base, find_recipe(recipe), progress, work), packed=packed)
 
 
-def quantize_once(
+def quantize_cached(
     base: PreTrainedModel, recipe: str | Path | Recipe, *, packed: bool = False, progress: Progress = silent
 ) -> PreTrainedModel:
-    """`quantize`, but what a calibrated recipe made of a model that was loaded is kept in the cache, so that
-    an hour of work is done once, whichever commands use it."""
-    found = find_recipe(recipe)
-    model = with_tensors(base, quantize_tensors_once(base, found, progress), packed=packed)
-    return model.to(base.device)  # type: ignore[arg-type]
+    """Quantize as `quantize` does; what a calibrated recipe made of a model is kept in the cache, so that an
+    hour of work is done once, whichever commands use it."""
+    made = quantize_tensors_cached(base, find_recipe(recipe), progress)
+    return with_tensors(base, made, packed=packed).to(base.device)  # type: ignore[arg-type]
 
 
-def quantize_tensors_once(base: PreTrainedModel, recipe: Recipe, progress: Progress = silent) -> Quantization:
-    """`quantize_tensors`, kept as `quantize_once` says. Calibration is in float32 whatever the dtype of
+def quantize_tensors_cached(
+    base: PreTrainedModel, recipe: Recipe, progress: Progress = silent
+) -> Quantization:
+    """Return what `quantize_cached` puts into a model. Calibration is in float32 whatever the dtype of
     `base`: a prover in bf16 and a verifier in float32 get the same codes."""
     if not recipe.is_calibrated:
         return quantize_tensors(base, recipe, progress)
-    _refuse_quantized(base)
     source = identity(base).source
     plan = _plan(base, recipe) | {"dtype": str(torch.float32)}
     name = f"{source.name}-{digest_json([plan, code_digest()])[:16]}"  # whatever the recipe is called
 
-    def exact() -> PreTrainedModel:
-        if base.dtype == torch.float32 and base.device.type == "cpu":
-            return base
-        own_code = type(base).__module__.startswith("transformers_modules")
-        return load_checkpoint(resolve(source.folder), LoadOptions(trust_remote_code=own_code), progress)
+    def make(folder: RunFolder) -> Quantization:
+        model, same = base, recipe.without_postprocessing
+        if base.dtype != torch.float32 or base.device.type != "cpu":
+            options = LoadOptions(trust_remote_code=type(base).__module__.startswith("transformers_modules"))
+            model = load_checkpoint(resolve(source.folder), options, progress)
+        codes = None if same.recipe_id == recipe.recipe_id else quantize_tensors_cached(model, same, progress)
+        return _quantized(model, recipe, progress, folder, codes)
 
-    def codes(draft: PreTrainedModel) -> Quantization | None:
-        same = recipe.codes_alone
-        return None if same.recipe_id == recipe.recipe_id else quantize_tensors_once(draft, same, progress)
-
-    return _kept(base, exact, recipe, plan, cache_folder() / "quantized" / name, progress, codes)
+    return _kept(base, recipe, plan, cache_folder() / "quantized" / name, progress, make)
 
 
 def quantize_tensors(
@@ -114,27 +116,26 @@ def quantize_tensors(
     recipe: Recipe,
     progress: Progress = silent,
     work: str | Path | None = None,
-    solved: Quantization | None = None,
+    codes: Quantization | None = None,
 ) -> Quantization:
-    """What `recipe` makes of `base`, without a model around it; errors as `quantize`. solved: of the recipe
-    `codes_alone`, the codes."""
-    _refuse_quantized(base)
+    """Return what `recipe` makes of `base`, without a model around it; errors as `quantize`. codes: what the
+    recipe `without_postprocessing` made, where that is known."""
     if work is None or not recipe.is_calibrated:
-        return _quantized(base, recipe, check_recipe(base, recipe), progress, solved=solved)
-    return _kept(base, lambda: base, recipe, _plan(base, recipe), Path(work), progress, lambda _draft: solved)
+        return _quantized(base, recipe, progress, codes=codes)
+    make = partial(_quantized, base, recipe, progress, codes=codes)
+    return _kept(base, recipe, _plan(base, recipe), Path(work), progress, make)
 
 
 def _kept(
     base: PreTrainedModel,
-    exact: Callable[[], PreTrainedModel],
     recipe: Recipe,
     plan: dict[str, Any],
     work: Path,
     progress: Progress,
-    codes: Callable[[PreTrainedModel], Quantization | None] = lambda draft: None,
+    make: Callable[[RunFolder], Quantization],
 ) -> Quantization:
-    """The result in that work folder, made there of the model `exact()` where it is not finished yet, around
-    its `codes` where there are some."""
+    """Return the result in that work folder; where there is none yet, `make` it there."""
+    _refuse_quantized(base)
     weights = check_recipe(base, recipe)
     with locked(work, progress):
         folder = RunFolder(work, plan)
@@ -142,173 +143,173 @@ def _kept(
             shapes = {
                 name: (w.shape[0], w.shape[1]) for name, w in weights.items() if recipe.scheme_for(name)
             }
-            return Quantization(recipe, *read_result(folder, shapes))
-        draft = exact()
-        made = _quantized(draft, recipe, check_recipe(draft, recipe), progress, folder, codes(draft))
-        write_result(folder, made.tensors, made.parameters, made.inputs, made.passes)
+            return read_result(folder, recipe, shapes)
+        made = make(folder)
+        write_result(folder, made)
         return made
+
+
+@dataclass
+class WorkingCopy:
+    """A working copy of the base model on its way through the steps of a recipe. schemes: how each matrix is
+    stored, None where it is left alone. copies: how many copies each layer has that has several, for which
+    `uncopied` is this as it was before it had the first copy's schemes."""
+
+    base: PreTrainedModel
+    recipe: Recipe
+    model: PreTrainedModel
+    schemes: dict[str, WeightScheme | None]
+    tokens: Int[Tensor, "samples tokens"] | None
+    folder: RunFolder | None
+    progress: Progress
+    copies: dict[int, int] = field(default_factory=dict)
+    uncopied: "WorkingCopy | None" = None
+
+    @property
+    def text(self) -> Int[Tensor, "samples tokens"]:
+        """The calibration text, for steps that need it."""
+        assert self.tokens is not None
+        return self.tokens
 
 
 def _quantized(
     base: PreTrainedModel,
     recipe: Recipe,
-    weights: Mapping[str, Float[Tensor, "_ _"]],
     progress: Progress,
     folder: RunFolder | None = None,
-    solved: Quantization | None = None,
+    codes: Quantization | None = None,
 ) -> Quantization:
-    """solved: the codes, by a recipe that has the same."""
+    _refuse_quantized(base)
+    schemes = {name: recipe.scheme_for(name) for name in check_recipe(base, recipe)}
     if recipe.is_calibrated and base.device.type != "cpu":
         raise BitassayError(
             f"{recipe.name} is calibrated, which runs on the CPU, and the model is on {base.device}",
             "load it on the CPU, quantize, and move the result",
         )
-    tokens = calibration_tokens(base, recipe.calibration or Calibration()) if recipe.is_calibrated else None
-    if solved is not None and recipe.replication is None:
-        made = replace(solved, recipe=recipe)
-        return replace(made, inputs=_inputs(base, made, tokens, {}, progress))
-    draft, schemes = _prepared(base, recipe, weights, tokens, folder, progress)
-    counts = _counts(draft, recipe, schemes, tokens, folder, progress)
-    before, first = copy_sharing_parameters(draft), _schemes_with_copies(draft, recipe, schemes, counts)
-    if solved is None:
-        weighed = recipe.calibration is not None and any(one and one.weighs_inputs for one in first.values())
-        if recipe.solves or weighed:
-            assert tokens is not None
-            tensors = quantize_calibrated(base, draft, first, recipe, tokens, folder, progress)
-        else:
-            tensors = _to_nearest(matrices(draft), first, recipe.name, progress)
-        solved = Quantization(recipe, tensors, _beside(base, draft, tensors))
-    made = replace(solved, recipe=recipe)
-    made = replace(made, inputs=_inputs(base, made, tokens, counts, progress))
-    if not counts:
-        return made
-    return with_copies(base, made, before, schemes, counts, tokens, progress)
+    tokens = calibration_tokens(base, recipe.text) if recipe.is_calibrated else None
+    work = WorkingCopy(base, recipe, copy_sharing_parameters(base), schemes, tokens, folder, progress)
+    if codes is None or "replication" in recipe.parts:
+        for prepare, part in recipe.steps(PREPARE):
+            prepare(work, part)
+    made = replace(codes or _solved(work), recipe=recipe)
+    for finish, part in recipe.steps(FINISH):
+        made = finish(work, part, made)
+    return made
 
 
-def _prepared(
-    base: PreTrainedModel,
-    recipe: Recipe,
-    weights: Mapping[str, Float[Tensor, "_ _"]],
-    tokens: Int[Tensor, "samples tokens"] | None,
-    folder: RunFolder | None,
-    progress: Progress,
-) -> tuple[PreTrainedModel, dict[str, WeightScheme | None]]:
-    """The model whose matrices are rounded, and each one's scheme."""
-    draft = copy_sharing_parameters(base)
-    if recipe.rotation is not None:
-        progress(f"rotating by {recipe.name}")
-        rotate(draft, recipe.rotation, tokens)
-    if recipe.smoothing is not None:
-        assert tokens is not None
-        ranges = collect_ranges(draft, tokens, progress=progress)
-        smoothed = smooth(draft, recipe.smoothing, ranges, recipe.scheme_for, progress)
-        if smoothed.skipped:
-            name, why = next(iter(smoothed.skipped.items()))
-            progress(f"not smoothed: {len(smoothed.skipped)} linears, the first {name}: {why}")
-    if recipe.mixed is None:
-        return draft, {name: recipe.scheme_for(name) for name in weights}
-    assert tokens is not None
-    return draft, mixed_schemes(draft, recipe, tokens, progress, folder)
+def _solved(work: WorkingCopy) -> Quantization:
+    """Return the codes of all matrices, and what else changed in the working copy."""
+    recipe, schemes = work.recipe, work.schemes
+    weighed = recipe.calibration is not None and any(s and s.uses_importance for s in schemes.values())
+    if recipe.uses_calibrated_solver or weighed:
+        tensors = quantize_calibrated(
+            work.base, work.model, schemes, recipe, work.text, work.folder, work.progress
+        )
+    else:
+        tensors = rounded_to_nearest(work.model, schemes, f"quantizing by {recipe.name}", work.progress)
+    quantized = {f"{name}.weight" for name in tensors} | {name.rpartition(".")[0] for name in tensors}
+    changed = changed_parameters(work.base, work.model)
+    parameters = {name: value for name, value in changed.items() if name not in quantized}
+    return Quantization(recipe, tensors, parameters)
 
 
-def _counts(
-    draft: PreTrainedModel,
-    recipe: Recipe,
-    schemes: Mapping[str, WeightScheme | None],
-    tokens: Int[Tensor, "samples tokens"] | None,
-    folder: RunFolder | None,
-    progress: Progress,
-) -> dict[int, int]:
-    """How many copies each layer gets that gets several."""
-    plan = recipe.replication
-    if plan is None or plan.changes_nothing:
-        return {}
+def rounded_to_nearest(
+    model: PreTrainedModel, schemes: dict[str, WeightScheme | None], what: str, progress: Progress
+) -> dict[str, QuantizedTensor]:
+    """Round each matrix of `model` that has a scheme to nearest, on its own."""
+    tensors: dict[str, QuantizedTensor] = {}
+    for done, (name, weight) in enumerate(matrices(model).items()):
+        progress(what, done, len(schemes))
+        if scheme := schemes.get(name):
+            tensors[name] = quantize_tensor(weight, scheme, name)
+    progress(what, len(schemes), len(schemes))
+    return tensors
+
+
+def _rotate(work: WorkingCopy, rotation: Rotation) -> None:
+    work.progress(f"rotating by {work.recipe.name}")
+    rotate(work.model, rotation, work.tokens)
+
+
+def _smooth(work: WorkingCopy, smoothing: Smoothing) -> None:
+    ranges = collect_ranges(work.model, work.text, progress=work.progress)
+    skipped = smooth(work.model, smoothing, ranges, work.recipe.scheme_for, work.progress).skipped
+    if skipped:
+        name, why = next(iter(skipped.items()))
+        work.progress(f"not smoothed: {len(skipped)} linears, the first {name}: {why}")
+
+
+def _allocate(work: WorkingCopy, mixed: Mixed) -> None:
+    work.schemes = mixed_schemes(work.model, work.recipe, work.text, work.progress, work.folder)
+
+
+def _choose_copies(work: WorkingCopy, plan: ReplicationPlan) -> None:
+    """Decide which layers have copies; merged copies, or the first copy of a layer, are what is solved."""
+    if plan.changes_nothing:
+        return
 
     def measured() -> dict[str, int]:
-        found = copies_by_layer(draft, plan, schemes, tokens, progress)
-        return {str(index): count for index, count in found.items()}
+        counts = copies_by_layer(work.model, plan, work.schemes, work.tokens, work.progress)
+        return {str(index): count for index, count in counts.items()}
 
-    counts = measured() if folder is None else folder.part("copies", measured)
-    return {int(index): count for index, count in counts.items()}
-
-
-def _schemes_with_copies(
-    draft: PreTrainedModel,
-    recipe: Recipe,
-    schemes: Mapping[str, WeightScheme | None],
-    counts: Mapping[int, int],
-) -> dict[str, WeightScheme | None]:
-    """What each matrix is quantized by: as copies that are merged, or as the first copy of its layer."""
-    plan, where, found = recipe.replication, matrix_locations(draft), dict(schemes)
-    if plan is None or not plan.makes_codes:
-        return found
-    for name, scheme in schemes.items():
-        if scheme is not None and (count := counts.get(where[name].layer)) is not None:
+    counts = measured() if work.folder is None else work.folder.part("copies", measured)
+    work.copies = {int(index): count for index, count in counts.items()}
+    work.uncopied = replace(work, model=copy_sharing_parameters(work.model))
+    if not plan.makes_codes:
+        return
+    locations, work.schemes = matrix_locations(work.model), dict(work.schemes)
+    for name, scheme in work.schemes.items():
+        if scheme is not None and (count := work.copies.get(locations[name].layer)) is not None:
             copies = plan.of_matrices(count)
-            found[name] = scheme.with_copies(copies) if plan.of == "linear" else copies.scheme(scheme, 0)
-    return found
+            merged = plan.of == "linear"
+            work.schemes[name] = scheme.with_copies(copies) if merged else copies.scheme(scheme, 0)
 
 
-def _inputs(
-    base: PreTrainedModel,
-    made: Quantization,
-    tokens: Int[Tensor, "samples tokens"] | None,
-    counts: Mapping[int, int],
-    progress: Progress,
-) -> dict[str, InputRounding]:
-    """How inputs are rounded, static ones by their ranges in the model with quantized weights; where linears
-    have copies that differ by that, as the mean of as many roundings."""
-    spec, plan = made.recipe.activations, made.recipe.replication
-    if spec is None:
-        return {}
-    model, ranges = with_tensors(base, made), None
-    if spec.any_needs_calibration:
-        assert tokens is not None
-        ranges = collect_ranges(model, tokens, progress=progress)
-    found = input_roundings(model, spec, ranges)
-    if plan is not None and (plan.of, plan.differ) == ("linear", "inputs"):
-        where = matrix_locations(base)
-        found = {n: replace(rounding, copies=counts.get(where[n].layer, 1)) for n, rounding in found.items()}
-    return found
+def _round_inputs(work: WorkingCopy, spec: Activations, made: Quantization) -> Quantization:
+    """Say how inputs are rounded: static ones by their ranges in the model with quantized weights."""
+    model = with_tensors(work.base, made)
+    ranges = collect_ranges(model, work.text, progress=work.progress) if spec.needs_text else None
+    return replace(made, inputs=input_roundings(model, spec, ranges))
 
 
-def _beside(
-    base: PreTrainedModel, draft: PreTrainedModel, tensors: Mapping[str, QuantizedTensor]
-) -> dict[str, Tensor]:
-    """What changed that is not a quantized matrix."""
-    quantized = {f"{name}.weight" for name in tensors} | {name.rpartition(".")[0] for name in tensors}
-    changed = changed_parameters(base, draft)
-    return {name: value for name, value in changed.items() if name not in quantized}
+def _add_copies(work: WorkingCopy, plan: ReplicationPlan, made: Quantization) -> Quantization:
+    if work.uncopied is None or not work.copies:
+        return made
+    if plan.averages_inputs:
+        layers = {name: location.layer for name, location in matrix_locations(work.base).items()}
+        inputs = {n: replace(r, copies=work.copies.get(layers[n], 1)) for n, r in made.inputs.items()}
+        made = replace(made, inputs=inputs)
+    before = work.uncopied
+    return with_copies(
+        work.base, made, plan, before.model, before.schemes, work.copies, work.tokens, work.progress
+    )
+
+
+# What a part of a recipe does, by its name, at which step.
+PREPARE: dict[str, Callable[[WorkingCopy, Any], None]] = {
+    "rotation": _rotate,
+    "smoothing": _smooth,
+    "mixed": _allocate,
+    "replication": _choose_copies,
+}
+FINISH: dict[str, Callable[[WorkingCopy, Any, Quantization], Quantization]] = {
+    "activations": _round_inputs,
+    "replication": _add_copies,
+}
 
 
 def _refuse_quantized(model: PreTrainedModel) -> None:
     known = getattr(model, "identity", None)
-    rounds_inputs = any(hasattr(module, "quantization_scheme") for module in model.modules())
     if (
-        rounds_inputs
+        any(hasattr(module, "quantization_scheme") for module in model.modules())
         or quantization_of(model) is not None
         or (isinstance(known, Identity) and known.recipe_id is not None)
     ):
         raise BitassayError("the model is quantized already", "quantize the base model instead")
 
 
-def _to_nearest(
-    weights: Mapping[str, Float[Tensor, "_ _"]],
-    schemes: Mapping[str, WeightScheme | None],
-    recipe_name: str,
-    progress: Progress,
-) -> dict[str, QuantizedTensor]:
-    tensors = {}
-    for done, (name, weight) in enumerate(weights.items()):
-        progress(f"quantizing by {recipe_name}", done, len(weights))
-        if scheme := schemes[name]:
-            tensors[name] = quantize_tensor(weight, scheme, name)
-    progress(f"quantizing by {recipe_name}", len(weights), len(weights))
-    return tensors
-
-
 def _plan(base: PreTrainedModel, recipe: Recipe) -> dict[str, Any]:
-    """What a work folder belongs to."""
+    """Return what a work folder belongs to."""
     known = getattr(base, "identity", None)
     digests = [known.weights_digest, known.config_digest] if isinstance(known, Identity) else None
     return {"kind": "quantize", "model": digests, "dtype": str(base.dtype), "recipe": recipe.recipe_id}

@@ -18,7 +18,9 @@ from bitassay.quantization.codes.storage import (
 )
 from bitassay.quantization.codes.tensor import QuantizedTensor
 from bitassay.quantization.inputs.activations import InputRounding
+from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.recipe.replication import Steps
+from bitassay.quantization.runtime.model import Quantization
 from bitassay.quantization.runtime.replicas import original
 from bitassay.record.run import RunFolder
 from bitassay.record.versions import source_digest
@@ -57,26 +59,19 @@ def read_part(
     return tensors, parts
 
 
-def write_result(
-    folder: RunFolder,
-    tensors: Mapping[str, QuantizedTensor],
-    parameters: Mapping[str, Tensor],
-    inputs: Mapping[str, InputRounding],
-    passes: Mapping[int, Steps],
-) -> None:
-    """Keep the result, and drop what led to it."""
-    folder.part("inputs", lambda: {name: asdict(rounding) for name, rounding in inputs.items()})
-    folder.part("passes", lambda: {str(index): asdict(steps) for index, steps in passes.items()})
-    write_part(folder, RESULT, tensors, parameters)
+def write_result(folder: RunFolder, made: Quantization) -> None:
+    """Write the result, and delete what led to it."""
+    folder.part("inputs", lambda: {name: asdict(rounding) for name, rounding in made.inputs.items()})
+    folder.part("passes", lambda: {str(index): asdict(steps) for index, steps in made.passes.items()})
+    write_part(folder, RESULT, made.tensors, made.parameters)
     for path in (folder.path / "parts").iterdir():
         if path.stem not in (RESULT, "inputs", "passes"):
             path.unlink()
 
 
-def read_result(
-    folder: RunFolder, shapes: Mapping[str, tuple[int, int]]
-) -> tuple[dict[str, QuantizedTensor], dict[str, Tensor], dict[str, InputRounding], dict[int, Steps]]:
-    """The inverse of `write_result`, for matrices of such shapes and copies of them."""
+def read_result(folder: RunFolder, recipe: Recipe, shapes: Mapping[str, tuple[int, int]]) -> Quantization:
+    """Read what `write_result` wrote, for matrices of such shapes and copies of them. Raises BitassayError
+    for a folder that is damaged."""
     if missing := [name for name in ("inputs", "passes") if not folder.has(name)]:
         raise BitassayError(f"{folder.path}: {missing[0]} is not there", AGAIN)
     copies = {name: shapes[of] for name in folder.part(RESULT, dict) if (of := original(name)) in shapes}
@@ -86,9 +81,9 @@ def read_result(
         passes = TypeAdapter(dict[int, Steps]).validate_python(folder.part("passes", dict))
     except ValidationError as error:
         raise BitassayError(f"{folder.path}: inputs or passes are damaged", AGAIN) from error
-    return tensors, parameters, inputs, passes
+    return Quantization(recipe, tensors, parameters, inputs, passes)
 
 
 def code_digest() -> str:
-    """Of the code that makes results: another version of it may make others."""
+    """Return the digest of the code that makes results: another version of it may make others."""
     return source_digest("quantization")

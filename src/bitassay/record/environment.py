@@ -12,8 +12,8 @@ VERSIONS = ("bitassay", "transformers", "compressed-tensors")
 
 
 def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
-    """Versions, processor, load (runnable processes over 1, 5 and 15 minutes) and the device that was used,
-    as JSON values; `cuda` is the GPU's name."""
+    """Return versions, processor, load (runnable processes over 1, 5 and 15 minutes) and the device that was
+    used, as JSON values; `cuda` is the GPU's name."""
     used = torch.device(device)
     gpu = used if used.type == "cuda" else None
     return {
@@ -32,7 +32,7 @@ def environment(device: str | torch.device = "cpu") -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """The processor's name as the system gives it."""
+    """Return the processor's name as the system gives it."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text().splitlines():

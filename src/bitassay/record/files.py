@@ -79,7 +79,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Like `atomic_file` for a folder, which may be an empty one already."""
+    """Yield a temporary folder as `atomic_file` does a file; `path` may be an empty folder already."""
     path = Path(path)
     temporary = _beside(path)
     try:

@@ -16,21 +16,23 @@ if TYPE_CHECKING:
 
 
 def canonical_json(value: Any) -> str:
-    """JSON with sorted keys, no spaces and no NaN: equal values give equal text."""
+    """Return JSON with sorted keys, no spaces and no NaN: equal values give equal text."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 def digest_json(value: Any) -> str:
+    """Return the digest of a value as canonical JSON."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
 def digest_file(path: Path) -> str:
+    """Return the digest of a file's bytes."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def digest_tensors(tensors: "Iterable[tuple[str, Tensor]]") -> str:
-    """Digest of named tensors; they must come sorted by name (so that they can be streamed from disk)."""
+    """Return the digest of named tensors, sorted by name so that they can be streamed from disk."""
     import torch
 
     sha = hashlib.sha256(b"bitassay weights 1\0")

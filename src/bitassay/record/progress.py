@@ -6,12 +6,14 @@ from typing import Protocol, runtime_checkable
 
 @runtime_checkable
 class Progress(Protocol):
+    """A function that is told what is being done."""
+
     def __call__(self, what: str, done: int = 0, total: int = 0) -> None:
         """Say what is being done; with `total`, that `done` of `total` steps are finished."""
 
 
 def silent(what: str, done: int = 0, total: int = 0) -> None:
-    """A Progress that says nothing."""
+    """Ignore what is being done."""
 
 
 def prefixed(name: str, progress: Progress) -> Progress:

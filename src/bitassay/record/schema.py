@@ -14,8 +14,8 @@ _PLAIN = {"dict_type": "not an object", "model_type": "not an object", "string_t
 
 
 def defects(error: ValidationError, kind: type[BaseModel]) -> str:
-    """The defects that validating something as `kind` found, each with its place; of a field that there is
-    not, the nearest that there are."""
+    """Return the defects that validating something as `kind` found, each with its place; of an unknown field
+    also the nearest known ones."""
     found = list(dict.fromkeys(_defect(dict(one), kind) for one in error.errors(include_url=False)))
     more = f"; and {len(found) - MOST} more" if len(found) > MOST else ""
     return "; ".join(found[:MOST]) + more

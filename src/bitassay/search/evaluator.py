@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bitassay.bench.throughput import throughput
+from bitassay.bench.timing import throughput
 from bitassay.data.windows import Protocol
 from bitassay.engines.load import load
 from bitassay.errors import BitassayError
@@ -24,7 +24,6 @@ from bitassay.models.positions import model_windows
 from bitassay.quantization.export.plan import plan_export
 from bitassay.quantization.pipeline import quantize_tensors
 from bitassay.quantization.recipe.recipe import BASE, Recipe
-from bitassay.quantization.recipe.replication import Chosen
 from bitassay.quantization.runtime.model import Quantization, check_recipe, with_tensors
 from bitassay.record.progress import Progress, silent
 from bitassay.search.objectives import FACTS, QUALITY, SPEED, VERIFICATION
@@ -79,7 +78,7 @@ class TrialEvaluator:
     def codes(self, recipe: Recipe, work: Path) -> Quantization | None:
         """The codes of a calibrated recipe, where other trials may have the same, made once while they do.
         work: where they are made, beside the recipe's own folder of that name."""
-        same = recipe.codes_alone
+        same = recipe.without_postprocessing
         if not same.is_calibrated or same.recipe_id == recipe.recipe_id:
             return None
         if self._codes is None or self._codes[0] != same.recipe_id:
@@ -165,9 +164,8 @@ def facts(base: PreTrainedModel, quantization: Quantization) -> Row:
 def known_facts(base: PreTrainedModel, recipe: Recipe) -> Row:
     """The same from shapes alone, before anything is quantized; nothing where measuring decides it (mixed
     bits, copies of chosen layers). Raises BitassayError where the recipe does not fit the model."""
-    copies, weights = recipe.replication, check_recipe(base, recipe)
-    chosen = copies is not None and copies.makes_codes and isinstance(copies.layers, Chosen)
-    if chosen or recipe.mixed is not None or not any(map(recipe.scheme_for, weights)):
+    weights, parts = check_recipe(base, recipe), recipe.parts.values()
+    if any(part.measures_bits for part in parts) or not any(map(recipe.scheme_for, weights)):
         return {}
     plan = plan_export(base, recipe)
     return {

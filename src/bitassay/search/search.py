@@ -31,7 +31,7 @@ from bitassay.errors import BitassayError
 from bitassay.evaluation.quality import INTERVAL, INTERVALS, PAIR_INTERVALS
 from bitassay.models.identity import identity
 from bitassay.quantization.export.fits import check_fit
-from bitassay.quantization.pipeline import quantize_tensors_once
+from bitassay.quantization.pipeline import quantize_tensors_cached
 from bitassay.quantization.recipe.recipe import BASE, Recipe, find_recipe, row_names
 from bitassay.record.files import check_folder, write_text
 from bitassay.record.progress import Progress, silent
@@ -139,7 +139,7 @@ def _result(
         write_text(folder.path / "best" / f"{recipe.name}.yaml", yaml.safe_dump(content, sort_keys=False))
     recipes = {recipe.name: recipe for recipe in (*best[:MOST_BEST], *against)}
     quantizations = {
-        name: quantize_tensors_once(evaluator.base, recipe, progress) for name, recipe in recipes.items()
+        name: quantize_tensors_cached(evaluator.base, recipe, progress) for name, recipe in recipes.items()
     }
     rows, differences = evaluator.judged(quantizations)
     hand = [recipe.name for recipe in against]
@@ -165,7 +165,7 @@ def _result(
 
 
 def best_trials(plan: SearchPlan, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    """The Pareto front of the complete trials within the limits, by the first objective."""
+    """Return the Pareto front of the complete trials within the limits, by the first objective."""
     within = [
         trial
         for trial in trials
@@ -177,7 +177,7 @@ def best_trials(plan: SearchPlan, trials: Sequence[FrozenTrial]) -> list[FrozenT
 
 
 def named_recipe(trial: FrozenTrial, plan: SearchPlan) -> Recipe:
-    """The recipe of a trial, called after it."""
+    """Return the recipe of a trial, named after it."""
     recipe = Recipe.model_validate(trial.user_attrs["recipe"])
     return recipe.model_copy(
         update={

@@ -23,7 +23,7 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
-from bitassay.bench.throughput import DECODE_TOKENS, throughput
+from bitassay.bench.timing import DECODE_TOKENS, throughput
 from bitassay.data.corpora import check_corpus
 from bitassay.data.windows import Protocol
 from bitassay.engines.load import load
@@ -36,7 +36,7 @@ from bitassay.models.options import AUTO, as_dtype
 from bitassay.models.positions import context_length, model_windows
 from bitassay.models.walk import decoder_layers
 from bitassay.quantization.export.fits import check_fit
-from bitassay.quantization.pipeline import quantize_tensors_once
+from bitassay.quantization.pipeline import quantize_tensors_cached
 from bitassay.quantization.recipe.recipe import BASE, Recipe, find_recipe, row_names
 from bitassay.quantization.replication.controls import Place, with_controls
 from bitassay.quantization.runtime.model import (
@@ -88,7 +88,7 @@ class AssayPlan:
         check_corpus(self.protocol.corpus)
 
     def with_controls(self, layers: int) -> tuple["AssayPlan", list[Place]]:
-        """The plan with controls, for a model of so many layers, and which these are."""
+        """Return the plan with controls, for a model of so many layers, and which these are."""
         recipes, places = with_controls(self.recipes, layers)
         return replace(self, recipes=recipes), places
 
@@ -149,7 +149,7 @@ def assay(
     progress(f"run {folder.run_id} in {folder.path}")
 
     stopwatch = _Stopwatch()
-    quantizations = {recipe.name: quantize_tensors_once(base, recipe, progress) for recipe in plan.recipes}
+    quantizations = {recipe.name: quantize_tensors_cached(base, recipe, progress) for recipe in plan.recipes}
     models = {BASE: base, **{name: with_tensors(base, q, packed=True) for name, q in quantizations.items()}}
     facts = {name: facts_of(model) for name, model in models.items()}
     stopwatch.lap("quantize")
@@ -228,7 +228,7 @@ def _described(
 
 
 def facts_of(model: PreTrainedModel) -> dict[str, Any]:
-    """The columns of a row that need no run."""
+    """Return the columns of a row that need no run of the model."""
     done = quantization_of(model)
     return {
         "recipe": done.recipe.name if done else BASE,

@@ -26,7 +26,7 @@ from bitassay.evaluation.tasks.load import AskedTask, load_tasks
 from bitassay.evaluation.tasks.run import answer
 from bitassay.models.identity import identity
 from bitassay.models.positions import model_windows
-from bitassay.quantization.pipeline import quantize_tensors_once
+from bitassay.quantization.pipeline import quantize_tensors_cached
 from bitassay.quantization.runtime.model import Quantization, with_tensors
 from bitassay.record.progress import Progress
 from bitassay.record.run import AGAIN, RunFolder, differing
@@ -132,7 +132,7 @@ class CellRunner:
                     model = error.problem
             elif variant.recipe is not None:
                 if made is None or made.recipe != variant.recipe:
-                    made = quantize_tensors_once(self.base, variant.recipe)
+                    made = quantize_tensors_cached(self.base, variant.recipe)
                 model = with_tensors(self.base, made, packed=variant.kind == "real")
             yield variant, model
 

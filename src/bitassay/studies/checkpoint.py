@@ -25,7 +25,7 @@ from bitassay.models.source import Source
 from bitassay.quantization.export import gguf_file, save
 from bitassay.quantization.export.card import read_card
 from bitassay.quantization.export.plan import plan_export
-from bitassay.quantization.pipeline import quantize, quantize_once
+from bitassay.quantization.pipeline import quantize, quantize_cached
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.runtime.model import quantization_of, with_tensors
 from bitassay.record.files import explain_os_error
@@ -133,7 +133,7 @@ def _quantized(
         assert saved is not None
         return with_tensors(base, saved)
     if job.work is None:
-        return quantize_once(base, job.recipe, progress=progress)
+        return quantize_cached(base, job.recipe, progress=progress)
     return quantize(base, job.recipe, work=job.work, progress=progress)
 
 

@@ -21,11 +21,11 @@ from bitassay.bench.roofline import matrices_of
 from bitassay.evaluation.divergence import window_logits
 from bitassay.models.walk import decoder_layers
 from bitassay.quantization.codes.rounding import generator_for
-from bitassay.quantization.recipe.calibration import Calibration, calibration_tokens
+from bitassay.quantization.recipe.calibration import calibration_tokens
 from bitassay.quantization.replication.any_precision import Depth, gated_logits, shuffled, with_any_precision
 from bitassay.quantization.replication.select import chosen_layers
+from bitassay.quantization.runtime.looped_layers import Usage
 from bitassay.quantization.runtime.model import bits_per_weight, cache_slots, quantization_of, size_bytes
-from bitassay.quantization.runtime.passes import Usage
 from bitassay.record.progress import silent
 from bitassay.studies.variants import Reading
 
@@ -100,7 +100,7 @@ def window_reader(
         assert done is not None
         schemes = {name: done.recipe.scheme_for(name) for name in done.tensors}
         by_text = reading.layers.by != "error"
-        tokens = calibration_tokens(base, done.recipe.calibration or Calibration()) if by_text else None
+        tokens = calibration_tokens(base, done.recipe.text) if by_text else None
         reader.deep_layers = frozenset(chosen_layers(base, schemes, reading.layers, tokens, silent))
 
     def run(window: Int[Tensor, " tokens"]) -> WindowResult:

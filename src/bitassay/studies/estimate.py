@@ -19,8 +19,7 @@ from bitassay.models.options import as_dtype
 from bitassay.models.source import resolve
 from bitassay.models.walk import decoder_layers
 from bitassay.quantization.export.plan import plan_export
-from bitassay.quantization.recipe.calibration import Calibration
-from bitassay.quantization.recipe.recipe import PARTS, Recipe, find_recipe
+from bitassay.quantization.recipe.recipe import Recipe, find_recipe
 from bitassay.quantization.runtime.model import check_recipe, parameter_count
 from bitassay.record.progress import Progress, silent
 from bitassay.studies.assay import AssayPlan
@@ -53,7 +52,7 @@ def estimate_assay(
     rows = [
         {
             "step": f"quantize {recipe.name}",
-            "work": f"{', '.join(part for part in PARTS if getattr(recipe, part) is not None)}; once",
+            "work": f"{', '.join(recipe.parts)}; once",
             "memory_bytes": plan_export(empty, recipe).memory_bytes,
             "seconds": _calibration_flops(recipe, parameters) / rate16,
         }
@@ -96,13 +95,9 @@ def estimate_assay(
 def _calibration_flops(recipe: Recipe, parameters: int) -> float:
     """Forward passes and the statistics of the inputs, about as much again, over the calibration text; four
     passes' worth for each token that is learned from. Searches of smoothing and mixed bits are left out."""
-    spec = recipe.calibration or Calibration()
-    passes = 2.0 * spec.samples
-    if recipe.learned is not None:
-        passes += 4 * recipe.learned.steps * recipe.learned.batch
-    if recipe.tune is not None:
-        passes += 4 * recipe.tune.steps * recipe.tune.batch + spec.samples
-    return 2 * parameters * spec.tokens * passes
+    text = recipe.text
+    passes = 2 * text.samples + sum(part.text_passes(text.samples) for part in recipe.parts.values())
+    return 2.0 * parameters * text.tokens * passes
 
 
 def _flops(dtype: torch.dtype) -> float:

@@ -32,7 +32,7 @@ from bitassay.models.options import AUTO, as_dtype
 from bitassay.models.positions import context_length
 from bitassay.models.source import resolve
 from bitassay.quantization.export.fits import check_fit
-from bitassay.quantization.pipeline import quantize_once
+from bitassay.quantization.pipeline import quantize_cached
 from bitassay.quantization.recipe.recipe import BASE, Recipe, find_recipe, row_names
 from bitassay.quantization.runtime.model import check_recipe
 from bitassay.record.files import check_folder
@@ -119,7 +119,7 @@ def generation(
     progress(f"run {folder.run_id} in {folder.path}")
 
     makers: dict[str, Callable[[], PreTrainedModel]] = {BASE: lambda: base}
-    makers |= {r.name: lambda r=r: quantize_once(base, r, progress=progress) for r in plan.recipes}
+    makers |= {r.name: lambda r=r: quantize_cached(base, r, progress=progress) for r in plan.recipes}
     makers |= {name: lambda name=name: _checked(loaded(name), base, name) for name in plan.candidates}
     written = {
         name: _written(folder, f"{place:02d}", make, prompts, plan, _named(name, progress))

@@ -21,7 +21,7 @@ from bitassay.bench.roofline import wait_for
 from bitassay.engines.load import load
 from bitassay.errors import BitassayError
 from bitassay.models.options import AUTO
-from bitassay.quantization.pipeline import quantize_once
+from bitassay.quantization.pipeline import quantize_cached
 from bitassay.quantization.recipe.recipe import find_recipe, shipped_recipes
 from bitassay.record.environment import environment
 from bitassay.record.files import read_json, write_json
@@ -67,7 +67,7 @@ class Party:
         if self.precision in DTYPES:
             return load(model, **options)
         if is_recipe(self.precision):
-            return quantize_once(load(model, **options), find_recipe(self.precision))
+            return quantize_cached(load(model, **options), find_recipe(self.precision))
         return load(self.precision, **options)
 
 

@@ -15,7 +15,7 @@ from bitassay.engines.decode import generate
 from bitassay.engines.load import load
 from bitassay.engines.speculative import speculate
 from bitassay.models.positions import model_windows
-from bitassay.quantization.pipeline import quantize_once
+from bitassay.quantization.pipeline import quantize_cached
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.replication.any_precision import with_any_precision
 from bitassay.studies.variants import VariantPlan
@@ -34,7 +34,7 @@ def check_speculation(plan: VariantPlan, recipe: Recipe, length: int) -> dict[st
         attention=plan.attention,
         trust_remote_code=plan.trust_remote_code,
     )
-    model, reader = with_any_precision(quantize_once(base, recipe))
+    model, reader = with_any_precision(quantize_cached(base, recipe))
     protocol = Protocol(plan.protocol.corpus, window_tokens=PROMPT_TOKENS, windows=TEXTS)
     prompts = model_windows(base, protocol)[0].tolist()
 

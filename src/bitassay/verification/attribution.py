@@ -1,6 +1,6 @@
 """What the evidence fits best: the honest model, one of a library of suspects, or none of these.
 
-x are the standardised statistics of a trace (`profile.statistics`: each layer's generated and prompt
+x are the standardised statistics of a trace (`profile.library_statistics`: each layer's generated and prompt
 positions, and the tokens), d numbers. A kind of run k is a Gaussian, fitted to runs of that kind that were
 cut at the same length,
 
@@ -13,20 +13,19 @@ d runs without correlation had been seen (Friedman 1989, "Regularized Discrimina
 weight instead of one from cross-validation), and no spread is taken for smaller than SMALLEST_SD honest
 standard deviations.
 
-Equal priors and Gaussians give a posterior that is always of the kinds it knows, and one of them always
-fits best. So the best fit must also be plausible: where its D^2 is beyond all but a share alpha of what runs
-that took no part in the fit had from their own kind, the answer is "none of these".
+One of the known kinds always fits best, so the best fit must also be plausible: where its D^2 is beyond all
+but a share alpha of what held-out runs had from their own kind, the answer is "none of these".
 
-This names a suspicion, and decides nothing: no share of wrong answers is guaranteed. How often it was right
-on runs that it had not seen stands in the library (`confusion`). Suspects that are near each other share the
-posterior; a kind that is not in the library is called by the name of its nearest neighbour if it is near.
+This names a suspicion and decides nothing. How often it was right on held-out runs stands in the library
+(`confusion`). Suspects that are near each other share the posterior; a kind that is not in the library is
+called by the name of its nearest neighbour if it is near.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 from jaxtyping import Float64
@@ -53,7 +52,7 @@ class Gaussian(_Part):
 
     @classmethod
     def fitted(cls, runs: Float64[np.ndarray, "N d"]) -> "Gaussian":
-        """Of at least two runs."""
+        """Return the Gaussian of at least two runs."""
         N, d = runs.shape
         S = np.atleast_2d(np.cov(runs, rowvar=False))
         C = (N * S + d * np.diag(np.diag(S))) / (N + d) + SMALLEST_SD**2 * np.eye(d)
@@ -114,11 +113,12 @@ class Library(_Part):
         return len(self.kinds[HONEST][0].mean)
 
     def length(self, n: int) -> int | None:
-        """The longest of `lengths` that a run of `n` generated positions can be cut to; None: too short."""
+        """Return the longest of `lengths` that a run of `n` generated positions can be cut to; None: too
+        short."""
         return max((length for length in self.lengths if length <= n), default=None)
 
     def attribute(self, x: Float64[np.ndarray, " d"], length: int) -> "Attribution":
-        """What `x`, the statistics of a run cut at `length`, fits best."""
+        """Return what `x`, the statistics of a run cut at `length`, fits best."""
         at = self.lengths.index(length)
         kinds = {name: several[at] for name, several in self.kinds.items()}
         return attribute(x, kinds, self.plausible[at], length)
@@ -136,9 +136,6 @@ class Attribution:
     plausible: float
     length: int
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
     def __str__(self) -> str:
         return self.best if self.best == NONE else f"{self.best} ({self.probability:.2f})"
 
@@ -146,7 +143,7 @@ class Attribution:
 def attribute(
     x: Float64[np.ndarray, " d"], kinds: Mapping[str, Gaussian], plausible: float, length: int
 ) -> Attribution:
-    """The posterior over `kinds` for the statistics `x`; plausible: the largest D^2."""
+    """Return the posterior over `kinds` for the statistics `x`; plausible: the largest D^2."""
     logs = np.array([one.log_density(x) for one in kinds.values()])
     posterior = dict(zip(kinds, np.exp(logs - np.logaddexp.reduce(logs)).tolist(), strict=True))
     nearest = max(posterior, key=posterior.__getitem__)
@@ -160,7 +157,8 @@ def fit_library(
     held_out: Mapping[str, Mapping[int, Float64[np.ndarray, "held_out d"]]],
     alpha: float,
 ) -> Library:
-    """A library from statistics of runs by kind and length, HONEST first; all kinds at the same lengths."""
+    """Return a library from statistics of runs by kind and length, HONEST first; all kinds at the same
+    lengths."""
     lengths = tuple(fit[HONEST])
     kinds = {name: tuple(Gaussian.fitted(runs[n]) for n in lengths) for name, runs in fit.items()}
     plausible = tuple(
@@ -184,7 +182,7 @@ def fit_library(
 
 
 def _quantile(values: Sequence[float], alpha: float) -> float:
-    """What one more such value exceeds with a probability of at most `alpha`; the largest where there are too
-    few to say."""
+    """Return what one more such value exceeds with a probability of at most `alpha`; the largest where there
+    are too few to say."""
     place = math.ceil((1 - alpha) * (len(values) + 1))
     return sorted(values)[min(place, len(values)) - 1]

@@ -7,15 +7,13 @@ to: first whom and what it is about, then a line for each request,
     {"schema_version": 1, "profile": digest, "host": public key or null}
     {"trace": digest, "score": ..., "limit": ..., "log_wealth": ..., "time": ...}
 
-with the digest of the trace's header (model, request, tokens), so that no trace counts twice, in whatever
-file it comes and whoever sends it again. `log_wealth` follows from the lines above it and the profile, and is
-kept because it takes longer to compute than to read.
+with the digest of the trace's header (model, request, tokens), so that no trace counts twice. `log_wealth`
+follows from the lines above it and the profile; it takes longer to compute than to read.
 
-What is guaranteed: an honest host has a probability of at most alpha that its ledger ever gives an alarm at
-alpha. One ledger is one host, one profile and one such promise; with a new profile begins a new ledger.
-What that needs: requests like the calibration prompts, and every scored trace of the host goes in, whatever
-its verdict. Traces with a structural defect do not count, as they prove their case alone and may be what
-somebody else made of an honest host's trace; nor do those without a score.
+An honest host has a probability of at most alpha that its ledger ever gives an alarm at alpha, if requests
+are like the calibration prompts and every scored trace of the host goes in, whatever its verdict. One ledger
+is for one host and one profile. Traces with a structural defect do not count: they prove their case alone,
+and somebody else may have made them of an honest host's trace.
 """
 
 import json
@@ -33,7 +31,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from bitassay.errors import BitassayError
 from bitassay.record.files import explained, locked
 from bitassay.record.hashing import canonical_json
-from bitassay.verification.profile import Finite, Profile
+from bitassay.verification.calibration import Finite
+from bitassay.verification.container import first_defect
+from bitassay.verification.profile import Profile
 from bitassay.verification.sequential import wealth_by_limit
 from bitassay.verification.trace import TOKENS, Digest
 from bitassay.verification.verdict import Verdict
@@ -79,7 +79,7 @@ class Scored(NamedTuple):
 
 
 def scored(verdicts: Sequence[Verdict], profile: Profile) -> list[Scored]:
-    """Those that count, in their order: scored by `profile` and structurally sound."""
+    """Return those that count, in their order: scored by `profile` and structurally sound."""
     digest = profile.digest
     return [
         Scored(one.trace, one.score.value, one.limit)
@@ -89,7 +89,7 @@ def scored(verdicts: Sequence[Verdict], profile: Profile) -> list[Scored]:
 
 
 def extended(lines: Sequence[Line], new: Sequence[Scored], profile: Profile) -> list[Line]:
-    """`lines`, and one for each of `new` that they do not have yet."""
+    """Return `lines`, and one for each of `new` that they do not have yet."""
     known: set[str] = {line.trace for line in lines}
     fresh: dict[str, Scored] = {}
     for one in new:
@@ -137,7 +137,7 @@ def update_ledger(path: Path, new: Sequence[Scored], profile: Profile, host: str
 
 
 def check_ledger(path: Path, profile: Profile | None, host: str | None = None) -> None:
-    """Raises as `update_ledger` would for the file that is there; of another profile, where one is given."""
+    """Raise as `update_ledger` would for the file that is there; of another profile, where one is given."""
     if path.exists():
         with _locked(path) as handle:
             _read(handle, path, profile and profile.digest, host)
@@ -186,9 +186,7 @@ def _parsed(kind: type[Kind], text: bytes, where: str) -> Kind:
     try:
         return kind.model_validate(json.loads(text))
     except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        field = ".".join(map(str, first["loc"])) or "line"
-        raise BitassayError(f"{where}: not a ledger: {field}: {first['msg']}", REMEDY) from error
+        raise BitassayError(f"{where}: not a ledger: {first_defect(error)}", REMEDY) from error
     except (ValueError, RecursionError) as error:
         raise BitassayError(f"{where}: not a ledger: not JSON", REMEDY) from error
 

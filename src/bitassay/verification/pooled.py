@@ -17,14 +17,14 @@ conformal p-values"), who show how far conformal p-values are from independent.
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import comb
 from typing import Any
 
 from bitassay.errors import BitassayError
 from bitassay.verification.profile import ALPHA
-from bitassay.verification.structure import Reason
-from bitassay.verification.verdict import Status, Verdict
+from bitassay.verification.structure import Reason, Status
+from bitassay.verification.verdict import Verdict
 
 
 @dataclass(frozen=True)
@@ -39,23 +39,16 @@ class PooledVerdict:
     alpha: float
 
     def to_dict(self) -> dict[str, Any]:
-        reasons = [{"code": reason.code, "sentence": reason.sentence} for reason in self.reasons]
-        return {
-            "status": self.status,
-            "reasons": reasons,
-            "counts": self.counts,
-            "n_pooled": self.n_pooled,
-            "p_value": self.p_value,
-            "alpha": self.alpha,
-        }
+        """Return plain JSON values."""
+        return asdict(self)
 
     def __str__(self) -> str:
         return f"{self.status}: {'; '.join(reason.sentence for reason in self.reasons)}"
 
 
 def pooled_verdict(verdicts: Sequence[Verdict], alpha: float = ALPHA) -> PooledVerdict:
-    """Are all traces together those of an honest host? The false-positive rate is at most `alpha` for the
-    whole set.
+    """Return whether all traces together are those of an honest host, at a false-positive rate of at most
+    `alpha` for the whole set.
 
     A single structural FAIL fails the set. Traces without a p-value (too short, say) are left out; with none
     left the answer is INCONCLUSIVE. Raises BitassayError for no verdicts, or for p-values of different
@@ -63,44 +56,43 @@ def pooled_verdict(verdicts: Sequence[Verdict], alpha: float = ALPHA) -> PooledV
     """
     if not verdicts:
         raise BitassayError("there are no verdicts to pool")
-    counts = dict(Counter(verdict.status for verdict in verdicts))
-    structural = [reason for verdict in verdicts for reason in verdict.structural]
-    p_values: dict[int | None, list[float]] = {}
+    by_limit: dict[int | None, list[float]] = {}
     for verdict in verdicts:
         if verdict.p_value is not None:
-            p_values.setdefault(verdict.limit, []).append(verdict.p_value)
-    n_pooled = sum(map(len, p_values.values()))
+            by_limit.setdefault(verdict.limit, []).append(verdict.p_value)
     calibrations = {(verdict.profile, verdict.n_calibration or 0) for verdict in verdicts if verdict.profile}
     if len(calibrations) > 1:
         raise BitassayError(
             "the verdicts come from different profiles", "pool traces of one model and one pair of numerics"
         )
-    p_value = None
-    if p_values:
-        n = calibrations.pop()[1]
-        p_value = min(1.0, len(p_values) * min(pooled_p_value(alike, n) for alike in p_values.values()))
-    if structural:
-        return PooledVerdict("FAIL", tuple(dict.fromkeys(structural)), counts, n_pooled, p_value, alpha)
-    if p_value is None:
-        doubts = tuple(dict.fromkeys(reason for verdict in verdicts for reason in verdict.reasons))
-        return PooledVerdict("INCONCLUSIVE", doubts, counts, 0, None, alpha)
+    n_pooled, p_value = sum(map(len, by_limit.values())), None
+    if by_limit:
+        ((_, n),) = calibrations
+        p_value = min(1.0, len(by_limit) * min(pooled_p_value(alike, n) for alike in by_limit.values()))
     failing = sum(verdict.status == "FAIL" for verdict in verdicts)
-    sentence = f"{failing} of {n_pooled} traces fail alone; as a set p = {p_value:.2g} under honesty"
-    if p_value <= alpha:
-        return PooledVerdict("FAIL", (Reason("pooled-too-far", sentence),), counts, n_pooled, p_value, alpha)
-    return PooledVerdict("PASS", (Reason("as-honest", sentence),), counts, n_pooled, p_value, alpha)
+    structural = [reason for verdict in verdicts for reason in verdict.structural]
+    if structural:
+        status, reasons = "FAIL", structural
+    elif p_value is None:
+        status, reasons = "INCONCLUSIVE", [reason for verdict in verdicts for reason in verdict.reasons]
+    else:
+        sentence = f"{failing} of {n_pooled} traces fail alone; as a set p = {p_value:.2g} under honesty"
+        status, code = ("FAIL", "pooled-too-far") if p_value <= alpha else ("PASS", "as-honest")
+        reasons = [Reason(code, sentence)]
+    counts = dict(Counter(verdict.status for verdict in verdicts))
+    return PooledVerdict(status, tuple(dict.fromkeys(reasons)), counts, n_pooled, p_value, alpha)
 
 
 def pooled_p_value(p_values: Sequence[float], n: int) -> float:
-    """P(U <= u) for conformal p-values against the same `n` honest scores."""
+    """Return P(U <= u) for conformal p-values against the same `n` honest scores."""
     U = sum(round(p * (n + 1)) - 1 for p in p_values)
     counts = mann_whitney_counts(len(p_values), n)
     return sum(counts[: U + 1]) / comb(n + len(p_values), n)
 
 
 def mann_whitney_counts(k: int, n: int) -> list[int]:
-    """In how many of the C(n + k, k) orders of k new and n honest scores U is 0, 1, ..., k n: the Gaussian
-    binomial's coefficients.
+    """Return in how many of the C(n + k, k) orders of k new and n honest scores U is 0, 1, ..., k n: the
+    Gaussian binomial's coefficients.
 
     [n + k choose k] is the product over i = 1 .. k of (1 - q^(n + i)) / (1 - q^i); integers throughout.
     """

@@ -1,9 +1,7 @@
 """What a host does: generate, and keep what a verifier needs to check it."""
 
-import secrets
 from collections.abc import Sequence
 
-from pydantic import ValidationError
 from transformers import PreTrainedModel
 
 from bitassay.engines.decode import TokenIds
@@ -29,7 +27,7 @@ def prove(
     claim: Identity | None = None,
     nonce: str = "0",
 ) -> Trace:
-    """Generate for one prompt and return the trace of it.
+    """Generate for one prompt and return its trace.
 
     prompt: text (put into the chat template where the tokenizer has one) or token ids, taken as they are.
     nonce: a word that the verifier chose for this request, so that no older trace answers it; it also keys
@@ -53,8 +51,8 @@ def prove_many(
     batch_size: int = BATCH,
     progress: Progress = silent,
 ) -> list[Trace]:
-    """`prove` for many prompts, in batches of similar length; traces in the order of the prompts. Default
-    nonces: "0", "1", ..."""
+    """Return the traces of many prompts, in their order; generation goes in batches of similar length.
+    Default nonces: "0", "1", ..."""
     nonces = [str(index) for index in range(len(prompts))] if nonces is None else list(nonces)
     if len(nonces) != len(prompts):
         raise BitassayError(
@@ -62,10 +60,8 @@ def prove_many(
         )
     for nonce in nonces:
         check_nonce(nonce)
-    claimed, ids = (
-        ModelClaim.of(claim or identity(model)),
-        [encode_prompt(model, prompt) for prompt in prompts],
-    )
+    claimed, layers = ModelClaim.of(claim or identity(model)), tap_layers(model)
+    ids = [encode_prompt(model, prompt) for prompt in prompts]
     if numerics(model).dtype not in STATE_DTYPES:
         raise BitassayError(
             f"traces cannot hold {numerics(model).dtype} states",
@@ -81,49 +77,19 @@ def prove_many(
             max_new_tokens=max_new_tokens,
             sampler=sampler,
             nonces=[nonces[index] for index in batch],
-            layers=tap_layers(model),
+            layers=layers,
         )
         for index, generation in zip(batch, done, strict=True):
-            header = _header(
-                model,
-                claimed,
-                Sampling.of(sampler, max_new_tokens),
-                nonces[index],
-                ids[index],
-                generation.output_ids,
+            header = Header(
+                model=claimed,
+                numerics=numerics(model),
+                sampling=Sampling.of(sampler, max_new_tokens),
+                nonce=nonces[index],
+                prompt_ids=ids[index],
+                output_ids=generation.output_ids,
+                layers=layers,
+                positions=tuple(range(len(ids[index]) + len(generation.output_ids) - 1)),
             )
             traces[index] = Trace(header, generation.states)
     progress("generating", len(order), len(order))
     return [traces[index] for index in range(len(ids))]
-
-
-def fresh_nonce() -> str:
-    """A nonce that nobody can have foreseen."""
-    return secrets.token_hex(16)
-
-
-def _header(
-    model: PreTrainedModel,
-    claim: ModelClaim,
-    sampling: Sampling,
-    nonce: str,
-    prompt: TokenIds,
-    output: TokenIds,
-) -> Header:
-    try:
-        return Header(
-            model=claim,
-            numerics=numerics(model),
-            sampling=sampling,
-            nonce=nonce,
-            prompt_ids=tuple(prompt),
-            output_ids=tuple(output),
-            layers=tap_layers(model),
-            positions=tuple(range(len(prompt) + len(output) - 1)),
-        )
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise BitassayError(
-            f"{'.'.join(map(str, first['loc']))}: {first['msg']}",
-            "nonces have up to 128 of A-Z a-z 0-9 . _ : -",
-        ) from error

@@ -1,14 +1,12 @@
 """Evidence over many requests of one host, looked at after each, with a bounded false-accusation rate for
 ever.
 
-The p-values of many requests against one profile all count the same n honest scores. They are not
-independent, so neither their product nor products of e-values made from each are evidence: one profile with
-unluckily low scores would accuse every honest host in time (with n = 10, a third of them within 1000
-requests where 5 % were promised; see the tests). What is independent of everything before is the *rank* of
-each new score among all earlier ones, honest scores and requests alike, as long as all are exchangeable
-(Vovk, Nouretdinov and Gammerman 2003, "Testing exchangeability on-line"). A capital that bets on these
-ranks at fair odds is a conformal test martingale: it starts at 1, and whenever one looks, however often,
-and wherever one stops (Ville 1939),
+The p-values of many requests against one profile count the same n honest scores, so they are not independent:
+one profile with unluckily low scores would accuse every honest host in time. The *rank* of each new score
+among all earlier ones, honest scores and requests alike, is independent of everything before, as long as all
+are exchangeable (Vovk, Nouretdinov and Gammerman 2003, "Testing exchangeability on-line"). A capital that
+bets on these ranks at fair odds is a conformal test martingale: it starts at 1, and whenever one looks,
+however often, and wherever one stops (Ville 1939),
 
     P(the capital ever reaches 1 / alpha) <= alpha.
 
@@ -21,18 +19,13 @@ for a request and 1 for an honest score, and N = n + k,
     LR = product over i of w_i (N - i + 1) / (w_i + ... + w_N)
 
 which for delta -> 0 and every request above every honest score is C(n + k, k), all the evidence that ranks
-can give: 2 requests suffice for alpha = 0.01 from n = 13 on, before the mixtures. Since the requests are
-known to be requests, those of a cheating host do not water down the pool, as they do in a product of bets
-on p-values.
+can give.
 
 delta is not known, nor when a host begins to cheat. The capital is split, which keeps it a martingale:
 evenly over delta = 1/2, 1/4, ..., 1/256, and over the request from which on delta holds, half of it on the
 first and 1 / (2 j (j + 1)) on the j-th of the later starts, which grow sparser (eight to an octave). A bet
-that has not begun is kept as it is, and so is what no start takes. Requests before a start count as honest
-scores.
-
-Ties are broken against the alarm (a request before the honest scores that it equals). That never gives more
-than breaking them by lot would, which is fair; so nothing is random.
+that has not begun is kept as it is. Requests before a start count as honest scores. Ties are broken against
+the alarm, so nothing is random.
 
 Power at alpha = 0.01, for normal scores of which an attack shifts the mean by so many standard deviations:
 the median number of requests until the alarm, over 200 simulated hosts that cheat from the first request on
@@ -48,11 +41,10 @@ order of all of them. Each limit plays its own game, with the share 1 / (g (g + 
 appear; the shares sum to at most 1, so by the union bound the promise holds for all games together. The
 first costs a factor of 2 that way, and whoever asks every time for another length learns little.
 
-Left out: the bound is an average over calibration sets, as that of every conformal method is; for one given
-set it may be larger. It needs exchangeable scores: requests like the calibration prompts, chosen before
-their scores are known. The evidence that n honest scores can ever give is limited; a weak attack may need
-more of them rather than more requests. The cost grows as k^2 (n + k); where
-the capital so far is known, that of one more request as k + n times the number of starts.
+Left out: the bound is an average over calibration sets; for one given set it may be larger. It needs
+exchangeable scores: requests like the calibration prompts, chosen before their scores are known. A weak
+attack may need more honest scores rather than more requests. The cost grows as k^2 (n + k); where the capital
+so far is known, that of one more request as k + n times the number of starts.
 """
 
 import math
@@ -99,8 +91,8 @@ def wealth_by_limit(
     honest: Callable[[int], Float64[np.ndarray, " n"]],
     known: Sequence[float] = (),
 ) -> Float64[np.ndarray, " k"]:
-    """Log capital, in its limit's game, after each of the requests; honest(limit): the profile's scores for a
-    limit. known: what was found for the first of them."""
+    """Return the log capital, in its limit's game, after each of the requests; honest(limit): the profile's
+    scores for a limit. known: what was found for the first of them."""
     wealth = np.array([*known, *[0.0] * (len(scores) - len(known))])
     for game, limit in enumerate(dict.fromkeys(limits), 1):
         mine = np.flatnonzero(np.array(limits) == limit)
@@ -114,9 +106,9 @@ def wealth_by_limit(
 def log_wealth(
     scores: Float64[np.ndarray, " k"], honest: Float64[np.ndarray, " n"], after: int = 0
 ) -> Float64[np.ndarray, " looks"]:
-    """Log capital after each of the requests' `scores` but the first `after`, in their order, given the
-    `honest` scores of a profile; larger scores are less honest. What comes later never changes what was
-    before.
+    """Return the log capital after each of the requests' `scores` but the first `after`, in their order,
+    given the `honest` scores of a profile; larger scores are less honest. What comes later never changes what
+    was before.
 
     Raises BitassayError for NaN, or without honest scores.
     """
@@ -138,8 +130,8 @@ def log_wealth(
 
 
 def alarm_at(wealth: Float64[np.ndarray, " k"], alpha: float = 0.01) -> int | None:
-    """After how many requests the capital first reaches 1 / alpha; None where it never does. An honest host
-    ever gets here with a probability of at most `alpha`."""
+    """Return after how many requests the capital first reaches 1 / alpha; None where it never does. An honest
+    host ever gets here with a probability of at most `alpha`."""
     if not 0 < alpha < 1:
         raise BitassayError(f"alpha {alpha} is not between 0 and 1", "0.01")
     reached = np.flatnonzero(wealth >= -math.log(alpha))
@@ -147,27 +139,27 @@ def alarm_at(wealth: Float64[np.ndarray, " k"], alpha: float = 0.01) -> int | No
 
 
 def anytime_p_value(wealth: Float64[np.ndarray, " k"]) -> float:
-    """The smallest alpha at which there has been an alarm; 1 where the capital never grew."""
+    """Return the smallest alpha at which there has been an alarm; 1 where the capital never grew."""
     return math.exp(-max(float(wealth.max(initial=0.0)), 0.0))
 
 
 def starts(k: int) -> Int64[np.ndarray, " starts"]:
-    """How many requests go before each start, below `k`: all up to STARTS_PER_OCTAVE, then so many to a
-    doubling."""
+    """Return how many requests go before each start, below `k`: all up to STARTS_PER_OCTAVE, then so many to
+    a doubling."""
     each = np.arange(k)
     octave = np.maximum(np.log2(np.maximum(each, 1) / STARTS_PER_OCTAVE).astype(np.int64), 0)
     return each[each % 2**octave == 0]
 
 
 def start_weights(count: int) -> Float64[np.ndarray, " starts"]:
-    """Shares of the capital; over all starts that there will ever be they sum to 1."""
+    """Return the shares of the capital; over all starts that there will ever be they sum to 1."""
     later = np.arange(1.0, count)
     return np.append(0.5, 0.5 / (later * (later + 1)))[:count]
 
 
 def log_ratios(requests: np.ndarray) -> Float64[np.ndarray, " starts"]:
-    """log LR, averaged over DELTAS, of orders from the smallest score to the largest that say what is a
-    request: bool [starts, N]."""
+    """Return log LR, averaged over DELTAS, of orders from the smallest score to the largest that say what is
+    a request: bool [starts, N]."""
     total = np.arange(requests.shape[-1], 0, -1)
     left = np.cumsum(requests[:, ::-1], axis=-1)[:, ::-1]  # requests from here on
     weights = total - left + DELTAS[:, None, None] * left

@@ -45,7 +45,7 @@ class Request:
 
 
 def shape_defects(trace: Trace, model: PreTrainedModel) -> list[Reason]:
-    """Why the states and tokens cannot be compared with `model`'s; empty where they can."""
+    """Return why states and tokens cannot be compared with `model`'s; empty where they can."""
     try:
         check_consistent(trace)
     except TraceError as error:
@@ -64,30 +64,25 @@ def hidden_size_defects(states: Mapping[int, Tensor], model: PreTrainedModel) ->
 
 
 def header_defects(header: Header, model: PreTrainedModel) -> list[Reason]:
-    """Why a run with this header cannot be compared with one of `model`, whatever its states."""
-    found = []
-    expected = tap_layers(model)
-    if missing := sorted(set(expected) - set(header.layers)):
-        found.append(
-            Reason(
-                "missing-layer",
-                f"layer {missing[0]} has no states; this model is sampled at layers {_some(expected)}",
-            )
-        )
-    elif header.layers != expected:
-        found.append(Reason("wrong-layers", f"layers {_some(header.layers)} instead of {_some(expected)}"))
-    count = len(header.prompt_ids) + len(header.output_ids) - 1
-    if len(header.positions) < count:
-        found.append(Reason("missing-position", f"{len(header.positions)} positions instead of {count}"))
-    elif header.positions != tuple(range(count)):
-        found.append(Reason("wrong-positions", f"positions are not 0 to {count - 1} in order, each once"))
+    """Return why a run with this header cannot be compared with one of `model`, whatever its states."""
+    expected, count = tap_layers(model), len(header.prompt_ids) + len(header.output_ids) - 1
     largest, size = max(*header.prompt_ids, *header.output_ids), vocabulary_size(model)
-    if largest >= size:
-        found.append(Reason("token-outside-vocabulary", f"token id {largest}; the vocabulary has {size}"))
     limit = context_length(model)
+    defects: dict[str, str] = {}
+    if missing := sorted(set(expected) - set(header.layers)):
+        sampled = f"this model is sampled at layers {_some(expected)}"
+        defects["missing-layer"] = f"layer {missing[0]} has no states; {sampled}"
+    elif header.layers != expected:
+        defects["wrong-layers"] = f"layers {_some(header.layers)} instead of {_some(expected)}"
+    if len(header.positions) < count:
+        defects["missing-position"] = f"{len(header.positions)} positions instead of {count}"
+    elif header.positions != tuple(range(count)):
+        defects["wrong-positions"] = f"positions are not 0 to {count - 1} in order, each once"
+    if largest >= size:
+        defects["token-outside-vocabulary"] = f"token id {largest}; the vocabulary has {size}"
     if limit is not None and count > limit:
-        found.append(Reason("too-long", f"{count} positions; the model was made for {limit}"))
-    return found
+        defects["too-long"] = f"{count} positions; the model was made for {limit}"
+    return _reasons(defects)
 
 
 def claim_defects(
@@ -96,34 +91,29 @@ def claim_defects(
     request: Request,
     allowed_dtypes: Collection[str] = tuple(STATE_DTYPES),
 ) -> list[Reason]:
-    """In what the header contradicts `model`, `request` or itself."""
-    own = ModelClaim.of(identity(model))
-    found = []
-    if header.model.weights_digest != own.weights_digest:
-        digests = [claim.weights_digest[:12] for claim in (header.model, own)]
-        found.append(
-            Reason("other-weights", f"the prover claims weights {digests[0]}, the verifier has {digests[1]}")
-        )
-    if header.model.recipe_id != own.recipe_id:
-        names = [(recipe or "none")[:12] for recipe in (header.model.recipe_id, own.recipe_id)]
-        found.append(
-            Reason("other-recipe", f"the prover claims recipe {names[0]}, the verifier has {names[1]}")
-        )
-    if header.model.tokenizer_digest != own.tokenizer_digest:
-        found.append(Reason("other-tokenizer", "the prover claims another tokenizer than the verifier has"))
-    if header.model.config_digest not in (None, own.config_digest):
-        found.append(Reason("other-configuration", _other_configuration(header, own)))
+    """Return in what the header contradicts `model`, `request` or itself."""
+    claim, expected = header.model, ModelClaim.of(identity(model))
+    defects: dict[str, str] = {}
+    if claim.weights_digest != expected.weights_digest:
+        theirs, ours = claim.weights_digest[:12], expected.weights_digest[:12]
+        defects["other-weights"] = f"the prover claims weights {theirs}, the verifier has {ours}"
+    if claim.recipe_id != expected.recipe_id:
+        theirs, ours = ((recipe or "none")[:12] for recipe in (claim.recipe_id, expected.recipe_id))
+        defects["other-recipe"] = f"the prover claims recipe {theirs}, the verifier has {ours}"
+    if claim.tokenizer_digest != expected.tokenizer_digest:
+        defects["other-tokenizer"] = "the prover claims another tokenizer than the verifier has"
+    if claim.config_digest not in (None, expected.config_digest):
+        defects["other-configuration"] = _other_configuration(header, expected)
     if header.numerics.dtype not in allowed_dtypes:
-        found.append(
-            Reason("dtype-not-allowed", f"{header.numerics.dtype}; allowed are {', '.join(allowed_dtypes)}")
-        )
-    return found + request_defects(header, model, request) + _length_defects(header, model)
+        allowed = ", ".join(allowed_dtypes)
+        defects["dtype-not-allowed"] = f"{header.numerics.dtype}; allowed are {allowed}"
+    return _reasons(defects) + request_defects(header, model, request) + _length_defects(header, model)
 
 
-def _other_configuration(header: Header, own: ModelClaim) -> str:
-    digests = [(claim.config_digest or "")[:12] for claim in (header.model, own)]
+def _other_configuration(header: Header, expected: ModelClaim) -> str:
+    theirs, ours = ((claim.config_digest or "")[:12] for claim in (header.model, expected))
     sentence = (
-        f"the prover claims configuration {digests[0]}, the verifier has {digests[1]}: config.json, "
+        f"the prover claims configuration {theirs}, the verifier has {ours}: config.json, "
         "generation_config.json, the chat template or tokenizer_config.json differ"
     )
     if header.numerics.transformers != transformers.__version__:
@@ -133,55 +123,41 @@ def _other_configuration(header: Header, own: ModelClaim) -> str:
 
 def request_defects(header: Header, model: PreTrainedModel, request: Request) -> list[Reason]:
     """Return in what the header contradicts what was asked for."""
-    found = []
+    defects: dict[str, str] = {}
     if request.prompt is not None and header.prompt_ids != encode_prompt(model, request.prompt):
-        found.append(Reason("other-prompt", "the prompt tokens are not those of the request"))
+        defects["other-prompt"] = "the prompt tokens are not those of the request"
     if request.nonce is not None and header.nonce != request.nonce:
-        found.append(
-            Reason(
-                "other-nonce",
-                f"nonce {header.nonce!r} instead of {request.nonce!r}: a trace of another request",
-            )
-        )
+        nonces = f"nonce {header.nonce!r} instead of {request.nonce!r}"
+        defects["other-nonce"] = f"{nonces}: a trace of another request"
     if request.sampler is not None:
-        wanted, claimed = (
-            Sampling.of(request.sampler, 1),
-            header.sampling.model_copy(update={"max_new_tokens": 1}),
-        )
-        if claimed != wanted and not claimed.sampler == wanted.sampler == "greedy":
-            found.append(
-                Reason(
-                    "other-sampler",
-                    "tokens were not to be chosen by this sampler, temperature, top-p and seed",
-                )
-            )
-    if request.max_new_tokens is not None and header.sampling.max_new_tokens != request.max_new_tokens:
-        found.append(
-            Reason(
-                "other-length",
-                f"{header.sampling.max_new_tokens} new tokens at most instead of {request.max_new_tokens}",
-            )
-        )
-    return found
+        asked = Sampling.of(request.sampler, 1)
+        claimed = header.sampling.model_copy(update={"max_new_tokens": 1})
+        if claimed != asked and not claimed.sampler == asked.sampler == "greedy":
+            what = "sampler, temperature, top-p and seed"
+            defects["other-sampler"] = f"tokens were not to be chosen by this {what}"
+    most = header.sampling.max_new_tokens
+    if request.max_new_tokens not in (None, most):
+        defects["other-length"] = f"{most} new tokens at most instead of {request.max_new_tokens}"
+    return _reasons(defects)
 
 
 def _length_defects(header: Header, model: PreTrainedModel) -> list[Reason]:
-    """An output ends with an end token or has as many tokens as were asked for, and nothing follows an end
-    token."""
+    """Return where an output does not end with an end token or has not as many tokens as were asked for, or
+    goes on after an end token."""
     output, most, ends = header.output_ids, header.sampling.max_new_tokens, end_tokens(model)
-    found = []
+    defects: dict[str, str] = {}
     if len(output) > most:
-        found.append(Reason("too-many-tokens", f"{len(output)} output tokens; {most} were asked for"))
+        defects["too-many-tokens"] = f"{len(output)} output tokens; {most} were asked for"
     if len(output) < most and output[-1] not in ends:
-        found.append(
-            Reason(
-                "stopped-early",
-                f"{len(output)} output tokens of {most}, and the last one does not end the text",
-            )
-        )
+        counts = f"{len(output)} output tokens of {most}"
+        defects["stopped-early"] = f"{counts}, and the last one does not end the text"
     if ends & set(output[:-1]):
-        found.append(Reason("tokens-after-end", "the output goes on after an end token"))
-    return found
+        defects["tokens-after-end"] = "the output goes on after an end token"
+    return _reasons(defects)
+
+
+def _reasons(defects: Mapping[str, str]) -> list[Reason]:
+    return [Reason(code, sentence) for code, sentence in defects.items()]
 
 
 def _some(numbers: Sequence[int]) -> str:

@@ -298,7 +298,8 @@ def decide(
     )
     if profile is None or undecided:
         return verdict("FAIL" if reasons else "INCONCLUSIVE", tuple(reasons or undecided))
-    alpha, limit = alpha or profile.alpha, _limit(header, profile)
+    alpha = alpha or profile.alpha
+    limit = min(header.sampling.max_new_tokens - 1, profile.generated_positions[1])
     judged = observation
     if len(comparison.positions) < len(header.positions):
         judged = lower_bound(observation, header, profile.fits, profile.generated_positions[1])
@@ -306,9 +307,8 @@ def decide(
     p_value = profile.p_value(score.value, limit)
     if p_value <= alpha:
         reasons += _unlike_honest_runs(score, profile, alpha, limit)
-    status: Status = "FAIL" if reasons else "PASS"
     return verdict(
-        status,
+        "FAIL" if reasons else "PASS",
         tuple(reasons or [Reason("as-honest", _as_honest(header))]),
         p_value=p_value,
         score=score,
@@ -320,10 +320,6 @@ def decide(
         calibration=profile,
         attribution=profile.attribution(observation),
     )
-
-
-def _limit(header: Header, profile: Profile) -> int:
-    return min(header.sampling.max_new_tokens - 1, profile.generated_positions[1])
 
 
 def _format(model: PreTrainedModel) -> str:
@@ -350,41 +346,37 @@ def why_undecided(
         pair = f"prover {header.numerics} and verifier {here}"
         sentence = f"no calibration profile for {claim.name} with {pair}; run bitassay calibrate"
         return [Reason("no-profile", sentence)]
-    reasons: list[tuple[str, str]] = []
+    reasons: dict[str, str] = {}
     counts = {name: len(curves) for name, curves in profile.detectors.items()}
     if not profile.model.is_same_model(claim):
-        reasons.append(
-            ("profile-other-model", f"the profile is of {profile.model.name}, another model or recipe")
-        )
+        other = f"the profile is of {profile.model.name}, another model or recipe"
+        reasons["profile-other-model"] = other
     elif profile.key != profile_key(profile.model, header.numerics, here, header.sampling):
         pairs = (("prover", profile.prover, header.numerics), ("verifier", profile.verifier, here))
         differ = [f"{side} {theirs} instead of {ours}" for side, ours, theirs in pairs if ours != theirs]
-        sentence = f"the profile is of other runs: {'; '.join(differ) or 'another sampler'}"
-        reasons.append(("profile-other-numerics", sentence))
+        other = f"the profile is of other runs: {'; '.join(differ) or 'another sampler'}"
+        reasons["profile-other-numerics"] = other
     elif profile.model.config_digest and not header.model.config_digest:
         sentence = "the trace does not say with which configuration; an older profile can decide on it"
-        reasons.append(("no-configuration", sentence))
+        reasons["no-configuration"] = sentence
     elif set(profile.layers) != set(header.layers):
-        reasons.append(("profile-other-model", f"the profile is of layers {sorted(profile.layers)}"))
+        reasons["profile-other-model"] = f"the profile is of layers {sorted(profile.layers)}"
     elif wrong := [name for name, n in counts.items() if len(observation.series[name]) != n]:
-        reasons.append(("profile-other-detector", f"the profile is of another version of {wrong[0]}"))
+        reasons["profile-other-detector"] = f"the profile is of another version of {wrong[0]}"
     if profile.expired(now):
         sentence = f"the profile expired on {profile.expires:%Y-%m-%d}; run bitassay calibrate again"
-        reasons.append(("profile-expired", sentence))
-    (low, high), opened, generated = (
-        profile.generated_positions,
-        observation.positions,
-        observation.tokens - 1,
-    )
-    calibrated = f"the profile was calibrated on {low} to {high}"
-    if opened < low:
-        reasons.append(("too-few-tokens", f"{opened} generated positions; {calibrated}"))
+        reasons["profile-expired"] = sentence
+    (low, high), generated = profile.generated_positions, observation.tokens - 1
+    calibrated = f"generated positions; the profile was calibrated on {low} to {high}"
+    if observation.positions < low:
+        reasons["too-few-tokens"] = f"{observation.positions} {calibrated}"
     elif generated > high:
-        reasons.append(("beyond-profile", f"{generated} generated positions; {calibrated}"))
-    if profile.n < (needed := runs_needed(alpha or profile.alpha)):
-        sentence = f"alpha {alpha or profile.alpha:g} needs {needed} honest runs, the profile has {profile.n}"
-        reasons.append(("profile-too-small", sentence))
-    return [Reason(*reason) for reason in reasons]
+        reasons["beyond-profile"] = f"{generated} {calibrated}"
+    alpha = alpha or profile.alpha
+    if profile.n < (needed := runs_needed(alpha)):
+        sentence = f"alpha {alpha:g} needs {needed} honest runs, the profile has {profile.n}"
+        reasons["profile-too-small"] = sentence
+    return [Reason(code, sentence) for code, sentence in reasons.items()]
 
 
 def _as_honest(header: Header) -> str:
@@ -403,23 +395,12 @@ def _nonfinite_mismatches(cells: CellStatistics, model: PreTrainedModel) -> list
 def _unlike_honest_runs(score: Score, profile: Profile, alpha: float, limit: int) -> list[Reason]:
     """Return which parts of the evidence are too unlike honest runs by themselves."""
     where = f"{score.part} positions at layer {score.layer}"
-    sentences = {
-        "states-too-far": (
-            score.states,
-            f"hidden states are {score.states:.1f} sd farther off than honest ones ({where})",
-        ),
-        "tokens-unlikely": (
-            score.tokens,
-            f"this model would take other tokens ({score.tokens:.1f} sd worse than honest ones)",
-        ),
-    }
-    reasons = [
-        Reason(code, sentence)
-        for code, (value, sentence) in sentences.items()
-        if profile.p_value(value, limit) <= alpha
-    ]
-    return reasons + [
-        Reason("detector-unlikely", f"{name} is {value:.1f} sd farther off than in honest runs")
-        for name, value in score.others.items()
-        if profile.p_value(value, limit) <= alpha
+    states = f"hidden states are {score.states:.1f} sd farther off than honest ones ({where})"
+    tokens = f"this model would take other tokens ({score.tokens:.1f} sd worse than honest ones)"
+    parts = [(score.states, "states-too-far", states), (score.tokens, "tokens-unlikely", tokens)]
+    for name, value in score.others.items():
+        sentence = f"{name} is {value:.1f} sd farther off than in honest runs"
+        parts.append((value, "detector-unlikely", sentence))
+    return [
+        Reason(code, sentence) for value, code, sentence in parts if profile.p_value(value, limit) <= alpha
     ]

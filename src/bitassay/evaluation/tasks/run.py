@@ -1,11 +1,10 @@
 """Tasks: the share of questions that each model answers rightly, compared with the base model, with intervals
 and tests.
 
-Tasks, prompts, filters and metrics are lm-eval's (EleutherAI's lm-evaluation-harness, the extra `tasks`);
-what is asked is in `load.py`, and the model that is asked in `harness.py`. Models answer the same items, so
-differences are paired (`statistics.py`), and every model's p-value is also adjusted for how many models were
-compared with the base (Holm, within a task and metric). A generated text without an answer counts as wrong;
-`unparsed` says how many there are.
+Tasks, prompts, filters and metrics are those of lm-eval (EleutherAI's lm-evaluation-harness). Models answer
+the same items, so differences are paired, and p-values are adjusted for as many models as were compared with
+the base (Holm, within a task and metric). A generated text without an answer is wrong, and counted as
+`unparsed`.
 """
 
 import re
@@ -26,7 +25,7 @@ from bitassay.evaluation.statistics import NONE, TANGO, WILSON
 from bitassay.evaluation.tasks.load import AskedTask, load_tasks, protocol_id
 from bitassay.evaluation.tasks.registry import check_include, find_task, require_lm_eval
 from bitassay.models.identity import identity
-from bitassay.quantization.pipeline import quantize_once
+from bitassay.quantization.pipeline import quantize_cached
 from bitassay.quantization.recipe.recipe import Recipe, find_recipe
 from bitassay.quantization.runtime.model import check_recipe, quantization_of
 from bitassay.record.files import check_folder
@@ -68,7 +67,7 @@ def quantized_candidate(
     recipe = find_recipe(recipe)
     check_recipe(base, recipe)
     about = loaded_candidate(base, recipe.name).about | {"recipe": recipe.model_dump(mode="json")}
-    return Candidate(recipe.name, about, lambda: quantize_once(base, recipe, progress=progress))
+    return Candidate(recipe.name, about, lambda: quantize_cached(base, recipe, progress=progress))
 
 
 def check_tasks(
@@ -272,7 +271,7 @@ def _comparisons(
     base: str, others: Sequence[str], values: Mapping[str, Sequence[float]]
 ) -> dict[str, dict[str, Any]]:
     """By model, the columns that compare it with the base on items that are right (1) or wrong."""
-    right = {model: [value == 1 for value in found] for model, found in values.items()}
+    right = {model: [value == 1 for value in of_model] for model, of_model in values.items()}
     differences = [statistics.paired_difference(right[base], right[model]) for model in others]
     adjusted = statistics.holm([difference.p_value for difference in differences])
     return {

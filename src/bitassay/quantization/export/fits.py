@@ -7,7 +7,6 @@ from bitassay.errors import BitassayError
 from bitassay.models.empty import without_weights
 from bitassay.models.positions import context_length
 from bitassay.models.source import resolve
-from bitassay.quantization.recipe.calibration import Calibration
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.runtime.model import check_recipe
 from bitassay.record.progress import Progress, silent
@@ -33,4 +32,4 @@ def check_fit(
     for recipe in recipes:
         check_recipe(empty, recipe)
         if recipe.is_calibrated:
-            check_corpus((recipe.calibration or Calibration()).corpus)
+            check_corpus((recipe.text).corpus)

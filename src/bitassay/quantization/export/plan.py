@@ -12,7 +12,6 @@ from bitassay.quantization.codes.storage import Factors, Stored, expected_bytes,
 from bitassay.quantization.export import compressed
 from bitassay.quantization.export.reload import expected_parts
 from bitassay.quantization.export.save import Layout, choose_layout
-from bitassay.quantization.recipe.calibration import Calibration
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.recipe.weights import WeightScheme
 from bitassay.quantization.runtime.model import check_recipe, parameter_count
@@ -69,9 +68,9 @@ def plan_export(model: PreTrainedModel, recipe: Recipe, layout: Layout | None = 
     parameters, item = parameter_count(model) + added, model.dtype.itemsize
     saving = (2 * parameters + weights) * item + bits // 8 + 2 * stored
     calibrating = tuning = 0
-    text, config = recipe.calibration or Calibration(), model.config.get_text_config()
-    weighs = any((own := recipe.scheme_for(name)) and own.weighs_inputs for name in ways[0])
-    if recipe.is_calibrated and (recipe.solves or weighs):
+    text, config = recipe.text, model.config.get_text_config()
+    weighs = any((own := recipe.scheme_for(name)) and own.uses_importance for name in ways[0])
+    if recipe.is_calibrated and (recipe.uses_calibrated_solver or weighs):
         widest = max(max(shapes[name]) for name in ways[0])
         streams = layerwise.LEARNED_STREAMS if recipe.learned is not None else 0
         passing = layerwise.memory_of(text.samples * text.tokens, config.hidden_size, widest, streams)

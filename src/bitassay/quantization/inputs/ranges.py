@@ -121,7 +121,7 @@ def input_roundings(
     """Return what `spec` comes to for each linear of the decoder layers, by name.
 
     ranges: from `collect_ranges` on this model, with the weights and norms it is to have; only needed where
-    `spec.any_needs_calibration`. Raises BitassayError for an override that matches nothing, and for fused
+    `spec.needs_text`. Raises BitassayError for an override that matches nothing, and for fused
     experts, whose inputs no linear sees.
     """
     parts, kind = walk(model), type(model).__name__

@@ -15,6 +15,8 @@ from typing import Literal
 
 import torch
 
+from bitassay.registry import Registry
+
 
 @dataclass(frozen=True)
 class NumberFormat:
@@ -46,29 +48,23 @@ class NumberFormat:
         return float(self.code_range(symmetric=True)[1])
 
 
-FORMATS = {
-    fmt.name: fmt
-    for fmt in (
-        NumberFormat("int8", "integer", 8),
-        NumberFormat("int4", "integer", 4),
-        NumberFormat("int3", "integer", 3),
-        NumberFormat("int2", "integer", 2),
-        NumberFormat("ternary", "ternary", 1.6),
-        NumberFormat("binary", "binary", 1),
-        NumberFormat("fp8_e4m3", "float", 8, torch.float8_e4m3fn),
-        NumberFormat("fp8_e5m2", "float", 8, torch.float8_e5m2),
-    )
-}
-
-# int16 and int6 exist for inputs only.
+_FLOATS = (
+    NumberFormat("fp8_e4m3", "float", 8, torch.float8_e4m3fn),
+    NumberFormat("fp8_e5m2", "float", 8, torch.float8_e5m2),
+)
+# Installed packages add theirs by entry points in the group `bitassay.formats`.
+FORMATS: Registry[NumberFormat] = Registry(
+    "formats",
+    {
+        fmt.name: fmt
+        for fmt in (
+            *(NumberFormat(f"int{bits}", "integer", bits) for bits in (8, 4, 3, 2)),
+            NumberFormat("ternary", "ternary", 1.6),
+            NumberFormat("binary", "binary", 1),
+            *_FLOATS,
+        )
+    },
+)
 INPUT_FORMATS = {
-    fmt.name: fmt
-    for fmt in (
-        NumberFormat("int16", "integer", 16),
-        FORMATS["int8"],
-        NumberFormat("int6", "integer", 6),
-        FORMATS["int4"],
-        FORMATS["fp8_e4m3"],
-        FORMATS["fp8_e5m2"],
-    )
+    fmt.name: fmt for fmt in (*(NumberFormat(f"int{b}", "integer", b) for b in (16, 8, 6, 4)), *_FLOATS)
 }

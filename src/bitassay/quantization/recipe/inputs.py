@@ -1,16 +1,20 @@
-"""Specs of what is rounded beside weights: the inputs of linears, and the KV cache. The algorithms are
+"""Specs of what is rounded besides weights: the inputs of linears, and the KV cache. The algorithms are
 `inputs/`."""
 
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator, model_serializer, model_validator
 
 from bitassay.errors import suggestion
 from bitassay.quantization.recipe.formats import FORMATS, INPUT_FORMATS, NumberFormat
 from bitassay.quantization.recipe.granularity import Granularity
-from bitassay.quantization.recipe.spec import Spec
+from bitassay.quantization.recipe.spec import RecipePart, Spec
 from bitassay.quantization.recipe.weights import WeightScheme
+
+if TYPE_CHECKING:
+    from bitassay.quantization.recipe.recipe import Recipe
 
 
 class OutlierColumns(Spec):
@@ -38,7 +42,12 @@ class InputScheme(Spec):
     scale_factor: float = Field(default=1.0, ge=0.1, le=4)
 
     @property
+    def number_format(self) -> NumberFormat:
+        return INPUT_FORMATS[self.format]
+
+    @property
     def needs_calibration(self) -> bool:
+        """Whether the scale or the outlier columns come from calibration text."""
         return self.scale != "dynamic" or self.outliers is not None
 
     @field_validator("format")
@@ -50,7 +59,7 @@ class InputScheme(Spec):
 
     @model_validator(mode="after")
     def _makes_sense(self) -> "InputScheme":
-        fmt = INPUT_FORMATS[self.format]
+        fmt = self.number_format
         if not self.symmetric and fmt.kind == "float":
             raise ValueError(f"{self.format} codes are symmetric around zero: a zero point cannot shift them")
         if not self.symmetric and self.scale in ("kl", "learned"):
@@ -58,13 +67,12 @@ class InputScheme(Spec):
         if self.scale == "kl" and (fmt.kind == "float" or fmt.bits > 8):
             raise ValueError(f"scale: kl compares histograms of at most 256 equal steps, not {self.format}")
         for name, rule in (("percentile", "percentile"), ("momentum", "moving_average")):
-            if self.scale != rule and getattr(self, name) != InputScheme.model_fields[name].default:
-                raise ValueError(f"{name} has no effect on scale: {self.scale}")
+            self.refuse_idle(() if self.scale == rule else (name,), f"scale: {self.scale}")
         return self
 
     @model_serializer(mode="wrap")
     def _without_idle_factor(self, dump: Any) -> dict[str, Any]:
-        """As a scheme of weights leaves out idle options: recipes keep their ids."""
+        """Leave an idle option out, as a scheme of weights does: recipes keep their ids."""
         return {key: value for key, value in dump(self).items() if key != "scale_factor" or value != 1}
 
 
@@ -75,41 +83,53 @@ class InputOverride(Spec):
     inputs: InputScheme | None
 
 
-class Activations(InputScheme):
-    """A recipe's `activations`: the scheme of every linear in the decoder layers, but for the overrides, of
-    which the first that matches wins."""
+class Activations(InputScheme, RecipePart):
+    """The scheme of every linear's input in the decoder layers, but for the overrides, of which the first
+    that matches wins."""
 
     overrides: tuple[InputOverride, ...] = ()
 
     def override_for(self, module: str) -> InputOverride | None:
-        """The first override whose pattern matches."""
+        """Return the first override whose pattern matches."""
         return next((o for o in self.overrides if fnmatchcase(module, o.match)), None)
 
     def scheme_for(self, module: str) -> InputScheme | None:
-        """The scheme of the linear of that full name; None: its input stays as it is."""
+        """Return the scheme of the linear of that full name; None: its input stays as it is."""
         override = self.override_for(module)
         return self if override is None else override.inputs
 
     @property
-    def any_needs_calibration(self) -> bool:
-        return any(scheme.needs_calibration for scheme in self._schemes)
+    def schemes(self) -> list[InputScheme]:
+        """All schemes that inputs may have."""
+        return [self, *(o.inputs for o in self.overrides if o.inputs is not None)]
+
+    @property
+    def needs_text(self) -> bool:
+        return any(scheme.needs_calibration for scheme in self.schemes)
 
     @property
     def has_steps(self) -> bool:
         """Whether all inputs are rounded to integers, whose grid can be moved by a share of a step."""
-        return all(INPUT_FORMATS[scheme.format].kind == "integer" for scheme in self._schemes)
+        return all(scheme.number_format.kind == "integer" for scheme in self.schemes)
 
     @property
-    def _schemes(self) -> list[InputScheme]:
-        return [self, *(o.inputs for o in self.overrides if o.inputs is not None)]
+    def plain_obstacle(self) -> str | None:
+        return "engines round inputs by their own steps"
+
+    def changes_codes(self, recipe: "Recipe") -> bool:
+        return recipe.smoothing is not None and recipe.smoothing.method == "smoothquant"
+
+    def conflicts(self, recipe: "Recipe") -> Iterator[str]:
+        if not all(has_product(inputs, weights) for inputs in self.schemes for weights in recipe.schemes):
+            yield "no device multiplies integer inputs with FP8 weights"
 
 
 def has_product(inputs: InputScheme, weights: WeightScheme) -> bool:
-    """Whether some device multiplies the two: integer inputs and FP8 weights no device does."""
-    return INPUT_FORMATS[inputs.format].kind == "float" or FORMATS[weights.format].kind != "float"
+    """Return whether some device multiplies the two: integer inputs and FP8 weights no device does."""
+    return inputs.number_format.kind == "float" or weights.number_format.kind != "float"
 
 
-class KvCache(Spec):
+class KvCache(RecipePart):
     """How keys and values are stored. granularity: `head`, one scale for a head's vector of one token, or
     groups of it such as `g32`."""
 
@@ -143,5 +163,12 @@ class KvCache(Spec):
 
     @property
     def groups(self) -> Granularity:
-        """Of vectors as the rows of a matrix."""
+        """The granularity of vectors as the rows of a matrix."""
         return Granularity.parse("channel" if self.granularity == "head" else self.granularity)
+
+    @property
+    def plain_obstacle(self) -> str | None:
+        return "plain transformers would run the model without"
+
+    def changes_codes(self, recipe: "Recipe") -> bool:
+        return False

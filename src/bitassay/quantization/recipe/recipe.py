@@ -8,40 +8,34 @@
 
 The first override whose pattern matches a module's name wins. A recipe's id is the digest of its canonical
 JSON without name and description: the same change has the same id, whatever it is called.
+
+An installed package adds a part by an entry point in the group `bitassay.solvers` (`solvers/solver.py`). Its
+name is then a field of recipes, which its spec checks and which is part of the id.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any, TypeVar
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, SerializeAsAny, ValidationError, model_serializer, model_validator
 
 from bitassay.errors import BitassayError
 from bitassay.quantization.recipe.calibration import Calibration
 from bitassay.quantization.recipe.files import REMEDY, SHIPPED, read_recipe_file, recipe_file
-from bitassay.quantization.recipe.inputs import Activations, KvCache, has_product
-from bitassay.quantization.recipe.replication import Chosen, ReplicationPlan
+from bitassay.quantization.recipe.inputs import Activations, KvCache
+from bitassay.quantization.recipe.replication import ReplicationPlan
 from bitassay.quantization.recipe.solvers import Gptq, Learned, LowRankSpec, Mixed, Tune
-from bitassay.quantization.recipe.spec import Spec
+from bitassay.quantization.recipe.spec import RecipePart, SolverPart, Spec, refuse, validate_as
 from bitassay.quantization.recipe.transforms import Rotation, Smoothing
-from bitassay.quantization.recipe.weights import SUMS, WeightScheme
+from bitassay.quantization.recipe.weights import WeightScheme
 from bitassay.record.hashing import digest_json
 from bitassay.record.schema import defects
+from bitassay.registry import Registry
 
-# What a recipe may do beside rounding, in the order in which it is done.
-PARTS = (
-    "rotation",
-    "smoothing",
-    "mixed",
-    "gptq",
-    "low_rank",
-    "learned",
-    "tune",
-    "activations",
-    "kv_cache",
-    "replication",
-)
 BASE = "base"  # what tables call the model that recipes change
+PLUGINS: Registry[Any] = Registry("solvers")  # of installed packages; the part of each is a field of recipes
+T = TypeVar("T")
 
 
 class Override(Spec):
@@ -52,8 +46,9 @@ class Override(Spec):
 
 
 class Recipe(Spec):
-    """What is done to the decoder layers' matrices; embeddings, norms and the output head stay as they
-    are."""
+    """What is done to the decoder layers' matrices; embeddings, norms and the output head stay as they are.
+    Parts are listed in the order in which they are done; `plugins` holds those of installed packages, which
+    YAML and JSON have at the top level."""
 
     name: str = Field(pattern=r"^[\w.+-]{1,64}$")
     description: str = Field(default="", max_length=1000)
@@ -63,204 +58,123 @@ class Recipe(Spec):
     rotation: Rotation | None = None
     smoothing: Smoothing | None = None
     mixed: Mixed | None = None
+    plugins: dict[str, SerializeAsAny[SolverPart]] = Field(default_factory=dict)
     gptq: Gptq | None = None
-    learned: Learned | None = None
     low_rank: LowRankSpec | None = None
+    learned: Learned | None = None
     tune: Tune | None = None
     activations: Activations | None = None
     kv_cache: KvCache | None = None
     replication: ReplicationPlan | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _plugins_at_top(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict):
+            return fields
+        if "plugins" in fields:
+            raise ValueError("there is no field 'plugins': a plug-in's part has a field of its own name")
+        names = [name for name in fields if name not in cls.model_fields and name in PLUGINS]
+        plugins = {name: validate_as(PLUGINS[name].part, fields[name]) for name in names}
+        return {name: value for name, value in fields.items() if name not in names} | {"plugins": plugins}
+
+    @model_serializer(mode="wrap")
+    def _plugins_written_at_top(self, dump: Any) -> dict[str, Any]:
+        fields = dump(self)
+        return fields | fields.pop("plugins", {})
+
     @model_validator(mode="after")
-    def _choices_make_sense(self) -> "Recipe":
-        if self.mixed is not None:
-            if self.weights is None:
-                raise ValueError("mixed: its formats are variants of weights, of which there are none")
-            self.mixed.choices(self.weights)
-        for wrong, why in _contradictions(self):
-            if wrong:
-                raise ValueError(why)
-        plan = self.replication
-        if plan is not None and plan.makes_codes:
-            for scheme in (self.weights, *(o.weights for o in self.overrides)):
-                if scheme is not None:
-                    scheme.with_copies(plan.of_matrices(plan.copies))
+    def _makes_sense(self) -> "Recipe":
+        refuse(self._contradictions())
         return self
+
+    def _contradictions(self) -> Iterator[str]:
+        """Yield the reasons why the combination makes no sense: those of each part, named, then those of the
+        schemes."""
+        for name, part in self.parts.items():
+            for reason in part.conflicts(self):
+                yield f"{name}: {reason}"
+        choices = self.mixed.choices(self.weights) if self.mixed is not None and self.weights else []
+        if any(scheme.copies is not None for scheme in (*self.schemes, *choices)):
+            yield (
+                "copies: a recipe says them once, for all matrices: "
+                "replication: {how: parallel, of: linear, differ: ...}"
+            )
+        solvers = [*self.plugins, *(["gptq"] if self.gptq is not None else [])]
+        if len(solvers) > 1:
+            yield f"{' and '.join(solvers)}: one of them rounds a matrix"
+
+    @property
+    def parts(self) -> dict[str, RecipePart]:
+        """The parts that the recipe has, by name, in the order in which they are done."""
+        present: dict[str, RecipePart] = {}
+        for name in type(self).model_fields:
+            if name == "plugins":
+                present |= self.plugins
+            elif isinstance(part := getattr(self, name), RecipePart):
+                present[name] = part
+        return present
+
+    def steps(self, registered: Mapping[str, T]) -> list[tuple[T, Any]]:
+        """Return what is registered for each part of the recipe, with the part."""
+        return [(registered[name], part) for name, part in self.parts.items() if name in registered]
+
+    @property
+    def schemes(self) -> list[WeightScheme]:
+        """The schemes that matrices may have, without the choices of `mixed`."""
+        schemes = (self.weights, *(override.weights for override in self.overrides))
+        return [scheme for scheme in schemes if scheme is not None]
+
+    @property
+    def text(self) -> Calibration:
+        """The calibration text, by default where the recipe names none."""
+        return self.calibration or Calibration()
 
     @property
     def is_calibrated(self) -> bool:
         """Whether the result depends on calibration text."""
-        refined = self.rotation is not None and self.rotation.kind == "refined"
-        static = self.activations is not None and self.activations.any_needs_calibration
-        replicated = self.replication is not None and self.replication.is_calibrated
-        parts = (
-            self.calibration,
-            self.smoothing,
-            self.mixed,
-            self.gptq,
-            self.learned,
-            self.low_rank,
-            self.tune,
-        )
-        return refined or static or replicated or any(part is not None for part in parts)
+        return self.calibration is not None or any(part.needs_text for part in self.parts.values())
 
     @property
-    def solves(self) -> bool:
+    def uses_calibrated_solver(self) -> bool:
         """Whether codes are more than weights rounded to nearest."""
-        return any(part is not None for part in (self.gptq, self.learned, self.low_rank, self.tune))
+        return any(part.solves for part in self.parts.values())
 
     @property
-    def codes_alone(self) -> "Recipe":
+    def without_postprocessing(self) -> "Recipe":
         """The recipe that makes the same codes, without what comes after them."""
-        plan = self.replication
-        after: dict[str, None] = {"kv_cache": None}
-        if plan is not None and not plan.makes_codes:
-            after["replication"] = None
-        if self.smoothing is None or self.smoothing.method != "smoothquant":  # which is for rounded inputs
-            after["activations"] = None
-        return self.model_copy(update=after)
+        return self.model_copy(
+            update={name: None for name, part in self.parts.items() if not part.changes_codes(self)}
+        )
 
     @property
     def recipe_id(self) -> str:
         return digest_json(self.model_dump(mode="json", exclude={"name", "description"}, exclude_none=True))
 
     def override_for(self, module: str) -> Override | None:
-        """The first override whose pattern matches."""
+        """Return the first override whose pattern matches."""
         return next((o for o in self.overrides if fnmatchcase(module, o.match)), None)
 
     def scheme_for(self, module: str) -> WeightScheme | None:
-        """The scheme of the module of that full name; None: leave it."""
+        """Return the scheme of the module of that full name; None: leave it."""
         override = self.override_for(module)
         return self.weights if override is None else override.weights
 
 
-def _contradictions(recipe: Recipe) -> list[tuple[bool, str]]:
-    """Combinations that make no sense, and why."""
-    schemes = [s for s in (recipe.weights, *(o.weights for o in recipe.overrides)) if s is not None]
-    moving = [name for name in ("learned", "tune") if getattr(recipe, name) is not None]
-    solving = [*moving, *(["gptq"] if recipe.gptq is not None else [])]
-    tuned = recipe.tune is not None
-    return [
-        (not schemes and bool(solving), f"{' and '.join(solving)}: there are no weights to round"),
-        (
-            bool(solving) and any(s.rounding != "nearest" or s.noise for s in schemes),
-            f"{' and '.join(solving)}: decides what is rounded where, so rounding and noise have no say",
-        ),
-        (
-            bool(moving) and any(s.number_format.kind == "float" for s in schemes),
-            f"{' and '.join(moving)}: moves codes by steps, and FP8 codes have no common step",
-        ),
-        (
-            bool(moving) and any(s.has_planes for s in schemes),
-            f"{' and '.join(moving)}: moves codes along a grid, and binary planes lie on none",
-        ),
-        (
-            bool(moving) and any(s.granularity == "tensor" for s in schemes),
-            f"{' and '.join(moving)}: needs a scale for each row or group",
-        ),
-        (
-            tuned and not any((recipe.tune.codes, recipe.tune.scales, recipe.tune.norms)),  # type: ignore[union-attr]
-            "tune: all learning rates are zero",
-        ),
-        *_input_contradictions(recipe, schemes),
-        *_copy_contradictions(recipe, schemes),
-    ]
-
-
-def _copy_contradictions(recipe: Recipe, schemes: list[WeightScheme]) -> list[tuple[bool, str]]:
-    """The same, of copies of layers and of matrices."""
-    plan, inputs = recipe.replication, recipe.activations
-    makes = plan is not None and plan.makes_codes
-    differ = plan.differ if plan is not None and makes else None
-    several = [*schemes, *(recipe.mixed.choices(recipe.weights) if recipe.mixed and recipe.weights else [])]
-    solving = [name for name in ("gptq", "low_rank", "learned", "tune") if getattr(recipe, name) is not None]
-    if differ in SUMS and "gptq" in solving:
-        solving.remove("gptq")
-    return [
-        (
-            makes and not schemes,
-            "replication: copies with codes of their own, and there are no weights to round",
-        ),
-        (
-            any(s.copies is not None for s in several),
-            "copies: a recipe says them once, for all matrices: "
-            "replication: {how: parallel, of: linear, differ: ...}",
-        ),
-        (
-            makes and bool(solving),
-            f"{' and '.join(solving)}: copies that differ in their codes are rounded to nearest"
-            " (residual codes and digits by gptq too)",
-        ),
-        (
-            recipe.gptq is not None and recipe.gptq.planes is not None and differ != "residual",
-            "gptq: planes: apart is of residual codes, and there are none",
-        ),
-        (
-            any(s.turned is not None for s in schemes) and bool(solving),
-            f"{' and '.join(solving)}: turned matrices are rounded to nearest",
-        ),
-        (
-            plan is not None
-            and isinstance(plan.layers, Chosen)
-            and plan.layers.by != "massive"
-            and not schemes,
-            "replication: layers are chosen by what quantizing their weights does, and there are no weights",
-        ),
-        (
-            plan is not None
-            and (plan.coefficients == "fitted" or plan.of == "block")
-            and recipe.rotation is not None
-            and recipe.rotation.r1 == "online",
-            "replication: coefficients cannot be fitted, nor blocks repeated, where layers turn the stream: "
-            "r1: folded",
-        ),
-        (
-            plan is not None and plan.differ == "inputs" and (inputs is None or not inputs.has_steps),
-            "replication: copies that differ by inputs need activations rounded to integers",
-        ),
-    ]
-
-
-def _input_contradictions(recipe: Recipe, schemes: list[WeightScheme]) -> list[tuple[bool, str]]:
-    """The same, of the parts that have to do with the inputs of linears."""
-    part, smoothing = recipe.activations, recipe.smoothing
-    inputs = [] if part is None else [s for s in (part, *(o.inputs for o in part.overrides)) if s is not None]
-    method = None if smoothing is None else smoothing.method
-    return [
-        (
-            any(not has_product(i, w) for i in inputs for w in schemes),
-            "activations: no device multiplies integer inputs with FP8 weights",
-        ),
-        (
-            method == "smoothquant" and not inputs,
-            "smoothing: smoothquant makes inputs easier to round, and no activations are rounded",
-        ),
-        (method == "awq" and not schemes, "smoothing: awq makes weights easier to round, and there are none"),
-        (
-            smoothing is not None and smoothing.clip and any("adaptive" in s.granularity for s in schemes),
-            "smoothing: clip looks at groups, and adaptive ones are chosen after it",
-        ),
-    ]
-
-
 def shipped_recipes() -> dict[str, Recipe]:
-    """The recipes that come with the package, by name."""
+    """Return the recipes that come with the package, by name."""
     return {path.stem: read_recipe(path) for path in sorted(SHIPPED.glob("*.yaml"))}
 
 
 def find_recipe(recipe: "str | Path | Recipe") -> Recipe:
-    """A recipe itself, the name of a shipped one, or the path of a YAML file.
-
-    Raises BitassayError that names the nearest choices.
-    """
-    if isinstance(recipe, Recipe):
-        return recipe
-    return read_recipe(recipe_file(str(recipe)))
+    """Return a recipe itself, the shipped one of that name, or the one in that YAML file. Raises
+    BitassayError that names the nearest choices."""
+    return recipe if isinstance(recipe, Recipe) else read_recipe(recipe_file(str(recipe)))
 
 
 def row_names(recipes: Sequence[Recipe], others: Sequence[str] = ()) -> list[str]:
-    """What the rows of a table are called: the base model, what recipes make of it, and other models. Raises
-    BitassayError where two would be called the same."""
+    """Return what the rows of a table are called: the base model, what recipes make of it, and other models.
+    Raises BitassayError where two would be called the same."""
     names = [BASE, *(recipe.name for recipe in recipes), *others]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise BitassayError(f"two rows would be called {repeated[0]!r}", "give each a name of its own")

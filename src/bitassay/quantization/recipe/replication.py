@@ -33,14 +33,18 @@ next-token distributions, or whose largest hidden states suffer (`select.py`).
 """
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, TypeGuard
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 from pydantic import ConfigDict, Field, model_validator
 
 from bitassay.errors import BitassayError
-from bitassay.quantization.recipe.spec import Spec, validate_as
+from bitassay.quantization.recipe.spec import RecipePart, Spec, refuse, validate_as
 from bitassay.quantization.recipe.weights import SUMS, Copies
+
+if TYPE_CHECKING:
+    from bitassay.quantization.recipe.recipe import Recipe
 
 SHARED = ("nothing", "inputs")  # what differs leaves codes as they are
 
@@ -98,7 +102,7 @@ class Steps:
         return len(self.add)
 
 
-class ReplicationPlan(Spec):
+class ReplicationPlan(RecipePart):
     """What is run how often. copies counts the original: with 1 nothing changes, but for fitted coefficients,
     which rescale what the layer puts out. layers: all; progressive, from `copies` at the front down to one at
     the back; middle, the third of them there; between two shares of the depth; chosen by a measure; numbers;
@@ -120,31 +124,32 @@ class ReplicationPlan(Spec):
 
     @model_validator(mode="before")
     @classmethod
-    def _defaults(cls, given: Any) -> Any:
-        if not isinstance(given, dict):
-            return given
-        mean = given.get("how") == "parallel" and given.get("differ") not in SUMS
+    def _defaults(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict):
+            return fields
+        mean = fields.get("how") == "parallel" and fields.get("differ") not in SUMS
         usual: dict[str, Any] = {"coefficients": "mean" if mean else "plain"}
-        if isinstance(given.get("coefficients"), (list, tuple)):
-            usual["copies"] = len(given["coefficients"])
-        elif _are_counts(layers := given.get("layers")):
+        if isinstance(fields.get("coefficients"), (list, tuple)):
+            usual["copies"] = len(fields["coefficients"])
+        elif _are_counts(layers := fields.get("layers")):
             usual["copies"] = max(layers.values())
-        return usual | given
+        return usual | fields
 
     @model_validator(mode="after")
     def _makes_sense(self) -> "ReplicationPlan":
-        for wrong, why in _contradictions(self):
-            if wrong:
-                raise ValueError(why)
-        if self.copies > 1 and self.differ not in SHARED:
+        refuse(self._contradictions())
+        if self.makes_codes:
             self.of_matrices(self.copies)
         return self
 
     @property
-    def is_calibrated(self) -> bool:
-        """Whether it takes text to carry it out."""
+    def needs_text(self) -> bool:
         chosen = self.layers
         return self.coefficients == "fitted" or (isinstance(chosen, Chosen) and chosen.by != "error")
+
+    @property
+    def measures_bits(self) -> bool:
+        return self.makes_codes and isinstance(self.layers, Chosen)
 
     @property
     def changes_nothing(self) -> bool:
@@ -157,39 +162,56 @@ class ReplicationPlan(Spec):
         return self.of != "linear" and not self.changes_nothing
 
     @property
+    def plain_obstacle(self) -> str | None:
+        return "plain transformers would run each layer once" if self.at_run_time else None
+
+    @property
     def is_deeper_model(self) -> bool:
         """Whether it is the same as a model with more layers."""
-        return (
-            (self.how, self.of) == ("serial", "layer")
-            and self.coefficients == "plain"
-            and self.stop is None
-            and self.differ != "inputs"
-        )
+        plain = (self.how, self.of, self.coefficients, self.stop) == ("serial", "layer", "plain", None)
+        return plain and self.differ != "inputs"
 
     @property
     def makes_codes(self) -> bool:
         """Whether copies have codes of their own."""
         return self.copies > 1 and self.differ not in SHARED
 
+    @property
+    def averages_inputs(self) -> bool:
+        """Whether copies of linears differ by the grid of their inputs alone: roundings are averaged."""
+        return (self.of, self.differ) == ("linear", "inputs")
+
+    def changes_codes(self, recipe: "Recipe") -> bool:
+        return self.makes_codes
+
+    def conflicts(self, recipe: "Recipe") -> Iterator[str]:
+        inputs, schemes, rotation = recipe.activations, recipe.schemes, recipe.rotation
+        if self.makes_codes and not schemes:
+            yield "copies with codes of their own, and there are no weights to round"
+        if isinstance(self.layers, Chosen) and self.layers.by != "massive" and not schemes:
+            yield "layers are chosen by what quantizing their weights does, and there are no weights"
+        fits_or_repeats = self.coefficients == "fitted" or self.of == "block"
+        if fits_or_repeats and rotation is not None and rotation.r1 == "online":
+            yield (
+                "coefficients cannot be fitted, nor blocks repeated, where layers turn the stream: r1: folded"
+            )
+        if self.differ == "inputs" and (inputs is None or not inputs.has_steps):
+            yield "copies that differ by inputs need activations rounded to integers"
+        if self.makes_codes and not any(scheme.copies for scheme in schemes):
+            for scheme in schemes:
+                scheme.with_copies(self.of_matrices(self.copies))
+
     def of_matrices(self, count: int) -> Copies:
-        """How `count` copies of a matrix differ."""
+        """Return how `count` copies of a matrix differ."""
         assert self.differ not in SHARED
-        given = self.coefficients if isinstance(self.coefficients, tuple) else None
+        coefficients = self.coefficients if isinstance(self.coefficients, tuple) else None
         if self.coefficients == "plain" and self.differ not in SUMS and self.of == "linear":
-            given = (1.0,) * count
-        return validate_as(
-            Copies,
-            {
-                "count": count,
-                "differ": self.differ,
-                "values": self.values,
-                "coefficients": given,
-                "seed": self.seed,
-            },
-        )
+            coefficients = (1.0,) * count
+        fields = {"count": count, "coefficients": coefficients}
+        return validate_as(Copies, fields | self.model_dump(include={"differ", "values", "seed"}))
 
     def steps(self, count: int) -> Steps:
-        """The coefficients of a layer's `count` passes, but for fitted ones."""
+        """Return the coefficients of a layer's `count` passes, but for fitted ones."""
         assert self.coefficients != "fitted"
         add = self.coefficients
         if not isinstance(add, tuple):
@@ -197,23 +219,18 @@ class ReplicationPlan(Spec):
         return Steps((1.0,) * count, add)
 
     def known_counts(self, layers: int) -> dict[int, int] | None:
-        """How many copies each layer has that has several, or that is rescaled, in a model of so many layers;
-        None where it takes a measurement. Raises BitassayError for a layer that the model does not have."""
+        """Return how many copies each layer has that has several, or that is rescaled, in a model of so many
+        layers; None where it takes a measurement. Raises BitassayError for a layer that the model does not
+        have."""
         if isinstance(self.layers, Chosen):
             return None
-        if self.layers == "all":
-            counts = dict.fromkeys(range(layers), self.copies)
-        elif self.layers == "middle":
-            counts = dict.fromkeys(range(layers // 3, layers - layers // 3), self.copies)
-        elif isinstance(self.layers, Between):
-            counts = dict.fromkeys(self.layers.of(layers), self.copies)
+        if isinstance(self.layers, dict):
+            counts = self.layers
         elif self.layers == "progressive":
             last = max(1, layers - 1)
             counts = {index: 1 + round((self.copies - 1) * (1 - index / last)) for index in range(layers)}
-        elif isinstance(self.layers, dict):
-            counts = self.layers
         else:
-            counts = dict.fromkeys(self.layers, self.copies)
+            counts = dict.fromkeys(self._listed(layers), self.copies)
         if wrong := [index for index in counts if not 0 <= index < layers]:
             raise BitassayError(
                 f"replication: there is no layer {wrong[0]}", f"layers from 0 to {layers - 1}"
@@ -221,14 +238,79 @@ class ReplicationPlan(Spec):
         least = 1 if self.copies == 1 and not self.changes_nothing else 2
         return {index: count for index, count in sorted(counts.items()) if count >= least}
 
+    def _listed(self, layers: int) -> Iterable[int]:
+        if isinstance(self.layers, Between):
+            return self.layers.of(layers)
+        if isinstance(self.layers, tuple):
+            return self.layers
+        return range(layers) if self.layers == "all" else range(layers // 3, layers - layers // 3)
+
     def counts(self, layers: int) -> list[int]:
-        """How many copies each layer has; where layers are chosen by a measure, as many of the first."""
-        if isinstance(self.layers, Chosen):
-            several = self.layers.count(layers)
-            return [self.copies] * several + [1] * (layers - several)
+        """Return how many copies each layer has; where layers are chosen by a measure, as many of the
+        first."""
         known = self.known_counts(layers)
-        assert known is not None
+        if known is None:
+            assert isinstance(self.layers, Chosen)
+            known = dict.fromkeys(range(self.layers.count(layers)), self.copies)
         return [known.get(index, 1) for index in range(layers)]
+
+    def _contradictions(self) -> Iterator[str]:
+        """Yield the reasons why the combination makes no sense."""
+        fitted, shared = self.coefficients == "fitted", self.differ in SHARED
+        first = self.coefficients[0:1] if isinstance(self.coefficients, tuple) else ()
+        if self.of == "linear" and self.how == "serial":
+            yield "a linear cannot follow itself: of: linear needs how: parallel"
+        if self.how == "parallel" and self.differ == "nothing" and self.copies > 1:
+            yield "parallel copies that share everything give the same: only the size of the sum would change"
+        if self.differ in SUMS and (self.how, self.of, self.coefficients) != ("parallel", "linear", "plain"):
+            yield (
+                f"{self.differ}: what a copy leaves over is no layer by itself: how: parallel, of: linear, "
+                "coefficients: plain"
+            )
+        as_it_is = (self.how, self.differ, self.stop) == ("serial", "nothing", None)
+        if self.of == "block" and (not as_it_is or fitted):
+            yield "a block runs again as it is: how: serial, differ: nothing, no stop, no fitted coefficients"
+        if self.of == "block" and not _follow_each_other(self.layers):
+            yield ("of: block: layers: all, middle, between two shares, or a list of neighbours")
+        if self.of == "linear" and fitted:
+            yield "fitted coefficients are of layers, not of linears"
+        if self.averages_inputs and self.coefficients != "mean":
+            yield (
+                "roundings of one input are averaged: of: linear with differ: inputs needs coefficients: mean"
+            )
+        if self.stop is not None and self.how == "parallel":
+            yield "stop: parallel copies all run at once; nothing can stop"
+        if self.stop is not None and fitted:
+            yield "stop: fitted coefficients are for all passes, not for the first few"
+        if self.stop is not None and self.copies > 1 and self.coefficients != "plain" and first != (1,):
+            yield (
+                "stop: a token may stop after the first pass, which must then be the whole layer: "
+                "coefficients: plain, or a list that begins with 1"
+            )
+        if isinstance(self.coefficients, tuple) and len(self.coefficients) != self.copies:
+            yield f"coefficients: {self.copies} copies need as many"
+        yield from self._contradictions_of_layers()
+        if self.values and shared:
+            yield f"values: copies that differ by {self.differ} have none"
+
+    def _contradictions_of_layers(self) -> Iterator[str]:
+        layers = self.layers
+        counts = layers.values() if isinstance(layers, dict) else ()
+        listed = isinstance(self.coefficients, tuple) or bool(self.values)
+        if listed and (layers == "progressive" or isinstance(layers, dict)):
+            yield "layers with different counts cannot share a list of coefficients or values"
+        if isinstance(layers, (tuple, dict)) and (
+            not layers or max(counts, default=self.copies) < self.copies
+        ):
+            yield "layers: none of them has as many copies as there are to be"
+        if isinstance(layers, tuple) and len(set(layers)) < len(layers):
+            yield "layers: one is listed twice; how many copies each has is said by {3: 2, 4: 3}"
+        if isinstance(layers, Between) and layers.start >= layers.end:
+            yield "layers: start is a smaller share of the depth than end"
+        if counts and not 1 <= min(counts) <= max(counts) <= 16:
+            yield "layers: counts are from 1 to 16"
+        if counts and max(counts) > self.copies:
+            yield "layers: a count is above copies, its maximum"
 
 
 def _are_counts(layers: object) -> TypeGuard[dict[Any, int]]:
@@ -241,79 +323,3 @@ def _follow_each_other(layers: object) -> bool:
     if not isinstance(layers, tuple):
         return layers in ("all", "middle") or isinstance(layers, Between)
     return bool(layers) and sorted(layers) == list(range(min(layers), max(layers) + 1))
-
-
-def _contradictions(p: ReplicationPlan) -> list[tuple[bool, str]]:
-    """Combinations that make no sense, and why."""
-    counts = p.layers.values() if isinstance(p.layers, dict) else ()
-    varied = p.layers == "progressive" or isinstance(p.layers, dict)
-    listed = isinstance(p.coefficients, tuple)
-    whole_first = (
-        p.coefficients[:1] == (1,) if isinstance(p.coefficients, tuple) else p.coefficients == "plain"
-    )
-    return [
-        (
-            p.of == "linear" and p.how == "serial",
-            "a linear cannot follow itself: of: linear needs how: parallel",
-        ),
-        (
-            p.how == "parallel" and p.differ == "nothing" and p.copies > 1,
-            "parallel copies that share everything say the same: nothing would change but the sum's size",
-        ),
-        (
-            p.differ in SUMS and (p.how, p.of, p.coefficients) != ("parallel", "linear", "plain"),
-            f"{p.differ}: what a copy leaves over is no layer by itself: how: parallel, of: linear, "
-            "coefficients: plain",
-        ),
-        (
-            p.of == "block"
-            and ((p.how, p.differ, p.stop) != ("serial", "nothing", None) or p.coefficients == "fitted"),
-            "a block runs again as it is: how: serial, differ: nothing, no stop, coefficients that are given",
-        ),
-        (
-            p.of == "block" and not _follow_each_other(p.layers),
-            "of: block: layers: all, middle, between two shares, or a list of layers that follow each other",
-        ),
-        (
-            p.of == "linear" and p.coefficients == "fitted",
-            "fitted coefficients are of layers, not of linears",
-        ),
-        (
-            p.of == "linear" and p.differ == "inputs" and p.coefficients != "mean",
-            "roundings of one input are averaged: of: linear with differ: inputs needs coefficients: mean",
-        ),
-        (
-            p.stop is not None and p.how == "parallel",
-            "stop: parallel copies all run at once; nothing can stop",
-        ),
-        (
-            p.stop is not None and p.coefficients == "fitted",
-            "stop: fitted coefficients are for all passes, not for the first few",
-        ),
-        (
-            p.stop is not None and p.copies > 1 and not whole_first,
-            "stop: a token may stop after the first pass, which must then be the whole layer: coefficients: "
-            "plain, or a list that begins with 1",
-        ),
-        (listed and len(p.coefficients) != p.copies, f"coefficients: {p.copies} copies need as many"),
-        (
-            varied and (listed or bool(p.values)),
-            "layers with different counts cannot share a list of coefficients or values",
-        ),
-        (
-            isinstance(p.layers, (tuple, dict))
-            and (not p.layers or max(counts, default=p.copies) < p.copies),
-            "layers: none of them has as many copies as there are to be",
-        ),
-        (
-            isinstance(p.layers, tuple) and len(set(p.layers)) < len(p.layers),
-            "layers: one is listed twice; how many copies each has is said by {3: 2, 4: 3}",
-        ),
-        (
-            isinstance(p.layers, Between) and p.layers.start >= p.layers.end,
-            "layers: start is a smaller share of the depth than end",
-        ),
-        (bool(counts) and not 1 <= min(counts) <= max(counts) <= 16, "layers: counts are from 1 to 16"),
-        (bool(counts) and max(counts, default=1) > p.copies, "layers: a count is above copies, its maximum"),
-        (bool(p.values) and p.differ in SHARED, f"values: copies that differ by {p.differ} have none"),
-    ]

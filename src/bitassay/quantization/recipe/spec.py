@@ -1,12 +1,22 @@
-"""What all specs of a recipe have in common: frozen fields that are validated, and written out again."""
+"""What the specs of a recipe have in common: frozen fields that are validated, and written out again.
 
-from typing import Any, TypeVar
+A `RecipePart` also says what it needs and which combinations make no sense. What a part *does* is registered
+under its name where the algorithms are: `PREPARE` and `FINISH` of `pipeline.py`, `SOLVERS` of
+`solvers/registry.py`, `ATTACH` of `runtime/model.py`, `EXPRESSED`, `ADDED_PARAMETERS` and `MEMORY` of
+`export/`.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+if TYPE_CHECKING:
+    from bitassay.quantization.recipe.recipe import Recipe
+
 
 class Spec(BaseModel):
-    """A part of a recipe: frozen, and it refuses fields that it does not know."""
+    """Frozen fields; unknown ones are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -14,6 +24,12 @@ class Spec(BaseModel):
         """Return the fields as JSON values, without those that are None by default: `model_validate` makes
         an equal spec of them."""
         return _without_absent(self, self.model_dump(mode="json"))
+
+    def refuse_idle(self, names: Sequence[str], where: str) -> None:
+        """Raise ValueError for a field that is not at its default although it has no effect."""
+        for name in names:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} has no effect on {where}")
 
 
 def _without_absent(spec: BaseModel, dumped: dict[str, Any]) -> dict[str, Any]:
@@ -33,10 +49,87 @@ def _without_absent(spec: BaseModel, dumped: dict[str, Any]) -> dict[str, Any]:
 S = TypeVar("S", bound=Spec)
 
 
-def validate_as(kind: type[S], fields: dict[str, Any]) -> S:
+def validate_as(kind: type[S], fields: Any) -> S:
     """Return a spec that another one asks for. Raises ValueError with the first reason alone: inside a
     validator a ValidationError would print all of itself."""
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
         raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from error
+
+
+def refuse(reasons: Iterator[str]) -> None:
+    """Raise ValueError with the first of the reasons, if there is one."""
+    if reason := next(reasons, None):
+        raise ValueError(reason)
+
+
+class RecipePart(Spec):
+    """Something that a recipe does besides rounding weights to nearest."""
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether the result depends on calibration text."""
+        return False
+
+    @property
+    def solves(self) -> bool:
+        """Whether codes are more than weights rounded to nearest."""
+        return False
+
+    @property
+    def measures_bits(self) -> bool:
+        """Whether it takes a measurement to know how many bits are stored."""
+        return False
+
+    @property
+    def plain_obstacle(self) -> str | None:
+        """What plain transformers would not do with the weights of such a model; None: nothing is missing."""
+        return None
+
+    def changes_codes(self, recipe: "Recipe") -> bool:
+        """Whether the recipe without this part would have other codes."""
+        return True
+
+    def stored_bits(self, out: int, columns: int) -> int:
+        """Return how many bits the part stores beside the codes of a matrix `[out, columns]`."""
+        return 0
+
+    def text_passes(self, samples: int) -> int:
+        """How many forward passes over one calibration sample the part takes, about."""
+        return 0
+
+    def conflicts(self, recipe: "Recipe") -> Iterator[str]:
+        """Yield the reasons why the part makes no sense in the recipe."""
+        yield from ()
+
+
+class SolverPart(RecipePart):
+    """A part that decides codes by calibration text; the base class of the specs of plug-in solvers."""
+
+    @property
+    def needs_text(self) -> bool:
+        return True
+
+    @property
+    def solves(self) -> bool:
+        return True
+
+    def conflicts(self, recipe: "Recipe") -> Iterator[str]:
+        if not recipe.schemes:
+            yield "there are no weights to round"
+        if any(scheme.rounding != "nearest" or scheme.noise for scheme in recipe.schemes):
+            yield "decides what is rounded where, so rounding and noise have no say"
+        yield from self.conflicts_of_copies(recipe)
+
+    def conflicts_of_copies(self, recipe: "Recipe", solved: Sequence[str] = ()) -> Iterator[str]:
+        """Yield the reasons that rotated matrices and copies give; `solved` are the kinds of copies that the
+        part can solve."""
+        if any(scheme.turned is not None for scheme in recipe.schemes):
+            yield "turned matrices are rounded to nearest"
+        plan = recipe.replication
+        if plan is not None and plan.makes_codes and plan.differ not in solved:
+            yield (
+                "copies that differ in their codes are rounded to nearest (residual codes and digits by gptq "
+                "too)"
+            )

@@ -1,17 +1,21 @@
 """Specs of what changes a model before it is rounded: rotation and smoothing. The algorithms are
 `transforms/`."""
 
-from typing import Literal
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
 from bitassay.errors import BitassayError
-from bitassay.quantization.recipe.spec import Spec
+from bitassay.quantization.recipe.spec import RecipePart, refuse
+
+if TYPE_CHECKING:
+    from bitassay.quantization.recipe.recipe import Recipe
 
 Place = Literal["norms", "values", "up", "inputs"]
 
 
-class Rotation(Spec):
+class Rotation(RecipePart):
     """What to rotate, and how. `without_hadamard` says what a size gets that has no Hadamard matrix here:
     nothing but a refusal, a random orthogonal matrix, or Hadamard blocks along the diagonal. `rounds` is for
     `refined`."""
@@ -27,25 +31,33 @@ class Rotation(Spec):
 
     @model_validator(mode="after")
     def _makes_sense(self) -> "Rotation":
-        if self.r1 is None and not self.r2 and not self.r4:
-            raise ValueError("nothing to rotate: r1, r2 and r4 are all off")
-        if self.r1 == "folded" and not isinstance(self.layers, str):
-            raise ValueError(
-                "folded r1 turns the residual stream of all layers: for chosen ones, r1: online or r1: null"
-            )
-        if self.kind == "refined" and self.r1 != "folded":
-            raise ValueError(
-                "refined is for r1: folded; what is applied at run time must follow from the seed"
-            )
+        refuse(self._contradictions())
         return self
+
+    def _contradictions(self) -> Iterator[str]:
+        if self.r1 is None and not self.r2 and not self.r4:
+            yield "nothing to rotate: r1, r2 and r4 are all off"
+        if self.r1 == "folded" and not isinstance(self.layers, str):
+            yield "folded r1 turns the residual stream of all layers: for chosen ones, r1: online or r1: null"
+        if self.kind == "refined" and self.r1 != "folded":
+            yield "refined is for r1: folded; what is applied at run time must follow from the seed"
+
+    @property
+    def needs_text(self) -> bool:
+        return self.kind == "refined"
 
     @property
     def online(self) -> bool:
         """Whether the model needs products at run time, which no other engine knows of."""
         return self.layers != "none" and (self.r1 == "online" or self.r4)
 
+    @property
+    def plain_obstacle(self) -> str | None:
+        return "plain transformers would run the model without its part at run time" if self.online else None
+
     def chosen(self, count: int) -> list[int]:
-        """The layers of a model that has `count`. Raises BitassayError for one that it does not have."""
+        """Return the layers of a model that has `count`. Raises BitassayError for one that it does not
+        have."""
         if isinstance(self.layers, str):
             return list(range(count)) if self.layers == "all" else []
         if wrong := [index for index in self.layers if not 0 <= index < count]:
@@ -53,7 +65,7 @@ class Rotation(Spec):
         return sorted(set(self.layers))
 
 
-class Smoothing(Spec):
+class Smoothing(RecipePart):
     """How scales are chosen, and where they are folded. alpha is smoothquant's, exponents and clip are
     awq's."""
 
@@ -66,9 +78,7 @@ class Smoothing(Spec):
     @model_validator(mode="after")
     def _makes_sense(self) -> "Smoothing":
         foreign = {"smoothquant": ("exponents", "clip"), "awq": ("alpha",)}[self.method]
-        for name in foreign:
-            if getattr(self, name) != Smoothing.model_fields[name].default:
-                raise ValueError(f"{name} has no effect on method: {self.method}")
+        self.refuse_idle(foreign, f"method: {self.method}")
         if not self.places:
             raise ValueError("places is empty: there is nowhere to fold a scale")
         if self.at_run_time and len(self.places) > 1:
@@ -76,6 +86,23 @@ class Smoothing(Spec):
         return self
 
     @property
+    def needs_text(self) -> bool:
+        return True
+
+    @property
     def at_run_time(self) -> bool:
-        """Whether inputs are divided as they are read, which other tools would leave out."""
+        """Whether linears divide their inputs as they read them."""
         return "inputs" in self.places
+
+    @property
+    def plain_obstacle(self) -> str | None:
+        return "plain transformers would not divide inputs at run time" if self.at_run_time else None
+
+    def conflicts(self, recipe: "Recipe") -> Iterator[str]:
+        inputs = recipe.activations
+        if self.method == "smoothquant" and (inputs is None or not inputs.schemes):
+            yield "smoothquant makes inputs easier to round, and no activations are rounded"
+        if self.method == "awq" and not recipe.schemes:
+            yield "awq makes weights easier to round, and there are none"
+        if self.clip and any("adaptive" in scheme.granularity for scheme in recipe.schemes):
+            yield "clip looks at groups, and adaptive ones are chosen after it"

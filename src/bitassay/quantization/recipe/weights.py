@@ -1,21 +1,17 @@
 """A scheme: how one matrix is stored, as a recipe says it."""
 
 import math
+from collections.abc import Iterator
 from typing import Any, Literal
 
-from pydantic import (
-    Field,
-    field_validator,
-    model_serializer,
-    model_validator,
-)
+from pydantic import Field, field_validator, model_serializer, model_validator
 
 from bitassay.errors import suggestion
 from bitassay.quantization.recipe.formats import FORMATS, NumberFormat
 from bitassay.quantization.recipe.granularity import Granularity
-from bitassay.quantization.recipe.spec import Spec, validate_as
+from bitassay.quantization.recipe.spec import Spec, refuse, validate_as
 
-SUMS = ("residual", "digits")
+SUMS = ("residual", "digits")  # each copy but the first repairs what those before it left over
 
 
 class Copies(Spec):
@@ -33,17 +29,20 @@ class Copies(Spec):
     seed: int = Field(default=0, ge=0, lt=2**31)
 
     @model_validator(mode="after")
-    def _one_of_each(self) -> "Copies":
-        wanted = self.differ in ("scale", "clip", "noise")
-        if self.values and not wanted and self.differ not in ("offset", "residual"):
-            raise ValueError(f"values: copies that differ by {self.differ} have none")
-        if (wanted or self.values) and len(self.values) != self.count:
-            raise ValueError(f"values: {self.count} copies that differ by {self.differ} need as many")
-        if self.coefficients is not None and self.is_sum:
-            raise ValueError("coefficients: residual codes and digits are summed as they are")
-        if self.coefficients is not None and len(self.coefficients) != self.count:
-            raise ValueError(f"coefficients: {self.count} copies need as many")
+    def _makes_sense(self) -> "Copies":
+        refuse(self._contradictions())
         return self
+
+    def _contradictions(self) -> Iterator[str]:
+        needs_values = self.differ in ("scale", "clip", "noise")
+        if self.values and not needs_values and self.differ not in ("offset", "residual"):
+            yield f"values: copies that differ by {self.differ} have none"
+        if (needs_values or self.values) and len(self.values) != self.count:
+            yield f"values: {self.count} copies that differ by {self.differ} need as many"
+        if self.coefficients is not None and self.is_sum:
+            yield "coefficients: residual codes and digits are summed as they are"
+        if self.coefficients is not None and len(self.coefficients) != self.count:
+            yield f"coefficients: {self.count} copies need as many"
 
     @property
     def is_sum(self) -> bool:
@@ -52,12 +51,12 @@ class Copies(Spec):
 
     @property
     def shares(self) -> tuple[float, ...]:
-        """The c_i."""
+        """The coefficients c_i."""
         usual = 1.0 if self.is_sum else 1 / self.count
         return self.coefficients or (usual,) * self.count
 
     def scheme(self, scheme: "WeightScheme", copy: int) -> "WeightScheme":
-        """The scheme of one copy. Raises ValueError where it makes no sense."""
+        """Return the scheme of one copy. Raises ValueError where it makes no sense."""
         value = self.values[copy] if self.values else copy / self.count
         change: dict[str, Any] = {
             "scale": {"scale_factor": value},
@@ -72,11 +71,11 @@ class Copies(Spec):
         return validate_as(WeightScheme, scheme.model_dump(exclude={"copies"}) | change)
 
     def schemes(self, scheme: "WeightScheme") -> list["WeightScheme"]:
-        """Those of all copies."""
+        """Return the scheme of each copy."""
         return [self.scheme(scheme, copy) for copy in range(self.count)]
 
     def whole(self, scheme: "WeightScheme") -> "WeightScheme":
-        """That of the one grid whose codes' digits the copies are."""
+        """Return the scheme of the one grid whose codes' digits the copies are."""
         bits = int(scheme.number_format.bits) * self.count
         return validate_as(WeightScheme, scheme.model_dump(exclude={"copies"}) | {"format": f"int{bits}"})
 
@@ -96,7 +95,7 @@ class WeightScheme(Spec):
     `rounding.py`. residual: the share of the columns that have a second binary plane, column_scales: whether
     columns have scales too: see `binary.py`.
 
-    An option that is as if it was not there is not written out: recipes keep their ids when options come.
+    An option at its default is not written out: recipes keep their ids when options come.
     """
 
     format: str
@@ -118,7 +117,7 @@ class WeightScheme(Spec):
     copies: Copies | None = None
 
     def residual_columns(self, columns: int) -> int:
-        """How many of a matrix's columns have a second plane."""
+        """Return how many of a matrix's columns have a second plane."""
         return math.ceil(self.residual * columns)
 
     @property
@@ -127,7 +126,7 @@ class WeightScheme(Spec):
         return self.residual > 0 or self.column_scales
 
     @property
-    def weighs_inputs(self) -> bool:
+    def uses_importance(self) -> bool:
         """Whether it rounds a matrix differently once it knows the inputs."""
         searched = self.scale == "mse" or not Granularity.parse(self.granularity).is_settled
         return searched or self.has_planes or self.copies is not None
@@ -141,35 +140,30 @@ class WeightScheme(Spec):
     def residual_scheme(self) -> "WeightScheme":
         """How the second plane, its columns side by side, is stored."""
         sizes = Granularity.parse(self.granularity).block_sizes
-        return WeightScheme(
-            format=self.format,
-            granularity=self.granularity if sizes is None else f"g{sizes[1]}",
-            scale_dtype=self.scale_dtype,
-        )
+        granularity = self.granularity if sizes is None else f"g{sizes[1]}"
+        return WeightScheme(format=self.format, granularity=granularity, scale_dtype=self.scale_dtype)
 
     @property
     def number_format(self) -> NumberFormat:
         return FORMATS[self.format]
 
     def with_copies(self, copies: Copies) -> "WeightScheme":
-        """Several such matrices. Raises ValueError where the scheme cannot have such copies."""
+        """Return the scheme of several such matrices. Raises ValueError where it cannot have such copies."""
         return validate_as(WeightScheme, self.model_dump() | {"copies": copies})
 
     def with_granularity(self, granularity: str) -> "WeightScheme":
+        """Return the same scheme with another granularity."""
         return self.model_copy(update={"granularity": granularity})
 
     @model_validator(mode="before")
     @classmethod
-    def _defaults_of_the_format(cls, given: Any) -> Any:
-        fmt = (
-            FORMATS.get(given["format"])
-            if isinstance(given, dict) and isinstance(given.get("format"), str)
-            else None
-        )
-        if fmt is None:
-            return given
+    def _defaults_of_the_format(cls, fields: Any) -> Any:
+        name = fields.get("format") if isinstance(fields, dict) else None
+        if not isinstance(name, str) or name not in FORMATS:
+            return fields
+        fmt = FORMATS[name]
         scale = "mse" if fmt.bits < 4 else "absmax"
-        return {"scale": scale, "scale_dtype": "bfloat16" if fmt.kind == "float" else "float16", **given}
+        return {"scale": scale, "scale_dtype": "bfloat16" if fmt.kind == "float" else "float16", **fields}
 
     @field_validator("format")
     @classmethod
@@ -185,9 +179,7 @@ class WeightScheme(Spec):
 
     @model_validator(mode="after")
     def _makes_sense(self) -> "WeightScheme":
-        for wrong, why in _contradictions(self):
-            if wrong:
-                raise ValueError(why)
+        refuse(self._contradictions())
         if self.copies is not None:
             self.copies.schemes(self)
         return self
@@ -198,85 +190,64 @@ class WeightScheme(Spec):
             key: value for key, value in dump(self).items() if key not in OPTIONS or value != OPTIONS[key]
         }
 
+    def _contradictions(self) -> Iterator[str]:
+        """Yield the reasons why the combination makes no sense."""
+        fmt, fields = self.number_format, self.model_fields_set
+        random = self.rounding == "stochastic" or self.noise > 0
+        nearest = self.rounding == "nearest" and self.noise == 0
+        if not self.symmetric and not fmt.has_asymmetric:
+            yield f"{self.format} codes are symmetric around zero: a zero point cannot shift them"
+        if fmt.kind == "binary" and self.scale != "mse":
+            yield f"binary has no code for zero, so scale: {self.scale} would only add error: use scale: mse"
+        if "percentile" in fields and self.scale != "percentile":
+            yield f"percentile says where scale: percentile clips; scale: {self.scale} does not use it"
+        if self.restricted and (fmt.kind != "integer" or not self.symmetric):
+            yield ("restricted leaves out the lowest code of symmetric integers; no others have one to spare")
+        if self.zero_point != "integer" and (fmt.kind != "integer" or self.symmetric):
+            yield f"zero_point: {self.zero_point} needs zero points: an integer format with symmetric: false"
+        if self.zero_point in ("searched", "middle") and self.scale != "mse":
+            yield f"zero_point: {self.zero_point} is what leaves the least squared error: use scale: mse"
+        if self.offset > 0 and fmt.kind != "integer":
+            yield f"offset shifts a grid of integers, not of {self.format}"
+        if self.offset > 0 and (self.restricted or not self.whole_zero_points):
+            yield (
+                "an offset adds nothing to zero points in parts of a step, and takes back the symmetry of a "
+                "restricted range"
+            )
+        if not nearest and fmt.kind == "float":
+            yield f"{self.format} is rounded to nearest by torch's cast, and has no step to measure noise in"
+        if self.has_planes and fmt.kind != "binary":
+            yield f"{self.format} has codes enough for one plane; residual and column_scales are of binary"
+        if self.has_planes and not nearest:
+            yield "binary planes and column scales are fitted to each other by rounding to nearest"
+        if "seed" in fields and not random:
+            yield "seed is of stochastic rounding and of noise; there is neither"
+        if self.turned is not None and self.has_planes:
+            yield "turned: column scales and planes of columns are of columns as they are"
+        if self.copies is not None:
+            yield from self._contradictions_of_copies(self.copies)
+
+    def _contradictions_of_copies(self, copies: Copies) -> Iterator[str]:
+        fmt = self.number_format
+        mid_rise = (self.symmetric, self.restricted, self.offset) == (True, False, 0.5)
+        nearest = self.rounding == "nearest" and self.noise == 0
+        if copies.differ == "digits" and (
+            fmt.kind != "integer"
+            or not mid_rise
+            or not nearest
+            or f"int{int(fmt.bits) * copies.count}" not in FORMATS
+        ):
+            yield (
+                "copies: digits are of symmetric integers with offset: 0.5, rounded to nearest, on a grid of "
+                "as many bits as all copies have: 2 of int2 or int4, 4 of int2"
+            )
+        if copies.differ == "offset" and self.scale == "percentile":
+            yield "copies: offset grids share one scale: scale: mse or absmax"
+        if copies.differ == "offset" and (self.offset > 0 or self.scale_factor != 1):
+            yield "copies: offset grids have offsets of their own, and one scale that is theirs"
+        if self.has_planes:
+            yield "copies: binary planes are copies already: residual: 1 has two"
+
 
 ALWAYS = ("format", "granularity", "symmetric", "scale", "scale_dtype")
 OPTIONS = {name: field.default for name, field in WeightScheme.model_fields.items() if name not in ALWAYS}
-
-
-def _contradictions(s: WeightScheme) -> list[tuple[bool, str]]:
-    """Combinations that make no sense, and why."""
-    fmt, given = s.number_format, s.model_fields_set
-    random = s.rounding == "stochastic" or s.noise > 0
-    return [
-        (
-            not s.symmetric and not fmt.has_asymmetric,
-            f"{s.format} codes are symmetric around zero: a zero point cannot shift them",
-        ),
-        (
-            fmt.kind == "binary" and s.scale != "mse",
-            f"binary has no code for zero, so scale: {s.scale} would only add error: use scale: mse",
-        ),
-        (
-            "percentile" in given and s.scale != "percentile",
-            f"percentile says where scale: percentile clips; scale: {s.scale} does not use it",
-        ),
-        (
-            s.restricted and (fmt.kind != "integer" or not s.symmetric),
-            "restricted leaves out the lowest code of symmetric integers; no other codes have one to spare",
-        ),
-        (
-            s.zero_point != "integer" and (fmt.kind != "integer" or s.symmetric),
-            f"zero_point: {s.zero_point} needs zero points: an integer format with symmetric: false",
-        ),
-        (
-            s.zero_point in ("searched", "middle") and s.scale != "mse",
-            f"zero_point: {s.zero_point} is what leaves the least squared error: use scale: mse",
-        ),
-        (s.offset > 0 and fmt.kind != "integer", f"offset shifts a grid of integers, not of {s.format}"),
-        (
-            s.offset > 0 and (s.restricted or not s.whole_zero_points),
-            "an offset adds nothing to zero points in parts of a step, and takes back the symmetry of a "
-            "restricted range",
-        ),
-        (
-            (s.rounding != "nearest" or s.noise > 0) and fmt.kind == "float",
-            f"{s.format} is rounded to nearest by torch's own cast, and has no step to measure noise in",
-        ),
-        (
-            s.has_planes and fmt.kind != "binary",
-            f"{s.format} has codes enough for one plane; residual and column_scales are of binary",
-        ),
-        (
-            s.has_planes and (s.rounding != "nearest" or s.noise > 0),
-            "binary planes and column scales are fitted to each other by rounding to nearest",
-        ),
-        ("seed" in given and not random, "seed is of stochastic rounding and of noise; there is neither"),
-        (
-            s.turned is not None and s.has_planes,
-            "turned: column scales and planes of columns are of columns as they are",
-        ),
-        (
-            s.copies is not None
-            and s.copies.differ == "digits"
-            and (
-                fmt.kind != "integer"
-                or (s.symmetric, s.restricted, s.offset, s.rounding, s.noise)
-                != (True, False, 0.5, "nearest", 0)
-                or f"int{int(fmt.bits) * s.copies.count}" not in FORMATS
-            ),
-            "copies: digits are of symmetric integers with offset: 0.5, rounded to nearest, on a grid of as "
-            "many bits as all copies have: 2 of int2 or int4, 4 of int2",
-        ),
-        (
-            s.copies is not None and s.copies.differ == "offset" and s.scale == "percentile",
-            "copies: offset grids share one scale: scale: mse or absmax",
-        ),
-        (
-            s.copies is not None and s.copies.differ == "offset" and (s.offset > 0 or s.scale_factor != 1),
-            "copies: offset grids have offsets of their own, and one scale that is theirs",
-        ),
-        (
-            s.copies is not None and s.has_planes,
-            "copies: binary planes are copies already: residual: 1 has two",
-        ),
-    ]

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from bitassay.models.walk import decoder_layers
 from bitassay.quantization.recipe.replication import Steps
-from bitassay.quantization.runtime.passes import Passes, step
+from bitassay.quantization.runtime.looped_layers import LoopedForward, step
 from bitassay.quantization.solvers.layerwise import Hidden, first_inputs, run_layer
 from bitassay.record.progress import Progress
 
@@ -43,9 +43,9 @@ def fit_passes(
     for index, layer in enumerate(layers):
         progress("fitting the coefficients of copies", index, len(layers))
         wanted = run_layer(references[index], wanted, plain[index])
-        if isinstance(passes := layer.forward, Passes):
+        if isinstance(passes := layer.forward, LoopedForward):
 
-            def run(number: int, x: Hidden, passes: Passes = passes, index: int = index) -> Hidden:
+            def run(number: int, x: Hidden, passes: LoopedForward = passes, index: int = index) -> Hidden:
                 [forward] = passes.forwards[number]
                 return run_layer(forward, x, arguments[index])
 

@@ -45,6 +45,7 @@ def copies_by_layer(
 def with_copies(
     base: PreTrainedModel,
     made: Quantization,
+    plan: ReplicationPlan,
     before: PreTrainedModel,
     schemes: Mapping[str, WeightScheme | None],
     counts: Mapping[int, int],
@@ -53,8 +54,6 @@ def with_copies(
 ) -> Quantization:
     """Return `made` with the codes of layers' copies and the coefficients of their passes. `before` is the
     model as it was when its matrices were quantized; `schemes` are those of the recipe."""
-    plan = made.recipe.replication
-    assert plan is not None
     if not plan.at_run_time:
         return made
     tensors = dict(made.tensors)

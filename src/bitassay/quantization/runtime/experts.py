@@ -5,18 +5,15 @@ A layer's router sends token t to its k best experts E(t) with shares g; expert 
     y_t = sum_{e in E(t)} g_te * W2_e h,    h = act(gate) * up,    [gate; up] = W1_e x_t
 
 transformers keeps all W1_e in one 3-D parameter, and all W2_e in another. Each slice is quantized with scales
-of its own, under the name `<parameter>.<expert>`. Routers stay as they are: they are a thousandth of such a
-model, and an error in one changes which expert answers.
+of its own, under the name `<parameter>.<expert>`. Routers stay as they are.
 
-What an expert's Hessian and counts are made of is seen only from inside the fused module. `expert_inputs`
-therefore runs it expert by expert for a while, as transformers' own `eager` implementation does, and shows
-the input of every slice to a tap. An expert that few tokens reach has a poor Hessian, one that none reaches
-has none: such a slice is rounded to nearest, and `warn_of_few` says so. With `every=True` each token is shown
-to every expert (the output is still the routed one): no expert goes short, but all see inputs that they would
-never answer.
+`expert_inputs` runs the fused module expert by expert for a while, as transformers' own `eager`
+implementation does, and shows the input of every slice to a tap. An expert that few tokens reach has a poor
+Hessian, one that none reaches has none: such a slice is rounded to nearest, and `warn_of_few` says so. With
+`every=True` each token is shown to every expert (the output is still the routed one): no expert goes short,
+but all see inputs that they would never answer.
 
 `QuantizedExperts` is the real model's module: it keeps codes and dequantizes the experts that were reached.
-
 Left out: a norm after each expert (Muse Spark), and expert parallelism.
 """
 
@@ -51,7 +48,7 @@ def one_by_one(
     shares: Float[Tensor, "tokens k"],
     multiply: Multiply,
 ) -> Float[Tensor, "tokens hidden"]:
-    """The output of a fused module, one expert after the other. The order of all operations is that of
+    """Return the output of a fused module, one expert after the other, in the order of operations of
     transformers' `eager` implementation."""
     y = torch.zeros_like(x)
     for expert in chosen.unique().tolist():
@@ -62,7 +59,7 @@ def one_by_one(
 
 
 def _inner(experts: nn.Module, x: Tensor, expert: int, multiply: Multiply) -> Tensor:
-    """`act(gate) * up`, or `act(up)` where nothing is gated."""
+    """Return `act(gate) * up`, or `act(up)` where nothing is gated."""
     h = multiply("gate_up_proj" if experts.has_gate else "up_proj", expert, x)
     return experts._apply_gate(h) if experts.has_gate else experts.act_fn(h)  # type: ignore[operator]
 
@@ -73,13 +70,13 @@ def _linear(experts: nn.Module, parameter: str, expert: int, x: Tensor, matrix: 
 
 
 def dense_matrix(experts: nn.Module, parameter: str, expert: int) -> Float[Tensor, "_ _"]:
-    """The slice of one expert as `[out, in]`."""
+    """Return the slice of one expert as `[out, in]`."""
     matrix = experts.get_parameter(parameter)[expert]
     return matrix.T if experts.is_transposed else matrix
 
 
 def expert_matrix(model: PreTrainedModel, name: str) -> Float[Tensor, "_ _"]:
-    """The slice of that name in `matrices(model)`, as a view `[out, in]` of the model's own memory."""
+    """Return the slice of that name in `matrices(model)`, a view `[out, in]` of the model's own memory."""
     parameter, _, expert = name.rpartition(".")
     owner, _, key = parameter.rpartition(".")
     return dense_matrix(model.get_submodule(owner), key, int(expert)).detach()
@@ -92,13 +89,10 @@ def expert_products(
     *,
     every: bool = False,
 ) -> Iterator[Load]:
-    """While this lasts, each forward pass of `module`, a decoder layer or a whole model, takes the output of
-    each expert's slice that got inputs `x` from `product(name, x, plain)`: by the slice's name within
-    `module`; `plain()` is what it would be. Yields the tokens routed to each expert so far.
-
-    every: show all tokens to every expert first, whatever is made of its output then.
-    """
-    found = {name: part for name, part in module.named_modules() if is_fused_experts(part)}
+    """Take the output of each expert's slice that gets inputs `x` from `product(name, x, plain)` within the
+    context: by the slice's name within `module`, a decoder layer or a model; `plain()` is what it would be.
+    Yields the tokens routed to each expert so far. every: show all tokens to every expert first."""
+    fused = {name: part for name, part in module.named_modules() if is_fused_experts(part)}
     load: Load = {}
 
     def patched(name: str, experts: nn.Module) -> Callable[..., Tensor]:
@@ -120,7 +114,7 @@ def expert_products(
 
         return forward
 
-    with forwarded((experts, patched(name, experts)) for name, experts in found.items()):
+    with forwarded((experts, patched(name, experts)) for name, experts in fused.items()):
         yield load
 
 
@@ -139,32 +133,24 @@ def expert_inputs(
         yield load
 
 
-def warn_of_few(load: Load, minimum: int = FEW_TOKENS, progress: Progress = silent) -> list[str]:
-    """Say which experts got fewer than `minimum` tokens. Returns those that got none, as
-    `<module>.<expert>`."""
-    none = []
+def warn_of_few(load: Load, minimum: int = FEW_TOKENS, progress: Progress = silent) -> None:
+    """Say which experts got fewer than `minimum` tokens."""
     for name, tokens in load.items():
         few = [(expert, count) for expert, count in enumerate(tokens.tolist()) if count < minimum]
-        none += [f"{name}.{expert}" for expert, count in few if not count]
         if few:
             each = ", ".join(f"{expert} ({count})" for expert, count in few)
-            unreached = any(not count for _, count in few)
-            progress(
-                f"{name}: calibrated on fewer than {minimum} tokens: expert {each}"
-                + ("; those with none are rounded to nearest" if unreached else "")
-            )
-    return none
+            unreached = "" if all(count for _, count in few) else "; those with none are rounded to nearest"
+            progress(f"{name}: calibrated on fewer than {minimum} tokens: expert {each}{unreached}")
 
 
 @torch.inference_mode()
 def routes(model: PreTrainedModel, tokens: Int[Tensor, "batch tokens"], names: list[str]) -> Routes:
-    """The experts that the routers of `model`, fake or packed or not quantized, choose in the modules
-    `names`."""
+    """Return the experts that the routers of `model` choose in the modules `names`."""
     chosen: Routes = {}
 
     def keep(name: str) -> RemovableHandle:
-        def hook(_: nn.Module, given: tuple[Tensor, Tensor, Tensor]) -> None:
-            chosen[name] = given[1].cpu()
+        def hook(_: nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> None:
+            chosen[name] = args[1].cpu()
 
         return model.get_submodule(name).register_forward_pre_hook(hook)
 
@@ -174,20 +160,16 @@ def routes(model: PreTrainedModel, tokens: Int[Tensor, "batch tokens"], names: l
 
 
 def load_of(chosen: Int[Tensor, "tokens k"], experts: int) -> Int[Tensor, " experts"]:
-    """Tokens that each expert got."""
+    """Return how many tokens each expert got."""
     return torch.bincount(chosen.flatten(), minlength=experts)
 
 
 def changed_fraction(base: Int[Tensor, "tokens k"], other: Int[Tensor, "tokens k"]) -> float:
-    """The fraction of tokens whose set of experts is another, in whatever order the routers list them."""
+    """Return the fraction of tokens whose set of experts differs, in whatever order routers list them."""
     return (base.sort(1).values != other.sort(1).values).any(1).double().mean().item()
 
 
-_KEPT = "_left_alone_"
-
-
-def _kept(parameter: str, expert: int) -> str:
-    return f"{parameter}{_KEPT}{expert}"
+_DENSE = "_left_alone_"  # in the names of slices that are not quantized
 
 
 class QuantizedExperts(nn.Module):
@@ -208,18 +190,20 @@ class QuantizedExperts(nn.Module):
         for parameter, slices in tensors.items():
             for expert in set(range(self.counts[parameter])) - set(slices):
                 matrix = dense_matrix(experts, parameter, expert).detach().clone()
-                self.register_parameter(_kept(parameter, expert), nn.Parameter(matrix, requires_grad=False))
+                self.register_parameter(
+                    f"{parameter}{_DENSE}{expert}", nn.Parameter(matrix, requires_grad=False)
+                )
             delattr(experts, parameter)
         for name, parameter in experts.named_parameters(recurse=False):
             self.register_parameter(name, parameter)
 
     def matrix(self, parameter: str, expert: int) -> Float[Tensor, "_ _"]:
-        """A slice `[out, in]`, dequantized to the model's dtype exactly as the fake model holds it."""
+        """Return a slice `[out, in]` in the model's dtype, exactly as the fake model holds it."""
         if parameter not in self.tensors:
             return dense_matrix(self, parameter, expert)
         if expert in self.tensors[parameter]:
             return self.tensors[parameter][expert].dequantize().to(self.dtype)
-        return self.get_parameter(_kept(parameter, expert))
+        return self.get_parameter(f"{parameter}{_DENSE}{expert}")
 
     def forward(
         self,
@@ -233,9 +217,8 @@ class QuantizedExperts(nn.Module):
         return one_by_one(self, x, chosen, shares, multiply)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        """Parameters by the fused module's names: one of which only some slices are codes is whole, and one
-        of which all are is missing."""
-        kept = {name for name in self._parameters if _KEPT in name}
+        """Save parameters by the fused module's names, dense where any slice is; codes alone are left out."""
+        kept = {name for name in self._parameters if _DENSE in name}
         for name in set(self._parameters) - kept:
             destination[prefix + name] = self.get_parameter(name).detach()
         for parameter, count in self.counts.items():
@@ -260,15 +243,15 @@ def put_experts(model: PreTrainedModel, tensors: dict[str, QuantizedTensor], pac
     """Put quantized slices, by their names in `matrices(model)`, into a model that shares its parameters with
     another one."""
     for name, experts in fused_experts(model).items():
-        own: dict[str, dict[int, QuantizedTensor]] = {}
+        by_parameter: dict[str, dict[int, QuantizedTensor]] = {}
         for key in [key for key in tensors if key.startswith(f"{name}.")]:
             parameter, _, expert = key.removeprefix(f"{name}.").partition(".")
-            own.setdefault(parameter, {})[int(expert)] = tensors[key]
-        if own and packed:
+            by_parameter.setdefault(parameter, {})[int(expert)] = tensors[key]
+        if by_parameter and packed:
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, QuantizedExperts(experts, own))
+            setattr(model.get_submodule(parent), child, QuantizedExperts(experts, by_parameter))
             continue
-        for parameter, slices in own.items():
+        for parameter, slices in by_parameter.items():
             dense = experts.get_parameter(parameter).detach().clone()
             for expert, tensor in slices.items():
                 matrix = tensor.dequantize().to(dense.dtype)

@@ -1,17 +1,14 @@
 """Products with packed weights: where torch has a kernel that reads the codes themselves.
 
-Decoding one token at a time is bound by the bytes of weights that are read, so a kernel that reads 4 or 8
-bits instead of 16 is several times faster than a bf16 product. Many rows at once are bound by arithmetic
-instead, and there dequantizing first is faster: `QuantizedLinear` chooses by MAX_ROWS. On a CPU with bf16
+Decoding one token at a time is bound by the bytes of weights that are read; many rows at once are bound by
+arithmetic, and there dequantizing first is faster: `QuantizedLinear` chooses by MAX_ROWS. On a CPU with bf16
 input:
 
     int8 codes, one scale a row              _weight_int8pack_mm          8 bits read a weight
     codes of at most 4 bits, equal groups    _weight_int4pack_mm_for_cpu  4 bits read, whatever was stored
 
-Planes beside each other (residual codes, merged copies) are a product each, and the sum of these.
-
-Both round differently from the dequantized product: the scale is applied to the sum, or is itself held in
-bf16. The result differs by bf16 rounding (`tests/quantize/test_kernels.py` bounds it), in fp32 there is no
+Residual planes and merged copies are a product each, and the sum of these. Results differ from the
+dequantized product by bf16 rounding (`tests/quantization/test_kernels.py` bounds it); in fp32 there is no
 kernel and no difference.
 """
 
@@ -26,7 +23,7 @@ from bitassay.quantization.codes.tensor import QuantizedTensor
 
 MAX_ROWS = 32
 INT8_COLUMNS = (
-    32  # torch 2.13's kernel reads past the end of other rows (seen at 168 columns: a segmentation fault)
+    32  # with other sizes torch 2.13's kernel reads past the end of rows (168: a segmentation fault)
 )
 INT4_GROUPS = (32, 64, 128, 256)
 
@@ -34,18 +31,17 @@ Product = Callable[[BFloat16[Tensor, "rows in"]], BFloat16[Tensor, "rows out"]]
 
 
 def packed_product(quantized: QuantizedTensor) -> Product | None:
-    """`x -> x W'^T` on the codes for bf16 `x`; None where torch has no kernel for this scheme, shape or
-    device."""
-    beside_codes = (quantized.residual_columns, quantized.column_scale, quantized.low_rank)
-    if quantized.packed.device.type != "cpu" or any(part is not None for part in beside_codes):
+    """Return `x -> x W'^T` on the codes for bf16 `x`; None where torch has no kernel for this scheme, shape
+    or device."""
+    further = (quantized.residual_columns, quantized.column_scale, quantized.low_rank)
+    if quantized.packed.device.type != "cpu" or any(part is not None for part in further):
         return None
     if quantized.residual is not None:
         plane, rest = packed_product(replace(quantized, residual=None)), packed_product(quantized.residual)
         if plane is None or rest is None:
             return None
         return lambda x: (plane(x).float() + rest(x)).to(torch.bfloat16)
-    rows, columns = quantized.shape
-    scheme = quantized.scheme
+    (rows, columns), scheme = quantized.shape, quantized.scheme
     if scheme.turned is not None:
         return None
     if (scheme.format, scheme.symmetric, scheme.granularity) == ("int8", True, "channel"):

@@ -38,10 +38,9 @@ class RoundedInputLinear(nn.Linear):
 class QuantizedLinear(nn.Module):
     """`y = x W'^T + b` with `W'` from a QuantizedTensor; with `inputs`, of `x'` instead of `x`.
 
-    For a few rows of bf16 input the product reads the codes, where there is a kernel for them (which keeps
-    its own arrangement of the codes in memory); otherwise `weight` is dequantized at each call. Where inputs
-    are rounded too, the product is of codes on both sides wherever there is one (`products.py`); otherwise of
-    the rounded inputs, dequantized, as if they were inputs of another kind.
+    For a few rows of bf16 input the product reads the codes, where there is a kernel for them; otherwise
+    `weight` is dequantized at each call. Where inputs are rounded too, the product is of codes on both sides
+    wherever there is one (`products.py`); otherwise of the dequantized inputs.
     """
 
     def __init__(
@@ -59,20 +58,18 @@ class QuantizedLinear(nn.Module):
 
     @property
     def weight(self) -> Float[Tensor, "out in"]:
-        """The dequantized weight, rounded to the model's dtype exactly as the fake model holds it."""
+        """Return the dequantized weight, rounded to the model's dtype exactly as the fake model holds it."""
         return self.quantized.dequantize().to(self.dtype)
 
     @cached_property
     def product(self) -> Product | None:
-        """The kernel for a few rows of bf16 input; made at first use."""
+        """Return the kernel for a few rows of bf16 input; made at first use."""
         return packed_product(self.quantized) if self.dtype == torch.bfloat16 else None
 
     @cached_property
     def rounded_product(self) -> RoundedProduct | None:
-        """The product of rounded inputs with the codes; made at first use."""
-        if self.inputs is None:
-            return None
-        return rounded_product(self.quantized, self.inputs, self.dtype)
+        """Return the product of rounded inputs with the codes; made at first use."""
+        return None if self.inputs is None else rounded_product(self.quantized, self.inputs, self.dtype)
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         if self.inputs is None:
@@ -83,7 +80,7 @@ class QuantizedLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
     def _product_of(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
-        """Of inputs as they are with the codes, or with what these stand for."""
+        """Multiply by the packed kernel where there is one, else by dequantized weights."""
         x = x.contiguous()  # products of a strided view add up in another order
         rows = x.numel() // self.in_features
         if rows <= MAX_ROWS and self.product is not None:

@@ -1,30 +1,33 @@
 """A quantized model around quantized matrices.
 
-It is a transformers model still. A *fake* quantized model holds the dequantized weights, so that
-everything transformers can do works and runs at full speed; a *real* one (`packed=True`) holds the packed
-codes. Both give the same logits. Parameters that the recipe leaves alone (embeddings, norms, the head) are
-shared with the base model, not copied.
+It is a transformers model still. A *fake* quantized model holds the dequantized weights, so that everything
+transformers can do works and runs at full speed; a *real* one (`packed=True`) holds the packed codes. Both
+give the same logits. Parameters that the recipe leaves alone (embeddings, norms, the head) are shared with
+the base model, not copied.
 """
 
 import copy
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError, suggestion
 from bitassay.models.config import untie
-from bitassay.models.identity import Identity
+from bitassay.models.identity import Identity, attach
 from bitassay.models.walk import decoder_layers, matrices, replace_module, walk
 from bitassay.models.weights import stored_bits
 from bitassay.quantization.codes.tensor import QuantizedTensor
 from bitassay.quantization.inputs.activations import InputRounding
 from bitassay.quantization.inputs.kv_cache import round_cache
-from bitassay.quantization.recipe.calibration import Calibration, check_calibration
+from bitassay.quantization.recipe.calibration import check_calibration
+from bitassay.quantization.recipe.inputs import KvCache
 from bitassay.quantization.recipe.recipe import Recipe
-from bitassay.quantization.recipe.replication import Steps
+from bitassay.quantization.recipe.replication import ReplicationPlan, Steps
+from bitassay.quantization.recipe.transforms import Rotation, Smoothing
 from bitassay.quantization.runtime.experts import put_experts
 from bitassay.quantization.runtime.linear import QuantizedLinear, RoundedInputLinear
 from bitassay.quantization.runtime.replicas import add_passes, is_replica
@@ -49,13 +52,10 @@ class Quantization:
 def with_tensors(
     base: PreTrainedModel, quantization: Quantization, *, packed: bool = False
 ) -> PreTrainedModel:
-    """A copy of `base` with what `quantization` changed; everything else is shared."""
+    """Return a copy of `base` with what `quantization` changed; everything else is shared."""
     model = copy_sharing_parameters(base)
-    divided = {
-        name: value for name, value in quantization.parameters.items() if name.endswith(f".{INPUT_SCALES}")
-    }
     for name, value in quantization.parameters.items():
-        if name not in divided:
+        if not name.endswith(f".{INPUT_SCALES}"):
             _replace_parameter(model, name, value)
     linears = walk(model).linears
     slices = {
@@ -74,60 +74,81 @@ def with_tensors(
             linear.weight = nn.Parameter(tensor.dequantize().to(linear.weight.dtype), requires_grad=False)
         if inputs is not None:
             replace_module(model, linear, RoundedInputLinear(linear, inputs))
-    if quantization.recipe.kv_cache is not None:
-        round_cache(model, quantization.recipe.kv_cache)
-    if quantization.recipe.rotation is not None:
-        add_online(model, quantization.recipe.rotation)
-    for name, value in divided.items():
-        linear = model.get_submodule(name.removesuffix(f".{INPUT_SCALES}"))
-        divide_inputs(linear, value.to(base.device, base.dtype))
-    if quantization.passes:
-        assert quantization.recipe.replication is not None
-        add_passes(model, quantization.recipe.replication, quantization.passes, quantization.tensors)
-    # nn.Module's own __setattr__ is for tensors and modules.
-    object.__setattr__(model, "quantization", quantization)
+    for attach_part, part in quantization.recipe.steps(ATTACH):
+        attach_part(model, part, quantization)
+    attach(model, quantization=quantization)
     if isinstance(known := getattr(base, "identity", None), Identity):
         recipe = quantization.recipe
-        object.__setattr__(model, "identity", known.with_recipe(recipe.recipe_id, recipe.name))
+        attach(model, identity=known.with_recipe(recipe.recipe_id, recipe.name))
     return model
 
 
+def _add_rotation(model: PreTrainedModel, rotation: Rotation, quantization: Quantization) -> None:
+    add_online(model, rotation)
+
+
+def _add_input_scales(model: PreTrainedModel, smoothing: Smoothing, quantization: Quantization) -> None:
+    for name, value in quantization.parameters.items():
+        if name.endswith(f".{INPUT_SCALES}"):
+            linear = model.get_submodule(name.removesuffix(f".{INPUT_SCALES}"))
+            divide_inputs(linear, value.to(model.device, model.dtype))
+
+
+def _add_rounded_cache(model: PreTrainedModel, spec: KvCache, quantization: Quantization) -> None:
+    round_cache(model, spec)
+
+
+def _add_passes(model: PreTrainedModel, plan: ReplicationPlan, quantization: Quantization) -> None:
+    if quantization.passes:
+        add_passes(model, plan, quantization.passes, quantization.tensors)
+
+
+# What a part of a recipe adds to a model that runs, by its name; last come passes, which take hooks over.
+ATTACH: dict[str, Callable[[PreTrainedModel, Any, Quantization], None]] = {
+    "rotation": _add_rotation,
+    "smoothing": _add_input_scales,
+    "kv_cache": _add_rounded_cache,
+    "replication": _add_passes,
+}
+
+
 def quantization_of(model: PreTrainedModel) -> Quantization | None:
-    """What was done to a model by `quantize`; None for one that was not quantized here."""
+    """Return what `quantize` did to a model; None for one that was not quantized here."""
     return getattr(model, "quantization", None)
 
 
 def cache_slots(model: PreTrainedModel) -> int:
-    """How many keys and values a token has in a cache: one a layer and pass."""
-    done = quantization_of(model)
-    more = 0 if done is None else sum(steps.count - 1 for steps in done.passes.values())
-    return len(decoder_layers(model)) + more
+    """Return how many keys and values a token has in a cache: one a layer and pass."""
+    quantization = quantization_of(model)
+    passes = {} if quantization is None else quantization.passes
+    return len(decoder_layers(model)) + sum(steps.count - 1 for steps in passes.values())
 
 
 def check_recipe(model: PreTrainedModel, recipe: Recipe) -> dict[str, Tensor]:
-    """The model's `matrices`, once it is sure that the recipe accounts for every matrix of the layers, and
-    that the model reads its calibration text."""
+    """Return the model's `matrices`. Raises BitassayError where an override of the recipe matches nothing,
+    where it would quantize a matrix of a kind that cannot be, or where the calibration samples are longer
+    than what the model reads."""
     if recipe.is_calibrated:
-        check_calibration(model, recipe.calibration or Calibration())
-    found, views = walk(model), matrices(model)
-    names = [*views, *found.others]
-    routers = {name.removesuffix(".weight") for name in found.routers} | set(found.routers)
+        check_calibration(model, recipe.text)
+    modules, views = walk(model), matrices(model)
+    names = [*views, *modules.others]
+    routers = sorted({name.removesuffix(".weight") for name in modules.routers} | set(modules.routers))
     for override in recipe.overrides:
         if any(recipe.override_for(name) is override for name in names):
             continue
-        if named := [name for name in sorted(routers) if recipe.override_for(name) is override]:
+        what = f"recipe {recipe.name}: the override {override.match!r}"
+        if named := [name for name in routers if recipe.override_for(name) is override]:
             raise BitassayError(
-                f"recipe {recipe.name}: the override {override.match!r} names a router, {named[0]}: "
+                f"{what} names a router, {named[0]}: "
                 "routers stay in high precision, since an error in one changes which expert answers",
                 "remove the override; nothing else matches it",
             )
         raise BitassayError(
-            f"recipe {recipe.name}: the override {override.match!r} applies to no module of "
-            f"{type(model).__name__}; "
+            f"{what} applies to no module of {type(model).__name__}; "
             f"{suggestion(override.match, _patterns(names))}",
             "match full names with a glob, such as '*.down_proj' or 'model.layers.0.*'; the first match wins",
         )
-    skipped = [name for name in found.others if recipe.scheme_for(name) is not None]
+    skipped = [name for name in modules.others if recipe.scheme_for(name) is not None]
     if skipped:
         pattern = "*.experts.*" if ".experts." in skipped[0] else f"*.{skipped[0].rpartition('.')[2]}"
         raise BitassayError(
@@ -139,56 +160,48 @@ def check_recipe(model: PreTrainedModel, recipe: Recipe) -> dict[str, Tensor]:
 
 
 def bits_per_weight(model: PreTrainedModel) -> float:
-    """Average bits of a quantized weight, scales, zero points and the codes of all its copies included, also
-    of a checkpoint that others quantized; 16 for an unquantized model."""
+    """Return the average bits of a quantized weight, scales, zero points and the codes of all its copies
+    included, also of a checkpoint that others quantized; 16 for an unquantized model."""
     bits, weights = _quantized(model)
     return bits / weights if weights else 16.0
 
 
 def size_bytes(model: PreTrainedModel) -> int:
-    """Bytes of the whole checkpoint: packed matrices, and every other parameter (tied ones once) at 16
-    bits."""
+    """Return the bytes of the whole checkpoint: packed matrices, and every other parameter (tied ones once)
+    at 16 bits."""
     bits, weights = _quantized(model)
     return (parameter_count(model) - weights) * 2 + bits // 8
 
 
 def parameter_count(model: PreTrainedModel) -> int:
-    """Parameters of the dense model, tied ones once."""
-    return _dense_parameters(model) + quantized_weights(_tensors(model))
-
-
-def quantized_weights(tensors: Mapping[str, QuantizedTensor]) -> int:
-    """How many weights of the dense model they hold; a layer's copies hold the same ones again."""
-    return sum(t.shape[0] * t.shape[1] for name, t in tensors.items() if not is_replica(name))
-
-
-def _dense_parameters(model: PreTrainedModel) -> int:
-    """Parameters beside the quantized matrices, which a fake model holds as parameters too, a packed one
-    does not."""
+    """Return the number of parameters of the dense model, tied ones once. A fake model holds its quantized
+    matrices as parameters too, a packed one does not."""
     tensors = _tensors(model)
     dense = {name: parameter.numel() for name, parameter in model.named_parameters()}
     for name, tensor in tensors.items():
         for held in (f"{name}.weight", name.rpartition(".")[0]):  # of a linear, of an expert
             if held in dense:
                 dense[held] -= tensor.shape[0] * tensor.shape[1]
-    return sum(dense.values())
+    return sum(dense.values()) + quantized_weights(tensors)
+
+
+def quantized_weights(tensors: Mapping[str, QuantizedTensor]) -> int:
+    """Return how many weights of the dense model they hold; a layer's copies hold the same ones again."""
+    return sum(t.shape[0] * t.shape[1] for name, t in tensors.items() if not is_replica(name))
 
 
 def _quantized(model: PreTrainedModel) -> tuple[int, int]:
-    """Bits of the quantized matrices, and how many weights these are."""
+    """Return the bits of the quantized matrices, and how many weights these are."""
     if tensors := _tensors(model):
         return sum(t.stored_bits for t in tensors.values()), quantized_weights(tensors)
     known = getattr(model, "identity", None)
     if not isinstance(known, Identity):
         return 0, 0
     # Another program's codes: linears of which the files hold something else than a plain weight.
-    stored = stored_bits(known.source.folder)
-    found = [
-        (stored[name], linear.in_features * linear.out_features)
-        for name, linear in walk(model).linears.items()
-        if name in stored
-    ]
-    return sum(bits for bits, _ in found), sum(weights for _, weights in found)
+    bits = stored_bits(known.source.folder)
+    linears = {name: linear for name, linear in walk(model).linears.items() if name in bits}
+    weights = sum(linear.in_features * linear.out_features for linear in linears.values())
+    return sum(bits[name] for name in linears), weights
 
 
 def _tensors(model: PreTrainedModel) -> dict[str, QuantizedTensor]:
@@ -197,15 +210,16 @@ def _tensors(model: PreTrainedModel) -> dict[str, QuantizedTensor]:
 
 
 def copy_sharing_parameters(model: PreTrainedModel) -> PreTrainedModel:
-    """Modules of its own around the same parameters, tokenizer and identity."""
-    shared: Iterable[Tensor] = [*model.parameters(), *model.buffers()]
+    """Return a model with its own modules around the same parameters, tokenizer and identity."""
     attached = [getattr(model, name) for name in ("tokenizer", "identity") if hasattr(model, name)]
-    return copy.deepcopy(model, {id(item): item for item in (*shared, *attached)})
+    return copy.deepcopy(
+        model, {id(item): item for item in (*model.parameters(), *model.buffers(), *attached)}
+    )
 
 
 def _replace_parameter(model: PreTrainedModel, name: str, value: Tensor) -> None:
-    """Give `model` alone a new value, in the dtype of the old one; an output head that gets one is no longer
-    the embedding."""
+    """Give `model` alone a new value, in the dtype of the old one; an output head is untied from the
+    embedding by it."""
     owner, _, key = name.rpartition(".")
     module = model.get_submodule(owner)
     old = module.get_parameter(key)
@@ -215,9 +229,10 @@ def _replace_parameter(model: PreTrainedModel, name: str, value: Tensor) -> None
 
 
 def _patterns(names: list[str]) -> set[str]:
-    """Globs for the last words of names: `*.down_proj`, and `*.experts.down_proj.*` for slices of experts."""
+    """Return globs for the last words of names: `*.down_proj`, and `*.experts.down_proj.*` for slices of
+    experts."""
     slices = re.compile(r"^.*\.(\w+\.\w+)\.\d+$")
     return {
-        f"*.{found[1]}.*" if (found := slices.match(name)) else f"*.{name.rpartition('.')[2]}"
+        f"*.{match[1]}.*" if (match := slices.match(name)) else f"*.{name.rpartition('.')[2]}"
         for name in names
     }

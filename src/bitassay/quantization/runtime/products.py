@@ -8,13 +8,10 @@ O are the outlier columns, whose codes are zero. Integer products are summed exa
 granularity is channel or tensor, and no zero points, mean, residual or factors beside the codes; codes of
 fewer than 8 bits go as int8.
 
-Otherwise there is no product (`rounded_product` returns None) and the linear multiplies what the codes stand
-for, as the fake model does; or, for a few rows, what the inputs' codes stand for with the weights' codes,
-where `kernels.py` has such a product. An FP8 product on a CPU is many times slower than that, so there it is
-never taken.
-
-Sizes are padded with zeros: on a GPU `_int_mm` wants more than 16 rows, and columns in multiples of 8; on a
-CPU torch 2.13's is wrong for a single column (`tests/quantize/test_products.py`).
+Otherwise `rounded_product` returns None and the linear multiplies what the codes stand for. An FP8 product on
+a CPU is many times slower than that, so there it is never taken. Sizes are padded with zeros: on a GPU
+`_int_mm` wants more than 16 rows, and columns in multiples of 8; on a CPU torch 2.13's is wrong for a single
+column (`tests/quantization/test_products.py`).
 """
 
 from collections.abc import Callable
@@ -37,7 +34,7 @@ RoundedProduct = Callable[[Float[Tensor, "tokens in"]], Float[Tensor, "tokens ou
 def product_kind(
     quantized: QuantizedTensor, inputs: InputRounding, dtype: torch.dtype
 ) -> Literal["int8", "fp8"] | None:
-    """Which product the two schemes have on this device; None where they have none."""
+    """Return which product the two schemes have on this device; None where they have none."""
     if quantized.granularity.name not in ("channel", "tensor") or inputs.copies > 1:
         return None
     # Zero points, a mean, an offset, a second plane: whatever stands beside codes and scales shows here.
@@ -54,7 +51,7 @@ def product_kind(
 def rounded_product(
     quantized: QuantizedTensor, inputs: InputRounding, dtype: torch.dtype
 ) -> RoundedProduct | None:
-    """`x -> x' W'^T`, in `dtype`; None where there is no product of codes."""
+    """Return `x -> x' W'^T`, in `dtype`; None where there is no product of codes."""
     kind = product_kind(quantized, inputs, dtype)
     if kind is None:
         return None
@@ -62,10 +59,9 @@ def rounded_product(
 
 
 def int8_product(quantized: QuantizedTensor, inputs: InputRounding, dtype: torch.dtype) -> RoundedProduct:
-    """On integer codes of at most 8 bits on both sides."""
-    rows, columns = quantized.shape
-    codes = quantized.codes()
-    weight = padded(codes.to(torch.int8), MULTIPLE, MULTIPLE)
+    """Return the product of integer codes of at most 8 bits on both sides."""
+    (rows, columns), codes = quantized.shape, quantized.codes()
+    weight = padded(codes.to(torch.int8), MULTIPLE)
     scale = quantized.scale.float().reshape(-1)
     sums = codes.sum(1).int()
     rest = _outlier_product(quantized, inputs, dtype)
@@ -87,11 +83,11 @@ def int8_product(quantized: QuantizedTensor, inputs: InputRounding, dtype: torch
 
 
 def fp8_product(quantized: QuantizedTensor, inputs: InputRounding) -> RoundedProduct:
-    """On FP8 codes on both sides, with a scale for each token and each output row; in bf16."""
+    """Return the product of FP8 codes on both sides, with a scale for each token and output row; in bf16."""
     rows, columns = quantized.shape
     assert quantized.format.float_dtype is not None
     input_dtype = inputs.number_format.float_dtype
-    weight = padded(quantized.codes(), MULTIPLE, MULTIPLE).to(quantized.format.float_dtype)
+    weight = padded(quantized.codes(), MULTIPLE).to(quantized.format.float_dtype)
     scale = quantized.scale.float().reshape(1, -1).expand(1, rows)
     scale = pad(scale, (0, len(weight) - rows), value=1.0).contiguous()
     rest = _outlier_product(quantized, inputs, torch.bfloat16)
@@ -110,7 +106,7 @@ def fp8_product(quantized: QuantizedTensor, inputs: InputRounding) -> RoundedPro
 def _outlier_product(
     quantized: QuantizedTensor, inputs: InputRounding, dtype: torch.dtype
 ) -> RoundedProduct | None:
-    """What the outlier columns add, in fp32 on values that the model's dtype holds."""
+    """Return what the outlier columns add, in fp32 on values that the model's dtype holds."""
     if not inputs.outliers:
         return None
     columns = torch.tensor(inputs.outliers, device=quantized.packed.device)
@@ -118,7 +114,7 @@ def _outlier_product(
     return lambda x: linear(x[:, columns].float(), weight)
 
 
-def padded(matrix: Tensor, row_multiple: int, column_multiple: int) -> Tensor:
-    """Zeros below and to the right, up to multiples."""
+def padded(matrix: Tensor, multiple: int) -> Tensor:
+    """Return the matrix with zeros below and to the right, up to multiples."""
     rows, columns = matrix.shape
-    return pad(matrix, (0, -columns % column_multiple, 0, -rows % row_multiple))
+    return pad(matrix, (0, -columns % multiple, 0, -rows % multiple))

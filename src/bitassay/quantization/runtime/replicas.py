@@ -1,6 +1,4 @@
-"""Give a model the copies of its layers that its recipe says: `add_passes`, for whoever builds a model from
-codes, fake, packed or reloaded.
-"""
+"""Give a model the copies of its layers that its recipe says: `add_passes`."""
 
 import copy
 import re
@@ -15,19 +13,19 @@ from bitassay.models.walk import decoder_layers, module_name
 from bitassay.quantization.codes.tensor import QuantizedTensor
 from bitassay.quantization.recipe.replication import ReplicationPlan, Steps
 from bitassay.quantization.runtime.linear import QuantizedLinear, RoundedInputLinear
-from bitassay.quantization.runtime.passes import Passes, Usage, hands_on
+from bitassay.quantization.runtime.looped_layers import LoopedForward, Usage, passed_on
 
 # The name of a layer's copies among its modules: `model.layers.3.replicas.0.mlp.down_proj` is of the second.
 REPLICAS = "replicas"
 
 
 def is_replica(name: str) -> bool:
-    """Whether a module or parameter belongs to a copy of a layer."""
+    """Return whether a module or parameter belongs to a copy of a layer."""
     return f".{REPLICAS}." in name
 
 
 def replica_names(model: PreTrainedModel, layer: int, name: str, count: int) -> list[str]:
-    """What a layer's matrix is called in each of its `count` - 1 copies; nothing for one of another layer."""
+    """Return what a layer's matrix is called in each of its `count` - 1 copies; of another layer, nothing."""
     prefix = f"{module_name(model, decoder_layers(model))}.{layer}."
     if not name.startswith(prefix):
         return []
@@ -35,7 +33,7 @@ def replica_names(model: PreTrainedModel, layer: int, name: str, count: int) -> 
 
 
 def original(name: str) -> str:
-    """The module or parameter that this one is a copy of; itself, where it is none."""
+    """Return the module or parameter that this one is a copy of; itself, where it is none."""
     return re.sub(rf"\.{REPLICAS}\.\d+\.", ".", name)
 
 
@@ -66,7 +64,7 @@ def add_passes(
                 "replication: {of: linear}, or other layers",
             )
         if plan.of == "block" and added:
-            layer.forward = hands_on
+            layer.forward = passed_on
             continue
         if plan.makes_codes or plan.differ == "inputs":
             replicas = _replicas(layer, module_name(model, layer), steps.count, plan, tensors)
@@ -74,7 +72,7 @@ def add_passes(
             runs = [[one] for one in (layer, *replicas)]
         else:
             runs = [block or [layer]] * steps.count
-        passes = Passes(runs, steps, first_slot=slot, how=plan.how, stop=plan.stop, usage=usage)
+        passes = LoopedForward(runs, steps, first_slot=slot, how=plan.how, stop=plan.stop, usage=usage)
         layer.forward = passes
         added.append(passes)
         slot += steps.count - 1

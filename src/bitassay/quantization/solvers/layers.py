@@ -15,7 +15,6 @@ from bitassay.errors import BitassayError
 from bitassay.models.walk import decoder_layers, module_name, walk
 from bitassay.quantization.codes.quantize import check_weight, quantize_tensor
 from bitassay.quantization.codes.tensor import QuantizedTensor
-from bitassay.quantization.recipe.calibration import Calibration
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.recipe.weights import WeightScheme
 from bitassay.quantization.runtime.experts import expert_inputs, expert_matrix, warn_of_few
@@ -132,7 +131,7 @@ class _LayerWork:
         progress: Progress,
     ):
         self.model, self.progress, self.solver = working_copy, progress, matrix_solver(recipe)
-        self.calibration = recipe.calibration or Calibration()
+        self.calibration = recipe.text
         self.schemes = {n: scheme for n, scheme in schemes.items() if scheme and n.startswith(f"{layer}.")}
         modules = dict(working_copy.named_modules())
         self.linears = {n: part for n in self.schemes if isinstance(part := modules.get(n), nn.Linear)}

@@ -103,8 +103,7 @@ def _spend(
     shapes = [views[name].shape for name in candidates]
     count = sum(rows * columns for rows, columns in shapes)
     fixed = sum(int(_bits(unit, candidates)[0]) for unit in units if not unit.free)
-    if recipe.low_rank is not None:
-        fixed += sum(recipe.low_rank.bits(*shape) for shape in shapes)
+    fixed += sum(part.stored_bits(*shape) for part in recipe.parts.values() for shape in shapes)
     low, high = (fixed + bits.min(1).sum()) / count, (fixed + bits.max(1).sum()) / count
     if not low <= spec.bits <= high:
         span = f"{math.ceil(low * 1000) / 1000:g} to {math.floor(high * 1000) / 1000:g}"

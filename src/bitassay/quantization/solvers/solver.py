@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from bitassay.quantization.codes.adaptive import adapted
 from bitassay.quantization.codes.quantize import quantize_tensor
 from bitassay.quantization.codes.tensor import QuantizedTensor
+from bitassay.quantization.recipe.spec import SolverPart
 from bitassay.quantization.recipe.weights import WeightScheme
 from bitassay.quantization.solvers.layerwise import Arguments, Hidden
 from bitassay.quantization.solvers.shadow_weight import ShadowWeight
@@ -85,12 +86,13 @@ MatrixSolver = Callable[[Matrices], dict[str, Solution]]
 
 @dataclass(frozen=True)
 class Solver:
-    """What one part of a recipe does; `spec` is that part.
+    """What one part of a recipe does. part: the class of its spec; `spec` below is one of these.
 
     matrices(spec, inner): the function that quantizes matrices, where the parts before it use `inner`.
     layer(spec, layer), model(spec, model): better solutions for linears, once their layer or all layers were
     quantized."""
 
+    part: type[SolverPart]
     matrices: Callable[[Any, MatrixSolver], MatrixSolver] | None = None
     layer: Callable[[Any, Layer], dict[str, Solution]] | None = None
     model: Callable[[Any, Model], dict[str, Solution]] | None = None

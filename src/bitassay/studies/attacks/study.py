@@ -25,6 +25,7 @@ from bitassay.engines.decode import TokenIds
 from bitassay.engines.load import load
 from bitassay.engines.sampling import GREEDY, Sampler
 from bitassay.errors import BitassayError, MissingError, at_least, suggestion
+from bitassay.models.config import text_config
 from bitassay.models.identity import identity
 from bitassay.models.options import AUTO
 from bitassay.quantization.export.fits import check_fit
@@ -33,7 +34,7 @@ from bitassay.record.files import check_folder
 from bitassay.record.jobs import ask_once
 from bitassay.record.progress import Progress, silent
 from bitassay.record.result import write_run
-from bitassay.record.run import RunFolder, open_run_folder, run_plan
+from bitassay.record.run import open_run_folder, run_plan
 from bitassay.studies.attacks.evaluation import (
     FOLDS,
     CrossFit,
@@ -69,16 +70,6 @@ SAMPLED = Sampler(temperature=0.8, top_p=0.95, seed=7)
 PRECISION = "bf16"
 TIMED, ROUNDS = 3, 3  # traces on which the detectors are timed, and how often
 _OBSERVATIONS = TypeAdapter(list[Observation])
-
-
-@dataclass(frozen=True)
-class Seconds:
-    """For each token of the output: the verifier's prefill, which all detectors share; beyond it the check of
-    each, and what each makes the host do beyond generation."""
-
-    prefill: float
-    check: dict[str, float]
-    prove: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -232,8 +223,8 @@ def attack(
     probe: Probe = probe_machine,
     progress: Progress = silent,
 ) -> tuple[dict[str, Any], Path]:
-    """Run the study and return the finished run and its folder. Interrupted, the same call goes on. Numerics
-    that cannot be computed here are `left_out`, or another machine's stand in.
+    """Run the study and return the finished run and its folder; interrupted, the same call goes on. Numerics
+    that cannot be computed here are `left_out`, or another machine stands in.
 
     Raises BitassayError for an unknown attack or variant, and where the honest runs are too few for alpha,
     MissingError where the verifier's own numerics cannot be computed.
@@ -289,10 +280,10 @@ def attack(
         )
         for sampled in sorted({VARIANTS[name].sampled for name in plan.variants})
     }
-    layers = len(honest[plan.variants[0]][0].layers)
-    hidden = base.config.get_text_config().hidden_size
+    progress("timing the detectors")
     cost = {
-        sampled: costs(_seconds(folder, requests[sampled], progress), layers, hidden) for sampled in pools
+        sampled: folder.part("costs-sampled" if sampled else "costs", partial(costs, requests[sampled]))
+        for sampled in pools
     }
     run = write_run(
         folder,
@@ -394,9 +385,15 @@ def _choose(requests: RequestSet, progress: Progress) -> list[list[int]]:
     )
 
 
-def timings(traces: Sequence[Trace], model: PreTrainedModel, requests: Sequence[Request]) -> Seconds:
-    """Return medians over ROUNDS and traces, one trace at a time; the detectors take turns, so that what else
-    the machine does falls on all of them alike. A first round is not counted."""
+def costs(requests: RequestSet) -> dict[str, dict[str, float]]:
+    """Return for each detector, for a token of the output: bytes of evidence, the verifier's seconds beyond
+    the prefill, the prefill's, and the host's beyond generation. Detectors that are evaluated together share
+    the evidence.
+
+    Seconds are medians over ROUNDS and TIMED honest traces, one at a time; the detectors take turns, so that
+    what else the machine does falls on all of them alike. A first round is not counted.
+    """
+    few, model = replace(requests, prompts=requests.prompts[:TIMED]), requests.model
     measured: dict[tuple[str, str], list[float]] = {}
 
     def timed(kind: str, name: str, tokens: int, work: Callable[[], Any]) -> Any:
@@ -405,10 +402,13 @@ def timings(traces: Sequence[Trace], model: PreTrainedModel, requests: Sequence[
         measured.setdefault((kind, name), []).append((time.perf_counter() - start) / tokens)
         return value
 
+    def middle(kind: str, name: str = "") -> float:
+        return median(measured.get((kind, name), [0.0]))
+
     for round in range(ROUNDS + 1):
         if round == 1:
             measured.clear()
-        for trace, request in zip(traces, requests, strict=True):
+        for trace, request in zip(few.traces, few.requests, strict=True):
             tokens = trace.n_tokens
             comparison = timed("prefill", "", tokens, partial(compare, trace, model))
             for name, detector in DETECTORS.items():
@@ -419,36 +419,13 @@ def timings(traces: Sequence[Trace], model: PreTrainedModel, requests: Sequence[
                 if detector.exact:
                     check = partial(check_submission, trace, model, request)
                 timed("check", name, tokens, check)
-
-    def middle(kind: str, name: str = "") -> float:
-        return median(measured.get((kind, name), [0.0]))
-
-    check, prove = ({name: middle(kind, name) for name in DETECTORS} for kind in ("check", "prove"))
-    return Seconds(middle("prefill"), check, prove)
-
-
-def _seconds(folder: RunFolder, requests: RequestSet, progress: Progress) -> Seconds:
-    """Return what the detectors take on a few honest traces, here and now."""
-
-    def compute() -> Any:
-        progress("timing the detectors")
-        few = replace(requests, prompts=requests.prompts[:TIMED])
-        return asdict(timings(few.traces, few.model, few.requests))
-
-    name = "seconds" if requests.sampler == GREEDY else "seconds-sampled"
-    return Seconds(**folder.part(name, compute))
-
-
-def costs(seconds: Seconds, layers: int, hidden: int) -> dict[str, dict[str, float]]:
-    """Return for each detector, for a token of the output: bytes of evidence, the verifier's seconds beyond
-    the prefill, the prefill's, and the host's beyond generation. Detectors that are evaluated together share
-    the evidence."""
+    layers, hidden = len(few.traces[0].header.layers), text_config(model).hidden_size
     return {
         name: {
             "bytes_per_token": max(DETECTORS[one].evidence_bytes(layers, hidden) for one in detectors),
-            "seconds_per_token": sum(seconds.check[one] for one in detectors),
-            "prefill_seconds_per_token": seconds.prefill,
-            "prover_seconds_per_token": max(seconds.prove[one] for one in detectors),
+            "seconds_per_token": sum(middle("check", one) for one in detectors),
+            "prefill_seconds_per_token": middle("prefill"),
+            "prover_seconds_per_token": max(middle("prove", one) for one in detectors),
         }
         for name, detectors in evaluated().items()
     }

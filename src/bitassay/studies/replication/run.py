@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bitassay.bench.rounds import RATIO, ratio_of
+from bitassay.bench.timing import RATIO, ratio_of
 from bitassay.data.corpora import corpus
 from bitassay.evaluation.controls import pair
 from bitassay.evaluation.quality import INTERVAL, INTERVALS, PAIR_INTERVALS, summarise

@@ -39,7 +39,7 @@ def run_separability(
     probe: Probe = probe_machine,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """A row for each (prover, verifier); written to `out`/raw/separability too.
+    """Return a run with a row for each (prover, verifier); written to `out`/raw/separability too.
 
     Raises BitassayError where the trials are too few for alpha, or for an unknown precision.
     """

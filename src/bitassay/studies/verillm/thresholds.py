@@ -54,8 +54,7 @@ def optimise_thresholds(
     probe: Probe = probe_machine,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Return a row for each direction of the studies: recommended thresholds, false accusations, and what is
-    caught.
+    """Return a run with a row a direction: recommended thresholds, false accusations, and what is caught.
 
     Writes `out`/threshold_optimization/..._thresholds.yaml, which `bitassay study run --rules` reads, and all
     distributions as JSON beside it. Raises BitassayError where the trials are too few for alpha, MissingError
@@ -189,8 +188,8 @@ def _below(value: float) -> float:
 
 
 def cell_values(trials: Sequence[Trial]) -> dict[str, np.ndarray]:
-    """Return each statistic over all generated cells, without those that are not defined (Pm where no
-    exponent differs)."""
+    """Return each statistic over all generated cells without those that are not defined (Pm where no exponent
+    differs)."""
     names = {"Pe": "Pe", "Pm": "Pm", "Pw": "Pw", "mean_error": "mean_epsilon"}
     by_statistic = {
         name: np.concatenate([getattr(c.generated, field).numpy().ravel() for trial in trials for c in trial])
@@ -225,7 +224,7 @@ def described(values: np.ndarray) -> dict[str, Any]:
 
 
 def as_yaml(result: Mapping[str, Any]) -> str:
-    """As the experiments' configuration has it; `read_thresholds` reads it."""
+    """Return YAML as the experiments' configuration has it; `read_thresholds` reads it."""
     thresholds = dict(result["thresholds"])
     thresholds.pop("name")
     text = yaml.safe_dump(

@@ -9,10 +9,9 @@ In a committee (`committee.py`) the dishonest one is a verifier: VERIFIERS judge
 them with plants of its own, and the first does not look at them.
 
 **What grinding gains.** A host with b bad positions among n generated ones, k of which are opened, and which
-foresees the beacon, needs `challenge.grinding_tries(n, b, k)` = C(n, k) / C(n - b, k) commitments until none
-of the bad ones is drawn. `commitment-ground` makes GRINDS commitments and keeps the best; as the verifier's
-beacon is another than the one it foresaw, its draw is as if it had made one. `beacon-chosen` answers the
-challenge that it foresaw, which is not the one that was asked.
+foresees the beacon, needs C(n, k) / C(n - b, k) commitments until none of the bad ones is drawn.
+`commitment-ground` makes GRINDS commitments and keeps the best, for another beacon than the one that comes.
+`beacon-chosen` answers the challenge that it foresaw.
 """
 
 import hashlib
@@ -31,7 +30,7 @@ from bitassay.verification.committee.rounds import (
     Expected,
     Report,
     assign,
-    honest_plants_needed,
+    honest_canaries_needed,
     report,
     report_commitment,
 )
@@ -340,7 +339,7 @@ def _round(
 
 def _plants(name: str) -> dict[str, Expected]:
     failures = [f"{name} failure {index}" for index in range(PLANTED_FAILURES)]
-    honest = [f"{name} honest {index}" for index in range(honest_plants_needed())]
+    honest = [f"{name} honest {index}" for index in range(honest_canaries_needed())]
     planted: dict[str, Expected] = dict.fromkeys(failures, "FAIL")
     planted.update(dict.fromkeys(honest, "PASS"))
     return planted

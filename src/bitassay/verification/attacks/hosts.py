@@ -1,14 +1,11 @@
 """What a dishonest host might send, one small function an attack.
 
-An attack answers the requests of a `Setting` and claims that its base model did. All of them know the scheme:
-where an attack lies about a header field, it writes what the verifier expects, unless the defect is the
-attack. "Honest prefill" is the strongest forgery of hidden states: whatever chose the tokens, one forward of
-the real model over them gives the states, so that only the tokens are left to judge by. The list follows the
-threats named by TOPLOC (arXiv 2501.16007), VeriLLM (2509.24257) and DiFR (2511.20621), with the structural
-ones of any protocol.
-
-What is handed over is a whole trace here; attacks that go by receipt, and those of verifiers in a committee,
-are in `forgeries.py`.
+An attack answers the requests of a `Setting` and claims that its base model did. Where it lies about a header
+field, it writes what the verifier expects, unless the defect is the attack. "Honest prefill" is the strongest
+forgery of hidden states: whatever chose the tokens, one forward of the real model over them gives the states,
+so that only the tokens are left to judge by. The list follows the threats named by TOPLOC (arXiv 2501.16007),
+VeriLLM (2509.24257) and DiFR (2511.20621), with the structural ones of any protocol. Attacks by receipt, and
+of verifiers in a committee, are in `forgeries.py`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +24,7 @@ from bitassay.models.hooks import hooked
 from bitassay.models.identity import identity
 from bitassay.models.walk import decoder_layers
 from bitassay.quantization.inputs.kv_cache import KvCache, round_cache
-from bitassay.quantization.pipeline import quantize_once
+from bitassay.quantization.pipeline import quantize_cached
 from bitassay.quantization.recipe.recipe import Recipe, WeightScheme
 from bitassay.quantization.runtime.model import copy_sharing_parameters
 from bitassay.verification.attacks.attack import Setting, attack
@@ -77,7 +74,7 @@ def _with_header(trace: Trace, **fields: object) -> Trace:
 @attack("int3", "INT3 weights", "w3")
 @attack("int2", "INT2 weights", "w2")
 def quantized_weights(setting: Setting, recipe: str | Recipe) -> list[Trace]:
-    return _answer(setting, quantize_once(setting.model, recipe))
+    return _answer(setting, quantize_cached(setting.model, recipe))
 
 
 @attack("kv8", "INT8 keys and values in the cache", "int8")
@@ -236,7 +233,7 @@ def altered_tokens(setting: Setting, share: float) -> list[Trace]:
 @attack("decode-int8", "decoded by INT8 weights, honest prefill", "w8")
 @attack("decode-int4", "decoded by INT4 weights, honest prefill", "w4")
 def cheap_decode(setting: Setting, recipe: str) -> list[Trace]:
-    cheap = _answer(setting, quantize_once(setting.model, recipe))
+    cheap = _answer(setting, quantize_cached(setting.model, recipe))
     return honest_prefill(setting.honest, setting.model, [trace.header.output_ids for trace in cheap])
 
 

@@ -26,16 +26,23 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from bitassay.errors import BitassayError
 from bitassay.record.files import decode_text
 from bitassay.record.hashing import digest_json
-from bitassay.verification.committee.rounds import Assignment, Expected, Report, judge, report_commitment
-from bitassay.verification.container import TraceError, read_regular, strict_json
+from bitassay.verification.committee.rounds import (
+    ITEMS,
+    Assignment,
+    Expected,
+    Item,
+    Items,
+    Name,
+    Report,
+    judge,
+    report_commitment,
+)
+from bitassay.verification.container import TraceError, first_defect, read_regular, strict_json
 from bitassay.verification.structure import Reason, Status
 from bitassay.verification.trace import Digest
 
 FILE_BYTES = 2**26
-VERIFIERS, ITEMS = 1000, 10**6
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-Item = Annotated[str, Field(min_length=1, max_length=1024)]
-Items = Annotated[tuple[Item, ...], Field(max_length=ITEMS, strict=False)]
+VERIFIERS = 1000
 Round = Annotated[str, Field(min_length=1, max_length=128)]
 Names = Annotated[tuple[Name, ...], Field(min_length=1, max_length=VERIFIERS, strict=False)]
 
@@ -70,36 +77,23 @@ class Revealed(_File):
     report: Report
 
 
-class Assigned(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    verifier: Name
-    items: Items
-    planted: dict[Item, Expected]
-
-
 class Secret(_File):
-    assignments: Annotated[tuple[Assigned, ...], Field(min_length=1, max_length=VERIFIERS, strict=False)]
+    """What the coordinator keeps to itself until all have revealed."""
 
-    @classmethod
-    def of(cls, round: str, given: Sequence[Assignment]) -> "Secret":
-        assignments = [Assigned(verifier=a.verifier, items=a.items, planted=dict(a.planted)) for a in given]
-        return cls(round=round, assignments=tuple(assignments))
+    assignments: Annotated[tuple[Assignment, ...], Field(min_length=1, max_length=VERIFIERS, strict=False)]
 
     @property
     def verifiers(self) -> tuple[str, ...]:
-        return tuple(one.verifier for one in self.assignments)
-
-    def to_assignments(self) -> list[Assignment]:
-        return [Assignment(one.verifier, one.items, one.planted) for one in self.assignments]
+        """Return the names of all that take part."""
+        return tuple(assignment.verifier for assignment in self.assignments)
 
 
-class Plants(BaseModel):
+class Canaries(BaseModel):
     """By verifier, items of its own with the answer that is known."""
 
     model_config = ConfigDict(strict=True)
 
-    plants: Annotated[dict[Name, dict[Item, Expected]], Field(min_length=1, max_length=VERIFIERS)]
+    canaries: Annotated[dict[Name, dict[Item, Expected]], Field(min_length=1, max_length=VERIFIERS)]
 
 
 class Answers(BaseModel):
@@ -116,21 +110,19 @@ def _read_json(path: Path) -> Any:
 
 
 def read(path: Path, kind: type[Kind], remedy: str, field: str | None = None) -> Kind:
-    """The file at `path`, of which `kind` says what must be in it (its `field`, if one is named). Raises
-    BitassayError that names the file."""
+    """Return the file at `path`, of which `kind` says what must be in it (its `field`, if one is named).
+    Raises BitassayError that names the file."""
     try:
         content = _read_json(path)
         return kind.model_validate(content if field is None else {field: content})
     except TraceError as error:
         raise BitassayError(error.problem, remedy) from error
     except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        place = ".".join(map(str, first["loc"])) or "content"
-        raise BitassayError(f"{path}: {place:.80}: {first['msg']}", remedy) from error
+        raise BitassayError(f"{path}: {first_defect(error)}", remedy) from error
 
 
 def read_items(path: Path) -> list[str]:
-    """Items from a text file, one a line; empty lines do not count."""
+    """Return items from a text file, one a line; empty lines do not count."""
     try:
         lines = decode_text(read_regular(path, FILE_BYTES), path).split("\n")
         items = [line.strip() for line in lines if line.strip()]
@@ -144,13 +136,14 @@ def read_items(path: Path) -> list[str]:
     return items
 
 
-def read_plants(path: Path) -> dict[str, dict[str, Expected]]:
-    return read(path, Plants, '{"VERIFIER": {"ITEM": "FAIL", …}, …}', "plants").plants
+def read_canaries(path: Path) -> dict[str, dict[str, Expected]]:
+    """Return the canaries of each verifier with their answers."""
+    return read(path, Canaries, '{"VERIFIER": {"ITEM": "FAIL", …}, …}', "canaries").canaries
 
 
 def read_answers(path: Path) -> dict[str, Status]:
-    """By item; the file holds these, or what `bitassay verify --format json` printed about traces whose paths
-    are the items."""
+    """Return answers by item; the file holds these, or what `bitassay verify --format json` printed about
+    traces whose paths are the items."""
     remedy = '{"ITEM": "PASS", …}, or the output of bitassay verify --format json'
     try:
         content = _read_json(path)
@@ -164,9 +157,7 @@ def read_answers(path: Path) -> dict[str, Status]:
     try:
         return Answers.model_validate({"answers": content}).answers
     except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        place = ".".join(map(str, first["loc"][1:])) or "content"
-        raise BitassayError(f"{path}: {place:.80}: {first['msg']}", remedy) from error
+        raise BitassayError(f"{path}: {first_defect(error)}", remedy) from error
 
 
 @dataclass(frozen=True)
@@ -178,26 +169,27 @@ class Board:
 
     @property
     def digest(self) -> str:
+        """Return the SHA-256 of all commitments."""
         return digest_json(dict(self.commitments))
 
 
 def read_board(folder: Path, round: str, verifiers: Sequence[str]) -> Board:
-    """The commitments of a round in `folder`, one file a verifier."""
+    """Return the commitments of a round in `folder`, one file a verifier."""
     commitments, unreadable = {}, {}
     for name in verifiers:
         path = folder / f"{name}.json"
         if path.exists():
             try:
-                found = read(path, Commitment, "")
-                _check_named(path, name, round, found.verifier, found.round)
-                commitments[name] = found.commitment
+                handed_in = read(path, Commitment, "")
+                _check_named(path, name, round, handed_in.verifier, handed_in.round)
+                commitments[name] = handed_in.commitment
             except BitassayError as error:
                 unreadable[name] = Reason("unreadable-commitment", error.problem)
     return Board(commitments, unreadable)
 
 
 def reveal(mine: Report, task: Task, board: Board, without: Sequence[str] = ()) -> Revealed:
-    """What a verifier publishes once there is a commitment of everybody but those `without`. Raises
+    """Return what a verifier publishes once there is a commitment of everybody but those `without`. Raises
     BitassayError before that, and where the report is not what it committed to."""
     missing = [name for name in task.verifiers if name not in board.commitments and name not in without]
     if missing:
@@ -217,7 +209,7 @@ def reveal(mine: Report, task: Task, board: Board, without: Sequence[str] = ()) 
 def judge_files(
     secret: Secret, commitments: Path, reveals: Path, *, alpha: float = 0.05
 ) -> tuple[dict[str, tuple[Reason, ...]], dict[str, Report]]:
-    """Why each verifier's report is not to be used, and the reports, from the files that came."""
+    """Return why each verifier's report is not to be used, and the reports, from the files that came."""
     board = read_board(commitments, secret.round, secret.verifiers)
     reports: dict[str, Report] = {}
     wrong = dict(board.unreadable)
@@ -226,16 +218,16 @@ def judge_files(
         if not path.exists() or name in wrong:
             continue
         try:
-            found = read(path, Revealed, "")
-            _check_named(path, name, secret.round, found.report.verifier, found.round)
+            revealed = read(path, Revealed, "")
+            _check_named(path, name, secret.round, revealed.report.verifier, revealed.round)
         except BitassayError as error:
             wrong[name] = Reason("unreadable-report", error.problem)
             continue
-        reports[name] = found.report
-        if found.seen != board.digest:
+        reports[name] = revealed.report
+        if revealed.seen != board.digest:
             sentence = "it was revealed when the commitments of all were not yet those that are here"
             wrong[name] = Reason("other-commitments", sentence)
-    judged = judge(secret.round, secret.to_assignments(), board.commitments, reports, alpha=alpha)
+    judged = judge(secret.round, secret.assignments, board.commitments, reports, alpha=alpha)
     return {name: (wrong[name],) if name in wrong else reasons for name, reasons in judged.items()}, reports
 
 

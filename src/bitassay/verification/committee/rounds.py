@@ -8,41 +8,41 @@ keeps others from trying out the few likely sets of answers; the name in it make
 to the copier. Source of the scheme: VeriLLM (arXiv 2509.24257), whose verifiers commit and reveal; planted
 items are the "ringers" of Golle and Mironov 2001 (Uncheatable distributed computations).
 
-**Plants.** Among the items of each verifier are some that the coordinator made: failures that no honest
-verifier passes (a forged root, a model of two bits), and honest runs. Who passes all misses the failures, who
-fails all refuses the honest ones, and who answers without looking misses one soon: a verifier that skips a
-share s of its work and passes what it skipped is caught with probability 1 - (1 - s)^f by f planted failures.
-An honest verifier refuses an honest run at times (alpha), so refusals are judged by their binomial tail.
+**Canaries.** Among the items of each verifier are some that the coordinator made (`planted` in the files):
+failures that no honest verifier passes (a forged root, a model of two bits), and honest runs. Who passes all
+misses the failures, and who fails all refuses the honest ones: a verifier that passes a share s of its items
+without looking is caught with probability 1 - (1 - s)^f by f planted failures. An honest verifier refuses an
+honest run at times (alpha), so refusals are judged by their binomial tail. A canary goes to one verifier
+only, and each other item to a random part of the committee: copied answers lack one's own canaries.
 
-A plant goes to one verifier only, and each other item to a random part of the committee. So answers copied
-from a friend (who shows them before the commitment) lack one's own plants, and two who compare their lists
-cannot tell plants from items that only one of them was given.
-
-What this leaves out: plants must look like the rest, so a host has to sign them like any other request (with
-a receipt under another key they would stand out). Verifiers that all share their lists can find the plants,
-which no two of them have, where every other item goes to two or more. Names stand for people: who may join,
-and who answers for a name, is decided elsewhere.
+Left out: canaries must look like the rest, so a host has to sign them like any other request. Verifiers that
+all share their lists can find the canaries, where every other item goes to two or more. Names stand for
+people: who may join, and who answers for a name, is decided elsewhere.
 """
 
 import hashlib
 import secrets
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from math import ceil, log
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from scipy import stats
 
 from bitassay.errors import BitassayError
 from bitassay.record.hashing import canonical_json
+from bitassay.verification.container import first_defect
 from bitassay.verification.structure import Reason, Status
 from bitassay.verification.trace import Digest
 
 REPORT = b"bitassay report 1\0"
 LEVEL = 0.001  # at which an honest verifier is accused by its refusals of planted honest runs
+ITEMS = 10**6
 Expected = Literal["PASS", "FAIL"]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Item = Annotated[str, Field(min_length=1, max_length=1024)]
+Items = Annotated[tuple[Item, ...], Field(max_length=ITEMS, strict=False)]
 
 
 class Report(BaseModel):
@@ -52,65 +52,70 @@ class Report(BaseModel):
 
     verifier: str = Field(min_length=1, max_length=128)
     salt: Digest
-    answers: dict[str, Status] = Field(max_length=10**6)
+    answers: dict[str, Status] = Field(max_length=ITEMS)
 
 
-@dataclass(frozen=True)
-class Assignment:
+class Assignment(BaseModel):
     """The items of one verifier in the order in which it gets them; `planted`, of which the coordinator knows
     the answer, is a secret until all have revealed."""
 
-    verifier: str
-    items: tuple[str, ...]
-    planted: Mapping[str, Expected]
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    verifier: Name
+    items: Items
+    planted: dict[Item, Expected]
 
 
 def assign(
     items: Sequence[str],
-    plants: Mapping[str, Mapping[str, Expected]],
+    canaries: Mapping[str, Mapping[str, Expected]],
     *,
     each: int,
     seed: bytes,
 ) -> list[Assignment]:
-    """Give each item to `each` of the verifiers that `plants` names, together with their plants, shuffled.
+    """Give each item to `each` of the verifiers that `canaries` names, together with these, shuffled.
 
-    plants: by verifier, its own items with known answers. seed: secret; the draw is by SHA-256 of it.
+    canaries: by verifier, its own items with known answers. seed: secret; the draw is by SHA-256 of it.
     """
-    names = sorted(plants)
-    mine = [item for own in plants.values() for item in own]
-    if not 0 < each <= len(names) or len({*items, *mine}) != len(items) + len(mine):
+    names = sorted(canaries)
+    planted = [item for several in canaries.values() for item in several]
+    if not 0 < each <= len(names) or len({*items, *planted}) != len(items) + len(planted):
         raise BitassayError(
             f"{each} of {len(names)} verifiers for each item, or an item that is given twice",
-            "name every item once, and each plant for one verifier",
+            "name every item once, and each canary for one verifier",
         )
 
     def draw(*words: str) -> bytes:
         return hashlib.sha256(seed + canonical_json(words).encode()).digest()
 
-    given: dict[str, list[str]] = {name: list(plants[name]) for name in names}
+    items_of: dict[str, list[str]] = {name: list(canaries[name]) for name in names}
     for item in items:
         for name in sorted(names, key=lambda name: draw("who", item, name))[:each]:
-            given[name].append(item)
+            items_of[name].append(item)
     return [
-        Assignment(name, tuple(sorted(given[name], key=lambda item: draw("order", item))), dict(plants[name]))
+        Assignment(
+            verifier=name,
+            items=tuple(sorted(items_of[name], key=lambda item: draw("order", item))),
+            planted=dict(canaries[name]),
+        )
         for name in names
     ]
 
 
 def report(verifier: str, answers: Mapping[str, Status], salt: bytes | None = None) -> Report:
-    """A report with a fresh salt, unless one is given."""
+    """Return a report with a fresh salt, unless one is given."""
     salt = secrets.token_bytes(32) if salt is None else salt
     return parse_report({"verifier": verifier, "salt": salt.hex(), "answers": dict(answers)})
 
 
 def report_commitment(round: str, revealed: Report) -> str:
-    """What a verifier hands in before anybody reveals, in hex."""
+    """Return what a verifier hands in before anybody reveals, in hex."""
     content = [round, revealed.verifier, revealed.salt, revealed.answers]
     return hashlib.sha256(REPORT + canonical_json(content).encode()).hexdigest()
 
 
 def parse_report(content: Any) -> Report:
-    """A report from plain values that may come from anyone. Raises BitassayError."""
+    """Return a report from plain values that may come from anyone. Raises BitassayError."""
     try:
         found = Report.model_validate(content)
         canonical_json(found.model_dump()).encode()
@@ -118,9 +123,7 @@ def parse_report(content: Any) -> Report:
     except UnicodeEncodeError as error:
         raise BitassayError("not a report: text that is not Unicode") from error
     except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        field = ".".join(map(str, first["loc"])) or "report"
-        raise BitassayError(f"not a report: {field:.80}: {first['msg']}") from error
+        raise BitassayError(f"not a report: {first_defect(error)}") from error
 
 
 def judge(
@@ -131,7 +134,7 @@ def judge(
     *,
     alpha: float = 0.05,
 ) -> dict[str, tuple[Reason, ...]]:
-    """Why each verifier's report is not to be used; empty where it is.
+    """Return why each verifier's report is not to be used; empty where it is.
 
     commitments: by verifier, all handed in before the first of `revealed`. alpha: how often an honest
     verifier refuses an honest run; planted ones must be within its profile.
@@ -150,8 +153,8 @@ def committee_status(
     judged: Mapping[str, tuple[Reason, ...]],
     quorum: int = 2,
 ) -> Status:
-    """What more than half of the sound verifiers that had `item` say; INCONCLUSIVE where there is no such
-    majority, or there are fewer than `quorum` of them."""
+    """Return what more than half of the sound verifiers that had `item` say; INCONCLUSIVE where there is no
+    such majority, or there are fewer than `quorum` of them."""
     sound = [name for name, reasons in judged.items() if not reasons and item in revealed[name].answers]
     votes = Counter(revealed[name].answers[item] for name in sound)
     for status in ("PASS", "FAIL"):
@@ -160,14 +163,10 @@ def committee_status(
     return "INCONCLUSIVE"
 
 
-def honest_plants_needed(alpha: float = 0.05) -> int:
-    """Planted honest runs without which a verifier that fails all cannot be told from an unlucky one."""
+def honest_canaries_needed(alpha: float = 0.05) -> int:
+    """Return the number of planted honest runs without which a verifier that fails all cannot be told from an
+    unlucky one."""
     return ceil(log(LEVEL) / log(alpha))
-
-
-def chance_to_catch(skipped_share: float, planted_failures: int) -> float:
-    """That a verifier which passes this share of its items without looking passes a planted failure."""
-    return 1 - (1 - skipped_share) ** planted_failures
 
 
 def _defects(

@@ -11,10 +11,10 @@ one declared format: fp16 (5 exponent bits, M = 10 mantissa bits), bf16 (8, 7) o
     Pw = share of C with d < e_w     a sign mismatch (both nonzero) is never small
     mean_epsilon = mean of x - y over V
 
-Two near numbers across a power of two have mantissas near 1 and near 0. That is the honest pattern in X, so a
-high Pm is good. Zeros and subnormals have the exponent field 0, and +0 equals -0. X empty: Pm is vacuous (NaN
-here) and holds. C empty: Pw is 0. V empty: nothing is accepted. Where one side is NaN or infinite and the
-other is not, or infinities have opposite signs, the cell is refused whatever else it shows.
+Two near numbers across a power of two have mantissas near 1 and near 0: the honest pattern in X, so a high Pm
+is good. Zeros and subnormals have the exponent field 0, and +0 equals -0. X empty: Pm is NaN and holds. C
+empty: Pw is 0. V empty: nothing is accepted. One-sided NaN or infinity, or opposite infinities: the cell is
+refused whatever else it shows.
 
 Two rule sets: `paper`, and `documents`, that of the VeriLLM experiments (docs/sources.md). The paper's values
 of e_m and e_w are not known to us; they are parameters, named in every result. Neither set is calibrated: on
@@ -96,10 +96,8 @@ def cell_statistics(
     if format not in _FORMATS:
         raise BitassayError(f"unknown format {format!r}; {suggestion(format, _FORMATS)}")
     x, y = prover.to(_FORMATS[format][0]), verifier.to(_FORMATS[format][0])
-    (sign_x, exponent_x, mantissa_x), (sign_y, exponent_y, mantissa_y) = (
-        bit_fields(x, format),
-        bit_fields(y, format),
-    )
+    sign_x, exponent_x, mantissa_x = bit_fields(x, format)
+    sign_y, exponent_y, mantissa_y = bit_fields(y, format)
     V = x.isfinite() & y.isfinite()
     X = V & (exponent_x != exponent_y)
     C = V & ~X

@@ -11,21 +11,17 @@ sign the same claims in many ways and keep the one that it likes.
 receipt; or a public one (a drand round) whose round began after the receipt was handed over. A host that can
 foresee or choose the beacon grinds: it alters an unimportant bit of a bad cell, commits again, and looks
 where the challenge falls. Of n positions of which b are bad, k opened ones miss all bad ones with probability
+C(n - b, k) / C(n, k), and each try costs one hash of the tree: seconds, not security. With a beacon that it
+cannot foresee, a host has one try. The challenge names the commitment, so a second receipt does not answer
+it.
 
-    C(n - b, k) / C(n, k)
-
-so that many tries on average (`grinding_tries`) are needed, each as cheap as one hash of the tree. That is
-a number of seconds, not security, unless b or k is near n. With a beacon it cannot foresee, a host has one
-try. The challenge names the commitment, so a second receipt does not answer it.
-
-What it cannot do: the statistic is a mean, so a few bad cells in a long text that are opened do not
-make a verdict by themselves; the challenge makes the opened mean an honest sample of the whole one.
+Left out: the statistic is a mean, so a few bad cells in a long text that are opened do not make a verdict by
+themselves; the challenge makes the opened mean an honest sample of the mean over all.
 """
 
 import hashlib
 import secrets
 from collections.abc import Sequence
-from math import comb
 from pathlib import Path
 from typing import Literal
 
@@ -33,6 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bitassay.errors import BitassayError
 from bitassay.record.files import read_json, write_json
+from bitassay.verification.container import first_defect
 from bitassay.verification.receipts.receipt import Receipt
 from bitassay.verification.trace import TOKENS, Digest, Header
 
@@ -57,8 +54,8 @@ class Challenge(BaseModel):
 def challenge(
     receipt: Receipt, *, beacon: bytes | None = None, generated: int = GENERATED, prompt: int = PROMPT
 ) -> Challenge:
-    """A challenge of `receipt`. beacon: 32 bytes that nobody could know before the receipt was handed over
-    (default: fresh random ones)."""
+    """Return a challenge of `receipt`. beacon: 32 bytes that nobody could know before the receipt was handed
+    over (default: fresh random ones)."""
     beacon = secrets.token_bytes(32) if beacon is None else beacon
     try:
         return Challenge(
@@ -68,28 +65,19 @@ def challenge(
         raise _not_a_challenge("challenge", error) from error
 
 
-def opened_positions(one: Challenge, header: Header) -> tuple[int, ...]:
-    """The positions to open, ascending: of the prompt first, then generated ones."""
-    seed = hashlib.sha256(SEED + bytes.fromhex(one.commitment) + bytes.fromhex(one.beacon)).digest()
+def opened_positions(challenge: Challenge, header: Header) -> tuple[int, ...]:
+    """Return the positions to open, ascending: of the prompt first, then generated ones."""
+    seed = hashlib.sha256(
+        SEED + bytes.fromhex(challenge.commitment) + bytes.fromhex(challenge.beacon)
+    ).digest()
     n_prompt = len(header.prompt_ids)
-    prompt = _smallest(seed, header.positions[:n_prompt], one.prompt)
-    return (*prompt, *_smallest(seed, header.positions[n_prompt:], one.generated))
+    prompt = _smallest(seed, header.positions[:n_prompt], challenge.prompt)
+    return (*prompt, *_smallest(seed, header.positions[n_prompt:], challenge.generated))
 
 
-def evasion_probability(n: int, bad: int, opened: int) -> float:
-    """That `opened` of n positions, drawn at random, miss all the `bad` ones."""
-    return comb(n - bad, opened) / comb(n, opened)
-
-
-def grinding_tries(n: int, bad: int, opened: int) -> float:
-    """How many commitments a host that foresees the beacon makes on average until no bad position is
-    opened."""
-    chance = evasion_probability(n, bad, opened)
-    return 1 / chance if chance else float("inf")
-
-
-def write_challenge(path: str | Path, one: Challenge) -> None:
-    write_json(Path(path), one.model_dump())
+def write_challenge(path: str | Path, challenge: Challenge) -> None:
+    """Write a challenge, whole or not at all."""
+    write_json(Path(path), challenge.model_dump())
 
 
 def read_challenge(path: str | Path) -> Challenge:
@@ -108,8 +96,6 @@ def _smallest(seed: bytes, positions: Sequence[int], count: int) -> list[int]:
 
 
 def _not_a_challenge(where: str, error: ValidationError) -> BitassayError:
-    first = error.errors(include_input=False, include_url=False)[0]
     return BitassayError(
-        f"{where}: not a challenge: {'.'.join(map(str, first['loc']))}: {first['msg']}",
-        "bitassay challenge RECEIPT --out FILE",
+        f"{where}: not a challenge: {first_defect(error)}", "bitassay challenge RECEIPT --out FILE"
     )

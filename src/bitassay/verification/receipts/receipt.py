@@ -62,7 +62,8 @@ class Receipt:
 
 
 def commit(trace: Trace, key: Ed25519PrivateKey) -> Receipt:
-    """The signed receipt of `trace`. Raises TraceError for a trace that is not consistent in itself."""
+    """Return the signed receipt of `trace`. Raises TraceError for a trace that is not consistent in
+    itself."""
     check_consistent(trace)
     receipt = Receipt(trace.header, merkle_root(trace_leaves(trace)), key.public_key().public_bytes_raw())
     _check_positions(receipt.header, "trace")
@@ -70,11 +71,13 @@ def commit(trace: Trace, key: Ed25519PrivateKey) -> Receipt:
 
 
 def commitment_of(root: bytes, header: Header) -> bytes:
+    """Return what is committed to by a Merkle root and a header."""
     digest = hashlib.sha256(canonical_json(header.model_dump(mode="json")).encode()).digest()
     return hashlib.sha256(COMMITMENT + root + digest).digest()
 
 
 def trace_leaves(trace: Trace) -> list[bytes]:
+    """Return the Merkle leaves of all cells of a trace."""
     header = trace.header
     states = {layer: trace.states[layer] for layer in header.layers}
     return cell_leaves(states, header.positions, header.numerics.dtype)
@@ -90,6 +93,7 @@ def check_signature(receipt: Receipt, where: str = "receipt") -> None:
 
 
 def write_receipt(path: str | Path, receipt: Receipt) -> None:
+    """Write a receipt, whole or not at all."""
     with atomic_file(Path(path)) as temporary:
         temporary.write_bytes(encode(receipt))
 
@@ -104,7 +108,8 @@ def read_receipt(path: str | Path) -> Receipt:
 
 
 def encode(receipt: Receipt) -> bytes:
-    """One line of JSON: a list of the fields' values, without their names, which would be a sixth of it."""
+    """Return one line of JSON: a list of the fields' values, without their names, which would be a sixth of
+    it."""
     header = receipt.header
     ids = np.array([*header.prompt_ids, *header.output_ids], "<u4")
     names = _DIGESTS if header.model.config_digest else _DIGESTS[:-1]
@@ -126,7 +131,7 @@ def encode(receipt: Receipt) -> bytes:
 
 
 def decode(data: bytes, where: Path) -> Receipt:
-    """The receipt in `data`; its signature is not checked here. Raises TraceError."""
+    """Return the receipt in `data`; its signature is not checked here. Raises TraceError."""
     values = strict_json(data, where)
     if not isinstance(values, list) or len(values) != len(_FIELDS) or values[0] != _VERSION:
         raise TraceError("not-a-receipt", f"{where}: not a {_VERSION!r}")
@@ -172,18 +177,14 @@ def _check_positions(header: Header, where: str) -> None:
         )
 
 
-def _listed(content: dict[str, Any], name: str, length: int, where: Path) -> list[Any]:
-    value = content[name]
-    if not isinstance(value, list) or len(value) != length:
-        raise TraceError("header-field", f"{where}: {name} is not a list of {length}")
-    return value
-
-
 def _named(
     content: dict[str, Any], name: str, part: type[Numerics | Sampling], where: Path
 ) -> dict[str, Any]:
-    """A list of values by the names of a part's fields, in their order."""
-    return dict(zip(part.model_fields, _listed(content, name, len(part.model_fields), where), strict=True))
+    """Return a list of values by the names of a part's fields, in their order."""
+    values, names = content[name], list(part.model_fields)
+    if not isinstance(values, list) or len(values) != len(names):
+        raise TraceError("header-field", f"{where}: {name} is not a list of {len(names)}")
+    return dict(zip(names, values, strict=True))
 
 
 def _text(data: bytes) -> str:

@@ -1,4 +1,4 @@
-"""Passes of a layer: the formulas, stopping, slots in the cache."""
+"""Looped layers: the formulas, stopping, slots in the cache."""
 
 import pytest
 import torch
@@ -11,8 +11,8 @@ from bitassay.quantization.inputs.kv_cache import empty_cache
 from bitassay.quantization.pipeline import quantize
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.recipe.replication import Steps, Stop
+from bitassay.quantization.runtime.looped_layers import LoopedForward, Usage, dynamic, parallel, serial
 from bitassay.quantization.runtime.model import quantization_of, with_tensors
-from bitassay.quantization.runtime.passes import Passes, Usage, dynamic, parallel, serial
 from bitassay.testing.tiny import tiny_model
 
 pytestmark = pytest.mark.usefixtures("text_read_once")
@@ -114,9 +114,9 @@ def test_replication_by_one_is_no_replication_to_the_bit(stories, packed):
     assert torch.equal(stepwise(once, empty_cache(once)), stepwise(none, empty_cache(none)))
     texts = [generate(model, [[5, 6, 7]], max_new_tokens=12) for model in (once, none)]
     assert texts[0] == texts[1]
-    # A layer with a single pass through `Passes` is the layer too.
+    # A layer with a single pass through `LoopedForward` is the layer too.
     layer = decoder_layers(once)[1]
-    layer.forward = Passes([[layer]], Steps((1.0,), (1.0,)), first_slot=5)
+    layer.forward = LoopedForward([[layer]], Steps((1.0,), (1.0,)), first_slot=5)
     assert torch.equal(logits(once), logits(none))
 
 
@@ -132,6 +132,7 @@ PLANS = {
 }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_generation_with_a_cache_says_what_one_forward_says(stories, plan):
     model = quantize(stories, recipe(plan))

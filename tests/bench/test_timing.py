@@ -1,11 +1,14 @@
 """Turns, ratios and spreads, with times that are made up."""
 
+import copy
 import math
+import time
 
 import pytest
+import torch
 from scipy import stats
 
-from bitassay.bench.rounds import alternate, ratio_of, spread, turns
+from bitassay.bench.timing import alternate, ratio_of, spread, throughput, turns
 
 
 def test_a_ratio_is_taken_within_rounds():
@@ -65,3 +68,15 @@ def test_short_work_is_repeated_within_a_measurement():
         "long"
     ]  # the second round begins with short
     assert log.count("long") == 1 + 2  # one warm-up says enough
+
+
+def test_a_slower_model_measures_slower_and_each_is_fully_timed(stories):
+    prompt = torch.randint(3, 500, (40,))
+    slowed = copy.deepcopy(stories)
+    slowed.register_forward_pre_hook(lambda *_: time.sleep(0.05))
+    found = throughput({"plain": lambda: stories, "slow": lambda: slowed}, prompt, decode_tokens=4, repeats=2)
+    slow = found["slow"]
+    assert 4 / slow["decode_tok_s"] >= 4 * 0.05
+    assert 40 / slow["prefill_tok_s"] >= 0.05
+    assert found["plain"]["decode_tok_s"] > slow["decode_tok_s"]
+    assert [slow[key] for key in ("prompt_tokens", "decode_tokens", "repeats")] == [40, 4, 2]

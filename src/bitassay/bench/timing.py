@@ -1,13 +1,21 @@
-"""How fast a model runs: `time_once` for one batch of prompts, `throughput` for models that take turns.
+"""Times of models and functions that take turns, and their ratios.
 
-Prefill: tokens of a prompt a second, one forward pass that fills the cache and returns the last logits; its
-time is the time to the first token. Decode: tokens a second of greedy decoding, one token of each sequence a
-step, with that cache, which is packed where the recipe says so.
+`time_once` times one batch of prompts. Prefill: one forward pass that fills the cache and returns the last
+logits; its time is the time to the first token. Decode: greedy decoding, one token of each sequence a step,
+with that cache, which is packed where the recipe says so.
+
+On a shared machine absolute times mean little. Within one round all take their turn under much the same load,
+so ratios within rounds are steadier than times:
+
+    r_i = t_base,i / t_other,i        ratio = exp(mean log r_i)        above 1: faster than the base
+
+The interval is Student's, 95 %, of log r over rounds. It does not cover what would differ on another day.
 """
 
+import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,13 +24,73 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bitassay.bench.roofline import wait_for
-from bitassay.bench.rounds import spread
 from bitassay.errors import BitassayError
+from bitassay.evaluation.statistics import NONE, Interval, geometric_interval
 from bitassay.models.cache import behind, last_logits, stored_bytes, takes_cache
 from bitassay.quantization.inputs.kv_cache import empty_cache
 from bitassay.record.progress import Progress, silent
 
 DECODE_TOKENS = 12
+RATIO = "Student's t, log scale, of the ratios within rounds"
+INTERVAL = f"95 %, {RATIO}; {NONE}"
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times as fast as the base; no interval from too few rounds."""
+
+    value: float
+    interval: Interval
+
+
+def ratio_of(base: Sequence[float], other: Sequence[float]) -> Ratio:
+    """Return the ratio of paired times in seconds, one of each a round."""
+    ratios = [a / b for a, b in zip(base, other, strict=True)]
+    return Ratio(statistics.geometric_mean(ratios), geometric_interval(ratios))
+
+
+def spread(times: Sequence[float]) -> float | None:
+    """Return (largest - smallest) / median; None of a single time."""
+    return None if len(times) < 2 else (max(times) - min(times)) / statistics.median(times)
+
+
+def turns(names: Sequence[str], round_: int) -> list[str]:
+    """Return the order of a round: each round begins with another name."""
+    start = round_ % len(names)
+    return [*names[start:], *names[:start]]
+
+
+def alternate(
+    work: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    seconds: float = 0.05,
+    wait: Callable[[], object] = lambda: None,
+    clock: Callable[[], float] = time.perf_counter,
+    progress: Progress = silent,
+) -> dict[str, list[float]]:
+    """Return the seconds of one call of each function, a time a round. A measurement is as many calls as take
+    at least `seconds` in a warm-up, since short timings snap to the scheduler's ticks. wait: returns once
+    everything asked of a device is done."""
+
+    def timed(function: Callable[[], object], calls: int) -> float:
+        start = clock()
+        for _ in range(calls):
+            function()
+        wait()
+        return (clock() - start) / calls
+
+    calls = {}
+    for name, function in work.items():
+        call_s = timed(function, 1)
+        call_s = call_s if call_s > seconds else timed(function, 1)
+        calls[name] = max(1, math.ceil(seconds / max(call_s, 1e-9)))
+    times: dict[str, list[float]] = {name: [] for name in work}
+    for round_ in range(rounds):
+        for done, name in enumerate(turns(list(work), round_), round_ * len(work) + 1):
+            times[name].append(timed(work[name], calls[name]))
+            progress("timing", done, rounds * len(work))
+    return times
 
 
 @dataclass(frozen=True)

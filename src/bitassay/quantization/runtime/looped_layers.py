@@ -1,25 +1,24 @@
-"""A decoder layer that runs several times: the whole idea of replication, as the layer's forward. A block of
-layers that follow each other may run again as one: then the first layer's forward is that of the whole block,
-and the others hand on what they get.
+"""Looped layers: a decoder layer that runs several times, as the layer's forward. A block of layers that
+follow each other may run again as one: then the first layer's forward is that of the block, and the others
+pass on what they get.
 
-With f_i(x) = layer_i(x) - x, what the i-th copy adds to a state (of a block, all of its layers in turn),
+With f_i(x) = layer_i(x) - x, what the i-th copy adds to a state (of a block, all of its layers in turn), and
+the residual coefficients a (keep) and c (add),
 
     serial     x_i = a_i x_(i-1) + c_i f_i(x_(i-1))         one pass after the other
     parallel   x'  = a x + sum_i c_i f_i(x)                 every copy reads the same state
 
-A step with a = c = 1 is the layer's own output, to the bit: one plain pass is no replication at all. Others
-are computed in fp32.
+A step with a = c = 1 is the layer's own output, to the bit. Others are computed in fp32.
 
 Each pass has keys and values of its own, so that a pass over a token attends to what the *same* pass made of
-the tokens before it. In the cache they have a slot each, for each layer of a block: pass 0 that of the layer,
-the others slots behind those of all layers (`Slot`).
+the tokens before it. In the cache pass 0 has the slot of the layer, the others slots behind those of all
+layers (`Slot`).
 
 Dynamic passes stop for each token alone, once a pass changes its state by less than `Stop` says, or once the
 token has used up its budget over all layers. A token that has stopped keeps its state; the passes that others
-still need leave its keys and values in their slots, made of the state that it kept. Once every token has
-stopped, only that is done, and the rest of the pass is skipped. So the result does not depend on how a text
-is split into forwards, with a cache or without; the cost does: of several tokens at once, the last to stop
-decides what is computed. `Usage` counts the passes that each token asked for.
+still need leave its keys and values in their slots. Once every token has stopped, only that is done. So the
+result does not depend on how a text is split into forwards; the cost does. `Usage` counts the passes that
+each token asked for.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,21 +38,21 @@ Pass = Callable[[State], State]
 
 
 def step(x: State, y: State, keep: float, add: float) -> State:
-    """`keep x + add f`, with f = y - x."""
+    """Return `keep x + add f`, with f = y - x."""
     if keep == add == 1:
         return y
     return (keep * x.float() + add * (y.float() - x.float())).to(x.dtype)
 
 
 def serial(x: State, passes: Sequence[Pass], steps: Steps) -> State:
-    """Pass after pass."""
+    """Run pass after pass."""
     for run, keep, add in zip(passes, steps.keep, steps.add, strict=True):
         x = step(x, run(x), keep, add)
     return x
 
 
 def parallel(x: State, passes: Sequence[Pass], steps: Steps) -> State:
-    """All passes from the same state."""
+    """Run all passes from the same state."""
     if steps.count == 1:
         return serial(x, passes, steps)
     total = steps.keep[0] * x.float()
@@ -70,8 +69,8 @@ def dynamic(
     usage: "Usage",
     rest: Callable[[State, int], None],
 ) -> State:
-    """Pass after pass, for each token as long as its state still changes and its budget lasts; `rest` leaves
-    behind what the passes from that number on would have left in a cache."""
+    """Run pass after pass, for each token as long as its state still changes and its budget lasts;
+    `rest(x, number)` leaves in the cache what the passes from that number on would have left."""
     going = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
     for number, (run, keep, add) in enumerate(zip(passes, steps.keep, steps.add, strict=True)):
         if number:
@@ -87,11 +86,11 @@ def dynamic(
 
 
 def changed(before: State, after: State, stop: Stop) -> Bool[Tensor, "batch tokens"]:
-    """Which tokens' states changed by more than `stop` allows."""
+    """Return which tokens' states changed by more than `stop` allows."""
     before, after = before.float(), after.float()
-    turned = 1 - torch.cosine_similarity(before, after, dim=-1)
+    angle = 1 - torch.cosine_similarity(before, after, dim=-1)
     moved = (after - before).norm(dim=-1) / before.norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
-    return (turned > stop.cosine) | (moved > stop.norm)
+    return (angle > stop.cosine) | (moved > stop.norm)
 
 
 @dataclass
@@ -104,19 +103,21 @@ class Usage:
     tokens: int = 0
 
     def begin(self, x: State) -> None:
-        """A new forward."""
+        """Begin a new forward."""
         self.spent = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
 
     def end(self) -> None:
+        """Add the forward that ends to the totals."""
         self.passes += int(self.spent.sum())
         self.tokens += self.spent.numel()
 
     def clear(self) -> None:
+        """Count from 0."""
         self.passes = self.tokens = 0
 
     @property
     def passes_per_token(self) -> float:
-        """Passes beyond one a layer, on average."""
+        """Return the passes beyond one a layer, on average."""
         return self.passes / max(1, self.tokens)
 
 
@@ -134,35 +135,28 @@ class Slot:
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         layers = self._cache.layers
         if self._slot >= len(layers) and self._cache.layer_class_to_replicate is None:
-            layers.append(_another(layers[layer_idx]))
+            like, names = layers[layer_idx], ("sliding_window", "max_cache_len")
+            layers.append(type(like)(**{name: getattr(like, name) for name in names if hasattr(like, name)}))
             assert self._slot < len(layers), "slots are filled in their order"
-        found = self._cache.update(keys, values, self._slot, *args, **kwargs)
+        kept = self._cache.update(keys, values, self._slot, *args, **kwargs)
         if self._only_keep:
             raise _Kept
-        return found
+        return kept
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)
 
 
-def _another(like: Any) -> Any:
-    """An empty layer of a cache, of the same kind."""
-    options = {
-        name: getattr(like, name) for name in ("sliding_window", "max_cache_len") if hasattr(like, name)
-    }
-    return type(like)(**options)
-
-
-def hands_on(hidden_states: State, *_args: Any, **_options: Any) -> State:
-    """The forward of a layer whose block has run already."""
+def passed_on(hidden_states: State, *_args: Any, **_options: Any) -> State:
+    """Be the forward of a layer whose block has run already."""
     return hidden_states
 
 
-class Passes:
-    """The forward of a decoder layer that has copies: it takes the place of `layer.forward`, and the layer
-    stays what it is, with all its names. runs: the layers that each pass goes through, one or those of a
-    block; the same ones may come again. first_slot: of the second pass. usage: where passes are dynamic;
-    begins, ends: with this layer, a forward does."""
+class LoopedForward:
+    """The forward of a looped decoder layer: it takes the place of `layer.forward`, and the layer keeps all
+    its names. runs: the layers that each pass goes through, one or those of a block; the same ones may come
+    again. first_slot: of the second pass. usage: where passes are dynamic; begins, ends: with this layer, a
+    forward does."""
 
     def __init__(
         self,
@@ -182,20 +176,21 @@ class Passes:
         self.begins = self.ends = False
 
     def __call__(self, hidden_states: State, *args: Any, **options: Any) -> Any:
-        passes = [
-            lambda x, number=number: self._run(number, x, args, options) for number in range(self.steps.count)
-        ]
+        count = self.steps.count
+        passes = [lambda x, number=number: self._run(number, x, args, options) for number in range(count)]
         if self.how == "parallel":
             return parallel(hidden_states, passes, self.steps)
         if self.stop is None or self.usage is None:
             return serial(hidden_states, passes, self.steps)
-        if self.begins:
-            self.usage.begin(hidden_states)
 
         def rest(x: State, first: int) -> None:
-            for number in range(first, self.steps.count):
-                self._keep(number, x, args, options)
+            if options.get("past_key_values") is not None:
+                for number in range(first, count):
+                    with suppress(_Kept):
+                        self._run(number, x, args, options, only_keep=True)
 
+        if self.begins:
+            self.usage.begin(hidden_states)
         x = dynamic(hidden_states, passes, self.steps, self.stop, self.usage, rest)
         if self.ends:
             self.usage.end()
@@ -205,17 +200,10 @@ class Passes:
         self, number: int, x: State, args: tuple, options: dict[str, Any], only_keep: bool = False
     ) -> State:
         cache, run = options.get("past_key_values"), self.forwards[number]
-        for place, forward in enumerate(run):
+        for index, forward in enumerate(run):
             if number and cache is not None:
-                slot = Slot(cache, self.first_slot + (number - 1) * len(run) + place, only_keep)
+                slot = Slot(cache, self.first_slot + (number - 1) * len(run) + index, only_keep)
                 options = options | {"past_key_values": slot}
             output = forward(x, *args, **options)
             x = output[0] if isinstance(output, tuple) else output
         return x
-
-    def _keep(self, number: int, x: State, args: tuple, options: dict[str, Any]) -> None:
-        """Leave a pass's keys and values in its slot, and do nothing else."""
-        if options.get("past_key_values") is None:
-            return
-        with suppress(_Kept):
-            self._run(number, x, args, options, only_keep=True)
