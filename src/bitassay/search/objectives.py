@@ -38,17 +38,17 @@ class Objective:
         """Raises BitassayError that names the nearest columns."""
         terms = []
         for part in re.split(r"(?<!\*)(?<![\d.]e)\+", text):
-            found = _TERM.fullmatch(part.strip())
-            if found is None:
+            match = _TERM.fullmatch(part.strip())
+            if match is None:
                 raise BitassayError(
                     f"{part.strip()!r} is no objective", "a column, or weight*column + weight*column"
                 )
-            weight = _number(found["weight"], text) if found["weight"] else 1.0
-            terms.append((weight, known_column(found["column"])))
+            weight = _number(match["weight"], text) if match["weight"] else 1.0
+            terms.append((weight, known_column(match["column"])))
         return cls(text, tuple(terms))
 
     def value(self, row: Mapping[str, Any]) -> float:
-        """Return the objective of one recipe's columns; NaN where one of them is missing."""
+        """Of one recipe's columns; NaN where one of them is not there."""
         values = [(weight, row.get(column)) for weight, column in self.terms]
         return sum(math.nan if value is None else weight * value for weight, value in values)
 
@@ -58,7 +58,6 @@ class Objective:
 
 
 def known_column(name: str) -> str:
-    """Return `name` if it is a column. Raises BitassayError that names the nearest columns."""
     if name not in COLUMNS:
         raise BitassayError(
             f"no column is called {name!r}; {suggestion(name, COLUMNS)}",
@@ -78,19 +77,19 @@ def parse_limit(text: str) -> tuple[str, float | Recipe]:
     return known_column(name.strip()), find_recipe(value) if is_recipe else _number(value, text)
 
 
-def _number(text: str, whole: str) -> float:
+def _number(text: str, expression: str) -> float:
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise BitassayError(f"{whole!r}: {text.strip()!r} is no number", "such as 2.3")
+        raise BitassayError(f"{expression!r}: {text.strip()!r} is no number", "such as 2.3")
     return value
 
 
-def dominates(one: Sequence[float], other: Sequence[float]) -> bool:
-    """Return whether `one` is nowhere larger and somewhere smaller."""
-    return all(a <= b for a, b in zip(one, other, strict=True)) and tuple(one) != tuple(other)
+def dominates(first: Sequence[float], second: Sequence[float]) -> bool:
+    """Whether `first` is nowhere larger and somewhere smaller."""
+    return all(a <= b for a, b in zip(first, second, strict=True)) and tuple(first) != tuple(second)
 
 
 def pareto(points: Sequence[Sequence[float]]) -> list[int]:
@@ -105,7 +104,7 @@ def pareto(points: Sequence[Sequence[float]]) -> list[int]:
 def is_hopeless(
     point: Sequence[float], better: Sequence[Sequence[float]], earlier: int, least: int = 5
 ) -> bool:
-    """Return whether a recipe stops after the short evaluation: of `earlier` ones that may be within the
-    limits, at least half dominate it there (the median rule, if there is one objective); `better` are those
-    that are known to be within. The first `least` never stop."""
+    """Whether a recipe stops after the short evaluation: of `earlier` ones that may be within the limits, at
+    least half dominate it there (the median rule, if there is one objective); `better` are those that are
+    known to be within. The first `least` never stop."""
     return earlier >= least and 2 * sum(dominates(other, point) for other in better) >= earlier

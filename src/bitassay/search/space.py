@@ -50,7 +50,7 @@ class Range(Spec):
 
     @property
     def is_whole(self) -> bool:
-        return all(isinstance(one, int) for one in (self.low, self.high, self.step or 1))
+        return all(isinstance(number, int) for number in (self.low, self.high, self.step or 1))
 
     @model_validator(mode="after")
     def _makes_sense(self) -> "Range":
@@ -61,7 +61,7 @@ class Range(Spec):
         return self
 
     def holds(self, value: Value) -> bool:
-        """Return whether `value` is one of the range."""
+        """Whether `value` is one of the range."""
         if isinstance(value, bool) or not isinstance(value, int if self.is_whole else (int, float)):
             return False
         steps, slack = (value - self.low) / (self.step or 1), 1e-9
@@ -69,7 +69,7 @@ class Range(Spec):
         return within and (self.step is None or abs(steps - round(steps)) < slack)
 
     def points(self) -> list[int | float]:
-        """Return all numbers of the range, where they can be counted."""
+        """All numbers of the range, where they can be counted."""
         step = self.step or (1 if self.is_whole and not self.log else None)
         if step is None:
             raise ValueError("a grid has no use for a range without a step")
@@ -96,7 +96,7 @@ class Space(Spec):
         return self
 
     def recipe_of(self, values: Values) -> Recipe:
-        """Return the recipe with these values. Raises BitassayError with the reason where it makes no sense."""
+        """The recipe with these values. Raises BitassayError with the reason where it makes no sense."""
         content = copy.deepcopy(self.recipe)
         for path, value in values.items():
             _put(content, path, copy.deepcopy(value))
@@ -109,22 +109,21 @@ class Space(Spec):
             raise BitassayError(f"{where}: {first['msg']}" if where else first["msg"]) from error
 
     def values_of(self, recipe: Recipe) -> dict[str, Value] | None:
-        """Return the values that make this recipe; None where the space does not hold it."""
-        own = {path: _field(recipe, path) for path in self.parameters}
+        """The values that make this recipe; None where the space does not hold it."""
+        fields = {path: _field(recipe, path) for path in self.parameters}
         values: dict[str, Value] = {}
         for path, choices in self.parameters.items():
             if isinstance(choices, Range):
-                fitting = [own[path]] if choices.holds(own[path]) else []
+                fitting = [fields[path]] if choices.holds(fields[path]) else []
             else:
-                fitting = [choice for choice in choices if _is_same(recipe, own | {path: choice})]
+                fitting = [choice for choice in choices if _is_same(recipe, fields | {path: choice})]
             if not fitting:
                 return None
             values[path] = fitting[0]
         return values if self.recipe_of(values).recipe_id == recipe.recipe_id else None
 
     def grid(self) -> Iterator[dict[str, Value]]:
-        """Return every combination of values. Raises BitassayError where they cannot be counted, or are too
-        many."""
+        """Every combination of values. Raises BitassayError where they cannot be counted, or are too many."""
         try:
             every = [c if isinstance(c, list) else c.points() for c in self.parameters.values()]
         except ValueError as error:
@@ -135,7 +134,7 @@ class Space(Spec):
 
 
 def label(value: Value) -> str | int | float | bool | None:
-    """Return a value as a sampler and a table hold it: parts of recipes as JSON."""
+    """A value as a sampler and a table hold it: parts of recipes as JSON."""
     return json.dumps(value, sort_keys=True) if isinstance(value, (dict, list)) else value
 
 
@@ -161,13 +160,13 @@ def _put(content: Any, path: str, value: Value) -> None:
 
 def _field(recipe: Recipe, path: str) -> Value:
     """What a recipe has at `path`; null where it leads to nothing."""
-    found: Any = recipe
+    value: Any = recipe
     for name in path.split("."):
-        if isinstance(found, tuple):
-            found = found[int(name)] if int(name) < len(found) else None
+        if isinstance(value, tuple):
+            value = value[int(name)] if int(name) < len(value) else None
         else:
-            found = getattr(found, name, None)
-    return to_jsonable_python(found)
+            value = getattr(value, name, None)
+    return to_jsonable_python(value)
 
 
 def _is_same(recipe: Recipe, values: Values) -> bool:
@@ -188,12 +187,12 @@ def _place(content: list[Any], name: str, path: str) -> int:
 
 
 def find_space(space: "str | Path | Space") -> Space:
-    """Return a space itself, the name of a shipped one, or the path of a YAML file. Raises BitassayError that
-    names the nearest choices, or the file and the field."""
+    """A space itself, the name of a shipped one, or the path of a YAML file. Raises BitassayError that names
+    the nearest choices, or the file and the field."""
     if isinstance(space, Space):
         return space
     if (path := Path(space)).suffix not in (".yaml", ".yml"):
-        names = sorted(found.stem for found in SHIPPED.glob("*.yaml"))
+        names = sorted(file.stem for file in SHIPPED.glob("*.yaml"))
         if str(space) not in names:
             raise BitassayError(
                 f"no space is called {str(space)!r}; {suggestion(str(space), names)}",
