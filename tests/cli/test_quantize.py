@@ -223,7 +223,7 @@ def test_what_a_calibrated_recipe_made_is_kept_in_the_cache(out, tmp_path, monke
     assert {path.name for path in (kept / "parts").iterdir()} == {
         "inputs.json", "passes.json", "result.json", "result.safetensors",
     }  # fmt: skip
-    monkeypatch.setattr("bitassay.quantization.pipeline.quantize_layers", lambda *_: 1 / 0)
+    monkeypatch.setattr("bitassay.quantization.solvers.layers.quantize_layers", lambda *_: 1 / 0)
     assert quantize(out, "--no-check", recipe=recipe) == 0
     with pytest.raises(ZeroDivisionError):
         quantize(tmp_path / "other", "--no-check", "--work", str(tmp_path / "work"), recipe=recipe)

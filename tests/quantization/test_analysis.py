@@ -103,7 +103,7 @@ def test_what_is_finished_is_not_done_again(stories, tmp_path, monkeypatch):
     first, _ = analyze(stories, W3, plan, out=tmp_path / "run")
     assert len(calls) == 3
     monkeypatch.setattr(analysis, "divergences", None)
-    monkeypatch.setattr(analysis, "quantize_tensor", None)
+    monkeypatch.setattr(analysis, "rounded_to_nearest", None)
     again, _ = analyze(stories, W3, plan, out=tmp_path / "run")
     assert again["layers"] == first["layers"]
     with pytest.raises(BitassayError, match="another plan"):

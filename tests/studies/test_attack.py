@@ -171,7 +171,7 @@ def test_another_process_answers_in_the_same_batches(started):
         "stories260k", load("stories260k", dtype="bfloat16"), prompts, GREEDY, replace(PLAN, batch=2)
     )
     theirs = VARIANTS["isa"].run(asked)
-    assert started == ["job.json"]
+    assert len(started) == 1
     for ours, other in zip(asked.traces, theirs, strict=True):
         assert ours.header == other.header
         assert all(ours.states[layer].equal(other.states[layer]) for layer in ours.header.layers)
@@ -179,7 +179,7 @@ def test_another_process_answers_in_the_same_batches(started):
 
 def test_rates_are_those_of_exchangeable_scores():
     random = np.random.default_rng(1)
-    honest = [observed(float(value)) for value in random.normal(size=4000)]
+    honest = [observed(float(value)) for value in random.normal(size=1000)]
     for alpha in (0.01, 0.05, 0.5):
         _, caught = CrossFit({"same": honest}, alpha).decide("distance", 1, honest)
-        assert caught.mean() == pytest.approx(alpha, abs=4 * (alpha * (1 - alpha) / 4000) ** 0.5)
+        assert caught.mean() == pytest.approx(alpha, abs=4 * (alpha * (1 - alpha) / 1000) ** 0.5)

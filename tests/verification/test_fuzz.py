@@ -65,6 +65,7 @@ def check_all(fuzz, target, edit, path):
     return Counter(fuzz.check(target, data, path) for data in cases)
 
 
+@pytest.mark.slow
 def test_it_notices_a_verifier_that_forgets_a_check(fuzz, targets, tmp_path, monkeypatch):
     """The signature; the proof; all claims; an error that is not named."""
     with monkeypatch.context() as patch:
@@ -87,6 +88,7 @@ def test_it_notices_a_verifier_that_forgets_a_check(fuzz, targets, tmp_path, mon
             check_all(fuzz, targets["trace"], fuzz.edit_numbers, tmp_path / "case")
 
 
+@pytest.mark.slow
 def test_edits_reach_what_lies_behind_the_schema(fuzz, targets, tmp_path, monkeypatch):
     """Signed again, many an edited receipt is judged; many an edited trace is."""
     judged = []

@@ -102,7 +102,7 @@ def bench(
     check_fit(model, plan.recipes, trust_remote_code=trust_remote_code, progress=progress)
     sources = {name: resolve(name, progress) for name in (model, *plan.candidates)}
     places = list[Place]()
-    if controls and any(recipe.replication is not None for recipe in plan.recipes):
+    if controls and any("replication" in recipe.parts for recipe in plan.recipes):
         layers = layer_count(sources[model].folder, trust_remote_code=trust_remote_code)
         with_their_controls, places = with_controls(plan.recipes, layers)
         plan = replace(plan, recipes=with_their_controls)

@@ -117,7 +117,7 @@ def eval(
         base, compared = (other[0], {model: loaded}) if other else (loaded, {})
         for text in protocols:
             token_windows(tokenizer(base), text)  # refuses more windows than there are; the result is cached
-        replicated = [recipe for recipe in recipes if controls and recipe.replication is not None]
+        replicated = [recipe for recipe in recipes if controls and "replication" in recipe.parts]
         for name, plain in zip(recipe or (), recipes, strict=True):
             if plain not in replicated:
                 compared[name] = quantize_cached(loaded, plain, progress=progress)

@@ -87,7 +87,8 @@ class _PlainProgress:
         if not total:
             print(what, file=sys.stderr, flush=True)
             return
-        if begins := stage is None or done < stage.done or total != stage.total:
+        begins = stage is None or done < stage.done or total != stage.total
+        if stage is None or begins:
             stage = self.stages[what] = Stage(done, total, now)
         ends = stage.done < done == total
         stage.step(done, now)

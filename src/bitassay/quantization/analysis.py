@@ -33,8 +33,8 @@ from bitassay.errors import BitassayError
 from bitassay.models.hooks import hooked
 from bitassay.models.identity import identity
 from bitassay.models.walk import decoder_layers, fused_experts, matrices
-from bitassay.quantization.codes.quantize import quantize_tensor
 from bitassay.quantization.codes.tensor import QuantizedTensor
+from bitassay.quantization.pipeline import rounded_to_nearest
 from bitassay.quantization.recipe.calibration import Calibration, calibration_tokens
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.runtime.experts import changed_fraction, load_of, routes
@@ -87,10 +87,11 @@ def analyze(
     name = f"analysis-{known.name}-{recipe.name}"
     folder = open_run_folder(name, run_plan("analysis", work), out)
     tokens = calibration_tokens(model, plan.text)
-    names = [name for name in weights if recipe.scheme_for(name) is not None]
+    schemes = {name: recipe.scheme_for(name) for name in weights}
+    names = [name for name, scheme in schemes.items() if scheme is not None]
     if not names:
         raise BitassayError(f"recipe {recipe.name} quantizes nothing in {known.name}", "another recipe")
-    tensors = cache(lambda: _rounded(weights, recipe, progress))  # not needed where all parts are finished
+    tensors = cache(lambda: rounded_to_nearest(model, schemes, "rounding to nearest", progress))
     found = folder.part("statistics", lambda: _statistics(model, tensors(), tokens, progress))
     divergence = _divergences(model, names, tensors, tokens, plan, folder, progress)
     run = write_run(
@@ -103,18 +104,6 @@ def analyze(
         routing=folder.part("routing", lambda: _routing(model, tensors(), tokens, progress)),
     )
     return run, folder.path
-
-
-def _rounded(
-    weights: Mapping[str, Float[Tensor, "_ _"]], recipe: Recipe, progress: Progress
-) -> dict[str, QuantizedTensor]:
-    chosen = {name: scheme for name in weights if (scheme := recipe.scheme_for(name))}
-    tensors = {}
-    for name, scheme in chosen.items():
-        progress("rounding to nearest", len(tensors), len(chosen))
-        tensors[name] = quantize_tensor(weights[name], scheme, name)
-    progress("rounding to nearest", len(chosen), len(chosen))
-    return tensors
 
 
 def _statistics(

@@ -85,7 +85,7 @@ def _products(model: PreTrainedModel) -> int:
     """How many products there are with each matrix in a pass."""
     done = quantization_of(model)
     plan = None if done is None else done.recipe.replication
-    return plan.copies if plan is not None and (plan.of, plan.differ) == ("linear", "inputs") else 1
+    return plan.copies if plan is not None and plan.averages_inputs else 1
 
 
 def window_reader(

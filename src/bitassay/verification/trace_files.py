@@ -17,7 +17,7 @@ from bitassay.data.corpora import prompts_from
 from bitassay.engines.prompts import encode_prompt
 from bitassay.engines.sampling import Sampler
 from bitassay.errors import BitassayError
-from bitassay.models.identity import Identity, identity
+from bitassay.models.identity import Identity, identity, tokenizer
 from bitassay.record.files import read_json, write_json
 from bitassay.record.progress import Progress, silent
 from bitassay.verification.container import TraceError
@@ -117,7 +117,7 @@ def _row(model: PreTrainedModel, path: Path, trace: Trace) -> dict[str, Any]:
         "prompt_tokens": trace.n_prompt,
         "output_tokens": trace.n_tokens,
         "nonce": trace.header.nonce,
-        "text": model.tokenizer.decode(list(trace.header.output_ids), skip_special_tokens=True),
+        "text": tokenizer(model).decode(list(trace.header.output_ids), skip_special_tokens=True),
     }
 
 

@@ -26,6 +26,7 @@ What the format cannot say exactly has an `obstacle`, and goes into the layout o
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ from bitassay.quantization.export.plain_load import EXPERTS, expert_pieces
 from bitassay.quantization.inputs.activations import InputRounding
 from bitassay.quantization.recipe.formats import FORMATS, INPUT_FORMATS
 from bitassay.quantization.recipe.granularity import Granularity
-from bitassay.quantization.recipe.inputs import InputScheme
+from bitassay.quantization.recipe.inputs import Activations, InputScheme
 from bitassay.quantization.recipe.weights import WeightScheme
 from bitassay.quantization.runtime.model import Quantization
 
@@ -83,6 +84,15 @@ def input_obstacle(scheme: InputScheme) -> str | None:
     fmt = INPUT_FORMATS[scheme.format]
     known = fmt.float_dtype is E4M3 if fmt.kind == "float" else fmt.bits in (4, 8)
     return None if known else f"engines know inputs of 4 and 8 bits and e4m3, not {fmt.name}"
+
+
+def activations_obstacle(spec: Activations) -> str | None:
+    """Return why the format cannot say that a recipe's inputs are rounded so; None where it can."""
+    return next(filter(None, map(input_obstacle, spec.schemes)), None)
+
+
+# Parts of a recipe that a folder for engines says where the layout is asked for, by steps of their own.
+EXPRESSED: dict[str, Callable[[Any], str | None]] = {"activations": activations_obstacle}
 
 
 def with_inputs(stored: Stored, inputs: InputScheme | InputRounding | None) -> Stored:

@@ -2,7 +2,10 @@
 has to know before any weight is read.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -12,12 +15,14 @@ from bitassay.quantization.codes.storage import Factors, Stored, expected_bytes,
 from bitassay.quantization.export import compressed
 from bitassay.quantization.export.reload import expected_parts
 from bitassay.quantization.export.save import Layout, choose_layout
+from bitassay.quantization.recipe.calibration import Calibration
 from bitassay.quantization.recipe.recipe import Recipe
+from bitassay.quantization.recipe.solvers import Learned, Tune
+from bitassay.quantization.recipe.transforms import Rotation, Smoothing
 from bitassay.quantization.recipe.weights import WeightScheme
 from bitassay.quantization.runtime.model import check_recipe, parameter_count
 from bitassay.quantization.runtime.replicas import is_replica, original, replica_names
-from bitassay.quantization.solvers import layerwise
-from bitassay.quantization.solvers.tune import memory_of
+from bitassay.quantization.solvers import layerwise, tune
 
 
 @dataclass(frozen=True)
@@ -64,23 +69,15 @@ def plan_export(model: PreTrainedModel, recipe: Recipe, layout: Layout | None = 
         ]
     stored = max(expected_bytes(expected_parts(model, chosen, way, shapes)) for way in ways)
     weights = sum(shapes[name][0] * shapes[name][1] for name in ways[0] if not is_replica(name))
-    added = _untied(model, recipe) + _input_scales(model, recipe)
+    added = sum(count(model, part) for count, part in recipe.steps(ADDED_PARAMETERS))
     parameters, item = parameter_count(model) + added, model.dtype.itemsize
     saving = (2 * parameters + weights) * item + bits // 8 + 2 * stored
-    calibrating = tuning = 0
-    text, config = recipe.text, model.config.get_text_config()
-    weighs = any((own := recipe.scheme_for(name)) and own.uses_importance for name in ways[0])
+    originals = [name for name in ways[0] if not is_replica(name)]
+    sizes = Sizes(model, recipe.text, [shapes[name] for name in originals], parameters, bits)
+    memory = [saving, *(memory_of(part, sizes) for memory_of, part in recipe.steps(MEMORY))]
+    weighs = any((scheme := recipe.scheme_for(name)) and scheme.uses_importance for name in originals)
     if recipe.is_calibrated and (recipe.uses_calibrated_solver or weighs):
-        widest = max(max(shapes[name]) for name in ways[0])
-        streams = layerwise.LEARNED_STREAMS if recipe.learned is not None else 0
-        passing = layerwise.memory_of(text.samples * text.tokens, config.hidden_size, widest, streams)
-        calibrating = 4 * (parameters + weights) + bits // 8 + passing
-    if recipe.tune is not None:
-        learned = [shapes[name] for name in ways[0]]
-        layers = len(decoder_layers(model))
-        tuning = memory_of(
-            recipe.tune, text.tokens, learned, layers, config.hidden_size, parameters, config.vocab_size
-        )
+        memory.append(_solving(sizes))
     size_bytes = (parameters - weights) * 2 + bits // 8
     return Plan(
         layout=chosen,
@@ -90,32 +87,82 @@ def plan_export(model: PreTrainedModel, recipe: Recipe, layout: Layout | None = 
         checkpoint_bits_per_weight=size_bytes * 8 / parameters,
         size_bytes=size_bytes,
         tensor_bytes=(parameters - weights) * item + stored,
-        memory_bytes=max(saving, calibrating, tuning),
+        memory_bytes=max(memory),
     )
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """What the memory of calibration depends on: shapes of the quantized matrices, all parameters, and the
+    bits of all codes."""
+
+    model: PreTrainedModel
+    text: Calibration
+    shapes: list[tuple[int, int]]
+    parameters: int
+    bits: int
+
+
+def _solving(sizes: Sizes, streams: int = 0) -> int:
+    """Return the bytes that it takes to solve layer by layer, with so many more hidden states."""
+    weights, widest = sum(map(math.prod, sizes.shapes)), max(map(max, sizes.shapes))
+    tokens, hidden = sizes.text.samples * sizes.text.tokens, sizes.model.config.get_text_config().hidden_size
+    passing = layerwise.memory_of(tokens, hidden, widest, streams)
+    return 4 * (sizes.parameters + weights) + sizes.bits // 8 + passing
+
+
+def _learning(spec: Learned, sizes: Sizes) -> int:
+    return _solving(sizes, layerwise.LEARNED_STREAMS)
+
+
+def _tuning(spec: Tune, sizes: Sizes) -> int:
+    config, layers = sizes.model.config.get_text_config(), len(decoder_layers(sizes.model))
+    return tune.memory_of(
+        spec,
+        sizes.text.tokens,
+        sizes.shapes,
+        layers,
+        config.hidden_size,
+        sizes.parameters,
+        config.vocab_size,
+    )
+
+
+def _untied_head(model: PreTrainedModel, rotation: Rotation) -> int:
+    """Return the size of a head that was the embedding, where a folded rotation makes a matrix of it."""
+    if rotation.r1 != "folded" or rotation.layers == "none" or not model.config.tie_word_embeddings:
+        return 0
+    return model.get_input_embeddings().get_parameter("weight").numel()
+
+
+def _input_scales(model: PreTrainedModel, smoothing: Smoothing) -> int:
+    """Return how many numbers linears divide their inputs by at run time."""
+    return sum(x.in_features for x in walk(model).linears.values()) if smoothing.at_run_time else 0
+
+
+# What parts of a recipe cost besides codes: bytes of memory while they run, and parameters that they add.
+MEMORY: dict[str, Callable[[Any, Sizes], int]] = {"learned": _learning, "tune": _tuning}
+ADDED_PARAMETERS: dict[str, Callable[[PreTrainedModel, Any], int]] = {
+    "rotation": _untied_head,
+    "smoothing": _input_scales,
+}
+
+
 def _planned(model: PreTrainedModel, recipe: Recipe, names: list[str]) -> list[dict[str, Stored]]:
-    """How matrices will be stored, and those of copies; one way for each choice that mixed bits have."""
-    spec, factors = recipe.low_rank, None
-    if spec is not None and spec.rank:
-        factors = Factors(rank=spec.rank, dtype=spec.dtype)
-    given = {name: scheme for name in names if (scheme := recipe.scheme_for(name))}
-    ways = [given]
-    if recipe.mixed is not None and recipe.weights is not None:
-        ways = [
-            {name: choice if recipe.override_for(name) is None else scheme for name, scheme in given.items()}
-            for choice in recipe.mixed.choices(recipe.weights)
-        ]
+    """Return how matrices will be stored, and those of copies; one way for each choice that mixed bits
+    have."""
+    spec = recipe.low_rank
+    factors = Factors(rank=spec.rank, dtype=spec.dtype) if spec is not None and spec.rank else None
     return [
         {name: planned(scheme, factors) for name, scheme in _with_copies(model, recipe, way).items()}
-        for way in ways
+        for way in recipe.possible_schemes(names)
     ]
 
 
 def _with_copies(
     model: PreTrainedModel, recipe: Recipe, schemes: dict[str, WeightScheme]
 ) -> dict[str, WeightScheme]:
-    """The schemes of all copies too; where layers are chosen by a measure, of the first so many."""
+    """Add the schemes of all copies; where layers are chosen by a measure, of the first so many."""
     plan, layers, found = recipe.replication, len(decoder_layers(model)), dict(schemes)
     if plan is None or not plan.makes_codes:
         return found
@@ -131,18 +178,3 @@ def _with_copies(
                 own = [name, *replicas]
                 found |= {copy: copies.scheme(scheme, place) for place, copy in enumerate(own)}
     return found
-
-
-def _untied(model: PreTrainedModel, recipe: Recipe) -> int:
-    """Parameters of a head that was the embedding, and that a folded rotation makes a matrix of its own."""
-    spec = recipe.rotation
-    if spec is None or spec.r1 != "folded" or spec.layers == "none" or not model.config.tie_word_embeddings:
-        return 0
-    return model.get_input_embeddings().get_parameter("weight").numel()
-
-
-def _input_scales(model: PreTrainedModel, recipe: Recipe) -> int:
-    """Parameters by which linears divide their inputs at run time."""
-    if recipe.smoothing is None or not recipe.smoothing.at_run_time:
-        return 0
-    return sum(linear.in_features for linear in walk(model).linears.values())

@@ -39,7 +39,7 @@ from bitassay.quantization.export.plain_load import Piece, exact_scales, expert_
 from bitassay.quantization.inputs.activations import InputRounding
 from bitassay.quantization.recipe.calibration import UNTRUSTED
 from bitassay.quantization.recipe.recipe import Recipe
-from bitassay.quantization.recipe.replication import Steps
+from bitassay.quantization.recipe.replication import ReplicationPlan, Steps
 from bitassay.quantization.runtime.model import Quantization, with_tensors
 from bitassay.quantization.runtime.replicas import is_replica, replica_names
 from bitassay.quantization.transforms.folding import INPUT_SCALES
@@ -87,8 +87,9 @@ def read_quantized(
     entries = {name: stored_as[key] for key, name in module_names(empty, stored_as).items()}
     shapes = {name: (view.shape[0], view.shape[1]) for name, view in matrices(empty).items()}
     described, plain = {}, dict(entries)
-    passes = _passes(recipe, len(decoder_layers(empty)), card, folder)
-    copies = _copies(empty, recipe, passes, [name for name in card.matrices if not is_replica(name)])
+    plan = recipe.replication
+    passes = _passes(plan, len(decoder_layers(empty)), card, folder)
+    copies = _copies(empty, plan, passes, [name for name in card.matrices if not is_replica(name)])
     shapes |= {name: shapes[of] for name, of in copies.items() if of in shapes}
     if missing := sorted(copies.keys() - card.matrices.keys()):
         raise BitassayError(f"{folder / CARD_FILE}: matrices: {missing[0]} is not there", AGAIN)
@@ -277,7 +278,7 @@ def _inputs(model: PreTrainedModel, recipe: Recipe, card: Card, folder: Path) ->
             raise BitassayError(
                 f"{folder / CARD_FILE}: inputs of {name}: it has no column {max(rounding.outliers)}", AGAIN
             )
-        several = plan.copies if plan is not None and (plan.of, plan.differ) == ("linear", "inputs") else 1
+        several = plan.copies if plan is not None and plan.averages_inputs else 1
         if rounding.copy is not None or not 1 <= rounding.copies <= several:
             raise BitassayError(
                 f"{folder / CARD_FILE}: inputs of {name}: copies that the recipe has not", AGAIN
@@ -299,10 +300,10 @@ def _check_inputs(
             raise BitassayError(f"{folder}: {CARD_FILE} and the files differ in the inputs of {name}", AGAIN)
 
 
-def _passes(recipe: Recipe, layers: int, card: Card, folder: Path) -> dict[int, Steps]:
+def _passes(plan: ReplicationPlan | None, layers: int, card: Card, folder: Path) -> dict[int, Steps]:
     """The passes of the layers that have several, which must be those that the recipe asks for, as far as it
     says."""
-    plan, where = recipe.replication, f"{folder / CARD_FILE}: passes"
+    where = f"{folder / CARD_FILE}: passes"
     try:
         passes = TypeAdapter(dict[int, Steps]).validate_python(card.passes)
     except ValidationError as error:
@@ -321,10 +322,10 @@ def _passes(recipe: Recipe, layers: int, card: Card, folder: Path) -> dict[int, 
 
 
 def _copies(
-    model: PreTrainedModel, recipe: Recipe, passes: dict[int, Steps], names: list[str]
+    model: PreTrainedModel, plan: ReplicationPlan | None, passes: dict[int, Steps], names: list[str]
 ) -> dict[str, str]:
     """The matrices of layers' copies that have codes of their own, each with the one that it is a copy of."""
-    if recipe.replication is None or not recipe.replication.makes_codes:
+    if plan is None or not plan.makes_codes:
         return {}
     return {
         copy: name

@@ -167,22 +167,15 @@ def choose_layout(
 def layout_obstacle(
     model: PreTrainedModel, recipe: Recipe, matrices: dict[str, Stored], wanted: Layout | None = None
 ) -> str | None:
-    """The first thing that compressed-tensors cannot hold, or plain transformers not load from it: exactly,
-    but for rounded inputs where it is wanted."""
-    if recipe.kv_cache is not None:
-        return "the recipe's kv_cache: plain transformers would run the model without"
-    if (spec := recipe.activations) is not None:
-        if wanted != "compressed-tensors":
-            return "the recipe's activations exactly: engines round inputs by their own steps"
-        for scheme in (spec, *(override.inputs for override in spec.overrides)):
-            if scheme is not None and (why := compressed.input_obstacle(scheme)):
-                return f"the recipe's activations: {why}"
-    if recipe.smoothing is not None and recipe.smoothing.at_run_time:
-        return "the recipe's smoothing: plain transformers would not divide inputs at run time"
-    if recipe.replication is not None and recipe.replication.at_run_time:
-        return "the recipe's replication: plain transformers would run each layer once"
-    if recipe.rotation is not None and recipe.rotation.online:
-        return "the recipe's rotation: plain transformers would run the model without its part at run time"
+    """Return the first thing that compressed-tensors cannot hold exactly, or plain transformers not load from
+    it; rounded inputs may differ in their steps where the layout is wanted."""
+    for name, part in recipe.parts.items():
+        if wanted == "compressed-tensors" and name in compressed.EXPRESSED:
+            why = compressed.EXPRESSED[name](part)
+        else:
+            why = part.plain_obstacle
+        if why:
+            return f"the recipe's {name}: {why}"
     for name, stored in matrices.items():
         if why := compressed.obstacle(stored):
             return f"{name} in {stored.scheme.format} exactly: {why}"

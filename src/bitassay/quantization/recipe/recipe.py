@@ -13,7 +13,7 @@ An installed package adds a part by an entry point in the group `bitassay.solver
 name is then a field of recipes, which its spec checks and which is part of the id.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar
@@ -159,6 +159,16 @@ class Recipe(Spec):
         """Return the scheme of the module of that full name; None: leave it."""
         override = self.override_for(module)
         return self.weights if override is None else override.weights
+
+    def possible_schemes(self, names: Iterable[str]) -> list[dict[str, WeightScheme]]:
+        """Return the schemes of those of the named matrices that are quantized: one mapping, or one for each
+        choice that mixed bits have."""
+        schemes = {name: scheme for name in names if (scheme := self.scheme_for(name))}
+        if self.mixed is None or self.weights is None:
+            return [schemes]
+        free = {name for name in schemes if self.override_for(name) is None}
+        choices = self.mixed.choices(self.weights)
+        return [schemes | dict.fromkeys(free, choice) for choice in choices]
 
 
 def shipped_recipes() -> dict[str, Recipe]:

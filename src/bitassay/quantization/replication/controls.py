@@ -135,12 +135,12 @@ def _more_bits(
     recipe: Recipe, weights: WeightScheme, counts: list[int], mean: float
 ) -> dict[str, Any] | None:
     """What makes a recipe store `mean` times as much; None: nothing does."""
-    fmt, count = weights.number_format, counts[0]
+    fmt, count, mixed = weights.number_format, counts[0], recipe.mixed
     wider = [bits for bits in sorted(INTEGERS) if fmt.bits < bits]
     if fmt.kind == "float" or not wider:
         return None
     schemes = [override.weights for override in recipe.overrides]
-    if recipe.mixed is None and set(counts) == {mean} and min(8.0, fmt.bits * count) in INTEGERS:
+    if mixed is None and set(counts) == {mean} and min(8.0, fmt.bits * count) in INTEGERS:
         overrides = [
             override.model_dump() | {"weights": scheme and widened(scheme, count)}
             for override, scheme in zip(recipe.overrides, schemes, strict=True)
@@ -148,13 +148,13 @@ def _more_bits(
         return {"weights": widened(weights, count), "overrides": overrides}
     if any(schemes):
         return None
-    had = recipe.mixed.choices(weights) if recipe.mixed else [weights]
+    had = mixed.choices(weights) if mixed else [weights]
     choices = [scheme.model_dump() for scheme in had]
     known = {scheme.format for scheme in had}
     choices += [_plain(weights) | {"format": INTEGERS[bits]} for bits in wider if INTEGERS[bits] not in known]
     most = nominal_bits(WeightScheme.model_validate(choices[-1]))
-    bits = min(most, mean * (recipe.mixed.bits if recipe.mixed else nominal_bits(weights)))
-    how = recipe.mixed.model_dump() if recipe.mixed else {}
+    bits = min(most, mean * (mixed.bits if mixed else nominal_bits(weights)))
+    how = mixed.model_dump() if mixed else {}
     return {"mixed": how | {"bits": round(bits, 4), "formats": choices}}
 
 

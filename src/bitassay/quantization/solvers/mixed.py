@@ -58,7 +58,7 @@ def mixed_schemes(
     progress: Progress = silent,
     folder: RunFolder | None = None,
 ) -> dict[str, WeightScheme | None]:
-    """Return a scheme for each of `matrices(model)` by `recipe.mixed`, None for those that the recipe leaves
+    """Return a scheme for each of `matrices(model)` by its budget, None for those that the recipe leaves
     alone. With a folder the choice is a part of it. Raises BitassayError where the budget does not fit the
     choices."""
     spec, weights = recipe.mixed, recipe.weights
