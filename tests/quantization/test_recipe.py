@@ -43,6 +43,7 @@ def test_there_is_a_best_recipe_at_every_number_of_bits():
     assert all(recipe.is_calibrated for recipe in BEST.values())
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", BEST)
 def test_a_best_recipe_runs_and_is_saved(name, tmp_path):
     changes = {

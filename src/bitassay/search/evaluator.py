@@ -70,10 +70,10 @@ class TrialEvaluator:
             return self._kept[index]
         window = self.windows[index]
         logits = window_logits(self.base, window)
-        found = logits, token_scores(logits, window[1:])
+        result = logits, token_scores(logits, window[1:])
         if (len(self._kept) + 1) * logits.nbytes <= KEPT_BYTES:
-            self._kept[index] = found
-        return found
+            self._kept[index] = result
+        return result
 
     def codes(self, recipe: Recipe, work: Path) -> Quantization | None:
         """The codes of a calibrated recipe, where other trials may have the same, made once while they do.
@@ -90,19 +90,19 @@ class TrialEvaluator:
     def judged(self, quantizations: dict[str, Quantization]) -> tuple[list[Row], list[list[TextDifference]]]:
         """Facts and quality of the base model and of each recipe on the windows held out, and the differences
         between the recipes: entry [i][j] is of recipe i less recipe j."""
-        candidates = {name: with_tensors(self.base, one) for name, one in quantizations.items()}
+        candidates = {name: with_tensors(self.base, made) for name, made in quantizations.items()}
         scores: dict[str, list[TokenScores]] = {BASE: [], **{name: [] for name in candidates}}
-        for index, found in score_windows(self.base, candidates, self.held_out, finite=False):
-            for name, one in found.items():
-                scores[name].append(one)
+        for index, by_name in score_windows(self.base, candidates, self.held_out, finite=False):
+            for name, of_window in by_name.items():
+                scores[name].append(of_window)
             self.progress("scoring what is held out", index + 1, len(self.held_out))
         rows = [facts_of(self.base) | summarise(scores[BASE], scores[BASE]).to_dict()]
         rows += [
-            facts(self.base, one) | summarise(scores[name], scores[BASE]).to_dict()
-            for name, one in quantizations.items()
+            facts(self.base, made) | summarise(scores[name], scores[BASE]).to_dict()
+            for name, made in quantizations.items()
         ]
         every = [scores[name] for name in quantizations]
-        return rows, [[text_difference(other, one) for other in every] for one in every]
+        return rows, [[text_difference(second, first) for second in every] for first in every]
 
     def speed(self, quantization: Quantization) -> Row:
         """Columns of speed, of packed weights."""
@@ -178,7 +178,7 @@ def known_facts(base: PreTrainedModel, recipe: Recipe) -> Row:
 def limits(base: PreTrainedModel, at_most: Mapping[str, float | Recipe]) -> dict[str, float]:
     """Each limit as a number: a recipe stands for what it stores. Raises BitassayError where that is not
     known before it is made."""
-    found = {}
+    numbers = {}
     for column, most in at_most.items():
         if isinstance(most, Recipe):
             known = known_facts(base, most)
@@ -188,5 +188,5 @@ def limits(base: PreTrainedModel, at_most: Mapping[str, float | Recipe]) -> dict
                     f"give a number, or limit one of {', '.join(FACTS)}",
                 )
             most = known[column]
-        found[column] = float(most)
-    return found
+        numbers[column] = float(most)
+    return numbers

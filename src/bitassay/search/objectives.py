@@ -38,13 +38,13 @@ class Objective:
         """Raises BitassayError that names the nearest columns."""
         terms = []
         for part in re.split(r"(?<!\*)(?<![\d.]e)\+", text):
-            found = _TERM.fullmatch(part.strip())
-            if found is None:
+            match = _TERM.fullmatch(part.strip())
+            if match is None:
                 raise BitassayError(
                     f"{part.strip()!r} is no objective", "a column, or weight*column + weight*column"
                 )
-            weight = _number(found["weight"], text) if found["weight"] else 1.0
-            terms.append((weight, known_column(found["column"])))
+            weight = _number(match["weight"], text) if match["weight"] else 1.0
+            terms.append((weight, known_column(match["column"])))
         return cls(text, tuple(terms))
 
     def value(self, row: Mapping[str, Any]) -> float:
@@ -77,19 +77,19 @@ def parse_limit(text: str) -> tuple[str, float | Recipe]:
     return known_column(name.strip()), find_recipe(value) if is_recipe else _number(value, text)
 
 
-def _number(text: str, whole: str) -> float:
+def _number(text: str, expression: str) -> float:
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise BitassayError(f"{whole!r}: {text.strip()!r} is no number", "such as 2.3")
+        raise BitassayError(f"{expression!r}: {text.strip()!r} is no number", "such as 2.3")
     return value
 
 
-def dominates(one: Sequence[float], other: Sequence[float]) -> bool:
-    """Whether `one` is nowhere larger and somewhere smaller."""
-    return all(a <= b for a, b in zip(one, other, strict=True)) and tuple(one) != tuple(other)
+def dominates(first: Sequence[float], second: Sequence[float]) -> bool:
+    """Whether `first` is nowhere larger and somewhere smaller."""
+    return all(a <= b for a, b in zip(first, second, strict=True)) and tuple(first) != tuple(second)
 
 
 def pareto(points: Sequence[Sequence[float]]) -> list[int]:

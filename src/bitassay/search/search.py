@@ -76,7 +76,8 @@ def search(
     plan = SearchPlan(model, find_space(space), **options)
     written = tuple(find_recipe(recipe) for recipe in against)
     row_names(written)
-    if taken := [one.name for one in written if re.fullmatch(rf"{re.escape(plan.space.name)}-\d+", one.name)]:
+    pattern = rf"{re.escape(plan.space.name)}-\d+"
+    if taken := [recipe.name for recipe in written if re.fullmatch(pattern, recipe.name)]:
         raise BitassayError(f"{taken[0]}: a recipe that this search finds may be called so", "rename it")
     if trials < 1 or jobs < 1:
         raise BitassayError(f"{min(trials, jobs)} trials or jobs", "at least 1")
@@ -138,13 +139,13 @@ def _result(
         write_text(folder.path / "best" / f"{recipe.name}.yaml", yaml.safe_dump(content, sort_keys=False))
     recipes = {recipe.name: recipe for recipe in (*best[:MOST_BEST], *against)}
     quantizations = {
-        name: quantize_tensors_cached(evaluator.base, one, progress) for name, one in recipes.items()
+        name: quantize_tensors_cached(evaluator.base, recipe, progress) for name, recipe in recipes.items()
     }
     rows, differences = evaluator.judged(quantizations)
     hand = [recipe.name for recipe in against]
-    for row, found in zip(rows[1:], differences, strict=True):
+    for row, by_recipe in zip(rows[1:], differences, strict=True):
         row["against"] = {
-            other: asdict(one) for other, one in zip(recipes, found, strict=True) if other in hand
+            other: asdict(apart) for other, apart in zip(recipes, by_recipe, strict=True) if other in hand
         }
     who = identity(evaluator.base)
     return write_run(
@@ -206,23 +207,23 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _finite(one) for key, one in value.items()}
-    return [_finite(one) for one in value] if isinstance(value, (list, tuple)) else value
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _importance(plan: SearchPlan, study: optuna.Study) -> dict[str, dict[str, float]]:
     """Of each parameter for each objective (PED-ANOVA); empty where there are too few trials to say."""
-    found = {}
+    importance = {}
     for index, text in enumerate(plan.objectives):
         try:
             with warnings.catch_warnings():  # that small is good, which it is
                 warnings.simplefilter("ignore")
-                found[text] = optuna.importance.get_param_importances(
+                importance[text] = optuna.importance.get_param_importances(
                     study, target=lambda trial, index=index: trial.values[index]
                 )
         except (ValueError, RuntimeError):
-            found[text] = {}
-    return found
+            importance[text] = {}
+    return importance
 
 
 def _reasons(trials: Sequence[FrozenTrial]) -> str:

@@ -50,7 +50,7 @@ class Range(Spec):
 
     @property
     def is_whole(self) -> bool:
-        return all(isinstance(one, int) for one in (self.low, self.high, self.step or 1))
+        return all(isinstance(number, int) for number in (self.low, self.high, self.step or 1))
 
     @model_validator(mode="after")
     def _makes_sense(self) -> "Range":
@@ -110,13 +110,13 @@ class Space(Spec):
 
     def values_of(self, recipe: Recipe) -> dict[str, Value] | None:
         """The values that make this recipe; None where the space does not hold it."""
-        own = {path: _field(recipe, path) for path in self.parameters}
+        fields = {path: _field(recipe, path) for path in self.parameters}
         values: dict[str, Value] = {}
         for path, choices in self.parameters.items():
             if isinstance(choices, Range):
-                fitting = [own[path]] if choices.holds(own[path]) else []
+                fitting = [fields[path]] if choices.holds(fields[path]) else []
             else:
-                fitting = [choice for choice in choices if _is_same(recipe, own | {path: choice})]
+                fitting = [choice for choice in choices if _is_same(recipe, fields | {path: choice})]
             if not fitting:
                 return None
             values[path] = fitting[0]
@@ -160,13 +160,13 @@ def _put(content: Any, path: str, value: Value) -> None:
 
 def _field(recipe: Recipe, path: str) -> Value:
     """What a recipe has at `path`; null where it leads to nothing."""
-    found: Any = recipe
+    value: Any = recipe
     for name in path.split("."):
-        if isinstance(found, tuple):
-            found = found[int(name)] if int(name) < len(found) else None
+        if isinstance(value, tuple):
+            value = value[int(name)] if int(name) < len(value) else None
         else:
-            found = getattr(found, name, None)
-    return to_jsonable_python(found)
+            value = getattr(value, name, None)
+    return to_jsonable_python(value)
 
 
 def _is_same(recipe: Recipe, values: Values) -> bool:
@@ -192,7 +192,7 @@ def find_space(space: "str | Path | Space") -> Space:
     if isinstance(space, Space):
         return space
     if (path := Path(space)).suffix not in (".yaml", ".yml"):
-        names = sorted(found.stem for found in SHIPPED.glob("*.yaml"))
+        names = sorted(file.stem for file in SHIPPED.glob("*.yaml"))
         if str(space) not in names:
             raise BitassayError(
                 f"no space is called {str(space)!r}; {suggestion(str(space), names)}",

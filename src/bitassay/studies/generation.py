@@ -126,7 +126,8 @@ def generation(
         for place, (name, make) in enumerate(makers.items())
     }
     rows = [
-        {"recipe": name, **compare_texts(found, written[BASE]).to_dict()} for name, found in written.items()
+        {"recipe": name, **compare_texts(outputs, written[BASE]).to_dict()}
+        for name, outputs in written.items()
     ]
     run = write_run(
         folder,
@@ -137,10 +138,10 @@ def generation(
         prompts=texts,
         texts={
             name: [
-                {"text": one.text, "tokens": len(one.ids), "prefix_tokens": prefix, "prefix": shown}
-                for one, prefix, shown in _prefixes(base, found, written[BASE])
+                {"text": text.text, "tokens": len(text.ids), "prefix_tokens": prefix, "prefix": shown}
+                for text, prefix, shown in _prefixes(base, outputs, written[BASE])
             ]
-            for name, found in written.items()
+            for name, outputs in written.items()
         },
         rows=rows,
     )
@@ -197,7 +198,7 @@ def _written(
     for start in starts:
         if not folder.has(part(start)):
             break
-        kept += [Text(tuple(one["ids"]), one["text"]) for one in folder.part(part(start), list)]
+        kept += [Text(tuple(saved["ids"]), saved["text"]) for saved in folder.part(part(start), list)]
     if len(kept) < len(prompts):
         done = len(kept)
 
@@ -223,9 +224,9 @@ def _prefixes(
 ) -> Iterator[tuple[Text, int, str]]:
     """Each text, the tokens that it shares with the base's, and those as text, where they are a beginning of
     it: a token may hold half a letter."""
-    for one, length in zip(texts, prefix_lengths(texts, base), strict=True):
-        prefix = decoded(model, one.ids[:length])
-        yield one, length, prefix if one.text.startswith(prefix) else ""
+    for text, length in zip(texts, prefix_lengths(texts, base), strict=True):
+        prefix = decoded(model, text.ids[:length])
+        yield text, length, prefix if text.text.startswith(prefix) else ""
 
 
 def _settings(plan: GenerationPlan) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def source_tasks(source: TaskSource) -> list[str]:
     return sorted(
         name
         for name, entry in manager_of(path).task_index.items()
-        if entry.kind.name == "TASK" and path in (entry.yaml_path, *entry.yaml_path.parents)
+        if entry.kind.name == "TASK" and (file := entry.yaml_path) and path in (file, *file.parents)
     )
 
 

@@ -262,7 +262,7 @@ def _rows(
     return rows
 
 
-_NO_COMPARISON = dict.fromkeys(
+_NO_COMPARISON: dict[str, Any] = dict.fromkeys(
     ("against", "difference", "difference_ci", "lost", "gained", "p_value", "p_holm", "visible_difference")
 )
 

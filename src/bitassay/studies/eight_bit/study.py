@@ -124,17 +124,17 @@ def eight_bit_plan(
     questions: int,
     protocol: Protocol = DEFAULT_PROTOCOL,
     only: Sequence[str] = (),
-    **how: Any,
+    **options: Any,
 ) -> VariantPlan:
-    """The plan of a study; `how` are further fields of it. only: names of variants, or parts of them, such as
-    "row" or "fp8"; the base is always there. Raises BitassayError for what makes no sense."""
-    found = find_study(study)
+    """Return the plan of a study; `options` are further fields of it. only: names of variants, or parts of
+    them, such as "row" or "fp8"; the base is always there. Raises BitassayError for what makes no sense."""
+    row = find_study(study)
     if questions < 1:
         raise BitassayError(f"{questions} questions leave nothing to measure", "--limit 1 or more")
-    text = protocol if found.text else None
-    base, *others = _named(found.variants, only) if only else found.variants
-    base = replace(base, name=_PRECISIONS.get(how.get("dtype", "bfloat16"), BASE))
-    return VariantPlan(study, model, (base, *others), text, questions=questions, speed=found.speed, **how)
+    text = protocol if row.text else None
+    base, *others = _named(row.variants, only) if only else row.variants
+    base = replace(base, name=_PRECISIONS.get(options.get("dtype", "bfloat16"), BASE))
+    return VariantPlan(study, model, (base, *others), text, questions=questions, speed=row.speed, **options)
 
 
 def _named(variants: Sequence[Variant], only: Sequence[str]) -> tuple[Variant, ...]:

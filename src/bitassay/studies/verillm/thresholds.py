@@ -2,7 +2,7 @@
 
 The VeriLLM experiments tune thresholds on all runs, the quantized ones included, so that these pass. Here
 every number comes from honest trials (the dense model on both ends, or the study's verifier with the dense
-prover), and what the same numbers do to attacks is reported beside them.
+prover), and what the same numbers do to attacks is reported too.
 
     Pe_max, mean_error_max   the 95th percentile over honest cells of Pe and |mean_epsilon|
     Pm_min, Pw_min           the 5th percentile over honest cells
@@ -97,7 +97,8 @@ def optimise_thresholds(
 
 
 def trials_needed(alpha: float) -> int:
-    """Honest trials of which all but one, those that fit thresholds left out, give a p-value of `alpha`."""
+    """Return the number of honest trials of which all but one, those that fit thresholds left out, give a
+    p-value of `alpha`."""
     others = runs_needed(alpha)
     while others - math.ceil(others / FIT_SHARE) < runs_needed(alpha):
         others += 1
@@ -105,30 +106,30 @@ def trials_needed(alpha: float) -> int:
 
 
 def optimised(
-    one: Direction,
+    way: Direction,
     honest: Sequence[Trial],
     attacked: Mapping[str, Sequence[Trial]],
     alpha: float,
     percentile: float,
 ) -> dict[str, Any]:
-    """Everything about one direction, from its cells."""
+    """Return everything about one direction, from its cells."""
     rules, bar = recommend(honest, alpha, percentile)
     without = [[*honest[:index], *honest[index + 1 :]] for index in range(len(honest))]
     left_out = [recommend(others, alpha, percentile) for others in without]
     refused = [
-        accept_rate(trial, found[0]) <= found[1] for trial, found in zip(honest, left_out, strict=True)
+        accept_rate(trial, fitted[0]) <= fitted[1] for trial, fitted in zip(honest, left_out, strict=True)
     ]
     far = threshold(distances(honest), alpha)
     too_far = [
         distances([trial])[0] > threshold(distances(others), alpha)
         for trial, others in zip(honest, without, strict=True)
     ]
-    everything = {one.attackers[0].precision: honest, **attacked}
+    everything = {way.attackers[0].precision: honest, **attacked}
     return {
-        "study": one.experiment.name,
-        "direction": one.label,
-        "verifier": one.verifiers[0].name,
-        "fitted_on": f"{len(honest)} honest trials of {one.attackers[0].name}",
+        "study": way.experiment.name,
+        "direction": way.label,
+        "verifier": way.verifiers[0].name,
+        "fitted_on": f"{len(honest)} honest trials of {way.attackers[0].name}",
         "thresholds": {**rules_of(rules), "accept_rate_min": bar},
         "alpha": alpha,
         "false_positive_rate": float(np.mean(refused)),
@@ -143,7 +144,7 @@ def optimised(
                 ).value,
                 "caught_ci": list(caught[1:]),
                 "caught_by_documents": float(
-                    np.mean([accept_rate(t, DOCUMENTS) <= one.experiment.bar for t in trials])
+                    np.mean([accept_rate(t, DOCUMENTS) <= way.experiment.bar for t in trials])
                 ),
                 "caught_by_distance": float(np.mean(distances(trials) > far)),
             }
@@ -161,8 +162,8 @@ def optimised(
 
 
 def recommend(honest: Sequence[Trial], alpha: float, percentile: float) -> tuple[Rules, float]:
-    """Rules by every third honest trial, and by the others the accept rate above which a trial passes; minus
-    infinite where these are too few for alpha."""
+    """Return rules by every third honest trial, and by the others the accept rate above which a trial passes;
+    minus infinite where these are too few for alpha."""
     fit, counted = honest[::FIT_SHARE], [trial for i, trial in enumerate(honest) if i % FIT_SHARE]
     values = cell_values(fit)
     rules = replace(
@@ -190,12 +191,12 @@ def cell_values(trials: Sequence[Trial]) -> dict[str, np.ndarray]:
     """Return each statistic over all generated cells without those that are not defined (Pm where no exponent
     differs)."""
     names = {"Pe": "Pe", "Pm": "Pm", "Pw": "Pw", "mean_error": "mean_epsilon"}
-    found = {
+    by_statistic = {
         name: np.concatenate([getattr(c.generated, field).numpy().ravel() for trial in trials for c in trial])
         for name, field in names.items()
     }
-    found["mean_error"] = np.abs(found["mean_error"])
-    return {name: values[~np.isnan(values)] for name, values in found.items()}
+    by_statistic["mean_error"] = np.abs(by_statistic["mean_error"])
+    return {name: values[~np.isnan(values)] for name, values in by_statistic.items()}
 
 
 def accept_rate(trial: Trial, rules: Rules) -> float:
@@ -209,7 +210,7 @@ def distances(trials: Sequence[Trial]) -> np.ndarray:
 
 
 def described(values: np.ndarray) -> dict[str, Any]:
-    """Mean, standard deviation, percentiles and a histogram."""
+    """Return mean, standard deviation, percentiles and a histogram."""
     if not len(values):
         return {"n": 0}
     counts, edges = np.histogram(values, bins=BINS)
@@ -244,11 +245,11 @@ def as_yaml(result: Mapping[str, Any]) -> str:
 
 
 def read_thresholds(path: Path) -> tuple[Rules, float]:
-    """Rules and bar from such a file. Raises BitassayError that names the file and the field."""
+    """Read rules and bar from such a file. Raises BitassayError that names the file and the field."""
     content = read_yaml(path)
     try:
-        found = content["experiment"]
-        numbers = {name: float(value) for name, value in found["thresholds"].items()}
+        experiment = content["experiment"]
+        numbers = {name: float(value) for name, value in experiment["thresholds"].items()}
         rules = Rules(
             path.stem,
             numbers.pop("Pe"),
@@ -257,7 +258,7 @@ def read_thresholds(path: Path) -> tuple[Rules, float]:
             numbers.pop("mean_epsilon"),
             **numbers,
         )
-        bar = float(found["accept_rate_min"])
+        bar = float(experiment["accept_rate_min"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BitassayError(
             f"{path}: not a file of thresholds ({error})",
