@@ -35,8 +35,8 @@ class Objective:
 
     @classmethod
     def parse(cls, text: str) -> "Objective":
-        """Read an objective such as `ppl_delta + 0.01*size_bytes`. Raises BitassayError for anything else; for
-        an unknown column it names the nearest."""
+        """Read an objective such as `ppl_delta + 0.01*size_bytes`. Raises BitassayError for anything else,
+        and names the columns nearest to an unknown one."""
         terms = []
         for part in re.split(r"(?<!\*)(?<![\d.]e)\+", text):
             match = _TERM.fullmatch(part.strip())

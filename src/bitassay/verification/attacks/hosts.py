@@ -108,7 +108,7 @@ def half_depth(setting: Setting) -> list[Trace]:
 
 @contextmanager
 def low_rank_update(model: PreTrainedModel, norm: float, rank: int = 8, seed: int = 0) -> Iterator[None]:
-    """Make every linear of the decoder layers W + norm ||W|| D / ||D|| within the context, with D of `rank`."""
+    """Make every linear of the decoder layers W + norm ||W|| D / ||D|| within the context; D has `rank`."""
     generator = torch.Generator().manual_seed(seed)
     kept: list[tuple[Tensor, Tensor]] = []
     with torch.no_grad():
