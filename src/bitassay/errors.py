@@ -44,8 +44,8 @@ SHORT = 8  # a list of at most so many names is shown whole
 
 
 def nearest(value: str, choices: Iterable[str], short: int = SHORT) -> str:
-    """At most three choices that are close to `value`, quoted and joined for an error message. Where none is
-    close, all of them if they are at most `short`, else nothing."""
+    """Return at most three choices close to `value`, quoted and joined for an error message. Where none is
+    close: all of them if they are at most `short`, else the empty string."""
     names = sorted(choices)
     folded = {name.casefold(): name for name in names}
     close = [folded[name] for name in get_close_matches(value.casefold(), folded, n=3, cutoff=0.5)]
@@ -53,8 +53,7 @@ def nearest(value: str, choices: Iterable[str], short: int = SHORT) -> str:
 
 
 def suggestion(value: str, choices: Iterable[str], short: int = SHORT) -> str:
-    """The clause of an error message about a name that is none of `choices`: the nearest, or what there
-    is."""
+    """Return the clause of an error message about a name that is none of `choices`: the nearest, or all."""
     names = list(choices)
     if shown := nearest(value, names, 0):
         return f"the nearest are {shown}"

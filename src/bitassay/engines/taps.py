@@ -32,8 +32,8 @@ def tap_layers(model: PreTrainedModel) -> tuple[int, ...]:
 def record_states(
     model: PreTrainedModel, layers: Sequence[int]
 ) -> Iterator[dict[int, list[Float[Tensor, "batch tokens hidden"]]]]:
-    """Within the context, each forward appends every tapped layer's output to the list of that layer, on the
-    model's device. Raises BitassayError for a layer that the model does not have."""
+    """Record within the context: each forward appends every tapped layer's output to the list of that layer,
+    on the model's device. Raises BitassayError for a layer that the model does not have."""
     modules = decoder_layers(model)
     if unknown := [layer for layer in layers if not 1 <= layer <= len(modules)]:
         raise BitassayError(

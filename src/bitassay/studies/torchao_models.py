@@ -23,7 +23,7 @@ ALPHA, SAMPLES = 0.5, 16  # SmoothQuant's own exponent; windows of calibration t
 
 
 def require_torchao() -> None:
-    """Raises MissingError that says which extra has it."""
+    """Raise MissingError that names the extra, where torchao is not installed."""
     if find_spec("torchao") is None:
         raise MissingError(
             "torchao is not installed", "pip install 'bitassay[torchao]', or `--only ours` without it"

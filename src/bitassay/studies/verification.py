@@ -54,7 +54,7 @@ class Verification:
 def honest_profile(
     plan: Verification, base: PreTrainedModel, prompts: list[TokenIds], progress: Progress = silent
 ) -> Profile:
-    """What honest runs of `base` look like to a verifier that has it."""
+    """Return a profile fitted to honest runs of `base`, checked by a verifier that holds it."""
     return calibrate(
         base,
         base,
@@ -74,7 +74,7 @@ def verdict_columns(
     profile: Profile,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Prove with one model under the base model's name, verify with the base model."""
+    """Return the columns of one model: it proves under the base model's name, the base model verifies."""
     prover = base if quantization is None else with_tensors(base, quantization)
     progress(f"proving with {quantization.recipe.name if quantization else BASE}")
     traces = prove_many(
@@ -98,8 +98,8 @@ def verdict_columns(
 
 
 def chosen_prompts(model: PreTrainedModel, count: int, seed: int) -> list[TokenIds]:
-    """Bundled prompts of at most MAX_PROMPT_TOKENS tokens, in an order that makes those that calibrate and
-    those that are judged exchangeable."""
+    """Return `count` bundled prompts of at most MAX_PROMPT_TOKENS tokens, shuffled, so that those that
+    calibrate and those that are judged are exchangeable."""
     prompts = [encode_prompt(model, prompt) for prompt in bundled_prompts()]
     short = [prompt for prompt in prompts if len(prompt) <= MAX_PROMPT_TOKENS]
     if count > len(short):

@@ -78,7 +78,7 @@ class Gaussian(_Part):
         return float(off @ np.linalg.solve(np.array(self.covariance), off))
 
     def log_density(self, x: Float64[np.ndarray, " d"]) -> float:
-        """Up to a constant that all kinds share."""
+        """Return the log density at x, up to a constant that all kinds share."""
         return -(self.distance_squared(x) + float(np.linalg.slogdet(np.array(self.covariance))[1])) / 2
 
 

@@ -81,12 +81,12 @@ def _without_none(value: Any) -> Any:
 
 
 def hashed_files(folder: Path) -> list[Path]:
-    """The files that decide what the model computes: its weights and its configuration."""
+    """List the files that decide what the model computes: its weights and its configuration, sorted."""
     return sorted([*folder.glob("*.safetensors"), folder / "config.json"])
 
 
 def read_card(folder: Path) -> Card | None:
-    """The card of a folder, once its files are checked against it; None where the folder has none.
+    """Read the card of a folder and check the files against it; None where the folder has none.
 
     Raises BitassayError where the card is malformed, or a file is missing, added or changed.
     """

@@ -48,11 +48,12 @@ ACTIVATIONS = {"swish": "silu"}  # other names of the same function
 
 
 def head_size(config: PretrainedConfig) -> int:
+    """Return the size of an attention head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def described(config: PretrainedConfig, layers: int) -> dict[str, Any]:
-    """The keys of a model with `layers` layers, without the architecture's prefix."""
+    """Return the keys of a model with `layers` layers, without the architecture's prefix."""
     size = head_size(config)
     return {
         **{key: getattr(config, FIELDS[key][0]) for key in WRITTEN},

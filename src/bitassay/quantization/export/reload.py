@@ -76,8 +76,8 @@ def load_quantized(
 def read_quantized(
     folder: Path, config: PretrainedConfig, options: LoadOptions, *, card: Card, packed: bool
 ) -> PreTrainedModel:
-    """The quantized model in `folder`, whose files `card` describes; fake, or `packed`. Raises BitassayError
-    that names the file where the two do not fit."""
+    """Read the quantized model in `folder`, whose files `card` describes; fake, or `packed`. Raises
+    BitassayError that names the file where the two do not fit."""
     dtype = options.dtype
     recipe, schemes = _recipe(card, folder), _schemes(card, folder)
     if hasattr(config, "quantization_config"):
@@ -117,7 +117,8 @@ def read_quantized(
 
 
 def stored_entries(folder: Path) -> dict[str, Entry]:
-    """What the safetensors files of a folder hold, from their headers alone."""
+    """Return what the safetensors files of a folder hold, by name, from their headers alone. Raises
+    BitassayError where two files hold the same name."""
     entries: dict[str, Entry] = {}
     for path in weight_files(folder):
         with safe_open(path, framework="pt") as file:
@@ -144,7 +145,7 @@ def _check_parts(parts: storage.Expected, entries: dict[str, Entry], folder: Pat
 
 
 def pieces_of(model: PreTrainedModel, chosen: str) -> dict[str, list[Piece]]:
-    """What each slice of experts is stored as that is not stored under its own name."""
+    """Return what each slice of experts is stored as that is not stored under its own name."""
     return expert_pieces(model) if chosen == "compressed-tensors" else {}
 
 
@@ -154,7 +155,7 @@ def expected_parts(
     described: Mapping[str, Stored],
     shapes: Mapping[str, tuple[int, int]],
 ) -> storage.Expected:
-    """Dtype and shape of every part of every matrix, by its name in the folder."""
+    """Return dtype and shape of every part of every matrix, by its name in the folder."""
     pieces, expected = pieces_of(model, chosen), dict[str, Any]()
     for name, stored in described.items():
         rows, columns = shapes[name]

@@ -125,8 +125,8 @@ def reload_difference(
     *,
     trust_remote_code: bool = False,
 ) -> float:
-    """The largest difference between the logits of `model` and of the folder, in the model's dtype: as plain
-    transformers loads it where it can, else as `bitassay.load` does.
+    """Return the largest difference between the logits of `model` and of the folder, in the model's dtype: as
+    plain transformers loads it where it can, else as `bitassay.load` does.
     """
     card = read_card(Path(folder))
     if card is not None and card.layout == "bitassay":
@@ -147,8 +147,8 @@ def reload_difference(
 def choose_layout(
     model: PreTrainedModel, recipe: Recipe, matrices: dict[str, Stored], wanted: Layout | None = None
 ) -> tuple[Layout, str | None]:
-    """`wanted`, or compressed-tensors where it is exact, else our own, with the reason. Raises BitassayError
-    that names what compressed-tensors cannot hold where it is wanted.
+    """Return `wanted`, or compressed-tensors where it is exact, else our own, with the reason. Raises
+    BitassayError that names what compressed-tensors cannot hold where it is wanted.
     """
     why = None if wanted == "bitassay" else layout_obstacle(model, recipe, matrices, wanted)
     if wanted == "compressed-tensors" and why:

@@ -25,8 +25,8 @@ OTHER_TOOLS = {
 
 
 def recipe_file(name: str) -> Path:
-    """The YAML file of a recipe: one that is shipped under that name, or a path. Raises BitassayError where
-    there is none."""
+    """Return the YAML file of a recipe: one that is shipped under that name, or a path. Raises BitassayError
+    where there is none."""
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
         return path
@@ -45,8 +45,8 @@ def recipe_file(name: str) -> Path:
 
 
 def read_recipe_file(path: Path) -> dict[Any, Any]:
-    """The fields of a recipe's file, not checked further. Raises BitassayError where it holds something else,
-    and says what, where that is known."""
+    """Read the fields of a recipe's file, not checked further. Raises BitassayError where it holds something
+    else, and says what, where that is known."""
     content = read_yaml(path)
     if not isinstance(content, dict):
         what = "empty" if content is None else f"a {type(content).__name__}, not fields"

@@ -56,7 +56,7 @@ class Place:
 
 
 def controls(recipe: Recipe, layers: int) -> list[Control]:
-    """The controls of a recipe for a model of so many decoder layers; none for one without copies."""
+    """Return the controls of a recipe for a model of `layers` decoder layers; none for one without copies."""
     plan = recipe.replication
     if plan is None or plan.copies == 1:
         return []
@@ -68,15 +68,15 @@ def controls(recipe: Recipe, layers: int) -> list[Control]:
 
 
 def changes_nothing(recipe: Recipe) -> bool:
-    """Whether what it makes of a model is the model."""
+    """Return whether a recipe leaves every model as it is."""
     return recipe.model_copy(update={"calibration": None}) == Recipe(
         name=recipe.name, description=recipe.description, weights=None
     )
 
 
 def with_controls(recipes: Sequence[Recipe], layers: int) -> tuple[tuple[Recipe, ...], list[Place]]:
-    """The recipes, the controls of each one with copies below it, and which these are, for a model of so many
-    layers. A control that another recipe is already, or the base model, is no recipe of its own."""
+    """Return the recipes, each with its controls after it, and a place for every control, for a model of
+    `layers` layers. A control that another recipe is already, or the base model, is no recipe of its own."""
     names = {recipe.recipe_id: recipe.name for recipe in recipes}
     found, places = list[Recipe](), list[Place]()
     for recipe in recipes:
@@ -159,7 +159,8 @@ def _more_bits(
 
 
 def widened(scheme: WeightScheme, count: int) -> dict[str, Any]:
-    """A scheme that stores in one matrix what `scheme` stores in `count` of them; never more."""
+    """Return the fields of a scheme that stores in one matrix the bits that `scheme` stores in `count` of
+    them; never more."""
     bits = max(b for b in INTEGERS if b <= max(min(8.0, scheme.number_format.bits * count), min(INTEGERS)))
     granularity = Granularity.parse(scheme.granularity)
     fields = _plain(scheme) | {"format": INTEGERS[bits]}
@@ -176,7 +177,7 @@ def _plain(scheme: WeightScheme) -> dict[str, Any]:
 
 
 def nominal_bits(scheme: WeightScheme) -> float:
-    """Bits a weight with scales and zero points, for groups that divide the row; of long rows, codes
+    """Return bits a weight with scales and zero points, for groups that divide the row; of long rows, codes
     alone."""
     granularity, fmt = Granularity.parse(scheme.granularity), scheme.number_format
     size = granularity.group_size or (granularity.block_sizes[1] if granularity.block_sizes else None)

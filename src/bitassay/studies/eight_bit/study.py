@@ -46,6 +46,7 @@ class Study:
 
 
 def weight_only(format: str, granularity: str, kind: Kind) -> Variant:
+    """Return the variant that quantizes weights only."""
     name = f"{format}-{granularity}"
     weights = {"format": FORMATS[format], "granularity": GRANULARITIES[granularity]}
     recipe = Recipe.model_validate({"name": name, "weights": weights})
@@ -53,7 +54,8 @@ def weight_only(format: str, granularity: str, kind: Kind) -> Variant:
 
 
 def both_sides(format: str, smoothed: bool, torchao: bool) -> Variant:
-    """Weights with a scale a row, inputs with one a token. INT8 products are of codes, as torchao's are."""
+    """Return the variant with one scale for each weight row and each token of the inputs. INT8 products
+    are of codes, as torchao's are."""
     name = f"{format}{'-smooth' if smoothed else ''}-{'torchao' if torchao else 'ours'}"
     if torchao:
         return Variant(name, format, "row", "real", torchao=True, smoothed=smoothed)
@@ -147,6 +149,7 @@ def _named(variants: Sequence[Variant], only: Sequence[str]) -> tuple[Variant, .
 
 
 def find_study(name: str) -> Study:
+    """Return the study of that name. Raises BitassayError that names the nearest."""
     if name not in STUDIES:
         raise BitassayError(f"no INT8/FP8 study is called {name!r}; {suggestion(name, STUDIES)}")
     return STUDIES[name]

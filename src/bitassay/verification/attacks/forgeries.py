@@ -60,11 +60,12 @@ OTHER = Ed25519PrivateKey.from_private_bytes(_secret("another key"))
 
 
 def honest_receipt(trace: Trace) -> Receipt:
+    """Return the receipt of `trace`, signed with the host's key."""
     return commit(trace, HOST)
 
 
 def exchange(trace: Trace, send: Send = honest_receipt, show: Show = open_trace) -> ReceiptResponse:
-    """One request from receipt to opening; with the defaults, as an honest host answers."""
+    """Run one request from receipt to opening; the defaults are an honest host's."""
     receipt = send(trace)
     asked = ask(receipt, _secret("the verifier's beacon", trace.header.nonce))
     opening = show(trace, asked)
@@ -75,15 +76,15 @@ def exchange(trace: Trace, send: Send = honest_receipt, show: Show = open_trace)
 
 
 def ask(receipt: Receipt, beacon: bytes) -> Challenge:
-    """A challenge of the usual size, or of half the positions where that is less."""
+    """Draw a challenge of the usual size, or of half the positions where that is less."""
     n_prompt, n = len(receipt.header.prompt_ids), len(receipt.header.positions)
     generated, prompt = min(GENERATED, ceil((n - n_prompt) / 2)), min(PROMPT, ceil(n_prompt / 2))
     return challenge(receipt, beacon=beacon, generated=max(generated, 1), prompt=prompt)
 
 
 def show_without_checks(trace: Trace, asked: Challenge, leaves: Sequence[bytes] | None = None) -> Opening:
-    """The opening of `trace` as if the challenge were of it. leaves: of the tree behind the root, where they
-    are not the trace's."""
+    """Return the opening of `trace` as if the challenge were for it. leaves: those of the tree behind the
+    root, where they are not the trace's."""
     positions = opened_positions(asked, trace.header)
     indices = cell_indices(positions, len(trace.header.layers))
     states = {layer: trace.states[layer][list(positions)] for layer in trace.header.layers}
@@ -92,7 +93,7 @@ def show_without_checks(trace: Trace, asked: Challenge, leaves: Sequence[bytes] 
 
 
 def sign(header: Header, root: bytes, key: Ed25519PrivateKey = HOST) -> Receipt:
-    """A receipt of any root under any header."""
+    """Sign a receipt of any root under any header."""
     unsigned = Receipt(header, root, key.public_key().public_bytes_raw())
     return replace(unsigned, signature=key.sign(SIGNED + unsigned.commitment))
 
@@ -232,10 +233,10 @@ def ground_commitment(setting: Setting) -> list[ReceiptResponse]:
 
 
 def grind(trace: Trace, foreseen: bytes, tries: int) -> tuple[Trace, int]:
-    """`trace` with bad cells, of whose commitments under unimportant changes the challenge of `foreseen`
-    opens the fewest bad positions; and how many these are.
+    """Return `trace` with bad cells in the best of `tries` versions, and how many bad positions it opens.
 
-    What is changed is the first number of a bad cell.
+    The versions differ in the first number of a bad cell, so in their commitment; the best one opens the
+    fewest bad positions under the beacon `foreseen`.
     """
     bad, trace = bad_positions(trace), with_bad_cells(trace)
     layer, at = trace.header.layers[0], bad[-1]
@@ -253,12 +254,12 @@ def grind(trace: Trace, foreseen: bytes, tries: int) -> tuple[Trace, int]:
 
 
 def bad_positions(trace: Trace) -> tuple[int, ...]:
-    """Every other generated position, the last among them."""
+    """Return every other generated position, ascending, the last among them."""
     return trace.header.positions[: trace.n_prompt - 1 : -2][::-1]
 
 
 def with_bad_cells(trace: Trace) -> Trace:
-    """`trace` where the bad positions show the state of the one before."""
+    """Return `trace` with the state of the preceding position at each bad position."""
     bad, states = list(bad_positions(trace)), {}
     for layer, rows in trace.states.items():
         states[layer] = rows.clone()
@@ -266,8 +267,9 @@ def with_bad_cells(trace: Trace) -> Trace:
     return replace(trace, states=states)
 
 
-def n_bad_opened(one: Challenge, header: Header, bad: Sequence[int]) -> int:
-    return len(set(bad) & set(opened_positions(one, header)))
+def n_bad_opened(asked: Challenge, header: Header, bad: Sequence[int]) -> int:
+    """Count the bad positions that the challenge opens."""
+    return len(set(bad) & set(opened_positions(asked, header)))
 
 
 # --- verifiers ---

@@ -108,7 +108,7 @@ def half_depth(setting: Setting) -> list[Trace]:
 
 @contextmanager
 def low_rank_update(model: PreTrainedModel, norm: float, rank: int = 8, seed: int = 0) -> Iterator[None]:
-    """Within the context, every linear of the decoder layers is W + norm ||W|| D / ||D|| with D of `rank`."""
+    """Make every linear of the decoder layers W + norm ||W|| D / ||D|| within the context; D has `rank`."""
     generator = torch.Generator().manual_seed(seed)
     kept: list[tuple[Tensor, Tensor]] = []
     with torch.no_grad():
@@ -132,7 +132,7 @@ def low_rank_update(model: PreTrainedModel, norm: float, rank: int = 8, seed: in
 
 @contextmanager
 def skip(model: PreTrainedModel, count: int) -> Iterator[None]:
-    """Within the context, `count` evenly spaced decoder layers return what they are given."""
+    """Make `count` evenly spaced decoder layers return their input within the context."""
     layers = decoder_layers(model)
 
     def given(_module: object, args: tuple[Tensor, ...], kwargs: dict[str, Any], output: object) -> object:
@@ -250,7 +250,7 @@ def padded(setting: Setting) -> list[Trace]:
 def honest_prefill(
     traces: Sequence[Trace], model: PreTrainedModel, outputs: Sequence[TokenIds]
 ) -> list[Trace]:
-    """The traces with other outputs, and the states that one forward of `model` over these gives."""
+    """Return the traces with other outputs, and the states of one forward of `model` over these."""
     headers = []
     for trace, output in zip(traces, outputs, strict=True):
         positions = tuple(range(trace.n_prompt + len(output) - 1))

@@ -66,6 +66,8 @@ class Task(_File):
 
 
 class Commitment(_File):
+    """The digest of a verifier's report, handed in before any report is revealed."""
+
     verifier: Name
     commitment: Digest
 
@@ -97,6 +99,8 @@ class Canaries(BaseModel):
 
 
 class Answers(BaseModel):
+    """A verifier's status for each of its items."""
+
     model_config = ConfigDict(strict=True)
 
     answers: Annotated[dict[Item, Status], Field(max_length=ITEMS)]

@@ -20,8 +20,8 @@ KEY_BYTES = 2**12
 
 
 def private_key(path: str | Path) -> Ed25519PrivateKey:
-    """The key in `path`, made there where there is none. Raises BitassayError for a file that others may
-    read or that holds something else."""
+    """Return the key in `path`; a missing file is made, with a new key. Raises BitassayError for a file that
+    others may read or that is no such key."""
     path = Path(path)
     try:
         return read_key(path) if path.exists() else _new_key(path)
@@ -32,6 +32,7 @@ def private_key(path: str | Path) -> Ed25519PrivateKey:
 
 
 def read_key(path: Path) -> Ed25519PrivateKey:
+    """Read a private key in PEM. Raises BitassayError for a file that others may read or is no such key."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode) or status.st_size > KEY_BYTES:
         raise BitassayError(f"{path}: not a private key", "name a file that does not exist to make one")
@@ -49,7 +50,7 @@ def read_key(path: Path) -> Ed25519PrivateKey:
 
 
 def public_key(text: str) -> bytes:
-    """The 32 bytes of a public key in hex. Raises BitassayError."""
+    """Return the 32 bytes of a public key in hex. Raises BitassayError for any other text."""
     try:
         key = bytes.fromhex(text)
     except ValueError:

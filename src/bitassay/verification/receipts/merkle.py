@@ -29,7 +29,7 @@ LEAF, NODE = b"\0bitassay cell 1\0", b"\1"
 
 
 def cell_leaf(layer: int, position: int, dtype: str, state: bytes) -> bytes:
-    """The leaf of one cell. state: its numbers in `dtype`, little-endian."""
+    """Return the leaf of one cell. state: its numbers in `dtype`, little-endian."""
     where = layer.to_bytes(4, "little") + position.to_bytes(4, "little") + dtype.encode() + b"\0"
     return hashlib.sha256(LEAF + where + state).digest()
 
@@ -37,7 +37,7 @@ def cell_leaf(layer: int, position: int, dtype: str, state: bytes) -> bytes:
 def cell_leaves(
     states: Mapping[int, Shaped[Tensor, "positions hidden"]], positions: Sequence[int], dtype: str
 ) -> list[bytes]:
-    """The leaves of all cells, position by position; row i of every layer is at `positions[i]`."""
+    """Return the leaves of all cells, position by position; row i of every layer is at `positions[i]`."""
     rows = {layer: tensor.contiguous().view(uint8).numpy() for layer, tensor in states.items()}
     return [
         cell_leaf(layer, position, dtype, rows[layer][index].tobytes())
@@ -47,11 +47,12 @@ def cell_leaves(
 
 
 def merkle_node(left: bytes, right: bytes) -> bytes:
+    """Return the hash of an inner node."""
     return hashlib.sha256(NODE + left + right).digest()
 
 
 def merkle_root(leaves: Sequence[bytes]) -> bytes:
-    """The root of the tree over one leaf or more."""
+    """Return the root of the tree over one leaf or more."""
     assert leaves
     if len(leaves) == 1:
         return leaves[0]
@@ -60,17 +61,17 @@ def merkle_root(leaves: Sequence[bytes]) -> bytes:
 
 
 def merkle_proof(leaves: Sequence[bytes], opened: Sequence[int]) -> list[bytes]:
-    """What somebody who has the leaves `opened` (ascending indices, each once) needs to compute the root."""
+    """Return the hashes that, with the leaves `opened` (ascending indices, each once), give the root."""
     return [merkle_root(leaves[start:stop]) for start, stop in unopened(len(leaves), opened)]
 
 
 def proof_length(n: int, opened: Sequence[int]) -> int:
-    """How many hashes `merkle_proof` gives for these leaves of n."""
+    """Return the number of hashes in the `merkle_proof` of these leaves of n."""
     return sum(1 for _ in unopened(n, opened))
 
 
 def root_from_proof(n: int, opened: Mapping[int, bytes], proof: Sequence[bytes]) -> bytes | None:
-    """The root of the tree of n leaves in which these are `opened`; None where the proof has another
+    """Return the root of the tree of n leaves in which these are `opened`; None where the proof has another
     length."""
     indices, rest = sorted(opened), iter(proof)
     if len(proof) != proof_length(n, indices):
@@ -88,8 +89,8 @@ def root_from_proof(n: int, opened: Mapping[int, bytes], proof: Sequence[bytes])
 
 
 def unopened(n: int, opened: Sequence[int], start: int = 0) -> Iterator[tuple[int, int]]:
-    """The largest subtrees over `start` .. `start` + n - 1 without an opened leaf, as ranges of leaves from
-    left to right."""
+    """Yield the largest subtrees over `start` .. `start` + n - 1 without an opened leaf, as ranges of leaves
+    from left to right."""
     if not any_within(opened, start, start + n):
         yield start, start + n
     elif n > 1:
@@ -99,11 +100,11 @@ def unopened(n: int, opened: Sequence[int], start: int = 0) -> Iterator[tuple[in
 
 
 def first_half(n: int) -> int:
-    """The largest power of two below n."""
+    """Return the largest power of two below n."""
     return 1 << ((n - 1).bit_length() - 1)
 
 
 def any_within(ascending: Sequence[int], start: int, stop: int) -> bool:
-    """Is one of the numbers in start .. stop - 1?"""
+    """Return whether any of the numbers is in start .. stop - 1."""
     at = bisect_left(ascending, start)
     return at < len(ascending) and ascending[at] < stop
