@@ -267,7 +267,7 @@ def _chat_templates(templates: str | dict[str, str] | None, notes: list[str]) ->
 def _split_name(backend: Tokenizer, content: dict[str, Any]) -> str:
     """llama.cpp's name of a way to split text."""
     patterns = patterns_of(content["pre_tokenizer"])
-    names = [name for name, way in SPLITTINGS.items() if way.patterns == patterns]
+    names = [name for name, way in SPLITTINGS.items() if way.byte_level and way.patterns == patterns]
     ignores_merges = bool(content["model"].get("ignore_merges"))
     exact = [name for name in names if SPLITTINGS[name].ignore_merges == ignores_merges]
     if exact:
