@@ -69,9 +69,9 @@ class Score:
         """Return the score of standardised statistics. layers: those of the distances."""
         states, tokens = DECIDING
         largest: dict[str, float] = {}
-        for one in computed:
-            largest[one.detector] = max(one.value, largest.get(one.detector, one.value))
-        farthest = max(one for one in computed if one.detector == states and one.value == largest[states])
+        for detector, _, _, value in computed:
+            largest[detector] = max(value, largest.get(detector, value))
+        farthest = max(each for each in computed if (each.detector, each.value) == (states, largest[states]))
         others = {name: value for name, value in largest.items() if name not in DECIDING}
         value = max(largest.values())
         return cls(value, largest[states], largest[tokens], layers[farthest.series], farthest.part, others)
@@ -190,7 +190,7 @@ def library_statistics(
     positions, then the tokens'."""
     computed = statistics(observation, DECIDING, length, length + 1)
     assert computed is not None
-    return np.array([one.value for one in standardise(computed, fits, length)])
+    return np.array([statistic.value for statistic in standardise(computed, fits, length)])
 
 
 def profile_key(model: ModelClaim, prover: Numerics, verifier: Numerics, sampling: Sampling) -> str:

@@ -127,9 +127,9 @@ class Verdict:
         parts: tuple[Part, ...] = ("prompt", "generated")
         cells = {part: self._cells(part, index) for part in parts}
         return {
-            part: {name: summary(one, rules) for name, rules in RULE_SETS.items()}
-            for part, one in cells.items()
-            if one
+            part: {name: summary(part_cells, rules) for name, rules in RULE_SETS.items()}
+            for part, part_cells in cells.items()
+            if part_cells
         }
 
     def to_dict(self) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def fewest_counted(sequences: int) -> int:
 
 def refused_at_published_limits(name: str, runs: Sequence[Observation]) -> float | None:
     """Return the share of runs that the published limits of a detector refuse; None where it has none."""
-    accepted = [one.accepted for run in runs for one in run.series.get(name, ())]
+    accepted = [series.accepted for run in runs for series in run.series.get(name, ())]
     refused = [not verdict for verdict in accepted if verdict is not None]
     return sum(refused) / len(refused) if refused else None
 

@@ -69,9 +69,9 @@ def run_separability(
             for prover in parties
         }
         honest = scores[verifier.precision]
-        for prover, found in scores.items():
+        for prover, log_distances in scores.items():
             same = prover == verifier.precision
-            refused, ranked = tpr_at_fpr(honest, found, alpha), auc(honest, found)
+            refused, ranked = tpr_at_fpr(honest, log_distances, alpha), auc(honest, log_distances)
             rows.append(
                 {
                     "prover": prover,
@@ -81,9 +81,9 @@ def run_separability(
                     "tpr_ci": None if same else [refused.low, refused.high],
                     "auc": None if same else ranked.value,
                     "auc_ci": None if same else [ranked.low, ranked.high],
-                    "relative_distance": float(np.exp(found.mean())),
-                    "range": [float(np.exp(found.min())), float(np.exp(found.max()))],
-                    "n": len(found),
+                    "relative_distance": float(np.exp(log_distances.mean())),
+                    "range": [float(np.exp(log_distances.min())), float(np.exp(log_distances.max()))],
+                    "n": len(log_distances),
                 }
             )
     run = new_run(

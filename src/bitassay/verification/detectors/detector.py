@@ -110,7 +110,7 @@ class Detector:
         runs = {n: self.measure_all(comparison.first(n)) for n in GRID if n in tokens}
         by_token = [runs[max(n for n in runs if n <= token)] for token in tokens]
         return tuple(
-            replace(series[-1], values=tuple(value for one in series for value in one.values))
+            replace(series[-1], values=tuple(value for of_token in series for value in of_token.values))
             for series in zip(*by_token, strict=True)
         )
 
