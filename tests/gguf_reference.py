@@ -152,7 +152,9 @@ def main(scratch: Path) -> None:
     tokens, merges = vocabulary()
     rows: list[list[list[int]]] = []
     which: dict[str, int] = {}
-    for name in SPLITTINGS:
+    for name, splitting in SPLITTINGS.items():
+        if not splitting.byte_level:
+            continue
         path = scratch / f"{name}.gguf"
         write_vocabulary(path, fields(name, tokens, merges))
         ids = llama_cpp_ids(path, TRICKY)

@@ -271,10 +271,10 @@ def test_frequencies_divided_as_llama_3(tmp_path, given):
     )
 
 
-def test_published_parameters_of_llama_3_are_found_again(tmp_path):
+@pytest.mark.parametrize(("high", "original"), [(4.0, 8192), (6.0, 4000)])
+def test_parameters_of_llama_3_are_found_again(tmp_path, high, original):
     base = model_of("llama", head_dim=64)
-    _, tensors = _llama3(1.0, 1.0, 4.0, 8192)
-    rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192, "rope_theta": 500000.0}  # fmt: skip
+    rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": high, "original_max_position_embeddings": original, "rope_theta": 500000.0}  # fmt: skip
     right = model_of("llama", head_dim=64, rope_parameters=rope)
     plain = model_of("llama", head_dim=64, rope_parameters={"rope_type": "default", "rope_theta": 500000.0})
     tensors = {

@@ -85,20 +85,20 @@ def _longrope(
 
 
 def _divided(plain: dict[str, Any], factors: np.ndarray, context: int) -> dict[str, Any]:
-    """Frequencies divided by `factors`: as Llama 3's scheme with published parameters where it gives these
-    factors, else as longrope with the same factors for all lengths, which divides by any."""
+    """Frequencies divided by `factors`: as Llama 3's scheme where it gives these factors, else as longrope
+    with the same factors for all lengths, which divides by any."""
     if np.allclose(factors, 1.0, rtol=1e-6):
         return plain
     size, most = len(factors), float(np.float32(factors.max()))
     wavelengths = 2 * math.pi * plain["rope_theta"] ** (np.arange(size) / size)
-    for original in PUBLISHED_LENGTHS:
-        if np.allclose(_llama3(wavelengths, most, 1.0, 4.0, original), factors, rtol=1e-5):
+    for high, original in _llama3_guesses(factors, wavelengths, most):
+        if np.allclose(_llama3(wavelengths, most, 1.0, high, original), factors, rtol=1e-5):
             return {
                 **plain,
                 "rope_type": "llama3",
                 "factor": float(str(np.float32(most))),
                 "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
+                "high_freq_factor": high,
                 "original_max_position_embeddings": original,
             }
     return _longrope(plain, factors, factors, 1.0, context, 1.0)
@@ -109,3 +109,18 @@ def _llama3(wavelengths: np.ndarray, factor: float, low: float, high: float, ori
     `factor` for long ones, something between in the middle."""
     smooth = np.clip((original / wavelengths - low) / (high - low), 0.0, 1.0)
     return 1.0 / ((1.0 - smooth) / factor + smooth)
+
+
+def _llama3_guesses(factors: np.ndarray, wavelengths: np.ndarray, factor: float) -> list[tuple[float, int]]:
+    """Return what the higher frequency factor and the length may have been: the published ones, and those of
+    the straight line through the factors in the middle. Only ratios show, so the lower factor is taken to be
+    1."""
+    guesses = [(4.0, original) for original in PUBLISHED_LENGTHS]
+    middle = (factors > 1.0 + 1e-6) & (factors < factor * (1 - 1e-6))
+    if middle.sum() > 1:
+        smooth = (1.0 / factors[middle] - 1.0 / factor) / (1.0 - 1.0 / factor)
+        slope, offset = np.polyfit(1.0 / wavelengths[middle], smooth, 1)
+        if offset < 0:
+            high = 1.0 - 1.0 / offset
+            guesses.append((round(float(high), 5), round(slope * (high - 1.0))))
+    return guesses

@@ -1,10 +1,11 @@
 """The tokenizer of a GGUF file, rebuilt from the file's own keys as one of the `tokenizers` package.
 
 What the keys mean is what llama.cpp does with them (src/llama-vocab.cpp): which tokens are special, what
-comes before and after a text, how it is split (`gguf_splitting.py`). Two kinds are read. `gpt2` is byte-level
-BPE with the file's merges; `llama` is SentencePiece's BPE, where of two neighbours the pair is joined whose
-result has the highest score, so that the merges follow from the scores. A file of ours also says what
-llama.cpp has no key for: how a space comes in front (`PREPEND_KEY`) and Unicode normalization.
+comes before and after a text, how it is split (`gguf_splitting.py`). Three kinds are read. `gpt2` is
+byte-level BPE with the file's merges, `gemma4` is BPE over characters with the file's merges; `llama` is
+SentencePiece's BPE, where of two neighbours the pair is joined whose result has the highest score, so that
+the merges follow from the scores. A file of ours also says what llama.cpp has no key for: how a space comes
+in front (`PREPEND_KEY`) and Unicode normalization.
 
 Refused by name: WordPiece, unigram, RWKV's and PLaMo's tokenizers, ways of splitting that are not in the
 table, and keys that are not known here, since one of them may change the tokens.
@@ -26,7 +27,7 @@ PREPEND_KEY, NORMALIZER_KEY = "bitassay.tokenizer.prepend_scheme", "bitassay.tok
 SPACE = "\u2581"
 # Ids that hold where the file gives none, by kind: llama.cpp's, but for its 11 of byte-level tokenizers,
 # which is a token like any other in most of them.
-DEFAULT_IDS = {"gpt2": {}, "llama": {"bos": 1, "eos": 2, "unknown": 0}}
+DEFAULT_IDS = {"gpt2": {}, "llama": {"bos": 1, "eos": 2, "unknown": 0}, "gemma4": {}}
 # Tokens that are special whatever type the file gives them, as llama.cpp finds them by their text.
 _SPECIAL_NAMES = """
     <|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> </s>
@@ -120,7 +121,7 @@ def chat_templates(fields: Mapping[str, Any]) -> str | dict[str, str] | None:
 
 def splitting_of(fields: Mapping[str, Any]) -> Splitting:
     """Return how the file says that text is split. Raises BitassayError for an unknown name."""
-    name = fields.get(f"{GGML}pre") or "default"
+    name = "gemma4" if fields[f"{GGML}model"] == "gemma4" else fields.get(f"{GGML}pre") or "default"
     if name not in SPLITTINGS:
         raise BitassayError(
             f"tokenizer.ggml.pre = {name}: this way of splitting text is not known here; "
@@ -155,9 +156,15 @@ def _bpe(fields: Mapping[str, Any], vocabulary: dict[str, int], splitting: Split
     # A token may begin with the space that parts a pair, hence the search from the second character on.
     cuts = [merge.index(" ", 1) for merge in merges]
     pairs = [(merge[:cut], merge[cut + 1 :]) for merge, cut in zip(merges, cuts, strict=True)]
-    tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=pairs, ignore_merges=splitting.ignore_merges))
+    fallback = not splitting.byte_level
+    model = BPE(vocab=vocabulary, merges=pairs, ignore_merges=splitting.ignore_merges, byte_fallback=fallback)
+    tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = splitting.pre_tokenizer()
-    tokenizer.decoder = decoders.ByteLevel()
+    if splitting.byte_level:
+        tokenizer.decoder = decoders.ByteLevel()
+    else:
+        tokenizer.normalizer = normalizers.Replace(" ", SPACE)
+        tokenizer.decoder = decoders.Sequence(_spaces_back())
     if (form := fields.get(NORMALIZER_KEY)) is not None:
         tokenizer.normalizer = {"NFC": normalizers.NFC, "NFKC": normalizers.NFKC}[form]()
     return tokenizer
@@ -186,9 +193,12 @@ def _sentencepiece(fields: Mapping[str, Any], vocabulary: dict[str, int]) -> Tok
         steps.append(normalizers.Replace(" ", SPACE))
         tokenizer.normalizer = normalizers.Sequence(steps)
     strip = [decoders.Strip(" ", left=1)] if prefix else []
-    spaces = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    tokenizer.decoder = decoders.Sequence([*spaces, *strip])
+    tokenizer.decoder = decoders.Sequence([*_spaces_back(), *strip])
     return tokenizer
+
+
+def _spaces_back() -> list[Any]:
+    return [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
 
 
 def merges_of(vocabulary: Mapping[str, int], scores: list[float]) -> list[tuple[str, str]]:

@@ -35,7 +35,7 @@ class Statistics:
         self.largest = 0.0
 
     def add(self, x: Float[Tensor, "rows columns"]) -> None:
-        """One more part."""
+        """Add one more part."""
         x = x.detach().float().cpu()
         square = x.square()
         sums = [part.sum(dtype=torch.float64) for part in (x, square, square * x, square.square())]
@@ -50,13 +50,13 @@ class Statistics:
             self.largest = max(self.largest, float(size.max() / median))
 
     def summary(self, prefix: str = "") -> dict[str, Any]:
-        """The numbers by name; `kurtosis` is None where all values are equal."""
+        """Return the numbers by name, each behind `prefix`; `kurtosis` is None where all values are equal."""
         m1, m2, m3, m4 = (self.powers / self.count).tolist()
         variance = max(m2 - m1**2, 0.0)
         fourth = m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4
         # Below that, it is what rounding left of equal numbers.
         varies = variance > 1e-12 * m2
-        found = {
+        numbers = {
             "mean": m1,
             "variance": variance,
             "kurtosis": fourth / variance**2 if varies else None,
@@ -65,10 +65,10 @@ class Statistics:
             "beyond_100_medians": self.beyond_median,
             "largest_in_medians": self.largest,
         }
-        return {prefix + name: value for name, value in found.items()}
+        return {prefix + name: value for name, value in numbers.items()}
 
 
 def outlier_columns(squares: Float[Tensor, " columns"]) -> int:
-    """How many columns stand out, by their sums of squares."""
+    """Return how many columns stand out, by their sums of squares."""
     size = squares.sqrt()
     return int((size > size.mean() + SIGMAS * size.std(correction=0)).sum())

@@ -15,6 +15,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Packing:
+    """How codes lie in bytes: `digits` codes, numbers to `base`, take `width` bytes together."""
+
     base: int
     digits: int
     width: int

@@ -55,24 +55,24 @@ class Stored(Spec):
     inputs: Literal["dynamic", "static", "static-asymmetric"] | None = None
 
     def residual_columns(self, columns: int) -> int:
-        """How many columns a second plane has."""
+        """Return how many columns of `columns` a second plane has."""
         return self.scheme.residual_columns(columns) or columns
 
 
 def planned(scheme: WeightScheme, low_rank: Factors | None = None) -> Stored:
-    """How a matrix that is quantized by `scheme` will be stored."""
+    """Return how a matrix that is quantized by `scheme` will be stored."""
     if scheme.copies is not None:
-        whole = None
+        stored = None
         for copy in reversed(range(scheme.copies.count)):
-            whole = Stored(scheme=scheme.copies.scheme(scheme, copy), residual=whole, low_rank=None)
-        assert whole is not None
-        return whole
+            stored = Stored(scheme=scheme.copies.scheme(scheme, copy), residual=stored, low_rank=None)
+        assert stored is not None
+        return stored
     plane = Stored(scheme=scheme.residual_scheme) if scheme.residual else None
     return Stored(scheme=scheme, residual=plane, low_rank=low_rank)
 
 
 def description(tensor: QuantizedTensor) -> Stored:
-    """How `tensor` is stored."""
+    """Return how `tensor` is stored."""
     low_rank = tensor.low_rank
     return Stored(
         scheme=tensor.scheme,
@@ -84,7 +84,7 @@ def description(tensor: QuantizedTensor) -> Stored:
 
 
 def expected_tensors(stored: Stored, shape: tuple[int, int]) -> Expected:
-    """Dtype and shape of every part of a matrix `[out, in]`, by name."""
+    """Return dtype and shape of every part of a matrix `[out, in]`, by name."""
     scheme, (rows, columns) = stored.scheme, shape
     fmt, packing = FORMATS[scheme.format], PACKINGS[FORMATS[scheme.format].bits]
     grid = Granularity.parse(scheme.granularity).scale_shape(rows, columns)
@@ -115,18 +115,19 @@ def expected_tensors(stored: Stored, shape: tuple[int, int]) -> Expected:
 
 
 def planned_bits(stored: Stored, shape: tuple[int, int]) -> int:
-    """`QuantizedTensor.stored_bits` of a matrix of `shape`, without quantizing it."""
-    own = 8 * expected_bytes(expected_tensors(stored, shape))
-    return own + Granularity.parse(stored.scheme.granularity).layout_bits(shape[1])
+    """Return `QuantizedTensor.stored_bits` of a matrix of `shape`, without quantizing it."""
+    tensor_bits = 8 * expected_bytes(expected_tensors(stored, shape))
+    return tensor_bits + Granularity.parse(stored.scheme.granularity).layout_bits(shape[1])
 
 
 def expected_bytes(expected: Expected) -> int:
-    """What such tensors take."""
+    """Return the bytes that such tensors take."""
     return sum(math.prod(shape) * dtype.itemsize for dtype, shape in expected.values())
 
 
 def stored_tensors(tensor: QuantizedTensor | LowRank) -> dict[str, Tensor]:
-    """The parts of one matrix, by name."""
+    """Return the parts of a matrix as contiguous tensors, by name; those of a second plane and of low-rank
+    factors behind `residual.` and `low_rank.`."""
     parts: dict[str, Tensor] = {}
     for field in fields(tensor):
         value = getattr(tensor, field.name)
@@ -138,19 +139,19 @@ def stored_tensors(tensor: QuantizedTensor | LowRank) -> dict[str, Tensor]:
 
 
 def read_tensor(parts: dict[str, Tensor], stored: Stored, shape: tuple[int, int]) -> QuantizedTensor:
-    """The inverse of `stored_tensors`, for parts that are as `expected_tensors` says. Raises BitassayError
-    for values that no writer makes."""
-    own = {part: value for part, value in parts.items() if "." not in part}
-    if FORMATS[stored.scheme.format].kind == "ternary" and own["packed"].max() >= TERNARY_BYTES:
+    """Invert `stored_tensors`, for parts that are as `expected_tensors` says and a matrix of `shape`, `[out,
+    in]`. Raises BitassayError for values that no writer makes."""
+    tensors = {part: value for part, value in parts.items() if "." not in part}
+    if FORMATS[stored.scheme.format].kind == "ternary" and tensors["packed"].max() >= TERNARY_BYTES:
         raise BitassayError("packed holds bytes that are no ternary codes")
     plane, several = _below(parts, "residual."), stored.residual_columns(shape[1])
-    if "residual_columns" in own and unpack(own["residual_columns"], 1, shape[1]).sum() != several:
+    if "residual_columns" in tensors and unpack(tensors["residual_columns"], 1, shape[1]).sum() != several:
         raise BitassayError("residual_columns does not name as many columns as the residual has")
     factors = _below(parts, "low_rank.")
     return QuantizedTensor(
         stored.scheme,
         shape,
-        **own,
+        **tensors,
         residual=None
         if stored.residual is None
         else read_tensor(plane, stored.residual, (shape[0], several)),

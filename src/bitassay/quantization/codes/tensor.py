@@ -63,7 +63,7 @@ class QuantizedTensor:
         return Granularity.parse(self.scheme.granularity)
 
     def codes(self) -> Float[Tensor, "out in"]:
-        """Codes as the format defines them (binary: -1 and 1), as fp32 numbers."""
+        """Return the codes as the format defines them (binary: -1 and 1), as fp32 numbers."""
         raw = unpack(self.packed, self.format.bits, self.shape[0] * self.shape[1])
         if self.format.float_dtype is not None:
             return raw.view(self.format.float_dtype).float().view(self.shape)
@@ -71,7 +71,7 @@ class QuantizedTensor:
         return (raw.float() * step + lowest).view(self.shape)
 
     def zero_points(self) -> Float[Tensor, "rows groups"] | None:
-        """Zero points as fp32 numbers, None for a symmetric format."""
+        """Return zero points as fp32 numbers, None for a symmetric format."""
         if self.zero_point is None or self.scheme.zero_point == "free":
             return None if self.zero_point is None else self.zero_point.float()
         codes = unpack(self.zero_point, self.format.bits, self.scale.numel()).view(self.scale.shape)
@@ -89,13 +89,13 @@ class QuantizedTensor:
         )
 
     def residual_indices(self) -> Int[Tensor, " residual"]:
-        """The columns that have a second plane."""
+        """Return the indices of the columns that have a second plane, in order."""
         if self.residual_columns is None:
             return torch.arange(self.shape[1], device=self.packed.device)
         return unpack(self.residual_columns, 1, self.shape[1]).nonzero()[:, 0]
 
     def dequantize(self) -> Float[Tensor, "out in"]:
-        """The weights that the codes stand for, in fp32."""
+        """Return the weights that the codes stand for, in fp32."""
         groups = self.granularity.to_groups(self.codes())
         grids = split(self.granularity, self.grid, self.shape[1])
         parts = [dequantize(q, grid) for q, grid in zip(groups, grids, strict=True)]
@@ -122,7 +122,7 @@ class QuantizedTensor:
         return bits if self.residual is None else bits + self.residual.stored_bits
 
     def to(self, device: torch.device | str) -> "QuantizedTensor":
-        """The same tensor on another device."""
+        """Return the same tensor on another device."""
         held = {field.name: getattr(self, field.name) for field in fields(self)[2:]}
         return replace(self, **{name: part.to(device) for name, part in held.items() if part is not None})
 

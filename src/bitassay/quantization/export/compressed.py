@@ -56,7 +56,7 @@ E4M3 = torch.float8_e4m3fn
 
 
 def obstacle(stored: Stored) -> str | None:
-    """Why the format cannot hold such a matrix exactly; None where it can."""
+    """Return why the format cannot hold such a matrix exactly; None where it can."""
     fmt = FORMATS[stored.scheme.format]
     if fmt.kind == "binary":
         return "it has no codes of one bit without a zero"
@@ -76,7 +76,7 @@ def obstacle(stored: Stored) -> str | None:
 
 
 def input_obstacle(scheme: InputScheme) -> str | None:
-    """Why the format cannot say that inputs are rounded so; None where it can."""
+    """Return why the format cannot say that inputs are rounded by `scheme`; None where it can."""
     if scheme.outliers is not None:
         return "it has no columns in 16 bits beside codes"
     if scheme.scale == "dynamic" and scheme.scale_factor != 1:
@@ -96,7 +96,7 @@ EXPRESSED: dict[str, Callable[[Any], str | None]] = {"activations": activations_
 
 
 def with_inputs(stored: Stored, inputs: InputScheme | InputRounding | None) -> Stored:
-    """How a matrix is stored here whose inputs are rounded so."""
+    """Return how a matrix is stored here whose inputs are rounded by `inputs`; None: they are not."""
     if inputs is None:
         return stored
     if inputs.scale in (None, "dynamic"):
@@ -105,7 +105,7 @@ def with_inputs(stored: Stored, inputs: InputScheme | InputRounding | None) -> S
 
 
 def input_args(inputs: InputRounding) -> QuantizationArgs:
-    """How the library describes rounded inputs that have no `input_obstacle`."""
+    """Return how the library describes rounded inputs that have no `input_obstacle`."""
     fmt, dynamic = inputs.number_format, inputs.scale is None
     return QuantizationArgs(
         num_bits=int(fmt.bits),
@@ -117,7 +117,7 @@ def input_args(inputs: InputRounding) -> QuantizationArgs:
 
 
 def input_tensors(inputs: InputRounding | None) -> dict[str, Tensor]:
-    """What lies beside a matrix for them."""
+    """Return what lies beside a matrix for its rounded inputs: nothing where each token has its own scale."""
     if inputs is None or inputs.scale is None:
         return {}
     tensors = {"input_scale": torch.tensor([inputs.scale])}
@@ -133,7 +133,7 @@ def _as_bytes(stored: Stored) -> bool:
 
 
 def weight_args(scheme: WeightScheme, shape: tuple[int, int]) -> QuantizationArgs:
-    """How the library describes a matrix of `shape` quantized by `scheme`, which has no `obstacle`."""
+    """Return how the library describes a matrix of `shape` quantized by `scheme`, which has no `obstacle`."""
     fmt, granularity = FORMATS[scheme.format], Granularity.parse(scheme.granularity)
     common = {
         "num_bits": 2 if fmt.kind == "ternary" else int(fmt.bits),
@@ -151,7 +151,7 @@ def weight_args(scheme: WeightScheme, shape: tuple[int, int]) -> QuantizationArg
 
 
 def expected_tensors(stored: Stored, shape: tuple[int, int]) -> Expected:
-    """Dtype and shape of what is kept of a matrix `[out, in]`, by the library's names."""
+    """Return dtype and shape of what is kept of a matrix `[out, in]`, by the library's names."""
     scheme = stored.scheme
     args = weight_args(scheme, shape)
     grid = (1,) if args.strategy == "tensor" else Granularity.parse(scheme.granularity).scale_shape(*shape)
@@ -172,7 +172,7 @@ def expected_tensors(stored: Stored, shape: tuple[int, int]) -> Expected:
 
 
 def stored_tensors(tensor: QuantizedTensor, inputs: InputRounding | None = None) -> dict[str, Tensor]:
-    """The tensors of one matrix and of how its inputs are rounded, under the library's names for them."""
+    """Return the tensors of a matrix and of how its inputs are rounded, under the library's names."""
     args = weight_args(tensor.scheme, tensor.shape)
     scale = tensor.scale.reshape(1) if args.strategy == "tensor" else tensor.scale
     stored = {"weight_scale": scale.contiguous(), **input_tensors(inputs)}
@@ -189,8 +189,8 @@ def stored_tensors(tensor: QuantizedTensor, inputs: InputRounding | None = None)
 
 
 def read_tensor(parts: dict[str, Tensor], stored: Stored, shape: tuple[int, int]) -> QuantizedTensor:
-    """The inverse of `stored_tensors`, for parts that are as `expected_tensors` says. Raises BitassayError
-    for values that no writer makes."""
+    """Invert `stored_tensors`, for parts that are as `expected_tensors` says and a matrix of `shape`, `[out,
+    in]`. Raises BitassayError for values that no writer makes."""
     scheme = stored.scheme
     args, fmt = weight_args(scheme, shape), FORMATS[scheme.format]
     scale = parts["weight_scale"].float().view(Granularity.parse(scheme.granularity).scale_shape(*shape))
@@ -217,9 +217,9 @@ def _shift(args: QuantizationArgs) -> int:
 
 
 def quantization_config(model: PreTrainedModel, quantization: Quantization) -> QuantizationConfig:
-    """One config group for each distinct description: the commonest targets every Linear, the others name
-    theirs; experts have their own; the rest is ignored. Raises BitassayError that names a matrix with an
-    obstacle."""
+    """Return the library's configuration: a group for each distinct description, of which the commonest
+    targets every Linear and the others name theirs; experts have their own; the rest is ignored. Raises
+    BitassayError that names a matrix with an obstacle."""
     groups: dict[str, tuple[dict[str, Any], list[str]]] = {}
     pieces, experts = expert_pieces(model), None
     if alone := [name for name in quantization.inputs if name not in quantization.tensors]:
@@ -270,7 +270,9 @@ def _left_alone(model: PreTrainedModel, quantization: Quantization) -> list[str]
     Linears) but the recipe did not.
     """
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    found = walk(model)
-    parents = [name.rpartition(".")[0] for name in found.routers]
-    parents += [name.rpartition(".")[0] for name in found.experts if f"{name}.0" not in quantization.tensors]
+    modules = walk(model)
+    parents = [name.rpartition(".")[0] for name in modules.routers]
+    parents += [
+        name.rpartition(".")[0] for name in modules.experts if f"{name}.0" not in quantization.tensors
+    ]
     return list(dict.fromkeys(name for name in (*linears, *parents) if name not in quantization.tensors))

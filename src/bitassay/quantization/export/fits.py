@@ -20,7 +20,7 @@ def check_fit(
     trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> None:
-    """Raises BitassayError where a recipe names what the model does not have, where the model has no
+    """Raise BitassayError where a recipe names what the model does not have, where the model has no
     positions for so many `tokens`, or is no causal LM; MissingError where the text of a calibration is not
     here. The model is fetched where it is not here."""
     empty = without_weights(resolve(model, progress), trust_remote_code=trust_remote_code)

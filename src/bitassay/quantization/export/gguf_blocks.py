@@ -38,12 +38,14 @@ Bytes = np.ndarray  # [rows, bytes]
 
 
 class Blocks(NamedTuple):
+    """The blocks of a matrix `[rows, bytes]`, and their type in llama.cpp."""
+
     kind: Kind
     data: Bytes
 
 
 def as_blocks(tensor: QuantizedTensor) -> Blocks | None:
-    """`tensor` in llama.cpp's arrangement; None where no type holds its codes."""
+    """Return `tensor` in llama.cpp's arrangement; None where no type holds its codes."""
     if tensor.format.kind == "float" or tensor.scheme.turned is not None or beside_codes(tensor):
         return None
     grid = tensor.grid
@@ -63,7 +65,7 @@ def as_blocks(tensor: QuantizedTensor) -> Blocks | None:
 
 
 def beside_codes(tensor: QuantizedTensor) -> list[str]:
-    """What a matrix has that no block holds, such as low-rank factors."""
+    """Name what a matrix has that no block holds, such as low-rank factors."""
     others = [field.name for field in fields(tensor) if field.name not in HELD]
     return [name for name in others if getattr(tensor, name) is not None]
 

@@ -141,7 +141,7 @@ def check_gguf(model: PreTrainedModel, recipe: Recipe | None) -> None:
 
 
 def reload_difference(model: PreTrainedModel, path: str | Path, tokens: Int[Tensor, "batch tokens"]) -> float:
-    """The largest difference between the logits of `model` and of the file as it is read again, in the
+    """Return the largest difference between the logits of `model` and of the file as it is read again, in the
     model's dtype."""
     reloaded = read_model(GGUFReader(path), model.dtype)
     torch.nn.Module.to(reloaded, device=model.device)
@@ -150,8 +150,8 @@ def reload_difference(model: PreTrainedModel, path: str | Path, tokens: Int[Tens
 
 
 def written_before(path: Path) -> tuple[str, str] | None:
-    """The recipe's id and the digest of the base model's weights, as a GGUF file of ours names them; None for
-    another file."""
+    """Return the recipe's id and the digest of the base model's weights, as a GGUF file of ours names them;
+    None for another file."""
     try:
         fields = GGUFReader(path).fields
         return str(fields[RECIPE_KEY].contents()), str(fields[BASE_KEY].contents())
@@ -227,8 +227,8 @@ def _unrolled(model: PreTrainedModel, names: list[str]) -> Iterator[tuple[str, s
             continue
         number, _, rest = name.removeprefix(prefix).partition(".")
         layer = int(number)
-        own = [name, *replica_names(model, layer, name, counts[layer])]
-        for place, copy in enumerate(own, start=sum(counts[:layer])):
+        copies = [name, *replica_names(model, layer, name, counts[layer])]
+        for place, copy in enumerate(copies, start=sum(counts[:layer])):
             yield f"{prefix}{place}.{rest}", copy if copy in names else name
 
 

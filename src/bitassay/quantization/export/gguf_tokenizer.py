@@ -80,7 +80,7 @@ def copy_tokenizer(writer: GGUFWriter, base: Path) -> None:
 
 
 def is_tokenizer_of(base: Path, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether `tokenizer` is still the one that the GGUF file `base` describes."""
+    """Return whether `tokenizer` is still the one that the GGUF file `base` describes."""
     rebuilt = read_tokenizer(fields_of(GGUFReader(base)))
     same = rebuilt.chat_template == tokenizer.chat_template
     return same and _difference(tokenizer, rebuilt, []) is None
@@ -103,8 +103,9 @@ def write_tokenizer(writer: GGUFWriter, keys: Mapping[str, Any]) -> None:
 def tokenizer_keys(
     tokenizer: PreTrainedTokenizerBase, vocabulary: int, ends: list[int]
 ) -> tuple[dict[str, Any], list[str]]:
-    """The keys that describe a tokenizer of `tokenizers`, and notes on what llama.cpp does otherwise. Ids up
-    to `vocabulary` that it does not use are said to be unused; `ends` are the ids that end a generation.
+    """Return the keys that describe a tokenizer of `tokenizers`, and notes on what llama.cpp does otherwise.
+    Ids up to `vocabulary` that it does not use are said to be unused; `ends` are the ids that end a
+    generation.
 
     Raises BitassayError for a tokenizer that llama.cpp would not run as what it is.
     """
@@ -266,9 +267,9 @@ def _chat_templates(templates: str | dict[str, str] | None, notes: list[str]) ->
 def _split_name(backend: Tokenizer, content: dict[str, Any]) -> str:
     """llama.cpp's name of a way to split text."""
     patterns = patterns_of(content["pre_tokenizer"])
-    names = [name for name, way in SPLITTINGS.items() if way.patterns == patterns]
-    whole = bool(content["model"].get("ignore_merges"))
-    exact = [name for name in names if SPLITTINGS[name].ignore_merges == whole]
+    names = [name for name, way in SPLITTINGS.items() if way.byte_level and way.patterns == patterns]
+    ignores_merges = bool(content["model"].get("ignore_merges"))
+    exact = [name for name in names if SPLITTINGS[name].ignore_merges == ignores_merges]
     if exact:
         return exact[0]
     # Whether merges are ignored for pieces that are tokens says nothing where merges make every token.

@@ -57,11 +57,11 @@ class Piece(NamedTuple):
 
 
 def expert_pieces(model: PreTrainedModel) -> dict[str, list[Piece]]:
-    """For each slice of fused experts that checkpoints have expert by expert, by its name in
-    `matrices(model)`, what it is stored as."""
+    """Return the pieces that each slice of fused experts is stored as, by its name in `matrices(model)`; only
+    slices that checkpoints have expert by expert."""
     model = _without_weights(model)
     merges = [way for way in _conversions(model) if isinstance(way, WeightConverter) and _merges_experts(way)]
-    found: dict[str, list[Piece]] = {}
+    pieces: dict[str, list[Piece]] = {}
     for owner, module in fused_experts(model).items():
         for key, parameter in module.named_parameters(recurse=False):
             name = f"{owner}.{key}"
@@ -71,7 +71,7 @@ def expert_pieces(model: PreTrainedModel) -> dict[str, list[Piece]]:
                     continue
                 sources = [source.replace("\\", "") for source in way._original_source_patterns]
                 for expert in range(len(parameter)):
-                    found[f"{name}.{expert}"] = [
+                    pieces[f"{name}.{expert}"] = [
                         Piece(
                             name.removesuffix(target)
                             + source.replace("*", str(expert)).removesuffix(".weight"),
@@ -80,43 +80,45 @@ def expert_pieces(model: PreTrainedModel) -> dict[str, list[Piece]]:
                         )
                         for place, source in enumerate(sources)
                     ]
-    return found
+    return pieces
 
 
 def exact_scales(stored: Stored) -> Stored:
-    """How a slice of experts is stored: with scales in fp32."""
+    """Return how a slice of experts is stored: with scales in fp32."""
     scheme = stored.scheme.model_copy(update={"scale_dtype": "float32"})
     return stored.model_copy(update={"scheme": scheme})
 
 
 def part_of(tensor: QuantizedTensor, piece: Piece) -> QuantizedTensor:
-    """The rows of a matrix that are one piece; it has no `obstacle`."""
+    """Cut out the rows of a matrix that are one piece, with scales in fp32; it has no `obstacle`."""
     rows, scheme = piece.rows(tensor.shape[0]), exact_scales(description(tensor)).scheme
     return from_codes(tensor.codes()[rows], tensor.scale.float()[rows], scheme)
 
 
 def joined(parts: list[QuantizedTensor], scheme: WeightScheme) -> QuantizedTensor:
-    """The inverse of `part_of`, for a matrix of `scheme`."""
+    """Invert `part_of`: join all pieces of a matrix of `scheme`."""
     scales = torch.cat([part.scale.float() for part in parts])
     return from_codes(torch.cat([part.codes() for part in parts]), scales, scheme)
 
 
 def keeps_names(model: PreTrainedModel) -> bool:
-    """Whether a folder can have the checkpoint's own names: not where these say that tensors beside the
-    codes are cut or joined, which transformers tries on codes too."""
+    """Return whether a folder can have the checkpoint's own names: not where these say that tensors beside
+    the codes are cut or joined, which transformers tries on codes too."""
     ways = [way for way in _conversions(model) if isinstance(way, WeightConverter)]
     return all(_merges_experts(way) for way in ways)
 
 
 def module_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
-    """What the model calls the tensors of a checkpoint, by their names there."""
+    """Return what the model calls the tensors of a checkpoint, by their names there."""
     renamings = [way for way in _conversions(model) if isinstance(way, WeightRenaming)]
-    own = dict(model.named_modules())
-    return {key: key if key.rpartition(".")[0] in own else apply_renamings(key, renamings) for key in keys}
+    modules = dict(model.named_modules())
+    return {
+        key: key if key.rpartition(".")[0] in modules else apply_renamings(key, renamings) for key in keys
+    }
 
 
 def obstacle(model: PreTrainedModel, described: Mapping[str, Stored]) -> str | None:
-    """Why plain transformers would not load such matrices of `model`; None where it does."""
+    """Return why plain transformers would not load such matrices of `model`; None where it does."""
     empty = _without_weights(model)
     linears, experts = walk(empty).linears, walk(empty).experts
     quantized = [name for name in described if name in linears]
@@ -134,7 +136,7 @@ def _expert_obstacle(model: PreTrainedModel, slices: Mapping[str, Stored]) -> st
         return f"{missing}: transformers reads such experts from one tensor, and decodes no codes there"
     if left := next((name for name in pieces if name not in slices), None):
         return f"experts in part: it would lose {left}, which is left as it is"
-    if other := next((name for name, own in slices.items() if own != stored), None):
+    if other := next((name for name, how in slices.items() if how != stored), None):
         return f"{other} otherwise than {name}: transformers decodes all experts by one scheme"
     scheme, granularity = stored.scheme, Granularity.parse(stored.scheme.granularity)
     if not scheme.symmetric:

@@ -125,8 +125,8 @@ def reload_difference(
     *,
     trust_remote_code: bool = False,
 ) -> float:
-    """The largest difference between the logits of `model` and of the folder, in the model's dtype: as plain
-    transformers loads it where it can, else as `bitassay.load` does.
+    """Return the largest difference between the logits of `model` and of the folder, in the model's dtype: as
+    plain transformers loads it where it can, else as `bitassay.load` does.
     """
     card = read_card(Path(folder))
     if card is not None and card.layout == "bitassay":
@@ -147,8 +147,8 @@ def reload_difference(
 def choose_layout(
     model: PreTrainedModel, recipe: Recipe, matrices: dict[str, Stored], wanted: Layout | None = None
 ) -> tuple[Layout, str | None]:
-    """`wanted`, or compressed-tensors where it is exact, else our own, with the reason. Raises BitassayError
-    that names what compressed-tensors cannot hold where it is wanted.
+    """Return `wanted`, or compressed-tensors where it is exact, else our own, with the reason. Raises
+    BitassayError that names what compressed-tensors cannot hold where it is wanted.
     """
     why = None if wanted == "bitassay" else layout_obstacle(model, recipe, matrices, wanted)
     if wanted == "compressed-tensors" and why:
@@ -232,7 +232,7 @@ def _parts(model: PreTrainedModel, quantization: Quantization, layout: Layout) -
 def _other_parameters(model: PreTrainedModel, quantization: Quantization) -> dict[str, Tensor]:
     """What is stored as it is: all but the quantized matrices, of which fused experts are slices."""
     experts = {name.rpartition(".")[0] for name in quantization.tensors}
-    whole = {
+    fully_quantized = {
         key
         for key, fused in walk(model).experts.items()
         if key in experts and all(f"{key}.{place}" in quantization.tensors for place in range(len(fused)))
@@ -241,7 +241,7 @@ def _other_parameters(model: PreTrainedModel, quantization: Quantization) -> dic
         key: value
         for key, value in model.state_dict().items()
         if key.removesuffix(".weight") not in quantization.tensors
-        and key not in whole
+        and key not in fully_quantized
         and not is_replica(key)
     }
 

@@ -142,7 +142,7 @@ def round_cache(model: PreTrainedModel, spec: KvCache) -> None:
     Raises BitassayError for decoder layers without attention of the usual kind.
     """
     layers = decoder_layers(model)
-    attentions = [one for layer in layers if (one := getattr(layer, "self_attn", None)) is not None]
+    attentions = [module for layer in layers if (module := getattr(layer, "self_attn", None)) is not None]
     if len(attentions) < len(layers):
         index = next(i for i, layer in enumerate(layers) if getattr(layer, "self_attn", None) is None)
         raise BitassayError(
@@ -155,14 +155,14 @@ def round_cache(model: PreTrainedModel, spec: KvCache) -> None:
 
 
 def empty_cache(model: PreTrainedModel) -> DynamicCache:
-    """The cache for a new text: packed where `round_cache` was here."""
+    """Return the cache for a new text: packed where `round_cache` was applied to `model`."""
     spec = getattr(model, "kv_cache", None)
     return PackedCache(model.config, spec) if spec is not None else DynamicCache(config=model.config)
 
 
 def cache_to_crop(model: PreTrainedModel) -> DynamicCache:
-    """An empty cache from which tokens can be taken away again. Raises BitassayError for a model that keeps
-    something else than keys and values."""
+    """Return an empty cache from which tokens can be taken away again. Raises BitassayError for a model that
+    keeps something else than keys and values."""
     if not keeps_positions(model):
         raise BitassayError(
             f"{type(model).__name__} keeps a state from which no token can be taken away again",

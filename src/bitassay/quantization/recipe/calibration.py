@@ -52,8 +52,8 @@ def check_calibration(model: PreTrainedModel, spec: Calibration) -> None:
 
 
 def calibration_tokens(model: PreTrainedModel, spec: Calibration) -> Int[Tensor, "samples tokens"]:
-    """The windows as the model's token ids. Raises BitassayError where the corpus is unknown or too short, or
-    a window longer than what the model reads."""
+    """Return the windows as the model's token ids. Raises BitassayError where the corpus is unknown or too
+    short, or a window longer than what the model reads."""
     check_calibration(model, spec)
     protocol = Protocol(spec.corpus, window_tokens=spec.tokens, windows=spec.samples)
     try:

@@ -25,8 +25,8 @@ OTHER_TOOLS = {
 
 
 def recipe_file(name: str) -> Path:
-    """The YAML file of a recipe: one that is shipped under that name, or a path. Raises BitassayError where
-    there is none."""
+    """Return the YAML file of a recipe: one that is shipped under that name, or a path. Raises BitassayError
+    where there is none."""
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
         return path
@@ -35,7 +35,7 @@ def recipe_file(name: str) -> Path:
             f"{name}: a {'folder' if path.is_dir() else 'file'} that is no .yaml file, so no recipe",
             "the name of a recipe, such as 'w4' (bitassay recipes list), or the path of a .yaml file",
         )
-    names = [found.stem for found in SHIPPED.glob("*.yaml")]
+    names = [file.stem for file in SHIPPED.glob("*.yaml")]
     if name not in names:
         raise BitassayError(
             f"no recipe is called {name!r}; {suggestion(name, names)}",
@@ -45,8 +45,8 @@ def recipe_file(name: str) -> Path:
 
 
 def read_recipe_file(path: Path) -> dict[Any, Any]:
-    """The fields of a recipe's file, not checked further. Raises BitassayError where it holds something else,
-    and says what, where that is known."""
+    """Read the fields of a recipe's file, not checked further. Raises BitassayError where it holds something
+    else, and says what, where that is known."""
     content = read_yaml(path)
     if not isinstance(content, dict):
         what = "empty" if content is None else f"a {type(content).__name__}, not fields"

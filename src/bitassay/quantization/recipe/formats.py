@@ -33,7 +33,7 @@ class NumberFormat:
         return self.kind in ("integer", "binary")
 
     def code_range(self, symmetric: bool) -> tuple[int, int]:
-        """Smallest and largest integer code; not for float formats."""
+        """Return the smallest and the largest integer code; not for float formats."""
         if self.kind == "integer":
             levels = 2 ** int(self.bits)
             return (-levels // 2, levels // 2 - 1) if symmetric else (0, levels - 1)

@@ -32,19 +32,20 @@ class Granularity:
 
     @classmethod
     def parse(cls, text: str) -> "Granularity":
-        """From `tensor`, `channel`, `g` and a positive number, or `adaptive` and an even one."""
+        """Parse `tensor`, `channel`, `g` and a positive number, or `adaptive` and an even one. Raises
+        BitassayError for any other text."""
         if text in ("tensor", "channel"):
             return cls(text)
-        if found := re.fullmatch(r"g([1-9][0-9]{0,6})", text):
-            return cls(text, int(found[1]))
-        found = re.fullmatch(r"adaptive([1-9][0-9]{0,6})(?:/([012]+))?", text)
-        if found is None or int(found[1]) % 2:
+        if match := re.fullmatch(r"g([1-9][0-9]{0,6})", text):
+            return cls(text, int(match[1]))
+        match = re.fullmatch(r"adaptive([1-9][0-9]{0,6})(?:/([012]+))?", text)
+        if match is None or int(match[1]) % 2:
             raise BitassayError(
                 f"unknown granularity {text!r}",
                 "use tensor, channel, a group size such as g64, or an even average of sizes: adaptive64",
             )
-        size = int(found[1])
-        return cls(text, block_sizes=(2 * size, size, size // 2), digits=found[2])
+        size = int(match[1])
+        return cls(text, block_sizes=(2 * size, size, size // 2), digits=match[2])
 
     @property
     def is_settled(self) -> bool:
@@ -52,17 +53,18 @@ class Granularity:
         return self.block_sizes is None or self.digits is not None
 
     def blocks(self, columns: int) -> list[tuple[int, int]]:
-        """First column and the one after the last of what has a digit in adaptive groups."""
+        """Return the first column and the one after the last of what has a digit in adaptive groups."""
         assert self.block_sizes is not None
         size = self.block_sizes[0]
         return [(start, min(start + size, columns)) for start in range(0, columns, size)]
 
     def layout_bits(self, columns: int) -> int:
-        """What it takes to say which adaptive groups a matrix has: five digits a byte."""
+        """Return the bits that it takes to say which adaptive groups a matrix has: five digits a byte."""
         return 0 if self.block_sizes is None else 8 * math.ceil(len(self.blocks(columns)) / 5)
 
     def spans(self, columns: int) -> list[tuple[int, int, int]]:
-        """`(start, stop, size)` of runs of equal groups of a row: the whole ones, then a shorter last one."""
+        """Return `(start, stop, size)` of runs of equal groups of a row: the full ones, then a shorter last.
+        Raises BitassayError where adaptive groups are those of another number of columns."""
         if self.block_sizes is None:
             return _runs(0, columns, self.group_size or columns)
         assert self.digits is not None, "adaptive groups that nobody has chosen"
@@ -80,7 +82,7 @@ class Granularity:
         ]
 
     def scale_shape(self, rows: int, columns: int) -> tuple[int, int]:
-        """Shape of the scales of a matrix `[rows, columns]`."""
+        """Return the shape of the scales of a matrix `[rows, columns]`."""
         if self.name == "tensor":
             return 1, 1
         if not self.is_settled:
@@ -89,19 +91,20 @@ class Granularity:
         return rows, sum((stop - start) // size for start, stop, size in self.spans(columns))
 
     def to_groups(self, matrix: Float[Tensor, "out in"]) -> list[Groups]:
-        """The matrix as groups, one tensor for each group size; row by row, left to right."""
+        """Cut the matrix into groups, a tensor `[groups, size]` for each run of equal groups of a row; in it
+        they go row by row, left to right."""
         if self.name == "tensor":
             return [matrix.reshape(1, -1)]
         return [matrix[:, start:stop].reshape(-1, size) for start, stop, size in self.spans(matrix.shape[1])]
 
     def from_groups(self, parts: list[Groups], rows: int) -> Float[Tensor, "out in"]:
-        """The inverse of `to_groups`; also joins one number a group into `[rows, groups]` (or `[1, 1]`)."""
+        """Invert `to_groups`; also joins one number a group into `[rows, groups]` (or `[1, 1]`)."""
         return torch.cat([part.reshape(1 if part.numel() == 1 else rows, -1) for part in parts], dim=1)
 
     def scales_to_groups(
         self, scales: Float[Tensor, "rows groups"], columns: int
     ) -> list[Float[Tensor, "_ 1"]]:
-        """`[rows, groups]` as one column for each tensor that `to_groups` returns."""
+        """Return scales `[rows, groups]` as one column for each tensor that `to_groups` returns."""
         if self.name == "tensor":
             return [scales.reshape(1, 1)]
         counts = [(stop - start) // size for start, stop, size in self.spans(columns)]
@@ -110,5 +113,5 @@ class Granularity:
 
 def _runs(start: int, stop: int, size: int) -> list[tuple[int, int, int]]:
     size = min(size, stop - start)
-    whole = start + (stop - start) // size * size
-    return [(start, whole, size)] + ([(whole, stop, stop - whole)] if whole < stop else [])
+    full = start + (stop - start) // size * size
+    return [(start, full, size)] + ([(full, stop, stop - full)] if full < stop else [])

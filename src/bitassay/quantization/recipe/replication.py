@@ -56,7 +56,7 @@ class Chosen(Spec):
     share: float = Field(default=0.3, gt=0, le=1)
 
     def count(self, layers: int) -> int:
-        """How many of so many layers."""
+        """Return how many of `layers` layers are chosen."""
         return max(1, math.floor(self.share * layers + 0.5))
 
 
@@ -67,7 +67,7 @@ class Between(Spec):
     end: float = Field(gt=0, le=1)
 
     def of(self, layers: int) -> range:
-        """Their numbers, of so many layers."""
+        """Return the numbers of these layers, in a model of `layers` layers."""
         first = min(layers - 1, math.floor(self.start * layers + 0.5))
         return range(first, max(first + 1, math.floor(self.end * layers + 0.5)))
 

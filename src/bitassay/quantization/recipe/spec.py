@@ -88,7 +88,7 @@ class RecipePart(Spec):
         return None
 
     def changes_codes(self, recipe: "Recipe") -> bool:
-        """Whether the recipe without this part would have other codes."""
+        """Return whether the recipe without this part would have other codes."""
         return True
 
     def stored_bits(self, out: int, columns: int) -> int:
@@ -96,7 +96,7 @@ class RecipePart(Spec):
         return 0
 
     def text_passes(self, samples: int) -> int:
-        """How many forward passes over one calibration sample the part takes, about."""
+        """Return about how many forward passes over one calibration sample the part takes."""
         return 0
 
     def conflicts(self, recipe: "Recipe") -> Iterator[str]:

@@ -56,7 +56,7 @@ class Place:
 
 
 def controls(recipe: Recipe, layers: int) -> list[Control]:
-    """The controls of a recipe for a model of so many decoder layers; none for one without copies."""
+    """Return the controls of a recipe for a model of `layers` decoder layers; none for one without copies."""
     plan = recipe.replication
     if plan is None or plan.copies == 1:
         return []
@@ -68,36 +68,36 @@ def controls(recipe: Recipe, layers: int) -> list[Control]:
 
 
 def changes_nothing(recipe: Recipe) -> bool:
-    """Whether what it makes of a model is the model."""
+    """Return whether a recipe leaves every model as it is."""
     return recipe.model_copy(update={"calibration": None}) == Recipe(
         name=recipe.name, description=recipe.description, weights=None
     )
 
 
 def with_controls(recipes: Sequence[Recipe], layers: int) -> tuple[tuple[Recipe, ...], list[Place]]:
-    """The recipes, the controls of each one with copies below it, and which these are, for a model of so many
-    layers. A control that another recipe is already, or the base model, is no recipe of its own."""
+    """Return the recipes, each with its controls after it, and a place for every control, for a model of
+    `layers` layers. A control that another recipe is already, or the base model, is no recipe of its own."""
     names = {recipe.recipe_id: recipe.name for recipe in recipes}
-    found, places = list[Recipe](), list[Place]()
+    variants, places = list[Recipe](), list[Place]()
     for recipe in recipes:
-        found.append(recipe)
+        variants.append(recipe)
         for control in controls(recipe, layers):
-            own = control.recipe
-            name = BASE if changes_nothing(own) else names.get(own.recipe_id)
+            plain = control.recipe
+            name = BASE if changes_nothing(plain) else names.get(plain.recipe_id)
             if name is None:
-                name = names[own.recipe_id] = own.name
-                found.append(own)
+                name = names[plain.recipe_id] = plain.name
+                variants.append(plain)
             places.append(Place(recipe.name, ", ".join(control.kinds), name))
-    return tuple(found), places
+    return tuple(variants), places
 
 
 def _plain_controls(recipe: Recipe, plan: ReplicationPlan, layers: int) -> list[Control]:
     single, counts = _changed(recipe, "single", {}), plan.counts(layers)
     if plan.differ == "inputs":
-        found = [Control(("single", "equal-bits"), single)]
+        made = [Control(("single", "equal-bits"), single)]
         if wider := _more_input_bits(recipe, counts):
-            found.append(Control(("equal-flops",), _changed(recipe, "inputs", wider)))
-        return found
+            made.append(Control(("equal-flops",), _changed(recipe, "inputs", wider)))
+        return made
     if recipe.weights is None:
         return [Control(("single", "equal-bits"), single)]
     passes = sum(counts) / layers
@@ -107,13 +107,13 @@ def _plain_controls(recipe: Recipe, plan: ReplicationPlan, layers: int) -> list[
         "equal-bits": passes if plan.makes_codes else 1.0,
         "equal-flops": passes if budget is None else min(passes, 1 + budget / layers),
     }
-    found = []
+    made = []
     for mean in dict.fromkeys(times.values()):
         kinds: tuple[Kind, ...] = tuple(kind for kind, wanted in times.items() if wanted == mean)
         more = {} if mean == 1 else _more_bits(recipe, recipe.weights, counts, mean)
         if more is not None:
-            found.append(Control(kinds, _changed(recipe, kinds[0], more)))
-    return found
+            made.append(Control(kinds, _changed(recipe, kinds[0], more)))
+    return made
 
 
 def _layers_with_copies(plan: ReplicationPlan, layers: int) -> Any:
@@ -159,7 +159,8 @@ def _more_bits(
 
 
 def widened(scheme: WeightScheme, count: int) -> dict[str, Any]:
-    """A scheme that stores in one matrix what `scheme` stores in `count` of them; never more."""
+    """Return the fields of a scheme that stores in one matrix the bits that `scheme` stores in `count` of
+    them; never more."""
     bits = max(b for b in INTEGERS if b <= max(min(8.0, scheme.number_format.bits * count), min(INTEGERS)))
     granularity = Granularity.parse(scheme.granularity)
     fields = _plain(scheme) | {"format": INTEGERS[bits]}
@@ -176,7 +177,7 @@ def _plain(scheme: WeightScheme) -> dict[str, Any]:
 
 
 def nominal_bits(scheme: WeightScheme) -> float:
-    """Bits a weight with scales and zero points, for groups that divide the row; of long rows, codes
+    """Return bits a weight with scales and zero points, for groups that divide the row; of long rows, codes
     alone."""
     granularity, fmt = Granularity.parse(scheme.granularity), scheme.number_format
     size = granularity.group_size or (granularity.block_sizes[1] if granularity.block_sizes else None)

@@ -35,9 +35,9 @@ def fit_passes(
     tokens: Int[Tensor, "samples tokens"],
     progress: Progress,
 ) -> dict[int, Steps]:
-    """The coefficients of each layer of `model` that has passes, which get them one after the other, front to
-    back, so that each is fitted to what really enters it. `reference` is the same model unquantized."""
-    layers, references, found = decoder_layers(model), decoder_layers(reference), {}
+    """Fit the coefficients of each layer of `model` that has passes, front to back, so that each is fitted to
+    what really enters it, and return them. `reference` is the same model unquantized."""
+    layers, references, fitted = decoder_layers(model), decoder_layers(reference), {}
     hidden, arguments = first_inputs(model, tokens)
     wanted, plain = first_inputs(reference, tokens)
     for index, layer in enumerate(layers):
@@ -54,14 +54,14 @@ def fit_passes(
                 passes.steps = fit_parallel(hidden, [run(number, hidden) for number in count], wanted)
             else:
                 passes.steps = fit_serial(hidden, [lambda x, n=n, run=run: run(n, x) for n in count], wanted)
-            found[index] = passes.steps
+            fitted[index] = passes.steps
         hidden = run_layer(layer, hidden, arguments[index])
     progress("fitting the coefficients of copies", len(layers), len(layers))
-    return found
+    return fitted
 
 
 def fit_serial(x: Hidden, passes: Sequence, wanted: Hidden) -> Steps:
-    """The best keep and add of each pass in turn."""
+    """Return the best keep and add of each pass in turn."""
     keep, add = [], []
     for run in passes:
         y = run(x)
@@ -73,13 +73,13 @@ def fit_serial(x: Hidden, passes: Sequence, wanted: Hidden) -> Steps:
 
 
 def fit_parallel(x: Hidden, outputs: Sequence[Hidden], wanted: Hidden) -> Steps:
-    """The best keep, and the best add of every copy beside the others."""
+    """Return the best keep, and the best add of every copy beside the others."""
     a, *add = least_squares([x, *(y - x for y in outputs)], wanted)
     return Steps((a,) + (1.0,) * (len(add) - 1), tuple(add))
 
 
 def least_squares(parts: Sequence[Hidden], wanted: Hidden) -> list[float]:
-    """The coefficients of the sum of `parts` that is nearest to `wanted`; of several, the smallest ones."""
+    """Return the coefficients of the sum of `parts` that is nearest to `wanted`; of several, the smallest."""
     gram = torch.zeros(len(parts), len(parts), dtype=torch.float64)
     right = torch.zeros(len(parts), dtype=torch.float64)
     weights = token_weights(wanted)
@@ -92,6 +92,6 @@ def least_squares(parts: Sequence[Hidden], wanted: Hidden) -> list[float]:
 
 
 def token_weights(wanted: Hidden) -> Float[Tensor, "samples tokens"]:
-    """What each token's squared error counts."""
+    """Return the weight of each token's squared error, in fp64."""
     size = wanted.double().square().sum(-1).clamp(min=torch.finfo(torch.float64).tiny)
     return (1 / (size.numel() * size) + 1 / size.sum()) / 2

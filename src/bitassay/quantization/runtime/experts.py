@@ -122,8 +122,8 @@ def expert_products(
 def expert_inputs(
     module: nn.Module, tap: Callable[[str, Float[Tensor, "rows _"]], None], *, every: bool = False
 ) -> Iterator[Load]:
-    """Like `expert_products`, but calls `tap(name, x)` just before `x` is multiplied: a tap that writes to
-    the slice quantizes it in passing."""
+    """Call `tap(name, x)` just before the inputs `x` of an expert's slice are multiplied, within the context;
+    otherwise like `expert_products`. A tap that writes to the slice quantizes it in passing."""
 
     def product(name: str, x: Tensor, plain: Callable[[], Tensor]) -> Tensor:
         tap(name, x)

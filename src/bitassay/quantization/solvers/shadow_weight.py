@@ -129,10 +129,11 @@ def shadow_linears(model: nn.Module, shadows: Mapping[str, ShadowWeight]) -> Ite
     """While this lasts, the linears of those names compute with shadow weights; their hooks stay."""
     linears = {name: model.get_submodule(name) for name in shadows}
 
-    def with_shadow(shadow: ShadowWeight, bias: Tensor | None):
+    def with_shadow(shadow: ShadowWeight, linear: nn.Module):
+        bias = None if linear.bias is None else linear.get_parameter("bias")
         return lambda x: nn.functional.linear(x, shadow(), bias)
 
-    forwards = ((linear, with_shadow(shadows[name], linear.bias)) for name, linear in linears.items())
+    forwards = ((linear, with_shadow(shadows[name], linear)) for name, linear in linears.items())
     with forwarded(forwards):  # type: ignore[arg-type]
         yield
 

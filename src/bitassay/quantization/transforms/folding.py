@@ -49,13 +49,13 @@ class Fold:
     width: int = 1
 
     def share(self, columns: Float[Tensor, " in"]) -> Float[Tensor, " own"]:
-        """The largest number of the columns that share a scale."""
+        """Return the largest number of the columns that share a scale, for each scale."""
         if self.sharing == 1:
             return columns
         return columns.view(-1, self.sharing, self.width).amax(1).flatten()
 
     def spread(self, scales: Float[Tensor, " own"]) -> Float[Tensor, " in"]:
-        """Each input column's scale: undoes `share`."""
+        """Return each input column's scale: undoes `share`."""
         if self.sharing == 1:
             return scales
         return scales.view(-1, 1, self.width).expand(-1, self.sharing, -1).flatten()

@@ -23,7 +23,7 @@ Rows = Float[Tensor, "rows size"]
 
 
 def four_bits(x: Rows) -> Rows:
-    """Each row to nearest in 15 levels up to its largest magnitude."""
+    """Round each row to nearest in 15 levels up to its largest magnitude."""
     scale = x.abs().amax(1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny) / 7
     return (x / scale).round() * scale
 
@@ -31,8 +31,8 @@ def four_bits(x: Rows) -> Rows:
 def refine(
     x: Rows, start: Orthogonal, rounds: int, quantize: Callable[[Rows], Rows] = four_bits
 ) -> Orthogonal:
-    """The rotation with the least weighted error among `start` and `rounds` steps from it. `quantize` rounds
-    each row on its own, and follows its length."""
+    """Return the rotation with the least weighted error among `start` and `rounds` steps from it. `quantize`
+    rounds each row on its own, and follows its length."""
     x = x.float()
     energy = x.square()
     massive = energy.amax(1, keepdim=True) > energy.sum(1, keepdim=True) / 2
@@ -50,6 +50,6 @@ def refine(
 
 
 def nearest_orthogonal(matrix: Float[Tensor, "size size"]) -> Float[Tensor, "size size"]:
-    """`U V^T` of `U S V^T`, in fp64: the orthogonal matrix with the largest inner product."""
+    """Return `U V^T` of `U S V^T`, in fp64: the orthogonal matrix with the largest inner product."""
     u, _, vt = torch.linalg.svd(matrix.double())
     return u @ vt
