@@ -25,12 +25,12 @@ from bitassay.record.progress import Progress, silent
 from bitassay.verification.attacks.attack import Attack, Setting
 from bitassay.verification.attacks.registry import ATTACKS
 from bitassay.verification.attribution import HONEST, Library, fit_library
-from bitassay.verification.calibration import Fit, fit, runs_needed, score, statistics
 from bitassay.verification.detectors.registry import DECIDING, DETECTORS
 from bitassay.verification.numerics import numerics
 from bitassay.verification.observe import Observation, observe
 from bitassay.verification.profile import ALPHA, HeldOut, Profile, library_statistics
 from bitassay.verification.prove import BATCH, prove_many
+from bitassay.verification.scores import Fit, fit, runs_needed, score, statistics
 from bitassay.verification.structure import Request
 from bitassay.verification.submissions import Submission
 from bitassay.verification.trace import ModelClaim, Sampling, Trace

@@ -31,9 +31,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from bitassay.errors import BitassayError
 from bitassay.record.files import explained, locked
 from bitassay.record.hashing import canonical_json
-from bitassay.verification.calibration import Finite
 from bitassay.verification.container import first_defect
 from bitassay.verification.profile import Profile
+from bitassay.verification.scores import Finite
 from bitassay.verification.sequential import wealth_by_limit
 from bitassay.verification.trace import TOKENS, Digest
 from bitassay.verification.verdict import Verdict

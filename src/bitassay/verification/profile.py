@@ -1,7 +1,7 @@
 """A calibration profile: what honest runs look like to the verifier, for one model and one pair of numerics.
 
 It is one JSON file. It holds the fit of each series of the detectors that decide, and the scores of other
-honest runs (`calibration.py`). The scores are kept by length too: a trace whose host was asked for at most
+honest runs (`scores.py`). The scores are kept by length too: a trace whose host was asked for at most
 m + 1 tokens is compared with the calibration runs as they were after at most m positions, which is what
 honest runs of that request are.
 
@@ -24,12 +24,12 @@ from bitassay.models.source import cache_folder
 from bitassay.record.files import read_json, write_json
 from bitassay.record.hashing import digest_json
 from bitassay.verification.attribution import Attribution, Library
-from bitassay.verification.calibration import Finite, Fit, Statistic, p_value, standardise, statistics
 from bitassay.verification.container import first_defect
 from bitassay.verification.detectors.detector import Part
 from bitassay.verification.detectors.registry import DECIDING
 from bitassay.verification.numerics import Numerics
 from bitassay.verification.observe import Observation
+from bitassay.verification.scores import Finite, Fit, Statistic, p_value, standardise, statistics
 from bitassay.verification.trace import TOKENS, ModelClaim, Sampling
 
 SCHEMA_VERSION = 2

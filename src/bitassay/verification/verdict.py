@@ -28,7 +28,6 @@ from bitassay.models.identity import identity
 from bitassay.record.hashing import digest_json
 from bitassay.record.progress import Progress, silent
 from bitassay.verification.attribution import Attribution
-from bitassay.verification.calibration import lower_bound, runs_needed
 from bitassay.verification.detectors.detector import Comparison, Part
 from bitassay.verification.detectors.registry import DECIDING
 from bitassay.verification.detectors.verillm import (
@@ -45,6 +44,7 @@ from bitassay.verification.profile import Profile, Score, find_profile, profile_
 from bitassay.verification.receipts.challenge import Challenge
 from bitassay.verification.receipts.opening import Opening
 from bitassay.verification.receipts.receipt import Receipt
+from bitassay.verification.scores import lower_bound, runs_needed
 from bitassay.verification.structure import Reason, Request, Status
 from bitassay.verification.submissions import CheckResult, check_opened, check_submission
 from bitassay.verification.trace import Header, ModelClaim, Trace, TraceError

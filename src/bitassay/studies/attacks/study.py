@@ -53,14 +53,14 @@ from bitassay.studies.machines import (
     threads,
 )
 from bitassay.studies.parties import DTYPES, PROVER, Item, Party, party_job
-from bitassay.studies.verification import chosen_prompts
+from bitassay.studies.verdicts import chosen_prompts
 from bitassay.verification.attacks.attack import Setting
 from bitassay.verification.attacks.hosts import honest_prefill
 from bitassay.verification.attacks.registry import ATTACKS
-from bitassay.verification.calibration import runs_needed
 from bitassay.verification.detectors.registry import DETECTORS
 from bitassay.verification.observe import Observation, compare, observe
 from bitassay.verification.prove import prove_many
+from bitassay.verification.scores import runs_needed
 from bitassay.verification.structure import Request
 from bitassay.verification.submissions import Submission, check_submission
 from bitassay.verification.trace import Trace, read_trace

@@ -23,8 +23,8 @@ from bitassay.studies.machines import Probe, probe_machine
 from bitassay.studies.parties import DTYPES
 from bitassay.studies.verillm.experiments import OTHER_DEVICES
 from bitassay.studies.verillm.work import ExperimentPlan, Work, check_plan
-from bitassay.verification.calibration import runs_needed
 from bitassay.verification.power import auc, tpr_at_fpr
+from bitassay.verification.scores import runs_needed
 
 BATCH = 25  # prompts that a prover answers at a time: nothing is timed
 PRECISIONS = ("fp32", "fp16", "bf16", "w8", "fp8", "w4", "w3", "w2")

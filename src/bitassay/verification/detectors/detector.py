@@ -3,7 +3,7 @@
     comparison   the states that a host shows, beside those of the verifier's own prefill of the same tokens
     series       numbers by position or by output token, larger for less honest runs
     statistic    of the first n numbers of a series, by default their mean
-    score        the largest statistic, after each was standardised by honest runs (`calibration.py`)
+    score        the largest statistic, after each was standardised by honest runs (`scores.py`)
 
 A new detector is one file like `distance.py` and one entry: in `registry.py`, or among the entry points
 `bitassay.detectors` of another package. It then has a column in `bitassay attack`; with `bitassay calibrate

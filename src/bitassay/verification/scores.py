@@ -1,4 +1,4 @@
-"""From observations to one score, and from the score to a p-value. There is no other calibration.
+"""From observations to one score, and from the score to a p-value.
 
     z     = (statistic - mean(n)) / sd(n)        of each series, n generated positions
     score = max over all z
