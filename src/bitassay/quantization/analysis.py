@@ -92,15 +92,15 @@ def analyze(
     if not names:
         raise BitassayError(f"recipe {recipe.name} quantizes nothing in {known.name}", "another recipe")
     tensors = cache(lambda: rounded_to_nearest(model, schemes, "rounding to nearest", progress))
-    found = folder.part("statistics", lambda: _statistics(model, tensors(), tokens, progress))
+    statistics = folder.part("statistics", lambda: _statistics(model, tensors(), tokens, progress))
     divergence = _divergences(model, names, tensors, tokens, plan, folder, progress)
     run = write_run(
         folder,
         **described,
         settings={"each_matrix": plan.each_matrix},
-        whole=found["whole"] | _mean("kl", divergence[ALL]),
-        layers=_layers(found, divergence, matrix_locations(model)),
-        matrices=_matrices(found["matrices"], divergence),
+        whole=statistics["whole"] | _mean("kl", divergence[ALL]),
+        layers=_layers(statistics, divergence, matrix_locations(model)),
+        matrices=_matrices(statistics["matrices"], divergence),
         routing=folder.part("routing", lambda: _routing(model, tensors(), tokens, progress)),
     )
     return run, folder.path
@@ -128,7 +128,7 @@ def _statistics(
         hidden.setdefault(index, Statistics(states.shape[-1])).add(states)
 
     with hooked(
-        layer.register_forward_hook(lambda _, given, y, index=index: leaves(index, y))
+        layer.register_forward_hook(lambda _, arguments, y, index=index: leaves(index, y))
         for index, layer in enumerate(decoder_layers(model))
     ):
         observe(model, tokens, tap, lambda done: progress("inputs and outputs", done, count))
@@ -157,9 +157,9 @@ def _statistics(
         )
     weights = sum(tensor.shape[0] * tensor.shape[1] for tensor in tensors.values())
     bits = sum(tensor.stored_bits for tensor in tensors.values())
-    whole = {"bits_per_weight": bits / weights, "matrices": len(tensors)}
+    totals = {"bits_per_weight": bits / weights, "matrices": len(tensors)}
     return {
-        "whole": whole,
+        "whole": totals,
         "matrices": rows,
         "hidden": [hidden[index].summary("hidden_") for index in sorted(hidden)],
     }
@@ -183,12 +183,12 @@ def _divergences(
     total = len(groups) * len(tokens)
 
     def of_window(number: int) -> dict[str, float]:
-        found, known = {}, tensors()
+        measured, known = {}, tensors()
         codes = {label: {name: known[name] for name in members} for label, members in groups.items()}
         for label, divergence in divergences(model, codes, tokens[number]):
-            found[label] = divergence
-            progress("measuring divergences", number * len(groups) + len(found), total)
-        return found
+            measured[label] = divergence
+            progress("measuring divergences", number * len(groups) + len(measured), total)
+        return measured
 
     windows = [
         folder.part(f"divergences-{number:04d}", lambda number=number: of_window(number))
@@ -209,13 +209,13 @@ def _mean(name: str, windows: list[float]) -> Row:
 
 
 def _layers(
-    found: Mapping[str, Any], divergence: Mapping[str, list[float]], where: Mapping[str, Location]
+    statistics: Mapping[str, Any], divergence: Mapping[str, list[float]], where: Mapping[str, Location]
 ) -> list[Row]:
     rows = []
-    for index, hidden in enumerate(found["hidden"]):
-        own = [row for row in found["matrices"] if where[row["name"]].layer == index]
-        measured = _mean("kl", divergence[_label(index)]) if own else {"kl": 0.0, "kl_se": None}
-        predicted = sum(row["kl_predicted"] for row in own)
+    for index, hidden in enumerate(statistics["hidden"]):
+        in_layer = [row for row in statistics["matrices"] if where[row["name"]].layer == index]
+        measured = _mean("kl", divergence[_label(index)]) if in_layer else {"kl": 0.0, "kl_se": None}
+        predicted = sum(row["kl_predicted"] for row in in_layer)
         rows.append({"layer": index, **measured, "kl_predicted": predicted, **hidden})
     return rows
 

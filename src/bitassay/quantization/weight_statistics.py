@@ -56,7 +56,7 @@ class Statistics:
         fourth = m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4
         # Below that, it is what rounding left of equal numbers.
         varies = variance > 1e-12 * m2
-        found = {
+        numbers = {
             "mean": m1,
             "variance": variance,
             "kurtosis": fourth / variance**2 if varies else None,
@@ -65,7 +65,7 @@ class Statistics:
             "beyond_100_medians": self.beyond_median,
             "largest_in_medians": self.largest,
         }
-        return {prefix + name: value for name, value in found.items()}
+        return {prefix + name: value for name, value in numbers.items()}
 
 
 def outlier_columns(squares: Float[Tensor, " columns"]) -> int:

@@ -46,16 +46,16 @@ def read_part(
     kept, parts, tensors = folder.part(name, dict), folder.read_tensors(name), {}
     if not isinstance(kept, dict) or kept.keys() != shapes.keys():
         raise BitassayError(f"{folder.path}: {name} does not name the matrices of the recipe", AGAIN)
-    for own, said in kept.items():
+    for key, said in kept.items():
         try:
             stored = Stored.model_validate(said)
-            expected = expected_tensors(stored, shapes[own])
-            found = {part: parts.pop(f"{own}/{part}") for part in expected}
+            expected = expected_tensors(stored, shapes[key])
+            values = {part: parts.pop(f"{key}/{part}") for part in expected}
         except (KeyError, ValidationError) as error:
-            raise BitassayError(f"{folder.path}: {name} is damaged at {own}", AGAIN) from error
-        if any((found[part].dtype, found[part].shape) != what for part, what in expected.items()):
-            raise BitassayError(f"{folder.path}: {name} does not fit the model at {own}", AGAIN)
-        tensors[own] = read_tensor(found, stored, shapes[own])
+            raise BitassayError(f"{folder.path}: {name} is damaged at {key}", AGAIN) from error
+        if any((values[part].dtype, values[part].shape) != what for part, what in expected.items()):
+            raise BitassayError(f"{folder.path}: {name} does not fit the model at {key}", AGAIN)
+        tensors[key] = read_tensor(values, stored, shapes[key])
     return tensors, parts
 
 

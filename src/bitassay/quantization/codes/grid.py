@@ -41,8 +41,8 @@ class Grid(NamedTuple):
         z, offset = self.zero_point, self.offset
         if z is None:
             return None, (-offset or None)
-        whole = z.round()
-        return whole, (-offset or None) if torch.equal(whole, z) else z - whole - offset
+        steps = z.round()
+        return steps, (-offset or None) if torch.equal(steps, z) else z - steps - offset
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "Grid":
         """Return the grid with every tensor of it changed in the same way."""

@@ -44,12 +44,12 @@ def round_to_nearest(w: Groups, grid: Grid) -> Groups:
         # e4m3fn has no infinity: without the clamp torch turns what is too large into NaN.
         return scaled.clamp_(-grid.format.largest, grid.format.largest).to(grid.format.float_dtype).float()
     # Whole steps are added after the rounding, so that ties are even in w/s, as other tools have them.
-    whole, part = grid.shift
+    steps, part = grid.shift
     if part is not None:
         scaled += part
     codes = scaled.round_()
-    if whole is not None:
-        codes += whole
+    if steps is not None:
+        codes += steps
     return codes.clamp_(*grid.code_range)
 
 
@@ -74,12 +74,12 @@ def round_stochastically(w: Groups, grid: Grid, generator: torch.Generator) -> G
         centred = w if grid.mean is None else w - grid.mean
         # A scale of zero leaves 0/0 or w/0: there both codes stand for the same weight.
         return torch.where((1 + centred / grid.scale) / 2 > chance, 1.0, -1.0)
-    whole, part = grid.shift
+    steps, part = grid.shift
     scaled = w / grid.scale + chance
     if part is not None:
         scaled += part
     codes = scaled.floor_()
-    return (codes if whole is None else codes + whole).clamp_(*grid.code_range)
+    return (codes if steps is None else codes + steps).clamp_(*grid.code_range)
 
 
 def round_with_feedback(w: Float[Tensor, "out in"], grid: Grid) -> Float[Tensor, "out in"]:

@@ -62,11 +62,11 @@ class Stored(Spec):
 def planned(scheme: WeightScheme, low_rank: Factors | None = None) -> Stored:
     """Return how a matrix that is quantized by `scheme` will be stored."""
     if scheme.copies is not None:
-        whole = None
+        stored = None
         for copy in reversed(range(scheme.copies.count)):
-            whole = Stored(scheme=scheme.copies.scheme(scheme, copy), residual=whole, low_rank=None)
-        assert whole is not None
-        return whole
+            stored = Stored(scheme=scheme.copies.scheme(scheme, copy), residual=stored, low_rank=None)
+        assert stored is not None
+        return stored
     plane = Stored(scheme=scheme.residual_scheme) if scheme.residual else None
     return Stored(scheme=scheme, residual=plane, low_rank=low_rank)
 
@@ -116,8 +116,8 @@ def expected_tensors(stored: Stored, shape: tuple[int, int]) -> Expected:
 
 def planned_bits(stored: Stored, shape: tuple[int, int]) -> int:
     """Return `QuantizedTensor.stored_bits` of a matrix of `shape`, without quantizing it."""
-    own = 8 * expected_bytes(expected_tensors(stored, shape))
-    return own + Granularity.parse(stored.scheme.granularity).layout_bits(shape[1])
+    tensor_bits = 8 * expected_bytes(expected_tensors(stored, shape))
+    return tensor_bits + Granularity.parse(stored.scheme.granularity).layout_bits(shape[1])
 
 
 def expected_bytes(expected: Expected) -> int:
@@ -141,17 +141,17 @@ def stored_tensors(tensor: QuantizedTensor | LowRank) -> dict[str, Tensor]:
 def read_tensor(parts: dict[str, Tensor], stored: Stored, shape: tuple[int, int]) -> QuantizedTensor:
     """Invert `stored_tensors`, for parts that are as `expected_tensors` says and a matrix of `shape`, `[out,
     in]`. Raises BitassayError for values that no writer makes."""
-    own = {part: value for part, value in parts.items() if "." not in part}
-    if FORMATS[stored.scheme.format].kind == "ternary" and own["packed"].max() >= TERNARY_BYTES:
+    tensors = {part: value for part, value in parts.items() if "." not in part}
+    if FORMATS[stored.scheme.format].kind == "ternary" and tensors["packed"].max() >= TERNARY_BYTES:
         raise BitassayError("packed holds bytes that are no ternary codes")
     plane, several = _below(parts, "residual."), stored.residual_columns(shape[1])
-    if "residual_columns" in own and unpack(own["residual_columns"], 1, shape[1]).sum() != several:
+    if "residual_columns" in tensors and unpack(tensors["residual_columns"], 1, shape[1]).sum() != several:
         raise BitassayError("residual_columns does not name as many columns as the residual has")
     factors = _below(parts, "low_rank.")
     return QuantizedTensor(
         stored.scheme,
         shape,
-        **own,
+        **tensors,
         residual=None
         if stored.residual is None
         else read_tensor(plane, stored.residual, (shape[0], several)),

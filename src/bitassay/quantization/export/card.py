@@ -101,15 +101,15 @@ def read_card(folder: Path) -> Card | None:
         raise BitassayError(
             f"{path}: {where}: {first['msg']}", "save the model again with `bitassay quantize`"
         ) from error
-    found = {file.name: file for file in hashed_files(folder)}
-    if changed := sorted(found.keys() ^ card.files.keys()):
-        state = "is not one that was saved" if changed[0] in found else "is missing"
+    files = {file.name: file for file in hashed_files(folder)}
+    if changed := sorted(files.keys() ^ card.files.keys()):
+        state = "is not one that was saved" if changed[0] in files else "is missing"
         raise BitassayError(
             f"{folder / changed[0]}: this file {state} ({CARD_FILE} lists the others)", "save the model again"
         )
     if stray := stray_files(folder):  # also where the card was made to list it
         raise BitassayError(f"{stray[0]}: nothing loads this file", "save the model again")
-    for name, file in found.items():
+    for name, file in files.items():
         if (digest := digest_file(file)) != card.files[name]:
             raise BitassayError(
                 f"{file}: changed since it was saved: its sha256 is {digest[:12]}..., "

@@ -270,7 +270,9 @@ def _left_alone(model: PreTrainedModel, quantization: Quantization) -> list[str]
     Linears) but the recipe did not.
     """
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    found = walk(model)
-    parents = [name.rpartition(".")[0] for name in found.routers]
-    parents += [name.rpartition(".")[0] for name in found.experts if f"{name}.0" not in quantization.tensors]
+    modules = walk(model)
+    parents = [name.rpartition(".")[0] for name in modules.routers]
+    parents += [
+        name.rpartition(".")[0] for name in modules.experts if f"{name}.0" not in quantization.tensors
+    ]
     return list(dict.fromkeys(name for name in (*linears, *parents) if name not in quantization.tensors))

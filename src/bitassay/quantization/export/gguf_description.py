@@ -97,7 +97,9 @@ def _same(name: str, ours: Any, back: Any) -> bool:
         return math.isclose(ours, back, rel_tol=1e-6)  # the file holds float32
     if isinstance(ours, dict) and isinstance(back, dict):
         plain = {"partial_rotary_factor": 1.0, "rope_type": "default"} if name == "rope_parameters" else {}
-        said, read = (plain | {key: v for key, v in one.items() if v is not None} for one in (ours, back))
+        said, read = (
+            plain | {key: v for key, v in fields.items() if v is not None} for fields in (ours, back)
+        )
         return said.keys() == read.keys() and all(_same(key, said[key], read[key]) for key in said)
     if name == "hidden_act":
         return ACTIVATIONS.get(str(ours), ours) == back

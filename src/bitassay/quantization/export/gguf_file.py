@@ -227,8 +227,8 @@ def _unrolled(model: PreTrainedModel, names: list[str]) -> Iterator[tuple[str, s
             continue
         number, _, rest = name.removeprefix(prefix).partition(".")
         layer = int(number)
-        own = [name, *replica_names(model, layer, name, counts[layer])]
-        for place, copy in enumerate(own, start=sum(counts[:layer])):
+        copies = [name, *replica_names(model, layer, name, counts[layer])]
+        for place, copy in enumerate(copies, start=sum(counts[:layer])):
             yield f"{prefix}{place}.{rest}", copy if copy in names else name
 
 

@@ -268,8 +268,8 @@ def _split_name(backend: Tokenizer, content: dict[str, Any]) -> str:
     """llama.cpp's name of a way to split text."""
     patterns = patterns_of(content["pre_tokenizer"])
     names = [name for name, way in SPLITTINGS.items() if way.byte_level and way.patterns == patterns]
-    whole = bool(content["model"].get("ignore_merges"))
-    exact = [name for name in names if SPLITTINGS[name].ignore_merges == whole]
+    ignores_merges = bool(content["model"].get("ignore_merges"))
+    exact = [name for name in names if SPLITTINGS[name].ignore_merges == ignores_merges]
     if exact:
         return exact[0]
     # Whether merges are ignored for pieces that are tokens says nothing where merges make every token.

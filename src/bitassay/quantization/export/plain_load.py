@@ -61,7 +61,7 @@ def expert_pieces(model: PreTrainedModel) -> dict[str, list[Piece]]:
     slices that checkpoints have expert by expert."""
     model = _without_weights(model)
     merges = [way for way in _conversions(model) if isinstance(way, WeightConverter) and _merges_experts(way)]
-    found: dict[str, list[Piece]] = {}
+    pieces: dict[str, list[Piece]] = {}
     for owner, module in fused_experts(model).items():
         for key, parameter in module.named_parameters(recurse=False):
             name = f"{owner}.{key}"
@@ -71,7 +71,7 @@ def expert_pieces(model: PreTrainedModel) -> dict[str, list[Piece]]:
                     continue
                 sources = [source.replace("\\", "") for source in way._original_source_patterns]
                 for expert in range(len(parameter)):
-                    found[f"{name}.{expert}"] = [
+                    pieces[f"{name}.{expert}"] = [
                         Piece(
                             name.removesuffix(target)
                             + source.replace("*", str(expert)).removesuffix(".weight"),
@@ -80,7 +80,7 @@ def expert_pieces(model: PreTrainedModel) -> dict[str, list[Piece]]:
                         )
                         for place, source in enumerate(sources)
                     ]
-    return found
+    return pieces
 
 
 def exact_scales(stored: Stored) -> Stored:
@@ -111,8 +111,10 @@ def keeps_names(model: PreTrainedModel) -> bool:
 def module_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
     """Return what the model calls the tensors of a checkpoint, by their names there."""
     renamings = [way for way in _conversions(model) if isinstance(way, WeightRenaming)]
-    own = dict(model.named_modules())
-    return {key: key if key.rpartition(".")[0] in own else apply_renamings(key, renamings) for key in keys}
+    modules = dict(model.named_modules())
+    return {
+        key: key if key.rpartition(".")[0] in modules else apply_renamings(key, renamings) for key in keys
+    }
 
 
 def obstacle(model: PreTrainedModel, described: Mapping[str, Stored]) -> str | None:
@@ -134,7 +136,7 @@ def _expert_obstacle(model: PreTrainedModel, slices: Mapping[str, Stored]) -> st
         return f"{missing}: transformers reads such experts from one tensor, and decodes no codes there"
     if left := next((name for name in pieces if name not in slices), None):
         return f"experts in part: it would lose {left}, which is left as it is"
-    if other := next((name for name, own in slices.items() if own != stored), None):
+    if other := next((name for name, how in slices.items() if how != stored), None):
         return f"{other} otherwise than {name}: transformers decodes all experts by one scheme"
     scheme, granularity = stored.scheme, Granularity.parse(stored.scheme.granularity)
     if not scheme.symmetric:

@@ -59,7 +59,7 @@ def plan_export(model: PreTrainedModel, recipe: Recipe, layout: Layout | None = 
             "another recipe; see `bitassay recipes list`",
         )
     layouts = [choose_layout(model, recipe, way, layout) for way in ways]
-    chosen, why = next((found for found in layouts if found[0] == "bitassay"), layouts[0])
+    chosen, why = next((choice for choice in layouts if choice[0] == "bitassay"), layouts[0])
     # Of several ways, the one of the most bits; a budget of mixed bits stays below it.
     bits = max(sum(planned_bits(way[name], shapes[name]) for name in way) for way in ways)
     if chosen == "compressed-tensors" and (spec := recipe.activations) is not None:
@@ -163,9 +163,9 @@ def _with_copies(
     model: PreTrainedModel, recipe: Recipe, schemes: dict[str, WeightScheme]
 ) -> dict[str, WeightScheme]:
     """Add the schemes of all copies; where layers are chosen by a measure, of the first so many."""
-    plan, layers, found = recipe.replication, len(decoder_layers(model)), dict(schemes)
+    plan, layers, extended = recipe.replication, len(decoder_layers(model)), dict(schemes)
     if plan is None or not plan.makes_codes:
-        return found
+        return extended
     for layer, count in enumerate(plan.counts(layers)):
         for name, scheme in schemes.items():
             replicas = replica_names(model, layer, name, count)
@@ -173,8 +173,8 @@ def _with_copies(
                 continue
             copies = plan.of_matrices(count)
             if plan.of == "linear":
-                found[name] = scheme.with_copies(copies)
+                extended[name] = scheme.with_copies(copies)
             else:
-                own = [name, *replicas]
-                found |= {copy: copies.scheme(scheme, place) for place, copy in enumerate(own)}
-    return found
+                names = [name, *replicas]
+                extended |= {copy: copies.scheme(scheme, place) for place, copy in enumerate(names)}
+    return extended

@@ -209,12 +209,12 @@ def _with_plain_parameters(
     attention: str | None,
 ) -> PreTrainedModel:
     """The model with every parameter but the quantized matrices, whose memory is not even touched."""
-    own = empty.state_dict()  # shapes as files have them
+    expected = empty.state_dict()  # shapes as files have them
     state: dict[str, Any] = {key: entry.read() for key, entry in plain.items()}
     for name in quantized:
-        key = f"{name}.weight" if f"{name}.weight" in own else name.rpartition(".")[0]
+        key = f"{name}.weight" if f"{name}.weight" in expected else name.rpartition(".")[0]
         if key not in state:
-            state[key] = torch.empty(own[key].shape, dtype=dtype)
+            state[key] = torch.empty(expected[key].shape, dtype=dtype)
     model, report = type(empty).from_pretrained(  # type: ignore[misc]
         None,
         config=config,
@@ -241,7 +241,7 @@ def _input_scales(
     """By what linears divide their inputs, taken out of what is left to be plain parameters."""
     if recipe.smoothing is None or not recipe.smoothing.at_run_time:
         return {}
-    shapes = {f"{name}.{INPUT_SCALES}": (one.in_features,) for name, one in walk(model).linears.items()}
+    shapes = {f"{name}.{INPUT_SCALES}": (linear.in_features,) for name, linear in walk(model).linears.items()}
     _check_parts({name: (model.dtype, shape) for name, shape in shapes.items()}, plain, folder)
     scales = {}
     for name in shapes:
@@ -256,13 +256,13 @@ def _changed_parameters(
     model: PreTrainedModel, card: Card, scales: dict[str, Tensor], folder: Path
 ) -> dict[str, Tensor]:
     # A tied head has no name of its own among the parameters.
-    own = dict(model.named_parameters(remove_duplicate=False)) | scales
+    parameters = dict(model.named_parameters(remove_duplicate=False)) | scales
     if missing := sorted(scales.keys() - set(card.parameters)):
         raise BitassayError(f"{folder / CARD_FILE}: parameters: {missing[0]} is not there", AGAIN)
     for name in card.parameters:
-        if name not in own:
+        if name not in parameters:
             raise BitassayError(f"{folder / CARD_FILE}: the model has no parameter {name}", AGAIN)
-    return {name: own[name].detach() for name in card.parameters}
+    return {name: parameters[name].detach() for name in card.parameters}
 
 
 def _inputs(model: PreTrainedModel, recipe: Recipe, card: Card, folder: Path) -> dict[str, InputRounding]:

@@ -142,7 +142,7 @@ def round_cache(model: PreTrainedModel, spec: KvCache) -> None:
     Raises BitassayError for decoder layers without attention of the usual kind.
     """
     layers = decoder_layers(model)
-    attentions = [one for layer in layers if (one := getattr(layer, "self_attn", None)) is not None]
+    attentions = [module for layer in layers if (module := getattr(layer, "self_attn", None)) is not None]
     if len(attentions) < len(layers):
         index = next(i for i, layer in enumerate(layers) if getattr(layer, "self_attn", None) is None)
         raise BitassayError(

@@ -35,7 +35,7 @@ def recipe_file(name: str) -> Path:
             f"{name}: a {'folder' if path.is_dir() else 'file'} that is no .yaml file, so no recipe",
             "the name of a recipe, such as 'w4' (bitassay recipes list), or the path of a .yaml file",
         )
-    names = [found.stem for found in SHIPPED.glob("*.yaml")]
+    names = [file.stem for file in SHIPPED.glob("*.yaml")]
     if name not in names:
         raise BitassayError(
             f"no recipe is called {name!r}; {suggestion(name, names)}",

@@ -36,16 +36,16 @@ class Granularity:
         BitassayError for any other text."""
         if text in ("tensor", "channel"):
             return cls(text)
-        if found := re.fullmatch(r"g([1-9][0-9]{0,6})", text):
-            return cls(text, int(found[1]))
-        found = re.fullmatch(r"adaptive([1-9][0-9]{0,6})(?:/([012]+))?", text)
-        if found is None or int(found[1]) % 2:
+        if match := re.fullmatch(r"g([1-9][0-9]{0,6})", text):
+            return cls(text, int(match[1]))
+        match = re.fullmatch(r"adaptive([1-9][0-9]{0,6})(?:/([012]+))?", text)
+        if match is None or int(match[1]) % 2:
             raise BitassayError(
                 f"unknown granularity {text!r}",
                 "use tensor, channel, a group size such as g64, or an even average of sizes: adaptive64",
             )
-        size = int(found[1])
-        return cls(text, block_sizes=(2 * size, size, size // 2), digits=found[2])
+        size = int(match[1])
+        return cls(text, block_sizes=(2 * size, size, size // 2), digits=match[2])
 
     @property
     def is_settled(self) -> bool:
@@ -113,5 +113,5 @@ class Granularity:
 
 def _runs(start: int, stop: int, size: int) -> list[tuple[int, int, int]]:
     size = min(size, stop - start)
-    whole = start + (stop - start) // size * size
-    return [(start, whole, size)] + ([(whole, stop, stop - whole)] if whole < stop else [])
+    full = start + (stop - start) // size * size
+    return [(start, full, size)] + ([(full, stop, stop - full)] if full < stop else [])

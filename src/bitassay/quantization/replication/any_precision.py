@@ -167,14 +167,14 @@ def _input_ids(args: tuple[Any, ...], options: dict[str, Any]) -> Tensor:
     return ids if ids is not None else args[0]
 
 
-def _by_depth(tensor: QuantizedTensor, whole: Tensor) -> tuple[list[Tensor], list[float]]:
+def _by_depth(tensor: QuantizedTensor, weight: Tensor) -> tuple[list[Tensor], list[float]]:
     """Return the weights of the first k planes for each k, the last of them the model's own, and the bytes of
     each plane."""
     parts, total, weights = planes(tensor), torch.zeros(()), []
     for part in parts[:-1]:
         total = total + part.dequantize()
-        weights.append(total.to(whole.dtype))
-    return [*weights, whole], [part.stored_bits / 8 for part in parts]
+        weights.append(total.to(weight.dtype))
+    return [*weights, weight], [part.stored_bits / 8 for part in parts]
 
 
 def entropy(logits: Float[Tensor, "*rows vocabulary"]) -> Float[Tensor, "*rows"]:

@@ -78,26 +78,26 @@ def with_controls(recipes: Sequence[Recipe], layers: int) -> tuple[tuple[Recipe,
     """Return the recipes, each with its controls after it, and a place for every control, for a model of
     `layers` layers. A control that another recipe is already, or the base model, is no recipe of its own."""
     names = {recipe.recipe_id: recipe.name for recipe in recipes}
-    found, places = list[Recipe](), list[Place]()
+    variants, places = list[Recipe](), list[Place]()
     for recipe in recipes:
-        found.append(recipe)
+        variants.append(recipe)
         for control in controls(recipe, layers):
-            own = control.recipe
-            name = BASE if changes_nothing(own) else names.get(own.recipe_id)
+            plain = control.recipe
+            name = BASE if changes_nothing(plain) else names.get(plain.recipe_id)
             if name is None:
-                name = names[own.recipe_id] = own.name
-                found.append(own)
+                name = names[plain.recipe_id] = plain.name
+                variants.append(plain)
             places.append(Place(recipe.name, ", ".join(control.kinds), name))
-    return tuple(found), places
+    return tuple(variants), places
 
 
 def _plain_controls(recipe: Recipe, plan: ReplicationPlan, layers: int) -> list[Control]:
     single, counts = _changed(recipe, "single", {}), plan.counts(layers)
     if plan.differ == "inputs":
-        found = [Control(("single", "equal-bits"), single)]
+        made = [Control(("single", "equal-bits"), single)]
         if wider := _more_input_bits(recipe, counts):
-            found.append(Control(("equal-flops",), _changed(recipe, "inputs", wider)))
-        return found
+            made.append(Control(("equal-flops",), _changed(recipe, "inputs", wider)))
+        return made
     if recipe.weights is None:
         return [Control(("single", "equal-bits"), single)]
     passes = sum(counts) / layers
@@ -107,13 +107,13 @@ def _plain_controls(recipe: Recipe, plan: ReplicationPlan, layers: int) -> list[
         "equal-bits": passes if plan.makes_codes else 1.0,
         "equal-flops": passes if budget is None else min(passes, 1 + budget / layers),
     }
-    found = []
+    made = []
     for mean in dict.fromkeys(times.values()):
         kinds: tuple[Kind, ...] = tuple(kind for kind, wanted in times.items() if wanted == mean)
         more = {} if mean == 1 else _more_bits(recipe, recipe.weights, counts, mean)
         if more is not None:
-            found.append(Control(kinds, _changed(recipe, kinds[0], more)))
-    return found
+            made.append(Control(kinds, _changed(recipe, kinds[0], more)))
+    return made
 
 
 def _layers_with_copies(plan: ReplicationPlan, layers: int) -> Any:

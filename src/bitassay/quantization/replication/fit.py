@@ -37,7 +37,7 @@ def fit_passes(
 ) -> dict[int, Steps]:
     """Fit the coefficients of each layer of `model` that has passes, front to back, so that each is fitted to
     what really enters it, and return them. `reference` is the same model unquantized."""
-    layers, references, found = decoder_layers(model), decoder_layers(reference), {}
+    layers, references, fitted = decoder_layers(model), decoder_layers(reference), {}
     hidden, arguments = first_inputs(model, tokens)
     wanted, plain = first_inputs(reference, tokens)
     for index, layer in enumerate(layers):
@@ -54,10 +54,10 @@ def fit_passes(
                 passes.steps = fit_parallel(hidden, [run(number, hidden) for number in count], wanted)
             else:
                 passes.steps = fit_serial(hidden, [lambda x, n=n, run=run: run(n, x) for n in count], wanted)
-            found[index] = passes.steps
+            fitted[index] = passes.steps
         hidden = run_layer(layer, hidden, arguments[index])
     progress("fitting the coefficients of copies", len(layers), len(layers))
-    return found
+    return fitted
 
 
 def fit_serial(x: Hidden, passes: Sequence, wanted: Hidden) -> Steps:

@@ -109,6 +109,6 @@ def _codes_of_copies(
                         f"{name}: copies of fused experts with codes of their own are not made",
                         "replication: {of: linear}, or copies that differ by nothing",
                     )
-                own = copies.scheme(scheme, number)
-                tensors[replica] = quantize_tensor(weights[name], own, replica, importance.get(name))
+                of_copy = copies.scheme(scheme, number)
+                tensors[replica] = quantize_tensor(weights[name], of_copy, replica, importance.get(name))
     return tensors

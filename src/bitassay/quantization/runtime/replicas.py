@@ -69,7 +69,7 @@ def add_passes(
         if plan.makes_codes or plan.differ == "inputs":
             replicas = _replicas(layer, module_name(model, layer), steps.count, plan, tensors)
             layer.add_module(REPLICAS, nn.ModuleList(replicas))
-            runs = [[one] for one in (layer, *replicas)]
+            runs = [[copied] for copied in (layer, *replicas)]
         else:
             runs = [block or [layer]] * steps.count
         passes = LoopedForward(runs, steps, first_slot=slot, how=plan.how, stop=plan.stop, usage=usage)
@@ -90,13 +90,13 @@ def _replicas(
     shared |= {id(tensor): tensor for tensor in codes}
     replicas = [copy.deepcopy(layer, dict(shared)) for _ in range(count - 1)]
     for number, replica in enumerate(replicas, start=1):
-        for own, module in replica.named_modules():
-            tensor = tensors.get(f"{name}.{REPLICAS}.{number - 1}.{own}")
+        for path, module in replica.named_modules():
+            tensor = tensors.get(f"{name}.{REPLICAS}.{number - 1}.{path}")
             if tensor is not None:
                 _put(module, tensor)
     if plan.differ == "inputs":
-        for number, one in enumerate((layer, *replicas)):
-            for module in one.modules():
+        for number, copied in enumerate((layer, *replicas)):
+            for module in copied.modules():
                 if isinstance(module, (QuantizedLinear, RoundedInputLinear)) and module.inputs is not None:
                     module.inputs = replace(module.inputs, copies=count, copy=number)
     return replicas

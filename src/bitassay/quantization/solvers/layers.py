@@ -105,9 +105,9 @@ def quantize_layers(
                 hidden = work.run(layer, entering, arguments[index])
                 for solve, spec in learning if work.linears else ():
                     assert targets is not None
-                    own = {key.removeprefix(f"{name}."): work.solutions[key] for key in work.linears}
-                    task = Layer(name, layer, own, entering, targets, arguments[index], progress)
-                    moved = {f"{name}.{key}": found for key, found in solve(spec, task).items()}
+                    linears = {key.removeprefix(f"{name}."): work.solutions[key] for key in work.linears}
+                    task = Layer(name, layer, linears, entering, targets, arguments[index], progress)
+                    moved = {f"{name}.{key}": solution for key, solution in solve(spec, task).items()}
                     work.solutions |= moved
                     work.put(moved)
                     hidden = work.output(layer, entering, arguments[index])

@@ -193,41 +193,44 @@ def _stream(single: _Forward, double: _Forward, batches: list[_Forward], axis: i
     """Return what entered the layers, by forwards over one sample, over two, and over all in batches."""
     handed: dict[str, list[Tensor]] = {}
     arguments = []
-    for index, (one, two) in enumerate(zip(single.calls, double.calls, strict=True)):
+    for index, (single_call, double_call) in enumerate(zip(single.calls, double.calls, strict=True)):
         calls = [batch.calls[index] for batch in batches]
         parts = [call.positional for call in calls], [call.named for call in calls]
-        positional = _merged(one.positional, two.positional, parts[0], double.written)
-        named = _merged(one.named, two.named, parts[1], double.written)
-        arguments.append(Arguments(positional, named, two.hidden_name, axis, samples, handed))
+        positional = _merged(single_call.positional, double_call.positional, parts[0], double.written)
+        named = _merged(single_call.named, double_call.named, parts[1], double.written)
+        arguments.append(Arguments(positional, named, double_call.hidden_name, axis, samples, handed))
     return Stream(torch.cat([batch.hidden.movedim(axis, 0) for batch in batches]), arguments)
 
 
-def _merged(one: Any, two: Any, batches: list[Any], written: set[int]) -> Any:
+def _merged(single: Any, double: Any, batches: list[Any], written: set[int]) -> Any:
     """Return arguments of all samples, from those of one sample, of two, and of all in batches."""
-    if isinstance(two, Tensor):
-        axis = _axis(one, two)
+    if isinstance(double, Tensor):
+        axis = _axis(single, double)
         if axis is None:
-            return two
-        first, second = (part[None] for part in two.movedim(axis, 0).split(one.shape[axis]))
+            return double
+        first, second = (part[None] for part in double.movedim(axis, 0).split(single.shape[axis]))
         if torch.equal(first, second):
             return _Rows(first, axis)
-        rows = [batch.movedim(axis, 0).unflatten(0, (-1, one.shape[axis])) for batch in batches]
+        rows = [batch.movedim(axis, 0).unflatten(0, (-1, single.shape[axis])) for batch in batches]
         return _Rows(torch.cat(rows), axis)
-    if isinstance(two, Cache):
+    if isinstance(double, Cache):
         return None  # nothing was cached
-    if id(two) in written:
-        return _Handed(type(two))
-    if isinstance(two, Mapping):
-        return {key: _merged(one[key], two[key], [batch[key] for batch in batches], written) for key in two}
-    if isinstance(two, tuple | list):
-        parts = zip(one, two, *batches, strict=True)
+    if id(double) in written:
+        return _Handed(type(double))
+    if isinstance(double, Mapping):
+        return {
+            key: _merged(single[key], double[key], [batch[key] for batch in batches], written)
+            for key in double
+        }
+    if isinstance(double, tuple | list):
+        parts = zip(single, double, *batches, strict=True)
         return tuple(_merged(first, second, rest, written) for first, second, *rest in parts)
-    return two
+    return double
 
 
-def _axis(one: Any, two: Tensor) -> int | None:
+def _axis(single: Any, double: Tensor) -> int | None:
     """Return the axis along which one sample and two differ in size."""
-    sizes = enumerate(zip(one.shape, two.shape, strict=True))
+    sizes = enumerate(zip(single.shape, double.shape, strict=True))
     return next((axis for axis, (few, many) in sizes if few != many), None)
 
 

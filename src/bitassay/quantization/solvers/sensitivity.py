@@ -64,7 +64,7 @@ def observe(
     tokens each expert got; `progress` gets the number of finished samples."""
 
     def shows(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _, given: tap(name, given[0].reshape(-1, given[0].shape[-1]))
+        return lambda _, arguments: tap(name, arguments[0].reshape(-1, arguments[0].shape[-1]))
 
     linears = walk(model).linears.items()
     with (
@@ -144,13 +144,13 @@ def _kept_products(model: PreTrainedModel) -> Iterator[list[tuple[str, Tensor, T
         return y
 
     def after(name: str) -> Callable[..., Tensor]:
-        return lambda _, given, y: keep(name, given[0], y)
+        return lambda _, arguments, y: keep(name, arguments[0], y)
 
     linears, embeddings = walk(model).linears.items(), model.get_input_embeddings()
     with (
         hooked(module.register_forward_hook(after(name)) for name, module in linears),
         # Parameters need no gradients; everything after the embeddings does.
-        hooked([embeddings.register_forward_hook(lambda _, given, y: y.detach().requires_grad_())]),
+        hooked([embeddings.register_forward_hook(lambda _, arguments, y: y.detach().requires_grad_())]),
         expert_products(model, lambda name, x, plain: keep(name, x, plain())),
     ):
         yield kept

@@ -117,7 +117,7 @@ def residual_stream(model: PreTrainedModel) -> ResidualStream:
     if not isinstance(head, nn.Linear) or not isinstance(final, nn.Module):
         raise BitassayError(f"{type(model).__name__}: found no final norm and linear output head", REMEDY)
     prefix = f"{module_name(model, decoder_layers(model))}."
-    found = walk(model)
+    modules = walk(model)
     known = {id(parameter) for part in (embedding, head, final) for parameter in part.parameters()}
     for name, parameter in model.named_parameters():
         if not name.startswith(prefix) and id(parameter) not in known:
@@ -125,7 +125,7 @@ def residual_stream(model: PreTrainedModel) -> ResidualStream:
     return ResidualStream(
         Weight(embedding, "weight"),
         [
-            _layer_stream(model, found, layer, f"{prefix}{index}.")
+            _layer_stream(model, modules, layer, f"{prefix}{index}.")
             for index, layer in enumerate(decoder_layers(model))
         ],
         find_norm(final, module_name(model, final)),
@@ -151,31 +151,31 @@ def find_norm(module: nn.Module, name: str) -> Norm:
     )
 
 
-def _layer_stream(model: PreTrainedModel, found: Walk, layer: nn.Module, here: str) -> LayerStream:
+def _layer_stream(model: PreTrainedModel, modules: Walk, layer: nn.Module, here: str) -> LayerStream:
     """`here` is the layer's full name and a dot."""
     attention, mlp, writes, biases = [], [], [], []
-    for name, linear in found.linears.items():
-        own = name.rpartition(".")[2]
-        if not name.startswith(here) or own in WITHIN_ATTENTION:
+    for name, linear in modules.linears.items():
+        child = name.rpartition(".")[2]
+        if not name.startswith(here) or child in WITHIN_ATTENTION:
             continue
-        if own in WRITES:
+        if child in WRITES:
             writes.append(Weight(linear, "weight"))
             biases += [Weight(linear, "bias")] if linear.bias is not None else []
-        elif own in ATTENTION_READS or own in MLP_READS:
-            (attention if own in ATTENTION_READS else mlp).append(Weight(linear, "weight"))
+        elif child in ATTENTION_READS or child in MLP_READS:
+            (attention if child in ATTENTION_READS else mlp).append(Weight(linear, "weight"))
         else:
             raise BitassayError(f"{name}: no known role in the residual stream", REMEDY)
-    for name in (name for name in found.experts if name.startswith(here)):
+    for name in (name for name in modules.experts if name.startswith(here)):
         owner, _, key = name.rpartition(".")
         module = model.get_submodule(owner)
         weight = Weight(module, key, transposed=bool(getattr(module, "is_transposed", False)))
         (writes if key in WRITES else mlp).append(weight)
         if key in WRITES and getattr(module, f"{key}_bias", None) is not None:
             biases.append(Weight(module, f"{key}_bias"))
-    for name in (name for name in found.routers if name.startswith(here)):
+    for name in (name for name in modules.routers if name.startswith(here)):
         owner, _, key = name.rpartition(".")
         mlp.append(Weight(model.get_submodule(owner), key))
-    if other := next((name for name in found.others if name.startswith(here)), None):
+    if other := next((name for name in modules.others if name.startswith(here)), None):
         raise BitassayError(f"{other}: no known role in the residual stream", REMEDY)
     attention_norm, mlp_norm = _read_norms(layer, here)
     return LayerStream([(attention_norm, attention), (mlp_norm, mlp)], writes, biases)
