@@ -16,7 +16,7 @@ import bitassay
 from bitassay.models.identity import identity
 from bitassay.quantization.pipeline import quantize
 from bitassay.record.environment import environment
-from bitassay.studies.verification import chosen_prompts
+from bitassay.studies.verdicts import chosen_prompts
 from bitassay.verification.calibrate import calibrate
 from bitassay.verification.prove import prove_many
 from bitassay.verification.verdict import verify_many

@@ -123,7 +123,7 @@ def test_prove_and_verify(bitassay, folder):
 @pytest.mark.real
 def test_smollm_twice_is_told_from_once(tmp_path):
     """The same 8-bit codes: run once, and one of 30 layers run twice, damped."""
-    from bitassay.studies.verification import chosen_prompts
+    from bitassay.studies.verdicts import chosen_prompts
     from bitassay.verification.calibrate import calibrate
     from bitassay.verification.prove import prove_many
     from bitassay.verification.verdict import verify_many

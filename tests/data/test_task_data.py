@@ -58,7 +58,7 @@ def test_a_bundled_slice_never_stands_for_the_whole():
     assert task_data("hellaswag", None) is None
     assert task_data("hellaswag", 201) is None
     found = task_data("hellaswag", 200)
-    assert not found.whole
+    assert not found.is_complete
     assert found.source == "bundled hellaswag-val-200.jsonl.gz"
     assert len(found.splits["validation"]) == 200
 
@@ -87,7 +87,7 @@ def test_hellaswag_is_split_where_the_ending_goes_on():
 def test_a_folder_of_ones_own_comes_first(write):
     write("mmlu", MMLU, MMLU | {"subject": "botany"})
     found = task_data("mmlu", None, "anatomy")
-    assert found.whole
+    assert found.is_complete
     assert found.source == "bundled mmlu-dev.jsonl.gz, BITASSAY_DATA mmlu/mmlu_test.jsonl"
     assert found.splits["test"] == [MMLU]
     before = found.digest

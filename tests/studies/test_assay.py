@@ -16,7 +16,7 @@ from bitassay.quantization.recipe.solvers import Tune
 from bitassay.report.pages import write_report
 from bitassay.studies.assay import AssayPlan, assay
 from bitassay.studies.estimate import estimate_assay
-from bitassay.studies.verification import Verification
+from bitassay.studies.verdicts import Verification
 
 SMALL = {
     "protocol": Protocol(window_tokens=64, windows=3),

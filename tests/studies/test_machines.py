@@ -13,7 +13,7 @@ from bitassay.studies.attacks.study import VARIANTS, AttackPlan, attack, runnabl
 from bitassay.studies.machines import LeftOut, Machine, first_that_runs, other_machines, probe_here
 from bitassay.studies.verillm.experiments import planned, run_experiments
 from bitassay.studies.verillm.work import ExperimentPlan, make_plan
-from bitassay.verification.calibration import runs_needed
+from bitassay.verification.scores import runs_needed
 
 PACKING = "pack_vnni2 is only supported when avx512 is supported"
 CPU, AVX2 = Machine("cpu"), Machine("cpu+avx2")

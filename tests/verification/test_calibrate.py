@@ -17,7 +17,6 @@ from bitassay.verification.calibrate import (
     scores_by_length,
     split,
 )
-from bitassay.verification.calibration import Fit, Statistic, fit, runs_needed, standardise, statistics
 from bitassay.verification.detectors.detector import Series
 from bitassay.verification.detectors.registry import DECIDING, DETECTORS
 from bitassay.verification.detectors.token_difr import OFFSET
@@ -32,6 +31,7 @@ from bitassay.verification.profile import (
     write_profile,
 )
 from bitassay.verification.prove import prove_many
+from bitassay.verification.scores import Fit, Statistic, fit, runs_needed, standardise, statistics
 from bitassay.verification.structure import Request
 
 STATES_SD, TOKENS_SD = (DETECTORS[name].smallest_sd for name in DECIDING)

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from bitassay.errors import BitassayError
 from bitassay.models.identity import identity
 from bitassay.testing.tiny import tiny_model
-from bitassay.verification.calibration import sampling_margin
 from bitassay.verification.container import TraceError
 from bitassay.verification.profile import write_profile
 from bitassay.verification.prove import prove
@@ -31,6 +30,7 @@ from bitassay.verification.receipts.opening import (
     write_opening,
 )
 from bitassay.verification.receipts.receipt import commit, trace_leaves
+from bitassay.verification.scores import sampling_margin
 from bitassay.verification.structure import Request
 from bitassay.verification.trace import Trace
 from bitassay.verification.verdict import verify, verify_opening

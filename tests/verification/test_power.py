@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitassay.errors import BitassayError
-from bitassay.verification.calibration import threshold
 from bitassay.verification.power import auc, tokens_to, tpr_at_fpr
+from bitassay.verification.scores import threshold
 
 few = st.lists(st.integers(0, 6).map(float), min_size=1, max_size=12).map(np.array)
 

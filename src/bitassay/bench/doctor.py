@@ -155,13 +155,13 @@ def writable(subject: str, folder: Path, needed_bytes: int, remedy: str) -> Find
             probe.write(b"\0" * 4096)
             probe.flush()
     except OSError as error:
-        found = f"{folder}: not writable ({error.strerror or error})"
-        return Finding(subject, found, needed, "missing", remedy)
+        state = f"{folder}: not writable ({error.strerror or error})"
+        return Finding(subject, state, needed, "missing", remedy)
     free = shutil.disk_usage(nearest).free
-    found = f"{folder}: {free / 1e9:.1f} GB free"
+    state = f"{folder}: {free / 1e9:.1f} GB free"
     if free < needed_bytes:
-        return Finding(subject, found, needed, "missing", remedy)
-    return Finding(subject, found, needed)
+        return Finding(subject, state, needed, "missing", remedy)
+    return Finding(subject, state, needed)
 
 
 def _models() -> list[Finding]:
@@ -186,6 +186,6 @@ def verb_finding(verb: str, findings: list[Finding]) -> Finding:
     extra = f"bitassay[{EXTRAS.get(verb)}]"
     wants = [finding for finding in findings if extra in finding.remedy]
     names = lacks + [finding.subject for finding in wants]
-    found = f"cannot run: {', '.join(names)}" if names else "can run"
+    state = f"cannot run: {', '.join(names)}" if names else "can run"
     status: Status = "missing" if lacks else "warning" if wants else "ok"
-    return Finding(f"verb {verb}", found, status=status, remedy=wants[0].remedy if wants else "")
+    return Finding(f"verb {verb}", state, status=status, remedy=wants[0].remedy if wants else "")

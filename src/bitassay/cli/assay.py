@@ -46,7 +46,7 @@ def assay(
     from bitassay.data.windows import Protocol
     from bitassay.studies.assay import assay
     from bitassay.studies.estimate import estimate_assay
-    from bitassay.studies.verification import Verification
+    from bitassay.studies.verdicts import Verification
 
     settings: dict[str, Any] = {
         "protocol": Protocol(window_tokens=window, windows=windows),

@@ -194,9 +194,9 @@ def judge(
         status = committee_status(item, reports, reasons, quorum)
         items.append({"item": item, "status": status, "votes": dict(sorted(votes.items()))})
     judged = (items, ["item", Column("status", "verdict", align="left"), _VOTES])
-    whole = {"round": opened.round, "verifiers": verifiers, "rows": items}
+    result = {"round": opened.round, "verifiers": verifiers, "rows": items}
     why = Column("why", "why not", align="left")
-    output.emit((verifiers, ["verifier", "counts", why]), judged, csv=judged, json=whole)
+    output.emit((verifiers, ["verifier", "counts", why]), judged, csv=judged, json=result)
     return 0 if all(row["status"] == "PASS" for row in items) else 1
 
 

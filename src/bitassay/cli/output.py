@@ -25,8 +25,8 @@ def print_tables(
     CSV holds one table: `csv`, or the first. JSON is one object: `json`, or `{"rows": rows of the first}`.
     """
     if format == "json":
-        whole = {"rows": tables[0][0]} if json is None else json
-        text = json_module.dumps(whole, indent=2, ensure_ascii=False, allow_nan=False)
+        content = {"rows": tables[0][0]} if json is None else json
+        text = json_module.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
     elif format == "csv":
         rows, columns = csv or tables[0]
         text = render(rows, as_columns(rows, columns), "csv").rstrip("\n")

@@ -95,12 +95,12 @@ def verify(
         )
     judged = list(zip(map(str, paths), result.verdicts, strict=True))
     together = result.sequential
-    whole = {
+    content = {
         "rows": [{"trace": path, **verdict.to_dict()} for path, verdict in judged],
         "pooled": result.pooled.to_dict(),
         "sequential": together.to_dict() if together else None,
     }
-    output.emit(([_row(path, verdict) for path, verdict in judged], COLUMNS), json=whole)
+    output.emit(([_row(path, verdict) for path, verdict in judged], COLUMNS), json=content)
     if len(judged) > 1 or ledger:
         print(f"as a set      {result.pooled}", file=sys.stderr)
         print(f"in sequence   {together or 'no trace could be scored'}", file=sys.stderr)

@@ -37,13 +37,13 @@ class Item(BaseModel):
 
 @dataclass(frozen=True)
 class TaskData:
-    """The rows of one task by split, and where they came from. `whole` is False for a slice; `digest` is the
-    SHA-256 of the files."""
+    """The rows of one task by split, and where they came from. `is_complete` is False for a slice; `digest`
+    is the SHA-256 of the files."""
 
     splits: dict[str, list[Row]]
     tested: str
     source: str
-    whole: bool
+    is_complete: bool
     digest: str
 
 

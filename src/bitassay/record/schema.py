@@ -16,24 +16,25 @@ _PLAIN = {"dict_type": "not an object", "model_type": "not an object", "string_t
 def defects(error: ValidationError, kind: type[BaseModel]) -> str:
     """Return the defects that validating something as `kind` found, each with its place; of an unknown field
     also the nearest known ones."""
-    found = list(dict.fromkeys(_defect(dict(one), kind) for one in error.errors(include_url=False)))
-    more = f"; and {len(found) - MOST} more" if len(found) > MOST else ""
-    return "; ".join(found[:MOST]) + more
+    every = error.errors(include_url=False)
+    messages = list(dict.fromkeys(_defect(dict(details), kind) for details in every))
+    more = f"; and {len(messages) - MOST} more" if len(messages) > MOST else ""
+    return "; ".join(messages[:MOST]) + more
 
 
-def _defect(one: dict[str, Any], kind: type[BaseModel]) -> str:
-    place = [str(part) for part in one["loc"]]
-    if one["type"] == "extra_forbidden":
+def _defect(details: dict[str, Any], kind: type[BaseModel]) -> str:
+    place = [str(part) for part in details["loc"]]
+    if details["type"] == "extra_forbidden":
         within = ".".join(place[:-1])
-        known = {name for model in _models_at(kind, one["loc"][:-1]) for name in model.model_fields}
+        known = {name for model in _models_at(kind, details["loc"][:-1]) for name in model.model_fields}
         said = suggestion(place[-1], known) if known else ""
         return f"{within + ': ' if within else ''}there is no field {place[-1]!r}" + (
             f"; {said}" if said else ""
         )
-    if one["type"] == "missing":
+    if details["type"] == "missing":
         return f"{'.'.join(place)} is missing"
-    message = _PLAIN.get(one["type"]) or one["msg"].removeprefix("Value error, ")
-    value = one.get("input")
+    message = _PLAIN.get(details["type"]) or details["msg"].removeprefix("Value error, ")
+    value = details.get("input")
     told = isinstance(value, (str, int, float, bool)) and repr(value) not in message
     shown = f" (it is {value!r:.60})" if told else ""
     return f"{'.'.join(place)}: {message[:1].lower()}{message[1:]}{shown}" if place else message

@@ -29,7 +29,7 @@ from bitassay.record.progress import Progress, silent
 from bitassay.search.objectives import FACTS, QUALITY, SPEED, VERIFICATION
 from bitassay.search.plan import SearchPlan
 from bitassay.studies.assay import facts_of
-from bitassay.studies.verification import Verification, chosen_prompts, honest_profile, verdict_columns
+from bitassay.studies.verdicts import Verification, chosen_prompts, honest_profile, verdict_columns
 from bitassay.verification.profile import Profile
 
 Row = dict[str, Any]

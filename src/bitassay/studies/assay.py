@@ -52,7 +52,7 @@ from bitassay.record.files import check_folder
 from bitassay.record.progress import Progress, silent
 from bitassay.record.result import write_run
 from bitassay.record.run import RunFolder, open_run_folder, run_plan
-from bitassay.studies.verification import (
+from bitassay.studies.verdicts import (
     Verification,
     chosen_prompts,
     honest_profile,

@@ -69,13 +69,13 @@ def estimate_assay(
     )
     decode_s = parameters * 2 / _bandwidth()
     if plan.bench_repeats:
-        one = 2 * parameters * plan.bench_tokens / rate16 + 12 * decode_s
+        round_s = 2 * parameters * plan.bench_tokens / rate16 + 12 * decode_s
         rows.append(
             {
                 "step": "bench",
                 "work": f"{models} models x {plan.bench_repeats} rounds",
                 "memory_bytes": parameters * 2 * models,
-                "seconds": one * models * plan.bench_repeats,
+                "seconds": round_s * models * plan.bench_repeats,
             }
         )
     if v := plan.verification:

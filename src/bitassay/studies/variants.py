@@ -144,7 +144,7 @@ class VariantPlan:
                 f"{self.questions} questions are up to {most} of a subject of MMLU; 5 come with the package",
                 "point BITASSAY_DATA at a folder that has mmlu/mmlu_test.jsonl, or --limit 285",
             )
-        return {"source": data.source, "digest": data.digest, "whole": data.whole}
+        return {"source": data.source, "digest": data.digest, "whole": data.is_complete}
 
 
 _PLAN = TypeAdapter(VariantPlan)

@@ -99,7 +99,7 @@ class Library(_Part):
             raise ValueError("lengths are not ascending")
         if {len(self.plausible), *map(len, self.kinds.values())} != {len(self.lengths)}:
             raise ValueError("not one Gaussian of each kind and one limit for each length")
-        if len({len(one.mean) for several in self.kinds.values() for one in several}) > 1:
+        if len({len(gaussian.mean) for several in self.kinds.values() for gaussian in several}) > 1:
             raise ValueError("Gaussians of different dimensions")
         if HONEST not in self.kinds:
             raise ValueError(f"no kind {HONEST!r}")
@@ -144,7 +144,7 @@ def attribute(
     x: Float64[np.ndarray, " d"], kinds: Mapping[str, Gaussian], plausible: float, length: int
 ) -> Attribution:
     """Return the posterior over `kinds` for the statistics `x`; plausible: the largest D^2."""
-    logs = np.array([one.log_density(x) for one in kinds.values()])
+    logs = np.array([gaussian.log_density(x) for gaussian in kinds.values()])
     posterior = dict(zip(kinds, np.exp(logs - np.logaddexp.reduce(logs)).tolist(), strict=True))
     nearest = max(posterior, key=posterior.__getitem__)
     distance = kinds[nearest].distance_squared(x)

@@ -25,12 +25,12 @@ from bitassay.record.progress import Progress, silent
 from bitassay.verification.attacks.attack import Attack, Setting
 from bitassay.verification.attacks.registry import ATTACKS
 from bitassay.verification.attribution import HONEST, Library, fit_library
-from bitassay.verification.calibration import Fit, fit, runs_needed, score, statistics
 from bitassay.verification.detectors.registry import DECIDING, DETECTORS
 from bitassay.verification.numerics import numerics
 from bitassay.verification.observe import Observation, observe
 from bitassay.verification.profile import ALPHA, HeldOut, Profile, library_statistics
 from bitassay.verification.prove import BATCH, prove_many
+from bitassay.verification.scores import Fit, fit, runs_needed, score, statistics
 from bitassay.verification.structure import Request
 from bitassay.verification.submissions import Submission
 from bitassay.verification.trace import ModelClaim, Sampling, Trace
@@ -92,7 +92,7 @@ def calibrate(
 
     def long_enough(submissions: Sequence[Submission]) -> list[Observation]:
         observed = observe(submissions, verifier_model, [Request()] * len(submissions), names)
-        return [one for one in observed if one.positions >= min_positions]
+        return [run for run in observed if run.positions >= min_positions]
 
     suspected = suspect_runs_of(
         attacks, Setting(prover_model, [], batch_size), shuffled[:suspect_runs], answer, long_enough, progress
@@ -120,7 +120,7 @@ def calibrate(
         layers=dict(zip(honest[0].layers, fits[states], strict=True)),
         tokens=fits[tokens][0],
         detectors={name: curves for name, curves in fits.items() if name not in DECIDING},
-        scores=tuple(scores_by_length(one, fits, min_positions) for one in conformal),
+        scores=tuple(scores_by_length(run, fits, min_positions) for run in conformal),
         held_out=HeldOut(n=len(held_out), rejected=0, interval=(0.0, 1.0)),
         alpha=alpha,
         generated_positions=(min_positions, max(min_positions, max_new_tokens - 1)),

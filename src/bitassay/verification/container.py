@@ -108,10 +108,10 @@ def strict_json(raw: str | bytes, path: Path) -> Any:
     """Return the value of JSON without duplicate keys, NaN or infinity. Raises TraceError."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
+        fields = dict(pairs)
+        if len(fields) != len(pairs):
             raise TraceError("duplicate-key", f"{path}: a JSON object has a key twice")
-        return found
+        return fields
 
     def refuse(constant: str) -> None:
         raise TraceError("header-malformed", f"{path}: {constant} in the header")

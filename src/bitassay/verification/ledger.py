@@ -31,9 +31,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from bitassay.errors import BitassayError
 from bitassay.record.files import explained, locked
 from bitassay.record.hashing import canonical_json
-from bitassay.verification.calibration import Finite
 from bitassay.verification.container import first_defect
 from bitassay.verification.profile import Profile
+from bitassay.verification.scores import Finite
 from bitassay.verification.sequential import wealth_by_limit
 from bitassay.verification.trace import TOKENS, Digest
 from bitassay.verification.verdict import Verdict
@@ -82,9 +82,13 @@ def scored(verdicts: Sequence[Verdict], profile: Profile) -> list[Scored]:
     """Return those that count, in their order: scored by `profile` and structurally sound."""
     digest = profile.digest
     return [
-        Scored(one.trace, one.score.value, one.limit)
-        for one in verdicts
-        if one.trace and one.score and one.limit and one.profile == digest and not one.structural
+        Scored(verdict.trace, verdict.score.value, verdict.limit)
+        for verdict in verdicts
+        if verdict.trace
+        and verdict.score
+        and verdict.limit
+        and verdict.profile == digest
+        and not verdict.structural
     ]
 
 
@@ -92,13 +96,13 @@ def extended(lines: Sequence[Line], new: Sequence[Scored], profile: Profile) -> 
     """Return `lines`, and one for each of `new` that they do not have yet."""
     known: set[str] = {line.trace for line in lines}
     fresh: dict[str, Scored] = {}
-    for one in new:
-        if one.trace not in known:
-            fresh.setdefault(one.trace, one)
+    for request in new:
+        if request.trace not in known:
+            fresh.setdefault(request.trace, request)
     every = [*lines, *fresh.values()]
     wealth = wealth_by_limit(
-        np.array([one.score for one in every]),
-        [one.limit for one in every],
+        np.array([request.score for request in every]),
+        [request.limit for request in every],
         lambda limit: np.array(profile.honest_scores(limit)),
         known=[line.log_wealth for line in lines],
     )
@@ -106,8 +110,8 @@ def extended(lines: Sequence[Line], new: Sequence[Scored], profile: Profile) -> 
     return [
         *lines,
         *(
-            Line(**one._asdict(), log_wealth=float(log_wealth), time=now)
-            for one, log_wealth in zip(fresh.values(), wealth[len(lines) :], strict=True)
+            Line(**request._asdict(), log_wealth=float(log_wealth), time=now)
+            for request, log_wealth in zip(fresh.values(), wealth[len(lines) :], strict=True)
         ),
     ]
 
@@ -122,16 +126,16 @@ def update_ledger(path: Path, new: Sequence[Scored], profile: Profile, host: str
     """
     binding = Binding(profile=profile.digest, host=host)
     with _locked(Path(path)) as handle:
-        whole, lines = _read(handle, Path(path), binding.profile, host)
+        size, lines = _read(handle, Path(path), binding.profile, host)
         every = extended(lines, new, profile)
-        added = [*([binding] if not whole else []), *every[len(lines) :]]
-        text = "".join(canonical_json(one.model_dump(mode="json")) + "\n" for one in added)
-        if whole + len(text) > LIMIT_BYTES:
+        added = [*([binding] if not size else []), *every[len(lines) :]]
+        text = "".join(canonical_json(line.model_dump(mode="json")) + "\n" for line in added)
+        if size + len(text) > LIMIT_BYTES:
             raise BitassayError(
                 f"{path}: would be longer than the {LIMIT_BYTES} bytes of a ledger",
                 "begin a new --ledger FILE; its promise is its own",
             )
-        os.ftruncate(handle, whole)
+        os.ftruncate(handle, size)
         _append(handle, text.encode())
     return every
 

@@ -72,10 +72,10 @@ def compared(
     similar length."""
     keys = list(opened)
     headers = [opened[key].header for key in keys]
-    for done, (index, own) in enumerate(prefills(headers, model)):
+    for done, (index, prefill) in enumerate(prefills(headers, model)):
         progress("verifying", done, len(keys))
         claimed = opened[keys[index]]
-        yield keys[index], Comparison(claimed.header, claimed.positions, claimed.states, own, model.dtype)
+        yield keys[index], Comparison(claimed.header, claimed.positions, claimed.states, prefill, model.dtype)
     progress("verifying", len(keys), len(keys))
 
 

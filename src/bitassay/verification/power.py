@@ -3,7 +3,7 @@
 For honest scores h_1 .. h_n and attacked ones a_1 .. a_m, larger meaning less honest:
 
     AUC        = share of pairs with a > h, ties counting half
-    TPR        = share of attacked sequences above the conformal threshold (`calibration.threshold`)
+    TPR        = share of attacked sequences above the conformal threshold (`scores.threshold`)
 
 Intervals. TPR: Clopper-Pearson, given the threshold. AUC: its variance is at most A (1 - A) / min(m, n)
 (Birnbaum and Klose 1957), so Wilson's interval for a share of min(m, n) covers it; unlike the intervals of
@@ -21,7 +21,7 @@ from jaxtyping import Float64
 
 from bitassay.errors import BitassayError
 from bitassay.evaluation.statistics import clopper_pearson_interval, wilson_interval
-from bitassay.verification.calibration import threshold
+from bitassay.verification.scores import threshold
 
 
 class Rate(NamedTuple):

@@ -1,7 +1,7 @@
 """A calibration profile: what honest runs look like to the verifier, for one model and one pair of numerics.
 
 It is one JSON file. It holds the fit of each series of the detectors that decide, and the scores of other
-honest runs (`calibration.py`). The scores are kept by length too: a trace whose host was asked for at most
+honest runs (`scores.py`). The scores are kept by length too: a trace whose host was asked for at most
 m + 1 tokens is compared with the calibration runs as they were after at most m positions, which is what
 honest runs of that request are.
 
@@ -24,12 +24,12 @@ from bitassay.models.source import cache_folder
 from bitassay.record.files import read_json, write_json
 from bitassay.record.hashing import digest_json
 from bitassay.verification.attribution import Attribution, Library
-from bitassay.verification.calibration import Finite, Fit, Statistic, p_value, standardise, statistics
 from bitassay.verification.container import first_defect
 from bitassay.verification.detectors.detector import Part
 from bitassay.verification.detectors.registry import DECIDING
 from bitassay.verification.numerics import Numerics
 from bitassay.verification.observe import Observation
+from bitassay.verification.scores import Finite, Fit, Statistic, p_value, standardise, statistics
 from bitassay.verification.trace import TOKENS, ModelClaim, Sampling
 
 SCHEMA_VERSION = 2
@@ -69,9 +69,9 @@ class Score:
         """Return the score of standardised statistics. layers: those of the distances."""
         states, tokens = DECIDING
         largest: dict[str, float] = {}
-        for one in computed:
-            largest[one.detector] = max(one.value, largest.get(one.detector, one.value))
-        farthest = max(one for one in computed if one.detector == states and one.value == largest[states])
+        for detector, _, _, value in computed:
+            largest[detector] = max(value, largest.get(detector, value))
+        farthest = max(each for each in computed if (each.detector, each.value) == (states, largest[states]))
         others = {name: value for name, value in largest.items() if name not in DECIDING}
         value = max(largest.values())
         return cls(value, largest[states], largest[tokens], layers[farthest.series], farthest.part, others)
@@ -190,7 +190,7 @@ def library_statistics(
     positions, then the tokens'."""
     computed = statistics(observation, DECIDING, length, length + 1)
     assert computed is not None
-    return np.array([one.value for one in standardise(computed, fits, length)])
+    return np.array([statistic.value for statistic in standardise(computed, fits, length)])
 
 
 def profile_key(model: ModelClaim, prover: Numerics, verifier: Numerics, sampling: Sampling) -> str:

@@ -81,8 +81,8 @@ class SequentialEvidence:
         return asdict(self)
 
     def __str__(self) -> str:
-        found = f"alarm at request {self.alarm_at}" if self.alarm_at else "no alarm"
-        return f"{found} of {self.n_requests}; anytime p {self.p_value:.2g}, alpha {self.alpha:g}"
+        outcome = f"alarm at request {self.alarm_at}" if self.alarm_at else "no alarm"
+        return f"{outcome} of {self.n_requests}; anytime p {self.p_value:.2g}, alpha {self.alpha:g}"
 
 
 def wealth_by_limit(

@@ -28,7 +28,6 @@ from bitassay.models.identity import identity
 from bitassay.record.hashing import digest_json
 from bitassay.record.progress import Progress, silent
 from bitassay.verification.attribution import Attribution
-from bitassay.verification.calibration import lower_bound, runs_needed
 from bitassay.verification.detectors.detector import Comparison, Part
 from bitassay.verification.detectors.registry import DECIDING
 from bitassay.verification.detectors.verillm import (
@@ -45,6 +44,7 @@ from bitassay.verification.profile import Profile, Score, find_profile, profile_
 from bitassay.verification.receipts.challenge import Challenge
 from bitassay.verification.receipts.opening import Opening
 from bitassay.verification.receipts.receipt import Receipt
+from bitassay.verification.scores import lower_bound, runs_needed
 from bitassay.verification.structure import Reason, Request, Status
 from bitassay.verification.submissions import CheckResult, check_opened, check_submission
 from bitassay.verification.trace import Header, ModelClaim, Trace, TraceError
@@ -127,9 +127,9 @@ class Verdict:
         parts: tuple[Part, ...] = ("prompt", "generated")
         cells = {part: self._cells(part, index) for part in parts}
         return {
-            part: {name: summary(one, rules) for name, rules in RULE_SETS.items()}
-            for part, one in cells.items()
-            if one
+            part: {name: summary(part_cells, rules) for name, rules in RULE_SETS.items()}
+            for part, part_cells in cells.items()
+            if part_cells
         }
 
     def to_dict(self) -> dict[str, Any]:

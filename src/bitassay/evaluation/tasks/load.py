@@ -25,14 +25,15 @@ if TYPE_CHECKING:
 class AskedTask:
     """A task with its data, and the indices of its items that are asked.
 
-    origin: where the items are from; digest: of local data; whole: whether no slice stands for the data."""
+    origin: where the items are from; digest: of local data; is_complete: False for a slice.
+    """
 
     name: str
     task: "ConfigurableTask"
     shots: int
     origin: str
     digest: str | None
-    whole: bool
+    is_complete: bool
     items: list[int]
     available: int
     unparsed: Callable[[str], bool]
@@ -130,7 +131,7 @@ def _asked(
         shots=_set_shots(task, name, shots, source.shots),
         origin=origin,
         digest=digest,
-        whole=data is None or data.whole,
+        is_complete=data is None or data.is_complete,
         items=even_indices(len(task.eval_docs), limit),
         available=len(task.eval_docs),
         unparsed=source.unparsed,
@@ -159,6 +160,6 @@ def protocol_id(task: str, asked: Sequence[AskedTask], limit: int | None) -> str
     if limit is not None:
         each = "/subject" if task in ("mmlu", "mmlu_generative") else "/task" if len(asked) > 1 else ""
         chosen.append(f"n={max(counts)}{each}")
-    if not all(question.whole for question in asked):
+    if not all(question.is_complete for question in asked):
         chosen.append("of the bundled slice")
     return f"{task}/{'-'.join(map(str, sorted(shots)))}-shot" + (f"[{' '.join(chosen)}]" if chosen else "")

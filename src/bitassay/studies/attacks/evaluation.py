@@ -2,7 +2,7 @@
 
 Requests are dealt into FOLDS. The statistics of a fold's runs are standardised and judged by honest runs of
 the other folds only: a quarter of these requests fits mean and spread, the others give the scores that
-p-values count (`verification/calibration.py`). So each run is judged once, by requests that are not its own,
+p-values count (`verification/scores.py`). So each run is judged once, by requests that are not its own,
 and the honest ones give a held-out rate of false positives. A run is detected where p <= alpha.
 
 Intervals are Clopper-Pearson, 95 %. For honest runs they take the runs as independent; runs of one request
@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from bitassay.verification.calibration import Fits, fit, score, statistics, threshold
 from bitassay.verification.detectors.detector import GRID
 from bitassay.verification.detectors.registry import DECIDING, DETECTORS
 from bitassay.verification.observe import Observation
 from bitassay.verification.power import auc, share, tokens_to
+from bitassay.verification.scores import Fits, fit, score, statistics, threshold
 
 FOLDS = 5
 COMBINED = "combined"
@@ -88,7 +88,7 @@ def fewest_counted(sequences: int) -> int:
 
 def refused_at_published_limits(name: str, runs: Sequence[Observation]) -> float | None:
     """Return the share of runs that the published limits of a detector refuse; None where it has none."""
-    accepted = [one.accepted for run in runs for one in run.series.get(name, ())]
+    accepted = [series.accepted for run in runs for series in run.series.get(name, ())]
     refused = [not verdict for verdict in accepted if verdict is not None]
     return sum(refused) / len(refused) if refused else None
 

@@ -53,14 +53,14 @@ from bitassay.studies.machines import (
     threads,
 )
 from bitassay.studies.parties import DTYPES, PROVER, Item, Party, party_job
-from bitassay.studies.verification import chosen_prompts
+from bitassay.studies.verdicts import chosen_prompts
 from bitassay.verification.attacks.attack import Setting
 from bitassay.verification.attacks.hosts import honest_prefill
 from bitassay.verification.attacks.registry import ATTACKS
-from bitassay.verification.calibration import runs_needed
 from bitassay.verification.detectors.registry import DETECTORS
 from bitassay.verification.observe import Observation, compare, observe
 from bitassay.verification.prove import prove_many
+from bitassay.verification.scores import runs_needed
 from bitassay.verification.structure import Request
 from bitassay.verification.submissions import Submission, check_submission
 from bitassay.verification.trace import Trace, read_trace
@@ -234,8 +234,8 @@ def attack(
         check_folder(out)
     check_fit(model, tokens=plan.tokens, trust_remote_code=trust_remote_code, progress=progress)
     plan, other, left_out = runnable(plan, probe)
-    for one in left_out:
-        progress(str(one))
+    for omission in left_out:
+        progress(str(omission))
     check_plan(plan)
     base = load(
         model,
@@ -310,7 +310,7 @@ def attack(
         ],
         honest=honest_rows(pools, plan.tokens),
         about={name: ATTACKS[name].about for name in plan.attacks},
-        left_out=[asdict(one) for one in left_out],
+        left_out=[asdict(omission) for omission in left_out],
         numerics_pooled={name: VARIANTS[name].about for name in plan.variants},
     )
     return run, folder.path
@@ -361,7 +361,7 @@ def runnable(
         if machines not in known:
             known[machines] = first_that_runs(machines, dtype, probe)
         machine, failed = known[machines]
-        left_out += [replace(one, numerics=f"{name}: {one.numerics}") for one in failed]
+        left_out += [replace(omission, numerics=f"{name}: {omission.numerics}") for omission in failed]
         if machine is not None:
             kept.append(name)
         if name == "isa":
@@ -422,10 +422,10 @@ def costs(requests: RequestSet) -> dict[str, dict[str, float]]:
     layers, hidden = len(few.traces[0].header.layers), text_config(model).hidden_size
     return {
         name: {
-            "bytes_per_token": max(DETECTORS[one].evidence_bytes(layers, hidden) for one in detectors),
-            "seconds_per_token": sum(middle("check", one) for one in detectors),
+            "bytes_per_token": max(DETECTORS[each].evidence_bytes(layers, hidden) for each in detectors),
+            "seconds_per_token": sum(middle("check", each) for each in detectors),
             "prefill_seconds_per_token": middle("prefill"),
-            "prover_seconds_per_token": max(middle("prove", one) for one in detectors),
+            "prover_seconds_per_token": max(middle("prove", each) for each in detectors),
         }
         for name, detectors in evaluated().items()
     }

@@ -86,10 +86,10 @@ def run_eight_bit(
     return run, folder.path
 
 
-def question_protocol(plan: VariantPlan, whole: bool) -> str:
+def question_protocol(plan: VariantPlan, complete: bool) -> str:
     """Return everything about the questions that changes the number."""
     spread = f"{len(plan.subjects)} subjects"
-    return f"mmlu/5-shot[n={plan.questions} over {spread}{'' if whole else ' of the bundled slice'}]"
+    return f"mmlu/5-shot[n={plan.questions} over {spread}{'' if complete else ' of the bundled slice'}]"
 
 
 def rows_of(findings: Findings) -> list[dict[str, Any]]:

@@ -194,9 +194,9 @@ def report(work: Work, way: Direction) -> dict[str, Any]:
     for index, trial in enumerate(trials[way.prover], 1):
         write_json(stem.with_name(f"{stem.name}_trial{index}.json"), trial)
     attacks = {party.precision: trials[party] for party in way.attackers}
-    whole = summary(way, trials[way.prover], attacks, work.plan)
-    write_json(stem.with_name(f"{stem.name}_summary.json"), whole)
-    return row_of(whole)
+    content = summary(way, trials[way.prover], attacks, work.plan)
+    write_json(stem.with_name(f"{stem.name}_summary.json"), content)
+    return row_of(content)
 
 
 def trials_of(work: Work, way: Direction, prover: Party) -> list[dict[str, Any]]:
@@ -244,7 +244,8 @@ def judged(
         "numerics": cells.verifier,
         **verillm.summary(cells.generated, rules),
         "accept_rates": {
-            name: accept_rate(cells.generated, one) for name, one in {**RULE_SETS, rules.name: rules}.items()
+            name: accept_rate(cells.generated, rule_set)
+            for name, rule_set in {**RULE_SETS, rules.name: rules}.items()
         },
         "prompt_accept_rate": accept_rate(cells.prompt, rules),
         "relative_distance": by_layer[-1],
@@ -338,18 +339,18 @@ def rules_of(rules: Rules) -> dict[str, Any]:
     }
 
 
-def row_of(whole: Mapping[str, Any]) -> dict[str, Any]:
+def row_of(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return a summary as one row of a table."""
     return {
-        "study": whole["experiment"],
-        "prover": f"{whole['prover']['precision']} on {whole['prover']['machine']}",
-        "verifier": f"{whole['verifier']['precision']} on {whole['verifier']['machine']}",
-        "expected": whole["summary"]["expected_accept_rate"],
-        **whole["aggregate"],
-        "as_expected": whole["summary"]["as_expected"],
-        "bar": whole["bar"],
-        "refused": {name: f"{tried['refused']}/{tried['n']}" for name, tried in whole["detection"].items()},
-        "detection": whole["detection"],
-        "hardware": whole["hardware"],
-        "rules": whole["rules"]["name"],
+        "study": content["experiment"],
+        "prover": f"{content['prover']['precision']} on {content['prover']['machine']}",
+        "verifier": f"{content['verifier']['precision']} on {content['verifier']['machine']}",
+        "expected": content["summary"]["expected_accept_rate"],
+        **content["aggregate"],
+        "as_expected": content["summary"]["as_expected"],
+        "bar": content["bar"],
+        "refused": {name: f"{tried['refused']}/{tried['n']}" for name, tried in content["detection"].items()},
+        "detection": content["detection"],
+        "hardware": content["hardware"],
+        "rules": content["rules"]["name"],
     }

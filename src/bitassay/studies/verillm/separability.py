@@ -23,8 +23,8 @@ from bitassay.studies.machines import Probe, probe_machine
 from bitassay.studies.parties import DTYPES
 from bitassay.studies.verillm.experiments import OTHER_DEVICES
 from bitassay.studies.verillm.work import ExperimentPlan, Work, check_plan
-from bitassay.verification.calibration import runs_needed
 from bitassay.verification.power import auc, tpr_at_fpr
+from bitassay.verification.scores import runs_needed
 
 BATCH = 25  # prompts that a prover answers at a time: nothing is timed
 PRECISIONS = ("fp32", "fp16", "bf16", "w8", "fp8", "w4", "w3", "w2")
@@ -69,9 +69,9 @@ def run_separability(
             for prover in parties
         }
         honest = scores[verifier.precision]
-        for prover, found in scores.items():
+        for prover, log_distances in scores.items():
             same = prover == verifier.precision
-            refused, ranked = tpr_at_fpr(honest, found, alpha), auc(honest, found)
+            refused, ranked = tpr_at_fpr(honest, log_distances, alpha), auc(honest, log_distances)
             rows.append(
                 {
                     "prover": prover,
@@ -81,9 +81,9 @@ def run_separability(
                     "tpr_ci": None if same else [refused.low, refused.high],
                     "auc": None if same else ranked.value,
                     "auc_ci": None if same else [ranked.low, ranked.high],
-                    "relative_distance": float(np.exp(found.mean())),
-                    "range": [float(np.exp(found.min())), float(np.exp(found.max()))],
-                    "n": len(found),
+                    "relative_distance": float(np.exp(log_distances.mean())),
+                    "range": [float(np.exp(log_distances.min())), float(np.exp(log_distances.max()))],
+                    "n": len(log_distances),
                 }
             )
     run = new_run(

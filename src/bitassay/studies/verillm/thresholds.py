@@ -33,10 +33,10 @@ from bitassay.studies.machines import Probe, probe_machine
 from bitassay.studies.verillm.experiments import Direction, check_names, planned, rules_of
 from bitassay.studies.verillm.verifier import TraceStatistics
 from bitassay.studies.verillm.work import ExperimentPlan, Work, check_plan
-from bitassay.verification.calibration import runs_needed, threshold
 from bitassay.verification.detectors import verillm
 from bitassay.verification.detectors.verillm import DOCUMENTS, RULE_SETS, Rules
 from bitassay.verification.power import share
+from bitassay.verification.scores import runs_needed, threshold
 
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 FIT_SHARE = 3  # one in so many honest trials fits the cells' thresholds

@@ -5,8 +5,8 @@ of it, with a beacon that is younger; the host answers. An attack replaces some 
 of these attacks knows everything but the verifier's beacon, owns its key, and goes by the real functions
 wherever a lie would not help it.
 
-In a committee (`committee.py`) the dishonest one is a verifier: VERIFIERS judge as many requests, each of
-them with plants of its own, and the first does not look at them.
+In a committee (`committee/rounds.py`) the dishonest one is a verifier: VERIFIERS judge as many requests, each
+with canaries of its own, and the first does not look at them.
 
 **What grinding gains.** A host with b bad positions among n generated ones, k of which are opened, and which
 foresees the beacon, needs C(n, k) / C(n - b, k) commitments until none of the bad ones is drawn.
@@ -220,7 +220,7 @@ def chosen_beacon(setting: Setting) -> list[ReceiptResponse]:
     def show(trace: Trace, asked: Challenge) -> Opening:
         signed, bad = commit(trace, HOST), bad_positions(trace)
         drawn = [ask(signed, _secret("chosen", str(index))) for index in range(GRINDS)]
-        return open_trace(trace, min(drawn, key=lambda one: n_bad_opened(one, trace.header, bad)))
+        return open_trace(trace, min(drawn, key=lambda each: n_bad_opened(each, trace.header, bad)))
 
     return [exchange(with_bad_cells(trace), show=show) for trace in setting.honest]
 
@@ -242,14 +242,14 @@ def grind(trace: Trace, foreseen: bytes, tries: int) -> tuple[Trace, int]:
     layer, at = trace.header.layers[0], bad[-1]
     leaves, place = trace_leaves(trace), cell_indices([bad[-1]], len(trace.header.layers))[0]
     rows = trace.states[layer].clone()
-    found: list[tuple[int, torch.Tensor]] = []
+    versions: list[tuple[int, torch.Tensor]] = []
     for number in range(tries):
         rows[at, 0] = number  # small whole numbers are exact in every dtype
         state = rows[at].view(torch.uint8).numpy().tobytes()
         leaves[place] = cell_leaf(layer, at, trace.header.numerics.dtype, state)
         drawn = ask(sign(trace.header, merkle_root(leaves)), foreseen)
-        found.append((n_bad_opened(drawn, trace.header, bad), rows.clone()))
-    fewest, best = min(found, key=lambda one: one[0])
+        versions.append((n_bad_opened(drawn, trace.header, bad), rows.clone()))
+    fewest, best = min(versions, key=lambda version: version[0])
     return replace(trace, states={**trace.states, layer: best}), fewest
 
 
@@ -326,17 +326,18 @@ def _round(
 ) -> CommitteeRound:
     """The truth about all items that are not planted is PASS."""
     plants = {name: _plants(name) for name in VERIFIERS}
-    given = assign(items, plants, each=len(VERIFIERS) - 1, seed=_secret("the coordinator's seed", word))
+    assignments = assign(items, plants, each=len(VERIFIERS) - 1, seed=_secret("the coordinator's seed", word))
     answers: dict[str, Answers] = {
-        one.verifier: {item: one.planted.get(item, "PASS") for item in one.items} for one in given
+        assignment.verifier: {item: assignment.planted.get(item, "PASS") for item in assignment.items}
+        for assignment in assignments
     }
     if lazy is not None:
-        answers[VERIFIERS[0]] = lazy(given[0], answers[VERIFIERS[1]])
+        answers[VERIFIERS[0]] = lazy(assignments[0], answers[VERIFIERS[1]])
     reports: dict[str, Report] = {
         name: report(name, said, _secret("salt", word, name)) for name, said in answers.items()
     }
-    commitments = {name: report_commitment(word, one) for name, one in reports.items()}
-    return CommitteeRound(word, VERIFIERS[0], tuple(given), commitments, reports)
+    commitments = {name: report_commitment(word, revealed) for name, revealed in reports.items()}
+    return CommitteeRound(word, VERIFIERS[0], tuple(assignments), commitments, reports)
 
 
 def _plants(name: str) -> dict[str, Expected]:

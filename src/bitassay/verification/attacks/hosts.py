@@ -135,12 +135,12 @@ def skip(model: PreTrainedModel, count: int) -> Iterator[None]:
     """Make `count` evenly spaced decoder layers return their input within the context."""
     layers = decoder_layers(model)
 
-    def given(_module: object, args: tuple[Tensor, ...], kwargs: dict[str, Any], output: object) -> object:
+    def input_of(_module: object, args: tuple[Tensor, ...], kwargs: dict[str, Any], output: object) -> object:
         states = args[0] if args else kwargs["hidden_states"]
         return (states, *output[1:]) if isinstance(output, tuple) else states
 
     chosen = [(2 * index + 1) * len(layers) // (2 * count) for index in range(count)]
-    with hooked(layers[index].register_forward_hook(given, with_kwargs=True) for index in chosen):
+    with hooked(layers[index].register_forward_hook(input_of, with_kwargs=True) for index in chosen):
         yield
 
 

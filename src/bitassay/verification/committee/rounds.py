@@ -117,9 +117,9 @@ def report_commitment(round: str, revealed: Report) -> str:
 def parse_report(content: Any) -> Report:
     """Return a report from plain values that may come from anyone. Raises BitassayError."""
     try:
-        found = Report.model_validate(content)
-        canonical_json(found.model_dump()).encode()
-        return found
+        parsed = Report.model_validate(content)
+        canonical_json(parsed.model_dump()).encode()
+        return parsed
     except UnicodeEncodeError as error:
         raise BitassayError("not a report: text that is not Unicode") from error
     except ValidationError as error:
@@ -139,12 +139,11 @@ def judge(
     commitments: by verifier, all handed in before the first of `revealed`. alpha: how often an honest
     verifier refuses an honest run; planted ones must be within its profile.
     """
-    return {
-        one.verifier: tuple(
-            _defects(round, one, commitments.get(one.verifier), revealed.get(one.verifier), alpha)
-        )
-        for one in assignments
-    }
+    reasons = {}
+    for assignment in assignments:
+        name = assignment.verifier
+        reasons[name] = tuple(_defects(round, assignment, commitments.get(name), revealed.get(name), alpha))
+    return reasons
 
 
 def committee_status(
@@ -170,25 +169,25 @@ def honest_canaries_needed(alpha: float = 0.05) -> int:
 
 
 def _defects(
-    round: str, given: Assignment, commitment: str | None, revealed: Report | None, alpha: float
+    round: str, assignment: Assignment, commitment: str | None, revealed: Report | None, alpha: float
 ) -> list[Reason]:
     if commitment is None:
         return [Reason("no-commitment", "nothing was committed to before the others revealed")]
     if revealed is None:
         return [Reason("withheld-report", "the commitment was never revealed")]
-    if revealed.verifier != given.verifier or report_commitment(round, revealed) != commitment:
+    if revealed.verifier != assignment.verifier or report_commitment(round, revealed) != commitment:
         return [Reason("other-report", "what was revealed is not what this verifier committed to")]
-    if set(revealed.answers) != set(given.items):
-        count = len(set(given.items) ^ set(revealed.answers))
+    if set(revealed.answers) != set(assignment.items):
+        count = len(set(assignment.items) ^ set(revealed.answers))
         return [Reason("wrong-items", f"{count} answers are missing or were not asked for")]
-    found, answers = [], revealed.answers
-    failures = [item for item, expected in given.planted.items() if expected == "FAIL"]
+    reasons, answers = [], revealed.answers
+    failures = [item for item, expected in assignment.planted.items() if expected == "FAIL"]
     if missed := sum(answers[item] != "FAIL" for item in failures):
         sentence = f"{missed} of {len(failures)} planted failures were not noticed"
-        found.append(Reason("missed-planted-failure", sentence))
-    honest = [item for item, expected in given.planted.items() if expected == "PASS"]
+        reasons.append(Reason("missed-planted-failure", sentence))
+    honest = [item for item, expected in assignment.planted.items() if expected == "PASS"]
     refused = sum(answers[item] != "PASS" for item in honest)
     if refused and stats.binom.sf(refused - 1, len(honest), alpha) <= LEVEL:
         sentence = f"{refused} of {len(honest)} planted honest runs were refused"
-        found.append(Reason("refused-planted-honest", sentence))
-    return found
+        reasons.append(Reason("refused-planted-honest", sentence))
+    return reasons

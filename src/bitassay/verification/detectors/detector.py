@@ -3,7 +3,7 @@
     comparison   the states that a host shows, beside those of the verifier's own prefill of the same tokens
     series       numbers by position or by output token, larger for less honest runs
     statistic    of the first n numbers of a series, by default their mean
-    score        the largest statistic, after each was standardised by honest runs (`calibration.py`)
+    score        the largest statistic, after each was standardised by honest runs (`scores.py`)
 
 A new detector is one file like `distance.py` and one entry: in `registry.py`, or among the entry points
 `bitassay.detectors` of another package. It then has a column in `bitassay attack`; with `bitassay calibrate
@@ -110,7 +110,7 @@ class Detector:
         runs = {n: self.measure_all(comparison.first(n)) for n in GRID if n in tokens}
         by_token = [runs[max(n for n in runs if n <= token)] for token in tokens]
         return tuple(
-            replace(series[-1], values=tuple(value for one in series for value in one.values))
+            replace(series[-1], values=tuple(value for of_token in series for value in of_token.values))
             for series in zip(*by_token, strict=True)
         )
 

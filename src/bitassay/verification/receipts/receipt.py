@@ -116,7 +116,7 @@ def encode(receipt: Receipt) -> bytes:
     digests = (getattr(header.model, name) for name in names)
     content = {
         "version": _VERSION,
-        "model": [header.model.name, *(_text(bytes.fromhex(one)) if one else None for one in digests)],
+        "model": [header.model.name, *(_text(bytes.fromhex(each)) if each else None for each in digests)],
         "numerics": list(header.numerics.model_dump().values()),
         "sampling": list(header.sampling.model_dump().values()),
         "nonce": header.nonce,

@@ -1,4 +1,4 @@
-"""From observations to one score, and from the score to a p-value. There is no other calibration.
+"""From observations to one score, and from the score to a p-value.
 
     z     = (statistic - mean(n)) / sd(n)        of each series, n generated positions
     score = max over all z
@@ -106,7 +106,7 @@ def statistics(
             continue
         parts = [detector.statistics(s, positions, tokens) for s in observation.series.get(name, ())]
         if not parts or any("generated" not in by_part for by_part in parts):
-            return [one for one in computed if one.value == math.inf] or None
+            return [statistic for statistic in computed if statistic.value == math.inf] or None
         for index, by_part in enumerate(parts):
             computed += [Statistic(name, index, part, value) for part, value in by_part.items()]
     return computed
@@ -136,7 +136,10 @@ def fit(honest: Mapping[int, Sequence[Sequence[Statistic]]]) -> dict[str, tuple[
 
 def standardise(computed: Sequence[Statistic], fits: Fits, n: int) -> list[Statistic]:
     """Return each statistic as z, for a run of `n` generated positions."""
-    return [one._replace(value=fits[one.detector][one.series].standardised(one.value, n)) for one in computed]
+    return [
+        Statistic(detector, series, part, fits[detector][series].standardised(value, n))
+        for detector, series, part, value in computed
+    ]
 
 
 def score(computed: Sequence[Statistic] | None, fits: Fits, n: int) -> float:
@@ -144,7 +147,7 @@ def score(computed: Sequence[Statistic] | None, fits: Fits, n: int) -> float:
     sees nothing, so that blindness is never a detection."""
     if computed is None:
         return -math.inf
-    return max(one.value for one in standardise(computed, fits, n))
+    return max(statistic.value for statistic in standardise(computed, fits, n))
 
 
 def p_value(value: float, honest: Sequence[float]) -> float:
@@ -179,10 +182,10 @@ def lower_bound(observation: Observation, header: Header, fits: Fits, longest: i
         if not DETECTORS[name].by_token:
             series[name] = tuple(
                 Series(
-                    lowered(one.values, len(header.positions) - n_prompt, curve),
-                    lowered(one.prompt, n_prompt, curve),
+                    lowered(measured.values, len(header.positions) - n_prompt, curve),
+                    lowered(measured.prompt, n_prompt, curve),
                 )
-                for one, curve in zip(series[name], curves, strict=True)
+                for measured, curve in zip(series[name], curves, strict=True)
             )
     return replace(observation, series=series)
 
