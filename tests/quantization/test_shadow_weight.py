@@ -1,5 +1,5 @@
 """Latent weights: they start on the codes that they are given, learn with the gradients that the header of
-`latent.py` states, and pack what they compute."""
+`shadow_weight.py` states, and pack what they compute."""
 
 import pytest
 import torch

@@ -5,8 +5,8 @@ floating-point operations, passes of a layer.
             what is not quantized counts 16 bits a weight, whatever dtype it is computed in
     flop    2 a weight and product; n roundings of one input are n products
 
-Of dynamic passes and planes on demand, what a text really took is measured with it (`WindowResult`); the keys
-and values that a token leaves in the cache for passes that it does not have are not counted.
+Of dynamic passes and any-precision inference, what a text really took is measured with it (`WindowResult`);
+the keys and values that a token leaves in the cache for passes that it does not have are not counted.
 """
 
 from collections.abc import Callable, Mapping
@@ -34,7 +34,7 @@ COSTS = ("passes", "bytes")
 
 class WindowResult(NamedTuple):
     """What a variant made of a window: the logits at all positions but the last; passes of a layer and, of
-    planes on demand, bytes of weights, both for a token on average."""
+    any-precision inference, bytes of weights, both for a token on average."""
 
     logits: Float[Tensor, "predicted vocabulary"]
     passes: float

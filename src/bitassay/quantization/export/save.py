@@ -1,7 +1,7 @@
 """Save a quantized model as a folder: `save`.
 
 Two layouts: compressed-tensors (`compressed.py`), which plain transformers loads, wherever it holds
-the model exactly; else our own (`layout.py`), which `bitassay.load` loads. In both, what is not
+the model exactly; else our own (`codes/storage.py`), which `bitassay.load` loads. In both, what is not
 quantized lies beside the codes as ordinary parameters, and `bitassay.json` says what the folder is.
 """
 

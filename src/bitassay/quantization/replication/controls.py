@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from bitassay.quantization.recipe.formats import FORMATS, INPUT_FORMATS
+from bitassay.quantization.recipe.formats import INPUT_FORMATS
 from bitassay.quantization.recipe.granularity import Granularity
 from bitassay.quantization.recipe.inputs import Activations
 from bitassay.quantization.recipe.recipe import BASE, Recipe
@@ -33,7 +33,7 @@ from bitassay.quantization.recipe.weights import WeightScheme
 Kind = Literal["single", "rescaled", "equal-bits", "equal-flops"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 REPLICA = "replica"
-INTEGERS = {int(f.bits): f.name for f in FORMATS.values() if f.kind == "integer"}
+INTEGERS = {bits: f"int{bits}" for bits in (8, 4, 3, 2)}  # controls do not depend on installed packages
 INPUT_INTEGERS = {int(f.bits): f.name for f in INPUT_FORMATS.values() if f.kind == "integer"}
 
 

@@ -12,7 +12,7 @@ INT8/FP8 report (docs/sources.md); `claims.yaml` holds what it claims. *Fake* mo
 report says where that is so.
 
 MMLU is asked with 5 examples, by likelihood (`direct`) and by greedy text (`generate`), the same questions of
-every variant. `cells.py` says what is measured in one piece, `crew.py` and `cluster.py` who does it.
+every variant. `studies/cells.py` says what is measured in one piece, `record/jobs.py` who does it.
 """
 
 from collections.abc import Sequence

@@ -5,8 +5,8 @@ of it, with a beacon that is younger; the host answers. An attack replaces some 
 of these attacks knows everything but the verifier's beacon, owns its key, and goes by the real functions
 wherever a lie would not help it.
 
-In a committee (`committee.py`) the dishonest one is a verifier: VERIFIERS judge as many requests, each of
-them with canaries of its own, and the first does not look at them.
+In a committee (`committee/rounds.py`) the dishonest one is a verifier: VERIFIERS judge as many requests, each
+with canaries of its own, and the first does not look at them.
 
 **What grinding gains.** A host with b bad positions among n generated ones, k of which are opened, and which
 foresees the beacon, needs C(n, k) / C(n - b, k) commitments until none of the bad ones is drawn.
