@@ -247,8 +247,10 @@ def test_directions_are_those_of_the_documents():
 def test_other_rules_and_bar_change_the_verdict_only(finished, tmp_path, started):
     _, out = finished
     shutil.copytree(out, tmp_path / "data")
-    strict = run_experiments(["exp3"], replace(PLAN, rules=PAPER, bar=1.0), out=tmp_path / "data")["rows"][0]
-    lax = run_experiments(["exp3"], replace(PLAN, bar=-1.0), out=tmp_path / "data")["rows"][0]
+    strict = run_experiments(
+        ["exp3"], replace(PLAN, rules=PAPER, accept_rate_min=1.0), out=tmp_path / "data"
+    )["rows"][0]
+    lax = run_experiments(["exp3"], replace(PLAN, accept_rate_min=-1.0), out=tmp_path / "data")["rows"][0]
     assert started == []
     assert (strict["rules"], lax["rules"]) == ("paper", "documents")
     assert set(strict["refused"].values()) == {"2/2"}

@@ -38,7 +38,7 @@ def list_(*, output: options.Output = options.Output()) -> int:
             "verifier": side[experiment.verifier],
             "hardware": "other, both directions" if experiment.other_hardware else "same",
             "expected": list(experiment.expected),
-            "bar": experiment.bar,
+            "bar": experiment.accept_rate_min,
             "about": experiment.about,
         }
         for experiment in EXPERIMENTS.values()
@@ -255,8 +255,8 @@ def _run_variants(
     runs = []
     with show_progress() as progress:
         for name in studies:
-            place = out / name if out is not None and len(studies) > 1 else out
-            work: dict[str, Any] = {"jobs": machines.jobs, "ray": variants.ray, "out": place}
+            study_out = out / name if out is not None and len(studies) > 1 else out
+            work: dict[str, Any] = {"jobs": machines.jobs, "ray": variants.ray, "out": study_out}
             work["progress"] = progress
             if name in REPLICATION:
                 protocol = Protocol(windows=windows, window_tokens=variants.window or 1024)

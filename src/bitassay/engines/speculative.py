@@ -92,8 +92,8 @@ def speculate(
         draft: list[int] = []
         checked = len(text) + 1  # tokens of the text when the last one of the output has been read
         # The check adds one token of its own, and reads all of its tokens at the same frequencies.
-        for place in range(min(draft_tokens, max_new_tokens - len(output) - 1)):
-            if frequencies(model, checked + place + 1) != frequencies(model, checked):
+        for position in range(min(draft_tokens, max_new_tokens - len(output) - 1)):
+            if frequencies(model, checked + position + 1) != frequencies(model, checked):
                 break
             draft.append(choose([draft[-1] if draft else output[-1]], 1)[0])
             if draft[-1] in ends:

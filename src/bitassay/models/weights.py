@@ -130,8 +130,8 @@ def check_files(folder: Path) -> dict[str, Path]:
     index = _named_in_config(folder) or folder / INDEX
     for name, file in _weight_map(index).items() if index.suffix == ".json" and index.is_file() else ():
         if name not in where or where[name].name != file:
-            place = f"it is in {where[name].name}" if name in where else "it is not there"
-            raise BitassayError(f"{index}: says that {name} is in {file}, but {place}", AGAIN)
+            location = f"it is in {where[name].name}" if name in where else "it is not there"
+            raise BitassayError(f"{index}: says that {name} is in {file}, but {location}", AGAIN)
     return where
 
 

@@ -219,8 +219,8 @@ class Worker:
 def local_workers(count: int, logs: Path, gpus: Sequence[int] = ()) -> Sequence[AnyWorker]:
     """Return `count` workers of this computer with logs in a folder, which take turns in using the GPUs."""
     return [
-        Worker(logs / f"{place:02d}.log", gpu=gpus[place % len(gpus)] if gpus else None)
-        for place in range(count)
+        Worker(logs / f"{number:02d}.log", gpu=gpus[number % len(gpus)] if gpus else None)
+        for number in range(count)
     ]
 
 

@@ -163,7 +163,7 @@ def parse_run(value: object, where: str) -> Content:
     )
 
 
-def check_values(value: object, place: tuple[str, ...] = ()) -> None:
+def check_values(value: object, location: tuple[str, ...] = ()) -> None:
     """Raise ValueError for the first value below `value` that a run may not have."""
     problem = ""
     if isinstance(value, float) and not math.isfinite(value):
@@ -175,13 +175,13 @@ def check_values(value: object, place: tuple[str, ...] = ()) -> None:
     elif isinstance(value, dict | list):
         if len(value) > MOST_ITEMS:
             problem = f"has more than {MOST_ITEMS} entries"
-        elif len(place) > MOST_DEPTH:
+        elif len(location) > MOST_DEPTH:
             problem = f"is deeper than {MOST_DEPTH} levels"
     if problem:
-        raise ValueError(f"{'.'.join(place) or 'it'} {problem}")
+        raise ValueError(f"{'.'.join(location) or 'it'} {problem}")
     if isinstance(value, dict | list):
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            check_values(item, (*place, f"{key:.40}" if isinstance(key, str) else str(key)))
+            check_values(item, (*location, f"{key:.40}" if isinstance(key, str) else str(key)))
 
 
 def _from_schema_1(value: Mapping[str, Any], kind: Kind) -> Content:

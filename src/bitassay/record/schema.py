@@ -23,28 +23,28 @@ def defects(error: ValidationError, kind: type[BaseModel]) -> str:
 
 
 def _defect(details: dict[str, Any], kind: type[BaseModel]) -> str:
-    place = [str(part) for part in details["loc"]]
+    location = [str(part) for part in details["loc"]]
     if details["type"] == "extra_forbidden":
-        within = ".".join(place[:-1])
+        within = ".".join(location[:-1])
         known = {name for model in _models_at(kind, details["loc"][:-1]) for name in model.model_fields}
-        said = suggestion(place[-1], known) if known else ""
-        return f"{within + ': ' if within else ''}there is no field {place[-1]!r}" + (
+        said = suggestion(location[-1], known) if known else ""
+        return f"{within + ': ' if within else ''}there is no field {location[-1]!r}" + (
             f"; {said}" if said else ""
         )
     if details["type"] == "missing":
-        return f"{'.'.join(place)} is missing"
+        return f"{'.'.join(location)} is missing"
     message = _PLAIN.get(details["type"]) or details["msg"].removeprefix("Value error, ")
     value = details.get("input")
     told = isinstance(value, (str, int, float, bool)) and repr(value) not in message
     shown = f" (it is {value!r:.60})" if told else ""
-    return f"{'.'.join(place)}: {message[:1].lower()}{message[1:]}{shown}" if place else message
+    return f"{'.'.join(location)}: {message[:1].lower()}{message[1:]}{shown}" if location else message
 
 
-def _models_at(kind: type[BaseModel], place: Iterable[str | int]) -> list[type[BaseModel]]:
+def _models_at(kind: type[BaseModel], location: Iterable[str | int]) -> list[type[BaseModel]]:
     """The models that may stand at a place of `kind`. Names of union members, which pydantic puts into a
     place, are passed over."""
     here: list[type[BaseModel]] = [kind]
-    for part in place:
+    for part in location:
         fields = [model.model_fields[part] for model in here if part in model.model_fields]
         if fields:
             here = [model for field in fields for model in _models_in(field.annotation)]

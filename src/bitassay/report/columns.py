@@ -152,10 +152,10 @@ def sample_columns(names: Iterable[str]) -> list[Column]:
 
 
 def attack_matrix_columns(run: Run) -> list[Column]:
-    """Return the columns of attacks by detectors. `100 % @8`: the share that is caught with all tokens, and
+    """Return the columns of attacks by detectors. `100 % @8`: the share that is detected with all tokens, and
     the tokens from which on 99 % are; `blind` where the interval of that share reaches down to alpha."""
 
-    def caught(row: Row) -> str:
+    def detected(row: Row) -> str:
         if row["sees"] == "nothing":
             return "blind"
         tokens = f" @{row['tokens_to_99']}" if row["tokens_to_99"] else ""
@@ -164,13 +164,13 @@ def attack_matrix_columns(run: Run) -> list[Column]:
     def shaded(row: Row) -> Cell:
         low, high = map(percent(1), row["tpr_ci"])
         hint = f"AUC {row['auc']:.3f}, 95 % interval {low} to {high}"
-        return Cell(caught(row), shade=float(row["tpr_at_1pct_fpr"]), hint=hint)
+        return Cell(detected(row), shade=float(row["tpr_at_1pct_fpr"]), hint=hint)
 
     def attack(name: str) -> Cell:
         return Cell(name, small=run["about"].get(name, ""))
 
     detectors = dict.fromkeys(row["detector"] for row in run["rows"])
-    cells = [Column(name, name.replace("-", "-\n"), caught, cell=shaded) for name in detectors]
+    cells = [Column(name, name.replace("-", "-\n"), detected, cell=shaded) for name in detectors]
     return [Column("attack", "attack", align="left", cell=attack), *cells]
 
 
@@ -211,15 +211,15 @@ def separability_columns(run: Run) -> list[Column]:
 def threshold_rows(run: Run) -> list[dict[str, Any]]:
     """Return a flat row for each direction of a fit of thresholds."""
 
-    def caught(row: Row, key: str) -> str:
+    def detected(row: Row, key: str) -> str:
         return ", ".join(f"{name} {percent(0)(attack[key])}" for name, attack in row["attacks"].items())
 
     return [
         {
             **{key: row[key] for key in ("study", "direction", "false_positive_rate", "false_positive_ci")},
             **row["thresholds"],
-            "caught": caught(row, "caught"),
-            "caught_by_distance": caught(row, "caught_by_distance"),
+            "caught": detected(row, "caught"),
+            "caught_by_distance": detected(row, "caught_by_distance"),
         }
         for row in run["rows"]
     ]

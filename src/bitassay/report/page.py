@@ -50,8 +50,8 @@ class Section:
             "title": self.title,
             "text": self.text,
             "figures": [
-                Markup(svg(figure, f"{prefix}f{place}-"))
-                for place, figure in enumerate(self.figures)
+                Markup(svg(figure, f"{prefix}f{number}-"))
+                for number, figure in enumerate(self.figures)
                 if figure is not None
             ],
             "head": [(_title(column), column.align) for column in columns],

@@ -135,7 +135,7 @@ def _table(cells: list[list[str]], columns: Sequence[Column]) -> str:
     heads = [[""] * (height - len(title)) + title for title in titles]
     lines = [[head[line] for head in heads] for line in range(height)]
     lines += [[printable(text) for text in row] for row in cells]
-    widths = [max(len(line[place]) for line in lines) for place in range(len(columns))]
+    widths = [max(len(line[index]) for line in lines) for index in range(len(columns))]
     drawn = [
         "  ".join(
             text.ljust(width) if column.align == "left" else text.rjust(width)

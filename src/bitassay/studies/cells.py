@@ -150,14 +150,14 @@ class CellRunner:
                 continue
             keep_facts(folder, variant, model)
             read, tensors = window_reader(self.base, model, variant.reading), {}
-            for place, (window, base) in enumerate(zip(block, logits, strict=True)):
+            for index, (window, base) in enumerate(zip(block, logits, strict=True)):
                 if variant.name == self.plan.base:
                     result, scores = WindowResult(base, 1.0, None), token_scores(base, window[1:])
                 else:
                     result = read(window)
                     scores = token_scores(result.logits, window[1:], base)
                 for name, value in (scores._asdict() | result.costs).items():
-                    tensors[f"{place}/{name}"] = value
+                    tensors[f"{index}/{name}"] = value
             folder.write_tensors(part, tensors)
 
     def _questions(self, cell: Cell, folder: RunFolder) -> None:
@@ -218,8 +218,8 @@ def answers_of(model: PreTrainedModel, plan: VariantPlan) -> dict[str, Any]:
 def read_findings(folder: RunFolder, plan: VariantPlan) -> Findings:
     """Read what all cells made."""
     findings = Findings(plan, {variant.name: variant for variant in plan.variants})
-    for place, (name, variant) in enumerate(findings.variants.items()):
-        asked = folder.part(f"questions-{place:02d}", dict) if plan.questions else {}
+    for number, (name, variant) in enumerate(findings.variants.items()):
+        asked = folder.part(f"questions-{number:02d}", dict) if plan.questions else {}
         text = _read_text(folder, plan, variant)
         if why := asked.get("refused") or (text if isinstance(text, str) else None):
             findings.refused[name] = why
@@ -245,9 +245,9 @@ def _read_text(
         if folder.has(part):
             return str(folder.part(part, dict)["refused"])
         tensors = folder.read_tensors(part)
-        for place in range(len(windows)):
-            scores.append(TokenScores(*(tensors[f"{place}/{field}"] for field in TokenScores._fields)))
+        for index in range(len(windows)):
+            scores.append(TokenScores(*(tensors[f"{index}/{field}"] for field in TokenScores._fields)))
             for name, values in costs.items():
-                if (key := f"{place}/{name}") in tensors:
+                if (key := f"{index}/{name}") in tensors:
                     values.append(tensors[key].item())
     return scores, {name: sum(values) / len(values) for name, values in costs.items() if values}

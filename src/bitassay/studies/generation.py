@@ -122,8 +122,8 @@ def generation(
     makers |= {r.name: lambda r=r: quantize_cached(base, r, progress=progress) for r in plan.recipes}
     makers |= {name: lambda name=name: _checked(loaded(name), base, name) for name in plan.candidates}
     written = {
-        name: _written(folder, f"{place:02d}", make, prompts, plan, _named(name, progress))
-        for place, (name, make) in enumerate(makers.items())
+        name: _written(folder, f"{number:02d}", make, prompts, plan, _named(name, progress))
+        for number, (name, make) in enumerate(makers.items())
     }
     rows = [
         {"recipe": name, **compare_texts(outputs, written[BASE]).to_dict()}

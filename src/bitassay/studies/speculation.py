@@ -48,9 +48,9 @@ def check_speculation(plan: VariantPlan, recipe: Recipe, length: int) -> dict[st
     for way in ways:  # warm
         way(prompts[0])
     texts = []
-    for place, prompt in enumerate(prompts):
+    for index, prompt in enumerate(prompts):
         outputs, seconds = {}, {}
-        for way in ways[:: -1 if place % 2 else 1]:
+        for way in ways[:: -1 if index % 2 else 1]:
             start = time.perf_counter()
             outputs[way] = way(prompt)
             seconds[way] = time.perf_counter() - start

@@ -96,8 +96,8 @@ class VariantPlan:
         """How many questions of each of MMLU's subjects; those with none are left out."""
         names = mmlu_subjects()
         counts = {
-            name: (place + 1) * self.questions // len(names) - place * self.questions // len(names)
-            for place, name in enumerate(names)
+            name: (index + 1) * self.questions // len(names) - index * self.questions // len(names)
+            for index, name in enumerate(names)
         }
         return {name: count for name, count in counts.items() if count}
 

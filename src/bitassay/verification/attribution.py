@@ -184,5 +184,5 @@ def fit_library(
 def _quantile(values: Sequence[float], alpha: float) -> float:
     """Return what one more such value exceeds with a probability of at most `alpha`; the largest where there
     are too few to say."""
-    place = math.ceil((1 - alpha) * (len(values) + 1))
-    return sorted(values)[min(place, len(values)) - 1]
+    rank = math.ceil((1 - alpha) * (len(values) + 1))
+    return sorted(values)[min(rank, len(values)) - 1]

@@ -154,5 +154,5 @@ def _check_tiling(spans: list[list[int]], data_bytes: int, path: Path) -> None:
 def first_defect(error: ValidationError) -> str:
     """Return the first thing that is wrong with the fields of a file, without what the file says there."""
     first = error.errors(include_input=False, include_url=False)[0]
-    place = ".".join(map(str, first["loc"])) or "content"
-    return f"{place:.80}: {first['msg']}"
+    field = ".".join(map(str, first["loc"])) or "content"
+    return f"{field:.80}: {first['msg']}"

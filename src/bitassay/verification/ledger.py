@@ -1,6 +1,6 @@
 """A ledger: the scores of one host's requests, kept from call to call, and what they prove together.
 
-`sequential.py` bounds the probability that an honest host is *ever* accused, however often one looks, if
+`sequential.py` bounds the probability that an honest host *ever* gives an alarm, however often one looks, if
 every request counts once and in its order. A ledger file sees to that. It is JSON lines, only ever appended
 to: first whom and what it is about, then a line for each request,
 
@@ -170,7 +170,7 @@ def _read(handle: int, path: Path, profile: str | None, host: str | None) -> tup
             raise BitassayError(f"{path}: not a ledger", "begin a new --ledger FILE")
         return 0, []
     bound = _parsed(Binding, texts[0], f"{path}, line 1")
-    lines = [_parsed(Line, text, f"{path}, line {place}") for place, text in enumerate(texts[1:], 2)]
+    lines = [_parsed(Line, text, f"{path}, line {number}") for number, text in enumerate(texts[1:], 2)]
     if profile not in (None, bound.profile):
         raise BitassayError(
             f"{path}: a ledger of another profile ({bound.profile[:12]}, not {profile[:12]})",

@@ -33,7 +33,7 @@ from bitassay.verification.scores import Finite, Fit, Statistic, p_value, standa
 from bitassay.verification.trace import TOKENS, ModelClaim, Sampling
 
 SCHEMA_VERSION = 2
-ALPHA = 0.01  # how often an honest run may be accused, where nobody says otherwise
+ALPHA = 0.01  # the default false-positive rate of a verdict on an honest run
 
 
 class HeldOut(BaseModel):

@@ -133,7 +133,7 @@ def label_points(axes: Axes, labels: Labels) -> None:
         leftwards = at + 8 + LETTER_WIDTH * len(text) > box.x1
         start = at - 8 - LETTER_WIDTH * len(text) if leftwards else at + 8
         end, wanted = start + LETTER_WIDTH * len(text), height
-        for left, right, other in sorted(taken, key=lambda place: place[2]):
+        for left, right, other in sorted(taken, key=lambda label: label[2]):
             if left < end and start < right and abs(other - wanted) < LABEL_HEIGHT:
                 wanted = other + LABEL_HEIGHT
         taken.append((start, end, wanted))

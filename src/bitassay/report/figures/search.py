@@ -20,14 +20,14 @@ def pareto_figure(run: Run) -> Figure:
     best: list[tuple[float, float]] = []
     others: list[tuple[float, float]] = []
 
-    def place(trial: Row) -> tuple[float, float]:
+    def point_of(trial: Row) -> tuple[float, float]:
         values = trial["objectives"]
         return (values[1] if len(objectives) > 1 else trial["row"]["bits_per_weight"]), values[0]
 
     for trial in run["trials"]:
         if trial["state"] == "complete":
             chosen = f"{space}-{trial['number']:03d}" in run["best"]
-            (best if chosen else others).append(place(trial))
+            (best if chosen else others).append(point_of(trial))
     figure = Figure(figsize=(7.5, 4), layout="constrained")
     axes = figure.add_subplot()
     if others:
@@ -51,10 +51,10 @@ def importance_figure(run: Run) -> Figure | None:
     axes = figure.add_subplot()
     height = 0.8 / len(known)
     for index, (objective, shares) in enumerate(known.items()):
-        places = [row + index * height for row in range(len(names))]
+        positions = [row + index * height for row in range(len(names))]
         values = [shares.get(name, 0.0) for name in names]
         colour = COLOURS[1 + index % (len(COLOURS) - 1)]
-        axes.barh(places, values, height=height, color=colour, label=printable(objective))
+        axes.barh(positions, values, height=height, color=colour, label=printable(objective))
     axes.set_yticks([row + 0.4 - height / 2 for row in range(len(names))], list(map(printable, names)))
     axes.invert_yaxis()
     axes.set(xlabel="share of importance", xlim=(0, 1))

@@ -64,13 +64,13 @@ def granularity_figure(run: Run) -> Figure | None:
     figure = Figure(figsize=(9, 3.2 * (len(panels) // 2)), layout="constrained")
     grid = figure.subplots(len(panels) // 2, 2, squeeze=False).ravel()
     for axes, (key, (title, interval)) in zip(grid, panels.items(), strict=True):
-        for place, format in enumerate(("int8", "fp8")):
+        for index, format in enumerate(("int8", "fp8")):
             mine = [row for row in rows if row["format"] == format]
-            x = [sizes.index(str(row["granularity"])) + 0.16 * (place - 0.5) for row in mine]
+            x = [sizes.index(str(row["granularity"])) + 0.16 * (index - 0.5) for row in mine]
             ends = [row.get(interval) or (row[key], row[key]) for row in mine]
-            colour = COLOURS[place + 1]
+            colour = COLOURS[index + 1]
             axes.vlines(x, [low for low, _ in ends], [high for _, high in ends], color=colour, lw=1.3)
-            axes.plot(x, [row[key] for row in mine], "os"[place], color=colour, ms=5, label=format)
+            axes.plot(x, [row[key] for row in mine], "os"[index], color=colour, ms=5, label=format)
         axes.set(ylabel=title)
         axes.set_xticks(range(len(sizes)), sizes)
         if key.endswith("acc"):
@@ -96,9 +96,9 @@ def costs_figure(run: Run) -> Figure | None:
         return None
     figure = Figure(figsize=(9, 4.2 * len(COSTS)), layout="constrained")
     for axes, (label, (key, unit)) in zip(figure.subplots(len(COSTS), 1), COSTS.items(), strict=True):
-        for place, group in enumerate(names_of(rows, "group")):
+        for index, group in enumerate(names_of(rows, "group")):
             mine = [row for row in rows if row["group"] == group]
-            _replica_and_controls(axes, mine, key, unit, COLOURS[1 + place % (len(COLOURS) - 1)])
+            _replica_and_controls(axes, mine, key, unit, COLOURS[1 + index % (len(COLOURS) - 1)])
         axes.set(xlabel=label, ylabel="KL to the base, nats", yscale="log")
         axes.margins(x=0.15)
         heads = [row for row in rows if row["role"] in ("replica", "plain")]
@@ -124,20 +124,20 @@ def experiment_figure(rows: Sequence[Row]) -> Figure:
     figure = Figure(figsize=(7.5, 0.7 + 0.5 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
 
-    def named(place: int, name: str) -> str | None:
-        return printable(name) if place == 0 else None  # one entry of the legend for all rows
+    def named(row_index: int, name: str) -> str | None:
+        return printable(name) if row_index == 0 else None  # one entry of the legend for all rows
 
-    for place, row in enumerate(rows):
+    for row_index, row in enumerate(rows):
         low, high = row["expected"]
-        label = named(place, "expected")
-        axes.barh(place, high - low, left=low, height=0.7, color=COLOURS[6], alpha=0.5, label=label)
+        label = named(row_index, "expected")
+        axes.barh(row_index, high - low, left=low, height=0.7, color=COLOURS[6], alpha=0.5, label=label)
         rate = row["avg_accept_rate"]
-        axes.plot(row["accept_rate_ci"] or (rate, rate), (place, place), color=INK, lw=1.5)
-        axes.plot(rate, place, "o", color=INK, label=named(place, "measured"))
+        axes.plot(row["accept_rate_ci"] or (rate, rate), (row_index, row_index), color=INK, lw=1.5)
+        axes.plot(rate, row_index, "o", color=INK, label=named(row_index, "measured"))
         for index, (name, prover) in enumerate(row["detection"].items(), 1):
             colour, marker = style(index)
-            label = named(place, f"prover {name}")
-            axes.plot(prover["avg_accept_rate"], place, marker, color=colour, ms=5, label=label)
+            label = named(row_index, f"prover {name}")
+            axes.plot(prover["avg_accept_rate"], row_index, marker, color=colour, ms=5, label=label)
     names = [printable(f"{row['study']}: {row['prover']} → {row['verifier']}") for row in rows]
     axes.set_yticks(range(len(rows)), names)
     axes.invert_yaxis()

@@ -149,8 +149,8 @@ def drafts_of(folder: RunFolder, plan: VariantPlan) -> list[Row]:
     """Return a row for each length of drafts: means over texts with their intervals; speed is the ratio of
     seconds without and with drafts, speed_bound that of bytes read."""
     rows = []
-    for place in range(len(plan.drafts)):
-        content = folder.part(Cell("drafts", place).name, dict)
+    for which in range(len(plan.drafts)):
+        content = folder.part(Cell("drafts", which).name, dict)
         texts = content["texts"]
         acceptance = mean_of([text["accepted"] / max(1, text["drafted"]) for text in texts])
         bound = mean_of([text["plain_bytes_per_token"] / text["bytes_per_token"] for text in texts])

@@ -45,8 +45,8 @@ OTHER_DEVICES = "other --devices, such as cpu+eager, or another --precision"
 
 @dataclass(frozen=True)
 class Experiment:
-    """prover and verifier: sides. expected: the accept rates, as a range. bar: the accept rate
-    above which a verifier accepts."""
+    """One experiment of the VeriLLM documents. prover and verifier: sides. expected: the range of accept
+    rates. accept_rate_min: a verifier accepts above it."""
 
     name: str
     about: str
@@ -54,7 +54,7 @@ class Experiment:
     verifier: str
     other_hardware: bool
     expected: tuple[float, float]
-    bar: float
+    accept_rate_min: float
 
 
 _ROWS = (
@@ -103,7 +103,9 @@ class Direction:
 
 def directions(name: str, plan: ExperimentPlan) -> list[Direction]:
     """Return where the experiment is run: on one machine, or on two in both directions."""
-    experiment = EXPERIMENTS[name] if plan.bar is None else replace(EXPERIMENTS[name], bar=plan.bar)
+    experiment = EXPERIMENTS[name]
+    if plan.accept_rate_min is not None:
+        experiment = replace(experiment, accept_rate_min=plan.accept_rate_min)
     first, second = plan.machines
     pairs = [(first, second), (second, first)] if experiment.other_hardware else [(first, first)]
     return [
@@ -208,7 +210,7 @@ def trials_of(work: Work, way: Direction, prover: Party) -> list[dict[str, Any]]
             judged(verifier, of_trace, timing.seconds, plan.rules)
             for verifier, of_trace in zip(way.verifiers, statistics, strict=True)
         ]
-        accepting = sum(verdict["accept_rate"] > way.experiment.bar for verdict in verdicts)
+        accepting = sum(verdict["accept_rate"] > way.experiment.accept_rate_min for verdict in verdicts)
         trials.append(
             {
                 "schema": SCHEMA,
@@ -298,7 +300,7 @@ def summary(
         "hardware": way.hardware,
         "tokens": plan.tokens,
         "rules": rules_of(plan.rules),
-        "bar": way.experiment.bar,
+        "bar": way.experiment.accept_rate_min,
         "summary": {
             "avg_accept_rate": aggregate["avg_accept_rate"],
             "expected_accept_rate": [low, high],

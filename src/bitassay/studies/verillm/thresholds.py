@@ -54,7 +54,7 @@ def optimise_thresholds(
     probe: Probe = probe_machine,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Return a run with a row a direction: recommended thresholds, false accusations, and what is caught.
+    """Return a run with a row a direction: recommended thresholds, false-positive and detection rates.
 
     Writes `out`/threshold_optimization/..._thresholds.yaml, which `bitassay study run --rules` reads, and all
     distributions as JSON beside it. Raises BitassayError where the trials are too few for alpha, MissingError
@@ -113,7 +113,7 @@ def optimised(
     percentile: float,
 ) -> dict[str, Any]:
     """Return everything about one direction, from its cells."""
-    rules, bar = recommend(honest, alpha, percentile)
+    rules, accept_rate_min = recommend(honest, alpha, percentile)
     without = [[*honest[:index], *honest[index + 1 :]] for index in range(len(honest))]
     left_out = [recommend(others, alpha, percentile) for others in without]
     refused = [
@@ -130,7 +130,7 @@ def optimised(
         "direction": way.label,
         "verifier": way.verifiers[0].name,
         "fitted_on": f"{len(honest)} honest trials of {way.attackers[0].name}",
-        "thresholds": {**rules_of(rules), "accept_rate_min": bar},
+        "thresholds": {**rules_of(rules), "accept_rate_min": accept_rate_min},
         "alpha": alpha,
         "false_positive_rate": float(np.mean(refused)),
         "false_positive_ci": list(share(sum(refused), len(refused))[1:]),
@@ -140,11 +140,13 @@ def optimised(
             name: {
                 "n": len(trials),
                 "caught": (
-                    caught := share(sum(accept_rate(t, rules) <= bar for t in trials), len(trials))
+                    detected := share(
+                        sum(accept_rate(t, rules) <= accept_rate_min for t in trials), len(trials)
+                    )
                 ).value,
-                "caught_ci": list(caught[1:]),
+                "caught_ci": list(detected[1:]),
                 "caught_by_documents": float(
-                    np.mean([accept_rate(t, DOCUMENTS) <= way.experiment.bar for t in trials])
+                    np.mean([accept_rate(t, DOCUMENTS) <= way.experiment.accept_rate_min for t in trials])
                 ),
                 "caught_by_distance": float(np.mean(distances(trials) > far)),
             }
@@ -245,7 +247,8 @@ def as_yaml(result: Mapping[str, Any]) -> str:
 
 
 def read_thresholds(path: Path) -> tuple[Rules, float]:
-    """Read rules and bar from such a file. Raises BitassayError that names the file and the field."""
+    """Read the rules and the smallest accept rate from a file of thresholds. Raises BitassayError that names
+    the file and the field."""
     content = read_yaml(path)
     try:
         experiment = content["experiment"]
@@ -258,19 +261,21 @@ def read_thresholds(path: Path) -> tuple[Rules, float]:
             numbers.pop("mean_epsilon"),
             **numbers,
         )
-        bar = float(experiment["accept_rate_min"])
+        accept_rate_min = float(experiment["accept_rate_min"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BitassayError(
             f"{path}: not a file of thresholds ({error})",
             "experiment: {thresholds: {Pe, Pm, Pw, mean_epsilon}, accept_rate_min}",
         ) from error
-    if not all(map(math.isfinite, (*numbers.values(), rules.max_Pe, rules.min_Pm, rules.min_Pw, bar))):
+    if not all(
+        map(math.isfinite, (*numbers.values(), rules.max_Pe, rules.min_Pm, rules.min_Pw, accept_rate_min))
+    ):
         raise BitassayError(f"{path}: a threshold is not finite")
-    return rules, bar
+    return rules, accept_rate_min
 
 
 def find_rules(name: str) -> dict[str, Any]:
-    """Return the fields `rules` and `bar` of a plan: the rule set of this name, or what a YAML file holds.
+    """Return the fields `rules` and `accept_rate_min` of a plan, from a named rule set or a YAML file.
 
     Raises BitassayError that names the nearest rule set.
     """
@@ -281,4 +286,4 @@ def find_rules(name: str) -> dict[str, Any]:
             f"no rules are called {name!r}; {suggestion(name, RULE_SETS)}",
             "or give a .yaml file that `bitassay calibrate MODEL --study exp1` wrote",
         )
-    return dict(zip(("rules", "bar"), read_thresholds(Path(name)), strict=True))
+    return dict(zip(("rules", "accept_rate_min"), read_thresholds(Path(name)), strict=True))

@@ -63,8 +63,8 @@ class ExperimentPlan:
     quantized: recipe or checkpoint of the quantized side. attacks: provers that the thresholds are tried on
     besides the dense model. here: machines of this computer (default: those whose device it has). role:
     "prove", "verify", or both where None. jobs: processes at a time; gpus: what these take turns to use.
-    batch: prompts that a prover answers at a time; timings are true for 1. bar: instead of the experiments'
-    own. left_out: numerics that cannot be computed here."""
+    batch: prompts that a prover answers at a time; timings are true for 1. accept_rate_min: replaces that
+    of the experiments. left_out: numerics that cannot be computed here."""
 
     model: str
     machines: tuple[Machine, Machine]
@@ -76,7 +76,7 @@ class ExperimentPlan:
     quantized: str = "w4"
     attacks: tuple[str, ...] = ("w8", "w4")
     rules: Rules = DOCUMENTS
-    bar: float | None = None
+    accept_rate_min: float | None = None
     role: str | None = None
     here: tuple[Machine, ...] = ()
     jobs: int = 1

@@ -44,7 +44,7 @@ from bitassay.verification.trace import Header, Trace
 
 GRINDS = 32
 VERIFIERS = ("verifier-0", "verifier-1", "verifier-2", "verifier-3")
-PLANTED_FAILURES = 4
+FAILING_CANARIES = 4
 
 Send = Callable[[Trace], Receipt]
 Show = Callable[[Trace, Challenge], Opening | None]
@@ -240,13 +240,13 @@ def grind(trace: Trace, foreseen: bytes, tries: int) -> tuple[Trace, int]:
     """
     bad, trace = bad_positions(trace), with_bad_cells(trace)
     layer, at = trace.header.layers[0], bad[-1]
-    leaves, place = trace_leaves(trace), cell_indices([bad[-1]], len(trace.header.layers))[0]
+    leaves, leaf_index = trace_leaves(trace), cell_indices([bad[-1]], len(trace.header.layers))[0]
     rows = trace.states[layer].clone()
     versions: list[tuple[int, torch.Tensor]] = []
     for number in range(tries):
         rows[at, 0] = number  # small whole numbers are exact in every dtype
         state = rows[at].view(torch.uint8).numpy().tobytes()
-        leaves[place] = cell_leaf(layer, at, trace.header.numerics.dtype, state)
+        leaves[leaf_index] = cell_leaf(layer, at, trace.header.numerics.dtype, state)
         drawn = ask(sign(trace.header, merkle_root(leaves)), foreseen)
         versions.append((n_bad_opened(drawn, trace.header, bad), rows.clone()))
     fewest, best = min(versions, key=lambda version: version[0])
@@ -315,8 +315,8 @@ def changed_answers(setting: Setting) -> list[CommitteeRound]:
 def _rounds(
     setting: Setting, lazy: Callable[[Assignment, Answers], Answers] | None = None
 ) -> list[CommitteeRound]:
-    """A round for each request: honest verifiers, but for the first where `lazy` says what it answers, from
-    its assignment and the answers of the second."""
+    """Return a round for each request. All verifiers are honest, except for the first where `lazy` is given:
+    a function from its assignment and the answers of the second to its own."""
     items = [f"request-{index}" for index in range(len(setting.honest))]
     return [_round(word, items, lazy) for word in setting.nonces]
 
@@ -324,9 +324,11 @@ def _rounds(
 def _round(
     word: str, items: Sequence[str], lazy: Callable[[Assignment, Answers], Answers] | None = None
 ) -> CommitteeRound:
-    """The truth about all items that are not planted is PASS."""
-    plants = {name: _plants(name) for name in VERIFIERS}
-    assignments = assign(items, plants, each=len(VERIFIERS) - 1, seed=_secret("the coordinator's seed", word))
+    """Run one round, in which every item but the failing canaries should pass."""
+    canaries = {name: _canaries(name) for name in VERIFIERS}
+    assignments = assign(
+        items, canaries, each=len(VERIFIERS) - 1, seed=_secret("the coordinator's seed", word)
+    )
     answers: dict[str, Answers] = {
         assignment.verifier: {item: assignment.planted.get(item, "PASS") for item in assignment.items}
         for assignment in assignments
@@ -340,9 +342,9 @@ def _round(
     return CommitteeRound(word, VERIFIERS[0], tuple(assignments), commitments, reports)
 
 
-def _plants(name: str) -> dict[str, Expected]:
-    failures = [f"{name} failure {index}" for index in range(PLANTED_FAILURES)]
+def _canaries(name: str) -> dict[str, Expected]:
+    failures = [f"{name} failure {index}" for index in range(FAILING_CANARIES)]
     honest = [f"{name} honest {index}" for index in range(honest_canaries_needed())]
-    planted: dict[str, Expected] = dict.fromkeys(failures, "FAIL")
-    planted.update(dict.fromkeys(honest, "PASS"))
-    return planted
+    canaries: dict[str, Expected] = dict.fromkeys(failures, "FAIL")
+    canaries.update(dict.fromkeys(honest, "PASS"))
+    return canaries

@@ -224,8 +224,10 @@ def altered_tokens(setting: Setting, share: float) -> list[Trace]:
     for trace in setting.honest:
         output = list(trace.header.output_ids)
         body = len(output) - (output[-1] in ends) or 1
-        for place in random.choice(body, size=min(max(round(share * len(output)), 1), body), replace=False):
-            output[place] = int(random.choice(allowed[allowed != output[place]]))
+        for position in random.choice(
+            body, size=min(max(round(share * len(output)), 1), body), replace=False
+        ):
+            output[position] = int(random.choice(allowed[allowed != output[position]]))
         outputs.append(output)
     return honest_prefill(setting.honest, setting.model, outputs)
 

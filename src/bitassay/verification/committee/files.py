@@ -1,7 +1,7 @@
 """A committee's round as files, none of which is trusted.
 
     file                      who writes it       who reads it
-    secret.json               coordinator         coordinator alone: assignments with their plants
+    secret.json               coordinator         coordinator alone: assignments with their canaries
     tasks/NAME.json           coordinator         verifier NAME: its items, and who else takes part
     report.json               verifier            itself alone, until it reveals: answers and salt
     commitments/NAME.json     verifier NAME       everybody, before anybody reveals

@@ -5,14 +5,14 @@ judge has a known answer.
 
 Everybody hands in a commitment; only then does anybody reveal answers and salt. The salt (32 random bytes)
 keeps others from trying out the few likely sets of answers; the name in it makes a copied commitment useless
-to the copier. Source of the scheme: VeriLLM (arXiv 2509.24257), whose verifiers commit and reveal; planted
-items are the "ringers" of Golle and Mironov 2001 (Uncheatable distributed computations).
+to the copier. Source of the scheme: VeriLLM (arXiv 2509.24257), whose verifiers commit and reveal; canaries
+are the "ringers" of Golle and Mironov 2001 (Uncheatable distributed computations).
 
 **Canaries.** Among the items of each verifier are some that the coordinator made (`planted` in the files):
 failures that no honest verifier passes (a forged root, a model of two bits), and honest runs. Who passes all
 misses the failures, and who fails all refuses the honest ones: a verifier that passes a share s of its items
-without looking is caught with probability 1 - (1 - s)^f by f planted failures. An honest verifier refuses an
-honest run at times (alpha), so refusals are judged by their binomial tail. A canary goes to one verifier
+without looking is detected with probability 1 - (1 - s)^f by f failing canaries. An honest verifier refuses
+an honest run at times (alpha), so refusals are judged by their binomial tail. A canary goes to one verifier
 only, and each other item to a random part of the committee: copied answers lack one's own canaries.
 
 Left out: canaries must look like the rest, so a host has to sign them like any other request. Verifiers that
@@ -37,7 +37,7 @@ from bitassay.verification.structure import Reason, Status
 from bitassay.verification.trace import Digest
 
 REPORT = b"bitassay report 1\0"
-LEVEL = 0.001  # at which an honest verifier is accused by its refusals of planted honest runs
+LEVEL = 0.001  # significance level of the test for too many refused honest canaries
 ITEMS = 10**6
 Expected = Literal["PASS", "FAIL"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
@@ -56,8 +56,8 @@ class Report(BaseModel):
 
 
 class Assignment(BaseModel):
-    """The items of one verifier in the order in which it gets them; `planted`, of which the coordinator knows
-    the answer, is a secret until all have revealed."""
+    """The items of one verifier in the order in which it gets them; `planted`, the canaries among them with
+    their answers, is a secret until all have revealed."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -137,7 +137,7 @@ def judge(
     """Return why each verifier's report is not to be used; empty where it is.
 
     commitments: by verifier, all handed in before the first of `revealed`. alpha: how often an honest
-    verifier refuses an honest run; planted ones must be within its profile.
+    verifier refuses an honest run; honest canaries must be within its profile.
     """
     reasons = {}
     for assignment in assignments:
@@ -163,7 +163,7 @@ def committee_status(
 
 
 def honest_canaries_needed(alpha: float = 0.05) -> int:
-    """Return the number of planted honest runs without which a verifier that fails all cannot be told from an
+    """Return the number of honest canaries without which a verifier that fails all cannot be told from an
     unlucky one."""
     return ceil(log(LEVEL) / log(alpha))
 
@@ -183,11 +183,11 @@ def _defects(
     reasons, answers = [], revealed.answers
     failures = [item for item, expected in assignment.planted.items() if expected == "FAIL"]
     if missed := sum(answers[item] != "FAIL" for item in failures):
-        sentence = f"{missed} of {len(failures)} planted failures were not noticed"
+        sentence = f"{missed} of {len(failures)} failing canaries were not noticed"
         reasons.append(Reason("missed-planted-failure", sentence))
     honest = [item for item, expected in assignment.planted.items() if expected == "PASS"]
     refused = sum(answers[item] != "PASS" for item in honest)
     if refused and stats.binom.sf(refused - 1, len(honest), alpha) <= LEVEL:
-        sentence = f"{refused} of {len(honest)} planted honest runs were refused"
+        sentence = f"{refused} of {len(honest)} honest canaries were refused"
         reasons.append(Reason("refused-planted-honest", sentence))
     return reasons
