@@ -7,7 +7,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "bitassay"
-DOCUMENTS = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+DOCUMENTS = [
+    *sorted((ROOT / "docs").glob("*.md")),
+    *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")),
+]
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 NAMED = re.compile(r"`([\w./-]+\.py)`")
 # Of transformers and lm-eval.
@@ -23,9 +26,10 @@ NAMES = {
 
 
 def missing(path: Path) -> set[str]:
-    """A path is relative to the repository, the package or `quantization/`, in code also to what is around
-    the file; a bare name is that of some file."""
-    roots = [ROOT, PACKAGE, PACKAGE / "quantization", *([] if path.suffix == ".md" else path.parents[:2])]
+    """Return the files that are named and not there. A path is relative to the repository, the package,
+    `quantization/` or `tests/`, in code also to what is around the file; a bare name is that of any file."""
+    roots = [ROOT, PACKAGE, PACKAGE / "quantization", ROOT / "tests"]
+    roots += [] if path.suffix == ".md" else path.parents[:2]
     return {
         name
         for name in set(NAMED.findall(path.read_text(encoding="utf-8"))) - ELSEWHERE

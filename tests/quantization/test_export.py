@@ -22,6 +22,7 @@ from bitassay.quantization.codes.quantize import quantize_tensor
 from bitassay.quantization.export.card import CARD_BYTES, CARD_FILE, read_card
 from bitassay.quantization.export.compressed import weight_args
 from bitassay.quantization.export.plan import plan_export
+from bitassay.quantization.export.registry import LAYOUTS
 from bitassay.quantization.export.save import save
 from bitassay.quantization.pipeline import quantize
 from bitassay.quantization.recipe.formats import FORMATS
@@ -222,6 +223,19 @@ def test_standard_layouts_where_there_is_one():
     assert args(format="fp8_e4m3", granularity="tensor").strategy == "tensor"
     assert args(format="int4", granularity="g32", symmetric=False).block_structure == [1, 32]
     assert args(format="int4", granularity="g64").block_structure == [1, 64]
+
+
+def test_a_registered_layout_is_written_and_read(stories, tmp_path, monkeypatch):
+    quantized, folder, ids = quantize(stories, quick("w4")), tmp_path / "out", torch.arange(3, 60)[None]
+    with pytest.raises(BitassayError, match="layouts: no 'ours'"):
+        save(quantized, folder, layout="ours")
+    with monkeypatch.context() as patched:
+        patched.setitem(LAYOUTS._items, "ours", LAYOUTS["bitassay"])
+        assert save(quantized, folder, layout="ours").layout == "ours"
+        with torch.inference_mode():
+            assert torch.equal(load(folder)(ids).logits, quantized(ids).logits)
+    with pytest.raises(BitassayError, match=r"bitassay\.json: layout: no 'ours'; there are"):
+        load(folder)
 
 
 def test_the_card_says_what_the_folder_is(stories, saved):
@@ -446,6 +460,7 @@ def test_what_another_tool_rounds_beside_weights_and_inputs_is_refused(stories, 
         load(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_smollm2_in_a_fresh_process(tmp_path, record_property):
     base = bitassay.load("smollm2-135m")

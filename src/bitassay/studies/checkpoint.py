@@ -25,6 +25,7 @@ from bitassay.models.source import Source
 from bitassay.quantization.export import gguf_file, save
 from bitassay.quantization.export.card import read_card
 from bitassay.quantization.export.plan import plan_export
+from bitassay.quantization.export.registry import LAYOUTS
 from bitassay.quantization.pipeline import quantize, quantize_cached
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.runtime.model import quantization_of, with_tensors
@@ -47,7 +48,7 @@ class CheckpointJob:
     recipe: Recipe
     folder: Path | None
     gguf: Path | None
-    layout: save.Layout | None = None
+    layout: str | None = None
     work: Path | None = None
     check: bool = True
     loading: Mapping[str, Any] = field(default_factory=lambda: {"dtype": "float32"})
@@ -147,7 +148,7 @@ def _write_folder(
     card = save.save(quantized, job.folder, layout=job.layout, progress=progress)
     row = job.row(card.layout, card.bits_per_weight, card.size_bytes, _size(job.folder))
     if tokens is not None:
-        reader = TRANSFORMERS if card.layout == "compressed-tensors" else "bitassay.load"
+        reader = TRANSFORMERS if LAYOUTS[card.layout].is_plain else "bitassay.load"
         progress(f"loading {job.folder} with {reader}")
         trust = job.loading.get("trust_remote_code", False)
         row["max_logits_difference"] = save.reload_difference(

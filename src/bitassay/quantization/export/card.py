@@ -1,10 +1,9 @@
 """`bitassay.json`: what a quantized folder says of itself, and the check that its files are unchanged.
 
-The folder itself is a plain compressed-tensors checkpoint, or holds codes in the layout of
-`codes/storage.py`. This card adds what those have no place for: the recipe, the model it was applied to,
-which matrix is stored by which scheme, and the SHA-256 of every file that decides what the model computes.
-The digests find damage and careless editing; they are no signature, since whoever changes a file can change
-the card too.
+The folder itself is a plain compressed-tensors checkpoint, or holds codes in another layout (`registry.py`).
+This card adds what those have no place for: the recipe, the model it was applied to, which matrix is stored
+by which scheme, and the SHA-256 of every file that decides what the model computes. The digests find damage
+and careless editing; they are no signature, since whoever changes a file can change the card too.
 """
 
 from pathlib import Path
@@ -47,7 +46,7 @@ class Card(_Part):
     """
 
     schema_version: Literal[1]
-    layout: Literal["compressed-tensors", "bitassay"]
+    layout: ShortText
     recipe: dict[str, Any]
     schemes: Annotated[tuple[dict[str, Any], ...], Field(min_length=1)]
     matrices: Annotated[dict[ShortText, Annotated[int, Field(ge=0)]], Field(min_length=1)]

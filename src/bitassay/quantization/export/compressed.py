@@ -26,10 +26,12 @@ What the format cannot say exactly has an `obstacle`, and goes into the layout o
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from compressed_tensors.compressors import ModelCompressor
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from compressed_tensors.quantization import (
     QuantizationArgs,
@@ -44,11 +46,14 @@ from bitassay.errors import BitassayError
 from bitassay.models.walk import walk
 from bitassay.quantization.codes.storage import Expected, Stored, description
 from bitassay.quantization.codes.tensor import QuantizedTensor, from_codes
+from bitassay.quantization.export import plain_load
+from bitassay.quantization.export.layout import Layout
 from bitassay.quantization.export.plain_load import EXPERTS, expert_pieces
 from bitassay.quantization.inputs.activations import InputRounding
 from bitassay.quantization.recipe.formats import FORMATS, INPUT_FORMATS
 from bitassay.quantization.recipe.granularity import Granularity
 from bitassay.quantization.recipe.inputs import Activations, InputScheme
+from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.recipe.weights import WeightScheme
 from bitassay.quantization.runtime.model import Quantization
 
@@ -93,6 +98,21 @@ def activations_obstacle(spec: Activations) -> str | None:
 
 # Parts of a recipe that a folder for engines says where the layout is asked for, by steps of their own.
 EXPRESSED: dict[str, Callable[[Any], str | None]] = {"activations": activations_obstacle}
+
+
+def folder_obstacle(
+    model: PreTrainedModel, recipe: Recipe, matrices: Mapping[str, Stored], asked: bool
+) -> str | None:
+    """Return the first thing that a folder cannot hold exactly, or plain transformers not load from it;
+    rounded inputs may differ in their steps where the layout is asked for."""
+    for name, part in recipe.parts.items():
+        why = EXPRESSED[name](part) if asked and name in EXPRESSED else part.plain_obstacle
+        if why:
+            return f"the recipe's {name}: {why}"
+    for name, stored in matrices.items():
+        if why := obstacle(stored):
+            return f"{name} in {stored.scheme.format} exactly: {why}"
+    return plain_load.obstacle(model, matrices)
 
 
 def with_inputs(stored: Stored, inputs: InputScheme | InputRounding | None) -> Stored:
@@ -259,6 +279,12 @@ def quantization_config(model: PreTrainedModel, quantization: Quantization) -> Q
     )
 
 
+def describe(model: PreTrainedModel, quantization: Quantization, folder: Path) -> None:
+    """Say in config.json how the codes are stored, as the library does."""
+    configuration = quantization_config(model, quantization)
+    ModelCompressor(quantization_config=configuration).update_config(str(folder))
+
+
 def _format(stored: Stored) -> str:
     if FORMATS[stored.scheme.format].kind == "float":
         return "float-quantized"
@@ -276,3 +302,17 @@ def _left_alone(model: PreTrainedModel, quantization: Quantization) -> list[str]
         name.rpartition(".")[0] for name in modules.experts if f"{name}.0" not in quantization.tensors
     ]
     return list(dict.fromkeys(name for name in (*linears, *parents) if name not in quantization.tensors))
+
+
+LAYOUT = Layout(
+    expected_tensors,
+    stored_tensors,
+    read_tensor,
+    describe,
+    is_plain=True,
+    obstacle=folder_obstacle,
+    matrix_obstacle=obstacle,
+    with_inputs=with_inputs,
+    input_tensors=input_tensors,
+    pieces=expert_pieces,
+)

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 from bitassay.errors import BitassayError
 from bitassay.models.walk import decoder_layers, walk
 from bitassay.quantization.codes.storage import Factors, Stored, expected_bytes, planned, planned_bits
-from bitassay.quantization.export import compressed
+from bitassay.quantization.export.registry import LAYOUTS, OWN
 from bitassay.quantization.export.reload import expected_parts
-from bitassay.quantization.export.save import Layout, choose_layout
+from bitassay.quantization.export.save import choose_layout
 from bitassay.quantization.recipe.calibration import Calibration
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.recipe.solvers import Learned, Tune
@@ -36,7 +36,7 @@ class Plan:
     is quantized, and what one layer makes of the text; or what tuning holds of each weight.
     """
 
-    layout: Layout
+    layout: str
     layout_reason: str | None
     matrices: int
     bits_per_weight: float
@@ -46,7 +46,7 @@ class Plan:
     memory_bytes: int
 
 
-def plan_export(model: PreTrainedModel, recipe: Recipe, layout: Layout | None = None) -> Plan:
+def plan_export(model: PreTrainedModel, recipe: Recipe, layout: str | None = None) -> Plan:
     """Check that `recipe` fits `model` (which may be on the meta device) and that every matrix can be saved.
     Raises BitassayError where not.
     """
@@ -59,15 +59,16 @@ def plan_export(model: PreTrainedModel, recipe: Recipe, layout: Layout | None = 
             "another recipe; see `bitassay recipes list`",
         )
     layouts = [choose_layout(model, recipe, way, layout) for way in ways]
-    chosen, why = next((choice for choice in layouts if choice[0] == "bitassay"), layouts[0])
+    chosen, why = next((choice for choice in layouts if choice[0] == OWN), layouts[0])
     # Of several ways, the one of the most bits; a budget of mixed bits stays below it.
     bits = max(sum(planned_bits(way[name], shapes[name]) for name in way) for way in ways)
-    if chosen == "compressed-tensors" and (spec := recipe.activations) is not None:
+    storing = LAYOUTS[chosen]
+    if (spec := recipe.activations) is not None:
         ways = [
-            {name: compressed.with_inputs(stored, spec.scheme_for(name)) for name, stored in way.items()}
+            {name: storing.with_inputs(stored, spec.scheme_for(name)) for name, stored in way.items()}
             for way in ways
         ]
-    stored = max(expected_bytes(expected_parts(model, chosen, way, shapes)) for way in ways)
+    stored = max(expected_bytes(expected_parts(model, storing, way, shapes)) for way in ways)
     weights = sum(shapes[name][0] * shapes[name][1] for name in ways[0] if not is_replica(name))
     added = sum(count(model, part) for count, part in recipe.steps(ADDED_PARAMETERS))
     parameters, item = parameter_count(model) + added, model.dtype.itemsize

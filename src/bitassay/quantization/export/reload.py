@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.modeling_utils import str_to_torch_dtype
 
-from bitassay.errors import BitassayError
+from bitassay.errors import BitassayError, suggestion
 from bitassay.models.empty import empty_model
 from bitassay.models.identity import attach, identity
 from bitassay.models.load import check_keys, load_checkpoint
@@ -33,9 +32,10 @@ from bitassay.models.weights import weight_files
 from bitassay.quantization.codes import storage
 from bitassay.quantization.codes.storage import Stored
 from bitassay.quantization.codes.tensor import QuantizedTensor
-from bitassay.quantization.export import compressed
 from bitassay.quantization.export.card import CARD_FILE, Card
-from bitassay.quantization.export.plain_load import Piece, exact_scales, expert_pieces, joined, module_names
+from bitassay.quantization.export.layout import Layout
+from bitassay.quantization.export.plain_load import Piece, exact_scales, joined, module_names
+from bitassay.quantization.export.registry import LAYOUTS
 from bitassay.quantization.inputs.activations import InputRounding
 from bitassay.quantization.recipe.calibration import UNTRUSTED
 from bitassay.quantization.recipe.recipe import Recipe
@@ -45,7 +45,6 @@ from bitassay.quantization.runtime.replicas import is_replica, replica_names
 from bitassay.quantization.transforms.folding import INPUT_SCALES
 from bitassay.record.progress import Progress, silent
 
-LAYOUTS: dict[str, ModuleType] = {"compressed-tensors": compressed, "bitassay": storage}
 AGAIN = "save the model again with `bitassay quantize`"
 
 
@@ -78,8 +77,8 @@ def read_quantized(
 ) -> PreTrainedModel:
     """Read the quantized model in `folder`, whose files `card` describes; fake, or `packed`. Raises
     BitassayError that names the file where the two do not fit."""
-    dtype = options.dtype
-    recipe, schemes = _recipe(card, folder), _schemes(card, folder)
+    dtype, layout = options.dtype, _layout(card, folder)
+    recipe, schemes = _recipe(card, folder), _schemes(card, layout, folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # type: ignore[attr-defined] # the codes are decoded here
     empty = empty_model(config, dtype, trust_remote_code=options.trust_remote_code)
@@ -97,22 +96,21 @@ def read_quantized(
         if name not in shapes:
             raise BitassayError(f"{folder / CARD_FILE}: the model has no matrix {name}", AGAIN)
         described[name] = schemes[place]
-    parts = expected_parts(empty, card.layout, described, shapes)
+    parts = expected_parts(empty, layout, described, shapes)
     _check_parts(parts, entries, folder)
     for key in parts:
         plain.pop(key, None)
     scales = _input_scales(empty, recipe, plain, folder)
     originals = {name for name in described if not is_replica(name)}
     model = _with_plain_parameters(empty, config, folder, plain, originals, dtype, options.attention)
-    pieces = pieces_of(empty, card.layout)
+    pieces = layout.pieces(empty)
     tensors = {
-        name: _read_matrix(name, stored, shapes[name], card.layout, entries, pieces.get(name))
+        name: _read_matrix(name, stored, shapes[name], layout, entries, pieces.get(name))
         for name, stored in described.items()
     }
     parameters = _changed_parameters(model, card, scales, folder)
     inputs = _inputs(model, recipe, card, folder)
-    if card.layout == "compressed-tensors":
-        _check_inputs(inputs, described, entries, folder)
+    _check_inputs(layout, inputs, described, entries, folder)
     return with_tensors(model, Quantization(recipe, tensors, parameters, inputs, passes), packed=packed)
 
 
@@ -144,24 +142,19 @@ def _check_parts(parts: storage.Expected, entries: dict[str, Entry], folder: Pat
             )
 
 
-def pieces_of(model: PreTrainedModel, chosen: str) -> dict[str, list[Piece]]:
-    """Return what each slice of experts is stored as that is not stored under its own name."""
-    return expert_pieces(model) if chosen == "compressed-tensors" else {}
-
-
 def expected_parts(
     model: PreTrainedModel,
-    chosen: str,
+    layout: Layout,
     described: Mapping[str, Stored],
     shapes: Mapping[str, tuple[int, int]],
 ) -> storage.Expected:
     """Return dtype and shape of every part of every matrix, by its name in the folder."""
-    pieces, expected = pieces_of(model, chosen), dict[str, Any]()
+    pieces, expected = layout.pieces(model), dict[str, Any]()
     for name, stored in described.items():
         rows, columns = shapes[name]
         how = exact_scales(stored) if name in pieces else stored
         for piece in pieces.get(name, [Piece(name, 0, 1)]):
-            parts = LAYOUTS[chosen].expected_tensors(how, (rows // piece.of, columns))
+            parts = layout.expected_tensors(how, (rows // piece.of, columns))
             expected |= {f"{piece.name}.{part}": what for part, what in parts.items()}
     return expected
 
@@ -170,7 +163,7 @@ def _read_matrix(
     name: str,
     stored: Stored,
     shape: tuple[int, int],
-    chosen: str,
+    layout: Layout,
     entries: dict[str, Entry],
     pieces: list[Piece] | None = None,
 ) -> QuantizedTensor:
@@ -178,17 +171,15 @@ def _read_matrix(
     if pieces is not None:
         size = (shape[0] // len(pieces), shape[1])
         exact = exact_scales(stored)
-        parts = [_read_matrix(piece.name, exact, size, chosen, entries) for piece in pieces]
+        parts = [_read_matrix(piece.name, exact, size, layout, entries) for piece in pieces]
         return joined(parts, stored.scheme)
-    parts = {
-        part: entries[f"{name}.{part}"].read() for part in LAYOUTS[chosen].expected_tensors(stored, shape)
-    }
+    parts = {part: entries[f"{name}.{part}"].read() for part in layout.expected_tensors(stored, shape)}
     file = entries[f"{name}.{next(iter(parts))}"].file
     for part, value in parts.items():
         if value.is_floating_point() and not value.float().isfinite().all():
             raise BitassayError(f"{file}: {name}.{part} has values that are NaN or infinite", AGAIN)
     with _naming(f"{file}: {name}"):
-        return LAYOUTS[chosen].read_tensor(parts, stored, shape)
+        return layout.read_tensor(parts, stored, shape)
 
 
 @contextmanager
@@ -289,13 +280,17 @@ def _inputs(model: PreTrainedModel, recipe: Recipe, card: Card, folder: Path) ->
 
 
 def _check_inputs(
-    inputs: dict[str, InputRounding], described: dict[str, Stored], entries: dict[str, Entry], folder: Path
+    layout: Layout,
+    inputs: dict[str, InputRounding],
+    described: dict[str, Stored],
+    entries: dict[str, Entry],
+    folder: Path,
 ) -> None:
     """What engines read of rounded inputs has to be what the card says."""
     for name, stored in described.items():
         rounding = inputs.get(name)
-        said = compressed.input_tensors(rounding)
-        if stored != compressed.with_inputs(stored.model_copy(update={"inputs": None}), rounding) or any(
+        said = layout.input_tensors(rounding)
+        if stored != layout.with_inputs(stored.model_copy(update={"inputs": None}), rounding) or any(
             not torch.equal(entries[f"{name}.{part}"].read(), value) for part, value in said.items()
         ):
             raise BitassayError(f"{folder}: {CARD_FILE} and the files differ in the inputs of {name}", AGAIN)
@@ -343,17 +338,23 @@ def _recipe(card: Card, folder: Path) -> Recipe:
         raise BitassayError(f"{folder / CARD_FILE}: recipe: {_first(error)}", AGAIN) from error
 
 
-def _schemes(card: Card, folder: Path) -> list[Stored]:
+def _layout(card: Card, folder: Path) -> Layout:
+    if card.layout not in LAYOUTS:
+        problem = f"{folder / CARD_FILE}: layout: no {card.layout!r}; {suggestion(card.layout, LAYOUTS)}"
+        raise BitassayError(problem, "install the package that adds the layout, or save the model again")
+    return LAYOUTS[card.layout]
+
+
+def _schemes(card: Card, layout: Layout, folder: Path) -> list[Stored]:
     try:
         schemes = [Stored.model_validate(scheme) for scheme in card.schemes]
     except ValidationError as error:
         raise BitassayError(f"{folder / CARD_FILE}: schemes: {_first(error)}", AGAIN) from error
     if max(card.matrices.values()) >= len(schemes):
         raise BitassayError(f"{folder / CARD_FILE}: matrices: no such place in schemes", AGAIN)
-    if card.layout == "compressed-tensors":
-        for scheme in schemes:
-            if why := compressed.obstacle(scheme):
-                raise BitassayError(f"{folder / CARD_FILE}: schemes: {why}", AGAIN)
+    for scheme in schemes:
+        if why := layout.matrix_obstacle(scheme):
+            raise BitassayError(f"{folder / CARD_FILE}: schemes: {why}", AGAIN)
     return schemes
 
 

@@ -1,8 +1,8 @@
 """Save a quantized model as a folder: `save`.
 
-Two layouts: compressed-tensors (`compressed.py`), which plain transformers loads, wherever it holds
-the model exactly; else our own (`codes/storage.py`), which `bitassay.load` loads. In both, what is not
-quantized lies beside the codes as ordinary parameters, and `bitassay.json` says what the folder is.
+Of the layouts (`registry.py`) it takes compressed-tensors (`compressed.py`), which plain transformers loads,
+wherever that holds the model exactly; else our own (`own.py`), which `bitassay.load` loads. In each, what is
+not quantized lies beside the codes as ordinary parameters, and `bitassay.json` says what the folder is.
 """
 
 import json
@@ -10,10 +10,9 @@ import shutil
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
-from compressed_tensors.compressors import ModelCompressor
 from jaxtyping import Int
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -23,9 +22,11 @@ from bitassay.models.identity import identity
 from bitassay.models.options import LoadOptions, attention_of
 from bitassay.models.source import resolve
 from bitassay.models.walk import fused_experts, walk
-from bitassay.quantization.codes.storage import Stored, description, stored_tensors
-from bitassay.quantization.export import compressed, plain_load
+from bitassay.quantization.codes.storage import Stored, description
+from bitassay.quantization.export import plain_load
 from bitassay.quantization.export.card import CARD_FILE, Base, Card, hashed_files, read_card
+from bitassay.quantization.export.layout import Layout
+from bitassay.quantization.export.registry import LAYOUTS, OWN, STANDARD
 from bitassay.quantization.export.reload import load_quantized
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.runtime.model import (
@@ -36,25 +37,25 @@ from bitassay.quantization.runtime.model import (
     size_bytes,
 )
 from bitassay.quantization.runtime.replicas import is_replica
-from bitassay.record.files import atomic_folder, read_json, write_json
+from bitassay.record.files import atomic_folder, write_json
 from bitassay.record.hashing import canonical_json, digest_file
 from bitassay.record.progress import Progress, silent
 
 MARGIN_BYTES = 2**24  # configuration, tokenizer and file headers
-Layout = Literal["compressed-tensors", "bitassay"]
 
 
 def save(
     model: PreTrainedModel,
     folder: str | Path,
     *,
-    layout: Layout | None = None,
+    layout: str | None = None,
     progress: Progress = silent,
 ) -> Card:
     """Write a model that `quantize` made, fake or packed, into `folder`, which must not exist or be empty.
 
-    layout: None takes compressed-tensors where it is exact, else our own; the card says which it was. Asked
-    for, compressed-tensors also says that inputs are rounded, which engines do by steps of their own.
+    layout: a name in `LAYOUTS`; None takes compressed-tensors where it is exact, else our own; the card says
+    which it was. Asked for, compressed-tensors also says that inputs are rounded, which engines do by steps
+    of their own.
     Everything that the recipe left alone is stored in the model's dtype; tokenizer and generation settings go
     along, and `bitassay.json` says what the folder is. Raises BitassayError where the layout asked for cannot
     express a scheme exactly, MissingError where the disk is too small.
@@ -67,13 +68,13 @@ def save(
     chosen, why = choose_layout(model, quantization.recipe, descriptions, layout)
     if why is not None:
         progress(f"{folder}: {why}")
-    if chosen == "compressed-tensors":
-        descriptions = {
-            name: compressed.with_inputs(stored, quantization.inputs.get(name))
-            for name, stored in descriptions.items()
-        }
+    storing = LAYOUTS[chosen]
+    descriptions = {
+        name: storing.with_inputs(stored, quantization.inputs.get(name))
+        for name, stored in descriptions.items()
+    }
     progress(f"packing {len(quantization.tensors)} matrices ({chosen} layout)")
-    parts = _parts(model, quantization, chosen)
+    parts = _parts(model, quantization, storing)
     state = _other_parameters(model, quantization) | parts
     check_space(folder, _bytes(state))
     weights = quantized_weights(quantization.tensors)
@@ -82,9 +83,9 @@ def save(
     }
     progress(f"writing {folder}")
     with atomic_folder(folder) as temporary:
-        original = _original_format(model, chosen, descriptions)
+        original = _original_format(model, storing, descriptions)
         model.save_pretrained(temporary, state_dict=state, save_original_format=original)
-        _describe(model, quantization, temporary, chosen)
+        storing.describe(model, quantization, temporary)
         if getattr(model, "tokenizer", None) is not None:
             model.tokenizer.save_pretrained(temporary)  # type: ignore[union-attr]
         card = Card(
@@ -129,7 +130,7 @@ def reload_difference(
     plain transformers loads it where it can, else as `bitassay.load` does.
     """
     card = read_card(Path(folder))
-    if card is not None and card.layout == "bitassay":
+    if card is not None and not LAYOUTS[card.layout].is_plain:
         options = LoadOptions(model.dtype, model.device, attention_of(model), trust_remote_code)
         reloaded = load_quantized(resolve(folder), card, options)
     else:
@@ -145,63 +146,32 @@ def reload_difference(
 
 
 def choose_layout(
-    model: PreTrainedModel, recipe: Recipe, matrices: dict[str, Stored], wanted: Layout | None = None
-) -> tuple[Layout, str | None]:
+    model: PreTrainedModel, recipe: Recipe, matrices: dict[str, Stored], wanted: str | None = None
+) -> tuple[str, str | None]:
     """Return `wanted`, or compressed-tensors where it is exact, else our own, with the reason. Raises
-    BitassayError that names what compressed-tensors cannot hold where it is wanted.
+    BitassayError where there is no such layout, or that names what the wanted one cannot hold.
     """
-    why = None if wanted == "bitassay" else layout_obstacle(model, recipe, matrices, wanted)
-    if wanted == "compressed-tensors" and why:
+    name = wanted or STANDARD
+    why = LAYOUTS[name].obstacle(model, recipe, matrices, wanted is not None)
+    if wanted is not None and why:
         raise BitassayError(
-            f"a compressed-tensors folder cannot hold {why}",
+            f"a {wanted} folder cannot hold {why}",
             "leave out --layout, or --layout bitassay, for a folder that bitassay.load reads",
         )
     if why is None:
-        return wanted or "compressed-tensors", None
-    return "bitassay", (
+        return name, None
+    return OWN, (
         "in bitassay's own layout, which bitassay.load reads and plain transformers does not: "
-        f"a compressed-tensors folder cannot hold {why}"
+        f"a {STANDARD} folder cannot hold {why}"
     )
-
-
-def layout_obstacle(
-    model: PreTrainedModel, recipe: Recipe, matrices: dict[str, Stored], wanted: Layout | None = None
-) -> str | None:
-    """Return the first thing that compressed-tensors cannot hold exactly, or plain transformers not load from
-    it; rounded inputs may differ in their steps where the layout is wanted."""
-    for name, part in recipe.parts.items():
-        if wanted == "compressed-tensors" and name in compressed.EXPRESSED:
-            why = compressed.EXPRESSED[name](part)
-        else:
-            why = part.plain_obstacle
-        if why:
-            return f"the recipe's {name}: {why}"
-    for name, stored in matrices.items():
-        if why := compressed.obstacle(stored):
-            return f"{name} in {stored.scheme.format} exactly: {why}"
-    return plain_load.obstacle(model, matrices)
 
 
 def _original_format(model: PreTrainedModel, layout: Layout, matrices: dict[str, Stored]) -> bool:
     """Whether tensors get the names that checkpoints of the architecture have, or the model's own. Dense
     experts stay fused: transformers loses those that come one by one beside codes."""
     experts = tuple(f"{name}." for name in fused_experts(model))
-    in_codes = layout == "compressed-tensors" and any(name.startswith(experts) for name in matrices)
+    in_codes = layout.is_plain and any(name.startswith(experts) for name in matrices)
     return plain_load.keeps_names(model) and (not experts or in_codes)
-
-
-def _describe(model: PreTrainedModel, quantization: Quantization, folder: Path, layout: Layout) -> None:
-    """Say in config.json how the codes are stored."""
-    if layout == "compressed-tensors":
-        configuration = compressed.quantization_config(model, quantization)
-        ModelCompressor(quantization_config=configuration).update_config(str(folder))
-        return
-    # Without a `quant_method` transformers refuses the folder, instead of making up what it does not find.
-    config = read_json(folder / "config.json")
-    write_json(
-        folder / "config.json",
-        config | {"quantization_config": {"format": "bitassay", "read_by": "bitassay.load"}},
-    )
 
 
 def _quantization(model: PreTrainedModel) -> Quantization:
@@ -217,15 +187,13 @@ def _quantization(model: PreTrainedModel) -> Quantization:
 def _parts(model: PreTrainedModel, quantization: Quantization, layout: Layout) -> dict[str, Tensor]:
     """Codes and all that belongs to them."""
     stored: dict[str, dict[str, Tensor]] = {}
-    pieces = plain_load.expert_pieces(model) if layout == "compressed-tensors" else {}
+    pieces = layout.pieces(model)
     for name, tensor in quantization.tensors.items():
-        if layout == "bitassay":
-            stored[name] = stored_tensors(tensor)
-        elif name in pieces:
+        if name in pieces:
             for piece in pieces[name]:
-                stored[piece.name] = compressed.stored_tensors(plain_load.part_of(tensor, piece))
+                stored[piece.name] = layout.stored_tensors(plain_load.part_of(tensor, piece), None)
         else:
-            stored[name] = compressed.stored_tensors(tensor, quantization.inputs.get(name))
+            stored[name] = layout.stored_tensors(tensor, quantization.inputs.get(name))
     return {f"{name}.{part}": value for name, parts in stored.items() for part, value in parts.items()}
 
 
