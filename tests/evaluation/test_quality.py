@@ -151,6 +151,7 @@ def test_perplexity_is_the_exponential_of_the_mean_loss(stories):
     assert all(len(s.nll) == 127 for s in scores)
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_real_perplexity_equals_a_plain_transformers_loop():
     model = bitassay.load("smollm2-135m")

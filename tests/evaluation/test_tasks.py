@@ -305,6 +305,7 @@ def test_without_lm_eval_the_extra_is_named(stories, monkeypatch):
         evaluate_tasks([loaded_candidate(stories, "base")], ["hellaswag"])
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_real_predictions_are_those_of_lm_evals_hf_model():
     model = bitassay.load("smollm2-135m")

@@ -460,6 +460,7 @@ def test_what_another_tool_rounds_beside_weights_and_inputs_is_refused(stories, 
         load(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_smollm2_in_a_fresh_process(tmp_path, record_property):
     base = bitassay.load("smollm2-135m")

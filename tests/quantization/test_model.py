@@ -158,6 +158,7 @@ def test_to_bf16_equals_quantizing_the_bf16_model(name):
         assert torch.equal(moved(long).logits, bitassay.quantize(half, recipe)(long).logits)
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_real_and_fake_agree_on_a_real_model():
     base = bitassay.load("smollm2-135m", dtype=torch.float32)

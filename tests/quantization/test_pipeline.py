@@ -65,6 +65,7 @@ def divergences(base):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("better", "worse"), [("gptq", "nearest"), ("learned", "gptq"), ("tune", "gptq")])
 def test_each_ingredient_helps_at_equal_bits(divergences, better, worse):
     assert divergences[better] < 0.95 * divergences[worse]
@@ -80,6 +81,7 @@ def test_the_base_model_stays_as_it_is(base):
     assert any(not torch.equal(value, before[name]) for name, value in norms.items())
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(("name", "at"), [("gptq", 0), ("gptq", 4), ("learned", 2)])
 def test_an_interrupted_run_goes_on(base, tmp_path, monkeypatch, name, at):
     wanted = quantize(base, recipe(name))
@@ -145,6 +147,7 @@ def test_tuning_learns_from_what_the_base_model_writes(base, tmp_path, monkeypat
         assert torch.equal(found.state_dict()[key], value), key
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("changes", [{}, {"activations": {"scale": "absmax"}}, {"rotation": {}}])
 def test_a_finished_work_folder_holds_the_result_alone(base, tmp_path, monkeypatch, changes):
     wanted = quantize(base, recipe("tune", **changes), work=tmp_path / "work")
@@ -360,6 +363,7 @@ def test_nan_weights_are_named(base):
         quantize(broken, recipe("gptq"))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["nearest", "learned", "tune"])
 @pytest.mark.parametrize(
     "rotation",
@@ -384,6 +388,7 @@ def test_low_rank_factors_bring_the_output_closer(base):
     assert bits_per_weight(helped) > bits_per_weight(plain)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["learned", "tune"])
 def test_learning_keeps_the_low_rank_factors(base, name):
     found = quantization_of(quantize(base, recipe(name, low_rank={"rank": 4})))
@@ -403,6 +408,7 @@ def test_experts_are_calibrated_too():
     assert errors[0] < errors[1]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["learned", "tune"])
 def test_learning_moves_the_linears_of_a_mixture_and_leaves_its_experts(name):
     model, said = tiny_model("qwen3_moe"), []

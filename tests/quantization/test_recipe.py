@@ -43,7 +43,7 @@ def test_there_is_a_best_recipe_at_every_number_of_bits():
     assert all(recipe.is_calibrated for recipe in BEST.values())
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", BEST)
 def test_a_best_recipe_runs_and_is_saved(name, tmp_path):
     changes = {
@@ -66,7 +66,7 @@ def test_what_plain_transformers_is_said_to_load_is_written_for_it(name):
     assert plan_export(stories260k(), find_recipe(name)).layout == "compressed-tensors"
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", BEST)
 @pytest.mark.parametrize("architecture", ["qwen3_moe", "deepseek_v2"])
 def test_a_best_recipe_takes_a_mixture(name, architecture):

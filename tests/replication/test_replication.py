@@ -75,7 +75,7 @@ CASES = {
 }
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("own", CASES.values(), ids=CASES)
 def test_fake_packed_and_reloaded_models_say_the_same(stories, tmp_path, own):
     model = quantize(stories, own)
@@ -114,6 +114,7 @@ def test_shared_copies_are_stored_once_and_others_counted(stories, tmp_path):
     assert files["once"] == files["shared"]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("by", ["error", "kl", "massive"])
 def test_layers_are_chosen_by_measure(stories, by):
     searched = {"format": "int2", "granularity": "g32"}

@@ -218,6 +218,7 @@ def test_what_a_window_says_does_not_depend_on_what_was_kept(monkeypatch, kept_b
     assert row == expected.to_dict()
 
 
+@pytest.mark.slow
 def test_a_limit_on_what_takes_a_run_is_kept_too(tmp_path):
     small = {"sampler": "grid", "objectives": ("bits_per_weight",), "short": 3}
     free = run(tmp_path / "free", trials=6, at_most={"kl_mean": 100}, **small)
@@ -227,6 +228,7 @@ def test_a_limit_on_what_takes_a_run_is_kept_too(tmp_path):
     assert tight["best"] == [f"tiny-{best['number']:03d}"]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("sampler", ["tpe", "nsga2"])
 def test_several_objectives_give_a_front(tmp_path, sampler):
     found = run(tmp_path / "run", trials=8, objectives=("kl_mean", "bits_per_weight"), sampler=sampler)
@@ -259,6 +261,7 @@ def factors(found):
     return [trial["values"]["weights.scale_factor"] for trial in found["trials"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["tpe", "nsga2"])
 def test_a_search_that_goes_on_tries_what_it_would_have_tried(tmp_path, sampler):
     run(tmp_path / "a", trials=3, space=FREE, sampler=sampler)

@@ -14,6 +14,7 @@ from bitassay.verification.prove import prove_many
 from bitassay.verification.verdict import verify_many
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_smollm_passes_and_its_quantized_copies_fail(round_weights):
     prompts = [bundled_prompts()[index] for index in np.random.default_rng(0).permutation(800)[:136]]

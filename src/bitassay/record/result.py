@@ -136,9 +136,9 @@ def parse_run(value: object, where: str) -> Content:
     """Return a JSON value as a run of schema 2. Raises BitassayError that names `where` and the defects."""
     kind = value.get("kind") if isinstance(value, dict) else None
     if not isinstance(value, dict) or not isinstance(kind, str) or kind not in KINDS:
-        said = f"of kind {kind!r:.40}" if kind else "without a kind"
+        label = f"of kind {kind!r:.40}" if kind else "without a kind"
         raise BitassayError(
-            f"{where}: not a run of bitassay: {type(value).__name__} {said}; known are {', '.join(KINDS)}",
+            f"{where}: not a run of bitassay: {type(value).__name__} {label}; known are {', '.join(KINDS)}",
             "a folder that holds run.json, such as one under runs/",
         )
     version = value.get("schema_version", value.get("schema"))

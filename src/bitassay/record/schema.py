@@ -27,16 +27,16 @@ def _defect(details: dict[str, Any], kind: type[BaseModel]) -> str:
     if details["type"] == "extra_forbidden":
         within = ".".join(location[:-1])
         known = {name for model in _models_at(kind, details["loc"][:-1]) for name in model.model_fields}
-        said = suggestion(location[-1], known) if known else ""
+        advice = suggestion(location[-1], known) if known else ""
         return f"{within + ': ' if within else ''}there is no field {location[-1]!r}" + (
-            f"; {said}" if said else ""
+            f"; {advice}" if advice else ""
         )
     if details["type"] == "missing":
         return f"{'.'.join(location)} is missing"
     message = _PLAIN.get(details["type"]) or details["msg"].removeprefix("Value error, ")
     value = details.get("input")
-    told = isinstance(value, (str, int, float, bool)) and repr(value) not in message
-    shown = f" (it is {value!r:.60})" if told else ""
+    is_shown = isinstance(value, (str, int, float, bool)) and repr(value) not in message
+    shown = f" (it is {value!r:.60})" if is_shown else ""
     return f"{'.'.join(location)}: {message[:1].lower()}{message[1:]}{shown}" if location else message
 
 

@@ -119,9 +119,11 @@ def write_reports(folders: Sequence[Path], out: Path) -> None:
     except DAMAGED as error:
         if isinstance(error, BitassayError) and not isinstance(error, UnshownError):
             raise
-        said = error.problem if isinstance(error, BitassayError) else f"{type(error).__name__} {error!s:.200}"
+        message = (
+            error.problem if isinstance(error, BitassayError) else f"{type(error).__name__} {error!s:.200}"
+        )
         raise BitassayError(
-            f"{', '.join(map(str, folders))}: not as this version writes it: {' '.join(said.split())}",
+            f"{', '.join(map(str, folders))}: not as this version writes it: {' '.join(message.split())}",
             "run the same command again",
         ) from error
 

@@ -86,11 +86,11 @@ def search(
     check_fit(model, written, trust_remote_code=trust_remote_code, progress=progress)
     evaluator = TrialEvaluator(plan, progress, trust_remote_code)
     plan = evaluator.plan = replace(plan, at_most=limits(evaluator.base, at_most or {}))
-    who = identity(evaluator.base)
+    model_identity = identity(evaluator.base)
     work = {
         **plan.to_dict(),
-        "weights_digest": who.weights_digest,
-        "config_digest": who.config_digest,
+        "weights_digest": model_identity.weights_digest,
+        "config_digest": model_identity.config_digest,
         "corpus_source": evaluator.corpus_source,
     }
     described = run_plan("search", work, ("optuna", "torch", "transformers"))
@@ -147,10 +147,10 @@ def _result(
         row["against"] = {
             other: asdict(apart) for other, apart in zip(recipes, by_recipe, strict=True) if other in hand
         }
-    who = identity(evaluator.base)
+    model_identity = identity(evaluator.base)
     return write_run(
         folder,
-        model={"name": who.name, "weights_digest": who.weights_digest},
+        model={"name": model_identity.name, "weights_digest": model_identity.weights_digest},
         settings=plan.to_dict(),
         interval=f"{INTERVAL}; over the windows held out",
         intervals={"rows": INTERVALS, "against": PAIR_INTERVALS},

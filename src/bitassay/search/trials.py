@@ -66,16 +66,16 @@ def propose_first(plan: SearchPlan, study: optuna.Study, recipes: Sequence[Recip
 def propose_interrupted_again(study: optuna.Study) -> int:
     """End the trials of a search that was killed, and propose their values first; return how many there
     were."""
-    left = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
     stopped = study.user_attrs.get(STOPPED, [])
-    for trial in left:
+    for trial in running:
         study.tell(trial.number, state=TrialState.FAIL)
         if not trial.params:
             continue
         ended = study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
         deaths = sum(same.params == trial.params and same.number not in stopped for same in ended)
         study.enqueue_trial(trial.params, user_attrs={"deaths": deaths})
-    return len(left)
+    return len(running)
 
 
 def run_trials(

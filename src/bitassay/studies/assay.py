@@ -137,15 +137,15 @@ def assay(
     windows, corpus_source = model_windows(base, plan.protocol)
     if plan.verification:  # that there are so many short prompts depends on the tokenizer
         chosen_prompts(base, plan.verification.prompts + plan.verification.calibration_prompts, plan.seed)
-    who = identity(base)
+    model_identity = identity(base)
     work = {
         **plan.to_dict(),
-        "model": who.name,
-        "weights_digest": who.weights_digest,
-        "config_digest": who.config_digest,
+        "model": model_identity.name,
+        "weights_digest": model_identity.weights_digest,
+        "config_digest": model_identity.config_digest,
         "corpus_source": corpus_source,
     }
-    folder = open_run_folder(f"assay-{who.name}", run_plan("assay", work), out)
+    folder = open_run_folder(f"assay-{model_identity.name}", run_plan("assay", work), out)
     progress(f"run {folder.run_id} in {folder.path}")
 
     stopwatch = _Stopwatch()
@@ -203,13 +203,13 @@ def _described(
     plan: AssayPlan, base: PreTrainedModel, corpus_source: str, windows: torch.Tensor
 ) -> dict[str, Any]:
     """What run.json says of the model, the text and the recipes."""
-    who = identity(base)
+    model_identity = identity(base)
     return {
         "model": {
-            "name": who.name,
-            "origin": who.source.origin,
-            "weights_digest": who.weights_digest,
-            "tokenizer_digest": who.tokenizer_digest,
+            "name": model_identity.name,
+            "origin": model_identity.source.origin,
+            "weights_digest": model_identity.weights_digest,
+            "tokenizer_digest": model_identity.tokenizer_digest,
             "parameters": parameter_count(base),
             "dtype": plan.dtype,
         },

@@ -106,16 +106,16 @@ def generation(
     for recipe in plan.recipes:
         check_recipe(base, recipe)
     texts, prompts = _prompts(base, plan)
-    who = identity(base)
+    model_identity = identity(base)
     work = {
         **_settings(plan),
-        "model": who.name,
-        "weights_digest": who.weights_digest,
-        "config_digest": who.config_digest,
+        "model": model_identity.name,
+        "weights_digest": model_identity.weights_digest,
+        "config_digest": model_identity.config_digest,
         "candidates_digests": [Identity(resolve(name)).weights_digest for name in plan.candidates],
         "prompts_digest": digest_json(texts),
     }
-    folder = open_run_folder(f"generation-{who.name}", run_plan("generation", work), out)
+    folder = open_run_folder(f"generation-{model_identity.name}", run_plan("generation", work), out)
     progress(f"run {folder.run_id} in {folder.path}")
 
     makers: dict[str, Callable[[], PreTrainedModel]] = {BASE: lambda: base}
@@ -131,7 +131,11 @@ def generation(
     ]
     run = write_run(
         folder,
-        model={"name": who.name, "origin": who.source.origin, "weights_digest": who.weights_digest},
+        model={
+            "name": model_identity.name,
+            "origin": model_identity.source.origin,
+            "weights_digest": model_identity.weights_digest,
+        },
         settings=_settings(plan),
         interval=INTERVAL,
         intervals=INTERVALS,

@@ -195,7 +195,7 @@ def first_that_runs(
     failed: list[LeftOut] = []
     for machine in candidates:
         if not (problem := probe(machine, dtype)):
-            return machine, tuple(replace(left, instead=machine.name) for left in failed)
+            return machine, tuple(replace(omission, instead=machine.name) for omission in failed)
         failed.append(LeftOut(machine.name, problem))
     return None, tuple(failed)
 

@@ -174,8 +174,8 @@ def lower_bound(observation: Observation, header: Header, fits: Fits, longest: i
     n_prompt = len(header.prompt_ids)
 
     def lowered(values: Sequence[float], n: int, curve: Fit) -> tuple[float, ...]:
-        off = sampling_margin(values, n, curve.at(longest)[1] * math.sqrt(longest))
-        return tuple(value - off for value in values)
+        margin = sampling_margin(values, n, curve.at(longest)[1] * math.sqrt(longest))
+        return tuple(value - margin for value in values)
 
     series = dict(observation.series)
     for name, curves in fits.items():

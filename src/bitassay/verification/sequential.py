@@ -95,11 +95,11 @@ def wealth_by_limit(
     scores for a limit. known: what was found for the first of them."""
     wealth = np.array([*known, *[0.0] * (len(scores) - len(known))])
     for game, limit in enumerate(dict.fromkeys(limits), 1):
-        mine = np.flatnonzero(np.array(limits) == limit)
-        new = mine[mine >= len(known)]
+        indices = np.flatnonzero(np.array(limits) == limit)
+        new = indices[indices >= len(known)]
         share = -math.log(game * (game + 1))
         if len(new):
-            wealth[new] = share + log_wealth(scores[mine], honest(limit), after=len(mine) - len(new))
+            wealth[new] = share + log_wealth(scores[indices], honest(limit), after=len(indices) - len(new))
     return wealth
 
 

@@ -49,11 +49,11 @@ class Candidate:
 
 def loaded_candidate(model: PreTrainedModel, name: str) -> Candidate:
     """Return a model as it is, as a candidate."""
-    who, done = identity(model), quantization_of(model)
+    model_identity, done = identity(model), quantization_of(model)
     about = {
-        "model": who.name,
-        "weights_digest": who.weights_digest,
-        "config_digest": who.config_digest,
+        "model": model_identity.name,
+        "weights_digest": model_identity.weights_digest,
+        "config_digest": model_identity.config_digest,
         "recipe": None if done is None else done.recipe.model_dump(mode="json"),
         "dtype": str(model.dtype).removeprefix("torch."),
     }

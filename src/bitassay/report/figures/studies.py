@@ -65,12 +65,12 @@ def granularity_figure(run: Run) -> Figure | None:
     grid = figure.subplots(len(panels) // 2, 2, squeeze=False).ravel()
     for axes, (key, (title, interval)) in zip(grid, panels.items(), strict=True):
         for index, format in enumerate(("int8", "fp8")):
-            mine = [row for row in rows if row["format"] == format]
-            x = [sizes.index(str(row["granularity"])) + 0.16 * (index - 0.5) for row in mine]
-            ends = [row.get(interval) or (row[key], row[key]) for row in mine]
+            format_rows = [row for row in rows if row["format"] == format]
+            x = [sizes.index(str(row["granularity"])) + 0.16 * (index - 0.5) for row in format_rows]
+            ends = [row.get(interval) or (row[key], row[key]) for row in format_rows]
             colour = COLOURS[index + 1]
             axes.vlines(x, [low for low, _ in ends], [high for _, high in ends], color=colour, lw=1.3)
-            axes.plot(x, [row[key] for row in mine], "os"[index], color=colour, ms=5, label=format)
+            axes.plot(x, [row[key] for row in format_rows], "os"[index], color=colour, ms=5, label=format)
         axes.set(ylabel=title)
         axes.set_xticks(range(len(sizes)), sizes)
         if key.endswith("acc"):
@@ -97,8 +97,8 @@ def costs_figure(run: Run) -> Figure | None:
     figure = Figure(figsize=(9, 4.2 * len(COSTS)), layout="constrained")
     for axes, (label, (key, unit)) in zip(figure.subplots(len(COSTS), 1), COSTS.items(), strict=True):
         for index, group in enumerate(names_of(rows, "group")):
-            mine = [row for row in rows if row["group"] == group]
-            _replica_and_controls(axes, mine, key, unit, COLOURS[1 + index % (len(COLOURS) - 1)])
+            group_rows = [row for row in rows if row["group"] == group]
+            _replica_and_controls(axes, group_rows, key, unit, COLOURS[1 + index % (len(COLOURS) - 1)])
         axes.set(xlabel=label, ylabel="KL to the base, nats", yscale="log")
         axes.margins(x=0.15)
         heads = [row for row in rows if row["role"] in ("replica", "plain")]

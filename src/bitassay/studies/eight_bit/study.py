@@ -141,9 +141,10 @@ def eight_bit_plan(
 
 def _named(variants: Sequence[Variant], only: Sequence[str]) -> tuple[Variant, ...]:
     known = {variant.name: {variant.name, *variant.name.split("-")} for variant in variants}
-    if lost := [word for word in only if not any(word in words for words in known.values())]:
+    if unknown := [word for word in only if not any(word in words for words in known.values())]:
         raise BitassayError(
-            f"--only {lost[0]}: no variant is called that", f"one of {', '.join(known)}, or a part of a name"
+            f"--only {unknown[0]}: no variant is called that",
+            f"one of {', '.join(known)}, or a part of a name",
         )
     return tuple(v for v in variants if v.name == BASE or known[v.name] & set(only))
 

@@ -85,8 +85,8 @@ def row_of(findings: Findings, place: Place, pairs: Sequence[Row], speed: dict[s
     facts, timed = findings.facts[place.variant], speed.get(place.variant, {})
     quality = summarise(findings.text[place.variant], findings.text[findings.plan.base]).to_dict()
     kept = ("recipe_id", "bits_per_weight", "size_bytes", "passes", "flop_per_token", "bytes_per_token")
-    mine = [pair for pair in pairs if pair["group"] == place.group and place.role == REPLICA]
-    by_kind = {kind: pair["beats"] for pair in mine for kind in pair["role"].split(", ")}
+    group_pairs = [pair for pair in pairs if pair["group"] == place.group and place.role == REPLICA]
+    by_kind = {kind: pair["beats"] for pair in group_pairs for kind in pair["role"].split(", ")}
     return {
         **asdict(place),
         **{key: facts[key] for key in kept},
@@ -136,10 +136,12 @@ def _speed(
     """Timings by variant. Each group's models and the base take turns; ratios are to the base."""
     recipes, speed = {variant.name: variant.recipe for variant in plan.variants}, dict[str, Row]()
     for group in dict.fromkeys(place.group for place in places):
-        mine = [recipe for p in places if p.group == group and (recipe := recipes[p.variant]) is not None]
-        if mine:
+        group_recipes = [
+            recipe for p in places if p.group == group and (recipe := recipes[p.variant]) is not None
+        ]
+        if group_recipes:
             cells = {"batches": (1,), "contexts": (), "repeats": repeats}
-            run = time_variants(plan, mine, folder.path / "bench" / group, progress, **cells)
+            run = time_variants(plan, group_recipes, folder.path / "bench" / group, progress, **cells)
             rows = {row["model"]: row for row in run["rows"]}
             speed = {plan.base: rows.pop(BASE)} | speed | rows
     return speed

@@ -144,13 +144,22 @@ def run_experiments(
     """
     plan, wanted, impossible = planned(names, plan, probe, progress)
     work = Work(plan, out, progress)
-    work.do((prover, verifier) for way in wanted for prover in way.provers for verifier in way.verifiers)
+    work.do(
+        (prover, verifier)
+        for direction in wanted
+        for prover in direction.provers
+        for verifier in direction.verifiers
+    )
     rows, missing = [], list(impossible)
-    for way in wanted:
-        if lacking := next(filter(None, (work.lacking(prover, way.verifiers) for prover in way.provers)), ""):
-            missing.append({"study": way.experiment.name, "direction": way.label, "missing": lacking})
+    for direction in wanted:
+        if problem := next(
+            filter(None, (work.lacking(prover, direction.verifiers) for prover in direction.provers)), ""
+        ):
+            missing.append(
+                {"study": direction.experiment.name, "direction": direction.label, "missing": problem}
+            )
         else:
-            rows.append(report(work, way))
+            rows.append(report(work, direction))
     return new_run(
         "experiments",
         model={"name": plan.model},
@@ -158,7 +167,7 @@ def run_experiments(
         environment=environment(plan.machines[0].device),
         rows=rows,
         missing=missing,
-        left_out=[asdict(left) for left in plan.left_out],
+        left_out=[asdict(omission) for omission in plan.left_out],
     )
 
 
@@ -169,52 +178,52 @@ def planned(
     is missing for the others. Raises as `run_experiments` does."""
     check_names(names)
     check_plan(plan)
-    ways = [way for name in names for way in directions(name, plan)]
-    machines = {machine for way in ways for machine in (way.prover.machine, way.target)}
+    ways = [direction for name in names for direction in directions(name, plan)]
+    machines = {machine for direction in ways for machine in (direction.prover.machine, direction.target)}
     plan = plan.probed(sorted(machines, key=plan.machines.index), probe)
-    for left in plan.left_out:
-        progress(str(left))
-    problems = {left.numerics: left.problem for left in plan.left_out if left.instead is None}
+    for omission in plan.left_out:
+        progress(str(omission))
+    problems = {omission.numerics: omission.problem for omission in plan.left_out if omission.instead is None}
     possible, impossible = list[Direction](), list[dict[str, Any]]()
-    for way in [way for name in names for way in directions(name, plan)]:
-        numerics = [party.machine.name for party in (*way.provers, *way.verifiers)]
-        if lost := next((name for name in numerics if name in problems), None):
-            missing = f"{lost}, which cannot run here: {problems[lost]}"
-            row = {"study": way.experiment.name, "direction": way.label, "impossible": True}
+    for direction in [direction for name in names for direction in directions(name, plan)]:
+        numerics = [party.machine.name for party in (*direction.provers, *direction.verifiers)]
+        if unavailable := next((name for name in numerics if name in problems), None):
+            missing = f"{unavailable}, which cannot run here: {problems[unavailable]}"
+            row = {"study": direction.experiment.name, "direction": direction.label, "impossible": True}
             impossible.append(row | {"missing": missing})
         else:
-            possible.append(way)
+            possible.append(direction)
     if not possible:
         raise MissingError(f"{impossible[0]['study']} needs {impossible[0]['missing']}", OTHER_DEVICES)
     return plan, possible, impossible
 
 
-def report(work: Work, way: Direction) -> dict[str, Any]:
+def report(work: Work, direction: Direction) -> dict[str, Any]:
     """Write the experiments' files of a direction; return its row."""
-    trials = {prover: trials_of(work, way, prover) for prover in way.provers}
-    stem = work.out / "raw" / way.experiment.name / f"{work.name}_{way.label}"
-    for index, trial in enumerate(trials[way.prover], 1):
+    trials = {prover: trials_of(work, direction, prover) for prover in direction.provers}
+    stem = work.out / "raw" / direction.experiment.name / f"{work.name}_{direction.label}"
+    for index, trial in enumerate(trials[direction.prover], 1):
         write_json(stem.with_name(f"{stem.name}_trial{index}.json"), trial)
-    attacks = {party.precision: trials[party] for party in way.attackers}
-    content = summary(way, trials[way.prover], attacks, work.plan)
+    attacks = {party.precision: trials[party] for party in direction.attackers}
+    content = summary(direction, trials[direction.prover], attacks, work.plan)
     write_json(stem.with_name(f"{stem.name}_summary.json"), content)
     return row_of(content)
 
 
-def trials_of(work: Work, way: Direction, prover: Party) -> list[dict[str, Any]]:
+def trials_of(work: Work, direction: Direction, prover: Party) -> list[dict[str, Any]]:
     """Return for each trace of `prover` what all verifiers found in it."""
     plan, trials = work.plan, []
-    for index, statistics in enumerate(work.statistics(prover, way.verifiers)):
+    for index, statistics in enumerate(work.statistics(prover, direction.verifiers)):
         timing = work.timing(prover, index)
         verdicts = [
             judged(verifier, of_trace, timing.seconds, plan.rules)
-            for verifier, of_trace in zip(way.verifiers, statistics, strict=True)
+            for verifier, of_trace in zip(direction.verifiers, statistics, strict=True)
         ]
-        accepting = sum(verdict["accept_rate"] > way.experiment.accept_rate_min for verdict in verdicts)
+        accepting = sum(verdict["accept_rate"] > direction.experiment.accept_rate_min for verdict in verdicts)
         trials.append(
             {
                 "schema": SCHEMA,
-                "experiment": way.experiment.name,
+                "experiment": direction.experiment.name,
                 "trial": index + 1,
                 "model": plan.model,
                 "prover": {"precision": prover.precision, "machine": prover.machine.name},
@@ -266,14 +275,14 @@ def judged(
 
 
 def summary(
-    way: Direction,
+    direction: Direction,
     trials: Sequence[Mapping[str, Any]],
     attacks: Mapping[str, Sequence[Mapping[str, Any]]],
     plan: ExperimentPlan,
 ) -> dict[str, Any]:
     """Return the `aggregate`, with intervals, what they expected, and what the same threshold does
     to other provers. attacks: their trials, by precision."""
-    low, high = way.experiment.expected
+    low, high = direction.experiment.expected
     rates = [trial["accept_rate"] for trial in trials]
     passed = sum(trial["passed"] for trial in trials)
     distances = _distances(trials)
@@ -285,22 +294,22 @@ def summary(
         "pass_rate": passed / len(trials),
         "pass_rate_ci": list(share(passed, len(trials))[1:]),
         "trials": len(trials),
-        "verifiers": len(way.verifiers),
+        "verifiers": len(direction.verifiers),
         "different_verifiers": len(np.unique(verifiers, axis=0)),
         "avg_relative_distance": _mean(distances),
     }
-    prover, verifier = way.prover, way.verifiers[0]
+    prover, verifier = direction.prover, direction.verifiers[0]
     return {
         "schema": SCHEMA,
-        "experiment": way.experiment.name,
-        "about": way.experiment.about,
+        "experiment": direction.experiment.name,
+        "about": direction.experiment.about,
         "model": plan.model,
         "prover": {"precision": prover.precision, "machine": prover.machine.name},
         "verifier": {"precision": verifier.precision, "machine": verifier.machine.name},
-        "hardware": way.hardware,
+        "hardware": direction.hardware,
         "tokens": plan.tokens,
         "rules": rules_of(plan.rules),
-        "bar": way.experiment.accept_rate_min,
+        "bar": direction.experiment.accept_rate_min,
         "summary": {
             "avg_accept_rate": aggregate["avg_accept_rate"],
             "expected_accept_rate": [low, high],

@@ -58,8 +58,8 @@ def run_separability(
     work.do((prover, verifier) for verifier in parties for prover in parties)
     rows, missing = [], []
     for verifier in parties:
-        if lacking := next(filter(None, (work.lacking(prover, [verifier]) for prover in parties)), ""):
-            missing.append({"study": "separability", "verifier": verifier.name, "missing": lacking})
+        if problem := next(filter(None, (work.lacking(prover, [verifier]) for prover in parties)), ""):
+            missing.append({"study": "separability", "verifier": verifier.name, "missing": problem})
             continue
         scores = {
             prover.precision: np.array(

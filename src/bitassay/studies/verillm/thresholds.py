@@ -69,12 +69,20 @@ def optimise_thresholds(
         )
     plan, wanted, impossible = planned(names, plan, probe, progress)
     work = Work(plan, out, progress)
-    work.do((party, verifier) for way in wanted for party in way.attackers for verifier in way.verifiers)
+    work.do(
+        (party, verifier)
+        for direction in wanted
+        for party in direction.attackers
+        for verifier in direction.verifiers
+    )
     rows = []
-    for way in wanted:
-        attacks = {party.precision: list(work.statistics(party, way.verifiers)) for party in way.attackers}
-        result = optimised(way, attacks.pop(plan.precision), attacks, alpha, percentile)
-        stem = out / "threshold_optimization" / f"{way.experiment.name}_{work.name}_{way.label}"
+    for direction in wanted:
+        attacks = {
+            party.precision: list(work.statistics(party, direction.verifiers))
+            for party in direction.attackers
+        }
+        result = optimised(direction, attacks.pop(plan.precision), attacks, alpha, percentile)
+        stem = out / "threshold_optimization" / f"{direction.experiment.name}_{work.name}_{direction.label}"
         result = {"model": plan.model, **result}
         write_json(stem.with_name(f"{stem.name}_analysis.json"), result)
         file = stem.with_name(f"{stem.name}_thresholds.yaml")
@@ -92,7 +100,7 @@ def optimise_thresholds(
         environment=environment(plan.machines[0].device),
         rows=rows,
         missing=impossible,
-        left_out=[asdict(left) for left in plan.left_out],
+        left_out=[asdict(omission) for omission in plan.left_out],
     )
 
 
@@ -106,7 +114,7 @@ def trials_needed(alpha: float) -> int:
 
 
 def optimised(
-    way: Direction,
+    direction: Direction,
     honest: Sequence[Trial],
     attacked: Mapping[str, Sequence[Trial]],
     alpha: float,
@@ -119,22 +127,22 @@ def optimised(
     refused = [
         accept_rate(trial, fitted[0]) <= fitted[1] for trial, fitted in zip(honest, left_out, strict=True)
     ]
-    far = threshold(distances(honest), alpha)
+    distance_max = threshold(distances(honest), alpha)
     too_far = [
         distances([trial])[0] > threshold(distances(others), alpha)
         for trial, others in zip(honest, without, strict=True)
     ]
-    everything = {way.attackers[0].precision: honest, **attacked}
+    everything = {direction.attackers[0].precision: honest, **attacked}
     return {
-        "study": way.experiment.name,
-        "direction": way.label,
-        "verifier": way.verifiers[0].name,
-        "fitted_on": f"{len(honest)} honest trials of {way.attackers[0].name}",
+        "study": direction.experiment.name,
+        "direction": direction.label,
+        "verifier": direction.verifiers[0].name,
+        "fitted_on": f"{len(honest)} honest trials of {direction.attackers[0].name}",
         "thresholds": {**rules_of(rules), "accept_rate_min": accept_rate_min},
         "alpha": alpha,
         "false_positive_rate": float(np.mean(refused)),
         "false_positive_ci": list(share(sum(refused), len(refused))[1:]),
-        "distance_max": math.exp(far),
+        "distance_max": math.exp(distance_max),
         "distance_false_positive_rate": float(np.mean(too_far)),
         "attacks": {
             name: {
@@ -146,9 +154,11 @@ def optimised(
                 ).value,
                 "caught_ci": list(detected[1:]),
                 "caught_by_documents": float(
-                    np.mean([accept_rate(t, DOCUMENTS) <= way.experiment.accept_rate_min for t in trials])
+                    np.mean(
+                        [accept_rate(t, DOCUMENTS) <= direction.experiment.accept_rate_min for t in trials]
+                    )
                 ),
-                "caught_by_distance": float(np.mean(distances(trials) > far)),
+                "caught_by_distance": float(np.mean(distances(trials) > distance_max)),
             }
             for name, trials in attacked.items()
         },

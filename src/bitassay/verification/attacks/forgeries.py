@@ -280,12 +280,14 @@ Answers = dict[str, Status]
 @attack("verifier-passes-all", "a verifier that says PASS without looking", "PASS", structural=True)
 @attack("verifier-fails-all", "a verifier that says FAIL without looking", "FAIL", structural=True)
 def without_looking(setting: Setting, answer: Status) -> list[CommitteeRound]:
-    return _rounds(setting, lambda mine, _: dict.fromkeys(mine.items, answer))
+    return _rounds(setting, lambda assignment, _: dict.fromkeys(assignment.items, answer))
 
 
 @attack("verifier-copies", "a verifier that copies answers, and says PASS to the rest", structural=True)
 def copied_answers(setting: Setting) -> list[CommitteeRound]:
-    return _rounds(setting, lambda mine, friend: {item: friend.get(item, "PASS") for item in mine.items})
+    return _rounds(
+        setting, lambda assignment, copied: {item: copied.get(item, "PASS") for item in assignment.items}
+    )
 
 
 @attack("verifier-copies-commitment", "a verifier that hands in another's commitment", structural=True)
@@ -336,7 +338,7 @@ def _round(
     if lazy is not None:
         answers[VERIFIERS[0]] = lazy(assignments[0], answers[VERIFIERS[1]])
     reports: dict[str, Report] = {
-        name: report(name, said, _secret("salt", word, name)) for name, said in answers.items()
+        name: report(name, answered, _secret("salt", word, name)) for name, answered in answers.items()
     }
     commitments = {name: report_commitment(word, revealed) for name, revealed in reports.items()}
     return CommitteeRound(word, VERIFIERS[0], tuple(assignments), commitments, reports)

@@ -176,16 +176,16 @@ def _other_prompts(setting: Setting, prompts: Sequence[TokenIds]) -> list[Trace]
     return [_fitted(trace, honest) for trace, honest in zip(answers, setting.honest, strict=True)]
 
 
-def _fitted(trace: Trace, asked: Trace) -> Trace:
+def _fitted(trace: Trace, honest: Trace) -> Trace:
     """`trace` with the prompt and nonce of `asked`, and as many states as that takes."""
-    prompt = asked.header.prompt_ids
+    prompt = honest.header.prompt_ids
     count = len(prompt) + trace.n_tokens - 1
     states = {}
     for layer, rows in trace.states.items():
         last = rows[-count:]
         states[layer] = torch.cat([last[:1].expand(count - len(last), -1), last])
     header = trace.header.model_copy(
-        update={"prompt_ids": prompt, "nonce": asked.header.nonce, "positions": tuple(range(count))}
+        update={"prompt_ids": prompt, "nonce": honest.header.nonce, "positions": tuple(range(count))}
     )
     return Trace(header, states)
 
@@ -302,7 +302,7 @@ def replayed(setting: Setting) -> list[Trace]:
 
 @attack("replayed-relabelled", "tokens and states of another request under this prompt and nonce")
 def replayed_relabelled(setting: Setting) -> list[Trace]:
-    return [_fitted(trace, asked) for trace, asked in zip(replayed(setting), setting.honest, strict=True)]
+    return [_fitted(trace, honest) for trace, honest in zip(replayed(setting), setting.honest, strict=True)]
 
 
 @attack("missing-cells", "states of the last position left out", structural=True)
