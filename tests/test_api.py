@@ -67,6 +67,7 @@ def test_the_folders_behind_the_functions_stay_importable():
     assert {*FUNCTIONS, "Recipe"} <= set(names)
 
 
+@pytest.mark.slow
 def test_a_type_checker_knows_the_names(tmp_path):
     assert (files("bitassay") / "py.typed").is_file()
     user = tmp_path / "user.py"

@@ -196,6 +196,7 @@ def test_a_quantized_folder_runs_on_its_codes(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own(tmp_path):
     said = []
     timer = ProcessTimer(

@@ -28,6 +28,7 @@ def test_bench(bitassay, workers_here, tmp_path):
     assert "the model has 512 positions" in table.out
 
 
+@pytest.mark.slow
 def test_a_replica_is_timed_beside_its_controls(bitassay, workers_here, tmp_path):
     (tmp_path / "twice.yaml").write_text(
         "name: twice\nweights: {format: int2, granularity: g32}\n"

@@ -47,6 +47,7 @@ def test_what_cannot_be_loaded_so_is_one_clear_line(words, said, capsys):
     assert "Traceback" not in shown
 
 
+@pytest.mark.slow
 def test_stderr_has_our_lines_alone(tmp_path):
     """In a process of its own: libraries decide at their import what they print. With a file that nothing
     loads, which is our one warning, and a checkpoint that compressed-tensors reads, which logs and draws."""

@@ -104,6 +104,7 @@ def test_a_file_in_the_way_is_refused(out, capsys):
     assert "a file is where a folder should be" in capsys.readouterr().err
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("recipe", ["w8", "w3", "fp8", "w1.58", "w1"])
 def test_dry_run_plans_what_the_run_then_writes(out, capsys, recipe, dtype):

@@ -221,7 +221,7 @@ def test_gptq_lowers_the_error_of_the_output(scheme):
     assert damping == 0.01
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(3)
 @every_scheme
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_edge_values_stay_finite(scheme, dtype):

@@ -383,6 +383,7 @@ W8A8 = {
 }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("kind", W8A8)
 def test_rounded_inputs_go_to_engines_where_that_is_asked_for(kind, stories, tmp_path):
     quantized, folder = quantize(stories, W8A8[kind]), tmp_path / "w8a8"

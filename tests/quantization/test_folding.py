@@ -38,7 +38,7 @@ def divided(**parts) -> Recipe:
     return Recipe.model_validate(fields | {"smoothing": smoothing} | parts)
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("parts", [{}, {"gptq": {}}, {"tune": {"steps": 1}}, {"replication": {}}], ids=str)
 @pytest.mark.parametrize("packed", [False, True])
 def test_inputs_divided_at_run_time_come_back(packed, parts, stories, tmp_path):

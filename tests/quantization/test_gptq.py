@@ -189,6 +189,7 @@ def test_digits_are_the_gptq_of_all_bits(stories):
         assert len(planes(made[1][name])) == 2
 
 
+@pytest.mark.slow
 def test_planes_apart_begin_with_the_gptq_of_their_bits(stories):
     """Of the first layer, whose inputs are the same in all models."""
     weights = {"format": "int2", "granularity": "g32", "offset": 0.5}

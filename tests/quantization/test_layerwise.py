@@ -80,6 +80,7 @@ def test_two_streams_hand_on_what_is_their_own():
     assert torch.allclose(hidden, own_outputs(other, TOKENS)[-1], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", ["gemma4", "gemma4 that shares keys", "gemma3n", "longrope"])
 def test_calibrated_recipes_of_such_models(name, tmp_path):
     (tmp_path / "text.txt").write_text("Once upon a time there was a cat who ran far away. " * 150)

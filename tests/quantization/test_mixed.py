@@ -108,6 +108,7 @@ def test_mixed_without_weights_is_refused():
         Recipe.model_validate({"name": "bad", "weights": None, "mixed": {"bits": 3}})
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("sensitivity", ["error", "kl"])
 def test_better_than_uniform_at_equal_bits(stories, tokens, sensitivity):
     uniform = bitassay.quantize(stories, Recipe(name="u", weights={"format": "int4", **GRID}))
@@ -155,6 +156,7 @@ def test_overrides_keep_their_scheme_and_count(stories, tokens):
     assert 4.4 < bits_per_weight(model) <= 4.5
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("bits", [1.0, 9.0])
 def test_a_budget_that_the_formats_cannot_meet_names_the_range(stories, tokens, bits):
     with pytest.raises(BitassayError, match=r"the formats take 2\.\d+ to [45]\.\d+") as caught:

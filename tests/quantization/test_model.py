@@ -23,7 +23,7 @@ def logits(model) -> torch.Tensor:
         return model(IDS).logits
 
 
-@pytest.mark.sample(10)
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("architecture", DENSE)
 @pytest.mark.parametrize("name", FORMATS)
 def test_fake_and_real_models_give_the_same_logits(architecture, name):
@@ -145,6 +145,7 @@ def test_a_decode_step_uses_the_kernel_and_a_bias():
     torch.testing.assert_close(q_proj(x), expected, rtol=0.03, atol=0.03)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", FORMATS)
 def test_to_bf16_equals_quantizing_the_bf16_model(name):
     half = tiny_model("llama").to(torch.bfloat16)

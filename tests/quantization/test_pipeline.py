@@ -162,6 +162,7 @@ def test_a_finished_work_folder_holds_the_result_alone(base, tmp_path, monkeypat
     assert bits_per_weight(found) == bits_per_weight(wanted)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("damage", ["shape", "missing", "scheme", "card", "matrix", "inputs"])
 def test_a_damaged_result_is_refused(base, tmp_path, damage):
     quantize(base, recipe("gptq"), work=tmp_path)
@@ -216,6 +217,7 @@ AFTER_THE_CODES = {
 }
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("parts", AFTER_THE_CODES.values(), ids=AFTER_THE_CODES)
 def test_codes_are_made_once_whatever_comes_after_them(base, tmp_path, monkeypatch, parts):
     monkeypatch.setenv("BITASSAY_CACHE", str(tmp_path))
@@ -426,6 +428,7 @@ def test_learning_moves_the_linears_of_a_mixture_and_leaves_its_experts(name):
         quantize(model, recipe(name, overrides=only_experts))
 
 
+@pytest.mark.slow
 def test_without_tuning_no_unrounded_weight_outlives_its_layer(base):
     tokens = pipeline.calibration_tokens(base, recipe("gptq").calibration)
     schemes = {name: recipe("gptq").scheme_for(name) for name in matrices(base)}
@@ -435,6 +438,7 @@ def test_without_tuning_no_unrounded_weight_outlives_its_layer(base):
         assert all((solved.unrounded is not None) is kept for solved in found.values()), name
 
 
+@pytest.mark.slow
 def test_no_unrounded_weight_of_an_expert_outlives_its_layer():
     model, spec = tiny_model("qwen3_moe"), recipe("tune")
     tokens = pipeline.calibration_tokens(model, spec.calibration)

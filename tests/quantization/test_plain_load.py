@@ -38,6 +38,7 @@ def names_in(folder):
         return set(file.keys())
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("architecture", "scheme"),
     [("mixtral", "int4 g32"), ("deepseek_v2", "int8 channel"), *(("qwen2_moe", one) for one in PLAINLY)],

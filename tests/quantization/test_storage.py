@@ -133,6 +133,7 @@ def forge(folder, tensors=None, card=None):
     (folder / CARD_FILE).write_text(json.dumps(said))
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: "-".join(map(str, scheme.values())))
 def test_a_scheme_comes_back_to_the_bit(tiny, tmp_path, scheme):
     quantized = quantize(tiny, recipe(**scheme))

@@ -73,6 +73,7 @@ def equal(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("named", [True, False], ids=["text named", "text of the part alone"])
 def test_a_fitted_replica_and_its_single_control_have_the_same_codes(stories, named):
     """Both weighed by the inputs, or neither: the second pass is all that is between them."""
@@ -83,6 +84,7 @@ def test_a_fitted_replica_and_its_single_control_have_the_same_codes(stories, na
     assert equal(once, codes(quantize(stories, recipe(None, INT2, calibration=FEW)))) is named
 
 
+@pytest.mark.slow
 def test_mixed_bits_beside_a_replica_without_text_are_searched_without_text(stories):
     """The text that chooses formats weighs nothing: each matrix is what its scheme alone makes of it."""
     own = recipe(RESIDUAL | {"layers": [0, 3]}, INT2)
@@ -134,6 +136,7 @@ def test_passes_that_stop_are_matched_by_what_their_budget_allows():
     assert seeds["equal-bits"].name != seeds["equal-flops"].name
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "weights", [{"format": "int2", "granularity": "g64"}, {"format": "int4", "granularity": "g32"}]
 )

@@ -205,6 +205,7 @@ def test_what_the_machine_lacks_stops_the_search_and_is_no_fault_of_the_recipe(t
     assert found["trials"][0]["state"] == "complete"
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("kept_bytes", [0, 10**9])
 def test_what_a_window_says_does_not_depend_on_what_was_kept(monkeypatch, kept_bytes):
     monkeypatch.setattr(evaluator_module, "KEPT_BYTES", kept_bytes)
@@ -271,6 +272,7 @@ def test_a_search_that_goes_on_tries_what_it_would_have_tried(tmp_path, sampler)
     assert len(set(factors(at_once))) == 12
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_trials_and_try_different_recipes(tmp_path):
     found = run(tmp_path / "run", trials=8, space=FREE, jobs=2)
     assert len(set(factors(found))) == len(found["trials"]) == 8
@@ -303,6 +305,7 @@ def test_a_trial_that_ends_its_process_each_time_is_given_up(tmp_path):
     assert "ended 3 times" in given_up["stopped"]
 
 
+@pytest.mark.slow
 def test_a_trial_that_the_user_stops_is_never_given_up(tmp_path, monkeypatch):
     def stops(*_):
         raise KeyboardInterrupt
@@ -316,6 +319,7 @@ def test_a_trial_that_the_user_stops_is_never_given_up(tmp_path, monkeypatch):
     assert trial["state"] == "complete"
 
 
+@pytest.mark.slow
 def test_speed_and_distance_are_columns_too(tmp_path):
     found = run(tmp_path / "run", trials=1, objectives=("-1*decode_tok_s", "hidden_distance"))
     speed, distance = found["trials"][0]["objectives"]
@@ -348,6 +352,7 @@ def test_another_plan_does_not_share_the_folder(tmp_path):
         run(tmp_path / "run", trials=1, seed=1)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("short", [1, 3])
 def test_what_breaks_a_limit_stops_nobody(tmp_path, short):
     """Two and three bits are smaller than eight, and none of them is good enough."""
@@ -393,6 +398,7 @@ def test_nothing_is_hopeless_before_every_objective_is_known(tmp_path, monkeypat
     assert front == {"int2", "int3", "int8"}
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("short", [1, 3])
 def test_a_ruined_model_is_a_trial_as_any(tmp_path, monkeypatch, short):
     real = Measurement._quality
@@ -409,6 +415,7 @@ def test_a_ruined_model_is_a_trial_as_any(tmp_path, monkeypatch, short):
     assert json.loads((tmp_path / "run/run.json").read_text())["trials"] == found["trials"]
 
 
+@pytest.mark.slow
 def test_trials_of_one_model_in_different_loops_have_its_codes_made_once(tmp_path, monkeypatch):
     space = Space.model_validate(
         {

@@ -183,6 +183,7 @@ def test_a_dry_run_writes_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_a_run_that_the_same_command_finishes(tmp_path):
     arguments = ["--no-verify", "--no-bench", "--format", "csv", "--out", str(tmp_path / "run")]
     process = subprocess.Popen(

@@ -257,6 +257,7 @@ def test_other_rules_and_bar_change_the_verdict_only(finished, tmp_path, started
     assert set(lax["refused"].values()) == {"0/2"}
 
 
+@pytest.mark.slow
 def test_real_processes_have_their_machines_numerics(tmp_path):
     """One prover and one verifier as they are, each in a process with numerics of its own."""
     plan = replace(

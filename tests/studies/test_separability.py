@@ -12,6 +12,7 @@ PLAN = ExperimentPlan(
 )
 
 
+@pytest.mark.slow
 def test_a_verifier_tells_other_precisions_from_its_own(tmp_path, started):
     run = run_separability(PLAN, precisions=("bf16", "w4", "w2"), alpha=0.1, out=tmp_path)
     rows = {(row["prover"], row["verifier"]): row for row in run["rows"]}
