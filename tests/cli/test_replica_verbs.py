@@ -43,7 +43,7 @@ def test_assay(bitassay, folder, tmp_path):
     assert twice["decode_tok_s"] > 0
 
 
-def test_bench(bitassay, folder, timed_here, tmp_path):
+def test_bench(bitassay, folder, workers_here, tmp_path):
     recipes = [word for name in ("once", "twice") for word in ("--recipe", folder / f"{name}.yaml")]
     few = [
         "--batches",

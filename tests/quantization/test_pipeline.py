@@ -312,7 +312,7 @@ def test_text_that_has_no_say_in_rounding_is_not_run_through_the_layers(base, mo
     )
     made = quantize(base, smooth).quantization
     assert len(seen) == runs
-    monkeypatch.setattr(Recipe, "solves", True)  # as if it had: the same codes
+    monkeypatch.setattr(Recipe, "uses_calibrated_solver", True)  # as if it had: the same codes
     again = quantize(base, smooth).quantization
     assert all(
         torch.equal(one.dequantize(), again.tensors[name].dequantize()) for name, one in made.tensors.items()

@@ -43,7 +43,7 @@ def test_rows_hold_what_was_promised(finished):
     for row in run["rows"]:
         assert all(row[key] is not None for key in keys)
     base, w8, w2 = run["rows"]
-    assert (base["ppl_delta_ci"], base["kl_ci"]) == ((0, 0), None)  # the base against itself
+    assert (base["ppl_delta_ci"], base["kl_ci"]) == ([0, 0], None)  # the base against itself
     assert all(row[key] is not None for row in (w8, w2) for key in ("ppl_delta_ci", "kl_ci", "top1_ci"))
     assert run["protocol"]["intervals"].keys() == {"ppl_ci", "ppl_delta_ci", "kl_ci", "top1_ci"}
     assert base["verdict"] == "PASS"

@@ -168,7 +168,7 @@ def test_controls_stand_below_their_replica_and_are_compared_with_it(done):
     for control in rows[1:]:
         [pair] = [p for p in run["pairs"] if (p["group"], p["role"]) == ("offset-2", control["role"])]
         assert pair["kl"] == pytest.approx(rows[0]["kl_mean"] - control["kl_mean"])
-        assert pair["beats"] == beats(pair["kl_ci"])
+        assert pair["beats"] == beats(tuple(pair["kl_ci"]))
     ratios = {p["role"]: p["read_ratio"] for p in run["pairs"] if p["group"] == "damped-2"}
     assert ratios["single, equal-bits"] == pytest.approx(0.5, rel=0.01)
     assert ratios["equal-flops"] == pytest.approx(1, rel=0.05)

@@ -187,14 +187,18 @@ def keep_facts(folder: RunFolder, variant: Variant, model: PreTrainedModel) -> N
     folder.part(f"facts-{variant.name}", lambda: {} if variant.torchao else facts_of(model))
 
 
-@cache
 def questions(plan: VariantPlan) -> dict[str, dict[str, AskedTask]]:
     """Return the questions by subject and method."""
+    return _questions(tuple(plan.subjects.items()))
+
+
+@cache
+def _questions(subjects: tuple[tuple[str, int], ...]) -> dict[str, dict[str, AskedTask]]:
     return {
         subject: {
             method: load_tasks(f"mmlu_{subject}{ending}", count)[0] for method, ending in METHODS.items()
         }
-        for subject, count in plan.subjects.items()
+        for subject, count in subjects
     }
 
 

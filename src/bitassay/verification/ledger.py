@@ -141,9 +141,10 @@ def update_ledger(path: Path, new: Sequence[Scored], profile: Profile, host: str
 
 
 def check_ledger(path: Path, profile: Profile | None, host: str | None = None) -> None:
-    """Raise as `update_ledger` would for the file that is there; of another profile, where one is given."""
+    """Raise as `update_ledger` would for the file that is there; of another profile, where one is given. It
+    reads without the lock: what another process is appending is at worst a torn last line."""
     if path.exists():
-        with _locked(path) as handle:
+        with explained(path), _opened(path, os.O_RDONLY) as handle:
             _read(handle, path, profile and profile.digest, host)
 
 
@@ -197,10 +198,15 @@ def _parsed(kind: type[Kind], text: bytes, where: str) -> Kind:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[int]:
-    """The file open for reading and appending, for this process alone; it is made where it is missing."""
-    with locked(path), explained(path):
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK, 0o666)
-        try:
-            yield handle
-        finally:
-            os.close(handle)
+    """Open the file for reading and appending, for this process alone; it is made where it is missing."""
+    with locked(path), explained(path), _opened(path, os.O_RDWR | os.O_CREAT | os.O_APPEND) as handle:
+        yield handle
+
+
+@contextmanager
+def _opened(path: Path, flags: int) -> Iterator[int]:
+    handle = os.open(path, flags | os.O_NONBLOCK, 0o666)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
