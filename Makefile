@@ -16,11 +16,11 @@ demo: $(VENV)/.ready  ## quantize, evaluate and verify SmolLM2-135M; prints the 
 	$(BIN)/bitassay assay smollm2-135m --recipe w8 --recipe fp8 --recipe w4 --recipe w2 \
 	  --windows 6 --window 512 --repeats 1 --new-tokens 16 --out runs/demo
 
-test: $(VENV)/.ready  ## unit tests and those on the real model (fetched once, 98 MB)
+test: $(VENV)/.ready  ## every behaviour once, also on the real model (fetched once, 98 MB)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --maxprocesses 4 --dist loadfile -m "not gpu and not ray and not slow"
 
-test-slow: $(VENV)/.ready  ## every architecture that transformers builds, tiny
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --maxprocesses 4 -m slow
+test-slow: $(VENV)/.ready  ## what repeats it: every architecture, kill matrices, repeats on real models, notebooks
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --maxprocesses 4 -m "slow and not gpu and not ray"
 
 check: $(VENV)/.ready  ## linters, types, import rules, docstrings and the API reference made from them
 	$(BIN)/ruff check .
