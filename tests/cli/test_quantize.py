@@ -212,6 +212,7 @@ calibration: {samples: 2, tokens: 16}
 """
 
 
+@pytest.mark.slow
 def test_what_a_calibrated_recipe_made_is_kept_in_the_cache(out, tmp_path, monkeypatch):
     monkeypatch.setenv("BITASSAY_CACHE", str(tmp_path / "cache"))
     recipe = tmp_path / "calibrated.yaml"

@@ -265,6 +265,7 @@ def test_planes_cannot_be_moved_along_a_grid():
         Recipe.model_validate({"name": "x", "weights": planes, "tune": {}})
 
 
+@pytest.mark.slow
 def test_a_calibrated_recipe_of_planes(stories):
     recipe = {
         "name": "planes",

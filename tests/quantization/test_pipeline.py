@@ -105,6 +105,7 @@ def test_an_interrupted_run_goes_on(base, tmp_path, monkeypatch, name, at):
         assert torch.equal(found.state_dict()[key], value), key
 
 
+@pytest.mark.slow
 def test_interrupted_tuning_goes_on(base, tmp_path, monkeypatch):
     monkeypatch.setattr(tune, "KEEP_STEPS", 4)
     wanted = quantize(base, recipe("tune"))

@@ -328,7 +328,7 @@ def test_refined_needs_text():
         rotate(small("llama"), Rotation(kind="refined"))
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.real
 @pytest.mark.parametrize("rotation", [EVERYTHING, Rotation(r1="online")])
 def test_a_real_model_stays_the_same(rotation):

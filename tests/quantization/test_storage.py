@@ -194,6 +194,7 @@ def test_changed_parameters_go_along_in_the_compressed_tensors_layout_too(tiny, 
     assert torch.equal(logits(load(tmp_path / "out")), logits(quantized))
 
 
+@pytest.mark.slow
 def test_a_fresh_process(tiny, saved, tmp_path):
     save_file({"ids": IDS}, tmp_path / "ids.safetensors")
     command = [sys.executable, "-c", FRESH, tmp_path / "ids.safetensors", tmp_path / "out", saved]

@@ -164,6 +164,7 @@ def test_an_offset_is_kept_where_it_helps():
     assert errors[0] < errors[1]
 
 
+@pytest.mark.slow
 def test_some_layers_are_matched_by_mixed_bits(stories):
     own = recipe(RESIDUAL | {"layers": [0, 3]}, calibration={"samples": 4, "tokens": 48})
     control = by_kind(own)["equal-bits"]

@@ -46,6 +46,7 @@ def run(out, trials=7, space=SPACE, **options):
     return search("stories260k", space, trials=trials, out=out, **settings)[0]
 
 
+@pytest.mark.slow
 def test_the_best_of_a_grid_is_the_best_of_its_trials(tmp_path):
     found = run(tmp_path / "run", trials=100, sampler="grid", short=3, against=["w3"])
     assert len(found["trials"]) == 6  # all there are

@@ -208,6 +208,7 @@ def test_ctrl_c_leaves_a_run_that_the_same_command_finishes(tmp_path):
     assert not [path for path in parts.iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounting a small disk needs root"
 )

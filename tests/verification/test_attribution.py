@@ -174,6 +174,7 @@ def test_a_library_of_other_statistics_is_refused(profile, library, tmp_path):
 # --- suspects of the tiny model
 
 
+@pytest.mark.slow
 def test_suspects_are_named_and_the_profile_is_written_with_them(suspected, tmp_path):
     assert set(suspected.library.kinds) == {HONEST, "int2", "kv4"}
     assert suspected.library.dimensions == 7

@@ -226,6 +226,7 @@ def refused(profile, rng, limit, alpha, farther=0.0, runs=600):
     return np.mean([profile.p_value(profile.score(one).value, limit) <= alpha for one in cut])
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("limit", [8, 13, 24, 48])
 def test_honest_runs_of_every_length_are_accused_at_alpha(by_length, limit):
     """199 honest scores give alpha to within 0.015; the binomial adds 0.009."""

@@ -24,6 +24,7 @@ def targets(judges):
     return {target.name: target for target in judges.targets()}
 
 
+@pytest.mark.slow
 def test_no_changed_file_passes_or_breaks_anything(fuzz, targets, tmp_path):
     outcomes = set()
 
