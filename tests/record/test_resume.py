@@ -154,7 +154,8 @@ def test_a_disturbed_run_ends_the_same(case, disturbed, undisturbed, tmp_path):
     else:
         process.send_signal(signal.SIGINT)
     status = process.wait(240)
-    assert (status == 0) == (disturbed == "worker" and CASES[case].survives), (tmp_path / "said").read_text()
+    if CASES[case].survives or disturbed != "worker":  # a bench may be done before its worker is killed
+        assert (status == 0) == (disturbed == "worker"), (tmp_path / "said").read_text()
     for worker in workers:
         eventually(lambda worker=worker: is_gone(worker), 30)
     if status:
