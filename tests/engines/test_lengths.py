@@ -55,17 +55,19 @@ def test_longrope_is_transformers_own_generate():
 
 @pytest.mark.parametrize("name", ["longrope", *slow(["dynamic", "qwen3_next"])])
 def test_an_honest_host_passes(name):
-    """Half of the outputs cross the length at which frequencies change."""
+    """Half of the outputs cross the length at which frequencies change. The profile knows the host's batches:
+    where it does not, hosts of other batch sizes are refused more often than alpha says."""
     model = tiny_kind(name)
     draw = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(3, 500, (SHORT - 14 + n % 12,), generator=draw).tolist() for n in range(64)]
-    profile = calibrate(model, model, prompts[:48], max_new_tokens=8, min_positions=4, alpha=0.05)
-    traces = prove_many(model, prompts[48:], max_new_tokens=8, batch_size=5)
+    prompts = [torch.randint(3, 500, (SHORT - 14 + n % 12,), generator=draw).tolist() for n in range(416)]
+    honest, asked = prompts[:400], prompts[400:]
+    profile = calibrate(model, model, honest, max_new_tokens=8, min_positions=4, alpha=0.005, batch_size=5)
+    traces = prove_many(model, asked, max_new_tokens=8, batch_size=5)
     verdicts = verify_many(traces, model, profile=profile)
-    assert [verdict.status for verdict in verdicts].count("FAIL") <= 4  # alpha: 0.8 of 16 on average
+    assert [verdict.status for verdict in verdicts].count("FAIL") <= 1  # alpha: 0.08 of 16 on average
     other = tiny_kind(name, rms_norm_eps=1e-2)
     other.identity = model.identity
-    traces = prove_many(other, prompts[48:], max_new_tokens=8)
+    traces = prove_many(other, asked, max_new_tokens=8)
     assert [one.status for one in verify_many(traces, model, profile=profile)].count("FAIL") >= 15
 
 
