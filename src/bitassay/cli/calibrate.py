@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from bitassay.cli import options
 from bitassay.cli.checks import check_words
@@ -14,9 +14,10 @@ def calibrate(
     model: options.Model,
     *,
     recipe: options.RecipeName | None = None,
-    prompts: str = "240",
+    prompts: str = "640",
     max_new_tokens: options.Count = 32,
     alpha: options.Alpha | None = None,
+    guarantee: Literal["conditional", "average"] = "conditional",
     prover_dtype: options.StateDtype | None = None,
     prover_attention: str | None = None,
     batch: options.Count = 16,
@@ -46,6 +47,8 @@ def calibrate(
     Args:
         prompts: How many of the bundled prompts, or a file of prompts.
         max_new_tokens: Tokens in an honest run. The profile decides on traces up to this length.
+        guarantee: What the rate of false positives is: of this profile, with a confidence of 95 %
+            (conditional), or on average over all profiles (average), which needs a third of the prompts.
         prover_dtype: The prover's arithmetic (default: the verifier's).
         prover_attention: The prover's attention implementation (default: the verifier's).
         batch: Prompts generated at a time.
@@ -95,7 +98,7 @@ def calibrate(
 
     alpha = ALPHA if alpha is None else alpha
     texts, sampler = read_prompts(prompts), sampling.sampler
-    check_plan(len(texts), alpha, max_new_tokens)
+    check_plan(len(texts), alpha, max_new_tokens, guarantee=guarantee)
     chosen_attacks(suspects or (), sampler, min(suspect_runs, len(texts)))
     chosen_detectors(detectors or ())
     verifier.check()  # an unknown device or attention is refused before a model is fetched
@@ -114,6 +117,7 @@ def calibrate(
             max_new_tokens=max_new_tokens,
             sampler=sampler,
             alpha=alpha,
+            guarantee=guarantee,
             batch_size=batch,
             expires_days=expires_days,
             seed=sampling.seed,
@@ -127,6 +131,7 @@ def calibrate(
         "model": profile.model.name,
         "recipe_id": profile.model.recipe_id,
         "alpha": profile.alpha,
+        "guarantee": profile.guarantee,
         "n_calibration": profile.n,
         "n_held_out": profile.held_out.n,
         "false_positive_rate": profile.held_out.false_positive_rate,

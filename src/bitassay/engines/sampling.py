@@ -83,6 +83,16 @@ class Sampler:
             margins[rows] = self._margins(logits[rows], claimed[rows, None].to(logits.device), draws[rows])
         return margins.nan_to_num(nan=MARGIN_CAP).clamp(0, MARGIN_CAP).cpu()
 
+    def scores(
+        self, logits: Float[Tensor, "rows vocabulary"], draws: Sequence[Draw]
+    ) -> Float[Tensor, "rows vocabulary"]:
+        """Return what the sampler maximises in each row, in float64: the logits, or for a temperature these
+        over it with noise; minus infinity for tokens that top-p leaves out."""
+        if not self.temperature:
+            return logits.double()
+        _, noisy, kept = self._perturb(logits, draws)
+        return noisy.masked_fill(~kept, -torch.inf)
+
     def _margins(self, logits: Tensor, claimed: Tensor, draws: Sequence[Draw]) -> Tensor:
         if not self.temperature:
             values = logits.double()

@@ -1,9 +1,10 @@
 """Fit a verification profile to honest runs: `calibrate`.
 
-The prompts are shuffled and each makes one honest trace, which the verifier checks. A quarter of them gives
-mean and standard deviation of the statistics, half gives the honest scores that p-values count, and the last
-quarter, which neither has seen, measures the false-positive rate that comes of it. Cut after n positions, a
-run is an honest run of a shorter request, so one run of each prompt gives all lengths.
+The prompts are shuffled and each makes one honest trace, which the verifier checks. A fifth of them gives
+mean and standard deviation of the statistics, three fifths give the honest scores that p-values count, and
+the last fifth, which neither has seen, measures the false-positive rate that comes of it. Cut after n
+positions, a run is an honest run of a shorter request, so one run of each prompt gives all lengths. A prompt
+counts once, and those that do not fit the model's context are left out.
 """
 
 import math
@@ -18,19 +19,20 @@ from bitassay.engines.decode import TokenIds
 from bitassay.engines.prompts import encode_prompt
 from bitassay.engines.sampling import GREEDY, Sampler
 from bitassay.errors import BitassayError, at_least, suggestion
-from bitassay.evaluation.statistics import clopper_pearson_interval
 from bitassay.models.identity import identity
+from bitassay.models.positions import context_length
 from bitassay.record.hashing import digest_json
 from bitassay.record.progress import Progress, silent
 from bitassay.verification.attacks.attack import Attack, Setting
 from bitassay.verification.attacks.registry import ATTACKS
 from bitassay.verification.attribution import HONEST, Library, fit_library
-from bitassay.verification.detectors.registry import DECIDING, DETECTORS
+from bitassay.verification.detectors.excess_distance import ROUNDING
+from bitassay.verification.detectors.registry import DECIDING, DETECTORS, STATES
 from bitassay.verification.numerics import numerics
 from bitassay.verification.observe import Observation, observe
-from bitassay.verification.profile import ALPHA, HeldOut, Profile, library_statistics
+from bitassay.verification.profile import ALPHA, HeldOut, Profile, library_statistics, unlike
 from bitassay.verification.prove import BATCH, prove_many
-from bitassay.verification.scores import Fit, fit, runs_needed, score, statistics
+from bitassay.verification.scores import Fit, Guarantee, fit, runs_needed, score, statistics
 from bitassay.verification.structure import Request
 from bitassay.verification.submissions import Submission
 from bitassay.verification.trace import ModelClaim, Sampling, Trace
@@ -53,6 +55,7 @@ def calibrate(
     batch_size: int = BATCH,
     min_positions: int = MIN_POSITIONS,
     expires_days: int = 90,
+    guarantee: Guarantee = "conditional",
     seed: int = 0,
     suspects: Sequence[str] = (),
     suspect_runs: int = SUSPECT_RUNS,
@@ -64,9 +67,10 @@ def calibrate(
 
     Runs with fewer than `min_positions` generated positions are left out, in calibration as in verification.
     suspects: attacks that verdicts are to name, each run on `suspect_runs` of the prompts. detectors: those
-    that decide besides the distance of the states and the margins of the tokens. Raises BitassayError where
-    the two are not the same model, or where too few runs are left for `alpha` or of a suspect; it says how
-    many are needed.
+    that decide besides those of `DECIDING`. guarantee: "conditional", the rate of false positives of this
+    profile is at most alpha with a confidence of 95 %; or "average", over all profiles it is (`scores.py`),
+    which needs a third of the runs. Raises BitassayError where the two are not the same model, or where too
+    few runs are left for `alpha` or of a suspect; it says how many are needed.
     """
     claim = ModelClaim.of(identity(verifier_model))
     if not ModelClaim.of(identity(prover_model)).is_same_model(claim):
@@ -74,10 +78,11 @@ def calibrate(
             "prover and verifier are not the same model",
             "calibrate with honest runs: the same weights, configuration and recipe on both sides",
         )
-    check_plan(len(prompts), alpha, max_new_tokens, min_positions)
+    prompts = fitting(prompts, verifier_model, max_new_tokens)
+    check_plan(len(prompts), alpha, max_new_tokens, min_positions, guarantee)
     at_least(1, batch=batch_size, expires_days=expires_days)
     attacks = chosen_attacks(suspects, sampler, min(suspect_runs, len(prompts)))
-    names = (*DECIDING, *chosen_detectors(detectors))
+    names = (*DECIDING, ROUNDING.name, *chosen_detectors(detectors))
     shuffled = [prompts[index] for index in np.random.default_rng(seed).permutation(len(prompts))]
 
     def answer(chosen: Sequence[str | TokenIds], nonces: Sequence[str]) -> list[Trace]:
@@ -105,26 +110,30 @@ def calibrate(
             answer(chunk, [f"calibrate-{index}" for index in range(start, start + len(chunk))])
         )
     progress("honest runs", len(shuffled), len(shuffled))
-    check_enough(
-        len(honest), alpha, f" with {min_positions} or more generated positions, of {len(prompts)} prompts"
-    )
+    of_which = f" with {min_positions} or more generated positions, of {len(prompts)} prompts"
+    check_enough(len(honest), alpha, guarantee, of_which)
     fitted, conformal, held_out = split(honest)
-    fits = fit_by_length(fitted, names, min_positions)
-    states, tokens = DECIDING
+    fits = dict(fit_by_length(fitted, names, min_positions))
+    control = fits.pop(ROUNDING.name)
     created = datetime.now(UTC).replace(microsecond=0)
     profile = Profile(
         model=claim,
         prover=numerics(prover_model),
         verifier=numerics(verifier_model),
         sampling=Sampling.of(sampler, max_new_tokens),
-        layers=dict(zip(honest[0].layers, fits[states], strict=True)),
-        tokens=fits[tokens][0],
-        detectors={name: curves for name, curves in fits.items() if name not in DECIDING},
+        layers=honest[0].layers,
+        detectors=fits,
+        control=control,
         scores=tuple(scores_by_length(run, fits, min_positions) for run in conformal),
-        held_out=HeldOut(n=len(held_out), rejected=0, interval=(0.0, 1.0)),
+        unlike=tuple(
+            tuple(unlike(run, control, n) for n in range(min_positions, run.positions + 1))
+            for run in conformal
+        ),
+        held_out=HeldOut.of(0, len(held_out)),
         alpha=alpha,
+        guarantee=guarantee,
         generated_positions=(min_positions, max(min_positions, max_new_tokens - 1)),
-        prompts_digest=digest_json([list(encode_prompt(verifier_model, prompt)) for prompt in prompts]),
+        prompts_digest=digest_json([list(ids) for ids in prompts]),
         created=created,
         expires=created + timedelta(days=expires_days),
         library=suspects_library(fitted, held_out, suspected, fits, alpha) if suspected else None,
@@ -133,9 +142,9 @@ def calibrate(
 
 
 def split(runs: Sequence[Observation]) -> tuple[list[Observation], list[Observation], list[Observation]]:
-    """Return fit (a quarter), conformal (half) and held-out (a quarter) parts, in the order given."""
-    quarter, end = len(runs) // 4, len(runs) - len(runs) // 4
-    return list(runs[:quarter]), list(runs[quarter:end]), list(runs[end:])
+    """Return fit (a fifth), conformal (three fifths) and held-out (a fifth) parts, in the order given."""
+    fifth = max(len(runs) // 5, MIN_FIT)
+    return list(runs[:fifth]), list(runs[fifth:-fifth]), list(runs[-fifth:])
 
 
 def fit_by_length(runs: Sequence[Observation], detectors: Sequence[str], shortest: int) -> Fits:
@@ -165,9 +174,8 @@ def scores_by_length(run: Observation, fits: Fits, shortest: int) -> tuple[float
 def measure(profile: Profile, held_out: Sequence[Observation]) -> HeldOut:
     """Return how many of the held-out honest runs the profile refuses at its alpha."""
     limit = profile.generated_positions[1]
-    rejected = sum(profile.p_value(profile.score(run).value, limit) <= profile.alpha for run in held_out)
-    interval = clopper_pearson_interval(rejected, len(held_out))
-    return HeldOut(n=len(held_out), rejected=rejected, interval=interval)
+    rejected = sum(profile.refusal(profile.score(run).value, limit) <= profile.alpha for run in held_out)
+    return HeldOut.of(rejected, len(held_out))
 
 
 def chosen_detectors(names: Sequence[str]) -> list[str]:
@@ -242,7 +250,7 @@ def suspects_library(
     unseen = {HONEST: held_out} | {name: runs[1::2] for name, runs in suspects.items()}
     every = [*seen.values(), *unseen.values()]
     longest = min(sorted(run.positions for run in runs)[-MIN_FIT] for runs in every)
-    lengths = [n for n in fits[DECIDING[1]][0].lengths if n <= longest]
+    lengths = [n for n in fits[STATES][0].lengths if n <= longest]
 
     def at_lengths(kinds: Mapping[str, Sequence[Observation]]) -> dict[str, dict[int, np.ndarray]]:
         return {
@@ -256,10 +264,25 @@ def suspects_library(
     return fit_library(at_lengths(seen), at_lengths(unseen), alpha)
 
 
-def check_plan(runs: int, alpha: float, max_new_tokens: int, min_positions: int = MIN_POSITIONS) -> None:
+def fitting(
+    prompts: Sequence[str | TokenIds], model: PreTrainedModel, max_new_tokens: int
+) -> list[TokenIds]:
+    """Return the token ids of the prompts that fit the model's context with their output, each once."""
+    limit = context_length(model)
+    encoded = dict.fromkeys(encode_prompt(model, prompt) for prompt in prompts)
+    return [ids for ids in encoded if limit is None or len(ids) + max_new_tokens - 1 <= limit]
+
+
+def check_plan(
+    runs: int,
+    alpha: float,
+    max_new_tokens: int,
+    min_positions: int = MIN_POSITIONS,
+    guarantee: Guarantee = "conditional",
+) -> None:
     """Raise BitassayError for what no profile can come of, whatever the model: too few runs for `alpha`, or
     too short ones. The last token of a run has no position of its own."""
-    check_enough(runs, alpha)
+    check_enough(runs, alpha, guarantee)
     if max_new_tokens <= min_positions:
         raise BitassayError(
             f"runs of {max_new_tokens} tokens have {max(max_new_tokens - 1, 0)} generated positions, "
@@ -268,11 +291,11 @@ def check_plan(runs: int, alpha: float, max_new_tokens: int, min_positions: int 
         )
 
 
-def check_enough(runs: int, alpha: float, of_which: str = "") -> None:
+def check_enough(runs: int, alpha: float, guarantee: Guarantee, of_which: str = "") -> None:
     """Raise BitassayError for fewer runs than give a p-value of `alpha` and a usable fit."""
     if not 0 < alpha < 1:
         raise BitassayError(f"alpha {alpha} is not between 0 and 1", "--alpha 0.05")
-    needed = max(2 * runs_needed(alpha), 4 * MIN_FIT)
+    needed = max(math.ceil(runs_needed(alpha, guarantee) * 5 / 3) + 2, 4 * MIN_FIT)
     if runs < needed:
         raise BitassayError(
             f"{runs} honest runs{of_which} are too few for alpha {alpha:g}, which needs {needed}",

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from bitassay.engines.decode import Prefill, default_batch_tokens, token_batches
 from bitassay.engines.engine import engine_of
+from bitassay.engines.precise import higher_precision
 from bitassay.record.progress import Progress, silent
 from bitassay.verification.detectors.detector import Comparison, Series
 from bitassay.verification.detectors.registry import DETECTORS
@@ -72,10 +73,13 @@ def compared(
     similar length."""
     keys = list(opened)
     headers = [opened[key].header for key in keys]
-    for done, (index, prefill) in enumerate(prefills(headers, model)):
+    for done, (index, own, precise) in enumerate(precise_prefills(headers, model)):
         progress("verifying", done, len(keys))
         claimed = opened[keys[index]]
-        yield keys[index], Comparison(claimed.header, claimed.positions, claimed.states, prefill, model.dtype)
+        yield (
+            keys[index],
+            Comparison(claimed.header, claimed.positions, claimed.states, own, model.dtype, precise),
+        )
     progress("verifying", len(keys), len(keys))
 
 
@@ -92,7 +96,23 @@ def prefills(headers: Sequence[Header], model: PreTrainedModel) -> Iterator[tupl
     length."""
     lengths = [len(header.prompt_ids) + len(header.output_ids) - 1 for header in headers]
     for batch in token_batches(lengths, default_batch_tokens(model)):
-        prompts = [headers[index].prompt_ids for index in batch]
-        outputs = [headers[index].output_ids for index in batch]
-        layers = headers[batch[0]].layers
-        yield from zip(batch, engine_of(model).prefill(prompts, outputs, layers=layers), strict=True)
+        yield from zip(batch, _prefill([headers[index] for index in batch], model), strict=True)
+
+
+def precise_prefills(
+    headers: Sequence[Header], model: PreTrainedModel
+) -> Iterator[tuple[int, Prefill, Prefill]]:
+    """Yield the same as `prefills`, each with what it is in the next higher precision."""
+    lengths = [len(header.prompt_ids) + len(header.output_ids) - 1 for header in headers]
+    for batch in token_batches(lengths, default_batch_tokens(model)):
+        of_batch = [headers[index] for index in batch]
+        own = _prefill(of_batch, model)
+        with higher_precision(model):
+            precise = _prefill(of_batch, model)
+        yield from zip(batch, own, precise, strict=True)
+
+
+def _prefill(headers: Sequence[Header], model: PreTrainedModel) -> list[Prefill]:
+    prompts = [header.prompt_ids for header in headers]
+    outputs = [header.output_ids for header in headers]
+    return engine_of(model).prefill(prompts, outputs, layers=headers[0].layers)

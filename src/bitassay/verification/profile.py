@@ -10,30 +10,46 @@ its limit is within those calibrated. It is marginal over requests: for those of
 early it holds only as well as the fit does.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bitassay.errors import BitassayError
+from bitassay.evaluation.statistics import clopper_pearson_interval
 from bitassay.models.source import cache_folder
 from bitassay.record.files import read_json, write_json
 from bitassay.record.hashing import digest_json
 from bitassay.verification.attribution import Attribution, Library
 from bitassay.verification.container import first_defect
 from bitassay.verification.detectors.detector import Part
-from bitassay.verification.detectors.registry import DECIDING
+from bitassay.verification.detectors.excess_distance import ROUNDING
+from bitassay.verification.detectors.registry import DECIDING, STATES, TOKENS as TOKENS_OF_RUN
 from bitassay.verification.numerics import Numerics
 from bitassay.verification.observe import Observation
-from bitassay.verification.scores import Finite, Fit, Statistic, p_value, standardise, statistics
+from bitassay.verification.scores import (
+    Finite,
+    Fit,
+    Guarantee,
+    Statistic,
+    guaranteed_p_value,
+    p_value,
+    standardise,
+    statistics,
+)
 from bitassay.verification.trace import TOKENS, ModelClaim, Sampling
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+MAX_DAYS = 400
+UNLIKE = 0.01  # the share of requests like those of calibration that count as unlike them
 ALPHA = 0.01  # the default false-positive rate of a verdict on an honest run
+
+
+ScoreValue = Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False)]
 
 
 class HeldOut(BaseModel):
@@ -46,6 +62,18 @@ class HeldOut(BaseModel):
     rejected: int = Field(ge=0)
     interval: tuple[Finite, Finite]
 
+    @classmethod
+    def of(cls, rejected: int, n: int) -> "HeldOut":
+        """Return it with its interval."""
+        return cls(n=n, rejected=rejected, interval=clopper_pearson_interval(rejected, n))
+
+    @model_validator(mode="after")
+    def _is_of_its_counts(self) -> "HeldOut":
+        expected = clopper_pearson_interval(self.rejected, self.n) if self.rejected <= self.n else (2.0, 2.0)
+        if not np.allclose(self.interval, expected, atol=1e-6):
+            raise ValueError("the interval is not that of its counts")
+        return self
+
     @property
     def false_positive_rate(self) -> float:
         """Return the share that was refused."""
@@ -54,81 +82,86 @@ class HeldOut(BaseModel):
 
 @dataclass(frozen=True)
 class Score:
-    """value: the largest of states, tokens and those of other detectors. layer and part: where the states are
+    """value: the largest of all detectors, each by name in `detectors`. layer and part: where the states are
     farthest off."""
 
     value: float
-    states: float
-    tokens: float
+    detectors: Mapping[str, float]
     layer: int
     part: Part
-    others: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, computed: list[Statistic], layers: tuple[int, ...]) -> "Score":
         """Return the score of standardised statistics. layers: those of the distances."""
-        states, tokens = DECIDING
         largest: dict[str, float] = {}
         for detector, _, _, value in computed:
             largest[detector] = max(value, largest.get(detector, value))
-        farthest = max(each for each in computed if (each.detector, each.value) == (states, largest[states]))
-        others = {name: value for name, value in largest.items() if name not in DECIDING}
-        value = max(largest.values())
-        return cls(value, largest[states], largest[tokens], layers[farthest.series], farthest.part, others)
+        farthest = max(
+            (each for each in computed if each.detector == STATES), key=lambda statistic: statistic.value
+        )
+        return cls(max(largest.values()), largest, layers[farthest.series], farthest.part)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values; `others` only where there are any."""
-        return {name: value for name, value in vars(self).items() if name != "others" or value}
+        """Return plain values."""
+        return asdict(self)
+
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{0,63}$")]
+Fitted = Annotated[tuple[Fit, ...], Field(min_length=1, max_length=1024)]
+ByLength = Annotated[tuple[ScoreValue, ...], Field(min_length=1, max_length=TOKENS)]
 
 
 class Profile(BaseModel):
-    """layers, tokens: fits of the distances by layer and of the margins. detectors: fits of other detectors
-    that decide too. generated_positions: the range that was calibrated. scores: of each honest run, cut to as
-    many positions as that range begins with, one more, and so on up to all that the run has. library: what
-    suspects look like, which names and never decides. Dates are in UTC."""
+    """layers: those sampled. detectors: the fits of all that decide, one a series. control: those of the
+    control, by layer. scores: of each honest run, cut to as many positions as `generated_positions` begins
+    with, one more, and so on up to all that the run has. unlike: of the same runs in the same way, how
+    unusual the noise of the text is. library: what suspects look like, which names and never decides. Dates
+    are in UTC."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    schema_version: Literal[2] = SCHEMA_VERSION
+    schema_version: Literal[3] = SCHEMA_VERSION
     model: ModelClaim
     prover: Numerics
     verifier: Numerics
     sampling: Sampling
-    layers: Mapping[int, Fit] = Field(min_length=1, max_length=1024)
-    tokens: Fit
-    detectors: Mapping[
-        Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{0,63}$")],
-        Annotated[tuple[Fit, ...], Field(min_length=1, max_length=1024)],
-    ] = Field(default_factory=dict, max_length=64)
-    scores: tuple[Annotated[tuple[Finite, ...], Field(min_length=1, max_length=TOKENS)], ...] = Field(
-        min_length=1, max_length=10**6
-    )
+    layers: tuple[Annotated[int, Field(ge=1, le=2**31)], ...] = Field(min_length=1, max_length=1024)
+    detectors: Mapping[Name, Fitted] = Field(min_length=1, max_length=64)
+    control: Fitted
+    scores: tuple[ByLength, ...] = Field(min_length=1, max_length=10**6)
+    unlike: tuple[ByLength, ...] = Field(min_length=1, max_length=10**6)
     held_out: HeldOut
     alpha: float = Field(gt=0, lt=1)
+    guarantee: Guarantee = "conditional"
     generated_positions: tuple[int, int]
     prompts_digest: str = Field(max_length=64)
     library: Library | None = None
     created: datetime
     expires: datetime
 
-    @model_serializer(mode="wrap")
-    def _as_written(self, usual: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-        """Leave out `detectors` where there are none: profiles of before keep their digest."""
-        written = usual(self)
-        if not self.detectors:
-            written.pop("detectors")
-        return written
-
     @model_validator(mode="after")
     def _makes_sense(self) -> "Profile":
         low, high = self.generated_positions
         if not 1 <= low <= high <= TOKENS:
             raise ValueError("generated_positions is not a range")
-        if max(map(len, self.scores)) > high - low + 1:
+        lengths = list(map(len, self.scores))
+        if max(lengths) > high - low + 1:
             raise ValueError("scores of more positions than generated_positions allows")
+        if lengths != list(map(len, self.unlike)):
+            raise ValueError("not as many numbers in unlike as in scores")
+        if list(self.layers) != sorted(set(self.layers)):
+            raise ValueError("layers are not ascending")
+        if missing := sorted(set(DECIDING) - set(self.detectors)):
+            raise ValueError(f"no fit of {missing[0]}")
+        if {len(self.control), len(self.detectors[STATES])} != {len(self.layers)}:
+            raise ValueError("not one fit for each layer")
         if self.created.tzinfo is None or self.expires.tzinfo is None:
             raise ValueError("dates without a time zone")
-        if self.library and self.library.dimensions != 2 * len(self.layers) + 1:
+        if not self.created < self.expires <= self.created + timedelta(days=MAX_DAYS):
+            raise ValueError(f"it expires before it was created, or more than {MAX_DAYS} days after")
+        if self.created > datetime.now(UTC) + timedelta(days=1):
+            raise ValueError("it was created in the future")
+        if self.library and self.library.dimensions != 2 * len(self.layers) + len(TOKENS_OF_RUN):
             raise ValueError("the library is of other statistics")
         return self
 
@@ -148,11 +181,9 @@ class Profile(BaseModel):
         return profile_key(self.model, self.prover, self.verifier, self.sampling)
 
     @property
-    def fits(self) -> dict[str, tuple[Fit, ...]]:
+    def fits(self) -> Mapping[str, tuple[Fit, ...]]:
         """Return the fits of all detectors that decide, by name, one a series."""
-        states, tokens = DECIDING
-        layers = tuple(self.layers[layer] for layer in sorted(self.layers))
-        return {states: layers, tokens: (self.tokens,), **self.detectors}
+        return self.detectors
 
     def score(self, observation: Observation) -> Score:
         """Return how unlike an honest run it is: about 0 on average, larger is worse. The observation must
@@ -163,13 +194,26 @@ class Profile(BaseModel):
 
     def honest_scores(self, limit: int) -> list[float]:
         """Return the scores of the calibration runs after at most `limit` generated positions."""
-        most = max(limit - self.generated_positions[0], 0)
-        return [scores[min(most, len(scores) - 1)] for scores in self.scores]
+        return self._at(self.scores, limit)
 
     def p_value(self, score: float, limit: int) -> float:
         """Return the p-value of a run that was asked for at most `limit` generated positions; never below
         1 / (n + 1)."""
         return p_value(score, self.honest_scores(limit))
+
+    def refusal(self, score: float, limit: int) -> float:
+        """Return the smallest alpha at which such a run is refused, by this profile's guarantee."""
+        honest = self.honest_scores(limit)
+        return p_value(score, honest) if self.guarantee == "average" else guaranteed_p_value(score, honest)
+
+    def unlike_p_value(self, observation: Observation, limit: int) -> float:
+        """Return the share of calibration texts, and of this one, whose rounding noise is as unusual or more;
+        see `unlike`."""
+        return p_value(unlike(observation, self.control), self._at(self.unlike, limit))
+
+    def _at(self, by_run: Sequence[Sequence[float]], limit: int) -> list[float]:
+        most = max(limit - self.generated_positions[0], 0)
+        return [values[min(most, len(values) - 1)] for values in by_run]
 
     def attribution(self, observation: Observation) -> Attribution | None:
         """Return what the observation fits best; None without a library, and for runs too short for it."""
@@ -181,6 +225,21 @@ class Profile(BaseModel):
     def expired(self, now: datetime | None = None) -> bool:
         """Return whether the profile is no longer valid."""
         return (now or datetime.now(UTC)) >= self.expires
+
+
+def unlike(
+    observation: Observation, control: Sequence[Fit], positions: int | None = None
+) -> float:
+    """Return how unusual the rounding noise of the text is, over its first generated positions (default: all):
+    the largest |z| of the control over layers. It says nothing about the host's states, but whether honest
+    runs of such texts are known."""
+    n = observation.positions if positions is None else positions
+    series = observation.series[ROUNDING.name]
+    z = [
+        fit.standardised(ROUNDING.statistics(each, n, n + 1)["generated"], n)
+        for each, fit in zip(series, control, strict=True)
+    ]
+    return max(map(abs, z))
 
 
 def library_statistics(

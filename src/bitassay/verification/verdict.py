@@ -1,8 +1,12 @@
 """The verifier's decision: `verify`, `verify_many`, `verify_opening`.
 
-    FAIL          a structural defect, a non-finite mismatch, or p <= alpha by the calibration profile
+    FAIL          a structural defect, a non-finite mismatch, or refused at alpha by the calibration profile
     INCONCLUSIVE  nothing structural is wrong, but no valid profile covers this trace
-    PASS          nothing structural is wrong and p > alpha
+    PASS          nothing structural is wrong, and it is not refused
+
+A profile covers texts whose rounding noise is like that of its calibration texts. That is a test of its own,
+which looks at the verifier's prefills alone: a text that is unlike them is INCONCLUSIVE, but for a run that
+is FAR from honest ones, which no text explains.
 
 Hidden states alone are forgeable: decode with a cheap model, then run one honest prefill over its tokens. So
 the profile judges states and tokens (`detectors/registry.py` names the detectors that decide). The VeriLLM
@@ -29,7 +33,10 @@ from bitassay.record.hashing import digest_json
 from bitassay.record.progress import Progress, silent
 from bitassay.verification.attribution import Attribution
 from bitassay.verification.detectors.detector import Comparison, Part
-from bitassay.verification.detectors.registry import DECIDING
+from bitassay.verification.detectors.registry import DECIDING, STATES, TOKENS
+from bitassay.verification.detectors.distance import DISTANCE
+from bitassay.verification.detectors.excess_distance import ROUNDING
+from bitassay.verification.detectors.token_difr import TOKEN_DIFR
 from bitassay.verification.detectors.verillm import (
     FORMAT_OF_DTYPE,
     RULE_SETS,
@@ -40,7 +47,7 @@ from bitassay.verification.detectors.verillm import (
 )
 from bitassay.verification.numerics import numerics
 from bitassay.verification.observe import Observation, compared, reduced
-from bitassay.verification.profile import Profile, Score, find_profile, profile_key, read_profile
+from bitassay.verification.profile import UNLIKE, Profile, Score, find_profile, profile_key, read_profile
 from bitassay.verification.receipts.challenge import Challenge
 from bitassay.verification.receipts.opening import Opening
 from bitassay.verification.receipts.receipt import Receipt
@@ -49,8 +56,9 @@ from bitassay.verification.structure import Reason, Request, Status
 from bitassay.verification.submissions import CheckResult, check_opened, check_submission
 from bitassay.verification.trace import Header, ModelClaim, Trace, TraceError
 
-STATES, TOKENS = DECIDING
+FAR = 10.0  # honest standard deviations beyond which a run fails whatever its text
 STATISTICAL = frozenset({"states-too-far", "tokens-unlikely", "detector-unlikely"})  # could be bad luck
+FAR = 10.0  # honest standard deviations
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,8 @@ class Verdict:
 
     n_tokens: output tokens. observation: series by detector. cells: VeriLLM statistics [layers, positions] in
     `format`, the first `n_prompt` positions in the prompt. p_value, score, alpha, n_calibration: from the
-    profile whose digest is `profile`. limit: the generated positions that the honest runs were cut at which
+    profile whose digest is `profile`. refusal: the smallest alpha at which its guarantee refuses the run.
+    unlike: the p-value of the text's rounding noise among calibration texts. limit: the generated positions that the honest runs were cut at which
     the score was ranked among. trace: digest of the header judged. calibration: the profile itself.
     attribution: what the observation fits best, where the profile has a library; it has no part in the
     status.
@@ -74,6 +83,8 @@ class Verdict:
     n_prompt: int = 0
     format: str | None = None
     p_value: float | None = None
+    refusal: float | None = None
+    unlike: float | None = None
     score: Score | None = None
     alpha: float | None = None
     profile: str | None = None
@@ -92,7 +103,7 @@ class Verdict:
     @property
     def margins(self) -> tuple[float, ...]:
         """Return the nats by which each claimed token loses; empty where nothing was compared."""
-        return self.observation.series[TOKENS][0].values if self.observation else ()
+        return self.observation.series[TOKEN_DIFR.name][0].values if self.observation else ()
 
     @property
     def mean_margin(self) -> float | None:
@@ -109,7 +120,7 @@ class Verdict:
         """Return the geometric mean of the relative distance over one part's positions at a sampled layer."""
         if self.observation is None or layer not in self.observation.layers:
             return None
-        series = self.observation.series[STATES][self.observation.layers.index(layer)]
+        series = self.observation.series[DISTANCE.name][self.observation.layers.index(layer)]
         values = series.prompt if part == "prompt" else series.values
         return exp(fmean(values)) if values else None
 
@@ -141,6 +152,8 @@ class Verdict:
             "model": self.model,
             "n_tokens": self.n_tokens,
             "p_value": self.p_value,
+            "refusal": self.refusal,
+            "unlike": self.unlike,
             "alpha": self.alpha,
             "score": self.score.to_dict() if self.score else None,
             "profile": self.profile,
@@ -283,7 +296,8 @@ def decide(
     statistics too where a profile fits."""
     header = comparison.header
     profile = profile or profile_for(header, model)
-    observation = reduced(comparison, list(profile.fits) if profile else DECIDING)
+    names = dict.fromkeys((DISTANCE.name, ROUNDING.name, *DECIDING, *(profile.fits if profile else ())))
+    observation = reduced(comparison, list(names))
     cells = run_statistics(comparison)
     reasons = [*checked.defects, *_nonfinite_mismatches(cells, model)]
     undecided = [*checked.undecided, *why_undecided(profile, header, model, observation, alpha, now)]
@@ -304,13 +318,19 @@ def decide(
     if len(comparison.positions) < len(header.positions):
         judged = lower_bound(observation, header, profile.fits, profile.generated_positions[1])
     score = profile.score(judged)
-    p_value = profile.p_value(score.value, limit)
-    if p_value <= alpha:
+    refusal, unlike = profile.refusal(score.value, limit), profile.unlike_p_value(observation, limit)
+    if unlike <= UNLIKE and score.value < FAR:
+        sentence = "the text's rounding noise is unlike that of the calibration texts"
+        undecided = [Reason("unlike-calibration", f"{sentence} (p {unlike:.2g})")]
+    elif refusal <= alpha:
         reasons += _unlike_honest_runs(score, profile, alpha, limit)
+    status: Status = "FAIL" if reasons else "INCONCLUSIVE" if undecided else "PASS"
     return verdict(
-        "FAIL" if reasons else "PASS",
-        tuple(reasons or [Reason("as-honest", _as_honest(header))]),
-        p_value=p_value,
+        status,
+        tuple(reasons or undecided or [Reason("as-honest", _as_honest(header))]),
+        p_value=None if undecided else profile.p_value(score.value, limit),
+        refusal=refusal,
+        unlike=unlike,
         score=score,
         alpha=alpha,
         profile=profile.digest,
@@ -347,7 +367,7 @@ def why_undecided(
         sentence = f"no calibration profile for {claim.name} with {pair}; run bitassay calibrate"
         return [Reason("no-profile", sentence)]
     reasons: dict[str, str] = {}
-    counts = {name: len(curves) for name, curves in profile.detectors.items()}
+    counts = {name: len(curves) for name, curves in profile.fits.items() if name != STATES}
     if not profile.model.is_same_model(claim):
         other = f"the profile is of {profile.model.name}, another model or recipe"
         reasons["profile-other-model"] = other
@@ -359,10 +379,14 @@ def why_undecided(
     elif profile.model.config_digest and not header.model.config_digest:
         sentence = "the trace does not say with which configuration; an older profile can decide on it"
         reasons["no-configuration"] = sentence
-    elif set(profile.layers) != set(header.layers):
-        reasons["profile-other-model"] = f"the profile is of layers {sorted(profile.layers)}"
+    elif profile.layers != header.layers:
+        reasons["profile-other-model"] = f"the profile is of layers {list(profile.layers)}"
     elif wrong := [name for name, n in counts.items() if len(observation.series[name]) != n]:
         reasons["profile-other-detector"] = f"the profile is of another version of {wrong[0]}"
+    low_rate, _ = profile.held_out.interval
+    if low_rate > profile.alpha:
+        sentence = f"it refused {profile.held_out.rejected} of {profile.held_out.n} held-out honest runs"
+        reasons["profile-misfit"] = f"the profile does not hold what it promises: {sentence}"
     if profile.expired(now):
         sentence = f"the profile expired on {profile.expires:%Y-%m-%d}; run bitassay calibrate again"
         reasons["profile-expired"] = sentence
@@ -373,8 +397,9 @@ def why_undecided(
     elif generated > high:
         reasons["beyond-profile"] = f"{generated} {calibrated}"
     alpha = alpha or profile.alpha
-    if profile.n < (needed := runs_needed(alpha)):
-        sentence = f"alpha {alpha:g} needs {needed} honest runs, the profile has {profile.n}"
+    if profile.n < (needed := runs_needed(alpha, profile.guarantee)):
+        guarantee = f"with the guarantee {profile.guarantee!r}"
+        sentence = f"alpha {alpha:g} {guarantee} needs {needed} honest runs, the profile has {profile.n}"
         reasons["profile-too-small"] = sentence
     return [Reason(code, sentence) for code, sentence in reasons.items()]
 
@@ -394,13 +419,18 @@ def _nonfinite_mismatches(cells: CellStatistics, model: PreTrainedModel) -> list
 
 def _unlike_honest_runs(score: Score, profile: Profile, alpha: float, limit: int) -> list[Reason]:
     """Return which parts of the evidence are too unlike honest runs by themselves."""
-    where = f"{score.part} positions at layer {score.layer}"
-    states = f"hidden states are {score.states:.1f} sd farther off than honest ones ({where})"
-    tokens = f"this model would take other tokens ({score.tokens:.1f} sd worse than honest ones)"
-    parts = [(score.states, "states-too-far", states), (score.tokens, "tokens-unlikely", tokens)]
-    for name, value in score.others.items():
-        sentence = f"{name} is {value:.1f} sd farther off than in honest runs"
-        parts.append((value, "detector-unlikely", sentence))
+    parts = []
+    for name, value in score.detectors.items():
+        if name == STATES:
+            where = f"{score.part} positions at layer {score.layer}"
+            sentence = f"hidden states are {value:.1f} sd farther off than honest ones ({where})"
+            parts.append((value, "states-too-far", sentence))
+        elif name in TOKENS:
+            sentence = f"this model would take other tokens ({name}: {value:.1f} sd worse than honest ones)"
+            parts.append((value, "tokens-unlikely", sentence))
+        else:
+            sentence = f"{name} is {value:.1f} sd farther off than in honest runs"
+            parts.append((value, "detector-unlikely", sentence))
     return [
-        Reason(code, sentence) for value, code, sentence in parts if profile.p_value(value, limit) <= alpha
+        Reason(code, sentence) for value, code, sentence in parts if profile.refusal(value, limit) <= alpha
     ]

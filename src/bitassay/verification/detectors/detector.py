@@ -31,7 +31,8 @@ class Comparison:
     """A claimed run beside the verifier's prefill of it.
 
     positions: those whose states are shown, ascending. claimed: the host's states there, by sampled layer.
-    verifier: states and logits of all positions. dtype: the verifier's.
+    verifier: states and logits of all positions. dtype: the verifier's. precise: the same prefill in the
+    next higher precision (`engines/precise.py`).
     """
 
     header: Header
@@ -39,6 +40,7 @@ class Comparison:
     claimed: Mapping[int, Float[Tensor, "positions hidden"]]
     verifier: Prefill
     dtype: torch.dtype
+    precise: Prefill | None = None
 
     @property
     def n_prompt(self) -> int:
@@ -48,6 +50,12 @@ class Comparison:
     def pair(self, layer: int) -> tuple[Float[Tensor, "positions hidden"], Float[Tensor, "positions hidden"]]:
         """Return the host's and the verifier's states of a layer at the same positions."""
         return self.claimed[layer], self.verifier.states[layer][list(self.positions)]
+
+    @property
+    def reference(self) -> Prefill:
+        """Return the prefill in the next higher precision, which detectors that look at it need."""
+        assert self.precise is not None, "a comparison without a prefill in the next higher precision"
+        return self.precise
 
     def first(self, n: int) -> "Comparison":
         """Return the comparison of the prompt and the first `n` generated positions."""

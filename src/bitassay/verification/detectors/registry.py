@@ -4,6 +4,9 @@
     verillm-paper        full states at the sampled layers      arXiv 2509.24257; cells not accepted
     verillm-documents    the same                               the VeriLLM experiments' thresholds
     distance             the same                               mean log relative distance by layer
+    excess-distance      the same                               the host's rounding error less one's own
+    token-flips, token-outlier                                  tokens in units of honest rounding noise
+    rounding             nothing                                the noise of the text itself
     toploc               258 bytes for 32 tokens                arXiv 2501.16007, on the last sampled layer
     activation-difr      a few projected numbers                arXiv 2511.20621
     token-difr           nothing: ids, nonce and seed           arXiv 2511.20621
@@ -17,7 +20,9 @@ from bitassay.verification.detectors.activation_difr import ACTIVATION_DIFR
 from bitassay.verification.detectors.detector import Detector
 from bitassay.verification.detectors.distance import DISTANCE
 from bitassay.verification.detectors.exact import STRUCTURE
+from bitassay.verification.detectors.excess_distance import EXCESS_DISTANCE, ROUNDING
 from bitassay.verification.detectors.token_difr import TOKEN_DIFR
+from bitassay.verification.detectors.token_noise import TOKEN_FLIPS, TOKEN_OUTLIER
 from bitassay.verification.detectors.toploc import TOPLOC
 from bitassay.verification.detectors.verillm import VERILLM_DOCUMENTS, VERILLM_PAPER
 
@@ -29,11 +34,17 @@ DETECTORS: Registry[Detector] = Registry(
             VERILLM_PAPER,
             VERILLM_DOCUMENTS,
             DISTANCE,
+            EXCESS_DISTANCE,
             TOPLOC,
             ACTIVATION_DIFR,
             TOKEN_DIFR,
+            TOKEN_FLIPS,
+            TOKEN_OUTLIER,
+            ROUNDING,
             STRUCTURE,
         )
     },
 )
-DECIDING = (DISTANCE.name, TOKEN_DIFR.name)
+STATES = EXCESS_DISTANCE.name
+TOKENS = (TOKEN_DIFR.name, TOKEN_FLIPS.name, TOKEN_OUTLIER.name)
+DECIDING = (STATES, *TOKENS)

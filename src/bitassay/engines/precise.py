@@ -1,0 +1,130 @@
+"""Compute a model in the next higher precision for a while: what its rounding in its own dtype is measured
+against.
+
+A model in 16 bits computes in fp32 within `higher_precision`, one in fp32 in fp64. The weights keep their
+values; only sums, products and activations are no longer rounded to the model's dtype. Weights are converted
+one decoder layer at a time, just before it runs, and put back behind it, so that no copy of the model exists.
+Models with codes dequantize them as they do in any dtype.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from bitassay.models.hooks import hooked
+from bitassay.models.options import attention_of
+from bitassay.models.walk import decoder_layers
+
+HIGHER = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.float32: torch.float64}
+
+
+@contextmanager
+def higher_precision(model: PreTrainedModel) -> Iterator[None]:
+    """Make forwards of `model` compute in the next higher precision within the context. A model for which its
+    device has none (fp64, or fp32 on MPS) is left as it is."""
+    dtype = HIGHER.get(model.dtype)
+    if dtype is None or (dtype == torch.float64 and model.device.type == "mps"):
+        yield
+        return
+    layers = list(decoder_layers(model))
+    inside = {module for layer in layers for module in layer.modules()}
+    outside = [module for module in model.modules() if module not in inside]
+    embeddings = [module for module in outside if isinstance(module, nn.Embedding)]
+    single = [module for module in outside if _has_tensors(module) and module not in embeddings]
+    units = [(layer, list(layer.modules())) for layer in layers] + [(module, [module]) for module in single]
+    with ExitStack() as stack:
+        stack.enter_context(_attention_of_any_dtype(model))
+        stack.enter_context(hooked(_converted_output(module, dtype) for module in embeddings))
+        for unit, modules in units:
+            stack.enter_context(_converted_while_running(unit, modules, model.dtype, dtype))
+        yield
+
+
+def _has_tensors(module: nn.Module) -> bool:
+    tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    return any(tensor.is_floating_point() for tensor in tensors)
+
+
+def _converted_output(module: nn.Module, dtype: torch.dtype) -> Any:
+    return module.register_forward_hook(lambda _module, _arguments, output: output.to(dtype))
+
+
+@contextmanager
+def _converted_while_running(
+    unit: nn.Module, modules: Iterable[nn.Module], low: torch.dtype, high: torch.dtype
+) -> Iterator[None]:
+    """Give `modules` weights of dtype `high` for each forward of `unit`, and what they had behind it."""
+    before: list[tuple[nn.Module, dict[str, Any]]] = []
+
+    def convert(tensor: Tensor) -> Tensor:
+        return tensor.to(high) if tensor.dtype == low else tensor
+
+    def begin(_module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        for module in modules:
+            before.append((module, _state(module)))
+            _convert_own(module, convert)
+        return tuple(map(_moved(convert), arguments)), {
+            name: _moved(convert)(value) for name, value in options.items()
+        }
+
+    def end(_module: nn.Module, _arguments: Any, _output: Any) -> None:
+        while before:
+            _restore(*before.pop())
+
+    begun = unit.register_forward_pre_hook(begin, with_kwargs=True)
+    ended = unit.register_forward_hook(end, always_call=True)
+    with hooked((begun, ended)):
+        try:
+            yield
+        finally:
+            while before:
+                _restore(*before.pop())
+
+
+def _moved(convert: Callable[[Tensor], Tensor]) -> Callable[[Any], Any]:
+    def move(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return convert(value)
+        return tuple(map(move, value)) if type(value) is tuple else value
+
+    return move
+
+
+def _state(module: nn.Module) -> dict[str, Any]:
+    """Return what a module holds: its attributes, with the tables of parameters and buffers copied."""
+    tables = {name: dict(module.__dict__[name]) for name in ("_parameters", "_buffers")}
+    return {**module.__dict__, **tables}
+
+
+def _restore(module: nn.Module, state: dict[str, Any]) -> None:
+    hooks = {name: table for name, table in module.__dict__.items() if "_hooks" in name}
+    module.__dict__.clear()
+    module.__dict__.update(state | hooks)
+
+
+def _convert_own(module: nn.Module, convert: Callable[[Tensor], Tensor]) -> None:
+    """Convert what `module` itself holds into new tensors, as `module.to` does in place."""
+    overwrite = torch.__future__.get_overwrite_module_params_on_conversion()
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        module._apply(convert, recurse=False)
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(overwrite)
+
+
+@contextmanager
+def _attention_of_any_dtype(model: PreTrainedModel) -> Iterator[None]:
+    """Use an attention that computes in every dtype where the model's own knows 16 bits alone."""
+    attention = attention_of(model)
+    if not attention.startswith("flash"):
+        yield
+        return
+    model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(attention)

@@ -1,0 +1,92 @@
+"""Claimed tokens, one by one, against the noise that honest numerics put on the logits at that position.
+
+At each output token let z be the scores of the next higher precision (logits over the temperature, with the
+sampling noise and without what top-p leaves out), o those of the verifier's own dtype, and v over the TOP
+likeliest tokens:
+
+    sigma^2 = (var_v(o_v - z_v) + its mean over the run) / 2     what rounding does to scores here
+    u       = (max z - z_claimed) / sigma                        the margin in units of it
+    p       = sum over v but the best of  Phi(-(max z - z_v) / (sqrt(2) sigma))     at most MOST
+
+p is how often an honest host takes another token than z would, if its rounding error is normal and as large
+as the verifier's own. Two statistics of the first n tokens:
+
+    token-flips    sum (f - p) / sqrt(sum p (1 - p) + PRIOR)    f: 1 where the claimed token is not the best
+    token-outlier  the largest u
+
+The mean margin of `token_difr.py` lets a host choose at every near tie: nothing that it can do there is large
+in nats. But near ties are rare and their honest rate is known, so that *how often* the second best is taken
+tells, over a few requests, and a single token that rounding cannot explain tells at once.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from bitassay.engines.sampling import Draw
+from bitassay.verification.detectors.detector import Comparison, Detector, Series
+
+TOP = 20
+MOST = 0.7
+PRIOR = 0.05  # of one flip's variance: few tokens without a near tie must not make one flip look enormous
+MOST_UNITS = 20.0
+
+
+def margins_and_noise(
+    comparison: Comparison,
+) -> tuple[Float64[Tensor, " tokens"], Float64[Tensor, " tokens"], Float64[Tensor, " tokens"]]:
+    """Return u, f and p of each output token."""
+    header, logits = comparison.header, comparison.reference.logits
+    sampler = header.sampling.to_sampler()
+    draws = [Draw(header.nonce, index) for index in range(len(header.output_ids))]
+    claimed = torch.tensor(header.output_ids)
+    margins = sampler.margins(logits, claimed, draws)
+    scores = sampler.scores(logits, draws)
+    best = scores.topk(min(TOP, scores.shape[-1]))
+    own = comparison.verifier.logits.to(scores.device).gather(1, best.indices).double()
+    error = (own - logits.gather(1, best.indices).double()) / (sampler.temperature or 1.0)
+    variance = error.var(1, correction=0)
+    sigma = ((variance + variance.mean()) / 2).sqrt().clamp(min=torch.finfo(comparison.dtype).tiny).cpu()
+    gaps = (best.values[:, :1] - best.values[:, 1:]).cpu()
+    p = torch.special.ndtr(-gaps / (math.sqrt(2) * sigma[:, None])).sum(1).clamp(max=MOST)
+    units = (margins / sigma).clamp(max=MOST_UNITS)
+    return units, (claimed != best.indices[:, 0].cpu()).double(), p
+
+
+def excess_flips(values: Sequence[float]) -> float:
+    """Return the standardised excess of flips, from f - p of each token."""
+    expected = [1 - value if value > 0 else -value for value in values]
+    return sum(values) / math.sqrt(sum(p * (1 - p) for p in expected) + PRIOR)
+
+
+def check_flips(comparison: Comparison, _: Any) -> list[Series]:
+    """Return f - p as one series by token."""
+    _, flipped, p = margins_and_noise(comparison)
+    return [Series(tuple((flipped - p).tolist()))]
+
+
+def check_outlier(comparison: Comparison, _: Any) -> list[Series]:
+    """Return u as one series by token."""
+    return [Series(tuple(margins_and_noise(comparison)[0].tolist()))]
+
+
+TOKEN_FLIPS = Detector(
+    "token-flips",
+    "how often claimed tokens lose near ties",
+    check_flips,
+    smallest_sd=0.3,
+    statistic=excess_flips,
+    by_token=True,
+)
+TOKEN_OUTLIER = Detector(
+    "token-outlier",
+    "the claimed token that rounding explains least",
+    check_outlier,
+    smallest_sd=0.3,
+    statistic=max,
+    by_token=True,
+)
