@@ -132,6 +132,8 @@ def _column(
         options["align"] = "left"
     if instead:
         options["instead"] = _INSTEAD[instead]
+    if "choices" in options:
+        options["choices"] = tuple(options["choices"])
     if most is None:
         most = 1.0 if name in ("percent", "points") else math.inf
     return Column(
@@ -140,7 +142,7 @@ def _column(
         _WITH_DIGITS[name](int(digits)) if digits else _FORMATS[name],
         least=-most if signed or name == "points" else 0.0,
         most=most,
-        **{name: tuple(value) if isinstance(value, list) else value for name, value in options.items()},
+        **options,
     )
 
 
