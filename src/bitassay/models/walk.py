@@ -1,5 +1,4 @@
-"""Where a causal LM keeps its weights: decoder layers, their linears, fused experts, and whatever else is
-there.
+"""Where a causal LM keeps its weights: decoder layers, their linears, fused experts, and the rest.
 
 transformers 5 stores the experts of a mixture as 3-D parameters, not as `nn.Linear`; a walk over linears
 alone would skip most of such a model without a word. `walk` therefore sorts *every* matrix of the decoder

@@ -1,6 +1,5 @@
-"""What is finished of a calibrated recipe: layers, the state of tuning and, in the end, the result, which
-takes their place in the work folder.
-"""
+"""What is finished of a calibrated recipe: layers, and the state of tuning.
+In the end the result takes their place in the work folder."""
 
 from collections.abc import Mapping
 from dataclasses import asdict

@@ -1,5 +1,5 @@
-"""Our own layout, for what no standard format can express: binary, residual planes, low-rank factors and all
-else that a QuantizedTensor may have.
+"""How our own layout stores a matrix, for what no standard format can express.
+It holds binary, residual planes, low-rank factors and all else that a QuantizedTensor may have.
 
 It is the QuantizedTensor itself, part by part, in safetensors files:
 

@@ -1,6 +1,6 @@
-"""What an export layout is: how a folder stores the codes of a quantized model. Each is one file and one row
-of the table in `registry.py`; `save.py`, `plan.py` and `reload.py` name none but the two defaults.
-"""
+"""What an export layout is: how a folder stores the codes of a quantized model.
+Each is one file and one row of the table in `registry.py`; `save.py`, `plan.py` and `reload.py` name none but
+the two defaults."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -1,6 +1,5 @@
-"""What quantizing by a recipe will give, known from shapes alone: `plan_export`, for `--dry-run` and whoever
-has to know before any weight is read.
-"""
+"""What quantizing by a recipe will give, known from shapes alone: `plan_export`.
+It is for `--dry-run` and whoever has to know before any weight is read."""
 
 import math
 from collections.abc import Callable

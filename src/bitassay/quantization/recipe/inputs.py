@@ -1,5 +1,4 @@
-"""Specs of what is rounded besides weights: the inputs of linears, and the KV cache. The algorithms are
-`inputs/`."""
+"""Specs of what is rounded besides weights: inputs of linears, KV cache. Algorithms: `inputs/`."""
 
 from collections.abc import Iterator
 from fnmatch import fnmatchcase

@@ -1,5 +1,4 @@
-"""Specs of what changes a model before it is rounded: rotation and smoothing. The algorithms are
-`transforms/`."""
+"""Specs of what changes a model before it is rounded: rotation, smoothing. Algorithms: `transforms/`."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal

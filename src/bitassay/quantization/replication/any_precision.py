@@ -1,5 +1,5 @@
-"""Any-precision inference: residual codes, or nested bit planes, as one model that is read at the precision
-that a token deserves.
+"""Any-precision inference: residual codes, or nested bit planes, as one model.
+It is read at the precision that a token deserves.
 
 Plane 1 of a matrix in residual codes is a complete matrix of few bits, and each further plane repairs it
 (Matryoshka quantization, 2502.06786, nests bits in the same spirit). So one checkpoint is several models, and

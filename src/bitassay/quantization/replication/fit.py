@@ -1,5 +1,5 @@
-"""Coefficients of passes by least squares: what a layer with copies should put out is what the unquantized
-layer puts out in the unquantized model.
+"""Coefficients of passes by least squares.
+What a layer with copies should put out is what the unquantized layer puts out in the unquantized model.
 
     serial     pass by pass:  min over a, c of  sum_t w_t |y_t - a x_t - c f(x)_t|^2
     parallel   together:      min over a, c_i of  sum_t w_t |y_t - a x_t - sum_i c_i f_i(x)_t|^2

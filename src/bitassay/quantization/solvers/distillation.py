@@ -1,5 +1,5 @@
-"""Distillation data: calibration text, and more that the base model writes itself, with the base model's last
-hidden states.
+"""Distillation data: calibration text, and more that the base model writes itself.
+The base model's last hidden states come along.
 
 Learning all codes end to end sees every calibration token several times and begins to know them by heart. The
 base model can say what follows in any text, so it may as well write the text (LLM-QAT, 2305.17888, section
