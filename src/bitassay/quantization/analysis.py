@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -39,6 +39,7 @@ from bitassay.quantization.recipe.calibration import Calibration, calibration_to
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.runtime.experts import changed_fraction, load_of, routes
 from bitassay.quantization.runtime.model import Quantization, check_recipe, with_tensors
+from bitassay.quantization.shapes import Tokens
 from bitassay.quantization.solvers.sensitivity import (
     NOTHING_ELSE,
     Location,
@@ -107,10 +108,7 @@ def analyze(
 
 
 def _statistics(
-    model: PreTrainedModel,
-    tensors: Mapping[str, QuantizedTensor],
-    tokens: Int[Tensor, "samples tokens"],
-    progress: Progress,
+    model: PreTrainedModel, tensors: Mapping[str, QuantizedTensor], tokens: Tokens, progress: Progress
 ) -> dict[str, Any]:
     """What two passes over the text show of every matrix, and of what the layers put out."""
     views, where, count = matrices(model), matrix_locations(model), len(tokens)
@@ -169,7 +167,7 @@ def _divergences(
     model: PreTrainedModel,
     names: Sequence[str],
     tensors: Callable[[], Mapping[str, QuantizedTensor]],
-    tokens: Int[Tensor, "samples tokens"],
+    tokens: Tokens,
     plan: AnalysisPlan,
     folder: RunFolder,
     progress: Progress,
@@ -228,10 +226,7 @@ def _matrices(rows: list[Row], divergence: Mapping[str, list[float]]) -> list[Ro
 
 
 def _routing(
-    model: PreTrainedModel,
-    tensors: Mapping[str, QuantizedTensor],
-    tokens: Int[Tensor, "samples tokens"],
-    progress: Progress,
+    model: PreTrainedModel, tensors: Mapping[str, QuantizedTensor], tokens: Tokens, progress: Progress
 ) -> list[Row]:
     """For each module of experts, its load, and the tokens that go elsewhere once everything is quantized."""
     modules = fused_experts(model)

@@ -21,8 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError
@@ -49,6 +47,7 @@ from bitassay.quantization.runtime.model import (
     quantization_of,
     with_tensors,
 )
+from bitassay.quantization.shapes import Tokens
 from bitassay.quantization.solvers.layers import quantize_calibrated
 from bitassay.quantization.solvers.mixed import mixed_schemes
 from bitassay.quantization.solvers.sensitivity import matrix_locations
@@ -159,14 +158,14 @@ class WorkingCopy:
     recipe: Recipe
     model: PreTrainedModel
     schemes: dict[str, WeightScheme | None]
-    tokens: Int[Tensor, "samples tokens"] | None
+    tokens: Tokens | None
     folder: RunFolder | None
     progress: Progress
     copies: dict[int, int] = field(default_factory=dict)
     uncopied: "WorkingCopy | None" = None
 
     @property
-    def text(self) -> Int[Tensor, "samples tokens"]:
+    def text(self) -> Tokens:
         """The calibration text, for steps that need it."""
         assert self.tokens is not None
         return self.tokens

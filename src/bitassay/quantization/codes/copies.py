@@ -35,6 +35,7 @@ from bitassay.quantization.codes.scales import SEARCH_FACTORS, range_grid, resca
 from bitassay.quantization.codes.tensor import QuantizedTensor, from_codes
 from bitassay.quantization.recipe.granularity import Granularity
 from bitassay.quantization.recipe.weights import WeightScheme
+from bitassay.quantization.shapes import Columns, Matrix
 
 
 def digit_planes(tensor: QuantizedTensor, scheme: WeightScheme) -> list[QuantizedTensor]:
@@ -51,7 +52,7 @@ def digit_planes(tensor: QuantizedTensor, scheme: WeightScheme) -> list[Quantize
 
 
 def offset_copies(
-    weight: Float[Tensor, "out in"], scheme: WeightScheme, importance: Float[Tensor, " in"] | None = None
+    weight: Matrix, scheme: WeightScheme, importance: Columns | None = None
 ) -> list[QuantizedTensor]:
     """Return one copy for each offset, all on the scale that is best for their mean."""
     copies, granularity, w = scheme.copies, Granularity.parse(scheme.granularity), weight.float()

@@ -5,8 +5,6 @@ Fake quantization is `quantize_tensor(w, scheme).dequantize()`. Solvers that kno
 """
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from bitassay.errors import BitassayError
 from bitassay.quantization.codes.adaptive import adapted
@@ -25,13 +23,11 @@ from bitassay.quantization.codes.scales import matrix_grids
 from bitassay.quantization.codes.tensor import QuantizedTensor, from_codes
 from bitassay.quantization.recipe.granularity import Granularity
 from bitassay.quantization.recipe.weights import WeightScheme
+from bitassay.quantization.shapes import Columns, Matrix
 
 
 def quantize_tensor(
-    weight: Float[Tensor, "out in"],
-    scheme: WeightScheme,
-    name: str = "weight",
-    importance: Float[Tensor, " in"] | None = None,
+    weight: Matrix, scheme: WeightScheme, name: str = "weight", importance: Columns | None = None
 ) -> QuantizedTensor:
     """Round a matrix to nearest on the grids that `scheme` asks for, each column's error weighed by its
     `importance`: the mean squared input, or a Hessian's diagonal.
@@ -59,7 +55,7 @@ def quantize_tensor(
     return from_codes(_codes(w, grids, scheme, name), shared.scale, scheme, shared.zero_point, shared.mean)
 
 
-def check_weight(weight: Float[Tensor, "out in"], scheme: WeightScheme, name: str) -> None:
+def check_weight(weight: Matrix, scheme: WeightScheme, name: str) -> None:
     """Raise BitassayError where weights are not finite, or scales in the scheme's dtype cannot hold them."""
     if not weight.isfinite().all():
         raise BitassayError(f"{name}: NaN or infinite weights cannot be quantized", "restore the checkpoint")
@@ -71,9 +67,7 @@ def check_weight(weight: Float[Tensor, "out in"], scheme: WeightScheme, name: st
         )
 
 
-def _codes(
-    w: Float[Tensor, "out in"], grids: list[Grid], scheme: WeightScheme, name: str
-) -> Float[Tensor, "out in"]:
+def _codes(w: Matrix, grids: list[Grid], scheme: WeightScheme, name: str) -> Matrix:
     """Return the codes of a matrix, rounded as the scheme says; `name` seeds what is random."""
     granularity, generator = Granularity.parse(scheme.granularity), generator_for(scheme.seed, name)
     groups = granularity.to_groups(w)
@@ -89,9 +83,7 @@ def _codes(
     return granularity.from_groups(codes, len(w))
 
 
-def _copies(
-    weight: Float[Tensor, "out in"], scheme: WeightScheme, name: str, importance: Float[Tensor, " in"] | None
-) -> QuantizedTensor:
+def _copies(weight: Matrix, scheme: WeightScheme, name: str, importance: Columns | None) -> QuantizedTensor:
     """Return the copies that `scheme.copies` asks for, each rounded to nearest, as one matrix."""
     copies = scheme.copies
     assert copies is not None

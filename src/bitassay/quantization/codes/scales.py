@@ -41,6 +41,7 @@ from bitassay.quantization.codes.rounding import dequantize, nearest
 from bitassay.quantization.recipe.formats import NumberFormat
 from bitassay.quantization.recipe.granularity import Granularity
 from bitassay.quantization.recipe.weights import WeightScheme
+from bitassay.quantization.shapes import Columns, Matrix
 
 # Of equally good scales the first wins, so that nothing is clipped for nothing.
 SEARCH_FACTORS = (*(1 - 0.05 * step for step in range(19)), 1.05, 1.1)
@@ -53,9 +54,7 @@ BLOCK_ELEMENTS = 2**17  # a block of the search that stays in the cache
 Groups = Float[Tensor, "groups size"]
 
 
-def matrix_grids(
-    w: Float[Tensor, "out in"], scheme: WeightScheme, importance: Float[Tensor, " in"] | None = None
-) -> list[Grid]:
+def matrix_grids(w: Matrix, scheme: WeightScheme, importance: Columns | None = None) -> list[Grid]:
     """Return the grids of a matrix, one for each tensor of `Granularity.to_groups`."""
     granularity = Granularity.parse(scheme.granularity)
     groups = granularity.to_groups(w)

@@ -261,10 +261,7 @@ def _interleaved(rows: int, size: int) -> np.ndarray:
 
 
 def _write_description(
-    writer: GGUFWriter,
-    model: PreTrainedModel,
-    config: PretrainedConfig,
-    tensors: dict[str, Blocks],
+    writer: GGUFWriter, model: PreTrainedModel, config: PretrainedConfig, tensors: dict[str, Blocks]
 ) -> None:
     known, done = identity(model), quantization_of(model)
     commonest = Counter(kind for kind, data in tensors.values() if data.ndim > 1).most_common(1)[0][0]

@@ -119,13 +119,7 @@ def _learning(spec: Learned, sizes: Sizes) -> int:
 def _tuning(spec: Tune, sizes: Sizes) -> int:
     config, layers = sizes.model.config.get_text_config(), len(decoder_layers(sizes.model))
     return tune.memory_of(
-        spec,
-        sizes.text.tokens,
-        sizes.shapes,
-        layers,
-        config.hidden_size,
-        sizes.parameters,
-        config.vocab_size,
+        spec, sizes.text.tokens, sizes.shapes, layers, config.hidden_size, sizes.parameters, config.vocab_size
     )
 
 

@@ -45,11 +45,7 @@ MARGIN_BYTES = 2**24  # configuration, tokenizer and file headers
 
 
 def save(
-    model: PreTrainedModel,
-    folder: str | Path,
-    *,
-    layout: str | None = None,
-    progress: Progress = silent,
+    model: PreTrainedModel, folder: str | Path, *, layout: str | None = None, progress: Progress = silent
 ) -> Card:
     """Write a model that `quantize` made, fake or packed, into `folder`, which must not exist or be empty.
 

@@ -27,6 +27,7 @@ from bitassay.quantization.inputs.thresholds import (
 )
 from bitassay.quantization.recipe.formats import NumberFormat
 from bitassay.quantization.recipe.inputs import Activations, InputScheme, OutlierColumns
+from bitassay.quantization.shapes import Columns, Matrix
 from bitassay.record.progress import Progress, silent
 
 SAMPLED_TOKENS = 256
@@ -39,13 +40,13 @@ class Ranges:
 
     batch_low: Float[Tensor, "batches in"]
     batch_high: Float[Tensor, "batches in"]
-    mean: Float[Tensor, " in"]
-    mean_square: Float[Tensor, " in"]
-    mean_magnitude: Float[Tensor, " in"]
+    mean: Columns
+    mean_square: Columns
+    mean_magnitude: Columns
     sample: Float[Tensor, "sampled in"]
 
     @property
-    def absmax(self) -> Float[Tensor, " in"]:
+    def absmax(self) -> Columns:
         """The largest magnitude in each column."""
         return torch.maximum(self.batch_high.amax(0), -self.batch_low.amin(0))
 
@@ -154,9 +155,7 @@ def input_roundings(
 
 
 @torch.no_grad()
-def rounding_from(
-    scheme: InputScheme, ranges: Ranges | None, weight: Float[Tensor, "out in"]
-) -> InputRounding:
+def rounding_from(scheme: InputScheme, ranges: Ranges | None, weight: Matrix) -> InputRounding:
     """Return the rounding of one linear; thresholds are those of the columns that are no outliers."""
     if ranges is None or (outliers := scheme.outliers) is None:
         columns: tuple[int, ...] = ()

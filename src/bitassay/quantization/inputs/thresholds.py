@@ -30,6 +30,7 @@ from torch import Tensor
 from bitassay.quantization.codes.grid import Grid
 from bitassay.quantization.codes.rounding import nearest
 from bitassay.quantization.recipe.formats import NumberFormat
+from bitassay.quantization.shapes import Columns
 
 HISTOGRAM_BINS = 2048
 LEARNING_STEPS = 120
@@ -95,9 +96,7 @@ def _clipped_divergence(counts: np.ndarray, kept: int, levels: int) -> float:
     return float((p * np.log(p / q)).sum())
 
 
-def learned_threshold(
-    x: Float[Tensor, "rows in"], column_weight: Float[Tensor, " in"], fmt: NumberFormat
-) -> float:
+def learned_threshold(x: Float[Tensor, "rows in"], column_weight: Columns, fmt: NumberFormat) -> float:
     """Descend (by Adam) on log s from the absmax scale; return the T of the step with the least error."""
     x = x.float()
     start = x.abs().max().clamp(min=torch.finfo(torch.float32).tiny) / fmt.largest

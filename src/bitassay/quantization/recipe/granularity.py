@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bitassay.errors import BitassayError
+from bitassay.quantization.shapes import Matrix, PerGroup
 
 # [groups, size]; unnamed, since the members of a list differ in both
 Groups = Float[Tensor, "_ _"]
@@ -90,20 +91,18 @@ class Granularity:
             return rows, -(-columns // self.block_sizes[1])
         return rows, sum((stop - start) // size for start, stop, size in self.spans(columns))
 
-    def to_groups(self, matrix: Float[Tensor, "out in"]) -> list[Groups]:
+    def to_groups(self, matrix: Matrix) -> list[Groups]:
         """Cut the matrix into groups, a tensor `[groups, size]` for each run of equal groups of a row; in it
         they go row by row, left to right."""
         if self.name == "tensor":
             return [matrix.reshape(1, -1)]
         return [matrix[:, start:stop].reshape(-1, size) for start, stop, size in self.spans(matrix.shape[1])]
 
-    def from_groups(self, parts: list[Groups], rows: int) -> Float[Tensor, "out in"]:
+    def from_groups(self, parts: list[Groups], rows: int) -> Matrix:
         """Invert `to_groups`; also joins one number a group into `[rows, groups]` (or `[1, 1]`)."""
         return torch.cat([part.reshape(1 if part.numel() == 1 else rows, -1) for part in parts], dim=1)
 
-    def scales_to_groups(
-        self, scales: Float[Tensor, "rows groups"], columns: int
-    ) -> list[Float[Tensor, "_ 1"]]:
+    def scales_to_groups(self, scales: PerGroup, columns: int) -> list[Float[Tensor, "_ 1"]]:
         """Return scales `[rows, groups]` as one column for each tensor that `to_groups` returns."""
         if self.name == "tensor":
             return [scales.reshape(1, 1)]

@@ -6,8 +6,6 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
-from jaxtyping import Float, Int
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError
@@ -21,6 +19,7 @@ from bitassay.quantization.replication.fit import fit_passes
 from bitassay.quantization.replication.select import chosen_layers
 from bitassay.quantization.runtime.model import Quantization, with_tensors
 from bitassay.quantization.runtime.replicas import replica_names
+from bitassay.quantization.shapes import Columns, Tokens
 from bitassay.record.progress import Progress
 
 
@@ -28,7 +27,7 @@ def copies_by_layer(
     model: PreTrainedModel,
     plan: ReplicationPlan,
     schemes: Mapping[str, WeightScheme | None],
-    tokens: Int[Tensor, "samples tokens"] | None,
+    tokens: Tokens | None,
     progress: Progress,
 ) -> dict[int, int]:
     """Return how many copies each layer gets that gets several. `model` is about to be quantized by
@@ -49,7 +48,7 @@ def with_copies(
     before: PreTrainedModel,
     schemes: Mapping[str, WeightScheme | None],
     counts: Mapping[int, int],
-    tokens: Int[Tensor, "samples tokens"] | None,
+    tokens: Tokens | None,
     progress: Progress,
 ) -> Quantization:
     """Return `made` with the codes of layers' copies and the coefficients of their passes. `before` is the
@@ -73,11 +72,8 @@ def with_copies(
 
 
 def _importance(
-    base: PreTrainedModel,
-    made: Quantization,
-    tokens: Int[Tensor, "samples tokens"] | None,
-    progress: Progress,
-) -> dict[str, Float[Tensor, " in"]]:
+    base: PreTrainedModel, made: Quantization, tokens: Tokens | None, progress: Progress
+) -> dict[str, Columns]:
     """Return what weighs the columns of copies, the mean squared inputs behind the quantized layers, as it
     weighed the first copy; nothing without calibration text."""
     if made.recipe.calibration is None:
@@ -92,7 +88,7 @@ def _codes_of_copies(
     plan: ReplicationPlan,
     schemes: Mapping[str, WeightScheme | None],
     counts: Mapping[int, int],
-    importance: Mapping[str, Float[Tensor, " in"]],
+    importance: Mapping[str, Columns],
     progress: Progress,
 ) -> dict[str, QuantizedTensor]:
     """Return the matrices of all copies but the layers themselves."""

@@ -21,6 +21,7 @@ from bitassay.models.config import text_config
 from bitassay.models.positions import frequencies
 from bitassay.models.walk import decoder_of
 from bitassay.quantization.recipe.solvers import Tune
+from bitassay.quantization.shapes import Tokens
 from bitassay.quantization.solvers.layerwise import BATCH_SAMPLES
 from bitassay.record.progress import Progress
 from bitassay.record.run import RunFolder
@@ -31,11 +32,7 @@ WRITING_SAMPLES = 64
 
 
 def distillation_data(
-    base: PreTrainedModel,
-    tokens: Int[Tensor, "samples tokens"],
-    spec: Tune,
-    folder: RunFolder | None,
-    progress: Progress,
+    base: PreTrainedModel, tokens: Tokens, spec: Tune, folder: RunFolder | None, progress: Progress
 ) -> tuple[Int[Tensor, "texts tokens"], Float[Tensor, "texts tokens hidden"]]:
     """Return token ids, and the base model's last hidden states in bf16; written text is kept in `folder`."""
     progress("running the base model over the calibration text")
@@ -71,7 +68,7 @@ def head_weight(model: PreTrainedModel) -> Float[Tensor, "vocabulary hidden"]:
 
 @torch.no_grad()
 def last_states(
-    model: PreTrainedModel, tokens: Int[Tensor, "samples tokens"], batch: int = BATCH_SAMPLES
+    model: PreTrainedModel, tokens: Tokens, batch: int = BATCH_SAMPLES
 ) -> Float[Tensor, "samples tokens hidden"]:
     """Return what the output head reads, in bf16."""
     with torch.autocast(tokens.device.type, torch.bfloat16):
@@ -82,7 +79,7 @@ def last_states(
     return torch.cat(parts)
 
 
-def prompts(tokens: Int[Tensor, "samples tokens"], count: int) -> Int[Tensor, "count prompt"]:
+def prompts(tokens: Tokens, count: int) -> Int[Tensor, "count prompt"]:
     """Return `count` pieces of PROMPT_TOKENS tokens: the first of every sample, then the second, and so on
     from the start where there are no more."""
     length = min(PROMPT_TOKENS, tokens.shape[1])

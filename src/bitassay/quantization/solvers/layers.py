@@ -7,7 +7,7 @@ there the next time.
 
 from collections.abc import Collection, Iterable, Mapping
 
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -18,6 +18,7 @@ from bitassay.quantization.codes.tensor import QuantizedTensor
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.recipe.weights import WeightScheme
 from bitassay.quantization.runtime.experts import expert_inputs, expert_matrix, warn_of_few
+from bitassay.quantization.shapes import Hessian, Matrix, Tokens
 from bitassay.quantization.solvers.layerwise import (
     Arguments,
     Hidden,
@@ -40,7 +41,7 @@ def quantize_calibrated(
     working_copy: PreTrainedModel,
     schemes: Mapping[str, WeightScheme | None],
     recipe: Recipe,
-    tokens: Int[Tensor, "samples tokens"],
+    tokens: Tokens,
     folder: RunFolder | None,
     progress: Progress,
 ) -> dict[str, QuantizedTensor]:
@@ -73,7 +74,7 @@ def quantize_layers(
     working_copy: PreTrainedModel,
     schemes: Mapping[str, WeightScheme | None],
     recipe: Recipe,
-    tokens: Int[Tensor, "samples tokens"],
+    tokens: Tokens,
     folder: RunFolder | None,
     progress: Progress,
 ) -> dict[str, Solution]:
@@ -180,7 +181,7 @@ class _LayerWork:
             others = f" and {len(linears) - 1} more" if linears[1:] else ""
             self.progress(f"{linears[0]}{others}: rounded to nearest, since no token gets there")
 
-    def weight(self, name: str) -> Float[Tensor, "out in"]:
+    def weight(self, name: str) -> Matrix:
         """Return the matrix as the working copy holds it now."""
         return self.linears[name].weight if name in self.linears else expert_matrix(self.model, name)
 
@@ -194,7 +195,7 @@ class _LayerWork:
             else:
                 self.weight(name).copy_(weight)
 
-    def solve(self, names: tuple[str, ...], hessian: Float[Tensor, "in in"]) -> None:
+    def solve(self, names: tuple[str, ...], hessian: Hessian) -> None:
         """Quantize matrices that read the same input; those of one scheme in one go."""
         by_scheme: dict[str, list[str]] = {}
         for name in names:

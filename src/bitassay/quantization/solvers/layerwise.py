@@ -18,6 +18,7 @@ from transformers import Cache, PreTrainedModel
 from bitassay.errors import BitassayError
 from bitassay.models.hooks import hooked
 from bitassay.models.walk import decoder_layers, decoder_of
+from bitassay.quantization.shapes import Hessian, Tokens
 
 BATCH_SAMPLES = 8
 CHUNK_ROWS = 8192
@@ -127,7 +128,7 @@ class _Stop(Exception):
 
 
 @torch.no_grad()
-def first_inputs(model: PreTrainedModel, tokens: Int[Tensor, "samples tokens"]) -> Stream:
+def first_inputs(model: PreTrainedModel, tokens: Tokens) -> Stream:
     """Return what the first decoder layer gets for these tokens, and the other arguments of every layer.
 
     What differs from sample to sample is found by a forward over two without a token in common. Raises
@@ -159,7 +160,7 @@ class _Forward:
     the last one put out. written: the mappings into which layers put something. stop: in front of the first
     layer."""
 
-    def __init__(self, model: PreTrainedModel, tokens: Int[Tensor, "samples tokens"], stop: bool = False):
+    def __init__(self, model: PreTrainedModel, tokens: Tokens, stop: bool = False):
         self.calls: list[_Call] = []
         self.hidden = self.last = torch.empty(0)
         seen: dict[int, tuple[Any, int]] = {}
@@ -290,7 +291,7 @@ def products_in(precision: str | None, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype, enabled=precision is not None)
 
 
-def hessian_of(inputs: Float[Tensor, "... in"]) -> Float[Tensor, "in in"]:
+def hessian_of(inputs: Float[Tensor, "... in"]) -> Hessian:
     """Return `sum x x^T`: fp32 products of chunks, summed in fp64; the upper blocks, mirrored."""
     columns = inputs.shape[-1]
     total = torch.zeros(columns, columns, dtype=torch.float64)
@@ -310,7 +311,7 @@ def quantize_in_passing(
     arguments: Arguments,
     linears: Mapping[str, nn.Linear],
     groups: list[tuple[str, ...]],
-    solve: Callable[[tuple[str, ...], Float[Tensor, "in in"]], None],
+    solve: Callable[[tuple[str, ...], Hessian], None],
 ) -> Hidden:
     """Run a layer once over all samples, and quantize each of the `input_groups` when its input arrives:
     `solve` replaces their weights, and what follows sees it. Returns the quantized layer's output."""

@@ -20,7 +20,6 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError
@@ -30,6 +29,7 @@ from bitassay.quantization.codes.tensor import QuantizedTensor
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.recipe.solvers import Mixed
 from bitassay.quantization.recipe.weights import WeightScheme
+from bitassay.quantization.shapes import Tokens
 from bitassay.quantization.solvers.sensitivity import (
     divergences_over,
     matrix_locations,
@@ -54,7 +54,7 @@ class Unit(NamedTuple):
 def mixed_schemes(
     model: PreTrainedModel,
     recipe: Recipe,
-    tokens: Int[Tensor, "samples tokens"],
+    tokens: Tokens,
     progress: Progress = silent,
     folder: RunFolder | None = None,
 ) -> dict[str, WeightScheme | None]:
@@ -81,7 +81,7 @@ def _spend(
     recipe: Recipe,
     spec: Mixed,
     choices: list[WeightScheme],
-    tokens: Int[Tensor, "samples tokens"],
+    tokens: Tokens,
     progress: Progress,
 ) -> dict[str, int]:
     """Return the number of the choice of each matrix that has one."""
@@ -135,7 +135,7 @@ def _costs(
     model: PreTrainedModel,
     free: list[Unit],
     candidates: Candidates,
-    tokens: Int[Tensor, "samples tokens"],
+    tokens: Tokens,
     spec: Mixed,
     progress: Progress,
 ) -> Float[np.ndarray, "units choices"]:

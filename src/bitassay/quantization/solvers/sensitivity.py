@@ -30,6 +30,7 @@ from bitassay.quantization.codes.tensor import QuantizedTensor
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.runtime.experts import Load, expert_inputs, expert_products
 from bitassay.quantization.runtime.model import Quantization, with_tensors
+from bitassay.quantization.shapes import Tokens
 from bitassay.record.progress import Progress
 
 NOTHING_ELSE = Recipe.model_validate({"name": "one-group", "weights": None})
@@ -56,7 +57,7 @@ def matrix_locations(model: PreTrainedModel) -> dict[str, Location]:
 @torch.no_grad()
 def observe(
     model: PreTrainedModel,
-    tokens: Int[Tensor, "samples tokens"],
+    tokens: Tokens,
     tap: Callable[[str, Float[Tensor, "rows _"]], None],
     progress: Callable[[int], None] = lambda done: None,
 ) -> Load:
@@ -109,7 +110,7 @@ def _energy(y: Tensor) -> float:
 def predicted_divergences(
     model: PreTrainedModel,
     candidates: Mapping[str, Sequence[QuantizedTensor]],
-    tokens: Int[Tensor, "samples tokens"],
+    tokens: Tokens,
     progress: Callable[[int], None] = lambda done: None,
     seed: int = 0,
 ) -> dict[str, list[float]]:
@@ -159,7 +160,7 @@ def _kept_products(model: PreTrainedModel) -> Iterator[list[tuple[str, Tensor, T
 def divergences_over(
     model: PreTrainedModel,
     groups: Mapping[str, Mapping[str, QuantizedTensor]],
-    tokens: Int[Tensor, "samples tokens"],
+    tokens: Tokens,
     what: str,
     progress: Progress,
 ) -> dict[str, float]:

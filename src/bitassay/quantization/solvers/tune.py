@@ -31,6 +31,7 @@ from transformers import PreTrainedModel
 from bitassay.models.hooks import forwarded
 from bitassay.models.walk import decoder_layers, decoder_of
 from bitassay.quantization.recipe.solvers import Tune
+from bitassay.quantization.shapes import Tokens
 from bitassay.quantization.solvers.descent import descend
 from bitassay.quantization.solvers.distillation import distillation_data, head_weight
 from bitassay.quantization.solvers.shadow_weight import ShadowWeight, shadow_linears
@@ -121,7 +122,7 @@ def tune(
     student: PreTrainedModel,
     shadows: dict[str, ShadowWeight],
     norms: list[nn.Parameter],
-    tokens: Int[Tensor, "samples tokens"],
+    tokens: Tokens,
     base_states: Float[Tensor, "samples tokens hidden"],
     base_head: Float[Tensor, "vocabulary hidden"],
     spec: Tune,

@@ -30,7 +30,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -40,6 +40,7 @@ from bitassay.models.hooks import hooked
 from bitassay.models.walk import decoder_layers, module_name
 from bitassay.quantization.codes.hadamard import Orthogonal, block_hadamard, hadamard, random_orthogonal
 from bitassay.quantization.recipe.transforms import Rotation
+from bitassay.quantization.shapes import Tokens
 from bitassay.quantization.transforms.procrustes import refine
 from bitassay.quantization.transforms.residual_stream import (
     LayerStream,
@@ -53,9 +54,7 @@ REFINE_ROWS = 4096
 
 
 @torch.no_grad()
-def rotate(
-    model: PreTrainedModel, rotation: Rotation, tokens: Int[Tensor, "samples tokens"] | None = None
-) -> None:
+def rotate(model: PreTrainedModel, rotation: Rotation, tokens: Tokens | None = None) -> None:
     """Rotate a working copy in place, products in fp64; what it computes stays the same. A copy in 16 bits is
     in fp32 afterwards: rounded to 16 bits again, rotated weights are no longer quite the model's.
 
@@ -80,10 +79,7 @@ def rotate(
 
 
 def _rotate_stream(
-    model: PreTrainedModel,
-    rotation: Rotation,
-    chosen: list[int],
-    tokens: Int[Tensor, "samples tokens"] | None,
+    model: PreTrainedModel, rotation: Rotation, chosen: list[int], tokens: Tokens | None
 ) -> None:
     stream = residual_stream(model)
     q = _orthogonal(rotation, stream.embedding.read().shape[-1], "r1")
@@ -257,7 +253,7 @@ class _Rotate:
 
 
 def _normed_stream(
-    model: PreTrainedModel, stream: ResidualStream, tokens: Int[Tensor, "samples tokens"] | None
+    model: PreTrainedModel, stream: ResidualStream, tokens: Tokens | None
 ) -> Float[Tensor, "rows hidden"]:
     """Return rows of what the norms put out, about REFINE_ROWS of them, evenly from all layers."""
     if tokens is None:
