@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, field_validator, model_serializer, model_validator
+from pydantic import Field, field_validator, model_serializer
 
 from bitassay.errors import suggestion
 from bitassay.quantization.recipe.formats import FORMATS, INPUT_FORMATS, NumberFormat
@@ -23,11 +23,9 @@ class OutlierColumns(Spec):
     sigma: float | None = Field(default=None, gt=0)
     percentile: float | None = Field(default=None, gt=0, lt=100)
 
-    @model_validator(mode="after")
-    def _one_rule(self) -> "OutlierColumns":
+    def contradictions(self) -> Iterator[str]:
         if (self.sigma is None) == (self.percentile is None):
-            raise ValueError("give sigma or percentile, such as {sigma: 6}")
-        return self
+            yield "give sigma or percentile, such as {sigma: 6}"
 
 
 class InputScheme(Spec):
@@ -57,18 +55,17 @@ class InputScheme(Spec):
             raise ValueError(f"unknown input format {name!r}; {suggestion(name, INPUT_FORMATS, short=30)}")
         return name
 
-    @model_validator(mode="after")
-    def _makes_sense(self) -> "InputScheme":
+    def contradictions(self) -> Iterator[str]:
         fmt = self.number_format
         if not self.symmetric and fmt.kind == "float":
-            raise ValueError(f"{self.format} codes are symmetric around zero: a zero point cannot shift them")
+            yield f"{self.format} codes are symmetric around zero: a zero point cannot shift them"
         if not self.symmetric and self.scale in ("kl", "learned"):
-            raise ValueError(f"scale: {self.scale} finds one threshold for both signs: use symmetric: true")
+            yield f"scale: {self.scale} finds one threshold for both signs: use symmetric: true"
         if self.scale == "kl" and (fmt.kind == "float" or fmt.bits > 8):
-            raise ValueError(f"scale: kl compares histograms of at most 256 equal steps, not {self.format}")
-        for name, rule in (("percentile", "percentile"), ("momentum", "moving_average")):
-            self.refuse_idle(() if self.scale == rule else (name,), f"scale: {self.scale}")
-        return self
+            yield f"scale: kl compares histograms of at most 256 equal steps, not {self.format}"
+        rules = {"percentile": "percentile", "momentum": "moving_average"}
+        idle = [name for name, rule in rules.items() if self.scale != rule]
+        yield from self.idle(idle, f"scale: {self.scale}")
 
     @model_serializer(mode="wrap")
     def _without_idle_factor(self, dump: Any) -> dict[str, Any]:
@@ -145,11 +142,9 @@ class KvCache(RecipePart):
             raise ValueError(f"granularity of a cache: head, or groups such as g32, not {text!r}")
         return text
 
-    @model_validator(mode="after")
-    def _makes_sense(self) -> "KvCache":
+    def contradictions(self) -> Iterator[str]:
         if not self.symmetric and not self.number_format.has_asymmetric:
-            raise ValueError(f"{self.format} codes are symmetric around zero: a zero point cannot shift them")
-        return self
+            yield f"{self.format} codes are symmetric around zero: a zero point cannot shift them"
 
     @property
     def number_format(self) -> NumberFormat:

@@ -26,7 +26,7 @@ from bitassay.quantization.recipe.files import REMEDY, SHIPPED, read_recipe_file
 from bitassay.quantization.recipe.inputs import Activations, KvCache
 from bitassay.quantization.recipe.replication import ReplicationPlan
 from bitassay.quantization.recipe.solvers import Gptq, Learned, LowRankSpec, Mixed, Tune
-from bitassay.quantization.recipe.spec import RecipePart, SolverPart, Spec, refuse, validate_as
+from bitassay.quantization.recipe.spec import RecipePart, SolverPart, Spec, validate_as
 from bitassay.quantization.recipe.transforms import Rotation, Smoothing
 from bitassay.quantization.recipe.weights import WeightScheme
 from bitassay.record.hashing import digest_json
@@ -83,14 +83,7 @@ class Recipe(Spec):
         fields = dump(self)
         return fields | fields.pop("plugins", {})
 
-    @model_validator(mode="after")
-    def _makes_sense(self) -> "Recipe":
-        refuse(self._contradictions())
-        return self
-
-    def _contradictions(self) -> Iterator[str]:
-        """Yield the reasons why the combination makes no sense: those of each part, named, then those of the
-        schemes."""
+    def contradictions(self) -> Iterator[str]:
         for name, part in self.parts.items():
             for reason in part.conflicts(self):
                 yield f"{name}: {reason}"

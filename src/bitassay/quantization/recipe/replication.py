@@ -40,7 +40,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 from pydantic import ConfigDict, Field, model_validator
 
 from bitassay.errors import BitassayError
-from bitassay.quantization.recipe.spec import RecipePart, Spec, refuse, validate_as
+from bitassay.quantization.recipe.spec import RecipePart, Spec, validate_as
 from bitassay.quantization.recipe.weights import SUMS, Copies
 
 if TYPE_CHECKING:
@@ -134,13 +134,6 @@ class ReplicationPlan(RecipePart):
         elif _are_counts(layers := fields.get("layers")):
             usual["copies"] = max(layers.values())
         return usual | fields
-
-    @model_validator(mode="after")
-    def _makes_sense(self) -> "ReplicationPlan":
-        refuse(self._contradictions())
-        if self.makes_codes:
-            self.of_matrices(self.copies)
-        return self
 
     @property
     def needs_text(self) -> bool:
@@ -254,8 +247,7 @@ class ReplicationPlan(RecipePart):
             known = dict.fromkeys(range(self.layers.count(layers)), self.copies)
         return [known.get(index, 1) for index in range(layers)]
 
-    def _contradictions(self) -> Iterator[str]:
-        """Yield the reasons why the combination makes no sense."""
+    def contradictions(self) -> Iterator[str]:
         fitted, shared = self.coefficients == "fitted", self.differ in SHARED
         first = self.coefficients[0:1] if isinstance(self.coefficients, tuple) else ()
         if self.of == "linear" and self.how == "serial":
@@ -292,6 +284,8 @@ class ReplicationPlan(RecipePart):
         yield from self._contradictions_of_layers()
         if self.values and shared:
             yield f"values: copies that differ by {self.differ} have none"
+        if self.makes_codes:
+            self.of_matrices(self.copies)
 
     def _contradictions_of_layers(self) -> Iterator[str]:
         layers = self.layers

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from bitassay.quantization.recipe.spec import RecipePart, SolverPart, validate_as
 from bitassay.quantization.recipe.weights import SUMS, WeightScheme
@@ -23,11 +23,9 @@ class Mixed(RecipePart):
     sensitivity: Literal["kl", "error"] = "error"
     samples: int = Field(default=8, ge=1)
 
-    @model_validator(mode="after")
-    def _different(self) -> "Mixed":
+    def contradictions(self) -> Iterator[str]:
         if any(choice in self.formats[:place] for place, choice in enumerate(self.formats)):
-            raise ValueError("formats lists the same choice twice")
-        return self
+            yield "formats lists the same choice twice"
 
     @property
     def needs_text(self) -> bool:

@@ -7,9 +7,9 @@ under its name where the algorithms are: `PREPARE` and `FINISH` of `pipeline.py`
 """
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 if TYPE_CHECKING:
     from bitassay.quantization.recipe.recipe import Recipe
@@ -25,11 +25,21 @@ class Spec(BaseModel):
         an equal spec of them."""
         return _without_absent(self, self.model_dump(mode="json"))
 
-    def refuse_idle(self, names: Sequence[str], where: str) -> None:
-        """Raise ValueError for a field that is not at its default although it has no effect."""
+    def contradictions(self) -> Iterator[str]:
+        """Yield the reasons why the combination of fields makes no sense; the first is raised."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> Self:
+        if reason := next(self.contradictions(), None):
+            raise ValueError(reason)
+        return self
+
+    def idle(self, names: Sequence[str], where: str) -> Iterator[str]:
+        """Yield the fields that are not at their defaults although they have no effect."""
         for name in names:
             if getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{name} has no effect on {where}")
+                yield f"{name} has no effect on {where}"
 
 
 def _without_absent(spec: BaseModel, dumped: dict[str, Any]) -> dict[str, Any]:
@@ -56,12 +66,6 @@ def validate_as(kind: type[S], fields: Any) -> S:
         return kind.model_validate(fields)
     except ValidationError as error:
         raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from error
-
-
-def refuse(reasons: Iterator[str]) -> None:
-    """Raise ValueError with the first of the reasons, if there is one."""
-    if reason := next(reasons, None):
-        raise ValueError(reason)
 
 
 class RecipePart(Spec):

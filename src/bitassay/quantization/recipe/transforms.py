@@ -4,10 +4,10 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from bitassay.errors import BitassayError
-from bitassay.quantization.recipe.spec import RecipePart, refuse
+from bitassay.quantization.recipe.spec import RecipePart
 
 if TYPE_CHECKING:
     from bitassay.quantization.recipe.recipe import Recipe
@@ -29,12 +29,7 @@ class Rotation(RecipePart):
     without_hadamard: Literal["refuse", "orthogonal", "blocks"] = "refuse"
     rounds: int = Field(default=20, ge=1, le=1000)
 
-    @model_validator(mode="after")
-    def _makes_sense(self) -> "Rotation":
-        refuse(self._contradictions())
-        return self
-
-    def _contradictions(self) -> Iterator[str]:
+    def contradictions(self) -> Iterator[str]:
         if self.r1 is None and not self.r2 and not self.r4:
             yield "nothing to rotate: r1, r2 and r4 are all off"
         if self.r1 == "folded" and not isinstance(self.layers, str):
@@ -75,15 +70,13 @@ class Smoothing(RecipePart):
     exponents: int = Field(default=20, ge=1, le=100)
     clip: bool = False
 
-    @model_validator(mode="after")
-    def _makes_sense(self) -> "Smoothing":
+    def contradictions(self) -> Iterator[str]:
         foreign = {"smoothquant": ("exponents", "clip"), "awq": ("alpha",)}[self.method]
-        self.refuse_idle(foreign, f"method: {self.method}")
+        yield from self.idle(foreign, f"method: {self.method}")
         if not self.places:
-            raise ValueError("places is empty: there is nowhere to fold a scale")
+            yield "places is empty: there is nowhere to fold a scale"
         if self.at_run_time and len(self.places) > 1:
-            raise ValueError("places: inputs gives every linear scales of its own, so it stands alone")
-        return self
+            yield "places: inputs gives every linear scales of its own, so it stands alone"
 
     @property
     def needs_text(self) -> bool:

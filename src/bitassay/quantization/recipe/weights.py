@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_serializer, model_validator
 from bitassay.errors import suggestion
 from bitassay.quantization.recipe.formats import FORMATS, NumberFormat
 from bitassay.quantization.recipe.granularity import Granularity
-from bitassay.quantization.recipe.spec import Spec, refuse, validate_as
+from bitassay.quantization.recipe.spec import Spec, validate_as
 
 SUMS = ("residual", "digits")  # each copy but the first repairs what those before it left over
 
@@ -28,12 +28,7 @@ class Copies(Spec):
     coefficients: tuple[float, ...] | None = None
     seed: int = Field(default=0, ge=0, lt=2**31)
 
-    @model_validator(mode="after")
-    def _makes_sense(self) -> "Copies":
-        refuse(self._contradictions())
-        return self
-
-    def _contradictions(self) -> Iterator[str]:
+    def contradictions(self) -> Iterator[str]:
         needs_values = self.differ in ("scale", "clip", "noise")
         if self.values and not needs_values and self.differ not in ("offset", "residual"):
             yield f"values: copies that differ by {self.differ} have none"
@@ -177,21 +172,13 @@ class WeightScheme(Spec):
     def _known_granularity(cls, text: str) -> str:
         return Granularity.parse(text).name
 
-    @model_validator(mode="after")
-    def _makes_sense(self) -> "WeightScheme":
-        refuse(self._contradictions())
-        if self.copies is not None:
-            self.copies.schemes(self)
-        return self
-
     @model_serializer(mode="wrap")
     def _without_idle_options(self, dump: Any) -> dict[str, Any]:
         return {
             key: value for key, value in dump(self).items() if key not in OPTIONS or value != OPTIONS[key]
         }
 
-    def _contradictions(self) -> Iterator[str]:
-        """Yield the reasons why the combination makes no sense."""
+    def contradictions(self) -> Iterator[str]:
         fmt, fields = self.number_format, self.model_fields_set
         random = self.rounding == "stochastic" or self.noise > 0
         nearest = self.rounding == "nearest" and self.noise == 0
@@ -226,6 +213,7 @@ class WeightScheme(Spec):
             yield "turned: column scales and planes of columns are of columns as they are"
         if self.copies is not None:
             yield from self._contradictions_of_copies(self.copies)
+            self.copies.schemes(self)
 
     def _contradictions_of_copies(self, copies: Copies) -> Iterator[str]:
         fmt = self.number_format
