@@ -3,14 +3,13 @@
 
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, field_validator, model_serializer
+from pydantic import Field, field_validator
 
-from bitassay.errors import suggestion
 from bitassay.quantization.recipe.formats import FORMATS, INPUT_FORMATS, NumberFormat
 from bitassay.quantization.recipe.granularity import Granularity
-from bitassay.quantization.recipe.spec import RecipePart, Spec
+from bitassay.quantization.recipe.spec import RecipePart, Spec, one_of, option
 from bitassay.quantization.recipe.weights import WeightScheme
 
 if TYPE_CHECKING:
@@ -31,13 +30,13 @@ class OutlierColumns(Spec):
 class InputScheme(Spec):
     """How the input of one linear is rounded."""
 
-    format: str = "int8"
+    format: Annotated[str, one_of(INPUT_FORMATS, "input format")] = "int8"
     symmetric: bool = True
     scale: Literal["dynamic", "absmax", "percentile", "moving_average", "kl", "learned"] = "dynamic"
     percentile: float = Field(default=99.9, ge=50, le=100)
     momentum: float = Field(default=0.9, ge=0, lt=1)
     outliers: OutlierColumns | None = None
-    scale_factor: float = Field(default=1.0, ge=0.1, le=4)
+    scale_factor: float = option(1.0, ge=0.1, le=4)
 
     @property
     def number_format(self) -> NumberFormat:
@@ -47,13 +46,6 @@ class InputScheme(Spec):
     def needs_calibration(self) -> bool:
         """Whether the scale or the outlier columns come from calibration text."""
         return self.scale != "dynamic" or self.outliers is not None
-
-    @field_validator("format")
-    @classmethod
-    def _known_format(cls, name: str) -> str:
-        if name not in INPUT_FORMATS:
-            raise ValueError(f"unknown input format {name!r}; {suggestion(name, INPUT_FORMATS, short=30)}")
-        return name
 
     def contradictions(self) -> Iterator[str]:
         fmt = self.number_format
@@ -66,11 +58,6 @@ class InputScheme(Spec):
         rules = {"percentile": "percentile", "momentum": "moving_average"}
         idle = [name for name, rule in rules.items() if self.scale != rule]
         yield from self.idle(idle, f"scale: {self.scale}")
-
-    @model_serializer(mode="wrap")
-    def _without_idle_factor(self, dump: Any) -> dict[str, Any]:
-        """Leave an idle option out, as a scheme of weights does: recipes keep their ids."""
-        return {key: value for key, value in dump(self).items() if key != "scale_factor" or value != 1}
 
 
 class InputOverride(Spec):

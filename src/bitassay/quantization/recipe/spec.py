@@ -6,13 +6,31 @@ under its name where the algorithms are: `PREPARE` and `FINISH` of `pipeline.py`
 `export/`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from bitassay.errors import suggestion
 
 if TYPE_CHECKING:
     from bitassay.quantization.recipe.recipe import Recipe
+
+
+def option(default: Any, **limits: Any) -> Any:
+    """Return a field that is not written out at its default: recipes keep their ids when options come."""
+    return Field(default=default, exclude_if=lambda value: value == default, **limits)
+
+
+def one_of(names: Mapping[str, Any], what: str) -> AfterValidator:
+    """Return the check that a text is a key of `names`, which may grow by plug-ins; `what` it names."""
+
+    def known(name: str) -> str:
+        if name not in names:
+            raise ValueError(f"unknown {what} {name!r}; {suggestion(name, names, short=30)}")
+        return name
+
+    return AfterValidator(known)
 
 
 class Spec(BaseModel):

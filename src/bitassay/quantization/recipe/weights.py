@@ -2,14 +2,13 @@
 
 import math
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_serializer, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from bitassay.errors import suggestion
 from bitassay.quantization.recipe.formats import FORMATS, NumberFormat
 from bitassay.quantization.recipe.granularity import Granularity
-from bitassay.quantization.recipe.spec import Spec, validate_as
+from bitassay.quantization.recipe.spec import Spec, one_of, option, validate_as
 
 SUMS = ("residual", "digits")  # each copy but the first repairs what those before it left over
 
@@ -90,26 +89,25 @@ class WeightScheme(Spec):
     `rounding.py`. residual: the share of the columns that have a second binary plane, column_scales: whether
     columns have scales too: see `binary.py`.
 
-    An option at its default is not written out: recipes keep their ids when options come.
     """
 
-    format: str
-    granularity: str = "channel"
+    format: Annotated[str, one_of(FORMATS, "format")]
+    granularity: Annotated[str, AfterValidator(lambda text: Granularity.parse(text).name)] = "channel"
     symmetric: bool = True
-    restricted: bool = False
+    restricted: bool = option(False)
     scale: Literal["absmax", "mse", "percentile"] = "absmax"
-    percentile: float = Field(default=99.9, gt=50, le=100)
+    percentile: float = option(99.9, gt=50, le=100)
     scale_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
-    zero_point: Literal["integer", "searched", "middle", "free"] = "integer"
-    offset: float = Field(default=0.0, ge=0, lt=1)
-    scale_factor: float = Field(default=1.0, ge=0.1, le=4)
-    turned: int | None = Field(default=None, ge=0, lt=2**63)
-    rounding: Literal["nearest", "stochastic", "feedback"] = "nearest"
-    noise: float = Field(default=0.0, ge=0, le=1)
-    seed: int = Field(default=0, ge=0, lt=2**63)
-    residual: float = Field(default=0.0, ge=0, le=1)
-    column_scales: bool = False
-    copies: Copies | None = None
+    zero_point: Literal["integer", "searched", "middle", "free"] = option("integer")
+    offset: float = option(0.0, ge=0, lt=1)
+    scale_factor: float = option(1.0, ge=0.1, le=4)
+    turned: int | None = option(None, ge=0, lt=2**63)
+    rounding: Literal["nearest", "stochastic", "feedback"] = option("nearest")
+    noise: float = option(0.0, ge=0, le=1)
+    seed: int = option(0, ge=0, lt=2**63)
+    residual: float = option(0.0, ge=0, le=1)
+    column_scales: bool = option(False)
+    copies: Copies | None = option(None)
 
     def residual_columns(self, columns: int) -> int:
         """Return how many of a matrix's columns have a second plane."""
@@ -159,24 +157,6 @@ class WeightScheme(Spec):
         fmt = FORMATS[name]
         scale = "mse" if fmt.bits < 4 else "absmax"
         return {"scale": scale, "scale_dtype": "bfloat16" if fmt.kind == "float" else "float16", **fields}
-
-    @field_validator("format")
-    @classmethod
-    def _known_format(cls, name: str) -> str:
-        if name not in FORMATS:
-            raise ValueError(f"unknown format {name!r}; {suggestion(name, FORMATS, short=30)}")
-        return name
-
-    @field_validator("granularity")
-    @classmethod
-    def _known_granularity(cls, text: str) -> str:
-        return Granularity.parse(text).name
-
-    @model_serializer(mode="wrap")
-    def _without_idle_options(self, dump: Any) -> dict[str, Any]:
-        return {
-            key: value for key, value in dump(self).items() if key not in OPTIONS or value != OPTIONS[key]
-        }
 
     def contradictions(self) -> Iterator[str]:
         fmt, fields = self.number_format, self.model_fields_set
@@ -235,7 +215,3 @@ class WeightScheme(Spec):
             yield "copies: offset grids have offsets of their own, and one scale that is theirs"
         if self.has_planes:
             yield "copies: binary planes are copies already: residual: 1 has two"
-
-
-ALWAYS = ("format", "granularity", "symmetric", "scale", "scale_dtype")
-OPTIONS = {name: field.default for name, field in WeightScheme.model_fields.items() if name not in ALWAYS}
