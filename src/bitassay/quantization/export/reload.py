@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 from safetensors import safe_open
 from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
@@ -32,20 +31,17 @@ from bitassay.models.weights import weight_files
 from bitassay.quantization.codes import storage
 from bitassay.quantization.codes.storage import Stored
 from bitassay.quantization.codes.tensor import QuantizedTensor
-from bitassay.quantization.export.card import CARD_FILE, Card
+from bitassay.quantization.export.card import AGAIN, CARD_FILE, Card
 from bitassay.quantization.export.layout import Layout
 from bitassay.quantization.export.plain_load import Piece, exact_scales, joined, module_names
 from bitassay.quantization.export.registry import LAYOUTS
 from bitassay.quantization.inputs.activations import InputRounding
-from bitassay.quantization.recipe.calibration import UNTRUSTED
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.recipe.replication import ReplicationPlan, Steps
 from bitassay.quantization.runtime.model import Quantization, with_tensors
 from bitassay.quantization.runtime.replicas import is_replica, replica_names
 from bitassay.quantization.transforms.folding import INPUT_SCALES
 from bitassay.record.progress import Progress, silent
-
-AGAIN = "save the model again with `bitassay quantize`"
 
 
 @dataclass(frozen=True)
@@ -68,7 +64,7 @@ def load_quantized(
     """Load the quantized model that `card` describes, fake or `packed`, with its recipe in its identity."""
     read = partial(read_quantized, card=card, packed=packed)
     model = load_checkpoint(source, options, progress, read)
-    attach(model, identity=identity(model).with_recipe(card.recipe_id, card.recipe_name))
+    attach(model, identity=identity(model).with_recipe(card.recipe.recipe_id, card.recipe.name))
     return model
 
 
@@ -77,8 +73,7 @@ def read_quantized(
 ) -> PreTrainedModel:
     """Read the quantized model in `folder`, whose files `card` describes; fake, or `packed`. Raises
     BitassayError that names the file where the two do not fit."""
-    dtype, layout = options.dtype, _layout(card, folder)
-    recipe, schemes = _recipe(card, folder), _schemes(card, layout, folder)
+    dtype, layout, recipe = options.dtype, _layout(card, folder), card.recipe
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # type: ignore[attr-defined] # the codes are decoded here
     empty = empty_model(config, dtype, trust_remote_code=options.trust_remote_code)
@@ -95,7 +90,7 @@ def read_quantized(
     for name, place in card.matrices.items():
         if name not in shapes:
             raise BitassayError(f"{folder / CARD_FILE}: the model has no matrix {name}", AGAIN)
-        described[name] = schemes[place]
+        described[name] = card.schemes[place]
     parts = expected_parts(empty, layout, described, shapes)
     _check_parts(parts, entries, folder)
     for key in parts:
@@ -257,15 +252,11 @@ def _changed_parameters(
 
 
 def _inputs(model: PreTrainedModel, recipe: Recipe, card: Card, folder: Path) -> dict[str, InputRounding]:
-    linears, inputs, part, plan = walk(model).linears, {}, recipe.activations, recipe.replication
+    linears, part, plan = walk(model).linears, recipe.activations, recipe.replication
     formats = {name: s.format for name in linears if part is not None and (s := part.scheme_for(name))}
-    if {name: said.get("format") for name, said in card.inputs.items()} != formats:
+    if {name: rounding.format for name, rounding in card.inputs.items()} != formats:
         raise BitassayError(f"{folder / CARD_FILE}: inputs are not those of the recipe's activations", AGAIN)
-    for name, said in card.inputs.items():
-        try:
-            rounding = TypeAdapter(InputRounding).validate_python(said)
-        except ValidationError as error:
-            raise BitassayError(f"{folder / CARD_FILE}: inputs of {name}: {_first(error)}", AGAIN) from error
+    for name, rounding in card.inputs.items():
         if rounding.outliers and max(rounding.outliers) >= linears[name].in_features:
             raise BitassayError(
                 f"{folder / CARD_FILE}: inputs of {name}: it has no column {max(rounding.outliers)}", AGAIN
@@ -275,8 +266,7 @@ def _inputs(model: PreTrainedModel, recipe: Recipe, card: Card, folder: Path) ->
             raise BitassayError(
                 f"{folder / CARD_FILE}: inputs of {name}: copies that the recipe has not", AGAIN
             )
-        inputs[name] = rounding
-    return inputs
+    return card.inputs
 
 
 def _check_inputs(
@@ -299,11 +289,7 @@ def _check_inputs(
 def _passes(plan: ReplicationPlan | None, layers: int, card: Card, folder: Path) -> dict[int, Steps]:
     """The passes of the layers that have several, which must be those that the recipe asks for, as far as it
     says."""
-    where = f"{folder / CARD_FILE}: passes"
-    try:
-        passes = TypeAdapter(dict[int, Steps]).validate_python(card.passes)
-    except ValidationError as error:
-        raise BitassayError(f"{where}: {_first(error)}", AGAIN) from error
+    passes = card.passes
     wanted = {} if plan is None or not plan.at_run_time else plan.known_counts(layers)
     if wanted is None:  # the layers were measured
         wanted = {i: plan.copies for i in passes if 0 <= i < layers} if plan is not None else {}
@@ -313,7 +299,7 @@ def _passes(plan: ReplicationPlan | None, layers: int, card: Card, folder: Path)
         and plan.coefficients != "fitted"
         and any(steps != plan.steps(steps.count) for steps in passes.values())
     ):
-        raise BitassayError(f"{where}: not those of the recipe's replication", AGAIN)
+        raise BitassayError(f"{folder / CARD_FILE}: passes: not those of the recipe's replication", AGAIN)
     return passes
 
 
@@ -331,33 +317,14 @@ def _copies(
     }
 
 
-def _recipe(card: Card, folder: Path) -> Recipe:
-    try:
-        return Recipe.model_validate(card.recipe, context=UNTRUSTED)
-    except ValidationError as error:
-        raise BitassayError(f"{folder / CARD_FILE}: recipe: {_first(error)}", AGAIN) from error
-
-
 def _layout(card: Card, folder: Path) -> Layout:
     if card.layout not in LAYOUTS:
         problem = f"{folder / CARD_FILE}: layout: no {card.layout!r}; {suggestion(card.layout, LAYOUTS)}"
         raise BitassayError(problem, "install the package that adds the layout, or save the model again")
-    return LAYOUTS[card.layout]
-
-
-def _schemes(card: Card, layout: Layout, folder: Path) -> list[Stored]:
-    try:
-        schemes = [Stored.model_validate(scheme) for scheme in card.schemes]
-    except ValidationError as error:
-        raise BitassayError(f"{folder / CARD_FILE}: schemes: {_first(error)}", AGAIN) from error
-    if max(card.matrices.values()) >= len(schemes):
+    layout = LAYOUTS[card.layout]
+    if max(card.matrices.values()) >= len(card.schemes):
         raise BitassayError(f"{folder / CARD_FILE}: matrices: no such place in schemes", AGAIN)
-    for scheme in schemes:
+    for scheme in card.schemes:
         if why := layout.matrix_obstacle(scheme):
             raise BitassayError(f"{folder / CARD_FILE}: schemes: {why}", AGAIN)
-    return schemes
-
-
-def _first(error: ValidationError) -> str:
-    first = error.errors()[0]
-    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return layout

@@ -5,9 +5,7 @@ wherever that holds the model exactly; else our own (`own.py`), which `bitassay.
 not quantized lies beside the codes as ordinary parameters, and `bitassay.json` says what the folder is.
 """
 
-import json
 import shutil
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import get_args
@@ -38,7 +36,7 @@ from bitassay.quantization.runtime.model import (
 )
 from bitassay.quantization.runtime.replicas import is_replica
 from bitassay.record.files import atomic_folder, write_json
-from bitassay.record.hashing import canonical_json, digest_file
+from bitassay.record.hashing import digest_file
 from bitassay.record.progress import Progress, silent
 
 MARGIN_BYTES = 2**24  # configuration, tokenizer and file headers
@@ -74,9 +72,7 @@ def save(
     state = _other_parameters(model, quantization) | parts
     check_space(folder, _bytes(state))
     weights = quantized_weights(quantization.tensors)
-    schemes = {
-        scheme: place for place, scheme in enumerate(dict.fromkeys(map(_canonical, descriptions.values())))
-    }
+    schemes = tuple(dict.fromkeys(descriptions.values()))
     progress(f"writing {folder}")
     with atomic_folder(folder) as temporary:
         original = _original_format(model, storing, descriptions)
@@ -87,12 +83,12 @@ def save(
         card = Card(
             schema_version=1,
             layout=chosen,
-            recipe=quantization.recipe.model_dump(mode="json"),
-            schemes=tuple(json.loads(scheme) for scheme in schemes),
-            matrices={name: schemes[_canonical(stored)] for name, stored in descriptions.items()},
+            recipe=quantization.recipe,
+            schemes=schemes,
+            matrices={name: schemes.index(stored) for name, stored in descriptions.items()},
             parameters=tuple(quantization.parameters),
-            inputs={name: asdict(rounding) for name, rounding in quantization.inputs.items()},
-            passes={index: asdict(steps) for index, steps in quantization.passes.items()},
+            inputs=quantization.inputs,
+            passes=quantization.passes,
             base=Base(
                 name=base.name,
                 origin=base.source.origin,
@@ -208,10 +204,6 @@ def _other_parameters(model: PreTrainedModel, quantization: Quantization) -> dic
         and key not in fully_quantized
         and not is_replica(key)
     }
-
-
-def _canonical(stored: Stored) -> str:
-    return canonical_json(stored.model_dump(mode="json"))
 
 
 def _bytes(tensors: dict[str, Tensor]) -> int:
