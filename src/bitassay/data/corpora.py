@@ -126,12 +126,9 @@ def check_corpus(name: str) -> None:
 
 
 def corpus(name: str) -> Corpus:
-    """Return the corpus called `name`, or PATH: a .txt file as it is (line ends as LF, no byte order mark),
-    the texts of a .jsonl file joined by an empty line.
-
-    Raises BitassayError for an unknown name, an empty file, or a user's file that is not what its name says;
-    MissingError for a text that neither BITASSAY_DATA nor the package has.
-    """
+    """Return the corpus called `name`, or PATH: a .txt file (line ends as LF, no byte order mark), or the
+    texts of a .jsonl file joined by an empty line. Raises BitassayError for an unknown name, an empty file,
+    or a file that is not what its name says; MissingError for a text that is not here."""
     if user_file := _USER_FILE.fullmatch(name):
         return _user_corpus(name, Path(user_file["path"]), user_file["digest"])
     path, source = _locate(name)

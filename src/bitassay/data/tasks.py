@@ -37,8 +37,7 @@ class Item(BaseModel):
 
 @dataclass(frozen=True)
 class TaskData:
-    """The rows of one task by split, and where they came from. `is_complete` is False for a slice; `digest`
-    is the SHA-256 of the files."""
+    """The rows of one task by split, and their source; `digest` is the SHA-256 of the files."""
 
     splits: dict[str, list[Row]]
     tested: str

@@ -41,8 +41,7 @@ def takes_positions(model: nn.Module) -> bool:
 
 
 def takes_cache(model: PreTrainedModel) -> bool:
-    """Return whether a model reads on from transformers' DynamicCache as it reads one text; others are
-    given the text from its beginning each time."""
+    """Return whether a model reads on from transformers' DynamicCache; others read from the beginning."""
     supported: bool = type(model)._supports_default_dynamic_cache()  # type: ignore[operator]
     by_name = supported and _argument(model) is not None
     return by_name and (_needs_no_trial(model) or _trial(model).one_by_one)
@@ -100,8 +99,7 @@ def reads_on(model: PreTrainedModel) -> bool:
 
 
 class _Trial(NamedTuple):
-    """What a model computes as it does in one text: tokens behind a cache one at a time, several together,
-    and a text behind padding."""
+    """Whether tokens behind a cache, one or several at a time, and behind padding are read as in one text."""
 
     one_by_one: bool
     together: bool

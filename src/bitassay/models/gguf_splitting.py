@@ -186,11 +186,8 @@ SPLITTINGS: dict[str, Splitting] = {
 
 
 def patterns_of(splitter: dict[str, Any] | None) -> tuple[str, ...] | None:
-    """Return the patterns of a pre-tokenizer as `tokenizer.json` says it, None for one that is no list of
-    them.
-
-    A ByteLevel step that puts a space in front is none: llama.cpp never does for byte-level tokenizers.
-    """
+    """Return the patterns of a pre-tokenizer of `tokenizer.json`, None for one that is no list of them. A
+    ByteLevel step that puts a space in front is none: llama.cpp never does for byte-level tokenizers."""
     parts = (splitter or {}).get("pretokenizers", [splitter or {}])
     patterns = []
     for part in parts:

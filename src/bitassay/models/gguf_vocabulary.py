@@ -56,8 +56,7 @@ def fields_of(reader: GGUFReader) -> dict[str, Any]:
 
 
 def read_tokenizer(fields: Mapping[str, Any]) -> PreTrainedTokenizerFast:
-    """Rebuild the tokenizer that a file with these keys describes. Raises BitassayError for what is not known
-    here."""
+    """Rebuild the tokenizer that these keys describe. Raises BitassayError for what is not known here."""
     kind = str(fields.get(f"{GGML}model"))
     if kind not in DEFAULT_IDS:
         raise BitassayError(

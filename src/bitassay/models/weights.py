@@ -33,8 +33,7 @@ _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the files whose tensors are the model, sorted by name. Raises BitassayError where the folder has
-    none, or more than one answer."""
+    """Return the files whose tensors are the model. Raises BitassayError for none or several answers."""
     for path in sorted(folder.glob("*.safetensors")):
         if _DISTRIBUTED.fullmatch(path.name):
             raise BitassayError(
@@ -108,9 +107,8 @@ def stored_bits(folder: Path) -> dict[str, int]:
 
 
 def check_files(folder: Path) -> dict[str, Path]:
-    """Return the file of each tensor, from the files' headers alone. Raises BitassayError that names the file
-    where one is truncated, malformed or missing, or has a tensor that another has too, and where an index
-    says something else than the files."""
+    """Return the file of each tensor, by the files' headers. Raises BitassayError for a file that is
+    truncated, malformed or missing, a tensor in two files, and an index that says something else."""
     where: dict[str, Path] = {}
     for path in weight_files(folder):
         try:
@@ -147,8 +145,7 @@ def _named_in_config(folder: Path) -> Path | None:
 
 
 def read_object(path: Path, missing: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Read a JSON object; where the file is missing, return `missing` if that is given. Raises BitassayError
-    for other content."""
+    """Read a JSON object, or return `missing` where the file is. Raises BitassayError for other content."""
     if missing is not None and not path.is_file():
         return missing
     content = read_json(path)
@@ -169,8 +166,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _inside(owner: Path, name: str) -> Path:
-    """The file `name` beside `owner`, which names it. Raises BitassayError for any other place, and where
-    there is none."""
+    """The file `name` beside `owner`, which names it. Raises BitassayError for any other place or none."""
     path = owner.parent / name
     if Path(name).name != name or path.suffix not in (".safetensors", ".json"):
         raise BitassayError(

@@ -60,8 +60,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class AnalysisPlan:
-    """text: what is measured on. each_matrix: measure the divergence of every matrix too, which takes one run
-    for each and window."""
+    """text: what is measured on. each_matrix: also measure the divergence of every matrix, one run each."""
 
     text: Calibration = field(default_factory=lambda: Calibration(samples=8, tokens=512))
     each_matrix: bool = False

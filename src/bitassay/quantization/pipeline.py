@@ -82,8 +82,7 @@ def quantize(
 def quantize_cached(
     base: PreTrainedModel, recipe: str | Path | Recipe, *, packed: bool = False, progress: Progress = silent
 ) -> PreTrainedModel:
-    """Quantize as `quantize` does; what a calibrated recipe made of a model is kept in the cache, so that an
-    hour of work is done once, whichever commands use it."""
+    """Quantize as `quantize` does, but keep what a calibrated recipe made of a model in the cache."""
     made = quantize_tensors_cached(base, find_recipe(recipe), progress)
     return with_tensors(base, made, packed=packed).to(base.device)  # type: ignore[arg-type]
 

@@ -70,8 +70,7 @@ def write_result(folder: RunFolder, made: Quantization) -> None:
 
 
 def read_result(folder: RunFolder, recipe: Recipe, shapes: Mapping[str, tuple[int, int]]) -> Quantization:
-    """Read what `write_result` wrote, for matrices of such shapes and copies of them. Raises BitassayError
-    for a folder that is damaged."""
+    """Read what `write_result` wrote, for such matrices and copies. Raises BitassayError for damage."""
     if missing := [name for name in ("inputs", "passes") if not folder.has(name)]:
         raise BitassayError(f"{folder.path}: {missing[0]} is not there", AGAIN)
     copies = {name: shapes[of] for name in folder.part(RESULT, dict) if (of := original(name)) in shapes}

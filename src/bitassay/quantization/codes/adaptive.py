@@ -46,8 +46,7 @@ def column_errors(weight: Matrix, scheme: WeightScheme, importance: Columns | No
 
 
 def cheapest(costs: list[list[float]], counts: list[list[int]], total: int) -> list[int]:
-    """Return one choice a block, so that `counts` add up to `total`, at the least sum of `costs`; of equally
-    cheap ones the one that leaves the groups as they are."""
+    """Return one choice a block at the least sum of `costs`, whose `counts` sum to `total`; of equals, 1."""
     best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}
     for cost, count in zip(costs, counts, strict=True):
         extended: dict[int, tuple[float, list[int]]] = {}

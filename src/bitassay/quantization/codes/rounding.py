@@ -99,7 +99,6 @@ def with_noise(w: Groups, grid: Grid, nu: float, generator: torch.Generator) -> 
 
 
 def generator_for(seed: int, name: str) -> torch.Generator:
-    """Return the randomness of one matrix: different for every name, the same in every run and on every
-    device."""
+    """Return the randomness of one matrix, by its name; the same in every run and on every device."""
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7]))

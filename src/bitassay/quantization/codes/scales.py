@@ -128,8 +128,7 @@ def percentiles(w: Groups, percent: float) -> Column:
 
 
 def mse_grid(w: Groups, scheme: WeightScheme, importance: Groups | None = None) -> Grid:
-    """Return the grid with the least squared error: exact for ternary and binary, else the best that the
-    search finds. No row of `importance` may be all zero."""
+    """Return the grid with the least squared error that is found. No row of `importance` may be all zero."""
     if scheme.number_format.kind in ("ternary", "binary"):
         return few_levels_grid(w, scheme, importance)
     rows = max(1, BLOCK_ELEMENTS // w.shape[1])
@@ -234,8 +233,7 @@ def _candidates(first: Grid, scheme: WeightScheme, lean: float) -> Iterator[Grid
 
 
 def _fitted(w: Groups, grid: Grid, scheme: WeightScheme, importance: Groups | None) -> Grid:
-    """Return the least-squares grid for the codes on `grid`; where they do not determine a positive scale,
-    with the scale of `grid`."""
+    """Return the least-squares grid for the codes on `grid`, with its scale where they determine none."""
     codes, _ = nearest(w, grid)
     dtype = getattr(torch, scheme.scale_dtype)
     h = torch.ones_like(w) if importance is None else importance

@@ -126,8 +126,7 @@ def expected_bytes(expected: Expected) -> int:
 
 
 def stored_tensors(tensor: QuantizedTensor | LowRank) -> dict[str, Tensor]:
-    """Return the parts of a matrix as contiguous tensors, by name; those of a second plane and of low-rank
-    factors behind `residual.` and `low_rank.`."""
+    """Return the parts of a matrix as contiguous tensors, by name: `scale`, `residual.scale` and so on."""
     parts: dict[str, Tensor] = {}
     for field in fields(tensor):
         value = getattr(tensor, field.name)

@@ -113,8 +113,7 @@ class QuantizedTensor:
 
     @property
     def stored_bits(self) -> int:
-        """Everything that has to be kept: codes, scales, zero points, means, which groups there are, a second
-        plane and where it is, the factors."""
+        """Everything that has to be kept: codes, grids, groups, a second plane and where it is, factors."""
         kept = [self.packed, self.scale, self.zero_point, self.mean, self.residual_columns, self.column_scale]
         if self.low_rank is not None:
             kept += [self.low_rank.a, self.low_rank.b]

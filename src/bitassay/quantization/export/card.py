@@ -35,8 +35,7 @@ class _Part(BaseModel):
 
 
 class Base(_Part):
-    """The model that the recipe was applied to, as its owner's machine knew it; older cards say nothing of
-    its configuration."""
+    """The model that the recipe was applied to; older cards say nothing of its configuration."""
 
     name: ShortText
     origin: ShortText
@@ -75,10 +74,8 @@ def hashed_files(folder: Path) -> list[Path]:
 
 
 def read_card(folder: Path) -> Card | None:
-    """Read the card of a folder and check the files against it; None where the folder has none.
-
-    Raises BitassayError where the card is malformed, or a file is missing, added or changed.
-    """
+    """Read the card of a folder and check the files against it; None where the folder has none. Raises
+    BitassayError where the card is malformed, or a file is missing, added or changed."""
     path = folder / CARD_FILE
     if not path.is_file():
         return None

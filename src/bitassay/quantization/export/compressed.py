@@ -231,8 +231,7 @@ def read_tensor(parts: dict[str, Tensor], stored: Stored, shape: tuple[int, int]
 
 
 def _shift(args: QuantizationArgs) -> int:
-    """Asymmetric codes start at 0 here and at -2^(b-1) there; moving the zero points along leaves `q - z` as
-    it is."""
+    """Asymmetric codes start at 0 here and at -2^(b-1) there; zero points move along."""
     return 0 if args.symmetric else 2 ** (args.num_bits - 1)
 
 
@@ -292,9 +291,8 @@ def _format(stored: Stored) -> str:
 
 
 def _left_alone(model: PreTrainedModel, quantization: Quantization) -> list[str]:
-    """Modules that a target of every Linear would catch (routers and experts: in engines that build them from
-    Linears) but the recipe did not.
-    """
+    """Modules that a target of every Linear would catch (in engines routers and experts too) but no
+    recipe."""
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     modules = walk(model)
     parents = [name.rpartition(".")[0] for name in modules.routers]

@@ -72,11 +72,8 @@ class GgufFile:
 
 
 def write_gguf(model: PreTrainedModel, path: str | Path, *, progress: Progress = silent) -> GgufFile:
-    """Write a model, quantized (fake or packed) or not, into the file `path`, which must not exist.
-
-    Raises BitassayError for what llama.cpp would run as another model, MissingError where the disk is too
-    small.
-    """
+    """Write a model, quantized (fake or packed) or not, into the new file `path`. Raises BitassayError for
+    what llama.cpp would run as another model, MissingError where the disk is too small."""
     path, config, done = Path(path), model.config.get_text_config(), quantization_of(model)
     recipe = None if done is None else done.recipe
     check_gguf(model, recipe)
@@ -110,8 +107,7 @@ def write_gguf(model: PreTrainedModel, path: str | Path, *, progress: Progress =
 
 
 def check_gguf(model: PreTrainedModel, recipe: Recipe | None) -> None:
-    """Refuse what a GGUF file cannot say, or llama.cpp does not do, for a model that may be on the meta
-    device."""
+    """Refuse what a GGUF file cannot say, or llama.cpp does not do; the model may be on the meta device."""
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
@@ -141,8 +137,7 @@ def check_gguf(model: PreTrainedModel, recipe: Recipe | None) -> None:
 
 
 def reload_difference(model: PreTrainedModel, path: str | Path, tokens: Int[Tensor, "batch tokens"]) -> float:
-    """Return the largest difference between the logits of `model` and of the file as it is read again, in the
-    model's dtype."""
+    """Return the largest difference between the logits of `model` and of the file, in the model's dtype."""
     reloaded = read_model(GGUFReader(path), model.dtype)
     torch.nn.Module.to(reloaded, device=model.device)
     with torch.inference_mode():
@@ -150,8 +145,7 @@ def reload_difference(model: PreTrainedModel, path: str | Path, tokens: Int[Tens
 
 
 def written_before(path: Path) -> tuple[str, str] | None:
-    """Return the recipe's id and the digest of the base model's weights, as a GGUF file of ours names them;
-    None for another file."""
+    """Return the recipe's id and the base model's weights digest of a GGUF file of ours; None for another."""
     try:
         fields = GGUFReader(path).fields
         return str(fields[RECIPE_KEY].contents()), str(fields[BASE_KEY].contents())

@@ -104,11 +104,8 @@ def tokenizer_keys(
     tokenizer: PreTrainedTokenizerBase, vocabulary: int, ends: list[int]
 ) -> tuple[dict[str, Any], list[str]]:
     """Return the keys that describe a tokenizer of `tokenizers`, and notes on what llama.cpp does otherwise.
-    Ids up to `vocabulary` that it does not use are said to be unused; `ends` are the ids that end a
-    generation.
-
-    Raises BitassayError for a tokenizer that llama.cpp would not run as what it is.
-    """
+    Ids up to `vocabulary` without a token are unused; `ends` are ids that end a generation. Raises
+    BitassayError for a tokenizer that llama.cpp would not run as what it is."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = json.loads(backend.to_str()) if backend is not None else {}
     model = content.get("model") or {}

@@ -57,8 +57,7 @@ class Piece(NamedTuple):
 
 
 def expert_pieces(model: PreTrainedModel) -> dict[str, list[Piece]]:
-    """Return the pieces that each slice of fused experts is stored as, by its name in `matrices(model)`; only
-    slices that checkpoints have expert by expert."""
+    """Return the pieces that slices of fused experts are stored as, where checkpoints have single experts."""
     model = _without_weights(model)
     merges = [way for way in _conversions(model) if isinstance(way, WeightConverter) and _merges_experts(way)]
     pieces: dict[str, list[Piece]] = {}
@@ -158,8 +157,7 @@ def _without_weights(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _preparing_obstacle(empty: PreTrainedModel, names: list[str]) -> str | None:
-    """transformers replaces weights by codes before it initializes what it did not find in the files, and
-    ties what is shared. Uses `empty` up."""
+    """transformers replaces weights by codes before it initializes and ties others. Uses `empty` up."""
     for name in names:
         linear = empty.get_submodule(name)
         del linear.weight

@@ -47,9 +47,7 @@ class Plan:
 
 
 def plan_export(model: PreTrainedModel, recipe: Recipe, layout: str | None = None) -> Plan:
-    """Check that `recipe` fits `model` (which may be on the meta device) and that every matrix can be saved.
-    Raises BitassayError where not.
-    """
+    """Check that `recipe` fits `model` (perhaps on the meta device) and can be saved; else BitassayError."""
     shapes = {name: (view.shape[0], view.shape[1]) for name, view in check_recipe(model, recipe).items()}
     ways = _planned(model, recipe, list(shapes))
     shapes |= {name: shapes[original(name)] for way in ways for name in way if is_replica(name)}
@@ -94,8 +92,7 @@ def plan_export(model: PreTrainedModel, recipe: Recipe, layout: str | None = Non
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the memory of calibration depends on: shapes of the quantized matrices, all parameters, and the
-    bits of all codes."""
+    """What the memory of calibration depends on: shapes of quantized matrices, parameters, bits of codes."""
 
     model: PreTrainedModel
     text: Calibration
@@ -144,8 +141,7 @@ ADDED_PARAMETERS: dict[str, Callable[[PreTrainedModel, Any], int]] = {
 
 
 def _planned(model: PreTrainedModel, recipe: Recipe, names: list[str]) -> list[dict[str, Stored]]:
-    """Return how matrices will be stored, and those of copies; one way for each choice that mixed bits
-    have."""
+    """Return how matrices and copies will be stored, one way for each choice that mixed bits have."""
     spec = recipe.low_rank
     factors = Factors(rank=spec.rank, dtype=spec.dtype) if spec is not None and spec.rank else None
     return [

@@ -287,8 +287,7 @@ def _check_inputs(
 
 
 def _passes(plan: ReplicationPlan | None, layers: int, card: Card, folder: Path) -> dict[int, Steps]:
-    """The passes of the layers that have several, which must be those that the recipe asks for, as far as it
-    says."""
+    """The passes of the layers that have several: those that the recipe asks for, as far as it says."""
     passes = card.passes
     wanted = {} if plan is None or not plan.at_run_time else plan.known_counts(layers)
     if wanted is None:  # the layers were measured

@@ -119,8 +119,7 @@ def reload_difference(
     trust_remote_code: bool = False,
 ) -> float:
     """Return the largest difference between the logits of `model` and of the folder, in the model's dtype: as
-    plain transformers loads it where it can, else as `bitassay.load` does.
-    """
+    plain transformers loads it where it can, else as `bitassay.load` does."""
     card = read_card(Path(folder))
     if card is not None and not LAYOUTS[card.layout].is_plain:
         options = LoadOptions(model.dtype, model.device, attention_of(model), trust_remote_code)
@@ -141,8 +140,7 @@ def choose_layout(
     model: PreTrainedModel, recipe: Recipe, matrices: dict[str, Stored], wanted: str | None = None
 ) -> tuple[str, str | None]:
     """Return `wanted`, or compressed-tensors where it is exact, else our own, with the reason. Raises
-    BitassayError where there is no such layout, or that names what the wanted one cannot hold.
-    """
+    BitassayError that names what the wanted one cannot hold, or for an unknown one."""
     name = wanted or STANDARD
     why = LAYOUTS[name].obstacle(model, recipe, matrices, wanted is not None)
     if wanted is not None and why:

@@ -43,10 +43,8 @@ def _part_bytes(spec: KvCache, width: int) -> tuple[int, int, int]:
 
 
 def token_bytes(config: PretrainedConfig, spec: KvCache | None) -> int:
-    """Return the bytes that a token takes in the caches of all layers, at 16 bits a number without a `spec`.
-
-    Raises BitassayError for a model whose cache does not hold a key and a value a head.
-    """
+    """Return the bytes of a token in all caches, at 16 bits without a `spec`. Raises BitassayError for a
+    model whose cache does not hold a key and a value a head."""
     text = config.get_text_config(decoder=True)
     if getattr(text, "kv_lora_rank", None) is not None:
         raise BitassayError(f"{text.model_type} caches a compressed state: its size is not counted here")
@@ -137,10 +135,8 @@ class PackedCache(DynamicCache):
 
 
 def round_cache(model: PreTrainedModel, spec: KvCache) -> None:
-    """Make `model` round, in place, all that its attention caches or would cache.
-
-    Raises BitassayError for decoder layers without attention of the usual kind.
-    """
+    """Make `model` round, in place, all that its attention caches or would cache. Raises BitassayError for
+    decoder layers without attention of the usual kind."""
     layers = decoder_layers(model)
     attentions = [module for layer in layers if (module := getattr(layer, "self_attn", None)) is not None]
     if len(attentions) < len(layers):
@@ -161,8 +157,7 @@ def empty_cache(model: PreTrainedModel) -> DynamicCache:
 
 
 def cache_to_crop(model: PreTrainedModel) -> DynamicCache:
-    """Return an empty cache from which tokens can be taken away again. Raises BitassayError for a model that
-    keeps something else than keys and values."""
+    """Return an empty cache from which tokens can be taken again. Raises BitassayError for states."""
     if not keeps_positions(model):
         raise BitassayError(
             f"{type(model).__name__} keeps a state from which no token can be taken away again",

@@ -35,8 +35,7 @@ SAMPLED_TOKENS = 256
 
 @dataclass(frozen=True)
 class Ranges:
-    """The inputs of one linear, over all calibration tokens; batches in their order; the sample in the
-    model's dtype."""
+    """The inputs of one linear over all calibration tokens; the sample is in the model's dtype."""
 
     batch_low: Float[Tensor, "batches in"]
     batch_high: Float[Tensor, "batches in"]
@@ -119,12 +118,9 @@ class _Watch:
 def input_roundings(
     model: PreTrainedModel, spec: Activations, ranges: Mapping[str, Ranges] | None = None
 ) -> dict[str, InputRounding]:
-    """Return what `spec` comes to for each linear of the decoder layers, by name.
-
-    ranges: from `collect_ranges` on this model, with the weights and norms it is to have; only needed where
-    `spec.needs_text`. Raises BitassayError for an override that matches nothing, and for fused
-    experts, whose inputs no linear sees.
-    """
+    """Return what `spec` comes to for each linear of the decoder layers, by name. ranges: of this model with
+    its final weights and norms, needed where `spec.needs_text`. Raises BitassayError for an override that
+    matches nothing, and for fused experts, whose inputs no linear sees."""
     parts, kind = walk(model), type(model).__name__
     names = [*parts.linears, *parts.experts]
     for override in spec.overrides:

@@ -67,8 +67,7 @@ def moving_average(maxima: list[float], momentum: float) -> float:
 
 
 def kl_threshold(x: Float[Tensor, "..."], levels: int, bins: int = HISTOGRAM_BINS) -> float:
-    """Return the upper edge of the last bin that is not clipped, out of `bins` up to the largest magnitude;
-    `levels`: codes of one sign, 128 for int8."""
+    """Return the edge of the last of `bins` bins that is not clipped; `levels`: codes of one sign."""
     magnitudes = x.abs().flatten().float().cpu().numpy()
     largest = float(magnitudes.max())
     if largest == 0 or not math.isfinite(largest):

@@ -51,8 +51,7 @@ def check_calibration(model: PreTrainedModel, spec: Calibration) -> None:
 
 
 def calibration_tokens(model: PreTrainedModel, spec: Calibration) -> Tokens:
-    """Return the windows as the model's token ids. Raises BitassayError where the corpus is unknown or too
-    short, or a window longer than what the model reads."""
+    """Return the windows as token ids. Raises BitassayError for an unknown or too short corpus."""
     check_calibration(model, spec)
     protocol = Protocol(spec.corpus, window_tokens=spec.tokens, windows=spec.samples)
     try:

@@ -23,8 +23,7 @@ Groups = Float[Tensor, "_ _"]
 
 @dataclass(frozen=True)
 class Granularity:
-    """`group_size` is None for `tensor` and `channel`, and for adaptive groups, which have `block_sizes`, and
-    `digits` once they are settled."""
+    """`group_size` is of groups of one size, `block_sizes` of adaptive ones, `digits` of settled ones."""
 
     name: str
     group_size: int | None = None
@@ -33,8 +32,7 @@ class Granularity:
 
     @classmethod
     def parse(cls, text: str) -> "Granularity":
-        """Parse `tensor`, `channel`, `g` and a positive number, or `adaptive` and an even one. Raises
-        BitassayError for any other text."""
+        """Parse a name as the top of this file has it. Raises BitassayError for any other text."""
         if text in ("tensor", "channel"):
             return cls(text)
         if match := re.fullmatch(r"g([1-9][0-9]{0,6})", text):
@@ -92,8 +90,7 @@ class Granularity:
         return rows, sum((stop - start) // size for start, stop, size in self.spans(columns))
 
     def to_groups(self, matrix: Matrix) -> list[Groups]:
-        """Cut the matrix into groups, a tensor `[groups, size]` for each run of equal groups of a row; in it
-        they go row by row, left to right."""
+        """Cut the matrix into groups row by row, a tensor `[groups, size]` for each run of equal groups."""
         if self.name == "tensor":
             return [matrix.reshape(1, -1)]
         return [matrix[:, start:stop].reshape(-1, size) for start, stop, size in self.spans(matrix.shape[1])]

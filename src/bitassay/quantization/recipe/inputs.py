@@ -68,8 +68,7 @@ class InputOverride(Spec):
 
 
 class Activations(InputScheme, RecipePart):
-    """The scheme of every linear's input in the decoder layers, but for the overrides, of which the first
-    that matches wins."""
+    """The scheme of every linear's input in the decoder layers; the first override that matches wins."""
 
     overrides: tuple[InputOverride, ...] = ()
 
@@ -114,8 +113,7 @@ def has_product(inputs: InputScheme, weights: WeightScheme) -> bool:
 
 
 class KvCache(RecipePart):
-    """How keys and values are stored. granularity: `head`, one scale for a head's vector of one token, or
-    groups of it such as `g32`."""
+    """How keys and values are stored. granularity: `head`, a scale for a head's vector, or groups of it."""
 
     format: Literal["int8", "int4", "fp8_e4m3", "fp8_e5m2"] = "int8"
     granularity: str = "head"

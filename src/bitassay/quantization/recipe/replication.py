@@ -83,8 +83,7 @@ class Stop(Spec):
 
 @dataclass(frozen=True)
 class Steps:
-    """The coefficients of one layer's passes. keep: a_i; of parallel copies the first alone counts. add:
-    c_i."""
+    """The coefficients of one layer's passes. keep: a_i, of parallel copies the first alone; add: c_i."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -212,9 +211,8 @@ class ReplicationPlan(RecipePart):
         return Steps((1.0,) * count, add)
 
     def known_counts(self, layers: int) -> dict[int, int] | None:
-        """Return how many copies each layer has that has several, or that is rescaled, in a model of so many
-        layers; None where it takes a measurement. Raises BitassayError for a layer that the model does not
-        have."""
+        """Return the copies of each layer that has several, or is rescaled; None where that is measured.
+        Raises BitassayError for a layer that the model does not have."""
         if isinstance(self.layers, Chosen):
             return None
         if isinstance(self.layers, dict):
@@ -239,8 +237,7 @@ class ReplicationPlan(RecipePart):
         return range(layers) if self.layers == "all" else range(layers // 3, layers - layers // 3)
 
     def counts(self, layers: int) -> list[int]:
-        """Return how many copies each layer has; where layers are chosen by a measure, as many of the
-        first."""
+        """Return how many copies each layer has; where layers are measured, as many of the first."""
         known = self.known_counts(layers)
         if known is None:
             assert isinstance(self.layers, Chosen)

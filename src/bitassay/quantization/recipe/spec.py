@@ -39,8 +39,7 @@ class Spec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     def to_yaml_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON values, without those that are None by default: `model_validate` makes
-        an equal spec of them."""
+        """Return the fields as JSON values that `model_validate` reads, without idle ones that are None."""
         return _without_absent(self, self.model_dump(mode="json"))
 
     def contradictions(self) -> Iterator[str]:
@@ -78,8 +77,7 @@ S = TypeVar("S", bound=Spec)
 
 
 def validate_as(kind: type[S], fields: Any) -> S:
-    """Return a spec that another one asks for. Raises ValueError with the first reason alone: inside a
-    validator a ValidationError would print all of itself."""
+    """Return a spec that another one asks for. Raises ValueError with the first reason alone."""
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
@@ -145,8 +143,7 @@ class SolverPart(RecipePart):
         yield from self.conflicts_of_copies(recipe)
 
     def conflicts_of_copies(self, recipe: "Recipe", solved: Sequence[str] = ()) -> Iterator[str]:
-        """Yield the reasons that rotated matrices and copies give; `solved` are the kinds of copies that the
-        part can solve."""
+        """Yield the reasons of rotated matrices and of copies but those that the part can solve."""
         if any(scheme.turned is not None for scheme in recipe.schemes):
             yield "turned matrices are rounded to nearest"
         plan = recipe.replication

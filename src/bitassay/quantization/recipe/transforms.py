@@ -51,8 +51,7 @@ class Rotation(RecipePart):
         return "plain transformers would run the model without its part at run time" if self.online else None
 
     def chosen(self, count: int) -> list[int]:
-        """Return the layers of a model that has `count`. Raises BitassayError for one that it does not
-        have."""
+        """Return the chosen ones of `count` layers. Raises BitassayError for one that is not there."""
         if isinstance(self.layers, str):
             return list(range(count)) if self.layers == "all" else []
         if wrong := [index for index in self.layers if not 0 <= index < count]:
@@ -61,8 +60,7 @@ class Rotation(RecipePart):
 
 
 class Smoothing(RecipePart):
-    """How scales are chosen, and where they are folded. alpha is smoothquant's, exponents and clip are
-    awq's."""
+    """How scales are chosen, and where they are folded. alpha is smoothquant's, exponents and clip awq's."""
 
     method: Literal["smoothquant", "awq"]
     places: tuple[Place, ...] = ("norms", "values", "up")

@@ -30,8 +30,7 @@ def copies_by_layer(
     tokens: Tokens | None,
     progress: Progress,
 ) -> dict[int, int]:
-    """Return how many copies each layer gets that gets several. `model` is about to be quantized by
-    `schemes`."""
+    """Return the number of copies of each layer that gets several, before `schemes` quantize `model`."""
     counts = plan.known_counts(len(decoder_layers(model)))
     if counts is not None:
         return counts

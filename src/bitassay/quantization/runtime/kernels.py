@@ -31,8 +31,7 @@ Product = Callable[[BFloat16[Tensor, "rows in"]], BFloat16[Tensor, "rows out"]]
 
 
 def packed_product(quantized: QuantizedTensor) -> Product | None:
-    """Return `x -> x W'^T` on the codes for bf16 `x`; None where torch has no kernel for this scheme, shape
-    or device."""
+    """Return `x -> x W'^T` on the codes for bf16 `x`; None where torch has no such kernel."""
     further = (quantized.residual_columns, quantized.column_scale, quantized.low_rank)
     if quantized.packed.device.type != "cpu" or any(part is not None for part in further):
         return None

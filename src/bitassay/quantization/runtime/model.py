@@ -167,15 +167,13 @@ def bits_per_weight(model: PreTrainedModel) -> float:
 
 
 def size_bytes(model: PreTrainedModel) -> int:
-    """Return the bytes of the whole checkpoint: packed matrices, and every other parameter (tied ones once)
-    at 16 bits."""
+    """Return the bytes of the whole checkpoint: packed matrices, all other parameters at 16 bits."""
     bits, weights = _quantized(model)
     return (parameter_count(model) - weights) * 2 + bits // 8
 
 
 def parameter_count(model: PreTrainedModel) -> int:
-    """Return the number of parameters of the dense model, tied ones once. A fake model holds its quantized
-    matrices as parameters too, a packed one does not."""
+    """Return the number of parameters of the dense model, tied ones once, whether fake or packed."""
     tensors = _tensors(model)
     dense = {name: parameter.numel() for name, parameter in model.named_parameters()}
     for name, tensor in tensors.items():
@@ -218,8 +216,7 @@ def copy_sharing_parameters(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _replace_parameter(model: PreTrainedModel, name: str, value: Tensor) -> None:
-    """Give `model` alone a new value, in the dtype of the old one; an output head is untied from the
-    embedding by it."""
+    """Give `model` alone a new value, in the dtype of the old one; an output head is untied by it."""
     owner, _, key = name.rpartition(".")
     module = model.get_submodule(owner)
     old = module.get_parameter(key)
@@ -229,8 +226,7 @@ def _replace_parameter(model: PreTrainedModel, name: str, value: Tensor) -> None
 
 
 def _patterns(names: list[str]) -> set[str]:
-    """Return globs for the last words of names: `*.down_proj`, and `*.experts.down_proj.*` for slices of
-    experts."""
+    """Return globs for the last words of names: `*.down_proj`, for slices `*.experts.down_proj.*`."""
     slices = re.compile(r"^.*\.(\w+\.\w+)\.\d+$")
     return {
         f"*.{match[1]}.*" if (match := slices.match(name)) else f"*.{name.rpartition('.')[2]}"

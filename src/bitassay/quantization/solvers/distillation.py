@@ -54,8 +54,7 @@ def distillation_data(
 
 
 def head_weight(model: PreTrainedModel) -> Float[Tensor, "vocabulary hidden"]:
-    """Return the matrix that makes logits of the last hidden states. Raises BitassayError for a model that
-    does more than a product there."""
+    """Return the output matrix. Raises BitassayError for a model that does more than a product there."""
     head, config = model.get_output_embeddings(), text_config(model)
     more = [name for name in ("final_logit_softcapping", "logit_scale") if getattr(config, name, None)]
     if head is None or more:
@@ -96,8 +95,7 @@ def continued(
     length: int,
     generator: torch.Generator,
 ) -> tuple[Int[Tensor, "samples length"], Float[Tensor, "samples length hidden"]]:
-    """Go on to `length` tokens; return them and the last hidden states at all of them, as one forward over
-    them gives. Products are in bf16."""
+    """Go on to `length` tokens by bf16 products; return them and their last hidden states."""
     decoder, head = copy.deepcopy(decoder_of(model)).bfloat16(), head.bfloat16()
     tokens, caches = start.to(head.device), takes_cache(model)
     states, cache, begun = list[Tensor](), DynamicCache(config=model.config), 0

@@ -233,8 +233,7 @@ def inverse_factor(hessian: Hessian, damping: float) -> tuple[Hessian, float]:
 
 
 def _static_grids(weight: Matrix, importance: Columns, schemes: Sequence[WeightScheme]) -> list[list[Grid]]:
-    """For each plane the grid of every group of columns, from the weights as they are; tensors `[out, 1]`, or
-    `[1, 1]`."""
+    """The grid of every group of columns for each plane, by the weights as they are."""
     granularity, left, planes = Granularity.parse(schemes[0].granularity), weight.float(), []
     for scheme in schemes:
         grids = matrix_grids(left, scheme, importance)

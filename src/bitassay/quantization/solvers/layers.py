@@ -45,8 +45,7 @@ def quantize_calibrated(
     folder: RunFolder | None,
     progress: Progress,
 ) -> dict[str, QuantizedTensor]:
-    """Quantize every matrix that has a scheme layer by layer, then all layers together; `working_copy` is
-    left with the norms that go with the result."""
+    """Quantize every matrix that has a scheme layer by layer, then all layers of `working_copy` together."""
     linears, used = walk(working_copy).linears, solvers_of(recipe)
     if any(solver.layer or solver.model for solver, _ in used):
         _check_experts(linears, [name for name, scheme in schemes.items() if scheme is not None], progress)
@@ -78,8 +77,7 @@ def quantize_layers(
     folder: RunFolder | None,
     progress: Progress,
 ) -> dict[str, Solution]:
-    """Quantize every matrix that has a scheme, layer by layer; `working_copy` gets the dequantized weights on
-    the way."""
+    """Quantize every matrix that has a scheme layer by layer, in `working_copy` too."""
     layers, what = decoder_layers(working_copy), f"quantizing by {recipe.name}"
     prefix, used = module_name(working_copy, layers), solvers_of(recipe)
     learning = [(solver.layer, spec) for solver, spec in used if solver.layer is not None]

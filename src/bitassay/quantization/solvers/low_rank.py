@@ -64,9 +64,7 @@ def correction(
     damping: float = DAMPING,
 ) -> LowRank:
     """Return the factors that leave the least of `residual` in the metric of `hessian`; computed in fp64.
-
-    Raises BitassayError where the rank is larger than the matrix has, or a value is not finite.
-    """
+    Raises BitassayError where the rank is larger than the matrix has, or a value is not finite."""
     if rank > min(residual.shape):
         raise BitassayError(
             f"a matrix {list(residual.shape)} has no correction of rank {rank}",
@@ -87,9 +85,8 @@ def correction(
 def corrected(
     weight: Matrix, hessian: Hessian, spec: LowRankSpec, quantize: Callable[[Matrix], Solution]
 ) -> Solution:
-    """Return codes and factors together: `quantize` rounds a matrix, what it lost goes into the factors, and
-    each further round rounds `W - A B` and begins anew. The best round counts, by the error in the metric of
-    `hessian`."""
+    """Return codes and factors together: what `quantize` lost goes into the factors, each further round
+    rounds `W - A B` anew, and the best one counts, by the error in the metric of `hessian`."""
     dtype, weight = getattr(torch, spec.dtype), weight.float()
     metric = _damped(hessian.double(), DAMPING)
     solution = quantize(weight)

@@ -59,8 +59,7 @@ def mixed_schemes(
     folder: RunFolder | None = None,
 ) -> dict[str, WeightScheme | None]:
     """Return a scheme for each of `matrices(model)` by its budget, None for those that the recipe leaves
-    alone. With a folder the choice is a part of it. Raises BitassayError where the budget does not fit the
-    choices."""
+    alone; kept in `folder`. Raises BitassayError where the budget does not fit the choices."""
     spec, weights = recipe.mixed, recipe.weights
     assert spec is not None
     assert weights is not None
@@ -158,9 +157,8 @@ def _costs(
 def allocate(
     costs: Float[np.ndarray, "units choices"], bits: Int[np.ndarray, "units choices"], budget: float
 ) -> Int[np.ndarray, " units"]:
-    """Return the choice of each unit with the least sum of costs among those whose bits sum to at most
-    `budget`. Costs are not negative; a choice that a unit does not have costs infinity. Raises BitassayError
-    where no choice keeps to the budget."""
+    """Return the choice of each unit with the least sum of costs whose bits sum to at most `budget`; infinite
+    costs are no choice. Raises BitassayError where no choice keeps to the budget."""
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import eye_array, kron
 

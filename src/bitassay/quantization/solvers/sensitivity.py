@@ -114,8 +114,7 @@ def predicted_divergences(
     progress: Callable[[int], None] = lambda done: None,
     seed: int = 0,
 ) -> dict[str, list[float]]:
-    """Return the predicted KL divergence of each candidate of each matrix, in nats a token; `progress` gets
-    the number of finished samples."""
+    """Return the predicted KL divergence of each candidate of each matrix, in nats a token."""
     weights, generator = matrices(model), torch.Generator(model.device).manual_seed(seed)
     total = {name: [0.0] * len(tensors) for name, tensors in candidates.items()}
     for done, sample in enumerate(tokens):
@@ -180,8 +179,7 @@ def divergences(
     groups: Mapping[str, Mapping[str, QuantizedTensor]],
     window: Int[Tensor, " tokens"],
 ) -> Iterator[tuple[str, float]]:
-    """Yield, for each group of matrices, the mean KL divergence over a window when only it is quantized. The
-    layers before the first changed one are not run again."""
+    """Yield the mean KL divergence over a window for each group of matrices that alone is quantized."""
     entering: dict[int, Tensor] = {}
     further: dict[int, tuple[Any, ...] | None] = {}  # what a layer puts out with its states
 

@@ -24,8 +24,7 @@ from bitassay.record.run import RunFolder
 
 @dataclass(frozen=True)
 class Solution:
-    """A quantized matrix, and its weights before their last rounding, from which learning goes on; None where
-    nothing will."""
+    """A quantized matrix and, where learning goes on, its weights before their last rounding."""
 
     tensor: QuantizedTensor
     unrounded: Matrix | None = None
@@ -57,8 +56,7 @@ class Matrices(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """A decoder layer whose linears were quantized: these by their names within it, what enters the layer,
-    and what the unquantized layer puts out."""
+    """A decoder layer: its quantized linears, what enters it, and what it puts out unquantized."""
 
     name: str
     module: nn.Module
@@ -70,8 +68,7 @@ class Layer(NamedTuple):
 
 
 class Model(NamedTuple):
-    """A model whose layers were quantized one by one: the base model, the working copy, its linears by full
-    name, and the calibration text."""
+    """A model whose layers were quantized one by one; linears are by full name."""
 
     recipe_name: str
     base: PreTrainedModel

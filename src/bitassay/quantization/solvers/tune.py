@@ -59,8 +59,7 @@ def memory_of(
     vocabulary: int,
 ) -> int:
     """Return the bytes that tuning holds at its peak, roughly: the base model in fp32, what is learned, the
-    states between layers of a batch of samples of `tokens` tokens, what one layer leaves for the way back,
-    and logits."""
+    states of a batch between layers, what one layer leaves for the way back, and logits."""
     weights, features = sum(out * columns for out, columns in shapes), sum(map(sum, shapes))
     states = spec.batch * tokens * 4 * hidden * (layers + 1)
     layer = (BYTES_IN_A_PASS * weights + spec.batch * tokens * BYTES_A_FEATURE * features) / layers
@@ -103,8 +102,7 @@ def divergence(
     head: Float[Tensor, "vocabulary hidden"],
     base_head: Float[Tensor, "vocabulary hidden"],
 ) -> tuple[float, Float[Tensor, "... hidden"]]:
-    """Return the mean KL divergence from the base model's distributions, and its gradient in `states`; logits
-    exist for CHUNK_TOKENS at a time."""
+    """Return the mean KL divergence from the base model and its gradient, CHUNK_TOKENS at a time."""
     flat, base = states.detach().reshape(-1, states.shape[-1]), base_states.reshape(-1, states.shape[-1])
     total, gradients = 0.0, []
     for part, base_part in zip(flat.split(CHUNK_TOKENS), base.split(CHUNK_TOKENS), strict=True):

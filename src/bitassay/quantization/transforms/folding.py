@@ -138,8 +138,7 @@ def _norm_folds(model: PreTrainedModel) -> tuple[list[Fold], dict[str, str]]:
 
 
 def _norm_readers(model: PreTrainedModel) -> dict[str, list[str]]:
-    """For each norm that is a decoder layer's own, the modules with parameters that get its output, or a view
-    of it."""
+    """The modules with parameters that get the output, or a view of it, of each norm of a decoder layer."""
     layers = decoder_layers(model)
     inside = dict(layers.named_modules(prefix=module_name(model, layers)))
     readers: dict[str, list[str]] = {

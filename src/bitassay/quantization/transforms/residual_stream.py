@@ -110,8 +110,7 @@ class ResidualStream:
 
 
 def residual_stream(model: PreTrainedModel) -> ResidualStream:
-    """Return everything that touches the stream. Raises BitassayError that names the first part of the model
-    that cannot go along with a rotation, and why."""
+    """Return all that touches the stream. Raises BitassayError for what cannot go along with a rotation."""
     around, embedding = decoder_of(model), model.get_input_embeddings()
     head, final = model.get_output_embeddings(), getattr(around, "norm", None)
     if not isinstance(head, nn.Linear) or not isinstance(final, nn.Module):
@@ -134,8 +133,7 @@ def residual_stream(model: PreTrainedModel) -> ResidualStream:
 
 
 def find_norm(module: nn.Module, name: str) -> Norm:
-    """Return how an RMSNorm uses its weight, found by running it. Raises BitassayError where it is no
-    RMSNorm."""
+    """Return how an RMSNorm uses its weight, by running it. Raises BitassayError where it is none."""
     weight = getattr(module, "weight", None)
     if isinstance(weight, Tensor):
         generator = torch.Generator().manual_seed(0)
@@ -182,8 +180,7 @@ def _layer_stream(model: PreTrainedModel, modules: Walk, layer: nn.Module, here:
 
 
 def _read_norms(layer: nn.Module, here: str) -> tuple[Norm | None, Norm | None]:
-    """Return the norms that attention and MLP read. All other norms of a layer come after a block, and must
-    have equal gains."""
+    """Return the norms that attention and MLP read. All others come after a block: with equal gains."""
     norms = {
         name: find_norm(module, here + name)
         for name, module in layer.named_children()

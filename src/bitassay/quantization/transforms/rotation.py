@@ -103,8 +103,7 @@ def _rotate_stream(
 
 
 def add_online(model: PreTrainedModel, rotation: Rotation) -> None:
-    """Give a model whose weights are rotated what has to happen at run time. A second call with the same
-    rotation does nothing."""
+    """Give a model whose weights are rotated what happens at run time, unless it has that already."""
     present = getattr(model, "online_rotation", None)
     assert present in (None, rotation), "the model has another rotation already"
     layers = decoder_layers(model)
@@ -191,8 +190,7 @@ def _rotate_values(model: PreTrainedModel, rotation: Rotation, index: int) -> No
 
 
 def _down_projections(model: PreTrainedModel, index: int) -> Iterator[tuple[str, nn.Linear]]:
-    """Yield them by name. Raises BitassayError where there are none, or where experts are fused: nothing can
-    come between their matrices."""
+    """Yield them by name. Raises BitassayError where there are none, or experts are fused."""
     layer, any_found = decoder_layers(model)[index], False
     for name, module in layer.named_modules(prefix=module_name(model, layer)):
         if isinstance(getattr(module, "down_proj", None), nn.Parameter):

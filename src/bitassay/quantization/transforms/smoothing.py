@@ -142,8 +142,7 @@ def _awq_fold(
 
 
 def clipped(weight: Matrix, inputs: Float[Tensor, "rows in"], scheme: WeightScheme) -> Matrix:
-    """Return the weights, each group clamped to the share of its largest magnitude at which rounding it costs
-    its part of the output least."""
+    """Return the weights, each group clamped where rounding costs its part of the output least."""
     granularity = Granularity.parse("channel" if scheme.granularity == "tensor" else scheme.granularity)
     groups = granularity.to_groups(weight)
     largest = granularity.from_groups([group.abs().amax(1, keepdim=True) for group in groups], len(weight))
