@@ -5,9 +5,9 @@
 
 Each part of a recipe that is present is done, in this order: PREPARE changes a working copy of the model and
 decides how each matrix is stored, SOLVERS (`solvers/registry.py`) find the codes, FINISH adds what belongs to
-them. Without any part a matrix is rounded to nearest on its own and no text
-is read. A recipe that names a `calibration` has its scale searches weighed by the inputs; a part that needs
-text where none is named reads the default one for itself.
+them. Without any part a matrix is rounded to nearest on its own and no text is read. A recipe that names a
+`calibration` has its scale searches weighed by the inputs; a part that needs text where none is named reads
+the default one for itself.
 
 With a work folder every finished layer is a file there, so is tuning every few steps, and in the end the
 result; the same call goes on where the last one stopped. In the cache, recipes that differ only in what comes

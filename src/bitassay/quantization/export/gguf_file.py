@@ -175,7 +175,8 @@ def _tensors(model: PreTrainedModel, written: GgufFile) -> Iterator[tuple[str, B
             length += weight.square().sum().item()
             bits, weights = bits + data.nbytes * 8, weights + weight.numel()
         if arch is LLAMA and theirs.split(".")[-2] in ("attn_q", "attn_k"):
-            data = data[_interleaved(len(data), head_size(config))]
+            order = np.arange(len(data)).reshape(-1, 2, head_size(config) // 2).swapaxes(1, 2)
+            data = data[order.reshape(-1)]
         yield theirs, Blocks(kind, data)
     written.bits_per_weight = bits / weights if weights else 16.0
     written.relative_error = (lost / length) ** 0.5
@@ -247,11 +248,6 @@ def _plain(value: Tensor) -> Blocks:
     if not half.isfinite().all():
         return Blocks(Kind.F32, value.float().cpu().numpy())
     return Blocks(Kind.F16, half.cpu().numpy())
-
-
-def _interleaved(rows: int, size: int) -> np.ndarray:
-    """Where each row of llama.cpp's q or k comes from."""
-    return np.arange(rows).reshape(-1, 2, size // 2).swapaxes(1, 2).reshape(-1)
 
 
 def _write_description(

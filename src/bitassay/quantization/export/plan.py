@@ -17,7 +17,7 @@ from bitassay.quantization.export.reload import expected_parts
 from bitassay.quantization.export.save import choose_layout
 from bitassay.quantization.recipe.calibration import Calibration
 from bitassay.quantization.recipe.recipe import Recipe
-from bitassay.quantization.recipe.solvers import Learned, Tune
+from bitassay.quantization.recipe.solvers import Tune
 from bitassay.quantization.recipe.transforms import Rotation, Smoothing
 from bitassay.quantization.recipe.weights import WeightScheme
 from bitassay.quantization.runtime.model import check_recipe, parameter_count
@@ -109,10 +109,6 @@ def _solving(sizes: Sizes, streams: int = 0) -> int:
     return 4 * (sizes.parameters + weights) + sizes.bits // 8 + passing
 
 
-def _learning(spec: Learned, sizes: Sizes) -> int:
-    return _solving(sizes, layerwise.LEARNED_STREAMS)
-
-
 def _tuning(spec: Tune, sizes: Sizes) -> int:
     config, layers = sizes.model.config.get_text_config(), len(decoder_layers(sizes.model))
     return tune.memory_of(
@@ -133,7 +129,10 @@ def _input_scales(model: PreTrainedModel, smoothing: Smoothing) -> int:
 
 
 # What parts of a recipe cost besides codes: bytes of memory while they run, and parameters that they add.
-MEMORY: dict[str, Callable[[Any, Sizes], int]] = {"learned": _learning, "tune": _tuning}
+MEMORY: dict[str, Callable[[Any, Sizes], int]] = {
+    "learned": lambda _, sizes: _solving(sizes, layerwise.LEARNED_STREAMS),
+    "tune": _tuning,
+}
 ADDED_PARAMETERS: dict[str, Callable[[PreTrainedModel, Any], int]] = {
     "rotation": _untied_head,
     "smoothing": _input_scales,

@@ -6,8 +6,7 @@ of each part, which the headers of the files must state, part for part. What els
 parameters, and transformers loads them: none may be missing and none left over.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -173,16 +172,10 @@ def _read_matrix(
     for part, value in parts.items():
         if value.is_floating_point() and not value.float().isfinite().all():
             raise BitassayError(f"{file}: {name}.{part} has values that are NaN or infinite", AGAIN)
-    with _naming(f"{file}: {name}"):
-        return layout.read_tensor(parts, stored, shape)
-
-
-@contextmanager
-def _naming(where: str) -> Iterator[None]:
     try:
-        yield
+        return layout.read_tensor(parts, stored, shape)
     except BitassayError as error:
-        raise BitassayError(f"{where}: {error.problem}", error.remedy or AGAIN) from error
+        raise BitassayError(f"{file}: {name}: {error.problem}", error.remedy or AGAIN) from error
 
 
 def _with_plain_parameters(

@@ -54,7 +54,12 @@ def save(
     along, and `bitassay.json` says what the folder is. Raises BitassayError where the layout asked for cannot
     express a scheme exactly, MissingError where the disk is too small.
     """
-    folder, quantization, base = Path(folder), _quantization(model), identity(model)
+    folder, quantization, base = Path(folder), quantization_of(model), identity(model)
+    if quantization is None or not quantization.tensors:
+        raise BitassayError(
+            "this model is not quantized, so there is nothing to export",
+            "bitassay.quantize(model, recipe='w4') first",
+        )
     dtype, dtypes = str(model.dtype).removeprefix("torch."), get_args(Card.model_fields["dtype"].annotation)
     if dtype not in dtypes:
         raise BitassayError(f"a checkpoint holds {', '.join(dtypes)}, not {dtype}", f"load it in {dtypes[0]}")
@@ -162,16 +167,6 @@ def _original_format(model: PreTrainedModel, layout: Layout, matrices: dict[str,
     experts = tuple(f"{name}." for name in fused_experts(model))
     in_codes = layout.is_plain and any(name.startswith(experts) for name in matrices)
     return plain_load.keeps_names(model) and (not experts or in_codes)
-
-
-def _quantization(model: PreTrainedModel) -> Quantization:
-    quantization = quantization_of(model)
-    if quantization is None or not quantization.tensors:
-        raise BitassayError(
-            "this model is not quantized, so there is nothing to export",
-            "bitassay.quantize(model, recipe='w4') first",
-        )
-    return quantization
 
 
 def _parts(model: PreTrainedModel, quantization: Quantization, layout: Layout) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ under its name where the algorithms are: `PREPARE` and `FINISH` of `pipeline.py`
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -47,7 +47,7 @@ class Spec(BaseModel):
         yield from ()
 
     @model_validator(mode="after")
-    def _makes_sense(self) -> Self:
+    def _makes_sense(self) -> "Spec":
         if reason := next(self.contradictions(), None):
             raise ValueError(reason)
         return self

@@ -43,7 +43,6 @@ from bitassay.quantization.recipe.transforms import Rotation
 from bitassay.quantization.shapes import Tokens
 from bitassay.quantization.transforms.procrustes import refine
 from bitassay.quantization.transforms.residual_stream import (
-    LayerStream,
     ResidualStream,
     Weight,
     residual_stream,
@@ -99,7 +98,10 @@ def _rotate_stream(
         for weight in (stream.embedding, stream.head):
             weight.change(q.apply)
     for layer in layers:
-        _rotate_layer(layer, q)
+        for weight in (*(weight for _, weights in layer.reads for weight in weights), *layer.biases):
+            weight.change(q.apply)
+        for weight in layer.writes:
+            weight.change(lambda out: q.apply(out.transpose(-1, -2)).transpose(-1, -2))
 
 
 def add_online(model: PreTrainedModel, rotation: Rotation) -> None:
@@ -148,15 +150,6 @@ def _to_fp32(model: PreTrainedModel) -> None:
                 if parameter not in wide:
                     wide[parameter] = nn.Parameter(parameter.detach().float(), requires_grad=False)
                 module.register_parameter(key, wide[parameter])
-
-
-def _rotate_layer(layer: LayerStream, q: Orthogonal) -> None:
-    for weight in (weight for _, weights in layer.reads for weight in weights):
-        weight.change(q.apply)
-    for weight in layer.writes:
-        weight.write(q.apply(weight.read().transpose(-1, -2)).transpose(-1, -2))
-    for bias in layer.biases:
-        bias.change(q.apply)
 
 
 def _rotate_values(model: PreTrainedModel, rotation: Rotation, index: int) -> None:
