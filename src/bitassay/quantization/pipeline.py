@@ -15,7 +15,7 @@ after the codes (rounded inputs, a rounded cache, copies that share codes) share
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,11 +35,10 @@ from bitassay.quantization.inputs.ranges import collect_ranges, input_roundings
 from bitassay.quantization.recipe.calibration import calibration_tokens
 from bitassay.quantization.recipe.inputs import Activations
 from bitassay.quantization.recipe.recipe import Recipe, find_recipe
-from bitassay.quantization.recipe.replication import ReplicationPlan
 from bitassay.quantization.recipe.solvers import Mixed
 from bitassay.quantization.recipe.transforms import Rotation, Smoothing
 from bitassay.quantization.recipe.weights import WeightScheme
-from bitassay.quantization.replication.layer_copies import copies_by_layer, with_copies
+from bitassay.quantization.replication.layer_copies import add_copies, choose_copies
 from bitassay.quantization.runtime.model import (
     Quantization,
     check_recipe,
@@ -47,13 +46,11 @@ from bitassay.quantization.runtime.model import (
     quantization_of,
     with_tensors,
 )
-from bitassay.quantization.shapes import Tokens
 from bitassay.quantization.solvers.layers import quantize_calibrated
 from bitassay.quantization.solvers.mixed import mixed_schemes
-from bitassay.quantization.solvers.sensitivity import matrix_locations
 from bitassay.quantization.transforms.rotation import changed_parameters, rotate
 from bitassay.quantization.transforms.smoothing import smooth
-from bitassay.quantization.work import RESULT, code_digest, read_result, write_result
+from bitassay.quantization.work import RESULT, WorkingCopy, code_digest, read_result, write_result
 from bitassay.record.files import locked
 from bitassay.record.hashing import digest_json
 from bitassay.record.progress import Progress, silent
@@ -147,29 +144,6 @@ def _kept(
         return made
 
 
-@dataclass
-class WorkingCopy:
-    """A working copy of the base model on its way through the steps of a recipe. schemes: how each matrix is
-    stored, None where it is left alone. copies: how many copies each layer has that has several, for which
-    `uncopied` is this as it was before it had the first copy's schemes."""
-
-    base: PreTrainedModel
-    recipe: Recipe
-    model: PreTrainedModel
-    schemes: dict[str, WeightScheme | None]
-    tokens: Tokens | None
-    folder: RunFolder | None
-    progress: Progress
-    copies: dict[int, int] = field(default_factory=dict)
-    uncopied: "WorkingCopy | None" = None
-
-    @property
-    def text(self) -> Tokens:
-        """The calibration text, for steps that need it."""
-        assert self.tokens is not None
-        return self.tokens
-
-
 def _quantized(
     base: PreTrainedModel,
     recipe: Recipe,
@@ -200,9 +174,7 @@ def _solved(work: WorkingCopy) -> Quantization:
     recipe, schemes = work.recipe, work.schemes
     weighed = recipe.calibration is not None and any(s and s.uses_importance for s in schemes.values())
     if recipe.uses_calibrated_solver or weighed:
-        tensors = quantize_calibrated(
-            work.base, work.model, schemes, recipe, work.text, work.folder, work.progress
-        )
+        tensors = quantize_calibrated(work)
     else:
         tensors = rounded_to_nearest(work.model, schemes, f"quantizing by {recipe.name}", work.progress)
     quantized = {f"{name}.weight" for name in tensors} | {name.rpartition(".")[0] for name in tensors}
@@ -241,28 +213,6 @@ def _allocate(work: WorkingCopy, mixed: Mixed) -> None:
     work.schemes = mixed_schemes(work.model, work.recipe, work.text, work.progress, work.folder)
 
 
-def _choose_copies(work: WorkingCopy, plan: ReplicationPlan) -> None:
-    """Decide which layers have copies; merged copies, or the first copy of a layer, are what is solved."""
-    if plan.changes_nothing:
-        return
-
-    def measured() -> dict[str, int]:
-        counts = copies_by_layer(work.model, plan, work.schemes, work.tokens, work.progress)
-        return {str(index): count for index, count in counts.items()}
-
-    counts = measured() if work.folder is None else work.folder.part("copies", measured)
-    work.copies = {int(index): count for index, count in counts.items()}
-    work.uncopied = replace(work, model=copy_sharing_parameters(work.model))
-    if not plan.makes_codes:
-        return
-    locations, work.schemes = matrix_locations(work.model), dict(work.schemes)
-    for name, scheme in work.schemes.items():
-        if scheme is not None and (count := work.copies.get(locations[name].layer)) is not None:
-            copies = plan.of_matrices(count)
-            merged = plan.of == "linear"
-            work.schemes[name] = scheme.with_copies(copies) if merged else copies.scheme(scheme, 0)
-
-
 def _round_inputs(work: WorkingCopy, spec: Activations, made: Quantization) -> Quantization:
     """Say how inputs are rounded: static ones by their ranges in the model with quantized weights."""
     model = with_tensors(work.base, made)
@@ -270,29 +220,16 @@ def _round_inputs(work: WorkingCopy, spec: Activations, made: Quantization) -> Q
     return replace(made, inputs=input_roundings(model, spec, ranges))
 
 
-def _add_copies(work: WorkingCopy, plan: ReplicationPlan, made: Quantization) -> Quantization:
-    if work.uncopied is None or not work.copies:
-        return made
-    if plan.averages_inputs:
-        layers = {name: location.layer for name, location in matrix_locations(work.base).items()}
-        inputs = {n: replace(r, copies=work.copies.get(layers[n], 1)) for n, r in made.inputs.items()}
-        made = replace(made, inputs=inputs)
-    before = work.uncopied
-    return with_copies(
-        work.base, made, plan, before.model, before.schemes, work.copies, work.tokens, work.progress
-    )
-
-
 # What a part of a recipe does, by its name, at which step.
 PREPARE: dict[str, Callable[[WorkingCopy, Any], None]] = {
     "rotation": _rotate,
     "smoothing": _smooth,
     "mixed": _allocate,
-    "replication": _choose_copies,
+    "replication": choose_copies,
 }
 FINISH: dict[str, Callable[[WorkingCopy, Any, Quantization], Quantization]] = {
     "activations": _round_inputs,
-    "replication": _add_copies,
+    "replication": add_copies,
 }
 
 

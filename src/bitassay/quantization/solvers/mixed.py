@@ -61,8 +61,7 @@ def mixed_schemes(
     """Return a scheme for each of `matrices(model)` by its budget, None for those that the recipe leaves
     alone; kept in `folder`. Raises BitassayError where the budget does not fit the choices."""
     spec, weights = recipe.mixed, recipe.weights
-    assert spec is not None
-    assert weights is not None
+    assert spec is not None and weights is not None
     choices = spec.choices(weights)
 
     def chosen() -> dict[str, int]:
