@@ -183,7 +183,6 @@ def prompts_from(path: Path) -> list[str]:
 
 
 def _field(path: Path, name: str, count: int | None = None) -> list[str]:
-    """The field `name` of every JSON line of a file, or of the first `count`."""
     values = []
     filled = ((n, line) for n, line in enumerate(read_text(path).split("\n"), 1) if line.strip())
     for number, line in islice(filled, count):

@@ -115,7 +115,6 @@ def _needs_no_trial(model: PreTrainedModel) -> bool:
 
 @torch.inference_mode()
 def _trial(model: PreTrainedModel) -> _Trial:
-    """Compare three ways to read with one forward; the result is kept for each model."""
     if model in _trials:
         return _trials[model]
     size: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]

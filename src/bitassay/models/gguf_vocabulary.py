@@ -230,7 +230,6 @@ def _add_special(tokenizer: Tokenizer, fields: Mapping[str, Any], tokens: list[s
 
 
 def _surround(tokenizer: Tokenizer, tokens: list[str], first: int | None, last: int | None) -> None:
-    """Put `first` before and `last` after every text."""
     before, after = ([] if index is None else [(tokens[index], index)] for index in (first, last))
     if before or after:
         single = [*(token for token, _ in before), "$A:0", *(token for token, _ in after)]

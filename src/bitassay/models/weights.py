@@ -134,7 +134,6 @@ def check_files(folder: Path) -> dict[str, Path]:
 
 
 def _named_in_config(folder: Path) -> Path | None:
-    """The file that config.json's `transformers_weights` names."""
     config = folder / "config.json"
     name = read_object(config, missing={}).get("transformers_weights")
     if name is None:

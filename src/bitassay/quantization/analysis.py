@@ -109,7 +109,6 @@ def analyze(
 def _statistics(
     model: PreTrainedModel, tensors: Mapping[str, QuantizedTensor], tokens: Tokens, progress: Progress
 ) -> dict[str, Any]:
-    """What two passes over the text show of every matrix, and of what the layers put out."""
     views, where, count = matrices(model), matrix_locations(model), len(tokens)
     errors = OutputError(model, {name: [tensor] for name, tensor in tensors.items()})
     inputs = {name: Statistics(tensor.shape[1]) for name, tensor in tensors.items()}

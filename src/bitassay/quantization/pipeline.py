@@ -170,7 +170,6 @@ def _quantized(
 
 
 def _solved(work: WorkingCopy) -> Quantization:
-    """Return the codes of all matrices, and what else changed in the working copy."""
     recipe, schemes = work.recipe, work.schemes
     weighed = recipe.calibration is not None and any(s and s.uses_importance for s in schemes.values())
     if recipe.uses_calibrated_solver or weighed:
@@ -244,7 +243,6 @@ def _refuse_quantized(model: PreTrainedModel) -> None:
 
 
 def _plan(base: PreTrainedModel, recipe: Recipe) -> dict[str, Any]:
-    """Return what a work folder belongs to."""
     known = getattr(base, "identity", None)
     digests = [known.weights_digest, known.config_digest] if isinstance(known, Identity) else None
     return {"kind": "quantize", "model": digests, "dtype": str(base.dtype), "recipe": recipe.recipe_id}

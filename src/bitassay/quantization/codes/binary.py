@@ -212,7 +212,6 @@ def rescaled_columns(planes: Planes, w: Matrix) -> Planes:
 
 
 def _rounded(planes: Planes, w: Matrix, h: Columns, scheme: WeightScheme, unit: float) -> Planes:
-    """Return the planes with numbers that the scales' dtype has, once they are multiplied by `unit`."""
     dtype = getattr(torch, scheme.scale_dtype)
     limit = torch.finfo(dtype).max
 

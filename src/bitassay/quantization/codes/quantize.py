@@ -68,7 +68,6 @@ def check_weight(weight: Matrix, scheme: WeightScheme, name: str) -> None:
 
 
 def _codes(w: Matrix, grids: list[Grid], scheme: WeightScheme, name: str) -> Matrix:
-    """Return the codes of a matrix, rounded as the scheme says; `name` seeds what is random."""
     granularity, generator = Granularity.parse(scheme.granularity), generator_for(scheme.seed, name)
     groups = granularity.to_groups(w)
     if scheme.noise:
@@ -84,7 +83,6 @@ def _codes(w: Matrix, grids: list[Grid], scheme: WeightScheme, name: str) -> Mat
 
 
 def _copies(weight: Matrix, scheme: WeightScheme, name: str, importance: Columns | None) -> QuantizedTensor:
-    """Return the copies that `scheme.copies` asks for, each rounded to nearest, as one matrix."""
     copies = scheme.copies
     assert copies is not None
     if copies.differ == "digits":

@@ -183,7 +183,6 @@ def _where(chosen: Tensor, grid: Grid, other: Grid) -> Grid:
 
 
 def _first_grid(w: Groups, scheme: WeightScheme) -> Grid:
-    """Return the widest grid, or the one that the percentile leaves."""
     fmt, dtype = scheme.number_format, getattr(torch, scheme.scale_dtype)
     if scheme.scale == "percentile" and scheme.symmetric:
         high = percentiles(w.abs(), scheme.percentile)
@@ -199,7 +198,6 @@ def _first_grid(w: Groups, scheme: WeightScheme) -> Grid:
 
 
 def _starts(w: Groups, scheme: WeightScheme) -> Iterator[tuple[Grid, float]]:
-    """Yield the first grid of every search, and where narrower ones lie in it."""
     if scheme.zero_point == "middle":
         fmt, dtype = scheme.number_format, getattr(torch, scheme.scale_dtype)
         low, high, (_, qmax) = w.amin(1, keepdim=True), w.amax(1, keepdim=True), fmt.code_range(False)

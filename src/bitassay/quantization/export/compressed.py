@@ -148,7 +148,6 @@ def input_tensors(inputs: InputRounding | None) -> dict[str, Tensor]:
 
 
 def _as_bytes(stored: Stored) -> bool:
-    """Whether codes are bytes instead of parts of 32-bit words."""
     return stored.inputs is not None and stored.scheme.format == "int8" and stored.scheme.symmetric
 
 

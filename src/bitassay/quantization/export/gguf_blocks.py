@@ -186,6 +186,5 @@ def _crumbs(q: Matrix) -> np.ndarray:
 
 
 def _rows(*parts: np.ndarray) -> Bytes:
-    """Blocks with these parts, as rows of bytes."""
     blocks = np.concatenate(parts, axis=2)
     return blocks.reshape(len(blocks), -1)

@@ -154,7 +154,6 @@ def written_before(path: Path) -> tuple[str, str] | None:
 
 
 def _tensors(model: PreTrainedModel, written: GgufFile) -> Iterator[tuple[str, Blocks]]:
-    """Every tensor under llama.cpp's name."""
     config = model.config.get_text_config()
     arch = ARCHITECTURES[config.model_type]
     quantized = {} if (done := quantization_of(model)) is None else done.tensors
@@ -190,7 +189,6 @@ def _stored(model: PreTrainedModel) -> list[str]:
 
 
 def _ends(model: PreTrainedModel) -> list[int]:
-    """The ids at which generation stops."""
     ends = getattr(model.generation_config, "eos_token_id", None)
     if ends is None:
         ends = model.config.get_text_config().eos_token_id
@@ -198,7 +196,6 @@ def _ends(model: PreTrainedModel) -> list[int]:
 
 
 def _named(model: PreTrainedModel, name: str) -> str:
-    """llama.cpp's name of a tensor."""
     names = gguf.get_tensor_name_map(
         ARCHITECTURES[model.config.get_text_config().model_type], cache_slots(model)
     )
@@ -239,7 +236,6 @@ def _quantized(tensor: QuantizedTensor, model: PreTrainedModel, written: GgufFil
 
 
 def _plain(value: Tensor) -> Blocks:
-    """A matrix in 16 bits, a vector in 32."""
     if value.ndim == 1:
         return Blocks(Kind.F32, value.float().cpu().numpy())
     if value.dtype == torch.bfloat16:

@@ -195,7 +195,6 @@ def _merges(content: dict[str, Any]) -> list[tuple[str, str]]:
 def _tokens(
     tokenizer: PreTrainedTokenizerBase, content: dict[str, Any], vocabulary: int
 ) -> tuple[list[str], list[TokenType]]:
-    """The tokens in the order of their ids, and what each is."""
     tokens = [f"[PAD{index}]" for index in range(vocabulary)]
     types = [TokenType.UNUSED] * vocabulary
     fallback = content["model"].get("byte_fallback")
@@ -262,7 +261,6 @@ def _chat_templates(templates: str | dict[str, str] | None, notes: list[str]) ->
 
 
 def _split_name(backend: Tokenizer, content: dict[str, Any]) -> str:
-    """llama.cpp's name of a way to split text."""
     patterns = patterns_of(content["pre_tokenizer"])
     names = [name for name, way in SPLITTINGS.items() if way.byte_level and way.patterns == patterns]
     ignores_merges = bool(content["model"].get("ignore_merges"))
@@ -293,7 +291,6 @@ def _token_probes(content: dict[str, Any], tokens: list[str]) -> Iterator[str]:
 def _difference(
     tokenizer: PreTrainedTokenizerBase, rebuilt: PreTrainedTokenizerBase, more: Iterator[str] | list[str]
 ) -> str | None:
-    """The first string for which the two give different ids."""
     for text in (*PROBES, *more):
         if tokenizer(text, verbose=False).input_ids != rebuilt(text, verbose=False).input_ids:
             return text

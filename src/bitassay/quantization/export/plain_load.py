@@ -149,7 +149,6 @@ def _expert_obstacle(model: PreTrainedModel, slices: Mapping[str, Stored]) -> st
 
 
 def _without_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """The unquantized model of the same configuration, on the meta device."""
     with torch.device("meta"):
         empty = type(model)._from_config(copy.deepcopy(model.config))
     as_linears(empty)

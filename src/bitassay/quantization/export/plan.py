@@ -124,7 +124,6 @@ def _untied_head(model: PreTrainedModel, rotation: Rotation) -> int:
 
 
 def _input_scales(model: PreTrainedModel, smoothing: Smoothing) -> int:
-    """Return how many numbers linears divide their inputs by at run time."""
     return sum(x.in_features for x in walk(model).linears.values()) if smoothing.at_run_time else 0
 
 

@@ -161,7 +161,6 @@ def _read_matrix(
     entries: dict[str, Entry],
     pieces: list[Piece] | None = None,
 ) -> QuantizedTensor:
-    """A matrix, or one that is joined from pieces."""
     if pieces is not None:
         size = (shape[0] // len(pieces), shape[1])
         exact = exact_scales(stored)

@@ -170,7 +170,6 @@ def _original_format(model: PreTrainedModel, layout: Layout, matrices: dict[str,
 
 
 def _parts(model: PreTrainedModel, quantization: Quantization, layout: Layout) -> dict[str, Tensor]:
-    """Codes and all that belongs to them."""
     stored: dict[str, dict[str, Tensor]] = {}
     pieces = layout.pieces(model)
     for name, tensor in quantization.tensors.items():

@@ -169,8 +169,6 @@ def cache_to_crop(model: PreTrainedModel) -> DynamicCache:
 
 
 class _RoundedEntry:
-    """The hook of `round_cache`."""
-
     def __init__(self, spec: KvCache):
         self.spec = spec
 

@@ -78,8 +78,6 @@ def collect_ranges(
 
 
 class _Watch:
-    """A forward pre-hook that gathers what `Ranges` holds."""
-
     def __init__(self, linear: nn.Linear, batches: int):
         self.low: list[Tensor] = []
         self.high: list[Tensor] = []

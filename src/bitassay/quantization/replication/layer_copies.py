@@ -81,7 +81,6 @@ def _importance(work: WorkingCopy, made: Quantization) -> dict[str, Columns]:
 def _codes_of_copies(
     work: WorkingCopy, before: WorkingCopy, plan: ReplicationPlan, importance: Mapping[str, Columns]
 ) -> dict[str, QuantizedTensor]:
-    """Return the matrices of all copies but the layers themselves."""
     linears, weights, tensors = walk(before.model).linears, matrices(before.model), {}
     for done, (index, count) in enumerate(work.copies.items()):
         work.progress("quantizing copies", done, len(work.copies))

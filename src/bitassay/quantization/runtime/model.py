@@ -179,7 +179,6 @@ def quantized_weights(tensors: Mapping[str, QuantizedTensor]) -> int:
 
 
 def _quantized(model: PreTrainedModel) -> tuple[int, int]:
-    """Return the bits of the quantized matrices, and how many weights these are."""
     if done := quantization_of(model):
         return sum(t.stored_bits for t in done.tensors.values()), quantized_weights(done.tensors)
     known = getattr(model, "identity", None)

@@ -82,7 +82,6 @@ def add_passes(
 def _replicas(
     layer: nn.Module, name: str, count: int, plan: ReplicationPlan, tensors: Mapping[str, QuantizedTensor]
 ) -> list[nn.Module]:
-    """Copies of a layer that share all that does not differ."""
     shared = {id(item): item for item in (*layer.parameters(), *layer.buffers())}
     codes = [module.quantized for module in layer.modules() if isinstance(module, QuantizedLinear)]
     shared |= {id(tensor): tensor for tensor in codes}

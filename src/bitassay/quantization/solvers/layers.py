@@ -104,8 +104,6 @@ def quantize_layers(work: WorkingCopy) -> dict[str, Solution]:
 
 
 class _LayerWork:
-    """One layer's matrices while they are quantized, by their full names."""
-
     def __init__(self, work: WorkingCopy, layer: str):
         self.model, self.progress, self.solver = work.model, work.progress, matrix_solver(work.recipe)
         self.calibration = work.recipe.text

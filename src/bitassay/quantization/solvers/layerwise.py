@@ -115,8 +115,6 @@ class _Handed(NamedTuple):
 
 
 class _Call(NamedTuple):
-    """One call of a layer: its arguments besides the hidden states, and the name of these."""
-
     layer: nn.Module
     positional: tuple[Any, ...]
     named: dict[str, Any]
@@ -191,7 +189,6 @@ class _Forward:
 
 
 def _stream(single: _Forward, double: _Forward, batches: list[_Forward], axis: int, samples: int) -> Stream:
-    """Return what entered the layers, by forwards over one sample, over two, and over all in batches."""
     handed: dict[str, list[Tensor]] = {}
     arguments = []
     for index, (single_call, double_call) in enumerate(zip(single.calls, double.calls, strict=True)):

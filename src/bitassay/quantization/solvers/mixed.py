@@ -61,7 +61,8 @@ def mixed_schemes(
     """Return a scheme for each of `matrices(model)` by its budget, None for those that the recipe leaves
     alone; kept in `folder`. Raises BitassayError where the budget does not fit the choices."""
     spec, weights = recipe.mixed, recipe.weights
-    assert spec is not None and weights is not None
+    assert spec is not None
+    assert weights is not None
     choices = spec.choices(weights)
 
     def chosen() -> dict[str, int]:
@@ -82,7 +83,6 @@ def _spend(
     tokens: Tokens,
     progress: Progress,
 ) -> dict[str, int]:
-    """Return the number of the choice of each matrix that has one."""
     units, views = units_of(model, recipe), matrices(model)
     free = [unit for unit in units if unit.free]
     if not free:
@@ -125,7 +125,6 @@ def units_of(model: PreTrainedModel, recipe: Recipe) -> list[Unit]:
 
 
 def _bits(unit: Unit, candidates: Candidates) -> Int[np.ndarray, " choices"]:
-    """Return what the unit stores under each choice."""
     return np.sum([[tensor.stored_bits for tensor in candidates[name]] for name in unit.members], axis=0)
 
 
@@ -137,7 +136,6 @@ def _costs(
     spec: Mixed,
     progress: Progress,
 ) -> Float[np.ndarray, "units choices"]:
-    """Return what each choice costs each unit that has one, in nats a token."""
     if spec.sensitivity == "error":
         what = "predicting the divergence of every choice"
         measured = {name: candidates[name] for unit in free for name in unit.members}

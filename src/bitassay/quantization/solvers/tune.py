@@ -166,7 +166,6 @@ def layers_computed_again(model: PreTrainedModel) -> Iterator[None]:
 def _keep(
     folder: RunFolder, step: int, learned: list[nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> None:
-    """Write what has been learned after `step` steps, and Adam's moments."""
     kept = {"step": torch.tensor(step)}
     for place, parameter in enumerate(learned):
         kept[f"{place}.value"] = parameter.detach()

@@ -160,7 +160,6 @@ def clipped(weight: Matrix, inputs: Float[Tensor, "rows in"], scheme: WeightSche
 def _group_errors(
     difference: Matrix, inputs: Float[Tensor, "rows in"], granularity: Granularity
 ) -> Float[Tensor, "out groups"]:
-    """`|X_g D_g^T|^2` of every row's groups."""
     errors = []
     for start, stop, size in granularity.spans(difference.shape[1]):
         d = difference[:, start:stop].unflatten(1, (-1, size))
