@@ -62,22 +62,17 @@ E4M3 = torch.float8_e4m3fn
 
 def obstacle(stored: Stored) -> str | None:
     """Return why the format cannot hold such a matrix exactly; None where it can."""
-    fmt = FORMATS[stored.scheme.format]
-    if fmt.kind == "binary":
-        return "it has no codes of one bit without a zero"
-    if fmt.kind == "float" and fmt.float_dtype is not E4M3:
-        return f"its only 8-bit float is e4m3, not {fmt.name}"
-    if stored.scheme.offset or not stored.scheme.whole_zero_points:
-        return "its grids are whole steps away from zero"
-    if Granularity.parse(stored.scheme.granularity).block_sizes is not None:
-        return "its groups are all of one size"
-    if stored.residual is not None:
-        return "it has no second plane of codes"
-    if stored.scheme.turned is not None:
-        return "it has no rotations"
-    if stored.low_rank is not None:
-        return "it has no low-rank factors"
-    return None
+    scheme, fmt = stored.scheme, FORMATS[stored.scheme.format]
+    obstacles = {
+        "it has no codes of one bit without a zero": fmt.kind == "binary",
+        f"its only 8-bit float is e4m3, not {fmt.name}": fmt.float_dtype not in (None, E4M3),
+        "its grids are whole steps away from zero": scheme.offset > 0 or not scheme.whole_zero_points,
+        "its groups are all of one size": Granularity.parse(scheme.granularity).block_sizes is not None,
+        "it has no second plane of codes": stored.residual is not None,
+        "it has no rotations": scheme.turned is not None,
+        "it has no low-rank factors": stored.low_rank is not None,
+    }
+    return next((why for why, holds in obstacles.items() if holds), None)
 
 
 def input_obstacle(scheme: InputScheme) -> str | None:

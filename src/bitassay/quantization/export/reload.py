@@ -6,7 +6,8 @@ of each part, which the headers of the files must state, part for part. What els
 parameters, and transformers loads them: none may be missing and none left over.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.modeling_utils import str_to_torch_dtype
 
@@ -34,9 +35,7 @@ from bitassay.quantization.export.card import AGAIN, CARD_FILE, Card
 from bitassay.quantization.export.layout import Layout
 from bitassay.quantization.export.plain_load import Piece, exact_scales, joined, module_names
 from bitassay.quantization.export.registry import LAYOUTS
-from bitassay.quantization.inputs.activations import InputRounding
 from bitassay.quantization.recipe.recipe import Recipe
-from bitassay.quantization.recipe.replication import ReplicationPlan, Steps
 from bitassay.quantization.runtime.model import Quantization, with_tensors
 from bitassay.quantization.runtime.replicas import is_replica, replica_names
 from bitassay.quantization.transforms.folding import INPUT_SCALES
@@ -72,40 +71,48 @@ def read_quantized(
 ) -> PreTrainedModel:
     """Read the quantized model in `folder`, whose files `card` describes; fake, or `packed`. Raises
     BitassayError that names the file where the two do not fit."""
-    dtype, layout, recipe = options.dtype, _layout(card, folder), card.recipe
+    with _naming(folder / CARD_FILE):
+        layout = _layout(card)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # type: ignore[attr-defined] # the codes are decoded here
-    empty = empty_model(config, dtype, trust_remote_code=options.trust_remote_code)
+    empty = empty_model(config, options.dtype, trust_remote_code=options.trust_remote_code)
     stored_as = stored_entries(folder)
     entries = {name: stored_as[key] for key, name in module_names(empty, stored_as).items()}
-    shapes = {name: (view.shape[0], view.shape[1]) for name, view in matrices(empty).items()}
-    described, plain = {}, dict(entries)
-    plan = recipe.replication
-    passes = _passes(plan, len(decoder_layers(empty)), card, folder)
-    copies = _copies(empty, plan, passes, [name for name in card.matrices if not is_replica(name)])
-    shapes |= {name: shapes[of] for name, of in copies.items() if of in shapes}
-    if missing := sorted(copies.keys() - card.matrices.keys()):
-        raise BitassayError(f"{folder / CARD_FILE}: matrices: {missing[0]} is not there", AGAIN)
-    for name, place in card.matrices.items():
-        if name not in shapes:
-            raise BitassayError(f"{folder / CARD_FILE}: the model has no matrix {name}", AGAIN)
-        described[name] = card.schemes[place]
+    with _naming(folder / CARD_FILE):
+        _check_passes(card, len(decoder_layers(empty)))
+        _check_inputs(card, walk(empty).linears)
+        shapes = _shapes(empty, card)
+    described = {name: card.schemes[place] for name, place in card.matrices.items()}
     parts = expected_parts(empty, layout, described, shapes)
     _check_parts(parts, entries, folder)
-    for key in parts:
-        plain.pop(key, None)
-    scales = _input_scales(empty, recipe, plain, folder)
+    plain = {key: entry for key, entry in entries.items() if key not in parts}
+    scales = _input_scales(empty, card.recipe, plain, folder)
     originals = {name for name in described if not is_replica(name)}
-    model = _with_plain_parameters(empty, config, folder, plain, originals, dtype, options.attention)
+    model = _with_plain_parameters(empty, config, folder, plain, originals, options)
     pieces = layout.pieces(empty)
     tensors = {
         name: _read_matrix(name, stored, shapes[name], layout, entries, pieces.get(name))
         for name, stored in described.items()
     }
-    parameters = _changed_parameters(model, card, scales, folder)
-    inputs = _inputs(model, recipe, card, folder)
-    _check_inputs(layout, inputs, described, entries, folder)
-    return with_tensors(model, Quantization(recipe, tensors, parameters, inputs, passes), packed=packed)
+    with _naming(folder / CARD_FILE):
+        parameters = _changed_parameters(model, card, scales)
+    for name, stored in described.items():  # what engines read of rounded inputs
+        rounding = card.inputs.get(name)
+        said = {f"{name}.{part}": value for part, value in layout.input_tensors(rounding).items()}
+        same = all(torch.equal(entries[key].read(), value) for key, value in said.items())
+        if not same or stored != layout.with_inputs(stored.model_copy(update={"inputs": None}), rounding):
+            raise BitassayError(f"{folder}: {CARD_FILE} and the files differ in the inputs of {name}", AGAIN)
+    made = Quantization(card.recipe, tensors, parameters, card.inputs, card.passes)
+    return with_tensors(model, made, packed=packed)
+
+
+@contextmanager
+def _naming(where: str | Path) -> Iterator[None]:
+    """Say in errors which file is wrong."""
+    try:
+        yield
+    except BitassayError as error:
+        raise BitassayError(f"{where}: {error.problem}", error.remedy or AGAIN) from error
 
 
 def stored_entries(folder: Path) -> dict[str, Entry]:
@@ -171,10 +178,8 @@ def _read_matrix(
     for part, value in parts.items():
         if value.is_floating_point() and not value.float().isfinite().all():
             raise BitassayError(f"{file}: {name}.{part} has values that are NaN or infinite", AGAIN)
-    try:
+    with _naming(f"{file}: {name}"):
         return layout.read_tensor(parts, stored, shape)
-    except BitassayError as error:
-        raise BitassayError(f"{file}: {name}: {error.problem}", error.remedy or AGAIN) from error
 
 
 def _with_plain_parameters(
@@ -183,8 +188,7 @@ def _with_plain_parameters(
     folder: Path,
     plain: dict[str, Entry],
     quantized: set[str],
-    dtype: torch.dtype,
-    attention: str | None,
+    options: LoadOptions,
 ) -> PreTrainedModel:
     """The model with every parameter but the quantized matrices, whose memory is not even touched."""
     expected = empty.state_dict()  # shapes as files have them
@@ -192,13 +196,13 @@ def _with_plain_parameters(
     for name in quantized:
         key = f"{name}.weight" if f"{name}.weight" in expected else name.rpartition(".")[0]
         if key not in state:
-            state[key] = torch.empty(expected[key].shape, dtype=dtype)
+            state[key] = torch.empty(expected[key].shape, dtype=options.dtype)
     model, report = type(empty).from_pretrained(  # type: ignore[misc]
         None,
         config=config,
         state_dict=state,
-        dtype=dtype,
-        attn_implementation=attention,
+        dtype=options.dtype,
+        attn_implementation=options.attention,
         ignore_mismatched_sizes=True,  # reported by check_keys, with names
         output_loading_info=True,
     )
@@ -230,92 +234,64 @@ def _input_scales(
     return scales
 
 
-def _changed_parameters(
-    model: PreTrainedModel, card: Card, scales: dict[str, Tensor], folder: Path
-) -> dict[str, Tensor]:
+def _changed_parameters(model: PreTrainedModel, card: Card, scales: dict[str, Tensor]) -> dict[str, Tensor]:
     # A tied head has no name of its own among the parameters.
     parameters = dict(model.named_parameters(remove_duplicate=False)) | scales
     if missing := sorted(scales.keys() - set(card.parameters)):
-        raise BitassayError(f"{folder / CARD_FILE}: parameters: {missing[0]} is not there", AGAIN)
-    for name in card.parameters:
-        if name not in parameters:
-            raise BitassayError(f"{folder / CARD_FILE}: the model has no parameter {name}", AGAIN)
+        raise BitassayError(f"parameters: {missing[0]} is not there")
+    if unknown := [name for name in card.parameters if name not in parameters]:
+        raise BitassayError(f"the model has no parameter {unknown[0]}")
     return {name: parameters[name].detach() for name in card.parameters}
 
 
-def _inputs(model: PreTrainedModel, recipe: Recipe, card: Card, folder: Path) -> dict[str, InputRounding]:
-    linears, part, plan = walk(model).linears, recipe.activations, recipe.replication
+def _check_inputs(card: Card, linears: Mapping[str, nn.Linear]) -> None:
+    part, plan = card.recipe.activations, card.recipe.replication
     formats = {name: s.format for name in linears if part is not None and (s := part.scheme_for(name))}
     if {name: rounding.format for name, rounding in card.inputs.items()} != formats:
-        raise BitassayError(f"{folder / CARD_FILE}: inputs are not those of the recipe's activations", AGAIN)
+        raise BitassayError("inputs are not those of the recipe's activations")
+    several = plan.copies if plan is not None and plan.averages_inputs else 1
     for name, rounding in card.inputs.items():
         if rounding.outliers and max(rounding.outliers) >= linears[name].in_features:
-            raise BitassayError(
-                f"{folder / CARD_FILE}: inputs of {name}: it has no column {max(rounding.outliers)}", AGAIN
-            )
-        several = plan.copies if plan is not None and plan.averages_inputs else 1
+            raise BitassayError(f"inputs of {name}: it has no column {max(rounding.outliers)}")
         if rounding.copy is not None or not 1 <= rounding.copies <= several:
-            raise BitassayError(
-                f"{folder / CARD_FILE}: inputs of {name}: copies that the recipe has not", AGAIN
-            )
-    return card.inputs
+            raise BitassayError(f"inputs of {name}: copies that the recipe has not")
 
 
-def _check_inputs(
-    layout: Layout,
-    inputs: dict[str, InputRounding],
-    described: dict[str, Stored],
-    entries: dict[str, Entry],
-    folder: Path,
-) -> None:
-    """What engines read of rounded inputs has to be what the card says."""
-    for name, stored in described.items():
-        rounding = inputs.get(name)
-        said = layout.input_tensors(rounding)
-        if stored != layout.with_inputs(stored.model_copy(update={"inputs": None}), rounding) or any(
-            not torch.equal(entries[f"{name}.{part}"].read(), value) for part, value in said.items()
-        ):
-            raise BitassayError(f"{folder}: {CARD_FILE} and the files differ in the inputs of {name}", AGAIN)
-
-
-def _passes(plan: ReplicationPlan | None, layers: int, card: Card, folder: Path) -> dict[int, Steps]:
-    """The passes of the layers that have several: those that the recipe asks for, as far as it says."""
-    passes = card.passes
+def _check_passes(card: Card, layers: int) -> None:
+    """Raise BitassayError for other passes than the recipe asks for, as far as it says."""
+    plan, passes = card.recipe.replication, card.passes
     wanted = {} if plan is None or not plan.at_run_time else plan.known_counts(layers)
     if wanted is None:  # the layers were measured
         wanted = {i: plan.copies for i in passes if 0 <= i < layers} if plan is not None else {}
-    said = {index: steps.count for index, steps in passes.items()}
-    if said != wanted or (
-        plan is not None
-        and plan.coefficients != "fitted"
-        and any(steps != plan.steps(steps.count) for steps in passes.values())
+    fitted = plan is None or plan.coefficients == "fitted"
+    if {index: steps.count for index, steps in passes.items()} != wanted or not (
+        fitted or all(steps == plan.steps(steps.count) for steps in passes.values())
     ):
-        raise BitassayError(f"{folder / CARD_FILE}: passes: not those of the recipe's replication", AGAIN)
-    return passes
+        raise BitassayError("passes: not those of the recipe's replication")
 
 
-def _copies(
-    model: PreTrainedModel, plan: ReplicationPlan | None, passes: dict[int, Steps], names: list[str]
-) -> dict[str, str]:
-    """The matrices of layers' copies that have codes of their own, each with the one that it is a copy of."""
-    if plan is None or not plan.makes_codes:
-        return {}
-    return {
-        copy: name
-        for index, steps in passes.items()
-        for name in names
-        for copy in replica_names(model, index, name, steps.count)
-    }
+def _shapes(model: PreTrainedModel, card: Card) -> dict[str, tuple[int, int]]:
+    """Return the shapes of the model's matrices and of layers' copies of them, which the card must name."""
+    shapes = {name: (view.shape[0], view.shape[1]) for name, view in matrices(model).items()}
+    plan = card.recipe.replication
+    names = [name for name in card.matrices if name in shapes and not is_replica(name)]
+    for index, steps in card.passes.items() if plan is not None and plan.makes_codes else ():
+        for name in names:
+            shapes |= dict.fromkeys(replica_names(model, index, name, steps.count), shapes[name])
+    if missing := sorted(name for name in shapes if is_replica(name) and name not in card.matrices):
+        raise BitassayError(f"matrices: {missing[0]} is not there")
+    if unknown := [name for name in card.matrices if name not in shapes]:
+        raise BitassayError(f"the model has no matrix {unknown[0]}")
+    return shapes
 
 
-def _layout(card: Card, folder: Path) -> Layout:
+def _layout(card: Card) -> Layout:
     if card.layout not in LAYOUTS:
-        problem = f"{folder / CARD_FILE}: layout: no {card.layout!r}; {suggestion(card.layout, LAYOUTS)}"
-        raise BitassayError(problem, "install the package that adds the layout, or save the model again")
+        remedy = "install the package that adds the layout, or save the model again"
+        raise BitassayError(f"layout: no {card.layout!r}; {suggestion(card.layout, LAYOUTS)}", remedy)
     layout = LAYOUTS[card.layout]
     if max(card.matrices.values()) >= len(card.schemes):
-        raise BitassayError(f"{folder / CARD_FILE}: matrices: no such place in schemes", AGAIN)
-    for scheme in card.schemes:
-        if why := layout.matrix_obstacle(scheme):
-            raise BitassayError(f"{folder / CARD_FILE}: schemes: {why}", AGAIN)
+        raise BitassayError("matrices: no such place in schemes")
+    if why := next(filter(None, map(layout.matrix_obstacle, card.schemes)), None):
+        raise BitassayError(f"schemes: {why}")
     return layout
