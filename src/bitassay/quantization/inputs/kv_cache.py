@@ -14,6 +14,7 @@ Sources: KIVI (2402.02750) rounds values per token as here, but keys per channel
 recent tokens in 16 bits; that is left out. So are formats below 4 bits, which without it are of no use.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -146,7 +147,7 @@ def round_cache(model: PreTrainedModel, spec: KvCache) -> None:
             "leave kv_cache out of the recipe",
         )
     for attention in attentions:
-        attention.register_forward_pre_hook(_RoundedEntry(spec), with_kwargs=True)
+        attention.register_forward_pre_hook(partial(_round_entry, spec), with_kwargs=True)
     object.__setattr__(model, "kv_cache", spec)  # nn.Module's own is for tensors and modules
 
 
@@ -168,18 +169,12 @@ def cache_to_crop(model: PreTrainedModel) -> DynamicCache:
     return cache
 
 
-class _RoundedEntry:
-    def __init__(self, spec: KvCache):
-        self.spec = spec
-
-    def __call__(
-        self, module: nn.Module, arguments: tuple, options: dict[str, Any]
-    ) -> tuple[tuple, dict[str, Any]]:
-        cache = options.get("past_key_values")
-        # A packed cache, or what stands for one while a copy of a layer runs, rounds by itself.
-        if getattr(cache, "spec", None) == self.spec:
-            return arguments, options
-        return arguments, options | {"past_key_values": _RoundedUpdates(cache, self.spec)}
+def _round_entry(spec: KvCache, _module: nn.Module, arguments: tuple, options: dict[str, Any]) -> Any:
+    cache = options.get("past_key_values")
+    # A packed cache, or what stands for one while a copy of a layer runs, rounds by itself.
+    if getattr(cache, "spec", None) == spec:
+        return arguments, options
+    return arguments, options | {"past_key_values": _RoundedUpdates(cache, spec)}
 
 
 class _RoundedUpdates:

@@ -3,33 +3,17 @@
     serial     x_i = a_i x_(i-1) + c_i f_i(x_(i-1))         i = 1 ... n passes, one after the other
     parallel   x'  = a x + sum_i c_i f_i(x)                 all from the same state
 
-with f_i(x) = layer_i(x) - x, what the i-th copy adds to its input. `coefficients` says what a and c are:
-
-    plain      a = 1, c = 1                 another pass is another layer; parallel, a sum
-    mean       a = 1, c = 1/n               serial: damped
-    fitted     least squares on calibration text against the unquantized model's states; with one copy, the
-               layer once and rescaled
-    [0.7, 0.3] a = 1, and each copy's c
+with f_i(x) = layer_i(x) - x, what the i-th copy adds to its input. a is 1, but for `fitted` coefficients; c
+is 1 (`plain`), 1/n (`mean`), fitted to the unquantized model's states (`fit.py`), or a list.
 
 `of: linear` copies single matrices instead of layers. That is parallel by nature, and nothing but one linear
 whose weight is `sum_i c_i W_i`: it is stored and run as that (`codes/copies.py`), at no cost at run time.
-
 `of: block` runs the listed layers, which follow each other, as one, then again, with a and c around them all:
 a loop over a block, as looped transformers have it (2605.23872 damps one without training).
 
-`differ` says what sets the copies apart; with `nothing` and `inputs` they share their codes, stored once:
-
-    nothing    the same codes again
-    scale, clip, offset, noise   the grid's scale times values[i]; clipped at the percentile values[i]; moved
-               by values[i] of a step (default: i/n); noise of values[i] steps
-    seed       rounded stochastically, each copy by a seed of its own
-    rotation   each copy is rounded after a rotation of its inputs of its own, and turned back
-    residual   copy i is what the copies before it left over (linears, summed); values: scale factors
-    digits     copy i is digit i of the codes of one grid of all copies' bits (linears, summed)
-    inputs     the grid of the rounded inputs (`activations`) moved by (i + 1/2) / n - 1/2 steps
-
-Layers count from 0. `by` error, kl and massive choose that share of the layers whose weights, whose
-next-token distributions, or whose largest hidden states suffer (`select.py`).
+Copies that differ by `nothing` share their codes, stored once; so do those of `inputs`, which move the grid
+of rounded inputs by (i + 1/2) / n - 1/2 steps. How others differ `Copies` says (`weights.py`). Layers count
+from 0; those that a measure chooses `select.py` finds. docs/replication.md describes every field.
 """
 
 import math
