@@ -51,8 +51,12 @@ class CorpusFiles:
     max_windows: int | None = None
 
 
-def _lines(path: Path) -> list[str]:
-    return list(io.StringIO(read_text(path)))
+def _wikitext(path: Path) -> str:
+    return "\n\n".join(line if line.strip() else "" for line in io.StringIO(read_text(path)))
+
+
+def _ptb(path: Path) -> str:
+    return " ".join(line.strip() for line in io.StringIO(read_text(path)))
 
 
 def _c4(path: Path) -> str:
@@ -67,16 +71,10 @@ _C4 = ("c4/c4-validation.00000-of-00008.json.gz", "c4/en/c4-validation.00000-of-
 _C4_TRAIN = (("c4/c4_en_train_first1000.jsonl.gz",), "c4-train-1000.jsonl.gz")
 _WIKITEXT = ("wikitext2/wiki.test.raw.gz", "wikitext2/wiki.test.raw")
 CORPORA = {
-    "wikitext2-raw": CorpusFiles(
-        _WIKITEXT,
-        "wikitext2-test.raw.gz",
-        lambda path: "\n\n".join(line if line.strip() else "" for line in _lines(path)),
-    ),
+    "wikitext2-raw": CorpusFiles(_WIKITEXT, "wikitext2-test.raw.gz", _wikitext),
     "c4-new": CorpusFiles(_C4, None, _c4, max_windows=256),
     "c4-train-new": CorpusFiles(*_C4_TRAIN, _c4, max_windows=256),
-    "ptb-new": CorpusFiles(
-        ("ptb/ptb.test.txt.gz", "ptb/ptb.test.txt"), None, lambda path: " ".join(map(str.strip, _lines(path)))
-    ),
+    "ptb-new": CorpusFiles(("ptb/ptb.test.txt.gz", "ptb/ptb.test.txt"), None, _ptb),
     "c4-train": CorpusFiles(*_C4_TRAIN, _documents),
 }
 _USER_FILE = re.compile(r"(?P<path>.+\.(?:txt|jsonl)(?:\.gz)?)(?:@(?P<digest>[0-9a-f]{16}))?")

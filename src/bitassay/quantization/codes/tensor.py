@@ -115,11 +115,10 @@ class QuantizedTensor:
     def stored_bits(self) -> int:
         """Everything that has to be kept: codes, grids, groups, a second plane and where it is, factors."""
         kept = [self.packed, self.scale, self.zero_point, self.mean, self.residual_columns, self.column_scale]
-        if self.low_rank is not None:
-            kept += [self.low_rank.a, self.low_rank.b]
-        bits = sum(part.numel() * part.element_size() * 8 for part in kept if part is not None)
-        bits += self.granularity.layout_bits(self.shape[1])
-        return bits if self.residual is None else bits + self.residual.stored_bits
+        kept += [] if self.low_rank is None else [self.low_rank.a, self.low_rank.b]
+        bits = 8 * sum(part.nbytes for part in kept if part is not None)
+        further = 0 if self.residual is None else self.residual.stored_bits
+        return bits + self.granularity.layout_bits(self.shape[1]) + further
 
     def to(self, device: torch.device | str) -> "QuantizedTensor":
         """Return the same tensor on another device."""

@@ -88,16 +88,9 @@ def is_tokenizer_of(base: Path, tokenizer: PreTrainedTokenizerBase) -> bool:
 
 def write_tokenizer(writer: GGUFWriter, keys: Mapping[str, Any]) -> None:
     """Write what `tokenizer_keys` found."""
+    add = {bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string, list: writer.add_array}
     for key, value in keys.items():
-        match value:
-            case bool():
-                writer.add_bool(key, value)
-            case int():
-                writer.add_uint32(key, value)
-            case str():
-                writer.add_string(key, value)
-            case _:
-                writer.add_array(key, value)
+        add[type(value)](key, value)
 
 
 def tokenizer_keys(
@@ -219,12 +212,8 @@ def _scores(tokens: list[str], merges: list[tuple[str, str]]) -> list[float]:
 def _special(tokenizer: PreTrainedTokenizerBase, ends: list[int], notes: list[str]) -> dict[str, Any]:
     """The ids of special tokens, and which of them stand around every text."""
     keys: dict[str, Any] = {}
-    ids = {
-        "bos": tokenizer.bos_token_id,
-        "unknown": tokenizer.unk_token_id,
-        "padding": tokenizer.pad_token_id,
-    }
-    ids["eos"] = tokenizer.eos_token_id
+    ids = {"bos": tokenizer.bos_token_id, "unknown": tokenizer.unk_token_id}
+    ids |= {"padding": tokenizer.pad_token_id, "eos": tokenizer.eos_token_id}
     # What else ends a generation: a turn's end and a message's, as llama.cpp calls them.
     others = [index for index in ends if index != tokenizer.eos_token_id]
     if ids["eos"] is None and others:

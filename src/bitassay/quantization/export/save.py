@@ -199,7 +199,7 @@ def _other_parameters(model: PreTrainedModel, quantization: Quantization) -> dic
 
 
 def _bytes(tensors: dict[str, Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def check_space(folder: Path, needed_bytes: int) -> None:

@@ -132,7 +132,7 @@ class PackedCache(DynamicCache):
     def stored_bytes(self) -> int:
         """What all layers hold."""
         held = [part for keys, values, _ in self for part in (keys, values) if part is not None]
-        return sum(part.numel() * part.element_size() for part in held)
+        return sum(part.nbytes for part in held)
 
 
 def round_cache(model: PreTrainedModel, spec: KvCache) -> None:
