@@ -37,7 +37,7 @@ from bitassay.quantization.codes.tensor import QuantizedTensor
 from bitassay.quantization.pipeline import rounded_to_nearest
 from bitassay.quantization.recipe.calibration import Calibration, calibration_tokens
 from bitassay.quantization.recipe.recipe import Recipe
-from bitassay.quantization.runtime.experts import changed_fraction, load_of, routes
+from bitassay.quantization.runtime.experts import changed_fraction, routes
 from bitassay.quantization.runtime.model import Quantization, check_recipe, with_tensors
 from bitassay.quantization.shapes import Tokens
 from bitassay.quantization.solvers.sensitivity import (
@@ -236,7 +236,7 @@ def _routing(
     rows = []
     for name, module in modules.items():
         base, other = (torch.cat([pair[side][name] for pair in pairs]) for side in (0, 1))
-        load = load_of(base, module.get_parameter("down_proj").shape[0])
+        load = torch.bincount(base.flatten(), minlength=module.get_parameter("down_proj").shape[0])
         rows.append(
             {
                 "module": name,

@@ -183,18 +183,12 @@ def _parts(model: PreTrainedModel, quantization: Quantization, layout: Layout) -
 
 def _other_parameters(model: PreTrainedModel, quantization: Quantization) -> dict[str, Tensor]:
     """What is stored as it is: all but the quantized matrices, of which fused experts are slices."""
-    experts = {name.rpartition(".")[0] for name in quantization.tensors}
-    fully_quantized = {
-        key
-        for key, fused in walk(model).experts.items()
-        if key in experts and all(f"{key}.{place}" in quantization.tensors for place in range(len(fused)))
-    }
+    codes, fused = quantization.tensors, walk(model).experts.items()
+    stacks = {key for key, stack in fused if all(f"{key}.{place}" in codes for place in range(len(stack)))}
     return {
         key: value
         for key, value in model.state_dict().items()
-        if key.removesuffix(".weight") not in quantization.tensors
-        and key not in fully_quantized
-        and not is_replica(key)
+        if not (key.removesuffix(".weight") in codes or key in stacks or is_replica(key))
     }
 
 

@@ -158,11 +158,6 @@ def routes(model: PreTrainedModel, tokens: Int[Tensor, "batch tokens"], names: l
     return chosen
 
 
-def load_of(chosen: Int[Tensor, "tokens k"], experts: int) -> Int[Tensor, " experts"]:
-    """Return how many tokens each expert got."""
-    return torch.bincount(chosen.flatten(), minlength=experts)
-
-
 def changed_fraction(base: Int[Tensor, "tokens k"], other: Int[Tensor, "tokens k"]) -> float:
     """Return the fraction of tokens whose set of experts differs, in whatever order routers list them."""
     return (base.sort(1).values != other.sort(1).values).any(1).double().mean().item()
