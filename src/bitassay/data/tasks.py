@@ -72,10 +72,8 @@ class TaskSource:
 
     def read(self, limit: int | None, subject: str | None = None) -> TaskData | None:
         """Return the rows on this machine (of one subject): from BITASSAY_DATA, else from the bundled slice
-        if it has `limit` items, else None: the whole set has to come from the hub.
-
-        Raises BitassayError for a file that is truncated or empty, and for a line that is no item.
-        """
+        if it has `limit` items, else None: the whole set has to come from the hub. Raises BitassayError for a
+        file that is truncated or empty, and for a line that is no item."""
         if not self.splits:
             return None
         if self._in_data_folder(self.tested) is not None:

@@ -85,12 +85,10 @@ def keeps_positions(model: PreTrainedModel) -> bool:
 
 
 def reads_on(model: PreTrainedModel) -> bool:
-    """Return whether a model reads several tokens behind a cache as it reads them in one text.
-
-    Of plain attention that is known. Of anything else it is tried: read together, tokens must be as near to
-    those of one text as they are one by one. In few bits such a difference would not be seen, so there keys
-    and values are taken for granted, and the answer for other states is no.
-    """
+    """Return whether a model reads several tokens behind a cache as it reads them in one text. Of plain
+    attention that is known. Of anything else it is tried: read together, tokens must be as near to those of
+    one text as they are one by one. In few bits such a difference would not be seen, so there keys and values
+    are taken for granted, and the answer for other states is no."""
     if not takes_cache(model):
         return False
     if _needs_no_trial(model):

@@ -66,13 +66,10 @@ def quantize(
     progress: Progress = silent,
 ) -> PreTrainedModel:
     """Return a copy of `base` with the decoder layers' linears and experts quantized by `recipe`; `base`
-    stays as it is.
-
-    packed: store codes (a real model) instead of dequantized weights (a fake one). work: a folder for what is
-    finished of a calibrated recipe; the same call goes on with it. The copy carries `.quantization`. Raises
-    BitassayError where the recipe names modules that do not exist, where weights are not finite, or where the
-    model has matrices that would be skipped.
-    """
+    stays as it is. packed: store codes (a real model) instead of dequantized weights (a fake one). work: a
+    folder for what is finished of a calibrated recipe; the same call goes on with it. The copy carries
+    `.quantization`. Raises BitassayError where the recipe names modules that do not exist, where weights are
+    not finite, or where the model has matrices that would be skipped."""
     return with_tensors(base, quantize_tensors(base, find_recipe(recipe), progress, work), packed=packed)
 
 

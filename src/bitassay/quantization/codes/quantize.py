@@ -30,13 +30,11 @@ def quantize_tensor(
     weight: Matrix, scheme: WeightScheme, name: str = "weight", importance: Columns | None = None
 ) -> QuantizedTensor:
     """Round a matrix to nearest on the grids that `scheme` asks for, each column's error weighed by its
-    `importance`: the mean squared input, or a Hessian's diagonal.
-
-    Raises BitassayError that names the tensor where a value is NaN or infinite, or too large for the scale's
-    dtype, or an importance is not finite or negative. Anything else comes back finite: zeros as zeros (on a
-    grid with an offset, as half the smallest step there is), constant groups to within the format's own
-    error, and a group larger than the row is the row.
-    """
+    `importance`: the mean squared input, or a Hessian's diagonal. Raises BitassayError that names the tensor
+    where a value is NaN or infinite, or too large for the scale's dtype, or an importance is not finite or
+    negative. Anything else comes back finite: zeros as zeros (on a grid with an offset, as half the smallest
+    step there is), constant groups to within the format's own error, and a group larger than the row is the
+    row."""
     check_weight(weight, scheme, name)
     if importance is not None and not ((importance >= 0) & importance.isfinite()).all():
         raise BitassayError(

@@ -46,14 +46,11 @@ def save(
     model: PreTrainedModel, folder: str | Path, *, layout: str | None = None, progress: Progress = silent
 ) -> Card:
     """Write a model that `quantize` made, fake or packed, into `folder`, which must not exist or be empty.
-
     layout: a name in `LAYOUTS`; None takes compressed-tensors where it is exact, else our own; the card says
     which it was. Asked for, compressed-tensors also says that inputs are rounded, which engines do by steps
-    of their own.
-    Everything that the recipe left alone is stored in the model's dtype; tokenizer and generation settings go
-    along, and `bitassay.json` says what the folder is. Raises BitassayError where the layout asked for cannot
-    express a scheme exactly, MissingError where the disk is too small.
-    """
+    of their own. Everything that the recipe left alone is stored in the model's dtype; tokenizer and
+    generation settings go along, and `bitassay.json` says what the folder is. Raises BitassayError where the
+    layout asked for cannot express a scheme exactly, MissingError where the disk is too small."""
     folder, quantization, base = Path(folder), quantization_of(model), identity(model)
     if quantization is None or not quantization.tensors:
         raise BitassayError(

@@ -62,11 +62,9 @@ def _int8_product(quantized: QuantizedTensor) -> Product:
 
 def _int4_product(quantized: QuantizedTensor, group_size: int) -> Product:
     """The kernel computes `(q - 8) * s + m` with q in 0..15; every format of at most 16 levels can be written
-    so.
-
-    Where `q - z` fits into -8..7 it is what the kernel gets, so that m is 0 but for an offset or the rest of
-    a free zero point; only 4-bit codes with zero points, and free ones far from 0, need a larger m, in bf16.
-    """
+    so. Where `q - z` fits into -8..7 it is what the kernel gets, so that m is 0 but for an offset or the rest
+    of a free zero point; only 4-bit codes with zero points, and free ones far from 0, need a larger m, in
+    bf16."""
     codes, grid = quantized.codes(), quantized.grid
     rest = torch.full_like(grid.scale, grid.offset)
     if grid.zero_point is not None:

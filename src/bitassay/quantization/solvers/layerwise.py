@@ -127,12 +127,10 @@ class _Stop(Exception):
 
 @torch.no_grad()
 def first_inputs(model: PreTrainedModel, tokens: Tokens) -> Stream:
-    """Return what the first decoder layer gets for these tokens, and the other arguments of every layer.
-
-    What differs from sample to sample is found by a forward over two without a token in common. Raises
+    """Return what the first decoder layer gets for these tokens, and the other arguments of every layer. What
+    differs from sample to sample is found by a forward over two without a token in common. Raises
     BitassayError for a model whose layers, called one after the other with these arguments, do not give what
-    the model gives.
-    """
+    the model gives."""
     layers = decoder_layers(model)
     size: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
     pair = torch.cat([tokens[:1], (tokens[:1] + 1) % size]).to(model.device)

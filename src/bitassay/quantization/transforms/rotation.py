@@ -55,11 +55,9 @@ REFINE_ROWS = 4096
 @torch.no_grad()
 def rotate(model: PreTrainedModel, rotation: Rotation, tokens: Tokens | None = None) -> None:
     """Rotate a working copy in place, products in fp64; what it computes stays the same. A copy in 16 bits is
-    in fp32 afterwards: rounded to 16 bits again, rotated weights are no longer quite the model's.
-
-    Only new parameters are made: another model that shares the old ones keeps them. `tokens` are for
-    `refined`. Raises BitassayError that names the part of an architecture that cannot be rotated.
-    """
+    in fp32 afterwards: rounded to 16 bits again, rotated weights are no longer quite the model's. Only new
+    parameters are made: another model that shares the old ones keeps them. `tokens` are for `refined`. Raises
+    BitassayError that names the part of an architecture that cannot be rotated."""
     chosen = rotation.chosen(len(decoder_layers(model)))
     if not chosen:
         return

@@ -76,11 +76,9 @@ def smooth(
     progress: Progress = silent,
 ) -> Smoothed:
     """Smooth a working copy in fp32 or fp64, in place; without clipping, what it computes stays the same.
-
     ranges: from `collect_ranges` on this model as it is. Only new parameters are made: another model that
     shares the old ones keeps them. Raises BitassayError for a model in 16 bits, and where the logits change
-    although they must not.
-    """
+    although they must not."""
     if model.dtype not in (torch.float32, torch.float64):
         raise BitassayError(
             f"smoothing: the model is in {model.dtype}, in which folds would change it", "load it in float32"
