@@ -92,8 +92,7 @@ def is_pinned(name: str) -> bool:
 
 
 def pinned(name: str) -> str:
-    """Return the name of a corpus that always means the text it has now: a user's file gets the start of its
-    digest. Raises BitassayError where there is no such file."""
+    """Return the name of a corpus that always means the text of now: a user's file gets its digest."""
     return name if is_pinned(name) else f"{name}@{_digest(read_text(Path(name)))}"
 
 

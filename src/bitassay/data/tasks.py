@@ -130,8 +130,7 @@ def _rows(path: Path, _changed: int, item: type[Item]) -> list[Row]:
 
 
 def even_indices(total: int, limit: int | None) -> list[int]:
-    """Return `limit` indices evenly spaced over `total`, in order; all of them without a limit, or with one
-    beyond the total. Raises BitassayError for a limit below 1."""
+    """Return `limit` indices evenly spaced over `total`, or all. Raises BitassayError for less than 1."""
     if limit is None or limit >= total > 0:
         return list(range(total))
     if limit < 1:

@@ -57,8 +57,7 @@ _TEMPLATE_FILE, _TEMPLATE_FOLDER = "chat_template.jinja", "additional_chat_templ
 
 
 def read_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
-    """Read the configuration of a causal LM. Raises BitassayError where transformers does not know the kind
-    of model, where it is none that continues a text, and where a value makes no sense."""
+    """Read the configuration of a causal LM. Raises BitassayError for an unknown or another kind."""
     path = folder / "config.json"
     content = read_object(path)
     kind, own_code = content.get("model_type"), "auto_map" in content

@@ -85,8 +85,7 @@ def _longrope(
 
 
 def _divided(plain: dict[str, Any], factors: np.ndarray, context: int) -> dict[str, Any]:
-    """Frequencies divided by `factors`: as Llama 3's scheme where it gives these factors, else as longrope
-    with the same factors for all lengths, which divides by any."""
+    """Frequencies divided by `factors`, as Llama 3's scheme or, where it does not give them, longrope."""
     if np.allclose(factors, 1.0, rtol=1e-6):
         return plain
     size, most = len(factors), float(np.float32(factors.max()))

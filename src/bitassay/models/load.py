@@ -74,8 +74,7 @@ def load_checkpoint(
 
 
 def _read_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """Read the tokenizer. Raises BitassayError for a folder without a vocabulary, of which transformers makes
-    an empty tokenizer without a word."""
+    """Read the tokenizer. Raises BitassayError without a vocabulary: transformers makes an empty one then."""
     failed: Exception | None = None
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)

@@ -36,8 +36,7 @@ class Walk:
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """Return the decoder layers, in order. Raises BitassayError for an architecture that keeps no single list
-    of them, such as one list of attentions and another of MLPs."""
+    """Return the decoder layers, in order. Raises BitassayError where there is no single list of them."""
     # Some classes have an output head by the name under which transformers looks for the decoder.
     lists = _lists_of_blocks(model.get_decoder()) or _lists_of_blocks(model)
     if lists:

@@ -68,8 +68,7 @@ def write_part(
 def read_part(
     folder: RunFolder, name: str, shapes: Mapping[str, tuple[int, int]]
 ) -> tuple[dict[str, QuantizedTensor], dict[str, Tensor]]:
-    """Read what `write_part` wrote, for matrices of such shapes: the matrices, and the other tensors. Raises
-    BitassayError for a part that is damaged or is of other matrices."""
+    """Read what `write_part` wrote. Raises BitassayError for a part that is damaged or of other matrices."""
     kept, parts, tensors = folder.part(name, dict), folder.read_tensors(name), {}
     if not isinstance(kept, dict) or kept.keys() != shapes.keys():
         raise BitassayError(f"{folder.path}: {name} does not name the matrices of the recipe", AGAIN)

@@ -113,8 +113,7 @@ def architectures() -> list[str]:
 
 
 def tiny_config(model_type: str, **changes: Any) -> PretrainedConfig:
-    """Return the configuration of a tiny model, a decoder where it could be either. Raises BitassayError for
-    a `model_type` that transformers does not list."""
+    """Return the configuration of a tiny model, a decoder where it could be either; else BitassayError."""
     if model_type not in CONFIG_MAPPING:
         raise BitassayError(f"unknown architecture {model_type!r}; {suggestion(model_type, architectures())}")
     config = _tiny(CONFIG_MAPPING[model_type], changes)

@@ -100,8 +100,7 @@ def binarize(
 
 
 def levels(tensor: QuantizedTensor) -> Float[Tensor, "levels out in"]:
-    """Return what a weight can become on the planes of `tensor`: two values, or four, in columns without a
-    second plane twice the same two."""
+    """Return the two or four values that each weight may have on the planes of `tensor`; some twice."""
     first, second, salient, c = planes_of(tensor)
     step = first.widened(first.scale)
     middle = torch.zeros_like(step) if first.mean is None else first.widened(first.mean)

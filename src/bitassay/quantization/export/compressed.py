@@ -203,8 +203,7 @@ def stored_tensors(tensor: QuantizedTensor, inputs: InputRounding | None = None)
 
 
 def read_tensor(parts: dict[str, Tensor], stored: Stored, shape: tuple[int, int]) -> QuantizedTensor:
-    """Invert `stored_tensors`, for parts that are as `expected_tensors` says and a matrix of `shape`, `[out,
-    in]`. Raises BitassayError for values that no writer makes."""
+    """Invert `stored_tensors`, for `expected_tensors`. Raises BitassayError for what no writer makes."""
     scheme = stored.scheme
     args, fmt = weight_args(scheme, shape), FORMATS[scheme.format]
     scale = parts["weight_scale"].float().view(Granularity.parse(scheme.granularity).scale_shape(*shape))
@@ -285,8 +284,7 @@ def _format(stored: Stored) -> str:
 
 
 def _left_alone(model: PreTrainedModel, quantization: Quantization) -> list[str]:
-    """Modules that a target of every Linear would catch (in engines routers and experts too) but no
-    recipe."""
+    """Modules that a target of every Linear would catch (in engines routers and experts too), left alone."""
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     modules = walk(model)
     parents = [name.rpartition(".")[0] for name in modules.routers]

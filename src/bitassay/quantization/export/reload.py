@@ -69,8 +69,7 @@ def load_quantized(
 def read_quantized(
     folder: Path, config: PretrainedConfig, options: LoadOptions, *, card: Card, packed: bool
 ) -> PreTrainedModel:
-    """Read the quantized model in `folder`, whose files `card` describes; fake, or `packed`. Raises
-    BitassayError that names the file where the two do not fit."""
+    """Read the quantized model in `folder`, fake or `packed`. Raises BitassayError for an unfit card."""
     with _naming(folder / CARD_FILE):
         layout = _layout(card)
     if hasattr(config, "quantization_config"):
@@ -116,8 +115,7 @@ def _naming(where: str | Path) -> Iterator[None]:
 
 
 def stored_entries(folder: Path) -> dict[str, Entry]:
-    """Return what the safetensors files of a folder hold, by name, from their headers alone. Raises
-    BitassayError where two files hold the same name."""
+    """Return what a folder's safetensors files hold. Raises BitassayError for a name in two of them."""
     entries: dict[str, Entry] = {}
     for path in weight_files(folder):
         with safe_open(path, framework="pt") as file:

@@ -136,8 +136,7 @@ class PackedCache(DynamicCache):
 
 
 def round_cache(model: PreTrainedModel, spec: KvCache) -> None:
-    """Make `model` round, in place, all that its attention caches or would cache. Raises BitassayError for
-    decoder layers without attention of the usual kind."""
+    """Make `model` round all that its attention caches. Raises BitassayError for layers without any."""
     layers = decoder_layers(model)
     attentions = [module for layer in layers if (module := getattr(layer, "self_attn", None)) is not None]
     if len(attentions) < len(layers):

@@ -62,8 +62,7 @@ class Granularity:
         return 0 if self.block_sizes is None else 8 * math.ceil(len(self.blocks(columns)) / 5)
 
     def spans(self, columns: int) -> list[tuple[int, int, int]]:
-        """Return `(start, stop, size)` of runs of equal groups of a row: the full ones, then a shorter last.
-        Raises BitassayError where adaptive groups are those of another number of columns."""
+        """Return `(start, stop, size)` of runs of equal groups of a row; the last may be a shorter one."""
         if self.block_sizes is None:
             return _runs(0, columns, self.group_size or columns)
         assert self.digits is not None, "adaptive groups that nobody has chosen"

@@ -69,8 +69,7 @@ def add_copies(work: WorkingCopy, plan: ReplicationPlan, made: Quantization) -> 
 
 
 def _importance(work: WorkingCopy, made: Quantization) -> dict[str, Columns]:
-    """Return what weighs the columns of copies, the mean squared inputs behind the quantized layers, as it
-    weighed the first copy; nothing without calibration text."""
+    """Return the mean squared inputs, which weighed the first copy too; nothing without calibration."""
     if work.recipe.calibration is None:
         return {}
     model = with_tensors(work.base, replace(made, inputs={}))

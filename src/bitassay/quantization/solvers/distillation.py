@@ -79,8 +79,7 @@ def last_states(
 
 
 def prompts(tokens: Tokens, count: int) -> Int[Tensor, "count prompt"]:
-    """Return `count` pieces of PROMPT_TOKENS tokens: the first of every sample, then the second, and so on
-    from the start where there are no more."""
+    """Return `count` pieces of PROMPT_TOKENS tokens: the first of every sample, then the second and so on."""
     length = min(PROMPT_TOKENS, tokens.shape[1])
     pieces = tokens[:, : tokens.shape[1] // length * length].unflatten(1, (-1, length))
     interleaved = pieces.transpose(0, 1).flatten(0, 1)

@@ -155,8 +155,7 @@ def gptq(weight: Matrix, hessian: Hessian, schemes: Sequence[WeightScheme], spec
 def gptq_on_levels(
     weight: Matrix, hessian: Hessian, choices: Float[Tensor, "levels out in"], spec: Gptq
 ) -> tuple[Matrix, float]:
-    """Run GPTQ where each weight has levels of its own, fixed beforehand, instead of a grid. Returns every
-    column as it was when its turn to be rounded came, and the damping."""
+    """Run GPTQ on levels of each weight. Returns every column as it was at its turn, and the damping."""
     by_column = choices.permute(2, 1, 0).contiguous()
 
     def round_column(j: int, column: Float[Tensor, " out"]) -> Float[Tensor, " out"]:

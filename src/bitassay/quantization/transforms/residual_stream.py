@@ -91,8 +91,7 @@ class Norm(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerStream:
-    """What a decoder layer does to the stream. reads: norms, and the matrices that read what they put out.
-    biases: of the matrices that write."""
+    """What a decoder layer does to the stream. reads: norms, and the matrices behind them."""
 
     reads: list[tuple[Norm | None, list[Weight]]]
     writes: list[Weight]
