@@ -8,16 +8,13 @@ parameters, and transformers loads them: none may be missing and none left over.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
-from transformers.modeling_utils import str_to_torch_dtype
 
 from bitassay.errors import BitassayError, suggestion
 from bitassay.models.empty import empty_model
@@ -27,7 +24,7 @@ from bitassay.models.options import LoadOptions
 from bitassay.models.source import Source
 from bitassay.models.transposed import as_linears
 from bitassay.models.walk import decoder_layers, matrices, walk
-from bitassay.models.weights import weight_files
+from bitassay.models.weights import Entry, check_files
 from bitassay.quantization.codes import storage
 from bitassay.quantization.codes.storage import Stored
 from bitassay.quantization.codes.tensor import QuantizedTensor
@@ -40,20 +37,6 @@ from bitassay.quantization.runtime.model import Quantization, with_tensors
 from bitassay.quantization.runtime.replicas import is_replica, replica_names
 from bitassay.quantization.transforms.folding import INPUT_SCALES
 from bitassay.record.progress import Progress, silent
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A tensor of a safetensors file, as the file's header describes it."""
-
-    file: Path
-    dtype: torch.dtype | None
-    shape: tuple[int, ...]
-    key: str
-
-    def read(self) -> Tensor:
-        with safe_open(self.file, framework="pt") as file:
-            return file.get_tensor(self.key)
 
 
 def load_quantized(
@@ -75,7 +58,7 @@ def read_quantized(
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # type: ignore[attr-defined] # the codes are decoded here
     empty = empty_model(config, options.dtype, trust_remote_code=options.trust_remote_code)
-    stored_as = stored_entries(folder)
+    stored_as = check_files(folder)
     entries = {name: stored_as[key] for key, name in module_names(empty, stored_as).items()}
     with _naming(folder / CARD_FILE):
         _check_passes(card, len(decoder_layers(empty)))
@@ -112,20 +95,6 @@ def _naming(where: str | Path) -> Iterator[None]:
         yield
     except BitassayError as error:
         raise BitassayError(f"{where}: {error.problem}", error.remedy or AGAIN) from error
-
-
-def stored_entries(folder: Path) -> dict[str, Entry]:
-    """Return what a folder's safetensors files hold. Raises BitassayError for a name in two of them."""
-    entries: dict[str, Entry] = {}
-    for path in weight_files(folder):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (not a dict)
-                if name in entries:
-                    raise BitassayError(f"{path}: {name} is in {entries[name].file.name} too", AGAIN)
-                header = file.get_slice(name)
-                dtype = str_to_torch_dtype.get(header.get_dtype())
-                entries[name] = Entry(path, dtype, tuple(header.get_shape()), name)
-    return entries
 
 
 def _check_parts(parts: storage.Expected, entries: dict[str, Entry], folder: Path) -> None:
