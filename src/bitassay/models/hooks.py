@@ -1,11 +1,11 @@
 """Hooks and forwards that are there for a while, and gone after it whatever happens."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 
@@ -16,6 +16,14 @@ def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
         for handle in handles:
             stack.enter_context(handle)
         yield
+
+
+def reading(
+    modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]
+) -> Iterator[RemovableHandle]:
+    """Register hooks, for `hooked`, that call `see(name, x)` with what a module is about to read."""
+    for name, module in modules.items():
+        yield module.register_forward_pre_hook(lambda _, arguments, name=name: see(name, arguments[0]))
 
 
 @contextmanager

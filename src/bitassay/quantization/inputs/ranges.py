@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError, suggestion
 from bitassay.models.cache import last_logits
-from bitassay.models.hooks import hooked
+from bitassay.models.hooks import hooked, reading
 from bitassay.models.walk import walk
 from bitassay.quantization.inputs.activations import InputRounding
 from bitassay.quantization.inputs.thresholds import (
@@ -69,7 +69,8 @@ def collect_ranges(
         batches = [row[None] for row in batches]
     linears = walk(model).linears
     watched = {name: _Watch(linears[name], len(batches)) for name in (linears if names is None else names)}
-    with hooked(linears[name].register_forward_pre_hook(watch) for name, watch in watched.items()):
+    modules = {name: linears[name] for name in watched}
+    with hooked(reading(modules, lambda name, x: watched[name].add(x))):
         for done, batch in enumerate(batches):
             progress("reading calibration text", done, len(batches))
             model(batch.to(model.device), use_cache=False, **last_logits(model, 1))
@@ -87,8 +88,8 @@ class _Watch:
         self.magnitude = torch.zeros_like(self.total)
         self.count, self.quota = 0, -(-SAMPLED_TOKENS // batches)
 
-    def __call__(self, _module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        tokens = arguments[0].reshape(-1, arguments[0].shape[-1])
+    def add(self, x: Tensor) -> None:
+        tokens = x.reshape(-1, x.shape[-1])
         if not len(tokens):  # an expert that this batch did not reach
             return
         exact = tokens.float()

@@ -22,9 +22,8 @@ from torch import Tensor
 from bitassay.quantization.codes.tensor import QuantizedTensor
 
 MAX_ROWS = 32
-INT8_COLUMNS = (
-    32  # with other sizes torch 2.13's kernel reads past the end of rows (168: a segmentation fault)
-)
+# With other sizes torch 2.13's kernel reads past the end of rows (168: a segmentation fault).
+INT8_COLUMNS = 32
 INT4_GROUPS = (32, 64, 128, 256)
 
 Product = Callable[[BFloat16[Tensor, "rows in"]], BFloat16[Tensor, "rows out"]]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from bitassay.errors import BitassayError
-from bitassay.models.hooks import hooked
+from bitassay.models.hooks import hooked, reading
 from bitassay.models.walk import decoder_layers, decoder_of
 from bitassay.quantization.shapes import Hessian, Tokens
 
@@ -268,14 +268,11 @@ def input_groups(
     groups: dict[int, list[str]] = {}
     inputs: list[Tensor] = []  # held, so that no other tensor takes over an identity
 
-    def reads(name: str):
-        def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            inputs.append(args[0])
-            groups.setdefault(id(args[0]), []).append(name)
+    def note(name: str, x: Tensor) -> None:
+        inputs.append(x)
+        groups.setdefault(id(x), []).append(name)
 
-        return note
-
-    with hooked(module.register_forward_pre_hook(reads(name)) for name, module in linears.items()):
+    with hooked(reading(linears, note)):
         arguments.call(layer, hidden[:1], slice(0, 1))
     return [tuple(names) for names in groups.values()]
 
@@ -310,12 +307,7 @@ def quantize_in_passing(
 ) -> Hidden:
     """Run a layer once over all samples, and quantize each of the `input_groups` when its input arrives:
     `solve` replaces their weights, and what follows sees it. Returns the quantized layer's output."""
-
-    def arrive(names: tuple[str, ...]):
-        def quantize(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            solve(names, hessian_of(args[0]))
-
-        return quantize
-
-    with hooked(linears[names[0]].register_forward_pre_hook(arrive(names)) for names in groups):
+    members = {names[0]: names for names in groups}
+    firsts = {name: linears[name] for name in members}
+    with hooked(reading(firsts, lambda name, x: solve(members[name], hessian_of(x)))):
         return arguments.call(layer, hidden)

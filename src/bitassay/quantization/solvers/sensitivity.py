@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bitassay.models.hooks import hooked
+from bitassay.models.hooks import hooked, reading
 from bitassay.models.walk import decoder_layers, decoder_of, matrices, module_name, walk
 from bitassay.quantization.codes.tensor import QuantizedTensor
 from bitassay.quantization.recipe.recipe import Recipe
@@ -64,14 +64,8 @@ def observe(
     """Run the text, a sample at a time, and show the inputs of every matrix by its name. Returns how many
     tokens each expert got; `progress` gets the number of finished samples."""
 
-    def shows(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _, arguments: tap(name, arguments[0].reshape(-1, arguments[0].shape[-1]))
-
-    linears = walk(model).linears.items()
-    with (
-        hooked(module.register_forward_pre_hook(shows(name)) for name, module in linears),
-        expert_inputs(model, tap) as load,
-    ):
+    shows = reading(walk(model).linears, lambda name, x: tap(name, x.reshape(-1, x.shape[-1])))
+    with hooked(shows), expert_inputs(model, tap) as load:
         for done, sample in enumerate(tokens):
             decoder_of(model)(input_ids=sample[None].to(model.device), use_cache=False)
             progress(done + 1)
