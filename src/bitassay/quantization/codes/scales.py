@@ -19,12 +19,10 @@ Of ternary and binary groups the optimum is exact (`few_levels_grid`):
     binary    s = mean |w|; with a mean m: two levels m - s and m + s, each the mean of one end of the sorted
               weights, so scan where to part them
 
-A middle zero point has one of 2^b places, evenly over the middle half of the codes, and a search for each: of
-the energy of SmolLM2-135M's outputs int2 in groups of 64 loses 0.072 with whole zero points, 0.076 with none
-and an offset of 0.5, 0.058 with middle ones, 0.054 with free ones, which take 0.22 bits more
-(`benchmarks/formats.py`). A free zero point starts from the range itself, which need not hold zero, and has
-three searches, with narrower grids in the middle of the range and towards either end (FREE_STARTS); s is at
-least |w| / 4096 then, so that z has a place in fp16.
+A middle zero point has one of 2^b places, evenly over the middle half of the codes, and a search for each;
+docs/formats.md measures what that gains. A free zero point starts from the range itself, which need not hold
+zero, and has three searches, with narrower grids in the middle of the range and towards either end
+(FREE_STARTS); s is at least |w| / 4096 then, so that z has a place in fp16.
 
 Factors go below 0.5 since the first scale of int2 puts the largest magnitude on the code 1; those below 0.3
 are for groups whose largest weights matter least. Above 1.1 nothing was gained.

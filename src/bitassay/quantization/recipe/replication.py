@@ -87,9 +87,7 @@ class Steps:
 
 class ReplicationPlan(RecipePart):
     """What is run how often. copies counts the original: with 1 nothing changes, but for fitted coefficients,
-    which rescale what the layer puts out. layers: all; progressive, from `copies` at the front down to one at
-    the back; middle, the third of them there; between two shares of the depth; chosen by a measure; numbers;
-    or a count for each, the largest of which is `copies`."""
+    which rescale what the layer puts out; where `layers` has counts, it is the largest of them."""
 
     copies: int = Field(default=2, ge=1, le=16)
     layers: Literal["all", "progressive", "middle"] | Between | Chosen | tuple[int, ...] | dict[int, int] = (

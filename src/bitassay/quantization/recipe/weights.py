@@ -75,20 +75,12 @@ class Copies(Spec):
 
 
 class WeightScheme(Spec):
-    """How one matrix is quantized.
+    """How one matrix is quantized; docs/formats.md says what every option does.
 
-    restricted: leave out the lowest code of a symmetric integer format, so that both ends are 2^(b-1)-1.
-    scale: how the scale is found (`scales.py`); mse by default below 4 bits, absmax from there on.
-    percentile: where `scale: percentile` clips, in percent. scale_dtype: what scales are stored in; float16
-    by default, for FP8 bfloat16: an FP8 scale is absmax over 448 or 57344, so small that float16 would hold
-    it as a subnormal number of few bits. zero_point: a whole number of steps (`integer`), the same searched
-    jointly with the scale (`searched`), one of as many places in the middle half of the codes (`middle`), or
-    any number in scale_dtype (`free`). offset: shifts the grid by a share of a step; stored nowhere.
-    scale_factor: what the scale that was found is multiplied by. turned: the seed of a random Hadamard
-    rotation of the inputs, before rounding and back after it. rounding, noise (in steps), seed: see
-    `rounding.py`. residual: the share of the columns that have a second binary plane, column_scales: whether
-    columns have scales too: see `binary.py`.
-
+    scale: mse by default below 4 bits, absmax from there on. scale_dtype: float16 by default, bfloat16 for
+    FP8, whose scales, absmax over 448 or 57344, float16 would hold as subnormal numbers of few bits. offset:
+    stored nowhere. turned: the seed of a random Hadamard rotation of the inputs, before rounding and back
+    after it.
     """
 
     format: Annotated[str, one_of(FORMATS, "format")]
