@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -22,8 +23,12 @@ def reading(
     modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]
 ) -> Iterator[RemovableHandle]:
     """Register hooks, for `hooked`, that call `see(name, x)` with what a module is about to read."""
+
+    def show(name: str, _module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        see(name, arguments[0])
+
     for name, module in modules.items():
-        yield module.register_forward_pre_hook(lambda _, arguments, name=name: see(name, arguments[0]))
+        yield module.register_forward_pre_hook(partial(show, name))
 
 
 @contextmanager

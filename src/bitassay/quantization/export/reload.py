@@ -227,13 +227,15 @@ def _check_inputs(card: Card, linears: Mapping[str, nn.Linear]) -> None:
 def _check_passes(card: Card, layers: int) -> None:
     """Raise BitassayError for other passes than the recipe asks for, as far as it says."""
     plan, passes = card.recipe.replication, card.passes
-    wanted = {} if plan is None or not plan.at_run_time else plan.known_counts(layers)
-    if wanted is None:  # the layers were measured
-        wanted = {i: plan.copies for i in passes if 0 <= i < layers} if plan is not None else {}
-    fitted = plan is None or plan.coefficients == "fitted"
-    if {index: steps.count for index, steps in passes.items()} != wanted or not (
-        fitted or all(steps == plan.steps(steps.count) for steps in passes.values())
-    ):
+    if plan is None or not plan.at_run_time:
+        fits = not passes
+    else:
+        measured = {index: plan.copies for index in passes if 0 <= index < layers}
+        known, fitted = plan.known_counts(layers), plan.coefficients == "fitted"
+        counts = {index: steps.count for index, steps in passes.items()}
+        fits = counts == (measured if known is None else known)
+        fits = fits and (fitted or all(steps == plan.steps(steps.count) for steps in passes.values()))
+    if not fits:
         raise BitassayError("passes: not those of the recipe's replication")
 
 

@@ -87,9 +87,8 @@ def quantize_layers(work: WorkingCopy) -> dict[str, Solution]:
                 hidden = solving.run(layer, entering, arguments[index])
                 for solve, spec in learning if solving.linears else ():
                     assert targets is not None
-                    linears = {
-                        key.removeprefix(f"{name}."): solving.solutions[key] for key in solving.linears
-                    }
+                    own = {key: key.removeprefix(f"{name}.") for key in solving.linears}
+                    linears = {own[key]: solving.solutions[key] for key in own}
                     task = Layer(name, layer, linears, entering, targets, arguments[index], work.progress)
                     moved = {f"{name}.{key}": solution for key, solution in solve(spec, task).items()}
                     solving.solutions |= moved
@@ -107,9 +106,8 @@ class _LayerWork:
     def __init__(self, work: WorkingCopy, layer: str):
         self.model, self.progress, self.solver = work.model, work.progress, matrix_solver(work.recipe)
         self.calibration = work.recipe.text
-        self.schemes = {
-            n: scheme for n, scheme in work.schemes.items() if scheme and n.startswith(f"{layer}.")
-        }
+        within = [name for name in work.schemes if name.startswith(f"{layer}.")]
+        self.schemes = {name: scheme for name in within if (scheme := work.schemes[name])}
         modules = dict(work.model.named_modules())
         self.linears = {n: part for n in self.schemes if isinstance(part := modules.get(n), nn.Linear)}
         self.slices = [name for name in self.schemes if name not in self.linears]
