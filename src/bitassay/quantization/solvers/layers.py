@@ -87,8 +87,8 @@ def quantize_layers(work: WorkingCopy) -> dict[str, Solution]:
                 hidden = solving.run(layer, entering, arguments[index])
                 for solve, spec in learning if solving.linears else ():
                     assert targets is not None
-                    own = {key: key.removeprefix(f"{name}.") for key in solving.linears}
-                    linears = {own[key]: solving.solutions[key] for key in own}
+                    short = {key: key.removeprefix(f"{name}.") for key in solving.linears}
+                    linears = {short[key]: solving.solutions[key] for key in short}
                     task = Layer(name, layer, linears, entering, targets, arguments[index], work.progress)
                     moved = {f"{name}.{key}": solution for key, solution in solve(spec, task).items()}
                     solving.solutions |= moved
