@@ -335,7 +335,7 @@ def test_truncated_missing_and_added_files_are_refused(copied):
         ({"files": {"model.safetensors": "abc"}}, "files"),
         ({"bits_per_weight": -1}, "bits_per_weight"),
         ({"base": {"name": "x" * 2000}}, "base"),
-        ({"surprise": 1}, "surprise"),
+        ({"surprise": 1}, "there is no field 'surprise'"),
     ],
 )
 def test_a_malformed_card_is_refused(copied, change, message):
