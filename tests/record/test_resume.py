@@ -52,7 +52,7 @@ class Case:
 STUDY = "-m bitassay.cli study run"
 EXPERIMENT = "--tokens 6 --prompt-tokens 12 --trials 3 --verifiers 2 --attacks w4 --jobs 2 --out"
 SEARCH = "--sampler grid --trials 6 --windows 3 --window 64 --short 3 --jobs 2 --out"
-BENCH = "--batches 1 2 --contexts --prompt-tokens 8 --new-tokens 2 --repeats 8 --out"
+BENCH = "--batches 1 2 --contexts --prompt-tokens 8 --new-tokens 2 --repeats 4 --out"
 CASES = {
     "plain": Case("-c 'import sys, pathlib, workers; workers.squares(pathlib.Path(sys.argv[1]))'", "parts/*"),
     "cells": Case(
