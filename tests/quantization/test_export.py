@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -83,11 +82,6 @@ def saved(stories, tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved") / "w4"
     save(quantize(stories, quick("w4")), folder)
     return folder
-
-
-@pytest.fixture
-def copied(saved, tmp_path):
-    return Path(shutil.copytree(saved, tmp_path / "copy"))
 
 
 def logits(model):

@@ -98,11 +98,6 @@ def saved(tiny, tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def copied(saved, tmp_path):
-    return Path(shutil.copytree(saved, tmp_path / "copy"))
-
-
 def logits(model):
     with torch.inference_mode():
         return model(IDS).logits
