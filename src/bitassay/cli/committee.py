@@ -43,7 +43,8 @@ def assign(
     see before all have revealed.
 
     Args:
-        items: A text file with one item a line: names of traces, receipts or anything else to be judged.
+        items: A text file with one item on each line: names of traces, receipts or anything else to be
+            judged.
         plants: A JSON file with canaries: for each verifier, items of its own whose answer you know. Four
             failures and three honest items expose a verifier that answers without looking.
         out: The folder of the round. It must be new or empty.

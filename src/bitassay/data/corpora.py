@@ -24,7 +24,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 
 from bitassay.errors import BitassayError, MissingError, suggestion
@@ -77,6 +77,7 @@ CORPORA = {
     "ptb-new": CorpusFiles(("ptb/ptb.test.txt.gz", "ptb/ptb.test.txt"), None, _ptb),
     "c4-train": CorpusFiles(*_C4_TRAIN, _documents),
 }
+GOLDEN_RATIO = (5**0.5 - 1) / 2
 _USER_FILE = re.compile(r"(?P<path>.+\.(?:txt|jsonl)(?:\.gz)?)(?:@(?P<digest>[0-9a-f]{16}))?")
 
 
@@ -92,8 +93,7 @@ def is_pinned(name: str) -> bool:
 
 
 def pinned(name: str) -> str:
-    """Return the name of a corpus that always means the text it has now: a user's file gets the start of its
-    digest. Raises BitassayError where there is no such file."""
+    """Return the name of a corpus that always means the text of now: a user's file gets its digest."""
     return name if is_pinned(name) else f"{name}@{_digest(read_text(Path(name)))}"
 
 
@@ -126,12 +126,9 @@ def check_corpus(name: str) -> None:
 
 
 def corpus(name: str) -> Corpus:
-    """Return the corpus called `name`, or PATH: a .txt file as it is (line ends as LF, no byte order mark),
-    the texts of a .jsonl file joined by an empty line.
-
-    Raises BitassayError for an unknown name, an empty file, or a user's file that is not what its name says;
-    MissingError for a text that neither BITASSAY_DATA nor the package has.
-    """
+    """Return the corpus called `name`, or PATH: a .txt file (line ends as LF, no byte order mark), or the
+    texts of a .jsonl file joined by an empty line. Raises BitassayError for an unknown name, an empty file,
+    or a file that is not what its name says; MissingError for a text that is not here."""
     if user_file := _USER_FILE.fullmatch(name):
         return _user_corpus(name, Path(user_file["path"]), user_file["digest"])
     path, source = _locate(name)
@@ -158,16 +155,40 @@ def bundled_prompts() -> list[str]:
     return prompts_from(bundled_file("prompts.jsonl.gz")[0])
 
 
-def read_prompts(count_or_file: str) -> list[str]:
-    """Return so many bundled prompts, evenly spaced, or the prompts of a file. Raises BitassayError."""
-    if not count_or_file.isdigit():
-        return prompts_from(Path(count_or_file))
-    bundled, count = bundled_prompts(), int(count_or_file)
-    if not 0 < count <= len(bundled):
+def prompts_by_domain() -> dict[str, list[str]]:
+    """Return all prompts that the package has by domain, none twice: the instructions (`mt_bench`, `dolly`),
+    then other languages, lengths and kinds of text."""
+    domains: dict[str, dict[str, None]] = {}
+    for name in ("prompts.jsonl.gz", "domains.jsonl.gz"):
+        path, _ = bundled_file(name)
+        for domain, prompt in zip(_field(path, "source"), _field(path, "prompt"), strict=True):
+            domains.setdefault(domain, {})[prompt] = None
+    return {domain: list(prompts) for domain, prompts in domains.items()}
+
+
+def calibration_prompts(count: int | None = None) -> list[str]:
+    """Return `count` prompts in which all domains have equally many, as far as they go; or all prompts. Fewer
+    are the beginning of more. Raises BitassayError for more prompts than there are."""
+    rounds = zip_longest(*map(_spread, prompts_by_domain().values()))
+    prompts = [prompt for one_each in rounds for prompt in one_each if prompt is not None]
+    if count is not None and not 0 < count <= len(prompts):
         raise BitassayError(
-            f"--prompts {count}: the package has {len(bundled)}", f"1 to {len(bundled)}, or a file of prompts"
+            f"--prompts {count}: the package has {len(prompts)}", f"1 to {len(prompts)}, or a file of prompts"
         )
-    return [bundled[index * len(bundled) // count] for index in range(count)]
+    return prompts[:count]
+
+
+def _spread(items: list[str]) -> list[str]:
+    """The items in an order whose every beginning is spread evenly over the list (the golden ratio's
+    multiples, modulo one, do so)."""
+    return [items[index] for index in sorted(range(len(items)), key=lambda index: index * GOLDEN_RATIO % 1)]
+
+
+def read_prompts(count_or_file: str) -> list[str]:
+    """Return so many `calibration_prompts`, or the prompts of a file. Raises BitassayError."""
+    if count_or_file.isdigit():
+        return calibration_prompts(int(count_or_file))
+    return prompts_from(Path(count_or_file))
 
 
 def prompts_from(path: Path) -> list[str]:
@@ -184,7 +205,6 @@ def prompts_from(path: Path) -> list[str]:
 
 
 def _field(path: Path, name: str, count: int | None = None) -> list[str]:
-    """The field `name` of every JSON line of a file, or of the first `count`."""
     values = []
     filled = ((n, line) for n, line in enumerate(read_text(path).split("\n"), 1) if line.strip())
     for number, line in islice(filled, count):
