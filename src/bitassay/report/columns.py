@@ -133,8 +133,8 @@ def _column(
         options["align"] = "left"
     if instead:
         options["instead"] = _INSTEAD[instead]
-    if "choices" in options:
-        options["choices"] = tuple(options["choices"])
+    for several in {"also", "choices"} & set(options):
+        options[several] = tuple(options[several])
     if most is None:
         most = 1.0 if name in ("percent", "points") else math.inf
     return Column(
