@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
     prompts = [
         f"Once upon a {a} there was {b}" for a in ("time", "day", "hill", "night") for b in "abcdefghijkl"
     ]
-    profile = calibrate(model, model, prompts, max_new_tokens=24, alpha=0.05)
+    profile = calibrate(model, model, prompts, max_new_tokens=24, alpha=0.05, guarantee="average")
     write_profile(profile, folder / "profile.json")
     words = [
         "--prompt",

@@ -133,7 +133,7 @@ def test_smollm_twice_is_told_from_once(tmp_path):
     twice = quantize(base, read_recipe(tmp_path / "r.yaml"))
     once = quantize(base, read_recipe(tmp_path / "r.yaml").model_copy(update={"replication": None}))
     prompts = chosen_prompts(base, 44, seed=0)
-    profile = calibrate(once, once, prompts[:40], max_new_tokens=12, alpha=0.1)
+    profile = calibrate(once, once, prompts[:40], max_new_tokens=12, alpha=0.1, guarantee="average")
     honest = prove_many(once, prompts[40:], max_new_tokens=12)
     claimed = prove_many(twice, prompts[40:], max_new_tokens=12, claim=once.identity)
     assert {one.status for one in verify_many(claimed, once, profile=profile)} == {"FAIL"}

@@ -61,7 +61,16 @@ def test_an_honest_host_passes(name):
     draw = torch.Generator().manual_seed(0)
     prompts = [torch.randint(3, 500, (SHORT - 14 + n % 12,), generator=draw).tolist() for n in range(416)]
     honest, asked = prompts[:400], prompts[400:]
-    profile = calibrate(model, model, honest, max_new_tokens=8, min_positions=4, alpha=0.005, batch_size=5)
+    profile = calibrate(
+        model,
+        model,
+        honest,
+        max_new_tokens=8,
+        min_positions=4,
+        alpha=0.005,
+        batch_size=5,
+        guarantee="average",
+    )
     traces = prove_many(model, asked, max_new_tokens=8, batch_size=5)
     verdicts = verify_many(traces, model, profile=profile)
     assert [verdict.status for verdict in verdicts].count("FAIL") <= 1  # alpha: 0.08 of 16 on average

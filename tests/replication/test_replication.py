@@ -319,7 +319,7 @@ def test_a_verifier_tells_a_replica_from_its_original(stories):
         [int(t) for t in row]
         for row in torch.randint(3, 500, (64, 8), generator=torch.Generator().manual_seed(4))
     ]
-    profile = calibrate(plain, plain, prompts[:60], max_new_tokens=12, alpha=0.1)
+    profile = calibrate(plain, plain, prompts[:60], max_new_tokens=12, alpha=0.1, guarantee="average")
     honest = prove_many(plain, prompts[60:], max_new_tokens=12)
     claimed = prove_many(replica, prompts[60:], max_new_tokens=12, claim=plain.identity)
     assert [verify(t, plain, profile=profile).status for t in claimed] == ["FAIL"] * 4

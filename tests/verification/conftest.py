@@ -51,7 +51,9 @@ def model(one_thread):
 
 @pytest.fixture(scope="package")
 def profile(model, prompts):
-    return calibrate(model, model, prompts[:56], max_new_tokens=TOKENS, min_positions=6, alpha=0.05)
+    return calibrate(
+        model, model, prompts[:56], max_new_tokens=TOKENS, min_positions=6, alpha=0.05, guarantee="average"
+    )
 
 
 @pytest.fixture(scope="package")

@@ -42,7 +42,7 @@ class Verification:
     def __post_init__(self) -> None:
         """Raises BitassayError for numbers that no verdict can come of."""
         at_least(1, prompts=self.prompts)
-        check_plan(self.calibration_prompts, self.alpha, self.new_tokens)
+        check_plan(self.calibration_prompts, self.alpha, self.new_tokens, guarantee="average")
         wanted, there = self.prompts + self.calibration_prompts, len(bundled_prompts())
         if wanted > there:
             raise BitassayError(
@@ -61,6 +61,7 @@ def honest_profile(
         prompts,
         max_new_tokens=plan.new_tokens,
         alpha=plan.alpha,
+        guarantee="average",
         batch_size=PROOF_BATCH,
         progress=progress,
     )

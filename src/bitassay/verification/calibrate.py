@@ -264,9 +264,7 @@ def suspects_library(
     return fit_library(at_lengths(seen), at_lengths(unseen), alpha)
 
 
-def fitting(
-    prompts: Sequence[str | TokenIds], model: PreTrainedModel, max_new_tokens: int
-) -> list[TokenIds]:
+def fitting(prompts: Sequence[str | TokenIds], model: PreTrainedModel, max_new_tokens: int) -> list[TokenIds]:
     """Return the token ids of the prompts that fit the model's context with their output, each once."""
     limit = context_length(model)
     encoded = dict.fromkeys(encode_prompt(model, prompt) for prompt in prompts)

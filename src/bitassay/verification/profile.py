@@ -227,9 +227,7 @@ class Profile(BaseModel):
         return (now or datetime.now(UTC)) >= self.expires
 
 
-def unlike(
-    observation: Observation, control: Sequence[Fit], positions: int | None = None
-) -> float:
+def unlike(observation: Observation, control: Sequence[Fit], positions: int | None = None) -> float:
     """Return how unusual the rounding noise of the text is, over its first generated positions (default: all):
     the largest |z| of the control over layers. It says nothing about the host's states, but whether honest
     runs of such texts are known."""
