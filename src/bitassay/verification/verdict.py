@@ -69,9 +69,9 @@ class Verdict:
     `format`, the first `n_prompt` positions in the prompt. p_value, score, alpha, n_calibration: from the
     profile whose digest is `profile`. refusal: the smallest alpha at which its guarantee refuses the run.
     unlike: the p-value of the text's rounding noise among calibration texts. limit: the generated positions
-    at which the honest runs were cut that the score was ranked among. trace: digest of the header judged. calibration: the profile itself.
-    attribution: what the observation fits best, where the profile has a library; it has no part in the
-    status.
+    at which the honest runs were cut that the score was ranked among. trace: digest of the header judged.
+    calibration: the profile itself. attribution: what the observation fits best, where the profile has a
+    library; it has no part in the status.
     """
 
     status: Status
