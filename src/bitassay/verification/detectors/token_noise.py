@@ -12,7 +12,7 @@ p is how often an honest host takes another token than z would, if its rounding 
 as the verifier's own. Two statistics of the first n tokens:
 
     token-flips    sum (f - p) / sqrt(sum p (1 - p) + PRIOR)    f: 1 where the claimed token is not the best
-    token-outlier  the largest u
+    token-outlier  log(1 + the largest u)
 
 The mean margin of `token_difr.py` lets a host choose at every near tie: nothing that it can do there is large
 in nats. But near ties are rare and their honest rate is known, so that *how often* the second best is taken
@@ -63,6 +63,11 @@ def excess_flips(values: Sequence[float]) -> float:
     return sum(values) / math.sqrt(sum(p * (1 - p) for p in expected) + PRIOR)
 
 
+def largest_margin(values: Sequence[float]) -> float:
+    """Return log(1 + the largest of the margins): their tail is long, and one must not set the scale."""
+    return math.log1p(max(values))
+
+
 def check_flips(comparison: Comparison, _: Any) -> list[Series]:
     """Return f - p as one series by token."""
     _, flipped, p = margins_and_noise(comparison)
@@ -86,7 +91,7 @@ TOKEN_OUTLIER = Detector(
     "token-outlier",
     "the claimed token that rounding explains least",
     check_outlier,
-    smallest_sd=0.3,
-    statistic=max,
+    smallest_sd=0.2,
+    statistic=largest_margin,
     by_token=True,
 )
