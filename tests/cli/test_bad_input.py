@@ -91,7 +91,7 @@ CASES = {
     "too few tokens for verdicts": ([*ASSAY, "--new-tokens", "8"], "with 8 or more generated positions"),
     "too few tokens for a profile": ([*CAL, "--max-new-tokens", "8"], "with 8 or more generated positions"),
     "too few runs": ([*ASSAY, "--calibration-prompts", "10"], "too few for alpha"),
-    "more prompts than there are": ([*CAL, "--prompts", "100000"], "the package has 800"),
+    "more prompts than there are": ([*CAL, "--prompts", "100000"], "the package has 1340"),
     "no windows": ([*ASSAY, "--windows", "0"], '"0" for --windows'),
     "negative windows": ([*EVAL, "--windows", "-3"], "--windows"),
     "no window": ([*EVAL, "--window", "0"], '"0" for --window'),

@@ -25,7 +25,7 @@ VERBS = {
     "prove": "Generate text and write a trace that shows which model ran.",
     "verify": "Check a trace against a model of your own: PASS, FAIL or INCONCLUSIVE.",
     "challenge": "Draw the positions that the host behind a signed receipt must open.",
-    "open": "Answer a challenge: write the challenged cells of a trace, and the proof of them.",
+    "open": "Answer a challenge: write the challenged hidden states of a trace, with the proof.",
     "receipts": "Check signed receipts, and find requests that a host has answered twice.",
     "committee": "Let several verifiers judge; canaries expose those that do not look.",
     "calibrate": "Fit a verification profile to honest runs on this machine.",

@@ -20,13 +20,14 @@ def attack(
 ) -> int:
     """Attack the verifier of MODEL in every known way, and show which detector catches which attack.
 
-    Honest runs under several numerics set the thresholds. An interrupted command continues when it is run
+    Honest runs under several numerics (ways of computing, such as another attention kernel) set the
+    thresholds. An interrupted command continues when it is run
     again.
 
     Args:
-        attacks: Which attacks (default: all).
-        numerics: Which honest numerics are pooled (default: all). Those that this machine cannot compute are
-            left out and named.
+        attacks: Run only these attacks (default: all).
+        numerics: Pool the honest runs under these numerics alone (default: all). Those that this machine
+            cannot compute are left out and named.
         sequences: Requests that every honest host and every attacker answers.
         tokens: Tokens of an output.
         batch: Requests generated at a time.

@@ -42,10 +42,10 @@ def models(
 
     Args:
         batches: Batch sizes (default: 1 2 4 8 16 32).
-        contexts: Lengths of one prompt (default: 512 1024 2048 4096 8192).
+        contexts: Lengths of a single prompt (default: 512 1024 2048 4096 8192).
         prompt_tokens: Tokens of each prompt of a batch.
         new_tokens: Tokens decoded greedily after each prompt.
-        repeats: Rounds over everything.
+        repeats: Rounds; each of them times everything once.
         threads: Threads of each process (default: torch's own choice).
     """
     check_words([model, *(candidate or ())], recipe, folder=output.out)
@@ -86,8 +86,9 @@ def matmul(
     out: Path | None = None,
     output: options.Output = options.Output(),
 ) -> int:
-    """Measure the error of INT8 and FP8 products with one scale a row or a tensor, and their speed as a ratio
-    to fp32 and bf16 products. The table also shows the errors that the INT8/FP8 report states.
+    """Measure the error of INT8 and FP8 products with one scale for each row or for the tensor, and their
+    speed as a ratio to fp32 and bf16 products. The table also shows the errors that the INT8/FP8 report
+    states.
 
     Args:
         shapes: Rows and columns of the left matrix; the right one is square (default: 16x512 100x1024

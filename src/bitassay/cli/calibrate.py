@@ -38,10 +38,10 @@ def calibrate(
     """Fit a verification profile for MODEL to honest runs on this machine, or the thresholds of an
     experiment.
 
-    Thresholds are fitted to honest runs alone and scored on attacks. --alpha is 0.01 by default, with --study
-    0.05, the smallest rate that 30 trials can show. --study writes OUT/threshold_optimization/...yaml for
-    `bitassay study run --rules`, with the distributions and report.html in the same folder. An interrupted
-    command continues when it is run again.
+    Thresholds are fitted to honest runs alone and scored on attacks. --alpha is 0.01 by default; with --study
+    it is 0.05, since 30 trials cannot show a smaller rate. --study writes
+    OUT/threshold_optimization/...yaml for `bitassay study run --rules`, with the distributions and
+    report.html in the same folder. An interrupted command continues when it is run again.
 
     Args:
         prompts: How many of the bundled prompts, or a file of prompts.

@@ -43,7 +43,8 @@ def assign(
     see before all have revealed.
 
     Args:
-        items: A text file with one item a line: names of traces, receipts or anything else to be judged.
+        items: A text file with one item on each line: names of traces, receipts or anything else to be
+            judged.
         plants: A JSON file with canaries: for each verifier as many items whose answer you know. Four
             failures and three honest items expose a verifier that answers without looking. Each is dealt to
             other verifiers too, as any item is.

@@ -32,23 +32,23 @@ def eval(
     shots: options.CountFromZero | None = None,
     include_path: Path | None = None,
     controls: options.Controls = True,
-    seed: options.Seed = 0,
+    seed: options.UnusedSeed = 0,
     compute: options.Compute = options.Compute(),
     output: options.RunOutput = options.RunOutput(),
 ) -> int:
     """Measure the perplexity of MODEL; with --recipe or --against also the divergence, with paired intervals.
 
     A recipe with replication is compared with its controls, plain recipes of equal bits and of equal work
-    (with --tasks, they are further recipes). --tasks measures the share of correct answers instead, compared
-    with the base model's by tests, and keeps finished parts in a run folder: an interrupted command continues
-    when it is run again. Without --recipe and --against, only MODEL is measured.
+    (with --tasks, the controls are rows like other recipes). --tasks measures the share of correct answers
+    instead, compared with the base model's by tests, and keeps finished parts in a run folder: an interrupted
+    command continues when it is run again. Without --recipe and --against, only MODEL is measured.
 
     Args:
         against: Compare MODEL with this model. Both must have the same vocabulary.
         protocol: wikitext2-raw, c4-new, ptb-new, c4-train-new, or a complete id such as c4-new/2048 (every
             window, as published) or ptb-new/512[n=16]; several are allowed (default: wikitext2-raw).
-        windows: How many windows of the text, evenly spaced; 0 means all (default: 16 for a protocol without
-            an id). A window has 2048 tokens by default.
+        windows: How many windows of the text, evenly spaced; 0 means all (default: 16 for a protocol that
+            is not a complete id). A window has 2048 tokens by default.
         tasks: Tasks of lm-eval, separated by commas: mmlu, mmlu_generative, hellaswag, arc_challenge,
             mmlu_anatomy or any other by its name.
         limit: Ask this many items of each task (of each subject of MMLU), evenly spaced.

@@ -16,7 +16,7 @@ def generate(
     prompts_file: Path | None = None,
     new_tokens: options.Count = 64,
     batch: options.Count = 8,
-    seed: options.Seed = 0,
+    seed: options.UnusedSeed = 0,
     compute: options.Compute = options.Compute(),
     output: options.RunOutput = options.RunOutput(),
 ) -> int:
@@ -28,7 +28,8 @@ def generate(
 
     Args:
         prompts: How many prompts, evenly spaced over those available.
-        prompts_file: Prompts of your own: a text file with one a line, or JSON lines (default: bundled ones).
+        prompts_file: Prompts of your own: a text file with one on each line, or JSON lines (default: bundled
+            prompts).
         new_tokens: Tokens of an answer, at most.
         batch: Prompts that are continued together. Results in 16-bit arithmetic depend on it.
     """

@@ -7,7 +7,7 @@ from bitassay.cli.options import Output
 
 
 def open(trace: Path, /, *, challenge: Path, out: Path, output: Output = Output()) -> int:
-    """Write the challenged cells of TRACE with the proof that its receipt commits to them.
+    """Write the challenged hidden states of TRACE, with the proof that its receipt commits to them.
 
     Args:
         trace: The trace that `bitassay prove --commit-only` kept.

@@ -78,6 +78,7 @@ Seed = Annotated[
         help="Seed of everything that is drawn at random.",
     ),
 ]
+UnusedSeed = Annotated[Seed, Parameter(help="Has no effect: nothing is drawn at random.")]
 Device = Annotated[str, Parameter(validator=_is_device, help="Where to run: cpu, cuda, cuda:1 or mps.")]
 Alpha = Annotated[
     float,
@@ -196,8 +197,8 @@ class Machines:
     """Precision of the dense model, and of the quantized sides (default: fp16 as in the VeriLLM experiments;
     bf16 where a machine is a CPU, which computes fp16 many times slower; task3 and replication: bf16)."""
     jobs: Count | None = None
-    """Processes at a time (default: 1, since more disturb the timings; task3 and replication: one a core, as
-    many as memory holds)."""
+    """Processes at a time (default: 1, since more disturb the timings; task3 and replication: one for each
+    core, as far as memory allows)."""
     gpus: Numbers | None = None
     """GPUs that the processes are distributed over."""
 

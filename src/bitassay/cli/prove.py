@@ -34,7 +34,7 @@ def prove(
     Args:
         out: The trace file for --prompt; the folder of traces for --prompts.
         prompt: One prompt.
-        prompts: A file with one prompt a line, or JSON lines with a field `prompt`.
+        prompts: A file with one prompt on each line, or JSON lines with a field `prompt`.
         claim: Write into the trace that this model ran, as a dishonest host would. For tests of the verifier.
         max_new_tokens: Tokens to generate, at most.
         nonce: A word from the verifier. With --prompts, "-" and the number of the prompt are appended.

@@ -28,12 +28,11 @@ def search(
     compute: options.Compute = options.Compute(),
     output: options.RunOutput = options.RunOutput(),
 ) -> int:
-    """Search SPACE for the best recipes of MODEL, and judge the best on other text than that which chose
-    them.
+    """Search SPACE for the best recipes of MODEL, then judge the best on text that the search has not read.
 
     Also writes best/*.yaml into the run folder. An interrupted command continues after the last finished
-    trial; with a larger --trials it adds to the finished ones. Exit status 1 where trials failed by a bug;
-    the others count.
+    trial; with a larger --trials it adds to the finished ones. Exit status 1 where a trial failed by a bug;
+    the other trials count.
 
     Args:
         space: A YAML file (docs/search.md), or a shipped one: two-bit, w8a8, replication, loops.
@@ -45,9 +44,10 @@ def search(
         sampler: tpe (Bayesian), nsga2 (evolutionary) or grid (every combination).
         trials: Trials in all, including those of earlier runs of the same command.
         jobs: Processes that work on trials at the same time.
-        corpus: The text, by the name of its protocol. As many other windows judge the best recipes.
-        short: options.Windows that are measured first. A trial that half of the earlier trials dominate on
-            them stops.
+        corpus: The text that the search reads, named by its protocol. As many other windows of it judge the
+            best recipes.
+        short: Number of windows that each trial measures first. A trial stops after them if half of the
+            earlier trials dominate it there.
     """
     check_words([model], against, folder=output.out)
     try:

@@ -59,9 +59,10 @@ class VariantStudies:
     """Options of task3 and of the studies of replication alone."""
 
     limit: options.Count | None = None
-    """Questions of MMLU in all, spread over its subjects (task3; default: as in the report)."""
+    """Questions of MMLU in all, spread over its subjects (task3; default: as many as in the INT8/FP8
+    report)."""
     windows: options.Windows = 16
-    window: options.Window | None = None
+    window: options.Count | None = None
     """Tokens in a window (default: task3 2048, replication 1024)."""
     only: options.Names | None = None
     """Groups of a study of replication, or variants of task3 (a name or a part of one, such as row). Only
@@ -103,9 +104,9 @@ def run(
     same --devices. Exit status 1 where a part of a study could not be measured.
 
     task3.1 to task3.3 are the INT8/FP8 studies; control-table, phase1 to phase4, uses and planes are those of
-    layer replication. They take --model (task3 has a default, the model of the report), --limit (task3),
-    --only, --windows, --window, --precision, --devices (one), --jobs, --ray and --out, and each has a run
-    folder with run.json and report.html.
+    layer replication. They take --model (task3 has a default, the model of the INT8/FP8 report), --limit
+    (task3), --only, --windows, --window, --precision, --devices (one), --jobs, --ray and --out, and each has
+    a run folder with run.json and report.html.
 
     An interrupted command continues when it is run again.
 
@@ -122,7 +123,8 @@ def run(
         quantized: The INT4 side: a recipe, or a quantized checkpoint that transformers loads.
         attacks: Provers that the same threshold is tried on (default: w8 and the quantized side).
         precisions: What separability compares (default: fp32 fp16 bf16 w8 fp8 w4 w3 w2).
-        rules: documents, paper, or a YAML file that `bitassay calibrate --study` wrote.
+        rules: Thresholds: documents (those of the VeriLLM experiments), paper (those of the paper), or a YAML
+            file that `bitassay calibrate --study` wrote.
         out: Folder of results and of the work in progress (default: data; task3 and replication:
             runs/STUDY-MODEL-ID).
     """

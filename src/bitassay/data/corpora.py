@@ -24,7 +24,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 
 from bitassay.errors import BitassayError, MissingError, suggestion
@@ -77,6 +77,7 @@ CORPORA = {
     "ptb-new": CorpusFiles(("ptb/ptb.test.txt.gz", "ptb/ptb.test.txt"), None, _ptb),
     "c4-train": CorpusFiles(*_C4_TRAIN, _documents),
 }
+GOLDEN_RATIO = (5**0.5 - 1) / 2
 _USER_FILE = re.compile(r"(?P<path>.+\.(?:txt|jsonl)(?:\.gz)?)(?:@(?P<digest>[0-9a-f]{16}))?")
 
 
@@ -158,16 +159,40 @@ def bundled_prompts() -> list[str]:
     return prompts_from(bundled_file("prompts.jsonl.gz")[0])
 
 
-def read_prompts(count_or_file: str) -> list[str]:
-    """Return so many bundled prompts, evenly spaced, or the prompts of a file. Raises BitassayError."""
-    if not count_or_file.isdigit():
-        return prompts_from(Path(count_or_file))
-    bundled, count = bundled_prompts(), int(count_or_file)
-    if not 0 < count <= len(bundled):
+def prompts_by_domain() -> dict[str, list[str]]:
+    """Return all prompts that the package has by domain, none twice: the instructions (`mt_bench`, `dolly`),
+    then other languages, lengths and kinds of text."""
+    domains: dict[str, dict[str, None]] = {}
+    for name in ("prompts.jsonl.gz", "domains.jsonl.gz"):
+        path, _ = bundled_file(name)
+        for domain, prompt in zip(_field(path, "source"), _field(path, "prompt"), strict=True):
+            domains.setdefault(domain, {})[prompt] = None
+    return {domain: list(prompts) for domain, prompts in domains.items()}
+
+
+def calibration_prompts(count: int | None = None) -> list[str]:
+    """Return `count` prompts in which all domains have equally many, as far as they go; or all prompts. Fewer
+    are the beginning of more. Raises BitassayError for more prompts than there are."""
+    rounds = zip_longest(*map(_spread, prompts_by_domain().values()))
+    prompts = [prompt for one_each in rounds for prompt in one_each if prompt is not None]
+    if count is not None and not 0 < count <= len(prompts):
         raise BitassayError(
-            f"--prompts {count}: the package has {len(bundled)}", f"1 to {len(bundled)}, or a file of prompts"
+            f"--prompts {count}: the package has {len(prompts)}", f"1 to {len(prompts)}, or a file of prompts"
         )
-    return [bundled[index * len(bundled) // count] for index in range(count)]
+    return prompts[:count]
+
+
+def _spread(items: list[str]) -> list[str]:
+    """The items in an order whose every beginning is spread evenly over the list (the golden ratio's
+    multiples, modulo one, do so)."""
+    return [items[index] for index in sorted(range(len(items)), key=lambda index: index * GOLDEN_RATIO % 1)]
+
+
+def read_prompts(count_or_file: str) -> list[str]:
+    """Return so many `calibration_prompts`, or the prompts of a file. Raises BitassayError."""
+    if count_or_file.isdigit():
+        return calibration_prompts(int(count_or_file))
+    return prompts_from(Path(count_or_file))
 
 
 def prompts_from(path: Path) -> list[str]:
