@@ -17,7 +17,7 @@ UNSAFE = set("\x1b\x07\r\x9b\u202e\u2028\x7f")
 @pytest.mark.parametrize("format", ["table", "json", "csv", "md"])
 def test_every_format_escapes(format, capsys):
     rows = [{"name": NASTY, NASTY: 1, "list": [NASTY], "pair": (NASTY, NASTY)}]
-    columns = [Column("name", "name"), Column(NASTY, NASTY.replace("\n", "")), "list", "pair"]
+    columns = [Column("name", "name"), Column(NASTY, "n"), "list", "pair"]
     print_tables([(rows, columns)], format)
     said = capsys.readouterr().out
     assert not UNSAFE & set(said)

@@ -29,12 +29,12 @@ from bitassay.verification.receipts.challenge import (
 )
 from bitassay.verification.receipts.merkle import merkle_node, merkle_proof, merkle_root
 from bitassay.verification.receipts.opening import Opening, cell_indices, encode_opening
-from bitassay.verification.receipts.receipt import encode, trace_leaves
+from bitassay.verification.receipts.receipt import decode, encode, read_receipt, trace_leaves
 from bitassay.verification.structure import Request
 from bitassay.verification.submissions import ReceiptResponse, check_submission
 from bitassay.verification.trace import write_trace
 from bitassay.verification.trace_files import verify_files
-from verification.receipts import BEACON, OTHER_KEY, SIGNER, codes, signed
+from verification.receipts import BEACON, OTHER_KEY, SIGNER, codes, refused, signed
 
 TOKENS = 12
 ORDER = 2**252 + 27742317777372353535851937790883648493
@@ -180,8 +180,8 @@ TRACES = {
     "positions from the end": (field("positions", lambda p: p[::-1]), "wrong-positions"),
     "a position that is false": (field("positions", lambda p: [False, *p[1:]]), "header-field"),
     "one position fewer than rows": (field("positions", lambda p: p[:-1]), "wrong-shape"),
-    "version true": (field("schema_version", True), "schema-version"),
-    "version 1.0": (field("schema_version", 1.0), "schema-version"),
+    "version true": (field("schema_version", True), "header-field"),
+    "version 1.0": (field("schema_version", 1.0), "header-field"),
     "no version": (header_text(lambda t: t.replace('"schema_version":1,', "").replace(',"schema_version":1', "")), "schema-version"),
     "a name twice": (header_text(lambda t: t.replace('"model":{', '"model":{"name":"b",')), "duplicate-key"),
     "half a letter": (field("model.name", "\ud800"), "header-malformed"),
@@ -328,7 +328,7 @@ RECEIPTS = {
     "a shorter signature": (item("signature", "A" * 80), "header-field"),
     "a longer root": (item("root", "A" * 88), "header-field"),
     "a letter escaped": (spelled(b'"tiny', b'"\\u0074iny'), "not-canonical"),
-    "0 as -0": (spelled(b'"greedy",0.0', b'"greedy",-0.0'), "not-canonical"),
+    "0 as -0": (spelled(b'"greedy",0.0', b'"greedy",-0.0'), "bad-signature"),
     "0 as 0e0": (spelled(b'"greedy",0.0', b'"greedy",0e0'), "not-canonical"),
     "a carriage return": (spelled(b"\n", b"\r\n"), "not-canonical"),
     "a line feed in front": (lambda d, r: b"\n" + d, "not-canonical"),
@@ -366,7 +366,7 @@ RECEIPTS = {
 
 
 @pytest.mark.parametrize("name", RECEIPTS)
-def test_a_forged_receipt_is_refused_by_its_code(name, receipt, asked, opening, trace, model):
+def test_a_forged_receipt_is_refused_by_its_code(name, receipt, asked, opening, trace, model, tmp_path):
     make, code = RECEIPTS[name]
     forged = make(encode(receipt), receipt)
     if name == "a prompt of all":
@@ -374,22 +374,16 @@ def test_a_forged_receipt_is_refused_by_its_code(name, receipt, asked, opening, 
     assert forged != encode(receipt)
     sent = ReceiptResponse(forged, asked, encode_opening(opening), SIGNER)
     found = {reason.code for reason in check_submission(sent, model, request_of(trace)).defects}
-    # A receipt that is well-formed and of another commitment is no answer to the challenge either.
-    assert found == {code} or (code in ("bad-signature", "weak-key") and found == {"other-receipt"})
+    (tmp_path / "x").write_bytes(forged)
+    if code != "other-signer":
+        refused(code, read_receipt, tmp_path / "x")
+    # One that can be read and commits to something else is no answer to the challenge either, nor to its own.
+    assert found == {code} or (code == "bad-signature" and found == {"other-receipt"})
     if found == {"other-receipt"}:
-        again = challenge(decoded(forged), beacon=BEACON, generated=8, prompt=3)
-        sent = replace(
-            sent, challenge=again, opening=encode_opening(replace(opening, commitment=again.commitment))
-        )
+        again = challenge(decode(forged, tmp_path), beacon=BEACON, generated=8, prompt=3)
+        answer = encode_opening(replace(opening, commitment=again.commitment))
+        sent = replace(sent, challenge=again, opening=answer)
         assert check_submission(sent, model, request_of(trace)).defects
-
-
-def decoded(data):
-    from pathlib import Path
-
-    from bitassay.verification.receipts.receipt import decode
-
-    return decode(data, Path("x"))
 
 
 # --- openings ---
@@ -457,7 +451,7 @@ OPENINGS = {
     "the first position twice": (states(lambda r: r[[0, 0, *range(2, len(r))]]), "other-root"),
     "a position more": (states(lambda r: torch.cat([r, r[-1:]])), "wrong-shape"),
     "a position fewer": (states(lambda r: r[1:]), "wrong-shape"),
-    "-0 for 0": (states(lambda r: torch.where(r == r[0, 0], r + 0.125, r)), "other-root"),
+    "one number a little larger": (states(lambda r: torch.where(r == r[0, 0], r + 0.125, r)), "other-root"),
     "negated": (states(lambda r: -r), "other-root"),
     "the same bits as float16": (states(lambda r: r.view(torch.float16)), "wrong-shape"),
     "the same numbers as float32": (states(lambda r: r.float()), "wrong-shape"),
@@ -468,7 +462,7 @@ OPENINGS = {
     "a layer more": (shown(lambda o: {"states": o.states | {4: o.states[8]}}), "wrong-layers"),
     "an inner node as a state": (states(lambda r: torch.cat([torch.frombuffer(bytearray(64), dtype=r.dtype).expand(len(r), 32), r[:, 32:]], 1)), "other-root"),
     "states of the next positions": (of_neighbours, "other-root"),
-    "states of the next positions with their proof": (proven_neighbours, "other-root"),
+    "states of the next positions with their proof": (proven_neighbours, "other-root wrong-shape"),
     "NaN": (states(lambda r: r * torch.nan), "other-root"),
     "of another commitment": (shown(lambda o: {"commitment": "0" * 64}), "other-challenge"),
     "of another beacon": (shown(lambda o: {"beacon": "0" * 64}), "other-challenge"),
@@ -493,14 +487,15 @@ def test_a_forged_opening_is_refused_by_its_code(name, receipt, asked, opening, 
     ASKED[:] = [asked]
     sent = ReceiptResponse(encode(receipt), asked, make(opening, trace), SIGNER)
     found = check_submission(sent, model, request_of(trace))
-    assert [reason.code for reason in found.defects] == [code]
+    assert len(found.defects) == 1
+    assert found.defects[0].code in code.split()
     assert found.opened is None
 
 
 def test_a_larger_tree_in_which_a_leaf_is_a_node_is_no_answer(receipt, trace, model):
     """The host signs a root over twice as many leaves: what is proven of it is proven of no trace."""
     leaves = trace_leaves(trace)
-    own = signed(replace(receipt, root=merkle_node(merkle_root(leaves), merkle_root(leaves))))
+    own = signed(replace(receipt, root=merkle_root([*leaves, *leaves])))
     one = challenge(own, beacon=BEACON, generated=8, prompt=3)
     at = opened_positions(one, trace.header)
     hashes = merkle_proof([*leaves, *leaves], cell_indices(at, len(trace.header.layers)))
@@ -509,8 +504,8 @@ def test_a_larger_tree_in_which_a_leaf_is_a_node_is_no_answer(receipt, trace, mo
         opened = Opening(one.commitment, one.beacon, rows, tuple(shown_hashes))
         sent = ReceiptResponse(encode(own), one, encode_opening(opened), SIGNER)
         found = {reason.code for reason in check_submission(sent, model, request_of(trace)).defects}
-        assert found <= {"other-root", "wrong-shape"} != set()
         assert found
+        assert found <= {"other-root", "wrong-shape"}
 
 
 # --- challenges ---

@@ -12,6 +12,7 @@ first receipt; the verifier's nonce is for one answer.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from bitassay.record.hashing import canonical_json
 from bitassay.verification.container import TraceError
 from bitassay.verification.receipts.receipt import Receipt, check_signature
 
@@ -26,8 +27,8 @@ class Conflict:
     @property
     def differs(self) -> tuple[str, ...]:
         """Return what the two say differently: fields of the header, or `states`."""
-        one, other = (receipt.header for receipt in (self.first, self.second))
-        fields = [name for name in type(one).model_fields if getattr(one, name) != getattr(other, name)]
+        one, other = (receipt.header.model_dump(mode="json") for receipt in (self.first, self.second))
+        fields = [name for name in one if canonical_json(one[name]) != canonical_json(other[name])]
         return (*fields, *(["states"] if self.first.root != self.second.root else []))
 
 
