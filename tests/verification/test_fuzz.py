@@ -49,6 +49,7 @@ def test_seeds_are_read_and_judged(fuzz, targets, tmp_path):
     passes = {"trace", "receipt", "challenge", "opening", "profile"}
     assert {name for name, outcome in found.items() if outcome == "PASS"} == passes
     assert "refused" not in found.values()
+    assert found["receipt 2"] == "FAIL"  # of another commitment than the one that was challenged
 
 
 @pytest.mark.parametrize("layout", ["json", "safetensors", "text"])
