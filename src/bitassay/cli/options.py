@@ -106,6 +106,8 @@ Alpha = Annotated[
     Parameter(validator=_is_fraction, help="False-positive rate: how often an honest run may be refused."),
 ]
 
+Budget = Annotated[float, Parameter(validator=_is_fraction)]
+
 
 @dataclass_transform(frozen_default=True)
 def group(options: type) -> Any:
