@@ -127,10 +127,13 @@ def test_an_id_and_options_that_disagree():
         Protocol.parse("ptb-new[n=2]", windows=3)
 
 
-def test_c4_is_cut_to_256_windows(stories, monkeypatch):
-    every, _ = token_windows(stories.tokenizer, Protocol("c4-train-new", 50))
+@pytest.mark.parametrize("size", [50, pytest.param(500, marks=pytest.mark.slow)])
+def test_c4_is_cut_to_256_windows(size, stories, monkeypatch):
+    if size == 500:  # which takes the whole text
+        monkeypatch.delenv("BITASSAY_DATA")
+    every, _ = token_windows(stories.tokenizer, Protocol("c4-train-new", size))
     assert len(every) == 256
     ids = stories.tokenizer(corpus("c4-train-new").text, verbose=False).input_ids
-    assert every.flatten().tolist() == ids[: 256 * 50]
-    longer, _ = token_windows(stories.tokenizer, Protocol("c4-train-new", 50, windows=2))
+    assert every.flatten().tolist() == ids[: 256 * size]
+    longer, _ = token_windows(stories.tokenizer, Protocol("c4-train-new", size, windows=2))
     assert torch.equal(longer, every[[0, 128]])

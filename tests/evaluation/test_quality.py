@@ -29,7 +29,13 @@ def plain_perplexity(model, windows) -> float:
     return torch.stack(losses).mean().exp().item()
 
 
-@pytest.mark.parametrize("architecture", ["llama", pytest.param("gemma3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        "llama",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2", "qwen3", "gemma3", "mistral")),
+    ],
+)
 def test_perplexity_equals_a_plain_transformers_loop(architecture):
     model = tiny_model(architecture)
     windows, _ = token_windows(model.tokenizer, SHORT)

@@ -29,7 +29,14 @@ def test_attention_keeps_positions():
         assert reads_on(model)
 
 
-@pytest.mark.parametrize("name", ["lfm2", "mamba"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lfm2",
+        "mamba",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in sorted(HYBRID.keys() - {"lfm2", "mamba"})),
+    ],
+)
 def test_a_state_keeps_no_positions(name):
     model = tiny_kind(name)
     assert takes_cache(model)

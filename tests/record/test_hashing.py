@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from bitassay.record.hashing import canonical_json, digest_file, digest_json, digest_tensors
@@ -16,7 +16,6 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=20)
 @given(st.dictionaries(st.text(), VALUES))
 def test_the_order_of_keys_does_not_matter(value):
     assert digest_json(value) == digest_json(dict(reversed(value.items())))

@@ -3,13 +3,24 @@
 
 import math
 import os
+import signal
+import subprocess
 import sys
 
 import pytest
 
 from bitassay.errors import BitassayError, MissingError
 from bitassay.record import jobs
-from bitassay.record.jobs import ATTEMPTS, RayWorker, Worker, WorkerLost, local_workers, run_jobs
+from bitassay.record.jobs import (
+    ATTEMPTS,
+    COMMAND,
+    PARENT,
+    RayWorker,
+    Worker,
+    WorkerLost,
+    local_workers,
+    run_jobs,
+)
 from workers import jobs_of
 
 
@@ -98,6 +109,24 @@ def test_progress_and_death_reach_who_asks(tmp_path):
     worker.stop()
     with pytest.raises(WorkerLost):
         worker.ask(job)
+
+
+def test_a_stopped_worker_is_killed_whatever_it_does(tmp_path):
+    worker = Worker(tmp_path / "log")
+    [job] = jobs_of([["nothing"]], tmp_path)
+    worker.ask(job)
+    child = worker._child
+    worker.stop()
+    assert child.returncode == -signal.SIGKILL
+    assert child.stdin.closed
+
+
+def test_a_worker_ends_whose_parent_had_ended_before_it_looked():
+    """Its parent, as it was told, is another process than the one that it has."""
+    with subprocess.Popen(
+        COMMAND, stdin=subprocess.PIPE, env={**os.environ, PARENT: str(os.getppid())}
+    ) as child:
+        assert child.wait(60) == 1
 
 
 class Lost(Exception):

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from optuna.trial import TrialState
 
 import bitassay
 from bitassay.errors import BitassayError, MissingError
@@ -278,6 +279,16 @@ def test_two_processes_share_the_trials_and_try_different_recipes(tmp_path):
     found = run(tmp_path / "run", trials=8, space=FREE, jobs=2)
     assert len(set(factors(found))) == len(found["trials"]) == 8
     assert (tmp_path / "run/workers/01.log").exists()
+
+
+def test_deaths_are_counted_unless_the_user_stopped_the_trial(tmp_path):
+    study = trials_module.open_study(SearchPlan("stories260k", FREE), tmp_path)
+    for _ in range(2):
+        study.ask().suggest_float("weights.scale_factor", 0.8, 1.2)
+    study.set_user_attr(trials_module.STOPPED, [1])
+    assert trials_module.propose_interrupted_again(study) == 2
+    waiting = study.get_trials(states=(TrialState.WAITING,))
+    assert [trial.user_attrs["deaths"] for trial in waiting] == [1, 0]
 
 
 DYING = """

@@ -178,9 +178,10 @@ def test_another_process_answers_in_the_same_batches(started):
         assert all(ours.states[layer].equal(other.states[layer]) for layer in ours.header.layers)
 
 
-def test_rates_are_those_of_exchangeable_scores():
+@pytest.mark.parametrize("count", [1000, pytest.param(4000, marks=pytest.mark.slow)])
+def test_rates_are_those_of_exchangeable_scores(count):
     random = np.random.default_rng(1)
-    honest = [observed(float(value)) for value in random.normal(size=1000)]
+    honest = [observed(float(value)) for value in random.normal(size=count)]
     for alpha in (0.01, 0.05, 0.5):
         _, caught = CrossFit({"same": honest}, alpha).decide("distance", 1, honest)
-        assert caught.mean() == pytest.approx(alpha, abs=4 * (alpha * (1 - alpha) / 1000) ** 0.5)
+        assert caught.mean() == pytest.approx(alpha, abs=4 * (alpha * (1 - alpha) / count) ** 0.5)

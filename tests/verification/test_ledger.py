@@ -183,6 +183,17 @@ def test_what_cannot_be_written_is_named_and_leaves_whole_lines(path, profile, m
     ]
 
 
+def test_what_a_call_appends_is_on_the_disk_when_it_returns(path, profile, monkeypatch):
+    synced, sync = [], os.fsync
+    monkeypatch.setattr(
+        ledger.os, "fsync", lambda handle: (sync(handle), synced.append(os.fstat(handle).st_size))
+    )
+    for count in (1, 2):
+        update_ledger(path, requests(count), profile)
+        assert synced[-1:] == [path.stat().st_size]
+    assert len(synced) == 2
+
+
 def test_one_call_waits_for_another(path, profile):
     with ledger._locked(path):
         second = threading.Thread(target=update, args=(path, requests(1), profile))

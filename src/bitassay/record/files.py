@@ -1,5 +1,6 @@
-"""Files that are either whole or absent: written beside their place, then renamed into it. And text files of
-users, which come from editors and shells of all kinds: `read_text`. Every error names the path."""
+"""Files that are either whole or absent: written beside their place, then renamed into it.
+And text files of users, which come from editors and shells of all kinds: `read_text`. Every error names the
+path."""
 
 import codecs
 import errno

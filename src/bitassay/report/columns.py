@@ -1,5 +1,6 @@
-"""The columns of every table: COLUMNS, from `columns.yaml`; the formats that are named there; and the columns
-that depend on a run, such as those of a matrix of attacks by detectors."""
+"""The columns of the tables of runs: COLUMNS, from `columns.yaml`.
+Also the formats that are named there, and the columns that depend on a run, such as those of a matrix of
+attacks by detectors. Tables that are no run's, such as that of `bitassay verify`, are in `cli/`."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial

@@ -1,5 +1,6 @@
-"""One page for every kind of run: sections of text, tables, plots and facts, filled into `page.html.j2` as
-one HTML file that opens offline. `pages.yaml` says what a section holds; text is always escaped."""
+"""One page for every kind of run: sections of text, tables, plots and facts.
+They are filled into `page.html.j2` as one HTML file that opens offline. `pages.yaml` says what a section
+holds; text is always escaped."""
 
 import json
 from collections.abc import Mapping, Sequence

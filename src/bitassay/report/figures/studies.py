@@ -1,5 +1,6 @@
-"""The plots of studies: where generated texts diverge, accuracy by granularity, replicas against what they
-cost, accept rates and the statistics behind thresholds."""
+"""The plots of studies.
+Where generated texts diverge, accuracy by granularity, replicas against what they cost, accept rates and the
+statistics behind thresholds."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
