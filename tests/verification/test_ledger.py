@@ -189,7 +189,7 @@ def test_what_a_call_appends_is_on_the_disk_when_it_returns(path, profile, monke
         ledger.os, "fsync", lambda handle: (sync(handle), synced.append(os.fstat(handle).st_size))
     )
     for count in (1, 2):
-        update_ledger(path, requests(count), profile)
+        update(path, requests(count), profile)
         assert synced[-1:] == [path.stat().st_size]
     assert len(synced) == 2
 

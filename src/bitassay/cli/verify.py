@@ -84,7 +84,16 @@ def verify(
             receipt, read_challenge(challenge), None if signer is None else public_key(signer)
         )
     host = signer.lower() if signer else None
-    asked = Asked.of(len(paths), prompt, prompts, nonce, max_new_tokens, sampling.asked, unanswered)
+    asked = Asked.of(
+        len(paths),
+        prompt,
+        prompts,
+        nonce,
+        max_new_tokens,
+        sampling.asked,
+        unanswered,
+        may_miss=not is_signed,
+    )
     calibrated = read_profile(profile) if profile else None
     verifier.check()  # before the ledger is opened
     if ledger is not None:
@@ -122,7 +131,7 @@ def verify(
             if said is not None:
                 print(f"{what:<14}{one_line(str(said))}", file=sys.stderr)
     print(f"decision: {one_line(str(result.decision))}", file=sys.stderr)
-    return 0 if result.decision.status == "PASS" else 1
+    return 0 if result.passed else 1
 
 
 COLUMNS = (

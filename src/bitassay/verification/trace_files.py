@@ -195,16 +195,21 @@ class Asked:
         max_new_tokens: int | None = None,
         sampler: Sampler | None = None,
         unanswered: int = 0,
+        may_miss: bool = True,
     ) -> "Asked":
         """Return what was requested of `count` traces: the same of all, or by a file of prompts, whose
-        numbers are appended to the nonce. Raises BitassayError where it cannot be said which file answers
-        which prompt, or which seed follows from no nonce."""
+        numbers are appended to the nonce. may_miss: whether prompts without a trace are unanswered.
+
+        Raises BitassayError where it cannot be said which file answers which prompt, or which seed follows
+        from no nonce.
+        """
         if nonce is None and isinstance(sampler, NonceSampler):
             raise BitassayError("--seed nonce needs the nonce that was requested", "--nonce WORD")
         texts = [prompt] if prompts is None else prompts_from(prompts)
         words = [nonce] * len(texts)
         if prompts is not None:
-            if prompt is not None or (nonce is None and len(texts) != count):
+            may_miss = may_miss and nonce is not None
+            if prompt is not None or (len(texts) != count and not may_miss):
                 raise BitassayError(
                     f"--prompts names {len(texts)} prompts for {count} traces",
                     "one prompt a trace, or the --nonce that says which are missing; and no --prompt",
@@ -214,7 +219,7 @@ class Asked:
             Request(text, word, sampler and sampler.of_request(word or ""), max_new_tokens)
             for text, word in zip(texts, words, strict=True)
         )
-        return cls(requests, unanswered, by_nonce=prompts is not None and nonce is not None)
+        return cls(requests, unanswered, by_nonce=may_miss and prompts is not None)
 
     def request(self, index: int, nonce: str) -> Request:
         """Return what the file at `index`, which names this nonce, has to answer."""
@@ -247,6 +252,11 @@ class FilesVerdict:
     sequential: SequentialEvidence | None
     undecided: SequentialEvidence | None
     decision: Decision
+
+    @property
+    def passed(self) -> bool:
+        """Return whether the decision about all of them is PASS."""
+        return self.decision.status == "PASS"
 
 
 @dataclass(frozen=True)
