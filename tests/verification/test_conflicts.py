@@ -12,8 +12,8 @@ from bitassay.verification.receipts.receipt import SIGNED, commit, write_receipt
 from verification.receipts import KEY, OTHER_KEY, refused, signed
 
 
-def part(header, name, **update):
-    return {name: getattr(header, name).model_copy(update=update)}
+def part(header, of, **update):
+    return {of: getattr(header, of).model_copy(update=update)}
 
 
 @pytest.fixture

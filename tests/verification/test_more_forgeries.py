@@ -13,7 +13,7 @@ import torch
 
 from bitassay.engines.sampling import GREEDY
 from bitassay.errors import BitassayError
-from bitassay.verification.committee.files import Board, Task, read_answers, read_canaries, reveal
+from bitassay.verification.committee.files import Board, Task, read, read_answers, read_canaries, reveal
 from bitassay.verification.committee.rounds import (
     Assignment,
     judge,
@@ -180,8 +180,8 @@ TRACES = {
     "positions from the end": (field("positions", lambda p: p[::-1]), "wrong-positions"),
     "a position that is false": (field("positions", lambda p: [False, *p[1:]]), "header-field"),
     "one position fewer than rows": (field("positions", lambda p: p[:-1]), "wrong-shape"),
-    "version true": (field("schema_version", True), "header-field"),
-    "version 1.0": (field("schema_version", 1.0), "header-field"),
+    "version true": (field("schema_version", True), "schema-version"),
+    "version 1.0": (field("schema_version", 1.0), "schema-version"),
     "no version": (header_text(lambda t: t.replace('"schema_version":1,', "").replace(',"schema_version":1', "")), "schema-version"),
     "a name twice": (header_text(lambda t: t.replace('"model":{', '"model":{"name":"b",')), "duplicate-key"),
     "half a letter": (field("model.name", "\ud800"), "header-malformed"),
@@ -468,6 +468,8 @@ OPENINGS = {
     "of another beacon": (shown(lambda o: {"beacon": "0" * 64}), "other-challenge"),
     "of a beacon in capitals": (shown(lambda o: {"beacon": o.beacon.upper()}), "other-challenge"),
     "version 2": (in_file(content(opening=2)), "other-challenge"),
+    "version true": (in_file(content(opening=True)), "other-challenge"),
+    "version 1.0": (in_file(content(opening=1.0)), "other-challenge"),
     "a field more": (in_file(content(more=1)), "other-challenge"),
     "a key twice": (in_file(lambda e, b: (e | {"__metadata__": {"bitassay": e["__metadata__"]["bitassay"][:-1] + ',"opening":1}'}}, b)), "duplicate-key"),
     "a proof of signed bytes": (in_file(lambda e, b: (e | {"proof": e["proof"] | {"dtype": "I8"}}, b)), "wrong-shape"),
@@ -533,7 +535,9 @@ CHALLENGES = {
     "a beacon of 63 digits": asking(beacon="0" * 63),
     "a beacon and a line feed": asking(beacon="0" * 64 + "\n"),
     "a commitment that is none": asking(commitment=None),
-    "version 1.0": asking(challenge="1"),
+    "version as text": asking(challenge="1"),
+    "version true": asking(challenge=True),
+    "version 1.0": asking(challenge=1.0),
     "a field more": asking(salt="0"),
     "a field fewer": lambda plain: json.dumps({k: v for k, v in plain.items() if k != "prompt"}),
     "a count twice": lambda plain: json.dumps(plain)[:-1] + ', "generated": 1}',
@@ -618,6 +622,15 @@ def test_a_report_of_other_answers_is_refused(name):
 def test_a_malformed_report_is_refused(name):
     with pytest.raises(BitassayError, match="not a report"):
         parse_report(copy.deepcopy(HONEST.model_dump()) | MALFORMED_REPORTS[name])
+
+
+@pytest.mark.parametrize("version", [True, 1.0, "1", 2, 0, None])
+def test_a_task_of_another_version_is_refused(version, tmp_path):
+    (tmp_path / "t.json").write_text(
+        json.dumps({"committee": version, "round": "r", "verifier": "a", "verifiers": ["a"], "items": ["x"]})
+    )
+    with pytest.raises(BitassayError, match=r"t\.json: committee"):
+        read(tmp_path / "t.json", Task, "")
 
 
 def test_files_with_a_key_twice_are_refused(tmp_path):

@@ -165,6 +165,12 @@ def _check_tiling(spans: list[list[int]], data_bytes: int, path: Path) -> None:
         raise TraceError(code, f"{path}: the tensors need {spans[-1][1]} bytes, the file has {data_bytes}")
 
 
+def is_version(found: Any, expected: int) -> bool:
+    """Return whether `found` is this number, and neither true nor 1.0, which are equal to it: other spellings
+    of the same file."""
+    return type(found) is int and found == expected
+
+
 def first_defect(error: ValidationError) -> str:
     """Return the first thing that is wrong with the fields of a file, without what the file says there."""
     first = error.errors(include_input=False, include_url=False)[0]

@@ -41,6 +41,7 @@ from bitassay.verification.container import (
     Entry,
     TraceError,
     first_defect,
+    is_version,
     open_regular,
     read_tensors,
 )
@@ -52,6 +53,7 @@ LAYERS = 1024
 HIDDEN = 2**16
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Version = Annotated[int, Field(ge=1, le=1)]  # as an int, 1 alone: a literal would take true and 1.0, too
 _Index = Annotated[int, Field(ge=0, lt=2**31)]
 
 
@@ -231,7 +233,7 @@ def check_consistent(trace: Trace, where: str = "trace") -> None:
 
 def validate_header(content: Any, where: str = "trace") -> Header:
     """Return the header in `content`, every field of it checked. Raises TraceError."""
-    if isinstance(content, dict) and content.get("schema_version") != SCHEMA_VERSION:
+    if isinstance(content, dict) and not is_version(content.get("schema_version"), SCHEMA_VERSION):
         version = f"{content.get('schema_version')!r:.40}"
         raise TraceError("schema-version", f"{where}: schema version {version}; this reads {SCHEMA_VERSION}")
     try:

@@ -27,6 +27,7 @@ from bitassay.verification.container import (
     UNEXPECTED_BYTES,
     Entry,
     TraceError,
+    is_version,
     open_regular,
     read_tensors,
 )
@@ -133,7 +134,8 @@ def _read(
     names = {tensor_name(layer) for layer in header.layers} | ({PROOF} if hashes else set())
 
     def check(content: Any, entries: dict[str, Entry]) -> None:
-        if content != {"opening": 1, "commitment": challenge.commitment, "beacon": challenge.beacon}:
+        answered = {"opening": 1, "commitment": challenge.commitment, "beacon": challenge.beacon}
+        if content != answered or not is_version(content["opening"], 1):
             raise TraceError("other-challenge", f"{path}: answers another challenge, or is no opening")
         if wrong := sorted(set(entries) ^ names):
             raise TraceError("wrong-layers", f"{path}: {wrong[0]!r:.80} is missing, or should not be there")
