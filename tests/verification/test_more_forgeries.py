@@ -33,7 +33,7 @@ from bitassay.verification.receipts.receipt import decode, encode, read_receipt,
 from bitassay.verification.structure import Request
 from bitassay.verification.submissions import ReceiptResponse, check_submission
 from bitassay.verification.trace import write_trace
-from bitassay.verification.trace_files import verify_files
+from bitassay.verification.trace_files import Asked, verify_files
 from verification.receipts import BEACON, OTHER_KEY, SIGNER, codes, refused, signed
 
 TOKENS = 12
@@ -235,7 +235,7 @@ def test_a_forged_trace_fails_by_its_code(name, trace, model, profile, tmp_path)
     path = tmp_path / "x.trace"
     write_trace(path, trace)
     path.write_bytes(joined(*make(*split(path.read_bytes()))))
-    result = verify_files([path], model, [request_of(trace)], name="tiny", profile=profile)
+    result = verify_files([path], model, Asked((request_of(trace),)), name="tiny", profile=profile)
     assert result.verdicts[0].status == "FAIL"
     assert code in codes(result.verdicts[0])
     assert not result.passed

@@ -2,21 +2,19 @@
 challenge and opening, a ledger, a committee's round."""
 
 import json
-import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 
+from bitassay.errors import BitassayError
 from bitassay.testing.tiny import stories260k
 from bitassay.verification import verdict
 from bitassay.verification.committee.files import Secret, Task, judge_files, read
-from bitassay.verification.ledger import scored, update_ledger
+from bitassay.verification.ledger import read_ledger
 from bitassay.verification.profile import read_profile
 from bitassay.verification.receipts.challenge import read_challenge
 from bitassay.verification.receipts.opening import read_opening
 from bitassay.verification.receipts.receipt import read_receipt
-from bitassay.verification.sequential import SequentialEvidence
 from bitassay.verification.trace import read_trace
 from bitassay.verification.verdict import verify_many, verify_opening
 
@@ -74,14 +72,9 @@ def test_a_receipt_and_its_opening(old_profile, verifier):
     check(judged, "opening")
 
 
-def test_a_ledger_goes_on(old_profile, verifier, tmp_path):
-    path = tmp_path / "host.ledger"
-    shutil.copy(FILES / "host.ledger", path)
-    known = [read_trace(FILES / f"{name}.trace") for name in TRACES]
-    judged = verify_many(known, verifier, profile=old_profile, now=old_profile.created)
-    lines = update_ledger(path, scored(judged, old_profile), old_profile)
-    assert len(lines) == 9  # eight honest ones, of which two were shown again, and the INT4 one
-    assert not SequentialEvidence.of(np.array([line.log_wealth for line in lines[:8]]), 0.05).alarm_at
+def test_a_ledger_is_refused_since_it_does_not_name_its_requests(old_profile):
+    with pytest.raises(BitassayError, match="a ledger of version 1, which does not say what requests"):
+        read_ledger(FILES / "host.ledger", old_profile)
 
 
 def test_a_round_of_a_committee():
