@@ -28,7 +28,8 @@ from bitassay.verification.attribution import Attribution, Library
 from bitassay.verification.container import first_defect
 from bitassay.verification.detectors.detector import Part
 from bitassay.verification.detectors.excess_distance import ROUNDING
-from bitassay.verification.detectors.registry import DECIDING, STATES, TOKENS as TOKENS_OF_RUN
+from bitassay.verification.detectors.registry import DECIDING, STATES
+from bitassay.verification.detectors.registry import TOKENS as TOKENS_OF_RUN
 from bitassay.verification.numerics import Numerics
 from bitassay.verification.observe import Observation
 from bitassay.verification.scores import (
@@ -228,9 +229,9 @@ class Profile(BaseModel):
 
 
 def unlike(observation: Observation, control: Sequence[Fit], positions: int | None = None) -> float:
-    """Return how unusual the rounding noise of the text is, over its first generated positions (default: all):
-    the largest |z| of the control over layers. It says nothing about the host's states, but whether honest
-    runs of such texts are known."""
+    """Return how unusual the rounding noise of the text is, over its first generated positions (default:
+    all): the largest |z| of the control over layers. It says nothing about the host's states, but whether
+    honest runs of such texts are known."""
     n = observation.positions if positions is None else positions
     series = observation.series[ROUNDING.name]
     z = [

@@ -33,9 +33,9 @@ from bitassay.record.hashing import digest_json
 from bitassay.record.progress import Progress, silent
 from bitassay.verification.attribution import Attribution
 from bitassay.verification.detectors.detector import Comparison, Part
-from bitassay.verification.detectors.registry import DECIDING, STATES, TOKENS
 from bitassay.verification.detectors.distance import DISTANCE
 from bitassay.verification.detectors.excess_distance import ROUNDING
+from bitassay.verification.detectors.registry import DECIDING, STATES, TOKENS
 from bitassay.verification.detectors.token_difr import TOKEN_DIFR
 from bitassay.verification.detectors.verillm import (
     FORMAT_OF_DTYPE,
@@ -58,7 +58,6 @@ from bitassay.verification.trace import Header, ModelClaim, Trace, TraceError
 
 FAR = 10.0  # honest standard deviations beyond which a run fails whatever its text
 STATISTICAL = frozenset({"states-too-far", "tokens-unlikely", "detector-unlikely"})  # could be bad luck
-FAR = 10.0  # honest standard deviations
 
 
 @dataclass(frozen=True)
@@ -68,10 +67,10 @@ class Verdict:
     n_tokens: output tokens. observation: series by detector. cells: VeriLLM statistics [layers, positions] in
     `format`, the first `n_prompt` positions in the prompt. p_value, score, alpha, n_calibration: from the
     profile whose digest is `profile`. refusal: the smallest alpha at which its guarantee refuses the run.
-    unlike: the p-value of the text's rounding noise among calibration texts. limit: the generated positions that the honest runs were cut at which
-    the score was ranked among. trace: digest of the header judged. calibration: the profile itself.
-    attribution: what the observation fits best, where the profile has a library; it has no part in the
-    status.
+    unlike: the p-value of the text's rounding noise among calibration texts. limit: the generated positions
+    at which the honest runs were cut that the score was ranked among. trace: digest of the header judged.
+    calibration: the profile itself. attribution: what the observation fits best, where the profile has a
+    library; it has no part in the status.
     """
 
     status: Status
