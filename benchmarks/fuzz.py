@@ -269,7 +269,13 @@ class Judges:
         self.folder = folder
         self.model = tiny_model("llama", num_hidden_layers=9, initializer_range=0.1).to(torch.bfloat16)
         self.profile = calibrate(
-            self.model, self.model, prompts[:56], max_new_tokens=TOKENS, min_positions=4, alpha=0.05
+            self.model,
+            self.model,
+            prompts[:56],
+            max_new_tokens=TOKENS,
+            min_positions=4,
+            alpha=0.05,
+            guarantee="average",
         )
         honest = prove_many(self.model, prompts[56:], max_new_tokens=TOKENS, nonces=["a", "b", "c", "d"])
         statuses = [self.verdict(trace, self.request(trace)) for trace in honest]

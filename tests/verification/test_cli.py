@@ -21,6 +21,7 @@ from bitassay.verification.sequential import alarm_at
 from bitassay.verification.trace import Trace, read_trace, write_trace
 
 MODEL = "stories260k"
+AVERAGE = ["--alpha", "0.05", "--guarantee", "average"]
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +35,7 @@ def folder(tmp_path_factory, many_prompts):
 @pytest.fixture(scope="module")
 def profile(folder):
     path = folder / "profile.json"
-    assert (
-        run(
-            ["calibrate", MODEL, "--prompts", str(folder / "many.txt"), "--alpha", "0.05", "--out", str(path)]
-        )
-        == 0
-    )
+    assert run(["calibrate", MODEL, "--prompts", str(folder / "many.txt"), *AVERAGE, "--out", str(path)]) == 0
     return path
 
 
@@ -219,7 +215,7 @@ def test_what_sampler_was_asked_for_is_checked(folder, traces, profile, capsys):
 
 def test_suspects_are_shown_stored_and_named(folder, profile, capsys):
     path, cheap = folder / "suspects.json", folder / "int4.trace"
-    words = ["calibrate", MODEL, "--prompts", str(folder / "many.txt"), "--alpha", "0.05", "--out", str(path)]
+    words = ["calibrate", MODEL, "--prompts", str(folder / "many.txt"), *AVERAGE, "--out", str(path)]
     suspects = ["--suspects", "int4", "kv4", "--suspect-runs", "16", "--max-new-tokens", "12"]
     capsys.readouterr()
     assert run([*words, *suspects]) == 0
@@ -246,7 +242,7 @@ def test_suspects_are_shown_stored_and_named(folder, profile, capsys):
 def test_the_command_line_has_the_defaults_of_the_library(capsys):
     command = inspect.signature(calibrate_command).parameters
     function = inspect.signature(calibrate).parameters
-    for name in ("suspect_runs", "max_new_tokens", "expires_days"):
+    for name in ("suspect_runs", "max_new_tokens", "expires_days", "guarantee"):
         assert command[name].default == function[name].default
     assert run(["calibrate", MODEL, "--prompts", "5"]) == 2
     assert f"too few for alpha {function['alpha'].default}," in capsys.readouterr().err
@@ -330,7 +326,10 @@ def test_usage_errors(folder, capsys):
     assert run(["prove", MODEL, "--out", str(folder / "x")]) == 2
     assert "--prompt" in capsys.readouterr().err
     assert run(["calibrate", MODEL, "--prompts", "20", "--alpha", "0.01"]) == 2
-    assert "needs 198" in capsys.readouterr().err
+    assert "needs 501" in capsys.readouterr().err
+    assert run(["calibrate", MODEL, "--prompts", "20", "--alpha", "0.01", "--guarantee", "average"]) == 2
+    assert "needs 167" in capsys.readouterr().err
+    assert run(["calibrate", MODEL, "--guarantee", "none"]) == 2
     assert run(["calibrate", MODEL, "--prompts", "9000"]) == 2
 
 

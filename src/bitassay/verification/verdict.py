@@ -58,7 +58,6 @@ from bitassay.verification.trace import Header, ModelClaim, Trace, TraceError
 
 FAR = 10.0  # honest standard deviations beyond which a run fails whatever its text
 STATISTICAL = frozenset({"states-too-far", "tokens-unlikely", "detector-unlikely"})  # could be bad luck
-FAR = 10.0  # honest standard deviations
 
 
 @dataclass(frozen=True)

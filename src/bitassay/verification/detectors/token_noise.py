@@ -49,10 +49,10 @@ def margins_and_noise(
     best = scores.topk(min(TOP, scores.shape[-1]))
     own = comparison.verifier.logits.to(scores.device).gather(1, best.indices).double()
     error = (own - logits.gather(1, best.indices).double()) / (sampler.temperature or 1.0)
-    variance = error.var(1, correction=0)
+    variance = error.var(1, correction=0).nan_to_num(nan=0, posinf=0)  # no noise where nothing is finite
     sigma = ((variance + variance.mean()) / 2).sqrt().clamp(min=torch.finfo(comparison.dtype).tiny).cpu()
     gaps = (best.values[:, :1] - best.values[:, 1:]).cpu()
-    p = torch.special.ndtr(-gaps / (math.sqrt(2) * sigma[:, None])).sum(1).clamp(max=MOST)
+    p = torch.special.ndtr(-gaps / (math.sqrt(2) * sigma[:, None])).sum(1).nan_to_num(nan=0).clamp(max=MOST)
     units = (margins / sigma).clamp(max=MOST_UNITS)
     return units, (claimed != best.indices[:, 0].cpu()).double(), p
 
