@@ -25,9 +25,11 @@ from bitassay.verification.ledger import Line, extended, scored, update_ledger
 from bitassay.verification.numerics import numerics
 from bitassay.verification.pooled import PooledVerdict, pooled_verdict
 from bitassay.verification.profile import ALPHA, Profile
+from bitassay.verification.proofs import verify_proof
 from bitassay.verification.prove import BATCH, prove_many
 from bitassay.verification.receipts.challenge import Challenge
 from bitassay.verification.receipts.opening import read_opening
+from bitassay.verification.receipts.proof import read_proof, sign_proof, write_proof
 from bitassay.verification.receipts.receipt import commit, read_receipt, write_receipt
 from bitassay.verification.sequential import SequentialEvidence
 from bitassay.verification.structure import Request
@@ -121,24 +123,31 @@ def _row(model: PreTrainedModel, path: Path, trace: Trace) -> dict[str, Any]:
     }
 
 
-def write_receipts(rows: Sequence[dict[str, Any]], key: Ed25519PrivateKey) -> list[dict[str, Any]]:
-    """Write a receipt next to each trace, and return the rows with its path, its size and the public key."""
+def write_receipts(
+    rows: Sequence[dict[str, Any]], key: Ed25519PrivateKey, proof: int | None = None
+) -> list[dict[str, Any]]:
+    """Write a receipt next to each trace, and return the rows with its path, its size and the public key.
+    proof: the bytes a token of the small proof that goes with it; None: none."""
     done = []
     for row in rows:
-        trace = Path(row["trace"])
-        path, receipt = trace.with_suffix(".receipt"), commit(read_trace(trace), key)
+        trace = read_trace(Path(row["trace"]))
+        path, receipt = Path(row["trace"]).with_suffix(".receipt"), commit(trace, key)
         write_receipt(path, receipt)
         added = {"receipt": str(path), "receipt_bytes": path.stat().st_size, "public_key": receipt.key.hex()}
+        if proof is not None:
+            added["proof"] = str(path.with_suffix(".proof"))
+            write_proof(added["proof"], sign_proof(trace, receipt, key, proof))
         done.append(row | added)
     return done
 
 
 @dataclass(frozen=True)
 class SignedRequest:
-    """The host's signed receipt, the verifier's own challenge, and the key that it knows as the host's."""
+    """The host's signed receipt, the verifier's own challenge (None: a small proof takes its place), and the
+    key that it knows as the host's."""
 
     path: Path
-    challenge: Challenge
+    challenge: Challenge | None
     signer: bytes | None
 
 
@@ -187,7 +196,8 @@ def verify_files(
     host: str | None = None,
     progress: Progress = silent,
 ) -> FilesVerdict:
-    """Judge trace files, or with `receipt` one opening, against `model`, which is called `name` in verdicts.
+    """Judge trace files, or with `receipt` one opening or proof, against `model`, which is called `name` in
+    verdicts.
 
     A file that cannot be read is a FAIL. ledger: keeps the scores of `host` over many calls; its sequence
     then includes the earlier requests.
@@ -238,6 +248,8 @@ def _verify_opening_file(
 ) -> Verdict:
     try:
         signed = read_receipt(receipt.path)
+        if receipt.challenge is None:
+            return verify_proof(signed, read_proof(opening, signed), model, **options)
         opened = read_opening(opening, signed, receipt.challenge)
     except TraceError as error:
         return failed(error, name)

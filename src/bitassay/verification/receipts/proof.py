@@ -26,9 +26,9 @@ known, that is by those who have run the model. Even then n positions lower the 
 
     2^(n k (2 g - 1 + exp(-2 g)) / (2 ln 2))        tries on average
 
-by the large deviations of a chi-square of n k degrees of freedom: 2^35 for 64 tokens of 2 bytes and 0.35 nats,
-2^140 of 8 bytes. The file of a proof is one line of JSON, a list; `docs/proof-format.md` is its
-specification.
+by the large deviations of a chi-square of n k degrees of freedom: for 0.35 nats 2^36 where 64 tokens have 2
+bytes each, 2^143 where they have 8. The file of a proof is one line of JSON, a list; `docs/proof-format.md`
+is its specification.
 
 Left out: prompt positions, and all layers but the last. One honest prefill over the tokens of a cheap model
 makes a perfect proof, as it makes perfect states: it must come with a check of the tokens.
@@ -41,7 +41,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from jaxtyping import Float, Float64
@@ -154,7 +153,9 @@ def step_exponents(
     return sorted(min(max(each + STEP[dtype], EXPONENTS[0]), EXPONENTS[-1]) for each in found)
 
 
-def signs(commitment: bytes, position: int, nonce: str, hidden: int, k: int) -> Float64[np.ndarray, "k hidden"]:
+def signs(
+    commitment: bytes, position: int, nonce: str, hidden: int, k: int
+) -> Float64[np.ndarray, "k hidden"]:
     """Return the signs +1 and -1 of one position; those of fewer projections are the first of more."""
     seed = hashlib.sha256(SIGNS + commitment + position.to_bytes(4, "little") + nonce.encode()).digest()
     words = np.random.Philox(key=int.from_bytes(seed[:16], "little")).random_raw(-(-hidden * k // 64))
