@@ -196,3 +196,49 @@ def test_bad_usage(folder, bitassay, tmp_path):
     (tmp_path / "no.json").write_text("{}")
     words = ("--receipt", receipt, "--challenge", tmp_path / "no.json")
     said(2, "not a challenge", "verify", trace, *VERIFY, *words)
+
+
+def test_a_receipt_and_its_proof_are_judged_without_a_challenge(folder, bitassay, tmp_path):
+    words = (
+        "--prompt",
+        "One day a girl",
+        "--nonce",
+        "n1",
+        "--max-new-tokens",
+        "24",
+        "--out",
+        tmp_path / "x.trace",
+    )
+    signed = ("--commit-only", "--key", folder / "host.pem", "--proof", "8", "--format", "json")
+    (row,) = json.loads(bitassay("prove", *MODEL, *map(str, (*words, *signed))).out)["rows"]
+    proof = tmp_path / "x.proof"
+    assert row["proof"] == str(proof)
+    assert proof.stat().st_size < 200 + 11 * row["output_tokens"]
+    os.remove(tmp_path / "x.trace")
+    receipt = read_receipt(tmp_path / "x.receipt")
+
+    def judged(path):
+        files = (
+            "--receipt",
+            tmp_path / "x.receipt",
+            "--signer",
+            receipt.key.hex(),
+            "--profile",
+            tmp_path / "p.json",
+        )
+        done = bitassay("verify", *map(str, (path, *VERIFY, *files, "--format", "json")))
+        (found,) = json.loads(done.out)["rows"]
+        return done.status, found["status"], [reason["code"] for reason in found["reasons"]]
+
+    model = load("stories260k", dtype=torch.float32)
+    prompts = [
+        f"Once upon a {a} there was {b}" for a in ("time", "day", "hill", "night") for b in "abcdefghijkl"
+    ]
+    options = {"max_new_tokens": 24, "alpha": 0.05, "guarantee": "average", "detectors": ["proof-8"]}
+    write_profile(calibrate(model, model, prompts, **options), tmp_path / "p.json")
+    assert judged(proof) == (0, "PASS", ["as-honest"])
+    altered = tmp_path / "altered.proof"
+    altered.write_bytes(proof.read_bytes().replace(b'",-', b'",-1', 1))
+    assert judged(altered) == (1, "FAIL", ["bad-signature"])
+    assert judged(tmp_path / "x.receipt") == (1, "FAIL", ["not-a-proof"])
+    assert bitassay("prove", *MODEL, *map(str, (*words, "--proof", "2"))).status == 2

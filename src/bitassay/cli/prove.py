@@ -1,6 +1,7 @@
 """`bitassay prove`: generate, and write traces."""
 
 from pathlib import Path
+from typing import Literal
 
 from bitassay.cli import options
 from bitassay.cli.checks import check_words
@@ -22,6 +23,7 @@ def prove(
     batch: options.Count = 16,
     commit_only: options.Flag = False,
     key: Path | None = None,
+    proof: Literal[2, 8] | None = None,
     sampling: options.Sampling = options.Sampling(),
     prover: options.Verifiable = options.Verifiable(),
     output: options.Output = options.Output(),
@@ -43,6 +45,8 @@ def prove(
             instead. `bitassay challenge` then draws the positions that `bitassay open` must show.
         key: The file of the private key that signs receipts. If it does not exist, a key is made, readable to
             you alone.
+        proof: With --commit-only, also write a signed proof of so many bytes a token, named `.proof`, by
+            which `bitassay verify` judges a receipt without a challenge.
     """
     if (prompt is None) == (prompts is None):
         raise BitassayError(
@@ -51,6 +55,8 @@ def prove(
         )
     if commit_only != (key is not None):
         raise BitassayError("--commit-only and --key go together", "--commit-only --key host.pem")
+    if proof and not commit_only:
+        raise BitassayError("--proof belongs to a receipt", f"--commit-only --key host.pem --proof {proof}")
     file, folder = (out, None) if prompts is None else (None, out)
     check_words([model, claim], [recipe], file=file, folder=folder, texts=[prompts])
     from bitassay.data.corpora import prompts_from
@@ -92,8 +98,9 @@ def prove(
     if signing_key is None:
         output.emit((rows, [*columns, Column("text", "text", _shortened, align="left")]))
     else:
-        rows = write_receipts(rows, signing_key)
-        output.emit((rows, [*columns, "receipt", Column("receipt_bytes", "bytes"), "public_key"]))
+        rows = write_receipts(rows, signing_key, proof)
+        signed = ["receipt", Column("receipt_bytes", "bytes"), "public_key"]
+        output.emit((rows, [*columns, *signed, *(["proof"] if proof else [])]))
     return 0
 
 

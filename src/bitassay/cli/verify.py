@@ -45,7 +45,7 @@ def verify(
     result has every layer and both VeriLLM rule sets (docs/sources.md).
 
     Args:
-        traces: Trace files, or folders of them; with --receipt, the opening.
+        traces: Trace files, or folders of them; with --receipt, the opening or the small proof.
         profile: A calibration profile (default: the one that `bitassay calibrate` kept for model and
             numerics). Without --alpha, its false-positive rate applies.
         prompt: The prompt that every trace should answer.
@@ -53,7 +53,8 @@ def verify(
             trace answers count as unanswered.
         nonce: The nonce that was requested. With --prompts, "-" and the number of the prompt are appended.
         max_new_tokens: The number of tokens that was requested.
-        receipt: The host's signed receipt. TRACES is then the one opening that answers --challenge.
+        receipt: The host's signed receipt. TRACES is then the one opening that answers --challenge; without a
+            challenge, the one proof that `bitassay prove --proof` wrote.
         challenge: The challenge of the receipt that you drew; never a copy from the host.
         signer: The host's public key in hex, from a source that you trust. Without it nothing signed passes.
         ledger: Keep this host's requests in this file, from call to call, and judge all of them in their
@@ -63,9 +64,9 @@ def verify(
             ledger counts them.
     """
     is_signed = any(option is not None for option in (receipt, challenge, signer))
-    if is_signed and (receipt is None or challenge is None or len(traces) != 1):
+    if is_signed and (receipt is None or len(traces) != 1):
         raise BitassayError(
-            "a receipt is verified by one opening and the challenge that it answers",
+            "a receipt is verified by one opening and the challenge that it answers, or by one proof",
             "bitassay verify OPENING --receipt FILE --challenge FILE --signer KEY --model MODEL",
         )
     paths = traces if is_signed else trace_files(traces, may_be_none=bool(unanswered or (prompts and nonce)))
@@ -77,11 +78,13 @@ def verify(
     from bitassay.verification.trace_files import Asked, Keeping, SignedRequest, verify_files
 
     signed = None
-    if receipt is not None and challenge is not None:
+    if receipt is not None:
         if not receipt.is_file():  # a missing opening is the host's fault, a missing receipt is not
             raise BitassayError(f"{receipt}: no such file", "the receipt that the host sent")
         signed = SignedRequest(
-            receipt, read_challenge(challenge), None if signer is None else public_key(signer)
+            receipt,
+            None if challenge is None else read_challenge(challenge),
+            None if signer is None else public_key(signer),
         )
     host = signer.lower() if signer else None
     asked = Asked.of(

@@ -10,6 +10,7 @@ its limit is within those calibrated. It is marginal over requests: for those of
 early it holds only as well as the fit does.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
@@ -96,9 +97,9 @@ class Score:
         largest: dict[str, float] = {}
         for detector, _, _, value in computed:
             largest[detector] = max(value, largest.get(detector, value))
-        farthest = max(
-            (each for each in computed if each.detector == STATES), key=lambda statistic: statistic.value
-        )
+        last = Statistic(STATES, len(layers) - 1, "generated", -math.inf)  # where states are not shown
+        shown = (each for each in computed if each.detector == STATES)
+        farthest = max(shown, key=lambda statistic: statistic.value, default=last)
         return cls(max(largest.values()), largest, layers[farthest.series], farthest.part)
 
     def to_dict(self) -> dict[str, Any]:

@@ -48,9 +48,11 @@ from bitassay.verification.ledger import (
 from bitassay.verification.numerics import numerics
 from bitassay.verification.pooled import PooledVerdict, pooled_verdict
 from bitassay.verification.profile import ALPHA, Profile, read_profile
+from bitassay.verification.proofs import verify_proof
 from bitassay.verification.prove import BATCH, prove_many
 from bitassay.verification.receipts.challenge import Challenge
 from bitassay.verification.receipts.opening import read_opening
+from bitassay.verification.receipts.proof import read_proof, sign_proof, write_proof
 from bitassay.verification.receipts.receipt import commit, read_receipt, write_receipt
 from bitassay.verification.sequential import SequentialEvidence
 from bitassay.verification.structure import Reason, Request, expecting
@@ -154,24 +156,31 @@ def _row(model: PreTrainedModel, path: Path, trace: Trace) -> dict[str, Any]:
     }
 
 
-def write_receipts(rows: Sequence[dict[str, Any]], key: Ed25519PrivateKey) -> list[dict[str, Any]]:
-    """Write a receipt next to each trace, and return the rows with its path, its size and the public key."""
+def write_receipts(
+    rows: Sequence[dict[str, Any]], key: Ed25519PrivateKey, proof: int | None = None
+) -> list[dict[str, Any]]:
+    """Write a receipt next to each trace, and return the rows with its path, its size and the public key.
+    proof: the bytes a token of the small proof that goes with it; None: none."""
     done = []
     for row in rows:
-        trace = Path(row["trace"])
-        path, receipt = trace.with_suffix(".receipt"), commit(read_trace(trace, limit_bytes=FILE_BYTES), key)
+        trace = read_trace(Path(row["trace"]), limit_bytes=FILE_BYTES)
+        path, receipt = Path(row["trace"]).with_suffix(".receipt"), commit(trace, key)
         write_receipt(path, receipt)
         added = {"receipt": str(path), "receipt_bytes": path.stat().st_size, "public_key": receipt.key.hex()}
+        if proof is not None:
+            added["proof"] = str(path.with_suffix(".proof"))
+            write_proof(added["proof"], sign_proof(trace, receipt, key, proof))
         done.append(row | added)
     return done
 
 
 @dataclass(frozen=True)
 class SignedRequest:
-    """The host's signed receipt, the verifier's own challenge, and the key that it knows as the host's."""
+    """The host's signed receipt, the verifier's own challenge (None: a small proof takes its place), and the
+    key that it knows as the host's."""
 
     path: Path
-    challenge: Challenge
+    challenge: Challenge | None
     signer: bytes | None
 
 
@@ -281,7 +290,8 @@ def verify_files(
     keeping: Keeping = Keeping(),
     progress: Progress = silent,
 ) -> FilesVerdict:
-    """Judge trace files, or with `receipt` one opening, against `model`, which is called `name` in verdicts.
+    """Judge trace files, or with `receipt` one opening or proof, against `model`, which is called `name` in
+    verdicts.
 
     A file that cannot be read is a FAIL. keeping: of a ledger, whose sequence then includes the earlier
     requests.
@@ -464,6 +474,11 @@ def _verify_opening_file(
         signed = read_receipt(receipt.path)
         is_known = signed.key == receipt.signer
         answer = Answer.of(signed.header, signed.commitment if is_known else None)
+        if receipt.challenge is None:
+            judged = verify_proof(
+                signed, read_proof(opening, signed), model, signer=receipt.signer, request=request, **options
+            )
+            return answer, judged
         opened = read_opening(opening, signed, receipt.challenge, expecting(model, request))
     except TraceError as error:
         return answer, failed(error, name)

@@ -119,6 +119,8 @@ class Verdict:
         """Return the geometric mean of the relative distance over one part's positions at a sampled layer."""
         if self.observation is None or layer not in self.observation.layers:
             return None
+        if DISTANCE.name not in self.observation.series:  # states were not shown
+            return None
         series = self.observation.series[DISTANCE.name][self.observation.layers.index(layer)]
         values = series.prompt if part == "prompt" else series.values
         return exp(fmean(values)) if values else None
@@ -185,7 +187,8 @@ class Verdict:
                 f"{self.distance(layer) or 0:.3g} at layer {layer}" for layer in self.observation.layers
             )
             positions = self.observation.positions
-            lines.append(f"  states: relative distance {distances} ({positions} generated positions)")
+            if self.hidden_distance is not None:
+                lines.append(f"  states: relative distance {distances} ({positions} generated positions)")
             lines.append(f"  tokens: mean margin {self.mean_margin:.3g} nats over {self.n_tokens} tokens")
         if self.p_value is not None:
             lines.append(
@@ -326,11 +329,11 @@ def decide(
         sentence = "the text's rounding noise is unlike that of the calibration texts"
         undecided = [Reason("unlike-calibration", f"{sentence} (p {unlike:.2g})")]
     elif refusal <= alpha:
-        reasons += _unlike_honest_runs(score, profile, alpha, limit)
+        reasons += unlike_honest_runs(score, profile, alpha, limit)
     status: Status = "FAIL" if reasons else "INCONCLUSIVE" if undecided else "PASS"
     return verdict(
         status,
-        tuple(reasons or undecided or [Reason("as-honest", _as_honest(header))]),
+        tuple(reasons or undecided or [Reason("as-honest", as_honest(header))]),
         p_value=None if undecided else profile.p_value(score.value, limit),
         refusal=refusal,
         unlike=unlike,
@@ -384,7 +387,7 @@ def why_undecided(
         reasons["no-configuration"] = sentence
     elif profile.layers != header.layers:
         reasons["profile-other-model"] = f"the profile is of layers {list(profile.layers)}"
-    elif wrong := [name for name, n in counts.items() if len(observation.series[name]) != n]:
+    elif wrong := [name for name, n in counts.items() if len(observation.series.get(name, range(n))) != n]:
         reasons["profile-other-detector"] = f"the profile is of another version of {wrong[0]}"
     low_rate, _ = profile.held_out.interval
     if low_rate > profile.alpha:
@@ -407,7 +410,7 @@ def why_undecided(
     return [Reason(code, sentence) for code, sentence in reasons.items()]
 
 
-def _as_honest(header: Header) -> str:
+def as_honest(header: Header) -> str:
     sentence = "states and tokens are those of an honest run"
     if header.model.config_digest is None:
         sentence += "; the trace does not say with which configuration, as older ones do not"
@@ -420,7 +423,7 @@ def _nonfinite_mismatches(cells: CellStatistics, model: PreTrainedModel) -> list
     return [Reason("nonfinite-mismatch", sentence)] if count else []
 
 
-def _unlike_honest_runs(score: Score, profile: Profile, alpha: float, limit: int) -> list[Reason]:
+def unlike_honest_runs(score: Score, profile: Profile, alpha: float, limit: int) -> list[Reason]:
     """Return which parts of the evidence are too unlike honest runs by themselves."""
     parts = []
     for name, value in score.detectors.items():

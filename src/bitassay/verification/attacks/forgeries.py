@@ -37,6 +37,7 @@ from bitassay.verification.committee.rounds import (
 from bitassay.verification.receipts.challenge import GENERATED, PROMPT, Challenge, challenge, opened_positions
 from bitassay.verification.receipts.merkle import cell_leaf, merkle_proof, merkle_root
 from bitassay.verification.receipts.opening import Opening, cell_indices, encode_opening, open_trace
+from bitassay.verification.receipts.proof import SignedProof, SmallProof, small_proof
 from bitassay.verification.receipts.receipt import SIGNED, Receipt, commit, encode, trace_leaves
 from bitassay.verification.structure import Status
 from bitassay.verification.submissions import CommitteeRound, ReceiptResponse
@@ -270,6 +271,98 @@ def with_bad_cells(trace: Trace) -> Trace:
 def n_bad_opened(asked: Challenge, header: Header, bad: Sequence[int]) -> int:
     """Count the bad positions that the challenge opens."""
     return len(set(bad) & set(opened_positions(asked, header)))
+
+
+# --- small proofs ---
+
+
+def proof_of_states(states: torch.Tensor, trace: Trace, receipt: Receipt, size: int) -> SmallProof:
+    """Return the proof that a host with these `states` of the last layer at the generated positions sends."""
+    header = receipt.header
+    return small_proof(
+        states,
+        header.positions[trace.n_prompt :],
+        dtype=header.numerics.dtype,
+        nonce=header.nonce,
+        commitment=receipt.commitment,
+        size=size,
+    )
+
+
+def _last_states(trace: Trace) -> torch.Tensor:
+    return trace.states[trace.header.layers[-1]][trace.n_prompt :]
+
+
+def _copied_proof(trace: Trace, receipt: Receipt, size: int) -> SmallProof:
+    """The state of the position before, under the right signs."""
+    last = trace.states[trace.header.layers[-1]]
+    return proof_of_states(last[trace.n_prompt - 1 : -1], trace, receipt, size)
+
+
+def _mean_proof(trace: Trace, receipt: Receipt, size: int) -> SmallProof:
+    """The mean state, which knows the large numbers that all positions share."""
+    last = _last_states(trace)
+    return proof_of_states(last.float().mean(0).expand_as(last), trace, receipt, size)
+
+
+def _replayed_proof(trace: Trace, receipt: Receipt, size: int) -> SmallProof:
+    """The right states, under the signs of another receipt."""
+    other = replace(receipt, root=_secret("another root"))
+    return proof_of_states(_last_states(trace), trace, other, size)
+
+
+def _guessed_proof(trace: Trace, receipt: Receipt, size: int) -> SmallProof:
+    """Random residues, with the right step."""
+    honest = proof_of_states(_last_states(trace), trace, receipt, size)
+    drawn = hashlib.shake_256(_secret("guess", trace.header.nonce)).digest(len(honest.residues))
+    return replace(honest, residues=drawn)
+
+
+def _fine_proof(trace: Trace, receipt: Receipt, size: int) -> SmallProof:
+    """A step so fine that no error could be large."""
+    return replace(_guessed_proof(trace, receipt, size), exponent=-100)
+
+
+def _coarse_proof(trace: Trace, receipt: Receipt, size: int) -> SmallProof:
+    """A step so coarse that every residue is 0."""
+    honest = proof_of_states(_last_states(trace), trace, receipt, size)
+    return SmallProof(100, bytes(len(honest.residues)))
+
+
+def _ground_proof(trace: Trace, receipt: Receipt, size: int) -> SmallProof:
+    """Of GRINDS guesses the one whose residues are nearest to those of the position before: all that a host
+    can look for that does not know the state."""
+    near = _copied_proof(trace, receipt, size)
+    tries = (
+        hashlib.shake_256(_secret("grind", trace.header.nonce, str(n))).digest(len(near.residues))
+        for n in range(GRINDS)
+    )
+    positions = len(receipt.header.positions) - trace.n_prompt
+    target = near.numbers(positions)
+
+    def far(residues: bytes) -> float:
+        d = (SmallProof(0, residues).numbers(positions) - target + 8) % 16 - 8
+        return float((d * d).sum())
+
+    return replace(near, residues=min(tries, key=far))
+
+
+FORGED_PROOFS: dict[str, Callable[[Trace, Receipt, int], SmallProof]] = {
+    "copied": _copied_proof,
+    "mean": _mean_proof,
+    "replayed": _replayed_proof,
+    "guessed": _guessed_proof,
+    "fine": _fine_proof,
+    "coarse": _coarse_proof,
+    "ground": _ground_proof,
+}
+
+
+def forged_proof(name: str, trace: Trace, receipt: Receipt, size: int) -> SignedProof:
+    """Return a proof of FORGED_PROOFS, signed by the host. A forger has not computed the states of the
+    receipt's tokens: of `trace` it uses the size of states and those of other positions or receipts alone."""
+    unsigned = SignedProof(receipt.commitment, FORGED_PROOFS[name](trace, receipt, size), b"")
+    return replace(unsigned, signature=HOST.sign(unsigned.message))
 
 
 # --- verifiers ---

@@ -9,6 +9,7 @@
     rounding             nothing                                the noise of the text itself
     toploc               258 bytes for 32 tokens                arXiv 2501.16007, on the last sampled layer
     activation-difr      a few projected numbers                arXiv 2511.20621
+    proof-2, proof-8     projections, by 4 bits each         less the verifier's own rounding error
     token-difr           nothing: ids, nonce and seed           arXiv 2511.20621
     structure            the header; receipt and opening        exact checks (`structure.py`): 0 or infinite
 
@@ -21,6 +22,7 @@ from bitassay.verification.detectors.detector import Detector
 from bitassay.verification.detectors.distance import DISTANCE
 from bitassay.verification.detectors.exact import STRUCTURE
 from bitassay.verification.detectors.excess_distance import EXCESS_DISTANCE, ROUNDING
+from bitassay.verification.detectors.small_proof import SMALL_PROOFS
 from bitassay.verification.detectors.token_difr import TOKEN_DIFR
 from bitassay.verification.detectors.token_noise import TOKEN_FLIPS, TOKEN_OUTLIER
 from bitassay.verification.detectors.toploc import TOPLOC
@@ -41,6 +43,7 @@ DETECTORS: Registry[Detector] = Registry(
             TOKEN_FLIPS,
             TOKEN_OUTLIER,
             ROUNDING,
+            *SMALL_PROOFS,
             STRUCTURE,
         )
     },

@@ -194,17 +194,28 @@ def _named(content: dict[str, Any], name: str, fields: Sequence[str], where: Pat
     return dict(zip(fields, values, strict=True))
 
 
-def _text(data: bytes) -> str:
+def base64_text(data: bytes) -> str:
+    """Return base64 without padding."""
     return b64encode(data).decode().rstrip("=")
 
 
-def _binary(content: dict[str, Any], name: str, size: int | None, where: Path) -> bytes:
-    """Base64 without padding; `size` bytes, or any whole number of 4-byte words."""
+def base64_bytes(text: Any, name: str, size: int | None, where: Path) -> bytes:
+    """Return what `base64_text` made `text` of: `size` bytes, or any number. Raises TraceError."""
     try:
-        text = content[name]
         data = b64decode(text + "=" * (-len(text) % 4), validate=True)
     except (TypeError, ValueError) as error:
         raise TraceError("header-field", f"{where}: {name} is not base64") from error
-    if (size is not None and len(data) != size) or (size is None and len(data) % 4):
+    if size is not None and len(data) != size:
+        raise TraceError("header-field", f"{where}: {name} has {len(data)} bytes")
+    return data
+
+
+_text = base64_text
+
+
+def _binary(content: dict[str, Any], name: str, size: int | None, where: Path) -> bytes:
+    """Return a field's bytes: `size`, or any whole number of 4-byte words."""
+    data = base64_bytes(content[name], name, size, where)
+    if len(data) % 4:
         raise TraceError("header-field", f"{where}: {name} has {len(data)} bytes")
     return data
