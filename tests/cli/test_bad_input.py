@@ -143,6 +143,7 @@ CASES = {
     "profile that is a folder": ([*CAL, "--out", "{in}/folder"], "a folder is where a file should be"),
     "gguf that is a folder": ([*QUANT, "--gguf", "{in}/folder"], "a folder is where a file should be"),
     "work that is a file": ([*QUANT, "--out", "{out}/q", "--work", "{in}/prompts.txt"], "a file is where a folder"),
+    "no such layout": ([*QUANT, "--out", "{out}/q", "--layout", "dense"], "no 'dense'; there are 'bitassay'"),
     "layout without a folder": ([*QUANT, "--gguf", "{out}/g", "--layout", "bitassay"], "--layout belongs to the folder"),
     "tokens beyond the positions, prove": ([*PROVE, "--max-new-tokens", "5000"], "5000 tokens do not fit its 512 positions"),
     "tokens beyond the positions, calibrate": ([*CAL, "--max-new-tokens", "5000"], "do not fit its 512 positions"),

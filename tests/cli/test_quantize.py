@@ -7,6 +7,7 @@ import pytest
 
 from bitassay.cli import run
 from bitassay.engines.load import load
+from bitassay.quantization.export.registry import LAYOUTS
 from bitassay.testing.tiny import tiny_model
 
 
@@ -143,6 +144,13 @@ def test_a_layout_may_be_asked_for(out, capsys):
     assert row(capsys)["layout"] == "bitassay"
     assert quantize(out, "--layout", "compressed-tensors") == 2
     assert "holds the bitassay layout" in capsys.readouterr().err
+
+
+def test_so_may_the_layout_of_a_plug_in(out, capsys, monkeypatch):
+    monkeypatch.setitem(LAYOUTS._items, "mine", LAYOUTS["bitassay"])
+    assert quantize(out, "--layout", "mine", "--format", "json") == 0
+    assert row(capsys)["layout"] == "mine"
+    assert json.loads((out / "bitassay.json").read_text())["layout"] == "mine"
 
 
 def test_what_the_format_cannot_hold_is_refused_before_any_work(out, capsys):

@@ -17,6 +17,7 @@ from bitassay.verification.receipts.receipt import read_receipt
 
 MODEL = ("stories260k", "--dtype", "float32")
 VERIFY = ("--model", *MODEL)
+OTHER_SIGNER = "3b6a27bcceb6a42d62a3a8d02a6f0d73653215771de243a63ac048a18b59da29"  # of the secret 0
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,7 @@ def test_the_verifier_needs_no_trace(folder, verify):
 def test_attacks_fail_by_name(folder, verify, bitassay):
     assert verify(opening="withheld.opening") == (1, "FAIL", ["withheld-opening"])
     assert verify(nonce="n2") == (1, "FAIL", ["other-nonce"])
-    assert verify(signer="00" * 32) == (1, "FAIL", ["other-signer"])
+    assert verify(signer=OTHER_SIGNER) == (1, "FAIL", ["other-signer"])
     assert verify(signer="") == (1, "INCONCLUSIVE", ["unknown-signer"])
     (folder / "bad.receipt").write_bytes((folder / "x.receipt").read_bytes().replace(b'"n1"', b'"n2"'))
     assert verify(receipt="bad.receipt") == (1, "FAIL", ["bad-signature"])
@@ -147,7 +148,9 @@ def test_bad_usage(folder, bitassay, tmp_path):
     said(2, "is not hex", *challenge, "--beacon", "xyz")
     said(2, "beacon", *challenge, "--beacon", "00")
     said(2, "generated", *challenge, "--generated", 0)
-    said(2, "signed by", *challenge, "--signer", "00" * 32)
+    said(2, "signed by", *challenge, "--signer", OTHER_SIGNER)
+    said(2, "not of prime order", *challenge, "--signer", "00" * 32)
+    said(2, "not a public key", *challenge, "--signer", OTHER_SIGNER.upper())
     said(2, "not a public key", *challenge, "--signer", "00")
     said(2, "not-a-file", "challenge", tmp_path, "--out", tmp_path / "c.json")
     said(2, "header-malformed", "challenge", trace, "--out", tmp_path / "c.json")

@@ -133,14 +133,17 @@ def test_what_is_saved_comes_back(stories, tmp_path, parts):
     ("change", "says"),
     [
         (lambda inputs: inputs.pop("model.layers.0.mlp.up_proj"), "not those of the recipe"),
-        (lambda inputs: inputs.update({"model.layers.9.mlp.up_proj": {}}), "not those of the recipe"),
+        (
+            lambda inputs: inputs.update({"model.layers.9.mlp.up_proj": {"format": "int8"}}),
+            "not those of the recipe",
+        ),
         (
             lambda inputs: inputs["model.layers.0.mlp.up_proj"].update(format="int4"),
             "not those of the recipe",
         ),
         (lambda inputs: inputs["model.layers.0.mlp.up_proj"].update(scale=-1.0), "a scale of -1.0"),
         (lambda inputs: inputs["model.layers.0.mlp.up_proj"].update(outliers=[5000]), "no column 5000"),
-        (lambda inputs: inputs["model.layers.0.mlp.up_proj"].update(more=1), "Unexpected keyword"),
+        (lambda inputs: inputs["model.layers.0.mlp.up_proj"].update(more=1), "unexpected keyword"),
     ],
 )
 def test_a_card_that_was_changed_is_refused(stories, tmp_path, change, says):

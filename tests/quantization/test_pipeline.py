@@ -30,7 +30,6 @@ from bitassay.quantization.solvers.layerwise import (
     products_in,
     run_layer,
 )
-from bitassay.record.progress import silent
 from bitassay.testing.tiny import stories260k, tiny_model
 
 W2 = {"format": "int2", "granularity": "g32", "symmetric": False}
@@ -435,7 +434,7 @@ def test_without_tuning_no_unrounded_weight_outlives_its_layer(base):
     schemes = {name: recipe("gptq").scheme_for(name) for name in matrices(base)}
     for name, kept in (("gptq", False), ("learned", False), ("tune", True)):
         draft = copy_sharing_parameters(base)
-        found = layers.quantize_layers(draft, schemes, recipe(name), tokens, None, silent)
+        found = layers.quantize_layers(work.WorkingCopy(base, recipe(name), draft, schemes, tokens))
         assert all((solved.unrounded is not None) is kept for solved in found.values()), name
 
 
@@ -444,7 +443,8 @@ def test_no_unrounded_weight_of_an_expert_outlives_its_layer():
     model, spec = tiny_model("qwen3_moe"), recipe("tune")
     tokens = pipeline.calibration_tokens(model, spec.calibration)
     schemes = {name: spec.scheme_for(name) for name in matrices(model)}
-    found = layers.quantize_layers(copy_sharing_parameters(model), schemes, spec, tokens, None, silent)
+    draft = copy_sharing_parameters(model)
+    found = layers.quantize_layers(work.WorkingCopy(model, spec, draft, schemes, tokens))
     kept = {name for name, solved in found.items() if solved.unrounded is not None}
     assert kept == {name for name in schemes if ".experts." not in name}
 

@@ -267,10 +267,13 @@ def said(key, value):
         (lambda card: card["matrices"].pop(Q_PROJ), "weights are missing"),
         (lambda card: card["schemes"][0]["scheme"].update(format="int5"), "unknown format"),
         (lambda card: card["schemes"][0].update(surprise=1), "surprise"),
-        (lambda card: card["recipe"].update(weights={"format": "int5"}), "recipe: .*unknown format"),
+        (
+            lambda card: card["recipe"].update(weights={"format": "int5"}),
+            r"recipe\.weights\.format: unknown format",
+        ),
         (
             lambda card: card["recipe"].update(calibration={"corpus": "/etc/hosts.txt"}),
-            "recipe: calibration.corpus: .* without its digest",
+            r"recipe\.calibration\.corpus: .* without its digest",
         ),
         (said("parameters", ["model.nothing"]), "the model has no parameter model.nothing"),
         (said("parameters", ["x" * 2000]), "parameters"),

@@ -53,6 +53,10 @@ def test_every_kind_is_read_as_it_stands(kind):
         ({"rows": [BASE | {"ppl": float("nan")}]}, "rows.0.ppl is nan, not a finite number"),
         ({"rows": [BASE | {"size_bytes": 10**400}]}, "rows.0.size_bytes is beyond 1e+200"),
         ({"rows": [BASE | {"recipe": "x" * 1_000_001}]}, "rows.0.recipe is longer than"),
+        ({"rows": [BASE | {"ppl_ci": [25.0, 20.1]}]}, "rows.0.ppl_ci is no interval [low, high]"),
+        ({"rows": [BASE | {"kl_ci": [0.1]}]}, "rows.0.kl_ci is no interval"),
+        ({"rows": [BASE | {"kl_ci": ["0", "1"]}]}, "rows.0.kl_ci is no interval"),
+        ({"rows": [BASE | {"top1_ci": 0.5}]}, "rows.0.top1_ci is no interval"),
         ({"recipes": json.loads("[" * 50 + "]" * 50)}, "levels"),
     ],
 )
@@ -65,7 +69,8 @@ def test_what_is_no_run_is_refused_in_plain_words(change, said):
 
 
 def test_any_json_value_that_a_run_may_have_passes():
-    check_values({"a": [1, 2.5, None, True, "x", {"b": []}]})
+    check_values({"a": [1, 2.5, None, True, "x", {"b": []}], "b_ci": None, "c_ci": [1, 1.5]})
+    check_values({"intervals": {"rows": {"ppl_ci": "Student's t"}}})
 
 
 def test_a_run_of_version_0_1_is_read():
@@ -76,8 +81,10 @@ def test_a_run_of_version_0_1_is_read():
     assert run["model"] == {"name": "toy"}
     assert run["settings"] == {"tokens": 16, "alpha": 0.01, "trials": 9}
     assert (run["missing"], run["rows"]) == ([], old["rows"])
-    pair = parse_run({"schema": 1, "kind": "studies", "runs": [old], "rows": []}, "here")["runs"]
-    assert pair[0]["settings"]["alpha"] == 0.01
+    together = parse_run({"schema": 1, "kind": "studies", "runs": [old, old]}, "here")
+    assert together["runs"][1]["settings"]["alpha"] == 0.01
+    assert together["rows"] == [{"kind": "separability"} | row for row in old["rows"]] * 2
+    assert together["model"] == {"name": "toy"}
     with pytest.raises(BitassayError, match="rows is missing"):
         parse_run(head, "here")
 

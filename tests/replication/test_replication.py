@@ -84,7 +84,7 @@ def test_fake_packed_and_reloaded_models_say_the_same(stories, tmp_path, own):
     done = quantization_of(model)
     assert torch.equal(logits(with_tensors(stories, done, packed=True)), said)
     card = save(model, tmp_path / "saved")
-    assert (card.layout, card.recipe_id) == ("bitassay", own.recipe_id)
+    assert (card.layout, card.recipe.recipe_id) == ("bitassay", own.recipe_id)
     back = load(tmp_path / "saved")
     assert torch.equal(logits(back), said)
     assert torch.equal(logits(load(tmp_path / "saved", packed=True)), said)

@@ -59,6 +59,7 @@ W4 = W8 | {
     "kl_mean": 0.0671,
     "kl_ci": [0.0612, 0.0724],
     "top1_agreement": 0.884,
+    "top1_ci": [0.87, 0.89],
     "verdict": "FAIL",
     "traces_passed": 0,
     "p_value": 1.2e-9,
@@ -68,11 +69,13 @@ W1 = W4 | {
     "bits_per_weight": 1.25,
     "size_bytes": 77_000_000,
     "ppl": 4.1e6,
+    "ppl_ci": [3.2e6, 5.3e6],
     "ppl_delta": 4.1e6,
     "ppl_delta_ci": [3.2e6, 5.3e6],
     "kl_mean": 8.12,
     "kl_ci": [7.4, 9.1],
     "top1_agreement": 0.013,
+    "top1_ci": [0.01, 0.02],
 }
 RUN = {
     "schema_version": 2,

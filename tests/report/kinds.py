@@ -258,11 +258,11 @@ REPLICATION = STUDY | {
         | {"beats_equal_bits": None, "beats_equal_flops": None, "bits_per_weight": 4.0, "size_bytes": 1000}
         | {"flop_per_token": 1e6, "bytes_per_token": 1e5, "passes": 1.0}
         | QUALITY
-        | {"kl_mean": kl}
-        for group, role, kl in (
-            ("base", "plain", 0.0),
-            ("copies", "replica", 0.012),
-            ("copies", "single", 0.4),
+        | {"kl_mean": kl, "kl_ci": kl_ci}
+        for group, role, kl, kl_ci in (
+            ("base", "plain", 0.0, None),
+            ("copies", "replica", 0.012, [0.009, 0.016]),
+            ("copies", "single", 0.4, [0.3, 0.5]),
         )
     ],
     "pairs": [

@@ -1,6 +1,6 @@
 """The plots: what is drawn where. Positions are read back from matplotlib's objects."""
 
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
@@ -15,8 +15,11 @@ from bitassay.report.figures.assay import (
     quality_figure,
     speed_figure,
 )
+from bitassay.report.figures.bench import roofline_figure
 from bitassay.report.figures.drawing import label_points
+from bitassay.report.figures.studies import LIMITS, distribution_figure
 from report.example import BASE, NO_SPEED, NO_VERDICT, RUN, W1, W4, W8
+from report.kinds import BENCH, THRESHOLDS
 
 
 @pytest.fixture
@@ -98,6 +101,25 @@ def test_names_do_not_cover_each_other(axes):
     for (one, a), (other, b) in combinations(boxes.items(), 2):
         assert not a.overlaps(b), (one, other)
     assert max(text.get_window_extent().x1 for text in axes.texts) <= axes.get_window_extent().x1 + 1
+
+
+def test_a_histogram_begins_and_ends_with_values():
+    """Of equal values, numpy puts most bins where none can be: an accept rate below 0."""
+    histogram = {"counts": [0, 0, 4, 0], "edges": [-0.5, -0.25, 0.0, 0.25, 0.5]}
+    statistics = {name: {"n": 4, "histogram": histogram} for name in LIMITS}
+    row = THRESHOLDS["rows"][0] | {"distributions": {"w4": statistics}}
+    for axes in distribution_figure(row).axes[:5]:
+        values, edges, _ = axes.patches[0].get_data()
+        assert (values.tolist(), list(edges)) == ([1.0], [0.0, 0.25])
+
+
+def test_names_of_near_peaks_do_not_cover_each_other():
+    machine = BENCH["machine"] | {"peaks": {"float32": 7.8e10, "bfloat16": 8.3e10, "int8": 8.2e10}}
+    figure = roofline_figure(BENCH | {"machine": machine})
+    figure.draw_without_rendering()
+    heights = sorted(text.get_window_extent().y1 for text in figure.axes[0].texts)
+    assert len(heights) == 3
+    assert all(b - a > 8 for a, b in pairwise(heights))
 
 
 def test_nothing_is_drawn_of_what_was_not_measured():

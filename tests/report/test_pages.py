@@ -115,6 +115,7 @@ def test_many_damages(folder_of, tmp_path, kind):
         ("analysis", {"layers": []}),
         ("assay", {"rows": []}),
         ("generation", {"texts": {}}),
+        ("generation", {"prompts": ["one of two"]}),
         ("thresholds", {"rows": [{}]}),
         ("attack", {"rows": [{"attack": "a"}]}),
     ],
@@ -123,6 +124,56 @@ def test_a_run_without_what_its_page_needs_is_refused(folder_of, tmp_path, kind,
     with pytest.raises(BitassayError, match="not as this version writes it") as refused:
         write_reports([folder_of(EVERY[kind] | damage)], tmp_path / "page.html")
     assert is_plain(refused.value.problem, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "table", "field", "value"),
+    [
+        ("assay", "rows", "size_bytes", -1),
+        ("assay", "rows", "ppl", -20.0),
+        ("assay", "rows", "kl_mean", "little"),
+        ("assay", "rows", "top1_agreement", 97.1),
+        ("assay", "rows", "ppl_delta_ci", [2.0, 3.0]),
+        ("assay", "rows", "traces", 8.5e300),
+        ("assay", "rows", "p_value", 1.5),
+        ("assay", "rows", "verdict", "MAYBE"),
+        ("assay", "rows", "recipe", "x" * 10_001),
+        ("assay", "rows", "hidden_distance_by_layer", [0.1]),
+        ("bench", "rows", "decode_tok_s", -1.0),
+        ("bench", "rows", "batch", [1]),
+        ("tasks", "rows", "n", "many"),
+        ("tasks", "rows", "p_holm", -0.5),
+        ("generation", "rows", "bleu", 101.0),
+        ("attack", "honest", "n", {}),
+        ("attack", "rows", "auc", 2.0),
+        ("attack", "rows", "sees", "a little"),
+        ("separability", "rows", "tpr_at_fpr", -0.5),
+        ("eight-bit", "rows", "direct_acc", 50.0),
+        ("eight-bit", "claims", "verdict", "true"),
+        ("replication", "rows", "bits_per_weight", -2.0),
+        ("search", "rows", "kl_mean", -0.1),
+        ("analysis", "matrices", "layer", -1),
+        ("thresholds", "rows", "false_positive_rate", 5),
+    ],
+)
+def test_what_cannot_be_is_refused(folder_of, tmp_path, kind, table, field, value):
+    run = copy.deepcopy(EVERY[kind])
+    run[table][-1][field] = value
+    with pytest.raises(BitassayError) as refused:
+        write_reports([folder_of(run)], tmp_path / "page.html")
+    assert is_plain(refused.value.problem, tmp_path)
+
+
+def test_studies_of_version_0_1_have_a_page(folder_of, tmp_path):
+    """They were a list of runs and nothing else, each with the name of its model."""
+    parts = []
+    for kind in ("experiments", "separability"):
+        run = EVERY[kind]
+        parts.append({"schema": 1, "kind": kind, "model": "toy", "rows": run["rows"]} | run["settings"])
+    write_reports([folder_of({"schema": 1, "kind": "studies", "runs": parts})], tmp_path / "page.html")
+    source = (tmp_path / "page.html").read_text()
+    assert "Studies of toy" in source
+    assert "Share of 100 runs of each prover" in source
 
 
 def test_runs_of_any_kind_share_a_page(folder_of, tmp_path):

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitassay.report.tables import Column, interval, number, percent, render, significant, size
+from bitassay.report.tables import Column, UnshownError, interval, number, percent, render, significant, size
 
 ROWS = [
     {"name": "base", "ppl": 22.7, "ci": None, "note": None},
@@ -95,3 +95,44 @@ def test_a_column_may_show_several_fields():
     column = Column("a", "a", lambda row: f"{row['a']}/{row['b']}", whole_row=True)
     assert column.text({"a": 1, "b": 2}) == "1/2"
     assert column.text({"a": None, "b": 2}) == "-"
+
+
+def test_a_title_in_one_line():
+    assert [Column("a", title).heading for title in ("bits/\nweight", "ppl\n[95 %]")] == [
+        "bits/weight",
+        "ppl [95 %]",
+    ]
+
+
+SHARE = Column("share", "share", percent(1), interval="share_ci", also=("range",), least=0, most=1)
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"share": 97.1}, "share is 97.1, above 1"),
+        ({"share": -0.1}, "share is -0.1, below 0"),
+        ({"share": 0.5, "share_ci": [0.6, 0.7]}, r"share is 0.5, outside its interval \[0.6, 0.7\]"),
+        ({"share": 0.5, "share_ci": [0.9, 0.1]}, "outside its interval"),
+        ({"share": 0.5, "range": [0.1, 0.4]}, "outside its interval"),
+        ({"share": 0.5, "share_ci": [0.4]}, "cannot show"),
+        ({"share": 0.5, "share_ci": [0.4, 0.5, 0.6]}, "cannot show"),
+        ({"share": 0.5, "share_ci": ["a", "b"]}, "cannot show"),
+        ({"share": "half"}, "cannot show"),
+    ],
+)
+def test_a_value_that_cannot_be_is_not_shown(row, said):
+    with pytest.raises(UnshownError, match=said):
+        SHARE.text(row)
+
+
+def test_rounding_is_no_reason_to_refuse():
+    assert SHARE.text({"share": 1 + 1e-12, "share_ci": [0.5, 1]}) == "100.0 % [50.0 %, 100.0 %]"
+    assert SHARE.text({"share": -5e-324, "share_ci": None}) == "-0.0 % [—]"
+
+
+def test_a_text_that_is_none_of_the_choices_is_not_shown():
+    column = Column("verdict", "verdict", choices=("PASS", "FAIL"))
+    assert column.text({"verdict": "PASS"}) == "PASS"
+    with pytest.raises(UnshownError, match="verdict is 'MAYBE', not one of PASS, FAIL"):
+        column.text({"verdict": "MAYBE"})

@@ -123,10 +123,15 @@ def test_without_a_valid_profile_nothing_passes(trace, model, profile):
 
 
 def test_a_structural_defect_fails_without_a_profile_too_and_still_reports_distances(trace, model):
-    verdict = verify(trace, model, expected_nonce="other")
+    claim = trace.header.model.model_copy(update={"weights_digest": "0" * 64})
+    other = Trace(trace.header.model_copy(update={"model": claim}), trace.states)
+    verdict = verify(other, model)
     assert verdict.status == "FAIL"
-    assert codes(verdict) == {"other-nonce"}
+    assert codes(verdict) == {"other-weights"}
     assert verdict.hidden_distance is not None
+    verdict = verify(other, model, expected_nonce="other")
+    assert codes(verdict) == {"other-weights", "other-nonce"}
+    assert verdict.hidden_distance is None  # an answer to another request is not worth a prefill
 
 
 def test_the_profile_in_the_cache_folder_is_found(trace, model, profile):

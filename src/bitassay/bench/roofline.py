@@ -1,5 +1,5 @@
-"""The least time that a forward pass can take on a machine: the roofline (Williams et al. 2009, "Roofline: an
-insightful visual performance model").
+"""The roofline: the least time that a forward pass can take on a machine.
+Williams et al. 2009, "Roofline: an insightful visual performance model".
 
     t >= max( bytes / bandwidth, flop / peak )
 

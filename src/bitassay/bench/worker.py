@@ -1,5 +1,5 @@
-"""One model that is timed, in a process of its own (`record/jobs.py`): so that what it takes of memory is its
-own, and several models can take turns."""
+"""Time one model in a process of its own (`record/jobs.py`).
+So what it takes of memory is its own, and several models can take turns."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass

@@ -1,5 +1,5 @@
-"""What is timed, and how one model is timed: a workload is `batch` prompts of `prompt_tokens` tokens read at
-once, then `new_tokens` greedy steps.
+"""What is timed, and how one model is timed.
+A workload is `batch` prompts of `prompt_tokens` tokens read at once, then `new_tokens` greedy steps.
 
 The first time that a process sees a workload it runs it once without the clock: that warms caches up, makes
 the kernels' own arrangements of the codes, and shows how much memory the workload takes.

@@ -1,5 +1,5 @@
-"""Check the words of a command line before torch is imported, which takes seconds: names, files that are
-read, and places that are written to."""
+"""Check the words of a command line before torch is imported, which takes seconds.
+They are names, files that are read, and places that are written to."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path

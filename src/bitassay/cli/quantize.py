@@ -1,7 +1,6 @@
 """`bitassay quantize`: a recipe and a model to a checkpoint folder, a GGUF file, or both."""
 
 from pathlib import Path
-from typing import Literal
 
 from bitassay.cli import options
 from bitassay.cli.checks import check_words
@@ -40,7 +39,7 @@ def quantize(
     recipe: options.RecipeName,
     out: Path | None = None,
     gguf: Path | None = None,
-    layout: Literal["compressed-tensors", "bitassay"] | None = None,
+    layout: str | None = None,
     work: Path | None = None,
     check: bool = True,
     dry_run: Flag = False,
@@ -59,8 +58,8 @@ def quantize(
     Args:
         out: The folder to write. It must be new or empty.
         gguf: The file to write for llama.cpp. It must be new.
-        layout: How the folder stores codes (default: compressed-tensors where that is exact, otherwise
-            bitassay).
+        layout: How the folder stores codes: compressed-tensors, bitassay or the layout of a plug-in (default:
+            compressed-tensors where that is exact, otherwise bitassay).
         work: Where a calibrated recipe keeps its finished layers and its result (default: in the cache, where
             other commands find the result too).
         check: Load the written files, with plain transformers where it can, and compare the logits.
@@ -91,9 +90,12 @@ def quantize(
     if analyze:
         return _analyze(model, recipe, samples or 8, each_matrix, storage, RunOutput(output.format, out))
     from bitassay.models.source import resolve
+    from bitassay.quantization.export.registry import LAYOUTS
     from bitassay.quantization.recipe.recipe import find_recipe
     from bitassay.studies.checkpoint import CheckpointJob, planned, written
 
+    if layout is not None:
+        LAYOUTS[layout]  # refuses an unknown name
     wanted = find_recipe(recipe)
     with show_progress() as progress:
         name = storage.of(model)

@@ -1,5 +1,4 @@
-"""`bitassay study`: the experiments of the VeriLLM replication, the INT8/FP8 studies and those of layer
-replication (docs/sources.md), as rows of data."""
+"""`bitassay study`: VeriLLM experiments, INT8/FP8 studies, studies of layer replication (docs/sources.md)."""
 
 import sys
 from dataclasses import replace

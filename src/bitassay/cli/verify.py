@@ -8,6 +8,7 @@ from bitassay.cli import options
 from bitassay.cli.checks import check_words
 from bitassay.cli.progress import show_progress
 from bitassay.errors import BitassayError
+from bitassay.record.text import one_line
 from bitassay.report.tables import Column, percent, significant
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def verify(
     }
     output.emit(([_row(path, verdict) for path, verdict in judged], COLUMNS), json=content)
     if len(judged) > 1 or ledger:
-        print(f"as a set      {result.pooled}", file=sys.stderr)
+        print(f"as a set      {one_line(str(result.pooled))}", file=sys.stderr)
         print(f"in sequence   {together or 'no trace could be scored'}", file=sys.stderr)
     return 0 if result.passed else 1
 
@@ -127,7 +128,7 @@ def trace_files(paths: list[Path]) -> list[Path]:
     files = []
     for path in paths:
         inside = sorted(path.glob("*.trace")) if path.is_dir() else [path]
-        if not inside or not inside[0].exists():
+        if not inside or not (inside[0].exists() or inside[0].is_symlink()):
             raise BitassayError(
                 f"{path}: no trace there", "give the files or the folder that `bitassay prove --out` wrote"
             )

@@ -93,8 +93,7 @@ def is_pinned(name: str) -> bool:
 
 
 def pinned(name: str) -> str:
-    """Return the name of a corpus that always means the text it has now: a user's file gets the start of its
-    digest. Raises BitassayError where there is no such file."""
+    """Return the name of a corpus that always means the text of now: a user's file gets its digest."""
     return name if is_pinned(name) else f"{name}@{_digest(read_text(Path(name)))}"
 
 
@@ -127,12 +126,9 @@ def check_corpus(name: str) -> None:
 
 
 def corpus(name: str) -> Corpus:
-    """Return the corpus called `name`, or PATH: a .txt file as it is (line ends as LF, no byte order mark),
-    the texts of a .jsonl file joined by an empty line.
-
-    Raises BitassayError for an unknown name, an empty file, or a user's file that is not what its name says;
-    MissingError for a text that neither BITASSAY_DATA nor the package has.
-    """
+    """Return the corpus called `name`, or PATH: a .txt file (line ends as LF, no byte order mark), or the
+    texts of a .jsonl file joined by an empty line. Raises BitassayError for an unknown name, an empty file,
+    or a file that is not what its name says; MissingError for a text that is not here."""
     if user_file := _USER_FILE.fullmatch(name):
         return _user_corpus(name, Path(user_file["path"]), user_file["digest"])
     path, source = _locate(name)
@@ -209,7 +205,6 @@ def prompts_from(path: Path) -> list[str]:
 
 
 def _field(path: Path, name: str, count: int | None = None) -> list[str]:
-    """The field `name` of every JSON line of a file, or of the first `count`."""
     values = []
     filled = ((n, line) for n, line in enumerate(read_text(path).split("\n"), 1) if line.strip())
     for number, line in islice(filled, count):

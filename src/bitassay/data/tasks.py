@@ -37,8 +37,7 @@ class Item(BaseModel):
 
 @dataclass(frozen=True)
 class TaskData:
-    """The rows of one task by split, and where they came from. `is_complete` is False for a slice; `digest`
-    is the SHA-256 of the files."""
+    """The rows of one task by split, and their source; `digest` is the SHA-256 of the files."""
 
     splits: dict[str, list[Row]]
     tested: str
@@ -73,10 +72,8 @@ class TaskSource:
 
     def read(self, limit: int | None, subject: str | None = None) -> TaskData | None:
         """Return the rows on this machine (of one subject): from BITASSAY_DATA, else from the bundled slice
-        if it has `limit` items, else None: the whole set has to come from the hub.
-
-        Raises BitassayError for a file that is truncated or empty, and for a line that is no item.
-        """
+        if it has `limit` items, else None: the whole set has to come from the hub. Raises BitassayError for a
+        file that is truncated or empty, and for a line that is no item."""
         if not self.splits:
             return None
         if self._in_data_folder(self.tested) is not None:
@@ -133,8 +130,7 @@ def _rows(path: Path, _changed: int, item: type[Item]) -> list[Row]:
 
 
 def even_indices(total: int, limit: int | None) -> list[int]:
-    """Return `limit` indices evenly spaced over `total`, in order; all of them without a limit, or with one
-    beyond the total. Raises BitassayError for a limit below 1."""
+    """Return `limit` indices evenly spaced over `total`, or all. Raises BitassayError for less than 1."""
     if limit is None or limit >= total > 0:
         return list(range(total))
     if limit < 1:

@@ -74,8 +74,7 @@ class TooShortError(BitassayError):
 def token_windows(
     tokenizer: PreTrainedTokenizerBase, protocol: Protocol
 ) -> tuple[Int[Tensor, "windows tokens"], str]:
-    """Return the windows as token ids, and where the text came from. Raises TooShortError where the text has
-    fewer windows than are asked for."""
+    """Return the windows as token ids, and the text's source. Raises TooShortError for too few windows."""
     text = corpus(protocol.corpus)
     ids = _token_ids(tokenizer, len(tokenizer), text)
     available = len(ids) // protocol.window_tokens

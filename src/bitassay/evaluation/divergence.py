@@ -1,5 +1,5 @@
-"""Scores of one window, token by token: the loss, and the divergence of the next-token distribution from the
-base model's.
+"""Scores of one window, token by token.
+They are the loss, and the divergence of the next-token distribution from the base model's.
 
     nll_t = -log q(x_t | x_<t)
     KL_t  = sum_v p_v (log p_v - log q_v)        p: base model, q: candidate, in nats

@@ -1,5 +1,4 @@
-"""The models of this package as models of lm-eval (EleutherAI's lm-evaluation-harness), by the name
-`bitassay`.
+"""The models of this package as models of lm-eval, by the name `bitassay`.
 
 Importing this module registers the name, since lm-eval finds no plug-ins. In Python, that is enough for
 `lm_eval.simple_evaluate(model="bitassay", ...)`. For lm-eval's command line, run this module instead:

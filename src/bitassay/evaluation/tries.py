@@ -1,5 +1,5 @@
-"""Tree attention: sequences with a common prefix are read in one row, and no token that they share is read
-twice (SpecInfer, 2305.09781, section 4.1).
+"""Tree attention: sequences with a common prefix in one row.
+No token that they share is read twice (SpecInfer, 2305.09781, section 4.1).
 
 The sequences make a trie, whose nodes stand in a row, parents before children. The mask lets a node see its
 ancestors and itself alone, and its position is its depth; so its hidden state is that of a row of its

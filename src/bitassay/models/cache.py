@@ -41,8 +41,7 @@ def takes_positions(model: nn.Module) -> bool:
 
 
 def takes_cache(model: PreTrainedModel) -> bool:
-    """Return whether a model reads on from transformers' DynamicCache as it reads one text; others are
-    given the text from its beginning each time."""
+    """Return whether a model reads on from transformers' DynamicCache; others read from the beginning."""
     supported: bool = type(model)._supports_default_dynamic_cache()  # type: ignore[operator]
     by_name = supported and _argument(model) is not None
     return by_name and (_needs_no_trial(model) or _trial(model).one_by_one)
@@ -86,12 +85,10 @@ def keeps_positions(model: PreTrainedModel) -> bool:
 
 
 def reads_on(model: PreTrainedModel) -> bool:
-    """Return whether a model reads several tokens behind a cache as it reads them in one text.
-
-    Of plain attention that is known. Of anything else it is tried: read together, tokens must be as near to
-    those of one text as they are one by one. In few bits such a difference would not be seen, so there keys
-    and values are taken for granted, and the answer for other states is no.
-    """
+    """Return whether a model reads several tokens behind a cache as it reads them in one text. Of plain
+    attention that is known. Of anything else it is tried: read together, tokens must be as near to those of
+    one text as they are one by one. In few bits such a difference would not be seen, so there keys and values
+    are taken for granted, and the answer for other states is no."""
     if not takes_cache(model):
         return False
     if _needs_no_trial(model):
@@ -100,8 +97,7 @@ def reads_on(model: PreTrainedModel) -> bool:
 
 
 class _Trial(NamedTuple):
-    """What a model computes as it does in one text: tokens behind a cache one at a time, several together,
-    and a text behind padding."""
+    """Whether tokens behind a cache, one or several at a time, and behind padding are read as in one text."""
 
     one_by_one: bool
     together: bool
@@ -117,7 +113,6 @@ def _needs_no_trial(model: PreTrainedModel) -> bool:
 
 @torch.inference_mode()
 def _trial(model: PreTrainedModel) -> _Trial:
-    """Compare three ways to read with one forward; the result is kept for each model."""
     if model in _trials:
         return _trials[model]
     size: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]

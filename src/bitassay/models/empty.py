@@ -22,8 +22,7 @@ def empty_model(
 def without_weights(
     source: Source, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """Return the model of a checkpoint on the meta device. Raises BitassayError where transformers has no
-    causal LM for the configuration."""
+    """Return the model of a checkpoint on the meta device. Raises BitassayError where there is none."""
     config = read_config(source.folder, trust_remote_code=trust_remote_code)
     try:
         return empty_model(config, dtype, trust_remote_code=trust_remote_code)

@@ -85,8 +85,7 @@ def _longrope(
 
 
 def _divided(plain: dict[str, Any], factors: np.ndarray, context: int) -> dict[str, Any]:
-    """Frequencies divided by `factors`: as Llama 3's scheme where it gives these factors, else as longrope
-    with the same factors for all lengths, which divides by any."""
+    """Frequencies divided by `factors`, as Llama 3's scheme or, where it does not give them, longrope."""
     if np.allclose(factors, 1.0, rtol=1e-6):
         return plain
     size, most = len(factors), float(np.float32(factors.max()))
@@ -105,16 +104,14 @@ def _divided(plain: dict[str, Any], factors: np.ndarray, context: int) -> dict[s
 
 
 def _llama3(wavelengths: np.ndarray, factor: float, low: float, high: float, original: int) -> np.ndarray:
-    """By what Llama 3.1 divides frequencies (its own code, `apply_scaling`): nothing for short waves,
-    `factor` for long ones, something between in the middle."""
+    """By what Llama 3.1 divides frequencies (its `apply_scaling`): long waves by `factor`, short by 1."""
     smooth = np.clip((original / wavelengths - low) / (high - low), 0.0, 1.0)
     return 1.0 / ((1.0 - smooth) / factor + smooth)
 
 
 def _llama3_guesses(factors: np.ndarray, wavelengths: np.ndarray, factor: float) -> list[tuple[float, int]]:
-    """Return what the higher frequency factor and the length may have been: the published ones, and those of
-    the straight line through the factors in the middle. Only ratios show, so the lower factor is taken to be
-    1."""
+    """Return what the higher frequency factor and the length may have been: published ones, and those of a
+    line through the middle factors. Only ratios show, so the lower factor is taken to be 1."""
     guesses = [(4.0, original) for original in PUBLISHED_LENGTHS]
     middle = (factors > 1.0 + 1e-6) & (factors < factor * (1 - 1e-6))
     if middle.sum() > 1:

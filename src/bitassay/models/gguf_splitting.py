@@ -129,11 +129,7 @@ SPLITTINGS: dict[str, Splitting] = {
     **_named("tiny_aya cohere2moe", r"\d{1,3}(?=(?:\d{3})*\b)", GPT4O),
     **_named("deepseek-v3 hunyuan-dense joyai-llm hy_v4", THREE_DIGITS, EAST_ASIAN, DEEPSEEK3),
     **_named(
-        "spark2_5",
-        THREE_DIGITS,
-        EAST_ASIAN,
-        DEEPSEEK3.replace(r"+[\r\n]*|\s*[\r\n]+", r"+|[\r\n]"),
-        DIGIT,
+        "spark2_5", THREE_DIGITS, EAST_ASIAN, DEEPSEEK3.replace(r"+[\r\n]*|\s*[\r\n]+", r"+|[\r\n]"), DIGIT
     ),
     **_named(
         "deepseek-llm",
@@ -171,8 +167,7 @@ SPLITTINGS: dict[str, Splitting] = {
     **_named("superbpe", DIGITS, r"(?=(\d{3})+(?!\d))"),
     **_named("afmoe", FROM_THE_RIGHT, AFMOE_SCRIPTS, DEEPSEEK3),
     **_named(
-        "kimi-k2",
-        r"[\p{Han}]+|" + _cased(THREE_DIGITS, f"{CONTRACTIONS}?", r"&&[^\p{Han}]", end=r"[\r\n]*"),
+        "kimi-k2", r"[\p{Han}]+|" + _cased(THREE_DIGITS, f"{CONTRACTIONS}?", r"&&[^\p{Han}]", end=r"[\r\n]*")
     ),
     **_named(
         "chameleon",
@@ -191,11 +186,8 @@ SPLITTINGS: dict[str, Splitting] = {
 
 
 def patterns_of(splitter: dict[str, Any] | None) -> tuple[str, ...] | None:
-    """Return the patterns of a pre-tokenizer as `tokenizer.json` says it, None for one that is no list of
-    them.
-
-    A ByteLevel step that puts a space in front is none: llama.cpp never does for byte-level tokenizers.
-    """
+    """Return the patterns of a pre-tokenizer of `tokenizer.json`, None for one that is no list of them. A
+    ByteLevel step that puts a space in front is none: llama.cpp never does for byte-level tokenizers."""
     parts = (splitter or {}).get("pretokenizers", [splitter or {}])
     patterns = []
     for part in parts:

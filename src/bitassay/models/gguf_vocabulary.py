@@ -56,8 +56,7 @@ def fields_of(reader: GGUFReader) -> dict[str, Any]:
 
 
 def read_tokenizer(fields: Mapping[str, Any]) -> PreTrainedTokenizerFast:
-    """Rebuild the tokenizer that a file with these keys describes. Raises BitassayError for what is not known
-    here."""
+    """Rebuild the tokenizer that these keys describe. Raises BitassayError for what is not known here."""
     kind = str(fields.get(f"{GGML}model"))
     if kind not in DEFAULT_IDS:
         raise BitassayError(
@@ -231,7 +230,6 @@ def _add_special(tokenizer: Tokenizer, fields: Mapping[str, Any], tokens: list[s
 
 
 def _surround(tokenizer: Tokenizer, tokens: list[str], first: int | None, last: int | None) -> None:
-    """Put `first` before and `last` after every text."""
     before, after = ([] if index is None else [(tokens[index], index)] for index in (first, last))
     if before or after:
         single = [*(token for token, _ in before), "$A:0", *(token for token, _ in after)]

@@ -63,8 +63,7 @@ def identity(model: PreTrainedModel) -> Identity:
 
 
 def tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase:
-    """Return the tokenizer that `load` attached, or that the caller set as `model.tokenizer`. Raises
-    BitassayError for a model without one."""
+    """Return the tokenizer of a model. Raises BitassayError for a model without one."""
     if getattr(model, "tokenizer", None) is None:
         raise BitassayError(
             "this model has no tokenizer", "load it with bitassay.load(...), or set model.tokenizer"

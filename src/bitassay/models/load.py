@@ -47,11 +47,9 @@ def load_checkpoint(
     read: Reader | None = None,
 ) -> PreTrainedModel:
     """Load the checkpoint in a folder: in eval mode, without gradients, with `.tokenizer` and `.identity`.
-
     read: what makes the model of the folder and its configuration, by default transformers. Raises
     BitassayError where the files are missing, truncated or not finite. Warns of files that look like weights
-    and are none.
-    """
+    and are none."""
     folder = source.folder
     check_files(folder)
     for stray in stray_files(folder):
@@ -76,8 +74,7 @@ def load_checkpoint(
 
 
 def _read_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """Read the tokenizer. Raises BitassayError for a folder without a vocabulary, of which transformers makes
-    an empty tokenizer without a word."""
+    """Read the tokenizer. Raises BitassayError without a vocabulary: transformers makes an empty one then."""
     failed: Exception | None = None
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -139,11 +136,9 @@ def check_quantization(settings: dict[str, Any], folder: Path) -> None:
 
 def make_dense(model: PreTrainedModel, dtype: torch.dtype, folder: Path) -> None:
     """Decode a compressed-tensors model that was loaded in fp32 into plain weights of `dtype`, as `quantize`
-    makes them; linears whose inputs are rounded keep the library's forward, which rounds them.
-
-    Raises BitassayError where it also quantizes the outputs of a linear, which would silently be left out,
-    and where a stored shape is not the module's.
-    """
+    makes them; linears whose inputs are rounded keep the library's forward, which rounds them. Raises
+    BitassayError where it also quantizes the outputs of a linear, which would silently be left out, and where
+    a stored shape is not the module's."""
     for name, module in model.named_modules():
         if (scheme := getattr(module, "quantization_scheme", None)) is not None:
             if scheme.output_activations is not None:

@@ -47,8 +47,7 @@ def attention_of(model: PreTrainedModel) -> str:
 
 
 def as_device(name: str) -> torch.device:
-    """Return the device of a name. Raises BitassayError for what torch knows no device by, MissingError for
-    one that is not here."""
+    """Return a device. Raises BitassayError for a name of none, MissingError for one that is not here."""
     example = "cpu, cuda, cuda:1 or mps"
     try:
         device = torch.device(name)

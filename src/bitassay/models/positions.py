@@ -58,8 +58,7 @@ def context_length(model: PreTrainedModel) -> int | None:
 
 
 def padded_positions(model: nn.Module) -> nn.Embedding | None:
-    """Return the table of learned positions that are counted from behind the padding token's id, as RoBERTa
-    has it; None for other models."""
+    """Return the table of learned positions counted from behind the padding's id (RoBERTa's), or None."""
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
             return module if module.padding_idx is not None else None
@@ -86,15 +85,13 @@ def check_window(positions: int | None, tokens: int, what: str) -> None:
 
 
 def model_windows(model: PreTrainedModel, protocol: Protocol) -> tuple[Int[Tensor, "windows tokens"], str]:
-    """Return `token_windows` of the model's tokenizer. Raises BitassayError for windows that are longer than
-    what the model reads."""
+    """Return `token_windows` of the model's tokenizer. Raises BitassayError for too long windows."""
     check_window(context_length(model), protocol.window_tokens, protocol.id)
     return token_windows(tokenizer(model), protocol)
 
 
 def check_folder(folder: Path, protocol: Protocol, *, trust_remote_code: bool = False) -> None:
-    """Raise BitassayError where the windows of a protocol are longer than what a model reads that is not
-    loaded yet, or where its config.json cannot be read."""
+    """Raise BitassayError where a protocol's windows are too long for a model that is not loaded yet."""
     config = read_config(folder, trust_remote_code=trust_remote_code)
     check_window(positions_of(config), protocol.window_tokens, protocol.id)
 

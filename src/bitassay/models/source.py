@@ -38,8 +38,7 @@ HUB_LEFT_OUT = [OTHER_LAYOUT, "*/*.safetensors", "adapter_*"]
 
 @dataclass(frozen=True)
 class Source:
-    """A local folder with `config.json`, safetensors and a tokenizer, and what is known of its origin; `gguf`
-    is the file that was dequantized into the folder."""
+    """A local folder with a model and its tokenizer, and their origin; gguf: the file they were read from."""
 
     name: str
     folder: Path
@@ -56,11 +55,8 @@ def cache_folder() -> Path:
 
 def resolve(model: str | Path, progress: Progress = silent, *, revision: str | None = None) -> Source:
     """Find `model`, fetching and converting it where needed. revision: a branch, tag or commit of a Hugging
-    Face id; `id@revision` says the same.
-
-    Raises BitassayError for what is not a model, or has no such revision, MissingError where a registry or a
-    hub cannot be reached.
-    """
+    Face id; `id@revision` says the same. Raises BitassayError for what is not a model, or has no such
+    revision, MissingError where a registry or a hub cannot be reached."""
     path, name = Path(model).expanduser(), str(model)
     if not path.exists() and "@" in name:
         name, _, suffix = name.rpartition("@")
@@ -102,8 +98,7 @@ def _refuse_revision(revision: str | None, name: str, what: str, remedy: str = "
 
 
 def check_name(model: str) -> None:
-    """Raise BitassayError for what cannot be a model, before anything is fetched, converted or imported: a
-    folder or a file without one, an unknown short name."""
+    """Raise BitassayError for what cannot be a model, before anything is fetched, converted or imported."""
     path = Path(model).expanduser()
     if model.strip() and path.is_dir():
         _from_folder(path)

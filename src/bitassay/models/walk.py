@@ -1,5 +1,4 @@
-"""Where a causal LM keeps its weights: decoder layers, their linears, fused experts, and whatever else is
-there.
+"""Where a causal LM keeps its weights: decoder layers, their linears, fused experts, and the rest.
 
 transformers 5 stores the experts of a mixture as 3-D parameters, not as `nn.Linear`; a walk over linears
 alone would skip most of such a model without a word. `walk` therefore sorts *every* matrix of the decoder
@@ -36,8 +35,7 @@ class Walk:
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """Return the decoder layers, in order. Raises BitassayError for an architecture that keeps no single list
-    of them, such as one list of attentions and another of MLPs."""
+    """Return the decoder layers, in order. Raises BitassayError where there is no single list of them."""
     # Some classes have an output head by the name under which transformers looks for the decoder.
     lists = _lists_of_blocks(model.get_decoder()) or _lists_of_blocks(model)
     if lists:
@@ -54,8 +52,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
-    """Return the part of `model` that turns token ids into the last hidden states: the innermost model around
-    `decoder_layers` that has the embedding too."""
+    """Return the innermost model around `decoder_layers` that has the embedding too."""
     layers, embedding = decoder_layers(model), model.get_input_embeddings()
     around = [
         module
@@ -66,8 +63,7 @@ def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _lists_of_blocks(module: nn.Module) -> dict[str, nn.ModuleList]:
-    """The lists of modules that are made of several, such as attention and MLP, which have modules of their
-    own; but for lists within such lists."""
+    """The outermost lists of modules that are made of several, such as attention and MLP."""
     lists: dict[str, nn.ModuleList] = {}
     for name, part in module.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer in lists)
@@ -89,8 +85,7 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 
 def walk(model: PreTrainedModel) -> Walk:
-    """Sort every matrix of the decoder layers; names are as in `model.named_modules()` and
-    `model.named_parameters()`."""
+    """Sort every matrix of the decoder layers, by the names that it has in the model."""
     prefix = module_name(model, decoder_layers(model))
     bins = Walk({}, {}, {}, {}, {})
     for name, module in decoder_layers(model).named_modules(prefix=prefix):
@@ -114,8 +109,7 @@ def walk(model: PreTrainedModel) -> Walk:
 
 
 def _is_constant(module: nn.Module, key: str, parameter: nn.Parameter) -> bool:
-    """Whether a parameter is a filter, a bias for each head, a decay, or a vector with further dimensions of
-    one."""
+    """Whether a parameter is a filter, a bias for each head, a decay, or a vector in more dimensions."""
     convolves = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
     return convolves or key.endswith("bias") or key in DECAYS or parameter.numel() == max(parameter.shape)
 

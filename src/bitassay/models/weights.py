@@ -14,6 +14,7 @@ the model; `stray_files` names it. `consolidated*.safetensors` is the same model
 import math
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from bitassay.errors import BitassayError
 from bitassay.record.files import read_json
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import torch
 
 WEIGHTS, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
 OTHER_LAYOUT = "consolidated*.safetensors"
@@ -33,8 +34,7 @@ _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the files whose tensors are the model, sorted by name. Raises BitassayError where the folder has
-    none, or more than one answer."""
+    """Return the files whose tensors are the model. Raises BitassayError for none or several answers."""
     for path in sorted(folder.glob("*.safetensors")):
         if _DISTRIBUTED.fullmatch(path.name):
             raise BitassayError(
@@ -73,11 +73,32 @@ def stray_files(folder: Path) -> list[Path]:
     return sorted(set(folder.glob("*.safetensors")) - known)
 
 
-def stored_tensors(folder: Path) -> "Iterator[tuple[str, Tensor]]":
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of a safetensors file, as the file's header describes it."""
+
+    file: Path
+    key: str
+    header_dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> "torch.dtype | None":
+        """What torch calls the dtype; None where it does not know it."""
+        from transformers.modeling_utils import str_to_torch_dtype
+
+        return str_to_torch_dtype.get(self.header_dtype)
+
+    def read(self) -> "torch.Tensor":
+        """Return the tensor."""
+        with safe_open(self.file, framework="pt") as file:
+            return file.get_tensor(self.key)
+
+
+def stored_tensors(folder: Path) -> "Iterator[tuple[str, torch.Tensor]]":
     """Yield all tensors of the model's files by name, in the order of the names, read one at a time."""
-    for name, path in sorted(check_files(folder).items()):
-        with safe_open(path, framework="pt") as file:
-            yield name, file.get_tensor(name)
+    for name, entry in sorted(check_files(folder).items()):
+        yield name, entry.read()
 
 
 def stored_bytes(folder: Path) -> int:
@@ -88,55 +109,46 @@ def stored_bytes(folder: Path) -> int:
 def stored_bits(folder: Path) -> dict[str, int]:
     """Return the bits of each module that the files hold as codes: all its tensors together but for a bias.
     Modules whose weight is a plain number a parameter are left out."""
-    import torch
-    from transformers.modeling_utils import str_to_torch_dtype
-
     bits: dict[str, int] = {}
     plain: set[str] = set()
-    for path in weight_files(folder):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (not a dict)
-                module, _, part = name.rpartition(".")
-                entry = file.get_slice(name)
-                dtype = str_to_torch_dtype.get(entry.get_dtype(), torch.uint8)
-                if part == "weight" and dtype.is_floating_point and dtype.itemsize > 1:
-                    plain.add(module)
-                elif part != "bias":
-                    size = 8 * dtype.itemsize * math.prod(entry.get_shape())
-                    bits[module] = bits.get(module, 0) + size
+    for name, entry in check_files(folder).items():
+        (module, _, part), dtype = name.rpartition("."), entry.dtype
+        size = 1 if dtype is None else dtype.itemsize
+        if part == "weight" and dtype is not None and dtype.is_floating_point and size > 1:
+            plain.add(module)
+        elif part != "bias":
+            bits[module] = bits.get(module, 0) + 8 * size * math.prod(entry.shape)
     return {module: count for module, count in bits.items() if module not in plain}
 
 
-def check_files(folder: Path) -> dict[str, Path]:
-    """Return the file of each tensor, from the files' headers alone. Raises BitassayError that names the file
-    where one is truncated, malformed or missing, or has a tensor that another has too, and where an index
-    says something else than the files."""
-    where: dict[str, Path] = {}
+def check_files(folder: Path) -> dict[str, Entry]:
+    """Return each tensor of the model by name, by the files' headers. Raises BitassayError for a file that is
+    truncated, malformed or missing, a tensor in two files, and an index that says something else."""
+    where: dict[str, Entry] = {}
     for path in weight_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
-                names = list(file.keys())
+                headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         except (SafetensorError, OSError) as error:
             raise BitassayError(
                 f"{path}: truncated or not a safetensors file ({error})", "download or save it again"
             ) from error
-        for name in names:
+        for name, header in headers.items():
             if name in where:
                 raise BitassayError(
-                    f"{path}: the tensor {name} is in {where[name].name} too",
+                    f"{path}: the tensor {name} is in {where[name].file.name} too",
                     "remove the file that is not the model's, or save the model into an empty folder",
                 )
-            where[name] = path
+            where[name] = Entry(path, name, header.get_dtype(), tuple(header.get_shape()))
     index = _named_in_config(folder) or folder / INDEX
     for name, file in _weight_map(index).items() if index.suffix == ".json" and index.is_file() else ():
-        if name not in where or where[name].name != file:
-            location = f"it is in {where[name].name}" if name in where else "it is not there"
+        if name not in where or where[name].file.name != file:
+            location = f"it is in {where[name].file.name}" if name in where else "it is not there"
             raise BitassayError(f"{index}: says that {name} is in {file}, but {location}", AGAIN)
     return where
 
 
 def _named_in_config(folder: Path) -> Path | None:
-    """The file that config.json's `transformers_weights` names."""
     config = folder / "config.json"
     name = read_object(config, missing={}).get("transformers_weights")
     if name is None:
@@ -147,8 +159,7 @@ def _named_in_config(folder: Path) -> Path | None:
 
 
 def read_object(path: Path, missing: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Read a JSON object; where the file is missing, return `missing` if that is given. Raises BitassayError
-    for other content."""
+    """Read a JSON object, or return `missing` where the file is. Raises BitassayError for other content."""
     if missing is not None and not path.is_file():
         return missing
     content = read_json(path)
@@ -169,8 +180,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _inside(owner: Path, name: str) -> Path:
-    """The file `name` beside `owner`, which names it. Raises BitassayError for any other place, and where
-    there is none."""
+    """The file `name` beside `owner`, which names it. Raises BitassayError for any other place or none."""
     path = owner.parent / name
     if Path(name).name != name or path.suffix not in (".safetensors", ".json"):
         raise BitassayError(

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -37,8 +37,9 @@ from bitassay.quantization.codes.tensor import QuantizedTensor
 from bitassay.quantization.pipeline import rounded_to_nearest
 from bitassay.quantization.recipe.calibration import Calibration, calibration_tokens
 from bitassay.quantization.recipe.recipe import Recipe
-from bitassay.quantization.runtime.experts import changed_fraction, load_of, routes
+from bitassay.quantization.runtime.experts import changed_fraction, routes
 from bitassay.quantization.runtime.model import Quantization, check_recipe, with_tensors
+from bitassay.quantization.shapes import Tokens
 from bitassay.quantization.solvers.sensitivity import (
     NOTHING_ELSE,
     Location,
@@ -59,8 +60,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class AnalysisPlan:
-    """text: what is measured on. each_matrix: measure the divergence of every matrix too, which takes one run
-    for each and window."""
+    """text: what is measured on. each_matrix: also measure the divergence of every matrix, one run each."""
 
     text: Calibration = field(default_factory=lambda: Calibration(samples=8, tokens=512))
     each_matrix: bool = False
@@ -107,12 +107,8 @@ def analyze(
 
 
 def _statistics(
-    model: PreTrainedModel,
-    tensors: Mapping[str, QuantizedTensor],
-    tokens: Int[Tensor, "samples tokens"],
-    progress: Progress,
+    model: PreTrainedModel, tensors: Mapping[str, QuantizedTensor], tokens: Tokens, progress: Progress
 ) -> dict[str, Any]:
-    """What two passes over the text show of every matrix, and of what the layers put out."""
     views, where, count = matrices(model), matrix_locations(model), len(tokens)
     errors = OutputError(model, {name: [tensor] for name, tensor in tensors.items()})
     inputs = {name: Statistics(tensor.shape[1]) for name, tensor in tensors.items()}
@@ -169,7 +165,7 @@ def _divergences(
     model: PreTrainedModel,
     names: Sequence[str],
     tensors: Callable[[], Mapping[str, QuantizedTensor]],
-    tokens: Int[Tensor, "samples tokens"],
+    tokens: Tokens,
     plan: AnalysisPlan,
     folder: RunFolder,
     progress: Progress,
@@ -228,10 +224,7 @@ def _matrices(rows: list[Row], divergence: Mapping[str, list[float]]) -> list[Ro
 
 
 def _routing(
-    model: PreTrainedModel,
-    tensors: Mapping[str, QuantizedTensor],
-    tokens: Int[Tensor, "samples tokens"],
-    progress: Progress,
+    model: PreTrainedModel, tensors: Mapping[str, QuantizedTensor], tokens: Tokens, progress: Progress
 ) -> list[Row]:
     """For each module of experts, its load, and the tokens that go elsewhere once everything is quantized."""
     modules = fused_experts(model)
@@ -243,7 +236,7 @@ def _routing(
     rows = []
     for name, module in modules.items():
         base, other = (torch.cat([pair[side][name] for pair in pairs]) for side in (0, 1))
-        load = load_of(base, module.get_parameter("down_proj").shape[0])
+        load = torch.bincount(base.flatten(), minlength=module.get_parameter("down_proj").shape[0])
         rows.append(
             {
                 "module": name,

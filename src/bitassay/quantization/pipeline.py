@@ -5,9 +5,9 @@
 
 Each part of a recipe that is present is done, in this order: PREPARE changes a working copy of the model and
 decides how each matrix is stored, SOLVERS (`solvers/registry.py`) find the codes, FINISH adds what belongs to
-them. Without any part a matrix is rounded to nearest on its own and no text
-is read. A recipe that names a `calibration` has its scale searches weighed by the inputs; a part that needs
-text where none is named reads the default one for itself.
+them. Without any part a matrix is rounded to nearest on its own and no text is read. A recipe that names a
+`calibration` has its scale searches weighed by the inputs; a part that needs text where none is named reads
+the default one for itself.
 
 With a work folder every finished layer is a file there, so is tuning every few steps, and in the end the
 result; the same call goes on where the last one stopped. In the cache, recipes that differ only in what comes
@@ -15,14 +15,12 @@ after the codes (rounded inputs, a rounded cache, copies that share codes) share
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError
@@ -37,11 +35,10 @@ from bitassay.quantization.inputs.ranges import collect_ranges, input_roundings
 from bitassay.quantization.recipe.calibration import calibration_tokens
 from bitassay.quantization.recipe.inputs import Activations
 from bitassay.quantization.recipe.recipe import Recipe, find_recipe
-from bitassay.quantization.recipe.replication import ReplicationPlan
 from bitassay.quantization.recipe.solvers import Mixed
 from bitassay.quantization.recipe.transforms import Rotation, Smoothing
 from bitassay.quantization.recipe.weights import WeightScheme
-from bitassay.quantization.replication.layer_copies import copies_by_layer, with_copies
+from bitassay.quantization.replication.layer_copies import add_copies, choose_copies
 from bitassay.quantization.runtime.model import (
     Quantization,
     check_recipe,
@@ -51,10 +48,9 @@ from bitassay.quantization.runtime.model import (
 )
 from bitassay.quantization.solvers.layers import quantize_calibrated
 from bitassay.quantization.solvers.mixed import mixed_schemes
-from bitassay.quantization.solvers.sensitivity import matrix_locations
 from bitassay.quantization.transforms.rotation import changed_parameters, rotate
 from bitassay.quantization.transforms.smoothing import smooth
-from bitassay.quantization.work import RESULT, code_digest, read_result, write_result
+from bitassay.quantization.work import RESULT, WorkingCopy, code_digest, read_result, write_result
 from bitassay.record.files import locked
 from bitassay.record.hashing import digest_json
 from bitassay.record.progress import Progress, silent
@@ -70,21 +66,17 @@ def quantize(
     progress: Progress = silent,
 ) -> PreTrainedModel:
     """Return a copy of `base` with the decoder layers' linears and experts quantized by `recipe`; `base`
-    stays as it is.
-
-    packed: store codes (a real model) instead of dequantized weights (a fake one). work: a folder for what is
-    finished of a calibrated recipe; the same call goes on with it. The copy carries `.quantization`. Raises
-    BitassayError where the recipe names modules that do not exist, where weights are not finite, or where the
-    model has matrices that would be skipped.
-    """
+    stays as it is. packed: store codes (a real model) instead of dequantized weights (a fake one). work: a
+    folder for what is finished of a calibrated recipe; the same call goes on with it. The copy carries
+    `.quantization`. Raises BitassayError where the recipe names modules that do not exist, where weights are
+    not finite, or where the model has matrices that would be skipped."""
     return with_tensors(base, quantize_tensors(base, find_recipe(recipe), progress, work), packed=packed)
 
 
 def quantize_cached(
     base: PreTrainedModel, recipe: str | Path | Recipe, *, packed: bool = False, progress: Progress = silent
 ) -> PreTrainedModel:
-    """Quantize as `quantize` does; what a calibrated recipe made of a model is kept in the cache, so that an
-    hour of work is done once, whichever commands use it."""
+    """Quantize as `quantize` does, but keep what a calibrated recipe made of a model in the cache."""
     made = quantize_tensors_cached(base, find_recipe(recipe), progress)
     return with_tensors(base, made, packed=packed).to(base.device)  # type: ignore[arg-type]
 
@@ -149,29 +141,6 @@ def _kept(
         return made
 
 
-@dataclass
-class WorkingCopy:
-    """A working copy of the base model on its way through the steps of a recipe. schemes: how each matrix is
-    stored, None where it is left alone. copies: how many copies each layer has that has several, for which
-    `uncopied` is this as it was before it had the first copy's schemes."""
-
-    base: PreTrainedModel
-    recipe: Recipe
-    model: PreTrainedModel
-    schemes: dict[str, WeightScheme | None]
-    tokens: Int[Tensor, "samples tokens"] | None
-    folder: RunFolder | None
-    progress: Progress
-    copies: dict[int, int] = field(default_factory=dict)
-    uncopied: "WorkingCopy | None" = None
-
-    @property
-    def text(self) -> Int[Tensor, "samples tokens"]:
-        """The calibration text, for steps that need it."""
-        assert self.tokens is not None
-        return self.tokens
-
-
 def _quantized(
     base: PreTrainedModel,
     recipe: Recipe,
@@ -198,13 +167,10 @@ def _quantized(
 
 
 def _solved(work: WorkingCopy) -> Quantization:
-    """Return the codes of all matrices, and what else changed in the working copy."""
     recipe, schemes = work.recipe, work.schemes
     weighed = recipe.calibration is not None and any(s and s.uses_importance for s in schemes.values())
     if recipe.uses_calibrated_solver or weighed:
-        tensors = quantize_calibrated(
-            work.base, work.model, schemes, recipe, work.text, work.folder, work.progress
-        )
+        tensors = quantize_calibrated(work)
     else:
         tensors = rounded_to_nearest(work.model, schemes, f"quantizing by {recipe.name}", work.progress)
     quantized = {f"{name}.weight" for name in tensors} | {name.rpartition(".")[0] for name in tensors}
@@ -243,28 +209,6 @@ def _allocate(work: WorkingCopy, mixed: Mixed) -> None:
     work.schemes = mixed_schemes(work.model, work.recipe, work.text, work.progress, work.folder)
 
 
-def _choose_copies(work: WorkingCopy, plan: ReplicationPlan) -> None:
-    """Decide which layers have copies; merged copies, or the first copy of a layer, are what is solved."""
-    if plan.changes_nothing:
-        return
-
-    def measured() -> dict[str, int]:
-        counts = copies_by_layer(work.model, plan, work.schemes, work.tokens, work.progress)
-        return {str(index): count for index, count in counts.items()}
-
-    counts = measured() if work.folder is None else work.folder.part("copies", measured)
-    work.copies = {int(index): count for index, count in counts.items()}
-    work.uncopied = replace(work, model=copy_sharing_parameters(work.model))
-    if not plan.makes_codes:
-        return
-    locations, work.schemes = matrix_locations(work.model), dict(work.schemes)
-    for name, scheme in work.schemes.items():
-        if scheme is not None and (count := work.copies.get(locations[name].layer)) is not None:
-            copies = plan.of_matrices(count)
-            merged = plan.of == "linear"
-            work.schemes[name] = scheme.with_copies(copies) if merged else copies.scheme(scheme, 0)
-
-
 def _round_inputs(work: WorkingCopy, spec: Activations, made: Quantization) -> Quantization:
     """Say how inputs are rounded: static ones by their ranges in the model with quantized weights."""
     model = with_tensors(work.base, made)
@@ -272,29 +216,16 @@ def _round_inputs(work: WorkingCopy, spec: Activations, made: Quantization) -> Q
     return replace(made, inputs=input_roundings(model, spec, ranges))
 
 
-def _add_copies(work: WorkingCopy, plan: ReplicationPlan, made: Quantization) -> Quantization:
-    if work.uncopied is None or not work.copies:
-        return made
-    if plan.averages_inputs:
-        layers = {name: location.layer for name, location in matrix_locations(work.base).items()}
-        inputs = {n: replace(r, copies=work.copies.get(layers[n], 1)) for n, r in made.inputs.items()}
-        made = replace(made, inputs=inputs)
-    before = work.uncopied
-    return with_copies(
-        work.base, made, plan, before.model, before.schemes, work.copies, work.tokens, work.progress
-    )
-
-
 # What a part of a recipe does, by its name, at which step.
 PREPARE: dict[str, Callable[[WorkingCopy, Any], None]] = {
     "rotation": _rotate,
     "smoothing": _smooth,
     "mixed": _allocate,
-    "replication": _choose_copies,
+    "replication": choose_copies,
 }
 FINISH: dict[str, Callable[[WorkingCopy, Any, Quantization], Quantization]] = {
     "activations": _round_inputs,
-    "replication": _add_copies,
+    "replication": add_copies,
 }
 
 
@@ -309,7 +240,6 @@ def _refuse_quantized(model: PreTrainedModel) -> None:
 
 
 def _plan(base: PreTrainedModel, recipe: Recipe) -> dict[str, Any]:
-    """Return what a work folder belongs to."""
     known = getattr(base, "identity", None)
     digests = [known.weights_digest, known.config_digest] if isinstance(known, Identity) else None
     return {"kind": "quantize", "model": digests, "dtype": str(base.dtype), "recipe": recipe.recipe_id}

@@ -1,12 +1,13 @@
-"""What is finished of a calibrated recipe: layers, the state of tuning and, in the end, the result, which
-takes their place in the work folder.
+"""A model on its way through the steps of a recipe, and what is finished of it in the work folder: layers,
+the state of tuning and, in the end, the result, which takes their place.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError
 from bitassay.quantization.codes.storage import (
@@ -20,13 +21,39 @@ from bitassay.quantization.codes.tensor import QuantizedTensor
 from bitassay.quantization.inputs.activations import InputRounding
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.recipe.replication import Steps
+from bitassay.quantization.recipe.weights import WeightScheme
 from bitassay.quantization.runtime.model import Quantization
 from bitassay.quantization.runtime.replicas import original
+from bitassay.quantization.shapes import Tokens
+from bitassay.record.progress import Progress, silent
 from bitassay.record.run import RunFolder
 from bitassay.record.versions import source_digest
 
 RESULT = "result"
 AGAIN = "remove this folder and run the same command again"
+
+
+@dataclass
+class WorkingCopy:
+    """A working copy `model` of the base model on its way through the steps of a recipe. schemes: how each
+    matrix is stored, None where it is left alone. copies: how many copies each layer has that has several,
+    for which `uncopied` is this as it was before it had the first copy's schemes."""
+
+    base: PreTrainedModel
+    recipe: Recipe
+    model: PreTrainedModel
+    schemes: dict[str, WeightScheme | None]
+    tokens: Tokens | None
+    folder: RunFolder | None = None
+    progress: Progress = silent
+    copies: dict[int, int] = field(default_factory=dict)
+    uncopied: "WorkingCopy | None" = None
+
+    @property
+    def text(self) -> Tokens:
+        """The calibration text, for steps that need it."""
+        assert self.tokens is not None
+        return self.tokens
 
 
 def write_part(
@@ -41,8 +68,7 @@ def write_part(
 def read_part(
     folder: RunFolder, name: str, shapes: Mapping[str, tuple[int, int]]
 ) -> tuple[dict[str, QuantizedTensor], dict[str, Tensor]]:
-    """Read what `write_part` wrote, for matrices of such shapes: the matrices, and the other tensors. Raises
-    BitassayError for a part that is damaged or is of other matrices."""
+    """Read what `write_part` wrote. Raises BitassayError for a part that is damaged or of other matrices."""
     kept, parts, tensors = folder.part(name, dict), folder.read_tensors(name), {}
     if not isinstance(kept, dict) or kept.keys() != shapes.keys():
         raise BitassayError(f"{folder.path}: {name} does not name the matrices of the recipe", AGAIN)
@@ -70,8 +96,7 @@ def write_result(folder: RunFolder, made: Quantization) -> None:
 
 
 def read_result(folder: RunFolder, recipe: Recipe, shapes: Mapping[str, tuple[int, int]]) -> Quantization:
-    """Read what `write_result` wrote, for matrices of such shapes and copies of them. Raises BitassayError
-    for a folder that is damaged."""
+    """Read what `write_result` wrote, for such matrices and copies. Raises BitassayError for damage."""
     if missing := [name for name in ("inputs", "passes") if not folder.has(name)]:
         raise BitassayError(f"{folder.path}: {missing[0]} is not there", AGAIN)
     copies = {name: shapes[of] for name in folder.part(RESULT, dict) if (of := original(name)) in shapes}

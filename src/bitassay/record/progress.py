@@ -1,5 +1,5 @@
-"""How long work tells its caller that it moves: a function that the command line draws and a script may
-ignore."""
+"""How long work tells its caller that it moves.
+The caller gives a function: the command line draws what it is told, a script may ignore it."""
 
 from typing import Protocol, runtime_checkable
 

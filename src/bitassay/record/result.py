@@ -8,8 +8,9 @@
     ...                                     what else the kind has, such as texts or protocols
 
 An interval stands beside its value: `ppl` and `ppl_ci`. A file may come from anyone, so its size is checked
-first, then every value (finite numbers, bounded texts and lists), then the fields. A table column that a row
-cannot fill is the business of the page (`report/tables.py`). Files of schema 1 are read as if they were new.
+first, then every value (finite numbers, bounded texts and lists, intervals in order), then the fields. What a
+value may be, such as a share or a count, its column says (`report/columns.yaml`), which refuses any other.
+Files of schema 1 are read as if they were new.
 """
 
 import json
@@ -177,11 +178,22 @@ def check_values(value: object, location: tuple[str, ...] = ()) -> None:
             problem = f"has more than {MOST_ITEMS} entries"
         elif len(location) > MOST_DEPTH:
             problem = f"is deeper than {MOST_DEPTH} levels"
+    if location and location[-1].endswith("_ci") and "intervals" not in location and not _is_interval(value):
+        problem = problem or "is no interval [low, high]"
     if problem:
         raise ValueError(f"{'.'.join(location) or 'it'} {problem}")
     if isinstance(value, dict | list):
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
             check_values(item, (*location, f"{key:.40}" if isinstance(key, str) else str(key)))
+
+
+def _is_interval(value: object) -> bool:
+    match value:
+        case None:
+            return True
+        case [int() | float() as low, int() | float() as high]:
+            return low <= high
+    return False
 
 
 def _from_schema_1(value: Mapping[str, Any], kind: Kind) -> Content:
@@ -196,8 +208,10 @@ def _from_schema_1(value: Mapping[str, Any], kind: Kind) -> Content:
     environment = run.get("environment") or settings.pop("versions", None) or {}
     run |= {"schema_version": SCHEMA, "environment": environment}
     run["settings"] = settings | (value.get("settings") or {})
-    if isinstance(run.get("runs"), list):  # of `studies`
-        run["runs"] = [parse_run(part, "a part") for part in run["runs"]]
+    if isinstance(run.get("runs"), list):  # of `studies`, which had nothing else
+        parts = run["runs"] = [parse_run(part, "a part") for part in run["runs"]]
+        run["rows"] = [{"kind": part["kind"]} | row for part in parts for row in part["rows"]]
+        run["model"] = parts[0]["model"] if parts else {}
     return run
 
 

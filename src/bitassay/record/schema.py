@@ -1,5 +1,5 @@
-"""What is wrong with a file of fields, in words for its author: the sentences that pydantic has are for
-programmers."""
+"""What is wrong with a file of fields, in words for its author.
+The sentences that pydantic has are for programmers."""
 
 from collections.abc import Iterable
 from types import UnionType

@@ -1,5 +1,5 @@
-"""What made a result: the versions of packages, and a digest of this package's own code, which changes from
-version to version and, in a checkout, between them."""
+"""What made a result: the versions of packages, and a digest of this package's own code.
+The digest changes from version to version and, in a checkout, between them."""
 
 from importlib.metadata import version
 from pathlib import Path

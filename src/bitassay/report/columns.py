@@ -1,6 +1,8 @@
-"""The columns of every table: COLUMNS, from `columns.yaml`; the formats that are named there; and the columns
-that depend on a run, such as those of a matrix of attacks by detectors."""
+"""The columns of the tables of runs: COLUMNS, from `columns.yaml`.
+Also the formats that are named there, and the columns that depend on a run, such as those of a matrix of
+attacks by detectors. Tables that are no run's, such as that of `bitassay verify`, are in `cli/`."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from importlib.resources import files
@@ -25,8 +27,20 @@ from bitassay.report.tables import (
 if TYPE_CHECKING:
     from bitassay.report.figures.heat_maps import HeatMap
 
+MOST_LETTERS = 10_000  # in a cell
 Run = Mapping[str, Any]
 _few = significant(3)
+
+
+def _count(value: float) -> str:
+    """A whole number, or a mean of such; refuses what is no number."""
+    return str(value) if isinstance(value, int) else f"{value:g}"
+
+
+def _text(value: str) -> str:
+    if not isinstance(value, str) or len(value) > MOST_LETTERS:
+        raise ValueError(f"not a text of at most {MOST_LETTERS} characters")
+    return value
 
 
 def _short(value: float) -> str:
@@ -75,7 +89,8 @@ def _beats(kind: str, row: Row) -> str:
 
 _WITH_DIGITS = {"number": number, "significant": significant, "percent": percent}
 _FORMATS: dict[str, Callable[[Any], str]] = {
-    "text": str,
+    "count": _count,
+    "text": _text,
     "size": size,
     "points": points,
     "unsigned_points": lambda value: number(1)(value * 100),
@@ -104,17 +119,32 @@ _INSTEAD: dict[str, Callable[[Row], str | None]] = {
 
 
 def _column(
-    key: str, title: str, format: str = "", instead: str = "", also: Iterable[str] = (), **options: Any
+    key: str,
+    title: str,
+    format: str = "count",
+    instead: str = "",
+    signed: bool = False,
+    most: float | None = None,
+    **options: Any,
 ) -> Column:
     """A column from an entry of `columns.yaml`."""
     name, _, digits = format.partition(" ")
     if name == "text":
         options["align"] = "left"
-    if name:
-        options["format"] = _WITH_DIGITS[name](int(digits)) if digits else _FORMATS[name]
     if instead:
         options["instead"] = _INSTEAD[instead]
-    return Column(key, title.replace("|", "\n"), also=tuple(also), **options)
+    for several in {"also", "choices"} & set(options):
+        options[several] = tuple(options[several])
+    if most is None:
+        most = 1.0 if name in ("percent", "points") else math.inf
+    return Column(
+        key,
+        title.replace("|", "\n"),
+        _WITH_DIGITS[name](int(digits)) if digits else _FORMATS[name],
+        least=-most if signed or name == "points" else 0.0,
+        most=most,
+        **options,
+    )
 
 
 def _spliced(entries: Iterable[Any]) -> list[dict[str, Any]]:
@@ -135,9 +165,10 @@ def quality_columns(rows: Sequence[Row]) -> list[Column]:
 
 def samples(run: Run) -> list[dict[str, Any]]:
     """Return a row for each prompt, with what each model wrote."""
+    lines = zip(run["prompts"], *run["texts"].values(), strict=True)
     return [
-        {"place": index + 1, "prompt": prompt} | {name: run["texts"][name][index] for name in run["texts"]}
-        for index, prompt in enumerate(run["prompts"])
+        {"place": place, "prompt": prompt} | dict(zip(run["texts"], texts, strict=True))
+        for place, (prompt, *texts) in enumerate(lines, 1)
     ]
 
 

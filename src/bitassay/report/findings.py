@@ -30,8 +30,7 @@ def headline(run: Run) -> str:
     ]
     clauses += _verdicts(run)
     nothing = "only the base model was measured" if not recipes else "no interval supports a comparison"
-    text = "; ".join(clauses) or nothing
-    return text[0].upper() + text[1:] + "."
+    return _sentence("; ".join(clauses) or nothing)
 
 
 def _holds_zero(row: Row) -> bool:
@@ -63,6 +62,10 @@ def _verdicts(run: Run) -> list[str]:
     if base.get("verdict") == "FAIL":
         clauses.append("it also rejected the honest base model, so its verdicts are in doubt")
     return clauses
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}."
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -132,20 +135,21 @@ def eight_bit_lead(run: Run) -> str:
         row["generate_visible_difference"] for row in run["rows"] if "generate_visible_difference" in row
     ]
     lead = [
-        f"{run['about']}. {text}Questions: {protocols['questions']} ({protocols['questions_source']}). "
-        f"Arithmetic in {run['settings']['dtype']}; losses in fp32. Intervals: {run['interval']}."
+        f"{_sentence(run['about'])} {text}"
+        f"Questions: {protocols['questions']} ({protocols['questions_source']}). "
+        f"Arithmetic in {run['settings']['dtype']}; losses in fp32, KL in nats a token. "
+        f"Intervals: {run['interval']}."
     ]
     if visible:
-        least, most = min(visible) * 100, max(visible) * 100
+        ends = dict.fromkeys(f"{end(visible) * 100:.1f}" for end in (min, max))
         lead.append(
-            "Differences of accuracy from the base that these questions would show: "
-            f"{least:.1f} to {most:.1f} points."
+            f"Differences of accuracy from the base that these questions show: {' to '.join(ends)} points."
         )
     sentences = "; ".join(supported(run)) or "no comparison of two variants"
     lead.append(f"What the intervals support: {sentences}.")
     lead += [f"{row['variant']} was not run: {row['refused']}." for row in run["rows"] if row.get("refused")]
     lead += [
-        f"In groups of {group}, rows of {', '.join(map(str, columns))} end in a shorter group."
+        f"In groups of {group[1:]}, rows of {', '.join(map(str, columns))} end in a shorter group."
         for group, columns in run["uneven_groups"].items()
     ]
     return "\n".join(lead)
@@ -161,8 +165,9 @@ def replication_lead(run: Run) -> str:
 
     undecided = sum(pair["beats"] is None for pair in pairs)
     lead = [
-        f"{run['about']}. Text: {run['protocol']} ({run['corpus_source']}). "
-        f"Arithmetic in {run['settings']['dtype']}; losses in fp32. Intervals: {run['interval']}.",
+        f"{_sentence(run['about'])} Text: {run['protocol']} ({run['corpus_source']}). "
+        f"Arithmetic in {run['settings']['dtype']}; losses in fp32, KL in nats a token. "
+        f"Intervals: {run['interval']}.",
         f"KL lower than a control's beyond doubt: {named(True)}.",
         f"Higher beyond doubt: {named(False)}.",
     ]

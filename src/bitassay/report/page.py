@@ -1,5 +1,6 @@
-"""One page for every kind of run: sections of text, tables, plots and facts, filled into `page.html.j2` as
-one HTML file that opens offline. `pages.yaml` says what a section holds; text is always escaped."""
+"""One page for every kind of run: sections of text, tables, plots and facts.
+They are filled into `page.html.j2` as one HTML file that opens offline. `pages.yaml` says what a section
+holds; text is always escaped."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from bitassay.record.files import write_text
 from bitassay.report.figures.drawing import svg
 from bitassay.report.tables import Column, Row, interval_note, plain, shown_columns
 
+NO_BREAK = "\N{NO-BREAK SPACE}"
 MOST_ROWS = 1000  # of a table on a page
 Table = tuple[Sequence[Row], Sequence[Column]]
 
@@ -54,7 +56,7 @@ class Section:
                 for number, figure in enumerate(self.figures)
                 if figure is not None
             ],
-            "head": [(_title(column), column.align) for column in columns],
+            "head": [(column.heading.replace(" %", NO_BREAK + "%"), column.align) for column in columns],
             "rows": [[(column.shown(row), column.align) for column in columns] for row in rows],
             "notes": [note for note in notes if note],
             "facts": self.facts,
@@ -75,6 +77,13 @@ class Page:
     csv: Table
     glossary: Mapping[str, str] = field(default_factory=dict)
 
+    def check(self) -> None:
+        """Raise UnshownError for a row of the main table that a column cannot show; plots show some alone."""
+        rows, columns = self.csv
+        for row in rows:
+            for column in columns:
+                column.text(row)
+
     @property
     def printed(self) -> list[Table]:
         """The tables that the terminal shows, without their empty columns."""
@@ -87,6 +96,8 @@ class Page:
 
 def write_page(pages: Sequence[Page], path: Path) -> None:
     """Write one HTML file of one or several runs. Raises UnshownError for a row that a column cannot show."""
+    for page in pages:
+        page.check()
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -108,8 +119,3 @@ def write_page(pages: Sequence[Page], path: Path) -> None:
     ]
     glossary = {term: text for page in pages for term, text in page.glossary.items()}
     write_text(path, environment.from_string(source).render(articles=articles, glossary=glossary))
-
-
-def _title(column: Column) -> str:
-    """A column's title in one line, where a percent sign stays with its number."""
-    return column.title.replace("\n", " ").replace(" %", "\N{NO-BREAK SPACE}%")

@@ -1,6 +1,6 @@
-"""The page of a run of any kind. `pages.yaml` says by kind what stands there: titles, texts, tables, plots,
-facts. A new kind of run gets its fields in `record/result.py`, its columns in `columns.py` and an entry in
-`pages.yaml`."""
+"""The page of a run of any kind, as `pages.yaml` describes it.
+A new kind of run gets its fields in `record/result.py`, its columns in `columns.yaml` and an entry in
+`pages.yaml`: titles, texts, tables, plots, facts."""
 
 from collections.abc import Mapping, Sequence
 from functools import cache

@@ -7,13 +7,16 @@ missing is empty.
 
 import csv
 import io
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from bitassay.errors import BitassayError
+from bitassay.record.text import escaped
 
 MISSING = "-"
+ROUNDING = 1e-9  # by so much, a value may be outside what holds it
 NO_INTERVAL = "[\N{EM DASH}]"
 DECIDED = {True: "yes", False: "no", None: "not decided"}
 Row = Mapping[str, Any]
@@ -41,8 +44,9 @@ class Column:
     """How one key of a row is shown.
 
     format: of the value under `key`, or of the whole row where `whole_row` is set. interval: the key of the
-    interval behind the value. also: further keys that CSV has. instead: the text of a row whose value is not
-    to be shown, None for other rows. cell: the cell of a page, from the value. A title may have lines.
+    interval behind the value. also: further keys that CSV has. least, most: what a number lies between.
+    choices: all values that there are. instead: the text of a row whose value is not to be shown, None for
+    other rows. cell: the cell of a page, from the value. A title may have lines.
     """
 
     key: str
@@ -51,6 +55,9 @@ class Column:
     align: Literal["left", "right"] = "right"
     interval: str = ""
     also: tuple[str, ...] = ()
+    least: float = -math.inf
+    most: float = math.inf
+    choices: tuple[str, ...] = ()
     whole_row: bool = False
     instead: Callable[[Row], str | None] | None = None
     cell: Callable[[Any], Cell] | None = None
@@ -71,26 +78,42 @@ class Column:
                 return Cell(text)
             if value is None:
                 return Cell(MISSING)
+            self._check(value, row)
             if draw is not None:
                 return draw(value)
             ends = interval(self.format)(row.get(self.interval)) if self.interval else ""
             return Cell(self.format(row if self.whole_row else value), ends)
+        except UnshownError:
+            raise
         except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             raise UnshownError(f"{self.key} is {value!r:.60}, which its column cannot show") from error
+
+    def _check(self, value: Any, row: Row) -> None:
+        """Raise UnshownError for a value that cannot be, and for an interval that does not hold it."""
+        if self.choices and value not in self.choices:
+            raise UnshownError(f"{self.key} is {value!r:.60}, not one of {', '.join(self.choices)}")
+        if not isinstance(value, int | float):
+            return
+        if value < self.least - ROUNDING or value > self.most + ROUNDING:
+            bound = f"below {self.least:g}" if value < self.least else f"above {self.most:g}"
+            raise UnshownError(f"{self.key} is {value!r:.60}, {bound}")
+        for key in (self.interval, *self.also):
+            if isinstance(ends := row.get(key), list | tuple):
+                low, high = ends
+                rounding = ROUNDING * max(1, abs(low), abs(high))
+                if not low - rounding <= value <= high + rounding:
+                    raise UnshownError(
+                        f"{self.key} is {value!r:.60}, outside its interval [{low:g}, {high:g}]"
+                    )
+
+    @property
+    def heading(self) -> str:
+        """The title in one line."""
+        return self.title.replace("/\n", "/").replace("\n", " ")
 
     @property
     def keys(self) -> tuple[str, ...]:
         return (self.key, *([self.interval] if self.interval else []), *self.also)
-
-
-def text_column(key: str, title: str, format: Format = str) -> Column:
-    """Return a column of words, which are aligned at the left."""
-    return Column(key, title, format, "left")
-
-
-def with_interval(key: str, title: str, format: Format, interval_key: str = "", **more: Any) -> Column:
-    """Return a column of values with, in brackets, their intervals (by default under KEY_ci)."""
-    return Column(key, f"{title}\n[95 %]", format, interval=interval_key or f"{key}_ci", **more)
 
 
 def shown_columns(columns: Sequence[Column], rows: Sequence[Row]) -> list[Column]:
@@ -153,10 +176,11 @@ def printable(text: str) -> str:
 
 def _markdown(cells: list[list[str]], columns: Sequence[Column]) -> str:
     def line(texts: Sequence[str]) -> str:
-        return "| " + " | ".join(text.replace("|", "\\|").replace("\n", " ") for text in texts) + " |"
+        shown = (escaped(text.replace("|", "\\|").replace("\n", " ")) for text in texts)
+        return "| " + " | ".join(shown) + " |"
 
     rule = "|" + "|".join("---" if column.align == "left" else "---:" for column in columns) + "|"
-    return "\n".join([line([column.title for column in columns]), rule, *map(line, cells)])
+    return "\n".join([line([column.heading for column in columns]), rule, *map(line, cells)])
 
 
 def _csv(rows: Sequence[Row], columns: Sequence[Column]) -> str:
@@ -173,7 +197,7 @@ def _csv(rows: Sequence[Row], columns: Sequence[Column]) -> str:
             value = row.get(key)
             values += (value or [None, None]) if key in pairs else [value]
         writer.writerow(["" if value is None else value for value in values])
-    return out.getvalue()
+    return escaped(out.getvalue())
 
 
 def _holds_pairs(values: list[Any]) -> bool:
@@ -212,7 +236,16 @@ def size(value: float) -> str:
 
 def interval(form: Format) -> Callable[[Sequence[float] | None], str]:
     """Return a format `[low, high]` of intervals; NO_INTERVAL for None."""
-    return lambda pair: NO_INTERVAL if pair is None else f"[{form(pair[0])}, {form(pair[1])}]"
+
+    def show(pair: Sequence[float] | None) -> str:
+        if pair is None:
+            return NO_INTERVAL
+        low, high = pair
+        if low > high:
+            raise ValueError(pair)
+        return f"[{form(low)}, {form(high)}]"
+
+    return show
 
 
 def plain(value: Any) -> str:
@@ -224,5 +257,5 @@ def plain(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(plain, value))
     if isinstance(value, dict):
-        return ", ".join(f"{key} {plain(item)}" for key, item in value.items())
+        return "; ".join(f"{key} {plain(item)}" for key, item in value.items())
     return str(value)

@@ -1,5 +1,5 @@
-"""A search from start to end: trials until there are as many as asked for, then a judgement of the best on
-text that chose nothing.
+"""A search from start to end.
+Trials until there are as many as asked for, then a judgement of the best on text that chose nothing.
 
     OUT/trials.db   optuna's storage: every trial, its values, what came of it
     OUT/work/       what is finished of a recipe that is being made

@@ -1,6 +1,5 @@
-"""Trials of a search: a sampler proposes values, a worker makes and measures the recipe, and the sampler is
-told the outcome. One process alone asks and tells; with several jobs, workers (`record/jobs.py`) do the
-trials.
+"""Trials of a search: a sampler proposes values, a worker measures the recipe, the sampler is told.
+One process alone asks and tells; with several jobs, workers (`record/jobs.py`) do the trials.
 
 A trial is *complete*, or it stopped early (optuna: pruned) for a reason that is kept with it: the recipe
 makes no sense, a limit is broken, the result is not finite, earlier trials are better on a few windows

@@ -1,5 +1,4 @@
-"""The main job: quantize a model by several recipes, and say of each what it costs and whether a verifier
-notices.
+"""The main job: what each of several recipes costs a model, and whether a verifier notices.
 
 1. evaluate: all recipes against the base model in one pass over the text, in fp32 by default. Recipes with
    copies bring their controls along (`quantization/replication/controls.py`) as rows of their own;

@@ -1,5 +1,6 @@
-"""The jobs of a study of variants, here *cells*. They depend on nothing but the plan, so that any worker on
-any computer can do any of them, and two workers that do the same one write the same files.
+"""The jobs of a study of variants, here *cells*.
+They depend on nothing but the plan, so that any worker on any computer can do any of them, and two workers
+that do the same one write the same files.
 
     text-B           block B of the windows: the base model reads them once, then every variant in turn
                      -> text-B-VARIANT.safetensors (the scores of each token; of each window, the passes of a

@@ -194,8 +194,8 @@ def _finished_folder(job: CheckpointJob, folder: Path) -> Row | None:
     is_base = card.base.weights_digest == base.weights_digest
     is_base = is_base and card.base.config_digest in (None, base.config_digest)
     there, wanted = f"the {card.layout} layout", f"{job.layout}"
-    if not is_base or (card.recipe_id, card.dtype) != (job.recipe.recipe_id, dtype):
-        there = f"{card.base.name} quantized by {card.recipe_name} in {card.dtype}"
+    if not is_base or (card.recipe.recipe_id, card.dtype) != (job.recipe.recipe_id, dtype):
+        there = f"{card.base.name} quantized by {card.recipe.name} in {card.dtype}"
         wanted = f"{job.source.name} by {job.recipe.name} in {dtype}"
     elif job.layout in (None, card.layout):
         return job.row(card.layout, card.bits_per_weight, card.size_bytes, _size(folder))

@@ -1,5 +1,5 @@
-"""What a variant stores and what a token costs it: bits, bytes of weights that decoding one token reads,
-floating-point operations, passes of a layer.
+"""What a variant stores and what a token costs it.
+Bits, bytes of weights that decoding one token reads, floating-point operations, passes of a layer.
 
     bytes   the codes, scales and all that is stored with a matrix, once a pass that reads them, and the head;
             what is not quantized counts 16 bits a weight, whatever dtype it is computed in

@@ -1,5 +1,5 @@
-"""What an assay will need, before it runs: memory and time, from the model's configuration and a short timing
-of this machine.
+"""What an assay will need, before it runs: memory and time.
+From the model's configuration and a short timing of this machine.
 
 Time is arithmetic over measured speed: two floating-point operations a parameter and token for prefill; for
 decoding, the bytes of the weights over the measured read bandwidth. It leaves out loading and everything else

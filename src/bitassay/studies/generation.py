@@ -1,5 +1,5 @@
-"""How far quantized models' own words are from the base model's: every model continues the same prompts
-greedily, one model after the other, and all texts are kept.
+"""How far quantized models' own words are from the base model's.
+Every model continues the same prompts greedily, one model after the other, and all texts are kept.
 
 Finished batches of texts are parts of the run folder, so that the same command goes on where it was stopped.
 """

@@ -1,5 +1,5 @@
-"""Self-speculative decoding in a study: plane 1 drafts, all planes check, and the text is to be the one that
-all planes write by themselves (`engines/speculative.py`).
+"""Self-speculative decoding in a study: plane 1 drafts, all planes check.
+The text is to be the one that all planes write by themselves (`engines/speculative.py`).
 
 In float32, where two tokens hardly ever tie within rounding. Seconds are of models that hold dense weights,
 in which plane 1 is no cheaper to read than all planes: they show what the bookkeeping costs, beside whatever

@@ -113,11 +113,7 @@ def architectures() -> list[str]:
 
 
 def tiny_config(model_type: str, **changes: Any) -> PretrainedConfig:
-    """Return the configuration of a tiny model, a decoder where it could be either; `changes` override its
-    fields.
-
-    Raises BitassayError for a `model_type` that transformers does not list.
-    """
+    """Return the configuration of a tiny model, a decoder where it could be either; else BitassayError."""
     if model_type not in CONFIG_MAPPING:
         raise BitassayError(f"unknown architecture {model_type!r}; {suggestion(model_type, architectures())}")
     config = _tiny(CONFIG_MAPPING[model_type], changes)
@@ -138,11 +134,8 @@ def _tiny(kind: type[PretrainedConfig], changes: dict[str, Any]) -> PretrainedCo
 
 
 def tiny_architecture(model_type: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
-    """Return a causal model with random weights of `model_type` with hidden size 64 and two layers, or as
-    many as show all its kinds of layers; vectors such as gains and biases are random too.
-
-    It uses stories260k's tokenizer. `changes` override fields of the configuration.
-    """
+    """Return a causal model with random weights (vectors too), hidden size 64 and two layers, or as many as
+    show all their kinds, with stories260k's tokenizer. `changes` override fields of the configuration."""
     return random_model(tiny_config(model_type, **changes), model_type, seed, vector_noise=0.1)
 
 

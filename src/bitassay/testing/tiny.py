@@ -62,11 +62,8 @@ def stories260k(dtype: str | torch.dtype = torch.float32) -> PreTrainedModel:
 
 
 def tiny_model(architecture: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
-    """Return a model of `architecture` with random weights, hidden size 96 (no power of two) and three
-    layers.
-
-    It uses stories260k's tokenizer. `changes` override fields of the configuration.
-    """
+    """Return a model with random weights, hidden size 96 (no power of two), three layers and stories260k's
+    tokenizer. `changes` override fields of the configuration."""
     if architecture not in ARCHITECTURES:
         raise BitassayError(
             f"unknown architecture {architecture!r}; {suggestion(architecture, ARCHITECTURES)}"

@@ -20,7 +20,7 @@ from bitassay.errors import BitassayError
 from bitassay.models.identity import Identity, identity, tokenizer
 from bitassay.record.files import read_json, write_json
 from bitassay.record.progress import Progress, silent
-from bitassay.verification.container import TraceError
+from bitassay.verification.container import FILE_BYTES, TraceError
 from bitassay.verification.ledger import Line, extended, scored, update_ledger
 from bitassay.verification.numerics import numerics
 from bitassay.verification.pooled import PooledVerdict, pooled_verdict
@@ -30,7 +30,7 @@ from bitassay.verification.receipts.challenge import Challenge
 from bitassay.verification.receipts.opening import read_opening
 from bitassay.verification.receipts.receipt import commit, read_receipt, write_receipt
 from bitassay.verification.sequential import SequentialEvidence
-from bitassay.verification.structure import Request
+from bitassay.verification.structure import Request, expecting
 from bitassay.verification.trace import ModelClaim, Sampling, Trace, read_trace, write_trace
 from bitassay.verification.verdict import Verdict, failed, verify_many, verify_opening
 
@@ -103,7 +103,7 @@ def _finished_row(model: PreTrainedModel, request: PromptFile) -> dict[str, Any]
     if not request.path.exists():
         return None
     try:
-        trace = read_trace(request.path)
+        trace = read_trace(request.path, limit_bytes=FILE_BYTES)
     except TraceError:
         return None
     wanted = (request.nonce, encode_prompt(model, request.prompt))
@@ -126,7 +126,7 @@ def write_receipts(rows: Sequence[dict[str, Any]], key: Ed25519PrivateKey) -> li
     done = []
     for row in rows:
         trace = Path(row["trace"])
-        path, receipt = trace.with_suffix(".receipt"), commit(read_trace(trace), key)
+        path, receipt = trace.with_suffix(".receipt"), commit(read_trace(trace, limit_bytes=FILE_BYTES), key)
         write_receipt(path, receipt)
         added = {"receipt": str(path), "receipt_bytes": path.stat().st_size, "public_key": receipt.key.hex()}
         done.append(row | added)
@@ -224,7 +224,7 @@ def _verify_traces(
     verdicts, readable = {}, {}
     for index, path in enumerate(paths):
         try:
-            readable[index] = read_trace(path)
+            readable[index] = read_trace(path, expecting(model, requests[index]))
         except TraceError as error:
             verdicts[index] = failed(error, name)
     requested = [requests[index] for index in readable]
@@ -238,7 +238,8 @@ def _verify_opening_file(
 ) -> Verdict:
     try:
         signed = read_receipt(receipt.path)
-        opened = read_opening(opening, signed, receipt.challenge)
+        expected = expecting(model, options["request"])
+        opened = read_opening(opening, signed, receipt.challenge, expected)
     except TraceError as error:
         return failed(error, name)
     return verify_opening(signed, receipt.challenge, opened, model, **options)

@@ -1,5 +1,5 @@
-"""Tasks: the share of questions that each model answers rightly, compared with the base model, with intervals
-and tests.
+"""Tasks: the share of questions that each model answers rightly.
+It is compared with the base model's, with intervals and tests.
 
 Tasks, prompts, filters and metrics are those of lm-eval (EleutherAI's lm-evaluation-harness). Models answer
 the same items, so differences are paired, and p-values are adjusted for as many models as were compared with

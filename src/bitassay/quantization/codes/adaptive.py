@@ -14,18 +14,15 @@ its own for every row, whose digits would cost 0.8 bits for every G weights.
 """
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from bitassay.quantization.codes.rounding import rounded_matrix
 from bitassay.quantization.codes.scales import matrix_grids
 from bitassay.quantization.recipe.granularity import Granularity
 from bitassay.quantization.recipe.weights import WeightScheme
+from bitassay.quantization.shapes import Columns, Matrix
 
 
-def adapted(
-    weight: Float[Tensor, "out in"], scheme: WeightScheme, importance: Float[Tensor, " in"] | None = None
-) -> WeightScheme:
+def adapted(weight: Matrix, scheme: WeightScheme, importance: Columns | None = None) -> WeightScheme:
     """Return `scheme` with the groups that suit `weight` best; unchanged where its granularity is fixed."""
     granularity = Granularity.parse(scheme.granularity)
     if granularity.is_settled:
@@ -40,9 +37,7 @@ def adapted(
     return scheme.with_granularity(granularity.name + "/" + "".join(map(str, digits)))
 
 
-def column_errors(
-    weight: Float[Tensor, "out in"], scheme: WeightScheme, importance: Float[Tensor, " in"] | None
-) -> Float[Tensor, " in"]:
+def column_errors(weight: Matrix, scheme: WeightScheme, importance: Columns | None) -> Columns:
     """Return the squared error of every column, weighed by importance, rounded to nearest."""
     granularity, w = Granularity.parse(scheme.granularity), weight.float()
     grids = matrix_grids(w, scheme, importance)
@@ -51,8 +46,7 @@ def column_errors(
 
 
 def cheapest(costs: list[list[float]], counts: list[list[int]], total: int) -> list[int]:
-    """Return one choice a block, so that `counts` add up to `total`, at the least sum of `costs`; of equally
-    cheap ones the one that leaves the groups as they are."""
+    """Return one choice a block at the least sum of `costs`, whose `counts` sum to `total`; of equals, 1."""
     best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}
     for cost, count in zip(costs, counts, strict=True):
         extended: dict[int, tuple[float, list[int]]] = {}

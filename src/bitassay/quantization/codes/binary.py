@@ -40,6 +40,7 @@ from bitassay.quantization.codes.scales import matrix_grids
 from bitassay.quantization.codes.tensor import QuantizedTensor, from_codes
 from bitassay.quantization.recipe.granularity import Granularity
 from bitassay.quantization.recipe.weights import WeightScheme
+from bitassay.quantization.shapes import Columns, Matrix, PerGroup
 
 SWEEPS = 15
 
@@ -49,14 +50,14 @@ class Plane(NamedTuple):
 
     granularity: Granularity
     codes: Float[Tensor, "out columns"]
-    scale: Float[Tensor, "rows groups"]
-    mean: Float[Tensor, "rows groups"] | None
+    scale: PerGroup
+    mean: PerGroup | None
 
-    def widened(self, per_group: Float[Tensor, "rows groups"]) -> Float[Tensor, "out columns"]:
+    def widened(self, per_group: PerGroup) -> Float[Tensor, "out columns"]:
         """Return each group's number at each of its weights."""
         return widened(self.granularity, per_group, self.codes.shape)
 
-    def summed(self, matrix: Float[Tensor, "out columns"]) -> Float[Tensor, "rows groups"]:
+    def summed(self, matrix: Float[Tensor, "out columns"]) -> PerGroup:
         """Return the sum over each group."""
         sums = [group.sum(1, keepdim=True) for group in self.granularity.to_groups(matrix)]
         return self.granularity.from_groups(sums, len(matrix))
@@ -73,9 +74,9 @@ class Planes(NamedTuple):
     first: Plane
     second: Plane | None
     salient: Int[Tensor, " salient"]
-    column_scale: Float[Tensor, " in"]
+    column_scale: Columns
 
-    def unscaled(self) -> Float[Tensor, "out in"]:
+    def unscaled(self) -> Matrix:
         """Return the sum of the planes, without column scales."""
         weights = self.first.values()
         if self.second is not None:
@@ -84,10 +85,7 @@ class Planes(NamedTuple):
 
 
 def binarize(
-    weight: Float[Tensor, "out in"],
-    scheme: WeightScheme,
-    importance: Float[Tensor, " in"] | None = None,
-    sweeps: int = SWEEPS,
+    weight: Matrix, scheme: WeightScheme, importance: Columns | None = None, sweeps: int = SWEEPS
 ) -> QuantizedTensor:
     """Return a matrix as binary planes by `scheme`, its error weighed by the columns' `importance`; a column
     without any counts as little as the least important of the others. Weights must be finite."""
@@ -102,8 +100,7 @@ def binarize(
 
 
 def levels(tensor: QuantizedTensor) -> Float[Tensor, "levels out in"]:
-    """Return what a weight can become on the planes of `tensor`: two values, or four, in columns without a
-    second plane twice the same two."""
+    """Return the two or four values that each weight may have on the planes of `tensor`; some twice."""
     first, second, salient, c = planes_of(tensor)
     step = first.widened(first.scale)
     middle = torch.zeros_like(step) if first.mean is None else first.widened(first.mean)
@@ -113,7 +110,7 @@ def levels(tensor: QuantizedTensor) -> Float[Tensor, "levels out in"]:
     return torch.stack([middle + a * step + b * finer for a in (-1, 1) for b in (-1, 1)]) * c
 
 
-def on_planes(tensor: QuantizedTensor, weight: Float[Tensor, "out in"]) -> QuantizedTensor:
+def on_planes(tensor: QuantizedTensor, weight: Matrix) -> QuantizedTensor:
     """Round `weight` to the nearest levels of `tensor`, whose scales stay."""
     planes = planes_of(tensor)
     return _packed(recoded(planes, weight.float() / planes.column_scale), tensor.scheme, 1.0)
@@ -131,7 +128,7 @@ def planes_of(tensor: QuantizedTensor) -> Planes:
     return Planes(first, second, tensor.residual_indices(), scales)
 
 
-def first_planes(w: Float[Tensor, "out in"], scheme: WeightScheme, h: Float[Tensor, " in"]) -> Planes:
+def first_planes(w: Matrix, scheme: WeightScheme, h: Columns) -> Planes:
     """Return the best first plane, and the best second one of what it leaves over; column scales of 1."""
     first = best_plane(w, h, scheme)
     left = w - first.values()
@@ -154,9 +151,7 @@ def best_plane(w: Float[Tensor, "out columns"], h: Float[Tensor, " columns"], sc
     return plane._replace(codes=_sign(w if grid.mean is None else w - plane.widened(grid.mean)))
 
 
-def refined(
-    planes: Planes, w: Float[Tensor, "out in"], h: Float[Tensor, " in"], column_scales: bool
-) -> Planes:
+def refined(planes: Planes, w: Matrix, h: Columns, column_scales: bool) -> Planes:
     """Refine every part once, to its optimum for the others as they are: the error does not rise."""
     target, weighed = w / planes.column_scale, (h * planes.column_scale.square()).expand(w.shape)
     planes = rescaled_second(rescaled_first(planes, target, weighed), target, weighed)
@@ -164,7 +159,7 @@ def refined(
     return rescaled_columns(planes, w) if column_scales else planes
 
 
-def rescaled_first(planes: Planes, target: Float[Tensor, "out in"], h: Float[Tensor, "out in"]) -> Planes:
+def rescaled_first(planes: Planes, target: Matrix, h: Matrix) -> Planes:
     """Regress the first plane's scales and means on its codes, with weights."""
     first, second, salient, _ = planes
     if second is not None:
@@ -179,7 +174,7 @@ def rescaled_first(planes: Planes, target: Float[Tensor, "out in"], h: Float[Ten
     return planes._replace(first=first._replace(scale=scale, mean=mean_t - scale * mean_b))
 
 
-def rescaled_second(planes: Planes, target: Float[Tensor, "out in"], h: Float[Tensor, "out in"]) -> Planes:
+def rescaled_second(planes: Planes, target: Matrix, h: Matrix) -> Planes:
     """Regress the second plane's scales on its codes, with weights."""
     first, second, salient, _ = planes
     if second is None:
@@ -189,7 +184,7 @@ def rescaled_second(planes: Planes, target: Float[Tensor, "out in"], h: Float[Te
     return planes._replace(second=second._replace(scale=scale))
 
 
-def recoded(planes: Planes, target: Float[Tensor, "out in"]) -> Planes:
+def recoded(planes: Planes, target: Matrix) -> Planes:
     """Give every weight the nearest of the levels that scales and means leave."""
     first, second, salient, _ = planes
     centred = target if first.mean is None else target - first.widened(first.mean)
@@ -208,17 +203,14 @@ def recoded(planes: Planes, target: Float[Tensor, "out in"]) -> Planes:
     return planes._replace(first=first._replace(codes=codes), second=second)
 
 
-def rescaled_columns(planes: Planes, w: Float[Tensor, "out in"]) -> Planes:
+def rescaled_columns(planes: Planes, w: Matrix) -> Planes:
     """Fit the scale of every column; unchanged where no positive one is best."""
     p = planes.unscaled()
     best = (w * p).sum(0) / p.square().sum(0)
     return planes._replace(column_scale=torch.where(best > 0, best, planes.column_scale))
 
 
-def _rounded(
-    planes: Planes, w: Float[Tensor, "out in"], h: Float[Tensor, " in"], scheme: WeightScheme, unit: float
-) -> Planes:
-    """Return the planes with numbers that the scales' dtype has, once they are multiplied by `unit`."""
+def _rounded(planes: Planes, w: Matrix, h: Columns, scheme: WeightScheme, unit: float) -> Planes:
     dtype = getattr(torch, scheme.scale_dtype)
     limit = torch.finfo(dtype).max
 
@@ -258,9 +250,7 @@ def _sign(numbers: Tensor) -> Tensor:
     return torch.where(numbers < 0, -1.0, 1.0)
 
 
-def _positive(
-    importance: Float[Tensor, " in"] | None, weight: Float[Tensor, "out in"]
-) -> Float[Tensor, " in"]:
+def _positive(importance: Columns | None, weight: Matrix) -> Columns:
     """Return importances above zero, of at most 1; equal ones where none was given or all are zero."""
     if importance is None or not importance.any():
         return torch.ones(weight.shape[1], device=weight.device)

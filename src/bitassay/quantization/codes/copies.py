@@ -4,19 +4,14 @@ Parallel copies of one linear are one linear: `sum_i c_i (x W'_i^T) = x (sum_i c
 merged: c_i goes into the i-th copy's scales, and each copy is the residual plane of the one before it.
 Such a matrix is stored, packed, saved and run as any other.
 
-What copies that differ can do for the error e of one of them, whose step is s:
+What copies that differ can do for the error e of one of them, whose step is s (docs/replication.md measures
+it):
 
-    residual  copy i is what the copies before it left over. Two planes of the levels -1.5 ... 1.5 (int2 with
-              offset 0.5), each on its own best scales, leave 16.9 dB of long Gaussian rows, 4 bits 19.3 dB.
-              With the first scale 1.3 times wider (values: [1.3, 1]) the planes mesh into one grid of 16
-              levels and leave 19.3 dB too, while the first plane alone goes from 9.2 to 8.3 dB
+    residual  copy i is what the copies before it left over; where the first scale is 1.3 times wider than is
+              best for it alone, two planes mesh into one grid
     digits    copy i is digit i, most significant first, of the codes of one grid of n b bits (nested bit
-              planes): with B = 2^b,
-
-                  q + 1/2 = sum_i (d_i + 1/2) B^(n-1-i)
-
-              so that the sum is that grid's matrix, to the bit, and every solver of that grid applies.
-              The first plane alone is the grid cut off after b bits, and as wide as all of them
+              planes): with B = 2^b, q + 1/2 = sum_i (d_i + 1/2) B^(n-1-i), so that the sum is that grid's
+              matrix, to the bit, and every solver of that grid applies
     offset    grids moved by i/n of a step: n roundings of w average to w rounded on a grid of step s/n, so
               that the error is e / n^2 (in energy), for the bits of n copies. They share one scale, the one
               whose mean has the least squared error: only with equal steps do they fall between each other
@@ -35,6 +30,7 @@ from bitassay.quantization.codes.scales import SEARCH_FACTORS, range_grid, resca
 from bitassay.quantization.codes.tensor import QuantizedTensor, from_codes
 from bitassay.quantization.recipe.granularity import Granularity
 from bitassay.quantization.recipe.weights import WeightScheme
+from bitassay.quantization.shapes import Columns, Matrix
 
 
 def digit_planes(tensor: QuantizedTensor, scheme: WeightScheme) -> list[QuantizedTensor]:
@@ -51,7 +47,7 @@ def digit_planes(tensor: QuantizedTensor, scheme: WeightScheme) -> list[Quantize
 
 
 def offset_copies(
-    weight: Float[Tensor, "out in"], scheme: WeightScheme, importance: Float[Tensor, " in"] | None = None
+    weight: Matrix, scheme: WeightScheme, importance: Columns | None = None
 ) -> list[QuantizedTensor]:
     """Return one copy for each offset, all on the scale that is best for their mean."""
     copies, granularity, w = scheme.copies, Granularity.parse(scheme.granularity), weight.float()

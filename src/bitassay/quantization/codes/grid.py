@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bitassay.quantization.recipe.formats import NumberFormat
 from bitassay.quantization.recipe.granularity import Granularity
+from bitassay.quantization.shapes import Matrix
 
 Column = Float[Tensor, "groups 1"]
 
@@ -73,7 +74,7 @@ def split(granularity: Granularity, grid: Grid, columns: int) -> list[Grid]:
     ]
 
 
-def widened(granularity: Granularity, per_group: Tensor, shape: torch.Size) -> Float[Tensor, "out in"]:
+def widened(granularity: Granularity, per_group: Tensor, shape: torch.Size) -> Matrix:
     """Return each group's number (`[rows, groups]`) at each of its weights."""
     groups = granularity.to_groups(torch.empty(shape, device="meta"))
     parts = granularity.scales_to_groups(per_group, shape[1])

@@ -86,8 +86,7 @@ def kronecker_product(
 
 
 def hadamard(size: int, generator: torch.Generator | None = None) -> Orthogonal | None:
-    """Return the Hadamard matrix of this order over sqrt(size), with a generator `diag(signs) H` with random
-    signs; None where there is none here."""
+    """Return the Hadamard matrix over sqrt(size), with a generator random signs first; None: none here."""
     signs = None if generator is None else _signs(size, generator)
     block = paley_block(size)
     if block is None:
@@ -110,15 +109,13 @@ def block_hadamard(size: int, generator: torch.Generator) -> Orthogonal:
 
 @lru_cache(maxsize=64)
 def seeded_hadamard(size: int, seed: int) -> Orthogonal:
-    """Return the random Hadamard rotation of that seed; in blocks along the diagonal where the size has no
-    other."""
+    """Return the random Hadamard rotation of that seed, in blocks where the size has no other."""
     full = hadamard(size, torch.Generator().manual_seed(seed))
     return block_hadamard(size, torch.Generator().manual_seed(seed)) if full is None else full
 
 
 def random_orthogonal(size: int, generator: torch.Generator) -> Orthogonal:
-    """Return a uniform sample of the orthogonal group: QR of a Gaussian matrix, signs fixed by R's
-    (math-ph/0609050)."""
+    """Return a uniform sample of the orthogonal group: QR of a Gaussian, signs by R's (math-ph/0609050)."""
     q, r = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
     return Orthogonal((q * r.diagonal().sign(),))
 
@@ -165,8 +162,7 @@ def _paley_field(order: int) -> tuple[int, int] | None:
 
 
 def _characters(p: int, k: int) -> Int[Tensor, "q q"]:
-    """Return chi(a - b) over the field of p^k elements: polynomials, whose coefficients are a number's digits
-    to base p."""
+    """Return chi(a - b) over p^k elements: polynomials whose coefficients are a number's digits to base p."""
     powers = p ** torch.arange(k)
     digits = torch.arange(p**k)[:, None] // powers % p
     squares = torch.zeros(len(digits), 2 * k - 1, dtype=torch.int64)
@@ -182,8 +178,7 @@ def _characters(p: int, k: int) -> Int[Tensor, "q q"]:
 
 
 def _irreducible(p: int, k: int) -> Int[Tensor, " k"]:
-    """Return the lower coefficients of a monic polynomial of degree k without a root mod p; up to k = 3 that
-    makes it irreducible."""
+    """Return the lower coefficients of a monic polynomial without a root mod p: irreducible up to k = 3."""
     x = torch.arange(p)
     for number in range(p**k):
         lower = number // p ** torch.arange(k) % p

@@ -5,8 +5,6 @@ Fake quantization is `quantize_tensor(w, scheme).dequantize()`. Solvers that kno
 """
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from bitassay.errors import BitassayError
 from bitassay.quantization.codes.adaptive import adapted
@@ -25,22 +23,18 @@ from bitassay.quantization.codes.scales import matrix_grids
 from bitassay.quantization.codes.tensor import QuantizedTensor, from_codes
 from bitassay.quantization.recipe.granularity import Granularity
 from bitassay.quantization.recipe.weights import WeightScheme
+from bitassay.quantization.shapes import Columns, Matrix
 
 
 def quantize_tensor(
-    weight: Float[Tensor, "out in"],
-    scheme: WeightScheme,
-    name: str = "weight",
-    importance: Float[Tensor, " in"] | None = None,
+    weight: Matrix, scheme: WeightScheme, name: str = "weight", importance: Columns | None = None
 ) -> QuantizedTensor:
     """Round a matrix to nearest on the grids that `scheme` asks for, each column's error weighed by its
-    `importance`: the mean squared input, or a Hessian's diagonal.
-
-    Raises BitassayError that names the tensor where a value is NaN or infinite, or too large for the scale's
-    dtype, or an importance is not finite or negative. Anything else comes back finite: zeros as zeros (on a
-    grid with an offset, as half the smallest step there is), constant groups to within the format's own
-    error, and a group larger than the row is the row.
-    """
+    `importance`: the mean squared input, or a Hessian's diagonal. Raises BitassayError that names the tensor
+    where a value is NaN or infinite, or too large for the scale's dtype, or an importance is not finite or
+    negative. Anything else comes back finite: zeros as zeros (on a grid with an offset, as half the smallest
+    step there is), constant groups to within the format's own error, and a group larger than the row is the
+    row."""
     check_weight(weight, scheme, name)
     if importance is not None and not ((importance >= 0) & importance.isfinite()).all():
         raise BitassayError(
@@ -59,7 +53,7 @@ def quantize_tensor(
     return from_codes(_codes(w, grids, scheme, name), shared.scale, scheme, shared.zero_point, shared.mean)
 
 
-def check_weight(weight: Float[Tensor, "out in"], scheme: WeightScheme, name: str) -> None:
+def check_weight(weight: Matrix, scheme: WeightScheme, name: str) -> None:
     """Raise BitassayError where weights are not finite, or scales in the scheme's dtype cannot hold them."""
     if not weight.isfinite().all():
         raise BitassayError(f"{name}: NaN or infinite weights cannot be quantized", "restore the checkpoint")
@@ -71,10 +65,7 @@ def check_weight(weight: Float[Tensor, "out in"], scheme: WeightScheme, name: st
         )
 
 
-def _codes(
-    w: Float[Tensor, "out in"], grids: list[Grid], scheme: WeightScheme, name: str
-) -> Float[Tensor, "out in"]:
-    """Return the codes of a matrix, rounded as the scheme says; `name` seeds what is random."""
+def _codes(w: Matrix, grids: list[Grid], scheme: WeightScheme, name: str) -> Matrix:
     granularity, generator = Granularity.parse(scheme.granularity), generator_for(scheme.seed, name)
     groups = granularity.to_groups(w)
     if scheme.noise:
@@ -89,10 +80,7 @@ def _codes(
     return granularity.from_groups(codes, len(w))
 
 
-def _copies(
-    weight: Float[Tensor, "out in"], scheme: WeightScheme, name: str, importance: Float[Tensor, " in"] | None
-) -> QuantizedTensor:
-    """Return the copies that `scheme.copies` asks for, each rounded to nearest, as one matrix."""
+def _copies(weight: Matrix, scheme: WeightScheme, name: str, importance: Columns | None) -> QuantizedTensor:
     copies = scheme.copies
     assert copies is not None
     if copies.differ == "digits":

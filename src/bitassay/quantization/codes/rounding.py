@@ -20,6 +20,7 @@ from torch import Tensor
 
 from bitassay.quantization.codes.grid import Grid
 from bitassay.quantization.recipe.granularity import Granularity
+from bitassay.quantization.shapes import Matrix
 
 Groups = Float[Tensor, "groups size"]
 
@@ -59,9 +60,7 @@ def nearest(w: Groups, grid: Grid) -> tuple[Groups, Groups]:
     return codes, dequantize(codes, grid)
 
 
-def rounded_matrix(
-    w: Float[Tensor, "out in"], grids: list[Grid], granularity: Granularity
-) -> Float[Tensor, "out in"]:
+def rounded_matrix(w: Matrix, grids: list[Grid], granularity: Granularity) -> Matrix:
     """Return a matrix rounded to nearest; `grids` are as `granularity.to_groups` orders the groups."""
     groups = zip(granularity.to_groups(w), grids, strict=True)
     return granularity.from_groups([nearest(group, grid)[1] for group, grid in groups], len(w))
@@ -82,7 +81,7 @@ def round_stochastically(w: Groups, grid: Grid, generator: torch.Generator) -> G
     return (codes if steps is None else codes + steps).clamp_(*grid.code_range)
 
 
-def round_with_feedback(w: Float[Tensor, "out in"], grid: Grid) -> Float[Tensor, "out in"]:
+def round_with_feedback(w: Matrix, grid: Grid) -> Matrix:
     """Return codes, column by column, each row carrying its error along. `grid` has an entry a weight."""
     carried, codes = torch.zeros(len(w), 1, device=w.device), torch.empty_like(w)
     for j in range(w.shape[1]):
@@ -100,7 +99,6 @@ def with_noise(w: Groups, grid: Grid, nu: float, generator: torch.Generator) -> 
 
 
 def generator_for(seed: int, name: str) -> torch.Generator:
-    """Return the randomness of one matrix: different for every name, the same in every run and on every
-    device."""
+    """Return the randomness of one matrix, by its name; the same in every run and on every device."""
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7]))

@@ -19,12 +19,10 @@ Of ternary and binary groups the optimum is exact (`few_levels_grid`):
     binary    s = mean |w|; with a mean m: two levels m - s and m + s, each the mean of one end of the sorted
               weights, so scan where to part them
 
-A middle zero point has one of 2^b places, evenly over the middle half of the codes, and a search for each: of
-the energy of SmolLM2-135M's outputs int2 in groups of 64 loses 0.072 with whole zero points, 0.076 with none
-and an offset of 0.5, 0.058 with middle ones, 0.054 with free ones, which take 0.22 bits more
-(`benchmarks/formats.py`). A free zero point starts from the range itself, which need not hold zero, and has
-three searches, with narrower grids in the middle of the range and towards either end (FREE_STARTS); s is at
-least |w| / 4096 then, so that z has a place in fp16.
+A middle zero point has one of 2^b places, evenly over the middle half of the codes, and a search for each;
+docs/formats.md measures what that gains. A free zero point starts from the range itself, which need not hold
+zero, and has three searches, with narrower grids in the middle of the range and towards either end
+(FREE_STARTS); s is at least |w| / 4096 then, so that z has a place in fp16.
 
 Factors go below 0.5 since the first scale of int2 puts the largest magnitude on the code 1; those below 0.3
 are for groups whose largest weights matter least. Above 1.1 nothing was gained.
@@ -41,6 +39,7 @@ from bitassay.quantization.codes.rounding import dequantize, nearest
 from bitassay.quantization.recipe.formats import NumberFormat
 from bitassay.quantization.recipe.granularity import Granularity
 from bitassay.quantization.recipe.weights import WeightScheme
+from bitassay.quantization.shapes import Columns, Matrix
 
 # Of equally good scales the first wins, so that nothing is clipped for nothing.
 SEARCH_FACTORS = (*(1 - 0.05 * step for step in range(19)), 1.05, 1.1)
@@ -53,9 +52,7 @@ BLOCK_ELEMENTS = 2**17  # a block of the search that stays in the cache
 Groups = Float[Tensor, "groups size"]
 
 
-def matrix_grids(
-    w: Float[Tensor, "out in"], scheme: WeightScheme, importance: Float[Tensor, " in"] | None = None
-) -> list[Grid]:
+def matrix_grids(w: Matrix, scheme: WeightScheme, importance: Columns | None = None) -> list[Grid]:
     """Return the grids of a matrix, one for each tensor of `Granularity.to_groups`."""
     granularity = Granularity.parse(scheme.granularity)
     groups = granularity.to_groups(w)
@@ -129,8 +126,7 @@ def percentiles(w: Groups, percent: float) -> Column:
 
 
 def mse_grid(w: Groups, scheme: WeightScheme, importance: Groups | None = None) -> Grid:
-    """Return the grid with the least squared error: exact for ternary and binary, else the best that the
-    search finds. No row of `importance` may be all zero."""
+    """Return the grid with the least squared error that is found. No row of `importance` may be all zero."""
     if scheme.number_format.kind in ("ternary", "binary"):
         return few_levels_grid(w, scheme, importance)
     rows = max(1, BLOCK_ELEMENTS // w.shape[1])
@@ -185,7 +181,6 @@ def _where(chosen: Tensor, grid: Grid, other: Grid) -> Grid:
 
 
 def _first_grid(w: Groups, scheme: WeightScheme) -> Grid:
-    """Return the widest grid, or the one that the percentile leaves."""
     fmt, dtype = scheme.number_format, getattr(torch, scheme.scale_dtype)
     if scheme.scale == "percentile" and scheme.symmetric:
         high = percentiles(w.abs(), scheme.percentile)
@@ -201,7 +196,6 @@ def _first_grid(w: Groups, scheme: WeightScheme) -> Grid:
 
 
 def _starts(w: Groups, scheme: WeightScheme) -> Iterator[tuple[Grid, float]]:
-    """Yield the first grid of every search, and where narrower ones lie in it."""
     if scheme.zero_point == "middle":
         fmt, dtype = scheme.number_format, getattr(torch, scheme.scale_dtype)
         low, high, (_, qmax) = w.amin(1, keepdim=True), w.amax(1, keepdim=True), fmt.code_range(False)
@@ -235,8 +229,7 @@ def _candidates(first: Grid, scheme: WeightScheme, lean: float) -> Iterator[Grid
 
 
 def _fitted(w: Groups, grid: Grid, scheme: WeightScheme, importance: Groups | None) -> Grid:
-    """Return the least-squares grid for the codes on `grid`; where they do not determine a positive scale,
-    with the scale of `grid`."""
+    """Return the least-squares grid for the codes on `grid`, with its scale where they determine none."""
     codes, _ = nearest(w, grid)
     dtype = getattr(torch, scheme.scale_dtype)
     h = torch.ones_like(w) if importance is None else importance

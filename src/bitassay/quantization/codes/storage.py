@@ -1,5 +1,5 @@
-"""Our own layout, for what no standard format can express: binary, residual planes, low-rank factors and all
-else that a QuantizedTensor may have.
+"""How our own layout stores a matrix, for what no standard format can express.
+It holds binary, residual planes, low-rank factors and all else that a QuantizedTensor may have.
 
 It is the QuantizedTensor itself, part by part, in safetensors files:
 
@@ -126,8 +126,7 @@ def expected_bytes(expected: Expected) -> int:
 
 
 def stored_tensors(tensor: QuantizedTensor | LowRank) -> dict[str, Tensor]:
-    """Return the parts of a matrix as contiguous tensors, by name; those of a second plane and of low-rank
-    factors behind `residual.` and `low_rank.`."""
+    """Return the parts of a matrix as contiguous tensors, by name: `scale`, `residual.scale` and so on."""
     parts: dict[str, Tensor] = {}
     for field in fields(tensor):
         value = getattr(tensor, field.name)
@@ -139,8 +138,7 @@ def stored_tensors(tensor: QuantizedTensor | LowRank) -> dict[str, Tensor]:
 
 
 def read_tensor(parts: dict[str, Tensor], stored: Stored, shape: tuple[int, int]) -> QuantizedTensor:
-    """Invert `stored_tensors`, for parts that are as `expected_tensors` says and a matrix of `shape`, `[out,
-    in]`. Raises BitassayError for values that no writer makes."""
+    """Invert `stored_tensors`, for `expected_tensors`. Raises BitassayError for what no writer makes."""
     tensors = {part: value for part, value in parts.items() if "." not in part}
     if FORMATS[stored.scheme.format].kind == "ternary" and tensors["packed"].max() >= TERNARY_BYTES:
         raise BitassayError("packed holds bytes that are no ternary codes")

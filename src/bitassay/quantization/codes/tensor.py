@@ -15,6 +15,7 @@ from bitassay.quantization.codes.scales import middle_zero_points
 from bitassay.quantization.recipe.formats import NumberFormat
 from bitassay.quantization.recipe.granularity import Granularity
 from bitassay.quantization.recipe.weights import WeightScheme
+from bitassay.quantization.shapes import Columns, Matrix, PerGroup
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class LowRank:
     a: Float[Tensor, "out rank"]
     b: Float[Tensor, "rank in"]
 
-    def product(self) -> Float[Tensor, "out in"]:
+    def product(self) -> Matrix:
         return self.a.float() @ self.b.float()
 
     def to(self, device: torch.device | str) -> "LowRank":
@@ -46,12 +47,12 @@ class QuantizedTensor:
     scheme: WeightScheme
     shape: tuple[int, int]
     packed: UInt8[Tensor, " bytes"]
-    scale: Float[Tensor, "rows groups"]
-    zero_point: UInt8[Tensor, " zero_bytes"] | Float[Tensor, "rows groups"] | None = None
-    mean: Float[Tensor, "rows groups"] | None = None
+    scale: PerGroup
+    zero_point: UInt8[Tensor, " zero_bytes"] | PerGroup | None = None
+    mean: PerGroup | None = None
     residual: "QuantizedTensor | None" = None
     residual_columns: UInt8[Tensor, " bitmap_bytes"] | None = None
-    column_scale: Float[Tensor, " in"] | None = None
+    column_scale: Columns | None = None
     low_rank: LowRank | None = None
 
     @property
@@ -62,7 +63,7 @@ class QuantizedTensor:
     def granularity(self) -> Granularity:
         return Granularity.parse(self.scheme.granularity)
 
-    def codes(self) -> Float[Tensor, "out in"]:
+    def codes(self) -> Matrix:
         """Return the codes as the format defines them (binary: -1 and 1), as fp32 numbers."""
         raw = unpack(self.packed, self.format.bits, self.shape[0] * self.shape[1])
         if self.format.float_dtype is not None:
@@ -70,7 +71,7 @@ class QuantizedTensor:
         step, lowest = _code_steps(self.format, self.scheme.symmetric)
         return (raw.float() * step + lowest).view(self.shape)
 
-    def zero_points(self) -> Float[Tensor, "rows groups"] | None:
+    def zero_points(self) -> PerGroup | None:
         """Return zero points as fp32 numbers, None for a symmetric format."""
         if self.zero_point is None or self.scheme.zero_point == "free":
             return None if self.zero_point is None else self.zero_point.float()
@@ -94,7 +95,7 @@ class QuantizedTensor:
             return torch.arange(self.shape[1], device=self.packed.device)
         return unpack(self.residual_columns, 1, self.shape[1]).nonzero()[:, 0]
 
-    def dequantize(self) -> Float[Tensor, "out in"]:
+    def dequantize(self) -> Matrix:
         """Return the weights that the codes stand for, in fp32."""
         groups = self.granularity.to_groups(self.codes())
         grids = split(self.granularity, self.grid, self.shape[1])
@@ -112,14 +113,12 @@ class QuantizedTensor:
 
     @property
     def stored_bits(self) -> int:
-        """Everything that has to be kept: codes, scales, zero points, means, which groups there are, a second
-        plane and where it is, the factors."""
+        """Everything that has to be kept: codes, grids, groups, a second plane and where it is, factors."""
         kept = [self.packed, self.scale, self.zero_point, self.mean, self.residual_columns, self.column_scale]
-        if self.low_rank is not None:
-            kept += [self.low_rank.a, self.low_rank.b]
-        bits = sum(part.numel() * part.element_size() * 8 for part in kept if part is not None)
-        bits += self.granularity.layout_bits(self.shape[1])
-        return bits if self.residual is None else bits + self.residual.stored_bits
+        kept += [] if self.low_rank is None else [self.low_rank.a, self.low_rank.b]
+        bits = 8 * sum(part.nbytes for part in kept if part is not None)
+        further = 0 if self.residual is None else self.residual.stored_bits
+        return bits + self.granularity.layout_bits(self.shape[1]) + further
 
     def to(self, device: torch.device | str) -> "QuantizedTensor":
         """Return the same tensor on another device."""
@@ -128,11 +127,11 @@ class QuantizedTensor:
 
 
 def from_codes(
-    codes: Float[Tensor, "out in"],
-    scale: Float[Tensor, "rows groups"],
+    codes: Matrix,
+    scale: PerGroup,
     scheme: WeightScheme,
-    zero_point: Float[Tensor, "rows groups"] | None = None,
-    mean: Float[Tensor, "rows groups"] | None = None,
+    zero_point: PerGroup | None = None,
+    mean: PerGroup | None = None,
 ) -> QuantizedTensor:
     """Pack codes and grids, all given as fp32 numbers."""
     fmt, dtype = scheme.number_format, getattr(torch, scheme.scale_dtype)

@@ -7,17 +7,24 @@ and careless editing; they are no signature, since whoever changes a file can ch
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bitassay.errors import BitassayError
 from bitassay.models.weights import stray_files
+from bitassay.quantization.codes.storage import Stored
+from bitassay.quantization.inputs.activations import InputRounding
+from bitassay.quantization.recipe.calibration import UNTRUSTED
+from bitassay.quantization.recipe.recipe import Recipe
+from bitassay.quantization.recipe.replication import Steps
 from bitassay.record.files import read_json
-from bitassay.record.hashing import digest_file, digest_json
+from bitassay.record.hashing import digest_file
+from bitassay.record.schema import defects
 
 CARD_FILE = "bitassay.json"
 CARD_BYTES = 2**24
+AGAIN = "save the model again with `bitassay quantize`"
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 ShortText = Annotated[str, Field(max_length=1000)]
@@ -28,8 +35,7 @@ class _Part(BaseModel):
 
 
 class Base(_Part):
-    """The model that the recipe was applied to, as its owner's machine knew it; older cards say nothing of
-    its configuration."""
+    """The model that the recipe was applied to; older cards say nothing of its configuration."""
 
     name: ShortText
     origin: ShortText
@@ -47,12 +53,12 @@ class Card(_Part):
 
     schema_version: Literal[1]
     layout: ShortText
-    recipe: dict[str, Any]
-    schemes: Annotated[tuple[dict[str, Any], ...], Field(min_length=1)]
+    recipe: Recipe
+    schemes: Annotated[tuple[Stored, ...], Field(min_length=1)]
     matrices: Annotated[dict[ShortText, Annotated[int, Field(ge=0)]], Field(min_length=1)]
     parameters: tuple[ShortText, ...] = ()
-    inputs: dict[ShortText, dict[str, Any]] = {}
-    passes: dict[int, dict[str, Any]] = {}
+    inputs: dict[ShortText, InputRounding] = {}
+    passes: dict[int, Steps] = {}
     base: Base
     dtype: Literal["float32", "float16", "bfloat16"]
     bits_per_weight: Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -61,23 +67,6 @@ class Card(_Part):
     versions: dict[str, ShortText]
     files: Annotated[dict[str, Digest], Field(min_length=1)]
 
-    @property
-    def recipe_id(self) -> str:
-        """The recipe's id, computed from its content rather than believed."""
-        said = {key: value for key, value in self.recipe.items() if key not in ("name", "description")}
-        return digest_json(_without_none(said))
-
-    @property
-    def recipe_name(self) -> str:
-        return str(self.recipe.get("name"))
-
-
-def _without_none(value: Any) -> Any:
-    """A part of a recipe that is null is one that is not there."""
-    if isinstance(value, dict):
-        return {key: _without_none(item) for key, item in value.items() if item is not None}
-    return [_without_none(item) for item in value] if isinstance(value, list) else value
-
 
 def hashed_files(folder: Path) -> list[Path]:
     """List the files that decide what the model computes: its weights and its configuration, sorted."""
@@ -85,29 +74,21 @@ def hashed_files(folder: Path) -> list[Path]:
 
 
 def read_card(folder: Path) -> Card | None:
-    """Read the card of a folder and check the files against it; None where the folder has none.
-
-    Raises BitassayError where the card is malformed, or a file is missing, added or changed.
-    """
+    """Read the card of a folder and check the files against it; None where the folder has none. Raises
+    BitassayError where the card is malformed, or a file is missing, added or changed."""
     path = folder / CARD_FILE
     if not path.is_file():
         return None
     try:
-        card = Card.model_validate(read_json(path, limit_bytes=CARD_BYTES))
+        card = Card.model_validate(read_json(path, limit_bytes=CARD_BYTES), context=UNTRUSTED)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "its top level"
-        raise BitassayError(
-            f"{path}: {where}: {first['msg']}", "save the model again with `bitassay quantize`"
-        ) from error
+        raise BitassayError(f"{path}: {defects(error, Card)}", AGAIN) from error
     files = {file.name: file for file in hashed_files(folder)}
     if changed := sorted(files.keys() ^ card.files.keys()):
         state = "is not one that was saved" if changed[0] in files else "is missing"
-        raise BitassayError(
-            f"{folder / changed[0]}: this file {state} ({CARD_FILE} lists the others)", "save the model again"
-        )
+        raise BitassayError(f"{folder / changed[0]}: this file {state} ({CARD_FILE} lists the others)", AGAIN)
     if stray := stray_files(folder):  # also where the card was made to list it
-        raise BitassayError(f"{stray[0]}: nothing loads this file", "save the model again")
+        raise BitassayError(f"{stray[0]}: nothing loads this file", AGAIN)
     for name, file in files.items():
         if (digest := digest_file(file)) != card.files[name]:
             raise BitassayError(

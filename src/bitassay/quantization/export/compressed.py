@@ -62,22 +62,17 @@ E4M3 = torch.float8_e4m3fn
 
 def obstacle(stored: Stored) -> str | None:
     """Return why the format cannot hold such a matrix exactly; None where it can."""
-    fmt = FORMATS[stored.scheme.format]
-    if fmt.kind == "binary":
-        return "it has no codes of one bit without a zero"
-    if fmt.kind == "float" and fmt.float_dtype is not E4M3:
-        return f"its only 8-bit float is e4m3, not {fmt.name}"
-    if stored.scheme.offset or not stored.scheme.whole_zero_points:
-        return "its grids are whole steps away from zero"
-    if Granularity.parse(stored.scheme.granularity).block_sizes is not None:
-        return "its groups are all of one size"
-    if stored.residual is not None:
-        return "it has no second plane of codes"
-    if stored.scheme.turned is not None:
-        return "it has no rotations"
-    if stored.low_rank is not None:
-        return "it has no low-rank factors"
-    return None
+    scheme, fmt = stored.scheme, FORMATS[stored.scheme.format]
+    obstacles = {
+        "it has no codes of one bit without a zero": fmt.kind == "binary",
+        f"its only 8-bit float is e4m3, not {fmt.name}": fmt.float_dtype not in (None, E4M3),
+        "its grids are whole steps away from zero": scheme.offset > 0 or not scheme.whole_zero_points,
+        "its groups are all of one size": Granularity.parse(scheme.granularity).block_sizes is not None,
+        "it has no second plane of codes": stored.residual is not None,
+        "it has no rotations": scheme.turned is not None,
+        "it has no low-rank factors": stored.low_rank is not None,
+    }
+    return next((why for why, holds in obstacles.items() if holds), None)
 
 
 def input_obstacle(scheme: InputScheme) -> str | None:
@@ -148,7 +143,6 @@ def input_tensors(inputs: InputRounding | None) -> dict[str, Tensor]:
 
 
 def _as_bytes(stored: Stored) -> bool:
-    """Whether codes are bytes instead of parts of 32-bit words."""
     return stored.inputs is not None and stored.scheme.format == "int8" and stored.scheme.symmetric
 
 
@@ -209,8 +203,7 @@ def stored_tensors(tensor: QuantizedTensor, inputs: InputRounding | None = None)
 
 
 def read_tensor(parts: dict[str, Tensor], stored: Stored, shape: tuple[int, int]) -> QuantizedTensor:
-    """Invert `stored_tensors`, for parts that are as `expected_tensors` says and a matrix of `shape`, `[out,
-    in]`. Raises BitassayError for values that no writer makes."""
+    """Invert `stored_tensors`, for `expected_tensors`. Raises BitassayError for what no writer makes."""
     scheme = stored.scheme
     args, fmt = weight_args(scheme, shape), FORMATS[scheme.format]
     scale = parts["weight_scale"].float().view(Granularity.parse(scheme.granularity).scale_shape(*shape))
@@ -231,8 +224,7 @@ def read_tensor(parts: dict[str, Tensor], stored: Stored, shape: tuple[int, int]
 
 
 def _shift(args: QuantizationArgs) -> int:
-    """Asymmetric codes start at 0 here and at -2^(b-1) there; moving the zero points along leaves `q - z` as
-    it is."""
+    """Asymmetric codes start at 0 here and at -2^(b-1) there; zero points move along."""
     return 0 if args.symmetric else 2 ** (args.num_bits - 1)
 
 
@@ -292,9 +284,7 @@ def _format(stored: Stored) -> str:
 
 
 def _left_alone(model: PreTrainedModel, quantization: Quantization) -> list[str]:
-    """Modules that a target of every Linear would catch (routers and experts: in engines that build them from
-    Linears) but the recipe did not.
-    """
+    """Modules that a target of every Linear would catch (in engines routers and experts too), left alone."""
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     modules = walk(model)
     parents = [name.rpartition(".")[0] for name in modules.routers]

@@ -30,6 +30,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bitassay.quantization.codes.tensor import QuantizedTensor
+from bitassay.quantization.shapes import Matrix, PerGroup
 
 BLOCK, SUPER = 32, 256
 HELD = ("scheme", "shape", "packed", "scale", "zero_point", "mean")
@@ -97,7 +98,7 @@ def _nearly_exact(tensor: QuantizedTensor, scale: Tensor, shift: Tensor, lowest:
     return Blocks(Kind.Q4_1, q4_1(tensor.codes() - lowest, scale, scale * (shift + lowest)))
 
 
-def _per_block(tensor: QuantizedTensor, grid: Float[Tensor, "rows groups"]) -> Tensor | None:
+def _per_block(tensor: QuantizedTensor, grid: PerGroup) -> Tensor | None:
     """One number a group as one number a block `[out, in/32]`; None where groups are not whole blocks."""
     rows, columns = tensor.shape
     spans = tensor.granularity.spans(columns)
@@ -123,35 +124,33 @@ def _is_constant(blocks: Float[Tensor, "out blocks"]) -> bool:
     return bool((groups == groups[:, :1]).all())
 
 
-def q8_0(q: Float[Tensor, "out in"], d: Float[Tensor, "out blocks"]) -> Bytes:
+def q8_0(q: Matrix, d: Float[Tensor, "out blocks"]) -> Bytes:
     """34 bytes: d, then the codes as int8."""
     return _rows(_half(d), _runs(q, BLOCK).astype(np.int8).view(np.uint8))
 
 
-def q4_0(q: Float[Tensor, "out in"], d: Float[Tensor, "out blocks"]) -> Bytes:
+def q4_0(q: Matrix, d: Float[Tensor, "out blocks"]) -> Bytes:
     """18 bytes: d, then q + 8, the first 16 weights in the low half of each byte, the others in the high."""
     return _rows(_half(d), _nibbles(q + 8))
 
 
-def q4_1(q: Float[Tensor, "out in"], d: Float[Tensor, "out blocks"], m: Float[Tensor, "out blocks"]) -> Bytes:
+def q4_1(q: Matrix, d: Float[Tensor, "out blocks"], m: Float[Tensor, "out blocks"]) -> Bytes:
     """20 bytes: d, m, then q as in Q4_0."""
     return _rows(_half(d), _half(m), _nibbles(q))
 
 
-def tq2_0(q: Float[Tensor, "out in"], d: Float[Tensor, "out supers"]) -> Bytes:
+def tq2_0(q: Matrix, d: Float[Tensor, "out supers"]) -> Bytes:
     """66 bytes: q + 1 in two bits, then d."""
     return _rows(_crumbs(q + 1), _half(d))
 
 
-def q2_k(
-    q: Float[Tensor, "out in"], d: Float[Tensor, "out supers"], zero: Float[Tensor, "out supers"]
-) -> Bytes:
+def q2_k(q: Matrix, d: Float[Tensor, "out supers"], zero: Float[Tensor, "out supers"]) -> Bytes:
     """84 bytes: a + 16 b for every 16 weights, q in two bits, d, e. Here a = 1, b = zero and e = d."""
     grids = np.repeat((1 + 16 * zero.cpu().numpy()).astype(np.uint8)[..., None], SUPER // 16, axis=2)
     return _rows(grids, _crumbs(q), _half(d), _half(d))
 
 
-def q3_k(q: Float[Tensor, "out in"], d: Float[Tensor, "out supers"]) -> Bytes:
+def q3_k(q: Matrix, d: Float[Tensor, "out supers"]) -> Bytes:
     """110 bytes: the third bit of q + 4, the two lower ones, a + 32 in six bits for every 16 weights, d. Here
     a = 1: 33 has the low half 1 and the upper bits 2."""
     codes = _runs(q + 4, SUPER).astype(np.uint8)
@@ -163,7 +162,7 @@ def q3_k(q: Float[Tensor, "out in"], d: Float[Tensor, "out supers"]) -> Bytes:
     )
 
 
-def _runs(q: Float[Tensor, "out in"], size: int) -> np.ndarray:
+def _runs(q: Matrix, size: int) -> np.ndarray:
     """`[out, blocks, size]`."""
     return q.cpu().numpy().reshape(len(q), -1, size)
 
@@ -173,13 +172,13 @@ def _half(values: Float[Tensor, "out blocks"]) -> np.ndarray:
     return np.ascontiguousarray(values.half().cpu().numpy())[..., None].view(np.uint8)
 
 
-def _nibbles(q: Float[Tensor, "out in"]) -> np.ndarray:
+def _nibbles(q: Matrix) -> np.ndarray:
     """Codes of 0 ... 15, two to a byte: weight i of a block beside weight i + 16."""
     codes = _runs(q, BLOCK).astype(np.uint8)
     return codes[..., :16] | codes[..., 16:] << 4
 
 
-def _crumbs(q: Float[Tensor, "out in"]) -> np.ndarray:
+def _crumbs(q: Matrix) -> np.ndarray:
     """Codes of 0 ... 3, four to a byte: in each half of a super-block, weights i, i + 32, i + 64, i + 96."""
     codes = _runs(q, SUPER).astype(np.uint8)
     parts = codes.reshape(*codes.shape[:2], 2, 4, 32) << np.array([0, 2, 4, 6], dtype=np.uint8)[:, None]
@@ -187,6 +186,5 @@ def _crumbs(q: Float[Tensor, "out in"]) -> np.ndarray:
 
 
 def _rows(*parts: np.ndarray) -> Bytes:
-    """Blocks with these parts, as rows of bytes."""
     blocks = np.concatenate(parts, axis=2)
     return blocks.reshape(len(blocks), -1)

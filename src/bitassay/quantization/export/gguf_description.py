@@ -30,11 +30,7 @@ WRITTEN = (
 )
 # The biases that llama.cpp loads; a file with others is one that it does not open.
 _QKV = {"attn_q", "attn_k", "attn_v"}
-BIASES = {
-    "llama": _QKV | {"attn_output", "ffn_gate", "ffn_up", "ffn_down"},
-    "qwen2": _QKV,
-    "qwen3": _QKV,
-}
+BIASES = {"llama": _QKV | {"attn_output", "ffn_gate", "ffn_up", "ffn_down"}, "qwen2": _QKV, "qwen3": _QKV}
 # Fields that say nothing about what a model computes when it is run.
 SILENT = {
     *PretrainedConfig.__dataclass_fields__,

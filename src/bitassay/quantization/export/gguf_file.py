@@ -72,11 +72,8 @@ class GgufFile:
 
 
 def write_gguf(model: PreTrainedModel, path: str | Path, *, progress: Progress = silent) -> GgufFile:
-    """Write a model, quantized (fake or packed) or not, into the file `path`, which must not exist.
-
-    Raises BitassayError for what llama.cpp would run as another model, MissingError where the disk is too
-    small.
-    """
+    """Write a model, quantized (fake or packed) or not, into the new file `path`. Raises BitassayError for
+    what llama.cpp would run as another model, MissingError where the disk is too small."""
     path, config, done = Path(path), model.config.get_text_config(), quantization_of(model)
     recipe = None if done is None else done.recipe
     check_gguf(model, recipe)
@@ -110,8 +107,7 @@ def write_gguf(model: PreTrainedModel, path: str | Path, *, progress: Progress =
 
 
 def check_gguf(model: PreTrainedModel, recipe: Recipe | None) -> None:
-    """Refuse what a GGUF file cannot say, or llama.cpp does not do, for a model that may be on the meta
-    device."""
+    """Refuse what a GGUF file cannot say, or llama.cpp does not do; the model may be on the meta device."""
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
@@ -141,8 +137,7 @@ def check_gguf(model: PreTrainedModel, recipe: Recipe | None) -> None:
 
 
 def reload_difference(model: PreTrainedModel, path: str | Path, tokens: Int[Tensor, "batch tokens"]) -> float:
-    """Return the largest difference between the logits of `model` and of the file as it is read again, in the
-    model's dtype."""
+    """Return the largest difference between the logits of `model` and of the file, in the model's dtype."""
     reloaded = read_model(GGUFReader(path), model.dtype)
     torch.nn.Module.to(reloaded, device=model.device)
     with torch.inference_mode():
@@ -150,8 +145,7 @@ def reload_difference(model: PreTrainedModel, path: str | Path, tokens: Int[Tens
 
 
 def written_before(path: Path) -> tuple[str, str] | None:
-    """Return the recipe's id and the digest of the base model's weights, as a GGUF file of ours names them;
-    None for another file."""
+    """Return the recipe's id and the base model's weights digest of a GGUF file of ours; None for another."""
     try:
         fields = GGUFReader(path).fields
         return str(fields[RECIPE_KEY].contents()), str(fields[BASE_KEY].contents())
@@ -160,7 +154,6 @@ def written_before(path: Path) -> tuple[str, str] | None:
 
 
 def _tensors(model: PreTrainedModel, written: GgufFile) -> Iterator[tuple[str, Blocks]]:
-    """Every tensor under llama.cpp's name."""
     config = model.config.get_text_config()
     arch = ARCHITECTURES[config.model_type]
     quantized = {} if (done := quantization_of(model)) is None else done.tensors
@@ -181,7 +174,8 @@ def _tensors(model: PreTrainedModel, written: GgufFile) -> Iterator[tuple[str, B
             length += weight.square().sum().item()
             bits, weights = bits + data.nbytes * 8, weights + weight.numel()
         if arch is LLAMA and theirs.split(".")[-2] in ("attn_q", "attn_k"):
-            data = data[_interleaved(len(data), head_size(config))]
+            order = np.arange(len(data)).reshape(-1, 2, head_size(config) // 2).swapaxes(1, 2)
+            data = data[order.reshape(-1)]
         yield theirs, Blocks(kind, data)
     written.bits_per_weight = bits / weights if weights else 16.0
     written.relative_error = (lost / length) ** 0.5
@@ -195,7 +189,6 @@ def _stored(model: PreTrainedModel) -> list[str]:
 
 
 def _ends(model: PreTrainedModel) -> list[int]:
-    """The ids at which generation stops."""
     ends = getattr(model.generation_config, "eos_token_id", None)
     if ends is None:
         ends = model.config.get_text_config().eos_token_id
@@ -203,7 +196,6 @@ def _ends(model: PreTrainedModel) -> list[int]:
 
 
 def _named(model: PreTrainedModel, name: str) -> str:
-    """llama.cpp's name of a tensor."""
     names = gguf.get_tensor_name_map(
         ARCHITECTURES[model.config.get_text_config().model_type], cache_slots(model)
     )
@@ -244,7 +236,6 @@ def _quantized(tensor: QuantizedTensor, model: PreTrainedModel, written: GgufFil
 
 
 def _plain(value: Tensor) -> Blocks:
-    """A matrix in 16 bits, a vector in 32."""
     if value.ndim == 1:
         return Blocks(Kind.F32, value.float().cpu().numpy())
     if value.dtype == torch.bfloat16:
@@ -255,16 +246,8 @@ def _plain(value: Tensor) -> Blocks:
     return Blocks(Kind.F16, half.cpu().numpy())
 
 
-def _interleaved(rows: int, size: int) -> np.ndarray:
-    """Where each row of llama.cpp's q or k comes from."""
-    return np.arange(rows).reshape(-1, 2, size // 2).swapaxes(1, 2).reshape(-1)
-
-
 def _write_description(
-    writer: GGUFWriter,
-    model: PreTrainedModel,
-    config: PretrainedConfig,
-    tensors: dict[str, Blocks],
+    writer: GGUFWriter, model: PreTrainedModel, config: PretrainedConfig, tensors: dict[str, Blocks]
 ) -> None:
     known, done = identity(model), quantization_of(model)
     commonest = Counter(kind for kind, data in tensors.values() if data.ndim > 1).most_common(1)[0][0]

@@ -88,27 +88,17 @@ def is_tokenizer_of(base: Path, tokenizer: PreTrainedTokenizerBase) -> bool:
 
 def write_tokenizer(writer: GGUFWriter, keys: Mapping[str, Any]) -> None:
     """Write what `tokenizer_keys` found."""
+    add = {bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string, list: writer.add_array}
     for key, value in keys.items():
-        match value:
-            case bool():
-                writer.add_bool(key, value)
-            case int():
-                writer.add_uint32(key, value)
-            case str():
-                writer.add_string(key, value)
-            case _:
-                writer.add_array(key, value)
+        add[type(value)](key, value)
 
 
 def tokenizer_keys(
     tokenizer: PreTrainedTokenizerBase, vocabulary: int, ends: list[int]
 ) -> tuple[dict[str, Any], list[str]]:
     """Return the keys that describe a tokenizer of `tokenizers`, and notes on what llama.cpp does otherwise.
-    Ids up to `vocabulary` that it does not use are said to be unused; `ends` are the ids that end a
-    generation.
-
-    Raises BitassayError for a tokenizer that llama.cpp would not run as what it is.
-    """
+    Ids up to `vocabulary` without a token are unused; `ends` are ids that end a generation. Raises
+    BitassayError for a tokenizer that llama.cpp would not run as what it is."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = json.loads(backend.to_str()) if backend is not None else {}
     model = content.get("model") or {}
@@ -198,7 +188,6 @@ def _merges(content: dict[str, Any]) -> list[tuple[str, str]]:
 def _tokens(
     tokenizer: PreTrainedTokenizerBase, content: dict[str, Any], vocabulary: int
 ) -> tuple[list[str], list[TokenType]]:
-    """The tokens in the order of their ids, and what each is."""
     tokens = [f"[PAD{index}]" for index in range(vocabulary)]
     types = [TokenType.UNUSED] * vocabulary
     fallback = content["model"].get("byte_fallback")
@@ -223,12 +212,8 @@ def _scores(tokens: list[str], merges: list[tuple[str, str]]) -> list[float]:
 def _special(tokenizer: PreTrainedTokenizerBase, ends: list[int], notes: list[str]) -> dict[str, Any]:
     """The ids of special tokens, and which of them stand around every text."""
     keys: dict[str, Any] = {}
-    ids = {
-        "bos": tokenizer.bos_token_id,
-        "unknown": tokenizer.unk_token_id,
-        "padding": tokenizer.pad_token_id,
-    }
-    ids["eos"] = tokenizer.eos_token_id
+    ids = {"bos": tokenizer.bos_token_id, "unknown": tokenizer.unk_token_id}
+    ids |= {"padding": tokenizer.pad_token_id, "eos": tokenizer.eos_token_id}
     # What else ends a generation: a turn's end and a message's, as llama.cpp calls them.
     others = [index for index in ends if index != tokenizer.eos_token_id]
     if ids["eos"] is None and others:
@@ -265,7 +250,6 @@ def _chat_templates(templates: str | dict[str, str] | None, notes: list[str]) ->
 
 
 def _split_name(backend: Tokenizer, content: dict[str, Any]) -> str:
-    """llama.cpp's name of a way to split text."""
     patterns = patterns_of(content["pre_tokenizer"])
     names = [name for name, way in SPLITTINGS.items() if way.byte_level and way.patterns == patterns]
     ignores_merges = bool(content["model"].get("ignore_merges"))
@@ -296,7 +280,6 @@ def _token_probes(content: dict[str, Any], tokens: list[str]) -> Iterator[str]:
 def _difference(
     tokenizer: PreTrainedTokenizerBase, rebuilt: PreTrainedTokenizerBase, more: Iterator[str] | list[str]
 ) -> str | None:
-    """The first string for which the two give different ids."""
     for text in (*PROBES, *more):
         if tokenizer(text, verbose=False).input_ids != rebuilt(text, verbose=False).input_ids:
             return text

@@ -1,11 +1,10 @@
-"""What an export layout is: how a folder stores the codes of a quantized model. Each is one file and one row
-of the table in `registry.py`; `save.py`, `plan.py` and `reload.py` name none but the two defaults.
-"""
+"""What an export layout is: how a folder stores the codes of a quantized model.
+Each is one file and one row of the table in `registry.py`; `save.py`, `plan.py` and `reload.py` name none but
+the two defaults."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -17,18 +16,6 @@ from bitassay.quantization.inputs.activations import InputRounding
 from bitassay.quantization.recipe.inputs import InputScheme
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.runtime.model import Quantization
-
-
-def _none(*_: Any) -> None:
-    return None
-
-
-def _empty(_: Any) -> dict[str, Any]:
-    return {}
-
-
-def _without_inputs(stored: Stored, _: InputScheme | InputRounding | None) -> Stored:
-    return stored
 
 
 @dataclass(frozen=True)
@@ -52,8 +39,8 @@ class Layout:
     read_tensor: Callable[[dict[str, Tensor], Stored, tuple[int, int]], QuantizedTensor]
     describe: Callable[[PreTrainedModel, Quantization, Path], None]
     is_plain: bool = False
-    obstacle: Callable[[PreTrainedModel, Recipe, Mapping[str, Stored], bool], str | None] = _none
-    matrix_obstacle: Callable[[Stored], str | None] = _none
-    with_inputs: Callable[[Stored, InputScheme | InputRounding | None], Stored] = _without_inputs
-    input_tensors: Callable[[InputRounding | None], dict[str, Tensor]] = _empty
-    pieces: Callable[[PreTrainedModel], dict[str, list[Piece]]] = _empty
+    obstacle: Callable[[PreTrainedModel, Recipe, Mapping[str, Stored], bool], str | None] = lambda *_: None
+    matrix_obstacle: Callable[[Stored], str | None] = lambda _: None
+    with_inputs: Callable[[Stored, InputScheme | InputRounding | None], Stored] = lambda stored, _: stored
+    input_tensors: Callable[[InputRounding | None], dict[str, Tensor]] = lambda _: {}
+    pieces: Callable[[PreTrainedModel], dict[str, list[Piece]]] = lambda _: {}

@@ -20,8 +20,7 @@ def stored_tensors(tensor: QuantizedTensor, inputs: InputRounding | None) -> dic
 
 
 def describe(model: PreTrainedModel, quantization: Quantization, folder: Path) -> None:
-    """Say in config.json what reads the folder. Without a `quant_method` transformers refuses it, instead of
-    making up what it does not find."""
+    """Say in config.json what reads the folder; without a `quant_method` transformers refuses it."""
     config = read_json(folder / "config.json")
     write_json(
         folder / "config.json",

@@ -18,6 +18,7 @@ classes that look for it then cannot be loaded, and are found by trying that on 
 """
 
 import copy
+import itertools
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -34,7 +35,7 @@ from transformers.core_model_loading import (
 )
 
 from bitassay.models.transposed import as_linears, stores_transposed
-from bitassay.models.walk import fused_experts, matrices, walk
+from bitassay.models.walk import matrices, walk
 from bitassay.quantization.codes.storage import Stored, description
 from bitassay.quantization.codes.tensor import QuantizedTensor, from_codes
 from bitassay.quantization.recipe.formats import FORMATS
@@ -57,29 +58,19 @@ class Piece(NamedTuple):
 
 
 def expert_pieces(model: PreTrainedModel) -> dict[str, list[Piece]]:
-    """Return the pieces that each slice of fused experts is stored as, by its name in `matrices(model)`; only
-    slices that checkpoints have expert by expert."""
+    """Return the pieces that slices of fused experts are stored as, where checkpoints have single experts."""
     model = _without_weights(model)
     merges = [way for way in _conversions(model) if isinstance(way, WeightConverter) and _merges_experts(way)]
     pieces: dict[str, list[Piece]] = {}
-    for owner, module in fused_experts(model).items():
-        for key, parameter in module.named_parameters(recurse=False):
-            name = f"{owner}.{key}"
-            for way in merges:
-                target = way._original_target_patterns[0].replace("\\", "")
-                if module.is_transposed or parameter.ndim != 3 or not f".{name}".endswith(target):
-                    continue
-                sources = [source.replace("\\", "") for source in way._original_source_patterns]
-                for expert in range(len(parameter)):
-                    pieces[f"{name}.{expert}"] = [
-                        Piece(
-                            name.removesuffix(target)
-                            + source.replace("*", str(expert)).removesuffix(".weight"),
-                            place,
-                            len(sources),
-                        )
-                        for place, source in enumerate(sources)
-                    ]
+    for (name, parameter), way in itertools.product(walk(model).experts.items(), merges):
+        patterns = (*way._original_target_patterns, *way._original_source_patterns)
+        target, *sources = (pattern.replace("\\", "") for pattern in patterns)
+        if model.get_submodule(name.rpartition(".")[0]).is_transposed or not f".{name}".endswith(target):
+            continue
+        for expert in range(len(parameter)):
+            ends = [source.replace("*", str(expert)).removesuffix(".weight") for source in sources]
+            names = [name.removesuffix(target) + end for end in ends]
+            pieces[f"{name}.{expert}"] = [Piece(part, n, len(names)) for n, part in enumerate(names)]
     return pieces
 
 
@@ -150,7 +141,6 @@ def _expert_obstacle(model: PreTrainedModel, slices: Mapping[str, Stored]) -> st
 
 
 def _without_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """The unquantized model of the same configuration, on the meta device."""
     with torch.device("meta"):
         empty = type(model)._from_config(copy.deepcopy(model.config))
     as_linears(empty)
@@ -158,8 +148,7 @@ def _without_weights(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _preparing_obstacle(empty: PreTrainedModel, names: list[str]) -> str | None:
-    """transformers replaces weights by codes before it initializes what it did not find in the files, and
-    ties what is shared. Uses `empty` up."""
+    """transformers replaces weights by codes before it initializes and ties others. Uses `empty` up."""
     for name in names:
         linear = empty.get_submodule(name)
         del linear.weight

@@ -1,6 +1,5 @@
-"""What quantizing by a recipe will give, known from shapes alone: `plan_export`, for `--dry-run` and whoever
-has to know before any weight is read.
-"""
+"""What quantizing by a recipe will give, known from shapes alone: `plan_export`.
+It is for `--dry-run` and whoever has to know before any weight is read."""
 
 import math
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from bitassay.quantization.export.reload import expected_parts
 from bitassay.quantization.export.save import choose_layout
 from bitassay.quantization.recipe.calibration import Calibration
 from bitassay.quantization.recipe.recipe import Recipe
-from bitassay.quantization.recipe.solvers import Learned, Tune
+from bitassay.quantization.recipe.solvers import Tune
 from bitassay.quantization.recipe.transforms import Rotation, Smoothing
 from bitassay.quantization.recipe.weights import WeightScheme
 from bitassay.quantization.runtime.model import check_recipe, parameter_count
@@ -47,9 +46,7 @@ class Plan:
 
 
 def plan_export(model: PreTrainedModel, recipe: Recipe, layout: str | None = None) -> Plan:
-    """Check that `recipe` fits `model` (which may be on the meta device) and that every matrix can be saved.
-    Raises BitassayError where not.
-    """
+    """Check that `recipe` fits `model` (perhaps on the meta device) and can be saved; else BitassayError."""
     shapes = {name: (view.shape[0], view.shape[1]) for name, view in check_recipe(model, recipe).items()}
     ways = _planned(model, recipe, list(shapes))
     shapes |= {name: shapes[original(name)] for way in ways for name in way if is_replica(name)}
@@ -94,8 +91,7 @@ def plan_export(model: PreTrainedModel, recipe: Recipe, layout: str | None = Non
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the memory of calibration depends on: shapes of the quantized matrices, all parameters, and the
-    bits of all codes."""
+    """What the memory of calibration depends on: shapes of quantized matrices, parameters, bits of codes."""
 
     model: PreTrainedModel
     text: Calibration
@@ -112,20 +108,10 @@ def _solving(sizes: Sizes, streams: int = 0) -> int:
     return 4 * (sizes.parameters + weights) + sizes.bits // 8 + passing
 
 
-def _learning(spec: Learned, sizes: Sizes) -> int:
-    return _solving(sizes, layerwise.LEARNED_STREAMS)
-
-
 def _tuning(spec: Tune, sizes: Sizes) -> int:
     config, layers = sizes.model.config.get_text_config(), len(decoder_layers(sizes.model))
     return tune.memory_of(
-        spec,
-        sizes.text.tokens,
-        sizes.shapes,
-        layers,
-        config.hidden_size,
-        sizes.parameters,
-        config.vocab_size,
+        spec, sizes.text.tokens, sizes.shapes, layers, config.hidden_size, sizes.parameters, config.vocab_size
     )
 
 
@@ -137,12 +123,14 @@ def _untied_head(model: PreTrainedModel, rotation: Rotation) -> int:
 
 
 def _input_scales(model: PreTrainedModel, smoothing: Smoothing) -> int:
-    """Return how many numbers linears divide their inputs by at run time."""
     return sum(x.in_features for x in walk(model).linears.values()) if smoothing.at_run_time else 0
 
 
 # What parts of a recipe cost besides codes: bytes of memory while they run, and parameters that they add.
-MEMORY: dict[str, Callable[[Any, Sizes], int]] = {"learned": _learning, "tune": _tuning}
+MEMORY: dict[str, Callable[[Any, Sizes], int]] = {
+    "learned": lambda _, sizes: _solving(sizes, layerwise.LEARNED_STREAMS),
+    "tune": _tuning,
+}
 ADDED_PARAMETERS: dict[str, Callable[[PreTrainedModel, Any], int]] = {
     "rotation": _untied_head,
     "smoothing": _input_scales,
@@ -150,8 +138,7 @@ ADDED_PARAMETERS: dict[str, Callable[[PreTrainedModel, Any], int]] = {
 
 
 def _planned(model: PreTrainedModel, recipe: Recipe, names: list[str]) -> list[dict[str, Stored]]:
-    """Return how matrices will be stored, and those of copies; one way for each choice that mixed bits
-    have."""
+    """Return how matrices and copies will be stored, one way for each choice that mixed bits have."""
     spec = recipe.low_rank
     factors = Factors(rank=spec.rank, dtype=spec.dtype) if spec is not None and spec.rank else None
     return [

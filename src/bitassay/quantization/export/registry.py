@@ -1,5 +1,5 @@
-"""All export layouts, by the name that `save` and a folder's card give them. Those of installed packages are
-found by entry points in the group `bitassay.layouts`."""
+"""All export layouts, by the name that `save` and a folder's card give them.
+Those of installed packages are found by entry points in the group `bitassay.layouts`."""
 
 from bitassay.quantization.export import compressed, own
 from bitassay.quantization.export.layout import Layout

@@ -8,17 +8,13 @@ parameters, and transformers loads them: none may be missing and none left over.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
-from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
-from transformers.modeling_utils import str_to_torch_dtype
 
 from bitassay.errors import BitassayError, suggestion
 from bitassay.models.empty import empty_model
@@ -28,38 +24,19 @@ from bitassay.models.options import LoadOptions
 from bitassay.models.source import Source
 from bitassay.models.transposed import as_linears
 from bitassay.models.walk import decoder_layers, matrices, walk
-from bitassay.models.weights import weight_files
+from bitassay.models.weights import Entry, check_files
 from bitassay.quantization.codes import storage
 from bitassay.quantization.codes.storage import Stored
 from bitassay.quantization.codes.tensor import QuantizedTensor
-from bitassay.quantization.export.card import CARD_FILE, Card
+from bitassay.quantization.export.card import AGAIN, CARD_FILE, Card
 from bitassay.quantization.export.layout import Layout
 from bitassay.quantization.export.plain_load import Piece, exact_scales, joined, module_names
 from bitassay.quantization.export.registry import LAYOUTS
-from bitassay.quantization.inputs.activations import InputRounding
-from bitassay.quantization.recipe.calibration import UNTRUSTED
 from bitassay.quantization.recipe.recipe import Recipe
-from bitassay.quantization.recipe.replication import ReplicationPlan, Steps
 from bitassay.quantization.runtime.model import Quantization, with_tensors
 from bitassay.quantization.runtime.replicas import is_replica, replica_names
 from bitassay.quantization.transforms.folding import INPUT_SCALES
 from bitassay.record.progress import Progress, silent
-
-AGAIN = "save the model again with `bitassay quantize`"
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A tensor of a safetensors file, as the file's header describes it."""
-
-    file: Path
-    dtype: torch.dtype | None
-    shape: tuple[int, ...]
-    key: str
-
-    def read(self) -> Tensor:
-        with safe_open(self.file, framework="pt") as file:
-            return file.get_tensor(self.key)
 
 
 def load_quantized(
@@ -68,65 +45,56 @@ def load_quantized(
     """Load the quantized model that `card` describes, fake or `packed`, with its recipe in its identity."""
     read = partial(read_quantized, card=card, packed=packed)
     model = load_checkpoint(source, options, progress, read)
-    attach(model, identity=identity(model).with_recipe(card.recipe_id, card.recipe_name))
+    attach(model, identity=identity(model).with_recipe(card.recipe.recipe_id, card.recipe.name))
     return model
 
 
 def read_quantized(
     folder: Path, config: PretrainedConfig, options: LoadOptions, *, card: Card, packed: bool
 ) -> PreTrainedModel:
-    """Read the quantized model in `folder`, whose files `card` describes; fake, or `packed`. Raises
-    BitassayError that names the file where the two do not fit."""
-    dtype, layout = options.dtype, _layout(card, folder)
-    recipe, schemes = _recipe(card, folder), _schemes(card, layout, folder)
+    """Read the quantized model in `folder`, fake or `packed`. Raises BitassayError for an unfit card."""
+    with _naming(folder / CARD_FILE):
+        layout = _layout(card)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # type: ignore[attr-defined] # the codes are decoded here
-    empty = empty_model(config, dtype, trust_remote_code=options.trust_remote_code)
-    stored_as = stored_entries(folder)
+    empty = empty_model(config, options.dtype, trust_remote_code=options.trust_remote_code)
+    stored_as = check_files(folder)
     entries = {name: stored_as[key] for key, name in module_names(empty, stored_as).items()}
-    shapes = {name: (view.shape[0], view.shape[1]) for name, view in matrices(empty).items()}
-    described, plain = {}, dict(entries)
-    plan = recipe.replication
-    passes = _passes(plan, len(decoder_layers(empty)), card, folder)
-    copies = _copies(empty, plan, passes, [name for name in card.matrices if not is_replica(name)])
-    shapes |= {name: shapes[of] for name, of in copies.items() if of in shapes}
-    if missing := sorted(copies.keys() - card.matrices.keys()):
-        raise BitassayError(f"{folder / CARD_FILE}: matrices: {missing[0]} is not there", AGAIN)
-    for name, place in card.matrices.items():
-        if name not in shapes:
-            raise BitassayError(f"{folder / CARD_FILE}: the model has no matrix {name}", AGAIN)
-        described[name] = schemes[place]
+    with _naming(folder / CARD_FILE):
+        _check_passes(card, len(decoder_layers(empty)))
+        _check_inputs(card, walk(empty).linears)
+        shapes = _shapes(empty, card)
+    described = {name: card.schemes[place] for name, place in card.matrices.items()}
     parts = expected_parts(empty, layout, described, shapes)
     _check_parts(parts, entries, folder)
-    for key in parts:
-        plain.pop(key, None)
-    scales = _input_scales(empty, recipe, plain, folder)
+    plain = {key: entry for key, entry in entries.items() if key not in parts}
+    scales = _input_scales(empty, card.recipe, plain, folder)
     originals = {name for name in described if not is_replica(name)}
-    model = _with_plain_parameters(empty, config, folder, plain, originals, dtype, options.attention)
+    model = _with_plain_parameters(empty, config, folder, plain, originals, options)
     pieces = layout.pieces(empty)
     tensors = {
         name: _read_matrix(name, stored, shapes[name], layout, entries, pieces.get(name))
         for name, stored in described.items()
     }
-    parameters = _changed_parameters(model, card, scales, folder)
-    inputs = _inputs(model, recipe, card, folder)
-    _check_inputs(layout, inputs, described, entries, folder)
-    return with_tensors(model, Quantization(recipe, tensors, parameters, inputs, passes), packed=packed)
+    with _naming(folder / CARD_FILE):
+        parameters = _changed_parameters(model, card, scales)
+    for name, stored in described.items():  # what engines read of rounded inputs
+        rounding = card.inputs.get(name)
+        said = {f"{name}.{part}": value for part, value in layout.input_tensors(rounding).items()}
+        same = all(torch.equal(entries[key].read(), value) for key, value in said.items())
+        if not same or stored != layout.with_inputs(stored.model_copy(update={"inputs": None}), rounding):
+            raise BitassayError(f"{folder}: {CARD_FILE} and the files differ in the inputs of {name}", AGAIN)
+    made = Quantization(card.recipe, tensors, parameters, card.inputs, card.passes)
+    return with_tensors(model, made, packed=packed)
 
 
-def stored_entries(folder: Path) -> dict[str, Entry]:
-    """Return what the safetensors files of a folder hold, by name, from their headers alone. Raises
-    BitassayError where two files hold the same name."""
-    entries: dict[str, Entry] = {}
-    for path in weight_files(folder):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (not a dict)
-                if name in entries:
-                    raise BitassayError(f"{path}: {name} is in {entries[name].file.name} too", AGAIN)
-                header = file.get_slice(name)
-                dtype = str_to_torch_dtype.get(header.get_dtype())
-                entries[name] = Entry(path, dtype, tuple(header.get_shape()), name)
-    return entries
+@contextmanager
+def _naming(where: str | Path) -> Iterator[None]:
+    """Say in errors which file is wrong."""
+    try:
+        yield
+    except BitassayError as error:
+        raise BitassayError(f"{where}: {error.problem}", error.remedy or AGAIN) from error
 
 
 def _check_parts(parts: storage.Expected, entries: dict[str, Entry], folder: Path) -> None:
@@ -167,7 +135,6 @@ def _read_matrix(
     entries: dict[str, Entry],
     pieces: list[Piece] | None = None,
 ) -> QuantizedTensor:
-    """A matrix, or one that is joined from pieces."""
     if pieces is not None:
         size = (shape[0] // len(pieces), shape[1])
         exact = exact_scales(stored)
@@ -182,22 +149,13 @@ def _read_matrix(
         return layout.read_tensor(parts, stored, shape)
 
 
-@contextmanager
-def _naming(where: str) -> Iterator[None]:
-    try:
-        yield
-    except BitassayError as error:
-        raise BitassayError(f"{where}: {error.problem}", error.remedy or AGAIN) from error
-
-
 def _with_plain_parameters(
     empty: PreTrainedModel,
     config: PretrainedConfig,
     folder: Path,
     plain: dict[str, Entry],
     quantized: set[str],
-    dtype: torch.dtype,
-    attention: str | None,
+    options: LoadOptions,
 ) -> PreTrainedModel:
     """The model with every parameter but the quantized matrices, whose memory is not even touched."""
     expected = empty.state_dict()  # shapes as files have them
@@ -205,13 +163,13 @@ def _with_plain_parameters(
     for name in quantized:
         key = f"{name}.weight" if f"{name}.weight" in expected else name.rpartition(".")[0]
         if key not in state:
-            state[key] = torch.empty(expected[key].shape, dtype=dtype)
+            state[key] = torch.empty(expected[key].shape, dtype=options.dtype)
     model, report = type(empty).from_pretrained(  # type: ignore[misc]
         None,
         config=config,
         state_dict=state,
-        dtype=dtype,
-        attn_implementation=attention,
+        dtype=options.dtype,
+        attn_implementation=options.attention,
         ignore_mismatched_sizes=True,  # reported by check_keys, with names
         output_loading_info=True,
     )
@@ -243,121 +201,66 @@ def _input_scales(
     return scales
 
 
-def _changed_parameters(
-    model: PreTrainedModel, card: Card, scales: dict[str, Tensor], folder: Path
-) -> dict[str, Tensor]:
+def _changed_parameters(model: PreTrainedModel, card: Card, scales: dict[str, Tensor]) -> dict[str, Tensor]:
     # A tied head has no name of its own among the parameters.
     parameters = dict(model.named_parameters(remove_duplicate=False)) | scales
     if missing := sorted(scales.keys() - set(card.parameters)):
-        raise BitassayError(f"{folder / CARD_FILE}: parameters: {missing[0]} is not there", AGAIN)
-    for name in card.parameters:
-        if name not in parameters:
-            raise BitassayError(f"{folder / CARD_FILE}: the model has no parameter {name}", AGAIN)
+        raise BitassayError(f"parameters: {missing[0]} is not there")
+    if unknown := [name for name in card.parameters if name not in parameters]:
+        raise BitassayError(f"the model has no parameter {unknown[0]}")
     return {name: parameters[name].detach() for name in card.parameters}
 
 
-def _inputs(model: PreTrainedModel, recipe: Recipe, card: Card, folder: Path) -> dict[str, InputRounding]:
-    linears, inputs, part, plan = walk(model).linears, {}, recipe.activations, recipe.replication
+def _check_inputs(card: Card, linears: Mapping[str, nn.Linear]) -> None:
+    part, plan = card.recipe.activations, card.recipe.replication
     formats = {name: s.format for name in linears if part is not None and (s := part.scheme_for(name))}
-    if {name: said.get("format") for name, said in card.inputs.items()} != formats:
-        raise BitassayError(f"{folder / CARD_FILE}: inputs are not those of the recipe's activations", AGAIN)
-    for name, said in card.inputs.items():
-        try:
-            rounding = TypeAdapter(InputRounding).validate_python(said)
-        except ValidationError as error:
-            raise BitassayError(f"{folder / CARD_FILE}: inputs of {name}: {_first(error)}", AGAIN) from error
+    if {name: rounding.format for name, rounding in card.inputs.items()} != formats:
+        raise BitassayError("inputs are not those of the recipe's activations")
+    several = plan.copies if plan is not None and plan.averages_inputs else 1
+    for name, rounding in card.inputs.items():
         if rounding.outliers and max(rounding.outliers) >= linears[name].in_features:
-            raise BitassayError(
-                f"{folder / CARD_FILE}: inputs of {name}: it has no column {max(rounding.outliers)}", AGAIN
-            )
-        several = plan.copies if plan is not None and plan.averages_inputs else 1
+            raise BitassayError(f"inputs of {name}: it has no column {max(rounding.outliers)}")
         if rounding.copy is not None or not 1 <= rounding.copies <= several:
-            raise BitassayError(
-                f"{folder / CARD_FILE}: inputs of {name}: copies that the recipe has not", AGAIN
-            )
-        inputs[name] = rounding
-    return inputs
+            raise BitassayError(f"inputs of {name}: copies that the recipe has not")
 
 
-def _check_inputs(
-    layout: Layout,
-    inputs: dict[str, InputRounding],
-    described: dict[str, Stored],
-    entries: dict[str, Entry],
-    folder: Path,
-) -> None:
-    """What engines read of rounded inputs has to be what the card says."""
-    for name, stored in described.items():
-        rounding = inputs.get(name)
-        said = layout.input_tensors(rounding)
-        if stored != layout.with_inputs(stored.model_copy(update={"inputs": None}), rounding) or any(
-            not torch.equal(entries[f"{name}.{part}"].read(), value) for part, value in said.items()
-        ):
-            raise BitassayError(f"{folder}: {CARD_FILE} and the files differ in the inputs of {name}", AGAIN)
+def _check_passes(card: Card, layers: int) -> None:
+    """Raise BitassayError for other passes than the recipe asks for, as far as it says."""
+    plan, passes = card.recipe.replication, card.passes
+    if plan is None or not plan.at_run_time:
+        fits = not passes
+    else:
+        measured = {index: plan.copies for index in passes if 0 <= index < layers}
+        known, fitted = plan.known_counts(layers), plan.coefficients == "fitted"
+        counts = {index: steps.count for index, steps in passes.items()}
+        fits = counts == (measured if known is None else known)
+        fits = fits and (fitted or all(steps == plan.steps(steps.count) for steps in passes.values()))
+    if not fits:
+        raise BitassayError("passes: not those of the recipe's replication")
 
 
-def _passes(plan: ReplicationPlan | None, layers: int, card: Card, folder: Path) -> dict[int, Steps]:
-    """The passes of the layers that have several, which must be those that the recipe asks for, as far as it
-    says."""
-    where = f"{folder / CARD_FILE}: passes"
-    try:
-        passes = TypeAdapter(dict[int, Steps]).validate_python(card.passes)
-    except ValidationError as error:
-        raise BitassayError(f"{where}: {_first(error)}", AGAIN) from error
-    wanted = {} if plan is None or not plan.at_run_time else plan.known_counts(layers)
-    if wanted is None:  # the layers were measured
-        wanted = {i: plan.copies for i in passes if 0 <= i < layers} if plan is not None else {}
-    said = {index: steps.count for index, steps in passes.items()}
-    if said != wanted or (
-        plan is not None
-        and plan.coefficients != "fitted"
-        and any(steps != plan.steps(steps.count) for steps in passes.values())
-    ):
-        raise BitassayError(f"{where}: not those of the recipe's replication", AGAIN)
-    return passes
+def _shapes(model: PreTrainedModel, card: Card) -> dict[str, tuple[int, int]]:
+    """Return the shapes of the model's matrices and of layers' copies of them, which the card must name."""
+    shapes = {name: (view.shape[0], view.shape[1]) for name, view in matrices(model).items()}
+    plan = card.recipe.replication
+    names = [name for name in card.matrices if name in shapes and not is_replica(name)]
+    for index, steps in card.passes.items() if plan is not None and plan.makes_codes else ():
+        for name in names:
+            shapes |= dict.fromkeys(replica_names(model, index, name, steps.count), shapes[name])
+    if missing := sorted(name for name in shapes if is_replica(name) and name not in card.matrices):
+        raise BitassayError(f"matrices: {missing[0]} is not there")
+    if unknown := [name for name in card.matrices if name not in shapes]:
+        raise BitassayError(f"the model has no matrix {unknown[0]}")
+    return shapes
 
 
-def _copies(
-    model: PreTrainedModel, plan: ReplicationPlan | None, passes: dict[int, Steps], names: list[str]
-) -> dict[str, str]:
-    """The matrices of layers' copies that have codes of their own, each with the one that it is a copy of."""
-    if plan is None or not plan.makes_codes:
-        return {}
-    return {
-        copy: name
-        for index, steps in passes.items()
-        for name in names
-        for copy in replica_names(model, index, name, steps.count)
-    }
-
-
-def _recipe(card: Card, folder: Path) -> Recipe:
-    try:
-        return Recipe.model_validate(card.recipe, context=UNTRUSTED)
-    except ValidationError as error:
-        raise BitassayError(f"{folder / CARD_FILE}: recipe: {_first(error)}", AGAIN) from error
-
-
-def _layout(card: Card, folder: Path) -> Layout:
+def _layout(card: Card) -> Layout:
     if card.layout not in LAYOUTS:
-        problem = f"{folder / CARD_FILE}: layout: no {card.layout!r}; {suggestion(card.layout, LAYOUTS)}"
-        raise BitassayError(problem, "install the package that adds the layout, or save the model again")
-    return LAYOUTS[card.layout]
-
-
-def _schemes(card: Card, layout: Layout, folder: Path) -> list[Stored]:
-    try:
-        schemes = [Stored.model_validate(scheme) for scheme in card.schemes]
-    except ValidationError as error:
-        raise BitassayError(f"{folder / CARD_FILE}: schemes: {_first(error)}", AGAIN) from error
-    if max(card.matrices.values()) >= len(schemes):
-        raise BitassayError(f"{folder / CARD_FILE}: matrices: no such place in schemes", AGAIN)
-    for scheme in schemes:
-        if why := layout.matrix_obstacle(scheme):
-            raise BitassayError(f"{folder / CARD_FILE}: schemes: {why}", AGAIN)
-    return schemes
-
-
-def _first(error: ValidationError) -> str:
-    first = error.errors()[0]
-    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        remedy = "install the package that adds the layout, or save the model again"
+        raise BitassayError(f"layout: no {card.layout!r}; {suggestion(card.layout, LAYOUTS)}", remedy)
+    layout = LAYOUTS[card.layout]
+    if max(card.matrices.values()) >= len(card.schemes):
+        raise BitassayError("matrices: no such place in schemes")
+    if why := next(filter(None, map(layout.matrix_obstacle, card.schemes)), None):
+        raise BitassayError(f"schemes: {why}")
+    return layout

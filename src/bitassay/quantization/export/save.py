@@ -5,9 +5,7 @@ wherever that holds the model exactly; else our own (`own.py`), which `bitassay.
 not quantized lies beside the codes as ordinary parameters, and `bitassay.json` says what the folder is.
 """
 
-import json
 import shutil
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import get_args
@@ -38,29 +36,27 @@ from bitassay.quantization.runtime.model import (
 )
 from bitassay.quantization.runtime.replicas import is_replica
 from bitassay.record.files import atomic_folder, write_json
-from bitassay.record.hashing import canonical_json, digest_file
+from bitassay.record.hashing import digest_file
 from bitassay.record.progress import Progress, silent
 
 MARGIN_BYTES = 2**24  # configuration, tokenizer and file headers
 
 
 def save(
-    model: PreTrainedModel,
-    folder: str | Path,
-    *,
-    layout: str | None = None,
-    progress: Progress = silent,
+    model: PreTrainedModel, folder: str | Path, *, layout: str | None = None, progress: Progress = silent
 ) -> Card:
     """Write a model that `quantize` made, fake or packed, into `folder`, which must not exist or be empty.
-
     layout: a name in `LAYOUTS`; None takes compressed-tensors where it is exact, else our own; the card says
     which it was. Asked for, compressed-tensors also says that inputs are rounded, which engines do by steps
-    of their own.
-    Everything that the recipe left alone is stored in the model's dtype; tokenizer and generation settings go
-    along, and `bitassay.json` says what the folder is. Raises BitassayError where the layout asked for cannot
-    express a scheme exactly, MissingError where the disk is too small.
-    """
-    folder, quantization, base = Path(folder), _quantization(model), identity(model)
+    of their own. Everything that the recipe left alone is stored in the model's dtype; tokenizer and
+    generation settings go along, and `bitassay.json` says what the folder is. Raises BitassayError where the
+    layout asked for cannot express a scheme exactly, MissingError where the disk is too small."""
+    folder, quantization, base = Path(folder), quantization_of(model), identity(model)
+    if quantization is None or not quantization.tensors:
+        raise BitassayError(
+            "this model is not quantized, so there is nothing to export",
+            "bitassay.quantize(model, recipe='w4') first",
+        )
     dtype, dtypes = str(model.dtype).removeprefix("torch."), get_args(Card.model_fields["dtype"].annotation)
     if dtype not in dtypes:
         raise BitassayError(f"a checkpoint holds {', '.join(dtypes)}, not {dtype}", f"load it in {dtypes[0]}")
@@ -78,9 +74,7 @@ def save(
     state = _other_parameters(model, quantization) | parts
     check_space(folder, _bytes(state))
     weights = quantized_weights(quantization.tensors)
-    schemes = {
-        scheme: place for place, scheme in enumerate(dict.fromkeys(map(_canonical, descriptions.values())))
-    }
+    schemes = tuple(dict.fromkeys(descriptions.values()))
     progress(f"writing {folder}")
     with atomic_folder(folder) as temporary:
         original = _original_format(model, storing, descriptions)
@@ -91,12 +85,12 @@ def save(
         card = Card(
             schema_version=1,
             layout=chosen,
-            recipe=quantization.recipe.model_dump(mode="json"),
-            schemes=tuple(json.loads(scheme) for scheme in schemes),
-            matrices={name: schemes[_canonical(stored)] for name, stored in descriptions.items()},
+            recipe=quantization.recipe,
+            schemes=schemes,
+            matrices={name: schemes.index(stored) for name, stored in descriptions.items()},
             parameters=tuple(quantization.parameters),
-            inputs={name: asdict(rounding) for name, rounding in quantization.inputs.items()},
-            passes={index: asdict(steps) for index, steps in quantization.passes.items()},
+            inputs=quantization.inputs,
+            passes=quantization.passes,
             base=Base(
                 name=base.name,
                 origin=base.source.origin,
@@ -127,8 +121,7 @@ def reload_difference(
     trust_remote_code: bool = False,
 ) -> float:
     """Return the largest difference between the logits of `model` and of the folder, in the model's dtype: as
-    plain transformers loads it where it can, else as `bitassay.load` does.
-    """
+    plain transformers loads it where it can, else as `bitassay.load` does."""
     card = read_card(Path(folder))
     if card is not None and not LAYOUTS[card.layout].is_plain:
         options = LoadOptions(model.dtype, model.device, attention_of(model), trust_remote_code)
@@ -149,8 +142,7 @@ def choose_layout(
     model: PreTrainedModel, recipe: Recipe, matrices: dict[str, Stored], wanted: str | None = None
 ) -> tuple[str, str | None]:
     """Return `wanted`, or compressed-tensors where it is exact, else our own, with the reason. Raises
-    BitassayError where there is no such layout, or that names what the wanted one cannot hold.
-    """
+    BitassayError that names what the wanted one cannot hold, or for an unknown one."""
     name = wanted or STANDARD
     why = LAYOUTS[name].obstacle(model, recipe, matrices, wanted is not None)
     if wanted is not None and why:
@@ -174,18 +166,7 @@ def _original_format(model: PreTrainedModel, layout: Layout, matrices: dict[str,
     return plain_load.keeps_names(model) and (not experts or in_codes)
 
 
-def _quantization(model: PreTrainedModel) -> Quantization:
-    quantization = quantization_of(model)
-    if quantization is None or not quantization.tensors:
-        raise BitassayError(
-            "this model is not quantized, so there is nothing to export",
-            "bitassay.quantize(model, recipe='w4') first",
-        )
-    return quantization
-
-
 def _parts(model: PreTrainedModel, quantization: Quantization, layout: Layout) -> dict[str, Tensor]:
-    """Codes and all that belongs to them."""
     stored: dict[str, dict[str, Tensor]] = {}
     pieces = layout.pieces(model)
     for name, tensor in quantization.tensors.items():
@@ -199,27 +180,17 @@ def _parts(model: PreTrainedModel, quantization: Quantization, layout: Layout) -
 
 def _other_parameters(model: PreTrainedModel, quantization: Quantization) -> dict[str, Tensor]:
     """What is stored as it is: all but the quantized matrices, of which fused experts are slices."""
-    experts = {name.rpartition(".")[0] for name in quantization.tensors}
-    fully_quantized = {
-        key
-        for key, fused in walk(model).experts.items()
-        if key in experts and all(f"{key}.{place}" in quantization.tensors for place in range(len(fused)))
-    }
+    codes, fused = quantization.tensors, walk(model).experts.items()
+    stacks = {key for key, stack in fused if all(f"{key}.{place}" in codes for place in range(len(stack)))}
     return {
         key: value
         for key, value in model.state_dict().items()
-        if key.removesuffix(".weight") not in quantization.tensors
-        and key not in fully_quantized
-        and not is_replica(key)
+        if not (key.removesuffix(".weight") in codes or key in stacks or is_replica(key))
     }
 
 
-def _canonical(stored: Stored) -> str:
-    return canonical_json(stored.model_dump(mode="json"))
-
-
 def _bytes(tensors: dict[str, Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def check_space(folder: Path, needed_bytes: int) -> None:

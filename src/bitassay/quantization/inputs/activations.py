@@ -108,8 +108,7 @@ def input_codes(x: Float[Tensor, "tokens in"], rounding: InputRounding) -> Codes
 
 
 def rounded_inputs(x: Float[Tensor, "... in"], rounding: InputRounding) -> Float[Tensor, "... in"]:
-    """Return `x'`, what the codes stand for, in the dtype of `x`; outlier columns as they are. A token that
-    holds NaN or infinity gives NaN."""
+    """Return what the codes stand for, in the dtype of `x`, NaN for a token that is not finite."""
     tokens, rounded = x.reshape(-1, x.shape[-1]), torch.zeros((), device=x.device)
     copies = range(rounding.copies) if rounding.copy is None else [rounding.copy]
     for copy in copies:

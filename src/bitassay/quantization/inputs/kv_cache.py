@@ -14,6 +14,7 @@ Sources: KIVI (2402.02750) rounds values per token as here, but keys per channel
 recent tokens in 16 bits; that is left out. So are formats below 4 bits, which without it are of no use.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,10 +44,8 @@ def _part_bytes(spec: KvCache, width: int) -> tuple[int, int, int]:
 
 
 def token_bytes(config: PretrainedConfig, spec: KvCache | None) -> int:
-    """Return the bytes that a token takes in the caches of all layers, at 16 bits a number without a `spec`.
-
-    Raises BitassayError for a model whose cache does not hold a key and a value a head.
-    """
+    """Return the bytes of a token in all caches, at 16 bits without a `spec`. Raises BitassayError for a
+    model whose cache does not hold a key and a value a head."""
     text = config.get_text_config(decoder=True)
     if getattr(text, "kv_lora_rank", None) is not None:
         raise BitassayError(f"{text.model_type} caches a compressed state: its size is not counted here")
@@ -133,14 +132,11 @@ class PackedCache(DynamicCache):
     def stored_bytes(self) -> int:
         """What all layers hold."""
         held = [part for keys, values, _ in self for part in (keys, values) if part is not None]
-        return sum(part.numel() * part.element_size() for part in held)
+        return sum(part.nbytes for part in held)
 
 
 def round_cache(model: PreTrainedModel, spec: KvCache) -> None:
-    """Make `model` round, in place, all that its attention caches or would cache.
-
-    Raises BitassayError for decoder layers without attention of the usual kind.
-    """
+    """Make `model` round all that its attention caches. Raises BitassayError for layers without any."""
     layers = decoder_layers(model)
     attentions = [module for layer in layers if (module := getattr(layer, "self_attn", None)) is not None]
     if len(attentions) < len(layers):
@@ -150,7 +146,7 @@ def round_cache(model: PreTrainedModel, spec: KvCache) -> None:
             "leave kv_cache out of the recipe",
         )
     for attention in attentions:
-        attention.register_forward_pre_hook(_RoundedEntry(spec), with_kwargs=True)
+        attention.register_forward_pre_hook(partial(_round_entry, spec), with_kwargs=True)
     object.__setattr__(model, "kv_cache", spec)  # nn.Module's own is for tensors and modules
 
 
@@ -161,8 +157,7 @@ def empty_cache(model: PreTrainedModel) -> DynamicCache:
 
 
 def cache_to_crop(model: PreTrainedModel) -> DynamicCache:
-    """Return an empty cache from which tokens can be taken away again. Raises BitassayError for a model that
-    keeps something else than keys and values."""
+    """Return an empty cache from which tokens can be taken again. Raises BitassayError for states."""
     if not keeps_positions(model):
         raise BitassayError(
             f"{type(model).__name__} keeps a state from which no token can be taken away again",
@@ -173,20 +168,12 @@ def cache_to_crop(model: PreTrainedModel) -> DynamicCache:
     return cache
 
 
-class _RoundedEntry:
-    """The hook of `round_cache`."""
-
-    def __init__(self, spec: KvCache):
-        self.spec = spec
-
-    def __call__(
-        self, module: nn.Module, arguments: tuple, options: dict[str, Any]
-    ) -> tuple[tuple, dict[str, Any]]:
-        cache = options.get("past_key_values")
-        # A packed cache, or what stands for one while a copy of a layer runs, rounds by itself.
-        if getattr(cache, "spec", None) == self.spec:
-            return arguments, options
-        return arguments, options | {"past_key_values": _RoundedUpdates(cache, self.spec)}
+def _round_entry(spec: KvCache, _module: nn.Module, arguments: tuple, options: dict[str, Any]) -> Any:
+    cache = options.get("past_key_values")
+    # A packed cache, or what stands for one while a copy of a layer runs, rounds by itself.
+    if getattr(cache, "spec", None) == spec:
+        return arguments, options
+    return arguments, options | {"past_key_values": _RoundedUpdates(cache, spec)}
 
 
 class _RoundedUpdates:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError, suggestion
 from bitassay.models.cache import last_logits
-from bitassay.models.hooks import hooked
+from bitassay.models.hooks import hooked, reading
 from bitassay.models.walk import walk
 from bitassay.quantization.inputs.activations import InputRounding
 from bitassay.quantization.inputs.thresholds import (
@@ -27,6 +27,7 @@ from bitassay.quantization.inputs.thresholds import (
 )
 from bitassay.quantization.recipe.formats import NumberFormat
 from bitassay.quantization.recipe.inputs import Activations, InputScheme, OutlierColumns
+from bitassay.quantization.shapes import Columns, Matrix
 from bitassay.record.progress import Progress, silent
 
 SAMPLED_TOKENS = 256
@@ -34,18 +35,17 @@ SAMPLED_TOKENS = 256
 
 @dataclass(frozen=True)
 class Ranges:
-    """The inputs of one linear, over all calibration tokens; batches in their order; the sample in the
-    model's dtype."""
+    """The inputs of one linear over all calibration tokens; the sample is in the model's dtype."""
 
     batch_low: Float[Tensor, "batches in"]
     batch_high: Float[Tensor, "batches in"]
-    mean: Float[Tensor, " in"]
-    mean_square: Float[Tensor, " in"]
-    mean_magnitude: Float[Tensor, " in"]
+    mean: Columns
+    mean_square: Columns
+    mean_magnitude: Columns
     sample: Float[Tensor, "sampled in"]
 
     @property
-    def absmax(self) -> Float[Tensor, " in"]:
+    def absmax(self) -> Columns:
         """The largest magnitude in each column."""
         return torch.maximum(self.batch_high.amax(0), -self.batch_low.amin(0))
 
@@ -69,7 +69,8 @@ def collect_ranges(
         batches = [row[None] for row in batches]
     linears = walk(model).linears
     watched = {name: _Watch(linears[name], len(batches)) for name in (linears if names is None else names)}
-    with hooked(linears[name].register_forward_pre_hook(watch) for name, watch in watched.items()):
+    modules = {name: linears[name] for name in watched}
+    with hooked(reading(modules, lambda name, x: watched[name].add(x))):
         for done, batch in enumerate(batches):
             progress("reading calibration text", done, len(batches))
             model(batch.to(model.device), use_cache=False, **last_logits(model, 1))
@@ -78,8 +79,6 @@ def collect_ranges(
 
 
 class _Watch:
-    """A forward pre-hook that gathers what `Ranges` holds."""
-
     def __init__(self, linear: nn.Linear, batches: int):
         self.low: list[Tensor] = []
         self.high: list[Tensor] = []
@@ -89,8 +88,8 @@ class _Watch:
         self.magnitude = torch.zeros_like(self.total)
         self.count, self.quota = 0, -(-SAMPLED_TOKENS // batches)
 
-    def __call__(self, _module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        tokens = arguments[0].reshape(-1, arguments[0].shape[-1])
+    def add(self, x: Tensor) -> None:
+        tokens = x.reshape(-1, x.shape[-1])
         if not len(tokens):  # an expert that this batch did not reach
             return
         exact = tokens.float()
@@ -118,12 +117,9 @@ class _Watch:
 def input_roundings(
     model: PreTrainedModel, spec: Activations, ranges: Mapping[str, Ranges] | None = None
 ) -> dict[str, InputRounding]:
-    """Return what `spec` comes to for each linear of the decoder layers, by name.
-
-    ranges: from `collect_ranges` on this model, with the weights and norms it is to have; only needed where
-    `spec.needs_text`. Raises BitassayError for an override that matches nothing, and for fused
-    experts, whose inputs no linear sees.
-    """
+    """Return what `spec` comes to for each linear of the decoder layers, by name. ranges: of this model with
+    its final weights and norms, needed where `spec.needs_text`. Raises BitassayError for an override that
+    matches nothing, and for fused experts, whose inputs no linear sees."""
     parts, kind = walk(model), type(model).__name__
     names = [*parts.linears, *parts.experts]
     for override in spec.overrides:
@@ -154,9 +150,7 @@ def input_roundings(
 
 
 @torch.no_grad()
-def rounding_from(
-    scheme: InputScheme, ranges: Ranges | None, weight: Float[Tensor, "out in"]
-) -> InputRounding:
+def rounding_from(scheme: InputScheme, ranges: Ranges | None, weight: Matrix) -> InputRounding:
     """Return the rounding of one linear; thresholds are those of the columns that are no outliers."""
     if ranges is None or (outliers := scheme.outliers) is None:
         columns: tuple[int, ...] = ()

@@ -30,6 +30,7 @@ from torch import Tensor
 from bitassay.quantization.codes.grid import Grid
 from bitassay.quantization.codes.rounding import nearest
 from bitassay.quantization.recipe.formats import NumberFormat
+from bitassay.quantization.shapes import Columns
 
 HISTOGRAM_BINS = 2048
 LEARNING_STEPS = 120
@@ -66,8 +67,7 @@ def moving_average(maxima: list[float], momentum: float) -> float:
 
 
 def kl_threshold(x: Float[Tensor, "..."], levels: int, bins: int = HISTOGRAM_BINS) -> float:
-    """Return the upper edge of the last bin that is not clipped, out of `bins` up to the largest magnitude;
-    `levels`: codes of one sign, 128 for int8."""
+    """Return the edge of the last of `bins` bins that is not clipped; `levels`: codes of one sign."""
     magnitudes = x.abs().flatten().float().cpu().numpy()
     largest = float(magnitudes.max())
     if largest == 0 or not math.isfinite(largest):
@@ -95,9 +95,7 @@ def _clipped_divergence(counts: np.ndarray, kept: int, levels: int) -> float:
     return float((p * np.log(p / q)).sum())
 
 
-def learned_threshold(
-    x: Float[Tensor, "rows in"], column_weight: Float[Tensor, " in"], fmt: NumberFormat
-) -> float:
+def learned_threshold(x: Float[Tensor, "rows in"], column_weight: Columns, fmt: NumberFormat) -> float:
     """Descend (by Adam) on log s from the absmax scale; return the T of the step with the least error."""
     x = x.float()
     start = x.abs().max().clamp(min=torch.finfo(torch.float32).tiny) / fmt.largest

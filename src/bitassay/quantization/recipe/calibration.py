@@ -6,9 +6,7 @@ GPTQ. A text of one's own should be what the model is used for, and none that qu
 
 from typing import Any, Literal
 
-from jaxtyping import Int
 from pydantic import Field, field_validator
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from bitassay.data.corpora import is_pinned, pinned
@@ -16,6 +14,7 @@ from bitassay.data.windows import Protocol, TooShortError
 from bitassay.errors import BitassayError
 from bitassay.models.positions import context_length, model_windows
 from bitassay.quantization.recipe.spec import Spec
+from bitassay.quantization.shapes import Tokens
 
 UNTRUSTED = "untrusted"  # of a recipe that is validated: it may not make us look at files
 
@@ -51,9 +50,8 @@ def check_calibration(model: PreTrainedModel, spec: Calibration) -> None:
         raise BitassayError(f"calibration: {spec.samples} samples", "samples: 1 or more")
 
 
-def calibration_tokens(model: PreTrainedModel, spec: Calibration) -> Int[Tensor, "samples tokens"]:
-    """Return the windows as the model's token ids. Raises BitassayError where the corpus is unknown or too
-    short, or a window longer than what the model reads."""
+def calibration_tokens(model: PreTrainedModel, spec: Calibration) -> Tokens:
+    """Return the windows as token ids. Raises BitassayError for an unknown or too short corpus."""
     check_calibration(model, spec)
     protocol = Protocol(spec.corpus, window_tokens=spec.tokens, windows=spec.samples)
     try:

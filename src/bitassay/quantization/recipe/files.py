@@ -25,8 +25,7 @@ OTHER_TOOLS = {
 
 
 def recipe_file(name: str) -> Path:
-    """Return the YAML file of a recipe: one that is shipped under that name, or a path. Raises BitassayError
-    where there is none."""
+    """Return the file of a shipped recipe or a path. Raises BitassayError where there is none."""
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
         return path
@@ -45,8 +44,7 @@ def recipe_file(name: str) -> Path:
 
 
 def read_recipe_file(path: Path) -> dict[Any, Any]:
-    """Read the fields of a recipe's file, not checked further. Raises BitassayError where it holds something
-    else, and says what, where that is known."""
+    """Read the fields of a recipe's file. Raises BitassayError that says what else it holds."""
     content = read_yaml(path)
     if not isinstance(content, dict):
         what = "empty" if content is None else f"a {type(content).__name__}, not fields"

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bitassay.errors import BitassayError
+from bitassay.quantization.shapes import Matrix, PerGroup
 
 # [groups, size]; unnamed, since the members of a list differ in both
 Groups = Float[Tensor, "_ _"]
@@ -22,8 +23,7 @@ Groups = Float[Tensor, "_ _"]
 
 @dataclass(frozen=True)
 class Granularity:
-    """`group_size` is None for `tensor` and `channel`, and for adaptive groups, which have `block_sizes`, and
-    `digits` once they are settled."""
+    """`group_size` is of groups of one size, `block_sizes` of adaptive ones, `digits` of settled ones."""
 
     name: str
     group_size: int | None = None
@@ -32,8 +32,7 @@ class Granularity:
 
     @classmethod
     def parse(cls, text: str) -> "Granularity":
-        """Parse `tensor`, `channel`, `g` and a positive number, or `adaptive` and an even one. Raises
-        BitassayError for any other text."""
+        """Parse a name as the top of this file has it. Raises BitassayError for any other text."""
         if text in ("tensor", "channel"):
             return cls(text)
         if match := re.fullmatch(r"g([1-9][0-9]{0,6})", text):
@@ -63,8 +62,7 @@ class Granularity:
         return 0 if self.block_sizes is None else 8 * math.ceil(len(self.blocks(columns)) / 5)
 
     def spans(self, columns: int) -> list[tuple[int, int, int]]:
-        """Return `(start, stop, size)` of runs of equal groups of a row: the full ones, then a shorter last.
-        Raises BitassayError where adaptive groups are those of another number of columns."""
+        """Return `(start, stop, size)` of runs of equal groups of a row; the last may be a shorter one."""
         if self.block_sizes is None:
             return _runs(0, columns, self.group_size or columns)
         assert self.digits is not None, "adaptive groups that nobody has chosen"
@@ -90,20 +88,17 @@ class Granularity:
             return rows, -(-columns // self.block_sizes[1])
         return rows, sum((stop - start) // size for start, stop, size in self.spans(columns))
 
-    def to_groups(self, matrix: Float[Tensor, "out in"]) -> list[Groups]:
-        """Cut the matrix into groups, a tensor `[groups, size]` for each run of equal groups of a row; in it
-        they go row by row, left to right."""
+    def to_groups(self, matrix: Matrix) -> list[Groups]:
+        """Cut the matrix into groups row by row, a tensor `[groups, size]` for each run of equal groups."""
         if self.name == "tensor":
             return [matrix.reshape(1, -1)]
         return [matrix[:, start:stop].reshape(-1, size) for start, stop, size in self.spans(matrix.shape[1])]
 
-    def from_groups(self, parts: list[Groups], rows: int) -> Float[Tensor, "out in"]:
+    def from_groups(self, parts: list[Groups], rows: int) -> Matrix:
         """Invert `to_groups`; also joins one number a group into `[rows, groups]` (or `[1, 1]`)."""
         return torch.cat([part.reshape(1 if part.numel() == 1 else rows, -1) for part in parts], dim=1)
 
-    def scales_to_groups(
-        self, scales: Float[Tensor, "rows groups"], columns: int
-    ) -> list[Float[Tensor, "_ 1"]]:
+    def scales_to_groups(self, scales: PerGroup, columns: int) -> list[Float[Tensor, "_ 1"]]:
         """Return scales `[rows, groups]` as one column for each tensor that `to_groups` returns."""
         if self.name == "tensor":
             return [scales.reshape(1, 1)]

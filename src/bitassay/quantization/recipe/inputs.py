@@ -1,16 +1,14 @@
-"""Specs of what is rounded besides weights: the inputs of linears, and the KV cache. The algorithms are
-`inputs/`."""
+"""Specs of what is rounded besides weights: inputs of linears, KV cache. Algorithms: `inputs/`."""
 
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, field_validator, model_serializer, model_validator
+from pydantic import Field, field_validator
 
-from bitassay.errors import suggestion
 from bitassay.quantization.recipe.formats import FORMATS, INPUT_FORMATS, NumberFormat
 from bitassay.quantization.recipe.granularity import Granularity
-from bitassay.quantization.recipe.spec import RecipePart, Spec
+from bitassay.quantization.recipe.spec import RecipePart, Spec, one_of, option
 from bitassay.quantization.recipe.weights import WeightScheme
 
 if TYPE_CHECKING:
@@ -23,23 +21,21 @@ class OutlierColumns(Spec):
     sigma: float | None = Field(default=None, gt=0)
     percentile: float | None = Field(default=None, gt=0, lt=100)
 
-    @model_validator(mode="after")
-    def _one_rule(self) -> "OutlierColumns":
+    def contradictions(self) -> Iterator[str]:
         if (self.sigma is None) == (self.percentile is None):
-            raise ValueError("give sigma or percentile, such as {sigma: 6}")
-        return self
+            yield "give sigma or percentile, such as {sigma: 6}"
 
 
 class InputScheme(Spec):
     """How the input of one linear is rounded."""
 
-    format: str = "int8"
+    format: Annotated[str, one_of(INPUT_FORMATS, "input format")] = "int8"
     symmetric: bool = True
     scale: Literal["dynamic", "absmax", "percentile", "moving_average", "kl", "learned"] = "dynamic"
     percentile: float = Field(default=99.9, ge=50, le=100)
     momentum: float = Field(default=0.9, ge=0, lt=1)
     outliers: OutlierColumns | None = None
-    scale_factor: float = Field(default=1.0, ge=0.1, le=4)
+    scale_factor: float = option(1.0, ge=0.1, le=4)
 
     @property
     def number_format(self) -> NumberFormat:
@@ -50,30 +46,17 @@ class InputScheme(Spec):
         """Whether the scale or the outlier columns come from calibration text."""
         return self.scale != "dynamic" or self.outliers is not None
 
-    @field_validator("format")
-    @classmethod
-    def _known_format(cls, name: str) -> str:
-        if name not in INPUT_FORMATS:
-            raise ValueError(f"unknown input format {name!r}; {suggestion(name, INPUT_FORMATS, short=30)}")
-        return name
-
-    @model_validator(mode="after")
-    def _makes_sense(self) -> "InputScheme":
+    def contradictions(self) -> Iterator[str]:
         fmt = self.number_format
         if not self.symmetric and fmt.kind == "float":
-            raise ValueError(f"{self.format} codes are symmetric around zero: a zero point cannot shift them")
+            yield f"{self.format} codes are symmetric around zero: a zero point cannot shift them"
         if not self.symmetric and self.scale in ("kl", "learned"):
-            raise ValueError(f"scale: {self.scale} finds one threshold for both signs: use symmetric: true")
+            yield f"scale: {self.scale} finds one threshold for both signs: use symmetric: true"
         if self.scale == "kl" and (fmt.kind == "float" or fmt.bits > 8):
-            raise ValueError(f"scale: kl compares histograms of at most 256 equal steps, not {self.format}")
-        for name, rule in (("percentile", "percentile"), ("momentum", "moving_average")):
-            self.refuse_idle(() if self.scale == rule else (name,), f"scale: {self.scale}")
-        return self
-
-    @model_serializer(mode="wrap")
-    def _without_idle_factor(self, dump: Any) -> dict[str, Any]:
-        """Leave an idle option out, as a scheme of weights does: recipes keep their ids."""
-        return {key: value for key, value in dump(self).items() if key != "scale_factor" or value != 1}
+            yield f"scale: kl compares histograms of at most 256 equal steps, not {self.format}"
+        rules = {"percentile": "percentile", "momentum": "moving_average"}
+        idle = [name for name, rule in rules.items() if self.scale != rule]
+        yield from self.idle(idle, f"scale: {self.scale}")
 
 
 class InputOverride(Spec):
@@ -84,8 +67,7 @@ class InputOverride(Spec):
 
 
 class Activations(InputScheme, RecipePart):
-    """The scheme of every linear's input in the decoder layers, but for the overrides, of which the first
-    that matches wins."""
+    """The scheme of every linear's input in the decoder layers; the first override that matches wins."""
 
     overrides: tuple[InputOverride, ...] = ()
 
@@ -130,8 +112,7 @@ def has_product(inputs: InputScheme, weights: WeightScheme) -> bool:
 
 
 class KvCache(RecipePart):
-    """How keys and values are stored. granularity: `head`, one scale for a head's vector of one token, or
-    groups of it such as `g32`."""
+    """How keys and values are stored. granularity: `head`, a scale for a head's vector, or groups of it."""
 
     format: Literal["int8", "int4", "fp8_e4m3", "fp8_e5m2"] = "int8"
     granularity: str = "head"
@@ -145,11 +126,9 @@ class KvCache(RecipePart):
             raise ValueError(f"granularity of a cache: head, or groups such as g32, not {text!r}")
         return text
 
-    @model_validator(mode="after")
-    def _makes_sense(self) -> "KvCache":
+    def contradictions(self) -> Iterator[str]:
         if not self.symmetric and not self.number_format.has_asymmetric:
-            raise ValueError(f"{self.format} codes are symmetric around zero: a zero point cannot shift them")
-        return self
+            yield f"{self.format} codes are symmetric around zero: a zero point cannot shift them"
 
     @property
     def number_format(self) -> NumberFormat:

@@ -26,7 +26,7 @@ from bitassay.quantization.recipe.files import REMEDY, SHIPPED, read_recipe_file
 from bitassay.quantization.recipe.inputs import Activations, KvCache
 from bitassay.quantization.recipe.replication import ReplicationPlan
 from bitassay.quantization.recipe.solvers import Gptq, Learned, LowRankSpec, Mixed, Tune
-from bitassay.quantization.recipe.spec import RecipePart, SolverPart, Spec, refuse, validate_as
+from bitassay.quantization.recipe.spec import RecipePart, SolverPart, Spec, validate_as
 from bitassay.quantization.recipe.transforms import Rotation, Smoothing
 from bitassay.quantization.recipe.weights import WeightScheme
 from bitassay.record.hashing import digest_json
@@ -83,14 +83,7 @@ class Recipe(Spec):
         fields = dump(self)
         return fields | fields.pop("plugins", {})
 
-    @model_validator(mode="after")
-    def _makes_sense(self) -> "Recipe":
-        refuse(self._contradictions())
-        return self
-
-    def _contradictions(self) -> Iterator[str]:
-        """Yield the reasons why the combination makes no sense: those of each part, named, then those of the
-        schemes."""
+    def contradictions(self) -> Iterator[str]:
         for name, part in self.parts.items():
             for reason in part.conflicts(self):
                 yield f"{name}: {reason}"
@@ -161,8 +154,7 @@ class Recipe(Spec):
         return self.weights if override is None else override.weights
 
     def possible_schemes(self, names: Iterable[str]) -> list[dict[str, WeightScheme]]:
-        """Return the schemes of those of the named matrices that are quantized: one mapping, or one for each
-        choice that mixed bits have."""
+        """Return the schemes of the named matrices that have one, for each choice of mixed bits."""
         schemes = {name: scheme for name in names if (scheme := self.scheme_for(name))}
         if self.mixed is None or self.weights is None:
             return [schemes]
@@ -177,14 +169,12 @@ def shipped_recipes() -> dict[str, Recipe]:
 
 
 def find_recipe(recipe: "str | Path | Recipe") -> Recipe:
-    """Return a recipe itself, the shipped one of that name, or the one in that YAML file. Raises
-    BitassayError that names the nearest choices."""
+    """Return a recipe itself, the shipped one of that name, or the one in that file; else BitassayError."""
     return recipe if isinstance(recipe, Recipe) else read_recipe(recipe_file(str(recipe)))
 
 
 def row_names(recipes: Sequence[Recipe], others: Sequence[str] = ()) -> list[str]:
-    """Return what the rows of a table are called: the base model, what recipes make of it, and other models.
-    Raises BitassayError where two would be called the same."""
+    """Return the names of a table's rows. Raises BitassayError where two would be called the same."""
     names = [BASE, *(recipe.name for recipe in recipes), *others]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise BitassayError(f"two rows would be called {repeated[0]!r}", "give each a name of its own")

@@ -3,33 +3,17 @@
     serial     x_i = a_i x_(i-1) + c_i f_i(x_(i-1))         i = 1 ... n passes, one after the other
     parallel   x'  = a x + sum_i c_i f_i(x)                 all from the same state
 
-with f_i(x) = layer_i(x) - x, what the i-th copy adds to its input. `coefficients` says what a and c are:
-
-    plain      a = 1, c = 1                 another pass is another layer; parallel, a sum
-    mean       a = 1, c = 1/n               serial: damped
-    fitted     least squares on calibration text against the unquantized model's states; with one copy, the
-               layer once and rescaled
-    [0.7, 0.3] a = 1, and each copy's c
+with f_i(x) = layer_i(x) - x, what the i-th copy adds to its input. a is 1, but for `fitted` coefficients; c
+is 1 (`plain`), 1/n (`mean`), fitted to the unquantized model's states (`fit.py`), or a list.
 
 `of: linear` copies single matrices instead of layers. That is parallel by nature, and nothing but one linear
 whose weight is `sum_i c_i W_i`: it is stored and run as that (`codes/copies.py`), at no cost at run time.
-
 `of: block` runs the listed layers, which follow each other, as one, then again, with a and c around them all:
 a loop over a block, as looped transformers have it (2605.23872 damps one without training).
 
-`differ` says what sets the copies apart; with `nothing` and `inputs` they share their codes, stored once:
-
-    nothing    the same codes again
-    scale, clip, offset, noise   the grid's scale times values[i]; clipped at the percentile values[i]; moved
-               by values[i] of a step (default: i/n); noise of values[i] steps
-    seed       rounded stochastically, each copy by a seed of its own
-    rotation   each copy is rounded after a rotation of its inputs of its own, and turned back
-    residual   copy i is what the copies before it left over (linears, summed); values: scale factors
-    digits     copy i is digit i of the codes of one grid of all copies' bits (linears, summed)
-    inputs     the grid of the rounded inputs (`activations`) moved by (i + 1/2) / n - 1/2 steps
-
-Layers count from 0. `by` error, kl and massive choose that share of the layers whose weights, whose
-next-token distributions, or whose largest hidden states suffer (`select.py`).
+Copies that differ by `nothing` share their codes, stored once; so do those of `inputs`, which move the grid
+of rounded inputs by (i + 1/2) / n - 1/2 steps. How others differ `Copies` says (`weights.py`). Layers count
+from 0; those that a measure chooses `select.py` finds. docs/replication.md describes every field.
 """
 
 import math
@@ -40,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 from pydantic import ConfigDict, Field, model_validator
 
 from bitassay.errors import BitassayError
-from bitassay.quantization.recipe.spec import RecipePart, Spec, refuse, validate_as
+from bitassay.quantization.recipe.spec import RecipePart, Spec, validate_as
 from bitassay.quantization.recipe.weights import SUMS, Copies
 
 if TYPE_CHECKING:
@@ -83,8 +67,7 @@ class Stop(Spec):
 
 @dataclass(frozen=True)
 class Steps:
-    """The coefficients of one layer's passes. keep: a_i; of parallel copies the first alone counts. add:
-    c_i."""
+    """The coefficients of one layer's passes. keep: a_i, of parallel copies the first alone; add: c_i."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -104,9 +87,7 @@ class Steps:
 
 class ReplicationPlan(RecipePart):
     """What is run how often. copies counts the original: with 1 nothing changes, but for fitted coefficients,
-    which rescale what the layer puts out. layers: all; progressive, from `copies` at the front down to one at
-    the back; middle, the third of them there; between two shares of the depth; chosen by a measure; numbers;
-    or a count for each, the largest of which is `copies`."""
+    which rescale what the layer puts out; where `layers` has counts, it is the largest of them."""
 
     copies: int = Field(default=2, ge=1, le=16)
     layers: Literal["all", "progressive", "middle"] | Between | Chosen | tuple[int, ...] | dict[int, int] = (
@@ -134,13 +115,6 @@ class ReplicationPlan(RecipePart):
         elif _are_counts(layers := fields.get("layers")):
             usual["copies"] = max(layers.values())
         return usual | fields
-
-    @model_validator(mode="after")
-    def _makes_sense(self) -> "ReplicationPlan":
-        refuse(self._contradictions())
-        if self.makes_codes:
-            self.of_matrices(self.copies)
-        return self
 
     @property
     def needs_text(self) -> bool:
@@ -219,9 +193,8 @@ class ReplicationPlan(RecipePart):
         return Steps((1.0,) * count, add)
 
     def known_counts(self, layers: int) -> dict[int, int] | None:
-        """Return how many copies each layer has that has several, or that is rescaled, in a model of so many
-        layers; None where it takes a measurement. Raises BitassayError for a layer that the model does not
-        have."""
+        """Return the copies of each layer that has several, or is rescaled; None where that is measured.
+        Raises BitassayError for a layer that the model does not have."""
         if isinstance(self.layers, Chosen):
             return None
         if isinstance(self.layers, dict):
@@ -246,16 +219,14 @@ class ReplicationPlan(RecipePart):
         return range(layers) if self.layers == "all" else range(layers // 3, layers - layers // 3)
 
     def counts(self, layers: int) -> list[int]:
-        """Return how many copies each layer has; where layers are chosen by a measure, as many of the
-        first."""
+        """Return how many copies each layer has; where layers are measured, as many of the first."""
         known = self.known_counts(layers)
         if known is None:
             assert isinstance(self.layers, Chosen)
             known = dict.fromkeys(range(self.layers.count(layers)), self.copies)
         return [known.get(index, 1) for index in range(layers)]
 
-    def _contradictions(self) -> Iterator[str]:
-        """Yield the reasons why the combination makes no sense."""
+    def contradictions(self) -> Iterator[str]:
         fitted, shared = self.coefficients == "fitted", self.differ in SHARED
         first = self.coefficients[0:1] if isinstance(self.coefficients, tuple) else ()
         if self.of == "linear" and self.how == "serial":
@@ -292,6 +263,8 @@ class ReplicationPlan(RecipePart):
         yield from self._contradictions_of_layers()
         if self.values and shared:
             yield f"values: copies that differ by {self.differ} have none"
+        if self.makes_codes:
+            self.of_matrices(self.copies)
 
     def _contradictions_of_layers(self) -> Iterator[str]:
         layers = self.layers

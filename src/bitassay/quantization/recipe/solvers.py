@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from bitassay.quantization.recipe.spec import RecipePart, SolverPart, validate_as
 from bitassay.quantization.recipe.weights import SUMS, WeightScheme
@@ -23,11 +23,9 @@ class Mixed(RecipePart):
     sensitivity: Literal["kl", "error"] = "error"
     samples: int = Field(default=8, ge=1)
 
-    @model_validator(mode="after")
-    def _different(self) -> "Mixed":
+    def contradictions(self) -> Iterator[str]:
         if any(choice in self.formats[:place] for place, choice in enumerate(self.formats)):
-            raise ValueError("formats lists the same choice twice")
-        return self
+            yield "formats lists the same choice twice"
 
     @property
     def needs_text(self) -> bool:
@@ -72,8 +70,7 @@ class Gptq(SolverPart):
 
 
 class LowRankSpec(SolverPart):
-    """The rank of every matrix's correction, the dtype of its factors, and how often the weights are rounded
-    again without what the factors hold (`rounds`: 1 rounds once)."""
+    """Rank and dtype of the factors, and how often weights are rounded without what the factors hold."""
 
     rank: int = Field(ge=0, le=65536)
     dtype: Literal["float16", "bfloat16"] = "float16"
@@ -116,8 +113,7 @@ class Learned(_Moving):
 
 
 class Tune(_Moving):
-    """All layers are trained together, on the calibration samples and as many more that the base model writes
-    as `generated` says. norms: an absolute learning rate."""
+    """All layers are trained together. generated: samples that the base model writes. norms: their rate."""
 
     steps: int = Field(default=128, ge=1)
     generated: int = Field(default=0, ge=0)

@@ -6,13 +6,31 @@ under its name where the algorithms are: `PREPARE` and `FINISH` of `pipeline.py`
 `export/`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from bitassay.errors import suggestion
 
 if TYPE_CHECKING:
     from bitassay.quantization.recipe.recipe import Recipe
+
+
+def option(default: Any, **limits: Any) -> Any:
+    """Return a field that is not written out at its default: recipes keep their ids when options come."""
+    return Field(default=default, exclude_if=lambda value: value == default, **limits)
+
+
+def one_of(names: Mapping[str, Any], what: str) -> AfterValidator:
+    """Return the check that a text is a key of `names`, which may grow by plug-ins; `what` it names."""
+
+    def known(name: str) -> str:
+        if name not in names:
+            raise ValueError(f"unknown {what} {name!r}; {suggestion(name, names, short=30)}")
+        return name
+
+    return AfterValidator(known)
 
 
 class Spec(BaseModel):
@@ -21,15 +39,24 @@ class Spec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     def to_yaml_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON values, without those that are None by default: `model_validate` makes
-        an equal spec of them."""
+        """Return the fields as JSON values that `model_validate` reads, without idle ones that are None."""
         return _without_absent(self, self.model_dump(mode="json"))
 
-    def refuse_idle(self, names: Sequence[str], where: str) -> None:
-        """Raise ValueError for a field that is not at its default although it has no effect."""
+    def contradictions(self) -> Iterator[str]:
+        """Yield the reasons why the combination of fields makes no sense; the first is raised."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> "Spec":
+        if reason := next(self.contradictions(), None):
+            raise ValueError(reason)
+        return self
+
+    def idle(self, names: Sequence[str], where: str) -> Iterator[str]:
+        """Yield the fields that are not at their defaults although they have no effect."""
         for name in names:
             if getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{name} has no effect on {where}")
+                yield f"{name} has no effect on {where}"
 
 
 def _without_absent(spec: BaseModel, dumped: dict[str, Any]) -> dict[str, Any]:
@@ -50,18 +77,11 @@ S = TypeVar("S", bound=Spec)
 
 
 def validate_as(kind: type[S], fields: Any) -> S:
-    """Return a spec that another one asks for. Raises ValueError with the first reason alone: inside a
-    validator a ValidationError would print all of itself."""
+    """Return a spec that another one asks for. Raises ValueError with the first reason alone."""
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
         raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from error
-
-
-def refuse(reasons: Iterator[str]) -> None:
-    """Raise ValueError with the first of the reasons, if there is one."""
-    if reason := next(reasons, None):
-        raise ValueError(reason)
 
 
 class RecipePart(Spec):
@@ -123,8 +143,7 @@ class SolverPart(RecipePart):
         yield from self.conflicts_of_copies(recipe)
 
     def conflicts_of_copies(self, recipe: "Recipe", solved: Sequence[str] = ()) -> Iterator[str]:
-        """Yield the reasons that rotated matrices and copies give; `solved` are the kinds of copies that the
-        part can solve."""
+        """Yield the reasons of rotated matrices and of copies but those that the part can solve."""
         if any(scheme.turned is not None for scheme in recipe.schemes):
             yield "turned matrices are rounded to nearest"
         plan = recipe.replication

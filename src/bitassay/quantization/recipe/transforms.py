@@ -1,13 +1,12 @@
-"""Specs of what changes a model before it is rounded: rotation and smoothing. The algorithms are
-`transforms/`."""
+"""Specs of what changes a model before it is rounded: rotation, smoothing. Algorithms: `transforms/`."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from bitassay.errors import BitassayError
-from bitassay.quantization.recipe.spec import RecipePart, refuse
+from bitassay.quantization.recipe.spec import RecipePart
 
 if TYPE_CHECKING:
     from bitassay.quantization.recipe.recipe import Recipe
@@ -29,12 +28,7 @@ class Rotation(RecipePart):
     without_hadamard: Literal["refuse", "orthogonal", "blocks"] = "refuse"
     rounds: int = Field(default=20, ge=1, le=1000)
 
-    @model_validator(mode="after")
-    def _makes_sense(self) -> "Rotation":
-        refuse(self._contradictions())
-        return self
-
-    def _contradictions(self) -> Iterator[str]:
+    def contradictions(self) -> Iterator[str]:
         if self.r1 is None and not self.r2 and not self.r4:
             yield "nothing to rotate: r1, r2 and r4 are all off"
         if self.r1 == "folded" and not isinstance(self.layers, str):
@@ -56,8 +50,7 @@ class Rotation(RecipePart):
         return "plain transformers would run the model without its part at run time" if self.online else None
 
     def chosen(self, count: int) -> list[int]:
-        """Return the layers of a model that has `count`. Raises BitassayError for one that it does not
-        have."""
+        """Return the chosen ones of `count` layers. Raises BitassayError for one that is not there."""
         if isinstance(self.layers, str):
             return list(range(count)) if self.layers == "all" else []
         if wrong := [index for index in self.layers if not 0 <= index < count]:
@@ -66,8 +59,7 @@ class Rotation(RecipePart):
 
 
 class Smoothing(RecipePart):
-    """How scales are chosen, and where they are folded. alpha is smoothquant's, exponents and clip are
-    awq's."""
+    """How scales are chosen, and where they are folded. alpha is smoothquant's, exponents and clip awq's."""
 
     method: Literal["smoothquant", "awq"]
     places: tuple[Place, ...] = ("norms", "values", "up")
@@ -75,15 +67,13 @@ class Smoothing(RecipePart):
     exponents: int = Field(default=20, ge=1, le=100)
     clip: bool = False
 
-    @model_validator(mode="after")
-    def _makes_sense(self) -> "Smoothing":
+    def contradictions(self) -> Iterator[str]:
         foreign = {"smoothquant": ("exponents", "clip"), "awq": ("alpha",)}[self.method]
-        self.refuse_idle(foreign, f"method: {self.method}")
+        yield from self.idle(foreign, f"method: {self.method}")
         if not self.places:
-            raise ValueError("places is empty: there is nowhere to fold a scale")
+            yield "places is empty: there is nowhere to fold a scale"
         if self.at_run_time and len(self.places) > 1:
-            raise ValueError("places: inputs gives every linear scales of its own, so it stands alone")
-        return self
+            yield "places: inputs gives every linear scales of its own, so it stands alone"
 
     @property
     def needs_text(self) -> bool:

@@ -2,14 +2,13 @@
 
 import math
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_serializer, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from bitassay.errors import suggestion
 from bitassay.quantization.recipe.formats import FORMATS, NumberFormat
 from bitassay.quantization.recipe.granularity import Granularity
-from bitassay.quantization.recipe.spec import Spec, refuse, validate_as
+from bitassay.quantization.recipe.spec import Spec, one_of, option, validate_as
 
 SUMS = ("residual", "digits")  # each copy but the first repairs what those before it left over
 
@@ -28,12 +27,7 @@ class Copies(Spec):
     coefficients: tuple[float, ...] | None = None
     seed: int = Field(default=0, ge=0, lt=2**31)
 
-    @model_validator(mode="after")
-    def _makes_sense(self) -> "Copies":
-        refuse(self._contradictions())
-        return self
-
-    def _contradictions(self) -> Iterator[str]:
+    def contradictions(self) -> Iterator[str]:
         needs_values = self.differ in ("scale", "clip", "noise")
         if self.values and not needs_values and self.differ not in ("offset", "residual"):
             yield f"values: copies that differ by {self.differ} have none"
@@ -81,40 +75,31 @@ class Copies(Spec):
 
 
 class WeightScheme(Spec):
-    """How one matrix is quantized.
+    """How one matrix is quantized; docs/formats.md says what every option does.
 
-    restricted: leave out the lowest code of a symmetric integer format, so that both ends are 2^(b-1)-1.
-    scale: how the scale is found (`scales.py`); mse by default below 4 bits, absmax from there on.
-    percentile: where `scale: percentile` clips, in percent. scale_dtype: what scales are stored in; float16
-    by default, for FP8 bfloat16: an FP8 scale is absmax over 448 or 57344, so small that float16 would hold
-    it as a subnormal number of few bits. zero_point: a whole number of steps (`integer`), the same searched
-    jointly with the scale (`searched`), one of as many places in the middle half of the codes (`middle`), or
-    any number in scale_dtype (`free`). offset: shifts the grid by a share of a step; stored nowhere.
-    scale_factor: what the scale that was found is multiplied by. turned: the seed of a random Hadamard
-    rotation of the inputs, before rounding and back after it. rounding, noise (in steps), seed: see
-    `rounding.py`. residual: the share of the columns that have a second binary plane, column_scales: whether
-    columns have scales too: see `binary.py`.
-
-    An option at its default is not written out: recipes keep their ids when options come.
+    scale: mse by default below 4 bits, absmax from there on. scale_dtype: float16 by default, bfloat16 for
+    FP8, whose scales, absmax over 448 or 57344, float16 would hold as subnormal numbers of few bits. offset:
+    stored nowhere. turned: the seed of a random Hadamard rotation of the inputs, before rounding and back
+    after it.
     """
 
-    format: str
-    granularity: str = "channel"
+    format: Annotated[str, one_of(FORMATS, "format")]
+    granularity: Annotated[str, AfterValidator(lambda text: Granularity.parse(text).name)] = "channel"
     symmetric: bool = True
-    restricted: bool = False
+    restricted: bool = option(False)
     scale: Literal["absmax", "mse", "percentile"] = "absmax"
-    percentile: float = Field(default=99.9, gt=50, le=100)
+    percentile: float = option(99.9, gt=50, le=100)
     scale_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
-    zero_point: Literal["integer", "searched", "middle", "free"] = "integer"
-    offset: float = Field(default=0.0, ge=0, lt=1)
-    scale_factor: float = Field(default=1.0, ge=0.1, le=4)
-    turned: int | None = Field(default=None, ge=0, lt=2**63)
-    rounding: Literal["nearest", "stochastic", "feedback"] = "nearest"
-    noise: float = Field(default=0.0, ge=0, le=1)
-    seed: int = Field(default=0, ge=0, lt=2**63)
-    residual: float = Field(default=0.0, ge=0, le=1)
-    column_scales: bool = False
-    copies: Copies | None = None
+    zero_point: Literal["integer", "searched", "middle", "free"] = option("integer")
+    offset: float = option(0.0, ge=0, lt=1)
+    scale_factor: float = option(1.0, ge=0.1, le=4)
+    turned: int | None = option(None, ge=0, lt=2**63)
+    rounding: Literal["nearest", "stochastic", "feedback"] = option("nearest")
+    noise: float = option(0.0, ge=0, le=1)
+    seed: int = option(0, ge=0, lt=2**63)
+    residual: float = option(0.0, ge=0, le=1)
+    column_scales: bool = option(False)
+    copies: Copies | None = option(None)
 
     def residual_columns(self, columns: int) -> int:
         """Return how many of a matrix's columns have a second plane."""
@@ -165,33 +150,7 @@ class WeightScheme(Spec):
         scale = "mse" if fmt.bits < 4 else "absmax"
         return {"scale": scale, "scale_dtype": "bfloat16" if fmt.kind == "float" else "float16", **fields}
 
-    @field_validator("format")
-    @classmethod
-    def _known_format(cls, name: str) -> str:
-        if name not in FORMATS:
-            raise ValueError(f"unknown format {name!r}; {suggestion(name, FORMATS, short=30)}")
-        return name
-
-    @field_validator("granularity")
-    @classmethod
-    def _known_granularity(cls, text: str) -> str:
-        return Granularity.parse(text).name
-
-    @model_validator(mode="after")
-    def _makes_sense(self) -> "WeightScheme":
-        refuse(self._contradictions())
-        if self.copies is not None:
-            self.copies.schemes(self)
-        return self
-
-    @model_serializer(mode="wrap")
-    def _without_idle_options(self, dump: Any) -> dict[str, Any]:
-        return {
-            key: value for key, value in dump(self).items() if key not in OPTIONS or value != OPTIONS[key]
-        }
-
-    def _contradictions(self) -> Iterator[str]:
-        """Yield the reasons why the combination makes no sense."""
+    def contradictions(self) -> Iterator[str]:
         fmt, fields = self.number_format, self.model_fields_set
         random = self.rounding == "stochastic" or self.noise > 0
         nearest = self.rounding == "nearest" and self.noise == 0
@@ -226,6 +185,7 @@ class WeightScheme(Spec):
             yield "turned: column scales and planes of columns are of columns as they are"
         if self.copies is not None:
             yield from self._contradictions_of_copies(self.copies)
+            self.copies.schemes(self)
 
     def _contradictions_of_copies(self, copies: Copies) -> Iterator[str]:
         fmt = self.number_format
@@ -247,7 +207,3 @@ class WeightScheme(Spec):
             yield "copies: offset grids have offsets of their own, and one scale that is theirs"
         if self.has_planes:
             yield "copies: binary planes are copies already: residual: 1 has two"
-
-
-ALWAYS = ("format", "granularity", "symmetric", "scale", "scale_dtype")
-OPTIONS = {name: field.default for name, field in WeightScheme.model_fields.items() if name not in ALWAYS}

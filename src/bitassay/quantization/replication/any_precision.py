@@ -1,5 +1,5 @@
-"""Any-precision inference: residual codes, or nested bit planes, as one model that is read at the precision
-that a token deserves.
+"""Any-precision inference: residual codes, or nested bit planes, as one model.
+It is read at the precision that a token deserves.
 
 Plane 1 of a matrix in residual codes is a complete matrix of few bits, and each further plane repairs it
 (Matryoshka quantization, 2502.06786, nests bits in the same spirit). So one checkpoint is several models, and
@@ -92,8 +92,7 @@ class PrecisionPolicy:
 
 @dataclass
 class _Product:
-    """The forward of a linear in planes. weights: of the first k planes together, for each k; plane_bytes: of
-    each plane."""
+    """The forward of a linear in planes. weights: of the first k planes for each k; plane_bytes: of each."""
 
     layer: int
     weights: list[Tensor]
@@ -122,9 +121,8 @@ class _Product:
 
 
 def with_any_precision(model: PreTrainedModel) -> tuple[PreTrainedModel, PrecisionPolicy]:
-    """Return a copy of a model in residual codes whose linears read as many planes as its policy says; at
-    first all, which is the model itself. Raises BitassayError for a model without residual codes, or a packed
-    one."""
+    """Return a copy of a model in residual codes whose linears read as many planes as its policy says, at
+    first all. Raises BitassayError for a model without residual codes, or a packed one."""
     done, linears = quantization_of(model), walk(model).linears
     tensors = {} if done is None else done.tensors
     count = max((len(planes(tensor)) for tensor in tensors.values()), default=0)
@@ -168,8 +166,7 @@ def _input_ids(args: tuple[Any, ...], options: dict[str, Any]) -> Tensor:
 
 
 def _by_depth(tensor: QuantizedTensor, weight: Tensor) -> tuple[list[Tensor], list[float]]:
-    """Return the weights of the first k planes for each k, the last of them the model's own, and the bytes of
-    each plane."""
+    """Return the weights of the first k planes for each k, the last being the model's, and their bytes."""
     parts, total, weights = planes(tensor), torch.zeros(()), []
     for part in parts[:-1]:
         total = total + part.dequantize()
@@ -185,8 +182,7 @@ def entropy(logits: Float[Tensor, "*rows vocabulary"]) -> Float[Tensor, "*rows"]
 
 @contextmanager
 def gated(model: PreTrainedModel, policy: PrecisionPolicy, threshold: float) -> Iterator[None]:
-    """Within the context, generation reads all planes for prompts and for tokens that follow an entropy above
-    `threshold`."""
+    """Read all planes for prompts and after an entropy above `threshold` within the context."""
 
     def before(_module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         cache = options.get("past_key_values")

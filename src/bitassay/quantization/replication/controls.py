@@ -47,8 +47,7 @@ class Control:
 
 @dataclass(frozen=True)
 class Place:
-    """A row of the results: a group, what the variant is in it (plain, replica, or in what it equals the
-    replica), and the variant's name."""
+    """A row of the results: a group, what the variant is in it, and the variant's name."""
 
     group: str
     role: str
@@ -159,8 +158,7 @@ def _more_bits(
 
 
 def widened(scheme: WeightScheme, count: int) -> dict[str, Any]:
-    """Return the fields of a scheme that stores in one matrix the bits that `scheme` stores in `count` of
-    them; never more."""
+    """Return the fields of a scheme that stores in one matrix the bits of `count` of them, never more."""
     bits = max(b for b in INTEGERS if b <= max(min(8.0, scheme.number_format.bits * count), min(INTEGERS)))
     granularity = Granularity.parse(scheme.granularity)
     fields = _plain(scheme) | {"format": INTEGERS[bits]}
@@ -177,8 +175,7 @@ def _plain(scheme: WeightScheme) -> dict[str, Any]:
 
 
 def nominal_bits(scheme: WeightScheme) -> float:
-    """Return bits a weight with scales and zero points, for groups that divide the row; of long rows, codes
-    alone."""
+    """Return bits a weight with scales and zero points, for groups that divide the row."""
     granularity, fmt = Granularity.parse(scheme.granularity), scheme.number_format
     size = granularity.group_size or (granularity.block_sizes[1] if granularity.block_sizes else None)
     if size is None:

@@ -1,5 +1,5 @@
-"""Coefficients of passes by least squares: what a layer with copies should put out is what the unquantized
-layer puts out in the unquantized model.
+"""Coefficients of passes by least squares.
+What a layer with copies should put out is what the unquantized layer puts out in the unquantized model.
 
     serial     pass by pass:  min over a, c of  sum_t w_t |y_t - a x_t - c f(x)_t|^2
     parallel   together:      min over a, c_i of  sum_t w_t |y_t - a x_t - sum_i c_i f_i(x)_t|^2
@@ -17,23 +17,21 @@ count massive activations and the other tokens half each, as `solvers/learned.py
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from bitassay.models.walk import decoder_layers
 from bitassay.quantization.recipe.replication import Steps
 from bitassay.quantization.runtime.looped_layers import LoopedForward, step
+from bitassay.quantization.shapes import Tokens
 from bitassay.quantization.solvers.layerwise import Hidden, first_inputs, run_layer
 from bitassay.record.progress import Progress
 
 
 @torch.no_grad()
 def fit_passes(
-    model: PreTrainedModel,
-    reference: PreTrainedModel,
-    tokens: Int[Tensor, "samples tokens"],
-    progress: Progress,
+    model: PreTrainedModel, reference: PreTrainedModel, tokens: Tokens, progress: Progress
 ) -> dict[int, Steps]:
     """Fit the coefficients of each layer of `model` that has passes, front to back, so that each is fitted to
     what really enters it, and return them. `reference` is the same model unquantized."""

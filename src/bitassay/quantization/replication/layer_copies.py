@@ -1,14 +1,10 @@
-"""Make what a recipe's `replication` asks for: `copies_by_layer`, which layers get how many copies, then
-`with_copies`, the codes of these and the coefficients of the passes. Both become part of the `Quantization`;
-`replicas.py` gives them to a model.
+"""Make what a recipe's `replication` asks for: `choose_copies` says which layers get how many copies, before
+codes are solved; `add_copies` adds the codes of further copies and the coefficients of the passes to the
+`Quantization`, and `replicas.py` gives them to a model.
 """
 
 from collections.abc import Mapping
 from dataclasses import replace
-
-from jaxtyping import Float, Int
-from torch import Tensor
-from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError
 from bitassay.models.walk import decoder_layers, matrices, walk
@@ -16,92 +12,80 @@ from bitassay.quantization.codes.quantize import quantize_tensor
 from bitassay.quantization.codes.tensor import QuantizedTensor
 from bitassay.quantization.inputs.ranges import collect_ranges
 from bitassay.quantization.recipe.replication import Chosen, ReplicationPlan, Steps
-from bitassay.quantization.recipe.weights import WeightScheme
 from bitassay.quantization.replication.fit import fit_passes
 from bitassay.quantization.replication.select import chosen_layers
-from bitassay.quantization.runtime.model import Quantization, with_tensors
+from bitassay.quantization.runtime.model import Quantization, copy_sharing_parameters, with_tensors
 from bitassay.quantization.runtime.replicas import replica_names
-from bitassay.record.progress import Progress
+from bitassay.quantization.shapes import Columns
+from bitassay.quantization.solvers.sensitivity import matrix_locations
+from bitassay.quantization.work import WorkingCopy
 
 
-def copies_by_layer(
-    model: PreTrainedModel,
-    plan: ReplicationPlan,
-    schemes: Mapping[str, WeightScheme | None],
-    tokens: Int[Tensor, "samples tokens"] | None,
-    progress: Progress,
-) -> dict[int, int]:
-    """Return how many copies each layer gets that gets several. `model` is about to be quantized by
-    `schemes`."""
-    counts = plan.known_counts(len(decoder_layers(model)))
-    if counts is not None:
-        return counts
-    assert isinstance(plan.layers, Chosen)
-    chosen = chosen_layers(model, schemes, plan.layers, tokens, progress)
-    progress(f"layers with copies, by {plan.layers.by}: {', '.join(map(str, chosen))}")
-    return dict.fromkeys(chosen, plan.copies)
+def choose_copies(work: WorkingCopy, plan: ReplicationPlan) -> None:
+    """Decide which layers have copies; merged copies, or the first copy of a layer, are what is solved."""
+    if plan.changes_nothing:
+        return
+
+    def counts() -> dict[str, int]:
+        known = plan.known_counts(len(decoder_layers(work.model)))
+        if known is None:
+            assert isinstance(plan.layers, Chosen)
+            chosen = chosen_layers(work.model, work.schemes, plan.layers, work.tokens, work.progress)
+            work.progress(f"layers with copies, by {plan.layers.by}: {', '.join(map(str, chosen))}")
+            known = dict.fromkeys(chosen, plan.copies)
+        return {str(index): count for index, count in known.items()}
+
+    kept = counts() if work.folder is None else work.folder.part("copies", counts)
+    work.copies = {int(index): count for index, count in kept.items()}
+    work.uncopied = replace(work, model=copy_sharing_parameters(work.model))
+    if not plan.makes_codes:
+        return
+    locations, work.schemes = matrix_locations(work.model), dict(work.schemes)
+    for name, scheme in work.schemes.items():
+        if scheme is not None and (count := work.copies.get(locations[name].layer)) is not None:
+            copies = plan.of_matrices(count)
+            merged = plan.of == "linear"
+            work.schemes[name] = scheme.with_copies(copies) if merged else copies.scheme(scheme, 0)
 
 
-def with_copies(
-    base: PreTrainedModel,
-    made: Quantization,
-    plan: ReplicationPlan,
-    before: PreTrainedModel,
-    schemes: Mapping[str, WeightScheme | None],
-    counts: Mapping[int, int],
-    tokens: Int[Tensor, "samples tokens"] | None,
-    progress: Progress,
-) -> Quantization:
-    """Return `made` with the codes of layers' copies and the coefficients of their passes. `before` is the
-    model as it was when its matrices were quantized; `schemes` are those of the recipe."""
+def add_copies(work: WorkingCopy, plan: ReplicationPlan, made: Quantization) -> Quantization:
+    """Return `made` with the codes of layers' copies and the coefficients of their passes."""
+    if work.uncopied is None or not work.copies:
+        return made
+    if plan.averages_inputs:
+        layers = {name: location.layer for name, location in matrix_locations(work.base).items()}
+        inputs = {n: replace(r, copies=work.copies.get(layers[n], 1)) for n, r in made.inputs.items()}
+        made = replace(made, inputs=inputs)
     if not plan.at_run_time:
         return made
-    tensors = dict(made.tensors)
     if plan.makes_codes:
-        importance = _importance(base, made, tokens, progress)
-        tensors |= _codes_of_copies(before, plan, schemes, counts, importance, progress)
-    known = plan.coefficients != "fitted"
-    passes = {
-        index: plan.steps(count) if known else Steps((1.0,) * count, (1.0,) * count)
-        for index, count in counts.items()
-    }
-    made = replace(made, tensors=tensors, passes=passes)
-    if known:
-        return made
-    assert tokens is not None
-    return replace(made, passes=fit_passes(with_tensors(base, made), before, tokens, progress))
+        further = _codes_of_copies(work, work.uncopied, plan, _importance(work, made))
+        made = replace(made, tensors=made.tensors | further)
+    if plan.coefficients != "fitted":
+        return replace(made, passes={index: plan.steps(count) for index, count in work.copies.items()})
+    plain = {index: Steps((1.0,) * count, (1.0,) * count) for index, count in work.copies.items()}
+    model = with_tensors(work.base, replace(made, passes=plain))
+    return replace(made, passes=fit_passes(model, work.uncopied.model, work.text, work.progress))
 
 
-def _importance(
-    base: PreTrainedModel,
-    made: Quantization,
-    tokens: Int[Tensor, "samples tokens"] | None,
-    progress: Progress,
-) -> dict[str, Float[Tensor, " in"]]:
-    """Return what weighs the columns of copies, the mean squared inputs behind the quantized layers, as it
-    weighed the first copy; nothing without calibration text."""
-    if made.recipe.calibration is None:
+def _importance(work: WorkingCopy, made: Quantization) -> dict[str, Columns]:
+    """Return the mean squared inputs, which weighed the first copy too; nothing without calibration."""
+    if work.recipe.calibration is None:
         return {}
-    assert tokens is not None
-    ranges = collect_ranges(with_tensors(base, replace(made, inputs={})), tokens, progress=progress)
+    model = with_tensors(work.base, replace(made, inputs={}))
+    ranges = collect_ranges(model, work.text, progress=work.progress)
     return {name: seen.mean_square for name, seen in ranges.items()}
 
 
 def _codes_of_copies(
-    before: PreTrainedModel,
-    plan: ReplicationPlan,
-    schemes: Mapping[str, WeightScheme | None],
-    counts: Mapping[int, int],
-    importance: Mapping[str, Float[Tensor, " in"]],
-    progress: Progress,
+    work: WorkingCopy, before: WorkingCopy, plan: ReplicationPlan, importance: Mapping[str, Columns]
 ) -> dict[str, QuantizedTensor]:
-    """Return the matrices of all copies but the layers themselves."""
-    linears, weights, tensors = walk(before).linears, matrices(before), {}
-    for done, (index, count) in enumerate(counts.items()):
-        progress("quantizing copies", done, len(counts))
+    linears, weights, tensors = walk(before.model).linears, matrices(before.model), {}
+    for done, (index, count) in enumerate(work.copies.items()):
+        work.progress("quantizing copies", done, len(work.copies))
         copies = plan.of_matrices(count)
-        for name, scheme in schemes.items():
-            for number, replica in enumerate(replica_names(before, index, name, count), start=1):
+        for name, scheme in before.schemes.items():
+            for number, replica in enumerate(replica_names(before.model, index, name, count), start=1):
                 if scheme is None:
                     continue
                 if name not in linears:

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -20,6 +19,7 @@ from bitassay.quantization.codes.quantize import quantize_tensor
 from bitassay.quantization.codes.tensor import QuantizedTensor
 from bitassay.quantization.recipe.replication import Chosen
 from bitassay.quantization.recipe.weights import WeightScheme
+from bitassay.quantization.shapes import Tokens
 from bitassay.quantization.solvers.sensitivity import divergences_over, matrix_locations
 from bitassay.record.progress import Progress
 
@@ -30,7 +30,7 @@ def chosen_layers(
     model: PreTrainedModel,
     schemes: Mapping[str, WeightScheme | None],
     chosen: Chosen,
-    tokens: Int[Tensor, "samples tokens"] | None,
+    tokens: Tokens | None,
     progress: Progress,
 ) -> list[int]:
     """Return the layers that need a copy most, in order. `tokens` may be None for `by: error`."""
@@ -64,10 +64,7 @@ def weight_errors(model: PreTrainedModel, tensors: Mapping[str, QuantizedTensor]
 
 
 def layer_divergences(
-    model: PreTrainedModel,
-    tensors: Mapping[str, QuantizedTensor],
-    tokens: Int[Tensor, "samples tokens"],
-    progress: Progress,
+    model: PreTrainedModel, tensors: Mapping[str, QuantizedTensor], tokens: Tokens, progress: Progress
 ) -> dict[int, float]:
     """Return each layer's mean divergence when only it is quantized."""
     locations, groups = matrix_locations(model), dict[str, dict[str, QuantizedTensor]]()
@@ -78,7 +75,7 @@ def layer_divergences(
 
 
 @torch.no_grad()
-def largest_additions(model: PreTrainedModel, tokens: Int[Tensor, "samples tokens"]) -> dict[int, float]:
+def largest_additions(model: PreTrainedModel, tokens: Tokens) -> dict[int, float]:
     """Return the largest magnitude that each layer adds to a state."""
     scores = _zeros(model)
 

@@ -48,8 +48,7 @@ def one_by_one(
     shares: Float[Tensor, "tokens k"],
     multiply: Multiply,
 ) -> Float[Tensor, "tokens hidden"]:
-    """Return the output of a fused module, one expert after the other, in the order of operations of
-    transformers' `eager` implementation."""
+    """Return the output of a fused module expert by expert, in the order of transformers' `eager`."""
     y = torch.zeros_like(x)
     for expert in chosen.unique().tolist():
         place, token = torch.where((chosen == expert).T)
@@ -159,11 +158,6 @@ def routes(model: PreTrainedModel, tokens: Int[Tensor, "batch tokens"], names: l
     return chosen
 
 
-def load_of(chosen: Int[Tensor, "tokens k"], experts: int) -> Int[Tensor, " experts"]:
-    """Return how many tokens each expert got."""
-    return torch.bincount(chosen.flatten(), minlength=experts)
-
-
 def changed_fraction(base: Int[Tensor, "tokens k"], other: Int[Tensor, "tokens k"]) -> float:
     """Return the fraction of tokens whose set of experts differs, in whatever order routers list them."""
     return (base.sort(1).values != other.sort(1).values).any(1).double().mean().item()
@@ -173,8 +167,7 @@ _DENSE = "_left_alone_"  # in the names of slices that are not quantized
 
 
 class QuantizedExperts(nn.Module):
-    """A fused module with codes instead of (some of) its slices; takes what the fused module takes, and has
-    its attributes and its other parameters."""
+    """A fused module with codes instead of slices; otherwise it has what the fused module has."""
 
     def __init__(self, experts: nn.Module, tensors: dict[str, dict[int, QuantizedTensor]]):
         """`tensors`: by the parameter's own name, then by expert. `experts` loses those parameters."""
@@ -240,8 +233,7 @@ class QuantizedExperts(nn.Module):
 
 
 def put_experts(model: PreTrainedModel, tensors: dict[str, QuantizedTensor], packed: bool) -> None:
-    """Put quantized slices, by their names in `matrices(model)`, into a model that shares its parameters with
-    another one."""
+    """Put quantized slices, by their names in `matrices(model)`, into a model that shares its parameters."""
     for name, experts in fused_experts(model).items():
         by_parameter: dict[str, dict[int, QuantizedTensor]] = {}
         for key in [key for key in tensors if key.startswith(f"{name}.")]:

@@ -22,17 +22,15 @@ from torch import Tensor
 from bitassay.quantization.codes.tensor import QuantizedTensor
 
 MAX_ROWS = 32
-INT8_COLUMNS = (
-    32  # with other sizes torch 2.13's kernel reads past the end of rows (168: a segmentation fault)
-)
+# With other sizes torch 2.13's kernel reads past the end of rows (168: a segmentation fault).
+INT8_COLUMNS = 32
 INT4_GROUPS = (32, 64, 128, 256)
 
 Product = Callable[[BFloat16[Tensor, "rows in"]], BFloat16[Tensor, "rows out"]]
 
 
 def packed_product(quantized: QuantizedTensor) -> Product | None:
-    """Return `x -> x W'^T` on the codes for bf16 `x`; None where torch has no kernel for this scheme, shape
-    or device."""
+    """Return `x -> x W'^T` on the codes for bf16 `x`; None where torch has no such kernel."""
     further = (quantized.residual_columns, quantized.column_scale, quantized.low_rank)
     if quantized.packed.device.type != "cpu" or any(part is not None for part in further):
         return None
@@ -63,11 +61,9 @@ def _int8_product(quantized: QuantizedTensor) -> Product:
 
 def _int4_product(quantized: QuantizedTensor, group_size: int) -> Product:
     """The kernel computes `(q - 8) * s + m` with q in 0..15; every format of at most 16 levels can be written
-    so.
-
-    Where `q - z` fits into -8..7 it is what the kernel gets, so that m is 0 but for an offset or the rest of
-    a free zero point; only 4-bit codes with zero points, and free ones far from 0, need a larger m, in bf16.
-    """
+    so. Where `q - z` fits into -8..7 it is what the kernel gets, so that m is 0 but for an offset or the rest
+    of a free zero point; only 4-bit codes with zero points, and free ones far from 0, need a larger m, in
+    bf16."""
     codes, grid = quantized.codes(), quantized.grid
     rest = torch.full_like(grid.scale, grid.offset)
     if grid.zero_point is not None:

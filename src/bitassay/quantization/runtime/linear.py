@@ -11,6 +11,7 @@ from bitassay.quantization.codes.tensor import QuantizedTensor
 from bitassay.quantization.inputs.activations import InputRounding, rounded_inputs
 from bitassay.quantization.runtime.kernels import MAX_ROWS, Product, packed_product
 from bitassay.quantization.runtime.products import RoundedProduct, product_kind, rounded_product
+from bitassay.quantization.shapes import Matrix
 
 
 class RoundedInputLinear(nn.Linear):
@@ -57,7 +58,7 @@ class QuantizedLinear(nn.Module):
         self.dtype = dtype
 
     @property
-    def weight(self) -> Float[Tensor, "out in"]:
+    def weight(self) -> Matrix:
         """Return the dequantized weight, rounded to the model's dtype exactly as the fake model holds it."""
         return self.quantized.dequantize().to(self.dtype)
 

@@ -126,8 +126,7 @@ class _Kept(Exception):
 
 
 class Slot:
-    """Stands for a cache in one pass: what a layer caches goes into `slot`. only_keep: and then the pass
-    ends."""
+    """Stands for a cache in one pass: keys and values go into `slot`. only_keep: then the pass ends."""
 
     def __init__(self, cache: Cache, slot: int, only_keep: bool = False):
         self._cache, self._slot, self._only_keep = cache, slot, only_keep

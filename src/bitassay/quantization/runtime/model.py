@@ -24,10 +24,9 @@ from bitassay.quantization.codes.tensor import QuantizedTensor
 from bitassay.quantization.inputs.activations import InputRounding
 from bitassay.quantization.inputs.kv_cache import round_cache
 from bitassay.quantization.recipe.calibration import check_calibration
-from bitassay.quantization.recipe.inputs import KvCache
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.recipe.replication import ReplicationPlan, Steps
-from bitassay.quantization.recipe.transforms import Rotation, Smoothing
+from bitassay.quantization.recipe.transforms import Smoothing
 from bitassay.quantization.runtime.experts import put_experts
 from bitassay.quantization.runtime.linear import QuantizedLinear, RoundedInputLinear
 from bitassay.quantization.runtime.replicas import add_passes, is_replica
@@ -83,19 +82,11 @@ def with_tensors(
     return model
 
 
-def _add_rotation(model: PreTrainedModel, rotation: Rotation, quantization: Quantization) -> None:
-    add_online(model, rotation)
-
-
 def _add_input_scales(model: PreTrainedModel, smoothing: Smoothing, quantization: Quantization) -> None:
     for name, value in quantization.parameters.items():
         if name.endswith(f".{INPUT_SCALES}"):
             linear = model.get_submodule(name.removesuffix(f".{INPUT_SCALES}"))
             divide_inputs(linear, value.to(model.device, model.dtype))
-
-
-def _add_rounded_cache(model: PreTrainedModel, spec: KvCache, quantization: Quantization) -> None:
-    round_cache(model, spec)
 
 
 def _add_passes(model: PreTrainedModel, plan: ReplicationPlan, quantization: Quantization) -> None:
@@ -105,9 +96,9 @@ def _add_passes(model: PreTrainedModel, plan: ReplicationPlan, quantization: Qua
 
 # What a part of a recipe adds to a model that runs, by its name; last come passes, which take hooks over.
 ATTACH: dict[str, Callable[[PreTrainedModel, Any, Quantization], None]] = {
-    "rotation": _add_rotation,
+    "rotation": lambda model, rotation, _: add_online(model, rotation),
     "smoothing": _add_input_scales,
-    "kv_cache": _add_rounded_cache,
+    "kv_cache": lambda model, spec, _: round_cache(model, spec),
     "replication": _add_passes,
 }
 
@@ -119,8 +110,7 @@ def quantization_of(model: PreTrainedModel) -> Quantization | None:
 
 def cache_slots(model: PreTrainedModel) -> int:
     """Return how many keys and values a token has in a cache: one a layer and pass."""
-    quantization = quantization_of(model)
-    passes = {} if quantization is None else quantization.passes
+    passes = done.passes if (done := quantization_of(model)) else {}
     return len(decoder_layers(model)) + sum(steps.count - 1 for steps in passes.values())
 
 
@@ -167,16 +157,14 @@ def bits_per_weight(model: PreTrainedModel) -> float:
 
 
 def size_bytes(model: PreTrainedModel) -> int:
-    """Return the bytes of the whole checkpoint: packed matrices, and every other parameter (tied ones once)
-    at 16 bits."""
+    """Return the bytes of the whole checkpoint: packed matrices, all other parameters at 16 bits."""
     bits, weights = _quantized(model)
     return (parameter_count(model) - weights) * 2 + bits // 8
 
 
 def parameter_count(model: PreTrainedModel) -> int:
-    """Return the number of parameters of the dense model, tied ones once. A fake model holds its quantized
-    matrices as parameters too, a packed one does not."""
-    tensors = _tensors(model)
+    """Return the number of parameters of the dense model, tied ones once, whether fake or packed."""
+    tensors = done.tensors if (done := quantization_of(model)) else {}
     dense = {name: parameter.numel() for name, parameter in model.named_parameters()}
     for name, tensor in tensors.items():
         for held in (f"{name}.weight", name.rpartition(".")[0]):  # of a linear, of an expert
@@ -191,9 +179,8 @@ def quantized_weights(tensors: Mapping[str, QuantizedTensor]) -> int:
 
 
 def _quantized(model: PreTrainedModel) -> tuple[int, int]:
-    """Return the bits of the quantized matrices, and how many weights these are."""
-    if tensors := _tensors(model):
-        return sum(t.stored_bits for t in tensors.values()), quantized_weights(tensors)
+    if done := quantization_of(model):
+        return sum(t.stored_bits for t in done.tensors.values()), quantized_weights(done.tensors)
     known = getattr(model, "identity", None)
     if not isinstance(known, Identity):
         return 0, 0
@@ -202,11 +189,6 @@ def _quantized(model: PreTrainedModel) -> tuple[int, int]:
     linears = {name: linear for name, linear in walk(model).linears.items() if name in bits}
     weights = sum(linear.in_features * linear.out_features for linear in linears.values())
     return sum(bits[name] for name in linears), weights
-
-
-def _tensors(model: PreTrainedModel) -> dict[str, QuantizedTensor]:
-    quantization = quantization_of(model)
-    return quantization.tensors if quantization is not None else {}
 
 
 def copy_sharing_parameters(model: PreTrainedModel) -> PreTrainedModel:
@@ -218,8 +200,7 @@ def copy_sharing_parameters(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _replace_parameter(model: PreTrainedModel, name: str, value: Tensor) -> None:
-    """Give `model` alone a new value, in the dtype of the old one; an output head is untied from the
-    embedding by it."""
+    """Give `model` alone a new value, in the dtype of the old one; an output head is untied by it."""
     owner, _, key = name.rpartition(".")
     module = model.get_submodule(owner)
     old = module.get_parameter(key)
@@ -229,8 +210,7 @@ def _replace_parameter(model: PreTrainedModel, name: str, value: Tensor) -> None
 
 
 def _patterns(names: list[str]) -> set[str]:
-    """Return globs for the last words of names: `*.down_proj`, and `*.experts.down_proj.*` for slices of
-    experts."""
+    """Return globs for the last words of names: `*.down_proj`, for slices `*.experts.down_proj.*`."""
     slices = re.compile(r"^.*\.(\w+\.\w+)\.\d+$")
     return {
         f"*.{match[1]}.*" if (match := slices.match(name)) else f"*.{name.rpartition('.')[2]}"

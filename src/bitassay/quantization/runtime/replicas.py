@@ -43,11 +43,9 @@ def add_passes(
     steps_of: Mapping[int, Steps],
     tensors: Mapping[str, QuantizedTensor],
 ) -> None:
-    """Give the layers of a model, in place, their passes; `tensors` has the codes of copies that differ.
-    Everything else about the model must be as it will be: a copy of a layer takes over its hooks.
-
-    Raises BitassayError for layers whose keys and values cannot have several slots.
-    """
+    """Give the layers of a model, in place, their passes; `tensors` has the codes of copies that differ. All
+    else must be as it will be: a copy of a layer takes over its hooks. Raises BitassayError for layers whose
+    keys and values cannot have several slots."""
     layers, usage = decoder_layers(model), Usage()
     slot, added = len(layers), []
     block = [layers[index] for index in sorted(steps_of)] if plan.of == "block" else []
@@ -84,7 +82,6 @@ def add_passes(
 def _replicas(
     layer: nn.Module, name: str, count: int, plan: ReplicationPlan, tensors: Mapping[str, QuantizedTensor]
 ) -> list[nn.Module]:
-    """Copies of a layer that share all that does not differ."""
     shared = {id(item): item for item in (*layer.parameters(), *layer.buffers())}
     codes = [module.quantized for module in layer.modules() if isinstance(module, QuantizedLinear)]
     shared |= {id(tensor): tensor for tensor in codes}

@@ -1,6 +1,6 @@
-"""Gradient descent on shadow weights, as `learned` and `tune` share it: Adam, a linear warm-up, then half a
-cosine down to zero; every calibration sample is seen once before any is seen again.
-"""
+"""Gradient descent on shadow weights, as `learned` and `tune` share it.
+Adam, a linear warm-up, then half a cosine down to zero; every calibration sample is seen once before any is
+seen again."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence

@@ -1,5 +1,5 @@
-"""Distillation data: calibration text, and more that the base model writes itself, with the base model's last
-hidden states.
+"""Distillation data: calibration text, and more that the base model writes itself.
+The base model's last hidden states come along.
 
 Learning all codes end to end sees every calibration token several times and begins to know them by heart. The
 base model can say what follows in any text, so it may as well write the text (LLM-QAT, 2305.17888, section
@@ -21,6 +21,7 @@ from bitassay.models.config import text_config
 from bitassay.models.positions import frequencies
 from bitassay.models.walk import decoder_of
 from bitassay.quantization.recipe.solvers import Tune
+from bitassay.quantization.shapes import Tokens
 from bitassay.quantization.solvers.layerwise import BATCH_SAMPLES
 from bitassay.record.progress import Progress
 from bitassay.record.run import RunFolder
@@ -31,11 +32,7 @@ WRITING_SAMPLES = 64
 
 
 def distillation_data(
-    base: PreTrainedModel,
-    tokens: Int[Tensor, "samples tokens"],
-    spec: Tune,
-    folder: RunFolder | None,
-    progress: Progress,
+    base: PreTrainedModel, tokens: Tokens, spec: Tune, folder: RunFolder | None, progress: Progress
 ) -> tuple[Int[Tensor, "texts tokens"], Float[Tensor, "texts tokens hidden"]]:
     """Return token ids, and the base model's last hidden states in bf16; written text is kept in `folder`."""
     progress("running the base model over the calibration text")
@@ -57,8 +54,7 @@ def distillation_data(
 
 
 def head_weight(model: PreTrainedModel) -> Float[Tensor, "vocabulary hidden"]:
-    """Return the matrix that makes logits of the last hidden states. Raises BitassayError for a model that
-    does more than a product there."""
+    """Return the output matrix. Raises BitassayError for a model that does more than a product there."""
     head, config = model.get_output_embeddings(), text_config(model)
     more = [name for name in ("final_logit_softcapping", "logit_scale") if getattr(config, name, None)]
     if head is None or more:
@@ -71,7 +67,7 @@ def head_weight(model: PreTrainedModel) -> Float[Tensor, "vocabulary hidden"]:
 
 @torch.no_grad()
 def last_states(
-    model: PreTrainedModel, tokens: Int[Tensor, "samples tokens"], batch: int = BATCH_SAMPLES
+    model: PreTrainedModel, tokens: Tokens, batch: int = BATCH_SAMPLES
 ) -> Float[Tensor, "samples tokens hidden"]:
     """Return what the output head reads, in bf16."""
     with torch.autocast(tokens.device.type, torch.bfloat16):
@@ -82,9 +78,8 @@ def last_states(
     return torch.cat(parts)
 
 
-def prompts(tokens: Int[Tensor, "samples tokens"], count: int) -> Int[Tensor, "count prompt"]:
-    """Return `count` pieces of PROMPT_TOKENS tokens: the first of every sample, then the second, and so on
-    from the start where there are no more."""
+def prompts(tokens: Tokens, count: int) -> Int[Tensor, "count prompt"]:
+    """Return `count` pieces of PROMPT_TOKENS tokens: the first of every sample, then the second and so on."""
     length = min(PROMPT_TOKENS, tokens.shape[1])
     pieces = tokens[:, : tokens.shape[1] // length * length].unflatten(1, (-1, length))
     interleaved = pieces.transpose(0, 1).flatten(0, 1)
@@ -99,8 +94,7 @@ def continued(
     length: int,
     generator: torch.Generator,
 ) -> tuple[Int[Tensor, "samples length"], Float[Tensor, "samples length hidden"]]:
-    """Go on to `length` tokens; return them and the last hidden states at all of them, as one forward over
-    them gives. Products are in bf16."""
+    """Go on to `length` tokens by bf16 products; return them and their last hidden states."""
     decoder, head = copy.deepcopy(decoder_of(model)).bfloat16(), head.bfloat16()
     tokens, caches = start.to(head.device), takes_cache(model)
     states, cache, begun = list[Tensor](), DynamicCache(config=model.config), 0

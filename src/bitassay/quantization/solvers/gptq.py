@@ -48,6 +48,7 @@ from bitassay.quantization.codes.tensor import QuantizedTensor, from_codes
 from bitassay.quantization.recipe.granularity import Granularity
 from bitassay.quantization.recipe.solvers import Gptq
 from bitassay.quantization.recipe.weights import WeightScheme
+from bitassay.quantization.shapes import Columns, Hessian, Matrix
 from bitassay.quantization.solvers.solver import Matrices, MatrixSolver, Solution
 
 BLOCK_COLUMNS = 128  # columns whose updates are gathered into one product
@@ -76,7 +77,7 @@ def solver(spec: Gptq, _inner: MatrixSolver) -> MatrixSolver:
     return solve
 
 
-def _alone(name: str, weight: Float[Tensor, "out in"], matrices: Matrices, spec: Gptq) -> Solution:
+def _alone(name: str, weight: Matrix, matrices: Matrices, spec: Gptq) -> Solution:
     """Solve binary planes, copies, and a matrix with one scale."""
     hessian, scheme, copies = matrices.hessian, matrices.scheme, matrices.scheme.copies
     if scheme.has_planes:
@@ -111,7 +112,7 @@ class Rounded:
     schemes: Sequence[WeightScheme]
     codes: Float[Tensor, "planes out in"]
     grids: list[Grid]
-    updated: Float[Tensor, "out in"]
+    updated: Matrix
     damping: float
 
     def tensor(self, rows: slice = slice(None)) -> QuantizedTensor:
@@ -123,12 +124,7 @@ class Rounded:
         return merged(parts)
 
 
-def gptq(
-    weight: Float[Tensor, "out in"],
-    hessian: Float[Tensor, "in in"],
-    schemes: Sequence[WeightScheme],
-    spec: Gptq,
-) -> Rounded:
+def gptq(weight: Matrix, hessian: Hessian, schemes: Sequence[WeightScheme], spec: Gptq) -> Rounded:
     """Round `weight` for the inputs whose `sum x x^T` is `hessian`, as a sum of planes, one for each scheme;
     all have one granularity. Rows are independent of each other (granularity `tensor` apart), so matrices
     that read the same input may be stacked."""
@@ -157,13 +153,9 @@ def gptq(
 
 
 def gptq_on_levels(
-    weight: Float[Tensor, "out in"],
-    hessian: Float[Tensor, "in in"],
-    choices: Float[Tensor, "levels out in"],
-    spec: Gptq,
-) -> tuple[Float[Tensor, "out in"], float]:
-    """Run GPTQ where each weight has levels of its own, fixed beforehand, instead of a grid. Returns every
-    column as it was when its turn to be rounded came, and the damping."""
+    weight: Matrix, hessian: Hessian, choices: Float[Tensor, "levels out in"], spec: Gptq
+) -> tuple[Matrix, float]:
+    """Run GPTQ on levels of each weight. Returns every column as it was at its turn, and the damping."""
     by_column = choices.permute(2, 1, 0).contiguous()
 
     def round_column(j: int, column: Float[Tensor, " out"]) -> Float[Tensor, " out"]:
@@ -174,8 +166,8 @@ def gptq_on_levels(
 
 
 def gptq_binary(
-    weight: Float[Tensor, "out in"], hessian: Float[Tensor, "in in"], scheme: WeightScheme, spec: Gptq
-) -> tuple[QuantizedTensor, Float[Tensor, "out in"], float]:
+    weight: Matrix, hessian: Hessian, scheme: WeightScheme, spec: Gptq
+) -> tuple[QuantizedTensor, Matrix, float]:
     """Return a matrix as binary planes, its updated columns, and the damping."""
     best, least, source = None, torch.inf, weight.float()
     for _ in range(ROUNDS):
@@ -190,14 +182,14 @@ def gptq_binary(
 
 
 def _compensated(
-    weight: Float[Tensor, "out in"],
-    hessian: Float[Tensor, "in in"],
-    importance: Float[Tensor, " in"],
+    weight: Matrix,
+    hessian: Hessian,
+    importance: Columns,
     spec: Gptq,
     round_column: Callable[[int, Float[Tensor, " out"]], Float[Tensor, " out"]],
     bounds: Sequence[tuple[int, int]] = (),
     begin: Callable[[int, int, Float[Tensor, "out size"]], None] | None = None,
-) -> tuple[Float[Tensor, "out in"], float]:
+) -> tuple[Matrix, float]:
     """Return every column as it was when its turn came, and the damping. `round_column(j, column)` rounds one
     and returns what that leaves over; with `begin`, which is called at the first column of every group,
     columns are taken from left to right."""
@@ -221,7 +213,7 @@ def _compensated(
     return w[order.argsort()].T.contiguous(), damping
 
 
-def inverse_factor(hessian: Float[Tensor, "in in"], damping: float) -> tuple[Float[Tensor, "in in"], float]:
+def inverse_factor(hessian: Hessian, damping: float) -> tuple[Hessian, float]:
     """Return the upper Cholesky factor of `(H + c I)^-1` in fp64, and the share c / mean(diag H) it took."""
     if not hessian.isfinite().all():
         raise BitassayError("the calibration inputs are not finite", "check the model in a wider dtype")
@@ -239,11 +231,8 @@ def inverse_factor(hessian: Float[Tensor, "in in"], damping: float) -> tuple[Flo
         damping *= 10
 
 
-def _static_grids(
-    weight: Float[Tensor, "out in"], importance: Float[Tensor, " in"], schemes: Sequence[WeightScheme]
-) -> list[list[Grid]]:
-    """For each plane the grid of every group of columns, from the weights as they are; tensors `[out, 1]`, or
-    `[1, 1]`."""
+def _static_grids(weight: Matrix, importance: Columns, schemes: Sequence[WeightScheme]) -> list[list[Grid]]:
+    """The grid of every group of columns for each plane, by the weights as they are."""
     granularity, left, planes = Granularity.parse(schemes[0].granularity), weight.float(), []
     for scheme in schemes:
         grids = matrix_grids(left, scheme, importance)

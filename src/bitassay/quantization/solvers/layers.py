@@ -5,19 +5,17 @@ A matrix is solved at the moment when its input arrives (`layerwise.py`), by wha
 there the next time.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError
 from bitassay.models.walk import decoder_layers, module_name, walk
 from bitassay.quantization.codes.quantize import check_weight, quantize_tensor
 from bitassay.quantization.codes.tensor import QuantizedTensor
-from bitassay.quantization.recipe.recipe import Recipe
-from bitassay.quantization.recipe.weights import WeightScheme
 from bitassay.quantization.runtime.experts import expert_inputs, expert_matrix, warn_of_few
+from bitassay.quantization.shapes import Hessian, Matrix
 from bitassay.quantization.solvers.layerwise import (
     Arguments,
     Hidden,
@@ -30,30 +28,22 @@ from bitassay.quantization.solvers.layerwise import (
 )
 from bitassay.quantization.solvers.registry import matrix_solver, solvers_of
 from bitassay.quantization.solvers.solver import Layer, Matrices, Model, Solution
-from bitassay.quantization.work import read_part, write_part
+from bitassay.quantization.work import WorkingCopy, read_part, write_part
 from bitassay.record.progress import Progress
 from bitassay.record.run import RunFolder
 
 
-def quantize_calibrated(
-    base: PreTrainedModel,
-    working_copy: PreTrainedModel,
-    schemes: Mapping[str, WeightScheme | None],
-    recipe: Recipe,
-    tokens: Int[Tensor, "samples tokens"],
-    folder: RunFolder | None,
-    progress: Progress,
-) -> dict[str, QuantizedTensor]:
-    """Quantize every matrix that has a scheme layer by layer, then all layers together; `working_copy` is
-    left with the norms that go with the result."""
-    linears, used = walk(working_copy).linears, solvers_of(recipe)
+def quantize_calibrated(work: WorkingCopy) -> dict[str, QuantizedTensor]:
+    """Quantize every matrix that has a scheme layer by layer, then all layers together."""
+    linears, used, schemes = walk(work.model).linears, solvers_of(work.recipe), work.schemes
     if any(solver.layer or solver.model for solver, _ in used):
-        _check_experts(linears, [name for name, scheme in schemes.items() if scheme is not None], progress)
-    solutions = quantize_layers(working_copy, schemes, recipe, tokens, folder, progress)
+        _check_experts(linears, [name for name in schemes if schemes[name] is not None], work.progress)
+    solutions = quantize_layers(work)
     for solver, spec in used:
         if solver.model is not None:
             movable = {name: solution for name, solution in solutions.items() if name in linears}
-            task = Model(recipe.name, base, working_copy, movable, tokens, folder, progress)
+            name, folder = work.recipe.name, work.folder
+            task = Model(name, work.base, work.model, movable, work.text, folder, work.progress)
             solutions |= solver.model(spec, task)
     return {name: solution.tensor for name, solution in solutions.items()}
 
@@ -69,71 +59,56 @@ def _check_experts(linears: Collection[str], quantized: list[str], progress: Pro
         progress(f"learned and tune move linears; the {len(experts)} matrices of experts stay as solved")
 
 
-def quantize_layers(
-    working_copy: PreTrainedModel,
-    schemes: Mapping[str, WeightScheme | None],
-    recipe: Recipe,
-    tokens: Int[Tensor, "samples tokens"],
-    folder: RunFolder | None,
-    progress: Progress,
-) -> dict[str, Solution]:
-    """Quantize every matrix that has a scheme, layer by layer; `working_copy` gets the dequantized weights on
-    the way."""
-    layers, what = decoder_layers(working_copy), f"quantizing by {recipe.name}"
-    prefix, used = module_name(working_copy, layers), solvers_of(recipe)
+def quantize_layers(work: WorkingCopy) -> dict[str, Solution]:
+    """Quantize every matrix that has a scheme layer by layer, in the working copy too."""
+    folder, layers, what = work.folder, decoder_layers(work.model), f"quantizing by {work.recipe.name}"
+    prefix, used = module_name(work.model, layers), solvers_of(work.recipe)
     learning = [(solver.layer, spec) for solver, spec in used if solver.layer is not None]
     keeps_unrounded = any(solver.model is not None for solver, _ in used)
-    stream = first_inputs(working_copy, tokens)
+    stream = first_inputs(work.model, work.text)
     hidden, arguments = stream
     targets, base_arguments = stream.second() if learning else (None, arguments)
     finished = [folder is not None and folder.has_tensors(_part(index)) for index in range(len(layers))]
     solutions: dict[str, Solution] = {}
     for index, layer in enumerate(layers):
-        progress(what, index, len(layers))
+        work.progress(what, index, len(layers))
         name = f"{prefix}.{index}"
-        work = _LayerWork(working_copy, name, schemes, recipe, progress)
+        solving = _LayerWork(work, name)
         if folder is not None and all(finished[index:]):  # no layer is left that reads this one's output
-            work.read(folder, _part(index))
+            solving.read(folder, _part(index))
         else:
             if targets is not None:
-                targets = work.output(layer, targets, base_arguments[index])
+                targets = solving.output(layer, targets, base_arguments[index])
             if folder is not None and finished[index]:
-                work.read(folder, _part(index))
-                hidden = work.output(layer, hidden, arguments[index])
+                solving.read(folder, _part(index))
+                hidden = solving.output(layer, hidden, arguments[index])
             else:
                 entering = hidden
-                hidden = work.run(layer, entering, arguments[index])
-                for solve, spec in learning if work.linears else ():
+                hidden = solving.run(layer, entering, arguments[index])
+                for solve, spec in learning if solving.linears else ():
                     assert targets is not None
-                    linears = {key.removeprefix(f"{name}."): work.solutions[key] for key in work.linears}
-                    task = Layer(name, layer, linears, entering, targets, arguments[index], progress)
+                    short = {key: key.removeprefix(f"{name}.") for key in solving.linears}
+                    linears = {short[key]: solving.solutions[key] for key in short}
+                    task = Layer(name, layer, linears, entering, targets, arguments[index], work.progress)
                     moved = {f"{name}.{key}": solution for key, solution in solve(spec, task).items()}
-                    work.solutions |= moved
-                    work.put(moved)
-                    hidden = work.output(layer, entering, arguments[index])
-                work.forget_unrounded(work.linears if keeps_unrounded else ())
+                    solving.solutions |= moved
+                    solving.put(moved)
+                    hidden = solving.output(layer, entering, arguments[index])
+                solving.forget_unrounded(solving.linears if keeps_unrounded else ())
                 if folder is not None:
-                    work.write(folder, _part(index))
-        solutions |= work.solutions
-    progress(what, len(layers), len(layers))
+                    solving.write(folder, _part(index))
+        solutions |= solving.solutions
+    work.progress(what, len(layers), len(layers))
     return solutions
 
 
 class _LayerWork:
-    """One layer's matrices while they are quantized, by their full names."""
-
-    def __init__(
-        self,
-        working_copy: PreTrainedModel,
-        layer: str,
-        schemes: Mapping[str, WeightScheme | None],
-        recipe: Recipe,
-        progress: Progress,
-    ):
-        self.model, self.progress, self.solver = working_copy, progress, matrix_solver(recipe)
-        self.calibration = recipe.text
-        self.schemes = {n: scheme for n, scheme in schemes.items() if scheme and n.startswith(f"{layer}.")}
-        modules = dict(working_copy.named_modules())
+    def __init__(self, work: WorkingCopy, layer: str):
+        self.model, self.progress, self.solver = work.model, work.progress, matrix_solver(work.recipe)
+        self.calibration = work.recipe.text
+        within = [name for name in work.schemes if name.startswith(f"{layer}.")]
+        self.schemes = {name: scheme for name in within if (scheme := work.schemes[name])}
+        modules = dict(work.model.named_modules())
         self.linears = {n: part for n in self.schemes if isinstance(part := modules.get(n), nn.Linear)}
         self.slices = [name for name in self.schemes if name not in self.linears]
         for parameter in dict.fromkeys(name.rpartition(".")[0] for name in self.slices):
@@ -180,7 +155,7 @@ class _LayerWork:
             others = f" and {len(linears) - 1} more" if linears[1:] else ""
             self.progress(f"{linears[0]}{others}: rounded to nearest, since no token gets there")
 
-    def weight(self, name: str) -> Float[Tensor, "out in"]:
+    def weight(self, name: str) -> Matrix:
         """Return the matrix as the working copy holds it now."""
         return self.linears[name].weight if name in self.linears else expert_matrix(self.model, name)
 
@@ -194,7 +169,7 @@ class _LayerWork:
             else:
                 self.weight(name).copy_(weight)
 
-    def solve(self, names: tuple[str, ...], hessian: Float[Tensor, "in in"]) -> None:
+    def solve(self, names: tuple[str, ...], hessian: Hessian) -> None:
         """Quantize matrices that read the same input; those of one scheme in one go."""
         by_scheme: dict[str, list[str]] = {}
         for name in names:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from bitassay.errors import BitassayError
-from bitassay.models.hooks import hooked
+from bitassay.models.hooks import hooked, reading
 from bitassay.models.walk import decoder_layers, decoder_of
+from bitassay.quantization.shapes import Hessian, Tokens
 
 BATCH_SAMPLES = 8
 CHUNK_ROWS = 8192
@@ -114,8 +115,6 @@ class _Handed(NamedTuple):
 
 
 class _Call(NamedTuple):
-    """One call of a layer: its arguments besides the hidden states, and the name of these."""
-
     layer: nn.Module
     positional: tuple[Any, ...]
     named: dict[str, Any]
@@ -127,13 +126,11 @@ class _Stop(Exception):
 
 
 @torch.no_grad()
-def first_inputs(model: PreTrainedModel, tokens: Int[Tensor, "samples tokens"]) -> Stream:
-    """Return what the first decoder layer gets for these tokens, and the other arguments of every layer.
-
-    What differs from sample to sample is found by a forward over two without a token in common. Raises
+def first_inputs(model: PreTrainedModel, tokens: Tokens) -> Stream:
+    """Return what the first decoder layer gets for these tokens, and the other arguments of every layer. What
+    differs from sample to sample is found by a forward over two without a token in common. Raises
     BitassayError for a model whose layers, called one after the other with these arguments, do not give what
-    the model gives.
-    """
+    the model gives."""
     layers = decoder_layers(model)
     size: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
     pair = torch.cat([tokens[:1], (tokens[:1] + 1) % size]).to(model.device)
@@ -159,7 +156,7 @@ class _Forward:
     the last one put out. written: the mappings into which layers put something. stop: in front of the first
     layer."""
 
-    def __init__(self, model: PreTrainedModel, tokens: Int[Tensor, "samples tokens"], stop: bool = False):
+    def __init__(self, model: PreTrainedModel, tokens: Tokens, stop: bool = False):
         self.calls: list[_Call] = []
         self.hidden = self.last = torch.empty(0)
         seen: dict[int, tuple[Any, int]] = {}
@@ -190,7 +187,6 @@ class _Forward:
 
 
 def _stream(single: _Forward, double: _Forward, batches: list[_Forward], axis: int, samples: int) -> Stream:
-    """Return what entered the layers, by forwards over one sample, over two, and over all in batches."""
     handed: dict[str, list[Tensor]] = {}
     arguments = []
     for index, (single_call, double_call) in enumerate(zip(single.calls, double.calls, strict=True)):
@@ -272,14 +268,11 @@ def input_groups(
     groups: dict[int, list[str]] = {}
     inputs: list[Tensor] = []  # held, so that no other tensor takes over an identity
 
-    def reads(name: str):
-        def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            inputs.append(args[0])
-            groups.setdefault(id(args[0]), []).append(name)
+    def note(name: str, x: Tensor) -> None:
+        inputs.append(x)
+        groups.setdefault(id(x), []).append(name)
 
-        return note
-
-    with hooked(module.register_forward_pre_hook(reads(name)) for name, module in linears.items()):
+    with hooked(reading(linears, note)):
         arguments.call(layer, hidden[:1], slice(0, 1))
     return [tuple(names) for names in groups.values()]
 
@@ -290,7 +283,7 @@ def products_in(precision: str | None, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype, enabled=precision is not None)
 
 
-def hessian_of(inputs: Float[Tensor, "... in"]) -> Float[Tensor, "in in"]:
+def hessian_of(inputs: Float[Tensor, "... in"]) -> Hessian:
     """Return `sum x x^T`: fp32 products of chunks, summed in fp64; the upper blocks, mirrored."""
     columns = inputs.shape[-1]
     total = torch.zeros(columns, columns, dtype=torch.float64)
@@ -310,16 +303,11 @@ def quantize_in_passing(
     arguments: Arguments,
     linears: Mapping[str, nn.Linear],
     groups: list[tuple[str, ...]],
-    solve: Callable[[tuple[str, ...], Float[Tensor, "in in"]], None],
+    solve: Callable[[tuple[str, ...], Hessian], None],
 ) -> Hidden:
     """Run a layer once over all samples, and quantize each of the `input_groups` when its input arrives:
     `solve` replaces their weights, and what follows sees it. Returns the quantized layer's output."""
-
-    def arrive(names: tuple[str, ...]):
-        def quantize(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            solve(names, hessian_of(args[0]))
-
-        return quantize
-
-    with hooked(linears[names[0]].register_forward_pre_hook(arrive(names)) for names in groups):
+    members = {names[0]: names for names in groups}
+    firsts = {name: linears[name] for name in members}
+    with hooked(reading(firsts, lambda name, x: solve(members[name], hessian_of(x)))):
         return arguments.call(layer, hidden)

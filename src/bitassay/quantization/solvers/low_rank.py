@@ -34,6 +34,7 @@ from torch import Tensor
 from bitassay.errors import BitassayError
 from bitassay.quantization.codes.tensor import LowRank
 from bitassay.quantization.recipe.solvers import LowRankSpec
+from bitassay.quantization.shapes import Hessian, Matrix
 from bitassay.quantization.solvers.solver import Matrices, MatrixSolver, Solution
 
 DAMPING = 0.01
@@ -56,16 +57,14 @@ def solver(spec: LowRankSpec, inner: MatrixSolver) -> MatrixSolver:
 
 
 def correction(
-    residual: Float[Tensor, "out in"],
-    hessian: Float[Tensor, "in in"],
+    residual: Matrix,
+    hessian: Hessian,
     rank: int,
     dtype: torch.dtype = torch.float16,
     damping: float = DAMPING,
 ) -> LowRank:
     """Return the factors that leave the least of `residual` in the metric of `hessian`; computed in fp64.
-
-    Raises BitassayError where the rank is larger than the matrix has, or a value is not finite.
-    """
+    Raises BitassayError where the rank is larger than the matrix has, or a value is not finite."""
     if rank > min(residual.shape):
         raise BitassayError(
             f"a matrix {list(residual.shape)} has no correction of rank {rank}",
@@ -84,14 +83,10 @@ def correction(
 
 
 def corrected(
-    weight: Float[Tensor, "out in"],
-    hessian: Float[Tensor, "in in"],
-    spec: LowRankSpec,
-    quantize: Callable[[Float[Tensor, "out in"]], Solution],
+    weight: Matrix, hessian: Hessian, spec: LowRankSpec, quantize: Callable[[Matrix], Solution]
 ) -> Solution:
-    """Return codes and factors together: `quantize` rounds a matrix, what it lost goes into the factors, and
-    each further round rounds `W - A B` and begins anew. The best round counts, by the error in the metric of
-    `hessian`."""
+    """Return codes and factors together: what `quantize` lost goes into the factors, each further round
+    rounds `W - A B` anew, and the best one counts, by the error in the metric of `hessian`."""
     dtype, weight = getattr(torch, spec.dtype), weight.float()
     metric = _damped(hessian.double(), DAMPING)
     solution = quantize(weight)
@@ -111,15 +106,13 @@ def corrected(
     return Solution(best, solution.unrounded)
 
 
-def _damped(hessian: Float[Tensor, "in in"], damping: float) -> Float[Tensor, "in in"]:
+def _damped(hessian: Hessian, damping: float) -> Hessian:
     eye = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
     mean = hessian.diagonal().mean()
     return hessian + damping * mean * eye if mean > 0 else eye
 
 
-def _first_directions(
-    r: Float[Tensor, "out in"], hessian: Float[Tensor, "in in"], rank: int
-) -> Float[Tensor, "out rank"]:
+def _first_directions(r: Matrix, hessian: Hessian, rank: int) -> Float[Tensor, "out rank"]:
     """The first left singular vectors of `r L`; through whichever side of it is shorter."""
     rows, columns = r.shape
     if rows <= columns:

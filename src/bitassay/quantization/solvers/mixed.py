@@ -20,7 +20,6 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError
@@ -30,6 +29,7 @@ from bitassay.quantization.codes.tensor import QuantizedTensor
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.recipe.solvers import Mixed
 from bitassay.quantization.recipe.weights import WeightScheme
+from bitassay.quantization.shapes import Tokens
 from bitassay.quantization.solvers.sensitivity import (
     divergences_over,
     matrix_locations,
@@ -54,13 +54,12 @@ class Unit(NamedTuple):
 def mixed_schemes(
     model: PreTrainedModel,
     recipe: Recipe,
-    tokens: Int[Tensor, "samples tokens"],
+    tokens: Tokens,
     progress: Progress = silent,
     folder: RunFolder | None = None,
 ) -> dict[str, WeightScheme | None]:
     """Return a scheme for each of `matrices(model)` by its budget, None for those that the recipe leaves
-    alone. With a folder the choice is a part of it. Raises BitassayError where the budget does not fit the
-    choices."""
+    alone; kept in `folder`. Raises BitassayError where the budget does not fit the choices."""
     spec, weights = recipe.mixed, recipe.weights
     assert spec is not None
     assert weights is not None
@@ -81,10 +80,9 @@ def _spend(
     recipe: Recipe,
     spec: Mixed,
     choices: list[WeightScheme],
-    tokens: Int[Tensor, "samples tokens"],
+    tokens: Tokens,
     progress: Progress,
 ) -> dict[str, int]:
-    """Return the number of the choice of each matrix that has one."""
     units, views = units_of(model, recipe), matrices(model)
     free = [unit for unit in units if unit.free]
     if not free:
@@ -127,7 +125,6 @@ def units_of(model: PreTrainedModel, recipe: Recipe) -> list[Unit]:
 
 
 def _bits(unit: Unit, candidates: Candidates) -> Int[np.ndarray, " choices"]:
-    """Return what the unit stores under each choice."""
     return np.sum([[tensor.stored_bits for tensor in candidates[name]] for name in unit.members], axis=0)
 
 
@@ -135,11 +132,10 @@ def _costs(
     model: PreTrainedModel,
     free: list[Unit],
     candidates: Candidates,
-    tokens: Int[Tensor, "samples tokens"],
+    tokens: Tokens,
     spec: Mixed,
     progress: Progress,
 ) -> Float[np.ndarray, "units choices"]:
-    """Return what each choice costs each unit that has one, in nats a token."""
     if spec.sensitivity == "error":
         what = "predicting the divergence of every choice"
         measured = {name: candidates[name] for unit in free for name in unit.members}
@@ -158,9 +154,8 @@ def _costs(
 def allocate(
     costs: Float[np.ndarray, "units choices"], bits: Int[np.ndarray, "units choices"], budget: float
 ) -> Int[np.ndarray, " units"]:
-    """Return the choice of each unit with the least sum of costs among those whose bits sum to at most
-    `budget`. Costs are not negative; a choice that a unit does not have costs infinity. Raises BitassayError
-    where no choice keeps to the budget."""
+    """Return the choice of each unit with the least sum of costs whose bits sum to at most `budget`; infinite
+    costs are no choice. Raises BitassayError where no choice keeps to the budget."""
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import eye_array, kron
 

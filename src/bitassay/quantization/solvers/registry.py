@@ -1,5 +1,6 @@
-"""All solvers, by the name of the recipe's part that asks for them. Those of installed packages are found by
-entry points in the group `bitassay.solvers`, whose names are then fields of recipes."""
+"""All solvers, by the name of the recipe's part that asks for them.
+Those of installed packages are found by entry points in the group `bitassay.solvers`, whose names are then
+fields of recipes."""
 
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.recipe.solvers import Gptq, Learned, LowRankSpec, Tune

@@ -24,12 +24,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bitassay.models.hooks import hooked
+from bitassay.models.hooks import hooked, reading
 from bitassay.models.walk import decoder_layers, decoder_of, matrices, module_name, walk
 from bitassay.quantization.codes.tensor import QuantizedTensor
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.runtime.experts import Load, expert_inputs, expert_products
 from bitassay.quantization.runtime.model import Quantization, with_tensors
+from bitassay.quantization.shapes import Tokens
 from bitassay.record.progress import Progress
 
 NOTHING_ELSE = Recipe.model_validate({"name": "one-group", "weights": None})
@@ -56,21 +57,15 @@ def matrix_locations(model: PreTrainedModel) -> dict[str, Location]:
 @torch.no_grad()
 def observe(
     model: PreTrainedModel,
-    tokens: Int[Tensor, "samples tokens"],
+    tokens: Tokens,
     tap: Callable[[str, Float[Tensor, "rows _"]], None],
     progress: Callable[[int], None] = lambda done: None,
 ) -> Load:
     """Run the text, a sample at a time, and show the inputs of every matrix by its name. Returns how many
     tokens each expert got; `progress` gets the number of finished samples."""
 
-    def shows(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _, arguments: tap(name, arguments[0].reshape(-1, arguments[0].shape[-1]))
-
-    linears = walk(model).linears.items()
-    with (
-        hooked(module.register_forward_pre_hook(shows(name)) for name, module in linears),
-        expert_inputs(model, tap) as load,
-    ):
+    shows = reading(walk(model).linears, lambda name, x: tap(name, x.reshape(-1, x.shape[-1])))
+    with hooked(shows), expert_inputs(model, tap) as load:
         for done, sample in enumerate(tokens):
             decoder_of(model)(input_ids=sample[None].to(model.device), use_cache=False)
             progress(done + 1)
@@ -109,12 +104,11 @@ def _energy(y: Tensor) -> float:
 def predicted_divergences(
     model: PreTrainedModel,
     candidates: Mapping[str, Sequence[QuantizedTensor]],
-    tokens: Int[Tensor, "samples tokens"],
+    tokens: Tokens,
     progress: Callable[[int], None] = lambda done: None,
     seed: int = 0,
 ) -> dict[str, list[float]]:
-    """Return the predicted KL divergence of each candidate of each matrix, in nats a token; `progress` gets
-    the number of finished samples."""
+    """Return the predicted KL divergence of each candidate of each matrix, in nats a token."""
     weights, generator = matrices(model), torch.Generator(model.device).manual_seed(seed)
     total = {name: [0.0] * len(tensors) for name, tensors in candidates.items()}
     for done, sample in enumerate(tokens):
@@ -159,7 +153,7 @@ def _kept_products(model: PreTrainedModel) -> Iterator[list[tuple[str, Tensor, T
 def divergences_over(
     model: PreTrainedModel,
     groups: Mapping[str, Mapping[str, QuantizedTensor]],
-    tokens: Int[Tensor, "samples tokens"],
+    tokens: Tokens,
     what: str,
     progress: Progress,
 ) -> dict[str, float]:
@@ -179,8 +173,7 @@ def divergences(
     groups: Mapping[str, Mapping[str, QuantizedTensor]],
     window: Int[Tensor, " tokens"],
 ) -> Iterator[tuple[str, float]]:
-    """Yield, for each group of matrices, the mean KL divergence over a window when only it is quantized. The
-    layers before the first changed one are not run again."""
+    """Yield the mean KL divergence over a window for each group of matrices that alone is quantized."""
     entering: dict[int, Tensor] = {}
     further: dict[int, tuple[Any, ...] | None] = {}  # what a layer puts out with its states
 

@@ -30,6 +30,7 @@ from bitassay.quantization.codes.grid import Grid, group_bounds
 from bitassay.quantization.codes.tensor import LowRank, QuantizedTensor, from_codes
 from bitassay.quantization.recipe.granularity import Granularity
 from bitassay.quantization.recipe.weights import WeightScheme
+from bitassay.quantization.shapes import Matrix
 
 ZEROS = 0.25  # steps: a group that is nowhere farther from zero was all zero when its scale was fitted
 
@@ -42,13 +43,7 @@ class ShadowWeight(nn.Module):
     at first, so that one learning rate suits all of them. zero: the position of zero. mean: as the grid's.
     """
 
-    def __init__(
-        self,
-        scheme: WeightScheme,
-        weight: Float[Tensor, "out in"],
-        grid: Grid,
-        low_rank: LowRank | None = None,
-    ):
+    def __init__(self, scheme: WeightScheme, weight: Matrix, grid: Grid, low_rank: LowRank | None = None):
         super().__init__()
         self.scheme, self.grid, self.low_rank = scheme, grid, low_rank
         self.correction = None if low_rank is None else low_rank.product()
@@ -67,7 +62,7 @@ class ShadowWeight(nn.Module):
         self.moves = torch.stack([part.amax(1) > ZEROS for part in distance.split(self.sizes.tolist(), 1)], 1)
         self.clamp()
 
-    def _wide(self, per_group: Float[Tensor, "out groups"]) -> Float[Tensor, "out in"]:
+    def _wide(self, per_group: Float[Tensor, "out groups"]) -> Matrix:
         return per_group.repeat_interleave(self.sizes, dim=1)
 
     def grid_parameters(self) -> list[nn.Parameter]:
@@ -94,7 +89,7 @@ class ShadowWeight(nn.Module):
         """Round to the scales' dtype; the gradient passes the rounding."""
         return exact + (exact.to(getattr(torch, self.scheme.scale_dtype)).float() - exact).detach()
 
-    def forward(self) -> Float[Tensor, "out in"]:
+    def forward(self) -> Matrix:
         zero = self._stored(self.zero) if self.scheme.zero_point == "free" else self.zero
         weight = _OnGrid.apply(self.u, self.scale(), zero, self.moves, self.sizes, self.grid)
         if self.mean is not None:
@@ -103,7 +98,7 @@ class ShadowWeight(nn.Module):
         return weight if self.correction is None else weight + self.correction
 
     @torch.no_grad()
-    def weight(self) -> Float[Tensor, "out in"]:
+    def weight(self) -> Matrix:
         """Return the unrounded weight, from which another `ShadowWeight` goes on."""
         weight = (self.u - self._wide(self.zero)) * self._wide(self.scale())
         return weight if self.mean is None else weight + self._wide(self.mean)

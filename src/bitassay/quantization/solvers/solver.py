@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -15,6 +15,7 @@ from bitassay.quantization.codes.quantize import quantize_tensor
 from bitassay.quantization.codes.tensor import QuantizedTensor
 from bitassay.quantization.recipe.spec import SolverPart
 from bitassay.quantization.recipe.weights import WeightScheme
+from bitassay.quantization.shapes import Columns, Hessian, Matrix, Tokens
 from bitassay.quantization.solvers.layerwise import Arguments, Hidden
 from bitassay.quantization.solvers.shadow_weight import ShadowWeight
 from bitassay.record.progress import Progress
@@ -23,11 +24,10 @@ from bitassay.record.run import RunFolder
 
 @dataclass(frozen=True)
 class Solution:
-    """A quantized matrix, and its weights before their last rounding, from which learning goes on; None where
-    nothing will."""
+    """A quantized matrix and, where learning goes on, its weights before their last rounding."""
 
     tensor: QuantizedTensor
-    unrounded: Float[Tensor, "out in"] | None = None
+    unrounded: Matrix | None = None
 
     def shadow_weight(self) -> ShadowWeight:
         """Return the weight from which learning starts."""
@@ -39,16 +39,16 @@ class Matrices(NamedTuple):
     """Matrices of one scheme that read the same input, by name; hessian: `sum x x^T` over that input."""
 
     weights: dict[str, Float[Tensor, "_ in"]]
-    hessian: Float[Tensor, "in in"]
+    hessian: Hessian
     scheme: WeightScheme
     progress: Progress
 
     @property
-    def importance(self) -> Float[Tensor, " in"]:
+    def importance(self) -> Columns:
         """The Hessian's diagonal."""
         return self.hessian.diagonal().float()
 
-    def one_by_one(self) -> "Iterator[tuple[str, Float[Tensor, 'out in'], Matrices]]":
+    def one_by_one(self) -> "Iterator[tuple[str, Matrix, Matrices]]":
         """Yield name, weight and problem of each matrix by itself, with its own adaptive groups."""
         for name, weight in self.weights.items():
             scheme = adapted(weight, self.scheme, self.importance)
@@ -56,8 +56,7 @@ class Matrices(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """A decoder layer whose linears were quantized: these by their names within it, what enters the layer,
-    and what the unquantized layer puts out."""
+    """A decoder layer: its quantized linears, what enters it, and what it puts out unquantized."""
 
     name: str
     module: nn.Module
@@ -69,14 +68,13 @@ class Layer(NamedTuple):
 
 
 class Model(NamedTuple):
-    """A model whose layers were quantized one by one: the base model, the working copy, its linears by full
-    name, and the calibration text."""
+    """A model whose layers were quantized one by one; linears are by full name."""
 
     recipe_name: str
     base: PreTrainedModel
     working_copy: PreTrainedModel
     linears: Mapping[str, Solution]
-    tokens: Int[Tensor, "samples tokens"]
+    tokens: Tokens
     folder: RunFolder | None
     progress: Progress
 

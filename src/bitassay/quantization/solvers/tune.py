@@ -31,6 +31,7 @@ from transformers import PreTrainedModel
 from bitassay.models.hooks import forwarded
 from bitassay.models.walk import decoder_layers, decoder_of
 from bitassay.quantization.recipe.solvers import Tune
+from bitassay.quantization.shapes import Tokens
 from bitassay.quantization.solvers.descent import descend
 from bitassay.quantization.solvers.distillation import distillation_data, head_weight
 from bitassay.quantization.solvers.shadow_weight import ShadowWeight, shadow_linears
@@ -58,8 +59,7 @@ def memory_of(
     vocabulary: int,
 ) -> int:
     """Return the bytes that tuning holds at its peak, roughly: the base model in fp32, what is learned, the
-    states between layers of a batch of samples of `tokens` tokens, what one layer leaves for the way back,
-    and logits."""
+    states of a batch between layers, what one layer leaves for the way back, and logits."""
     weights, features = sum(out * columns for out, columns in shapes), sum(map(sum, shapes))
     states = spec.batch * tokens * 4 * hidden * (layers + 1)
     layer = (BYTES_IN_A_PASS * weights + spec.batch * tokens * BYTES_A_FEATURE * features) / layers
@@ -102,8 +102,7 @@ def divergence(
     head: Float[Tensor, "vocabulary hidden"],
     base_head: Float[Tensor, "vocabulary hidden"],
 ) -> tuple[float, Float[Tensor, "... hidden"]]:
-    """Return the mean KL divergence from the base model's distributions, and its gradient in `states`; logits
-    exist for CHUNK_TOKENS at a time."""
+    """Return the mean KL divergence from the base model and its gradient, CHUNK_TOKENS at a time."""
     flat, base = states.detach().reshape(-1, states.shape[-1]), base_states.reshape(-1, states.shape[-1])
     total, gradients = 0.0, []
     for part, base_part in zip(flat.split(CHUNK_TOKENS), base.split(CHUNK_TOKENS), strict=True):
@@ -121,7 +120,7 @@ def tune(
     student: PreTrainedModel,
     shadows: dict[str, ShadowWeight],
     norms: list[nn.Parameter],
-    tokens: Int[Tensor, "samples tokens"],
+    tokens: Tokens,
     base_states: Float[Tensor, "samples tokens hidden"],
     base_head: Float[Tensor, "vocabulary hidden"],
     spec: Tune,
@@ -167,7 +166,6 @@ def layers_computed_again(model: PreTrainedModel) -> Iterator[None]:
 def _keep(
     folder: RunFolder, step: int, learned: list[nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> None:
-    """Write what has been learned after `step` steps, and Adam's moments."""
     kept = {"step": torch.tensor(step)}
     for place, parameter in enumerate(learned):
         kept[f"{place}.value"] = parameter.detach()

@@ -28,6 +28,7 @@ from bitassay.errors import BitassayError
 from bitassay.models.hooks import hooked
 from bitassay.models.walk import decoder_layers, module_name, walk
 from bitassay.quantization.recipe.transforms import Place
+from bitassay.quantization.shapes import Columns
 from bitassay.quantization.transforms.residual_stream import Norm, Weight, find_norm, probe
 
 # Modules of an attention that see no values, or that multiply its output by column.
@@ -48,13 +49,13 @@ class Fold:
     sharing: int = 1
     width: int = 1
 
-    def share(self, columns: Float[Tensor, " in"]) -> Float[Tensor, " own"]:
+    def share(self, columns: Columns) -> Float[Tensor, " own"]:
         """Return the largest number of the columns that share a scale, for each scale."""
         if self.sharing == 1:
             return columns
         return columns.view(-1, self.sharing, self.width).amax(1).flatten()
 
-    def spread(self, scales: Float[Tensor, " own"]) -> Float[Tensor, " in"]:
+    def spread(self, scales: Float[Tensor, " own"]) -> Columns:
         """Return each input column's scale: undoes `share`."""
         if self.sharing == 1:
             return scales
@@ -108,7 +109,7 @@ def fold(model: PreTrainedModel, where: Fold, scales: Float[Tensor, " own"]) -> 
     return scales.float()
 
 
-def divide_inputs(linear: nn.Module, scales: Float[Tensor, " in"]) -> None:
+def divide_inputs(linear: nn.Module, scales: Columns) -> None:
     """Let a linear divide what it reads, before it rounds it or does anything else with it."""
     linear.register_parameter(INPUT_SCALES, nn.Parameter(scales, requires_grad=False))
     linear.register_forward_pre_hook(_divided)
@@ -137,8 +138,7 @@ def _norm_folds(model: PreTrainedModel) -> tuple[list[Fold], dict[str, str]]:
 
 
 def _norm_readers(model: PreTrainedModel) -> dict[str, list[str]]:
-    """For each norm that is a decoder layer's own, the modules with parameters that get its output, or a view
-    of it."""
+    """The modules with parameters that get the output, or a view of it, of each norm of a decoder layer."""
     layers = decoder_layers(model)
     inside = dict(layers.named_modules(prefix=module_name(model, layers)))
     readers: dict[str, list[str]] = {

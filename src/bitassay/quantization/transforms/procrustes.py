@@ -31,8 +31,7 @@ def four_bits(x: Rows) -> Rows:
 def refine(
     x: Rows, start: Orthogonal, rounds: int, quantize: Callable[[Rows], Rows] = four_bits
 ) -> Orthogonal:
-    """Return the rotation with the least weighted error among `start` and `rounds` steps from it. `quantize`
-    rounds each row on its own, and follows its length."""
+    """Return the rotation with the least weighted error of `rounds` steps from `start` on."""
     x = x.float()
     energy = x.square()
     massive = energy.amax(1, keepdim=True) > energy.sum(1, keepdim=True) / 2

@@ -91,8 +91,7 @@ class Norm(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerStream:
-    """What a decoder layer does to the stream. reads: norms, and the matrices that read what they put out.
-    biases: of the matrices that write."""
+    """What a decoder layer does to the stream. reads: norms, and the matrices behind them."""
 
     reads: list[tuple[Norm | None, list[Weight]]]
     writes: list[Weight]
@@ -110,8 +109,7 @@ class ResidualStream:
 
 
 def residual_stream(model: PreTrainedModel) -> ResidualStream:
-    """Return everything that touches the stream. Raises BitassayError that names the first part of the model
-    that cannot go along with a rotation, and why."""
+    """Return all that touches the stream. Raises BitassayError for what cannot go along with a rotation."""
     around, embedding = decoder_of(model), model.get_input_embeddings()
     head, final = model.get_output_embeddings(), getattr(around, "norm", None)
     if not isinstance(head, nn.Linear) or not isinstance(final, nn.Module):
@@ -134,8 +132,7 @@ def residual_stream(model: PreTrainedModel) -> ResidualStream:
 
 
 def find_norm(module: nn.Module, name: str) -> Norm:
-    """Return how an RMSNorm uses its weight, found by running it. Raises BitassayError where it is no
-    RMSNorm."""
+    """Return how an RMSNorm uses its weight, by running it. Raises BitassayError where it is none."""
     weight = getattr(module, "weight", None)
     if isinstance(weight, Tensor):
         generator = torch.Generator().manual_seed(0)
@@ -182,8 +179,7 @@ def _layer_stream(model: PreTrainedModel, modules: Walk, layer: nn.Module, here:
 
 
 def _read_norms(layer: nn.Module, here: str) -> tuple[Norm | None, Norm | None]:
-    """Return the norms that attention and MLP read. All other norms of a layer come after a block, and must
-    have equal gains."""
+    """Return the norms that attention and MLP read. All others come after a block: with equal gains."""
     norms = {
         name: find_norm(module, here + name)
         for name, module in layer.named_children()

@@ -30,7 +30,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -40,9 +40,9 @@ from bitassay.models.hooks import hooked
 from bitassay.models.walk import decoder_layers, module_name
 from bitassay.quantization.codes.hadamard import Orthogonal, block_hadamard, hadamard, random_orthogonal
 from bitassay.quantization.recipe.transforms import Rotation
+from bitassay.quantization.shapes import Tokens
 from bitassay.quantization.transforms.procrustes import refine
 from bitassay.quantization.transforms.residual_stream import (
-    LayerStream,
     ResidualStream,
     Weight,
     residual_stream,
@@ -53,15 +53,11 @@ REFINE_ROWS = 4096
 
 
 @torch.no_grad()
-def rotate(
-    model: PreTrainedModel, rotation: Rotation, tokens: Int[Tensor, "samples tokens"] | None = None
-) -> None:
+def rotate(model: PreTrainedModel, rotation: Rotation, tokens: Tokens | None = None) -> None:
     """Rotate a working copy in place, products in fp64; what it computes stays the same. A copy in 16 bits is
-    in fp32 afterwards: rounded to 16 bits again, rotated weights are no longer quite the model's.
-
-    Only new parameters are made: another model that shares the old ones keeps them. `tokens` are for
-    `refined`. Raises BitassayError that names the part of an architecture that cannot be rotated.
-    """
+    in fp32 afterwards: rounded to 16 bits again, rotated weights are no longer quite the model's. Only new
+    parameters are made: another model that shares the old ones keeps them. `tokens` are for `refined`. Raises
+    BitassayError that names the part of an architecture that cannot be rotated."""
     chosen = rotation.chosen(len(decoder_layers(model)))
     if not chosen:
         return
@@ -80,10 +76,7 @@ def rotate(
 
 
 def _rotate_stream(
-    model: PreTrainedModel,
-    rotation: Rotation,
-    chosen: list[int],
-    tokens: Int[Tensor, "samples tokens"] | None,
+    model: PreTrainedModel, rotation: Rotation, chosen: list[int], tokens: Tokens | None
 ) -> None:
     stream = residual_stream(model)
     q = _orthogonal(rotation, stream.embedding.read().shape[-1], "r1")
@@ -103,12 +96,14 @@ def _rotate_stream(
         for weight in (stream.embedding, stream.head):
             weight.change(q.apply)
     for layer in layers:
-        _rotate_layer(layer, q)
+        for weight in (*(weight for _, weights in layer.reads for weight in weights), *layer.biases):
+            weight.change(q.apply)
+        for weight in layer.writes:
+            weight.change(lambda out: q.apply(out.transpose(-1, -2)).transpose(-1, -2))
 
 
 def add_online(model: PreTrainedModel, rotation: Rotation) -> None:
-    """Give a model whose weights are rotated what has to happen at run time. A second call with the same
-    rotation does nothing."""
+    """Give a model whose weights are rotated what happens at run time, unless it has that already."""
     present = getattr(model, "online_rotation", None)
     assert present in (None, rotation), "the model has another rotation already"
     layers = decoder_layers(model)
@@ -155,15 +150,6 @@ def _to_fp32(model: PreTrainedModel) -> None:
                 module.register_parameter(key, wide[parameter])
 
 
-def _rotate_layer(layer: LayerStream, q: Orthogonal) -> None:
-    for weight in (weight for _, weights in layer.reads for weight in weights):
-        weight.change(q.apply)
-    for weight in layer.writes:
-        weight.write(q.apply(weight.read().transpose(-1, -2)).transpose(-1, -2))
-    for bias in layer.biases:
-        bias.change(q.apply)
-
-
 def _rotate_values(model: PreTrainedModel, rotation: Rotation, index: int) -> None:
     layer = decoder_layers(model)[index]
     attention, name = getattr(layer, "self_attn", None), module_name(model, layer)
@@ -195,8 +181,7 @@ def _rotate_values(model: PreTrainedModel, rotation: Rotation, index: int) -> No
 
 
 def _down_projections(model: PreTrainedModel, index: int) -> Iterator[tuple[str, nn.Linear]]:
-    """Yield them by name. Raises BitassayError where there are none, or where experts are fused: nothing can
-    come between their matrices."""
+    """Yield them by name. Raises BitassayError where there are none, or experts are fused."""
     layer, any_found = decoder_layers(model)[index], False
     for name, module in layer.named_modules(prefix=module_name(model, layer)):
         if isinstance(getattr(module, "down_proj", None), nn.Parameter):
@@ -257,7 +242,7 @@ class _Rotate:
 
 
 def _normed_stream(
-    model: PreTrainedModel, stream: ResidualStream, tokens: Int[Tensor, "samples tokens"] | None
+    model: PreTrainedModel, stream: ResidualStream, tokens: Tokens | None
 ) -> Float[Tensor, "rows hidden"]:
     """Return rows of what the norms put out, about REFINE_ROWS of them, evenly from all layers."""
     if tokens is None:

@@ -31,6 +31,7 @@ from bitassay.quantization.inputs.ranges import Ranges
 from bitassay.quantization.recipe.granularity import Granularity
 from bitassay.quantization.recipe.transforms import Smoothing
 from bitassay.quantization.recipe.weights import WeightScheme
+from bitassay.quantization.shapes import Columns, Matrix
 from bitassay.quantization.transforms.folding import Fold, find_folds, fold
 from bitassay.quantization.transforms.residual_stream import Weight, unchanged
 from bitassay.record.progress import Progress, silent
@@ -46,16 +47,14 @@ class Smoothed(NamedTuple):
     skipped: dict[str, str]
 
 
-def smoothquant_scales(
-    input_absmax: Float[Tensor, " in"], weight_absmax: Float[Tensor, " in"], alpha: float
-) -> Float[Tensor, " in"]:
+def smoothquant_scales(input_absmax: Columns, weight_absmax: Columns, alpha: float) -> Columns:
     """Return `max |X_j|^alpha / max |W_j|^(1 - alpha)`."""
     x, w = input_absmax.double(), weight_absmax.double()
     usable = (x > 0) & (w > 0)
     return torch.where(usable, x**alpha / torch.where(usable, w, 1) ** (1 - alpha), 1).float()
 
 
-def awq_scales(magnitude: Float[Tensor, " in"], exponent: float) -> Float[Tensor, " in"]:
+def awq_scales(magnitude: Columns, exponent: float) -> Columns:
     """Return `mean |X_j|^a`, with the geometric mean of the largest and the smallest at 1."""
     usable = magnitude > 0
     s = torch.where(usable, magnitude.double(), 1) ** exponent
@@ -63,7 +62,7 @@ def awq_scales(magnitude: Float[Tensor, " in"], exponent: float) -> Float[Tensor
     return torch.where(usable, s / centre, 1).float()
 
 
-def output_error(difference: Float[Tensor, "out in"], inputs: Float[Tensor, "rows in"]) -> float:
+def output_error(difference: Matrix, inputs: Float[Tensor, "rows in"]) -> float:
     """Return `|X D^T|^2`."""
     return (inputs.float() @ difference.float().T).double().square().sum().item()
 
@@ -77,15 +76,12 @@ def smooth(
     progress: Progress = silent,
 ) -> Smoothed:
     """Smooth a working copy in fp32 or fp64, in place; without clipping, what it computes stays the same.
-
     ranges: from `collect_ranges` on this model as it is. Only new parameters are made: another model that
     shares the old ones keeps them. Raises BitassayError for a model in 16 bits, and where the logits change
-    although they must not.
-    """
+    although they must not."""
     if model.dtype not in (torch.float32, torch.float64):
         raise BitassayError(
-            f"smoothing: the model is in {model.dtype}, in which folds would change it",
-            "load it in float32",
+            f"smoothing: the model is in {model.dtype}, in which folds would change it", "load it in float32"
         )
     folds, skipped = find_folds(model, spec.places)
     scales = {}
@@ -143,16 +139,13 @@ def _awq_fold(
     return best
 
 
-def clipped(
-    weight: Float[Tensor, "out in"], inputs: Float[Tensor, "rows in"], scheme: WeightScheme
-) -> Float[Tensor, "out in"]:
-    """Return the weights, each group clamped to the share of its largest magnitude at which rounding it costs
-    its part of the output least."""
+def clipped(weight: Matrix, inputs: Float[Tensor, "rows in"], scheme: WeightScheme) -> Matrix:
+    """Return the weights, each group clamped where rounding costs its part of the output least."""
     granularity = Granularity.parse("channel" if scheme.granularity == "tensor" else scheme.granularity)
     groups = granularity.to_groups(weight)
     largest = granularity.from_groups([group.abs().amax(1, keepdim=True) for group in groups], len(weight))
 
-    def clamped(share: float | Float[Tensor, "out groups"]) -> Float[Tensor, "out in"]:
+    def clamped(share: float | Float[Tensor, "out groups"]) -> Matrix:
         bound = widened(granularity, largest * share, weight.shape)
         return weight.clamp(-bound, bound)
 
@@ -163,9 +156,8 @@ def clipped(
 
 
 def _group_errors(
-    difference: Float[Tensor, "out in"], inputs: Float[Tensor, "rows in"], granularity: Granularity
+    difference: Matrix, inputs: Float[Tensor, "rows in"], granularity: Granularity
 ) -> Float[Tensor, "out groups"]:
-    """`|X_g D_g^T|^2` of every row's groups."""
     errors = []
     for start, stop, size in granularity.spans(difference.shape[1]):
         d = difference[:, start:stop].unflatten(1, (-1, size))
@@ -175,5 +167,5 @@ def _group_errors(
     return torch.cat(errors, 1)
 
 
-def _rounded(weight: Float[Tensor, "out in"], scheme: WeightScheme, name: str) -> Float[Tensor, "out in"]:
+def _rounded(weight: Matrix, scheme: WeightScheme, name: str) -> Matrix:
     return quantize_tensor(weight, scheme, name).dequantize()

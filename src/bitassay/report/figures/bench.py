@@ -6,7 +6,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from bitassay.report.figures.drawing import INK, STYLE, legend_outside, names_of, style
+from bitassay.report.figures.drawing import INK, STYLE, label_points, legend_outside, names_of, style
 from bitassay.report.tables import Row, printable
 
 Run = Mapping[str, Any]
@@ -74,11 +74,12 @@ def roofline_figure(run: Run) -> Figure | None:
     low, high = min(reached) / 3, max(reached) * 3
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes = figure.add_subplot()
+    labels = []
     for dtype, peak in peaks.items():
         knee = peak / bandwidth
         if knee < high:
             axes.plot([max(low, knee), high], [peak, peak], color=INK, lw=1, ls="--")
-            axes.annotate(printable(dtype), (high, peak), ha="right", va="bottom", fontsize="small")
+            labels.append((high, peak, dtype))
     top = min(high, max(peaks.values()) / bandwidth)
     axes.plot([low, top], [low * bandwidth, top * bandwidth], color=INK, lw=1)
     for index, model in enumerate(names_of(run["rows"], "model")):
@@ -89,5 +90,7 @@ def roofline_figure(run: Run) -> Figure | None:
                 label = f"{printable(model)}, {phase}"
                 axes.plot(x, y, marker, color=colour, markerfacecolor=face, ms=5, ls="none", label=label)
     axes.set(xscale="log", yscale="log", xlabel="FLOP a byte", ylabel="GFLOP/s")
+    axes.set_xlim(right=high * (high / low) ** 0.15)  # room for the names of the peaks
     legend_outside(axes)
+    label_points(axes, labels)
     return figure

@@ -77,6 +77,8 @@ def heat_maps(run: Run) -> list[HeatMap]:
     for measure in MEASURES:
         cells: dict[tuple[int, int], list[float]] = {}
         for row in run["matrices"]:
+            if not 0 <= row["layer"] < layers:
+                raise ValueError(f"{row['name']} is in layer {row['layer']} of {layers}")
             if (value := row.get(measure.key)) is not None:
                 cells.setdefault((row["layer"], kinds.index(row["kind"])), []).append(value)
         values = np.full((layers, len(kinds)), np.nan)
@@ -112,6 +114,8 @@ def _draw(figure: Figure, axes: Axes, heat_map: HeatMap) -> None:
         scale = figure.colorbar(mesh, ax=axes, location="bottom", pad=0.02)
         ticks = [low, (low * high) ** 0.5, high]
         scale.set_ticks(ticks, labels=[f"{tick:.2g}" for tick in ticks])
+        for label, side in zip(scale.ax.get_xticklabels(), ("left", "center", "right"), strict=True):
+            label.set_horizontalalignment(side)  # clear of the neighbour's
         scale.minorticks_off()
     axes.set_title(f"{heat_map.measure.title}\n{heat_map.measure.about}", fontsize="small")
     names = [printable(kind.partition(".")[2] or kind) for kind in heat_map.kinds]

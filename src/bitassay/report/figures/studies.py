@@ -1,5 +1,6 @@
-"""The plots of studies: where generated texts diverge, accuracy by granularity, replicas against what they
-cost, accept rates and the statistics behind thresholds."""
+"""The plots of studies.
+Where generated texts diverge, accuracy by granularity, replicas against what they cost, accept rates and the
+statistics behind thresholds."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -121,7 +122,8 @@ def _replica_and_controls(axes: Axes, rows: Sequence[Row], key: str, unit: float
 @mpl.rc_context(STYLE)
 def experiment_figure(rows: Sequence[Row]) -> Figure:
     """Draw accept rates with their intervals, and the ranges that were expected."""
-    figure = Figure(figsize=(7.5, 0.7 + 0.5 * len(rows)), layout="constrained")
+    entries = 2 + max(len(row["detection"]) for row in rows)  # of the legend
+    figure = Figure(figsize=(7.5, 0.7 + max(0.5 * len(rows), 0.2 * entries)), layout="constrained")
     axes = figure.add_subplot()
 
     def named(row_index: int, name: str) -> str | None:
@@ -167,10 +169,12 @@ def distribution_figure(row: Row) -> Figure:
             values = statistics[statistic]
             if values["n"]:
                 shares = np.array(values["histogram"]["counts"]) / values["n"]
-                edges = values["histogram"]["edges"]
-                axes.stairs(shares, edges, color=style(index)[0], label=printable(name))
+                filled = np.flatnonzero(shares)  # the others may lie where no value can
+                low, high = filled[0], filled[-1] + 1
+                edges = values["histogram"]["edges"][low : high + 1]
+                axes.stairs(shares[low:high], edges, color=style(index)[0], label=printable(name))
         axes.axvline(row["thresholds"][limit], color=INK, ls="--", lw=1)
-        axes.set_xlabel(statistic)
+        axes.set_xlabel(statistic.replace("_", " "))
         axes.set_yticks([])
     handles, labels = grid[0].get_legend_handles_labels()
     grid[-1].axis("off")

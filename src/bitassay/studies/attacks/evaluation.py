@@ -1,4 +1,4 @@
-"""Cross-fitted evaluation of detectors: which runs does each catch, at what rate of false positives?
+"""Cross-fitted evaluation of detectors: what does each catch, at what rate of false positives?
 
 Requests are dealt into FOLDS. The statistics of a fold's runs are standardised and judged by honest runs of
 the other folds only: a quarter of these requests fits mean and spread, the others give the scores that

@@ -1,5 +1,4 @@
-"""Attacks against detectors: how often does each detector catch each attack, at what rate of false
-positives?
+"""Attacks against detectors: how often is each caught, at what rate of false positives?
 
 1. Honest runs answer the same requests under several numerics (`VARIANTS`), pooled: a threshold must hold for
    all of them, not only for the verifier's own. Sampled requests have honest runs of their own.

@@ -1,4 +1,4 @@
-"""The INT8/FP8 studies (task3.1, task3.2, task3.3): what do 8 bits cost, by format and by granularity?
+"""The INT8/FP8 studies, task3.1 to task3.3: what do 8 bits cost, by format and by granularity?
 
     study     variants                                                              measured
     task3.1   {INT8, FP8} x {tensor, row, groups of 64 ... 512} x {fake, real}      perplexity, KL, MMLU

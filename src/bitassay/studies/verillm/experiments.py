@@ -13,9 +13,9 @@ measured. An accept rate alone decides nothing: a threshold that INT4 passes is 
 each experiment also gives the share of FP16, INT8 and INT4 provers that its threshold refuses.
 
 `Work` makes traces and the statistics of their cells; `trials_of` and `summary` reduce those to the
-documents' files, data/raw/expN/..._trialK.json and ..._summary.json. A trial passes where most of its
-verifiers find an accept rate above the threshold. Generated positions of all sampled layers count; those of
-the prompt are reported too.
+files of the VeriLLM experiments, data/raw/expN/..._trialK.json and ..._summary.json. A trial passes where
+most of its verifiers find an accept rate above the threshold. Generated positions of all sampled layers
+count; those of the prompt are reported too.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,5 +1,5 @@
-"""A verifier's worker: for each trace, the VeriLLM statistics and the relative distance of every cell, a
-layer at a position, against the verifier's own prefill."""
+"""A verifier's worker: the VeriLLM statistics and the relative distance of every cell of a trace.
+A cell is a layer at a position; it is compared with the verifier's own prefill."""
 
 import json
 from collections.abc import Callable
@@ -42,8 +42,8 @@ class _About(BaseModel):
 
 @dataclass(frozen=True)
 class TraceStatistics:
-    """What a verifier measured on one trace: the VeriLLM statistics (with e_m and e_w of the documents'
-    rules) and the relative distance (not below the verifier's floor) of each cell, [layers, positions].
+    """What a verifier measured on one trace: the VeriLLM statistics (with e_m and e_w of the rule set
+    `documents`) and the relative distance (not below the verifier's floor) of each cell, [layers, positions].
 
     margins in nats, by output token; n_prompt: positions of the prompt; seconds: of the verifier's work;
     verifier: its numerics.
