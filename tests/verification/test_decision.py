@@ -3,7 +3,6 @@ tested."""
 
 import dataclasses
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,7 +29,6 @@ def judged(score, honest, alpha):
 
 def call(scores, honest, alpha, earlier=None, **options):
     """The decision about requests with these scores (None: undecided by the host) after those of a ledger."""
-    profile = SimpleNamespace(honest_scores=lambda limit: honest)
     every = [*(earlier or []), *scores]
     names = [f"{index:064x}" for index in range(len(every))]
     items = [
@@ -44,7 +42,7 @@ def call(scores, honest, alpha, earlier=None, **options):
     return decision(
         verdicts,
         [verdict for verdict in verdicts if verdict.p_value is not None],
-        score_evidence(lines, profile, SEQUENCE * alpha),
+        score_evidence(lines, lambda limit: honest, SEQUENCE * alpha),
         undecided_evidence(lines, BUDGET, UNDECIDED * alpha),
         [],
         alpha,
