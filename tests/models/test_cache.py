@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from bitassay.errors import BitassayError
 from bitassay.models.cache import (
@@ -54,6 +55,18 @@ def test_reading_on_is_right_where_it_is_said_to_be(name):
     model(input_ids=first, **behind(model, cache, 0, first))
     found = model(input_ids=rest, **behind(model, cache, 30, rest)).logits
     assert reads_on(model) == (((found - wanted).abs().max() / wanted.abs().max()).item() < 1e-5)
+
+
+@torch.no_grad()
+def test_learned_positions_go_on_behind_a_cache():
+    """They are absolute: rotary ones say the same if all are off by as much."""
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=64, n_embd=32, n_layer=2, n_head=2)).eval()
+    cache, begun, pieces = empty_cache(model), 0, []
+    for piece in TOKENS.split([30, 1, 9], dim=1):
+        pieces.append(model(input_ids=piece, **behind(model, cache, begun, piece)).logits)
+        begun += piece.shape[1]
+    assert torch.allclose(torch.cat(pieces, 1), model(input_ids=TOKENS, use_cache=False).logits, atol=1e-5)
 
 
 def test_in_few_bits_reading_on_is_not_tried():
