@@ -115,7 +115,7 @@ def test_the_count_of_single_fails_is_exact():
     assert fail_count_p_value([], alpha) == 1
 
 
-HONEST = list(np.linspace(-2, 2, 99))
+HONEST = np.linspace(-2, 2, 99).tolist()
 
 
 def test_of_one_trace_its_own_verdict_decides():
@@ -127,7 +127,7 @@ def test_of_one_trace_its_own_verdict_decides():
 
 
 def test_one_fail_of_many_decides_nothing_and_structure_always_does():
-    assert call([*np.linspace(-2, 1, 30), 9.0], HONEST, 0.01).status == "PASS"
+    assert call([*np.linspace(-2, 1, 30).tolist(), 9.0], HONEST, 0.01).status == "PASS"
     forged = Verdict("FAIL", (Reason("truncated", "cut"),), "m", 0)
     good = [judged(0.0, HONEST, 0.01)] * 30
     found = decision([*good, forged], good, None, None, [], 0.01, BUDGET)

@@ -22,7 +22,7 @@ def prove(
     batch: options.Count = 16,
     commit_only: options.Flag = False,
     key: Path | None = None,
-    sampling: options.Sampling = options.Sampling(),
+    sampling: options.ProvenSampling = options.ProvenSampling(),
     prover: options.Verifiable = options.Verifiable(),
     output: options.Output = options.Output(),
 ) -> int:
