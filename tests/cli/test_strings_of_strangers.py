@@ -52,9 +52,9 @@ def test_the_pooled_sentence_is_one_line(tmp_path, capsys):
     assert run(["verify", str(folder), "--model", "stories260k", "--format", "csv"]) == 1
     done = capsys.readouterr()
     assert not UNSAFE & set(done.out + done.err)
-    pooled = [line for line in done.err.splitlines() if "as a set" in line]
-    assert len(pooled) == 1
-    assert pooled[0].startswith("as a set      FAIL")
+    pooled, decision = [line for line in done.err.splitlines() if "as a set" in line]
+    assert pooled.startswith("as a set      FAIL: ")
+    assert decision.startswith("decision: FAIL because 4 of 4 fail exact checks: ")
     assert done.out.count("not-a-file") >= 1
 
 

@@ -3,7 +3,6 @@
 import inspect
 import json
 import math
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,7 +15,7 @@ from bitassay.cli.calibrate import calibrate as calibrate_command
 from bitassay.engines.sampling import seed_of
 from bitassay.verification.calibrate import calibrate
 from bitassay.verification.pooled import pooled_verdict
-from bitassay.verification.profile import profile_path, read_profile
+from bitassay.verification.profile import read_profile, write_profile
 from bitassay.verification.sequential import alarm_at
 from bitassay.verification.trace import Trace, read_trace, write_trace
 
@@ -162,14 +161,14 @@ def test_a_host_that_hides_behind_other_numerics_is_refused(folder, traces, prof
     assert {row["reasons"][0]["code"] for row in found["rows"]} == {"profile-other-numerics"}
     assert found["decision"]["status"] == "FAIL"
     assert found["undecided"]["alarm_at"]
-    shutil.copy(profile, profile_path(read_profile(profile).key))
+    found_by_itself = write_profile(read_profile(profile))
     common = ["--model", MODEL, "--ledger", str(kept)]
     assert objects(capsys, ["verify", str(traces), *common], 0)["undecided"]["n_requests"] == 4
     found = objects(capsys, ["verify", str(hidden), *common], 1)
     assert {row["reasons"][0]["code"] for row in found["rows"]} == {"no-profile"}
     assert found["undecided"]["n_requests"] == 12
     assert found["decision"]["status"] == "FAIL"
-    profile_path(read_profile(profile).key).unlink()
+    found_by_itself.unlink()
 
 
 def test_what_sampler_was_asked_for_is_checked(folder, traces, profile, capsys):

@@ -3,7 +3,6 @@ tested."""
 
 import dataclasses
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,7 +29,6 @@ def judged(score, honest, alpha):
 
 def call(scores, honest, alpha, earlier=None, **options):
     """The decision about requests with these scores (None: undecided by the host) after those of a ledger."""
-    profile = SimpleNamespace(honest_scores=lambda limit: honest)
     every = [*(earlier or []), *scores]
     names = [f"{index:064x}" for index in range(len(every))]
     items = [
@@ -44,7 +42,7 @@ def call(scores, honest, alpha, earlier=None, **options):
     return decision(
         verdicts,
         [verdict for verdict in verdicts if verdict.p_value is not None],
-        score_evidence(lines, profile, SEQUENCE * alpha),
+        score_evidence(lines, lambda limit: honest, SEQUENCE * alpha),
         undecided_evidence(lines, BUDGET, UNDECIDED * alpha),
         [],
         alpha,
@@ -117,7 +115,7 @@ def test_the_count_of_single_fails_is_exact():
     assert fail_count_p_value([], alpha) == 1
 
 
-HONEST = list(np.linspace(-2, 2, 99))
+HONEST = np.linspace(-2, 2, 99).tolist()
 
 
 def test_of_one_trace_its_own_verdict_decides():
@@ -129,7 +127,7 @@ def test_of_one_trace_its_own_verdict_decides():
 
 
 def test_one_fail_of_many_decides_nothing_and_structure_always_does():
-    assert call([*np.linspace(-2, 1, 30), 9.0], HONEST, 0.01).status == "PASS"
+    assert call([*np.linspace(-2, 1, 30).tolist(), 9.0], HONEST, 0.01).status == "PASS"
     forged = Verdict("FAIL", (Reason("truncated", "cut"),), "m", 0)
     good = [judged(0.0, HONEST, 0.01)] * 30
     found = decision([*good, forged], good, None, None, [], 0.01, BUDGET)

@@ -73,7 +73,7 @@ def test_calls_add_up_to_one_sequence(path, profile):
     assert (bound, read) == (Binding(profile=profile.digest), lines)
     honest = np.array(profile.honest_scores(11))
     expected = log_wealth(np.array([one.score for one in new]), honest) - math.log(2)
-    found = score_evidence(lines, profile, 0.05)
+    found = score_evidence(lines, profile.honest_scores, 0.05)
     assert (found.n_requests, found.log_wealth) == (9, pytest.approx(expected[-1]))
     assert found.p_value == pytest.approx(anytime_p_value(expected))
     assert len(path.read_text().splitlines()) == 10
@@ -93,26 +93,26 @@ def test_a_prompt_counts_once_in_statistics(profile):
     """22 % of honest hosts were accused where one prompt came again and again under other nonces."""
     once = requests(1, 9.0)
     many = [changed(once[0], request=name(index)) for index in range(12)]
-    assert score_evidence(extended([], many), profile, 0.05) == score_evidence(
-        extended([], once), profile, 0.05
+    assert score_evidence(extended([], many), profile.honest_scores, 0.05) == score_evidence(
+        extended([], once), profile.honest_scores, 0.05
     )
     lines = extended([], [undecided(0, prompt=5), *[undecided(i, prompt=5) for i in range(1, 12)]])
     assert undecided_evidence(lines, BUDGET, 0.05).n_requests == 1
     late = extended([], [undecided(0, prompt=5), changed(once[0], request=name(1), prompt=name(5))])
-    assert score_evidence(late, profile, 0.05).n_requests == 1, "the first scored answer"
+    assert score_evidence(late, profile.honest_scores, 0.05).n_requests == 1, "the first scored answer"
     assert undecided_evidence(late, BUDGET, 0.05).n_requests == 1
 
 
 def test_undecided_requests_are_no_scores_and_have_their_own_alarm(path, profile):
     items = [*requests(3), *[undecided(index) for index in range(3, 9)]]
     lines = update(path, items, profile)
-    assert score_evidence(lines, profile, 0.01).n_requests == 3
+    assert score_evidence(lines, profile.honest_scores, 0.01).n_requests == 3
     found = undecided_evidence(lines, BUDGET, 0.01)
     wealth = rate_wealth(np.array([False] * 3 + [True] * 6), BUDGET)
     assert found == SequentialEvidence.of(wealth, 0.01)
     assert found.alarm_at
     assert undecided_evidence(lines, 0.8, 0.01).alarm_at is None
-    assert score_evidence([], profile, 0.01) is None
+    assert score_evidence([], profile.honest_scores, 0.01) is None
     assert undecided_evidence([], BUDGET, 0.01) is None
 
 
@@ -153,7 +153,8 @@ def test_an_honest_host_of_many_limits_is_rarely_ever_accused():
     assert 0 < accused / hosts <= alpha
 
 
-def test_a_torn_line_is_dropped_and_nothing_before_it_is_lost(path, profile):
+def test_a_torn_line_is_dropped_and_nothing_before_it_is_lost(path, profile, monkeypatch):
+    monkeypatch.setattr(ledger.os, "fsync", lambda handle: None)  # some thousand times
     update(path, requests(3), profile)
     whole = path.read_bytes()
     for kept in range(len(whole.split(b"\n")[0]), len(whole)):
@@ -277,7 +278,7 @@ def test_a_ledger_of_version_1_is_refused_by_name(path, profile):
 def test_capital_is_not_believed_from_the_file(path, profile):
     """Nothing that a ledger says can raise or hide an alarm but the requests themselves."""
     update(path, requests(8, score=9.0), profile)
-    assert score_evidence(read_ledger(path, profile)[1], profile, 0.05).alarm_at
+    assert score_evidence(read_ledger(path, profile)[1], profile.honest_scores, 0.05).alarm_at
     texts = [json.loads(text) for text in path.read_text().splitlines()]
     assert not any("wealth" in key for text in texts for key in text)
 

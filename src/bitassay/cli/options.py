@@ -234,6 +234,22 @@ class Sampling:
     """0 takes the most likely token."""
     top_p: float = 1.0
     """Sample from the most likely tokens that have this probability together."""
+    seed: Seed = 0
+
+    @property
+    def sampler(self) -> "Sampler":
+        """Return the sampler. Raises BitassayError for values outside its range."""
+        return _sampler(self.temperature, self.top_p, self.seed)
+
+
+@group
+class ProvenSampling:
+    """How tokens are chosen, in a way that a verifier can check."""
+
+    temperature: float = 0.0
+    """0 takes the most likely token."""
+    top_p: float = 1.0
+    """Sample from the most likely tokens that have this probability together."""
     seed: SeedOrNonce = 0
 
     @property
@@ -262,7 +278,7 @@ class AskedSampling:
         outside its range, or that contradict each other."""
         if all(each is None for each in (self.sampler, self.temperature, self.top_p, self.seed)):
             return None
-        given = Sampling()
+        given = ProvenSampling()
         temperature = given.temperature if self.temperature is None else self.temperature
         top_p = given.top_p if self.top_p is None else self.top_p
         asked = _sampler(temperature, top_p, self.seed or given.seed)

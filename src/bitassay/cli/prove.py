@@ -24,7 +24,7 @@ def prove(
     commit_only: options.Flag = False,
     key: Path | None = None,
     proof: Literal[2, 8] | None = None,
-    sampling: options.Sampling = options.Sampling(),
+    sampling: options.ProvenSampling = options.ProvenSampling(),
     prover: options.Verifiable = options.Verifiable(),
     output: options.Output = options.Output(),
 ) -> int:

@@ -23,7 +23,7 @@ host's trace. Neither does what the verifier's own lack leaves undecided: it can
 import json
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -103,15 +103,17 @@ def extended(lines: Sequence[Line], new: Sequence[Item]) -> list[Line]:
     return every
 
 
-def score_evidence(lines: Sequence[Line], profile: Profile, alpha: float) -> SequentialEvidence | None:
+def score_evidence(
+    lines: Sequence[Line], honest: Callable[[int], Sequence[float]], alpha: float
+) -> SequentialEvidence | None:
     """Return what the scores prove in their order, of the first scored answer to each prompt; None without
-    any."""
+    any. honest: `Profile.honest_scores`."""
     scored = {line.prompt: line for line in reversed(lines) if line.score is not None}
     first = [line for line in lines if line.score is not None and scored[line.prompt] is line]
     wealth = wealth_by_limit(
         np.array([line.score for line in first], dtype=np.float64),
         [line.limit or 0 for line in first],
-        lambda limit: np.array(profile.honest_scores(limit)),
+        lambda limit: np.array(honest(limit), dtype=np.float64),
     )
     return SequentialEvidence.of(wealth, alpha) if first else None
 
@@ -223,16 +225,17 @@ def _check_bound(
 def _parsed(kind: type[Kind], text: bytes, where: str) -> Kind:
     try:
         content = json.loads(text)
-        if kind is Binding and isinstance(content, dict) and content.get("schema_version") == 1:
-            raise BitassayError(
-                f"{where}: a ledger of version 1, which does not say what requests its scores are of",
-                "begin a new --ledger FILE; the alarm of an old one stands for itself",
-            )
+    except (ValueError, RecursionError) as error:
+        raise BitassayError(f"{where}: not a ledger: not JSON", REMEDY) from error
+    if kind is Binding and isinstance(content, dict) and content.get("schema_version") == 1:
+        raise BitassayError(
+            f"{where}: a ledger of version 1, which does not say what requests its scores are of",
+            "begin a new --ledger FILE; the alarm of an old one stands for itself",
+        )
+    try:
         return kind.model_validate(content)
     except ValidationError as error:
         raise BitassayError(f"{where}: not a ledger: {first_defect(error)}", REMEDY) from error
-    except (ValueError, RecursionError) as error:
-        raise BitassayError(f"{where}: not a ledger: not JSON", REMEDY) from error
 
 
 @contextmanager

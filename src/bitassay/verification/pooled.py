@@ -88,7 +88,7 @@ def fail_count_p_value(verdicts: Sequence[Verdict], alpha: float) -> float:
     by_limit, n = _by_limit(verdicts)
     m = floor(alpha * (n + 1) + 1e-9)
     p_values = [_fail_count(sum(p <= alpha for p in alike), len(alike), m, n) for alike in by_limit.values()]
-    return min(1.0, len(p_values) * min(p_values, default=1.0))
+    return min(1.0, max(len(p_values), 1) * min(p_values, default=1.0))
 
 
 def _fail_count(f: int, k: int, m: int, n: int) -> float:

@@ -390,7 +390,7 @@ class _Account:
             and verdict.status == "INCONCLUSIVE"
             and not self._is_hosts_doing(answer, verdict)
         ]
-        sequential = self.scale and score_evidence(self.lines, self.scale, SEQUENCE * level)
+        sequential = self.scale and score_evidence(self.lines, self.scale.honest_scores, SEQUENCE * level)
         undecided = undecided_evidence(self.lines, self.keeping.budget, UNDECIDED * level)
         outcome = decision(
             counted,
