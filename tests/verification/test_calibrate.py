@@ -243,7 +243,6 @@ def test_repeated_and_long_prompts_do_not_change_a_profile(model, prompts):
             max_new_tokens=12,
             min_positions=6,
             alpha=0.05,
-            batch_size=1,
             guarantee="average",
         )
         for chosen in (prompts[:40], [*prompts[:40], *prompts[:9], [3] * 600])
