@@ -211,7 +211,7 @@ def test_as_many_runs_as_are_asked_for_decide(guarantee):
             check_enough(0, alpha, guarantee)
         needed = int(str(error.value).split("needs ")[1].split()[0].rstrip(";:,."))
         for runs in range(needed, needed + 40):
-            fitted, conformal, held_out = split([None] * runs)
+            fitted, conformal, held_out = split([Observation(9)] * runs)
             assert len(conformal) >= runs_needed(alpha, guarantee), (alpha, runs)
             assert min(len(fitted), len(held_out)) >= 8
 
@@ -243,7 +243,6 @@ def test_repeated_and_long_prompts_do_not_change_a_profile(model, prompts):
             max_new_tokens=12,
             min_positions=6,
             alpha=0.05,
-            batch_size=1,
             guarantee="average",
         )
         for chosen in (prompts[:40], [*prompts[:40], *prompts[:9], [3] * 600])

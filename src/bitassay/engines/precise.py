@@ -4,7 +4,8 @@ against.
 A model in 16 bits computes in fp32 within `higher_precision`, one in fp32 in fp64. The weights keep their
 values; only sums, products and activations are no longer rounded to the model's dtype. Weights are converted
 one decoder layer at a time, just before it runs, and put back behind it, so that no copy of the model exists.
-Models with codes dequantize them as they do in any dtype.
+Norms and the output head are converted all the while: models ask for the dtype of these from outside. Models
+with codes dequantize them as they do in any dtype.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -37,12 +38,17 @@ def higher_precision(model: PreTrainedModel) -> Iterator[None]:
         module for module in outside if type(module) is nn.Embedding
     ]  # others may scale what they read
     single = [module for module in outside if _has_tensors(module) and module not in embeddings]
-    units = [(layer, list(layer.modules())) for layer in layers] + [(module, [module]) for module in single]
+
+    def convert(tensor: Tensor, low: torch.dtype = model.dtype) -> Tensor:
+        return tensor.to(dtype) if tensor.dtype == low else tensor
+
     with ExitStack() as stack:
         stack.enter_context(_attention_of_any_dtype(model))
+        stack.enter_context(_experts_of_any_dtype(model, dtype))
         stack.enter_context(hooked(_converted_output(module, dtype) for module in embeddings))
-        for unit, modules in units:
-            stack.enter_context(_converted_while_running(unit, modules, model.dtype, dtype))
+        for layer in layers:
+            stack.enter_context(_converted_while_running(layer, convert))
+        stack.enter_context(_converted(single, convert))
         yield
 
 
@@ -56,35 +62,37 @@ def _converted_output(module: nn.Module, dtype: torch.dtype) -> Any:
 
 
 @contextmanager
-def _converted_while_running(
-    unit: nn.Module, modules: Iterable[nn.Module], low: torch.dtype, high: torch.dtype
-) -> Iterator[None]:
-    """Give `modules` weights of dtype `high` for each forward of `unit`, and what they had behind it."""
+def _converted(modules: Iterable[nn.Module], convert: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Give each of `modules` converted tensors within the context, and what it had behind it."""
     before: list[tuple[nn.Module, dict[str, Any]]] = []
-
-    def convert(tensor: Tensor) -> Tensor:
-        return tensor.to(high) if tensor.dtype == low else tensor
-
-    def begin(_module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    try:
         for module in modules:
             before.append((module, _state(module)))
             _convert_own(module, convert)
+        yield
+    finally:
+        while before:
+            _restore(*before.pop())
+
+
+@contextmanager
+def _converted_while_running(layer: nn.Module, convert: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Convert a layer, and what it reads, for each of its forwards."""
+    running = ExitStack()
+
+    def begin(_module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        running.enter_context(_converted(list(layer.modules()), convert))
         return tuple(map(_moved(convert), arguments)), {
             name: _moved(convert)(value) for name, value in options.items()
         }
 
     def end(_module: nn.Module, _arguments: Any, _output: Any) -> None:
-        while before:
-            _restore(*before.pop())
+        running.close()
 
-    begun = unit.register_forward_pre_hook(begin, with_kwargs=True)
-    ended = unit.register_forward_hook(end, always_call=True)
-    with hooked((begun, ended)):
-        try:
-            yield
-        finally:
-            while before:
-                _restore(*before.pop())
+    begun = layer.register_forward_pre_hook(begin, with_kwargs=True)
+    ended = layer.register_forward_hook(end, always_call=True)
+    with hooked((begun, ended)), running:
+        yield
 
 
 def _moved(convert: Callable[[Tensor], Tensor]) -> Callable[[Any], Any]:
@@ -116,6 +124,20 @@ def _convert_own(module: nn.Module, convert: Callable[[Tensor], Tensor]) -> None
         module._apply(convert, recurse=False)
     finally:
         torch.__future__.set_overwrite_module_params_on_conversion(overwrite)
+
+
+@contextmanager
+def _experts_of_any_dtype(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
+    """Multiply expert by expert in fp64, for which grouped products do not exist."""
+    experts = getattr(model.config, "_experts_implementation", None)
+    if dtype != torch.float64 or experts in (None, "eager"):
+        yield
+        return
+    model.set_experts_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(experts)
 
 
 @contextmanager
