@@ -143,12 +143,13 @@ def write_receipts(
 
 @dataclass(frozen=True)
 class SignedRequest:
-    """The host's signed receipt, the verifier's own challenge (None: a small proof takes its place), and the
-    key that it knows as the host's."""
+    """The host's signed receipt, the key that the verifier knows as the host's, and either the verifier's own
+    challenge or the host's small proof."""
 
     path: Path
-    challenge: Challenge | None
     signer: bytes | None
+    challenge: Challenge | None = None
+    proof: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -196,8 +197,8 @@ def verify_files(
     host: str | None = None,
     progress: Progress = silent,
 ) -> FilesVerdict:
-    """Judge trace files, or with `receipt` one opening or proof, against `model`, which is called `name` in
-    verdicts.
+    """Judge trace files, or with `receipt` one opening or the receipt's proof, against `model`, which is
+    called `name` in verdicts.
 
     A file that cannot be read is a FAIL. ledger: keeps the scores of `host` over many calls; its sequence
     then includes the earlier requests.
@@ -212,7 +213,7 @@ def verify_files(
             judged = _verify_traces(paths[chunk], model, name, requests[chunk], options)
         else:
             options = {"profile": profile, "alpha": alpha, "signer": receipt.signer, "request": requests[0]}
-            judged = [_verify_opening_file(paths[0], receipt, model, name, options)]
+            judged = [_verify_signed_files(paths[0], receipt, model, name, options)]
         verdicts += judged
         scale = scale or next((verdict.calibration for verdict in judged if verdict.calibration), None)
         if scale:
@@ -243,13 +244,14 @@ def _verify_traces(
     return [verdicts[index] for index in range(len(paths))]
 
 
-def _verify_opening_file(
+def _verify_signed_files(
     opening: Path, receipt: SignedRequest, model: PreTrainedModel, name: str, options: dict[str, Any]
 ) -> Verdict:
     try:
         signed = read_receipt(receipt.path)
-        if receipt.challenge is None:
-            return verify_proof(signed, read_proof(opening, signed), model, **options)
+        if receipt.proof is not None:
+            return verify_proof(signed, read_proof(receipt.proof, signed), model, **options)
+        assert receipt.challenge is not None
         opened = read_opening(opening, signed, receipt.challenge)
     except TraceError as error:
         return failed(error, name)
