@@ -65,7 +65,7 @@ from bitassay.verification.receipts.receipt import (
     read_receipt,
     write_receipt,
 )
-from bitassay.verification.structure import Request
+from bitassay.verification.structure import RefusedError, Request, expecting
 from bitassay.verification.trace import Trace, read_trace, write_trace
 from bitassay.verification.verdict import verify_many, verify_opening
 
@@ -269,7 +269,13 @@ class Judges:
         self.folder = folder
         self.model = tiny_model("llama", num_hidden_layers=9, initializer_range=0.1).to(torch.bfloat16)
         self.profile = calibrate(
-            self.model, self.model, prompts[:56], max_new_tokens=TOKENS, min_positions=4, alpha=0.05
+            self.model,
+            self.model,
+            prompts[:56],
+            max_new_tokens=TOKENS,
+            min_positions=4,
+            alpha=0.05,
+            guarantee="average",
         )
         honest = prove_many(self.model, prompts[56:], max_new_tokens=TOKENS, nonces=["a", "b", "c", "d"])
         statuses = [self.verdict(trace, self.request(trace)) for trace in honest]
@@ -278,6 +284,9 @@ class Judges:
             self.model, prompts[56:57], max_new_tokens=TOKENS, sampler=Sampler(0.9, 0.9, 3)
         )[0]
         self.receipt = commit(self.trace, KEY)
+        numerics = self.trace.header.numerics.model_copy(update={"gpu": "H200", "batch": 16})
+        header = self.trace.header.model_copy(update={"numerics": numerics})
+        self.receipt_2 = commit(Trace(header, self.trace.states), KEY)
         self.asked = challenge(self.receipt, beacon=bytes(32), generated=6, prompt=2)
         self.opening = open_trace(self.trace, self.asked)
 
@@ -304,7 +313,10 @@ class Judges:
                 Target(name, seed(name, write_trace, one), "safetensors", partial(self.judge_trace, one))
                 for name, one in (("trace", self.trace), ("sampled", self.sampled))
             ),
-            Target("receipt", seed("receipt", write_receipt, self.receipt), "json", self.judge_receipt),
+            *(
+                Target(name, seed(name, write_receipt, one), "json", partial(self.judge_receipt, one))
+                for name, one in (("receipt", self.receipt), ("receipt 2", self.receipt_2))
+            ),
             Target("challenge", seed("challenge", write_challenge, self.asked), "json", self.judge_challenge),
             Target(
                 "opening", seed("opening", write_opening, self.opening), "safetensors", self.judge_opening
@@ -345,13 +357,17 @@ class Judges:
         trace, request = read_trace(path), self.request(seed)
         same, status = claims(trace) == claims(seed), self.verdict(trace, request)
         assert same or status != "PASS", "claims were changed, and it passes"
+        try:
+            read_trace(path, expecting(self.model, request))
+        except RefusedError:
+            assert status == "FAIL", "a verifier refuses to read what does not fail"
         receipt = commit(trace, KEY)
         one = challenge(receipt, beacon=bytes(32), generated=6, prompt=2)
         opened = self.opened(receipt, one, open_trace(trace, one), request)
         assert same or opened != "PASS", "claims were changed, and the receipt passes"
         return status
 
-    def judge_receipt(self, path: Path) -> str:
+    def judge_receipt(self, seed: Receipt, path: Path) -> str:
         """As it came, and if it can be decoded, signed again."""
         try:
             again = decode(path.read_bytes(), path)
@@ -364,7 +380,7 @@ class Judges:
             opened_positions(challenge(signed, generated=2**18, prompt=2**18), signed.header)
             assert decode(encode(signed), path) == signed
         receipt = read_receipt(path)
-        assert receipt == self.receipt, "another receipt has a signature"
+        assert receipt == seed, "another receipt has a signature"
         return self.check_opened(receipt)
 
     def check_opened(self, receipt: Receipt) -> str:

@@ -34,6 +34,7 @@ def traces(tmp_path_factory):
         [f"Once upon a {a} {b}" for a in ("time", "day", "hill") for b in "abcdefghijklmnop"],
         max_new_tokens=16,
         alpha=0.05,
+        guarantee="average",
     )
     write_profile(profile, folder / "profile.json")
     proven = prove_many(model, [f"One {word} a girl" for word in WORDS], max_new_tokens=16)

@@ -31,4 +31,11 @@ def test_help_has_the_long_description(verb, capsys):
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     said = " ".join(application()[verb].help.split())
     assert said[:60].replace("`", "") in shown
-    assert "What to print on stdout" in shown or verb in ("report", "models", "recipes", "study", "committee")
+    assert "What to print on stdout" in shown or verb in (
+        "report",
+        "models",
+        "recipes",
+        "study",
+        "committee",
+        "receipts",
+    )

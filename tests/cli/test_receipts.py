@@ -3,6 +3,7 @@
 import json
 import os
 import stat
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,10 +14,13 @@ from bitassay.cli import run
 from bitassay.engines.load import load
 from bitassay.verification.calibrate import calibrate
 from bitassay.verification.profile import write_profile
-from bitassay.verification.receipts.receipt import read_receipt
+from bitassay.verification.receipts.keys import private_key
+from bitassay.verification.receipts.receipt import commit, read_receipt, write_receipt
+from bitassay.verification.trace import read_trace, write_trace
 
 MODEL = ("stories260k", "--dtype", "float32")
 VERIFY = ("--model", *MODEL)
+OTHER_SIGNER = "3b6a27bcceb6a42d62a3a8d02a6f0d73653215771de243a63ac048a18b59da29"  # of the secret 0
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +86,7 @@ def test_the_verifier_needs_no_trace(folder, verify):
 def test_attacks_fail_by_name(folder, verify, bitassay):
     assert verify(opening="withheld.opening") == (1, "FAIL", ["withheld-opening"])
     assert verify(nonce="n2") == (1, "FAIL", ["other-nonce"])
-    assert verify(signer="00" * 32) == (1, "FAIL", ["other-signer"])
+    assert verify(signer=OTHER_SIGNER) == (1, "FAIL", ["other-signer"])
     assert verify(signer="") == (1, "INCONCLUSIVE", ["unknown-signer"])
     (folder / "bad.receipt").write_bytes((folder / "x.receipt").read_bytes().replace(b'"n1"', b'"n2"'))
     assert verify(receipt="bad.receipt") == (1, "FAIL", ["bad-signature"])
@@ -90,6 +94,37 @@ def test_attacks_fail_by_name(folder, verify, bitassay):
     assert verify(challenge="again.json") == (1, "FAIL", ["other-challenge"])
     assert verify(opening="x.trace") == (1, "FAIL", ["other-challenge"])
     assert verify(opening="x.receipt") == (1, "FAIL", ["header-oversize"])
+
+
+def test_a_second_signed_answer_to_a_request_in_a_ledger_is_the_hosts_fault(folder, bitassay):
+    trace = read_trace(folder / "x.trace")
+    named = trace.header.model.model_copy(update={"name": "as before"})
+    again = replace(trace, header=trace.header.model_copy(update={"model": named}))
+    write_trace(folder / "z.trace", again)
+    write_receipt(folder / "z.receipt", commit(again, private_key(folder / "host.pem")))
+    files = [str(folder / name) for name in ("z.receipt", "z.json", "z.trace", "z.opening")]
+    assert bitassay("challenge", files[0], "--generated", "12", "--out", files[1]).status == 0
+    assert bitassay("open", files[2], "--challenge", files[1], "--out", files[3]).status == 0
+    signer = ["--signer", read_receipt(folder / "x.receipt").key.hex(), "--nonce", "n1"]
+    kept = ["--profile", str(folder / "profile.json"), "--ledger", str(folder / "host.ledger")]
+
+    def verify(name):
+        where = [str(folder / f"{name}.{end}") for end in ("opening", "receipt", "json")]
+        words = [where[0], *VERIFY, "--receipt", where[1], "--challenge", where[2], *signer, *kept]
+        done = bitassay("verify", *words, "--format", "json")
+        return done.status, json.loads(done.out)
+
+    for _ in range(2):
+        assert verify("x")[0] == 0
+        status, found = verify("z")
+        assert status == 1
+        assert [reason["code"] for reason in found["rows"][0]["reasons"]] == ["equivocation"]
+        assert found["decision"]["why"].startswith(
+            "1 of 1 fail exact checks: equivocation: the host also signed"
+        )
+        assert found["sequential"]["n_requests"] == 1
+    receipts = [str(folder / f"{name}.receipt") for name in "xz"]
+    assert bitassay("receipts", "check", *receipts).status == 1, "a proof for others"
 
 
 def test_the_key_is_made_once_for_its_owner_alone(folder, bitassay):
@@ -147,7 +182,9 @@ def test_bad_usage(folder, bitassay, tmp_path):
     said(2, "is not hex", *challenge, "--beacon", "xyz")
     said(2, "beacon", *challenge, "--beacon", "00")
     said(2, "generated", *challenge, "--generated", 0)
-    said(2, "signed by", *challenge, "--signer", "00" * 32)
+    said(2, "signed by", *challenge, "--signer", OTHER_SIGNER)
+    said(2, "not of prime order", *challenge, "--signer", "00" * 32)
+    said(2, "not a public key", *challenge, "--signer", OTHER_SIGNER.upper())
     said(2, "not a public key", *challenge, "--signer", "00")
     said(2, "not-a-file", "challenge", tmp_path, "--out", tmp_path / "c.json")
     said(2, "header-malformed", "challenge", trace, "--out", tmp_path / "c.json")

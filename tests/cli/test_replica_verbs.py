@@ -99,10 +99,10 @@ def test_prove_and_verify(bitassay, folder):
     """A replica is proved and verified as itself, and fails where the model without copies was promised."""
     many = ["--prompts", folder / "many.txt"]
     recipes = {name: ["--recipe", folder / f"{name}.yaml"] for name in ("once", "twice")}
-    profiles = {}
+    profiles, average = {}, ["--alpha", "0.05", "--guarantee", "average"]
     for name, recipe in recipes.items():
         profiles[name] = folder / f"{name}.json"
-        made = ["calibrate", MODEL, *recipe, *many, "--alpha", "0.05", "--out", profiles[name]]
+        made = ["calibrate", MODEL, *recipe, *many, *average, "--out", profiles[name]]
         assert bitassay(*map(str, made)).status == 0
     asked = ["--prompt", "Once upon a time", "--max-new-tokens", "24"]
     for name, claim in (("own", []), ("claimed", ["--claim", MODEL])):

@@ -6,7 +6,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitassay.engines.sampling import GREEDY, MARGIN_CAP, Draw, Sampler, gumbel_noise, nucleus
+from bitassay.engines.sampling import (
+    GREEDY,
+    MARGIN_CAP,
+    Draw,
+    NonceSampler,
+    Sampler,
+    gumbel_noise,
+    nucleus,
+    seed_of,
+)
 from bitassay.errors import BitassayError
 
 
@@ -25,6 +34,26 @@ def test_noise_is_pinned_because_traces_outlive_versions():
     assert gumbel_noise(7, Draw("nonce", 3), 3) == pytest.approx(
         [0.922269813451985, 0.705788970388389, 0.258874935825694], abs=1e-12
     )
+
+
+def test_a_seed_follows_from_the_nonce_and_is_pinned():
+    assert (seed_of("n1-0"), seed_of("")) == (4082718753592902993, 8645747905716166070)
+    seeds = [seed_of(f"n{index}") for index in range(200)]
+    assert len(set(seeds)) == 200
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_a_sampler_by_nonce_chooses_as_one_with_each_requests_seed():
+    logits, by_nonce = torch.randn(6, 50, generator=torch.Generator().manual_seed(0)), NonceSampler(1.0, 0.9)
+    draws = [Draw(f"n{index}", 3) for index in range(6)]
+    chosen = by_nonce.choose(logits, draws)
+    for row, draw in enumerate(draws):
+        own = by_nonce.of_request(draw.nonce)
+        assert own == Sampler(1.0, 0.9, seed_of(draw.nonce))
+        assert own.choose(logits[row : row + 1], [draw]) == chosen[row]
+    assert not by_nonce.margins(logits, chosen, draws).any()
+    assert by_nonce != Sampler(1.0, 0.9)
+    assert Sampler(1.0, 0.9, 5).of_request("x") == Sampler(1.0, 0.9, 5)
 
 
 def test_noise_is_gumbel_distributed():

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from bitassay.cli import run
-from bitassay.verification.detectors.registry import DETECTORS
+from bitassay.verification.detectors.registry import DECIDING, DETECTORS
 from bitassay.verification.profile import read_profile
 
 MODEL = "stories260k"
@@ -36,11 +36,12 @@ def test_it_takes_part_in_the_verdict(example_plugin, many_prompts, tmp_path, ca
     prompts, profile, trace = (tmp_path / name for name in ("prompts.txt", "profile.json", "cheap.trace"))
     prompts.write_text("\n".join(many_prompts))
     common = ["calibrate", MODEL, "--prompts", prompts, "--alpha", "0.05", "--max-new-tokens", 12]
+    common += ["--guarantee", "average"]
     objects(capsys, [*common, "--out", profile, "--detectors", "norm-ratio"])
-    assert set(read_profile(profile).fits) == {"distance", "token-difr", "norm-ratio"}
+    assert set(read_profile(profile).fits) == {*DECIDING, "norm-ratio"}
     claim = ["--recipe", "w2", "--claim", MODEL, "--max-new-tokens", 12, "--out", trace]
     assert run(list(map(str, ["prove", MODEL, "--prompt", "the big cat", *claim]))) == 0
     row = objects(capsys, ["verify", trace, "--model", MODEL, "--profile", profile], 1)["rows"][0]
-    assert row["score"]["others"]["norm-ratio"] > 3
+    assert row["score"]["detectors"]["norm-ratio"] > 3
     assert "detector-unlikely" in [reason["code"] for reason in row["reasons"]]
     assert "norm-ratio is" in "".join(reason["sentence"] for reason in row["reasons"])

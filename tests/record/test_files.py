@@ -259,6 +259,15 @@ def test_what_is_not_json_is_named(tmp_path, content):
         read_json(tmp_path / "a.json")
 
 
+@pytest.mark.parametrize(
+    "content", ['{"a": 1, "a": 1}', '[{"b": {"a": 1, "a": 2}}]', '{"a": 1, "\\u0061": 2}']
+)
+def test_a_key_that_is_there_twice_is_named(tmp_path, content):
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(BitassayError, match=r"x\.json: not a JSON file \(an object has a key twice"):
+        read_json(tmp_path / "x.json")
+
+
 def test_json_that_is_too_large_is_not_read(tmp_path):
     (tmp_path / "a.json").write_text('"' + "x" * 100 + '"')
     with pytest.raises(BitassayError, match="102 bytes, more than the 101"):

@@ -3,19 +3,25 @@
 import inspect
 import json
 import math
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
+import torch
 
 from bitassay.cli import run
 from bitassay.cli.calibrate import calibrate as calibrate_command
+from bitassay.engines.sampling import seed_of
 from bitassay.verification.calibrate import calibrate
 from bitassay.verification.pooled import pooled_verdict
+from bitassay.verification.profile import profile_path, read_profile
 from bitassay.verification.sequential import alarm_at
-from bitassay.verification.trace import read_trace
+from bitassay.verification.trace import Trace, read_trace, write_trace
 
 MODEL = "stories260k"
+AVERAGE = ["--alpha", "0.05", "--guarantee", "average"]
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +35,7 @@ def folder(tmp_path_factory, many_prompts):
 @pytest.fixture(scope="module")
 def profile(folder):
     path = folder / "profile.json"
-    assert (
-        run(
-            ["calibrate", MODEL, "--prompts", str(folder / "many.txt"), "--alpha", "0.05", "--out", str(path)]
-        )
-        == 0
-    )
+    assert run(["calibrate", MODEL, "--prompts", str(folder / "many.txt"), *AVERAGE, "--out", str(path)]) == 0
     return path
 
 
@@ -78,12 +79,16 @@ def test_honest_folder_passes_and_another_model_fails(folder, traces, profile, c
 def test_the_sequence_of_requests_is_judged_and_kept(folder, traces, profile, capsys):
     kept, common = folder / "host.ledger", ["--model", MODEL, "--profile", str(profile)]
     found = objects(capsys, ["verify", str(traces), *common], 0)["sequential"]
-    assert (found["n_requests"], found["alarm_at"], found["alpha"]) == (4, None, 0.05)
+    assert (found["n_requests"], found["alarm_at"]) == (4, None)
+    assert found["alpha"] == pytest.approx(0.05 * 3 / 8), "the share of this test"
     for _ in range(2):
         assert run(["verify", str(traces), *common, "--ledger", str(kept)]) == 0
-        assert "no alarm of 4; anytime p" in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert "in sequence   no alarm of 4; anytime p" in said
+        assert "decision: PASS because set p" in said
     cheap, claim = folder / "many-cheap", ["--recipe", "w2", "--claim", MODEL, "--max-new-tokens", "24"]
-    prompts = ["--prompts", str(folder / "prompts.txt"), "--nonce", "cheap"]
+    (folder / "others.txt").write_text("".join(f"Once upon a time {name} had a\n" for name in "efgh"))
+    prompts = ["--prompts", str(folder / "others.txt"), "--nonce", "cheap"]
     assert run(["prove", MODEL, *prompts, "--out", str(cheap), *claim]) == 0
     found = objects(capsys, ["verify", str(cheap), *common, "--ledger", str(kept)], 1)["sequential"]
     assert found["n_requests"] == 8
@@ -92,15 +97,125 @@ def test_the_sequence_of_requests_is_judged_and_kept(folder, traces, profile, ca
     found = objects(capsys, ["verify", str(traces), *common, "--ledger", str(kept)], 1)
     assert [row["status"] for row in found["rows"]] == ["PASS"] * 4
     assert found["sequential"]["alarm_at"], "an alarm stays"
+    assert found["decision"]["status"] == "FAIL"
     assert run(["verify", str(traces), "--model", MODEL, "--ledger", str(folder / "new.ledger")]) == 1
     assert "no trace could be scored" in capsys.readouterr().err
     assert run(["verify", str(traces), *common, "--ledger", str(folder / "prompts.txt")]) == 2
     assert "not a ledger" in capsys.readouterr().err
 
 
+def test_a_folder_of_copies_counts_as_one_request(folder, traces, profile, capsys):
+    """Twelve copies under other names made the ledger of an honest host give an alarm."""
+    copies, common = folder / "copies", ["--model", MODEL, "--profile", str(profile)]
+    copies.mkdir()
+    one = read_trace(traces / "00000.trace")
+    for index in range(12):
+        model = one.header.model.model_copy(update={"name": f"name {index}"})
+        header = one.header.model_copy(update={"model": model})
+        write_trace(copies / f"{index:02d}.trace", replace(one, header=header))
+    found = objects(capsys, ["verify", str(copies), *common, "--ledger", str(folder / "copies.ledger")], 0)
+    assert found["sequential"]["n_requests"] == found["pooled"]["n_pooled"] == 1
+    assert not any("copy of" in note for note in found["rows"][0]["notes"])
+    assert all("copy of" in row["notes"][0] for row in found["rows"][1:])
+    again = objects(capsys, ["verify", str(copies), *common, "--ledger", str(folder / "copies.ledger")], 0)
+    assert again["sequential"] == found["sequential"]
+    assert "copy of" in again["rows"][1]["notes"][0]
+
+
+def test_requests_without_an_answer_count(folder, traces, profile, capsys):
+    asked, kept = folder / "asked.txt", folder / "unanswered.ledger"
+    asked.write_text("".join(f"Once upon a time {name} had a\n" for name in "abcdefghijkl"))
+    common = ["--model", MODEL, "--profile", str(profile), "--max-new-tokens", "24", "--ledger", str(kept)]
+    named = ["--prompts", str(asked), "--nonce", "0", "--sampler", "greedy"]
+    for _ in range(2):
+        found = objects(capsys, ["verify", str(traces), *common, *named], 1)
+        assert found["undecided"]["n_requests"] == 12, "4 answered, 8 not, and each once"
+        assert found["undecided"]["alarm_at"]
+        assert found["decision"]["status"] == "FAIL"
+        assert "too-many-undecided p" in found["decision"]["why"]
+        assert [row["status"] for row in found["rows"]] == ["PASS"] * 4
+    (folder / "nothing").mkdir()
+    nothing = ["verify", str(folder / "nothing"), *common[:4], "--unanswered"]
+    assert objects(capsys, [*nothing, "3"], 1)["decision"]["status"] == "INCONCLUSIVE"
+    assert objects(capsys, [*nothing, "6"], 1)["decision"]["status"] == "FAIL"
+    generous = [*nothing, "6", "--inconclusive-budget", "0.9"]
+    assert objects(capsys, generous, 1)["decision"]["status"] == "INCONCLUSIVE"
+    assert run(["verify", str(traces), *common, "--inconclusive-budget", "0.2"]) == 2
+    assert "a budget of 0.1" in capsys.readouterr().err
+
+
+def test_a_host_that_hides_behind_other_numerics_is_refused(folder, traces, profile, capsys):
+    """Also where the profile is found by itself, once the ledger is bound to it."""
+    hidden, kept = folder / "hidden", folder / "hidden.ledger"
+    hidden.mkdir()
+    for index in range(8):
+        one = read_trace(traces / f"{index % 4:05d}.trace")
+        numerics = one.header.numerics.model_copy(update={"threads": 3})
+        ids = (*one.header.prompt_ids, 5 + index)
+        positions = tuple(range(len(ids) + one.n_tokens - 1))
+        header = one.header.model_copy(
+            update={"numerics": numerics, "nonce": f"h{index}", "prompt_ids": ids, "positions": positions}
+        )
+        states = {layer: torch.cat([rows, rows[-1:]]) for layer, rows in one.states.items()}
+        write_trace(hidden / f"{index}.trace", Trace(header, states))
+    found = objects(capsys, ["verify", str(hidden), "--model", MODEL, "--profile", str(profile)], 1)
+    assert {row["reasons"][0]["code"] for row in found["rows"]} == {"profile-other-numerics"}
+    assert found["decision"]["status"] == "FAIL"
+    assert found["undecided"]["alarm_at"]
+    shutil.copy(profile, profile_path(read_profile(profile).key))
+    common = ["--model", MODEL, "--ledger", str(kept)]
+    assert objects(capsys, ["verify", str(traces), *common], 0)["undecided"]["n_requests"] == 4
+    found = objects(capsys, ["verify", str(hidden), *common], 1)
+    assert {row["reasons"][0]["code"] for row in found["rows"]} == {"no-profile"}
+    assert found["undecided"]["n_requests"] == 12
+    assert found["decision"]["status"] == "FAIL"
+    profile_path(read_profile(profile).key).unlink()
+
+
+def test_what_sampler_was_asked_for_is_checked(folder, traces, profile, capsys):
+    one, common = folder / "sampled.trace", ["--model", MODEL, "--profile", str(profile)]
+    hot = ["--temperature", "1", "--max-new-tokens", "12"]
+    prove = ["prove", MODEL, "--prompt", "Once", "--nonce", "n1", "--out", str(one), *hot]
+    assert run([*prove, "--seed", "nonce"]) == 0
+    assert read_trace(one).header.sampling.seed == seed_of("n1")
+
+    def codes(trace, *asked):
+        (row,) = objects(capsys, ["verify", str(trace), *common, *asked], 1)["rows"]
+        return {reason["code"] for reason in row["reasons"]}
+
+    asked = ["--temperature", "1", "--nonce", "n1"]
+    assert "other-sampler" not in codes(one, *asked, "--seed", "nonce", "--sampler", "gumbel-max")
+    assert "other-sampler" in codes(one, *asked), "the default seed is 0"
+    assert "other-sampler" in codes(one, *asked, "--seed", "nonce", "--top-p", "0.5")
+    assert "other-sampler" in codes(one, "--sampler", "greedy")
+    greedy = traces / "00000.trace"
+    assert "other-sampler" in codes(greedy, "--temperature", "1")
+    assert (
+        objects(capsys, ["verify", str(greedy), *common, "--sampler", "greedy"], 0)["rows"][0]["notes"] == []
+    )
+    row = objects(capsys, ["verify", str(greedy), *common], 0)["rows"][0]
+    assert row["notes"] == ["sampler not checked (greedy)"]
+    assert "other-sampler" in codes(one, *asked[:2], "--seed", "nonce", "--nonce", "n2")
+    for wrong, said in (
+        (["--seed", "nonce", "--temperature", "1"], "needs the nonce"),
+        (["--sampler", "gumbel-max"], "is a contradiction"),
+        (["--seed", "today"], "neither a number nor"),
+        (["--seed", "-1"], "between 0 and"),
+    ):
+        assert run(["verify", str(greedy), *common, *wrong]) == 2
+        assert said in capsys.readouterr().err
+    prompts = ["--prompts", str(folder / "prompts.txt"), "--nonce", "s", *hot, "--seed", "nonce"]
+    assert run(["prove", MODEL, *prompts, "--out", str(folder / "sampled")]) == 0
+    assert run(["prove", MODEL, *prompts[:-1], "0", "--out", str(folder / "sampled")]) == 2
+    assert "another run" in capsys.readouterr().err
+    found = objects(capsys, ["verify", str(folder / "sampled"), *common, *prompts], 1)["rows"]
+    assert len(found) == 4
+    assert not any(reason["code"] == "other-sampler" for row in found for reason in row["reasons"])
+
+
 def test_suspects_are_shown_stored_and_named(folder, profile, capsys):
     path, cheap = folder / "suspects.json", folder / "int4.trace"
-    words = ["calibrate", MODEL, "--prompts", str(folder / "many.txt"), "--alpha", "0.05", "--out", str(path)]
+    words = ["calibrate", MODEL, "--prompts", str(folder / "many.txt"), *AVERAGE, "--out", str(path)]
     suspects = ["--suspects", "int4", "kv4", "--suspect-runs", "16", "--max-new-tokens", "12"]
     capsys.readouterr()
     assert run([*words, *suspects]) == 0
@@ -127,7 +242,7 @@ def test_suspects_are_shown_stored_and_named(folder, profile, capsys):
 def test_the_command_line_has_the_defaults_of_the_library(capsys):
     command = inspect.signature(calibrate_command).parameters
     function = inspect.signature(calibrate).parameters
-    for name in ("suspect_runs", "max_new_tokens", "expires_days"):
+    for name in ("suspect_runs", "max_new_tokens", "expires_days", "guarantee"):
         assert command[name].default == function[name].default
     assert run(["calibrate", MODEL, "--prompts", "5"]) == 2
     assert f"too few for alpha {function['alpha'].default}," in capsys.readouterr().err
@@ -211,7 +326,10 @@ def test_usage_errors(folder, capsys):
     assert run(["prove", MODEL, "--out", str(folder / "x")]) == 2
     assert "--prompt" in capsys.readouterr().err
     assert run(["calibrate", MODEL, "--prompts", "20", "--alpha", "0.01"]) == 2
-    assert "needs 198" in capsys.readouterr().err
+    assert "needs 501" in capsys.readouterr().err
+    assert run(["calibrate", MODEL, "--prompts", "20", "--alpha", "0.01", "--guarantee", "average"]) == 2
+    assert "needs 167" in capsys.readouterr().err
+    assert run(["calibrate", MODEL, "--guarantee", "none"]) == 2
     assert run(["calibrate", MODEL, "--prompts", "9000"]) == 2
 
 

@@ -13,6 +13,7 @@ from bitassay.verification.committee.rounds import (
     committee_status,
     honest_canaries_needed,
     judge,
+    majority_share,
     parse_report,
     report,
     report_commitment,
@@ -111,14 +112,16 @@ def test_answers_cannot_be_changed_after_the_others_revealed(assignments):
 
 
 def test_a_lazy_one_is_caught_as_often_as_the_formula_says(assignments):
-    one, caught, skipped = assignments["cyd"], 0, 0.5
+    one, caught, skipped = assignments["cyd"], 0, 0.1
+    failures = sum(answer == "FAIL" for answer in one.planted.values())
+    assert failures == 12  # its own four, and of the others' twelve two thirds
     for trial in range(300):
         choose = random.Random(trial)
         answers = {item: "PASS" if choose.random() < skipped else ALL[item] for item in one.items}
         lazy = report("cyd", answers, bytes(32))
         found = judge(ROUND, [one], {"cyd": report_commitment(ROUND, lazy)}, {"cyd": lazy})
         caught += bool(found["cyd"])
-    assert caught / 300 == pytest.approx(1 - (1 - skipped) ** 4, abs=0.05)
+    assert caught / 300 == pytest.approx(1 - (1 - skipped) ** failures, abs=0.08)
 
 
 def test_an_unlucky_honest_verifier_is_not_accused(assignments):
@@ -154,17 +157,118 @@ def test_a_tie_is_no_majority(assignments):
 def test_every_item_goes_to_so_many_and_plants_look_like_the_rest(seed, each):
     given = assign(list(TRUTH), PLANTS, each=each, seed=seed)
     counts = Counter(item for one in given for item in one.items)
-    assert {counts[item] for item in TRUTH} == {each}
+    assert {counts[item] for item in ALL} == {each}
     for one in given:
-        assert {item for item in one.items if item not in TRUTH} == set(PLANTS[one.verifier])
+        assert (
+            {item for item in one.items if item not in TRUTH} == set(one.planted) >= set(PLANTS[one.verifier])
+        )
+        assert all(ALL[item] == answer for item, answer in one.planted.items())
         assert len(set(one.items)) == len(one.items)
     assert given == assign(list(TRUTH), PLANTS, each=each, seed=seed)
+
+
+# --- coalitions ---
+
+
+def dealt(n, each, seed, count=30, plants=4):
+    """The assignments, and which items are real, of so many verifiers, items and failing plants each."""
+    names = [f"v{index}" for index in range(n)]
+    items = [f"item {index}" for index in range(count)]
+    canaries = {
+        name: {f"{name} {kind} {index}": kind for kind in ("FAIL", "PASS") for index in range(plants)}
+        for name in names
+    }
+    return assign(items, canaries, each=each, seed=seed), set(items)
+
+
+def lists(assignments, coalition):
+    """How many of a coalition have each of its items."""
+    return Counter(item for one in assignments[:coalition] for item in one.items)
+
+
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_two_that_compare_their_lists_cannot_pass_unseen_what_they_share(n):
+    """Each looks at what it alone has, and both pass what they share."""
+    for trial in range(20):
+        assignments, items = dealt(n, 2, bytes([trial]))
+        shared = {item for item, count in lists(assignments, 2).items() if count == 2}
+        assert shared & items
+        reports = {}
+        for one in assignments:
+            truth = {item: one.planted.get(item, "FAIL") for item in one.items}
+            lazy = dict.fromkeys(shared & set(one.items), "PASS")
+            reports[one.verifier] = report(one.verifier, truth | lazy if one in assignments[:2] else truth)
+        commitments = {name: report_commitment(ROUND, one) for name, one in reports.items()}
+        found = codes(judge(ROUND, assignments, commitments, reports))
+        assert found["v0"] == found["v1"] == ["missed-planted-failure"]
+
+
+SIZES = [(3, 2, 2), (5, 2, 2), (5, 3, 2), (5, 3, 3), (8, 3, 3)]
+
+
+@pytest.mark.parametrize(("n", "each", "coalition"), SIZES)
+def test_who_else_has_an_item_says_nothing_about_it(n, each, coalition):
+    """Over many rounds, of real items and of plants alike, the formula's share is in a coalition's hands."""
+    held = {True: [], False: []}
+    for trial in range(150):
+        assignments, items = dealt(n, each, trial.to_bytes(4, "little"))
+        counts = lists(assignments, coalition)
+        for item in {item for one in assignments for item in one.items}:
+            held[item in items].append(2 * counts[item] > each)
+    expected = majority_share(coalition, each, n)
+    for found in held.values():
+        sd = (expected * (1 - expected) / len(found)) ** 0.5
+        assert sum(found) / len(found) == pytest.approx(expected, abs=4.5 * sd)
+
+
+@pytest.mark.parametrize(("n", "each", "coalition"), SIZES)
+def test_a_coalition_that_skips_a_share_is_caught_as_one_verifier_is(n, each, coalition):
+    """It passes unseen a share s of what a majority of it has: 1 - (1 - s)^f are caught, f its failing plants
+    there."""
+    share, caught, expected, trials = 0.2, 0, 0.0, 200
+    for trial in range(trials):
+        choose = random.Random(trial)
+        assignments, _ = dealt(n, each, trial.to_bytes(4, "little"))
+        counts = lists(assignments, coalition)
+        mine = sorted(item for item, count in counts.items() if 2 * count > each)
+        skipped = {item for item in mine if choose.random() < share}
+        planted = {item: answer for one in assignments[:coalition] for item, answer in one.planted.items()}
+        failures = sum(planted.get(item) == "FAIL" for item in mine)
+        expected += (1 - (1 - share) ** failures) / trials
+        reports = {}
+        for one in assignments[:coalition]:
+            truth = {item: one.planted.get(item, "FAIL") for item in one.items}
+            lazy = dict.fromkeys(skipped & set(one.items), "PASS")
+            reports[one.verifier] = report(one.verifier, truth | lazy, bytes(32))
+        commitments = {name: report_commitment(ROUND, one) for name, one in reports.items()}
+        found = judge(ROUND, assignments[:coalition], commitments, reports)
+        caught += any(found.values()) / trials
+    assert caught == pytest.approx(expected, abs=4 * 0.5 / trials**0.5)
+    assert expected > 0.3
+
+
+def test_each_lacks_failing_plants_that_another_has(assignments):
+    """So copied answers do not help, as long as not everybody has everything."""
+    for one in assignments.values():
+        for other in assignments.values():
+            if one is not other:
+                own = {item for item, answer in one.planted.items() if answer == "FAIL"}
+                assert own - set(other.items)
+
+
+def test_majority_share():
+    assert majority_share(2, 2, 2) == 1
+    assert majority_share(2, 2, 3) == pytest.approx(1 / 3)
+    assert majority_share(1, 2, 3) == 0
+    assert majority_share(2, 3, 5) == pytest.approx(3 / 10)
+    assert majority_share(1, 1, 4) == pytest.approx(1 / 4)
 
 
 def test_plants_are_shuffled_among_the_rest(assignments):
     for one in assignments.values():
         places = [index for index, item in enumerate(one.items) if item in one.planted]
-        assert places not in (list(range(8)), list(range(len(one.items) - 8, len(one.items))))
+        count, n = len(one.planted), len(one.items)
+        assert places not in (list(range(count)), list(range(n - count, n)))
 
 
 def test_impossible_assignments_are_refused():

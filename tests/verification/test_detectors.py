@@ -19,7 +19,10 @@ def observation(shift=0.0, margin=0.0, defects=(), tokens=8, noise=None, prompt=
     cells = tuple(float(value) - 4 + shift for value in noise)
     series = {
         "distance": (Series(cells, (-4.0,)), Series(cells, (prompt,))),
+        "excess-distance": (Series(cells, (-4.0,)), Series(cells, (prompt,))),
         "token-difr": (Series((margin,) * tokens),),
+        "token-flips": (Series((float(margin > 0.1),) * tokens),),
+        "token-outlier": (Series((10 * margin,) * tokens),),
         "verillm-paper": (Series((0.5,) * (tokens - 1)),),
         "verillm-documents": (Series((0.0,) * (tokens - 1)),),
         "activation-difr": (Series(cells),),
@@ -41,17 +44,17 @@ def score(name, runs, one, n=8):
     return scored(statistics(one, names, n, n), fit({n: [statistics(run, names, n, n) for run in runs]}), n)
 
 
-@pytest.mark.parametrize("name", ["distance", "toploc", "activation-difr", "combined"])
+@pytest.mark.parametrize("name", ["distance", "excess-distance", "toploc", "activation-difr", "combined"])
 def test_states_that_are_far_off(name, runs):
     assert score(name, runs, observation(shift=2.0)) > 10 > score(name, runs, observation())
 
 
-@pytest.mark.parametrize("name", ["token-difr", "combined"])
+@pytest.mark.parametrize("name", ["token-difr", "token-flips", "token-outlier", "combined"])
 def test_tokens_that_lose(name, runs):
     assert score(name, runs, observation(margin=0.5)) > 10 > score(name, runs, observation())
 
 
-@pytest.mark.parametrize("name", ["distance", "toploc", "activation-difr"])
+@pytest.mark.parametrize("name", ["distance", "excess-distance", "toploc", "activation-difr"])
 def test_a_check_of_states_is_blind_to_tokens(name, runs):
     assert score(name, runs, observation(margin=5.0)) == score(name, runs, observation())
 
@@ -99,6 +102,10 @@ def test_observing_real_traces(honest, model):
             "activation-difr": by_position,
             "toploc": by_token,
             "token-difr": by_token,
+            "token-flips": by_token,
+            "token-outlier": by_token,
+            "excess-distance": by_position * len(trace.header.layers),
+            "rounding": by_position * len(trace.header.layers),
             "structure": [],
         }
     wrong = observe(honest_traces[:1], model, [Request(nonce="another")])[0]

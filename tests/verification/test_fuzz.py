@@ -49,6 +49,7 @@ def test_seeds_are_read_and_judged(fuzz, targets, tmp_path):
     passes = {"trace", "receipt", "challenge", "opening", "profile"}
     assert {name for name, outcome in found.items() if outcome == "PASS"} == passes
     assert "refused" not in found.values()
+    assert found["receipt 2"] == "FAIL"  # of another commitment than the one that was challenged
 
 
 @pytest.mark.parametrize("layout", ["json", "safetensors", "text"])
@@ -81,6 +82,7 @@ def test_it_notices_a_verifier_that_forgets_a_check(fuzz, targets, tmp_path, mon
             check_all(fuzz, targets["opening"], fuzz.edit_numbers, tmp_path / "case")
     with monkeypatch.context() as patch:
         patch.setattr("bitassay.verification.submissions.claim_defects", lambda *_: [])
+        patch.setattr("bitassay.verification.submissions.unanswered", lambda *_: [])
         with pytest.raises(AssertionError):
             check_all(fuzz, targets["trace"], fuzz.edit_header, tmp_path / "case")
     with monkeypatch.context() as patch:

@@ -1,12 +1,11 @@
 """Openings: an honest one passes, and every attack on one is caught by name."""
 
 import json
-import math
 import os
 import struct
 from dataclasses import replace
 from itertools import combinations
-from statistics import pstdev, stdev
+from statistics import fmean, pstdev, stdev
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from bitassay.errors import BitassayError
 from bitassay.models.identity import identity
 from bitassay.testing.tiny import tiny_model
 from bitassay.verification.container import TraceError
+from bitassay.verification.detectors.registry import STATES
 from bitassay.verification.profile import write_profile
 from bitassay.verification.prove import prove
 from bitassay.verification.receipts.challenge import challenge, opened_positions
@@ -108,9 +108,9 @@ def test_the_mean_over_a_part_is_taken_two_standard_errors_lower():
 
 def test_the_verdict_takes_the_lower_bound_and_reports_the_mean(trace, model, profile):
     part, whole = judged(trace, model, profile, generated=8), verify(trace, model, profile=profile)
-    assert part.score.states < max(
-        profile.layers[layer].standardised(math.log(part.distance(layer)), TOKENS - 1)
-        for layer in trace.header.layers
+    assert part.score.detectors[STATES] < max(
+        fit.standardised(fmean(series.values), TOKENS - 1)
+        for fit, series in zip(profile.detectors[STATES], part.observation.series[STATES], strict=True)
     )
     assert whole.hidden_distance == pytest.approx(part.hidden_distance, rel=0.2)
 

@@ -111,7 +111,7 @@ MALFORMED = {
     "nested": (lambda data: b"[" * 10**6, "header-malformed"),
     "not text": (lambda data: b"\xff" * 40, "header-malformed"),
     "too large": (lambda data: b" " * (2**22 + 1), "oversize"),
-    "other version": (lambda data: data.replace(b"receipt 1", b"receipt 2"), "not-a-receipt"),
+    "other version": (lambda data: data.replace(b"receipt 1", b"receipt 3"), "not-a-receipt"),
     "a field more": (lambda data: data[:-2] + b",1]\n", "not-a-receipt"),
     "an object": (lambda data: b'{"version":"bitassay receipt 1"}', "not-a-receipt"),
     "another spelling": (lambda data: data.replace(b",", b", ", 1), "not-canonical"),

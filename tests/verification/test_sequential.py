@@ -15,6 +15,8 @@ from bitassay.verification.sequential import (
     anytime_p_value,
     log_ratios,
     log_wealth,
+    looks,
+    rate_wealth,
     start_weights,
     starts,
 )
@@ -186,6 +188,54 @@ def test_alpha_flips_the_alarm():
     for bad in (0.0, 1.0, math.nan):
         with pytest.raises(BitassayError, match="not between"):
             alarm_at(wealth, bad)
+
+
+def test_fewer_looks_see_the_same_capital():
+    rng = np.random.default_rng(0)
+    honest, requests = rng.normal(size=70), rng.normal(size=90)
+    some = np.array([1, 7, 64, 90])
+    assert log_wealth(requests, honest, some) == pytest.approx(log_wealth(requests, honest)[some - 1])
+    assert looks(5).tolist() == [1, 2, 3, 4, 5]
+    assert looks(600)[:300].tolist() == [*range(1, 257), *range(258, 346, 2)]
+
+
+# --- how often something happens
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_bets_on_a_rate_are_fair_at_that_rate_and_lose_below(rate):
+    """Over all courses of six chances, by their probability at the rate: on average what it was before."""
+    courses = [np.array(one) for one in itertools.product([False, True], repeat=6)]
+    wealth = {tuple(one): np.exp(rate_wealth(one, rate)) for one in courses}
+    for course in courses:
+        for step in range(5):
+            now = wealth[tuple(course)][step]
+            then = [
+                wealth[(*course[: step + 1], happens, *course[step + 2 :])][step + 1]
+                for happens in (True, False)
+            ]
+            assert rate * then[0] + (1 - rate) * then[1] == pytest.approx(now)
+            assert then[0] > then[1]
+    first = [wealth[(happens, *[False] * 5)][0] for happens in (True, False)]
+    assert rate * first[0] + (1 - rate) * first[1] == pytest.approx(1)
+
+
+def test_a_host_at_the_rate_is_rarely_ever_accused_and_one_above_it_soon():
+    rng, rate, alpha = np.random.default_rng(0), 0.1, 0.05
+    honest = [alarm_at(rate_wealth(rng.random(400) < rate, rate), alpha) for _ in range(400)]
+    accused = np.mean([alarm is not None for alarm in honest])
+    assert 0 < accused <= alpha
+    often = [alarm_at(rate_wealth(rng.random(60) < 0.5, rate), 0.01) for _ in range(50)]
+    assert None not in often
+    late = np.append(np.zeros(100, bool), np.ones(12, bool))
+    assert 100 < alarm_at(rate_wealth(late, rate), 0.01) <= 112
+
+
+def test_rates_are_between_0_and_1():
+    assert rate_wealth(np.zeros(0, bool), 0.1).tolist() == []
+    for rate in (0.0, 1.0, math.nan):
+        with pytest.raises(BitassayError, match="not between"):
+            rate_wealth(np.ones(2, bool), rate)
 
 
 def test_nan_and_no_honest_scores_are_errors():

@@ -14,11 +14,11 @@ from bitassay.errors import BitassayError
 from bitassay.models.identity import identity
 from bitassay.testing.tiny import tiny_model
 from bitassay.verification.pooled import mann_whitney_counts, pooled_p_value, pooled_verdict
-from bitassay.verification.profile import write_profile
+from bitassay.verification.profile import UNLIKE, HeldOut, write_profile
 from bitassay.verification.prove import encode_prompt, prove, prove_many
 from bitassay.verification.structure import Reason, Request
 from bitassay.verification.trace import Trace
-from bitassay.verification.verdict import Verdict, verify, verify_many
+from bitassay.verification.verdict import FAR, Verdict, verify, verify_many
 
 TOKENS = 12
 
@@ -112,7 +112,9 @@ def test_without_a_valid_profile_nothing_passes(trace, model, profile):
     assert doubts(changed(model=profile.model.model_copy(update={"recipe_id": "0" * 64}))) == {
         "profile-other-model"
     }
-    assert doubts(changed(layers={8: profile.layers[8]})) == {"profile-other-model"}
+    assert doubts(changed(layers=(8,))) == {"profile-other-model"}
+    twice = profile.detectors | {"token-flips": profile.detectors["token-flips"] * 2}
+    assert doubts(changed(detectors=twice)) == {"profile-other-detector"}
     sampled = profile.sampling.model_copy(update={"sampler": "gumbel-max", "temperature": 1.0})
     assert doubts(changed(sampling=sampled)) == {"profile-other-numerics"}
     assert doubts(profile, now=profile.expires) == {"profile-expired"}
@@ -122,11 +124,99 @@ def test_without_a_valid_profile_nothing_passes(trace, model, profile):
     assert verify(trace, model, profile=profile, now=profile.expires - timedelta(days=1)).status == "PASS"
 
 
+def of_texts_with(profile, honest_score, unlike, guarantee="average"):
+    """The profile as if its honest runs had one score, and their texts noise this unusual."""
+    runs = 4 * profile.n
+    assert 1 / (runs + 1) <= UNLIKE
+    return profile.model_copy(
+        update={"scores": ((honest_score,),) * runs, "unlike": ((unlike,),) * runs, "guarantee": guarantee}
+    )
+
+
+def farther(trace, factor):
+    """The same claim with generated states that are longer."""
+    states = {
+        layer: torch.cat([rows[: trace.n_prompt], (rows[trace.n_prompt :].float() * factor).to(rows.dtype)])
+        for layer, rows in trace.states.items()
+    }
+    return Trace(trace.header, states)
+
+
+def test_a_bad_run_of_a_text_unlike_the_calibration_is_inconclusive(trace, model, profile):
+    """The same run fails where the noise of its text is known."""
+    moderate = verify(trace, model, profile=of_texts_with(profile, -50.0, 1e6))
+    assert moderate.score.value < FAR
+    assert (moderate.status, moderate.unlike) == ("FAIL", 1)
+    verdict = verify(trace, model, profile=of_texts_with(profile, -50.0, 0.0))
+    assert (verdict.status, codes(verdict)) == ("INCONCLUSIVE", {"unlike-calibration"})
+    assert verdict.unlike == 1 / (4 * profile.n + 1)
+    assert verdict.p_value is None, "it is not pooled, and not counted in a ledger"
+    assert (verdict.score, verdict.refusal) == (moderate.score, moderate.refusal)
+    assert json.loads(json.dumps(verdict.to_dict(), allow_nan=False))["unlike"] == verdict.unlike
+
+
+def test_a_run_that_no_text_explains_fails_though_its_text_is_unlike_the_calibration(trace, model, profile):
+    far = farther(trace, 1.5)
+    verdict = verify(far, model, profile=of_texts_with(profile, 5.0, 0.0))
+    assert verdict.score.value >= FAR
+    assert (verdict.status, codes(verdict)) == ("FAIL", {"states-too-far"})
+    assert verdict.p_value == 1 / (4 * profile.n + 1)
+
+
+def test_a_good_run_of_a_text_unlike_the_calibration_is_inconclusive(trace, model, profile):
+    """What the profile says of such texts is not known, in either direction."""
+    assert verify(trace, model, profile=of_texts_with(profile, 5.0, 1e6)).status == "PASS"
+    assert codes(verify(trace, model, profile=of_texts_with(profile, 5.0, 0.0))) == {"unlike-calibration"}
+
+
+def test_a_structural_defect_of_an_unlike_text_fails(trace, model, profile):
+    verdict = verify(trace, model, profile=of_texts_with(profile, 5.0, 0.0), expected_nonce="other")
+    assert (verdict.status, codes(verdict)) == ("FAIL", {"other-nonce"})
+
+
+def test_what_is_unlike_is_the_text_not_what_the_host_did(trace, model, profile):
+    """A host cannot make its text look unknown, nor known: the states that it shows do not count."""
+    one, other = (verify(shown, model, profile=profile) for shown in (trace, farther(trace, 1.5)))
+    assert one.unlike == other.unlike
+    assert other.score.value > one.score.value
+
+
+def test_the_guarantee_decides_at_which_alpha_a_run_is_refused(trace, model, profile):
+    """136 honest runs, none as bad: p is 1/137 on average, and at most 2.2 % with confidence."""
+    for guarantee, expected in (("average", 1 / 137), ("conditional", 1 - 0.05 ** (1 / 136))):
+        of_it = of_texts_with(profile, -50.0, 1e6, guarantee)
+        verdict = verify(trace, model, profile=of_it)
+        assert verdict.refusal == pytest.approx(expected)
+        assert verify(trace, model, profile=of_it, alpha=verdict.refusal + 1e-9).status == "FAIL"
+        assert verify(trace, model, profile=of_it, alpha=0.01).status == (
+            "FAIL" if guarantee == "average" else "INCONCLUSIVE"
+        )
+    assert codes(verify(trace, model, profile=of_it, alpha=0.01)) == {"profile-too-small"}
+
+
+def test_a_profile_that_refuses_its_own_held_out_runs_decides_nothing(trace, model, profile):
+    def held_out(rejected, n):
+        return profile.model_copy(update={"held_out": HeldOut.of(rejected, n)})
+
+    assert verify(trace, model, profile=held_out(1, 11)).status == "PASS", "bad luck explains it"
+    verdict = verify(trace, model, profile=held_out(4, 11))
+    assert (verdict.status, codes(verdict)) == ("INCONCLUSIVE", {"profile-misfit"})
+    assert "refused 4 of 11 held-out honest runs" in verdict.reasons[0].sentence
+    far = verify(farther(trace, 1.5), model, profile=held_out(4, 11))
+    assert far.status == "INCONCLUSIVE"
+    assert verify(trace, model, profile=held_out(4, 11), expected_nonce="other").status == "FAIL"
+
+
 def test_a_structural_defect_fails_without_a_profile_too_and_still_reports_distances(trace, model):
-    verdict = verify(trace, model, expected_nonce="other")
+    claim = trace.header.model.model_copy(update={"weights_digest": "0" * 64})
+    other = Trace(trace.header.model_copy(update={"model": claim}), trace.states)
+    verdict = verify(other, model)
     assert verdict.status == "FAIL"
-    assert codes(verdict) == {"other-nonce"}
+    assert codes(verdict) == {"other-weights"}
     assert verdict.hidden_distance is not None
+    verdict = verify(other, model, expected_nonce="other")
+    assert codes(verdict) == {"other-weights", "other-nonce"}
+    assert verdict.hidden_distance is None  # an answer to another request is not worth a prefill
 
 
 def test_the_profile_in_the_cache_folder_is_found(trace, model, profile):

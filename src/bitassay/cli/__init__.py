@@ -14,6 +14,7 @@ from cyclopts import App, CycloptsError
 from bitassay import __version__
 from bitassay.cli.quiet import quiet
 from bitassay.errors import BitassayError, suggestion
+from bitassay.record.text import escaped
 
 VERBS = {
     "assay": "Quantize a model by several recipes; one table of the costs, and whether a verifier notices.",
@@ -25,6 +26,7 @@ VERBS = {
     "verify": "Check a trace against a model of your own: PASS, FAIL or INCONCLUSIVE.",
     "challenge": "Draw the positions that the host behind a signed receipt must open.",
     "open": "Answer a challenge: write the challenged hidden states of a trace, with the proof.",
+    "receipts": "Check signed receipts, and find requests that a host has answered twice.",
     "committee": "Let several verifiers judge; canaries expose those that do not look.",
     "calibrate": "Fit a verification profile to honest runs on this machine.",
     "attack": "Attack the verifier of a model in every known way; show which detector catches what.",
@@ -90,7 +92,7 @@ def run(arguments: list[str], debug: bool = False) -> int:
         if isinstance(error, OSError):
             _drop_output()
         message, status = _explained(error, verb)
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {escaped(message)}", file=sys.stderr)
         return status
 
 

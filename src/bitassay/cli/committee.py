@@ -45,8 +45,9 @@ def assign(
     Args:
         items: A text file with one item on each line: names of traces, receipts or anything else to be
             judged.
-        plants: A JSON file with canaries: for each verifier, items of its own whose answer you know. Four
-            failures and three honest items expose a verifier that answers without looking.
+        plants: A JSON file with canaries: for each verifier as many items whose answer you know. Four
+            failures and three honest items expose a verifier that answers without looking. Each is dealt to
+            other verifiers too, as any item is.
         out: The folder of the round. It must be new or empty.
         each: How many verifiers judge each item.
         round: The name of the round, never used before (default: a fresh random one).

@@ -15,11 +15,12 @@ def open(trace: Path, /, *, challenge: Path, out: Path, output: Output = Output(
         out: The opening, to be sent to the verifier.
     """
     check_words(file=out)
+    from bitassay.verification.container import FILE_BYTES
     from bitassay.verification.receipts.challenge import opened_positions, read_challenge
     from bitassay.verification.receipts.opening import open_trace, write_opening
     from bitassay.verification.trace import read_trace
 
-    drawn, committed = read_challenge(challenge), read_trace(trace)
+    drawn, committed = read_challenge(challenge), read_trace(trace, limit_bytes=FILE_BYTES)
     write_opening(out, open_trace(committed, drawn))
     row = {
         "opening": str(out),

@@ -16,6 +16,7 @@ from cyclopts import Parameter, Token
 from cyclopts.validators import Number
 
 from bitassay.cli.output import Format, Table, print_tables
+from bitassay.errors import BitassayError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,6 +31,19 @@ def _integer(_: Any, tokens: Sequence[Token]) -> Any:
         return int(tokens[0].value)
     except ValueError:
         raise ValueError(f'unable to convert "{tokens[0].value}" into int.') from None
+
+
+def _seed_or_nonce(_: Any, tokens: Sequence[Token]) -> Any:
+    text = tokens[0].value
+    if text == "nonce":
+        return text
+    try:
+        seed = int(text)
+    except ValueError:
+        raise ValueError(f'"{text}" is neither a number nor the word "nonce".') from None
+    if not 0 <= seed < 2**63:
+        raise ValueError("A seed is between 0 and 2^63 - 1.")
+    return seed
 
 
 def _is_fraction(_: Any, value: float | None) -> None:
@@ -78,12 +92,21 @@ Seed = Annotated[
         help="Seed of everything that is drawn at random.",
     ),
 ]
+SeedOrNonce = Annotated[
+    int | Literal["nonce"],
+    Parameter(
+        converter=_seed_or_nonce,
+        help='A number, or the word "nonce": the seed of each request follows from its nonce.',
+    ),
+]
 UnusedSeed = Annotated[Seed, Parameter(help="Has no effect: nothing is drawn at random.")]
 Device = Annotated[str, Parameter(validator=_is_device, help="Where to run: cpu, cuda, cuda:1 or mps.")]
 Alpha = Annotated[
     float,
     Parameter(validator=_is_fraction, help="False-positive rate: how often an honest run may be refused."),
 ]
+
+Budget = Annotated[float, Parameter(validator=_is_fraction)]
 
 
 @dataclass_transform(frozen_default=True)
@@ -211,14 +234,52 @@ class Sampling:
     """0 takes the most likely token."""
     top_p: float = 1.0
     """Sample from the most likely tokens that have this probability together."""
-    seed: Seed = 0
+    seed: SeedOrNonce = 0
 
     @property
     def sampler(self) -> "Sampler":
         """Return the sampler. Raises BitassayError for values outside its range."""
-        from bitassay.engines.sampling import Sampler
+        return _sampler(self.temperature, self.top_p, self.seed)
 
-        return Sampler(self.temperature, self.top_p, self.seed)
+
+@group
+class AskedSampling:
+    """How tokens were to be chosen. What is not given is not checked where none of these is given, else it
+    has the default of `bitassay prove`."""
+
+    sampler: Literal["greedy", "gumbel-max"] | None = None
+    """greedy takes the most likely token, gumbel-max samples."""
+    temperature: float | None = None
+    """The temperature that was asked for."""
+    top_p: float | None = None
+    """The nucleus that was asked for."""
+    seed: SeedOrNonce | None = None
+    """The seed that was asked for; "nonce" needs --nonce."""
+
+    @property
+    def asked(self) -> "Sampler | None":
+        """Return the sampler that was asked for; None where none was named. Raises BitassayError for values
+        outside its range, or that contradict each other."""
+        if all(each is None for each in (self.sampler, self.temperature, self.top_p, self.seed)):
+            return None
+        given = Sampling()
+        temperature = given.temperature if self.temperature is None else self.temperature
+        top_p = given.top_p if self.top_p is None else self.top_p
+        asked = _sampler(temperature, top_p, self.seed or given.seed)
+        if self.sampler not in (None, asked.name):
+            raise BitassayError(
+                f"--sampler {self.sampler} at temperature {temperature:g} is a contradiction",
+                "greedy is temperature 0; gumbel-max needs a --temperature above 0",
+            )
+        return asked
+
+
+def _sampler(temperature: float, top_p: float, seed: int | Literal["nonce"]) -> "Sampler":
+    from bitassay.engines.sampling import NonceSampler, Sampler
+
+    if seed != "nonce":
+        return Sampler(temperature, top_p, seed)
+    return NonceSampler(temperature, top_p) if temperature else Sampler(temperature, top_p)
 
 
 @group

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from bitassay.record.text import escaped
 from bitassay.report.tables import Column, Row, render
 
 Format = Literal["table", "json", "csv", "md"]
@@ -26,7 +27,7 @@ def print_tables(
     """
     if format == "json":
         content = {"rows": tables[0][0]} if json is None else json
-        text = json_module.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+        text = escaped(json_module.dumps(content, indent=2, ensure_ascii=False, allow_nan=False))
     elif format == "csv":
         rows, columns = csv or tables[0]
         text = render(rows, as_columns(rows, columns), "csv").rstrip("\n")

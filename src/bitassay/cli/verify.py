@@ -8,6 +8,7 @@ from bitassay.cli import options
 from bitassay.cli.checks import check_words
 from bitassay.cli.progress import show_progress
 from bitassay.errors import BitassayError
+from bitassay.record.text import one_line
 from bitassay.report.tables import Column, percent, significant
 
 if TYPE_CHECKING:
@@ -31,21 +32,26 @@ def verify(
     proof: Path | None = None,
     signer: str | None = None,
     ledger: Path | None = None,
+    inconclusive_budget: options.Budget = 0.1,
+    unanswered: options.CountFromZero = 0,
+    sampling: options.AskedSampling = options.AskedSampling(),
     verifier: options.Verifiable = options.Verifiable(),
     output: options.Output = options.Output(),
 ) -> int:
     """Check TRACES against MODEL: PASS, FAIL or INCONCLUSIVE for each, and what they prove together.
 
     MODEL, quantized by --recipe where one is named, is the model that should have run. Exit status 0 where
-    all traces pass and the sequence of them raises no alarm. As JSON the result has every layer and both
-    VeriLLM rule sets (docs/sources.md).
+    the decision about all traces together is PASS: an honest host gets FAIL with a probability of at most
+    alpha, in the whole call. Of one trace without --ledger its own verdict is the decision. As JSON the
+    result has every layer and both VeriLLM rule sets (docs/sources.md).
 
     Args:
         traces: Trace files, or folders of them; with --receipt, the opening; with --proof, the receipt.
         profile: A calibration profile (default: the one that `bitassay calibrate` kept for model and
             numerics). Without --alpha, its false-positive rate applies.
         prompt: The prompt that every trace should answer.
-        prompts: A file of the prompts that the traces should answer, in order.
+        prompts: A file of the prompts that the traces should answer, in order. With --nonce, those that no
+            trace answers count as unanswered.
         nonce: The nonce that was requested. With --prompts, "-" and the number of the prompt are appended.
         max_new_tokens: The number of tokens that was requested.
         receipt: The host's signed receipt. TRACES is then the one opening that answers --challenge.
@@ -53,8 +59,11 @@ def verify(
         proof: The small proof that `bitassay prove --proof` wrote. TRACES is then the one receipt that it
             belongs to; there is no challenge.
         signer: The host's public key in hex, from a source that you trust. Without it nothing signed passes.
-        ledger: Keep the scores of this host's requests in this file, from call to call, and judge all of them
-            in their order. Use one file for each host and profile; no trace counts twice.
+        ledger: Keep this host's requests in this file, from call to call, and judge all of them in their
+            order. Use one file for each host and profile; no request counts twice.
+        inconclusive_budget: The share of requests that may stay without a decision by the host's doing.
+        unanswered: Requests, besides those of --prompts, that the host has not answered; each call of a
+            ledger counts them.
     """
     is_signed = any(option is not None for option in (receipt, challenge, proof, signer))
     if proof is not None and (receipt is not None or challenge is not None or len(traces) != 1):
@@ -67,13 +76,13 @@ def verify(
             "a receipt is verified by one opening and the challenge that it answers",
             "bitassay verify OPENING --receipt FILE --challenge FILE --signer KEY --model MODEL",
         )
-    paths = traces if is_signed else trace_files(traces)
+    paths = traces if is_signed else trace_files(traces, may_be_none=bool(unanswered or (prompts and nonce)))
     check_words([model], [recipe], file=ledger, texts=[prompts])
-    from bitassay.verification.ledger import check_ledger
+    from bitassay.verification.ledger import read_ledger
     from bitassay.verification.profile import read_profile
     from bitassay.verification.receipts.challenge import read_challenge
     from bitassay.verification.receipts.keys import public_key
-    from bitassay.verification.trace_files import SignedRequest, expected_requests, verify_files
+    from bitassay.verification.trace_files import Asked, Keeping, SignedRequest, verify_files
 
     signed = None
     known = None if signer is None else public_key(signer)
@@ -84,35 +93,53 @@ def verify(
     if signed is not None and not signed.path.is_file():  # a missing opening is the host's fault
         raise BitassayError(f"{signed.path}: no such file", "the receipt that the host sent")
     host = signer.lower() if signer else None
-    requests = expected_requests(len(paths), prompt, prompts, nonce, max_new_tokens)
+    asked = Asked.of(
+        len(paths),
+        prompt,
+        prompts,
+        nonce,
+        max_new_tokens,
+        sampling.asked,
+        unanswered,
+        may_miss=not is_signed,
+    )
     calibrated = read_profile(profile) if profile else None
     verifier.check()  # before the ledger is opened
     if ledger is not None:
-        check_ledger(ledger, calibrated, host)
+        read_ledger(ledger, calibrated, host, inconclusive_budget)  # before the model is loaded
     with show_progress() as progress:
         result = verify_files(
             paths,
             verifier.load(model, recipe, progress=progress),
-            requests,
+            asked,
             name=model,
             receipt=signed,
             profile=calibrated,
             alpha=alpha,
-            ledger=ledger,
-            host=host,
+            keeping=Keeping(ledger, host, inconclusive_budget),
             progress=progress,
         )
-    judged = list(zip(map(str, paths), result.verdicts, strict=True))
-    together = result.sequential
+    judged = list(zip(map(str, paths), result.verdicts, result.notes, strict=True))
     content = {
-        "rows": [{"trace": path, **verdict.to_dict()} for path, verdict in judged],
-        "pooled": result.pooled.to_dict(),
-        "sequential": together.to_dict() if together else None,
+        "rows": [
+            {"trace": path, **verdict.to_dict(), "notes": list(notes)} for path, verdict, notes in judged
+        ],
+        "pooled": result.pooled.to_dict() if result.pooled else None,
+        "sequential": result.sequential.to_dict() if result.sequential else None,
+        "undecided": result.undecided.to_dict() if result.undecided else None,
+        "decision": result.decision.to_dict(),
     }
-    output.emit(([_row(path, verdict) for path, verdict in judged], COLUMNS), json=content)
-    if len(judged) > 1 or ledger:
-        print(f"as a set      {result.pooled}", file=sys.stderr)
-        print(f"in sequence   {together or 'no trace could be scored'}", file=sys.stderr)
+    output.emit(([_row(*each) for each in judged], COLUMNS), json=content)
+    if len(judged) != 1 or ledger:
+        found = {
+            "as a set": result.pooled,
+            "in sequence": result.sequential or "no trace could be scored",
+            "undecided": result.undecided,
+        }
+        for what, said in found.items():
+            if said is not None:
+                print(f"{what:<14}{one_line(str(said))}", file=sys.stderr)
+    print(f"decision: {one_line(str(result.decision))}", file=sys.stderr)
     return 0 if result.passed else 1
 
 
@@ -130,23 +157,25 @@ COLUMNS = (
 )
 
 
-def trace_files(paths: list[Path]) -> list[Path]:
+def trace_files(paths: list[Path], may_be_none: bool = False) -> list[Path]:
     """Return the files named, and those in the folders named, sorted. Raises BitassayError for a path that
-    does not exist or a folder without traces."""
+    does not exist, or a folder without traces unless that may be."""
     files = []
     for path in paths:
         inside = sorted(path.glob("*.trace")) if path.is_dir() else [path]
-        if not inside or not inside[0].exists():
+        if may_be_none and path.is_dir() and not inside:
+            continue
+        if not inside or not (inside[0].exists() or inside[0].is_symlink()):
             raise BitassayError(
                 f"{path}: no trace there", "give the files or the folder that `bitassay prove --out` wrote"
             )
         files += inside
-    if not files:
+    if not files and not may_be_none:
         raise BitassayError("no traces were given", "bitassay verify TRACE... --model MODEL")
     return files
 
 
-def _row(path: str, verdict: "Verdict") -> dict[str, Any]:
+def _row(path: str, verdict: "Verdict", notes: tuple[str, ...]) -> dict[str, Any]:
     return {
         "trace": path,
         "status": verdict.status,
@@ -158,5 +187,5 @@ def _row(path: str, verdict: "Verdict") -> dict[str, Any]:
         "accept_rate_documents": verdict.accept_rate("documents"),
         "fits_best": str(verdict.attribution) if verdict.attribution and verdict.status == "FAIL" else None,
         "code": ", ".join(reason.code for reason in verdict.reasons),
-        "reason": "; ".join(reason.sentence for reason in verdict.reasons),
+        "reason": "; ".join([*(reason.sentence for reason in verdict.reasons), *notes]),
     }

@@ -4,7 +4,9 @@
 `bitassay.engines`. Generation, proofs, verification and evaluation ask `engine_of(model)`.
 """
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -54,7 +56,7 @@ class Engine(Protocol):
 
     def numerics(self) -> dict[str, Any]:
         """Describe what decides the last bits of a forward besides the weights: dtypes of weights and cache,
-        attention, device, threads, versions."""
+        attention, device, threads, versions. What `Numerics` lets out may be left out."""
         ...
 
 
@@ -91,7 +93,17 @@ class TransformersEngine:
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
             "torch": str(torch.__version__),
             "transformers": transformers.__version__,
+            **(gpu_numerics(self.model.device) if self.model.device.type == "cuda" else {}),
         }
+
+
+def gpu_numerics(device: torch.device) -> dict[str, str]:
+    """Describe a CUDA device: its model, and the version of its driver where the system says it."""
+    found = {"gpu": torch.cuda.get_device_name(device)}
+    about = Path("/proc/driver/nvidia/version")
+    if about.is_file() and (version := re.search(r"Kernel Module\D.*?(\d+\.[\d.]+)", about.read_text())):
+        found["driver"] = version[1]
+    return found
 
 
 ENGINES: Registry[type[Engine]] = Registry("engines", {"transformers": TransformersEngine})

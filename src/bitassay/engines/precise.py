@@ -30,10 +30,12 @@ def higher_precision(model: PreTrainedModel) -> Iterator[None]:
     if dtype is None or (dtype == torch.float64 and model.device.type == "mps"):
         yield
         return
-    layers = list(decoder_layers(model))
+    layers = list(dict.fromkeys(decoder_layers(model)))
     inside = {module for layer in layers for module in layer.modules()}
     outside = [module for module in model.modules() if module not in inside]
-    embeddings = [module for module in outside if isinstance(module, nn.Embedding)]
+    embeddings = [
+        module for module in outside if type(module) is nn.Embedding
+    ]  # others may scale what they read
     single = [module for module in outside if _has_tensors(module) and module not in embeddings]
     units = [(layer, list(layer.modules())) for layer in layers] + [(module, [module]) for module in single]
     with ExitStack() as stack:

@@ -12,6 +12,9 @@ smallest set of most likely tokens whose probability reaches p; the noise decide
 
 The noise comes from NumPy's Philox bit stream, which is specified and the same on every machine, keyed by
 SHA-256. It is drawn on the CPU: about 1 ms for a token of a 50,000-word vocabulary.
+
+A host that may choose its seed may choose among answers, so the verifier names the seed, or lets it follow
+from its nonce (`seed_of`, `NonceSampler`).
 """
 
 import hashlib
@@ -61,6 +64,10 @@ class Sampler:
     def name(self) -> str:
         return "gumbel-max" if self.temperature else "greedy"
 
+    def of_request(self, nonce: str) -> "Sampler":
+        """Return the sampler, with its seed, of the request with this nonce."""
+        return self
+
     def choose(self, logits: Float[Tensor, "rows vocabulary"], draws: Sequence[Draw]) -> Int[Tensor, " rows"]:
         """Return the token id that this sampler takes in each row."""
         if not self.temperature:
@@ -108,11 +115,25 @@ class Sampler:
         """Scaled logits, the same with noise, and which tokens are in the nucleus; all in float64."""
         scaled = logits.double() / self.temperature
         size = logits.shape[-1]
-        noise = np.stack([gumbel_noise(self.seed, draw, size) for draw in draws])
+        noise = np.stack([gumbel_noise(self.of_request(draw.nonce).seed, draw, size) for draw in draws])
         return scaled, scaled + torch.from_numpy(noise).to(scaled.device), nucleus(scaled, self.top_p)
 
 
+class NonceSampler(Sampler):
+    """A sampler whose seed is `seed_of` the nonce of each request."""
+
+    def of_request(self, nonce: str) -> Sampler:
+        return Sampler(self.temperature, self.top_p, seed_of(nonce))
+
+
 GREEDY = Sampler()
+
+
+def seed_of(nonce: str) -> int:
+    """Return the seed that follows from a request's nonce: the first 8 bytes of SHA-256("bitassay seed 1", a
+    byte 0, the nonce in UTF-8), little-endian, without the highest bit."""
+    digest = hashlib.sha256(b"bitassay seed 1\0" + nonce.encode()).digest()
+    return int.from_bytes(digest[:8], "little") % 2**63
 
 
 def gumbel_noise(seed: int, draw: Draw, size: int) -> np.ndarray:

@@ -206,7 +206,8 @@ def decode_text(data: bytes, path: Path) -> str:
 
 
 def read_json(path: Path, *, limit_bytes: int = 64 * 2**20) -> Any:
-    """Return the value of a JSON file that may come from anyone: its size is checked first."""
+    """Return the value of a JSON file that may come from anyone: its size is checked first, and an object may
+    not have a key twice, since two readers would take two different values."""
     path = Path(path)
     if not path.exists():
         raise BitassayError(f"{path}: no such file")
@@ -217,13 +218,20 @@ def read_json(path: Path, *, limit_bytes: int = 64 * 2**20) -> Any:
             )
         data = path.read_bytes()
     try:
-        return json.loads(decode_text(data, path))
+        return json.loads(decode_text(data, path), object_pairs_hook=_with_unique_keys)
     except BitassayError as error:
         why = error.problem.removeprefix(f"{path}: ")
         raise BitassayError(f"{path}: not a JSON file ({why})", error.remedy) from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         remedy = "write it again with the command that made it"
         raise BitassayError(f"{path}: not a JSON file ({error})", remedy) from error
+
+
+def _with_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise ValueError("an object has a key twice")
+    return fields
 
 
 def read_yaml(path: Path) -> Any:

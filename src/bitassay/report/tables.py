@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from bitassay.errors import BitassayError
+from bitassay.record.text import escaped
 
 MISSING = "-"
 ROUNDING = 1e-9  # by so much, a value may be outside what holds it
@@ -175,7 +176,8 @@ def printable(text: str) -> str:
 
 def _markdown(cells: list[list[str]], columns: Sequence[Column]) -> str:
     def line(texts: Sequence[str]) -> str:
-        return "| " + " | ".join(text.replace("|", "\\|").replace("\n", " ") for text in texts) + " |"
+        shown = (escaped(text.replace("|", "\\|").replace("\n", " ")) for text in texts)
+        return "| " + " | ".join(shown) + " |"
 
     rule = "|" + "|".join("---" if column.align == "left" else "---:" for column in columns) + "|"
     return "\n".join([line([column.heading for column in columns]), rule, *map(line, cells)])
@@ -195,7 +197,7 @@ def _csv(rows: Sequence[Row], columns: Sequence[Column]) -> str:
             value = row.get(key)
             values += (value or [None, None]) if key in pairs else [value]
         writer.writerow(["" if value is None else value for value in values])
-    return out.getvalue()
+    return escaped(out.getvalue())
 
 
 def _holds_pairs(values: list[Any]) -> bool:

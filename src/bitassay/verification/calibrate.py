@@ -78,8 +78,9 @@ def calibrate(
             "prover and verifier are not the same model",
             "calibrate with honest runs: the same weights, configuration and recipe on both sides",
         )
-    prompts = fitting(prompts, verifier_model, max_new_tokens)
-    check_plan(len(prompts), alpha, max_new_tokens, min_positions, guarantee)
+    given, prompts = len(prompts), fitting(prompts, verifier_model, max_new_tokens)
+    left_out = f" (of {given} prompts; repeated and too long ones are left out)" * (len(prompts) < given)
+    check_plan(len(prompts), alpha, max_new_tokens, min_positions, guarantee, left_out)
     at_least(1, batch=batch_size, expires_days=expires_days)
     attacks = chosen_attacks(suspects, sampler, min(suspect_runs, len(prompts)))
     names = (*DECIDING, ROUNDING.name, *chosen_detectors(detectors))
@@ -179,11 +180,15 @@ def measure(profile: Profile, held_out: Sequence[Observation]) -> HeldOut:
 
 
 def chosen_detectors(names: Sequence[str]) -> list[str]:
-    """Return the detectors that decide besides the usual ones. Raises BitassayError for an unknown one, and
-    for exact checks, which always decide."""
+    """Return the detectors that decide besides the usual ones. Raises BitassayError for an unknown one, for
+    exact checks, which always decide, and for the control, which says nothing about a host."""
     chosen = [name for name in dict.fromkeys(names) if name not in DECIDING]
     if exact := [name for name in chosen if DETECTORS[name].exact]:
         raise BitassayError(f"--detectors {exact[0]}: exact checks always decide", "leave it out")
+    if ROUNDING.name in chosen:
+        raise BitassayError(
+            f"--detectors {ROUNDING.name}: it sees the verifier's own states alone", "leave it out"
+        )
     return chosen
 
 
@@ -277,10 +282,11 @@ def check_plan(
     max_new_tokens: int,
     min_positions: int = MIN_POSITIONS,
     guarantee: Guarantee = "conditional",
+    of_which: str = "",
 ) -> None:
     """Raise BitassayError for what no profile can come of, whatever the model: too few runs for `alpha`, or
     too short ones. The last token of a run has no position of its own."""
-    check_enough(runs, alpha, guarantee)
+    check_enough(runs, alpha, guarantee, of_which)
     if max_new_tokens <= min_positions:
         raise BitassayError(
             f"runs of {max_new_tokens} tokens have {max(max_new_tokens - 1, 0)} generated positions, "
@@ -293,7 +299,8 @@ def check_enough(runs: int, alpha: float, guarantee: Guarantee, of_which: str = 
     """Raise BitassayError for fewer runs than give a p-value of `alpha` and a usable fit."""
     if not 0 < alpha < 1:
         raise BitassayError(f"alpha {alpha} is not between 0 and 1", "--alpha 0.05")
-    needed = max(math.ceil(runs_needed(alpha, guarantee) * 5 / 3) + 2, 4 * MIN_FIT)
+    scores = runs_needed(alpha, guarantee)
+    needed = max(math.ceil(scores * 5 / 3) + 2, scores + 2 * MIN_FIT, 4 * MIN_FIT)
     if runs < needed:
         raise BitassayError(
             f"{runs} honest runs{of_which} are too few for alpha {alpha:g}, which needs {needed}",

@@ -14,10 +14,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-import safetensors.torch
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers.modeling_utils import str_to_torch_dtype
 
@@ -25,9 +23,10 @@ from bitassay.errors import BitassayError
 from bitassay.record.files import explain_os_error
 
 FILE_BYTES = 2**32
+UNEXPECTED_BYTES = 2**30  # of a file about whose content the reader knows nothing
 HEADER_BYTES = 2**23
 HEADER_KEY = "bitassay"
-Entry = tuple[str, list[int]]  # dtype (as torch names it, where that knows it) and shape of a tensor
+Entry = tuple[str, list[int]]  # dtype (as torch names it, where it is known) and shape of a tensor
 
 Claims = TypeVar("Claims")
 
@@ -54,6 +53,8 @@ def read_regular(path: Path, limit_bytes: int) -> bytes:
 def open_regular(path: Path, limit_bytes: int = FILE_BYTES) -> Iterator[BinaryIO]:
     """Open a regular file of at most `limit_bytes`. Raises as `read_regular` does."""
     try:
+        if path.is_symlink() and not path.exists():
+            raise TraceError("not-a-file", f"{path}: a link to nowhere")
         if not stat.S_ISREG(path.stat().st_mode):
             raise TraceError("not-a-file", f"{path}: not a regular file")
         with open(path, "rb") as stream:
@@ -70,7 +71,7 @@ def read_tensors(
 ) -> tuple[Claims, dict[str, Tensor]]:
     """Return what a safetensors file claims and its tensors by name. check: it sees the JSON value of the one
     metadata entry that is ours, and dtype and shape of each tensor, before a byte of these is read; it
-    returns the claims, or raises TraceError."""
+    returns the claims, or raises TraceError. Tensors are read one at a time, each to its place."""
     size = stream.seek(0, os.SEEK_END)
     stream.seek(0)
     first = stream.read(8)
@@ -97,11 +98,23 @@ def read_tensors(
             problem = f"{name} declares bytes {offsets}, its shape {shape} needs another number"
             raise TraceError("wrong-offsets", f"{path}: {problem}")
     _check_tiling(sorted(offsets for *_, offsets in entries.values()), size - 8 - declared, path)
-    stream.seek(0)
-    try:
-        return claims, safetensors.torch.load(stream.read(size))
-    except SafetensorError as error:
-        raise TraceError("malformed", f"{path}: not a safetensors file ({error})") from error
+    return claims, {
+        name: _read_tensor(stream, 8 + declared + offsets[0], getattr(torch, dtype), shape, path)
+        for name, (dtype, shape, offsets) in entries.items()
+    }
+
+
+def _read_tensor(
+    stream: BinaryIO | io.BytesIO, start: int, dtype: torch.dtype, shape: list[int], path: Path
+) -> Tensor:
+    tensor = torch.empty(shape, dtype=dtype)
+    stream.seek(start)
+    rest = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    while rest:
+        if not (count := stream.readinto(rest)):
+            raise TraceError("truncated", f"{path}: it became shorter while it was read")
+        rest = rest[count:]
+    return tensor
 
 
 def strict_json(raw: str | bytes, path: Path) -> Any:
@@ -137,8 +150,9 @@ def _tensor_entry(name: str, entry: Any, path: Path) -> tuple[str, list[int], li
             **rest,
         } if not rest:
             if len(shape) <= 8 and all(type(n) is int and 0 <= n < 2**63 for n in (*shape, *offsets)):
-                name_in_torch = str(str_to_torch_dtype.get(dtype, dtype)).removeprefix("torch.")
-                return name_in_torch, shape, list(offsets)
+                known = str_to_torch_dtype.get(dtype)
+                in_torch = str(known).removeprefix("torch.") if known else f"unknown {dtype!r:.20}"
+                return in_torch, shape, list(offsets)
     raise TraceError("malformed", f"{path}: {name!r:.80} is not a safetensors entry")
 
 
@@ -149,6 +163,12 @@ def _check_tiling(spans: list[list[int]], data_bytes: int, path: Path) -> None:
     if spans[-1][1] != data_bytes:
         code = "truncated" if spans[-1][1] > data_bytes else "trailing-bytes"
         raise TraceError(code, f"{path}: the tensors need {spans[-1][1]} bytes, the file has {data_bytes}")
+
+
+def is_version(found: Any, expected: int) -> bool:
+    """Return whether `found` is this number, and neither true nor 1.0, which are equal to it: other spellings
+    of the same file."""
+    return type(found) is int and found == expected
 
 
 def first_defect(error: ValidationError) -> str:

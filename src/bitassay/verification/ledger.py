@@ -1,19 +1,23 @@
-"""A ledger: the scores of one host's requests, kept from call to call, and what they prove together.
+"""A ledger: one host's requests, kept from call to call, and what they prove together.
 
 `sequential.py` bounds the probability that an honest host *ever* gives an alarm, however often one looks, if
 every request counts once and in its order. A ledger file sees to that. It is JSON lines, only ever appended
 to: first whom and what it is about, then a line for each request,
 
-    {"schema_version": 1, "profile": digest, "host": public key or null}
-    {"trace": digest, "score": ..., "limit": ..., "log_wealth": ..., "time": ...}
+    {"schema_version": 2, "profile": digest, "host": public key or null, "budget": rate}
+    {"request": digest, "prompt": digest, "output": digest, "commitment": digest or null,
+     "score": ..., "limit": ..., "undecided": null or code, "time": ...}
 
-with the digest of the trace's header (model, request, tokens), so that no trace counts twice. `log_wealth`
-follows from the lines above it and the profile; it takes longer to compute than to read.
+named as in `accounting.py`, with a score or a reason why there is none. A request counts once; a second
+answer to it is not written. Capitals are not kept but computed from these lines whenever they are read: a
+file that says so is no evidence.
 
-An honest host has a probability of at most alpha that its ledger ever gives an alarm at alpha, if requests
-are like the calibration prompts and every scored trace of the host goes in, whatever its verdict. One ledger
-is for one host and one profile. Traces with a structural defect do not count: they prove their case alone,
-and somebody else may have made them of an honest host's trace.
+An honest host has a probability of at most alpha that its scores ever give an alarm at alpha, if requests are
+like the calibration prompts and every sound answer of the host goes in, whatever its verdict; and one of at
+most alpha that its undecided requests ever do, if at most `budget` of an honest host's requests stay
+undecided. One ledger is for one host and one profile, and for at most LIMIT_LINES requests. Traces with a
+structural defect do not count: they prove their case alone, and somebody else may have made them of an honest
+host's trace. Neither does what the verifier's own lack leaves undecided: it can be judged again.
 """
 
 import json
@@ -23,10 +27,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bitassay.errors import BitassayError
 from bitassay.record.files import explained, locked
@@ -34,12 +38,13 @@ from bitassay.record.hashing import canonical_json
 from bitassay.verification.container import first_defect
 from bitassay.verification.profile import Profile
 from bitassay.verification.scores import Finite
-from bitassay.verification.sequential import wealth_by_limit
+from bitassay.verification.sequential import SequentialEvidence, rate_wealth, wealth_by_limit
 from bitassay.verification.trace import TOKENS, Digest
-from bitassay.verification.verdict import Verdict
 
-SCHEMA_VERSION = 1
-LIMIT_BYTES = 64 * 2**20
+SCHEMA_VERSION = 2
+LIMIT_BYTES = 2**23
+LIMIT_LINES = 10_000
+BUDGET = 0.1
 REMEDY = "put a copy of the file back, or begin a new --ledger FILE"
 
 
@@ -51,88 +56,93 @@ Kind = TypeVar("Kind", bound=_Part)
 
 
 class Binding(_Part):
-    """What a ledger is about: the digest of the profile that scores, and the host's public key in hex where
-    it signs."""
+    """What a ledger is about: the digest of the profile that scores, the host's public key in hex where it
+    signs, and which rate of undecided requests is taken as an honest host's."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
     profile: Digest
-    host: Digest | None
+    host: Digest | None = None
+    budget: Annotated[float, Field(gt=0, lt=1)] = BUDGET
 
 
-class Line(_Part):
-    """One request. limit: generated positions, see `Profile.p_value`. log_wealth: of `wealth_by_limit` after
-    it."""
+class Item(_Part):
+    """One request. request, prompt, output, commitment: see `accounting.Answer`; None: not known. limit:
+    generated positions, see `Profile.p_value`. undecided: why there is no score."""
 
-    trace: Digest
-    score: Finite
-    limit: Annotated[int, Field(ge=1, le=TOKENS)]
-    log_wealth: Finite
+    request: Digest | None = None
+    prompt: Digest | None = None
+    output: Digest | None = None
+    commitment: Digest | None = None
+    score: Finite | None = None
+    limit: Annotated[int, Field(ge=1, le=TOKENS)] | None = None
+    undecided: Annotated[str, Field(pattern=r"^[a-z-]{1,64}$")] | None = None
+
+    @model_validator(mode="after")
+    def _is_one_of_two(self) -> "Item":
+        if (self.score is None) != (self.limit is None) or (self.score is None) == (self.undecided is None):
+            raise ValueError("neither a score with its limit nor a reason why there is none")
+        if self.score is not None and None in (self.request, self.prompt, self.output):
+            raise ValueError("a score of an unknown request")
+        return self
+
+
+class Line(Item):
+    """A request in a ledger, and when it was written there, in UTC."""
+
     time: datetime
 
 
-class Scored(NamedTuple):
-    """What a verdict adds to a ledger."""
-
-    trace: str
-    score: float
-    limit: int
-
-
-def scored(verdicts: Sequence[Verdict], profile: Profile) -> list[Scored]:
-    """Return those that count, in their order: scored by `profile` and structurally sound."""
-    digest = profile.digest
-    return [
-        Scored(verdict.trace, verdict.score.value, verdict.limit)
-        for verdict in verdicts
-        if verdict.trace
-        and verdict.score
-        and verdict.limit
-        and verdict.profile == digest
-        and not verdict.structural
-    ]
+def extended(lines: Sequence[Line], new: Sequence[Item]) -> list[Line]:
+    """Return `lines`, and one for each of `new` whose request they do not have yet."""
+    known = {line.request for line in lines} - {None}
+    now, every = datetime.now(UTC).replace(microsecond=0), list(lines)
+    for item in new:
+        if item.request not in known:
+            every.append(Line(**item.model_dump(), time=now))
+            known |= {item.request} - {None}
+    return every
 
 
-def extended(lines: Sequence[Line], new: Sequence[Scored], profile: Profile) -> list[Line]:
-    """Return `lines`, and one for each of `new` that they do not have yet."""
-    known: set[str] = {line.trace for line in lines}
-    fresh: dict[str, Scored] = {}
-    for request in new:
-        if request.trace not in known:
-            fresh.setdefault(request.trace, request)
-    every = [*lines, *fresh.values()]
+def score_evidence(lines: Sequence[Line], profile: Profile, alpha: float) -> SequentialEvidence | None:
+    """Return what the scores prove in their order, of the first scored answer to each prompt; None without
+    any."""
+    scored = {line.prompt: line for line in reversed(lines) if line.score is not None}
+    first = [line for line in lines if line.score is not None and scored[line.prompt] is line]
     wealth = wealth_by_limit(
-        np.array([request.score for request in every]),
-        [request.limit for request in every],
+        np.array([line.score for line in first], dtype=np.float64),
+        [line.limit or 0 for line in first],
         lambda limit: np.array(profile.honest_scores(limit)),
-        known=[line.log_wealth for line in lines],
     )
-    now = datetime.now(UTC).replace(microsecond=0)
-    return [
-        *lines,
-        *(
-            Line(**request._asdict(), log_wealth=float(log_wealth), time=now)
-            for request, log_wealth in zip(fresh.values(), wealth[len(lines) :], strict=True)
-        ),
-    ]
+    return SequentialEvidence.of(wealth, alpha) if first else None
 
 
-def update_ledger(path: Path, new: Sequence[Scored], profile: Profile, host: str | None = None) -> list[Line]:
+def undecided_evidence(lines: Sequence[Line], budget: float, alpha: float) -> SequentialEvidence | None:
+    """Return what the undecided requests prove, of the first answer to each prompt; None without requests.
+    The p-value and the alarm are of "more often undecided than `budget`"."""
+    known = {line.prompt: line for line in reversed(lines)}
+    first = [line for line in lines if line.prompt is None or known[line.prompt] is line]
+    happened = np.array([line.undecided is not None for line in first], dtype=bool)
+    return SequentialEvidence.of(rate_wealth(happened, budget), alpha) if first else None
+
+
+def update_ledger(path: Path, new: Sequence[Item], binding: Binding) -> list[Line]:
     """Append to the ledger what it does not have yet, and return all its lines. A ledger that is not there is
     begun.
 
     Two calls at a time wait for each other. What one call appends is on the disk when it returns; a line that
     a crash cut off is dropped by the next. Raises BitassayError that names the file for a ledger of another
-    profile or host, for anything that is no ledger, and where it cannot be written.
+    profile, host or budget, for anything that is no ledger, for one that is full, and where it cannot be
+    written.
     """
-    binding = Binding(profile=profile.digest, host=host)
     with _locked(Path(path)) as handle:
-        size, lines = _read(handle, Path(path), binding.profile, host)
-        every = extended(lines, new, profile)
+        size, bound, lines = _read(handle, Path(path), binding)
+        _check_bound(path, bound, binding.profile, binding.host, binding.budget)
+        every = extended(lines, new)
         added = [*([binding] if not size else []), *every[len(lines) :]]
         text = "".join(canonical_json(line.model_dump(mode="json")) + "\n" for line in added)
-        if size + len(text) > LIMIT_BYTES:
+        if size + len(text) > LIMIT_BYTES or len(every) > LIMIT_LINES:
             raise BitassayError(
-                f"{path}: would be longer than the {LIMIT_BYTES} bytes of a ledger",
+                f"{path}: would be longer than the {LIMIT_LINES} requests of a ledger",
                 "begin a new --ledger FILE; its promise is its own",
             )
         os.ftruncate(handle, size)
@@ -140,12 +150,18 @@ def update_ledger(path: Path, new: Sequence[Scored], profile: Profile, host: str
     return every
 
 
-def check_ledger(path: Path, profile: Profile | None, host: str | None = None) -> None:
-    """Raise as `update_ledger` would for the file that is there; of another profile, where one is given. It
-    reads without the lock: what another process is appending is at worst a torn last line."""
-    if path.exists():
-        with explained(path), _opened(path, os.O_RDONLY) as handle:
-            _read(handle, path, profile and profile.digest, host)
+def read_ledger(
+    path: Path, profile: Profile | None, host: str | None = None, budget: float = BUDGET
+) -> tuple[Binding | None, list[Line]]:
+    """Return what a ledger is about and its lines; nothing where there is no file, or nothing in it. It reads
+    without the lock: what another process is appending is at worst a torn last line. Raises as
+    `update_ledger` would; for another profile, where one is given."""
+    if not path.exists():
+        return None, []
+    with explained(path), _opened(path, os.O_RDONLY) as handle:
+        _, bound, lines = _read(handle, path)
+    _check_bound(path, bound, profile and profile.digest, host, budget)
+    return bound, lines
 
 
 def _append(handle: int, data: bytes) -> None:
@@ -154,8 +170,9 @@ def _append(handle: int, data: bytes) -> None:
     os.fsync(handle)
 
 
-def _read(handle: int, path: Path, profile: str | None, host: str | None) -> tuple[int, list[Line]]:
-    """Bytes of whole lines, and the requests in them, in a ledger of that profile (None: any) and host."""
+def _read(handle: int, path: Path, binding: Binding | None = None) -> tuple[int, Binding | None, list[Line]]:
+    """Bytes of whole lines, what they are about, and the requests in them. binding: what a first line that a
+    crash cut off would have been."""
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         raise BitassayError(f"{path}: not a regular file", "begin a new --ledger FILE")
     size = os.fstat(handle).st_size
@@ -166,12 +183,26 @@ def _read(handle: int, path: Path, profile: str | None, host: str | None) -> tup
         data = stream.read(size)
     *texts, torn = data.split(b"\n")
     if not texts:
-        started = Binding(profile=profile or "0" * 64, host=host).model_dump(mode="json")
-        if torn and profile and not canonical_json(started).encode().startswith(torn):
+        started = binding and canonical_json(binding.model_dump(mode="json")).encode()
+        if torn and started and not started.startswith(torn):
             raise BitassayError(f"{path}: not a ledger", "begin a new --ledger FILE")
-        return 0, []
+        return 0, None, []
+    if len(texts) - 1 > LIMIT_LINES:
+        raise BitassayError(f"{path}: more than the {LIMIT_LINES} requests of a ledger", REMEDY)
     bound = _parsed(Binding, texts[0], f"{path}, line 1")
     lines = [_parsed(Line, text, f"{path}, line {number}") for number, text in enumerate(texts[1:], 2)]
+    named = [line.request for line in lines if line.request]
+    if len(set(named)) < len(named):
+        raise BitassayError(f"{path}: counts a request twice", REMEDY)
+    return len(data) - len(torn), bound, lines
+
+
+def _check_bound(
+    path: Path, bound: Binding | None, profile: str | None, host: str | None, budget: float
+) -> None:
+    """Raise BitassayError for a ledger of another profile (None: any), host or budget."""
+    if bound is None:
+        return
     if profile not in (None, bound.profile):
         raise BitassayError(
             f"{path}: a ledger of another profile ({bound.profile[:12]}, not {profile[:12]})",
@@ -182,14 +213,22 @@ def _read(handle: int, path: Path, profile: str | None, host: str | None) -> tup
             f"{path}: a ledger of another host ({bound.host or 'unsigned'})",
             "keep one --ledger FILE for each host",
         )
-    if len({line.trace for line in lines}) < len(lines):
-        raise BitassayError(f"{path}: counts a trace twice", REMEDY)
-    return len(data) - len(torn), lines
+    if bound.budget != budget:
+        raise BitassayError(
+            f"{path}: a ledger with a budget of {bound.budget:g} for undecided requests, not {budget:g}",
+            f"--inconclusive-budget {bound.budget:g}, or begin a new --ledger FILE",
+        )
 
 
 def _parsed(kind: type[Kind], text: bytes, where: str) -> Kind:
     try:
-        return kind.model_validate(json.loads(text))
+        content = json.loads(text)
+        if kind is Binding and isinstance(content, dict) and content.get("schema_version") == 1:
+            raise BitassayError(
+                f"{where}: a ledger of version 1, which does not say what requests its scores are of",
+                "begin a new --ledger FILE; the alarm of an old one stands for itself",
+            )
+        return kind.model_validate(content)
     except ValidationError as error:
         raise BitassayError(f"{where}: not a ledger: {first_defect(error)}", REMEDY) from error
     except (ValueError, RecursionError) as error:

@@ -5,7 +5,10 @@ calibration profile belongs to one pair of them. A prover *declares* its own; a 
 nothing but a profile that the verifier already trusts.
 """
 
-from pydantic import BaseModel, ConfigDict, Field
+from collections.abc import Callable
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_serializer
 from transformers import PreTrainedModel
 
 from bitassay.engines.engine import engine_of
@@ -14,24 +17,54 @@ from bitassay.models.options import DTYPES
 STATE_DTYPES = {name: DTYPES[name] for name in ("float32", "float16", "bfloat16")}
 
 
+_PRINTABLE = r"^[ -~]*$"
+_Word = Annotated[str, Field(max_length=16, pattern=_PRINTABLE)]
+_Name = Annotated[str, Field(max_length=32, pattern=_PRINTABLE)]
+_Label = Annotated[str, Field(max_length=64, pattern=_PRINTABLE)]
+_Count = Annotated[int, Field(ge=1, le=2**16)]
+
+
 class Numerics(BaseModel):
     """kv_dtype: of cached keys and values, or how they are packed, such as int4/g32/asymmetric/bfloat16.
-    device is its type (cpu, cuda, mps); threads and cpu_capability are those of PyTorch."""
+    device is its type (cpu, cuda, mps); threads and cpu_capability are those of PyTorch.
+
+    What may be left out (None) says more where it is known: gpu, the model of the device; driver, its
+    version; batch, the most requests that are computed together; tensor_parallel, over how many devices;
+    engine and engine_version, where another engine than transformers computes. Left out, it is written
+    nowhere, so that what was signed without these fields keeps its digest.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    dtype: str = Field(max_length=16)
-    kv_dtype: str = Field(max_length=64)
-    attention: str = Field(max_length=64)
-    device: str = Field(max_length=16)
-    threads: int = Field(ge=1, le=2**16)
-    cpu_capability: str = Field(max_length=32)
-    torch: str = Field(max_length=64)
-    transformers: str = Field(max_length=64)
+    dtype: _Word
+    kv_dtype: _Label
+    attention: _Label
+    device: _Word
+    threads: _Count
+    cpu_capability: _Name
+    torch: _Label
+    transformers: _Label
+    gpu: _Label | None = None
+    driver: _Label | None = None
+    batch: _Count | None = None
+    tensor_parallel: _Count | None = None
+    engine: _Label | None = None
+    engine_version: _Label | None = None
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, usual: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        return {name: value for name, value in usual(self).items() if value is not None}
 
     def __str__(self) -> str:
         where = f"{self.cpu_capability}, {self.threads} threads" if self.device == "cpu" else self.device
-        return f"{self.dtype} {self.attention} on {where}, torch {self.torch}"
+        said = f"{self.dtype} {self.attention} on {self.gpu or where}, torch {self.torch}"
+        named = {
+            "driver": self.driver,
+            "batch": self.batch,
+            "tensor parallel": self.tensor_parallel,
+            "engine": " ".join(filter(None, (self.engine, self.engine_version))),
+        }
+        return ", ".join([said, *(f"{name} {value}" for name, value in named.items() if value)])
 
 
 def numerics(model: PreTrainedModel) -> Numerics:

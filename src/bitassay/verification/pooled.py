@@ -11,14 +11,17 @@ exchangeability is known,
 and a small U says that the new runs are farther off than the honest ones. Ties were counted against
 rejection, so the p-value P(U <= u) is valid with them. Traces of different limits (see `profile.py`) were
 ranked among different honest scores: each limit gets its own U, and the smallest p-value times the number of
-limits is the answer (Bonferroni). Compare Bates et al. 2023 ("Testing for outliers with
+limits is the answer (Bonferroni). A host that cheats rarely moves U little but fails more often than others:
+of how many traces fail alone the distribution is known as well (`fail_count_p_value`). Both need traces of
+different prompts (`accounting.py`). Compare Bates et al. 2023 ("Testing for outliers with
 conformal p-values"), who show how far conformal p-values are from independent.
 """
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from math import comb
+from functools import lru_cache
+from math import comb, floor
 from typing import Any
 
 from bitassay.errors import BitassayError
@@ -50,24 +53,15 @@ def pooled_verdict(verdicts: Sequence[Verdict], alpha: float = ALPHA) -> PooledV
     """Return whether all traces together are those of an honest host, at a false-positive rate of at most
     `alpha` for the whole set.
 
-    A single structural FAIL fails the set. Traces without a p-value (too short, say) are left out; with none
-    left the answer is INCONCLUSIVE. Raises BitassayError for no verdicts, or for p-values of different
-    profiles.
+    verdicts: of different prompts. A single structural FAIL fails the set. Traces without a p-value (too
+    short, say) are left out; with none left the answer is INCONCLUSIVE. Raises BitassayError for no verdicts,
+    or for p-values of different profiles.
     """
     if not verdicts:
         raise BitassayError("there are no verdicts to pool")
-    by_limit: dict[int | None, list[float]] = {}
-    for verdict in verdicts:
-        if verdict.p_value is not None:
-            by_limit.setdefault(verdict.limit, []).append(verdict.p_value)
-    calibrations = {(verdict.profile, verdict.n_calibration or 0) for verdict in verdicts if verdict.profile}
-    if len(calibrations) > 1:
-        raise BitassayError(
-            "the verdicts come from different profiles", "pool traces of one model and one pair of numerics"
-        )
+    by_limit, n = _by_limit(verdicts)
     n_pooled, p_value = sum(map(len, by_limit.values())), None
     if by_limit:
-        ((_, n),) = calibrations
         p_value = min(1.0, len(by_limit) * min(pooled_p_value(alike, n) for alike in by_limit.values()))
     failing = sum(verdict.status == "FAIL" for verdict in verdicts)
     structural = [reason for verdict in verdicts for reason in verdict.structural]
@@ -83,6 +77,41 @@ def pooled_verdict(verdicts: Sequence[Verdict], alpha: float = ALPHA) -> PooledV
     return PooledVerdict(status, tuple(dict.fromkeys(reasons)), counts, n_pooled, p_value, alpha)
 
 
+def fail_count_p_value(verdicts: Sequence[Verdict], alpha: float) -> float:
+    """Return the p-value of how many of the verdicts have a p-value of at most `alpha`, if the host is
+    honest; 1 without any. Raises as `pooled_verdict` does for different profiles.
+
+    A trace of p <= alpha has fewer than m = floor(alpha (n + 1)) honest scores that are as bad. That f of k
+    traces do means that of the f + m - 1 worst of all n + k scores at least f are theirs, and how many are is
+    hypergeometric under exchangeability. Each limit counts for itself (Bonferroni).
+    """
+    by_limit, n = _by_limit(verdicts)
+    m = floor(alpha * (n + 1) + 1e-9)
+    p_values = [_fail_count(sum(p <= alpha for p in alike), len(alike), m, n) for alike in by_limit.values()]
+    return min(1.0, len(p_values) * min(p_values, default=1.0))
+
+
+def _fail_count(f: int, k: int, m: int, n: int) -> float:
+    if not f:
+        return 1.0
+    worst = f + m - 1
+    return sum(comb(k, x) * comb(n, worst - x) for x in range(f, min(k, worst) + 1)) / comb(n + k, worst)
+
+
+def _by_limit(verdicts: Sequence[Verdict]) -> tuple[dict[int | None, list[float]], int]:
+    """P-values by limit, and of how many honest scores. Raises BitassayError for several profiles."""
+    by_limit: dict[int | None, list[float]] = {}
+    for verdict in verdicts:
+        if verdict.p_value is not None:
+            by_limit.setdefault(verdict.limit, []).append(verdict.p_value)
+    calibrations = {(verdict.profile, verdict.n_calibration or 0) for verdict in verdicts if verdict.profile}
+    if len(calibrations) > 1:
+        raise BitassayError(
+            "the verdicts come from different profiles", "pool traces of one model and one pair of numerics"
+        )
+    return by_limit, next((n for _, n in calibrations), 0)
+
+
 def pooled_p_value(p_values: Sequence[float], n: int) -> float:
     """Return P(U <= u) for conformal p-values against the same `n` honest scores."""
     U = sum(round(p * (n + 1)) - 1 for p in p_values)
@@ -90,7 +119,8 @@ def pooled_p_value(p_values: Sequence[float], n: int) -> float:
     return sum(counts[: U + 1]) / comb(n + len(p_values), n)
 
 
-def mann_whitney_counts(k: int, n: int) -> list[int]:
+@lru_cache(maxsize=16)
+def mann_whitney_counts(k: int, n: int) -> Sequence[int]:
     """Return in how many of the C(n + k, k) orders of k new and n honest scores U is 0, 1, ..., k n: the
     Gaussian binomial's coefficients.
 

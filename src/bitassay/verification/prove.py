@@ -83,7 +83,7 @@ def prove_many(
             header = Header(
                 model=claimed,
                 numerics=numerics(model),
-                sampling=Sampling.of(sampler, max_new_tokens),
+                sampling=Sampling.of(sampler.of_request(nonces[index]), max_new_tokens),
                 nonce=nonces[index],
                 prompt_ids=ids[index],
                 output_ids=generation.output_ids,

@@ -41,10 +41,15 @@ order of all of them. Each limit plays its own game, with the share 1 / (g (g + 
 appear; the shares sum to at most 1, so by the union bound the promise holds for all games together. The
 first costs a factor of 2 that way, and whoever asks every time for another length learns little.
 
+Requests that cannot be scored have no rank. `rate_wealth` bets on how many they are: under "each is undecided
+with a probability of at most r, whatever was before", a bet of the likelihood ratio of a rate q > r is fair
+or worse, and the capital is split over q and over starts as above.
+
 Left out: the bound is an average over calibration sets; for one given set it may be larger. It needs
-exchangeable scores: requests like the calibration prompts, chosen before their scores are known. A weak
-attack may need more honest scores rather than more requests. The cost grows as k^2 (n + k); where the capital
-so far is known, that of one more request as k + n times the number of starts.
+exchangeable scores: requests like the calibration prompts, all of them different, chosen before their scores
+are known. A weak attack may need more honest scores rather than more requests. One look costs as much as
+starts times n + k, so a ledger is looked at after each of the first 256 requests, then 128 times to a
+doubling: an alarm comes at most 0.8 % of the requests late, and looking less often keeps the promise.
 """
 
 import math
@@ -53,12 +58,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float64, Int64
+from jaxtyping import Bool, Float64, Int64
 
 from bitassay.errors import BitassayError
 
 DELTAS = 2.0 ** -np.arange(1, 9)
 STARTS_PER_OCTAVE = 8
+LOOKS_PER_OCTAVE = 128
+RATES = np.array([1, 2, 4, 8, 12, 15]) / 16  # between the rate that is allowed (0) and 1
+FACTORS = 64  # multiplied before their logarithm is taken: DELTAS.min() ** 64 is not yet 0
 
 
 @dataclass(frozen=True)
@@ -89,26 +97,27 @@ def wealth_by_limit(
     scores: Float64[np.ndarray, " k"],
     limits: Sequence[int],
     honest: Callable[[int], Float64[np.ndarray, " n"]],
-    known: Sequence[float] = (),
 ) -> Float64[np.ndarray, " k"]:
-    """Return the log capital, in its limit's game, after each of the requests; honest(limit): the profile's
-    scores for a limit. known: what was found for the first of them."""
-    wealth = np.array([*known, *[0.0] * (len(scores) - len(known))])
+    """Return the log capital, in its limit's game, at the last of `looks` after each of the requests;
+    honest(limit): the profile's scores for a limit."""
+    wealth = np.zeros(len(scores))
     for game, limit in enumerate(dict.fromkeys(limits), 1):
         indices = np.flatnonzero(np.array(limits) == limit)
-        new = indices[indices >= len(known)]
-        share = -math.log(game * (game + 1))
-        if len(new):
-            wealth[new] = share + log_wealth(scores[indices], honest(limit), after=len(indices) - len(new))
+        seen = looks(len(indices))
+        found = log_wealth(scores[indices], honest(limit), seen)
+        last = np.searchsorted(seen, np.arange(1, len(indices) + 1), side="right") - 1
+        wealth[indices] = found[last] - math.log(game * (game + 1))
     return wealth
 
 
 def log_wealth(
-    scores: Float64[np.ndarray, " k"], honest: Float64[np.ndarray, " n"], after: int = 0
+    scores: Float64[np.ndarray, " k"],
+    honest: Float64[np.ndarray, " n"],
+    looks: Int64[np.ndarray, " looks"] | None = None,
 ) -> Float64[np.ndarray, " looks"]:
-    """Return the log capital after each of the requests' `scores` but the first `after`, in their order,
-    given the `honest` scores of a profile; larger scores are less honest. What comes later never changes what
-    was before.
+    """Return the log capital after so many requests as each of `looks` says (default: after each), given the
+    `scores` of the requests in their order and the `honest` scores of a profile; larger scores are less
+    honest. What comes later never changes what was before.
 
     Raises BitassayError for NaN, or without honest scores.
     """
@@ -116,17 +125,37 @@ def log_wealth(
         raise BitassayError("there are no honest scores to rank the requests among")
     if np.isnan(scores).any() or np.isnan(honest).any():
         raise BitassayError("scores of requests and honest scores must not be NaN")
+    looks = np.arange(1, len(scores) + 1) if looks is None else looks
     everything, begins = np.concatenate([honest, scores]), starts(len(scores))
     weights = start_weights(len(begins))
-    wealth = np.zeros(len(scores) - after)
-    for k in range(after + 1, len(scores) + 1):
+    wealth = np.zeros(len(looks))
+    for look, k in enumerate(looks):
         items = np.arange(len(honest) + k)
         order = np.lexsort((-items, everything[: len(items)]))
         begun = begins < k
         ratios = log_ratios(order >= len(honest) + begins[begun, None])
         kept = np.log1p(-weights[begun].sum())
-        wealth[k - after - 1] = np.logaddexp.reduce(np.append(np.log(weights[begun]) + ratios, kept))
+        wealth[look] = np.logaddexp.reduce(np.append(np.log(weights[begun]) + ratios, kept))
     return wealth
+
+
+def rate_wealth(happened: Bool[np.ndarray, " k"], rate: float) -> Float64[np.ndarray, " k"]:
+    """Return the log capital after each of k chances for something to happen, of a player who bets that it
+    happens more often than `rate`. Raises BitassayError for a rate that is not between 0 and 1."""
+    if not 0 < rate < 1:
+        raise BitassayError(f"a rate of {rate} is not between 0 and 1", "0.1")
+    if not len(happened):
+        return np.zeros(0)
+    larger = (rate + (1 - rate) * RATES)[:, None]
+    steps = np.where(happened, np.log(larger / rate), np.log((1 - larger) / (1 - rate)))
+    gains = np.concatenate([np.zeros((len(RATES), 1)), np.cumsum(steps, axis=1)], axis=1)
+    begins, after = starts(len(happened)), np.arange(1, len(happened) + 1)
+    weights = start_weights(len(begins))
+    begun = begins[:, None] < after
+    since = np.logaddexp.reduce(gains[:, None, 1:] - gains[:, begins, None], axis=0) - math.log(len(RATES))
+    bets = np.where(begun, since + np.log(weights)[:, None], -np.inf)
+    kept = np.log1p(-(weights[:, None] * begun).sum(0))
+    return np.logaddexp(np.logaddexp.reduce(bets, axis=0), kept)
 
 
 def alarm_at(wealth: Float64[np.ndarray, " k"], alpha: float = 0.01) -> int | None:
@@ -144,10 +173,19 @@ def anytime_p_value(wealth: Float64[np.ndarray, " k"]) -> float:
 
 
 def starts(k: int) -> Int64[np.ndarray, " starts"]:
-    """Return how many requests go before each start, below `k`: all up to STARTS_PER_OCTAVE, then so many to
-    a doubling."""
-    each = np.arange(k)
-    octave = np.maximum(np.log2(np.maximum(each, 1) / STARTS_PER_OCTAVE).astype(np.int64), 0)
+    """Return how many requests go before each start, below `k`: all up to twice STARTS_PER_OCTAVE, then so
+    many to a doubling."""
+    return _sparser(np.arange(k), STARTS_PER_OCTAVE)
+
+
+def looks(k: int) -> Int64[np.ndarray, " looks"]:
+    """Return after how many of `k` requests a ledger is looked at: each of the first, then LOOKS_PER_OCTAVE
+    to a doubling."""
+    return _sparser(np.arange(1, k + 1), LOOKS_PER_OCTAVE)
+
+
+def _sparser(each: Int64[np.ndarray, " k"], per_octave: int) -> Int64[np.ndarray, " kept"]:
+    octave = np.maximum(np.log2(np.maximum(each, 1) / per_octave).astype(np.int64), 0)
     return each[each % 2**octave == 0]
 
 
@@ -162,6 +200,11 @@ def log_ratios(requests: np.ndarray) -> Float64[np.ndarray, " starts"]:
     a request: bool [starts, N]."""
     total = np.arange(requests.shape[-1], 0, -1)
     left = np.cumsum(requests[:, ::-1], axis=-1)[:, ::-1]  # requests from here on
-    weights = total - left + DELTAS[:, None, None] * left
-    by_delta = np.log(DELTAS)[:, None] * requests.sum(-1) - np.log(weights / total).sum(-1)
+    share = np.zeros((len(requests), -(-len(total) // FACTORS) * FACTORS))
+    share[:, : len(total)] = left / total
+    share = share.reshape(len(requests), FACTORS, -1)
+    by_delta = [
+        math.log(delta) * requests.sum(-1) - np.log((1 - (1 - delta) * share).prod(axis=1)).sum(-1)
+        for delta in DELTAS
+    ]
     return np.logaddexp.reduce(by_delta, axis=0) - math.log(len(DELTAS))

@@ -2,7 +2,9 @@
 answers, asked before any statistics.
 
 Every defect is a Reason with a short stable code. *Shape* defects mean that states and tokens cannot be
-compared; with *claim* defects they can, and are, so that a verdict says how far off the run was besides.
+compared; with *claim* defects they can. A verdict says how far off a run of another model was besides; a run
+of another request or length is no answer, so it is worth no prefill (`unanswered`). A verifier that knows
+what it asked for refuses both before it reads a state (`expecting`).
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -21,7 +23,15 @@ from bitassay.models.config import text_config
 from bitassay.models.identity import identity
 from bitassay.models.positions import context_length
 from bitassay.verification.numerics import STATE_DTYPES
-from bitassay.verification.trace import Header, ModelClaim, Sampling, Trace, TraceError, check_consistent
+from bitassay.verification.trace import (
+    Expecting,
+    Header,
+    ModelClaim,
+    Sampling,
+    Trace,
+    TraceError,
+    check_consistent,
+)
 
 Status = Literal["PASS", "FAIL", "INCONCLUSIVE"]
 
@@ -44,6 +54,27 @@ class Request:
     max_new_tokens: int | None = None
 
 
+class RefusedError(TraceError):
+    """A header that fits neither model nor request; `reasons` says all that is wrong, `tokens` how many it
+    claims."""
+
+    def __init__(self, reasons: Sequence[Reason], tokens: int):
+        super().__init__(reasons[0].code, reasons[0].sentence)
+        self.reasons, self.tokens = tuple(reasons), tokens
+
+
+def expecting(model: PreTrainedModel, request: Request) -> Expecting:
+    """Return the check by which `read_trace` and `read_opening` refuse, before they read a state, what cannot
+    be compared with `model` or is no answer to `request`. It raises RefusedError."""
+
+    def check(header: Header, hidden: int) -> None:
+        defects = header_defects(header, model) + hidden_defects(hidden, header.layers[0], model)
+        if defects := defects or unanswered(header, model, request):
+            raise RefusedError(defects, len(header.output_ids))
+
+    return check
+
+
 def shape_defects(trace: Trace, model: PreTrainedModel) -> list[Reason]:
     """Return why states and tokens cannot be compared with `model`'s; empty where they can."""
     try:
@@ -55,12 +86,15 @@ def shape_defects(trace: Trace, model: PreTrainedModel) -> list[Reason]:
 
 def hidden_size_defects(states: Mapping[int, Tensor], model: PreTrainedModel) -> list[Reason]:
     """Return a defect where states have another size than those of `model`."""
+    defects = (hidden_defects(rows.shape[1], layer, model) for layer, rows in states.items())
+    return next(filter(None, defects), [])
+
+
+def hidden_defects(count: int, layer: int, model: PreTrainedModel) -> list[Reason]:
+    """Return a defect where the states of `layer` have another `count` of numbers than those of `model`."""
     hidden = text_config(model).hidden_size
-    for layer, rows in states.items():
-        if rows.shape[1] != hidden:
-            sentence = f"states of layer {layer} have {rows.shape[1]} numbers, the model has {hidden}"
-            return [Reason("wrong-hidden-size", sentence)]
-    return []
+    sentence = f"states of layer {layer} have {count} numbers, the model has {hidden}"
+    return [Reason("wrong-hidden-size", sentence)] if count != hidden else []
 
 
 def header_defects(header: Header, model: PreTrainedModel) -> list[Reason]:
@@ -108,6 +142,14 @@ def claim_defects(
         allowed = ", ".join(allowed_dtypes)
         defects["dtype-not-allowed"] = f"{header.numerics.dtype}; allowed are {allowed}"
     return _reasons(defects) + request_defects(header, model, request) + _length_defects(header, model)
+
+
+def unanswered(header: Header, model: PreTrainedModel, request: Request) -> list[Reason]:
+    """Return all that is wrong with the claims of a run that is no answer to `request`, because of another
+    prompt, nonce, sampler or length; nothing where it is one, even of another model."""
+    if request_defects(header, model, request) + _length_defects(header, model):
+        return claim_defects(header, model, request)
+    return []
 
 
 def _other_configuration(header: Header, expected: ModelClaim) -> str:

@@ -25,6 +25,7 @@ from bitassay.verification.structure import (
     header_defects,
     hidden_size_defects,
     shape_defects,
+    unanswered,
 )
 from bitassay.verification.trace import Header, Trace
 
@@ -67,12 +68,14 @@ class OpenedStates:
 @dataclass(frozen=True)
 class CheckResult:
     """tokens: of the claimed output; 0 where none can be read. defects: what exact checks found. opened: None
-    where there is nothing to compare with a prefill. undecided: why statistics cannot decide."""
+    where there is nothing to compare with a prefill. undecided: why statistics cannot decide. answers:
+    whether it is of the request and length that were asked for; otherwise it needs no statistics."""
 
     tokens: int
     defects: tuple[Reason, ...]
     opened: OpenedStates | None = None
     undecided: tuple[Reason, ...] = ()
+    answers: bool = True
 
 
 def check_submission(submission: Submission, model: PreTrainedModel, request: Request) -> CheckResult:
@@ -134,4 +137,5 @@ def _comparable(
     opened: OpenedStates, model: PreTrainedModel, request: Request, undecided: tuple[Reason, ...] = ()
 ) -> CheckResult:
     claims = tuple(claim_defects(opened.header, model, request))
-    return CheckResult(len(opened.header.output_ids), claims, opened, undecided)
+    answers = not unanswered(opened.header, model, request)
+    return CheckResult(len(opened.header.output_ids), claims, opened, undecided, answers)

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 import safetensors.torch
 from jaxtyping import Float
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -32,11 +33,15 @@ from bitassay.errors import BitassayError
 from bitassay.models.identity import Identity
 from bitassay.record.files import atomic_file
 from bitassay.record.hashing import canonical_json
+from bitassay.record.text import check_line, one_line
 from bitassay.verification.container import (
+    FILE_BYTES,
     HEADER_KEY,
+    UNEXPECTED_BYTES,
     Entry,
     TraceError,
     first_defect,
+    is_version,
     open_regular,
     read_tensors,
 )
@@ -48,6 +53,7 @@ LAYERS = 1024
 HIDDEN = 2**16
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Version = Annotated[int, Field(ge=1, le=1)]  # as an int, 1 alone: a literal would take true and 1.0, too
 _Index = Annotated[int, Field(ge=0, lt=2**31)]
 
 
@@ -59,7 +65,7 @@ class ModelClaim(_Part):
     """Which model the prover says it ran. config_digest: of what the files beside the weights say
     (`models/config.py`); None in what was written before there was one, where it is left out."""
 
-    name: str = Field(max_length=512)
+    name: Annotated[str, Field(max_length=512), AfterValidator(check_line)]
     weights_digest: Digest
     tokenizer_digest: Digest
     recipe_id: Digest | None
@@ -68,7 +74,7 @@ class ModelClaim(_Part):
     @classmethod
     def of(cls, identity: Identity) -> "ModelClaim":
         return cls(
-            name=identity.name,
+            name=one_line(identity.name),
             weights_digest=identity.weights_digest,
             tokenizer_digest=identity.tokenizer_digest,
             recipe_id=identity.recipe_id,
@@ -179,17 +185,32 @@ def write_trace(path: str | Path, trace: Trace) -> None:
         temporary.write_bytes(safetensors.torch.save(tensors, metadata))
 
 
-def read_trace(path: str | Path) -> Trace:
+Expecting = Callable[[Header, int], None]
+"""What a reader that knows more asks of header and hidden size before it reads a state; raises TraceError."""
+
+
+def read_trace(
+    path: str | Path, expecting: Expecting | None = None, *, limit_bytes: int | None = None
+) -> Trace:
     """Read a trace that may come from anyone. Raises TraceError for each defect of the content, BitassayError
-    where there is no file to read."""
+    where there is no file to read.
+
+    expecting: `structure.expecting(model, request)` of a verifier, which refuses what does not fit before a
+    state is read. limit_bytes: of the file; by default UNEXPECTED_BYTES where nothing is expected, else
+    FILE_BYTES.
+    """
     where = str(path)
 
     def check(content: Any, entries: dict[str, Entry]) -> Header:
         header = validate_header(content, where)
         _check_cells(header, entries, where)
+        if expecting is not None:
+            ((_, hidden), *_) = (shape for _, shape in entries.values())
+            expecting(header, hidden)
         return header
 
-    with open_regular(Path(path)) as stream:
+    limit = limit_bytes or (UNEXPECTED_BYTES if expecting is None else FILE_BYTES)
+    with open_regular(Path(path), limit) as stream:
         header, tensors = read_tensors(stream, Path(path), check)
     trace = Trace(header, {layer: tensors[tensor_name(layer)] for layer in header.layers})
     check_consistent(trace, where)
@@ -212,7 +233,7 @@ def check_consistent(trace: Trace, where: str = "trace") -> None:
 
 def validate_header(content: Any, where: str = "trace") -> Header:
     """Return the header in `content`, every field of it checked. Raises TraceError."""
-    if isinstance(content, dict) and content.get("schema_version") != SCHEMA_VERSION:
+    if isinstance(content, dict) and not is_version(content.get("schema_version"), SCHEMA_VERSION):
         version = f"{content.get('schema_version')!r:.40}"
         raise TraceError("schema-version", f"{where}: schema version {version}; this reads {SCHEMA_VERSION}")
     try:

@@ -1,30 +1,53 @@
 """Traces as files: prove a list of prompts into them, and judge those that a host sent, alone and together.
 
 Both work in chunks, so that only some traces are in memory at a time. `prove_files` keeps the traces that an
-interrupted run has finished. `verify_files` also keeps the evidence of one host over many calls, in a ledger.
+interrupted run has finished. `verify_files` also keeps the evidence of one host over many calls, in a ledger;
+`accounting.py` says what counts, and `decision.py` what follows for the whole call.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from transformers import PreTrainedModel
 
 from bitassay.data.corpora import prompts_from
 from bitassay.engines.prompts import encode_prompt
-from bitassay.engines.sampling import Sampler
+from bitassay.engines.sampling import NonceSampler, Sampler
 from bitassay.errors import BitassayError
 from bitassay.models.identity import Identity, identity, tokenizer
+from bitassay.models.source import cache_folder
 from bitassay.record.files import read_json, write_json
 from bitassay.record.progress import Progress, silent
-from bitassay.verification.container import TraceError
-from bitassay.verification.ledger import Line, extended, scored, update_ledger
+from bitassay.verification.accounting import (
+    UNANSWERED,
+    Answer,
+    Standing,
+    compared_with,
+    is_hosts_doing,
+    prompt_digest,
+    request_digest,
+    standings,
+)
+from bitassay.verification.container import FILE_BYTES, TraceError
+from bitassay.verification.decision import SEQUENCE, SET, UNDECIDED, Decision, decision
+from bitassay.verification.ledger import (
+    BUDGET,
+    Binding,
+    Item,
+    Line,
+    extended,
+    read_ledger,
+    score_evidence,
+    undecided_evidence,
+    update_ledger,
+)
 from bitassay.verification.numerics import numerics
 from bitassay.verification.pooled import PooledVerdict, pooled_verdict
-from bitassay.verification.profile import ALPHA, Profile
+from bitassay.verification.profile import ALPHA, Profile, read_profile
 from bitassay.verification.proofs import verify_proof
 from bitassay.verification.prove import BATCH, prove_many
 from bitassay.verification.receipts.challenge import Challenge
@@ -32,8 +55,16 @@ from bitassay.verification.receipts.opening import read_opening
 from bitassay.verification.receipts.proof import read_proof, sign_proof, write_proof
 from bitassay.verification.receipts.receipt import commit, read_receipt, write_receipt
 from bitassay.verification.sequential import SequentialEvidence
-from bitassay.verification.structure import Request
-from bitassay.verification.trace import ModelClaim, Sampling, Trace, read_trace, write_trace
+from bitassay.verification.structure import Reason, Request, expecting
+from bitassay.verification.trace import (
+    Expecting,
+    Header,
+    ModelClaim,
+    Sampling,
+    Trace,
+    read_trace,
+    write_trace,
+)
 from bitassay.verification.verdict import Verdict, failed, verify_many, verify_opening
 
 CHUNK = 64  # traces in memory at a time
@@ -72,6 +103,8 @@ def prove_files(
             "numerics": numerics(model).model_dump(),
             "sampling": Sampling.of(sampler, max_new_tokens).model_dump(),
         }
+        if isinstance(sampler, NonceSampler):
+            run["sampling"]["seed"] = "nonce"
         path = folder / "prove.json"
         if path.is_file() and read_json(path) != run:
             raise BitassayError(
@@ -105,7 +138,7 @@ def _finished_row(model: PreTrainedModel, request: PromptFile) -> dict[str, Any]
     if not request.path.exists():
         return None
     try:
-        trace = read_trace(request.path)
+        trace = read_trace(request.path, limit_bytes=FILE_BYTES)
     except TraceError:
         return None
     wanted = (request.nonce, encode_prompt(model, request.prompt))
@@ -130,7 +163,7 @@ def write_receipts(
     proof: the bytes a token of the small proof that goes with it; None: none."""
     done = []
     for row in rows:
-        trace = read_trace(Path(row["trace"]))
+        trace = read_trace(Path(row["trace"]), limit_bytes=FILE_BYTES)
         path, receipt = Path(row["trace"]).with_suffix(".receipt"), commit(trace, key)
         write_receipt(path, receipt)
         added = {"receipt": str(path), "receipt_bytes": path.stat().st_size, "public_key": receipt.key.hex()}
@@ -153,106 +186,312 @@ class SignedRequest:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """What was requested: each of `requests`, in their order, or the only one of every file. unanswered: how
+    many more the host has not answered. by_nonce: whether a file is an answer to the request whose nonce it
+    names, so that some may be missing; otherwise there is a file for each, in the same order."""
+
+    requests: tuple[Request, ...] = (Request(),)
+    unanswered: int = 0
+    by_nonce: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        count: int,
+        prompt: str | None = None,
+        prompts: Path | None = None,
+        nonce: str | None = None,
+        max_new_tokens: int | None = None,
+        sampler: Sampler | None = None,
+        unanswered: int = 0,
+        may_miss: bool = True,
+    ) -> "Asked":
+        """Return what was requested of `count` traces: the same of all, or by a file of prompts, whose
+        numbers are appended to the nonce. may_miss: whether prompts without a trace are unanswered.
+
+        Raises BitassayError where it cannot be said which file answers which prompt, or which seed follows
+        from no nonce.
+        """
+        if nonce is None and isinstance(sampler, NonceSampler):
+            raise BitassayError("--seed nonce needs the nonce that was requested", "--nonce WORD")
+        texts = [prompt] if prompts is None else prompts_from(prompts)
+        words = [nonce] * len(texts)
+        if prompts is not None:
+            may_miss = may_miss and nonce is not None
+            if prompt is not None or (len(texts) != count and not may_miss):
+                raise BitassayError(
+                    f"--prompts names {len(texts)} prompts for {count} traces",
+                    "one prompt a trace, or the --nonce that says which are missing; and no --prompt",
+                )
+            words = [None if nonce is None else f"{nonce}-{index}" for index in range(len(texts))]
+        requests = tuple(
+            Request(text, word, sampler and sampler.of_request(word or ""), max_new_tokens)
+            for text, word in zip(texts, words, strict=True)
+        )
+        return cls(requests, unanswered, by_nonce=may_miss and prompts is not None)
+
+    def request(self, index: int, nonce: str) -> Request:
+        """Return what the file at `index`, which names this nonce, has to answer."""
+        if self.by_nonce and nonce in self._numbers:
+            return self.requests[self._numbers[nonce]]
+        return self.requests[min(index, len(self.requests) - 1)]
+
+    @cached_property
+    def _numbers(self) -> dict[str | None, int]:
+        return {request.nonce: number for number, request in enumerate(self.requests)}
+
+    def missing(self, answers: Sequence[Answer | None]) -> list[Request]:
+        """Return the requests of which no file came. A file that names none of them may be any, so that it
+        is not missing as well."""
+        if not self.by_nonce:
+            return []
+        named = [answer.header.nonce if answer else None for answer in answers]
+        unclear = sum(nonce not in self._numbers for nonce in named)
+        return [request for request in self.requests if request.nonce not in named][unclear:]
+
+
+@dataclass(frozen=True)
 class FilesVerdict:
-    """A verdict for each file, and what all of them say as a set and in sequence (None: nothing could be
-    scored)."""
+    """A verdict for each file with what else there is to say of it, and what all of them say: as a set, in
+    sequence (None: nothing could be scored), by the requests without a decision, and in the end."""
 
     verdicts: list[Verdict]
-    pooled: PooledVerdict
+    notes: list[tuple[str, ...]]
+    pooled: PooledVerdict | None
     sequential: SequentialEvidence | None
+    undecided: SequentialEvidence | None
+    decision: Decision
 
     @property
     def passed(self) -> bool:
-        """Return whether every file passes and the sequence raises no alarm."""
-        is_alarm = self.sequential is not None and bool(self.sequential.alarm_at)
-        return not is_alarm and all(verdict.status == "PASS" for verdict in self.verdicts)
+        """Return whether the decision about all of them is PASS."""
+        return self.decision.status == "PASS"
 
 
-def expected_requests(
-    count: int, prompt: str | None, prompts: Path | None, nonce: str | None, max_new_tokens: int | None
-) -> list[Request]:
-    """Return what was requested of each of `count` traces: the same of all, or by a file of prompts, whose
-    numbers are appended to the nonce. Raises BitassayError where there is not one prompt a trace."""
-    if prompts is None:
-        return [Request(prompt, nonce, None, max_new_tokens)] * count
-    texts = prompts_from(prompts)
-    if prompt is not None or len(texts) != count:
-        raise BitassayError(
-            f"--prompts names {len(texts)} prompts for {count} traces", "one prompt a trace, and no --prompt"
-        )
-    nonces = [None if nonce is None else f"{nonce}-{index}" for index in range(count)]
-    return [Request(text, word, None, max_new_tokens) for text, word in zip(texts, nonces, strict=True)]
+@dataclass(frozen=True)
+class Keeping:
+    """Where the evidence about one host is kept: the ledger's file (None: nowhere), the host's public key in
+    hex where it signs, and the rate of undecided requests that is taken as an honest host's."""
+
+    ledger: Path | None = None
+    host: str | None = None
+    budget: float = BUDGET
 
 
 def verify_files(
     paths: Sequence[Path],
     model: PreTrainedModel,
-    requests: Sequence[Request],
+    asked: Asked,
     *,
     name: str,
     receipt: SignedRequest | None = None,
     profile: Profile | None = None,
     alpha: float | None = None,
-    ledger: Path | None = None,
-    host: str | None = None,
+    keeping: Keeping = Keeping(),
     progress: Progress = silent,
 ) -> FilesVerdict:
     """Judge trace files, or with `receipt` one opening or the receipt's proof, against `model`, which is
     called `name` in verdicts.
 
-    A file that cannot be read is a FAIL. ledger: keeps the scores of `host` over many calls; its sequence
-    then includes the earlier requests.
+    A file that cannot be read is a FAIL. keeping: of a ledger, whose sequence then includes the earlier
+    requests.
     """
-    verdicts: list[Verdict] = []
-    lines: list[Line] = []
-    scale: Profile | None = None
+    account = _Account(model, asked, keeping, profile)
     for start in range(0, len(paths), CHUNK):
-        chunk = slice(start, start + CHUNK)
+        chunk = paths[start : start + CHUNK]
+        options: dict[str, Any] = {"profile": profile, "alpha": alpha}
         if receipt is None:
-            options = {"profile": profile, "alpha": alpha, "progress": progress}
-            judged = _verify_traces(paths[chunk], model, name, requests[chunk], options)
+            judged = _verify_traces(chunk, start, model, name, asked, options | {"progress": progress})
         else:
-            options = {"profile": profile, "alpha": alpha, "signer": receipt.signer, "request": requests[0]}
-            judged = [_verify_signed_files(paths[0], receipt, model, name, options)]
-        verdicts += judged
-        scale = scale or next((verdict.calibration for verdict in judged if verdict.calibration), None)
-        if scale:
-            scores = scored(judged, scale)
-            lines = update_ledger(ledger, scores, scale, host) if ledger else extended(lines, scores, scale)
-    level = alpha or (scale.alpha if scale else ALPHA)
-    wealth = np.array([line.log_wealth for line in lines])
-    sequential = SequentialEvidence.of(wealth, level) if lines else None
-    return FilesVerdict(verdicts, pooled_verdict(verdicts, level), sequential)
+            judged = [_verify_signed_files(chunk[0], receipt, model, name, asked.requests[0], options)]
+        account.enter(judged)
+    account.close()
+    return account.result([str(path) for path in paths], alpha)
+
+
+class _Account:
+    """What has been judged so far, and what of it is evidence."""
+
+    def __init__(self, model: PreTrainedModel, asked: Asked, keeping: Keeping, profile: Profile | None):
+        self.model, self.asked, self.keeping = model, asked, keeping
+        self.verdicts: list[Verdict] = []
+        self.answers: list[Answer | None] = []
+        self.missing: list[Item] = []
+        self.lines: list[Line] = []
+        bound = None
+        if keeping.ledger is not None:
+            bound, self.lines = read_ledger(keeping.ledger, profile, keeping.host, keeping.budget)
+        self.before = {line.request for line in self.lines}
+        self.scale = profile or (bound and kept_profile(bound.profile))
+
+    def enter(self, judged: Sequence[tuple[Answer | None, Verdict]]) -> None:
+        for answer, verdict in judged:
+            self.answers.append(answer)
+            self.verdicts.append(verdict)
+        calibrations = (verdict.calibration for verdict in self.verdicts)
+        self.scale = self.scale or next(filter(None, calibrations), None)
+        self._keep(self._items())
+
+    def close(self) -> None:
+        """Enter what did not come."""
+        claim = ModelClaim.of(identity(self.model))
+        for request in self.asked.missing(self.answers):
+            assert request.prompt is not None
+            ids, limit = encode_prompt(self.model, request.prompt), request.max_new_tokens
+            sampling = Sampling.of(request.sampler, limit) if request.sampler and limit else None
+            digest = request_digest(claim, request.nonce, ids, sampling)
+            self.missing.append(Item(request=digest, prompt=prompt_digest(ids), undecided=UNANSWERED))
+        self.missing += [Item(undecided=UNANSWERED)] * self.asked.unanswered
+        self._keep(self.missing)
+
+    def _keep(self, items: list[Item]) -> None:
+        ledger, scale = self.keeping.ledger, self.scale
+        if ledger is None:
+            self.lines = extended(self.lines, items)
+        elif scale is not None and items:
+            binding = Binding(profile=scale.digest, host=self.keeping.host, budget=self.keeping.budget)
+            self.lines = update_ledger(ledger, items, binding)
+
+    def _items(self) -> list[Item]:
+        """What the files are in a ledger, in their order; of those that count in one."""
+        digest, items = self.scale and self.scale.digest, []
+        for answer, verdict in zip(self.answers, self.verdicts, strict=True):
+            if answer is None or verdict.structural:
+                continue
+            named = {name: getattr(answer, name) for name in ("request", "prompt", "output", "commitment")}
+            if verdict.score and verdict.p_value is not None and verdict.profile == digest:
+                items.append(Item(**named, score=verdict.score.value, limit=verdict.limit))
+            elif self._is_hosts_doing(answer, verdict):
+                items.append(Item(**named, undecided=verdict.reasons[0].code))
+        return items
+
+    def _is_hosts_doing(self, answer: Answer | None, verdict: Verdict) -> bool:
+        if self.scale is None or answer is None:
+            return False
+        return is_hosts_doing(verdict, answer.header, self.scale, numerics(self.model))
+
+    def result(self, names: Sequence[str], alpha: float | None) -> FilesVerdict:
+        level = alpha or (self.scale.alpha if self.scale else ALPHA)
+        found = self._standings(names)
+        verdicts = [
+            replace(verdict, status="FAIL", reasons=(Reason("equivocation", standing.note or ""),))
+            if standing.is_fault
+            else verdict
+            for verdict, standing in zip(self.verdicts, found, strict=True)
+        ]
+        judged = list(zip(self.answers, verdicts, found, strict=True))
+        counted = [verdict for _, verdict, standing in judged if standing.counts]
+        pool = [verdict for _, verdict, standing in judged if standing.counts and standing.scores]
+        scored = [verdict for verdict in pool if verdict.p_value is not None]
+        waiting = [
+            verdict
+            for answer, verdict, standing in judged
+            if standing.counts
+            and verdict.status == "INCONCLUSIVE"
+            and not self._is_hosts_doing(answer, verdict)
+        ]
+        sequential = self.scale and score_evidence(self.lines, self.scale, SEQUENCE * level)
+        undecided = undecided_evidence(self.lines, self.keeping.budget, UNDECIDED * level)
+        outcome = decision(
+            counted,
+            scored,
+            sequential,
+            undecided,
+            waiting,
+            level,
+            self.keeping.budget,
+            unanswered=len(self.missing),
+            with_ledger=self.keeping.ledger is not None,
+        )
+        notes = [self._notes(index, standing) for index, standing in enumerate(found)]
+        pooled = pooled_verdict(pool, level if len(scored) < 2 else SET * level) if pool else None
+        return FilesVerdict(verdicts, notes, pooled, sequential, undecided, outcome)
+
+    def _standings(self, names: Sequence[str]) -> list[Standing]:
+        """What each file counts for, in this call and against what the ledger had."""
+        found = standings(self.answers, self.verdicts, names)
+        kept = {line.request: line for line in self.lines if line.request in self.before and line.output}
+        for index, answer in enumerate(self.answers):
+            if answer is None or not found[index].counts or (line := kept.get(answer.request)) is None:
+                continue
+            if answer.commitment != line.commitment or answer.output != line.output:
+                found[index] = compared_with(answer, line.output, line.commitment, "the ledger's")
+        return found
+
+    def _notes(self, index: int, standing: Standing) -> tuple[str, ...]:
+        answer = self.answers[index]
+        notes = [standing.note] if standing.note and not standing.is_fault else []
+        if answer is not None and self.asked.request(index, answer.header.nonce).sampler is None:
+            chosen = answer.header.sampling
+            says = f"temperature {chosen.temperature:g}, top-p {chosen.top_p:g}, seed {chosen.seed}"
+            notes.append(f"sampler not checked ({says if chosen.sampler != 'greedy' else 'greedy'})")
+        return tuple(notes)
 
 
 def _verify_traces(
     paths: Sequence[Path],
+    first: int,
     model: PreTrainedModel,
     name: str,
-    requests: Sequence[Request],
+    asked: Asked,
     options: dict[str, Any],
-) -> list[Verdict]:
-    verdicts, readable = {}, {}
+) -> list[tuple[Answer | None, Verdict]]:
+    """Judge some of the files, of which the one at `first` is the first."""
+    verdicts: dict[int, Verdict] = {}
+    readable: dict[int, Trace] = {}
+    answers: dict[int, Answer] = {}
+    requests: dict[int, Request] = {}
+
+    def answering(index: int) -> Expecting:
+        def check(header: Header, hidden: int) -> None:
+            answers[index] = Answer.of(header)
+            requests[index] = asked.request(first + index, header.nonce)
+            expecting(model, requests[index])(header, hidden)
+
+        return check
+
     for index, path in enumerate(paths):
         try:
-            readable[index] = read_trace(path)
+            readable[index] = read_trace(path, answering(index))
         except TraceError as error:
             verdicts[index] = failed(error, name)
     requested = [requests[index] for index in readable]
     checked = verify_many(list(readable.values()), model, requests=requested, **options)
     verdicts |= dict(zip(readable, checked, strict=True))
-    return [verdicts[index] for index in range(len(paths))]
+    return [(answers.get(index), verdicts[index]) for index in range(len(paths))]
 
 
 def _verify_signed_files(
-    opening: Path, receipt: SignedRequest, model: PreTrainedModel, name: str, options: dict[str, Any]
-) -> Verdict:
+    opening: Path,
+    receipt: SignedRequest,
+    model: PreTrainedModel,
+    name: str,
+    request: Request,
+    options: dict[str, Any],
+) -> tuple[Answer | None, Verdict]:
+    answer = None
     try:
         signed = read_receipt(receipt.path)
+        is_known = signed.key == receipt.signer
+        answer = Answer.of(signed.header, signed.commitment if is_known else None)
         if receipt.proof is not None:
-            return verify_proof(signed, read_proof(receipt.proof, signed), model, **options)
+            proof = read_proof(receipt.proof, signed)
+            judged = verify_proof(signed, proof, model, signer=receipt.signer, request=request, **options)
+            return answer, judged
         assert receipt.challenge is not None
-        opened = read_opening(opening, signed, receipt.challenge)
+        opened = read_opening(opening, signed, receipt.challenge, expecting(model, request))
     except TraceError as error:
-        return failed(error, name)
-    return verify_opening(signed, receipt.challenge, opened, model, **options)
+        return answer, failed(error, name)
+    return answer, verify_opening(
+        signed, receipt.challenge, opened, model, signer=receipt.signer, request=request, **options
+    )
+
+
+def kept_profile(digest: str) -> Profile | None:
+    """Return the profile with this digest from the cache folder; None where it is not there."""
+    for path in sorted((cache_folder() / "profiles").glob("*.json")):
+        profile = read_profile(path)
+        if profile.digest == digest:
+            return profile
+    return None

@@ -52,13 +52,12 @@ from bitassay.verification.receipts.challenge import Challenge
 from bitassay.verification.receipts.opening import Opening
 from bitassay.verification.receipts.receipt import Receipt
 from bitassay.verification.scores import lower_bound, runs_needed
-from bitassay.verification.structure import Reason, Request, Status
+from bitassay.verification.structure import Reason, RefusedError, Request, Status
 from bitassay.verification.submissions import CheckResult, check_opened, check_submission
 from bitassay.verification.trace import Header, ModelClaim, Trace, TraceError
 
 FAR = 10.0  # honest standard deviations beyond which a run fails whatever its text
 STATISTICAL = frozenset({"states-too-far", "tokens-unlikely", "detector-unlikely"})  # could be bad luck
-FAR = 10.0  # honest standard deviations
 
 
 @dataclass(frozen=True)
@@ -268,6 +267,8 @@ def verify_opening(
 
 def failed(error: TraceError, model: str) -> Verdict:
     """Return the verdict on a trace that could not even be read."""
+    if isinstance(error, RefusedError):
+        return Verdict("FAIL", error.reasons, model, error.tokens)
     return Verdict("FAIL", (Reason(error.code, error.problem),), model, 0)
 
 
@@ -281,7 +282,9 @@ def _verdicts(
 ) -> list[Verdict]:
     name = identity(model).name
     verdicts = [Verdict("FAIL", result.defects, name, result.tokens) for result in checked]
-    opened = {index: result.opened for index, result in enumerate(checked) if result.opened}
+    opened = {
+        index: result.opened for index, result in enumerate(checked) if result.opened and result.answers
+    }
     for index, comparison in compared(opened, model, progress):
         verdicts[index] = decide(checked[index], comparison, model, profile, alpha, now)
     return verdicts

@@ -19,7 +19,7 @@ them.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -39,7 +39,7 @@ from bitassay.verification.committee.rounds import (
 )
 from bitassay.verification.container import TraceError, first_defect, read_regular, strict_json
 from bitassay.verification.structure import Reason, Status
-from bitassay.verification.trace import Digest
+from bitassay.verification.trace import Digest, Version
 
 FILE_BYTES = 2**26
 VERIFIERS = 1000
@@ -53,7 +53,7 @@ _ITEMS = TypeAdapter(Items)
 class _File(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    committee: Literal[1] = 1
+    committee: Version = 1
     round: Round
 
 

@@ -12,19 +12,35 @@ are the "ringers" of Golle and Mironov 2001 (Uncheatable distributed computation
 failures that no honest verifier passes (a forged root, a model of two bits), and honest runs. Who passes all
 misses the failures, and who fails all refuses the honest ones: a verifier that passes a share s of its items
 without looking is detected with probability 1 - (1 - s)^f by f failing canaries. An honest verifier refuses
-an honest run at times (alpha), so refusals are judged by their binomial tail. A canary goes to one verifier
-only, and each other item to a random part of the committee: copied answers lack one's own canaries.
+an honest run at times (alpha), so refusals are judged by their binomial tail.
 
-Left out: canaries must look like the rest, so a host has to sign them like any other request. Verifiers that
-all share their lists can find the canaries, where every other item goes to two or more. Names stand for
-people: who may join, and who answers for a name, is decided elsewhere.
+**Coalitions.** Every item goes to e of n verifiers, and so does every canary, so that nobody can tell one
+from the other by who else has it. Verifiers that compare their lists then learn nothing, and what they skip
+together is caught as if they were one. c of them are a majority of those that have an item, canary or not,
+with probability
+
+    M(c) = sum over k > e/2 of C(c, k) C(n - c, e - k) / C(n, e)         (`majority_share`)
+
+so they decide that share of all items, if they are believed. That needs them to look at every item once:
+of those that they pass unseen they are caught as above, where f is now the number of failing canaries that
+any of them has, not only one's own. What they can do unpunished is to share the work (one looks, all answer),
+and to agree on a lie about items that they know to be real from elsewhere, such as a host's own. Let e be so
+large, and a coalition so hard to form, that M(c) is small.
+
+A canary is listed for one verifier, and goes to it and e - 1 others in turn: each of these lacks some of the
+canaries that others have (where e < n), so that copied answers do not help.
+
+Left out: canaries must look like the rest, so a host has to sign them like any other request, and each
+verifier needs as many. Names stand for people: who may join, and who answers for a name, is decided
+elsewhere.
 """
 
 import hashlib
 import secrets
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from math import ceil, log
+from itertools import cycle, islice
+from math import ceil, comb, log
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -75,7 +91,8 @@ def assign(
 ) -> list[Assignment]:
     """Give each item to `each` of the verifiers that `canaries` names, together with these, shuffled.
 
-    canaries: by verifier, its own items with known answers. seed: secret; the draw is by SHA-256 of it.
+    canaries: by verifier, items with known answers, each listed once; it goes to that verifier and to others,
+    to `each` in all. Give every verifier as many. seed: secret; the draw is by SHA-256 of it.
     """
     names = sorted(canaries)
     planted = [item for several in canaries.values() for item in several]
@@ -88,7 +105,14 @@ def assign(
     def draw(*words: str) -> bytes:
         return hashlib.sha256(seed + canonical_json(words).encode()).digest()
 
-    items_of: dict[str, list[str]] = {name: list(canaries[name]) for name in names}
+    planted_for: dict[str, dict[str, Expected]] = {name: {} for name in names}
+    for owner in names:
+        others = cycle(sorted(set(names) - {owner}, key=lambda name: draw("others", owner, name)))
+        # Failures first: in turn, each of the others lacks some of them.
+        for item in sorted(canaries[owner], key=lambda item: (canaries[owner][item], draw("turn", item))):
+            for name in (owner, *islice(others, each - 1)):
+                planted_for[name][item] = canaries[owner][item]
+    items_of = {name: list(planted_for[name]) for name in names}
     for item in items:
         for name in sorted(names, key=lambda name: draw("who", item, name))[:each]:
             items_of[name].append(item)
@@ -96,7 +120,7 @@ def assign(
         Assignment(
             verifier=name,
             items=tuple(sorted(items_of[name], key=lambda item: draw("order", item))),
-            planted=dict(canaries[name]),
+            planted=planted_for[name],
         )
         for name in names
     ]
@@ -166,6 +190,14 @@ def honest_canaries_needed(alpha: float = 0.05) -> int:
     """Return the number of honest canaries without which a verifier that fails all cannot be told from an
     unlucky one."""
     return ceil(log(LEVEL) / log(alpha))
+
+
+def majority_share(coalition: int, each: int, verifiers: int) -> float:
+    """Return the share of all items of which a coalition has more than half of the `each` verifiers."""
+    ways = sum(
+        comb(coalition, k) * comb(verifiers - coalition, each - k) for k in range(each // 2 + 1, each + 1)
+    )
+    return ways / comb(verifiers, each)
 
 
 def _defects(

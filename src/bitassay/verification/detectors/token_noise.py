@@ -12,7 +12,7 @@ p is how often an honest host takes another token than z would, if its rounding 
 as the verifier's own. Two statistics of the first n tokens:
 
     token-flips    sum (f - p) / sqrt(sum p (1 - p) + PRIOR)    f: 1 where the claimed token is not the best
-    token-outlier  the largest u
+    token-outlier  log(1 + the largest u)
 
 The mean margin of `token_difr.py` lets a host choose at every near tie: nothing that it can do there is large
 in nats. But near ties are rare and their honest rate is known, so that *how often* the second best is taken
@@ -49,10 +49,10 @@ def margins_and_noise(
     best = scores.topk(min(TOP, scores.shape[-1]))
     own = comparison.verifier.logits.to(scores.device).gather(1, best.indices).double()
     error = (own - logits.gather(1, best.indices).double()) / (sampler.temperature or 1.0)
-    variance = error.var(1, correction=0)
+    variance = error.var(1, correction=0).nan_to_num(nan=0, posinf=0)  # no noise where nothing is finite
     sigma = ((variance + variance.mean()) / 2).sqrt().clamp(min=torch.finfo(comparison.dtype).tiny).cpu()
     gaps = (best.values[:, :1] - best.values[:, 1:]).cpu()
-    p = torch.special.ndtr(-gaps / (math.sqrt(2) * sigma[:, None])).sum(1).clamp(max=MOST)
+    p = torch.special.ndtr(-gaps / (math.sqrt(2) * sigma[:, None])).sum(1).nan_to_num(nan=0).clamp(max=MOST)
     units = (margins / sigma).clamp(max=MOST_UNITS)
     return units, (claimed != best.indices[:, 0].cpu()).double(), p
 
@@ -61,6 +61,11 @@ def excess_flips(values: Sequence[float]) -> float:
     """Return the standardised excess of flips, from f - p of each token."""
     expected = [1 - value if value > 0 else -value for value in values]
     return sum(values) / math.sqrt(sum(p * (1 - p) for p in expected) + PRIOR)
+
+
+def largest_margin(values: Sequence[float]) -> float:
+    """Return log(1 + the largest of the margins): their tail is long, and one must not set the scale."""
+    return math.log1p(max(values))
 
 
 def check_flips(comparison: Comparison, _: Any) -> list[Series]:
@@ -86,7 +91,7 @@ TOKEN_OUTLIER = Detector(
     "token-outlier",
     "the claimed token that rounding explains least",
     check_outlier,
-    smallest_sd=0.3,
-    statistic=max,
+    smallest_sd=0.2,
+    statistic=largest_margin,
     by_token=True,
 )

@@ -23,7 +23,6 @@ import hashlib
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -31,7 +30,7 @@ from bitassay.errors import BitassayError
 from bitassay.record.files import read_json, write_json
 from bitassay.verification.container import first_defect
 from bitassay.verification.receipts.receipt import Receipt
-from bitassay.verification.trace import TOKENS, Digest, Header
+from bitassay.verification.trace import TOKENS, Digest, Header, Version
 
 GENERATED, PROMPT = 32, 8
 SEED = b"bitassay challenge 1\0"
@@ -44,7 +43,7 @@ class Challenge(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    challenge: Literal[1] = 1
+    challenge: Version = 1
     commitment: Digest
     beacon: Digest
     generated: int = Field(ge=1, le=TOKENS)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors.torch
 import torch
@@ -23,11 +23,12 @@ from bitassay.record.files import atomic_file
 from bitassay.record.hashing import canonical_json
 from bitassay.verification.container import (
     FILE_BYTES,
-    HEADER_BYTES,
     HEADER_KEY,
+    UNEXPECTED_BYTES,
     Entry,
     TraceError,
-    read_regular,
+    is_version,
+    open_regular,
     read_tensors,
 )
 from bitassay.verification.numerics import STATE_DTYPES
@@ -43,6 +44,7 @@ from bitassay.verification.receipts.merkle import (
 from bitassay.verification.receipts.receipt import Receipt, commitment_of, trace_leaves
 from bitassay.verification.trace import (
     HIDDEN,
+    Expecting,
     Trace,
     check_consistent,
     tensor_name,
@@ -98,27 +100,42 @@ def encode_opening(opening: Opening) -> bytes:
     return safetensors.torch.save(tensors, {HEADER_KEY: canonical_json(content)})
 
 
-def read_opening(path: str | Path, receipt: Receipt, challenge: Challenge) -> Opening:
+def read_opening(
+    path: str | Path, receipt: Receipt, challenge: Challenge, expecting: Expecting | None = None
+) -> Opening:
     """Read what may come from anyone as the answer to a challenge of `receipt`, and check that the receipt
-    commits to it. Raises TraceError for each defect, "withheld-opening" where there is no file."""
+    commits to it. Raises TraceError for each defect, "withheld-opening" where there is no file. expecting: as
+    in `read_trace`."""
     path = Path(path)
     if not path.exists():
         raise withheld(path)
     check_challenge(receipt, challenge)
-    cells = len(opened_positions(challenge, receipt.header)) * len(receipt.header.layers)
-    limit = min(FILE_BYTES, HEADER_BYTES + cells * (4 * HIDDEN + 32 * 32))
-    return decode_opening(read_regular(path, limit), receipt, challenge, path)
+    with open_regular(path, UNEXPECTED_BYTES if expecting is None else FILE_BYTES) as stream:
+        return _read(stream, receipt, challenge, path, expecting)
 
 
-def decode_opening(data: bytes, receipt: Receipt, challenge: Challenge, path: Path) -> Opening:
+def decode_opening(
+    data: bytes, receipt: Receipt, challenge: Challenge, path: Path, expecting: Expecting | None = None
+) -> Opening:
     """Return the opening in `data`, checked as `read_opening` does; `path` is what errors name."""
+    return _read(io.BytesIO(data), receipt, challenge, path, expecting)
+
+
+def _read(
+    stream: BinaryIO | io.BytesIO,
+    receipt: Receipt,
+    challenge: Challenge,
+    path: Path,
+    expecting: Expecting | None,
+) -> Opening:
     check_challenge(receipt, challenge)
     header, positions = receipt.header, opened_positions(challenge, receipt.header)
     hashes = proof_length(receipt.n_cells, cell_indices(positions, len(header.layers)))
     names = {tensor_name(layer) for layer in header.layers} | ({PROOF} if hashes else set())
 
     def check(content: Any, entries: dict[str, Entry]) -> None:
-        if content != {"opening": 1, "commitment": challenge.commitment, "beacon": challenge.beacon}:
+        answered = {"opening": 1, "commitment": challenge.commitment, "beacon": challenge.beacon}
+        if content != answered or not is_version(content["opening"], 1):
             raise TraceError("other-challenge", f"{path}: answers another challenge, or is no opening")
         if wrong := sorted(set(entries) ^ names):
             raise TraceError("wrong-layers", f"{path}: {wrong[0]!r:.80} is missing, or should not be there")
@@ -130,8 +147,10 @@ def decode_opening(data: bytes, receipt: Receipt, challenge: Challenge, path: Pa
                 fits = fits and shape[0] == len(positions) and 0 < shape[1] <= HIDDEN
             if not fits:
                 raise TraceError("wrong-shape", f"{path}: {name} is {dtype:.20} {shape!s:.60}")
+            if name != PROOF and expecting is not None:
+                expecting(header, shape[1])
 
-    _, tensors = read_tensors(io.BytesIO(data), path, check)
+    _, tensors = read_tensors(stream, path, check)
     proof = tuple(bytes(row) for row in tensors.pop(PROOF, torch.empty(0)).tolist())
     states = {layer: tensors[tensor_name(layer)] for layer in header.layers}
     opening = Opening(challenge.commitment, challenge.beacon, states, proof)

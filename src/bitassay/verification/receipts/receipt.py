@@ -10,7 +10,8 @@ A receipt is whole in itself: it holds the header, the root, the public key and 
 one line of JSON, a list. Digests are base64, and token ids are four bytes each before base64, which makes 5.3
 bytes a token. Positions are not written: they are always those of prompt and output but for the last token.
 Only the one spelling that `encode` gives is read, so a receipt cannot be altered without breaking the
-signature.
+signature. It is version 1 where the numerics have the eight fields that every header has, else version 2,
+which lists all fields.
 
 What it leaves out: time (a signature says who, not when; the verifier's nonce and beacon say after what) and
 who owns the key. The verifier must learn the public key by another way, and say so; a receipt by any other
@@ -19,6 +20,7 @@ key proves nothing.
 
 import hashlib
 from base64 import b64decode, b64encode
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,12 +33,14 @@ from bitassay.record.files import atomic_file
 from bitassay.record.hashing import canonical_json
 from bitassay.verification.container import TraceError, read_regular, strict_json
 from bitassay.verification.numerics import Numerics
+from bitassay.verification.receipts.keys import is_sound
 from bitassay.verification.receipts.merkle import cell_leaves, merkle_root
 from bitassay.verification.trace import Header, Sampling, Trace, check_consistent, validate_header
 
 RECEIPT_BYTES = 2**22
 COMMITMENT, SIGNED = b"bitassay commitment 1\0", b"bitassay receipt 1\0"
-_VERSION = "bitassay receipt 1"
+_VERSION, _VERSION_2 = "bitassay receipt 1", "bitassay receipt 2"
+_NUMERICS = {_VERSION: tuple(Numerics.model_fields)[:8], _VERSION_2: tuple(Numerics.model_fields)}
 _DIGESTS = ("weights_digest", "tokenizer_digest", "recipe_id", "config_digest")  # the last may be missing
 _CLAIMS = ("version", "model", "numerics", "sampling", "nonce", "layers", "prompt", "ids")
 _FIELDS = (*_CLAIMS, "root", "key", "signature")
@@ -84,12 +88,16 @@ def trace_leaves(trace: Trace) -> list[bytes]:
 
 
 def check_signature(receipt: Receipt, where: str = "receipt") -> None:
-    """Raise the TraceError "bad-signature" unless the receipt's own key signed it."""
+    """Raise the TraceError "bad-signature" unless the receipt's own key signed it, and "weak-key" where
+    others than its owner could have."""
     try:
         key = Ed25519PublicKey.from_public_bytes(receipt.key)
         key.verify(receipt.signature, SIGNED + receipt.commitment)
     except (InvalidSignature, ValueError) as error:
         raise TraceError("bad-signature", f"{where}: its key has not signed these claims") from error
+    if not is_sound(receipt.key):
+        problem = "its key is not of prime order, so anybody could have signed"
+        raise TraceError("weak-key", f"{where}: {problem}")
 
 
 def write_receipt(path: str | Path, receipt: Receipt) -> None:
@@ -112,12 +120,13 @@ def encode(receipt: Receipt) -> bytes:
     it."""
     header = receipt.header
     ids = np.array([*header.prompt_ids, *header.output_ids], "<u4")
+    version = _VERSION if set(header.numerics.model_dump()) == set(_NUMERICS[_VERSION]) else _VERSION_2
     names = _DIGESTS if header.model.config_digest else _DIGESTS[:-1]
     digests = (getattr(header.model, name) for name in names)
     content = {
-        "version": _VERSION,
+        "version": version,
         "model": [header.model.name, *(_text(bytes.fromhex(each)) if each else None for each in digests)],
-        "numerics": list(header.numerics.model_dump().values()),
+        "numerics": [getattr(header.numerics, name) for name in _NUMERICS[version]],
         "sampling": list(header.sampling.model_dump().values()),
         "nonce": header.nonce,
         "layers": list(header.layers),
@@ -133,8 +142,8 @@ def encode(receipt: Receipt) -> bytes:
 def decode(data: bytes, where: Path) -> Receipt:
     """Return the receipt in `data`; its signature is not checked here. Raises TraceError."""
     values = strict_json(data, where)
-    if not isinstance(values, list) or len(values) != len(_FIELDS) or values[0] != _VERSION:
-        raise TraceError("not-a-receipt", f"{where}: not a {_VERSION!r}")
+    if not isinstance(values, list) or len(values) != len(_FIELDS) or values[0] not in (_VERSION, _VERSION_2):
+        raise TraceError("not-a-receipt", f"{where}: not a {_VERSION!r} or {_VERSION_2!r}")
     content: dict[str, Any] = dict(zip(_FIELDS, values, strict=True))
     model, prompt = content["model"], content["prompt"]
     if not isinstance(model, list) or len(model) - 1 not in (len(_DIGESTS), len(_DIGESTS) - 1):
@@ -150,8 +159,8 @@ def decode(data: bytes, where: Path) -> Receipt:
         {
             "schema_version": 1,
             "model": {"name": model[0], **digests},
-            "numerics": _named(content, "numerics", Numerics, where),
-            "sampling": _named(content, "sampling", Sampling, where),
+            "numerics": _named(content, "numerics", _NUMERICS[content["version"]], where),
+            "sampling": _named(content, "sampling", tuple(Sampling.model_fields), where),
             "nonce": content["nonce"],
             "prompt_ids": ids[:prompt],
             "output_ids": ids[prompt:],
@@ -177,14 +186,12 @@ def _check_positions(header: Header, where: str) -> None:
         )
 
 
-def _named(
-    content: dict[str, Any], name: str, part: type[Numerics | Sampling], where: Path
-) -> dict[str, Any]:
+def _named(content: dict[str, Any], name: str, fields: Sequence[str], where: Path) -> dict[str, Any]:
     """Return a list of values by the names of a part's fields, in their order."""
-    values, names = content[name], list(part.model_fields)
-    if not isinstance(values, list) or len(values) != len(names):
-        raise TraceError("header-field", f"{where}: {name} is not a list of {len(names)}")
-    return dict(zip(names, values, strict=True))
+    values = content[name]
+    if not isinstance(values, list) or len(values) != len(fields):
+        raise TraceError("header-field", f"{where}: {name} is not a list of {len(fields)}")
+    return dict(zip(fields, values, strict=True))
 
 
 def base64_text(data: bytes) -> str:
