@@ -3,9 +3,9 @@
     python benchmarks/proofs.py --model smollm2-135m --prompts 16 --out proofs.json
 
 Honest hosts compute the model in bf16, with eager attention, in fp16, and one request at a time; the others
-have INT8 weights, by row and in groups of 64, or an INT8 cache. One verifier in bf16 judges all. The threshold
-is the 99th percentile of all honest runs together, by number of tokens; a run counts where it is that long. A
-last part forges proofs for honest receipts, in each way of `FORGED_PROOFS`.
+have INT8 weights, by row and in groups of 64, or an INT8 cache. One verifier in bf16 judges all. The
+threshold is the 99th percentile of all honest runs together, by number of tokens; a run counts where it is
+that long. A last part forges proofs for honest receipts, in each way of `FORGED_PROOFS`.
 """
 
 import argparse

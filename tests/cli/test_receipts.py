@@ -218,15 +218,8 @@ def test_a_receipt_and_its_proof_are_judged_without_a_challenge(folder, bitassay
     receipt = read_receipt(tmp_path / "x.receipt")
 
     def judged(path):
-        files = (
-            "--receipt",
-            tmp_path / "x.receipt",
-            "--signer",
-            receipt.key.hex(),
-            "--profile",
-            tmp_path / "p.json",
-        )
-        done = bitassay("verify", *map(str, (path, *VERIFY, *files, "--format", "json")))
+        files = ("--proof", path, "--signer", receipt.key.hex(), "--profile", tmp_path / "p.json")
+        done = bitassay("verify", *map(str, (tmp_path / "x.receipt", *VERIFY, *files, "--format", "json")))
         (found,) = json.loads(done.out)["rows"]
         return done.status, found["status"], [reason["code"] for reason in found["reasons"]]
 
@@ -242,3 +235,8 @@ def test_a_receipt_and_its_proof_are_judged_without_a_challenge(folder, bitassay
     assert judged(altered) == (1, "FAIL", ["bad-signature"])
     assert judged(tmp_path / "x.receipt") == (1, "FAIL", ["not-a-proof"])
     assert bitassay("prove", *MODEL, *map(str, (*words, "--proof", "2"))).status == 2
+    both = ("--challenge", str(folder / "x.json"))
+    assert bitassay("verify", str(tmp_path / "x.receipt"), *VERIFY, "--proof", str(proof), *both).status == 2
+    missing = bitassay("verify", str(tmp_path / "no.receipt"), *VERIFY, "--proof", str(proof))
+    assert (missing.status, "no.receipt: no such file" in missing.err) == (2, True)
+    assert judged(tmp_path / "no.proof") == (1, "FAIL", ["withheld-proof"])

@@ -29,6 +29,7 @@ def verify(
     alpha: options.Alpha | None = None,
     receipt: Path | None = None,
     challenge: Path | None = None,
+    proof: Path | None = None,
     signer: str | None = None,
     ledger: Path | None = None,
     inconclusive_budget: options.Budget = 0.1,
@@ -45,7 +46,7 @@ def verify(
     result has every layer and both VeriLLM rule sets (docs/sources.md).
 
     Args:
-        traces: Trace files, or folders of them; with --receipt, the opening or the small proof.
+        traces: Trace files, or folders of them; with --receipt, the opening; with --proof, the receipt.
         profile: A calibration profile (default: the one that `bitassay calibrate` kept for model and
             numerics). Without --alpha, its false-positive rate applies.
         prompt: The prompt that every trace should answer.
@@ -53,9 +54,10 @@ def verify(
             trace answers count as unanswered.
         nonce: The nonce that was requested. With --prompts, "-" and the number of the prompt are appended.
         max_new_tokens: The number of tokens that was requested.
-        receipt: The host's signed receipt. TRACES is then the one opening that answers --challenge; without a
-            challenge, the one proof that `bitassay prove --proof` wrote.
+        receipt: The host's signed receipt. TRACES is then the one opening that answers --challenge.
         challenge: The challenge of the receipt that you drew; never a copy from the host.
+        proof: The small proof that `bitassay prove --proof` wrote. TRACES is then the one receipt that it
+            belongs to; there is no challenge.
         signer: The host's public key in hex, from a source that you trust. Without it nothing signed passes.
         ledger: Keep this host's requests in this file, from call to call, and judge all of them in their
             order. Use one file for each host and profile; no request counts twice.
@@ -63,10 +65,15 @@ def verify(
         unanswered: Requests, besides those of --prompts, that the host has not answered; each call of a
             ledger counts them.
     """
-    is_signed = any(option is not None for option in (receipt, challenge, signer))
-    if is_signed and (receipt is None or len(traces) != 1):
+    is_signed = any(option is not None for option in (receipt, challenge, proof, signer))
+    if proof is not None and (receipt is not None or challenge is not None or len(traces) != 1):
         raise BitassayError(
-            "a receipt is verified by one opening and the challenge that it answers, or by one proof",
+            "a proof is of one receipt, and answers no challenge",
+            "bitassay verify RECEIPT --proof FILE --signer KEY --model MODEL",
+        )
+    if is_signed and proof is None and (receipt is None or challenge is None or len(traces) != 1):
+        raise BitassayError(
+            "a receipt is verified by one opening and the challenge that it answers",
             "bitassay verify OPENING --receipt FILE --challenge FILE --signer KEY --model MODEL",
         )
     paths = traces if is_signed else trace_files(traces, may_be_none=bool(unanswered or (prompts and nonce)))
@@ -78,14 +85,13 @@ def verify(
     from bitassay.verification.trace_files import Asked, Keeping, SignedRequest, verify_files
 
     signed = None
-    if receipt is not None:
-        if not receipt.is_file():  # a missing opening is the host's fault, a missing receipt is not
-            raise BitassayError(f"{receipt}: no such file", "the receipt that the host sent")
-        signed = SignedRequest(
-            receipt,
-            None if challenge is None else read_challenge(challenge),
-            None if signer is None else public_key(signer),
-        )
+    known = None if signer is None else public_key(signer)
+    if proof is not None:
+        signed = SignedRequest(traces[0], known, proof=proof)
+    elif receipt is not None and challenge is not None:
+        signed = SignedRequest(receipt, known, read_challenge(challenge))
+    if signed is not None and not signed.path.is_file():  # a missing opening is the host's fault
+        raise BitassayError(f"{signed.path}: no such file", "the receipt that the host sent")
     host = signer.lower() if signer else None
     asked = Asked.of(
         len(paths),

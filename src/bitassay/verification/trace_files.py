@@ -176,12 +176,13 @@ def write_receipts(
 
 @dataclass(frozen=True)
 class SignedRequest:
-    """The host's signed receipt, the verifier's own challenge (None: a small proof takes its place), and the
-    key that it knows as the host's."""
+    """The host's signed receipt, the key that the verifier knows as the host's, and either the verifier's own
+    challenge or the host's small proof."""
 
     path: Path
-    challenge: Challenge | None
     signer: bytes | None
+    challenge: Challenge | None = None
+    proof: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -290,8 +291,8 @@ def verify_files(
     keeping: Keeping = Keeping(),
     progress: Progress = silent,
 ) -> FilesVerdict:
-    """Judge trace files, or with `receipt` one opening or proof, against `model`, which is called `name` in
-    verdicts.
+    """Judge trace files, or with `receipt` one opening or the receipt's proof, against `model`, which is
+    called `name` in verdicts.
 
     A file that cannot be read is a FAIL. keeping: of a ledger, whose sequence then includes the earlier
     requests.
@@ -303,7 +304,7 @@ def verify_files(
         if receipt is None:
             judged = _verify_traces(chunk, start, model, name, asked, options | {"progress": progress})
         else:
-            judged = [_verify_opening_file(chunk[0], receipt, model, name, asked.requests[0], options)]
+            judged = [_verify_signed_files(chunk[0], receipt, model, name, asked.requests[0], options)]
         account.enter(judged)
     account.close()
     return account.result([str(path) for path in paths], alpha)
@@ -461,7 +462,7 @@ def _verify_traces(
     return [(answers.get(index), verdicts[index]) for index in range(len(paths))]
 
 
-def _verify_opening_file(
+def _verify_signed_files(
     opening: Path,
     receipt: SignedRequest,
     model: PreTrainedModel,
@@ -474,11 +475,11 @@ def _verify_opening_file(
         signed = read_receipt(receipt.path)
         is_known = signed.key == receipt.signer
         answer = Answer.of(signed.header, signed.commitment if is_known else None)
-        if receipt.challenge is None:
-            judged = verify_proof(
-                signed, read_proof(opening, signed), model, signer=receipt.signer, request=request, **options
-            )
+        if receipt.proof is not None:
+            proof = read_proof(receipt.proof, signed)
+            judged = verify_proof(signed, proof, model, signer=receipt.signer, request=request, **options)
             return answer, judged
+        assert receipt.challenge is not None
         opened = read_opening(opening, signed, receipt.challenge, expecting(model, request))
     except TraceError as error:
         return answer, failed(error, name)

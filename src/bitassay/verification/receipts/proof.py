@@ -210,8 +210,11 @@ def write_proof(path: str | Path, signed: SignedProof) -> None:
 
 
 def read_proof(path: str | Path, receipt: Receipt) -> SignedProof:
-    """Read a proof that may come from anyone, and check that it belongs to `receipt`. Raises TraceError."""
+    """Read a proof that may come from anyone, and check that it belongs to `receipt`. Raises TraceError
+    for each defect, "withheld-proof" where there is no file."""
     path = Path(path)
+    if not path.exists():
+        raise TraceError("withheld-proof", f"{path}: the host has sent no proof")
     signed = decode_proof(read_regular(path, PROOF_BYTES), path)
     check_proof(signed, receipt, str(path))
     return signed
