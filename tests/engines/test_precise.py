@@ -124,8 +124,10 @@ def test_tied_embeddings_stay_tied(architecture):
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["fake", "packed"])
-@pytest.mark.parametrize("recipe", ["w4", "w8", "w8a8"])
-@pytest.mark.parametrize("architecture", ["llama", MIXTURE])
+@pytest.mark.parametrize(
+    ("architecture", "recipe"),
+    [("llama", "w4"), ("llama", "w8"), ("llama", "w8a8"), (MIXTURE, "w4"), (MIXTURE, "w8")],
+)
 def test_a_quantized_model_keeps_its_codes(architecture, recipe, packed):
     base = in_dtype(architecture, torch.float32)
     base.set_experts_implementation("eager") if architecture == MIXTURE else None

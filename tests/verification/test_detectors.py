@@ -49,9 +49,11 @@ def test_states_that_are_far_off(name, runs):
     assert score(name, runs, observation(shift=2.0)) > 10 > score(name, runs, observation())
 
 
-@pytest.mark.parametrize("name", ["token-difr", "token-flips", "token-outlier", "combined"])
-def test_tokens_that_lose(name, runs):
-    assert score(name, runs, observation(margin=0.5)) > 10 > score(name, runs, observation())
+@pytest.mark.parametrize(
+    ("name", "far"), [("token-difr", 10), ("token-flips", 10), ("token-outlier", 8), ("combined", 10)]
+)
+def test_tokens_that_lose(name, far, runs):
+    assert score(name, runs, observation(margin=0.5)) > far > score(name, runs, observation())
 
 
 @pytest.mark.parametrize("name", ["distance", "excess-distance", "toploc", "activation-difr"])
@@ -100,6 +102,8 @@ def test_observing_real_traces(honest, model):
             "verillm-paper": by_position,
             "verillm-documents": by_position,
             "activation-difr": by_position,
+            "proof-2": by_position,
+            "proof-8": by_position,
             "toploc": by_token,
             "token-difr": by_token,
             "token-flips": by_token,

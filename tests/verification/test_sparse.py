@@ -17,7 +17,7 @@ from bitassay.verification import container
 from bitassay.verification.container import FILE_BYTES, UNEXPECTED_BYTES, TraceError
 from bitassay.verification.structure import Request
 from bitassay.verification.trace import Trace, read_trace, write_trace
-from bitassay.verification.trace_files import verify_files
+from bitassay.verification.trace_files import Asked, verify_files
 from bitassay.verification.verdict import verify
 from verification.receipts import codes, refused
 
@@ -75,7 +75,9 @@ def test_what_does_not_fit_is_refused_before_a_number_is_read(name, trace, model
     change, hidden, dtype, code = SPARSE[name]
     write_sparse(tmp_path / "x.trace", changed(trace, **change), hidden, dtype)
     assert (tmp_path / "x.trace").stat().st_size < FILE_BYTES
-    result = verify_files([tmp_path / "x.trace"], model, [request_of(trace)], name="tiny", profile=profile)
+    result = verify_files(
+        [tmp_path / "x.trace"], model, Asked((request_of(trace),)), name="tiny", profile=profile
+    )
     assert result.verdicts[0].status == "FAIL"
     assert code in codes(result.verdicts[0])
 
@@ -93,17 +95,16 @@ SCRIPT = """
 import resource, sys
 from pathlib import Path
 from bitassay.testing.tiny import tiny_model
-from bitassay.verification.structure import Request
-from bitassay.verification.trace_files import verify_files
+from bitassay.verification.trace_files import Asked, verify_files
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 model = tiny_model("llama", num_hidden_layers=17)
-verify_files([Path(sys.argv[1])], model, [Request()], name="tiny")
+verify_files([Path(sys.argv[1])], model, Asked(), name="tiny")
 before = peak()
 for path in sys.argv[2:]:
-    result = verify_files([Path(path)], model, [Request()], name="tiny")
+    result = verify_files([Path(path)], model, Asked(), name="tiny")
     assert result.verdicts[0].status == "FAIL", result
 print(peak() - before)
 """
@@ -175,7 +176,9 @@ def test_all_that_is_wrong_is_said_at_once(trace, model, profile, tmp_path):
         }
     )
     write_trace(tmp_path / "x.trace", Trace(header, trace.states))
-    result = verify_files([tmp_path / "x.trace"], model, [request_of(trace)], name="tiny", profile=profile)
+    result = verify_files(
+        [tmp_path / "x.trace"], model, Asked((request_of(trace),)), name="tiny", profile=profile
+    )
     assert codes(result.verdicts[0]) == {"other-nonce", "tokens-after-end", "other-weights"}
     assert result.verdicts[0].n_tokens == trace.n_tokens
 
@@ -185,7 +188,7 @@ def test_a_dangling_link_is_a_trace_that_cannot_be_read(trace, model, profile, t
     write_trace(tmp_path / "good.trace", trace)
     (tmp_path / "gone.trace").symlink_to(tmp_path / "nowhere")
     paths = [tmp_path / "gone.trace", tmp_path / "good.trace"]
-    result = verify_files(paths, model, [request_of(trace)] * 2, name="tiny", profile=profile)
+    result = verify_files(paths, model, Asked((request_of(trace),) * 2), name="tiny", profile=profile)
     assert [verdict.status for verdict in result.verdicts] == ["FAIL", "PASS"]
     assert codes(result.verdicts[0]) == {"not-a-file"}
     with pytest.raises(TraceError):

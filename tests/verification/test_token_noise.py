@@ -42,7 +42,7 @@ def run(header, generator, sampler=SAMPLERS["greedy"], noise=NOISE, claimed=None
     return Comparison(changed, (), {}, Prefill({}, own), dtype, Prefill({}, exact))
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "top-p"])
 def test_as_many_near_ties_are_lost_as_predicted(header, sampler):
     """Over 200 honest runs; the statistic that sums them up is 0 on average."""
     generator, found, statistics = torch.Generator().manual_seed(0), [], []
@@ -59,6 +59,16 @@ def test_as_many_near_ties_are_lost_as_predicted(header, sampler):
     spread = (sum((value - mean) ** 2 for value in statistics) / (len(statistics) - 1)) ** 0.5
     assert abs(mean) < 3 * spread / len(statistics) ** 0.5
     assert 0.5 < spread < 1.3
+
+
+def test_the_rim_of_the_nucleus_adds_flips_that_are_not_predicted(header):
+    """A token that rounding moves in or out of the nucleus; what verdicts do about it is to calibrate."""
+    generator, flips, predicted = torch.Generator().manual_seed(0), 0.0, 0.0
+    for number in range(200):
+        named = header.model_copy(update={"nonce": f"run-{number}"})
+        _, flipped, p = margins_and_noise(run(named, generator, SAMPLERS["top-p"]))
+        flips, predicted = flips + float(flipped.sum()), predicted + float(p.sum())
+    assert 1 < flips / predicted < 1.4
 
 
 def test_noise_that_is_twice_the_verifiers_own_gives_more_flips_than_predicted(header):
@@ -97,7 +107,7 @@ def test_one_implausible_token_is_seen(header):
     )
     seen = [TOKEN_OUTLIER.statistic(check_outlier(each, None)[0].values) for each in (honest, one)]
     assert seen[0] == 0
-    assert seen[1] > 6
+    assert seen[1] > math.log1p(6)
     values = check_outlier(one, None)[0].values
     assert [index for index, value in enumerate(values) if value > 3] == [5]
     assert max(values) <= MOST_UNITS

@@ -48,7 +48,7 @@ def check(judged, name):
     was, now = EXPECTED[name], judged.to_dict()
     for exact in ("status", "trace_digest", "limit"):
         assert now[exact] == was[exact]
-    assert [reason["code"] for reason in now["reasons"]] == was["codes"]
+    assert list(dict.fromkeys(reason["code"] for reason in now["reasons"])) == was["codes"]
     assert now["hidden_distance"] == pytest.approx(was["hidden_distance"], rel=1e-3)
     assert now["mean_margin"] == pytest.approx(was["mean_margin"], rel=1e-3, abs=1e-5)
     assert now["accept_rate"] == pytest.approx(was["accept_rate"], abs=1e-9)

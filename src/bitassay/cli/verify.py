@@ -85,11 +85,12 @@ def verify(
     from bitassay.verification.trace_files import Asked, Keeping, SignedRequest, verify_files
 
     signed = None
+    drawn = None if challenge is None else read_challenge(challenge)
     known = None if signer is None else public_key(signer)
     if proof is not None:
         signed = SignedRequest(traces[0], known, proof=proof)
-    elif receipt is not None and challenge is not None:
-        signed = SignedRequest(receipt, known, read_challenge(challenge))
+    elif receipt is not None:
+        signed = SignedRequest(receipt, known, drawn)
     if signed is not None and not signed.path.is_file():  # a missing opening is the host's fault
         raise BitassayError(f"{signed.path}: no such file", "the receipt that the host sent")
     host = signer.lower() if signer else None

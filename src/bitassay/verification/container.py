@@ -109,9 +109,9 @@ def _read_tensor(
 ) -> Tensor:
     tensor = torch.empty(shape, dtype=dtype)
     stream.seek(start)
-    rest = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    rest = memoryview(tensor.view(-1).view(torch.uint8).numpy().data)
     while rest:
-        if not (count := stream.readinto(rest)):
+        if not (count := stream.readinto(rest)):  # type: ignore[union-attr]
             raise TraceError("truncated", f"{path}: it became shorter while it was read")
         rest = rest[count:]
     return tensor

@@ -17,6 +17,9 @@ as the verifier's own. Two statistics of the first n tokens:
 The mean margin of `token_difr.py` lets a host choose at every near tie: nothing that it can do there is large
 in nats. But near ties are rare and their honest rate is known, so that *how often* the second best is taken
 tells, over a few requests, and a single token that rounding cannot explain tells at once.
+
+Left out: with top-p a token on the rim of the nucleus may fall in or out by rounding, which p does not know;
+profiles are calibrated for one sampler, and so absorb it.
 """
 
 import math
