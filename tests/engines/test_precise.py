@@ -95,8 +95,17 @@ def test_it_is_a_copy_in_the_higher_precision_bit_for_bit(architecture, dtype):
     check(in_dtype(architecture, dtype))
 
 
+INEXACT = ("git", "moshi")  # part of them goes on in the model's dtype
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", architectures())
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        pytest.param(name, marks=pytest.mark.xfail(strict=True)) if name in INEXACT else name
+        for name in architectures()
+    ],
+)
 def test_it_is_that_of_every_architecture(model_type):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -178,7 +178,7 @@ def test_a_library_of_other_statistics_is_refused(profile, library, tmp_path):
 @pytest.mark.slow
 def test_suspects_are_named_and_the_profile_is_written_with_them(suspected, tmp_path):
     assert set(suspected.library.kinds) == {HONEST, "int2", "kv4"}
-    assert suspected.library.dimensions == 9
+    assert suspected.library.dimensions == 7
     assert read_profile(write_profile(suspected, tmp_path / "p.json")) == suspected
     right = sum(called[name] for name, called in suspected.library.confusion.items())
     assert right >= 0.8 * sum(sum(called.values()) for called in suspected.library.confusion.values())

@@ -19,7 +19,7 @@ from bitassay.verification.verdict import verify_many
 def test_smollm_passes_and_its_quantized_copies_fail(round_weights):
     prompts = [bundled_prompts()[index] for index in np.random.default_rng(0).permutation(800)[:136]]
     model = load("smollm2-135m", dtype=torch.bfloat16)
-    profile = calibrate(model, model, prompts[:80], max_new_tokens=24, alpha=0.05, guarantee="average")
+    profile = calibrate(model, model, prompts[:56], max_new_tokens=24, alpha=0.05, guarantee="average")
     assert stats.binom.sf(profile.held_out.rejected - 1, profile.held_out.n, profile.alpha) > 0.001
 
     def verdicts(prover, asked):

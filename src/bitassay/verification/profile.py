@@ -29,7 +29,8 @@ from bitassay.verification.attribution import Attribution, Library
 from bitassay.verification.container import first_defect
 from bitassay.verification.detectors.detector import Part
 from bitassay.verification.detectors.excess_distance import ROUNDING
-from bitassay.verification.detectors.registry import DECIDING, STATES, TOKEN_DETECTORS
+from bitassay.verification.detectors.registry import DECIDING, STATES
+from bitassay.verification.detectors.token_difr import TOKEN_DIFR
 from bitassay.verification.numerics import Numerics
 from bitassay.verification.observe import Observation
 from bitassay.verification.scores import (
@@ -46,6 +47,7 @@ from bitassay.verification.trace import TOKENS, ModelClaim, Sampling
 
 SCHEMA_VERSION = 3
 MAX_DAYS = 400
+MARGINS = TOKEN_DIFR.name
 UNLIKE = 0.01  # the share of requests like those of calibration that count as unlike them
 ALPHA = 0.01  # the default false-positive rate of a verdict on an honest run
 
@@ -162,7 +164,7 @@ class Profile(BaseModel):
             raise ValueError(f"it expires before it was created, or more than {MAX_DAYS} days after")
         if self.created > datetime.now(UTC) + timedelta(days=1):
             raise ValueError("it was created in the future")
-        if self.library and self.library.dimensions != 2 * len(self.layers) + len(TOKEN_DETECTORS):
+        if self.library and self.library.dimensions != 2 * len(self.layers) + 1:
             raise ValueError("the library is of other statistics")
         return self
 
@@ -245,8 +247,8 @@ def library_statistics(
     observation: Observation, fits: Mapping[str, tuple[Fit, ...]], length: int
 ) -> np.ndarray:
     """Return what attribution looks at, of a run cut at `length`: the z of each layer's generated and prompt
-    positions, then the tokens'."""
-    computed = statistics(observation, DECIDING, length, length + 1)
+    positions, then the mean margin's; the other checks of tokens have long tails, unlike a Gaussian."""
+    computed = statistics(observation, (STATES, MARGINS), length, length + 1)
     assert computed is not None
     return np.array([statistic.value for statistic in standardise(computed, fits, length)])
 
