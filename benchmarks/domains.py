@@ -21,14 +21,13 @@ from pydantic import TypeAdapter
 
 import bitassay
 from bitassay.data.corpora import calibration_prompts, prompts_from
-from bitassay.engines.prompts import encode_prompt
 from bitassay.engines.sampling import GREEDY
 from bitassay.evaluation.statistics import clopper_pearson_interval
 from bitassay.record.files import write_json
 from bitassay.studies.attacks.study import VARIANTS, AttackPlan, RequestSet
 from bitassay.verification.attacks.attack import Setting
 from bitassay.verification.attacks.registry import ATTACKS
-from bitassay.verification.calibrate import calibrate
+from bitassay.verification.calibrate import calibrate, fitting
 from bitassay.verification.detectors.excess_distance import ROUNDING
 from bitassay.verification.observe import Observation, observe
 from bitassay.verification.profile import UNLIKE, Profile, read_profile, write_profile
@@ -60,10 +59,14 @@ def outcomes(profile: Profile, runs: list[Observation], alpha: float) -> dict[st
 def cells(name: str, arguments: argparse.Namespace, folder: Path) -> Iterator[tuple[str, str, Path]]:
     """Yield domain, numerics or attack, and the file of the observations of each cell, once it is there."""
     model = bitassay.load(name, dtype="bfloat16")
+    names = [*profile_of(model, arguments, folder).fits, ROUNDING.name]
     plan = AttackPlan(sequences=arguments.requests, tokens=arguments.tokens, batch=16)
     for path in sorted(DOMAINS.glob("*.jsonl.gz")):
         domain = path.name.partition(".")[0]
-        prompts = [encode_prompt(model, prompt) for prompt in prompts_from(path)[: arguments.requests]]
+        prompts = fitting(prompts_from(path), model, arguments.tokens)[: arguments.requests]
+        if not prompts:
+            print(f"{domain}: no prompt fits the model's context")
+            continue
         for kind in (*arguments.numerics, *arguments.attacks):
             file = folder / f"{domain}-{kind}.json"
             if not file.exists():
@@ -74,13 +77,12 @@ def cells(name: str, arguments: argparse.Namespace, folder: Path) -> Iterator[tu
                         submitted = VARIANTS[kind].run(asked)
                     else:
                         submitted = ATTACKS[kind].run(Setting(model, asked.traces, plan.batch))
-                    names = [*profile_of(name, model, arguments, folder).fits, ROUNDING.name]
                     runs += observe(submitted, model, [Request()] * len(submitted), names)
                 write_json(file, OBSERVATIONS.dump_python(runs, mode="json"))
             yield domain, kind, file
 
 
-def profile_of(name: str, model, arguments: argparse.Namespace, folder: Path) -> Profile:
+def profile_of(model, arguments: argparse.Namespace, folder: Path) -> Profile:
     """The profile of the folder; it is calibrated where there is none yet."""
     path = folder / "profile.json"
     if not path.exists():

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 from datetime import timedelta
 from itertools import combinations
 from math import comb
@@ -401,3 +402,10 @@ def test_a_pool_of_mostly_honest_traces_with_a_third_cheated_fails():
 def test_verdicts_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         scored("PASS", 0.5).status = "FAIL"
+
+
+@pytest.mark.parametrize("alpha", [0.0, -1.0, math.nan, 1.5])
+def test_what_is_no_rate_is_refused_instead_of_the_profiles_taken(honest, model, profile, alpha):
+    """0 was the profile's, and with NaN nothing was ever refused."""
+    with pytest.raises(BitassayError, match="not between 0 and 1"):
+        verify(honest[0], model, profile=profile, alpha=alpha)

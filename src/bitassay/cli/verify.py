@@ -93,7 +93,7 @@ def verify(
         signed = SignedRequest(receipt, known, drawn)
     if signed is not None and not signed.path.is_file():  # a missing opening is the host's fault
         raise BitassayError(f"{signed.path}: no such file", "the receipt that the host sent")
-    host = signer.lower() if signer else None
+    host = signer
     asked = Asked.of(
         len(paths),
         prompt,

@@ -72,8 +72,8 @@ def decision(
         return made("FAIL", f"{len(failing)} of {len(verdicts)} fail exact checks: {first}")
     if len(verdicts) == 1 and not unanswered and not with_ledger:
         (verdict,) = verdicts
-        if verdict.p_value is not None:
-            tests["trace"] = (verdict.p_value, alpha)
+        if verdict.p_value is not None and verdict.refusal is not None:
+            tests["trace"] = (verdict.refusal, alpha)
         return made(verdict.status, "; ".join(reason.sentence for reason in verdict.reasons))
     if len(scored) == 1 and scored[0].p_value is not None:
         tests["trace"] = (scored[0].p_value, (SET + FAILS) * alpha)

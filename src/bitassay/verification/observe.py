@@ -83,12 +83,14 @@ def compared(
     progress("verifying", len(keys), len(keys))
 
 
-def compare(trace: Trace, model: PreTrainedModel) -> Comparison:
-    """Return one trace, whose shape is known to be right, beside the verifier's prefill of it."""
-    ((_, comparison),) = compared(
-        {0: OpenedStates(trace.header, trace.header.positions, trace.states)}, model
-    )
-    return comparison
+def compare(trace: Trace, model: PreTrainedModel, precise: bool = True) -> Comparison:
+    """Return one trace, whose shape is known to be right, beside the verifier's prefill of it. precise: also
+    in the next higher precision, which some detectors need."""
+    if precise:
+        ((_, own, higher),) = precise_prefills([trace.header], model)
+    else:
+        ((_, own),), higher = prefills([trace.header], model), None
+    return Comparison(trace.header, trace.header.positions, trace.states, own, model.dtype, higher)
 
 
 def prefills(headers: Sequence[Header], model: PreTrainedModel) -> Iterator[tuple[int, Prefill]]:

@@ -13,33 +13,25 @@ Left out: prompt positions, the layers before the last, and Merkle proofs. What 
 here; a challenge may still ask for it.
 """
 
-from dataclasses import replace
 from datetime import datetime
 
 from transformers import PreTrainedModel
 
 from bitassay.engines.decode import Prefill
 from bitassay.models.identity import identity
-from bitassay.record.hashing import digest_json
 from bitassay.verification.detectors.detector import Comparison
 from bitassay.verification.detectors.excess_distance import ROUNDING
 from bitassay.verification.detectors.registry import DETECTORS, TOKEN_DETECTORS
 from bitassay.verification.detectors.small_proof import check_claimed
 from bitassay.verification.observe import Observation, precise_prefills
-from bitassay.verification.profile import UNLIKE, Profile, Score
+from bitassay.verification.profile import Profile, Score
 from bitassay.verification.receipts.proof import SignedProof, check_proof
-from bitassay.verification.receipts.receipt import Receipt, check_signature
+from bitassay.verification.receipts.receipt import Receipt
 from bitassay.verification.scores import standardise, statistics
-from bitassay.verification.structure import Reason, Request, Status, claim_defects, header_defects
+from bitassay.verification.structure import Reason, Request, claim_defects, header_defects
+from bitassay.verification.submissions import check_signer, unknown_signer
 from bitassay.verification.trace import Header, TraceError
-from bitassay.verification.verdict import (
-    FAR,
-    Verdict,
-    as_honest,
-    profile_for,
-    unlike_honest_runs,
-    why_undecided,
-)
+from bitassay.verification.verdict import Verdict, concluded, profile_for, why_undecided
 
 
 def verify_proof(
@@ -61,9 +53,7 @@ def verify_proof(
     """
     header, name, tokens = receipt.header, identity(model).name, len(receipt.header.output_ids)
     try:
-        check_signature(receipt)
-        if signer is not None and signer != receipt.key:
-            raise TraceError("other-signer", f"signed by {receipt.key.hex()}, not {signer.hex()}")
+        check_signer(receipt, signer)
         check_proof(signed, receipt)
     except TraceError as error:
         return Verdict("FAIL", (Reason(error.code, error.problem),), name, tokens)
@@ -74,42 +64,20 @@ def verify_proof(
     ((_, own, precise),) = precise_prefills([header], model)
     observation = observed(header, signed, own, precise, model)
     undecided = why_undecided(profile, header, model, observation, alpha, now)
-    if signer is None:
-        sentence = f"signed by {receipt.key.hex()}; nobody has said whose key that is"
-        undecided.insert(0, Reason("unknown-signer", sentence))
+    undecided = [*unknown_signer(receipt, signer), *undecided]
     proof = detector_of(signed, header)
     if profile is not None and proof not in profile.fits:
         sentence = f"the profile does not know {proof}; run bitassay calibrate --detectors {proof}"
         undecided.append(Reason("profile-other-detector", sentence))
-    verdict = Verdict("FAIL", tuple(reasons), name, tokens, observation, n_prompt=len(header.prompt_ids))
-    if profile is None or undecided:
-        return replace(
-            verdict, status="FAIL" if reasons else "INCONCLUSIVE", reasons=tuple(reasons or undecided)
-        )
-    alpha = alpha or profile.alpha
-    limit = min(header.sampling.max_new_tokens - 1, profile.generated_positions[1])
-    score = proof_score(observation, profile, proof)
-    refusal, unlike = profile.refusal(score.value, limit), profile.unlike_p_value(observation, limit)
-    if unlike <= UNLIKE and score.value < FAR:
-        sentence = "the text's rounding noise is unlike that of the calibration texts"
-        undecided = [Reason("unlike-calibration", f"{sentence} (p {unlike:.2g})")]
-    elif refusal <= alpha:
-        reasons += unlike_honest_runs(score, profile, alpha, limit)
-    status: Status = "FAIL" if reasons else "INCONCLUSIVE" if undecided else "PASS"
-    return replace(
-        verdict,
-        status=status,
-        reasons=tuple(reasons or undecided or [Reason("as-honest", as_honest(header))]),
-        p_value=None if undecided else profile.p_value(score.value, limit),
-        refusal=refusal,
-        unlike=unlike,
-        score=score,
-        alpha=alpha,
-        profile=profile.digest,
-        n_calibration=profile.n,
-        limit=limit,
-        trace=digest_json(header.model_dump(mode="json")),
-        calibration=profile,
+    evidence = Verdict("INCONCLUSIVE", (), name, tokens, observation, n_prompt=len(header.prompt_ids))
+    return concluded(
+        evidence,
+        header,
+        reasons,
+        undecided,
+        profile,
+        alpha,
+        lambda calibrated: proof_score(observation, calibrated, proof),
     )
 
 

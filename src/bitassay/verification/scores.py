@@ -171,6 +171,14 @@ def guaranteed_p_value(value: float, honest: Sequence[float], confidence: float 
     return float(stats.beta.ppf(confidence, worse + 1, len(honest) - worse)) if worse < len(honest) else 1.0
 
 
+def checked_alpha(alpha: float) -> float:
+    """Return `alpha`. Raises BitassayError for what is no false-positive rate: NaN, 0, and what is not between
+    0 and 1."""
+    if not 0 < alpha <= 1:
+        raise BitassayError(f"a false-positive rate of {alpha} is not between 0 and 1", "0.01")
+    return alpha
+
+
 def threshold(honest: Float64[np.ndarray, " n"], alpha: float) -> float:
     """Return the score above which p <= alpha; infinite where there are too few honest scores."""
     if not 0 < alpha < 1:

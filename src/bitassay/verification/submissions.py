@@ -104,20 +104,27 @@ def check_opened(
     header = receipt.header
     tokens = len(header.output_ids)
     try:
-        check_signature(receipt)
-        if signer is not None and signer != receipt.key:
-            raise TraceError("other-signer", f"signed by {receipt.key.hex()}, not {signer.hex()}")
+        check_signer(receipt, signer)
         check_opening(opening, receipt, challenge)
     except TraceError as error:
         return CheckResult(tokens, (Reason(error.code, error.problem),))
     if defects := header_defects(header, model) + hidden_size_defects(opening.states, model):
         return CheckResult(tokens, tuple(defects))
-    undecided: tuple[Reason, ...] = ()
-    if signer is None:
-        sentence = f"signed by {receipt.key.hex()}; nobody has said whose key that is"
-        undecided = (Reason("unknown-signer", sentence),)
     opened = OpenedStates(header, opened_positions(challenge, header), opening.states)
-    return _comparable(opened, model, request, undecided)
+    return _comparable(opened, model, request, unknown_signer(receipt, signer))
+
+
+def check_signer(receipt: Receipt, signer: bytes | None) -> None:
+    """Raise TraceError unless the receipt's key has signed it and is that of `signer`, where one is known."""
+    check_signature(receipt)
+    if signer is not None and signer != receipt.key:
+        raise TraceError("other-signer", f"signed by {receipt.key.hex()}, not {signer.hex()}")
+
+
+def unknown_signer(receipt: Receipt, signer: bytes | None) -> tuple[Reason, ...]:
+    """Return why nothing signed can be decided where nobody knows whose key it is."""
+    sentence = f"signed by {receipt.key.hex()}; nobody has said whose key that is"
+    return () if signer is not None else (Reason("unknown-signer", sentence),)
 
 
 def _check_response(response: ReceiptResponse, model: PreTrainedModel, request: Request) -> CheckResult:

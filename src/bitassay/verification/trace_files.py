@@ -54,6 +54,7 @@ from bitassay.verification.receipts.challenge import Challenge
 from bitassay.verification.receipts.opening import read_opening
 from bitassay.verification.receipts.proof import read_proof, sign_proof, write_proof
 from bitassay.verification.receipts.receipt import commit, read_receipt, write_receipt
+from bitassay.verification.scores import checked_alpha
 from bitassay.verification.sequential import SequentialEvidence
 from bitassay.verification.structure import Reason, Request, expecting
 from bitassay.verification.trace import (
@@ -372,7 +373,7 @@ class _Account:
         return is_hosts_doing(verdict, answer.header, self.scale, numerics(self.model))
 
     def result(self, names: Sequence[str], alpha: float | None) -> FilesVerdict:
-        level = alpha or (self.scale.alpha if self.scale else ALPHA)
+        level = (self.scale.alpha if self.scale else ALPHA) if alpha is None else checked_alpha(alpha)
         found = self._standings(names)
         verdicts = [
             replace(verdict, status="FAIL", reasons=(Reason("equivocation", standing.note or ""),))

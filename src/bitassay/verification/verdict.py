@@ -15,10 +15,9 @@ trace looks like an honest run of the verifier's model; it does not say that the
 anybody.
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
-from functools import partial
 from math import exp
 from pathlib import Path
 from statistics import fmean
@@ -51,7 +50,7 @@ from bitassay.verification.profile import UNLIKE, Profile, Score, find_profile, 
 from bitassay.verification.receipts.challenge import Challenge
 from bitassay.verification.receipts.opening import Opening
 from bitassay.verification.receipts.receipt import Receipt
-from bitassay.verification.scores import lower_bound, runs_needed
+from bitassay.verification.scores import checked_alpha, lower_bound, runs_needed
 from bitassay.verification.structure import Reason, RefusedError, Request, Status
 from bitassay.verification.submissions import CheckResult, check_opened, check_submission
 from bitassay.verification.trace import Header, ModelClaim, Trace, TraceError
@@ -303,37 +302,61 @@ def decide(
     header = comparison.header
     profile = profile or profile_for(header, model)
     names = dict.fromkeys((DISTANCE.name, ROUNDING.name, *DECIDING, *(profile.fits if profile else ())))
-    observation = reduced(comparison, list(names))
-    cells = run_statistics(comparison)
-    reasons = [*checked.defects, *_nonfinite_mismatches(cells, model)]
-    undecided = [*checked.undecided, *why_undecided(profile, header, model, observation, alpha, now)]
-    verdict = partial(
-        Verdict,
-        model=identity(model).name,
-        n_tokens=checked.tokens,
-        observation=observation,
-        cells=cells,
-        n_prompt=comparison.n_prompt,
-        format=_format(model),
+    observation, cells = reduced(comparison, list(names)), run_statistics(comparison)
+    evidence = Verdict(
+        "INCONCLUSIVE",
+        (),
+        identity(model).name,
+        checked.tokens,
+        observation,
+        cells,
+        comparison.n_prompt,
+        _format(model),
     )
-    if profile is None or undecided:
-        return verdict("FAIL" if reasons else "INCONCLUSIVE", tuple(reasons or undecided))
-    alpha = alpha or profile.alpha
-    limit = min(header.sampling.max_new_tokens - 1, profile.generated_positions[1])
     judged = observation
-    if len(comparison.positions) < len(header.positions):
+    if profile and len(comparison.positions) < len(header.positions):
         judged = lower_bound(observation, header, profile.fits, profile.generated_positions[1])
-    score = profile.score(judged)
+    verdict = concluded(
+        evidence,
+        header,
+        [*checked.defects, *_nonfinite_mismatches(cells, model)],
+        [*checked.undecided, *why_undecided(profile, header, model, observation, alpha, now)],
+        profile,
+        alpha,
+        lambda calibrated: calibrated.score(judged),
+    )
+    calibration = verdict.calibration
+    return replace(verdict, attribution=calibration.attribution(observation)) if calibration else verdict
+
+
+def concluded(
+    evidence: Verdict,
+    header: Header,
+    reasons: Sequence[Reason],
+    undecided: Sequence[Reason],
+    profile: Profile | None,
+    alpha: float | None,
+    score_of: Callable[[Profile], Score],
+) -> Verdict:
+    """Return the verdict on a run with this evidence: FAIL for `reasons` of exact checks whatever else, no
+    decision for `undecided`, else what `profile` makes of the score."""
+    observation = evidence.observation
+    if profile is None or undecided or observation is None:
+        status: Status = "FAIL" if reasons else "INCONCLUSIVE"
+        return replace(evidence, status=status, reasons=tuple(reasons or undecided))
+    alpha = level(alpha, profile)
+    limit = min(header.sampling.max_new_tokens - 1, profile.generated_positions[1])
+    score = score_of(profile)
     refusal, unlike = profile.refusal(score.value, limit), profile.unlike_p_value(observation, limit)
     if unlike <= UNLIKE and score.value < FAR:
         sentence = "the text's rounding noise is unlike that of the calibration texts"
         undecided = [Reason("unlike-calibration", f"{sentence} (p {unlike:.2g})")]
     elif refusal <= alpha:
-        reasons += unlike_honest_runs(score, profile, alpha, limit)
-    status: Status = "FAIL" if reasons else "INCONCLUSIVE" if undecided else "PASS"
-    return verdict(
-        status,
-        tuple(reasons or undecided or [Reason("as-honest", as_honest(header))]),
+        reasons = [*reasons, *_unlike_honest_runs(score, profile, alpha, limit)]
+    return replace(
+        evidence,
+        status="FAIL" if reasons else "INCONCLUSIVE" if undecided else "PASS",
+        reasons=tuple(reasons or undecided or [Reason("as-honest", _as_honest(header))]),
         p_value=None if undecided else profile.p_value(score.value, limit),
         refusal=refusal,
         unlike=unlike,
@@ -344,8 +367,13 @@ def decide(
         limit=limit,
         trace=digest_json(header.model_dump(mode="json")),
         calibration=profile,
-        attribution=profile.attribution(observation),
     )
+
+
+def level(alpha: float | None, profile: Profile) -> float:
+    """Return the false-positive rate of a verdict: the profile's, where no other is asked for. Raises
+    BitassayError for one that is not between 0 and 1."""
+    return profile.alpha if alpha is None else checked_alpha(alpha)
 
 
 def _format(model: PreTrainedModel) -> str:
@@ -387,7 +415,9 @@ def why_undecided(
         reasons["no-configuration"] = sentence
     elif profile.layers != header.layers:
         reasons["profile-other-model"] = f"the profile is of layers {list(profile.layers)}"
-    elif wrong := [name for name, n in counts.items() if len(observation.series.get(name, range(n))) != n]:
+    elif wrong := [
+        name for name, n in counts.items() if len(observation.series.get(name) or ()) not in (0, n)
+    ]:
         reasons["profile-other-detector"] = f"the profile is of another version of {wrong[0]}"
     low_rate, _ = profile.held_out.interval
     if low_rate > profile.alpha:
@@ -402,7 +432,7 @@ def why_undecided(
         reasons["too-few-tokens"] = f"{observation.positions} {calibrated}"
     elif generated > high:
         reasons["beyond-profile"] = f"{generated} {calibrated}"
-    alpha = alpha or profile.alpha
+    alpha = level(alpha, profile)
     if profile.n < (needed := runs_needed(alpha, profile.guarantee)):
         guarantee = f"with the guarantee {profile.guarantee!r}"
         sentence = f"alpha {alpha:g} {guarantee} needs {needed} honest runs, the profile has {profile.n}"
@@ -410,7 +440,7 @@ def why_undecided(
     return [Reason(code, sentence) for code, sentence in reasons.items()]
 
 
-def as_honest(header: Header) -> str:
+def _as_honest(header: Header) -> str:
     sentence = "states and tokens are those of an honest run"
     if header.model.config_digest is None:
         sentence += "; the trace does not say with which configuration, as older ones do not"
@@ -423,7 +453,7 @@ def _nonfinite_mismatches(cells: CellStatistics, model: PreTrainedModel) -> list
     return [Reason("nonfinite-mismatch", sentence)] if count else []
 
 
-def unlike_honest_runs(score: Score, profile: Profile, alpha: float, limit: int) -> list[Reason]:
+def _unlike_honest_runs(score: Score, profile: Profile, alpha: float, limit: int) -> list[Reason]:
     """Return which parts of the evidence are too unlike honest runs by themselves."""
     parts = []
     for name, value in score.detectors.items():
