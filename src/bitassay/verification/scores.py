@@ -172,8 +172,8 @@ def guaranteed_p_value(value: float, honest: Sequence[float], confidence: float 
 
 
 def checked_alpha(alpha: float) -> float:
-    """Return `alpha`. Raises BitassayError for what is no false-positive rate: NaN, 0, and what is not between
-    0 and 1."""
+    """Return `alpha`. Raises BitassayError for what is no false-positive rate: NaN, and what is not above 0
+    and at most 1."""
     if not 0 < alpha <= 1:
         raise BitassayError(f"a false-positive rate of {alpha} is not between 0 and 1", "0.01")
     return alpha
