@@ -56,8 +56,8 @@ def calibrate(
             attack of `bitassay attack` except those that exact checks catch.
         suspect_runs: Number of prompts on which each suspect is run; half of them measure how often it is
             named correctly.
-        detectors: Detectors that decide verdicts, besides the distance of the states and the margins of the
-            tokens: any detector of `bitassay attack`, or of an installed plug-in.
+        detectors: Detectors that decide verdicts, besides those of states and tokens that always do: any
+            detector of `bitassay attack`, or of an installed plug-in.
         expires_days: How long the profile is valid.
         study: Fit the thresholds of these experiments instead: exp1 to exp5.
         trials: Honest runs in a study, and runs of each attack.
@@ -153,6 +153,7 @@ def calibrate(
 COLUMNS = (
     Column("model", "model", align="left"),
     Column("alpha", "alpha", significant(2)),
+    Column("guarantee", "guarantee", align="left"),
     Column("n_calibration", "honest\nscores"),
     Column("n_held_out", "held out"),
     Column("false_positive_rate", "refused", percent(1)),

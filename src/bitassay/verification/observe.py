@@ -96,22 +96,26 @@ def compare(trace: Trace, model: PreTrainedModel, precise: bool = True) -> Compa
 def prefills(headers: Sequence[Header], model: PreTrainedModel) -> Iterator[tuple[int, Prefill]]:
     """Yield the model's states and logits for each claimed run, by its index, in batches of similar
     length."""
-    lengths = [len(header.prompt_ids) + len(header.output_ids) - 1 for header in headers]
-    for batch in token_batches(lengths, default_batch_tokens(model)):
-        yield from zip(batch, _prefill([headers[index] for index in batch], model), strict=True)
+    for batch, of_batch in _batches(headers, model):
+        yield from zip(batch, _prefill(of_batch, model), strict=True)
 
 
 def precise_prefills(
     headers: Sequence[Header], model: PreTrainedModel
 ) -> Iterator[tuple[int, Prefill, Prefill]]:
     """Yield the same as `prefills`, each with what it is in the next higher precision."""
-    lengths = [len(header.prompt_ids) + len(header.output_ids) - 1 for header in headers]
-    for batch in token_batches(lengths, default_batch_tokens(model)):
-        of_batch = [headers[index] for index in batch]
+    for batch, of_batch in _batches(headers, model):
         own = _prefill(of_batch, model)
         with higher_precision(model):
             precise = _prefill(of_batch, model)
         yield from zip(batch, own, precise, strict=True)
+
+
+def _batches(headers: Sequence[Header], model: PreTrainedModel) -> Iterator[tuple[list[int], list[Header]]]:
+    """Yield indices and headers of runs of similar length."""
+    lengths = [len(header.prompt_ids) + len(header.output_ids) - 1 for header in headers]
+    for batch in token_batches(lengths, default_batch_tokens(model)):
+        yield batch, [headers[index] for index in batch]
 
 
 def _prefill(headers: Sequence[Header], model: PreTrainedModel) -> list[Prefill]:
