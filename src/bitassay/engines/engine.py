@@ -19,6 +19,7 @@ from bitassay.engines.decode import Generation, Prefill, TokenIds
 from bitassay.engines.prompts import encode_prompt
 from bitassay.engines.sampling import GREEDY, Sampler
 from bitassay.models.options import attention_of
+from bitassay.models.precision import exact
 from bitassay.registry import Registry
 
 
@@ -78,9 +79,10 @@ class TransformersEngine:
         return decode.prefill(self.model, prompts, outputs, layers=layers)
 
     def logprobs(self, prompts: Sequence[TokenIds], outputs: Sequence[TokenIds]) -> list[Tensor]:
-        logprobs = [read.logits.double().log_softmax(-1) for read in self.prefill(prompts, outputs)]
-        columns = [torch.tensor(output)[:, None].to(self.model.device) for output in outputs]
-        return [rows.gather(1, column)[:, 0] for rows, column in zip(logprobs, columns, strict=True)]
+        logprobs = [exact(read.logits).log_softmax(-1) for read in self.prefill(prompts, outputs)]
+        columns = [torch.tensor(output)[:, None] for output in outputs]
+        pairs = zip(logprobs, columns, strict=True)
+        return [rows.gather(1, column.to(rows.device))[:, 0] for rows, column in pairs]
 
     def numerics(self) -> dict[str, Any]:
         dtype, cache = str(self.model.dtype).removeprefix("torch."), getattr(self.model, "kv_cache", None)

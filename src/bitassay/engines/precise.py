@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from bitassay.models.hooks import hooked
 from bitassay.models.options import attention_of
+from bitassay.models.precision import widest
 from bitassay.models.walk import decoder_layers
 
 HIGHER = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.float32: torch.float64}
@@ -28,7 +29,7 @@ def higher_precision(model: PreTrainedModel) -> Iterator[None]:
     """Make forwards of `model` compute in the next higher precision within the context. A model for which its
     device has none (fp64, or fp32 on MPS) is left as it is."""
     dtype = HIGHER.get(model.dtype)
-    if dtype is None or (dtype == torch.float64 and model.device.type == "mps"):
+    if dtype is None or (dtype == torch.float64 and widest(model.device) != dtype):
         yield
         return
     layers = list(dict.fromkeys(decoder_layers(model)))

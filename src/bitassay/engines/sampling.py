@@ -28,6 +28,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from bitassay.errors import BitassayError
+from bitassay.models.precision import exact
 
 # In nats: a token on the rim of the nucleus may lose by any amount, and one token must not decide a mean.
 MARGIN_CAP = 10.0
@@ -73,7 +74,7 @@ class Sampler:
         if not self.temperature:
             return logits.argmax(-1)
         _, noisy, kept = self._perturb(logits, draws)
-        return noisy.masked_fill(~kept, -torch.inf).argmax(-1)
+        return noisy.masked_fill(~kept, -torch.inf).argmax(-1).to(logits.device)
 
     def margins(
         self, logits: Float[Tensor, "rows vocabulary"], claimed: Int[Tensor, " rows"], draws: Sequence[Draw]
@@ -84,11 +85,11 @@ class Sampler:
         A claimed token outside the nucleus also pays for the gap between its logit and the smallest one
         inside.
         """
-        margins = torch.zeros(len(claimed), dtype=torch.float64, device=logits.device)
+        margins = torch.zeros(len(claimed), dtype=torch.float64)
         for start in range(0, len(claimed), ROWS):
             rows = slice(start, start + ROWS)
-            margins[rows] = self._margins(logits[rows], claimed[rows, None].to(logits.device), draws[rows])
-        return margins.nan_to_num(nan=MARGIN_CAP).clamp(0, MARGIN_CAP).cpu()
+            margins[rows] = self._margins(logits[rows], claimed[rows, None], draws[rows]).cpu()
+        return margins.nan_to_num(nan=MARGIN_CAP).clamp(0, MARGIN_CAP)
 
     def scores(
         self, logits: Float[Tensor, "rows vocabulary"], draws: Sequence[Draw]
@@ -96,15 +97,16 @@ class Sampler:
         """Return what the sampler maximises in each row, in float64: the logits, or for a temperature these
         over it with noise; minus infinity for tokens that top-p leaves out."""
         if not self.temperature:
-            return logits.double()
+            return exact(logits)
         _, noisy, kept = self._perturb(logits, draws)
         return noisy.masked_fill(~kept, -torch.inf)
 
     def _margins(self, logits: Tensor, claimed: Tensor, draws: Sequence[Draw]) -> Tensor:
         if not self.temperature:
-            values = logits.double()
-            return values.amax(-1) - values.gather(1, claimed)[:, 0]
+            values = exact(logits)
+            return values.amax(-1) - values.gather(1, claimed.to(values.device))[:, 0]
         scaled, noisy, kept = self._perturb(logits, draws)
+        claimed = claimed.to(scaled.device)
         loses_by = noisy.masked_fill(~kept, -torch.inf).amax(-1) - noisy.gather(1, claimed)[:, 0]
         outside_by = scaled.masked_fill(~kept, torch.inf).amin(-1) - scaled.gather(1, claimed)[:, 0]
         return loses_by.clamp(min=0) + outside_by.clamp(min=0)
@@ -113,7 +115,7 @@ class Sampler:
         self, logits: Float[Tensor, "rows vocabulary"], draws: Sequence[Draw]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Scaled logits, the same with noise, and which tokens are in the nucleus; all in float64."""
-        scaled = logits.double() / self.temperature
+        scaled = exact(logits) / self.temperature
         size = logits.shape[-1]
         noise = np.stack([gumbel_noise(self.of_request(draw.nonce).seed, draw, size) for draw in draws])
         return scaled, scaled + torch.from_numpy(noise).to(scaled.device), nucleus(scaled, self.top_p)

@@ -28,6 +28,7 @@ from bitassay.evaluation.tries import Trie, attends_by_mask, rows_of
 from bitassay.models.cache import behind, copy_rows, reads_on
 from bitassay.models.hooks import hooked
 from bitassay.models.positions import frequencies
+from bitassay.models.precision import exact
 from bitassay.models.walk import decoder_of
 from bitassay.quantization.inputs.kv_cache import empty_cache
 
@@ -102,7 +103,7 @@ def _scores(batch: _Scored) -> dict[int, Score]:
             rows = torch.tensor(all_rows[-len(continuation) :], device=batch.logits.device)
             targets = torch.tensor(continuation, device=batch.logits.device)
             chosen = batch.logits[rows, targets].float()
-            log_likelihood = (chosen - normalizer[rows]).double().sum().item()
+            log_likelihood = exact(chosen - normalizer[rows]).sum().item()
             scores[index] = Score(log_likelihood, bool((chosen == best[rows]).all()))
     return scores
 

@@ -150,11 +150,6 @@ def _quantized(
 ) -> Quantization:
     _refuse_quantized(base)
     schemes = {name: recipe.scheme_for(name) for name in check_recipe(base, recipe)}
-    if recipe.is_calibrated and base.device.type != "cpu":
-        raise BitassayError(
-            f"{recipe.name} is calibrated, which runs on the CPU, and the model is on {base.device}",
-            "load it on the CPU, quantize, and move the result",
-        )
     tokens = calibration_tokens(base, recipe.text) if recipe.is_calibrated else None
     work = WorkingCopy(base, recipe, copy_sharing_parameters(base), schemes, tokens, folder, progress)
     if codes is None or "replication" in recipe.parts:

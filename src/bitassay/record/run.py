@@ -99,7 +99,7 @@ class RunFolder:
         from safetensors.torch import save_file
 
         with atomic_file(self.path / "parts" / f"{name}.safetensors") as temporary:
-            save_file(tensors, temporary)
+            save_file({key: tensor.cpu() for key, tensor in tensors.items()}, temporary)
 
     def read_tensors(self, name: str) -> "dict[str, Tensor]":
         """Return the tensors of a finished part. Raises BitassayError that names a damaged file."""

@@ -34,6 +34,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bitassay.models.precision import widest
 from bitassay.quantization.codes.grid import Column, Grid, as_stored, combined, stored_scale
 from bitassay.quantization.codes.rounding import dequantize, nearest
 from bitassay.quantization.recipe.formats import NumberFormat
@@ -138,10 +139,11 @@ def mse_grid(w: Groups, scheme: WeightScheme, importance: Groups | None = None) 
 def few_levels_grid(w: Groups, scheme: WeightScheme, importance: Groups | None = None) -> Grid:
     """Return the grid of ternary or binary groups with the least squared error."""
     fmt, dtype = scheme.number_format, getattr(torch, scheme.scale_dtype)
-    h = torch.ones_like(w, dtype=torch.float64) if importance is None else importance.double()
+    wide = widest(w.device)
+    h = torch.ones_like(w, dtype=wide) if importance is None else importance.to(wide)
     if fmt.kind == "binary" and scheme.symmetric:  # summed in fp64, where no sum overflows
         return Grid(fmt, as_stored((w.abs() * h).sum(1, keepdim=True) / h.sum(1, keepdim=True), dtype))
-    ternary, tiny = fmt.kind == "ternary", torch.finfo(torch.float64).tiny
+    ternary, tiny = fmt.kind == "ternary", torch.finfo(wide).tiny
     ordered, order = (w.abs() if ternary else w).sort(dim=1, descending=ternary)
     h = h.gather(1, order)
     weight, total = h.cumsum(1), (h * ordered).cumsum(1)
@@ -199,7 +201,7 @@ def _starts(w: Groups, scheme: WeightScheme) -> Iterator[tuple[Grid, float]]:
     if scheme.zero_point == "middle":
         fmt, dtype = scheme.number_format, getattr(torch, scheme.scale_dtype)
         low, high, (_, qmax) = w.amin(1, keepdim=True), w.amax(1, keepdim=True), fmt.code_range(False)
-        for zero_point in middle_zero_points(fmt):
+        for zero_point in middle_zero_points(fmt).to(w.device):
             scale = stored_scale(torch.maximum(-low / zero_point, high / (qmax - zero_point)), dtype)
             yield Grid(fmt, scale, zero_point.expand_as(scale)), 0.0
         return

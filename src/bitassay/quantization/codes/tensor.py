@@ -122,6 +122,8 @@ class QuantizedTensor:
 
     def to(self, device: torch.device | str) -> "QuantizedTensor":
         """Return the same tensor on another device."""
+        if self.packed.device == torch.device(device):
+            return self
         held = {field.name: getattr(self, field.name) for field in fields(self)[2:]}
         return replace(self, **{name: part.to(device) for name, part in held.items() if part is not None})
 

@@ -92,12 +92,12 @@ class _Watch:
         tokens = x.reshape(-1, x.shape[-1])
         if not len(tokens):  # an expert that this batch did not reach
             return
-        exact = tokens.float()
-        self.low.append(exact.amin(0).cpu())
-        self.high.append(exact.amax(0).cpu())
-        self.total += exact.sum(0).double().cpu()
-        self.square += exact.square().sum(0).double().cpu()
-        self.magnitude += exact.abs().sum(0).double().cpu()
+        x = tokens.float()
+        self.low.append(x.amin(0).cpu())
+        self.high.append(x.amax(0).cpu())
+        self.total += x.sum(0).cpu()
+        self.square += x.square().sum(0).cpu()
+        self.magnitude += x.abs().sum(0).cpu()
         self.count += len(tokens)
         picked = torch.linspace(0, len(tokens) - 1, min(self.quota, len(tokens))).round().long()
         self.sampled.append(tokens[picked.to(tokens.device)].cpu())

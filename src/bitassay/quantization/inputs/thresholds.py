@@ -99,7 +99,7 @@ def learned_threshold(x: Float[Tensor, "rows in"], column_weight: Columns, fmt: 
     """Descend (by Adam) on log s from the absmax scale; return the T of the step with the least error."""
     x = x.float()
     start = x.abs().max().clamp(min=torch.finfo(torch.float32).tiny) / fmt.largest
-    shift, first, second = torch.zeros(()), torch.zeros(()), torch.zeros(())
+    shift, first, second = torch.zeros(3, device=x.device).unbind()
     best, least = start, torch.tensor(torch.inf)
     total = (column_weight * x.square()).sum().clamp(min=torch.finfo(torch.float32).tiny)
     for step in range(LEARNING_STEPS):

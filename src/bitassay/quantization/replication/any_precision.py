@@ -167,7 +167,7 @@ def _input_ids(args: tuple[Any, ...], options: dict[str, Any]) -> Tensor:
 
 def _by_depth(tensor: QuantizedTensor, weight: Tensor) -> tuple[list[Tensor], list[float]]:
     """Return the weights of the first k planes for each k, the last being the model's, and their bytes."""
-    parts, total, weights = planes(tensor), torch.zeros(()), []
+    parts, total, weights = planes(tensor), torch.zeros((), device=weight.device), []
     for part in parts[:-1]:
         total = total + part.dequantize()
         weights.append(total.to(weight.dtype))

@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from bitassay.models.precision import exact
 from bitassay.models.walk import decoder_layers
 from bitassay.quantization.recipe.replication import Steps
 from bitassay.quantization.runtime.looped_layers import LoopedForward, step
@@ -82,14 +83,14 @@ def least_squares(parts: Sequence[Hidden], wanted: Hidden) -> list[float]:
     right = torch.zeros(len(parts), dtype=torch.float64)
     weights = token_weights(wanted)
     for place, target in enumerate(wanted):  # a sample at a time, in fp64
-        rows = torch.stack([part[place].double() for part in parts])
+        rows = torch.stack([exact(part[place]) for part in parts])
         weighed = rows * weights[place][:, None]
         gram += torch.einsum("itd,jtd->ij", weighed, rows).cpu()
-        right += torch.einsum("itd,td->i", weighed, target.double()).cpu()
+        right += torch.einsum("itd,td->i", weighed, exact(target)).cpu()
     return torch.linalg.lstsq(gram, right[:, None], driver="gelsd").solution[:, 0].tolist()
 
 
 def token_weights(wanted: Hidden) -> Float[Tensor, "samples tokens"]:
     """Return the weight of each token's squared error, in fp64."""
-    size = wanted.double().square().sum(-1).clamp(min=torch.finfo(torch.float64).tiny)
+    size = exact(wanted).square().sum(-1).clamp(min=torch.finfo(torch.float64).tiny)
     return (1 / (size.numel() * size) + 1 / size.sum()) / 2

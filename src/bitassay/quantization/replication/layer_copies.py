@@ -74,7 +74,7 @@ def _importance(work: WorkingCopy, made: Quantization) -> dict[str, Columns]:
         return {}
     model = with_tensors(work.base, replace(made, inputs={}))
     ranges = collect_ranges(model, work.text, progress=work.progress)
-    return {name: seen.mean_square for name, seen in ranges.items()}
+    return {name: seen.mean_square.to(work.base.device) for name, seen in ranges.items()}
 
 
 def _codes_of_copies(

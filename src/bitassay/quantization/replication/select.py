@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bitassay.models.hooks import hooked
+from bitassay.models.precision import exact
 from bitassay.models.walk import decoder_layers, decoder_of, matrices
 from bitassay.quantization.codes.quantize import quantize_tensor
 from bitassay.quantization.codes.tensor import QuantizedTensor
@@ -57,8 +58,8 @@ def weight_errors(model: PreTrainedModel, tensors: Mapping[str, QuantizedTensor]
     views, locations = matrices(model), matrix_locations(model)
     noise, signal = _zeros(model), _zeros(model)
     for name, tensor in tensors.items():
-        weight, layer = views[name].double(), locations[name].layer
-        noise[layer] += (tensor.dequantize().double() - weight).square().sum().item()
+        weight, layer = exact(views[name]), locations[name].layer
+        noise[layer] += (exact(tensor.dequantize()) - weight).square().sum().item()
         signal[layer] += weight.square().sum().item()
     return {layer: noise[layer] / signal[layer] if signal[layer] else 0.0 for layer in noise}
 

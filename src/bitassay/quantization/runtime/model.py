@@ -9,9 +9,10 @@ the base model, not copied.
 import copy
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -47,12 +48,18 @@ class Quantization:
     inputs: dict[str, InputRounding] = field(default_factory=dict)
     passes: dict[int, Steps] = field(default_factory=dict)
 
+    def to(self, device: torch.device) -> "Quantization":
+        """Return the same with its tensors on that device."""
+        tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+        parameters = {name: value.to(device) for name, value in self.parameters.items()}
+        return replace(self, tensors=tensors, parameters=parameters)
+
 
 def with_tensors(
     base: PreTrainedModel, quantization: Quantization, *, packed: bool = False
 ) -> PreTrainedModel:
     """Return a copy of `base` with what `quantization` changed; everything else is shared."""
-    model = copy_sharing_parameters(base)
+    model, quantization = copy_sharing_parameters(base), quantization.to(base.device)
     for name, value in quantization.parameters.items():
         if not name.endswith(f".{INPUT_SCALES}"):
             _replace_parameter(model, name, value)

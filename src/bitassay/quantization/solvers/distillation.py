@@ -34,7 +34,8 @@ WRITING_SAMPLES = 64
 def distillation_data(
     base: PreTrainedModel, tokens: Tokens, spec: Tune, folder: RunFolder | None, progress: Progress
 ) -> tuple[Int[Tensor, "texts tokens"], Float[Tensor, "texts tokens hidden"]]:
-    """Return token ids, and the base model's last hidden states in bf16; written text is kept in `folder`."""
+    """Return token ids and the base model's last hidden states in bf16, both on the host; written text is
+    kept in `folder`."""
     progress("running the base model over the calibration text")
     parts, head = [(tokens, last_states(base, tokens))], head_weight(base)
     starts = prompts(tokens, spec.generated).split(WRITING_SAMPLES) if spec.generated else ()
@@ -69,12 +70,12 @@ def head_weight(model: PreTrainedModel) -> Float[Tensor, "vocabulary hidden"]:
 def last_states(
     model: PreTrainedModel, tokens: Tokens, batch: int = BATCH_SAMPLES
 ) -> Float[Tensor, "samples tokens hidden"]:
-    """Return what the output head reads, in bf16."""
-    with torch.autocast(tokens.device.type, torch.bfloat16):
-        parts = [
-            decoder_of(model)(input_ids=part, use_cache=False).last_hidden_state.bfloat16()
-            for part in tokens.split(batch)
-        ]
+    """Return what the output head reads, in bf16, on the host."""
+    decoder, parts = decoder_of(model), list[Tensor]()
+    with torch.autocast(model.device.type, torch.bfloat16):
+        for part in tokens.split(batch):
+            output = decoder(input_ids=part.to(model.device), use_cache=False)
+            parts.append(output.last_hidden_state.bfloat16().cpu())
     return torch.cat(parts)
 
 
@@ -94,7 +95,7 @@ def continued(
     length: int,
     generator: torch.Generator,
 ) -> tuple[Int[Tensor, "samples length"], Float[Tensor, "samples length hidden"]]:
-    """Go on to `length` tokens by bf16 products; return them and their last hidden states."""
+    """Go on to `length` tokens by bf16 products; return them and their last hidden states, on the host."""
     decoder, head = copy.deepcopy(decoder_of(model)).bfloat16(), head.bfloat16()
     tokens, caches = start.to(head.device), takes_cache(model)
     states, cache, begun = list[Tensor](), DynamicCache(config=model.config), 0
@@ -106,7 +107,7 @@ def continued(
         states.append(decoder(input_ids=entering, **options).last_hidden_state)
         begun = tokens.shape[1]
         if begun == length:
-            return tokens, torch.cat(states, dim=1)
+            return tokens.cpu(), torch.cat(states, dim=1).cpu()
         p = ((states[-1][:, -1].to(head.dtype) @ head.T).float() / TEMPERATURE).softmax(-1)
         # The first token at which the distribution function exceeds a uniform number.
         u = torch.rand(len(p), 1, generator=generator).to(p.device)

@@ -38,6 +38,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bitassay.errors import BitassayError
+from bitassay.models.precision import exact
 from bitassay.quantization.codes.adaptive import adapted
 from bitassay.quantization.codes.binary import binarize, levels, on_planes
 from bitassay.quantization.codes.copies import digit_planes, merged, planes
@@ -133,7 +134,7 @@ def gptq(weight: Matrix, hessian: Hessian, schemes: Sequence[WeightScheme], spec
     group_of = [g for g, (start, stop) in enumerate(bounds) for _ in range(start, stop)]
     static = spec.order == "activation" or granularity.name == "tensor"
     grids = _static_grids(weight, importance, schemes) if static else [[] for _ in schemes]
-    codes = torch.empty(len(schemes), columns, rows)
+    codes = torch.empty(len(schemes), columns, rows, device=weight.device)
 
     def fix_grids(start: int, stop: int, group: Float[Tensor, "out size"]) -> None:
         for plane, scheme in zip(grids, schemes, strict=True):
@@ -174,8 +175,8 @@ def gptq_binary(
         planes = binarize(source, scheme, hessian.diagonal().float())
         source, damping = gptq_on_levels(weight, hessian, levels(planes), spec)
         tensor = on_planes(planes, source)
-        left = (tensor.dequantize() - weight).double()
-        if (error := ((left @ hessian.double()) * left).sum().item()) < least:
+        left = exact(tensor.dequantize() - weight)
+        if (error := ((left @ exact(hessian)) * left).sum().item()) < least:
             best, least = (tensor, source, damping), error
     assert best is not None, "finite weights have a finite error"
     return best
@@ -194,9 +195,11 @@ def _compensated(
     and returns what that leaves over; with `begin`, which is called at the first column of every group,
     columns are taken from left to right."""
     by_activation, columns = spec.order == "activation", len(hessian)
-    order = importance.argsort(descending=True) if by_activation else torch.arange(columns)
+    order = (
+        importance.argsort(descending=True) if by_activation else torch.arange(columns, device=weight.device)
+    )
     factor, damping = inverse_factor(hessian[order][:, order], spec.damping)
-    factor, number = factor.float(), order.tolist()
+    factor, number = factor.to(weight.device, torch.float32), order.tolist()
     # Column j of the weight is row j here, so that what is read together lies together.
     w = weight.float().T[order].contiguous()
     for first, last in [(0, columns)] if begin is None else bounds:
@@ -204,7 +207,7 @@ def _compensated(
             begin(first, last, w[first:last].T.contiguous())
         for start in range(first, last, BLOCK_COLUMNS):
             stop = min(start + BLOCK_COLUMNS, last)
-            block, errors = w[start:stop], torch.empty(stop - start, len(weight))
+            block, errors = w[start:stop], w.new_empty(stop - start, len(weight))
             for j in range(stop - start):
                 u = factor[start + j, start:stop]
                 errors[j] = round_column(number[start + j], block[j]) / u[j]
@@ -214,15 +217,16 @@ def _compensated(
 
 
 def inverse_factor(hessian: Hessian, damping: float) -> tuple[Hessian, float]:
-    """Return the upper Cholesky factor of `(H + c I)^-1` in fp64, and the share c / mean(diag H) it took."""
+    """Return the upper Cholesky factor of `(H + c I)^-1` in fp64 (on the host where the device of H has
+    none), and the share c / mean(diag H) it took."""
     if not hessian.isfinite().all():
         raise BitassayError("the calibration inputs are not finite", "check the model in a wider dtype")
-    h = hessian.double()
+    h = exact(hessian)
     mean = h.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
     # A column without inputs is on its own: whatever is on its diagonal, it touches no other.
     h = h + torch.diag((h.diagonal() <= 0) * mean)
     while True:
-        damped = h + damping * mean * torch.eye(len(h), dtype=h.dtype)
+        damped = h + damping * mean * torch.eye(len(h), dtype=h.dtype, device=h.device)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
             factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)

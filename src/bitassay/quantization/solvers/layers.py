@@ -199,7 +199,7 @@ class _LayerWork:
         shapes = {name: (len(w), w.shape[1]) for name in self.schemes for w in (self.weight(name),)}
         tensors, unrounded = read_part(folder, part, shapes)
         for name, tensor in tensors.items():
-            self.solutions[name] = Solution(tensor, unrounded.get(f"{name}/latent"))
+            self.solutions[name] = Solution(tensor, unrounded.get(f"{name}/latent")).to(self.model.device)
         self.put(tensors)
 
 

@@ -17,6 +17,7 @@ from transformers import Cache, PreTrainedModel
 
 from bitassay.errors import BitassayError
 from bitassay.models.hooks import hooked, reading
+from bitassay.models.precision import widest
 from bitassay.models.walk import decoder_layers, decoder_of
 from bitassay.quantization.shapes import Hessian, Tokens
 
@@ -50,8 +51,8 @@ class Arguments:
     handed: dict[str, list[Tensor]]
 
     def call(self, layer: Callable[..., Any], hidden: Hidden, which: Samples = slice(None)) -> Hidden:
-        """Run the layer on these samples, of which `hidden` are the states."""
-        indices = torch.arange(self.samples, device=hidden.device)[which]
+        """Run the layer on these samples (numbers on the host), of which `hidden` are the states."""
+        indices = torch.arange(self.samples)[which].to(hidden.device)
         mappings: list[MutableMapping[str, Any]] = []
 
         def ready(leaf: Any) -> Any:
@@ -256,7 +257,7 @@ def hidden_of(output: Any, entering: Tensor) -> Tensor:
 @torch.no_grad()
 def run_layer(layer: Callable[..., Any], hidden: Hidden, arguments: Arguments) -> Hidden:
     """Run one layer on all samples."""
-    batches = torch.arange(len(hidden)).split(BATCH_SAMPLES)
+    batches = [slice(start, start + BATCH_SAMPLES) for start in range(0, len(hidden), BATCH_SAMPLES)]
     return torch.cat([arguments.call(layer, hidden[batch], batch) for batch in batches])
 
 
@@ -284,9 +285,10 @@ def products_in(precision: str | None, device: torch.device) -> torch.autocast:
 
 
 def hessian_of(inputs: Float[Tensor, "... in"]) -> Hessian:
-    """Return `sum x x^T`: fp32 products of chunks, summed in fp64; the upper blocks, mirrored."""
+    """Return `sum x x^T`: fp32 products of chunks, summed in fp64 where the device has it; the upper blocks,
+    mirrored."""
     columns = inputs.shape[-1]
-    total = torch.zeros(columns, columns, dtype=torch.float64)
+    total = torch.zeros(columns, columns, dtype=widest(inputs.device), device=inputs.device)
     with products_in(None, inputs.device):
         for chunk in inputs.reshape(-1, columns).split(CHUNK_ROWS):
             x = chunk.float()

@@ -39,9 +39,10 @@ def solve_layer(spec: Learned, layer: Layer) -> dict[str, Solution]:
     grids = [parameter for shadow in shadows.values() for parameter in shadow.grid_parameters()]
 
     def backward(chosen: Int[Tensor, " chosen"]) -> float:
+        here = chosen.to(layer.hidden.device)
         with torch.autocast(layer.hidden.device.type, torch.bfloat16):
-            output = layer.arguments.call(layer.module, layer.hidden[chosen], chosen)
-        loss = relative_error(output, layer.targets[chosen])
+            output = layer.arguments.call(layer.module, layer.hidden[here], chosen)
+        loss = relative_error(output, layer.targets[here])
         loss.backward()
         return loss.item()
 

@@ -32,6 +32,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bitassay.errors import BitassayError
+from bitassay.models.precision import exact
 from bitassay.quantization.codes.tensor import LowRank
 from bitassay.quantization.recipe.solvers import LowRankSpec
 from bitassay.quantization.shapes import Hessian, Matrix
@@ -74,12 +75,12 @@ def correction(
         raise BitassayError(
             "NaN or infinite values have no low-rank correction", "check the calibration data"
         )
-    r = residual.double()
-    left = _first_directions(r, _damped(hessian.double(), damping), rank)
+    r = exact(residual)
+    left = _first_directions(r, _damped(exact(hessian), damping), rank)
     a = left.to(dtype)
     used = a.double()
     b = torch.linalg.solve(used.T @ used, used.T @ r)
-    return LowRank(a.contiguous(), b.to(dtype).contiguous())
+    return LowRank(a.contiguous(), b.to(dtype).contiguous()).to(residual.device)
 
 
 def corrected(
@@ -88,7 +89,7 @@ def corrected(
     """Return codes and factors together: what `quantize` lost goes into the factors, each further round
     rounds `W - A B` anew, and the best one counts, by the error in the metric of `hessian`."""
     dtype, weight = getattr(torch, spec.dtype), weight.float()
-    metric = _damped(hessian.double(), DAMPING)
+    metric = _damped(exact(hessian), DAMPING)
     solution = quantize(weight)
     if spec.rank == 0:
         return solution
@@ -96,7 +97,7 @@ def corrected(
     for step in range(spec.rounds):
         factors = correction(weight - solution.tensor.dequantize(), hessian, spec.rank, dtype)
         candidate = replace(solution.tensor, low_rank=factors)
-        left = (weight - candidate.dequantize()).double()
+        left = exact(weight - candidate.dequantize())
         error = ((left @ metric) * left).sum().item()
         if error < least:
             best, least = candidate, error

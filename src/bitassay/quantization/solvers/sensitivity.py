@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bitassay.models.hooks import hooked, reading
+from bitassay.models.precision import widest
 from bitassay.models.walk import decoder_layers, decoder_of, matrices, module_name, walk
 from bitassay.quantization.codes.tensor import QuantizedTensor
 from bitassay.quantization.recipe.recipe import Recipe
@@ -98,7 +99,7 @@ class OutputError:
 
 
 def _energy(y: Tensor) -> float:
-    return y.square().sum(dtype=torch.float64).item()
+    return y.square().sum(dtype=widest(y.device)).item()
 
 
 def predicted_divergences(
@@ -109,13 +110,13 @@ def predicted_divergences(
     seed: int = 0,
 ) -> dict[str, list[float]]:
     """Return the predicted KL divergence of each candidate of each matrix, in nats a token."""
-    weights, generator = matrices(model), torch.Generator(model.device).manual_seed(seed)
+    weights, generator = matrices(model), torch.Generator().manual_seed(seed)
     total = {name: [0.0] * len(tensors) for name, tensors in candidates.items()}
     for done, sample in enumerate(tokens):
         with torch.enable_grad(), _kept_products(model) as kept:
             log_p = model(sample[None].to(model.device), use_cache=False).logits[0].float().log_softmax(1)
-            drawn = log_p.detach().exp().multinomial(1, generator=generator)
-            log_p.gather(1, drawn).sum().backward()
+            drawn = log_p.detach().exp().cpu().multinomial(1, generator=generator)  # alike on every device
+            log_p.gather(1, drawn.to(log_p.device)).sum().backward()
         for name, x, y in kept:
             if name not in candidates or y.grad is None:
                 continue
@@ -212,5 +213,5 @@ def mean_divergence(
     total = 0.0
     for rows, other_rows in zip(base.split(ROWS), other.split(ROWS), strict=True):
         log_p, log_q = rows.float().log_softmax(1), other_rows.float().log_softmax(1)
-        total += (log_p.exp() * (log_p - log_q)).sum(1).clamp(min=0).sum(dtype=torch.float64).item()
+        total += (log_p.exp() * (log_p - log_q)).sum(1).clamp(min=0).sum(dtype=widest(base.device)).item()
     return total / len(base)

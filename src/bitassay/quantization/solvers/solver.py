@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -28,6 +29,10 @@ class Solution:
 
     tensor: QuantizedTensor
     unrounded: Matrix | None = None
+
+    def to(self, device: torch.device) -> "Solution":
+        """Return the same on that device."""
+        return Solution(self.tensor.to(device), None if self.unrounded is None else self.unrounded.to(device))
 
     def shadow_weight(self) -> ShadowWeight:
         """Return the weight from which learning starts."""

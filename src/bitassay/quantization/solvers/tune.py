@@ -138,9 +138,10 @@ def tune(
         norm.requires_grad_(False)
 
     def backward(chosen: Int[Tensor, " chosen"]) -> float:
-        with torch.autocast(tokens.device.type, torch.bfloat16), layers_computed_again(student):
-            states = decoder_of(student)(input_ids=tokens[chosen], use_cache=False).last_hidden_state
-        loss, gradient = divergence(states, base_states[chosen], head, base_head)
+        with torch.autocast(head.device.type, torch.bfloat16), layers_computed_again(student):
+            read = tokens[chosen].to(head.device)
+            states = decoder_of(student)(input_ids=read, use_cache=False).last_hidden_state
+        loss, gradient = divergence(states, base_states[chosen].to(head.device), head, base_head)
         states.backward(gradient.to(states.dtype))
         return loss
 
@@ -180,6 +181,6 @@ def _restore(folder: RunFolder | None, learned: list[nn.Parameter], optimizer: t
     kept = folder.read_tensors("tune")
     for place, parameter in enumerate(learned):
         parameter.data.copy_(kept[f"{place}.value"])
-        moments = {moment: kept[f"{place}.{moment}"] for moment in MOMENTS}
-        optimizer.state[parameter] = {"step": kept["step"].float(), **moments}
+        moments = {moment: kept[f"{place}.{moment}"].to(parameter.device) for moment in MOMENTS}
+        optimizer.state[parameter] = {"step": kept["step"].float().to(parameter.device), **moments}
     return int(kept["step"])

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError
 from bitassay.models.hooks import hooked
+from bitassay.models.precision import exact
 from bitassay.models.walk import decoder_layers, module_name, walk
 from bitassay.quantization.recipe.transforms import Place
 from bitassay.quantization.shapes import Columns
@@ -89,7 +90,7 @@ def find_folds(model: PreTrainedModel, places: tuple[Place, ...]) -> tuple[list[
 def fold(model: PreTrainedModel, where: Fold, scales: Float[Tensor, " own"]) -> Float[Tensor, " own"]:
     """Divide the producer's columns by the scales and multiply the readers' with them. Gains, and scales at
     run time, are rounded to what bf16 holds, since they may be stored so; returned are the scales used."""
-    scales = scales.double()
+    scales = exact(scales)
     producer = model.get_submodule(where.producer)
     if where.norm is not None:
         gain, offset = where.norm.gain(), where.norm.offset
@@ -99,7 +100,7 @@ def fold(model: PreTrainedModel, where: Fold, scales: Float[Tensor, " own"]) -> 
         Weight(where.norm.module, "weight").write(torch.where(usable, stored, gain - offset))
     elif where.place == "inputs":
         scales = scales.bfloat16().double()
-        divide_inputs(producer, scales.to(model.dtype))
+        divide_inputs(producer, scales.to(model.device, model.dtype))
     else:
         Weight(producer, "weight").change(lambda weight: weight / scales[:, None])
         if producer.bias is not None:
@@ -151,15 +152,15 @@ def _norm_readers(model: PreTrainedModel) -> dict[str, list[str]]:
 
     def put_out(name: str) -> Callable:
         def hook(_module: nn.Module, _arguments: tuple, output: Tensor) -> None:
-            outputs[output.untyped_storage().data_ptr()] = (name, output)
+            outputs[output.untyped_storage()._cdata] = (name, output)
 
         return hook
 
     def read(name: str) -> Callable:
         def hook(_module: nn.Module, arguments: tuple, options: dict[str, Any]) -> None:
             for value in (*arguments, *options.values()):
-                if isinstance(value, Tensor) and value.untyped_storage().data_ptr() in outputs:
-                    norm, _ = outputs[value.untyped_storage().data_ptr()]
+                if isinstance(value, Tensor) and value.untyped_storage()._cdata in outputs:
+                    norm, _ = outputs[value.untyped_storage()._cdata]
                     if name not in readers[norm]:
                         readers[norm].append(name)
 

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bitassay.models.precision import exact
 from bitassay.quantization.codes.hadamard import Orthogonal
 
 MASSIVE_WEIGHT = 100  # of the squared error of a row that one coordinate dominates
@@ -41,7 +42,7 @@ def refine(
     for step in range(rounds + 1):
         turned = x @ q
         rounded = quantize(turned)
-        if (error := (turned - rounded).double().square().sum().item()) < least:
+        if (error := exact(turned - rounded).square().sum().item()) < least:
             best, least = q, error
         if step < rounds:
             q = nearest_orthogonal(x.T @ rounded).to(x)
@@ -50,5 +51,5 @@ def refine(
 
 def nearest_orthogonal(matrix: Float[Tensor, "size size"]) -> Float[Tensor, "size size"]:
     """Return `U V^T` of `U S V^T`, in fp64: the orthogonal matrix with the largest inner product."""
-    u, _, vt = torch.linalg.svd(matrix.double())
+    u, _, vt = torch.linalg.svd(exact(matrix))
     return u @ vt

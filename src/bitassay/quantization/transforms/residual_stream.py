@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError
+from bitassay.models.precision import exact
 from bitassay.models.walk import Walk, decoder_layers, decoder_of, module_name, walk
 
 ATTENTION_READS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "q_a_proj", "kv_a_proj_with_mqa")
@@ -36,7 +37,7 @@ def probe(model: PreTrainedModel) -> Float[Tensor, "tokens vocabulary"]:
     """Return logits on PROBE_TOKENS random tokens, the same at every call."""
     vocabulary = len(model.get_input_embeddings().get_parameter("weight"))
     tokens = torch.randint(0, vocabulary, (1, PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
-    return model(tokens.to(model.device), use_cache=False).logits[0].double()
+    return exact(model(tokens.to(model.device), use_cache=False).logits[0])
 
 
 @contextmanager
@@ -54,21 +55,22 @@ def unchanged(model: PreTrainedModel, done: str, transforms: str, remedy: str) -
 
 
 class Weight(NamedTuple):
-    """A parameter of a module, read in fp64 as `[..., out, in]` (a bias: `[..., out]`) and written back in
-    its own dtype. A new value is a new parameter: a model that shares the old one keeps it."""
+    """A parameter of a module, read in fp64 (`exact`) as `[..., out, in]` (a bias: `[..., out]`) and written
+    back in its own dtype. A new value is a new parameter: a model that shares the old one keeps it."""
 
     module: nn.Module
     key: str
     transposed: bool = False
 
     def read(self) -> Float[Tensor, "..."]:
-        value = self.module.get_parameter(self.key).detach().to(torch.float64, copy=True)
+        value = exact(self.module.get_parameter(self.key).detach(), copy=True)
         return value.transpose(-1, -2) if self.transposed else value
 
     def write(self, value: Float[Tensor, "..."]) -> None:
         stored = (value.transpose(-1, -2) if self.transposed else value).contiguous()
-        dtype = self.module.get_parameter(self.key).dtype
-        self.module.register_parameter(self.key, nn.Parameter(stored.to(dtype), requires_grad=False))
+        old = self.module.get_parameter(self.key)
+        new = nn.Parameter(stored.to(old.device, old.dtype), requires_grad=False)
+        self.module.register_parameter(self.key, new)
 
     def change(self, function: Callable[[Tensor], Tensor]) -> None:
         """Replace the value by a function of it."""
@@ -138,10 +140,10 @@ def find_norm(module: nn.Module, name: str) -> Norm:
         generator = torch.Generator().manual_seed(0)
         x = 1000 * torch.randn(4, len(weight), generator=generator) + 500  # far above any epsilon
         x = x.to(weight.device, weight.dtype)
-        bare = x.double() / x.double().square().mean(-1, keepdim=True).sqrt()
+        bare = exact(x) / exact(x).square().mean(-1, keepdim=True).sqrt()
         for offset in (0.0, 1.0):
-            expected = bare * (offset + weight.double())
-            if (module(x) - expected).norm() <= 1e-3 * expected.norm():
+            expected = bare * (offset + exact(weight))
+            if (exact(module(x)) - expected).norm() <= 1e-3 * expected.norm():
                 return Norm(module, offset)
     raise BitassayError(
         f"{name}: {type(module).__name__} is no RMSNorm: a rotation changes what it does", REMEDY

@@ -164,13 +164,13 @@ def _rotate_values(model: PreTrainedModel, rotation: Rotation, index: int) -> No
     config = model.config.get_text_config()
     size: int = getattr(attention, "v_head_dim", None) or attention.head_dim  # type: ignore[union-attr, assignment]
     q = _orthogonal(rotation, size, "r2", name)
-    rows = torch.arange(source.out_features)
+    weight = Weight(source, "weight").read()
+    rows = torch.arange(source.out_features, device=weight.device)
     if keys[0] == "kv_b_proj":  # keys without position and values, head by head
         rows = rows.view(config.num_attention_heads, -1)[:, -size:]
     elif keys[0] == "qkv_proj":
         rows = rows[-config.num_key_value_heads * size :]
     rows = rows.reshape(-1, size)
-    weight = Weight(source, "weight").read()
     weight[rows] = q.apply(weight[rows].transpose(1, 2)).transpose(1, 2)
     Weight(source, "weight").write(weight)
     if source.bias is not None:

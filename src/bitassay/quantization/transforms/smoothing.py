@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError
+from bitassay.models.precision import exact
 from bitassay.quantization.codes.grid import widened
 from bitassay.quantization.codes.quantize import quantize_tensor
 from bitassay.quantization.inputs.ranges import Ranges
@@ -49,7 +50,8 @@ class Smoothed(NamedTuple):
 
 def smoothquant_scales(input_absmax: Columns, weight_absmax: Columns, alpha: float) -> Columns:
     """Return `max |X_j|^alpha / max |W_j|^(1 - alpha)`."""
-    x, w = input_absmax.double(), weight_absmax.double()
+    w = exact(weight_absmax)
+    x = input_absmax.to(w)
     usable = (x > 0) & (w > 0)
     return torch.where(usable, x**alpha / torch.where(usable, w, 1) ** (1 - alpha), 1).float()
 
@@ -57,14 +59,14 @@ def smoothquant_scales(input_absmax: Columns, weight_absmax: Columns, alpha: flo
 def awq_scales(magnitude: Columns, exponent: float) -> Columns:
     """Return `mean |X_j|^a`, with the geometric mean of the largest and the smallest at 1."""
     usable = magnitude > 0
-    s = torch.where(usable, magnitude.double(), 1) ** exponent
-    centre = (s[usable].max() * s[usable].min()).sqrt() if usable.any() else torch.ones(())
+    s = torch.where(usable, exact(magnitude), 1) ** exponent
+    centre = (s[usable].max() * s[usable].min()).sqrt() if usable.any() else torch.ones_like(s[0])
     return torch.where(usable, s / centre, 1).float()
 
 
 def output_error(difference: Matrix, inputs: Float[Tensor, "rows in"]) -> float:
     """Return `|X D^T|^2`."""
-    return (inputs.float() @ difference.float().T).double().square().sum().item()
+    return exact(inputs.float() @ difference.float().T).square().sum().item()
 
 
 @torch.no_grad()
@@ -100,8 +102,9 @@ def smooth(
                 scheme = scheme_for(name)
                 if scheme is not None and not name.endswith(UNCLIPPED):
                     weight = Weight(model.get_submodule(name), "weight")
-                    inputs = ranges[name].sample.float() / spread
-                    weight.write(clipped(weight.read().float(), inputs, scheme))
+                    value = weight.read().float()
+                    inputs = ranges[name].sample.to(value) / spread.to(value)
+                    weight.write(clipped(value, inputs, scheme))
     progress(f"smoothing by {spec.method}", len(folds), len(folds))
     return Smoothed(scales, skipped)
 
@@ -111,7 +114,7 @@ def _smoothquant_fold(
 ) -> Float[Tensor, " own"]:
     weights = [Weight(model.get_submodule(name), "weight").read() for name in where.readers]
     largest = torch.cat(weights).abs().amax(0)
-    inputs = ranges[where.readers[0]].absmax
+    inputs = ranges[where.readers[0]].absmax.to(largest)
     return smoothquant_scales(where.share(inputs), where.share(largest), alpha)
 
 
@@ -123,16 +126,17 @@ def _awq_fold(
     exponents: int,
 ) -> Float[Tensor, " own"]:
     schemes = [(name, scheme) for name in where.readers if (scheme := scheme_for(name)) is not None]
-    weights = [Weight(model.get_submodule(name), "weight").read().float() for name, _ in schemes]
+    weights = {name: Weight(model.get_submodule(name), "weight").read().float() for name in where.readers}
     seen = ranges[where.readers[0]]
-    magnitude, inputs = where.share(seen.mean_magnitude), seen.sample.float()
+    like = weights[where.readers[0]]
+    magnitude, inputs = where.share(seen.mean_magnitude.to(like)), seen.sample.to(like)
     best, least = torch.ones_like(magnitude), torch.inf
     for step in range(exponents):
         scales = awq_scales(magnitude, step / exponents)
         s = where.spread(scales)
         error = sum(
-            output_error(_rounded(w * s, scheme, name) / s - w, inputs)
-            for (name, scheme), w in zip(schemes, weights, strict=True)
+            output_error(_rounded(weights[name] * s, scheme, name) / s - weights[name], inputs)
+            for name, scheme in schemes
         )
         if error < least:
             best, least = scales, error
@@ -152,7 +156,7 @@ def clipped(weight: Matrix, inputs: Float[Tensor, "rows in"], scheme: WeightSche
     differences = (_rounded(clamped(share), scheme, "weight") - weight for share in CLIP_SHARES)
     errors = [_group_errors(difference, inputs, granularity) for difference in differences]
     # Of equals the first: the one that clips less.
-    return clamped(torch.tensor(CLIP_SHARES)[torch.stack(errors).argmin(0)])
+    return clamped(weight.new_tensor(CLIP_SHARES)[torch.stack(errors).argmin(0)])
 
 
 def _group_errors(
