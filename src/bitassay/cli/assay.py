@@ -52,6 +52,7 @@ def assay(
         "protocol": Protocol(window_tokens=window, windows=windows),
         "controls": controls,
         "dtype": compute.dtype,
+        "device": compute.options["device"],
         "attention": compute.attention,
         "seed": seed,
         "bench_repeats": repeats if bench else 0,

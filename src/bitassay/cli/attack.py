@@ -15,7 +15,7 @@ def attack(
     alpha: options.Alpha = 0.01,
     batch: options.Count = 32,
     seed: options.Seed = 0,
-    loading: options.Loading = options.Loading(),
+    verifier: options.Verifiable = options.Verifiable(),
     output: options.RunOutput = options.RunOutput(),
 ) -> int:
     """Attack the verifier of MODEL in every known way, and show which detector catches which attack.
@@ -42,14 +42,16 @@ def attack(
         alpha,
         batch,
         seed,
-        attention=loading.attention,
+        attention=verifier.attention,
+        dtype=verifier.dtype,
+        device=verifier.options["device"],
         attacks=tuple(attacks or ATTACKS),
         variants=tuple(numerics or VARIANTS),
     )
     with show_progress() as progress:
-        trust = loading.trust_remote_code
+        trust = verifier.trust_remote_code
         run, folder = attack(
-            loading.of(model), plan, out=output.out, trust_remote_code=trust, progress=progress
+            verifier.of(model), plan, out=output.out, trust_remote_code=trust, progress=progress
         )
     output.show_run(run, folder)
     return 0

@@ -29,7 +29,7 @@ def models(
     new_tokens: options.Count = 16,
     repeats: options.Count = 5,
     threads: options.Count | None = None,
-    placed: options.Placed = options.Placed(),
+    compute: options.Compute16 = options.Compute16(),
     output: options.RunOutput = options.RunOutput(),
 ) -> int:
     """Time MODEL and packed quantized models in turn: first token, prefill, decode and memory, by batch size
@@ -54,7 +54,7 @@ def models(
 
     with show_progress() as progress:
         run, folder = bench(
-            placed.of(model),
+            compute.of(model),
             recipe or [],
             candidates=tuple(candidate or ()),
             controls=controls,
@@ -66,7 +66,7 @@ def models(
             threads=threads,
             out=output.out,
             progress=progress,
-            **placed.options,
+            **compute.options,
         )
     for line in (machine_line(run), busy(run)):
         if line:
@@ -82,7 +82,7 @@ def matmul(
     draws: options.Count = 4,
     repeats: options.CountFromZero = 5,
     seed: options.Seed = 0,
-    device: options.Device = "cpu",
+    device: options.Device = "auto",
     out: Path | None = None,
     output: options.Output = options.Output(),
 ) -> int:
@@ -103,7 +103,14 @@ def matmul(
 
     chosen = SHAPES if shapes is None else [_shape(text) for text in shapes]
     with show_progress() as progress:
-        run = matmul(chosen, draws=draws, repeats=repeats, seed=seed, device=device, progress=progress)
+        run = matmul(
+            chosen,
+            draws=draws,
+            repeats=repeats,
+            seed=seed,
+            device=options.chosen_device(device),
+            progress=progress,
+        )
     if out is not None:
         write_report(run, out)
         print(f"report: {out}", file=sys.stderr)

@@ -80,6 +80,7 @@ def eval(
     from bitassay.quantization.export.fits import check_fit
     from bitassay.quantization.pipeline import quantize_cached
     from bitassay.quantization.recipe.recipe import BASE, find_recipe
+    from bitassay.record.environment import environment
     from bitassay.record.result import new_run
 
     protocols: list[Protocol] = []
@@ -138,9 +139,9 @@ def eval(
         about = {"protocol": e.protocol, "source": e.corpus_source, "seed": seed, "against": e.base}
         rows.append(row | about | e.quality.to_dict())
     settings = {"protocols": [text.id for text in protocols], "dtype": compute.dtype, "seed": seed}
-    output.emit_run(
-        new_run("evaluation", model={"name": names[0]}, settings=settings, interval=INTERVAL, rows=rows)
-    )
+    machine = environment(base.device)
+    about = {"model": {"name": names[0]}, "settings": settings, "environment": machine}
+    output.emit_run(new_run("evaluation", **about, interval=INTERVAL, rows=rows))
     return 0
 
 

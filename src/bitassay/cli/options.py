@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, dataclass_transform
 
@@ -53,7 +54,7 @@ def _is_fraction(_: Any, value: float | None) -> None:
 
 def _is_device(_: Any, text: str | None) -> None:
     if text is not None and not re.fullmatch(r"[a-z]+(:\d+)?", text):
-        raise ValueError("A device is cpu, cuda, cuda:1 or mps.")
+        raise ValueError("A device is auto, cpu, cuda, cuda:1 or mps.")
 
 
 Flag = Annotated[bool, Parameter(negative=())]
@@ -100,13 +101,30 @@ SeedOrNonce = Annotated[
     ),
 ]
 UnusedSeed = Annotated[Seed, Parameter(help="Has no effect: nothing is drawn at random.")]
-Device = Annotated[str, Parameter(validator=_is_device, help="Where to run: cpu, cuda, cuda:1 or mps.")]
+Device = Annotated[
+    str,
+    Parameter(
+        validator=_is_device,
+        help="Where to run: cpu, cuda, cuda:1 or mps; auto is the first accelerator that works, else the CPU.",
+    ),
+]
 Alpha = Annotated[
     float,
     Parameter(validator=_is_fraction, help="False-positive rate: how often an honest run may be refused."),
 ]
 
 Budget = Annotated[float, Parameter(validator=_is_fraction)]
+
+
+@cache
+def chosen_device(name: str) -> str:
+    """Return which device a name means here; what "auto" means is said on stderr. Raises as `as_device`."""
+    from bitassay.models.options import AUTO, as_device
+
+    device = str(as_device(name))
+    if name == AUTO:
+        print(f"device: {device}", file=sys.stderr)
+    return device
 
 
 @dataclass_transform(frozen_default=True)
@@ -152,14 +170,20 @@ class Loading(Revision):
 
 @group
 class Compute(Loading):
-    """How MODEL is loaded and in which arithmetic it runs."""
+    """How MODEL is loaded, in which arithmetic and on which device it runs."""
 
     dtype: Dtype = "float32"
     """Arithmetic, and the dtype of weights that are not quantized."""
+    device: Device = "auto"
+
+    def check(self) -> None:
+        """Raise BitassayError for an unknown attention or device, MissingError for an absent device."""
+        super().check()
+        chosen_device(self.device)
 
     @property
     def options(self) -> dict[str, Any]:
-        return super().options | {"dtype": self.dtype}
+        return super().options | {"dtype": self.dtype, "device": chosen_device(self.device)}
 
     def load(
         self, model: str, recipe: str | None = None, *, tokens: int = 0, progress: "Progress"
@@ -181,27 +205,15 @@ class Compute(Loading):
 
 
 @group
-class Placed(Compute):
-    """How MODEL is loaded, in which arithmetic and on which device it runs."""
+class Compute16(Compute):
+    """The same, in 16 bits."""
 
     dtype: Dtype = "bfloat16"
     """Arithmetic, and the dtype of weights that are not quantized."""
-    device: Device = "cpu"
-
-    def check(self) -> None:
-        """Raise BitassayError for an unknown attention or device, MissingError for an absent device."""
-        from bitassay.models.options import as_device
-
-        super().check()
-        as_device(self.device)
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return super().options | {"device": self.device}
 
 
 @group
-class Verifiable(Placed):
+class Verifiable(Compute16):
     """How a prover or a verifier runs MODEL. Traces hold states in these dtypes alone."""
 
     dtype: StateDtype = "bfloat16"

@@ -229,7 +229,6 @@ def _run_variants(
     """Run each study of task3 or of replication in a run folder of its own, OUT/STUDY where there are
     several; print a table of its variants and its verdicts."""
     from bitassay.data.windows import Protocol
-    from bitassay.models.options import as_device
     from bitassay.report.pages import write_report
     from bitassay.studies.eight_bit.run import run_eight_bit
     from bitassay.studies.eight_bit.study import STUDIES as EIGHT_BIT
@@ -239,19 +238,18 @@ def _run_variants(
     from bitassay.studies.replication.run import run_replication
     from bitassay.studies.replication.study import STUDIES as REPLICATION
 
-    devices = machines.devices or ["cpu"]
+    devices = machines.devices or ["auto"]
     if len(devices) > 1 or Machine(devices[0]).options:
         raise BitassayError(
             f"--devices {' '.join(devices)}: one device, without numerics", "--devices cuda:0"
         )
-    if variants.ray is None:
-        as_device(devices[0])
+    device = devices[0] if variants.ray is not None else options.chosen_device(devices[0])
     for name in studies:
         if name in REPLICATION and model is None:
             raise BitassayError("no model was given", "--model smollm2-135m")
         if name in REPLICATION and variants.limit is not None:
             raise BitassayError(f"--limit {variants.limit}: {name} asks no questions", "--windows, or --only")
-    arithmetic = {"dtype": DTYPES[machines.precision or "bf16"], "device": devices[0], **loading.options}
+    arithmetic = {"dtype": DTYPES[machines.precision or "bf16"], "device": device, **loading.options}
     only, windows = tuple(variants.only or ()), variants.windows
     runs = []
     with show_progress() as progress:

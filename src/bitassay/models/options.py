@@ -10,7 +10,9 @@ from bitassay.errors import BitassayError, MissingError, suggestion
 from bitassay.models.config import text_config
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "float64")}
-AUTO = "auto"  # SDPA where the architecture has it, else what transformers chooses
+# An attention: SDPA where the architecture has it, else what transformers chooses. A device: the first
+# accelerator that works, else the CPU.
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,11 @@ def attention_of(model: PreTrainedModel) -> str:
 
 
 def as_device(name: str) -> torch.device:
-    """Return a device. Raises BitassayError for a name of none, MissingError for one that is not here."""
-    example = "cpu, cuda, cuda:1 or mps"
+    """Return a device; "auto" is the first accelerator that works, else the CPU. Raises BitassayError for a
+    name of none, MissingError for one that is not here."""
+    example = "auto, cpu, cuda, cuda:1 or mps"
+    if name == AUTO:
+        return working_accelerator() or torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -66,3 +71,15 @@ def as_device(name: str) -> torch.device:
         why = f"no device {name!r} here: {backend.device_count()} of them, numbered from 0"
         raise MissingError(why, "`bitassay doctor` lists them")
     return device
+
+
+def working_accelerator() -> torch.device | None:
+    """Return the accelerator that torch was built for and finds here; None without one, and for one that
+    fails at a sum, as with a driver that is too old."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    try:
+        if found is None or torch.ones(2, device=found).sum().item() != 2:
+            return None
+    except RuntimeError:
+        return None
+    return found

@@ -50,6 +50,7 @@ from bitassay.quantization.solvers.sensitivity import (
     predicted_divergences,
 )
 from bitassay.quantization.weight_statistics import Statistics
+from bitassay.record.environment import environment
 from bitassay.record.progress import Progress, silent
 from bitassay.record.result import write_run
 from bitassay.record.run import RunFolder, open_run_folder, run_plan
@@ -97,6 +98,7 @@ def analyze(
     run = write_run(
         folder,
         **described,
+        environment=environment(model.device),
         settings={"each_matrix": plan.each_matrix},
         whole=statistics["whole"] | _mean("kl", divergence[ALL]),
         layers=_layers(statistics, divergence, matrix_locations(model)),

@@ -47,6 +47,7 @@ class TrialEvaluator:
             return load(
                 plan.model,
                 dtype=dtype,
+                device=plan.device,
                 attention=plan.attention,
                 progress=progress,
                 trust_remote_code=trust_remote_code,

@@ -31,6 +31,7 @@ class SearchPlan:
     windows: int = 8
     short: int = 2
     dtype: str = "float32"
+    device: str = "cpu"
     attention: str = AUTO
     seed: int = 0
 

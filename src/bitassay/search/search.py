@@ -33,6 +33,7 @@ from bitassay.models.identity import identity
 from bitassay.quantization.export.fits import check_fit
 from bitassay.quantization.pipeline import quantize_tensors_cached
 from bitassay.quantization.recipe.recipe import BASE, Recipe, find_recipe, row_names
+from bitassay.record.environment import environment
 from bitassay.record.files import check_folder, write_text
 from bitassay.record.progress import Progress, silent
 from bitassay.record.result import write_run
@@ -150,6 +151,7 @@ def _result(
     model_identity = identity(evaluator.base)
     return write_run(
         folder,
+        environment=environment(evaluator.base.device),
         model={"name": model_identity.name, "weights_digest": model_identity.weights_digest},
         settings=plan.to_dict(),
         interval=f"{INTERVAL}; over the windows held out",

@@ -47,6 +47,7 @@ from bitassay.quantization.runtime.model import (
     size_bytes,
     with_tensors,
 )
+from bitassay.record.environment import environment
 from bitassay.record.files import check_folder
 from bitassay.record.progress import Progress, silent
 from bitassay.record.result import write_run
@@ -71,6 +72,7 @@ class AssayPlan:
     recipes: tuple[Recipe, ...]
     protocol: Protocol = DEFAULT_PROTOCOL
     dtype: str = "float32"
+    device: str = "cpu"
     attention: str = AUTO
     seed: int = 0
     bench_repeats: int = 3
@@ -124,6 +126,7 @@ def assay(
         return load(
             model,
             dtype=dtype,
+            device=plan.device,
             attention=plan.attention,
             progress=progress,
             trust_remote_code=trust_remote_code,
@@ -204,6 +207,7 @@ def _described(
     """What run.json says of the model, the text and the recipes."""
     model_identity = identity(base)
     return {
+        "environment": environment(base.device),
         "model": {
             "name": model_identity.name,
             "origin": model_identity.source.origin,

@@ -15,7 +15,7 @@ import torch
 from bitassay.bench.roofline import matrix_peak, stream_bandwidth
 from bitassay.models.config import text_config
 from bitassay.models.empty import without_weights
-from bitassay.models.options import as_dtype
+from bitassay.models.options import as_device, as_dtype
 from bitassay.models.source import resolve
 from bitassay.models.walk import decoder_layers
 from bitassay.quantization.export.plan import plan_export
@@ -25,6 +25,7 @@ from bitassay.record.progress import Progress, silent
 from bitassay.studies.assay import AssayPlan
 
 PROMPT_TOKENS = 60  # about the mean of the prompts that are used
+BUFFER_BYTES = 2**27  # far larger than the caches
 
 
 def estimate_assay(
@@ -48,7 +49,8 @@ def estimate_assay(
     item = as_dtype(plan.dtype).itemsize
     tokens = (plan.protocol.windows or 0) * plan.protocol.window_tokens
     logits = 2 * plan.protocol.window_tokens * text_config(config).vocab_size * item
-    rate, rate16 = _flops(as_dtype(plan.dtype)), _flops(torch.bfloat16)
+    device = as_device(plan.device)
+    rate, rate16 = _flops(as_dtype(plan.dtype), device), _flops(torch.bfloat16, device)
     rows = [
         {
             "step": f"quantize {recipe.name}",
@@ -67,7 +69,7 @@ def estimate_assay(
             "seconds": 2 * parameters * tokens * models / rate,
         }
     )
-    decode_s = parameters * 2 / _bandwidth()
+    decode_s = parameters * 2 / stream_bandwidth(device, BUFFER_BYTES)
     if plan.bench_repeats:
         round_s = 2 * parameters * plan.bench_tokens / rate16 + 12 * decode_s
         rows.append(
@@ -100,13 +102,8 @@ def _calibration_flops(recipe: Recipe, parameters: int) -> float:
     return 2.0 * parameters * text.tokens * passes
 
 
-def _flops(dtype: torch.dtype) -> float:
+def _flops(dtype: torch.dtype, device: torch.device) -> float:
     """Measured floating-point operations a second of a matrix product of a decoder's size."""
-    peak = matrix_peak(str(dtype).removeprefix("torch."), torch.device("cpu"), (512, 1024, 1024))
+    peak = matrix_peak(str(dtype).removeprefix("torch."), device, (512, 1024, 1024))
     assert peak is not None
     return peak
-
-
-def _bandwidth() -> float:
-    """Measured bytes a second of reading a matrix far larger than the caches."""
-    return stream_bandwidth(torch.device("cpu"), 2**27)

@@ -35,6 +35,7 @@ from bitassay.quantization.export.fits import check_fit
 from bitassay.quantization.pipeline import quantize_cached
 from bitassay.quantization.recipe.recipe import BASE, Recipe, find_recipe, row_names
 from bitassay.quantization.runtime.model import check_recipe
+from bitassay.record.environment import environment
 from bitassay.record.files import check_folder
 from bitassay.record.hashing import digest_json
 from bitassay.record.progress import Progress, silent
@@ -55,6 +56,7 @@ class GenerationPlan:
     max_new_tokens: int = 64
     batch: int = BATCH
     dtype: str = "float32"
+    device: str = "cpu"
     attention: str = AUTO
 
     def __post_init__(self) -> None:
@@ -97,6 +99,7 @@ def generation(
         return load(
             name,
             dtype=plan.dtype,
+            device=plan.device,
             attention=plan.attention,
             progress=progress,
             trust_remote_code=trust_remote_code,
@@ -131,6 +134,7 @@ def generation(
     ]
     run = write_run(
         folder,
+        environment=environment(base.device),
         model={
             "name": model_identity.name,
             "origin": model_identity.source.origin,

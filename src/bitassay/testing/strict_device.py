@@ -99,14 +99,15 @@ class StrictTensor(Tensor):
 
     @staticmethod
     def __new__(cls, bare: Tensor) -> "StrictTensor":
-        outer = Tensor._make_wrapper_subclass(
-            cls,
-            bare.shape,
-            strides=bare.stride(),
-            storage_offset=bare.storage_offset(),
-            dtype=bare.dtype,
-            device=torch.device(StrictDevice.name),
-        )
+        with torch.inference_mode(False):  # a view of a tensor from outside that mode is none of the mode's
+            outer = Tensor._make_wrapper_subclass(
+                cls,
+                bare.shape,
+                strides=bare.stride(),
+                storage_offset=bare.storage_offset(),
+                dtype=bare.dtype,
+                device=torch.device(StrictDevice.name),
+            )
         outer.bare = bare
         return outer
 

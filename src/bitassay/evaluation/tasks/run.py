@@ -28,6 +28,7 @@ from bitassay.models.identity import identity
 from bitassay.quantization.pipeline import quantize_cached
 from bitassay.quantization.recipe.recipe import Recipe, find_recipe
 from bitassay.quantization.runtime.model import check_recipe, quantization_of
+from bitassay.record.environment import environment
 from bitassay.record.files import check_folder
 from bitassay.record.progress import Progress, silent
 from bitassay.record.result import write_run
@@ -56,6 +57,7 @@ def loaded_candidate(model: PreTrainedModel, name: str) -> Candidate:
         "config_digest": model_identity.config_digest,
         "recipe": None if done is None else done.recipe.model_dump(mode="json"),
         "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
     }
     return Candidate(name, about, lambda: model)
 
@@ -131,6 +133,7 @@ def evaluate_tasks(
     protocols = {task: _protocol(task, asked, limit) for task, asked in groups.items()}
     run = write_run(
         folder,
+        environment=environment(base["device"]),
         model={"name": base["model"], "weights_digest": base["weights_digest"]},
         settings={"limit": limit, "versions": plan["versions"]},
         models=models,

@@ -66,7 +66,7 @@ from bitassay.verification.trace import Trace, read_trace
 
 MOST_CANDIDATES = 400
 SAMPLED = Sampler(temperature=0.8, top_p=0.95, seed=7)
-PRECISION = "bf16"
+PRECISIONS = {dtype: precision for precision, dtype in DTYPES.items()}
 TIMED, ROUNDS = 3, 3  # traces on which the detectors are timed, and how often
 _OBSERVATIONS = TypeAdapter(list[Observation])
 
@@ -82,6 +82,8 @@ class AttackPlan:
     batch: int = 32
     seed: int = 0
     attention: str = AUTO
+    dtype: str = "bfloat16"
+    device: str = "cpu"
     attacks: tuple[str, ...] = field(default_factory=lambda: tuple(ATTACKS))
     variants: tuple[str, ...] = field(default_factory=lambda: tuple(VARIANTS))
 
@@ -133,7 +135,8 @@ class RequestSet:
 def _eager(requests: RequestSet) -> list[Trace]:
     model = load(
         requests.name,
-        dtype=DTYPES[PRECISION],
+        dtype=requests.plan.dtype,
+        device=requests.plan.device,
         attention="eager",
         trust_remote_code=requests.trust_remote_code,
     )
@@ -154,7 +157,7 @@ def _one_thread(requests: RequestSet) -> list[Trace]:
 def _other_instructions(requests: RequestSet) -> list[Trace]:
     """Greedily in a process of its own that is told to use other vector instructions; batches are those of
     `prove_many`, of similar length."""
-    machine = requests.other or other_machines(HOST)[0]
+    machine = requests.other or other_machines(Machine(requests.plan.device))[0]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         items = [
@@ -163,7 +166,7 @@ def _other_instructions(requests: RequestSet) -> list[Trace]:
         ]
         job = party_job(
             PROVER,
-            Party(PRECISION, machine, DTYPES[PRECISION]),
+            Party(PRECISIONS[requests.plan.dtype], machine, requests.plan.dtype),
             requests.name,
             sorted(items, key=lambda item: len(item.prompt)),
             folder,
@@ -175,22 +178,19 @@ def _other_instructions(requests: RequestSet) -> list[Trace]:
         return [read_trace(item.trace) for item in items]
 
 
-HOST = Machine("cpu")
-
-
-def _here(*options: str) -> Callable[[], list[Machine]]:
-    return lambda: [Machine("+".join((HOST.name, *options)))]
+def _here(*options: str) -> Callable[[Machine], list[Machine]]:
+    return lambda host: [Machine("+".join((host.name, *options)))]
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way of running the model honestly. machines: whose numerics it has, as `parties` spells them; the
-    first that can compute here. sampled: with the sampler SAMPLED instead of greedily."""
+    """One way of running the model honestly. machines: whose numerics it has, of a host, as `parties` spells
+    them; the first that can compute here. sampled: with the sampler SAMPLED instead of greedily."""
 
     about: str
     run: Callable[[RequestSet], list[Trace]]
     sampled: bool = False
-    machines: Callable[[], Sequence[Machine]] = lambda: [HOST]
+    machines: Callable[[Machine], Sequence[Machine]] = lambda host: [host]
 
 
 VARIANTS = {
@@ -204,7 +204,7 @@ VARIANTS = {
     "isa": Variant(
         "a process with other vector instructions (AVX2 where AVX-512 is the default)",
         _other_instructions,
-        machines=lambda: other_machines(HOST),
+        machines=other_machines,
     ),
     "prefill": Variant("states from one prefill instead of cached decode", _prefill),
     "sampled": Variant("sampled, otherwise the same", lambda requests: requests.traces, sampled=True),
@@ -238,12 +238,13 @@ def attack(
     check_plan(plan)
     base = load(
         model,
-        dtype=DTYPES[PRECISION],
+        dtype=plan.dtype,
+        device=plan.device,
         attention=plan.attention,
         trust_remote_code=trust_remote_code,
         progress=progress,
     )
-    known, here = identity(base), environment()
+    known, here = identity(base), environment(base.device)
     settings = {**asdict(plan), "numerics": here["cpu_capability"], "threads": here["threads"]}
     # A run may be widened: what is attacked and what is pooled do not change the parts that are there.
     work = {key: value for key, value in settings.items() if key not in ("attacks", "variants")}
@@ -350,13 +351,13 @@ def runnable(
 ) -> tuple[AttackPlan, Machine | None, tuple[LeftOut, ...]]:
     """Return the plan without variants whose numerics cannot be computed here, the machine of `isa`, and what
     was left out or replaced."""
-    dtype = DTYPES[PRECISION]
-    if problem := probe(HOST, dtype):
+    dtype, host = plan.dtype, Machine(plan.device)
+    if problem := probe(host, dtype):
         raise MissingError(f"{dtype} cannot be computed here: {problem}", "unset ATEN_CPU_CAPABILITY")
-    known: dict[tuple[Machine, ...], tuple[Machine | None, tuple[LeftOut, ...]]] = {(HOST,): (HOST, ())}
+    known: dict[tuple[Machine, ...], tuple[Machine | None, tuple[LeftOut, ...]]] = {(host,): (host, ())}
     kept, left_out, other = [], list[LeftOut](), None
     for name in plan.variants:
-        machines = tuple(VARIANTS[name].machines())
+        machines = tuple(VARIANTS[name].machines(host))
         if machines not in known:
             known[machines] = first_that_runs(machines, dtype, probe)
         machine, failed = known[machines]
