@@ -102,15 +102,9 @@ def matmul(
     from bitassay.report.pages import write_report
 
     chosen = SHAPES if shapes is None else [_shape(text) for text in shapes]
+    where = options.chosen_device(device)
     with show_progress() as progress:
-        run = matmul(
-            chosen,
-            draws=draws,
-            repeats=repeats,
-            seed=seed,
-            device=options.chosen_device(device),
-            progress=progress,
-        )
+        run = matmul(chosen, draws=draws, repeats=repeats, seed=seed, device=where, progress=progress)
     if out is not None:
         write_report(run, out)
         print(f"report: {out}", file=sys.stderr)

@@ -105,7 +105,7 @@ Device = Annotated[
     str,
     Parameter(
         validator=_is_device,
-        help="Where to run: cpu, cuda, cuda:1 or mps; auto is the first accelerator that works, else the CPU.",
+        help="Where to run: cpu, cuda, cuda:1 or mps; auto: the first accelerator that works, else the CPU.",
     ),
 ]
 Alpha = Annotated[

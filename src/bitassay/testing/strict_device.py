@@ -76,7 +76,10 @@ class StrictDevice(TorchDispatchMode):
             raise RuntimeError(f"{func}: a generator of cpu cannot draw on {self.name}")
         if device is not None:
             kwargs["device"] = _CPU
-        out = func(*_bare(args), **{key: _bare(value) for key, value in kwargs.items()})
+        bare = _bare(args)
+        if func is _aten.histc.default:  # which accelerators have for integers
+            bare = (bare[0].float(), *bare[1:])
+        out = func(*bare, **{key: _bare(value) for key, value in kwargs.items()})
         if func is _aten.copy_.default:
             self.waits += type(args[0]) is not StrictTensor
             return args[0]

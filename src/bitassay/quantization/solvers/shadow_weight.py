@@ -48,7 +48,8 @@ class ShadowWeight(nn.Module):
         self.scheme, self.grid, self.low_rank = scheme, grid, low_rank
         self.correction = None if low_rank is None else low_rank.product()
         bounds = group_bounds(Granularity.parse(scheme.granularity), weight.shape[1])
-        self.sizes = [stop - start for start, stop in bounds]
+        self.groups = [stop - start for start, stop in bounds]
+        self.sizes = torch.tensor(self.groups, device=weight.device)
         self.first_scale = grid.scale.float()
         zero = torch.zeros_like(self.first_scale) if grid.zero_point is None else grid.zero_point.float()
         self.zero = nn.Parameter(zero - grid.offset)
@@ -59,11 +60,11 @@ class ShadowWeight(nn.Module):
         self.u = nn.Parameter(positions.contiguous())
         # A group of zeros has the scale 1, a step of which would ruin the matrix: it stays as it is.
         distance = (self.u.detach() - self._wide(zero - grid.offset)).abs()
-        self.moves = torch.stack([part.amax(1) > ZEROS for part in distance.split(self.sizes, 1)], 1)
+        self.moves = torch.stack([part.amax(1) > ZEROS for part in distance.split(self.groups, 1)], 1)
         self.clamp()
 
     def _wide(self, per_group: Float[Tensor, "out groups"]) -> Matrix:
-        return _widened(per_group, self.sizes)
+        return per_group.repeat_interleave(self.sizes, dim=1, output_size=sum(self.groups))
 
     def grid_parameters(self) -> list[nn.Parameter]:
         """Return what is learned besides the codes."""
@@ -91,7 +92,7 @@ class ShadowWeight(nn.Module):
 
     def forward(self) -> Matrix:
         zero = self._stored(self.zero) if self.scheme.zero_point == "free" else self.zero
-        weight = _OnGrid.apply(self.u, self.scale(), zero, self.moves, self.sizes, self.grid)
+        weight = _OnGrid.apply(self.u, self.scale(), zero, self.moves, self.sizes, self.groups, self.grid)
         if self.mean is not None:
             mean = torch.where(self.moves, self.mean, self.mean.detach())
             weight = weight + self._wide(self._stored(mean))
@@ -110,12 +111,6 @@ class ShadowWeight(nn.Module):
         codes = _rounded(self.u, self.grid)
         tensor = from_codes(codes, self.scale(), self.scheme, zero_point=zero, mean=self.mean)
         return replace(tensor, low_rank=self.low_rank)
-
-
-def _widened(per_group: Float[Tensor, "out groups"], sizes: list[int]) -> Matrix:
-    """Return each group's number at each of its weights."""
-    repeats = torch.tensor(sizes, device=per_group.device)
-    return per_group.repeat_interleave(repeats, dim=1, output_size=sum(sizes))
 
 
 def _rounded(u: Tensor, grid: Grid) -> Tensor:
@@ -143,20 +138,22 @@ class _OnGrid(torch.autograd.Function):
     """`(round(u) - c) s`, straight through the rounding."""
 
     @staticmethod
-    def forward(ctx, u, scale, zero, moves, sizes, grid):  # type: ignore[override]
-        centred = _rounded(u, grid).sub_(_widened(zero, sizes))
-        ctx.save_for_backward(centred.half(), scale, moves)
-        ctx.sizes = sizes
-        return centred * _widened(scale, sizes)
+    def forward(ctx, u, scale, zero, moves, sizes, groups, grid):  # type: ignore[override]
+        columns = u.shape[1]  # known, so that no device is asked for the sum of the sizes
+        centred = _rounded(u, grid).sub_(zero.repeat_interleave(sizes, dim=1, output_size=columns))
+        ctx.save_for_backward(centred.half(), scale, moves, sizes)
+        ctx.groups = groups
+        return centred * scale.repeat_interleave(sizes, dim=1, output_size=columns)
 
     @staticmethod
     def backward(ctx, gradient):  # type: ignore[override]
-        centred, scale, moves = ctx.saved_tensors
-        sizes, scale = ctx.sizes, scale * moves
+        centred, scale, moves, sizes = ctx.saved_tensors
+        scale = scale * moves
+        wide = scale.repeat_interleave(sizes, dim=1, output_size=centred.shape[1])
 
         def by_group(x: Tensor) -> Tensor:
-            return torch.stack([part.sum(1) for part in x.split(sizes, dim=1)], dim=1)
+            return torch.stack([part.sum(1) for part in x.split(ctx.groups, dim=1)], dim=1)
 
         of_zero = -scale * by_group(gradient) if ctx.needs_input_grad[2] else None
         of_scale = by_group(gradient * centred)
-        return gradient * _widened(scale, sizes), of_scale, of_zero, None, None, None
+        return gradient * wide, of_scale, of_zero, None, None, None, None

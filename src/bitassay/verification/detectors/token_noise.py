@@ -51,7 +51,7 @@ def margins_and_noise(
     scores = sampler.scores(logits, draws)
     best = scores.topk(min(TOP, scores.shape[-1]))
     own = comparison.verifier.logits.to(scores.device).gather(1, best.indices).double()
-    error = (own - logits.gather(1, best.indices).double()) / (sampler.temperature or 1.0)
+    error = (own - logits.to(scores.device).gather(1, best.indices).double()) / (sampler.temperature or 1.0)
     variance = error.var(1, correction=0).nan_to_num(nan=0, posinf=0)  # no noise where nothing is finite
     sigma = ((variance + variance.mean()) / 2).sqrt().clamp(min=torch.finfo(comparison.dtype).tiny).cpu()
     gaps = (best.values[:, :1] - best.values[:, 1:]).cpu()
