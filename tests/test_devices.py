@@ -113,7 +113,7 @@ def distance(one, other):
     return ((one - other).norm() / other.norm()).item()
 
 
-FAST = {"nearest", "ternary", "tune", "low rank", "smoothquant", "rotation"}
+FAST = {"nearest", "tune", "smoothquant", "rotation"}
 SLOW = [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in RECIPES]
 
 
@@ -168,11 +168,11 @@ def test_a_work_folder_is_read_back_to_the_device(there, tmp_path):
 
 def test_evaluation(cpu, there, monkeypatch, short_texts):
     monkeypatch.setenv("BITASSAY_DATA", str(short_texts))
-    protocol, w4 = Protocol(window_tokens=32, windows=2), Recipe(name="w4", weights={"format": "int4"})
+    protocol, w2 = Protocol(window_tokens=32, windows=2), Recipe(name="w2", weights={"format": "int2"})
     here, far = (
-        evaluate(quantize(model, w4), against=model, protocol=protocol).quality for model in (cpu, there)
+        evaluate(quantize(model, w2), against=model, protocol=protocol).quality for model in (cpu, there)
     )
-    assert far.kl_mean == pytest.approx(here.kl_mean, rel=1e-3)
+    assert far.kl_mean == pytest.approx(here.kl_mean, rel=0.01)
     assert far.ppl == pytest.approx(here.ppl, rel=1e-5)
 
 
@@ -201,7 +201,7 @@ def test_generation_and_margins(cpu, sampler, fp64):
         assert torch.allclose(rows, others, atol=1e-4)
 
 
-@pytest.mark.parametrize("fp64", [True, False])
+@pytest.mark.parametrize("fp64", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_traces_pass_between_devices(cpu, fp64):
     asked = [Request(prompt, f"n{index}", Sampler(), 6) for index, prompt in enumerate(PROMPTS)]
     names = [request.nonce for request in asked]
@@ -220,7 +220,7 @@ def test_traces_pass_between_devices(cpu, fp64):
             assert one.series.keys() == other.series.keys() == set(DETECTORS)
 
 
-SOME = {"fine-tune-0.01", "kv8", "tokens-one"}
+SOME = {"fine-tune-0.01"}
 ON_HOSTS = [
     pytest.param(name, marks=() if name in SOME else pytest.mark.slow)
     for name, attack in ATTACKS.items()
@@ -290,9 +290,8 @@ def runs(model, device):
     assert [one.defects for one in observe(traces, there, asked)] == [(), ()]
 
 
-@pytest.mark.parametrize("name", ["qwen2_moe", "gpt_oss"])
-def test_architectures(name, device):
-    runs(tiny_model(name, num_hidden_layers=1), device)
+def test_experts(device):
+    runs(tiny_model("qwen2_moe", num_hidden_layers=1), device)
 
 
 @pytest.mark.slow
