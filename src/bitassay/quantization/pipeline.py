@@ -43,6 +43,7 @@ from bitassay.quantization.replication.layer_copies import add_copies, choose_co
 from bitassay.quantization.runtime.experts import matrix_of, owner_of
 from bitassay.quantization.runtime.model import (
     Quantization,
+    check_opening,
     check_recipe,
     copy_sharing_parameters,
     quantization_of,
@@ -171,7 +172,7 @@ def _quantized(
             "load it on the CPU, quantize, and move the result",
         )
     if is_opened(base):
-        _check_one_by_one(recipe)
+        check_opening(recipe)
     tokens = calibration_tokens(base, recipe.text) if recipe.is_calibrated else None
     work = WorkingCopy(base, recipe, copy_sharing_parameters(base), schemes, tokens, folder, progress)
     if codes is None or "replication" in recipe.parts:
@@ -254,7 +255,6 @@ def _round_inputs(work: WorkingCopy, spec: Activations, made: Quantization) -> Q
     return replace(made, inputs=input_roundings(model, spec, ranges))
 
 
-ONE_BY_ONE = ("gptq", "low_rank", "learned", "kv_cache")  # parts that look at a layer at a time
 # What a part of a recipe does, by its name, at which step.
 PREPARE: dict[str, Callable[[WorkingCopy, Any], None]] = {
     "rotation": _rotate,
@@ -266,15 +266,6 @@ FINISH: dict[str, Callable[[WorkingCopy, Any, Quantization], Quantization]] = {
     "activations": _round_inputs,
     "replication": add_copies,
 }
-
-
-def _check_one_by_one(recipe: Recipe) -> None:
-    """Raise BitassayError for a recipe of which a part needs all layers of a model at once."""
-    if whole := [name for name in recipe.parts if name not in ONE_BY_ONE]:
-        raise BitassayError(
-            f"{recipe.name}: {whole[0]} needs the whole model in memory, and it does not fit",
-            f"more --memory, or a recipe of {', '.join(ONE_BY_ONE)} alone",
-        )
 
 
 def _refuse_quantized(model: PreTrainedModel) -> None:

@@ -2,26 +2,33 @@
 It is for `--dry-run` and whoever has to know before any weight is read."""
 
 import math
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError
-from bitassay.models.walk import decoder_layers, walk
+from bitassay.models.walk import decoder_layers, module_name, walk
 from bitassay.quantization.codes.storage import Factors, Stored, expected_bytes, planned, planned_bits
 from bitassay.quantization.export.registry import LAYOUTS, OWN
 from bitassay.quantization.export.reload import expected_parts
 from bitassay.quantization.export.save import choose_layout
 from bitassay.quantization.recipe.calibration import Calibration
+from bitassay.quantization.recipe.formats import FORMATS
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.recipe.solvers import Tune
 from bitassay.quantization.recipe.transforms import Rotation, Smoothing
 from bitassay.quantization.recipe.weights import WeightScheme
-from bitassay.quantization.runtime.model import check_recipe, parameter_count
+from bitassay.quantization.runtime.model import check_recipe, obstacle_to_opening, parameter_count
 from bitassay.quantization.runtime.replicas import is_replica, original, replica_names
 from bitassay.quantization.solvers import layerwise, tune
+
+BASE_BYTES = 420 * 10**6  # the interpreter with torch and transformers
+# Copies of a matrix in fp32 that rounding it holds at its peak, and decoding it: measured.
+ROUNDING_COPIES, BINARY_COPIES, DECODING_COPIES = 4.5, 7, 3.5
+READ_BYTES = 4  # of a weight while it is read, beside what it becomes
 
 
 @dataclass(frozen=True)
@@ -30,9 +37,11 @@ class Plan:
 
     layout_reason: why it is our own layout where nobody asked for it. size_bytes: as
     `quantize.model.size_bytes` counts, and by the whole model's parameters. tensor_bytes: what the folder's
-    tensors take. memory_bytes: the base model, the quantized one, its codes twice (as kept and as stored),
-    and the reloaded model beside them; or, where that is more, what calibrating holds: the base model, what
-    is quantized, and what one layer makes of the text; or what tuning holds of each weight.
+    tensors take. memory_bytes: the peak of the whole command, with the model loaded: the base model, the
+    quantized one, its codes, and the reloaded model beside them; or, where that is more, what calibrating
+    holds: the base model, what is quantized, and what one layer makes of the text; or what tuning holds of
+    each weight. opened_memory_bytes: the same with the model read a layer at a time; None where a part of the
+    recipe needs all of it.
     """
 
     layout: str
@@ -43,6 +52,7 @@ class Plan:
     size_bytes: int
     tensor_bytes: int
     memory_bytes: int
+    opened_memory_bytes: int | None
 
 
 def plan_export(model: PreTrainedModel, recipe: Recipe, layout: str | None = None) -> Plan:
@@ -69,12 +79,13 @@ def plan_export(model: PreTrainedModel, recipe: Recipe, layout: str | None = Non
     weights = sum(shapes[name][0] * shapes[name][1] for name in ways[0] if not is_replica(name))
     added = sum(count(model, part) for count, part in recipe.steps(ADDED_PARAMETERS))
     parameters, item = parameter_count(model) + added, model.dtype.itemsize
-    saving = (2 * parameters + weights) * item + bits // 8 + 2 * stored
+    saving = (2 * parameters + weights) * item + bits // 8 + stored
     originals = [name for name in ways[0] if not is_replica(name)]
     sizes = Sizes(model, recipe.text, [shapes[name] for name in originals], parameters, bits)
     memory = [saving, *(memory_of(part, sizes) for memory_of, part in recipe.steps(MEMORY))]
     weighs = any((scheme := recipe.scheme_for(name)) and scheme.uses_importance for name in originals)
-    if recipe.is_calibrated and (recipe.uses_calibrated_solver or weighs):
+    solves = recipe.is_calibrated and (recipe.uses_calibrated_solver or weighs)
+    if solves:
         memory.append(_solving(sizes))
     size_bytes = (parameters - weights) * 2 + bits // 8
     return Plan(
@@ -85,7 +96,10 @@ def plan_export(model: PreTrainedModel, recipe: Recipe, layout: str | None = Non
         checkpoint_bits_per_weight=size_bytes * 8 / parameters,
         size_bytes=size_bytes,
         tensor_bytes=(parameters - weights) * item + stored,
-        memory_bytes=max(memory),
+        memory_bytes=BASE_BYTES + max(memory),
+        opened_memory_bytes=None
+        if obstacle_to_opening(recipe)
+        else BASE_BYTES + _opened(sizes, ways[0], solves),
     )
 
 
@@ -98,6 +112,25 @@ class Sizes:
     shapes: list[tuple[int, int]]
     parameters: int
     bits: int
+
+
+def _opened(sizes: Sizes, stored: Mapping[str, Stored], solves: bool) -> int:
+    """Return the bytes that it takes a layer at a time: the most of what rounding a matrix holds, what a
+    layer holds that is run when it is checked, and what lies beside the layers while it is written."""
+    model, item = sizes.model, sizes.model.dtype.itemsize
+    prefix = f"{module_name(model, decoder_layers(model))}."
+    parameters = dict(model.named_parameters())
+    matrix = max(map(math.prod, sizes.shapes))
+    owners = [fused.numel() for fused in walk(model).experts.values()]
+    beside = max(value.numel() for name, value in parameters.items() if not name.startswith(prefix))
+    layers = Counter[str]()
+    for name, value in parameters.items():
+        if name.startswith(prefix):
+            layers[name.removeprefix(prefix).partition(".")[0]] += value.numel()
+    binary = any(FORMATS[way.scheme.format].kind == "binary" for way in stored.values())
+    rounding = item * max([matrix, *owners]) + 4 * matrix * (BINARY_COPIES if binary else ROUNDING_COPIES)
+    checking = item * max(layers.values()) + 4 * matrix * DECODING_COPIES
+    return int(max(rounding, checking, beside * (item + READ_BYTES)))
 
 
 def _solving(sizes: Sizes, streams: int = 0) -> int:

@@ -35,6 +35,8 @@ from bitassay.quantization.runtime.replicas import add_passes, is_replica
 from bitassay.quantization.transforms.folding import INPUT_SCALES, divide_inputs
 from bitassay.quantization.transforms.rotation import add_online
 
+ONE_BY_ONE = ("gptq", "low_rank", "learned", "kv_cache")  # parts of a recipe that look at a layer at a time
+
 
 @dataclass(frozen=True)
 class Quantization:
@@ -180,6 +182,20 @@ def check_recipe(model: PreTrainedModel, recipe: Recipe) -> dict[str, Tensor]:
             f"leave them in high precision with an override: {{match: '{pattern}', weights: null}}",
         )
     return views
+
+
+def obstacle_to_opening(recipe: Recipe) -> str | None:
+    """Return the part of a recipe that needs all layers of a model at once; None where none does."""
+    return next((name for name in recipe.parts if name not in ONE_BY_ONE), None)
+
+
+def check_opening(recipe: Recipe) -> None:
+    """Raise BitassayError for a recipe that cannot be followed a layer at a time."""
+    if part := obstacle_to_opening(recipe):
+        raise BitassayError(
+            f"{recipe.name}: {part} needs the whole model in memory, and it does not fit",
+            "more --memory, or a recipe without it",
+        )
 
 
 def bits_per_weight(model: PreTrainedModel) -> float:
