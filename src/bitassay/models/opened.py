@@ -14,12 +14,14 @@ too: it knows by which function each of them is made of what the files hold.
 """
 
 import copy
+import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -92,16 +94,14 @@ def present(model: nn.Module, *modules: str) -> Iterator[None]:
     if (weights := weights_of(model)) is None:
         yield
         return
-    names = [name for module in modules for name in weights.below(module)]
-    weights.take(names)
-    try:
+    with weights.holding([name for module in modules for name in weights.below(module)]):
         yield
-    finally:
-        weights.drop(names)
 
 
 class Weights:
-    """The weights of an opened model, by name. changes: how those are made that are not the files' own."""
+    """The weights of an opened model, by name. changes: how those are made that are not the files' own.
+    units: the names of weights by the module that reads them in a forward, a decoder layer or a module
+    outside of the layers that has weights of its own; layers: which of them are layers."""
 
     def __init__(
         self,
@@ -114,6 +114,8 @@ class Weights:
         self.model, self.folder, self.entries, self.device = model, folder, entries, options.device
         self.changes: dict[str, Change] = {}
         self.holds: Counter[str] = Counter()
+        # What models have in memory that were made of one opened model.
+        self.held: weakref.WeakValueDictionary[str, Tensor] = weakref.WeakValueDictionary()
         self.empty = {name: _get(model, name) for name in model.state_dict()}
         self.mapping: list[Any] = list(get_model_conversion_mapping(model))
         self.keys, unknown = self._keys()
@@ -125,7 +127,15 @@ class Weights:
         report = _Report(missing, unknown)
         model._adjust_missing_and_unexpected_keys(report)  # type: ignore[arg-type]
         check_keys(vars(report), folder)
-        model._weight_conversions = [way for way in self.mapping if way.was_used()]
+        attach(model, _weight_conversions=[way for way in self.mapping if way.was_used()])
+        prefix = module_name(model, decoder_layers(model))
+        self.layers = [f"{prefix}.{index}" for index in range(len(decoder_layers(model)))]
+        self.units: dict[str, list[str]] = {}
+        for name in self.empty:
+            unit = name.rpartition(".")[0]
+            if name.startswith(f"{prefix}."):
+                unit = f"{prefix}.{name.removeprefix(f'{prefix}.').partition('.')[0]}"
+            self.units.setdefault(unit, []).append(name)
 
     def _keys(self) -> tuple[dict[str, list[str]], set[str]]:
         """The files' names of each weight, and of what is no weight of the model."""
@@ -160,22 +170,28 @@ class Weights:
 
     def read_in_forwards(self) -> None:
         """Read the weights of each decoder layer, and of what lies beside the layers, in every forward."""
-        for module, names in self.units().items():
-            part = self.model.get_submodule(module)
-            part.register_forward_pre_hook(partial(_take_before, self, names), with_kwargs=True)
-            part.register_forward_hook(partial(_drop_after, self, names), always_call=True)
+        for unit in self.units:
+            part = self.model.get_submodule(unit)
+            part.register_forward_pre_hook(partial(_take_before, self, unit), with_kwargs=True)
+            part.register_forward_hook(partial(_drop_after, self, unit), always_call=True)
 
-    def units(self) -> dict[str, list[str]]:
-        """Return the names of weights by the module that reads them in a forward: a decoder layer, or a
-        module outside of the layers that has weights of its own."""
-        prefix = module_name(self.model, decoder_layers(self.model))
-        units: dict[str, list[str]] = {}
-        for name in self.empty:
-            owner = name.rpartition(".")[0]
-            if name.startswith(f"{prefix}."):
-                owner = f"{prefix}.{name.removeprefix(f'{prefix}.').partition('.')[0]}"
-            units.setdefault(owner, []).append(name)
-        return units
+    @contextmanager
+    def waiting(self, wait: Callable[[str], None]) -> Iterator[None]:
+        """In this thread, call `wait(unit)` before the weights of a unit are read in a forward."""
+        _thread.wait = wait
+        try:
+            yield
+        finally:
+            del _thread.wait
+
+    @contextmanager
+    def holding(self, names: Collection[str]) -> Iterator[None]:
+        """Have these weights in memory within the context."""
+        self.take(names)
+        try:
+            yield
+        finally:
+            self.drop(names)
 
     def take(self, names: Collection[str]) -> None:
         """Bring weights into memory that are not there yet."""
@@ -185,7 +201,11 @@ class Weights:
         for name in wanted:
             change = self.changes.get(name)
             value = values[self.origin[name]] if change is None else change(partial(self.stored, name))
-            _put(self.model, name, value)
+            self.held[self._known(name)] = _put(self.model, name, value)
+
+    def _known(self, name: str) -> str:
+        """A name for a weight that no other weight has, of this model and of those made of the same one."""
+        return f"{name} of {id(self)}" if name in self.changes else self.origin[name]
 
     def drop(self, names: Collection[str]) -> None:
         """Forget weights that nobody else has taken."""
@@ -209,8 +229,12 @@ class Weights:
         return self.read({self.origin[name]})[self.origin[name]]
 
     def read(self, names: Collection[str]) -> dict[str, Tensor]:
-        """Read weights without putting them into the model. Raises BitassayError for values that are not
-        finite, and for another shape than the configuration says."""
+        """Read weights that are not in memory, without putting them into the model. Raises BitassayError for
+        values that are not finite, and for another shape than the configuration says."""
+        held = {name: value for name in names if (value := self.held.get(name)) is not None}
+        return held | self._read([name for name in names if name not in held])
+
+    def _read(self, names: Collection[str]) -> dict[str, Tensor]:
         keys = {key for name in names for key in self.keys[name]}
         if not keys:
             return {}
@@ -249,17 +273,21 @@ class _Report:
         self.missing_keys, self.unexpected_keys = missing, unexpected
 
 
-class _Lazy(NamedTuple):
+class _Lazy:
     """A tensor of a file, which transformers reads where it slices it."""
 
-    entry: Entry
+    def __init__(self, entry: Entry):
+        self.entry = entry
 
     def __getitem__(self, _: Any) -> Tensor:
         return self.entry.read()
 
 
+_thread = threading.local()
+
+
 def _take_before(
-    weights: Weights, names: list[str], _module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]
+    weights: Weights, unit: str, _module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]
 ) -> None:
     if any(isinstance(value, Tensor) and value.is_meta for value in (*positional, *named.values())):
         raise BitassayError(
@@ -267,11 +295,13 @@ def _take_before(
             "read a layer at a time",
             "more --memory, in which the whole model fits",
         )
-    weights.take(names)
+    if (wait := getattr(_thread, "wait", None)) is not None:
+        wait(unit)
+    weights.take(weights.units[unit])
 
 
-def _drop_after(weights: Weights, names: list[str], _module: nn.Module, _arguments: Any, _out: Any) -> None:
-    weights.drop(names)
+def _drop_after(weights: Weights, unit: str, _module: nn.Module, _arguments: Any, _out: Any) -> None:
+    weights.drop(weights.units[unit])
 
 
 def _get(model: nn.Module, name: str) -> Tensor:
@@ -282,11 +312,13 @@ def _get(model: nn.Module, name: str) -> Tensor:
     return value
 
 
-def _put(model: nn.Module, name: str, value: Tensor) -> None:
-    """Put a value in the place of a parameter or buffer."""
+def _put(model: nn.Module, name: str, value: Tensor) -> Tensor:
+    """Put a value in the place of a parameter or buffer; return what is there then."""
     owner, _, key = name.rpartition(".")
     module = model.get_submodule(owner)
     if key in module._buffers:
         module._buffers[key] = value
-    else:
-        module._parameters[key] = value if isinstance(value, nn.Parameter) else nn.Parameter(value, False)
+        return value
+    parameter = value if isinstance(value, nn.Parameter) else nn.Parameter(value, False)
+    module._parameters[key] = parameter
+    return parameter

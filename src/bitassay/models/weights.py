@@ -103,7 +103,8 @@ class Entry:
         data = torch.empty(self.size_bytes, dtype=torch.uint8)
         with open(self.file, "rb") as stream:
             stream.seek(self.start)
-            if stream.readinto(data.numpy()) != self.size_bytes:
+            count = stream.readinto(data.numpy())  # type: ignore[arg-type]
+            if count != self.size_bytes:
                 raise BitassayError(f"{self.file}: truncated at {self.key}", AGAIN)
         return data.view(self.dtype).view(self.shape)
 

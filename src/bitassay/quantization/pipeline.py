@@ -14,6 +14,7 @@ result; the same call goes on where the last one stopped. In the cache, recipes 
 after the codes (rounded inputs, a rounded cache, copies that share codes) share the folder of their codes.
 """
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -214,12 +215,13 @@ def rounded_to_nearest(
         names = [name for name in shapes if name.startswith(f"{prefix}.{index}.")]
         part, rounded = layer_part(index), dict[str, QuantizedTensor]()
         if folder is None or not folder.has_tensors(part):
-            for place, name in enumerate(names):
-                progress(what, done + place, len(shapes))
-                scheme = schemes[name]
-                assert scheme is not None
-                with present(model, owner_of(model, name)):
-                    rounded[name] = quantize_tensor(matrix_of(model, name), scheme, name)
+            for owner, own in itertools.groupby(names, partial(owner_of, model)):
+                with present(model, owner):
+                    for name in own:
+                        progress(what, done + len(rounded), len(shapes))
+                        scheme = schemes[name]
+                        assert scheme is not None
+                        rounded[name] = quantize_tensor(matrix_of(model, name), scheme, name)
         done += len(names)
         if folder is None:
             tensors |= rounded

@@ -5,14 +5,12 @@ is a row with its layout, bits and sizes: `planned` estimates the rows before an
 returns them when everything is there.
 """
 
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -27,7 +25,7 @@ from bitassay.models.options import as_dtype
 from bitassay.models.source import Source
 from bitassay.quantization.export import gguf_file, save
 from bitassay.quantization.export.card import read_card
-from bitassay.quantization.export.plan import Plan, plan_export
+from bitassay.quantization.export.plan import LOADED, OPENED, Plan, choose_way, plan_export
 from bitassay.quantization.export.registry import LAYOUTS
 from bitassay.quantization.pipeline import quantize, quantize_cached
 from bitassay.quantization.recipe.recipe import Recipe
@@ -37,7 +35,6 @@ from bitassay.record.progress import Progress, silent
 
 Row = dict[str, Any]
 TRANSFORMERS = "plain transformers"
-LOADED, OPENED = "as a whole", "a layer at a time"
 
 
 @dataclass(frozen=True)
@@ -103,7 +100,7 @@ def _plan(job: CheckpointJob, progress: Progress) -> list[Row]:
         progress(f"{job.folder}: {plan.layout_reason}; bitassay.load reads it, {TRANSFORMERS} does not")
     file_bytes = plan.tensor_bytes + _size(job.source.folder, without=".safetensors")
     row = job.row(plan.layout, plan.bits_per_weight, plan.size_bytes, file_bytes)
-    row["way"], row["memory_bytes"] = way_within(plan, job)
+    row["way"], row["memory_bytes"] = _way(plan, job)
     rows = [row] if job.folder is not None else []
     if job.gguf is not None:
         gguf_file.check_gguf(empty, job.recipe)
@@ -111,27 +108,16 @@ def _plan(job: CheckpointJob, progress: Progress) -> list[Row]:
     return rows
 
 
-def way_within(plan: Plan, job: CheckpointJob) -> tuple[str, int]:
-    """Return how the job is done in its memory, LOADED where that fits, else OPENED, and the peak in bytes.
-    Raises BitassayError for a budget that neither keeps."""
-    ways = {LOADED: plan.memory_bytes}
-    if plan.opened_memory_bytes is not None and job.gguf is None:
+def _way(plan: Plan, job: CheckpointJob) -> tuple[str, int]:
+    """How the job is done in its memory, and the peak in bytes; else BitassayError."""
+    ways, remedy = {LOADED: plan.memory_bytes}, ""
+    if plan.opened_memory_bytes is None:
+        remedy = ", or a recipe that goes a layer at a time, such as w4"
+    elif job.gguf is not None:
+        remedy = ", or leave out --gguf: such a file is written from a loaded model"
+    else:
         ways[OPENED] = plan.opened_memory_bytes
-    budget = psutil.virtual_memory().available if job.memory is None else job.memory
-    for way, needed in ways.items():
-        if needed <= budget:
-            return way, needed
-    way, least = min(ways.items(), key=lambda item: item[1])
-    if job.memory is None:
-        return way, least
-    whole = plan.opened_memory_bytes is None
-    raise BitassayError(
-        f"{job.recipe.name} of {job.source.name} takes {least / 1e9:.1f} GB of memory ({way}), "
-        f"and {budget / 1e9:.1f} GB are allowed",
-        f"--memory {math.ceil(least / 1e8) / 10}GB"
-        + (", or a recipe that goes layer by layer, such as w4" if whole else "")
-        + (", or leave out --gguf, which is written from a loaded model" if job.gguf is not None else ""),
-    )
+    return choose_way(ways, job.memory, f"{job.source.name} by {job.recipe.name}", remedy)
 
 
 def written(job: CheckpointJob, progress: Progress = silent) -> list[Row]:

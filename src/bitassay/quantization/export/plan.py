@@ -5,12 +5,13 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import psutil
 from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError
-from bitassay.models.walk import decoder_layers, module_name, walk
+from bitassay.models.walk import decoder_layers, matrices, module_name, walk
 from bitassay.quantization.codes.storage import Factors, Stored, expected_bytes, planned, planned_bits
 from bitassay.quantization.export.registry import LAYOUTS, OWN
 from bitassay.quantization.export.reload import expected_parts
@@ -25,9 +26,10 @@ from bitassay.quantization.runtime.model import check_recipe, obstacle_to_openin
 from bitassay.quantization.runtime.replicas import is_replica, original, replica_names
 from bitassay.quantization.solvers import layerwise, tune
 
-BASE_BYTES = 420 * 10**6  # the interpreter with torch and transformers
+BASE_BYTES = 550 * 10**6  # the interpreter with torch and transformers
 # Copies of a matrix in fp32 that rounding it holds at its peak, and decoding it: measured.
-ROUNDING_COPIES, BINARY_COPIES, DECODING_COPIES = 4.5, 7, 3.5
+ROUNDING_COPIES, BINARY_COPIES, DECODING_COPIES = 4.5, 7, 5
+LOADED, OPENED = "as a whole", "a layer at a time"  # how a model is read
 READ_BYTES = 4  # of a weight while it is read, beside what it becomes
 
 
@@ -41,7 +43,7 @@ class Plan:
     quantized one, its codes, and the reloaded model beside them; or, where that is more, what calibrating
     holds: the base model, what is quantized, and what one layer makes of the text; or what tuning holds of
     each weight. opened_memory_bytes: the same with the model read a layer at a time; None where a part of the
-    recipe needs all of it.
+    recipe needs all of it. solves: whether layers are run to find codes.
     """
 
     layout: str
@@ -53,6 +55,7 @@ class Plan:
     tensor_bytes: int
     memory_bytes: int
     opened_memory_bytes: int | None
+    solves: bool
 
 
 def plan_export(model: PreTrainedModel, recipe: Recipe, layout: str | None = None) -> Plan:
@@ -97,9 +100,8 @@ def plan_export(model: PreTrainedModel, recipe: Recipe, layout: str | None = Non
         size_bytes=size_bytes,
         tensor_bytes=(parameters - weights) * item + stored,
         memory_bytes=BASE_BYTES + max(memory),
-        opened_memory_bytes=None
-        if obstacle_to_opening(recipe)
-        else BASE_BYTES + _opened(sizes, ways[0], solves),
+        opened_memory_bytes=None if obstacle_to_opening(recipe) else _opened(sizes, ways[0], solves),
+        solves=solves,
     )
 
 
@@ -117,20 +119,58 @@ class Sizes:
 def _opened(sizes: Sizes, stored: Mapping[str, Stored], solves: bool) -> int:
     """Return the bytes that it takes a layer at a time: the most of what rounding a matrix holds, what a
     layer holds that is run when it is checked, and what lies beside the layers while it is written."""
-    model, item = sizes.model, sizes.model.dtype.itemsize
-    prefix = f"{module_name(model, decoder_layers(model))}."
-    parameters = dict(model.named_parameters())
-    matrix = max(map(math.prod, sizes.shapes))
-    owners = [fused.numel() for fused in walk(model).experts.values()]
-    beside = max(value.numel() for name, value in parameters.items() if not name.startswith(prefix))
-    layers = Counter[str]()
-    for name, value in parameters.items():
-        if name.startswith(prefix):
-            layers[name.removeprefix(prefix).partition(".")[0]] += value.numel()
+    item, shapes = sizes.model.dtype.itemsize, Shapes.of(sizes.model)
     binary = any(FORMATS[way.scheme.format].kind == "binary" for way in stored.values())
-    rounding = item * max([matrix, *owners]) + 4 * matrix * (BINARY_COPIES if binary else ROUNDING_COPIES)
-    checking = item * max(layers.values()) + 4 * matrix * DECODING_COPIES
-    return int(max(rounding, checking, beside * (item + READ_BYTES)))
+    rounding = item * shapes.owner + 4 * shapes.matrix * (BINARY_COPIES if binary else ROUNDING_COPIES)
+    checking = item * shapes.layer + shapes.decoding
+    return BASE_BYTES + int(max(rounding, checking, shapes.beside * (item + READ_BYTES)))
+
+
+class Shapes(NamedTuple):
+    """The most weights that are read together: of a decoder layer, a module that owns matrices in it, a
+    matrix, and a tensor beside the layers. widest: the most features of a matrix's input or output."""
+
+    layer: int
+    owner: int
+    matrix: int
+    beside: int
+    widest: int
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "Shapes":
+        """Return those of a model, which may be on the meta device."""
+        prefix = f"{module_name(model, decoder_layers(model))}."
+        shapes = [view.shape for view in matrices(model).values()]
+        layers, owners, beside = Counter[str](), Counter[str](), 0
+        for name, value in model.named_parameters():
+            if name.startswith(prefix):
+                layers[name.removeprefix(prefix).partition(".")[0]] += value.numel()
+                owners[name.rpartition(".")[0]] += value.numel()
+            else:
+                beside = max(beside, value.numel())
+        matrix, widest = max(map(math.prod, shapes)), max(map(max, shapes))
+        return cls(max(layers.values()), max(owners.values()), matrix, beside, widest)
+
+    @property
+    def decoding(self) -> int:
+        """The bytes that it takes to decode a matrix."""
+        return int(4 * self.matrix * DECODING_COPIES)
+
+
+def choose_way(ways: Mapping[str, int], memory: int | None, what: str, remedy: str = "") -> tuple[str, int]:
+    """Return the first way whose peak in bytes fits into `memory` (None: what is free), and its peak. Raises
+    BitassayError for a budget in which none fits: `what` does not, and `remedy` is one more thing to try."""
+    budget = psutil.virtual_memory().available if memory is None else memory
+    for way, needed in ways.items():
+        if needed <= budget:
+            return way, needed
+    way, least = min(ways.items(), key=lambda item: item[1])
+    if memory is None:
+        return way, least
+    raise BitassayError(
+        f"{what} takes {least / 1e9:.1f} GB of memory ({way}), and {budget / 1e9:.1f} GB are allowed",
+        f"--memory {math.ceil(least / 1e8) / 10}GB{remedy}",
+    )
 
 
 def _solving(sizes: Sizes, streams: int = 0) -> int:
