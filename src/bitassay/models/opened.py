@@ -177,7 +177,7 @@ class Weights:
 
     @contextmanager
     def waiting(self, wait: Callable[[str], None]) -> Iterator[None]:
-        """In this thread, call `wait(unit)` before the weights of a unit are read in a forward."""
+        """Call `wait(unit)` in this thread before the weights of a unit are read in a forward."""
         _thread.wait = wait
         try:
             yield
