@@ -8,8 +8,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bitassay.errors import BitassayError
 from bitassay.models.config import configuration_digests
+from bitassay.models.digests import remembered
 from bitassay.models.source import Source
-from bitassay.models.weights import stored_tensors
+from bitassay.models.weights import stored_tensors, weight_files
 from bitassay.record.hashing import digest_file, digest_json, digest_tensors
 
 # File names of vocabularies. "tokenizer.*json" leaves tokenizer_config.json out, which has none.
@@ -34,7 +35,8 @@ class Identity:
 
     @cached_property
     def weights_digest(self) -> str:
-        return digest_tensors(stored_tensors(self.source.folder))
+        folder = self.source.folder
+        return remembered(weight_files(folder), lambda: digest_tensors(stored_tensors(folder)))
 
     @cached_property
     def tokenizer_digest(self) -> str:

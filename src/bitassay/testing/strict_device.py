@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_map_only
+from torch.utils.backend_registration import rename_privateuse1_backend
 
 from bitassay.models.precision import WITHOUT_FP64
 
@@ -163,11 +164,13 @@ def _register() -> tuple[Any, ...]:
     """Give PrivateUse1 its name and the little that autograd and autocast ask of a device. The cache keeps
     the objects, which must outlive the process's tensors."""
 
-    class Guard(torch._C._acc.DeviceGuard):
-        def type_(self) -> Any:
-            return torch._C._autograd.DeviceType.PrivateUse1
+    core: Any = torch._C  # whose stubs leave these out
 
-    class Hooks(torch._C._acc.PrivateUse1Hooks):
+    class Guard(core._acc.DeviceGuard):
+        def type_(self) -> Any:
+            return core._autograd.DeviceType.PrivateUse1
+
+    class Hooks(core._acc.PrivateUse1Hooks):
         def is_available(self) -> bool:
             return True
 
@@ -177,10 +180,10 @@ def _register() -> tuple[Any, ...]:
         def is_built(self) -> bool:
             return True
 
-    torch.utils.rename_privateuse1_backend(NAME)
+    rename_privateuse1_backend(NAME)
     guard, hooks = Guard(), Hooks()
-    torch._C._acc.register_python_privateuseone_device_guard(guard)
-    torch._C._acc.register_python_privateuseone_hook(hooks)
+    core._acc.register_python_privateuseone_device_guard(guard)
+    core._acc.register_python_privateuseone_hook(hooks)
     module: Any = types.ModuleType(f"torch.{NAME}")
     module.is_available = lambda: True
     module.device_count = lambda: 1
