@@ -141,7 +141,8 @@ def test_recipes_need_no_float64(name, cpu):
 
 
 @pytest.mark.parametrize("order", ["activation", "natural"])
-def test_gptq_gives_the_same_codes_and_waits_for_no_column(order, device):
+@pytest.mark.parametrize("weights", [W8, ASYMMETRIC], ids=["symmetric", "asymmetric"])
+def test_gptq_gives_the_same_codes_and_waits_for_no_column(weights, order, device):
     waits = {}
     for columns in (16, 48):
         generator = torch.Generator().manual_seed(columns)
@@ -149,7 +150,7 @@ def test_gptq_gives_the_same_codes_and_waits_for_no_column(order, device):
             torch.randn(8, columns, generator=generator),
             torch.randn(64, columns, generator=generator),
         )
-        hessian, scheme = x.double().T @ x.double(), WeightScheme(**W8)
+        hessian, scheme = x.double().T @ x.double(), WeightScheme(**weights)
         wanted = gptq(weight, hessian, [scheme], Gptq(order=order))
         before = device.waits
         made = gptq(weight.to(device.name), hessian.to(device.name), [scheme], Gptq(order=order))

@@ -38,12 +38,13 @@ class Grid(NamedTuple):
 
     @property
     def shift(self) -> tuple[Tensor | None, Tensor | float | None]:
-        """`z - o` as whole steps and what is left of them; None for nothing."""
+        """`z - o` as whole steps and what is left of them; None for nothing. Whether that is zero throughout
+        is not looked at: on a device, the host would wait for the answer."""
         z, offset = self.zero_point, self.offset
         if z is None:
             return None, (-offset or None)
         steps = z.round()
-        return steps, (-offset or None) if torch.equal(steps, z) else z - steps - offset
+        return steps, z - steps - offset
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "Grid":
         """Return the grid with every tensor of it changed in the same way."""

@@ -26,6 +26,8 @@ class Packing:
         return math.ceil(count / self.digits) * self.width
 
 
+_WIDE = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by their bytes
+
 # By the bits that a code takes: bit fields that fill whole bytes, and ternary.
 PACKINGS: dict[float, Packing] = {
     bits: Packing(2**bits, 8 // math.gcd(bits, 8), bits // math.gcd(bits, 8)) for bits in range(1, 9)
@@ -47,19 +49,30 @@ def pack(codes: Int[Tensor, "..."] | UInt8[Tensor, "..."], bits: float) -> UInt8
 
 def unpack(packed: UInt8[Tensor, " bytes"], bits: float, count: int) -> UInt8[Tensor, " count"]:
     """Return the first `count` codes of `packed`: the inverse of `pack`."""
-    packing, device = PACKINGS[bits], packed.device
+    packing = PACKINGS[bits]
     assert packed.numel() == packing.packed_bytes(count), "packed bytes do not match the number of codes"
     if packing.digits == 1:
         return packed[:count]
-    if packing.base == 3:  # looking up the five digits of a byte is many times faster than dividing
-        digits = torch.arange(256, device=device)[:, None] // 3 ** torch.arange(5, device=device) % 3
-        return digits.byte()[packed.int()].view(-1)[:count]
-    word = packed
-    if packing.width > 1:
-        parts = packed.view(-1, packing.width).to(torch.int32 if packing.width < 4 else torch.int64)
-        word = parts[:, 0]
-        for byte in range(1, packing.width):
-            word = word | parts[:, byte] << (8 * byte)
+    if packing.width == 1:
+        return _looked_up(packed.int(), packing.base, packing.digits, 256)[:count]
+    parts = packed.view(-1, packing.width).to(torch.int32 if packing.width < 4 else torch.int64)
+    word = parts[:, 0]
+    for byte in range(1, packing.width):
+        word = word | parts[:, byte] << (8 * byte)
+    if packing.width == 3:  # by halves, of which there are few enough for a table
+        halves = torch.stack((word & 4095, word >> 12), dim=1).view(-1)
+        return _looked_up(halves, packing.base, packing.digits // 2, 4096)[:count]
     shift, mask = packing.base.bit_length() - 1, packing.base - 1
     codes = torch.stack([(word >> (shift * place)) & mask for place in range(packing.digits)], dim=1)
     return codes.byte().view(-1)[:count]
+
+
+def _looked_up(words: Int[Tensor, " words"], base: int, digits: int, values: int) -> UInt8[Tensor, " codes"]:
+    """Return the digits of words below `values`, by a table: one number of 2, 4 or 8 bytes holds all digits
+    of a word, which is many times faster than a shift (or a division) for each."""
+    places = next(size for size in _WIDE if size >= digits)
+    powers = base ** torch.arange(digits, device=words.device)
+    table = torch.arange(values, device=words.device)[:, None] // powers % base
+    table = torch.nn.functional.pad(table.byte(), (0, places - digits)).view(_WIDE[places])
+    found = table.view(-1).index_select(0, words).view(torch.uint8)
+    return found if places == digits else found.view(-1, places)[:, :digits].reshape(-1)

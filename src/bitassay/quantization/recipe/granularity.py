@@ -96,7 +96,8 @@ class Granularity:
 
     def from_groups(self, parts: list[Groups], rows: int) -> Matrix:
         """Invert `to_groups`; also joins one number a group into `[rows, groups]` (or `[1, 1]`)."""
-        return torch.cat([part.reshape(1 if part.numel() == 1 else rows, -1) for part in parts], dim=1)
+        wide = [part.reshape(1 if part.numel() == 1 else rows, -1) for part in parts]
+        return torch.cat(wide, dim=1) if wide[1:] else wide[0].contiguous()
 
     def scales_to_groups(self, scales: PerGroup, columns: int) -> list[Float[Tensor, "_ 1"]]:
         """Return scales `[rows, groups]` as one column for each tensor that `to_groups` returns."""

@@ -21,7 +21,9 @@ from torch import Tensor
 
 from bitassay.quantization.codes.tensor import QuantizedTensor
 
-MAX_ROWS = 32
+# At more rows dequantizing takes less: measured without AMX, where torch's bf16 products are several times
+# slower than with it (benchmarks/packed_prefill.py).
+MAX_ROWS = 32 if torch.cpu._is_amx_tile_supported() else 256
 # With other sizes torch 2.13's kernel reads past the end of rows (168: a segmentation fault).
 INT8_COLUMNS = 32
 INT4_GROUPS = (32, 64, 128, 256)
