@@ -65,7 +65,7 @@ def _is_fraction(_: Any, value: float | None) -> None:
 
 def _is_device(_: Any, text: str | None) -> None:
     if text is not None and not re.fullmatch(r"[a-z]+(:\d+)?", text):
-        raise ValueError("A device is auto, cpu, cuda, cuda:1 or mps.")
+        raise ValueError("A device is cpu, cuda, cuda:1 or mps; auto finds one.")
 
 
 Flag = Annotated[bool, Parameter(negative=())]
