@@ -238,12 +238,13 @@ def _run_variants(
     from bitassay.studies.replication.run import run_replication
     from bitassay.studies.replication.study import STUDIES as REPLICATION
 
-    devices = machines.devices or ["auto"]
+    on_cluster = variants.ray is not None
+    devices = machines.devices or ["cpu" if on_cluster else options.chosen_device("auto")]
     if len(devices) > 1 or Machine(devices[0]).options:
         raise BitassayError(
             f"--devices {' '.join(devices)}: one device, without numerics", "--devices cuda:0"
         )
-    device = devices[0] if variants.ray is not None else options.chosen_device(devices[0])
+    device = devices[0] if on_cluster else options.chosen_device(devices[0])
     for name in studies:
         if name in REPLICATION and model is None:
             raise BitassayError("no model was given", "--model smollm2-135m")
