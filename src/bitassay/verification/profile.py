@@ -29,7 +29,7 @@ from bitassay.verification.attribution import Attribution, Library
 from bitassay.verification.container import first_defect
 from bitassay.verification.detectors.detector import Part
 from bitassay.verification.detectors.excess_distance import ROUNDING
-from bitassay.verification.detectors.registry import DECIDING, STATES
+from bitassay.verification.detectors.registry import BY_LAYER, DECIDING, STATES
 from bitassay.verification.detectors.token_difr import TOKEN_DIFR
 from bitassay.verification.numerics import Numerics
 from bitassay.verification.observe import Observation
@@ -45,7 +45,7 @@ from bitassay.verification.scores import (
 )
 from bitassay.verification.trace import TOKENS, ModelClaim, Sampling
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 MAX_DAYS = 400
 MARGINS = TOKEN_DIFR.name
 UNLIKE = 0.01  # the share of requests like those of calibration that count as unlike them
@@ -100,7 +100,7 @@ class Score:
         for detector, _, _, value in computed:
             largest[detector] = max(value, largest.get(detector, value))
         last = Statistic(STATES, len(layers) - 1, "generated", -math.inf)  # where states are not shown
-        shown = (each for each in computed if each.detector == STATES)
+        shown = (each for each in computed if each.detector in BY_LAYER)
         farthest = max(shown, key=lambda statistic: statistic.value, default=last)
         return cls(max(largest.values()), largest, layers[farthest.series], farthest.part)
 
@@ -123,7 +123,7 @@ class Profile(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    schema_version: Literal[3] = SCHEMA_VERSION
+    schema_version: Literal[4] = SCHEMA_VERSION
     model: ModelClaim
     prover: Numerics
     verifier: Numerics
@@ -156,7 +156,10 @@ class Profile(BaseModel):
             raise ValueError("layers are not ascending")
         if missing := sorted(set(DECIDING) - set(self.detectors)):
             raise ValueError(f"no fit of {missing[0]}")
-        if {len(self.control), len(self.detectors[STATES])} != {len(self.layers)}:
+        if any(
+            len(fits) != len(self.layers)
+            for fits in (self.control, *(self.detectors[name] for name in BY_LAYER))
+        ):
             raise ValueError("not one fit for each layer")
         if self.created.tzinfo is None or self.expires.tzinfo is None:
             raise ValueError("dates without a time zone")

@@ -29,7 +29,7 @@ from bitassay.quantization.recipe.recipe import Recipe, WeightScheme
 from bitassay.quantization.runtime.model import copy_sharing_parameters
 from bitassay.verification.attacks.attack import Setting, attack
 from bitassay.verification.numerics import numerics
-from bitassay.verification.observe import prefills
+from bitassay.verification.observe import batches, prefills
 from bitassay.verification.prove import prove_many
 from bitassay.verification.trace import Sampling, Trace
 
@@ -258,8 +258,12 @@ def honest_prefill(
         positions = tuple(range(trace.n_prompt + len(output) - 1))
         update = {"output_ids": tuple(output), "positions": positions}
         headers.append(trace.header.model_copy(update=update))
-    done = dict(prefills(headers, model))
-    return [Trace(header, done[index].states) for index, header in enumerate(headers)]
+    traced: dict[int, Trace] = {}
+    for batch in batches(headers, model):
+        of_batch = [headers[index] for index in batch]
+        for index, header, prefill in zip(batch, of_batch, prefills(of_batch, model), strict=True):
+            traced[index] = Trace(header, prefill.states)
+    return [traced[index] for index in range(len(headers))]
 
 
 # --- forged traces ---
