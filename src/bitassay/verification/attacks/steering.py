@@ -122,13 +122,17 @@ def rounded(layer: torch.nn.Module) -> Iterator[None]:
 def turned_by(model: PreTrainedModel, factor: float) -> Iterator[None]:
     """Multiply the base of all rotary embeddings by `factor` within the context: frequency i of n is divided
     by factor^(i / n). A model without them stays as it is."""
-    tables = [module for module in model.modules() if isinstance(getattr(module, "inv_freq", None), Tensor)]
-    kept = [module.inv_freq for module in tables]
+    tables: list[tuple[torch.nn.Module, Tensor]] = [
+        (module, frequencies)
+        for module in model.modules()
+        if isinstance(frequencies := getattr(module, "inv_freq", None), Tensor)
+    ]
     try:
-        for module in tables:
-            steps = torch.arange(module.inv_freq.numel(), device=module.inv_freq.device)
-            module.inv_freq = module.inv_freq / factor ** (steps / module.inv_freq.numel())
+        for module, frequencies in tables:
+            count = frequencies.numel()
+            steps = torch.arange(count, device=frequencies.device)
+            module.inv_freq = frequencies / factor ** (steps / count)
         yield
     finally:
-        for module, before in zip(tables, kept, strict=True):
-            module.inv_freq = before
+        for module, frequencies in tables:
+            module.inv_freq = frequencies
