@@ -158,7 +158,8 @@ def calibrate(
 
         confusion = [{"kind": kind, **called} for kind, called in library.confusion.items()]
         columns += [Column(name, f"called\n{name}") for name in (*library.kinds, NONE)]
-    output.emit(([row], COLUMNS), (confusion, columns), json={"rows": [row], "confusion": confusion})
+    by = (Column("signed_by", "signed by", align="left"),) if profile.signature else ()
+    output.emit(([row], (*COLUMNS, *by)), (confusion, columns), json={"rows": [row], "confusion": confusion})
     return 0
 
 

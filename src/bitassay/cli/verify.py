@@ -68,6 +68,8 @@ def verify(
         unanswered: Requests, besides those of --prompts, that the host has not answered; each call of a
             ledger counts them.
     """
+    if profile_signer is not None and profile is None:
+        raise BitassayError("--profile-signer belongs to a file", "--profile FILE --profile-signer KEY")
     is_signed = any(option is not None for option in (receipt, challenge, proof, signer))
     if proof is not None and (receipt is not None or challenge is not None or len(traces) != 1):
         raise BitassayError(
@@ -107,8 +109,6 @@ def verify(
         unanswered,
         may_miss=not is_signed,
     )
-    if profile_signer is not None and profile is None:
-        raise BitassayError("--profile-signer belongs to a file", "--profile FILE --profile-signer KEY")
     vouched = None if profile_signer is None else public_key(profile_signer)
     calibrated = read_profile(profile, vouched) if profile else None
     verifier.check()  # before the ledger is opened
