@@ -55,11 +55,9 @@ def quantize_calibrated(work: WorkingCopy) -> Mapping[str, QuantizedTensor]:
 def kept_layers(work: WorkingCopy) -> KeptTensors:
     """Return the matrices of all finished layers, which are read when they are asked for."""
     assert work.folder is not None
-    shapes = {
-        name: (w.shape[0], w.shape[1]) for name, w in matrices(work.model).items() if work.schemes[name]
-    }
+    shapes = {name: (w.shape[0], w.shape[1]) for name, w in matrices(work.model).items()}
     parts = [layer_part(index) for index in range(len(decoder_layers(work.model)))]
-    return KeptTensors(work.folder, [part for part in parts if work.folder.has_tensors(part)], shapes)
+    return KeptTensors(work.folder, parts, shapes)
 
 
 def _check_experts(linears: Collection[str], quantized: list[str], progress: Progress) -> None:
@@ -93,7 +91,7 @@ def quantize_layers(work: WorkingCopy) -> dict[str, Solution]:
         if stays_in_folder and all(finished[index:]):
             break
         with present(work.model, name):
-            solving = _LayerWork(work, name)
+            solving = _LayerWork(work, name, goes_on=bool(learning) or keeps_unrounded)
             if folder is not None and all(finished[index:]):  # no layer is left that reads this one's output
                 solving.read(folder, layer_part(index))
             else:
@@ -122,9 +120,9 @@ def quantize_layers(work: WorkingCopy) -> dict[str, Solution]:
 
 
 class _LayerWork:
-    def __init__(self, work: WorkingCopy, layer: str):
+    def __init__(self, work: WorkingCopy, layer: str, goes_on: bool):
         self.model, self.progress, self.solver = work.model, work.progress, matrix_solver(work.recipe)
-        self.calibration = work.recipe.text
+        self.calibration, self.goes_on = work.recipe.text, goes_on
         within = [name for name in work.schemes if name.startswith(f"{layer}.")]
         self.schemes = {name: scheme for name in within if (scheme := work.schemes[name])}
         modules = dict(work.model.named_modules())
@@ -202,6 +200,8 @@ class _LayerWork:
                 scheme = self.schemes[members[0]]
                 self.solutions |= self.solver(Matrices(weights, hessian, scheme, self.progress))
             self.put(names)
+        if not self.goes_on:
+            self.forget_unrounded(())
 
     def forget_unrounded(self, keep: Collection[str]) -> None:
         """Drop what nothing goes on from, which would be a second copy of the layer in fp32."""
