@@ -43,13 +43,14 @@ def quantize_calibrated(work: WorkingCopy) -> Mapping[str, QuantizedTensor]:
     solutions = quantize_layers(work)
     if work.folder is not None and is_opened(work.model):
         return kept_layers(work)
+    names = list(solutions)
     for solver, spec in used:
         if solver.model is not None:
-            movable = {name: solution for name, solution in solutions.items() if name in linears}
+            movable = {name: solutions.pop(name) for name in list(solutions) if name in linears}
             name, folder = work.recipe.name, work.folder
             task = Model(name, work.base, work.model, movable, work.text, folder, work.progress)
-            solutions |= solver.model(spec, task)
-    return {name: solution.tensor for name, solution in solutions.items()}
+            solutions |= movable | solver.model(spec, task)
+    return {name: solutions[name].tensor for name in names}
 
 
 def kept_layers(work: WorkingCopy) -> KeptTensors:
