@@ -38,6 +38,7 @@ from bitassay.quantization.solvers.descent import Adam, descend
 from bitassay.quantization.solvers.distillation import distillation_data, head_weight
 from bitassay.quantization.solvers.shadow_weight import ShadowWeight, shadow_linears
 from bitassay.quantization.solvers.solver import Model, Solution
+from bitassay.record.memory import release_freed_memory
 from bitassay.record.run import RunFolder
 
 KEEP_STEPS = 16
@@ -75,6 +76,7 @@ def solve_model(spec: Tune, model: Model) -> dict[str, Solution]:
         linear = model.working_copy.get_submodule(name)
         empty = linear.get_parameter("weight").new_empty(0)
         linear.register_parameter("weight", nn.Parameter(empty, requires_grad=False))
+    release_freed_memory()
     norms, head = tunable_norms(model.working_copy), head_weight(model.base)
     steps = tune(model.working_copy, shadows, norms, tokens, states, head, spec, model.folder)
     losses = list[float]()
