@@ -8,6 +8,7 @@ each call once, and within a context of sizes of its own only where there are sh
 
 import dataclasses
 import functools
+import inspect
 from typing import get_args
 
 import jaxtyping
@@ -44,10 +45,13 @@ def _checked_once(*, typechecker):
         if isinstance(decorated, type):
             return decorated
         parts = [part for each in decorated.__annotations__.values() for part in _parts(each)]
-        if any(isinstance(part, str) for part in parts):  # it may not be defined yet, or never
+        shaped = any(map(_is_shape, parts))
+        # A name in quotes may not be defined yet, or never; beartype checks a generator when it is begun.
+        if any(isinstance(part, str) for part in parts) or (
+            shaped and inspect.isgeneratorfunction(decorated)
+        ):
             return _jaxtyped(decorated, typechecker=typechecker)
-        function = checked(decorated)
-        return _with_sizes_of_its_own(function) if any(map(_is_shape, parts)) else function
+        return _with_sizes_of_its_own(checked(decorated)) if shaped else checked(decorated)
 
     return decorate
 

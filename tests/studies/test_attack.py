@@ -53,7 +53,6 @@ def cell(run, attack, detector):
     return next(row for row in run["rows"] if (row["attack"], row["detector"]) == (attack, detector))
 
 
-@pytest.mark.slow
 def test_one_row_for_each_attack_and_detector(finished):
     run, folder = finished
     assert {(row["attack"], row["detector"]) for row in run["rows"]} == {
