@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from beartype.roar import BeartypeCallHintParamViolation
+from jaxtyping import TypeCheckError
 
 from bitassay.data.windows import Protocol
 from bitassay.quantization.codes.adaptive import column_errors
@@ -24,7 +24,7 @@ ERRORS = partial(column_errors, torch.ones(4, 8), WeightScheme(format="int4"))
     ],
 )
 def test_a_wrong_argument_is_refused(call):
-    with pytest.raises(BeartypeCallHintParamViolation):
+    with pytest.raises(TypeCheckError):
         call()
 
 
