@@ -33,7 +33,7 @@ def eval(
     include_path: Path | None = None,
     controls: options.Controls = True,
     seed: options.UnusedSeed = 0,
-    compute: options.Compute = options.Compute(),
+    compute: options.Bounded = options.Bounded(),
     output: options.RunOutput = options.RunOutput(),
 ) -> int:
     """Measure the perplexity of MODEL; with --recipe or --against also the divergence, with paired intervals.
@@ -72,12 +72,16 @@ def eval(
     from bitassay.data.windows import Protocol, token_windows
     from bitassay.engines.load import load
     from bitassay.evaluation.controls import evaluate_with_controls
+    from bitassay.evaluation.memory import memory_of
     from bitassay.evaluation.quality import INTERVAL, evaluate_all
     from bitassay.evaluation.tasks.run import check_tasks, evaluate_tasks
+    from bitassay.models.empty import without_weights
     from bitassay.models.identity import tokenizer
+    from bitassay.models.options import as_dtype
     from bitassay.models.positions import check_folder
     from bitassay.models.source import resolve
     from bitassay.quantization.export.fits import check_fit
+    from bitassay.quantization.export.plan import LOADED, OPENED, choose_way
     from bitassay.quantization.pipeline import quantize_cached
     from bitassay.quantization.recipe.recipe import BASE, find_recipe
     from bitassay.record.result import new_run
@@ -100,6 +104,18 @@ def eval(
             check_fit(name, recipes, trust_remote_code=trust, progress=progress)
             for text in protocols:
                 check_folder(resolve(name, progress).folder, text, trust_remote_code=trust)
+        empty = [
+            without_weights(resolve(name, progress), dtype=as_dtype(compute.dtype), trust_remote_code=trust)
+            for name in names
+        ]
+        ways = [memory_of(empty, recipes, text) for text in protocols or [Protocol()]]
+        if tasks is not None or (controls and any("replication" in item.parts for item in recipes)):
+            ways = [{LOADED: each[LOADED]} for each in ways]  # read again and again
+        worst = max(ways, key=lambda each: max(each.values()))
+        way, peak = choose_way(worst, compute.memory, f"evaluating {model}")
+        if way == OPENED:
+            progress(f"the models are read {way}, in about {peak / 1e9:.1f} GB of memory")
+            loading["memory"] = 0
         loaded, *other = [load(name, progress=progress, **loading) for name in names]
         if tasks is not None:
             run, folder = evaluate_tasks(

@@ -46,6 +46,17 @@ def _seed_or_nonce(_: Any, tokens: Sequence[Token]) -> Any:
     return seed
 
 
+UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+
+
+def _bytes(_: Any, tokens: Sequence[Token]) -> int:
+    """Read 16GB or 800MB."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([a-z]+)", tokens[0].value.strip().lower())
+    if found is None or found[2] not in UNITS:
+        raise ValueError(f'"{tokens[0].value}" is no amount of memory, such as 16GB or 800MB.')
+    return int(float(found[1]) * UNITS[found[2]])
+
+
 def _is_fraction(_: Any, value: float | None) -> None:
     if value is not None and not 0 < value < 1:  # also refuses NaN
         raise ValueError("Must be between 0 and 1.")
@@ -63,6 +74,7 @@ Counts = Annotated[list[int], Parameter(consume_multiple=True, negative=(), vali
 Count = Annotated[int, Parameter(validator=Number(gte=1), converter=_integer)]
 CountFromZero = Annotated[int, Parameter(validator=Number(gte=0), converter=_integer)]
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
+Memory = Annotated[int, Parameter(converter=_bytes)]
 StateDtype = Literal["float32", "bfloat16", "float16"]
 Precision = Literal["fp16", "bf16", "fp32"]
 
@@ -178,6 +190,15 @@ class Compute(Loading):
         check_fit(name, recipes, tokens=tokens, trust_remote_code=self.trust_remote_code, progress=progress)
         loaded = load(name, progress=progress, **self.options)
         return quantize_cached(loaded, recipes[0], progress=progress) if recipes else loaded
+
+
+@group
+class Bounded(Compute):
+    """How MODEL is loaded, in which arithmetic it runs, and in how much memory."""
+
+    memory: Memory | None = None
+    """Host memory to work in, such as 16GB. A model that does not fit is read a layer at a time; what cannot
+    be done in it is refused (default: what is free)."""
 
 
 @group

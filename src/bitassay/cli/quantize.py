@@ -4,7 +4,7 @@ from pathlib import Path
 
 from bitassay.cli import options
 from bitassay.cli.checks import check_words
-from bitassay.cli.options import Compute, Count, Flag, Output, RunOutput
+from bitassay.cli.options import Bounded, Count, Flag, Output, RunOutput
 from bitassay.cli.progress import show_progress
 from bitassay.errors import BitassayError
 from bitassay.record.files import check_folder
@@ -17,7 +17,7 @@ SIZES = (
     Column("size_bytes", "size", size),
     Column("file_bytes", "files", size),
 )
-PLANNED_COLUMNS = (Column("memory_bytes", "memory", size),)
+PLANNED_COLUMNS = (Column("memory_bytes", "memory", size), Column("way", "read", align="left"))
 WRITTEN_COLUMNS = (
     Column("seconds", "seconds", number(1)),
     Column("max_logits_difference", "largest logits\ndifference", significant(3)),
@@ -25,7 +25,7 @@ WRITTEN_COLUMNS = (
 
 
 @options.group
-class Storage(Compute):
+class Storage(Bounded):
     """How MODEL is loaded, and in which dtype it is stored."""
 
     dtype: options.StateDtype = "float32"
@@ -100,7 +100,8 @@ def quantize(
     with show_progress() as progress:
         name = storage.of(model)
         source = resolve(name, progress)
-        job = CheckpointJob(name, source, wanted, out, gguf, layout, work, check, storage.options)
+        budget, loading = storage.memory, storage.options
+        job = CheckpointJob(name, source, wanted, out, gguf, layout, work, check, budget, loading)
         rows = planned(job, progress) if dry_run else written(job, progress)
     last = PLANNED_COLUMNS if dry_run else WRITTEN_COLUMNS
     output.emit((rows, (*SIZES, *last)))

@@ -8,10 +8,11 @@ a column in `report/`.
 
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -21,10 +22,12 @@ from bitassay.evaluation import statistics
 from bitassay.evaluation.divergence import TokenScores, token_scores, window_logits
 from bitassay.evaluation.statistics import FEWEST, Estimate, Interval, exp_mean_of, mean_of
 from bitassay.models.config import text_config
+from bitassay.models.lockstep import Forward, in_step
 from bitassay.models.positions import check_window, context_length, model_windows
 from bitassay.quantization.recipe.recipe import BASE
 from bitassay.record.progress import Progress, silent
 
+STATES_BYTES = 2**30  # of opened models
 # By column, how its interval is made.
 INTERVALS = {
     "ppl_ci": f"{statistics.LOG} of what is above 1",
@@ -156,7 +159,7 @@ def score_text(
     """Score all windows of a protocol. Raises BitassayError as `score_windows` does."""
     windows, source = model_windows(base, protocol)
     text = ScoredText(protocol, source, {name: [] for name in (BASE, *candidates)})
-    for index, window_scores in score_windows(base, candidates, windows):
+    for index, window_scores in score_windows(base, candidates, windows, progress=progress):
         for name, scores in window_scores.items():
             text.scores[name].append(scores)
         progress(f"evaluating on {protocol.id}", index + 1, len(windows))
@@ -169,6 +172,7 @@ def score_windows(
     windows: Int[Tensor, "windows tokens"],
     skip: Container[int] = (),
     finite: bool = True,
+    progress: Progress = silent,
 ) -> Iterator[tuple[int, dict[str, TokenScores]]]:
     """Yield, window by window, the scores of the base (under BASE) and of every candidate; `skip` holds the
     indices of windows that are done. Raises BitassayError for different vocabularies, for windows that a
@@ -181,13 +185,14 @@ def score_windows(
                 "compare a model with one that uses the same tokenizer",
             )
         check_window(context_length(candidate), windows.shape[1], name)
-    for index, window in enumerate(windows):
-        if index in skip:
-            continue
-        base_logits, targets = window_logits(base, window), window[1:]
+    models = {BASE: base, **candidates}
+    left = [index for index in range(len(windows)) if index not in skip]
+    logits = _all_logits(list(models.values()), windows[left], progress)
+    for index in left:
+        base_logits, targets = next(logits), windows[index, 1:]
         scores = {BASE: token_scores(base_logits, targets)}
-        for name, candidate in candidates.items():
-            scores[name] = token_scores(window_logits(candidate, window), targets, base_logits)
+        for name in candidates:
+            scores[name] = token_scores(next(logits), targets, base_logits)
         for name, tokens in scores.items() if finite else ():
             if bad := int((~(tokens.nll.isfinite() & tokens.kl.isfinite())).sum()):
                 raise BitassayError(
@@ -196,6 +201,24 @@ def score_windows(
                     "--dtype float32, or leave it out",
                 )
         yield index, scores
+
+
+def state_bytes(model: PreTrainedModel, tokens: int, models: int) -> int:
+    """Return the bytes that the hidden states of a window take in so many models like this one, twice."""
+    return 2 * tokens * text_config(model).hidden_size * model.dtype.itemsize * models
+
+
+def _all_logits(
+    models: Sequence[PreTrainedModel], windows: Int[Tensor, "windows tokens"], progress: Progress
+) -> Iterator[Float[Tensor, "predicted vocabulary"]]:
+    """Yield the logits of each window by each model in turn. Opened models read their layers once for as many
+    windows as have hidden states in STATES_BYTES."""
+    state = state_bytes(models[0], windows.shape[1], len(models))
+    for part in windows.split(max(1, STATES_BYTES // state)):
+        yield from in_step(
+            [Forward(model, partial(window_logits, model, window)) for window in part for model in models],
+            progress,
+        )
 
 
 def summarise(scores: Sequence[TokenScores], base: Sequence[TokenScores]) -> Quality:

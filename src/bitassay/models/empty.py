@@ -10,11 +10,17 @@ from bitassay.models.transposed import as_linears
 
 
 def empty_model(
-    config: PretrainedConfig, dtype: torch.dtype | None = None, *, trust_remote_code: bool = False
+    config: PretrainedConfig,
+    dtype: torch.dtype | None = None,
+    *,
+    attention: str | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Return the model of a configuration on the meta device, as `load` arranges it."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
+        )
     as_linears(model)
     return model
 

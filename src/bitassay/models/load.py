@@ -23,11 +23,12 @@ from transformers import (
 from bitassay.errors import BitassayError, BitassayWarning, MissingError
 from bitassay.models.config import read_config
 from bitassay.models.identity import Identity, attach, vocabularies
+from bitassay.models.opened import is_opened, open_plain
 from bitassay.models.options import AUTO, LoadOptions, attention_of
 from bitassay.models.positions import forget_lengths
 from bitassay.models.source import Source
 from bitassay.models.transposed import as_linears
-from bitassay.models.weights import AGAIN, check_files, stray_files
+from bitassay.models.weights import AGAIN, check_files, check_finite, check_keys, stray_files
 from bitassay.record.progress import Progress, silent
 
 Reader = Callable[[Path, PretrainedConfig, LoadOptions], PreTrainedModel]
@@ -58,19 +59,21 @@ def load_checkpoint(
     config = read_config(folder, trust_remote_code=options.trust_remote_code)
     tokenizer = _read_tokenizer(folder, options.trust_remote_code)
     try:
-        model = (read or read_plain)(folder, config, options)
+        model = (read or (open_plain if options.opened else read_plain))(folder, config, options)
     except BitassayError:
         raise
     except Exception as error:  # a defect of config.json shows as whatever it happens to trip over
         remedy = "" if options.attention is None else f"attention {AUTO}, which takes what the model supports"
         raise BitassayError(f"{folder}: transformers cannot load it ({error})", remedy) from error
-    check_finite(model, folder)
+    if not is_opened(model):
+        check_finite(model.named_parameters(), folder)
     forget_lengths(model)
     if options.attention is None and (attention := attention_of(model)) != "sdpa":
         progress(f"{source.name}: {type(model).__name__} has no SDPA attention; it runs with {attention}")
     own_code = type(model).__module__.startswith("transformers_modules.")
     attach(model, tokenizer=tokenizer, identity=Identity(source, own_code=own_code))
-    return model.eval().requires_grad_(False).to(options.device)  # type: ignore[arg-type]
+    model.eval().requires_grad_(False)
+    return model if is_opened(model) else model.to(options.device)  # type: ignore[arg-type]
 
 
 def _read_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
@@ -161,30 +164,3 @@ def make_dense(model: PreTrainedModel, dtype: torch.dtype, folder: Path) -> None
     model.hf_quantizer = None  # type: ignore[assignment]
     del model.config.quantization_config  # type: ignore[attr-defined]
     model.config.dtype = dtype
-
-
-def check_keys(report: Any, folder: Path) -> None:
-    """Refuse a model whose weights are not the checkpoint's: transformers makes up weights that are missing
-    or of another shape, and drops layers that the configuration does not mention. `report` is what
-    `from_pretrained` returns as loading info."""
-    unused = [key for key in report.get("unexpected_keys", ()) if ".layers." in key]
-    defects = {
-        "missing": sorted(report.get("missing_keys", ())),
-        "of another shape than config.json says": sorted(key[0] for key in report.get("mismatched_keys", ())),
-        "of layers that config.json does not have": sorted(unused),
-    }
-    for defect, keys in defects.items():
-        if keys:
-            raise BitassayError(f"{folder}: {len(keys)} weights are {defect}, the first is {keys[0]}", AGAIN)
-
-
-def check_finite(model: PreTrainedModel, where: str | Path) -> None:
-    """Raise BitassayError for weights with NaN or infinity, naming the first tensor that has one."""
-    for name, parameter in model.named_parameters():
-        if not parameter.is_floating_point() or parameter.float().sum().isfinite():
-            continue
-        if bad := int((~parameter.isfinite()).sum()):
-            raise BitassayError(
-                f"{where}: {name} has {bad} values that are NaN or infinite",
-                "restore the checkpoint from its source",
-            )

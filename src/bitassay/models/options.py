@@ -15,12 +15,14 @@ AUTO = "auto"  # SDPA where the architecture has it, else what transformers choo
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How a checkpoint is loaded. attention: a name of transformers; None leaves it to the model's class."""
+    """How a checkpoint is loaded. attention: a name of transformers; None leaves it to the model's class.
+    opened: its weights are read when they are needed (`opened.py`)."""
 
     dtype: torch.dtype = torch.float32
     device: torch.device | str = "cpu"
     attention: str | None = None
     trust_remote_code: bool = False
+    opened: bool = False
 
 
 def as_dtype(dtype: str | torch.dtype) -> torch.dtype:

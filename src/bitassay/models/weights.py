@@ -11,9 +11,10 @@ does not fit its shards, two sets of weights, an adapter. A file beside them tha
 the model; `stray_files` names it. `consolidated*.safetensors` is the same model in Mistral's own layout.
 """
 
+import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,13 +22,14 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from bitassay.errors import BitassayError
-from bitassay.record.files import read_json
+from bitassay.record.files import read_json, write_json
 
 if TYPE_CHECKING:
     import torch
 
 WEIGHTS, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
 OTHER_LAYOUT = "consolidated*.safetensors"
+SHARD_BYTES = 50 * 10**9
 AGAIN = "download or save the model again"
 # torch.distributed's own checkpoints: where a folder has one, transformers loads nothing else.
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
@@ -81,6 +83,8 @@ class Entry:
     key: str
     header_dtype: str
     shape: tuple[int, ...]
+    start: int
+    size_bytes: int
 
     @property
     def dtype(self) -> "torch.dtype | None":
@@ -90,9 +94,19 @@ class Entry:
         return str_to_torch_dtype.get(self.header_dtype)
 
     def read(self) -> "torch.Tensor":
-        """Return the tensor."""
-        with safe_open(self.file, framework="pt") as file:
-            return file.get_tensor(self.key)
+        """Return the tensor, in memory of its own: a mapped file would count as a whole."""
+        import torch
+
+        if self.dtype is None:
+            with safe_open(self.file, framework="pt") as file:
+                return file.get_tensor(self.key)
+        data = torch.empty(self.size_bytes, dtype=torch.uint8)
+        with open(self.file, "rb") as stream:
+            stream.seek(self.start)
+            count = stream.readinto(data.numpy())  # type: ignore[arg-type]
+            if count != self.size_bytes:
+                raise BitassayError(f"{self.file}: truncated at {self.key}", AGAIN)
+        return data.view(self.dtype).view(self.shape)
 
 
 def stored_tensors(folder: Path) -> "Iterator[tuple[str, torch.Tensor]]":
@@ -128,24 +142,33 @@ def check_files(folder: Path) -> dict[str, Entry]:
     for path in weight_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
-                headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+                names = list(file.keys())
         except (SafetensorError, OSError) as error:
             raise BitassayError(
                 f"{path}: truncated or not a safetensors file ({error})", "download or save it again"
             ) from error
-        for name, header in headers.items():
+        headers, data = _header(path)
+        for name in names:
             if name in where:
                 raise BitassayError(
                     f"{path}: the tensor {name} is in {where[name].file.name} too",
                     "remove the file that is not the model's, or save the model into an empty folder",
                 )
-            where[name] = Entry(path, name, header.get_dtype(), tuple(header.get_shape()))
+            kind, shape, (start, stop) = (headers[name][k] for k in ("dtype", "shape", "data_offsets"))
+            where[name] = Entry(path, name, kind, tuple(shape), data + start, stop - start)
     index = _named_in_config(folder) or folder / INDEX
     for name, file in _weight_map(index).items() if index.suffix == ".json" and index.is_file() else ():
         if name not in where or where[name].file.name != file:
             location = f"it is in {where[name].file.name}" if name in where else "it is not there"
             raise BitassayError(f"{index}: says that {name} is in {file}, but {location}", AGAIN)
     return where
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """What a safetensors file, which was checked, says of its tensors, and where their bytes begin."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        return json.loads(file.read(length)), 8 + length
 
 
 def _named_in_config(folder: Path) -> Path | None:
@@ -189,3 +212,76 @@ def _inside(owner: Path, name: str) -> Path:
     if not path.is_file():
         raise BitassayError(f"{path}: {owner.name} names this file, and it is missing", AGAIN)
     return path
+
+
+def check_keys(report: Any, folder: Path) -> None:
+    """Refuse a model whose weights are not the checkpoint's: transformers makes up weights that are missing
+    or of another shape, and drops layers that the configuration does not mention. `report` is what
+    `from_pretrained` returns as loading info."""
+    unused = [key for key in report.get("unexpected_keys", ()) if ".layers." in key]
+    defects = {
+        "missing": sorted(report.get("missing_keys", ())),
+        "of another shape than config.json says": sorted(key[0] for key in report.get("mismatched_keys", ())),
+        "of layers that config.json does not have": sorted(unused),
+    }
+    for defect, keys in defects.items():
+        if keys:
+            raise BitassayError(f"{folder}: {len(keys)} weights are {defect}, the first is {keys[0]}", AGAIN)
+
+
+def write_weights(
+    folder: Path,
+    expected: "Mapping[str, tuple[torch.dtype, tuple[int, ...]]]",
+    tensors: "Iterable[tuple[str, torch.Tensor]]",
+) -> None:
+    """Write a model's tensors one by one into safetensors files of at most SHARD_BYTES each, as transformers
+    names them. expected: dtype and shape of each, from which the files' headers are made beforehand."""
+    import torch
+    from transformers.modeling_utils import str_to_torch_dtype
+
+    names = {dtype: name for name, dtype in reversed(str_to_torch_dtype.items())}
+    shards: list[dict[str, Any]] = [{}]
+    stop = 0
+    for name, (dtype, shape) in sorted(expected.items(), key=lambda item: (-item[1][0].itemsize, item[0])):
+        size = math.prod(shape) * dtype.itemsize
+        if stop and stop + size > SHARD_BYTES:
+            shards.append({})
+            stop = 0
+        shards[-1][name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [stop, stop + size]}
+        stop += size
+    where: dict[str, tuple[Path, int]] = {}
+    for number, shard in enumerate(shards, start=1):
+        one = len(shards) == 1
+        path = folder / (WEIGHTS if one else f"model-{number:05}-of-{len(shards):05}.safetensors")
+        header = json.dumps({"__metadata__": {"format": "pt"}, **shard}, separators=(",", ":")).encode()
+        header += b" " * (-len(header) % 8)
+        with open(path, "wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            file.truncate(8 + len(header) + max(e["data_offsets"][1] for e in shard.values()))
+        start = 8 + len(header)
+        where |= {name: (path, start + entry["data_offsets"][0]) for name, entry in shard.items()}
+    if len(shards) > 1:
+        total = sum(math.prod(shape) * dtype.itemsize for dtype, shape in expected.values())
+        index = {name: path.name for name, (path, _) in where.items()}
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
+    left = set(where)
+    for name, tensor in tensors:
+        assert (tensor.dtype, tuple(tensor.shape)) == tuple(expected[name]), name
+        path, start = where[name]
+        with open(path, "r+b") as file:
+            file.seek(start)
+            file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        left.remove(name)
+    assert not left, sorted(left)[:3]
+
+
+def check_finite(parameters: "Iterable[tuple[str, torch.Tensor]]", where: str | Path) -> None:
+    """Raise BitassayError for weights with NaN or infinity, naming the first tensor that has one."""
+    for name, parameter in parameters:
+        if not parameter.is_floating_point() or parameter.float().sum().isfinite():
+            continue
+        if bad := int((~parameter.isfinite()).sum()):
+            raise BitassayError(
+                f"{where}: {name} has {bad} values that are NaN or infinite",
+                "restore the checkpoint from its source",
+            )

@@ -14,7 +14,8 @@ result; the same call goes on where the last one stopped. In the cache, recipes 
 after the codes (rounded inputs, a rounded cache, copies that share codes) share the folder of their codes.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,9 +27,10 @@ from transformers import PreTrainedModel
 from bitassay.errors import BitassayError
 from bitassay.models.identity import Identity, identity
 from bitassay.models.load import load_checkpoint
+from bitassay.models.opened import is_opened, present
 from bitassay.models.options import LoadOptions
 from bitassay.models.source import cache_folder, resolve
-from bitassay.models.walk import matrices
+from bitassay.models.walk import decoder_layers, matrices, module_name
 from bitassay.quantization.codes.quantize import quantize_tensor
 from bitassay.quantization.codes.tensor import QuantizedTensor
 from bitassay.quantization.inputs.ranges import collect_ranges, input_roundings
@@ -39,8 +41,10 @@ from bitassay.quantization.recipe.solvers import Mixed
 from bitassay.quantization.recipe.transforms import Rotation, Smoothing
 from bitassay.quantization.recipe.weights import WeightScheme
 from bitassay.quantization.replication.layer_copies import add_copies, choose_copies
+from bitassay.quantization.runtime.experts import matrix_of, owner_of
 from bitassay.quantization.runtime.model import (
     Quantization,
+    check_opening,
     check_recipe,
     copy_sharing_parameters,
     quantization_of,
@@ -50,7 +54,16 @@ from bitassay.quantization.solvers.layers import quantize_calibrated
 from bitassay.quantization.solvers.mixed import mixed_schemes
 from bitassay.quantization.transforms.rotation import changed_parameters, rotate
 from bitassay.quantization.transforms.smoothing import smooth
-from bitassay.quantization.work import RESULT, WorkingCopy, code_digest, read_result, write_result
+from bitassay.quantization.work import (
+    RESULT,
+    KeptTensors,
+    WorkingCopy,
+    code_digest,
+    layer_part,
+    read_result,
+    write_part,
+    write_result,
+)
 from bitassay.record.files import locked
 from bitassay.record.hashing import digest_json
 from bitassay.record.progress import Progress, silent
@@ -77,25 +90,29 @@ def quantize_cached(
     base: PreTrainedModel, recipe: str | Path | Recipe, *, packed: bool = False, progress: Progress = silent
 ) -> PreTrainedModel:
     """Quantize as `quantize` does, but keep what a calibrated recipe made of a model in the cache."""
-    made = quantize_tensors_cached(base, find_recipe(recipe), progress)
-    return with_tensors(base, made, packed=packed).to(base.device)  # type: ignore[arg-type]
+    model = with_tensors(base, quantize_tensors_cached(base, find_recipe(recipe), progress), packed=packed)
+    return model if is_opened(model) else model.to(base.device)  # type: ignore[arg-type]
 
 
 def quantize_tensors_cached(
     base: PreTrainedModel, recipe: Recipe, progress: Progress = silent
 ) -> Quantization:
     """Return what `quantize_cached` puts into a model. Calibration is in float32 whatever the dtype of
-    `base`: a prover in bf16 and a verifier in float32 get the same codes."""
-    if not recipe.is_calibrated:
+    `base`: a prover in bf16 and a verifier in float32 get the same codes. Of an opened model the codes are
+    read from the cache when they are asked for."""
+    opened = is_opened(base)
+    if not (recipe.is_calibrated or opened):
         return quantize_tensors(base, recipe, progress)
-    source = identity(base).source
-    plan = _plan(base, recipe) | {"dtype": str(torch.float32)}
+    source, plan = identity(base).source, _plan(base, recipe)
+    if recipe.is_calibrated:
+        plan |= {"dtype": str(torch.float32)}
     name = f"{source.name}-{digest_json([plan, code_digest()])[:16]}"  # whatever the recipe is called
 
     def make(folder: RunFolder) -> Quantization:
         model, same = base, recipe.without_postprocessing
-        if base.dtype != torch.float32 or base.device.type != "cpu":
-            options = LoadOptions(trust_remote_code=type(base).__module__.startswith("transformers_modules"))
+        if plan["dtype"] != str(base.dtype) or base.device.type != "cpu":
+            own_code = type(base).__module__.startswith("transformers_modules")
+            options = LoadOptions(trust_remote_code=own_code, opened=opened)
             model = load_checkpoint(resolve(source.folder), options, progress)
         codes = None if same.recipe_id == recipe.recipe_id else quantize_tensors_cached(model, same, progress)
         return _quantized(model, recipe, progress, folder, codes)
@@ -112,7 +129,7 @@ def quantize_tensors(
 ) -> Quantization:
     """Return what `recipe` makes of `base`, without a model around it; errors as `quantize`. codes: what the
     recipe `without_postprocessing` made, where that is known."""
-    if work is None or not recipe.is_calibrated:
+    if work is None or not (recipe.is_calibrated or is_opened(base)):
         return _quantized(base, recipe, progress, codes=codes)
     make = partial(_quantized, base, recipe, progress, codes=codes)
     return _kept(base, recipe, _plan(base, recipe), Path(work), progress, make)
@@ -129,16 +146,16 @@ def _kept(
     """Return the result in that work folder; where there is none yet, `make` it there."""
     _refuse_quantized(base)
     weights = check_recipe(base, recipe)
+    shapes = {name: (w.shape[0], w.shape[1]) for name, w in weights.items() if recipe.scheme_for(name)}
     with locked(work, progress):
         folder = RunFolder(work, plan)
-        if folder.has_tensors(RESULT):
-            shapes = {
-                name: (w.shape[0], w.shape[1]) for name, w in weights.items() if recipe.scheme_for(name)
-            }
-            return read_result(folder, recipe, shapes)
-        made = make(folder)
-        write_result(folder, made)
-        return made
+        if not folder.has_tensors(RESULT):
+            made = make(folder)
+            write_result(folder, made)
+            if not isinstance(made.tensors, KeptTensors):
+                return made
+        made = read_result(folder, recipe, shapes)
+    return made if is_opened(base) else replace(made, tensors=dict(made.tensors))
 
 
 def _quantized(
@@ -155,6 +172,8 @@ def _quantized(
             f"{recipe.name} is calibrated, which runs on the CPU, and the model is on {base.device}",
             "load it on the CPU, quantize, and move the result",
         )
+    if is_opened(base):
+        check_opening(recipe)
     tokens = calibration_tokens(base, recipe.text) if recipe.is_calibrated else None
     work = WorkingCopy(base, recipe, copy_sharing_parameters(base), schemes, tokens, folder, progress)
     if codes is None or "replication" in recipe.parts:
@@ -172,7 +191,8 @@ def _solved(work: WorkingCopy) -> Quantization:
     if recipe.uses_calibrated_solver or weighed:
         tensors = quantize_calibrated(work)
     else:
-        tensors = rounded_to_nearest(work.model, schemes, f"quantizing by {recipe.name}", work.progress)
+        what, folder = f"quantizing by {recipe.name}", work.folder if is_opened(work.model) else None
+        tensors = rounded_to_nearest(work.model, schemes, what, work.progress, folder)
     quantized = {f"{name}.weight" for name in tensors} | {name.rpartition(".")[0] for name in tensors}
     changed = changed_parameters(work.base, work.model)
     parameters = {name: value for name, value in changed.items() if name not in quantized}
@@ -180,16 +200,37 @@ def _solved(work: WorkingCopy) -> Quantization:
 
 
 def rounded_to_nearest(
-    model: PreTrainedModel, schemes: dict[str, WeightScheme | None], what: str, progress: Progress
-) -> dict[str, QuantizedTensor]:
-    """Round each matrix of `model` that has a scheme to nearest, on its own."""
+    model: PreTrainedModel,
+    schemes: Mapping[str, WeightScheme | None],
+    what: str,
+    progress: Progress,
+    folder: RunFolder | None = None,
+) -> Mapping[str, QuantizedTensor]:
+    """Round each matrix of `model` that has a scheme to nearest, on its own. folder: where each layer's are
+    kept when it is finished, from which they are read when they are asked for."""
     tensors: dict[str, QuantizedTensor] = {}
-    for done, (name, weight) in enumerate(matrices(model).items()):
-        progress(what, done, len(schemes))
-        if scheme := schemes.get(name):
-            tensors[name] = quantize_tensor(weight, scheme, name)
-    progress(what, len(schemes), len(schemes))
-    return tensors
+    shapes = {name: (w.shape[0], w.shape[1]) for name, w in matrices(model).items() if schemes.get(name)}
+    prefix, parts, done = module_name(model, decoder_layers(model)), list[str](), 0
+    for index in range(len(decoder_layers(model))):
+        names = [name for name in shapes if name.startswith(f"{prefix}.{index}.")]
+        part, rounded = layer_part(index), dict[str, QuantizedTensor]()
+        if folder is None or not folder.has_tensors(part):
+            for owner, own in itertools.groupby(names, partial(owner_of, model)):
+                with present(model, owner):
+                    for name in own:
+                        progress(what, done + len(rounded), len(shapes))
+                        scheme = schemes[name]
+                        assert scheme is not None
+                        rounded[name] = quantize_tensor(matrix_of(model, name), scheme, name)
+        done += len(names)
+        if folder is None:
+            tensors |= rounded
+        elif names:
+            parts.append(part)
+            if not folder.has_tensors(part):
+                write_part(folder, part, rounded, {})
+    progress(what, len(shapes), len(shapes))
+    return {name: tensors[name] for name in shapes} if folder is None else KeptTensors(folder, parts, shapes)
 
 
 def _rotate(work: WorkingCopy, rotation: Rotation) -> None:

@@ -2,7 +2,7 @@
 the state of tuning and, in the end, the result, which takes their place.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 
 from pydantic import TypeAdapter, ValidationError
@@ -85,13 +85,48 @@ def read_part(
     return tensors, parts
 
 
+class KeptTensors(Mapping[str, QuantizedTensor]):
+    """The matrices in parts of a work folder, read when they are asked for, of the last part asked for all at
+    once; shapes: of every matrix. Raises BitassayError as `read_part` does."""
+
+    def __init__(self, folder: RunFolder, parts: Iterable[str], shapes: Mapping[str, tuple[int, int]]):
+        self.folder, self.shapes = folder, shapes
+        self.names = {part: list(folder.part(part, dict)) for part in parts}
+        part_of = {name: part for part, names in self.names.items() for name in names}
+        self.part_of = {name: part_of.pop(name) for name in shapes if name in part_of} | part_of
+        self.last: tuple[str, dict[str, QuantizedTensor]] = ("", {})
+
+    def __getitem__(self, name: str) -> QuantizedTensor:
+        part, known = self.part_of[name], self.shapes.keys()
+        if part != self.last[0]:
+            self.last = ("", {})
+            if unknown := [other for other in self.names[part] if other not in known]:
+                raise BitassayError(f"{self.folder.path}: {part} has {unknown[0]}, which is no matrix", AGAIN)
+            shapes = {other: self.shapes[other] for other in self.names[part]}
+            self.last = (part, read_part(self.folder, part, shapes)[0])
+        return self.last[1][name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.part_of)
+
+    def __len__(self) -> int:
+        return len(self.part_of)
+
+
+def layer_part(index: int) -> str:
+    """Return the name of the part that holds the matrices of a decoder layer."""
+    return f"layer-{index:04d}"
+
+
 def write_result(folder: RunFolder, made: Quantization) -> None:
-    """Write the result, and delete what led to it."""
+    """Write the result, and delete what led to it. Matrices that are in the folder stay where they are."""
     folder.part("inputs", lambda: {name: asdict(rounding) for name, rounding in made.inputs.items()})
     folder.part("passes", lambda: {str(index): asdict(steps) for index, steps in made.passes.items()})
-    write_part(folder, RESULT, made.tensors, made.parameters)
+    kept = made.tensors if isinstance(made.tensors, KeptTensors) else None
+    write_part(folder, RESULT, {} if kept is not None else made.tensors, made.parameters)
+    stay = {RESULT, "inputs", "passes", *(kept.names if kept is not None else ())}
     for path in (folder.path / "parts").iterdir():
-        if path.stem not in (RESULT, "inputs", "passes"):
+        if path.stem not in stay:
             path.unlink()
 
 
@@ -99,14 +134,21 @@ def read_result(folder: RunFolder, recipe: Recipe, shapes: Mapping[str, tuple[in
     """Read what `write_result` wrote, for such matrices and copies. Raises BitassayError for damage."""
     if missing := [name for name in ("inputs", "passes") if not folder.has(name)]:
         raise BitassayError(f"{folder.path}: {missing[0]} is not there", AGAIN)
-    copies = {name: shapes[of] for name in folder.part(RESULT, dict) if (of := original(name)) in shapes}
-    tensors, parameters = read_part(folder, RESULT, {**shapes, **copies})
+    names, tensors = folder.part(RESULT, dict), None
+    if not names:  # they are where each layer was finished
+        layers = sorted(path.stem for path in (folder.path / "parts").glob("layer-*.safetensors"))
+        tensors = KeptTensors(folder, layers, shapes)
+        if tensors.part_of.keys() != shapes.keys():
+            raise BitassayError(f"{folder.path}: does not name the matrices of the recipe", AGAIN)
+        shapes = {}
+    copies = {name: shapes[of] for name in names if (of := original(name)) in shapes}
+    held, parameters = read_part(folder, RESULT, {**shapes, **copies})
     try:
         inputs = TypeAdapter(dict[str, InputRounding]).validate_python(folder.part("inputs", dict))
         passes = TypeAdapter(dict[int, Steps]).validate_python(folder.part("passes", dict))
     except ValidationError as error:
         raise BitassayError(f"{folder.path}: inputs or passes are damaged", AGAIN) from error
-    return Quantization(recipe, tensors, parameters, inputs, passes)
+    return Quantization(recipe, held if tensors is None else tensors, parameters, inputs, passes)
 
 
 def code_digest() -> str:

@@ -20,11 +20,12 @@ from bitassay.engines.load import load
 from bitassay.errors import BitassayError
 from bitassay.models.empty import without_weights
 from bitassay.models.identity import Identity, tokenizer
+from bitassay.models.opened import is_opened
 from bitassay.models.options import as_dtype
 from bitassay.models.source import Source
 from bitassay.quantization.export import gguf_file, save
 from bitassay.quantization.export.card import read_card
-from bitassay.quantization.export.plan import plan_export
+from bitassay.quantization.export.plan import LOADED, OPENED, Plan, choose_way, plan_export
 from bitassay.quantization.export.registry import LAYOUTS
 from bitassay.quantization.pipeline import quantize, quantize_cached
 from bitassay.quantization.recipe.recipe import Recipe
@@ -41,7 +42,7 @@ class CheckpointJob:
     """What to write and where. model, source: its name, and the files behind it. folder, gguf: the outputs,
     None for one that is not wanted. layout: of the folder (None: compressed-tensors where that is exact).
     work: where a calibrated recipe keeps its finished layers (None: in the cache). check: load what was
-    written and compare logits. loading: keywords of `load`."""
+    written and compare logits. memory: bytes to work in (None: what is free). loading: keywords of `load`."""
 
     model: str
     source: Source
@@ -51,6 +52,7 @@ class CheckpointJob:
     layout: str | None = None
     work: Path | None = None
     check: bool = True
+    memory: int | None = None
     loading: Mapping[str, Any] = field(default_factory=lambda: {"dtype": "float32"})
 
     def row(
@@ -98,12 +100,24 @@ def _plan(job: CheckpointJob, progress: Progress) -> list[Row]:
         progress(f"{job.folder}: {plan.layout_reason}; bitassay.load reads it, {TRANSFORMERS} does not")
     file_bytes = plan.tensor_bytes + _size(job.source.folder, without=".safetensors")
     row = job.row(plan.layout, plan.bits_per_weight, plan.size_bytes, file_bytes)
-    row["memory_bytes"] = plan.memory_bytes
+    row["way"], row["memory_bytes"] = _way(plan, job)
     rows = [row] if job.folder is not None else []
     if job.gguf is not None:
         gguf_file.check_gguf(empty, job.recipe)
         rows.append(row | {"layout": "gguf", "bits_per_weight": None, "file_bytes": None})
     return rows
+
+
+def _way(plan: Plan, job: CheckpointJob) -> tuple[str, int]:
+    """How the job is done in its memory, and the peak in bytes; else BitassayError."""
+    ways, remedy = {LOADED: plan.memory_bytes}, ""
+    if plan.opened_memory_bytes is None:
+        remedy = ", or a recipe that goes a layer at a time, such as w4"
+    elif job.gguf is not None:
+        remedy = ", or leave out --gguf: such a file is written from a loaded model"
+    else:
+        ways[OPENED] = plan.opened_memory_bytes
+    return choose_way(ways, job.memory, f"{job.source.name} by {job.recipe.name}", remedy)
 
 
 def written(job: CheckpointJob, progress: Progress = silent) -> list[Row]:
@@ -112,10 +126,12 @@ def written(job: CheckpointJob, progress: Progress = silent) -> list[Row]:
     started = time.monotonic()
     outputs = _finished(job, progress)
     if None in outputs.values():
-        for row in _plan(job, progress):
+        rows = _plan(job, progress)
+        for row in rows:
             if job.folder is not None and outputs["folder"] is None and row["layout"] != "gguf":
                 save.check_space(job.folder, row["file_bytes"])
-        base = load(job.model, progress=progress, **job.loading)
+        memory = 0 if rows[0]["way"] == OPENED else None
+        base = load(job.model, progress=progress, memory=memory, **job.loading)
         quantized = _quantized(job, base, progress, is_finished=outputs.get("folder") is not None)
         tokens = tokenizer(base)(bundled_prompts()[0], return_tensors="pt").input_ids if job.check else None
         for name, write in (("folder", _write_folder), ("gguf", _write_gguf)):
@@ -130,7 +146,8 @@ def _quantized(
 ) -> PreTrainedModel:
     """Quantize `base`, or give it the codes of the finished folder."""
     if is_finished:
-        saved = quantization_of(load(job.folder or "", progress=progress, **job.loading))
+        memory = 0 if is_opened(base) else None
+        saved = quantization_of(load(job.folder or "", progress=progress, memory=memory, **job.loading))
         assert saved is not None
         return with_tensors(base, saved)
     if job.work is None:
@@ -148,8 +165,8 @@ def _write_folder(
     card = save.save(quantized, job.folder, layout=job.layout, progress=progress)
     row = job.row(card.layout, card.bits_per_weight, card.size_bytes, _size(job.folder))
     if tokens is not None:
-        reader = TRANSFORMERS if LAYOUTS[card.layout].is_plain else "bitassay.load"
-        progress(f"loading {job.folder} with {reader}")
+        plain = LAYOUTS[card.layout].is_plain and not is_opened(quantized)
+        progress(f"loading {job.folder} with {TRANSFORMERS if plain else 'bitassay.load'}")
         trust = job.loading.get("trust_remote_code", False)
         row["max_logits_difference"] = save.reload_difference(
             quantized, job.folder, tokens, trust_remote_code=trust

@@ -2,26 +2,35 @@
 It is for `--dry-run` and whoever has to know before any weight is read."""
 
 import math
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import psutil
 from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError
-from bitassay.models.walk import decoder_layers, walk
+from bitassay.models.walk import decoder_layers, matrices, module_name, walk
 from bitassay.quantization.codes.storage import Factors, Stored, expected_bytes, planned, planned_bits
 from bitassay.quantization.export.registry import LAYOUTS, OWN
 from bitassay.quantization.export.reload import expected_parts
 from bitassay.quantization.export.save import choose_layout
 from bitassay.quantization.recipe.calibration import Calibration
+from bitassay.quantization.recipe.formats import FORMATS
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.recipe.solvers import Tune
 from bitassay.quantization.recipe.transforms import Rotation, Smoothing
 from bitassay.quantization.recipe.weights import WeightScheme
-from bitassay.quantization.runtime.model import check_recipe, parameter_count
+from bitassay.quantization.runtime.model import check_recipe, obstacle_to_opening, parameter_count
 from bitassay.quantization.runtime.replicas import is_replica, original, replica_names
 from bitassay.quantization.solvers import layerwise, tune
+
+BASE_BYTES = 550 * 10**6  # the interpreter with torch and transformers
+# Copies of a matrix in fp32 that rounding it holds at its peak, and decoding it: measured.
+ROUNDING_COPIES, BINARY_COPIES, DECODING_COPIES = 4.5, 7, 5
+LOADED, OPENED = "as a whole", "a layer at a time"  # how a model is read
+READ_BYTES = 4  # of a weight while it is read, beside what it becomes
 
 
 @dataclass(frozen=True)
@@ -30,9 +39,11 @@ class Plan:
 
     layout_reason: why it is our own layout where nobody asked for it. size_bytes: as
     `quantize.model.size_bytes` counts, and by the whole model's parameters. tensor_bytes: what the folder's
-    tensors take. memory_bytes: the base model, the quantized one, its codes twice (as kept and as stored),
-    and the reloaded model beside them; or, where that is more, what calibrating holds: the base model, what
-    is quantized, and what one layer makes of the text; or what tuning holds of each weight.
+    tensors take. memory_bytes: the peak of the whole command, with the model loaded: the base model, the
+    quantized one, its codes, and the reloaded model beside them; or, where that is more, what calibrating
+    holds: the base model, what is quantized, and what one layer makes of the text; or what tuning holds of
+    each weight. opened_memory_bytes: the same with the model read a layer at a time; None where a part of the
+    recipe needs all of it. solves: whether layers are run to find codes.
     """
 
     layout: str
@@ -43,6 +54,8 @@ class Plan:
     size_bytes: int
     tensor_bytes: int
     memory_bytes: int
+    opened_memory_bytes: int | None
+    solves: bool
 
 
 def plan_export(model: PreTrainedModel, recipe: Recipe, layout: str | None = None) -> Plan:
@@ -69,12 +82,13 @@ def plan_export(model: PreTrainedModel, recipe: Recipe, layout: str | None = Non
     weights = sum(shapes[name][0] * shapes[name][1] for name in ways[0] if not is_replica(name))
     added = sum(count(model, part) for count, part in recipe.steps(ADDED_PARAMETERS))
     parameters, item = parameter_count(model) + added, model.dtype.itemsize
-    saving = (2 * parameters + weights) * item + bits // 8 + 2 * stored
+    saving = (2 * parameters + weights) * item + bits // 8 + stored
     originals = [name for name in ways[0] if not is_replica(name)]
     sizes = Sizes(model, recipe.text, [shapes[name] for name in originals], parameters, bits)
     memory = [saving, *(memory_of(part, sizes) for memory_of, part in recipe.steps(MEMORY))]
     weighs = any((scheme := recipe.scheme_for(name)) and scheme.uses_importance for name in originals)
-    if recipe.is_calibrated and (recipe.uses_calibrated_solver or weighs):
+    solves = recipe.is_calibrated and (recipe.uses_calibrated_solver or weighs)
+    if solves:
         memory.append(_solving(sizes))
     size_bytes = (parameters - weights) * 2 + bits // 8
     return Plan(
@@ -85,7 +99,9 @@ def plan_export(model: PreTrainedModel, recipe: Recipe, layout: str | None = Non
         checkpoint_bits_per_weight=size_bytes * 8 / parameters,
         size_bytes=size_bytes,
         tensor_bytes=(parameters - weights) * item + stored,
-        memory_bytes=max(memory),
+        memory_bytes=BASE_BYTES + max(memory),
+        opened_memory_bytes=None if obstacle_to_opening(recipe) else _opened(sizes, ways[0], solves),
+        solves=solves,
     )
 
 
@@ -98,6 +114,63 @@ class Sizes:
     shapes: list[tuple[int, int]]
     parameters: int
     bits: int
+
+
+def _opened(sizes: Sizes, stored: Mapping[str, Stored], solves: bool) -> int:
+    """Return the bytes that it takes a layer at a time: the most of what rounding a matrix holds, what a
+    layer holds that is run when it is checked, and what lies beside the layers while it is written."""
+    item, shapes = sizes.model.dtype.itemsize, Shapes.of(sizes.model)
+    binary = any(FORMATS[way.scheme.format].kind == "binary" for way in stored.values())
+    rounding = item * shapes.owner + 4 * shapes.matrix * (BINARY_COPIES if binary else ROUNDING_COPIES)
+    checking = item * shapes.layer + shapes.decoding
+    return BASE_BYTES + int(max(rounding, checking, shapes.beside * (item + READ_BYTES)))
+
+
+class Shapes(NamedTuple):
+    """The most weights that are read together: of a decoder layer, a module that owns matrices in it, a
+    matrix, and a tensor beside the layers. widest: the most features of a matrix's input or output."""
+
+    layer: int
+    owner: int
+    matrix: int
+    beside: int
+    widest: int
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "Shapes":
+        """Return those of a model, which may be on the meta device."""
+        prefix = f"{module_name(model, decoder_layers(model))}."
+        shapes = [view.shape for view in matrices(model).values()]
+        layers, owners, beside = Counter[str](), Counter[str](), 0
+        for name, value in model.named_parameters():
+            if name.startswith(prefix):
+                layers[name.removeprefix(prefix).partition(".")[0]] += value.numel()
+                owners[name.rpartition(".")[0]] += value.numel()
+            else:
+                beside = max(beside, value.numel())
+        matrix, widest = max(map(math.prod, shapes)), max(map(max, shapes))
+        return cls(max(layers.values()), max(owners.values()), matrix, beside, widest)
+
+    @property
+    def decoding(self) -> int:
+        """The bytes that it takes to decode a matrix."""
+        return int(4 * self.matrix * DECODING_COPIES)
+
+
+def choose_way(ways: Mapping[str, int], memory: int | None, what: str, remedy: str = "") -> tuple[str, int]:
+    """Return the first way whose peak in bytes fits into `memory` (None: what is free), and its peak. Raises
+    BitassayError for a budget in which none fits: `what` does not, and `remedy` is one more thing to try."""
+    budget = psutil.virtual_memory().available if memory is None else memory
+    for way, needed in ways.items():
+        if needed <= budget:
+            return way, needed
+    way, least = min(ways.items(), key=lambda item: item[1])
+    if memory is None:
+        return way, least
+    raise BitassayError(
+        f"{what} takes {least / 1e9:.1f} GB of memory ({way}), and {budget / 1e9:.1f} GB are allowed",
+        f"--memory {math.ceil(least / 1e8) / 10}GB{remedy}",
+    )
 
 
 def _solving(sizes: Sizes, streams: int = 0) -> int:

@@ -6,7 +6,7 @@ of each part, which the headers of the files must state, part for part. What els
 parameters, and transformers loads them: none may be missing and none left over.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -19,12 +19,13 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from bitassay.errors import BitassayError, suggestion
 from bitassay.models.empty import empty_model
 from bitassay.models.identity import attach, identity
-from bitassay.models.load import check_keys, load_checkpoint
+from bitassay.models.load import load_checkpoint
+from bitassay.models.opened import open_plain, weights_of
 from bitassay.models.options import LoadOptions
 from bitassay.models.source import Source
 from bitassay.models.transposed import as_linears
 from bitassay.models.walk import decoder_layers, matrices, walk
-from bitassay.models.weights import Entry, check_files
+from bitassay.models.weights import Entry, check_files, check_keys
 from bitassay.quantization.codes import storage
 from bitassay.quantization.codes.storage import Stored
 from bitassay.quantization.codes.tensor import QuantizedTensor
@@ -70,12 +71,18 @@ def read_quantized(
     plain = {key: entry for key, entry in entries.items() if key not in parts}
     scales = _input_scales(empty, card.recipe, plain, folder)
     originals = {name for name in described if not is_replica(name)}
-    model = _with_plain_parameters(empty, config, folder, plain, originals, options)
     pieces = layout.pieces(empty)
-    tensors = {
-        name: _read_matrix(name, stored, shapes[name], layout, entries, pieces.get(name))
+    readers = {
+        name: partial(_read_matrix, name, stored, shapes[name], layout, entries, pieces.get(name))
         for name, stored in described.items()
     }
+    tensors: Mapping[str, QuantizedTensor]
+    if options.opened:
+        model = open_plain(folder, config, options, plain, originals)
+        tensors = _Unread(readers)
+    else:
+        model = _with_plain_parameters(empty, config, folder, plain, originals, options)
+        tensors = {name: read() for name, read in readers.items()}
     with _naming(folder / CARD_FILE):
         parameters = _changed_parameters(model, card, scales)
     for name, stored in described.items():  # what engines read of rounded inputs
@@ -86,6 +93,22 @@ def read_quantized(
             raise BitassayError(f"{folder}: {CARD_FILE} and the files differ in the inputs of {name}", AGAIN)
     made = Quantization(card.recipe, tensors, parameters, card.inputs, card.passes)
     return with_tensors(model, made, packed=packed)
+
+
+class _Unread(Mapping[str, QuantizedTensor]):
+    """Matrices that are read each time they are asked for."""
+
+    def __init__(self, readers: Mapping[str, Callable[[], QuantizedTensor]]):
+        self.readers = readers
+
+    def __getitem__(self, name: str) -> QuantizedTensor:
+        return self.readers[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.readers)
+
+    def __len__(self) -> int:
+        return len(self.readers)
 
 
 @contextmanager
@@ -208,7 +231,9 @@ def _changed_parameters(model: PreTrainedModel, card: Card, scales: dict[str, Te
         raise BitassayError(f"parameters: {missing[0]} is not there")
     if unknown := [name for name in card.parameters if name not in parameters]:
         raise BitassayError(f"the model has no parameter {unknown[0]}")
-    return {name: parameters[name].detach() for name in card.parameters}
+    weights = weights_of(model)
+    values = {name: parameters[name].detach() for name in card.parameters}
+    return values if weights is None else {name: weights.stored(name) for name in values}
 
 
 def _check_inputs(card: Card, linears: Mapping[str, nn.Linear]) -> None:

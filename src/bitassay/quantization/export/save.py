@@ -5,7 +5,9 @@ wherever that holds the model exactly; else our own (`own.py`), which `bitassay.
 not quantized lies beside the codes as ordinary parameters, and `bitassay.json` says what the folder is.
 """
 
+import itertools
 import shutil
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import get_args
@@ -14,18 +16,21 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from bitassay.errors import BitassayError, MissingError
 from bitassay.models.identity import identity
+from bitassay.models.opened import is_opened, weights_of
 from bitassay.models.options import LoadOptions, attention_of
 from bitassay.models.source import resolve
 from bitassay.models.walk import fused_experts, walk
-from bitassay.quantization.codes.storage import Stored, description
+from bitassay.models.weights import write_weights
+from bitassay.quantization.codes.storage import Expected, Stored, description, expected_bytes
 from bitassay.quantization.export import plain_load
 from bitassay.quantization.export.card import CARD_FILE, Base, Card, hashed_files, read_card
 from bitassay.quantization.export.layout import Layout
 from bitassay.quantization.export.registry import LAYOUTS, OWN, STANDARD
-from bitassay.quantization.export.reload import load_quantized
+from bitassay.quantization.export.reload import expected_parts, load_quantized
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.runtime.model import (
     Quantization,
@@ -70,15 +75,21 @@ def save(
         for name, stored in descriptions.items()
     }
     progress(f"packing {len(quantization.tensors)} matrices ({chosen} layout)")
-    parts = _parts(model, quantization, storing)
-    state = _other_parameters(model, quantization) | parts
-    check_space(folder, _bytes(state))
+    shapes = {name: tensor.shape for name, tensor in quantization.tensors.items()}
+    parts = expected_parts(model, storing, descriptions, shapes)
+    others = _other_parameters(model, quantization)
+    expected: Expected = parts | {key: (value.dtype, tuple(value.shape)) for key, value in others.items()}
+    check_space(folder, expected_bytes(expected))
     weights = quantized_weights(quantization.tensors)
     schemes = tuple(dict.fromkeys(descriptions.values()))
     progress(f"writing {folder}")
     with atomic_folder(folder) as temporary:
+        model.save_pretrained(temporary, state_dict={"none": torch.empty(0)})  # all but the weights
         original = _original_format(model, storing, descriptions)
-        model.save_pretrained(temporary, state_dict=state, save_original_format=original)
+        names = _names_in_files(model, expected) if original else {name: name for name in expected}
+        named: Expected = {names[name]: what for name, what in expected.items()}
+        state = itertools.chain(_parts(model, quantization, storing), _values(model, others))
+        write_weights(temporary, named, ((names[name], value) for name, value in state))
         storing.describe(model, quantization, temporary)
         if getattr(model, "tokenizer", None) is not None:
             model.tokenizer.save_pretrained(temporary)  # type: ignore[union-attr]
@@ -100,7 +111,7 @@ def save(
             ),
             dtype=dtype,  # type: ignore[arg-type]
             bits_per_weight=bits_per_weight(model),
-            stored_bits_per_weight=_bytes(parts) * 8 / weights,
+            stored_bits_per_weight=expected_bytes(parts) * 8 / weights,
             size_bytes=size_bytes(model),
             versions={
                 name: version(name) for name in ("bitassay", "compressed-tensors", "transformers", "torch")
@@ -121,10 +132,12 @@ def reload_difference(
     trust_remote_code: bool = False,
 ) -> float:
     """Return the largest difference between the logits of `model` and of the folder, in the model's dtype: as
-    plain transformers loads it where it can, else as `bitassay.load` does."""
-    card = read_card(Path(folder))
-    if card is not None and not LAYOUTS[card.layout].is_plain:
-        options = LoadOptions(model.dtype, model.device, attention_of(model), trust_remote_code)
+    plain transformers loads it where it can, else as `bitassay.load` does, and an opened model a layer at a
+    time."""
+    card, opened = read_card(Path(folder)), is_opened(model)
+    if card is not None and (opened or not LAYOUTS[card.layout].is_plain):
+        attention = attention_of(model)
+        options = LoadOptions(model.dtype, model.device, attention, trust_remote_code, opened=opened)
         reloaded = load_quantized(resolve(folder), card, options)
     else:
         reloaded = AutoModelForCausalLM.from_pretrained(
@@ -166,31 +179,53 @@ def _original_format(model: PreTrainedModel, layout: Layout, matrices: dict[str,
     return plain_load.keeps_names(model) and (not experts or in_codes)
 
 
-def _parts(model: PreTrainedModel, quantization: Quantization, layout: Layout) -> dict[str, Tensor]:
-    stored: dict[str, dict[str, Tensor]] = {}
+def _names_in_files(model: PreTrainedModel, expected: Expected) -> dict[str, str]:
+    """Return the names that checkpoints of the architecture have for these tensors, none of which is changed
+    but in its name."""
+    with torch.device("meta"):
+        state = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in expected.items()}
+    names = {id(value): name for name, value in state.items()}
+    return {names[id(value)]: name for name, value in revert_weight_conversion(model, state).items()}
+
+
+def _parts(
+    model: PreTrainedModel, quantization: Quantization, layout: Layout
+) -> Iterator[tuple[str, Tensor]]:
     pieces = layout.pieces(model)
     for name, tensor in quantization.tensors.items():
         if name in pieces:
-            for piece in pieces[name]:
-                stored[piece.name] = layout.stored_tensors(plain_load.part_of(tensor, piece), None)
+            stored = {
+                piece.name: layout.stored_tensors(plain_load.part_of(tensor, piece), None)
+                for piece in pieces[name]
+            }
         else:
-            stored[name] = layout.stored_tensors(tensor, quantization.inputs.get(name))
-    return {f"{name}.{part}": value for name, parts in stored.items() for part, value in parts.items()}
+            stored = {name: layout.stored_tensors(tensor, quantization.inputs.get(name))}
+        for owner, parts in stored.items():
+            yield from ((f"{owner}.{part}", value) for part, value in parts.items())
 
 
 def _other_parameters(model: PreTrainedModel, quantization: Quantization) -> dict[str, Tensor]:
     """What is stored as it is: all but the quantized matrices, of which fused experts are slices."""
     codes, fused = quantization.tensors, walk(model).experts.items()
     stacks = {key for key, stack in fused if all(f"{key}.{place}" in codes for place in range(len(stack)))}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    tied = {
+        key
+        for key, source in (getattr(model, "all_tied_weights_keys", None) or {}).items()
+        if key in parameters and parameters[key] is parameters.get(source)
+    }
+    left_out = {*stacks, *tied, *(getattr(model, "_keys_to_ignore_on_save", None) or ())}
     return {
         key: value
         for key, value in model.state_dict().items()
-        if not (key.removesuffix(".weight") in codes or key in stacks or is_replica(key))
+        if not (key.removesuffix(".weight") in codes or key in left_out or is_replica(key))
     }
 
 
-def _bytes(tensors: dict[str, Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors.values())
+def _values(model: PreTrainedModel, others: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield them with the values that an opened model has for them."""
+    weights = weights_of(model)
+    yield from others.items() if weights is None else ((name, weights.in_files(name)) for name in others)
 
 
 def check_space(folder: Path, needed_bytes: int) -> None:

@@ -60,7 +60,7 @@ def add_copies(work: WorkingCopy, plan: ReplicationPlan, made: Quantization) -> 
         return made
     if plan.makes_codes:
         further = _codes_of_copies(work, work.uncopied, plan, _importance(work, made))
-        made = replace(made, tensors=made.tensors | further)
+        made = replace(made, tensors={**made.tensors, **further})
     if plan.coefficients != "fitted":
         return replace(made, passes={index: plan.steps(count) for index, count in work.copies.items()})
     plain = {index: Steps((1.0,) * count, (1.0,) * count) for index, count in work.copies.items()}

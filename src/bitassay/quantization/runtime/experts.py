@@ -81,6 +81,17 @@ def expert_matrix(model: PreTrainedModel, name: str) -> Float[Tensor, "_ _"]:
     return dense_matrix(model.get_submodule(owner), key, int(expert)).detach()
 
 
+def matrix_of(model: PreTrainedModel, name: str) -> Float[Tensor, "_ _"]:
+    """Return the matrix of that name in `matrices(model)`, as the model holds it now."""
+    linear = dict(model.named_modules()).get(name)
+    return linear.get_parameter("weight").detach() if linear is not None else expert_matrix(model, name)
+
+
+def owner_of(model: PreTrainedModel, name: str) -> str:
+    """Return the full name of the module that holds the matrix of that name in `matrices(model)`."""
+    return name if name in dict(model.named_modules()) else name.rsplit(".", 2)[0]
+
+
 @contextmanager
 def expert_products(
     module: nn.Module,
@@ -244,8 +255,17 @@ def put_experts(model: PreTrainedModel, tensors: dict[str, QuantizedTensor], pac
             setattr(model.get_submodule(parent), child, QuantizedExperts(experts, by_parameter))
             continue
         for parameter, slices in by_parameter.items():
-            dense = experts.get_parameter(parameter).detach().clone()
-            for expert, tensor in slices.items():
-                matrix = tensor.dequantize().to(dense.dtype)
-                dense[expert] = matrix.T if experts.is_transposed else matrix
+            value = experts.get_parameter(parameter).detach()
+            dense = with_slices(experts, lambda slices=slices: slices, value.clone)
             experts.register_parameter(parameter, nn.Parameter(dense, requires_grad=False))
+
+
+def with_slices(
+    experts: nn.Module, slices: Callable[[], dict[int, QuantizedTensor]], read: Callable[[], Tensor]
+) -> Tensor:
+    """Return a fused parameter, which `read` gives, with what the codes of `slices` stand for in it."""
+    dense = read()
+    for expert, tensor in slices().items():
+        matrix = tensor.dequantize().to(dense.dtype)
+        dense[expert] = matrix.T if experts.is_transposed else matrix
+    return dense

@@ -10,6 +10,7 @@ import copy
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel
 from bitassay.errors import BitassayError, suggestion
 from bitassay.models.config import untie
 from bitassay.models.identity import Identity, attach
+from bitassay.models.opened import Weights, weights_of
 from bitassay.models.walk import decoder_layers, matrices, replace_module, walk
 from bitassay.models.weights import stored_bits
 from bitassay.quantization.codes.tensor import QuantizedTensor
@@ -27,11 +29,13 @@ from bitassay.quantization.recipe.calibration import check_calibration
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.recipe.replication import ReplicationPlan, Steps
 from bitassay.quantization.recipe.transforms import Smoothing
-from bitassay.quantization.runtime.experts import put_experts
+from bitassay.quantization.runtime.experts import put_experts, with_slices
 from bitassay.quantization.runtime.linear import QuantizedLinear, RoundedInputLinear
 from bitassay.quantization.runtime.replicas import add_passes, is_replica
 from bitassay.quantization.transforms.folding import INPUT_SCALES, divide_inputs
 from bitassay.quantization.transforms.rotation import add_online
+
+ONE_BY_ONE = ("gptq", "low_rank", "learned", "kv_cache")  # parts of a recipe that look at a layer at a time
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Quantization:
     tensors, by the names that they have in the replicated model."""
 
     recipe: Recipe
-    tensors: dict[str, QuantizedTensor]
+    tensors: Mapping[str, QuantizedTensor]
     parameters: dict[str, Tensor] = field(default_factory=dict)
     inputs: dict[str, InputRounding] = field(default_factory=dict)
     passes: dict[int, Steps] = field(default_factory=dict)
@@ -53,6 +57,8 @@ def with_tensors(
 ) -> PreTrainedModel:
     """Return a copy of `base` with what `quantization` changed; everything else is shared."""
     model = copy_sharing_parameters(base)
+    if (weights := weights_of(model)) is not None:
+        return _with_changes(base, model, weights, quantization)
     for name, value in quantization.parameters.items():
         if not name.endswith(f".{INPUT_SCALES}"):
             _replace_parameter(model, name, value)
@@ -73,6 +79,35 @@ def with_tensors(
             linear.weight = nn.Parameter(tensor.dequantize().to(linear.weight.dtype), requires_grad=False)
         if inputs is not None:
             replace_module(model, linear, RoundedInputLinear(linear, inputs))
+    return _finished(base, model, quantization)
+
+
+def _with_changes(
+    base: PreTrainedModel, model: PreTrainedModel, weights: Weights, quantization: Quantization
+) -> PreTrainedModel:
+    """Say how the weights of an opened model are made, when they are needed; there, codes are never held."""
+    linears, tensors, dtype = walk(model).linears, quantization.tensors, model.dtype
+    for name, value in quantization.parameters.items():
+        weights.changes[name] = lambda _, value=value: value.to(weights.device, dtype)
+    slices: dict[str, list[str]] = {}
+    for name in tensors:
+        if name in linears:
+            weights.changes[f"{name}.weight"] = lambda _, name=name: tensors[name].dequantize().to(dtype)
+            if (inputs := quantization.inputs.get(name)) is not None:
+                replace_module(model, linears[name], RoundedInputLinear(linears[name], inputs))
+        else:
+            slices.setdefault(name.rpartition(".")[0], []).append(name)
+    for parameter, names in slices.items():
+        experts, codes = model.get_submodule(parameter.rpartition(".")[0]), partial(_picked, tensors, names)
+        weights.changes[parameter] = partial(with_slices, experts, codes)
+    return _finished(base, model, quantization)
+
+
+def _picked(tensors: Mapping[str, QuantizedTensor], names: list[str]) -> dict[int, QuantizedTensor]:
+    return {int(name.rpartition(".")[2]): tensors[name] for name in names}
+
+
+def _finished(base: PreTrainedModel, model: PreTrainedModel, quantization: Quantization) -> PreTrainedModel:
     for attach_part, part in quantization.recipe.steps(ATTACH):
         attach_part(model, part, quantization)
     attach(model, quantization=quantization)
@@ -147,6 +182,20 @@ def check_recipe(model: PreTrainedModel, recipe: Recipe) -> dict[str, Tensor]:
             f"leave them in high precision with an override: {{match: '{pattern}', weights: null}}",
         )
     return views
+
+
+def obstacle_to_opening(recipe: Recipe) -> str | None:
+    """Return the part of a recipe that needs all layers of a model at once; None where none does."""
+    return next((name for name in recipe.parts if name not in ONE_BY_ONE), None)
+
+
+def check_opening(recipe: Recipe) -> None:
+    """Raise BitassayError for a recipe that cannot be followed a layer at a time."""
+    if part := obstacle_to_opening(recipe):
+        raise BitassayError(
+            f"{recipe.name}: {part} needs the whole model in memory, and it does not fit",
+            "more --memory, or a recipe without it",
+        )
 
 
 def bits_per_weight(model: PreTrainedModel) -> float:

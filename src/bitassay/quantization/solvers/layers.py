@@ -28,7 +28,7 @@ from bitassay.quantization.solvers.layerwise import (
 )
 from bitassay.quantization.solvers.registry import matrix_solver, solvers_of
 from bitassay.quantization.solvers.solver import Layer, Matrices, Model, Solution
-from bitassay.quantization.work import WorkingCopy, read_part, write_part
+from bitassay.quantization.work import WorkingCopy, layer_part, read_part, write_part
 from bitassay.record.progress import Progress
 from bitassay.record.run import RunFolder
 
@@ -68,19 +68,19 @@ def quantize_layers(work: WorkingCopy) -> dict[str, Solution]:
     stream = first_inputs(work.model, work.text)
     hidden, arguments = stream
     targets, base_arguments = stream.second() if learning else (None, arguments)
-    finished = [folder is not None and folder.has_tensors(_part(index)) for index in range(len(layers))]
+    finished = [folder is not None and folder.has_tensors(layer_part(index)) for index in range(len(layers))]
     solutions: dict[str, Solution] = {}
     for index, layer in enumerate(layers):
         work.progress(what, index, len(layers))
         name = f"{prefix}.{index}"
         solving = _LayerWork(work, name)
         if folder is not None and all(finished[index:]):  # no layer is left that reads this one's output
-            solving.read(folder, _part(index))
+            solving.read(folder, layer_part(index))
         else:
             if targets is not None:
                 targets = solving.output(layer, targets, base_arguments[index])
             if folder is not None and finished[index]:
-                solving.read(folder, _part(index))
+                solving.read(folder, layer_part(index))
                 hidden = solving.output(layer, hidden, arguments[index])
             else:
                 entering = hidden
@@ -96,7 +96,7 @@ def quantize_layers(work: WorkingCopy) -> dict[str, Solution]:
                     hidden = solving.output(layer, entering, arguments[index])
                 solving.forget_unrounded(solving.linears if keeps_unrounded else ())
                 if folder is not None:
-                    solving.write(folder, _part(index))
+                    solving.write(folder, layer_part(index))
         solutions |= solving.solutions
     work.progress(what, len(layers), len(layers))
     return solutions
@@ -201,7 +201,3 @@ class _LayerWork:
         for name, tensor in tensors.items():
             self.solutions[name] = Solution(tensor, unrounded.get(f"{name}/latent"))
         self.put(tensors)
-
-
-def _part(index: int) -> str:
-    return f"layer-{index:04d}"

@@ -1,0 +1,118 @@
+"""Peak memory of work on models larger than memory, beside what was told beforehand.
+
+    python benchmarks/large.py write FOLDER [--shape llama-2-7b] [--layers N]
+    python benchmarks/large.py measure FOLDER
+
+`write` makes a checkpoint of random weights in bf16 in the shape of a published model, a layer at a time,
+with stories260k's tokenizer; llama-2-7b takes 13.5 GB of disk. `measure` runs one command after the other
+under `/usr/bin/time -v` and prints the peak, the plan's figure and the seconds of each.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoTokenizer
+
+from bitassay.models.empty import empty_model
+from bitassay.models.source import resolve
+
+SHAPES = {
+    "llama-2-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32},
+    "llama-32b": {
+        "hidden_size": 5120,
+        "intermediate_size": 27648,
+        "num_hidden_layers": 64,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 8,
+    },
+}
+
+
+def write(folder: Path, shape: str, layers: int | None, seed: int = 0) -> None:
+    """Write a checkpoint of random weights, each decoder layer into a file of its own."""
+    fields = SHAPES[shape] | ({"num_hidden_layers": layers} if layers else {})
+    config = AutoConfig.for_model(
+        "llama", **{"num_attention_heads": 32, "max_position_embeddings": 4096, **fields}
+    )
+    config.architectures, config.dtype = ["LlamaForCausalLM"], "bfloat16"
+    folder.mkdir(parents=True)
+    config.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(resolve("stories260k").folder).save_pretrained(folder)
+    model, generator = empty_model(config, torch.bfloat16), torch.Generator().manual_seed(seed)
+    parts: dict[str, dict[str, torch.Size]] = {}
+    for name, value in model.state_dict().items():
+        layer = re.search(r"\.layers\.(\d+)\.", name)
+        parts.setdefault("rest" if layer is None else f"{int(layer[1]):03}", {})[name] = value.shape
+    index = {}
+    for part, shapes in parts.items():
+        tensors = {}
+        for name, size in shapes.items():
+            if len(size) == 1:
+                tensors[name] = torch.ones(size, dtype=torch.bfloat16)
+            else:
+                drawn = torch.empty(size, dtype=torch.bfloat16).normal_(
+                    0, size[1] ** -0.5, generator=generator
+                )
+                tensors[name] = drawn
+        save_file(tensors, folder / f"model-{part}.safetensors", metadata={"format": "pt"})
+        index |= dict.fromkeys(shapes, f"model-{part}.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+
+
+def peak(command: list[str]) -> tuple[float, float, str]:
+    """Run a command; return its peak memory in GB, seconds, and what it printed."""
+    with tempfile.NamedTemporaryFile("r") as log:
+        done = subprocess.run(
+            ["/usr/bin/time", "-v", "-o", log.name, sys.executable, "-m", "bitassay.cli", *command],
+            capture_output=True,
+            text=True,
+        )
+        said = log.read()
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}: {done.stderr[-2000:]}")
+    kilobytes = int(re.search(r"Maximum resident set size \(kbytes\): (\d+)", said)[1])
+    clock = re.search(r"Elapsed .*: ([\d:.]+)", said)[1].split(":")
+    return (
+        kilobytes * 1024 / 1e9,
+        sum(60**n * float(part) for n, part in enumerate(reversed(clock))),
+        done.stdout,
+    )
+
+
+def measure(folder: Path) -> None:
+    """Print the peak of each command beside what its dry run says."""
+    out, common = folder.with_name(f"{folder.name}-quantized"), ["--memory", "3GB", "--format", "json"]
+    print(f"{'command':60} {'peak GB':>8} {'plan GB':>8} {'seconds':>8}")
+    quantize = ["quantize", str(folder), "--recipe", "w4", "--out", str(out), *common]
+    planned = json.loads(peak([*quantize, "--dry-run"])[2])[0]["memory_bytes"] / 1e9
+    used, seconds, _ = peak(quantize)
+    print(f"{'quantize --recipe w4':60} {used:8.2f} {planned:8.2f} {seconds:8.0f}")
+    evaluate = ["eval", str(folder), "--recipe", "w4", "--windows", "4", "--window", "512", *common]
+    used, seconds, _ = peak(evaluate)
+    print(f"{'eval --recipe w4 --windows 4 --window 512':60} {used:8.2f} {'':8} {seconds:8.0f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    writing, measuring = verbs.add_parser("write"), verbs.add_parser("measure")
+    for each in (writing, measuring):
+        each.add_argument("folder", type=Path)
+    writing.add_argument("--shape", choices=SHAPES, default="llama-2-7b")
+    writing.add_argument("--layers", type=int)
+    given = parser.parse_args()
+    if given.verb == "write":
+        write(given.folder, given.shape, given.layers)
+    else:
+        measure(given.folder)
+
+
+if __name__ == "__main__":
+    main()

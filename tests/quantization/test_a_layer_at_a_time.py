@@ -1,0 +1,100 @@
+"""Quantizing and measuring a model that is read a layer at a time, beside the same model loaded."""
+
+import pytest
+import torch
+
+from bitassay.engines.load import load
+from bitassay.errors import BitassayError
+from bitassay.evaluation.quality import score_windows
+from bitassay.models.opened import weights_of
+from bitassay.quantization import pipeline
+from bitassay.quantization.export.plan import LOADED, OPENED, choose_way, plan_export
+from bitassay.quantization.export.save import reload_difference, save
+from bitassay.quantization.pipeline import quantize
+from bitassay.quantization.recipe.recipe import find_recipe
+from bitassay.quantization.work import KeptTensors
+from bitassay.testing.architectures import save_tiny
+
+TOKENS = torch.arange(3, 27)[None] * 7 % 400 + 3
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+KINDS = ["llama", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("mixtral", "gpt2"))]
+
+
+@pytest.fixture(params=KINDS)
+def folder(tmp_path, request):
+    return save_tiny(request.param, tmp_path / "model")
+
+
+@pytest.mark.parametrize("recipe", ["w4", "fp8"])
+def test_a_layer_at_a_time_gives_the_same_folder(folder, tmp_path, recipe):
+    loaded = quantize(load(folder), recipe)
+    opened = quantize(load(folder, memory=0), recipe, work=tmp_path / "work")
+    assert isinstance(opened.quantization.tensors, KeptTensors)
+    save(loaded, tmp_path / "loaded")
+    save(opened, tmp_path / "opened")
+    assert files(tmp_path / "loaded") == files(tmp_path / "opened")
+    assert reload_difference(opened, tmp_path / "opened", TOKENS) == 0
+    reopened = load(tmp_path / "opened", memory=0)
+    assert not weights_of(reopened).held
+    with torch.inference_mode():
+        assert torch.equal(reopened(TOKENS).logits, loaded(TOKENS).logits)
+
+
+def test_evaluation_gives_the_same_scores(folder, tmp_path):
+    windows = torch.arange(5 * 24).view(5, 24) * 13 % 400 + 3
+    base, opened = load(folder), load(folder, memory=0)
+    recipes = ("w4", "fp8")
+    wanted = score_windows(base, {name: quantize(base, name) for name in recipes}, windows)
+    found = score_windows(
+        opened, {name: quantize(opened, name, work=tmp_path / name) for name in recipes}, windows, skip=[1]
+    )
+    wanted = {index: scores for index, scores in wanted if index != 1}
+    for index, scores in found:
+        for name, tokens in wanted.pop(index).items():
+            assert all(torch.equal(a, b) for a, b in zip(tokens, scores[name], strict=True))
+    assert not wanted
+
+
+def test_an_interrupted_command_goes_on_after_its_last_finished_layer(tmp_path, monkeypatch):
+    folder = save_tiny("llama", tmp_path / "model", num_hidden_layers=3)
+    calls = []
+
+    def counted(weight, scheme, name, old=pipeline.quantize_tensor):
+        calls.append(name)
+        if len(calls) == 10:
+            raise KeyboardInterrupt
+        return old(weight, scheme, name)
+
+    monkeypatch.setattr(pipeline, "quantize_tensor", counted)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(load(folder, memory=0), "w4", work=tmp_path / "work")
+    first = set(calls[:7])
+    made = quantize(load(folder, memory=0), "w4", work=tmp_path / "work")
+    assert len(calls) == 10 + 14
+    assert first.isdisjoint(calls[10:])
+    again = quantize(load(folder), "w4", work=tmp_path / "other")
+    for name, tensor in again.quantization.tensors.items():
+        assert torch.equal(made.quantization.tensors[name].packed, tensor.packed)
+
+
+def test_a_recipe_that_needs_all_layers_is_refused(tmp_path):
+    opened = load(save_tiny("llama", tmp_path / "model"), memory=0)
+    with pytest.raises(BitassayError, match="tune needs the whole model in memory"):
+        quantize(opened, "best-2bit", work=tmp_path / "work")
+
+
+def test_the_first_way_that_fits_is_chosen_and_a_budget_that_none_keeps_is_refused(stories):
+    ways = {LOADED: 10 * 10**9, OPENED: 2_010_000_000}
+    assert choose_way(ways, 10**10, "it") == (LOADED, 10**10)
+    assert choose_way(ways, 10**10 - 1, "it") == (OPENED, 2_010_000_000)
+    with pytest.raises(
+        BitassayError, match=r"it takes 2\.0 GB of memory \(a layer at a time\), and 1\.0 GB"
+    ) as error:
+        choose_way(ways, 10**9, "it", ", or less")
+    assert error.value.remedy == "--memory 2.1GB, or less"
+    assert plan_export(stories, find_recipe("best-2bit")).opened_memory_bytes is None
