@@ -112,7 +112,7 @@ def test_prove_and_verify(bitassay, folder):
         [row] = json.loads(done.out)["rows"]
         return done.status, row["status"], {reason["code"] for reason in row["reasons"]}
 
-    assert verdict(*twice, "--profile", profile) == (0, "PASS", set())
+    assert verdict(*twice, "--profile", profile) == (0, "PASS", {"as-honest"})
     status, said, codes = verdict(*once, "--profile", profile)
     assert (status, said) == (1, "FAIL")
     assert "other-recipe" in codes
