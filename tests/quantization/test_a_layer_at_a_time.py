@@ -11,7 +11,8 @@ from bitassay.quantization import pipeline
 from bitassay.quantization.export.plan import LOADED, OPENED, choose_way, plan_export
 from bitassay.quantization.export.save import reload_difference, save
 from bitassay.quantization.pipeline import quantize
-from bitassay.quantization.recipe.recipe import find_recipe
+from bitassay.quantization.recipe.recipe import Recipe, find_recipe
+from bitassay.quantization.solvers import layers
 from bitassay.quantization.work import KeptTensors
 from bitassay.testing.architectures import save_tiny
 
@@ -30,7 +31,20 @@ def folder(tmp_path, request):
     return save_tiny(request.param, tmp_path / "model")
 
 
-@pytest.mark.parametrize("recipe", ["w4", "fp8"])
+CALIBRATED = Recipe.model_validate(
+    {
+        "name": "calibrated",
+        "weights": {"format": "int3", "granularity": "g32", "symmetric": False},
+        "calibration": {"samples": 10, "tokens": 16},
+        "gptq": {},
+        "learned": {"steps": 2},
+    }
+)
+
+
+@pytest.mark.parametrize(
+    "recipe", ["w4", pytest.param("fp8", marks=pytest.mark.slow), CALIBRATED], ids=["w4", "fp8", "calibrated"]
+)
 def test_a_layer_at_a_time_gives_the_same_folder(folder, tmp_path, recipe):
     loaded = quantize(load(folder), recipe)
     opened = quantize(load(folder, memory=0), recipe, work=tmp_path / "work")
@@ -79,6 +93,26 @@ def test_an_interrupted_command_goes_on_after_its_last_finished_layer(tmp_path, 
     assert first.isdisjoint(calls[10:])
     again = quantize(load(folder), "w4", work=tmp_path / "other")
     for name, tensor in again.quantization.tensors.items():
+        assert torch.equal(made.quantization.tensors[name].packed, tensor.packed)
+
+
+@pytest.mark.slow
+def test_calibration_goes_on_after_its_last_finished_layer(tmp_path, monkeypatch):
+    folder = save_tiny("llama", tmp_path / "model", num_hidden_layers=3)
+    written, original = [], layers.write_part
+
+    def stopping(place, name, *parts):
+        original(place, name, *parts)
+        written.append(name)
+        if written == ["layer-0000"]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(layers, "write_part", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(load(folder, memory=0), CALIBRATED, work=tmp_path / "work")
+    made = quantize(load(folder, memory=0), CALIBRATED, work=tmp_path / "work")
+    assert written == ["layer-0000", "layer-0001", "layer-0002"]
+    for name, tensor in quantize(load(folder), CALIBRATED).quantization.tensors.items():
         assert torch.equal(made.quantization.tensors[name].packed, tensor.packed)
 
 

@@ -15,7 +15,9 @@ from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.recipe.solvers import Gptq
 from bitassay.quantization.recipe.weights import WeightScheme
 from bitassay.quantization.runtime.model import quantization_of
+from bitassay.quantization.solvers import layerwise
 from bitassay.quantization.solvers.gptq import gptq, inverse_factor
+from bitassay.quantization.solvers.layerwise import hessian_of
 
 
 def problem(rows=12, columns=40, tokens=200, seed=0):
@@ -158,6 +160,20 @@ def test_damping_escalates_until_the_factorisation_succeeds():
     assert damping == pytest.approx(0.1)
     wanted = torch.linalg.inv(indefinite + damping * indefinite.diagonal().mean() * torch.eye(3))
     assert torch.allclose(factor.T @ factor, wanted)
+
+
+def test_wide_hessians_are_summed_and_factorised_in_fp32_and_in_fp64_where_that_fails(monkeypatch):
+    x = torch.randn(64, 24, generator=torch.Generator().manual_seed(0))
+    exact, _ = inverse_factor(hessian_of(x), 0.01)
+    nearly = torch.diag(torch.tensor([1.0, 1.0])).double()
+    nearly[0, 1] = nearly[1, 0] = 1 - 1e-9  # of full rank in fp64 alone
+    monkeypatch.setattr(layerwise, "EXACT_BYTES", 0)
+    assert hessian_of(x).dtype == torch.float32
+    factor, damping = inverse_factor(hessian_of(x), 0.01)
+    assert factor.dtype == torch.float32
+    assert torch.allclose(factor.double(), exact, rtol=1e-4, atol=1e-6)
+    factor, damping = inverse_factor(nearly, 1e-12)
+    assert (factor.dtype, damping) == (torch.float64, 1e-12)
 
 
 def test_inputs_that_are_not_finite_are_refused():

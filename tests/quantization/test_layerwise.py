@@ -12,8 +12,8 @@ from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.solvers.layerwise import (
     BATCH_SAMPLES,
     first_inputs,
-    quantize_in_passing,
     run_layer,
+    solve_groups,
 )
 from bitassay.testing.tiny import ARCHITECTURES, tiny_model
 from kinds import KINDS, hook_count, tiny_kind
@@ -137,5 +137,5 @@ def test_nothing_stays_behind_when_a_layer_raises():
             raise Broken
 
         with pytest.raises(Broken):
-            quantize_in_passing(layer, stream.hidden, stream.arguments[0], linears, groups, solve)
+            solve_groups(layer, stream.hidden, stream.arguments[0], linears, groups, solve)
         assert hook_count(model) == before

@@ -20,7 +20,7 @@ from bitassay.verification.calibrate import (
     split,
 )
 from bitassay.verification.detectors.detector import Series
-from bitassay.verification.detectors.registry import DECIDING, DETECTORS, STATES
+from bitassay.verification.detectors.registry import BY_LAYER, DECIDING, DETECTORS, HEAD, SEGMENTS, STATES
 from bitassay.verification.detectors.token_difr import OFFSET
 from bitassay.verification.numerics import numerics
 from bitassay.verification.observe import Observation, observe
@@ -53,9 +53,10 @@ def observation(generated, prompt=(-9.0, -9.0), margins=(0.0,) * 10, flips=None,
     as near ties would give (default: there is none)."""
     rows = [row if isinstance(row, tuple) else (row,) * (len(margins) - 1) for row in generated]
     distances = tuple(Series(row, (before,)) for row, before in zip(rows, prompt, strict=True))
-    tokens = {"token-difr": margins, "token-flips": flips, "token-outlier": units}
+    tokens = {"token-difr": margins, "token-flips": flips, "token-outlier": units, HEAD: None}
     none = (0.0,) * len(margins)
-    series = {STATES: distances} | {name: (Series(values or none),) for name, values in tokens.items()}
+    series = {STATES: distances, SEGMENTS: distances}
+    series |= {name: (Series(values or none),) for name, values in tokens.items()}
     return Observation(len(margins), (), len(margins) - 1, (8, 16), series)
 
 
@@ -72,6 +73,8 @@ def scored(run, layers, tokens):
     never = [constant(50.0, 1.0)]
     fits = {
         STATES: list(layers.values()),
+        SEGMENTS: never * len(layers),
+        HEAD: never,
         "token-difr": [tokens],
         "token-flips": never,
         "token-outlier": never,
@@ -437,11 +440,11 @@ def test_profiles_are_written_read_and_found(profile, model, tmp_path):
 
 
 def test_an_old_profile_is_named_with_the_remedy(profile, tmp_path):
-    for version in (1, 2):
+    for version in (1, 2, 3):
         old = profile.model_dump(mode="json") | {"schema_version": version, "scores": [0.0, 1.0]}
         (tmp_path / "p.json").write_text(json.dumps(old))
         with pytest.raises(
-            BitassayError, match=rf"p\.json: a profile of version {version}; this reads 3"
+            BitassayError, match=rf"p\.json: a profile of version {version}; this reads 4"
         ) as error:
             read_profile(tmp_path / "p.json")
         assert error.value.remedy == "bitassay calibrate MODEL"
@@ -453,7 +456,7 @@ def test_an_old_profile_is_named_with_the_remedy(profile, tmp_path):
 def fits_of_states(**curve):
     """The fits of a profile's detectors, of which `curve` is a part of each layer's."""
     good = {"lengths": [6], "mean": [0], "sd": [1]}
-    return {name: [good] for name in DECIDING} | {STATES: [good | curve] * 3}
+    return {name: [good] for name in DECIDING} | {name: [good | curve] * 3 for name in BY_LAYER}
 
 
 @pytest.mark.parametrize(

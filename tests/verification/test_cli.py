@@ -332,6 +332,10 @@ def test_usage_errors(folder, capsys):
     assert "needs 167" in capsys.readouterr().err
     assert run(["calibrate", MODEL, "--guarantee", "none"]) == 2
     assert run(["calibrate", MODEL, "--prompts", "9000"]) == 2
+    assert run(["calibrate", MODEL, "--study", "exp1", "--key", str(folder / "k.pem")]) == 2
+    assert "--study makes none" in capsys.readouterr().err
+    assert run(["verify", str(folder), "--model", MODEL, "--profile-signer", "00" * 32]) == 2
+    assert "belongs to a file" in capsys.readouterr().err
 
 
 def test_these_verbs_import_no_torch():

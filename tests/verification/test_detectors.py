@@ -20,6 +20,8 @@ def observation(shift=0.0, margin=0.0, defects=(), tokens=8, noise=None, prompt=
     series = {
         "distance": (Series(cells, (-4.0,)), Series(cells, (prompt,))),
         "excess-distance": (Series(cells, (-4.0,)), Series(cells, (prompt,))),
+        "segment-distance": (Series(cells, (-4.0,)), Series(cells, (prompt,))),
+        "head-margin": (Series((10 * margin,) * tokens),),
         "token-difr": (Series((margin,) * tokens),),
         "token-flips": (Series((float(margin > 0.1),) * tokens),),
         "token-outlier": (Series((10 * margin,) * tokens),),
@@ -108,6 +110,8 @@ def test_observing_real_traces(honest, model):
             "token-difr": by_token,
             "token-flips": by_token,
             "token-outlier": by_token,
+            "head-margin": by_token,
+            "segment-distance": by_position * len(trace.header.layers),
             "excess-distance": by_position * len(trace.header.layers),
             "rounding": by_position * len(trace.header.layers),
             "structure": [],

@@ -16,7 +16,7 @@ from bitassay.errors import BitassayError
 from bitassay.models.identity import identity
 from bitassay.testing.tiny import tiny_model
 from bitassay.verification.container import TraceError
-from bitassay.verification.detectors.registry import STATES
+from bitassay.verification.detectors.registry import HEAD, SEGMENTS, STATES
 from bitassay.verification.profile import write_profile
 from bitassay.verification.prove import prove
 from bitassay.verification.receipts.challenge import challenge, opened_positions
@@ -39,10 +39,10 @@ from verification.receipts import BEACON, KEY, OTHER_KEY, SIGNER, codes, refused
 TOKENS = 12
 
 
-def judged(trace, model, profile, *, request=None, generated=TOKENS, key=KEY, **options):
+def judged(trace, model, profile, *, request=None, generated=TOKENS, prompt=4, key=KEY, **options):
     """The verdict on a host that commits to `trace` and opens what it is asked."""
     receipt = commit(trace, key)
-    one = challenge(receipt, beacon=BEACON, generated=generated, prompt=4)
+    one = challenge(receipt, beacon=BEACON, generated=generated, prompt=prompt)
     options = {"signer": SIGNER, "profile": profile, "request": request} | options
     return verify_opening(receipt, one, open_trace(trace, one), model, **options)
 
@@ -60,13 +60,21 @@ def test_what_is_written_is_read_and_passes(receipt, asked, opening, trace, mode
 
 
 def test_opening_everything_says_what_the_trace_says(trace, model, profile):
-    whole, opened = verify(trace, model, profile=profile), judged(trace, model, profile, generated=99)
+    whole = verify(trace, model, profile=profile)
+    opened = judged(trace, model, profile, generated=99, prompt=99)
     assert opened.p_value == whole.p_value
     assert opened.margins == whole.margins
     one = opened_positions(challenge(commit(trace, KEY), beacon=BEACON, generated=99, prompt=4), trace.header)
     assert sum(position >= trace.n_prompt for position in one) == TOKENS - 1
     for layer in trace.header.layers:
         assert opened.distance(layer) == pytest.approx(whole.distance(layer))
+
+
+def test_a_part_is_judged_by_what_it_can_show(trace, model, profile):
+    whole = verify(trace, model, profile=profile)
+    opened = judged(trace, model, profile, generated=99, prompt=4)
+    assert set(whole.score.detectors) - set(opened.score.detectors) == {SEGMENTS, HEAD}
+    assert opened.p_value >= whole.p_value
 
 
 def test_honest_openings_of_every_length_pass_their_checks(honest, model, profile):
@@ -109,8 +117,9 @@ def test_the_mean_over_a_part_is_taken_two_standard_errors_lower():
 def test_the_verdict_takes_the_lower_bound_and_reports_the_mean(trace, model, profile):
     part, whole = judged(trace, model, profile, generated=8), verify(trace, model, profile=profile)
     assert part.score.detectors[STATES] < max(
-        fit.standardised(fmean(series.values), TOKENS - 1)
+        fit.standardised(fmean(values), TOKENS - 1)
         for fit, series in zip(profile.detectors[STATES], part.observation.series[STATES], strict=True)
+        for values in (series.values, series.prompt)
     )
     assert whole.hidden_distance == pytest.approx(part.hidden_distance, rel=0.2)
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from bitassay.cli import options
 from bitassay.cli.checks import check_words
 from bitassay.cli.progress import show_progress
+from bitassay.errors import BitassayError
 from bitassay.report.tables import Column, interval, percent, significant
 
 
@@ -25,6 +26,7 @@ def calibrate(
     suspect_runs: options.Count = 48,
     detectors: options.Names | None = None,
     expires_days: options.Count = 90,
+    key: Path | None = None,
     study: options.Names | None = None,
     trials: options.Count = 30,
     prompt_tokens: options.Count = 300,
@@ -59,6 +61,8 @@ def calibrate(
         detectors: Detectors that decide verdicts, besides those of states and tokens that always do: any
             detector of `bitassay attack`, or of an installed plug-in.
         expires_days: How long the profile is valid.
+        key: Sign the profile with the private key in this file, for other verifiers. If it does not exist, a
+            key is made, readable to its owner alone.
         study: Fit the thresholds of these experiments instead: exp1 to exp5.
         trials: Honest runs in a study, and runs of each attack.
         prompt_tokens: Tokens of a study's prompt.
@@ -72,6 +76,8 @@ def calibrate(
         [model], [recipe], folder=folder, file=file, texts=[] if prompts.isdigit() else [Path(prompts)]
     )
     if study:
+        if key is not None:
+            raise BitassayError("--key signs a profile, and --study makes none", "leave one of them out")
         from bitassay.cli.study import optimise
         from bitassay.studies.verillm.experiments import check_names
         from bitassay.studies.verillm.work import make_plan
@@ -94,13 +100,16 @@ def calibrate(
         return optimise(study, plan, 0.05 if alpha is None else alpha, out or Path("data"), output)
     from bitassay.data.corpora import read_prompts
     from bitassay.verification.calibrate import calibrate, check_plan, chosen_attacks, chosen_detectors
-    from bitassay.verification.profile import ALPHA, write_profile
+    from bitassay.verification.profile import ALPHA, signed, write_profile
+    from bitassay.verification.receipts.keys import private_key, read_key
 
     alpha = ALPHA if alpha is None else alpha
     texts, sampler = read_prompts(prompts), sampling.sampler
     check_plan(len(texts), alpha, max_new_tokens, guarantee=guarantee)
     chosen_attacks(suspects or (), sampler, min(suspect_runs, len(texts)))
     chosen_detectors(detectors or ())
+    if key is not None and key.exists():
+        read_key(key)
     verifier.check()  # an unknown device or attention is refused before a model is fetched
     with show_progress() as progress:
         loaded = verifier.load(model, recipe, tokens=max_new_tokens, progress=progress)
@@ -126,8 +135,11 @@ def calibrate(
             suspect_runs=suspect_runs,
             progress=progress,
         )
+    if key is not None:
+        profile = signed(profile, private_key(key))
     row = {
         "profile": str(write_profile(profile, out)),
+        "signed_by": profile.signature.key if profile.signature else None,
         "model": profile.model.name,
         "recipe_id": profile.model.recipe_id,
         "alpha": profile.alpha,
@@ -146,7 +158,8 @@ def calibrate(
 
         confusion = [{"kind": kind, **called} for kind, called in library.confusion.items()]
         columns += [Column(name, f"called\n{name}") for name in (*library.kinds, NONE)]
-    output.emit(([row], COLUMNS), (confusion, columns), json={"rows": [row], "confusion": confusion})
+    by = (Column("signed_by", "signed by", align="left"),) if profile.signature else ()
+    output.emit(([row], (*COLUMNS, *by)), (confusion, columns), json={"rows": [row], "confusion": confusion})
     return 0
 
 

@@ -22,6 +22,7 @@ def verify(
     model: options.Model,
     recipe: options.RecipeName | None = None,
     profile: Path | None = None,
+    profile_signer: str | None = None,
     prompt: str | None = None,
     prompts: Path | None = None,
     nonce: str | None = None,
@@ -49,6 +50,8 @@ def verify(
         traces: Trace files, or folders of them; with --receipt, the opening; with --proof, the receipt.
         profile: A calibration profile (default: the one that `bitassay calibrate` kept for model and
             numerics). Without --alpha, its false-positive rate applies.
+        profile_signer: The public key in hex that must have signed --profile, of somebody whom you trust to
+            calibrate.
         prompt: The prompt that every trace should answer.
         prompts: A file of the prompts that the traces should answer, in order. With --nonce, those that no
             trace answers count as unanswered.
@@ -65,6 +68,8 @@ def verify(
         unanswered: Requests, besides those of --prompts, that the host has not answered; each call of a
             ledger counts them.
     """
+    if profile_signer is not None and profile is None:
+        raise BitassayError("--profile-signer belongs to a file", "--profile FILE --profile-signer KEY")
     is_signed = any(option is not None for option in (receipt, challenge, proof, signer))
     if proof is not None and (receipt is not None or challenge is not None or len(traces) != 1):
         raise BitassayError(
@@ -104,7 +109,8 @@ def verify(
         unanswered,
         may_miss=not is_signed,
     )
-    calibrated = read_profile(profile) if profile else None
+    vouched = None if profile_signer is None else public_key(profile_signer)
+    calibrated = read_profile(profile, vouched) if profile else None
     verifier.check()  # before the ledger is opened
     if ledger is not None:
         read_ledger(ledger, calibrated, host, inconclusive_budget)  # before the model is loaded

@@ -9,23 +9,24 @@ token is never an input, so there are P+n-1 positions on both sides. The logits 
 output token i.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from bitassay.engines.sampling import GREEDY, Draw, Sampler
-from bitassay.engines.taps import joined_states, record_states
+from bitassay.engines.taps import joined_states, record_states, replay_states
 from bitassay.errors import BitassayError
 from bitassay.models.cache import behind, keeps_positions, last_logits, takes_cache
 from bitassay.models.positions import context_length, frequencies
 from bitassay.quantization.inputs.kv_cache import empty_cache
 
 TokenIds = Sequence[int]
+States = Mapping[int, Float[Tensor, "_ hidden"]]  # by layer, of all positions
 # Tokens in one forward, padding included. On a CPU more is slower (attention over padding), not faster.
 CPU_TOKENS, DEVICE_TOKENS = 512, 16_384
 CACHED_ROWS = 16  # a batch's keys and values may span so many times its tokens
@@ -43,10 +44,11 @@ class Generation:
 @dataclass(frozen=True)
 class Prefill:
     """One forward over prompt and output: states by layer, and the logits that would choose each output
-    token."""
+    token. claimed_logits: those of the states that were claimed of the last layer, in a replay."""
 
     states: dict[int, Float[Tensor, "positions hidden"]]
     logits: Float[Tensor, "outputs vocabulary"]
+    claimed_logits: Float[Tensor, "outputs vocabulary"] | None = None
 
 
 @torch.no_grad()
@@ -99,7 +101,14 @@ def _generate_batch(
     outputs = [until_end(row, ends.tolist()) for row in torch.stack(chosen, dim=1).tolist()]
     states, longest = joined_states(recorded), max(map(len, prompts))
     return [
-        Generation(tuple(output), _cut(states, row, longest - len(prompt), longest + len(output) - 1))
+        Generation(
+            tuple(output),
+            _cut(
+                {layer: batch[row] for layer, batch in states.items()},
+                longest - len(prompt),
+                longest + len(output) - 1,
+            ),
+        )
         for row, (prompt, output) in enumerate(zip(prompts, outputs, strict=True))
     ]
 
@@ -144,11 +153,14 @@ def prefill(
     outputs: Sequence[TokenIds],
     *,
     layers: Sequence[int] = (),
+    claimed: Sequence[States] | None = None,
 ) -> list[Prefill]:
     """Compute what a host computes that reads each prompt and then its output (all but the last token) token
     by token, in one forward for all, without a cache; in several where the model cannot read them together.
 
-    Raises BitassayError as `generate` does.
+    claimed: states of each text at all its positions, by layer, for a replay: what the model makes of them,
+    each stretch of layers on its own. The states that are returned of a layer are what it computed from the
+    claimed ones of the layer before that in `claimed`. Raises BitassayError as `generate` does.
     """
     sequences = [[*prompt, *output[:-1]] for prompt, output in zip(prompts, outputs, strict=True)]
     check_ids(model, sequences)
@@ -165,7 +177,10 @@ def prefill(
             # A batch of several parts has rows of equal lengths; of a batch with one, all is wanted.
             cut = [sequences[index][:end] if end < last else sequences[index] for index in batch]
             wanted = [len(tokens) - max(begin, spans[i][0] - 1) for i, tokens in zip(batch, cut, strict=True)]
-            parts.append(_prefill_batch(model, cut, wanted, layers, begin))
+            shown = [
+                _cut(claimed[i], begin, len(tokens)) for i, tokens in zip(batch, cut, strict=True) if claimed
+            ]
+            parts.append(_prefill_batch(model, cut, wanted, layers, begin, shown))
             begin = end
         prefills |= zip(batch, map(_joined, *parts) if len(parts) > 1 else parts[0], strict=True)
     return [prefills[index] for index in range(len(prompts))]
@@ -177,17 +192,40 @@ def _prefill_batch(
     wanted: Sequence[int],
     layers: Sequence[int],
     begin: int,
+    claimed: Sequence[States],
 ) -> list[Prefill]:
     """One forward: the states from position `begin` on, and the last `wanted` logits of each sequence."""
     tokens, mask = left_pad(sequences, model.device)
     options = _padding(mask, tokens.shape[1]) if keeps_positions(model) else {}
-    with record_states(model, layers) as recorded:
+    starts = [tokens.shape[1] - len(sequence) + begin for sequence in sequences]
+    with record_states(model, layers) as recorded, replay_states(model, _aligned(claimed, starts, tokens)):
         logits = model(input_ids=tokens, use_cache=False, **options, **last_logits(model, max(wanted))).logits
-    states, longest = joined_states(recorded), tokens.shape[1]
+    states, longest, rows = joined_states(recorded), tokens.shape[1], len(sequences)
     return [
-        Prefill(_cut(states, row, longest - len(sequence) + begin, longest), logits[row, -count:])
-        for row, (sequence, count) in enumerate(zip(sequences, wanted, strict=True))
+        Prefill(
+            _cut({layer: batch[row] for layer, batch in states.items()}, start, longest),
+            logits[row, -count:],
+            logits[rows + row, -count:] if len(logits) > rows else None,
+        )
+        for row, (start, count) in enumerate(zip(starts, wanted, strict=True))
     ]
+
+
+def _aligned(
+    claimed: Sequence[States], starts: Sequence[int], tokens: Int[Tensor, "batch tokens"]
+) -> dict[int, tuple[Float[Tensor, "batch tokens hidden"], Bool[Tensor, "batch tokens"]]]:
+    """Return the claimed states of a padded batch by layer, and where they are: in each row from where it
+    starts. Of texts that are read in several parts those of the last positions are this part's."""
+    aligned = {}
+    for layer in claimed[0] if claimed else ():
+        rows = [of_row[layer] for of_row in claimed]
+        states = rows[0].new_zeros(*tokens.shape, rows[0].shape[-1])
+        where = torch.zeros(tokens.shape, dtype=torch.bool)
+        for row, (values, start) in enumerate(zip(rows, starts, strict=True)):
+            where[row, start:] = True
+            states[row, start:] = values
+        aligned[layer] = states.to(tokens.device), where.to(tokens.device)
+    return aligned
 
 
 def _padding(mask: Int[Tensor, "batch tokens"], new: int) -> dict[str, Tensor]:
@@ -198,7 +236,9 @@ def _padding(mask: Int[Tensor, "batch tokens"], new: int) -> dict[str, Tensor]:
 def _joined(*parts: Prefill) -> Prefill:
     """The parts of one sequence, in order."""
     states = {layer: torch.cat([part.states[layer] for part in parts]) for layer in parts[0].states}
-    return Prefill(states, torch.cat([part.logits for part in parts]))
+    claimed = [part.claimed_logits for part in parts if part.claimed_logits is not None]
+    logits = torch.cat([part.logits for part in parts])
+    return Prefill(states, logits, torch.cat(claimed) if claimed else None)
 
 
 def _same_frequencies(model: PreTrainedModel, first: int, last: int) -> list[int]:
@@ -292,5 +332,5 @@ def check_ids(model: PreTrainedModel, sequences: Sequence[TokenIds], more: int =
             )
 
 
-def _cut(states: dict[int, Tensor], row: int, start: int, stop: int) -> dict[int, Tensor]:
-    return {layer: rows[row, start:stop].clone() for layer, rows in states.items()}
+def _cut(states: States, start: int, stop: int) -> dict[int, Tensor]:
+    return {layer: rows[start:stop].clone() for layer, rows in states.items()}

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bitassay.engines import decode
-from bitassay.engines.decode import Generation, Prefill, TokenIds
+from bitassay.engines.decode import Generation, Prefill, States, TokenIds
 from bitassay.engines.prompts import encode_prompt
 from bitassay.engines.sampling import GREEDY, Sampler
 from bitassay.models.options import attention_of
@@ -45,9 +45,15 @@ class Engine(Protocol):
         ...
 
     def prefill(
-        self, prompts: Sequence[TokenIds], outputs: Sequence[TokenIds], *, layers: Sequence[int] = ()
+        self,
+        prompts: Sequence[TokenIds],
+        outputs: Sequence[TokenIds],
+        *,
+        layers: Sequence[int] = (),
+        claimed: Sequence[States] | None = None,
     ) -> list[Prefill]:
-        """Read each prompt with its output: states after `layers`, and the logits behind each token."""
+        """Read each prompt with its output: states after `layers`, and the logits behind each token. claimed:
+        states of each text by layer, from which the layers behind it go on (a replay)."""
         ...
 
     def logprobs(self, prompts: Sequence[TokenIds], outputs: Sequence[TokenIds]) -> list[Tensor]:
@@ -73,9 +79,9 @@ class TransformersEngine:
         return decode.generate(self.model, prompts, **options)
 
     def prefill(
-        self, prompts: Sequence[TokenIds], outputs: Sequence[TokenIds], *, layers: Sequence[int] = ()
+        self, prompts: Sequence[TokenIds], outputs: Sequence[TokenIds], **options: Any
     ) -> list[Prefill]:
-        return decode.prefill(self.model, prompts, outputs, layers=layers)
+        return decode.prefill(self.model, prompts, outputs, **options)
 
     def logprobs(self, prompts: Sequence[TokenIds], outputs: Sequence[TokenIds]) -> list[Tensor]:
         logprobs = [read.logits.double().log_softmax(-1) for read in self.prefill(prompts, outputs)]

@@ -4,9 +4,11 @@ A tap on decoder layer l (counted from 1) records what that layer returns. For t
 layer's own output, *before* the final norm, so that all taps are alike (transformers' `output_hidden_states`
 gives the last one after the norm). The embedding output is never tapped: it depends on the token ids alone,
 so it would match whatever ran. Of a model with several residual streams the first is recorded.
+
+`replay_states` goes the other way: layers behind a tap read states that somebody else claims.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -49,8 +51,7 @@ def record_states(
     def tap(layer: int):
         def hook(_module: nn.Module, _arguments: object, output: Any) -> None:
             states = output if isinstance(output, Tensor) else output[0]
-            if states.ndim == 4:  # residual streams: behind the tokens, of Gemma 3n in front
-                states = states[:, :, 0] if states.shape[:2] == shape else states[0]
+            states = _first_stream(states, shape)
             recorded[layer].append(states.detach().clone())  # a model may change its own tensor in place
 
         return hook
@@ -58,6 +59,40 @@ def record_states(
     entering = [model.get_input_embeddings().register_forward_pre_hook(embedded)]
     with hooked(entering), hooked(modules[i - 1].register_forward_hook(tap(i)) for i in layers):
         yield recorded
+
+
+@contextmanager
+def replay_states(
+    model: PreTrainedModel, claimed: Mapping[int, tuple[Float[Tensor, "batch tokens hidden"], Tensor]]
+) -> Iterator[None]:
+    """Let the layers behind each of `claimed` read these states instead of its own output, where the mask
+    [batch, tokens] beside them says so. Behind the last decoder layer the batch goes on twice: first with
+    the model's own states, then with the claimed ones."""
+    modules = decoder_layers(model)
+
+    def replace(layer: int, states: Tensor, where: Tensor):
+        def hook(_module: nn.Module, _arguments: object, output: Any) -> Any:
+            own = output if isinstance(output, Tensor) else output[0]
+            replaced = own.clone()
+            stream = _first_stream(replaced, where.shape)
+            stream[where] = states[where].to(stream)
+            if layer == len(modules):
+                replaced = torch.cat([own, replaced], dim=1 if own.shape[:2] != where.shape else 0)
+            return replaced if isinstance(output, Tensor) else (replaced, *output[1:])
+
+        return hook
+
+    with hooked(
+        modules[layer - 1].register_forward_hook(replace(layer, *of)) for layer, of in claimed.items()
+    ):
+        yield
+
+
+def _first_stream(states: Tensor, shape: tuple[int, ...]) -> Float[Tensor, "batch tokens hidden"]:
+    """Return the residual stream that is sampled, as a view. shape: batch and tokens."""
+    if states.ndim < 4:
+        return states
+    return states[:, :, 0] if states.shape[:2] == shape else states[0]  # of Gemma 3n streams come first
 
 
 def joined_states(recorded: dict[int, list[Tensor]]) -> dict[int, Float[Tensor, "batch tokens hidden"]]:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedModel
 
 from bitassay.models.opened import Weights, weights_of
+from bitassay.record.memory import release_freed_memory
 from bitassay.record.progress import Progress, silent
 
 
@@ -49,6 +50,7 @@ def in_step(forwards: Sequence[Forward], progress: Progress = silent) -> Iterato
                     for turn in group:
                         if turn.weights in together:
                             turn.go_on()
+                            release_freed_memory()
                         while given < len(turns) and _is_over(turns[given], unit in first.layers):
                             yield _result(turns[given], forwards[given])
                             turns[given] = None

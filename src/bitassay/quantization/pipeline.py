@@ -230,7 +230,7 @@ def rounded_to_nearest(
             if not folder.has_tensors(part):
                 write_part(folder, part, rounded, {})
     progress(what, len(shapes), len(shapes))
-    return {name: tensors[name] for name in shapes} if folder is None else KeptTensors(folder, parts, shapes)
+    return tensors if folder is None else KeptTensors(folder, parts, shapes)
 
 
 def _rotate(work: WorkingCopy, rotation: Rotation) -> None:

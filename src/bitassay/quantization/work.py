@@ -92,8 +92,7 @@ class KeptTensors(Mapping[str, QuantizedTensor]):
     def __init__(self, folder: RunFolder, parts: Iterable[str], shapes: Mapping[str, tuple[int, int]]):
         self.folder, self.shapes = folder, shapes
         self.names = {part: list(folder.part(part, dict)) for part in parts}
-        part_of = {name: part for part, names in self.names.items() for name in names}
-        self.part_of = {name: part_of.pop(name) for name in shapes if name in part_of} | part_of
+        self.part_of = {name: part for part, names in self.names.items() for name in names}
         self.last: tuple[str, dict[str, QuantizedTensor]] = ("", {})
 
     def __getitem__(self, name: str) -> QuantizedTensor:

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel
 
-from bitassay.engines.decode import Prefill, default_batch_tokens, token_batches
+from bitassay.engines.decode import Prefill, States, default_batch_tokens, token_batches
 from bitassay.engines.engine import engine_of
 from bitassay.engines.precise import higher_precision
 from bitassay.record.progress import Progress, silent
-from bitassay.verification.detectors.detector import Comparison, Series
+from bitassay.verification.detectors.detector import Comparison, Pair, Series
 from bitassay.verification.detectors.registry import DETECTORS
 from bitassay.verification.structure import Request
 from bitassay.verification.submissions import OpenedStates, Submission, check_submission
@@ -62,63 +62,69 @@ def reduced(comparison: Comparison, detectors: Sequence[str], defects: tuple[str
         defects=defects,
         positions=len(comparison.positions) - comparison.n_prompt,
         layers=comparison.header.layers,
-        series={name: DETECTORS[name].measure(comparison) for name in detectors},
+        series={
+            name: DETECTORS[name].measure(comparison)
+            for name in detectors
+            if comparison.replay is not None or not DETECTORS[name].whole
+        },
     )
 
 
 def compared(
     opened: Mapping[int, OpenedStates], model: PreTrainedModel, progress: Progress = silent
 ) -> Iterator[tuple[int, Comparison]]:
-    """Yield each of `opened` beside the verifier's prefill of it, by its key; the prefills go in batches of
+    """Yield each of `opened` beside the verifier's prefills of it, by its key; the prefills go in batches of
     similar length."""
-    keys = list(opened)
-    headers = [opened[key].header for key in keys]
-    for done, (index, own, precise) in enumerate(precise_prefills(headers, model)):
+    keys, done = list(opened), 0
+    for batch in batches([opened[key].header for key in keys], model):
         progress("verifying", done, len(keys))
-        claimed = opened[keys[index]]
-        yield (
-            keys[index],
-            Comparison(claimed.header, claimed.positions, claimed.states, own, model.dtype, precise),
-        )
+        runs = [opened[keys[index]] for index in batch]
+        whole = [run for run in runs if run.is_whole]
+        pairs = precise_prefills([run.header for run in runs], model)
+        replays = iter(precise_prefills([run.header for run in whole], model, [run.states for run in whole]))
+        for index, run, (own, precise) in zip(batch, runs, pairs, strict=True):
+            replay = next(replays) if run.is_whole else None
+            yield (
+                keys[index],
+                Comparison(run.header, run.positions, run.states, own, model.dtype, precise, replay),
+            )
+        done += len(batch)
     progress("verifying", len(keys), len(keys))
 
 
 def compare(trace: Trace, model: PreTrainedModel, precise: bool = True) -> Comparison:
     """Return one trace, whose shape is known to be right, beside the verifier's prefill of it. precise: also
-    in the next higher precision, which some detectors need."""
+    in the next higher precision, and replayed, which some detectors need."""
+    header = trace.header
     if precise:
-        ((_, own, higher),) = precise_prefills([trace.header], model)
-    else:
-        ((_, own),), higher = prefills([trace.header], model), None
-    return Comparison(trace.header, trace.header.positions, trace.states, own, model.dtype, higher)
-
-
-def prefills(headers: Sequence[Header], model: PreTrainedModel) -> Iterator[tuple[int, Prefill]]:
-    """Yield the model's states and logits for each claimed run, by its index, in batches of similar
-    length."""
-    for batch, of_batch in _batches(headers, model):
-        yield from zip(batch, _prefill(of_batch, model), strict=True)
+        ((_, comparison),) = compared({0: OpenedStates(header, header.positions, trace.states)}, model)
+        return comparison
+    (own,) = prefills([header], model)
+    return Comparison(header, header.positions, trace.states, own, model.dtype)
 
 
 def precise_prefills(
-    headers: Sequence[Header], model: PreTrainedModel
-) -> Iterator[tuple[int, Prefill, Prefill]]:
-    """Yield the same as `prefills`, each with what it is in the next higher precision."""
-    for batch, of_batch in _batches(headers, model):
-        own = _prefill(of_batch, model)
-        with higher_precision(model):
-            precise = _prefill(of_batch, model)
-        yield from zip(batch, own, precise, strict=True)
+    headers: Sequence[Header], model: PreTrainedModel, claimed: Sequence[States] | None = None
+) -> list[Pair]:
+    """Return the prefill of each claimed run, and what it is in the next higher precision. claimed: states of
+    each run, for a replay (`engines/decode.py`)."""
+    own = prefills(headers, model, claimed)
+    with higher_precision(model):
+        return list(zip(own, prefills(headers, model, claimed), strict=True))
 
 
-def _batches(headers: Sequence[Header], model: PreTrainedModel) -> Iterator[tuple[list[int], list[Header]]]:
-    """Yield indices and headers of runs of similar length."""
-    lengths = [len(header.prompt_ids) + len(header.output_ids) - 1 for header in headers]
-    for batch in token_batches(lengths, default_batch_tokens(model)):
-        yield batch, [headers[index] for index in batch]
-
-
-def _prefill(headers: Sequence[Header], model: PreTrainedModel) -> list[Prefill]:
+def prefills(
+    headers: Sequence[Header], model: PreTrainedModel, claimed: Sequence[States] | None = None
+) -> list[Prefill]:
+    """Return the model's states and logits for each claimed run, which are read together."""
+    if not headers:
+        return []
     prompts = [header.prompt_ids for header in headers]
     outputs = [header.output_ids for header in headers]
-    return engine_of(model).prefill(prompts, outputs, layers=headers[0].layers)
+    return engine_of(model).prefill(prompts, outputs, layers=headers[0].layers, claimed=claimed)
+
+
+def batches(headers: Sequence[Header], model: PreTrainedModel) -> Iterator[list[int]]:
+    """Yield indices of runs of similar length."""
+    lengths = [len(header.prompt_ids) + len(header.output_ids) - 1 for header in headers]
+    return token_batches(lengths, default_batch_tokens(model))

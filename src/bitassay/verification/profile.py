@@ -5,6 +5,8 @@ honest runs (`scores.py`). The scores are kept by length too: a trace whose host
 m + 1 tokens is compared with the calibration runs as they were after at most m positions, which is what
 honest runs of that request are.
 
+A profile may be signed, by whoever calibrated it, so that another verifier need not calibrate.
+
 What the guarantee needs: the verified request is like the calibration prompts (exchangeable with them), and
 its limit is within those calibrated. It is marginal over requests: for those of one limit that happen to end
 early it holds only as well as the fit does.
@@ -18,6 +20,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bitassay.errors import BitassayError
@@ -29,10 +33,11 @@ from bitassay.verification.attribution import Attribution, Library
 from bitassay.verification.container import first_defect
 from bitassay.verification.detectors.detector import Part
 from bitassay.verification.detectors.excess_distance import ROUNDING
-from bitassay.verification.detectors.registry import DECIDING, STATES
+from bitassay.verification.detectors.registry import BY_LAYER, DECIDING, STATES
 from bitassay.verification.detectors.token_difr import TOKEN_DIFR
 from bitassay.verification.numerics import Numerics
 from bitassay.verification.observe import Observation
+from bitassay.verification.receipts.keys import public_key
 from bitassay.verification.scores import (
     Finite,
     Fit,
@@ -45,7 +50,8 @@ from bitassay.verification.scores import (
 )
 from bitassay.verification.trace import TOKENS, ModelClaim, Sampling
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
+SIGNED = b"bitassay profile 1\0"  # what a signature is of, before the digest
 MAX_DAYS = 400
 MARGINS = TOKEN_DIFR.name
 UNLIKE = 0.01  # the share of requests like those of calibration that count as unlike them
@@ -100,7 +106,7 @@ class Score:
         for detector, _, _, value in computed:
             largest[detector] = max(value, largest.get(detector, value))
         last = Statistic(STATES, len(layers) - 1, "generated", -math.inf)  # where states are not shown
-        shown = (each for each in computed if each.detector == STATES)
+        shown = (each for each in computed if each.detector in BY_LAYER)
         farthest = max(shown, key=lambda statistic: statistic.value, default=last)
         return cls(max(largest.values()), largest, layers[farthest.series], farthest.part)
 
@@ -114,6 +120,15 @@ Fitted = Annotated[tuple[Fit, ...], Field(min_length=1, max_length=1024)]
 ByLength = Annotated[tuple[ScoreValue, ...], Field(min_length=1, max_length=TOKENS)]
 
 
+class Signature(BaseModel):
+    """Who vouches for a profile: an Ed25519 key and its signature of SIGNED and the digest, in hex."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    key: str = Field(pattern="^[0-9a-f]{64}$")
+    value: str = Field(pattern="^[0-9a-f]{128}$")
+
+
 class Profile(BaseModel):
     """layers: those sampled. detectors: the fits of all that decide, one a series. control: those of the
     control, by layer. scores: of each honest run, cut to as many positions as `generated_positions` begins
@@ -123,7 +138,7 @@ class Profile(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    schema_version: Literal[3] = SCHEMA_VERSION
+    schema_version: Literal[4] = SCHEMA_VERSION
     model: ModelClaim
     prover: Numerics
     verifier: Numerics
@@ -141,6 +156,7 @@ class Profile(BaseModel):
     library: Library | None = None
     created: datetime
     expires: datetime
+    signature: Signature | None = None
 
     @model_validator(mode="after")
     def _makes_sense(self) -> "Profile":
@@ -156,7 +172,10 @@ class Profile(BaseModel):
             raise ValueError("layers are not ascending")
         if missing := sorted(set(DECIDING) - set(self.detectors)):
             raise ValueError(f"no fit of {missing[0]}")
-        if {len(self.control), len(self.detectors[STATES])} != {len(self.layers)}:
+        if any(
+            len(fits) != len(self.layers)
+            for fits in (self.control, *(self.detectors[name] for name in BY_LAYER))
+        ):
             raise ValueError("not one fit for each layer")
         if self.created.tzinfo is None or self.expires.tzinfo is None:
             raise ValueError("dates without a time zone")
@@ -175,8 +194,8 @@ class Profile(BaseModel):
 
     @property
     def digest(self) -> str:
-        """Return the SHA-256 of the profile's content."""
-        return digest_json(self.model_dump(mode="json"))
+        """Return the SHA-256 of the profile's content, without its signature."""
+        return digest_json(self.model_dump(mode="json", exclude={"signature"}))
 
     @property
     def key(self) -> str:
@@ -253,6 +272,38 @@ def library_statistics(
     return np.array([statistic.value for statistic in standardise(computed, fits, length)])
 
 
+def signed(profile: Profile, key: Ed25519PrivateKey) -> Profile:
+    """Return the profile with a signature of its content by `key`."""
+    value = key.sign(SIGNED + bytes.fromhex(profile.digest)).hex()
+    signature = Signature(key=key.public_key().public_bytes_raw().hex(), value=value)
+    return profile.model_copy(update={"signature": signature})
+
+
+def check_signature(profile: Profile, where: Path, signer: bytes | None = None) -> None:
+    """Raise BitassayError, which names the file, where a signature is not of this content or of a key that
+    anybody could sign for; and, where `signer` is given, where it is not signed by that key."""
+    signature = profile.signature
+    if signature is None:
+        if signer is not None:
+            raise BitassayError(
+                f"{where}: the profile is not signed", "calibrate --key, or without --profile-signer"
+            )
+        return
+    key = public_key(signature.key)
+    try:
+        Ed25519PublicKey.from_public_bytes(key).verify(
+            bytes.fromhex(signature.value), SIGNED + bytes.fromhex(profile.digest)
+        )
+    except InvalidSignature:
+        raise BitassayError(
+            f"{where}: the signature is not of this profile", "ask for the file again, or calibrate yourself"
+        ) from None
+    if signer is not None and signer != key:
+        raise BitassayError(
+            f"{where}: the profile is signed by {signature.key}, not by {signer.hex()}", "name its signer"
+        )
+
+
 def profile_key(model: ModelClaim, prover: Numerics, verifier: Numerics, sampling: Sampling) -> str:
     """Return what a profile is looked up by. The model's name, the seed and the length are no part of it."""
     named = model.model_dump(exclude={"name"})
@@ -274,8 +325,9 @@ def write_profile(profile: Profile, path: Path | None = None) -> Path:
     return path
 
 
-def read_profile(path: Path) -> Profile:
-    """Read a profile that may come from anyone. Raises BitassayError that names the file and the field."""
+def read_profile(path: Path, signer: bytes | None = None) -> Profile:
+    """Read a profile that may come from anyone. signer: the public key that must have signed it. Raises
+    BitassayError that names the file and the field."""
     content = read_json(path)
     if isinstance(content, dict) and content.get("schema_version") != SCHEMA_VERSION:
         version = f"version {content.get('schema_version')!r:.40}"
@@ -283,11 +335,13 @@ def read_profile(path: Path) -> Profile:
             f"{path}: a profile of {version}; this reads {SCHEMA_VERSION}", "bitassay calibrate MODEL"
         )
     try:
-        return Profile.model_validate(content)
+        profile = Profile.model_validate(content)
     except ValidationError as error:
         raise BitassayError(
             f"{path}: not a profile: {first_defect(error)}", "bitassay calibrate MODEL"
         ) from error
+    check_signature(profile, path, signer)
+    return profile
 
 
 def find_profile(

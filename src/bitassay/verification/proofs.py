@@ -61,7 +61,7 @@ def verify_proof(
         return Verdict("FAIL", tuple(defects), name, tokens)
     reasons = list(claim_defects(header, model, request or Request()))
     profile = profile or profile_for(header, model)
-    ((_, own, precise),) = precise_prefills([header], model)
+    ((own, precise),) = precise_prefills([header], model)
     observation = observed(header, signed, own, precise, model)
     undecided = why_undecided(profile, header, model, observation, alpha, now)
     undecided = [*unknown_signer(receipt, signer), *undecided]

@@ -103,12 +103,15 @@ def statistics(
     tokens: int | None = None,
 ) -> list[Statistic] | None:
     """Return the statistics of the first `positions` generated positions and `tokens` output tokens (default:
-    of all); None where a detector sees nothing there."""
+    of all); None where a detector sees nothing there. Detectors that need a whole run say nothing of a part
+    of one."""
     positions = observation.positions if positions is None else positions
     tokens = observation.tokens if tokens is None else tokens
     computed: list[Statistic] = []
     for name in detectors:
         detector = DETECTORS[name]
+        if detector.whole and name not in observation.series:
+            continue
         if detector.exact:
             computed.append(Statistic(name, 0, "generated", math.inf if observation.defects else 0.0))
             continue
@@ -153,7 +156,7 @@ def standardise(computed: Sequence[Statistic], fits: Fits, n: int) -> list[Stati
 def score(computed: Sequence[Statistic] | None, fits: Fits, n: int) -> float:
     """Return the largest z: infinite for a defect that exact checks found, minus infinite where a detector
     sees nothing, so that blindness is never a detection."""
-    if computed is None:
+    if not computed:
         return -math.inf
     return max(statistic.value for statistic in standardise(computed, fits, n))
 
@@ -205,7 +208,7 @@ def lower_bound(observation: Observation, header: Header, fits: Fits, longest: i
 
     series = dict(observation.series)
     for name, curves in fits.items():
-        if not DETECTORS[name].by_token:
+        if name in series and not DETECTORS[name].by_token:
             series[name] = tuple(
                 Series(
                     lowered(measured.values, len(header.positions) - n_prompt, curve),

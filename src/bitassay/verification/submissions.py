@@ -64,6 +64,12 @@ class OpenedStates:
     positions: tuple[int, ...]
     states: Mapping[int, Float[Tensor, "positions hidden"]]
 
+    @property
+    def is_whole(self) -> bool:
+        """Return whether they are of all positions, and finite: a model can go on from them."""
+        every = len(self.positions) == len(self.header.positions)
+        return every and all(bool(values.isfinite().all()) for values in self.states.values())
+
 
 @dataclass(frozen=True)
 class CheckResult:

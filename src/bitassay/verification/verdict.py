@@ -34,7 +34,7 @@ from bitassay.verification.attribution import Attribution
 from bitassay.verification.detectors.detector import Comparison, Part
 from bitassay.verification.detectors.distance import DISTANCE
 from bitassay.verification.detectors.excess_distance import ROUNDING
-from bitassay.verification.detectors.registry import DECIDING, STATES, TOKEN_DETECTORS
+from bitassay.verification.detectors.registry import BY_LAYER, DECIDING, HEAD, STATES, TOKEN_DETECTORS
 from bitassay.verification.detectors.token_difr import TOKEN_DIFR
 from bitassay.verification.detectors.verillm import (
     FORMAT_OF_DTYPE,
@@ -457,11 +457,11 @@ def _unlike_honest_runs(score: Score, profile: Profile, alpha: float, limit: int
     """Return which parts of the evidence are too unlike honest runs by themselves."""
     parts = []
     for name, value in score.detectors.items():
-        if name == STATES:
+        if name in BY_LAYER:
             where = f"{score.part} positions at layer {score.layer}"
             sentence = f"hidden states are {value:.1f} sd farther off than honest ones ({where})"
             parts.append((value, "states-too-far", sentence))
-        elif name in TOKEN_DETECTORS:
+        elif name in (HEAD, *TOKEN_DETECTORS):
             sentence = f"this model would take other tokens ({name}: {value:.1f} sd worse than honest ones)"
             parts.append((value, "tokens-unlikely", sentence))
         else:

@@ -30,6 +30,8 @@ BASE_BYTES = 550 * 10**6  # the interpreter with torch and transformers
 # Copies of a matrix in fp32 that rounding it holds at its peak, and decoding it: measured.
 ROUNDING_COPIES, BINARY_COPIES, DECODING_COPIES = 4.5, 7, 5
 LOADED, OPENED = "as a whole", "a layer at a time"  # how a model is read
+HESSIANS, SOLVING_COPIES = 3, 5  # that factorising and rounding hold
+LEARNING_BYTES = 28  # of a weight of the layer that is learned: its position, gradient, two moments and value
 READ_BYTES = 4  # of a weight while it is read, beside what it becomes
 
 
@@ -100,7 +102,9 @@ def plan_export(model: PreTrainedModel, recipe: Recipe, layout: str | None = Non
         size_bytes=size_bytes,
         tensor_bytes=(parameters - weights) * item + stored,
         memory_bytes=BASE_BYTES + max(memory),
-        opened_memory_bytes=None if obstacle_to_opening(recipe) else _opened(sizes, ways[0], solves),
+        opened_memory_bytes=None
+        if obstacle_to_opening(recipe)
+        else _opened(sizes, ways[0], recipe if solves else None),
         solves=solves,
     )
 
@@ -116,14 +120,41 @@ class Sizes:
     bits: int
 
 
-def _opened(sizes: Sizes, stored: Mapping[str, Stored], solves: bool) -> int:
+def _opened(sizes: Sizes, stored: Mapping[str, Stored], recipe: Recipe | None) -> int:
     """Return the bytes that it takes a layer at a time: the most of what rounding a matrix holds, what a
-    layer holds that is run when it is checked, and what lies beside the layers while it is written."""
+    layer holds that is run when it is checked, what lies beside the layers while it is written, and, where
+    `recipe` solves layers, of that."""
     item, shapes = sizes.model.dtype.itemsize, Shapes.of(sizes.model)
     binary = any(FORMATS[way.scheme.format].kind == "binary" for way in stored.values())
     rounding = item * shapes.owner + 4 * shapes.matrix * (BINARY_COPIES if binary else ROUNDING_COPIES)
     checking = item * shapes.layer + shapes.decoding
-    return BASE_BYTES + int(max(rounding, checking, shapes.beside * (item + READ_BYTES)))
+    most = max(rounding, checking, shapes.beside * (item + READ_BYTES))
+    if recipe is not None:
+        most = max(most, _solving_opened(sizes, shapes, recipe))
+    return BASE_BYTES + int(most)
+
+
+def _solving_opened(sizes: Sizes, shapes: "Shapes", recipe: Recipe) -> int:
+    """Return the bytes of solving a layer in fp32: the layer, the states of all samples, and the most of one
+    batch with the statistics of an input, of factorising them and rounding what reads it, and of learning."""
+    text, hidden = sizes.text, sizes.model.config.get_text_config().hidden_size
+    state, learns = 4 * text.samples * text.tokens * hidden, recipe.learned is not None
+    batch = min(layerwise.BATCH_SAMPLES, text.samples) * text.tokens
+    passing = layerwise.memory_of(batch, hidden, shapes.widest, 0)
+    steps = []
+    for rows, columns in set(sizes.shapes):
+        statistics = layerwise.sums_dtype(columns).itemsize * columns**2
+        together = 2 if rows > columns else 1  # a gate and what it opens read the same input
+        steps += [
+            passing + statistics,
+            HESSIANS * statistics + 4 * SOLVING_COPIES * together * rows * columns,
+        ]
+    if learns:
+        learning = layerwise.memory_of(
+            recipe.learned.batch * text.tokens, hidden, shapes.widest, layerwise.LEARNED_STREAMS
+        )
+        steps.append(LEARNING_BYTES * shapes.layer + learning)
+    return 4 * shapes.layer + (2 if learns else 1) * state + max(*steps, state)
 
 
 class Shapes(NamedTuple):

@@ -34,7 +34,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from bitassay.errors import BitassayError
@@ -49,6 +49,7 @@ from bitassay.quantization.recipe.granularity import Granularity
 from bitassay.quantization.recipe.solvers import Gptq
 from bitassay.quantization.recipe.weights import WeightScheme
 from bitassay.quantization.shapes import Columns, Hessian, Matrix
+from bitassay.quantization.solvers.layerwise import sums_dtype
 from bitassay.quantization.solvers.solver import Matrices, MatrixSolver, Solution
 
 BLOCK_COLUMNS = 128  # columns whose updates are gathered into one product
@@ -195,7 +196,7 @@ def _compensated(
     columns are taken from left to right."""
     by_activation, columns = spec.order == "activation", len(hessian)
     order = importance.argsort(descending=True) if by_activation else torch.arange(columns)
-    factor, damping = inverse_factor(hessian[order][:, order], spec.damping)
+    factor, damping = inverse_factor(hessian, spec.damping, order)
     factor, number = factor.float(), order.tolist()
     # Column j of the weight is row j here, so that what is read together lies together.
     w = weight.float().T[order].contiguous()
@@ -213,22 +214,36 @@ def _compensated(
     return w[order.argsort()].T.contiguous(), damping
 
 
-def inverse_factor(hessian: Hessian, damping: float) -> tuple[Hessian, float]:
-    """Return the upper Cholesky factor of `(H + c I)^-1` in fp64, and the share c / mean(diag H) it took."""
+def inverse_factor(
+    hessian: Hessian, damping: float, order: Int[Tensor, " in"] | None = None
+) -> tuple[Hessian, float]:
+    """Return the upper Cholesky factor of `(H + c I)^-1`, columns in `order`, and the share c / mean(diag H)
+    it took. In fp64, where a Hessian is so wide that it is not summed in it, only where fp32 fails."""
     if not hessian.isfinite().all():
         raise BitassayError("the calibration inputs are not finite", "check the model in a wider dtype")
-    h = hessian.double()
-    mean = h.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
-    # A column without inputs is on its own: whatever is on its diagonal, it touches no other.
-    h = h + torch.diag((h.diagonal() <= 0) * mean)
+    order = torch.arange(len(hessian)) if order is None else order
+    dtypes = dict.fromkeys((sums_dtype(len(hessian)), torch.float64))
     while True:
-        damped = h + damping * mean * torch.eye(len(h), dtype=h.dtype)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed and factor.isfinite().all():
+        for dtype in dtypes:
+            if (factor := _factor(hessian[order][:, order].to(dtype), damping)) is not None:
                 return factor, damping
         damping *= 10
+
+
+def _factor(h: Hessian, damping: float) -> Hessian | None:
+    """Return the factor, None where there is none; `h` is used up."""
+    diagonal = h.diagonal()
+    mean = diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny)
+    # A column without inputs is on its own: whatever is on its diagonal, it touches no other.
+    diagonal.add_((diagonal <= 0) * mean).add_(damping * mean)
+    lower, failed = torch.linalg.cholesky_ex(h)
+    if failed:
+        return None
+    del h, diagonal
+    inverse = torch.cholesky_inverse(lower)
+    del lower
+    factor, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+    return None if failed or not factor.isfinite().all() else factor
 
 
 def _static_grids(weight: Matrix, importance: Columns, schemes: Sequence[WeightScheme]) -> list[list[Grid]]:

@@ -5,13 +5,15 @@ A matrix is solved at the moment when its input arrives (`layerwise.py`), by wha
 there the next time.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from bitassay.errors import BitassayError
-from bitassay.models.walk import decoder_layers, module_name, walk
+from bitassay.models.opened import is_opened, present
+from bitassay.models.walk import decoder_layers, matrices, module_name, walk
 from bitassay.quantization.codes.quantize import check_weight, quantize_tensor
 from bitassay.quantization.codes.tensor import QuantizedTensor
 from bitassay.quantization.runtime.experts import expert_inputs, expert_matrix, warn_of_few
@@ -23,29 +25,40 @@ from bitassay.quantization.solvers.layerwise import (
     hessian_of,
     input_groups,
     products_in,
-    quantize_in_passing,
     run_layer,
+    solve_groups,
 )
 from bitassay.quantization.solvers.registry import matrix_solver, solvers_of
 from bitassay.quantization.solvers.solver import Layer, Matrices, Model, Solution
-from bitassay.quantization.work import WorkingCopy, layer_part, read_part, write_part
+from bitassay.quantization.work import KeptTensors, WorkingCopy, layer_part, read_part, write_part
 from bitassay.record.progress import Progress
 from bitassay.record.run import RunFolder
 
 
-def quantize_calibrated(work: WorkingCopy) -> dict[str, QuantizedTensor]:
+def quantize_calibrated(work: WorkingCopy) -> Mapping[str, QuantizedTensor]:
     """Quantize every matrix that has a scheme layer by layer, then all layers together."""
     linears, used, schemes = walk(work.model).linears, solvers_of(work.recipe), work.schemes
     if any(solver.layer or solver.model for solver, _ in used):
         _check_experts(linears, [name for name in schemes if schemes[name] is not None], work.progress)
     solutions = quantize_layers(work)
+    if work.folder is not None and is_opened(work.model):
+        return kept_layers(work)
+    names = list(solutions)
     for solver, spec in used:
         if solver.model is not None:
-            movable = {name: solution for name, solution in solutions.items() if name in linears}
+            movable = {name: solutions.pop(name) for name in list(solutions) if name in linears}
             name, folder = work.recipe.name, work.folder
             task = Model(name, work.base, work.model, movable, work.text, folder, work.progress)
-            solutions |= solver.model(spec, task)
-    return {name: solution.tensor for name, solution in solutions.items()}
+            solutions |= movable | solver.model(spec, task)
+    return {name: solutions[name].tensor for name in names}
+
+
+def kept_layers(work: WorkingCopy) -> KeptTensors:
+    """Return the matrices of all finished layers, which are read when they are asked for."""
+    assert work.folder is not None
+    shapes = {name: (w.shape[0], w.shape[1]) for name, w in matrices(work.model).items()}
+    parts = [layer_part(index) for index in range(len(decoder_layers(work.model)))]
+    return KeptTensors(work.folder, parts, shapes)
 
 
 def _check_experts(linears: Collection[str], quantized: list[str], progress: Progress) -> None:
@@ -60,52 +73,57 @@ def _check_experts(linears: Collection[str], quantized: list[str], progress: Pro
 
 
 def quantize_layers(work: WorkingCopy) -> dict[str, Solution]:
-    """Quantize every matrix that has a scheme layer by layer, in the working copy too."""
+    """Quantize every matrix that has a scheme layer by layer, in the working copy too. Those of an
+    opened model are in its work folder alone."""
     folder, layers, what = work.folder, decoder_layers(work.model), f"quantizing by {work.recipe.name}"
     prefix, used = module_name(work.model, layers), solvers_of(work.recipe)
     learning = [(solver.layer, spec) for solver, spec in used if solver.layer is not None]
     keeps_unrounded = any(solver.model is not None for solver, _ in used)
+    stays_in_folder = folder is not None and is_opened(work.model)
     stream = first_inputs(work.model, work.text)
     hidden, arguments = stream
     targets, base_arguments = stream.second() if learning else (None, arguments)
+    del stream  # the first layer's input need not stay
     finished = [folder is not None and folder.has_tensors(layer_part(index)) for index in range(len(layers))]
     solutions: dict[str, Solution] = {}
     for index, layer in enumerate(layers):
         work.progress(what, index, len(layers))
         name = f"{prefix}.{index}"
-        solving = _LayerWork(work, name)
-        if folder is not None and all(finished[index:]):  # no layer is left that reads this one's output
-            solving.read(folder, layer_part(index))
-        else:
-            if targets is not None:
-                targets = solving.output(layer, targets, base_arguments[index])
-            if folder is not None and finished[index]:
+        if stays_in_folder and all(finished[index:]):
+            break
+        with present(work.model, name):
+            solving = _LayerWork(work, name, goes_on=bool(learning) or keeps_unrounded)
+            if folder is not None and all(finished[index:]):  # no layer is left that reads this one's output
                 solving.read(folder, layer_part(index))
-                hidden = solving.output(layer, hidden, arguments[index])
             else:
-                entering = hidden
-                hidden = solving.run(layer, entering, arguments[index])
-                for solve, spec in learning if solving.linears else ():
-                    assert targets is not None
-                    short = {key: key.removeprefix(f"{name}.") for key in solving.linears}
-                    linears = {short[key]: solving.solutions[key] for key in short}
-                    task = Layer(name, layer, linears, entering, targets, arguments[index], work.progress)
-                    moved = {f"{name}.{key}": solution for key, solution in solve(spec, task).items()}
-                    solving.solutions |= moved
-                    solving.put(moved)
-                    hidden = solving.output(layer, entering, arguments[index])
-                solving.forget_unrounded(solving.linears if keeps_unrounded else ())
-                if folder is not None:
-                    solving.write(folder, layer_part(index))
-        solutions |= solving.solutions
+                if targets is not None:
+                    targets = solving.output(layer, targets, base_arguments[index])
+                if folder is not None and finished[index]:
+                    solving.read(folder, layer_part(index))
+                else:
+                    solving.run(layer, hidden, arguments[index])
+                    for solve, spec in learning if solving.linears else ():
+                        assert targets is not None
+                        short = {key: key.removeprefix(f"{name}.") for key in solving.linears}
+                        linears = {short[key]: solving.solutions[key] for key in short}
+                        task = Layer(name, layer, linears, hidden, targets, arguments[index], work.progress)
+                        moved = {f"{name}.{key}": solution for key, solution in solve(spec, task).items()}
+                        solving.solutions |= moved
+                        solving.put(moved)
+                    solving.forget_unrounded(solving.linears if keeps_unrounded else ())
+                    if folder is not None:
+                        solving.write(folder, layer_part(index))
+                hidden = solving.output(layer, hidden, arguments[index])
+        if not stays_in_folder:
+            solutions |= solving.solutions
     work.progress(what, len(layers), len(layers))
     return solutions
 
 
 class _LayerWork:
-    def __init__(self, work: WorkingCopy, layer: str):
+    def __init__(self, work: WorkingCopy, layer: str, goes_on: bool):
         self.model, self.progress, self.solver = work.model, work.progress, matrix_solver(work.recipe)
-        self.calibration = work.recipe.text
+        self.calibration, self.goes_on = work.recipe.text, goes_on
         within = [name for name in work.schemes if name.startswith(f"{layer}.")]
         self.schemes = {name: scheme for name in within if (scheme := work.schemes[name])}
         modules = dict(work.model.named_modules())
@@ -122,8 +140,9 @@ class _LayerWork:
         with products_in(self.calibration.precision, self.model.device):
             return run_layer(layer, hidden, arguments)
 
-    def run(self, layer: nn.Module, hidden: Hidden, arguments: Arguments) -> Hidden:
-        """Return the layer's output, every matrix quantized on the way when its input arrives."""
+    def run(self, layer: nn.Module, hidden: Hidden, arguments: Arguments) -> None:
+        """Quantize every matrix for the input that reaches it: linears in the order of their calls, then
+        experts, each when its tokens arrive, for which all samples run through the layer at once."""
 
         def reached(name: str, inputs: Float[Tensor, "rows _"]) -> None:
             if name in self.schemes and name not in self.solutions:
@@ -132,16 +151,17 @@ class _LayerWork:
         with products_in(self.calibration.precision, self.model.device):
             groups = input_groups(layer, hidden, arguments, self.linears)
             self._round_unreached(set(self.linears) - {name for group in groups for name in group})
+            solve_groups(layer, hidden, arguments, self.linears, groups, self.solve)
             if not self.slices:
-                return quantize_in_passing(layer, hidden, arguments, self.linears, groups, self.solve)
-            with expert_inputs(self.model, reached, every=self.calibration.every_expert) as load:
-                output = quantize_in_passing(layer, hidden, arguments, self.linears, groups, self.solve)
+                return
+            every = self.calibration.every_expert
+            with torch.no_grad(), expert_inputs(self.model, reached, every=every) as load:
+                arguments.call(layer, hidden)
             warn_of_few(
                 {name: counts for name, counts in load.items() if counts.any()}, progress=self.progress
             )
             self._round_unreached(set(self.slices) - set(self.solutions))
             self.put(self.slices)
-            return output
 
     def _round_unreached(self, names: set[str]) -> None:
         """Round matrices to nearest that no token reaches, so that their Hessians are unknown: of experts
@@ -181,6 +201,8 @@ class _LayerWork:
                 scheme = self.schemes[members[0]]
                 self.solutions |= self.solver(Matrices(weights, hessian, scheme, self.progress))
             self.put(names)
+        if not self.goes_on:
+            self.forget_unrounded(())
 
     def forget_unrounded(self, keep: Collection[str]) -> None:
         """Drop what nothing goes on from, which would be a second copy of the layer in fp32."""

@@ -2,7 +2,8 @@
 
 Each layer is quantized for the inputs that it will really get, those that the quantized layers before it put
 out; a second stream of the unquantized layers' outputs is kept where a method needs it. Peak memory is the
-model, these streams and the statistics of one layer.
+model (one layer, where it was opened), these streams, what one batch makes of the layer, and the statistics
+of one input.
 """
 
 from collections.abc import Callable, Mapping, MutableMapping
@@ -22,6 +23,7 @@ from bitassay.quantization.shapes import Hessian, Tokens
 
 BATCH_SAMPLES = 8
 CHUNK_ROWS = 8192
+EXACT_BYTES = 2**28
 BLOCK_COLUMNS = 256
 LEARNED_STREAMS = 4  # what learning a layer holds beside its input, as wide as it: measured on SmolLM2
 
@@ -256,8 +258,10 @@ def hidden_of(output: Any, entering: Tensor) -> Tensor:
 @torch.no_grad()
 def run_layer(layer: Callable[..., Any], hidden: Hidden, arguments: Arguments) -> Hidden:
     """Run one layer on all samples."""
-    batches = torch.arange(len(hidden)).split(BATCH_SAMPLES)
-    return torch.cat([arguments.call(layer, hidden[batch], batch) for batch in batches])
+    output = torch.empty_like(hidden)
+    for batch in torch.arange(len(hidden)).split(BATCH_SAMPLES):
+        output[batch] = arguments.call(layer, hidden[batch], batch)
+    return output
 
 
 @torch.no_grad()
@@ -284,30 +288,67 @@ def products_in(precision: str | None, device: torch.device) -> torch.autocast:
 
 
 def hessian_of(inputs: Float[Tensor, "... in"]) -> Hessian:
-    """Return `sum x x^T`: fp32 products of chunks, summed in fp64; the upper blocks, mirrored."""
+    """Return `sum x x^T`."""
+    return mirrored(add_products(None, inputs))
+
+
+def add_products(total: Hessian | None, inputs: Float[Tensor, "... in"]) -> Hessian:
+    """Add `sum x x^T` to the upper blocks of `total`, in place, and return it; None: nothing yet. Products of
+    chunks are in fp32, sums in fp64 where these take no more than EXACT_BYTES, else in fp32."""
     columns = inputs.shape[-1]
-    total = torch.zeros(columns, columns, dtype=torch.float64)
+    if total is None:
+        total = torch.zeros(columns, columns, dtype=sums_dtype(columns))
     with products_in(None, inputs.device):
         for chunk in inputs.reshape(-1, columns).split(CHUNK_ROWS):
             x = chunk.float()
             for start in range(0, columns, BLOCK_COLUMNS):
                 block = slice(start, start + BLOCK_COLUMNS)
                 total[block, start:] += x[:, block].T @ x[:, start:]
-    return total.triu() + total.triu(1).T
+    return total
+
+
+def sums_dtype(columns: int) -> torch.dtype:
+    """Return the dtype in which a Hessian of so many columns is summed, and first factorised."""
+    return torch.float64 if 8 * columns**2 <= EXACT_BYTES else torch.float32
+
+
+def mirrored(total: Hessian) -> Hessian:
+    """Copy the upper blocks to the lower ones, in place; returns the same tensor."""
+    for start in range(0, len(total), BLOCK_COLUMNS):
+        stop = start + BLOCK_COLUMNS
+        within = total[start:stop, start:stop]
+        within.copy_(within.triu() + within.triu(1).T)
+        total[stop:, start:stop] = total[start:stop, stop:].T
+    return total
+
+
+class _Reached(Exception):
+    """Ends a forward of a layer once the input of a group is known."""
 
 
 @torch.no_grad()
-def quantize_in_passing(
+def solve_groups(
     layer: nn.Module,
     hidden: Hidden,
     arguments: Arguments,
     linears: Mapping[str, nn.Linear],
     groups: list[tuple[str, ...]],
     solve: Callable[[tuple[str, ...], Hessian], None],
-) -> Hidden:
-    """Run a layer once over all samples, and quantize each of the `input_groups` when its input arrives:
-    `solve` replaces their weights, and what follows sees it. Returns the quantized layer's output."""
-    members = {names[0]: names for names in groups}
-    firsts = {name: linears[name] for name in members}
-    with hooked(reading(firsts, lambda name, x: solve(members[name], hessian_of(x)))):
-        return arguments.call(layer, hidden)
+) -> None:
+    """Quantize each of the `input_groups` in turn, for the inputs that those before it give: the samples run
+    through the layer as far as the group, batch by batch, while their products are summed; then `solve`
+    replaces the group's weights."""
+    for names in groups:
+        total: Hessian | None = None
+
+        def reached(_: str, x: Tensor) -> None:
+            nonlocal total
+            total = add_products(total, x)
+            raise _Reached
+
+        with hooked(reading({names[0]: linears[names[0]]}, reached)):
+            for batch in torch.arange(len(hidden)).split(BATCH_SAMPLES):
+                with suppress(_Reached):
+                    arguments.call(layer, hidden[batch], batch)
+        assert total is not None
+        solve(names, mirrored(total))

@@ -68,12 +68,13 @@ class Layer(NamedTuple):
 
 
 class Model(NamedTuple):
-    """A model whose layers were quantized one by one; linears are by full name."""
+    """A model whose layers were quantized one by one; linears are by full name, and a solver takes them out
+    when it goes on from them, so that nothing else holds what they are made of."""
 
     recipe_name: str
     base: PreTrainedModel
     working_copy: PreTrainedModel
-    linears: Mapping[str, Solution]
+    linears: dict[str, Solution]
     tokens: Tokens
     folder: RunFolder | None
     progress: Progress

@@ -14,8 +14,10 @@ Learning a layer leaves many positions close to a threshold, over which straight
 to and fro (2203.11086), and the first steps of Adam move all of them equally far. So each is first moved 10 %
 nearer to its code, to damp oscillation.
 
-Products are in bf16, what is learned in fp32. On the way back each layer is computed once more instead of
-being kept (1604.06174), which takes a third more time and much less memory.
+Products are in bf16, what is learned in fp32, Adam's moments in bf16. On the way back each layer is computed
+once more instead of being kept (1604.06174), which takes a third more time and much less memory; its weights
+move as soon as their gradients are there, and these are dropped. So a weight takes eight bytes, and those of
+one layer more.
 """
 
 from collections.abc import Collection, Iterator
@@ -32,21 +34,19 @@ from bitassay.models.hooks import forwarded
 from bitassay.models.walk import decoder_layers, decoder_of
 from bitassay.quantization.recipe.solvers import Tune
 from bitassay.quantization.shapes import Tokens
-from bitassay.quantization.solvers.descent import descend
+from bitassay.quantization.solvers.descent import Adam, descend
 from bitassay.quantization.solvers.distillation import distillation_data, head_weight
 from bitassay.quantization.solvers.shadow_weight import ShadowWeight, shadow_linears
 from bitassay.quantization.solvers.solver import Model, Solution
+from bitassay.record.memory import release_freed_memory
 from bitassay.record.run import RunFolder
 
 KEEP_STEPS = 16
 KEPT_DISTANCE = 0.9  # the share of a position's distance from its code with which tuning starts
-MOMENTS = ("exp_avg", "exp_avg_sq")
-# Position, gradient, two moments and the working copy's value make 20; 12 more were measured on two models,
-# and what holds them is not known.
-BYTES_A_WEIGHT = 4 * 4 + 4 + 12
-BYTES_IN_A_PASS = 4 + 2 + 2  # of the layer that is being computed: value, bf16 and position
+BYTES_A_WEIGHT = 4 + 2 + 2  # a position and two moments
+BYTES_IN_A_PASS = 4 + 4 + 2 + 2 + 3 * 4  # of a layer: value, its gradient, bf16, position, and a step
 BYTES_A_FEATURE = 2.6  # and, for each input and output of each of its linears and token: SmolLM2's
-CHUNK_TOKENS = 512  # logits that are held at once
+CHUNK_TOKENS = 128  # logits that are held at once
 
 
 def memory_of(
@@ -70,7 +70,13 @@ def memory_of(
 def solve_model(spec: Tune, model: Model) -> dict[str, Solution]:
     """Return what tuning makes of the linears; the working copy is left with the norms that go with them."""
     tokens, states = distillation_data(model.base, model.tokens, spec, model.folder, model.progress)
-    shadows = {name: solution.shadow_weight() for name, solution in model.linears.items()}
+    shadows = {}
+    for name in list(model.linears):  # a shadow weight takes the place of what it is made of
+        shadows[name] = model.linears.pop(name).shadow_weight()
+        linear = model.working_copy.get_submodule(name)
+        empty = linear.get_parameter("weight").new_empty(0)
+        linear.register_parameter("weight", nn.Parameter(empty, requires_grad=False))
+    release_freed_memory()
     norms, head = tunable_norms(model.working_copy), head_weight(model.base)
     steps = tune(model.working_copy, shadows, norms, tokens, states, head, spec, model.folder)
     losses = list[float]()
@@ -82,7 +88,7 @@ def solve_model(spec: Tune, model: Model) -> dict[str, Solution]:
                 mean = sum(losses) / len(losses)
                 model.progress(f"step {step}: KL {mean:.3f}, the mean of {len(losses)} steps")
                 losses.clear()
-    return {name: Solution(shadow.quantized()) for name, shadow in shadows.items()}
+    return {name: Solution(shadows.pop(name).quantized()) for name in list(shadows)}
 
 
 def tunable_norms(model: PreTrainedModel) -> list[nn.Parameter]:
@@ -144,13 +150,14 @@ def tune(
         states.backward(gradient.to(states.dtype))
         return loss
 
-    def keep(step: int, learned: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    def keep(step: int, learned: list[nn.Parameter], adam: Adam) -> None:
         if folder is not None and step % KEEP_STEPS == 0:
-            _keep(folder, step, learned, optimizer)
+            _keep(folder, step, learned, adam)
 
     kinds = [(codes, spec.codes), (scales, spec.scales), (norms, spec.norms)]
     restore = partial(_restore, folder)
-    yield from descend(kinds, list(shadows.values()), len(tokens), spec, backward, restore, keep)
+    moving = list(shadows.values())
+    yield from descend(kinds, moving, len(tokens), spec, backward, restore, keep, torch.bfloat16)
 
 
 @contextmanager
@@ -163,23 +170,21 @@ def layers_computed_again(model: PreTrainedModel) -> Iterator[None]:
         yield
 
 
-def _keep(
-    folder: RunFolder, step: int, learned: list[nn.Parameter], optimizer: torch.optim.Optimizer
-) -> None:
+def _keep(folder: RunFolder, step: int, learned: list[nn.Parameter], adam: Adam) -> None:
     kept = {"step": torch.tensor(step)}
     for place, parameter in enumerate(learned):
         kept[f"{place}.value"] = parameter.detach()
-        kept |= {f"{place}.{moment}": optimizer.state[parameter][moment] for moment in MOMENTS}
+        kept[f"{place}.mean"], kept[f"{place}.square"] = adam.mean[parameter], adam.square[parameter]
     folder.write_tensors("tune", kept)
 
 
-def _restore(folder: RunFolder | None, learned: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
+def _restore(folder: RunFolder | None, learned: list[nn.Parameter], adam: Adam) -> int:
     """The steps that are done, once their state is back in place."""
     if folder is None or not folder.has_tensors("tune"):
         return 0
     kept = folder.read_tensors("tune")
     for place, parameter in enumerate(learned):
         parameter.data.copy_(kept[f"{place}.value"])
-        moments = {moment: kept[f"{place}.{moment}"] for moment in MOMENTS}
-        optimizer.state[parameter] = {"step": kept["step"].float(), **moments}
+        adam.mean[parameter].copy_(kept[f"{place}.mean"])
+        adam.square[parameter].copy_(kept[f"{place}.square"])
     return int(kept["step"])

@@ -1,7 +1,7 @@
 """What an attack is: a function that answers the requests of a `Setting`, and one registration.
 
-A new attack is a function under `@attack(...)` in `hosts.py` or `forgeries.py`, or an `Attack` among the
-entry points `bitassay.attacks` of another package.
+A new attack is a function under `@attack(...)` in `hosts.py`, `steering.py` or `forgeries.py`, or an `Attack`
+among the entry points `bitassay.attacks` of another package.
 """
 
 from collections.abc import Callable, Sequence

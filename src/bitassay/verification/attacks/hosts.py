@@ -29,7 +29,7 @@ from bitassay.quantization.recipe.recipe import Recipe, WeightScheme
 from bitassay.quantization.runtime.model import copy_sharing_parameters
 from bitassay.verification.attacks.attack import Setting, attack
 from bitassay.verification.numerics import numerics
-from bitassay.verification.observe import prefills
+from bitassay.verification.observe import batches, prefills
 from bitassay.verification.prove import prove_many
 from bitassay.verification.trace import Sampling, Trace
 
@@ -38,7 +38,7 @@ INT8_GROUP64 = Recipe(
 )
 
 
-def _answer(
+def answered(
     setting: Setting,
     model: PreTrainedModel,
     *,
@@ -74,7 +74,7 @@ def _with_header(trace: Trace, **fields: object) -> Trace:
 @attack("int3", "INT3 weights", "w3")
 @attack("int2", "INT2 weights", "w2")
 def quantized_weights(setting: Setting, recipe: str | Recipe) -> list[Trace]:
-    return _answer(setting, quantize_cached(setting.model, recipe))
+    return answered(setting, quantize_cached(setting.model, recipe))
 
 
 @attack("kv8", "INT8 keys and values in the cache", "int8")
@@ -82,7 +82,7 @@ def quantized_weights(setting: Setting, recipe: str | Recipe) -> list[Trace]:
 def quantized_cache(setting: Setting, format: Literal["int8", "int4"]) -> list[Trace]:
     model = copy_sharing_parameters(setting.model)
     round_cache(model, KvCache(format=format, scale_dtype="float32"))
-    return [_with_header(trace, numerics=numerics(setting.model)) for trace in _answer(setting, model)]
+    return [_with_header(trace, numerics=numerics(setting.model)) for trace in answered(setting, model)]
 
 
 @attack("fine-tune-0.01", "a low-rank update of 1 % of the weights' norm", 0.01)
@@ -90,20 +90,20 @@ def quantized_cache(setting: Setting, format: Literal["int8", "int4"]) -> list[T
 @attack("fine-tune-0.1", "a low-rank update of 10 % of the weights' norm", 0.1)
 def fine_tuned(setting: Setting, norm: float) -> list[Trace]:
     with low_rank_update(setting.model, norm):
-        return _answer(setting, setting.model)
+        return answered(setting, setting.model)
 
 
 @attack("skip-1", "one decoder layer left out", 1)
 @attack("skip-4", "four decoder layers left out", 4)
 def skipped_layers(setting: Setting, count: int) -> list[Trace]:
     with skip(setting.model, count):
-        return _answer(setting, setting.model)
+        return answered(setting, setting.model)
 
 
 @attack("half-depth", "a smaller model: every other decoder layer")
 def half_depth(setting: Setting) -> list[Trace]:
     with skip(setting.model, len(decoder_layers(setting.model)) // 2):
-        return _answer(setting, setting.model)
+        return answered(setting, setting.model)
 
 
 @contextmanager
@@ -172,7 +172,7 @@ def cut_context(setting: Setting, share: float) -> list[Trace]:
 def _other_prompts(setting: Setting, prompts: Sequence[TokenIds]) -> list[Trace]:
     """Answer other prompts and say that they were the ones asked; positions that are missing at the front
     show the first state that there is."""
-    answers = _answer(setting, setting.model, prompts=prompts)
+    answers = answered(setting, setting.model, prompts=prompts)
     return [_fitted(trace, honest) for trace, honest in zip(answers, setting.honest, strict=True)]
 
 
@@ -196,22 +196,22 @@ def _fitted(trace: Trace, honest: Trace) -> Trace:
 @attack("temperature", "1.5 times the temperature that was asked for", sampled=True)
 def wrong_temperature(setting: Setting) -> list[Trace]:
     sampler = replace(setting.sampler, temperature=1.5 * setting.sampler.temperature)
-    return _answer(setting, setting.model, sampler=sampler)
+    return answered(setting, setting.model, sampler=sampler)
 
 
 @attack("seed", "another seed", sampled=True)
 def wrong_seed(setting: Setting) -> list[Trace]:
-    return _answer(setting, setting.model, sampler=replace(setting.sampler, seed=setting.sampler.seed + 1))
+    return answered(setting, setting.model, sampler=replace(setting.sampler, seed=setting.sampler.seed + 1))
 
 
 @attack("top-p", "a nucleus half as large", sampled=True)
 def wrong_top_p(setting: Setting) -> list[Trace]:
-    return _answer(setting, setting.model, sampler=replace(setting.sampler, top_p=setting.sampler.top_p / 2))
+    return answered(setting, setting.model, sampler=replace(setting.sampler, top_p=setting.sampler.top_p / 2))
 
 
 @attack("greedy-instead", "the most likely token where sampling was asked for", sampled=True)
 def greedy_instead(setting: Setting) -> list[Trace]:
-    return _answer(setting, setting.model, sampler=Sampler())
+    return answered(setting, setting.model, sampler=Sampler())
 
 
 @attack("tokens-one", "one token altered, honest prefill", 0.0)
@@ -235,7 +235,7 @@ def altered_tokens(setting: Setting, share: float) -> list[Trace]:
 @attack("decode-int8", "decoded by INT8 weights, honest prefill", "w8")
 @attack("decode-int4", "decoded by INT4 weights, honest prefill", "w4")
 def cheap_decode(setting: Setting, recipe: str) -> list[Trace]:
-    cheap = _answer(setting, quantize_cached(setting.model, recipe))
+    cheap = answered(setting, quantize_cached(setting.model, recipe))
     return honest_prefill(setting.honest, setting.model, [trace.header.output_ids for trace in cheap])
 
 
@@ -258,8 +258,12 @@ def honest_prefill(
         positions = tuple(range(trace.n_prompt + len(output) - 1))
         update = {"output_ids": tuple(output), "positions": positions}
         headers.append(trace.header.model_copy(update=update))
-    done = dict(prefills(headers, model))
-    return [Trace(header, done[index].states) for index, header in enumerate(headers)]
+    traced: dict[int, Trace] = {}
+    for batch in batches(headers, model):
+        of_batch = [headers[index] for index in batch]
+        for index, header, prefill in zip(batch, of_batch, prefills(of_batch, model), strict=True):
+            traced[index] = Trace(header, prefill.states)
+    return [traced[index] for index in range(len(headers))]
 
 
 # --- forged traces ---

@@ -23,6 +23,7 @@ from bitassay.engines.decode import Prefill
 from bitassay.verification.trace import Header
 
 Part = Literal["prompt", "generated"]
+Pair = tuple[Prefill, Prefill]  # in the verifier's dtype, and in the next higher precision
 GRID = (1, 2, 4, 8, 16, 32, 64, 96, 128)  # token counts at which detectors are compared
 
 
@@ -32,7 +33,8 @@ class Comparison:
 
     positions: those whose states are shown, ascending. claimed: the host's states there, by sampled layer.
     verifier: states and logits of all positions. dtype: the verifier's. precise: the same prefill in the
-    next higher precision (`engines/precise.py`).
+    next higher precision (`engines/precise.py`). replay: both again, computed from the host's states
+    (`segment_distance.py`), where these are of all positions.
     """
 
     header: Header
@@ -41,6 +43,7 @@ class Comparison:
     verifier: Prefill
     dtype: torch.dtype
     precise: Prefill | None = None
+    replay: Pair | None = None
 
     @property
     def n_prompt(self) -> int:
@@ -56,6 +59,12 @@ class Comparison:
         """Return the prefill in the next higher precision, which detectors that look at it need."""
         assert self.precise is not None, "a comparison without a prefill in the next higher precision"
         return self.precise
+
+    @property
+    def replayed(self) -> Pair:
+        """Return the replay, which detectors of whole runs need."""
+        assert self.replay is not None, "a comparison without a replay"
+        return self.replay
 
     def first(self, n: int) -> "Comparison":
         """Return the comparison of the prompt and the first `n` generated positions."""
@@ -96,7 +105,8 @@ class Detector:
     statistic: of the first numbers of a series. smallest_sd: the spread below which honest runs are not told
     apart. by_token: series are by output token, not by position. divisible: the evidence of the first n
     tokens is a part of the evidence of all; otherwise it is made for each n of GRID. exact: the statistic is
-    infinite where exact checks find a defect, else 0. evidence_bytes: what a token's evidence takes, for so
+    infinite where exact checks find a defect, else 0. whole: it needs the states of all positions, and says
+    nothing about a run of which fewer are shown. evidence_bytes: what a token's evidence takes, for so
     many sampled layers of `hidden` 16-bit numbers."""
 
     name: str
@@ -108,6 +118,7 @@ class Detector:
     by_token: bool = False
     divisible: bool = True
     exact: bool = False
+    whole: bool = False
     evidence_bytes: Callable[[int, int], float] = _nothing
 
     def measure(self, comparison: Comparison) -> tuple[Series, ...]:

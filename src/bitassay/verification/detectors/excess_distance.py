@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bitassay.verification.detectors.detector import Comparison, Detector, Series
+from bitassay.verification.detectors.detector import Comparison, Detector, Pair, Series
 from bitassay.verification.detectors.distance import (
     commit,
     distance_floor,
@@ -30,15 +30,14 @@ from bitassay.verification.detectors.distance import (
 
 
 def rounding_distances(
-    comparison: Comparison,
+    comparison: Comparison, pair: Pair
 ) -> tuple[Float[Tensor, "layers positions"], Float[Tensor, "layers positions"]]:
-    """Return the relative distance from the reference of the host's states and of the verifier's own, in each
-    cell, not below the floor."""
-    host, own = [], []
+    """Return the relative distance from the precise states of `pair` of the host's states and of the
+    verifier's own, in each cell, not below the floor."""
+    host, own, shown = [], [], list(comparison.positions)
     for layer in comparison.header.layers:
-        x, y = comparison.pair(layer)
-        r = comparison.reference.states[layer][list(comparison.positions)]
-        host.append(relative_distances(x, r))
+        y, r = (prefill.states[layer][shown] for prefill in pair)
+        host.append(relative_distances(comparison.claimed[layer], r))
         own.append(relative_distances(y, r))
     floor = distance_floor(comparison.dtype)
     return torch.stack(host).clamp(min=floor), torch.stack(own).clamp(min=floor)
@@ -46,16 +45,18 @@ def rounding_distances(
 
 def check(comparison: Comparison, _: Any) -> list[Series]:
     """Return the log of the host's distance less that of the verifier's own, one series a layer."""
-    host, own = rounding_distances(comparison)
-    return _by_layer(host.log() - own.log(), comparison.n_prompt)
+    host, own = rounding_distances(comparison, (comparison.verifier, comparison.reference))
+    return by_layer(host.log() - own.log(), comparison.n_prompt)
 
 
 def check_own(comparison: Comparison, _: Any) -> list[Series]:
     """Return the log distance of the verifier's own states, one series a layer."""
-    return _by_layer(rounding_distances(comparison)[1].log(), comparison.n_prompt)
+    _, own = rounding_distances(comparison, (comparison.verifier, comparison.reference))
+    return by_layer(own.log(), comparison.n_prompt)
 
 
-def _by_layer(cells: Float[Tensor, "layers positions"], n_prompt: int) -> list[Series]:
+def by_layer(cells: Float[Tensor, "layers positions"], n_prompt: int) -> list[Series]:
+    """Return one series a layer."""
     return [Series(tuple(row[n_prompt:]), tuple(row[:n_prompt])) for row in cells.tolist()]
 
 

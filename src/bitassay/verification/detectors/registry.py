@@ -5,6 +5,8 @@
     verillm-documents    the same                               the VeriLLM experiments' thresholds
     distance             the same                               mean log relative distance by layer
     excess-distance      the same                               the host's rounding error less one's own
+    segment-distance     the same                               the same from each sampled layer to the next
+    head-margin          states of the last layer               tokens by the host's own last states
     token-flips, token-outlier                                  tokens in units of honest rounding noise
     rounding             nothing                                the noise of the text itself
     toploc               258 bytes for 32 tokens                arXiv 2501.16007, on the last sampled layer
@@ -22,6 +24,8 @@ from bitassay.verification.detectors.detector import Detector
 from bitassay.verification.detectors.distance import DISTANCE
 from bitassay.verification.detectors.exact import STRUCTURE
 from bitassay.verification.detectors.excess_distance import EXCESS_DISTANCE, ROUNDING
+from bitassay.verification.detectors.head_margin import HEAD_MARGIN
+from bitassay.verification.detectors.segment_distance import SEGMENT_DISTANCE
 from bitassay.verification.detectors.small_proof import SMALL_PROOFS
 from bitassay.verification.detectors.token_difr import TOKEN_DIFR
 from bitassay.verification.detectors.token_noise import TOKEN_FLIPS, TOKEN_OUTLIER
@@ -37,6 +41,8 @@ DETECTORS: Registry[Detector] = Registry(
             VERILLM_DOCUMENTS,
             DISTANCE,
             EXCESS_DISTANCE,
+            SEGMENT_DISTANCE,
+            HEAD_MARGIN,
             TOPLOC,
             ACTIVATION_DIFR,
             TOKEN_DIFR,
@@ -49,5 +55,8 @@ DETECTORS: Registry[Detector] = Registry(
     },
 )
 STATES = EXCESS_DISTANCE.name
+SEGMENTS = SEGMENT_DISTANCE.name
+HEAD = HEAD_MARGIN.name
+BY_LAYER = (STATES, SEGMENTS)
 TOKEN_DETECTORS = (TOKEN_DIFR.name, TOKEN_FLIPS.name, TOKEN_OUTLIER.name)
-DECIDING = (STATES, *TOKEN_DETECTORS)
+DECIDING = (STATES, SEGMENTS, HEAD, *TOKEN_DETECTORS)

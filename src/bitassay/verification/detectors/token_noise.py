@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float64
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from bitassay.engines.sampling import Draw
@@ -39,19 +39,30 @@ PRIOR = 0.05  # of one flip's variance: few tokens without a near tie must not m
 MOST_UNITS = 20.0
 
 
+Logits = Float[Tensor, "tokens vocabulary"]
+
+
 def margins_and_noise(
     comparison: Comparison,
 ) -> tuple[Float64[Tensor, " tokens"], Float64[Tensor, " tokens"], Float64[Tensor, " tokens"]]:
     """Return u, f and p of each output token."""
-    header, logits = comparison.header, comparison.reference.logits
+    own, precise = comparison.verifier.logits, comparison.reference.logits
+    return judged_by(precise, comparison, own, precise)
+
+
+def judged_by(
+    logits: Logits, comparison: Comparison, own: Logits, precise: Logits
+) -> tuple[Float64[Tensor, " tokens"], Float64[Tensor, " tokens"], Float64[Tensor, " tokens"]]:
+    """Return u, f and p of each output token by `logits`, where rounding makes `own` of `precise`."""
+    header = comparison.header
     sampler = header.sampling.to_sampler()
     draws = [Draw(header.nonce, index) for index in range(len(header.output_ids))]
     claimed = torch.tensor(header.output_ids)
     margins = sampler.margins(logits, claimed, draws)
     scores = sampler.scores(logits, draws)
     best = scores.topk(min(TOP, scores.shape[-1]))
-    own = comparison.verifier.logits.to(scores.device).gather(1, best.indices).double()
-    error = (own - logits.gather(1, best.indices).double()) / (sampler.temperature or 1.0)
+    error = own.gather(1, best.indices).double() - precise.gather(1, best.indices).double()
+    error = error / (sampler.temperature or 1.0)
     variance = error.var(1, correction=0).nan_to_num(nan=0, posinf=0)  # no noise where nothing is finite
     sigma = ((variance + variance.mean()) / 2).sqrt().clamp(min=torch.finfo(comparison.dtype).tiny).cpu()
     gaps = (best.values[:, :1] - best.values[:, 1:]).cpu()

@@ -1,0 +1,138 @@
+"""Hosts that run the real model and then choose other tokens, or change it in one place only.
+
+They are what a verifier finds hardest: each changes little at a time. Tokens are steered by samplers that
+take logits of the real model: the second best at near ties (also what speculative decoding does that accepts
+drafts which lose by little), a watermark, a slightly lower temperature. Models differ in one layer, or by a
+rotary base that is 1 % too large.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from bitassay.engines.decode import TokenIds
+from bitassay.engines.sampling import Draw, Sampler
+from bitassay.models.walk import decoder_layers
+from bitassay.quantization.codes.quantize import quantize_tensor
+from bitassay.quantization.recipe.weights import WeightScheme
+from bitassay.verification.attacks.attack import Setting, attack
+from bitassay.verification.attacks.hosts import answered, honest_prefill
+from bitassay.verification.trace import Trace
+
+INT8 = WeightScheme(format="int8")
+DELTA = 0.5  # nats that a watermark adds to half of the vocabulary
+
+
+@dataclass(frozen=True)
+class Steered(Sampler):
+    """A sampler that takes the second best token where it loses by at most `within` nats, at most `times` in
+    a request. taken: how often, by nonce."""
+
+    within: float = 0.0
+    times: int = 2**31
+    taken: dict[str, int] = field(default_factory=dict, compare=False)
+
+    def choose(self, logits: Float[Tensor, "rows vocabulary"], draws: Sequence[Draw]) -> Int[Tensor, " rows"]:
+        best = self.scores(logits, draws).topk(2)
+        chosen = best.indices[:, 0].clone()
+        for row, draw in enumerate(draws):
+            near = best.values[row, 0] - best.values[row, 1] <= self.within
+            if near and self.taken.get(draw.nonce, 0) < self.times:
+                self.taken[draw.nonce] = self.taken.get(draw.nonce, 0) + 1
+                chosen[row] = best.indices[row, 1]
+        return chosen
+
+
+@dataclass(frozen=True)
+class Watermarked(Sampler):
+    """A sampler that adds DELTA to the logits of a half of the vocabulary, which depends on the position."""
+
+    def choose(self, logits: Float[Tensor, "rows vocabulary"], draws: Sequence[Draw]) -> Int[Tensor, " rows"]:
+        size = logits.shape[-1]
+        green = np.stack([np.random.default_rng(draw.index).random(size) < 0.5 for draw in draws])
+        return super().choose(logits + DELTA * torch.from_numpy(green).to(logits), draws)
+
+
+@attack("near-tie", "the second best token once an answer, where it loses by at most 0.3 nats", 1)
+@attack("near-ties", "the second best token wherever it loses by at most 0.3 nats", 2**31)
+def near_ties(setting: Setting, times: int) -> list[Trace]:
+    asked = setting.sampler
+    steered = Steered(asked.temperature, asked.top_p, asked.seed, within=0.3, times=times)
+    return answered(setting, setting.model, sampler=steered)
+
+
+@attack("watermark", "half a nat more for a half of the vocabulary")
+def watermark(setting: Setting) -> list[Trace]:
+    asked = setting.sampler
+    return answered(setting, setting.model, sampler=Watermarked(asked.temperature, asked.top_p, asked.seed))
+
+
+@attack("temperature-0.9", "0.9 times the temperature that was asked for", sampled=True)
+def lower_temperature(setting: Setting) -> list[Trace]:
+    sampler = replace(setting.sampler, temperature=0.9 * setting.sampler.temperature)
+    return answered(setting, setting.model, sampler=sampler)
+
+
+@attack("prompt-token", "decoded behind a prompt with one token twice, honest prefill")
+def prompt_token(setting: Setting) -> list[Trace]:
+    def changed(prompt: TokenIds) -> TokenIds:
+        at = 3 * len(prompt) // 4
+        return [*prompt[:at], prompt[at], *prompt[at:]]
+
+    other = answered(setting, setting.model, prompts=[changed(prompt) for prompt in setting.prompts])
+    return honest_prefill(setting.honest, setting.model, [trace.header.output_ids for trace in other])
+
+
+@attack("int8-last-layer", "the last decoder layer in INT8", -1)
+@attack("int8-middle-layer", "one decoder layer, in the middle, in INT8", None)
+def one_layer(setting: Setting, index: int | None) -> list[Trace]:
+    layers = decoder_layers(setting.model)
+    with rounded(layers[len(layers) // 2 if index is None else index]):
+        return answered(setting, setting.model)
+
+
+@attack("rope-1%", "a rotary base that is 1 % too large, where there is one", 1.01)
+def rotary_base(setting: Setting, factor: float) -> list[Trace]:
+    with turned_by(setting.model, factor):
+        return answered(setting, setting.model)
+
+
+@contextmanager
+def rounded(layer: torch.nn.Module) -> Iterator[None]:
+    """Round the linears of one layer to INT8, a scale for each row, within the context."""
+    weights = [module.weight for module in layer.modules() if isinstance(module, torch.nn.Linear)]
+    kept = [weight.detach().clone() for weight in weights]
+    with torch.no_grad():
+        try:
+            for weight in weights:
+                weight.copy_(quantize_tensor(weight, INT8, "weight").dequantize())
+            yield
+        finally:
+            for weight, before in zip(weights, kept, strict=True):
+                weight.copy_(before)
+
+
+@contextmanager
+def turned_by(model: PreTrainedModel, factor: float) -> Iterator[None]:
+    """Multiply the base of all rotary embeddings by `factor` within the context: frequency i of n is divided
+    by factor^(i / n). A model without them stays as it is."""
+    tables: list[tuple[torch.nn.Module, Tensor]] = [
+        (module, frequencies)
+        for module in model.modules()
+        if isinstance(frequencies := getattr(module, "inv_freq", None), Tensor)
+    ]
+    try:
+        for module, frequencies in tables:
+            count = frequencies.numel()
+            steps = torch.arange(count, device=frequencies.device)
+            module.inv_freq = frequencies / factor ** (steps / count)
+        yield
+    finally:
+        for module, frequencies in tables:
+            module.inv_freq = frequencies
