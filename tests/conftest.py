@@ -11,9 +11,14 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+# What is imported under jaxtyping's import hook, as by a module of bitassay, is compiled anew.
+import scipy.stats  # noqa: F401
+import torch  # noqa: F401
+from compressed_tensors.quantization import QuantizationConfig  # noqa: F401
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+
+from bitassay.data import windows
 from bitassay.data.corpora import bundled_file
-from bitassay.quantization import pipeline
-from bitassay.quantization.recipe.calibration import calibration_tokens
 from bitassay.studies import machines
 from bitassay.testing.tiny import stories260k
 
@@ -82,15 +87,22 @@ def many_prompts():
     return [f"{first} {second} a" for first in words[:4] for second in words]
 
 
-@cache
-def _calibration_text(spec):
-    return calibration_tokens(stories260k(), spec)
+@pytest.fixture(scope="session", autouse=True)
+def _texts_tokenized_once():
+    """A text takes longer to tokenize than these models to quantize, and each load has a tokenizer anew: those
+    that say the same of themselves share its tokens."""
+    tokenize, known = windows._token_ids, {}
 
+    @cache
+    def token_ids(tokenizer, vocabulary, text):
+        key = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer, text
+        if key not in known:
+            known[key] = tokenize(tokenizer, vocabulary, text)
+        return known[key]
 
-@pytest.fixture
-def text_read_once(monkeypatch):
-    """Calibration text, which takes longer to tokenize than these models to quantize, is read once."""
-    monkeypatch.setattr(pipeline, "calibration_tokens", lambda model, spec: _calibration_text(spec))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(windows, "_token_ids", token_ids)
+        yield
 
 
 @pytest.fixture

@@ -97,26 +97,25 @@ def test_words_by_the_cache_are_those_of_one_forward(replica, sampler):
 
 def test_prove_and_verify(bitassay, folder):
     """A replica is proved and verified as itself, and fails where the model without copies was promised."""
-    many = ["--prompts", folder / "many.txt"]
-    recipes = {name: ["--recipe", folder / f"{name}.yaml"] for name in ("once", "twice")}
-    profiles, average = {}, ["--alpha", "0.05", "--guarantee", "average"]
-    for name, recipe in recipes.items():
-        profiles[name] = folder / f"{name}.json"
-        made = ["calibrate", MODEL, *recipe, *many, *average, "--out", profiles[name]]
-        assert bitassay(*map(str, made)).status == 0
+    once, twice = (["--recipe", folder / f"{name}.yaml"] for name in ("once", "twice"))
+    profile, trace = folder / "twice.json", folder / "own.trace"
+    many = ["--prompts", folder / "many.txt", "--alpha", "0.05", "--guarantee", "average"]
     asked = ["--prompt", "Once upon a time", "--max-new-tokens", "24"]
-    for name, claim in (("own", []), ("claimed", ["--claim", MODEL])):
-        words = ["prove", MODEL, *recipes["twice"], *asked, *claim, "--out", folder / f"{name}.trace"]
-        assert bitassay(*map(str, words)).status == 0
+    for made in (
+        ["calibrate", MODEL, *twice, *many, "--out", profile],
+        ["prove", MODEL, *twice, *asked, "--out", trace],
+    ):
+        assert bitassay(*map(str, made)).status == 0
 
-    def verdict(trace, recipe, profile):
-        held = ["--model", MODEL, *recipes.get(recipe, []), "--profile", profiles[profile]]
-        words = ["verify", folder / f"{trace}.trace", *held, "--format", "json"]
-        done = bitassay(*map(str, words))
-        return done.status, json.loads(done.out)["rows"][0]["status"]
+    def verdict(*held):
+        done = bitassay(*map(str, ["verify", trace, "--model", MODEL, *held, "--format", "json"]))
+        [row] = json.loads(done.out)["rows"]
+        return done.status, row["status"], {reason["code"] for reason in row["reasons"]}
 
-    assert verdict("own", "twice", "twice") == (0, "PASS")
-    assert verdict("own", "once", "once") == (1, "FAIL")
+    assert verdict(*twice, "--profile", profile) == (0, "PASS", {"as-honest"})
+    status, said, codes = verdict(*once, "--profile", profile)
+    assert (status, said) == (1, "FAIL")
+    assert "other-recipe" in codes
 
 
 @pytest.mark.slow

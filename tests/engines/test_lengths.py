@@ -59,21 +59,21 @@ def test_an_honest_host_passes(name):
     where it does not, hosts of other batch sizes are refused more often than alpha says."""
     model = tiny_kind(name)
     draw = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(3, 500, (SHORT - 14 + n % 12,), generator=draw).tolist() for n in range(416)]
-    honest, asked = prompts[:400], prompts[400:]
+    prompts = [torch.randint(3, 500, (SHORT - 14 + n % 12,), generator=draw).tolist() for n in range(216)]
+    honest, asked = prompts[:200], prompts[200:]
     profile = calibrate(
         model,
         model,
         honest,
         max_new_tokens=8,
         min_positions=4,
-        alpha=0.005,
+        alpha=0.01,
         batch_size=5,
         guarantee="average",
     )
     traces = prove_many(model, asked, max_new_tokens=8, batch_size=5)
     verdicts = verify_many(traces, model, profile=profile)
-    assert [verdict.status for verdict in verdicts].count("FAIL") <= 1  # alpha: 0.08 of 16 on average
+    assert [verdict.status for verdict in verdicts].count("FAIL") <= 1  # alpha: 0.16 of 16 on average
     other = tiny_kind(name, rms_norm_eps=1e-2)
     other.identity = model.identity
     traces = prove_many(other, asked, max_new_tokens=8)

@@ -3,6 +3,8 @@ cannot be calibrated is refused."""
 
 import copy
 import json
+import shutil
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -53,9 +55,29 @@ def base():
 
 
 @pytest.fixture(scope="module")
-def divergences(base):
+def made(base):
+    """A function name -> the model of that recipe, made once; tests must not change it."""
+    return cache(lambda name: quantize(base, recipe(name)))
+
+
+@pytest.fixture(scope="module")
+def finished(base, tmp_path_factory):
+    """The work folder of `gptq`."""
+    folder = tmp_path_factory.mktemp("finished") / "work"
+    quantize(base, recipe("gptq"), work=folder)
+    return folder
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of that folder."""
+    return shutil.copytree(finished, tmp_path / "copy")
+
+
+@pytest.fixture(scope="module")
+def divergences(base, made):
     plain = quantize(base, Recipe(name="plain", weights=W2))
-    models = {"plain": plain} | {name: quantize(base, recipe(name)) for name in RECIPES}
+    models = {"plain": plain} | {name: made(name) for name in RECIPES}
     bits = {bits_per_weight(model) for model in models.values()}
     assert len(bits) == 1
     return {
@@ -82,8 +104,8 @@ def test_the_base_model_stays_as_it_is(base):
 
 @pytest.mark.sample(1)
 @pytest.mark.parametrize(("name", "at"), [("gptq", 0), ("gptq", 4), ("learned", 2)])
-def test_an_interrupted_run_goes_on(base, tmp_path, monkeypatch, name, at):
-    wanted = quantize(base, recipe(name))
+def test_an_interrupted_run_goes_on(base, made, tmp_path, monkeypatch, name, at):
+    wanted = made(name)
     finished, write = [], layers.write_part
 
     def write_some(folder, part, *tensors):
@@ -105,9 +127,9 @@ def test_an_interrupted_run_goes_on(base, tmp_path, monkeypatch, name, at):
 
 
 @pytest.mark.slow
-def test_interrupted_tuning_goes_on(base, tmp_path, monkeypatch):
+def test_interrupted_tuning_goes_on(base, made, tmp_path, monkeypatch):
     monkeypatch.setattr(tune, "KEEP_STEPS", 4)
-    wanted = quantize(base, recipe("tune"))
+    wanted = made("tune")
     seen = []
 
     def stop(what, done=0, total=0):
@@ -164,9 +186,8 @@ def test_a_finished_work_folder_holds_the_result_alone(base, tmp_path, monkeypat
 
 @pytest.mark.sample(2)
 @pytest.mark.parametrize("damage", ["shape", "missing", "scheme", "card", "matrix", "inputs"])
-def test_a_damaged_result_is_refused(base, tmp_path, damage):
-    quantize(base, recipe("gptq"), work=tmp_path)
-    file, card = tmp_path / "parts/result.safetensors", tmp_path / "parts/result.json"
+def test_a_damaged_result_is_refused(base, copied, damage):
+    file, card = copied / "parts/result.safetensors", copied / "parts/result.json"
     parts = load_file(file)
     name = next(iter(parts))
     if damage == "scheme":
@@ -178,13 +199,13 @@ def test_a_damaged_result_is_refused(base, tmp_path, damage):
         said.pop(next(iter(said)))
         card.write_text(json.dumps(said))
     elif damage == "inputs":
-        (tmp_path / "parts/inputs.json").write_text('{"x": {"format": "int5"}}')
+        (copied / "parts/inputs.json").write_text('{"x": {"format": "int5"}}')
     elif damage == "shape":
         save_file(parts | {name: parts[name][..., 1:].clone()}, file)
     else:
         save_file({key: value for key, value in parts.items() if key != name}, file)
     with pytest.raises(BitassayError, match="inputs" if damage == "inputs" else "result"):
-        quantize(base, recipe("gptq"), work=tmp_path)
+        quantize(base, recipe("gptq"), work=copied)
 
 
 def test_a_calibrated_recipe_is_run_once_in_float32(tmp_path, monkeypatch):
@@ -265,8 +286,8 @@ def test_what_is_kept_belongs_to_the_code_that_made_it(monkeypatch):
     assert work.code_digest() != before
 
 
-def test_two_at_work_in_one_folder_take_turns(base, tmp_path):
-    with pipeline.locked(tmp_path / "work", lambda *_: None):
+def test_two_at_work_in_one_folder_take_turns(base, copied):
+    with pipeline.locked(copied, lambda *_: None):
         seen = []
 
         def waiting(what, *_):
@@ -274,15 +295,14 @@ def test_two_at_work_in_one_folder_take_turns(base, tmp_path):
             raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            quantize(base, recipe("gptq"), work=tmp_path / "work", progress=waiting)
+            quantize(base, recipe("gptq"), work=copied, progress=waiting)
         assert seen[0].startswith("waiting for another process")
-    quantize(base, recipe("gptq"), work=tmp_path / "work")
+    quantize(base, recipe("gptq"), work=copied)
 
 
-def test_a_work_folder_belongs_to_one_recipe(base, tmp_path):
-    quantize(base, recipe("nearest"), work=tmp_path)
+def test_a_work_folder_belongs_to_one_recipe(base, copied):
     with pytest.raises(BitassayError, match="another plan"):
-        quantize(base, recipe("gptq"), work=tmp_path)
+        quantize(base, recipe("nearest"), work=copied)
 
 
 def test_overrides_hold_while_calibrating(base):
@@ -319,8 +339,8 @@ def test_text_that_has_no_say_in_rounding_is_not_run_through_the_layers(base, mo
     )
 
 
-def test_text_in_bfloat16_changes_little(base):
-    exact = quantize(base, recipe("gptq"))
+def test_text_in_bfloat16_changes_little(base, made):
+    exact = made("gptq")
     short = quantize(base, recipe("gptq", calibration=CALIBRATION | {"precision": "bfloat16"}))
     pairs = zip(exact.quantization.tensors.values(), short.quantization.tensors.values(), strict=True)
     apart = [(one.dequantize() - other.dequantize()).norm() / one.dequantize().norm() for one, other in pairs]
@@ -383,8 +403,8 @@ def test_rotated_recipes_keep_what_the_model_says(base, name, rotation):
         assert evaluate(model, against=base, protocol=PROTOCOL).quality.kl_mean < 5e-3
 
 
-def test_low_rank_factors_bring_the_output_closer(base):
-    plain, helped = (quantize(base, recipe("nearest", **more)) for more in ({}, {"low_rank": {"rank": 8}}))
+def test_low_rank_factors_bring_the_output_closer(base, made):
+    plain, helped = made("nearest"), quantize(base, recipe("nearest", low_rank={"rank": 8}))
     kl = [evaluate(model, against=base, protocol=PROTOCOL).quality.kl_mean for model in (plain, helped)]
     assert kl[1] < kl[0]
     assert bits_per_weight(helped) > bits_per_weight(plain)
@@ -392,11 +412,11 @@ def test_low_rank_factors_bring_the_output_closer(base):
 
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["learned", "tune"])
-def test_learning_keeps_the_low_rank_factors(base, name):
+def test_learning_keeps_the_low_rank_factors(base, made, name):
     found = quantization_of(quantize(base, recipe(name, low_rank={"rank": 4})))
     assert all(tensor.low_rank.a.shape[1] == 4 for tensor in found.tensors.values())
     kl = evaluate(with_tensors(base, found), against=base, protocol=PROTOCOL).quality.kl_mean
-    assert kl < evaluate(quantize(base, recipe("nearest")), against=base, protocol=PROTOCOL).quality.kl_mean
+    assert kl < evaluate(made("nearest"), against=base, protocol=PROTOCOL).quality.kl_mean
 
 
 def test_experts_are_calibrated_too():

@@ -22,8 +22,6 @@ from bitassay.quantization.replication.any_precision import (
 )
 from bitassay.quantization.runtime.model import Quantization, quantization_of, with_tensors
 
-pytestmark = pytest.mark.usefixtures("text_read_once")
-
 PLANES = Recipe.model_validate(
     {
         "name": "x",

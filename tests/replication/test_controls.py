@@ -14,8 +14,6 @@ from bitassay.quantization.recipe.replication import Chosen
 from bitassay.quantization.replication.controls import controls
 from bitassay.quantization.runtime.model import bits_per_weight, quantization_of
 
-pytestmark = pytest.mark.usefixtures("text_read_once")
-
 RESIDUAL = {"how": "parallel", "of": "linear", "differ": "residual"}
 INT2 = {"format": "int2", "granularity": "g32", "symmetric": False}
 FEW = {"samples": 4, "tokens": 48}

@@ -15,8 +15,6 @@ from bitassay.quantization.runtime.looped_layers import LoopedForward, Usage, dy
 from bitassay.quantization.runtime.model import quantization_of, with_tensors
 from bitassay.testing.tiny import tiny_model
 
-pytestmark = pytest.mark.usefixtures("text_read_once")
-
 IDS = torch.randint(3, 500, (2, 20), generator=torch.Generator().manual_seed(0))
 INT4 = {"format": "int4", "granularity": "g32"}
 INT2 = {"format": "int2", "granularity": "g32"}

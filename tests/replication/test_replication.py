@@ -31,8 +31,6 @@ from bitassay.verification.calibrate import calibrate
 from bitassay.verification.prove import prove_many
 from bitassay.verification.verdict import verify
 
-pytestmark = pytest.mark.usefixtures("text_read_once")
-
 IDS = torch.randint(3, 500, (2, 20), generator=torch.Generator().manual_seed(0))
 INT2 = {"format": "int2", "granularity": "g32", "scale": "absmax"}  # which is quick
 FEW = {"samples": 6, "tokens": 48}

@@ -168,18 +168,19 @@ def run_command(*arguments: str, windows: int = 3, **kwargs) -> subprocess.Compl
     return subprocess.run(command, capture_output=True, text=True, timeout=300, **kwargs)
 
 
-def test_json_is_the_only_thing_on_stdout(tmp_path):
-    done = run_command("--no-verify", "--no-bench", "--format", "json", "--out", str(tmp_path / "run"))
+def test_json_is_the_only_thing_on_stdout(tmp_path, short_texts):
+    words = ("--no-verify", "--no-bench", "--format", "json", "--out", str(tmp_path / "run"))
+    done = run_command(*words, env=os.environ | {"BITASSAY_DATA": str(short_texts)})
     assert done.returncode == 0, done.stderr
     assert [row["recipe"] for row in json.loads(done.stdout)["rows"]] == ["base", "w8"]
     assert (tmp_path / "run" / "report.html").exists()
     assert "evaluating" in done.stderr
 
 
-def test_a_dry_run_writes_nothing(tmp_path):
-    done = run_command("--dry-run", "--format", "csv", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[0] == "step,work,memory_bytes,seconds"
+def test_a_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert command(["assay", "stories260k", "--recipe", "w8", "--dry-run", "--format", "csv"]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == "step,work,memory_bytes,seconds"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -232,12 +233,12 @@ def test_a_full_disk_is_a_clear_error_and_what_was_finished_stays():
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_a_file_where_the_folder_should_be(tmp_path):
+def test_a_file_where_the_folder_should_be(tmp_path, capsys):
     (tmp_path / "run").write_text("")
-    done = run_command("--no-verify", "--no-bench", "--out", str(tmp_path / "run"))
-    assert done.returncode == 2
-    assert str(tmp_path / "run") in done.stderr
-    assert "Traceback" not in done.stderr
+    assert command(["assay", "stories260k", "--recipe", "w8", "--out", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert str(tmp_path / "run") in said
+    assert "Traceback" not in said
 
 
 def test_too_few_honest_runs_are_refused_before_the_work():

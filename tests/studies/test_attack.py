@@ -1,6 +1,7 @@
 """The attack study on the tiny model: its rows, its rates, and that it goes on where it was stopped."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -52,7 +53,6 @@ def cell(run, attack, detector):
     return next(row for row in run["rows"] if (row["attack"], row["detector"]) == (attack, detector))
 
 
-@pytest.mark.slow
 def test_one_row_for_each_attack_and_detector(finished):
     run, folder = finished
     assert {(row["attack"], row["detector"]) for row in run["rows"]} == {
@@ -109,15 +109,21 @@ def test_honest_runs_are_accused_no_more_often_than_allowed(finished):
         assert low <= PLAN.alpha
 
 
-def test_it_goes_on_where_it_was_stopped(finished, tmp_path, monkeypatch):
-    run, folder = finished
-    (folder / "parts" / "attack-replayed.json").unlink()
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of the run's folder."""
+    return shutil.copytree(finished[1], tmp_path / "copy")
+
+
+def test_it_goes_on_where_it_was_stopped(finished, copied, monkeypatch):
+    run, _ = finished
+    (copied / "parts" / "attack-replayed.json").unlink()
     calls = []
     real = study.observe
     monkeypatch.setattr(study, "observe", lambda *a, **k: calls.append(1) or real(*a, **k))
-    again, _ = attack("stories260k", PLAN, out=folder)
+    again, _ = attack("stories260k", replace(PLAN, attacks=("replayed",)), out=copied)
     assert len(calls) == 1
-    assert again["rows"] == run["rows"]
+    assert again["rows"] == [row for row in run["rows"] if row["attack"] == "replayed"]
 
 
 def test_the_page(finished, tmp_path):
@@ -143,13 +149,16 @@ def test_refusals():
             check_plan(plan)
 
 
-def test_command_line(tmp_path, capsys):
-    few = ["--attacks", "int2", "--numerics", "same", "--sequences", "30", "--tokens", "4", "--alpha", "0.1"]
-    assert command(["attack", "stories260k", *few, "--out", str(tmp_path / "run"), "--format", "json"]) == 0
+def test_command_line(copied, capsys, monkeypatch):
+    """The words are those of the plan: what is there is not done again."""
+    monkeypatch.setattr(study, "observe", lambda *_, **__: 1 / 0)
+    few = ["--attacks", "int2", "--numerics", "same", "--out", str(copied)]
+    few += ["--sequences", "35", "--tokens", "16", "--alpha", "0.05"]
+    assert command(["attack", "stories260k", *few, "--format", "json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert {row["detector"] for row in found["rows"]} == set(DETECTORS)
-    assert (tmp_path / "run" / "report.html").exists()
-    assert command(["attack", "stories260k", *few, "--out", str(tmp_path / "run")]) == 0
+    assert (copied / "report.html").exists()
+    assert command(["attack", "stories260k", *few]) == 0
     shown = capsys.readouterr().out
     assert "100 % @" in shown
     assert "host's seconds" in shown

@@ -32,7 +32,6 @@ def finished(tmp_path_factory):
         return run_experiments(["exp2", "exp3"], PLAN, out=out), out
 
 
-@pytest.mark.slow
 def test_the_documents_files_are_there(finished):
     run, out = finished
     names = sorted(str(path.relative_to(out / "raw")) for path in (out / "raw").rglob("*.json"))

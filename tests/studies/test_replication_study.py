@@ -150,7 +150,6 @@ def test_a_plan_survives_its_file():
     assert VariantPlan.of(json.loads(json.dumps(plan.to_dict()))) == plan
 
 
-@pytest.mark.slow
 def test_figures_are_those_of_evaluate(done, stories):
     run, _ = done
     found = row(run, "offset-2", "replica")

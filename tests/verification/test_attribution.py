@@ -175,7 +175,6 @@ def test_a_library_of_other_statistics_is_refused(profile, library, tmp_path):
 # --- suspects of the tiny model
 
 
-@pytest.mark.slow
 def test_suspects_are_named_and_the_profile_is_written_with_them(suspected, tmp_path):
     assert set(suspected.library.kinds) == {HONEST, "int2", "kv4"}
     assert suspected.library.dimensions == 7
@@ -199,7 +198,6 @@ def test_a_failing_verdict_names_its_kind(model, prompts, suspected, honest):
     assert "fits best" not in str(passed[0])
 
 
-@pytest.mark.slow
 def test_a_kind_that_no_suspect_is_like_is_none_of_these(model, prompts, suspected, round_weights):
     """The same 2 bits, but with one scale a row, which is much coarser than the recipe's groups."""
     coarse = prove_many(round_weights(model, 2), prompts[60:80], max_new_tokens=TOKENS, claim=identity(model))
@@ -207,7 +205,6 @@ def test_a_kind_that_no_suspect_is_like_is_none_of_these(model, prompts, suspect
     assert named.count(NONE) >= 0.7 * len(named)
 
 
-@pytest.mark.slow
 def test_attribution_decides_nothing(honest, model, suspected):
     """The same runs with a library that calls everything INT2."""
     int2 = suspected.library.kinds["int2"]
