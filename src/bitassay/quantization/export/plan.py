@@ -138,7 +138,7 @@ def _solving_opened(sizes: Sizes, shapes: "Shapes", recipe: Recipe) -> int:
     """Return the bytes of solving a layer in fp32: the layer, the states of all samples, and the most of one
     batch with the statistics of an input, of factorising them and rounding what reads it, and of learning."""
     text, hidden = sizes.text, sizes.model.config.get_text_config().hidden_size
-    state, learns = 4 * text.samples * text.tokens * hidden, recipe.learned is not None
+    state, learned = 4 * text.samples * text.tokens * hidden, recipe.learned
     batch = min(layerwise.BATCH_SAMPLES, text.samples) * text.tokens
     passing = layerwise.memory_of(batch, hidden, shapes.widest, 0)
     steps = []
@@ -149,12 +149,12 @@ def _solving_opened(sizes: Sizes, shapes: "Shapes", recipe: Recipe) -> int:
             passing + statistics,
             HESSIANS * statistics + 4 * SOLVING_COPIES * together * rows * columns,
         ]
-    if learns:
+    if learned:
         learning = layerwise.memory_of(
-            recipe.learned.batch * text.tokens, hidden, shapes.widest, layerwise.LEARNED_STREAMS
+            learned.batch * text.tokens, hidden, shapes.widest, layerwise.LEARNED_STREAMS
         )
         steps.append(LEARNING_BYTES * shapes.layer + learning)
-    return 4 * shapes.layer + (2 if learns else 1) * state + max(*steps, state)
+    return 4 * shapes.layer + (2 if learned else 1) * state + max(*steps, state)
 
 
 class Shapes(NamedTuple):
