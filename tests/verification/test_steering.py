@@ -1,0 +1,65 @@
+"""Hosts that steer tokens or change one thing do what they say, and leave the model as it was."""
+
+import pytest
+import torch
+
+from bitassay.engines.sampling import Draw, Sampler
+from bitassay.models.walk import decoder_layers
+from bitassay.testing.architectures import tiny_architecture
+from bitassay.testing.tiny import tiny_model
+from bitassay.verification.attacks.steering import DELTA, Steered, Watermarked, rounded, turned_by
+
+LOGITS = torch.tensor([[0.0, 2.0, 1.8, -1.0], [0.0, 2.0, 1.0, -1.0]])
+DRAWS = [Draw("a", 0), Draw("b", 0)]
+
+
+def test_the_second_best_is_taken_at_near_ties_alone_and_so_many_times():
+    steered = Steered(within=0.3, times=2)
+    chosen = [steered.choose(LOGITS, [Draw(draw.nonce, index) for draw in DRAWS]) for index in range(4)]
+    assert [rows.tolist() for rows in chosen] == [[2, 1], [2, 1], [1, 1], [1, 1]]
+    assert Sampler().choose(LOGITS, DRAWS).tolist() == [1, 1]
+
+
+def test_a_watermark_moves_half_of_the_vocabulary_by_delta():
+    level = torch.zeros(1, 1000)
+    level[0, 7] = DELTA + 0.01
+    assert {int(Watermarked().choose(level, [Draw("a", index)])) for index in range(20)} == {7}
+    level[0, 7] = DELTA / 2
+    chosen = [int(Watermarked().choose(level, [Draw("a", index)])) for index in range(40)]
+    assert 10 < sum(token == 7 for token in chosen) < 30, "it wins where it is in the half that is moved"
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return tiny_model("llama")
+
+
+def test_a_rotary_base_is_larger_for_a_while(llama):
+    rotary, config = llama.model.rotary_emb, llama.config
+    before, base = rotary.inv_freq.clone(), config.rope_parameters["rope_theta"]
+    with turned_by(llama, 1.01):
+        size = 2 * len(before)
+        expected = (1.01 * base) ** -(torch.arange(0, size, 2) / size)
+        assert torch.allclose(rotary.inv_freq, expected, rtol=1e-5)
+        assert not torch.allclose(rotary.inv_freq, before, rtol=1e-5)
+    assert torch.equal(rotary.inv_freq, before)
+    with turned_by(tiny_architecture("gpt2"), 1.01):
+        pass  # it has none, and stays as it is
+
+
+def test_one_layer_is_rounded_for_a_while(llama):
+    layers = decoder_layers(llama)
+    before = [{name: value.clone() for name, value in layer.state_dict().items()} for layer in layers]
+    with rounded(layers[1]):
+        changed = [
+            any(not torch.equal(value, was[name]) for name, value in layer.state_dict().items())
+            for layer, was in zip(layers, before, strict=True)
+        ]
+        weight, was = layers[1].mlp.up_proj.weight, before[1]["mlp.up_proj.weight"]
+        assert ((weight - was).abs() <= 0.51 * was.abs().amax(1, keepdim=True) / 127).all()
+    assert changed == [index == 1 for index in range(len(layers))]
+    assert all(
+        torch.equal(value, was[name])
+        for layer, was in zip(layers, before, strict=True)
+        for name, value in layer.state_dict().items()
+    )
