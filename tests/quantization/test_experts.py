@@ -21,6 +21,7 @@ from bitassay.quantization.runtime.experts import (
     routes,
     warn_of_few,
 )
+from bitassay.quantization.runtime.kernels import MAX_ROWS
 from bitassay.quantization.runtime.linear import QuantizedLinear
 from bitassay.quantization.runtime.model import (
     bits_per_weight,
@@ -125,7 +126,7 @@ def test_a_real_mixture_follows_to_bf16():
     for layer in range(3):
         there, here = (m.model.layers[layer].mlp.experts for m in (fake, real))
         assert torch.equal(here.matrix("down_proj", 1), there.down_proj[1])
-    long = torch.arange(3, 63)[None]  # more rows than the linears' kernels take
+    long = torch.arange(3, 3 + MAX_ROWS + 1)[None]  # more rows than the linears' kernels take
     with torch.inference_mode():
         assert torch.equal(real(long).logits, fake(long).logits)
 

@@ -1,7 +1,6 @@
 """Calibrated recipes on a small trained model: each ingredient helps, an interrupted run goes on, and what
 cannot be calibrated is refused."""
 
-import copy
 import json
 import shutil
 from functools import cache
@@ -488,11 +487,6 @@ def test_what_smoothing_leaves_out_is_said():
         progress=lambda what, *_: said.append(what),
     )
     assert any(what.startswith("not smoothed: ") for what in said)
-
-
-def test_a_model_on_another_device_is_not_calibrated(base):
-    with pytest.raises(BitassayError, match="runs on the CPU, and the model is on meta"):
-        quantize(copy.deepcopy(base).to("meta"), recipe("gptq"))
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def test_cheap_decoding_with_an_honest_prefill_is_seen_by_the_tokens(model, prom
         assert "tokens-unlikely" in codes(verdict)
 
 
-def test_honest_tokens_with_states_of_another_model_are_seen_by_the_states_alone(
+def test_honest_tokens_with_states_of_another_model_are_seen_by_the_states_and_what_they_choose(
     trace, model, profile, round_weights
 ):
     cheap = round_weights(model, 3)
@@ -72,7 +72,9 @@ def test_honest_tokens_with_states_of_another_model_are_seen_by_the_states_alone
         cheap, [trace.header.prompt_ids], [trace.header.output_ids], layers=trace.header.layers
     )
     verdict = verify(Trace(trace.header, other.states), model, profile=profile)
-    assert codes(verdict) == {"states-too-far"}
+    assert codes(verdict) == {"states-too-far", "tokens-unlikely"}
+    of_tokens = [reason.sentence for reason in verdict.reasons if reason.code == "tokens-unlikely"]
+    assert all("head-margin" in sentence for sentence in of_tokens), "the verifier's own logits have no doubt"
 
 
 def test_wrong_prompt_states_alone_fail(trace, model, profile):

@@ -78,7 +78,7 @@ def test_a_host_of_today_writes_the_trace_that_it_wrote():
 
 
 def test_a_profile_is_refused_with_the_remedy(verifier):
-    with pytest.raises(BitassayError, match=r"profile\.json: a profile of version 2; this reads 3") as error:
+    with pytest.raises(BitassayError, match=r"profile\.json: a profile of version 2; this reads 4") as error:
         read_profile(FILES / "profile.json")
     assert error.value.remedy == "bitassay calibrate MODEL"
     with pytest.raises(BitassayError, match="a profile of version 2"):

@@ -225,7 +225,9 @@ def rounded_to_nearest(
             if not folder.has_tensors(part):
                 write_part(folder, part, rounded, {})
     progress(what, len(shapes), len(shapes))
-    return tensors if folder is None else KeptTensors(folder, parts, shapes)
+    if folder is None:
+        return {name: tensors[name] for name in shapes}
+    return KeptTensors(folder, parts, shapes)
 
 
 def _rotate(work: WorkingCopy, rotation: Rotation) -> None:
