@@ -5,6 +5,7 @@ import torch
 
 from bitassay.engines.decode import prefill
 from bitassay.engines.precise import higher_precision
+from bitassay.errors import BitassayError
 from bitassay.models.walk import decoder_layers
 from bitassay.testing.architectures import architectures, tiny_architecture
 from bitassay.testing.tiny import ARCHITECTURES, tiny_model
@@ -20,15 +21,13 @@ def read(model, prompts=PROMPTS, outputs=OUTPUTS, claimed=None):
 
 
 def check_own(model, prompts=PROMPTS):
-    """Going on from its own states a model computes what it has computed, and the same logits twice."""
+    """Going on from its own states a model computes what it has computed."""
     plain = read(model, prompts)
     replayed = read(model, prompts, claimed=[one.states for one in plain])
     for one, other in zip(plain, replayed, strict=True):
         assert other.states.keys() == one.states.keys()
         assert all(torch.equal(other.states[layer], one.states[layer]) for layer in one.states)
-        torch.testing.assert_close(other.logits, one.logits)  # the head has twice the rows, in one product
-        torch.testing.assert_close(other.claimed_logits, one.logits)
-        assert one.claimed_logits is None
+        assert torch.equal(other.logits, one.logits)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -39,7 +38,12 @@ def test_from_its_own_states_it_goes_on_as_before(architecture):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", architectures())
 def test_every_architecture_goes_on_as_before(name):
-    check_own(tiny_architecture(name))
+    model = tiny_architecture(name)
+    try:
+        read(model)
+    except BitassayError as error:
+        pytest.skip(f"it is not read at all: {error!r:.100}")
+    check_own(model)
 
 
 @pytest.mark.parametrize("kind", ROTARY)
@@ -73,20 +77,15 @@ def positions(count):
     return torch.arange(count)[None]
 
 
-def test_the_head_reads_both(model):
+def test_the_head_reads_what_was_claimed_of_the_last_layer(model):
     plain = read(model)
     claimed = [{4: rows.states[4].flip(-1)} for rows in plain]
     for one, other, states in zip(plain, read(model, claimed=claimed), claimed, strict=True):
-        torch.testing.assert_close(other.logits, one.logits)
+        assert torch.equal(other.states[4], one.states[4]), "what the layer itself has made"
         with torch.no_grad():
             expected = model.lm_head(model.model.norm(states[4]))[-len(one.logits) :]
-        assert torch.allclose(other.claimed_logits.float(), expected.float(), rtol=0.02, atol=0.02)
-        assert not torch.allclose(other.claimed_logits.float(), one.logits.float(), rtol=0.02, atol=0.02)
-
-
-def test_without_the_last_layer_there_are_no_claimed_logits(model):
-    claimed = [{2: one.states[2]} for one in read(model)]
-    assert {one.claimed_logits for one in read(model, claimed=claimed)} == {None}
+        assert torch.allclose(other.logits.float(), expected.float(), rtol=0.02, atol=0.02)
+        assert not torch.allclose(other.logits.float(), one.logits.float(), rtol=0.02, atol=0.02)
 
 
 def test_in_the_next_higher_precision_what_was_claimed_is_not_rounded(model):

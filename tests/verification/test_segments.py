@@ -64,7 +64,7 @@ def test_honest_tokens_follow_from_honest_states(honest, model):
 def test_a_token_that_the_states_do_not_choose_is_seen_by_itself(honest, model):
     trace = honest[0]
     comparison = compare(trace, model)
-    logits = comparison.replayed[0].claimed_logits
+    logits = comparison.replayed[0].logits
     second = logits[-1].topk(2).indices[1]  # the last token, which no later state depends on
     output = (*trace.header.output_ids[:-1], int(second))
     forged = replace(trace, header=trace.header.model_copy(update={"output_ids": output}))
@@ -78,7 +78,7 @@ def test_states_that_are_moved_to_fit_a_token_are_seen_by_their_segment(honest, 
     trace = honest[0]
     layer = trace.header.layers[-1]
     head = model.lm_head.weight.float() * model.model.norm.weight.float()
-    best, second = compare(trace, model).replayed[0].claimed_logits[-1].topk(2).indices
+    best, second = compare(trace, model).replayed[0].logits[-1].topk(2).indices
     states = {key: rows.clone() for key, rows in trace.states.items()}
     direction = head[second] - head[best]
     last = states[layer][-1].float()

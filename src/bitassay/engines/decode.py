@@ -44,11 +44,10 @@ class Generation:
 @dataclass(frozen=True)
 class Prefill:
     """One forward over prompt and output: states by layer, and the logits that would choose each output
-    token. claimed_logits: those of the states that were claimed of the last layer, in a replay."""
+    token."""
 
     states: dict[int, Float[Tensor, "positions hidden"]]
     logits: Float[Tensor, "outputs vocabulary"]
-    claimed_logits: Float[Tensor, "outputs vocabulary"] | None = None
 
 
 @torch.no_grad()
@@ -159,8 +158,8 @@ def prefill(
     by token, in one forward for all, without a cache; in several where the model cannot read them together.
 
     claimed: states of each text at all its positions, by layer, for a replay: what the model makes of them,
-    each stretch of layers on its own. The states that are returned of a layer are what it computed from the
-    claimed ones of the layer before that in `claimed`. Raises BitassayError as `generate` does.
+    each stretch of layers on its own. States of a layer, and the logits, are then what comes of the claimed
+    ones of the layer before it in `claimed`. Raises BitassayError as `generate` does.
     """
     sequences = [[*prompt, *output[:-1]] for prompt, output in zip(prompts, outputs, strict=True)]
     check_ids(model, sequences)
@@ -200,12 +199,11 @@ def _prefill_batch(
     starts = [tokens.shape[1] - len(sequence) + begin for sequence in sequences]
     with record_states(model, layers) as recorded, replay_states(model, _aligned(claimed, starts, tokens)):
         logits = model(input_ids=tokens, use_cache=False, **options, **last_logits(model, max(wanted))).logits
-    states, longest, rows = joined_states(recorded), tokens.shape[1], len(sequences)
+    states, longest = joined_states(recorded), tokens.shape[1]
     return [
         Prefill(
             _cut({layer: batch[row] for layer, batch in states.items()}, start, longest),
             logits[row, -count:],
-            logits[rows + row, -count:] if len(logits) > rows else None,
         )
         for row, (start, count) in enumerate(zip(starts, wanted, strict=True))
     ]
@@ -236,9 +234,7 @@ def _padding(mask: Int[Tensor, "batch tokens"], new: int) -> dict[str, Tensor]:
 def _joined(*parts: Prefill) -> Prefill:
     """The parts of one sequence, in order."""
     states = {layer: torch.cat([part.states[layer] for part in parts]) for layer in parts[0].states}
-    claimed = [part.claimed_logits for part in parts if part.claimed_logits is not None]
-    logits = torch.cat([part.logits for part in parts])
-    return Prefill(states, logits, torch.cat(claimed) if claimed else None)
+    return Prefill(states, torch.cat([part.logits for part in parts]))
 
 
 def _same_frequencies(model: PreTrainedModel, first: int, last: int) -> list[int]:

@@ -65,26 +65,26 @@ def record_states(
 def replay_states(
     model: PreTrainedModel, claimed: Mapping[int, tuple[Float[Tensor, "batch tokens hidden"], Tensor]]
 ) -> Iterator[None]:
-    """Let the layers behind each of `claimed` read these states instead of its own output, where the mask
-    [batch, tokens] beside them says so. Behind the last decoder layer the batch goes on twice: first with
-    the model's own states, then with the claimed ones."""
+    """Let what is behind each layer of `claimed`, further layers or the output head, read these states
+    instead of the layer's own output, where the mask [batch, tokens] beside them says so. A layer that puts
+    out anything but a state for each token is left as it is."""
     modules = decoder_layers(model)
 
-    def replace(layer: int, states: Tensor, where: Tensor):
+    def replace(states: Tensor, where: Tensor):
         def hook(_module: nn.Module, _arguments: object, output: Any) -> Any:
-            own = output if isinstance(output, Tensor) else output[0]
-            replaced = own.clone()
+            replaced = (output if isinstance(output, Tensor) else output[0]).clone()
             stream = _first_stream(replaced, where.shape)
+            if stream.shape[:2] != where.shape:
+                return output
             stream[where] = states[where].to(stream)
-            if layer == len(modules):
-                replaced = torch.cat([own, replaced], dim=1 if own.shape[:2] != where.shape else 0)
-            return replaced if isinstance(output, Tensor) else (replaced, *output[1:])
+            if isinstance(output, Tensor):
+                return replaced
+            make = type(output) if hasattr(output, "_fields") else lambda *parts: parts
+            return make(replaced, *output[1:])
 
         return hook
 
-    with hooked(
-        modules[layer - 1].register_forward_hook(replace(layer, *of)) for layer, of in claimed.items()
-    ):
+    with hooked(modules[layer - 1].register_forward_hook(replace(*of)) for layer, of in claimed.items()):
         yield
 
 

@@ -20,9 +20,7 @@ from bitassay.verification.detectors.token_noise import judged_by, largest_margi
 def check(comparison: Comparison, _: Any) -> list[Series]:
     """Return the margins in units of noise as one series by token."""
     own, precise = comparison.replayed
-    assert own.claimed_logits is not None
-    assert precise.claimed_logits is not None
-    units, _, _ = judged_by(own.claimed_logits, comparison, own.claimed_logits, precise.claimed_logits)
+    units, _, _ = judged_by(own.logits, comparison, own.logits, precise.logits)
     return [Series(tuple(units.tolist()))]
 
 
