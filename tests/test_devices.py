@@ -282,12 +282,16 @@ def test_a_checkpoint_is_written_and_reloaded(device, tmp_path, capsys):
     assert logits(load(folder, device=device.name, packed=True)).isfinite().all()
 
 
-def runs(model, device):
+UNVERIFIED = ("hrm_text", "inkling2_text", "xglm", "xlm", "xlnet")
+OTHER_SIZE = dict.fromkeys(("qwen4_exp", "qwen4_exp_text"), ("wrong-hidden-size",))  # on the CPU too
+
+
+def runs(model, device, defects=()):
     there = copy.deepcopy(model).to(device.name)
     assert distance(logits(there), logits(model)) < 1e-3
     made = generate(there, PROMPTS, max_new_tokens=3)
     assert prefill(there, PROMPTS, [one.output_ids for one in made])[0].logits.device == there.device
-    assert observed(there) == observed(model)
+    assert observed(there) == [defects, defects]
 
 
 def observed(model):
@@ -318,9 +322,6 @@ def test_all_tiny_models(name, device):
     ],
 )
 def test_all_architectures(name, device):
-    model = tiny_architecture(name)
-    try:
-        observed(model)
-    except Exception as error:
-        pytest.skip(f"not verified on the CPU either: {error!r:.100}")
-    runs(model, device)
+    if name in UNVERIFIED:
+        pytest.skip("not verified in float32 on the CPU either")
+    runs(tiny_architecture(name), device, OTHER_SIZE.get(name, ()))

@@ -5,7 +5,6 @@ import torch
 
 from bitassay.engines.decode import prefill
 from bitassay.engines.precise import higher_precision
-from bitassay.errors import BitassayError
 from bitassay.models.walk import decoder_layers
 from bitassay.testing.architectures import architectures, tiny_architecture
 from bitassay.testing.tiny import ARCHITECTURES, tiny_model
@@ -38,12 +37,9 @@ def test_from_its_own_states_it_goes_on_as_before(architecture):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", architectures())
 def test_every_architecture_goes_on_as_before(name):
-    model = tiny_architecture(name)
-    try:
-        read(model)
-    except BitassayError as error:
-        pytest.skip(f"it is not read at all: {error!r:.100}")
-    check_own(model)
+    if name in ("hrm_text", "xlm"):
+        pytest.skip("it has no one list of decoder layers, and is refused")
+    check_own(tiny_architecture(name))
 
 
 @pytest.mark.parametrize("kind", ROTARY)

@@ -4,10 +4,13 @@ import pytest
 import torch
 
 from bitassay.engines.sampling import Draw, Sampler
-from bitassay.models.walk import decoder_layers
+from bitassay.models.walk import matrices
 from bitassay.testing.architectures import tiny_architecture
 from bitassay.testing.tiny import tiny_model
-from bitassay.verification.attacks.steering import DELTA, Steered, Watermarked, rounded, turned_by
+from bitassay.verification.attacks import steering
+from bitassay.verification.attacks.attack import Setting
+from bitassay.verification.attacks.registry import ATTACKS
+from bitassay.verification.attacks.steering import DELTA, Steered, Watermarked, turned_by
 
 LOGITS = torch.tensor([[0.0, 2.0, 1.8, -1.0], [0.0, 2.0, 1.0, -1.0]])
 DRAWS = [Draw("a", 0), Draw("b", 0)]
@@ -47,19 +50,12 @@ def test_a_rotary_base_is_larger_for_a_while(llama):
         pass  # it has none, and stays as it is
 
 
-def test_one_layer_is_rounded_for_a_while(llama):
-    layers = decoder_layers(llama)
-    before = [{name: value.clone() for name, value in layer.state_dict().items()} for layer in layers]
-    with rounded(layers[1]):
-        changed = [
-            any(not torch.equal(value, was[name]) for name, value in layer.state_dict().items())
-            for layer, was in zip(layers, before, strict=True)
-        ]
-        weight, was = layers[1].mlp.up_proj.weight, before[1]["mlp.up_proj.weight"]
-        assert ((weight - was).abs() <= 0.51 * was.abs().amax(1, keepdim=True) / 127).all()
-    assert changed == [index == 1 for index in range(len(layers))]
-    assert all(
-        torch.equal(value, was[name])
-        for layer, was in zip(layers, before, strict=True)
-        for name, value in layer.state_dict().items()
-    )
+@pytest.mark.parametrize(("name", "layer"), [("int8-last-layer", 16), ("int8-middle-layer", 8)])
+def test_one_layer_alone_is_rounded(name, layer, model, honest, monkeypatch):
+    recipes = []
+    monkeypatch.setattr(steering, "quantized_weights", lambda _, recipe: recipes.append(recipe) or [])
+    ATTACKS[name].run(Setting(model, honest[:1]))
+    (recipe,) = recipes
+    changed = {matrix for matrix in matrices(model) if recipe.scheme_for(matrix)}
+    assert changed == {matrix for matrix in matrices(model) if f".layers.{layer}." in matrix}
+    assert len(changed) == 7

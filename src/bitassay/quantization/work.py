@@ -86,8 +86,8 @@ def read_part(
 
 
 class KeptTensors(Mapping[str, QuantizedTensor]):
-    """The matrices in parts of a work folder, read when they are asked for, of the last part asked for all at
-    once; shapes: of every matrix. Raises BitassayError as `read_part` does."""
+    """The matrices in parts of a work folder, in the order of `shapes`, read when they are asked for, of the
+    last part asked for all at once; shapes: of every matrix. Raises BitassayError as `read_part` does."""
 
     def __init__(self, folder: RunFolder, parts: Iterable[str], shapes: Mapping[str, tuple[int, int]]):
         self.folder, self.shapes = folder, shapes
@@ -106,7 +106,7 @@ class KeptTensors(Mapping[str, QuantizedTensor]):
         return self.last[1][name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.part_of)
+        return (name for name in dict.fromkeys((*self.shapes, *self.part_of)) if name in self.part_of)
 
     def __len__(self) -> int:
         return len(self.part_of)

@@ -458,10 +458,14 @@ def _unlike_honest_runs(score: Score, profile: Profile, alpha: float, limit: int
     parts = []
     for name, value in score.detectors.items():
         if name in BY_LAYER:
-            where = f"{score.part} positions at layer {score.layer}"
-            sentence = f"hidden states are {value:.1f} sd farther off than honest ones ({where})"
+            farthest = value == max(score.detectors.get(other, value) for other in BY_LAYER)
+            where = f", {score.part} positions at layer {score.layer}" if farthest else ""
+            sentence = f"hidden states are {value:.1f} sd farther off than honest ones ({name}{where})"
             parts.append((value, "states-too-far", sentence))
-        elif name in (HEAD, *TOKEN_DETECTORS):
+        elif name == HEAD:
+            sentence = f"the host's own last states choose other tokens ({name}: {value:.1f} sd)"
+            parts.append((value, "tokens-unlikely", sentence))
+        elif name in TOKEN_DETECTORS:
             sentence = f"this model would take other tokens ({name}: {value:.1f} sd worse than honest ones)"
             parts.append((value, "tokens-unlikely", sentence))
         else:

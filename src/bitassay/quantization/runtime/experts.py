@@ -83,13 +83,19 @@ def expert_matrix(model: PreTrainedModel, name: str) -> Float[Tensor, "_ _"]:
 
 def matrix_of(model: PreTrainedModel, name: str) -> Float[Tensor, "_ _"]:
     """Return the matrix of that name in `matrices(model)`, as the model holds it now."""
-    linear = dict(model.named_modules()).get(name)
-    return linear.get_parameter("weight").detach() if linear is not None else expert_matrix(model, name)
+    owner = owner_of(model, name)
+    if owner == name:
+        return model.get_submodule(name).get_parameter("weight").detach()
+    return expert_matrix(model, name)
 
 
 def owner_of(model: PreTrainedModel, name: str) -> str:
     """Return the full name of the module that holds the matrix of that name in `matrices(model)`."""
-    return name if name in dict(model.named_modules()) else name.rsplit(".", 2)[0]
+    try:
+        model.get_submodule(name)
+    except AttributeError:  # the slice of an expert: owner, parameter and number
+        return name.rsplit(".", 2)[0]
+    return name
 
 
 @contextmanager

@@ -18,11 +18,11 @@ from transformers import PreTrainedModel
 
 from bitassay.engines.decode import TokenIds
 from bitassay.engines.sampling import Draw, Sampler
-from bitassay.models.walk import decoder_layers
-from bitassay.quantization.codes.quantize import quantize_tensor
+from bitassay.models.walk import decoder_layers, module_name
+from bitassay.quantization.recipe.recipe import Override, Recipe
 from bitassay.quantization.recipe.weights import WeightScheme
 from bitassay.verification.attacks.attack import Setting, attack
-from bitassay.verification.attacks.hosts import answered, honest_prefill
+from bitassay.verification.attacks.hosts import answered, honest_prefill, quantized_weights
 from bitassay.verification.trace import Trace
 
 INT8 = WeightScheme(format="int8")
@@ -93,29 +93,15 @@ def prompt_token(setting: Setting) -> list[Trace]:
 @attack("int8-middle-layer", "one decoder layer, in the middle, in INT8", None)
 def one_layer(setting: Setting, index: int | None) -> list[Trace]:
     layers = decoder_layers(setting.model)
-    with rounded(layers[len(layers) // 2 if index is None else index]):
-        return answered(setting, setting.model)
+    chosen = range(len(layers))[len(layers) // 2 if index is None else index]
+    there = Override(match=f"{module_name(setting.model, layers)}.{chosen}.*", weights=INT8)
+    return quantized_weights(setting, Recipe(name="w8-layer", weights=None, overrides=(there,)))
 
 
 @attack("rope-1%", "a rotary base that is 1 % too large, where there is one", 1.01)
 def rotary_base(setting: Setting, factor: float) -> list[Trace]:
     with turned_by(setting.model, factor):
         return answered(setting, setting.model)
-
-
-@contextmanager
-def rounded(layer: torch.nn.Module) -> Iterator[None]:
-    """Round the linears of one layer to INT8, a scale for each row, within the context."""
-    weights = [module.weight for module in layer.modules() if isinstance(module, torch.nn.Linear)]
-    kept = [weight.detach().clone() for weight in weights]
-    with torch.no_grad():
-        try:
-            for weight in weights:
-                weight.copy_(quantize_tensor(weight, INT8, "weight").dequantize())
-            yield
-        finally:
-            for weight, before in zip(weights, kept, strict=True):
-                weight.copy_(before)
 
 
 @contextmanager
