@@ -4,15 +4,18 @@ import json
 import math
 import subprocess
 import sys
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from optuna.trial import TrialState
+from optuna.trial import Trial, TrialState
 
 import bitassay
 from bitassay.errors import BitassayError, MissingError
 from bitassay.evaluation.quality import score_windows, summarise
 from bitassay.quantization.recipe.recipe import Recipe, find_recipe, read_recipe
+from bitassay.record.progress import silent
 from bitassay.search import evaluator as evaluator_module
 from bitassay.search import trials as trials_module
 from bitassay.search.evaluator import Measurement, TrialEvaluator, facts, known_facts
@@ -282,13 +285,46 @@ def test_two_processes_share_the_trials_and_try_different_recipes(tmp_path):
 
 
 def test_deaths_are_counted_unless_the_user_stopped_the_trial(tmp_path):
-    study = trials_module.open_study(SearchPlan("stories260k", FREE), tmp_path)
+    plan = SearchPlan("stories260k", FREE)
+    study = trials_module.open_study(plan, tmp_path)
     for _ in range(2):
         study.ask().suggest_float("weights.scale_factor", 0.8, 1.2)
     study.set_user_attr(trials_module.STOPPED, [1])
-    assert trials_module.propose_interrupted_again(study) == 2
+    assert trials_module.propose_interrupted_again(plan, study) == 2
     waiting = study.get_trials(states=(TrialState.WAITING,))
     assert [trial.user_attrs["deaths"] for trial in waiting] == [1, 0]
+
+
+@pytest.mark.parametrize("sampler", ["grid", "tpe"])
+@pytest.mark.parametrize("drawn", [0, 1, 2, 3])
+def test_a_search_interrupted_while_it_draws_values_tries_what_it_would_have_tried(
+    sampler, drawn, tmp_path, monkeypatch
+):
+    plan = replace(SearchPlan("stories260k", SPACE), sampler=sampler)
+    evaluator = TrialEvaluator(plan, silent, False)
+    outcome = trials_module.Outcome(stopped="not measured")
+    monkeypatch.setattr(trials_module, "_tried", lambda content, *_: replace(outcome, recipe=content[0]))
+
+    def tried(study, folder):
+        trials_module.propose_interrupted_again(plan, study)
+        trials_module.run_trials(study, folder, 4, evaluator)
+        return [trial.params for trial in study.get_trials(states=trials_module.ENDED)]
+
+    def interrupted(*values, draws=iter(range(100))):
+        if next(draws) == drawn:
+            raise KeyboardInterrupt
+        return draw(*values)
+
+    draw = Trial._suggest
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    study = trials_module.open_study(plan, tmp_path / "a")
+    with monkeypatch.context() as patched, suppress(KeyboardInterrupt):
+        patched.setattr(Trial, "_suggest", interrupted)
+        tried(study, tmp_path / "a")
+    assert tried(study, tmp_path / "a") == tried(
+        trials_module.open_study(plan, tmp_path / "b"), tmp_path / "b"
+    )
 
 
 DYING = """

@@ -100,7 +100,7 @@ def search(
     with _alone(folder.path):
         study = open_study(plan, folder.path)
         propose_first(plan, study, written)
-        if again := propose_interrupted_again(study):
+        if again := propose_interrupted_again(plan, study):
             progress(f"{again} interrupted trials are proposed again")
         run_trials(study, folder.path, trials, evaluator, jobs)
         if failed := _failed(study):

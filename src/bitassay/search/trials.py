@@ -62,19 +62,24 @@ def propose_first(plan: SearchPlan, study: optuna.Study, recipes: Sequence[Recip
             study.enqueue_trial({path: label(value) for path, value in values.items()})
 
 
-def propose_interrupted_again(study: optuna.Study) -> int:
+def propose_interrupted_again(plan: SearchPlan, study: optuna.Study) -> int:
     """End the trials of a search that was killed, and propose their values first; return how many there
-    were."""
+    were. One that was killed while it drew its values is drawn anew."""
     running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
     stopped = study.user_attrs.get(STOPPED, [])
     for trial in running:
         study.tell(trial.number, state=TrialState.FAIL)
-        if not trial.params:
+        if (values := _proposed(trial)).keys() != plan.space.parameters.keys():
             continue
         ended = study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
-        deaths = sum(same.params == trial.params and same.number not in stopped for same in ended)
-        study.enqueue_trial(trial.params, user_attrs={"deaths": deaths})
+        deaths = sum(_proposed(same) == values and same.number not in stopped for same in ended)
+        study.enqueue_trial(values, user_attrs={"deaths": deaths})
     return len(running)
+
+
+def _proposed(trial: FrozenTrial) -> dict[str, Any]:
+    """Return the values that a trial was to try, which it has drawn or (optuna: fixed) was told."""
+    return trial.system_attrs.get("fixed_params", trial.params)
 
 
 def run_trials(
