@@ -158,7 +158,7 @@ def test_a_recipe_that_needs_all_layers_is_refused(tmp_path):
     written = TUNED.model_copy(update={"tune": TUNED.tune.model_copy(update={"generated": 4})})
     for recipe, why in (("w8a8", "smoothing"), (written, "tune with generated samples")):
         with pytest.raises(BitassayError, match=f"{why} needs the whole model in memory"):
-            quantize(opened, recipe, work=tmp_path / "work")
+            quantize(opened, recipe, work=tmp_path / why)
 
 
 def test_the_first_way_that_fits_is_chosen_and_a_budget_that_none_keeps_is_refused(stories):
