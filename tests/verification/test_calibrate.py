@@ -13,8 +13,6 @@ from bitassay.verification.calibrate import (
     calibrate,
     check_enough,
     chosen_detectors,
-    fit_by_length,
-    fit_lengths,
     fitting,
     scores_by_length,
     split,
@@ -22,6 +20,7 @@ from bitassay.verification.calibrate import (
 from bitassay.verification.detectors.detector import Series
 from bitassay.verification.detectors.registry import BY_LAYER, DECIDING, DETECTORS, HEAD, SEGMENTS, STATES
 from bitassay.verification.detectors.token_difr import OFFSET
+from bitassay.verification.fitting import fit, fit_by_length, fit_lengths
 from bitassay.verification.numerics import numerics
 from bitassay.verification.observe import Observation, observe
 from bitassay.verification.profile import (
@@ -37,7 +36,6 @@ from bitassay.verification.prove import prove_many
 from bitassay.verification.scores import (
     Fit,
     Statistic,
-    fit,
     guaranteed_p_value,
     runs_needed,
     standardise,
