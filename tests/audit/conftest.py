@@ -5,12 +5,14 @@ import socket
 import threading
 import time
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import httpx2
 import pytest
 import torch
 import uvicorn
 
+from bitassay import cli
 from bitassay.audit.answering import Served, default_context
 from bitassay.audit.server import Limits, make_app
 from bitassay.audit.store import Store
@@ -75,6 +77,19 @@ def served(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("served")
     with serving(model, folder, Limits(together=4, waiting=64)) as (url, _):
         yield url, folder
+
+
+@pytest.fixture
+def bitassay_command(capsys):
+    """Call `bitassay` with the words of a command line."""
+
+    def call(*words):
+        capsys.readouterr()
+        status = cli.run(list(words))
+        said = capsys.readouterr()
+        return SimpleNamespace(status=status, out=said.out, err=said.err)
+
+    return call
 
 
 @pytest.fixture(scope="package")
