@@ -263,6 +263,6 @@ def test_it_is_nearer_to_the_exact_model():
 def test_a_model_that_does_not_compute_in_that_precision_says_so_and_stays_as_it_was(kind):
     model = tiny_architecture(kind)
     before = held(model)
-    with pytest.raises(BitassayError, match="does not compute in float64.*float32"), higher_precision(model):
+    with pytest.raises(BitassayError, match=r"does not compute in float64.*float32"), higher_precision(model):
         read(model)
     assert held(model) == before
