@@ -106,10 +106,13 @@ def fresh_logits(folders, ids, tmp_path) -> list[torch.Tensor]:
 @pytest.mark.parametrize(("format", "granularity", "symmetric"), EXPRESSIBLE)
 def test_round_trip_is_exact(tiny, tmp_path, format, granularity, symmetric):
     quantized = quantize(tiny, recipe(format=format, granularity=granularity, symmetric=symmetric))
-    save(quantized, tmp_path / "out")
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    save(quantized, tmp_path / "plain", layout="compressed-tensors")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
     assert plain.dtype == torch.float32
     assert torch.equal(logits(plain), logits(quantized))
+    card = save(quantized, tmp_path / "out")
+    engines = not symmetric and granularity in ("channel", "g32")
+    assert card.layout == ("vllm" if engines else "compressed-tensors")
     half = load(tmp_path / "out", dtype=torch.bfloat16)
     for name, tensor in quantized.quantization.tensors.items():
         expected = tensor.dequantize()
@@ -130,7 +133,7 @@ def test_architectures(tmp_path, architecture):
         else []
     )
     quantized = quantize(base, recipe(experts, format="int4", granularity="g32", symmetric=False))
-    save(quantized, tmp_path / "out")
+    save(quantized, tmp_path / "out", layout="compressed-tensors")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     # Not to the bit: the sum over experts may be taken in another order.
     torch.testing.assert_close(logits(plain), logits(quantized), rtol=0, atol=1e-6)
@@ -150,7 +153,7 @@ def test_fresh_process(stories, saved, tmp_path):
 def test_sixteen_bits_are_exact_where_the_scales_have_the_models_dtype(tiny, tmp_path, dtype):
     base = tiny_model("llama", num_hidden_layers=1, tie_word_embeddings=True).to(getattr(torch, dtype))
     quantized = quantize(base, recipe(format="int3", granularity="g32", symmetric=False, scale_dtype=dtype))
-    save(quantized, tmp_path / "out")
+    save(quantized, tmp_path / "out", layout="compressed-tensors")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert plain.dtype == base.dtype
     logits(plain)  # decodes the weights
@@ -180,7 +183,7 @@ def test_overrides_become_groups_and_ignored_modules(tmp_path):
         {"match": "*.o_proj", "weights": {"format": "int8", "granularity": "channel", "symmetric": False}},
     ]
     quantized = quantize(base, recipe(overrides, format="int2", granularity="g32", symmetric=False))
-    save(quantized, tmp_path / "out")
+    save(quantized, tmp_path / "out", layout="compressed-tensors")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(logits(plain), logits(quantized))
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
@@ -217,6 +220,10 @@ def test_standard_layouts_where_there_is_one():
     assert args(format="fp8_e4m3", granularity="tensor").strategy == "tensor"
     assert args(format="int4", granularity="g32", symmetric=False).block_structure == [1, 32]
     assert args(format="int4", granularity="g64").block_structure == [1, 64]
+    whole = WeightScheme(format="int4", granularity="g32", symmetric=False)
+    assert weight_args(whole, (96, 160), grouped=True).group_size == 32
+    assert weight_args(whole, (96, 24), grouped=True).strategy == "channel"
+    assert weight_args(whole.with_granularity("g64"), (96, 160), grouped=True).block_structure == [1, 64]
 
 
 def test_a_registered_layout_is_written_and_read(stories, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """A search on a tiny model: samplers, limits, resuming, several processes, and what comes out."""
 
+import itertools
 import json
 import math
 import subprocess
@@ -310,7 +311,9 @@ def test_a_search_interrupted_while_it_draws_values_tries_what_it_would_have_tri
         trials_module.run_trials(study, folder, 4, evaluator)
         return [trial.params for trial in study.get_trials(states=trials_module.ENDED)]
 
-    def interrupted(*values, draws=iter(range(100))):
+    draws = itertools.count()
+
+    def interrupted(*values):
         if next(draws) == drawn:
             raise KeyboardInterrupt
         return draw(*values)

@@ -8,8 +8,9 @@ import torch
 
 from bitassay.studies.attacks.evaluation import evaluated, refused_at_published_limits
 from bitassay.verification.detectors.detector import Series
+from bitassay.verification.fitting import fit
 from bitassay.verification.observe import Observation, observe
-from bitassay.verification.scores import Statistic, fit, statistics
+from bitassay.verification.scores import Statistic, statistics
 from bitassay.verification.scores import score as scored
 from bitassay.verification.structure import Request
 

@@ -5,12 +5,11 @@ import torch
 
 from bitassay.engines.sampling import Draw, Sampler
 from bitassay.models.walk import matrices
-from bitassay.testing.architectures import tiny_architecture
 from bitassay.testing.tiny import tiny_model
 from bitassay.verification.attacks import steering
 from bitassay.verification.attacks.attack import Setting
 from bitassay.verification.attacks.registry import ATTACKS
-from bitassay.verification.attacks.steering import DELTA, Steered, Watermarked, turned_by
+from bitassay.verification.attacks.steering import DELTA, Steered, Watermarked
 
 LOGITS = torch.tensor([[0.0, 2.0, 1.8, -1.0], [0.0, 2.0, 1.0, -1.0]])
 DRAWS = [Draw("a", 0), Draw("b", 0)]
@@ -35,19 +34,6 @@ def test_a_watermark_moves_half_of_the_vocabulary_by_delta():
 @pytest.fixture(scope="module")
 def llama():
     return tiny_model("llama")
-
-
-def test_a_rotary_base_is_larger_for_a_while(llama):
-    rotary, config = llama.model.rotary_emb, llama.config
-    before, base = rotary.inv_freq.clone(), config.rope_parameters["rope_theta"]
-    with turned_by(llama, 1.01):
-        size = 2 * len(before)
-        expected = (1.01 * base) ** -(torch.arange(0, size, 2) / size)
-        assert torch.allclose(rotary.inv_freq, expected, rtol=1e-5)
-        assert not torch.allclose(rotary.inv_freq, before, rtol=1e-5)
-    assert torch.equal(rotary.inv_freq, before)
-    with turned_by(tiny_architecture("gpt2"), 1.01):
-        pass  # it has none, and stays as it is
 
 
 @pytest.mark.parametrize(("name", "layer"), [("int8-last-layer", 16), ("int8-middle-layer", 8)])

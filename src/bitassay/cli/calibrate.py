@@ -98,7 +98,7 @@ def calibrate(
             trust_remote_code=verifier.trust_remote_code,
         )
         return optimise(study, plan, 0.05 if alpha is None else alpha, out or Path("data"), output)
-    from bitassay.data.corpora import read_prompts
+    from bitassay.data.corpora import prompts_by_domain, read_prompts
     from bitassay.verification.calibrate import calibrate, check_plan, chosen_attacks, chosen_detectors
     from bitassay.verification.profile import ALPHA, signed, write_profile
     from bitassay.verification.receipts.keys import private_key, read_key
@@ -133,6 +133,7 @@ def calibrate(
             suspects=suspects or (),
             detectors=detectors or (),
             suspect_runs=suspect_runs,
+            domains=prompts_by_domain(),
             progress=progress,
         )
     if key is not None:
@@ -148,6 +149,8 @@ def calibrate(
         "n_held_out": profile.held_out.n,
         "false_positive_rate": profile.held_out.false_positive_rate,
         "false_positive_interval": list(profile.held_out.interval),
+        "unseen_domains_rate": profile.left_out and profile.left_out.false_positive_rate,
+        "unseen_domains_interval": profile.left_out and list(profile.left_out.interval),
         "tokens": [position + 1 for position in profile.generated_positions],
         "expires": profile.expires.isoformat(),
     }
@@ -171,6 +174,8 @@ COLUMNS = (
     Column("n_held_out", "held out"),
     Column("false_positive_rate", "refused", percent(1)),
     Column("false_positive_interval", "95 % interval", interval(percent(1))),
+    Column("unseen_domains_rate", "refused of\nunseen domains", percent(1)),
+    Column("unseen_domains_interval", "95 % interval", interval(percent(1))),
     Column("tokens", "output tokens", lambda pair: f"{pair[0]}-{pair[1]}"),
     Column("expires", "expires", lambda text: text[:10]),
     Column("profile", "profile", align="left"),

@@ -51,15 +51,17 @@ def quantize(
 ) -> int:
     """Quantize MODEL by a recipe and save it as a folder, as a GGUF file for llama.cpp, or as both.
 
-    Plain transformers loads the folder where the compressed-tensors format is exact, otherwise only bitassay
-    does. Run again, the same command checks what is finished and does the rest: a calibrated recipe continues
-    after the last finished layer.
+    vLLM loads the folder where the compressed-tensors format is exact, and plain transformers where there are
+    no zero points or --layout compressed-tensors asks for it; otherwise only bitassay does. Run again,
+    the same command checks what is finished and does the rest: a calibrated recipe continues after the last
+    finished layer.
 
     Args:
         out: The folder to write. It must be new or empty.
         gguf: The file to write for llama.cpp. It must be new.
-        layout: How the folder stores codes: compressed-tensors, bitassay or the layout of a plug-in (default:
-            compressed-tensors where that is exact, otherwise bitassay).
+        layout: How the folder stores codes: vllm (compressed-tensors with packed zero points),
+            compressed-tensors (for plain transformers), bitassay or the layout of a plug-in (default: vllm
+            where that is exact and there are zero points, else compressed-tensors, otherwise bitassay).
         work: Where a calibrated recipe keeps its finished layers and its result (default: in the cache, where
             other commands find the result too).
         check: Load the written files, with plain transformers where it can, and compare the logits.

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compressed_tensors.compressors import decompress_module
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -25,6 +24,7 @@ from bitassay.models.config import read_config
 from bitassay.models.identity import Identity, attach, vocabularies
 from bitassay.models.opened import is_opened, open_plain
 from bitassay.models.options import AUTO, LoadOptions, attention_of
+from bitassay.models.packed_codes import decode, read_packed, without_order
 from bitassay.models.positions import forget_lengths
 from bitassay.models.source import Source
 from bitassay.models.transposed import as_linears
@@ -103,6 +103,8 @@ def read_plain(folder: Path, config: PretrainedConfig, options: LoadOptions) -> 
     settings = quantization if isinstance(quantization, dict) else quantization.to_dict()
     check_quantization(settings, folder)
     compressed = settings.get("quant_method") == "compressed-tensors"
+    if compressed:
+        config.quantization_config = without_order(settings)
     model, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
         folder,
         config=config,
@@ -113,9 +115,10 @@ def read_plain(folder: Path, config: PretrainedConfig, options: LoadOptions) -> 
         ignore_mismatched_sizes=True,  # reported below, with names
         output_loading_info=True,
     )
+    orders = read_packed(model, report, folder) if compressed else {}
     check_keys(report, folder)
     if compressed:
-        make_dense(model, options.dtype, folder)
+        make_dense(model, options.dtype, folder, orders)
     as_linears(model)
     return model
 
@@ -137,11 +140,14 @@ def check_quantization(settings: dict[str, Any], folder: Path) -> None:
         )
 
 
-def make_dense(model: PreTrainedModel, dtype: torch.dtype, folder: Path) -> None:
+def make_dense(
+    model: PreTrainedModel, dtype: torch.dtype, folder: Path, orders: dict[str, torch.Tensor]
+) -> None:
     """Decode a compressed-tensors model that was loaded in fp32 into plain weights of `dtype`, as `quantize`
-    makes them; linears whose inputs are rounded keep the library's forward, which rounds them. Raises
-    BitassayError where it also quantizes the outputs of a linear, which would silently be left out, and where
-    a stored shape is not the module's."""
+    makes them; linears whose inputs are rounded keep the library's forward, which rounds them. orders: how
+    columns are sorted by their groups, of linears that have an order. Raises BitassayError where it also
+    quantizes the outputs of a linear, which would silently be left out, and where a stored shape is not
+    the module's."""
     for name, module in model.named_modules():
         if (scheme := getattr(module, "quantization_scheme", None)) is not None:
             if scheme.output_activations is not None:
@@ -155,7 +161,8 @@ def make_dense(model: PreTrainedModel, dtype: torch.dtype, folder: Path) -> None
                 if stored.tolist() != shape:
                     why = f"{name}.weight_shape says {stored.tolist()}, config.json {shape}"
                     raise BitassayError(f"{folder}: {why}", AGAIN)
-            decompress_module(module, leave_decompressed=scheme.input_activations is not None)
+            rounds_inputs = scheme.input_activations is not None
+            decode(module, orders.get(name), leave_decompressed=rounds_inputs)
         for parameter in module.parameters(recurse=False):
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(dtype)

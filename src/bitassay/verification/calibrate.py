@@ -28,20 +28,20 @@ from bitassay.verification.attacks.registry import ATTACKS
 from bitassay.verification.attribution import HONEST, Library, fit_library
 from bitassay.verification.detectors.excess_distance import ROUNDING
 from bitassay.verification.detectors.registry import DECIDING, DETECTORS, STATES
+from bitassay.verification.fitting import MIN_FIT, fit_by_length
+from bitassay.verification.left_out import refused
 from bitassay.verification.numerics import numerics
 from bitassay.verification.observe import Observation, observe
 from bitassay.verification.profile import ALPHA, HeldOut, Profile, library_statistics, unlike
 from bitassay.verification.prove import BATCH, prove_many
-from bitassay.verification.scores import Fit, Guarantee, fit, runs_needed, score, statistics
+from bitassay.verification.scores import Fit, Fits, Guarantee, runs_needed, score, statistics
 from bitassay.verification.structure import Request
 from bitassay.verification.submissions import Submission
 from bitassay.verification.trace import ModelClaim, Sampling, Trace
 
 MIN_POSITIONS = 8
-MIN_FIT = 8
 SUSPECT_RUNS = 48
 CHUNK = 4 * BATCH  # traces that exist at a time; prompts are batched by length within it
-Fits = Mapping[str, tuple[Fit, ...]]
 
 
 def calibrate(
@@ -60,6 +60,7 @@ def calibrate(
     suspects: Sequence[str] = (),
     suspect_runs: int = SUSPECT_RUNS,
     detectors: Sequence[str] = (),
+    domains: Mapping[str, Sequence[str]] | None = None,
     progress: Progress = silent,
 ) -> Profile:
     """Return a profile from one honest run of `prover_model` for each prompt, checked by `verifier_model`
@@ -69,8 +70,10 @@ def calibrate(
     suspects: attacks that verdicts are to name, each run on `suspect_runs` of the prompts. detectors: those
     that decide besides those of `DECIDING`. guarantee: "conditional", the rate of false positives of this
     profile is at most alpha with a confidence of 95 %; or "average", over all profiles it is (`scores.py`),
-    which needs a third of the runs. Raises BitassayError where the two are not the same model, or where too
-    few runs are left for `alpha` or of a suspect; it says how many are needed.
+    which needs a third of the runs. domains: texts of prompts by domain, of
+    which each is left out once, to measure how many runs of unseen domains are refused. Raises BitassayError
+    where the two are not the same model, or where too few runs are left for `alpha` or of a suspect; it says
+    how many are needed.
     """
     claim = ModelClaim.of(identity(verifier_model))
     if not ModelClaim.of(identity(prover_model)).is_same_model(claim):
@@ -96,20 +99,28 @@ def calibrate(
             batch_size=batch_size,
         )
 
+    def observed(submissions: Sequence[Submission]) -> list[Observation]:
+        return observe(submissions, verifier_model, [Request()] * len(submissions), names)
+
     def long_enough(submissions: Sequence[Submission]) -> list[Observation]:
-        observed = observe(submissions, verifier_model, [Request()] * len(submissions), names)
-        return [run for run in observed if run.positions >= min_positions]
+        return [run for run in observed(submissions) if run.positions >= min_positions]
 
     suspected = suspect_runs_of(
         attacks, Setting(prover_model, [], batch_size), shuffled[:suspect_runs], answer, long_enough, progress
     )
+    domain_of = {
+        encode_prompt(verifier_model, text): name for name, texts in (domains or {}).items() for text in texts
+    }
     honest: list[Observation] = []
+    by_domain: dict[str, list[Observation]] = {}
     for start in range(0, len(shuffled), CHUNK):
         progress("honest runs", start, len(shuffled))
         chunk = shuffled[start : start + CHUNK]
-        honest += long_enough(
-            answer(chunk, [f"calibrate-{index}" for index in range(start, start + len(chunk))])
-        )
+        nonces = [f"calibrate-{index}" for index in range(start, start + len(chunk))]
+        for ids, run in zip(chunk, observed(answer(chunk, nonces)), strict=True):
+            if run.positions >= min_positions:
+                honest.append(run)
+                by_domain.setdefault(domain_of.get(ids, ""), []).append(run)
     progress("honest runs", len(shuffled), len(shuffled))
     of_which = f" with {min_positions} or more generated positions, of {len(prompts)} prompts"
     check_enough(len(honest), alpha, guarantee, of_which)
@@ -117,6 +128,9 @@ def calibrate(
     fits = dict(fit_by_length(fitted, names, min_positions))
     control = fits.pop(ROUNDING.name)
     created = datetime.now(UTC).replace(microsecond=0)
+    refusals = refused(
+        by_domain, by_domain, list(fits), shortest=min_positions, alpha=alpha, guarantee=guarantee, seed=seed
+    )
     profile = Profile(
         model=claim,
         prover=numerics(prover_model),
@@ -131,6 +145,9 @@ def calibrate(
             for run in conformal
         ),
         held_out=HeldOut.of(0, len(held_out)),
+        left_out=HeldOut.of(sum(refusals.values()), sum(len(by_domain[name]) for name in refusals))
+        if refusals
+        else None,
         alpha=alpha,
         guarantee=guarantee,
         generated_positions=(min_positions, max(min_positions, max_new_tokens - 1)),
@@ -146,23 +163,6 @@ def split(runs: Sequence[Observation]) -> tuple[list[Observation], list[Observat
     """Return fit (a fifth), conformal (three fifths) and held-out (a fifth) parts, in the order given."""
     fifth = max(len(runs) // 5, MIN_FIT)
     return list(runs[:fifth]), list(runs[fifth:-fifth]), list(runs[-fifth:])
-
-
-def fit_by_length(runs: Sequence[Observation], detectors: Sequence[str], shortest: int) -> Fits:
-    """Return the fits of all series over the runs cut at several lengths."""
-    lengths = fit_lengths([run.positions for run in runs], shortest)
-    cut = {
-        n: [statistics(run, detectors, n, n + 1) or [] for run in runs if run.positions >= n] for n in lengths
-    }
-    return fit(cut)
-
-
-def fit_lengths(reached: Sequence[int], shortest: int) -> list[int]:
-    """Return `shortest`, then lengths a factor of sqrt(2) apart up to what at least MIN_FIT of the runs have
-    `reached`."""
-    longest = sorted(reached)[-MIN_FIT]
-    steps = math.ceil(2 * math.log2(longest / shortest))
-    return sorted({*(round(shortest * 2 ** (step / 2)) for step in range(steps)), longest})
 
 
 def scores_by_length(run: Observation, fits: Fits, shortest: int) -> tuple[float, ...]:
@@ -246,7 +246,7 @@ def suspects_library(
     fitted: Sequence[Observation],
     held_out: Sequence[Observation],
     suspects: Mapping[str, Sequence[Observation]],
-    fits: Fits,
+    fits: Mapping[str, tuple[Fit, ...]],
     alpha: float,
 ) -> Library:
     """Return a library of honest runs (those of the fit, and those held out) and of suspects, every other one

@@ -43,8 +43,8 @@ from bitassay.verification.scores import (
     Fit,
     Guarantee,
     Statistic,
-    guaranteed_p_value,
     p_value,
+    refusal,
     standardise,
     statistics,
 )
@@ -133,7 +133,8 @@ class Profile(BaseModel):
     """layers: those sampled. detectors: the fits of all that decide, one a series. control: those of the
     control, by layer. scores: of each honest run, cut to as many positions as `generated_positions` begins
     with, one more, and so on up to all that the run has. unlike: of the same runs in the same way, how
-    unusual the noise of the text is. library: what suspects look like, which names and never decides. Dates
+    unusual the noise of the text is. left_out: honest runs of domains of text, each judged by the runs of all
+    other domains (`left_out.py`). library: what suspects look like, which names and never decides. Dates
     are in UTC."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -149,6 +150,7 @@ class Profile(BaseModel):
     scores: tuple[ByLength, ...] = Field(min_length=1, max_length=10**6)
     unlike: tuple[ByLength, ...] = Field(min_length=1, max_length=10**6)
     held_out: HeldOut
+    left_out: HeldOut | None = None
     alpha: float = Field(gt=0, lt=1)
     guarantee: Guarantee = "conditional"
     generated_positions: tuple[int, int]
@@ -225,8 +227,7 @@ class Profile(BaseModel):
 
     def refusal(self, score: float, limit: int) -> float:
         """Return the smallest alpha at which such a run is refused, by this profile's guarantee."""
-        honest = self.honest_scores(limit)
-        return p_value(score, honest) if self.guarantee == "average" else guaranteed_p_value(score, honest)
+        return refusal(score, self.honest_scores(limit), self.guarantee)
 
     def unlike_p_value(self, observation: Observation, limit: int) -> float:
         """Return the share of calibration texts, and of this one, whose rounding noise is as unusual or more;

@@ -123,28 +123,6 @@ def statistics(
     return computed
 
 
-def fit(honest: Mapping[int, Sequence[Sequence[Statistic]]]) -> dict[str, tuple[Fit, ...]]:
-    """Return the fits of all series. honest: by length, the statistics of runs cut there."""
-    lengths = tuple(honest)
-    values: dict[tuple[str, int], list[list[float]]] = {}
-    for position, runs in enumerate(honest.values()):
-        for run in runs:
-            for detector, series, part, value in run:
-                if part == "generated":
-                    by_length = values.setdefault((detector, series), [[] for _ in lengths])
-                    by_length[position].append(value)
-    fits: dict[str, tuple[Fit, ...]] = {}
-    for (detector, _), by_length in values.items():
-        smallest = DETECTORS[detector].smallest_sd
-        curve = Fit(
-            lengths=lengths,
-            mean=tuple(float(np.mean(several)) for several in by_length),
-            sd=tuple(max(float(np.std(several, ddof=1)), smallest) for several in by_length),
-        )
-        fits[detector] = (*fits.get(detector, ()), curve)
-    return fits
-
-
 def standardise(computed: Sequence[Statistic], fits: Fits, n: int) -> list[Statistic]:
     """Return each statistic as z, for a run of `n` generated positions."""
     return [
@@ -172,6 +150,11 @@ def guaranteed_p_value(value: float, honest: Sequence[float], confidence: float 
     runs with a probability of at most 1 - `confidence`, over calibrations."""
     worse = sum(other >= value for other in honest)
     return float(stats.beta.ppf(confidence, worse + 1, len(honest) - worse)) if worse < len(honest) else 1.0
+
+
+def refusal(value: float, honest: Sequence[float], guarantee: Guarantee) -> float:
+    """Return the smallest alpha at which a run of this score is refused."""
+    return (p_value if guarantee == "average" else guaranteed_p_value)(value, honest)
 
 
 def checked_alpha(alpha: float) -> float:

@@ -11,11 +11,14 @@ scale. It decodes `(q - z) * s` in the dtype it was loaded in, so in fp32 the we
                 int8, symmetric, where inputs are rounded too
                           `int-quantized`: torch.int8, which is what engines multiply as it is
     granularity tensor -> `tensor`, channel -> `channel`, groups that divide the row -> `group`;
-                with zero points, or a shorter last group -> `block` of one row and that many columns
+                a shorter last group -> `block` of one row and that many columns
+    zero points of groups and channels: b bits each, packed down the rows, as other tools write them and
+                engines read them. For plain transformers they are int8 beside a `block`, one byte a group:
+                compressed-tensors 0.20 expects packed ones unpacked when it prepares the model and packed
+                when it decodes, so that transformers cannot load them. Both decode the same.
 
-The detour over `block` is there because transformers cannot load packed zero points of `group` and `channel`:
-compressed-tensors 0.20 expects them unpacked when it prepares the model and packed when it decodes. Blocks
-keep them as int8, one byte a group, and decode the same.
+So there are two layouts: `vllm` (`grouped` below) and `compressed-tensors`, for plain transformers. They are
+the same where no matrix has zero points.
 
 Rounded inputs are said by bits, sign and whether each token has its own scale; one scale for all lies beside
 the codes (`input_scale`, `input_zero_point`). How a token's scale is found the format does not say: from
@@ -27,6 +30,8 @@ What the format cannot say exactly has an `obstacle`, and goes into the layout o
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +48,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError
+from bitassay.models.walk import matrices as model_matrices
 from bitassay.models.walk import walk
 from bitassay.quantization.codes.storage import Expected, Stored, description
 from bitassay.quantization.codes.tensor import QuantizedTensor, from_codes
@@ -110,6 +116,24 @@ def folder_obstacle(
     return plain_load.obstacle(model, matrices)
 
 
+def grouped_obstacle(
+    model: PreTrainedModel, recipe: Recipe, matrices: Mapping[str, Stored], asked: bool
+) -> str | None:
+    """Return the first thing that a folder for vLLM cannot hold exactly, or vLLM has no kernels for."""
+    if why := folder_obstacle(model, recipe, matrices, asked):
+        return why
+    for name, view in model_matrices(plain_load.without_weights(model)).items():
+        stored = matrices.get(name)
+        if stored is None or _format(stored) != "pack-quantized":
+            continue
+        size, columns = Granularity.parse(stored.scheme.granularity).group_size, view.shape[1]
+        if stored.scheme.granularity == "tensor":
+            return f"{name}: vLLM reads packed integers by channels or groups, not with one scale for all"
+        if size is not None and size < columns and columns % size:
+            return f"{name}: groups of {size} do not divide its {columns} columns, which vLLM needs"
+    return None
+
+
 def with_inputs(stored: Stored, inputs: InputScheme | InputRounding | None) -> Stored:
     """Return how a matrix is stored here whose inputs are rounded by `inputs`; None: they are not."""
     if inputs is None:
@@ -146,8 +170,9 @@ def _as_bytes(stored: Stored) -> bool:
     return stored.inputs is not None and stored.scheme.format == "int8" and stored.scheme.symmetric
 
 
-def weight_args(scheme: WeightScheme, shape: tuple[int, int]) -> QuantizationArgs:
-    """Return how the library describes a matrix of `shape` quantized by `scheme`, which has no `obstacle`."""
+def weight_args(scheme: WeightScheme, shape: tuple[int, int], grouped: bool = False) -> QuantizationArgs:
+    """Return how the library describes a matrix of `shape` quantized by `scheme`, which has no `obstacle`.
+    grouped: with packed zero points wherever groups or channels say it."""
     fmt, granularity = FORMATS[scheme.format], Granularity.parse(scheme.granularity)
     common = {
         "num_bits": 2 if fmt.kind == "ternary" else int(fmt.bits),
@@ -157,17 +182,23 @@ def weight_args(scheme: WeightScheme, shape: tuple[int, int]) -> QuantizationArg
     columns, size = shape[1], granularity.group_size
     if granularity.name == "tensor":
         return QuantizationArgs(strategy="tensor", **common)  # type: ignore[arg-type]
-    if scheme.symmetric and size is None:
+    if grouped and size is not None and size >= columns:
+        size = None
+    if (scheme.symmetric or grouped) and size is None:
         return QuantizationArgs(strategy="channel", **common)  # type: ignore[arg-type]
-    if scheme.symmetric and size is not None and columns % size == 0:
+    if (scheme.symmetric or grouped) and size is not None and columns % size == 0:
         return QuantizationArgs(strategy="group", group_size=size, **common)  # type: ignore[arg-type]
     return QuantizationArgs(strategy="block", block_structure=[1, min(size or columns, columns)], **common)  # type: ignore[arg-type]
 
 
-def expected_tensors(stored: Stored, shape: tuple[int, int]) -> Expected:
+def _packs_zero_points(args: QuantizationArgs) -> bool:
+    return not args.symmetric and args.strategy in ("group", "channel")
+
+
+def expected_tensors(stored: Stored, shape: tuple[int, int], grouped: bool = False) -> Expected:
     """Return dtype and shape of what is kept of a matrix `[out, in]`, by the library's names."""
     scheme = stored.scheme
-    args = weight_args(scheme, shape)
+    args = weight_args(scheme, shape, grouped)
     grid = (1,) if args.strategy == "tensor" else Granularity.parse(scheme.granularity).scale_shape(*shape)
     expected: Expected = {"weight_scale": (getattr(torch, scheme.scale_dtype), grid)}
     if stored.inputs in ("static", "static-asymmetric"):
@@ -180,14 +211,18 @@ def expected_tensors(stored: Stored, shape: tuple[int, int]) -> Expected:
         return expected | {"weight": (torch.int8, shape)}
     expected["weight_packed"] = (torch.int32, (shape[0], math.ceil(shape[1] * args.num_bits / 32)))
     expected["weight_shape"] = (torch.int64, (2,))
-    if not args.symmetric:
+    if _packs_zero_points(args):
+        expected["weight_zero_point"] = (torch.int32, (math.ceil(grid[0] * args.num_bits / 32), grid[1]))
+    elif not args.symmetric:
         expected["weight_zero_point"] = (torch.int8, grid)
     return expected
 
 
-def stored_tensors(tensor: QuantizedTensor, inputs: InputRounding | None = None) -> dict[str, Tensor]:
+def stored_tensors(
+    tensor: QuantizedTensor, inputs: InputRounding | None = None, grouped: bool = False
+) -> dict[str, Tensor]:
     """Return the tensors of a matrix and of how its inputs are rounded, under the library's names."""
-    args = weight_args(tensor.scheme, tensor.shape)
+    args = weight_args(tensor.scheme, tensor.shape, grouped)
     scale = tensor.scale.reshape(1) if args.strategy == "tensor" else tensor.scale
     stored = {"weight_scale": scale.contiguous(), **input_tensors(inputs)}
     if args.type == "float":
@@ -198,14 +233,18 @@ def stored_tensors(tensor: QuantizedTensor, inputs: InputRounding | None = None)
     stored["weight_packed"] = pack_to_int32((tensor.codes() - shift).to(torch.int8), args.num_bits)
     stored["weight_shape"] = torch.tensor(tensor.shape)
     if zero_points is not None:
-        stored["weight_zero_point"] = (zero_points - shift).to(torch.int8).reshape(scale.shape)
+        whole = (zero_points - shift).to(torch.int8).reshape(scale.shape)
+        packs = _packs_zero_points(args)
+        stored["weight_zero_point"] = pack_to_int32(whole, args.num_bits, packed_dim=0) if packs else whole
     return stored
 
 
-def read_tensor(parts: dict[str, Tensor], stored: Stored, shape: tuple[int, int]) -> QuantizedTensor:
+def read_tensor(
+    parts: dict[str, Tensor], stored: Stored, shape: tuple[int, int], grouped: bool = False
+) -> QuantizedTensor:
     """Invert `stored_tensors`, for `expected_tensors`. Raises BitassayError for what no writer makes."""
     scheme = stored.scheme
-    args, fmt = weight_args(scheme, shape), FORMATS[scheme.format]
+    args, fmt = weight_args(scheme, shape, grouped), FORMATS[scheme.format]
     scale = parts["weight_scale"].float().view(Granularity.parse(scheme.granularity).scale_shape(*shape))
     if "weight" in parts:
         return from_codes(parts["weight"].float(), scale, scheme)
@@ -217,7 +256,10 @@ def read_tensor(parts: dict[str, Tensor], stored: Stored, shape: tuple[int, int]
     if codes.min() < lowest or codes.max() > highest:
         raise BitassayError(f"weight_packed holds codes beyond {lowest} ... {highest}")
     if not args.symmetric:
-        zero_point = parts["weight_zero_point"].float().view(scale.shape) + shift
+        zero_point = parts["weight_zero_point"]
+        if _packs_zero_points(args):
+            zero_point = unpack_from_int32(zero_point, args.num_bits, scale.shape, packed_dim=0)
+        zero_point = zero_point.float().reshape(scale.shape) + shift
         if zero_point.min() < lowest or zero_point.max() > highest:
             raise BitassayError(f"weight_zero_point holds values beyond {lowest} ... {highest}")
     return from_codes(codes, scale, scheme, zero_point=zero_point)
@@ -228,7 +270,9 @@ def _shift(args: QuantizationArgs) -> int:
     return 0 if args.symmetric else 2 ** (args.num_bits - 1)
 
 
-def quantization_config(model: PreTrainedModel, quantization: Quantization) -> QuantizationConfig:
+def quantization_config(
+    model: PreTrainedModel, quantization: Quantization, grouped: bool = False
+) -> QuantizationConfig:
     """Return the library's configuration: a group for each distinct description, of which the commonest
     targets every Linear and the others name theirs; experts have their own; the rest is ignored. Raises
     BitassayError that names a matrix with an obstacle."""
@@ -247,7 +291,7 @@ def quantization_config(model: PreTrainedModel, quantization: Quantization) -> Q
             )
         inputs = quantization.inputs.get(name)
         said = {
-            "weights": weight_args(tensor.scheme, tensor.shape),
+            "weights": weight_args(tensor.scheme, tensor.shape, grouped),
             "input_activations": None if inputs is None else input_args(inputs),
             "format": _format(with_inputs(description(tensor), inputs)),
         }
@@ -271,9 +315,9 @@ def quantization_config(model: PreTrainedModel, quantization: Quantization) -> Q
     )
 
 
-def describe(model: PreTrainedModel, quantization: Quantization, folder: Path) -> None:
+def describe(model: PreTrainedModel, quantization: Quantization, folder: Path, grouped: bool = False) -> None:
     """Say in config.json how the codes are stored, as the library does."""
-    configuration = quantization_config(model, quantization)
+    configuration = quantization_config(model, quantization, grouped)
     ModelCompressor(quantization_config=configuration).update_config(str(folder))
 
 
@@ -305,4 +349,13 @@ LAYOUT = Layout(
     with_inputs=with_inputs,
     input_tensors=input_tensors,
     pieces=expert_pieces,
+)
+GROUPED = replace(
+    LAYOUT,
+    expected_tensors=partial(expected_tensors, grouped=True),
+    stored_tensors=partial(stored_tensors, grouped=True),
+    read_tensor=partial(read_tensor, grouped=True),
+    describe=partial(describe, grouped=True),
+    is_plain=False,
+    obstacle=grouped_obstacle,
 )

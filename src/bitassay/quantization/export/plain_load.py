@@ -59,7 +59,7 @@ class Piece(NamedTuple):
 
 def expert_pieces(model: PreTrainedModel) -> dict[str, list[Piece]]:
     """Return the pieces that slices of fused experts are stored as, where checkpoints have single experts."""
-    model = _without_weights(model)
+    model = without_weights(model)
     merges = [way for way in _conversions(model) if isinstance(way, WeightConverter) and _merges_experts(way)]
     pieces: dict[str, list[Piece]] = {}
     for (name, parameter), way in itertools.product(walk(model).experts.items(), merges):
@@ -110,7 +110,7 @@ def module_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
 
 def obstacle(model: PreTrainedModel, described: Mapping[str, Stored]) -> str | None:
     """Return why plain transformers would not load such matrices of `model`; None where it does."""
-    empty = _without_weights(model)
+    empty = without_weights(model)
     linears, experts = walk(empty).linears, walk(empty).experts
     quantized = [name for name in described if name in linears]
     if name := next((name for name in quantized if stores_transposed(linears[name])), None):
@@ -140,7 +140,8 @@ def _expert_obstacle(model: PreTrainedModel, slices: Mapping[str, Stored]) -> st
     return None
 
 
-def _without_weights(model: PreTrainedModel) -> PreTrainedModel:
+def without_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the model as it was before it was quantized, on the meta device."""
     with torch.device("meta"):
         empty = type(model)._from_config(copy.deepcopy(model.config))
     as_linears(empty)

@@ -5,5 +5,8 @@ from bitassay.quantization.export import compressed, own
 from bitassay.quantization.export.layout import Layout
 from bitassay.registry import Registry
 
-STANDARD, OWN = "compressed-tensors", "bitassay"  # the default where it is exact, and the default elsewhere
-LAYOUTS: Registry[Layout] = Registry("layouts", {STANDARD: compressed.LAYOUT, OWN: own.LAYOUT})
+# The default where it is exact; for zero points of groups and channels; and the default elsewhere.
+STANDARD, GROUPED, OWN = "compressed-tensors", "vllm", "bitassay"
+LAYOUTS: Registry[Layout] = Registry(
+    "layouts", {STANDARD: compressed.LAYOUT, GROUPED: compressed.GROUPED, OWN: own.LAYOUT}
+)

@@ -1,8 +1,9 @@
 """Save a quantized model as a folder: `save`.
 
-Of the layouts (`registry.py`) it takes compressed-tensors (`compressed.py`), which plain transformers loads,
-wherever that holds the model exactly; else our own (`own.py`), which `bitassay.load` loads. In each, what is
-not quantized lies beside the codes as ordinary parameters, and `bitassay.json` says what the folder is.
+Of the layouts (`registry.py`) it takes compressed-tensors (`compressed.py`), which vLLM loads, and without
+zero points plain transformers too, wherever that holds the model exactly; else our own (`own.py`), which
+`bitassay.load` loads. In each, what is not quantized lies beside the codes as ordinary parameters, and
+`bitassay.json` says what the folder is.
 """
 
 import itertools
@@ -29,7 +30,7 @@ from bitassay.quantization.codes.storage import Expected, Stored, description, e
 from bitassay.quantization.export import plain_load
 from bitassay.quantization.export.card import CARD_FILE, Base, Card, hashed_files, read_card
 from bitassay.quantization.export.layout import Layout
-from bitassay.quantization.export.registry import LAYOUTS, OWN, STANDARD
+from bitassay.quantization.export.registry import GROUPED, LAYOUTS, OWN, STANDARD
 from bitassay.quantization.export.reload import expected_parts, load_quantized
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.runtime.model import (
@@ -154,8 +155,9 @@ def reload_difference(
 def choose_layout(
     model: PreTrainedModel, recipe: Recipe, matrices: dict[str, Stored], wanted: str | None = None
 ) -> tuple[str, str | None]:
-    """Return `wanted`, or compressed-tensors where it is exact, else our own, with the reason. Raises
-    BitassayError that names what the wanted one cannot hold, or for an unknown one."""
+    """Return `wanted`, or compressed-tensors where it is exact, with zero points as vLLM reads them, else our
+    own, with the reason. Raises BitassayError that names what the wanted one cannot hold, or for an unknown
+    one."""
     name = wanted or STANDARD
     why = LAYOUTS[name].obstacle(model, recipe, matrices, wanted is not None)
     if wanted is not None and why:
@@ -164,6 +166,10 @@ def choose_layout(
             "leave out --layout, or --layout bitassay, for a folder that bitassay.load reads",
         )
     if why is None:
+        has_zero_points = any(not stored.scheme.symmetric for stored in matrices.values())
+        if wanted is None and has_zero_points:
+            said = LAYOUTS[GROUPED].obstacle(model, recipe, matrices, False) is None
+            return (GROUPED if said else name), None
         return name, None
     return OWN, (
         "in bitassay's own layout, which bitassay.load reads and plain transformers does not: "
@@ -175,7 +181,7 @@ def _original_format(model: PreTrainedModel, layout: Layout, matrices: dict[str,
     """Whether tensors get the names that checkpoints of the architecture have, or the model's own. Dense
     experts stay fused: transformers loses those that come one by one beside codes."""
     experts = tuple(f"{name}." for name in fused_experts(model))
-    in_codes = layout.is_plain and any(name.startswith(experts) for name in matrices)
+    in_codes = bool(layout.pieces(model)) and any(name.startswith(experts) for name in matrices)
     return plain_load.keeps_names(model) and (not experts or in_codes)
 
 

@@ -18,9 +18,10 @@ import numpy as np
 
 from bitassay.verification.detectors.detector import GRID
 from bitassay.verification.detectors.registry import DECIDING, DETECTORS
+from bitassay.verification.fitting import fit
 from bitassay.verification.observe import Observation
 from bitassay.verification.power import auc, share, tokens_to
-from bitassay.verification.scores import Fits, fit, score, statistics, threshold
+from bitassay.verification.scores import Fits, score, statistics, threshold
 
 FOLDS = 5
 COMBINED = "combined"

@@ -6,17 +6,16 @@ drafts which lose by little), a watermark, a slightly lower temperature. Models 
 rotary base that is 1 % too large.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from bitassay.engines.decode import TokenIds
+from bitassay.engines.rotary import rotary_base_times
 from bitassay.engines.sampling import Draw, Sampler
 from bitassay.models.walk import decoder_layers, module_name
 from bitassay.quantization.recipe.recipe import Override, Recipe
@@ -100,25 +99,5 @@ def one_layer(setting: Setting, index: int | None) -> list[Trace]:
 
 @attack("rope-1%", "a rotary base that is 1 % too large, where there is one", 1.01)
 def rotary_base(setting: Setting, factor: float) -> list[Trace]:
-    with turned_by(setting.model, factor):
+    with rotary_base_times(setting.model, factor):
         return answered(setting, setting.model)
-
-
-@contextmanager
-def turned_by(model: PreTrainedModel, factor: float) -> Iterator[None]:
-    """Multiply the base of all rotary embeddings by `factor` within the context: frequency i of n is divided
-    by factor^(i / n). A model without them stays as it is."""
-    tables: list[tuple[torch.nn.Module, Tensor]] = [
-        (module, frequencies)
-        for module in model.modules()
-        if isinstance(frequencies := getattr(module, "inv_freq", None), Tensor)
-    ]
-    try:
-        for module, frequencies in tables:
-            count = frequencies.numel()
-            steps = torch.arange(count, device=frequencies.device)
-            module.inv_freq = frequencies / factor ** (steps / count)
-        yield
-    finally:
-        for module, frequencies in tables:
-            module.inv_freq = frequencies
