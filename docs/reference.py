@@ -16,7 +16,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "api.md"
 PACKAGE = ROOT / "src" / "bitassay"
-ROOMS = "models data quantization engines evaluation bench verification studies search report record testing"
+ROOMS = "models data quantization engines evaluation bench verification audit studies search report "
+ROOMS += "record testing"
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 INTRODUCTION = """# API reference
 

@@ -38,4 +38,5 @@ def test_help_has_the_long_description(verb, capsys):
         "study",
         "committee",
         "receipts",
+        "serve",
     )

@@ -11,6 +11,7 @@ import bitassay
 from bitassay.engines.decode import prefill
 from bitassay.engines.precise import HIGHER, higher_precision
 from bitassay.engines.taps import tap_layers
+from bitassay.errors import BitassayError
 from bitassay.models.walk import decoder_layers
 from bitassay.testing.architectures import architectures, tiny_architecture
 from bitassay.testing.tiny import ARCHITECTURES, tiny_model
@@ -256,3 +257,12 @@ def test_it_is_nearer_to_the_exact_model():
 
     assert off(higher) < 1e-5 < 1e-3 < off(plain)
     assert isinstance(model.model.layers[0].mlp.up_proj, nn.Linear)
+
+
+@pytest.mark.parametrize("kind", ["xglm", "inkling2_text"])
+def test_a_model_that_does_not_compute_in_that_precision_says_so_and_stays_as_it_was(kind):
+    model = tiny_architecture(kind)
+    before = held(model)
+    with pytest.raises(BitassayError, match=r"does not compute in float64.*float32"), higher_precision(model):
+        read(model)
+    assert held(model) == before

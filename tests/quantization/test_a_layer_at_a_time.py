@@ -12,7 +12,8 @@ from bitassay.quantization.export.plan import LOADED, OPENED, choose_way, plan_e
 from bitassay.quantization.export.save import reload_difference, save
 from bitassay.quantization.pipeline import quantize
 from bitassay.quantization.recipe.recipe import Recipe, find_recipe
-from bitassay.quantization.solvers import layers
+from bitassay.quantization.recipe.solvers import Tune
+from bitassay.quantization.solvers import descent, kept, layers
 from bitassay.quantization.work import KeptTensors
 from bitassay.testing.architectures import save_tiny
 
@@ -42,8 +43,15 @@ CALIBRATED = Recipe.model_validate(
 )
 
 
+TUNED = CALIBRATED.model_copy(
+    update={"name": "tuned", "tune": Tune(steps=18, codes=0.05, scales=0.01, norms=0.01)}
+)
+
+
 @pytest.mark.parametrize(
-    "recipe", ["w4", pytest.param("fp8", marks=pytest.mark.slow), CALIBRATED], ids=["w4", "fp8", "calibrated"]
+    "recipe",
+    ["w4", pytest.param("fp8", marks=pytest.mark.slow), CALIBRATED, TUNED],
+    ids=["w4", "fp8", "calibrated", "tuned"],
 )
 def test_a_layer_at_a_time_gives_the_same_folder(folder, tmp_path, recipe):
     loaded = quantize(load(folder), recipe)
@@ -116,10 +124,41 @@ def test_calibration_goes_on_after_its_last_finished_layer(tmp_path, monkeypatch
         assert torch.equal(made.quantization.tensors[name].packed, tensor.packed)
 
 
+@pytest.mark.parametrize(
+    "first", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["opened", "loaded"]
+)
+def test_tuning_goes_on_from_the_state_that_is_kept(tmp_path, monkeypatch, first):
+    folder = save_tiny("llama", tmp_path / "model")
+    monkeypatch.setattr(kept, "KEEP_STEPS", 5)
+    moved, original = [], descent.Adam.move
+
+    def stopping(adam, parameter):
+        if adam.mean[parameter].dtype == torch.bfloat16:  # tune's
+            moved.append(adam.step)
+            if len(moved) == first_run:
+                raise KeyboardInterrupt
+        original(adam, parameter)
+
+    a_step = 14 * 2 + 5  # of each matrix codes and scales, and gains
+    first_run = 12 * a_step + 20
+    monkeypatch.setattr(descent.Adam, "move", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(load(folder, memory=0 if first else None), TUNED, work=tmp_path / "work")
+    made = quantize(load(folder, memory=0), TUNED, work=tmp_path / "work")
+    assert moved[first_run] == 10
+    assert len(moved) == first_run + 8 * a_step
+    for name, tensor in quantize(load(folder), TUNED).quantization.tensors.items():
+        assert torch.equal(made.quantization.tensors[name].packed, tensor.packed)
+        assert torch.equal(made.quantization.tensors[name].scale, tensor.scale)
+    assert not [path for path in (tmp_path / "work" / "parts").iterdir() if path.name.startswith("tune-")]
+
+
 def test_a_recipe_that_needs_all_layers_is_refused(tmp_path):
     opened = load(save_tiny("llama", tmp_path / "model"), memory=0)
-    with pytest.raises(BitassayError, match="tune needs the whole model in memory"):
-        quantize(opened, "best-2bit", work=tmp_path / "work")
+    written = TUNED.model_copy(update={"tune": TUNED.tune.model_copy(update={"generated": 4})})
+    for recipe, why in (("w8a8", "smoothing"), (written, "tune with generated samples")):
+        with pytest.raises(BitassayError, match=f"{why} needs the whole model in memory"):
+            quantize(opened, recipe, work=tmp_path / why)
 
 
 def test_the_first_way_that_fits_is_chosen_and_a_budget_that_none_keeps_is_refused(stories):
@@ -131,4 +170,4 @@ def test_the_first_way_that_fits_is_chosen_and_a_budget_that_none_keeps_is_refus
     ) as error:
         choose_way(ways, 10**9, "it", ", or less")
     assert error.value.remedy == "--memory 2.1GB, or less"
-    assert plan_export(stories, find_recipe("best-2bit")).opened_memory_bytes is None
+    assert plan_export(stories, find_recipe("w8a8")).opened_memory_bytes is None

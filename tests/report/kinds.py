@@ -307,6 +307,35 @@ EVALUATION = HEAD | {
     "environment": ENVIRONMENT,
     "rows": [{"recipe": "w4", "protocol": "wikitext2-raw", "against": "base", "kl_p99": 0.3} | QUALITY],
 }
+AUDIT = HEAD | {
+    "kind": "audit",
+    "model": MODEL | {"origin": "https://toy.example/v1", "asked_for": "toy"},
+    "environment": ENVIRONMENT,
+    "settings": {"evidence": "greedy tokens", "corpus": "c4-train-new"},
+    "rows": [
+        {
+            "request": 1,
+            "positions": 8,
+            "distance": 0.05,
+            "control": 0.04,
+            "score": 0.22,
+            "p_value": 0.5,
+            "problem": "",
+        },
+        {"request": 2, "positions": None, "distance": None, "control": None, "score": None, "p_value": None}
+        | {"problem": "not-finite"},
+    ],
+    "probes": [{"evidence": "seeds repeat", "given": True, "detail": "", "honest": [True]}],
+    "decision": {
+        "status": "PASS",
+        "why": "set p 0.5 (level 0.01)",
+        "alpha": 0.01,
+        "tests": {"set": {"p_value": 0.5}},
+    },
+    "calibration": {"answers": 3, "servers": ["http://127.0.0.1:1/v1"], "scores": [-0.1, 0.0, 0.3]},
+    "sequence": None,
+    "receipts": {"given": 2, "valid": 2, "signers": ["ab" * 32]},
+}
 EVERY = {
     run["kind"]: run
     for run in (
@@ -325,5 +354,6 @@ EVERY = {
         REPLICATION,
         EIGHT_BIT,
         EVALUATION,
+        AUDIT,
     )
 }

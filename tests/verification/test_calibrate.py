@@ -18,7 +18,15 @@ from bitassay.verification.calibrate import (
     split,
 )
 from bitassay.verification.detectors.detector import Series
-from bitassay.verification.detectors.registry import BY_LAYER, DECIDING, DETECTORS, HEAD, SEGMENTS, STATES
+from bitassay.verification.detectors.registry import (
+    BY_LAYER,
+    DECIDING,
+    DETECTORS,
+    HEAD,
+    ROTARY,
+    SEGMENTS,
+    STATES,
+)
 from bitassay.verification.detectors.token_difr import OFFSET
 from bitassay.verification.fitting import fit, fit_by_length, fit_lengths
 from bitassay.verification.numerics import numerics
@@ -53,7 +61,7 @@ def observation(generated, prompt=(-9.0, -9.0), margins=(0.0,) * 10, flips=None,
     distances = tuple(Series(row, (before,)) for row, before in zip(rows, prompt, strict=True))
     tokens = {"token-difr": margins, "token-flips": flips, "token-outlier": units, HEAD: None}
     none = (0.0,) * len(margins)
-    series = {STATES: distances, SEGMENTS: distances}
+    series = {STATES: distances, SEGMENTS: distances, ROTARY: (Series(none[1:]),)}
     series |= {name: (Series(values or none),) for name, values in tokens.items()}
     return Observation(len(margins), (), len(margins) - 1, (8, 16), series)
 
@@ -72,6 +80,7 @@ def scored(run, layers, tokens):
     fits = {
         STATES: list(layers.values()),
         SEGMENTS: never * len(layers),
+        ROTARY: never,
         HEAD: never,
         "token-difr": [tokens],
         "token-flips": never,

@@ -5,12 +5,11 @@ import torch
 
 from bitassay.engines.sampling import Draw, Sampler
 from bitassay.models.walk import matrices
-from bitassay.testing.architectures import tiny_architecture
 from bitassay.testing.tiny import tiny_model
 from bitassay.verification.attacks import steering
 from bitassay.verification.attacks.attack import Setting
 from bitassay.verification.attacks.registry import ATTACKS
-from bitassay.verification.attacks.steering import DELTA, Steered, Watermarked, turned_by
+from bitassay.verification.attacks.steering import DELTA, Steered, Watermarked
 
 LOGITS = torch.tensor([[0.0, 2.0, 1.8, -1.0], [0.0, 2.0, 1.0, -1.0]])
 DRAWS = [Draw("a", 0), Draw("b", 0)]
@@ -37,19 +36,6 @@ def llama():
     return tiny_model("llama")
 
 
-def test_a_rotary_base_is_larger_for_a_while(llama):
-    rotary, config = llama.model.rotary_emb, llama.config
-    before, base = rotary.inv_freq.clone(), config.rope_parameters["rope_theta"]
-    with turned_by(llama, 1.01):
-        size = 2 * len(before)
-        expected = (1.01 * base) ** -(torch.arange(0, size, 2) / size)
-        assert torch.allclose(rotary.inv_freq, expected, rtol=1e-5)
-        assert not torch.allclose(rotary.inv_freq, before, rtol=1e-5)
-    assert torch.equal(rotary.inv_freq, before)
-    with turned_by(tiny_architecture("gpt2"), 1.01):
-        pass  # it has none, and stays as it is
-
-
 @pytest.mark.parametrize(("name", "layer"), [("int8-last-layer", 16), ("int8-middle-layer", 8)])
 def test_one_layer_alone_is_rounded(name, layer, model, honest, monkeypatch):
     recipes = []
@@ -59,3 +45,26 @@ def test_one_layer_alone_is_rounded(name, layer, model, honest, monkeypatch):
     changed = {matrix for matrix in matrices(model) if recipe.scheme_for(matrix)}
     assert changed == {matrix for matrix in matrices(model) if f".layers.{layer}." in matrix}
     assert len(changed) == 7
+
+
+def test_states_are_moved_until_they_choose_the_tokens(model, honest):
+    setting = Setting(model, honest[:6])
+    steered, moved = (ATTACKS[name].run(setting) for name in ("near-ties", "near-ties-moved"))
+    assert [a.header.output_ids for a in moved] == [a.header.output_ids for a in steered]
+    changed = disagreements(steered, model)
+    assert changed > 0
+    assert disagreements(moved, model) < 0.2 * changed
+    for a, b in zip(moved, steered, strict=True):
+        *layers, last = a.header.layers
+        assert all(torch.equal(a.states[layer], b.states[layer]) for layer in layers)
+        away = (a.states[last] - b.states[last]).float().norm(dim=-1) / b.states[last].float().norm(dim=-1)
+        assert away.max() < 0.5, "no further than a near tie needs"
+
+
+def disagreements(traces, model):
+    """How many tokens are not those that the last states choose."""
+    return sum(
+        int(logits.argmax()) != token
+        for trace, replay in zip(traces, steering.replays_of(traces, model), strict=True)
+        for logits, token in zip(replay.logits, trace.header.output_ids, strict=True)
+    )

@@ -27,6 +27,8 @@ VERBS = {
     "challenge": "Draw the positions that the host behind a signed receipt must open.",
     "open": "Answer a challenge: write the challenged hidden states of a trace, with the proof.",
     "receipts": "Check signed receipts, and find requests that a host has answered twice.",
+    "audit": "Find out which model answers behind a URL: PASS, FAIL or INCONCLUSIVE.",
+    "serve": "Serve a model over HTTP as OpenAI's API does, with a signed receipt for every answer.",
     "committee": "Let several verifiers judge; canaries expose those that do not look.",
     "calibrate": "Fit a verification profile to honest runs on this machine.",
     "attack": "Attack the verifier of a model in every known way; show which detector catches what.",

@@ -62,9 +62,9 @@ def prove(
     from bitassay.data.corpora import prompts_from
     from bitassay.models.identity import Identity
     from bitassay.models.source import resolve
+    from bitassay.verification.prove_files import PromptFile, prove_files, write_receipts
     from bitassay.verification.receipts.keys import private_key
     from bitassay.verification.trace import check_nonce
-    from bitassay.verification.trace_files import PromptFile, prove_files, write_receipts
 
     check_nonce(nonce)
     sampler = sampling.sampler

@@ -74,7 +74,7 @@ def generate(
     check_ids(model, prompts, max_new_tokens - 1)
     generations: dict[int, Generation] = {}
     for batch in _readable_together(model, [(len(p), len(p) + max_new_tokens - 1) for p in prompts]):
-        steps = _Steps(model, [prompts[index] for index in batch])
+        steps = Steps(model, [prompts[index] for index in batch])
         batch_nonces = [nonces[index] for index in batch]
         outputs = _generate_batch(steps, max_new_tokens, sampler, batch_nonces, layers)
         generations |= zip(batch, outputs, strict=True)
@@ -82,7 +82,7 @@ def generate(
 
 
 def _generate_batch(
-    steps: "_Steps", max_new_tokens: int, sampler: Sampler, nonces: Sequence[str], layers: Sequence[int]
+    steps: "Steps", max_new_tokens: int, sampler: Sampler, nonces: Sequence[str], layers: Sequence[int]
 ) -> list[Generation]:
     model, prompts = steps.model, steps.prompts
     ends = torch.tensor(sorted(end_tokens(model)), device=model.device, dtype=torch.long)
@@ -112,8 +112,8 @@ def _generate_batch(
     ]
 
 
-class _Steps:
-    """A batch of texts that grow by one token each at a time."""
+class Steps:
+    """Read a batch of texts that grow by one token each at a time."""
 
     def __init__(self, model: PreTrainedModel, prompts: Sequence[TokenIds]):
         self.model, self.prompts = model, prompts

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from bitassay.errors import BitassayError
 from bitassay.models.hooks import hooked
 from bitassay.models.options import attention_of
 from bitassay.models.precision import widest
@@ -27,7 +28,8 @@ HIGHER = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.flo
 @contextmanager
 def higher_precision(model: PreTrainedModel) -> Iterator[None]:
     """Make forwards of `model` compute in the next higher precision within the context. A model for which its
-    device has none (fp64, or fp32 on MPS) is left as it is."""
+    device has none (fp64, or fp32 on MPS) is left as it is. Raises BitassayError where it does not compute in
+    that precision."""
     dtype = HIGHER.get(model.dtype)
     if dtype is None or (dtype == torch.float64 and widest(model.device) != dtype):
         yield
@@ -50,7 +52,16 @@ def higher_precision(model: PreTrainedModel) -> Iterator[None]:
         for layer in layers:
             stack.enter_context(_converted_while_running(layer, convert))
         stack.enter_context(_converted(single, convert))
-        yield
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise BitassayError(
+                f"{type(model).__name__} does not compute in {str(dtype).removeprefix('torch.')}, from which "
+                f"the rounding in {str(model.dtype).removeprefix('torch.')} is measured: {error}",
+                "verify it in bfloat16" if model.dtype == torch.float32 else "verify it in float32",
+            ) from error
 
 
 def _has_tensors(module: nn.Module) -> bool:

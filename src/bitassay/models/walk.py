@@ -66,10 +66,10 @@ def _lists_of_blocks(module: nn.Module) -> dict[str, nn.ModuleList]:
     """The outermost lists of modules that are made of several, such as attention and MLP."""
     lists: dict[str, nn.ModuleList] = {}
     for name, part in module.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer in lists)
-        blocks = part if isinstance(part, nn.ModuleList) and not inside else nn.ModuleList()
-        if len(blocks) and all(any([*child.children()] for child in block.children()) for block in blocks):
-            lists[name] = blocks
+        if not isinstance(part, nn.ModuleList) or any(name.startswith(f"{outer}.") for outer in lists):
+            continue
+        if len(part) and all(any([*child.children()] for child in block.children()) for block in part):
+            lists[name] = part
     return lists
 
 

@@ -12,9 +12,11 @@ from transformers import PreTrainedModel
 from bitassay.engines.decode import Prefill, States, default_batch_tokens, token_batches
 from bitassay.engines.engine import engine_of
 from bitassay.engines.precise import higher_precision
+from bitassay.engines.rotary import rotary_base_times, rotary_frequencies
 from bitassay.record.progress import Progress, silent
-from bitassay.verification.detectors.detector import Comparison, Pair, Series
+from bitassay.verification.detectors.detector import Comparison, Pair, Replay, Series
 from bitassay.verification.detectors.registry import DETECTORS
+from bitassay.verification.detectors.rotary_base import FACTOR
 from bitassay.verification.structure import Request
 from bitassay.verification.submissions import OpenedStates, Submission, check_submission
 from bitassay.verification.trace import Header, Trace
@@ -81,9 +83,9 @@ def compared(
         runs = [opened[keys[index]] for index in batch]
         whole = [run for run in runs if run.is_whole]
         pairs = precise_prefills([run.header for run in runs], model)
-        replays = iter(precise_prefills([run.header for run in whole], model, [run.states for run in whole]))
+        replayed = iter(replays([run.header for run in whole], model, [run.states for run in whole]))
         for index, run, (own, precise) in zip(batch, runs, pairs, strict=True):
-            replay = next(replays) if run.is_whole else None
+            replay = next(replayed) if run.is_whole else None
             yield (
                 keys[index],
                 Comparison(run.header, run.positions, run.states, own, model.dtype, precise, replay),
@@ -103,14 +105,22 @@ def compare(trace: Trace, model: PreTrainedModel, precise: bool = True) -> Compa
     return Comparison(header, header.positions, trace.states, own, model.dtype)
 
 
-def precise_prefills(
-    headers: Sequence[Header], model: PreTrainedModel, claimed: Sequence[States] | None = None
-) -> list[Pair]:
-    """Return the prefill of each claimed run, and what it is in the next higher precision. claimed: states of
-    each run, for a replay (`engines/decode.py`)."""
+def precise_prefills(headers: Sequence[Header], model: PreTrainedModel) -> list[Pair]:
+    """Return the prefill of each claimed run, and what it is in the next higher precision."""
+    own = prefills(headers, model)
+    with higher_precision(model):
+        return list(zip(own, prefills(headers, model), strict=True))
+
+
+def replays(headers: Sequence[Header], model: PreTrainedModel, claimed: Sequence[States]) -> list[Replay]:
+    """Return the replay of each claimed run (`engines/decode.py`). claimed: states of each."""
     own = prefills(headers, model, claimed)
     with higher_precision(model):
-        return list(zip(own, prefills(headers, model, claimed), strict=True))
+        precise = turned = prefills(headers, model, claimed)
+        if rotary_frequencies(model):
+            with rotary_base_times(model, FACTOR):
+                turned = prefills(headers, model, claimed)
+    return list(zip(own, precise, turned, strict=True))
 
 
 def prefills(

@@ -34,7 +34,7 @@ from bitassay.verification.attribution import Attribution
 from bitassay.verification.detectors.detector import Comparison, Part
 from bitassay.verification.detectors.distance import DISTANCE
 from bitassay.verification.detectors.excess_distance import ROUNDING
-from bitassay.verification.detectors.registry import BY_LAYER, DECIDING, HEAD, STATES, TOKEN_DETECTORS
+from bitassay.verification.detectors.registry import BY_LAYER, DECIDING, HEAD, ROTARY, STATES, TOKEN_DETECTORS
 from bitassay.verification.detectors.token_difr import TOKEN_DIFR
 from bitassay.verification.detectors.verillm import (
     FORMAT_OF_DTYPE,
@@ -465,6 +465,9 @@ def _unlike_honest_runs(score: Score, profile: Profile, alpha: float, limit: int
         elif name == HEAD:
             sentence = f"the host's own last states choose other tokens ({name}: {value:.1f} sd)"
             parts.append((value, "tokens-unlikely", sentence))
+        elif name == ROTARY:
+            sentence = f"hidden states lean towards another rotary base ({name}: {value:.1f} sd)"
+            parts.append((value, "states-too-far", sentence))
         elif name in TOKEN_DETECTORS:
             sentence = f"this model would take other tokens ({name}: {value:.1f} sd worse than honest ones)"
             parts.append((value, "tokens-unlikely", sentence))

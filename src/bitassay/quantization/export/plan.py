@@ -163,7 +163,8 @@ def _solving_opened(sizes: Sizes, shapes: "Shapes", recipe: Recipe) -> int:
             learned.batch * text.tokens, hidden, shapes.widest, layerwise.LEARNED_STREAMS
         )
         steps.append(LEARNING_BYTES * shapes.layer + learning)
-    return 4 * shapes.layer + (2 if learned else 1) * state + max(*steps, state)
+    solving = 4 * shapes.layer + (2 if learned else 1) * state + max(*steps, state)
+    return solving if recipe.tune is None else max(solving, _tuning(recipe.tune, sizes, opened=True))
 
 
 class Shapes(NamedTuple):
@@ -221,10 +222,18 @@ def _solving(sizes: Sizes, streams: int = 0) -> int:
     return 4 * (sizes.parameters + weights) + sizes.bits // 8 + passing
 
 
-def _tuning(spec: Tune, sizes: Sizes) -> int:
+def _tuning(spec: Tune, sizes: Sizes, opened: bool = False) -> int:
     config, layers = sizes.model.config.get_text_config(), len(decoder_layers(sizes.model))
     return tune.memory_of(
-        spec, sizes.text.tokens, sizes.shapes, layers, config.hidden_size, sizes.parameters, config.vocab_size
+        spec,
+        sizes.text.samples,
+        sizes.text.tokens,
+        sizes.shapes,
+        layers,
+        config.hidden_size,
+        sizes.parameters,
+        config.vocab_size,
+        opened,
     )
 
 

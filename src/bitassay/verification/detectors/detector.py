@@ -24,6 +24,7 @@ from bitassay.verification.trace import Header
 
 Part = Literal["prompt", "generated"]
 Pair = tuple[Prefill, Prefill]  # in the verifier's dtype, and in the next higher precision
+Replay = tuple[Prefill, Prefill, Prefill]  # the same, and in the latter with a larger rotary base
 GRID = (1, 2, 4, 8, 16, 32, 64, 96, 128)  # token counts at which detectors are compared
 
 
@@ -34,7 +35,8 @@ class Comparison:
     positions: those whose states are shown, ascending. claimed: the host's states there, by sampled layer.
     verifier: states and logits of all positions. dtype: the verifier's. precise: the same prefill in the
     next higher precision (`engines/precise.py`). replay: both again, computed from the host's states
-    (`segment_distance.py`), where these are of all positions.
+    (`segment_distance.py`), and so with a larger rotary base (`rotary_base.py`), where these are of all
+    positions.
     """
 
     header: Header
@@ -43,7 +45,7 @@ class Comparison:
     verifier: Prefill
     dtype: torch.dtype
     precise: Prefill | None = None
-    replay: Pair | None = None
+    replay: Replay | None = None
 
     @property
     def n_prompt(self) -> int:
@@ -61,7 +63,7 @@ class Comparison:
         return self.precise
 
     @property
-    def replayed(self) -> Pair:
+    def replayed(self) -> Replay:
         """Return the replay, which detectors of whole runs need."""
         assert self.replay is not None, "a comparison without a replay"
         return self.replay

@@ -19,7 +19,7 @@ from bitassay.verification.detectors.token_noise import judged_by, largest_margi
 
 def check(comparison: Comparison, _: Any) -> list[Series]:
     """Return the margins in units of noise as one series by token."""
-    own, precise = comparison.replayed
+    own, precise, _ = comparison.replayed
     units, _, _ = judged_by(own.logits, comparison, own.logits, precise.logits)
     return [Series(tuple(units.tolist()))]
 

@@ -6,6 +6,7 @@
     distance             the same                               mean log relative distance by layer
     excess-distance      the same                               the host's rounding error less one's own
     segment-distance     the same                               the same from each sampled layer to the next
+    rotary-base          the same                               along what another rotary base would do
     head-margin          states of the last layer               tokens by the host's own last states
     token-flips, token-outlier                                  tokens in units of honest rounding noise
     rounding             nothing                                the noise of the text itself
@@ -25,6 +26,7 @@ from bitassay.verification.detectors.distance import DISTANCE
 from bitassay.verification.detectors.exact import STRUCTURE
 from bitassay.verification.detectors.excess_distance import EXCESS_DISTANCE, ROUNDING
 from bitassay.verification.detectors.head_margin import HEAD_MARGIN
+from bitassay.verification.detectors.rotary_base import ROTARY_BASE
 from bitassay.verification.detectors.segment_distance import SEGMENT_DISTANCE
 from bitassay.verification.detectors.small_proof import SMALL_PROOFS
 from bitassay.verification.detectors.token_difr import TOKEN_DIFR
@@ -42,6 +44,7 @@ DETECTORS: Registry[Detector] = Registry(
             DISTANCE,
             EXCESS_DISTANCE,
             SEGMENT_DISTANCE,
+            ROTARY_BASE,
             HEAD_MARGIN,
             TOPLOC,
             ACTIVATION_DIFR,
@@ -56,7 +59,8 @@ DETECTORS: Registry[Detector] = Registry(
 )
 STATES = EXCESS_DISTANCE.name
 SEGMENTS = SEGMENT_DISTANCE.name
+ROTARY = ROTARY_BASE.name
 HEAD = HEAD_MARGIN.name
 BY_LAYER = (STATES, SEGMENTS)
 TOKEN_DETECTORS = (TOKEN_DIFR.name, TOKEN_FLIPS.name, TOKEN_OUTLIER.name)
-DECIDING = (STATES, SEGMENTS, HEAD, *TOKEN_DETECTORS)
+DECIDING = (STATES, SEGMENTS, ROTARY, HEAD, *TOKEN_DETECTORS)

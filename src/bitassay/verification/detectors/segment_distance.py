@@ -24,7 +24,7 @@ from bitassay.verification.detectors.excess_distance import by_layer, rounding_d
 def check(comparison: Comparison, _: Any) -> list[Series]:
     """Return the log of the host's distance less that of the verifier's own, one series a segment, by the
     layer at its end."""
-    host, own = rounding_distances(comparison, comparison.replayed)
+    host, own = rounding_distances(comparison, comparison.replayed[:2])
     return by_layer(host.log() - own.log(), comparison.n_prompt)
 
 

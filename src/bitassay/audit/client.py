@@ -1,0 +1,198 @@
+"""Ask an endpoint that may be hostile: only the URL that was given, bounded answers, named errors.
+
+No redirect is followed, the environment's proxies are not used, and compressed answers are refused. The API
+key goes into one header and nowhere else: where a server sends it back, it is taken out of the answer before
+anything reads it.
+"""
+
+import json
+import os
+import random
+import ssl
+import time
+from collections.abc import Callable
+from typing import Any
+
+import httpx2
+
+from bitassay.errors import BitassayError, MissingError
+
+ANSWER_BYTES = 2**24
+SECONDS = 120.0
+TRIES = 6
+AGAIN = (408, 429, 500, 502, 503, 504)
+FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
+SHOWN = 200  # characters of what a server says
+
+
+class AnswerError(BitassayError):
+    """What is wrong with an answer; `code` is short and stable, such as "redirect" or "not-finite"."""
+
+    def __init__(self, code: str, problem: str, remedy: str = "") -> None:
+        super().__init__(f"{problem} [{code}]", remedy)
+        self.code = code
+
+
+class Endpoint:
+    """A server of the OpenAI kind. key_env: the environment variable of its API key; none where it is not
+    set. Raises BitassayError for a URL that is none."""
+
+    def __init__(
+        self,
+        url: str,
+        key_env: str | None = None,
+        *,
+        seconds: float = SECONDS,
+        answer_bytes: int = ANSWER_BYTES,
+        tries: int = TRIES,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.url = checked_url(url)
+        self.seconds, self.answer_bytes, self.tries, self.sleep = seconds, answer_bytes, tries, sleep
+        self._key = (os.environ.get(key_env) or "").strip() if key_env else ""
+        headers = {"accept": "application/json", "accept-encoding": "identity", "user-agent": "bitassay"}
+        if self._key:
+            if not self._key.isascii() or not self._key.isprintable():
+                raise BitassayError(f"{key_env}: not an API key", "printable ASCII")
+            headers["authorization"] = f"Bearer {self._key}"
+        self._web = httpx2.Client(
+            headers=headers,
+            follow_redirects=False,
+            trust_env=False,
+            timeout=httpx2.Timeout(seconds, connect=20),
+        )
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._web.close()
+
+    def get(self, path: str) -> Any:
+        """Return the JSON value at a path below the URL. Raises AnswerError."""
+        return self._patiently("GET", path, None)
+
+    def post(self, path: str, body: dict[str, Any]) -> Any:
+        """Return the JSON value that answers `body`. Raises AnswerError."""
+        return self._patiently("POST", path, body)
+
+    def _patiently(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
+        """Ask up to `tries` times, with growing pauses, where another try may help."""
+        for number in range(1, self.tries + 1):
+            try:
+                return self._once(method, path, body)
+            except _Again as again:
+                if number == self.tries:
+                    raise again.error from again
+                wait = min(FIRST_WAIT * 2 ** (number - 1), LONGEST_WAIT) * (0.5 + random.random())
+                self.sleep(min(max(wait, again.wait), 2 * LONGEST_WAIT))
+        raise AssertionError("unreachable")
+
+    def _once(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
+        try:
+            with self._web.stream(method, self.url + path, json=body) as answer:
+                return self._checked(answer, path)
+        except httpx2.TimeoutException as error:
+            raise _Again(AnswerError("timeout", f"{self.url}: no answer in {self.seconds:g} s")) from error
+        except httpx2.ConnectError as error:
+            if isinstance(_cause(error), ssl.SSLError) or "SSL" in str(error) or "certificate" in str(error):
+                problem = f"{self.url}: TLS failed ({self._clean(str(error)):.{SHOWN}})"
+                raise AnswerError("tls", problem, "check the host's certificate") from error
+            why = f"{self.url}: cannot be reached ({self._clean(str(error)):.{SHOWN}})"
+            raise _Again(AnswerError("unreachable", why, "check the URL")) from error
+        except httpx2.HTTPError as error:
+            why = f"{self.url}: the connection broke ({type(error).__name__})"
+            raise _Again(AnswerError("broken", why)) from error
+
+    def _checked(self, answer: httpx2.Response, path: str) -> Any:
+        status, where = answer.status_code, f"{self.url}{path}"
+        if 300 <= status < 400:
+            raise AnswerError("redirect", f"{where}: a redirect, which is not followed", "give the final URL")
+        data = self._clean_bytes(self._bounded(answer, where))
+        said = data.decode("utf-8", "replace")
+        if status in AGAIN:
+            problem = f"{where}: status {status}: {said:.{SHOWN}}"
+            raise _Again(
+                AnswerError(f"status-{status}", problem), _seconds(answer.headers.get("retry-after"))
+            )
+        if status != 200:
+            hint = "set the API key in the environment variable of --key-env" if status in (401, 403) else ""
+            raise AnswerError(f"status-{status}", f"{where}: status {status}: {said:.{SHOWN}}", hint)
+        kind = answer.headers.get("content-type", "").split(";")[0].strip().lower()
+        if kind != "application/json":
+            raise AnswerError("wrong-type", f"{where}: {kind!r:.60}, not application/json")
+        return strict_json(data, where)
+
+    def _bounded(self, answer: httpx2.Response, where: str) -> bytes:
+        if answer.headers.get("content-encoding", "identity").lower() != "identity":
+            raise AnswerError("wrong-type", f"{where}: a compressed answer, which was not asked for")
+        data, until = bytearray(), time.monotonic() + self.seconds
+        for chunk in answer.iter_raw(2**16):
+            data += chunk
+            if len(data) > self.answer_bytes:
+                raise AnswerError("too-large", f"{where}: an answer of more than {self.answer_bytes} bytes")
+            if time.monotonic() > until:
+                raise AnswerError("timeout", f"{where}: the answer takes more than {self.seconds:g} s")
+        return bytes(data)
+
+    def _clean(self, text: str) -> str:
+        return text.replace(self._key, "***") if self._key else text
+
+    def _clean_bytes(self, data: bytes) -> bytes:
+        return data.replace(self._key.encode(), b"***") if self._key else data
+
+
+class _Again(Exception):
+    """An error after which another try may help, after `wait` seconds."""
+
+    def __init__(self, error: AnswerError, wait: float = 0.0) -> None:
+        super().__init__(str(error))
+        self.error, self.wait = error, wait
+
+
+def checked_url(url: str) -> str:
+    """Return the URL of an API without a slash at its end. Raises BitassayError for what is none, or has a
+    password or a query in it, which would end up in files."""
+    try:
+        parsed = httpx2.URL(url)
+    except (httpx2.InvalidURL, ValueError) as error:
+        raise BitassayError("not a URL", "https://host/v1") from error
+    if parsed.userinfo or parsed.query or parsed.fragment:
+        raise BitassayError(
+            "the URL has a password, a query or a fragment, which would be written into files",
+            "https://host/v1, and the key in the environment variable of --key-env",
+        )
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise BitassayError(f"{url:.100}: not a URL of a server", "https://host/v1")
+    return str(parsed).rstrip("/")
+
+
+def require_variable(key_env: str | None) -> None:
+    """Raise MissingError where a variable that the user named is not set."""
+    if key_env and not os.environ.get(key_env):
+        raise MissingError(f"the environment variable {key_env} is not set", f"export {key_env}=...")
+
+
+def strict_json(data: bytes, where: str) -> Any:
+    """Return a JSON value without NaN and infinity. Raises AnswerError."""
+
+    def refuse(constant: str) -> None:
+        raise AnswerError("not-finite", f"{where}: {constant} in the answer")
+
+    try:
+        return json.loads(data.decode("utf-8"), parse_constant=refuse)
+    except AnswerError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise AnswerError("not-json", f"{where}: the answer is not JSON") from error
+
+
+def _seconds(text: str | None) -> float:
+    """What a server says how long to wait; a date, or nonsense, says nothing."""
+    return float(text) if text and text.isascii() and text.isdigit() and len(text) < 6 else 0.0
+
+
+def _cause(error: BaseException) -> BaseException:
+    while (cause := error.__cause__ or error.__context__) is not None:
+        if isinstance(cause, ssl.SSLError):
+            return cause
+        error = cause
+    return error
