@@ -55,13 +55,13 @@ TUNED = CALIBRATED.model_copy(
 )
 def test_a_layer_at_a_time_gives_the_same_folder(folder, tmp_path, recipe):
     loaded = quantize(load(folder), recipe)
-    opened = quantize(load(folder, memory=0), recipe, work=tmp_path / "work")
+    opened = quantize(load(folder, opened=True), recipe, work=tmp_path / "work")
     assert isinstance(opened.quantization.tensors, KeptTensors)
     save(loaded, tmp_path / "loaded")
     save(opened, tmp_path / "opened")
     assert files(tmp_path / "loaded") == files(tmp_path / "opened")
     assert reload_difference(opened, tmp_path / "opened", TOKENS) == 0
-    reopened = load(tmp_path / "opened", memory=0)
+    reopened = load(tmp_path / "opened", opened=True)
     assert not weights_of(reopened).held
     with torch.inference_mode():
         assert torch.equal(reopened(TOKENS).logits, loaded(TOKENS).logits)
@@ -69,7 +69,7 @@ def test_a_layer_at_a_time_gives_the_same_folder(folder, tmp_path, recipe):
 
 def test_evaluation_gives_the_same_scores(folder, tmp_path):
     windows = torch.arange(5 * 24).view(5, 24) * 13 % 400 + 3
-    base, opened = load(folder), load(folder, memory=0)
+    base, opened = load(folder), load(folder, opened=True)
     recipes = ("w4", "fp8")
     wanted = score_windows(base, {name: quantize(base, name) for name in recipes}, windows)
     found = score_windows(
@@ -94,9 +94,9 @@ def test_an_interrupted_command_goes_on_after_its_last_finished_layer(tmp_path, 
 
     monkeypatch.setattr(pipeline, "quantize_tensor", counted)
     with pytest.raises(KeyboardInterrupt):
-        quantize(load(folder, memory=0), "w4", work=tmp_path / "work")
+        quantize(load(folder, opened=True), "w4", work=tmp_path / "work")
     first = set(calls[:7])
-    made = quantize(load(folder, memory=0), "w4", work=tmp_path / "work")
+    made = quantize(load(folder, opened=True), "w4", work=tmp_path / "work")
     assert len(calls) == 10 + 14
     assert first.isdisjoint(calls[10:])
     again = quantize(load(folder), "w4", work=tmp_path / "other")
@@ -117,8 +117,8 @@ def test_calibration_goes_on_after_its_last_finished_layer(tmp_path, monkeypatch
 
     monkeypatch.setattr(layers, "write_part", stopping)
     with pytest.raises(KeyboardInterrupt):
-        quantize(load(folder, memory=0), CALIBRATED, work=tmp_path / "work")
-    made = quantize(load(folder, memory=0), CALIBRATED, work=tmp_path / "work")
+        quantize(load(folder, opened=True), CALIBRATED, work=tmp_path / "work")
+    made = quantize(load(folder, opened=True), CALIBRATED, work=tmp_path / "work")
     assert written == ["layer-0000", "layer-0001", "layer-0002"]
     for name, tensor in quantize(load(folder), CALIBRATED).quantization.tensors.items():
         assert torch.equal(made.quantization.tensors[name].packed, tensor.packed)
@@ -143,8 +143,8 @@ def test_tuning_goes_on_from_the_state_that_is_kept(tmp_path, monkeypatch, first
     first_run = 12 * a_step + 20
     monkeypatch.setattr(descent.Adam, "move", stopping)
     with pytest.raises(KeyboardInterrupt):
-        quantize(load(folder, memory=0 if first else None), TUNED, work=tmp_path / "work")
-    made = quantize(load(folder, memory=0), TUNED, work=tmp_path / "work")
+        quantize(load(folder, opened=first), TUNED, work=tmp_path / "work")
+    made = quantize(load(folder, opened=True), TUNED, work=tmp_path / "work")
     assert moved[first_run] == 10
     assert len(moved) == first_run + 8 * a_step
     for name, tensor in quantize(load(folder), TUNED).quantization.tensors.items():
@@ -154,7 +154,7 @@ def test_tuning_goes_on_from_the_state_that_is_kept(tmp_path, monkeypatch, first
 
 
 def test_a_recipe_that_needs_all_layers_is_refused(tmp_path):
-    opened = load(save_tiny("llama", tmp_path / "model"), memory=0)
+    opened = load(save_tiny("llama", tmp_path / "model"), opened=True)
     written = TUNED.model_copy(update={"tune": TUNED.tune.model_copy(update={"generated": 4})})
     for recipe, why in (("w8a8", "smoothing"), (written, "tune with generated samples")):
         with pytest.raises(BitassayError, match=f"{why} needs the whole model in memory"):

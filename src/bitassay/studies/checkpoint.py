@@ -130,8 +130,8 @@ def written(job: CheckpointJob, progress: Progress = silent) -> list[Row]:
         for row in rows:
             if job.folder is not None and outputs["folder"] is None and row["layout"] != "gguf":
                 save.check_space(job.folder, row["file_bytes"])
-        memory = 0 if rows[0]["way"] == OPENED else None
-        base = load(job.model, progress=progress, memory=memory, **job.loading)
+        opened = rows[0]["way"] == OPENED
+        base = load(job.model, progress=progress, opened=opened, **job.loading)
         quantized = _quantized(job, base, progress, is_finished=outputs.get("folder") is not None)
         tokens = tokenizer(base)(bundled_prompts()[0], return_tensors="pt").input_ids if job.check else None
         for name, write in (("folder", _write_folder), ("gguf", _write_gguf)):
@@ -146,8 +146,8 @@ def _quantized(
 ) -> PreTrainedModel:
     """Quantize `base`, or give it the codes of the finished folder."""
     if is_finished:
-        memory = 0 if is_opened(base) else None
-        saved = quantization_of(load(job.folder or "", progress=progress, memory=memory, **job.loading))
+        reloaded = load(job.folder or "", progress=progress, opened=is_opened(base), **job.loading)
+        saved = quantization_of(reloaded)
         assert saved is not None
         return with_tensors(base, saved)
     if job.work is None:
