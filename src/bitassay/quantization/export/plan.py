@@ -62,9 +62,7 @@ class Plan:
 
 def plan_export(model: PreTrainedModel, recipe: Recipe, layout: str | None = None) -> Plan:
     """Check that `recipe` fits `model` (perhaps on the meta device) and can be saved; else BitassayError."""
-    shapes = {name: (view.shape[0], view.shape[1]) for name, view in check_recipe(model, recipe).items()}
-    ways = _planned(model, recipe, list(shapes))
-    shapes |= {name: shapes[original(name)] for way in ways for name in way if is_replica(name)}
+    shapes, ways = planned_matrices(model, recipe)
     if not ways[0]:
         raise BitassayError(
             f"recipe {recipe.name} quantizes nothing in {type(model).__name__}",
@@ -107,6 +105,17 @@ def plan_export(model: PreTrainedModel, recipe: Recipe, layout: str | None = Non
         else _opened(sizes, ways[0], recipe if solves else None),
         solves=solves,
     )
+
+
+def planned_matrices(
+    model: PreTrainedModel, recipe: Recipe
+) -> tuple[dict[str, tuple[int, int]], list[dict[str, Stored]]]:
+    """Return the shapes of matrices and their copies, and how those that are quantized will be stored, one
+    way for each choice that mixed bits have. Raises BitassayError where `recipe` does not fit `model`."""
+    shapes = {name: (view.shape[0], view.shape[1]) for name, view in check_recipe(model, recipe).items()}
+    ways = _planned(model, recipe, list(shapes))
+    shapes |= {name: shapes[original(name)] for way in ways for name in way if is_replica(name)}
+    return shapes, ways
 
 
 @dataclass(frozen=True)
