@@ -20,6 +20,7 @@ from bitassay.quantization.recipe.recipe import Recipe, find_recipe
 from bitassay.quantization.recipe.solvers import Tune
 from bitassay.quantization.solvers import descent, kept, layers
 from bitassay.quantization.work import KeptTensors
+from bitassay.studies.checkpoint import work_bytes
 from bitassay.testing.architectures import save_tiny
 
 TOKENS = torch.arange(3, 27)[None] * 7 % 400 + 3
@@ -149,6 +150,11 @@ def test_tuning_goes_on_from_the_state_that_is_kept(tmp_path, monkeypatch, first
     monkeypatch.setattr(descent.Adam, "move", stopping)
     with pytest.raises(KeyboardInterrupt):
         quantize(load(folder, opened=first), TUNED, work=tmp_path / "work")
+    held = sum(path.stat().st_size for path in (tmp_path / "work" / "parts").iterdir())
+    told = work_bytes(load(folder), TUNED, LOADED)
+    assert 0.5 * told < held < told  # one of two states, so far
+    assert work_bytes(load(folder), TUNED, OPENED) > told
+    assert work_bytes(load(folder), find_recipe("w4"), LOADED) == 0
     made = quantize(load(folder, opened=True), TUNED, work=tmp_path / "work")
     assert moved[first_run] == 10
     assert len(moved) == first_run + 8 * a_step
