@@ -65,7 +65,8 @@ class Target:
 @dataclass(frozen=True)
 class Options:
     """What an audit does. tokens: positions a request; requests, calibration_requests: how many; k: most
-    likely tokens at each position, at most; level: of evidence (None: the strongest)."""
+    likely tokens at each position, at most; level: of evidence (None: the
+    strongest); seed: of the texts (None: drawn)."""
 
     corpus: str = "c4-train-new"
     tokens: int = 128
@@ -74,6 +75,7 @@ class Options:
     k: int = 20
     level: Level | None = None
     alpha: float = 0.01
+    seed: int | None = None
     concurrency: int = 4
     ledger: Path | None = None
     out: Path | None = None
@@ -116,7 +118,7 @@ def audit(
         folder,
         model={"name": claim.name, "origin": target.endpoint.url, "asked_for": target.model},
         settings={
-            **{key: value for key, value in asdict(options).items() if key not in ("out", "ledger")},
+            **{key: value for key, value in asdict(options).items() if key not in ("out", "ledger", "seed")},
             "corpus": corpus,
             "evidence": WORDS[asking.level],
             "asked_by": asking.to_dict(),
@@ -149,7 +151,7 @@ def _folder(
         **{
             key: value
             for key, value in asdict(options).items()
-            if key not in ("out", "ledger", "concurrency")
+            if key not in ("out", "ledger", "concurrency", "seed")
         },
         "corpus": corpus,
         "honest": [[each.endpoint.url, each.model] for each in honest],
@@ -158,7 +160,8 @@ def _folder(
     plan = run_plan("audit", work)
     path = options.out or default_folder("audit", plan)
     known = read_json(path / "plan.json") if (path / "plan.json").is_file() else {}
-    seed = known.get("seed") if isinstance(known, dict) else None
+    kept = known.get("seed") if isinstance(known, dict) else None
+    seed = options.seed if options.seed is not None else kept
     return RunFolder(path, plan | {"seed": seed if isinstance(seed, int) else secrets.randbelow(2**63)})
 
 
