@@ -254,3 +254,37 @@ def test_analyze_writes_a_table_a_heat_map_and_a_page(out, capsys):
     for words in (["--samples", "4"], ["--each-matrix"]):
         assert quantize(out / "model", *words) == 2
         assert "--samples and --each-matrix belong to --analyze" in capsys.readouterr().err
+
+
+def test_what_an_engine_will_not_load_is_refused_before_any_work(out, capsys, tmp_path):
+    file = str(tmp_path / "x.gguf")
+    for words, recipe, why in (
+        (["--for", "vllm"], "w4", "groups of 64 do not divide its 172 columns, which vLLM needs"),
+        (["--for", "transformers"], "w1", "transformers would not load it"),
+        (["--for", "llama.cpp", "--gguf", file], "fp8", "llama.cpp has no type for model.layers.0"),
+        (["--for", "llama.cpp"], "w4", "llama.cpp reads nothing that would be written"),
+        (["--for", "vllm", "--layout", "vllm"], "w4", "--for chooses the layout"),
+        (["--embeddings", "Q8_0"], "w4", "--embeddings is of the GGUF file"),
+    ):
+        assert quantize(out, *words, recipe=recipe) == 2
+        captured = capsys.readouterr()
+        assert why in captured.err
+        assert "quantizing" not in captured.err
+    assert not out.exists()
+    assert quantize(out, "--for", "transformers", "--format", "json", recipe="w4") == 0
+    assert row(capsys)["layout"] == "compressed-tensors"
+
+
+def test_the_base_model_as_a_gguf_file(capsys, tmp_path):
+    path = tmp_path / "base.gguf"
+    command = ["quantize", "stories260k", "--gguf", str(path), "--format", "json"]
+    assert run([*command, "--embeddings", "Q8_0"]) == 0
+    found = json.loads(capsys.readouterr().out)["rows"][0]
+    assert (found["recipe"], found["layout"], found["bits_per_weight"]) == ("base", "gguf", 16)
+    assert 0 < found["max_logits_difference"] < 0.2
+    assert run(command) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert run([*command, "--out", str(tmp_path / "folder")]) == 2
+    assert "only as a GGUF file" in capsys.readouterr().err
+    assert run([*command, "--embeddings", "Q9_0"]) == 2
+    assert "no type 'Q9_0' for embeddings" in capsys.readouterr().err

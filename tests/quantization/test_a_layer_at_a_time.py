@@ -12,7 +12,8 @@ from bitassay.quantization.export.plan import LOADED, OPENED, choose_way, plan_e
 from bitassay.quantization.export.save import reload_difference, save
 from bitassay.quantization.pipeline import quantize
 from bitassay.quantization.recipe.recipe import Recipe, find_recipe
-from bitassay.quantization.solvers import layers
+from bitassay.quantization.recipe.solvers import Tune
+from bitassay.quantization.solvers import descent, kept, layers
 from bitassay.quantization.work import KeptTensors
 from bitassay.testing.architectures import save_tiny
 
@@ -42,18 +43,25 @@ CALIBRATED = Recipe.model_validate(
 )
 
 
+TUNED = CALIBRATED.model_copy(
+    update={"name": "tuned", "tune": Tune(steps=18, codes=0.05, scales=0.01, norms=0.01)}
+)
+
+
 @pytest.mark.parametrize(
-    "recipe", ["w4", pytest.param("fp8", marks=pytest.mark.slow), CALIBRATED], ids=["w4", "fp8", "calibrated"]
+    "recipe",
+    ["w4", pytest.param("fp8", marks=pytest.mark.slow), CALIBRATED, TUNED],
+    ids=["w4", "fp8", "calibrated", "tuned"],
 )
 def test_a_layer_at_a_time_gives_the_same_folder(folder, tmp_path, recipe):
     loaded = quantize(load(folder), recipe)
-    opened = quantize(load(folder, memory=0), recipe, work=tmp_path / "work")
+    opened = quantize(load(folder, opened=True), recipe, work=tmp_path / "work")
     assert isinstance(opened.quantization.tensors, KeptTensors)
     save(loaded, tmp_path / "loaded")
     save(opened, tmp_path / "opened")
     assert files(tmp_path / "loaded") == files(tmp_path / "opened")
     assert reload_difference(opened, tmp_path / "opened", TOKENS) == 0
-    reopened = load(tmp_path / "opened", memory=0)
+    reopened = load(tmp_path / "opened", opened=True)
     assert not weights_of(reopened).held
     with torch.inference_mode():
         assert torch.equal(reopened(TOKENS).logits, loaded(TOKENS).logits)
@@ -61,7 +69,7 @@ def test_a_layer_at_a_time_gives_the_same_folder(folder, tmp_path, recipe):
 
 def test_evaluation_gives_the_same_scores(folder, tmp_path):
     windows = torch.arange(5 * 24).view(5, 24) * 13 % 400 + 3
-    base, opened = load(folder), load(folder, memory=0)
+    base, opened = load(folder), load(folder, opened=True)
     recipes = ("w4", "fp8")
     wanted = score_windows(base, {name: quantize(base, name) for name in recipes}, windows)
     found = score_windows(
@@ -86,9 +94,9 @@ def test_an_interrupted_command_goes_on_after_its_last_finished_layer(tmp_path, 
 
     monkeypatch.setattr(pipeline, "quantize_tensor", counted)
     with pytest.raises(KeyboardInterrupt):
-        quantize(load(folder, memory=0), "w4", work=tmp_path / "work")
+        quantize(load(folder, opened=True), "w4", work=tmp_path / "work")
     first = set(calls[:7])
-    made = quantize(load(folder, memory=0), "w4", work=tmp_path / "work")
+    made = quantize(load(folder, opened=True), "w4", work=tmp_path / "work")
     assert len(calls) == 10 + 14
     assert first.isdisjoint(calls[10:])
     again = quantize(load(folder), "w4", work=tmp_path / "other")
@@ -109,17 +117,48 @@ def test_calibration_goes_on_after_its_last_finished_layer(tmp_path, monkeypatch
 
     monkeypatch.setattr(layers, "write_part", stopping)
     with pytest.raises(KeyboardInterrupt):
-        quantize(load(folder, memory=0), CALIBRATED, work=tmp_path / "work")
-    made = quantize(load(folder, memory=0), CALIBRATED, work=tmp_path / "work")
+        quantize(load(folder, opened=True), CALIBRATED, work=tmp_path / "work")
+    made = quantize(load(folder, opened=True), CALIBRATED, work=tmp_path / "work")
     assert written == ["layer-0000", "layer-0001", "layer-0002"]
     for name, tensor in quantize(load(folder), CALIBRATED).quantization.tensors.items():
         assert torch.equal(made.quantization.tensors[name].packed, tensor.packed)
 
 
+@pytest.mark.parametrize(
+    "first", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["opened", "loaded"]
+)
+def test_tuning_goes_on_from_the_state_that_is_kept(tmp_path, monkeypatch, first):
+    folder = save_tiny("llama", tmp_path / "model")
+    monkeypatch.setattr(kept, "KEEP_STEPS", 5)
+    moved, original = [], descent.Adam.move
+
+    def stopping(adam, parameter):
+        if adam.mean[parameter].dtype == torch.bfloat16:  # tune's
+            moved.append(adam.step)
+            if len(moved) == first_run:
+                raise KeyboardInterrupt
+        original(adam, parameter)
+
+    a_step = 14 * 2 + 5  # of each matrix codes and scales, and gains
+    first_run = 12 * a_step + 20
+    monkeypatch.setattr(descent.Adam, "move", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(load(folder, opened=first), TUNED, work=tmp_path / "work")
+    made = quantize(load(folder, opened=True), TUNED, work=tmp_path / "work")
+    assert moved[first_run] == 10
+    assert len(moved) == first_run + 8 * a_step
+    for name, tensor in quantize(load(folder), TUNED).quantization.tensors.items():
+        assert torch.equal(made.quantization.tensors[name].packed, tensor.packed)
+        assert torch.equal(made.quantization.tensors[name].scale, tensor.scale)
+    assert not [path for path in (tmp_path / "work" / "parts").iterdir() if path.name.startswith("tune-")]
+
+
 def test_a_recipe_that_needs_all_layers_is_refused(tmp_path):
-    opened = load(save_tiny("llama", tmp_path / "model"), memory=0)
-    with pytest.raises(BitassayError, match="tune needs the whole model in memory"):
-        quantize(opened, "best-2bit", work=tmp_path / "work")
+    opened = load(save_tiny("llama", tmp_path / "model"), opened=True)
+    written = TUNED.model_copy(update={"tune": TUNED.tune.model_copy(update={"generated": 4})})
+    for recipe, why in (("w8a8", "smoothing"), (written, "tune with generated samples")):
+        with pytest.raises(BitassayError, match=f"{why} needs the whole model in memory"):
+            quantize(opened, recipe, work=tmp_path / why)
 
 
 def test_the_first_way_that_fits_is_chosen_and_a_budget_that_none_keeps_is_refused(stories):
@@ -131,4 +170,4 @@ def test_the_first_way_that_fits_is_chosen_and_a_budget_that_none_keeps_is_refus
     ) as error:
         choose_way(ways, 10**9, "it", ", or less")
     assert error.value.remedy == "--memory 2.1GB, or less"
-    assert plan_export(stories, find_recipe("best-2bit")).opened_memory_bytes is None
+    assert plan_export(stories, find_recipe("w8a8")).opened_memory_bytes is None

@@ -7,8 +7,9 @@ import torch
 from gguf import dequantize
 
 from bitassay.quantization.codes.quantize import quantize_tensor
+from bitassay.quantization.codes.storage import description
 from bitassay.quantization.codes.tensor import LowRank, from_codes
-from bitassay.quantization.export.gguf_blocks import as_blocks
+from bitassay.quantization.export.gguf_blocks import as_blocks, bits_of, planned_kind
 from bitassay.quantization.recipe.weights import WeightScheme
 
 
@@ -31,14 +32,19 @@ def decoded(blocks):
         ({"format": "int4", "granularity": "g160"}, "Q4_0"),  # and a last group of 32
         ({"format": "int3", "granularity": "g64"}, "Q4_0"),
         ({"format": "int3", "granularity": "g64", "symmetric": False}, "Q4_0"),
-        ({"format": "int2", "granularity": "g64", "symmetric": False}, "Q4_0"),
-        ({"format": "ternary", "granularity": "g64"}, "Q4_0"),
-        ({"format": "binary", "granularity": "g64"}, "Q4_0"),
-        ({"format": "ternary", "granularity": "g256"}, "TQ2_0"),
-        ({"format": "ternary", "granularity": "tensor"}, "TQ2_0"),
-        ({"format": "binary", "granularity": "channel"}, "TQ2_0"),
-        ({"format": "int2", "granularity": "g256"}, "Q2_K"),
-        ({"format": "int2", "granularity": "channel", "symmetric": False}, "Q2_K"),
+        ({"format": "int4", "granularity": "g32", "symmetric": False, "zero_point": "mirrored"}, "Q4_0"),
+        ({"format": "int2", "granularity": "g64", "symmetric": False, "zero_point": "mirrored"}, "Q2_0"),
+        ({"format": "int2", "granularity": "g64"}, "Q2_0"),
+        ({"format": "int2", "granularity": "g192"}, "Q2_0"),  # and a last group of 128
+        ({"format": "int2", "granularity": "g32"}, "Q4_0"),
+        ({"format": "ternary", "granularity": "g64"}, "Q2_0"),
+        ({"format": "ternary", "granularity": "g32"}, "Q4_0"),
+        ({"format": "binary", "granularity": "g64"}, "Q2_0"),
+        ({"format": "binary", "granularity": "g128"}, "Q1_0"),
+        ({"format": "ternary", "granularity": "g256"}, "TQ1_0"),
+        ({"format": "ternary", "granularity": "tensor"}, "TQ1_0"),
+        ({"format": "binary", "granularity": "channel"}, "Q1_0"),
+        ({"format": "int2", "granularity": "g256"}, "Q2_0"),
         ({"format": "int3", "granularity": "g256"}, "Q3_K"),
         ({"format": "int3", "granularity": "tensor"}, "Q3_K"),
     ],
@@ -50,6 +56,8 @@ def test_exact_types(scheme, kind):
     assert blocks is not None
     assert blocks.kind.name == kind
     assert torch.equal(decoded(blocks), tensor.dequantize())
+    assert blocks.data.size * 8 == bits_of(blocks.kind) * 24 * 512
+    assert planned_kind(description(tensor), 512) is blocks.kind
 
 
 @pytest.mark.parametrize(
@@ -75,11 +83,13 @@ def test_a_minimum_is_rounded_to_half_precision(scheme):
 
 def test_rows_that_super_blocks_do_not_divide_take_a_wider_type():
     scheme = WeightScheme(format="ternary", granularity="channel")
-    assert as_blocks(quantize_tensor(matrix(512), scheme)).kind.name == "TQ2_0"
+    assert as_blocks(quantize_tensor(matrix(512), scheme)).kind.name == "TQ1_0"
     tensor = quantize_tensor(matrix(576), scheme)
     blocks = as_blocks(tensor)
-    assert blocks.kind.name == "Q4_0"
+    assert blocks.kind.name == "Q2_0"
     assert torch.equal(decoded(blocks), tensor.dequantize())
+    blocks = as_blocks(quantize_tensor(matrix(544), scheme))
+    assert blocks.kind.name == "Q4_0"
 
 
 @pytest.mark.parametrize(
@@ -115,12 +125,15 @@ def test_scales_beyond_half_precision_have_no_type():
     ("format", "zero_point", "granularity", "kind"),
     [
         ("int4", 8, "g32", "Q4_0"),  # -8 ... 7
-        ("int4", 7, "g32", "Q4_1"),  # -7 ... 8
+        ("int4", 7, "g32", "Q4_0"),  # -7 ... 8, with a scale below zero
+        ("int4", 6, "g32", "Q4_1"),  # -6 ... 9
         ("int4", 9, "g32", "Q4_1"),  # -9 ... 6
         ("int3", 4, "channel", "Q3_K"),  # -4 ... 3
         ("int3", 3, "channel", "Q4_0"),  # -3 ... 4
         ("int3", 5, "channel", "Q4_0"),  # -5 ... 2
         ("int2", 0, "channel", "Q2_K"),
+        ("int2", 1, "channel", "Q2_0"),  # -1 ... 2
+        ("int2", 2, "channel", "Q2_0"),  # -2 ... 1, with a scale below zero
         ("int8", 128, "g32", "Q8_0"),  # -128 ... 127
         ("int8", 127, "g32", None),
         ("int8", 129, "g32", None),
@@ -137,3 +150,27 @@ def test_the_ends_of_each_range(format, zero_point, granularity, kind):
     assert (None if blocks is None else blocks.kind.name) == kind
     if blocks is not None:
         assert torch.equal(decoded(blocks), tensor.dequantize())
+
+
+def test_each_block_takes_the_sign_that_it_needs():
+    """Groups of 64 that lie on one side each, in one matrix."""
+    scheme = WeightScheme(format="int2", granularity="g64", symmetric=False, zero_point="mirrored")
+    codes = (torch.arange(2 * 128) % 4).float().view(2, 128)
+    zero = torch.tensor([[1.0, 2.0], [2.0, 1.0]])
+    tensor = from_codes(codes, torch.full((2, 2), 0.25), scheme, zero_point=zero)
+    blocks = as_blocks(tensor)
+    scales = torch.from_numpy(blocks.data.reshape(2, 2, 18)[..., :2].copy()).view(torch.float16)
+    assert scales[..., 0].tolist() == [[0.25, -0.25], [-0.25, 0.25]]
+    assert torch.equal(decoded(blocks), tensor.dequantize())
+
+
+def test_the_bytes_of_the_new_types_are_those_of_ggml():
+    """By hand: d = 0.5 (0x3800), then 2-bit fields or bits, lowest first."""
+    two = WeightScheme(format="int2", granularity="g64", symmetric=False)
+    codes = torch.tensor([[0.0, 1, 2, 3] * 16])
+    blocks = as_blocks(from_codes(codes, torch.full((1, 1), 0.5), two, zero_point=torch.ones(1, 1)))
+    assert blocks.data.tolist() == [[0x00, 0x38, *[0b11100100] * 16]]
+    one = WeightScheme(format="binary", granularity="g128")
+    codes = torch.tensor([[1.0, -1, -1, -1, 1, 1, -1, -1] * 16])
+    blocks = as_blocks(from_codes(codes, torch.full((1, 1), 0.5), one))
+    assert blocks.data.tolist() == [[0x00, 0x38, *[0b00110001] * 16]]

@@ -13,6 +13,7 @@ from bitassay.engines.load import load
 from bitassay.errors import BitassayError, MissingError
 from bitassay.quantization.export import save as export
 from bitassay.quantization.export.gguf_file import write_gguf, written_before
+from bitassay.quantization.export.gguf_plan import check_llama_cpp, plan_gguf
 from bitassay.quantization.pipeline import quantize
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.runtime.model import Quantization, with_tensors
@@ -150,6 +151,64 @@ def test_a_model_that_is_not_quantized_is_written_in_16_bits(tmp_path):
         assert torch.equal(again.get_parameter(name), parameter.float()), name
 
 
+MIRRORED = {"symmetric": False, "zero_point": "mirrored"}
+GRIDS = {
+    "Q2_0": {"format": "int2", "granularity": "g64"} | MIRRORED,
+    "Q4_0": {"format": "int4", "granularity": "g32"} | MIRRORED,
+    "Q1_0": {"format": "binary", "granularity": "g128"},
+    "TQ1_0": {"format": "ternary", "granularity": "g256"},
+}
+
+
+@pytest.mark.parametrize("kind", GRIDS)
+def test_types_of_few_bits_come_back_exactly(tmp_path, kind):
+    size = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64, "num_hidden_layers": 1}
+    base = half_embedded(tiny_model("llama", **size))
+    made = recipe(**GRIDS[kind])
+    quantized = quantize(base, made)
+    planned = plan_gguf(base, made)
+    written = write_gguf(quantized, tmp_path / "few.gguf")
+    scheme = f"{GRIDS[kind]['format']} {GRIDS[kind]['granularity']}"
+    assert dict(written.stored_as) == dict(planned.stored_as) == {f"{scheme} -> {kind}": 7}
+    assert written.bits_per_weight == planned.bits_per_weight
+    assert written.relative_error == 0
+    stored = sum(tensor.n_bytes for tensor in GGUFReader(tmp_path / "few.gguf").tensors)
+    assert planned.tensor_bytes == stored
+    again = load(tmp_path / "few.gguf")
+    for name, value in quantized.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+    assert torch.equal(logits(again), logits(quantized))
+
+
+@pytest.mark.parametrize("name", ["Q8_0", "Q6_K", "F32"])
+def test_embeddings_and_head_in_a_type_of_their_own(tmp_path, name):
+    base = tiny_model("llama", hidden_size=256, head_dim=64, num_hidden_layers=1)
+    write_gguf(base, tmp_path / "base.gguf", embeddings=name)
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(tmp_path / "base.gguf").tensors}
+    assert kinds["token_embd.weight"] == kinds["output.weight"] == name
+    assert kinds["blk.0.attn_q.weight"] == "F16"
+    again = load(tmp_path / "base.gguf")
+    given, back = base.lm_head.weight, again.lm_head.weight
+    assert (back - given).norm() <= 0.02 * given.norm()
+    assert torch.equal(back, given) is (name == "F32")
+
+
+def test_a_file_of_more_bits_than_its_recipe_says_so(tmp_path):
+    base = tiny_model("llama", num_hidden_layers=1)
+    written = write_gguf(quantize(base, recipe(format="int2")), tmp_path / "wide.gguf")
+    (note,) = [note for note in written.notes if "bits a weight" in note]
+    assert note.startswith("4.50 bits a weight in this file, 2.50 in the recipe")
+    equal = write_gguf(quantize(base, recipe(format="int4")), tmp_path / "equal.gguf")
+    assert not [note for note in equal.notes if "bits a weight" in note]
+
+
+def test_what_llama_cpp_has_no_type_for_is_known_beforehand():
+    base = tiny_model("llama", num_hidden_layers=1)
+    check_llama_cpp(plan_gguf(base, recipe(format="int4")))
+    with pytest.raises(BitassayError, match=r"llama\.cpp has no type for .* in fp8_e4m3 channel"):
+        check_llama_cpp(plan_gguf(base, recipe(format="fp8_e4m3", granularity="channel")))
+
+
 def test_the_tokenizer_goes_along(stories, tmp_path):
     write_gguf(stories, tmp_path / "stories.gguf")
     theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="stories.gguf")
@@ -174,7 +233,7 @@ def test_the_file_says_where_it_comes_from(stories, tmp_path):
     quantized = quantize(stories, recipe(format="int8"))
     write_gguf(quantized, tmp_path / "w8.gguf")
     known = quantized.identity
-    assert written_before(tmp_path / "w8.gguf") == (known.recipe_id, known.weights_digest)
+    assert written_before(tmp_path / "w8.gguf") == (known.recipe_id, known.weights_digest, "")
     write_gguf(stories, tmp_path / "base.gguf")
     assert written_before(tmp_path / "base.gguf") is None
     (tmp_path / "rubbish.gguf").write_bytes(b"GGUF" + bytes(100))

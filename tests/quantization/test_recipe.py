@@ -30,6 +30,7 @@ def test_the_shipped_recipes_are_whole():
         assert recipe.name == name
         assert recipe.description
         assert find_recipe(name) == recipe
+    assert shipped.pop("gguf-q1_0").recipe_id == shipped["best-1bit"].recipe_id  # a name of its type
     assert len({recipe.recipe_id for recipe in shipped.values()}) == len(shipped)
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from bitassay.quantization.codes.quantize import quantize_tensor
-from bitassay.quantization.codes.rounding import dequantize, round_to_nearest
+from bitassay.quantization.codes.rounding import dequantize, nearest, round_to_nearest
 from bitassay.quantization.codes.scales import (
     BLOCK_ELEMENTS,
     absmax_grid,
@@ -324,3 +324,25 @@ def test_two_bits_come_near_the_best_uniform_quantizer():
         noise[rule] = (quantize_tensor(w, scheme).dequantize() - w).square().mean().item()
     assert noise["mse"] == pytest.approx(0.1188, rel=0.08)
     assert noise["absmax"] > 1.5 * noise["mse"]
+
+
+@pytest.mark.parametrize("format", ["int2", "int4"])
+def test_a_mirrored_zero_point_is_the_better_of_two_signs(format):
+    """A group and its negative are rounded alike, and neither side is worse than a symmetric grid."""
+    w = torch.randn(40, 32, generator=torch.Generator().manual_seed(0))
+    half = 2 ** (int(FORMATS[format].bits) - 1)
+
+    def solved(w, **more):
+        scheme = WeightScheme(format=format, granularity="g32", scale="mse", **more)
+        grid = grid_for(w, scheme)
+        return grid, (nearest(w, grid)[1] - w).square().sum(1)
+
+    mirrored = {"symmetric": False, "zero_point": "mirrored"}
+    grid, error = solved(w, **mirrored)
+    assert set(grid.zero_point.unique().tolist()) == {half - 1, half}
+    other, same = solved(-w, **mirrored)
+    torch.testing.assert_close(same, error)
+    assert (other.zero_point == 2 * half - 1 - grid.zero_point).float().mean() > 0.5  # ties take the first
+    (_, plain), (_, plain_of_negative) = solved(w), solved(-w)
+    torch.testing.assert_close(error, plain.minimum(plain_of_negative), rtol=0.05, atol=0)
+    assert error.sum() < 0.97 * plain.sum()

@@ -46,11 +46,13 @@ def test_neither_massive_activations_nor_the_other_tokens_are_drowned():
 
 def test_memory_follows_the_batch_and_the_weights():
     shapes, small = [(64, 32), (32, 64)], Tune(batch=1)
-    least = memory_of(small, 16, shapes, 1, 32, 5000, 100)
-    larger = memory_of(Tune(batch=3), 16, shapes, 1, 32, 5000, 100)
+    least = memory_of(small, 8, 16, shapes, 1, 32, 5000, 1)
+    larger = memory_of(Tune(batch=3), 8, 16, shapes, 1, 32, 5000, 1)
     assert larger - least == pytest.approx(2 * 16 * (192 * 2.6 + 2 * 4 * 32), abs=1)
-    twice = memory_of(small, 16, shapes * 2, 2, 32, 5000, 100)
+    twice = memory_of(small, 8, 16, shapes * 2, 2, 32, 5000, 1)
     assert twice - least >= 8 * 4096  # a position, two moments in 16 bits
+    opened = [memory_of(small, 8, 16, shapes * n, n, 32, 5000 * n, 1, opened=True) for n in (1, 2)]
+    assert opened[1] - opened[0] == 4 * 16 * 32  # states between layers alone
 
 
 def test_layers_are_computed_again_for_the_way_back_and_give_the_same_gradients():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bitassay.models.walk import decoder_layers
-from bitassay.verification.detectors.registry import DETECTORS, HEAD, SEGMENTS, STATES
+from bitassay.verification.detectors.registry import DETECTORS, HEAD, ROTARY, SEGMENTS, STATES
 from bitassay.verification.observe import compare, observe
 from bitassay.verification.prove import prove_many
 from bitassay.verification.structure import Request
@@ -94,7 +94,8 @@ def test_states_that_are_moved_to_fit_a_token_are_seen_by_their_segment(honest, 
 
 
 def test_a_part_of_a_run_has_neither(honest, model, profile):
-    assert [name for name in (STATES, SEGMENTS, HEAD) if DETECTORS[name].whole] == [SEGMENTS, HEAD]
+    whole = [name for name in (STATES, SEGMENTS, ROTARY, HEAD) if DETECTORS[name].whole]
+    assert whole == [SEGMENTS, ROTARY, HEAD]
     run = observed(honest[0], model, list(profile.fits))
     part = replace(run, series={name: s for name, s in run.series.items() if not DETECTORS[name].whole})
     assert profile.score(part).value <= profile.score(run).value

@@ -45,3 +45,26 @@ def test_one_layer_alone_is_rounded(name, layer, model, honest, monkeypatch):
     changed = {matrix for matrix in matrices(model) if recipe.scheme_for(matrix)}
     assert changed == {matrix for matrix in matrices(model) if f".layers.{layer}." in matrix}
     assert len(changed) == 7
+
+
+def test_states_are_moved_until_they_choose_the_tokens(model, honest):
+    setting = Setting(model, honest[:6])
+    steered, moved = (ATTACKS[name].run(setting) for name in ("near-ties", "near-ties-moved"))
+    assert [a.header.output_ids for a in moved] == [a.header.output_ids for a in steered]
+    changed = disagreements(steered, model)
+    assert changed > 0
+    assert disagreements(moved, model) < 0.2 * changed
+    for a, b in zip(moved, steered, strict=True):
+        *layers, last = a.header.layers
+        assert all(torch.equal(a.states[layer], b.states[layer]) for layer in layers)
+        away = (a.states[last] - b.states[last]).float().norm(dim=-1) / b.states[last].float().norm(dim=-1)
+        assert away.max() < 0.5, "no further than a near tie needs"
+
+
+def disagreements(traces, model):
+    """How many tokens are not those that the last states choose."""
+    return sum(
+        int(logits.argmax()) != token
+        for trace, replay in zip(traces, steering.replays_of(traces, model), strict=True)
+        for logits, token in zip(replay.logits, trace.header.output_ids, strict=True)
+    )

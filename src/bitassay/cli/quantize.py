@@ -1,6 +1,10 @@
 """`bitassay quantize`: a recipe and a model to a checkpoint folder, a GGUF file, or both."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
 
 from bitassay.cli import options
 from bitassay.cli.checks import check_words
@@ -17,6 +21,7 @@ SIZES = (
     Column("size_bytes", "size", size),
     Column("file_bytes", "files", size),
 )
+Engine = Annotated[Literal["vllm", "llama.cpp", "transformers"], Parameter(name="--for")]
 PLANNED_COLUMNS = (Column("memory_bytes", "memory", size), Column("way", "read", align="left"))
 WRITTEN_COLUMNS = (
     Column("seconds", "seconds", number(1)),
@@ -36,10 +41,12 @@ class Storage(Bounded):
 def quantize(
     model: options.Model,
     *,
-    recipe: options.RecipeName,
+    recipe: options.RecipeName | None = None,
     out: Path | None = None,
     gguf: Path | None = None,
     layout: str | None = None,
+    engine: Engine | None = None,
+    embeddings: str | None = None,
     work: Path | None = None,
     check: bool = True,
     dry_run: Flag = False,
@@ -52,8 +59,8 @@ def quantize(
     """Quantize MODEL by a recipe and save it as a folder, as a GGUF file for llama.cpp, or as both.
 
     vLLM loads the folder where the compressed-tensors format is exact, and plain transformers where there are
-    no zero points or --layout compressed-tensors asks for it; otherwise only bitassay does. Run again,
-    the same command checks what is finished and does the rest: a calibrated recipe continues after the last
+    no zero points or --layout compressed-tensors asks for it; otherwise only bitassay does. Run again, the
+    same command checks what is finished and does the rest: a calibrated recipe continues after the last
     finished layer.
 
     Args:
@@ -62,6 +69,10 @@ def quantize(
         layout: How the folder stores codes: vllm (compressed-tensors with packed zero points),
             compressed-tensors (for plain transformers), bitassay or the layout of a plug-in (default: vllm
             where that is exact and there are zero points, else compressed-tensors, otherwise bitassay).
+        engine: Refuse, before any work, what this engine would not load, and write the folder as it reads it.
+            llama.cpp reads the --gguf file; vllm and transformers read the --out folder.
+        embeddings: The type of the embedding and the head in the --gguf file: Q8_0, Q6_K, Q5_0, Q4_0, IQ4_NL,
+            Q2_0, F16, BF16 or F32 (default: Q8_0 with a recipe, 16 bits without).
         work: Where a calibrated recipe keeps its finished layers and its result (default: in the cache, where
             other commands find the result too).
         check: Load the written files, with plain transformers where it can, and compare the logits.
@@ -82,29 +93,53 @@ def quantize(
             "--samples and --each-matrix belong to --analyze",
             "add --analyze, or set in the recipe: calibration: {samples: 128, tokens: 512}",
         )
+    elif recipe is None and (gguf is None or out is not None or engine is not None or dry_run):
+        raise BitassayError(
+            "without a recipe only the model as it is can be written, and only as a GGUF file",
+            "--recipe R, or --gguf FILE alone",
+        )
     elif out is None and gguf is None:
         raise BitassayError("no place to write to is named", "--out FOLDER, --gguf FILE, or both")
     elif out is None and layout is not None:
         raise BitassayError("--layout belongs to the folder", "add --out FOLDER, or leave it out")
+    if engine is not None and (gguf if engine == "llama.cpp" else out) is None:
+        needed = "--gguf FILE" if engine == "llama.cpp" else "--out FOLDER"
+        raise BitassayError(f"{engine} reads nothing that would be written", f"add {needed}")
+    if engine is not None and layout is not None:
+        raise BitassayError("--for chooses the layout", "leave out --layout or --for")
+    if embeddings is not None and gguf is None:
+        raise BitassayError("--embeddings is of the GGUF file", "add --gguf FILE, or leave it out")
     check_words([model], [recipe], folder=out, file=gguf)
     if work is not None:
         check_folder(work)
     if analyze:
+        if recipe is None:
+            raise BitassayError("--analyze needs a recipe, whose formats it measures", "--recipe R")
         return _analyze(model, recipe, samples or 8, each_matrix, storage, RunOutput(output.format, out))
     from bitassay.models.source import resolve
     from bitassay.quantization.export.registry import LAYOUTS
-    from bitassay.quantization.recipe.recipe import find_recipe
-    from bitassay.studies.checkpoint import CheckpointJob, planned, written
+    from bitassay.quantization.recipe.recipe import Recipe, find_recipe
+    from bitassay.studies.checkpoint import CheckpointJob, planned, write_base, written
 
+    if embeddings is not None:
+        from bitassay.quantization.export.gguf_round import check_type
+
+        check_type(embeddings)
+    elif recipe is not None:
+        embeddings = "Q8_0"
     if layout is not None:
         LAYOUTS[layout]  # refuses an unknown name
-    wanted = find_recipe(recipe)
+    wanted = Recipe(name="base", weights=None) if recipe is None else find_recipe(recipe)
     with show_progress() as progress:
         name = storage.of(model)
         source = resolve(name, progress)
         budget, loading = storage.memory, storage.options
         job = CheckpointJob(name, source, wanted, out, gguf, layout, work, check, budget, loading)
-        rows = planned(job, progress) if dry_run else written(job, progress)
+        job = replace(job, embeddings=embeddings, engine=engine)
+        if recipe is None:
+            rows = [write_base(job, progress)]
+        else:
+            rows = planned(job, progress) if dry_run else written(job, progress)
     last = PLANNED_COLUMNS if dry_run else WRITTEN_COLUMNS
     output.emit((rows, (*SIZES, *last)))
     return 0

@@ -18,6 +18,7 @@ from gguf import GGUFReader, ReaderTensor
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
+import bitassay.models.gguf_types  # noqa: F401 (the package learns types that it lacks)
 from bitassay.errors import BitassayError
 from bitassay.models.gguf_families import DERIVED, FAMILIES, HARMLESS, READ_APART, SWITCHES, Family, family_of
 from bitassay.models.gguf_rope import ROPE_TENSORS, rope_parameters

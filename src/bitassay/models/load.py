@@ -146,8 +146,8 @@ def make_dense(
     """Decode a compressed-tensors model that was loaded in fp32 into plain weights of `dtype`, as `quantize`
     makes them; linears whose inputs are rounded keep the library's forward, which rounds them. orders: how
     columns are sorted by their groups, of linears that have an order. Raises BitassayError where it also
-    quantizes the outputs of a linear, which would silently be left out, and where a stored shape is not
-    the module's."""
+    quantizes the outputs of a linear, which would silently be left out, and where a stored shape is not the
+    module's."""
     for name, module in model.named_modules():
         if (scheme := getattr(module, "quantization_scheme", None)) is not None:
             if scheme.output_activations is not None:

@@ -98,6 +98,21 @@ def present(model: nn.Module, *modules: str) -> Iterator[None]:
         yield
 
 
+def parameter_of(model: nn.Module, name: str) -> Tensor:
+    """Return the value of a parameter of a loaded or opened model."""
+    weights = weights_of(model)
+    return model.get_parameter(name).detach() if weights is None else weights.value(name)
+
+
+def put_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Give a model another parameter of that name; an opened one has it there when it is needed."""
+    if (weights := weights_of(model)) is not None:
+        weights.changes[name] = lambda _: parameter
+        return
+    owner, _, key = name.rpartition(".")
+    model.get_submodule(owner).register_parameter(key, parameter)
+
+
 class Weights:
     """The weights of an opened model, by name. changes: how those are made that are not the files' own.
     units: the names of weights by the module that reads them in a forward, a decoder layer or a module
@@ -214,11 +229,14 @@ class Weights:
             if not self.holds[name]:
                 _put(self.model, name, self.empty[name])
 
+    def value(self, name: str) -> Tensor:
+        """Return a weight as the model has it."""
+        with self.holding([name]):
+            return _get(self.model, name).detach()
+
     def in_files(self, name: str) -> Tensor:
         """Return a weight as the model's state dict has it."""
-        self.take([name])
-        value = _get(self.model, name).detach()
-        self.drop([name])
+        value = self.value(name)
         owner = self.model.get_submodule(name.rpartition(".")[0])
         return value.T if stores_transposed(owner) and value.ndim == 2 else value
 

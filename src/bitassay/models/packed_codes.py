@@ -40,8 +40,8 @@ def without_order(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_packed(model: PreTrainedModel, report: dict[str, Any], folder: Path) -> dict[str, torch.Tensor]:
-    """Give the linears of a compressed-tensors model their packed zero points, and take these out of the
-    `report` that `from_pretrained` returns as loading info. Return the order of the columns of each linear
+    """Give the linears of a compressed-tensors model their packed zero points, and take them out of `report`,
+    which is what `from_pretrained` returns as loading info. Return the order of the columns of each linear
     that has one. Raises BitassayError for a tensor of another shape than the matrix needs."""
     entries = _by_module(model, check_files(folder))
     orders = dict[str, torch.Tensor]()

@@ -189,9 +189,7 @@ def _solved(work: WorkingCopy) -> Quantization:
         what, folder = f"quantizing by {recipe.name}", work.folder if is_opened(work.model) else None
         tensors = rounded_to_nearest(work.model, schemes, what, work.progress, folder)
     quantized = {f"{name}.weight" for name in tensors} | {name.rpartition(".")[0] for name in tensors}
-    changed = changed_parameters(work.base, work.model)
-    parameters = {name: value for name, value in changed.items() if name not in quantized}
-    return Quantization(recipe, tensors, parameters)
+    return Quantization(recipe, tensors, changed_parameters(work.base, work.model, quantized))
 
 
 def rounded_to_nearest(

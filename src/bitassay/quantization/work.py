@@ -30,6 +30,7 @@ from bitassay.record.run import RunFolder
 from bitassay.record.versions import source_digest
 
 RESULT = "result"
+IN_LAYERS = ("layer-", "tuned-")  # parts of matrices; the later one counts
 AGAIN = "remove this folder and run the same command again"
 
 
@@ -93,17 +94,25 @@ class KeptTensors(Mapping[str, QuantizedTensor]):
         self.folder, self.shapes = folder, shapes
         self.names = {part: list(folder.part(part, dict)) for part in parts}
         self.part_of = {name: part for part, names in self.names.items() for name in names}
-        self.last: tuple[str, dict[str, QuantizedTensor]] = ("", {})
+        self.last: tuple[str, dict[str, QuantizedTensor], dict[str, Tensor]] = ("", {}, {})
 
     def __getitem__(self, name: str) -> QuantizedTensor:
-        part, known = self.part_of[name], self.shapes.keys()
-        if part != self.last[0]:
-            self.last = ("", {})
-            if unknown := [other for other in self.names[part] if other not in known]:
-                raise BitassayError(f"{self.folder.path}: {part} has {unknown[0]}, which is no matrix", AGAIN)
-            shapes = {other: self.shapes[other] for other in self.names[part]}
-            self.last = (part, read_part(self.folder, part, shapes)[0])
+        self._read(self.part_of[name])
         return self.last[1][name]
+
+    def beside(self, name: str, what: str) -> Tensor | None:
+        """Return a tensor that is kept beside a matrix, where there is one."""
+        self._read(self.part_of[name])
+        return self.last[2].get(f"{name}/{what}")
+
+    def _read(self, part: str) -> None:
+        if part == self.last[0]:
+            return
+        self.last, known = ("", {}, {}), self.shapes.keys()
+        if unknown := [other for other in self.names[part] if other not in known]:
+            raise BitassayError(f"{self.folder.path}: {part} has {unknown[0]}, which is no matrix", AGAIN)
+        shapes = {other: self.shapes[other] for other in self.names[part]}
+        self.last = (part, *read_part(self.folder, part, shapes))
 
     def __iter__(self) -> Iterator[str]:
         return (name for name in dict.fromkeys((*self.shapes, *self.part_of)) if name in self.part_of)
@@ -115,6 +124,11 @@ class KeptTensors(Mapping[str, QuantizedTensor]):
 def layer_part(index: int) -> str:
     """Return the name of the part that holds the matrices of a decoder layer."""
     return f"layer-{index:04d}"
+
+
+def tuned_part(index: int) -> str:
+    """Return the name of the part that takes the place of `layer_part` where layers moved together."""
+    return f"tuned-{index:04d}"
 
 
 def write_result(folder: RunFolder, made: Quantization) -> None:
@@ -135,8 +149,9 @@ def read_result(folder: RunFolder, recipe: Recipe, shapes: Mapping[str, tuple[in
         raise BitassayError(f"{folder.path}: {missing[0]} is not there", AGAIN)
     names, tensors = folder.part(RESULT, dict), None
     if not names:  # they are where each layer was finished
-        layers = sorted(path.stem for path in (folder.path / "parts").glob("layer-*.safetensors"))
-        tensors = KeptTensors(folder, layers, shapes)
+        found = {path.stem for path in (folder.path / "parts").glob("*.safetensors")}
+        layers = {name.rpartition("-")[2]: name for name in sorted(found) if name.startswith(IN_LAYERS)}
+        tensors = KeptTensors(folder, layers.values(), shapes)
         if tensors.part_of.keys() != shapes.keys():
             raise BitassayError(f"{folder.path}: does not name the matrices of the recipe", AGAIN)
         shapes = {}

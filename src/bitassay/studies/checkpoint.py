@@ -25,8 +25,9 @@ from bitassay.models.options import as_dtype
 from bitassay.models.source import Source
 from bitassay.quantization.export import gguf_file, save
 from bitassay.quantization.export.card import read_card
+from bitassay.quantization.export.gguf_plan import check_llama_cpp, plan_gguf
 from bitassay.quantization.export.plan import LOADED, OPENED, Plan, choose_way, plan_export
-from bitassay.quantization.export.registry import LAYOUTS
+from bitassay.quantization.export.registry import GROUPED, LAYOUTS, STANDARD
 from bitassay.quantization.pipeline import quantize, quantize_cached
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.runtime.model import quantization_of, with_tensors
@@ -35,6 +36,13 @@ from bitassay.record.progress import Progress, silent
 
 Row = dict[str, Any]
 TRANSFORMERS = "plain transformers"
+# What `--for` takes, and the layout of the folder that such an engine loads.
+LLAMA_CPP = "llama.cpp"
+ENGINES: dict[str, str | None] = {"vllm": GROUPED, "transformers": STANDARD, LLAMA_CPP: None}
+REMEDIES = {
+    "vllm": "integers with whole zero points or none, in groups that divide the rows: portable-4bit, w4",
+    "transformers": "a recipe that the compressed-tensors format holds: portable-4bit, w4, w8",
+}
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,9 @@ class CheckpointJob:
     """What to write and where. model, source: its name, and the files behind it. folder, gguf: the outputs,
     None for one that is not wanted. layout: of the folder (None: compressed-tensors where that is exact).
     work: where a calibrated recipe keeps its finished layers (None: in the cache). check: load what was
-    written and compare logits. memory: bytes to work in (None: what is free). loading: keywords of `load`."""
+    written and compare logits. memory: bytes to work in (None: what is free). loading: keywords of `load`.
+    embeddings: the type of the embedding and the head in a GGUF file (None: 16 bits). engine: a name in
+    ENGINES that must be able to load what is written, or None."""
 
     model: str
     source: Source
@@ -54,6 +64,8 @@ class CheckpointJob:
     check: bool = True
     memory: int | None = None
     loading: Mapping[str, Any] = field(default_factory=lambda: {"dtype": "float32"})
+    embeddings: str | None = None
+    engine: str | None = None
 
     def row(
         self, layout: str, bits_per_weight: float | None, size_bytes: int, file_bytes: int | None = None
@@ -92,10 +104,17 @@ def _finished(job: CheckpointJob, progress: Progress) -> dict[str, Row | None]:
 
 def _plan(job: CheckpointJob, progress: Progress) -> list[Row]:
     """Return what is known before any weight is read. The size of a folder is that of its tensors and of the
-    model's other files; the blocks of a GGUF file depend on the codes, so its size is not known."""
+    model's other files; that of a GGUF file the most that its tensors take, without the vocabulary."""
     trust = job.loading.get("trust_remote_code", False)
     empty = without_weights(job.source, dtype=as_dtype(job.loading["dtype"]), trust_remote_code=trust)
-    plan = plan_export(empty, job.recipe, job.layout)
+    try:
+        plan = plan_export(empty, job.recipe, job.layout or ENGINES.get(job.engine or ""))
+    except save.LayoutError as error:
+        if job.engine is None:
+            raise
+        raise BitassayError(
+            f"{job.engine} would not load it: {error.problem}", REMEDIES[job.engine]
+        ) from error
     if job.folder is not None and plan.layout_reason is not None:
         progress(f"{job.folder}: {plan.layout_reason}; bitassay.load reads it, {TRANSFORMERS} does not")
     file_bytes = plan.tensor_bytes + _size(job.source.folder, without=".safetensors")
@@ -103,8 +122,15 @@ def _plan(job: CheckpointJob, progress: Progress) -> list[Row]:
     row["way"], row["memory_bytes"] = _way(plan, job)
     rows = [row] if job.folder is not None else []
     if job.gguf is not None:
-        gguf_file.check_gguf(empty, job.recipe)
-        rows.append(row | {"layout": "gguf", "bits_per_weight": None, "file_bytes": None})
+        file = plan_gguf(empty, job.recipe, job.embeddings)
+        if job.engine == LLAMA_CPP:
+            check_llama_cpp(file)
+        if file.bits_per_weight > gguf_file.MORE_BITS * plan.bits_per_weight:
+            how = ", ".join(file.stored_as)
+            more = gguf_file.more_bits(plan.bits_per_weight, file.bits_per_weight)
+            progress(f"{job.gguf.name}: up to {more} ({how})")
+        said = {"bits_per_weight": file.bits_per_weight, "file_bytes": file.tensor_bytes}
+        rows.append(row | {"layout": "gguf"} | said)
     return rows
 
 
@@ -130,8 +156,8 @@ def written(job: CheckpointJob, progress: Progress = silent) -> list[Row]:
         for row in rows:
             if job.folder is not None and outputs["folder"] is None and row["layout"] != "gguf":
                 save.check_space(job.folder, row["file_bytes"])
-        memory = 0 if rows[0]["way"] == OPENED else None
-        base = load(job.model, progress=progress, memory=memory, **job.loading)
+        opened = rows[0]["way"] == OPENED
+        base = load(job.model, progress=progress, opened=opened, **job.loading)
         quantized = _quantized(job, base, progress, is_finished=outputs.get("folder") is not None)
         tokens = tokenizer(base)(bundled_prompts()[0], return_tensors="pt").input_ids if job.check else None
         for name, write in (("folder", _write_folder), ("gguf", _write_gguf)):
@@ -146,8 +172,8 @@ def _quantized(
 ) -> PreTrainedModel:
     """Quantize `base`, or give it the codes of the finished folder."""
     if is_finished:
-        memory = 0 if is_opened(base) else None
-        saved = quantization_of(load(job.folder or "", progress=progress, memory=memory, **job.loading))
+        reloaded = load(job.folder or "", progress=progress, opened=is_opened(base), **job.loading)
+        saved = quantization_of(reloaded)
         assert saved is not None
         return with_tensors(base, saved)
     if job.work is None:
@@ -162,7 +188,11 @@ def _write_folder(
     progress: Progress,
 ) -> Row:
     assert job.folder is not None
-    card = save.save(quantized, job.folder, layout=job.layout, progress=progress)
+    wanted = job.layout or ENGINES.get(job.engine or "")
+    card = save.save(quantized, job.folder, layout=wanted, progress=progress)
+    if card.stored_bits_per_weight > gguf_file.MORE_BITS * card.bits_per_weight:
+        stored, said = card.stored_bits_per_weight, card.bits_per_weight
+        progress(f"{job.folder.name}: {stored:.2f} bits a weight in this folder, {said:.2f} in the recipe")
     row = job.row(card.layout, card.bits_per_weight, card.size_bytes, _size(job.folder))
     if tokens is not None:
         plain = LAYOUTS[card.layout].is_plain and not is_opened(quantized)
@@ -181,7 +211,7 @@ def _write_gguf(
     progress: Progress,
 ) -> Row:
     assert job.gguf is not None
-    file = gguf_file.write_gguf(quantized, job.gguf, progress=progress)
+    file = gguf_file.write_gguf(quantized, job.gguf, embeddings=job.embeddings, progress=progress)
     for blocks, count in sorted(file.stored_as.items()):
         progress(f"{job.gguf.name}: {blocks}: {count} matrices")
     for note in file.notes:
@@ -191,6 +221,21 @@ def _write_gguf(
         progress(f"loading {job.gguf} with {TRANSFORMERS}")
         row["max_logits_difference"] = gguf_file.reload_difference(quantized, job.gguf, tokens)
     return row
+
+
+def write_base(job: CheckpointJob, progress: Progress = silent) -> Row:
+    """Write the model as it is as a GGUF file, and return its row; the recipe of `job` says nothing. Raises
+    BitassayError for a file that is there already, and for what llama.cpp would run as another model."""
+    assert job.gguf is not None
+    started, trust = time.monotonic(), job.loading.get("trust_remote_code", False)
+    if job.gguf.exists():
+        raise BitassayError(f"{job.gguf}: exists already", "choose another file or remove this one first")
+    dtype = as_dtype(job.loading["dtype"])
+    gguf_file.check_gguf(without_weights(job.source, dtype=dtype, trust_remote_code=trust), None)
+    base = load(job.model, progress=progress, **job.loading)
+    tokens = tokenizer(base)(bundled_prompts()[0], return_tensors="pt").input_ids if job.check else None
+    row = _write_gguf(job, base, tokens, progress)
+    return row | {"recipe": "base", "seconds": time.monotonic() - started}
 
 
 def _finished_folder(job: CheckpointJob, folder: Path) -> Row | None:
@@ -214,7 +259,7 @@ def _finished_folder(job: CheckpointJob, folder: Path) -> Row | None:
     if not is_base or (card.recipe.recipe_id, card.dtype) != (job.recipe.recipe_id, dtype):
         there = f"{card.base.name} quantized by {card.recipe.name} in {card.dtype}"
         wanted = f"{job.source.name} by {job.recipe.name} in {dtype}"
-    elif job.layout in (None, card.layout):
+    elif (job.layout or ENGINES.get(job.engine or "")) in (None, card.layout):
         return job.row(card.layout, card.bits_per_weight, card.size_bytes, _size(folder))
     raise BitassayError(f"{folder}: holds {there}, not {wanted}", "give another --out, or remove that folder")
 
@@ -222,9 +267,11 @@ def _finished_folder(job: CheckpointJob, folder: Path) -> Row | None:
 def _finished_gguf(job: CheckpointJob, path: Path) -> Row | None:
     if not path.exists():
         return None
-    if gguf_file.written_before(path) != (job.recipe.recipe_id, Identity(job.source).weights_digest):
+    wanted = job.recipe.recipe_id, Identity(job.source).weights_digest, job.embeddings or ""
+    if gguf_file.written_before(path) != wanted:
         raise BitassayError(
-            f"{path}: holds something else than {job.source.name} by {job.recipe.name}",
+            f"{path}: holds something else than {job.source.name} by {job.recipe.name}, "
+            f"with embeddings in {job.embeddings or '16 bits'}",
             "give another --gguf, or remove that file",
         )
     return job.row("gguf", None, path.stat().st_size)

@@ -20,9 +20,11 @@ Of ternary and binary groups the optimum is exact (`few_levels_grid`):
               weights, so scan where to part them
 
 A middle zero point has one of 2^b places, evenly over the middle half of the codes, and a search for each;
-docs/formats.md measures what that gains. A free zero point starts from the range itself, which need not hold
-zero, and has three searches, with narrower grids in the middle of the range and towards either end
-(FREE_STARTS); s is at least |w| / 4096 then, so that z has a place in fp16.
+docs/formats.md measures what that gains. A mirrored one has two, the two whole steps in the middle of the
+codes, and a search for each: levels -8 ... 7 or -7 ... 8, which is what a scale of either sign says. A free
+zero point starts from the range itself, which need not hold zero, and has three searches, with narrower grids
+in the middle of the range and towards either end (FREE_STARTS); s is at least |w| / 4096 then, so that z has
+a place in fp16.
 
 Factors go below 0.5 since the first scale of int2 puts the largest magnitude on the code 1; those below 0.3
 are for groups whose largest weights matter least. Above 1.1 nothing was gained.
@@ -198,10 +200,13 @@ def _first_grid(w: Groups, scheme: WeightScheme) -> Grid:
 
 
 def _starts(w: Groups, scheme: WeightScheme) -> Iterator[tuple[Grid, float]]:
-    if scheme.zero_point == "middle":
+    if scheme.zero_point in ("middle", "mirrored"):
         fmt, dtype = scheme.number_format, getattr(torch, scheme.scale_dtype)
         low, high, (_, qmax) = w.amin(1, keepdim=True), w.amax(1, keepdim=True), fmt.code_range(False)
-        for zero_point in middle_zero_points(fmt).to(w.device):
+        half = 2.0 ** (int(fmt.bits) - 1)
+        mirrored = scheme.zero_point == "mirrored"
+        places = torch.tensor([half, half - 1]) if mirrored else middle_zero_points(fmt)
+        for zero_point in places.to(w.device):
             scale = stored_scale(torch.maximum(-low / zero_point, high / (qmax - zero_point)), dtype)
             yield Grid(fmt, scale, zero_point.expand_as(scale)), 0.0
         return

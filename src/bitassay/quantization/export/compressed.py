@@ -212,7 +212,8 @@ def expected_tensors(stored: Stored, shape: tuple[int, int], grouped: bool = Fal
     expected["weight_packed"] = (torch.int32, (shape[0], math.ceil(shape[1] * args.num_bits / 32)))
     expected["weight_shape"] = (torch.int64, (2,))
     if _packs_zero_points(args):
-        expected["weight_zero_point"] = (torch.int32, (math.ceil(grid[0] * args.num_bits / 32), grid[1]))
+        groups = Granularity.parse(scheme.granularity).scale_shape(*shape)[1]
+        expected["weight_zero_point"] = (torch.int32, (math.ceil(shape[0] * args.num_bits / 32), groups))
     elif not args.symmetric:
         expected["weight_zero_point"] = (torch.int8, grid)
     return expected

@@ -1,41 +1,46 @@
 """Codes of a QuantizedTensor as the blocks of llama.cpp: the same numbers, arranged otherwise.
 
-A block is a run of 32 or 256 weights of a row with an fp16 scale `d` of its own:
+A block is a run of weights of a row with an fp16 scale `d` of its own, which may be negative:
 
     type    run  bits    a weight is             codes
-    Q8_0     32  8.5     d q                     -128 ... 127
-    Q4_0     32  4.5     d q                     -8 ... 7
-    Q4_1     32  5       d q + m, m in fp16      0 ... 15
-    TQ2_0   256  2.0625  d q                     -1, 0, 1
+    Q1_0    128  1.125   d q                     -1, 1
+    TQ1_0   256  1.6875  d q                     -1, 0, 1
+    Q2_0     64  2.25    d q                     -1 ... 2, with d < 0 the levels -2 ... 1
     Q2_K    256  2.625   d a q - e b, a and b of 4 bits for every 16 weights    0 ... 3
     Q3_K    256  3.4375  d a q, a of 6 bits for every 16 weights                -4 ... 3
+    Q4_0     32  4.5     d q                     -8 ... 7, with d < 0 the levels -7 ... 8
+    Q4_1     32  5       d q + m, m in fp16      0 ... 15
+    Q8_0     32  8.5     d q                     -128 ... 127
 
 Ours is `s (q - z + o)`, or `s q + m` for binary. It fits exactly where groups are whole numbers of blocks,
-the scale is an fp16 number and `q - z + o` a whole one in the range of a type; a K type is used with a = 1,
-which takes groups of 256, 512, ... or whole rows. The exact type of the fewest bits is taken. What has up to
-16 codes on any other grid becomes Q4_1, whose m, in place of `(o - z) s`, is rounded to fp16. `as_blocks`
-is None for the rest: FP8, residual planes, low-rank factors, groups that do not fill blocks.
+the scale is an fp16 number and `q - z + o` a whole one in the range of a type, on either side; a K type is
+used with a = 1, which takes groups of 256, 512, ... or whole rows. The exact type of the fewest bits is
+taken. What has up to 16 codes on any other grid becomes Q4_1, whose m, in place of `(o - z) s`, is rounded to
+fp16. `as_blocks` is None for the rest: FP8, residual planes, low-rank factors, groups that fill no blocks.
 
-Source: the layouts of ggml's block types, as the gguf package documents them by decoding them; its decoders
-are the oracle of the tests. Left out: finding the scales of K types anew (`llama-quantize` does that), TQ1_0.
+Left out: finding the scales of K types anew (`llama-quantize` does that). TQ2_0 holds what TQ1_0 does.
 """
 
 from dataclasses import fields
 from typing import NamedTuple
 
-import numpy as np
+import gguf
 import torch
 from gguf import GGMLQuantizationType as Kind
 from jaxtyping import Float
 from torch import Tensor
 
-from bitassay.quantization.codes.tensor import QuantizedTensor
+from bitassay.models.gguf_types import Q1_0, Q1_RUN, Q2_0, Q2_RUN
+from bitassay.quantization.codes.storage import Stored
+from bitassay.quantization.codes.tensor import QuantizedTensor, from_codes
+from bitassay.quantization.export import gguf_bytes as to_bytes
+from bitassay.quantization.export.gguf_bytes import BLOCK, SUPER, Bytes
+from bitassay.quantization.recipe.granularity import Granularity
+from bitassay.quantization.recipe.weights import WeightScheme
 from bitassay.quantization.shapes import Matrix, PerGroup
 
-BLOCK, SUPER = 32, 256
 HELD = ("scheme", "shape", "packed", "scale", "zero_point", "mean")
-
-Bytes = np.ndarray  # [rows, bytes]
+PLAIN_BITS = 16.0  # of what no type holds
 
 
 class Blocks(NamedTuple):
@@ -43,6 +48,12 @@ class Blocks(NamedTuple):
 
     kind: Kind
     data: Bytes
+
+
+def bits_of(kind: Kind) -> float:
+    """Return the bits that a weight takes in a type."""
+    run, size_bytes = gguf.GGML_QUANT_SIZES[kind]
+    return size_bytes * 8 / run
 
 
 def as_blocks(tensor: QuantizedTensor) -> Blocks | None:
@@ -57,7 +68,7 @@ def as_blocks(tensor: QuantizedTensor) -> Blocks | None:
         # With k = (q + 1) / 2 in {0, 1}, s q + m is 2 s k + (m - s).
         low = _per_block(tensor, grid.mean - grid.scale)
         assert low is not None
-        return Blocks(Kind.Q4_1, q4_1((tensor.codes() + 1) / 2, 2 * scale, low))
+        return Blocks(Kind.Q4_1, to_bytes.q4_1((tensor.codes() + 1) / 2, 2 * scale, low))
     shift = torch.full_like(grid.scale, grid.offset)
     shift = _per_block(tensor, shift if grid.zero_point is None else shift - grid.zero_point)
     assert shift is not None
@@ -71,31 +82,96 @@ def beside_codes(tensor: QuantizedTensor) -> list[str]:
     return [name for name in others if getattr(tensor, name) is not None]
 
 
+def planned_kind(stored: Stored, columns: int) -> Kind | None:
+    """Return the type that a matrix of so many columns will take, at most, by its scheme alone; None where it
+    is stored in 16 bits. Codes that do not use all of their range may fit a smaller one."""
+    scheme = stored.scheme
+    if stored.residual is not None or stored.low_rank is not None or scheme.has_planes:
+        return None
+    if sizes := Granularity.parse(scheme.granularity).block_sizes:
+        scheme = scheme.with_granularity(f"g{sizes[2]}")
+    blocks = None if scheme.number_format.kind == "float" else as_blocks(_widest(scheme, columns))
+    return None if blocks is None else blocks.kind
+
+
+def _widest(scheme: WeightScheme, columns: int) -> QuantizedTensor:
+    """A matrix of two rows that uses all codes and the outermost zero points of a scheme."""
+    fmt, groups = scheme.number_format, Granularity.parse(scheme.granularity).scale_shape(2, columns)
+    low, high = fmt.code_range(scheme.symmetric)
+    every = torch.tensor([-1.0, 1.0]) if fmt.kind == "binary" else torch.arange(low, high + 1.0)
+    codes = every[torch.arange(2 * columns) % len(every)].view(2, columns)
+    scale = (
+        0.125 + torch.arange(groups[0] * groups[1]).view(groups) % 64 / 1024
+    )  # as different as they may be
+    zero = None
+    half = 2 ** (int(fmt.bits) - 1)
+    if not scheme.symmetric and fmt.kind == "integer":
+        ends = {"mirrored": (half - 1, half), "middle": (half - 2 / 3, half - 1 / 3)}
+        first, last = ends.get(scheme.zero_point, (0, high) if scheme.whole_zero_points else (0.3, 0.7))
+        zero = torch.full(groups, float(first))
+        zero[-1] = float(last)
+    mean = torch.full(groups, 0.03) if fmt.kind == "binary" and not scheme.symmetric else None
+    return from_codes(codes, scale, scheme, zero_point=zero, mean=mean)
+
+
 def _exact(tensor: QuantizedTensor, scale: Tensor, shift: Tensor, lowest: int) -> Blocks | None:
-    """The first type, in the order of their bits, that holds `q - z + o`; its 256 weights share a grid."""
+    """The first type, in the order of their bits, that holds `q - z + o`."""
     steps = tensor.codes() + shift.repeat_interleave(BLOCK, 1)
     if (steps != steps.round()).any():
         return None
     low, high = int(steps.min()), int(steps.max())
-    if _is_constant(scale) and _is_constant(shift):
-        wide, zero = scale[:, :: SUPER // BLOCK], -(shift + lowest)[:, :: SUPER // BLOCK]
-        if low >= -1 and high <= 1:
-            return Blocks(Kind.TQ2_0, tq2_0(steps, wide))
+    binary, shared = tensor.format.kind == "binary", _Shared(scale, shift)
+    if binary and (d := shared.by(Q1_RUN)) is not None:
+        return Blocks(Q1_0, to_bytes.q1_0((steps + 1) / 2, d))
+    if low >= -1 and high <= 1 and (d := shared.by(SUPER)) is not None:
+        return Blocks(Kind.TQ1_0, to_bytes.tq1_0(steps, d))
+    if (d := shared.by(Q2_RUN)) is not None and (signed := _signed(steps, d, -1, 2)) is not None:
+        return Blocks(Q2_0, to_bytes.q2_0(*signed))
+    if (d := shared.by(SUPER)) is not None:
+        zero = -(shift + lowest)[:, :: SUPER // BLOCK]
         if tensor.format.bits == 2 and zero.min() >= 0 and zero.max() <= 15:
-            return Blocks(Kind.Q2_K, q2_k(tensor.codes() - lowest, wide, zero))
+            return Blocks(Kind.Q2_K, to_bytes.q2_k(tensor.codes() - lowest, d, zero))
         if low >= -4 and high <= 3:
-            return Blocks(Kind.Q3_K, q3_k(steps, wide))
-    if low >= -8 and high <= 7:
-        return Blocks(Kind.Q4_0, q4_0(steps, scale))
+            return Blocks(Kind.Q3_K, to_bytes.q3_k(steps, d))
+    if (signed := _signed(steps, scale, -8, 7)) is not None:
+        return Blocks(Kind.Q4_0, to_bytes.q4_0(*signed))
     if tensor.format.bits > 4 and low >= -128 and high <= 127:
-        return Blocks(Kind.Q8_0, q8_0(steps, scale))
+        return Blocks(Kind.Q8_0, to_bytes.q8_0(steps, scale))
     return None
+
+
+class _Shared(NamedTuple):
+    """One scale and one shift for every 32 weights."""
+
+    scale: Float[Tensor, "out blocks"]
+    shift: Float[Tensor, "out blocks"]
+
+    def by(self, run: int) -> Tensor | None:
+        """The scales of runs of so many weights; None where a run has several, or rows are no whole runs."""
+        several = run // BLOCK
+        if not (_is_constant(self.scale, several) and _is_constant(self.shift, several)):
+            return None
+        return self.scale[:, ::several]
+
+
+def _signed(
+    steps: Matrix, d: Float[Tensor, "out blocks"], low: int, high: int
+) -> tuple[Tensor, Tensor] | None:
+    """Return codes in `low ... high` and scales of either sign for the same products; None where a block uses
+    both ends."""
+    runs = steps.reshape(*d.shape, -1)
+    least, most = runs.amin(2), runs.amax(2)
+    forwards, backwards = (least >= low) & (most <= high), (least >= -high) & (most <= -low)
+    if not (forwards | backwards).all():
+        return None
+    sign = torch.where(forwards, 1.0, -1.0)
+    return (runs * sign[..., None]).reshape(steps.shape), d * sign
 
 
 def _nearly_exact(tensor: QuantizedTensor, scale: Tensor, shift: Tensor, lowest: int) -> Blocks | None:
     if tensor.format.bits > 4:
         return None
-    return Blocks(Kind.Q4_1, q4_1(tensor.codes() - lowest, scale, scale * (shift + lowest)))
+    return Blocks(Kind.Q4_1, to_bytes.q4_1(tensor.codes() - lowest, scale, scale * (shift + lowest)))
 
 
 def _per_block(tensor: QuantizedTensor, grid: PerGroup) -> Tensor | None:
@@ -116,75 +192,9 @@ def _fits_half(scale: Tensor) -> bool:
     return bool(((scale == 0) | ((scale >= half.smallest_normal) & (2 * scale <= half.max))).all())
 
 
-def _is_constant(blocks: Float[Tensor, "out blocks"]) -> bool:
-    """Whether the rows are whole super-blocks, and each has one value."""
-    if blocks.shape[1] % (SUPER // BLOCK):
+def _is_constant(blocks: Float[Tensor, "out blocks"], several: int) -> bool:
+    """Whether the rows are whole runs of so many blocks, and each has one value."""
+    if blocks.shape[1] % several:
         return False
-    groups = blocks.reshape(-1, SUPER // BLOCK)
+    groups = blocks.reshape(-1, several)
     return bool((groups == groups[:, :1]).all())
-
-
-def q8_0(q: Matrix, d: Float[Tensor, "out blocks"]) -> Bytes:
-    """34 bytes: d, then the codes as int8."""
-    return _rows(_half(d), _runs(q, BLOCK).astype(np.int8).view(np.uint8))
-
-
-def q4_0(q: Matrix, d: Float[Tensor, "out blocks"]) -> Bytes:
-    """18 bytes: d, then q + 8, the first 16 weights in the low half of each byte, the others in the high."""
-    return _rows(_half(d), _nibbles(q + 8))
-
-
-def q4_1(q: Matrix, d: Float[Tensor, "out blocks"], m: Float[Tensor, "out blocks"]) -> Bytes:
-    """20 bytes: d, m, then q as in Q4_0."""
-    return _rows(_half(d), _half(m), _nibbles(q))
-
-
-def tq2_0(q: Matrix, d: Float[Tensor, "out supers"]) -> Bytes:
-    """66 bytes: q + 1 in two bits, then d."""
-    return _rows(_crumbs(q + 1), _half(d))
-
-
-def q2_k(q: Matrix, d: Float[Tensor, "out supers"], zero: Float[Tensor, "out supers"]) -> Bytes:
-    """84 bytes: a + 16 b for every 16 weights, q in two bits, d, e. Here a = 1, b = zero and e = d."""
-    grids = np.repeat((1 + 16 * zero.cpu().numpy()).astype(np.uint8)[..., None], SUPER // 16, axis=2)
-    return _rows(grids, _crumbs(q), _half(d), _half(d))
-
-
-def q3_k(q: Matrix, d: Float[Tensor, "out supers"]) -> Bytes:
-    """110 bytes: the third bit of q + 4, the two lower ones, a + 32 in six bits for every 16 weights, d. Here
-    a = 1: 33 has the low half 1 and the upper bits 2."""
-    codes = _runs(q + 4, SUPER).astype(np.uint8)
-    high = (codes >> 2).reshape(*codes.shape[:2], 8, 32)
-    third = np.bitwise_or.reduce(high << np.arange(8, dtype=np.uint8)[:, None], axis=2)
-    scales = np.array([0x11] * 8 + [0xAA] * 4, dtype=np.uint8)
-    return _rows(
-        third, _crumbs((q + 4) % 4), np.broadcast_to(scales, (*codes.shape[:2], len(scales))), _half(d)
-    )
-
-
-def _runs(q: Matrix, size: int) -> np.ndarray:
-    """`[out, blocks, size]`."""
-    return q.cpu().numpy().reshape(len(q), -1, size)
-
-
-def _half(values: Float[Tensor, "out blocks"]) -> np.ndarray:
-    """fp16 numbers as the two bytes of each, `[out, blocks, 2]`."""
-    return np.ascontiguousarray(values.half().cpu().numpy())[..., None].view(np.uint8)
-
-
-def _nibbles(q: Matrix) -> np.ndarray:
-    """Codes of 0 ... 15, two to a byte: weight i of a block beside weight i + 16."""
-    codes = _runs(q, BLOCK).astype(np.uint8)
-    return codes[..., :16] | codes[..., 16:] << 4
-
-
-def _crumbs(q: Matrix) -> np.ndarray:
-    """Codes of 0 ... 3, four to a byte: in each half of a super-block, weights i, i + 32, i + 64, i + 96."""
-    codes = _runs(q, SUPER).astype(np.uint8)
-    parts = codes.reshape(*codes.shape[:2], 2, 4, 32) << np.array([0, 2, 4, 6], dtype=np.uint8)[:, None]
-    return np.bitwise_or.reduce(parts, axis=3).reshape(*codes.shape[:2], SUPER // 4)
-
-
-def _rows(*parts: np.ndarray) -> Bytes:
-    blocks = np.concatenate(parts, axis=2)
-    return blocks.reshape(len(blocks), -1)

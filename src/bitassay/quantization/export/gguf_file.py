@@ -1,7 +1,8 @@
 """A quantized model as a GGUF file, which llama.cpp and everything built on it runs.
 
-Matrices become blocks (`gguf_blocks.py`). Those that no block type holds, the embedding and the head are
-stored in 16 bits (bf16 if the model is in it, else fp16), vectors in fp32. llama.cpp's "llama" wants the
+Matrices become blocks (`gguf_blocks.py`). Those that no block type holds are stored in 16 bits (bf16 if the
+model is in it, else fp16), and so are the embedding and the head unless a type is named for them
+(`gguf_round.py`); vectors in fp32. llama.cpp's "llama" wants the
 rotary halves of q and k interleaved: row `2 i + j` of a head is our row `j d/2 + i`. Everything else is
 renamed by the gguf package's own table.
 
@@ -26,6 +27,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from bitassay.errors import BitassayError
 from bitassay.models.gguf_model import read_model
+from bitassay.models.gguf_types import FILE_TYPES
 from bitassay.models.identity import identity, tokenizer
 from bitassay.models.walk import decoder_layers, module_name
 from bitassay.quantization.codes.tensor import QuantizedTensor
@@ -37,6 +39,7 @@ from bitassay.quantization.export.gguf_description import (
     described,
     head_size,
 )
+from bitassay.quantization.export.gguf_round import PLAIN, check_type, fitting, rounded
 from bitassay.quantization.export.gguf_tokenizer import (
     copy_tokenizer,
     is_tokenizer_of,
@@ -45,13 +48,16 @@ from bitassay.quantization.export.gguf_tokenizer import (
 )
 from bitassay.quantization.export.save import check_space
 from bitassay.quantization.recipe.recipe import Recipe
-from bitassay.quantization.runtime.model import cache_slots, quantization_of
+from bitassay.quantization.runtime.model import bits_per_weight, cache_slots, quantization_of
 from bitassay.quantization.runtime.replicas import is_replica, replica_names
 from bitassay.record.files import atomic_file
 from bitassay.record.progress import Progress, silent
 
+MORE_BITS = 1.01  # a file beyond that share of its recipe's bits is said to be larger
 AT_RUN_TIME = ("activations", "kv_cache")  # parts of a recipe that no weight shows
 RECIPE_KEY, BASE_KEY = "bitassay.recipe_id", "bitassay.base_weights_sha256"
+EMBEDDINGS_KEY = "bitassay.embeddings"
+EMBEDDINGS = ("token_embd.weight", "output.weight")
 
 
 @dataclass
@@ -71,9 +77,19 @@ class GgufFile:
         return self.path.stat().st_size
 
 
-def write_gguf(model: PreTrainedModel, path: str | Path, *, progress: Progress = silent) -> GgufFile:
-    """Write a model, quantized (fake or packed) or not, into the new file `path`. Raises BitassayError for
-    what llama.cpp would run as another model, MissingError where the disk is too small."""
+def write_gguf(
+    model: PreTrainedModel,
+    path: str | Path,
+    *,
+    embeddings: str | None = None,
+    progress: Progress = silent,
+) -> GgufFile:
+    """Write a model, quantized (fake or packed) or not, into the new file `path`. embeddings: the type of the
+    embedding and of the head, such as Q8_0; rows that its blocks do not divide take Q8_0, or F16. None: 16
+    bits. Raises BitassayError for what llama.cpp would run as another model, MissingError where the disk is
+    too small."""
+    if embeddings is not None:
+        check_type(embeddings)
     path, config, done = Path(path), model.config.get_text_config(), quantization_of(model)
     recipe = None if done is None else done.recipe
     check_gguf(model, recipe)
@@ -87,12 +103,18 @@ def write_gguf(model: PreTrainedModel, path: str | Path, *, progress: Progress =
         base = None
     keys, more = tokenizer_keys(ours, config.vocab_size, _ends(model)) if base is None else ({}, [])
     written = GgufFile(path, notes=[*notes, *more])
-    tensors = dict(_tensors(model, written))
+    tensors = dict(_tensors(model, written, embeddings))
+    if done is not None:
+        recipe_bits = bits_per_weight(model)
+        if written.bits_per_weight > MORE_BITS * recipe_bits:
+            written.notes.append(more_bits(recipe_bits, written.bits_per_weight))
     check_space(path, sum(data.nbytes for _, data in tensors.values()))
     progress(f"writing {path}")
     with atomic_file(path) as temporary:
         writer = GGUFWriter(temporary, gguf.MODEL_ARCH_NAMES[ARCHITECTURES[config.model_type]])
         _write_description(writer, model, config, tensors)
+        if done is not None:
+            writer.add_string(EMBEDDINGS_KEY, embeddings or "")
         if base is None:
             write_tokenizer(writer, keys)
         else:
@@ -144,16 +166,29 @@ def reload_difference(model: PreTrainedModel, path: str | Path, tokens: Int[Tens
         return (model(tokens).logits.float() - reloaded(tokens).logits.float()).abs().max().item()
 
 
-def written_before(path: Path) -> tuple[str, str] | None:
-    """Return the recipe's id and the base model's weights digest of a GGUF file of ours; None for another."""
+def more_bits(recipe: float, file: float) -> str:
+    """Return the warning of a file that takes more bits a weight than its recipe."""
+    return (
+        f"{file:.2f} bits a weight in this file, {recipe:.2f} in the recipe: llama.cpp has no type that "
+        "holds it in fewer; the recipes gguf-... are on its own grids"
+    )
+
+
+def written_before(path: Path) -> tuple[str, str, str] | None:
+    """Return the recipe's id, the base model's weights digest and the type of the embeddings of a GGUF file
+    of ours; None for another."""
     try:
         fields = GGUFReader(path).fields
-        return str(fields[RECIPE_KEY].contents()), str(fields[BASE_KEY].contents())
+        said = fields.get(EMBEDDINGS_KEY)
+        embeddings = "" if said is None else str(said.contents())
+        return str(fields[RECIPE_KEY].contents()), str(fields[BASE_KEY].contents()), embeddings
     except (KeyError, ValueError, IndexError, OverflowError, OSError):
         return None
 
 
-def _tensors(model: PreTrainedModel, written: GgufFile) -> Iterator[tuple[str, Blocks]]:
+def _tensors(
+    model: PreTrainedModel, written: GgufFile, embeddings: str | None
+) -> Iterator[tuple[str, Blocks]]:
     config = model.config.get_text_config()
     arch = ARCHITECTURES[config.model_type]
     quantized = {} if (done := quantization_of(model)) is None else done.tensors
@@ -166,7 +201,7 @@ def _tensors(model: PreTrainedModel, written: GgufFile) -> Iterator[tuple[str, B
         theirs = _named(model, unrolled)
         tensor = quantized.get(name.removesuffix(".weight"))
         if tensor is None:
-            kind, data = _plain(plain[name])
+            kind, data = _plain(plain[name], embeddings if theirs in EMBEDDINGS else None)
         else:
             kind, data = _quantized(tensor, model, written)
             weight = tensor.dequantize().double()
@@ -235,7 +270,14 @@ def _quantized(tensor: QuantizedTensor, model: PreTrainedModel, written: GgufFil
     return blocks
 
 
-def _plain(value: Tensor) -> Blocks:
+def _plain(value: Tensor, name: str | None = None) -> Blocks:
+    if name is not None:
+        name = fitting(name, value.shape[1])
+        if name not in PLAIN:
+            return rounded(value, name)
+        value = value.to(PLAIN[name])
+        if name == "F32":
+            return Blocks(Kind.F32, value.cpu().numpy())
     if value.ndim == 1:
         return Blocks(Kind.F32, value.float().cpu().numpy())
     if value.dtype == torch.bfloat16:
@@ -251,9 +293,12 @@ def _write_description(
 ) -> None:
     known, done = identity(model), quantization_of(model)
     commonest = Counter(kind for kind, data in tensors.values() if data.ndim > 1).most_common(1)[0][0]
-    file_type = {Kind.F32: "ALL_F32", Kind.Q2_K: "MOSTLY_Q2_K", Kind.Q3_K: "MOSTLY_Q3_K_M"}
+    names = {Kind.F32: "ALL_F32", Kind.Q3_K: "MOSTLY_Q3_K_M"}
+    file_type = FILE_TYPES.get(commonest.name)
+    if file_type is None:
+        file_type = gguf.LlamaFileType[names.get(commonest, f"MOSTLY_{commonest.name}")]
     writer.add_name(known.name if done is None else f"{known.name} {done.recipe.name}")
-    writer.add_file_type(gguf.LlamaFileType[file_type.get(commonest, f"MOSTLY_{commonest.name}")])
+    writer.add_file_type(file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     if done is not None:
         writer.add_string(RECIPE_KEY, done.recipe.recipe_id)

@@ -62,9 +62,7 @@ class Plan:
 
 def plan_export(model: PreTrainedModel, recipe: Recipe, layout: str | None = None) -> Plan:
     """Check that `recipe` fits `model` (perhaps on the meta device) and can be saved; else BitassayError."""
-    shapes = {name: (view.shape[0], view.shape[1]) for name, view in check_recipe(model, recipe).items()}
-    ways = _planned(model, recipe, list(shapes))
-    shapes |= {name: shapes[original(name)] for way in ways for name in way if is_replica(name)}
+    shapes, ways = planned_matrices(model, recipe)
     if not ways[0]:
         raise BitassayError(
             f"recipe {recipe.name} quantizes nothing in {type(model).__name__}",
@@ -107,6 +105,17 @@ def plan_export(model: PreTrainedModel, recipe: Recipe, layout: str | None = Non
         else _opened(sizes, ways[0], recipe if solves else None),
         solves=solves,
     )
+
+
+def planned_matrices(
+    model: PreTrainedModel, recipe: Recipe
+) -> tuple[dict[str, tuple[int, int]], list[dict[str, Stored]]]:
+    """Return the shapes of matrices and their copies, and how those that are quantized will be stored, one
+    way for each choice that mixed bits have. Raises BitassayError where `recipe` does not fit `model`."""
+    shapes = {name: (view.shape[0], view.shape[1]) for name, view in check_recipe(model, recipe).items()}
+    ways = _planned(model, recipe, list(shapes))
+    shapes |= {name: shapes[original(name)] for way in ways for name in way if is_replica(name)}
+    return shapes, ways
 
 
 @dataclass(frozen=True)
@@ -154,7 +163,8 @@ def _solving_opened(sizes: Sizes, shapes: "Shapes", recipe: Recipe) -> int:
             learned.batch * text.tokens, hidden, shapes.widest, layerwise.LEARNED_STREAMS
         )
         steps.append(LEARNING_BYTES * shapes.layer + learning)
-    return 4 * shapes.layer + (2 if learned else 1) * state + max(*steps, state)
+    solving = 4 * shapes.layer + (2 if learned else 1) * state + max(*steps, state)
+    return solving if recipe.tune is None else max(solving, _tuning(recipe.tune, sizes, opened=True))
 
 
 class Shapes(NamedTuple):
@@ -212,10 +222,18 @@ def _solving(sizes: Sizes, streams: int = 0) -> int:
     return 4 * (sizes.parameters + weights) + sizes.bits // 8 + passing
 
 
-def _tuning(spec: Tune, sizes: Sizes) -> int:
+def _tuning(spec: Tune, sizes: Sizes, opened: bool = False) -> int:
     config, layers = sizes.model.config.get_text_config(), len(decoder_layers(sizes.model))
     return tune.memory_of(
-        spec, sizes.text.tokens, sizes.shapes, layers, config.hidden_size, sizes.parameters, config.vocab_size
+        spec,
+        sizes.text.samples,
+        sizes.text.tokens,
+        sizes.shapes,
+        layers,
+        config.hidden_size,
+        sizes.parameters,
+        config.vocab_size,
+        opened,
     )
 
 

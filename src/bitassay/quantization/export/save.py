@@ -48,6 +48,10 @@ from bitassay.record.progress import Progress, silent
 MARGIN_BYTES = 2**24  # configuration, tokenizer and file headers
 
 
+class LayoutError(BitassayError):
+    """A layout that was asked for cannot hold what a recipe makes."""
+
+
 def save(
     model: PreTrainedModel, folder: str | Path, *, layout: str | None = None, progress: Progress = silent
 ) -> Card:
@@ -161,7 +165,7 @@ def choose_layout(
     name = wanted or STANDARD
     why = LAYOUTS[name].obstacle(model, recipe, matrices, wanted is not None)
     if wanted is not None and why:
-        raise BitassayError(
+        raise LayoutError(
             f"a {wanted} folder cannot hold {why}",
             "leave out --layout, or --layout bitassay, for a folder that bitassay.load reads",
         )

@@ -8,7 +8,7 @@ the base model, not copied.
 
 import copy
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -36,7 +36,8 @@ from bitassay.quantization.runtime.replicas import add_passes, is_replica
 from bitassay.quantization.transforms.folding import INPUT_SCALES, divide_inputs
 from bitassay.quantization.transforms.rotation import add_online
 
-ONE_BY_ONE = ("gptq", "low_rank", "learned", "kv_cache")  # parts of a recipe that look at a layer at a time
+# Parts of a recipe that look at a layer at a time.
+ONE_BY_ONE = ("gptq", "low_rank", "learned", "tune", "kv_cache")
 
 
 @dataclass(frozen=True)
@@ -97,18 +98,25 @@ def _with_changes(
     linears, tensors, dtype = walk(model).linears, quantization.tensors, model.dtype
     for name, value in quantization.parameters.items():
         weights.changes[name] = lambda _, value=value: value.to(weights.device, dtype)
-    slices: dict[str, list[str]] = {}
     for name in tensors:
         if name in linears:
             weights.changes[f"{name}.weight"] = lambda _, name=name: tensors[name].dequantize().to(dtype)
             if (inputs := quantization.inputs.get(name)) is not None:
                 replace_module(model, linears[name], RoundedInputLinear(linears[name], inputs))
-        else:
-            slices.setdefault(name.rpartition(".")[0], []).append(name)
-    for parameter, names in slices.items():
-        experts, codes = model.get_submodule(parameter.rpartition(".")[0]), partial(_picked, tensors, names)
-        weights.changes[parameter] = partial(with_slices, experts, codes)
+    decode_experts(model, weights, tensors, [name for name in tensors if name not in linears])
     return _finished(base, model, quantization)
+
+
+def decode_experts(
+    model: PreTrainedModel, weights: Weights, tensors: Mapping[str, QuantizedTensor], names: Collection[str]
+) -> None:
+    """Say that these slices of an opened model's experts are what their codes stand for."""
+    slices: dict[str, list[str]] = {}
+    for name in names:
+        slices.setdefault(name.rpartition(".")[0], []).append(name)
+    for parameter, own in slices.items():
+        experts, codes = model.get_submodule(parameter.rpartition(".")[0]), partial(_picked, tensors, own)
+        weights.changes[parameter] = partial(with_slices, experts, codes)
 
 
 def _picked(tensors: Mapping[str, QuantizedTensor], names: list[str]) -> dict[int, QuantizedTensor]:
@@ -194,6 +202,8 @@ def check_recipe(model: PreTrainedModel, recipe: Recipe) -> dict[str, Tensor]:
 
 def obstacle_to_opening(recipe: Recipe) -> str | None:
     """Return the part of a recipe that needs all layers of a model at once; None where none does."""
+    if recipe.tune is not None and recipe.tune.generated:
+        return "tune with generated samples"
     return next((name for name in recipe.parts if name not in ONE_BY_ONE), None)
 
 

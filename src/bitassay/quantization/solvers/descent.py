@@ -8,7 +8,7 @@ square is a twentieth of its average, far above the 1/256 to which bf16 rounds, 
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from jaxtyping import Int
@@ -18,19 +18,33 @@ from torch.utils.hooks import RemovableHandle
 from bitassay.models.hooks import hooked
 from bitassay.quantization.recipe.solvers import Learned, Tune
 from bitassay.quantization.solvers.shadow_weight import ShadowWeight
+from bitassay.quantization.solvers.shelf import IN_MEMORY, Shelf
 
 BETAS, EPSILON = (0.9, 0.95), 1e-8
 
 
 class Adam:
     """Adam (1412.6980) whose parameters, in kinds with a learning rate each, move within the backward pass.
-    dtype: of the moments, `mean` and `square` of each parameter. step: how many are done; factor: what the
-    learning rates are multiplied by."""
+    dtype: of the moments, `mean` and `square` of each parameter, on the shelf where the parameter is.
+    bounds: what brings a parameter back to where it may be once it moved. step: how many are done; factor:
+    what the learning rates are multiplied by."""
 
-    def __init__(self, kinds: Sequence[tuple[Sequence[nn.Parameter], float]], dtype: torch.dtype):
+    def __init__(
+        self,
+        kinds: Sequence[tuple[Sequence[nn.Parameter], float]],
+        dtype: torch.dtype,
+        bounds: Mapping[nn.Parameter, Callable[[], None]] | None = None,
+        shelf: Shelf = IN_MEMORY,
+    ):
         self.rates = {parameter: rate for kind, rate in kinds for parameter in kind}
-        self.mean = {each: torch.zeros_like(each, dtype=dtype) for each in self.rates}
-        self.square = {each: torch.zeros_like(each, dtype=dtype) for each in self.rates}
+        self.bounds, self.shelf = bounds or {}, shelf
+        self.mean: dict[nn.Parameter, Tensor] = {}
+        self.square: dict[nn.Parameter, Tensor] = {}
+        for moments in (self.mean, self.square):
+            for parameter in self.rates:
+                moments[parameter] = torch.zeros_like(parameter, dtype=dtype)
+                if parameter in shelf:
+                    shelf.keep([moments[parameter]])
         self.step, self.factor = 0, 1.0
 
     def moving(self) -> Iterator[RemovableHandle]:
@@ -43,6 +57,13 @@ class Adam:
         """Take a parameter's step of those after `step`, and drop its gradient."""
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None
+        with self.shelf.lent(self.mean[parameter], self.square[parameter]):
+            self._move(parameter, gradient)
+        if (bound := self.bounds.get(parameter)) is not None:
+            bound()
+        self.shelf.changed(parameter)
+
+    def _move(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         mean = self.mean[parameter].float().lerp_(gradient, 1 - BETAS[0])
         square = (
             self.square[parameter].float().mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
@@ -67,18 +88,19 @@ def descend(
     restore: Restore | None = None,
     keep: Callable[[int, list[nn.Parameter], Adam], None] | None = None,
     moments: torch.dtype = torch.float32,
+    shelf: Shelf = IN_MEMORY,
 ) -> Iterator[tuple[int, float]]:
     """Learn `parameters`, in kinds with a learning rate each (0: not at all), and yield every step, counted
     from 1, with its loss. `backward(chosen)` runs the backward pass for these samples and returns the
     loss; `restore` puts an earlier state back and returns its steps, `keep` is called after each step.
-    moments: their dtype."""
+    moments: their dtype. shelf: where parameters may be."""
     for shadow in shadows:
         shadow.requires_grad_(False)
     kinds = [(kind, rate) for kind, rate in parameters if rate > 0]
     learned = [parameter for kind, _ in kinds for parameter in kind]
     for parameter in learned:
         parameter.requires_grad_(True)
-    adam = Adam(kinds, moments)
+    adam = Adam(kinds, moments, {shadow.u: shadow.clamp for shadow in shadows}, shelf)
     order = sample_order(samples, spec.steps * spec.batch, spec.seed)
     adam.step = 0 if restore is None else restore(learned, adam)
     with hooked(adam.moving()):
@@ -86,8 +108,6 @@ def descend(
             adam.factor = learning_rate(adam.step, spec.steps, spec.warmup)
             loss = backward(order[adam.step * spec.batch : (adam.step + 1) * spec.batch])
             adam.step += 1
-            for shadow in shadows:
-                shadow.clamp()
             if keep is not None:
                 keep(adam.step, learned, adam)
             yield adam.step, loss

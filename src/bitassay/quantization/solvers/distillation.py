@@ -9,6 +9,7 @@ times larger and are one product away.
 """
 
 import copy
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -18,8 +19,10 @@ from transformers import DynamicCache, PreTrainedModel
 from bitassay.errors import BitassayError
 from bitassay.models.cache import behind, takes_cache
 from bitassay.models.config import text_config
+from bitassay.models.lockstep import Forward, in_step
+from bitassay.models.opened import parameter_of
 from bitassay.models.positions import frequencies
-from bitassay.models.walk import decoder_of
+from bitassay.models.walk import decoder_of, module_name
 from bitassay.quantization.recipe.solvers import Tune
 from bitassay.quantization.shapes import Tokens
 from bitassay.quantization.solvers.layerwise import BATCH_SAMPLES
@@ -63,20 +66,21 @@ def head_weight(model: PreTrainedModel) -> Float[Tensor, "vocabulary hidden"]:
         raise BitassayError(
             f"{type(model).__name__} has {why}: tune knows of a plain head alone", "a recipe without tune"
         )
-    return head.get_parameter("weight").detach()
+    return parameter_of(model, f"{module_name(model, head)}.weight")
 
 
-@torch.no_grad()
 def last_states(
     model: PreTrainedModel, tokens: Tokens, batch: int = BATCH_SAMPLES
 ) -> Float[Tensor, "samples tokens hidden"]:
-    """Return what the output head reads, in bf16, on the host."""
-    decoder, parts = decoder_of(model), list[Tensor]()
-    with torch.autocast(model.device.type, torch.bfloat16):
-        for part in tokens.split(batch):
+    """Return what the output head reads, in bf16, on the host; layers of an opened model are read once."""
+    decoder = decoder_of(model)
+
+    def states(part: Tokens) -> Tensor:
+        with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16):
             output = decoder(input_ids=part.to(model.device), use_cache=False)
-            parts.append(output.last_hidden_state.bfloat16().cpu())
-    return torch.cat(parts)
+        return output.last_hidden_state.bfloat16().cpu()
+
+    return torch.cat(list(in_step([Forward(model, partial(states, part)) for part in tokens.split(batch)])))
 
 
 def prompts(tokens: Tokens, count: int) -> Int[Tensor, "count prompt"]:

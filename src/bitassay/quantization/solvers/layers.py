@@ -5,18 +5,21 @@ A matrix is solved at the moment when its input arrives (`layerwise.py`), by wha
 there the next time.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+import itertools
+from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from bitassay.errors import BitassayError
-from bitassay.models.opened import is_opened, present
+from bitassay.models.opened import is_opened, present, weights_of
 from bitassay.models.walk import decoder_layers, matrices, module_name, walk
 from bitassay.quantization.codes.quantize import check_weight, quantize_tensor
 from bitassay.quantization.codes.tensor import QuantizedTensor
 from bitassay.quantization.runtime.experts import expert_inputs, expert_matrix, warn_of_few
+from bitassay.quantization.runtime.model import decode_experts
 from bitassay.quantization.shapes import Hessian, Matrix
 from bitassay.quantization.solvers.layerwise import (
     Arguments,
@@ -30,9 +33,18 @@ from bitassay.quantization.solvers.layerwise import (
 )
 from bitassay.quantization.solvers.registry import matrix_solver, solvers_of
 from bitassay.quantization.solvers.solver import Layer, Matrices, Model, Solution
-from bitassay.quantization.work import KeptTensors, WorkingCopy, layer_part, read_part, write_part
+from bitassay.quantization.work import (
+    KeptTensors,
+    WorkingCopy,
+    layer_part,
+    read_part,
+    tuned_part,
+    write_part,
+)
 from bitassay.record.progress import Progress
 from bitassay.record.run import RunFolder
+
+LATENT = "latent"  # of a matrix in a part: its weights before their last rounding
 
 
 def quantize_calibrated(work: WorkingCopy) -> Mapping[str, QuantizedTensor]:
@@ -42,23 +54,56 @@ def quantize_calibrated(work: WorkingCopy) -> Mapping[str, QuantizedTensor]:
         _check_experts(linears, [name for name in schemes if schemes[name] is not None], work.progress)
     solutions = quantize_layers(work)
     if work.folder is not None and is_opened(work.model):
-        return kept_layers(work)
-    names = list(solutions)
+        kept = kept_layers(work, work.folder)
+        for solver, spec in used:
+            if solver.model is not None:
+                kept = _moved_in_folder(work, work.folder, kept, partial(solver.model, spec))
+        return kept
+    names = [name for name in matrices(work.model) if name in solutions]
     for solver, spec in used:
         if solver.model is not None:
             movable = {name: solutions.pop(name) for name in list(solutions) if name in linears}
-            name, folder = work.recipe.name, work.folder
-            task = Model(name, work.base, work.model, movable, work.text, folder, work.progress)
-            solutions |= movable | solver.model(spec, task)
+            solutions |= solver.model(spec, _together(work, list(movable), movable.pop))
     return {name: solutions[name].tensor for name in names}
 
 
-def kept_layers(work: WorkingCopy) -> KeptTensors:
+def _together(work: WorkingCopy, linears: list[str], take: Callable[[str], Solution]) -> Model:
+    name, folder = work.recipe.name, work.folder
+    return Model(name, work.base, work.model, linears, take, work.text, folder, work.progress)
+
+
+def kept_layers(work: WorkingCopy, folder: RunFolder) -> KeptTensors:
     """Return the matrices of all finished layers, which are read when they are asked for."""
-    assert work.folder is not None
     shapes = {name: (w.shape[0], w.shape[1]) for name, w in matrices(work.model).items()}
     parts = [layer_part(index) for index in range(len(decoder_layers(work.model)))]
-    return KeptTensors(work.folder, parts, shapes)
+    return KeptTensors(folder, parts, shapes)
+
+
+def _moved_in_folder(
+    work: WorkingCopy,
+    folder: RunFolder,
+    kept: KeptTensors,
+    solve: Callable[[Model], Iterable[tuple[str, Solution]]],
+) -> KeptTensors:
+    """Move the linears of all layers together; each layer's result is a part beside its first one."""
+    known = walk(work.model).linears
+    linears = [name for name in kept if name in known]
+
+    if (weights := weights_of(work.model)) is not None:
+        decode_experts(work.model, weights, kept, [name for name in kept if name not in known])
+
+    def take(name: str) -> Solution:
+        return Solution(kept[name], kept.beside(name, LATENT))
+
+    parts = list(kept.names)
+    moved = solve(_together(work, linears, take))
+    for part, solutions in itertools.groupby(moved, lambda item: kept.part_of[item[0]]):
+        tensors = {name: solution.tensor for name, solution in solutions}
+        place = parts.index(part)
+        parts[place] = tuned_part(int(part.rpartition("-")[2]))
+        rest = {name: kept[name] for name in kept.names[part] if name not in tensors}
+        write_part(folder, parts[place], rest | tensors, {})
+    return KeptTensors(folder, parts, kept.shapes)
 
 
 def _check_experts(linears: Collection[str], quantized: list[str], progress: Progress) -> None:
@@ -212,7 +257,7 @@ class _LayerWork:
 
     def write(self, folder: RunFolder, part: str) -> None:
         """Keep the finished layer."""
-        unrounded = {f"{name}/latent": solution.unrounded for name, solution in self.solutions.items()}
+        unrounded = {f"{name}/{LATENT}": solution.unrounded for name, solution in self.solutions.items()}
         tensors = {name: solution.tensor for name, solution in self.solutions.items()}
         write_part(folder, part, tensors, {key: w for key, w in unrounded.items() if w is not None})
 
@@ -221,5 +266,5 @@ class _LayerWork:
         shapes = {name: (len(w), w.shape[1]) for name in self.schemes for w in (self.weight(name),)}
         tensors, unrounded = read_part(folder, part, shapes)
         for name, tensor in tensors.items():
-            self.solutions[name] = Solution(tensor, unrounded.get(f"{name}/latent")).to(self.model.device)
+            self.solutions[name] = Solution(tensor, unrounded.get(f"{name}/{LATENT}")).to(self.model.device)
         self.put(tensors)

@@ -46,7 +46,6 @@ class ShadowWeight(nn.Module):
     def __init__(self, scheme: WeightScheme, weight: Matrix, grid: Grid, low_rank: LowRank | None = None):
         super().__init__()
         self.scheme, self.grid, self.low_rank = scheme, grid, low_rank
-        self.correction = None if low_rank is None else low_rank.product()
         bounds = group_bounds(Granularity.parse(scheme.granularity), weight.shape[1])
         self.groups = [stop - start for start, stop in bounds]
         self.sizes = torch.tensor(self.groups, device=weight.device)
@@ -70,6 +69,13 @@ class ShadowWeight(nn.Module):
         """Return what is learned besides the codes."""
         free = self.zero if self.scheme.zero_point == "free" else None
         return [part for part in (self.gain, free, self.mean) if part is not None]
+
+    def tensors(self) -> list[Tensor]:
+        """Return all that it is made of, each tensor with memory of its own, but for low-rank factors."""
+        self.grid = self.grid.each(_own)
+        self.first_scale = _own(self.first_scale)
+        held = (self.first_scale, self.moves, self.grid.scale, self.grid.zero_point, self.grid.mean)
+        return [*self.parameters(), *(each for each in held if each is not None)]
 
     @torch.no_grad()
     def clamp(self) -> None:
@@ -96,7 +102,10 @@ class ShadowWeight(nn.Module):
         if self.mean is not None:
             mean = torch.where(self.moves, self.mean, self.mean.detach())
             weight = weight + self._wide(self._stored(mean))
-        return weight if self.correction is None else weight + self.correction
+        if self.low_rank is None:
+            return weight
+        with torch.autocast(weight.device.type, enabled=False):
+            return weight + self.low_rank.product()
 
     @torch.no_grad()
     def weight(self) -> Matrix:
@@ -113,6 +122,11 @@ class ShadowWeight(nn.Module):
         return replace(tensor, low_rank=self.low_rank)
 
 
+def _own(tensor: Tensor) -> Tensor:
+    """Return the tensor, or a copy where others share its memory."""
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
 def _rounded(u: Tensor, grid: Grid) -> Tensor:
     """Return the codes of positions; binary has the two codes -1 and 1."""
     return (
@@ -126,8 +140,7 @@ def shadow_linears(model: nn.Module, shadows: Mapping[str, ShadowWeight]) -> Ite
     linears = {name: model.get_submodule(name) for name in shadows}
 
     def with_shadow(shadow: ShadowWeight, linear: nn.Module):
-        bias = None if linear.bias is None else linear.get_parameter("bias")
-        return lambda x: nn.functional.linear(x, shadow(), bias)
+        return lambda x: nn.functional.linear(x, shadow(), linear._parameters["bias"])
 
     forwards = ((linear, with_shadow(shadows[name], linear)) for name, linear in linears.items())
     with forwarded(forwards):  # type: ignore[arg-type]

@@ -73,13 +73,14 @@ class Layer(NamedTuple):
 
 
 class Model(NamedTuple):
-    """A model whose layers were quantized one by one; linears are by full name, and a solver takes them out
-    when it goes on from them, so that nothing else holds what they are made of."""
+    """A model whose layers were quantized one by one; linears are full names, layer after layer. A solver
+    takes each linear's solution when it goes on from it, so that nothing else holds what it is made of."""
 
     recipe_name: str
     base: PreTrainedModel
     working_copy: PreTrainedModel
-    linears: dict[str, Solution]
+    linears: list[str]
+    take: Callable[[str], Solution]
     tokens: Tokens
     folder: RunFolder | None
     progress: Progress
@@ -93,13 +94,13 @@ class Solver:
     """What one part of a recipe does. part: the class of its spec; `spec` below is one of these.
 
     matrices(spec, inner): the function that quantizes matrices, where the parts before it use `inner`.
-    layer(spec, layer), model(spec, model): better solutions for linears, once their layer or all layers were
-    quantized."""
+    layer(spec, layer): better solutions for linears, once their layer was quantized; model(spec, model): once
+    all layers were, in their order."""
 
     part: type[SolverPart]
     matrices: Callable[[Any, MatrixSolver], MatrixSolver] | None = None
     layer: Callable[[Any, Layer], dict[str, Solution]] | None = None
-    model: Callable[[Any, Model], dict[str, Solution]] | None = None
+    model: Callable[[Any, Model], Iterator[tuple[str, Solution]]] | None = None
 
 
 def to_nearest(matrices: Matrices) -> dict[str, Solution]:

@@ -20,9 +20,10 @@ move as soon as their gradients are there, and these are dropped. So a weight ta
 one layer more.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -31,17 +32,20 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from bitassay.models.hooks import forwarded
-from bitassay.models.walk import decoder_layers, decoder_of
+from bitassay.models.opened import is_opened, parameter_of, present, put_parameter, weights_of
+from bitassay.models.walk import decoder_layers, decoder_of, module_name
 from bitassay.quantization.recipe.solvers import Tune
 from bitassay.quantization.shapes import Tokens
-from bitassay.quantization.solvers.descent import Adam, descend
+from bitassay.quantization.solvers.descent import descend
 from bitassay.quantization.solvers.distillation import distillation_data, head_weight
+from bitassay.quantization.solvers.kept import Kept
 from bitassay.quantization.solvers.shadow_weight import ShadowWeight, shadow_linears
+from bitassay.quantization.solvers.shelf import IN_MEMORY, Shelf
 from bitassay.quantization.solvers.solver import Model, Solution
 from bitassay.record.memory import release_freed_memory
 from bitassay.record.run import RunFolder
 
-KEEP_STEPS = 16
+SAID_STEPS = 16
 KEPT_DISTANCE = 0.9  # the share of a position's distance from its code with which tuning starts
 BYTES_A_WEIGHT = 4 + 2 + 2  # a position and two moments
 BYTES_IN_A_PASS = 4 + 4 + 2 + 2 + 3 * 4  # of a layer: value, its gradient, bf16, position, and a step
@@ -51,55 +55,105 @@ CHUNK_TOKENS = 128  # logits that are held at once
 
 def memory_of(
     spec: Tune,
+    samples: int,
     tokens: int,
     shapes: Collection[tuple[int, int]],
     layers: int,
     hidden: int,
     parameters: int,
     vocabulary: int,
+    opened: bool = False,
 ) -> int:
-    """Return the bytes that tuning holds at its peak, roughly: the base model in fp32, what is learned, the
-    states of a batch between layers, what one layer leaves for the way back, and logits."""
+    """Return the bytes that tuning holds at its peak, roughly: the base model in fp32, what is learned (of an
+    opened model neither), the base model's last states and its head in bf16, the states of a batch between
+    layers, and the most of what one layer leaves for the way back, of logits, and of the embedding, which an
+    opened model reads at every step."""
     weights, features = sum(out * columns for out, columns in shapes), sum(map(sum, shapes))
-    states = spec.batch * tokens * 4 * hidden * (layers + 1)
+    states = 2 * (samples + spec.generated) + 4 * spec.batch * (layers + 1)
     layer = (BYTES_IN_A_PASS * weights + spec.batch * tokens * BYTES_A_FEATURE * features) / layers
     logits = 4 * 4 * CHUNK_TOKENS * vocabulary
-    return int(4 * parameters + BYTES_A_WEIGHT * weights + states + layer + logits)
+    if opened:
+        layer += BYTES_A_WEIGHT * weights / layers
+        resident = 0
+    else:
+        resident = 4 * parameters + BYTES_A_WEIGHT * weights
+    return int(
+        resident
+        + 2 * vocabulary * hidden
+        + states * tokens * hidden
+        + max(layer, logits, 4 * vocabulary * hidden)
+    )
 
 
-def solve_model(spec: Tune, model: Model) -> dict[str, Solution]:
-    """Return what tuning makes of the linears; the working copy is left with the norms that go with them."""
+def solve_model(spec: Tune, model: Model) -> Iterator[tuple[str, Solution]]:
+    """Yield what tuning makes of the linears; the working copy is left with the norms that go with them. What
+    is learned of an opened model is in memory a layer at a time too."""
     tokens, states = distillation_data(model.base, model.tokens, spec, model.folder, model.progress)
-    shadows = {}
-    for name in list(model.linears):  # a shadow weight takes the place of what it is made of
-        shadows[name] = model.linears.pop(name).shadow_weight()
-        linear = model.working_copy.get_submodule(name)
-        empty = linear.get_parameter("weight").new_empty(0)
-        linear.register_parameter("weight", nn.Parameter(empty, requires_grad=False))
-    release_freed_memory()
-    norms, head = tunable_norms(model.working_copy), head_weight(model.base)
-    steps = tune(model.working_copy, shadows, norms, tokens, states, head, spec, model.folder)
+    student, shadows = model.working_copy, dict[str, ShadowWeight]()
+    shelf = Shelf(model.folder.path if model.folder is not None and is_opened(student) else None)
+    layers, norms = by_layer(student, model.linears), tunable_norms(student)
+    for layer, names in layers.items():
+        for name in names:  # a shadow weight takes the place of what it is made of
+            shadows[name] = model.take(name).shadow_weight()
+            shadows[name].shrink_to_grid(KEPT_DISTANCE)
+            empty = torch.empty(0, dtype=student.dtype, device=student.device)
+            put_parameter(student, f"{name}.weight", nn.Parameter(empty, requires_grad=False))
+        shelf.add(layer, [part for name in names for part in shadows[name].tensors()])
+        release_freed_memory()
+    own = {layer: [shadows[name] for name in names] for layer, names in layers.items()}
+    heads = bf16_heads(student, model.base)
+    steps = tune(student, own, norms, tokens, states, heads, spec, model.folder, shelf)
     losses = list[float]()
-    with shadow_linears(model.working_copy, shadows):
+    with shadow_linears(student, shadows):
         for step, loss in steps:
             model.progress(f"tuning by {model.recipe_name}", step, spec.steps)
             losses.append(loss)
-            if step % KEEP_STEPS == 0 or step == spec.steps:
+            if step % SAID_STEPS == 0 or step == spec.steps:
                 mean = sum(losses) / len(losses)
                 model.progress(f"step {step}: KL {mean:.3f}, the mean of {len(losses)} steps")
                 losses.clear()
-    return {name: Solution(shadows.pop(name).quantized()) for name in list(shadows)}
+    for layer, names in layers.items():
+        shelf.enter(layer)
+        for name in names:
+            yield name, Solution(shadows.pop(name).quantized())
+
+
+def by_layer(model: PreTrainedModel, names: Collection[str]) -> dict[int, list[str]]:
+    """Return names of what is in decoder layers by the number of the layer, in the order of the layers."""
+    prefix, layers = module_name(model, decoder_layers(model)), dict[int, list[str]]()
+    for name in names:
+        layers.setdefault(int(name.removeprefix(f"{prefix}.").partition(".")[0]), []).append(name)
+    return dict(sorted(layers.items()))
 
 
 def tunable_norms(model: PreTrainedModel) -> list[nn.Parameter]:
     """Replace the gains of the decoder's norms by copies in fp32 that may be changed, and return these."""
-    norms = []
-    for module in decoder_of(model).modules():
-        gain = module._parameters.get("weight")
+    norms, within = list[nn.Parameter](), set(decoder_of(model).modules())
+    for owner, module in model.named_modules():
+        gain = module._parameters.get("weight") if module in within else None
         if gain is not None and gain.ndim == 1:
-            module.register_parameter("weight", nn.Parameter(gain.detach().float().clone()))
-            norms.append(module.get_parameter("weight"))
+            name = f"{owner}.weight"
+            norms.append(nn.Parameter(parameter_of(model, name).float().clone()))
+            put_parameter(model, name, norms[-1])
     return norms
+
+
+class Heads(NamedTuple):
+    """The output matrices in bf16: of the model that is tuned and of the base model, often the same."""
+
+    own: Float[Tensor, "vocabulary hidden"]
+    base: Float[Tensor, "vocabulary hidden"]
+
+
+def bf16_heads(model: PreTrainedModel, base: PreTrainedModel) -> Heads:
+    """Return the output matrices of a model and its base."""
+    base_head = head_weight(base).bfloat16()
+    weights, head = weights_of(model), model.get_output_embeddings()
+    assert head is not None
+    same = head.weight is base.get_output_embeddings().weight  # type: ignore[union-attr]
+    if same and (weights is None or f"{module_name(model, head)}.weight" not in weights.changes):
+        return Heads(base_head, base_head)
+    return Heads(head_weight(model).bfloat16(), base_head)
 
 
 def divergence(
@@ -124,68 +178,55 @@ def divergence(
 
 def tune(
     student: PreTrainedModel,
-    shadows: dict[str, ShadowWeight],
+    layers: dict[int, list[ShadowWeight]],
     norms: list[nn.Parameter],
     tokens: Tokens,
     base_states: Float[Tensor, "samples tokens hidden"],
-    base_head: Float[Tensor, "vocabulary hidden"],
+    heads: Heads,
     spec: Tune,
     folder: RunFolder | None = None,
+    shelf: Shelf = IN_MEMORY,
 ) -> Iterator[tuple[int, float]]:
     """Learn in place; yields each step, counted from 1, and its loss. `student` computes with the shadow
-    weights, `norms` are its gains; the base model's states and head say what it should predict. With a folder
-    the state is kept there every KEEP_STEPS steps, and gone on from."""
-    head, base_head = head_weight(student).bfloat16(), base_head.bfloat16()
-    codes = [shadow.u for shadow in shadows.values()]
-    scales = [parameter for shadow in shadows.values() for parameter in shadow.grid_parameters()]
-    for shadow in shadows.values():
-        shadow.shrink_to_grid(KEPT_DISTANCE)
+    weights, here by layer, and `norms` are its gains; the base model's states and head say what it should
+    predict. With a folder the state is kept there every KEEP_STEPS steps, and gone on from. shelf: where
+    shadow weights may be."""
+    shadows = [shadow for own in layers.values() for shadow in own]
+    codes = [shadow.u for shadow in shadows]
+    scales = [parameter for shadow in shadows for parameter in shadow.grid_parameters()]
+    device = heads.own.device
     for norm in norms:
         norm.requires_grad_(False)
 
     def backward(chosen: Int[Tensor, " chosen"]) -> float:
-        with torch.autocast(head.device.type, torch.bfloat16), layers_computed_again(student):
-            read = tokens[chosen].to(head.device)
+        with torch.autocast(device.type, torch.bfloat16), layers_computed_again(student, shelf):
+            read = tokens[chosen].to(device)
             states = decoder_of(student)(input_ids=read, use_cache=False).last_hidden_state
-        loss, gradient = divergence(states, base_states[chosen].to(head.device), head, base_head)
+        loss, gradient = divergence(states, base_states[chosen].to(device), *heads)
         states.backward(gradient.to(states.dtype))
         return loss
 
-    def keep(step: int, learned: list[nn.Parameter], adam: Adam) -> None:
-        if folder is not None and step % KEEP_STEPS == 0:
-            _keep(folder, step, learned, adam)
-
+    parameters = {layer: [each for one in own for each in one.parameters()] for layer, own in layers.items()}
+    kept = Kept(folder, parameters)
     kinds = [(codes, spec.codes), (scales, spec.scales), (norms, spec.norms)]
-    restore = partial(_restore, folder)
-    moving = list(shadows.values())
-    yield from descend(kinds, moving, len(tokens), spec, backward, restore, keep, torch.bfloat16)
+    yield from descend(
+        kinds, shadows, len(tokens), spec, backward, kept.restore, kept.keep, torch.bfloat16, shelf
+    )
 
 
 @contextmanager
-def layers_computed_again(model: PreTrainedModel) -> Iterator[None]:
-    """While this lasts, a decoder layer keeps its inputs alone for the way back."""
-    with forwarded(
-        (layer, partial(checkpoint, layer.forward, use_reentrant=False))  # type: ignore[arg-type]
-        for layer in decoder_layers(model)
-    ):
+def layers_computed_again(model: PreTrainedModel, shelf: Shelf = IN_MEMORY) -> Iterator[None]:
+    """While this lasts, a decoder layer keeps its inputs alone for the way back; what it is made of is in
+    memory while it is computed, either time."""
+    layers = decoder_layers(model)
+    prefix = module_name(model, layers)
+
+    def computed(index: int, forward: Callable[..., Any], *positional: Any, **named: Any) -> Any:
+        shelf.enter(index)
+        with present(model, f"{prefix}.{index}"):
+            return forward(*positional, **named)
+
+    forwards = (partial(computed, index, layer.forward) for index, layer in enumerate(layers))
+    again = (partial(checkpoint, forward, use_reentrant=False) for forward in forwards)
+    with forwarded(zip(layers, again, strict=True)):  # type: ignore[arg-type]
         yield
-
-
-def _keep(folder: RunFolder, step: int, learned: list[nn.Parameter], adam: Adam) -> None:
-    kept = {"step": torch.tensor(step)}
-    for place, parameter in enumerate(learned):
-        kept[f"{place}.value"] = parameter.detach()
-        kept[f"{place}.mean"], kept[f"{place}.square"] = adam.mean[parameter], adam.square[parameter]
-    folder.write_tensors("tune", kept)
-
-
-def _restore(folder: RunFolder | None, learned: list[nn.Parameter], adam: Adam) -> int:
-    """The steps that are done, once their state is back in place."""
-    if folder is None or not folder.has_tensors("tune"):
-        return 0
-    kept = folder.read_tensors("tune")
-    for place, parameter in enumerate(learned):
-        parameter.data.copy_(kept[f"{place}.value"])
-        adam.mean[parameter].copy_(kept[f"{place}.mean"])
-        adam.square[parameter].copy_(kept[f"{place}.square"])
-    return int(kept["step"])

@@ -25,7 +25,7 @@ rotations (SpinQuant's Cayley descent).
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -37,6 +37,7 @@ from transformers import PreTrainedModel
 from bitassay.errors import BitassayError
 from bitassay.models.config import untie
 from bitassay.models.hooks import hooked
+from bitassay.models.opened import weights_of
 from bitassay.models.walk import decoder_layers, module_name
 from bitassay.quantization.codes.hadamard import Orthogonal, block_hadamard, hadamard, random_orthogonal
 from bitassay.quantization.recipe.transforms import Rotation
@@ -126,9 +127,15 @@ def add_online(model: PreTrainedModel, rotation: Rotation) -> None:
     object.__setattr__(model, "online_rotation", rotation)
 
 
-def changed_parameters(base: PreTrainedModel, changed: PreTrainedModel) -> dict[str, Tensor]:
-    """Return every parameter of `changed` that is not the base model's, by full name, new ones too; an output
-    head that was tied in the base model has a name of its own."""
+def changed_parameters(
+    base: PreTrainedModel, changed: PreTrainedModel, but: Collection[str] = ()
+) -> dict[str, Tensor]:
+    """Return every parameter of `changed` that is not the base model's, by full name, new ones too, except
+    those in `but`; an output head that was tied in the base model has a name of its own."""
+    if (weights := weights_of(changed)) is not None:
+        names = [name for name in weights.empty if name in weights.changes and name not in but]
+        values = ((name, weights.value(name), weights.stored(name)) for name in names)
+        return {name: value for name, value, old in values if not torch.equal(value.to(old.dtype), old)}
     before = dict(base.named_parameters(remove_duplicate=False))
 
     def same(name: str, value: Tensor) -> bool:
@@ -136,7 +143,7 @@ def changed_parameters(base: PreTrainedModel, changed: PreTrainedModel) -> dict[
         return old is not None and (value is old or torch.equal(value.to(old.dtype), old))
 
     after = changed.named_parameters(remove_duplicate=False)
-    return {name: value.detach() for name, value in after if not same(name, value)}
+    return {name: value.detach() for name, value in after if name not in but and not same(name, value)}
 
 
 def _to_fp32(model: PreTrainedModel) -> None:

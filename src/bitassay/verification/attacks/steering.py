@@ -6,6 +6,7 @@ drafts which lose by little), a watermark, a slightly lower temperature. Models 
 rotary base that is 1 % too large.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -13,18 +14,23 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from bitassay.engines.decode import TokenIds
+from bitassay.engines.decode import Prefill, TokenIds
 from bitassay.engines.rotary import rotary_base_times
 from bitassay.engines.sampling import Draw, Sampler
-from bitassay.models.walk import decoder_layers, module_name
+from bitassay.models.walk import decoder_layers, decoder_of, module_name
 from bitassay.quantization.recipe.recipe import Override, Recipe
 from bitassay.quantization.recipe.weights import WeightScheme
+from bitassay.quantization.transforms.residual_stream import find_norm
 from bitassay.verification.attacks.attack import Setting, attack
 from bitassay.verification.attacks.hosts import answered, honest_prefill, quantized_weights
+from bitassay.verification.observe import prefills
 from bitassay.verification.trace import Trace
 
 INT8 = WeightScheme(format="int8")
+ROUNDS = 3  # of moving states: rounding undoes some of the first
+SLACK = 0.02  # nats beyond the tie
 DELTA = 0.5  # nats that a watermark adds to half of the vocabulary
 
 
@@ -64,6 +70,43 @@ def near_ties(setting: Setting, times: int) -> list[Trace]:
     asked = setting.sampler
     steered = Steered(asked.temperature, asked.top_p, asked.seed, within=0.3, times=times)
     return answered(setting, setting.model, sampler=steered)
+
+
+@attack("near-ties-moved", "the same, and the last states moved until they choose these tokens")
+def moved_states(setting: Setting) -> list[Trace]:
+    """The output head alone reads the last states, so moving them changes no other token. Each is moved the
+    shortest way, along the row of the wanted token less that of the best, until the head agrees."""
+    traces = near_ties(setting, times=2**31)
+    output = setting.model.get_output_embeddings()
+    assert isinstance(output, torch.nn.Module)
+    head = output.get_parameter("weight").detach().float()
+    norm = copy.deepcopy(decoder_of(setting.model).get_submodule("norm")).float()
+    gain = find_norm(norm, "the final norm").gain()
+    for _ in range(ROUNDS):
+        for trace, replay in zip(traces, replays_of(traces, setting.model), strict=True):
+            header, layer = trace.header, trace.header.layers[-1]
+            first = len(header.prompt_ids) - 1  # of the positions that choose the output
+            for index, token in enumerate(header.output_ids):
+                logits = replay.logits[index].float()
+                best = int(logits.argmax())
+                if best == token:
+                    continue
+                state = trace.states[layer][first + index].float()
+                direction = (gain * (head[token] - head[best])).to(state)
+                gap = float(logits[best] - logits[token]) + SLACK
+                step = gap * state.pow(2).mean().sqrt() / direction.pow(2).sum() * direction
+                trace.states[layer][first + index] = (state + step).to(trace.states[layer])
+    return traces
+
+
+def replays_of(traces: Sequence[Trace], model: PreTrainedModel) -> list[Prefill]:
+    """Return what the output head makes of the last states of each trace."""
+    last = [{trace.header.layers[-1]: trace.states[trace.header.layers[-1]]} for trace in traces]
+    return [
+        replay
+        for trace, states in zip(traces, last, strict=True)
+        for replay in prefills([trace.header], model, [states])
+    ]
 
 
 @attack("watermark", "half a nat more for a half of the vocabulary")
