@@ -16,6 +16,7 @@ from bitassay.audit.run import Options, Target, audit
 from bitassay.errors import BitassayError
 from bitassay.models.identity import identity
 from bitassay.report.pages import write_report
+from bitassay.verification.ledger import Binding, update_ledger
 
 SMALL = {"tokens": 16, "requests": 4, "calibration_requests": 20, "alpha": 0.05, "seed": 3}
 
@@ -143,6 +144,14 @@ def test_a_profile_of_something_else_is_refused(calibrated, served, model, refer
     other.identity = identity(model).with_recipe("0" * 64, "w4")
     with pytest.raises(BitassayError, match="another reference"):
         audit(at(served[0]), Reference(other, model), Options(out=tmp_path / "b", **SMALL), profile=profile)
+    with pytest.raises(BitassayError, match="do not fit the reference's 512"):
+        audit(at(served[0]), reference, Options(out=tmp_path / "d", **(SMALL | {"tokens": 500})))
+    ledger = tmp_path / "ledger"
+    update_ledger(ledger, [], Binding(profile="0" * 64))
+    for known in ({"profile": profile}, {"honest": [at(served[0])]}):
+        with pytest.raises(BitassayError, match="ledger of another profile"):
+            audit(at(served[0]), reference, Options(out=tmp_path / "e", ledger=ledger, **SMALL), **known)
+    assert not (tmp_path / "e").exists()
     few = Options(out=tmp_path / "c", **(SMALL | {"calibration_requests": 5}))
     with pytest.raises(BitassayError, match="5 honest answers are too few"):
         audit(at(served[0]), reference, few, honest=[at(served[0])])
