@@ -52,12 +52,12 @@ def running(app, **options):
 
 
 @contextmanager
-def serving(model, folder, limits=Limits(), api_key=None, claim=None, **store):  # noqa: B008
+def serving(model, folder, limits=Limits(), api_key=None, claim=None, tls=None, **store):  # noqa: B008
     """Serve a model; yield the address and the application."""
     kept = Store(folder, private_key(folder / "key.pem"), **store)
     app = make_app(Served(model, kept, "stories", default_context(model), claim=claim), limits, api_key)
     try:
-        with running(app) as url:
+        with running(app, **(tls or {})) as url:
             yield url, app
     finally:
         app.server.scheduler.stop()

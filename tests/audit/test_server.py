@@ -5,13 +5,21 @@ import random
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import httpx2
 import openai
 import pytest
 import torch
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 
 from audit.conftest import serving
+from bitassay.audit.client import AnswerError, Endpoint
 from bitassay.audit.server import Limits
 from bitassay.audit.store import Full, Store
 from bitassay.engines.decode import generate, prefill
@@ -309,6 +317,24 @@ def test_the_body_is_bounded_and_a_key_is_asked_for(model, tmp_path, web):
         assert web.post(url + "/v1/completions", json=ask, headers=known).status_code == 200
         assert web.post(url + "/v1/completions", content=b"x" * 1001, headers=known).status_code == 413
         assert web.get(url + "/health").status_code == 200
+
+
+def test_tls(model, tmp_path):
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "nobody")])
+    now = datetime.now(UTC)
+    made = x509.CertificateBuilder(name, name, key.public_key(), 1, now, now + timedelta(days=1))
+    (tmp_path / "cert.pem").write_bytes(made.sign(key, SHA256()).public_bytes(Encoding.PEM))
+    pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    (tmp_path / "cert.key").write_bytes(pem)
+    tls = {"ssl_certfile": tmp_path / "cert.pem", "ssl_keyfile": tmp_path / "cert.key"}
+    with serving(model, tmp_path / "store", tls=tls) as (url, _):
+        secure = url.replace("http:", "https:")
+        with httpx2.Client(verify=False, trust_env=False) as web:
+            assert web.get(secure + "/health").text == "ok\n"
+        with pytest.raises(AnswerError) as error:
+            Endpoint(secure + "/v1", tries=1).get("/models")
+    assert error.value.code == "tls"
 
 
 def test_traces_make_room_for_receipts(model, tmp_path, web):

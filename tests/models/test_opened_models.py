@@ -34,7 +34,7 @@ def folder(tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_opened_model_computes_what_the_loaded_one_does_and_keeps_nothing(kind, tmp_path):
     folder = save_tiny(kind, tmp_path)
-    opened = load(folder, memory=0)
+    opened = load(folder, opened=True)
     assert is_opened(opened)
     assert is_empty(opened)
     assert torch.equal(logits(opened), logits(load(folder)))
@@ -48,7 +48,7 @@ def test_a_model_that_fits_is_loaded(folder):
 
 
 def test_what_is_present_is_read_once_and_forgotten_by_the_last_who_needs_it(folder, monkeypatch):
-    opened, name = load(folder, memory=0), "model.layers.1"
+    opened, name = load(folder, opened=True), "model.layers.1"
     read = []
     monkeypatch.setattr(Entry, "read", lambda entry, old=Entry.read: read.append(entry.key) or old(entry))
     weight = f"{name}.mlp.up_proj.weight"
@@ -62,7 +62,7 @@ def test_what_is_present_is_read_once_and_forgotten_by_the_last_who_needs_it(fol
 
 
 def test_weights_are_forgotten_where_a_forward_fails(folder, monkeypatch):
-    opened = load(folder, memory=0)
+    opened = load(folder, opened=True)
 
     def fail(*_, **__):
         raise RuntimeError("no")
@@ -85,7 +85,7 @@ def test_a_missing_weight_is_refused_before_any_is_read(folder):
     with pytest.raises(
         BitassayError, match=r"1 weights are missing, the first is model\.layers\.1\.mlp\.up_proj"
     ):
-        load(folder, memory=0)
+        load(folder, opened=True)
 
 
 @pytest.mark.parametrize(
@@ -93,14 +93,14 @@ def test_a_missing_weight_is_refused_before_any_is_read(folder):
 )
 def test_a_wrong_weight_is_refused_when_it_is_read(folder, value, why):
     changed(folder, lambda tensors: tensors.update({"model.layers.1.mlp.up_proj.weight": value}))
-    opened = load(folder, memory=0)
+    opened = load(folder, opened=True)
     with present(opened, "model.layers.0"), pytest.raises(BitassayError, match=why):
         logits(opened)
 
 
 def test_a_model_that_looks_at_weights_before_they_are_used_is_refused(tmp_path):
     with pytest.raises(BitassayError, match="looks at weights before they are used"):
-        logits(load(save_tiny("llama4_text", tmp_path), memory=0))
+        logits(load(save_tiny("llama4_text", tmp_path), opened=True))
 
 
 @pytest.mark.slow
@@ -112,13 +112,13 @@ def test_every_architecture_computes_the_same_or_is_refused(kind, tmp_path):
     except BitassayError:
         return
     try:
-        assert torch.equal(logits(load(folder, memory=0)), wanted)
+        assert torch.equal(logits(load(folder, opened=True)), wanted)
     except (BitassayError, RuntimeError):
         assert kind in NOT_OPENED
 
 
 def test_forwards_in_step_read_each_layer_once(folder, monkeypatch):
-    opened, loaded = load(folder, memory=0), load(folder)
+    opened, loaded = load(folder, opened=True), load(folder)
     rows = [(TOKENS + place) % 400 for place in range(3)]
     models = [opened, loaded, opened]
     forwards = [Forward(m, lambda m=m, row=row: m(row).logits) for m, row in zip(models, rows, strict=True)]
@@ -133,7 +133,7 @@ def test_forwards_in_step_read_each_layer_once(folder, monkeypatch):
 
 
 def test_an_error_in_one_forward_ends_them_all(folder):
-    opened = load(folder, memory=0)
+    opened = load(folder, opened=True)
 
     def fail():
         opened(TOKENS)

@@ -11,9 +11,13 @@ import pytest
 from bitassay.cli import run as command
 from bitassay.data.windows import Protocol
 from bitassay.errors import BitassayError
+from bitassay.models.opened import is_opened
+from bitassay.quantization.export.plan import LOADED, OPENED
 from bitassay.quantization.recipe.recipe import Recipe, find_recipe
 from bitassay.quantization.recipe.solvers import Tune
 from bitassay.report.pages import write_report
+from bitassay.studies import assay as assay_module
+from bitassay.studies import memory
 from bitassay.studies.assay import AssayPlan, assay
 from bitassay.studies.estimate import estimate_assay
 from bitassay.studies.verdicts import Verification
@@ -131,6 +135,41 @@ def test_replicas_come_with_their_controls(tmp_path):
     run, _ = assay("stories260k", [twice], controls=False, out=tmp_path / "without", **options)
     assert [row["recipe"] for row in run["rows"]] == ["base", "twice"]
     assert run["pairs"] == []
+
+
+def test_a_layer_at_a_time_gives_the_same_figures(finished, tmp_path, monkeypatch):
+    plain = SMALL | {"bench_repeats": 0, "verification": None}
+    seen, load_model = [], assay_module.load
+
+    def loading(*given, **named):
+        seen.append(load_model(*given, **named))
+        return seen[-1]
+
+    monkeypatch.setattr(assay_module, "chosen_way", lambda *_: (OPENED, 10**9))
+    monkeypatch.setattr(assay_module, "load", loading)
+    opened, _ = assay("stories260k", ["w8", "w2"], out=tmp_path / "opened", **plain)
+    assert [is_opened(model) for model in seen] == [True]
+    for one, other in zip(opened["rows"], finished[0]["rows"], strict=True):
+        for key in ("bits_per_weight", "size_bytes", "ppl", "ppl_ci", "kl_mean", "top1_agreement"):
+            assert one[key] == other[key]
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "plan", "match"),
+    [
+        (0.5, {}, "evaluating .* takes"),
+        (0.6, {"bench_repeats": 0}, "verifying runs loaded models"),
+        (0.6, {"verification": None}, "timing runs loaded models"),
+    ],
+)
+def test_a_budget_that_cannot_be_kept_is_refused(tmp_path, monkeypatch, gigabytes, plan, match):
+    monkeypatch.setattr(memory, "parameter_count", lambda _: 10**8)
+    monkeypatch.setattr(memory, "memory_of", lambda *_: {LOADED: 10**9, OPENED: 580_000_000})
+    monkeypatch.setattr(assay_module, "load", None)
+    with pytest.raises(BitassayError, match=match) as error:
+        assay("stories260k", ["w8"], out=tmp_path / "out", memory=int(gigabytes * 1e9), **SMALL | plan)
+    assert error.value.remedy.startswith("--memory")
+    assert not (tmp_path / "out").exists()
 
 
 def test_bad_plans_fail_before_any_work():

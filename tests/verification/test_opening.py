@@ -16,7 +16,7 @@ from bitassay.errors import BitassayError
 from bitassay.models.identity import identity
 from bitassay.testing.tiny import tiny_model
 from bitassay.verification.container import TraceError
-from bitassay.verification.detectors.registry import HEAD, SEGMENTS, STATES
+from bitassay.verification.detectors.registry import HEAD, ROTARY, SEGMENTS, STATES
 from bitassay.verification.profile import write_profile
 from bitassay.verification.prove import prove
 from bitassay.verification.receipts.challenge import challenge, opened_positions
@@ -73,7 +73,7 @@ def test_opening_everything_says_what_the_trace_says(trace, model, profile):
 def test_a_part_is_judged_by_what_it_can_show(trace, model, profile):
     whole = verify(trace, model, profile=profile)
     opened = judged(trace, model, profile, generated=99, prompt=4)
-    assert set(whole.score.detectors) - set(opened.score.detectors) == {SEGMENTS, HEAD}
+    assert set(whole.score.detectors) - set(opened.score.detectors) == {SEGMENTS, ROTARY, HEAD}
     assert opened.p_value >= whole.p_value
 
 

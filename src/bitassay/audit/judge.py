@@ -79,9 +79,12 @@ def measure(
     reference: Reference, asking: Asking, prompt: Sequence[int], said: Sequence[Position], first: int = 0
 ) -> Measured:
     """Return the statistic of an answer. said: positions of the prompt from its second token on, or of the
-    output; first: of `said`, to leave out. Raises AnswerError for too few positions."""
+    output; first: of `said`, to leave out. Raises AnswerError for too few or too many
+    positions."""
     if len(said) < max(SHORTEST * asking.positions, 1):
         raise AnswerError("too-short", f"{len(said)} of {asking.positions} positions")
+    if len(said) > asking.positions:
+        raise AnswerError("too-long", f"{len(said)} positions where {asking.positions} were asked for")
     tokens = [each.token for each in said]
     given = asking.through != "generation"
     ids, start = (list(prompt), 1) if given else ([*prompt, *tokens], len(prompt))

@@ -38,6 +38,7 @@ from bitassay.data.corpora import pinned
 from bitassay.engines.decode import vocabulary_size
 from bitassay.errors import BitassayError
 from bitassay.models.identity import identity, tokenizer
+from bitassay.models.positions import context_length
 from bitassay.record.environment import environment
 from bitassay.record.files import read_json
 from bitassay.record.hashing import digest_json
@@ -45,7 +46,7 @@ from bitassay.record.progress import Progress, silent
 from bitassay.record.result import write_run
 from bitassay.record.run import RunFolder, default_folder, run_plan
 from bitassay.verification.container import TraceError
-from bitassay.verification.ledger import Binding, Item, score_evidence, update_ledger
+from bitassay.verification.ledger import Binding, Item, read_ledger, score_evidence, update_ledger
 from bitassay.verification.receipts.receipt import check_signature, decode
 from bitassay.verification.trace import ModelClaim
 
@@ -65,7 +66,8 @@ class Target:
 @dataclass(frozen=True)
 class Options:
     """What an audit does. tokens: positions a request; requests, calibration_requests: how many; k: most
-    likely tokens at each position, at most; level: of evidence (None: the strongest)."""
+    likely tokens at each position, at most; level: of evidence (None: the
+    strongest); seed: of the texts (None: drawn)."""
 
     corpus: str = "c4-train-new"
     tokens: int = 128
@@ -74,6 +76,7 @@ class Options:
     k: int = 20
     level: Level | None = None
     alpha: float = 0.01
+    seed: int | None = None
     concurrency: int = 4
     ledger: Path | None = None
     out: Path | None = None
@@ -93,6 +96,7 @@ def audit(
     claim, corpus = ModelClaim.of(identity(reference.exact)), pinned(options.corpus)
     if profile is not None:
         profile.check(claim, corpus)
+    _check_first(reference, options, honest, profile)
     folder = _folder(target, claim, options, corpus, honest, profile)
     shared = _Shared(reference, options, folder, progress)
     asking = shared.probed(0, target, profile)
@@ -116,7 +120,7 @@ def audit(
         folder,
         model={"name": claim.name, "origin": target.endpoint.url, "asked_for": target.model},
         settings={
-            **{key: value for key, value in asdict(options).items() if key not in ("out", "ledger")},
+            **{key: value for key, value in asdict(options).items() if key not in ("out", "ledger", "seed")},
             "corpus": corpus,
             "evidence": WORDS[asking.level],
             "asked_by": asking.to_dict(),
@@ -131,6 +135,28 @@ def audit(
         receipts=shared.receipts(),
     )
     return run, folder.path
+
+
+def _check_first(
+    reference: Reference, options: Options, honest: Sequence[Target], profile: AuditProfile | None
+) -> None:
+    """Raise BitassayError for what would fail only after everything was asked: texts that the reference
+    cannot read, a ledger of another profile."""
+    limit, longest = context_length(reference.exact), options.tokens + PROMPT_TOKENS
+    if limit is not None and longest > limit:
+        raise BitassayError(
+            f"{longest} tokens do not fit the reference's {limit} positions", "fewer --tokens"
+        )
+    if options.ledger is None:
+        return
+    bound, _ = read_ledger(options.ledger, None)
+    if profile is None and not honest:
+        raise BitassayError("a ledger needs a profile", "--profile profile.json of an earlier audit")
+    if bound is not None and (profile is None or bound.profile != profile.digest):
+        raise BitassayError(
+            f"{options.ledger}: a ledger of another profile ({bound.profile[:12]})",
+            "--profile the one that it was begun with, or begin a new --ledger FILE",
+        )
 
 
 def _folder(
@@ -149,7 +175,7 @@ def _folder(
         **{
             key: value
             for key, value in asdict(options).items()
-            if key not in ("out", "ledger", "concurrency")
+            if key not in ("out", "ledger", "concurrency", "seed")
         },
         "corpus": corpus,
         "honest": [[each.endpoint.url, each.model] for each in honest],
@@ -158,7 +184,8 @@ def _folder(
     plan = run_plan("audit", work)
     path = options.out or default_folder("audit", plan)
     known = read_json(path / "plan.json") if (path / "plan.json").is_file() else {}
-    seed = known.get("seed") if isinstance(known, dict) else None
+    kept = known.get("seed") if isinstance(known, dict) else None
+    seed = options.seed if options.seed is not None else kept
     return RunFolder(path, plan | {"seed": seed if isinstance(seed, int) else secrets.randbelow(2**63)})
 
 

@@ -24,14 +24,16 @@ def assay(
     controls: options.Controls = True,
     seed: options.Seed = 0,
     dry_run: options.Flag = False,
-    compute: options.Compute = options.Compute(),
+    compute: options.Bounded = options.Bounded(),
     output: options.RunOutput = options.RunOutput(),
 ) -> int:
     """Quantize MODEL by several recipes; one table of what each costs and whether a verifier notices.
 
     Quality is measured on WikiText-2 in --dtype; timing and verification run in bfloat16. A recipe with
     replication is compared with its controls, plain recipes of equal bits and of equal work. An interrupted
-    command continues when it is run again. Exit status 1 where no verdicts could be reached.
+    command continues when it is run again. Models that do not fit into --memory are quantized and measured a
+    layer at a time; timing and verification load them in bfloat16. Exit status 1 where no verdicts could be
+    reached.
 
     Args:
         prompts: How many traces each recipe proves.
@@ -57,6 +59,7 @@ def assay(
         "seed": seed,
         "bench_repeats": repeats if bench else 0,
         "verification": Verification(prompts, calibration_prompts, new_tokens, alpha) if verify else None,
+        "memory": compute.memory,
     }
     if dry_run:
         with show_progress() as progress:

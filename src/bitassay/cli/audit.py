@@ -34,6 +34,7 @@ def audit(
     text: str = "c4-train-new",
     alpha: options.Alpha = 0.01,
     ledger: Path | None = None,
+    seed: options.Seed | None = None,
     concurrency: options.Count = 4,
     timeout: options.Count = 120,
     key_env: str | None = None,
@@ -67,6 +68,8 @@ def audit(
         text: Where the texts are cut from: a protocol's name or a file of your own, .txt or .jsonl.
         ledger: Keep the answers' scores in this file from call to call, and judge all of them in their order:
             the false-positive rate then holds however often you look.
+        seed: Of the places where texts are cut (default: drawn when the run folder is new, so that nobody can
+            know them).
         concurrency: Requests at a time.
         timeout: Seconds that an answer may take.
         key_env: The environment variable that has the API key. Keys are never written anywhere.
@@ -100,6 +103,7 @@ def audit(
         k=top,
         level=evidence,  # type: ignore[arg-type]
         alpha=alpha,
+        seed=seed,
         concurrency=concurrency,
         ledger=ledger,
         out=output.out,

@@ -116,7 +116,7 @@ def eval(
         way, peak = choose_way(worst, compute.memory, f"evaluating {model}")
         if way == OPENED:
             progress(f"the models are read {way}, in about {peak / 1e9:.1f} GB of memory")
-            loading["memory"] = 0
+            loading["opened"] = True
         loaded, *other = [load(name, progress=progress, **loading) for name in names]
         if tasks is not None:
             run, folder = evaluate_tasks(

@@ -28,6 +28,7 @@ def load(
     packed: bool = False,
     trust_remote_code: bool = False,
     memory: int | None = None,
+    opened: bool = False,
     progress: Progress = silent,
 ) -> PreTrainedModel:
     """Load `model`: a catalogue name, a local folder, a local GGUF file or a Hugging Face id.
@@ -36,15 +37,18 @@ def load(
     folder that `bitassay quantize` wrote comes back as `quantize` made it, with its `.quantization`: fake, or
     as codes where `packed`. attention: an implementation that transformers knows; "auto" is SDPA where the
     architecture has it, else what transformers chooses. revision: a branch, tag or commit of a Hugging Face
-    id (`id@revision` says the same). memory: in bytes; a model whose weights take more is opened, not loaded:
-    each layer is read when it is needed (`models/opened.py`). Raises BitassayError where the files are
-    missing, truncated or not finite, MissingError where they cannot be fetched. Warns of files that look like
-    weights and are none.
+    id (`id@revision` says the same). opened: do not load its weights, but read each layer when it is needed
+    (`models/opened.py`). memory: in bytes; a model whose weights take more is opened. Raises BitassayError
+    where the files are missing, truncated or not finite, MissingError where they cannot be fetched. Warns of
+    files that look like weights and are none.
     """
     options = LoadOptions(as_dtype(dtype), as_device(device), as_attention(attention), trust_remote_code)
     source = resolve(model, progress, revision=revision)
     check_files(source.folder)
-    if memory is not None:
+    if packed and opened:
+        raise BitassayError("a model that is opened holds no codes", "one of packed and opened")
+    options = replace(options, opened=opened)
+    if memory is not None and not opened:
         empty = without_weights(source, dtype=options.dtype, trust_remote_code=trust_remote_code)
         if not packed and parameter_count(empty) * options.dtype.itemsize > memory:
             options = replace(options, opened=True)

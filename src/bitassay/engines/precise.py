@@ -30,7 +30,8 @@ def higher_precision(model: PreTrainedModel) -> Iterator[None]:
     """Make forwards of `model` compute in the next higher precision within the context. A model for which its
     device has none (fp64, or fp32 on MPS) is left as it is. Raises BitassayError where it does not compute in
     that precision."""
-    dtype = HIGHER.get(model.dtype)
+    own = model.dtype
+    dtype = HIGHER.get(own)
     if dtype is None or (dtype == torch.float64 and widest(model.device) != dtype):
         yield
         return
@@ -59,8 +60,8 @@ def higher_precision(model: PreTrainedModel) -> Iterator[None]:
         except RuntimeError as error:
             raise BitassayError(
                 f"{type(model).__name__} does not compute in {str(dtype).removeprefix('torch.')}, from which "
-                f"the rounding in {str(model.dtype).removeprefix('torch.')} is measured: {error}",
-                "verify it in bfloat16" if model.dtype == torch.float32 else "verify it in float32",
+                f"the rounding in {str(own).removeprefix('torch.')} is measured: {error}",
+                "verify it in bfloat16" if own == torch.float32 else "verify it in float32",
             ) from error
 
 

@@ -8,11 +8,18 @@ from transformers import PreTrainedModel
 from bitassay.data.windows import Protocol
 from bitassay.evaluation.quality import STATES_BYTES, state_bytes
 from bitassay.models.config import text_config
-from bitassay.quantization.export.plan import BASE_BYTES, LOADED, OPENED, Shapes, plan_export
+from bitassay.models.walk import matrices
+from bitassay.quantization.export.plan import BASE_BYTES, LOADED, OPENED, Plan, Shapes, plan_export
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.runtime.model import obstacle_to_opening, parameter_count
 
 LOGITS = 3  # copies of a window's: the base model's, a candidate's, and what either leaves
+
+
+def plans_of(model: PreTrainedModel, recipes: Sequence[Recipe]) -> list[Plan]:
+    """Return what quantizing by each of the recipes will give that quantize something."""
+    names = list(matrices(model))
+    return [plan_export(model, recipe) for recipe in recipes if any(map(recipe.scheme_for, names))]
 
 
 def memory_of(
@@ -26,7 +33,7 @@ def memory_of(
     logits = LOGITS * tokens * text_config(base).vocab_size * item
     passing = 4 * tokens * 3 * max(each.widest for each in shapes)
     weights = sum(parameter_count(model) for model in models) + len(recipes) * parameter_count(base)
-    plans = [plan_export(base, recipe) for recipe in recipes]
+    plans = plans_of(base, recipes)
     ways = {LOADED: BASE_BYTES + weights * item + logits + passing}
     ways[LOADED] = max([ways[LOADED], *(plan.memory_bytes for plan in plans if plan.solves)])
     if not any(map(obstacle_to_opening, recipes)):

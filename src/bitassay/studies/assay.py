@@ -30,11 +30,14 @@ from bitassay.errors import BitassayError, at_least
 from bitassay.evaluation.controls import pair
 from bitassay.evaluation.divergence import TokenScores
 from bitassay.evaluation.quality import INTERVAL, INTERVALS, score_windows, summarise
+from bitassay.models.empty import without_weights
 from bitassay.models.identity import identity
 from bitassay.models.options import AUTO, as_dtype
 from bitassay.models.positions import context_length, model_windows
+from bitassay.models.source import resolve
 from bitassay.models.walk import decoder_layers
 from bitassay.quantization.export.fits import check_fit
+from bitassay.quantization.export.plan import OPENED
 from bitassay.quantization.pipeline import quantize_tensors_cached
 from bitassay.quantization.recipe.recipe import BASE, Recipe, find_recipe, row_names
 from bitassay.quantization.replication.controls import Place, with_controls
@@ -52,6 +55,7 @@ from bitassay.record.files import check_folder
 from bitassay.record.progress import Progress, silent
 from bitassay.record.result import write_run
 from bitassay.record.run import RunFolder, open_run_folder, run_plan
+from bitassay.studies.memory import chosen_way
 from bitassay.studies.verdicts import (
     Verification,
     chosen_prompts,
@@ -107,12 +111,14 @@ def assay(
     *,
     controls: bool = True,
     out: Path | None = None,
+    memory: int | None = None,
     progress: Progress = silent,
     trust_remote_code: bool = False,
     **options: Any,
 ) -> tuple[dict[str, Any], Path]:
     """Run the whole job; `options` are fields of AssayPlan. Returns the run (the content of run.json) and its
-    folder. controls: add those of recipes with copies, and `pairs` of each with them.
+    folder. controls: add those of recipes with copies, and `pairs` of each with them. memory: in bytes (None:
+    what is free); where the models do not fit, they are quantized and evaluated a layer at a time.
 
     Raises BitassayError for bad input before any work is done.
     """
@@ -122,20 +128,28 @@ def assay(
     if out is not None:
         check_folder(out)
 
-    def loaded(dtype: str) -> PreTrainedModel:
+    empty = without_weights(
+        resolve(model, progress), dtype=as_dtype(plan.dtype), trust_remote_code=trust_remote_code
+    )
+    plan, places = plan.with_controls(len(decoder_layers(empty))) if controls else (plan, [])
+    for recipe in plan.recipes:
+        check_recipe(empty, recipe)
+    steps = bool(plan.bench_repeats), plan.verification is not None
+    way, peak = chosen_way(empty, plan.recipes, plan.protocol, memory, *steps)
+    progress(f"the models are read {way}, in about {peak / 1e9:.1f} GB of memory")
+
+    def loaded(dtype: str, opened: bool = False) -> PreTrainedModel:
         return load(
             model,
             dtype=dtype,
+            opened=opened,
             device=plan.device,
             attention=plan.attention,
             progress=progress,
             trust_remote_code=trust_remote_code,
         )
 
-    base = loaded(plan.dtype)
-    plan, places = plan.with_controls(len(decoder_layers(base))) if controls else (plan, [])
-    for recipe in plan.recipes:
-        check_recipe(base, recipe)
+    base = loaded(plan.dtype, opened=way == OPENED)
     windows, corpus_source = model_windows(base, plan.protocol)
     if plan.verification:  # that there are so many short prompts depends on the tokenizer
         chosen_prompts(base, plan.verification.prompts + plan.verification.calibration_prompts, plan.seed)

@@ -23,6 +23,8 @@ from bitassay.models.identity import Identity, tokenizer
 from bitassay.models.opened import is_opened
 from bitassay.models.options import as_dtype
 from bitassay.models.source import Source
+from bitassay.models.walk import matrices
+from bitassay.quantization.codes import storage
 from bitassay.quantization.export import gguf_file, gguf_like, save
 from bitassay.quantization.export.card import read_card
 from bitassay.quantization.export.gguf_plan import check_llama_cpp, plan_gguf
@@ -31,6 +33,7 @@ from bitassay.quantization.export.registry import GROUPED, LAYOUTS, STANDARD
 from bitassay.quantization.pipeline import quantize, quantize_cached
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.runtime.model import quantization_of, with_tensors
+from bitassay.quantization.solvers import tune
 from bitassay.record.files import explain_os_error
 from bitassay.record.progress import Progress, silent
 
@@ -122,6 +125,7 @@ def _plan(job: CheckpointJob, progress: Progress) -> list[Row]:
     file_bytes = plan.tensor_bytes + _size(job.source.folder, without=".safetensors")
     row = job.row(plan.layout, plan.bits_per_weight, plan.size_bytes, file_bytes)
     row["way"], row["memory_bytes"] = _way(plan, job)
+    row["work_bytes"] = work_bytes(empty, job.recipe, row["way"])
     rows = [row] if job.folder is not None else []
     if job.gguf is not None:
         file = plan_gguf(empty, job.recipe, job.embeddings)
@@ -135,6 +139,20 @@ def _plan(job: CheckpointJob, progress: Progress) -> list[Row]:
         said = {"bits_per_weight": file.bits_per_weight, "file_bytes": file_bytes}
         rows.append(row | {"layout": "gguf"} | said)
     return rows
+
+
+def work_bytes(empty: PreTrainedModel, recipe: Recipe, way: str) -> int:
+    """Return what the work folder takes at its most, where there is one: the codes of all layers and, where
+    they are tuned, what tuning starts from, its last two states and, a layer at a time, what it learns."""
+    if not recipe.is_calibrated and way == LOADED:
+        return 0
+    bits, weights = 0, 0
+    for name, view in matrices(empty).items():
+        if (scheme := recipe.scheme_for(name)) is not None:
+            weights += view.numel()
+            bits += storage.planned_bits(storage.planned(scheme), (view.shape[0], view.shape[1]))
+    a_weight = 0 if recipe.tune is None else tune.WORK_BYTES + (tune.BYTES_A_WEIGHT if way == OPENED else 0)
+    return bits // 8 + a_weight * weights
 
 
 def _way(plan: Plan, job: CheckpointJob) -> tuple[str, int]:
@@ -159,8 +177,8 @@ def written(job: CheckpointJob, progress: Progress = silent) -> list[Row]:
         for row in rows:
             if job.folder is not None and outputs["folder"] is None and row["layout"] != "gguf":
                 save.check_space(job.folder, row["file_bytes"])
-        memory = 0 if rows[0]["way"] == OPENED else None
-        base = load(job.model, progress=progress, memory=memory, **job.loading)
+        opened = rows[0]["way"] == OPENED
+        base = load(job.model, progress=progress, opened=opened, **job.loading)
         quantized = _quantized(job, base, progress, is_finished=outputs.get("folder") is not None)
         tokens = tokenizer(base)(bundled_prompts()[0], return_tensors="pt").input_ids if job.check else None
         for name, write in (("folder", _write_folder), ("gguf", _write_gguf)):
@@ -175,8 +193,8 @@ def _quantized(
 ) -> PreTrainedModel:
     """Quantize `base`, or give it the codes of the finished folder."""
     if is_finished:
-        memory = 0 if is_opened(base) else None
-        saved = quantization_of(load(job.folder or "", progress=progress, memory=memory, **job.loading))
+        reloaded = load(job.folder or "", progress=progress, opened=is_opened(base), **job.loading)
+        saved = quantization_of(reloaded)
         assert saved is not None
         return with_tensors(base, saved)
     if job.work is None:

@@ -13,16 +13,16 @@ from typing import Any
 import torch
 
 from bitassay.bench.roofline import matrix_peak, stream_bandwidth
-from bitassay.models.config import text_config
 from bitassay.models.empty import without_weights
 from bitassay.models.options import as_device, as_dtype
 from bitassay.models.source import resolve
 from bitassay.models.walk import decoder_layers
-from bitassay.quantization.export.plan import plan_export
+from bitassay.quantization.export.plan import OPENED, Plan, plan_export
 from bitassay.quantization.recipe.recipe import Recipe, find_recipe
 from bitassay.quantization.runtime.model import check_recipe, parameter_count
 from bitassay.record.progress import Progress, silent
 from bitassay.studies.assay import AssayPlan
+from bitassay.studies.memory import bench_bytes, chosen_way, verify_bytes
 
 PROMPT_TOKENS = 60  # about the mean of the prompts that are used
 BUFFER_BYTES = 2**27  # far larger than the caches
@@ -33,29 +33,29 @@ def estimate_assay(
     recipes: Sequence[str | Path | Recipe],
     *,
     controls: bool = True,
+    memory: int | None = None,
     progress: Progress = silent,
     **options: Any,
 ) -> list[dict[str, Any]]:
     """Return rows `step, work, memory_bytes, seconds`. The model is fetched where it is not here yet, but no
-    weights are loaded."""
+    weights are loaded. memory: as of `assay`; raises BitassayError where a step does not fit."""
     plan = AssayPlan(model, tuple(find_recipe(recipe) for recipe in recipes), **options)
-    empty = without_weights(resolve(model, progress))
-    config = empty.config
+    empty = without_weights(resolve(model, progress), dtype=as_dtype(plan.dtype))
     if controls:
         plan, _ = plan.with_controls(len(decoder_layers(empty)))
     for recipe in plan.recipes:
         check_recipe(empty, recipe)
     parameters, models = parameter_count(empty), len(plan.recipes) + 1
-    item = as_dtype(plan.dtype).itemsize
     tokens = (plan.protocol.windows or 0) * plan.protocol.window_tokens
-    logits = 2 * plan.protocol.window_tokens * text_config(config).vocab_size * item
+    steps = bool(plan.bench_repeats), plan.verification is not None
+    way, peak = chosen_way(empty, plan.recipes, plan.protocol, memory, *steps)
     device = as_device(plan.device)
     rate, rate16 = _flops(as_dtype(plan.dtype), device), _flops(torch.bfloat16, device)
     rows = [
         {
             "step": f"quantize {recipe.name}",
             "work": f"{', '.join(recipe.parts)}; once",
-            "memory_bytes": plan_export(empty, recipe).memory_bytes,
+            "memory_bytes": peak_of(plan_export(empty, recipe), way),
             "seconds": _calibration_flops(recipe, parameters) / rate16,
         }
         for recipe in plan.recipes
@@ -64,8 +64,8 @@ def estimate_assay(
     rows.append(
         {
             "step": "evaluate",
-            "work": f"{models} models x {tokens} tokens, {plan.protocol.id}",
-            "memory_bytes": parameters * item * models + logits,
+            "work": f"{models} models x {tokens} tokens, {plan.protocol.id}; read {way}",
+            "memory_bytes": peak,
             "seconds": 2 * parameters * tokens * models / rate,
         }
     )
@@ -76,7 +76,7 @@ def estimate_assay(
             {
                 "step": "bench",
                 "work": f"{models} models x {plan.bench_repeats} rounds",
-                "memory_bytes": parameters * 2 * models,
+                "memory_bytes": bench_bytes(empty, plan.recipes),
                 "seconds": round_s * models * plan.bench_repeats,
             }
         )
@@ -87,11 +87,16 @@ def estimate_assay(
             {
                 "step": "verify",
                 "work": f"{traces} traces of {v.new_tokens} tokens",
-                "memory_bytes": parameters * 2 * 2,
+                "memory_bytes": verify_bytes(empty),
                 "seconds": prefill + v.new_tokens * traces * decode_s / 8,
             }
         )
     return rows
+
+
+def peak_of(plan: Plan, way: str) -> int:
+    """Return the peak of quantizing in bytes, with the model read in that way."""
+    return plan.opened_memory_bytes or plan.memory_bytes if way == OPENED else plan.memory_bytes
 
 
 def _calibration_flops(recipe: Recipe, parameters: int) -> float:
