@@ -1,5 +1,10 @@
 """Quantizing and measuring a model that is read a layer at a time, beside the same model loaded."""
 
+import random
+import signal
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -15,6 +20,7 @@ from bitassay.quantization.recipe.recipe import Recipe, find_recipe
 from bitassay.quantization.recipe.solvers import Tune
 from bitassay.quantization.solvers import descent, kept, layers
 from bitassay.quantization.work import KeptTensors
+from bitassay.studies.checkpoint import work_bytes
 from bitassay.testing.architectures import save_tiny
 
 TOKENS = torch.arange(3, 27)[None] * 7 % 400 + 3
@@ -144,6 +150,11 @@ def test_tuning_goes_on_from_the_state_that_is_kept(tmp_path, monkeypatch, first
     monkeypatch.setattr(descent.Adam, "move", stopping)
     with pytest.raises(KeyboardInterrupt):
         quantize(load(folder, opened=first), TUNED, work=tmp_path / "work")
+    held = sum(path.stat().st_size for path in (tmp_path / "work" / "parts").iterdir())
+    told = work_bytes(load(folder), TUNED, LOADED)
+    assert 0.5 * told < held < told  # one of two states, so far
+    assert work_bytes(load(folder), TUNED, OPENED) > told
+    assert work_bytes(load(folder), find_recipe("w4"), LOADED) == 0
     made = quantize(load(folder, opened=True), TUNED, work=tmp_path / "work")
     assert moved[first_run] == 10
     assert len(moved) == first_run + 8 * a_step
@@ -151,6 +162,52 @@ def test_tuning_goes_on_from_the_state_that_is_kept(tmp_path, monkeypatch, first
         assert torch.equal(made.quantization.tensors[name].packed, tensor.packed)
         assert torch.equal(made.quantization.tensors[name].scale, tensor.scale)
     assert not [path for path in (tmp_path / "work" / "parts").iterdir() if path.name.startswith("tune-")]
+
+
+# Quantizes an opened model, and dies at the event of that number: a tensor goes to its file, or a part is written.
+KILLED = """
+import itertools, os, signal, sys
+from bitassay.engines.load import load
+from bitassay.quantization.pipeline import quantize
+from bitassay.quantization.recipe.recipe import Recipe
+from bitassay.quantization.solvers import kept, shelf
+from bitassay.record.run import RunFolder
+
+folder, work, recipe, last = sys.argv[1:]
+events, kept.KEEP_STEPS = itertools.count(), 5
+
+def counted(owner, name):
+    original = getattr(owner, name)
+    def method(*arguments, **named):
+        if next(events) == int(last):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **named)
+    setattr(owner, name, method)
+
+counted(shelf.Shelf, "_put")
+counted(RunFolder, "write_tensors")
+quantize(load(folder, opened=True), Recipe.model_validate_json(recipe), work=work)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_three_times_gives_the_same_result(tmp_path):
+    folder, seed = save_tiny("llama", tmp_path / "model"), random.randrange(10**6)
+    draw = random.Random(seed)
+
+    def run(last):
+        words = [sys.executable, "-c", KILLED, folder, tmp_path / "work", TUNED.model_dump_json(), str(last)]
+        return subprocess.run(words, capture_output=True, text=True, timeout=300)
+
+    for events in (12, 1700, 1500):  # of 3451: among the layers, and within tuning
+        done = run(draw.randrange(events))
+        assert done.returncode == -signal.SIGKILL, (seed, done.stderr)
+    made = quantize(load(folder, opened=True), TUNED, work=tmp_path / "work").quantization
+    wanted = quantize(load(folder), TUNED).quantization
+    for name, tensor in wanted.tensors.items():
+        assert torch.equal(made.tensors[name].packed, tensor.packed), seed
+        assert torch.equal(made.tensors[name].scale, tensor.scale), seed
+    assert all(torch.equal(made.parameters[name], value) for name, value in wanted.parameters.items()), seed
 
 
 def test_a_recipe_that_needs_all_layers_is_refused(tmp_path):

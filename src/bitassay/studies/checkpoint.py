@@ -23,6 +23,8 @@ from bitassay.models.identity import Identity, tokenizer
 from bitassay.models.opened import is_opened
 from bitassay.models.options import as_dtype
 from bitassay.models.source import Source
+from bitassay.models.walk import matrices
+from bitassay.quantization.codes import storage
 from bitassay.quantization.export import gguf_file, save
 from bitassay.quantization.export.card import read_card
 from bitassay.quantization.export.gguf_plan import check_llama_cpp, plan_gguf
@@ -31,6 +33,7 @@ from bitassay.quantization.export.registry import GROUPED, LAYOUTS, STANDARD
 from bitassay.quantization.pipeline import quantize, quantize_cached
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.runtime.model import quantization_of, with_tensors
+from bitassay.quantization.solvers import tune
 from bitassay.record.files import explain_os_error
 from bitassay.record.progress import Progress, silent
 
@@ -120,6 +123,7 @@ def _plan(job: CheckpointJob, progress: Progress) -> list[Row]:
     file_bytes = plan.tensor_bytes + _size(job.source.folder, without=".safetensors")
     row = job.row(plan.layout, plan.bits_per_weight, plan.size_bytes, file_bytes)
     row["way"], row["memory_bytes"] = _way(plan, job)
+    row["work_bytes"] = work_bytes(empty, job.recipe, row["way"])
     rows = [row] if job.folder is not None else []
     if job.gguf is not None:
         file = plan_gguf(empty, job.recipe, job.embeddings)
@@ -132,6 +136,20 @@ def _plan(job: CheckpointJob, progress: Progress) -> list[Row]:
         said = {"bits_per_weight": file.bits_per_weight, "file_bytes": file.tensor_bytes}
         rows.append(row | {"layout": "gguf"} | said)
     return rows
+
+
+def work_bytes(empty: PreTrainedModel, recipe: Recipe, way: str) -> int:
+    """Return what the work folder takes at its most, where there is one: the codes of all layers and, where
+    they are tuned, what tuning starts from, its last two states and, a layer at a time, what it learns."""
+    if not recipe.is_calibrated and way == LOADED:
+        return 0
+    bits, weights = 0, 0
+    for name, view in matrices(empty).items():
+        if (scheme := recipe.scheme_for(name)) is not None:
+            weights += view.numel()
+            bits += storage.planned_bits(storage.planned(scheme), (view.shape[0], view.shape[1]))
+    a_weight = 0 if recipe.tune is None else tune.WORK_BYTES + (tune.BYTES_A_WEIGHT if way == OPENED else 0)
+    return bits // 8 + a_weight * weights
 
 
 def _way(plan: Plan, job: CheckpointJob) -> tuple[str, int]:
