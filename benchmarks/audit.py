@@ -153,7 +153,7 @@ def main():
     print("\n| evidence | served | positions | median | sd | caught | power |")
     print("|---|---|---:|---:|---:|---:|---:|")
     for level in LEVELS:
-        for n in (4, 8, 16, 32, 64, options.tokens):
+        for n in sorted({4, 8, 16, 32, 64, options.tokens}):
             table(level, n, kept, options)
 
 
