@@ -11,7 +11,7 @@ threshold at --alpha (conformal: above all but so many of the profile); so few a
 themselves, and `caught` says how many were. Answers are kept in --out as they are finished; the same command
 goes on. Run:
 
-    python benchmarks/audit.py [MODEL] [--profile 100] [--held-out 30] [--each 24] [--tokens 128]
+    python benchmarks/audit.py [MODEL] [--profile 100] [--held-out 20] [--each 12] [--tokens 128]
 """
 
 import argparse
@@ -120,8 +120,8 @@ def main():
     )
     parser.add_argument("model", nargs="?", default="smollm2-135m")
     parser.add_argument("--profile", type=int, default=100)
-    parser.add_argument("--held-out", type=int, default=30)
-    parser.add_argument("--each", type=int, default=24)
+    parser.add_argument("--held-out", type=int, default=20)
+    parser.add_argument("--each", type=int, default=12)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--alpha", type=float, default=0.01)
     parser.add_argument("--changes", nargs="*", default=CHANGED)
@@ -153,7 +153,7 @@ def main():
     print("\n| evidence | served | positions | median | sd | caught | power |")
     print("|---|---|---:|---:|---:|---:|---:|")
     for level in LEVELS:
-        for n in (4, 8, 16, 32, 64, options.tokens):
+        for n in sorted({4, 8, 16, 32, 64, options.tokens}):
             table(level, n, kept, options)
 
 

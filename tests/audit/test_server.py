@@ -190,6 +190,30 @@ def test_many_at_a_time_are_neither_lost_nor_crossed(client, served, model):
         assert ids == list(expected.output_ids)
 
 
+@pytest.mark.slow
+def test_five_hundred_requests_eight_at_a_time(served, web):
+    url, folder = served
+
+    def ask(number):
+        body = {
+            "prompt": [1, *(3 + int(digit) for digit in f"{number:03d}")],
+            "max_tokens": 2,
+            "return_token_ids": True,
+        }
+        for _ in range(20):
+            answer = web.post(url + "/v1/completions", json=body)
+            if answer.status_code != 429:
+                break
+        said = answer.json()
+        return body["prompt"], said["choices"][0]["token_ids"], said["receipt"]["id"]
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(ask, range(500)))
+    for prompt, output, name in answers:
+        header = read_receipt(folder / "receipts" / name).header  # checks the signature
+        assert (list(header.prompt_ids), list(header.output_ids)) == (prompt, output)
+
+
 BAD = [
     b"",
     b"{",
