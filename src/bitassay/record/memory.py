@@ -15,7 +15,7 @@ def release_freed_memory() -> None:
 
 
 def return_large_blocks() -> None:
-    """From now on, give every block of LARGE_BYTES or more back to the system when it is freed. glibc by
+    """Give every block of LARGE_BYTES or more back to the system when it is freed, from now on. glibc by
     itself soon keeps blocks of up to 32 MB, and holes are left between those that are in use."""
     if (option := _of_glibc("mallopt")) is not None:
         option(M_MMAP_THRESHOLD, LARGE_BYTES)
