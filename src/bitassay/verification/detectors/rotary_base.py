@@ -7,7 +7,7 @@ base FACTOR times as large, the direction is d = r' - r. For each position c is 
 
     c = <x - y, d> / (||x - y|| ||d||)
 
-averaged over segments, and the statistic of a run is |sum of c| / sqrt(number of positions), over positions of
+averaged over segments, and the statistic of a run is |sum of c| / sqrt(number of positions), over those of
 prompt and output: rounding errors point anywhere, and a changed base points along d at every position, to one
 side or the other. This is the matched filter of a known change (Kay 1998, Fundamentals of Statistical Signal
 Processing II, chapter 4), with the noise of each position scaled to one. x - y and not x - r: what rounding
