@@ -115,6 +115,15 @@ def main(name: str, arguments: argparse.Namespace) -> dict:
         bad, n = (sum(row[key] for row in several) for key in ("refused", "n"))
         low, high = clopper_pearson_interval(bad, n)
         print(f"by {by}: honest runs pooled: {bad} of {n} refused, {100 * low:.2f} to {100 * high:.2f} %")
+        domains = {
+            domain: (
+                sum(row["where"].get(domain, [0])[0] for row in several),
+                sum(len(kinds[kind].get(domain, ())) for kind in (OWN, *arguments.numerics)),
+            )
+            for domain in kinds[OWN]
+        }
+        most = sorted(domains.items(), key=lambda item: -item[1][0] / item[1][1])[:5]
+        print(f"by {by}: domains that are refused most:", *(f"{name} {a} of {b};" for name, (a, b) in most))
     write_json(folder / "table.json", table)
     return table
 

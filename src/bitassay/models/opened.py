@@ -42,6 +42,7 @@ from bitassay.models.options import LoadOptions
 from bitassay.models.transposed import stores_transposed
 from bitassay.models.walk import decoder_layers, module_name
 from bitassay.models.weights import Entry, check_files, check_finite, check_keys
+from bitassay.record.memory import return_large_blocks
 
 Change = Callable[[Callable[[], Tensor]], Tensor]  # from what reads the stored value to the changed value
 
@@ -61,6 +62,7 @@ def open_plain(
         config, options.dtype, attention=options.attention, trust_remote_code=options.trust_remote_code
     )
     model.config.dtype, model.config.name_or_path = options.dtype, str(folder)
+    return_large_blocks()
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     for part in model.modules():  # a model is where its weights will be

@@ -41,6 +41,7 @@ from bitassay.quantization.work import (
     tuned_part,
     write_part,
 )
+from bitassay.record.memory import release_freed_memory
 from bitassay.record.progress import Progress
 from bitassay.record.run import RunFolder
 
@@ -161,6 +162,8 @@ def quantize_layers(work: WorkingCopy) -> dict[str, Solution]:
                 hidden = solving.output(layer, hidden, arguments[index])
         if not stays_in_folder:
             solutions |= solving.solutions
+        del solving
+        release_freed_memory()
     work.progress(what, len(layers), len(layers))
     return solutions
 
