@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from gguf import GGUFReader
 
 from bitassay.cli import run
 from bitassay.engines.load import load
@@ -288,3 +289,18 @@ def test_the_base_model_as_a_gguf_file(capsys, tmp_path):
     assert "only as a GGUF file" in capsys.readouterr().err
     assert run([*command, "--embeddings", "Q9_0"]) == 2
     assert "no type 'Q9_0' for embeddings" in capsys.readouterr().err
+
+
+def test_the_types_of_a_given_gguf_file(capsys, tmp_path):
+    given, path = str(tmp_path / "given.gguf"), tmp_path / "ours.gguf"
+    command = ["quantize", "stories260k", "--no-check", "--format", "json", "--recipe"]
+    assert run([*command, "w8", "--gguf", given]) == 0
+    assert run([*command, "w4", "--gguf", str(path), "--like", given]) == 0
+    assert run([*command, "w4", "--gguf", str(path), "--like", given]) == 0
+    captured = capsys.readouterr()
+    assert "ours.gguf: int8 g32 -> Q8_0: 30 matrices" in captured.err
+    assert captured.err.count("finished before") == 1
+    kinds = [[(t.name, t.tensor_type, t.n_bytes) for t in GGUFReader(p).tensors] for p in (given, path)]
+    assert kinds[0] == kinds[1]
+    assert run([*command, "w4", "--out", str(tmp_path / "folder"), "--like", given]) == 2
+    assert "--like is of the GGUF file alone" in capsys.readouterr().err

@@ -5,14 +5,17 @@ import sys
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from bitassay.engines.load import load
 from bitassay.errors import BitassayError, MissingError
+from bitassay.models.gguf_model import sources_of
 from bitassay.quantization.export import save as export
 from bitassay.quantization.export.gguf_file import write_gguf, written_before
+from bitassay.quantization.export.gguf_like import recipe_like, types_of
 from bitassay.quantization.export.gguf_plan import check_llama_cpp, plan_gguf
 from bitassay.quantization.pipeline import quantize
 from bitassay.quantization.recipe.recipe import Recipe
@@ -191,6 +194,69 @@ def test_embeddings_and_head_in_a_type_of_their_own(tmp_path, name):
     given, back = base.lm_head.weight, again.lm_head.weight
     assert (back - given).norm() <= 0.02 * given.norm()
     assert torch.equal(back, given) is (name == "F32")
+
+
+def like(path, base, name="w4"):
+    types = types_of(path)
+    made = recipe_like(recipe(format="int4").model_copy(update={"name": name}), types, base)
+    return types, made
+
+
+def test_the_types_of_another_file(tmp_path):
+    """The same types and bytes for every tensor, and weights that lie nearer to the base model's."""
+    size = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64, "num_hidden_layers": 1}
+    base = tiny_model("llama", **size)
+    names = dict.fromkeys([name for name, _ in base.named_parameters()])
+    given = {
+        "q_proj": "Q8_0",
+        "k_proj": "TQ2_0",
+        "v_proj": "F16",
+        "down_proj": "Q2_0",
+        "embed_tokens": "Q5_0",
+    }
+    kinds = {}
+    for name in names:
+        theirs = sources_of(name, "llama", 1)[0]
+        kinds[theirs] = Kind[next((k for part, k in given.items() if part in name), "Q4_0")]
+        kinds[theirs] = Kind.F32 if "norm" in name else kinds[theirs]
+    absmax = {"q_proj": {"format": "int8"}, "k_proj": {"format": "ternary", "granularity": "g256"},
+              "v_proj": None, "down_proj": {"format": "int2", "granularity": "g64"}}  # fmt: skip
+    overrides = [
+        {"match": f"*.{part}", "weights": fields and {"granularity": "g32"} | fields}
+        for part, fields in absmax.items()
+    ]
+    made = Recipe.model_validate(
+        {"name": "o", "weights": {"format": "int4", "granularity": "g32"}, "overrides": overrides}
+    )
+    write_gguf(quantize(base, made), tmp_path / "given.gguf", kinds=kinds)
+    types, wanted = like(tmp_path / "given.gguf", base)
+    assert {name: kind for name, (kind, _) in types.items()} == kinds
+    write_gguf(quantize(base, wanted), tmp_path / "ours.gguf", kinds=kinds)
+    ours, theirs = (GGUFReader(tmp_path / name).tensors for name in ("ours.gguf", "given.gguf"))
+    assert [(t.name, t.tensor_type, t.n_bytes) for t in ours] == [
+        (t.name, t.tensor_type, t.n_bytes) for t in theirs
+    ]
+    near, far = load(tmp_path / "ours.gguf"), load(tmp_path / "given.gguf")
+    for part in ("self_attn.o_proj", "mlp.down_proj", "mlp.up_proj"):
+        weight = base.get_submodule(f"model.layers.0.{part}").weight
+        errors = [(m.get_submodule(f"model.layers.0.{part}").weight - weight).norm() for m in (near, far)]
+        assert errors[0] < errors[1], part
+
+
+def test_files_that_cannot_be_followed(tmp_path):
+    base = tiny_model("llama", num_hidden_layers=1)
+    write_gguf(base, tmp_path / "plain.gguf")
+    with pytest.raises(BitassayError, match="no quantized matrix"):
+        like(tmp_path / "plain.gguf", base)
+    types = types_of(tmp_path / "plain.gguf")
+    shape = types["blk.0.attn_q.weight"][1]
+    with pytest.raises(BitassayError, match=r"no grid here for Q4_K \(1 matrices\)"):
+        recipe_like(recipe(format="int4"), types | {"blk.0.attn_q.weight": (Kind.Q4_K, shape)}, base)
+    with pytest.raises(BitassayError, match=r"of another model: blk\.0\.attn_k\.bias"):
+        like(tmp_path / "plain.gguf", tiny_model("qwen2", num_hidden_layers=1))
+    (tmp_path / "rubbish.gguf").write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(BitassayError, match="cannot be read as GGUF"):
+        types_of(tmp_path / "rubbish.gguf")
 
 
 def test_a_file_of_more_bits_than_its_recipe_says_so(tmp_path):

@@ -51,6 +51,7 @@ def quantize(
     layout: str | None = None,
     engine: Engine | None = None,
     embeddings: str | None = None,
+    like: Path | None = None,
     work: Path | None = None,
     check: bool = True,
     dry_run: Flag = False,
@@ -77,6 +78,9 @@ def quantize(
             llama.cpp reads the --gguf file; vllm and transformers read the --out folder.
         embeddings: The type of the embedding and the head in the --gguf file: Q8_0, Q6_K, Q5_0, Q4_0, IQ4_NL,
             Q2_0, F16, BF16 or F32 (default: Q8_0 with a recipe, 16 bits without).
+        like: A GGUF file of the same model: the --gguf file gets the type of each of its tensors, so the same
+            bytes, with the codes that the recipe's solvers find on these grids. Of Q1_0, Q2_0, TQ1_0, TQ2_0,
+            Q4_0 and Q8_0 matrices, and plain ones.
         work: Where a calibrated recipe keeps its finished layers and its result (default: in the cache, where
             other commands find the result too).
         check: Load the written files, with plain transformers where it can, and compare the logits.
@@ -113,6 +117,11 @@ def quantize(
         raise BitassayError("--for chooses the layout", "leave out --layout or --for")
     if embeddings is not None and gguf is None:
         raise BitassayError("--embeddings is of the GGUF file", "add --gguf FILE, or leave it out")
+    if like is not None and (gguf is None or out is not None or recipe is None or embeddings is not None):
+        raise BitassayError(
+            "--like is of the GGUF file alone, whose types it names, and needs a recipe for its solvers",
+            "--like FILE --gguf NEW --recipe gguf-q4_0, without --out and --embeddings",
+        )
     check_words([model], [recipe], folder=out, file=gguf)
     if work is not None:
         check_folder(work)
@@ -123,7 +132,7 @@ def quantize(
     from bitassay.models.source import resolve
     from bitassay.quantization.export.registry import LAYOUTS
     from bitassay.quantization.recipe.recipe import Recipe, find_recipe
-    from bitassay.studies.checkpoint import CheckpointJob, planned, write_base, written
+    from bitassay.studies.checkpoint import CheckpointJob, like_file, planned, write_base, written
 
     if embeddings is not None:
         from bitassay.quantization.export.gguf_round import check_type
@@ -140,6 +149,8 @@ def quantize(
         budget, loading = storage.memory, storage.options
         job = CheckpointJob(name, source, wanted, out, gguf, layout, work, check, budget, loading)
         job = replace(job, embeddings=embeddings, engine=engine)
+        if like is not None:
+            job = like_file(job, like)
         if recipe is None:
             rows = [write_base(job, progress)]
         else:

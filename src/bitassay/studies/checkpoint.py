@@ -7,7 +7,7 @@ returns them when everything is there.
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from bitassay.models.options import as_dtype
 from bitassay.models.source import Source
 from bitassay.models.walk import matrices
 from bitassay.quantization.codes import storage
-from bitassay.quantization.export import gguf_file, save
+from bitassay.quantization.export import gguf_file, gguf_like, save
 from bitassay.quantization.export.card import read_card
 from bitassay.quantization.export.gguf_plan import check_llama_cpp, plan_gguf
 from bitassay.quantization.export.plan import LOADED, OPENED, Plan, choose_way, plan_export
@@ -55,7 +55,8 @@ class CheckpointJob:
     work: where a calibrated recipe keeps its finished layers (None: in the cache). check: load what was
     written and compare logits. memory: bytes to work in (None: what is free). loading: keywords of `load`.
     embeddings: the type of the embedding and the head in a GGUF file (None: 16 bits). engine: a name in
-    ENGINES that must be able to load what is written, or None."""
+    ENGINES that must be able to load what is written, or None. like: the type of every tensor of the GGUF
+    file, by its name there, or None."""
 
     model: str
     source: Source
@@ -69,6 +70,7 @@ class CheckpointJob:
     loading: Mapping[str, Any] = field(default_factory=lambda: {"dtype": "float32"})
     embeddings: str | None = None
     engine: str | None = None
+    like: Mapping[str, Any] | None = None
 
     def row(
         self, layout: str, bits_per_weight: float | None, size_bytes: int, file_bytes: int | None = None
@@ -133,7 +135,8 @@ def _plan(job: CheckpointJob, progress: Progress) -> list[Row]:
             how = ", ".join(file.stored_as)
             more = gguf_file.more_bits(plan.bits_per_weight, file.bits_per_weight)
             progress(f"{job.gguf.name}: up to {more} ({how})")
-        said = {"bits_per_weight": file.bits_per_weight, "file_bytes": file.tensor_bytes}
+        file_bytes = None if job.like else file.tensor_bytes  # the given file's
+        said = {"bits_per_weight": file.bits_per_weight, "file_bytes": file_bytes}
         rows.append(row | {"layout": "gguf"} | said)
     return rows
 
@@ -229,7 +232,9 @@ def _write_gguf(
     progress: Progress,
 ) -> Row:
     assert job.gguf is not None
-    file = gguf_file.write_gguf(quantized, job.gguf, embeddings=job.embeddings, progress=progress)
+    file = gguf_file.write_gguf(
+        quantized, job.gguf, embeddings=job.embeddings, kinds=job.like, progress=progress
+    )
     for blocks, count in sorted(file.stored_as.items()):
         progress(f"{job.gguf.name}: {blocks}: {count} matrices")
     for note in file.notes:
@@ -254,6 +259,21 @@ def write_base(job: CheckpointJob, progress: Progress = silent) -> Row:
     tokens = tokenizer(base)(bundled_prompts()[0], return_tensors="pt").input_ids if job.check else None
     row = _write_gguf(job, base, tokens, progress)
     return row | {"recipe": "base", "seconds": time.monotonic() - started}
+
+
+def like_file(job: CheckpointJob, path: Path) -> CheckpointJob:
+    """Return the job with the types of a given GGUF file in place of the recipe's grids. Raises
+    BitassayError for a file of another model, or of types that have no grid here."""
+    types = gguf_like.types_of(path)
+    trust = job.loading.get("trust_remote_code", False)
+    empty = without_weights(job.source, trust_remote_code=trust)
+    gguf_file.check_gguf(empty, None)
+    try:
+        recipe = gguf_like.recipe_like(job.recipe, types, empty)
+    except BitassayError as error:
+        raise BitassayError(f"{path}: {error.problem}", error.remedy) from error
+    kinds = {name: kind for name, (kind, _) in types.items()}
+    return replace(job, recipe=recipe, like=kinds, embeddings=None)
 
 
 def _finished_folder(job: CheckpointJob, folder: Path) -> Row | None:
@@ -285,11 +305,12 @@ def _finished_folder(job: CheckpointJob, folder: Path) -> Row | None:
 def _finished_gguf(job: CheckpointJob, path: Path) -> Row | None:
     if not path.exists():
         return None
-    wanted = job.recipe.recipe_id, Identity(job.source).weights_digest, job.embeddings or ""
+    embeddings = job.embeddings or (gguf_file.LIKE if job.like else "")
+    wanted = job.recipe.recipe_id, Identity(job.source).weights_digest, embeddings
     if gguf_file.written_before(path) != wanted:
         raise BitassayError(
             f"{path}: holds something else than {job.source.name} by {job.recipe.name}, "
-            f"with embeddings in {job.embeddings or '16 bits'}",
+            f"with embeddings {embeddings or 'in 16 bits'}",
             "give another --gguf, or remove that file",
         )
     return job.row("gguf", None, path.stat().st_size)

@@ -56,8 +56,9 @@ def bits_of(kind: Kind) -> float:
     return size_bytes * 8 / run
 
 
-def as_blocks(tensor: QuantizedTensor) -> Blocks | None:
-    """Return `tensor` in llama.cpp's arrangement; None where no type holds its codes."""
+def as_blocks(tensor: QuantizedTensor, wanted: Kind | None = None) -> Blocks | None:
+    """Return `tensor` in llama.cpp's arrangement, as the type `wanted` where one is named; None where no type
+    holds its codes, or that one does not."""
     if tensor.format.kind == "float" or tensor.scheme.turned is not None or beside_codes(tensor):
         return None
     grid = tensor.grid
@@ -73,7 +74,9 @@ def as_blocks(tensor: QuantizedTensor) -> Blocks | None:
     shift = _per_block(tensor, shift if grid.zero_point is None else shift - grid.zero_point)
     assert shift is not None
     lowest = 0 if not tensor.scheme.symmetric else tensor.format.code_range(symmetric=True)[0]
-    return _exact(tensor, scale, shift, lowest) or _nearly_exact(tensor, scale, shift, lowest)
+    if (exact := _exact(tensor, scale, shift, lowest, wanted)) is not None:
+        return exact
+    return _nearly_exact(tensor, scale, shift, lowest) if wanted in (None, Kind.Q4_1) else None
 
 
 def beside_codes(tensor: QuantizedTensor) -> list[str]:
@@ -114,28 +117,41 @@ def _widest(scheme: WeightScheme, columns: int) -> QuantizedTensor:
     return from_codes(codes, scale, scheme, zero_point=zero, mean=mean)
 
 
-def _exact(tensor: QuantizedTensor, scale: Tensor, shift: Tensor, lowest: int) -> Blocks | None:
-    """The first type, in the order of their bits, that holds `q - z + o`."""
+def _exact(
+    tensor: QuantizedTensor, scale: Tensor, shift: Tensor, lowest: int, wanted: Kind | None
+) -> Blocks | None:
+    """The first type, in the order of their bits, that holds `q - z + o`; or `wanted`, if it does."""
+
+    def may_be(kind: Kind) -> bool:
+        return wanted in (None, kind)
+
     steps = tensor.codes() + shift.repeat_interleave(BLOCK, 1)
     if (steps != steps.round()).any():
         return None
     low, high = int(steps.min()), int(steps.max())
     binary, shared = tensor.format.kind == "binary", _Shared(scale, shift)
-    if binary and (d := shared.by(Q1_RUN)) is not None:
+    if binary and may_be(Q1_0) and (d := shared.by(Q1_RUN)) is not None:
         return Blocks(Q1_0, to_bytes.q1_0((steps + 1) / 2, d))
     if low >= -1 and high <= 1 and (d := shared.by(SUPER)) is not None:
-        return Blocks(Kind.TQ1_0, to_bytes.tq1_0(steps, d))
-    if (d := shared.by(Q2_RUN)) is not None and (signed := _signed(steps, d, -1, 2)) is not None:
+        if wanted == Kind.TQ2_0:
+            return Blocks(wanted, to_bytes.tq2_0(steps, d))
+        if may_be(Kind.TQ1_0):
+            return Blocks(Kind.TQ1_0, to_bytes.tq1_0(steps, d))
+    if (
+        may_be(Q2_0)
+        and (d := shared.by(Q2_RUN)) is not None
+        and (signed := _signed(steps, d, -1, 2)) is not None
+    ):
         return Blocks(Q2_0, to_bytes.q2_0(*signed))
     if (d := shared.by(SUPER)) is not None:
         zero = -(shift + lowest)[:, :: SUPER // BLOCK]
-        if tensor.format.bits == 2 and zero.min() >= 0 and zero.max() <= 15:
+        if may_be(Kind.Q2_K) and tensor.format.bits == 2 and zero.min() >= 0 and zero.max() <= 15:
             return Blocks(Kind.Q2_K, to_bytes.q2_k(tensor.codes() - lowest, d, zero))
-        if low >= -4 and high <= 3:
+        if may_be(Kind.Q3_K) and low >= -4 and high <= 3:
             return Blocks(Kind.Q3_K, to_bytes.q3_k(steps, d))
-    if (signed := _signed(steps, scale, -8, 7)) is not None:
+    if may_be(Kind.Q4_0) and (signed := _signed(steps, scale, -8, 7)) is not None:
         return Blocks(Kind.Q4_0, to_bytes.q4_0(*signed))
-    if tensor.format.bits > 4 and low >= -128 and high <= 127:
+    if may_be(Kind.Q8_0) and tensor.format.bits > 4 and low >= -128 and high <= 127:
         return Blocks(Kind.Q8_0, to_bytes.q8_0(steps, scale))
     return None
 

@@ -12,7 +12,7 @@ sliding windows, rotations at run time: all refused, with the reason.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -56,7 +56,7 @@ from bitassay.record.progress import Progress, silent
 MORE_BITS = 1.01  # a file beyond that share of its recipe's bits is said to be larger
 AT_RUN_TIME = ("activations", "kv_cache")  # parts of a recipe that no weight shows
 RECIPE_KEY, BASE_KEY = "bitassay.recipe_id", "bitassay.base_weights_sha256"
-EMBEDDINGS_KEY = "bitassay.embeddings"
+EMBEDDINGS_KEY, LIKE = "bitassay.embeddings", "as in another file"
 EMBEDDINGS = ("token_embd.weight", "output.weight")
 
 
@@ -82,12 +82,14 @@ def write_gguf(
     path: str | Path,
     *,
     embeddings: str | None = None,
+    kinds: Mapping[str, Kind] | None = None,
     progress: Progress = silent,
 ) -> GgufFile:
     """Write a model, quantized (fake or packed) or not, into the new file `path`. embeddings: the type of the
     embedding and of the head, such as Q8_0; rows that its blocks do not divide take Q8_0, or F16. None: 16
-    bits. Raises BitassayError for what llama.cpp would run as another model, MissingError where the disk is
-    too small."""
+    bits. kinds: the type of every tensor by its name in the file, such as another file has; a matrix is
+    refused whose codes do not fit. Raises BitassayError for what llama.cpp would run as another model,
+    MissingError where the disk is too small."""
     if embeddings is not None:
         check_type(embeddings)
     path, config, done = Path(path), model.config.get_text_config(), quantization_of(model)
@@ -103,7 +105,7 @@ def write_gguf(
         base = None
     keys, more = tokenizer_keys(ours, config.vocab_size, _ends(model)) if base is None else ({}, [])
     written = GgufFile(path, notes=[*notes, *more])
-    tensors = dict(_tensors(model, written, embeddings))
+    tensors = dict(_tensors(model, written, embeddings, kinds or {}))
     if done is not None:
         recipe_bits = bits_per_weight(model)
         if written.bits_per_weight > MORE_BITS * recipe_bits:
@@ -114,7 +116,7 @@ def write_gguf(
         writer = GGUFWriter(temporary, gguf.MODEL_ARCH_NAMES[ARCHITECTURES[config.model_type]])
         _write_description(writer, model, config, tensors)
         if done is not None:
-            writer.add_string(EMBEDDINGS_KEY, embeddings or "")
+            writer.add_string(EMBEDDINGS_KEY, embeddings or (LIKE if kinds else ""))
         if base is None:
             write_tokenizer(writer, keys)
         else:
@@ -187,7 +189,7 @@ def written_before(path: Path) -> tuple[str, str, str] | None:
 
 
 def _tensors(
-    model: PreTrainedModel, written: GgufFile, embeddings: str | None
+    model: PreTrainedModel, written: GgufFile, embeddings: str | None, kinds: Mapping[str, Kind]
 ) -> Iterator[tuple[str, Blocks]]:
     config = model.config.get_text_config()
     arch = ARCHITECTURES[config.model_type]
@@ -201,9 +203,10 @@ def _tensors(
         theirs = _named(model, unrolled)
         tensor = quantized.get(name.removesuffix(".weight"))
         if tensor is None:
-            kind, data = _plain(plain[name], embeddings if theirs in EMBEDDINGS else None)
+            named = kinds[theirs].name if theirs in kinds else embeddings if theirs in EMBEDDINGS else None
+            kind, data = _plain(plain[name], named)
         else:
-            kind, data = _quantized(tensor, model, written)
+            kind, data = _quantized(tensor, model, written, kinds.get(theirs))
             weight = tensor.dequantize().double()
             lost += (torch.from_numpy(gguf.dequantize(data, kind).copy()) - weight).square().sum().item()
             length += weight.square().sum().item()
@@ -259,9 +262,15 @@ def _unrolled(model: PreTrainedModel, names: list[str]) -> Iterator[tuple[str, s
             yield f"{prefix}{place}.{rest}", copy if copy in names else name
 
 
-def _quantized(tensor: QuantizedTensor, model: PreTrainedModel, written: GgufFile) -> Blocks:
+def _quantized(
+    tensor: QuantizedTensor, model: PreTrainedModel, written: GgufFile, wanted: Kind | None
+) -> Blocks:
     scheme = tensor.scheme
-    blocks = as_blocks(tensor)
+    blocks = as_blocks(tensor, wanted)
+    if blocks is None and wanted is not None:
+        raise BitassayError(
+            f"{wanted.name} does not hold {scheme.format} {scheme.granularity} exactly", "another recipe"
+        )
     if blocks is None:
         blocks = _plain(tensor.dequantize().to(model.dtype))
     written.stored_as[
@@ -271,7 +280,10 @@ def _quantized(tensor: QuantizedTensor, model: PreTrainedModel, written: GgufFil
 
 
 def _plain(value: Tensor, name: str | None = None) -> Blocks:
+    if name is not None and value.ndim == 1:
+        name = None if name == "F32" else name
     if name is not None:
+        check_type(name)
         name = fitting(name, value.shape[1])
         if name not in PLAIN:
             return rounded(value, name)
