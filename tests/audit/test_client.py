@@ -73,9 +73,9 @@ def endless(line):
 
 def drips(line):
     line.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n")
-    for _ in range(40):
+    for _ in range(6000):  # until the client hangs up
         line.sendall(b" ")
-        threading.Event().wait(0.02)
+        threading.Event().wait(0.01)
 
 
 FAULTS = {

@@ -125,7 +125,7 @@ class Endpoint:
         if answer.headers.get("content-encoding", "identity").lower() != "identity":
             raise AnswerError("wrong-type", f"{where}: a compressed answer, which was not asked for")
         data, until = bytearray(), time.monotonic() + self.seconds
-        for chunk in answer.iter_raw(2**16):
+        for chunk in answer.iter_raw():
             data += chunk
             if len(data) > self.answer_bytes:
                 raise AnswerError("too-large", f"{where}: an answer of more than {self.answer_bytes} bytes")

@@ -163,7 +163,7 @@ def _solving_opened(sizes: Sizes, shapes: "Shapes", recipe: Recipe) -> int:
             learned.batch * text.tokens, hidden, shapes.widest, layerwise.LEARNED_STREAMS
         )
         steps.append(LEARNING_BYTES * shapes.layer + learning)
-    solving = 4 * shapes.layer + (2 if learned else 1) * state + max(*steps, state)
+    solving = 4 * shapes.layer + (2 if learned else 1) * state + max(*steps, state + passing)
     return solving if recipe.tune is None else max(solving, _tuning(recipe.tune, sizes, opened=True))
 
 

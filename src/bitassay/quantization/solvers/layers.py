@@ -152,8 +152,12 @@ def quantize_layers(work: WorkingCopy) -> dict[str, Solution]:
                         assert targets is not None
                         short = {key: key.removeprefix(f"{name}.") for key in solving.linears}
                         linears = {short[key]: solving.solutions[key] for key in short}
-                        task = Layer(name, layer, linears, hidden, targets, arguments[index], work.progress)
-                        moved = {f"{name}.{key}": solution for key, solution in solve(spec, task).items()}
+                        # Nothing holds the states beyond this call.
+                        found = solve(
+                            spec,
+                            Layer(name, layer, linears, hidden, targets, arguments[index], work.progress),
+                        )
+                        moved = {f"{name}.{key}": solution for key, solution in found.items()}
                         solving.solutions |= moved
                         solving.put(moved)
                     solving.forget_unrounded(solving.linears if keeps_unrounded else ())
