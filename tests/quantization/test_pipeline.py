@@ -23,7 +23,7 @@ from bitassay.quantization.runtime.model import (
     quantization_of,
     with_tensors,
 )
-from bitassay.quantization.solvers import distillation, layers, tune
+from bitassay.quantization.solvers import distillation, kept, layers, tune
 from bitassay.quantization.solvers.layerwise import (
     first_inputs,
     hessian_of,
@@ -127,7 +127,7 @@ def test_an_interrupted_run_goes_on(base, made, tmp_path, monkeypatch, name, at)
 
 @pytest.mark.slow
 def test_interrupted_tuning_goes_on(base, made, tmp_path, monkeypatch):
-    monkeypatch.setattr(tune, "KEEP_STEPS", 4)
+    monkeypatch.setattr(kept, "KEEP_STEPS", 4)
     wanted = made("tune")
     seen = []
 
@@ -451,10 +451,10 @@ def test_learning_moves_the_linears_of_a_mixture_and_leaves_its_experts(name):
 def test_without_tuning_no_unrounded_weight_outlives_its_layer(base):
     tokens = pipeline.calibration_tokens(base, recipe("gptq").calibration)
     schemes = {name: recipe("gptq").scheme_for(name) for name in matrices(base)}
-    for name, kept in (("gptq", False), ("learned", False), ("tune", True)):
+    for name, has_latent in (("gptq", False), ("learned", False), ("tune", True)):
         draft = copy_sharing_parameters(base)
         found = layers.quantize_layers(work.WorkingCopy(base, recipe(name), draft, schemes, tokens))
-        assert all((solved.unrounded is not None) is kept for solved in found.values()), name
+        assert all((solved.unrounded is not None) is has_latent for solved in found.values()), name
 
 
 @pytest.mark.slow
@@ -464,12 +464,12 @@ def test_no_unrounded_weight_of_an_expert_outlives_its_layer():
     schemes = {name: spec.scheme_for(name) for name in matrices(model)}
     draft = copy_sharing_parameters(model)
     found = layers.quantize_layers(work.WorkingCopy(model, spec, draft, schemes, tokens))
-    kept = {name for name, solved in found.items() if solved.unrounded is not None}
-    assert kept == {name for name in schemes if ".experts." not in name}
+    latent = {name for name, solved in found.items() if solved.unrounded is not None}
+    assert latent == {name for name in schemes if ".experts." not in name}
 
 
 def test_tuning_is_one_stage_with_the_mean_loss_now_and_then(base, monkeypatch):
-    monkeypatch.setattr(tune, "KEEP_STEPS", 5)
+    monkeypatch.setattr(tune, "SAID_STEPS", 5)
     said = []
     quantize(base, recipe("tune"), progress=lambda *report: said.append(report))
     stage = [report for report in said if report[0].startswith("tuning")]
