@@ -31,7 +31,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):
-    """Mark as slow what `sample(n)` leaves out: all but the n cases that a digest of their names puts first."""
+    """Mark as slow what `sample(n)` leaves out: all but the n cases that a digest of their names puts first. Tests
+    of real models, which are the longest, come first, so that none is left alone at the end."""
     sampled: dict[str, list[pytest.Item]] = {}
     for item in items:
         if item.get_closest_marker("sample"):
@@ -40,6 +41,7 @@ def pytest_collection_modifyitems(items):
         kept = cases[0].get_closest_marker("sample").args[0]
         for item in sorted(cases, key=lambda item: zlib.crc32(item.nodeid.encode()))[kept:]:
             item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: item.get_closest_marker("real") is None)
 
 
 @pytest.fixture(scope="session")

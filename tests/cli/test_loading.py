@@ -62,7 +62,18 @@ def test_stderr_has_our_lines_alone(tmp_path):
     read = subprocess.run([*run, *map(str, words)], capture_output=True, text=True)
     assert (made.returncode, read.returncode) == (0, 0), made.stderr + read.stderr
     lines = (made.stderr + read.stderr).splitlines()
-    known = ("device: ", "quantizing by w4", "packing", "writing", "loading", "evaluating on", "warning: ")
+    size = "q: 4.43 bits a weight in this folder, 4.32 in the recipe"
+    assert size in lines
+    known = (
+        size,
+        "device: ",
+        "quantizing by w4",
+        "packing",
+        "writing",
+        "loading",
+        "evaluating on",
+        "warning: ",
+    )
     assert not [line for line in lines if line and not line.startswith(known)]
     assert [line for line in lines if line.startswith("warning")] == [
         f"warning: {folder / 'old.safetensors'}: nothing loads this file, so it is no part of the model; remove it"

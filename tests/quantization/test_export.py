@@ -473,7 +473,7 @@ def test_smollm2_in_a_fresh_process(tmp_path, record_property):
         quantized = quantize(base, quick(name))
         with torch.inference_mode():
             expected[name] = quantized(ids).logits
-        save(quantized, tmp_path / name)
+        save(quantized, tmp_path / name, layout="compressed-tensors")
         folders.append(tmp_path / name)
     for (name, ours), theirs in zip(expected.items(), fresh_logits(folders, ids, tmp_path), strict=True):
         difference = (ours - theirs).abs().max().item()

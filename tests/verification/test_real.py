@@ -17,9 +17,9 @@ from bitassay.verification.verdict import verify_many
 @pytest.mark.slow
 @pytest.mark.real
 def test_smollm_passes_and_its_quantized_copies_fail(round_weights):
-    prompts = [bundled_prompts()[index] for index in np.random.default_rng(0).permutation(800)[:136]]
+    prompts = [bundled_prompts()[index] for index in np.random.default_rng(0).permutation(800)[:66]]
     model = load("smollm2-135m", dtype=torch.bfloat16)
-    profile = calibrate(model, model, prompts[:56], max_new_tokens=24, alpha=0.05, guarantee="average")
+    profile = calibrate(model, model, prompts[:38], max_new_tokens=24, alpha=0.05, guarantee="average")
     assert stats.binom.sf(profile.held_out.rejected - 1, profile.held_out.n, profile.alpha) > 0.001
 
     def verdicts(prover, asked):
@@ -28,12 +28,12 @@ def test_smollm_passes_and_its_quantized_copies_fail(round_weights):
         )
         return [verdict for verdict in found if verdict.p_value is not None]
 
-    honest = verdicts(model, prompts[80:112])
+    honest = verdicts(model, prompts[38:54])
     failed = sum(verdict.status == "FAIL" for verdict in honest)
     assert stats.binom.sf(failed - 1, len(honest), profile.alpha) > 0.001
     assert pooled_verdict(honest, 0.01).status == "PASS"
     for bits in (4, 2):
-        cheap = verdicts(round_weights(model, bits, group=64), prompts[112:124])
+        cheap = verdicts(round_weights(model, bits, group=64), prompts[54:])
         assert len(cheap) >= 8
         assert {verdict.status for verdict in cheap} == {"FAIL"}
         assert pooled_verdict(cheap, 0.01).status == "FAIL"
