@@ -15,16 +15,11 @@ goes on. Run:
 """
 
 import argparse
-import asyncio
 import json
-import socket
-import threading
-import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import uvicorn
 from scipy.stats import norm
 
 import bitassay
@@ -40,6 +35,7 @@ from bitassay.engines.decode import vocabulary_size
 from bitassay.evaluation.statistics import clopper_pearson_interval
 from bitassay.models.identity import identity, tokenizer
 from bitassay.record.files import write_json
+from bitassay.testing.local_server import running
 from bitassay.verification.receipts.keys import private_key
 from bitassay.verification.scores import p_value, threshold
 
@@ -54,20 +50,11 @@ def serving(model, claim, folder):
     """Serve a model that claims to be another; yield the URL."""
     store = Store(folder, private_key(folder / "key.pem"))
     app = make_app(Served(model, store, "audited", default_context(model), claim=claim))
-    config = uvicorn.Config(app, log_config=None, lifespan="off", ws="none")
-    server, listening = uvicorn.Server(config), socket.socket()
-    listening.bind(("127.0.0.1", 0))
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve([listening])), daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
     try:
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
+        with running(app) as url:
+            yield f"{url}/v1"
     finally:
-        server.should_exit = True
-        thread.join()
         app.server.scheduler.stop()
-        listening.close()
 
 
 def model_of(name, kind):

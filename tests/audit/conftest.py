@@ -1,54 +1,24 @@
 """Real servers on 127.0.0.1 that serve stories260k in this process."""
 
-import asyncio
-import socket
-import threading
-import time
 from contextlib import contextmanager
 from types import SimpleNamespace
 
 import httpx2
 import pytest
-import torch
-import uvicorn
 
 from bitassay import cli
 from bitassay.audit.answering import Served, default_context
 from bitassay.audit.server import Limits, make_app
 from bitassay.audit.store import Store
+from bitassay.testing.local_server import running
 from bitassay.testing.tiny import stories260k
 from bitassay.verification.receipts.keys import private_key
+from threads import one_thread  # noqa: F401 a fixture of this package
 
 TEMPLATE = (
     "{% for message in messages %}{% if message.role == 'developer' %}{{ raise_exception('no developers') }}"
     "{% endif %}{{ message.content }} {% endfor %}"
 )
-
-
-@pytest.fixture(scope="package", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@contextmanager
-def running(app, **options):
-    """Serve an ASGI application in a thread; yield its address."""
-    config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", ws="none", **options)
-    server, listening = uvicorn.Server(config), socket.socket()
-    listening.bind(("127.0.0.1", 0))
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve([listening])), daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    try:
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join()
-        listening.close()
 
 
 @contextmanager
@@ -64,7 +34,7 @@ def serving(model, folder, limits=Limits(), api_key=None, claim=None, tls=None, 
 
 
 @pytest.fixture(scope="package")
-def model(one_thread):
+def model():
     """stories260k in bf16, with a chat template."""
     loaded = stories260k("bfloat16")
     loaded.tokenizer.chat_template = TEMPLATE

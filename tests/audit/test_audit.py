@@ -12,7 +12,8 @@ from audit.conftest import serving
 from bitassay.audit.asking import texts
 from bitassay.audit.client import Endpoint
 from bitassay.audit.judge import Reference
-from bitassay.audit.run import Options, Target, audit
+from bitassay.audit.run import audit
+from bitassay.audit.session import Options, Target
 from bitassay.errors import BitassayError
 from bitassay.models.identity import identity
 from bitassay.report.pages import write_report

@@ -15,18 +15,10 @@ from bitassay.verification.receipts.challenge import challenge
 from bitassay.verification.receipts.opening import open_trace
 from bitassay.verification.receipts.receipt import commit
 from bitassay.verification.verdict import verify_many
+from threads import one_thread  # noqa: F401 a fixture of this package
 from verification.receipts import BEACON, KEY
 
 TOKENS = 12
-
-
-@pytest.fixture(scope="package", autouse=True)
-def one_thread():
-    """Tiny models are many times faster on one thread, above all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -45,7 +37,7 @@ def prompts():
 
 
 @pytest.fixture(scope="package")
-def model(one_thread):
+def model():
     return tiny_model("llama", num_hidden_layers=17, initializer_range=0.1).to(torch.bfloat16)
 
 

@@ -15,7 +15,6 @@ from bitassay.verification.calibrate import (
     chosen_detectors,
     fitting,
     scores_by_length,
-    split,
 )
 from bitassay.verification.detectors.detector import Series
 from bitassay.verification.detectors.registry import (
@@ -28,7 +27,7 @@ from bitassay.verification.detectors.registry import (
     STATES,
 )
 from bitassay.verification.detectors.token_difr import OFFSET
-from bitassay.verification.fitting import fit, fit_by_length, fit_lengths
+from bitassay.verification.fitting import fit, fit_by_length, fit_lengths, split
 from bitassay.verification.numerics import numerics
 from bitassay.verification.observe import Observation, observe
 from bitassay.verification.profile import (

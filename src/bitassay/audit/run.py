@@ -1,43 +1,28 @@
-"""Audit an endpoint: probe it, ask, judge, and keep every answer in the run folder at once.
-
-    parts/texts.json             what is asked
-    parts/probe-S.json           what server S gives (0: the audited one; 1, 2, ...: honest ones)
-    parts/answer-S-NNNNN.json    one answer, or what was wrong with it
-    parts/score-S-NNNNN.json     its distances from the reference
-    profile.json                 of the honest servers, where they were asked
+"""Audit an endpoint: probe it, ask, judge, and say what follows (`session.py` asks and measures).
 
 The seed of the texts is drawn when a folder is new and kept in its plan, so that the same command goes on.
-What the server cannot be blamed for (it cannot be reached, it is busy) ends the command; what it can be
-blamed for is an answer that cannot be judged.
+profile.json in the folder is that of the honest servers, where they were asked.
 """
 
 import secrets
-import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bitassay.audit.asking import Asking, Text, body_of, prompt_of, texts
-from bitassay.audit.client import AnswerError, Endpoint
-from bitassay.audit.distance import Level
+from bitassay.audit.asking import Asking
 from bitassay.audit.judge import (
     AuditProfile,
     Reference,
-    answer_p_value,
     decide,
-    measure,
     new_profile,
     write_audit_profile,
 )
-from bitassay.audit.probe import FATAL, WORDS, probe
-from bitassay.audit.wire import Answered, Position, Vocabulary, read_answer
+from bitassay.audit.probe import WORDS
+from bitassay.audit.session import PROMPT_TOKENS, Options, Session, Target
 from bitassay.data.corpora import pinned
-from bitassay.engines.decode import vocabulary_size
 from bitassay.errors import BitassayError
-from bitassay.models.identity import identity, tokenizer
+from bitassay.models.identity import identity
 from bitassay.models.positions import context_length
 from bitassay.record.environment import environment
 from bitassay.record.files import read_json
@@ -45,41 +30,8 @@ from bitassay.record.hashing import digest_json
 from bitassay.record.progress import Progress, silent
 from bitassay.record.result import write_run
 from bitassay.record.run import RunFolder, default_folder, run_plan
-from bitassay.verification.container import TraceError
 from bitassay.verification.ledger import Binding, Item, read_ledger, score_evidence, update_ledger
-from bitassay.verification.receipts.receipt import check_signature, decode
 from bitassay.verification.trace import ModelClaim
-
-PROBE_TOKENS = 12
-PROMPT_TOKENS = 32
-NOT_THEIR_FAULT = FATAL | {"status-500"}
-
-
-@dataclass(frozen=True)
-class Target:
-    """A server: where it is, and the model's name there."""
-
-    endpoint: Endpoint
-    model: str
-
-
-@dataclass(frozen=True)
-class Options:
-    """What an audit does. tokens: positions a request; requests, calibration_requests: how many; k: most
-    likely tokens at each position, at most; level: of evidence (None: the
-    strongest); seed: of the texts (None: drawn)."""
-
-    corpus: str = "c4-train-new"
-    tokens: int = 128
-    requests: int = 16
-    calibration_requests: int = 128
-    k: int = 20
-    level: Level | None = None
-    alpha: float = 0.01
-    seed: int | None = None
-    concurrency: int = 4
-    ledger: Path | None = None
-    out: Path | None = None
 
 
 def audit(
@@ -98,18 +50,18 @@ def audit(
         profile.check(claim, corpus)
     _check_first(reference, options, honest, profile)
     folder = _folder(target, claim, options, corpus, honest, profile)
-    shared = _Shared(reference, options, folder, progress)
-    asking = shared.probed(0, target, profile)
+    session = Session(reference, options, folder, progress)
+    asking = session.probed(0, target, profile)
     scores: dict[str, list[float | None]] = {}
     for index, server in enumerate(honest, 1):
-        theirs = shared.probed(index, server, None, asking)
-        scores[server.endpoint.url] = shared.scores(index, server, theirs, options.calibration_requests)
+        theirs = session.probed(index, server, None, asking)
+        scores[server.endpoint.url] = session.scores(index, server, theirs, options.calibration_requests)
     if honest:
         profile = new_profile(claim, asking, corpus, scores, options.alpha)
         write_audit_profile(folder.path / "profile.json", profile)
-    measured = shared.scores(0, target, asking, options.requests)
-    rows = shared.rows(asking, profile)
-    lines = _lines(shared, asking, measured)
+    measured = session.scores(0, target, asking, options.requests)
+    rows = session.rows(asking, profile)
+    lines = _lines(session, asking, measured)
     sequence = None
     if options.ledger is not None and profile is not None:
         kept = update_ledger(options.ledger, lines, Binding(profile=profile.digest))
@@ -128,11 +80,11 @@ def audit(
         },
         environment=environment(reference.exact.device),
         rows=rows,
-        probes=shared.probe_rows(),
+        probes=session.probe_rows(),
         decision=decision,
         calibration=None if profile is None else _described(profile),
         sequence=None if sequence is None else sequence.to_dict(),
-        receipts=shared.receipts(),
+        receipts=session.receipts(),
     )
     return run, folder.path
 
@@ -189,178 +141,14 @@ def _folder(
     return RunFolder(path, plan | {"seed": seed if isinstance(seed, int) else secrets.randbelow(2**63)})
 
 
-class _Shared:
-    """What the parts of an audit share."""
-
-    def __init__(self, reference: Reference, options: Options, folder: RunFolder, progress: Progress) -> None:
-        self.reference, self.options, self.folder, self.progress = reference, options, folder, progress
-        self.tokenizer = tokenizer(reference.exact)
-        self.vocabulary = Vocabulary(self.tokenizer, vocabulary_size(reference.exact))
-        self.probes: dict[int, Any] = {}
-
-    def texts(self, name: str, count: int, tokens: int) -> list[Text]:
-        """The texts of one purpose, drawn once."""
-        number = ("probe", "honest", "audited").index(name)
-        seed = (self.folder.plan["seed"], number)
-        kept = self.folder.part(
-            f"texts-{name}",
-            lambda: [
-                asdict(each)
-                for each in texts(self.tokenizer, self.folder.plan["corpus"], seed, count, tokens)
-            ],
-        )
-        return [Text(each["text"], tuple(each["ids"])) for each in kept]
-
-    def probed(
-        self, index: int, target: Target, profile: AuditProfile | None, like: Asking | None = None
-    ) -> Asking:
-        """How to ask a server, as it was found out once; as a profile, or as another server is asked."""
-        options = self.options
-
-        def find() -> dict[str, Any]:
-            self.progress(f"asking {target.endpoint.url} which evidence it gives")
-            (text,) = self.texts("probe", 1, PROBE_TOKENS)
-            found = probe(
-                target.endpoint,
-                target.model,
-                self.tokenizer,
-                self.vocabulary,
-                text,
-                options.tokens,
-                PROMPT_TOKENS,
-                options.k,
-            )
-            level = profile.level if profile else like.level if like else options.level
-            return {"asking": found.choose(level).to_dict(), "rows": found.rows}
-
-        self.probes[index] = kept = self.folder.part(f"probe-{index}", find)
-        asking = Asking(**kept["asking"])
-        wanted = profile or like
-        if wanted is None:
-            return asking
-        if asking.k < wanted.k or asking.form != wanted.form:
-            raise BitassayError(
-                f"{target.endpoint.url}: gives top {asking.k} for {asking.form}, "
-                f"and it is compared with top {wanted.k} for {wanted.form}",
-                f"--top {min(asking.k, wanted.k)}",
-            )
-        if asking.positions != wanted.positions:
-            raise BitassayError(
-                f"the profile is of {wanted.positions} positions a request, not {asking.positions}",
-                "--tokens as in calibration",
-            )
-        return Asking(**(kept["asking"] | {"k": wanted.k}))
-
-    def scores(self, index: int, target: Target, asking: Asking, count: int) -> list[float | None]:
-        """The statistic of each answer; None where there is none."""
-        name = "honest" if index else "audited"
-        asked = self.texts(name, count, asking.prompt_tokens)
-        self._ask_all(index, target, asking, asked)
-        scores = []
-        for number in range(count):
-            self.progress(f"judging {target.endpoint.url}", number, count)
-            score = partial(self._score, index, number, asking)
-            part = self.folder.part(f"score-{index}-{number:05d}", score)
-            scores.append(part.get("score"))
-        self.progress(f"judging {target.endpoint.url}", count, count)
-        return scores
-
-    def _ask_all(self, index: int, target: Target, asking: Asking, asked: Sequence[Text]) -> None:
-        stop, done = threading.Event(), 0
-
-        def ask(number: int) -> None:
-            if not stop.is_set():
-                self.folder.part(
-                    f"answer-{index}-{number:05d}", lambda: self._answer(target, asking, asked[number])
-                )
-
-        with ThreadPoolExecutor(self.options.concurrency) as pool:
-            try:
-                for _ in pool.map(ask, range(len(asked))):
-                    self.progress(f"asking {target.endpoint.url}", done, len(asked))
-                    done += 1
-            except BaseException:
-                stop.set()
-                raise
-        self.progress(f"asking {target.endpoint.url}", len(asked), len(asked))
-
-    def _answer(self, target: Target, asking: Asking, text: Text) -> dict[str, Any]:
-        path, body = body_of(asking, target.model, text)
-        prompt = prompt_of(text, asking.form, self.tokenizer)
-        kept: dict[str, Any] = {"prompt_ids": list(prompt)}
-        try:
-            answered = read_answer(
-                target.endpoint.post(path, body), self.vocabulary, prompt, asking.through == "echo"
-            )
-            return kept | asdict(answered) | {"receipt": _checked_receipt(answered, prompt)}
-        except AnswerError as error:
-            if error.code in NOT_THEIR_FAULT:
-                raise
-            return kept | {"error": error.code, "problem": error.problem[:500]}
-
-    def _score(self, index: int, number: int, asking: Asking) -> dict[str, Any]:
-        answer = self.answer(index, number)
-        if "error" in answer:
-            return {"error": answer["error"]}
-        said = answer["output" if asking.through == "generation" else "prompt"]
-        if not said:
-            return {"error": "no-evidence"}
-        positions = [
-            Position(each["token"], each["logprob"], tuple(map(tuple, each["top"]))) for each in said
-        ]
-        try:
-            return measure(self.reference, asking, answer["prompt_ids"], positions).to_dict()
-        except AnswerError as error:
-            return {"error": error.code}
-
-    def answer(self, index: int, number: int) -> dict[str, Any]:
-        """An answer that is kept."""
-        return self._kept(f"answer-{index}-{number:05d}")
-
-    def _kept(self, name: str) -> Any:
-        return read_json(self.folder.path / "parts" / f"{name}.json")
-
-    def rows(self, asking: Asking, profile: AuditProfile | None) -> list[dict[str, Any]]:
-        """A row for each answer of the audited server."""
-        rows = []
-        for number in range(self.options.requests):
-            score = self._kept(f"score-0-{number:05d}")
-            row = {"request": number + 1, **{key: score.get(key) for key in _MEASURED}, "p_value": None}
-            if row["score"] is not None and profile is not None:
-                row["p_value"] = answer_p_value(row["score"], profile)
-            rows.append(row | {"problem": score.get("error", "")})
-        return rows
-
-    def probe_rows(self) -> list[dict[str, Any]]:
-        """What each server gives, one row for each kind of evidence."""
-        rows = self.probes[0]["rows"]
-        return [
-            {**row, "honest": [self.probes[i]["rows"][n]["given"] for i in self.probes if i]}
-            for n, row in enumerate(rows)
-        ]
-
-    def receipts(self) -> dict[str, Any]:
-        """How many answers had a receipt that is signed and of this answer, and by whom."""
-        found = [self.answer(0, number).get("receipt") for number in range(self.options.requests)]
-        given = [each for each in found if each]
-        return {
-            "given": len(given),
-            "valid": sum(each["valid"] for each in given),
-            "signers": sorted({each["signer"] for each in given if each["valid"]}),
-        }
-
-
-_MEASURED = ("positions", "distance", "control", "score")
-
-
-def _lines(shared: _Shared, asking: Asking, scores: Sequence[float | None]) -> list[Item]:
+def _lines(session: Session, asking: Asking, scores: Sequence[float | None]) -> list[Item]:
     """What a ledger keeps of the answers. The limit is that of the profile: all answers have one."""
     items = []
     for number, score in enumerate(scores):
-        answer = shared.answer(0, number)
+        answer = session.answer(0, number)
         prompt, output = digest_json(answer["prompt_ids"]), digest_json(answer)
         named: dict[str, Any] = {
-            "request": digest_json([prompt, shared.folder.run_id, number]),
+            "request": digest_json([prompt, session.folder.run_id, number]),
             "prompt": prompt,
             "output": output,
         }
@@ -370,22 +158,6 @@ def _lines(shared: _Shared, asking: Asking, scores: Sequence[float | None]) -> l
         else:
             items.append(Item(**named, score=score, limit=asking.positions))
     return items
-
-
-def _checked_receipt(answered: Answered, prompt: Sequence[int]) -> dict[str, Any] | None:
-    """Whether an answer's receipt is signed, and is of this prompt and these tokens."""
-    if not answered.receipt:
-        return None
-    try:
-        receipt = decode(answered.receipt.encode(), Path("receipt"))
-        check_signature(receipt)
-    except (TraceError, UnicodeEncodeError) as error:
-        return {"valid": False, "signer": "", "why": getattr(error, "code", "malformed")}
-    output = tuple(each.token for each in answered.output or ())
-    is_ours = (
-        receipt.header.prompt_ids == tuple(prompt) and receipt.header.output_ids[: len(output)] == output
-    )
-    return {"valid": is_ours, "signer": receipt.key.hex(), "why": "" if is_ours else "of-another-answer"}
 
 
 def _described(profile: AuditProfile) -> dict[str, Any]:

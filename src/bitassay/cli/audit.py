@@ -92,7 +92,8 @@ def audit(
     check_words([reference], [recipe], folder=output.out, file=ledger)
     check_corpus(text)
     from bitassay.audit.judge import Reference, read_audit_profile
-    from bitassay.audit.run import PROMPT_TOKENS, Options, Target, audit
+    from bitassay.audit.run import audit
+    from bitassay.audit.session import PROMPT_TOKENS, Options, Target
 
     known = None if profile is None else read_audit_profile(profile)
     wanted = Options(

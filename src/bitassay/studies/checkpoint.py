@@ -72,6 +72,11 @@ class CheckpointJob:
     engine: str | None = None
     like: Mapping[str, Any] | None = None
 
+    @property
+    def wanted_layout(self) -> str | None:
+        """Return the layout that was asked for, by name or by engine; None where any will do."""
+        return self.layout or ENGINES.get(self.engine or "")
+
     def row(
         self, layout: str, bits_per_weight: float | None, size_bytes: int, file_bytes: int | None = None
     ) -> Row:
@@ -113,7 +118,7 @@ def _plan(job: CheckpointJob, progress: Progress) -> list[Row]:
     trust = job.loading.get("trust_remote_code", False)
     empty = without_weights(job.source, dtype=as_dtype(job.loading["dtype"]), trust_remote_code=trust)
     try:
-        plan = plan_export(empty, job.recipe, job.layout or ENGINES.get(job.engine or ""))
+        plan = plan_export(empty, job.recipe, job.wanted_layout)
     except save.LayoutError as error:
         if job.engine is None:
             raise
@@ -209,8 +214,7 @@ def _write_folder(
     progress: Progress,
 ) -> Row:
     assert job.folder is not None
-    wanted = job.layout or ENGINES.get(job.engine or "")
-    card = save.save(quantized, job.folder, layout=wanted, progress=progress)
+    card = save.save(quantized, job.folder, layout=job.wanted_layout, progress=progress)
     if card.stored_bits_per_weight > gguf_file.MORE_BITS * card.bits_per_weight:
         stored, said = card.stored_bits_per_weight, card.bits_per_weight
         progress(f"{job.folder.name}: {stored:.2f} bits a weight in this folder, {said:.2f} in the recipe")
@@ -297,7 +301,7 @@ def _finished_folder(job: CheckpointJob, folder: Path) -> Row | None:
     if not is_base or (card.recipe.recipe_id, card.dtype) != (job.recipe.recipe_id, dtype):
         there = f"{card.base.name} quantized by {card.recipe.name} in {card.dtype}"
         wanted = f"{job.source.name} by {job.recipe.name} in {dtype}"
-    elif (job.layout or ENGINES.get(job.engine or "")) in (None, card.layout):
+    elif job.wanted_layout in (None, card.layout):
         return job.row(card.layout, card.bits_per_weight, card.size_bytes, _size(folder))
     raise BitassayError(f"{folder}: holds {there}, not {wanted}", "give another --out, or remove that folder")
 

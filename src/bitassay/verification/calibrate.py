@@ -28,7 +28,7 @@ from bitassay.verification.attacks.registry import ATTACKS
 from bitassay.verification.attribution import HONEST, Library, fit_library
 from bitassay.verification.detectors.excess_distance import ROUNDING
 from bitassay.verification.detectors.registry import DECIDING, DETECTORS, STATES
-from bitassay.verification.fitting import MIN_FIT, fit_by_length
+from bitassay.verification.fitting import MIN_FIT, fit_by_length, split
 from bitassay.verification.left_out import refused
 from bitassay.verification.numerics import numerics
 from bitassay.verification.observe import Observation, observe
@@ -128,6 +128,7 @@ def calibrate(
     fits = dict(fit_by_length(fitted, names, min_positions))
     control = fits.pop(ROUNDING.name)
     created = datetime.now(UTC).replace(microsecond=0)
+    progress("leaving out each domain of text")
     refusals = refused(
         by_domain, by_domain, list(fits), shortest=min_positions, alpha=alpha, guarantee=guarantee, seed=seed
     )
@@ -157,12 +158,6 @@ def calibrate(
         library=suspects_library(fitted, held_out, suspected, fits, alpha) if suspected else None,
     )
     return profile.model_copy(update={"held_out": measure(profile, held_out)})
-
-
-def split(runs: Sequence[Observation]) -> tuple[list[Observation], list[Observation], list[Observation]]:
-    """Return fit (a fifth), conformal (three fifths) and held-out (a fifth) parts, in the order given."""
-    fifth = max(len(runs) // 5, MIN_FIT)
-    return list(runs[:fifth]), list(runs[fifth:-fifth]), list(runs[-fifth:])
 
 
 def scores_by_length(run: Observation, fits: Fits, shortest: int) -> tuple[float, ...]:

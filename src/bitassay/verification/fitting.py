@@ -12,6 +12,12 @@ from bitassay.verification.scores import Fit, Statistic, statistics
 MIN_FIT = 8
 
 
+def split(runs: Sequence[Observation]) -> tuple[list[Observation], list[Observation], list[Observation]]:
+    """Return fit (a fifth), conformal (three fifths) and held-out (a fifth) parts, in the order given."""
+    fifth = max(len(runs) // 5, MIN_FIT)
+    return list(runs[:fifth]), list(runs[fifth:-fifth]), list(runs[-fifth:])
+
+
 def fit_by_length(
     runs: Sequence[Observation], detectors: Sequence[str], shortest: int
 ) -> dict[str, tuple[Fit, ...]]:

@@ -1,15 +1,17 @@
 """Honest runs of texts that calibration has not seen: how many does a profile refuse?
 
-Each domain of text is left out once. A fifth of the runs of all other domains is fitted, the rest gives the
-honest scores, and the runs of the domain that was left out are judged by them, as `verify` does.
-This is cross-validation by groups: it measures what a user sees whose texts are of a domain of their own.
+Each domain of text is left out once: the runs of all others are shuffled and split as `calibrate` does, and
+those of the domain are judged by them. This is cross-validation by groups: it measures what a user sees whose
+texts are of a domain of their own. Runs of unusual text count as refused too, which `verify` may call
+INCONCLUSIVE; and the runs that `calibrate` holds out give scores here, where those of the domain are held
+out.
 """
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from bitassay.verification.fitting import MIN_FIT, fit_by_length
+from bitassay.verification.fitting import MIN_FIT, fit_by_length, split
 from bitassay.verification.observe import Observation
 from bitassay.verification.scores import Fits, Guarantee, refusal, runs_needed, score, statistics
 
@@ -33,11 +35,12 @@ def refused(
     for domain, runs in judged.items():
         others = [run for name, several in honest.items() if name != domain for run in several]
         order = np.random.default_rng(seed).permutation(len(others))
-        shuffled, fifth = [others[index] for index in order], max(len(others) // 5, MIN_FIT)
-        if len(others) - fifth < runs_needed(alpha, guarantee):
+        fitted, conformal, held_out = split([others[index] for index in order])
+        scored = [*conformal, *held_out]
+        if len(others) < 4 * MIN_FIT or len(scored) < runs_needed(alpha, guarantee):
             continue
-        fits = fit_by_length(shuffled[:fifth], detectors, shortest)
-        scores = [_score(run, fits) for run in shuffled[fifth:]]
+        fits = fit_by_length(fitted, detectors, shortest)
+        scores = [_score(run, fits) for run in scored]
         counts[domain] = sum(refusal(_score(run, fits), scores, guarantee) <= alpha for run in runs)
     return counts
 

@@ -37,7 +37,7 @@ def check(comparison: Comparison, _: Any) -> list[Series]:
         direction = turned.states[layer][shown] - r
         size = error.norm(dim=-1) * direction.norm(dim=-1)
         by_segment.append((error * direction).sum(-1) / size.clamp(min=torch.finfo(r.dtype).tiny))
-    cosines = torch.stack(by_segment).mean(0).nan_to_num()
+    cosines = torch.stack(by_segment).mean(0).nan_to_num()  # what is not finite, `segment_distance.py` sees
     counts = torch.arange(1, len(cosines) + 1, device=cosines.device)
     sums = cosines.cumsum(0).abs() / counts.sqrt()
     return [Series(tuple(sums[comparison.n_prompt :].tolist()))]

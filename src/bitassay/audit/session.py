@@ -1,0 +1,249 @@
+"""One audit under way: what was asked, answered and measured, each kept as a part of the run folder at once.
+
+    parts/texts-NAME.json        what is asked (NAME: probe, honest or audited)
+    parts/probe-S.json           what server S gives (0: the audited one; 1, 2, ...: honest ones)
+    parts/answer-S-NNNNN.json    one answer, or what was wrong with it
+    parts/score-S-NNNNN.json     its distances from the reference
+
+What the server cannot be blamed for (it cannot be reached, it is busy) ends the command; what it can be
+blamed for is an answer that cannot be judged.
+"""
+
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from bitassay.audit.asking import Asking, Text, body_of, prompt_of, texts
+from bitassay.audit.client import AnswerError, Endpoint
+from bitassay.audit.distance import Level
+from bitassay.audit.judge import (
+    AuditProfile,
+    Reference,
+    answer_p_value,
+    measure,
+)
+from bitassay.audit.probe import FATAL, probe
+from bitassay.audit.wire import Answered, Position, Vocabulary, read_answer
+from bitassay.engines.decode import vocabulary_size
+from bitassay.errors import BitassayError
+from bitassay.models.identity import tokenizer
+from bitassay.record.files import read_json
+from bitassay.record.progress import Progress
+from bitassay.record.run import RunFolder
+from bitassay.verification.container import TraceError
+from bitassay.verification.receipts.receipt import check_signature, decode
+
+PROBE_TOKENS = 12
+PROMPT_TOKENS = 32
+NOT_THEIR_FAULT = FATAL | {"status-500"}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A server: where it is, and the model's name there."""
+
+    endpoint: Endpoint
+    model: str
+
+
+@dataclass(frozen=True)
+class Options:
+    """What an audit does. tokens: positions a request; requests, calibration_requests: how many; k: most
+    likely tokens at each position, at most; level: of evidence (None: the
+    strongest); seed: of the texts (None: drawn)."""
+
+    corpus: str = "c4-train-new"
+    tokens: int = 128
+    requests: int = 16
+    calibration_requests: int = 128
+    k: int = 20
+    level: Level | None = None
+    alpha: float = 0.01
+    seed: int | None = None
+    concurrency: int = 4
+    ledger: Path | None = None
+    out: Path | None = None
+
+
+_MEASURED = ("positions", "distance", "control", "score")
+
+
+class Session:
+    """Ask, measure, and keep both. The same calls return what is kept."""
+
+    def __init__(self, reference: Reference, options: Options, folder: RunFolder, progress: Progress) -> None:
+        self.reference, self.options, self.folder, self.progress = reference, options, folder, progress
+        self.tokenizer = tokenizer(reference.exact)
+        self.vocabulary = Vocabulary(self.tokenizer, vocabulary_size(reference.exact))
+        self.probes: dict[int, Any] = {}
+
+    def texts(self, name: str, count: int, tokens: int) -> list[Text]:
+        """The texts of one purpose, drawn once."""
+        number = ("probe", "honest", "audited").index(name)
+        seed = (self.folder.plan["seed"], number)
+        kept = self.folder.part(
+            f"texts-{name}",
+            lambda: [
+                asdict(each)
+                for each in texts(self.tokenizer, self.folder.plan["corpus"], seed, count, tokens)
+            ],
+        )
+        return [Text(each["text"], tuple(each["ids"])) for each in kept]
+
+    def probed(
+        self, index: int, target: Target, profile: AuditProfile | None, like: Asking | None = None
+    ) -> Asking:
+        """How to ask a server, as it was found out once; as a profile, or as another server is asked."""
+        options = self.options
+
+        def find() -> dict[str, Any]:
+            self.progress(f"asking {target.endpoint.url} which evidence it gives")
+            (text,) = self.texts("probe", 1, PROBE_TOKENS)
+            found = probe(
+                target.endpoint,
+                target.model,
+                self.tokenizer,
+                self.vocabulary,
+                text,
+                options.tokens,
+                PROMPT_TOKENS,
+                options.k,
+            )
+            level = profile.level if profile else like.level if like else options.level
+            return {"asking": found.choose(level).to_dict(), "rows": found.rows}
+
+        self.probes[index] = kept = self.folder.part(f"probe-{index}", find)
+        asking = Asking(**kept["asking"])
+        wanted = profile or like
+        if wanted is None:
+            return asking
+        if asking.k < wanted.k or asking.form != wanted.form:
+            raise BitassayError(
+                f"{target.endpoint.url}: gives top {asking.k} for {asking.form}, "
+                f"and it is compared with top {wanted.k} for {wanted.form}",
+                f"--top {min(asking.k, wanted.k)}",
+            )
+        if asking.positions != wanted.positions:
+            raise BitassayError(
+                f"the profile is of {wanted.positions} positions a request, not {asking.positions}",
+                "--tokens as in calibration",
+            )
+        return Asking(**(kept["asking"] | {"k": wanted.k}))
+
+    def scores(self, index: int, target: Target, asking: Asking, count: int) -> list[float | None]:
+        """The statistic of each answer; None where there is none."""
+        name = "honest" if index else "audited"
+        asked = self.texts(name, count, asking.prompt_tokens)
+        self._ask_all(index, target, asking, asked)
+        scores = []
+        for number in range(count):
+            self.progress(f"judging {target.endpoint.url}", number, count)
+            score = partial(self._score, index, number, asking)
+            part = self.folder.part(f"score-{index}-{number:05d}", score)
+            scores.append(part.get("score"))
+        self.progress(f"judging {target.endpoint.url}", count, count)
+        return scores
+
+    def _ask_all(self, index: int, target: Target, asking: Asking, asked: Sequence[Text]) -> None:
+        stop, done = threading.Event(), 0
+
+        def ask(number: int) -> None:
+            if not stop.is_set():
+                self.folder.part(
+                    f"answer-{index}-{number:05d}", lambda: self._answer(target, asking, asked[number])
+                )
+
+        with ThreadPoolExecutor(self.options.concurrency) as pool:
+            try:
+                for _ in pool.map(ask, range(len(asked))):
+                    self.progress(f"asking {target.endpoint.url}", done, len(asked))
+                    done += 1
+            except BaseException:
+                stop.set()
+                raise
+        self.progress(f"asking {target.endpoint.url}", len(asked), len(asked))
+
+    def _answer(self, target: Target, asking: Asking, text: Text) -> dict[str, Any]:
+        path, body = body_of(asking, target.model, text)
+        prompt = prompt_of(text, asking.form, self.tokenizer)
+        kept: dict[str, Any] = {"prompt_ids": list(prompt)}
+        try:
+            answered = read_answer(
+                target.endpoint.post(path, body), self.vocabulary, prompt, asking.through == "echo"
+            )
+            return kept | asdict(answered) | {"receipt": _checked_receipt(answered, prompt)}
+        except AnswerError as error:
+            if error.code in NOT_THEIR_FAULT:
+                raise
+            return kept | {"error": error.code, "problem": error.problem[:500]}
+
+    def _score(self, index: int, number: int, asking: Asking) -> dict[str, Any]:
+        answer = self.answer(index, number)
+        if "error" in answer:
+            return {"error": answer["error"]}
+        said = answer["output" if asking.through == "generation" else "prompt"]
+        if not said:
+            return {"error": "no-evidence"}
+        positions = [
+            Position(each["token"], each["logprob"], tuple(map(tuple, each["top"]))) for each in said
+        ]
+        try:
+            return measure(self.reference, asking, answer["prompt_ids"], positions).to_dict()
+        except AnswerError as error:
+            return {"error": error.code}
+
+    def answer(self, index: int, number: int) -> dict[str, Any]:
+        """An answer that is kept."""
+        return self._kept(f"answer-{index}-{number:05d}")
+
+    def _kept(self, name: str) -> Any:
+        return read_json(self.folder.path / "parts" / f"{name}.json")
+
+    def rows(self, asking: Asking, profile: AuditProfile | None) -> list[dict[str, Any]]:
+        """A row for each answer of the audited server."""
+        rows = []
+        for number in range(self.options.requests):
+            score = self._kept(f"score-0-{number:05d}")
+            row = {"request": number + 1, **{key: score.get(key) for key in _MEASURED}, "p_value": None}
+            if row["score"] is not None and profile is not None:
+                row["p_value"] = answer_p_value(row["score"], profile)
+            rows.append(row | {"problem": score.get("error", "")})
+        return rows
+
+    def probe_rows(self) -> list[dict[str, Any]]:
+        """What each server gives, one row for each kind of evidence."""
+        rows = self.probes[0]["rows"]
+        return [
+            {**row, "honest": [self.probes[i]["rows"][n]["given"] for i in self.probes if i]}
+            for n, row in enumerate(rows)
+        ]
+
+    def receipts(self) -> dict[str, Any]:
+        """How many answers had a receipt that is signed and of this answer, and by whom."""
+        found = [self.answer(0, number).get("receipt") for number in range(self.options.requests)]
+        given = [each for each in found if each]
+        return {
+            "given": len(given),
+            "valid": sum(each["valid"] for each in given),
+            "signers": sorted({each["signer"] for each in given if each["valid"]}),
+        }
+
+
+def _checked_receipt(answered: Answered, prompt: Sequence[int]) -> dict[str, Any] | None:
+    """Whether an answer's receipt is signed, and is of this prompt and these tokens."""
+    if not answered.receipt:
+        return None
+    try:
+        receipt = decode(answered.receipt.encode(), Path("receipt"))
+        check_signature(receipt)
+    except (TraceError, UnicodeEncodeError) as error:
+        return {"valid": False, "signer": "", "why": getattr(error, "code", "malformed")}
+    output = tuple(each.token for each in answered.output or ())
+    is_ours = (
+        receipt.header.prompt_ids == tuple(prompt) and receipt.header.output_ids[: len(output)] == output
+    )
+    return {"valid": is_ours, "signer": receipt.key.hex(), "why": "" if is_ours else "of-another-answer"}
