@@ -82,7 +82,7 @@ class Session:
         self.probes: dict[int, Any] = {}
 
     def texts(self, name: str, count: int, tokens: int) -> list[Text]:
-        """The texts of one purpose, drawn once."""
+        """Return the texts of one purpose, drawn once."""
         number = ("probe", "honest", "audited").index(name)
         seed = (self.folder.plan["seed"], number)
         kept = self.folder.part(
@@ -97,7 +97,7 @@ class Session:
     def probed(
         self, index: int, target: Target, profile: AuditProfile | None, like: Asking | None = None
     ) -> Asking:
-        """How to ask a server, as it was found out once; as a profile, or as another server is asked."""
+        """Find out once how to ask a server; ask as a profile says, or as another server is asked."""
         options = self.options
 
         def find() -> dict[str, Any]:
@@ -135,7 +135,7 @@ class Session:
         return Asking(**(kept["asking"] | {"k": wanted.k}))
 
     def scores(self, index: int, target: Target, asking: Asking, count: int) -> list[float | None]:
-        """The statistic of each answer; None where there is none."""
+        """Return the statistic of each answer; None where there is none."""
         name = "honest" if index else "audited"
         asked = self.texts(name, count, asking.prompt_tokens)
         self._ask_all(index, target, asking, asked)
@@ -197,14 +197,14 @@ class Session:
             return {"error": error.code}
 
     def answer(self, index: int, number: int) -> dict[str, Any]:
-        """An answer that is kept."""
+        """Read an answer that is kept."""
         return self._kept(f"answer-{index}-{number:05d}")
 
     def _kept(self, name: str) -> Any:
         return read_json(self.folder.path / "parts" / f"{name}.json")
 
     def rows(self, asking: Asking, profile: AuditProfile | None) -> list[dict[str, Any]]:
-        """A row for each answer of the audited server."""
+        """Return a row for each answer of the audited server."""
         rows = []
         for number in range(self.options.requests):
             score = self._kept(f"score-0-{number:05d}")
@@ -215,7 +215,7 @@ class Session:
         return rows
 
     def probe_rows(self) -> list[dict[str, Any]]:
-        """What each server gives, one row for each kind of evidence."""
+        """Return what each server gives, one row for each kind of evidence."""
         rows = self.probes[0]["rows"]
         return [
             {**row, "honest": [self.probes[i]["rows"][n]["given"] for i in self.probes if i]}
@@ -223,7 +223,7 @@ class Session:
         ]
 
     def receipts(self) -> dict[str, Any]:
-        """How many answers had a receipt that is signed and of this answer, and by whom."""
+        """Count the answers with a receipt that is signed and of this answer, and name the signers."""
         found = [self.answer(0, number).get("receipt") for number in range(self.options.requests)]
         given = [each for each in found if each]
         return {

@@ -75,7 +75,8 @@ def quantize(
             compressed-tensors (for plain transformers), bitassay or the layout of a plug-in (default: vllm
             where that is exact and there are zero points, else compressed-tensors, otherwise bitassay).
         engine: Refuse, before any work, what this engine would not load, and write the folder as it reads it.
-            llama.cpp reads the --gguf file; vllm and transformers read the --out folder.
+            llama.cpp reads the --gguf file; vllm and transformers read the --out folder. Which widths have
+            kernels depends on the build of vllm, and is not checked.
         embeddings: The type of the embedding and the head in the --gguf file: Q8_0, Q6_K, Q5_0, Q4_0, IQ4_NL,
             Q2_0, F16, BF16 or F32 (default: Q8_0 with a recipe, 16 bits without).
         like: A GGUF file of the same model: the --gguf file gets the type of each of its tensors, so the same
