@@ -56,12 +56,9 @@ def test_a_replay_asks_nothing_and_says_the_same(recorded, copied, reference, tm
     assert strict["decision"]["status"] == "PASS"
 
 
-def test_suspects_are_told_apart(recorded, reference, tmp_path):
-    def of(recipe):
-        return lambda: bitassay.quantize(stories260k("bfloat16"), recipe=recipe)
-
-    names = ("w8", "w4")
-    run, _ = replay(recorded[1], reference, suspects={name: of(name) for name in names}, out=tmp_path / "out")
+def test_suspects_are_told_apart(recorded, reference, model, tmp_path):
+    suspects = {"w8": lambda: rounded(model, 8), "w4": lambda: rounded(model, 4)}
+    run, _ = replay(recorded[1], reference, suspects=suspects, out=tmp_path / "out")
     rows = {row["suspect"]: row for row in run["suspects"]}
     assert run["suspects"][0]["suspect"] == "w4"
     assert set(rows) == {"w4", "w8", CLAIMED}
