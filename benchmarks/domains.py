@@ -9,7 +9,7 @@ risks that does not say what it computes with. Dishonest runs of the same prompt
 Printed is, for each kind of run, how many are refused, of how many, with Clopper-Pearson intervals over runs.
 Runs are kept in RESULTS as they are finished; the same command goes on where it was interrupted. Run:
 
-    python benchmarks/domains.py [MODEL] [--calibration 10] [--each 3] [--tokens 64] [--attacks ...]
+    python benchmarks/domains.py [MODEL] [--calibration 10] [--each 3] [--unseen N] [--attacks ...]
 """
 
 import argparse
@@ -43,20 +43,20 @@ CHUNK = 64
 Runs = dict[str, list[Observation]]
 
 
-def prompts_of(each: int) -> list[tuple[str, str]]:
-    """The first prompts of each domain, by turns."""
-    domains = prompts_by_domain() | {
-        f"{path.name.partition('.')[0]} (not bundled)": prompts_from(path)
+def prompts_of(each: int, unseen: int) -> list[tuple[str, str]]:
+    """The first prompts of each domain, by turns: `each` of the bundled ones, `unseen` of the others."""
+    domains = {name: texts[:each] for name, texts in prompts_by_domain().items()} | {
+        f"{path.name.partition('.')[0]} (not bundled)": prompts_from(path)[:unseen]
         for path in sorted(FOLDER.glob("*.jsonl.gz"))
     }
-    rounds = zip_longest(*([(name, text) for text in texts[:each]] for name, texts in domains.items()))
+    rounds = zip_longest(*([(name, text) for text in texts] for name, texts in domains.items()))
     return [prompt for several in rounds for prompt in several if prompt is not None]
 
 
-def runs_of(kind: str, name: str, model, each: int, tokens: int, folder: Path) -> Runs:
+def runs_of(kind: str, name: str, model, asked_for: list[tuple[str, str]], tokens: int, folder: Path) -> Runs:
     """Runs of one numerics or attack, by domain; finished parts are read."""
     limit, plan = context_length(model), AttackPlan(sequences=CHUNK, tokens=tokens, batch=16)
-    prompts = [(domain, encode_prompt(model, text)) for domain, text in prompts_of(each)]
+    prompts = [(domain, encode_prompt(model, text)) for domain, text in asked_for]
     prompts = [(domain, ids) for domain, ids in prompts if limit is None or len(ids) + tokens - 1 <= limit]
     runs: Runs = {}
     for start in range(0, len(prompts), CHUNK):
@@ -94,7 +94,10 @@ def main(name: str, arguments: argparse.Namespace) -> dict:
             kind,
             name,
             model,
-            arguments.calibration if kind == OWN else arguments.each,
+            prompts_of(
+                arguments.calibration if kind == OWN else arguments.each,
+                arguments.unseen or (arguments.calibration if kind == OWN else arguments.each),
+            ),
             arguments.tokens,
             folder,
         )
@@ -122,8 +125,9 @@ def main(name: str, arguments: argparse.Namespace) -> dict:
             )
             for domain in kinds[OWN]
         }
-        most = sorted(domains.items(), key=lambda item: -item[1][0] / item[1][1])[:5]
-        print(f"by {by}: domains that are refused most:", *(f"{name} {a} of {b};" for name, (a, b) in most))
+        most = sorted(domains.items(), key=lambda item: -item[1][0] / item[1][1])
+        shown = dict(most[:5]) | {name: count for name, count in most if "not bundled" in name}
+        print(f"by {by}, by domain:", *(f"{name} {a} of {b};" for name, (a, b) in shown.items()))
     write_json(folder / "table.json", table)
     return table
 
@@ -133,6 +137,7 @@ if __name__ == "__main__":
     parser.add_argument("model", nargs="?", default="smollm2-135m")
     parser.add_argument("--calibration", type=int, default=10, help="prompts of each domain, own numerics")
     parser.add_argument("--each", type=int, default=3, help="prompts of each domain, all other runs")
+    parser.add_argument("--unseen", type=int, help="prompts of each domain that is not bundled, all runs")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--alpha", type=float, default=0.01)
     parser.add_argument("--numerics", nargs="*", default=["eager", "thread-1", "batch-1", "isa"])

@@ -40,10 +40,21 @@ def refused(
         if len(others) < 4 * MIN_FIT or len(scored) < runs_needed(alpha, guarantee):
             continue
         fits = fit_by_length(fitted, detectors, shortest)
-        scores = [_score(run, fits) for run in scored]
-        counts[domain] = sum(refusal(_score(run, fits), scores, guarantee) <= alpha for run in runs)
+        longest = max(run.positions for run in scored)
+        scores = {
+            n: [_score(run, fits, n) for run in scored] for n in {longest, *(run.positions for run in runs)}
+        }
+        counts[domain] = sum(
+            all(
+                refusal(_score(run, fits, longest), scores[n], guarantee) <= alpha
+                for n in (longest, run.positions)
+            )
+            for run in runs
+        )
     return counts
 
 
-def _score(run: Observation, fits: Fits) -> float:
-    return score(statistics(run, list(fits)), fits, run.positions)
+def _score(run: Observation, fits: Fits, most: int) -> float:
+    """Return the score of a run cut after `most` generated positions."""
+    n = min(run.positions, most)
+    return score(statistics(run, list(fits), n, n + 1), fits, n)

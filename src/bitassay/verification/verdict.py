@@ -346,18 +346,18 @@ def concluded(
         return replace(evidence, status=status, reasons=tuple(reasons or undecided))
     alpha = level(alpha, profile)
     limit = min(header.sampling.max_new_tokens - 1, profile.generated_positions[1])
-    score = score_of(profile)
-    refusal, unlike = profile.refusal(score.value, limit), profile.unlike_p_value(observation, limit)
+    score, cuts = score_of(profile), (limit, observation.tokens - 1)
+    refusal, unlike = profile.refusal(score.value, *cuts), profile.unlike_p_value(observation, limit)
     if unlike <= UNLIKE and score.value < FAR:
         sentence = "the text's rounding noise is unlike that of the calibration texts"
         undecided = [Reason("unlike-calibration", f"{sentence} (p {unlike:.2g})")]
     elif refusal <= alpha:
-        reasons = [*reasons, *_unlike_honest_runs(score, profile, alpha, limit)]
+        reasons = [*reasons, *_unlike_honest_runs(score, profile, alpha, cuts)]
     return replace(
         evidence,
         status="FAIL" if reasons else "INCONCLUSIVE" if undecided else "PASS",
         reasons=tuple(reasons or undecided or [Reason("as-honest", _as_honest(header))]),
-        p_value=None if undecided else profile.p_value(score.value, limit),
+        p_value=None if undecided else profile.p_value(score.value, *cuts),
         refusal=refusal,
         unlike=unlike,
         score=score,
@@ -453,7 +453,7 @@ def _nonfinite_mismatches(cells: CellStatistics, model: PreTrainedModel) -> list
     return [Reason("nonfinite-mismatch", sentence)] if count else []
 
 
-def _unlike_honest_runs(score: Score, profile: Profile, alpha: float, limit: int) -> list[Reason]:
+def _unlike_honest_runs(score: Score, profile: Profile, alpha: float, cuts: tuple[int, ...]) -> list[Reason]:
     """Return which parts of the evidence are too unlike honest runs by themselves."""
     parts = []
     for name, value in score.detectors.items():
@@ -475,5 +475,5 @@ def _unlike_honest_runs(score: Score, profile: Profile, alpha: float, limit: int
             sentence = f"{name} is {value:.1f} sd farther off than in honest runs"
             parts.append((value, "detector-unlikely", sentence))
     return [
-        Reason(code, sentence) for value, code, sentence in parts if profile.refusal(value, limit) <= alpha
+        Reason(code, sentence) for value, code, sentence in parts if profile.refusal(value, *cuts) <= alpha
     ]
