@@ -17,6 +17,7 @@ import json
 from itertools import zip_longest
 from pathlib import Path
 
+import numpy as np
 from pydantic import TypeAdapter
 
 import bitassay
@@ -30,9 +31,11 @@ from bitassay.studies.attacks.study import VARIANTS, AttackPlan, RequestSet
 from bitassay.verification.attacks.attack import Setting
 from bitassay.verification.attacks.registry import ATTACKS
 from bitassay.verification.calibrate import MIN_POSITIONS
+from bitassay.verification.decision import SEQUENCE
 from bitassay.verification.detectors.registry import DECIDING
-from bitassay.verification.left_out import refused
+from bitassay.verification.left_out import by_others
 from bitassay.verification.observe import Observation, observe
+from bitassay.verification.sequential import log_wealth
 from bitassay.verification.structure import Request
 
 FOLDER = Path(__file__).parent / "domains"
@@ -40,6 +43,7 @@ RESULTS = Path(__file__).parent / "results" / "domains"
 RUNS = TypeAdapter(list[tuple[str, Observation]])
 OWN = "same"  # the verifier's own numerics
 CHUNK = 64
+ENOUGH, HOSTS, REQUESTS = 20, 200, 200  # runs of a domain whose ledgers are simulated, how many, how long
 Runs = dict[str, list[Observation]]
 
 
@@ -79,11 +83,32 @@ def runs_of(kind: str, name: str, model, asked_for: list[tuple[str, str]], token
 
 
 def judged(honest: Runs, runs: Runs, alpha: float) -> dict:
-    """How many runs are refused, in all and by domain."""
-    counts = refused(honest, runs, list(DECIDING), shortest=MIN_POSITIONS, alpha=alpha)
+    """How many runs are refused, in all and by domain; and the ledgers of domains with enough runs."""
+    answers = by_others(honest, runs, list(DECIDING), shortest=MIN_POSITIONS, alpha=alpha)
+    counts = {domain: sum(value <= alpha for value in answer.refusals) for domain, answer in answers.items()}
     n = sum(len(runs[domain]) for domain in counts)
     rows = {domain: [count, len(runs[domain])] for domain, count in counts.items() if count}
-    return {"refused": sum(counts.values()), "n": n, "domains": len(counts), "where": rows}
+    return {
+        "refused": sum(counts.values()),
+        "n": n,
+        "domains": len(counts),
+        "where": rows,
+        "alarms": {
+            domain: alarms(np.array(answer.scores), np.array(answer.honest), alpha)
+            for domain, answer in answers.items()
+            if len(answer.scores) >= ENOUGH
+        },
+    }
+
+
+def alarms(scores: np.ndarray, honest: np.ndarray, alpha: float) -> int:
+    """Of HOSTS hosts whose REQUESTS scores are drawn from these, how many a ledger accuses by its last look.
+    The capital is looked at often enough to miss few alarms."""
+    rng, looks = np.random.default_rng(0), np.array([12, 25, 50, 75, 100, 150, REQUESTS])
+    level = -np.log(SEQUENCE * alpha / 2)  # the first game of a ledger has half of its share
+    return sum(
+        bool((log_wealth(rng.choice(scores, REQUESTS), honest, looks) >= level).any()) for _ in range(HOSTS)
+    )
 
 
 def main(name: str, arguments: argparse.Namespace) -> dict:
@@ -103,29 +128,19 @@ def main(name: str, arguments: argparse.Namespace) -> dict:
         )
         for kind in (OWN, *arguments.numerics, *arguments.attacks)
     }
-    pool: Runs = {}
+    honest: Runs = {}
     for kind in (OWN, *arguments.numerics):
         for domain, runs in kinds[kind].items():
-            pool.setdefault(domain, []).extend(runs)
+            honest.setdefault(domain, []).extend(runs)
     table: dict[str, dict[str, dict]] = {}
-    for by, honest in (("own numerics", kinds[OWN]), ("all numerics", pool)):
-        for kind, runs in kinds.items():
-            row = table.setdefault(by, {})[kind] = judged(honest, runs, arguments.alpha)
+    for by, calibration in (("own numerics", kinds[OWN]), ("all numerics", honest)):
+        for kind, runs in (kinds | {"honest, pooled": honest}).items():
+            row = table.setdefault(by, {})[kind] = judged(calibration, runs, arguments.alpha)
             if row["n"]:
                 low, high = clopper_pearson_interval(row["refused"], row["n"])
                 print(f"by {by}: {kind:12} {row} {100 * low:.2f} to {100 * high:.2f} %", flush=True)
-        several = [table[by][kind] for kind in (OWN, *arguments.numerics)]
-        bad, n = (sum(row[key] for row in several) for key in ("refused", "n"))
-        low, high = clopper_pearson_interval(bad, n)
-        print(f"by {by}: honest runs pooled: {bad} of {n} refused, {100 * low:.2f} to {100 * high:.2f} %")
-        domains = {
-            domain: (
-                sum(row["where"].get(domain, [0])[0] for row in several),
-                sum(len(kinds[kind].get(domain, ())) for kind in (OWN, *arguments.numerics)),
-            )
-            for domain in kinds[OWN]
-        }
-        most = sorted(domains.items(), key=lambda item: -item[1][0] / item[1][1])
+        counts = {domain: (row["where"].get(domain, [0])[0], len(runs)) for domain, runs in honest.items()}
+        most = sorted(counts.items(), key=lambda item: -item[1][0] / item[1][1])
         shown = dict(most[:5]) | {name: count for name, count in most if "not bundled" in name}
         print(f"by {by}, by domain:", *(f"{name} {a} of {b};" for name, (a, b) in shown.items()))
     write_json(folder / "table.json", table)
