@@ -17,7 +17,7 @@ from bitassay.evaluation.quality import evaluate
 from bitassay.quantization.pipeline import quantize
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.verification.prove import prove
-from bitassay.verification.verdict import verify
+from bitassay.verification.verify import verify
 
 FUNCTIONS = {"load": load, "quantize": quantize, "evaluate": evaluate, "prove": prove, "verify": verify}
 

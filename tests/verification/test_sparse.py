@@ -18,7 +18,7 @@ from bitassay.verification.container import FILE_BYTES, UNEXPECTED_BYTES, TraceE
 from bitassay.verification.structure import Request
 from bitassay.verification.trace import Trace, read_trace, write_trace
 from bitassay.verification.trace_files import Asked, verify_files
-from bitassay.verification.verdict import verify
+from bitassay.verification.verify import verify
 from verification.receipts import codes, refused
 
 TOKENS = 12

@@ -60,7 +60,8 @@ from bitassay.verification.trace import (
     Trace,
     read_trace,
 )
-from bitassay.verification.verdict import Verdict, failed, verify_many, verify_opening
+from bitassay.verification.verdict import Verdict
+from bitassay.verification.verify import failed, verify_many, verify_opening
 
 CHUNK = 64  # traces in memory at a time
 
