@@ -27,6 +27,7 @@ from bitassay.engines.sampling import GREEDY
 from bitassay.evaluation.statistics import clopper_pearson_interval
 from bitassay.models.positions import context_length
 from bitassay.record.files import write_json
+from bitassay.record.hashing import digest_json
 from bitassay.studies.attacks.study import VARIANTS, AttackPlan, RequestSet
 from bitassay.verification.attacks.attack import Setting
 from bitassay.verification.attacks.registry import ATTACKS
@@ -65,7 +66,7 @@ def runs_of(kind: str, name: str, model, asked_for: list[tuple[str, str]], token
     runs: Runs = {}
     for start in range(0, len(prompts), CHUNK):
         chunk = prompts[start : start + CHUNK]
-        path = folder / f"{kind}-{start:04d}-{len(chunk)}.json"
+        path = folder / f"{kind}-{start:04d}-{digest_json([tokens, chunk])[:12]}.json"
         if not path.exists():
             asked = RequestSet(name, model, [ids for _, ids in chunk], GREEDY, plan)
             if kind in VARIANTS:
