@@ -44,7 +44,7 @@ def hessians(model, names, tokens):
     def note(name, x):
         totals[name] = add_products(totals[name], x)
 
-    with torch.inference_mode(), hooked(reading({name: model.get_submodule(name) for name in names}, note)):
+    with torch.no_grad(), hooked(reading({name: model.get_submodule(name) for name in names}, note)):
         for part in tokens.split(4):
             model(part, logits_to_keep=1)
     return {name: mirrored(total) for name, total in totals.items()}

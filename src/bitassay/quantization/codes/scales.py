@@ -144,13 +144,9 @@ def _on_two_levels(w: Groups, scheme: WeightScheme, importance: Groups | None) -
     """Return the grid of a K type: first each group's own scale and minimum, then those of two levels."""
     fmt, levels = scheme.number_format, scheme.number_format.levels
     assert levels is not None
-    by_itself = WeightScheme(
-        format=f"int{int(fmt.bits)}",
-        symmetric=False,
-        scale="mse",
-        scale_dtype="float32",
-        zero_point="free" if levels.minima else "mirrored",
-    )
+    zero_point = "free" if levels.minima else "mirrored"
+    changes = {"symmetric": False, "scale_dtype": "float32", "zero_point": zero_point}
+    by_itself = scheme.model_copy(update=changes)  # no scheme of a recipe: codes on one level of scales
     h = torch.ones_like(w) if importance is None else importance
     rows = BLOCK_ELEMENTS // w.shape[1]
     parts = []

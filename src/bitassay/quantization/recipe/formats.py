@@ -88,7 +88,7 @@ FORMATS: Registry[NumberFormat] = Registry(
     {
         fmt.name: fmt
         for fmt in (
-            *(NumberFormat(f"int{bits}", "integer", bits) for bits in (8, 6, 5, 4, 3, 2)),
+            *(NumberFormat(f"int{bits}", "integer", bits) for bits in (8, 5, 4, 3, 2)),
             NumberFormat("ternary", "ternary", 1.6),
             NumberFormat("binary", "binary", 1),
             *_FLOATS,
