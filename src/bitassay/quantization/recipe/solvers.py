@@ -58,8 +58,8 @@ class Mixed(RecipePart):
 
 
 def _has_levels(fields: dict[str, Any]) -> bool:
-    fmt = FORMATS.get(fields.get("format", ""))
-    return fmt is not None and fmt.levels is not None
+    name = fields.get("format")
+    return name in FORMATS and FORMATS[name].levels is not None
 
 
 class Gptq(SolverPart):
