@@ -282,6 +282,8 @@ def _refuse_quantized(model: PreTrainedModel) -> None:
         or (isinstance(known, Identity) and known.recipe_id is not None)
     ):
         raise BitassayError("the model is quantized already", "quantize the base model instead")
+    if getattr(model, "engine", None) is not None:
+        raise BitassayError("another engine has the weights of this model", "load it without engine=")
 
 
 def _plan(base: PreTrainedModel, recipe: Recipe) -> dict[str, Any]:
