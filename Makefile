@@ -9,6 +9,10 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "bitassay needs Python 3.11 or newer; try: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 3; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
@@ -16,20 +20,20 @@ demo: $(VENV)/.ready  ## quantize, evaluate and verify SmolLM2-135M; prints the 
 	$(BIN)/bitassay assay smollm2-135m --recipe w8 --recipe fp8 --recipe w4 --recipe w2 \
 	  --windows 6 --window 512 --repeats 1 --new-tokens 16 --out runs/demo
 
-test: $(VENV)/.ready  ## every behaviour once, also on the real model (fetched once, 98 MB)
+test: $(VENV)/.dev  ## every behaviour once, also on the real model (fetched once, 98 MB)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --maxprocesses 4 --dist loadfile -m "not gpu and not ray and not slow"
 
-test-slow: $(VENV)/.ready  ## what repeats it: every architecture, kill matrices, repeats on real models, notebooks
+test-slow: $(VENV)/.dev  ## what repeats it: every architecture, kill matrices, repeats on real models, notebooks
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --maxprocesses 4 -m "slow and not gpu and not ray"
 
-check: $(VENV)/.ready  ## linters, types, import rules, docstrings and the API reference made from them
+check: $(VENV)/.dev  ## linters, types, import rules, docstrings and the API reference made from them
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 	$(BIN)/python docs/reference.py --check
 
-bench: $(VENV)/.ready  ## side-by-side comparisons (minutes); those that build other tools or need whole data sets run on their own
+bench: $(VENV)/.dev  ## side-by-side comparisons (minutes); those that build other tools or need whole data sets run on their own
 	for f in $(filter-out $(addprefix benchmarks/,quality.py gptq.py llamacpp.py llamacpp_types.py vllm_folders.py tasks.py), $(wildcard benchmarks/*.py)); do $(BIN)/python $$f || exit 1; done
 
 clean:

@@ -34,7 +34,7 @@ from bitassay.verification.receipts.opening import open_trace, write_opening
 from bitassay.verification.receipts.receipt import commit, encode
 from bitassay.verification.structure import Request
 from bitassay.verification.trace import Trace, write_trace
-from bitassay.verification.verdict import verify_many, verify_opening
+from bitassay.verification.verify import verify_many, verify_opening
 
 GOALS = {"recording": 0.03, "verification": 0.08, "receipt_bytes": 600, "receipt_bytes_per_token": 8}
 

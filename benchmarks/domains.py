@@ -9,7 +9,7 @@ risks that does not say what it computes with. Dishonest runs of the same prompt
 Printed is, for each kind of run, how many are refused, of how many, with Clopper-Pearson intervals over runs.
 Runs are kept in RESULTS as they are finished; the same command goes on where it was interrupted. Run:
 
-    python benchmarks/domains.py [MODEL] [--calibration 10] [--each 3] [--tokens 64] [--attacks ...]
+    python benchmarks/domains.py [MODEL] [--calibration 10] [--each 3] [--unseen N] [--attacks ...]
 """
 
 import argparse
@@ -17,6 +17,7 @@ import json
 from itertools import zip_longest
 from pathlib import Path
 
+import numpy as np
 from pydantic import TypeAdapter
 
 import bitassay
@@ -26,13 +27,16 @@ from bitassay.engines.sampling import GREEDY
 from bitassay.evaluation.statistics import clopper_pearson_interval
 from bitassay.models.positions import context_length
 from bitassay.record.files import write_json
+from bitassay.record.hashing import digest_json
 from bitassay.studies.attacks.study import VARIANTS, AttackPlan, RequestSet
 from bitassay.verification.attacks.attack import Setting
 from bitassay.verification.attacks.registry import ATTACKS
 from bitassay.verification.calibrate import MIN_POSITIONS
+from bitassay.verification.decision import SEQUENCE
 from bitassay.verification.detectors.registry import DECIDING
-from bitassay.verification.left_out import refused
+from bitassay.verification.left_out import by_others
 from bitassay.verification.observe import Observation, observe
+from bitassay.verification.sequential import log_wealth
 from bitassay.verification.structure import Request
 
 FOLDER = Path(__file__).parent / "domains"
@@ -40,28 +44,29 @@ RESULTS = Path(__file__).parent / "results" / "domains"
 RUNS = TypeAdapter(list[tuple[str, Observation]])
 OWN = "same"  # the verifier's own numerics
 CHUNK = 64
+ENOUGH, HOSTS, REQUESTS = 20, 200, 200  # runs of a domain whose ledgers are simulated, how many, how long
 Runs = dict[str, list[Observation]]
 
 
-def prompts_of(each: int) -> list[tuple[str, str]]:
-    """The first prompts of each domain, by turns."""
-    domains = prompts_by_domain() | {
-        f"{path.name.partition('.')[0]} (not bundled)": prompts_from(path)
+def prompts_of(each: int, unseen: int) -> list[tuple[str, str]]:
+    """The first prompts of each domain, by turns: `each` of the bundled ones, `unseen` of the others."""
+    domains = {name: texts[:each] for name, texts in prompts_by_domain().items()} | {
+        f"{path.name.partition('.')[0]} (not bundled)": prompts_from(path)[:unseen]
         for path in sorted(FOLDER.glob("*.jsonl.gz"))
     }
-    rounds = zip_longest(*([(name, text) for text in texts[:each]] for name, texts in domains.items()))
+    rounds = zip_longest(*([(name, text) for text in texts] for name, texts in domains.items()))
     return [prompt for several in rounds for prompt in several if prompt is not None]
 
 
-def runs_of(kind: str, name: str, model, each: int, tokens: int, folder: Path) -> Runs:
+def runs_of(kind: str, name: str, model, asked_for: list[tuple[str, str]], tokens: int, folder: Path) -> Runs:
     """Runs of one numerics or attack, by domain; finished parts are read."""
     limit, plan = context_length(model), AttackPlan(sequences=CHUNK, tokens=tokens, batch=16)
-    prompts = [(domain, encode_prompt(model, text)) for domain, text in prompts_of(each)]
+    prompts = [(domain, encode_prompt(model, text)) for domain, text in asked_for]
     prompts = [(domain, ids) for domain, ids in prompts if limit is None or len(ids) + tokens - 1 <= limit]
     runs: Runs = {}
     for start in range(0, len(prompts), CHUNK):
         chunk = prompts[start : start + CHUNK]
-        path = folder / f"{kind}-{start:04d}-{len(chunk)}.json"
+        path = folder / f"{kind}-{start:04d}-{digest_json([tokens, chunk])[:12]}.json"
         if not path.exists():
             asked = RequestSet(name, model, [ids for _, ids in chunk], GREEDY, plan)
             if kind in VARIANTS:
@@ -79,11 +84,32 @@ def runs_of(kind: str, name: str, model, each: int, tokens: int, folder: Path) -
 
 
 def judged(honest: Runs, runs: Runs, alpha: float) -> dict:
-    """How many runs are refused, in all and by domain."""
-    counts = refused(honest, runs, list(DECIDING), shortest=MIN_POSITIONS, alpha=alpha)
+    """How many runs are refused, in all and by domain; and the ledgers of domains with enough runs."""
+    answers = by_others(honest, runs, list(DECIDING), shortest=MIN_POSITIONS, alpha=alpha)
+    counts = {domain: sum(value <= alpha for value in answer.refusals) for domain, answer in answers.items()}
     n = sum(len(runs[domain]) for domain in counts)
     rows = {domain: [count, len(runs[domain])] for domain, count in counts.items() if count}
-    return {"refused": sum(counts.values()), "n": n, "domains": len(counts), "where": rows}
+    return {
+        "refused": sum(counts.values()),
+        "n": n,
+        "domains": len(counts),
+        "where": rows,
+        "alarms": {
+            domain: alarms(np.array(answer.scores), np.array(answer.honest), alpha)
+            for domain, answer in answers.items()
+            if len(answer.scores) >= ENOUGH
+        },
+    }
+
+
+def alarms(scores: np.ndarray, honest: np.ndarray, alpha: float) -> int:
+    """Of HOSTS hosts whose REQUESTS scores are drawn from these, how many a ledger accuses by its last look.
+    The capital is looked at often enough to miss few alarms."""
+    rng, looks = np.random.default_rng(0), np.array([12, 25, 50, 75, 100, 150, REQUESTS])
+    level = -np.log(SEQUENCE * alpha / 2)  # the first game of a ledger has half of its share
+    return sum(
+        bool((log_wealth(rng.choice(scores, REQUESTS), honest, looks) >= level).any()) for _ in range(HOSTS)
+    )
 
 
 def main(name: str, arguments: argparse.Namespace) -> dict:
@@ -94,36 +120,30 @@ def main(name: str, arguments: argparse.Namespace) -> dict:
             kind,
             name,
             model,
-            arguments.calibration if kind == OWN else arguments.each,
+            prompts_of(
+                arguments.calibration if kind == OWN else arguments.each,
+                arguments.unseen or (arguments.calibration if kind == OWN else arguments.each),
+            ),
             arguments.tokens,
             folder,
         )
         for kind in (OWN, *arguments.numerics, *arguments.attacks)
     }
-    pool: Runs = {}
+    honest: Runs = {}
     for kind in (OWN, *arguments.numerics):
         for domain, runs in kinds[kind].items():
-            pool.setdefault(domain, []).extend(runs)
+            honest.setdefault(domain, []).extend(runs)
     table: dict[str, dict[str, dict]] = {}
-    for by, honest in (("own numerics", kinds[OWN]), ("all numerics", pool)):
-        for kind, runs in kinds.items():
-            row = table.setdefault(by, {})[kind] = judged(honest, runs, arguments.alpha)
+    for by, calibration in (("own numerics", kinds[OWN]), ("all numerics", honest)):
+        for kind, runs in (kinds | {"honest, pooled": honest}).items():
+            row = table.setdefault(by, {})[kind] = judged(calibration, runs, arguments.alpha)
             if row["n"]:
                 low, high = clopper_pearson_interval(row["refused"], row["n"])
                 print(f"by {by}: {kind:12} {row} {100 * low:.2f} to {100 * high:.2f} %", flush=True)
-        several = [table[by][kind] for kind in (OWN, *arguments.numerics)]
-        bad, n = (sum(row[key] for row in several) for key in ("refused", "n"))
-        low, high = clopper_pearson_interval(bad, n)
-        print(f"by {by}: honest runs pooled: {bad} of {n} refused, {100 * low:.2f} to {100 * high:.2f} %")
-        domains = {
-            domain: (
-                sum(row["where"].get(domain, [0])[0] for row in several),
-                sum(len(kinds[kind].get(domain, ())) for kind in (OWN, *arguments.numerics)),
-            )
-            for domain in kinds[OWN]
-        }
-        most = sorted(domains.items(), key=lambda item: -item[1][0] / item[1][1])[:5]
-        print(f"by {by}: domains that are refused most:", *(f"{name} {a} of {b};" for name, (a, b) in most))
+        counts = {domain: (row["where"].get(domain, [0])[0], len(runs)) for domain, runs in honest.items()}
+        most = sorted(counts.items(), key=lambda item: -item[1][0] / item[1][1])
+        shown = dict(most[:5]) | {name: count for name, count in most if "not bundled" in name}
+        print(f"by {by}, by domain:", *(f"{name} {a} of {b};" for name, (a, b) in shown.items()))
     write_json(folder / "table.json", table)
     return table
 
@@ -133,6 +153,7 @@ if __name__ == "__main__":
     parser.add_argument("model", nargs="?", default="smollm2-135m")
     parser.add_argument("--calibration", type=int, default=10, help="prompts of each domain, own numerics")
     parser.add_argument("--each", type=int, default=3, help="prompts of each domain, all other runs")
+    parser.add_argument("--unseen", type=int, help="prompts of each domain that is not bundled, all runs")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--alpha", type=float, default=0.01)
     parser.add_argument("--numerics", nargs="*", default=["eager", "thread-1", "batch-1", "isa"])

@@ -67,7 +67,7 @@ from bitassay.verification.receipts.receipt import (
 )
 from bitassay.verification.structure import RefusedError, Request, expecting
 from bitassay.verification.trace import Trace, read_trace, write_trace
-from bitassay.verification.verdict import verify_many, verify_opening
+from bitassay.verification.verify import verify_many, verify_opening
 
 SECONDS, MEGABYTES = 10, 500
 TOKENS = 12

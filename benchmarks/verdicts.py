@@ -19,7 +19,7 @@ from bitassay.record.environment import environment
 from bitassay.studies.verdicts import chosen_prompts
 from bitassay.verification.calibrate import calibrate
 from bitassay.verification.prove import prove_many
-from bitassay.verification.verdict import verify_many
+from bitassay.verification.verify import verify_many
 
 PROMPTS, CALIBRATION, NEW_TOKENS, ALPHA, BATCH = 40, 220, 24, 0.01, 32
 

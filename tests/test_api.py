@@ -17,7 +17,7 @@ from bitassay.evaluation.quality import evaluate
 from bitassay.quantization.pipeline import quantize
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.verification.prove import prove
-from bitassay.verification.verdict import verify
+from bitassay.verification.verify import verify
 
 FUNCTIONS = {"load": load, "quantize": quantize, "evaluate": evaluate, "prove": prove, "verify": verify}
 
@@ -57,11 +57,11 @@ def test_a_public_name_can_be_pickled_and_copied(name):
 
 def test_the_folders_behind_the_functions_stay_importable():
     import bitassay.evaluation.quality
-    import bitassay.verification.verdict as verdict
+    import bitassay.verification.verify as verification
 
     assert callable(bitassay.evaluate)
     assert bitassay.evaluation.quality.evaluate is evaluate
-    assert verdict.verify is verify
+    assert verification.verify is verify
     names = {}
     exec("from bitassay import *", names)
     assert {*FUNCTIONS, "Recipe"} <= set(names)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from bitassay.quantization.pipeline import quantize
     from bitassay.quantization.recipe.recipe import Recipe
     from bitassay.verification.prove import prove
-    from bitassay.verification.verdict import verify
+    from bitassay.verification.verify import verify
 
 _HOME = {
     "Recipe": "bitassay.quantization.recipe.recipe",
@@ -29,7 +29,7 @@ _HOME = {
     "load": "bitassay.engines.load",
     "prove": "bitassay.verification.prove",
     "quantize": "bitassay.quantization.pipeline",
-    "verify": "bitassay.verification.verdict",
+    "verify": "bitassay.verification.verify",
 }
 
 if not TYPE_CHECKING:  # a type checker would take every name for one that there is

@@ -15,7 +15,7 @@ from bitassay.verification.calibrate import calibrate
 from bitassay.verification.profile import write_profile
 from bitassay.verification.prove import prove_many
 from bitassay.verification.trace import write_trace
-from bitassay.verification.verdict import verify_many
+from bitassay.verification.verify import verify_many
 
 NAMES = ("ada", "ben", "cyd", "dov")
 WORDS = ("day", "night", "cat", "dog", "sun", "tree", "big", "red", "boy")

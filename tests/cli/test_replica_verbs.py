@@ -125,7 +125,7 @@ def test_smollm_twice_is_told_from_once(tmp_path):
     from bitassay.studies.verdicts import chosen_prompts
     from bitassay.verification.calibrate import calibrate
     from bitassay.verification.prove import prove_many
-    from bitassay.verification.verdict import verify_many
+    from bitassay.verification.verify import verify_many
 
     base = load("smollm2-135m", dtype="bfloat16")
     (tmp_path / "r.yaml").write_text(TEXT.replace("[1, 3]", "[14]"))

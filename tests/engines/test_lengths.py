@@ -10,7 +10,7 @@ from bitassay.quantization.replication.any_precision import PrecisionPolicy
 from bitassay.quantization.solvers.distillation import continued
 from bitassay.verification.calibrate import calibrate
 from bitassay.verification.prove import prove, prove_many
-from bitassay.verification.verdict import verify_many
+from bitassay.verification.verify import verify_many
 from kinds import HYBRID, ROTARY, SHORT, reread_greedy, tiny_kind
 
 NEW = 12

@@ -29,7 +29,7 @@ from bitassay.quantization.solvers.learned import relative_error
 from bitassay.testing.tiny import tiny_model
 from bitassay.verification.calibrate import calibrate
 from bitassay.verification.prove import prove_many
-from bitassay.verification.verdict import verify
+from bitassay.verification.verify import verify
 
 IDS = torch.randint(3, 500, (2, 20), generator=torch.Generator().manual_seed(0))
 INT2 = {"format": "int2", "granularity": "g32", "scale": "absmax"}  # which is quick

@@ -14,7 +14,7 @@ from bitassay.verification.prove import prove_many
 from bitassay.verification.receipts.challenge import challenge
 from bitassay.verification.receipts.opening import open_trace
 from bitassay.verification.receipts.receipt import commit
-from bitassay.verification.verdict import verify_many
+from bitassay.verification.verify import verify_many
 from threads import one_thread  # noqa: F401 a fixture of this package
 from verification.receipts import BEACON, KEY
 

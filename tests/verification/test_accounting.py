@@ -8,7 +8,8 @@ import pytest
 from bitassay.verification.accounting import Answer, Standing, is_hosts_doing, request_digest, standings
 from bitassay.verification.ledger import BUDGET, Item, extended, undecided_evidence
 from bitassay.verification.structure import Reason, Request
-from bitassay.verification.verdict import Verdict, verify_many
+from bitassay.verification.verdict import Verdict
+from bitassay.verification.verify import verify_many
 
 
 def changed(header, part=None, **update):

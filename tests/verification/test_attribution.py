@@ -23,7 +23,7 @@ from bitassay.verification.attribution import (
 from bitassay.verification.calibrate import calibrate, chosen_attacks
 from bitassay.verification.profile import read_profile, write_profile
 from bitassay.verification.prove import prove_many
-from bitassay.verification.verdict import verify_many
+from bitassay.verification.verify import verify_many
 
 TOKENS = 12
 CENTRES = {HONEST: (0.0, 0.0, 0.0), "int8": (4.0, 0.0, 0.0), "fp8": (6.0, 5.0, 0.0)}

@@ -564,3 +564,11 @@ def test_thread_count_is_part_of_the_numerics(model):
         )
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_run_that_ended_early_is_also_compared_with_runs_cut_there(profile):
+    three = profile.model_copy(update={"scores": ((9.0, 5.0, 1.0), (8.0, 1.0), (7.0, 0.0, 0.0))})
+    low = three.generated_positions[0]
+    assert three.p_value(6, low + 2) == 1 / 4, "none is as bad after all positions"
+    assert three.p_value(6, low + 2, low) == three.p_value(6, low) == 1, "all are after as few"
+    assert three.refusal(6, low + 2, low) == three.refusal(6, low) > three.refusal(6, low + 2)

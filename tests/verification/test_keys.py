@@ -8,7 +8,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from bitassay.errors import BitassayError
 from bitassay.verification.receipts.keys import is_sound, public_key
 from bitassay.verification.receipts.receipt import SIGNED, Receipt, encode, read_receipt
-from bitassay.verification.verdict import verify_opening
+from bitassay.verification.verify import verify_opening
 from verification.receipts import KEY, OTHER_KEY, SIGNER, codes, refused, signed
 
 P = 2**255 - 19

@@ -13,6 +13,7 @@ import torch
 
 from bitassay.engines.sampling import GREEDY
 from bitassay.errors import BitassayError
+from bitassay.verification.asked import Asked
 from bitassay.verification.committee.files import Board, Task, read, read_answers, read_canaries, reveal
 from bitassay.verification.committee.rounds import (
     Assignment,
@@ -33,7 +34,7 @@ from bitassay.verification.receipts.receipt import decode, encode, read_receipt,
 from bitassay.verification.structure import Request
 from bitassay.verification.submissions import ReceiptResponse, check_submission
 from bitassay.verification.trace import write_trace
-from bitassay.verification.trace_files import Asked, verify_files
+from bitassay.verification.trace_files import verify_files
 from verification.receipts import BEACON, OTHER_KEY, SIGNER, codes, refused, signed
 
 TOKENS = 12

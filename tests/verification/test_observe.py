@@ -8,7 +8,7 @@ from bitassay.engines.sampling import GREEDY
 from bitassay.verification.observe import observe
 from bitassay.verification.structure import Request
 from bitassay.verification.trace import Trace
-from bitassay.verification.verdict import verify
+from bitassay.verification.verify import verify
 
 
 @pytest.mark.parametrize(

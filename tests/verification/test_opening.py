@@ -33,7 +33,7 @@ from bitassay.verification.receipts.receipt import commit, trace_leaves
 from bitassay.verification.scores import sampling_margin
 from bitassay.verification.structure import Request
 from bitassay.verification.trace import Trace
-from bitassay.verification.verdict import verify, verify_opening
+from bitassay.verification.verify import verify, verify_opening
 from verification.receipts import BEACON, KEY, OTHER_KEY, SIGNER, codes, refused, signed
 
 TOKENS = 12

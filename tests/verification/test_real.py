@@ -11,7 +11,7 @@ from bitassay.models.identity import identity
 from bitassay.verification.calibrate import calibrate
 from bitassay.verification.pooled import pooled_verdict
 from bitassay.verification.prove import prove_many
-from bitassay.verification.verdict import verify_many
+from bitassay.verification.verify import verify_many
 
 
 @pytest.mark.slow

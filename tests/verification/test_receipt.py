@@ -25,7 +25,7 @@ from bitassay.verification.receipts.receipt import (
     read_receipt,
     write_receipt,
 )
-from bitassay.verification.verdict import verify_opening
+from bitassay.verification.verify import verify_opening
 from verification.receipts import BEACON, KEY, OTHER_KEY, SIGNER, codes, refused, signed
 
 # --- the receipt ---

@@ -13,7 +13,7 @@ from bitassay.verification.observe import compare, observe
 from bitassay.verification.prove import prove_many
 from bitassay.verification.structure import Request
 from bitassay.verification.trace import Trace
-from bitassay.verification.verdict import verify
+from bitassay.verification.verify import verify
 
 
 def observed(trace, model, names=(STATES, SEGMENTS, HEAD)):

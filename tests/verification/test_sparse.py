@@ -14,11 +14,12 @@ import torch
 from bitassay.engines.sampling import GREEDY, Sampler
 from bitassay.record.hashing import canonical_json
 from bitassay.verification import container
+from bitassay.verification.asked import Asked
 from bitassay.verification.container import FILE_BYTES, UNEXPECTED_BYTES, TraceError
 from bitassay.verification.structure import Request
 from bitassay.verification.trace import Trace, read_trace, write_trace
-from bitassay.verification.trace_files import Asked, verify_files
-from bitassay.verification.verdict import verify
+from bitassay.verification.trace_files import verify_files
+from bitassay.verification.verify import verify
 from verification.receipts import codes, refused
 
 TOKENS = 12
@@ -95,7 +96,8 @@ SCRIPT = """
 import resource, sys
 from pathlib import Path
 from bitassay.testing.tiny import tiny_model
-from bitassay.verification.trace_files import Asked, verify_files
+from bitassay.verification.asked import Asked
+from bitassay.verification.trace_files import verify_files
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

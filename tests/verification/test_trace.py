@@ -14,7 +14,7 @@ import torch
 from bitassay.engines.sampling import GREEDY, Sampler
 from bitassay.errors import BitassayError
 from bitassay.verification.trace import Header, Trace, TraceError, read_trace, write_trace
-from bitassay.verification.verdict import failed, verify
+from bitassay.verification.verify import failed, verify
 
 TOKENS = 12
 

@@ -19,7 +19,7 @@ from bitassay.verification.receipts.challenge import read_challenge
 from bitassay.verification.receipts.opening import read_opening
 from bitassay.verification.receipts.receipt import read_receipt
 from bitassay.verification.trace import read_trace
-from bitassay.verification.verdict import verify, verify_many, verify_opening
+from bitassay.verification.verify import verify, verify_many, verify_opening
 
 FILES = Path(__file__).parent / "version_0_1"
 TRACES = ("honest-0", "honest-4", "int4")

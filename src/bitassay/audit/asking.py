@@ -18,6 +18,7 @@ from bitassay.errors import BitassayError
 LETTERS = 16  # characters that are cut for a token, so that there are enough
 TRIES = 200
 EXTRAS = {"return_token_ids": True, "return_tokens_as_token_ids": True}
+LLAMACPP = {"cache_prompt": False}  # what was read before would change the numerics of what comes now
 Form = Literal["ids", "text", "chat"]
 Through = Literal["prompt_logprobs", "echo", "generation"]
 
@@ -34,7 +35,7 @@ class Text:
 class Asking:
     """How a server is asked for one level of evidence. form: of the prompt; through: where the evidence is;
     k: most likely tokens at each position; prompt_tokens: of a prompt; new_tokens: of an answer; extras:
-    whether it takes vLLM's fields."""
+    whether it takes vLLM's fields; llamacpp: whether it is llama.cpp's server, which has its own fields."""
 
     level: Level
     form: Form
@@ -43,6 +44,7 @@ class Asking:
     prompt_tokens: int
     new_tokens: int
     extras: bool
+    llamacpp: bool = False
 
     @property
     def positions(self) -> int:
@@ -53,6 +55,10 @@ class Asking:
     def cost_tokens(self) -> int:
         """Return how many tokens of prompt and answer a request costs."""
         return self.prompt_tokens + self.new_tokens
+
+    def read_as(self, prompt: Sequence[int], tokens: Sequence[int]) -> tuple[list[int], int]:
+        """Return the ids that a model reads to judge an answer of `tokens`, and from which on."""
+        return ([*prompt], 1) if self.through != "generation" else ([*prompt, *tokens], len(prompt))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values."""
@@ -96,6 +102,8 @@ def body_of(asking: Asking, model: str, text: Text, **changes: Any) -> tuple[str
     """Return path and body of a request."""
     body: dict[str, Any] = {"model": model, "temperature": 0, "max_tokens": asking.new_tokens}
     body |= EXTRAS if asking.extras else {}
+    if asking.llamacpp:
+        body |= LLAMACPP
     if asking.form == "chat":
         body["messages"] = [{"role": "user", "content": text.text}]
         if asking.level != "tokens" or not asking.extras:

@@ -86,8 +86,7 @@ def measure(
     if len(said) > asking.positions:
         raise AnswerError("too-long", f"{len(said)} positions where {asking.positions} were asked for")
     tokens = [each.token for each in said]
-    given = asking.through != "generation"
-    ids, start = (list(prompt), 1) if given else ([*prompt, *tokens], len(prompt))
+    ids, start = asking.read_as(prompt, tokens)
     level, k = asking.level, asking.k
     if level not in ("tokens",) and any(each.logprob is None for each in said):
         raise AnswerError("malformed", "a token without its log-probability")
@@ -130,15 +129,16 @@ class AuditProfile(BaseModel):
         """Return the SHA-256 of the content."""
         return digest_json(self.model_dump(mode="json"))
 
-    def check(self, reference: ModelClaim, corpus: str) -> None:
-        """Raise BitassayError for another reference or other texts, and for a profile that has expired."""
+    def check(self, reference: ModelClaim, corpus: str, is_recorded: bool = False) -> None:
+        """Raise BitassayError for another reference or other texts, and for a profile that has expired, but
+        where it is to judge what was recorded."""
         if not self.reference.is_same_model(reference):
             raise BitassayError(
                 f"a profile of another reference ({self.reference.name})", "--calibrate-from an honest server"
             )
         if self.corpus != corpus:
             raise BitassayError(f"a profile of other texts ({self.corpus})", f"--text {self.corpus}")
-        if self.expires < datetime.now(UTC):
+        if not is_recorded and self.expires < datetime.now(UTC):
             raise BitassayError(f"the profile expired on {self.expires:%Y-%m-%d}", "calibrate again")
 
 
@@ -202,9 +202,11 @@ def decide(
     profile: AuditProfile | None,
     alpha: float,
     sequence: SequentialEvidence | None = None,
+    watched: bool = False,
 ) -> dict[str, Any]:
     """Return the decision: status, why, alpha, and of each test its p-value and its level. unscored: answers
-    without a statistic. An honest server gets FAIL with a probability of at most alpha."""
+    without a statistic. watched: by the sequence alone, which may be looked at for ever. An honest server
+    gets FAIL with a probability of at most alpha."""
     tests: dict[str, dict[str, float]] = {}
 
     def made(status: str, why: str) -> dict[str, Any]:
@@ -212,12 +214,12 @@ def decide(
 
     if profile is None:
         return made("INCONCLUSIVE", "there is no profile of honest servers: nothing says how far is too far")
-    if scores:
+    if scores and not watched:
         level = alpha / 2 if sequence else alpha
         p_values = [answer_p_value(each, profile) for each in scores]
         tests["set"] = {"p_value": pooled_p_value(p_values, len(profile.scores)), "level": level}
     if sequence:
-        tests["sequence"] = {"p_value": sequence.p_value, "level": alpha / 2}
+        tests["sequence"] = {"p_value": sequence.p_value, "level": alpha if watched else alpha / 2}
     told = [f"{name} p {test['p_value']:.2g} (level {test['level']:.2g})" for name, test in tests.items()]
     refused = [
         text for text, test in zip(told, tests.values(), strict=True) if test["p_value"] <= test["level"]
@@ -226,6 +228,6 @@ def decide(
         return made("FAIL", f"{', '.join(refused)}: farther from the reference than honest servers are")
     if not scores or unscored > UNDECIDED * (unscored + len(scores)):
         return made("INCONCLUSIVE", f"{unscored} of {unscored + len(scores)} answers could not be judged")
-    if len(scores) == 1 and 1 / (len(profile.scores) + 1) > alpha:
+    if not watched and len(scores) == 1 and 1 / (len(profile.scores) + 1) > alpha:
         return made("INCONCLUSIVE", "one answer cannot be refused by so few honest ones")
     return made("PASS", ", ".join(told))

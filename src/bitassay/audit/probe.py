@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from bitassay.audit.asking import Asking, Form, Text, Through, body_of, prompt_of
 from bitassay.audit.client import AGAIN, AnswerError, Endpoint
 from bitassay.audit.distance import LEVELS, Level
-from bitassay.audit.wire import Answered, Vocabulary, read_answer
+from bitassay.audit.wire import Answered, Vocabulary, names_ids, read_answer
 from bitassay.errors import BitassayError
 
 FEWER = (20, 5, 1, 0)
@@ -65,8 +65,9 @@ def probe(
     def ask(asking: Asking, **changes: Any) -> Answered | None:
         path, body = body_of(asking, model, text, **changes)
         try:
-            ids = prompt_of(text, asking.form, tokenizer)
-            return read_answer(endpoint.post(path, body), vocabulary, ids, asking.through == "echo")
+            ids, value = prompt_of(text, asking.form, tokenizer), endpoint.post(path, body)
+            spellings.add(names_ids(value))
+            return read_answer(value, vocabulary, ids, asking.through == "echo")
         except AnswerError as error:
             if error.code in FATAL:
                 raise
@@ -74,6 +75,7 @@ def probe(
             return None
 
     refused: list[AnswerError] = []
+    spellings: set[bool] = set()
     rows: list[dict[str, Any]] = []
 
     def row(what: str, given: bool, detail: str = "") -> None:
@@ -82,6 +84,8 @@ def probe(
     base = next((one for one in _forms(tokenizer) if ask(one) is not None), None)
     if base is None:
         raise refused[0]
+    if ask(replace(base, level="chosen", k=1)) is not None and True in spellings:
+        base = replace(base, extras=False, llamacpp=True)
     row("prompt as token ids", base.form == "ids", f"asked as {base.form}")
     askings: dict[Level, Asking] = {}
     tops: dict[str, int] = {}

@@ -5,7 +5,7 @@ profile.json in the folder is that of the honest servers, where they were asked.
 """
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from bitassay.audit.judge import (
 )
 from bitassay.audit.probe import WORDS
 from bitassay.audit.session import PROMPT_TOKENS, Options, Session, Target
+from bitassay.audit.suspects import NOBODY, Suspect, compare
 from bitassay.data.corpora import pinned
 from bitassay.errors import BitassayError
 from bitassay.models.identity import identity
@@ -33,6 +34,8 @@ from bitassay.record.run import RunFolder, default_folder, run_plan
 from bitassay.verification.ledger import Binding, Item, read_ledger, score_evidence, update_ledger
 from bitassay.verification.trace import ModelClaim
 
+NOT_PLANNED = ("out", "ledger", "concurrency", "seed")  # options that do not change what is asked and judged
+
 
 def audit(
     target: Target,
@@ -41,16 +44,31 @@ def audit(
     *,
     honest: Sequence[Target] = (),
     profile: AuditProfile | None = None,
+    suspects: Mapping[str, Suspect] = NOBODY,
     progress: Progress = silent,
 ) -> tuple[dict[str, Any], Path]:
     """Return the run of an audit and its folder. honest: servers that are known to be, to calibrate on.
-    Raises BitassayError where a server cannot be asked, or nothing can be judged."""
+    suspects: models that may answer instead, by name. Raises BitassayError where a server cannot be asked, or
+    nothing can be judged."""
     claim, corpus = ModelClaim.of(identity(reference.exact)), pinned(options.corpus)
     if profile is not None:
         profile.check(claim, corpus)
-    _check_first(reference, options, honest, profile)
+    check_first(reference, options, honest, profile)
     folder = _folder(target, claim, options, corpus, honest, profile)
     session = Session(reference, options, folder, progress)
+    return conclude(session, target, honest, profile, suspects), folder.path
+
+
+def conclude(
+    session: Session,
+    target: Target,
+    honest: Sequence[Target],
+    profile: AuditProfile | None,
+    suspects: Mapping[str, Suspect] = NOBODY,
+) -> dict[str, Any]:
+    """Ask what is not answered yet, judge, and write run.json; return it."""
+    options, folder, reference = session.options, session.folder, session.reference
+    claim, corpus = ModelClaim.of(identity(reference.exact)), folder.plan["corpus"]
     asking = session.probed(0, target, profile)
     scores: dict[str, list[float | None]] = {}
     for index, server in enumerate(honest, 1):
@@ -58,6 +76,7 @@ def audit(
         scores[server.endpoint.url] = session.scores(index, server, theirs, options.calibration_requests)
     if honest:
         profile = new_profile(claim, asking, corpus, scores, options.alpha)
+    if profile is not None:
         write_audit_profile(folder.path / "profile.json", profile)
     measured = session.scores(0, target, asking, options.requests)
     rows = session.rows(asking, profile)
@@ -65,14 +84,17 @@ def audit(
     sequence = None
     if options.ledger is not None and profile is not None:
         kept = update_ledger(options.ledger, lines, Binding(profile=profile.digest))
-        sequence = score_evidence(kept, lambda _limit: profile.scores, options.alpha / 2)
+        level = options.alpha if options.watched else options.alpha / 2
+        sequence = score_evidence(kept, lambda _limit: profile.scores, level)
     judged = [each for each in measured if each is not None]
-    decision = decide(judged, len(measured) - len(judged), profile, options.alpha, sequence)
-    run = write_run(
+    undecided = len(measured) - len(judged)
+    decision = decide(judged, undecided, profile, options.alpha, sequence, options.watched)
+    return write_run(
         folder,
         model={"name": claim.name, "origin": target.endpoint.url, "asked_for": target.model},
         settings={
-            **{key: value for key, value in asdict(options).items() if key not in ("out", "ledger", "seed")},
+            **{key: value for key, value in asdict(options).items() if key not in NOT_PLANNED},
+            "concurrency": options.concurrency,
             "corpus": corpus,
             "evidence": WORDS[asking.level],
             "asked_by": asking.to_dict(),
@@ -81,15 +103,15 @@ def audit(
         environment=environment(reference.exact.device),
         rows=rows,
         probes=session.probe_rows(),
+        suspects=compare(session, asking, suspects),
         decision=decision,
         calibration=None if profile is None else _described(profile),
         sequence=None if sequence is None else sequence.to_dict(),
         receipts=session.receipts(),
     )
-    return run, folder.path
 
 
-def _check_first(
+def check_first(
     reference: Reference, options: Options, honest: Sequence[Target], profile: AuditProfile | None
 ) -> None:
     """Raise BitassayError for what would fail only after everything was asked: texts that the reference
@@ -124,11 +146,7 @@ def _folder(
         "url": target.endpoint.url,
         "model": target.model,
         "reference": claim.model_dump(mode="json"),
-        **{
-            key: value
-            for key, value in asdict(options).items()
-            if key not in ("out", "ledger", "concurrency", "seed")
-        },
+        **{key: value for key, value in asdict(options).items() if key not in NOT_PLANNED},
         "corpus": corpus,
         "honest": [[each.endpoint.url, each.model] for each in honest],
         "profile": profile and profile.digest,

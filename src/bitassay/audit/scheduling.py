@@ -72,6 +72,7 @@ class Scheduler:
         self.together, self.waiting = together, waiting
         self.active: deque[Job] = deque()
         self.queue: deque[Job] = deque()
+        self._unfinished = 0  # of all, that whose turn it is among them
         self._wake, self._stopped = threading.Condition(), False
         self._thread = threading.Thread(target=self._run, name="bitassay-serve", daemon=True)
         self._thread.start()
@@ -80,8 +81,9 @@ class Scheduler:
         """Return the job that does `work`. Raises Busy where too many wait."""
         job = Job(work)
         with self._wake:
-            if len(self.queue) >= self.waiting:
-                raise Busy(f"{len(self.queue)} requests are waiting", "ask again later")
+            if self._unfinished >= self.together + self.waiting:
+                raise Busy(f"{self._unfinished} requests are under way or waiting", "ask again later")
+            self._unfinished += 1
             self.queue.append(job)
             self._wake.notify()
         return job
@@ -105,9 +107,12 @@ class Scheduler:
                         job.put(Failed(BitassayError("the server is stopping", "ask again later")))
                     return
                 job = self.active.popleft()
-            if self._turn(job):
-                with self._wake:
+            goes_on = self._turn(job)
+            with self._wake:
+                if goes_on:
                     self.active.append(job)
+                else:
+                    self._unfinished -= 1
 
     def _turn(self, job: Job) -> bool:
         """Resume a job once; return whether it goes on."""

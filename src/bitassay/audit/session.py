@@ -10,7 +10,7 @@ blamed for is an answer that cannot be judged.
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -54,7 +54,8 @@ class Target:
 class Options:
     """What an audit does. tokens: positions a request; requests, calibration_requests: how many; k: most
     likely tokens at each position, at most; level: of evidence (None: the
-    strongest); seed: of the texts (None: drawn)."""
+    strongest); seed: of the texts (None: drawn); watched: one of many audits, which the ledger alone decides.
+    """
 
     corpus: str = "c4-train-new"
     tokens: int = 128
@@ -65,6 +66,7 @@ class Options:
     alpha: float = 0.01
     seed: int | None = None
     concurrency: int = 4
+    watched: bool = False
     ledger: Path | None = None
     out: Path | None = None
 
@@ -138,7 +140,8 @@ class Session:
         """Return the statistic of each answer; None where there is none."""
         name = "honest" if index else "audited"
         asked = self.texts(name, count, asking.prompt_tokens)
-        self._ask_all(index, target, asking, asked)
+        named = {f"answer-{index}-{number:05d}": text for number, text in enumerate(asked)}
+        ask_all(self.folder, target, asking, named, self.vocabulary, self.options.concurrency, self.progress)
         scores = []
         for number in range(count):
             self.progress(f"judging {target.endpoint.url}", number, count)
@@ -148,49 +151,13 @@ class Session:
         self.progress(f"judging {target.endpoint.url}", count, count)
         return scores
 
-    def _ask_all(self, index: int, target: Target, asking: Asking, asked: Sequence[Text]) -> None:
-        stop, done = threading.Event(), 0
-
-        def ask(number: int) -> None:
-            if not stop.is_set():
-                self.folder.part(
-                    f"answer-{index}-{number:05d}", lambda: self._answer(target, asking, asked[number])
-                )
-
-        with ThreadPoolExecutor(self.options.concurrency) as pool:
-            try:
-                for _ in pool.map(ask, range(len(asked))):
-                    self.progress(f"asking {target.endpoint.url}", done, len(asked))
-                    done += 1
-            except BaseException:
-                stop.set()
-                raise
-        self.progress(f"asking {target.endpoint.url}", len(asked), len(asked))
-
-    def _answer(self, target: Target, asking: Asking, text: Text) -> dict[str, Any]:
-        path, body = body_of(asking, target.model, text)
-        prompt = prompt_of(text, asking.form, self.tokenizer)
-        kept: dict[str, Any] = {"prompt_ids": list(prompt)}
-        try:
-            answered = read_answer(
-                target.endpoint.post(path, body), self.vocabulary, prompt, asking.through == "echo"
-            )
-            return kept | asdict(answered) | {"receipt": _checked_receipt(answered, prompt)}
-        except AnswerError as error:
-            if error.code in NOT_THEIR_FAULT:
-                raise
-            return kept | {"error": error.code, "problem": error.problem[:500]}
-
     def _score(self, index: int, number: int, asking: Asking) -> dict[str, Any]:
         answer = self.answer(index, number)
         if "error" in answer:
             return {"error": answer["error"]}
-        said = answer["output" if asking.through == "generation" else "prompt"]
-        if not said:
+        positions = positions_of(answer, asking)
+        if not positions:
             return {"error": "no-evidence"}
-        positions = [
-            Position(each["token"], each["logprob"], tuple(map(tuple, each["top"]))) for each in said
-        ]
         try:
             return measure(self.reference, asking, answer["prompt_ids"], positions).to_dict()
         except AnswerError as error:
@@ -198,16 +165,16 @@ class Session:
 
     def answer(self, index: int, number: int) -> dict[str, Any]:
         """Read an answer that is kept."""
-        return self._kept(f"answer-{index}-{number:05d}")
+        return self.kept(f"answer-{index}-{number:05d}")
 
-    def _kept(self, name: str) -> Any:
+    def kept(self, name: str) -> Any:
         return read_json(self.folder.path / "parts" / f"{name}.json")
 
     def rows(self, asking: Asking, profile: AuditProfile | None) -> list[dict[str, Any]]:
         """Return a row for each answer of the audited server."""
         rows = []
         for number in range(self.options.requests):
-            score = self._kept(f"score-0-{number:05d}")
+            score = self.kept(f"score-0-{number:05d}")
             row = {"request": number + 1, **{key: score.get(key) for key in _MEASURED}, "p_value": None}
             if row["score"] is not None and profile is not None:
                 row["p_value"] = answer_p_value(row["score"], profile)
@@ -233,17 +200,71 @@ class Session:
         }
 
 
-def _checked_receipt(answered: Answered, prompt: Sequence[int]) -> dict[str, Any] | None:
-    """Whether an answer's receipt is signed, and is of this prompt and these tokens."""
+def ask_all(
+    folder: RunFolder,
+    target: Target,
+    asking: Asking,
+    asked: Mapping[str, Text],
+    vocabulary: Vocabulary,
+    concurrency: int,
+    progress: Progress,
+) -> None:
+    """Keep the answer to each text, or what was wrong with it, as the part of its name; what is kept is not
+    asked again. Raises AnswerError for what the server cannot be blamed for."""
+    missing = [name for name in asked if not folder.has(name)]
+    stop, done, what = threading.Event(), 0, f"asking {target.endpoint.url}"
+
+    def ask(name: str) -> None:
+        if not stop.is_set():
+            folder.part(name, lambda: ask_once(target, asking, asked[name], vocabulary))
+
+    with ThreadPoolExecutor(concurrency) as pool:
+        try:
+            for _ in pool.map(ask, missing):
+                progress(what, done, len(missing))
+                done += 1
+        except BaseException:
+            stop.set()
+            raise
+    if missing:
+        progress(what, len(missing), len(missing))
+
+
+def ask_once(target: Target, asking: Asking, text: Text, vocabulary: Vocabulary) -> dict[str, Any]:
+    """Return the answer to a text as it is kept, or what was wrong with it. Raises AnswerError for what the
+    server cannot be blamed for."""
+    path, body = body_of(asking, target.model, text)
+    prompt = prompt_of(text, asking.form, vocabulary.tokenizer)
+    kept: dict[str, Any] = {"prompt_ids": list(prompt)}
+    try:
+        answered = read_answer(target.endpoint.post(path, body), vocabulary, prompt, asking.through == "echo")
+        return kept | asdict(answered) | {"receipt": checked_receipt(answered, prompt)}
+    except AnswerError as error:
+        if error.code in NOT_THEIR_FAULT:
+            raise
+        return kept | {"error": error.code, "problem": error.problem[:500]}
+
+
+def positions_of(answer: dict[str, Any], asking: Asking) -> list[Position]:
+    """Return the positions of a kept answer that are judged; none where it has no evidence."""
+    said = answer.get("output" if asking.through == "generation" else "prompt") or []
+    return [Position(each["token"], each["logprob"], tuple(map(tuple, each["top"]))) for each in said]
+
+
+def checked_receipt(answered: Answered, prompt: Sequence[int]) -> dict[str, Any] | None:
+    """Return an answer's receipt, and whether it is signed and of this prompt and these tokens; None without
+    one."""
     if not answered.receipt:
         return None
     try:
         receipt = decode(answered.receipt.encode(), Path("receipt"))
         check_signature(receipt)
     except (TraceError, UnicodeEncodeError) as error:
-        return {"valid": False, "signer": "", "why": getattr(error, "code", "malformed")}
+        why = getattr(error, "code", "malformed")
+        return {"valid": False, "signer": "", "why": why, "content": answered.receipt}
     output = tuple(each.token for each in answered.output or ())
     is_ours = (
         receipt.header.prompt_ids == tuple(prompt) and receipt.header.output_ids[: len(output)] == output
     )
-    return {"valid": is_ours, "signer": receipt.key.hex(), "why": "" if is_ours else "of-another-answer"}
+    why = "" if is_ours else "of-another-answer"
+    return {"valid": is_ours, "signer": receipt.key.hex(), "why": why, "content": answered.receipt}

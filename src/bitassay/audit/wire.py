@@ -178,6 +178,15 @@ def read_answer(
     )
 
 
+def names_ids(value: Any) -> bool:
+    """Return whether the entries of an answer's log-probabilities have a field `id`, as llama.cpp's server
+    writes them."""
+    try:
+        return isinstance(value["choices"][0]["logprobs"]["content"][0]["id"], int)
+    except (TypeError, LookupError):
+        return False
+
+
 def _positions(logprobs: _Logprobs, vocabulary: Vocabulary) -> list[Position | None]:
     """One position for each token, None where the token cannot be told."""
     if logprobs.content is not None:

@@ -1,9 +1,11 @@
 """`bitassay audit`: which model answers behind a URL?"""
 
 import sys
-from dataclasses import replace
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
@@ -12,19 +14,33 @@ from bitassay.cli.checks import check_words
 from bitassay.cli.progress import show_progress
 from bitassay.errors import BitassayError, suggestion
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from bitassay.audit.judge import Reference
+    from bitassay.audit.suspects import Suspect
+    from bitassay.record.progress import Progress
+
+ALPHA = 0.01
 Urls = Annotated[list[str], Parameter(negative=())]
 
 
 def audit(
-    url: str,
+    url: str | None = None,
     /,
     *,
-    model: str,
-    reference: options.Model,
+    model: str | None = None,
+    reference: options.Model | None = None,
     recipe: options.RecipeName | None = None,
+    replay: Path | None = None,
+    watch: options.Interval | None = None,
+    times: options.Count | None = None,
+    against: Path | None = None,
+    repeats: options.Count | None = None,
     calibrate_from: Urls | None = None,
     calibrate_model: str | None = None,
     profile: Path | None = None,
+    suspects: options.Names | None = None,
     evidence: str | None = None,
     top: options.Count = 20,
     tokens: options.Count = 128,
@@ -32,7 +48,7 @@ def audit(
     budget: options.Count | None = None,
     calibration_requests: options.Count = 128,
     text: str = "c4-train-new",
-    alpha: options.Alpha = 0.01,
+    alpha: options.Alpha | None = None,
     ledger: Path | None = None,
     seed: options.Seed | None = None,
     concurrency: options.Count = 4,
@@ -51,13 +67,27 @@ def audit(
     --calibrate-from or a --profile; without either the distances are shown and nothing is decided. Every
     answer is kept at once; run again, the same command goes on. Exit status 0 for PASS, else 1.
 
+    --replay judges the kept answers of an earlier audit again, without any request. --watch audits again and
+    again, with one promise over all time. --against asks the requests of an earlier audit again, and says
+    whether the endpoint has changed; it needs no model but the tokenizer.
+
     Args:
         url: The API's URL, such as https://host/v1. Requests go there and nowhere else.
         model: The model's name at the server.
+        reference: The model that should answer, to judge by (default of --replay and --against: that of
+            the recording).
+        replay: The run folder of an earlier audit, to judge its kept answers again.
+        watch: Audit every 90s, 30m, 6h or 1d, until the ledger refuses the server or --times audits are done.
+            Needs --calibrate-from or --profile.
+        times: How many audits (default: until interrupted).
+        against: The run folder of an earlier audit, whose requests are asked again.
+        repeats: How often each of them is asked (default: 3).
         calibrate_from: URL of a server that you know to be honest, with the same engine and settings; may be
             repeated. Its profile is kept as profile.json in the run folder.
         calibrate_model: The model's name at those servers (default: --model).
         profile: A profile.json of an earlier audit.
+        suspects: Recipes, such as w8,fp8,w4: says which of the reference so quantized, and the reference
+            itself, is nearest to the answers.
         evidence: prompt-logprobs, logprobs, prompt-chosen, chosen or tokens (default: the strongest).
         top: Most likely tokens at each position, at most.
         tokens: Positions that are judged in each request.
@@ -66,6 +96,8 @@ def audit(
             not counted.
         calibration_requests: Requests to each honest server.
         text: Where the texts are cut from: a protocol's name or a file of your own, .txt or .jsonl.
+        alpha: False-positive rate: how often an honest server may be refused (default: 0.01; of --replay: as
+            recorded).
         ledger: Keep the answers' scores in this file from call to call, and judge all of them in their order:
             the false-positive rate then holds however often you look.
         seed: Of the places where texts are cut (default: drawn when the run folder is new, so that nobody can
@@ -75,6 +107,43 @@ def audit(
         key_env: The environment variable that has the API key. Keys are never written anywhere.
         calibrate_key_env: The same for --calibrate-from.
     """
+    named = [each for word in suspects or () for each in word.split(",") if each]
+    if replay is not None:
+        given = {"a URL": url, "--model": model, "--calibrate-from": calibrate_from, "--seed": seed}
+        given |= {"--evidence": evidence, "--requests": requests, "--budget": budget, "--key-env": key_env}
+        if wrong := [name for name, value in given.items() if value is not None]:
+            raise BitassayError(f"--replay asks nothing, so {wrong[0]} says nothing", "leave it out")
+        return _replayed(replay, reference, recipe, named, profile, alpha, ledger, loading, device, output)
+    for name, value, needs, given in (
+        ("--times", times, "--watch", watch),
+        ("--repeats", repeats, "--against", against),
+    ):
+        if value is not None and given is None:
+            raise BitassayError(f"{name} says nothing without {needs}", f"add {needs}, or leave it out")
+    if url is not None and model is not None and against is not None:
+        given = {"--calibrate-from": calibrate_from, "--profile": profile, "--ledger": ledger}
+        given |= {"--evidence": evidence, "--requests": requests, "--budget": budget, "--watch": watch}
+        if wrong := [name for name, value in given.items() if value is not None]:
+            raise BitassayError(f"--against needs no {wrong[0]}", "leave it out")
+        return _changed(
+            url,
+            model,
+            reference,
+            against,
+            repeats,
+            alpha,
+            seed,
+            concurrency,
+            timeout,
+            key_env,
+            loading,
+            output,
+        )
+    if url is None or model is None or reference is None:
+        missing = "a URL" if url is None else "--model" if model is None else "--reference"
+        raise BitassayError(
+            f"{missing} is missing", "bitassay audit https://host/v1 --model NAME --reference MODEL"
+        )
     from bitassay.audit.client import Endpoint, checked_url, require_variable
     from bitassay.audit.distance import LEVELS
     from bitassay.data.corpora import check_corpus
@@ -89,11 +158,12 @@ def audit(
         checked_url(each)
     for variable in (key_env, calibrate_key_env):
         require_variable(variable)
-    check_words([reference], [recipe], folder=output.out, file=ledger)
+    check_words([reference], [recipe, *named], folder=output.out, file=ledger)
     check_corpus(text)
-    from bitassay.audit.judge import Reference, read_audit_profile
+    from bitassay.audit.judge import read_audit_profile
     from bitassay.audit.run import audit
     from bitassay.audit.session import PROMPT_TOKENS, Options, Target
+    from bitassay.audit.watch import watch as watched
 
     known = None if profile is None else read_audit_profile(profile)
     wanted = Options(
@@ -103,7 +173,7 @@ def audit(
         calibration_requests=calibration_requests,
         k=top,
         level=evidence,  # type: ignore[arg-type]
-        alpha=alpha,
+        alpha=ALPHA if alpha is None else alpha,
         seed=seed,
         concurrency=concurrency,
         ledger=ledger,
@@ -118,14 +188,138 @@ def audit(
         Target(Endpoint(each, calibrate_key_env, seconds=timeout), calibrate_model or model)
         for each in calibrate_from or ()
     ]
-    computing = options.Compute(**vars(loading), device=device)
+    loaded = _Loader(reference, recipe, loading, device)
+    if watch is not None and not honest and known is None:
+        raise BitassayError("--watch needs to know what honest servers look like", "--calibrate-from URL")
     with show_progress() as progress:
-        exact = computing.load(reference, recipe, progress=progress)
-        control = replace(computing, dtype="bfloat16").load(reference, recipe, progress=progress)
+        if watch is not None:
+            run, folder = watched(
+                target,
+                loaded.reference(progress),
+                wanted,
+                watch,
+                times=times,
+                honest=honest,
+                profile=known,
+                suspects=loaded.suspects(named, progress),
+                progress=progress,
+                tell=lambda text: print(text, file=sys.stderr, flush=True),
+            )
+            return _shown(run, folder, output)
         run, folder = audit(
-            target, Reference(exact, control), wanted, honest=honest, profile=known, progress=progress
+            target,
+            loaded.reference(progress),
+            wanted,
+            honest=honest,
+            profile=known,
+            suspects=loaded.suspects(named, progress),
+            progress=progress,
         )
+    return _shown(run, folder, output)
+
+
+def _replayed(
+    recorded: Path,
+    reference: str | None,
+    recipe: str | None,
+    suspects: list[str],
+    profile: Path | None,
+    alpha: float | None,
+    ledger: Path | None,
+    loading: options.Loading,
+    device: str,
+    output: options.RunOutput,
+) -> int:
+    check_words([reference], [recipe, *suspects], folder=output.out, file=ledger)
+    from bitassay.audit.judge import read_audit_profile
+    from bitassay.audit.replay import read_recorded, replay
+
+    was = read_recorded(recorded)
+    known = None if profile is None else read_audit_profile(profile)
+    if reference is None:
+        check_words([was.reference.name])
+    loaded = _Loader(reference or was.reference.name, recipe, loading, device)
+    with show_progress() as progress:
+        run, folder = replay(
+            recorded,
+            loaded.reference(progress),
+            alpha=alpha,
+            profile=known,
+            ledger=ledger,
+            suspects=loaded.suspects(suspects, progress),
+            out=output.out,
+            progress=progress,
+        )
+    return _shown(run, folder, output)
+
+
+def _changed(
+    url: str,
+    model: str,
+    reference: str | None,
+    against: Path,
+    repeats: int | None,
+    alpha: float | None,
+    seed: int | None,
+    concurrency: int,
+    timeout: int,
+    key_env: str | None,
+    loading: options.Loading,
+    output: options.RunOutput,
+) -> int:
+    from bitassay.audit.client import Endpoint, checked_url, require_variable
+
+    checked_url(url)
+    require_variable(key_env)
+    check_words([reference], folder=output.out)
+    from bitassay.audit.change import REPEATS, change
+    from bitassay.audit.replay import read_recorded
+    from bitassay.audit.session import Target
+    from bitassay.audit.words import words_of
+
+    name = reference or read_recorded(against).reference.name
+    with show_progress() as progress:
+        vocabulary, digest = words_of(name, progress, trust_remote_code=loading.trust_remote_code)
+        run, folder = change(
+            against,
+            Target(Endpoint(url, key_env, seconds=timeout), model),
+            vocabulary,
+            digest,
+            repeats=repeats or REPEATS,
+            alpha=ALPHA if alpha is None else alpha,
+            seed=seed or 0,
+            concurrency=concurrency,
+            out=output.out,
+            progress=progress,
+        )
+    return _shown(run, folder, output)
+
+
+def _shown(run: dict[str, Any], folder: Path, output: options.RunOutput) -> int:
     output.show_run(run, folder)
     decision = run["decision"]
     print(f"{decision['status']}: {decision['why']}", file=sys.stderr)
     return 0 if decision["status"] == "PASS" else 1
+
+
+@dataclass(frozen=True)
+class _Loader:
+    """Loads the reference, and the models that may answer instead."""
+
+    name: str
+    recipe: str | None
+    loading: options.Loading
+    device: str
+
+    def _load(self, dtype: options.Dtype, recipe: str | None, progress: "Progress") -> "PreTrainedModel":
+        computing = options.Compute(**vars(self.loading), device=self.device, dtype=dtype)
+        return computing.load(self.name, recipe, progress=progress)
+
+    def reference(self, progress: "Progress") -> "Reference":
+        from bitassay.audit.judge import Reference
+
+        exact = self._load("float32", self.recipe, progress)
+        return Reference(exact, self._load("bfloat16", self.recipe, progress))
+
+    def suspects(self, recipes: Iterable[str], progress: "Progress") -> "dict[str, Suspect]":
+        return {recipe: partial(self._load, "bfloat16", recipe, progress) for recipe in recipes}

@@ -19,6 +19,7 @@ def calibrate(
     max_new_tokens: options.Count = 32,
     alpha: options.Alpha | None = None,
     guarantee: Literal["conditional", "average"] = "conditional",
+    engine: options.Engine = "transformers",
     prover_dtype: options.StateDtype | None = None,
     prover_attention: str | None = None,
     batch: options.Count = 16,
@@ -51,6 +52,8 @@ def calibrate(
         max_new_tokens: Tokens in an honest run. The profile decides on traces up to this length.
         guarantee: What the rate of false positives is: of this profile, with a confidence of 95 %
             (conditional), or on average over all profiles (average), which needs a third of the prompts.
+        engine: Who runs the prover's MODEL: transformers, llama.cpp (a .gguf file), or a plug-in. The
+            verifier computes with transformers, by --dtype, --attention and --device.
         prover_dtype: The prover's arithmetic (default: the verifier's).
         prover_attention: The prover's attention implementation (default: the verifier's).
         batch: Prompts generated at a time.
@@ -103,6 +106,14 @@ def calibrate(
     from bitassay.verification.profile import ALPHA, signed, write_profile
     from bitassay.verification.receipts.keys import private_key, read_key
 
+    hosted = engine != "transformers"
+    if hosted and not (prover_dtype is prover_attention is suspects is None):
+        raise BitassayError(
+            f"--prover-dtype, --prover-attention and --suspects are of transformers, and {engine} proves",
+            "leave them out",
+        )
+    if hosted:
+        replace(verifier, attention="auto", device="auto").check_engine(engine, [recipe] if recipe else [])
     alpha = ALPHA if alpha is None else alpha
     texts, sampler = read_prompts(prompts), sampling.sampler
     check_plan(len(texts), alpha, max_new_tokens, guarantee=guarantee)
@@ -118,9 +129,9 @@ def calibrate(
             dtype=prover_dtype or verifier.dtype,
             attention=prover_attention or verifier.attention,
         )
-        same = prover_dtype is None and prover_attention is None
+        same = not hosted and prover_dtype is None and prover_attention is None
         profile = calibrate(
-            loaded if same else prover.load(model, recipe, progress=progress),
+            loaded if same else prover.load(model, recipe, engine=engine, progress=progress),
             loaded,
             texts,
             max_new_tokens=max_new_tokens,

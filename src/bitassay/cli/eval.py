@@ -24,6 +24,7 @@ def eval(
     *,
     recipe: options.Recipes | None = None,
     against: str | None = None,
+    engine: options.Engine = "transformers",
     protocol: options.Names | None = None,
     windows: options.CountFromZero | None = None,
     window: options.Window | None = None,
@@ -45,6 +46,8 @@ def eval(
 
     Args:
         against: Compare MODEL with this model. Both must have the same vocabulary.
+        engine: Who runs MODEL: transformers, llama.cpp (a .gguf file), or a plug-in. The model of --against
+            runs in transformers, on the same token ids; it may be MODEL itself, to compare two engines.
         protocol: wikitext2-raw, c4-new, ptb-new, c4-train-new, or a complete id such as c4-new/2048 (every
             window, as published) or ptb-new/512[n=16]; several are allowed (default: wikitext2-raw).
         windows: How many windows of the text, evenly spaced; 0 means all (default: 16 for a protocol that
@@ -67,9 +70,14 @@ def eval(
             "--protocol, --window and --windows belong to perplexity, --tasks asks questions",
             "one command for each",
         )
+    hosted = engine != "transformers"
+    if hosted and tasks is not None:
+        raise BitassayError(f"--tasks are not asked of {engine}", "leave --engine out")
     check_words([model, against], recipe, folder=output.out)
+    compute.check_engine(engine, recipe)
     from bitassay.data.corpora import check_corpus
     from bitassay.data.windows import Protocol, token_windows
+    from bitassay.engines.engine import engine_of
     from bitassay.engines.load import load
     from bitassay.evaluation.controls import evaluate_with_controls
     from bitassay.evaluation.memory import memory_of
@@ -117,7 +125,11 @@ def eval(
         if way == OPENED:
             progress(f"the models are read {way}, in about {peak / 1e9:.1f} GB of memory")
             loading["opened"] = True
-        loaded, *other = [load(name, progress=progress, **loading) for name in names]
+        if hosted:
+            loaded = compute.load_for(engine, names[0], progress=progress)
+            other = [load(name, progress=progress, **loading) for name in names[1:]]
+        else:
+            loaded, *other = [load(name, progress=progress, **loading) for name in names]
         if tasks is not None:
             run, folder = evaluate_tasks(
                 _candidates(names, [loaded, *other], recipes, controls, progress),
@@ -131,7 +143,8 @@ def eval(
             )
             output.show_run(run, folder)
             return 0
-        base, compared = (other[0], {model: loaded}) if other else (loaded, {})
+        label = f"{model} in {engine}" if hosted else model
+        base, compared = (other[0], {label: loaded}) if other else (loaded, {})
         for text in protocols:
             token_windows(tokenizer(base), text)  # refuses more windows than there are; the result is cached
         replicated = [recipe for recipe in recipes if controls and "replication" in recipe.parts]
@@ -144,7 +157,7 @@ def eval(
             if compared or not replicated:
                 evaluations = evaluate_all(base, compared, protocol=text, progress=progress)
                 measured += [
-                    {"recipe": name if compared else model, "evaluation": evaluations[name]}
+                    {"recipe": name if compared else label, "evaluation": evaluations[name]}
                     for name in compared or [BASE]
                 ]
             for replica in replicated:
@@ -155,7 +168,9 @@ def eval(
         about = {"protocol": e.protocol, "source": e.corpus_source, "seed": seed, "against": e.base}
         rows.append(row | about | e.quality.to_dict())
     settings = {"protocols": [text.id for text in protocols], "dtype": compute.dtype, "seed": seed}
-    machine = environment(base.device)
+    if hosted:
+        settings["engine"] = engine_of(loaded).numerics()
+    machine = environment("cpu" if hosted and base is loaded else base.device)
     about = {"model": {"name": names[0]}, "settings": settings, "environment": machine}
     output.emit_run(new_run("evaluation", **about, interval=INTERVAL, rows=rows))
     return 0

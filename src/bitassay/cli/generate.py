@@ -12,6 +12,7 @@ def generate(
     *,
     recipe: options.Recipes | None = None,
     candidate: options.Candidates | None = None,
+    engine: options.Engine = "transformers",
     prompts: options.Count = 32,
     prompts_file: Path | None = None,
     new_tokens: options.Count = 64,
@@ -27,6 +28,8 @@ def generate(
     command continues when it is run again. Needs the extra `generation`.
 
     Args:
+        engine: Who runs the candidates: transformers, llama.cpp (.gguf files), or a plug-in. MODEL runs in
+            transformers, on the same token ids; it may be a candidate too, to compare two engines.
         prompts: How many prompts, evenly spaced over those available.
         prompts_file: Prompts of your own: a text file with one on each line, or JSON lines (default: bundled
             prompts).
@@ -34,6 +37,7 @@ def generate(
         batch: Prompts that are continued together. Results in 16-bit arithmetic depend on it.
     """
     check_words([model, *(candidate or ())], recipe, folder=output.out, texts=[prompts_file])
+    compute.check_engine(engine, recipe)
     from bitassay.report.pages import write_rating_sheet
     from bitassay.studies.generation import generation
 
@@ -42,6 +46,7 @@ def generate(
             compute.of(model),
             recipe or [],
             candidates=tuple(candidate or ()),
+            engine=engine,
             prompts=prompts,
             prompts_file=prompts_file,
             max_new_tokens=new_tokens,

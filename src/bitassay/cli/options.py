@@ -58,6 +58,14 @@ def _bytes(_: Any, tokens: Sequence[Token]) -> int:
     return int(float(found[1]) * UNITS[found[2]])
 
 
+def _seconds(_: Any, tokens: Sequence[Token]) -> float:
+    """Read 90s, 30m, 6h or 1d."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([smhd])", tokens[0].value.strip().lower())
+    if found is None or not float(found[1]):
+        raise ValueError(f'"{tokens[0].value}" is no interval, such as 90s, 30m, 6h or 1d.')
+    return float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
+
+
 def _is_fraction(_: Any, value: float | None) -> None:
     if value is not None and not 0 < value < 1:  # also refuses NaN
         raise ValueError("Must be between 0 and 1.")
@@ -75,6 +83,7 @@ Counts = Annotated[list[int], Parameter(consume_multiple=True, negative=(), vali
 Count = Annotated[int, Parameter(validator=Number(gte=1), converter=_integer)]
 CountFromZero = Annotated[int, Parameter(validator=Number(gte=0), converter=_integer)]
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
+Interval = Annotated[float, Parameter(converter=_seconds)]
 Memory = Annotated[int, Parameter(converter=_bytes)]
 StateDtype = Literal["float32", "bfloat16", "float16"]
 Precision = Literal["fp16", "bf16", "fp32"]
@@ -93,6 +102,10 @@ Candidates = Annotated[
         negative=(),
         help="Another model with the same vocabulary, such as a quantized folder; may be repeated.",
     ),
+]
+Engine = Annotated[
+    str,
+    Parameter(help="Who runs it: transformers, llama.cpp (of a .gguf file), or a plug-in (docs/engines.md)."),
 ]
 Controls = Annotated[bool, Parameter(help="Add the controls of recipes with replication.")]
 Windows = Annotated[Count, Parameter(help="How many windows of the text to measure, evenly spaced.")]
@@ -197,14 +210,53 @@ class Compute(Loading):
     def options(self) -> dict[str, Any]:
         return super().options | {"dtype": self.dtype, "device": chosen_device(self.device)}
 
-    def load(
-        self, model: str, recipe: str | None = None, *, tokens: int = 0, progress: "Progress"
+    def check_engine(self, engine: str, recipes: Sequence[str] | None = None) -> None:
+        """Raise BitassayError for an engine that there is not, for a device or an attention, which are of
+        transformers, and for recipes, which change models of transformers; MissingError where the engine is
+        not installed."""
+        if engine == "transformers":
+            return
+        from bitassay.engines.hosted import check_engine
+
+        if self.attention != "auto":
+            raise BitassayError(
+                f"--attention {self.attention} is of transformers", f"leave it out with {engine}"
+            )
+        if recipes:
+            raise BitassayError(
+                f"--recipe changes a model of transformers, and {engine} reads files",
+                "bitassay quantize writes one, which is then the MODEL",
+            )
+        check_engine(engine, device="cpu" if self.device == "auto" else self.device)
+
+    def load_for(
+        self, engine: str, model: str, *, tokens: int = 0, progress: "Progress"
     ) -> "PreTrainedModel":
-        """Load `model`, and quantize it by `recipe` where one is named.
+        """Load `model` for another engine than transformers, once `check_engine` is content. More `tokens`
+        than it has positions are refused before it is loaded."""
+        from bitassay.engines.load import load
+        from bitassay.quantization.export.fits import check_fit
+
+        trust = self.trust_remote_code
+        check_fit(model, tokens=tokens, trust_remote_code=trust, progress=progress)
+        return load(model, engine=engine, trust_remote_code=trust, progress=progress)
+
+    def load(
+        self,
+        model: str,
+        recipe: str | None = None,
+        *,
+        tokens: int = 0,
+        engine: str = "transformers",
+        progress: "Progress",
+    ) -> "PreTrainedModel":
+        """Load `model` for `engine`, and quantize it by `recipe` where one is named.
 
         What does not fit the model is refused before weights are read: a recipe for other modules, more
         `tokens` than it has positions.
         """
+        if engine != "transformers":
+            return self.load_for(engine, self.of(model), tokens=tokens, progress=progress)
         from bitassay.engines.load import load
         from bitassay.quantization.export.fits import check_fit
         from bitassay.quantization.pipeline import quantize_cached

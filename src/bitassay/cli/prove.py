@@ -18,6 +18,7 @@ def prove(
     prompts: Path | None = None,
     recipe: options.RecipeName | None = None,
     claim: str | None = None,
+    engine: options.Engine = "transformers",
     max_new_tokens: options.Count = 32,
     nonce: str = "0",
     batch: options.Count = 16,
@@ -37,6 +38,8 @@ def prove(
         out: The trace file for --prompt; the folder of traces for --prompts.
         prompt: One prompt.
         prompts: A file with one prompt on each line, or JSON lines with a field `prompt`.
+        engine: Who runs MODEL: transformers, llama.cpp (a .gguf file), or a plug-in. The trace's numerics say
+            so, and `bitassay calibrate --engine` makes the profile for it.
         claim: Write into the trace that this model ran, as a dishonest host would. For tests of the verifier.
         max_new_tokens: Tokens to generate, at most.
         nonce: A word from the verifier. With --prompts, "-" and the number of the prompt are appended.
@@ -76,10 +79,11 @@ def prove(
             for index, text in enumerate(prompts_from(prompts))
         ]
     prover.check()  # before a key is made
+    prover.check_engine(engine, [recipe] if recipe else [])
     signing_key = None if key is None else private_key(key)
     with show_progress() as progress:
         claimed = Identity(resolve(claim, progress)) if claim else None
-        loaded = prover.load(model, recipe, tokens=max_new_tokens, progress=progress)
+        loaded = prover.load(model, recipe, tokens=max_new_tokens, engine=engine, progress=progress)
         rows = prove_files(
             loaded,
             requests,

@@ -83,11 +83,12 @@ def verify(
         )
     paths = traces if is_signed else trace_files(traces, may_be_none=bool(unanswered or (prompts and nonce)))
     check_words([model], [recipe], file=ledger, texts=[prompts])
+    from bitassay.verification.asked import Asked, SignedRequest
     from bitassay.verification.ledger import read_ledger
     from bitassay.verification.profile import read_profile
     from bitassay.verification.receipts.challenge import read_challenge
     from bitassay.verification.receipts.keys import public_key
-    from bitassay.verification.trace_files import Asked, Keeping, SignedRequest, verify_files
+    from bitassay.verification.trace_files import Keeping, verify_files
 
     signed = None
     drawn = None if challenge is None else read_challenge(challenge)

@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bitassay.engines import decode
+from bitassay.engines import decode, llamacpp
 from bitassay.engines.decode import Generation, Prefill, States, TokenIds
 from bitassay.engines.prompts import encode_prompt
 from bitassay.engines.sampling import GREEDY, Sampler
@@ -114,9 +114,17 @@ def gpu_numerics(device: torch.device) -> dict[str, str]:
     return found
 
 
-ENGINES: Registry[type[Engine]] = Registry("engines", {"transformers": TransformersEngine})
+TRANSFORMERS = "transformers"
+ENGINES: Registry[type[Engine]] = Registry(
+    "engines", {TRANSFORMERS: TransformersEngine, llamacpp.NAME: llamacpp.LlamaCppEngine}
+)
 
 
 def engine_of(model: PreTrainedModel) -> Engine:
-    """Return the engine that runs a loaded model."""
-    return ENGINES["transformers"](model)
+    """Return the engine that runs a loaded model: the one that it was loaded for, else transformers."""
+    return getattr(model, "engine", None) or ENGINES[TRANSFORMERS](model)
+
+
+def engine_name(model: PreTrainedModel) -> str:
+    """Return the name of the engine that runs a model."""
+    return getattr(model, "engine_name", TRANSFORMERS)

@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from bitassay.engines.engine import TRANSFORMERS
+from bitassay.engines.hosted import check_engine, load_hosted
 from bitassay.errors import BitassayError
 from bitassay.models.empty import without_weights
 from bitassay.models.load import load_checkpoint
@@ -29,6 +31,7 @@ def load(
     trust_remote_code: bool = False,
     memory: int | None = None,
     opened: bool = False,
+    engine: str = TRANSFORMERS,
     progress: Progress = silent,
 ) -> PreTrainedModel:
     """Load `model`: a catalogue name, a local folder, a local GGUF file or a Hugging Face id.
@@ -38,13 +41,18 @@ def load(
     as codes where `packed`. attention: an implementation that transformers knows; "auto" is SDPA where the
     architecture has it, else what transformers chooses. revision: a branch, tag or commit of a Hugging Face
     id (`id@revision` says the same). opened: do not load its weights, but read each layer when it is needed
-    (`models/opened.py`). memory: in bytes; a model whose weights take more is opened. Raises BitassayError
-    where the files are missing, truncated or not finite, MissingError where they cannot be fetched. Warns of
-    files that look like weights and are none.
+    (`models/opened.py`). memory: in bytes; a model whose weights take more is opened. engine: who runs it
+    (`engines/hosted.py`); another than transformers computes on the CPU in its own types, and `evaluate`,
+    `prove` and `calibrate` ask it. Raises BitassayError where the files are missing, truncated or not finite,
+    MissingError where they cannot be fetched. Warns of files that look like weights and are none.
     """
+    if engine != TRANSFORMERS:
+        check_engine(engine, device=device, packed=packed, opened=opened)
     options = LoadOptions(as_dtype(dtype), as_device(device), as_attention(attention), trust_remote_code)
     source = resolve(model, progress, revision=revision)
     check_files(source.folder)
+    if engine != TRANSFORMERS:
+        return load_hosted(source, engine, options, progress)
     if packed and opened:
         raise BitassayError("a model that is opened holds no codes", "one of packed and opened")
     options = replace(options, opened=opened)

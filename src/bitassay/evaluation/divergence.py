@@ -15,6 +15,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from bitassay.engines.engine import TRANSFORMERS, engine_name, engine_of
+
 ROWS = 32  # rows of logits in work at a time
 
 
@@ -31,7 +33,11 @@ def window_logits(
     model: PreTrainedModel, window: Int[Tensor, " tokens"]
 ) -> Float[Tensor, "predicted vocabulary"]:
     """Return the next-token logits at all positions but the last, which has no token to predict, in the
-    model's dtype."""
+    dtype of whoever runs the model."""
+    if engine_name(model) != TRANSFORMERS:
+        ids = window.tolist()
+        (read,) = engine_of(model).prefill([ids[:1]], [ids[1:]])
+        return read.logits
     return model(window[None].to(model.device), use_cache=False).logits[0, :-1]
 
 

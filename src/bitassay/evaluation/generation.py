@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from bitassay.engines.decode import TokenIds, generate
+from bitassay.engines.decode import TokenIds
+from bitassay.engines.engine import engine_of
 from bitassay.errors import MissingError
 from bitassay.evaluation import statistics
 from bitassay.evaluation.likelihood import shared_length
@@ -104,7 +105,7 @@ def continuations(
     texts = list[Text]()
     for start in range(done, len(prompts), batch):
         progress("writing", start, len(prompts))
-        generations = generate(model, prompts[start : start + batch], max_new_tokens=max_new_tokens)
+        generations = engine_of(model).generate(prompts[start : start + batch], max_new_tokens=max_new_tokens)
         written = [Text(item.output_ids, decoded(model, item.output_ids)) for item in generations]
         keep(written)
         texts += written

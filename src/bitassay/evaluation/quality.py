@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bitassay.data.windows import Protocol
+from bitassay.engines.engine import TRANSFORMERS, engine_name
 from bitassay.errors import BitassayError
 from bitassay.evaluation import statistics
 from bitassay.evaluation.divergence import TokenScores, token_scores, window_logits
@@ -289,7 +290,9 @@ def _name(model: PreTrainedModel) -> str:
     known = getattr(model, "identity", None)
     if known is None:
         return type(model).__name__
-    return known.name if known.recipe_name is None else f"{known.name} ({known.recipe_name})"
+    where = None if engine_name(model) == TRANSFORMERS else f"in {engine_name(model)}"
+    about = ", ".join(filter(None, (known.recipe_name, where)))
+    return f"{known.name} ({about})" if about else known.name
 
 
 def _interval(interval: Interval) -> str:

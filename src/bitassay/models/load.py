@@ -57,7 +57,7 @@ def load_checkpoint(
         message = f"{stray}: nothing loads this file, so it is no part of the model; remove it"
         warnings.warn(message, BitassayWarning, stacklevel=3)
     config = read_config(folder, trust_remote_code=options.trust_remote_code)
-    tokenizer = _read_tokenizer(folder, options.trust_remote_code)
+    tokenizer = read_tokenizer(folder, options.trust_remote_code)
     try:
         model = (read or (open_plain if options.opened else read_plain))(folder, config, options)
     except BitassayError:
@@ -65,18 +65,19 @@ def load_checkpoint(
     except Exception as error:  # a defect of config.json shows as whatever it happens to trip over
         remedy = "" if options.attention is None else f"attention {AUTO}, which takes what the model supports"
         raise BitassayError(f"{folder}: transformers cannot load it ({error})", remedy) from error
-    if not is_opened(model):
+    hosted = model.device.type == "meta"  # another engine has the weights
+    if not is_opened(model) and not hosted:
         check_finite(model.named_parameters(), folder)
     forget_lengths(model)
-    if options.attention is None and (attention := attention_of(model)) != "sdpa":
+    if not hosted and options.attention is None and (attention := attention_of(model)) != "sdpa":
         progress(f"{source.name}: {type(model).__name__} has no SDPA attention; it runs with {attention}")
     own_code = type(model).__module__.startswith("transformers_modules.")
     attach(model, tokenizer=tokenizer, identity=Identity(source, own_code=own_code))
     model.eval().requires_grad_(False)
-    return model if is_opened(model) else model.to(options.device)  # type: ignore[arg-type]
+    return model if is_opened(model) or hosted else model.to(options.device)  # type: ignore[arg-type]
 
 
-def _read_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+def read_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     """Read the tokenizer. Raises BitassayError without a vocabulary: transformers makes an empty one then."""
     failed: Exception | None = None
     try:

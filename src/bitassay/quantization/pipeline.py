@@ -47,6 +47,7 @@ from bitassay.quantization.runtime.model import (
     check_opening,
     check_recipe,
     copy_sharing_parameters,
+    fitted_to,
     quantization_of,
     with_tensors,
 )
@@ -100,7 +101,7 @@ def quantize_tensors_cached(
     """Return what `quantize_cached` puts into a model. Calibration is in float32 whatever the dtype of
     `base`: a prover in bf16 and a verifier in float32 get the same codes. Of an opened model the codes are
     read from the cache when they are asked for."""
-    opened = is_opened(base)
+    opened, recipe = is_opened(base), _fitted(base, recipe, progress)
     if not (recipe.is_calibrated or opened):
         return quantize_tensors(base, recipe, progress)
     source, plan = identity(base).source, _plan(base, recipe)
@@ -129,10 +130,18 @@ def quantize_tensors(
 ) -> Quantization:
     """Return what `recipe` makes of `base`, without a model around it; errors as `quantize`. codes: what the
     recipe `without_postprocessing` made, where that is known."""
+    recipe = _fitted(base, recipe, progress)
     if work is None or not (recipe.is_calibrated or is_opened(base)):
         return _quantized(base, recipe, progress, codes=codes)
     make = partial(_quantized, base, recipe, progress, codes=codes)
     return _kept(base, recipe, _plan(base, recipe), Path(work), progress, make)
+
+
+def _fitted(base: PreTrainedModel, recipe: Recipe, progress: Progress) -> Recipe:
+    recipe, said = fitted_to(base, recipe)
+    for line in said:
+        progress(line)
+    return recipe
 
 
 def _kept(
@@ -284,6 +293,8 @@ def _refuse_quantized(model: PreTrainedModel) -> None:
         or (isinstance(known, Identity) and known.recipe_id is not None)
     ):
         raise BitassayError("the model is quantized already", "quantize the base model instead")
+    if getattr(model, "engine", None) is not None:
+        raise BitassayError("another engine has the weights of this model", "load it without engine=")
 
 
 def _plan(base: PreTrainedModel, recipe: Recipe) -> dict[str, Any]:

@@ -61,7 +61,10 @@ KINDS = {
     "bench": Kind("bench", "rows models pairs", "machine rounds"),
     "matmul": Kind("bench matmul"),
     "attack": Kind("attack", "rows costs honest left_out", "about numerics_pooled timed"),
-    "audit": Kind("audit", "rows probes", "decision calibration sequence receipts"),
+    "audit": Kind("audit", "rows probes suspects", "decision calibration sequence receipts"),
+    "watch": Kind("audit --watch", "rows", "decision"),
+    "change": Kind("audit --against", "rows", "decision"),
+    "contract": Kind("audit --contract", "rows", "decision problems"),
     "search": Kind("search", "rows trials", "best importance"),
     "analysis": Kind("quantize --analyze", "layers matrices routing", "recipe text whole"),
     "eight-bit": Kind(

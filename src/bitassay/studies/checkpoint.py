@@ -32,7 +32,7 @@ from bitassay.quantization.export.plan import LOADED, OPENED, Plan, choose_way, 
 from bitassay.quantization.export.registry import GROUPED, LAYOUTS, STANDARD
 from bitassay.quantization.pipeline import quantize, quantize_cached
 from bitassay.quantization.recipe.recipe import Recipe
-from bitassay.quantization.runtime.model import quantization_of, with_tensors
+from bitassay.quantization.runtime.model import fitted_to, quantization_of, with_tensors
 from bitassay.quantization.solvers import tune
 from bitassay.record.files import explain_os_error
 from bitassay.record.progress import Progress, silent
@@ -263,6 +263,15 @@ def write_base(job: CheckpointJob, progress: Progress = silent) -> Row:
     tokens = tokenizer(base)(bundled_prompts()[0], return_tensors="pt").input_ids if job.check else None
     row = _write_gguf(job, base, tokens, progress)
     return row | {"recipe": "base", "seconds": time.monotonic() - started}
+
+
+def fitted(job: CheckpointJob, progress: Progress = silent) -> CheckpointJob:
+    """Return the job with formats that the rows of the model's matrices can have, and say what changed."""
+    trust = job.loading.get("trust_remote_code", False)
+    recipe, said = fitted_to(without_weights(job.source, trust_remote_code=trust), job.recipe)
+    for line in said:
+        progress(line)
+    return replace(job, recipe=recipe)
 
 
 def like_file(job: CheckpointJob, path: Path) -> CheckpointJob:

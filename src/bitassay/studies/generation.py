@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 
 from bitassay.data.corpora import bundled_prompts, prompts_from
 from bitassay.engines.decode import vocabulary_size
+from bitassay.engines.engine import TRANSFORMERS
+from bitassay.engines.hosted import check_engine
 from bitassay.engines.load import load
 from bitassay.engines.prompts import encode_prompt
 from bitassay.errors import BitassayError, at_least
@@ -45,12 +47,13 @@ from bitassay.record.run import RunFolder, open_run_folder, run_plan
 
 @dataclass(frozen=True)
 class GenerationPlan:
-    """What is written. recipes: of the base model; candidates: other models with its vocabulary. prompts:
-    how many of the bundled ones, evenly spaced, or of `prompts_file`."""
+    """What is written. recipes: of the base model; candidates: other models with its vocabulary, which
+    `engine` runs. prompts: how many of the bundled ones, evenly spaced, or of `prompts_file`."""
 
     model: str
     recipes: tuple[Recipe, ...] = ()
     candidates: tuple[str, ...] = ()
+    engine: str = TRANSFORMERS
     prompts: int = 32
     prompts_file: Path | None = None
     max_new_tokens: int = 64
@@ -63,6 +66,13 @@ class GenerationPlan:
         if len(row_names(self.recipes, self.candidates)) == 1:
             raise BitassayError("nothing to compare the model with", "--recipe w4, or --candidate FOLDER")
         as_dtype(self.dtype)
+        if self.engine != TRANSFORMERS:
+            if self.recipes:
+                raise BitassayError(
+                    f"recipes change a model of transformers, and {self.engine} reads files",
+                    "candidates that `bitassay quantize` wrote",
+                )
+            check_engine(self.engine)
         at_least(1, prompts=self.prompts, new_tokens=self.max_new_tokens, batch=self.batch)
 
 
@@ -105,6 +115,11 @@ def generation(
             trust_remote_code=trust_remote_code,
         )
 
+    def candidate(name: str) -> PreTrainedModel:
+        if plan.engine == TRANSFORMERS:
+            return loaded(name)
+        return load(name, engine=plan.engine, progress=progress, trust_remote_code=trust_remote_code)
+
     base = loaded(model)
     for recipe in plan.recipes:
         check_recipe(base, recipe)
@@ -123,7 +138,7 @@ def generation(
 
     makers: dict[str, Callable[[], PreTrainedModel]] = {BASE: lambda: base}
     makers |= {r.name: lambda r=r: quantize_cached(base, r, progress=progress) for r in plan.recipes}
-    makers |= {name: lambda name=name: _checked(loaded(name), base, name) for name in plan.candidates}
+    makers |= {name: lambda name=name: _checked(candidate(name), base, name) for name in plan.candidates}
     written = {
         name: _written(folder, f"{number:02d}", make, prompts, plan, _named(name, progress))
         for number, (name, make) in enumerate(makers.items())
@@ -244,4 +259,5 @@ def _settings(plan: GenerationPlan) -> dict[str, Any]:
         "max_new_tokens": plan.max_new_tokens,
         "batch": plan.batch,
         "dtype": plan.dtype,
+        **({} if plan.engine == TRANSFORMERS else {"engine": plan.engine}),
     }

@@ -22,7 +22,7 @@ from bitassay.verification.calibrate import calibrate, check_plan
 from bitassay.verification.pooled import pooled_verdict
 from bitassay.verification.profile import Profile
 from bitassay.verification.prove import prove_many
-from bitassay.verification.verdict import verify_many
+from bitassay.verification.verify import verify_many
 
 MAX_PROMPT_TOKENS = 96
 PROOF_BATCH = 32

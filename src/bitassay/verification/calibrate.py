@@ -16,6 +16,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from bitassay.engines.decode import TokenIds
+from bitassay.engines.engine import TRANSFORMERS, engine_name
 from bitassay.engines.prompts import encode_prompt
 from bitassay.engines.sampling import GREEDY, Sampler
 from bitassay.errors import BitassayError, at_least, suggestion
@@ -31,7 +32,7 @@ from bitassay.verification.detectors.registry import DECIDING, DETECTORS, STATES
 from bitassay.verification.fitting import MIN_FIT, fit_by_length, split
 from bitassay.verification.left_out import refused
 from bitassay.verification.numerics import numerics
-from bitassay.verification.observe import Observation, observe
+from bitassay.verification.observe import Observation, check_verifier, observe
 from bitassay.verification.profile import ALPHA, HeldOut, Profile, library_statistics, unlike
 from bitassay.verification.prove import BATCH, prove_many
 from bitassay.verification.scores import Fit, Fits, Guarantee, runs_needed, score, statistics
@@ -81,6 +82,9 @@ def calibrate(
             "prover and verifier are not the same model",
             "calibrate with honest runs: the same weights, configuration and recipe on both sides",
         )
+    check_verifier(verifier_model)
+    if suspects and (name := engine_name(prover_model)) != TRANSFORMERS:
+        raise BitassayError(f"suspects change a model of transformers, and {name} proves", "leave them out")
     given, prompts = len(prompts), fitting(prompts, verifier_model, max_new_tokens)
     left_out = f" (of {given} prompts; repeated and too long ones are left out)" * (len(prompts) < given)
     check_plan(len(prompts), alpha, max_new_tokens, min_positions, guarantee, left_out)
@@ -170,7 +174,9 @@ def scores_by_length(run: Observation, fits: Fits, shortest: int) -> tuple[float
 def measure(profile: Profile, held_out: Sequence[Observation]) -> HeldOut:
     """Return how many of the held-out honest runs the profile refuses at its alpha."""
     limit = profile.generated_positions[1]
-    rejected = sum(profile.refusal(profile.score(run).value, limit) <= profile.alpha for run in held_out)
+    rejected = sum(
+        profile.refusal(profile.score(run).value, limit, run.positions) <= profile.alpha for run in held_out
+    )
     return HeldOut.of(rejected, len(held_out))
 
 

@@ -8,6 +8,7 @@ out.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,6 +17,15 @@ from bitassay.verification.observe import Observation
 from bitassay.verification.scores import Fits, Guarantee, refusal, runs_needed, score, statistics
 
 Runs = Mapping[str, Sequence[Observation]]
+
+
+class Judged(NamedTuple):
+    """Runs of one domain: their scores, the smallest alpha at which each is refused, and the honest scores of
+    the other domains that they were ranked among."""
+
+    scores: list[float]
+    refusals: list[float]
+    honest: list[float]
 
 
 def refused(
@@ -31,7 +41,25 @@ def refused(
     """Return by domain how many of the `judged` runs are refused by the `honest` runs of all other domains.
     shortest: generated positions of the shortest run. A domain is left out of the answer where the others
     have too few runs for `alpha`."""
-    counts: dict[str, int] = {}
+    by_domain = by_others(
+        honest, judged, detectors, shortest=shortest, alpha=alpha, guarantee=guarantee, seed=seed
+    )
+    return {name: sum(value <= alpha for value in runs.refusals) for name, runs in by_domain.items()}
+
+
+def by_others(
+    honest: Runs,
+    judged: Runs,
+    detectors: Sequence[str],
+    *,
+    shortest: int,
+    alpha: float,
+    guarantee: Guarantee = "conditional",
+    seed: int = 0,
+) -> dict[str, Judged]:
+    """Return by domain what the `honest` runs of all other domains say of the `judged` runs; see
+    `refused`."""
+    answers: dict[str, Judged] = {}
     for domain, runs in judged.items():
         others = [run for name, several in honest.items() if name != domain for run in several]
         order = np.random.default_rng(seed).permutation(len(others))
@@ -40,10 +68,20 @@ def refused(
         if len(others) < 4 * MIN_FIT or len(scored) < runs_needed(alpha, guarantee):
             continue
         fits = fit_by_length(fitted, detectors, shortest)
-        scores = [_score(run, fits) for run in scored]
-        counts[domain] = sum(refusal(_score(run, fits), scores, guarantee) <= alpha for run in runs)
-    return counts
+        longest = max(run.positions for run in scored)
+        scores = {
+            n: [_score(run, fits, n) for run in scored] for n in {longest, *(run.positions for run in runs)}
+        }
+        values = [_score(run, fits, longest) for run in runs]
+        refusals = [
+            max(refusal(value, scores[n], guarantee) for n in (longest, run.positions))
+            for value, run in zip(values, runs, strict=True)
+        ]
+        answers[domain] = Judged(values, refusals, scores[longest])
+    return answers
 
 
-def _score(run: Observation, fits: Fits) -> float:
-    return score(statistics(run, list(fits)), fits, run.positions)
+def _score(run: Observation, fits: Fits, most: int) -> float:
+    """Return the score of a run cut after `most` generated positions."""
+    n = min(run.positions, most)
+    return score(statistics(run, list(fits), n, n + 1), fits, n)

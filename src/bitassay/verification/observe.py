@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedModel
 
 from bitassay.engines.decode import Prefill, States, default_batch_tokens, token_batches
-from bitassay.engines.engine import engine_of
+from bitassay.engines.engine import TRANSFORMERS, engine_name, engine_of
 from bitassay.engines.precise import higher_precision
 from bitassay.engines.rotary import rotary_base_times, rotary_frequencies
+from bitassay.errors import BitassayError
 from bitassay.record.progress import Progress, silent
 from bitassay.verification.detectors.detector import Comparison, Pair, Replay, Series
 from bitassay.verification.detectors.registry import DETECTORS
@@ -77,6 +78,7 @@ def compared(
 ) -> Iterator[tuple[int, Comparison]]:
     """Yield each of `opened` beside the verifier's prefills of it, by its key; the prefills go in batches of
     similar length."""
+    check_verifier(model)
     keys, done = list(opened), 0
     for batch in batches([opened[key].header for key in keys], model):
         progress("verifying", done, len(keys))
@@ -94,9 +96,20 @@ def compared(
     progress("verifying", len(keys), len(keys))
 
 
+def check_verifier(model: PreTrainedModel) -> None:
+    """Raise BitassayError for a model that another engine runs: a verifier goes on from claimed states and
+    computes in a higher precision, and only transformers does both."""
+    if (name := engine_name(model)) != TRANSFORMERS:
+        raise BitassayError(
+            f"{name} runs this model, and a verifier computes with transformers",
+            "bitassay.load(...) without engine=, of the same file",
+        )
+
+
 def compare(trace: Trace, model: PreTrainedModel, precise: bool = True) -> Comparison:
     """Return one trace, whose shape is known to be right, beside the verifier's prefill of it. precise: also
     in the next higher precision, and replayed, which some detectors need."""
+    check_verifier(model)
     header = trace.header
     if precise:
         ((_, comparison),) = compared({0: OpenedStates(header, header.positions, trace.states)}, model)

@@ -8,8 +8,9 @@ honest runs of that request are.
 A profile may be signed, by whoever calibrated it, so that another verifier need not calibrate.
 
 What the guarantee needs: the verified request is like the calibration prompts (exchangeable with them), and
-its limit is within those calibrated. It is marginal over requests: for those of one limit that happen to end
-early it holds only as well as the fit does.
+its limit is within those calibrated. It is marginal over requests, of which those that happen to end early
+are few. A run that ended early is therefore also compared with the calibration runs as they were after as
+many positions, and the larger p-value counts, which can only lower the rate of false positives.
 """
 
 import math
@@ -220,14 +221,14 @@ class Profile(BaseModel):
         """Return the scores of the calibration runs after at most `limit` generated positions."""
         return self._at(self.scores, limit)
 
-    def p_value(self, score: float, limit: int) -> float:
-        """Return the p-value of a run that was asked for at most `limit` generated positions; never below
-        1 / (n + 1)."""
-        return p_value(score, self.honest_scores(limit))
+    def p_value(self, score: float, *limits: int) -> float:
+        """Return the p-value of a run, never below 1 / (n + 1): the largest over `limits`, the generated
+        positions after which the calibration runs are cut (what was asked for, and how many the run has)."""
+        return max(p_value(score, self.honest_scores(limit)) for limit in limits)
 
-    def refusal(self, score: float, limit: int) -> float:
+    def refusal(self, score: float, *limits: int) -> float:
         """Return the smallest alpha at which such a run is refused, by this profile's guarantee."""
-        return refusal(score, self.honest_scores(limit), self.guarantee)
+        return max(refusal(score, self.honest_scores(limit), self.guarantee) for limit in limits)
 
     def unlike_p_value(self, observation: Observation, limit: int) -> float:
         """Return the share of calibration texts, and of this one, whose rounding noise is as unusual or more;

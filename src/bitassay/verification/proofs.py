@@ -31,7 +31,8 @@ from bitassay.verification.scores import standardise, statistics
 from bitassay.verification.structure import Reason, Request, claim_defects, header_defects
 from bitassay.verification.submissions import check_signer, unknown_signer
 from bitassay.verification.trace import Header, TraceError
-from bitassay.verification.verdict import Verdict, concluded, profile_for, why_undecided
+from bitassay.verification.verdict import Verdict
+from bitassay.verification.verify import concluded, profile_for, why_undecided
 
 
 def verify_proof(

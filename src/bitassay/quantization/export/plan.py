@@ -19,7 +19,12 @@ from bitassay.quantization.export.save import choose_layout
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.recipe.transforms import Rotation, Smoothing
 from bitassay.quantization.recipe.weights import WeightScheme
-from bitassay.quantization.runtime.model import check_recipe, obstacle_to_opening, parameter_count
+from bitassay.quantization.runtime.model import (
+    check_recipe,
+    fitted_to,
+    obstacle_to_opening,
+    parameter_count,
+)
 from bitassay.quantization.runtime.replicas import is_replica, original, replica_names
 from bitassay.quantization.solvers import layerwise
 
@@ -53,6 +58,7 @@ class Plan:
 
 def plan_export(model: PreTrainedModel, recipe: Recipe, layout: str | None = None) -> Plan:
     """Check that `recipe` fits `model` (perhaps on the meta device) and can be saved; else BitassayError."""
+    recipe, _ = fitted_to(model, recipe)
     shapes, ways = planned_matrices(model, recipe)
     if not ways[0]:
         raise BitassayError(
@@ -103,6 +109,7 @@ def planned_matrices(
 ) -> tuple[dict[str, tuple[int, int]], list[dict[str, Stored]]]:
     """Return the shapes of matrices and their copies, and how those that are quantized will be stored, one
     way for each choice that mixed bits have. Raises BitassayError where `recipe` does not fit `model`."""
+    recipe, _ = fitted_to(model, recipe)
     shapes = {name: (view.shape[0], view.shape[1]) for name, view in check_recipe(model, recipe).items()}
     ways = _planned(model, recipe, list(shapes))
     shapes |= {name: shapes[original(name)] for way in ways for name in way if is_replica(name)}

@@ -12,6 +12,19 @@ from bitassay.quantization.recipe.spec import Spec, one_of, option, validate_as
 
 SUMS = ("residual", "digits")  # each copy but the first repairs what those before it left over
 
+NOT_OF_TWO_LEVELS = ("zero_point", "offset", "scale_factor", "turned", "restricted", "copies")
+
+
+def fixed_by(fmt: NumberFormat) -> dict[str, Any]:
+    """Return the fields of a scheme that a format with two levels of scales leaves no choice of."""
+    assert fmt.levels is not None
+    return {
+        "granularity": f"g{fmt.levels.group}",
+        "symmetric": not fmt.levels.minima,
+        "scale": "mse",
+        "scale_dtype": "float16",
+    }
+
 
 class Copies(Spec):
     """Several quantized copies of one matrix instead of one: `W' = sum_i c_i W'_i` (`copies.py`).
@@ -147,6 +160,8 @@ class WeightScheme(Spec):
         if not isinstance(name, str) or name not in FORMATS:
             return fields
         fmt = FORMATS[name]
+        if fmt.levels is not None:
+            return fixed_by(fmt) | fields
         scale = "mse" if fmt.bits < 4 else "absmax"
         return {"scale": scale, "scale_dtype": "bfloat16" if fmt.kind == "float" else "float16", **fields}
 
@@ -154,6 +169,8 @@ class WeightScheme(Spec):
         fmt, fields = self.number_format, self.model_fields_set
         random = self.rounding == "stochastic" or self.noise > 0
         nearest = self.rounding == "nearest" and self.noise == 0
+        if fmt.levels is not None:
+            yield from self._contradictions_of_two_levels()
         if not self.symmetric and not fmt.has_asymmetric:
             yield f"{self.format} codes are symmetric around zero: a zero point cannot shift them"
         if fmt.kind == "binary" and self.scale != "mse":
@@ -186,6 +203,15 @@ class WeightScheme(Spec):
         if self.copies is not None:
             yield from self._contradictions_of_copies(self.copies)
             self.copies.schemes(self)
+
+    def _contradictions_of_two_levels(self) -> Iterator[str]:
+        fixed = fixed_by(self.number_format)
+        if changed := [key for key, value in fixed.items() if getattr(self, key) != value]:
+            said = ", ".join(f"{key}: {fixed[key]}" for key in changed)
+            yield f"{self.format} is a type of llama.cpp with its own scales ({said}): leave {changed[0]} out"
+        plain = {key: type(self).model_fields[key].default for key in NOT_OF_TWO_LEVELS}
+        if changed := [key for key, value in plain.items() if getattr(self, key) != value]:
+            yield f"{self.format} has no {', '.join(changed)}: it holds codes and its own scales alone"
 
     def _contradictions_of_copies(self, copies: Copies) -> Iterator[str]:
         fmt = self.number_format

@@ -27,8 +27,10 @@ from bitassay.quantization.codes.tensor import QuantizedTensor
 from bitassay.quantization.inputs.activations import InputRounding
 from bitassay.quantization.inputs.kv_cache import round_cache
 from bitassay.quantization.recipe.calibration import check_calibration
+from bitassay.quantization.recipe.formats import RUN
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.recipe.replication import ReplicationPlan, Steps
+from bitassay.quantization.recipe.rows import changes, fitted
 from bitassay.quantization.recipe.transforms import Smoothing
 from bitassay.quantization.runtime.experts import put_experts, with_slices
 from bitassay.quantization.runtime.linear import QuantizedLinear, RoundedInputLinear
@@ -184,6 +186,17 @@ def check_recipe(model: PreTrainedModel, recipe: Recipe) -> dict[str, Tensor]:
     if recipe.is_calibrated:
         check_calibration(model, recipe.text)
     modules, views = walk(model), matrices(model)
+    if recipe.mixed is not None and recipe.weights is not None:
+        for scheme in recipe.mixed.choices(recipe.weights):
+            odd = [
+                name for name, view in views.items() if scheme.number_format.levels and view.shape[1] % RUN
+            ]
+            if free := [name for name in odd if recipe.override_for(name) is None]:
+                raise BitassayError(
+                    f"recipe {recipe.name}: mixed may choose {scheme.format}, which rows of "
+                    f"{views[free[0]].shape[1]} weights ({free[0]}) cannot have: {RUN} does not divide them",
+                    f"an override for *.{free[0].rpartition('.')[2]}, or other formats",
+                )
     names = [*views, *modules.others]
     routers = sorted({name.removesuffix(".weight") for name in modules.routers} | set(modules.routers))
     for override in recipe.overrides:
@@ -210,6 +223,14 @@ def check_recipe(model: PreTrainedModel, recipe: Recipe) -> dict[str, Tensor]:
             f"leave them in high precision with an override: {{match: '{pattern}', weights: null}}",
         )
     return views
+
+
+def fitted_to(model: PreTrainedModel, recipe: Recipe) -> tuple[Recipe, list[str]]:
+    """Return the recipe with formats that the rows of the model's matrices can have (`recipe/rows.py`), and a
+    line for each kind of change."""
+    columns = {name: view.shape[1] for name, view in matrices(model).items()}
+    changed = fitted(recipe, columns)
+    return changed, changes(recipe, changed, columns)
 
 
 def obstacle_to_opening(recipe: Recipe) -> str | None:

@@ -19,7 +19,8 @@ from bitassay.verification.profile import UNLIKE, HeldOut, write_profile
 from bitassay.verification.prove import encode_prompt, prove, prove_many
 from bitassay.verification.structure import Reason, Request
 from bitassay.verification.trace import Trace
-from bitassay.verification.verdict import FAR, Verdict, verify, verify_many
+from bitassay.verification.verdict import Verdict
+from bitassay.verification.verify import FAR, verify, verify_many
 
 TOKENS = 12
 
