@@ -152,6 +152,7 @@ class Shapes(NamedTuple):
 
 
 def tuning_memory(spec: Tune, sizes: Sizes, opened: bool = False) -> int:
+    """Return the bytes that tuning all layers together holds; of an opened model, a layer at a time."""
     config, layers = sizes.model.config.get_text_config(), len(decoder_layers(sizes.model))
     return tune.memory_of(
         spec,
