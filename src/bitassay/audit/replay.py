@@ -129,7 +129,7 @@ class NeverAsked(Endpoint):
     def __init__(self, url: str) -> None:
         self.url = checked_url(url)
 
-    def _patiently(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
+    def _patiently(self, method: str, path: str, body: dict[str, Any] | None, kind: str = "") -> Any:
         raise BitassayError("an answer of the recorded audit is missing", REMEDY)
 
 

@@ -37,6 +37,8 @@ def audit(
     times: options.Count | None = None,
     against: Path | None = None,
     repeats: options.Count | None = None,
+    contract: options.Flag = False,
+    context: options.Count | None = None,
     calibrate_from: Urls | None = None,
     calibrate_model: str | None = None,
     profile: Path | None = None,
@@ -69,7 +71,8 @@ def audit(
 
     --replay judges the kept answers of an earlier audit again, without any request. --watch audits again and
     again, with one promise over all time. --against asks the requests of an earlier audit again, and says
-    whether the endpoint has changed; it needs no model but the tokenizer.
+    whether the endpoint has changed; --contract checks counts, limits, stops, streams, the context and tools:
+    both need no model but the tokenizer.
 
     Args:
         url: The API's URL, such as https://host/v1. Requests go there and nowhere else.
@@ -82,6 +85,8 @@ def audit(
         times: How many audits (default: until interrupted).
         against: The run folder of an earlier audit, whose requests are asked again.
         repeats: How often each of them is asked (default: 3).
+        contract: Check what the server promises, beside one honest server where --calibrate-from names it.
+        context: Tokens of the context that the server advertises (default: what its /models says).
         calibrate_from: URL of a server that you know to be honest, with the same engine and settings; may be
             repeated. Its profile is kept as profile.json in the run folder.
         calibrate_model: The model's name at those servers (default: --model).
@@ -117,8 +122,9 @@ def audit(
     for name, value, needs, given in (
         ("--times", times, "--watch", watch),
         ("--repeats", repeats, "--against", against),
+        ("--context", context, "--contract", contract),
     ):
-        if value is not None and given is None:
+        if value is not None and not given:
             raise BitassayError(f"{name} says nothing without {needs}", f"add {needs}, or leave it out")
     if url is not None and model is not None and against is not None:
         given = {"--calibrate-from": calibrate_from, "--profile": profile, "--ledger": ledger}
@@ -138,6 +144,16 @@ def audit(
             key_env,
             loading,
             output,
+        )
+    if url is not None and model is not None and reference is not None and contract:
+        given = {"--profile": profile, "--ledger": ledger, "--evidence": evidence, "--budget": budget}
+        given |= {"--watch": watch, "--suspects": suspects, "--recipe": recipe}
+        if wrong := [name for name, value in given.items() if value is not None]:
+            raise BitassayError(f"--contract needs no {wrong[0]}", "leave it out")
+        servers = [(url, model, key_env)]
+        servers += [(each, calibrate_model or model, calibrate_key_env) for each in calibrate_from or ()]
+        return _kept(
+            servers, reference, text, requests, context, alpha, seed, concurrency, timeout, loading, output
         )
     if url is None or model is None or reference is None:
         missing = "a URL" if url is None else "--model" if model is None else "--reference"
@@ -290,6 +306,57 @@ def _changed(
             seed=seed or 0,
             concurrency=concurrency,
             out=output.out,
+            progress=progress,
+        )
+    return _shown(run, folder, output)
+
+
+def _kept(
+    servers: list[tuple[str, str, str | None]],
+    reference: str,
+    text: str,
+    requests: int | None,
+    context: int | None,
+    alpha: float | None,
+    seed: int | None,
+    concurrency: int,
+    timeout: int,
+    loading: options.Loading,
+    output: options.RunOutput,
+) -> int:
+    from bitassay.audit.client import Endpoint, checked_url, require_variable
+    from bitassay.data.corpora import check_corpus
+
+    if len(servers) > 2:
+        raise BitassayError("--contract compares with one honest server", "one --calibrate-from")
+    for each, _, variable in servers:
+        checked_url(each)
+        require_variable(variable)
+    check_words([reference], folder=output.out)
+    check_corpus(text)
+    from bitassay.audit.contract_run import Terms, contract
+    from bitassay.audit.session import Target
+    from bitassay.audit.words import words_of
+
+    target, *honest = [Target(Endpoint(url, key, seconds=timeout), model) for url, model, key in servers]
+    with show_progress() as progress:
+        vocabulary, _ = words_of(reference, progress, trust_remote_code=loading.trust_remote_code)
+        given = Terms()
+        terms = Terms(
+            text,
+            requests or given.requests,
+            context,
+            alpha or ALPHA,
+            seed or 0,
+            concurrency,
+            output.out,
+        )
+        run, folder = contract(
+            target,
+            vocabulary,
+            reference,
+            terms,
+            honest=honest[0] if honest else None,
             progress=progress,
         )
     return _shown(run, folder, output)
