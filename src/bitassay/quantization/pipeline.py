@@ -33,7 +33,7 @@ from bitassay.models.source import cache_folder, resolve
 from bitassay.models.walk import decoder_layers, matrices, module_name
 from bitassay.quantization.codes.quantize import quantize_tensor
 from bitassay.quantization.codes.tensor import QuantizedTensor
-from bitassay.quantization.inputs.ranges import collect_ranges, input_roundings
+from bitassay.quantization.inputs.ranges import SAMPLED_TOKENS, SAMPLING, collect_ranges, input_roundings
 from bitassay.quantization.recipe.calibration import calibration_tokens
 from bitassay.quantization.recipe.inputs import Activations
 from bitassay.quantization.recipe.recipe import Recipe, find_recipe
@@ -164,7 +164,9 @@ def _kept(
             if not isinstance(made.tensors, KeptTensors):
                 return made
         made = read_result(folder, recipe, shapes)
-    return made if is_opened(base) else replace(made, tensors=dict(made.tensors))
+    if is_opened(base):
+        return made
+    return replace(made, tensors=dict(made.tensors), parameters=dict(made.parameters))
 
 
 def _quantized(
@@ -243,7 +245,8 @@ def _rotate(work: WorkingCopy, rotation: Rotation) -> None:
 
 
 def _smooth(work: WorkingCopy, smoothing: Smoothing) -> None:
-    ranges = collect_ranges(work.model, work.text, progress=work.progress)
+    sampled = SAMPLED_TOKENS if smoothing.method == "awq" else 0
+    ranges = collect_ranges(work.model, work.text, progress=work.progress, each_batch=False, sampled=sampled)
     skipped = smooth(work.model, smoothing, ranges, work.recipe.scheme_for, work.progress).skipped
     if skipped:
         name, why = next(iter(skipped.items()))
@@ -257,7 +260,15 @@ def _allocate(work: WorkingCopy, mixed: Mixed) -> None:
 def _round_inputs(work: WorkingCopy, spec: Activations, made: Quantization) -> Quantization:
     """Say how inputs are rounded: static ones by their ranges in the model with quantized weights."""
     model = with_tensors(work.base, made)
-    ranges = collect_ranges(model, work.text, progress=work.progress) if spec.needs_text else None
+    ranges = None
+    if spec.needs_text:
+        ranges = collect_ranges(
+            model,
+            work.text,
+            progress=work.progress,
+            each_batch=any(scheme.scale == "moving_average" for scheme in spec.schemes),
+            sampled=SAMPLED_TOKENS if any(scheme.scale in SAMPLING for scheme in spec.schemes) else 0,
+        )
     return replace(made, inputs=input_roundings(model, spec, ranges))
 
 

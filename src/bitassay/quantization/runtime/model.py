@@ -21,7 +21,7 @@ from bitassay.errors import BitassayError, suggestion
 from bitassay.models.config import untie
 from bitassay.models.identity import Identity, attach
 from bitassay.models.opened import Weights, weights_of
-from bitassay.models.walk import decoder_layers, matrices, replace_module, walk
+from bitassay.models.walk import decoder_layers, matrices, module_name, replace_module, walk
 from bitassay.models.weights import stored_bits
 from bitassay.quantization.codes.tensor import QuantizedTensor
 from bitassay.quantization.inputs.activations import InputRounding
@@ -38,8 +38,15 @@ from bitassay.quantization.runtime.replicas import add_passes, is_replica
 from bitassay.quantization.transforms.folding import INPUT_SCALES, divide_inputs
 from bitassay.quantization.transforms.rotation import add_online
 
-# Parts of a recipe that look at a layer at a time.
-ONE_BY_ONE = ("gptq", "low_rank", "learned", "tune", "kv_cache")
+# What in a part of a recipe needs all layers of a model at once, by its name; "" where a layer at a time will
+# do. Of other parts nobody knows.
+WHOLE_MODEL: dict[str, Callable[[Any], str]] = {
+    **dict.fromkeys(
+        ("rotation", "smoothing", "gptq", "low_rank", "learned", "activations", "kv_cache"), lambda _: ""
+    ),
+    "tune": lambda tune: "tune with generated samples" if tune.generated else "",
+    "replication": lambda plan: f"replication {why}" if (why := plan.needs_all_layers) else "",
+}
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,7 @@ class Quantization:
 
     recipe: Recipe
     tensors: Mapping[str, QuantizedTensor]
-    parameters: dict[str, Tensor] = field(default_factory=dict)
+    parameters: Mapping[str, Tensor] = field(default_factory=dict)
     inputs: dict[str, InputRounding] = field(default_factory=dict)
     passes: dict[int, Steps] = field(default_factory=dict)
 
@@ -98,8 +105,13 @@ def _with_changes(
 ) -> PreTrainedModel:
     """Say how the weights of an opened model are made, when they are needed; there, codes are never held."""
     linears, tensors, dtype = walk(model).linears, quantization.tensors, model.dtype
-    for name, value in quantization.parameters.items():
-        weights.changes[name] = lambda _, value=value: value.to(weights.device, dtype)
+    parameters, head = quantization.parameters, model.get_output_embeddings()
+    for name in parameters:
+        if name in weights.empty:
+            weights.changes[name] = lambda _, name=name: parameters[name].to(weights.device, dtype)
+    if head is not None and (own := f"{module_name(model, head)}.weight") in parameters:
+        untie(model)
+        weights.separate(own)
     for name in tensors:
         if name in linears:
             weights.changes[f"{name}.weight"] = lambda _, name=name: tensors[name].dequantize().to(dtype)
@@ -136,10 +148,10 @@ def _finished(base: PreTrainedModel, model: PreTrainedModel, quantization: Quant
 
 
 def _add_input_scales(model: PreTrainedModel, smoothing: Smoothing, quantization: Quantization) -> None:
-    for name, value in quantization.parameters.items():
+    for name in quantization.parameters:
         if name.endswith(f".{INPUT_SCALES}"):
             linear = model.get_submodule(name.removesuffix(f".{INPUT_SCALES}"))
-            divide_inputs(linear, value.to(model.device, model.dtype))
+            divide_inputs(linear, quantization.parameters[name].to(model.device, model.dtype))
 
 
 def _add_passes(model: PreTrainedModel, plan: ReplicationPlan, quantization: Quantization) -> None:
@@ -223,9 +235,8 @@ def fitted_to(model: PreTrainedModel, recipe: Recipe) -> tuple[Recipe, list[str]
 
 def obstacle_to_opening(recipe: Recipe) -> str | None:
     """Return the part of a recipe that needs all layers of a model at once; None where none does."""
-    if recipe.tune is not None and recipe.tune.generated:
-        return "tune with generated samples"
-    return next((name for name in recipe.parts if name not in ONE_BY_ONE), None)
+    known = (WHOLE_MODEL[name](part) if name in WHOLE_MODEL else name for name, part in recipe.parts.items())
+    return next(filter(None, known), None)
 
 
 def check_opening(recipe: Recipe) -> None:
