@@ -126,8 +126,9 @@ def main() -> None:
         rows[path.stem] = measured(said, path, work, logits)
         results.write_text(json.dumps(rows, indent=1))
         row = rows[path.stem]
-        print(f"{path.stem:28} {row['bytes'] / 1e6:8.1f} MB  KL {row['kl']:.4f} ± "
-              f"{1.96 * row['kl_error']:.4f}  99.9 % {row['kl_99.9']:.2f}  ppl {row['ppl']:.2f}", flush=True)  # fmt: skip
+        size, error = f"{row['bytes'] / 1e6:.1f} MB", f"{1.96 * row['kl_error']:.4f}"
+        tail = f"99.9 % {row['kl_99.9']:.2f}  ppl {row['ppl']:.2f}"
+        print(f"{path.stem:28} {size:>10}  KL {row['kl']:.4f} ± {error}  {tail}", flush=True)
 
 
 if __name__ == "__main__":
