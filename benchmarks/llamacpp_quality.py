@@ -1,8 +1,8 @@
 """KL divergence in llama.cpp itself: our files beside those of llama-quantize with an importance matrix.
 
 One base file in F16, one calibration text for both sides (windows of C4 as recipes read them, which
-llama-imatrix reads as text), and the first `--chunks` pieces of 512 tokens of WikiText-2's raw test set. Every
-file, importance matrix and figure is kept in the work folder: the same command goes on where it stopped.
+llama-imatrix reads as text), and the first `--chunks` pieces of 512 tokens of WikiText-2's raw test set. What
+is finished is kept in the work folder: the same command goes on where it stopped.
 
     llama-quantize    types as named, `--token-embedding-type q8_0`; TYPE:PART for the matrices of that part
                       alone (`--tensor-type PART=TYPE`, all others in F16), such as Q2_K:ffn_down
@@ -77,8 +77,8 @@ def ours(said: argparse.Namespace, recipe: str, work: Path) -> Path:
     path = work / f"ours-{name or Path(recipe).stem}.gguf"
     if not path.exists():
         command = [sys.executable, "-m", "bitassay.cli", "quantize", said.model, "--recipe", file]
-        ran([*command, "--gguf", path, "--no-check", "--work", path.with_suffix(""), "--embeddings", said.embeddings],
-            path.with_suffix(".log"))  # fmt: skip
+        command += ["--gguf", path, "--no-check", "--work", path.with_suffix("")]
+        ran([*command, "--embeddings", said.embeddings], path.with_suffix(".log"))
     return path
 
 
