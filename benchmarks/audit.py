@@ -1,8 +1,8 @@
-"""How often does an audit refuse honest servers, and how many tokens does it need? Our own server,
-honest and with changed models.
+"""How often does an audit refuse honest servers, and how many tokens does it need?
 
-Every text is asked of every server once, for the log-probabilities of given tokens. Honest servers are
-bfloat16 with two kinds of attention, and float32; their answers to the first texts are the profile (of each
+Every text is read once by every server, for the log-probabilities of given tokens: by the functions that
+`bitassay serve` answers with, in this process. Honest are bfloat16 (exactly what the control computes), with
+eager attention, and in batches of several texts. Their answers to the first texts are the profile (of each
 text the largest statistic), their answers to the others measure false accusations. The changed models answer
 some of the others. All rows of the tables come from these answers: levels of evidence, the first 4, 8, ...
 positions of each, and audits that pool several of them, drawn from those that there are.
@@ -10,95 +10,81 @@ positions of each, and audits that pool several of them, drawn from those that t
 Tables: single requests (`caught`, and the power of a normal distribution with their mean and standard
 deviation; so few answers cannot show 99 % themselves); tokens to 99 %: of one request where its power is that
 high, else of audits of several requests, of which 1000 are drawn without replacement; honest audits: single
-requests, disjoint audits of 4 requests, and one ledger of all. Answers are kept in --out, 25 at a time; the
-same command goes on, and stops after --minutes. Run:
+requests, disjoint audits of 4 requests, and one ledger of all. Distances are kept in --out, BATCH texts at a
+time; the same command goes on, and stops after --minutes. Run:
 
-    python benchmarks/audit.py [MODEL] [--profile 100] [--held-out 300] [--each 40] [--tokens 64]
+    python benchmarks/audit.py [MODEL] [--profile 100] [--held-out 200] [--each 40] [--tokens 64]
 """
 
 import argparse
 import json
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from scipy.stats import norm
 
 import bitassay
-from bitassay.audit.answering import Served, default_context
-from bitassay.audit.asking import Asking, body_of, texts
-from bitassay.audit.client import Endpoint
+from bitassay.audit.answering import entries_of, prompt_entries
+from bitassay.audit.asking import texts
 from bitassay.audit.distance import as_said, distances, statistic
 from bitassay.audit.judge import Reference
-from bitassay.audit.server import make_app
-from bitassay.audit.store import Store
-from bitassay.audit.wire import Position, Vocabulary, read_answer
-from bitassay.engines.decode import vocabulary_size
+from bitassay.audit.wire import Position
+from bitassay.engines.engine import engine_of
 from bitassay.evaluation.statistics import clopper_pearson_interval
-from bitassay.models.identity import identity, tokenizer
+from bitassay.models.identity import tokenizer
 from bitassay.record.files import write_json
-from bitassay.testing.local_server import running
 from bitassay.verification.pooled import pooled_p_value
-from bitassay.verification.receipts.keys import private_key
 from bitassay.verification.scores import p_value, threshold
 from bitassay.verification.sequential import SequentialEvidence, log_wealth
 
-HONEST = {"bf16": ("bfloat16", "sdpa"), "bf16-eager": ("bfloat16", "eager"), "fp32": ("float32", "sdpa")}
+HONEST = ("bf16", "bf16-eager", "bf16-batch")
 CHANGED = ("fp8", "w8", "w8-g64", "w4")
-CHUNK = 25
+BATCH, TOP = 10, 20
 DRAWS = 1000
 LEVELS = ("prompt-logprobs", "prompt-chosen")
 W8_G64 = {"name": "w8-g64", "weights": {"format": "int8", "granularity": "g64"}}
 
 
-@contextmanager
-def serving(model, claim, folder):
-    """Serve a model that claims to be another; yield the URL."""
-    store = Store(folder, private_key(folder / "key.pem"))
-    app = make_app(Served(model, store, "audited", default_context(model), claim=claim))
-    try:
-        with running(app) as url:
-            yield f"{url}/v1"
-    finally:
-        app.server.scheduler.stop()
-
-
 def model_of(name, kind):
     """The model that a server of this kind runs."""
     if kind in HONEST:
-        dtype, attention = HONEST[kind]
-        return bitassay.load(name, dtype=dtype, attention=attention)
+        attention = "eager" if kind == "bf16-eager" else "sdpa"
+        return bitassay.load(name, dtype="bfloat16", attention=attention)
     recipe = {"w8-g64": bitassay.Recipe(**W8_G64)}.get(kind, kind)
     return bitassay.quantize(bitassay.load(name, dtype="bfloat16"), recipe=recipe)
 
 
-def answers(url, asking, asked, vocabulary):
-    """What a server says of each text: positions as JSON values."""
-    endpoint, said = Endpoint(url), []
-    for text in asked:
-        path, body = body_of(asking, "audited", text)
-        answered = read_answer(endpoint.post(path, body), vocabulary, text.ids)
-        said.append([[each.token, each.logprob, each.top] for each in answered.prompt])
-    endpoint.close()
-    return said
+def said_of(model, asked, batched):
+    """What a server says of each text: entries of log-probabilities of its tokens but the first."""
+    if not batched:
+        return [prompt_entries(model, text.ids, TOP) for text in asked]
+    read = engine_of(model).prefill([text.ids[:1] for text in asked], [text.ids[1:] for text in asked])
+    return [entries_of(each.logits, text.ids[1:], TOP) for each, text in zip(read, asked, strict=True)]
 
 
-def measured_one(reference, text, number, said, k):
-    """Distances of one text by server and level, at each position; of the control too."""
-    truth = reference.rows(reference.exact, text.ids, 1)
-    own = reference.rows(reference.control, text.ids, 1)
-    found = {kind: {} for kind in ("control", *(kind for kind in said if number in said[kind]))}
-    for level in LEVELS:
-        for kind in found:
-            if kind == "control":
-                positions = as_said(level, text.ids[1:], own, k)
-            else:
-                positions = [
-                    Position(token, value, tuple(map(tuple, top))) for token, value, top in said[kind][number]
-                ]
-            found[kind][level] = distances(level, positions, truth, k).tolist()
+def measured(reference, models, asked, kinds):
+    """Distances of each text by server and level, at each position; of the control too. kinds: that read each
+    text."""
+    entries = {}
+    for kind, model in models.items():
+        numbers = [n for n, names in enumerate(kinds) if kind in names]
+        said = said_of(model, [asked[n] for n in numbers], kind == "bf16-batch")
+        entries[kind] = dict(zip(numbers, said, strict=True))
+    found = []
+    for n, text in enumerate(asked):
+        truth = reference.rows(reference.exact, text.ids, 1)
+        control = reference.rows(reference.control, text.ids, 1)
+        of_text = {"control": {}} | {kind: {} for kind in kinds[n]}
+        for level in LEVELS:
+            for kind, by_level in of_text.items():
+                if kind in ("control", "bf16"):
+                    positions = as_said(level, text.ids[1:], control, TOP)
+                else:
+                    positions = [Position(each.token, each.logprob, each.top) for each in entries[kind][n]]
+                by_level[level] = [round(d, 7) for d in distances(level, positions, truth, TOP).tolist()]
+        found.append(of_text)
     return found
 
 
@@ -108,56 +94,36 @@ def power(scores, limit):
 
 
 def collect(options):
-    """Ask what has not been asked yet; return the distances by server, level, text and position."""
-    until = time.monotonic() + 60 * options.minutes
-    name, folder = options.model, options.out
-    exact = bitassay.load(name)
-    reference = Reference(exact, bitassay.load(name, dtype="bfloat16"))
-    asking = Asking("prompt-logprobs", "ids", "prompt_logprobs", 20, options.tokens + 1, 1, True)
+    """Read what has not been read yet; return the distances by server, level, text and position."""
+    until, name = time.monotonic() + 60 * options.minutes, options.model
     count = options.profile + options.held_out
-    asked = texts(tokenizer(exact), "c4-train-new", (2026, 11), count, options.tokens + 1)
-    vocabulary = Vocabulary(tokenizer(exact), vocabulary_size(exact))
-    changed = range(options.profile, options.profile + options.each)
-
-    def chunks(kind):
-        """Texts that are asked of a server, by chunk."""
-        numbers = range(count) if kind in HONEST else changed
-        return [[n for n in numbers if n // CHUNK == c] for c in range(-(-count // CHUNK))]
-
-    for kind in (*HONEST, *options.changes):
-        missing = [c for c, some in enumerate(chunks(kind)) if some and not path_of(folder, kind, c).exists()]
-        if not missing:
+    kinds = [
+        (*HONEST, *(options.changes if 0 <= number - options.profile < options.each else ()))
+        for number in range(count)
+    ]
+    paths = [options.out / f"distances-{start:04d}.json" for start in range(0, count, BATCH)]
+    reference, models, asked = None, {}, []
+    for number, path in enumerate(paths):
+        if path.exists():
             continue
-        with serving(model_of(name, kind), identity(exact), folder / f"server-{kind}") as url:
-            for c in missing:
-                theirs = [asked[n] for n in chunks(kind)[c]]
-                write_json(path_of(folder, kind, c), answers(url, asking, theirs, vocabulary))
-                print(f"{kind}: texts {c * CHUNK} to {c * CHUNK + len(theirs)}", flush=True)
-                if time.monotonic() > until:
-                    sys.exit("time is up; the same command goes on")
+        if reference is None:
+            exact = bitassay.load(name)
+            reference = Reference(exact, bitassay.load(name, dtype="bfloat16"))
+            asked = texts(tokenizer(exact), "c4-train-new", (2026, 11), count, options.tokens + 1)
+        here = slice(number * BATCH, (number + 1) * BATCH)
+        for kind in sorted({kind for some in kinds[here] for kind in some} - {"bf16", *models}):
+            models[kind] = model_of(name, kind)
+        used = {kind: models[kind] for some in kinds[here] for kind in some if kind != "bf16"}
+        write_json(path, measured(reference, used, asked[here], kinds[here]))
+        print(f"read: texts {here.start} to {here.stop}", flush=True)
+        if time.monotonic() > until:
+            sys.exit("time is up; the same command goes on")
     kept = {kind: {level: [] for level in LEVELS} for kind in ("control", *HONEST, *options.changes)}
-    for c in range(-(-count // CHUNK)):
-        path = path_of(folder, "distances", c)
-        numbers = range(c * CHUNK, min((c + 1) * CHUNK, count))
-        if not path.exists():
-            said = {}
-            for kind in (*HONEST, *options.changes):
-                own = chunks(kind)[c]
-                theirs = json.loads(path_of(folder, kind, c).read_text()) if own else []
-                said[kind] = dict(zip(own, theirs, strict=True))
-            write_json(path, [measured_one(reference, asked[n], n, said, asking.k) for n in numbers])
-            print(f"judged: texts {numbers.start} to {numbers.stop}", flush=True)
-            if time.monotonic() > until:
-                sys.exit("time is up; the same command goes on")
-        for found in json.loads(path.read_text()):
-            for kind, by_level in found.items():
-                for level, values in by_level.items():
-                    kept[kind][level].append(values)
+    for found in (each for path in paths for each in json.loads(path.read_text())):
+        for kind, by_level in found.items():
+            for level, values in by_level.items():
+                kept[kind][level].append(values)
     return kept
-
-
-def path_of(folder, kind, chunk):
-    return folder / f"{kind}-{chunk:02d}.json"
 
 
 def main():
@@ -166,7 +132,7 @@ def main():
     )
     parser.add_argument("model", nargs="?", default="smollm2-135m")
     parser.add_argument("--profile", type=int, default=100)
-    parser.add_argument("--held-out", type=int, default=300)
+    parser.add_argument("--held-out", type=int, default=200)
     parser.add_argument("--each", type=int, default=40)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--alpha", type=float, default=0.01)

@@ -1,7 +1,7 @@
 """Peak memory of work on models larger than memory, beside what was told beforehand.
 
     python benchmarks/large.py write FOLDER [--shape llama-2-7b] [--layers N]
-    python benchmarks/large.py measure FOLDER [--samples 128]
+    python benchmarks/large.py measure FOLDER [--samples 128] [--only w4 gptq-4bit eval]
 
 `write` makes a checkpoint of random weights in bf16 in the shape of a published model, a layer at a time,
 with stories260k's tokenizer; llama-2-7b takes 13.5 GB of disk. `measure` runs one command after the other
@@ -67,8 +67,8 @@ def write(folder: Path, shape: str, layers: int | None, seed: int = 0) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
 
 
-def peak(command: list[str]) -> tuple[float, float, str]:
-    """Run a command; return its peak memory in GB, seconds, and what it printed."""
+def peak(command: list[str]) -> tuple[float, float, str, str]:
+    """Run a command; return its peak memory in GB, seconds, what it printed, and what it noted."""
     with tempfile.NamedTemporaryFile("r") as log:
         done = subprocess.run(
             ["/usr/bin/time", "-v", "-o", log.name, sys.executable, "-m", "bitassay.cli", *command],
@@ -84,6 +84,7 @@ def peak(command: list[str]) -> tuple[float, float, str]:
         kilobytes * 1024 / 1e9,
         sum(60**n * float(part) for n, part in enumerate(reversed(clock))),
         done.stdout,
+        done.stderr,
     )
 
 
@@ -94,32 +95,31 @@ gptq: {}
 """
 
 
-def measure(folder: Path, samples: int) -> None:
-    """Print the peak of each command beside what its dry run says."""
+def measure(folder: Path, samples: int, only: list[str]) -> None:
+    """Print the peak of each command beside what is told beforehand."""
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         recipe = Path(scratch) / "gptq-4bit.yaml"
         recipe.write_text(GPTQ.replace("128", str(samples)))
-        print(f"{'command':44} {'peak GB':>8} {'plan GB':>8} {'seconds':>8}")
+        print(f"{'command':44} {'peak GB':>8} {'plan GB':>8} {'seconds':>8}", flush=True)
         for name, budget in (("w4", "3GB"), (str(recipe), "6GB")):
-            out = ["--out", f"{scratch}/{Path(name).stem}", "--memory", budget, "--format", "json"]
-            command = ["quantize", str(folder), "--recipe", name, *out]
+            stem = Path(name).stem
+            if stem not in only:
+                continue
+            out = ["--out", f"{scratch}/{stem}", "--memory", budget, "--work", f"{scratch}/work-{stem}"]
+            command = ["quantize", str(folder), "--recipe", name, *out, "--format", "json"]
             planned = json.loads(peak([*command, "--dry-run"])[2])[0]["memory_bytes"] / 1e9
-            used, seconds, _ = peak(command)
-            print(f"{f'quantize --recipe {Path(name).stem}':44} {used:8.2f} {planned:8.2f} {seconds:8.0f}")
-        command = [
-            "eval",
-            str(folder),
-            "--recipe",
-            "w4",
-            "--windows",
-            "4",
-            "--window",
-            "512",
-            "--memory",
-            "3GB",
-        ]
-        used, seconds, _ = peak(command)
-        print(f"{'eval --recipe w4 --windows 4 --window 512':44} {used:8.2f} {'':8} {seconds:8.0f}")
+            used, seconds, _, _ = peak(command)
+            print(f"{f'quantize --recipe {stem}':44} {used:8.2f} {planned:8.2f} {seconds:8.0f}", flush=True)
+        if "eval" in only:
+            command = [
+                "eval",
+                str(folder),
+                *["--recipe", "w4", "--windows", "4", "--window", "512", "--memory", "3GB"],
+            ]
+            used, seconds, _, said = peak(command)
+            told = re.search(r"in about ([\d.]+) GB of memory", said)
+            planned = f"{float(told[1]):8.2f}" if told else f"{'':8}"
+            print(f"{'eval --recipe w4 --windows 4 --window 512':44} {used:8.2f} {planned} {seconds:8.0f}")
 
 
 def main() -> None:
@@ -131,11 +131,13 @@ def main() -> None:
     writing.add_argument("--shape", choices=SHAPES, default="llama-2-7b")
     writing.add_argument("--layers", type=int)
     measuring.add_argument("--samples", type=int, default=128, help="calibration samples of 512 tokens")
+    every = ["w4", "gptq-4bit", "eval"]
+    measuring.add_argument("--only", nargs="+", choices=every, default=every)
     given = parser.parse_args()
     if given.verb == "write":
         write(given.folder, given.shape, given.layers)
     else:
-        measure(given.folder, given.samples)
+        measure(given.folder, given.samples, given.only)
 
 
 if __name__ == "__main__":

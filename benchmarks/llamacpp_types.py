@@ -18,10 +18,11 @@ import torch
 from bitassay.models.gguf_types import Q1_0, Q2_0
 from bitassay.quantization.codes.quantize import quantize_tensor
 from bitassay.quantization.export.gguf_blocks import Blocks, as_blocks
-from bitassay.quantization.export.gguf_round import TYPES, rounded
+from bitassay.quantization.export.gguf_round import SEARCHED, TYPES, rounded
 from bitassay.quantization.recipe.weights import WeightScheme
 
 MIRRORED = {"symmetric": False, "zero_point": "mirrored", "scale": "mse"}
+K_TYPES = (("q2_k", 16), ("q3_k", 16), ("q4_k", 32), ("q5_k", 32), ("q6_k", 16))
 SCHEMES = (
     {"format": "binary", "granularity": "g128"},
     {"format": "ternary", "granularity": "g256"},
@@ -31,7 +32,9 @@ SCHEMES = (
     {"format": "int4", "granularity": "g32"} | MIRRORED,
     {"format": "int4", "granularity": "g32", "symmetric": False},
     {"format": "int3", "granularity": "g256"},
+    {"format": "int5", "granularity": "g32"} | MIRRORED,
     {"format": "int8", "granularity": "g32"},
+    *({"format": name, "granularity": f"g{size}"} for name, size in K_TYPES),
 )
 
 
@@ -86,6 +89,8 @@ def main() -> None:
         name = f"{said['format']} {said['granularity']} {said.get('zero_point', '')}"
         print(f"{blocks.kind.name:7} {name:30} {difference:10.2g} {ratio:10.3f}")
     for name in TYPES[3:]:
+        if name in SEARCHED:  # as above
+            continue
         blocks = rounded(weight, name)
         back = decoded(library, blocks, 512)
         again = rounded(back, name)

@@ -37,7 +37,7 @@ def test_overrides_survive_show(bitassay, tmp_path):
 
 
 def test_show_of_a_file_with_a_defect(bitassay, tmp_path):
-    (tmp_path / "bad.yaml").write_text("name: bad\nweights: {format: int5}\n")
+    (tmp_path / "bad.yaml").write_text("name: bad\nweights: {format: int7}\n")
     done = bitassay("recipes", "show", str(tmp_path / "bad.yaml"))
     assert (done.status, done.out) == (2, "")
     assert "weights.format" in done.err

@@ -15,7 +15,7 @@ from bitassay.errors import BitassayError, MissingError
 from bitassay.models.gguf_model import sources_of
 from bitassay.quantization.export import save as export
 from bitassay.quantization.export.gguf_file import write_gguf, written_before
-from bitassay.quantization.export.gguf_like import recipe_like, types_of
+from bitassay.quantization.export.gguf_like import MINIMUM, recipe_like, types_of
 from bitassay.quantization.export.gguf_plan import check_llama_cpp, plan_gguf
 from bitassay.quantization.pipeline import quantize
 from bitassay.quantization.recipe.recipe import Recipe
@@ -196,6 +196,9 @@ def test_embeddings_and_head_in_a_type_of_their_own(tmp_path, name):
     assert torch.equal(back, given) is (name == "F32")
 
 
+G32 = {"granularity": "g32"}
+
+
 def like(path, base, name="w4"):
     types = types_of(path)
     made = recipe_like(recipe(format="int4").model_copy(update={"name": name}), types, base)
@@ -208,6 +211,9 @@ def test_the_types_of_another_file(tmp_path):
     base = tiny_model("llama", **size)
     names = dict.fromkeys([name for name, _ in base.named_parameters()])
     given = {
+        "o_proj": "Q4_K",
+        "up_proj": "Q2_K",
+        "gate_proj": "Q5_1",
         "q_proj": "Q8_0",
         "k_proj": "TQ2_0",
         "v_proj": "F16",
@@ -220,9 +226,10 @@ def test_the_types_of_another_file(tmp_path):
         kinds[theirs] = Kind[next((k for part, k in given.items() if part in name), "Q4_0")]
         kinds[theirs] = Kind.F32 if "norm" in name else kinds[theirs]
     absmax = {"q_proj": {"format": "int8"}, "k_proj": {"format": "ternary", "granularity": "g256"},
-              "v_proj": None, "down_proj": {"format": "int2", "granularity": "g64"}}  # fmt: skip
+              "v_proj": None, "down_proj": {"format": "int2", "granularity": "g64"},
+              "o_proj": {"format": "q4_k"}, "up_proj": {"format": "q2_k"}, "gate_proj": {"format": "int5"} | MINIMUM}  # fmt: skip
     overrides = [
-        {"match": f"*.{part}", "weights": fields and {"granularity": "g32"} | fields}
+        {"match": f"*.{part}", "weights": fields and ({} if "_k" in fields["format"] else G32) | fields}
         for part, fields in absmax.items()
     ]
     made = Recipe.model_validate(
@@ -237,7 +244,7 @@ def test_the_types_of_another_file(tmp_path):
         (t.name, t.tensor_type, t.n_bytes) for t in theirs
     ]
     near, far = load(tmp_path / "ours.gguf"), load(tmp_path / "given.gguf")
-    for part in ("self_attn.o_proj", "mlp.down_proj", "mlp.up_proj"):
+    for part in ("self_attn.q_proj", "mlp.down_proj"):
         weight = base.get_submodule(f"model.layers.0.{part}").weight
         errors = [(m.get_submodule(f"model.layers.0.{part}").weight - weight).norm() for m in (near, far)]
         assert errors[0] < errors[1], part
@@ -250,8 +257,8 @@ def test_files_that_cannot_be_followed(tmp_path):
         like(tmp_path / "plain.gguf", base)
     types = types_of(tmp_path / "plain.gguf")
     shape = types["blk.0.attn_q.weight"][1]
-    with pytest.raises(BitassayError, match=r"no grid here for Q4_K \(1 matrices\)"):
-        recipe_like(recipe(format="int4"), types | {"blk.0.attn_q.weight": (Kind.Q4_K, shape)}, base)
+    with pytest.raises(BitassayError, match=r"no grid here for IQ2_S \(1 matrices\)"):
+        recipe_like(recipe(format="int4"), types | {"blk.0.attn_q.weight": (Kind.IQ2_S, shape)}, base)
     with pytest.raises(BitassayError, match=r"of another model: blk\.0\.attn_k\.bias"):
         like(tmp_path / "plain.gguf", tiny_model("qwen2", num_hidden_layers=1))
     (tmp_path / "rubbish.gguf").write_bytes(b"GGUF" + bytes(100))

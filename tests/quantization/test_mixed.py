@@ -93,7 +93,7 @@ def test_choices_are_the_recipes_weights_with_other_fields():
         ({"bits": 3, "formats": ["int2", "int2"]}, "same choice twice"),
         ({"bits": 3, "formats": ["int2"]}, "at least 2"),
         ({"bits": 3, "formats": ["int2", "ternary"]}, "ternary codes are symmetric"),
-        ({"bits": 3, "formats": ["int2", "int5"]}, "unknown format"),
+        ({"bits": 3, "formats": ["int2", "int7"]}, "unknown format"),
         ({"bits": 0}, "greater than 0"),
         ({"bits": 3, "sensitivity": "guess"}, "'kl' or 'error'"),
     ],

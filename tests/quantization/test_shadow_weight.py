@@ -15,10 +15,12 @@ SCHEMES = [
     WeightScheme(format="int2", granularity="g64", symmetric=False, zero_point="middle"),
     WeightScheme(format="int3", granularity="channel"),
     WeightScheme(format="int4", granularity="g64", symmetric=False, zero_point="free", scale="mse"),
+    WeightScheme(format="int4", granularity="g16", symmetric=False, zero_point="minimum", scale="mse"),
     WeightScheme(format="int8", granularity="g16", restricted=True),
     WeightScheme(format="ternary", granularity="g16"),
     WeightScheme(format="binary", granularity="g16", symmetric=False),
     WeightScheme(format="binary", granularity="channel"),
+    *(WeightScheme(format=name) for name in ("q2_k", "q3_k", "q4_k")),
 ]
 
 
@@ -26,8 +28,12 @@ def name_of(scheme):
     return f"{scheme.format}-{scheme.granularity}"
 
 
+def columns_of(scheme):
+    return 40 if scheme.number_format.levels is None else 512
+
+
 def latent_of(scheme, seed=0):
-    weight = torch.randn(6, 40, generator=torch.Generator().manual_seed(seed))
+    weight = torch.randn(6, columns_of(scheme), generator=torch.Generator().manual_seed(seed))
     tensor = quantize_tensor(weight, scheme)
     return ShadowWeight(scheme, weight, tensor.grid), tensor, weight
 
@@ -60,24 +66,31 @@ def test_a_latent_goes_on_from_another():
 @pytest.mark.parametrize("scheme", SCHEMES, ids=name_of)
 def test_gradients(scheme):
     latent, tensor, _ = latent_of(scheme)
-    wanted = torch.randn(6, 40, generator=torch.Generator().manual_seed(2))
+    wanted = torch.randn(6, columns_of(scheme), generator=torch.Generator().manual_seed(2))
     (latent() * wanted).sum().backward()
-    bounds = latent.sizes.tolist()
-    wide = tensor.scale.float().repeat_interleave(latent.sizes, dim=1)
+    bounds, grid = latent.sizes.tolist(), tensor.grid
+    wide = grid.scale.repeat_interleave(latent.sizes, dim=1)
     assert torch.allclose(latent.u.grad, wanted * wide)
-    mean = 0 if tensor.mean is None else tensor.mean.float().repeat_interleave(latent.sizes, dim=1)
+    mean = 0 if grid.mean is None else grid.mean.repeat_interleave(latent.sizes, dim=1)
     of_scale = [part.sum(1) for part in (wanted * (tensor.dequantize() - mean)).split(bounds, dim=1)]
     assert torch.allclose(latent.gain.grad, torch.stack(of_scale, 1), atol=5e-3)
     sums = torch.stack([part.sum(1) for part in wanted.split(bounds, dim=1)], 1)
     if scheme.zero_point == "free":
         assert torch.allclose(latent.zero.grad, -tensor.scale.float() * sums, atol=1e-4)
-    if tensor.mean is not None:
-        assert torch.allclose(latent.mean.grad, sums, atol=1e-4)
+    levels = scheme.number_format.levels
+    if tensor.mean is not None:  # minima of integers move in steps
+        step = 1 if scheme.number_format.kind == "binary" else grid.scale
+        assert torch.allclose(latent.mean.grad, sums * step, atol=1e-3)
+    if levels is not None:  # d and e are of all groups of a run
+        of_runs = [torch.stack(of_scale, 1)] + ([] if grid.mean is None else [grid.mean * sums])
+        for which, part in enumerate(of_runs):
+            of_run = part.view(6, 2, -1).sum(2)
+            assert torch.allclose(latent.unit_gain.grad[which], of_run, atol=2e-2)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=name_of)
 def test_a_group_of_zeros_is_not_moved(scheme):
-    weight = torch.randn(6, 40, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(6, columns_of(scheme), generator=torch.Generator().manual_seed(0))
     weight[3] = 0
     tensor = quantize_tensor(weight, scheme)
     latent = ShadowWeight(scheme, weight, tensor.grid)

@@ -22,6 +22,7 @@ SECONDS = 120.0
 TRIES = 6
 AGAIN = (408, 429, 500, 502, 503, 504)
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
+EVENTS = "text/event-stream"
 SHOWN = 200  # characters of what a server says
 
 
@@ -74,11 +75,17 @@ class Endpoint:
         """Return the JSON value that answers `body`. Raises AnswerError."""
         return self._patiently("POST", path, body)
 
-    def _patiently(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
+    def events(self, path: str, body: dict[str, Any]) -> list[Any]:
+        """Return the JSON values of the events that answer `body`, streamed. Raises AnswerError."""
+        return self._patiently("POST", path, body, EVENTS)
+
+    def _patiently(
+        self, method: str, path: str, body: dict[str, Any] | None, kind: str = "application/json"
+    ) -> Any:
         """Ask up to `tries` times, with growing pauses, where another try may help."""
         for number in range(1, self.tries + 1):
             try:
-                return self._once(method, path, body)
+                return self._once(method, path, body, kind)
             except _Again as again:
                 if number == self.tries:
                     raise again.error from again
@@ -86,10 +93,11 @@ class Endpoint:
                 self.sleep(min(max(wait, again.wait), 2 * LONGEST_WAIT))
         raise AssertionError("unreachable")
 
-    def _once(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
+    def _once(self, method: str, path: str, body: dict[str, Any] | None, kind: str) -> Any:
         try:
-            with self._web.stream(method, self.url + path, json=body) as answer:
-                return self._checked(answer, path)
+            headers = {"accept": kind}
+            with self._web.stream(method, self.url + path, json=body, headers=headers) as answer:
+                return self._checked(answer, path, kind)
         except httpx2.TimeoutException as error:
             raise _Again(AnswerError("timeout", f"{self.url}: no answer in {self.seconds:g} s")) from error
         except httpx2.ConnectError as error:
@@ -102,7 +110,7 @@ class Endpoint:
             why = f"{self.url}: the connection broke ({type(error).__name__})"
             raise _Again(AnswerError("broken", why)) from error
 
-    def _checked(self, answer: httpx2.Response, path: str) -> Any:
+    def _checked(self, answer: httpx2.Response, path: str, wanted: str) -> Any:
         status, where = answer.status_code, f"{self.url}{path}"
         if 300 <= status < 400:
             raise AnswerError("redirect", f"{where}: a redirect, which is not followed", "give the final URL")
@@ -117,8 +125,13 @@ class Endpoint:
             hint = "set the API key in the environment variable of --key-env" if status in (401, 403) else ""
             raise AnswerError(f"status-{status}", f"{where}: status {status}: {said:.{SHOWN}}", hint)
         kind = answer.headers.get("content-type", "").split(";")[0].strip().lower()
-        if kind != "application/json":
-            raise AnswerError("wrong-type", f"{where}: {kind!r:.60}, not application/json")
+        if kind != wanted:
+            raise AnswerError("wrong-type", f"{where}: {kind!r:.60}, not {wanted}")
+        if kind == EVENTS:
+            lines = [
+                line.removeprefix(b"data:").strip() for line in data.splitlines() if line[:5] == b"data:"
+            ]
+            return [strict_json(line, where) for line in lines if line != b"[DONE]"]
         return strict_json(data, where)
 
     def _bounded(self, answer: httpx2.Response, where: str) -> bytes:

@@ -228,6 +228,6 @@ def decide(
         return made("FAIL", f"{', '.join(refused)}: farther from the reference than honest servers are")
     if not scores or unscored > UNDECIDED * (unscored + len(scores)):
         return made("INCONCLUSIVE", f"{unscored} of {unscored + len(scores)} answers could not be judged")
-    if len(scores) == 1 and 1 / (len(profile.scores) + 1) > alpha:
+    if not watched and len(scores) == 1 and 1 / (len(profile.scores) + 1) > alpha:
         return made("INCONCLUSIVE", "one answer cannot be refused by so few honest ones")
     return made("PASS", ", ".join(told))

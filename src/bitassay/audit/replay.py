@@ -129,7 +129,7 @@ class NeverAsked(Endpoint):
     def __init__(self, url: str) -> None:
         self.url = checked_url(url)
 
-    def _patiently(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
+    def _patiently(self, method: str, path: str, body: dict[str, Any] | None, kind: str = "") -> Any:
         raise BitassayError("an answer of the recorded audit is missing", REMEDY)
 
 
@@ -137,7 +137,7 @@ def read_recorded(folder: Path) -> Recorded:
     """Return what a recorded audit was. Raises BitassayError for a folder that holds none."""
     if not (folder / "plan.json").is_file():
         raise BitassayError(f"{folder}: holds no plan.json, so it is no recorded audit", REMEDY)
-    return _valid(Recorded, folder / "plan.json")
+    return valid(Recorded, folder / "plan.json")
 
 
 def replay(
@@ -160,7 +160,8 @@ def replay(
             f"{recorded}: was recorded with the tokens of {was.reference.name}, not of {claim.name}",
             f"--reference {was.reference.name}",
         )
-    files = _Files(recorded, was, reference)
+    vocabulary = Vocabulary(tokenizer(reference.exact), vocabulary_size(reference.exact))
+    files = Files(recorded, was, vocabulary)
     honest = [Target(NeverAsked(url), model) for url, model in was.honest]
     if profile is not None or not all(
         files.has(index, was.calibration_requests) for index in range(1, len(honest) + 1)
@@ -199,17 +200,20 @@ def replay(
     return conclude(session, target, honest, profile, suspects or NOBODY), folder.path
 
 
-class _Files:
-    """The parts of a recorded audit, each checked as it is read."""
+class Files:
+    """The parts of a recorded audit, each checked as it is read. Raises BitassayError for what no audit
+    writes."""
 
-    def __init__(self, folder: Path, was: Recorded, reference: Reference) -> None:
-        self.folder, self.was = folder / "parts", was
+    def __init__(self, folder: Path, was: Recorded, vocabulary: Vocabulary) -> None:
+        self.folder, self.was, self.vocabulary = folder / "parts", was, vocabulary
         with explained(self.folder):
             size = sum(path.stat().st_size for path in self.folder.glob("*.json"))
         if size > FOLDER_BYTES:
             raise BitassayError(f"{self.folder}: {size} bytes, more than {FOLDER_BYTES}", REMEDY)
-        self.tokenizer = tokenizer(reference.exact)
-        self.vocabulary = Vocabulary(self.tokenizer, vocabulary_size(reference.exact))
+
+    def asking(self, index: int = 0) -> Asking:
+        """Return how a server was asked."""
+        return Asking(**valid(_Probe, self.folder / f"probe-{index}.json").asking.model_dump())
 
     def has(self, index: int, count: int) -> bool:
         """Return whether all answers of a server are there."""
@@ -221,21 +225,21 @@ class _Files:
         for index in range(honest + 1):
             name = "honest" if index else "audited"
             count = self.was.calibration_requests if index else self.was.requests
-            probe = _valid(_Probe, self.folder / f"probe-{index}.json")
+            probe = valid(_Probe, self.folder / f"probe-{index}.json")
             asking = Asking(**probe.asking.model_dump())
-            texts = _valid(list[_Text], self.folder / f"texts-{name}.json")
+            texts = valid(list[_Text], self.folder / f"texts-{name}.json")
             if len(texts) < count:
                 raise BitassayError(f"{self.folder}: {len(texts)} texts for {count} requests", REMEDY)
             found[f"probe-{index}"] = probe.model_dump()
             found[f"texts-{name}"] = [text.model_dump() for text in texts]
             for number, text in enumerate(texts[:count]):
                 key = f"answer-{index}-{number:05d}"
-                expected = prompt_of(Text(text.text, tuple(text.ids)), asking.form, self.tokenizer)
+                expected = prompt_of(Text(text.text, tuple(text.ids)), asking.form, self.vocabulary.tokenizer)
                 found[key] = self._answer(self.folder / f"{key}.json", expected)
         return found
 
     def _answer(self, path: Path, prompt: tuple[int, ...]) -> dict[str, Any]:
-        answer = _valid(_Answer, path)
+        answer = valid(_Answer, path)
         if tuple(answer.prompt_ids) != prompt:
             raise BitassayError(f"{path}: an answer to another prompt than the text makes", REMEDY)
         positions = [*(answer.output or ()), *(answer.prompt or ())]
@@ -256,8 +260,8 @@ class _Files:
         return kept | said | {"receipt": checked_receipt(signed, prompt)}
 
 
-def _valid(kind: Any, path: Path) -> Any:
-    """The value of a JSON file that may come from anyone, as `kind`."""
+def valid(kind: Any, path: Path) -> Any:
+    """Return the value of a JSON file that may come from anyone, as `kind`. Raises BitassayError."""
     if not path.is_file():
         raise BitassayError(f"{path}: is missing", REMEDY)
     try:

@@ -10,7 +10,7 @@ blamed for is an answer that cannot be judged.
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -140,7 +140,8 @@ class Session:
         """Return the statistic of each answer; None where there is none."""
         name = "honest" if index else "audited"
         asked = self.texts(name, count, asking.prompt_tokens)
-        self._ask_all(index, target, asking, asked)
+        named = {f"answer-{index}-{number:05d}": text for number, text in enumerate(asked)}
+        ask_all(self.folder, target, asking, named, self.vocabulary, self.options.concurrency, self.progress)
         scores = []
         for number in range(count):
             self.progress(f"judging {target.endpoint.url}", number, count)
@@ -149,41 +150,6 @@ class Session:
             scores.append(part.get("score"))
         self.progress(f"judging {target.endpoint.url}", count, count)
         return scores
-
-    def _ask_all(self, index: int, target: Target, asking: Asking, asked: Sequence[Text]) -> None:
-        stop, done = threading.Event(), 0
-        if all(self.folder.has(f"answer-{index}-{number:05d}") for number in range(len(asked))):
-            return
-
-        def ask(number: int) -> None:
-            if not stop.is_set():
-                self.folder.part(
-                    f"answer-{index}-{number:05d}", lambda: self._answer(target, asking, asked[number])
-                )
-
-        with ThreadPoolExecutor(self.options.concurrency) as pool:
-            try:
-                for _ in pool.map(ask, range(len(asked))):
-                    self.progress(f"asking {target.endpoint.url}", done, len(asked))
-                    done += 1
-            except BaseException:
-                stop.set()
-                raise
-        self.progress(f"asking {target.endpoint.url}", len(asked), len(asked))
-
-    def _answer(self, target: Target, asking: Asking, text: Text) -> dict[str, Any]:
-        path, body = body_of(asking, target.model, text)
-        prompt = prompt_of(text, asking.form, self.tokenizer)
-        kept: dict[str, Any] = {"prompt_ids": list(prompt)}
-        try:
-            answered = read_answer(
-                target.endpoint.post(path, body), self.vocabulary, prompt, asking.through == "echo"
-            )
-            return kept | asdict(answered) | {"receipt": checked_receipt(answered, prompt)}
-        except AnswerError as error:
-            if error.code in NOT_THEIR_FAULT:
-                raise
-            return kept | {"error": error.code, "problem": error.problem[:500]}
 
     def _score(self, index: int, number: int, asking: Asking) -> dict[str, Any]:
         answer = self.answer(index, number)
@@ -232,6 +198,51 @@ class Session:
             "valid": sum(each["valid"] for each in given),
             "signers": sorted({each["signer"] for each in given if each["valid"]}),
         }
+
+
+def ask_all(
+    folder: RunFolder,
+    target: Target,
+    asking: Asking,
+    asked: Mapping[str, Text],
+    vocabulary: Vocabulary,
+    concurrency: int,
+    progress: Progress,
+) -> None:
+    """Keep the answer to each text, or what was wrong with it, as the part of its name; what is kept is not
+    asked again. Raises AnswerError for what the server cannot be blamed for."""
+    missing = [name for name in asked if not folder.has(name)]
+    stop, done, what = threading.Event(), 0, f"asking {target.endpoint.url}"
+
+    def ask(name: str) -> None:
+        if not stop.is_set():
+            folder.part(name, lambda: ask_once(target, asking, asked[name], vocabulary))
+
+    with ThreadPoolExecutor(concurrency) as pool:
+        try:
+            for _ in pool.map(ask, missing):
+                progress(what, done, len(missing))
+                done += 1
+        except BaseException:
+            stop.set()
+            raise
+    if missing:
+        progress(what, len(missing), len(missing))
+
+
+def ask_once(target: Target, asking: Asking, text: Text, vocabulary: Vocabulary) -> dict[str, Any]:
+    """Return the answer to a text as it is kept, or what was wrong with it. Raises AnswerError for what the
+    server cannot be blamed for."""
+    path, body = body_of(asking, target.model, text)
+    prompt = prompt_of(text, asking.form, vocabulary.tokenizer)
+    kept: dict[str, Any] = {"prompt_ids": list(prompt)}
+    try:
+        answered = read_answer(target.endpoint.post(path, body), vocabulary, prompt, asking.through == "echo")
+        return kept | asdict(answered) | {"receipt": checked_receipt(answered, prompt)}
+    except AnswerError as error:
+        if error.code in NOT_THEIR_FAULT:
+            raise
+        return kept | {"error": error.code, "problem": error.problem[:500]}
 
 
 def positions_of(answer: dict[str, Any], asking: Asking) -> list[Position]:

@@ -33,6 +33,12 @@ def audit(
     reference: options.Model | None = None,
     recipe: options.RecipeName | None = None,
     replay: Path | None = None,
+    watch: options.Interval | None = None,
+    times: options.Count | None = None,
+    against: Path | None = None,
+    repeats: options.Count | None = None,
+    contract: options.Flag = False,
+    context: options.Count | None = None,
     calibrate_from: Urls | None = None,
     calibrate_model: str | None = None,
     profile: Path | None = None,
@@ -63,14 +69,24 @@ def audit(
     --calibrate-from or a --profile; without either the distances are shown and nothing is decided. Every
     answer is kept at once; run again, the same command goes on. Exit status 0 for PASS, else 1.
 
-    --replay judges the kept answers of an earlier audit again, without any request.
+    --replay judges the kept answers of an earlier audit again, without any request. --watch audits again and
+    again, with one promise over all time. --against asks the requests of an earlier audit again, and says
+    whether the endpoint has changed; --contract checks counts, limits, stops, streams, the context and tools:
+    both need no model but the tokenizer.
 
     Args:
         url: The API's URL, such as https://host/v1. Requests go there and nowhere else.
         model: The model's name at the server.
-        reference: The model that should answer, to judge by (default of --replay: the one it was recorded
-            with).
+        reference: The model that should answer, to judge by (default of --replay and --against: that of
+            the recording).
         replay: The run folder of an earlier audit, to judge its kept answers again.
+        watch: Audit every 90s, 30m, 6h or 1d, until the ledger refuses the server or --times audits are done.
+            Needs --calibrate-from or --profile.
+        times: How many audits (default: until interrupted).
+        against: The run folder of an earlier audit, whose requests are asked again.
+        repeats: How often each of them is asked (default: 3).
+        contract: Check what the server promises, beside one honest server where --calibrate-from names it.
+        context: Tokens of the context that the server advertises (default: what its /models says).
         calibrate_from: URL of a server that you know to be honest, with the same engine and settings; may be
             repeated. Its profile is kept as profile.json in the run folder.
         calibrate_model: The model's name at those servers (default: --model).
@@ -103,6 +119,42 @@ def audit(
         if wrong := [name for name, value in given.items() if value is not None]:
             raise BitassayError(f"--replay asks nothing, so {wrong[0]} says nothing", "leave it out")
         return _replayed(replay, reference, recipe, named, profile, alpha, ledger, loading, device, output)
+    for name, value, needs, given in (
+        ("--times", times, "--watch", watch),
+        ("--repeats", repeats, "--against", against),
+        ("--context", context, "--contract", contract),
+    ):
+        if value is not None and not given:
+            raise BitassayError(f"{name} says nothing without {needs}", f"add {needs}, or leave it out")
+    if url is not None and model is not None and against is not None:
+        given = {"--calibrate-from": calibrate_from, "--profile": profile, "--ledger": ledger}
+        given |= {"--evidence": evidence, "--requests": requests, "--budget": budget, "--watch": watch}
+        if wrong := [name for name, value in given.items() if value is not None]:
+            raise BitassayError(f"--against needs no {wrong[0]}", "leave it out")
+        return _changed(
+            url,
+            model,
+            reference,
+            against,
+            repeats,
+            alpha,
+            seed,
+            concurrency,
+            timeout,
+            key_env,
+            loading,
+            output,
+        )
+    if url is not None and model is not None and reference is not None and contract:
+        given = {"--profile": profile, "--ledger": ledger, "--evidence": evidence, "--budget": budget}
+        given |= {"--watch": watch, "--suspects": suspects, "--recipe": recipe}
+        if wrong := [name for name, value in given.items() if value is not None]:
+            raise BitassayError(f"--contract needs no {wrong[0]}", "leave it out")
+        servers = [(url, model, key_env)]
+        servers += [(each, calibrate_model or model, calibrate_key_env) for each in calibrate_from or ()]
+        return _kept(
+            servers, reference, text, requests, context, alpha, seed, concurrency, timeout, loading, output
+        )
     if url is None or model is None or reference is None:
         missing = "a URL" if url is None else "--model" if model is None else "--reference"
         raise BitassayError(
@@ -127,6 +179,7 @@ def audit(
     from bitassay.audit.judge import read_audit_profile
     from bitassay.audit.run import audit
     from bitassay.audit.session import PROMPT_TOKENS, Options, Target
+    from bitassay.audit.watch import watch as watched
 
     known = None if profile is None else read_audit_profile(profile)
     wanted = Options(
@@ -152,7 +205,23 @@ def audit(
         for each in calibrate_from or ()
     ]
     loaded = _Loader(reference, recipe, loading, device)
+    if watch is not None and not honest and known is None:
+        raise BitassayError("--watch needs to know what honest servers look like", "--calibrate-from URL")
     with show_progress() as progress:
+        if watch is not None:
+            run, folder = watched(
+                target,
+                loaded.reference(progress),
+                wanted,
+                watch,
+                times=times,
+                honest=honest,
+                profile=known,
+                suspects=loaded.suspects(named, progress),
+                progress=progress,
+                tell=lambda text: print(text, file=sys.stderr, flush=True),
+            )
+            return _shown(run, folder, output)
         run, folder = audit(
             target,
             loaded.reference(progress),
@@ -195,6 +264,99 @@ def _replayed(
             ledger=ledger,
             suspects=loaded.suspects(suspects, progress),
             out=output.out,
+            progress=progress,
+        )
+    return _shown(run, folder, output)
+
+
+def _changed(
+    url: str,
+    model: str,
+    reference: str | None,
+    against: Path,
+    repeats: int | None,
+    alpha: float | None,
+    seed: int | None,
+    concurrency: int,
+    timeout: int,
+    key_env: str | None,
+    loading: options.Loading,
+    output: options.RunOutput,
+) -> int:
+    from bitassay.audit.client import Endpoint, checked_url, require_variable
+
+    checked_url(url)
+    require_variable(key_env)
+    check_words([reference], folder=output.out)
+    from bitassay.audit.change import REPEATS, change
+    from bitassay.audit.replay import read_recorded
+    from bitassay.audit.session import Target
+    from bitassay.audit.words import words_of
+
+    name = reference or read_recorded(against).reference.name
+    with show_progress() as progress:
+        vocabulary, digest = words_of(name, progress, trust_remote_code=loading.trust_remote_code)
+        run, folder = change(
+            against,
+            Target(Endpoint(url, key_env, seconds=timeout), model),
+            vocabulary,
+            digest,
+            repeats=repeats or REPEATS,
+            alpha=ALPHA if alpha is None else alpha,
+            seed=seed or 0,
+            concurrency=concurrency,
+            out=output.out,
+            progress=progress,
+        )
+    return _shown(run, folder, output)
+
+
+def _kept(
+    servers: list[tuple[str, str, str | None]],
+    reference: str,
+    text: str,
+    requests: int | None,
+    context: int | None,
+    alpha: float | None,
+    seed: int | None,
+    concurrency: int,
+    timeout: int,
+    loading: options.Loading,
+    output: options.RunOutput,
+) -> int:
+    from bitassay.audit.client import Endpoint, checked_url, require_variable
+    from bitassay.data.corpora import check_corpus
+
+    if len(servers) > 2:
+        raise BitassayError("--contract compares with one honest server", "one --calibrate-from")
+    for each, _, variable in servers:
+        checked_url(each)
+        require_variable(variable)
+    check_words([reference], folder=output.out)
+    check_corpus(text)
+    from bitassay.audit.contract_run import Terms, contract
+    from bitassay.audit.session import Target
+    from bitassay.audit.words import words_of
+
+    target, *honest = [Target(Endpoint(url, key, seconds=timeout), model) for url, model, key in servers]
+    with show_progress() as progress:
+        vocabulary, _ = words_of(reference, progress, trust_remote_code=loading.trust_remote_code)
+        given = Terms()
+        terms = Terms(
+            text,
+            requests or given.requests,
+            context,
+            alpha or ALPHA,
+            seed or 0,
+            concurrency,
+            output.out,
+        )
+        run, folder = contract(
+            target,
+            vocabulary,
+            reference,
+            terms,
+            honest=honest[0] if honest else None,
             progress=progress,
         )
     return _shown(run, folder, output)

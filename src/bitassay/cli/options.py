@@ -58,6 +58,14 @@ def _bytes(_: Any, tokens: Sequence[Token]) -> int:
     return int(float(found[1]) * UNITS[found[2]])
 
 
+def _seconds(_: Any, tokens: Sequence[Token]) -> float:
+    """Read 90s, 30m, 6h or 1d."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([smhd])", tokens[0].value.strip().lower())
+    if found is None or not float(found[1]):
+        raise ValueError(f'"{tokens[0].value}" is no interval, such as 90s, 30m, 6h or 1d.')
+    return float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
+
+
 def _is_fraction(_: Any, value: float | None) -> None:
     if value is not None and not 0 < value < 1:  # also refuses NaN
         raise ValueError("Must be between 0 and 1.")
@@ -75,6 +83,7 @@ Counts = Annotated[list[int], Parameter(consume_multiple=True, negative=(), vali
 Count = Annotated[int, Parameter(validator=Number(gte=1), converter=_integer)]
 CountFromZero = Annotated[int, Parameter(validator=Number(gte=0), converter=_integer)]
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
+Interval = Annotated[float, Parameter(converter=_seconds)]
 Memory = Annotated[int, Parameter(converter=_bytes)]
 StateDtype = Literal["float32", "bfloat16", "float16"]
 Precision = Literal["fp16", "bf16", "fp32"]

@@ -9,7 +9,8 @@ from bitassay.data.windows import Protocol
 from bitassay.evaluation.quality import STATES_BYTES, state_bytes
 from bitassay.models.config import text_config
 from bitassay.models.walk import matrices
-from bitassay.quantization.export.plan import BASE_BYTES, LOADED, OPENED, Plan, Shapes, plan_export
+from bitassay.quantization.export.opened_memory import BASE_BYTES, Shapes
+from bitassay.quantization.export.plan import LOADED, OPENED, Plan, plan_export
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.runtime.model import obstacle_to_opening, parameter_count
 

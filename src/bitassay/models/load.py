@@ -57,7 +57,7 @@ def load_checkpoint(
         message = f"{stray}: nothing loads this file, so it is no part of the model; remove it"
         warnings.warn(message, BitassayWarning, stacklevel=3)
     config = read_config(folder, trust_remote_code=options.trust_remote_code)
-    tokenizer = _read_tokenizer(folder, options.trust_remote_code)
+    tokenizer = read_tokenizer(folder, options.trust_remote_code)
     try:
         model = (read or (open_plain if options.opened else read_plain))(folder, config, options)
     except BitassayError:
@@ -77,7 +77,7 @@ def load_checkpoint(
     return model if is_opened(model) or hosted else model.to(options.device)  # type: ignore[arg-type]
 
 
-def _read_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+def read_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     """Read the tokenizer. Raises BitassayError without a vocabulary: transformers makes an empty one then."""
     failed: Exception | None = None
     try:

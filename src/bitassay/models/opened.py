@@ -17,11 +17,11 @@ import copy
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,9 @@ from bitassay.models.walk import decoder_layers, module_name
 from bitassay.models.weights import Entry, check_files, check_finite, check_keys
 from bitassay.record.memory import return_large_blocks
 
+T = TypeVar("T")
 Change = Callable[[Callable[[], Tensor]], Tensor]  # from what reads the stored value to the changed value
+HALVES = (torch.float16, torch.bfloat16)
 
 
 def open_plain(
@@ -115,6 +117,31 @@ def put_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
     model.get_submodule(owner).register_parameter(key, parameter)
 
 
+def change_parameter(model: nn.Module, name: str, change: Callable[[Tensor], Tensor]) -> None:
+    """Give a model a function of a parameter in its place; an opened one computes it when it is needed."""
+    if (weights := weights_of(model)) is not None:
+        before = weights.changes.get(name)
+        weights.changes[name] = lambda stored: change(stored() if before is None else before(stored))
+        return
+    put_parameter(model, name, nn.Parameter(change(parameter_of(model, name)), requires_grad=False))
+
+
+class Unread(Mapping[str, T]):
+    """Values by name that are made each time they are asked for."""
+
+    def __init__(self, readers: Mapping[str, Callable[[], T]]):
+        self.readers = readers
+
+    def __getitem__(self, name: str) -> T:
+        return self.readers[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.readers)
+
+    def __len__(self) -> int:
+        return len(self.readers)
+
+
 class Weights:
     """The weights of an opened model, by name. changes: how those are made that are not the files' own.
     units: the names of weights by the module that reads them in a forward, a decoder layer or a module
@@ -129,6 +156,8 @@ class Weights:
         made: Collection[str] = (),
     ):
         self.model, self.folder, self.entries, self.device = model, folder, entries, options.device
+        # Weights are read in `dtype`; `narrow` has what was 16 bits wide before `widen`.
+        self.dtype, self.narrow = model.dtype, dict[str, torch.dtype]()
         self.changes: dict[str, Change] = {}
         self.holds: Counter[str] = Counter()
         # What models have in memory that were made of one opened model.
@@ -180,6 +209,25 @@ class Weights:
         other.model = copy.deepcopy(self.model, memo)
         other.changes, other.holds = dict(self.changes), Counter()
         return other
+
+    def widen(self) -> None:
+        """Have weights of 16 bits in fp32 from now on; what was one weight stays one."""
+        if not any(value.dtype in HALVES for value in self.empty.values()):
+            return
+        self.held, self.narrow = weakref.WeakValueDictionary(), dict(self.narrow)
+        wide: dict[int, Tensor] = {}
+        for name, value in list(self.empty.items()):
+            if value.dtype in HALVES:
+                self.narrow[name] = value.dtype
+                new = wide.setdefault(id(value), torch.empty_like(value, dtype=torch.float32))
+                wide[id(value)] = _put(self.model, name, new)
+        self.empty = {name: _get(self.model, name) for name in self.empty}
+
+    def separate(self, name: str) -> None:
+        """Make a weight that was tied to another one a weight of its own."""
+        value = self.empty[name]
+        if any(value is other for key, other in self.empty.items() if key != name):
+            self.empty = {**self.empty, name: _put(self.model, name, torch.empty_like(value))}
 
     def below(self, module: str) -> list[str]:
         """Return the names of the weights of a module and of all in it."""
@@ -233,6 +281,8 @@ class Weights:
 
     def value(self, name: str) -> Tensor:
         """Return a weight as the model has it."""
+        if name not in self.empty:  # added since, and in memory
+            return _get(self.model, name).detach()
         with self.holding([name]):
             return _get(self.model, name).detach()
 
@@ -258,7 +308,7 @@ class Weights:
         keys = {key for name in names for key in self.keys[name]}
         if not keys:
             return {}
-        model, dtype = self.model, self.model.dtype
+        model, dtype = self.model, self.dtype
         config = LoadStateDictConfig(
             device_map={"": self.device},
             dtype=dtype,
@@ -283,6 +333,7 @@ class Weights:
             for name, value in before.items():
                 _put(model, name, value)
         check_finite(values.items(), self.folder)
+        values |= {n: values[n].to(self.narrow[n]).float() for n in values.keys() & self.narrow.keys()}
         return {name: value.T if name in turned else value for name, value in values.items()}
 
 

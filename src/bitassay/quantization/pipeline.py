@@ -33,7 +33,7 @@ from bitassay.models.source import cache_folder, resolve
 from bitassay.models.walk import decoder_layers, matrices, module_name
 from bitassay.quantization.codes.quantize import quantize_tensor
 from bitassay.quantization.codes.tensor import QuantizedTensor
-from bitassay.quantization.inputs.ranges import collect_ranges, input_roundings
+from bitassay.quantization.inputs.ranges import SAMPLED_TOKENS, SAMPLING, collect_ranges, input_roundings
 from bitassay.quantization.recipe.calibration import calibration_tokens
 from bitassay.quantization.recipe.inputs import Activations
 from bitassay.quantization.recipe.recipe import Recipe, find_recipe
@@ -47,6 +47,7 @@ from bitassay.quantization.runtime.model import (
     check_opening,
     check_recipe,
     copy_sharing_parameters,
+    fitted_to,
     quantization_of,
     with_tensors,
 )
@@ -100,7 +101,7 @@ def quantize_tensors_cached(
     """Return what `quantize_cached` puts into a model. Calibration is in float32 whatever the dtype of
     `base`: a prover in bf16 and a verifier in float32 get the same codes. Of an opened model the codes are
     read from the cache when they are asked for."""
-    opened = is_opened(base)
+    opened, recipe = is_opened(base), _fitted(base, recipe, progress)
     if not (recipe.is_calibrated or opened):
         return quantize_tensors(base, recipe, progress)
     source, plan = identity(base).source, _plan(base, recipe)
@@ -129,10 +130,18 @@ def quantize_tensors(
 ) -> Quantization:
     """Return what `recipe` makes of `base`, without a model around it; errors as `quantize`. codes: what the
     recipe `without_postprocessing` made, where that is known."""
+    recipe = _fitted(base, recipe, progress)
     if work is None or not (recipe.is_calibrated or is_opened(base)):
         return _quantized(base, recipe, progress, codes=codes)
     make = partial(_quantized, base, recipe, progress, codes=codes)
     return _kept(base, recipe, _plan(base, recipe), Path(work), progress, make)
+
+
+def _fitted(base: PreTrainedModel, recipe: Recipe, progress: Progress) -> Recipe:
+    recipe, said = fitted_to(base, recipe)
+    for line in said:
+        progress(line)
+    return recipe
 
 
 def _kept(
@@ -155,7 +164,9 @@ def _kept(
             if not isinstance(made.tensors, KeptTensors):
                 return made
         made = read_result(folder, recipe, shapes)
-    return made if is_opened(base) else replace(made, tensors=dict(made.tensors))
+    if is_opened(base):
+        return made
+    return replace(made, tensors=dict(made.tensors), parameters=dict(made.parameters))
 
 
 def _quantized(
@@ -234,7 +245,8 @@ def _rotate(work: WorkingCopy, rotation: Rotation) -> None:
 
 
 def _smooth(work: WorkingCopy, smoothing: Smoothing) -> None:
-    ranges = collect_ranges(work.model, work.text, progress=work.progress)
+    sampled = SAMPLED_TOKENS if smoothing.method == "awq" else 0
+    ranges = collect_ranges(work.model, work.text, progress=work.progress, each_batch=False, sampled=sampled)
     skipped = smooth(work.model, smoothing, ranges, work.recipe.scheme_for, work.progress).skipped
     if skipped:
         name, why = next(iter(skipped.items()))
@@ -248,7 +260,15 @@ def _allocate(work: WorkingCopy, mixed: Mixed) -> None:
 def _round_inputs(work: WorkingCopy, spec: Activations, made: Quantization) -> Quantization:
     """Say how inputs are rounded: static ones by their ranges in the model with quantized weights."""
     model = with_tensors(work.base, made)
-    ranges = collect_ranges(model, work.text, progress=work.progress) if spec.needs_text else None
+    ranges = None
+    if spec.needs_text:
+        ranges = collect_ranges(
+            model,
+            work.text,
+            progress=work.progress,
+            each_batch=any(scheme.scale == "moving_average" for scheme in spec.schemes),
+            sampled=SAMPLED_TOKENS if any(scheme.scale in SAMPLING for scheme in spec.schemes) else 0,
+        )
     return replace(made, inputs=input_roundings(model, spec, ranges))
 
 

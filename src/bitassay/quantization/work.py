@@ -4,12 +4,14 @@ the state of tuning and, in the end, the result, which takes their place.
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError
+from bitassay.models.opened import Unread
 from bitassay.quantization.codes.storage import (
     Stored,
     description,
@@ -25,11 +27,14 @@ from bitassay.quantization.recipe.weights import WeightScheme
 from bitassay.quantization.runtime.model import Quantization
 from bitassay.quantization.runtime.replicas import original
 from bitassay.quantization.shapes import Tokens
+from bitassay.record.files import link_or_copy
 from bitassay.record.progress import Progress, silent
 from bitassay.record.run import RunFolder
 from bitassay.record.versions import source_digest
 
 RESULT = "result"
+BESIDE = "beside-"  # parts of the parameters of an opened model that changed and are no matrices of codes
+BESIDE_BYTES = 2**26  # that such a part has, or one tensor
 IN_LAYERS = ("layer-", "tuned-")  # parts of matrices; the later one counts
 AGAIN = "remove this folder and run the same command again"
 
@@ -132,15 +137,34 @@ def tuned_part(index: int) -> str:
 
 
 def write_result(folder: RunFolder, made: Quantization) -> None:
-    """Write the result, and delete what led to it. Matrices that are in the folder stay where they are."""
+    """Write the result, and delete what led to it. Matrices that are in the folder stay where they are; from
+    the folder of another recipe with the same codes they come along."""
     folder.part("inputs", lambda: {name: asdict(rounding) for name, rounding in made.inputs.items()})
     folder.part("passes", lambda: {str(index): asdict(steps) for index, steps in made.passes.items()})
-    kept = made.tensors if isinstance(made.tensors, KeptTensors) else None
-    write_part(folder, RESULT, {} if kept is not None else made.tensors, made.parameters)
-    stay = {RESULT, "inputs", "passes", *(kept.names if kept is not None else ())}
+    stay = {RESULT, "inputs", "passes"}
+    if isinstance(kept := made.tensors, KeptTensors):
+        for part in kept.names if kept.folder.path != folder.path else ():
+            for file in (f"{part}.json", f"{part}.safetensors"):
+                link_or_copy(kept.folder.path / "parts" / file, folder.path / "parts" / file)
+        stay |= {*kept.names, *_write_beside(folder, made.parameters)}
+        write_part(folder, RESULT, {}, {})
+    else:
+        write_part(folder, RESULT, made.tensors, made.parameters)
     for path in (folder.path / "parts").iterdir():
         if path.stem not in stay:
             path.unlink()
+
+
+def _write_beside(folder: RunFolder, parameters: Mapping[str, Tensor]) -> list[str]:
+    """Write parameters a few at a time, and return the names of the parts."""
+    parts, held = list[str](), dict[str, Tensor]()
+    for place, name in enumerate(parameters, start=1):
+        held[name] = parameters[name].contiguous()
+        if place == len(parameters) or sum(value.nbytes for value in held.values()) >= BESIDE_BYTES:
+            parts.append(f"{BESIDE}{len(parts):04d}")
+            folder.write_tensors(parts[-1], held)
+            held = {}
+    return parts
 
 
 def read_result(folder: RunFolder, recipe: Recipe, shapes: Mapping[str, tuple[int, int]]) -> Quantization:
@@ -162,7 +186,13 @@ def read_result(folder: RunFolder, recipe: Recipe, shapes: Mapping[str, tuple[in
         passes = TypeAdapter(dict[int, Steps]).validate_python(folder.part("passes", dict))
     except ValidationError as error:
         raise BitassayError(f"{folder.path}: inputs or passes are damaged", AGAIN) from error
-    return Quantization(recipe, held if tensors is None else tensors, parameters, inputs, passes)
+    if tensors is None:
+        return Quantization(recipe, held, parameters, inputs, passes)
+    beside = sorted(path.stem for path in (folder.path / "parts").glob(f"{BESIDE}*.safetensors"))
+    read = {
+        key: partial(folder.read_tensor, part, key) for part in beside for key in folder.tensor_names(part)
+    }
+    return Quantization(recipe, tensors, Unread(read), inputs, passes)
 
 
 def code_digest() -> str:

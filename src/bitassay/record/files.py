@@ -78,6 +78,23 @@ def atomic_file(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def link_or_copy(source: Path, path: Path) -> None:
+    """Give a finished file another place, without a second copy of it where the disk can do that."""
+    temporary = _beside(path)
+    try:
+        with explained(path):
+            path.unlink(missing_ok=True)
+            try:
+                os.link(source, temporary)
+            except OSError:
+                shutil.copyfile(source, temporary)
+                _sync(temporary)
+            os.replace(temporary, path)
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder as `atomic_file` does a file; `path` may be an empty folder already."""

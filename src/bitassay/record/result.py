@@ -62,6 +62,9 @@ KINDS = {
     "matmul": Kind("bench matmul"),
     "attack": Kind("attack", "rows costs honest left_out", "about numerics_pooled timed"),
     "audit": Kind("audit", "rows probes suspects", "decision calibration sequence receipts"),
+    "watch": Kind("audit --watch", "rows", "decision"),
+    "change": Kind("audit --against", "rows", "decision"),
+    "contract": Kind("audit --contract", "rows", "decision problems"),
     "search": Kind("search", "rows trials", "best importance"),
     "analysis": Kind("quantize --analyze", "layers matrices routing", "recipe text whole"),
     "eight-bit": Kind(

@@ -10,7 +10,8 @@ instead of mixed in, and so is other code (`versions`, an entry of the plan), wh
     run.json             the result
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 
 SCHEMA = 2  # of plan.json and run.json
+REMOVE = "remove this file and run the same command again"
 AGAIN = "finish it with what it began with, or give another --out to begin anew"
 
 
@@ -101,6 +103,27 @@ class RunFolder:
         with atomic_file(self.path / "parts" / f"{name}.safetensors") as temporary:
             save_file({key: tensor.cpu() for key, tensor in tensors.items()}, temporary)
 
+    def tensor_names(self, name: str) -> list[str]:
+        """Return what the tensors of a finished part are called. Raises BitassayError as `read_tensors`."""
+        with self._opened(name) as file:
+            return list(file.keys())
+
+    def read_tensor(self, name: str, key: str) -> "Tensor":
+        """Return one tensor of a finished part. Raises BitassayError as `read_tensors`."""
+        with self._opened(name) as file:
+            return file.get_tensor(key)
+
+    @contextmanager
+    def _opened(self, name: str) -> "Iterator[Any]":
+        from safetensors import SafetensorError, safe_open
+
+        path = self.path / "parts" / f"{name}.safetensors"
+        try:
+            with safe_open(path, "pt") as file:
+                yield file
+        except (SafetensorError, OSError) as error:
+            raise BitassayError(f"{path}: damaged ({error})", REMOVE) from error
+
     def read_tensors(self, name: str) -> "dict[str, Tensor]":
         """Return the tensors of a finished part. Raises BitassayError that names a damaged file."""
         from safetensors import SafetensorError
@@ -110,9 +133,7 @@ class RunFolder:
         try:
             return load_file(path)
         except (SafetensorError, OSError) as error:
-            raise BitassayError(
-                f"{path}: damaged ({error})", "remove this file and run the same command again"
-            ) from error
+            raise BitassayError(f"{path}: damaged ({error})", REMOVE) from error
 
 
 def differing(began: Mapping[str, str], here: Mapping[str, str]) -> str:

@@ -13,7 +13,8 @@ from bitassay.data.windows import Protocol
 from bitassay.errors import BitassayError
 from bitassay.evaluation.memory import memory_of, plans_of
 from bitassay.models.config import text_config
-from bitassay.quantization.export.plan import BASE_BYTES, choose_way
+from bitassay.quantization.export.opened_memory import BASE_BYTES
+from bitassay.quantization.export.plan import choose_way
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.runtime.model import parameter_count
 

@@ -16,12 +16,14 @@ from bitassay.quantization.recipe.granularity import Granularity
 from bitassay.quantization.shapes import Matrix
 
 Column = Float[Tensor, "groups 1"]
+TENSORS = ("scale", "zero_point", "mean", "unit", "mean_unit")  # fields of a grid
 
 
 class Grid(NamedTuple):
     """The number format and what groups share. scale > 0 (binary: >= 0); zero_point is in steps, a whole
     number unless it is middle or free; mean is in the unit of the weights; offset, in steps, moves the grid;
-    narrow_range leaves out the lowest code."""
+    narrow_range leaves out the lowest code. Of a format with two levels, unit is what scale, of either sign,
+    is a whole multiple of, and mean_unit what -mean is."""
 
     format: NumberFormat
     scale: Column
@@ -29,11 +31,13 @@ class Grid(NamedTuple):
     mean: Column | None = None
     offset: float = 0.0
     narrow_range: bool = False
+    unit: Column | None = None
+    mean_unit: Column | None = None
 
     @property
     def code_range(self) -> tuple[int, int]:
         """Smallest and largest integer code."""
-        low, high = self.format.code_range(symmetric=self.zero_point is None)
+        low, high = self.format.code_range(symmetric=self.zero_point is None and self.mean is None)
         return low + self.narrow_range, high
 
     @property
@@ -46,17 +50,22 @@ class Grid(NamedTuple):
         steps = z.round()
         return steps, z - steps - offset
 
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """What groups share, in the order of TENSORS."""
+        return tuple(getattr(self, name) for name in TENSORS)
+
     def each(self, change: Callable[[Tensor], Tensor]) -> "Grid":
         """Return the grid with every tensor of it changed in the same way."""
         return combined([self], lambda tensors: change(tensors[0]))
 
 
 def combined(grids: Sequence[Grid], combine: Callable[[list[Tensor]], Tensor]) -> Grid:
-    """Return one grid of several of the same kind: `combine` is called for each of the three tensors."""
-    columns = zip(*((grid.scale, grid.zero_point, grid.mean) for grid in grids), strict=True)
-    scale, zero_point, mean = (None if parts[0] is None else combine(list(parts)) for parts in columns)
-    assert scale is not None
-    return grids[0]._replace(scale=scale, zero_point=zero_point, mean=mean)
+    """Return one grid of several of the same kind: `combine` is called for each of their tensors."""
+    columns = zip(TENSORS, zip(*(grid.tensors for grid in grids), strict=True), strict=True)
+    return grids[0]._replace(
+        **{name: None if parts[0] is None else combine(list(parts)) for name, parts in columns}
+    )
 
 
 def joined(granularity: Granularity, grids: Sequence[Grid], rows: int) -> Grid:
@@ -66,12 +75,13 @@ def joined(granularity: Granularity, grids: Sequence[Grid], rows: int) -> Grid:
 
 def split(granularity: Granularity, grid: Grid, columns: int) -> list[Grid]:
     """Invert `joined`: return the grids as `granularity.to_groups` orders the groups."""
-    tensors = (grid.scale, grid.zero_point, grid.mean)
-    parts = [None if part is None else granularity.scales_to_groups(part, columns) for part in tensors]
-    scales, zeros, means = (part or [None] * len(parts[0] or []) for part in parts)
+    parts = {
+        name: granularity.scales_to_groups(part, columns)
+        for name, part in zip(TENSORS, grid.tensors, strict=True)
+        if part is not None
+    }
     return [
-        grid._replace(scale=scale, zero_point=zero, mean=mean)
-        for scale, zero, mean in zip(scales, zeros, means, strict=True)
+        grid._replace(**dict(zip(parts, groups, strict=True))) for groups in zip(*parts.values(), strict=True)
     ]
 
 

@@ -20,7 +20,8 @@ from bitassay.quantization.codes.rounding import (
     with_noise,
 )
 from bitassay.quantization.codes.scales import matrix_grids
-from bitassay.quantization.codes.tensor import QuantizedTensor, from_codes
+from bitassay.quantization.codes.tensor import QuantizedTensor, on_grid
+from bitassay.quantization.recipe.formats import RUN
 from bitassay.quantization.recipe.granularity import Granularity
 from bitassay.quantization.recipe.weights import WeightScheme
 from bitassay.quantization.shapes import Columns, Matrix
@@ -50,11 +51,17 @@ def quantize_tensor(
     scheme = adapted(w, scheme, importance)
     grids = matrix_grids(w, scheme, importance)
     shared = joined(Granularity.parse(scheme.granularity), grids, len(w))
-    return from_codes(_codes(w, grids, scheme, name), shared.scale, scheme, shared.zero_point, shared.mean)
+    return on_grid(_codes(w, grids, scheme, name), shared, scheme)
 
 
 def check_weight(weight: Matrix, scheme: WeightScheme, name: str) -> None:
-    """Raise BitassayError where weights are not finite, or scales in the scheme's dtype cannot hold them."""
+    """Raise BitassayError where rows do not fit the format, weights are not finite, or scales in the scheme's
+    dtype cannot hold them."""
+    if scheme.number_format.levels is not None and weight.shape[1] % RUN:
+        raise BitassayError(
+            f"{name}: {scheme.format} is of rows of whole runs of {RUN} weights, not of {weight.shape[1]}",
+            "a format without such runs, such as int4 in groups of 32",
+        )
     if not weight.isfinite().all():
         raise BitassayError(f"{name}: NaN or infinite weights cannot be quantized", "restore the checkpoint")
     # Half, since the range of a group and the distance from its mean are up to twice the largest weight.

@@ -52,7 +52,7 @@ def round_to_nearest(w: Groups, grid: Grid) -> Groups:
     if grid.format.kind == "binary":
         centred = w if grid.mean is None else w - grid.mean
         return torch.where(centred < 0, -1.0, 1.0)
-    scaled = w / grid.scale
+    scaled = (w if grid.mean is None else w - grid.mean) / grid.scale
     if grid.format.float_dtype is not None:
         # e4m3fn has no infinity: without the clamp torch turns what is too large into NaN.
         return scaled.clamp_(-grid.format.largest, grid.format.largest).to(grid.format.float_dtype).float()
@@ -86,7 +86,7 @@ def round_stochastically(w: Groups, grid: Grid, generator: torch.Generator) -> G
         # A scale of zero leaves 0/0 or w/0: there both codes stand for the same weight.
         return torch.where((1 + centred / grid.scale) / 2 > chance, 1.0, -1.0)
     steps, part = grid.shift
-    scaled = w / grid.scale + chance
+    scaled = (w if grid.mean is None else w - grid.mean) / grid.scale + chance
     if part is not None:
         scaled += part
     codes = scaled.floor_()
@@ -100,7 +100,8 @@ def round_with_feedback(w: Matrix, grid: Grid) -> Matrix:
         column = grid.each(lambda part, j=j: part[:, j : j + 1])
         wanted = w[:, j : j + 1] + carried
         codes[:, j : j + 1], rounded = nearest(wanted, column)
-        half = column.scale if grid.format.kind == "binary" else column.scale / 2  # codes two scales apart
+        step = column.scale.abs()
+        half = step if grid.format.kind == "binary" else step / 2  # codes two scales apart
         carried = (wanted - rounded).clamp(-half, half)
     return codes
 

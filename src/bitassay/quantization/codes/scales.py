@@ -24,7 +24,7 @@ docs/formats.md measures what that gains. A mirrored one has two, the two whole 
 codes, and a search for each: levels -8 ... 7 or -7 ... 8, which is what a scale of either sign says. A free
 zero point starts from the range itself, which need not hold zero, and has three searches, with narrower grids
 in the middle of the range and towards either end (FREE_STARTS); s is at least |w| / 4096 then, so that z has
-a place in fp16.
+a place in fp16. With a minimum in its place, `w' = q s + m`, the same search is done in fp32.
 
 Factors go below 0.5 since the first scale of int2 puts the largest magnitude on the code 1; those below 0.3
 are for groups whose largest weights matter least. Above 1.1 nothing was gained.
@@ -39,6 +39,7 @@ from torch import Tensor
 from bitassay.models.precision import widest
 from bitassay.quantization.codes.grid import Column, Grid, as_stored, combined, stored_scale
 from bitassay.quantization.codes.rounding import dequantize, nearest
+from bitassay.quantization.codes.two_levels import two_level_grid
 from bitassay.quantization.recipe.formats import NumberFormat
 from bitassay.quantization.recipe.granularity import Granularity
 from bitassay.quantization.recipe.weights import WeightScheme
@@ -72,7 +73,12 @@ def grid_for(w: Groups, scheme: WeightScheme, importance: Groups | None = None) 
     if scheme.scale == "mse":
         if importance is not None:
             importance = torch.where(importance.amax(1, keepdim=True) > 0, importance, 1)
-        grid = mse_grid(w, scheme, importance)
+        if scheme.number_format.levels is not None:
+            grid = _on_two_levels(w, scheme, importance)
+        elif scheme.zero_point == "minimum":
+            grid = _with_minimum(w, scheme, importance)
+        else:
+            grid = mse_grid(w, scheme, importance)
     else:
         grid = _first_grid(w, scheme)
     return rescaled(grid, scheme.scale_factor, getattr(torch, scheme.scale_dtype))
@@ -136,6 +142,41 @@ def mse_grid(w: Groups, scheme: WeightScheme, importance: Groups | None = None) 
     weighed = [None] * -(-len(w) // rows) if importance is None else importance.split(rows)
     blocks = [_search(block, scheme, h) for block, h in zip(w.split(rows), weighed, strict=True)]
     return combined(blocks, torch.cat)
+
+
+def _with_minimum(w: Groups, scheme: WeightScheme, importance: Groups | None) -> Grid:
+    """Return the grid of a free zero point z, with the mean `-z s` in its place."""
+    dtype = getattr(torch, scheme.scale_dtype)
+    free = mse_grid(w, scheme.model_copy(update={"zero_point": "free", "scale_dtype": "float32"}), importance)
+    assert free.zero_point is not None
+    scale = stored_scale(free.scale, dtype)
+    return Grid(free.format, scale, mean=as_stored(-free.zero_point * free.scale, dtype))
+
+
+def _on_two_levels(w: Groups, scheme: WeightScheme, importance: Groups | None) -> Grid:
+    """Return the grid of a K type: first each group's own scale and minimum, then those of two levels."""
+    fmt, levels = scheme.number_format, scheme.number_format.levels
+    assert levels is not None
+    zero_point = "free" if levels.minima else "mirrored"
+    changes = {"symmetric": False, "scale_dtype": "float32", "zero_point": zero_point}
+    by_itself = scheme.model_copy(update=changes)  # no scheme of a recipe: codes on one level of scales
+    h = torch.ones_like(w) if importance is None else importance
+    rows = BLOCK_ELEMENTS // w.shape[1]
+    parts = []
+    for block, weighed in zip(w.split(rows), h.split(rows), strict=True):
+        own = _search(block, by_itself, weighed)
+        assert own.zero_point is not None
+        if levels.minima:
+            minimum = own.zero_point * own.scale
+            # Where all weights are above zero the minimum is zero, and the scale reaches the largest.
+            reach = block.amax(1, keepdim=True) / fmt.code_range(False)[1]
+            scale = torch.where(minimum < 0, reach, own.scale)
+        else:
+            backwards = own.zero_point < 2 ** (int(fmt.bits) - 1)
+            minimum, scale = torch.zeros_like(own.scale), torch.where(backwards, -own.scale, own.scale)
+        scale = torch.where(block.abs().amax(1, keepdim=True) > 0, scale, 0)
+        parts.append(two_level_grid(block, weighed, scale, minimum.clamp(min=0), fmt))
+    return combined(parts, torch.cat)
 
 
 def few_levels_grid(w: Groups, scheme: WeightScheme, importance: Groups | None = None) -> Grid:

@@ -9,6 +9,8 @@ It is the QuantizedTensor itself, part by part, in safetensors files:
     <matrix>.residual.packed, .residual.scale ...  a second plane, stored alike, and where it is of some
     <matrix>.residual_columns                      columns alone, a bit for every column
     <matrix>.column_scale                          one a column
+    <matrix>.multiples, .mean_multiples            of two levels: whole numbers, one a group; scale and mean
+                                                   are then of 256 weights
     <matrix>.low_rank.a, .low_rank.b               factors in 16 bits
 
 The card (`bitassay.json`) says which scheme each matrix has. Shapes are not stored: the model's configuration
@@ -27,7 +29,7 @@ from torch import Tensor
 from bitassay.errors import BitassayError
 from bitassay.quantization.codes.packing import PACKINGS, unpack
 from bitassay.quantization.codes.tensor import LowRank, QuantizedTensor
-from bitassay.quantization.recipe.formats import FORMATS
+from bitassay.quantization.recipe.formats import FORMATS, RUN, NumberFormat
 from bitassay.quantization.recipe.granularity import Granularity
 from bitassay.quantization.recipe.spec import Spec
 from bitassay.quantization.recipe.weights import WeightScheme
@@ -89,11 +91,13 @@ def expected_tensors(stored: Stored, shape: tuple[int, int]) -> Expected:
     fmt, packing = FORMATS[scheme.format], PACKINGS[FORMATS[scheme.format].bits]
     grid = Granularity.parse(scheme.granularity).scale_shape(rows, columns)
     dtype = getattr(torch, scheme.scale_dtype)
+    if fmt.levels is not None:
+        return _two_levels(fmt, (rows, columns), packing.packed_bytes(rows * columns))
     expected: Expected = {
         "packed": (torch.uint8, (packing.packed_bytes(rows * columns),)),
         "scale": (dtype, grid),
     }
-    if not scheme.symmetric and fmt.kind == "binary":
+    if not scheme.symmetric and (fmt.kind == "binary" or scheme.zero_point == "minimum"):
         expected["mean"] = (dtype, grid)
     elif scheme.zero_point == "free":
         expected["zero_point"] = (dtype, grid)
@@ -112,6 +116,15 @@ def expected_tensors(stored: Stored, shape: tuple[int, int]) -> Expected:
         expected["low_rank.a"] = (dtype, (rows, low_rank.rank))
         expected["low_rank.b"] = (dtype, (low_rank.rank, columns))
     return expected
+
+
+def _two_levels(fmt: NumberFormat, shape: tuple[int, int], code_bytes: int) -> Expected:
+    levels, (rows, columns) = fmt.levels, shape
+    assert levels is not None
+    shared = (torch.float16, (rows, columns // RUN))
+    multiples = (torch.uint8, (PACKINGS[levels.bits].packed_bytes(rows * columns // levels.group),))
+    expected: Expected = {"packed": (torch.uint8, (code_bytes,)), "scale": shared, "multiples": multiples}
+    return expected | ({"mean": shared, "mean_multiples": multiples} if levels.minima else {})
 
 
 def planned_bits(stored: Stored, shape: tuple[int, int]) -> int:

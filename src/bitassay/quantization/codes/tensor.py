@@ -42,6 +42,9 @@ class QuantizedTensor:
     residual: a second plane, added to what the codes stand for; of the columns whose bits are set in
     residual_columns (packed), None for all. column_scale: what each column of the sum is multiplied by.
     low_rank: 16-bit factors, added last. Where the scheme is turned, codes stand for `W Q`.
+    Of a format with two levels, scale and mean are d and e, one for 256 weights, and multiples and
+    mean_multiples the packed whole numbers a and b, one a group; a that may be negative is shifted to start
+    at 0.
     """
 
     scheme: WeightScheme
@@ -54,6 +57,8 @@ class QuantizedTensor:
     residual_columns: UInt8[Tensor, " bitmap_bytes"] | None = None
     column_scale: Columns | None = None
     low_rank: LowRank | None = None
+    multiples: UInt8[Tensor, " multiple_bytes"] | None = None
+    mean_multiples: UInt8[Tensor, " multiple_bytes"] | None = None
 
     @property
     def format(self) -> NumberFormat:
@@ -90,10 +95,37 @@ class QuantizedTensor:
     def grid(self) -> Grid:
         """What the groups share, in fp32; its tensors are `[rows, groups]`."""
         mean = None if self.mean is None else self.mean.float()
-        scheme = self.scheme
+        scheme, levels = self.scheme, self.format.levels
+        if levels is not None:
+            unit = self.scale.float().repeat_interleave(levels.groups, dim=1)
+            scale = unit * self.scale_multiples()
+            if mean is None:
+                return Grid(self.format, scale, unit=unit)
+            mean_unit = mean.repeat_interleave(levels.groups, dim=1)
+            least = -(mean_unit * self.mean_multiples_of_groups())
+            return Grid(self.format, scale, mean=least, unit=unit, mean_unit=mean_unit)
         return Grid(
             self.format, self.scale.float(), self.zero_points(), mean, scheme.offset, scheme.restricted
         )
+
+    def scale_multiples(self) -> PerGroup:
+        """Return the whole number a of each group, of a format with two levels, in fp32."""
+        levels = self.format.levels
+        assert levels is not None
+        assert self.multiples is not None
+        least = 0 if levels.minima else levels.scale_range[0]
+        return self._per_group(self.multiples) + least
+
+    def mean_multiples_of_groups(self) -> PerGroup:
+        """Return the whole number b of each group, of a format with two levels and minima, in fp32."""
+        assert self.mean_multiples is not None
+        return self._per_group(self.mean_multiples)
+
+    def _per_group(self, packed: UInt8[Tensor, " bytes"]) -> PerGroup:
+        levels = self.format.levels
+        assert levels is not None
+        rows, groups = self.shape[0], self.shape[1] // levels.group
+        return unpack(packed, levels.bits, rows * groups).view(rows, groups).float()
 
     def residual_indices(self) -> Int[Tensor, " residual"]:
         """Return the indices of the columns that have a second plane, in order."""
@@ -121,6 +153,7 @@ class QuantizedTensor:
     def stored_bits(self) -> int:
         """Everything that has to be kept: codes, grids, groups, a second plane and where it is, factors."""
         kept = [self.packed, self.scale, self.zero_point, self.mean, self.residual_columns, self.column_scale]
+        kept += [self.multiples, self.mean_multiples]
         kept += [] if self.low_rank is None else [self.low_rank.a, self.low_rank.b]
         bits = 8 * sum(part.nbytes for part in kept if part is not None)
         further = 0 if self.residual is None else self.residual.stored_bits
@@ -140,8 +173,12 @@ def from_codes(
     scheme: WeightScheme,
     zero_point: PerGroup | None = None,
     mean: PerGroup | None = None,
+    unit: PerGroup | None = None,
+    mean_unit: PerGroup | None = None,
 ) -> QuantizedTensor:
-    """Pack codes and grids, all given as fp32 numbers."""
+    """Pack codes and grids, all given as fp32 numbers, one a group."""
+    if unit is not None:
+        return _with_two_levels(codes, scale, scheme, mean, unit, mean_unit)
     fmt, dtype = scheme.number_format, getattr(torch, scheme.scale_dtype)
     if fmt.float_dtype is not None:
         raw = codes.to(fmt.float_dtype).view(torch.uint8).reshape(-1)
@@ -156,6 +193,40 @@ def from_codes(
         _packed_zero_points(zero_point, scheme),
         None if mean is None else mean.to(dtype),
     )
+
+
+def on_grid(codes: Matrix, grid: Grid, scheme: WeightScheme) -> QuantizedTensor:
+    """Pack codes on a grid, whose tensors are `[rows, groups]`."""
+    return from_codes(codes, grid.scale, scheme, *grid.tensors[1:])
+
+
+def _with_two_levels(
+    codes: Matrix,
+    scale: PerGroup,
+    scheme: WeightScheme,
+    mean: PerGroup | None,
+    unit: PerGroup,
+    mean_unit: PerGroup | None,
+) -> QuantizedTensor:
+    levels = scheme.number_format.levels
+    assert levels is not None
+    low, _ = scheme.number_format.code_range(scheme.symmetric)
+    least = 0 if levels.minima else levels.scale_range[0]
+
+    def packed(values: PerGroup, units: PerGroup) -> Tensor:
+        return pack((values / units).round().to(torch.uint8), levels.bits)
+
+    tensor = QuantizedTensor(
+        scheme,
+        (codes.shape[0], codes.shape[1]),
+        pack((codes - low).to(torch.uint8), scheme.number_format.bits),
+        unit[:, :: levels.groups].half(),
+        multiples=packed(scale - least * unit, unit),
+    )
+    if mean is None or mean_unit is None:
+        return tensor
+    safe = torch.where(mean_unit > 0, mean_unit, 1)
+    return replace(tensor, mean=mean_unit[:, :: levels.groups].half(), mean_multiples=packed(-mean, safe))
 
 
 def _code_steps(fmt: NumberFormat, symmetric: bool) -> tuple[int, int]:

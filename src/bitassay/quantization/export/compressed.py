@@ -70,6 +70,7 @@ def obstacle(stored: Stored) -> str | None:
     """Return why the format cannot hold such a matrix exactly; None where it can."""
     scheme, fmt = stored.scheme, FORMATS[stored.scheme.format]
     obstacles = {
+        "it has one level of scales": fmt.levels is not None,
         "it has no codes of one bit without a zero": fmt.kind == "binary",
         f"its only 8-bit float is e4m3, not {fmt.name}": fmt.float_dtype not in (None, E4M3),
         "its grids are whole steps away from zero": scheme.offset > 0 or not scheme.whole_zero_points,

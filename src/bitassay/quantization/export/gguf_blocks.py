@@ -8,17 +8,23 @@ A block is a run of weights of a row with an fp16 scale `d` of its own, which ma
     Q2_0     64  2.25    d q                     -1 ... 2, with d < 0 the levels -2 ... 1
     Q2_K    256  2.625   d a q - e b, a and b of 4 bits for every 16 weights    0 ... 3
     Q3_K    256  3.4375  d a q, a of 6 bits for every 16 weights                -4 ... 3
+    Q4_K    256  4.5     d a q - e b, a and b of 6 bits for every 32 weights    0 ... 15
+    Q5_K    256  5.5     likewise                                               0 ... 31
+    Q6_K    256  6.5625  d a q, a of 8 bits for every 16 weights                -32 ... 31
     Q4_0     32  4.5     d q                     -8 ... 7, with d < 0 the levels -7 ... 8
+    Q5_0     32  5.5     d q                     -16 ... 15, with d < 0 the levels -15 ... 16
     Q4_1     32  5       d q + m, m in fp16      0 ... 15
+    Q5_1     32  6       likewise                0 ... 31
     Q8_0     32  8.5     d q                     -128 ... 127
 
 Ours is `s (q - z + o)`, or `s q + m` for binary. It fits exactly where groups are whole numbers of blocks,
-the scale is an fp16 number and `q - z + o` a whole one in the range of a type, on either side; a K type is
-used with a = 1, which takes groups of 256, 512, ... or whole rows. The exact type of the fewest bits is
+the scale is an fp16 number and `q - z + o` a whole one in the range of a type, on either side. The formats
+q2_k ... q6_k are K types with all their numbers; of other schemes a K type has a = 1, which takes groups of
+256, 512, ... or whole rows. The exact type of the fewest bits is
 taken. What has up to 16 codes on any other grid becomes Q4_1, whose m, in place of `(o - z) s`, is rounded to
 fp16. `as_blocks` is None for the rest: FP8, residual planes, low-rank factors, groups that fill no blocks.
 
-Left out: finding the scales of K types anew (`llama-quantize` does that). TQ2_0 holds what TQ1_0 does.
+TQ2_0 holds what TQ1_0 does.
 """
 
 from dataclasses import fields
@@ -35,11 +41,12 @@ from bitassay.quantization.codes.storage import Stored
 from bitassay.quantization.codes.tensor import QuantizedTensor, from_codes
 from bitassay.quantization.export import gguf_bytes as to_bytes
 from bitassay.quantization.export.gguf_bytes import BLOCK, SUPER, Bytes
+from bitassay.quantization.recipe.formats import NumberFormat
 from bitassay.quantization.recipe.granularity import Granularity
 from bitassay.quantization.recipe.weights import WeightScheme
 from bitassay.quantization.shapes import Matrix, PerGroup
 
-HELD = ("scheme", "shape", "packed", "scale", "zero_point", "mean")
+HELD = ("scheme", "shape", "packed", "scale", "zero_point", "mean", "multiples", "mean_multiples")
 PLAIN_BITS = 16.0  # of what no type holds
 
 
@@ -61,10 +68,18 @@ def as_blocks(tensor: QuantizedTensor, wanted: Kind | None = None) -> Blocks | N
     holds its codes, or that one does not."""
     if tensor.format.kind == "float" or tensor.scheme.turned is not None or beside_codes(tensor):
         return None
+    if tensor.format.levels is not None:
+        return _two_levels(tensor, wanted)
     grid = tensor.grid
     scale = _per_block(tensor, grid.scale)
     if scale is None or not _fits_half(scale):
         return None
+    if grid.mean is not None and tensor.format.kind == "integer":
+        minimum = _per_block(tensor, grid.mean)
+        assert minimum is not None
+        kind, pack = (Kind.Q4_1, to_bytes.q4_1) if tensor.format.bits <= 4 else (Kind.Q5_1, to_bytes.q5_1)
+        fits = wanted in (None, kind) and tensor.format.bits <= 5 and tensor.scheme.scale_dtype == "float16"
+        return Blocks(kind, pack(tensor.codes(), scale, minimum)) if fits else None
     if grid.mean is not None:
         # With k = (q + 1) / 2 in {0, 1}, s q + m is 2 s k + (m - s).
         low = _per_block(tensor, grid.mean - grid.scale)
@@ -93,8 +108,26 @@ def planned_kind(stored: Stored, columns: int) -> Kind | None:
         return None
     if sizes := Granularity.parse(scheme.granularity).block_sizes:
         scheme = scheme.with_granularity(f"g{sizes[2]}")
+    if scheme.number_format.levels is not None:
+        return kind_of(scheme.number_format)
     blocks = None if scheme.number_format.kind == "float" else as_blocks(_widest(scheme, columns))
     return None if blocks is None else blocks.kind
+
+
+def kind_of(fmt: NumberFormat) -> Kind:
+    """Return the K type that a format with two levels is."""
+    return Kind[fmt.name.upper()]
+
+
+def _two_levels(tensor: QuantizedTensor, wanted: Kind | None) -> Blocks | None:
+    kind, q = kind_of(tensor.format), tensor.codes()
+    if wanted not in (None, kind):
+        return None
+    a, d = tensor.scale_multiples(), tensor.scale
+    if tensor.mean is None:
+        return Blocks(kind, {Kind.Q3_K: to_bytes.q3_k, Kind.Q6_K: to_bytes.q6_k}[kind](q, a, d))
+    packs = {Kind.Q2_K: to_bytes.q2_k, Kind.Q4_K: to_bytes.q4_k, Kind.Q5_K: to_bytes.q5_k}
+    return Blocks(kind, packs[kind](q, a, tensor.mean_multiples_of_groups(), d, tensor.mean))
 
 
 def _widest(scheme: WeightScheme, columns: int) -> QuantizedTensor:
@@ -108,12 +141,14 @@ def _widest(scheme: WeightScheme, columns: int) -> QuantizedTensor:
     )  # as different as they may be
     zero = None
     half = 2 ** (int(fmt.bits) - 1)
-    if not scheme.symmetric and fmt.kind == "integer":
+    if not scheme.symmetric and fmt.kind == "integer" and scheme.zero_point != "minimum":
         ends = {"mirrored": (half - 1, half), "middle": (half - 2 / 3, half - 1 / 3)}
         first, last = ends.get(scheme.zero_point, (0, high) if scheme.whole_zero_points else (0.3, 0.7))
         zero = torch.full(groups, float(first))
         zero[-1] = float(last)
-    mean = torch.full(groups, 0.03) if fmt.kind == "binary" and not scheme.symmetric else None
+    minimum = scheme.zero_point == "minimum"
+    has_mean = (fmt.kind == "binary" or minimum) and not scheme.symmetric
+    mean = torch.full(groups, 0.03) if has_mean else None
     return from_codes(codes, scale, scheme, zero_point=zero, mean=mean)
 
 
@@ -146,11 +181,19 @@ def _exact(
     if (d := shared.by(SUPER)) is not None:
         zero = -(shift + lowest)[:, :: SUPER // BLOCK]
         if may_be(Kind.Q2_K) and tensor.format.bits == 2 and zero.min() >= 0 and zero.max() <= 15:
-            return Blocks(Kind.Q2_K, to_bytes.q2_k(tensor.codes() - lowest, d, zero))
+            ones, zeros = (part.repeat_interleave(SUPER // 16, 1) for part in (torch.ones_like(d), zero))
+            return Blocks(Kind.Q2_K, to_bytes.q2_k(tensor.codes() - lowest, ones, zeros, d, d))
         if may_be(Kind.Q3_K) and low >= -4 and high <= 3:
-            return Blocks(Kind.Q3_K, to_bytes.q3_k(steps, d))
+            ones = torch.ones_like(d).repeat_interleave(SUPER // 16, 1)
+            return Blocks(Kind.Q3_K, to_bytes.q3_k(steps, ones, d))
     if may_be(Kind.Q4_0) and (signed := _signed(steps, scale, -8, 7)) is not None:
         return Blocks(Kind.Q4_0, to_bytes.q4_0(*signed))
+    if (
+        may_be(Kind.Q5_0)
+        and tensor.format.bits > 4
+        and (signed := _signed(steps, scale, -16, 15)) is not None
+    ):
+        return Blocks(Kind.Q5_0, to_bytes.q5_0(*signed))
     if may_be(Kind.Q8_0) and tensor.format.bits > 4 and low >= -128 and high <= 127:
         return Blocks(Kind.Q8_0, to_bytes.q8_0(steps, scale))
     return None

@@ -16,6 +16,8 @@ from bitassay.quantization.shapes import Matrix
 BLOCK, SUPER = 32, 256
 Bytes = np.ndarray  # [rows, bytes]
 Scales = Float[Tensor, "out blocks"]
+Sixteens = Float[Tensor, "out sixteens"]  # a number for every 16 weights
+Eights = Float[Tensor, "out thirty_twos"]  # for every 32, eight of them in a super-block
 
 
 def q1_0(q: Matrix, d: Scales) -> Bytes:
@@ -70,30 +72,47 @@ def q4_1(q: Matrix, d: Scales, m: Scales) -> Bytes:
     return _rows(half(d), half(m), _nibbles(q))
 
 
+def q5_1(q: Matrix, d: Scales, m: Scales) -> Bytes:
+    """24 bytes: d, m, then q as in Q5_0."""
+    fifth = np.packbits(_runs(q // 16, BLOCK).astype(np.uint8), axis=-1, bitorder="little")
+    return _rows(half(d), half(m), fifth, _nibbles(q % 16))
+
+
 def iq4_nl(q: Matrix, d: Scales) -> Bytes:
     """18 bytes: d, then the places in the table as in Q4_0."""
     return _rows(half(d), _nibbles(q))
 
 
-def q2_k(q: Matrix, d: Scales, zero: Scales) -> Bytes:
-    """84 bytes: a + 16 b for every 16 weights, q in two bits, d, e. Here a = 1, b = zero and e = d."""
-    grids = np.repeat((1 + 16 * zero.cpu().numpy()).astype(np.uint8)[..., None], SUPER // 16, axis=2)
-    return _rows(grids, _crumbs(q), half(d), half(d))
+def q2_k(q: Matrix, a: Sixteens, b: Sixteens, d: Scales, e: Scales) -> Bytes:
+    """84 bytes: a + 16 b for every 16 weights, q in two bits, d, e."""
+    grids = _runs(a, 16).astype(np.uint8) | _runs(b, 16).astype(np.uint8) << 4
+    return _rows(grids, _crumbs(q), half(d), half(e))
 
 
-def q3_k(q: Matrix, d: Scales) -> Bytes:
-    """110 bytes: the third bit of q + 4, the two lower ones, a + 32 in six bits for every 16 weights, d. Here
-    a = 1: 33 has the low half 1 and the upper bits 2."""
+def q3_k(q: Matrix, a: Sixteens, d: Scales) -> Bytes:
+    """110 bytes: the third bit of q + 4, the two lower ones, a + 32 in six bits for every 16 weights, d. The
+    four low bits of numbers i and i + 8 share a byte, and the two high ones of i, i + 4, i + 8, i + 12."""
     codes = _runs(q + 4, SUPER).astype(np.uint8)
-    high = (codes >> 2).reshape(*codes.shape[:2], 8, 32)
-    third = np.bitwise_or.reduce(high << np.arange(8, dtype=np.uint8)[:, None], axis=2)
-    scales = np.array([0x11] * 8 + [0xAA] * 4, dtype=np.uint8)
-    return _rows(
-        third, _crumbs((q + 4) % 4), np.broadcast_to(scales, (*codes.shape[:2], len(scales))), half(d)
-    )
+    third = np.packbits(codes.reshape(*codes.shape[:2], 8, 32) >> 2, axis=2, bitorder="little")[:, :, 0]
+    numbers = _runs(a + 32, 16).astype(np.uint8)
+    low = numbers[..., :8] & 15 | (numbers[..., 8:] & 15) << 4
+    high = (numbers >> 4).reshape(*numbers.shape[:2], 4, 4) << np.array([0, 2, 4, 6], dtype=np.uint8)[:, None]
+    return _rows(third, _crumbs((q + 4) % 4), low, np.bitwise_or.reduce(high, axis=2), half(d))
 
 
-def q6_k(q: Matrix, a: Float[Tensor, "out sixteens"], d: Scales) -> Bytes:
+def q4_k(q: Matrix, a: Eights, b: Eights, d: Scales, e: Scales) -> Bytes:
+    """144 bytes: d, e, a and b of every 32 weights, then q, weights i and i + 32 of 64 in a byte."""
+    return _rows(half(d), half(e), _sixes(a, b), _halves(q))
+
+
+def q5_k(q: Matrix, a: Eights, b: Eights, d: Scales, e: Scales) -> Bytes:
+    """176 bytes: d, e, a and b, the fifth bits of q, a bit of each byte for 32 weights, the other four."""
+    fifth = _runs(q // 16, SUPER).astype(np.uint8)
+    fifth = np.packbits(fifth.reshape(*fifth.shape[:2], 8, 32), axis=2, bitorder="little")[:, :, 0]
+    return _rows(half(d), half(e), _sixes(a, b), fifth, _halves(q % 16))
+
+
+def q6_k(q: Matrix, a: Sixteens, d: Scales) -> Bytes:
     """210 bytes: the four low bits of q + 32, its two high ones, a as int8 for every 16 weights, d."""
     codes = _runs(q + 32, SUPER).astype(np.uint8).reshape(len(q), -1, 2, 4, 32)
     low = codes & 15
@@ -127,6 +146,21 @@ def _crumbs(q: Matrix) -> np.ndarray:
     codes = _runs(q, SUPER).astype(np.uint8)
     parts = codes.reshape(*codes.shape[:2], 2, 4, 32) << np.array([0, 2, 4, 6], dtype=np.uint8)[:, None]
     return np.bitwise_or.reduce(parts, axis=3).reshape(*codes.shape[:2], SUPER // 4)
+
+
+def _halves(q: Matrix) -> np.ndarray:
+    """Codes of 0 ... 15, two to a byte: weight i of 64 beside weight i + 32."""
+    codes = _runs(q, SUPER).astype(np.uint8)
+    codes = codes.reshape(*codes.shape[:2], 4, 2, 32)
+    return (codes[..., 0, :] | codes[..., 1, :] << 4).reshape(*codes.shape[:2], SUPER // 2)
+
+
+def _sixes(a: Eights, b: Eights) -> np.ndarray:
+    """Eight a and eight b of six bits in 12 bytes: the first four of each whole in 4 bytes; the low four bits
+    of the last four share a byte, and their high two lie above the first ones."""
+    x, y = _runs(a, 8).astype(np.uint8), _runs(b, 8).astype(np.uint8)
+    first = [part[..., :4] | (part[..., 4:] >> 4) << 6 for part in (x, y)]
+    return np.concatenate([*first, x[..., 4:] & 15 | (y[..., 4:] & 15) << 4], axis=2)
 
 
 def _rows(*parts: np.ndarray) -> Bytes:

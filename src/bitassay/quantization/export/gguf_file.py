@@ -305,7 +305,7 @@ def _write_description(
 ) -> None:
     known, done = identity(model), quantization_of(model)
     commonest = Counter(kind for kind, data in tensors.values() if data.ndim > 1).most_common(1)[0][0]
-    names = {Kind.F32: "ALL_F32", Kind.Q3_K: "MOSTLY_Q3_K_M"}
+    names = {Kind.F32: "ALL_F32"} | {k: f"MOSTLY_{k.name}_M" for k in (Kind.Q3_K, Kind.Q4_K, Kind.Q5_K)}
     file_type = FILE_TYPES.get(commonest.name)
     if file_type is None:
         file_type = gguf.LlamaFileType[names.get(commonest, f"MOSTLY_{commonest.name}")]

@@ -3,7 +3,8 @@
 A block is `d` times levels of a fixed table. Its d, of either sign, is the one that puts the largest
 magnitude on the outermost level, times one of FACTORS, or the least-squares fit to the codes that this gives,
 whichever leaves the least squared error; d is rounded to fp16 before codes are chosen. Q8_0 takes the
-largest magnitude over 127, as llama.cpp does. Q6_K has sixteen weights a scale, which is d times an int8.
+largest magnitude over 127, as llama.cpp does. Q6_K has sixteen weights a scale, which is d times an int8;
+the other K types are searched as those of a recipe are (`two_levels.py`).
 """
 
 import gguf.quants
@@ -15,9 +16,11 @@ from torch import Tensor
 
 from bitassay.errors import BitassayError, suggestion
 from bitassay.models.gguf_types import Q2_0, Q2_RUN
+from bitassay.quantization.codes.quantize import quantize_tensor
 from bitassay.quantization.export import gguf_bytes as to_bytes
-from bitassay.quantization.export.gguf_blocks import Blocks, bits_of
+from bitassay.quantization.export.gguf_blocks import Blocks, as_blocks, bits_of
 from bitassay.quantization.export.gguf_bytes import BLOCK, SUPER
+from bitassay.quantization.recipe.weights import WeightScheme
 from bitassay.quantization.shapes import Matrix
 
 FACTORS = tuple(1 - 0.04 * step for step in range(-2, 10))
@@ -38,7 +41,8 @@ TABLES = {
     "Q5_0": (Kind.Q5_0, BLOCK, _whole(-16, 15), -16, to_bytes.q5_0),
     "IQ4_NL": (Kind.IQ4_NL, BLOCK, NONLINEAR, 0, to_bytes.iq4_nl),
 }
-TYPES = (*PLAIN, "Q8_0", "Q6_K", *TABLES)
+SEARCHED = ("Q5_K", "Q4_K", "Q3_K", "Q2_K")
+TYPES = (*PLAIN, "Q8_0", "Q6_K", *TABLES, *SEARCHED)
 
 
 def check_type(name: str) -> None:
@@ -51,7 +55,8 @@ def check_type(name: str) -> None:
 
 def fitting(name: str, columns: int) -> str:
     """Return the type, or what takes its place in rows that its blocks do not divide: Q8_0, else F16."""
-    run = {"Q8_0": BLOCK, "Q6_K": SUPER}.get(name) or (TABLES[name][1] if name in TABLES else 1)
+    runs = {"Q8_0": BLOCK} | dict.fromkeys(("Q6_K", *SEARCHED), SUPER)
+    run = runs.get(name) or (TABLES[name][1] if name in TABLES else 1)
     if columns % run == 0:
         return name
     return "Q8_0" if columns % BLOCK == 0 else "F16"
@@ -81,6 +86,10 @@ def _rounded(w: Matrix, name: str) -> Blocks:
         return Blocks(Kind.Q8_0, to_bytes.q8_0(q.reshape(w.shape), d))
     if name == "Q6_K":
         return _six_bits(w)
+    if name in SEARCHED:
+        blocks = as_blocks(quantize_tensor(w, WeightScheme(format=name.lower())))
+        assert blocks is not None
+        return blocks
     kind, run, levels, first, pack = TABLES[name]
     d, places = fitted(w.reshape(-1, run), levels)
     return Blocks(kind, pack((places + first).reshape(w.shape), d.reshape(len(w), -1)))

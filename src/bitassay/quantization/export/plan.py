@@ -2,37 +2,33 @@
 It is for `--dry-run` and whoever has to know before any weight is read."""
 
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError
-from bitassay.models.walk import decoder_layers, matrices, module_name, walk
+from bitassay.models.walk import decoder_layers, walk
 from bitassay.quantization.codes.storage import Factors, Stored, expected_bytes, planned, planned_bits
+from bitassay.quantization.export.opened_memory import BASE_BYTES, Sizes, opened_memory, tuning_memory
 from bitassay.quantization.export.registry import LAYOUTS, OWN
 from bitassay.quantization.export.reload import expected_parts
 from bitassay.quantization.export.save import choose_layout
-from bitassay.quantization.recipe.calibration import Calibration
-from bitassay.quantization.recipe.formats import FORMATS
 from bitassay.quantization.recipe.recipe import Recipe
-from bitassay.quantization.recipe.solvers import Tune
 from bitassay.quantization.recipe.transforms import Rotation, Smoothing
 from bitassay.quantization.recipe.weights import WeightScheme
-from bitassay.quantization.runtime.model import check_recipe, obstacle_to_opening, parameter_count
+from bitassay.quantization.runtime.model import (
+    check_recipe,
+    fitted_to,
+    obstacle_to_opening,
+    parameter_count,
+)
 from bitassay.quantization.runtime.replicas import is_replica, original, replica_names
-from bitassay.quantization.solvers import layerwise, tune
+from bitassay.quantization.solvers import layerwise
 
-BASE_BYTES = 550 * 10**6  # the interpreter with torch and transformers
-# Copies of a matrix in fp32 that rounding it holds at its peak, and decoding it: measured.
-ROUNDING_COPIES, BINARY_COPIES, DECODING_COPIES = 4.5, 7, 5
 LOADED, OPENED = "as a whole", "a layer at a time"  # how a model is read
-HESSIANS, SOLVING_COPIES = 3, 5  # that factorising and rounding hold
-LEARNING_BYTES = 28  # of a weight of the layer that is learned: its position, gradient, two moments and value
-READ_BYTES = 4  # of a weight while it is read, beside what it becomes
 
 
 @dataclass(frozen=True)
@@ -62,6 +58,7 @@ class Plan:
 
 def plan_export(model: PreTrainedModel, recipe: Recipe, layout: str | None = None) -> Plan:
     """Check that `recipe` fits `model` (perhaps on the meta device) and can be saved; else BitassayError."""
+    recipe, _ = fitted_to(model, recipe)
     shapes, ways = planned_matrices(model, recipe)
     if not ways[0]:
         raise BitassayError(
@@ -102,7 +99,7 @@ def plan_export(model: PreTrainedModel, recipe: Recipe, layout: str | None = Non
         memory_bytes=BASE_BYTES + max(memory),
         opened_memory_bytes=None
         if obstacle_to_opening(recipe)
-        else _opened(sizes, ways[0], recipe if solves else None),
+        else opened_memory(sizes, ways[0], recipe, solves),
         solves=solves,
     )
 
@@ -112,90 +109,11 @@ def planned_matrices(
 ) -> tuple[dict[str, tuple[int, int]], list[dict[str, Stored]]]:
     """Return the shapes of matrices and their copies, and how those that are quantized will be stored, one
     way for each choice that mixed bits have. Raises BitassayError where `recipe` does not fit `model`."""
+    recipe, _ = fitted_to(model, recipe)
     shapes = {name: (view.shape[0], view.shape[1]) for name, view in check_recipe(model, recipe).items()}
     ways = _planned(model, recipe, list(shapes))
     shapes |= {name: shapes[original(name)] for way in ways for name in way if is_replica(name)}
     return shapes, ways
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What the memory of calibration depends on: shapes of quantized matrices, parameters, bits of codes."""
-
-    model: PreTrainedModel
-    text: Calibration
-    shapes: list[tuple[int, int]]
-    parameters: int
-    bits: int
-
-
-def _opened(sizes: Sizes, stored: Mapping[str, Stored], recipe: Recipe | None) -> int:
-    """Return the bytes that it takes a layer at a time: the most of what rounding a matrix holds, what a
-    layer holds that is run when it is checked, what lies beside the layers while it is written, and, where
-    `recipe` solves layers, of that."""
-    item, shapes = sizes.model.dtype.itemsize, Shapes.of(sizes.model)
-    binary = any(FORMATS[way.scheme.format].kind == "binary" for way in stored.values())
-    rounding = item * shapes.owner + 4 * shapes.matrix * (BINARY_COPIES if binary else ROUNDING_COPIES)
-    checking = item * shapes.layer + shapes.decoding
-    most = max(rounding, checking, shapes.beside * (item + READ_BYTES))
-    if recipe is not None:
-        most = max(most, _solving_opened(sizes, shapes, recipe))
-    return BASE_BYTES + int(most)
-
-
-def _solving_opened(sizes: Sizes, shapes: "Shapes", recipe: Recipe) -> int:
-    """Return the bytes of solving a layer in fp32: the layer, the states of all samples, and the most of one
-    batch with the statistics of an input, of factorising them and rounding what reads it, and of learning."""
-    text, hidden = sizes.text, sizes.model.config.get_text_config().hidden_size
-    state, learned = 4 * text.samples * text.tokens * hidden, recipe.learned
-    batch = min(layerwise.BATCH_SAMPLES, text.samples) * text.tokens
-    passing = layerwise.memory_of(batch, hidden, shapes.widest, 0)
-    steps = []
-    for rows, columns in set(sizes.shapes):
-        statistics = layerwise.sums_dtype(columns).itemsize * columns**2
-        together = 2 if rows > columns else 1  # a gate and what it opens read the same input
-        steps += [
-            passing + statistics,
-            HESSIANS * statistics + 4 * SOLVING_COPIES * together * rows * columns,
-        ]
-    if learned:
-        learning = layerwise.memory_of(
-            learned.batch * text.tokens, hidden, shapes.widest, layerwise.LEARNED_STREAMS
-        )
-        steps.append(LEARNING_BYTES * shapes.layer + learning)
-    solving = 4 * shapes.layer + (2 if learned else 1) * state + max(*steps, state + passing)
-    return solving if recipe.tune is None else max(solving, _tuning(recipe.tune, sizes, opened=True))
-
-
-class Shapes(NamedTuple):
-    """The most weights that are read together: of a decoder layer, a module that owns matrices in it, a
-    matrix, and a tensor beside the layers. widest: the most features of a matrix's input or output."""
-
-    layer: int
-    owner: int
-    matrix: int
-    beside: int
-    widest: int
-
-    @classmethod
-    def of(cls, model: PreTrainedModel) -> "Shapes":
-        """Return those of a model, which may be on the meta device."""
-        prefix = f"{module_name(model, decoder_layers(model))}."
-        shapes = [view.shape for view in matrices(model).values()]
-        layers, owners, beside = Counter[str](), Counter[str](), 0
-        for name, value in model.named_parameters():
-            if name.startswith(prefix):
-                layers[name.removeprefix(prefix).partition(".")[0]] += value.numel()
-                owners[name.rpartition(".")[0]] += value.numel()
-            else:
-                beside = max(beside, value.numel())
-        matrix, widest = max(map(math.prod, shapes)), max(map(max, shapes))
-        return cls(max(layers.values()), max(owners.values()), matrix, beside, widest)
-
-    @property
-    def decoding(self) -> int:
-        """The bytes that it takes to decode a matrix."""
-        return int(4 * self.matrix * DECODING_COPIES)
 
 
 def choose_way(ways: Mapping[str, int], memory: int | None, what: str, remedy: str = "") -> tuple[str, int]:
@@ -222,21 +140,6 @@ def _solving(sizes: Sizes, streams: int = 0) -> int:
     return 4 * (sizes.parameters + weights) + sizes.bits // 8 + passing
 
 
-def _tuning(spec: Tune, sizes: Sizes, opened: bool = False) -> int:
-    config, layers = sizes.model.config.get_text_config(), len(decoder_layers(sizes.model))
-    return tune.memory_of(
-        spec,
-        sizes.text.samples,
-        sizes.text.tokens,
-        sizes.shapes,
-        layers,
-        config.hidden_size,
-        sizes.parameters,
-        config.vocab_size,
-        opened,
-    )
-
-
 def _untied_head(model: PreTrainedModel, rotation: Rotation) -> int:
     """Return the size of a head that was the embedding, where a folded rotation makes a matrix of it."""
     if rotation.r1 != "folded" or rotation.layers == "none" or not model.config.tie_word_embeddings:
@@ -251,7 +154,7 @@ def _input_scales(model: PreTrainedModel, smoothing: Smoothing) -> int:
 # What parts of a recipe cost besides codes: bytes of memory while they run, and parameters that they add.
 MEMORY: dict[str, Callable[[Any, Sizes], int]] = {
     "learned": lambda _, sizes: _solving(sizes, layerwise.LEARNED_STREAMS),
-    "tune": _tuning,
+    "tune": tuning_memory,
 }
 ADDED_PARAMETERS: dict[str, Callable[[PreTrainedModel, Any], int]] = {
     "rotation": _untied_head,

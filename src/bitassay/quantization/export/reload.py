@@ -6,7 +6,7 @@ of each part, which the headers of the files must state, part for part. What els
 parameters, and transformers loads them: none may be missing and none left over.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from bitassay.errors import BitassayError, suggestion
 from bitassay.models.empty import empty_model
 from bitassay.models.identity import attach, identity
 from bitassay.models.load import load_checkpoint
-from bitassay.models.opened import open_plain, weights_of
+from bitassay.models.opened import Unread, open_plain, weights_of
 from bitassay.models.options import LoadOptions
 from bitassay.models.source import Source
 from bitassay.models.transposed import as_linears
@@ -79,7 +79,7 @@ def read_quantized(
     tensors: Mapping[str, QuantizedTensor]
     if options.opened:
         model = open_plain(folder, config, options, plain, originals)
-        tensors = _Unread(readers)
+        tensors = Unread(readers)
     else:
         model = _with_plain_parameters(empty, config, folder, plain, originals, options)
         tensors = {name: read() for name, read in readers.items()}
@@ -93,22 +93,6 @@ def read_quantized(
             raise BitassayError(f"{folder}: {CARD_FILE} and the files differ in the inputs of {name}", AGAIN)
     made = Quantization(card.recipe, tensors, parameters, card.inputs, card.passes)
     return with_tensors(model, made, packed=packed)
-
-
-class _Unread(Mapping[str, QuantizedTensor]):
-    """Matrices that are read each time they are asked for."""
-
-    def __init__(self, readers: Mapping[str, Callable[[], QuantizedTensor]]):
-        self.readers = readers
-
-    def __getitem__(self, name: str) -> QuantizedTensor:
-        return self.readers[name]()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.readers)
-
-    def __len__(self) -> int:
-        return len(self.readers)
 
 
 @contextmanager
@@ -224,7 +208,9 @@ def _input_scales(
     return scales
 
 
-def _changed_parameters(model: PreTrainedModel, card: Card, scales: dict[str, Tensor]) -> dict[str, Tensor]:
+def _changed_parameters(
+    model: PreTrainedModel, card: Card, scales: dict[str, Tensor]
+) -> Mapping[str, Tensor]:
     # A tied head has no name of its own among the parameters.
     parameters = dict(model.named_parameters(remove_duplicate=False)) | scales
     if missing := sorted(scales.keys() - set(card.parameters)):
@@ -233,7 +219,10 @@ def _changed_parameters(model: PreTrainedModel, card: Card, scales: dict[str, Te
         raise BitassayError(f"the model has no parameter {unknown[0]}")
     weights = weights_of(model)
     values = {name: parameters[name].detach() for name in card.parameters}
-    return values if weights is None else {name: weights.stored(name) for name in values}
+    if weights is None:
+        return values
+    read = {name: partial(weights.stored, name) for name in values if name not in scales}
+    return Unread(read | {name: partial(scales.__getitem__, name) for name in values if name in scales})
 
 
 def _check_inputs(card: Card, linears: Mapping[str, nn.Linear]) -> None:

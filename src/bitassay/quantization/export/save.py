@@ -104,7 +104,7 @@ def save(
             recipe=quantization.recipe,
             schemes=schemes,
             matrices={name: schemes.index(stored) for name, stored in descriptions.items()},
-            parameters=tuple(quantization.parameters),
+            parameters=tuple(sorted(quantization.parameters)),
             inputs=quantization.inputs,
             passes=quantization.passes,
             base=Base(

@@ -6,15 +6,18 @@ evenly spaced tokens of each linear, with all their columns.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError, suggestion
 from bitassay.models.cache import last_logits
 from bitassay.models.hooks import hooked, reading
+from bitassay.models.lockstep import Forward, in_step
+from bitassay.models.opened import parameter_of
 from bitassay.models.walk import walk
 from bitassay.quantization.inputs.activations import InputRounding
 from bitassay.quantization.inputs.thresholds import (
@@ -31,11 +34,13 @@ from bitassay.quantization.shapes import Columns, Matrix
 from bitassay.record.progress import Progress, silent
 
 SAMPLED_TOKENS = 256
+SAMPLING = ("percentile", "kl", "learned")  # the scales that look at the sample
 
 
 @dataclass(frozen=True)
 class Ranges:
-    """The inputs of one linear over all calibration tokens; the sample is in the model's dtype."""
+    """The inputs of one linear over all calibration tokens; the sample is in the model's dtype. batches: one
+    where extremes of each were not wanted."""
 
     batch_low: Float[Tensor, "batches in"]
     batch_high: Float[Tensor, "batches in"]
@@ -62,31 +67,43 @@ def collect_ranges(
     batches: Int[Tensor, "batches tokens"] | Sequence[Int[Tensor, "_ _"]],
     names: Sequence[str] | None = None,
     progress: Progress = silent,
+    *,
+    each_batch: bool = True,
+    sampled: int = SAMPLED_TOKENS,
 ) -> dict[str, Ranges]:
     """Run the model on each batch (a row of token ids, or several) and watch the inputs of the decoder
-    layers' linears, or of those in `names`. Raises BitassayError where an input is not finite."""
+    layers' linears, or of those in `names`. each_batch: keep the extremes of every batch; sampled: about how
+    many tokens' inputs are kept. Layers of an opened model are read once. Raises BitassayError where an input
+    is not finite."""
     if isinstance(batches, Tensor):
         batches = [row[None] for row in batches]
     linears = walk(model).linears
-    watched = {name: _Watch(linears[name], len(batches)) for name in (linears if names is None else names)}
+    quota = -(-sampled // len(batches))
+    chosen = linears if names is None else names
+    watched = {name: _Watch(linears[name].in_features, each_batch, quota) for name in chosen}
     modules = {name: linears[name] for name in watched}
-    with hooked(reading(modules, lambda name, x: watched[name].add(x))):
-        for done, batch in enumerate(batches):
-            progress("reading calibration text", done, len(batches))
+
+    def run(batch: Int[Tensor, "_ _"]) -> None:
+        with torch.no_grad():
             model(batch.to(model.device), use_cache=False, **last_logits(model, 1))
+
+    with hooked(reading(modules, lambda name, x: watched[name].add(x))):
+        # A linear sees batch after batch, whatever else runs in between.
+        for done, _ in enumerate(in_step([Forward(model, partial(run, batch)) for batch in batches])):
+            progress("reading calibration text", done, len(batches))
     progress("reading calibration text", len(batches), len(batches))
     return {name: watch.ranges(name) for name, watch in watched.items()}
 
 
 class _Watch:
-    def __init__(self, linear: nn.Linear, batches: int):
+    def __init__(self, features: int, each_batch: bool, quota: int):
         self.low: list[Tensor] = []
         self.high: list[Tensor] = []
         self.sampled: list[Tensor] = []
-        self.total = torch.zeros(linear.in_features, dtype=torch.float64)
+        self.total = torch.zeros(features, dtype=torch.float64)
         self.square = torch.zeros_like(self.total)
         self.magnitude = torch.zeros_like(self.total)
-        self.count, self.quota = 0, -(-SAMPLED_TOKENS // batches)
+        self.count, self.each_batch, self.quota = 0, each_batch, quota
 
     def add(self, x: Tensor) -> None:
         tokens = x.reshape(-1, x.shape[-1])
@@ -95,6 +112,9 @@ class _Watch:
         x = tokens.float()
         self.low.append(x.amin(0).cpu())
         self.high.append(x.amax(0).cpu())
+        if not self.each_batch:
+            self.low = [torch.stack(self.low).amin(0)]
+            self.high = [torch.stack(self.high).amax(0)]
         self.total += x.sum(0).cpu()
         self.square += x.square().sum(0).cpu()
         self.magnitude += x.abs().sum(0).cpu()
@@ -144,7 +164,13 @@ def input_roundings(
                 "add a calibration part to the recipe, or use scale: dynamic",
             )
     return {
-        name: rounding_from(scheme, (ranges or {}).get(name), parts.linears[name].weight)
+        name: rounding_from(
+            scheme,
+            (ranges or {}).get(name),
+            parameter_of(model, f"{name}.weight")
+            if scheme.scale == "learned"  # others do not look at it
+            else parts.linears[name].weight,
+        )
         for name, scheme in schemes.items()
     }
 

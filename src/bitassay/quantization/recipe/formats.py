@@ -8,6 +8,9 @@ A group of weights `w` shares a scale `s` and, where the format is asymmetric, a
 Integers: symmetric codes use the full two's-complement range, `[-2^(b-1), 2^(b-1) - 1]`; asymmetric ones
 `[0, 2^b - 1]`. Ternary is {-1, 0, 1}. Binary is {-1, 1}, `w' = q s`, or with a mean `w' = q s + m`. FP8 codes
 are the values of torch's own dtypes: e4m3fn, which has no infinity, up to 448; e5m2 up to 57344.
+
+The K types of llama.cpp have two levels of scales (`TwoLevels`): q4_k is int4 in groups of 32 whose scales
+and minima are whole multiples, of six bits, of two fp16 numbers that 256 weights share.
 """
 
 from dataclasses import dataclass
@@ -17,15 +20,42 @@ import torch
 
 from bitassay.registry import Registry
 
+RUN = 256  # weights of a row that share the upper level of scales
+
+
+@dataclass(frozen=True)
+class TwoLevels:
+    """Scales of groups of `group` weights in whole multiples of what RUN weights share, d and e:
+
+    minima      w' = d a q - e b    a = 1 ... 2^bits - 1, b = 0 ... 2^bits - 1, q = 0 ...
+    otherwise   w' = d a q          a = -2^(bits-1) ... 2^(bits-1) - 1 without 0, q on both sides of 0
+    """
+
+    group: int
+    bits: int
+    minima: bool
+
+    @property
+    def groups(self) -> int:
+        """Return how many groups share d and e."""
+        return RUN // self.group
+
+    @property
+    def scale_range(self) -> tuple[int, int]:
+        """Return the least and the largest a."""
+        half = 2 ** (self.bits - 1)
+        return (1, 2 * half - 1) if self.minima else (-half, half - 1)
+
 
 @dataclass(frozen=True)
 class NumberFormat:
-    """`bits` is what one code takes when packed (ternary: five codes to a byte)."""
+    """`bits` is what one code takes when packed (ternary: five codes to a byte). levels: of the K types."""
 
     name: str
     kind: Literal["integer", "ternary", "binary", "float"]
     bits: float
     float_dtype: torch.dtype | None = None
+    levels: TwoLevels | None = None
 
     @property
     def has_asymmetric(self) -> bool:
@@ -58,10 +88,15 @@ FORMATS: Registry[NumberFormat] = Registry(
     {
         fmt.name: fmt
         for fmt in (
-            *(NumberFormat(f"int{bits}", "integer", bits) for bits in (8, 4, 3, 2)),
+            *(NumberFormat(f"int{bits}", "integer", bits) for bits in (8, 5, 4, 3, 2)),
             NumberFormat("ternary", "ternary", 1.6),
             NumberFormat("binary", "binary", 1),
             *_FLOATS,
+            NumberFormat("q2_k", "integer", 2, levels=TwoLevels(16, 4, minima=True)),
+            NumberFormat("q3_k", "integer", 3, levels=TwoLevels(16, 6, minima=False)),
+            NumberFormat("q4_k", "integer", 4, levels=TwoLevels(32, 6, minima=True)),
+            NumberFormat("q5_k", "integer", 5, levels=TwoLevels(32, 6, minima=True)),
+            NumberFormat("q6_k", "integer", 6, levels=TwoLevels(16, 8, minima=False)),
         )
     },
 )

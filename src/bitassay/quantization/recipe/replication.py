@@ -155,6 +155,19 @@ class ReplicationPlan(RecipePart):
         """Whether copies of linears differ by the grid of their inputs alone: roundings are averaged."""
         return (self.of, self.differ) == ("linear", "inputs")
 
+    @property
+    def needs_all_layers(self) -> str | None:
+        """What of it needs all layers in memory at once; None where each can come and go."""
+        if isinstance(self.layers, Chosen):
+            return f"of layers chosen by {self.layers.by}"
+        if self.coefficients == "fitted":
+            return "with fitted coefficients"
+        if self.of == "block":
+            return "of a block"
+        if self.of == "layer" and (self.makes_codes or self.differ == "inputs"):
+            return "of layers whose copies differ"
+        return None
+
     def changes_codes(self, recipe: "Recipe") -> bool:
         return self.makes_codes
 

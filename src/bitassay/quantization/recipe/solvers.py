@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from bitassay.quantization.recipe.formats import FORMATS
 from bitassay.quantization.recipe.spec import RecipePart, SolverPart, validate_as
 from bitassay.quantization.recipe.weights import SUMS, WeightScheme
 
@@ -45,11 +46,20 @@ class Mixed(RecipePart):
         """Return the schemes to choose from. Raises ValueError where one makes no sense."""
         usual = WeightScheme.model_validate({"format": weights.format})
         rest = weights.model_dump()
-        for key in ("scale", "scale_dtype"):  # each format has its own defaults
+        # Each format has its own defaults, and K types leave no choice.
+        fixed = ("scale", "scale_dtype") if weights.number_format.levels is None else tuple(rest)
+        for key in fixed:
             if rest[key] == getattr(usual, key):
                 del rest[key]
         changes = [{"format": choice} if isinstance(choice, str) else choice for choice in self.formats]
-        return [validate_as(WeightScheme, rest | fields) for fields in changes]
+        return [
+            validate_as(WeightScheme, fields if _has_levels(fields) else rest | fields) for fields in changes
+        ]
+
+
+def _has_levels(fields: dict[str, Any]) -> bool:
+    name = fields.get("format", "")
+    return name in FORMATS and FORMATS[name].levels is not None
 
 
 class Gptq(SolverPart):

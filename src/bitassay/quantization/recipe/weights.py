@@ -12,6 +12,19 @@ from bitassay.quantization.recipe.spec import Spec, one_of, option, validate_as
 
 SUMS = ("residual", "digits")  # each copy but the first repairs what those before it left over
 
+NOT_OF_TWO_LEVELS = ("zero_point", "offset", "scale_factor", "turned", "restricted", "copies")
+
+
+def fixed_by(fmt: NumberFormat) -> dict[str, Any]:
+    """Return the fields of a scheme that a format with two levels of scales leaves no choice of."""
+    assert fmt.levels is not None
+    return {
+        "granularity": f"g{fmt.levels.group}",
+        "symmetric": not fmt.levels.minima,
+        "scale": "mse",
+        "scale_dtype": "float16",
+    }
+
 
 class Copies(Spec):
     """Several quantized copies of one matrix instead of one: `W' = sum_i c_i W'_i` (`copies.py`).
@@ -90,7 +103,7 @@ class WeightScheme(Spec):
     scale: Literal["absmax", "mse", "percentile"] = "absmax"
     percentile: float = option(99.9, gt=50, le=100)
     scale_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
-    zero_point: Literal["integer", "searched", "mirrored", "middle", "free"] = option("integer")
+    zero_point: Literal["integer", "searched", "mirrored", "middle", "free", "minimum"] = option("integer")
     offset: float = option(0.0, ge=0, lt=1)
     scale_factor: float = option(1.0, ge=0.1, le=4)
     turned: int | None = option(None, ge=0, lt=2**63)
@@ -147,6 +160,8 @@ class WeightScheme(Spec):
         if not isinstance(name, str) or name not in FORMATS:
             return fields
         fmt = FORMATS[name]
+        if fmt.levels is not None:
+            return fixed_by(fmt) | fields
         scale = "mse" if fmt.bits < 4 else "absmax"
         return {"scale": scale, "scale_dtype": "bfloat16" if fmt.kind == "float" else "float16", **fields}
 
@@ -154,6 +169,8 @@ class WeightScheme(Spec):
         fmt, fields = self.number_format, self.model_fields_set
         random = self.rounding == "stochastic" or self.noise > 0
         nearest = self.rounding == "nearest" and self.noise == 0
+        if fmt.levels is not None:
+            yield from self._contradictions_of_two_levels()
         if not self.symmetric and not fmt.has_asymmetric:
             yield f"{self.format} codes are symmetric around zero: a zero point cannot shift them"
         if fmt.kind == "binary" and self.scale != "mse":
@@ -164,7 +181,7 @@ class WeightScheme(Spec):
             yield ("restricted leaves out the lowest code of symmetric integers; no others have one to spare")
         if self.zero_point != "integer" and (fmt.kind != "integer" or self.symmetric):
             yield f"zero_point: {self.zero_point} needs zero points: an integer format with symmetric: false"
-        if self.zero_point in ("searched", "mirrored", "middle") and self.scale != "mse":
+        if self.zero_point in ("searched", "mirrored", "middle", "minimum") and self.scale != "mse":
             yield f"zero_point: {self.zero_point} is what leaves the least squared error: use scale: mse"
         if self.offset > 0 and fmt.kind != "integer":
             yield f"offset shifts a grid of integers, not of {self.format}"
@@ -187,6 +204,15 @@ class WeightScheme(Spec):
             yield from self._contradictions_of_copies(self.copies)
             self.copies.schemes(self)
 
+    def _contradictions_of_two_levels(self) -> Iterator[str]:
+        fixed = fixed_by(self.number_format)
+        if changed := [key for key, value in fixed.items() if getattr(self, key) != value]:
+            said = ", ".join(f"{key}: {fixed[key]}" for key in changed)
+            yield f"{self.format} is a type of llama.cpp with its own scales ({said}): leave {changed[0]} out"
+        plain = {key: type(self).model_fields[key].default for key in NOT_OF_TWO_LEVELS}
+        if changed := [key for key, value in plain.items() if getattr(self, key) != value]:
+            yield f"{self.format} has no {', '.join(changed)}: it holds codes and its own scales alone"
+
     def _contradictions_of_copies(self, copies: Copies) -> Iterator[str]:
         fmt = self.number_format
         mid_rise = (self.symmetric, self.restricted, self.offset) == (True, False, 0.5)
@@ -205,5 +231,7 @@ class WeightScheme(Spec):
             yield "copies: offset grids share one scale: scale: mse or absmax"
         if copies.differ == "offset" and (self.offset > 0 or self.scale_factor != 1):
             yield "copies: offset grids have offsets of their own, and one scale that is theirs"
+        if self.zero_point == "minimum":
+            yield "copies: a minimum is of llama.cpp's types, which hold one matrix: another zero_point"
         if self.has_planes:
             yield "copies: binary planes are copies already: residual: 1 has two"

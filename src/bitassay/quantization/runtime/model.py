@@ -21,14 +21,16 @@ from bitassay.errors import BitassayError, suggestion
 from bitassay.models.config import untie
 from bitassay.models.identity import Identity, attach
 from bitassay.models.opened import Weights, weights_of
-from bitassay.models.walk import decoder_layers, matrices, replace_module, walk
+from bitassay.models.walk import decoder_layers, matrices, module_name, replace_module, walk
 from bitassay.models.weights import stored_bits
 from bitassay.quantization.codes.tensor import QuantizedTensor
 from bitassay.quantization.inputs.activations import InputRounding
 from bitassay.quantization.inputs.kv_cache import round_cache
 from bitassay.quantization.recipe.calibration import check_calibration
+from bitassay.quantization.recipe.formats import RUN
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.recipe.replication import ReplicationPlan, Steps
+from bitassay.quantization.recipe.rows import changes, fitted
 from bitassay.quantization.recipe.transforms import Smoothing
 from bitassay.quantization.runtime.experts import put_experts, with_slices
 from bitassay.quantization.runtime.linear import QuantizedLinear, RoundedInputLinear
@@ -36,8 +38,15 @@ from bitassay.quantization.runtime.replicas import add_passes, is_replica
 from bitassay.quantization.transforms.folding import INPUT_SCALES, divide_inputs
 from bitassay.quantization.transforms.rotation import add_online
 
-# Parts of a recipe that look at a layer at a time.
-ONE_BY_ONE = ("gptq", "low_rank", "learned", "tune", "kv_cache")
+# What in a part of a recipe needs all layers of a model at once, by its name; "" where a layer at a time will
+# do. Of other parts nobody knows.
+WHOLE_MODEL: dict[str, Callable[[Any], str]] = {
+    **dict.fromkeys(
+        ("rotation", "smoothing", "gptq", "low_rank", "learned", "activations", "kv_cache"), lambda _: ""
+    ),
+    "tune": lambda tune: "tune with generated samples" if tune.generated else "",
+    "replication": lambda plan: f"replication {why}" if (why := plan.needs_all_layers) else "",
+}
 
 
 @dataclass(frozen=True)
@@ -49,7 +58,7 @@ class Quantization:
 
     recipe: Recipe
     tensors: Mapping[str, QuantizedTensor]
-    parameters: dict[str, Tensor] = field(default_factory=dict)
+    parameters: Mapping[str, Tensor] = field(default_factory=dict)
     inputs: dict[str, InputRounding] = field(default_factory=dict)
     passes: dict[int, Steps] = field(default_factory=dict)
 
@@ -96,8 +105,13 @@ def _with_changes(
 ) -> PreTrainedModel:
     """Say how the weights of an opened model are made, when they are needed; there, codes are never held."""
     linears, tensors, dtype = walk(model).linears, quantization.tensors, model.dtype
-    for name, value in quantization.parameters.items():
-        weights.changes[name] = lambda _, value=value: value.to(weights.device, dtype)
+    parameters, head = quantization.parameters, model.get_output_embeddings()
+    for name in parameters:
+        if name in weights.empty:
+            weights.changes[name] = lambda _, name=name: parameters[name].to(weights.device, dtype)
+    if head is not None and (own := f"{module_name(model, head)}.weight") in parameters:
+        untie(model)
+        weights.separate(own)
     for name in tensors:
         if name in linears:
             weights.changes[f"{name}.weight"] = lambda _, name=name: tensors[name].dequantize().to(dtype)
@@ -134,10 +148,10 @@ def _finished(base: PreTrainedModel, model: PreTrainedModel, quantization: Quant
 
 
 def _add_input_scales(model: PreTrainedModel, smoothing: Smoothing, quantization: Quantization) -> None:
-    for name, value in quantization.parameters.items():
+    for name in quantization.parameters:
         if name.endswith(f".{INPUT_SCALES}"):
             linear = model.get_submodule(name.removesuffix(f".{INPUT_SCALES}"))
-            divide_inputs(linear, value.to(model.device, model.dtype))
+            divide_inputs(linear, quantization.parameters[name].to(model.device, model.dtype))
 
 
 def _add_passes(model: PreTrainedModel, plan: ReplicationPlan, quantization: Quantization) -> None:
@@ -172,6 +186,17 @@ def check_recipe(model: PreTrainedModel, recipe: Recipe) -> dict[str, Tensor]:
     if recipe.is_calibrated:
         check_calibration(model, recipe.text)
     modules, views = walk(model), matrices(model)
+    if recipe.mixed is not None and recipe.weights is not None:
+        for scheme in recipe.mixed.choices(recipe.weights):
+            odd = [
+                name for name, view in views.items() if scheme.number_format.levels and view.shape[1] % RUN
+            ]
+            if free := [name for name in odd if recipe.override_for(name) is None]:
+                raise BitassayError(
+                    f"recipe {recipe.name}: mixed may choose {scheme.format}, which rows of "
+                    f"{views[free[0]].shape[1]} weights ({free[0]}) cannot have: {RUN} does not divide them",
+                    f"an override for *.{free[0].rpartition('.')[2]}, or other formats",
+                )
     names = [*views, *modules.others]
     routers = sorted({name.removesuffix(".weight") for name in modules.routers} | set(modules.routers))
     for override in recipe.overrides:
@@ -200,11 +225,18 @@ def check_recipe(model: PreTrainedModel, recipe: Recipe) -> dict[str, Tensor]:
     return views
 
 
+def fitted_to(model: PreTrainedModel, recipe: Recipe) -> tuple[Recipe, list[str]]:
+    """Return the recipe with formats that the rows of the model's matrices can have (`recipe/rows.py`), and a
+    line for each kind of change."""
+    columns = {name: view.shape[1] for name, view in matrices(model).items()}
+    changed = fitted(recipe, columns)
+    return changed, changes(recipe, changed, columns)
+
+
 def obstacle_to_opening(recipe: Recipe) -> str | None:
     """Return the part of a recipe that needs all layers of a model at once; None where none does."""
-    if recipe.tune is not None and recipe.tune.generated:
-        return "tune with generated samples"
-    return next((name for name in recipe.parts if name not in ONE_BY_ONE), None)
+    known = (WHOLE_MODEL[name](part) if name in WHOLE_MODEL else name for name, part in recipe.parts.items())
+    return next(filter(None, known), None)
 
 
 def check_opening(recipe: Recipe) -> None:

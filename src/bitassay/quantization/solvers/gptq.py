@@ -45,7 +45,8 @@ from bitassay.quantization.codes.copies import digit_planes, merged, planes
 from bitassay.quantization.codes.grid import Grid, combined, group_bounds, joined
 from bitassay.quantization.codes.rounding import nearest, rounded_matrix
 from bitassay.quantization.codes.scales import grid_for, matrix_grids
-from bitassay.quantization.codes.tensor import QuantizedTensor, from_codes
+from bitassay.quantization.codes.tensor import QuantizedTensor, on_grid
+from bitassay.quantization.recipe.formats import RUN
 from bitassay.quantization.recipe.granularity import Granularity
 from bitassay.quantization.recipe.solvers import Gptq
 from bitassay.quantization.recipe.weights import WeightScheme
@@ -122,7 +123,7 @@ class Rounded:
         parts = []
         for scheme, codes, grid in zip(self.schemes, self.codes, self.grids, strict=True):
             g = grid if rows == slice(None) else grid.each(lambda part: part[rows])
-            parts.append(from_codes(codes[rows], g.scale, scheme, g.zero_point, g.mean))
+            parts.append(on_grid(codes[rows], g, scheme))
         return merged(parts)
 
 
@@ -134,10 +135,17 @@ def gptq(weight: Matrix, hessian: Hessian, schemes: Sequence[WeightScheme], spec
     importance, bounds = hessian.diagonal().float(), group_bounds(granularity, columns)
     group_of = [g for g, (start, stop) in enumerate(bounds) for _ in range(start, stop)]
     static = spec.order == "activation" or granularity.name == "tensor"
+    two_levels = schemes[0].number_format.levels is not None
     grids = _static_grids(weight, importance, schemes) if static else [[] for _ in schemes]
     codes = torch.empty(len(schemes), columns, rows, device=weight.device)
 
     def fix_grids(start: int, stop: int, group: Float[Tensor, "out size"]) -> None:
+        if two_levels:  # several groups, whose grids are found together
+            for plane, found in zip(
+                grids, _static_grids(group, importance[start:stop], schemes), strict=True
+            ):
+                plane += found
+            return
         for plane, scheme in zip(grids, schemes, strict=True):
             plane.append(grid_for(group, scheme, importance[start:stop].expand_as(group)))
             group = group - nearest(group, plane[-1])[1]
@@ -149,7 +157,8 @@ def gptq(weight: Matrix, hessian: Hessian, schemes: Sequence[WeightScheme], spec
         return left
 
     begin = None if static else fix_grids
-    updated, damping = _compensated(weight, hessian, importance, spec, round_column, bounds, begin)
+    spans = group_bounds(Granularity.parse(f"g{RUN}"), columns) if two_levels else bounds
+    updated, damping = _compensated(weight, hessian, importance, spec, round_column, spans, begin)
     shared = [combined(plane, lambda parts: torch.cat(parts, dim=1)) for plane in grids]
     return Rounded(schemes, codes.transpose(1, 2).contiguous(), shared, updated, damping)
 

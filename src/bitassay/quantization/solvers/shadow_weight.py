@@ -15,6 +15,9 @@ Since `u` counts steps, one learning rate suits all matrices, and moving a scale
 instead of changing codes (in LSQ, 1902.08153, both follow from `w / s`). `u` is kept within half a step of
 the outermost codes, so that a clipped weight can come back. Scales are rounded to the dtype they are stored
 in at each pass: what is learned is what is stored. Zero points stay as they are, except free ones.
+
+With two levels of scales (`two_levels.py`), `s = d a` with a the nearest whole number and d in fp16, both
+straight through, and minima likewise, so that a group's scale, its minimum, d and e are all learned.
 """
 
 from collections.abc import Iterator, Mapping
@@ -27,7 +30,8 @@ from torch import Tensor, nn
 
 from bitassay.models.hooks import forwarded
 from bitassay.quantization.codes.grid import Grid, group_bounds
-from bitassay.quantization.codes.tensor import LowRank, QuantizedTensor, from_codes
+from bitassay.quantization.codes.tensor import LowRank, QuantizedTensor, on_grid
+from bitassay.quantization.codes.two_levels import as_half, in_range
 from bitassay.quantization.recipe.granularity import Granularity
 from bitassay.quantization.recipe.weights import WeightScheme
 from bitassay.quantization.shapes import Matrix
@@ -40,7 +44,9 @@ class ShadowWeight(nn.Module):
     groups]`. Low-rank factors stay as they are.
 
     u: positions on the grid, `[out, in]`. gain: what the first scales are multiplied by, `[out, groups]`, 1
-    at first, so that one learning rate suits all of them. zero: the position of zero. mean: as the grid's.
+    at first, so that one learning rate suits all of them. zero: the position of zero. mean: as the grid's;
+    of integers, how far the minimum has moved, in first scales. unit_gain: what d and e are multiplied by,
+    `[2, out, runs]`.
     """
 
     def __init__(self, scheme: WeightScheme, weight: Matrix, grid: Grid, low_rank: LowRank | None = None):
@@ -53,7 +59,17 @@ class ShadowWeight(nn.Module):
         zero = torch.zeros_like(self.first_scale) if grid.zero_point is None else grid.zero_point.float()
         self.zero = nn.Parameter(zero - grid.offset)
         self.gain = nn.Parameter(torch.ones_like(self.first_scale))
-        self.mean = None if grid.mean is None else nn.Parameter(grid.mean.float().clone())
+        levels, self.unit_gain = scheme.number_format.levels, None
+        if levels is not None:
+            runs = self.first_scale[:, :: levels.groups]
+            self.unit_gain = nn.Parameter(
+                torch.ones(2 if levels.minima else 1, *runs.shape, device=runs.device)
+            )
+        self.mean = None
+        if grid.mean is not None:
+            mean = grid.mean.float()
+            binary = grid.format.kind == "binary"
+            self.mean = nn.Parameter(mean.clone() if binary else torch.zeros_like(mean))
         centred = weight.float() if grid.mean is None else weight.float() - self._wide(grid.mean.float())
         positions = centred / self._wide(self.first_scale) + self._wide(self.zero.detach())
         self.u = nn.Parameter(positions.contiguous())
@@ -68,13 +84,13 @@ class ShadowWeight(nn.Module):
     def grid_parameters(self) -> list[nn.Parameter]:
         """Return what is learned besides the codes."""
         free = self.zero if self.scheme.zero_point == "free" else None
-        return [part for part in (self.gain, free, self.mean) if part is not None]
+        return [part for part in (self.gain, free, self.mean, self.unit_gain) if part is not None]
 
     def tensors(self) -> list[Tensor]:
         """Return all that it is made of, each tensor with memory of its own, but for low-rank factors."""
         self.grid = self.grid.each(_own)
         self.first_scale = _own(self.first_scale)
-        held = (self.first_scale, self.moves, self.grid.scale, self.grid.zero_point, self.grid.mean)
+        held = (self.first_scale, self.moves, *self.grid.tensors)
         return [*self.parameters(), *(each for each in held if each is not None)]
 
     @torch.no_grad()
@@ -90,7 +106,37 @@ class ShadowWeight(nn.Module):
 
     def scale(self) -> Float[Tensor, "out groups"]:
         """Return the scales as they will be stored."""
-        return self._stored(self.first_scale * self.gain)
+        levels = self.scheme.number_format.levels
+        if levels is None:
+            return self._stored(self.first_scale * self.gain)
+        assert self.grid.unit is not None
+        multiples = self.first_scale * self.gain / self.grid.unit
+        return self.unit(0) * (multiples + (in_range(multiples, levels) - multiples).detach())
+
+    def unit(self, which: int) -> Float[Tensor, "out groups"]:
+        """Return d (0) or e (1) of two levels at each group, as they will be stored."""
+        levels, gain = self.scheme.number_format.levels, self.unit_gain
+        first = (self.grid.unit, self.grid.mean_unit)[which]
+        assert levels is not None
+        assert gain is not None
+        assert first is not None
+        wide = first * gain[which].repeat_interleave(levels.groups, dim=1, output_size=first.shape[1])
+        return wide + (as_half(wide, may_be_zero=True) - wide).detach()
+
+    def means(self) -> Float[Tensor, "out groups"]:
+        """Return the means as they will be stored."""
+        levels, mean = self.scheme.number_format.levels, self.mean
+        assert mean is not None
+        if self.grid.format.kind == "binary":
+            return self._stored(mean)
+        assert self.grid.mean is not None
+        if levels is None:
+            return self._stored(self.grid.mean + mean * self.first_scale)
+        assert self.grid.mean_unit is not None
+        first = torch.where(self.grid.mean_unit > 0, self.grid.mean_unit, 1)
+        multiples = -(self.grid.mean + mean * self.first_scale) / first
+        whole = multiples.round().clamp(0, levels.scale_range[1])
+        return -self.unit(1) * (multiples + (whole - multiples).detach())
 
     def _stored(self, exact: Tensor) -> Tensor:
         """Round to the scales' dtype; the gradient passes the rounding."""
@@ -100,8 +146,8 @@ class ShadowWeight(nn.Module):
         zero = self._stored(self.zero) if self.scheme.zero_point == "free" else self.zero
         weight = _OnGrid.apply(self.u, self.scale(), zero, self.moves, self.sizes, self.groups, self.grid)
         if self.mean is not None:
-            mean = torch.where(self.moves, self.mean, self.mean.detach())
-            weight = weight + self._wide(self._stored(mean))
+            mean = self.means()
+            weight = weight + self._wide(torch.where(self.moves, mean, mean.detach()))
         if self.low_rank is None:
             return weight
         with torch.autocast(weight.device.type, enabled=False):
@@ -111,15 +157,19 @@ class ShadowWeight(nn.Module):
     def weight(self) -> Matrix:
         """Return the unrounded weight, from which another `ShadowWeight` goes on."""
         weight = (self.u - self._wide(self.zero)) * self._wide(self.scale())
-        return weight if self.mean is None else weight + self._wide(self.mean)
+        return weight if self.mean is None else weight + self._wide(self.means())
 
     @torch.no_grad()
     def quantized(self) -> QuantizedTensor:
         """Return what has been learned, packed."""
         zero = None if self.grid.zero_point is None else self.zero + self.grid.offset
         codes = _rounded(self.u, self.grid)
-        tensor = from_codes(codes, self.scale(), self.scheme, zero_point=zero, mean=self.mean)
-        return replace(tensor, low_rank=self.low_rank)
+        grid = self.grid._replace(scale=self.scale(), zero_point=zero)
+        if self.mean is not None:
+            grid = grid._replace(mean=self.means())
+        if self.unit_gain is not None:
+            grid = grid._replace(unit=self.unit(0), mean_unit=None if self.mean is None else self.unit(1))
+        return replace(on_grid(codes, grid, self.scheme), low_rank=self.low_rank)
 
 
 def _own(tensor: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from bitassay.models.precision import exact
 from bitassay.models.walk import decoder_layers, module_name, walk
 from bitassay.quantization.recipe.transforms import Place
 from bitassay.quantization.shapes import Columns
-from bitassay.quantization.transforms.residual_stream import Norm, Weight, find_norm, probe
+from bitassay.quantization.transforms.residual_stream import COLUMNS, ROWS, Norm, Weight, find_norm, probe
 
 # Modules of an attention that see no values, or that multiply its output by column.
 BESIDE_VALUES = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "gate_proj", "g_proj")
@@ -97,16 +97,17 @@ def fold(model: PreTrainedModel, where: Fold, scales: Float[Tensor, " own"]) -> 
         stored = (gain / scales - offset).bfloat16().double()
         usable = (stored + offset != 0) & (gain != 0)
         scales = torch.where(usable, gain / (stored + offset), 1)
-        Weight(where.norm.module, "weight").write(torch.where(usable, stored, gain - offset))
+        gains = torch.where(usable, stored, gain - offset)
+        where.norm.weight.change(lambda _: gains)
     elif where.place == "inputs":
         scales = scales.bfloat16().double()
         divide_inputs(producer, scales.to(model.device, model.dtype))
     else:
-        Weight(producer, "weight").change(lambda weight: weight / scales[:, None])
+        Weight(model, f"{where.producer}.weight").change(lambda weight: weight / scales[:, None], COLUMNS)
         if producer.bias is not None:
-            Weight(producer, "bias").change(lambda bias: bias / scales)
+            Weight(model, f"{where.producer}.bias").change(lambda bias: bias / scales)
     for name in where.readers:
-        Weight(model.get_submodule(name), "weight").change(lambda weight: weight * where.spread(scales))
+        Weight(model, f"{name}.weight").change(lambda weight: weight * where.spread(scales), ROWS)
     return scales.float()
 
 
@@ -129,7 +130,7 @@ def _norm_folds(model: PreTrainedModel) -> tuple[list[Fold], dict[str, str]]:
         try:
             if others:
                 raise BitassayError(f"{name} also feeds {others[0]}, which takes no scale")
-            norm = find_norm(model.get_submodule(name), name)
+            norm = find_norm(model, name)
         except BitassayError as error:
             refused |= dict.fromkeys(reading, str(error))
             continue

@@ -13,6 +13,7 @@ rotation does change: such models are refused by name. So is anything in the dec
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError
+from bitassay.models.opened import change_parameter, parameter_of, present
 from bitassay.models.precision import exact
 from bitassay.models.walk import Walk, decoder_layers, decoder_of, module_name, walk
 
@@ -29,6 +31,8 @@ MLP_READS = ("gate_proj", "up_proj", "gate_up_proj")
 WRITES = ("o_proj", "down_proj")
 WITHIN_ATTENTION = ("q_b_proj", "kv_b_proj")
 REMEDY = "rotation: {r1: null}, which leaves the residual stream as it is"
+CHUNK_VALUES = 2**22  # of a parameter that are in fp64 at a time
+ROWS, COLUMNS = -2, -1
 PROBE_TOKENS = 16
 PROBE_TOLERANCE = 1e-3  # of the logits' length; a wrong transform is off by about 1
 
@@ -55,40 +59,52 @@ def unchanged(model: PreTrainedModel, done: str, transforms: str, remedy: str) -
 
 
 class Weight(NamedTuple):
-    """A parameter of a module, read in fp64 (`exact`) as `[..., out, in]` (a bias: `[..., out]`) and written
-    back in its own dtype. A new value is a new parameter: a model that shares the old one keeps it."""
+    """A parameter of a model by its full name, read in fp64 (`exact`) as `[..., out, in]` (a bias:
+    `[..., out]`) and changed in its own dtype. A new value is a new parameter: a model that shares the old
+    one keeps it. An opened model has the new value when it is needed."""
 
-    module: nn.Module
-    key: str
+    model: nn.Module
+    name: str
     transposed: bool = False
 
     def read(self) -> Float[Tensor, "..."]:
-        value = exact(self.module.get_parameter(self.key).detach(), copy=True)
+        value = exact(parameter_of(self.model, self.name), copy=True)
         return value.transpose(-1, -2) if self.transposed else value
 
-    def write(self, value: Float[Tensor, "..."]) -> None:
-        stored = (value.transpose(-1, -2) if self.transposed else value).contiguous()
-        old = self.module.get_parameter(self.key)
-        new = nn.Parameter(stored.to(old.device, old.dtype), requires_grad=False)
-        self.module.register_parameter(self.key, new)
+    def change(self, function: Callable[[Tensor], Tensor], each: int | None = None) -> None:
+        """Replace the value by a function of it. each: ROWS or COLUMNS, where these do not depend on each
+        other and may come in parts."""
+        change_parameter(self.model, self.name, partial(_changed, function, self.transposed, each))
 
-    def change(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Replace the value by a function of it."""
-        self.write(function(self.read()))
+
+def _changed(
+    function: Callable[[Tensor], Tensor], transposed: bool, each: int | None, stored: Float[Tensor, "..."]
+) -> Float[Tensor, "..."]:
+    old = stored.transpose(-1, -2) if transposed else stored
+    if each is None:
+        new = function(exact(old, copy=True)).to(old.device, old.dtype)
+    else:
+        new, count = torch.empty_like(old), max(1, CHUNK_VALUES * old.shape[each] // old.numel())
+        for part, place in zip(old.split(count, each), new.split(count, each), strict=True):
+            place.copy_(function(exact(part, copy=True)))
+    return (new.transpose(-1, -2) if transposed else new).contiguous()
 
 
 class Norm(NamedTuple):
     """An RMSNorm with the gains `offset + weight`: offset is 0, or 1 in Gemma's."""
 
-    module: nn.Module
+    weight: Weight
     offset: float
 
+    @property
+    def module(self) -> nn.Module:
+        return self.weight.model.get_submodule(self.weight.name.rpartition(".")[0])
+
     def gain(self) -> Float[Tensor, " hidden"]:
-        return self.offset + Weight(self.module, "weight").read()
+        return self.offset + self.weight.read()
 
     def set_to_one(self) -> None:
-        gain = self.gain()
-        Weight(self.module, "weight").write(torch.full_like(gain, 1 - self.offset))
+        self.weight.change(lambda value: torch.full_like(value, 1 - self.offset))
 
 
 @dataclass(frozen=True)
@@ -123,18 +139,30 @@ def residual_stream(model: PreTrainedModel) -> ResidualStream:
         if not name.startswith(prefix) and id(parameter) not in known:
             raise BitassayError(f"{name}: no known role beside the residual stream", REMEDY)
     return ResidualStream(
-        Weight(embedding, "weight"),
+        Weight(model, f"{module_name(model, embedding)}.weight"),
         [
             _layer_stream(model, modules, layer, f"{prefix}{index}.")
             for index, layer in enumerate(decoder_layers(model))
         ],
-        find_norm(final, module_name(model, final)),
-        Weight(head, "weight"),
+        find_norm(model, module_name(model, final)),
+        Weight(model, f"{module_name(model, head)}.weight"),
     )
 
 
-def find_norm(module: nn.Module, name: str) -> Norm:
-    """Return how an RMSNorm uses its weight, by running it. Raises BitassayError where it is none."""
+def find_norm(model: nn.Module, name: str) -> Norm:
+    """Return how the RMSNorm of that full name uses its weight, by running it. Raises BitassayError where it
+    is none."""
+    module = model.get_submodule(name)
+    with present(model, name):
+        offset = _offset(module)
+    if offset is None:
+        raise BitassayError(
+            f"{name}: {type(module).__name__} is no RMSNorm: a rotation changes what it does", REMEDY
+        )
+    return Norm(Weight(model, f"{name}.weight".removeprefix(".")), offset)
+
+
+def _offset(module: nn.Module) -> float | None:
     weight = getattr(module, "weight", None)
     if isinstance(weight, Tensor):
         generator = torch.Generator().manual_seed(0)
@@ -144,10 +172,8 @@ def find_norm(module: nn.Module, name: str) -> Norm:
         for offset in (0.0, 1.0):
             expected = bare * (offset + exact(weight))
             if (exact(module(x)) - expected).norm() <= 1e-3 * expected.norm():
-                return Norm(module, offset)
-    raise BitassayError(
-        f"{name}: {type(module).__name__} is no RMSNorm: a rotation changes what it does", REMEDY
-    )
+                return offset
+    return None
 
 
 def _layer_stream(model: PreTrainedModel, modules: Walk, layer: nn.Module, here: str) -> LayerStream:
@@ -158,32 +184,31 @@ def _layer_stream(model: PreTrainedModel, modules: Walk, layer: nn.Module, here:
         if not name.startswith(here) or child in WITHIN_ATTENTION:
             continue
         if child in WRITES:
-            writes.append(Weight(linear, "weight"))
-            biases += [Weight(linear, "bias")] if linear.bias is not None else []
+            writes.append(Weight(model, f"{name}.weight"))
+            biases += [Weight(model, f"{name}.bias")] if linear.bias is not None else []
         elif child in ATTENTION_READS or child in MLP_READS:
-            (attention if child in ATTENTION_READS else mlp).append(Weight(linear, "weight"))
+            (attention if child in ATTENTION_READS else mlp).append(Weight(model, f"{name}.weight"))
         else:
             raise BitassayError(f"{name}: no known role in the residual stream", REMEDY)
     for name in (name for name in modules.experts if name.startswith(here)):
         owner, _, key = name.rpartition(".")
         module = model.get_submodule(owner)
-        weight = Weight(module, key, transposed=bool(getattr(module, "is_transposed", False)))
+        weight = Weight(model, name, transposed=bool(getattr(module, "is_transposed", False)))
         (writes if key in WRITES else mlp).append(weight)
         if key in WRITES and getattr(module, f"{key}_bias", None) is not None:
-            biases.append(Weight(module, f"{key}_bias"))
+            biases.append(Weight(model, f"{name}_bias"))
     for name in (name for name in modules.routers if name.startswith(here)):
-        owner, _, key = name.rpartition(".")
-        mlp.append(Weight(model.get_submodule(owner), key))
+        mlp.append(Weight(model, name))
     if other := next((name for name in modules.others if name.startswith(here)), None):
         raise BitassayError(f"{other}: no known role in the residual stream", REMEDY)
-    attention_norm, mlp_norm = _read_norms(layer, here)
+    attention_norm, mlp_norm = _read_norms(model, layer, here)
     return LayerStream([(attention_norm, attention), (mlp_norm, mlp)], writes, biases)
 
 
-def _read_norms(layer: nn.Module, here: str) -> tuple[Norm | None, Norm | None]:
+def _read_norms(model: PreTrainedModel, layer: nn.Module, here: str) -> tuple[Norm | None, Norm | None]:
     """Return the norms that attention and MLP read. All others come after a block: with equal gains."""
     norms = {
-        name: find_norm(module, here + name)
+        name: find_norm(model, here + name)
         for name, module in layer.named_children()
         if name.endswith("norm") and any(True for _ in module.parameters())
     }

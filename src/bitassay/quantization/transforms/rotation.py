@@ -25,7 +25,8 @@ rotations (SpinQuant's Cayley descent).
 """
 
 import random
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -37,13 +38,16 @@ from transformers import PreTrainedModel
 from bitassay.errors import BitassayError
 from bitassay.models.config import untie
 from bitassay.models.hooks import hooked
-from bitassay.models.opened import weights_of
-from bitassay.models.walk import decoder_layers, module_name
+from bitassay.models.lockstep import Forward, in_step
+from bitassay.models.opened import HALVES, Unread, weights_of
+from bitassay.models.walk import decoder_layers, decoder_of, module_name
 from bitassay.quantization.codes.hadamard import Orthogonal, block_hadamard, hadamard, random_orthogonal
 from bitassay.quantization.recipe.transforms import Rotation
 from bitassay.quantization.shapes import Tokens
 from bitassay.quantization.transforms.procrustes import refine
 from bitassay.quantization.transforms.residual_stream import (
+    COLUMNS,
+    ROWS,
     ResidualStream,
     Weight,
     residual_stream,
@@ -72,7 +76,7 @@ def rotate(model: PreTrainedModel, rotation: Rotation, tokens: Tokens | None = N
             if rotation.r4:
                 for name, down in _down_projections(model, index):
                     q = _orthogonal(rotation, down.in_features, "r4", name)
-                    Weight(down, "weight").change(q.apply)
+                    Weight(model, f"{name}.weight").change(q.apply, ROWS)
         add_online(model, rotation)
 
 
@@ -80,27 +84,29 @@ def _rotate_stream(
     model: PreTrainedModel, rotation: Rotation, chosen: list[int], tokens: Tokens | None
 ) -> None:
     stream = residual_stream(model)
-    q = _orthogonal(rotation, stream.embedding.read().shape[-1], "r1")
+    q = _orthogonal(rotation, model.get_parameter(stream.embedding.name).shape[-1], "r1")
     layers = [stream.layers[index] for index in chosen]
     for norm, weights in (read for layer in layers for read in layer.reads):
         if norm is not None:
             for weight in weights:
-                weight.write(weight.read() * norm.gain())
+                weight.change(partial(torch.mul, norm.gain()), ROWS)
             norm.set_to_one()
     if rotation.r1 == "folded":
         # The final norm's gains go into the head, which is its own matrix from here on.
-        stream.head.write(stream.head.read() * stream.final_norm.gain())
+        stream.head.change(partial(torch.mul, stream.final_norm.gain()), ROWS)
         stream.final_norm.set_to_one()
         untie(model)
         if rotation.kind == "refined":
             q = refine(_normed_stream(model, stream, tokens), q, rotation.rounds)
         for weight in (stream.embedding, stream.head):
-            weight.change(q.apply)
+            weight.change(q.apply, ROWS)
     for layer in layers:
-        for weight in (*(weight for _, weights in layer.reads for weight in weights), *layer.biases):
-            weight.change(q.apply)
+        for weight in (weight for _, weights in layer.reads for weight in weights):
+            weight.change(q.apply, ROWS)
+        for bias in layer.biases:
+            bias.change(q.apply)
         for weight in layer.writes:
-            weight.change(lambda out: q.apply(out.transpose(-1, -2)).transpose(-1, -2))
+            weight.change(lambda out: q.apply(out.transpose(-1, -2)).transpose(-1, -2), COLUMNS)
 
 
 def add_online(model: PreTrainedModel, rotation: Rotation) -> None:
@@ -129,13 +135,21 @@ def add_online(model: PreTrainedModel, rotation: Rotation) -> None:
 
 def changed_parameters(
     base: PreTrainedModel, changed: PreTrainedModel, but: Collection[str] = ()
-) -> dict[str, Tensor]:
+) -> Mapping[str, Tensor]:
     """Return every parameter of `changed` that is not the base model's, by full name, new ones too, except
-    those in `but`; an output head that was tied in the base model has a name of its own."""
-    if (weights := weights_of(changed)) is not None:
+    those in `but`; an output head that was tied in the base model has a name of its own. Those of opened
+    models are made when they are asked for."""
+    before_it, weights = weights_of(base), weights_of(changed)
+    if before_it is not None and weights is not None:
+
+        def as_before(name: str) -> bool:
+            old = before_it.value(name)
+            return torch.equal(weights.value(name).to(old.dtype), old)
+
         names = [name for name in weights.empty if name in weights.changes and name not in but]
-        values = ((name, weights.value(name), weights.stored(name)) for name in names)
-        return {name: value for name, value, old in values if not torch.equal(value.to(old.dtype), old)}
+        names = [name for name in names if not as_before(name)]
+        names += [name for name, _ in changed.named_parameters() if name not in weights.empty]
+        return Unread({name: partial(weights.value, name) for name in names})
     before = dict(base.named_parameters(remove_duplicate=False))
 
     def same(name: str, value: Tensor) -> bool:
@@ -148,10 +162,13 @@ def changed_parameters(
 
 def _to_fp32(model: PreTrainedModel) -> None:
     """New parameters in fp32 for those in 16 bits; what was one parameter stays one."""
+    if (weights := weights_of(model)) is not None:
+        weights.widen()
+        return
     wide: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
         for key, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
-            if parameter.dtype in (torch.float16, torch.bfloat16):
+            if parameter.dtype in HALVES:
                 if parameter not in wide:
                     wide[parameter] = nn.Parameter(parameter.detach().float(), requires_grad=False)
                 module.register_parameter(key, wide[parameter])
@@ -171,20 +188,26 @@ def _rotate_values(model: PreTrainedModel, rotation: Rotation, index: int) -> No
     config = model.config.get_text_config()
     size: int = getattr(attention, "v_head_dim", None) or attention.head_dim  # type: ignore[union-attr, assignment]
     q = _orthogonal(rotation, size, "r2", name)
-    weight = Weight(source, "weight").read()
-    rows = torch.arange(source.out_features, device=weight.device)
+    rows = torch.arange(source.out_features)
     if keys[0] == "kv_b_proj":  # keys without position and values, head by head
         rows = rows.view(config.num_attention_heads, -1)[:, -size:]
     elif keys[0] == "qkv_proj":
         rows = rows[-config.num_key_value_heads * size :]
     rows = rows.reshape(-1, size)
-    weight[rows] = q.apply(weight[rows].transpose(1, 2)).transpose(1, 2)
-    Weight(source, "weight").write(weight)
+
+    def turned(values: Tensor) -> Tensor:
+        """Rotate each head's rows of a weight, or numbers of a bias."""
+        of_heads = values[rows.to(values.device)]
+        heads = q.apply(of_heads.transpose(1, 2)).transpose(1, 2) if values.ndim == 2 else q.apply(of_heads)
+        return values.index_put((rows.to(values.device),), heads)
+
+    where = f"{name}.self_attn"
+    Weight(model, f"{where}.{keys[0]}.weight").change(turned, COLUMNS)
     if source.bias is not None:
-        bias = Weight(source, "bias").read()
-        bias[rows] = q.apply(bias[rows])
-        Weight(source, "bias").write(bias)
-    Weight(back, "weight").change(lambda out: q.apply(out.view(len(out), -1, size)).view_as(out))
+        Weight(model, f"{where}.{keys[0]}.bias").change(turned)
+    Weight(model, f"{where}.o_proj.weight").change(
+        lambda out: q.apply(out.reshape(len(out), -1, size)).view_as(out), ROWS
+    )
 
 
 def _down_projections(model: PreTrainedModel, index: int) -> Iterator[tuple[str, nn.Linear]]:
@@ -256,12 +279,19 @@ def _normed_stream(
         raise BitassayError("rotation: refined needs calibration text", "a recipe with calibration")
     norms = [norm.module for layer in stream.layers for norm, _ in layer.reads if norm is not None]
     every = max(1, len(norms) * tokens.numel() // REFINE_ROWS)
-    rows: list[Tensor] = []
+    rows: list[list[Tensor]] = [[] for _ in norms]  # whatever runs first, a norm sees batch after batch
 
-    def keep(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        rows.append(output.reshape(-1, output.shape[-1])[::every].float())
+    def keep(
+        seen: list[Tensor], _norm: nn.Module, _args: tuple[Any, ...], output: Float[Tensor, "..."]
+    ) -> None:
+        seen.append(output.reshape(-1, output.shape[-1])[::every].float())
 
-    with hooked(norm.register_forward_hook(keep) for norm in norms):
-        for batch in tokens.split(8):
-            model(batch.to(model.device), use_cache=False)
-    return torch.cat(rows)
+    def run(batch: Tokens) -> None:
+        with torch.no_grad():
+            decoder_of(model)(input_ids=batch.to(model.device), use_cache=False)
+
+    kept = (norm.register_forward_hook(partial(keep, seen)) for norm, seen in zip(norms, rows, strict=True))
+    with hooked(kept):
+        for _ in in_step([Forward(model, partial(run, batch)) for batch in tokens.split(8)]):
+            pass
+    return torch.cat([part for seen in rows for part in seen])

@@ -17,6 +17,7 @@ the recipe's scheme, whatever it is. Columns that are always zero, in X or in W,
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError
+from bitassay.models.opened import present
 from bitassay.models.precision import exact
 from bitassay.quantization.codes.grid import widened
 from bitassay.quantization.codes.quantize import quantize_tensor
@@ -101,10 +103,8 @@ def smooth(
             for name in where.readers:
                 scheme = scheme_for(name)
                 if scheme is not None and not name.endswith(UNCLIPPED):
-                    weight = Weight(model.get_submodule(name), "weight")
-                    value = weight.read().float()
-                    inputs = ranges[name].sample.to(value) / spread.to(value)
-                    weight.write(clipped(value, inputs, scheme))
+                    inputs = ranges[name].sample / spread.to(ranges[name].sample)
+                    Weight(model, f"{name}.weight").change(partial(_clipped_exactly, inputs, scheme))
     progress(f"smoothing by {spec.method}", len(folds), len(folds))
     return Smoothed(scales, skipped)
 
@@ -112,8 +112,8 @@ def smooth(
 def _smoothquant_fold(
     model: PreTrainedModel, where: Fold, ranges: Mapping[str, Ranges], alpha: float
 ) -> Float[Tensor, " own"]:
-    weights = [Weight(model.get_submodule(name), "weight").read() for name in where.readers]
-    largest = torch.cat(weights).abs().amax(0)
+    each = [Weight(model, f"{name}.weight").read().abs().amax(0) for name in where.readers]
+    largest = torch.stack(each).amax(0)
     inputs = ranges[where.readers[0]].absmax.to(largest)
     return smoothquant_scales(where.share(inputs), where.share(largest), alpha)
 
@@ -126,7 +126,8 @@ def _awq_fold(
     exponents: int,
 ) -> Float[Tensor, " own"]:
     schemes = [(name, scheme) for name in where.readers if (scheme := scheme_for(name)) is not None]
-    weights = {name: Weight(model.get_submodule(name), "weight").read().float() for name in where.readers}
+    with present(model, *where.readers):
+        weights = {name: Weight(model, f"{name}.weight").read().float() for name in where.readers}
     seen = ranges[where.readers[0]]
     like = weights[where.readers[0]]
     magnitude, inputs = where.share(seen.mean_magnitude.to(like)), seen.sample.to(like)
@@ -141,6 +142,11 @@ def _awq_fold(
         if error < least:
             best, least = scales, error
     return best
+
+
+def _clipped_exactly(inputs: Float[Tensor, "rows in"], scheme: WeightScheme, weight: Matrix) -> Matrix:
+    value = weight.float()
+    return clipped(value, inputs.to(value), scheme)
 
 
 def clipped(weight: Matrix, inputs: Float[Tensor, "rows in"], scheme: WeightScheme) -> Matrix:

@@ -1,4 +1,4 @@
-"""The plot of an audit: each answer's log ratio, and those of honest servers."""
+"""Plots of audits: each answer's log ratio beside those of honest servers; what a watch proves over time."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -35,5 +35,22 @@ def audit_figure(run: Run) -> Figure | None:
         label="audited",
     )
     axes.set(xlabel="request", ylabel="log ratio to the control")
+    legend_outside(axes)
+    return figure
+
+
+@mpl.rc_context(STYLE)
+def watch_figure(run: Run) -> Figure | None:
+    """Draw the p-value of all requests after each audit, and alpha; None without audits."""
+    if not run["rows"]:
+        return None
+    figure = Figure(figsize=(8, 2.8), layout="constrained")
+    axes = figure.add_subplot()
+    p_values = [max(row["p_value"], 1e-30) for row in run["rows"]]
+    axes.step(
+        [row["audit"] for row in run["rows"]], p_values, where="post", color=COLOURS[1], label="all requests"
+    )
+    axes.axhline(run["decision"]["alpha"], color=INK, lw=0.8, ls="--", label="alpha")
+    axes.set(xlabel="audit", ylabel="p-value", yscale="log")
     legend_outside(axes)
     return figure

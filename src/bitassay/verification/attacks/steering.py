@@ -81,7 +81,7 @@ def moved_states(setting: Setting) -> list[Trace]:
     assert isinstance(output, torch.nn.Module)
     head = output.get_parameter("weight").detach().float()
     norm = copy.deepcopy(decoder_of(setting.model).get_submodule("norm")).float()
-    gain = find_norm(norm, "the final norm").gain()
+    gain = find_norm(norm, "").gain()
     for _ in range(ROUNDS):
         for trace, replay in zip(traces, replays_of(traces, setting.model), strict=True):
             header, layer = trace.header, trace.header.layers[-1]

@@ -1,0 +1,167 @@
+"""The memory that it takes to quantize a model a layer at a time, known from shapes alone."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from transformers import PreTrainedModel
+
+from bitassay.models.walk import decoder_layers, matrices, module_name, walk
+from bitassay.quantization.codes.storage import Stored
+from bitassay.quantization.inputs.ranges import SAMPLED_TOKENS, SAMPLING
+from bitassay.quantization.recipe.calibration import Calibration
+from bitassay.quantization.recipe.formats import FORMATS
+from bitassay.quantization.recipe.recipe import Recipe
+from bitassay.quantization.recipe.solvers import Tune
+from bitassay.quantization.solvers import layerwise, tune
+from bitassay.quantization.transforms.residual_stream import CHUNK_VALUES
+
+BASE_BYTES = 550 * 10**6  # the interpreter with torch and transformers
+# Copies of a matrix in fp32 that rounding it holds at its peak, and decoding it: measured.
+ROUNDING_COPIES, BINARY_COPIES, DECODING_COPIES = 4.5, 7, 5
+HESSIANS, SOLVING_COPIES = 3, 5  # that factorising and rounding hold
+LEARNING_BYTES = 28  # of a weight of the layer that is learned: its position, gradient, two moments and value
+READ_BYTES = 4  # of a weight while it is read, beside what it becomes
+ROTATED_BYTES = 12  # of a rotated weight beside the layers: it, and the base model's as it is read
+FOLDING_BYTES = 4 + 8 + 8  # of a matrix of which the largest magnitudes are looked up
+IN_FP64 = 3 * 8 * CHUNK_VALUES  # of a weight, while it is changed
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the memory of calibration depends on: shapes of quantized matrices, parameters, bits of codes."""
+
+    model: PreTrainedModel
+    text: Calibration
+    shapes: list[tuple[int, int]]
+    parameters: int
+    bits: int
+
+
+def opened_memory(sizes: Sizes, stored: Mapping[str, Stored], recipe: Recipe, solves: bool) -> int:
+    """Return the bytes that it takes a layer at a time: the most of what rounding a matrix holds, what a
+    layer holds that is run when it is checked, what lies beside the layers while it is written, what the
+    parts that change weights or watch inputs hold and, where the recipe `solves` layers, of that."""
+    item, shapes = sizes.model.dtype.itemsize, Shapes.of(sizes.model)
+    binary = any(FORMATS[way.scheme.format].kind == "binary" for way in stored.values())
+    copies = BINARY_COPIES if binary else ROUNDING_COPIES
+    rounding = item * shapes.owner + 4 * shapes.matrix * copies
+    checking = item * shapes.layer + shapes.decoding
+    most = max(rounding, checking, shapes.beside * (item + READ_BYTES))
+    if recipe.rotation is not None:
+        changing = 4 * shapes.layer + READ_BYTES * shapes.matrix + IN_FP64
+        folded = ROTATED_BYTES if recipe.rotation.r1 == "folded" else 0
+        most = max(
+            most, changing, 4 * shapes.owner + IN_FP64 + 4 * shapes.matrix * copies, folded * shapes.beside
+        )
+    if (smoothing := recipe.smoothing) is not None:
+        awq = smoothing.method == "awq"
+        watched = _watching(sizes, shapes, False, SAMPLED_TOKENS if awq else 0, 0)
+        most = max(
+            most, watched.running, watched.kept + (8 + 4 * copies if awq else FOLDING_BYTES) * shapes.matrix
+        )
+        if smoothing.clip:  # at every read, by the sampled inputs
+            most = max(most, watched.kept + 4 * shapes.layer + 4 * copies * shapes.matrix)
+    if (spec := recipe.activations) is not None and spec.needs_text:
+        sampled = SAMPLED_TOKENS if any(scheme.scale in SAMPLING for scheme in spec.schemes) else 0
+        each = any(scheme.scale == "moving_average" for scheme in spec.schemes)
+        most = max(most, _watching(sizes, shapes, each, sampled, shapes.decoding).running)
+    if solves:
+        most = max(most, _solving_opened(sizes, shapes, recipe))
+    return BASE_BYTES + int(most)
+
+
+class Watching(NamedTuple):
+    """Bytes that watching the inputs of all linears holds: in the end, and while the last layer runs."""
+
+    kept: int
+    running: int
+
+
+def _watching(sizes: Sizes, shapes: "Shapes", each_batch: bool, sampled: int, decoding: int) -> Watching:
+    """Return what `collect_ranges` holds with all samples between two layers."""
+    text, hidden = sizes.text, sizes.model.config.get_text_config().hidden_size
+    columns = sum(linear.in_features for linear in walk(sizes.model).linears.values())
+    kept = columns * (3 * 8 + 4 * sampled + 2 * 4 * (text.samples if each_batch else 1))
+    states = 2 * 4 * text.samples * text.tokens * hidden
+    return Watching(
+        kept,
+        kept
+        + states
+        + 4 * shapes.layer
+        + decoding
+        + layerwise.memory_of(text.tokens, hidden, shapes.widest, 0),
+    )
+
+
+def _solving_opened(sizes: Sizes, shapes: "Shapes", recipe: Recipe) -> int:
+    """Return the bytes of solving a layer in fp32: the layer, the states of all samples, and the most of one
+    batch with the statistics of an input, of factorising them and rounding what reads it, and of learning."""
+    text, hidden = sizes.text, sizes.model.config.get_text_config().hidden_size
+    state, learned = 4 * text.samples * text.tokens * hidden, recipe.learned
+    batch = min(layerwise.BATCH_SAMPLES, text.samples) * text.tokens
+    passing = layerwise.memory_of(batch, hidden, shapes.widest, 0)
+    steps = []
+    for rows, columns in set(sizes.shapes):
+        statistics = layerwise.sums_dtype(columns).itemsize * columns**2
+        together = 2 if rows > columns else 1  # a gate and what it opens read the same input
+        steps += [
+            passing + statistics,
+            HESSIANS * statistics + 4 * SOLVING_COPIES * together * rows * columns,
+        ]
+    if learned:
+        learning = layerwise.memory_of(
+            learned.batch * text.tokens, hidden, shapes.widest, layerwise.LEARNED_STREAMS
+        )
+        steps.append(LEARNING_BYTES * shapes.layer + learning)
+    solving = 4 * shapes.layer + (2 if learned else 1) * state + max(*steps, state + passing)
+    return solving if recipe.tune is None else max(solving, tuning_memory(recipe.tune, sizes, opened=True))
+
+
+class Shapes(NamedTuple):
+    """The most weights that are read together: of a decoder layer, a module that owns matrices in it, a
+    matrix, and a tensor beside the layers. widest: the most features of a matrix's input or output."""
+
+    layer: int
+    owner: int
+    matrix: int
+    beside: int
+    widest: int
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "Shapes":
+        """Return those of a model, which may be on the meta device."""
+        prefix = f"{module_name(model, decoder_layers(model))}."
+        shapes = [view.shape for view in matrices(model).values()]
+        layers, owners, beside = Counter[str](), Counter[str](), 0
+        for name, value in model.named_parameters():
+            if name.startswith(prefix):
+                layers[name.removeprefix(prefix).partition(".")[0]] += value.numel()
+                owners[name.rpartition(".")[0]] += value.numel()
+            else:
+                beside = max(beside, value.numel())
+        matrix, widest = max(map(math.prod, shapes)), max(map(max, shapes))
+        return cls(max(layers.values()), max(owners.values()), matrix, beside, widest)
+
+    @property
+    def decoding(self) -> int:
+        """The bytes that it takes to decode a matrix."""
+        return int(4 * self.matrix * DECODING_COPIES)
+
+
+def tuning_memory(spec: Tune, sizes: Sizes, opened: bool = False) -> int:
+    """Return the bytes that tuning all layers together holds; of an opened model, a layer at a time."""
+    config, layers = sizes.model.config.get_text_config(), len(decoder_layers(sizes.model))
+    return tune.memory_of(
+        spec,
+        sizes.text.samples,
+        sizes.text.tokens,
+        sizes.shapes,
+        layers,
+        config.hidden_size,
+        sizes.parameters,
+        config.vocab_size,
+        opened,
+    )
