@@ -3,8 +3,8 @@
 vLLM pins versions of torch and transformers that are not this package's, so it usually lives in another
 environment: BITASSAY_VLLM_PYTHON names its interpreter. Without it, vLLM is looked for in this one. Texts are
 read and continued one after the other, eagerly and without a prefix cache, in the dtype that vLLM chooses
-for the checkpoint. Tokens are chosen here, from vLLM's logits. What is measured is the model in vLLM, not what its
-server adds: batches of several requests, compiled graphs and cached prefixes round otherwise.
+for the checkpoint. Tokens are chosen here, from vLLM's logits. What is measured is the model in vLLM, not
+what its server adds: batches of several requests, compiled graphs and cached prefixes round otherwise.
 """
 
 import os
