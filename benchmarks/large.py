@@ -28,6 +28,12 @@ from bitassay.models.source import resolve
 MORE = 1.15  # times what was told beforehand is what a command may take
 SHAPES = {
     "llama-2-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32},
+    "llama-small": {
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 16,
+    },
     "llama-32b": {
         "hidden_size": 5120,
         "intermediate_size": 27648,
