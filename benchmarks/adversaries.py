@@ -12,7 +12,7 @@ what the honest and the cheap model say of the other texts:
     recognises       the honest model for what it takes for audits, the cheap one for all else
     honest readings  the cheap model's greedy tokens, with log-probabilities that the honest model gives them
 
-Printed: the share of single requests and of audits of 4 and of 16 requests (1000, drawn) that are refused at
+Printed: the share of single requests and of audits of 4, 16 and 64 requests (500, drawn) that are refused at
 --alpha, and the median number of requests until a ledger's alarm, of 20 orders of at most 400. Run:
 
     python benchmarks/adversaries.py [MODEL] [--profile 100] [--texts 100] [--tokens 32]
@@ -31,13 +31,13 @@ from bitassay.audit.judge import Reference
 from bitassay.audit.wire import Position
 from bitassay.engines.decode import generate
 from bitassay.models.identity import tokenizer
-from bitassay.verification.pooled import pooled_p_value
+from bitassay.verification.pooled import fail_count, pooled_p_value
 from bitassay.verification.scores import p_value
 from bitassay.verification.sequential import alarm_at, log_wealth
 
 TOP, PROMPT = 20, 32
 LEVEL = "prompt-logprobs"
-ORDERS, LONGEST, AUDITS = 20, 400, 1000
+ORDERS, LONGEST, AUDITS = 20, 400, 500
 
 
 def said_of(model, asked):
@@ -86,18 +86,23 @@ def scores(answers, rows):
     return np.array(found)
 
 
+def refused(p_values, n, alpha):
+    """Whether an audit of several answers is refused, as `judge.decide` decides it."""
+    tests = pooled_p_value(p_values, n), fail_count(p_values, n, alpha)
+    return min(tests) <= alpha / 2
+
+
 def row(name, mine, honest, alpha):
     """One line: how often requests and audits with these statistics are refused. mine: the statistics of
     requests that are equally likely."""
     p_values = np.array([p_value(each, honest.tolist()) for each in mine])
     shares = [f"{np.mean(p_values <= alpha):.0%}"]
     draw = np.random.default_rng(0)
-    for size in (4, 16):
-        drawn = (draw.choice(p_values, size).tolist() for _ in range(AUDITS))
-        shares.append(f"{np.mean([pooled_p_value(some, len(honest)) <= alpha for some in drawn]):.1%}")
+    for size in (4, 16, 64):
+        drawn = (draw.choice(p_values, size, replace=size > len(p_values)).tolist() for _ in range(AUDITS))
+        shares.append(f"{np.mean([refused(some, len(honest), alpha) for some in drawn]):.1%}")
     alarms = []
     for _ in range(ORDERS):
-        # Steps that are doubled, and a last alarm by bisection, would say the same; this is fast enough.
         looks = np.unique(np.geomspace(1, LONGEST, 40).astype(np.int64))
         wealth = log_wealth(draw.choice(mine, LONGEST), honest, looks)
         at = alarm_at(wealth, alpha / 2)
@@ -148,8 +153,8 @@ def main():
     known = scores(honest[:n], rows[:n])
     mine = {"honest": honest[n:]} | {kind: said_of(model, asked[n:]) for kind, model in cheap.items()}
     rest = rows[n:]
-    print("| host | requests | audits of 4 | audits of 16 | requests until the ledger's alarm |")
-    print("|---|---:|---:|---:|---:|")
+    print("| host | requests | audits of 4 | audits of 16 | of 64 | requests until the ledger's alarm |")
+    print("|---|---:|---:|---:|---:|---:|")
     by_kind = {kind: scores(said, rest) for kind, said in mine.items()}
     for kind, found in by_kind.items():
         row(kind, found, known, options.alpha)
@@ -169,8 +174,8 @@ def main():
     turned = [cached(each, mine["honest"][at - 1]) for at, each in enumerate(mine["w4"])]
     row("honest values of other texts", scores(turned, rest), known, options.alpha)
     print("\nGreedy tokens, whose log-probabilities the honest model gave:\n")
-    print("| tokens by | requests | audits of 4 | audits of 16 | requests until the ledger's alarm |")
-    print("|---|---:|---:|---:|---:|")
+    print("| tokens by | requests | audits of 4 | audits of 16 | of 64 | requests until the ledger's alarm |")
+    print("|---|---:|---:|---:|---:|---:|")
     longer = texts(tokenizer(exact), "c4-train-new", (2026, 13), n + options.texts, PROMPT + 1)
     calibrated = greedy_scores(reference, {"honest": host}, longer[:n], 2 * options.tokens)["honest"]
     for kind, found in greedy_scores(

@@ -65,7 +65,7 @@ def fake(model, asked):
     return Starlette(routes=[Route("/v1/completions", completions, methods=["POST"])])
 
 
-@pytest.mark.parametrize("level", ["logprobs", "tokens"])
+@pytest.mark.parametrize("level", ["tokens", pytest.param("logprobs", marks=pytest.mark.slow)])
 def test_its_answers_are_read_and_its_cache_is_off(model, level, tmp_path):
     asked = []
     reference = Reference(stories260k("float32"), model)
