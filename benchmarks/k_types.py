@@ -80,7 +80,7 @@ def main() -> None:
     linears = [name for name, _ in model.named_modules() if name.endswith("down_proj")]
     names = [linears[round(place)] for place in np.linspace(0, len(linears) - 1, said.layers)]
     text = calibration_tokens(model, Calibration(samples=said.samples))
-    other = model_windows(model, Protocol("wikitext2-raw", 1024, windows=4))[0]
+    other = model_windows(model, Protocol("wikitext2-raw", 1024, windows=2))[0]
     seen, held = hessians(model, names, text), hessians(model, names, other)
     rows = []
     for name in names:

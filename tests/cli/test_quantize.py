@@ -113,6 +113,7 @@ def test_dry_run_plans_what_the_run_then_writes(out, capsys, recipe, dtype):
     assert quantize(out, "--dry-run", "--dtype", dtype, "--format", "json", recipe=recipe) == 0
     planned = row(capsys)
     assert not out.exists()
+    assert planned["planned_seconds"] > 0
     assert quantize(out, "--no-check", "--dtype", dtype, "--format", "json", recipe=recipe) == 0
     written = row(capsys)
     for exact in ("recipe", "layout", "bits_per_weight", "size_bytes"):

@@ -47,6 +47,10 @@ def decoded(blocks):
         ({"format": "int2", "granularity": "g256"}, "Q2_0"),
         ({"format": "int3", "granularity": "g256"}, "Q3_K"),
         ({"format": "int3", "granularity": "tensor"}, "Q3_K"),
+        ({"format": "int5", "granularity": "g32"}, "Q5_0"),
+        ({"format": "int5", "granularity": "g32", "symmetric": False, "zero_point": "mirrored"}, "Q5_0"),
+        ({"format": "int5", "granularity": "g32", "symmetric": False, "zero_point": "minimum"}, "Q5_1"),
+        ({"format": "int4", "granularity": "g32", "symmetric": False, "zero_point": "minimum"}, "Q4_1"),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else value,
 )

@@ -148,7 +148,7 @@ def test_scales_are_searched_below_four_bits_unless_told_otherwise():
 
 
 @pytest.mark.parametrize("scheme", [
-    {"format": "int7"}, {"format": "int4", "granularity": "g0"}, {"format": "int4", "granularity": "row"}, {"format": "int4", "granularity": "g-1"},
+    {"format": "int7"}, {"format": "int4", "zero_point": "minimum"}, {"format": "int4", "granularity": "g0"}, {"format": "int4", "granularity": "row"}, {"format": "int4", "granularity": "g-1"},
     {"format": "fp8_e4m3", "symmetric": False}, {"format": "ternary", "symmetric": False}, {"format": "binary", "scale": "absmax"},
     {"format": "int4", "restricted": True, "symmetric": False}, {"format": "ternary", "restricted": True},
     {"format": "int4", "percentile": 99}, {"format": "int4", "scale": "percentile", "percentile": 50}, {"format": "binary", "scale": "percentile"},

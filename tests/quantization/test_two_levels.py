@@ -5,6 +5,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from bitassay.engines.load import load
 from bitassay.errors import BitassayError
 from bitassay.quantization.codes.quantize import quantize_tensor
 from bitassay.quantization.codes.rounding import nearest
@@ -18,13 +19,17 @@ from bitassay.quantization.codes.storage import (
 from bitassay.quantization.codes.two_levels import two_level_grid
 from bitassay.quantization.export.compressed import obstacle
 from bitassay.quantization.export.gguf_blocks import as_blocks, bits_of
+from bitassay.quantization.export.gguf_file import write_gguf
+from bitassay.quantization.export.save import save
 from bitassay.quantization.pipeline import quantize
 from bitassay.quantization.recipe.formats import FORMATS
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.recipe.rows import fitted
+from bitassay.quantization.recipe.solvers import Gptq
 from bitassay.quantization.recipe.weights import WeightScheme
 from bitassay.quantization.runtime.kernels import packed_product
-from bitassay.quantization.runtime.model import check_recipe
+from bitassay.quantization.runtime.model import bits_per_weight, check_recipe
+from bitassay.quantization.solvers.gptq import gptq
 from bitassay.testing.tiny import tiny_model
 
 TYPES = [name for name, fmt in FORMATS.items() if fmt.levels is not None]
@@ -189,3 +194,51 @@ def test_a_model_with_odd_rows_takes_the_next_type():
     mixed = {"weights": {"format": "q3_k"}, "mixed": {"bits": 3, "formats": ["q2_k", "q4_k"]}}
     with pytest.raises(BitassayError, match=r"mixed may choose q2_k, which rows of 96 weights"):
         check_recipe(model, Recipe.model_validate({"name": "t"} | mixed))
+
+
+def test_solved_learned_saved_and_loaded(tmp_path):
+    """Every solver on K types: a work folder, a folder and a GGUF file hold the same weights to the bit."""
+    size = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64, "num_hidden_layers": 1}
+    base = tiny_model("llama", **size)
+    recipe = Recipe.model_validate(
+        {
+            "name": "t",
+            "weights": {"format": "q2_k"},
+            "overrides": [{"match": "*.v_proj", "weights": {"format": "q3_k"}}],
+            "calibration": {"samples": 4, "tokens": 32},
+            "gptq": {},
+            "learned": {"steps": 3},
+            "tune": {"steps": 2},
+        }
+    )
+    made = quantize(base, recipe, work=tmp_path / "work")
+    again = quantize(base, recipe, work=tmp_path / "work")
+    save(made, tmp_path / "folder")
+    file = write_gguf(made, tmp_path / "file.gguf", embeddings="F32")
+    assert file.stored_as == {"q2_k g16 -> Q2_K": 6, "q3_k g16 -> Q3_K": 1}
+    assert file.relative_error == 0
+    assert file.bits_per_weight == bits_per_weight(made)
+    tokens = torch.arange(3, 40)[None]
+    wanted = made(tokens).logits
+    folder, gguf_file = load(tmp_path / "folder"), load(tmp_path / "file.gguf")
+    for other in (again, folder, gguf_file):
+        assert torch.equal(other(tokens).logits, wanted)
+    for name, tensor in made.quantization.tensors.items():
+        assert torch.equal(gguf_file.get_submodule(name).weight, tensor.dequantize())
+
+
+@pytest.mark.parametrize("order", ["activation", "natural"])
+@pytest.mark.parametrize("name", ["q2_k", "q3_k"])
+def test_gptq_leaves_less_of_the_output(name, order):
+    generator = torch.Generator().manual_seed(0)
+    weight, scheme = matrix(24), WeightScheme(format=name)
+    mixing = torch.randn(512, 512, generator=generator) / 512**0.5 + torch.eye(512)
+    x = torch.randn(2000, 512, generator=generator) @ mixing * torch.rand(512, generator=generator)
+    hessian = (x.T @ x).double()
+    importance = hessian.diagonal().float()
+    solved = gptq(weight, hessian, [scheme], Gptq(order=order)).tensor()
+    rounded = quantize_tensor(weight, scheme, importance=importance)
+    lost = [((t.dequantize() - weight) @ x.T).square().sum() for t in (solved, rounded)]
+    assert lost[0] < 0.8 * lost[1]
+    blocks = as_blocks(solved)
+    assert torch.equal(torch.from_numpy(gguf.dequantize(blocks.data, blocks.kind)), solved.dequantize())

@@ -26,6 +26,7 @@ PLANNED_COLUMNS = (
     Column("work_bytes", "work", size),
     Column("memory_bytes", "memory", size),
     Column("way", "read", align="left"),
+    Column("planned_seconds", "seconds", number(0)),
 )
 WRITTEN_COLUMNS = (
     Column("seconds", "seconds", number(1)),
@@ -81,11 +82,12 @@ def quantize(
             Q2_0, Q5_K to Q2_K, F16, BF16 or F32 (default: Q8_0 with a recipe, 16 bits without).
         like: A GGUF file of the same model: the --gguf file gets the type of each of its tensors, so the same
             bytes, with the codes that the recipe's solvers find on these grids. Of Q1_0, Q2_0, TQ1_0, TQ2_0,
-            Q4_0, Q5_0, Q8_0 and Q2_K to Q6_K matrices, and plain ones.
+            Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 and Q2_K to Q6_K matrices, and plain ones.
         work: Where a calibrated recipe keeps its finished layers and its result (default: in the cache, where
             other commands find the result too).
         check: Load the written files, with plain transformers where it can, and compare the logits.
-        dry_run: Estimate the files, the disk that the work takes meanwhile and the memory, and stop.
+        dry_run: Estimate the files, the disk that the work takes meanwhile, the memory, and the time by what
+            is timed on this machine now, and stop.
         analyze: Write no model. Show how hard each layer and each matrix is to quantize in the recipe's
             formats: a table, a heat map and a page in a run folder (--out, or runs/analysis-MODEL-RECIPE-ID).
         samples: With --analyze, the number of windows of the calibration text that are measured (default: 8).

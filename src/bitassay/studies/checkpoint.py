@@ -21,7 +21,7 @@ from bitassay.errors import BitassayError
 from bitassay.models.empty import without_weights
 from bitassay.models.identity import Identity, tokenizer
 from bitassay.models.opened import is_opened
-from bitassay.models.options import as_dtype
+from bitassay.models.options import as_device, as_dtype
 from bitassay.models.source import Source
 from bitassay.models.walk import matrices
 from bitassay.quantization.codes import storage
@@ -36,6 +36,7 @@ from bitassay.quantization.runtime.model import fitted_to, quantization_of, with
 from bitassay.quantization.solvers import tune
 from bitassay.record.files import explain_os_error
 from bitassay.record.progress import Progress, silent
+from bitassay.studies.quantize_time import quantize_seconds
 
 Row = dict[str, Any]
 TRANSFORMERS = "plain transformers"
@@ -92,10 +93,15 @@ class CheckpointJob:
 
 
 def planned(job: CheckpointJob, progress: Progress = silent) -> list[Row]:
-    """Return the rows of a finished job, or what is known before any weight is read, with `memory_bytes`.
-    Raises BitassayError for what could not be saved."""
+    """Return the rows of a finished job, or what is known before any weight is read, with `memory_bytes`, and
+    `planned_seconds` by a short timing of this machine. Raises BitassayError for what could not be saved."""
     outputs = _finished(job, progress)
-    return _plan(job, progress) if None in outputs.values() else [row for row in outputs.values() if row]
+    if None not in outputs.values():
+        return [row for row in outputs.values() if row]
+    rows, device = _plan(job, progress), as_device(job.loading.get("device", "cpu"))
+    duration = quantize_seconds(_empty(job), job.recipe, device)
+    progress(f"time: {duration}")
+    return [row | {"planned_seconds": duration.seconds} for row in rows]
 
 
 def _finished(job: CheckpointJob, progress: Progress) -> dict[str, Row | None]:
@@ -115,8 +121,7 @@ def _finished(job: CheckpointJob, progress: Progress) -> dict[str, Row | None]:
 def _plan(job: CheckpointJob, progress: Progress) -> list[Row]:
     """Return what is known before any weight is read. The size of a folder is that of its tensors and of the
     model's other files; that of a GGUF file the most that its tensors take, without the vocabulary."""
-    trust = job.loading.get("trust_remote_code", False)
-    empty = without_weights(job.source, dtype=as_dtype(job.loading["dtype"]), trust_remote_code=trust)
+    empty = _empty(job)
     try:
         plan = plan_export(empty, job.recipe, job.wanted_layout)
     except save.LayoutError as error:
@@ -144,6 +149,11 @@ def _plan(job: CheckpointJob, progress: Progress) -> list[Row]:
         said = {"bits_per_weight": file.bits_per_weight, "file_bytes": file_bytes}
         rows.append(row | {"layout": "gguf"} | said)
     return rows
+
+
+def _empty(job: CheckpointJob) -> PreTrainedModel:
+    trust = job.loading.get("trust_remote_code", False)
+    return without_weights(job.source, dtype=as_dtype(job.loading["dtype"]), trust_remote_code=trust)
 
 
 def work_bytes(empty: PreTrainedModel, recipe: Recipe, way: str) -> int:

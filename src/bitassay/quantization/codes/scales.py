@@ -24,7 +24,7 @@ docs/formats.md measures what that gains. A mirrored one has two, the two whole 
 codes, and a search for each: levels -8 ... 7 or -7 ... 8, which is what a scale of either sign says. A free
 zero point starts from the range itself, which need not hold zero, and has three searches, with narrower grids
 in the middle of the range and towards either end (FREE_STARTS); s is at least |w| / 4096 then, so that z has
-a place in fp16.
+a place in fp16. With a minimum in its place, `w' = q s + m`, the same search is done in fp32.
 
 Factors go below 0.5 since the first scale of int2 puts the largest magnitude on the code 1; those below 0.3
 are for groups whose largest weights matter least. Above 1.1 nothing was gained.
@@ -73,8 +73,12 @@ def grid_for(w: Groups, scheme: WeightScheme, importance: Groups | None = None) 
     if scheme.scale == "mse":
         if importance is not None:
             importance = torch.where(importance.amax(1, keepdim=True) > 0, importance, 1)
-        by_levels = scheme.number_format.levels is not None
-        grid = (_on_two_levels if by_levels else mse_grid)(w, scheme, importance)
+        if scheme.number_format.levels is not None:
+            grid = _on_two_levels(w, scheme, importance)
+        elif scheme.zero_point == "minimum":
+            grid = _with_minimum(w, scheme, importance)
+        else:
+            grid = mse_grid(w, scheme, importance)
     else:
         grid = _first_grid(w, scheme)
     return rescaled(grid, scheme.scale_factor, getattr(torch, scheme.scale_dtype))
@@ -138,6 +142,15 @@ def mse_grid(w: Groups, scheme: WeightScheme, importance: Groups | None = None) 
     weighed = [None] * -(-len(w) // rows) if importance is None else importance.split(rows)
     blocks = [_search(block, scheme, h) for block, h in zip(w.split(rows), weighed, strict=True)]
     return combined(blocks, torch.cat)
+
+
+def _with_minimum(w: Groups, scheme: WeightScheme, importance: Groups | None) -> Grid:
+    """Return the grid of a free zero point z, with the mean `-z s` in its place."""
+    dtype = getattr(torch, scheme.scale_dtype)
+    free = mse_grid(w, scheme.model_copy(update={"zero_point": "free", "scale_dtype": "float32"}), importance)
+    assert free.zero_point is not None
+    scale = stored_scale(free.scale, dtype)
+    return Grid(free.format, scale, mean=as_stored(-free.zero_point * free.scale, dtype))
 
 
 def _on_two_levels(w: Groups, scheme: WeightScheme, importance: Groups | None) -> Grid:

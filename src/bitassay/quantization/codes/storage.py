@@ -97,7 +97,7 @@ def expected_tensors(stored: Stored, shape: tuple[int, int]) -> Expected:
         "packed": (torch.uint8, (packing.packed_bytes(rows * columns),)),
         "scale": (dtype, grid),
     }
-    if not scheme.symmetric and fmt.kind == "binary":
+    if not scheme.symmetric and (fmt.kind == "binary" or scheme.zero_point == "minimum"):
         expected["mean"] = (dtype, grid)
     elif scheme.zero_point == "free":
         expected["zero_point"] = (dtype, grid)

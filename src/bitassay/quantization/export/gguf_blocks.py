@@ -14,6 +14,7 @@ A block is a run of weights of a row with an fp16 scale `d` of its own, which ma
     Q4_0     32  4.5     d q                     -8 ... 7, with d < 0 the levels -7 ... 8
     Q5_0     32  5.5     d q                     -16 ... 15, with d < 0 the levels -15 ... 16
     Q4_1     32  5       d q + m, m in fp16      0 ... 15
+    Q5_1     32  6       likewise                0 ... 31
     Q8_0     32  8.5     d q                     -128 ... 127
 
 Ours is `s (q - z + o)`, or `s q + m` for binary. It fits exactly where groups are whole numbers of blocks,
@@ -73,6 +74,12 @@ def as_blocks(tensor: QuantizedTensor, wanted: Kind | None = None) -> Blocks | N
     scale = _per_block(tensor, grid.scale)
     if scale is None or not _fits_half(scale):
         return None
+    if grid.mean is not None and tensor.format.kind == "integer":
+        minimum = _per_block(tensor, grid.mean)
+        assert minimum is not None
+        kind, pack = (Kind.Q4_1, to_bytes.q4_1) if tensor.format.bits <= 4 else (Kind.Q5_1, to_bytes.q5_1)
+        fits = wanted in (None, kind) and tensor.format.bits <= 5 and tensor.scheme.scale_dtype == "float16"
+        return Blocks(kind, pack(tensor.codes(), scale, minimum)) if fits else None
     if grid.mean is not None:
         # With k = (q + 1) / 2 in {0, 1}, s q + m is 2 s k + (m - s).
         low = _per_block(tensor, grid.mean - grid.scale)
@@ -134,12 +141,14 @@ def _widest(scheme: WeightScheme, columns: int) -> QuantizedTensor:
     )  # as different as they may be
     zero = None
     half = 2 ** (int(fmt.bits) - 1)
-    if not scheme.symmetric and fmt.kind == "integer":
+    if not scheme.symmetric and fmt.kind == "integer" and scheme.zero_point != "minimum":
         ends = {"mirrored": (half - 1, half), "middle": (half - 2 / 3, half - 1 / 3)}
         first, last = ends.get(scheme.zero_point, (0, high) if scheme.whole_zero_points else (0.3, 0.7))
         zero = torch.full(groups, float(first))
         zero[-1] = float(last)
-    mean = torch.full(groups, 0.03) if fmt.kind == "binary" and not scheme.symmetric else None
+    minimum = scheme.zero_point == "minimum"
+    has_mean = (fmt.kind == "binary" or minimum) and not scheme.symmetric
+    mean = torch.full(groups, 0.03) if has_mean else None
     return from_codes(codes, scale, scheme, zero_point=zero, mean=mean)
 
 

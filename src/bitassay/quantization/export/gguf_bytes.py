@@ -72,6 +72,12 @@ def q4_1(q: Matrix, d: Scales, m: Scales) -> Bytes:
     return _rows(half(d), half(m), _nibbles(q))
 
 
+def q5_1(q: Matrix, d: Scales, m: Scales) -> Bytes:
+    """24 bytes: d, m, then q as in Q5_0."""
+    fifth = np.packbits(_runs(q // 16, BLOCK).astype(np.uint8), axis=-1, bitorder="little")
+    return _rows(half(d), half(m), fifth, _nibbles(q % 16))
+
+
 def iq4_nl(q: Matrix, d: Scales) -> Bytes:
     """18 bytes: d, then the places in the table as in Q4_0."""
     return _rows(half(d), _nibbles(q))

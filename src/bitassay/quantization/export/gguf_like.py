@@ -1,7 +1,7 @@
 """The types of a given GGUF file, for a file of the same bytes with codes of our own: `quantize --like`.
 
-Each matrix gets the grid of its type there, on which a recipe's solvers work. Q4_1, Q5_1 and the IQ types
-have no grid here yet; a file with such matrices is refused, by the names of the types.
+Each matrix gets the grid of its type there, on which a recipe's solvers work. The IQ types have no
+grid here yet; a file with such matrices is refused, by the names of the types.
 """
 
 from collections import Counter
@@ -23,6 +23,7 @@ from bitassay.quantization.recipe.recipe import Override, Recipe
 from bitassay.quantization.recipe.weights import WeightScheme
 
 MIRRORED = {"symmetric": False, "zero_point": "mirrored", "scale": "mse"}
+MINIMUM = MIRRORED | {"zero_point": "minimum"}
 SCHEMES = {
     kind: WeightScheme.model_validate(fields)
     for kind, fields in {
@@ -31,6 +32,8 @@ SCHEMES = {
         Kind.TQ2_0: {"format": "ternary", "granularity": "g256"},
         Q2_0: {"format": "int2", "granularity": "g64"} | MIRRORED,
         Kind.Q4_0: {"format": "int4", "granularity": "g32"} | MIRRORED,
+        Kind.Q4_1: {"format": "int4", "granularity": "g32"} | MINIMUM,
+        Kind.Q5_1: {"format": "int5", "granularity": "g32"} | MINIMUM,
         Kind.Q5_0: {"format": "int5", "granularity": "g32"} | MIRRORED,
         Kind.Q8_0: {"format": "int8", "granularity": "g32", "scale": "mse"},
         **{

@@ -1,7 +1,7 @@
 """Rows that a K type's runs of 256 weights do not divide take another format of llama.cpp: `fitted`.
 
-As in llama.cpp, where types are of whole runs only, such a matrix takes the next type of no fewer bits with
-runs of 32:
+Such a matrix takes the smallest type of no fewer bits with runs of 32. llama.cpp does likewise, with Q5_0 in
+place of Q4_K and Q5_1 of Q5_K:
 
     q2_k, q3_k, q4_k    int4 in groups of 32 with signed scales, Q4_0
     q5_k                int5 likewise, Q5_0

@@ -58,7 +58,7 @@ class Mixed(RecipePart):
 
 
 def _has_levels(fields: dict[str, Any]) -> bool:
-    name = fields.get("format")
+    name = fields.get("format", "")
     return name in FORMATS and FORMATS[name].levels is not None
 
 

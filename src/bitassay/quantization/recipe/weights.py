@@ -103,7 +103,7 @@ class WeightScheme(Spec):
     scale: Literal["absmax", "mse", "percentile"] = "absmax"
     percentile: float = option(99.9, gt=50, le=100)
     scale_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
-    zero_point: Literal["integer", "searched", "mirrored", "middle", "free"] = option("integer")
+    zero_point: Literal["integer", "searched", "mirrored", "middle", "free", "minimum"] = option("integer")
     offset: float = option(0.0, ge=0, lt=1)
     scale_factor: float = option(1.0, ge=0.1, le=4)
     turned: int | None = option(None, ge=0, lt=2**63)
@@ -181,7 +181,7 @@ class WeightScheme(Spec):
             yield ("restricted leaves out the lowest code of symmetric integers; no others have one to spare")
         if self.zero_point != "integer" and (fmt.kind != "integer" or self.symmetric):
             yield f"zero_point: {self.zero_point} needs zero points: an integer format with symmetric: false"
-        if self.zero_point in ("searched", "mirrored", "middle") and self.scale != "mse":
+        if self.zero_point in ("searched", "mirrored", "middle", "minimum") and self.scale != "mse":
             yield f"zero_point: {self.zero_point} is what leaves the least squared error: use scale: mse"
         if self.offset > 0 and fmt.kind != "integer":
             yield f"offset shifts a grid of integers, not of {self.format}"
@@ -231,5 +231,7 @@ class WeightScheme(Spec):
             yield "copies: offset grids share one scale: scale: mse or absmax"
         if copies.differ == "offset" and (self.offset > 0 or self.scale_factor != 1):
             yield "copies: offset grids have offsets of their own, and one scale that is theirs"
+        if self.zero_point == "minimum":
+            yield "copies: a minimum is of llama.cpp's types, which hold one matrix: another zero_point"
         if self.has_planes:
             yield "copies: binary planes are copies already: residual: 1 has two"

@@ -73,7 +73,7 @@ def _int4_product(quantized: QuantizedTensor, group_size: int) -> Product:
         centre = grid.zero_point.round().clamp(qmax - 7, 8)  # q - z in -8..7
         codes = codes - centre.repeat_interleave(group_size, dim=1)
         rest = rest + centre - grid.zero_point
-    elif quantized.format.levels is not None and grid.mean is not None:  # q in 0..2^b-1
+    elif quantized.format.kind == "integer" and grid.mean is not None:  # q in 0..2^b-1
         middle = 2 ** (int(quantized.format.bits) - 1)
         codes, rest = codes - middle, rest + middle
     shift = rest * grid.scale + (0 if grid.mean is None else grid.mean)

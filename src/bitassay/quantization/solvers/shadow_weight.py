@@ -45,7 +45,7 @@ class ShadowWeight(nn.Module):
 
     u: positions on the grid, `[out, in]`. gain: what the first scales are multiplied by, `[out, groups]`, 1
     at first, so that one learning rate suits all of them. zero: the position of zero. mean: as the grid's;
-    of two levels, how far the minimum has moved, in first scales. unit_gain: what d and e are multiplied by,
+    of integers, how far the minimum has moved, in first scales. unit_gain: what d and e are multiplied by,
     `[2, out, runs]`.
     """
 
@@ -68,7 +68,8 @@ class ShadowWeight(nn.Module):
         self.mean = None
         if grid.mean is not None:
             mean = grid.mean.float()
-            self.mean = nn.Parameter(mean.clone() if levels is None else torch.zeros_like(mean))
+            binary = grid.format.kind == "binary"
+            self.mean = nn.Parameter(mean.clone() if binary else torch.zeros_like(mean))
         centred = weight.float() if grid.mean is None else weight.float() - self._wide(grid.mean.float())
         positions = centred / self._wide(self.first_scale) + self._wide(self.zero.detach())
         self.u = nn.Parameter(positions.contiguous())
@@ -126,9 +127,11 @@ class ShadowWeight(nn.Module):
         """Return the means as they will be stored."""
         levels, mean = self.scheme.number_format.levels, self.mean
         assert mean is not None
-        if levels is None:
+        if self.grid.format.kind == "binary":
             return self._stored(mean)
         assert self.grid.mean is not None
+        if levels is None:
+            return self._stored(self.grid.mean + mean * self.first_scale)
         assert self.grid.mean_unit is not None
         first = torch.where(self.grid.mean_unit > 0, self.grid.mean_unit, 1)
         multiples = -(self.grid.mean + mean * self.first_scale) / first
