@@ -52,7 +52,7 @@ def calibrate(
         max_new_tokens: Tokens in an honest run. The profile decides on traces up to this length.
         guarantee: What the rate of false positives is: of this profile, with a confidence of 95 %
             (conditional), or on average over all profiles (average), which needs a third of the prompts.
-        engine: Who runs the prover's MODEL: transformers, llama.cpp (a .gguf file), or a plug-in. The
+        engine: Who runs the prover's MODEL: transformers, llama.cpp (a .gguf file), vllm, or a plug-in. The
             verifier computes with transformers, by --dtype, --attention and --device.
         prover_dtype: The prover's arithmetic (default: the verifier's).
         prover_attention: The prover's attention implementation (default: the verifier's).

@@ -46,8 +46,8 @@ def eval(
 
     Args:
         against: Compare MODEL with this model. Both must have the same vocabulary.
-        engine: Who runs MODEL: transformers, llama.cpp (a .gguf file), or a plug-in. The model of --against
-            runs in transformers, on the same token ids; it may be MODEL itself, to compare two engines.
+        engine: Who runs MODEL: transformers, llama.cpp (a .gguf file), vllm, or a plug-in. The model of
+            --against runs in transformers, on the same token ids; it may be MODEL itself.
         protocol: wikitext2-raw, c4-new, ptb-new, c4-train-new, or a complete id such as c4-new/2048 (every
             window, as published) or ptb-new/512[n=16]; several are allowed (default: wikitext2-raw).
         windows: How many windows of the text, evenly spaced; 0 means all (default: 16 for a protocol that

@@ -28,8 +28,8 @@ def generate(
     command continues when it is run again. Needs the extra `generation`.
 
     Args:
-        engine: Who runs the candidates: transformers, llama.cpp (.gguf files), or a plug-in. MODEL runs in
-            transformers, on the same token ids; it may be a candidate too, to compare two engines.
+        engine: Who runs the candidates: transformers, llama.cpp (.gguf files), vllm, or a plug-in. MODEL runs
+            in transformers, on the same token ids; it may be a candidate too, to compare two engines.
         prompts: How many prompts, evenly spaced over those available.
         prompts_file: Prompts of your own: a text file with one on each line, or JSON lines (default: bundled
             prompts).

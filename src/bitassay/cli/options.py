@@ -105,7 +105,9 @@ Candidates = Annotated[
 ]
 Engine = Annotated[
     str,
-    Parameter(help="Who runs it: transformers, llama.cpp (of a .gguf file), or a plug-in (docs/engines.md)."),
+    Parameter(
+        help="Who runs it: transformers, llama.cpp (of a .gguf file), vllm (of a folder), or a plug-in."
+    ),
 ]
 Controls = Annotated[bool, Parameter(help="Add the controls of recipes with replication.")]
 Windows = Annotated[Count, Parameter(help="How many windows of the text to measure, evenly spaced.")]

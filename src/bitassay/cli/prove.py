@@ -38,8 +38,8 @@ def prove(
         out: The trace file for --prompt; the folder of traces for --prompts.
         prompt: One prompt.
         prompts: A file with one prompt on each line, or JSON lines with a field `prompt`.
-        engine: Who runs MODEL: transformers, llama.cpp (a .gguf file), or a plug-in. The trace's numerics say
-            so, and `bitassay calibrate --engine` makes the profile for it.
+        engine: Who runs MODEL: transformers, llama.cpp (a .gguf file), vllm, or a plug-in. The trace's
+            numerics say so, and `bitassay calibrate --engine` makes the profile for it.
         claim: Write into the trace that this model ran, as a dishonest host would. For tests of the verifier.
         max_new_tokens: Tokens to generate, at most.
         nonce: A word from the verifier. With --prompts, "-" and the number of the prompt are appended.

@@ -14,12 +14,12 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bitassay.engines import decode, llamacpp
+from bitassay.engines import decode, llamacpp, vllm
 from bitassay.engines.decode import Generation, Prefill, States, TokenIds
 from bitassay.engines.prompts import encode_prompt
 from bitassay.engines.sampling import GREEDY, Sampler
+from bitassay.engines.scores import token_logprobs
 from bitassay.models.options import attention_of
-from bitassay.models.precision import exact
 from bitassay.registry import Registry
 
 
@@ -85,10 +85,8 @@ class TransformersEngine:
         return decode.prefill(self.model, prompts, outputs, **options)
 
     def logprobs(self, prompts: Sequence[TokenIds], outputs: Sequence[TokenIds]) -> list[Tensor]:
-        logprobs = [exact(read.logits).log_softmax(-1) for read in self.prefill(prompts, outputs)]
-        columns = [torch.tensor(output)[:, None] for output in outputs]
-        pairs = zip(logprobs, columns, strict=True)
-        return [rows.gather(1, column.to(rows.device))[:, 0] for rows, column in pairs]
+        pairs = zip(self.prefill(prompts, outputs), outputs, strict=True)
+        return [token_logprobs(read.logits, output) for read, output in pairs]
 
     def numerics(self) -> dict[str, Any]:
         dtype, cache = str(self.model.dtype).removeprefix("torch."), getattr(self.model, "kv_cache", None)
@@ -116,7 +114,12 @@ def gpu_numerics(device: torch.device) -> dict[str, str]:
 
 TRANSFORMERS = "transformers"
 ENGINES: Registry[type[Engine]] = Registry(
-    "engines", {TRANSFORMERS: TransformersEngine, llamacpp.NAME: llamacpp.LlamaCppEngine}
+    "engines",
+    {
+        TRANSFORMERS: TransformersEngine,
+        llamacpp.NAME: llamacpp.LlamaCppEngine,
+        vllm.NAME: vllm.VllmEngine,
+    },
 )
 
 

@@ -21,14 +21,13 @@ from bitassay.engines.decode import Generation, Prefill, States, TokenIds, check
 from bitassay.engines.llamacpp_library import Context, Library, bindings, capability, version
 from bitassay.engines.prompts import encode_prompt
 from bitassay.engines.sampling import GREEDY, Draw, Sampler
+from bitassay.engines.scores import token_logprobs
 from bitassay.errors import BitassayError
 from bitassay.models.config import text_config
 from bitassay.models.identity import identity
-from bitassay.models.precision import exact
 from bitassay.models.walk import decoder_layers
 
 NAME = "llama.cpp"
-ROWS = 64  # rows of the vocabulary's size in float64 that exist at a time
 
 
 class LlamaCppEngine:
@@ -112,15 +111,8 @@ class LlamaCppEngine:
         return read
 
     def logprobs(self, prompts: Sequence[TokenIds], outputs: Sequence[TokenIds]) -> list[Tensor]:
-        found = []
-        for prompt, output in zip(prompts, outputs, strict=True):
-            (read,) = self.prefill([prompt], [output])  # one at a time: all of the vocabulary takes memory
-            rows = read.logits.split(ROWS), torch.tensor(output)[:, None].split(ROWS)
-            parts = (
-                exact(logits).log_softmax(-1).gather(1, ids)[:, 0] for logits, ids in zip(*rows, strict=True)
-            )
-            found.append(torch.cat(list(parts)))
-        return found
+        pairs = zip(prompts, outputs, strict=True)  # one at a time: all of the vocabulary takes memory
+        return [token_logprobs(self.prefill([p], [out])[0].logits, out) for p, out in pairs]
 
     def numerics(self) -> dict[str, Any]:
         """Describe what computes: dtype is that of the states; of the weights' types the file is the record.

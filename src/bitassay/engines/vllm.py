@@ -1,0 +1,223 @@
+"""The engine vLLM: a folder, run by vLLM's Python API in a process of its own (`vllm_worker.py`).
+
+vLLM pins versions of torch and transformers that are not this package's, so it usually lives in another
+environment: BITASSAY_VLLM_PYTHON names its interpreter. Without it, vLLM is looked for in this one. Texts are
+read and continued one after the other, eagerly and without a prefix cache, in the dtype that vLLM chooses
+for the checkpoint. Tokens are chosen here, from vLLM's logits. What is measured is the model in vLLM, not
+what its server adds: batches of several requests, compiled graphs and cached prefixes round otherwise.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import weakref
+from collections.abc import Sequence
+from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from bitassay.engines.decode import Generation, Prefill, States, TokenIds, check_ids, end_tokens
+from bitassay.engines.prompts import encode_prompt
+from bitassay.engines.sampling import GREEDY, Draw, Sampler
+from bitassay.engines.scores import token_logprobs
+from bitassay.engines.vllm_worker import receive, send
+from bitassay.errors import BitassayError, MissingError
+from bitassay.models.identity import identity
+from bitassay.models.options import DTYPES
+from bitassay.models.positions import context_length
+from bitassay.models.walk import decoder_layers
+
+NAME = "vllm"
+PYTHON = "BITASSAY_VLLM_PYTHON"
+WORKER = Path(__file__).with_name("vllm_worker.py")
+POSITIONS = 4096  # of a context, at most: vLLM reserves its cache when it starts
+# One process, no network; on the CPU 1 GB of cache, no binding to cores, and products of 4-bit codes whose
+# inputs are not rounded. What the user has set stays.
+VARIABLES = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_CPU_INT4_W4A8": "0",
+}
+
+
+def interpreter() -> str:
+    """Return the Python that has vLLM. Raises MissingError where there is none."""
+    if named := os.environ.get(PYTHON):
+        if not Path(named).is_file():
+            raise MissingError(f"{PYTHON}={named}: no such file", "the path of a Python that has vLLM")
+        return named
+    if find_spec(NAME) is None:
+        raise MissingError(
+            "the engine vllm needs vLLM, which is not in this environment",
+            f"install it into an environment of its own, and set {PYTHON} to its python (docs/engines.md)",
+        )
+    return sys.executable
+
+
+class VllmEngine:
+    """A folder in vLLM. `model` has its identity and tokenizer, and needs no weights. Raises BitassayError
+    for a folder that vLLM does not load, with what it said; MissingError without vLLM."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model, folder = model, identity(model).source.folder
+        positions = min(context_length(model) or POSITIONS, POSITIONS)
+        self.positions = positions
+        self.process = _Process(interpreter())
+        weakref.finalize(self, self.process.end)
+        layers = len(decoder_layers(model))
+        job = {"folder": str(folder), "dtype": "auto", "positions": positions, "layers": layers}
+        self.about, _ = self.process.ask(job)
+        if self.about["dtype"] not in DTYPES:
+            raise BitassayError(f"{folder}: vLLM computes in {self.about['dtype']}, which is not known here")
+
+    @staticmethod
+    def check_installed() -> None:
+        """Raise MissingError without vLLM."""
+        interpreter()
+
+    def encode(self, prompt: str | TokenIds) -> tuple[int, ...]:
+        return encode_prompt(self.model, prompt)
+
+    def generate(
+        self,
+        prompts: Sequence[TokenIds],
+        *,
+        max_new_tokens: int,
+        sampler: Sampler = GREEDY,
+        nonces: Sequence[str] | None = None,
+        layers: Sequence[int] = (),
+    ) -> list[Generation]:
+        nonces = [str(index) for index in range(len(prompts))] if nonces is None else list(nonces)
+        assert len(nonces) == len(prompts)
+        if max_new_tokens < 1:
+            raise BitassayError(f"max_new_tokens is {max_new_tokens}", "ask for at least 1")
+        self._check(prompts, max_new_tokens, layers)
+        ends, made = sorted(end_tokens(self.model)), list[Generation]()
+        for prompt, nonce in zip(prompts, nonces, strict=True):
+            output: list[int] = []
+            job = {"kind": "generate", "ids": list(prompt), "tokens": max_new_tokens, "ends": ends}
+            said, arrays = self.process.ask(job | {"layers": list(layers)})
+            while said["kind"] == "step":
+                output += sampler.choose(arrays["logits"], [Draw(nonce, len(output))]).tolist()
+                said, arrays = self.process.ask({"token": output[-1]})
+            made.append(Generation(tuple(output), self._states(arrays, layers)))
+        return made
+
+    def prefill(
+        self,
+        prompts: Sequence[TokenIds],
+        outputs: Sequence[TokenIds],
+        *,
+        layers: Sequence[int] = (),
+        claimed: Sequence[States] | None = None,
+    ) -> list[Prefill]:
+        if claimed:
+            raise BitassayError("vLLM cannot go on from states that somebody claims", "transformers can")
+        texts = [[*prompt, *output[:-1]] for prompt, output in zip(prompts, outputs, strict=True)]
+        self._check(texts, 1, layers)
+        read = []
+        for text, output in zip(texts, outputs, strict=True):
+            job = {"kind": "prefill", "ids": text, "outputs": len(output), "layers": list(layers)}
+            _, arrays = self.process.ask(job)
+            read.append(Prefill(self._states(arrays, layers), arrays["logits"]))
+        return read
+
+    def logprobs(self, prompts: Sequence[TokenIds], outputs: Sequence[TokenIds]) -> list[Tensor]:
+        pairs = zip(prompts, outputs, strict=True)
+        return [token_logprobs(self.prefill([p], [out])[0].logits, out) for p, out in pairs]
+
+    def numerics(self) -> dict[str, Any]:
+        about = self.about
+        return {
+            "dtype": about["dtype"],
+            "kv_dtype": about["dtype"] if about["kv_dtype"] == "auto" else about["kv_dtype"],
+            **{name: about[name] for name in ("attention", "device", "threads", "cpu_capability", "torch")},
+            "transformers": transformers.__version__,
+            "engine": NAME,
+            "engine_version": about["version"],
+        }
+
+    def _check(self, texts: Sequence[TokenIds], more: int, layers: Sequence[int]) -> None:
+        check_ids(self.model, texts, more - 1)
+        count = len(decoder_layers(self.model))
+        if layers and self.about["layers"] != count:
+            raise BitassayError("vLLM's model of this architecture has no list of layers to read states of")
+        if unknown := [layer for layer in layers if not 1 <= layer <= count]:
+            raise BitassayError(
+                f"there is no decoder layer {unknown[0]}", f"layers are counted from 1 to {count}"
+            )
+        longest = max(map(len, texts)) + more
+        if longest > self.positions:  # vLLM always makes one token more
+            raise BitassayError(
+                f"{longest} tokens; vLLM was started for {self.positions}", "shorter texts or windows"
+            )
+
+    def _states(self, arrays: dict[str, Tensor], layers: Sequence[int]) -> dict[int, Tensor]:
+        """States in vLLM's dtype, in which they were computed."""
+        dtype = DTYPES[self.about["dtype"]]
+        return {layer: arrays[f"layer.{layer}"].to(dtype) for layer in layers}
+
+
+class _Process:
+    """The worker, and what it said on its own."""
+
+    def __init__(self, python: str):
+        here, theirs = os.pipe(), os.pipe()  # what the worker reads, what it writes
+        self.said: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (kept)
+        environment = {**VARIABLES, **os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+        environment.pop("PYTHONPATH", None)  # of this environment
+        self.process = subprocess.Popen(
+            # As text: the folder of a script would be searched for modules, and this file is called vllm.
+            [python, "-c", WORKER.read_text(encoding="utf-8"), str(here[0]), str(theirs[1])],
+            pass_fds=(here[0], theirs[1]),
+            stdin=subprocess.DEVNULL,
+            stdout=self.said,
+            stderr=self.said,
+            env=environment,
+            cwd=os.path.abspath(os.sep),
+        )
+        os.close(here[0])
+        os.close(theirs[1])
+        self.writer, self.reader = os.fdopen(here[1], "wb"), os.fdopen(theirs[0], "rb")
+
+    def ask(self, message: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Send a message and return the answer. Raises BitassayError for an error of the worker,
+        or its end."""
+        try:
+            send(self.writer, message)
+            said, arrays = receive(self.reader)
+        except (EOFError, BrokenPipeError) as error:
+            raise BitassayError(
+                f"vLLM ended with status {self.process.wait()}: {self._last_words()}"
+            ) from error
+        if said["kind"] == "error":
+            why = said["problem"].strip().partition("\n")[0]
+            hint = self._last_words()
+            raise BitassayError(f"vLLM: {why:.300}" + (f" ({hint})" if hint and hint not in why else ""))
+        return said, arrays
+
+    def end(self) -> None:
+        """End the worker."""
+        for stream in (self.writer, self.reader):
+            with suppress(OSError):
+                stream.close()
+        if self.process.poll() is None:
+            self.process.terminate()
+        self.process.wait()
+        self.said.close()
+
+    def _last_words(self) -> str:
+        self.said.seek(0)
+        lines = self.said.read().decode(errors="replace").splitlines()
+        errors = [line.strip() for line in lines if "Error:" in line and "Engine core" not in line]
+        return (errors or lines or [""])[0 if errors else -1].strip()[-300:]
