@@ -2,10 +2,10 @@
 
 Every text is read once by every server, for the log-probabilities of given tokens: by the functions that
 `bitassay serve` answers with, in this process. Honest are bfloat16 (exactly what the control computes), with
-eager attention, and in batches of several texts. Their answers to the first texts are the profile (of each
-text the largest statistic), their answers to the others measure false accusations. The changed models answer
-some of the others. All rows of the tables come from these answers: levels of evidence, the first 4, 8, ...
-positions of each, and audits that pool several of them, drawn from those that there are.
+eager attention, and float32 (exactly what the reference computes). Their answers to the first texts are the
+profile (of each text the largest statistic), their answers to the others measure false accusations. The
+changed models answer some of the others. All rows of the tables come from these answers: levels of evidence,
+the first 4, 8, ... positions of each, and audits that pool several of them, drawn from those that there are.
 
 Tables: single requests (`caught`, and the power of a normal distribution with their mean and standard
 deviation; so few answers cannot show 99 % themselves); tokens to 99 %: of one request where its power is that
@@ -26,20 +26,19 @@ import numpy as np
 from scipy.stats import norm
 
 import bitassay
-from bitassay.audit.answering import entries_of, prompt_entries
+from bitassay.audit.answering import prompt_entries
 from bitassay.audit.asking import texts
 from bitassay.audit.distance import as_said, distances, statistic
 from bitassay.audit.judge import Reference
 from bitassay.audit.wire import Position
-from bitassay.engines.engine import engine_of
 from bitassay.evaluation.statistics import clopper_pearson_interval
 from bitassay.models.identity import tokenizer
 from bitassay.record.files import write_json
-from bitassay.verification.pooled import pooled_p_value
+from bitassay.verification.pooled import fail_count, pooled_p_value
 from bitassay.verification.scores import p_value, threshold
 from bitassay.verification.sequential import SequentialEvidence, log_wealth
 
-HONEST = ("bf16", "bf16-eager", "bf16-batch")
+HONEST = ("bf16", "bf16-eager", "fp32")
 CHANGED = ("fp8", "w8", "w8-g64", "w4")
 BATCH, TOP = 10, 20
 DRAWS = 1000
@@ -56,22 +55,13 @@ def model_of(name, kind):
     return bitassay.quantize(bitassay.load(name, dtype="bfloat16"), recipe=recipe)
 
 
-def said_of(model, asked, batched):
-    """What a server says of each text: entries of log-probabilities of its tokens but the first."""
-    if not batched:
-        return [prompt_entries(model, text.ids, TOP) for text in asked]
-    read = engine_of(model).prefill([text.ids[:1] for text in asked], [text.ids[1:] for text in asked])
-    return [entries_of(each.logits, text.ids[1:], TOP) for each, text in zip(read, asked, strict=True)]
-
-
 def measured(reference, models, asked, kinds):
     """Distances of each text by server and level, at each position; of the control too. kinds: that read each
     text."""
     entries = {}
     for kind, model in models.items():
         numbers = [n for n, names in enumerate(kinds) if kind in names]
-        said = said_of(model, [asked[n] for n in numbers], kind == "bf16-batch")
-        entries[kind] = dict(zip(numbers, said, strict=True))
+        entries[kind] = {n: prompt_entries(model, asked[n].ids, TOP) for n in numbers}
     found = []
     for n, text in enumerate(asked):
         truth = reference.rows(reference.exact, text.ids, 1)
@@ -79,8 +69,9 @@ def measured(reference, models, asked, kinds):
         of_text = {"control": {}} | {kind: {} for kind in kinds[n]}
         for level in LEVELS:
             for kind, by_level in of_text.items():
-                if kind in ("control", "bf16"):
-                    positions = as_said(level, text.ids[1:], control, TOP)
+                if kind in ("control", "bf16", "fp32"):
+                    rows = truth if kind == "fp32" else control
+                    positions = as_said(level, text.ids[1:], rows, TOP)
                 else:
                     positions = [Position(each.token, each.logprob, each.top) for each in entries[kind][n]]
                 by_level[level] = [round(d, 7) for d in distances(level, positions, truth, TOP).tolist()]
@@ -111,9 +102,9 @@ def collect(options):
             reference = Reference(exact, bitassay.load(name, dtype="bfloat16"))
             asked = texts(tokenizer(exact), "c4-train-new", (2026, 11), count, options.tokens + 1)
         here = slice(number * BATCH, (number + 1) * BATCH)
-        for kind in sorted({kind for some in kinds[here] for kind in some} - {"bf16", *models}):
+        for kind in sorted({kind for some in kinds[here] for kind in some} - {"bf16", "fp32", *models}):
             models[kind] = model_of(name, kind)
-        used = {kind: models[kind] for some in kinds[here] for kind in some if kind != "bf16"}
+        used = {kind: models[kind] for some in kinds[here] for kind in some if kind in models}
         write_json(path, measured(reference, used, asked[here], kinds[here]))
         print(f"read: texts {here.start} to {here.stop}", flush=True)
         if time.monotonic() > until:
@@ -201,9 +192,15 @@ def to_power(level, kind, lengths, kept, options):
     draw = np.random.default_rng(0)
     for r in range(2, options.each // 4 + 1):
         drawn = (draw.choice(p_values, r, replace=False) for _ in range(DRAWS))
-        if np.mean([pooled_p_value(some.tolist(), len(profile)) <= options.alpha for some in drawn]) >= 0.99:
+        if np.mean([refused(some.tolist(), len(profile), options.alpha) for some in drawn]) >= 0.99:
             return r * options.tokens, r
     return "-", "-"
+
+
+def refused(p_values, n, alpha):
+    """Whether an audit of several answers is refused, as `judge.decide` decides it."""
+    tests = pooled_p_value(p_values, n), fail_count(p_values, n, alpha)
+    return min(tests) <= alpha / 2
 
 
 def honest_table(level, kept, options):
@@ -214,7 +211,7 @@ def honest_table(level, kept, options):
         p_values = [p_value(each, profile.tolist()) for each in mine]
         single = sum(p <= options.alpha for p in p_values)
         audits = [p_values[at : at + 4] for at in range(0, len(p_values) - 3, 4)]
-        pooled = sum(pooled_p_value(some, len(profile)) <= options.alpha for some in audits)
+        pooled = sum(refused(some, len(profile), options.alpha) for some in audits)
         ledger = SequentialEvidence.of(log_wealth(mine, profile), options.alpha)
         row = share(single, len(mine)), share(pooled, len(audits)), f"{ledger.p_value:.2g}"
         print(f"| {level} | {kind} | {' | '.join(row)} |")

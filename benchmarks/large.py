@@ -5,8 +5,9 @@
 
 `write` makes a checkpoint of random weights in bf16 in the shape of a published model, a layer at a time,
 with stories260k's tokenizer; llama-2-7b takes 13.5 GB of disk. `measure` runs one command after the other
-under `/usr/bin/time -v` and prints the peak, the plan's figure and the seconds of each. Peaks do not
-depend on how many layers there are; GPTQ of three layers with 128 samples takes hours on a few cores.
+under `/usr/bin/time -v` and prints the peak, the plan's figure and the seconds of each; it may take no more
+private memory (RLIMIT_DATA) than the plan's figure and 15 %, of `eval` than 3 GB. Peaks do not depend on how
+many layers there are, which `write --layers 1` and `--layers 3` show.
 """
 
 import argparse
@@ -24,8 +25,15 @@ from transformers import AutoConfig, AutoTokenizer
 from bitassay.models.empty import empty_model
 from bitassay.models.source import resolve
 
+MORE = 1.15  # times what was told beforehand is what a command may take
 SHAPES = {
     "llama-2-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32},
+    "llama-small": {
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 16,
+    },
     "llama-32b": {
         "hidden_size": 5120,
         "intermediate_size": 27648,
@@ -67,11 +75,13 @@ def write(folder: Path, shape: str, layers: int | None, seed: int = 0) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
 
 
-def peak(command: list[str]) -> tuple[float, float, str, str]:
-    """Run a command; return its peak memory in GB, seconds, what it printed, and what it noted."""
+def peak(command: list[str], limit_gb: float | None = None) -> tuple[float, float, str, str]:
+    """Run a command; return its peak memory in GB, seconds, what it printed, and what it noted. limit_gb: it
+    may have no more private memory than that."""
+    bounds = [] if limit_gb is None else ["prlimit", f"--data={int(limit_gb * 1e9)}"]
     with tempfile.NamedTemporaryFile("r") as log:
         done = subprocess.run(
-            ["/usr/bin/time", "-v", "-o", log.name, sys.executable, "-m", "bitassay.cli", *command],
+            ["/usr/bin/time", "-v", "-o", log.name, *bounds, sys.executable, "-m", "bitassay.cli", *command],
             capture_output=True,
             text=True,
         )
@@ -80,12 +90,8 @@ def peak(command: list[str]) -> tuple[float, float, str, str]:
         raise SystemExit(f"{' '.join(command)}: {done.stderr[-2000:]}")
     kilobytes = int(re.search(r"Maximum resident set size \(kbytes\): (\d+)", said)[1])
     clock = re.search(r"Elapsed .*: ([\d:.]+)", said)[1].split(":")
-    return (
-        kilobytes * 1024 / 1e9,
-        sum(60**n * float(part) for n, part in enumerate(reversed(clock))),
-        done.stdout,
-        done.stderr,
-    )
+    seconds = sum(60**n * float(part) for n, part in enumerate(reversed(clock)))
+    return kilobytes * 1024 / 1e9, seconds, done.stdout, done.stderr
 
 
 GPTQ = """name: gptq-4bit
@@ -107,8 +113,8 @@ def measure(folder: Path, samples: int, only: list[str]) -> None:
                 continue
             out = ["--out", f"{scratch}/{stem}", "--memory", budget, "--work", f"{scratch}/work-{stem}"]
             command = ["quantize", str(folder), "--recipe", name, *out, "--format", "json"]
-            planned = json.loads(peak([*command, "--dry-run"])[2])[0]["memory_bytes"] / 1e9
-            used, seconds, _, _ = peak(command)
+            planned = json.loads(peak([*command, "--dry-run"])[2])["rows"][0]["memory_bytes"] / 1e9
+            used, seconds, _, _ = peak(command, MORE * planned)
             print(f"{f'quantize --recipe {stem}':44} {used:8.2f} {planned:8.2f} {seconds:8.0f}", flush=True)
         if "eval" in only:
             command = [
@@ -116,7 +122,7 @@ def measure(folder: Path, samples: int, only: list[str]) -> None:
                 str(folder),
                 *["--recipe", "w4", "--windows", "4", "--window", "512", "--memory", "3GB"],
             ]
-            used, seconds, _, said = peak(command)
+            used, seconds, _, said = peak(command, 3.0)
             told = re.search(r"in about ([\d.]+) GB of memory", said)
             planned = f"{float(told[1]):8.2f}" if told else f"{'':8}"
             print(f"{'eval --recipe w4 --windows 4 --window 512':44} {used:8.2f} {planned} {seconds:8.0f}")

@@ -211,6 +211,7 @@ def test_rates_are_compared_and_decided():
     assert decide_contract(rates([], None), 0.01)["status"] == "INCONCLUSIVE"
 
 
+@pytest.mark.slow
 def test_the_command_line(bitassay_command, served, tmp_path):
     url = served[0] + "/v1"
     words = ["audit", url, "--model", "stories", "--reference", "stories260k", "--contract"]

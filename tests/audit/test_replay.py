@@ -105,11 +105,10 @@ def test_a_receipt_of_a_changed_answer_is_not_valid(copied, reference, tmp_path)
 
 def test_replay_at_the_command_line(bitassay_command, recorded, tmp_path):
     words = ["audit", "--replay", str(recorded[1]), "--format", "json", "--out", str(tmp_path / "out")]
-    said = bitassay_command(*words, "--suspects", "w4")
+    said = bitassay_command(*words)
     assert said.status == 1, said.err
     run = json.loads(said.out)
     assert run["decision"] == recorded[0]["decision"]
-    assert {row["suspect"] for row in run["suspects"]} == {CLAIMED, "w4"}
     for more, why in (
         (["--seed", "3"], "--replay asks nothing"),
         (["--suspects", "w4,w44"], "w44"),

@@ -153,7 +153,8 @@ def test_the_p_value_of_a_change_is_one_for_noise():
     assert ranks(np.array([1.0, 1 + 1e-12, 2.0])).tolist() == [1.5, 1.5, 3]
 
 
-def test_the_command_line(bitassay_command, served, earlier, watched, tmp_path):
+@pytest.mark.slow
+def test_watching_and_comparing_at_the_command_line(bitassay_command, served, earlier, watched, tmp_path):
     url = served[0] + "/v1"
     said = bitassay_command(
         "audit", url, "--model", "stories", "--against", str(earlier), "--format", "json", "--out", str(tmp_path / "c")
@@ -166,6 +167,10 @@ def test_the_command_line(bitassay_command, served, earlier, watched, tmp_path):
     said = bitassay_command(*words, *small, *profile, "--watch", "1s", "--times", "2")
     assert said.status == 0, said.err
     assert "audit 2: PASS" in said.err
+
+
+def test_wrong_words_are_refused(bitassay_command, earlier, tmp_path):
+    words = ["audit", "http://127.0.0.1:1/v1", "--model", "stories", "--reference", "stories260k"]
     for wrong, why in (
         (["--watch", "soon"], "no interval"),
         (["--watch", "6h"], "--calibrate-from"),

@@ -178,9 +178,10 @@ class _Asker:
             listed = self.target.endpoint.get("/models")
             models = [each for each in listed["data"] if each.get("id") == self.target.model]
             (known, *_) = models or listed["data"]
+            known = known | {"n_ctx": (known.get("meta") or {}).get("n_ctx")}  # as llama.cpp's server says it
         except (AnswerError, TypeError, LookupError, ValueError, AttributeError):
             return 0
-        said = [known.get(key) for key in ("max_model_len", "context_length", "context_window")]
+        said = [known.get(key) for key in ("max_model_len", "n_ctx", "context_length", "context_window")]
         return next((n for n in said if isinstance(n, int) and 64 <= n <= 2**24), 0)
 
     def _request(self, text: Text) -> list[Outcome]:

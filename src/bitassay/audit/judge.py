@@ -6,9 +6,10 @@ exchangeable with these, or lower, so
 
     p = (1 + number of honest statistics at least as large) / (n + 1)
 
-is a p-value of one answer. Those of several answers are pooled exactly (`verification/pooled.py`), and a
-ledger adds the test that may be looked at for ever (`verification/sequential.py`). Each test has half of
-alpha where there is a ledger, else the one has all of it.
+is a p-value of one answer. Those of several answers are tested as a set: their sum, which sees a host that
+changes every answer, and how many of them are at most alpha, which sees one that changes few (both exact,
+`verification/pooled.py`); each has half of what the set has. A ledger adds the test that may be looked at for
+ever (`verification/sequential.py`) and gets half of alpha; the set has the rest, or all of it.
 
 What the guarantee needs: texts like those of calibration, and a server whose engine, flags and precision are
 those of one that was calibrated. It is an average over calibrations.
@@ -36,7 +37,7 @@ from bitassay.models.precision import exact
 from bitassay.record.files import read_json, write_json
 from bitassay.record.hashing import digest_json
 from bitassay.verification.container import first_defect
-from bitassay.verification.pooled import pooled_p_value
+from bitassay.verification.pooled import fail_count, pooled_p_value
 from bitassay.verification.scores import p_value, runs_needed
 from bitassay.verification.sequential import SequentialEvidence
 from bitassay.verification.trace import ModelClaim
@@ -215,9 +216,12 @@ def decide(
     if profile is None:
         return made("INCONCLUSIVE", "there is no profile of honest servers: nothing says how far is too far")
     if scores and not watched:
-        level = alpha / 2 if sequence else alpha
+        level, n = alpha / 2 if sequence else alpha, len(profile.scores)
         p_values = [answer_p_value(each, profile) for each in scores]
-        tests["set"] = {"p_value": pooled_p_value(p_values, len(profile.scores)), "level": level}
+        level = level / 2 if len(scores) > 1 else level
+        tests["set"] = {"p_value": pooled_p_value(p_values, n), "level": level}
+        if len(scores) > 1:
+            tests["count"] = {"p_value": fail_count(p_values, n, alpha), "level": level}
     if sequence:
         tests["sequence"] = {"p_value": sequence.p_value, "level": alpha if watched else alpha / 2}
     told = [f"{name} p {test['p_value']:.2g} (level {test['level']:.2g})" for name, test in tests.items()]

@@ -89,9 +89,10 @@ def probe(
     row("prompt as token ids", base.form == "ids", f"asked as {base.form}")
     askings: dict[Level, Asking] = {}
     tops: dict[str, int] = {}
-    ways: tuple[Through, ...] = (
-        ("generation",) if base.form == "chat" else ("generation", "prompt_logprobs", "echo")
-    )
+    # llama.cpp's server has neither; it answers what it does not know with 500, which would be tried again.
+    ways: tuple[Through, ...] = ("generation", "prompt_logprobs", "echo")
+    if base.form == "chat" or base.llamacpp:
+        ways = ("generation",)
     for through in ways:
         top, asking = _most(ask, base, through, k)
         tops[through] = top

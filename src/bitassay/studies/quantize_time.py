@@ -61,8 +61,8 @@ def quantize_seconds(model: PreTrainedModel, recipe: Recipe, device: torch.devic
     rounded = _rounded_a_second(recipe, _commonest([ways[0][name].scheme for name in names]), solves, device)
     seconds = weights / rounded
     precision = recipe.text.precision or "float32"
-    wanted = dict.fromkeys(["float32", *([precision, "bfloat16"] if recipe.is_calibrated else [])])
-    products = {name: rate for name in wanted if (rate := matrix_peak(name, device, PRODUCT))}
+    wanted: set[str] = {"float32", *([precision, "bfloat16"] if recipe.is_calibrated else [])}
+    products = {name: rate for name in sorted(wanted) if (rate := matrix_peak(name, device, PRODUCT))}
     if recipe.is_calibrated:
         text = recipe.text
         tokens, samples = text.samples * text.tokens, text.samples
