@@ -113,9 +113,11 @@ def audit(
         calibrate_key_env: The same for --calibrate-from.
     """
     named = [each for word in suspects or () for each in word.split(",") if each]
+    asked = {"--tokens": tokens if tokens != 128 else None, "--top": top if top != 20 else None}
     if replay is not None:
         given = {"a URL": url, "--model": model, "--calibrate-from": calibrate_from, "--seed": seed}
         given |= {"--evidence": evidence, "--requests": requests, "--budget": budget, "--key-env": key_env}
+        given |= {"--watch": watch, "--against": against, "--contract": contract or None} | asked
         if wrong := [name for name, value in given.items() if value is not None]:
             raise BitassayError(f"--replay asks nothing, so {wrong[0]} says nothing", "leave it out")
         return _replayed(replay, reference, recipe, named, profile, alpha, ledger, loading, device, output)
@@ -129,6 +131,7 @@ def audit(
     if url is not None and model is not None and against is not None:
         given = {"--calibrate-from": calibrate_from, "--profile": profile, "--ledger": ledger}
         given |= {"--evidence": evidence, "--requests": requests, "--budget": budget, "--watch": watch}
+        given |= {"--suspects": suspects, "--recipe": recipe, "--contract": contract or None} | asked
         if wrong := [name for name, value in given.items() if value is not None]:
             raise BitassayError(f"--against needs no {wrong[0]}", "leave it out")
         return _changed(
