@@ -34,7 +34,7 @@ check: $(VENV)/.dev  ## linters, types, import rules, docstrings and the API ref
 	$(BIN)/python docs/reference.py --check
 
 bench: $(VENV)/.dev  ## side-by-side comparisons (minutes); those that build other tools or need whole data sets run on their own
-	for f in $(filter-out $(addprefix benchmarks/,quality.py gptq.py llamacpp.py llamacpp_types.py vllm_folders.py tasks.py), $(wildcard benchmarks/*.py)); do $(BIN)/python $$f || exit 1; done
+	for f in $(filter-out $(addprefix benchmarks/,quality.py gptq.py llamacpp.py llamacpp_types.py vllm_folders.py engines.py engine_traces.py tasks.py), $(wildcard benchmarks/*.py)); do $(BIN)/python $$f || exit 1; done
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .ruff_cache .hypothesis

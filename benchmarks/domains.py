@@ -44,7 +44,7 @@ RESULTS = Path(__file__).parent / "results" / "domains"
 RUNS = TypeAdapter(list[tuple[str, Observation]])
 OWN = "same"  # the verifier's own numerics
 CHUNK = 64
-ENOUGH, HOSTS, REQUESTS = 20, 200, 200  # runs of a domain whose ledgers are simulated, how many, how long
+ENOUGH, HOSTS, REQUESTS = 40, 200, 200  # runs of a domain whose ledgers are simulated, how many, how long
 Runs = dict[str, list[Observation]]
 
 

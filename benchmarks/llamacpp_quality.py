@@ -27,6 +27,7 @@ from bitassay.models.identity import tokenizer
 from bitassay.quantization.export.gguf_file import write_gguf
 from bitassay.quantization.recipe.calibration import Calibration, calibration_tokens
 
+TRIES = 4  # a thread of llama-perplexity prints, and the program may end before it has
 FIGURES = {
     "kl": r"Mean\s+KLD:\s+([-\d.]+) ±\s+([\d.]+)",
     "kl_99.9": r"99\.9%\s+KLD:\s+([\d.]+)()",
@@ -85,10 +86,13 @@ def ours(said: argparse.Namespace, recipe: str, work: Path) -> Path:
 def measured(said: argparse.Namespace, path: Path, work: Path, logits: Path) -> dict[str, float]:
     log = path.with_suffix(".kl.log")
     text = log.read_text() if log.exists() else ""
-    if "Mean    KLD" not in text:
-        command = [said.bin / "llama-perplexity", "-m", path, "-f", work / "test.txt", "-c", 512, "-t", 1]
-        command += ["--chunks", said.chunks, "--kl-divergence-base", logits]
-        text = ran([*command, "--kl-divergence"], log)
+    command = [said.bin / "llama-perplexity", "-m", path, "-f", work / "test.txt", "-c", 512, "-t", 1]
+    command += ["--chunks", said.chunks, "--kl-divergence-base", logits, "--kl-divergence"]
+    tries = 0
+    while "Mean    KLD" not in text:
+        if tries == TRIES:
+            sys.exit(f"{path}: llama-perplexity printed no mean; see {log}")
+        text, tries = ran(command, log), tries + 1
     found = {name: re.search(pattern, text) for name, pattern in FIGURES.items()}
     row: dict[str, float] = {"bytes": path.stat().st_size}
     for name, match in found.items():

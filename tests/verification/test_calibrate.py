@@ -566,9 +566,12 @@ def test_thread_count_is_part_of_the_numerics(model):
         torch.set_num_threads(before)
 
 
-def test_a_run_that_ended_early_is_also_compared_with_runs_cut_there(profile):
-    three = profile.model_copy(update={"scores": ((9.0, 5.0, 1.0), (8.0, 1.0), (7.0, 0.0, 0.0))})
+def test_a_run_that_ended_early_ranks_as_among_runs_as_short(profile):
+    three = profile.model_copy(update={"scores": ((9.0, 5.0, 1.0), (8.0, 1.5), (2.0, 4.0, 3.0))})
     low = three.generated_positions[0]
-    assert three.p_value(6, low + 2) == 1 / 4, "none is as bad after all positions"
-    assert three.p_value(6, low + 2, low) == three.p_value(6, low) == 1, "all are after as few"
-    assert three.refusal(6, low + 2, low) == three.refusal(6, low) > three.refusal(6, low + 2)
+    assert three.honest_scores(low) == [9, 8, 2]
+    assert three.honest_scores(low + 2) == [1, 1.5, 3]
+    for score, ranked in ((1.0, 1.0), (2.5, 1.5), (6.0, 1.5), (8.5, 3.0), (9.5, 9.5), (math.inf, math.inf)):
+        assert three.ranked(score, low + 2, low) == ranked
+        assert three.p_value(ranked, low + 2) == max(three.p_value(score, low), three.p_value(score, low + 2))
+        assert three.ranked(score, low + 2, low + 2) == score, "not ended early"

@@ -137,6 +137,7 @@ class Context:
         options.n_ctx, options.n_batch, options.n_ubatch = self.room, BATCH, BATCH
         options.n_threads = options.n_threads_batch = library.threads
         options.type_k = options.type_v = CACHE_TYPE
+        options.offload_kqv = options.op_offload = False  # of a build that has a GPU
         self._callback = llama.ggml_backend_sched_eval_callback(self._watch)  # must live as long as this
         if layers:
             options.cb_eval = self._callback

@@ -174,9 +174,8 @@ def scores_by_length(run: Observation, fits: Fits, shortest: int) -> tuple[float
 def measure(profile: Profile, held_out: Sequence[Observation]) -> HeldOut:
     """Return how many of the held-out honest runs the profile refuses at its alpha."""
     limit = profile.generated_positions[1]
-    rejected = sum(
-        profile.refusal(profile.score(run).value, limit, run.positions) <= profile.alpha for run in held_out
-    )
+    scores = [profile.ranked(profile.score(run).value, limit, run.positions) for run in held_out]
+    rejected = sum(profile.refusal(score, limit) <= profile.alpha for score in scores)
     return HeldOut.of(rejected, len(held_out))
 
 

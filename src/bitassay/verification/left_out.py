@@ -14,7 +14,15 @@ import numpy as np
 
 from bitassay.verification.fitting import MIN_FIT, fit_by_length, split
 from bitassay.verification.observe import Observation
-from bitassay.verification.scores import Fits, Guarantee, refusal, runs_needed, score, statistics
+from bitassay.verification.scores import (
+    Fits,
+    Guarantee,
+    ranked_alike,
+    refusal,
+    runs_needed,
+    score,
+    statistics,
+)
 
 Runs = Mapping[str, Sequence[Observation]]
 
@@ -72,12 +80,11 @@ def by_others(
         scores = {
             n: [_score(run, fits, n) for run in scored] for n in {longest, *(run.positions for run in runs)}
         }
-        values = [_score(run, fits, longest) for run in runs]
-        refusals = [
-            max(refusal(value, scores[n], guarantee) for n in (longest, run.positions))
-            for value, run in zip(values, runs, strict=True)
+        ranked = [
+            ranked_alike(_score(run, fits, longest), scores[run.positions], scores[longest]) for run in runs
         ]
-        answers[domain] = Judged(values, refusals, scores[longest])
+        refusals = [refusal(value, scores[longest], guarantee) for value in ranked]
+        answers[domain] = Judged(ranked, refusals, scores[longest])
     return answers
 
 

@@ -10,7 +10,8 @@ A profile may be signed, by whoever calibrated it, so that another verifier need
 What the guarantee needs: the verified request is like the calibration prompts (exchangeable with them), and
 its limit is within those calibrated. It is marginal over requests, of which those that happen to end early
 are few. A run that ended early is therefore also compared with the calibration runs as they were after as
-many positions, and the larger p-value counts, which can only lower the rate of false positives.
+many positions; where it ranks lower among these, that rank counts, which can only lower the rate of false
+positives.
 """
 
 import math
@@ -45,6 +46,7 @@ from bitassay.verification.scores import (
     Guarantee,
     Statistic,
     p_value,
+    ranked_alike,
     refusal,
     standardise,
     statistics,
@@ -221,14 +223,19 @@ class Profile(BaseModel):
         """Return the scores of the calibration runs after at most `limit` generated positions."""
         return self._at(self.scores, limit)
 
-    def p_value(self, score: float, *limits: int) -> float:
-        """Return the p-value of a run, never below 1 / (n + 1): the largest over `limits`, the generated
-        positions after which the calibration runs are cut (what was asked for, and how many the run has)."""
-        return max(p_value(score, self.honest_scores(limit)) for limit in limits)
+    def ranked(self, score: float, limit: int, positions: int) -> float:
+        """Return the score that counts of a run that was asked for at most `limit` generated positions and
+        has so many: its own, or a lower one where it ranks lower among calibration runs as short as it."""
+        return ranked_alike(score, self.honest_scores(positions), self.honest_scores(limit))
 
-    def refusal(self, score: float, *limits: int) -> float:
+    def p_value(self, score: float, limit: int) -> float:
+        """Return the p-value of a run that was asked for at most `limit` generated positions; never below
+        1 / (n + 1)."""
+        return p_value(score, self.honest_scores(limit))
+
+    def refusal(self, score: float, limit: int) -> float:
         """Return the smallest alpha at which such a run is refused, by this profile's guarantee."""
-        return max(refusal(score, self.honest_scores(limit), self.guarantee) for limit in limits)
+        return refusal(score, self.honest_scores(limit), self.guarantee)
 
     def unlike_p_value(self, observation: Observation, limit: int) -> float:
         """Return the share of calibration texts, and of this one, whose rounding noise is as unusual or more;

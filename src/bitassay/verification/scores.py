@@ -144,6 +144,13 @@ def p_value(value: float, honest: Sequence[float]) -> float:
     return (1 + sum(other >= value for other in honest)) / (len(honest) + 1)
 
 
+def ranked_alike(value: float, cut: Sequence[float], honest: Sequence[float]) -> float:
+    """Return the score that ranks among `honest` as `value` does among `cut`, the same runs cut shorter; at
+    most `value` itself."""
+    below = sum(other < value for other in cut)
+    return min(value, sorted(honest)[below]) if below < len(honest) else value
+
+
 def guaranteed_p_value(value: float, honest: Sequence[float], confidence: float = CONFIDENCE) -> float:
     """Return an upper bound of the share of honest runs that are as bad or worse: one-sided Clopper-Pearson
     (Clopper and Pearson 1934). To refuse where it is at most alpha refuses more than a share alpha of honest

@@ -171,8 +171,8 @@ class _Account:
             if answer is None or verdict.structural:
                 continue
             named = {name: getattr(answer, name) for name in ("request", "prompt", "output", "commitment")}
-            if verdict.score and verdict.p_value is not None and verdict.profile == digest:
-                items.append(Item(**named, score=verdict.score.value, limit=verdict.limit))
+            if verdict.ranked is not None and verdict.p_value is not None and verdict.profile == digest:
+                items.append(Item(**named, score=verdict.ranked, limit=verdict.limit))
             elif self._is_hosts_doing(answer, verdict):
                 items.append(Item(**named, undecided=verdict.reasons[0].code))
         return items

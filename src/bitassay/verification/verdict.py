@@ -26,13 +26,14 @@ STATISTICAL = frozenset({"states-too-far", "tokens-unlikely", "detector-unlikely
 class Verdict:
     """status and why, with the numbers that led there; those are None where they could not be computed.
 
-    n_tokens: output tokens. observation: series by detector. cells: VeriLLM statistics [layers, positions] in
-    `format`, the first `n_prompt` positions in the prompt. p_value, score, alpha, n_calibration: from the
-    profile whose digest is `profile`. refusal: the smallest alpha at which its guarantee refuses the run.
-    unlike: the p-value of the text's rounding noise among calibration texts. limit: the generated positions
-    at which the honest runs were cut that the score was ranked among. trace: digest of the header judged.
-    calibration: the profile itself. attribution: what the observation fits best, where the profile has a
-    library; it has no part in the status.
+    n_tokens: output tokens. observation: series by detector. cells: VeriLLM statistics [layers,
+    positions] in `format`, the first `n_prompt` positions in the prompt. p_value, score, alpha,
+    n_calibration: from the profile whose digest is `profile`. refusal: the smallest alpha at which its
+    guarantee refuses the run. ranked: the score that counts, lower for a run that ended early
+    (`Profile.ranked`). unlike: the p-value of the text's rounding noise among calibration texts. limit:
+    the generated positions at which the honest runs were cut that the score was ranked among. trace:
+    digest of the header judged. calibration: the profile itself. attribution: what the observation fits
+    best, where the profile has a library; it has no part in the status.
     """
 
     status: Status
@@ -47,6 +48,7 @@ class Verdict:
     refusal: float | None = None
     unlike: float | None = None
     score: Score | None = None
+    ranked: float | None = None
     alpha: float | None = None
     profile: str | None = None
     n_calibration: int | None = None
@@ -119,6 +121,7 @@ class Verdict:
             "unlike": self.unlike,
             "alpha": self.alpha,
             "score": self.score.to_dict() if self.score else None,
+            "ranked": self.ranked,
             "profile": self.profile,
             "n_calibration": self.n_calibration,
             "limit": self.limit,

@@ -18,6 +18,7 @@ anybody.
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -199,21 +200,24 @@ def concluded(
         return replace(evidence, status=status, reasons=tuple(reasons or undecided))
     alpha = level(alpha, profile)
     limit = min(header.sampling.max_new_tokens - 1, profile.generated_positions[1])
-    score, cuts = score_of(profile), (limit, observation.tokens - 1)
-    refusal, unlike = profile.refusal(score.value, *cuts), profile.unlike_p_value(observation, limit)
+    score, unlike = score_of(profile), profile.unlike_p_value(observation, limit)
+    ranked = partial(profile.ranked, limit=limit, positions=observation.tokens - 1)
+    refusal = profile.refusal(ranked(score.value), limit)
     if unlike <= UNLIKE and score.value < FAR:
         sentence = "the text's rounding noise is unlike that of the calibration texts"
         undecided = [Reason("unlike-calibration", f"{sentence} (p {unlike:.2g})")]
     elif refusal <= alpha:
-        reasons = [*reasons, *_unlike_honest_runs(score, profile, alpha, cuts)]
+        refused = [name for name, z in score.detectors.items() if profile.refusal(ranked(z), limit) <= alpha]
+        reasons = [*reasons, *_unlike_honest_runs(score, refused)]
     return replace(
         evidence,
         status="FAIL" if reasons else "INCONCLUSIVE" if undecided else "PASS",
         reasons=tuple(reasons or undecided or [Reason("as-honest", _as_honest(header))]),
-        p_value=None if undecided else profile.p_value(score.value, *cuts),
+        p_value=None if undecided else profile.p_value(ranked(score.value), limit),
         refusal=refusal,
         unlike=unlike,
         score=score,
+        ranked=ranked(score.value),
         alpha=alpha,
         profile=profile.digest,
         n_calibration=profile.n,
@@ -306,27 +310,26 @@ def _nonfinite_mismatches(cells: CellStatistics, model: PreTrainedModel) -> list
     return [Reason("nonfinite-mismatch", sentence)] if count else []
 
 
-def _unlike_honest_runs(score: Score, profile: Profile, alpha: float, cuts: tuple[int, ...]) -> list[Reason]:
-    """Return which parts of the evidence are too unlike honest runs by themselves."""
-    parts = []
-    for name, value in score.detectors.items():
+def _unlike_honest_runs(score: Score, refused: Sequence[str]) -> list[Reason]:
+    """Return how the `refused` parts of the evidence are unlike honest runs."""
+    reasons = []
+    for name in refused:
+        value = score.detectors[name]
         if name in BY_LAYER:
             farthest = value == max(score.detectors.get(other, value) for other in BY_LAYER)
             where = f", {score.part} positions at layer {score.layer}" if farthest else ""
             sentence = f"hidden states are {value:.1f} sd farther off than honest ones ({name}{where})"
-            parts.append((value, "states-too-far", sentence))
+            reasons.append(Reason("states-too-far", sentence))
         elif name == HEAD:
             sentence = f"the host's own last states choose other tokens ({name}: {value:.1f} sd)"
-            parts.append((value, "tokens-unlikely", sentence))
+            reasons.append(Reason("tokens-unlikely", sentence))
         elif name == ROTARY:
             sentence = f"hidden states lean towards another rotary base ({name}: {value:.1f} sd)"
-            parts.append((value, "states-too-far", sentence))
+            reasons.append(Reason("states-too-far", sentence))
         elif name in TOKEN_DETECTORS:
             sentence = f"this model would take other tokens ({name}: {value:.1f} sd worse than honest ones)"
-            parts.append((value, "tokens-unlikely", sentence))
+            reasons.append(Reason("tokens-unlikely", sentence))
         else:
             sentence = f"{name} is {value:.1f} sd farther off than in honest runs"
-            parts.append((value, "detector-unlikely", sentence))
-    return [
-        Reason(code, sentence) for value, code, sentence in parts if profile.refusal(value, *cuts) <= alpha
-    ]
+            reasons.append(Reason("detector-unlikely", sentence))
+    return reasons

@@ -1,0 +1,84 @@
+"""Traces that llama.cpp makes, judged by transformers: how far are honest ones, and are files told apart?
+
+Every file proves the same prompts in llama.cpp, and transformers in float32, with the weights of the same
+file, prefills what was generated: `distances` are relative, the geometric mean over generated positions and
+prompts, by layer. Then a host that should run the first file runs each of them and claims the first: a
+profile of `calibrate` (other prompts, alpha 0.05 on average) judges its runs; `refused` counts.
+
+Run: python benchmarks/engine_traces.py FIRST.gguf [OTHER.gguf ...] [--prompts 40] [--tokens 24]
+[--calibration 96] [--format json]
+"""
+
+import argparse
+import json
+from math import exp, log
+from pathlib import Path
+from statistics import fmean
+
+import bitassay
+from bitassay.data.corpora import bundled_prompts
+from bitassay.models.identity import identity
+from bitassay.record.environment import environment
+from bitassay.verification.calibrate import calibrate
+from bitassay.verification.prove import prove_many
+from bitassay.verification.verify import verify_many
+
+ENGINE, ALPHA = "llama.cpp", 0.05
+
+
+def distances(verdicts) -> dict[str, float]:
+    """By layer, over the runs that have generated positions."""
+    found = {}
+    for layer in verdicts[0].observation.layers:
+        values = [v.distance(layer) for v in verdicts]
+        found[str(layer)] = exp(fmean(log(value) for value in values if value))
+    return found
+
+
+def main(arguments: argparse.Namespace) -> dict:
+    every = bundled_prompts()
+    chosen = [every[i * len(every) // arguments.calibration] for i in range(arguments.calibration)]
+    rest = [text for text in every if text not in set(chosen)]
+    prompts = [rest[i * len(rest) // arguments.prompts] for i in range(arguments.prompts)]
+    first, *_ = files = arguments.files
+    verifier, claim = bitassay.load(first), identity(bitassay.load(first))
+    profile = calibrate(
+        bitassay.load(first, engine=ENGINE),
+        verifier,
+        chosen,
+        max_new_tokens=arguments.tokens,
+        alpha=ALPHA,
+        guarantee="average",
+    )
+    rows = []
+    for path in files:
+        hosted, ours = bitassay.load(path, engine=ENGINE), bitassay.load(path)
+        traces = prove_many(hosted, prompts, max_new_tokens=arguments.tokens)
+        honest = verify_many(traces, ours)
+        row = {
+            "host runs": Path(path).stem,
+            "distances": distances(honest),
+            "mean margin": fmean(verdict.mean_margin or 0 for verdict in honest),
+        }
+        claimed = prove_many(hosted, prompts, max_new_tokens=arguments.tokens, claim=claim)
+        verdicts = verify_many(claimed, verifier, profile=profile)
+        judged = [verdict for verdict in verdicts if verdict.status != "INCONCLUSIVE"]
+        row |= {
+            "distances from the first file": distances(verdicts),
+            "refused": sum(verdict.status == "FAIL" for verdict in judged),
+            "judged": len(judged),
+        }
+        rows.append(row)
+    return {"first": Path(first).stem, "tokens": arguments.tokens, "rows": rows, "environment": environment()}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("files", nargs="+")
+    parser.add_argument("--prompts", type=int, default=40)
+    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--calibration", type=int, default=96)
+    parser.add_argument("--format", choices=["table", "json"], default="table")
+    given = parser.parse_args()
+    result = main(given)
+    print(json.dumps(result, indent=2) if given.format == "json" else "\n".join(map(str, result["rows"])))
