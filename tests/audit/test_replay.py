@@ -111,6 +111,7 @@ def test_replay_at_the_command_line(bitassay_command, recorded, tmp_path):
     assert run["decision"] == recorded[0]["decision"]
     for more, why in (
         (["--seed", "3"], "--replay asks nothing"),
+        (["--watch", "6h"], "--watch says nothing"),
         (["--suspects", "w4,w44"], "w44"),
         (["--reference", "no-such"], "no-such"),
     ):

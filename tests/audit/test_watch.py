@@ -178,6 +178,8 @@ def test_wrong_words_are_refused(bitassay_command, earlier, tmp_path):
         (["--repeats", "3"], "--against"),
         (["--against", str(tmp_path)], "plan.json"),
         (["--against", str(earlier), "--requests", "3"], "--requests"),
+        (["--against", str(earlier), "--contract"], "--contract"),
+        (["--against", str(earlier), "--tokens", "5"], "--tokens"),
     ):
         said = bitassay_command(*words, *wrong)
         assert said.status == 2

@@ -1,27 +1,17 @@
 """`bitassay audit`: which model answers behind a URL?"""
 
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 from cyclopts import Parameter
 
 from bitassay.cli import options
+from bitassay.cli.audit_modes import ALPHA, Loader, changed, kept_contract, replayed, shown
 from bitassay.cli.checks import check_words
 from bitassay.cli.progress import show_progress
 from bitassay.errors import BitassayError, suggestion
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from bitassay.audit.judge import Reference
-    from bitassay.audit.suspects import Suspect
-    from bitassay.record.progress import Progress
-
-ALPHA = 0.01
 Urls = Annotated[list[str], Parameter(negative=())]
 
 
@@ -113,12 +103,14 @@ def audit(
         calibrate_key_env: The same for --calibrate-from.
     """
     named = [each for word in suspects or () for each in word.split(",") if each]
+    asked = {"--tokens": tokens if tokens != 128 else None, "--top": top if top != 20 else None}
     if replay is not None:
         given = {"a URL": url, "--model": model, "--calibrate-from": calibrate_from, "--seed": seed}
         given |= {"--evidence": evidence, "--requests": requests, "--budget": budget, "--key-env": key_env}
+        given |= {"--watch": watch, "--against": against, "--contract": contract or None} | asked
         if wrong := [name for name, value in given.items() if value is not None]:
             raise BitassayError(f"--replay asks nothing, so {wrong[0]} says nothing", "leave it out")
-        return _replayed(replay, reference, recipe, named, profile, alpha, ledger, loading, device, output)
+        return replayed(replay, reference, recipe, named, profile, alpha, ledger, loading, device, output)
     for name, value, needs, given in (
         ("--times", times, "--watch", watch),
         ("--repeats", repeats, "--against", against),
@@ -129,9 +121,10 @@ def audit(
     if url is not None and model is not None and against is not None:
         given = {"--calibrate-from": calibrate_from, "--profile": profile, "--ledger": ledger}
         given |= {"--evidence": evidence, "--requests": requests, "--budget": budget, "--watch": watch}
+        given |= {"--suspects": suspects, "--recipe": recipe, "--contract": contract or None} | asked
         if wrong := [name for name, value in given.items() if value is not None]:
             raise BitassayError(f"--against needs no {wrong[0]}", "leave it out")
-        return _changed(
+        return changed(
             url,
             model,
             reference,
@@ -152,7 +145,7 @@ def audit(
             raise BitassayError(f"--contract needs no {wrong[0]}", "leave it out")
         servers = [(url, model, key_env)]
         servers += [(each, calibrate_model or model, calibrate_key_env) for each in calibrate_from or ()]
-        return _kept(
+        return kept_contract(
             servers, reference, text, requests, context, alpha, seed, concurrency, timeout, loading, output
         )
     if url is None or model is None or reference is None:
@@ -204,7 +197,7 @@ def audit(
         Target(Endpoint(each, calibrate_key_env, seconds=timeout), calibrate_model or model)
         for each in calibrate_from or ()
     ]
-    loaded = _Loader(reference, recipe, loading, device)
+    loaded = Loader(reference, recipe, loading, device)
     if watch is not None and not honest and known is None:
         raise BitassayError("--watch needs to know what honest servers look like", "--calibrate-from URL")
     with show_progress() as progress:
@@ -221,7 +214,7 @@ def audit(
                 progress=progress,
                 tell=lambda text: print(text, file=sys.stderr, flush=True),
             )
-            return _shown(run, folder, output)
+            return shown(run, folder, output)
         run, folder = audit(
             target,
             loaded.reference(progress),
@@ -231,162 +224,4 @@ def audit(
             suspects=loaded.suspects(named, progress),
             progress=progress,
         )
-    return _shown(run, folder, output)
-
-
-def _replayed(
-    recorded: Path,
-    reference: str | None,
-    recipe: str | None,
-    suspects: list[str],
-    profile: Path | None,
-    alpha: float | None,
-    ledger: Path | None,
-    loading: options.Loading,
-    device: str,
-    output: options.RunOutput,
-) -> int:
-    check_words([reference], [recipe, *suspects], folder=output.out, file=ledger)
-    from bitassay.audit.judge import read_audit_profile
-    from bitassay.audit.replay import read_recorded, replay
-
-    was = read_recorded(recorded)
-    known = None if profile is None else read_audit_profile(profile)
-    if reference is None:
-        check_words([was.reference.name])
-    loaded = _Loader(reference or was.reference.name, recipe, loading, device)
-    with show_progress() as progress:
-        run, folder = replay(
-            recorded,
-            loaded.reference(progress),
-            alpha=alpha,
-            profile=known,
-            ledger=ledger,
-            suspects=loaded.suspects(suspects, progress),
-            out=output.out,
-            progress=progress,
-        )
-    return _shown(run, folder, output)
-
-
-def _changed(
-    url: str,
-    model: str,
-    reference: str | None,
-    against: Path,
-    repeats: int | None,
-    alpha: float | None,
-    seed: int | None,
-    concurrency: int,
-    timeout: int,
-    key_env: str | None,
-    loading: options.Loading,
-    output: options.RunOutput,
-) -> int:
-    from bitassay.audit.client import Endpoint, checked_url, require_variable
-
-    checked_url(url)
-    require_variable(key_env)
-    check_words([reference], folder=output.out)
-    from bitassay.audit.change import REPEATS, change
-    from bitassay.audit.replay import read_recorded
-    from bitassay.audit.session import Target
-    from bitassay.audit.words import words_of
-
-    name = reference or read_recorded(against).reference.name
-    with show_progress() as progress:
-        vocabulary, digest = words_of(name, progress, trust_remote_code=loading.trust_remote_code)
-        run, folder = change(
-            against,
-            Target(Endpoint(url, key_env, seconds=timeout), model),
-            vocabulary,
-            digest,
-            repeats=repeats or REPEATS,
-            alpha=ALPHA if alpha is None else alpha,
-            seed=seed or 0,
-            concurrency=concurrency,
-            out=output.out,
-            progress=progress,
-        )
-    return _shown(run, folder, output)
-
-
-def _kept(
-    servers: list[tuple[str, str, str | None]],
-    reference: str,
-    text: str,
-    requests: int | None,
-    context: int | None,
-    alpha: float | None,
-    seed: int | None,
-    concurrency: int,
-    timeout: int,
-    loading: options.Loading,
-    output: options.RunOutput,
-) -> int:
-    from bitassay.audit.client import Endpoint, checked_url, require_variable
-    from bitassay.data.corpora import check_corpus
-
-    if len(servers) > 2:
-        raise BitassayError("--contract compares with one honest server", "one --calibrate-from")
-    for each, _, variable in servers:
-        checked_url(each)
-        require_variable(variable)
-    check_words([reference], folder=output.out)
-    check_corpus(text)
-    from bitassay.audit.contract_run import Terms, contract
-    from bitassay.audit.session import Target
-    from bitassay.audit.words import words_of
-
-    target, *honest = [Target(Endpoint(url, key, seconds=timeout), model) for url, model, key in servers]
-    with show_progress() as progress:
-        vocabulary, _ = words_of(reference, progress, trust_remote_code=loading.trust_remote_code)
-        given = Terms()
-        terms = Terms(
-            text,
-            requests or given.requests,
-            context,
-            alpha or ALPHA,
-            seed or 0,
-            concurrency,
-            output.out,
-        )
-        run, folder = contract(
-            target,
-            vocabulary,
-            reference,
-            terms,
-            honest=honest[0] if honest else None,
-            progress=progress,
-        )
-    return _shown(run, folder, output)
-
-
-def _shown(run: dict[str, Any], folder: Path, output: options.RunOutput) -> int:
-    output.show_run(run, folder)
-    decision = run["decision"]
-    print(f"{decision['status']}: {decision['why']}", file=sys.stderr)
-    return 0 if decision["status"] == "PASS" else 1
-
-
-@dataclass(frozen=True)
-class _Loader:
-    """Loads the reference, and the models that may answer instead."""
-
-    name: str
-    recipe: str | None
-    loading: options.Loading
-    device: str
-
-    def _load(self, dtype: options.Dtype, recipe: str | None, progress: "Progress") -> "PreTrainedModel":
-        computing = options.Compute(**vars(self.loading), device=self.device, dtype=dtype)
-        return computing.load(self.name, recipe, progress=progress)
-
-    def reference(self, progress: "Progress") -> "Reference":
-        from bitassay.audit.judge import Reference
-
-        exact = self._load("float32", self.recipe, progress)
-        return Reference(exact, self._load("bfloat16", self.recipe, progress))
-
-    def suspects(self, recipes: Iterable[str], progress: "Progress") -> "dict[str, Suspect]":
-        return {recipe: partial(self._load, "bfloat16", recipe, progress) for recipe in recipes}
+    return shown(run, folder, output)
