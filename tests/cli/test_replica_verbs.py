@@ -131,7 +131,8 @@ def test_smollm_twice_is_told_from_once(tmp_path):
     (tmp_path / "r.yaml").write_text(TEXT.replace("[1, 3]", "[14]"))
     twice = quantize(base, read_recipe(tmp_path / "r.yaml"))
     once = quantize(base, read_recipe(tmp_path / "r.yaml").model_copy(update={"replication": None}))
-    prompts = chosen_prompts(base, 44, seed=0)
+    prompts = [ids for ids in chosen_prompts(base, 132, seed=0) if len(ids) <= 60][:44]
+    assert len(prompts) == 44
     profile = calibrate(once, once, prompts[:40], max_new_tokens=12, alpha=0.1, guarantee="average")
     honest = prove_many(once, prompts[40:], max_new_tokens=12)
     claimed = prove_many(twice, prompts[40:], max_new_tokens=12, claim=once.identity)

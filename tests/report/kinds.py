@@ -326,6 +326,11 @@ AUDIT = HEAD | {
         | {"problem": "not-finite"},
     ],
     "probes": [{"evidence": "seeds repeat", "given": True, "detail": "", "honest": [True]}],
+    "suspects": [
+        {"suspect": "w8", "distance": 0.02, "nearest": 1, "answers": 1, "seen": 0.9, "seen_ci": [0.7, 1.1]},
+        {"suspect": "the model that was claimed", "distance": 0.05, "nearest": 0, "answers": 1}
+        | {"seen": None, "seen_ci": None},
+    ],
     "decision": {
         "status": "PASS",
         "why": "set p 0.5 (level 0.01)",
@@ -335,6 +340,61 @@ AUDIT = HEAD | {
     "calibration": {"answers": 3, "servers": ["http://127.0.0.1:1/v1"], "scores": [-0.1, 0.0, 0.3]},
     "sequence": None,
     "receipts": {"given": 2, "valid": 2, "signers": ["ab" * 32]},
+}
+WATCH = HEAD | {
+    "kind": "watch",
+    "model": AUDIT["model"],
+    "environment": ENVIRONMENT,
+    "settings": AUDIT["settings"] | {"interval_seconds": 3600.0},
+    "rows": [
+        {
+            "audit": 1,
+            "created": "2026-11-30T12:00:00+00:00",
+            "judged": 8,
+            "score": 0.01,
+            "requests": 8,
+            "p_value": 1.0,
+            "status": "PASS",
+        }
+    ],
+    "decision": AUDIT["decision"],
+}
+CHANGE = HEAD | {
+    "kind": "change",
+    "model": AUDIT["model"],
+    "environment": ENVIRONMENT,
+    "settings": {"recorded_url": "https://toy.example/v1", "repeats": 3},
+    "rows": [
+        {"request": 1, "positions": 8, "then_now": 0.4, "now_now": 0.02, "rank": 4.0, "problem": ""},
+        {"request": 2, "positions": 0, "then_now": None, "now_now": None, "rank": None}
+        | {"problem": "no-evidence"},
+    ],
+    "decision": AUDIT["decision"] | {"requests": 1},
+}
+CONTRACT = HEAD | {
+    "kind": "contract",
+    "model": AUDIT["model"],
+    "environment": ENVIRONMENT,
+    "settings": {"requests": 16},
+    "rows": [
+        {
+            "check": "max_tokens is kept",
+            "kept": 15,
+            "n": 16,
+            "rate": 0.9375,
+            "rate_ci": [0.7, 1.0],
+            "honest_kept": 16,
+            "honest_n": 16,
+            "honest_rate": 1.0,
+            "honest_ci": [0.79, 1.0],
+            "p_value": 0.5,
+        }
+    ],
+    "problems": [
+        {"server": "https://toy.example/v1", "check": "max_tokens is kept", "request": 3}
+        | {"problem": "26 tokens instead of 24"}
+    ],
+    "decision": AUDIT["decision"],
 }
 EVERY = {
     run["kind"]: run
@@ -355,5 +415,8 @@ EVERY = {
         EIGHT_BIT,
         EVALUATION,
         AUDIT,
+        WATCH,
+        CHANGE,
+        CONTRACT,
     )
 }

@@ -17,7 +17,8 @@ from bitassay.verification.verify import verify_many
 @pytest.mark.slow
 @pytest.mark.real
 def test_smollm_passes_and_its_quantized_copies_fail(round_weights):
-    prompts = [bundled_prompts()[index] for index in np.random.default_rng(0).permutation(800)[:66]]
+    short = sorted(bundled_prompts(), key=len)[:200]  # prefills are most of the work
+    prompts = [short[index] for index in np.random.default_rng(0).permutation(200)[:66]]
     model = load("smollm2-135m", dtype=torch.bfloat16)
     profile = calibrate(model, model, prompts[:38], max_new_tokens=24, alpha=0.05, guarantee="average")
     assert stats.binom.sf(profile.held_out.rejected - 1, profile.held_out.n, profile.alpha) > 0.001
