@@ -18,7 +18,8 @@ $(VENV)/.dev: $(VENV)/.ready
 
 demo: $(VENV)/.ready  ## quantize, evaluate and verify SmolLM2-135M; prints the table, writes runs/demo/report.html
 	$(BIN)/bitassay assay smollm2-135m --recipe w8 --recipe fp8 --recipe w4 --recipe w2 \
-	  --windows 6 --window 512 --repeats 1 --new-tokens 16 --out runs/demo
+	  --windows 6 --window 512 --repeats 1 --new-tokens 16 \
+	  --prompts 6 --calibration-prompts 175 --out runs/demo
 
 test: $(VENV)/.dev  ## every behaviour once, also on the real model (fetched once, 98 MB)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --maxprocesses 4 --dist loadfile -m "not gpu and not ray and not slow"
