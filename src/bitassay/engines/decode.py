@@ -67,11 +67,7 @@ def generate(
     states are recorded. Raises BitassayError for an empty prompt, ids outside the vocabulary, or more tokens
     than the model has positions.
     """
-    nonces = [str(index) for index in range(len(prompts))] if nonces is None else list(nonces)
-    assert len(nonces) == len(prompts)
-    if max_new_tokens < 1:
-        raise BitassayError(f"max_new_tokens is {max_new_tokens}", "ask for at least 1")
-    check_ids(model, prompts, max_new_tokens - 1)
+    nonces = check_generation(model, prompts, nonces, max_new_tokens)
     generations: dict[int, Generation] = {}
     for batch in _readable_together(model, [(len(p), len(p) + max_new_tokens - 1) for p in prompts]):
         steps = Steps(model, [prompts[index] for index in batch])
@@ -308,6 +304,18 @@ def until_end(output: list[int], ends: Sequence[int]) -> list[int]:
 def vocabulary_size(model: PreTrainedModel) -> int:
     """Return the number of token ids that the model has an embedding for."""
     return model.get_input_embeddings().num_embeddings  # type: ignore[return-value]
+
+
+def check_generation(
+    model: PreTrainedModel, prompts: Sequence[TokenIds], nonces: Sequence[str] | None, max_new_tokens: int
+) -> list[str]:
+    """Return the nonces, one a prompt. Raises BitassayError as `generate` does."""
+    if max_new_tokens < 1:
+        raise BitassayError(f"max_new_tokens is {max_new_tokens}", "ask for at least 1")
+    check_ids(model, prompts, max_new_tokens - 1)
+    words = [str(index) for index in range(len(prompts))] if nonces is None else list(nonces)
+    assert len(words) == len(prompts)
+    return words
 
 
 def check_ids(model: PreTrainedModel, sequences: Sequence[TokenIds], more: int = 0) -> None:

@@ -14,14 +14,12 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from bitassay.engines.decode import Generation, Prefill, States, TokenIds, check_ids, end_tokens
+from bitassay.engines.decode import Generation, Prefill, TokenIds, end_tokens
 from bitassay.engines.llamacpp_library import Context, Library, bindings, capability, version
-from bitassay.engines.prompts import encode_prompt
-from bitassay.engines.sampling import GREEDY, Draw, Sampler
-from bitassay.engines.scores import token_logprobs
+from bitassay.engines.one_by_one import OneByOneEngine
+from bitassay.engines.sampling import Draw, Sampler
 from bitassay.errors import BitassayError
 from bitassay.models.config import text_config
 from bitassay.models.identity import identity
@@ -30,10 +28,12 @@ from bitassay.models.walk import decoder_layers
 NAME = "llama.cpp"
 
 
-class LlamaCppEngine:
+class LlamaCppEngine(OneByOneEngine):
     """A GGUF file in llama.cpp. `model` has its identity and tokenizer, and needs no weights. Raises
     BitassayError for a model that is no GGUF file, or that llama.cpp does not load; MissingError without
     llama-cpp-python."""
+
+    title = "llama.cpp"
 
     def __init__(self, model: PreTrainedModel) -> None:
         source = identity(model).source
@@ -42,7 +42,7 @@ class LlamaCppEngine:
                 f"{source.name}: llama.cpp reads GGUF files, and this is a folder",
                 "bitassay quantize MODEL --gguf FILE.gguf writes one",
             )
-        self.model = model
+        super().__init__(model)
         self.library = Library(source.gguf, torch.get_num_threads())
         self._contexts: dict[tuple[int, ...], Context] = {}
         weakref.finalize(self, _free, self._contexts, self.library)
@@ -61,58 +61,22 @@ class LlamaCppEngine:
         """Raise MissingError without llama-cpp-python."""
         bindings()
 
-    def encode(self, prompt: str | TokenIds) -> tuple[int, ...]:
-        return encode_prompt(self.model, prompt)
+    def continued(
+        self, prompt: TokenIds, nonce: str, max_new_tokens: int, sampler: Sampler, layers: Sequence[int]
+    ) -> Generation:
+        ends, output = end_tokens(self.model), list[int]()
+        with self._context(len(prompt) + max_new_tokens, layers) as context:
+            logits = context.decode(prompt, 1)
+            while True:
+                output += sampler.choose(logits, [Draw(nonce, len(output))]).tolist()
+                if output[-1] in ends or len(output) == max_new_tokens:
+                    return Generation(tuple(output), dict(context.states()))
+                logits = context.decode(output[-1:], 1)
 
-    def generate(
-        self,
-        prompts: Sequence[TokenIds],
-        *,
-        max_new_tokens: int,
-        sampler: Sampler = GREEDY,
-        nonces: Sequence[str] | None = None,
-        layers: Sequence[int] = (),
-    ) -> list[Generation]:
-        nonces = [str(index) for index in range(len(prompts))] if nonces is None else list(nonces)
-        assert len(nonces) == len(prompts)
-        if max_new_tokens < 1:
-            raise BitassayError(f"max_new_tokens is {max_new_tokens}", "ask for at least 1")
-        check_ids(self.model, prompts, max_new_tokens - 1)
-        ends, made = end_tokens(self.model), list[Generation]()
-        for prompt, nonce in zip(prompts, nonces, strict=True):
-            output: list[int] = []
-            with self._context(len(prompt) + max_new_tokens, layers) as context:
-                logits = context.decode(prompt, 1)
-                while True:
-                    output += sampler.choose(logits, [Draw(nonce, len(output))]).tolist()
-                    if output[-1] in ends or len(output) == max_new_tokens:
-                        break
-                    logits = context.decode(output[-1:], 1)
-                made.append(Generation(tuple(output), dict(context.states())))
-        return made
-
-    def prefill(
-        self,
-        prompts: Sequence[TokenIds],
-        outputs: Sequence[TokenIds],
-        *,
-        layers: Sequence[int] = (),
-        claimed: Sequence[States] | None = None,
-    ) -> list[Prefill]:
-        if claimed:
-            raise BitassayError("llama.cpp cannot go on from states that somebody claims", "transformers can")
-        texts = [[*prompt, *output[:-1]] for prompt, output in zip(prompts, outputs, strict=True)]
-        check_ids(self.model, texts)
-        read = []
-        for text, output in zip(texts, outputs, strict=True):
-            with self._context(len(text), layers) as context:
-                logits = context.decode(text, len(output))
-                read.append(Prefill(dict(context.states()), logits))
-        return read
-
-    def logprobs(self, prompts: Sequence[TokenIds], outputs: Sequence[TokenIds]) -> list[Tensor]:
-        pairs = zip(prompts, outputs, strict=True)  # one at a time: all of the vocabulary takes memory
-        return [token_logprobs(self.prefill([p], [out])[0].logits, out) for p, out in pairs]
+    def read(self, text: TokenIds, outputs: int, layers: Sequence[int]) -> Prefill:
+        with self._context(len(text), layers) as context:
+            logits = context.decode(text, outputs)
+            return Prefill(dict(context.states()), logits)
 
     def numerics(self) -> dict[str, Any]:
         """Describe what computes: dtype is that of the states; of the weights' types the file is the record.
@@ -133,11 +97,7 @@ class LlamaCppEngine:
     @contextmanager
     def _context(self, room: int, layers: Sequence[int]) -> Iterator[Context]:
         """An empty context with this much room that keeps the states of `layers`."""
-        count, key = len(decoder_layers(self.model)), tuple(layers)
-        if unknown := [layer for layer in layers if not 1 <= layer <= count]:
-            raise BitassayError(
-                f"there is no decoder layer {unknown[0]}", f"layers are counted from 1 to {count}"
-            )
+        key = tuple(layers)
         context = self._contexts.get(key)
         if context is None or context.room < room:
             if context is not None:

@@ -30,17 +30,23 @@ def tap_layers(model: PreTrainedModel) -> tuple[int, ...]:
     return tuple(sorted({*range(EVERY, count + 1, EVERY), count}))
 
 
+def check_layers(model: PreTrainedModel, layers: Sequence[int]) -> None:
+    """Raise BitassayError for a layer that the model does not have."""
+    count = len(decoder_layers(model))
+    if unknown := [layer for layer in layers if not 1 <= layer <= count]:
+        raise BitassayError(
+            f"there is no decoder layer {unknown[0]}", f"layers are counted from 1 to {count}"
+        )
+
+
 @contextmanager
 def record_states(
     model: PreTrainedModel, layers: Sequence[int]
 ) -> Iterator[dict[int, list[Float[Tensor, "batch tokens hidden"]]]]:
     """Record within the context: each forward appends every tapped layer's output to the list of that layer,
     on the model's device. Raises BitassayError for a layer that the model does not have."""
+    check_layers(model, layers)
     modules = decoder_layers(model)
-    if unknown := [layer for layer in layers if not 1 <= layer <= len(modules)]:
-        raise BitassayError(
-            f"there is no decoder layer {unknown[0]}", f"layers are counted from 1 to {len(modules)}"
-        )
     recorded: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     shape = torch.Size()  # batch and tokens of the forward under way
 

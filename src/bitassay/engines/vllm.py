@@ -23,10 +23,9 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bitassay.engines.decode import Generation, Prefill, States, TokenIds, check_ids, end_tokens
-from bitassay.engines.prompts import encode_prompt
-from bitassay.engines.sampling import GREEDY, Draw, Sampler
-from bitassay.engines.scores import token_logprobs
+from bitassay.engines.decode import Generation, Prefill, TokenIds, end_tokens
+from bitassay.engines.one_by_one import OneByOneEngine
+from bitassay.engines.sampling import Draw, Sampler
 from bitassay.engines.vllm_worker import receive, send
 from bitassay.errors import BitassayError, MissingError
 from bitassay.models.identity import identity
@@ -64,13 +63,15 @@ def interpreter() -> str:
     return sys.executable
 
 
-class VllmEngine:
+class VllmEngine(OneByOneEngine):
     """A folder in vLLM. `model` has its identity and tokenizer, and needs no weights. Raises BitassayError
     for a folder that vLLM does not load, with what it said; MissingError without vLLM."""
 
+    title = "vLLM"
+
     def __init__(self, model: PreTrainedModel) -> None:
-        self.model, folder = model, identity(model).source.folder
-        positions = min(context_length(model) or POSITIONS, POSITIONS)
+        super().__init__(model)
+        folder, positions = identity(model).source.folder, min(context_length(model) or POSITIONS, POSITIONS)
         self.positions = positions
         self.process = _Process(interpreter())
         weakref.finalize(self, self.process.end)
@@ -85,56 +86,32 @@ class VllmEngine:
         """Raise MissingError without vLLM."""
         interpreter()
 
-    def encode(self, prompt: str | TokenIds) -> tuple[int, ...]:
-        return encode_prompt(self.model, prompt)
+    def continued(
+        self, prompt: TokenIds, nonce: str, max_new_tokens: int, sampler: Sampler, layers: Sequence[int]
+    ) -> Generation:
+        ends, output = sorted(end_tokens(self.model)), list[int]()
+        job = {"kind": "generate", "ids": list(prompt), "tokens": max_new_tokens, "ends": ends}
+        said, arrays = self.process.ask(job | {"layers": list(layers)})
+        while said["kind"] == "step":
+            output += sampler.choose(arrays["logits"], [Draw(nonce, len(output))]).tolist()
+            said, arrays = self.process.ask({"token": output[-1]})
+        return Generation(tuple(output), self._states(arrays, layers))
 
-    def generate(
-        self,
-        prompts: Sequence[TokenIds],
-        *,
-        max_new_tokens: int,
-        sampler: Sampler = GREEDY,
-        nonces: Sequence[str] | None = None,
-        layers: Sequence[int] = (),
-    ) -> list[Generation]:
-        nonces = [str(index) for index in range(len(prompts))] if nonces is None else list(nonces)
-        assert len(nonces) == len(prompts)
-        if max_new_tokens < 1:
-            raise BitassayError(f"max_new_tokens is {max_new_tokens}", "ask for at least 1")
-        self._check(prompts, max_new_tokens, layers)
-        ends, made = sorted(end_tokens(self.model)), list[Generation]()
-        for prompt, nonce in zip(prompts, nonces, strict=True):
-            output: list[int] = []
-            job = {"kind": "generate", "ids": list(prompt), "tokens": max_new_tokens, "ends": ends}
-            said, arrays = self.process.ask(job | {"layers": list(layers)})
-            while said["kind"] == "step":
-                output += sampler.choose(arrays["logits"], [Draw(nonce, len(output))]).tolist()
-                said, arrays = self.process.ask({"token": output[-1]})
-            made.append(Generation(tuple(output), self._states(arrays, layers)))
-        return made
+    def read(self, text: TokenIds, outputs: int, layers: Sequence[int]) -> Prefill:
+        job = {"kind": "prefill", "ids": list(text), "outputs": outputs, "layers": list(layers)}
+        _, arrays = self.process.ask(job)
+        return Prefill(self._states(arrays, layers), arrays["logits"])
 
-    def prefill(
-        self,
-        prompts: Sequence[TokenIds],
-        outputs: Sequence[TokenIds],
-        *,
-        layers: Sequence[int] = (),
-        claimed: Sequence[States] | None = None,
-    ) -> list[Prefill]:
-        if claimed:
-            raise BitassayError("vLLM cannot go on from states that somebody claims", "transformers can")
-        texts = [[*prompt, *output[:-1]] for prompt, output in zip(prompts, outputs, strict=True)]
-        self._check(texts, 1, layers)
-        read = []
-        for text, output in zip(texts, outputs, strict=True):
-            job = {"kind": "prefill", "ids": text, "outputs": len(output), "layers": list(layers)}
-            _, arrays = self.process.ask(job)
-            read.append(Prefill(self._states(arrays, layers), arrays["logits"]))
-        return read
-
-    def logprobs(self, prompts: Sequence[TokenIds], outputs: Sequence[TokenIds]) -> list[Tensor]:
-        pairs = zip(prompts, outputs, strict=True)
-        return [token_logprobs(self.prefill([p], [out])[0].logits, out) for p, out in pairs]
+    def check(self, texts: Sequence[TokenIds], more: int, layers: Sequence[int]) -> None:
+        """Raise BitassayError as the base class does, and for what this vLLM cannot hold or show."""
+        super().check(texts, more, layers)
+        if layers and self.about["layers"] != len(decoder_layers(self.model)):
+            raise BitassayError("vLLM's model of this architecture has no list of layers to read states of")
+        longest = max(map(len, texts)) + more
+        if longest > self.positions:  # vLLM always makes one token more
+            raise BitassayError(
+                f"{longest} tokens; vLLM was started for {self.positions}", "shorter texts or windows"
+            )
 
     def numerics(self) -> dict[str, Any]:
         about = self.about
@@ -146,21 +123,6 @@ class VllmEngine:
             "engine": NAME,
             "engine_version": about["version"],
         }
-
-    def _check(self, texts: Sequence[TokenIds], more: int, layers: Sequence[int]) -> None:
-        check_ids(self.model, texts, more - 1)
-        count = len(decoder_layers(self.model))
-        if layers and self.about["layers"] != count:
-            raise BitassayError("vLLM's model of this architecture has no list of layers to read states of")
-        if unknown := [layer for layer in layers if not 1 <= layer <= count]:
-            raise BitassayError(
-                f"there is no decoder layer {unknown[0]}", f"layers are counted from 1 to {count}"
-            )
-        longest = max(map(len, texts)) + more
-        if longest > self.positions:  # vLLM always makes one token more
-            raise BitassayError(
-                f"{longest} tokens; vLLM was started for {self.positions}", "shorter texts or windows"
-            )
 
     def _states(self, arrays: dict[str, Tensor], layers: Sequence[int]) -> dict[int, Tensor]:
         """States in vLLM's dtype, in which they were computed."""

@@ -42,6 +42,7 @@ Row = dict[str, Any]
 TRANSFORMERS = "plain transformers"
 # What `--for` takes, and the layout of the folder that such an engine loads.
 LLAMA_CPP = "llama.cpp"
+WORK_BYTES = {"tune": tune.work_bytes_a_weight}  # that parts of a recipe put into the work folder
 ENGINES: dict[str, str | None] = {"vllm": GROUPED, "transformers": STANDARD, LLAMA_CPP: None}
 REMEDIES = {
     "vllm": "integers with whole zero points or none, in groups that divide the rows: portable-4bit, w4",
@@ -166,7 +167,7 @@ def work_bytes(empty: PreTrainedModel, recipe: Recipe, way: str) -> int:
         if (scheme := recipe.scheme_for(name)) is not None:
             weights += view.numel()
             bits += storage.planned_bits(storage.planned(scheme), (view.shape[0], view.shape[1]))
-    a_weight = 0 if recipe.tune is None else tune.WORK_BYTES + (tune.BYTES_A_WEIGHT if way == OPENED else 0)
+    a_weight = sum(bytes_of(way == OPENED) for bytes_of, _ in recipe.steps(WORK_BYTES))
     return bits // 8 + a_weight * weights
 
 

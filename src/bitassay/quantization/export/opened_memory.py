@@ -2,9 +2,9 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel
 
@@ -13,8 +13,10 @@ from bitassay.quantization.codes.storage import Stored
 from bitassay.quantization.inputs.ranges import SAMPLED_TOKENS, SAMPLING
 from bitassay.quantization.recipe.calibration import Calibration
 from bitassay.quantization.recipe.formats import FORMATS
+from bitassay.quantization.recipe.inputs import Activations
 from bitassay.quantization.recipe.recipe import Recipe
-from bitassay.quantization.recipe.solvers import Tune
+from bitassay.quantization.recipe.solvers import Learned, Tune
+from bitassay.quantization.recipe.transforms import Rotation, Smoothing
 from bitassay.quantization.solvers import layerwise, tune
 from bitassay.quantization.transforms.residual_stream import CHUNK_VALUES
 
@@ -43,34 +45,38 @@ class Sizes:
 def opened_memory(sizes: Sizes, stored: Mapping[str, Stored], recipe: Recipe, solves: bool) -> int:
     """Return the bytes that it takes a layer at a time: the most of what rounding a matrix holds, what a
     layer holds that is run when it is checked, what lies beside the layers while it is written, what the
-    parts that change weights or watch inputs hold and, where the recipe `solves` layers, of that."""
+    parts of the recipe hold and, where it `solves` layers, of that."""
     item, shapes = sizes.model.dtype.itemsize, Shapes.of(sizes.model)
     binary = any(FORMATS[way.scheme.format].kind == "binary" for way in stored.values())
-    copies = BINARY_COPIES if binary else ROUNDING_COPIES
-    rounding = item * shapes.owner + 4 * shapes.matrix * copies
+    rounding = int(4 * shapes.matrix * (BINARY_COPIES if binary else ROUNDING_COPIES))
     checking = item * shapes.layer + shapes.decoding
-    most = max(rounding, checking, shapes.beside * (item + READ_BYTES))
-    if recipe.rotation is not None:
-        changing = 4 * shapes.layer + READ_BYTES * shapes.matrix + IN_FP64
-        folded = ROTATED_BYTES if recipe.rotation.r1 == "folded" else 0
-        most = max(
-            most, changing, 4 * shapes.owner + IN_FP64 + 4 * shapes.matrix * copies, folded * shapes.beside
-        )
-    if (smoothing := recipe.smoothing) is not None:
-        awq = smoothing.method == "awq"
-        watched = _watching(sizes, shapes, False, SAMPLED_TOKENS if awq else 0, 0)
-        most = max(
-            most, watched.running, watched.kept + (8 + 4 * copies if awq else FOLDING_BYTES) * shapes.matrix
-        )
-        if smoothing.clip:  # at every read, by the sampled inputs
-            most = max(most, watched.kept + 4 * shapes.layer + 4 * copies * shapes.matrix)
-    if (spec := recipe.activations) is not None and spec.needs_text:
-        sampled = SAMPLED_TOKENS if any(scheme.scale in SAMPLING for scheme in spec.schemes) else 0
-        each = any(scheme.scale == "moving_average" for scheme in spec.schemes)
-        most = max(most, _watching(sizes, shapes, each, sampled, shapes.decoding).running)
+    most = [item * shapes.owner + rounding, checking, shapes.beside * (item + READ_BYTES)]
+    most += [memory_of(part, sizes, shapes, rounding) for memory_of, part in recipe.steps(OPENED_MEMORY)]
     if solves:
-        most = max(most, _solving_opened(sizes, shapes, recipe))
-    return BASE_BYTES + int(most)
+        most.append(_solving(None, sizes, shapes, rounding))
+    return BASE_BYTES + max(most)
+
+
+def _rotating(spec: Rotation, sizes: Sizes, shapes: "Shapes", rounding: int) -> int:
+    changing = 4 * shapes.layer + READ_BYTES * shapes.matrix + IN_FP64
+    folded = ROTATED_BYTES if spec.r1 == "folded" else 0
+    return max(changing, 4 * shapes.owner + IN_FP64 + rounding, folded * shapes.beside)
+
+
+def _smoothing(spec: Smoothing, sizes: Sizes, shapes: "Shapes", rounding: int) -> int:
+    awq = spec.method == "awq"
+    watched = _watching(sizes, shapes, False, SAMPLED_TOKENS if awq else 0, 0)
+    folding = 8 * shapes.matrix + rounding if awq else FOLDING_BYTES * shapes.matrix
+    clipping = 4 * shapes.layer + rounding if spec.clip else 0  # at every read, by the sampled inputs
+    return max(watched.running, watched.kept + max(folding, clipping))
+
+
+def _ranging(spec: Activations, sizes: Sizes, shapes: "Shapes", rounding: int) -> int:
+    if not spec.needs_text:
+        return 0
+    sampled = SAMPLED_TOKENS if any(scheme.scale in SAMPLING for scheme in spec.schemes) else 0
+    each = any(scheme.scale == "moving_average" for scheme in spec.schemes)
+    return _watching(sizes, shapes, each, sampled, shapes.decoding).running
 
 
 class Watching(NamedTuple):
@@ -96,11 +102,11 @@ def _watching(sizes: Sizes, shapes: "Shapes", each_batch: bool, sampled: int, de
     )
 
 
-def _solving_opened(sizes: Sizes, shapes: "Shapes", recipe: Recipe) -> int:
+def _solving(spec: Learned | None, sizes: Sizes, shapes: "Shapes", rounding: int) -> int:
     """Return the bytes of solving a layer in fp32: the layer, the states of all samples, and the most of one
     batch with the statistics of an input, of factorising them and rounding what reads it, and of learning."""
     text, hidden = sizes.text, sizes.model.config.get_text_config().hidden_size
-    state, learned = 4 * text.samples * text.tokens * hidden, recipe.learned
+    state = 4 * text.samples * text.tokens * hidden
     batch = min(layerwise.BATCH_SAMPLES, text.samples) * text.tokens
     passing = layerwise.memory_of(batch, hidden, shapes.widest, 0)
     steps = []
@@ -111,13 +117,12 @@ def _solving_opened(sizes: Sizes, shapes: "Shapes", recipe: Recipe) -> int:
             passing + statistics,
             HESSIANS * statistics + 4 * SOLVING_COPIES * together * rows * columns,
         ]
-    if learned:
+    if spec is not None:
         learning = layerwise.memory_of(
-            learned.batch * text.tokens, hidden, shapes.widest, layerwise.LEARNED_STREAMS
+            spec.batch * text.tokens, hidden, shapes.widest, layerwise.LEARNED_STREAMS
         )
         steps.append(LEARNING_BYTES * shapes.layer + learning)
-    solving = 4 * shapes.layer + (2 if learned else 1) * state + max(*steps, state + passing)
-    return solving if recipe.tune is None else max(solving, tuning_memory(recipe.tune, sizes, opened=True))
+    return 4 * shapes.layer + (1 if spec is None else 2) * state + max(*steps, state + passing)
 
 
 class Shapes(NamedTuple):
@@ -165,3 +170,13 @@ def tuning_memory(spec: Tune, sizes: Sizes, opened: bool = False) -> int:
         config.vocab_size,
         opened,
     )
+
+
+# What parts of a recipe hold, by the shapes and by what rounding a matrix holds.
+OPENED_MEMORY: dict[str, Callable[[Any, Sizes, Shapes, int], int]] = {
+    "rotation": _rotating,
+    "smoothing": _smoothing,
+    "activations": _ranging,
+    "learned": _solving,
+    "tune": lambda spec, sizes, *_: tuning_memory(spec, sizes, opened=True),
+}

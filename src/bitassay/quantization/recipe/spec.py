@@ -2,8 +2,8 @@
 
 A `RecipePart` also says what it needs and which combinations make no sense. What a part *does* is registered
 under its name where the algorithms are: `PREPARE` and `FINISH` of `pipeline.py`, `SOLVERS` of
-`solvers/registry.py`, `ATTACH` of `runtime/model.py`, `EXPRESSED`, `ADDED_PARAMETERS` and `MEMORY` of
-`export/`.
+`solvers/registry.py`, `ATTACH` of `runtime/model.py`, `EXPRESSED`, `ADDED_PARAMETERS`, `MEMORY` and
+`OPENED_MEMORY` of `export/`, `WORK_BYTES` of `studies/checkpoint.py`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

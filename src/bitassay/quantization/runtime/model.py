@@ -186,16 +186,14 @@ def check_recipe(model: PreTrainedModel, recipe: Recipe) -> dict[str, Tensor]:
     if recipe.is_calibrated:
         check_calibration(model, recipe.text)
     modules, views = walk(model), matrices(model)
-    if recipe.mixed is not None and recipe.weights is not None:
-        for scheme in recipe.mixed.choices(recipe.weights):
-            odd = [
-                name for name, view in views.items() if scheme.number_format.levels and view.shape[1] % RUN
-            ]
-            if free := [name for name in odd if recipe.override_for(name) is None]:
+    columns = {name: view.shape[1] for name, view in views.items()}
+    for way in fitted(recipe, columns).possible_schemes(columns):
+        for name, scheme in way.items():
+            if scheme.number_format.levels and columns[name] % RUN:
                 raise BitassayError(
                     f"recipe {recipe.name}: mixed may choose {scheme.format}, which rows of "
-                    f"{views[free[0]].shape[1]} weights ({free[0]}) cannot have: {RUN} does not divide them",
-                    f"an override for *.{free[0].rpartition('.')[2]}, or other formats",
+                    f"{columns[name]} weights ({name}) cannot have: {RUN} does not divide them",
+                    f"an override for *.{name.rpartition('.')[2]}, or other formats",
                 )
     names = [*views, *modules.others]
     routers = sorted({name.removesuffix(".weight") for name in modules.routers} | set(modules.routers))

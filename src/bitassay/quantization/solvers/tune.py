@@ -48,10 +48,15 @@ from bitassay.record.run import RunFolder
 SAID_STEPS = 16
 KEPT_DISTANCE = 0.9  # the share of a position's distance from its code with which tuning starts
 BYTES_A_WEIGHT = 4 + 2 + 2  # a position and two moments
-WORK_BYTES = 4 + 2 * BYTES_A_WEIGHT  # of a weight in the work folder: its start, and the last two states
 BYTES_IN_A_PASS = 4 + 4 + 2 + 2 + 3 * 4  # of a layer: value, its gradient, bf16, position, and a step
 BYTES_A_FEATURE = 2.6  # and, for each input and output of each of its linears and token: SmolLM2's
 CHUNK_TOKENS = 128  # logits that are held at once
+
+
+def work_bytes_a_weight(opened: bool) -> int:
+    """Return the bytes of a weight in the work folder: its start and the last two states; of an opened model
+    what it learns, too."""
+    return 4 + (3 if opened else 2) * BYTES_A_WEIGHT
 
 
 def memory_of(
