@@ -86,7 +86,7 @@ def runs_of(kind: str, name: str, model, asked_for: list[tuple[str, str]], token
 def judged(honest: Runs, runs: Runs, alpha: float) -> dict:
     """How many runs are refused, in all and by domain; and the ledgers of domains with enough runs."""
     answers = by_others(honest, runs, list(DECIDING), shortest=MIN_POSITIONS, alpha=alpha)
-    counts = {domain: sum(value <= alpha for value in answer.refusals) for domain, answer in answers.items()}
+    counts = {domain: answer.refused(alpha) for domain, answer in answers.items()}
     n = sum(len(runs[domain]) for domain in counts)
     rows = {domain: [count, len(runs[domain])] for domain, count in counts.items() if count}
     return {

@@ -3,7 +3,7 @@ import pytest
 from test_calibrate import synthetic
 
 from bitassay.verification.detectors.registry import DECIDING
-from bitassay.verification.left_out import refused
+from bitassay.verification.left_out import by_others
 
 
 def runs(seed, farther=()):
@@ -11,6 +11,11 @@ def runs(seed, farther=()):
     rng = np.random.default_rng(seed)
     shifts = dict(farther)
     return {name: [synthetic(rng, 24, shifts.get(name, 0.0)) for _ in range(20)] for name in "abcdefgh"}
+
+
+def refused(honest, judged, detectors, *, alpha, **options):
+    answers = by_others(honest, judged, detectors, alpha=alpha, **options)
+    return {domain: answer.refused(alpha) for domain, answer in answers.items()}
 
 
 def test_domains_like_the_others_are_refused_no_more_than_promised():

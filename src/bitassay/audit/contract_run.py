@@ -6,9 +6,7 @@ the same command goes on.
     parts/tool-S-NNNNN.json      of one question with tools
 """
 
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +30,7 @@ from bitassay.audit.contract import (
     tool_bodies,
 )
 from bitassay.audit.probe import probe
-from bitassay.audit.session import NOT_THEIR_FAULT, PROBE_TOKENS, PROMPT_TOKENS, Target
+from bitassay.audit.session import NOT_THEIR_FAULT, PROBE_TOKENS, PROMPT_TOKENS, Target, keep_all
 from bitassay.audit.wire import Vocabulary
 from bitassay.data.corpora import pinned
 from bitassay.errors import BitassayError
@@ -150,25 +148,9 @@ class _Asker:
                 work[f"long-{self.index}-{number:05d}"] = partial(self._long, text)
         for number, (is_needed, body) in enumerate(tool_bodies(self.terms.requests)):
             work[f"tool-{self.index}-{number:05d}"] = partial(self._tool, is_needed, body)
-        stop, done = threading.Event(), 0
-
-        def part(name: str) -> list[Outcome]:
-            if stop.is_set():
-                return []
-            return [tuple(each) for each in self.folder.part(name, work[name])]
-
-        with ThreadPoolExecutor(self.terms.concurrency) as pool:
-            found = []
-            try:
-                for some in pool.map(part, work):
-                    self.progress(f"checking {self.target.endpoint.url}", done, len(work))
-                    found.append(some)
-                    done += 1
-            except BaseException:
-                stop.set()
-                raise
-        self.progress(f"checking {self.target.endpoint.url}", len(work), len(work))
-        return found
+        what = f"checking {self.target.endpoint.url}"
+        keep_all(self.folder, work, self.terms.concurrency, what, self.progress)
+        return [[tuple(each) for each in self.folder.part(name, work[name])] for name in work]
 
     def _context(self) -> int:
         """The tokens that the server says it serves; 0: it does not say."""

@@ -10,7 +10,7 @@ blamed for is an answer that cannot be judged.
 """
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -211,18 +211,30 @@ def ask_all(
 ) -> None:
     """Keep the answer to each text, or what was wrong with it, as the part of its name; what is kept is not
     asked again. Raises AnswerError for what the server cannot be blamed for."""
-    missing = [name for name in asked if not folder.has(name)]
-    stop, done, what = threading.Event(), 0, f"asking {target.endpoint.url}"
+    work = {name: partial(ask_once, target, asking, text, vocabulary) for name, text in asked.items()}
+    keep_all(folder, work, concurrency, f"asking {target.endpoint.url}", progress)
 
-    def ask(name: str) -> None:
+
+def keep_all(
+    folder: RunFolder,
+    work: Mapping[str, Callable[[], Any]],
+    concurrency: int,
+    what: str,
+    progress: Progress,
+) -> None:
+    """Keep what each of `work` gives as the part of its name, several at a time; what is kept is not done
+    again. The first error ends what has not begun, and is raised. what: progress says."""
+    missing = [name for name in work if not folder.has(name)]
+    stop = threading.Event()
+
+    def keep(name: str) -> None:
         if not stop.is_set():
-            folder.part(name, lambda: ask_once(target, asking, asked[name], vocabulary))
+            folder.part(name, work[name])
 
     with ThreadPoolExecutor(concurrency) as pool:
         try:
-            for _ in pool.map(ask, missing):
+            for done, _ in enumerate(pool.map(keep, missing)):
                 progress(what, done, len(missing))
-                done += 1
         except BaseException:
             stop.set()
             raise

@@ -30,7 +30,7 @@ from bitassay.verification.attribution import HONEST, Library, fit_library
 from bitassay.verification.detectors.excess_distance import ROUNDING
 from bitassay.verification.detectors.registry import DECIDING, DETECTORS, STATES
 from bitassay.verification.fitting import MIN_FIT, fit_by_length, split
-from bitassay.verification.left_out import refused
+from bitassay.verification.left_out import by_others
 from bitassay.verification.numerics import numerics
 from bitassay.verification.observe import Observation, check_verifier, observe
 from bitassay.verification.profile import ALPHA, HeldOut, Profile, library_statistics, unlike
@@ -133,9 +133,10 @@ def calibrate(
     control = fits.pop(ROUNDING.name)
     created = datetime.now(UTC).replace(microsecond=0)
     progress("leaving out each domain of text")
-    refusals = refused(
+    unseen = by_others(
         by_domain, by_domain, list(fits), shortest=min_positions, alpha=alpha, guarantee=guarantee, seed=seed
     )
+    refusals = {name: judged.refused(alpha) for name, judged in unseen.items()}
     profile = Profile(
         model=claim,
         prover=numerics(prover_model),

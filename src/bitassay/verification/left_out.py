@@ -17,6 +17,7 @@ from bitassay.verification.observe import Observation
 from bitassay.verification.scores import (
     Fits,
     Guarantee,
+    Statistic,
     ranked_alike,
     refusal,
     runs_needed,
@@ -35,24 +36,9 @@ class Judged(NamedTuple):
     refusals: list[float]
     honest: list[float]
 
-
-def refused(
-    honest: Runs,
-    judged: Runs,
-    detectors: Sequence[str],
-    *,
-    shortest: int,
-    alpha: float,
-    guarantee: Guarantee = "conditional",
-    seed: int = 0,
-) -> dict[str, int]:
-    """Return by domain how many of the `judged` runs are refused by the `honest` runs of all other domains.
-    shortest: generated positions of the shortest run. A domain is left out of the answer where the others
-    have too few runs for `alpha`."""
-    by_domain = by_others(
-        honest, judged, detectors, shortest=shortest, alpha=alpha, guarantee=guarantee, seed=seed
-    )
-    return {name: sum(value <= alpha for value in runs.refusals) for name, runs in by_domain.items()}
+    def refused(self, alpha: float) -> int:
+        """Return how many are refused."""
+        return sum(value <= alpha for value in self.refusals)
 
 
 def by_others(
@@ -65,8 +51,18 @@ def by_others(
     guarantee: Guarantee = "conditional",
     seed: int = 0,
 ) -> dict[str, Judged]:
-    """Return by domain what the `honest` runs of all other domains say of the `judged` runs; see
-    `refused`."""
+    """Return by domain what the `honest` runs of all other domains say of the `judged` runs. shortest:
+    generated positions of the shortest run. A domain is left out of the answer where the others have too few
+    runs for `alpha`."""
+    computed: dict[tuple[int, int], list[Statistic] | None] = {}
+
+    def score_of(run: Observation, fits: Fits, most: int) -> float:
+        """The score of a run cut after `most` generated positions."""
+        n = min(run.positions, most)
+        if (id(run), n) not in computed:  # its statistics are the same whoever is left out
+            computed[id(run), n] = statistics(run, detectors, n, n + 1)
+        return score(computed[id(run), n], fits, n)
+
     answers: dict[str, Judged] = {}
     for domain, runs in judged.items():
         others = [run for name, several in honest.items() if name != domain for run in several]
@@ -78,17 +74,11 @@ def by_others(
         fits = fit_by_length(fitted, detectors, shortest)
         longest = max(run.positions for run in scored)
         scores = {
-            n: [_score(run, fits, n) for run in scored] for n in {longest, *(run.positions for run in runs)}
+            n: [score_of(run, fits, n) for run in scored] for n in {longest, *(run.positions for run in runs)}
         }
         ranked = [
-            ranked_alike(_score(run, fits, longest), scores[run.positions], scores[longest]) for run in runs
+            ranked_alike(score_of(run, fits, longest), scores[run.positions], scores[longest]) for run in runs
         ]
         refusals = [refusal(value, scores[longest], guarantee) for value in ranked]
         answers[domain] = Judged(ranked, refusals, scores[longest])
     return answers
-
-
-def _score(run: Observation, fits: Fits, most: int) -> float:
-    """Return the score of a run cut after `most` generated positions."""
-    n = min(run.positions, most)
-    return score(statistics(run, list(fits), n, n + 1), fits, n)

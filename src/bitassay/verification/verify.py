@@ -202,7 +202,8 @@ def concluded(
     limit = min(header.sampling.max_new_tokens - 1, profile.generated_positions[1])
     score, unlike = score_of(profile), profile.unlike_p_value(observation, limit)
     ranked = partial(profile.ranked, limit=limit, positions=observation.tokens - 1)
-    refusal = profile.refusal(ranked(score.value), limit)
+    counted = ranked(score.value)
+    refusal = profile.refusal(counted, limit)
     if unlike <= UNLIKE and score.value < FAR:
         sentence = "the text's rounding noise is unlike that of the calibration texts"
         undecided = [Reason("unlike-calibration", f"{sentence} (p {unlike:.2g})")]
@@ -213,11 +214,11 @@ def concluded(
         evidence,
         status="FAIL" if reasons else "INCONCLUSIVE" if undecided else "PASS",
         reasons=tuple(reasons or undecided or [Reason("as-honest", _as_honest(header))]),
-        p_value=None if undecided else profile.p_value(ranked(score.value), limit),
+        p_value=None if undecided else profile.p_value(counted, limit),
         refusal=refusal,
         unlike=unlike,
         score=score,
-        ranked=ranked(score.value),
+        ranked=counted,
         alpha=alpha,
         profile=profile.digest,
         n_calibration=profile.n,
