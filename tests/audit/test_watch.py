@@ -150,6 +150,8 @@ def test_the_p_value_of_a_change_is_one_for_noise():
     assert min(p_values) < 0.05
     assert change_p_value([np.array([9.0, 1.0, 2.0, 3.0])] * 5) == pytest.approx(4.0**-5)
     assert change_p_value([np.zeros(4)] * 5) == 1
+    assert change_p_value([np.array([1.3e-8, 0.0, 0.0, 0.0])] * 5) == 1, "less than a server can say"
+    assert change_p_value([np.array([1.3e-5, 0.0, 0.0, 0.0])] * 5) == pytest.approx(4.0**-5)
     assert ranks(np.array([1.0, 1 + 1e-12, 2.0])).tolist() == [1.5, 1.5, 3]
 
 

@@ -9,8 +9,9 @@ so the sum's distribution is known exactly (by convolution), and
     p = P(sum >= what it is)
 
 is valid whatever the noise of the server, as long as it does not depend on the time: a permutation test, as
-LT's (2512.03816), within requests. A server that repeats its answers exactly has the rank of a tie, p = 1,
-until it changes; then n requests have p = (m + 1)^-n.
+LT's (2512.03816), within requests. A server that repeats its answers has the rank of a tie, p = 1, until it
+changes; then n requests have p = (m + 1)^-n. Differences below SAME count as repeated: llama.cpp's server was
+seen to differ by 1e-8 nats with what else it answered at the time.
 
 The distance of two answers, in nats: at each position up to the first token in which they differ, the
 difference of the log-probabilities that both list, centred and weighted by their mean probability (of one
@@ -41,6 +42,7 @@ from bitassay.record.result import write_run
 from bitassay.record.run import open_run_folder, run_plan
 
 REPEATS = 3
+SAME = 1e-6  # nats: distances that differ by less are equal, since servers say float32 numbers
 
 
 def change(
@@ -147,8 +149,8 @@ def _position_distance(one: Position, other: Position) -> float:
 
 
 def ranks(means: Float64[np.ndarray, " answers"]) -> Float64[np.ndarray, " answers"]:
-    """Return the ranks of mean distances, ties and what differs by rounding alone by their mean rank."""
-    return rankdata(np.round(means, 9))
+    """Return the ranks of mean distances; those that are the SAME by their mean rank."""
+    return rankdata(np.round(means / SAME))
 
 
 def change_p_value(groups: Sequence[Float64[np.ndarray, " answers"]]) -> float:

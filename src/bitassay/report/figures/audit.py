@@ -34,6 +34,7 @@ def audit_figure(run: Run) -> Figure | None:
         ms=5,
         label="audited",
     )
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel="request", ylabel="log ratio to the control")
     legend_outside(axes)
     return figure
@@ -47,9 +48,9 @@ def watch_figure(run: Run) -> Figure | None:
     figure = Figure(figsize=(8, 2.8), layout="constrained")
     axes = figure.add_subplot()
     p_values = [max(row["p_value"], 1e-30) for row in run["rows"]]
-    axes.step(
-        [row["audit"] for row in run["rows"]], p_values, where="post", color=COLOURS[1], label="all requests"
-    )
+    audits = [row["audit"] for row in run["rows"]]
+    axes.step(audits, p_values, "o-", where="post", color=COLOURS[1], ms=4, label="all requests")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.axhline(run["decision"]["alpha"], color=INK, lw=0.8, ls="--", label="alpha")
     axes.set(xlabel="audit", ylabel="p-value", yscale="log")
     legend_outside(axes)
