@@ -2,6 +2,7 @@
 
 import json
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 from starlette.applications import Starlette
@@ -24,7 +25,7 @@ from bitassay.audit.contract import (
     stop_in,
     streamed_text,
 )
-from bitassay.audit.contract_run import Terms, contract
+from bitassay.audit.contract_run import Terms, _Asker, contract
 from bitassay.audit.words import words_of
 from bitassay.report.pages import write_report
 from bitassay.testing.local_server import running
@@ -222,3 +223,32 @@ def test_the_command_line(bitassay_command, served, tmp_path):
         said = bitassay_command(*words, *wrong)
         assert said.status == 2
         assert why in said.err
+
+
+@pytest.mark.parametrize(
+    ("listed", "context"),
+    [
+        (AnswerError("status-404", "no such path"), 0),
+        (AnswerError("status-500", "it broke"), 0),
+        ({"data": [{"id": "other"}]}, 0),
+        ({"data": "?"}, 0),
+        ({"data": [{"id": "other", "max_model_len": 64}, {"id": "m", "max_model_len": 512}]}, 512),
+        ({"data": [{"id": "m", "meta": {"n_ctx": 256}}]}, 256),
+        (AnswerError("unreachable", "nobody there"), None),
+        (AnswerError("status-429", "busy"), None),
+    ],
+)
+def test_the_context_is_what_the_server_says_and_a_lost_server_says_nothing(listed, context):
+    def get(_path):
+        if isinstance(listed, AnswerError):
+            raise listed
+        return listed
+
+    asker = SimpleNamespace(
+        terms=Terms(), target=SimpleNamespace(endpoint=SimpleNamespace(get=get), model="m")
+    )
+    if context is None:
+        with pytest.raises(AnswerError):
+            _Asker._context(asker)
+    else:
+        assert _Asker._context(asker) == context

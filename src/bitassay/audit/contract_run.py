@@ -158,10 +158,15 @@ class _Asker:
             return self.terms.context
         try:
             listed = self.target.endpoint.get("/models")
+        except AnswerError as error:
+            if error.code in NOT_THEIR_FAULT and error.code not in ABSENT:
+                raise
+            return 0
+        try:
             models = [each for each in listed["data"] if each.get("id") == self.target.model]
             (known, *_) = models or listed["data"]
             known = known | {"n_ctx": (known.get("meta") or {}).get("n_ctx")}  # as llama.cpp's server says it
-        except (AnswerError, TypeError, LookupError, ValueError, AttributeError):
+        except (TypeError, LookupError, ValueError, AttributeError):  # another shape than known ones
             return 0
         said = [known.get(key) for key in ("max_model_len", "n_ctx", "context_length", "context_window")]
         return next((n for n in said if isinstance(n, int) and 64 <= n <= 2**24), 0)
