@@ -15,6 +15,7 @@ import hashlib
 from collections import deque
 from collections.abc import Mapping, Sequence
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,8 @@ def bindings() -> tuple[Any, Any]:
     not installed, or its library cannot be loaded."""
     remedy = "pip install 'bitassay[llamacpp]' (it compiles llama.cpp: a C++ compiler, some minutes)"
     try:
-        import llama_cpp.llama_cpp as llama
-        from llama_cpp._ggml import libggml as ggml
+        llama = import_module("llama_cpp.llama_cpp")
+        ggml = import_module("llama_cpp._ggml").libggml
     except ImportError as error:
         raise MissingError(f"the engine llama.cpp needs llama-cpp-python ({error})", remedy) from error
     except (OSError, RuntimeError) as error:
@@ -62,9 +63,12 @@ def bindings() -> tuple[Any, Any]:
 
 @cache
 def _log_function() -> Any:
-    from llama_cpp.llama_cpp import llama_log_callback
+    llama = import_module("llama_cpp.llama_cpp")
 
-    return llama_log_callback(lambda level, text, _: _said.append(text.decode(errors="replace").strip()))
+    def keep(_level: int, text: bytes, _data: Any) -> None:
+        _said.append(text.decode(errors="replace").strip())
+
+    return llama.llama_log_callback(keep)
 
 
 def last_words() -> str:
@@ -89,12 +93,11 @@ def capability() -> str:
 
 def version() -> str:
     """Return the versions of llama.cpp and of its bindings, and a digest of how it was built."""
-    import llama_cpp
-
     llama, _ = bindings()
+    package = import_module("llama_cpp")
     said = llama.llama_version().decode() if hasattr(llama, "llama_version") else ""
     build = hashlib.sha256(llama.llama_print_system_info()).hexdigest()[:8]
-    return " ".join(filter(None, (said, f"llama-cpp-python {llama_cpp.__version__} build {build}")))[:64]
+    return " ".join(filter(None, (said, f"llama-cpp-python {package.__version__} build {build}")))[:64]
 
 
 class Library:

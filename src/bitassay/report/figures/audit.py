@@ -6,6 +6,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from bitassay.report.figures.drawing import COLOURS, INK, STYLE, legend_outside
 
@@ -34,7 +35,7 @@ def audit_figure(run: Run) -> Figure | None:
         ms=5,
         label="audited",
     )
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="request", ylabel="log ratio to the control")
     legend_outside(axes)
     return figure
@@ -50,7 +51,7 @@ def watch_figure(run: Run) -> Figure | None:
     p_values = [max(row["p_value"], 1e-30) for row in run["rows"]]
     audits = [row["audit"] for row in run["rows"]]
     axes.step(audits, p_values, "o-", where="post", color=COLOURS[1], ms=4, label="all requests")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.axhline(run["decision"]["alpha"], color=INK, lw=0.8, ls="--", label="alpha")
     axes.set(xlabel="audit", ylabel="p-value", yscale="log")
     legend_outside(axes)
