@@ -21,6 +21,10 @@ def logits(model):
         return model(TOKENS, use_cache=False).logits
 
 
+def counted(read, old=Entry.read):
+    return lambda entry, *dtype: read.append(entry.key) or old(entry, *dtype)
+
+
 def is_empty(model):
     weights = weights_of(model)
     return not weights.held and all(weights.empty[name] is value for name, value in model.named_parameters())
@@ -50,7 +54,7 @@ def test_a_model_that_fits_is_loaded(folder):
 def test_what_is_present_is_read_once_and_forgotten_by_the_last_who_needs_it(folder, monkeypatch):
     opened, name = load(folder, opened=True), "model.layers.1"
     read = []
-    monkeypatch.setattr(Entry, "read", lambda entry, old=Entry.read: read.append(entry.key) or old(entry))
+    monkeypatch.setattr(Entry, "read", counted(read))
     weight = f"{name}.mlp.up_proj.weight"
     with present(opened, name):
         with present(opened, f"{name}.mlp"):
@@ -125,7 +129,7 @@ def test_forwards_in_step_read_each_layer_once(folder, monkeypatch):
     with torch.no_grad():
         wanted = [loaded(row).logits for row in rows]
         read = []
-        monkeypatch.setattr(Entry, "read", lambda entry, old=Entry.read: read.append(entry.key) or old(entry))
+        monkeypatch.setattr(Entry, "read", counted(read))
         for found, expected in zip(in_step(forwards), wanted, strict=True):
             assert torch.equal(found, expected)
     assert sorted(read) == sorted(weights_of(opened).entries)

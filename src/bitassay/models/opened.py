@@ -324,7 +324,8 @@ class Weights:
         for name in touched:
             _put(model, name, self.empty[name].T if name in turned else self.empty[name])
         try:
-            lazy: dict[str, Any] = {key: _Lazy(self.entries[key]) for key in sorted(keys)}
+            dtypes = {} if config.dtype_plan else self._dtypes(touched)
+            lazy: dict[str, Any] = {key: _Lazy(self.entries[key], dtypes.get(key)) for key in sorted(keys)}
             info, _ = convert_and_load_state_dict_in_model(model, lazy, config)
             mismatched = [*info.mismatched_keys, *([key] for key in info.conversion_errors)]
             check_keys({"mismatched_keys": mismatched}, self.folder)
@@ -333,8 +334,20 @@ class Weights:
             for name, value in before.items():
                 _put(model, name, value)
         check_finite(values.items(), self.folder)
-        values |= {n: values[n].to(self.narrow[n]).float() for n in values.keys() & self.narrow.keys()}
+        for name in values.keys() & self.narrow.keys():
+            values[name] = values[name].to(self.narrow[name]).float()
         return {name: value.T if name in turned else value for name, value in values.items()}
+
+    def _dtypes(self, names: Collection[str]) -> dict[str, torch.dtype]:
+        """By key, the dtype that transformers casts a tensor of the files to, where it does."""
+        return {
+            key: wanted
+            for name in names
+            for key in self.keys[name]
+            if (wanted := self.empty[name].dtype).is_floating_point
+            and (stored := self.entries[key].dtype) is not None
+            and stored.is_floating_point
+        }
 
 
 class _Report:
@@ -345,13 +358,13 @@ class _Report:
 
 
 class _Lazy:
-    """A tensor of a file, which transformers reads where it slices it."""
+    """A tensor of a file, which transformers reads where it slices it, and would cast to that dtype."""
 
-    def __init__(self, entry: Entry):
-        self.entry = entry
+    def __init__(self, entry: Entry, dtype: torch.dtype | None):
+        self.entry, self.dtype = entry, dtype
 
     def __getitem__(self, _: Any) -> Tensor:
-        return self.entry.read()
+        return self.entry.read(self.dtype)
 
 
 _thread = threading.local()
