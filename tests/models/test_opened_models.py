@@ -1,3 +1,5 @@
+import weakref
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -134,6 +136,15 @@ def test_forwards_in_step_read_each_layer_once(folder, monkeypatch):
             assert torch.equal(found, expected)
     assert sorted(read) == sorted(weights_of(opened).entries)
     assert is_empty(opened)
+
+
+def test_what_was_yielded_is_not_kept(folder):
+    opened = load(folder, opened=True)
+    results = in_step([Forward(opened, lambda: logits(opened)) for _ in range(3)])
+    for result in results:
+        known = weakref.ref(result)
+        del result
+        assert known() is None
 
 
 def test_an_error_in_one_forward_ends_them_all(folder):

@@ -126,6 +126,16 @@ def change_parameter(model: nn.Module, name: str, change: Callable[[Tensor], Ten
     put_parameter(model, name, nn.Parameter(change(parameter_of(model, name)), requires_grad=False))
 
 
+def reading_forward(model: nn.Module, module: nn.Module) -> Callable[..., Any]:
+    """Return the forward of a decoder layer; of an opened model one that reads the layer's weights by itself,
+    wherever it is called, in place of the layer's hooks."""
+    if (weights := weights_of(model)) is None:
+        return module.forward
+    unit = module_name(model, module)
+    weights.by_itself.add(unit)
+    return partial(_read_around, weights, unit, module.forward)
+
+
 class Unread(Mapping[str, T]):
     """Values by name that are made each time they are asked for."""
 
@@ -159,6 +169,7 @@ class Weights:
         # Weights are read in `dtype`; `narrow` has what was 16 bits wide before `widen`.
         self.dtype, self.narrow = model.dtype, dict[str, torch.dtype]()
         self.changes: dict[str, Change] = {}
+        self.by_itself = set[str]()  # units whose forwards no hook reads for
         self.holds: Counter[str] = Counter()
         # What models have in memory that were made of one opened model.
         self.held: weakref.WeakValueDictionary[str, Tensor] = weakref.WeakValueDictionary()
@@ -207,7 +218,7 @@ class Weights:
         other = copy.copy(self)
         memo[id(self)] = other
         other.model = copy.deepcopy(self.model, memo)
-        other.changes, other.holds = dict(self.changes), Counter()
+        other.changes, other.by_itself, other.holds = dict(self.changes), set(self.by_itself), Counter()
         return other
 
     def widen(self) -> None:
@@ -379,13 +390,29 @@ def _take_before(
             "read a layer at a time",
             "more --memory, in which the whole model fits",
         )
+    if unit not in weights.by_itself:
+        _take(weights, unit)
+
+
+def _take(weights: Weights, unit: str) -> None:
     if (wait := getattr(_thread, "wait", None)) is not None:
         wait(unit)
     weights.take(weights.units[unit])
 
 
 def _drop_after(weights: Weights, unit: str, _module: nn.Module, _arguments: Any, _out: Any) -> None:
-    weights.drop(weights.units[unit])
+    if unit not in weights.by_itself:
+        weights.drop(weights.units[unit])
+
+
+def _read_around(
+    weights: Weights, unit: str, forward: Callable[..., Any], *positional: Any, **named: Any
+) -> Any:
+    _take(weights, unit)
+    try:
+        return forward(*positional, **named)
+    finally:
+        weights.drop(weights.units[unit])
 
 
 def _get(model: nn.Module, name: str) -> Tensor:

@@ -18,6 +18,7 @@ from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.recipe.solvers import Learned, Tune
 from bitassay.quantization.recipe.transforms import Rotation, Smoothing
 from bitassay.quantization.solvers import layerwise, tune
+from bitassay.quantization.solvers.distillation import writing_bytes
 from bitassay.quantization.transforms.residual_stream import CHUNK_VALUES
 
 BASE_BYTES = 550 * 10**6  # the interpreter with torch and transformers
@@ -180,9 +181,15 @@ class Shapes(NamedTuple):
 
 
 def tuning_memory(spec: Tune, sizes: Sizes, opened: bool = False) -> int:
-    """Return the bytes that tuning all layers together holds; of an opened model, a layer at a time."""
+    """Return the bytes that tuning all layers together holds; of an opened model, a layer at a time. Or what
+    it holds while the base model writes samples: the model in bf16 and, as a whole, as it is."""
     config, layers = sizes.model.config.get_text_config(), len(decoder_layers(sizes.model))
-    return tune.memory_of(
+    writing = 0
+    if spec.generated:
+        read = 6 * Shapes.of(sizes.model).layer if opened else (4 + 2) * sizes.parameters
+        writing = read + 2 * config.vocab_size * config.hidden_size
+        writing += writing_bytes(sizes.model, sizes.text.tokens)
+    tuning = tune.memory_of(
         spec,
         sizes.text.samples,
         sizes.text.tokens,
@@ -193,6 +200,7 @@ def tuning_memory(spec: Tune, sizes: Sizes, opened: bool = False) -> int:
         config.vocab_size,
         opened,
     )
+    return max(tuning, writing)
 
 
 # What parts of a recipe hold, by the shapes and by what rounding a matrix holds.

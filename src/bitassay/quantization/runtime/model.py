@@ -41,10 +41,8 @@ from bitassay.quantization.transforms.rotation import add_online
 # What in a part of a recipe needs all layers of a model at once, by its name; "" where a layer at a time will
 # do. Of other parts nobody knows.
 WHOLE_MODEL: dict[str, Callable[[Any], str]] = {
-    **dict.fromkeys(
-        ("rotation", "smoothing", "gptq", "low_rank", "learned", "activations", "kv_cache"), lambda _: ""
-    ),
-    "tune": lambda tune: "tune with generated samples" if tune.generated else "",
+    **dict.fromkeys(("rotation", "smoothing", "gptq", "low_rank", "learned", "tune"), lambda _: ""),
+    **dict.fromkeys(("activations", "kv_cache"), lambda _: ""),
     "replication": lambda plan: f"replication {why}" if (why := plan.needs_all_layers) else "",
 }
 
