@@ -25,7 +25,7 @@ import numpy as np
 
 import bitassay
 from bitassay.audit.answering import prompt_entries
-from bitassay.audit.asking import texts
+from bitassay.audit.asking import Text, texts
 from bitassay.audit.distance import as_said, distances, statistic
 from bitassay.audit.judge import Reference
 from bitassay.audit.wire import Position
@@ -112,9 +112,10 @@ def row(name, mine, honest, alpha):
     print(f"| {name} | {' | '.join(shares)} | {said} |", flush=True)
 
 
-def greedy_scores(reference, models, asked, tokens):
-    """Of each model, the margins of its greedy answers as statistics: level `tokens`."""
-    found = {name: [] for name in models}
+def greedy_scores(reference, host, models, asked, tokens):
+    """Of each model its greedy answers as statistics: by the tokens, and by the log-probabilities that the
+    honest host gives them."""
+    found = {name: {"tokens": [], "logprobs": []} for name in models}
     prompts = [text.ids[:PROMPT] for text in asked]
     for name, model in models.items():
         for prompt in prompts:
@@ -123,11 +124,27 @@ def greedy_scores(reference, models, asked, tokens):
             ids = [*prompt, *output]
             truth = reference.rows(reference.exact, ids, len(prompt))
             control = reference.rows(reference.control, ids, len(prompt))
-            said = [Position(token) for token in output]
-            own = as_said("tokens", output, control, 0)
-            means = [float(distances("tokens", each, truth, 0).mean()) for each in (said, own)]
-            found[name].append(statistic("tokens", *means))
-    return {name: np.array(values) for name, values in found.items()}
+            (read,) = said_of(host, [Text("", tuple(ids))])
+            said = {"tokens": [Position(token) for token in output], "logprobs": read[len(prompt) - 1 :]}
+            for level, positions in said.items():
+                own = as_said(level, output, control, TOP)
+                means = [float(distances(level, each, truth, TOP).mean()) for each in (positions, own)]
+                found[name][level].append(statistic(level, *means))
+    return {name: {level: np.array(each) for level, each in by.items()} for name, by in found.items()}
+
+
+def honest_readings(reference, host, cheap, asked, options):
+    """Print the table of hosts that answer by the cheap model and report the honest one's values."""
+    print("\nGreedy tokens, whose log-probabilities the honest model gives:\n")
+    heading = "requests | audits of 4 | audits of 16 | of 64 | requests until the ledger's alarm"
+    print(f"| tokens by, evidence | {heading} |")
+    print("|---|---:|---:|---:|---:|---:|")
+    n, length = options.profile, 2 * options.tokens
+    known = greedy_scores(reference, host, {"honest": host}, asked[:n], length)["honest"]
+    found = greedy_scores(reference, host, {"honest": host} | cheap, asked[n:], length)
+    for kind, by_level in found.items():
+        for level, mine in by_level.items():
+            row(f"{kind}, {level}", mine, known[level], options.alpha)
 
 
 def main():
@@ -139,6 +156,7 @@ def main():
     parser.add_argument("--texts", type=int, default=100)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--alpha", type=float, default=0.01)
+    parser.add_argument("--only-readings", action="store_true", help="the second table alone")
     options = parser.parse_args()
     name, n, draw = options.model, options.profile, np.random.default_rng(1)
     exact = bitassay.load(name)
@@ -147,6 +165,9 @@ def main():
     cheap = {
         kind: bitassay.quantize(bitassay.load(name, dtype="bfloat16"), recipe=kind) for kind in ("w8", "w4")
     }
+    if options.only_readings:
+        longer = texts(tokenizer(exact), "c4-train-new", (2026, 13), n + options.texts, PROMPT + 1)
+        return honest_readings(reference, host, cheap, longer, options)
     asked = texts(tokenizer(exact), "c4-train-new", (2026, 12), n + options.texts, options.tokens + 1)
     rows = [[reference.rows(model, text.ids, 1) for model in (exact, reference.control)] for text in asked]
     honest = said_of(host, asked)
@@ -173,15 +194,8 @@ def main():
             row(f"{kind}, rounded to {step:g} as honest servers are", found, profile, options.alpha)
     turned = [cached(each, mine["honest"][at - 1]) for at, each in enumerate(mine["w4"])]
     row("honest values of other texts", scores(turned, rest), known, options.alpha)
-    print("\nGreedy tokens, whose log-probabilities the honest model gave:\n")
-    print("| tokens by | requests | audits of 4 | audits of 16 | of 64 | requests until the ledger's alarm |")
-    print("|---|---:|---:|---:|---:|---:|")
     longer = texts(tokenizer(exact), "c4-train-new", (2026, 13), n + options.texts, PROMPT + 1)
-    calibrated = greedy_scores(reference, {"honest": host}, longer[:n], 2 * options.tokens)["honest"]
-    for kind, found in greedy_scores(
-        reference, {"honest": host} | cheap, longer[n:], 2 * options.tokens
-    ).items():
-        row(kind, found, calibrated, options.alpha)
+    honest_readings(reference, host, cheap, longer, options)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch
 
 from audit.conftest import serving
 from bitassay.audit.asking import texts
-from bitassay.audit.client import Endpoint
+from bitassay.audit.client import AnswerError, Endpoint
 from bitassay.audit.judge import Reference
 from bitassay.audit.run import audit
 from bitassay.audit.session import Options, Target
@@ -60,7 +60,7 @@ def calibrated(served, reference, tmp_path_factory):
     return lambda level: known.setdefault(level, None) or known.__setitem__(level, run(level)) or known[level]
 
 
-LEVELS = ["prompt-logprobs", "logprobs", "prompt-chosen", "chosen", "tokens"]
+LEVELS = ["prompt-logprobs", "logprobs", "prompt-chosen", "chosen", "tokens", "text", "sampled"]
 
 
 @pytest.mark.parametrize(
@@ -76,10 +76,32 @@ def test_a_swapped_model_is_refused_and_an_honest_one_is_not(level, calibrated, 
     other, _ = audit(
         at(swapped), reference, Options(level=level, out=tmp_path / "run", **SMALL), profile=profile
     )
-    assert other["decision"]["status"] == ("FAIL" if level != "tokens" else other["decision"]["status"])
+    weak = ("tokens", "text", "sampled")
+    assert other["decision"]["status"] == ("FAIL" if level not in weak else other["decision"]["status"])
+    if level == "sampled":  # 4 answers of 16 tokens say little of weights
+        return
     assert np.mean([row["score"] for row in other["rows"]]) > max(np.median(profile.scores), 0.05)
     write_report(other, tmp_path / "report.html")
     assert other["decision"]["status"] in (tmp_path / "report.html").read_text()
+
+
+def test_a_server_that_gives_text_alone_is_judged_by_it(served, reference, tmp_path):
+    class Plain(Endpoint):
+        """Refuses log-probabilities and fields that OpenAI's API has not, and names no ids."""
+
+        def post(self, path, body):
+            if {"logprobs", "prompt_logprobs", "return_token_ids", "echo"} & body.keys():
+                raise AnswerError("status-400", "unknown field")
+            if not isinstance(body.get("prompt"), str):
+                raise AnswerError("status-400", "text only")
+            value = super().post(path, body)
+            return {"choices": [{"text": value["choices"][0]["text"]}]}
+
+    target = Target(Plain(served[0] + "/v1", sleep=lambda _: None), "stories")
+    run, _ = audit(target, reference, Options(out=tmp_path / "run", **(SMALL | {"requests": 2})))
+    assert run["settings"]["asked_by"]["level"] == "text"
+    assert [row["given"] for row in run["probes"] if row["evidence"] == "temperature 0 repeats"] == [True]
+    assert all(row["score"] is not None for row in run["rows"])
 
 
 def test_without_a_profile_nothing_is_decided(served, reference, tmp_path):

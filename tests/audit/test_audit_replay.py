@@ -12,7 +12,7 @@ from bitassay.audit.judge import Reference
 from bitassay.audit.replay import replay
 from bitassay.audit.run import audit
 from bitassay.audit.session import Options
-from bitassay.audit.suspects import CLAIMED
+from bitassay.audit.suspects import CLAIMED, Suspect
 from bitassay.errors import BitassayError
 from bitassay.models.identity import identity
 from bitassay.testing.tiny import stories260k
@@ -57,7 +57,7 @@ def test_a_replay_asks_nothing_and_says_the_same(recorded, copied, reference, tm
 
 
 def test_suspects_are_told_apart(recorded, reference, model, tmp_path):
-    suspects = {"w8": lambda: rounded(model, 8), "w4": lambda: rounded(model, 4)}
+    suspects = {f"w{bits}": Suspect(lambda bits=bits: rounded(model, bits)) for bits in (8, 4)}
     run, _ = replay(recorded[1], reference, suspects=suspects, out=tmp_path / "out")
     rows = {row["suspect"]: row for row in run["suspects"]}
     assert run["suspects"][0]["suspect"] == "w4"

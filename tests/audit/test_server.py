@@ -299,12 +299,15 @@ def test_random_bodies_never_bring_it_down(served, web):
 
 def test_clients_that_hang_up_leave_nothing_running(served, web):
     host, port = served[0].removeprefix("http://").split(":")
-    body = json.dumps({"prompt": "a", "max_tokens": 400, "temperature": 0, "stream": True}).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
-    for _ in range(3):
+    before = web.get(served[0] + "/metrics").text
+    for stream in (True, False, True, False):
+        asked = {"prompt": "a", "max_tokens": 400, "temperature": 0, "stream": stream}
+        body = json.dumps(asked).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
         with socket.create_connection((host, int(port))) as line:
             line.sendall(head + body)
-            line.recv(100)
+            if stream:
+                line.recv(100)
     said = web.post(served[0] + "/v1/completions", json={"prompt": "a", "max_tokens": 2})
     assert said.status_code == 200
     for _ in range(500):
@@ -313,7 +316,8 @@ def test_clients_that_hang_up_leave_nothing_running(served, web):
             break
         threading.Event().wait(0.01)
     assert metrics["bitassay_requests_active"] == "0"
-    assert int(metrics["bitassay_answers_total"]) > 0
+    known = dict(line.split() for line in before.splitlines())
+    assert int(metrics["bitassay_answers_total"]) == int(known["bitassay_answers_total"]) + 1
 
 
 def test_the_queue_is_bounded(model, tmp_path, web):

@@ -12,6 +12,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from bitassay.audit.distance import Level
+from bitassay.audit.surprise import ASKED
 from bitassay.data.corpora import corpus
 from bitassay.errors import BitassayError
 
@@ -19,6 +20,8 @@ LETTERS = 16  # characters that are cut for a token, so that there are enough
 TRIES = 200
 EXTRAS = {"return_token_ids": True, "return_tokens_as_token_ids": True}
 LLAMACPP = {"cache_prompt": False}  # what was read before would change the numerics of what comes now
+PLAIN = {"top_k": 0, "min_p": 0}  # llama.cpp's server would leave tokens out by these as well
+UNNAMED = ("tokens", "text", "sampled")  # levels that need no log-probabilities, only tokens
 Form = Literal["ids", "text", "chat"]
 Through = Literal["prompt_logprobs", "echo", "generation"]
 
@@ -102,17 +105,20 @@ def body_of(asking: Asking, model: str, text: Text, **changes: Any) -> tuple[str
     """Return path and body of a request."""
     body: dict[str, Any] = {"model": model, "temperature": 0, "max_tokens": asking.new_tokens}
     body |= EXTRAS if asking.extras else {}
+    is_sampled, is_named = asking.level == "sampled", asking.extras or asking.level == "text"
+    if is_sampled:
+        body |= {"temperature": ASKED.temperature, "top_p": ASKED.top_p}
     if asking.llamacpp:
-        body |= LLAMACPP
+        body |= LLAMACPP | (PLAIN if is_sampled else {})
     if asking.form == "chat":
         body["messages"] = [{"role": "user", "content": text.text}]
-        if asking.level != "tokens" or not asking.extras:
+        if asking.level not in UNNAMED or not is_named:
             body |= {"logprobs": True, "top_logprobs": asking.k}
         return "/chat/completions", body | changes
     body["prompt"] = list(text.ids) if asking.form == "ids" else text.text
     if asking.through == "prompt_logprobs":
         body["prompt_logprobs"] = asking.k
-    elif asking.level != "tokens" or not asking.extras:
+    elif asking.level not in UNNAMED or not is_named:
         body["logprobs"] = asking.k
     if asking.through == "echo":
         body["echo"] = True

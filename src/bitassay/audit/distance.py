@@ -10,8 +10,9 @@ values alike counts; weighted by the reference's own probability, so that a tail
 count. A token among the reference's k most likely ones that the server does not list has at most the smallest
 listed value: d_v is taken as that bound where it is below r_v, else as 0, the least that it can be.
 
-The chosen token's log-probability alone: |d|. Greedy tokens: the margin, max r - r_chosen, by which the
-reference prefers another (2511.20621). Each |d|, and each margin, counts as CAP at most.
+The chosen token's log-probability alone: |d|. Greedy tokens, named by the server or read from its text: the
+margin, max r - r_chosen, by which the reference prefers another (2511.20621). Each |d|, and each margin,
+counts as CAP at most. Sampled tokens have no distance at one position: see `surprise.py`.
 
 The statistic of a text is the logarithm of its mean distance, less that of the *control*: what the reference
 computed in bfloat16 says of the same tokens, against the reference in float32. Some texts are noisier than
@@ -28,9 +29,12 @@ from jaxtyping import Float64
 from bitassay.audit.wire import Position
 
 CAP = 10.0
-Level = Literal["prompt-logprobs", "logprobs", "prompt-chosen", "chosen", "tokens"]  # the strongest first
+Level = Literal[  # the strongest first
+    "prompt-logprobs", "logprobs", "prompt-chosen", "chosen", "tokens", "text", "sampled"
+]
 LEVELS: tuple[Level, ...] = get_args(Level)
-FLOOR = {"tokens": 1e-4}  # keeps the logarithm of a mean margin, which is often 0, finite
+GREEDY: tuple[Level, ...] = ("tokens", "text")  # levels that are judged by margins
+FLOOR: dict[Level, float] = dict.fromkeys(GREEDY, 1e-4)  # keeps the logarithm of a mean margin finite
 LEAST = 1e-6
 Rows = Float64[np.ndarray, "positions vocabulary"]
 
@@ -40,7 +44,7 @@ def distances(
 ) -> Float64[np.ndarray, " positions"]:
     """Return the distance at each position. reference: log-probabilities behind the same tokens."""
     assert len(said) == len(reference)
-    if level == "tokens":
+    if level in GREEDY:
         chosen = reference[np.arange(len(said)), [each.token for each in said]]
         return np.minimum(reference.max(1, initial=-np.inf) - chosen, CAP)
     if level in ("chosen", "prompt-chosen"):
@@ -77,7 +81,7 @@ def top_distance(said: Position, reference: Float64[np.ndarray, " vocabulary"], 
 def as_said(level: Level, tokens: Sequence[int], rows: Rows, k: int) -> list[Position]:
     """Return what a server with these log-probabilities would say of `tokens`; of greedy tokens, which it
     would take instead."""
-    if level == "tokens":
+    if level in GREEDY:
         return [Position(int(row.argmax())) for row in rows]
     positions = []
     for token, row in zip(tokens, rows, strict=True):

@@ -29,7 +29,8 @@ from transformers import PreTrainedModel
 
 from bitassay.audit.asking import Asking
 from bitassay.audit.client import AnswerError
-from bitassay.audit.distance import Level, as_said, distances, statistic
+from bitassay.audit.distance import GREEDY, Level, as_said, distances, statistic
+from bitassay.audit.surprise import ASKED, surprises
 from bitassay.audit.wire import Position
 from bitassay.engines.engine import engine_of
 from bitassay.errors import BitassayError
@@ -64,7 +65,8 @@ class Reference:
 
 @dataclass(frozen=True)
 class Measured:
-    """One answer: mean distances of server and control in nats, and the statistic."""
+    """One answer: mean distances of server and control in nats, and the statistic. Of sampled tokens, whose
+    surprise is judged: its mean excess, and the standard error that it has by the reference."""
 
     positions: int
     distance: float
@@ -89,16 +91,20 @@ def measure(
     tokens = [each.token for each in said]
     ids, start = asking.read_as(prompt, tokens)
     level, k = asking.level, asking.k
-    if level not in ("tokens",) and any(each.logprob is None for each in said):
+    if level not in (*GREEDY, "sampled") and any(each.logprob is None for each in said):
         raise AnswerError("malformed", "a token without its log-probability")
     if level in ("logprobs", "prompt-logprobs") and any(len(each.top) < k for each in said):
         raise AnswerError("malformed", f"fewer than {k} log-probabilities at a position")
     exact_rows = reference.rows(reference.exact, ids, start)
-    control_rows = reference.rows(reference.control, ids, start)
-    means = [
-        float(distances(level, each, exact_rows, k)[first:].mean())
-        for each in (said, as_said(level, tokens, control_rows, k))
-    ]
+    if level == "sampled":
+        found, mean, variance = (each[first:] for each in surprises(tokens, exact_rows, ASKED))
+        means = [abs(float((found - mean).mean())), float(variance.sum()) ** 0.5 / len(found)]
+    else:
+        control_rows = reference.rows(reference.control, ids, start)
+        means = [
+            float(distances(level, each, exact_rows, k)[first:].mean())
+            for each in (said, as_said(level, tokens, control_rows, k))
+        ]
     if not all(map(math.isfinite, means)):
         raise BitassayError("the reference's own log-probabilities are not finite", "another --reference")
     return Measured(len(said), means[0], means[1], statistic(level, *means))

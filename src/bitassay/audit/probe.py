@@ -25,22 +25,32 @@ WORDS = {
     "prompt-chosen": "log-probability of given tokens",
     "chosen": "log-probability of generated tokens",
     "tokens": "greedy tokens",
+    "text": "greedy text",
+    "sampled": "sampled tokens",
 }
 
 
 @dataclass(frozen=True)
 class Probe:
     """askings: how to ask for each level that the server gives, the strongest first. rows: what was found, as
-    a table."""
+    a table. reads_others: the server says that it read other tokens than the prompt's."""
 
     askings: dict[Level, Asking]
     rows: list[dict[str, Any]]
+    reads_others: bool = False
 
     def choose(self, level: Level | None) -> Asking:
         """Return how to ask for `level`, by default the strongest. Raises BitassayError where the server does
         not give it."""
         if level is None and self.askings:
             return next(iter(self.askings.values()))
+        if level not in self.askings and self.reads_others:
+            raise AnswerError(
+                "other-prompt",
+                "the server read other tokens than the reference makes of the prompt: another tokenizer, "
+                "chat template or system prompt",
+                "the --reference that was sold; without --chat, given token ids have no template",
+            )
         if level not in self.askings:
             raise BitassayError(
                 f"the server does not give {WORDS[level] if level else 'any evidence that can be judged'}",
@@ -58,9 +68,11 @@ def probe(
     tokens: int,
     prompt_tokens: int,
     k: int,
+    chat: bool = False,
 ) -> Probe:
     """Ask a server what it gives. text: a short one. tokens: how many positions a request is to have;
-    prompt_tokens: of a prompt that is to be continued. Raises AnswerError where it answers nothing."""
+    prompt_tokens: of a prompt that is to be continued. chat: by messages alone. Raises AnswerError where it
+    answers nothing."""
 
     def ask(asking: Asking, **changes: Any) -> Answered | None:
         path, body = body_of(asking, model, text, **changes)
@@ -81,7 +93,7 @@ def probe(
     def row(what: str, given: bool, detail: str = "") -> None:
         rows.append({"evidence": what, "given": given, "detail": detail})
 
-    base = next((one for one in _forms(tokenizer) if ask(one) is not None), None)
+    base = next((one for one in _forms(tokenizer, chat) if ask(one) is not None), None)
     if base is None:
         raise refused[0]
     if ask(replace(base, level="chosen", k=1)) is not None and True in spellings:
@@ -111,11 +123,14 @@ def probe(
         level: Level = "prompt-chosen" if given else "chosen"
         askings.setdefault(level, replace(sized, level=level, k=min(top, 1)))
     known = replace(base, level="tokens", k=max(min(tops["generation"], 1), 0))
-    first = ask(known)
+    first = ask(known) or ask(known := replace(known, level="text"))
     has_ids = first is not None and first.output is not None and len(first.output) > 0
     row("ids of generated tokens", has_ids)
     if has_ids:
         askings["tokens"] = replace(known, prompt_tokens=prompt_tokens, new_tokens=tokens)
+        askings["sampled"] = replace(askings["tokens"], level="sampled")
+    if first is not None and first.text.strip():
+        askings["text"] = replace(known, level="text", prompt_tokens=prompt_tokens, new_tokens=tokens)
     row("temperature 0 repeats", _same(first, ask(known)))
     seeded = [ask(base, temperature=1.0, seed=seed) for seed in (7, 7)]
     row("seeds repeat", _same(*seeded))
@@ -127,18 +142,28 @@ def probe(
         bool(first and first.fingerprint),
         (first.fingerprint or "")[:60] if first else "",
     )
+    reads_others = any(error.code == "other-prompt" for error in refused)
+    if reads_others:
+        row("reads the prompt that it is given", False, "its ids are others: template or system prompt")
     row("signed receipts", bool(first and first.receipt))
-    return Probe({level: replace(askings[level], level=level) for level in LEVELS if level in askings}, rows)
+    found: dict[Level, Asking] = {
+        level: replace(askings[level], level=level) for level in LEVELS if level in askings
+    }
+    return Probe(found, rows, reads_others)
 
 
-def _forms(tokenizer: PreTrainedTokenizerBase) -> Iterator[Asking]:
-    forms: list[Form] = ["ids", "text"]
+def _forms(tokenizer: PreTrainedTokenizerBase, chat: bool) -> Iterator[Asking]:
+    forms: list[Form] = [] if chat else ["ids", "text"]
     if getattr(tokenizer, "chat_template", None):
         forms.append("chat")
+    elif chat:
+        raise BitassayError("the reference's tokenizer has no chat template", "leave --chat out")
     for form in forms:
         for extras in (True, False):
             # Without extras, `tokens` asks for log-probabilities, which name tokens.
             yield Asking("tokens", form, "generation", 1, 0, SEEN, extras)
+    for form in forms:
+        yield Asking("text", form, "generation", 0, 0, SEEN, False)
 
 
 def _most(ask: Any, base: Asking, through: Through, k: int) -> tuple[int, Asking]:

@@ -235,10 +235,10 @@ class Files:
             for number, text in enumerate(texts[:count]):
                 key = f"answer-{index}-{number:05d}"
                 expected = prompt_of(Text(text.text, tuple(text.ids)), asking.form, self.vocabulary.tokenizer)
-                found[key] = self._answer(self.folder / f"{key}.json", expected)
+                found[key] = self._answer(self.folder / f"{key}.json", expected, asking.level == "text")
         return found
 
-    def _answer(self, path: Path, prompt: tuple[int, ...]) -> dict[str, Any]:
+    def _answer(self, path: Path, prompt: tuple[int, ...], is_text: bool) -> dict[str, Any]:
         answer = valid(_Answer, path)
         if tuple(answer.prompt_ids) != prompt:
             raise BitassayError(f"{path}: an answer to another prompt than the text makes", REMEDY)
@@ -256,7 +256,7 @@ class Files:
         said = answer.model_dump(exclude={"prompt_ids", "error", "problem", "receipt"})
         output = tuple(Position(each.token) for each in answer.output or ())
         content = answer.receipt and answer.receipt.content
-        signed = Answered("", output, None, None, None, None, content)
+        signed = Answered("", None if is_text else output, None, None, None, None, content)
         return kept | said | {"receipt": checked_receipt(signed, prompt)}
 
 

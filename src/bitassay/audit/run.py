@@ -20,7 +20,7 @@ from bitassay.audit.judge import (
 )
 from bitassay.audit.probe import WORDS
 from bitassay.audit.session import PROMPT_TOKENS, Options, Session, Target
-from bitassay.audit.suspects import NOBODY, Suspect, compare
+from bitassay.audit.suspects import NOBODY, Suspect, check_suspects, compare
 from bitassay.data.corpora import pinned
 from bitassay.errors import BitassayError
 from bitassay.models.identity import identity
@@ -70,6 +70,7 @@ def conclude(
     options, folder, reference = session.options, session.folder, session.reference
     claim, corpus = ModelClaim.of(identity(reference.exact)), folder.plan["corpus"]
     asking = session.probed(0, target, profile)
+    check_suspects(asking, suspects)
     scores: dict[str, list[float | None]] = {}
     for index, server in enumerate(honest, 1):
         theirs = session.probed(index, server, None, asking)

@@ -117,10 +117,10 @@ class Server:
     async def _next(self, results: AsyncIterator[Any], request: Request) -> Any:
         """The next result of a job; its handler ends where the client has gone."""
         async for result in results:
-            if result is not None:
-                return result
             if await request.is_disconnected():
                 raise ClientDisconnect
+            if result is not None:
+                return result
         raise AssertionError("a job without an end")
 
     def _count(self, done: Done) -> None:

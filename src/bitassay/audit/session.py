@@ -17,6 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from bitassay.audit.asking import Asking, Text, body_of, prompt_of, texts
 from bitassay.audit.client import AnswerError, Endpoint
 from bitassay.audit.distance import Level
@@ -39,6 +41,7 @@ from bitassay.verification.receipts.receipt import check_signature, decode
 
 PROBE_TOKENS = 12
 PROMPT_TOKENS = 32
+BEHIND = 8  # tokens of a prompt with which the text behind it is split
 NOT_THEIR_FAULT = FATAL | {"status-500"}
 
 
@@ -54,7 +57,8 @@ class Target:
 class Options:
     """What an audit does. tokens: positions a request; requests, calibration_requests: how many; k: most
     likely tokens at each position, at most; level: of evidence (None: the
-    strongest); seed: of the texts (None: drawn); watched: one of many audits, which the ledger alone decides.
+    strongest); chat: ask by messages, whose template and system prompt are the server's; seed: of the
+    texts (None: drawn); watched: one of many audits, which the ledger alone decides.
     """
 
     corpus: str = "c4-train-new"
@@ -67,6 +71,7 @@ class Options:
     seed: int | None = None
     concurrency: int = 4
     watched: bool = False
+    chat: bool = False
     ledger: Path | None = None
     out: Path | None = None
 
@@ -114,6 +119,7 @@ class Session:
                 options.tokens,
                 PROMPT_TOKENS,
                 options.k,
+                options.chat,
             )
             level = profile.level if profile else like.level if like else options.level
             return {"asking": found.choose(level).to_dict(), "rows": found.rows}
@@ -250,7 +256,11 @@ def ask_once(target: Target, asking: Asking, text: Text, vocabulary: Vocabulary)
     kept: dict[str, Any] = {"prompt_ids": list(prompt)}
     try:
         answered = read_answer(target.endpoint.post(path, body), vocabulary, prompt, asking.through == "echo")
-        return kept | asdict(answered) | {"receipt": checked_receipt(answered, prompt)}
+        known = kept | asdict(answered) | {"receipt": checked_receipt(answered, prompt)}
+        if asking.level == "text":
+            read = retokenized(vocabulary.tokenizer, prompt, answered.text)
+            known["output"] = [asdict(each) for each in read[: asking.new_tokens]]
+        return known
     except AnswerError as error:
         if error.code in NOT_THEIR_FAULT:
             raise
@@ -261,6 +271,18 @@ def positions_of(answer: dict[str, Any], asking: Asking) -> list[Position]:
     """Return the positions of a kept answer that are judged; none where it has no evidence."""
     said = answer.get("output" if asking.through == "generation" else "prompt") or []
     return [Position(each["token"], each["logprob"], tuple(map(tuple, each["top"]))) for each in said]
+
+
+def retokenized(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], text: str) -> tuple[Position, ...]:
+    """Return the tokens of an answer that is known as text alone, as the tokenizer splits it: behind the end
+    of the prompt where that keeps the prompt's tokens, else by itself. A model may have split it otherwise;
+    honest servers' answers have that too."""
+    for length in range(min(BEHIND, len(prompt)), -1, -1):
+        before = list(prompt[len(prompt) - length :])
+        whole = tokenizer(str(tokenizer.decode(before)) + text, add_special_tokens=False, verbose=False)
+        if list(whole.input_ids[:length]) == before:
+            return tuple(Position(token) for token in whole.input_ids[length:])
+    raise AssertionError("nothing is what everything begins with")
 
 
 def checked_receipt(answered: Answered, prompt: Sequence[int]) -> dict[str, Any] | None:

@@ -1,5 +1,6 @@
-"""Which known change is nearest to what a server says? Answers are compared with models that may have been
-served instead, such as the reference quantized by a recipe.
+"""Which known change is nearest to what a server says? Answers are compared with what may have been served
+instead: the reference quantized by a recipe or with a smaller cache, behind another prompt, or sampled in
+another way (`hosts.py` makes them from words).
 
 Each suspect reads the tokens of each answer once, in bfloat16, as most servers compute. Two numbers are
 given: the distance (`distance.py`) of the server's evidence from what the suspect says, and how much of the
@@ -10,30 +11,58 @@ control's, both centred and weighted at each position as in the distance,
 
 over all positions and answers: near 1 for the model that answers, near 0 for the reference, and for other
 changes as far as they do not go the same way. Rounding noise is in no suspect's direction, so `seen` tells
-changes that are smaller than it. Its interval is a jackknife over answers. Greedy tokens have no `seen`.
+changes that are smaller than it. Its interval is a jackknife over answers. Tokens alone have no `seen`. The
+distance of sampled tokens is how unlikely the suspect finds each, -log of its probability, by its own rule of
+sampling or the one that was asked for.
 
 The nearest suspect is a hint, not a verdict: a change that is not among them may be nearer still.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float64
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from bitassay.audit.asking import Asking
+from bitassay.audit.asking import UNNAMED, Asking, Text
 from bitassay.audit.distance import CAP, Rows, distances
 from bitassay.audit.session import Session, positions_of
+from bitassay.audit.surprise import ASKED, Rule, unlikeliness
 from bitassay.audit.wire import Position
 from bitassay.errors import BitassayError
 from bitassay.evaluation.statistics import FEWEST, jackknife_of, student_interval
 from bitassay.models.identity import identity
 
-Suspect = Callable[[], PreTrainedModel]
+Prompt = Callable[[PreTrainedTokenizerBase, Asking, Text, Sequence[int]], list[int]]
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """What a host may do instead. load: its model (None: the claimed one); prompt: of tokenizer, asking, text
+    and prompt, the ids that it reads; rule: of sampling."""
+
+    load: Callable[[], PreTrainedModel] | None = None
+    prompt: Prompt | None = None
+    rule: Rule | None = None
+
+
 NOBODY: Mapping[str, Suspect] = MappingProxyType({})
 CLAIMED = "the model that was claimed"
+
+
+def check_suspects(asking: Asking, suspects: Mapping[str, Suspect]) -> None:
+    """Raise BitassayError for a suspect of which this evidence says nothing."""
+    for name, suspect in suspects.items():
+        if suspect.prompt is not None and asking.through != "generation":
+            raise BitassayError(
+                f"{name}: log-probabilities of given tokens say nothing of other prompts",
+                "--evidence logprobs, chosen, tokens, text or sampled",
+            )
+        if suspect.rule is not None and asking.level != "sampled":
+            raise BitassayError(f"{name}: greedy answers are not sampled", "--evidence sampled")
 
 
 def compare(session: Session, asking: Asking, suspects: Mapping[str, Suspect]) -> list[dict[str, Any]]:
@@ -48,31 +77,38 @@ def compare(session: Session, asking: Asking, suspects: Mapping[str, Suspect]) -
         return []
     answers = [session.answer(0, number) for number in numbers]
     said = [positions_of(answer, asking) for answer in answers]
+    texts = session.texts("audited", session.options.requests, asking.prompt_tokens)
 
-    def read(model: PreTrainedModel) -> list[tuple[float, list[np.ndarray]]]:
+    def read(model: PreTrainedModel, suspect: Suspect) -> list[tuple[float, list[np.ndarray]]]:
         """Of each answer the mean distance, and the model's values where the server has one."""
         found = []
-        for answer, positions in zip(answers, said, strict=True):
-            ids, start = asking.read_as(answer["prompt_ids"], [each.token for each in positions])
+        for number, answer, positions in zip(numbers, answers, said, strict=True):
+            tokens, prompt = [each.token for each in positions], answer["prompt_ids"]
+            if suspect.prompt is not None:
+                prompt = suspect.prompt(session.tokenizer, asking, texts[number], prompt)
+            ids, start = asking.read_as(prompt, tokens)
             rows = session.reference.rows(model, ids, start)
-            mean = float(distances(asking.level, positions, rows, asking.k).mean())
-            found.append((mean, values_of(positions, rows)))
+            if asking.level == "sampled":
+                far = unlikeliness(tokens, rows, suspect.rule or ASKED)
+            else:
+                far = distances(asking.level, positions, rows, asking.k)
+            found.append((float(far.mean()), values_of(positions, rows)))
         return found
 
-    own = read(session.reference.control)
+    own = read(session.reference.control, Suspect())
     means, seen = {CLAIMED: [mean for mean, _ in own]}, {}
-    for index, (name, load) in enumerate(suspects.items()):
+    for index, (name, suspect) in enumerate(suspects.items()):
         session.progress(f"comparing with {name}", index, len(suspects))
-        model = load()
+        model = session.reference.control if suspect.load is None else suspect.load()
         if identity(model).tokenizer_digest != identity(session.reference.exact).tokenizer_digest:
             raise BitassayError(f"{name}: has another tokenizer than the reference", "one of the same tokens")
-        theirs = read(model)
+        theirs = read(model, suspect)
         means[name] = [mean for mean, _ in theirs]
         sums = [
             _sums(positions, mine, other)
             for positions, (_, mine), (_, other) in zip(said, own, theirs, strict=True)
         ]
-        seen[name] = share_seen(np.array(sums))
+        seen[name] = (None, None) if asking.level in UNNAMED else share_seen(np.array(sums))
     table = np.array(list(means.values()))
     nearest = np.bincount(table.argmin(0), minlength=len(means))
     rows = [

@@ -7,7 +7,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from bitassay.cli import options
-from bitassay.cli.audit_modes import ALPHA, Loader, changed, kept_contract, replayed, shown
+from bitassay.cli.audit_modes import ALPHA, Loader, changed, kept_contract, recipes_of, replayed, shown
 from bitassay.cli.checks import check_words
 from bitassay.cli.progress import show_progress
 from bitassay.errors import BitassayError, suggestion
@@ -28,6 +28,7 @@ def audit(
     against: Path | None = None,
     repeats: options.Count | None = None,
     contract: options.Flag = False,
+    chat: options.Flag = False,
     context: options.Count | None = None,
     calibrate_from: Urls | None = None,
     calibrate_model: str | None = None,
@@ -81,9 +82,12 @@ def audit(
             repeated. Its profile is kept as profile.json in the run folder.
         calibrate_model: The model's name at those servers (default: --model).
         profile: A profile.json of an earlier audit.
-        suspects: Recipes, such as w8,fp8,w4: says which of the reference so quantized, and the reference
-            itself, is nearest to the answers.
-        evidence: prompt-logprobs, logprobs, prompt-chosen, chosen or tokens (default: the strongest).
+        suspects: What may be done instead: recipes such as w8,fp8,w4, a cache in fewer bits (kv8, kv4),
+            system=FILE, template=FILE, context=50%, temperature=0.8, top_p=1. Says which of these, or the
+            reference itself, is nearest to the answers.
+        evidence: prompt-logprobs, logprobs, prompt-chosen, chosen, tokens, text or sampled (default: the
+            strongest).
+        chat: Ask by messages, so that the server's chat template and system prompt are audited too.
         top: Most likely tokens at each position, at most.
         tokens: Positions that are judged in each request.
         requests: How many requests (default: 16).
@@ -108,6 +112,7 @@ def audit(
         given = {"a URL": url, "--model": model, "--calibrate-from": calibrate_from, "--seed": seed}
         given |= {"--evidence": evidence, "--requests": requests, "--budget": budget, "--key-env": key_env}
         given |= {"--watch": watch, "--against": against, "--contract": contract or None} | asked
+        given |= {"--chat": chat or None}
         if wrong := [name for name, value in given.items() if value is not None]:
             raise BitassayError(f"--replay asks nothing, so {wrong[0]} says nothing", "leave it out")
         return replayed(replay, reference, recipe, named, profile, alpha, ledger, loading, device, output)
@@ -122,6 +127,7 @@ def audit(
         given = {"--calibrate-from": calibrate_from, "--profile": profile, "--ledger": ledger}
         given |= {"--evidence": evidence, "--requests": requests, "--budget": budget, "--watch": watch}
         given |= {"--suspects": suspects, "--recipe": recipe, "--contract": contract or None} | asked
+        given |= {"--chat": chat or None}
         if wrong := [name for name, value in given.items() if value is not None]:
             raise BitassayError(f"--against needs no {wrong[0]}", "leave it out")
         return changed(
@@ -140,7 +146,7 @@ def audit(
         )
     if url is not None and model is not None and reference is not None and contract:
         given = {"--profile": profile, "--ledger": ledger, "--evidence": evidence, "--budget": budget}
-        given |= {"--watch": watch, "--suspects": suspects, "--recipe": recipe}
+        given |= {"--watch": watch, "--suspects": suspects, "--recipe": recipe, "--chat": chat or None}
         if wrong := [name for name, value in given.items() if value is not None]:
             raise BitassayError(f"--contract needs no {wrong[0]}", "leave it out")
         servers = [(url, model, key_env)]
@@ -167,7 +173,7 @@ def audit(
         checked_url(each)
     for variable in (key_env, calibrate_key_env):
         require_variable(variable)
-    check_words([reference], [recipe, *named], folder=output.out, file=ledger)
+    check_words([reference], [recipe, *recipes_of(named)], folder=output.out, file=ledger)
     check_corpus(text)
     from bitassay.audit.judge import read_audit_profile
     from bitassay.audit.run import audit
@@ -184,6 +190,7 @@ def audit(
         level=evidence,  # type: ignore[arg-type]
         alpha=ALPHA if alpha is None else alpha,
         seed=seed,
+        chat=chat,
         concurrency=concurrency,
         ledger=ledger,
         out=output.out,

@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +34,7 @@ def replayed(
     output: options.RunOutput,
 ) -> int:
     """Judge a recorded audit again; return the exit status."""
-    check_words([reference], [recipe, *suspects], folder=output.out, file=ledger)
+    check_words([reference], [recipe, *recipes_of(suspects)], folder=output.out, file=ledger)
     from bitassay.audit.judge import read_audit_profile
     from bitassay.audit.replay import read_recorded, replay
 
@@ -162,6 +161,13 @@ def shown(run: dict[str, Any], folder: Path, output: options.RunOutput) -> int:
     return 0 if decision["status"] == "PASS" else 1
 
 
+def recipes_of(words: Iterable[str]) -> list[str]:
+    """Return the suspects that are recipes."""
+    from bitassay.audit.hosts import is_recipe
+
+    return [word for word in words if is_recipe(word)]
+
+
 @dataclass(frozen=True)
 class Loader:
     """Loads the reference, and the models that may answer instead."""
@@ -182,6 +188,12 @@ class Loader:
         exact = self._load("float32", self.recipe, progress)
         return Reference(exact, self._load("bfloat16", self.recipe, progress))
 
-    def suspects(self, recipes: Iterable[str], progress: "Progress") -> "dict[str, Suspect]":
-        """Return how to load each suspect."""
-        return {recipe: partial(self._load, "bfloat16", recipe, progress) for recipe in recipes}
+    def suspects(self, words: Iterable[str], progress: "Progress") -> "dict[str, Suspect]":
+        """Return what may have been done instead, by word. Raises BitassayError for a word that says
+        nothing."""
+        from bitassay.audit.hosts import suspect
+
+        def load(recipe: str | None) -> "PreTrainedModel":
+            return self._load("bfloat16", recipe or self.recipe, progress)
+
+        return {word: suspect(word, load) for word in words}

@@ -21,6 +21,7 @@ from bitassay.models.config import text_config
 from bitassay.models.lockstep import Forward, in_step
 from bitassay.models.opened import change_parameter, parameter_of
 from bitassay.models.positions import frequencies
+from bitassay.models.precision import short_products
 from bitassay.models.walk import decoder_layers, decoder_of, module_name
 from bitassay.quantization.recipe.solvers import Tune
 from bitassay.quantization.runtime.model import copy_sharing_parameters
@@ -73,10 +74,10 @@ def last_states(
     model: PreTrainedModel, tokens: Tokens, batch: int = BATCH_SAMPLES
 ) -> Float[Tensor, "samples tokens hidden"]:
     """Return what the output head reads, in bf16, on the host; layers of an opened model are read once."""
-    decoder = decoder_of(model)
+    decoder, short = decoder_of(model), short_products(model.device, model.dtype)
 
     def states(part: Tokens) -> Tensor:
-        with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16):
+        with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=short):
             output = decoder(input_ids=part.to(model.device), use_cache=False)
         return output.last_hidden_state.bfloat16().cpu()
 

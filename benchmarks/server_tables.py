@@ -1,0 +1,157 @@
+"""Tables of what `servers.py` asked and judged: false accusations, and requests until a change is found.
+
+Profile: the first 128 answers of one honest server of a group (engine and precision). Held out: its other
+answers, and those of servers of the same group that were asked otherwise (one at a time, with a prefix
+cache). Audits are disjoint: each answer is in one audit of a level. A ledger is simulated: profile and
+requests are drawn, without replacement, from the kept statistics of one server, and it is looked at 40
+times, ever less often. Run:
+
+    python benchmarks/server_tables.py --honest GROUP,CALIBRATED,HELD-OUT,... --changed NAME,GROUP ...
+"""
+
+import argparse
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+from servers import ANSWER, GIVEN, LEVELS
+
+from bitassay.evaluation.statistics import clopper_pearson_interval
+from bitassay.verification.pooled import fail_count, pooled_p_value
+from bitassay.verification.scores import p_value
+from bitassay.verification.sequential import SequentialEvidence, log_wealth
+
+
+def table(out):
+    """Statistics by server, level and question."""
+    found = defaultdict(lambda: defaultdict(dict))
+    for path in sorted((out / "scores").glob("*.json")):
+        name, kind, number = path.stem.rsplit("-", 2)
+        value = json.loads(path.read_text())
+        for level in LEVELS[kind]:
+            found[name][level][int(number)] = value[level]["score"] if level in value else None
+    return found
+
+
+def refused(p_values, n, alpha):
+    """Whether an audit of several answers is refused, as `judge.decide` decides it."""
+    tests = pooled_p_value(p_values, n), fail_count(p_values, n, alpha)
+    return min(tests) <= alpha / 2
+
+
+def share(count, items):
+    low, high = clopper_pearson_interval(count, items)
+    return f"{count} of {items} ({low:.1%} to {high:.1%})"
+
+
+def audits_of(scored, profile, size):
+    """P-values of the answers, in disjoint audits of `size`; answers that cannot be judged are left out."""
+    values = [p_value(each, profile) for each in scored if each is not None]
+    return [values[at : at + size] for at in range(0, len(values) - size + 1, size)]
+
+
+def known_of(found, server, level):
+    """The profile: the first 128 answers of a server."""
+    return [each for n, each in found[server][level].items() if n < 128 and each is not None]
+
+
+def honest_tables(found, groups, options):
+    print("| evidence | honest server | requests refused | audits refused | ledgers with an alarm |")
+    print("|---|---|---:|---:|---:|")
+    totals = defaultdict(lambda: np.zeros(4, dtype=int))
+    for level in (each for some in LEVELS.values() for each in some):
+        for known, held in groups.values():
+            profile = known_of(found, known, level)
+            for name in held:
+                mine = [each for n, each in sorted(found[name][level].items()) if n >= 128]
+                if not mine or not profile:
+                    continue
+                audits = audits_of(mine, profile, options.size)
+                singles = [p_value(each, profile) <= options.alpha for each in mine if each is not None]
+                n = len(profile)
+                fails = sum(refused(each, n, options.alpha) for each in audits)
+                counts = [sum(singles), len(singles), fails, len(audits)]
+                totals[level] += counts
+                row = share(*counts[:2]), share(*counts[2:]), watched(mine, profile, options)
+                print(f"| {level} | {name} | {' | '.join(row)} |", flush=True)
+        if level in totals:
+            counts = totals[level]
+            print(f"| {level} | all | {share(*counts[:2])} | {share(*counts[2:])} | |", flush=True)
+
+
+def watched(mine, profile, options):
+    """Of ledgers that draw profile and requests from the kept statistics of one server, how many ever come to
+    an alarm."""
+    if not options.ledgers:
+        return ""
+    draw, every = np.random.default_rng(0), np.array([*profile, *(each for each in mine if each is not None)])
+    looks = np.unique(np.geomspace(1, len(every) - len(profile), 40).astype(np.int64))
+    alarms = 0
+    for _ in range(options.ledgers):
+        noisy = every + draw.normal(0, 1e-9, len(every))
+        draw.shuffle(noisy)
+        known, rest = noisy[: len(profile)], noisy[len(profile) :]
+        ledger = SequentialEvidence.of(log_wealth(rest, known, looks), options.alpha)
+        alarms += ledger.alarm_at is not None
+    return share(alarms, options.ledgers)
+
+
+def power_tables(found, groups, options):
+    print(
+        "\n| evidence | served | of the profile of | median | requests refused | tokens (requests) to 99 % |"
+    )
+    print("|---|---|---|---:|---:|---:|")
+    draw = np.random.default_rng(0)
+    for level in (each for some in LEVELS.values() for each in some):
+        for name, known in (each.split(",") for each in options.changed):
+            profile = known_of(found, groups[known][0], level)
+            mine = [each for each in found[name][level].values() if each is not None]
+            if not mine or not profile:
+                continue
+            p_values = np.array([p_value(each, profile) for each in mine])
+            caught = int((p_values <= options.alpha).sum())
+            needs = requests_to(p_values, len(profile), options.alpha, draw)
+            positions = GIVEN - 1 if level.startswith("prompt") else ANSWER
+            says = f"{needs * positions} ({needs})" if needs else f"over {len(mine) * positions}"
+            print(
+                f"| {level} | {name} | {known} | {np.median(mine):.2f} | {caught} of {len(mine)} | {says} |",
+                flush=True,
+            )
+
+
+def requests_to(p_values, n, alpha, draw, draws=500):
+    """Requests until 99 % of audits are refused, of answers that are drawn with replacement; at most as many
+    as there are. None beyond."""
+    for size in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128):
+        if size > len(p_values):
+            return None
+        some = (draw.choice(p_values, size).tolist() for _ in range(draws))
+        if size == 1:
+            hits = float((p_values <= alpha).mean())
+        else:
+            hits = float(np.mean([refused(each, n, alpha) for each in some]))
+        if hits >= 0.99:
+            return size
+    return None
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmark-servers"))
+    parser.add_argument("--honest", nargs="+", required=True, help="GROUP,CALIBRATED,HELD-OUT[,HELD-OUT...]")
+    parser.add_argument("--changed", nargs="*", default=[], help="NAME,GROUP")
+    parser.add_argument("--size", type=int, default=4)
+    parser.add_argument("--alpha", type=float, default=0.01)
+    parser.add_argument("--ledgers", type=int, default=0)
+    options = parser.parse_args()
+    found = table(options.out)
+    groups = {name: (known, held) for name, known, *held in (each.split(",") for each in options.honest)}
+    honest_tables(found, groups, options)
+    power_tables(found, groups, options)
+
+
+if __name__ == "__main__":
+    main()
