@@ -187,8 +187,8 @@ def _with_copies(
     model: PreTrainedModel, recipe: Recipe, schemes: dict[str, WeightScheme]
 ) -> dict[str, WeightScheme]:
     """Add the schemes of all copies; where layers are chosen by a measure, of the first so many."""
-    plan, layers, extended = recipe.replication, len(decoder_layers(model)), dict(schemes)
-    if plan is None or not plan.makes_codes:
+    plan, layers, extended = recipe.coded_replication, len(decoder_layers(model)), dict(schemes)
+    if plan is None:
         return extended
     for layer, count in enumerate(plan.counts(layers)):
         for name, scheme in schemes.items():
