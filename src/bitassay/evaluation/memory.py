@@ -10,12 +10,11 @@ from bitassay.evaluation.divergence import ROWS
 from bitassay.evaluation.quality import STATES_BYTES, state_bytes
 from bitassay.models.config import text_config
 from bitassay.models.walk import matrices
-from bitassay.quantization.export.opened_memory import DECODING_COPIES, Shapes
+from bitassay.quantization.export.opened_memory import BASE_BYTES, READING_COPIES, Shapes
 from bitassay.quantization.export.plan import LOADED, OPENED, Plan, plan_export
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.runtime.model import obstacle_to_opening, parameter_count
 
-BASE_BYTES = 500 * 10**6  # the interpreter with torch and transformers
 TEXT_BYTES = 150 * 10**6  # that a text takes while it is tokenized, and the tables of results
 LOGITS, ROW_COPIES = 2, 6  # copies of a window's, the base model's and a candidate's; of ROWS of them in fp32
 
@@ -47,7 +46,7 @@ def memory_of(
         states = min((protocol.windows or STATES_BYTES) * state, max(STATES_BYTES, state))
         # Each candidate keeps the codes of the last layer that it read.
         codes = sum(int(plan.bits_per_weight * shapes[0].layer / 8) for plan in plans)
-        copies = [DECODING_COPIES if _has_codes(model) else 1 for model in models]
+        copies = [READING_COPIES if _has_codes(model) else 1 for model in models]
         decoding = 4 * max([*copies, *(plan.decoding_copies for plan in plans)])
         layer = max(item * each.layer + max(passing, int((decoding - item) * each.matrix)) for each in shapes)
         head = item * max(each.beside for each in shapes) + logits

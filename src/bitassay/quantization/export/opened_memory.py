@@ -21,12 +21,12 @@ from bitassay.quantization.solvers import layerwise, tune
 from bitassay.quantization.solvers.distillation import writing_bytes
 from bitassay.quantization.transforms.residual_stream import CHUNK_VALUES
 
-BASE_BYTES = 550 * 10**6  # the interpreter with torch and transformers
-# Copies of a matrix in fp32, measured: that rounding it to nearest holds at its peak; binary planes, and a
-# second plane of all columns; that reading a folder's codes and decoding them holds; decoding codes that are
-# kept; and such codes in FP8, or with something added to them.
-ROUNDING_COPIES, PLANES_COPIES, SECOND_PLANE_COPIES, DECODING_COPIES = 5, 8, 12, 5
-KEPT_COPIES, FLOAT_COPIES, SUM_COPIES = 1.3, 2, 3
+BASE_BYTES = 500 * 10**6  # the interpreter with torch and transformers
+# Copies of a matrix in fp32, measured: that rounding it to nearest holds at its peak, where it is rotated, as
+# binary planes, and for a second plane of all columns; that reading a folder's codes holds; decoding codes
+# that are kept; and such codes in FP8, or with something added to them.
+ROUNDING_COPIES, ROTATED_COPIES, PLANES_COPIES, SECOND_PLANE_COPIES = 2.8, 3.3, 7.5, 12
+READING_COPIES, KEPT_COPIES, FLOAT_COPIES, SUM_COPIES = 2.3, 1.3, 2, 3
 HESSIANS, SOLVING_COPIES = 3, 5  # that factorising and rounding hold
 LEARNING_BYTES = 28  # of a weight of the layer that is learned: its position, gradient, two moments and value
 ROTATED_BYTES = 12  # of a rotated weight beside the layers: it, and the base model's as it is read
@@ -57,16 +57,20 @@ def opened_memory(sizes: Sizes, stored: Mapping[str, Stored], recipe: Recipe, so
     return BASE_BYTES + max(most)
 
 
-def saving_memory(model: PreTrainedModel) -> int:
-    """Return the bytes that writing and checking an opened model takes: a layer that is run with a matrix
-    that is decoded, and what lies beside the layers."""
-    item, shapes = model.dtype.itemsize, Shapes.of(model)
-    return BASE_BYTES + max(item * shapes.layer + shapes.decoding, item * shapes.beside)
+def saving_memory(sizes: Sizes, stored: Mapping[str, Stored]) -> int:
+    """Return the bytes that writing and checking an opened model takes: a layer that is run while a matrix is
+    read and decoded, with its codes, and what lies beside the layers."""
+    item, shapes = sizes.model.dtype.itemsize, Shapes.of(sizes.model)
+    copies = max(READING_COPIES, *map(decoding_copies, stored.values()))
+    codes = sizes.bits * shapes.layer // sum(map(math.prod, sizes.shapes)) // 8
+    checking = item * shapes.layer + codes + int((4 * copies - item) * shapes.matrix)
+    return BASE_BYTES + max(checking, item * shapes.beside)
 
 
 def rounding_copies(stored: Stored) -> float:
     """Return how many copies of a matrix in fp32 rounding it to nearest holds."""
-    scheme, copies = stored.scheme, float(ROUNDING_COPIES)
+    scheme = stored.scheme
+    copies = ROUNDING_COPIES if scheme.turned is None else ROTATED_COPIES
     if scheme.has_planes:
         copies = PLANES_COPIES + SECOND_PLANE_COPIES * scheme.residual
     return copies if stored.residual is None or scheme.residual else copies + 2
@@ -177,7 +181,7 @@ class Shapes(NamedTuple):
     @property
     def decoding(self) -> int:
         """The bytes that it takes to decode a matrix."""
-        return int(4 * self.matrix * DECODING_COPIES)
+        return int(4 * self.matrix * SUM_COPIES)
 
 
 def tuning_memory(spec: Tune, sizes: Sizes, opened: bool = False) -> int:
