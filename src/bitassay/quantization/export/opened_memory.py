@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel
 
+from bitassay.data.windows import tokenizing_bytes
 from bitassay.models.walk import decoder_layers, matrices, module_name, walk
 from bitassay.quantization.codes.storage import Stored
 from bitassay.quantization.inputs.ranges import SAMPLED_TOKENS, SAMPLING
@@ -47,13 +48,16 @@ class Sizes:
 
 def opened_memory(sizes: Sizes, stored: Mapping[str, Stored], recipe: Recipe, solves: bool) -> int:
     """Return the bytes that it takes a layer at a time until all codes are known: the most of what rounding a
-    matrix holds, what the parts of the recipe hold and, where it `solves` layers, of that."""
+    matrix holds, what the parts of the recipe hold, of tokenizing its text and, where it `solves` layers, of
+    that."""
     item, shapes = sizes.model.dtype.itemsize, Shapes.of(sizes.model)
     rounding = int(4 * shapes.matrix * max(map(rounding_copies, stored.values())))
     most = [item * shapes.owner + rounding]
     most += [memory_of(part, sizes, shapes, rounding) for memory_of, part in recipe.steps(OPENED_MEMORY)]
     if solves:
         most.append(_solving(None, sizes, shapes, rounding))
+    if recipe.is_calibrated:
+        most.append(tokenizing_bytes(recipe.text.corpus))
     return BASE_BYTES + max(most)
 
 
