@@ -10,9 +10,9 @@ answers (those that `benchmarks/servers.py` keeps; run that first).
 
 All are given the threshold that they would like to have: an audit is refused where its statistic is larger
 than that of 99 % of honest audits of as many requests, of which 2000 are drawn from all honest answers. So
-nobody's own p-values are used, and each has a false-positive rate of 1 % on these answers. (--split shows what
-happens where the threshold is learnt from the first 128 honest answers and the others are audited.) Power:
-of 1000 audits that are drawn from the changed server's answers.
+nobody's own p-values are used, and each has a false-positive rate of 1 % on these answers. With --split the
+threshold is learnt from the first 128 honest answers, and the others are audited. Power: of 1000 audits that
+are drawn from the changed server's answers.
 
     python benchmarks/peers/audits.py sample --out OUT [--samples 12] [--only 0-64 128-192]
     python benchmarks/peers/audits.py table --out OUT --honest NAME,HELD-OUT --changed NAME ...
