@@ -1,7 +1,8 @@
 """What proof costs: the host's recording and commitment, the verifier's work, and the bytes between them.
 
     recording     generation with taps on hidden states, and the signed receipt of them / plain generation
-    verification  one prefill and all statistics, of the whole trace or of an opening / KV-cached generation
+    verification  all prefills and statistics, of the whole trace, of a spot check of one segment of layers
+                  (the mean over all segments), or of an opening / KV-cached generation
     bytes         of receipt, opening and trace for a token of prompt or output; a receipt's fixed part apart
 
 One request, bf16, batch 1, greedy: a prompt of so many tokens, and as many generated ones, the same in all
@@ -26,16 +27,19 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 import bitassay
 from bitassay.data.corpora import corpus
 from bitassay.engines.decode import generate
+from bitassay.engines.segments import needless
 from bitassay.engines.taps import tap_layers
 from bitassay.record.environment import environment
 from bitassay.verification.prove import prove
 from bitassay.verification.receipts.challenge import challenge
 from bitassay.verification.receipts.opening import open_trace, write_opening
 from bitassay.verification.receipts.receipt import commit, encode
+from bitassay.verification.spot import verify_segments
 from bitassay.verification.structure import Request
 from bitassay.verification.trace import Trace, write_trace
 from bitassay.verification.verify import verify_many, verify_opening
 
+SPOT = "spot check of one segment"
 GOALS = {"recording": 0.03, "verification": 0.08, "receipt_bytes": 600, "receipt_bytes_per_token": 8}
 
 
@@ -71,7 +75,13 @@ def main(model_name: str, n_prompt: int, n_tokens: int, rounds: int) -> dict:
         commit(trace, key)
         return trace
 
+    def spot_checks() -> None:
+        for end in tap_layers(model):
+            verify_segments([trace], model, 1, requests=[request], draw=lambda *_, end=end: [end])
+
     trace = prove(model, prompt, max_new_tokens=n_tokens)  # the caches are warm, too
+    for end in tap_layers(model):
+        needless(model, tap_layers(model), [end])  # tried once for each model
     receipt = commit(trace, key)
     asked = challenge(receipt)
     opening = open_trace(trace, asked)
@@ -81,6 +91,7 @@ def main(model_name: str, n_prompt: int, n_tokens: int, rounds: int) -> dict:
         "recorded generation": recorded,
         "commitment": lambda: commit(trace, key),
         "verification": lambda: verify_many([trace], model, requests=[request]),
+        SPOT: spot_checks,
         "verification of an opening": lambda: verify_opening(
             receipt, asked, opening, model, signer=signer, request=request
         ),
@@ -90,7 +101,9 @@ def main(model_name: str, n_prompt: int, n_tokens: int, rounds: int) -> dict:
     for round_ in range(rounds):
         for name in list(works)[:: 1 if round_ % 2 else -1]:
             value, wall, cpu = timed(works[name])
-            seconds[name].append((wall, cpu))
+            share = len(tap_layers(model)) if name == SPOT else 1
+            seconds[name].append((wall / share, cpu / share))
+            wall, cpu = seconds[name][-1]
             print(f"{round_} {name}: {wall:.2f} s, CPU {cpu:.2f} s", file=sys.stderr)
             if name == "generation":
                 assert value == trace.header.output_ids

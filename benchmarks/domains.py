@@ -9,11 +9,17 @@ risks that does not say what it computes with. Dishonest runs of the same prompt
 Printed is, for each kind of run, how many are refused, of how many, with Clopper-Pearson intervals over runs.
 Runs are kept in RESULTS as they are finished; the same command goes on where it was interrupted. Run:
 
-    python benchmarks/domains.py [MODEL] [--calibration 10] [--each 3] [--unseen N] [--attacks ...]
+    python benchmarks/domains.py [MODEL] [--calibration 10] [--each 3] [--unseen N] [--more DOMAIN=N]
+        [--attacks ...] [--minutes M]
+
+--more: so many prompts of a domain, such as one whose answers are mostly too short to be judged. --minutes:
+stop after so many, with exit status 3, behind a part that is finished.
 """
 
 import argparse
 import json
+import sys
+import time
 from itertools import zip_longest
 from pathlib import Path
 
@@ -48,18 +54,21 @@ ENOUGH, HOSTS, REQUESTS = 40, 200, 200  # runs of a domain whose ledgers are sim
 Runs = dict[str, list[Observation]]
 
 
-def prompts_of(each: int, unseen: int) -> list[tuple[str, str]]:
-    """The first prompts of each domain, by turns: `each` of the bundled ones, `unseen` of the others."""
-    domains = {name: texts[:each] for name, texts in prompts_by_domain().items()} | {
-        f"{path.name.partition('.')[0]} (not bundled)": prompts_from(path)[:unseen]
-        for path in sorted(FOLDER.glob("*.jsonl.gz"))
-    }
+def prompts_of(each: int, unseen: int, more: dict[str, int]) -> list[tuple[str, str]]:
+    """The first prompts of each domain, by turns: `each` of the bundled ones, `unseen` of the others, but
+    `more` of some of these."""
+    domains = {name: texts[:each] for name, texts in prompts_by_domain().items()}
+    for path in sorted(FOLDER.glob("*.jsonl.gz")):
+        name = path.name.partition(".")[0]
+        domains[f"{name} (not bundled)"] = prompts_from(path)[: more.get(name, unseen)]
     rounds = zip_longest(*([(name, text) for text in texts] for name, texts in domains.items()))
     return [prompt for several in rounds for prompt in several if prompt is not None]
 
 
-def runs_of(kind: str, name: str, model, asked_for: list[tuple[str, str]], tokens: int, folder: Path) -> Runs:
-    """Runs of one numerics or attack, by domain; finished parts are read."""
+def runs_of(
+    kind: str, name: str, model, asked_for: list[tuple[str, str]], tokens: int, folder: Path, until: float
+) -> Runs:
+    """Runs of one numerics or attack, by domain; finished parts are read. until: when to stop."""
     limit, plan = context_length(model), AttackPlan(sequences=CHUNK, tokens=tokens, batch=16)
     prompts = [(domain, encode_prompt(model, text)) for domain, text in asked_for]
     prompts = [(domain, ids) for domain, ids in prompts if limit is None or len(ids) + tokens - 1 <= limit]
@@ -68,6 +77,8 @@ def runs_of(kind: str, name: str, model, asked_for: list[tuple[str, str]], token
         chunk = prompts[start : start + CHUNK]
         path = folder / f"{kind}-{start:04d}-{digest_json([tokens, chunk])[:12]}.json"
         if not path.exists():
+            if time.monotonic() >= until:
+                sys.exit(3)
             asked = RequestSet(name, model, [ids for _, ids in chunk], GREEDY, plan)
             if kind in VARIANTS:
                 submitted = VARIANTS[kind].run(asked)
@@ -115,6 +126,8 @@ def alarms(scores: np.ndarray, honest: np.ndarray, alpha: float) -> int:
 def main(name: str, arguments: argparse.Namespace) -> dict:
     folder = RESULTS / Path(name).name
     model = bitassay.load(name, dtype="bfloat16")
+    until = time.monotonic() + 60 * arguments.minutes
+    more = {domain: int(count) for domain, _, count in (each.partition("=") for each in arguments.more)}
     kinds = {
         kind: runs_of(
             kind,
@@ -123,9 +136,11 @@ def main(name: str, arguments: argparse.Namespace) -> dict:
             prompts_of(
                 arguments.calibration if kind == OWN else arguments.each,
                 arguments.unseen or (arguments.calibration if kind == OWN else arguments.each),
+                more,
             ),
             arguments.tokens,
             folder,
+            until,
         )
         for kind in (OWN, *arguments.numerics, *arguments.attacks)
     }
@@ -158,5 +173,7 @@ if __name__ == "__main__":
     parser.add_argument("--alpha", type=float, default=0.01)
     parser.add_argument("--numerics", nargs="*", default=["eager", "thread-1", "batch-1", "isa"])
     parser.add_argument("--attacks", nargs="*", default=[])
+    parser.add_argument("--more", nargs="*", default=[], metavar="DOMAIN=N")
+    parser.add_argument("--minutes", type=float, default=float("inf"))
     arguments = parser.parse_args()
     main(arguments.model, arguments)

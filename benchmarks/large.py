@@ -6,8 +6,8 @@
 `write` makes a checkpoint of random weights in bf16 in the shape of a published model, a layer at a time,
 with stories260k's tokenizer; llama-2-7b takes 13.5 GB of disk. `measure` runs one command after the other
 under `/usr/bin/time -v` and prints the peak, the plan's figure and the seconds of each; it may take no more
-private memory (RLIMIT_DATA) than the plan's figure and 15 %, of `eval` than 3 GB. Peaks do not depend on how
-many layers there are, which `write --layers 1` and `--layers 3` show.
+private memory (RLIMIT_DATA) than the plan's figure and 15 %. Peaks do not depend on how many layers there
+are, which `write --layers 1` and `--layers 3` show.
 """
 
 import argparse
@@ -22,8 +22,12 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoTokenizer
 
-from bitassay.models.empty import empty_model
+from bitassay.data.windows import Protocol
+from bitassay.evaluation.memory import memory_of
+from bitassay.models.empty import empty_model, without_weights
 from bitassay.models.source import resolve
+from bitassay.quantization.export.plan import OPENED
+from bitassay.quantization.recipe.recipe import find_recipe
 
 MORE = 1.15  # times what was told beforehand is what a command may take
 SHAPES = {
@@ -122,10 +126,11 @@ def measure(folder: Path, samples: int, only: list[str]) -> None:
                 str(folder),
                 *["--recipe", "w4", "--windows", "4", "--window", "512", "--memory", "3GB"],
             ]
-            used, seconds, _, said = peak(command, 3.0)
-            told = re.search(r"in about ([\d.]+) GB of memory", said)
-            planned = f"{float(told[1]):8.2f}" if told else f"{'':8}"
-            print(f"{'eval --recipe w4 --windows 4 --window 512':44} {used:8.2f} {planned} {seconds:8.0f}")
+            text, empty = Protocol(windows=4, window_tokens=512), without_weights(resolve(str(folder)))
+            planned = memory_of([empty], [find_recipe("w4")], text)[OPENED] / 1e9
+            used, seconds, _, _ = peak(command, MORE * planned)
+            shown = "eval --recipe w4 --windows 4 --window 512"
+            print(f"{shown:44} {used:8.2f} {planned:8.2f} {seconds:8.0f}")
 
 
 def main() -> None:

@@ -5,12 +5,13 @@ import json
 import pytest
 
 from bitassay.engines import ENGINES
-from engines.hosted import Other
+from engines.hosted import Other, Reader
 
 
 @pytest.fixture(autouse=True)
 def _other_engine(monkeypatch, short_texts, tmp_path):
     monkeypatch.setitem(ENGINES._items, "other", Other)
+    monkeypatch.setitem(ENGINES._items, "reader", Reader)
     monkeypatch.setenv("BITASSAY_DATA", str(short_texts))
     monkeypatch.setenv("BITASSAY_CACHE", str(tmp_path / "cache"))
 
@@ -29,6 +30,39 @@ def test_eval_compares_two_engines_on_one_model(bitassay):
     assert run["settings"]["engine"]["engine"] == "other"
     alone = json.loads(bitassay("eval", "stories260k", *OTHER, *words).out)["rows"][0]
     assert alone["ppl"] == pytest.approx(row["ppl"])
+
+
+def test_tasks_compare_two_engines_on_one_model(bitassay, tmp_path):
+    pytest.importorskip("lm_eval")
+    words = ("--tasks", "hellaswag", "--limit", "2", "--engine", "reader", "--against", "stories260k")
+    done = bitassay("eval", "stories260k", *words, "--out", str(tmp_path / "t"), "--format", "json")
+    assert done.status == 0, done.err
+    run = json.loads(done.out)
+    assert list(run["models"]) == ["stories260k", "stories260k in reader"]
+    assert run["models"]["stories260k in reader"]["engine"] == "reader"
+    assert [row["difference"] for row in run["rows"] if row["against"]] == [0, 0]
+
+
+def test_bench_times_engines_beside_each_other(bitassay, workers_here, tmp_path):
+    words = ["bench", "stories260k", "--candidate", "reader:stories260k", "--batches", "1", "2", "--contexts"]
+    words += ["--prompt-tokens", "8", "--new-tokens", "2", "--repeats", "3", "--out", str(tmp_path / "b")]
+    done = bitassay(*words, "--format", "json")
+    assert done.status == 0, done.err
+    run = json.loads(done.out)
+    base, hosted, _, refused = run["rows"]
+    assert refused["skipped"] == "the reader reads one text at a time"
+    assert (hosted["model"], hosted["decode_tok_s"]) == ("reader:stories260k", 1.0)
+    assert hosted["decode_ratio"] == pytest.approx(1 / base["decode_tok_s"], rel=0.5)
+    assert hosted["prefill_share_of_bound"] is None
+    assert hosted["decode_bytes"] > base["decode_bytes"]  # float32 in the file
+    assert run["models"][1]["engine"] == "reader"
+    alone = ["bench", "stories260k", "--engine", "reader", *words[4:-2], "--out", str(tmp_path / "c")]
+    run = json.loads(bitassay(*alone, "--format", "json").out)
+    assert [(row["model"], row["batch"], "skipped" in row) for row in run["rows"]] == [
+        ("base", 1, False), ("base", 2, True),
+    ]  # fmt: skip
+    wrong = bitassay("bench", "stories260k", "--candidate", "lama.cpp:stories260k")
+    assert (wrong.status, "did you mean" in wrong.err or "'llama.cpp'" in wrong.err) == (2, True), wrong.err
 
 
 def test_generate_compares_the_texts_of_two_engines(bitassay, tmp_path):
@@ -64,7 +98,8 @@ def test_prove_calibrate_and_verify(bitassay, tmp_path):
     ("words", "problem"),
     [
         ("eval M --recipe w4", "other reads files"),
-        ("eval M --tasks hellaswag", "--tasks are not asked of other"),
+        ("bench M --recipe w4", "other reads files"),
+        ("bench M", "the engine other says no times"),
         ("eval M --attention eager", "--attention eager is of transformers"),
         ("eval M --device cuda", "device cuda"),
         ("generate M --recipe w4", "other reads files"),

@@ -96,6 +96,27 @@ def test_sampled_tokens_can_be_checked(pair):
     assert other.mean() > 0.5
 
 
+def test_texts_that_are_timed_together_are_read_as_alone(pair):
+    engine = engine_of(pair[0])
+    prompts = [list(ids_of(pair[0])), [*ids_of(pair[0])[:-1], 300], [7] * len(ids_of(pair[0]))]
+    alone = [engine.generate([prompt], max_new_tokens=3)[0].output_ids for prompt in prompts]
+    context = llamacpp_library.Context(engine.library, 64, texts=3)
+    found = [context.likeliest(prompts)]
+    for _ in range(2):
+        found.append(context.likeliest([[token] for token in found[-1]]))
+    context.free()
+    assert [tuple(row) for row in zip(*found, strict=True)] == alone
+    assert min(engine.time(prompts, 2)) > 0
+    assert "texts at most" in engine.impossible(10_000, 1, 1)
+    assert engine.impossible(32, 1, 1) == ""
+
+
+def test_it_stops_where_it_is_told_to(pair):
+    engine = engine_of(pair[0])
+    (made,) = engine.generate([ids_of(pair[0])], max_new_tokens=9, until=lambda output: len(output) == 4)
+    assert len(made.output_ids) == 4
+
+
 def test_a_trace_says_who_ran(pair):
     hosted, ours = pair
     trace = bitassay.prove(hosted, TEXT, max_new_tokens=8)

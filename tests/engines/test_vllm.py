@@ -3,6 +3,7 @@
 import io
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -71,6 +72,26 @@ def test_it_reads_as_transformers_does(hosted, stories):
     torch.testing.assert_close(logprobs, engine_of(stories).logprobs(*text)[0], atol=1e-4, rtol=0)
 
 
+def test_it_stops_where_it_is_told_to_and_reads_on(hosted, stories):
+    ids = engine_of(stories).encode(TEXT)
+    (here,) = engine_of(stories).generate([ids], max_new_tokens=9)
+    (there,) = engine_of(hosted).generate([ids], max_new_tokens=9, until=lambda output: len(output) == 4)
+    assert there.output_ids == here.output_ids[:4]
+    (again,) = engine_of(hosted).generate([ids], max_new_tokens=9)
+    assert again.output_ids == here.output_ids
+
+
+def test_it_is_timed_by_its_own_clock(hosted):
+    engine = engine_of(hosted)
+    read_s, decode_s = engine.time([[1, 2, 3]] * 3, 4)
+    assert 0 < read_s < 1
+    assert 0 < decode_s < 1
+    assert engine.impossible(32, 100, 10) == ""
+    assert engine.impossible(33, 10, 10) == "vLLM was started for 32 texts at once"
+    assert engine.impossible(32, 200, 10) == "vLLM was started for 4096 tokens at once"
+    assert engine.impossible(1, 510, 10) == "vLLM was started for 512 tokens of a text"
+
+
 def test_its_traces_say_who_ran(hosted, stories):
     trace = bitassay.prove(hosted, TEXT, max_new_tokens=4)
     assert (trace.header.numerics.engine, trace.header.numerics.engine_version) == ("vllm", "0.fake")
@@ -86,8 +107,13 @@ def test_refusals(hosted, stories, tmp_path, monkeypatch):
     with pytest.raises(BitassayError, match="vLLM was started for 512"):
         engine.prefill([[1] * 510], [[1, 1, 1]])
     shutil.copytree(identity(stories).source.folder, tmp_path / "refused")
-    with pytest.raises(BitassayError, match="vLLM: ValueError: no scheme was found"):
+    with pytest.raises(BitassayError, match="vLLM: ValueError: no scheme was found more about it"):
         bitassay.load(tmp_path / "refused", engine="vllm")
+    alone = engine_of(bitassay.load("stories260k", engine="vllm"))
+    os.kill(alone.process.process.pid, signal.SIGKILL)
+    for _ in range(2):
+        with pytest.raises(BitassayError, match="vLLM ended with status -9"):
+            alone.prefill([[1, 2]], [[3]])
     monkeypatch.setenv("BITASSAY_VLLM_PYTHON", str(tmp_path / "nothing"))
     with pytest.raises(MissingError, match="no such file"):
         bitassay.load("stories260k", engine="vllm")

@@ -1,3 +1,5 @@
+import weakref
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,6 +21,10 @@ NOT_OPENED = ["llama4", "llama4_text", "gemma4", "reformer", "hrm_text"]
 def logits(model):
     with torch.inference_mode():
         return model(TOKENS, use_cache=False).logits
+
+
+def counted(read, old=Entry.read):
+    return lambda entry, *dtype: read.append(entry.key) or old(entry, *dtype)
 
 
 def is_empty(model):
@@ -50,7 +56,7 @@ def test_a_model_that_fits_is_loaded(folder):
 def test_what_is_present_is_read_once_and_forgotten_by_the_last_who_needs_it(folder, monkeypatch):
     opened, name = load(folder, opened=True), "model.layers.1"
     read = []
-    monkeypatch.setattr(Entry, "read", lambda entry, old=Entry.read: read.append(entry.key) or old(entry))
+    monkeypatch.setattr(Entry, "read", counted(read))
     weight = f"{name}.mlp.up_proj.weight"
     with present(opened, name):
         with present(opened, f"{name}.mlp"):
@@ -125,11 +131,20 @@ def test_forwards_in_step_read_each_layer_once(folder, monkeypatch):
     with torch.no_grad():
         wanted = [loaded(row).logits for row in rows]
         read = []
-        monkeypatch.setattr(Entry, "read", lambda entry, old=Entry.read: read.append(entry.key) or old(entry))
+        monkeypatch.setattr(Entry, "read", counted(read))
         for found, expected in zip(in_step(forwards), wanted, strict=True):
             assert torch.equal(found, expected)
     assert sorted(read) == sorted(weights_of(opened).entries)
     assert is_empty(opened)
+
+
+def test_what_was_yielded_is_not_kept(folder):
+    opened = load(folder, opened=True)
+    results = in_step([Forward(opened, lambda: logits(opened)) for _ in range(3)])
+    for result in results:
+        known = weakref.ref(result)
+        del result
+        assert known() is None
 
 
 def test_an_error_in_one_forward_ends_them_all(folder):

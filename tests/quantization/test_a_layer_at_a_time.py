@@ -81,12 +81,14 @@ AT_RUN_TIME = changed_first(
 AWQ = changed_first(smoothing={"method": "awq", "clip": True, "exponents": 3}, calibration=TEXT)
 RANGES = changed_first(activations={"scale": "moving_average"}, calibration=TEXT)
 LOOPED = changed_first(replication={"copies": 2, "layers": [1]})
+BLOCK = changed_first(replication={"copies": 2, "of": "block", "layers": [0, 1]})
+WRITTEN = changed_first(calibration=TEXT, gptq={}, tune={"steps": 2, "generated": 3})
 RESIDUAL = changed_first(
     replication={"copies": 2, "how": "parallel", "of": "linear", "differ": "residual"},
     calibration=TEXT,
     gptq={},
 )
-FAST = ["w4", CALIBRATED, TUNED, ROTATED, SMOOTHED]
+FAST = ["w4", CALIBRATED, TUNED, ROTATED, SMOOTHED, BLOCK, WRITTEN]
 SLOW = ["fp8", ROTATED_AND_TUNED, ONLINE, AT_RUN_TIME, AWQ, RANGES, LOOPED, RESIDUAL]
 
 
@@ -142,11 +144,10 @@ def test_recipes_of_the_same_codes_share_their_layers_files(tmp_path, monkeypatc
 def test_evaluation_gives_the_same_scores(folder, tmp_path):
     windows = torch.arange(5 * 24).view(5, 24) * 13 % 400 + 3
     base, opened = load(folder), load(folder, opened=True)
-    recipes = ("w4", "fp8")
-    wanted = score_windows(base, {name: quantize(base, name) for name in recipes}, windows)
-    found = score_windows(
-        opened, {name: quantize(opened, name, work=tmp_path / name) for name in recipes}, windows, skip=[1]
-    )
+    recipes = {"w4": "w4", "fp8": "fp8", "block": BLOCK}
+    wanted = score_windows(base, {name: quantize(base, recipe) for name, recipe in recipes.items()}, windows)
+    candidates = {name: quantize(opened, recipe, work=tmp_path / name) for name, recipe in recipes.items()}
+    found = score_windows(opened, candidates, windows, skip=[1])
     wanted = {index: scores for index, scores in wanted if index != 1}
     for index, scores in found:
         for name, tokens in wanted.pop(index).items():
@@ -278,12 +279,10 @@ def test_a_process_that_is_killed_three_times_gives_the_same_result(tmp_path):
 
 def test_a_recipe_that_needs_all_layers_is_refused(tmp_path):
     opened = load(save_tiny("llama", tmp_path / "model"), opened=True)
-    written = TUNED.model_copy(update={"tune": TUNED.tune.model_copy(update={"generated": 4})})
     fitted = changed_first(replication={"coefficients": "fitted"})
     mixed = changed_first(mixed={"bits": 3.5})
     for recipe, why in (
         (mixed, "mixed"),
-        (written, "tune with generated samples"),
         (fitted, "replication with fitted coefficients"),
     ):
         with pytest.raises(BitassayError, match=f"{why} needs the whole model in memory"):

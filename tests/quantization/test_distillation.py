@@ -8,6 +8,7 @@ from bitassay.quantization.solvers.distillation import (
     TEMPERATURE,
     continued,
     head_weight,
+    in_bf16,
     last_states,
     prompts,
 )
@@ -39,6 +40,13 @@ def test_the_states_are_those_of_the_text_that_was_written(base):
     other, _ = continued(base, head_weight(base), start, 40, torch.Generator().manual_seed(2))
     assert torch.equal(tokens, again)
     assert not torch.equal(tokens, other)
+
+
+def test_rotary_frequencies_are_not_rounded_for_writing(base):
+    made = in_bf16(base)
+    assert {value.dtype for value in made.model.parameters()} == {torch.bfloat16}
+    assert torch.equal(made.model.rotary_emb.inv_freq, base.model.rotary_emb.inv_freq)
+    assert {value.dtype for value in base.parameters()} == {torch.float32}
 
 
 def test_tokens_are_drawn_from_the_models_distribution(base):

@@ -2,6 +2,8 @@
 cannot be calibrated is refused."""
 
 import json
+import platform
+import re
 import shutil
 from functools import cache
 from pathlib import Path
@@ -23,7 +25,7 @@ from bitassay.quantization.runtime.model import (
     quantization_of,
     with_tensors,
 )
-from bitassay.quantization.solvers import distillation, kept, layers, tune
+from bitassay.quantization.solvers import distillation, kept, layers, layerwise, tune
 from bitassay.quantization.solvers.layerwise import (
     first_inputs,
     hessian_of,
@@ -338,7 +340,8 @@ def test_text_that_has_no_say_in_rounding_is_not_run_through_the_layers(base, mo
     )
 
 
-def test_text_in_bfloat16_changes_little(base, made):
+def test_text_in_bfloat16_changes_little(base, made, monkeypatch):
+    monkeypatch.setattr(layerwise, "fast_in_bf16", lambda _: True)
     exact = made("gptq")
     short = quantize(base, recipe("gptq", calibration=CALIBRATION | {"precision": "bfloat16"}))
     pairs = zip(exact.quantization.tensors.values(), short.quantization.tensors.values(), strict=True)
@@ -348,12 +351,34 @@ def test_text_in_bfloat16_changes_little(base, made):
     assert found[1] == pytest.approx(found[0], rel=0.1)
 
 
-def test_statistics_stay_in_float32():
+def test_statistics_stay_in_float32(monkeypatch):
+    monkeypatch.setattr(layerwise, "fast_in_bf16", lambda _: True)
     x = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
     with products_in("bfloat16", x.device):
         found = hessian_of(x)
         assert (x.T @ x).dtype == torch.bfloat16
     assert torch.equal(found, hessian_of(x))
+    monkeypatch.setattr(layerwise, "fast_in_bf16", lambda _: False)
+    with products_in("bfloat16", x.device):
+        assert (x.T @ x).dtype == torch.float32
+
+
+def test_learning_in_either_precision(monkeypatch):
+    said: dict[bool, list[str]] = {True: [], False: []}
+    for has_units, lines in said.items():
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has_units=has_units: has_units)
+        monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+        few = {"samples": 4, "tokens": 32}
+        short = recipe("learned", calibration=few, learned={"steps": 2}, tune={"steps": 1})
+        small = tiny_model("llama")
+        quantize(small, short, progress=lambda line, *_, lines=lines: lines.append(line))
+    losses = [
+        [float(each) for each in re.findall(r"(?:KL|->) ([\d.]+)", " ".join(lines))]
+        for lines in said.values()
+    ]
+    assert len(losses[0]) == 4  # of three layers and of the model
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.2)
 
 
 def test_linears_that_read_the_same_tensor_are_one_group(base):

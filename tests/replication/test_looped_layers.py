@@ -114,7 +114,7 @@ def test_replication_by_one_is_no_replication_to_the_bit(stories, packed):
     assert texts[0] == texts[1]
     # A layer with a single pass through `LoopedForward` is the layer too.
     layer = decoder_layers(once)[1]
-    layer.forward = LoopedForward([[layer]], Steps((1.0,), (1.0,)), first_slot=5)
+    layer.forward = LoopedForward([[layer.forward]], Steps((1.0,), (1.0,)), first_slot=5)
     assert torch.equal(logits(once), logits(none))
 
 

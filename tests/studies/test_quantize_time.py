@@ -17,6 +17,7 @@ def timed(monkeypatch):
     """Rates of a machine that is always the same."""
     monkeypatch.setattr(quantize_time, "matrix_peak", lambda name, *_: 1e9 if name == "float32" else 4e9)
     monkeypatch.setattr(quantize_time, "_rounded_a_second", lambda *_: 1e6)
+    monkeypatch.setattr(quantize_time, "fast_in_bf16", lambda _: True)
 
 
 def calibrated(samples, **parts):
@@ -26,7 +27,7 @@ def calibrated(samples, **parts):
     )
 
 
-def test_time_is_what_rounding_text_and_factorising_take(timed):
+def test_time_is_what_rounding_text_and_factorising_take(timed, monkeypatch):
     model = tiny_model("llama")
     weights = sum(view.numel() for view in matrices(model).values())
     assert quantize_seconds(model, find_recipe("w4"), CPU) == Duration(weights / 1e6, {"float32": 1e9}, 1e6)
@@ -42,6 +43,9 @@ def test_time_is_what_rounding_text_and_factorising_take(timed):
     without = quantize_seconds(model, calibrated(2), CPU)
     more = 2 * weights * 16 * (4 * 3 * 2 + 2 * 0) / 4e9
     assert learned.seconds - without.seconds == pytest.approx(more)
+    monkeypatch.setattr(quantize_time, "fast_in_bf16", lambda _: False)
+    slower = quantize_seconds(model, calibrated(2, learned={"steps": 3, "batch": 2}), CPU)
+    assert slower.seconds - without.seconds == pytest.approx(4 * more)
 
 
 def test_what_is_timed_is_the_recipes_own_rounding(monkeypatch):

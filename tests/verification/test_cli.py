@@ -75,6 +75,17 @@ def test_honest_folder_passes_and_another_model_fails(folder, traces, profile, c
     assert found["rows"][0]["p_value"] < 0.05
 
 
+def test_a_spot_check_says_what_it_looked_at(folder, traces, profile, capsys):
+    common = ["--model", MODEL, "--profile", str(profile)]
+    found = objects(capsys, ["verify", str(traces), *common, "--segments", "1"], 0)
+    assert [row["status"] for row in found["rows"]] == ["PASS"] * 4
+    assert all(row["segments"] and row["mean_margin"] is None for row in found["rows"])
+    assert objects(capsys, ["verify", str(traces), *common], 0)["rows"][0]["segments"] is None
+    assert run(["verify", str(traces), *common, "--segments", "1", "--ledger", str(folder / "spot")]) == 2
+    assert "--segments with --ledger" in capsys.readouterr().err
+    assert not (folder / "spot").exists()
+
+
 def test_the_sequence_of_requests_is_judged_and_kept(folder, traces, profile, capsys):
     kept, common = folder / "host.ledger", ["--model", MODEL, "--profile", str(profile)]
     found = objects(capsys, ["verify", str(traces), *common], 0)["sequential"]

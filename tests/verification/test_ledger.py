@@ -267,6 +267,7 @@ def test_a_damaged_line_is_refused_and_named(path, profile, change):
     where = (
         "content" if change.keys() & {"output"} or "too-few-tokens" in change.values() else next(iter(change))
     )
+    where = "not JSON" if "score" in change else where  # NaN and Infinity are Python's, not JSON's
     refused(path, profile, "line 3: not a ledger: " + where)
 
 

@@ -8,6 +8,7 @@ that was reached (`roofline.py`) is within rounds too.
 Each workload of each round is a part of the run folder: the same command goes on where it was stopped.
 """
 
+import math
 import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -15,10 +16,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from bitassay.bench.engine_timer import check_timed
 from bitassay.bench.roofline import Cost
 from bitassay.bench.timing import INTERVAL, ratio_of, spread, turns
 from bitassay.bench.worker import ProcessTimer, TimedModel
 from bitassay.bench.workload import Workload
+from bitassay.engines.engine import ENGINES, TRANSFORMERS
+from bitassay.engines.hosted import check_engine
 from bitassay.errors import BitassayError, at_least
 from bitassay.models.config import layer_count
 from bitassay.models.identity import Identity
@@ -39,7 +43,8 @@ CONTEXTS = (512, 1024, 2048, 4096, 8192)
 @dataclass(frozen=True)
 class BenchPlan:
     """What is timed: prompts of `prompt_tokens` in each of `batches`, and one prompt of each length of
-    `contexts`; `repeats` rounds of all."""
+    `contexts`; `repeats` rounds of all. engine: runs the model and those candidates that do not name another
+    one, as ENGINE:MODEL."""
 
     model: str
     recipes: tuple[Recipe, ...] = ()
@@ -53,9 +58,21 @@ class BenchPlan:
     device: str = "cpu"
     threads: int | None = None
     attention: str = AUTO
+    engine: str = TRANSFORMERS
 
     def __post_init__(self) -> None:
         as_dtype(self.dtype)
+        if self.engine != TRANSFORMERS and self.recipes:
+            raise BitassayError(
+                f"recipes change a model of transformers, and {self.engine} reads files",
+                "--candidate FILE, of what `bitassay quantize` wrote",
+            )
+        for name in (self.model, *self.candidates):
+            if (engine := self.placed(name)[0]) != TRANSFORMERS:
+                if self.device != "cpu":
+                    raise BitassayError(f"{name}: {engine} runs on the CPU here", "--device cpu for all")
+                check_engine(engine)
+                check_timed(ENGINES[engine], engine)
         row_names(self.recipes, self.candidates)
         as_device(self.device)
         at_least(
@@ -75,6 +92,15 @@ class BenchPlan:
         """Return the workloads of a round, batches first."""
         short = [Workload("batch", batch, self.prompt_tokens, self.new_tokens) for batch in self.batches]
         return short + [Workload("context", 1, length, self.new_tokens) for length in self.contexts]
+
+    def placed(self, name: str) -> tuple[str, str]:
+        """Return the engine that runs a model, and the model, of what the plan calls it. Raises BitassayError
+        for an engine that there is not."""
+        engine, _, model = name.partition(":")
+        if not model or Path(name).exists():
+            return self.engine, name
+        ENGINES[engine]
+        return engine, model
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as a JSON value."""
@@ -98,9 +124,9 @@ def bench(
     if out is not None:
         check_folder(out)
     for name in plan.candidates:
-        check_fit(name, trust_remote_code=trust_remote_code, progress=progress)
+        check_fit(plan.placed(name)[1], trust_remote_code=trust_remote_code, progress=progress)
     check_fit(model, plan.recipes, trust_remote_code=trust_remote_code, progress=progress)
-    sources = {name: resolve(name, progress) for name in (model, *plan.candidates)}
+    sources = {name: resolve(plan.placed(name)[1], progress) for name in (model, *plan.candidates)}
     places = list[Place]()
     if controls and any("replication" in recipe.parts for recipe in plan.recipes):
         layers = layer_count(sources[model].folder, trust_remote_code=trust_remote_code)
@@ -117,9 +143,11 @@ def bench(
         "trust_remote_code": trust_remote_code,
         "attention": plan.attention,
     }
-    timed = {BASE: TimedModel(model, **common)}
+    timed = {BASE: TimedModel(model, engine=plan.engine, **common)}
     timed |= {recipe.name: TimedModel(model, recipe, **common) for recipe in plan.recipes}
-    timed |= {name: TimedModel(name, **common) for name in plan.candidates}
+    for name in plan.candidates:
+        engine, path = plan.placed(name)
+        timed[name] = TimedModel(path, engine=engine, **common)
     logs = {name: folder.path / "workers" / f"{index:02d}.log" for index, name in enumerate(timed)}
     started: dict[str, ProcessTimer] = {}
 
@@ -251,16 +279,22 @@ def _row(
     steps = {"prefill": prefill, "decode": [seconds / workload.new_tokens for seconds in decode]}
     for phase, seconds in steps.items():
         cost = Cost(**answers[0]["costs"][phase])
-        dtype = known["product_dtype"] if phase == "prefill" else known["dtype"]
+        product = known["product_dtype"]  # None: an engine does not say it
+        dtype = known["dtype"] if phase == "decode" and product is not None else product
         shares = [
             cost.bound_s(round_["limits"]["bandwidth"], peak) / measured
             for round_, measured in zip(rounds, seconds, strict=True)
-            if (peak := round_["limits"]["peaks"].get(dtype)) is not None
+            if (peak := _peak(round_["limits"]["peaks"], phase, dtype)) is not None
         ]
         row[f"{phase}_bytes"], row[f"{phase}_flop"] = cost.bytes, cost.flop
         row[f"{phase}_flop_per_byte"] = cost.flop_per_byte
         row[f"{phase}_share_of_bound"] = statistics.median(shares) if shares else None
     return row if name == base else row | _ratios(_answers(rounds, workload, base), answers)
+
+
+def _peak(peaks: Mapping[str, float], phase: str, dtype: str | None) -> float | None:
+    """The peak of a dtype; a decode step whose dtype is not known is bounded by memory alone."""
+    return math.inf if dtype is None and phase == "decode" else peaks.get(dtype or "")
 
 
 def _ratios(base: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

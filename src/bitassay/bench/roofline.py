@@ -132,7 +132,7 @@ def matrices_of(model: PreTrainedModel, dense_bytes: int | None = None) -> Matri
 def _repeated(model: PreTrainedModel) -> Callable[[str], int]:
     """How often one token reads a matrix or parameter: once, or once a pass if passes share their codes."""
     done = quantization_of(model)
-    if done is None or not done.passes or (done.recipe.replication and done.recipe.replication.makes_codes):
+    if done is None or not done.passes or done.recipe.coded_replication is not None:
         return lambda name: 1
     prefix = f"{module_name(model, decoder_layers(model))}."
 

@@ -8,7 +8,9 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from bitassay.bench.engine_timer import EngineTimer
 from bitassay.bench.workload import ModelTimer, Workload
+from bitassay.engines.engine import TRANSFORMERS
 from bitassay.engines.load import load
 from bitassay.models.options import AUTO
 from bitassay.models.source import resolve
@@ -21,8 +23,8 @@ from bitassay.record.progress import Progress, prefixed, silent
 
 @dataclass(frozen=True)
 class TimedModel:
-    """`recipe` applied to `model`, packed; or `model` itself, with its codes where it is a quantized folder.
-    threads: None leaves torch's own choice."""
+    """`recipe` applied to `model`, packed; or `model` itself, with its codes where it is a quantized folder,
+    in `engine`. threads: None leaves torch's own choice."""
 
     model: str
     recipe: Recipe | None = None
@@ -31,6 +33,7 @@ class TimedModel:
     threads: int | None = None
     trust_remote_code: bool = False
     attention: str = AUTO
+    engine: str = TRANSFORMERS
 
 
 _MODEL = TypeAdapter(TimedModel)
@@ -42,6 +45,15 @@ def model_timer(timed: TimedModel, progress: Progress = silent) -> ModelTimer:
 
     if timed.threads is not None:
         torch.set_num_threads(timed.threads)
+    if timed.engine != TRANSFORMERS:
+        return EngineTimer(
+            load(
+                timed.model,
+                engine=timed.engine,
+                trust_remote_code=timed.trust_remote_code,
+                progress=progress,
+            )
+        )
     source = resolve(timed.model, progress)
     model = load(
         timed.model,

@@ -9,8 +9,8 @@ needs more memory than is free, by an estimate or because the attempt failed.
 """
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -82,30 +82,39 @@ class ModelTimer:
             "bits_per_weight": bits_per_weight(self.model),
             "checkpoint_bytes": size_bytes(self.model),
             "weight_bytes_per_token": self.matrices.token_bytes,
-            "kv_bytes_per_token": self._cache_token_bytes(),
-            "resident_bytes": psutil.Process().memory_info().rss,
-            "device": self.model.device.type,
+            "kv_bytes_per_token": self.cache_token_bytes(),
+            "resident_bytes": resident_bytes(_family()),
+            "device": self.device.type,
             "dtype": str(self.model.dtype)[6:],
             "product_dtype": product_dtype(self.model),
             "context_length": context_length(self.model),
-            "environment": environment(self.model.device),
+            "environment": environment(self.device),
         }
+
+    @property
+    def device(self) -> torch.device:
+        """Return where the model runs."""
+        return self.model.device
 
     def limits(self) -> dict[str, Any]:
         """Measure the limits of the model's device now."""
-        return machine_limits(self.model.device)
+        return machine_limits(self.device)
+
+    def time(self, prompts: Int[Tensor, "batch tokens"], new_tokens: int) -> Times:
+        """Run prompts once."""
+        return time_once(self.model, prompts, new_tokens)
 
     def measure(self, workload: Workload) -> dict[str, Any]:
         """Return the times of a workload, or `{"skipped": why}`."""
-        if why := self._impossible(workload):
+        if why := self.impossible(workload):
             return {"skipped": why}
         prompts = self.prompts(workload)
         try:
             if workload not in self._peaks:
-                with peak_memory(self.model.device) as peak:
-                    time_once(self.model, prompts, workload.new_tokens)
+                with peak_memory(self.device) as peak:
+                    self.time(prompts, workload.new_tokens)
                 self._peaks[workload] = peak
-            times = time_once(self.model, prompts, workload.new_tokens)
+            times = self.time(prompts, workload.new_tokens)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -121,12 +130,12 @@ class ModelTimer:
         }
         return {name: phase._asdict() for name, phase in cost.items()}
 
-    def _impossible(self, workload: Workload) -> str:
-        """Why the workload cannot be run; empty where it may be tried."""
+    def impossible(self, workload: Workload) -> str:
+        """Return why a workload cannot be run; empty where it may be tried."""
         total, limit = workload.prompt_tokens + workload.new_tokens, context_length(self.model)
         if limit is not None and total > limit:
             return f"the model has {limit} positions"
-        if self.model.device.type != "cpu":
+        if self.device.type != "cpu":
             return ""  # tried: what a device has free says little about what an allocator can reuse
         needed, free = self.needed_bytes(workload), psutil.virtual_memory().available
         return f"needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free" if needed > free else ""
@@ -137,11 +146,12 @@ class ModelTimer:
         text = self.model.config.get_text_config(decoder=True)
         wide = 6 * text.hidden_size + 4 * (getattr(text, "intermediate_size", None) or 4 * text.hidden_size)
         prompt = workload.batch * workload.prompt_tokens
-        cache = (self._cache_token_bytes() or 0) * (prompt + workload.batch * workload.new_tokens)
+        cache = (self.cache_token_bytes() or 0) * (prompt + workload.batch * workload.new_tokens)
         return 2 * cache + prompt * wide * self.model.dtype.itemsize
 
-    def _cache_token_bytes(self) -> int | None:
-        """None where a cache holds something else than a key and a value a head."""
+    def cache_token_bytes(self) -> int | None:
+        """Return the bytes of a token in the cache; None where it holds something else than a
+        key and a value a head."""
         try:
             spec = getattr(self.model, "kv_cache", None)
             size = token_bytes(self.model.config, spec)
@@ -160,6 +170,20 @@ class ModelTimer:
         return ids.view(workload.batch, workload.prompt_tokens)
 
 
+def _family() -> list[psutil.Process]:
+    """This process and its children: an engine may run in one."""
+    return [psutil.Process(), *psutil.Process().children(recursive=True)]
+
+
+def resident_bytes(processes: Iterable[psutil.Process]) -> int:
+    """Return the resident bytes of processes, those that have ended left out."""
+    total = 0
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            total += process.memory_info().rss
+    return total
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an allocation failed; torch's CPU allocator says so in a RuntimeError's text alone."""
     known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
@@ -168,12 +192,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[Peak]:
-    """Watch memory within the context: samples, since a process's own high-water mark cannot be reset
-    everywhere. Afterwards the Peak that it yields is complete."""
-    process, done, peak = psutil.Process(), threading.Event(), Peak()
+    """Watch the memory of this process and its children within the context: samples, since a process's own
+    high-water mark cannot be reset everywhere. Afterwards the Peak that it yields is complete."""
+    processes, done, peak = _family(), threading.Event(), Peak()
 
     def look() -> None:
-        peak.peak_resident_bytes = max(peak.peak_resident_bytes, process.memory_info().rss)
+        peak.peak_resident_bytes = max(peak.peak_resident_bytes, resident_bytes(processes))
 
     def watch() -> None:
         while not done.wait(PERIOD_S):

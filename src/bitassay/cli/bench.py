@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from cyclopts import App
 
@@ -22,6 +23,7 @@ def models(
     *,
     recipe: options.Recipes | None = None,
     candidate: options.Candidates | None = None,
+    engine: options.Engine = "transformers",
     controls: options.Controls = True,
     batches: options.Counts | None = None,
     contexts: options.Counts | None = None,
@@ -41,6 +43,11 @@ def models(
     machine's memory is skipped, with the reason; exit status 1 where every cell is skipped.
 
     Args:
+        candidate: Another model, such as a quantized folder or a .gguf file; ENGINE:MODEL names who runs it,
+            such as llama.cpp:small.gguf or vllm:small/. May be repeated.
+        engine: Who runs MODEL, and candidates that name nobody: transformers, llama.cpp (of .gguf files),
+            vllm (of folders), or a plug-in that says times. These read files in their own types, and show one
+            clock: their own. --dtype and --attention are of transformers.
         batches: Batch sizes (default: 1 2 4 8 16 32).
         contexts: Lengths of a single prompt (default: 512 1024 2048 4096 8192).
         prompt_tokens: Tokens of each prompt of a batch.
@@ -48,15 +55,21 @@ def models(
         repeats: Rounds; each of them times everything once.
         threads: Threads of each process (default: torch's own choice).
     """
-    check_words([model, *(candidate or ())], recipe, folder=output.out)
+    paths = [name if Path(name).exists() else name.rpartition(":")[2] for name in candidate or ()]
+    check_words([model, *paths], recipe, folder=output.out)
+    compute.check_engine(engine, recipe)
     from bitassay.bench.models import BATCHES, CONTEXTS, bench
     from bitassay.report.findings import busy, machine_line
 
+    loading: dict[str, Any] = compute.options
+    if engine != "transformers":
+        loading["device"] = "cpu"
     with show_progress() as progress:
         run, folder = bench(
             compute.of(model),
             recipe or [],
             candidates=tuple(candidate or ()),
+            engine=engine,
             controls=controls,
             batches=BATCHES if batches is None else tuple(batches),
             contexts=CONTEXTS if contexts is None else tuple(contexts),
@@ -66,7 +79,7 @@ def models(
             threads=threads,
             out=output.out,
             progress=progress,
-            **compute.options,
+            **loading,
         )
     for line in (machine_line(run), busy(run)):
         if line:

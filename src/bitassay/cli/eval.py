@@ -47,7 +47,8 @@ def eval(
     Args:
         against: Compare MODEL with this model. Both must have the same vocabulary.
         engine: Who runs MODEL: transformers, llama.cpp (a .gguf file), vllm, or a plug-in. The model of
-            --against runs in transformers, on the same token ids; it may be MODEL itself.
+            --against runs in transformers, on the same token ids; it may be MODEL itself. Tasks are answered
+            one text at a time.
         protocol: wikitext2-raw, c4-new, ptb-new, c4-train-new, or a complete id such as c4-new/2048 (every
             window, as published) or ptb-new/512[n=16]; several are allowed (default: wikitext2-raw).
         windows: How many windows of the text, evenly spaced; 0 means all (default: 16 for a protocol that
@@ -61,7 +62,8 @@ def eval(
     """
     if recipe and against:
         raise BitassayError("--recipe and --against both name a comparison", "give one of them")
-    if against == model and tasks is not None:
+    hosted = engine != "transformers"
+    if against == model and tasks is not None and not hosted:
         raise BitassayError(f"{model} is named twice", "--against another model")
     if tasks is None and not (limit is shots is include_path is output.out is None):
         raise BitassayError("--limit, --shots, --include-path and --out belong to tasks", "--tasks hellaswag")
@@ -70,9 +72,6 @@ def eval(
             "--protocol, --window and --windows belong to perplexity, --tasks asks questions",
             "one command for each",
         )
-    hosted = engine != "transformers"
-    if hosted and tasks is not None:
-        raise BitassayError(f"--tasks are not asked of {engine}", "leave --engine out")
     check_words([model, against], recipe, folder=output.out)
     compute.check_engine(engine, recipe)
     from bitassay.data.corpora import check_corpus
@@ -131,8 +130,9 @@ def eval(
         else:
             loaded, *other = [load(name, progress=progress, **loading) for name in names]
         if tasks is not None:
+            labels = [f"{names[0]} in {engine}" if hosted else names[0], *names[1:]]
             run, folder = evaluate_tasks(
-                _candidates(names, [loaded, *other], recipes, controls, progress),
+                _candidates(labels, [loaded, *other], recipes, controls, progress),
                 task_names,
                 limit=limit,
                 shots=shots,

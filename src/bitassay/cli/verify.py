@@ -35,6 +35,7 @@ def verify(
     ledger: Path | None = None,
     inconclusive_budget: options.Budget = 0.1,
     unanswered: options.CountFromZero = 0,
+    segments: options.Count | None = None,
     sampling: options.AskedSampling = options.AskedSampling(),
     verifier: options.Verifiable = options.Verifiable(),
     output: options.Output = options.Output(),
@@ -67,7 +68,16 @@ def verify(
         inconclusive_budget: The share of requests that may stay without a decision by the host's doing.
         unanswered: Requests, besides those of --prompts, that the host has not answered; each call of a
             ledger counts them.
+        segments: Look at so many segments of layers alone, drawn for each trace, and at the tokens by the
+            host's own last states. One of four costs about a fifth of a full check; alpha holds, power is
+            less.
     """
+    if segments is not None and (ledger is not None or receipt is not None or proof is not None):
+        other = "--ledger" if ledger is not None else "--receipt" if receipt is not None else "--proof"
+        raise BitassayError(
+            f"--segments with {other}: segments need whole traces, and a ledger scores of full checks alone",
+            f"leave out --segments or {other}",
+        )
     if profile_signer is not None and profile is None:
         raise BitassayError("--profile-signer belongs to a file", "--profile FILE --profile-signer KEY")
     is_signed = any(option is not None for option in (receipt, challenge, proof, signer))
@@ -125,6 +135,7 @@ def verify(
             profile=calibrated,
             alpha=alpha,
             keeping=Keeping(ledger, host, inconclusive_budget),
+            segments=segments,
             progress=progress,
         )
     judged = list(zip(map(str, paths), result.verdicts, result.notes, strict=True))

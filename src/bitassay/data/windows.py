@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from bitassay.data.corpora import Corpus, corpus, is_user_file, pinned
 from bitassay.errors import BitassayError, suggestion
+from bitassay.record.memory import release_freed_memory
 
 PROTOCOLS = ("wikitext2-raw", "c4-new", "ptb-new", "c4-train-new")
 _ID = re.compile(r"(.+?)(?:/(\d{1,9}))?(?:\[n=(\d{1,9})\])?")
@@ -98,4 +99,6 @@ def token_windows(
 def _token_ids(tokenizer: PreTrainedTokenizerBase, _vocabulary: int, text: Corpus) -> Int[Tensor, " tokens"]:
     """The whole text, which takes seconds; kept, since a study calibrates dozens of models with it."""
     # The caller cuts it to the model's context, so the tokenizer need not warn of its length.
-    return tokenizer(text.text, return_tensors="pt", verbose=False).input_ids[0]
+    ids = tokenizer(text.text, return_tensors="pt", verbose=False).input_ids[0]
+    release_freed_memory()  # a tokenizer takes a hundred times the text
+    return ids

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bitassay.engines.sampling import GREEDY, Draw, Sampler
+from bitassay.engines.segments import needless, passing_by
 from bitassay.engines.taps import joined_states, record_states, replay_states
 from bitassay.errors import BitassayError
 from bitassay.models.cache import behind, keeps_positions, last_logits, takes_cache
@@ -149,13 +150,17 @@ def prefill(
     *,
     layers: Sequence[int] = (),
     claimed: Sequence[States] | None = None,
+    alone: bool = False,
+    choices: bool = True,
 ) -> list[Prefill]:
     """Compute what a host computes that reads each prompt and then its output (all but the last token) token
     by token, in one forward for all, without a cache; in several where the model cannot read them together.
 
     claimed: states of each text at all its positions, by layer, for a replay: what the model makes of them,
     each stretch of layers on its own. States of a layer, and the logits, are then what comes of the claimed
-    ones of the layer before it in `claimed`. Raises BitassayError as `generate` does.
+    ones of the layer before it in `claimed`. alone: stretches that do not end at one of `layers`, which are
+    then among those claimed, are left out where the model can do without (`segments.py`). choices: whether
+    all logits that choose a token are wanted, not the last alone. Raises BitassayError as `generate` does.
     """
     sequences = [[*prompt, *output[:-1]] for prompt, output in zip(prompts, outputs, strict=True)]
     check_ids(model, sequences)
@@ -168,14 +173,19 @@ def prefill(
     for batch in _readable_together(model, spans):
         parts: list[list[Prefill]] = []
         begin, (first, last) = 0, spans[batch[0]]
-        for end in _same_frequencies(model, first, last):
+        stops = _same_frequencies(model, first, last)
+        places = sorted(claimed[0]) if alone and claimed and len(stops) == 1 else ()
+        passed = needless(model, places, layers)
+        for end in stops:
             # A batch of several parts has rows of equal lengths; of a batch with one, all is wanted.
             cut = [sequences[index][:end] if end < last else sequences[index] for index in batch]
             wanted = [len(tokens) - max(begin, spans[i][0] - 1) for i, tokens in zip(batch, cut, strict=True)]
+            wanted = wanted if choices else [1] * len(batch)
             shown = [
                 _cut(claimed[i], begin, len(tokens)) for i, tokens in zip(batch, cut, strict=True) if claimed
             ]
-            parts.append(_prefill_batch(model, cut, wanted, layers, begin, shown))
+            with passing_by(model, passed):
+                parts.append(_prefill_batch(model, cut, wanted, layers, begin, shown))
             begin = end
         prefills |= zip(batch, map(_joined, *parts) if len(parts) > 1 else parts[0], strict=True)
     return [prefills[index] for index in range(len(prompts))]

@@ -10,6 +10,7 @@ somebody claims, and run on a GPU.
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel
 
 from bitassay.engines.decode import Generation, Prefill, TokenIds, end_tokens
 from bitassay.engines.llamacpp_library import Context, Library, bindings, capability, version
-from bitassay.engines.one_by_one import OneByOneEngine
+from bitassay.engines.one_by_one import OneByOneEngine, Until
 from bitassay.engines.sampling import Draw, Sampler
 from bitassay.errors import BitassayError
 from bitassay.models.config import text_config
@@ -43,7 +44,7 @@ class LlamaCppEngine(OneByOneEngine):
                 "bitassay quantize MODEL --gguf FILE.gguf writes one",
             )
         super().__init__(model)
-        self.library = Library(source.gguf, torch.get_num_threads())
+        self.path, self.library = source.gguf, Library(source.gguf, torch.get_num_threads())
         self._contexts: dict[tuple[int, ...], Context] = {}
         weakref.finalize(self, _free, self._contexts, self.library)
         for what, theirs, ours in (
@@ -62,14 +63,20 @@ class LlamaCppEngine(OneByOneEngine):
         bindings()
 
     def continued(
-        self, prompt: TokenIds, nonce: str, max_new_tokens: int, sampler: Sampler, layers: Sequence[int]
+        self,
+        prompt: TokenIds,
+        nonce: str,
+        max_new_tokens: int,
+        sampler: Sampler,
+        layers: Sequence[int],
+        until: Until,
     ) -> Generation:
         ends, output = end_tokens(self.model), list[int]()
         with self._context(len(prompt) + max_new_tokens, layers) as context:
             logits = context.decode(prompt, 1)
             while True:
                 output += sampler.choose(logits, [Draw(nonce, len(output))]).tolist()
-                if output[-1] in ends or len(output) == max_new_tokens:
+                if output[-1] in ends or len(output) == max_new_tokens or until(output):
                     return Generation(tuple(output), dict(context.states()))
                 logits = context.decode(output[-1:], 1)
 
@@ -77,6 +84,24 @@ class LlamaCppEngine(OneByOneEngine):
         with self._context(len(text), layers) as context:
             logits = context.decode(text, outputs)
             return Prefill(dict(context.states()), logits)
+
+    def impossible(self, batch: int, prompt_tokens: int, new_tokens: int) -> str:
+        """Return why such prompts cannot be timed; empty where they can."""
+        return "" if batch <= (most := self.library.most_texts) else f"llama.cpp reads {most} texts at most"
+
+    def time(self, prompts: Sequence[TokenIds], new_tokens: int) -> tuple[float, float]:
+        """Return the seconds in which prompts of one length are read together, up to the first tokens, and in
+        which they are continued greedily by `new_tokens` more."""
+        context = Context(self.library, len(prompts[0]) + new_tokens, texts=len(prompts))
+        try:
+            start = perf_counter()
+            tokens = context.likeliest(prompts)
+            read = perf_counter()
+            for _ in range(new_tokens):
+                tokens = context.likeliest([[token] for token in tokens])
+            return read - start, perf_counter() - read
+        finally:
+            context.free()
 
     def numerics(self) -> dict[str, Any]:
         """Describe what computes: dtype is that of the states; of the weights' types the file is the record.

@@ -118,6 +118,11 @@ class Library:
         self.hidden = self.llama.llama_model_n_embd(self.pointer)
         self.layers = self.llama.llama_model_n_layer(self.pointer)
 
+    @property
+    def most_texts(self) -> int:
+        """Return how many texts a context can hold."""
+        return self.llama.llama_max_parallel_sequences()
+
     def free(self) -> None:
         """Free the model; nothing may use it afterwards."""
         if self.pointer:
@@ -126,18 +131,19 @@ class Library:
 
 
 class Context:
-    """Room for one text of up to `room` tokens, which is read piece by piece. layers: counted from 1, whose
-    states are kept by `states` until `clear`. Raises BitassayError where there is not enough memory for it.
+    """Room for `texts` texts of up to `room` tokens, which are read piece by piece. layers: counted from 1,
+    whose states are kept by `states` until `clear`. Raises BitassayError where there is not enough memory.
     """
 
-    def __init__(self, library: Library, room: int, layers: Sequence[int] = ()):
+    def __init__(self, library: Library, room: int, layers: Sequence[int] = (), texts: int = 1):
         llama, self.library = library.llama, library
         self.room, self.read = -(-room // GRAIN) * GRAIN, 0
         self.names = {f"l_out-{layer - 1}".encode(): layer for layer in layers}
         self.pieces: dict[int, list[np.ndarray]] = {layer: [] for layer in layers}
         self.trouble = ""
         options = llama.llama_context_default_params()
-        options.n_ctx, options.n_batch, options.n_ubatch = self.room, BATCH, BATCH
+        options.n_ctx, options.n_seq_max = self.room * texts, texts
+        options.n_batch = options.n_ubatch = BATCH
         options.n_threads = options.n_threads_batch = library.threads
         options.type_k = options.type_v = CACHE_TYPE
         options.offload_kqv = options.op_offload = False  # of a build that has a GPU
@@ -146,7 +152,9 @@ class Context:
             options.cb_eval = self._callback
         self.pointer = llama.llama_init_from_model(library.pointer, options)
         if not self.pointer:
-            raise BitassayError(f"llama.cpp makes no context of {self.room} tokens ({last_words()})")
+            raise BitassayError(
+                f"llama.cpp makes no context of {texts} x {self.room} tokens ({last_words()})"
+            )
         self.batch = llama.llama_batch_init(BATCH, 0, 1)
 
     def free(self) -> None:
@@ -177,23 +185,44 @@ class Context:
         return torch.from_numpy(np.concatenate(found))
 
     def _decode(self, part: Sequence[int], asked: int) -> np.ndarray:
-        """The logits behind each token of a part from `asked` on."""
+        """The logits behind each token of a part of the first text, from `asked` on."""
+        rows = self._run([(0, self.read + place, token, place >= asked) for place, token in enumerate(part)])
+        self.read += len(part)
+        return rows.copy()
+
+    def likeliest(self, pieces: Sequence[Sequence[int]]) -> list[int]:
+        """Read a piece of each text, all of one length, behind what was read of it, and return the likeliest
+        next token of each."""
+        length = len(pieces[0])
+        entries = [
+            (text, self.read + place, token, place == length - 1)
+            for text, piece in enumerate(pieces)
+            for place, token in enumerate(piece)
+        ]
+        found = [
+            self._run(entries[start : start + BATCH]).argmax(-1) for start in range(0, len(entries), BATCH)
+        ]
+        self.read += length
+        return np.concatenate(found).tolist()
+
+    def _run(self, entries: Sequence[tuple[int, int, int, bool]]) -> np.ndarray:
+        """Read tokens, each with its text, its position and whether its logits are wanted; the wanted logits,
+        in llama.cpp's own memory, until the next call."""
         llama, batch = self.library.llama, self.batch
-        batch.n_tokens = len(part)
-        for place, token in enumerate(part):
-            batch.token[place], batch.pos[place] = token, self.read + place
-            batch.n_seq_id[place], batch.seq_id[place][0] = 1, 0
-            batch.logits[place] = place >= asked
+        batch.n_tokens = len(entries)
+        for place, (text, position, token, wanted) in enumerate(entries):
+            batch.token[place], batch.pos[place] = token, position
+            batch.n_seq_id[place], batch.seq_id[place][0] = 1, text
+            batch.logits[place] = wanted
         if code := llama.llama_decode(self.pointer, batch):
             raise BitassayError(f"{self.library.path}: llama_decode gave {code} ({last_words()})")
         if self.trouble:
             raise BitassayError(f"{self.library.path}: {self.trouble}")
-        self.read += len(part)
-        count = max(0, len(part) - asked)
+        count = sum(wanted for *_, wanted in entries)
         if not count:
             return np.empty((0, self.library.vocabulary), np.float32)
         pointer = llama.llama_get_logits(self.pointer)
-        return np.ctypeslib.as_array(pointer, (count, self.library.vocabulary)).copy()
+        return np.ctypeslib.as_array(pointer, (count, self.library.vocabulary))
 
     def states(self) -> Mapping[int, Float[Tensor, "positions hidden"]]:
         """Return the states of all that was read since `clear`, by layer. Raises BitassayError where

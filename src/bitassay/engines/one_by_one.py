@@ -1,7 +1,7 @@
 """What engines share that read one text after the other, such as llama.cpp and vLLM: `OneByOneEngine`."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -12,6 +12,13 @@ from bitassay.engines.sampling import GREEDY, Sampler
 from bitassay.engines.scores import token_logprobs
 from bitassay.engines.taps import check_layers
 from bitassay.errors import BitassayError
+from bitassay.models.positions import context_length
+
+Until = Callable[[Sequence[int]], bool]  # whether an output, so far, is complete
+
+
+def _never(_output: Sequence[int]) -> bool:
+    return False
 
 
 class OneByOneEngine(ABC):
@@ -23,11 +30,22 @@ class OneByOneEngine(ABC):
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
 
+    @property
+    def longest_text(self) -> int | None:
+        """Return how many tokens the engine reads at most; None where there is no limit."""
+        return context_length(self.model)
+
     @abstractmethod
     def continued(
-        self, prompt: TokenIds, nonce: str, max_new_tokens: int, sampler: Sampler, layers: Sequence[int]
+        self,
+        prompt: TokenIds,
+        nonce: str,
+        max_new_tokens: int,
+        sampler: Sampler,
+        layers: Sequence[int],
+        until: Until,
     ) -> Generation:
-        """Continue one prompt, whose tokens and layers are known to be right."""
+        """Continue one prompt, whose tokens and layers are known to be right, until its end or `until`."""
 
     @abstractmethod
     def read(self, text: TokenIds, outputs: int, layers: Sequence[int]) -> Prefill:
@@ -49,11 +67,15 @@ class OneByOneEngine(ABC):
         sampler: Sampler = GREEDY,
         nonces: Sequence[str] | None = None,
         layers: Sequence[int] = (),
+        until: Until = _never,
     ) -> list[Generation]:
+        """Continue each prompt, until it has ended or `until` says so of its output."""
         words = check_generation(self.model, prompts, nonces, max_new_tokens)
         self.check(prompts, max_new_tokens, layers)
         pairs = zip(prompts, words, strict=True)
-        return [self.continued(prompt, word, max_new_tokens, sampler, layers) for prompt, word in pairs]
+        return [
+            self.continued(prompt, word, max_new_tokens, sampler, layers, until) for prompt, word in pairs
+        ]
 
     def prefill(
         self,

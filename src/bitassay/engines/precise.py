@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from bitassay.engines.segments import PassedBy
 from bitassay.errors import BitassayError
 from bitassay.models.hooks import hooked
 from bitassay.models.options import attention_of
@@ -94,6 +95,8 @@ def _converted_while_running(layer: nn.Module, convert: Callable[[Tensor], Tenso
     running = ExitStack()
 
     def begin(_module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        if isinstance(layer.forward, PassedBy):
+            return None
         running.enter_context(_converted(list(layer.modules()), convert))
         return tuple(map(_moved(convert), arguments)), {
             name: _moved(convert)(value) for name, value in options.items()

@@ -88,8 +88,8 @@ class Sampler:
         margins = torch.zeros(len(claimed), dtype=torch.float64)
         for start in range(0, len(claimed), ROWS):
             rows = slice(start, start + ROWS)
-            margins[rows] = self._margins(logits[rows], claimed[rows, None], draws[rows]).cpu()
-        return margins.nan_to_num(nan=MARGIN_CAP).clamp(0, MARGIN_CAP)
+            margins[rows] = self.margins_and_scores(logits[rows], claimed[rows], draws[rows])[0]
+        return margins
 
     def scores(
         self, logits: Float[Tensor, "rows vocabulary"], draws: Sequence[Draw]
@@ -101,15 +101,20 @@ class Sampler:
         _, noisy, kept = self._perturb(logits, draws)
         return noisy.masked_fill(~kept, -torch.inf)
 
-    def _margins(self, logits: Tensor, claimed: Tensor, draws: Sequence[Draw]) -> Tensor:
+    def margins_and_scores(
+        self, logits: Float[Tensor, "rows vocabulary"], claimed: Int[Tensor, " rows"], draws: Sequence[Draw]
+    ) -> tuple[Float[Tensor, " rows"], Float[Tensor, "rows vocabulary"]]:
+        """Return the `margins` and the `scores` of a few rows, for which the noise is drawn once."""
         if not self.temperature:
-            values = exact(logits)
-            return values.amax(-1) - values.gather(1, claimed.to(values.device))[:, 0]
-        scaled, noisy, kept = self._perturb(logits, draws)
-        claimed = claimed.to(scaled.device)
-        loses_by = noisy.masked_fill(~kept, -torch.inf).amax(-1) - noisy.gather(1, claimed)[:, 0]
-        outside_by = scaled.masked_fill(~kept, torch.inf).amin(-1) - scaled.gather(1, claimed)[:, 0]
-        return loses_by.clamp(min=0) + outside_by.clamp(min=0)
+            scores = exact(logits)
+            margins = scores.amax(-1) - scores.gather(1, claimed[:, None].to(scores.device))[:, 0]
+        else:
+            scaled, noisy, kept = self._perturb(logits, draws)
+            scores, taken = noisy.masked_fill(~kept, -torch.inf), claimed[:, None].to(scaled.device)
+            loses_by = scores.amax(-1) - noisy.gather(1, taken)[:, 0]
+            outside_by = scaled.masked_fill(~kept, torch.inf).amin(-1) - scaled.gather(1, taken)[:, 0]
+            margins = loses_by.clamp(min=0) + outside_by.clamp(min=0)
+        return margins.cpu().nan_to_num(nan=MARGIN_CAP).clamp(0, MARGIN_CAP), scores
 
     def _perturb(
         self, logits: Float[Tensor, "rows vocabulary"], draws: Sequence[Draw]

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bitassay.engines.decode import Generation, Prefill, TokenIds, end_tokens
-from bitassay.engines.one_by_one import OneByOneEngine
+from bitassay.engines.one_by_one import OneByOneEngine, Until
 from bitassay.engines.sampling import Draw, Sampler
 from bitassay.engines.vllm_worker import receive, send
 from bitassay.errors import BitassayError, MissingError
@@ -71,30 +71,43 @@ class VllmEngine(OneByOneEngine):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
-        folder, positions = identity(model).source.folder, min(context_length(model) or POSITIONS, POSITIONS)
-        self.positions = positions
+        self.path = identity(model).source.folder
+        self.positions = positions = min(context_length(model) or POSITIONS, POSITIONS)
         self.process = _Process(interpreter())
         weakref.finalize(self, self.process.end)
         layers = len(decoder_layers(model))
-        job = {"folder": str(folder), "dtype": "auto", "positions": positions, "layers": layers}
+        job = {"folder": str(self.path.absolute()), "dtype": "auto", "positions": positions, "layers": layers}
         self.about, _ = self.process.ask(job)
         if self.about["dtype"] not in DTYPES:
-            raise BitassayError(f"{folder}: vLLM computes in {self.about['dtype']}, which is not known here")
+            raise BitassayError(
+                f"{self.path}: vLLM computes in {self.about['dtype']}, which is not known here"
+            )
 
     @staticmethod
     def check_installed() -> None:
         """Raise MissingError without vLLM."""
         interpreter()
 
+    @property
+    def longest_text(self) -> int:
+        """Return how many tokens vLLM reads at most: it always makes one more."""
+        return self.positions - 1
+
     def continued(
-        self, prompt: TokenIds, nonce: str, max_new_tokens: int, sampler: Sampler, layers: Sequence[int]
+        self,
+        prompt: TokenIds,
+        nonce: str,
+        max_new_tokens: int,
+        sampler: Sampler,
+        layers: Sequence[int],
+        until: Until,
     ) -> Generation:
         ends, output = sorted(end_tokens(self.model)), list[int]()
         job = {"kind": "generate", "ids": list(prompt), "tokens": max_new_tokens, "ends": ends}
         said, arrays = self.process.ask(job | {"layers": list(layers)})
         while said["kind"] == "step":
             output += sampler.choose(arrays["logits"], [Draw(nonce, len(output))]).tolist()
-            said, arrays = self.process.ask({"token": output[-1]})
+            said, arrays = self.process.ask({"token": output[-1], "last": until(output)})
         return Generation(tuple(output), self._states(arrays, layers))
 
     def read(self, text: TokenIds, outputs: int, layers: Sequence[int]) -> Prefill:
@@ -108,10 +121,30 @@ class VllmEngine(OneByOneEngine):
         if layers and self.about["layers"] != len(decoder_layers(self.model)):
             raise BitassayError("vLLM's model of this architecture has no list of layers to read states of")
         longest = max(map(len, texts)) + more
-        if longest > self.positions:  # vLLM always makes one token more
+        if longest > self.positions:
             raise BitassayError(
                 f"{longest} tokens; vLLM was started for {self.positions}", "shorter texts or windows"
             )
+
+    def impossible(self, batch: int, prompt_tokens: int, new_tokens: int) -> str:
+        """Return why such prompts cannot be timed; empty where they can."""
+        limits = [
+            (batch, self.about["texts"], "texts at once"),
+            (batch * prompt_tokens, self.about["batch_tokens"], "tokens at once"),
+            (prompt_tokens + new_tokens + 1, self.positions, "tokens of a text"),
+            (batch * (prompt_tokens + new_tokens), self.about["cache_tokens"], "tokens in the cache"),
+        ]
+        for count, most, what in limits:
+            if most is not None and count > most:
+                return f"vLLM was started for {most} {what}"
+        return ""
+
+    def time(self, prompts: Sequence[TokenIds], new_tokens: int) -> tuple[float, float]:
+        """Return the seconds in which prompts of one length are read together, up to the first tokens, and in
+        which they are continued greedily by `new_tokens` more; by the worker's clock."""
+        job = {"kind": "time", "prompts": [list(prompt) for prompt in prompts], "tokens": new_tokens}
+        said, _ = self.process.ask(job)
+        return said["read_s"], said["decode_s"]
 
     def numerics(self) -> dict[str, Any]:
         about = self.about
@@ -163,9 +196,8 @@ class _Process:
                 f"vLLM ended with status {self.process.wait()}: {self._last_words()}"
             ) from error
         if said["kind"] == "error":
-            why = said["problem"].strip().partition("\n")[0]
-            hint = self._last_words()
-            raise BitassayError(f"vLLM: {why:.300}" + (f" ({hint})" if hint and hint not in why else ""))
+            why, hint = " ".join(said["problem"].split()), self._last_words(errors=True)
+            raise BitassayError(f"vLLM: {why:.400}" + (f" ({hint})" if hint and hint not in why else ""))
         return said, arrays
 
     def end(self) -> None:
@@ -178,8 +210,11 @@ class _Process:
         self.process.wait()
         self.said.close()
 
-    def _last_words(self) -> str:
+    def _last_words(self, errors: bool = False) -> str:
+        """The first error that the worker printed; else its last line, where not only `errors` count."""
         self.said.seek(0)
         lines = self.said.read().decode(errors="replace").splitlines()
-        errors = [line.strip() for line in lines if "Error:" in line and "Engine core" not in line]
-        return (errors or lines or [""])[0 if errors else -1].strip()[-300:]
+        found = [line.strip() for line in lines if "Error:" in line and "Engine core" not in line]
+        if found or errors:
+            return "".join(found[:1])[-300:]
+        return "".join(lines[-1:]).strip()[-300:]

@@ -17,6 +17,7 @@ import json
 import os
 import struct
 import sys
+import time
 from io import BufferedIOBase
 from typing import Any
 
@@ -24,6 +25,7 @@ import torch
 
 ROWS = 256  # rows of logits that are computed at a time
 FORBIDDEN = -1e30
+TEXTS, BATCH_TOKENS = 32, 4096  # that vLLM reads at once, where it is timed
 
 
 def send(
@@ -60,15 +62,15 @@ class Worker:
 
     def __init__(self, job: dict[str, Any]):
         self.vllm: Any = importlib.import_module("vllm")
-        limit = job["positions"]
+        self.limit = limit = job["positions"]
         self.llm = self.vllm.LLM(
             job["folder"],
             dtype=job["dtype"],
             enforce_eager=True,
             enable_prefix_caching=False,
             max_model_len=limit,
-            max_num_seqs=1,
-            max_num_batched_tokens=max(limit, 512),
+            max_num_seqs=TEXTS,
+            max_num_batched_tokens=max(limit, BATCH_TOKENS),
             seed=0,
         )
         self.taps: dict[int, list[torch.Tensor]] = {}
@@ -76,7 +78,7 @@ class Worker:
         self.choose: Any = None
         self.model: Any = None
         self.logits_of: Any = None
-        self.layers = 0
+        self.layers = self.timed = 0
         self.llm.apply_model(self._attach_to(job["layers"]))
 
     def _attach_to(self, count: int) -> Any:
@@ -115,6 +117,7 @@ class Worker:
     def about(self) -> dict[str, Any]:
         """Describe what computes."""
         config = self.llm.llm_engine.vllm_config
+        blocks = getattr(config.cache_config, "num_gpu_blocks", None)
         backends = {type(m.impl).__name__ for m in self.model.modules() if hasattr(m, "impl")}
         return {
             "version": self.vllm.__version__,
@@ -126,6 +129,9 @@ class Worker:
             "threads": torch.get_num_threads(),
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
             "layers": self.layers,
+            "texts": TEXTS,
+            "batch_tokens": max(self.limit, BATCH_TOKENS),
+            "cache_tokens": None if blocks is None else blocks * config.cache_config.block_size,
         }
 
     def run(self, ids: list[int], tokens: int, layers: list[int], ends: list[int] | None = None) -> None:
@@ -135,6 +141,22 @@ class Worker:
             max_tokens=tokens, temperature=0, ignore_eos=True, stop_token_ids=ends or [], detokenize=False
         )
         self.llm.generate([{"prompt_token_ids": ids}], sampling, use_tqdm=False)
+
+    def time(self, prompts: list[list[int]], tokens: int) -> dict[str, float]:
+        """Read all prompts and continue each; the seconds to all first tokens, and of `tokens` more."""
+        engine, self.taps = self.llm.llm_engine, {}
+        sampling = self.vllm.SamplingParams(
+            max_tokens=tokens + 1, temperature=0, ignore_eos=True, stop_token_ids=[], detokenize=False
+        )
+        start, begun, read = time.perf_counter(), set[str](), 0.0
+        for ids in prompts:
+            self.timed += 1
+            engine.add_request(f"timed-{self.timed}", {"prompt_token_ids": ids}, sampling)
+        while engine.has_unfinished_requests():
+            begun |= {output.request_id for output in engine.step()}
+            if not read and len(begun) == len(prompts):
+                read = time.perf_counter()
+        return {"read_s": read - start, "decode_s": time.perf_counter() - read}
 
     def states(self, count: int) -> dict[str, torch.Tensor]:
         """Return the states of the first `count` positions that were read."""
@@ -162,14 +184,22 @@ def main(reader: BufferedIOBase, writer: BufferedIOBase) -> None:
 
 
 def _answer(worker: Worker, job: dict[str, Any], reader: BufferedIOBase, writer: BufferedIOBase) -> None:
+    if job["kind"] == "time":
+        send(writer, {"kind": "done", **worker.time(job["prompts"], job["tokens"])})
+        return
     ids, layers = job["ids"], job["layers"]
     if job["kind"] == "generate":
         chosen: list[int] = []
+        ended = False
 
         def choose(logits: torch.Tensor) -> int:
-            send(writer, {"kind": "step"}, {"logits": logits})
-            chosen.append(receive(reader)[0]["token"])
-            return chosen[-1]
+            nonlocal ended
+            if not ended:  # else vLLM goes on alone, where no token ends a text
+                send(writer, {"kind": "step"}, {"logits": logits})
+                answer, _ = receive(reader)
+                chosen.append(answer["token"])
+                ended = answer["last"]
+            return job["ends"][0] if ended and job["ends"] else chosen[-1]
 
         worker.choose = choose
         try:

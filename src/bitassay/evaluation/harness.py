@@ -8,7 +8,8 @@ Importing this module registers the name, since lm-eval finds no plug-ins. In Py
 
 Text becomes tokens by lm-eval's own rules (`TemplateLM._encode_pair`, `HFLM.tok_encode`): spaces at the end
 of a context belong to the continuation, the pair is tokenized in one piece and cut where the context's own
-tokens end, and no second BOS is added. The model's work is in `likelihood.py` and `greedy.py`.
+tokens end, and no second BOS is added. The model's work is in `likelihood.py` and `greedy.py`,
+that of other engines in `hosted.py`.
 """
 
 import logging
@@ -26,13 +27,14 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, re
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import PreTrainedModel
 
+from bitassay.engines.engine import TRANSFORMERS, engine_name
 from bitassay.engines.load import load
 from bitassay.errors import BitassayError
 from bitassay.evaluation.greedy import greedy_texts
+from bitassay.evaluation.hosted import hosted_scores, hosted_texts, longest_text
 from bitassay.evaluation.likelihood import continuation_scores
 from bitassay.models.config import text_config
 from bitassay.models.identity import tokenizer as tokenizer_of
-from bitassay.models.positions import context_length
 from bitassay.quantization.pipeline import quantize_cached
 from bitassay.record.progress import Progress, silent
 from bitassay.record.run import RunFolder
@@ -47,10 +49,10 @@ class BitassayLM(TemplateLM):
     """A model for lm-eval.
 
     pretrained: whatever `bitassay.load` takes, or a loaded model; recipe: quantize it by this one first;
-    packed: keep its codes packed. device: as torch names it; lm-eval's command line asks for cuda:0 by
-    default, which without CUDA is taken as the CPU. max_length: read at most so many tokens (default: the
-    model's positions). batch_tokens: tokens in one forward (default: by device). lm-eval's batch_size and
-    max_batch_size have no effect.
+    packed: keep its codes packed. engine: who runs it. device: as torch names it; lm-eval's command line asks
+    for cuda:0 by default, which without CUDA is taken as the CPU. max_length: read at most so many tokens
+    (default: the model's positions). batch_tokens: tokens in one forward (default: by device). lm-eval's
+    batch_size and max_batch_size have no effect.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class BitassayLM(TemplateLM):
         dtype: str = "float32",
         device: str | None = None,
         packed: bool = False,
+        engine: str = TRANSFORMERS,
         max_length: int | None = None,
         batch_tokens: int | None = None,
         batch_size: int | str | None = None,
@@ -76,6 +79,7 @@ class BitassayLM(TemplateLM):
                 dtype=dtype,
                 device="cpu" if no_cuda else str(device),
                 packed=packed and recipe is None,
+                engine=engine,
                 trust_remote_code=trust_remote_code,
                 progress=progress,
             )
@@ -85,7 +89,7 @@ class BitassayLM(TemplateLM):
             raise BitassayError(f"batch_tokens={batch_tokens}", "leave it out, or give 1 or more")
         self.model, self.tokenizer = model, tokenizer_of(model)
         self.batch_tokens, self.progress = batch_tokens, progress
-        limit = context_length(model)
+        limit = longest_text(model)
         if max_length is None:
             resolved = resolve_max_length(text_config(model), self.tokenizer)
             max_length = resolved if limit is None or resolved < 1 else min(resolved, limit)
@@ -93,7 +97,8 @@ class BitassayLM(TemplateLM):
             raise BitassayError(f"max_length={max_length}", f"leave it out, or give 1 to {limit or 'more'}")
         self.max_length = max_length
         self.max_gen_toks = DEFAULT_NEW_TOKENS
-        self._device = model.device
+        self.hosted = engine_name(model) != TRANSFORMERS
+        self._device = torch.device("cpu") if self.hosted else model.device
 
     @property
     def eot_token_id(self) -> int:
@@ -143,13 +148,14 @@ class BitassayLM(TemplateLM):
                     f"{self.max_length}: {text}",
                     "leave the item out, or choose another model",
                 )
-        scores = continuation_scores(
-            self.model,
-            [(context, continuation) for _, context, continuation in requests],
-            max_length=self.max_length,
-            batch_tokens=self.batch_tokens,
-            done=self._reporter("scoring continuations", len(requests), disable_tqdm),
-        )
+        pairs = [(context, continuation) for _, context, continuation in requests]
+        done = self._reporter("scoring continuations", len(requests), disable_tqdm)
+        if self.hosted:
+            scores = hosted_scores(self.model, pairs, max_length=self.max_length, done=done)
+        else:
+            scores = continuation_scores(
+                self.model, pairs, max_length=self.max_length, batch_tokens=self.batch_tokens, done=done
+            )
         answers = [(score.log_likelihood, score.greedy) for score in scores]
         for (texts, _, _), answer in zip(requests, answers, strict=True):
             if texts is not None:
@@ -192,15 +198,17 @@ class BitassayLM(TemplateLM):
                 )
             before = len(answers)
             prompts = [str(requests[index].args[0]) for index in group]
-            texts = greedy_texts(
-                self.model,
-                self.tokenizer,
-                [self._encode(prompt, self.tokenizer.bos_token)[-room:] for prompt in prompts],
-                stops=stops,
-                max_new_tokens=new_tokens,
-                batch_tokens=self.batch_tokens,
-                done=lambda count, before=before: report(before + count),
-            )
+            ids = [self._encode(prompt, self.tokenizer.bos_token)[-room:] for prompt in prompts]
+            asked = {
+                "stops": stops,
+                "max_new_tokens": new_tokens,
+                "done": lambda count, before=before: report(before + count),
+            }
+            if self.hosted:
+                texts = hosted_texts(self.model, self.tokenizer, ids, **asked)
+            else:
+                asked["batch_tokens"] = self.batch_tokens
+                texts = greedy_texts(self.model, self.tokenizer, ids, **asked)
             for index, text in zip(group, texts, strict=True):
                 answers[index] = text
                 self.cache_hook.add_partial("generate_until", requests[index].args, text)

@@ -71,7 +71,8 @@ def _result(turn: "_Turn | None", forward: Forward) -> Any:
         return forward.run()
     if turn.error is not None:
         raise turn.error
-    return turn.result
+    result, turn.result = turn.result, None  # the turns stay until the last one's end
+    return result
 
 
 class _Turn:

@@ -126,6 +126,16 @@ def change_parameter(model: nn.Module, name: str, change: Callable[[Tensor], Ten
     put_parameter(model, name, nn.Parameter(change(parameter_of(model, name)), requires_grad=False))
 
 
+def reading_forward(model: nn.Module, module: nn.Module) -> Callable[..., Any]:
+    """Return the forward of a decoder layer; of an opened model one that reads the layer's weights by itself,
+    wherever it is called, in place of the layer's hooks."""
+    if (weights := weights_of(model)) is None:
+        return module.forward
+    unit = module_name(model, module)
+    weights.by_itself.add(unit)
+    return partial(_read_around, weights, unit, module.forward)
+
+
 class Unread(Mapping[str, T]):
     """Values by name that are made each time they are asked for."""
 
@@ -159,6 +169,7 @@ class Weights:
         # Weights are read in `dtype`; `narrow` has what was 16 bits wide before `widen`.
         self.dtype, self.narrow = model.dtype, dict[str, torch.dtype]()
         self.changes: dict[str, Change] = {}
+        self.by_itself = set[str]()  # units whose forwards no hook reads for
         self.holds: Counter[str] = Counter()
         # What models have in memory that were made of one opened model.
         self.held: weakref.WeakValueDictionary[str, Tensor] = weakref.WeakValueDictionary()
@@ -207,7 +218,7 @@ class Weights:
         other = copy.copy(self)
         memo[id(self)] = other
         other.model = copy.deepcopy(self.model, memo)
-        other.changes, other.holds = dict(self.changes), Counter()
+        other.changes, other.by_itself, other.holds = dict(self.changes), set(self.by_itself), Counter()
         return other
 
     def widen(self) -> None:
@@ -324,7 +335,8 @@ class Weights:
         for name in touched:
             _put(model, name, self.empty[name].T if name in turned else self.empty[name])
         try:
-            lazy: dict[str, Any] = {key: _Lazy(self.entries[key]) for key in sorted(keys)}
+            dtypes = {} if config.dtype_plan else self._dtypes(touched)
+            lazy: dict[str, Any] = {key: _Lazy(self.entries[key], dtypes.get(key)) for key in sorted(keys)}
             info, _ = convert_and_load_state_dict_in_model(model, lazy, config)
             mismatched = [*info.mismatched_keys, *([key] for key in info.conversion_errors)]
             check_keys({"mismatched_keys": mismatched}, self.folder)
@@ -333,8 +345,20 @@ class Weights:
             for name, value in before.items():
                 _put(model, name, value)
         check_finite(values.items(), self.folder)
-        values |= {n: values[n].to(self.narrow[n]).float() for n in values.keys() & self.narrow.keys()}
+        for name in values.keys() & self.narrow.keys():
+            values[name] = values[name].to(self.narrow[name]).float()
         return {name: value.T if name in turned else value for name, value in values.items()}
+
+    def _dtypes(self, names: Collection[str]) -> dict[str, torch.dtype]:
+        """By key, the dtype that transformers casts a tensor of the files to, where it does."""
+        return {
+            key: wanted
+            for name in names
+            for key in self.keys[name]
+            if (wanted := self.empty[name].dtype).is_floating_point
+            and (stored := self.entries[key].dtype) is not None
+            and stored.is_floating_point
+        }
 
 
 class _Report:
@@ -345,13 +369,13 @@ class _Report:
 
 
 class _Lazy:
-    """A tensor of a file, which transformers reads where it slices it."""
+    """A tensor of a file, which transformers reads where it slices it, and would cast to that dtype."""
 
-    def __init__(self, entry: Entry):
-        self.entry = entry
+    def __init__(self, entry: Entry, dtype: torch.dtype | None):
+        self.entry, self.dtype = entry, dtype
 
     def __getitem__(self, _: Any) -> Tensor:
-        return self.entry.read()
+        return self.entry.read(self.dtype)
 
 
 _thread = threading.local()
@@ -366,13 +390,29 @@ def _take_before(
             "read a layer at a time",
             "more --memory, in which the whole model fits",
         )
+    if unit not in weights.by_itself:
+        _take(weights, unit)
+
+
+def _take(weights: Weights, unit: str) -> None:
     if (wait := getattr(_thread, "wait", None)) is not None:
         wait(unit)
     weights.take(weights.units[unit])
 
 
 def _drop_after(weights: Weights, unit: str, _module: nn.Module, _arguments: Any, _out: Any) -> None:
-    weights.drop(weights.units[unit])
+    if unit not in weights.by_itself:
+        weights.drop(weights.units[unit])
+
+
+def _read_around(
+    weights: Weights, unit: str, forward: Callable[..., Any], *positional: Any, **named: Any
+) -> Any:
+    _take(weights, unit)
+    try:
+        return forward(*positional, **named)
+    finally:
+        weights.drop(weights.units[unit])
 
 
 def _get(model: nn.Module, name: str) -> Tensor:

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 WEIGHTS, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
 OTHER_LAYOUT = "consolidated*.safetensors"
 SHARD_BYTES = 50 * 10**9
+READ_BYTES = 2**22  # of a tensor that is cast while it is read
+CHECKED_VALUES = 2**22  # that are looked at together
 AGAIN = "download or save the model again"
 # torch.distributed's own checkpoints: where a folder has one, transformers loads nothing else.
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
@@ -93,20 +95,29 @@ class Entry:
 
         return str_to_torch_dtype.get(self.header_dtype)
 
-    def read(self) -> "torch.Tensor":
-        """Return the tensor, in memory of its own: a mapped file would count as a whole."""
+    def read(self, dtype: "torch.dtype | None" = None) -> "torch.Tensor":
+        """Return the tensor, in memory of its own: a mapped file would count as a whole. dtype: cast to it,
+        READ_BYTES at a time, so that the stored values are never there beside what they become."""
         import torch
 
         if self.dtype is None:
             with safe_open(self.file, framework="pt") as file:
-                return file.get_tensor(self.key)
-        data = torch.empty(self.size_bytes, dtype=torch.uint8)
+                return file.get_tensor(self.key).to(dtype=dtype)
+        cast = dtype is not None and dtype != self.dtype
+        values = torch.empty(self.shape, dtype=dtype if cast else self.dtype)
+        flat = values.view(-1)
+        data = torch.empty(READ_BYTES, dtype=torch.uint8) if cast else flat.view(torch.uint8)
         with open(self.file, "rb") as stream:
             stream.seek(self.start)
-            count = stream.readinto(data.numpy())  # type: ignore[arg-type]
-            if count != self.size_bytes:
-                raise BitassayError(f"{self.file}: truncated at {self.key}", AGAIN)
-        return data.view(self.dtype).view(self.shape)
+            for start in range(0, self.size_bytes, max(1, len(data))):
+                part = data[: self.size_bytes - start]
+                if stream.readinto(part.numpy()) != len(part):  # type: ignore[arg-type]
+                    raise BitassayError(f"{self.file}: truncated at {self.key}", AGAIN)
+                if cast:
+                    read = part.view(self.dtype)
+                    first = start // self.dtype.itemsize
+                    flat[first : first + len(read)] = read
+        return values
 
 
 def stored_tensors(folder: Path) -> "Iterator[tuple[str, torch.Tensor]]":
@@ -278,7 +289,8 @@ def write_weights(
 def check_finite(parameters: "Iterable[tuple[str, torch.Tensor]]", where: str | Path) -> None:
     """Raise BitassayError for weights with NaN or infinity, naming the first tensor that has one."""
     for name, parameter in parameters:
-        if not parameter.is_floating_point() or parameter.float().sum().isfinite():
+        flat = parameter.reshape(-1).split(CHECKED_VALUES) if parameter.is_floating_point() else ()
+        if all(part.float().sum().isfinite() for part in flat):
             continue
         if bad := int((~parameter.isfinite()).sum()):
             raise BitassayError(

@@ -84,8 +84,7 @@ def with_costs(facts: dict[str, Any], costs: Mapping[str, float]) -> dict[str, A
 def _products(model: PreTrainedModel) -> int:
     """How many products there are with each matrix in a pass."""
     done = quantization_of(model)
-    plan = None if done is None else done.recipe.replication
-    return plan.copies if plan is not None and plan.averages_inputs else 1
+    return 1 if done is None else done.recipe.input_copies
 
 
 def window_reader(

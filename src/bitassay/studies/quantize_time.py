@@ -20,6 +20,7 @@ import torch
 from transformers import PreTrainedModel
 
 from bitassay.bench.roofline import matrix_peak
+from bitassay.models.precision import fast_in_bf16
 from bitassay.models.walk import decoder_layers, module_name
 from bitassay.quantization.codes.quantize import quantize_tensor
 from bitassay.quantization.export.plan import planned_matrices
@@ -60,8 +61,9 @@ def quantize_seconds(model: PreTrainedModel, recipe: Recipe, device: torch.devic
     solves = recipe.is_calibrated and recipe.uses_calibrated_solver
     rounded = _rounded_a_second(recipe, _commonest([ways[0][name].scheme for name in names]), solves, device)
     seconds = weights / rounded
-    precision = recipe.text.precision or "float32"
-    wanted: set[str] = {"float32", *([precision, "bfloat16"] if recipe.is_calibrated else [])}
+    fast = "bfloat16" if fast_in_bf16(device) else "float32"
+    precision = "float32" if recipe.text.precision is None else fast
+    wanted: set[str] = {"float32", *([precision, fast] if recipe.is_calibrated else [])}
     products = {name: rate for name in sorted(wanted) if (rate := matrix_peak(name, device, PRODUCT))}
     if recipe.is_calibrated:
         text = recipe.text
@@ -69,7 +71,7 @@ def quantize_seconds(model: PreTrainedModel, recipe: Recipe, device: torch.devic
         passes = SOLVING_PASSES if solves else 1
         seconds += 2 * weights * tokens * passes / products[precision]
         learned = sum(part.text_passes(samples) for part in recipe.parts.values())
-        seconds += 2 * weights * text.tokens * learned / products["bfloat16"]
+        seconds += 2 * weights * text.tokens * learned / products[fast]
         if solves:
             inputs = _inputs(model, names)
             columns = [shapes[own[0]][1] for own in inputs.values()]

@@ -20,7 +20,6 @@ structural defect do not count: they prove their case alone, and somebody else m
 host's trace. Neither does what the verifier's own lack leaves undecided: it can be judged again.
 """
 
-import json
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +34,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from bitassay.errors import BitassayError
 from bitassay.record.files import explained, locked
 from bitassay.record.hashing import canonical_json
-from bitassay.verification.container import first_defect
+from bitassay.verification.container import TraceError, first_defect, strict_json
 from bitassay.verification.profile import Profile
 from bitassay.verification.scores import Finite
 from bitassay.verification.sequential import SequentialEvidence, rate_wealth, wealth_by_limit
@@ -224,9 +223,10 @@ def _check_bound(
 
 def _parsed(kind: type[Kind], text: bytes, where: str) -> Kind:
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise BitassayError(f"{where}: not a ledger: not JSON", REMEDY) from error
+        content = strict_json(text, Path(where))
+    except TraceError as error:
+        problem = "a key twice" if error.code == "duplicate-key" else "not JSON"
+        raise BitassayError(f"{where}: not a ledger: {problem}", REMEDY) from error
     if kind is Binding and isinstance(content, dict) and content.get("schema_version") == 1:
         raise BitassayError(
             f"{where}: a ledger of version 1, which does not say what requests its scores are of",

@@ -83,9 +83,16 @@ def compared(
     for batch in batches([opened[key].header for key in keys], model):
         progress("verifying", done, len(keys))
         runs = [opened[keys[index]] for index in batch]
-        whole = [run for run in runs if run.is_whole]
         pairs = precise_prefills([run.header for run in runs], model)
-        replayed = iter(replays([run.header for run in whole], model, [run.states for run in whole]))
+        whole = [(run, pair) for run, pair in zip(runs, pairs, strict=True) if run.is_whole]
+        replayed = iter(
+            replays(
+                [run.header for run, _ in whole],
+                model,
+                [run.states for run, _ in whole],
+                [pair for _, pair in whole],
+            )
+        )
         for index, run, (own, precise) in zip(batch, runs, pairs, strict=True):
             replay = next(replayed) if run.is_whole else None
             yield (
@@ -125,26 +132,56 @@ def precise_prefills(headers: Sequence[Header], model: PreTrainedModel) -> list[
         return list(zip(own, prefills(headers, model), strict=True))
 
 
-def replays(headers: Sequence[Header], model: PreTrainedModel, claimed: Sequence[States]) -> list[Replay]:
-    """Return the replay of each claimed run (`engines/decode.py`). claimed: states of each."""
-    own = prefills(headers, model, claimed)
+def replays(
+    headers: Sequence[Header], model: PreTrainedModel, claimed: Sequence[States], plain: Sequence[Pair]
+) -> list[Replay]:
+    """Return the replay of each claimed run (`engines/decode.py`). claimed: states of each. plain: its
+    prefills, which end the first segment of layers as a replay does: both begin with the embeddings."""
+    if not headers:
+        return []
+    own, precise = replayed_pairs(headers, model, claimed, headers[0].layers[1:])
+    turned = precise
+    if rotary_frequencies(model):
+        with higher_precision(model), rotary_base_times(model, FACTOR):
+            turned = prefills(headers, model, claimed, choices=False)
+    pairs = [
+        [
+            Prefill({**before.states, **after.states}, after.logits)
+            for before, after in zip(*each, strict=True)
+        ]
+        for each in zip(plain, zip(own, precise, strict=True), strict=True)
+    ]
+    if turned is precise:
+        return [(y, r, r) for y, r in pairs]
+    return [(y, r, other) for (y, r), other in zip(pairs, turned, strict=True)]
+
+
+def replayed_pairs(
+    headers: Sequence[Header], model: PreTrainedModel, claimed: Sequence[States], ends: Sequence[int]
+) -> tuple[list[Prefill], list[Prefill]]:
+    """Return the segments of layers that end at `ends`, and the logits, of a replay of each claimed run: in
+    the verifier's dtype, and in the next higher precision."""
+    own = prefills(headers, model, claimed, layers=ends, alone=True)
     with higher_precision(model):
-        precise = turned = prefills(headers, model, claimed)
-        if rotary_frequencies(model):
-            with rotary_base_times(model, FACTOR):
-                turned = prefills(headers, model, claimed)
-    return list(zip(own, precise, turned, strict=True))
+        return own, prefills(headers, model, claimed, layers=ends, alone=True)
 
 
 def prefills(
-    headers: Sequence[Header], model: PreTrainedModel, claimed: Sequence[States] | None = None
+    headers: Sequence[Header],
+    model: PreTrainedModel,
+    claimed: Sequence[States] | None = None,
+    *,
+    layers: Sequence[int] | None = None,
+    **options: bool,
 ) -> list[Prefill]:
-    """Return the model's states and logits for each claimed run, which are read together."""
+    """Return the model's states (default: of the sampled layers) and logits for each claimed run, which are
+    read together. options: those of `decode.prefill`."""
     if not headers:
         return []
     prompts = [header.prompt_ids for header in headers]
     outputs = [header.output_ids for header in headers]
-    return engine_of(model).prefill(prompts, outputs, layers=headers[0].layers, claimed=claimed)
+    layers = headers[0].layers if layers is None else layers
+    return engine_of(model).prefill(prompts, outputs, layers=layers, claimed=claimed, **options)
 
 
 def batches(headers: Sequence[Header], model: PreTrainedModel) -> Iterator[list[int]]:

@@ -61,7 +61,7 @@ UNLIKE = 0.01  # the share of requests like those of calibration that count as u
 ALPHA = 0.01  # the default false-positive rate of a verdict on an honest run
 
 
-ScoreValue = Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False)]
+ScoreValue = Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False, strict=True)]
 
 
 class HeldOut(BaseModel):

@@ -51,7 +51,7 @@ from bitassay.verification.trace import TOKENS, Header
 Guarantee = Literal["conditional", "average"]
 CONFIDENCE = 0.95  # of the conditional guarantee
 MAX_LENGTHS = 64  # a factor of sqrt(2) apart they reach from 1 to 2^31
-Finite = Annotated[float, Field(allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False, strict=True)]
 
 
 class Statistic(NamedTuple):
@@ -71,7 +71,9 @@ class Fit(BaseModel):
 
     lengths: tuple[Annotated[int, Field(ge=1, le=TOKENS)], ...] = Field(min_length=1, max_length=MAX_LENGTHS)
     mean: tuple[Finite, ...] = Field(max_length=MAX_LENGTHS)
-    sd: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = Field(max_length=MAX_LENGTHS)
+    sd: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)], ...] = Field(
+        max_length=MAX_LENGTHS
+    )
 
     @model_validator(mode="after")
     def _is_a_curve(self) -> "Fit":

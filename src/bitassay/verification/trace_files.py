@@ -47,6 +47,7 @@ from bitassay.verification.receipts.proof import read_proof
 from bitassay.verification.receipts.receipt import read_receipt
 from bitassay.verification.scores import checked_alpha
 from bitassay.verification.sequential import SequentialEvidence
+from bitassay.verification.spot import verify_segments
 from bitassay.verification.structure import Reason, Request, expecting
 from bitassay.verification.trace import (
     Expecting,
@@ -100,20 +101,23 @@ def verify_files(
     profile: Profile | None = None,
     alpha: float | None = None,
     keeping: Keeping = Keeping(),
+    segments: int | None = None,
     progress: Progress = silent,
 ) -> FilesVerdict:
     """Judge trace files, or with `receipt` one opening or the receipt's proof, against `model`, which is
     called `name` in verdicts.
 
     A file that cannot be read is a FAIL. keeping: of a ledger, whose sequence then includes the earlier
-    requests.
+    requests. segments: of traces, check so many segments of layers alone (`spot.py`); not with a ledger.
     """
+    assert segments is None or keeping.ledger is None
     account = _Account(model, asked, keeping, profile)
     for start in range(0, len(paths), CHUNK):
         chunk = paths[start : start + CHUNK]
         options: dict[str, Any] = {"profile": profile, "alpha": alpha}
         if receipt is None:
-            judged = _verify_traces(chunk, start, model, name, asked, options | {"progress": progress})
+            options |= {"progress": progress}
+            judged = _verify_traces(chunk, start, model, name, asked, segments, options)
         else:
             judged = [_verify_signed_files(chunk[0], receipt, model, name, asked.requests[0], options)]
         account.enter(judged)
@@ -246,6 +250,7 @@ def _verify_traces(
     model: PreTrainedModel,
     name: str,
     asked: Asked,
+    segments: int | None,
     options: dict[str, Any],
 ) -> list[tuple[Answer | None, Verdict]]:
     """Judge some of the files, of which the one at `first` is the first."""
@@ -267,8 +272,12 @@ def _verify_traces(
             readable[index] = read_trace(path, answering(index))
         except TraceError as error:
             verdicts[index] = failed(error, name)
-    requested = [requests[index] for index in readable]
-    checked = verify_many(list(readable.values()), model, requests=requested, **options)
+    options |= {"requests": [requests[index] for index in readable]}
+    traces = list(readable.values())
+    if segments is None:
+        checked = verify_many(traces, model, **options)
+    else:
+        checked = verify_segments(traces, model, segments, **options)
     verdicts |= dict(zip(readable, checked, strict=True))
     return [(answers.get(index), verdicts[index]) for index in range(len(paths))]
 

@@ -33,7 +33,8 @@ class Verdict:
     (`Profile.ranked`). unlike: the p-value of the text's rounding noise among calibration texts. limit:
     the generated positions at which the honest runs were cut that the score was ranked among. trace:
     digest of the header judged. calibration: the profile itself. attribution: what the observation fits
-    best, where the profile has a library; it has no part in the status.
+    best, where the profile has a library; it has no part in the status. segments: the ends of the segments
+    of layers that a spot check drew (`spot.py`); None: all was looked at.
     """
 
     status: Status
@@ -56,6 +57,7 @@ class Verdict:
     trace: str | None = None
     calibration: Profile | None = field(default=None, repr=False, compare=False)
     attribution: Attribution | None = None
+    segments: tuple[int, ...] | None = None
 
     @property
     def structural(self) -> tuple[Reason, ...]:
@@ -66,7 +68,8 @@ class Verdict:
     @property
     def margins(self) -> tuple[float, ...]:
         """Return the nats by which each claimed token loses; empty where nothing was compared."""
-        return self.observation.series[TOKEN_DIFR.name][0].values if self.observation else ()
+        series = self.observation.series.get(TOKEN_DIFR.name) if self.observation else None
+        return series[0].values if series else ()
 
     @property
     def mean_margin(self) -> float | None:
@@ -116,6 +119,7 @@ class Verdict:
             "reasons": [asdict(reason) for reason in self.reasons],
             "model": self.model,
             "n_tokens": self.n_tokens,
+            "segments": None if self.segments is None else list(self.segments),
             "p_value": self.p_value,
             "refusal": self.refusal,
             "unlike": self.unlike,
@@ -154,7 +158,9 @@ class Verdict:
             positions = self.observation.positions
             if self.hidden_distance is not None:
                 lines.append(f"  states: relative distance {distances} ({positions} generated positions)")
-            lines.append(f"  tokens: mean margin {self.mean_margin:.3g} nats over {self.n_tokens} tokens")
+            if self.mean_margin is not None:
+                margin = f"{self.mean_margin:.3g} nats over {self.n_tokens} tokens"
+                lines.append(f"  tokens: mean margin {margin}")
         if self.p_value is not None:
             lines.append(
                 f"  p-value {self.p_value:.3g} against {self.n_calibration} honest runs, alpha {self.alpha:g}"

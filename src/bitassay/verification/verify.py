@@ -200,11 +200,13 @@ def concluded(
         return replace(evidence, status=status, reasons=tuple(reasons or undecided))
     alpha = level(alpha, profile)
     limit = min(header.sampling.max_new_tokens - 1, profile.generated_positions[1])
-    score, unlike = score_of(profile), profile.unlike_p_value(observation, limit)
+    score, unlike = score_of(profile), None
+    if ROUNDING.name in observation.series:
+        unlike = profile.unlike_p_value(observation, limit)
     ranked = partial(profile.ranked, limit=limit, positions=observation.tokens - 1)
     counted = ranked(score.value)
     refusal = profile.refusal(counted, limit)
-    if unlike <= UNLIKE and score.value < FAR:
+    if unlike is not None and unlike <= UNLIKE and score.value < FAR:
         sentence = "the text's rounding noise is unlike that of the calibration texts"
         undecided = [Reason("unlike-calibration", f"{sentence} (p {unlike:.2g})")]
     elif refusal <= alpha:

@@ -20,6 +20,29 @@ class Outer(torch.nn.Module):
         return self.inner.lm_head(hidden)
 
 
+class Steps:
+    """Requests that are read two a step, and then continued together."""
+
+    def __init__(self, model, config):
+        self.model, self.vllm_config, self.left, self.read = model, config, {}, []
+
+    def add_request(self, name, prompt, sampling):
+        assert name not in self.left
+        self.left[name] = sampling.max_tokens
+
+    def has_unfinished_requests(self):
+        return bool(self.left)
+
+    def step(self):
+        self.read += [name for name in self.left if name not in self.read][:2]
+        done = [name for name in self.read if name in self.left]
+        for name in done:
+            self.left[name] -= 1
+            if not self.left[name]:
+                del self.left[name]
+        return [SimpleNamespace(request_id=name) for name in done]
+
+
 class LLM:
     def __init__(self, folder, **options):
         if "refused" in folder:
@@ -29,7 +52,7 @@ class LLM:
         self.model = Outer(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
         model, cache = SimpleNamespace(dtype=torch.float32), SimpleNamespace(cache_dtype="auto")
         config = SimpleNamespace(model_config=model, cache_config=cache)
-        self.llm_engine, self.limit = SimpleNamespace(vllm_config=config), options["max_model_len"]
+        self.llm_engine, self.limit = Steps(self.model, config), options["max_model_len"]
 
     def apply_model(self, function):
         return [function(self.model)]

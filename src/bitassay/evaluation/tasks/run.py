@@ -19,6 +19,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from bitassay.data.tasks import even_indices
+from bitassay.engines.engine import TRANSFORMERS, engine_name, engine_of
 from bitassay.errors import BitassayError
 from bitassay.evaluation import statistics
 from bitassay.evaluation.statistics import NONE, TANGO, WILSON
@@ -59,6 +60,8 @@ def loaded_candidate(model: PreTrainedModel, name: str) -> Candidate:
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
     }
+    if engine_name(model) != TRANSFORMERS:
+        about |= {**engine_of(model).numerics(), "recipe": model_identity.recipe_name}
     return Candidate(name, about, lambda: model)
 
 

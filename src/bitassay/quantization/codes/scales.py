@@ -136,11 +136,10 @@ def percentiles(w: Groups, percent: float) -> Column:
 
 def mse_grid(w: Groups, scheme: WeightScheme, importance: Groups | None = None) -> Grid:
     """Return the grid with the least squared error that is found. No row of `importance` may be all zero."""
-    if scheme.number_format.kind in ("ternary", "binary"):
-        return few_levels_grid(w, scheme, importance)
+    grid_of = few_levels_grid if scheme.number_format.kind in ("ternary", "binary") else _search
     rows = max(1, BLOCK_ELEMENTS // w.shape[1])
     weighed = [None] * -(-len(w) // rows) if importance is None else importance.split(rows)
-    blocks = [_search(block, scheme, h) for block, h in zip(w.split(rows), weighed, strict=True)]
+    blocks = [grid_of(block, scheme, h) for block, h in zip(w.split(rows), weighed, strict=True)]
     return combined(blocks, torch.cat)
 
 

@@ -18,14 +18,17 @@ from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.recipe.solvers import Learned, Tune
 from bitassay.quantization.recipe.transforms import Rotation, Smoothing
 from bitassay.quantization.solvers import layerwise, tune
+from bitassay.quantization.solvers.distillation import writing_bytes
 from bitassay.quantization.transforms.residual_stream import CHUNK_VALUES
 
 BASE_BYTES = 550 * 10**6  # the interpreter with torch and transformers
-# Copies of a matrix in fp32 that rounding it holds at its peak, and decoding it: measured.
-ROUNDING_COPIES, BINARY_COPIES, DECODING_COPIES = 4.5, 7, 5
+# Copies of a matrix in fp32, measured: that rounding it to nearest holds at its peak; binary planes, and a
+# second plane of all columns; that reading a folder's codes and decoding them holds; decoding codes that are
+# kept; and such codes in FP8, or with something added to them.
+ROUNDING_COPIES, PLANES_COPIES, SECOND_PLANE_COPIES, DECODING_COPIES = 5, 8, 12, 5
+KEPT_COPIES, FLOAT_COPIES, SUM_COPIES = 1.3, 2, 3
 HESSIANS, SOLVING_COPIES = 3, 5  # that factorising and rounding hold
 LEARNING_BYTES = 28  # of a weight of the layer that is learned: its position, gradient, two moments and value
-READ_BYTES = 4  # of a weight while it is read, beside what it becomes
 ROTATED_BYTES = 12  # of a rotated weight beside the layers: it, and the base model's as it is read
 FOLDING_BYTES = 4 + 8 + 8  # of a matrix of which the largest magnitudes are looked up
 IN_FP64 = 3 * 8 * CHUNK_VALUES  # of a weight, while it is changed
@@ -43,22 +46,43 @@ class Sizes:
 
 
 def opened_memory(sizes: Sizes, stored: Mapping[str, Stored], recipe: Recipe, solves: bool) -> int:
-    """Return the bytes that it takes a layer at a time: the most of what rounding a matrix holds, what a
-    layer holds that is run when it is checked, what lies beside the layers while it is written, what the
-    parts of the recipe hold and, where it `solves` layers, of that."""
+    """Return the bytes that it takes a layer at a time until all codes are known: the most of what rounding a
+    matrix holds, what the parts of the recipe hold and, where it `solves` layers, of that."""
     item, shapes = sizes.model.dtype.itemsize, Shapes.of(sizes.model)
-    binary = any(FORMATS[way.scheme.format].kind == "binary" for way in stored.values())
-    rounding = int(4 * shapes.matrix * (BINARY_COPIES if binary else ROUNDING_COPIES))
-    checking = item * shapes.layer + shapes.decoding
-    most = [item * shapes.owner + rounding, checking, shapes.beside * (item + READ_BYTES)]
+    rounding = int(4 * shapes.matrix * max(map(rounding_copies, stored.values())))
+    most = [item * shapes.owner + rounding]
     most += [memory_of(part, sizes, shapes, rounding) for memory_of, part in recipe.steps(OPENED_MEMORY)]
     if solves:
         most.append(_solving(None, sizes, shapes, rounding))
     return BASE_BYTES + max(most)
 
 
+def saving_memory(model: PreTrainedModel) -> int:
+    """Return the bytes that writing and checking an opened model takes: a layer that is run with a matrix
+    that is decoded, and what lies beside the layers."""
+    item, shapes = model.dtype.itemsize, Shapes.of(model)
+    return BASE_BYTES + max(item * shapes.layer + shapes.decoding, item * shapes.beside)
+
+
+def rounding_copies(stored: Stored) -> float:
+    """Return how many copies of a matrix in fp32 rounding it to nearest holds."""
+    scheme, copies = stored.scheme, float(ROUNDING_COPIES)
+    if scheme.has_planes:
+        copies = PLANES_COPIES + SECOND_PLANE_COPIES * scheme.residual
+    return copies if stored.residual is None or scheme.residual else copies + 2
+
+
+def decoding_copies(stored: Stored) -> float:
+    """Return how many copies of a matrix in fp32 decoding codes holds that are kept, the result too."""
+    scheme = stored.scheme
+    if stored.residual is not None or stored.low_rank is not None or scheme.turned is not None:
+        return SUM_COPIES
+    floats = scheme.column_scales or FORMATS[scheme.format].float_dtype is not None
+    return FLOAT_COPIES if floats else KEPT_COPIES
+
+
 def _rotating(spec: Rotation, sizes: Sizes, shapes: "Shapes", rounding: int) -> int:
-    changing = 4 * shapes.layer + READ_BYTES * shapes.matrix + IN_FP64
+    changing = 4 * shapes.layer + IN_FP64
     folded = ROTATED_BYTES if spec.r1 == "folded" else 0
     return max(changing, 4 * shapes.owner + IN_FP64 + rounding, folded * shapes.beside)
 
@@ -157,9 +181,15 @@ class Shapes(NamedTuple):
 
 
 def tuning_memory(spec: Tune, sizes: Sizes, opened: bool = False) -> int:
-    """Return the bytes that tuning all layers together holds; of an opened model, a layer at a time."""
+    """Return the bytes that tuning all layers together holds; of an opened model, a layer at a time. Or what
+    it holds while the base model writes samples: the model in bf16 and, as a whole, as it is."""
     config, layers = sizes.model.config.get_text_config(), len(decoder_layers(sizes.model))
-    return tune.memory_of(
+    writing = 0
+    if spec.generated:
+        read = 6 * Shapes.of(sizes.model).layer if opened else (4 + 2) * sizes.parameters
+        writing = read + 2 * config.vocab_size * config.hidden_size
+        writing += writing_bytes(sizes.model, sizes.text.tokens)
+    tuning = tune.memory_of(
         spec,
         sizes.text.samples,
         sizes.text.tokens,
@@ -170,6 +200,7 @@ def tuning_memory(spec: Tune, sizes: Sizes, opened: bool = False) -> int:
         config.vocab_size,
         opened,
     )
+    return max(tuning, writing)
 
 
 # What parts of a recipe hold, by the shapes and by what rounding a matrix holds.

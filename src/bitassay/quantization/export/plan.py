@@ -12,7 +12,14 @@ from transformers import PreTrainedModel
 from bitassay.errors import BitassayError
 from bitassay.models.walk import decoder_layers, walk
 from bitassay.quantization.codes.storage import Factors, Stored, expected_bytes, planned, planned_bits
-from bitassay.quantization.export.opened_memory import BASE_BYTES, Sizes, opened_memory, tuning_memory
+from bitassay.quantization.export.opened_memory import (
+    BASE_BYTES,
+    Sizes,
+    decoding_copies,
+    opened_memory,
+    saving_memory,
+    tuning_memory,
+)
 from bitassay.quantization.export.registry import LAYOUTS, OWN
 from bitassay.quantization.export.reload import expected_parts
 from bitassay.quantization.export.save import choose_layout
@@ -41,7 +48,8 @@ class Plan:
     quantized one, its codes, and the reloaded model beside them; or, where that is more, what calibrating
     holds: the base model, what is quantized, and what one layer makes of the text; or what tuning holds of
     each weight. opened_memory_bytes: the same with the model read a layer at a time; None where a part of the
-    recipe needs all of it. solves: whether layers are run to find codes.
+    recipe needs all of it. opened_codes_bytes: that until all codes are known. decoding_copies: how many
+    copies of a matrix in fp32 decoding its codes takes. solves: whether layers are run to find codes.
     """
 
     layout: str
@@ -53,6 +61,8 @@ class Plan:
     tensor_bytes: int
     memory_bytes: int
     opened_memory_bytes: int | None
+    opened_codes_bytes: int | None
+    decoding_copies: float
     solves: bool
 
 
@@ -88,6 +98,7 @@ def plan_export(model: PreTrainedModel, recipe: Recipe, layout: str | None = Non
     if solves:
         memory.append(_solving(sizes))
     size_bytes = (parameters - weights) * 2 + bits // 8
+    opened = None if obstacle_to_opening(recipe) else opened_memory(sizes, ways[0], recipe, solves)
     return Plan(
         layout=chosen,
         layout_reason=why,
@@ -97,9 +108,9 @@ def plan_export(model: PreTrainedModel, recipe: Recipe, layout: str | None = Non
         size_bytes=size_bytes,
         tensor_bytes=(parameters - weights) * item + stored,
         memory_bytes=BASE_BYTES + max(memory),
-        opened_memory_bytes=None
-        if obstacle_to_opening(recipe)
-        else opened_memory(sizes, ways[0], recipe, solves),
+        opened_memory_bytes=None if opened is None else max(opened, saving_memory(model)),
+        opened_codes_bytes=opened,
+        decoding_copies=max(map(decoding_copies, ways[0].values())),
         solves=solves,
     )
 
@@ -176,8 +187,8 @@ def _with_copies(
     model: PreTrainedModel, recipe: Recipe, schemes: dict[str, WeightScheme]
 ) -> dict[str, WeightScheme]:
     """Add the schemes of all copies; where layers are chosen by a measure, of the first so many."""
-    plan, layers, extended = recipe.replication, len(decoder_layers(model)), dict(schemes)
-    if plan is None or not plan.makes_codes:
+    plan, layers, extended = recipe.coded_replication, len(decoder_layers(model)), dict(schemes)
+    if plan is None:
         return extended
     for layer, count in enumerate(plan.counts(layers)):
         for name, scheme in schemes.items():

@@ -226,15 +226,14 @@ def _changed_parameters(
 
 
 def _check_inputs(card: Card, linears: Mapping[str, nn.Linear]) -> None:
-    part, plan = card.recipe.activations, card.recipe.replication
+    part = card.recipe.activations
     formats = {name: s.format for name in linears if part is not None and (s := part.scheme_for(name))}
     if {name: rounding.format for name, rounding in card.inputs.items()} != formats:
         raise BitassayError("inputs are not those of the recipe's activations")
-    several = plan.copies if plan is not None and plan.averages_inputs else 1
     for name, rounding in card.inputs.items():
         if rounding.outliers and max(rounding.outliers) >= linears[name].in_features:
             raise BitassayError(f"inputs of {name}: it has no column {max(rounding.outliers)}")
-        if rounding.copy is not None or not 1 <= rounding.copies <= several:
+        if rounding.copy is not None or not 1 <= rounding.copies <= card.recipe.input_copies:
             raise BitassayError(f"inputs of {name}: copies that the recipe has not")
 
 
@@ -256,9 +255,8 @@ def _check_passes(card: Card, layers: int) -> None:
 def _shapes(model: PreTrainedModel, card: Card) -> dict[str, tuple[int, int]]:
     """Return the shapes of the model's matrices and of layers' copies of them, which the card must name."""
     shapes = {name: (view.shape[0], view.shape[1]) for name, view in matrices(model).items()}
-    plan = card.recipe.replication
     names = [name for name in card.matrices if name in shapes and not is_replica(name)]
-    for index, steps in card.passes.items() if plan is not None and plan.makes_codes else ():
+    for index, steps in card.passes.items() if card.recipe.coded_replication else ():
         for name in names:
             shapes |= dict.fromkeys(replica_names(model, index, name, steps.count), shapes[name])
     if missing := sorted(name for name in shapes if is_replica(name) and name not in card.matrices):

@@ -87,8 +87,7 @@ class Recipe(Spec):
         for name, part in self.parts.items():
             for reason in part.conflicts(self):
                 yield f"{name}: {reason}"
-        choices = self.mixed.choices(self.weights) if self.mixed is not None and self.weights else []
-        if any(scheme.copies is not None for scheme in (*self.schemes, *choices)):
+        if any(scheme.copies is not None for scheme in (*self.schemes, *self.choices)):
             yield (
                 "copies: a recipe says them once, for all matrices: "
                 "replication: {how: parallel, of: linear, differ: ...}"
@@ -119,6 +118,11 @@ class Recipe(Spec):
         return [scheme for scheme in schemes if scheme is not None]
 
     @property
+    def choices(self) -> list[WeightScheme]:
+        """The schemes that mixed bits choose among; none without `mixed`."""
+        return self.mixed.choices(self.weights) if self.mixed is not None and self.weights else []
+
+    @property
     def text(self) -> Calibration:
         """The calibration text, by default where the recipe names none."""
         return self.calibration or Calibration()
@@ -132,6 +136,18 @@ class Recipe(Spec):
     def uses_calibrated_solver(self) -> bool:
         """Whether codes are more than weights rounded to nearest."""
         return any(part.solves for part in self.parts.values())
+
+    @property
+    def input_copies(self) -> int:
+        """How many rounded copies of an input are averaged; 1: it is rounded once."""
+        plan = self.replication
+        return plan.copies if plan is not None and plan.averages_inputs else 1
+
+    @property
+    def coded_replication(self) -> ReplicationPlan | None:
+        """The replication whose copies have codes of their own; None where there are no such copies."""
+        plan = self.replication
+        return plan if plan is not None and plan.makes_codes else None
 
     @property
     def without_postprocessing(self) -> "Recipe":
@@ -156,11 +172,8 @@ class Recipe(Spec):
     def possible_schemes(self, names: Iterable[str]) -> list[dict[str, WeightScheme]]:
         """Return the schemes of the named matrices that have one, for each choice of mixed bits."""
         schemes = {name: scheme for name in names if (scheme := self.scheme_for(name))}
-        if self.mixed is None or self.weights is None:
-            return [schemes]
         free = {name for name in schemes if self.override_for(name) is None}
-        choices = self.mixed.choices(self.weights)
-        return [schemes | dict.fromkeys(free, choice) for choice in choices]
+        return [schemes | dict.fromkeys(free, choice) for choice in self.choices] or [schemes]
 
 
 def shipped_recipes() -> dict[str, Recipe]:

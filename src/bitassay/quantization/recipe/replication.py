@@ -162,8 +162,6 @@ class ReplicationPlan(RecipePart):
             return f"of layers chosen by {self.layers.by}"
         if self.coefficients == "fitted":
             return "with fitted coefficients"
-        if self.of == "block":
-            return "of a block"
         if self.of == "layer" and (self.makes_codes or self.differ == "inputs"):
             return "of layers whose copies differ"
         return None

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache
 
 from bitassay.quantization.recipe.replication import Steps, Stop
@@ -153,13 +153,13 @@ def passed_on(hidden_states: State, *_args: Any, **_options: Any) -> State:
 
 class LoopedForward:
     """The forward of a looped decoder layer: it takes the place of `layer.forward`, and the layer keeps all
-    its names. runs: the layers that each pass goes through, one or those of a block; the same ones may come
-    again. first_slot: of the second pass. usage: where passes are dynamic; begins, ends: with this layer, a
-    forward does."""
+    its names. runs: the forwards of the layers that each pass goes through, one or those of a block; the same
+    ones may come again. first_slot: of the second pass. usage: where passes are dynamic; begins, ends: with
+    this layer, a forward does."""
 
     def __init__(
         self,
-        runs: Sequence[Sequence[nn.Module]],
+        runs: Sequence[Sequence[Callable[..., Any]]],
         steps: Steps,
         *,
         first_slot: int,
@@ -168,8 +168,8 @@ class LoopedForward:
         usage: Usage | None = None,
     ):
         assert len(runs) == steps.count
-        # Their own forwards: hooks of the layer belong to all passes together.
-        self.forwards = [[module.forward for module in run] for run in runs]
+        # Layers' own forwards: hooks of the layer belong to all passes together.
+        self.forwards = runs
         self.steps, self.how, self.first_slot = steps, how, first_slot
         self.stop, self.usage = stop, usage
         self.begins = self.ends = False

@@ -41,10 +41,8 @@ from bitassay.quantization.transforms.rotation import add_online
 # What in a part of a recipe needs all layers of a model at once, by its name; "" where a layer at a time will
 # do. Of other parts nobody knows.
 WHOLE_MODEL: dict[str, Callable[[Any], str]] = {
-    **dict.fromkeys(
-        ("rotation", "smoothing", "gptq", "low_rank", "learned", "activations", "kv_cache"), lambda _: ""
-    ),
-    "tune": lambda tune: "tune with generated samples" if tune.generated else "",
+    **dict.fromkeys(("rotation", "smoothing", "gptq", "low_rank", "learned", "tune"), lambda _: ""),
+    **dict.fromkeys(("activations", "kv_cache"), lambda _: ""),
     "replication": lambda plan: f"replication {why}" if (why := plan.needs_all_layers) else "",
 }
 
@@ -187,14 +185,14 @@ def check_recipe(model: PreTrainedModel, recipe: Recipe) -> dict[str, Tensor]:
         check_calibration(model, recipe.text)
     modules, views = walk(model), matrices(model)
     columns = {name: view.shape[1] for name, view in views.items()}
-    for way in fitted(recipe, columns).possible_schemes(columns):
-        for name, scheme in way.items():
-            if scheme.number_format.levels and columns[name] % RUN:
-                raise BitassayError(
-                    f"recipe {recipe.name}: mixed may choose {scheme.format}, which rows of "
-                    f"{columns[name]} weights ({name}) cannot have: {RUN} does not divide them",
-                    f"an override for *.{name.rpartition('.')[2]}, or other formats",
-                )
+    odd = [name for name, count in columns.items() if count % RUN and recipe.override_for(name) is None]
+    for scheme in recipe.choices:
+        if scheme.number_format.levels and odd:
+            raise BitassayError(
+                f"recipe {recipe.name}: mixed may choose {scheme.format}, which rows of "
+                f"{columns[odd[0]]} weights ({odd[0]}) cannot have: {RUN} does not divide them",
+                f"an override for *.{odd[0].rpartition('.')[2]}, or other formats",
+            )
     names = [*views, *modules.others]
     routers = sorted({name.removesuffix(".weight") for name in modules.routers} | set(modules.routers))
     for override in recipe.overrides:

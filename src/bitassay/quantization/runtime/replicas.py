@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from bitassay.errors import BitassayError
+from bitassay.models.opened import reading_forward
 from bitassay.models.walk import decoder_layers, module_name
 from bitassay.quantization.codes.tensor import QuantizedTensor
 from bitassay.quantization.recipe.replication import ReplicationPlan, Steps
@@ -48,7 +49,9 @@ def add_passes(
     keys and values cannot have several slots."""
     layers, usage = decoder_layers(model), Usage()
     slot, added = len(layers), []
-    block = [layers[index] for index in sorted(steps_of)] if plan.of == "block" else []
+    block = []
+    if plan.of == "block":
+        block = [reading_forward(model, layers[index]) for index in sorted(steps_of)]
     kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ["all"] * len(layers)
     if block and len({kinds[index] for index in steps_of}) > 1:
         raise BitassayError(
@@ -67,9 +70,9 @@ def add_passes(
         if plan.makes_codes or plan.differ == "inputs":
             replicas = _replicas(layer, module_name(model, layer), steps.count, plan, tensors)
             layer.add_module(REPLICAS, nn.ModuleList(replicas))
-            runs = [[copied] for copied in (layer, *replicas)]
+            runs = [[copied.forward] for copied in (layer, *replicas)]
         else:
-            runs = [block or [layer]] * steps.count
+            runs = [block or [layer.forward]] * steps.count
         passes = LoopedForward(runs, steps, first_slot=slot, how=plan.how, stop=plan.stop, usage=usage)
         layer.forward = passes
         added.append(passes)

@@ -8,7 +8,6 @@ distribution, sharpened by TEMPERATURE. States are kept instead of logits, which
 times larger and are one product away.
 """
 
-import copy
 from functools import partial
 
 import torch
@@ -20,10 +19,12 @@ from bitassay.errors import BitassayError
 from bitassay.models.cache import behind, takes_cache
 from bitassay.models.config import text_config
 from bitassay.models.lockstep import Forward, in_step
-from bitassay.models.opened import parameter_of
+from bitassay.models.opened import change_parameter, parameter_of
 from bitassay.models.positions import frequencies
-from bitassay.models.walk import decoder_of, module_name
+from bitassay.models.precision import short_products
+from bitassay.models.walk import decoder_layers, decoder_of, module_name
 from bitassay.quantization.recipe.solvers import Tune
+from bitassay.quantization.runtime.model import copy_sharing_parameters
 from bitassay.quantization.shapes import Tokens
 from bitassay.quantization.solvers.layerwise import BATCH_SAMPLES
 from bitassay.record.progress import Progress
@@ -73,10 +74,10 @@ def last_states(
     model: PreTrainedModel, tokens: Tokens, batch: int = BATCH_SAMPLES
 ) -> Float[Tensor, "samples tokens hidden"]:
     """Return what the output head reads, in bf16, on the host; layers of an opened model are read once."""
-    decoder = decoder_of(model)
+    decoder, short = decoder_of(model), short_products(model.device, model.dtype)
 
     def states(part: Tokens) -> Tensor:
-        with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16):
+        with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=short):
             output = decoder(input_ids=part.to(model.device), use_cache=False)
         return output.last_hidden_state.bfloat16().cpu()
 
@@ -91,6 +92,25 @@ def prompts(tokens: Tokens, count: int) -> Int[Tensor, "count prompt"]:
     return interleaved[torch.arange(count) % len(interleaved)]
 
 
+def in_bf16(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a copy whose decoder has its parameters in bf16. Buffers stay as they are: rotary frequencies
+    in bf16 would be others."""
+    made, decoder = copy_sharing_parameters(model), decoder_of(model)
+    for name, parameter in decoder.named_parameters(prefix=module_name(model, decoder)):
+        if parameter.is_floating_point():
+            change_parameter(made, name, Tensor.bfloat16)
+    return made
+
+
+def writing_bytes(model: PreTrainedModel, tokens: int) -> int:
+    """Return the bytes of the keys, values and states, in bf16, of as many samples as are written at once."""
+    config = text_config(model)
+    heads = config.num_attention_heads
+    keys = getattr(config, "num_key_value_heads", None) or heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return 2 * WRITING_SAMPLES * tokens * (2 * keys * size * len(decoder_layers(model)) + config.hidden_size)
+
+
 @torch.inference_mode()
 def continued(
     model: PreTrainedModel,
@@ -99,8 +119,9 @@ def continued(
     length: int,
     generator: torch.Generator,
 ) -> tuple[Int[Tensor, "samples length"], Float[Tensor, "samples length hidden"]]:
-    """Go on to `length` tokens by bf16 products; return them and their last hidden states, on the host."""
-    decoder, head = copy.deepcopy(decoder_of(model)).bfloat16(), head.bfloat16()
+    """Go on to `length` tokens by bf16 products; return them and their last hidden states, on the host. An
+    opened model reads its layers for every token."""
+    decoder, head = decoder_of(in_bf16(model)), head.bfloat16()
     tokens, caches = start.to(head.device), takes_cache(model)
     states, cache, begun = list[Tensor](), DynamicCache(config=model.config), 0
     while True:

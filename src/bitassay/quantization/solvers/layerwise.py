@@ -18,7 +18,7 @@ from transformers import Cache, PreTrainedModel
 
 from bitassay.errors import BitassayError
 from bitassay.models.hooks import hooked, reading
-from bitassay.models.precision import widest
+from bitassay.models.precision import fast_in_bf16, widest
 from bitassay.models.walk import decoder_layers, decoder_of
 from bitassay.quantization.shapes import Hessian, Tokens
 
@@ -284,9 +284,10 @@ def input_groups(
 
 
 def products_in(precision: str | None, device: torch.device) -> torch.autocast:
-    """Compute products of matrices in that dtype within the context; None: in their own."""
+    """Compute products of matrices in that dtype within the context, where it is fast; None, and elsewhere:
+    in their own."""
     dtype = None if precision is None else getattr(torch, precision)
-    return torch.autocast(device.type, dtype=dtype, enabled=precision is not None)
+    return torch.autocast(device.type, dtype=dtype, enabled=precision is not None and fast_in_bf16(device))
 
 
 def hessian_of(inputs: Float[Tensor, "... in"]) -> Hessian:

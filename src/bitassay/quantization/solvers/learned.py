@@ -10,13 +10,14 @@ hundreds of times larger than all others', and these look at it (massive activat
 second term alone it would drown them, in the first alone nothing would hold it. Gradients are straight
 through (`shadow_weight.py`). AutoRound (2309.05516) learns with signed gradients and rounding offsets of at
 most half a step; here weights may go further, and start where GPTQ left them. Learning all of a layer's
-weights so is the first phase of EfficientQAT (2407.11062). Products are in bf16.
+weights so is the first phase of EfficientQAT (2407.11062). Products are in bf16 where that is faster.
 """
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from bitassay.models.precision import short_products
 from bitassay.quantization.recipe.solvers import Learned
 from bitassay.quantization.solvers.descent import descend
 from bitassay.quantization.solvers.layerwise import Hidden
@@ -38,9 +39,11 @@ def solve_layer(spec: Learned, layer: Layer) -> dict[str, Solution]:
     codes = [shadow.u for shadow in shadows.values()]
     grids = [parameter for shadow in shadows.values() for parameter in shadow.grid_parameters()]
 
+    short = short_products(layer.hidden.device, layer.hidden.dtype)
+
     def backward(chosen: Int[Tensor, " chosen"]) -> float:
         here = chosen.to(layer.hidden.device)
-        with torch.autocast(layer.hidden.device.type, torch.bfloat16):
+        with torch.autocast(layer.hidden.device.type, torch.bfloat16, enabled=short):
             output = layer.arguments.call(layer.module, layer.hidden[here], chosen)
         loss = relative_error(output, layer.targets[here])
         loss.backward()

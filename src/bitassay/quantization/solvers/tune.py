@@ -14,10 +14,10 @@ Learning a layer leaves many positions close to a threshold, over which straight
 to and fro (2203.11086), and the first steps of Adam move all of them equally far. So each is first moved 10 %
 nearer to its code, to damp oscillation.
 
-Products are in bf16, what is learned in fp32, Adam's moments in bf16. On the way back each layer is computed
-once more instead of being kept (1604.06174), which takes a third more time and much less memory; its weights
-move as soon as their gradients are there, and these are dropped. So a weight takes eight bytes, and those of
-one layer more.
+Products are in bf16 where that is faster, what is learned in fp32, Adam's moments in bf16. On the way back
+each layer is computed once more instead of being kept (1604.06174), which takes a third more time and much
+less memory; its weights move as soon as their gradients are there, and these are dropped. So a weight takes
+eight bytes, and those of one layer more.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -33,6 +33,7 @@ from transformers import PreTrainedModel
 
 from bitassay.models.hooks import forwarded
 from bitassay.models.opened import is_opened, parameter_of, present, put_parameter, weights_of
+from bitassay.models.precision import fast_in_bf16, short_products
 from bitassay.models.walk import decoder_layers, decoder_of, module_name
 from bitassay.quantization.recipe.solvers import Tune
 from bitassay.quantization.shapes import Tokens
@@ -49,7 +50,7 @@ SAID_STEPS = 16
 KEPT_DISTANCE = 0.9  # the share of a position's distance from its code with which tuning starts
 BYTES_A_WEIGHT = 4 + 2 + 2  # a position and two moments
 BYTES_IN_A_PASS = 4 + 4 + 2 + 2 + 3 * 4  # of a layer: value, its gradient, bf16, position, and a step
-BYTES_A_FEATURE = 2.6  # and, for each input and output of each of its linears and token: SmolLM2's
+BYTES_A_FEATURE = 2.6  # and, for each input and output of each of its linears and token, in bf16: SmolLM2's
 CHUNK_TOKENS = 128  # logits that are held at once
 
 
@@ -76,7 +77,8 @@ def memory_of(
     opened model reads at every step."""
     weights, features = sum(out * columns for out, columns in shapes), sum(map(sum, shapes))
     states = 2 * (samples + spec.generated) + 4 * spec.batch * (layers + 1)
-    layer = (BYTES_IN_A_PASS * weights + spec.batch * tokens * BYTES_A_FEATURE * features) / layers
+    longer = 1 if fast_in_bf16(torch.device("cpu")) else 2
+    layer = (BYTES_IN_A_PASS * weights + spec.batch * tokens * longer * BYTES_A_FEATURE * features) / layers
     logits = 4 * 4 * CHUNK_TOKENS * vocabulary
     if opened:
         layer += BYTES_A_WEIGHT * weights / layers
@@ -85,7 +87,7 @@ def memory_of(
         resident = 4 * parameters + BYTES_A_WEIGHT * weights
     return int(
         resident
-        + 2 * vocabulary * hidden
+        + longer * 2 * vocabulary * hidden
         + states * tokens * hidden
         + max(layer, logits, 4 * vocabulary * hidden)
     )
@@ -107,7 +109,7 @@ def solve_model(spec: Tune, model: Model) -> Iterator[tuple[str, Solution]]:
         shelf.add(layer, [part for name in names for part in shadows[name].tensors()])
         release_freed_memory()
     own = {layer: [shadows[name] for name in names] for layer, names in layers.items()}
-    heads = bf16_heads(student, model.base)
+    heads = heads_of(student, model.base)
     steps = tune(student, own, norms, tokens, states, heads, spec, model.folder, shelf)
     losses = list[float]()
     with shadow_linears(student, shadows):
@@ -145,21 +147,23 @@ def tunable_norms(model: PreTrainedModel) -> list[nn.Parameter]:
 
 
 class Heads(NamedTuple):
-    """The output matrices in bf16: of the model that is tuned and of the base model, often the same."""
+    """The output matrices in the dtype of products: of the model that is tuned and of the base model, often
+    the same."""
 
     own: Float[Tensor, "vocabulary hidden"]
     base: Float[Tensor, "vocabulary hidden"]
 
 
-def bf16_heads(model: PreTrainedModel, base: PreTrainedModel) -> Heads:
+def heads_of(model: PreTrainedModel, base: PreTrainedModel) -> Heads:
     """Return the output matrices of a model and its base."""
-    base_head = head_weight(base).bfloat16()
+    dtype = torch.bfloat16 if short_products(model.device, model.dtype) else torch.float32
+    base_head = head_weight(base).to(dtype)
     weights, head = weights_of(model), model.get_output_embeddings()
     assert head is not None
     same = head.weight is base.get_output_embeddings().weight  # type: ignore[union-attr]
     if same and (weights is None or f"{module_name(model, head)}.weight" not in weights.changes):
         return Heads(base_head, base_head)
-    return Heads(head_weight(model).bfloat16(), base_head)
+    return Heads(head_weight(model).to(dtype), base_head)
 
 
 def divergence(
@@ -200,12 +204,13 @@ def tune(
     shadows = [shadow for own in layers.values() for shadow in own]
     codes = [shadow.u for shadow in shadows]
     scales = [parameter for shadow in shadows for parameter in shadow.grid_parameters()]
-    device = heads.own.device
+    device, short = heads.own.device, heads.own.dtype == torch.bfloat16
     for norm in norms:
         norm.requires_grad_(False)
 
     def backward(chosen: Int[Tensor, " chosen"]) -> float:
-        with torch.autocast(device.type, torch.bfloat16), layers_computed_again(student, shelf):
+        in_dtype = torch.autocast(device.type, torch.bfloat16, enabled=short)
+        with in_dtype, layers_computed_again(student, shelf):
             read = tokens[chosen].to(device)
             states = decoder_of(student)(input_ids=read, use_cache=False).last_hidden_state
         loss, gradient = divergence(states, base_states[chosen].to(device), *heads)

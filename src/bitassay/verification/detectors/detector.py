@@ -28,7 +28,7 @@ Replay = tuple[Prefill, Prefill, Prefill]  # the same, and in the latter with a 
 GRID = (1, 2, 4, 8, 16, 32, 64, 96, 128)  # token counts at which detectors are compared
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Comparison:
     """A claimed run beside the verifier's prefill of it.
 

@@ -25,12 +25,13 @@ profiles are calibrated for one sampler, and so absorb it.
 import math
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from bitassay.engines.sampling import Draw
+from bitassay.engines.sampling import ROWS, Draw
 from bitassay.verification.detectors.detector import Comparison, Detector, Series
 
 TOP = 20
@@ -40,36 +41,43 @@ MOST_UNITS = 20.0
 
 
 Logits = Float[Tensor, "tokens vocabulary"]
+Judged = tuple[Float64[Tensor, " tokens"], Float64[Tensor, " tokens"], Float64[Tensor, " tokens"]]
+_judged: "WeakKeyDictionary[Comparison, Judged]" = WeakKeyDictionary()
 
 
-def margins_and_noise(
-    comparison: Comparison,
-) -> tuple[Float64[Tensor, " tokens"], Float64[Tensor, " tokens"], Float64[Tensor, " tokens"]]:
+def margins_and_noise(comparison: Comparison) -> Judged:
     """Return u, f and p of each output token."""
-    own, precise = comparison.verifier.logits, comparison.reference.logits
-    return judged_by(precise, comparison, own, precise)
+    if comparison not in _judged:  # two detectors ask
+        own, precise = comparison.verifier.logits, comparison.reference.logits
+        _judged[comparison] = judged_by(precise, comparison, own, precise)
+    return _judged[comparison]
 
 
-def judged_by(
-    logits: Logits, comparison: Comparison, own: Logits, precise: Logits
-) -> tuple[Float64[Tensor, " tokens"], Float64[Tensor, " tokens"], Float64[Tensor, " tokens"]]:
+def judged_by(logits: Logits, comparison: Comparison, own: Logits, precise: Logits) -> Judged:
     """Return u, f and p of each output token by `logits`, where rounding makes `own` of `precise`."""
     header = comparison.header
     sampler = header.sampling.to_sampler()
     draws = [Draw(header.nonce, index) for index in range(len(header.output_ids))]
     claimed = torch.tensor(header.output_ids)
-    margins = sampler.margins(logits, claimed, draws)
-    scores = sampler.scores(logits, draws)
-    best = scores.topk(min(TOP, scores.shape[-1]))
-    here = scores.device
-    error = own.to(here).gather(1, best.indices).double() - precise.to(here).gather(1, best.indices).double()
-    error = error / (sampler.temperature or 1.0)
-    variance = error.var(1, correction=0).nan_to_num(nan=0, posinf=0)  # no noise where nothing is finite
+    margins, best, gaps, variances = [], [], [], []
+    for start in range(0, len(claimed), ROWS):
+        rows = slice(start, start + ROWS)
+        of_rows, scores = sampler.margins_and_scores(logits[rows], claimed[rows], draws[rows])
+        found, here = scores.topk(min(TOP, scores.shape[-1])), scores.device
+        rounded, unrounded = (
+            side[rows].gather(1, found.indices.to(side.device)).to(here).double() for side in (own, precise)
+        )
+        error = (rounded - unrounded) / (sampler.temperature or 1.0)
+        margins.append(of_rows)
+        best.append(found.indices[:, 0].cpu())
+        gaps.append((found.values[:, :1] - found.values[:, 1:]).cpu())
+        variances.append(error.var(1, correction=0).nan_to_num(nan=0, posinf=0))  # none where not finite
+    variance = torch.cat(variances)
     sigma = ((variance + variance.mean()) / 2).sqrt().clamp(min=torch.finfo(comparison.dtype).tiny).cpu()
-    gaps = (best.values[:, :1] - best.values[:, 1:]).cpu()
-    p = torch.special.ndtr(-gaps / (math.sqrt(2) * sigma[:, None])).sum(1).nan_to_num(nan=0).clamp(max=MOST)
-    units = (margins / sigma).clamp(max=MOST_UNITS)
-    return units, (claimed != best.indices[:, 0].cpu()).double(), p
+    p = torch.special.ndtr(-torch.cat(gaps) / (math.sqrt(2) * sigma[:, None]))
+    p = p.sum(1).nan_to_num(nan=0).clamp(max=MOST)
+    units = (torch.cat(margins) / sigma).clamp(max=MOST_UNITS)
+    return units, (claimed != torch.cat(best)).double(), p
 
 
 def excess_flips(values: Sequence[float]) -> float:
