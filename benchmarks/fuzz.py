@@ -1,15 +1,19 @@
 """Structure-aware fuzzing of everything that reads or judges a file from somebody else.
 
-Seeds are real files of a tiny model: traces, a receipt, its challenge and opening, a profile, and the files
-of a committee's round. A case takes one of them, edits it a few times (bytes; the length field; a node of one
-of its JSON trees put in, left out, doubled, swapped, reordered or replaced by what is too large, too deep or
-not a number; numbers of the tensors), reads it and judges what was read. What must hold:
+Seeds are real files of a tiny model: traces, a receipt, its challenge, opening and small proof, a profile, a
+line of a ledger, and the files of a committee's round. A case takes one of them, edits it a few times (bytes;
+the length field; a node of one of its JSON trees put in, left out, doubled, swapped, reordered or replaced by
+what is too large, too deep or not a number; numbers of the tensors), reads it and judges what was read. What
+must hold:
 
 - The only errors are BitassayErrors; no case takes more than SECONDS or grows the process by MEGABYTES.
 - A receipt, challenge or opening that was changed never passes, unless it decodes to the very same content.
   Nor does one that was changed and signed again by the host's own key.
 - A trace whose claims were changed never passes. Its tokens, its states and the model's name for people are
   for statistics to judge, or for nobody.
+- A spot check of a trace refuses nothing that a full check passes.
+- A small proof that was changed is not read; one that the host signs again is judged.
+- A line of a ledger that is read is written back as it was.
 
 Run: python benchmarks/fuzz.py [--minutes 10] [--seed 0]. Prints the number of cases by file and outcome; a
 violation stops it, shrunk by hypothesis.
@@ -46,7 +50,9 @@ from bitassay.testing.tiny import tiny_model
 from bitassay.verification.calibrate import calibrate
 from bitassay.verification.committee import files
 from bitassay.verification.committee.rounds import assign, report, report_commitment
+from bitassay.verification.ledger import Binding, Item, read_ledger, update_ledger
 from bitassay.verification.profile import read_profile, write_profile
+from bitassay.verification.proofs import verify_proof
 from bitassay.verification.prove import prove_many
 from bitassay.verification.receipts.challenge import (
     Challenge,
@@ -56,6 +62,13 @@ from bitassay.verification.receipts.challenge import (
     write_challenge,
 )
 from bitassay.verification.receipts.opening import Opening, open_trace, read_opening, write_opening
+from bitassay.verification.receipts.proof import (
+    decode_proof,
+    encode_proof,
+    read_proof,
+    sign_proof,
+    write_proof,
+)
 from bitassay.verification.receipts.receipt import (
     SIGNED,
     Receipt,
@@ -65,6 +78,7 @@ from bitassay.verification.receipts.receipt import (
     read_receipt,
     write_receipt,
 )
+from bitassay.verification.spot import verify_segments
 from bitassay.verification.structure import RefusedError, Request, expecting
 from bitassay.verification.trace import Trace, read_trace, write_trace
 from bitassay.verification.verify import verify_many, verify_opening
@@ -276,6 +290,7 @@ class Judges:
             min_positions=4,
             alpha=0.05,
             guarantee="average",
+            detectors=["proof-2"],
         )
         honest = prove_many(self.model, prompts[56:], max_new_tokens=TOKENS, nonces=["a", "b", "c", "d"])
         statuses = [self.verdict(trace, self.request(trace)) for trace in honest]
@@ -289,6 +304,8 @@ class Judges:
         self.receipt_2 = commit(Trace(header, self.trace.states), KEY)
         self.asked = challenge(self.receipt, beacon=bytes(32), generated=6, prompt=2)
         self.opening = open_trace(self.trace, self.asked)
+        self.proof = sign_proof(self.trace, self.receipt, KEY, 2)
+        self.item = Item(request="0" * 64, prompt="1" * 64, output="2" * 64, score=0.5, limit=11)
 
     def targets(self) -> list[Target]:
         def seed(name: str, write: Callable[..., None], *content: Any) -> bytes:
@@ -327,6 +344,8 @@ class Judges:
                 "json",
                 self.judge_profile,
             ),
+            Target("proof", seed("proof", write_proof, self.proof), "json", self.judge_proof),
+            Target("ledger", self.ledger_line(), "json", self.judge_ledger),
             *(
                 Target(name, dump(one.model_dump(mode="json")), "json", reads_only(type(one)))
                 for name, one in models.items()
@@ -365,6 +384,10 @@ class Judges:
         one = challenge(receipt, beacon=bytes(32), generated=6, prompt=2)
         opened = self.opened(receipt, one, open_trace(trace, one), request)
         assert same or opened != "PASS", "claims were changed, and the receipt passes"
+        options = {"profile": self.profile, "requests": [request]}
+        (spot,) = verify_segments([trace], self.model, 1, **options)
+        assert same or spot.status != "PASS", "claims were changed, and a spot check passes"
+        assert (spot.status, status) != ("FAIL", "PASS"), "a spot check refuses what a full check passes"
         return status
 
     def judge_receipt(self, seed: Receipt, path: Path) -> str:
@@ -403,6 +426,36 @@ class Judges:
         for layer, rows in opening.states.items():
             assert torch.equal(rows, self.opening.states[layer]), "other states have a proof"
         return self.opened(self.receipt, self.asked, opening, self.request(self.trace))
+
+    def judge_proof(self, path: Path) -> str:
+        """As it came, and if it can be decoded, signed again."""
+        try:
+            again = decode_proof(path.read_bytes(), path)
+        except BitassayError:
+            again = None
+        if again is not None:
+            signed = replace(again, commitment=self.receipt.commitment)
+            signed = replace(signed, signature=KEY.sign(signed.message))
+            assert decode_proof(encode_proof(signed), path) == signed
+            verdict = verify_proof(self.receipt, signed, self.model, signer=SIGNER, profile=self.profile)
+            assert verdict.status != "INCONCLUSIVE"
+        assert read_proof(path, self.receipt) == self.proof, "another proof has a signature"
+        return word(path)
+
+    def ledger_line(self) -> bytes:
+        path = self.folder / "ledger"
+        update_ledger(path, [self.item], Binding(profile=self.profile.digest))
+        return path.read_bytes().splitlines()[1]
+
+    def judge_ledger(self, path: Path) -> str:
+        text = (self.folder / "ledger").read_bytes().splitlines()[0] + b"\n" + path.read_bytes() + b"\n"
+        path.write_bytes(text)
+        _, lines = read_ledger(path, self.profile)
+        path.unlink()
+        items = [Item(**line.model_dump(exclude={"time"})) for line in lines]
+        again = update_ledger(path, items, Binding(profile=self.profile.digest))
+        assert [Item(**line.model_dump(exclude={"time"})) for line in again] == items
+        return word(path)
 
     def judge_profile(self, path: Path) -> str:
         """It is the verifier's own, so only that it decides without a crash."""
