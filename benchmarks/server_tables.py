@@ -34,10 +34,20 @@ def table(out):
     return found
 
 
-def refused(p_values, n, alpha):
-    """Whether an audit of several answers is refused, as `judge.decide` decides it."""
-    tests = pooled_p_value(p_values, n), fail_count(p_values, n, alpha)
-    return min(tests) <= alpha / 2
+def refused(scores, profile, level, alpha):
+    """Whether an audit of answers with these statistics is refused, as `judge.decide` decides it."""
+    sides = (1, -1) if level == "sampled" else (1,)
+    for sign in sides:
+        honest = [sign * each for each in profile]
+        p_values = [p_value(sign * each, honest) for each in scores]
+        if len(scores) == 1:
+            tests = p_values
+        else:
+            counted = fail_count(p_values, len(honest), alpha)
+            tests = [2 * pooled_p_value(p_values, len(honest)), 2 * counted]
+        if len(sides) * min(tests) <= alpha:
+            return True
+    return False
 
 
 def share(count, items):
@@ -45,9 +55,9 @@ def share(count, items):
     return f"{count} of {items} ({low:.1%} to {high:.1%})"
 
 
-def audits_of(scored, profile, size):
-    """P-values of the answers, in disjoint audits of `size`; answers that cannot be judged are left out."""
-    values = [p_value(each, profile) for each in scored if each is not None]
+def audits_of(scored, size):
+    """Statistics of the answers, in disjoint audits of `size`; answers that cannot be judged are left out."""
+    values = [each for each in scored if each is not None]
     return [values[at : at + size] for at in range(0, len(values) - size + 1, size)]
 
 
@@ -67,11 +77,12 @@ def honest_tables(found, groups, options):
                 mine = [each for n, each in sorted(found[name][level].items()) if n >= 128]
                 if not mine or not profile:
                     continue
-                audits = audits_of(mine, profile, options.size)
-                singles = [p_value(each, profile) <= options.alpha for each in mine if each is not None]
-                n = len(profile)
-                fails = sum(refused(each, n, options.alpha) for each in audits)
-                counts = [sum(singles), len(singles), fails, len(audits)]
+                singles, audits = audits_of(mine, 1), audits_of(mine, options.size)
+                fails = [
+                    sum(refused(each, profile, level, options.alpha) for each in some)
+                    for some in (singles, audits)
+                ]
+                counts = [fails[0], len(singles), fails[1], len(audits)]
                 totals[level] += counts
                 row = share(*counts[:2]), share(*counts[2:]), watched(mine, profile, options)
                 print(f"| {level} | {name} | {' | '.join(row)} |", flush=True)
@@ -109,9 +120,8 @@ def power_tables(found, groups, options):
             mine = [each for each in found[name][level].values() if each is not None]
             if not mine or not profile:
                 continue
-            p_values = np.array([p_value(each, profile) for each in mine])
-            caught = int((p_values <= options.alpha).sum())
-            needs = requests_to(p_values, len(profile), options.alpha, draw)
+            caught = sum(refused([each], profile, level, options.alpha) for each in mine)
+            needs = requests_to(np.array(mine), profile, level, options.alpha, draw)
             positions = GIVEN - 1 if level.startswith("prompt") else ANSWER
             says = f"{needs * positions} ({needs})" if needs else f"over {len(mine) * positions}"
             print(
@@ -120,18 +130,14 @@ def power_tables(found, groups, options):
             )
 
 
-def requests_to(p_values, n, alpha, draw, draws=500):
+def requests_to(scores, profile, level, alpha, draw, draws=300):
     """Requests until 99 % of audits are refused, of answers that are drawn with replacement; at most as many
     as there are. None beyond."""
     for size in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128):
-        if size > len(p_values):
+        if size > len(scores):
             return None
-        some = (draw.choice(p_values, size).tolist() for _ in range(draws))
-        if size == 1:
-            hits = float((p_values <= alpha).mean())
-        else:
-            hits = float(np.mean([refused(each, n, alpha) for each in some]))
-        if hits >= 0.99:
+        some = [[each] for each in scores] if size == 1 else draw.choice(scores, (draws, size)).tolist()
+        if np.mean([refused(each, profile, level, alpha) for each in some]) >= 0.99:
             return size
     return None
 

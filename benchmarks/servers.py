@@ -4,7 +4,8 @@ Three kinds of questions are put to servers on 127.0.0.1, and every answer is ke
 each is read by the reference only once:
 
     given    log-probabilities (top 20) of a text of 33 tokens (servers with `prompt_logprobs`)
-    greedy   16 tokens at temperature 0 after a message in the model's chat template, with log-probabilities
+    greedy   16 tokens at temperature 0 after a message in the model's chat template, with log-probabilities;
+             after 24 tokens of text where it has no template
     sampled  16 tokens at temperature 1 and top-p 0.9 after the same
 
 Levels of evidence are views of the answers: top 20, the chosen token's own, the tokens, the text, sampled
@@ -49,7 +50,7 @@ from bitassay.record.run import RunFolder
 from bitassay.testing.local_server import running
 from bitassay.verification.attacks.hosts import low_rank_update, skip
 
-GIVEN, MESSAGE, ANSWER, TOP, POOL = 33, 12, 16, 20, 2000
+GIVEN, MESSAGE, PLAIN, ANSWER, TOP, POOL = 33, 12, 24, 16, 20, 2000
 CORPUS, SEED = "c4-train-new", 27
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 LEVELS = {
@@ -69,6 +70,8 @@ def questions(words, kind):
     """The pool of questions of a kind, the same for every server."""
     if kind == "given":
         return texts(words, CORPUS, (SEED, 0), POOL, GIVEN)
+    if not words.chat_template:
+        return texts(words, CORPUS, (SEED, 1), POOL, PLAIN)
     found = texts(words, CORPUS, (SEED, 1), POOL, MESSAGE)
     return [replace(each, ids=chat(words, each.text)) for each in found]
 
@@ -144,7 +147,7 @@ def ours(options):
     """Ask `bitassay serve`, in this process, of the model and of changed ones."""
     for change in options.change:
         options.name, honest = f"ours-{change}", change == "none"
-        model = bitassay.load(options.model, dtype=options.dtype)
+        model = bitassay.load(options.model, dtype=options.dtype, attention=options.attention)
         with ExitStack() as stack, TemporaryDirectory() as folder:
             model = changed(model, options.model, change, stack)
             if honest:
@@ -287,6 +290,7 @@ def main():
     mine.add_argument("change", nargs="+")
     mine.add_argument("--label", default="honest")
     mine.add_argument("--dtype", default="bfloat16")
+    mine.add_argument("--attention", default="eager", help="sdpa is what the control computes")
     mine.add_argument("--kind", nargs="+", choices=LEVELS, default=["greedy", "given"])
     mine.add_argument("--begin", type=int, default=0)
     mine.add_argument("--count", type=int, default=40)

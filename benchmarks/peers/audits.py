@@ -8,12 +8,13 @@ answers (those that `benchmarks/servers.py` keeps; run that first).
                 Cramer-von Mises test of uniformity (2506.06975)
     MMD         Hamming kernel, one answer a prompt against the reference's (2410.20247), permutation test
 
-All are given the same honest answers to find their threshold: an audit is refused where its statistic is
-larger than that of 99 % of honest audits of as many requests, of which 2000 are drawn from the first 128
-answers of the honest server. So nobody's own p-values are used. Power: of 1000 audits that are drawn from the
-changed server's answers; false accusations: of such that are drawn from held-out honest answers.
+All are given the threshold that they would like to have: an audit is refused where its statistic is larger
+than that of 99 % of honest audits of as many requests, of which 2000 are drawn from all honest answers. So
+nobody's own p-values are used, and each has a false-positive rate of 1 % on these answers. With --split the
+threshold is learnt from the first 128 honest answers, and the others are audited. Power: of 1000 audits that
+are drawn from the changed server's answers.
 
-    python benchmarks/peers/audits.py sample --out OUT [--samples 12]
+    python benchmarks/peers/audits.py sample --out OUT [--samples 12] [--only 0-64 128-192]
     python benchmarks/peers/audits.py table --out OUT --honest NAME,HELD-OUT --changed NAME ...
 """
 
@@ -37,6 +38,7 @@ from servers import ANSWER, peers_statistics
 
 SIZES = (1, 2, 4, 8, 16, 32)
 HONEST_DRAWS, DRAWS = 2000, 1000
+KNOWN = 128  # answers of the honest server that calibrate
 
 
 def sample(options):
@@ -45,6 +47,10 @@ def sample(options):
     host = bitassay.load(options.model, dtype="bfloat16")
     reference, until = Reference(exact, host), time.monotonic() + 60 * options.minutes
     prompts = {path.stem: path for path in sorted(options.out.glob("*/parts/sampled-*.json"))}
+    wanted = {
+        n for begin, end in (map(int, each.split("-")) for each in options.only) for n in range(begin, end)
+    }
+    prompts = {name: path for name, path in prompts.items() if int(name.split("-")[1]) in wanted}
     for question, path in prompts.items():
         kept = options.out / "samples" / f"{question}.json"
         if kept.exists():
@@ -69,18 +75,18 @@ def alike(one, other):
     return sum(a == b for a, b in zip(one, other, strict=False)) / ANSWER
 
 
-def statistics(out, name):
+def statistics(out, name, wanted):
     """Of each answer of a server, a number for each method; larger is farther from the reference."""
     found = {}
     for path in sorted((out / "scores").glob(f"{name}-greedy-*.json")):
         score = json.loads(path.read_text())
-        if "tokens" in score:
+        if "tokens" in score and wanted(int(path.stem.rsplit("-", 1)[1])):
             row = score["tokens"]["score"], 1 - score["matches"], score["margin"]
             found.setdefault("greedy", {})[path.stem] = row
     for path in sorted((out / "scores").glob(f"{name}-sampled-*.json")):
         score, question = json.loads(path.read_text()), path.stem.removeprefix(f"{name}-")
         kept = out / "samples" / f"{question}.json"
-        if "sampled" not in score or not kept.exists():
+        if "sampled" not in score or not kept.exists() or not wanted(int(question.split("-")[1])):
             continue
         own = json.loads(kept.read_text())
         ranks = np.array([each["log_rank"] for each in own])
@@ -113,17 +119,20 @@ METHODS = {
 def audits(rows, method, size, draw, draws):
     """Statistics of audits of `size` requests that are drawn from the answers."""
     picked = rows[draw.integers(len(rows), size=(draws, size))]
-    return cramer_von_mises(picked) if method == "RUT" else picked.mean(1)
+    if method == "RUT":
+        return cramer_von_mises(picked)
+    return np.abs(picked.mean(1)) if method == "ours, sampled" else picked.mean(1)
 
 
 def table(options):
     known, held = options.honest.split(",")
-    honest, draw = statistics(options.out, known), np.random.default_rng(0)
+    draw = np.random.default_rng(0)
+    honest = statistics(options.out, known, lambda number: number < KNOWN or not options.split)
     print("| method | served | " + " | ".join(f"{n * ANSWER}" for n in SIZES) + " |")
     print("|---|---|" + "---:|" * len(SIZES))
     for kind, methods in METHODS.items():
-        for name in (held, *options.changed):
-            mine = statistics(options.out, name).get(kind)
+        for name in (held,) if options.split else options.changed:
+            mine = statistics(options.out, name, lambda number: number >= KNOWN).get(kind)
             if mine is None or kind not in honest:
                 continue
             for method, column in methods.items():
@@ -145,7 +154,9 @@ def main():
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--samples", type=int, default=12)
     parser.add_argument("--minutes", type=float, default=12)
+    parser.add_argument("--only", nargs="+", default=["0-2000"], help="questions, such as 0-64 128-192")
     parser.add_argument("--honest")
+    parser.add_argument("--split", action="store_true")
     parser.add_argument("--changed", nargs="*", default=[])
     parser.add_argument("--alpha", type=float, default=0.01)
     options = parser.parse_args()

@@ -9,6 +9,8 @@ from gguf import GGUFReader
 from bitassay.cli import run
 from bitassay.engines.load import load
 from bitassay.quantization.export.registry import LAYOUTS
+from bitassay.quantization.recipe.recipe import find_recipe
+from bitassay.studies.checkpoint import vllm_widths
 from bitassay.testing.tiny import tiny_model
 
 
@@ -275,6 +277,11 @@ def test_what_an_engine_will_not_load_is_refused_before_any_work(out, capsys, tm
     assert not out.exists()
     assert quantize(out, "--for", "transformers", "--format", "json", recipe="w4") == 0
     assert row(capsys)["layout"] == "compressed-tensors"
+
+
+def test_widths_for_which_vllm_has_few_kernels_are_named(stories):
+    expected = {"w4": [], "w3": [3], "w8": [8], "portable-1.58bit": [2], "portable-2bit": [2], "fp8": []}
+    assert {name: vllm_widths(stories, find_recipe(name)) for name in expected} == expected
 
 
 def test_the_base_model_as_a_gguf_file(capsys, tmp_path):

@@ -3,6 +3,7 @@
 import io
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -106,8 +107,13 @@ def test_refusals(hosted, stories, tmp_path, monkeypatch):
     with pytest.raises(BitassayError, match="vLLM was started for 512"):
         engine.prefill([[1] * 510], [[1, 1, 1]])
     shutil.copytree(identity(stories).source.folder, tmp_path / "refused")
-    with pytest.raises(BitassayError, match="vLLM: ValueError: no scheme was found"):
+    with pytest.raises(BitassayError, match="vLLM: ValueError: no scheme was found more about it"):
         bitassay.load(tmp_path / "refused", engine="vllm")
+    alone = engine_of(bitassay.load("stories260k", engine="vllm"))
+    os.kill(alone.process.process.pid, signal.SIGKILL)
+    for _ in range(2):
+        with pytest.raises(BitassayError, match="vLLM ended with status -9"):
+            alone.prefill([[1, 2]], [[3]])
     monkeypatch.setenv("BITASSAY_VLLM_PYTHON", str(tmp_path / "nothing"))
     with pytest.raises(MissingError, match="no such file"):
         bitassay.load("stories260k", engine="vllm")

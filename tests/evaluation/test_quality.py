@@ -1,4 +1,6 @@
+import copy
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from bitassay.data.windows import Protocol, token_windows
 from bitassay.errors import BitassayError
 from bitassay.evaluation import quality
 from bitassay.evaluation.divergence import TokenScores
-from bitassay.evaluation.quality import evaluate_all, score_windows, summarise
+from bitassay.evaluation.quality import evaluate_all, other_tokens, score_windows, summarise
 from bitassay.evaluation.statistics import FEWEST
 from bitassay.quantization.recipe.recipe import BASE
 from bitassay.testing.tiny import tiny_model
@@ -147,6 +149,14 @@ def test_models_with_other_vocabularies_are_refused(stories):
     other = tiny_model("llama", vocab_size=600)
     with pytest.raises(BitassayError, match="vocabulary of 600"):
         bitassay.evaluate(other, against=stories, protocol=SHORT)
+
+
+def test_a_tokenizer_that_gives_other_tokens_is_named(stories):
+    other = copy.copy(stories)
+    other.tokenizer = lambda text, **_: SimpleNamespace(input_ids=[ord(letter) % 512 for letter in text])
+    same = copy.copy(stories)
+    same.tokenizer = copy.deepcopy(stories.tokenizer)
+    assert other_tokens(stories, {"other": other, "same": same, "self": stories}) == ["other"]
 
 
 def test_perplexity_is_the_exponential_of_the_mean_loss(stories):

@@ -62,7 +62,7 @@ def test_a_best_recipe_runs_and_is_saved(name, tmp_path):
     )
 
 
-@pytest.mark.parametrize("name", ["portable-4bit", "portable-3bit", "best-1.58bit"])
+@pytest.mark.parametrize("name", ["portable-4bit", "portable-3bit", "portable-2bit", "best-1.58bit"])
 def test_what_plain_transformers_is_said_to_load_is_written_for_it(name):
     assert plan_export(stories260k(), find_recipe(name)).layout == "compressed-tensors"
 

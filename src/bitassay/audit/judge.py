@@ -17,7 +17,7 @@ those of one that was calibrated. It is an average over calibrations.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 
 from bitassay.audit.asking import Asking
 from bitassay.audit.client import AnswerError
-from bitassay.audit.distance import GREEDY, Level, as_said, distances, statistic
+from bitassay.audit.distance import GREEDY, LEAST, Level, as_said, distances, statistic
 from bitassay.audit.surprise import ASKED, surprises
 from bitassay.audit.wire import Position
 from bitassay.engines.engine import engine_of
@@ -38,6 +38,7 @@ from bitassay.models.precision import exact
 from bitassay.record.files import read_json, write_json
 from bitassay.record.hashing import digest_json
 from bitassay.verification.container import first_defect
+from bitassay.verification.ledger import Line, score_evidence
 from bitassay.verification.pooled import fail_count, pooled_p_value
 from bitassay.verification.scores import p_value, runs_needed
 from bitassay.verification.sequential import SequentialEvidence
@@ -45,6 +46,7 @@ from bitassay.verification.trace import ModelClaim
 
 SHORTEST = 0.5  # of the positions that were asked for, below which an answer is not judged
 EXPIRES_DAYS = 90
+NOT_FINITE = "the reference's own log-probabilities are not finite"
 UNDECIDED = 0.1  # the share of answers without a statistic that leaves an audit without a decision
 
 
@@ -98,15 +100,17 @@ def measure(
     exact_rows = reference.rows(reference.exact, ids, start)
     if level == "sampled":
         found, mean, variance = (each[first:] for each in surprises(tokens, exact_rows, ASKED))
-        means = [abs(float((found - mean).mean())), float(variance.sum()) ** 0.5 / len(found)]
-    else:
-        control_rows = reference.rows(reference.control, ids, start)
-        means = [
-            float(distances(level, each, exact_rows, k)[first:].mean())
-            for each in (said, as_said(level, tokens, control_rows, k))
-        ]
+        excess, error = float((found - mean).mean()), float(variance.sum()) ** 0.5 / len(found)
+        if not math.isfinite(excess):
+            raise BitassayError(NOT_FINITE, "another --reference")
+        return Measured(len(said), excess, error, excess / (error + LEAST))
+    control_rows = reference.rows(reference.control, ids, start)
+    means = [
+        float(distances(level, each, exact_rows, k)[first:].mean())
+        for each in (said, as_said(level, tokens, control_rows, k))
+    ]
     if not all(map(math.isfinite, means)):
-        raise BitassayError("the reference's own log-probabilities are not finite", "another --reference")
+        raise BitassayError(NOT_FINITE, "another --reference")
     return Measured(len(said), means[0], means[1], statistic(level, *means))
 
 
@@ -136,6 +140,12 @@ class AuditProfile(BaseModel):
         """Return the SHA-256 of the content."""
         return digest_json(self.model_dump(mode="json"))
 
+    @property
+    def sides(self) -> dict[int, str]:
+        """Return the signs of statistics that are tested, and what their tests are called: large ones are
+        suspicious, of sampled tokens small ones too."""
+        return {1: "", -1: " below"} if self.level == "sampled" else {1: ""}
+
     def check(self, reference: ModelClaim, corpus: str, is_recorded: bool = False) -> None:
         """Raise BitassayError for another reference or other texts, and for a profile that has expired, but
         where it is to judge what was recorded."""
@@ -158,6 +168,8 @@ def new_profile(
 ) -> AuditProfile:
     """Return the profile of honest servers. servers: statistics by URL, of the same texts in the same order;
     None: an answer without one. Raises BitassayError for too few to refuse anything at `alpha`."""
+    if asking.level == "sampled" and len(servers) > 1:
+        raise BitassayError("sampled tokens are calibrated on one honest server", "one --calibrate-from")
     scores = [
         max(each for each in of_text if each is not None)
         for of_text in zip(*servers.values(), strict=True)
@@ -199,8 +211,27 @@ def read_audit_profile(path: Path) -> AuditProfile:
 
 
 def answer_p_value(score: float, profile: AuditProfile) -> float:
-    """Return the p-value of one answer, if the server is honest."""
-    return p_value(score, profile.scores)
+    """Return the p-value of one answer, if the server is honest; of sampled tokens, of both sides."""
+    found = [p_value(sign * score, [sign * each for each in profile.scores]) for sign in profile.sides]
+    return min(len(found) * min(found), 1.0)
+
+
+def ledger_evidence(lines: Sequence[Line], profile: AuditProfile, alpha: float) -> SequentialEvidence | None:
+    """Return what a ledger's scores prove in their order; of sampled tokens, the side that proves more, at
+    twice its p-value."""
+    sides = []
+    for sign in profile.sides:
+        signed = [
+            line.model_copy(update={"score": None if line.score is None else sign * line.score})
+            for line in lines
+        ]
+        honest = [sign * each for each in profile.scores]
+        sides.append(score_evidence(signed, lambda _limit, honest=honest: honest, alpha / len(profile.sides)))
+    known = [each for each in sides if each is not None]
+    if not known:
+        return None
+    best = min(known, key=lambda each: each.p_value)
+    return replace(best, p_value=min(len(profile.sides) * best.p_value, 1.0), alpha=alpha)
 
 
 def decide(
@@ -223,11 +254,13 @@ def decide(
         return made("INCONCLUSIVE", "there is no profile of honest servers: nothing says how far is too far")
     if scores and not watched:
         level, n = alpha / 2 if sequence else alpha, len(profile.scores)
-        p_values = [answer_p_value(each, profile) for each in scores]
-        level = level / 2 if len(scores) > 1 else level
-        tests["set"] = {"p_value": pooled_p_value(p_values, n), "level": level}
-        if len(scores) > 1:
-            tests["count"] = {"p_value": fail_count(p_values, n, alpha), "level": level}
+        level = level / len(profile.sides) / (2 if len(scores) > 1 else 1)
+        for sign, side in profile.sides.items():
+            honest = [sign * each for each in profile.scores]
+            p_values = [p_value(sign * each, honest) for each in scores]
+            tests[f"set{side}"] = {"p_value": pooled_p_value(p_values, n), "level": level}
+            if len(scores) > 1:
+                tests[f"count{side}"] = {"p_value": fail_count(p_values, n, alpha), "level": level}
     if sequence:
         tests["sequence"] = {"p_value": sequence.p_value, "level": alpha if watched else alpha / 2}
     told = [f"{name} p {test['p_value']:.2g} (level {test['level']:.2g})" for name, test in tests.items()]
@@ -238,6 +271,6 @@ def decide(
         return made("FAIL", f"{', '.join(refused)}: farther from the reference than honest servers are")
     if not scores or unscored > UNDECIDED * (unscored + len(scores)):
         return made("INCONCLUSIVE", f"{unscored} of {unscored + len(scores)} answers could not be judged")
-    if not watched and len(scores) == 1 and 1 / (len(profile.scores) + 1) > alpha:
+    if not watched and len(scores) == 1 and len(profile.sides) / (len(profile.scores) + 1) > alpha:
         return made("INCONCLUSIVE", "one answer cannot be refused by so few honest ones")
     return made("PASS", ", ".join(told))

@@ -15,6 +15,7 @@ from bitassay.audit.judge import (
     AuditProfile,
     Reference,
     decide,
+    ledger_evidence,
     new_profile,
     write_audit_profile,
 )
@@ -31,7 +32,7 @@ from bitassay.record.hashing import digest_json
 from bitassay.record.progress import Progress, silent
 from bitassay.record.result import write_run
 from bitassay.record.run import RunFolder, default_folder, run_plan
-from bitassay.verification.ledger import Binding, Item, read_ledger, score_evidence, update_ledger
+from bitassay.verification.ledger import Binding, Item, read_ledger, update_ledger
 from bitassay.verification.trace import ModelClaim
 
 NOT_PLANNED = ("out", "ledger", "concurrency", "seed")  # options that do not change what is asked and judged
@@ -86,7 +87,7 @@ def conclude(
     if options.ledger is not None and profile is not None:
         kept = update_ledger(options.ledger, lines, Binding(profile=profile.digest))
         level = options.alpha if options.watched else options.alpha / 2
-        sequence = score_evidence(kept, lambda _limit: profile.scores, level)
+        sequence = ledger_evidence(kept, profile, level)
     judged = [each for each in measured if each is not None]
     undecided = len(measured) - len(judged)
     decision = decide(judged, undecided, profile, options.alpha, sequence, options.watched)
@@ -122,6 +123,8 @@ def check_first(
         raise BitassayError(
             f"{longest} tokens do not fit the reference's {limit} positions", "fewer --tokens"
         )
+    if options.level == "sampled" and len(honest) > 1:
+        raise BitassayError("sampled tokens are calibrated on one honest server", "one --calibrate-from")
     if options.ledger is None:
         return
     bound, _ = read_ledger(options.ledger, None)

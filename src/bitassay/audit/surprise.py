@@ -6,12 +6,13 @@ surprise s = -r_x, of which mean and variance are known:
 
     E = sum_v q_v s_v,    V = sum_v q_v s_v^2 - E^2
 
-The statistic of an answer is the logarithm of
+The statistic of an answer is
 
-    z = |sum_t (s_t - E_t)| / sqrt(sum_t V_t)
+    z = sum_t (s_t - E_t) / sqrt(sum_t V_t)
 
-over its positions, about 0.7 in the median for an honest server. Both signs count: a lower temperature draws
-likely tokens, a top-p that is ignored, another prompt or another model unlikely ones. A token that top-p
+over its positions, of mean 0 and variance 1 for a server that computes as the reference does. Both sides are
+tested: a lower temperature draws likely tokens, a top-p that is ignored, another prompt or another model
+unlikely ones. A token that top-p
 leaves out by more than RIM of probability has the surprise CAP, as has any beyond it: near the rim, rounding
 decides.
 

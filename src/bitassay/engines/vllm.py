@@ -76,7 +76,7 @@ class VllmEngine(OneByOneEngine):
         self.process = _Process(interpreter())
         weakref.finalize(self, self.process.end)
         layers = len(decoder_layers(model))
-        job = {"folder": str(self.path), "dtype": "auto", "positions": positions, "layers": layers}
+        job = {"folder": str(self.path.absolute()), "dtype": "auto", "positions": positions, "layers": layers}
         self.about, _ = self.process.ask(job)
         if self.about["dtype"] not in DTYPES:
             raise BitassayError(
@@ -196,9 +196,8 @@ class _Process:
                 f"vLLM ended with status {self.process.wait()}: {self._last_words()}"
             ) from error
         if said["kind"] == "error":
-            why = said["problem"].strip().partition("\n")[0]
-            hint = self._last_words()
-            raise BitassayError(f"vLLM: {why:.300}" + (f" ({hint})" if hint and hint not in why else ""))
+            why, hint = " ".join(said["problem"].split()), self._last_words(errors=True)
+            raise BitassayError(f"vLLM: {why:.400}" + (f" ({hint})" if hint and hint not in why else ""))
         return said, arrays
 
     def end(self) -> None:
@@ -211,8 +210,11 @@ class _Process:
         self.process.wait()
         self.said.close()
 
-    def _last_words(self) -> str:
+    def _last_words(self, errors: bool = False) -> str:
+        """The first error that the worker printed; else its last line, where not only `errors` count."""
         self.said.seek(0)
         lines = self.said.read().decode(errors="replace").splitlines()
-        errors = [line.strip() for line in lines if "Error:" in line and "Engine core" not in line]
-        return (errors or lines or [""])[0 if errors else -1].strip()[-300:]
+        found = [line.strip() for line in lines if "Error:" in line and "Engine core" not in line]
+        if found or errors:
+            return "".join(found[:1])[-300:]
+        return "".join(lines[-1:]).strip()[-300:]

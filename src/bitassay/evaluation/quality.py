@@ -29,6 +29,7 @@ from bitassay.quantization.recipe.recipe import BASE
 from bitassay.record.progress import Progress, silent
 
 STATES_BYTES = 2**30  # of opened models
+PROBE = "Once upon a time, in 1984, they weren't naïve: x = f(y);\n\n  日本語 12345"
 # By column, how its interval is made.
 INTERVALS = {
     "ppl_ci": f"{statistics.LOG} of what is above 1",
@@ -159,12 +160,26 @@ def score_text(
 ) -> ScoredText:
     """Score all windows of a protocol. Raises BitassayError as `score_windows` does."""
     windows, source = model_windows(base, protocol)
+    for name in other_tokens(base, candidates):
+        progress(f"{name}: its tokenizer gives other tokens than the base model's, which are read here")
     text = ScoredText(protocol, source, {name: [] for name in (BASE, *candidates)})
     for index, window_scores in score_windows(base, candidates, windows, progress=progress):
         for name, scores in window_scores.items():
             text.scores[name].append(scores)
         progress(f"evaluating on {protocol.id}", index + 1, len(windows))
     return text
+
+
+def other_tokens(base: PreTrainedModel, candidates: Mapping[str, PreTrainedModel]) -> list[str]:
+    """Return the candidates whose tokenizer gives other ids of a text than that of the base. Vocabularies of
+    one size may differ, and then figures on equal ids say nothing."""
+    ours = getattr(base, "tokenizer", None)
+    theirs = {name: getattr(model, "tokenizer", None) for name, model in candidates.items()}
+    known = {name: tokens for name, tokens in theirs.items() if tokens is not None and tokens is not ours}
+    if ours is None or not known:
+        return []
+    expected = ours(PROBE, add_special_tokens=False).input_ids
+    return [n for n, tokens in known.items() if tokens(PROBE, add_special_tokens=False).input_ids != expected]
 
 
 def score_windows(

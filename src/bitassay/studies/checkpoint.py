@@ -31,6 +31,7 @@ from bitassay.quantization.export.gguf_plan import check_llama_cpp, plan_gguf
 from bitassay.quantization.export.plan import LOADED, OPENED, Plan, choose_way, plan_export
 from bitassay.quantization.export.registry import GROUPED, LAYOUTS, STANDARD
 from bitassay.quantization.pipeline import quantize, quantize_cached
+from bitassay.quantization.recipe.formats import FORMATS
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.runtime.model import fitted_to, quantization_of, with_tensors
 from bitassay.quantization.solvers import tune
@@ -42,6 +43,8 @@ Row = dict[str, Any]
 TRANSFORMERS = "plain transformers"
 # What `--for` takes, and the layout of the folder that such an engine loads.
 LLAMA_CPP = "llama.cpp"
+PACKED = ("integer", "ternary")  # kinds of codes that vLLM's format packs
+VLLM = "0.32: on a CPU 4 bits alone; on CUDA 4 and 8, and the others by the package humming"
 WORK_BYTES = {"tune": tune.work_bytes_a_weight}  # that parts of a recipe put into the work folder
 ENGINES: dict[str, str | None] = {"vllm": GROUPED, "transformers": STANDARD, LLAMA_CPP: None}
 REMEDIES = {
@@ -131,6 +134,9 @@ def _plan(job: CheckpointJob, progress: Progress) -> list[Row]:
         raise BitassayError(
             f"{job.engine} would not load it: {error.problem}", REMEDIES[job.engine]
         ) from error
+    if job.engine == "vllm" and (widths := vllm_widths(empty, job.recipe)):
+        which = " and ".join(map(str, widths))
+        progress(f"{job.folder}: {which}-bit codes, for which some builds of vLLM have no kernels ({VLLM})")
     if job.folder is not None and plan.layout_reason is not None:
         progress(f"{job.folder}: {plan.layout_reason}; bitassay.load reads it, {TRANSFORMERS} does not")
     file_bytes = plan.tensor_bytes + _size(job.source.folder, without=".safetensors")
@@ -155,6 +161,14 @@ def _plan(job: CheckpointJob, progress: Progress) -> list[Row]:
 def _empty(job: CheckpointJob) -> PreTrainedModel:
     trust = job.loading.get("trust_remote_code", False)
     return without_weights(job.source, dtype=as_dtype(job.loading["dtype"]), trust_remote_code=trust)
+
+
+def vllm_widths(empty: PreTrainedModel, recipe: Recipe) -> list[int]:
+    """Return the bits of packed codes other than 4, for which vLLM has fewer kernels than its format says."""
+    schemes = [scheme for name in matrices(empty) if (scheme := recipe.scheme_for(name)) is not None]
+    packed = [FORMATS[scheme.format] for scheme in schemes]
+    widths = {2 if fmt.kind == "ternary" else int(fmt.bits) for fmt in packed if fmt.kind in PACKED}
+    return sorted(widths - {4})
 
 
 def work_bytes(empty: PreTrainedModel, recipe: Recipe, way: str) -> int:
