@@ -187,7 +187,8 @@ def test_estimates_grow_with_the_work():
     many = estimate_assay("stories260k", ["w8", "w4", "w2"], **SMALL)
     assert [row["step"] for row in few] == ["evaluate", "bench", "verify"]
     assert all(row["seconds"] > 0 and row["memory_bytes"] > 0 for row in few)
-    assert many[0]["memory_bytes"] > few[0]["memory_bytes"]
+    assert many[0]["memory_bytes"] >= few[0]["memory_bytes"]  # of models this small, what the text takes
+    assert many[1]["memory_bytes"] > few[1]["memory_bytes"]
 
 
 def test_a_calibrated_recipe_is_estimated_too():

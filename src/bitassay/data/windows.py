@@ -20,6 +20,7 @@ from bitassay.errors import BitassayError, suggestion
 from bitassay.record.memory import release_freed_memory
 
 PROTOCOLS = ("wikitext2-raw", "c4-new", "ptb-new", "c4-train-new")
+TOKENIZING_BYTES = 140  # of a character while a text is tokenized, measured with three tokenizers
 _ID = re.compile(r"(.+?)(?:/(\d{1,9}))?(?:\[n=(\d{1,9})\])?")
 
 
@@ -93,6 +94,13 @@ def token_windows(
     return torch.stack(
         [ids[s * protocol.window_tokens :][: protocol.window_tokens] for s in starts]
     ), text.source
+
+
+@lru_cache
+def tokenizing_bytes(name: str) -> int:
+    """Return the bytes that a corpus takes while it is tokenized. Raises BitassayError for one that is not
+    here."""
+    return TOKENIZING_BYTES * len(corpus(name).text)
 
 
 @lru_cache(maxsize=4)

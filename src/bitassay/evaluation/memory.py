@@ -5,18 +5,16 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel
 
-from bitassay.data.windows import Protocol
+from bitassay.data.windows import Protocol, tokenizing_bytes
 from bitassay.evaluation.divergence import ROWS
 from bitassay.evaluation.quality import STATES_BYTES, state_bytes
 from bitassay.models.config import text_config
 from bitassay.models.walk import matrices
-from bitassay.quantization.export.opened_memory import DECODING_COPIES, Shapes
+from bitassay.quantization.export.opened_memory import BASE_BYTES, READING_COPIES, Shapes
 from bitassay.quantization.export.plan import LOADED, OPENED, Plan, plan_export
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.runtime.model import obstacle_to_opening, parameter_count
 
-BASE_BYTES = 500 * 10**6  # the interpreter with torch and transformers
-TEXT_BYTES = 150 * 10**6  # that a text takes while it is tokenized, and the tables of results
 LOGITS, ROW_COPIES = 2, 6  # copies of a window's, the base model's and a candidate's; of ROWS of them in fp32
 
 
@@ -36,22 +34,23 @@ def memory_of(
     shapes = [Shapes.of(model) for model in models]
     logits = (min(LOGITS, count) * tokens * item + ROW_COPIES * 4 * ROWS) * text_config(base).vocab_size
     passing = 4 * tokens * 3 * max(each.widest for each in shapes)
+    text = tokenizing_bytes(protocol.corpus)
     # A candidate has the base model's other parameters.
     changed = sum(view.numel() for recipe in recipes for n, view in names.items() if recipe.scheme_for(n))
     weights = sum(parameter_count(model) for model in models) + changed
     plans = plans_of(base, recipes)
-    ways = {LOADED: BASE_BYTES + max(TEXT_BYTES, weights * item + logits + passing)}
+    ways = {LOADED: BASE_BYTES + max(text, weights * item + logits + passing)}
     ways[LOADED] = max([ways[LOADED], *(plan.memory_bytes for plan in plans if plan.solves)])
     if not any(map(obstacle_to_opening, recipes)):
         state = state_bytes(base, tokens, count)
         states = min((protocol.windows or STATES_BYTES) * state, max(STATES_BYTES, state))
         # Each candidate keeps the codes of the last layer that it read.
         codes = sum(int(plan.bits_per_weight * shapes[0].layer / 8) for plan in plans)
-        copies = [DECODING_COPIES if _has_codes(model) else 1 for model in models]
+        copies = [READING_COPIES if _has_codes(model) else 1 for model in models]
         decoding = 4 * max([*copies, *(plan.decoding_copies for plan in plans)])
         layer = max(item * each.layer + max(passing, int((decoding - item) * each.matrix)) for each in shapes)
         head = item * max(each.beside for each in shapes) + logits
-        opened = BASE_BYTES + max(TEXT_BYTES, states + codes + max(layer, head))
+        opened = BASE_BYTES + max(text, states + codes + max(layer, head))
         ways[OPENED] = max([opened, *(plan.opened_codes_bytes or 0 for plan in plans)])
     return ways
 

@@ -26,6 +26,7 @@ class Packing:
         return math.ceil(count / self.digits) * self.width
 
 
+CHUNK_WORDS = 2**17  # that are made at a time
 _WIDE = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by their bytes
 
 # By the bits that a code takes: bit fields that fill whole bytes, and ternary.
@@ -40,7 +41,12 @@ def pack(codes: Int[Tensor, "..."] | UInt8[Tensor, "..."], bits: float) -> UInt8
     flat = codes.reshape(-1).to(torch.uint8)
     if packing.digits == 1:
         return flat.clone()
-    padded = torch.nn.functional.pad(flat, (0, -flat.numel() % packing.digits)).view(-1, packing.digits)
+    return torch.cat([_words(part, packing) for part in flat.split(CHUNK_WORDS * packing.digits)])
+
+
+def _words(codes: UInt8[Tensor, " codes"], packing: Packing) -> UInt8[Tensor, " bytes"]:
+    missing = -codes.numel() % packing.digits
+    padded = torch.nn.functional.pad(codes, (0, missing)).view(-1, packing.digits)
     word = torch.zeros(len(padded), dtype=torch.int64, device=codes.device)
     for place in range(packing.digits):
         word += padded[:, place].long() * packing.base**place

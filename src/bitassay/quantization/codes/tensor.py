@@ -184,7 +184,9 @@ def from_codes(
         raw = codes.to(fmt.float_dtype).view(torch.uint8).reshape(-1)
     else:
         step, lowest = _code_steps(fmt, scheme.symmetric)
-        raw = ((codes - lowest) / step).to(torch.uint8)
+        shifted = codes - lowest
+        raw = (shifted if step == 1 else shifted.div_(step)).to(torch.uint8)
+        del shifted
     return QuantizedTensor(
         scheme,
         (codes.shape[0], codes.shape[1]),

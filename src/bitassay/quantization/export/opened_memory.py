@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel
 
+from bitassay.data.windows import tokenizing_bytes
 from bitassay.models.walk import decoder_layers, matrices, module_name, walk
 from bitassay.quantization.codes.storage import Stored
 from bitassay.quantization.inputs.ranges import SAMPLED_TOKENS, SAMPLING
@@ -21,12 +22,12 @@ from bitassay.quantization.solvers import layerwise, tune
 from bitassay.quantization.solvers.distillation import writing_bytes
 from bitassay.quantization.transforms.residual_stream import CHUNK_VALUES
 
-BASE_BYTES = 550 * 10**6  # the interpreter with torch and transformers
-# Copies of a matrix in fp32, measured: that rounding it to nearest holds at its peak; binary planes, and a
-# second plane of all columns; that reading a folder's codes and decoding them holds; decoding codes that are
-# kept; and such codes in FP8, or with something added to them.
-ROUNDING_COPIES, PLANES_COPIES, SECOND_PLANE_COPIES, DECODING_COPIES = 5, 8, 12, 5
-KEPT_COPIES, FLOAT_COPIES, SUM_COPIES = 1.3, 2, 3
+BASE_BYTES = 500 * 10**6  # the interpreter with torch and transformers
+# Copies of a matrix in fp32, measured: that rounding it to nearest holds at its peak, where it is rotated, as
+# binary planes, and for a second plane of all columns; that reading a folder's codes holds; decoding codes
+# that are kept; and such codes in FP8, or with something added to them.
+ROUNDING_COPIES, ROTATED_COPIES, PLANES_COPIES, SECOND_PLANE_COPIES = 2.8, 3.3, 7.5, 12
+READING_COPIES, KEPT_COPIES, FLOAT_COPIES, SUM_COPIES = 2.3, 1.3, 2, 3
 HESSIANS, SOLVING_COPIES = 3, 5  # that factorising and rounding hold
 LEARNING_BYTES = 28  # of a weight of the layer that is learned: its position, gradient, two moments and value
 ROTATED_BYTES = 12  # of a rotated weight beside the layers: it, and the base model's as it is read
@@ -47,26 +48,33 @@ class Sizes:
 
 def opened_memory(sizes: Sizes, stored: Mapping[str, Stored], recipe: Recipe, solves: bool) -> int:
     """Return the bytes that it takes a layer at a time until all codes are known: the most of what rounding a
-    matrix holds, what the parts of the recipe hold and, where it `solves` layers, of that."""
+    matrix holds, what the parts of the recipe hold, of tokenizing its text and, where it `solves` layers, of
+    that."""
     item, shapes = sizes.model.dtype.itemsize, Shapes.of(sizes.model)
     rounding = int(4 * shapes.matrix * max(map(rounding_copies, stored.values())))
     most = [item * shapes.owner + rounding]
     most += [memory_of(part, sizes, shapes, rounding) for memory_of, part in recipe.steps(OPENED_MEMORY)]
     if solves:
         most.append(_solving(None, sizes, shapes, rounding))
+    if recipe.is_calibrated:
+        most.append(tokenizing_bytes(recipe.text.corpus))
     return BASE_BYTES + max(most)
 
 
-def saving_memory(model: PreTrainedModel) -> int:
-    """Return the bytes that writing and checking an opened model takes: a layer that is run with a matrix
-    that is decoded, and what lies beside the layers."""
-    item, shapes = model.dtype.itemsize, Shapes.of(model)
-    return BASE_BYTES + max(item * shapes.layer + shapes.decoding, item * shapes.beside)
+def saving_memory(sizes: Sizes, stored: Mapping[str, Stored]) -> int:
+    """Return the bytes that writing and checking an opened model takes: a layer that is run while a matrix is
+    read and decoded, with its codes, and what lies beside the layers."""
+    item, shapes = sizes.model.dtype.itemsize, Shapes.of(sizes.model)
+    copies = max(READING_COPIES, *map(decoding_copies, stored.values()))
+    codes = sizes.bits * shapes.layer // sum(map(math.prod, sizes.shapes)) // 8
+    checking = item * shapes.layer + codes + int((4 * copies - item) * shapes.matrix)
+    return BASE_BYTES + max(checking, item * shapes.beside)
 
 
 def rounding_copies(stored: Stored) -> float:
     """Return how many copies of a matrix in fp32 rounding it to nearest holds."""
-    scheme, copies = stored.scheme, float(ROUNDING_COPIES)
+    scheme = stored.scheme
+    copies = ROUNDING_COPIES if scheme.turned is None else ROTATED_COPIES
     if scheme.has_planes:
         copies = PLANES_COPIES + SECOND_PLANE_COPIES * scheme.residual
     return copies if stored.residual is None or scheme.residual else copies + 2
@@ -177,7 +185,7 @@ class Shapes(NamedTuple):
     @property
     def decoding(self) -> int:
         """The bytes that it takes to decode a matrix."""
-        return int(4 * self.matrix * DECODING_COPIES)
+        return int(4 * self.matrix * SUM_COPIES)
 
 
 def tuning_memory(spec: Tune, sizes: Sizes, opened: bool = False) -> int:
