@@ -141,20 +141,29 @@ def _solving(spec: Learned | None, sizes: Sizes, shapes: "Shapes", rounding: int
     state = 4 * text.samples * text.tokens * hidden
     batch = min(layerwise.BATCH_SAMPLES, text.samples) * text.tokens
     passing = layerwise.memory_of(batch, hidden, shapes.widest, 0)
-    steps = []
-    for rows, columns in set(sizes.shapes):
-        statistics = layerwise.sums_dtype(columns).itemsize * columns**2
-        together = 2 if rows > columns else 1  # a gate and what it opens read the same input
-        steps += [
-            passing + statistics,
-            HESSIANS * statistics + 4 * SOLVING_COPIES * together * rows * columns,
-        ]
+    largest = max(map(statistics_bytes, {columns for _, columns in sizes.shapes}))
+    steps = [passing + largest, factorising_memory(sizes)]
     if spec is not None:
         learning = layerwise.memory_of(
             spec.batch * text.tokens, hidden, shapes.widest, layerwise.LEARNED_STREAMS
         )
         steps.append(LEARNING_BYTES * shapes.layer + learning)
     return 4 * shapes.layer + (1 if spec is None else 2) * state + max(*steps, state + passing)
+
+
+def statistics_bytes(columns: int) -> int:
+    """Return the bytes of the Hessian of so many columns."""
+    return layerwise.sums_dtype(columns).itemsize * columns**2
+
+
+def factorising_memory(sizes: Sizes) -> int:
+    """Return the bytes of factorising the statistics of an input and rounding what reads it, at most."""
+    return max(
+        HESSIANS * statistics_bytes(columns)
+        # A gate and what it opens read the same input.
+        + 4 * SOLVING_COPIES * (2 if rows > columns else 1) * rows * columns
+        for rows, columns in set(sizes.shapes)
+    )
 
 
 class Shapes(NamedTuple):

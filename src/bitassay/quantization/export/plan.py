@@ -16,6 +16,7 @@ from bitassay.quantization.export.opened_memory import (
     BASE_BYTES,
     Sizes,
     decoding_copies,
+    factorising_memory,
     opened_memory,
     saving_memory,
     tuning_memory,
@@ -148,7 +149,7 @@ def _solving(sizes: Sizes, streams: int = 0) -> int:
     weights, widest = sum(map(math.prod, sizes.shapes)), max(map(max, sizes.shapes))
     tokens, hidden = sizes.text.samples * sizes.text.tokens, sizes.model.config.get_text_config().hidden_size
     passing = layerwise.memory_of(tokens, hidden, widest, streams)
-    return 4 * (sizes.parameters + weights) + sizes.bits // 8 + passing
+    return 4 * (sizes.parameters + weights) + sizes.bits // 8 + max(passing, factorising_memory(sizes))
 
 
 def _untied_head(model: PreTrainedModel, rotation: Rotation) -> int:
