@@ -45,11 +45,15 @@ def test_a_segment_alone_is_as_in_a_whole_replay(architecture):
     assert needless(model, (2, 4), (4,)) == (1, 2), "these architectures hand on states alone"
 
 
+# Layers that return tuples, share keys or modules, keep several streams or a state of their own.
+UNLIKE = ("albert", "bloom", "falcon", "gpt2", "jamba", "longcat_flash", "mamba", "mpt", "qwen4_exp_text", "rwkv", "zamba")  # fmt: skip
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", architectures())
-def test_a_segment_alone_is_as_in_a_whole_replay_of_every_architecture(name):
-    if name in ("hrm_text", "xlm"):
-        pytest.skip("it has no one list of decoder layers, and is refused")
+@pytest.mark.parametrize(
+    "name", [name for name in architectures() if name.startswith(("gemma3n", "gemma4")) or name in UNLIKE]
+)
+def test_a_segment_alone_is_as_in_a_whole_replay_of_other_architectures(name):
     check_alone(tiny_architecture(name))
 
 

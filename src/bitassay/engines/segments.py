@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bitassay.engines.taps import record_states, replay_states
-from bitassay.models.config import text_config
 from bitassay.models.hooks import forwarded, hooked
 from bitassay.models.walk import decoder_layers
 
@@ -71,15 +70,20 @@ def _can_pass(
     tokens = (7 * torch.arange(TRIED) + 3)[None].to(model.device) % size
     generator = torch.Generator().manual_seed(0)
     where = torch.ones(1, TRIED, dtype=torch.bool, device=model.device)
-    claimed: dict[int, tuple[Tensor, Tensor]] = {}
-    for layer in layers:
-        states = torch.randn(1, TRIED, text_config(model).hidden_size, generator=generator)
-        claimed[layer] = states.to(model.device, model.dtype), where
     plain = True
 
     def see(_module: nn.Module, _arguments: object, output: Any) -> None:
         nonlocal plain
         plain = plain and isinstance(output, Tensor) and output.ndim == 3
+
+    hooks = (modules[layer - 1].register_forward_hook(see) for layer in passed)
+    with hooked(hooks), record_states(model, layers) as own:
+        model(input_ids=tokens, use_cache=False)
+    if not plain:
+        return False
+    claimed: dict[int, tuple[Tensor, Tensor]] = {}
+    for layer, (states,) in own.items():
+        claimed[layer] = torch.randn(states.shape, generator=generator).to(states), where
 
     def read(without: Sequence[int], shift: int = 0) -> list[Tensor]:
         with (
@@ -90,10 +94,7 @@ def _can_pass(
             logits = model(input_ids=tokens.roll(shift, 1), use_cache=False).logits
         return [logits, *(pieces[0] for pieces in recorded.values())]
 
-    with hooked(modules[layer - 1].register_forward_hook(see) for layer in passed):
-        wanted = read(())
-    if not plain:
-        return False
+    wanted = read(())
     read((), shift=1)  # so that what a layer may have kept is of another text
     try:
         found = read(passed)
