@@ -14,7 +14,7 @@ from bitassay.verification.prove import prove_many
 from bitassay.verification.spot import drawn, spot_score, verify_segments
 from bitassay.verification.structure import Request
 from bitassay.verification.trace import Trace
-from verification.test_segments import spoilt
+from verification.test_segment_replays import spoilt
 
 LAYERS = (8, 16, 17)
 
