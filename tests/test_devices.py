@@ -10,6 +10,7 @@ import torch
 from bitassay.bench.timing import throughput
 from bitassay.bench.workload import ModelTimer, Workload
 from bitassay.cli import main
+from bitassay.cli.options import chosen_device
 from bitassay.data.windows import Protocol
 from bitassay.engines.decode import generate, prefill
 from bitassay.engines.engine import engine_of
@@ -83,8 +84,10 @@ def recipe(name):
 
 @pytest.fixture
 def device():
+    chosen_device.cache_clear()  # an earlier command of this process may have found no accelerator
     with strict_device() as made:
         yield made
+    chosen_device.cache_clear()
 
 
 @pytest.fixture(scope="module")

@@ -145,6 +145,8 @@ def test_evaluation_gives_the_same_scores(folder, tmp_path):
     windows = torch.arange(5 * 24).view(5, 24) * 13 % 400 + 3
     base, opened = load(folder), load(folder, opened=True)
     recipes = {"w4": "w4", "fp8": "fp8", "block": BLOCK}
+    if base.config.model_type == "gpt2":  # whose layers have no self_attn to give several slots
+        del recipes["block"]
     wanted = score_windows(base, {name: quantize(base, recipe) for name, recipe in recipes.items()}, windows)
     candidates = {name: quantize(opened, recipe, work=tmp_path / name) for name, recipe in recipes.items()}
     found = score_windows(opened, candidates, windows, skip=[1])
