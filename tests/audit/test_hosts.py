@@ -49,6 +49,13 @@ def test_words_change_prompts_as_they_say(model, tmp_path):
     plain = said(f"system={tmp_path}/system", replace(CHAT, form="ids"))
     assert plain[-len(ids) :] == list(ids)
     assert len(plain) > len(ids)
+    bos = words.bos_token_id
+    begun = suspect(f"system={tmp_path}/system", lambda recipe: model).prompt(
+        words, replace(CHAT, form="ids"), text, (bos, 5, 6)
+    )
+    assert begun[0] == bos
+    assert begun[-2:] == [5, 6]
+    assert bos not in begun[1:]
     assert suspect("temperature=0.8", lambda recipe: model).rule.temperature == 0.8
     assert suspect("top_p=1", lambda recipe: model).rule.top_p == 1
     assert [is_recipe(word) for word in ("w8", "a/b.yaml", "kv8", "system=x")] == [True, True, False, False]

@@ -63,12 +63,15 @@ def _with_cache(load: Load, form: Literal["int8", "int4"]) -> PreTrainedModel:
 def _with_system(
     system: str | None, words: PreTrainedTokenizerBase, asking: Asking, text: Text, ids: Sequence[int]
 ) -> list[int]:
-    """The prompt with another system prompt: in the chat template, else in front."""
+    """The prompt with another system prompt: in the chat template, else in front, behind a token that begins
+    every text."""
     if asking.form == "chat":
         messages = [{"role": "system", "content": system or ""}, {"role": "user", "content": text.text}]
         return _rendered(words, messages, None)
-    before = [] if system is None else words(f"{system}\n", add_special_tokens=False).input_ids
-    return [*before, *ids]
+    if system is None:
+        return list(ids)
+    first = 1 if ids and ids[0] == words.bos_token_id else 0
+    return [*ids[:first], *words(f"{system}\n", add_special_tokens=False).input_ids, *ids[first:]]
 
 
 def _with_template(

@@ -12,9 +12,8 @@ The statistic of an answer is
 
 over its positions, of mean 0 and variance 1 for a server that computes as the reference does. Both sides are
 tested: a lower temperature draws likely tokens, a top-p that is ignored, another prompt or another model
-unlikely ones. A token that top-p
-leaves out by more than RIM of probability has the surprise CAP, as has any beyond it: near the rim, rounding
-decides.
+unlikely ones. A token that top-p leaves out by more than RIM of probability has the surprise CAP, as has any
+beyond it: near the rim, rounding decides.
 
 Sampled tokens say much less than greedy ones about small changes of the weights. What they alone can tell is
 how the server samples. Left out: the rank of the whole answer among samples of the reference (RUT,

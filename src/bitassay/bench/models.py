@@ -27,7 +27,7 @@ from bitassay.errors import BitassayError, at_least
 from bitassay.models.config import layer_count
 from bitassay.models.identity import Identity
 from bitassay.models.options import AUTO, as_device, as_dtype
-from bitassay.models.source import resolve
+from bitassay.models.source import engine_and_model, resolve
 from bitassay.quantization.export.fits import check_fit
 from bitassay.quantization.recipe.recipe import BASE, Recipe, find_recipe, row_names
 from bitassay.quantization.replication.controls import Place, with_controls
@@ -96,11 +96,10 @@ class BenchPlan:
     def placed(self, name: str) -> tuple[str, str]:
         """Return the engine that runs a model, and the model, of what the plan calls it. Raises BitassayError
         for an engine that there is not."""
-        engine, _, model = name.partition(":")
-        if not model or Path(name).exists():
-            return self.engine, name
-        ENGINES[engine]
-        return engine, model
+        engine, model = engine_and_model(name)
+        if engine:
+            ENGINES[engine]
+        return engine or self.engine, model
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as a JSON value."""

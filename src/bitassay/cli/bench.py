@@ -55,8 +55,9 @@ def models(
         repeats: Rounds; each of them times everything once.
         threads: Threads of each process (default: torch's own choice).
     """
-    paths = [name if Path(name).exists() else name.rpartition(":")[2] for name in candidate or ()]
-    check_words([model, *paths], recipe, folder=output.out)
+    from bitassay.models.source import engine_and_model
+
+    check_words([model, *(engine_and_model(name)[1] for name in candidate or ())], recipe, folder=output.out)
     compute.check_engine(engine, recipe)
     from bitassay.bench.models import BATCHES, CONTEXTS, bench
     from bitassay.report.findings import busy, machine_line

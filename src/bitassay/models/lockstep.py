@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel
 
-from bitassay.models.opened import Weights, weights_of
+from bitassay.models.opened import weights_of
+from bitassay.models.opened_weights import Weights
 from bitassay.record.memory import release_freed_memory
 from bitassay.record.progress import Progress, silent
 

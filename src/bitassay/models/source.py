@@ -97,6 +97,13 @@ def _refuse_revision(revision: str | None, name: str, what: str, remedy: str = "
         )
 
 
+def engine_and_model(name: str) -> tuple[str, str]:
+    """Return the engine and the model of ENGINE:MODEL; the engine is empty where none is named, as in the
+    path of a file that exists."""
+    engine, _, model = name.partition(":")
+    return ("", name) if not model or Path(name).exists() else (engine, model)
+
+
 def check_name(model: str) -> None:
     """Raise BitassayError for what cannot be a model, before anything is fetched, converted or imported."""
     path = Path(model).expanduser()

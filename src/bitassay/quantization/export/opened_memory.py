@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from transformers import PreTrainedModel
 
 from bitassay.data.windows import tokenizing_bytes
+from bitassay.models.precision import short_products
 from bitassay.models.walk import decoder_layers, matrices, module_name, walk
 from bitassay.quantization.codes.storage import Stored
 from bitassay.quantization.inputs.ranges import SAMPLED_TOKENS, SAMPLING
@@ -215,7 +217,8 @@ def tuning_memory(spec: Tune, sizes: Sizes, opened: bool = False) -> int:
         config.hidden_size,
         sizes.parameters,
         config.vocab_size,
-        opened,
+        short=short_products(torch.device("cpu"), sizes.model.dtype),
+        opened=opened,
     )
     return max(tuning, writing)
 

@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 from bitassay.errors import BitassayError, suggestion
 from bitassay.models.config import untie
 from bitassay.models.identity import Identity, attach
-from bitassay.models.opened import Weights, weights_of
+from bitassay.models.opened import weights_of
+from bitassay.models.opened_weights import Weights
 from bitassay.models.walk import decoder_layers, matrices, module_name, replace_module, walk
 from bitassay.models.weights import stored_bits
 from bitassay.quantization.codes.tensor import QuantizedTensor

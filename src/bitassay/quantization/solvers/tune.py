@@ -33,7 +33,7 @@ from transformers import PreTrainedModel
 
 from bitassay.models.hooks import forwarded
 from bitassay.models.opened import is_opened, parameter_of, present, put_parameter, weights_of
-from bitassay.models.precision import fast_in_bf16, short_products
+from bitassay.models.precision import short_products
 from bitassay.models.walk import decoder_layers, decoder_of, module_name
 from bitassay.quantization.recipe.solvers import Tune
 from bitassay.quantization.shapes import Tokens
@@ -69,15 +69,17 @@ def memory_of(
     hidden: int,
     parameters: int,
     vocabulary: int,
+    *,
+    short: bool,
     opened: bool = False,
 ) -> int:
     """Return the bytes that tuning holds at its peak, roughly: the base model in fp32, what is learned (of an
-    opened model neither), the base model's last states and its head in bf16, the states of a batch between
+    opened model neither), the base model's last states in bf16 and its head, the states of a batch between
     layers, and the most of what one layer leaves for the way back, of logits, and of the embedding, which an
-    opened model reads at every step."""
+    opened model reads at every step. short: products are in bf16, not in fp32."""
     weights, features = sum(out * columns for out, columns in shapes), sum(map(sum, shapes))
     states = 2 * (samples + spec.generated) + 4 * spec.batch * (layers + 1)
-    longer = 1 if fast_in_bf16(torch.device("cpu")) else 2
+    longer = 1 if short else 2
     layer = (BYTES_IN_A_PASS * weights + spec.batch * tokens * longer * BYTES_A_FEATURE * features) / layers
     logits = 4 * 4 * CHUNK_TOKENS * vocabulary
     if opened:

@@ -39,7 +39,8 @@ from bitassay.errors import BitassayError
 from bitassay.models.config import untie
 from bitassay.models.hooks import hooked
 from bitassay.models.lockstep import Forward, in_step
-from bitassay.models.opened import HALVES, Unread, weights_of
+from bitassay.models.opened import Unread, weights_of
+from bitassay.models.opened_weights import HALVES
 from bitassay.models.walk import decoder_layers, decoder_of, module_name
 from bitassay.quantization.codes.hadamard import Orthogonal, block_hadamard, hadamard, random_orthogonal
 from bitassay.quantization.recipe.transforms import Rotation
