@@ -1,7 +1,10 @@
 """Every option of every verb says what it is for."""
 
+import inspect
+
 import pytest
 from cyclopts import App
+from docstring_parser import parse
 
 from bitassay.cli import VERBS, application, run
 
@@ -22,6 +25,19 @@ def test_every_option_is_described(command: App):
     every = command.assemble_argument_collection(parse_docstring=True)
     options = [option for option in every if not option.children]  # a group of options has children
     assert not [option.names for option in options if not option.parameter.help]
+
+
+@pytest.mark.parametrize(
+    "command", [each for verb in VERBS for each in commands(application()[verb], (verb,))]
+)
+def test_no_description_of_a_docstring_is_hidden_by_that_of_a_type(command: App):
+    if command.default_command is None:
+        return
+    entries = parse(inspect.getdoc(command.default_command) or "").params
+    said = {entry.arg_name: " ".join(entry.description.split()) for entry in entries}
+    every = command.assemble_argument_collection(parse_docstring=True)
+    shown = {option.field_info.name: " ".join((option.parameter.help or "").split()) for option in every}
+    assert {name: shown[name] for name in said} == said
 
 
 @pytest.mark.parametrize("verb", VERBS)

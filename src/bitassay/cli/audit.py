@@ -20,7 +20,13 @@ def audit(
     /,
     *,
     model: str | None = None,
-    reference: options.Model | None = None,
+    reference: Annotated[
+        options.Model | None,
+        Parameter(
+            help="The model that should answer, to judge by (default of --replay and --against: that of the "
+            "recording)."
+        ),
+    ] = None,
     recipe: options.RecipeName | None = None,
     replay: Path | None = None,
     watch: options.Interval | None = None,
@@ -41,9 +47,21 @@ def audit(
     budget: options.Count | None = None,
     calibration_requests: options.Count = 128,
     text: str = "c4-train-new",
-    alpha: options.Alpha | None = None,
+    alpha: Annotated[
+        options.Alpha | None,
+        Parameter(
+            help="False-positive rate: how often an honest server may be refused (default: 0.01; of "
+            "--replay: as recorded)."
+        ),
+    ] = None,
     ledger: Path | None = None,
-    seed: options.Seed | None = None,
+    seed: Annotated[
+        options.Seed | None,
+        Parameter(
+            help="Of the places where texts are cut (default: drawn when the run folder is new, so that "
+            "nobody can know them)."
+        ),
+    ] = None,
     concurrency: options.Count = 4,
     timeout: options.Count = 120,
     key_env: str | None = None,
@@ -68,8 +86,6 @@ def audit(
     Args:
         url: The API's URL, such as https://host/v1. Requests go there and nowhere else.
         model: The model's name at the server.
-        reference: The model that should answer, to judge by (default of --replay and --against: that of
-            the recording).
         replay: The run folder of an earlier audit, to judge its kept answers again.
         watch: Audit every 90s, 30m, 6h or 1d, until the ledger refuses the server or --times audits are done.
             Needs --calibrate-from or --profile.
@@ -95,12 +111,8 @@ def audit(
             not counted.
         calibration_requests: Requests to each honest server.
         text: Where the texts are cut from: a protocol's name or a file of your own, .txt or .jsonl.
-        alpha: False-positive rate: how often an honest server may be refused (default: 0.01; of --replay: as
-            recorded).
         ledger: Keep the answers' scores in this file from call to call, and judge all of them in their order:
             the false-positive rate then holds however often you look.
-        seed: Of the places where texts are cut (default: drawn when the run folder is new, so that nobody can
-            know them).
         concurrency: Requests at a time.
         timeout: Seconds that an answer may take.
         key_env: The environment variable that has the API key. Keys are never written anywhere.

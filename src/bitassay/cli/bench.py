@@ -2,9 +2,9 @@
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from cyclopts import App
+from cyclopts import App, Parameter
 
 from bitassay.cli import options
 from bitassay.cli.checks import check_words
@@ -22,8 +22,14 @@ def models(
     model: options.Model,
     *,
     recipe: options.Recipes | None = None,
-    candidate: options.Candidates | None = None,
-    engine: options.Engine = "transformers",
+    candidate: Annotated[
+        options.Candidates | None,
+        Parameter(
+            help="Another model, such as a quantized folder or a .gguf file; ENGINE:MODEL names who runs it, "
+            "such as llama.cpp:small.gguf or vllm:small/. May be repeated."
+        ),
+    ] = None,
+    engine: str = "transformers",
     controls: options.Controls = True,
     batches: options.Counts | None = None,
     contexts: options.Counts | None = None,
@@ -43,8 +49,6 @@ def models(
     machine's memory is skipped, with the reason; exit status 1 where every cell is skipped.
 
     Args:
-        candidate: Another model, such as a quantized folder or a .gguf file; ENGINE:MODEL names who runs it,
-            such as llama.cpp:small.gguf or vllm:small/. May be repeated.
         engine: Who runs MODEL, and candidates that name nobody: transformers, llama.cpp (of .gguf files),
             vllm (of folders), or a plug-in that says times. These read files in their own types, and show one
             clock: their own. --dtype and --attention are of transformers.

@@ -19,7 +19,7 @@ def calibrate(
     max_new_tokens: options.Count = 32,
     alpha: options.Alpha | None = None,
     guarantee: Literal["conditional", "average"] = "conditional",
-    engine: options.Engine = "transformers",
+    engine: str = "transformers",
     prover_dtype: options.StateDtype | None = None,
     prover_attention: str | None = None,
     batch: options.Count = 16,

@@ -24,7 +24,7 @@ def eval(
     *,
     recipe: options.Recipes | None = None,
     against: str | None = None,
-    engine: options.Engine = "transformers",
+    engine: str = "transformers",
     protocol: options.Names | None = None,
     windows: options.CountFromZero | None = None,
     window: options.Window | None = None,

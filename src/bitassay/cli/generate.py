@@ -12,7 +12,7 @@ def generate(
     *,
     recipe: options.Recipes | None = None,
     candidate: options.Candidates | None = None,
-    engine: options.Engine = "transformers",
+    engine: str = "transformers",
     prompts: options.Count = 32,
     prompts_file: Path | None = None,
     new_tokens: options.Count = 64,

@@ -103,12 +103,6 @@ Candidates = Annotated[
         help="Another model with the same vocabulary, such as a quantized folder; may be repeated.",
     ),
 ]
-Engine = Annotated[
-    str,
-    Parameter(
-        help="Who runs it: transformers, llama.cpp (of a .gguf file), vllm (of a folder), or a plug-in."
-    ),
-]
 Controls = Annotated[bool, Parameter(help="Add the controls of recipes with replication.")]
 Windows = Annotated[Count, Parameter(help="How many windows of the text to measure, evenly spaced.")]
 Window = Annotated[Count, Parameter(help="Tokens in a window.")]

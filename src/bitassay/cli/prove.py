@@ -18,7 +18,7 @@ def prove(
     prompts: Path | None = None,
     recipe: options.RecipeName | None = None,
     claim: str | None = None,
-    engine: options.Engine = "transformers",
+    engine: str = "transformers",
     max_new_tokens: options.Count = 32,
     nonce: str = "0",
     batch: options.Count = 16,

@@ -69,7 +69,7 @@ def verify(
         unanswered: Requests, besides those of --prompts, that the host has not answered; each call of a
             ledger counts them.
         segments: Look at so many segments of layers alone, drawn for each trace, and at the tokens by the
-            host's own last states. One of four costs about a fifth of a full check; alpha holds, power is
+            host's own last states. One of four costs about a sixth of a full check; alpha holds, power is
             less.
     """
     if segments is not None and (ledger is not None or receipt is not None or proof is not None):

@@ -293,6 +293,7 @@ def _drop_after(weights: Weights, unit: str, _module: nn.Module, _arguments: Any
 def read_around(
     weights: Weights, unit: str, forward: Callable[..., Any], *positional: Any, **named: Any
 ) -> Any:
+    """Return what a forward returns, with the weights of its unit in memory meanwhile."""
     _take(weights, unit)
     try:
         return forward(*positional, **named)
