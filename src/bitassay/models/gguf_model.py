@@ -228,10 +228,11 @@ def _weights(
         shape = parts[0] if len(parts) == 1 else (parts[0][0], sum(part[1] for part in parts), *parts[0][2:])
         if [size for size in shape if size != 1] != [size for size in parameter.shape if size != 1]:
             raise BitassayError(
-                f"{' and '.join(sources)}: of shape {shape}, "
-                f"but the keys describe {tuple(parameter.shape)}"
+                f"{' and '.join(sources)}: of shape {shape}, but the keys describe {tuple(parameter.shape)}"
             )
-        weights[name] = partial(_joined, [tensors[source] for source in sources], family, config, parameter.shape)
+        weights[name] = partial(
+            _joined, [tensors[source] for source in sources], family, config, parameter.shape
+        )
         left -= set(sources)
     if missing:
         raise BitassayError(f"tensors that the architecture needs and the file has not: {_few(missing)}")
