@@ -52,7 +52,7 @@ from bitassay.quantization.export.gguf_tokenizer import (
 )
 from bitassay.quantization.export.save import check_space
 from bitassay.quantization.recipe.recipe import Recipe
-from bitassay.quantization.runtime.model import bits_per_weight, cache_slots, quantization_of
+from bitassay.quantization.runtime.model import bits_per_weight, cache_slots, quantization_of, size_bytes
 from bitassay.quantization.runtime.replicas import is_replica, replica_names
 from bitassay.record.files import atomic_file
 from bitassay.record.progress import Progress, silent
@@ -110,6 +110,7 @@ def write_gguf(
         base = None
     keys, more = tokenizer_keys(ours, config.vocab_size, _ends(model)) if base is None else ({}, [])
     written = GgufFile(path, notes=[*notes, *more])
+    check_space(path, 2 * size_bytes(model))  # the tensors, and the file that they become
     with (
         atomic_file(path) as temporary,
         TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as parts,
@@ -122,7 +123,6 @@ def write_gguf(
             recipe_bits = bits_per_weight(model)
             if written.bits_per_weight > MORE_BITS * recipe_bits:
                 written.notes.append(more_bits(recipe_bits, written.bits_per_weight))
-        check_space(path, sum(tensor.file.stat().st_size for tensor in tensors.values()))
         progress(f"writing {path}")
         writer = GGUFWriter(temporary, gguf.MODEL_ARCH_NAMES[ARCHITECTURES[config.model_type]])
         _write_description(writer, model, config, tensors)
