@@ -56,12 +56,12 @@ REMEDIES = {
 @dataclass(frozen=True)
 class CheckpointJob:
     """What to write and where. model, source: its name, and the files behind it. folder, gguf: the outputs,
-    None for one that is not wanted. layout: of the folder (None: compressed-tensors where that is exact).
-    work: where a calibrated recipe keeps its finished layers (None: in the cache). check: load what was
-    written and compare logits. memory: bytes to work in (None: what is free). loading: keywords of `load`.
-    embeddings: the type of the embedding and the head in a GGUF file (None: 16 bits). engine: a name in
-    ENGINES that must be able to load what is written, or None. like: the type of every tensor of the GGUF
-    file, by its name there, or None."""
+    None for one that is not wanted; without both, `planned` plans a folder. layout: of the folder (None:
+    compressed-tensors where that is exact). work: where a calibrated recipe keeps its finished layers (None:
+    in the cache). check: load what was written and compare logits. memory: bytes to work in (None: what is
+    free). loading: keywords of `load`. embeddings: the type of the embedding and the head in a GGUF file
+    (None: 16 bits). engine: a name in ENGINES that must be able to load what is written, or None. like: the
+    type of every tensor of the GGUF file, by its name there, or None."""
 
     model: str
     source: Source
@@ -82,6 +82,11 @@ class CheckpointJob:
         """Return the layout that was asked for, by name or by engine; None where any will do."""
         return self.layout or ENGINES.get(self.engine or "")
 
+    @property
+    def shown_folder(self) -> str:
+        """Return the name of the folder, which a plan may be without."""
+        return "the folder" if self.folder is None else str(self.folder)
+
     def row(
         self, layout: str, bits_per_weight: float | None, size_bytes: int, file_bytes: int | None = None
     ) -> Row:
@@ -100,7 +105,7 @@ def planned(job: CheckpointJob, progress: Progress = silent) -> list[Row]:
     """Return the rows of a finished job, or what is known before any weight is read, with `memory_bytes`, and
     `planned_seconds` by a short timing of this machine. Raises BitassayError for what could not be saved."""
     outputs = _finished(job, progress)
-    if None not in outputs.values():
+    if outputs and None not in outputs.values():
         return [row for row in outputs.values() if row]
     rows, device = _plan(job, progress), as_device(job.loading.get("device", "cpu"))
     duration = quantize_seconds(_empty(job), job.recipe, device)
@@ -125,7 +130,7 @@ def _finished(job: CheckpointJob, progress: Progress) -> dict[str, Row | None]:
 def _plan(job: CheckpointJob, progress: Progress) -> list[Row]:
     """Return what is known before any weight is read. The size of a folder is that of its tensors and of the
     model's other files; that of a GGUF file the most that its tensors take, without the vocabulary."""
-    empty = _empty(job)
+    empty, plans_folder = _empty(job), job.folder is not None or job.gguf is None
     try:
         plan = plan_export(empty, job.recipe, job.wanted_layout)
     except save.LayoutError as error:
@@ -136,14 +141,16 @@ def _plan(job: CheckpointJob, progress: Progress) -> list[Row]:
         ) from error
     if job.engine == "vllm" and (widths := vllm_widths(empty, job.recipe)):
         which = " and ".join(map(str, widths))
-        progress(f"{job.folder}: {which}-bit codes, for which some builds of vLLM have no kernels ({VLLM})")
-    if job.folder is not None and plan.layout_reason is not None:
-        progress(f"{job.folder}: {plan.layout_reason}; bitassay.load reads it, {TRANSFORMERS} does not")
+        progress(
+            f"{job.shown_folder}: {which}-bit codes, for which some builds of vLLM have no kernels ({VLLM})"
+        )
+    if plans_folder and plan.layout_reason is not None:
+        progress(f"{job.shown_folder}: {plan.layout_reason}; bitassay.load reads it, {TRANSFORMERS} does not")
     file_bytes = plan.tensor_bytes + _size(job.source.folder, without=".safetensors")
     row = job.row(plan.layout, plan.bits_per_weight, plan.size_bytes, file_bytes)
     row["way"], row["memory_bytes"] = _way(plan, job)
     row["work_bytes"] = work_bytes(empty, job.recipe, row["way"])
-    rows = [row] if job.folder is not None else []
+    rows = [row] if plans_folder else []
     if job.gguf is not None:
         file = plan_gguf(empty, job.recipe, job.embeddings)
         if job.engine == LLAMA_CPP:

@@ -30,7 +30,7 @@ BASE_BYTES = 500 * 10**6  # the interpreter with torch and transformers
 # that are kept; and such codes in FP8, or with something added to them.
 ROUNDING_COPIES, ROTATED_COPIES, PLANES_COPIES, SECOND_PLANE_COPIES = 2.8, 3.3, 7.5, 12
 READING_COPIES, KEPT_COPIES, FLOAT_COPIES, SUM_COPIES = 2.3, 1.3, 2, 3
-HESSIANS, SOLVING_COPIES = 3, 5  # that factorising and rounding hold
+PACKING_COPIES = 1.3  # of a matrix in fp32 that turning its solution into packed codes holds
 LEARNING_BYTES = 28  # of a weight of the layer that is learned: its position, gradient, two moments and value
 ROTATED_BYTES = 12  # of a rotated weight beside the layers: it, and the base model's as it is read
 FOLDING_BYTES = 4 + 8 + 8  # of a matrix of which the largest magnitudes are looked up
@@ -159,13 +159,16 @@ def statistics_bytes(columns: int) -> int:
 
 
 def factorising_memory(sizes: Sizes) -> int:
-    """Return the bytes of factorising the statistics of an input and rounding what reads it, at most."""
-    return max(
-        HESSIANS * statistics_bytes(columns)
-        # A gate and what it opens read the same input.
-        + 4 * SOLVING_COPIES * (2 if rows > columns else 1) * rows * columns
-        for rows, columns in set(sizes.shapes)
-    )
+    """Return the bytes of factorising the statistics of an input and rounding what reads it, at most. The
+    statistics stay; a factor takes as much, then as much as in fp32. Beside it are the weights and, as
+    rounding goes on, codes, each column at its turn and, without the factor, the columns in their order."""
+    most = 0
+    for rows, columns in set(sizes.shapes):
+        matrix, sums = 4 * rows * columns, statistics_bytes(columns)
+        together = matrix * (2 if rows > columns else 1)  # a gate and what it opens read the same input
+        rounding = max(sums + 2 * together, 4 * columns**2 + 3 * together)
+        most = max(most, sums + max(rounding, 4 * together + int(PACKING_COPIES * matrix)))
+    return most
 
 
 class Shapes(NamedTuple):
