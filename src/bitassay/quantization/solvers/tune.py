@@ -178,7 +178,8 @@ def divergence(
     flat, base = states.detach().reshape(-1, states.shape[-1]), base_states.reshape(-1, states.shape[-1])
     # Made first, so that the system's heap has no holes between what the chunks take and leave.
     total, gradient = 0.0, torch.empty(flat.shape, device=flat.device)
-    for part, base_part, out in zip(*(all.split(CHUNK_TOKENS) for all in (flat, base, gradient)), strict=True):
+    chunks = (tensor.split(CHUNK_TOKENS) for tensor in (flat, base, gradient))
+    for part, base_part, out in zip(*chunks, strict=True):
         wanted = (base_part.to(base_head.dtype) @ base_head.T).float().log_softmax(-1)
         log_p = (part.to(head.dtype) @ head.T).float().log_softmax(-1)
         p = wanted.exp()
