@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from bitassay.data.windows import tokenizing_bytes
+from bitassay.models.config import text_config
 from bitassay.models.precision import short_products
 from bitassay.models.walk import decoder_layers, matrices, module_name, walk
 from bitassay.quantization.codes.storage import Stored
@@ -25,6 +26,7 @@ from bitassay.quantization.solvers.distillation import writing_bytes
 from bitassay.quantization.transforms.residual_stream import CHUNK_VALUES
 
 BASE_BYTES = 500 * 10**6  # the interpreter with torch and transformers
+TOKEN_BYTES = 1000  # of each entry of a vocabulary in a tokenizer
 # Copies of a matrix in fp32, measured: that rounding it to nearest holds at its peak, where it is rotated, as
 # binary planes, and for a second plane of all columns; that reading a folder's codes holds; decoding codes
 # that are kept; and such codes in FP8, or with something added to them.
@@ -48,6 +50,11 @@ class Sizes:
     bits: int
 
 
+def base_bytes(model: PreTrainedModel) -> int:
+    """Return the bytes of a process that has a model's tokenizer, and nothing of the model."""
+    return BASE_BYTES + TOKEN_BYTES * text_config(model).vocab_size
+
+
 def opened_memory(sizes: Sizes, stored: Mapping[str, Stored], recipe: Recipe, solves: bool) -> int:
     """Return the bytes that it takes a layer at a time until all codes are known: the most of what rounding a
     matrix holds, what the parts of the recipe hold, of tokenizing its text and, where it `solves` layers, of
@@ -57,10 +64,11 @@ def opened_memory(sizes: Sizes, stored: Mapping[str, Stored], recipe: Recipe, so
     most = [item * shapes.owner + rounding]
     most += [memory_of(part, sizes, shapes, rounding) for memory_of, part in recipe.steps(OPENED_MEMORY)]
     if solves:
-        most.append(_solving(None, sizes, shapes, rounding))
+        layer = 4 * shapes.layer * (1 if recipe.learned is None and recipe.tune is None else 2)
+        most.append(layer + solving_memory(sizes, recipe.learned))
     if recipe.is_calibrated:
         most.append(tokenizing_bytes(recipe.text.corpus))
-    return BASE_BYTES + max(most)
+    return base_bytes(sizes.model) + max(most)
 
 
 def saving_memory(sizes: Sizes, stored: Mapping[str, Stored]) -> int:
@@ -70,7 +78,7 @@ def saving_memory(sizes: Sizes, stored: Mapping[str, Stored]) -> int:
     copies = max(READING_COPIES, *map(decoding_copies, stored.values()))
     codes = sizes.bits * shapes.layer // sum(map(math.prod, sizes.shapes)) // 8
     checking = item * shapes.layer + codes + int((4 * copies - item) * shapes.matrix)
-    return BASE_BYTES + max(checking, item * shapes.beside)
+    return base_bytes(sizes.model) + max(checking, item * shapes.beside)
 
 
 def rounding_copies(stored: Stored) -> float:
@@ -122,7 +130,7 @@ class Watching(NamedTuple):
 
 def _watching(sizes: Sizes, shapes: "Shapes", each_batch: bool, sampled: int, decoding: int) -> Watching:
     """Return what `collect_ranges` holds with all samples between two layers."""
-    text, hidden = sizes.text, sizes.model.config.get_text_config().hidden_size
+    text, hidden = sizes.text, text_config(sizes.model).hidden_size
     columns = sum(linear.in_features for linear in walk(sizes.model).linears.values())
     kept = columns * (3 * 8 + 4 * sampled + 2 * 4 * (text.samples if each_batch else 1))
     states = 2 * 4 * text.samples * text.tokens * hidden
@@ -136,21 +144,22 @@ def _watching(sizes: Sizes, shapes: "Shapes", each_batch: bool, sampled: int, de
     )
 
 
-def _solving(spec: Learned | None, sizes: Sizes, shapes: "Shapes", rounding: int) -> int:
-    """Return the bytes of solving a layer in fp32: the layer, the states of all samples, and the most of one
-    batch with the statistics of an input, of factorising them and rounding what reads it, and of learning."""
-    text, hidden = sizes.text, sizes.model.config.get_text_config().hidden_size
+def solving_memory(sizes: Sizes, learned: Learned | None) -> int:
+    """Return the bytes of solving a layer beside the layer in fp32, and its weights before they were rounded
+    where learning goes on from them: the states of all samples, and the most of one batch with the statistics
+    of an input, of factorising them and rounding what reads it, and of learning. Experts see all samples at
+    once."""
+    text, hidden, shapes = sizes.text, text_config(sizes.model).hidden_size, Shapes.of(sizes.model)
     state = 4 * text.samples * text.tokens * hidden
-    batch = min(layerwise.BATCH_SAMPLES, text.samples) * text.tokens
-    passing = layerwise.memory_of(batch, hidden, shapes.widest, 0)
+    batch = text.samples if walk(sizes.model).experts else min(layerwise.BATCH_SAMPLES, text.samples)
+    passing = layerwise.memory_of(batch * text.tokens, hidden, shapes.widest, 0)
     largest = max(map(statistics_bytes, {columns for _, columns in sizes.shapes}))
     steps = [passing + largest, factorising_memory(sizes)]
-    if spec is not None:
-        learning = layerwise.memory_of(
-            spec.batch * text.tokens, hidden, shapes.widest, layerwise.LEARNED_STREAMS
-        )
-        steps.append(LEARNING_BYTES * shapes.layer + learning)
-    return 4 * shapes.layer + (1 if spec is None else 2) * state + max(*steps, state + passing)
+    if learned is not None:
+        streams = layerwise.LEARNED_STREAMS
+        at_once = layerwise.memory_of(learned.batch * text.tokens, hidden, shapes.widest, streams)
+        steps.append((LEARNING_BYTES - 4) * shapes.layer + at_once)
+    return (1 if learned is None else 2) * state + max(*steps, state + passing)
 
 
 def statistics_bytes(columns: int) -> int:
@@ -205,7 +214,7 @@ class Shapes(NamedTuple):
 def tuning_memory(spec: Tune, sizes: Sizes, opened: bool = False) -> int:
     """Return the bytes that tuning all layers together holds; of an opened model, a layer at a time. Or what
     it holds while the base model writes samples: the model in bf16 and, as a whole, as it is."""
-    config, layers = sizes.model.config.get_text_config(), len(decoder_layers(sizes.model))
+    config, layers = text_config(sizes.model), len(decoder_layers(sizes.model))
     writing = 0
     if spec.generated:
         read = 6 * Shapes.of(sizes.model).layer if opened else (4 + 2) * sizes.parameters
@@ -231,6 +240,5 @@ OPENED_MEMORY: dict[str, Callable[[Any, Sizes, Shapes, int], int]] = {
     "rotation": _rotating,
     "smoothing": _smoothing,
     "activations": _ranging,
-    "learned": _solving,
     "tune": lambda spec, sizes, *_: tuning_memory(spec, sizes, opened=True),
 }
