@@ -15,6 +15,7 @@ from bitassay.quantization.export.plan import LOADED, OPENED, Plan, plan_export
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.runtime.model import obstacle_to_opening, parameter_count
 
+THREAD_BYTES = 9 * 10**6  # that products in fp32 keep for each thread, so for each forward in step: MKL's
 LOGITS, ROW_COPIES = 2, 6  # copies of a window's, the base model's and a candidate's; of ROWS of them in fp32
 
 
@@ -44,7 +45,8 @@ def memory_of(
     ways[LOADED] = max([ways[LOADED], *(plan.memory_bytes for plan in plans if plan.solves)])
     if not any(map(obstacle_to_opening, recipes)):
         state = state_bytes(base, tokens, count)
-        states = min((protocol.windows or STATES_BYTES) * state, max(STATES_BYTES, state))
+        in_step = min(protocol.windows or STATES_BYTES, max(1, STATES_BYTES // state))
+        states = in_step * (state + (count * THREAD_BYTES if item == 4 else 0))
         # Each candidate keeps the codes of the last layer that it read.
         codes = sum(int(plan.bits_per_weight * shapes[0].layer / 8) for plan in plans)
         copies = [READING_COPIES if _has_codes(model) else 1 for model in models]
