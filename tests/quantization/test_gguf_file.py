@@ -13,13 +13,16 @@ from transformers import AutoTokenizer
 from bitassay.engines.load import load
 from bitassay.errors import BitassayError, MissingError
 from bitassay.models.gguf_model import sources_of
+from bitassay.models.opened import weights_of
 from bitassay.quantization.export import save as export
-from bitassay.quantization.export.gguf_file import write_gguf, written_before
-from bitassay.quantization.export.gguf_like import MINIMUM, recipe_like, types_of
+from bitassay.quantization.export.gguf_file import reload_difference, write_gguf, written_before
+from bitassay.quantization.export.gguf_like import recipe_like, types_of
 from bitassay.quantization.export.gguf_plan import check_llama_cpp, plan_gguf
+from bitassay.quantization.export.gguf_schemes import MINIMUM
 from bitassay.quantization.pipeline import quantize
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.runtime.model import Quantization, with_tensors
+from bitassay.testing.architectures import save_tiny
 from bitassay.testing.tiny import tiny_model
 
 IDS = torch.arange(3, 60)[None]
@@ -216,6 +219,7 @@ def test_the_types_of_another_file(tmp_path):
         "gate_proj": "Q5_1",
         "q_proj": "Q8_0",
         "k_proj": "TQ2_0",
+        "lm_head": "Q4_1",
         "v_proj": "F16",
         "down_proj": "Q2_0",
         "embed_tokens": "Q5_0",
@@ -259,6 +263,9 @@ def test_files_that_cannot_be_followed(tmp_path):
     shape = types["blk.0.attn_q.weight"][1]
     with pytest.raises(BitassayError, match=r"no grid here for IQ2_S \(1 matrices\)"):
         recipe_like(recipe(format="int4"), types | {"blk.0.attn_q.weight": (Kind.IQ2_S, shape)}, base)
+    quantized = types | {"blk.0.attn_q.weight": (Kind.Q4_0, shape)}
+    with pytest.raises(BitassayError, match="embedding or the head is in IQ3_S"):
+        recipe_like(recipe(format="int4"), quantized | {"output.weight": (Kind.IQ3_S, (512, 96))}, base)
     with pytest.raises(BitassayError, match=r"of another model: blk\.0\.attn_k\.bias"):
         like(tmp_path / "plain.gguf", tiny_model("qwen2", num_hidden_layers=1))
     (tmp_path / "rubbish.gguf").write_bytes(b"GGUF" + bytes(100))
@@ -316,12 +323,11 @@ def test_the_file_says_where_it_comes_from(stories, tmp_path):
 @pytest.mark.parametrize(
     ("architecture", "changes", "message"),
     [
-        ("gemma3", {}, "gemma3_text family"),
         ("mixtral", {}, "mixtral family"),
         ("mistral", {"sliding_window": 64}, "sliding windows"),
         (
             "llama",
-            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
             "stretched",
         ),
     ],
@@ -359,3 +365,34 @@ def test_a_truncated_file_is_refused(stories, tmp_path):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(BitassayError, match=r"stories\.gguf: cannot be read as GGUF"):
         load(path)
+
+
+TYPES = {"format": "int4", "granularity": "g32", "symmetric": False, "scale": "mse"}
+STREAMED = {
+    "as it is": None,
+    "rotated": {"weights": TYPES, "rotation": {}},
+    "solved": {
+        "weights": {"format": "int8", "granularity": "g32"},
+        "calibration": {"samples": 2, "tokens": 16},
+        "gptq": {},
+    },
+}
+
+
+@pytest.mark.parametrize("case", STREAMED)
+def test_an_opened_model_gives_the_same_file(tmp_path, case):
+    folder = save_tiny("llama", tmp_path / "model")
+    files = {}
+    for opened in (False, True):
+        model = load(folder, opened=opened)
+        if (parts := STREAMED[case]) is not None:
+            spec = Recipe.model_validate({"name": case, **parts})
+            model = quantize(model, spec, work=tmp_path / f"work-{opened}")
+        files[opened] = tmp_path / f"{opened}.gguf"
+        write_gguf(model, files[opened], embeddings=None if parts is None else "Q8_0")
+        assert weights_of(model) is None or weights_of(model).holds.total() == 0
+        assert reload_difference(model, files[opened], IDS) <= (1e-3 if parts is None else 0.3)
+    assert files[True].read_bytes() == files[False].read_bytes()
+    assert {path.name for path in tmp_path.iterdir() if ".gguf" in path.name} == {"True.gguf", "False.gguf"}
+    other = load(save_tiny("llama", tmp_path / "other", seed=3), opened=True)
+    assert reload_difference(other, files[True], IDS) > 1e-2

@@ -122,7 +122,7 @@ class Session:
                 options.chat,
             )
             level = profile.level if profile else like.level if like else options.level
-            return {"asking": found.choose(level).to_dict(), "rows": found.rows}
+            return {"asking": found.choose(level, target.endpoint.url).to_dict(), "rows": found.rows}
 
         self.probes[index] = kept = self.folder.part(f"probe-{index}", find)
         asking = Asking(**kept["asking"])

@@ -66,6 +66,7 @@ def audit(
     timeout: options.Count = 120,
     key_env: str | None = None,
     calibrate_key_env: str | None = None,
+    ca_file: Path | None = None,
     loading: options.Loading = options.Loading(),
     device: options.Device = "auto",
     output: options.RunOutput = options.RunOutput(),
@@ -117,6 +118,7 @@ def audit(
         timeout: Seconds that an answer may take.
         key_env: The environment variable that has the API key. Keys are never written anywhere.
         calibrate_key_env: The same for --calibrate-from.
+        ca_file: Certificates (PEM) that may sign those of the servers, besides the public authorities.
     """
     named = [each for word in suspects or () for each in word.split(",") if each]
     asked = {"--tokens": tokens if tokens != 128 else None, "--top": top if top != 20 else None}
@@ -124,7 +126,7 @@ def audit(
         given = {"a URL": url, "--model": model, "--calibrate-from": calibrate_from, "--seed": seed}
         given |= {"--evidence": evidence, "--requests": requests, "--budget": budget, "--key-env": key_env}
         given |= {"--watch": watch, "--against": against, "--contract": contract or None} | asked
-        given |= {"--chat": chat or None}
+        given |= {"--chat": chat or None, "--ca-file": ca_file}
         if wrong := [name for name, value in given.items() if value is not None]:
             raise BitassayError(f"--replay asks nothing, so {wrong[0]} says nothing", "leave it out")
         return replayed(replay, reference, recipe, named, profile, alpha, ledger, loading, device, output)
@@ -153,6 +155,7 @@ def audit(
             concurrency,
             timeout,
             key_env,
+            ca_file,
             loading,
             output,
         )
@@ -164,7 +167,18 @@ def audit(
         servers = [(url, model, key_env)]
         servers += [(each, calibrate_model or model, calibrate_key_env) for each in calibrate_from or ()]
         return kept_contract(
-            servers, reference, text, requests, context, alpha, seed, concurrency, timeout, loading, output
+            servers,
+            reference,
+            text,
+            requests,
+            context,
+            alpha,
+            seed,
+            concurrency,
+            timeout,
+            ca_file,
+            loading,
+            output,
         )
     if url is None or model is None or reference is None:
         missing = "a URL" if url is None else "--model" if model is None else "--reference"
@@ -211,9 +225,9 @@ def audit(
         raise BitassayError(
             f"--budget {budget}: one request takes {tokens + PROMPT_TOKENS} tokens", "a larger one"
         )
-    target = Target(Endpoint(url, key_env, seconds=timeout), model)
+    target = Target(Endpoint(url, key_env, ca_file=ca_file, seconds=timeout), model)
     honest = [
-        Target(Endpoint(each, calibrate_key_env, seconds=timeout), calibrate_model or model)
+        Target(Endpoint(each, calibrate_key_env, ca_file=ca_file, seconds=timeout), calibrate_model or model)
         for each in calibrate_from or ()
     ]
     loaded = Loader(reference, recipe, loading, device)

@@ -68,6 +68,7 @@ def changed(
     concurrency: int,
     timeout: int,
     key_env: str | None,
+    ca_file: Path | None,
     loading: options.Loading,
     output: options.RunOutput,
 ) -> int:
@@ -87,7 +88,7 @@ def changed(
         vocabulary, digest = words_of(name, progress, trust_remote_code=loading.trust_remote_code)
         run, folder = change(
             against,
-            Target(Endpoint(url, key_env, seconds=timeout), model),
+            Target(Endpoint(url, key_env, ca_file=ca_file, seconds=timeout), model),
             vocabulary,
             digest,
             repeats=repeats or REPEATS,
@@ -110,6 +111,7 @@ def kept_contract(
     seed: int | None,
     concurrency: int,
     timeout: int,
+    ca_file: Path | None,
     loading: options.Loading,
     output: options.RunOutput,
 ) -> int:
@@ -129,7 +131,9 @@ def kept_contract(
     from bitassay.audit.session import Target
     from bitassay.audit.words import words_of
 
-    target, *honest = [Target(Endpoint(url, key, seconds=timeout), model) for url, model, key in servers]
+    target, *honest = [
+        Target(Endpoint(url, key, ca_file=ca_file, seconds=timeout), model) for url, model, key in servers
+    ]
     with show_progress() as progress:
         vocabulary, _ = words_of(reference, progress, trust_remote_code=loading.trust_remote_code)
         given = Terms()
