@@ -22,6 +22,7 @@ numerics (another batch size, cache, GPU or load). A host that keeps its answers
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def change(
     run = write_run(
         folder,
         model={"name": was.reference.name, "origin": target.endpoint.url, "asked_for": target.model},
-        settings={**work, "recorded_url": was.url, "asked_by": asking.to_dict()},
+        settings={**work, "recorded_url": was.url, "asked_by": asdict(asking)},
         environment=environment(),
         rows=rows,
         decision=_decision(groups, len(rows), repeats, alpha),

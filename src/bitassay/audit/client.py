@@ -114,7 +114,8 @@ class Endpoint:
         status, where = answer.status_code, f"{self.url}{path}"
         if 300 <= status < 400:
             raise AnswerError("redirect", f"{where}: a redirect, which is not followed", "give the final URL")
-        data = self._clean_bytes(self._bounded(answer, where))
+        data = self._bounded(answer, where)
+        data = data.replace(self._key.encode(), b"***") if self._key else data
         said = data.decode("utf-8", "replace")
         if status in AGAIN:
             problem = f"{where}: status {status}: {said:.{SHOWN}}"
@@ -148,9 +149,6 @@ class Endpoint:
 
     def _clean(self, text: str) -> str:
         return text.replace(self._key, "***") if self._key else text
-
-    def _clean_bytes(self, data: bytes) -> bytes:
-        return data.replace(self._key.encode(), b"***") if self._key else data
 
 
 class _Again(Exception):

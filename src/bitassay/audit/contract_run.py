@@ -131,7 +131,7 @@ class _Asker:
             raise BitassayError(
                 f"{self.target.endpoint.url}: names no tokens, so nothing can be counted", "another server"
             )
-        return replace(levels[0], k=min(levels[0].k, 5)).to_dict()
+        return asdict(replace(levels[0], k=min(levels[0].k, 5)))
 
     def _texts(self, number: int, count: int, tokens: int) -> list[Text]:
         return texts(self.tokenizer, self.terms.corpus, (self.terms.seed, number), count, tokens)

@@ -122,7 +122,7 @@ class Session:
                 options.chat,
             )
             level = profile.level if profile else like.level if like else options.level
-            return {"asking": found.choose(level).to_dict(), "rows": found.rows}
+            return {"asking": asdict(found.choose(level)), "rows": found.rows}
 
         self.probes[index] = kept = self.folder.part(f"probe-{index}", find)
         asking = Asking(**kept["asking"])
@@ -165,7 +165,7 @@ class Session:
         if not positions:
             return {"error": "no-evidence"}
         try:
-            return measure(self.reference, asking, answer["prompt_ids"], positions).to_dict()
+            return asdict(measure(self.reference, asking, answer["prompt_ids"], positions))
         except AnswerError as error:
             return {"error": error.code}
 

@@ -151,10 +151,15 @@ def _sync(path: Path) -> None:
         os.fsync(stream.fileno())
 
 
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Write a file, completely or not at all."""
+    with atomic_file(Path(path)) as temporary:
+        temporary.write_bytes(data)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 file, completely or not at all."""
-    with atomic_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -26,8 +26,7 @@ from bitassay.quantization.pipeline import quantize_tensors
 from bitassay.quantization.recipe.recipe import BASE, Recipe
 from bitassay.quantization.runtime.model import Quantization, check_recipe, with_tensors
 from bitassay.record.progress import Progress, silent
-from bitassay.search.objectives import FACTS, QUALITY, SPEED, VERIFICATION
-from bitassay.search.plan import SearchPlan
+from bitassay.search.objectives import FACTS, QUALITY, SPEED, VERIFICATION, SearchPlan
 from bitassay.studies.assay import facts_of
 from bitassay.studies.verdicts import Verification, chosen_prompts, honest_profile, verdict_columns
 from bitassay.verification.profile import Profile

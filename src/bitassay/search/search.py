@@ -39,8 +39,7 @@ from bitassay.record.progress import Progress, silent
 from bitassay.record.result import write_run
 from bitassay.record.run import RunFolder, open_run_folder, run_plan
 from bitassay.search.evaluator import TrialEvaluator, limits
-from bitassay.search.objectives import pareto
-from bitassay.search.plan import SearchPlan
+from bitassay.search.objectives import SearchPlan, pareto
 from bitassay.search.space import Space, find_space
 from bitassay.search.trials import (
     ENDED,

@@ -20,6 +20,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from bitassay.bench.timing import turns
 from bitassay.engines.load import load
 from bitassay.errors import BitassayError, MissingError
 from bitassay.evaluation.divergence import TokenScores, token_scores, window_logits
@@ -179,8 +180,7 @@ class CellRunner:
 def in_turn(variants: Sequence[Variant], block: int, blocks: int) -> list[Variant]:
     """Return the variants in the order of a block. Each block begins with another one, so that workers on
     several blocks do not wait for the same recipe's codes."""
-    first = block * len(variants) // blocks
-    return [*variants[first:], *variants[:first]]
+    return turns(variants, block * len(variants) // blocks)
 
 
 def keep_facts(folder: RunFolder, variant: Variant, model: PreTrainedModel) -> None:

@@ -40,7 +40,7 @@ from bitassay.quantization.runtime.model import check_recipe
 from bitassay.record.environment import environment
 from bitassay.record.files import check_folder
 from bitassay.record.hashing import digest_json
-from bitassay.record.progress import Progress, silent
+from bitassay.record.progress import Progress, prefixed, silent
 from bitassay.record.result import write_run
 from bitassay.record.run import RunFolder, open_run_folder, run_plan
 
@@ -140,7 +140,7 @@ def generation(
     makers |= {r.name: lambda r=r: quantize_cached(base, r, progress=progress) for r in plan.recipes}
     makers |= {name: lambda name=name: _checked(candidate(name), base, name) for name in plan.candidates}
     written = {
-        name: _written(folder, f"{number:02d}", make, prompts, plan, _named(name, progress))
+        name: _written(folder, f"{number:02d}", make, prompts, plan, prefixed(name, progress))
         for number, (name, make) in enumerate(makers.items())
     }
     rows = [
@@ -169,13 +169,6 @@ def generation(
         rows=rows,
     )
     return run, folder.path
-
-
-def _named(name: str, progress: Progress) -> Progress:
-    def say(what: str, done: int = 0, total: int = 0) -> None:
-        progress(f"{name}: {what}", done, total)
-
-    return say
 
 
 def _prompts(base: PreTrainedModel, plan: GenerationPlan) -> tuple[list[str], list[tuple[int, ...]]]:

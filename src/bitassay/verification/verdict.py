@@ -124,7 +124,7 @@ class Verdict:
             "refusal": self.refusal,
             "unlike": self.unlike,
             "alpha": self.alpha,
-            "score": self.score.to_dict() if self.score else None,
+            "score": asdict(self.score) if self.score else None,
             "ranked": self.ranked,
             "profile": self.profile,
             "n_calibration": self.n_calibration,

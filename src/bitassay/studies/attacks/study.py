@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from bitassay.engines.decode import TokenIds
 from bitassay.engines.load import load
 from bitassay.engines.sampling import GREEDY, Sampler
-from bitassay.errors import BitassayError, MissingError, at_least, suggestion
+from bitassay.errors import BitassayError, MissingError, at_least, find
 from bitassay.models.config import text_config
 from bitassay.models.identity import identity
 from bitassay.models.options import AUTO
@@ -318,12 +318,10 @@ def attack(
 
 def check_plan(plan: AttackPlan) -> None:
     """Raise BitassayError for what the plan cannot mean."""
-    for names, known, kind in ((plan.attacks, ATTACKS, "attack"), (plan.variants, VARIANTS, "numerics")):
-        for name in names:
-            if name not in known:
-                raise BitassayError(
-                    f"no {kind} is called {name!r}; {suggestion(name, known)}", f"any of {', '.join(known)}"
-                )
+    for name in plan.attacks:
+        find(ATTACKS, name, "attack", f"any of {', '.join(ATTACKS)}")
+    for name in plan.variants:
+        find(VARIANTS, name, "numerics", f"any of {', '.join(VARIANTS)}")
     at_least(1, batch=plan.batch)
     at_least(0, seed=plan.seed)
     if not 0 < plan.alpha < 1:
