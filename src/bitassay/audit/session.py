@@ -22,12 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from bitassay.audit.asking import Asking, Text, body_of, prompt_of, texts
 from bitassay.audit.client import AnswerError, Endpoint
 from bitassay.audit.distance import Level
-from bitassay.audit.judge import (
-    AuditProfile,
-    Reference,
-    answer_p_value,
-    measure,
-)
+from bitassay.audit.judge import AuditProfile, Reference, answer_p_value, measure
 from bitassay.audit.probe import FATAL, probe
 from bitassay.audit.wire import Answered, Position, Vocabulary, read_answer
 from bitassay.engines.decode import vocabulary_size
@@ -222,11 +217,7 @@ def ask_all(
 
 
 def keep_all(
-    folder: RunFolder,
-    work: Mapping[str, Callable[[], Any]],
-    concurrency: int,
-    what: str,
-    progress: Progress,
+    folder: RunFolder, work: Mapping[str, Callable[[], Any]], concurrency: int, what: str, progress: Progress
 ) -> None:
     """Keep what each of `work` gives as the part of its name, several at a time; what is kept is not done
     again. The first error ends what has not begun, and is raised. what: progress says."""

@@ -48,10 +48,7 @@ def model_timer(timed: TimedModel, progress: Progress = silent) -> ModelTimer:
     if timed.engine != TRANSFORMERS:
         return EngineTimer(
             load(
-                timed.model,
-                engine=timed.engine,
-                trust_remote_code=timed.trust_remote_code,
-                progress=progress,
+                timed.model, engine=timed.engine, trust_remote_code=timed.trust_remote_code, progress=progress
             )
         )
     source = resolve(timed.model, progress)

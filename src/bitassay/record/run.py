@@ -64,8 +64,7 @@ class RunFolder:
             if changed == ["versions"]:
                 began = old.get("versions") or {}
                 raise BitassayError(
-                    f"{self.path}: holds a run that began with {differing(began, plan['versions'])}",
-                    AGAIN,
+                    f"{self.path}: holds a run that began with {differing(began, plan['versions'])}", AGAIN
                 )
             if changed:
                 raise BitassayError(

@@ -210,11 +210,7 @@ def _tried(content: Any, folder: Path, evaluator: TrialEvaluator) -> Outcome:
 
 
 def _measured(
-    recipe: Recipe,
-    work: Path,
-    evaluator: TrialEvaluator,
-    better: Sequence[Sequence[float]],
-    earlier: int,
+    recipe: Recipe, work: Path, evaluator: TrialEvaluator, better: Sequence[Sequence[float]], earlier: int
 ) -> Outcome:
     """Measure a recipe. better, earlier: of `is_hopeless`."""
     plan = evaluator.plan

@@ -56,12 +56,7 @@ from bitassay.record.progress import Progress, silent
 from bitassay.record.result import write_run
 from bitassay.record.run import RunFolder, open_run_folder, run_plan
 from bitassay.studies.memory import chosen_way
-from bitassay.studies.verdicts import (
-    Verification,
-    chosen_prompts,
-    honest_profile,
-    verdict_columns,
-)
+from bitassay.studies.verdicts import Verification, chosen_prompts, honest_profile, verdict_columns
 from bitassay.verification.profile import Profile
 
 DEFAULT_PROTOCOL = Protocol(windows=16)

@@ -148,13 +148,7 @@ def experiment_figure(rows: Sequence[Row]) -> Figure:
 
 
 # A statistic of cells, and the threshold that limits it.
-LIMITS = {
-    "Pe": "Pe",
-    "Pm": "Pm",
-    "Pw": "Pw",
-    "mean_error": "mean_epsilon",
-    "accept_rate": "accept_rate_min",
-}
+LIMITS = {"Pe": "Pe", "Pm": "Pm", "Pw": "Pw", "mean_error": "mean_epsilon", "accept_rate": "accept_rate_min"}
 
 
 @mpl.rc_context(STYLE)

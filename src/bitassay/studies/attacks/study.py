@@ -295,11 +295,7 @@ def attack(
             row
             for name in plan.attacks
             for row in attack_rows(
-                name,
-                pools[ATTACKS[name].sampled],
-                attacked[name],
-                plan.tokens,
-                cost[ATTACKS[name].sampled],
+                name, pools[ATTACKS[name].sampled], attacked[name], plan.tokens, cost[ATTACKS[name].sampled]
             )
         ],
         timed=TIMED,

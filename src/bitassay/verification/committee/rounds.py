@@ -80,11 +80,7 @@ class Assignment(StrictFields):
 
 
 def assign(
-    items: Sequence[str],
-    canaries: Mapping[str, Mapping[str, Expected]],
-    *,
-    each: int,
-    seed: bytes,
+    items: Sequence[str], canaries: Mapping[str, Mapping[str, Expected]], *, each: int, seed: bytes
 ) -> list[Assignment]:
     """Give each item to `each` of the verifiers that `canaries` names, together with these, shuffled.
 
@@ -168,10 +164,7 @@ def judge(
 
 
 def committee_status(
-    item: str,
-    revealed: Mapping[str, Report],
-    judged: Mapping[str, tuple[Reason, ...]],
-    quorum: int = 2,
+    item: str, revealed: Mapping[str, Report], judged: Mapping[str, tuple[Reason, ...]], quorum: int = 2
 ) -> Status:
     """Return what more than half of the sound verifiers that had `item` say; INCONCLUSIVE where there is no
     such majority, or there are fewer than `quorum` of them."""

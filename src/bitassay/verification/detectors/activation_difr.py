@@ -61,9 +61,7 @@ def project(
 
 
 def projection_distances(
-    claimed: Float[Tensor, "positions k"],
-    states: Float[Tensor, "positions_ hidden"],
-    seed: int,
+    claimed: Float[Tensor, "positions k"], states: Float[Tensor, "positions_ hidden"], seed: int
 ) -> Float64[Tensor, " positions"]:
     """Return ||P x - P y|| / ||y|| of each position, from the claimed projections of x and the verifier's own
     states y, at most CEILING.

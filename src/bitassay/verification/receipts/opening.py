@@ -42,13 +42,7 @@ from bitassay.verification.receipts.merkle import (
     root_from_proof,
 )
 from bitassay.verification.receipts.receipt import Receipt, commitment_of, trace_leaves
-from bitassay.verification.trace import (
-    HIDDEN,
-    Expecting,
-    Trace,
-    check_consistent,
-    tensor_name,
-)
+from bitassay.verification.trace import HIDDEN, Expecting, Trace, check_consistent, tensor_name
 
 PROOF = "proof"
 
