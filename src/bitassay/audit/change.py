@@ -31,9 +31,10 @@ from jaxtyping import Float64
 from scipy.stats import rankdata
 
 from bitassay.audit.asking import Asking, Text
+from bitassay.audit.client import Target
 from bitassay.audit.distance import CAP
 from bitassay.audit.replay import Files, read_recorded
-from bitassay.audit.session import Target, ask_all, positions_of
+from bitassay.audit.session import ask_all, positions_of
 from bitassay.audit.wire import Position, Vocabulary
 from bitassay.errors import BitassayError
 from bitassay.record.environment import environment

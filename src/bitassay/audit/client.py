@@ -11,6 +11,7 @@ import random
 import ssl
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import httpx2
@@ -149,6 +150,14 @@ class Endpoint:
 
     def _clean(self, text: str) -> str:
         return text.replace(self._key, "***") if self._key else text
+
+
+@dataclass(frozen=True)
+class Target:
+    """A server: where it is, and the model's name there."""
+
+    endpoint: Endpoint
+    model: str
 
 
 class _Again(Exception):

@@ -14,11 +14,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from bitassay.audit.asking import Asking, Text, prompt_of
-from bitassay.audit.client import AnswerError, Endpoint, checked_url
+from bitassay.audit.client import AnswerError, Endpoint, Target, checked_url
 from bitassay.audit.distance import Level
 from bitassay.audit.judge import AuditProfile, Reference, read_audit_profile
 from bitassay.audit.run import check_first, conclude
-from bitassay.audit.session import Options, Session, Target, checked_receipt
+from bitassay.audit.session import Options, Session, checked_receipt
 from bitassay.audit.suspects import NOBODY, Suspect
 from bitassay.audit.wire import MOST_TOKENS, Answered, Id, Part, Position, Vocabulary
 from bitassay.engines.decode import vocabulary_size

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bitassay.audit.asking import Asking
+from bitassay.audit.client import Target
 from bitassay.audit.judge import (
     AuditProfile,
     Reference,
@@ -20,7 +21,7 @@ from bitassay.audit.judge import (
     write_audit_profile,
 )
 from bitassay.audit.probe import WORDS
-from bitassay.audit.session import PROMPT_TOKENS, Options, Session, Target
+from bitassay.audit.session import PROMPT_TOKENS, Options, Session
 from bitassay.audit.suspects import NOBODY, Suspect, check_suspects, compare
 from bitassay.data.corpora import pinned
 from bitassay.errors import BitassayError

@@ -20,7 +20,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from bitassay.audit.asking import Asking, Text, body_of, prompt_of, texts
-from bitassay.audit.client import AnswerError, Endpoint
+from bitassay.audit.client import AnswerError, Target
 from bitassay.audit.distance import Level
 from bitassay.audit.judge import AuditProfile, Reference, answer_p_value, measure
 from bitassay.audit.probe import FATAL, probe
@@ -38,14 +38,6 @@ PROBE_TOKENS = 12
 PROMPT_TOKENS = 32
 BEHIND = 8  # tokens of a prompt with which the text behind it is split
 NOT_THEIR_FAULT = FATAL | {"status-500"}
-
-
-@dataclass(frozen=True)
-class Target:
-    """A server: where it is, and the model's name there."""
-
-    endpoint: Endpoint
-    model: str
 
 
 @dataclass(frozen=True)
@@ -105,17 +97,8 @@ class Session:
         def find() -> dict[str, Any]:
             self.progress(f"asking {target.endpoint.url} which evidence it gives")
             (text,) = self.texts("probe", 1, PROBE_TOKENS)
-            found = probe(
-                target.endpoint,
-                target.model,
-                self.tokenizer,
-                self.vocabulary,
-                text,
-                options.tokens,
-                PROMPT_TOKENS,
-                options.k,
-                options.chat,
-            )
+            sizes = options.tokens, PROMPT_TOKENS, options.k
+            found = probe(target, self.vocabulary, text, *sizes, options.chat)
             level = profile.level if profile else like.level if like else options.level
             return {"asking": asdict(found.choose(level)), "rows": found.rows}
 

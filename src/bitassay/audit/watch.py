@@ -18,10 +18,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from bitassay.audit.client import AGAIN, AnswerError
+from bitassay.audit.client import AGAIN, AnswerError, Target
 from bitassay.audit.judge import AuditProfile, Reference, read_audit_profile
 from bitassay.audit.run import audit, planned
-from bitassay.audit.session import Options, Target
+from bitassay.audit.session import Options
 from bitassay.audit.suspects import NOBODY, Suspect
 from bitassay.errors import BitassayError
 from bitassay.models.identity import identity

@@ -12,7 +12,7 @@ import math
 import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,13 @@ from bitassay.bench.roofline import Cost
 from bitassay.bench.timing import INTERVAL, ratio_of, spread, turns
 from bitassay.bench.worker import ProcessTimer, TimedModel
 from bitassay.bench.workload import Workload
+from bitassay.engines.arithmetic import Arithmetic
 from bitassay.engines.engine import ENGINES, TRANSFORMERS
 from bitassay.engines.hosted import check_engine
 from bitassay.errors import BitassayError, at_least
 from bitassay.models.config import layer_count
 from bitassay.models.identity import Identity
-from bitassay.models.options import AUTO, as_device, as_dtype
+from bitassay.models.options import as_device, as_dtype
 from bitassay.models.source import engine_and_model, resolve
 from bitassay.quantization.export.fits import check_fit
 from bitassay.quantization.recipe.recipe import BASE, Recipe, find_recipe, row_names
@@ -41,7 +42,7 @@ CONTEXTS = (512, 1024, 2048, 4096, 8192)
 
 
 @dataclass(frozen=True)
-class BenchPlan:
+class BenchPlan(Arithmetic):
     """What is timed: prompts of `prompt_tokens` in each of `batches`, and one prompt of each length of
     `contexts`; `repeats` rounds of all. engine: runs the model and those candidates that do not name another
     one, as ENGINE:MODEL."""
@@ -54,10 +55,8 @@ class BenchPlan:
     prompt_tokens: int = 128
     new_tokens: int = 16
     repeats: int = 5
-    dtype: str = "bfloat16"
-    device: str = "cpu"
+    dtype: str = field(default="bfloat16", kw_only=True)
     threads: int | None = None
-    attention: str = AUTO
     engine: str = TRANSFORMERS
 
     def __post_init__(self) -> None:

@@ -14,8 +14,8 @@ from bitassay.errors import BitassayError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from bitassay.audit.client import Target
     from bitassay.audit.judge import Reference
-    from bitassay.audit.session import Target
     from bitassay.audit.suspects import Suspect
     from bitassay.record.progress import Progress
 
@@ -80,8 +80,7 @@ class Connection:
 
     def target(self, url: str, model: str) -> "Target":
         """Return the server at `url`."""
-        from bitassay.audit.client import Endpoint
-        from bitassay.audit.session import Target
+        from bitassay.audit.client import Endpoint, Target
 
         return Target(Endpoint(url, self.key_env, seconds=self.timeout), model)
 

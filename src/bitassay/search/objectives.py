@@ -18,8 +18,9 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from bitassay.data.corpora import check_corpus
+from bitassay.engines.arithmetic import Arithmetic
 from bitassay.errors import BitassayError, at_least, find
-from bitassay.models.options import AUTO, as_dtype
+from bitassay.models.options import as_dtype
 from bitassay.quantization.recipe.recipe import Recipe, find_recipe, shipped_recipes
 from bitassay.search.space import Space
 
@@ -116,7 +117,7 @@ def is_hopeless(
 
 
 @dataclass(frozen=True)
-class SearchPlan:
+class SearchPlan(Arithmetic):
     """What is searched: `space` over `model`, for the least of each of `objectives`, where no column of
     `at_most` is larger. windows: how many of `window` tokens choose (as many are held out); short: how many
     of them come first. seed: of the sampler."""
@@ -130,9 +131,6 @@ class SearchPlan:
     window: int = 512
     windows: int = 8
     short: int = 2
-    dtype: str = "float32"
-    device: str = "cpu"
-    attention: str = AUTO
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -25,14 +25,14 @@ from transformers import PreTrainedModel
 from bitassay.bench.timing import DECODE_TOKENS, throughput
 from bitassay.data.corpora import check_corpus
 from bitassay.data.windows import Protocol
-from bitassay.engines.load import load
+from bitassay.engines.arithmetic import Arithmetic
 from bitassay.errors import BitassayError, at_least
 from bitassay.evaluation.controls import pair
 from bitassay.evaluation.divergence import TokenScores
 from bitassay.evaluation.quality import INTERVAL, INTERVALS, score_windows, summarise
 from bitassay.models.empty import without_weights
 from bitassay.models.identity import identity
-from bitassay.models.options import AUTO, as_dtype
+from bitassay.models.options import as_dtype
 from bitassay.models.positions import context_length, model_windows
 from bitassay.models.source import resolve
 from bitassay.models.walk import decoder_layers
@@ -64,15 +64,12 @@ DEFAULT_VERIFICATION = Verification()
 
 
 @dataclass(frozen=True)
-class AssayPlan:
+class AssayPlan(Arithmetic):
     """What an assay does. `verification` None leaves the verdicts out, `bench_repeats` 0 the timings."""
 
     model: str
     recipes: tuple[Recipe, ...]
     protocol: Protocol = DEFAULT_PROTOCOL
-    dtype: str = "float32"
-    device: str = "cpu"
-    attention: str = AUTO
     seed: int = 0
     bench_repeats: int = 3
     bench_tokens: int = 256
@@ -133,18 +130,8 @@ def assay(
     way, peak = chosen_way(empty, plan.recipes, plan.protocol, memory, *steps)
     progress(f"the models are read {way}, in about {peak / 1e9:.1f} GB of memory")
 
-    def loaded(dtype: str, opened: bool = False) -> PreTrainedModel:
-        return load(
-            model,
-            dtype=dtype,
-            opened=opened,
-            device=plan.device,
-            attention=plan.attention,
-            progress=progress,
-            trust_remote_code=trust_remote_code,
-        )
-
-    base = loaded(plan.dtype, opened=way == OPENED)
+    loading: dict[str, Any] = {"progress": progress, "trust_remote_code": trust_remote_code}
+    base = plan.loaded(model, opened=way == OPENED, **loading)
     windows, corpus_source = model_windows(base, plan.protocol)
     if plan.verification:  # that there are so many short prompts depends on the tokenizer
         chosen_prompts(base, plan.verification.prompts + plan.verification.calibration_prompts, plan.seed)
@@ -172,7 +159,7 @@ def assay(
 
     speed, verification, verdicts = {}, None, {}
     if plan.bench_repeats or plan.verification:
-        base = loaded("bfloat16")
+        base = plan.loaded(model, dtype="bfloat16", **loading)
         if plan.bench_repeats:
             room = (context_length(base) or sys.maxsize) - DECODE_TOKENS
             prompt = windows[0, : max(1, min(plan.bench_tokens, room))]

@@ -12,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from bitassay.data.corpora import bundled_prompts, prompts_from
+from bitassay.engines.arithmetic import Arithmetic
 from bitassay.engines.decode import vocabulary_size
 from bitassay.engines.engine import TRANSFORMERS
 from bitassay.engines.hosted import check_engine
@@ -30,7 +31,7 @@ from bitassay.evaluation.generation import (
     prefix_lengths,
 )
 from bitassay.models.identity import Identity, identity
-from bitassay.models.options import AUTO, as_dtype
+from bitassay.models.options import as_dtype
 from bitassay.models.positions import context_length
 from bitassay.models.source import resolve
 from bitassay.quantization.export.fits import check_fit
@@ -46,7 +47,7 @@ from bitassay.record.run import RunFolder, open_run_folder, run_plan
 
 
 @dataclass(frozen=True)
-class GenerationPlan:
+class GenerationPlan(Arithmetic):
     """What is written. recipes: of the base model; candidates: other models with its vocabulary, which
     `engine` runs. prompts: how many of the bundled ones, evenly spaced, or of `prompts_file`."""
 
@@ -58,9 +59,6 @@ class GenerationPlan:
     prompts_file: Path | None = None
     max_new_tokens: int = 64
     batch: int = BATCH
-    dtype: str = "float32"
-    device: str = "cpu"
-    attention: str = AUTO
 
     def __post_init__(self) -> None:
         if len(row_names(self.recipes, self.candidates)) == 1:
@@ -105,22 +103,14 @@ def generation(
     tokens = plan.max_new_tokens + 1
     check_fit(model, plan.recipes, tokens=tokens, trust_remote_code=trust_remote_code, progress=progress)
 
-    def loaded(name: str) -> PreTrainedModel:
-        return load(
-            name,
-            dtype=plan.dtype,
-            device=plan.device,
-            attention=plan.attention,
-            progress=progress,
-            trust_remote_code=trust_remote_code,
-        )
+    loading: dict[str, Any] = {"progress": progress, "trust_remote_code": trust_remote_code}
 
     def candidate(name: str) -> PreTrainedModel:
         if plan.engine == TRANSFORMERS:
-            return loaded(name)
-        return load(name, engine=plan.engine, progress=progress, trust_remote_code=trust_remote_code)
+            return plan.loaded(name, **loading)
+        return load(name, engine=plan.engine, **loading)
 
-    base = loaded(model)
+    base = plan.loaded(model, **loading)
     for recipe in plan.recipes:
         check_recipe(base, recipe)
     texts, prompts = _prompts(base, plan)

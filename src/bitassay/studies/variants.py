@@ -11,10 +11,11 @@ from typing import Any, Literal
 from pydantic import TypeAdapter
 
 from bitassay.data.windows import Protocol
+from bitassay.engines.arithmetic import Arithmetic
 from bitassay.errors import BitassayError
 from bitassay.evaluation.divergence import TokenScores
 from bitassay.evaluation.tasks.mmlu import DIRECT, mmlu_subjects
-from bitassay.models.options import AUTO, as_dtype
+from bitassay.models.options import as_dtype
 from bitassay.quantization.recipe.recipe import BASE, Recipe
 from bitassay.quantization.recipe.replication import Chosen
 from bitassay.record.run import run_plan
@@ -51,7 +52,7 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class VariantPlan:
+class VariantPlan(Arithmetic):
     """What is asked of a study. protocol: None where no text is read; it says how many windows. questions: of
     MMLU in all, spread over its subjects. drafts: lengths of the drafts of self-speculative decoding. speed:
     whether models are timed. block: windows that the base model reads before the variants do. Raises
@@ -65,11 +66,9 @@ class VariantPlan:
     drafts: tuple[int, ...] = ()
     speed: bool = False
     block: int = 4
-    dtype: str = "bfloat16"
-    device: str = "cpu"
+    dtype: str = field(default="bfloat16", kw_only=True)
     seed: int = 0
     trust_remote_code: bool = False
-    attention: str = AUTO
 
     def __post_init__(self) -> None:
         as_dtype(self.dtype)

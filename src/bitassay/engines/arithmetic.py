@@ -1,0 +1,25 @@
+"""In which arithmetic a model runs, and where: what the plans of runs have in common."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from bitassay.engines.load import load
+from bitassay.models.options import AUTO
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arithmetic:
+    """dtype, device and attention are those of `load`."""
+
+    dtype: str = "float32"
+    device: str = "cpu"
+    attention: str = AUTO
+
+    def loaded(self, model: str | Path, **options: Any) -> PreTrainedModel:
+        """Return `model` in this arithmetic. options: further keywords of `load`, or other values of these
+        three. Raises as `load` does."""
+        arithmetic = {"dtype": self.dtype, "device": self.device, "attention": self.attention}
+        return load(model, **arithmetic | options)
