@@ -21,5 +21,5 @@ class Arithmetic:
     def loaded(self, model: str | Path, **options: Any) -> PreTrainedModel:
         """Return `model` in this arithmetic. options: further keywords of `load`, or other values of these
         three. Raises as `load` does."""
-        arithmetic = {"dtype": self.dtype, "device": self.device, "attention": self.attention}
+        arithmetic: dict[str, Any] = {"dtype": self.dtype, "device": self.device, "attention": self.attention}
         return load(model, **arithmetic | options)
