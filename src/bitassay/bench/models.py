@@ -100,10 +100,6 @@ class BenchPlan(Arithmetic):
             ENGINES[engine]
         return engine or self.engine, model
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the plan as a JSON value."""
-        return asdict(self) | {"recipes": [recipe.model_dump(mode="json") for recipe in self.recipes]}
-
 
 def bench(
     model: str,

@@ -1,9 +1,11 @@
 """In which arithmetic a model runs, and where: what the plans of runs have in common."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+from pydantic import TypeAdapter
 from transformers import PreTrainedModel
 
 from bitassay.engines.load import load
@@ -23,3 +25,12 @@ class Arithmetic:
         three. Raises as `load` does."""
         arithmetic: dict[str, Any] = {"dtype": self.dtype, "device": self.device, "attention": self.attention}
         return load(model, **arithmetic | options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as JSON values."""
+        return TypeAdapter(type(self)).dump_python(self, mode="json")
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> Self:
+        """Return the plan that gave `to_dict`, from a dictionary with it."""
+        return TypeAdapter(cls).validate_python({field.name: content[field.name] for field in fields(cls)})

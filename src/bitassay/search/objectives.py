@@ -15,8 +15,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pydantic import TypeAdapter
-
 from bitassay.data.corpora import check_corpus
 from bitassay.engines.arithmetic import Arithmetic
 from bitassay.errors import BitassayError, at_least, find
@@ -162,15 +160,3 @@ class SearchPlan(Arithmetic):
             if row.get(name, most) > most:
                 return f"{name} is {row[name]:.6g}"
         return None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the plan as JSON values."""
-        return _PLAN.dump_python(self, mode="json")
-
-    @classmethod
-    def of(cls, content: Mapping[str, Any]) -> "SearchPlan":
-        """Return the plan that gave `to_dict`, from a dictionary with it."""
-        return _PLAN.validate_python({name: content[name] for name in cls.__dataclass_fields__})
-
-
-_PLAN = TypeAdapter(SearchPlan)

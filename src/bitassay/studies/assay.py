@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from bitassay.bench.timing import DECODE_TOKENS, throughput
 from bitassay.data.corpora import check_corpus
-from bitassay.data.windows import Protocol
+from bitassay.data.windows import NamedProtocol, Protocol
 from bitassay.engines.arithmetic import Arithmetic
 from bitassay.errors import BitassayError, at_least
 from bitassay.evaluation.controls import pair
@@ -69,7 +69,7 @@ class AssayPlan(Arithmetic):
 
     model: str
     recipes: tuple[Recipe, ...]
-    protocol: Protocol = DEFAULT_PROTOCOL
+    protocol: NamedProtocol = DEFAULT_PROTOCOL
     seed: int = 0
     bench_repeats: int = 3
     bench_tokens: int = 256
@@ -88,13 +88,6 @@ class AssayPlan(Arithmetic):
         """Return the plan with controls, for a model of so many layers, and which these are."""
         recipes, places = with_controls(self.recipes, layers)
         return replace(self, recipes=recipes), places
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            **asdict(self),
-            "protocol": self.protocol.id,
-            "recipes": [recipe.model_dump(mode="json") for recipe in self.recipes],
-        }
 
 
 def assay(

@@ -4,13 +4,10 @@ What is asked of it is a plan, which is all that a process on any computer needs
 The first variant is the base model itself, which the others are compared with.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pydantic import TypeAdapter
-
-from bitassay.data.windows import Protocol
+from bitassay.data.windows import NamedProtocol
 from bitassay.engines.arithmetic import Arithmetic
 from bitassay.errors import BitassayError
 from bitassay.evaluation.divergence import TokenScores
@@ -61,7 +58,7 @@ class VariantPlan(Arithmetic):
     study: str
     model: str
     variants: tuple[Variant, ...]
-    protocol: Protocol | None
+    protocol: NamedProtocol | None
     questions: int = 0
     drafts: tuple[int, ...] = ()
     speed: bool = False
@@ -100,16 +97,6 @@ class VariantPlan(Arithmetic):
         }
         return {name: count for name, count in counts.items() if count}
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the plan as JSON values."""
-        return _PLAN.dump_python(self, mode="json") | {"protocol": self.protocol and self.protocol.id}
-
-    @classmethod
-    def of(cls, content: Mapping[str, Any]) -> "VariantPlan":
-        """Return the plan that gave `to_dict`."""
-        protocol = None if content["protocol"] is None else Protocol.parse(content["protocol"])
-        return _PLAN.validate_python({**content, "protocol": protocol})
-
     @property
     def settings(self) -> dict[str, Any]:
         """What was asked for, without the variants."""
@@ -144,9 +131,6 @@ class VariantPlan(Arithmetic):
                 "point BITASSAY_DATA at a folder that has mmlu/mmlu_test.jsonl, or --limit 285",
             )
         return {"source": data.source, "digest": data.digest, "whole": data.is_complete}
-
-
-_PLAN = TypeAdapter(VariantPlan)
 
 
 @dataclass
