@@ -27,7 +27,7 @@ from bitassay.models.identity import identity, tokenizer
 from bitassay.record.files import explained, read_json
 from bitassay.record.hashing import digest_json
 from bitassay.record.progress import Progress, silent
-from bitassay.record.run import RunFolder, default_folder, run_plan
+from bitassay.record.run import RunFolder, open_run_folder, run_plan
 from bitassay.verification.container import first_defect
 from bitassay.verification.trace import ModelClaim
 
@@ -165,7 +165,7 @@ def replay(
         "seed": was.seed,
     }
     plan = run_plan("audit", work)
-    folder = RunFolder(out or default_folder("audit-replay", plan), plan)
+    folder = open_run_folder("audit-replay", plan, out)
     for name, value in parts.items():
         folder.part(name, lambda value=value: value)
     target = Target(NeverAsked(was.url), was.model)

@@ -115,8 +115,7 @@ def bench(
     run (the content of run.json) and its folder. controls: add those of recipes with copies, and `pairs` of
     each with them. Raises BitassayError for bad input."""
     plan = BenchPlan(model, tuple(find_recipe(recipe) for recipe in recipes), **options)
-    if out is not None:
-        check_folder(out)
+    check_folder(out)
     for name in plan.candidates:
         check_fit(plan.placed(name)[1], trust_remote_code=trust_remote_code, progress=progress)
     check_fit(model, plan.recipes, trust_remote_code=trust_remote_code, progress=progress)
@@ -128,8 +127,7 @@ def bench(
         plan = replace(plan, recipes=with_their_controls)
     digests = {name: Identity(source).weights_digest for name, source in sources.items()}
     work = {**plan.to_dict(), "weights_digests": digests}
-    folder = open_run_folder(f"bench-{sources[model].name}", run_plan("bench", work), out)
-    progress(f"run {folder.run_id} in {folder.path}")
+    folder = open_run_folder(f"bench-{sources[model].name}", run_plan("bench", work), out, progress)
     common = {
         "dtype": plan.dtype,
         "device": plan.device,

@@ -167,8 +167,10 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def check_folder(path: Path) -> None:
-    """Raise BitassayError for a folder that could not be made or written into."""
+def check_folder(path: Path | None) -> None:
+    """Raise BitassayError for a folder that could not be made or written into; for None nothing."""
+    if path is None:
+        return
     if path.exists() and not path.is_dir():
         raise BitassayError(f"{path}: a file is where a folder should be", "choose another path")
     _check_writable(path, path)

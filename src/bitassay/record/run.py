@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from bitassay.errors import BitassayError
 from bitassay.record.files import atomic_file, explained, read_json, write_json
 from bitassay.record.hashing import canonical_json, digest_json
+from bitassay.record.progress import Progress, silent
 from bitassay.record.versions import versions
 
 if TYPE_CHECKING:
@@ -43,9 +44,13 @@ def run_plan(
     return {"kind": kind, "schema": SCHEMA, **work, "versions": versions(*packages)}
 
 
-def open_run_folder(name: str, plan: dict[str, Any], out: Path | None = None) -> "RunFolder":
+def open_run_folder(
+    name: str, plan: dict[str, Any], out: Path | None = None, progress: Progress = silent
+) -> "RunFolder":
     """Open the folder of a plan at `out`, by default runs/NAME-DIGEST. Raises BitassayError as RunFolder."""
-    return RunFolder(out or default_folder(name, plan), plan)
+    folder = RunFolder(out or default_folder(name, plan), plan)
+    progress(f"run {folder.run_id} in {folder.path}")
+    return folder
 
 
 class RunFolder:

@@ -110,8 +110,7 @@ def assay(
     plan = AssayPlan(model, tuple(find_recipe(recipe) for recipe in recipes), **options)
     tokens = plan.verification.new_tokens if plan.verification else 0
     check_fit(model, plan.recipes, tokens=tokens, trust_remote_code=trust_remote_code, progress=progress)
-    if out is not None:
-        check_folder(out)
+    check_folder(out)
 
     empty = without_weights(
         resolve(model, progress), dtype=as_dtype(plan.dtype), trust_remote_code=trust_remote_code
@@ -136,8 +135,7 @@ def assay(
         "config_digest": model_identity.config_digest,
         "corpus_source": corpus_source,
     }
-    folder = open_run_folder(f"assay-{model_identity.name}", run_plan("assay", work), out)
-    progress(f"run {folder.run_id} in {folder.path}")
+    folder = open_run_folder(f"assay-{model_identity.name}", run_plan("assay", work), out, progress)
 
     stopwatch = _Stopwatch()
     quantizations = {recipe.name: quantize_tensors_cached(base, recipe, progress) for recipe in plan.recipes}

@@ -96,8 +96,7 @@ def generation(
         raise BitassayError(
             f"{plan.prompts} prompts were asked for, there are {there}", f"--prompts {there} or fewer"
         )
-    if out is not None:
-        check_folder(out)
+    check_folder(out)
     for name in plan.candidates:
         check_fit(name, trust_remote_code=trust_remote_code, progress=progress)
     tokens = plan.max_new_tokens + 1
@@ -123,8 +122,7 @@ def generation(
         "candidates_digests": [Identity(resolve(name)).weights_digest for name in plan.candidates],
         "prompts_digest": digest_json(texts),
     }
-    folder = open_run_folder(f"generation-{model_identity.name}", run_plan("generation", work), out)
-    progress(f"run {folder.run_id} in {folder.path}")
+    folder = open_run_folder(f"generation-{model_identity.name}", run_plan("generation", work), out, progress)
 
     makers: dict[str, Callable[[], PreTrainedModel]] = {BASE: lambda: base}
     makers |= {r.name: lambda r=r: quantize_cached(base, r, progress=progress) for r in plan.recipes}

@@ -220,8 +220,7 @@ def attack(
     MissingError where the verifier's own numerics cannot be computed.
     """
     check_plan(plan)
-    if out is not None:
-        check_folder(out)
+    check_folder(out)
     check_fit(model, tokens=plan.tokens, trust_remote_code=trust_remote_code, progress=progress)
     plan, other, left_out = runnable(plan, probe)
     for omission in left_out:
