@@ -27,7 +27,7 @@ from bitassay.models.identity import identity, tokenizer
 from bitassay.record.files import explained, read_json
 from bitassay.record.hashing import digest_json
 from bitassay.record.progress import Progress, silent
-from bitassay.record.run import RunFolder, open_run_folder, run_plan
+from bitassay.record.run import open_run_folder, run_plan
 from bitassay.verification.container import first_defect
 from bitassay.verification.trace import ModelClaim
 
