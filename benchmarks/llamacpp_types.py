@@ -22,7 +22,7 @@ from bitassay.quantization.export.gguf_round import SEARCHED, TYPES, rounded
 from bitassay.quantization.recipe.weights import WeightScheme
 
 MIRRORED = {"symmetric": False, "zero_point": "mirrored", "scale": "mse"}
-K_TYPES = (("q2_k", 16), ("q3_k", 16), ("q4_k", 32), ("q5_k", 32), ("q6_k", 16))
+OWN = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs")
 SCHEMES = (
     {"format": "binary", "granularity": "g128"},
     {"format": "ternary", "granularity": "g256"},
@@ -34,7 +34,7 @@ SCHEMES = (
     {"format": "int3", "granularity": "g256"},
     {"format": "int5", "granularity": "g32"} | MIRRORED,
     {"format": "int8", "granularity": "g32"},
-    *({"format": name, "granularity": f"g{size}"} for name, size in K_TYPES),
+    *({"format": name} for name in OWN),
 )
 
 
@@ -86,7 +86,7 @@ def main() -> None:
         difference = (decoded(library, blocks, 512) - tensor.dequantize()).abs().max().item()
         other = decoded(library, theirs(library, weight, int(blocks.kind)), 512)
         ratio = (tensor.dequantize() - weight).square().sum() / (other - weight).square().sum()
-        name = f"{said['format']} {said['granularity']} {said.get('zero_point', '')}"
+        name = f"{said['format']} {said.get('granularity', '')} {said.get('zero_point', '')}"
         print(f"{blocks.kind.name:7} {name:30} {difference:10.2g} {ratio:10.3f}")
     for name in TYPES[3:]:
         if name in SEARCHED:  # as above

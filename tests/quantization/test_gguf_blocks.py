@@ -47,6 +47,8 @@ def decoded(blocks):
         ({"format": "int2", "granularity": "g256"}, "Q2_0"),
         ({"format": "int3", "granularity": "g256"}, "Q3_K"),
         ({"format": "int3", "granularity": "tensor"}, "Q3_K"),
+        ({"format": "iq4_nl"}, "IQ4_NL"),
+        ({"format": "iq4_xs"}, "IQ4_XS"),
         ({"format": "int5", "granularity": "g32"}, "Q5_0"),
         ({"format": "int5", "granularity": "g32", "symmetric": False, "zero_point": "mirrored"}, "Q5_0"),
         ({"format": "int5", "granularity": "g32", "symmetric": False, "zero_point": "minimum"}, "Q5_1"),
@@ -62,6 +64,21 @@ def test_exact_types(scheme, kind):
     assert torch.equal(decoded(blocks), tensor.dequantize())
     assert blocks.data.size * 8 == bits_of(blocks.kind) * 24 * 512
     assert planned_kind(description(tensor), 512) is blocks.kind
+
+
+def test_tiny_weights_do_not_keep_a_matrix_out_of_its_type():
+    """Scales below fp16's normal numbers, as dead rows of real models have, are stored as they are."""
+    weight = matrix()
+    weight[3] *= 1e-5
+    weight[4] = 0
+    tensor = quantize_tensor(weight, WeightScheme(format="int4", granularity="g32"))
+    assert 0 < tensor.scale[3].max() < torch.finfo(torch.float16).smallest_normal
+    blocks = as_blocks(tensor)
+    assert blocks is not None
+    assert blocks.kind.name == "Q4_0"
+    assert torch.equal(decoded(blocks), tensor.dequantize())
+    in_more_bits = WeightScheme(format="int4", granularity="g32", scale_dtype="float32")
+    assert as_blocks(quantize_tensor(weight, in_more_bits)) is None
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,9 @@ from bitassay.errors import BitassayError, MissingError
 from bitassay.models.gguf_model import sources_of
 from bitassay.quantization.export import save as export
 from bitassay.quantization.export.gguf_file import write_gguf, written_before
-from bitassay.quantization.export.gguf_like import MINIMUM, recipe_like, types_of
+from bitassay.quantization.export.gguf_like import recipe_like, types_of
 from bitassay.quantization.export.gguf_plan import check_llama_cpp, plan_gguf
+from bitassay.quantization.export.gguf_schemes import MINIMUM
 from bitassay.quantization.pipeline import quantize
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.runtime.model import Quantization, with_tensors
@@ -216,6 +217,7 @@ def test_the_types_of_another_file(tmp_path):
         "gate_proj": "Q5_1",
         "q_proj": "Q8_0",
         "k_proj": "TQ2_0",
+        "lm_head": "Q4_1",
         "v_proj": "F16",
         "down_proj": "Q2_0",
         "embed_tokens": "Q5_0",
@@ -259,6 +261,9 @@ def test_files_that_cannot_be_followed(tmp_path):
     shape = types["blk.0.attn_q.weight"][1]
     with pytest.raises(BitassayError, match=r"no grid here for IQ2_S \(1 matrices\)"):
         recipe_like(recipe(format="int4"), types | {"blk.0.attn_q.weight": (Kind.IQ2_S, shape)}, base)
+    quantized = types | {"blk.0.attn_q.weight": (Kind.Q4_0, shape)}
+    with pytest.raises(BitassayError, match="embedding or the head is in IQ3_S"):
+        recipe_like(recipe(format="int4"), quantized | {"output.weight": (Kind.IQ3_S, (512, 96))}, base)
     with pytest.raises(BitassayError, match=r"of another model: blk\.0\.attn_k\.bias"):
         like(tmp_path / "plain.gguf", tiny_model("qwen2", num_hidden_layers=1))
     (tmp_path / "rubbish.gguf").write_bytes(b"GGUF" + bytes(100))

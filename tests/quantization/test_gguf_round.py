@@ -19,7 +19,7 @@ from bitassay.quantization.export.gguf_round import (
 WEIGHT = torch.randn(48, 512, generator=torch.Generator().manual_seed(0)) / 20
 # The relative error of Gaussian weights, at most; least squares on the levels of each type.
 ERRORS = {"Q8_0": 0.0055, "Q6_K": 0.018, "Q5_0": 0.041, "Q4_0": 0.082, "IQ4_NL": 0.075, "Q2_0": 0.36,
-          "Q4_K": 0.0705, "Q2_K": 0.261}  # fmt: skip
+          "Q4_K": 0.0705, "Q2_K": 0.261, "Q4_1": 0.075, "TQ2_0": 0.45, "IQ4_XS": 0.074}  # fmt: skip
 
 
 def error(decoded: torch.Tensor, weight=WEIGHT) -> float:
@@ -61,4 +61,4 @@ def test_rows_that_blocks_do_not_divide_take_another_type():
 def test_an_unknown_type_is_refused():
     with pytest.raises(BitassayError, match="no type 'Q9_0' for embeddings"):
         check_type("Q9_0")
-    assert len(TYPES) == 13
+    assert len(TYPES) == 19

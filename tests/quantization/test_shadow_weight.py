@@ -20,7 +20,7 @@ SCHEMES = [
     WeightScheme(format="ternary", granularity="g16"),
     WeightScheme(format="binary", granularity="g16", symmetric=False),
     WeightScheme(format="binary", granularity="channel"),
-    *(WeightScheme(format=name) for name in ("q2_k", "q3_k", "q4_k")),
+    *(WeightScheme(format=name) for name in ("q2_k", "q3_k", "q4_k", "iq4_nl", "iq4_xs")),
 ]
 
 
@@ -29,7 +29,7 @@ def name_of(scheme):
 
 
 def columns_of(scheme):
-    return 40 if scheme.number_format.levels is None else 512
+    return 40 if scheme.number_format.fixed_group is None else 512
 
 
 def latent_of(scheme, seed=0):
@@ -69,7 +69,7 @@ def test_gradients(scheme):
     wanted = torch.randn(6, columns_of(scheme), generator=torch.Generator().manual_seed(2))
     (latent() * wanted).sum().backward()
     bounds, grid = latent.sizes.tolist(), tensor.grid
-    wide = grid.scale.repeat_interleave(latent.sizes, dim=1)
+    wide = grid.scale.repeat_interleave(latent.sizes, dim=1) * scheme.number_format.step
     assert torch.allclose(latent.u.grad, wanted * wide)
     mean = 0 if grid.mean is None else grid.mean.repeat_interleave(latent.sizes, dim=1)
     of_scale = [part.sum(1) for part in (wanted * (tensor.dequantize() - mean)).split(bounds, dim=1)]
@@ -116,12 +116,14 @@ def test_clipped_positions_come_back_within_half_a_step():
 def test_settling_leaves_codes_and_takes_latents_from_the_thresholds(scheme):
     latent, _, _ = latent_of(scheme)
     before, codes = latent().detach().clone(), latent.quantized().codes()
-    away = (latent.u.detach() - latent.u.detach().round()).abs()
+    places = codes / scheme.number_format.step
+    away = (latent.u.detach() - places).abs()
     latent.shrink_to_grid(0.5)
     assert torch.equal(latent(), before)
     assert torch.equal(latent.quantized().codes(), codes)
     if scheme.number_format.kind != "binary":
-        assert torch.allclose((latent.u - latent.u.round()).abs(), away / 2, atol=1e-5)
+        places = places + latent.zero.new_zeros(())
+        assert torch.allclose((latent.u - places).abs(), away / 2, atol=1e-5)
 
 
 def test_linears_compute_with_latents_only_inside():

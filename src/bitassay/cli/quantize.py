@@ -78,11 +78,12 @@ def quantize(
         engine: Refuse, before any work, what this engine would not load, and write the folder as it reads it.
             llama.cpp reads the --gguf file; vllm and transformers read the --out folder. Which widths have
             kernels depends on the build of vllm, and is not checked.
-        embeddings: The type of the embedding and the head in the --gguf file: Q8_0, Q6_K, Q5_0, Q4_0, IQ4_NL,
-            Q2_0, Q5_K to Q2_K, F16, BF16 or F32 (default: Q8_0 with a recipe, 16 bits without).
+        embeddings: The type of the embedding and the head in the --gguf file: Q8_0, Q6_K to Q2_K, Q5_1, Q5_0,
+            Q4_1, Q4_0, IQ4_NL, IQ4_XS, Q2_0, Q1_0, TQ2_0, TQ1_0, F16, BF16 or F32 (default: Q8_0 with a
+            recipe, 16 bits without).
         like: A GGUF file of the same model: the --gguf file gets the type of each of its tensors, so the same
             bytes, with the codes that the recipe's solvers find on these grids. Of Q1_0, Q2_0, TQ1_0, TQ2_0,
-            Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 and Q2_K to Q6_K matrices, and plain ones.
+            Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL, IQ4_XS and Q2_K to Q6_K matrices, and plain ones.
         work: Where a calibrated recipe keeps its finished layers and its result (default: in the cache, where
             other commands find the result too).
         check: Load the written files, with plain transformers where it can, and compare the logits.

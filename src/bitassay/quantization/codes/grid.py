@@ -20,10 +20,10 @@ TENSORS = ("scale", "zero_point", "mean", "unit", "mean_unit")  # fields of a gr
 
 
 class Grid(NamedTuple):
-    """The number format and what groups share. scale > 0 (binary: >= 0); zero_point is in steps, a whole
-    number unless it is middle or free; mean is in the unit of the weights; offset, in steps, moves the grid;
-    narrow_range leaves out the lowest code. Of a format with two levels, unit is what scale, of either sign,
-    is a whole multiple of, and mean_unit what -mean is."""
+    """The number format and what groups share. scale > 0 (binary: >= 0; of a table: of either sign);
+    zero_point is in steps, a whole number unless it is middle or free; mean is in the unit of the weights;
+    offset, in steps, moves the grid; narrow_range leaves out the lowest code. Of a format with two levels,
+    unit is what scale, of either sign, is a whole multiple of, and mean_unit what -mean is."""
 
     format: NumberFormat
     scale: Column
@@ -107,8 +107,9 @@ def as_stored(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 def stored_scale(scale: Column, dtype: torch.dtype, offset: bool = False) -> Column:
     """Return `scale` as it will read back from storage, never 0 and never infinite. A group of zeros gets 1;
-    on a grid with an offset, which has no zero, the smallest number there is."""
+    on a grid with an offset, which has no zero, the smallest number there is. Signs stay."""
     info = torch.finfo(dtype)
     smallest = info.smallest_normal * info.eps  # the smallest subnormal number
-    stored = as_stored(scale.clamp(smallest, info.max), dtype)
-    return stored if offset else torch.where(scale > 0, stored, torch.ones_like(stored))
+    stored = as_stored(scale.abs().clamp(smallest, info.max), dtype)
+    stored = torch.where(scale < 0, -stored, stored)
+    return stored if offset else torch.where(scale.abs() > 0, stored, torch.ones_like(stored))

@@ -48,7 +48,7 @@ def dequantize_(codes: Groups, grid: Grid) -> Groups:
 
 
 def round_to_nearest(w: Groups, grid: Grid) -> Groups:
-    """Return codes as fp32 numbers: whole numbers, or FP8 values for float formats."""
+    """Return codes as fp32 numbers: whole numbers (of a table, its own), or FP8 values for float formats."""
     if grid.format.kind == "binary":
         centred = w if grid.mean is None else w - grid.mean
         return torch.where(centred < 0, -1.0, 1.0)
@@ -56,6 +56,8 @@ def round_to_nearest(w: Groups, grid: Grid) -> Groups:
     if grid.format.float_dtype is not None:
         # e4m3fn has no infinity: without the clamp torch turns what is too large into NaN.
         return scaled.clamp_(-grid.format.largest, grid.format.largest).to(grid.format.float_dtype).float()
+    if grid.format.table is not None:
+        return nearest_in_table(scaled, grid.format.table)
     # Whole steps are added after the rounding, so that ties are even in w/s, as other tools have them.
     steps, part = grid.shift
     if part is not None:
@@ -64,6 +66,13 @@ def round_to_nearest(w: Groups, grid: Grid) -> Groups:
     if steps is not None:
         codes += steps
     return codes.clamp_(*grid.code_range)
+
+
+def nearest_in_table(x: Float[Tensor, "*shape"], table: tuple[int, ...]) -> Float[Tensor, "*shape"]:
+    """Return the number of an ordered table that is nearest to each; of two equally near ones the smaller."""
+    values = torch.tensor(table, dtype=torch.float32, device=x.device)
+    places = torch.bucketize(x, (values[1:] + values[:-1]) / 2)
+    return values.index_select(0, places.view(-1)).view(x.shape)
 
 
 def nearest(w: Groups, grid: Grid) -> tuple[Groups, Groups]:

@@ -19,6 +19,8 @@ Of ternary and binary groups the optimum is exact (`few_levels_grid`):
     binary    s = mean |w|; with a mean m: two levels m - s and m + s, each the mean of one end of the sorted
               weights, so scan where to part them
 
+Of a table of codes both signs of the scale have such a search, since its ends differ.
+
 A middle zero point has one of 2^b places, evenly over the middle half of the codes, and a search for each;
 docs/formats.md measures what that gains. A mirrored one has two, the two whole steps in the middle of the
 codes, and a search for each: levels -8 ... 7 or -7 ... 8, which is what a scale of either sign says. A free
@@ -31,6 +33,7 @@ are for groups whose largest weights matter least. Above 1.1 nothing was gained.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -156,24 +159,29 @@ def _on_two_levels(w: Groups, scheme: WeightScheme, importance: Groups | None) -
     """Return the grid of a K type: first each group's own scale and minimum, then those of two levels."""
     fmt, levels = scheme.number_format, scheme.number_format.levels
     assert levels is not None
-    zero_point = "free" if levels.minima else "mirrored"
-    changes = {"symmetric": False, "scale_dtype": "float32", "zero_point": zero_point}
+    changes: dict[str, Any] = {"scale_dtype": "float32"}
+    if fmt.table is None:
+        changes |= {"symmetric": False, "zero_point": "free" if levels.minima else "mirrored"}
     by_itself = scheme.model_copy(update=changes)  # no scheme of a recipe: codes on one level of scales
     h = torch.ones_like(w) if importance is None else importance
     rows = BLOCK_ELEMENTS // w.shape[1]
     parts = []
     for block, weighed in zip(w.split(rows), h.split(rows), strict=True):
         own = _search(block, by_itself, weighed)
-        assert own.zero_point is not None
-        if levels.minima:
+        if fmt.table is not None:
+            minimum, scale = torch.zeros_like(own.scale), own.scale
+        elif levels.minima:
+            assert own.zero_point is not None
             minimum = own.zero_point * own.scale
             # Where all weights are above zero the minimum is zero, and the scale reaches the largest.
             reach = block.amax(1, keepdim=True) / fmt.code_range(False)[1]
             scale = torch.where(minimum < 0, reach, own.scale)
         else:
+            assert own.zero_point is not None
             backwards = own.zero_point < 2 ** (int(fmt.bits) - 1)
             minimum, scale = torch.zeros_like(own.scale), torch.where(backwards, -own.scale, own.scale)
-        scale = torch.where(block.abs().amax(1, keepdim=True) > 0, scale, 0)
+        least = 0 if fmt.table is None else torch.finfo(torch.float16).tiny / 1024  # a table has no zero
+        scale = torch.where(block.abs().amax(1, keepdim=True) > 0, scale, least)
         parts.append(two_level_grid(block, weighed, scale, minimum.clamp(min=0), fmt))
     return combined(parts, torch.cat)
 
@@ -250,6 +258,13 @@ def _starts(w: Groups, scheme: WeightScheme) -> Iterator[tuple[Grid, float]]:
             scale = stored_scale(torch.maximum(-low / zero_point, high / (qmax - zero_point)), dtype)
             yield Grid(fmt, scale, zero_point.expand_as(scale)), 0.0
         return
+    if (table := scheme.number_format.table) is not None:
+        low, high = w.amin(1, keepdim=True), w.amax(1, keepdim=True)
+        for first, last, sign in ((table[0], table[-1], 1), (-table[-1], -table[0], -1)):
+            scale = sign * torch.maximum(low / first, high / last)
+            scale = stored_scale(scale, getattr(torch, scheme.scale_dtype), offset=True)
+            yield Grid(scheme.number_format, scale), 0.0
+        return
     first = _first_grid(w, scheme)
     for lean in FREE_STARTS if scheme.zero_point == "free" else (0.0,):
         yield first, lean
@@ -268,7 +283,8 @@ def _candidates(first: Grid, scheme: WeightScheme, lean: float) -> Iterator[Grid
             yield first._replace(scale=scale, zero_point=as_stored(qmax / 2 - middle / scale, dtype))
         return
     for factor in SEARCH_FACTORS:
-        grid = first._replace(scale=stored_scale(first.scale * factor, dtype, scheme.offset > 0))
+        no_zero = scheme.offset > 0 or first.format.table is not None
+        grid = first._replace(scale=stored_scale(first.scale * factor, dtype, no_zero))
         yield grid
         if zero_point is not None and scheme.zero_point == "searched":
             for step in (-1, 1):
@@ -284,7 +300,8 @@ def _fitted(w: Groups, grid: Grid, scheme: WeightScheme, importance: Groups | No
         p = dequantize(codes, grid._replace(scale=torch.ones_like(grid.scale)))
         hp = h * p
         scale = (hp * w).sum(1, keepdim=True) / (hp * p).sum(1, keepdim=True)
-        return grid._replace(scale=stored_scale(torch.where(scale > 0, scale, grid.scale), dtype))
+        scale = torch.where(scale * grid.scale > 0, scale, grid.scale)
+        return grid._replace(scale=stored_scale(scale, dtype))
     total = h.sum(1, keepdim=True)
     mean_q, mean_w = (h * codes).sum(1, keepdim=True) / total, (h * w).sum(1, keepdim=True) / total
     hq = h * (codes - mean_q)

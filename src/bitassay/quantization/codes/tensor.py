@@ -74,6 +74,9 @@ class QuantizedTensor:
         if self.format.float_dtype is not None:
             every = torch.arange(256, dtype=torch.uint8, device=raw.device).view(self.format.float_dtype)
             return every.float().index_select(0, raw.int()).view(self.shape)  # faster than casting each
+        if self.format.table is not None:
+            values = torch.tensor(self.format.table, dtype=torch.float32, device=raw.device)
+            return values.index_select(0, raw.int()).view(self.shape)
         step, lowest = _code_steps(self.format, self.scheme.symmetric)
         codes = raw.float()
         if step != 1:
@@ -183,10 +186,7 @@ def from_codes(
     if fmt.float_dtype is not None:
         raw = codes.to(fmt.float_dtype).view(torch.uint8).reshape(-1)
     else:
-        step, lowest = _code_steps(fmt, scheme.symmetric)
-        shifted = codes - lowest
-        raw = (shifted if step == 1 else shifted.div_(step)).to(torch.uint8)
-        del shifted
+        raw = _numbered(codes, fmt, scheme.symmetric).reshape(-1)
     return QuantizedTensor(
         scheme,
         (codes.shape[0], codes.shape[1]),
@@ -212,7 +212,6 @@ def _with_two_levels(
 ) -> QuantizedTensor:
     levels = scheme.number_format.levels
     assert levels is not None
-    low, _ = scheme.number_format.code_range(scheme.symmetric)
     least = 0 if levels.minima else levels.scale_range[0]
 
     def packed(values: PerGroup, units: PerGroup) -> Tensor:
@@ -221,7 +220,7 @@ def _with_two_levels(
     tensor = QuantizedTensor(
         scheme,
         (codes.shape[0], codes.shape[1]),
-        pack((codes - low).to(torch.uint8), scheme.number_format.bits),
+        pack(_numbered(codes, scheme.number_format, scheme.symmetric), scheme.number_format.bits),
         unit[:, :: levels.groups].half(),
         multiples=packed(scale - least * unit, unit),
     )
@@ -229,6 +228,16 @@ def _with_two_levels(
         return tensor
     safe = torch.where(mean_unit > 0, mean_unit, 1)
     return replace(tensor, mean=mean_unit[:, :: levels.groups].half(), mean_multiples=packed(-mean, safe))
+
+
+def _numbered(codes: Matrix, fmt: NumberFormat, symmetric: bool) -> UInt8[Tensor, "out in"]:
+    """Return the number of each code, from 0."""
+    if fmt.table is not None:
+        values = torch.tensor(fmt.table, dtype=torch.float32, device=codes.device)
+        return torch.bucketize(codes, values).to(torch.uint8)
+    step, lowest = _code_steps(fmt, symmetric)
+    shifted = codes - lowest
+    return (shifted if step == 1 else shifted.div_(step)).to(torch.uint8)
 
 
 def _code_steps(fmt: NumberFormat, symmetric: bool) -> tuple[int, int]:

@@ -71,6 +71,7 @@ def obstacle(stored: Stored) -> str | None:
     scheme, fmt = stored.scheme, FORMATS[stored.scheme.format]
     obstacles = {
         "it has one level of scales": fmt.levels is not None,
+        "its codes are evenly spaced": fmt.table is not None,
         "it has no codes of one bit without a zero": fmt.kind == "binary",
         f"its only 8-bit float is e4m3, not {fmt.name}": fmt.float_dtype not in (None, E4M3),
         "its grids are whole steps away from zero": scheme.offset > 0 or not scheme.whole_zero_points,

@@ -13,16 +13,18 @@ A block is a run of weights of a row with an fp16 scale `d` of its own, which ma
     Q6_K    256  6.5625  d a q, a of 8 bits for every 16 weights                -32 ... 31
     Q4_0     32  4.5     d q                     -8 ... 7, with d < 0 the levels -7 ... 8
     Q5_0     32  5.5     d q                     -16 ... 15, with d < 0 the levels -15 ... 16
+    IQ4_NL   32  4.5     d q                     16 values from -127 to 113
+    IQ4_XS  256  4.25    d a q, a of 6 bits for every 32 weights                likewise
     Q4_1     32  5       d q + m, m in fp16      0 ... 15
     Q5_1     32  6       likewise                0 ... 31
     Q8_0     32  8.5     d q                     -128 ... 127
 
 Ours is `s (q - z + o)`, or `s q + m` for binary. It fits exactly where groups are whole numbers of blocks,
 the scale is an fp16 number and `q - z + o` a whole one in the range of a type, on either side. The formats
-q2_k ... q6_k are K types with all their numbers; of other schemes a K type has a = 1, which takes groups of
-256, 512, ... or whole rows. The exact type of the fewest bits is
-taken. What has up to 16 codes on any other grid becomes Q4_1, whose m, in place of `(o - z) s`, is rounded to
-fp16. `as_blocks` is None for the rest: FP8, residual planes, low-rank factors, groups that fill no blocks.
+q2_k ... q6_k, iq4_nl and iq4_xs are types with all their numbers; of other schemes a K type has a = 1, which
+takes groups of 256, 512, ... or whole rows. The exact type of the fewest bits is taken.
+What has up to 16 codes on any other grid becomes Q4_1, whose m, in place of `(o - z) s`, is rounded to fp16.
+`as_blocks` is None for the rest: FP8, residual planes, low-rank factors, groups that fill no blocks.
 
 TQ2_0 holds what TQ1_0 does.
 """
@@ -68,8 +70,8 @@ def as_blocks(tensor: QuantizedTensor, wanted: Kind | None = None) -> Blocks | N
     holds its codes, or that one does not."""
     if tensor.format.kind == "float" or tensor.scheme.turned is not None or beside_codes(tensor):
         return None
-    if tensor.format.levels is not None:
-        return _two_levels(tensor, wanted)
+    if tensor.format.fixed_group is not None:
+        return _as_its_type(tensor, wanted)
     grid = tensor.grid
     scale = _per_block(tensor, grid.scale)
     if scale is None or not _fits_half(scale):
@@ -108,24 +110,30 @@ def planned_kind(stored: Stored, columns: int) -> Kind | None:
         return None
     if sizes := Granularity.parse(scheme.granularity).block_sizes:
         scheme = scheme.with_granularity(f"g{sizes[2]}")
-    if scheme.number_format.levels is not None:
-        return kind_of(scheme.number_format)
+    if (run := scheme.number_format.fixed_group) is not None:
+        return kind_of(scheme.number_format) if columns % run == 0 else None
     blocks = None if scheme.number_format.kind == "float" else as_blocks(_widest(scheme, columns))
     return None if blocks is None else blocks.kind
 
 
 def kind_of(fmt: NumberFormat) -> Kind:
-    """Return the K type that a format with two levels is."""
+    """Return the type that a format of llama.cpp's own is."""
     return Kind[fmt.name.upper()]
 
 
-def _two_levels(tensor: QuantizedTensor, wanted: Kind | None) -> Blocks | None:
+def _as_its_type(tensor: QuantizedTensor, wanted: Kind | None) -> Blocks | None:
     kind, q = kind_of(tensor.format), tensor.codes()
-    if wanted not in (None, kind):
+    if wanted not in (None, kind) or tensor.shape[1] % (tensor.format.fixed_group or 1):
         return None
+    if tensor.format.table is not None:
+        values = torch.tensor(tensor.format.table, dtype=torch.float32, device=q.device)
+        q = torch.bucketize(q, values).float()
+    if tensor.format.levels is None:
+        return Blocks(kind, to_bytes.iq4_nl(q, tensor.scale))
     a, d = tensor.scale_multiples(), tensor.scale
     if tensor.mean is None:
-        return Blocks(kind, {Kind.Q3_K: to_bytes.q3_k, Kind.Q6_K: to_bytes.q6_k}[kind](q, a, d))
+        packs = {Kind.Q3_K: to_bytes.q3_k, Kind.Q6_K: to_bytes.q6_k, Kind.IQ4_XS: to_bytes.iq4_xs}
+        return Blocks(kind, packs[kind](q, a, d))
     packs = {Kind.Q2_K: to_bytes.q2_k, Kind.Q4_K: to_bytes.q4_k, Kind.Q5_K: to_bytes.q5_k}
     return Blocks(kind, packs[kind](q, a, tensor.mean_multiples_of_groups(), d, tensor.mean))
 
@@ -246,9 +254,11 @@ def _per_block(tensor: QuantizedTensor, grid: PerGroup) -> Tensor | None:
 
 
 def _fits_half(scale: Tensor) -> bool:
-    """Whether fp16 holds twice the scales with all of its bits, or they are zero."""
+    """Whether fp16 holds twice the scales, and each of them with all of its bits or, where it is smaller than
+    fp16's normal numbers, as it is."""
     half = torch.finfo(torch.float16)
-    return bool(((scale == 0) | ((scale >= half.smallest_normal) & (2 * scale <= half.max))).all())
+    small = scale == scale.half().float()
+    return bool(((small | (scale >= half.smallest_normal)) & (2 * scale <= half.max)).all())
 
 
 def _is_constant(blocks: Float[Tensor, "out blocks"], several: int) -> bool:

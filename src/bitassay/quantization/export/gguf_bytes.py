@@ -83,6 +83,16 @@ def iq4_nl(q: Matrix, d: Scales) -> Bytes:
     return _rows(half(d), _nibbles(q))
 
 
+def iq4_xs(q: Matrix, a: Eights, d: Scales) -> Bytes:
+    """136 bytes: d, the two high bits of a + 32 for every 32 weights in 16 bits, the four low ones, two to a
+    byte, then the places in the table as in Q4_0."""
+    numbers = _runs(a + 32, 8).astype(np.uint16)
+    high = np.bitwise_or.reduce((numbers >> 4) << np.arange(0, 16, 2, dtype=np.uint16), axis=2)
+    low = (numbers[..., ::2] & 15 | (numbers[..., 1::2] & 15) << 4).astype(np.uint8)
+    codes = _nibbles(q).reshape(len(q), -1, SUPER // 2)
+    return _rows(half(d), high.astype("<u2")[..., None].view(np.uint8), low, codes)
+
+
 def q2_k(q: Matrix, a: Sixteens, b: Sixteens, d: Scales, e: Scales) -> Bytes:
     """84 bytes: a + 16 b for every 16 weights, q in two bits, d, e."""
     grids = _runs(a, 16).astype(np.uint8) | _runs(b, 16).astype(np.uint8) << 4

@@ -1,7 +1,8 @@
 """The types of a given GGUF file, for a file of the same bytes with codes of our own: `quantize --like`.
 
-Each matrix gets the grid of its type there, on which a recipe's solvers work. The IQ types have no
-grid here yet; a file with such matrices is refused, by the names of the types.
+Each matrix gets the grid of its type there, on which a recipe's solvers work. IQ1, IQ2 and IQ3 types, whose
+codes are entries of fixed tables of several weights, have no grid here; a file with such matrices is refused,
+by the names of the types.
 """
 
 from collections import Counter
@@ -15,33 +16,12 @@ from transformers import PreTrainedModel
 from bitassay.errors import BitassayError
 from bitassay.models.gguf_model import sources_of
 from bitassay.models.gguf_rope import ROPE_TENSORS
-from bitassay.models.gguf_types import Q1_0, Q2_0
 from bitassay.models.walk import matrices
 from bitassay.quantization.export.gguf_description import ARCHITECTURES
-from bitassay.quantization.export.gguf_round import PLAIN
+from bitassay.quantization.export.gguf_round import PLAIN, TYPES
+from bitassay.quantization.export.gguf_schemes import SCHEMES
 from bitassay.quantization.recipe.recipe import Override, Recipe
-from bitassay.quantization.recipe.weights import WeightScheme
 
-MIRRORED = {"symmetric": False, "zero_point": "mirrored", "scale": "mse"}
-MINIMUM = MIRRORED | {"zero_point": "minimum"}
-SCHEMES = {
-    kind: WeightScheme.model_validate(fields)
-    for kind, fields in {
-        Q1_0: {"format": "binary", "granularity": "g128"},
-        Kind.TQ1_0: {"format": "ternary", "granularity": "g256"},
-        Kind.TQ2_0: {"format": "ternary", "granularity": "g256"},
-        Q2_0: {"format": "int2", "granularity": "g64"} | MIRRORED,
-        Kind.Q4_0: {"format": "int4", "granularity": "g32"} | MIRRORED,
-        Kind.Q4_1: {"format": "int4", "granularity": "g32"} | MINIMUM,
-        Kind.Q5_1: {"format": "int5", "granularity": "g32"} | MINIMUM,
-        Kind.Q5_0: {"format": "int5", "granularity": "g32"} | MIRRORED,
-        Kind.Q8_0: {"format": "int8", "granularity": "g32", "scale": "mse"},
-        **{
-            kind: {"format": kind.name.lower()}
-            for kind in (Kind.Q2_K, Kind.Q3_K, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K)
-        },
-    }.items()
-}
 Types = dict[str, tuple[Kind, tuple[int, ...]]]
 
 
@@ -84,6 +64,12 @@ def recipe_like(recipe: Recipe, types: Types, model: PreTrainedModel) -> Recipe:
         found = ", ".join(f"{name} ({count} matrices)" for name, count in unknown.most_common())
         raise BitassayError(
             f"no grid here for {found}", f"a file of {', '.join(kind.name for kind in SCHEMES)}"
+        )
+    others = {kind.name for kind, shape in types.values() if len(shape) > 1} - {kind.name for kind in SCHEMES}
+    if beside := sorted(others - {*TYPES}):
+        raise BitassayError(
+            f"the embedding or the head is in {beside[0]}, to which nothing is rounded here",
+            f"a file with {', '.join(TYPES)} there",
         )
     schemes = {name: SCHEMES.get(kind) for name, kind in kinds.items()}
     commonest = Counter(scheme for scheme in schemes.values() if scheme is not None).most_common(1)

@@ -4,10 +4,10 @@ A block is `d` times levels of a fixed table. Its d, of either sign, is the one 
 magnitude on the outermost level, times one of FACTORS, or the least-squares fit to the codes that this gives,
 whichever leaves the least squared error; d is rounded to fp16 before codes are chosen. Q8_0 takes the
 largest magnitude over 127, as llama.cpp does. Q6_K has sixteen weights a scale, which is d times an int8;
-the other K types are searched as those of a recipe are (`two_levels.py`).
+the others are searched as those of a recipe are (`gguf_schemes.py`).
 """
 
-import gguf.quants
+import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Kind
@@ -20,7 +20,8 @@ from bitassay.quantization.codes.quantize import quantize_tensor
 from bitassay.quantization.export import gguf_bytes as to_bytes
 from bitassay.quantization.export.gguf_blocks import Blocks, as_blocks, bits_of
 from bitassay.quantization.export.gguf_bytes import BLOCK, SUPER
-from bitassay.quantization.recipe.weights import WeightScheme
+from bitassay.quantization.export.gguf_schemes import SCHEMES
+from bitassay.quantization.recipe.formats import NONLINEAR
 from bitassay.quantization.shapes import Matrix
 
 FACTORS = tuple(1 - 0.04 * step for step in range(-2, 10))
@@ -33,15 +34,14 @@ def _whole(low: int, high: int) -> Float[Tensor, " levels"]:
     return torch.arange(low, high + 1.0)
 
 
-NONLINEAR = torch.tensor(gguf.quants.IQ4_NL.kvalues, dtype=torch.float32)
 # The run, the levels, and the number of the first level in the bytes.
 TABLES = {
     "Q2_0": (Q2_0, Q2_RUN, _whole(-1, 2), -1, to_bytes.q2_0),
     "Q4_0": (Kind.Q4_0, BLOCK, _whole(-8, 7), -8, to_bytes.q4_0),
     "Q5_0": (Kind.Q5_0, BLOCK, _whole(-16, 15), -16, to_bytes.q5_0),
-    "IQ4_NL": (Kind.IQ4_NL, BLOCK, NONLINEAR, 0, to_bytes.iq4_nl),
+    "IQ4_NL": (Kind.IQ4_NL, BLOCK, torch.tensor(NONLINEAR, dtype=torch.float32), 0, to_bytes.iq4_nl),
 }
-SEARCHED = ("Q5_K", "Q4_K", "Q3_K", "Q2_K")
+SEARCHED = tuple(kind.name for kind in SCHEMES if kind.name not in (*TABLES, "Q8_0", "Q6_K"))
 TYPES = (*PLAIN, "Q8_0", "Q6_K", *TABLES, *SEARCHED)
 
 
@@ -55,8 +55,7 @@ def check_type(name: str) -> None:
 
 def fitting(name: str, columns: int) -> str:
     """Return the type, or what takes its place in rows that its blocks do not divide: Q8_0, else F16."""
-    runs = {"Q8_0": BLOCK} | dict.fromkeys(("Q6_K", *SEARCHED), SUPER)
-    run = runs.get(name) or (TABLES[name][1] if name in TABLES else 1)
+    run = 1 if name in PLAIN else gguf.GGML_QUANT_SIZES[Kind[name]][0]
     if columns % run == 0:
         return name
     return "Q8_0" if columns % BLOCK == 0 else "F16"
@@ -67,8 +66,7 @@ def bits_of_type(name: str, columns: int) -> float:
     name = fitting(name, columns)
     if name in PLAIN:
         return PLAIN[name].itemsize * 8.0
-    kind = TABLES[name][0] if name in TABLES else Kind[name]
-    return bits_of(kind)
+    return bits_of(Kind[name])
 
 
 def rounded(weight: Matrix, name: str) -> Blocks:
@@ -87,7 +85,7 @@ def _rounded(w: Matrix, name: str) -> Blocks:
     if name == "Q6_K":
         return _six_bits(w)
     if name in SEARCHED:
-        blocks = as_blocks(quantize_tensor(w, WeightScheme(format=name.lower())))
+        blocks = as_blocks(quantize_tensor(w, SCHEMES[Kind[name]]), Kind[name])
         assert blocks is not None
         return blocks
     kind, run, levels, first, pack = TABLES[name]

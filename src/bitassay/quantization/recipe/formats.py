@@ -10,7 +10,9 @@ Integers: symmetric codes use the full two's-complement range, `[-2^(b-1), 2^(b-
 are the values of torch's own dtypes: e4m3fn, which has no infinity, up to 448; e5m2 up to 57344.
 
 The K types of llama.cpp have two levels of scales (`TwoLevels`): q4_k is int4 in groups of 32 whose scales
-and minima are whole multiples, of six bits, of two fp16 numbers that 256 weights share.
+and minima are whole multiples, of six bits, of two fp16 numbers that 256 weights share. Codes of IQ4
+types are the 16 values of NONLINEAR, closer to each other around zero: iq4_nl has a scale, of either sign,
+for 32 weights, iq4_xs two levels of them.
 """
 
 from dataclasses import dataclass
@@ -21,6 +23,9 @@ import torch
 from bitassay.registry import Registry
 
 RUN = 256  # weights of a row that share the upper level of scales
+TABLE_GROUP = 32  # weights that share a scale of codes of a table
+# kvalues_iq4nl of ggml
+NONLINEAR = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 
 @dataclass(frozen=True)
@@ -49,21 +54,37 @@ class TwoLevels:
 
 @dataclass(frozen=True)
 class NumberFormat:
-    """`bits` is what one code takes when packed (ternary: five codes to a byte). levels: of the K types."""
+    """`bits` is what one code takes when packed (ternary: five codes to a byte). levels: of the K types and
+    iq4_xs. table: what the codes are, of a format that is none of whole steps, in order."""
 
     name: str
-    kind: Literal["integer", "ternary", "binary", "float"]
+    kind: Literal["integer", "ternary", "binary", "float", "table"]
     bits: float
     float_dtype: torch.dtype | None = None
     levels: TwoLevels | None = None
+    table: tuple[int, ...] | None = None
 
     @property
     def has_asymmetric(self) -> bool:
         """Whether codes may be shifted by a zero point (integers) or a mean (binary)."""
         return self.kind in ("integer", "binary")
 
+    @property
+    def fixed_group(self) -> int | None:
+        """Return how many weights share a scale of a type that leaves no choice of it; None for others."""
+        if self.levels is not None:
+            return self.levels.group
+        return None if self.table is None else TABLE_GROUP
+
+    @property
+    def step(self) -> int:
+        """Return what codes are apart, on average over a table."""
+        return 1 if self.table is None else (self.table[-1] - self.table[0]) // (len(self.table) - 1)
+
     def code_range(self, symmetric: bool) -> tuple[int, int]:
-        """Return the smallest and the largest integer code; not for float formats."""
+        """Return the smallest and the largest code; not for float formats."""
+        if self.table is not None:
+            return self.table[0], self.table[-1]
         if self.kind == "integer":
             levels = 2 ** int(self.bits)
             return (-levels // 2, levels // 2 - 1) if symmetric else (0, levels - 1)
@@ -97,6 +118,8 @@ FORMATS: Registry[NumberFormat] = Registry(
             NumberFormat("q4_k", "integer", 4, levels=TwoLevels(32, 6, minima=True)),
             NumberFormat("q5_k", "integer", 5, levels=TwoLevels(32, 6, minima=True)),
             NumberFormat("q6_k", "integer", 6, levels=TwoLevels(16, 8, minima=False)),
+            NumberFormat("iq4_nl", "table", 4, table=NONLINEAR),
+            NumberFormat("iq4_xs", "table", 4, levels=TwoLevels(32, 6, minima=False), table=NONLINEAR),
         )
     },
 )

@@ -1,4 +1,4 @@
-"""Rows that a K type's runs of 256 weights do not divide take another format of llama.cpp: `fitted`.
+"""Rows that a type's runs of 256 weights do not divide take another format of llama.cpp: `fitted`.
 
 Such a matrix takes the smallest type of no fewer bits with runs of 32. llama.cpp does likewise, with Q5_0 in
 place of Q4_K and Q5_1 of Q5_K:
@@ -6,6 +6,7 @@ place of Q4_K and Q5_1 of Q5_K:
     q2_k, q3_k, q4_k    int4 in groups of 32 with signed scales, Q4_0
     q5_k                int5 likewise, Q5_0
     q6_k                int8 in groups of 32, Q8_0
+    iq4_xs              iq4_nl
 """
 
 from collections import Counter
@@ -24,6 +25,7 @@ INSTEAD = {
     "q4_k": _FOUR,
     "q5_k": WeightScheme.model_validate({"format": "int5"} | _MIRRORED),
     "q6_k": WeightScheme(format="int8", granularity="g32", scale="mse"),
+    "iq4_xs": WeightScheme(format="iq4_nl"),
 }
 
 

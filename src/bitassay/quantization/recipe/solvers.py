@@ -46,20 +46,20 @@ class Mixed(RecipePart):
         """Return the schemes to choose from. Raises ValueError where one makes no sense."""
         usual = WeightScheme.model_validate({"format": weights.format})
         rest = weights.model_dump()
-        # Each format has its own defaults, and K types leave no choice.
-        fixed = ("scale", "scale_dtype") if weights.number_format.levels is None else tuple(rest)
+        # Each format has its own defaults, and llama.cpp's own types leave no choice.
+        fixed = ("scale", "scale_dtype") if weights.number_format.fixed_group is None else tuple(rest)
         for key in fixed:
             if rest[key] == getattr(usual, key):
                 del rest[key]
         changes = [{"format": choice} if isinstance(choice, str) else choice for choice in self.formats]
         return [
-            validate_as(WeightScheme, fields if _has_levels(fields) else rest | fields) for fields in changes
+            validate_as(WeightScheme, fields if _is_fixed(fields) else rest | fields) for fields in changes
         ]
 
 
-def _has_levels(fields: dict[str, Any]) -> bool:
+def _is_fixed(fields: dict[str, Any]) -> bool:
     name = fields.get("format", "")
-    return name in FORMATS and FORMATS[name].levels is not None
+    return name in FORMATS and FORMATS[name].fixed_group is not None
 
 
 class Gptq(SolverPart):

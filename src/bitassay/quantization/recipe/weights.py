@@ -12,15 +12,16 @@ from bitassay.quantization.recipe.spec import Spec, one_of, option, validate_as
 
 SUMS = ("residual", "digits")  # each copy but the first repairs what those before it left over
 
-NOT_OF_TWO_LEVELS = ("zero_point", "offset", "scale_factor", "turned", "restricted", "copies")
+NOT_OF_FIXED = ("zero_point", "offset", "scale_factor", "turned", "restricted", "copies")
 
 
 def fixed_by(fmt: NumberFormat) -> dict[str, Any]:
-    """Return the fields of a scheme that a format with two levels of scales leaves no choice of."""
-    assert fmt.levels is not None
+    """Return the fields of a scheme that a type of llama.cpp leaves no choice of: one with two levels of
+    scales, or a table."""
+    assert fmt.fixed_group is not None
     return {
-        "granularity": f"g{fmt.levels.group}",
-        "symmetric": not fmt.levels.minima,
+        "granularity": f"g{fmt.fixed_group}",
+        "symmetric": fmt.levels is None or not fmt.levels.minima,
         "scale": "mse",
         "scale_dtype": "float16",
     }
@@ -160,7 +161,7 @@ class WeightScheme(Spec):
         if not isinstance(name, str) or name not in FORMATS:
             return fields
         fmt = FORMATS[name]
-        if fmt.levels is not None:
+        if fmt.fixed_group is not None:
             return fixed_by(fmt) | fields
         scale = "mse" if fmt.bits < 4 else "absmax"
         return {"scale": scale, "scale_dtype": "bfloat16" if fmt.kind == "float" else "float16", **fields}
@@ -169,8 +170,8 @@ class WeightScheme(Spec):
         fmt, fields = self.number_format, self.model_fields_set
         random = self.rounding == "stochastic" or self.noise > 0
         nearest = self.rounding == "nearest" and self.noise == 0
-        if fmt.levels is not None:
-            yield from self._contradictions_of_two_levels()
+        if fmt.fixed_group is not None:
+            yield from self._contradictions_of_fixed_types()
         if not self.symmetric and not fmt.has_asymmetric:
             yield f"{self.format} codes are symmetric around zero: a zero point cannot shift them"
         if fmt.kind == "binary" and self.scale != "mse":
@@ -192,6 +193,8 @@ class WeightScheme(Spec):
             )
         if not nearest and fmt.kind == "float":
             yield f"{self.format} is rounded to nearest by torch's cast, and has no step to measure noise in"
+        if not nearest and fmt.kind == "table":
+            yield f"{self.format} is rounded to nearest: its codes have no common step"
         if self.has_planes and fmt.kind != "binary":
             yield f"{self.format} has codes enough for one plane; residual and column_scales are of binary"
         if self.has_planes and not nearest:
@@ -204,12 +207,12 @@ class WeightScheme(Spec):
             yield from self._contradictions_of_copies(self.copies)
             self.copies.schemes(self)
 
-    def _contradictions_of_two_levels(self) -> Iterator[str]:
+    def _contradictions_of_fixed_types(self) -> Iterator[str]:
         fixed = fixed_by(self.number_format)
         if changed := [key for key, value in fixed.items() if getattr(self, key) != value]:
             said = ", ".join(f"{key}: {fixed[key]}" for key in changed)
             yield f"{self.format} is a type of llama.cpp with its own scales ({said}): leave {changed[0]} out"
-        plain = {key: type(self).model_fields[key].default for key in NOT_OF_TWO_LEVELS}
+        plain = {key: type(self).model_fields[key].default for key in NOT_OF_FIXED}
         if changed := [key for key, value in plain.items() if getattr(self, key) != value]:
             yield f"{self.format} has no {', '.join(changed)}: it holds codes and its own scales alone"
 

@@ -136,7 +136,7 @@ def _more_bits(
     """What makes a recipe store `mean` times as much; None: nothing does."""
     fmt, count, mixed = weights.number_format, counts[0], recipe.mixed
     wider = [bits for bits in sorted(INTEGERS) if fmt.bits < bits]
-    if fmt.kind == "float" or not wider:
+    if fmt.kind in ("float", "table") or not wider:
         return None
     schemes = [override.weights for override in recipe.overrides]
     if mixed is None and set(counts) == {mean} and min(8.0, fmt.bits * count) in INTEGERS:

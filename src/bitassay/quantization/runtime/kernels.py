@@ -47,7 +47,7 @@ def packed_product(quantized: QuantizedTensor) -> Product | None:
     if (scheme.format, scheme.symmetric, scheme.granularity) == ("int8", True, "channel"):
         return _int8_product(quantized) if columns % INT8_COLUMNS == 0 else None
     group_size = quantized.granularity.group_size
-    integer = quantized.format.float_dtype is None and quantized.format.bits <= 4
+    integer = quantized.format.kind not in ("float", "table") and quantized.format.bits <= 4
     if integer and group_size in INT4_GROUPS and columns % group_size == 0 and rows % 16 == 0:
         return _int4_product(quantized, group_size)
     return None

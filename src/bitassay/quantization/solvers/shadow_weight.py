@@ -16,6 +16,8 @@ instead of changing codes (in LSQ, 1902.08153, both follow from `w / s`). `u` is
 the outermost codes, so that a clipped weight can come back. Scales are rounded to the dtype they are stored
 in at each pass: what is learned is what is stored. Zero points stay as they are, except free ones.
 
+Of a table of codes, steps are the average distance between neighbours, and `q` is the nearest of the table.
+
 With two levels of scales (`two_levels.py`), `s = d a` with a the nearest whole number and d in fp16, both
 straight through, and minima likewise, so that a group's scale, its minimum, d and e are all learned.
 """
@@ -30,6 +32,7 @@ from torch import Tensor, nn
 
 from bitassay.models.hooks import forwarded
 from bitassay.quantization.codes.grid import Grid, group_bounds
+from bitassay.quantization.codes.rounding import nearest_in_table
 from bitassay.quantization.codes.tensor import LowRank, QuantizedTensor, on_grid
 from bitassay.quantization.codes.two_levels import as_half, in_range
 from bitassay.quantization.recipe.granularity import Granularity
@@ -55,6 +58,7 @@ class ShadowWeight(nn.Module):
         bounds = group_bounds(Granularity.parse(scheme.granularity), weight.shape[1])
         self.groups = [stop - start for start, stop in bounds]
         self.sizes = torch.tensor(self.groups, device=weight.device)
+        self.step = grid.format.step
         self.first_scale = grid.scale.float()
         zero = torch.zeros_like(self.first_scale) if grid.zero_point is None else grid.zero_point.float()
         self.zero = nn.Parameter(zero - grid.offset)
@@ -71,7 +75,7 @@ class ShadowWeight(nn.Module):
             binary = grid.format.kind == "binary"
             self.mean = nn.Parameter(mean.clone() if binary else torch.zeros_like(mean))
         centred = weight.float() if grid.mean is None else weight.float() - self._wide(grid.mean.float())
-        positions = centred / self._wide(self.first_scale) + self._wide(self.zero.detach())
+        positions = centred / self._wide(self.first_scale * self.step) + self._wide(self.zero.detach())
         self.u = nn.Parameter(positions.contiguous())
         # A group of zeros has the scale 1, a step of which would ruin the matrix: it stays as it is.
         distance = (self.u.detach() - self._wide(zero - grid.offset)).abs()
@@ -97,7 +101,7 @@ class ShadowWeight(nn.Module):
     def clamp(self) -> None:
         """Bring `u` back to within half a step of the outermost codes."""
         lowest, highest = self.grid.code_range
-        self.u.clamp_(lowest - 0.499, highest + 0.499)
+        self.u.clamp_(lowest / self.step - 0.499, highest / self.step + 0.499)
 
     @torch.no_grad()
     def shrink_to_grid(self, share: float) -> None:
@@ -144,7 +148,8 @@ class ShadowWeight(nn.Module):
 
     def forward(self) -> Matrix:
         zero = self._stored(self.zero) if self.scheme.zero_point == "free" else self.zero
-        weight = _OnGrid.apply(self.u, self.scale(), zero, self.moves, self.sizes, self.groups, self.grid)
+        scale = self.scale() * self.step
+        weight = _OnGrid.apply(self.u, scale, zero, self.moves, self.sizes, self.groups, self.grid)
         if self.mean is not None:
             mean = self.means()
             weight = weight + self._wide(torch.where(self.moves, mean, mean.detach()))
@@ -156,14 +161,14 @@ class ShadowWeight(nn.Module):
     @torch.no_grad()
     def weight(self) -> Matrix:
         """Return the unrounded weight, from which another `ShadowWeight` goes on."""
-        weight = (self.u - self._wide(self.zero)) * self._wide(self.scale())
+        weight = (self.u - self._wide(self.zero)) * self._wide(self.scale() * self.step)
         return weight if self.mean is None else weight + self._wide(self.means())
 
     @torch.no_grad()
     def quantized(self) -> QuantizedTensor:
         """Return what has been learned, packed."""
         zero = None if self.grid.zero_point is None else self.zero + self.grid.offset
-        codes = _rounded(self.u, self.grid)
+        codes = _rounded(self.u, self.grid) * self.step
         grid = self.grid._replace(scale=self.scale(), zero_point=zero)
         if self.mean is not None:
             grid = grid._replace(mean=self.means())
@@ -178,7 +183,9 @@ def _own(tensor: Tensor) -> Tensor:
 
 
 def _rounded(u: Tensor, grid: Grid) -> Tensor:
-    """Return the codes of positions; binary has the two codes -1 and 1."""
+    """Return the codes of positions, in steps; binary has the two codes -1 and 1."""
+    if grid.format.table is not None:
+        return nearest_in_table(u * grid.format.step, grid.format.table).div_(grid.format.step)
     return (
         torch.where(u < 0, -1.0, 1.0) if grid.format.kind == "binary" else u.round().clamp_(*grid.code_range)
     )
