@@ -3,13 +3,15 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
 from transformers import PreTrainedModel
 
 from bitassay.engines.load import load
 from bitassay.models.options import AUTO
+
+Plan = TypeVar("Plan", bound="Arithmetic")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +33,6 @@ class Arithmetic:
         return TypeAdapter(type(self)).dump_python(self, mode="json")
 
     @classmethod
-    def of(cls, content: Mapping[str, Any]) -> Self:
+    def of(cls: type[Plan], content: Mapping[str, Any]) -> Plan:
         """Return the plan that gave `to_dict`, from a dictionary with it."""
         return TypeAdapter(cls).validate_python({field.name: content[field.name] for field in fields(cls)})
