@@ -3,8 +3,8 @@
     requests    500 by the official `openai` client, 8 at a time: streamed or not, greedy and seeded. Each
                 answer must be what the engine alone makes of that prompt and seed, each receipt on the disk,
                 signed, and of these tokens.
-    kills       a server is killed (SIGKILL) amid the answers of 8 clients, again and again: every answer that
-                a client received must have its receipt on the disk.
+    kills       a server is killed (SIGKILL) amid the answers of 8 clients, after some have come, again and
+                again: every answer that a client received must have its receipt on the disk.
     serve       --minutes of changed requests: bodies, headers, paths, and connections that break. The server
                 must answer what is HTTP with a status below 500 (or 507), go on, and not grow.
     client      --minutes of changed answers to audits: JSON whose nodes are changed, bytes that are flipped,
@@ -116,33 +116,43 @@ def requests(options):
 
 def kills(options):
     """Kill a server amid answers; look for the receipts of those that came."""
-    draw, received, lost = random.Random(options.seed), 0, 0
-    for _ in range(options.kills):
+    draw, received, lost, amid, cut = random.Random(options.seed), 0, 0, 0, 0
+    for number in range(options.kills):
         with tempfile.TemporaryDirectory() as folder, serving(folder) as (url, process):
-            names, stop = [], threading.Event()
+            names, broken = [], []
 
-            def ask(number, url=url, names=names, stop=stop):
-                with httpx2.Client(trust_env=False, timeout=10) as web, suppress(httpx2.HTTPError):
-                    while not stop.is_set():
-                        body = {"prompt": f"{TEXT} {number}", "max_tokens": 3}
-                        names.append(web.post(f"{url}/v1/completions", json=body).json()["receipt"]["id"])
+            def ask(number, url=url, names=names, broken=broken):
+                with httpx2.Client(trust_env=False, timeout=60) as web:
+                    for turn in range(10**6):
+                        body = {"prompt": f"{TEXT} {number} {turn}", "max_tokens": 1 + turn % 4}
+                        try:
+                            said = web.post(f"{url}/v1/completions", json=body)
+                        except httpx2.HTTPError as error:
+                            broken.append(error)
+                            return
+                        names.append(said.json()["receipt"]["id"])
 
             threads = [threading.Thread(target=ask, args=(n,)) for n in range(8)]
             for thread in threads:
                 thread.start()
-            time.sleep(draw.uniform(0.5, 2.5))
+            wanted, until = draw.randrange(1, 60), time.monotonic() + 60
+            while len(names) < wanted and time.monotonic() < until:
+                time.sleep(0.002)
+            time.sleep(draw.uniform(0, 0.2))
             process.send_signal(signal.SIGKILL)
-            stop.set()
             for thread in threads:
                 thread.join()
-            received += len(names)
+            received, cut = received + len(names), cut + len(broken)
+            amid += bool(names) and bool(broken)
             for name in names:
                 try:
                     read_receipt(Path(folder) / "receipts" / name)
                 except Exception as error:
                     lost += 1
                     print(name, error)
-    print(f"{options.kills} kills, {received} answers received, {lost} without a sound receipt")
+            print(f"kill {number + 1}: {len(names)} answers, {len(broken)} cut off", flush=True)
+    print(f"{options.kills} kills, {amid} amid answers: {received} received, {cut} cut off;", end=" ")
+    print(f"{lost} of those received without a sound receipt")
 
 
 # --- fuzzing the server ---
@@ -268,6 +278,7 @@ def hostile_reply(seeds, choose, trap):
             reply(200, b"", "Transfer-Encoding: chunked"),
             b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nFFFFFFFFFFFF\r\n",
             b"HTTP/1.1 200 OK\r\n" + b"X: " + b"a" * 2**20,
+            b"HTTP/1.1 103 X\r\n\r\n" * choose.choice([1, 10**4]) + reply(200, body),
             b"SSH-2.0-x\r\n", b"", b"\x16\x03\x01\x00\x05hello",
         ]  # fmt: skip
         sent = choose.choice(odd)

@@ -2,9 +2,9 @@
 
 Profile: the first 128 answers of one honest server of a group (engine and precision). Held out: its other
 answers, and those of servers of the same group that were asked otherwise (one at a time, with a prefix
-cache). Audits are disjoint: each answer is in one audit of a level. A ledger is simulated: profile and
-requests are drawn, without replacement, from the kept statistics of one server, and it is looked at 40
-times, ever less often. Run:
+cache). Audits are disjoint: each answer is in one audit of a level. A ledger has the held-out answers of a
+group in their order, and is looked at as often as `audit` looks at one. With --ledgers N others are drawn:
+profile and up to 1000 requests, without replacement, from all kept statistics of a group. Run:
 
     python benchmarks/server_tables.py --honest GROUP,CALIBRATED,HELD-OUT,... --changed NAME,GROUP ...
 """
@@ -20,7 +20,7 @@ from servers import ANSWER, GIVEN, LEVELS
 from bitassay.evaluation.statistics import clopper_pearson_interval
 from bitassay.verification.pooled import fail_count, pooled_p_value
 from bitassay.verification.scores import p_value
-from bitassay.verification.sequential import SequentialEvidence, log_wealth
+from bitassay.verification.sequential import SequentialEvidence, wealth_by_limit
 
 
 def table(out):
@@ -67,8 +67,8 @@ def known_of(found, server, level):
 
 
 def honest_tables(found, groups, options):
-    print("| evidence | honest server | requests refused | audits refused | ledgers with an alarm |")
-    print("|---|---|---:|---:|---:|")
+    print("| evidence | honest server | requests refused | audits refused |")
+    print("|---|---|---:|---:|")
     totals = defaultdict(lambda: np.zeros(4, dtype=int))
     for level in (each for some in LEVELS.values() for each in some):
         for known, held in groups.values():
@@ -84,28 +84,40 @@ def honest_tables(found, groups, options):
                 ]
                 counts = [fails[0], len(singles), fails[1], len(audits)]
                 totals[level] += counts
-                row = share(*counts[:2]), share(*counts[2:]), watched(mine, profile, options)
+                row = share(*counts[:2]), share(*counts[2:])
                 print(f"| {level} | {name} | {' | '.join(row)} |", flush=True)
         if level in totals:
             counts = totals[level]
-            print(f"| {level} | all | {share(*counts[:2])} | {share(*counts[2:])} | |", flush=True)
+            print(f"| {level} | all | {share(*counts[:2])} | {share(*counts[2:])} |", flush=True)
 
 
-def watched(mine, profile, options):
-    """Of ledgers that draw profile and requests from the kept statistics of one server, how many ever come to
-    an alarm."""
-    if not options.ledgers:
-        return ""
-    draw, every = np.random.default_rng(0), np.array([*profile, *(each for each in mine if each is not None)])
-    looks = np.unique(np.geomspace(1, len(every) - len(profile), 40).astype(np.int64))
-    alarms = 0
-    for _ in range(options.ledgers):
-        noisy = every + draw.normal(0, 1e-9, len(every))
-        draw.shuffle(noisy)
-        known, rest = noisy[: len(profile)], noisy[len(profile) :]
-        ledger = SequentialEvidence.of(log_wealth(rest, known, looks), options.alpha)
-        alarms += ledger.alarm_at is not None
-    return share(alarms, options.ledgers)
+def ledger(scores, profile, alpha):
+    """What a ledger of these answers proves, looked at as `audit` does."""
+    known = np.array(profile, dtype=np.float64)
+    wealth = wealth_by_limit(np.array(scores, dtype=np.float64), [0] * len(scores), lambda _: known)
+    return SequentialEvidence.of(wealth, alpha)
+
+
+def ledger_tables(found, groups, options):
+    print("\n| evidence | group | in order: requests | p-value | drawn: requests | with an alarm | least p |")
+    print("|---|---|---:|---:|---:|---:|---:|")
+    for level in (each for some in LEVELS.values() for each in some if each != "sampled"):
+        for group, (known, held) in groups.items():
+            profile = known_of(found, known, level)
+            answers = [found[name][level].items() for name in held]
+            mine = [value for some in answers for n, value in sorted(some) if n >= 128 and value is not None]
+            if not mine or not profile:
+                continue
+            order = ledger(mine, profile, options.alpha)
+            draw, every = np.random.default_rng(0), np.array([*profile, *mine])
+            length, ps = min(1000, len(mine)), []
+            for _ in range(options.ledgers):
+                some = draw.choice(every, len(profile) + length, replace=False)
+                ps.append(ledger(some[len(profile) :], some[: len(profile)], options.alpha).p_value)
+            alarms = share(sum(p <= options.alpha for p in ps), len(ps)) if ps else ""
+            least = f"{min(ps):.2g}" if ps else ""
+            row = f"{order.n_requests} | {order.p_value:.2g} | {length} | {alarms} | {least}"
+            print(f"| {level} | {group} | {row} |", flush=True)
 
 
 def power_tables(found, groups, options):
@@ -156,6 +168,7 @@ def main():
     found = table(options.out)
     groups = {name: (known, held) for name, known, *held in (each.split(",") for each in options.honest)}
     honest_tables(found, groups, options)
+    ledger_tables(found, groups, options)
     power_tables(found, groups, options)
 
 

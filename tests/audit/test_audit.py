@@ -76,13 +76,13 @@ def test_a_swapped_model_is_refused_and_an_honest_one_is_not(level, calibrated, 
     other, _ = audit(
         at(swapped), reference, Options(level=level, out=tmp_path / "run", **SMALL), profile=profile
     )
+    write_report(other, tmp_path / "report.html")
+    assert other["decision"]["status"] in (tmp_path / "report.html").read_text()
     weak = ("tokens", "text", "sampled")
     assert other["decision"]["status"] == ("FAIL" if level not in weak else other["decision"]["status"])
     if level == "sampled":  # 4 answers of 16 tokens say little of weights
         return
     assert np.mean([row["score"] for row in other["rows"]]) > max(np.median(profile.scores), 0.05)
-    write_report(other, tmp_path / "report.html")
-    assert other["decision"]["status"] in (tmp_path / "report.html").read_text()
 
 
 def test_a_server_that_gives_text_alone_is_judged_by_it(served, reference, tmp_path):

@@ -44,7 +44,7 @@ def hostile(*replies):
             except TimeoutError:
                 continue
             with line:
-                line.settimeout(1)
+                line.settimeout(30)
                 asked.append(line.recv(2**16))
                 answer = replies[min(number, len(replies) - 1)]
                 number += 1
@@ -75,6 +75,19 @@ def drips(line):
     line.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n")
     for _ in range(6000):  # until the client hangs up
         line.sendall(b" ")
+        threading.Event().wait(0.01)
+
+
+def drips_headers(line):
+    line.sendall(b"HTTP/1.1 200 OK\r\nX: ")
+    for _ in range(6000):
+        line.sendall(b"a")
+        threading.Event().wait(0.01)
+
+
+def informs(line):
+    for _ in range(6000):
+        line.sendall(b"HTTP/1.1 103 Early Hints\r\nX: a\r\n\r\n")
         threading.Event().wait(0.01)
 
 
@@ -117,6 +130,28 @@ def test_what_passes_is_tried_again_and_waits_are_as_asked():
     assert all(0 < wait < 10 for wait in waits)
 
 
+@pytest.mark.parametrize("never", [drips_headers, informs])
+def test_the_time_of_an_answer_is_that_of_its_headers_too(never):
+    with hostile(never) as (url, asked), pytest.raises(AnswerError) as error:
+        endpoint(url, seconds=0.2, tries=6).post("/completions", {})
+    assert error.value.code == "timeout"
+    assert len(asked) == 2
+
+
+def test_a_deadline_is_that_of_the_request_under_way():
+    with hostile(reply(200, OK)) as (url, _):
+        target = endpoint(url, seconds=5)
+        target._deadline.until = 0.0
+        assert target.post("/completions", {}) == json.loads(OK)
+
+
+@pytest.mark.parametrize(("status", "hint"), [(401, "--key-env"), (404, "/v1")])
+def test_what_to_try_where_a_server_refuses(status, hint):
+    with hostile(reply(status, b"no")) as (url, _), pytest.raises(AnswerError) as error:
+        endpoint(url).post("/completions", {})
+    assert hint in error.value.remedy
+
+
 def test_a_server_that_is_not_there():
     with pytest.raises(AnswerError, match="cannot be reached") as error:
         endpoint("http://127.0.0.1:1/v1").get("/models")
@@ -149,6 +184,13 @@ def test_urls_that_are_none_are_refused(url):
 def test_deep_json_is_an_error():
     with pytest.raises(AnswerError):
         strict_json(b"[" * 200_000, "here")
+
+
+def test_json_that_a_file_or_a_dictionary_could_not_hold():
+    with pytest.raises(AnswerError, match="twice"):
+        strict_json(b'{"a": [{"b": 1, "b": 2}]}', "here")
+    halves = b'["\\ud800x", "\\uD83D\\ude00", "\\\\ud800"]'
+    assert strict_json(halves, "here") == ["\ufffdx", "\U0001f600", "\\ud800"]
 
 
 @pytest.fixture(scope="module")

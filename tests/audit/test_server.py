@@ -6,6 +6,7 @@ import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
+from ipaddress import IPv4Address
 from pathlib import Path
 
 import httpx2
@@ -25,6 +26,7 @@ from bitassay.audit.store import Full, Store
 from bitassay.engines.decode import generate, prefill
 from bitassay.engines.sampling import Sampler
 from bitassay.engines.stream import Stream
+from bitassay.errors import BitassayError
 from bitassay.verification.prove import prove
 from bitassay.verification.receipts.challenge import challenge, opened_positions
 from bitassay.verification.receipts.keys import private_key
@@ -352,6 +354,8 @@ def test_tls(model, tmp_path):
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "nobody")])
     now = datetime.now(UTC)
     made = x509.CertificateBuilder(name, name, key.public_key(), 1, now, now + timedelta(days=1))
+    here = x509.SubjectAlternativeName([x509.IPAddress(IPv4Address("127.0.0.1"))])
+    made = made.add_extension(here, critical=False)
     (tmp_path / "cert.pem").write_bytes(made.sign(key, SHA256()).public_bytes(Encoding.PEM))
     pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     (tmp_path / "cert.key").write_bytes(pem)
@@ -362,7 +366,15 @@ def test_tls(model, tmp_path):
             assert web.get(secure + "/health").text == "ok\n"
         with pytest.raises(AnswerError) as error:
             Endpoint(secure + "/v1", tries=1).get("/models")
-    assert error.value.code == "tls"
+        assert error.value.code == "tls"
+        trusting = Endpoint(secure + "/v1", tries=1, ca_file=tmp_path / "cert.pem")
+        assert trusting.get("/models")["data"][0]["id"] == "stories"
+        with pytest.raises(AnswerError, match="http or https"):
+            Endpoint(url + "/v1", tries=1).get("/models")
+    with pytest.raises(BitassayError, match="holds no certificates"):
+        Endpoint(secure + "/v1", ca_file=tmp_path / "cert.key")
+    with pytest.raises(BitassayError, match="No such file"):
+        Endpoint(secure + "/v1", ca_file=tmp_path / "none.pem")
 
 
 def test_traces_make_room_for_receipts(model, tmp_path, web):

@@ -13,14 +13,16 @@ from transformers import AutoTokenizer
 from bitassay.engines.load import load
 from bitassay.errors import BitassayError, MissingError
 from bitassay.models.gguf_model import sources_of
+from bitassay.models.opened import weights_of
 from bitassay.quantization.export import save as export
-from bitassay.quantization.export.gguf_file import write_gguf, written_before
+from bitassay.quantization.export.gguf_file import reload_difference, write_gguf, written_before
 from bitassay.quantization.export.gguf_like import recipe_like, types_of
 from bitassay.quantization.export.gguf_plan import check_llama_cpp, plan_gguf
 from bitassay.quantization.export.gguf_schemes import MINIMUM
 from bitassay.quantization.pipeline import quantize
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.runtime.model import Quantization, with_tensors
+from bitassay.testing.architectures import save_tiny
 from bitassay.testing.tiny import tiny_model
 
 IDS = torch.arange(3, 60)[None]
@@ -364,3 +366,34 @@ def test_a_truncated_file_is_refused(stories, tmp_path):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(BitassayError, match=r"stories\.gguf: cannot be read as GGUF"):
         load(path)
+
+
+TYPES = {"format": "int4", "granularity": "g32", "symmetric": False, "scale": "mse"}
+STREAMED = {
+    "as it is": None,
+    "rotated": {"weights": TYPES, "rotation": {}},
+    "solved": {
+        "weights": {"format": "int8", "granularity": "g32"},
+        "calibration": {"samples": 2, "tokens": 16},
+        "gptq": {},
+    },
+}
+
+
+@pytest.mark.parametrize("case", STREAMED)
+def test_an_opened_model_gives_the_same_file(tmp_path, case):
+    folder = save_tiny("llama", tmp_path / "model")
+    files = {}
+    for opened in (False, True):
+        model = load(folder, opened=opened)
+        if (parts := STREAMED[case]) is not None:
+            spec = Recipe.model_validate({"name": case, **parts})
+            model = quantize(model, spec, work=tmp_path / f"work-{opened}")
+        files[opened] = tmp_path / f"{opened}.gguf"
+        write_gguf(model, files[opened], embeddings=None if parts is None else "Q8_0")
+        assert weights_of(model) is None or weights_of(model).holds.total() == 0
+        assert reload_difference(model, files[opened], IDS) <= (1e-3 if parts is None else 0.3)
+    assert files[True].read_bytes() == files[False].read_bytes()
+    assert {path.name for path in tmp_path.iterdir() if ".gguf" in path.name} == {"True.gguf", "False.gguf"}
+    other = load(save_tiny("llama", tmp_path / "other", seed=3), opened=True)
+    assert reload_difference(other, files[True], IDS) > 1e-2

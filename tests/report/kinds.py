@@ -324,6 +324,8 @@ AUDIT = HEAD | {
         },
         {"request": 2, "positions": None, "distance": None, "control": None, "score": None, "p_value": None}
         | {"problem": "not-finite"},
+        {"request": 3, "positions": 8, "distance": -0.2, "control": 0.3, "score": -0.67, "p_value": 0.5}
+        | {"problem": ""},  # of sampled tokens: less surprising than they should be
     ],
     "probes": [{"evidence": "seeds repeat", "given": True, "detail": "", "honest": [True]}],
     "suspects": [

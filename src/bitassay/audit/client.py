@@ -2,7 +2,8 @@
 
 No redirect is followed, the environment's proxies are not used, and compressed answers are refused. The API
 key goes into one header and nowhere else: where a server sends it back, it is taken out of the answer before
-anything reads it.
+anything reads it. The time that an answer may take is that of all of it, from connecting on, so that a server
+cannot hold a client by a byte now and then.
 """
 
 import json
@@ -12,10 +13,12 @@ import ssl
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx2
 
+from bitassay.audit.transport import Deadline, Transport, certificates
 from bitassay.errors import BitassayError, MissingError
 
 ANSWER_BYTES = 2**24
@@ -25,6 +28,12 @@ AGAIN = (408, 429, 500, 502, 503, 504)
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
 EVENTS = "text/event-stream"
 SHOWN = 200  # characters of what a server says
+HUNG = 2  # tries of a server that takes too long
+HINTS = {
+    401: "set the API key in the environment variable of --key-env",
+    403: "set the API key in the environment variable of --key-env",
+    404: "the URL of the API, mostly with /v1 at its end, and the model's name there",
+}
 
 
 class AnswerError(BitassayError):
@@ -37,13 +46,15 @@ class AnswerError(BitassayError):
 
 class Endpoint:
     """A server of the OpenAI kind. key_env: the environment variable of its API key; none where it is not
-    set. Raises BitassayError for a URL that is none."""
+    set. ca_file: certificates (PEM) that may sign the server's, besides the public ones. Raises BitassayError
+    for a URL that is none, and a file that holds no certificates."""
 
     def __init__(
         self,
         url: str,
         key_env: str | None = None,
         *,
+        ca_file: Path | None = None,
         seconds: float = SECONDS,
         answer_bytes: int = ANSWER_BYTES,
         tries: int = TRIES,
@@ -57,11 +68,13 @@ class Endpoint:
             if not self._key.isascii() or not self._key.isprintable():
                 raise BitassayError(f"{key_env}: not an API key", "printable ASCII")
             headers["authorization"] = f"Bearer {self._key}"
+        self._deadline = Deadline()
         self._web = httpx2.Client(
             headers=headers,
             follow_redirects=False,
             trust_env=False,
             timeout=httpx2.Timeout(seconds, connect=20),
+            transport=Transport(certificates(ca_file), self._deadline),
         )
 
     def close(self) -> None:
@@ -88,7 +101,7 @@ class Endpoint:
             try:
                 return self._once(method, path, body, kind)
             except _Again as again:
-                if number == self.tries:
+                if number >= (HUNG if again.error.code == "timeout" else self.tries):
                     raise again.error from again
                 wait = min(FIRST_WAIT * 2 ** (number - 1), LONGEST_WAIT) * (0.5 + random.random())
                 self.sleep(min(max(wait, again.wait), 2 * LONGEST_WAIT))
@@ -96,6 +109,7 @@ class Endpoint:
 
     def _once(self, method: str, path: str, body: dict[str, Any] | None, kind: str) -> Any:
         try:
+            self._deadline.until = time.monotonic() + self.seconds
             headers = {"accept": kind}
             with self._web.stream(method, self.url + path, json=body, headers=headers) as answer:
                 return self._checked(answer, path, kind)
@@ -108,8 +122,11 @@ class Endpoint:
             why = f"{self.url}: cannot be reached ({self._clean(str(error)):.{SHOWN}})"
             raise _Again(AnswerError("unreachable", why, "check the URL")) from error
         except httpx2.HTTPError as error:
-            why = f"{self.url}: the connection broke ({type(error).__name__})"
-            raise _Again(AnswerError("broken", why)) from error
+            said = self._clean(str(error))
+            why = f"{self.url}: the connection broke ({type(error).__name__}: {said:.{SHOWN}})"
+            is_other = "status line" in said or "without sending a response" in said
+            hint = "check whether the server speaks http or https" if is_other else ""
+            raise _Again(AnswerError("broken", why, hint)) from error
 
     def _checked(self, answer: httpx2.Response, path: str, wanted: str) -> Any:
         status, where = answer.status_code, f"{self.url}{path}"
@@ -124,8 +141,8 @@ class Endpoint:
                 AnswerError(f"status-{status}", problem), _seconds(answer.headers.get("retry-after"))
             )
         if status != 200:
-            hint = "set the API key in the environment variable of --key-env" if status in (401, 403) else ""
-            raise AnswerError(f"status-{status}", f"{where}: status {status}: {said:.{SHOWN}}", hint)
+            problem = f"{where}: status {status}: {said:.{SHOWN}}"
+            raise AnswerError(f"status-{status}", problem, HINTS.get(status, ""))
         kind = answer.headers.get("content-type", "").split(";")[0].strip().lower()
         if kind != wanted:
             raise AnswerError("wrong-type", f"{where}: {kind!r:.60}, not {wanted}")
@@ -139,13 +156,11 @@ class Endpoint:
     def _bounded(self, answer: httpx2.Response, where: str) -> bytes:
         if answer.headers.get("content-encoding", "identity").lower() != "identity":
             raise AnswerError("wrong-type", f"{where}: a compressed answer, which was not asked for")
-        data, until = bytearray(), time.monotonic() + self.seconds
+        data = bytearray()
         for chunk in answer.iter_raw():
             data += chunk
             if len(data) > self.answer_bytes:
                 raise AnswerError("too-large", f"{where}: an answer of more than {self.answer_bytes} bytes")
-            if time.monotonic() > until:
-                raise AnswerError("timeout", f"{where}: the answer takes more than {self.seconds:g} s")
         return bytes(data)
 
     def _clean(self, text: str) -> str:
@@ -192,13 +207,24 @@ def require_variable(key_env: str | None) -> None:
 
 
 def strict_json(data: bytes, where: str) -> Any:
-    """Return a JSON value without NaN and infinity. Raises AnswerError."""
+    """Return a JSON value without NaN, infinity, and names that an object has twice. Half a surrogate pair,
+    which no file could hold, becomes U+FFFD. Raises AnswerError."""
 
     def refuse(constant: str) -> None:
         raise AnswerError("not-finite", f"{where}: {constant} in the answer")
 
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        known = dict(pairs)
+        if len(known) < len(pairs):
+            raise AnswerError("malformed", f"{where}: an object with the same name twice")
+        return known
+
     try:
-        return json.loads(data.decode("utf-8"), parse_constant=refuse)
+        value = json.loads(data.decode("utf-8"), parse_constant=refuse, object_pairs_hook=unique)
+        if b"\\ud" in data.lower():
+            text = json.dumps(value, ensure_ascii=False).encode("utf-16-le", "surrogatepass")
+            value = json.loads(text.decode("utf-16-le", "replace"))
+        return value
     except AnswerError:
         raise
     except (ValueError, RecursionError) as error:

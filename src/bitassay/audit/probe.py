@@ -39,21 +39,21 @@ class Probe:
     rows: list[dict[str, Any]]
     reads_others: bool = False
 
-    def choose(self, level: Level | None) -> Asking:
-        """Return how to ask for `level`, by default the strongest. Raises BitassayError where the server does
-        not give it."""
+    def choose(self, level: Level | None, server: str = "the server") -> Asking:
+        """Return how to ask for `level`, by default the strongest. server: what an error calls it. Raises
+        BitassayError where it does not give that."""
         if level is None and self.askings:
             return next(iter(self.askings.values()))
         if level not in self.askings and self.reads_others:
             raise AnswerError(
                 "other-prompt",
-                "the server read other tokens than the reference makes of the prompt: another tokenizer, "
+                f"{server} read other tokens than the reference makes of the prompt: another tokenizer, "
                 "chat template or system prompt",
                 "the --reference that was sold; without --chat, given token ids have no template",
             )
         if level not in self.askings:
             raise BitassayError(
-                f"the server does not give {WORDS[level] if level else 'any evidence that can be judged'}",
+                f"{server} does not give {WORDS[level] if level else 'any evidence that can be judged'}",
                 f"--evidence {' or '.join(self.askings)}" if self.askings else "a server with token ids",
             )
         return self.askings[level]
@@ -94,7 +94,11 @@ def probe(
 
     base = next((one for one in _forms(tokenizer, chat) if ask(one) is not None), None)
     if base is None:
-        raise refused[0]
+        code, said = refused[0].code, refused[0].problem.removesuffix(f" [{refused[0].code}]")
+        is_other = code in ("malformed", "not-json", "wrong-type")
+        hint = "the URL of the API, mostly with /v1 at its end" if is_other else refused[0].remedy
+        url = target.endpoint.url
+        raise AnswerError(code, said if url in said else f"{url}: {said}", hint)
     if ask(replace(base, level="chosen", k=1)) is not None and True in spellings:
         base = replace(base, extras=False, llamacpp=True)
     row("prompt as token ids", base.form == "ids", f"asked as {base.form}")

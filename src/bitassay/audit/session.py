@@ -100,7 +100,7 @@ class Session:
             sizes = options.tokens, PROMPT_TOKENS, options.k
             found = probe(target, self.vocabulary, text, *sizes, options.chat)
             level = profile.level if profile else like.level if like else options.level
-            return {"asking": asdict(found.choose(level)), "rows": found.rows}
+            return {"asking": asdict(found.choose(level, target.endpoint.url)), "rows": found.rows}
 
         self.probes[index] = kept = self.folder.part(f"probe-{index}", find)
         asking = Asking(**kept["asking"])

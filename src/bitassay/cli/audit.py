@@ -129,7 +129,7 @@ def audit(
     given |= {"--calibrate-from": calibrate_from, "--profile": profile, "--ledger": ledger}
     given |= {"--evidence": evidence, "--requests": requests, "--budget": budget}
     given |= {"--tokens": tokens if tokens != 128 else None, "--top": top if top != 20 else None}
-    mode = mode_of(given | {"--key-env": connection.key_env})
+    mode = mode_of(given | {"--key-env": connection.key_env, "--ca-file": connection.ca_file})
     loader = Loader(reference, recipe, loading, device)
     if replay is not None:
         return replayed(replay, loader, named, profile, alpha, ledger, output)

@@ -27,7 +27,7 @@ MODES = {
     "--replay": (
         "asks nothing",
         "a URL, --model, --calibrate-from, --seed, --evidence, --requests, --budget, --key-env, --watch, "
-        "--against, --contract, --tokens, --top, --chat",
+        "--against, --contract, --tokens, --top, --chat, --ca-file",
     ),
     "--against": (
         "asks what the recording asked",
@@ -68,6 +68,8 @@ class Connection:
     """The environment variable that has the API key. Keys are never written anywhere."""
     calibrate_key_env: str | None = None
     """The same for --calibrate-from."""
+    ca_file: Path | None = None
+    """Certificates (PEM) that may sign those of the servers, besides the public authorities."""
 
     def check(self, *urls: str) -> None:
         """Raise BitassayError for what is no URL, MissingError for a variable that is not set."""
@@ -82,7 +84,7 @@ class Connection:
         """Return the server at `url`."""
         from bitassay.audit.client import Endpoint, Target
 
-        return Target(Endpoint(url, self.key_env, seconds=self.timeout), model)
+        return Target(Endpoint(url, self.key_env, ca_file=self.ca_file, seconds=self.timeout), model)
 
     def honest(self, urls: Iterable[str], model: str) -> "list[Target]":
         """Return the servers that calibrate."""

@@ -8,7 +8,10 @@ embedding.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import gguf
@@ -23,13 +26,33 @@ from bitassay.errors import BitassayError
 from bitassay.models.gguf_families import DERIVED, FAMILIES, HARMLESS, READ_APART, SWITCHES, Family, family_of
 from bitassay.models.gguf_rope import ROPE_TENSORS, rope_parameters
 from bitassay.models.gguf_vocabulary import fields_of, special_ids
+from bitassay.models.weights import write_weights
 
 WINDOW, PATTERN = "attention.sliding_window", "attention.sliding_window_pattern"
 LOCAL_BASE = "rope.freq_base_swa"
 
 
-def read_model(reader: GGUFReader, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Build the model of a file, in `dtype`. Raises BitassayError for what is not known here."""
+@dataclass(frozen=True)
+class GgufModel:
+    """The model of a GGUF file before its weights are read. empty: the model of transformers on the meta
+    device. weights: what reads each parameter, by its name there, in float32. generation: what ends texts."""
+
+    empty: PreTrainedModel
+    weights: Mapping[str, Callable[[], Tensor]]
+    generation: GenerationConfig
+
+    def save(self, folder: Path) -> None:
+        """Write the folder that transformers would save, reading a tensor at a time."""
+        self.empty.config.architectures = [type(self.empty).__name__]
+        self.empty.config.save_pretrained(folder)
+        self.generation.save_pretrained(folder)
+        shapes = {name: tuple(self.empty.state_dict()[name].shape) for name in self.weights}
+        expected = {name: (torch.float32, shape) for name, shape in shapes.items()}
+        write_weights(folder, expected, ((name, read()) for name, read in self.weights.items()))
+
+
+def open_gguf(reader: GGUFReader) -> GgufModel:
+    """Describe the model of a file. Raises BitassayError for what is not known here."""
     fields = fields_of(reader)
     family = family_of(fields)
     if family is None:
@@ -44,8 +67,15 @@ def read_model(reader: GGUFReader, dtype: torch.dtype = torch.float32) -> PreTra
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     weights = _weights(empty, family, fields["general.architecture"], tensors)
-    model = type(empty).from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
-    model.generation_config = _generation(fields)
+    return GgufModel(empty, weights, _generation(fields))
+
+
+def read_model(reader: GGUFReader, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Build the model of a file, in `dtype`. Raises BitassayError for what is not known here."""
+    file = open_gguf(reader)
+    weights = {name: read() for name, read in file.weights.items()}
+    model = type(file.empty).from_pretrained(None, config=file.empty.config, state_dict=weights, dtype=dtype)
+    model.generation_config = file.generation
     return model.eval()
 
 
@@ -181,33 +211,41 @@ def _generation(fields: Mapping[str, Any]) -> GenerationConfig:
 
 def _weights(
     model: PreTrainedModel, family: Family, architecture: str, tensors: Mapping[str, ReaderTensor]
-) -> dict[str, Tensor]:
-    """Every parameter of `model` from the file; refuses what is left over on either side."""
+) -> dict[str, Callable[[], Tensor]]:
+    """What reads every parameter of `model` from the file; refuses what is left over on either side."""
     left, config = set(tensors) - set(ROPE_TENSORS), model.config
-    weights, missing = dict[str, Tensor](), list[str]()
+    weights, missing = dict[str, Callable[[], Tensor]](), list[str]()
     for name, parameter in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         sources = sources_of(name, architecture, config.num_hidden_layers)
         if absent := [source for source in sources if source not in tensors]:
             missing += [] if name.endswith(".bias") else absent
-            weights[name] = torch.zeros(parameter.shape)
+            weights[name] = partial(torch.zeros, parameter.shape)
             continue
         # Gate and up projections of experts are one parameter in transformers.
-        parts = [_read(tensors[source], source, family, config) for source in sources]
-        value = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        if value.squeeze().shape != parameter.squeeze().shape:
+        parts = [tuple(map(int, reversed(tensors[source].shape))) for source in sources]
+        shape = parts[0] if len(parts) == 1 else (parts[0][0], sum(part[1] for part in parts), *parts[0][2:])
+        if [size for size in shape if size != 1] != [size for size in parameter.shape if size != 1]:
             raise BitassayError(
-                f"{' and '.join(sources)}: of shape {tuple(value.shape)}, "
-                f"but the keys describe {tuple(parameter.shape)}"
+                f"{' and '.join(sources)}: of shape {shape}, but the keys describe {tuple(parameter.shape)}"
             )
-        weights[name] = value.reshape(parameter.shape)
+        weights[name] = partial(
+            _joined, [tensors[source] for source in sources], family, config, parameter.shape
+        )
         left -= set(sources)
     if missing:
         raise BitassayError(f"tensors that the architecture needs and the file has not: {_few(missing)}")
     if left:
         raise BitassayError(f"tensors that the model has no place for: {_few(sorted(left))}")
     return weights
+
+
+def _joined(
+    tensors: list[ReaderTensor], family: Family, config: PretrainedConfig, shape: torch.Size
+) -> Tensor:
+    parts = [_read(tensor, family, config) for tensor in tensors]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).reshape(shape)
 
 
 def sources_of(name: str, architecture: str, layers: int) -> list[str]:
@@ -219,9 +257,10 @@ def sources_of(name: str, architecture: str, layers: int) -> list[str]:
     return [theirs or f"(llama.cpp's name for {name})"]
 
 
-def _read(tensor: ReaderTensor, name: str, family: Family, config: PretrainedConfig) -> Tensor:
-    value = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32))
-    part = name.split(".")[-2]
+def _read(tensor: ReaderTensor, family: Family, config: PretrainedConfig) -> Tensor:
+    values = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+    value = torch.from_numpy(values if values.flags.writeable else values.copy())  # not the file's own bytes
+    name, part = tensor.name, tensor.name.split(".")[-2]
     if family.interleaved and part in ("attn_q", "attn_k"):
         heads = config.num_attention_heads if part == "attn_q" else config.num_key_value_heads
         # llama.cpp's row 2 i + j of a head is transformers' row j d/2 + i.

@@ -235,21 +235,23 @@ def _dequantize(path: Path, digest: str, out: Path) -> None:
     """Write `path` as fp32 safetensors with config and tokenizer into `out`."""
     from gguf import GGUFReader
 
-    from bitassay.models.gguf_model import read_model
+    from bitassay.models.gguf_model import open_gguf
     from bitassay.models.gguf_vocabulary import fields_of, read_tokenizer
 
     try:
         reader = GGUFReader(path)
         kinds = sorted({t.tensor_type.name for t in reader.tensors} - {"F32"})
-        tokenizer, model = read_tokenizer(fields_of(reader)), read_model(reader)
+        tokenizer, model = read_tokenizer(fields_of(reader)), open_gguf(reader)
+        model.save(out)
     except BitassayError as error:
         raise BitassayError(f"{path}: {error.problem}", error.remedy) from error
+    except OSError:  # of the folder that is written
+        raise
     except Exception as error:  # gguf raises whatever the defect happens to trip over
         raise BitassayError(
             f"{path}: cannot be read as GGUF ({type(error).__name__}: {error})",
             "download the file again; it may be truncated",
         ) from error
-    model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     origin = f"dequantized from GGUF {path.name} ({', '.join(kinds) or 'F32'})"
     write_json(out / SOURCE_FILE, {"origin": origin, "file": path.name, "sha256": digest})

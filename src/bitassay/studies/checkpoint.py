@@ -28,12 +28,18 @@ from bitassay.quantization.codes import storage
 from bitassay.quantization.export import gguf_file, gguf_like, save
 from bitassay.quantization.export.card import read_card
 from bitassay.quantization.export.gguf_plan import check_llama_cpp, plan_gguf
+from bitassay.quantization.export.opened_memory import BASE_BYTES, gguf_memory
 from bitassay.quantization.export.plan import LOADED, OPENED, Plan, choose_way, plan_export
 from bitassay.quantization.export.registry import GROUPED, LAYOUTS, STANDARD
 from bitassay.quantization.pipeline import quantize, quantize_cached
 from bitassay.quantization.recipe.formats import FORMATS
 from bitassay.quantization.recipe.recipe import Recipe
-from bitassay.quantization.runtime.model import fitted_to, quantization_of, with_tensors
+from bitassay.quantization.runtime.model import (
+    fitted_to,
+    parameter_count,
+    quantization_of,
+    with_tensors,
+)
 from bitassay.quantization.solvers import tune
 from bitassay.record.files import explain_os_error
 from bitassay.record.progress import Progress, silent
@@ -155,7 +161,7 @@ def _plan(job: CheckpointJob, progress: Progress) -> list[Row]:
         progress(f"{job.folder}: {plan.layout_reason}; bitassay.load reads it, {TRANSFORMERS} does not")
     file_bytes = plan.tensor_bytes + _size(job.source.folder, without=".safetensors")
     row = job.row(plan.layout, plan.bits_per_weight, plan.size_bytes, file_bytes)
-    row["way"], row["memory_bytes"] = _way(plan, job)
+    row["way"], row["memory_bytes"] = _way(plan, empty, job)
     row["work_bytes"] = work_bytes(empty, job.recipe, row["way"])
     rows = [row] if job.folder is not None else []
     if job.gguf is not None:
@@ -194,15 +200,14 @@ def work_bytes(empty: PreTrainedModel, recipe: Recipe, way: str) -> int:
     return bits // 8 + a_weight * weights
 
 
-def _way(plan: Plan, job: CheckpointJob) -> tuple[str, int]:
+def _way(plan: Plan, empty: PreTrainedModel, job: CheckpointJob) -> tuple[str, int]:
     """How the job is done in its memory, and the peak in bytes; else BitassayError."""
     ways, remedy = {LOADED: plan.memory_bytes}, ""
     if plan.opened_memory_bytes is None:
         remedy = ", or a recipe that goes a layer at a time, such as w4"
-    elif job.gguf is not None:
-        remedy = ", or leave out --gguf: such a file is written from a loaded model"
     else:
-        ways[OPENED] = plan.opened_memory_bytes
+        writing = 0 if job.gguf is None else gguf_memory(empty)
+        ways[OPENED] = max(plan.opened_memory_bytes, writing)
     return choose_way(ways, job.memory, f"{job.source.name} by {job.recipe.name}", remedy)
 
 
@@ -290,8 +295,12 @@ def write_base(job: CheckpointJob, progress: Progress = silent) -> Row:
     started = time.monotonic()
     if job.gguf.exists():
         raise BitassayError(f"{job.gguf}: exists already", "choose another file or remove this one first")
-    gguf_file.check_gguf(job.empty(), None)
-    base = load(job.model, progress=progress, **job.loading)
+    empty = job.empty()
+    gguf_file.check_gguf(empty, None)
+    loaded = BASE_BYTES + 2 * parameter_count(empty) * as_dtype(job.loading["dtype"]).itemsize
+    ways = {LOADED: loaded, OPENED: gguf_memory(empty)}
+    way, _ = choose_way(ways, job.memory, f"{job.source.name} as GGUF")
+    base = load(job.model, progress=progress, opened=way == OPENED, **job.loading)
     row = _write_gguf(job, base, job.tokens(base), progress)
     return row | {"recipe": "base", "seconds": time.monotonic() - started}
 

@@ -15,6 +15,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 import gguf
 import numpy as np
@@ -26,9 +28,11 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from bitassay.errors import BitassayError
-from bitassay.models.gguf_model import read_model
+from bitassay.models.gguf_model import open_gguf, read_model
 from bitassay.models.gguf_types import FILE_TYPES
 from bitassay.models.identity import identity, tokenizer
+from bitassay.models.opened import is_opened, open_plain, weights_of
+from bitassay.models.options import LoadOptions, attention_of
 from bitassay.models.walk import decoder_layers, module_name
 from bitassay.quantization.codes.tensor import QuantizedTensor
 from bitassay.quantization.export.gguf_blocks import Blocks, as_blocks, beside_codes
@@ -48,12 +52,13 @@ from bitassay.quantization.export.gguf_tokenizer import (
 )
 from bitassay.quantization.export.save import check_space
 from bitassay.quantization.recipe.recipe import Recipe
-from bitassay.quantization.runtime.model import bits_per_weight, cache_slots, quantization_of
+from bitassay.quantization.runtime.model import bits_per_weight, cache_slots, quantization_of, size_bytes
 from bitassay.quantization.runtime.replicas import is_replica, replica_names
 from bitassay.record.files import atomic_file
 from bitassay.record.progress import Progress, silent
 
 MORE_BITS = 1.01  # a file beyond that share of its recipe's bits is said to be larger
+PIECE_ROWS = 1024  # of a matrix, whose rounding is measured in float64
 AT_RUN_TIME = ("activations", "kv_cache")  # parts of a recipe that no weight shows
 RECIPE_KEY, BASE_KEY = "bitassay.recipe_id", "bitassay.base_weights_sha256"
 EMBEDDINGS_KEY, LIKE = "bitassay.embeddings", "as in another file"
@@ -105,14 +110,20 @@ def write_gguf(
         base = None
     keys, more = tokenizer_keys(ours, config.vocab_size, _ends(model)) if base is None else ({}, [])
     written = GgufFile(path, notes=[*notes, *more])
-    tensors = dict(_tensors(model, written, embeddings, kinds or {}))
-    if done is not None:
-        recipe_bits = bits_per_weight(model)
-        if written.bits_per_weight > MORE_BITS * recipe_bits:
-            written.notes.append(more_bits(recipe_bits, written.bits_per_weight))
-    check_space(path, sum(data.nbytes for _, data in tensors.values()))
-    progress(f"writing {path}")
-    with atomic_file(path) as temporary:
+    check_space(path, 2 * size_bytes(model))  # the tensors, and the file that they become
+    with (
+        atomic_file(path) as temporary,
+        TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as parts,
+    ):
+        tensors = {
+            name: _Stored.of(blocks, Path(parts) / str(number))
+            for number, (name, blocks) in enumerate(_tensors(model, written, embeddings, kinds or {}))
+        }
+        if done is not None:
+            recipe_bits = bits_per_weight(model)
+            if written.bits_per_weight > MORE_BITS * recipe_bits:
+                written.notes.append(more_bits(recipe_bits, written.bits_per_weight))
+        progress(f"writing {path}")
         writer = GGUFWriter(temporary, gguf.MODEL_ARCH_NAMES[ARCHITECTURES[config.model_type]])
         _write_description(writer, model, config, tensors)
         if done is not None:
@@ -121,13 +132,30 @@ def write_gguf(
             write_tokenizer(writer, keys)
         else:
             copy_tokenizer(writer, base)
-        for name, (kind, data) in tensors.items():
-            writer.add_tensor(name, data, raw_dtype=kind)
+        for name, tensor in tensors.items():
+            size = tensor.file.stat().st_size
+            writer.add_tensor_info(name, tensor.shape, tensor.dtype, size, raw_dtype=tensor.kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
+        writer.write_ti_data_to_file()
+        for tensor in tensors.values():
+            writer.write_tensor_data(np.fromfile(tensor.file, tensor.dtype).reshape(tensor.shape))
         writer.close()
     return written
+
+
+class _Stored(NamedTuple):
+    """A tensor's blocks in a file of their own, until the header is known that stands before all of them."""
+
+    file: Path
+    kind: Kind
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @classmethod
+    def of(cls, blocks: Blocks, file: Path) -> "_Stored":
+        blocks.data.tofile(file)
+        return cls(file, blocks.kind, blocks.data.shape, blocks.data.dtype)
 
 
 def check_gguf(model: PreTrainedModel, recipe: Recipe | None) -> None:
@@ -161,11 +189,30 @@ def check_gguf(model: PreTrainedModel, recipe: Recipe | None) -> None:
 
 
 def reload_difference(model: PreTrainedModel, path: str | Path, tokens: Int[Tensor, "batch tokens"]) -> float:
-    """Return the largest difference between the logits of `model` and of the file, in the model's dtype."""
-    reloaded = read_model(GGUFReader(path), model.dtype)
-    torch.nn.Module.to(reloaded, device=model.device)
+    """Return the largest difference between the logits of `model` and of the file, in the model's dtype. The
+    file is read a layer at a time where the model is."""
+    if is_opened(model):
+        reloaded = _opened(Path(path), model)
+    else:
+        reloaded = read_model(GGUFReader(path), model.dtype)
+        torch.nn.Module.to(reloaded, device=model.device)
     with torch.inference_mode():
         return (model(tokens).logits.float() - reloaded(tokens).logits.float()).abs().max().item()
+
+
+def _opened(path: Path, model: PreTrainedModel) -> PreTrainedModel:
+    """The model of a file, of which each weight is read when it is needed."""
+    file = open_gguf(GGUFReader(path))
+    reads = dict(file.weights)
+    reads.setdefault("lm_head.weight", reads["model.embed_tokens.weight"])
+    options = LoadOptions(model.dtype, model.device, attention_of(model))
+    made = [f"{name}.value" for name in reads]
+    opened = open_plain(path.parent, file.empty.config, options, entries={}, made=made)
+    weights = weights_of(opened)
+    assert weights is not None
+    for name, read in reads.items():
+        weights.changes[name] = lambda _, read=read: read().to(model.device, model.dtype)
+    return opened
 
 
 def more_bits(recipe: float, file: float) -> str:
@@ -196,7 +243,7 @@ def _tensors(
     quantized = {} if (done := quantization_of(model)) is None else done.tensors
     bits = weights = 0
     lost, length = 0.0, 1e-300
-    plain = dict(model.state_dict())
+    opened, plain = weights_of(model), dict(model.state_dict())
     for unrolled, name in _unrolled(model, _stored(model)):
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
@@ -204,12 +251,15 @@ def _tensors(
         tensor = quantized.get(name.removesuffix(".weight"))
         if tensor is None:
             named = kinds[theirs].name if theirs in kinds else embeddings if theirs in EMBEDDINGS else None
-            kind, data = _plain(plain[name], named)
+            kind, data = _plain(plain[name] if opened is None else opened.in_files(name), named)
         else:
             kind, data = _quantized(tensor, model, written, kinds.get(theirs))
-            weight = tensor.dequantize().double()
-            lost += (torch.from_numpy(gguf.dequantize(data, kind).copy()) - weight).square().sum().item()
-            length += weight.square().sum().item()
+            weight = tensor.dequantize()
+            for rows in range(0, len(data), PIECE_ROWS):
+                part = weight[rows : rows + PIECE_ROWS].double().cpu()
+                stored = torch.from_numpy(gguf.dequantize(data[rows : rows + PIECE_ROWS], kind).copy())
+                lost += (stored - part).square().sum().item()
+                length += part.square().sum().item()
             bits, weights = bits + data.nbytes * 8, weights + weight.numel()
         if arch is LLAMA and theirs.split(".")[-2] in ("attn_q", "attn_k"):
             order = np.arange(len(data)).reshape(-1, 2, head_size(config) // 2).swapaxes(1, 2)
@@ -301,10 +351,11 @@ def _plain(value: Tensor, name: str | None = None) -> Blocks:
 
 
 def _write_description(
-    writer: GGUFWriter, model: PreTrainedModel, config: PretrainedConfig, tensors: dict[str, Blocks]
+    writer: GGUFWriter, model: PreTrainedModel, config: PretrainedConfig, tensors: dict[str, _Stored]
 ) -> None:
     known, done = identity(model), quantization_of(model)
-    commonest = Counter(kind for kind, data in tensors.values() if data.ndim > 1).most_common(1)[0][0]
+    kinds = Counter(tensor.kind for tensor in tensors.values() if len(tensor.shape) > 1)
+    commonest = kinds.most_common(1)[0][0]
     names = {Kind.F32: "ALL_F32"} | {k: f"MOSTLY_{k.name}_M" for k in (Kind.Q3_K, Kind.Q4_K, Kind.Q5_K)}
     file_type = FILE_TYPES.get(commonest.name)
     if file_type is None:

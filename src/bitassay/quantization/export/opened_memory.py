@@ -29,6 +29,7 @@ BASE_BYTES = 500 * 10**6  # the interpreter with torch and transformers
 # binary planes, and for a second plane of all columns; that reading a folder's codes holds; decoding codes
 # that are kept; and such codes in FP8, or with something added to them.
 ROUNDING_COPIES, ROTATED_COPIES, PLANES_COPIES, SECOND_PLANE_COPIES = 2.8, 3.3, 7.5, 12
+BLOCKS_COPIES = 4  # of a tensor in fp32 that becomes blocks of a GGUF file, or is read from them
 READING_COPIES, KEPT_COPIES, FLOAT_COPIES, SUM_COPIES = 2.3, 1.3, 2, 3
 HESSIANS, SOLVING_COPIES = 3, 5  # that factorising and rounding hold
 LEARNING_BYTES = 28  # of a weight of the layer that is learned: its position, gradient, two moments and value
@@ -71,6 +72,14 @@ def saving_memory(sizes: Sizes, stored: Mapping[str, Stored]) -> int:
     codes = sizes.bits * shapes.layer // sum(map(math.prod, sizes.shapes)) // 8
     checking = item * shapes.layer + codes + int((4 * copies - item) * shapes.matrix)
     return BASE_BYTES + max(checking, item * shapes.beside)
+
+
+def gguf_memory(model: PreTrainedModel) -> int:
+    """Return the bytes that writing and checking a GGUF file of an opened model takes: a tensor
+    with its blocks, or a layer that is run while a matrix is read."""
+    item, shapes = model.dtype.itemsize, Shapes.of(model)
+    running = item * shapes.layer + 4 * READING_COPIES * shapes.matrix
+    return BASE_BYTES + max(4 * BLOCKS_COPIES * max(shapes.matrix, shapes.beside), int(running))
 
 
 def rounding_copies(stored: Stored) -> float:
