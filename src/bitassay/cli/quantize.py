@@ -128,8 +128,7 @@ def quantize(
             "--like FILE --gguf NEW --recipe gguf-q4_0, without --out and --embeddings",
         )
     check_words([model], [recipe], folder=out, file=gguf)
-    if work is not None:
-        check_folder(work)
+    check_folder(work)
     if analyze:
         if recipe is None:
             raise BitassayError("--analyze needs a recipe, whose formats it measures", "--recipe R")
