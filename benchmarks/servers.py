@@ -34,13 +34,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 import bitassay
 from bitassay.audit.answering import Served, default_context
 from bitassay.audit.asking import Asking, texts
-from bitassay.audit.client import AnswerError, Endpoint
+from bitassay.audit.client import AnswerError, Endpoint, Target
 from bitassay.audit.judge import Reference, measure
 from bitassay.audit.server import Limits, make_app
-from bitassay.audit.session import Target, ask_all, positions_of, retokenized
+from bitassay.audit.session import ask_all, positions_of, retokenized
 from bitassay.audit.store import Store
-from bitassay.audit.wire import Position
-from bitassay.audit.words import words_of
+from bitassay.audit.wire import Position, words_of
 from bitassay.data.corpora import corpus
 from bitassay.models.identity import tokenizer
 from bitassay.models.walk import decoder_layers
