@@ -182,7 +182,7 @@ def changed(model, name, change, stack):
 
 def fine_tune(model, name, steps=24, batch=4, length=64, rate=1e-5):
     """Take a few steps of AdamW on WikiText-2, in float32, as any fine-tune begins."""
-    trained = bitassay.load(name, dtype="float32")
+    trained = bitassay.load(name, dtype="float32").requires_grad_(True)
     text = corpus("wikitext2-raw").text[: 8 * steps * batch * length]
     ids = torch.tensor(tokenizer(trained)(text, verbose=False).input_ids)
     optimizer = torch.optim.AdamW(trained.parameters(), lr=rate)

@@ -114,7 +114,8 @@ class Endpoint:
             with self._web.stream(method, self.url + path, json=body, headers=headers) as answer:
                 return self._checked(answer, path, kind)
         except httpx2.TimeoutException as error:
-            raise _Again(AnswerError("timeout", f"{self.url}: no answer in {self.seconds:g} s")) from error
+            problem = f"{self.url}: no whole answer in {self.seconds:g} s"
+            raise _Again(AnswerError("timeout", problem, "--timeout with more seconds")) from error
         except httpx2.ConnectError as error:
             if isinstance(_cause(error), ssl.SSLError) or "SSL" in str(error) or "certificate" in str(error):
                 problem = f"{self.url}: TLS failed ({self._clean(str(error)):.{SHOWN}})"
