@@ -323,12 +323,11 @@ def test_the_file_says_where_it_comes_from(stories, tmp_path):
 @pytest.mark.parametrize(
     ("architecture", "changes", "message"),
     [
-        ("gemma3", {}, "gemma3_text family"),
         ("mixtral", {}, "mixtral family"),
         ("mistral", {"sliding_window": 64}, "sliding windows"),
         (
             "llama",
-            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
             "stretched",
         ),
     ],

@@ -23,7 +23,6 @@ from bitassay.errors import BitassayError
 from bitassay.models.gguf_splitting import SPLITTINGS
 from bitassay.models.gguf_vocabulary import PREPEND_KEY, read_tokenizer
 from bitassay.models.source import resolve
-from bitassay.quantization.export.gguf_description import ARCHITECTURES
 from bitassay.quantization.export.gguf_file import check_gguf, write_gguf
 from bitassay.quantization.export.gguf_tokenizer import PROBES, tokenizer_keys
 from bitassay.testing.tiny import tiny_model
@@ -220,7 +219,7 @@ def test_a_changed_tokenizer_of_a_gguf_base_is_written_anew(stories, tmp_path):
     assert load(tmp_path / "again.gguf").tokenizer.chat_template == "mine"
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3"])
 @pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_pytorch_tanh", "relu2"])
 def test_an_activation_that_llama_cpp_does_not_have(architecture, activation):
     base = tiny_model(architecture, num_hidden_layers=1, hidden_act=activation)
@@ -232,7 +231,6 @@ def test_an_activation_that_llama_cpp_does_not_have(architecture, activation):
     ("qwen3", {"attention_bias": True}, "no biases for attn_output"),
     ("qwen2", {"head_dim": 32}, "no heads of their own size"),
     ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "rope_parameters"),
-    ("qwen3", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 128}}, "stretched"),
 ])  # fmt: skip
 def test_what_llama_cpp_does_not_have_is_refused(architecture, changes, message):
     with pytest.raises(BitassayError, match=message):

@@ -91,7 +91,7 @@ def _divided(plain: dict[str, Any], factors: np.ndarray, context: int) -> dict[s
     size, most = len(factors), float(np.float32(factors.max()))
     wavelengths = 2 * math.pi * plain["rope_theta"] ** (np.arange(size) / size)
     for high, original in _llama3_guesses(factors, wavelengths, most):
-        if np.allclose(_llama3(wavelengths, most, 1.0, high, original), factors, rtol=1e-5):
+        if np.allclose(llama3_divisors(wavelengths, most, 1.0, high, original), factors, rtol=1e-5):
             return {
                 **plain,
                 "rope_type": "llama3",
@@ -103,8 +103,11 @@ def _divided(plain: dict[str, Any], factors: np.ndarray, context: int) -> dict[s
     return _longrope(plain, factors, factors, 1.0, context, 1.0)
 
 
-def _llama3(wavelengths: np.ndarray, factor: float, low: float, high: float, original: int) -> np.ndarray:
-    """By what Llama 3.1 divides frequencies (its `apply_scaling`): long waves by `factor`, short by 1."""
+def llama3_divisors(
+    wavelengths: np.ndarray, factor: float, low: float, high: float, original: int
+) -> np.ndarray:
+    """Return by what Llama 3.1 divides frequencies of such wavelengths (its `apply_scaling`): long waves by
+    `factor`, short ones by 1, those from `original` / `high` to `original` / `low` by something between."""
     smooth = np.clip((original / wavelengths - low) / (high - low), 0.0, 1.0)
     return 1.0 / ((1.0 - smooth) / factor + smooth)
 

@@ -7,8 +7,9 @@ rotary halves of q and k interleaved: row `2 i + j` of a head is our row `j d/2 
 renamed by the gguf package's own table.
 
 llama.cpp rounds the inputs of its products to 8 bits, so its logits are not ours to the bit, whatever the
-file says. Left out: mixtures of experts, other families than ARCHITECTURES, stretched rotary embeddings,
-sliding windows, rotations at run time: all refused, with the reason.
+file says. Left out: mixtures of experts, other families than ARCHITECTURES, rotary embeddings that are
+stretched in other ways than linearly, by YaRN or by Llama 3's scheme, windows but Gemma's, rotations at run
+time: all refused, with the reason.
 """
 
 from collections import Counter
@@ -38,10 +39,14 @@ from bitassay.quantization.codes.tensor import QuantizedTensor
 from bitassay.quantization.export.gguf_blocks import Blocks, as_blocks, beside_codes
 from bitassay.quantization.export.gguf_description import (
     ARCHITECTURES,
-    LLAMA,
     check_description,
     described,
     head_size,
+    is_interleaved,
+    norm_offset,
+    rope_tensors,
+    rotation_obstacle,
+    window_obstacle,
 )
 from bitassay.quantization.export.gguf_round import PLAIN, check_type, fitting, rounded
 from bitassay.quantization.export.gguf_tokenizer import (
@@ -161,17 +166,14 @@ class _Stored(NamedTuple):
 def check_gguf(model: PreTrainedModel, recipe: Recipe | None) -> None:
     """Refuse what a GGUF file cannot say, or llama.cpp does not do; the model may be on the meta device."""
     config = model.config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     rotation, plan = getattr(recipe, "rotation", None), getattr(recipe, "replication", None)
+    is_known = config.model_type in ARCHITECTURES
     wrong = {
         f"models of the {config.model_type} family are not written, only {', '.join(ARCHITECTURES)}": (
-            config.model_type not in ARCHITECTURES
+            not is_known
         ),
-        f"stretched rotary embeddings ({rope.get('rope_type')}) are not written": (
-            rope.get("rope_type", "default") != "default"
-        ),
-        "sliding windows are not written": bool(kinds or getattr(config, "sliding_window", None)),
+        **({obstacle: True} if is_known and (obstacle := rotation_obstacle(config)) else {}),
+        **({obstacle: True} if is_known and (obstacle := window_obstacle(config)) else {}),
         "llama.cpp does not rotate at run time, as this recipe does": getattr(rotation, "online", False),
         "llama.cpp does not divide inputs at run time, as this recipe's smoothing does": getattr(
             getattr(recipe, "smoothing", None), "at_run_time", False
@@ -239,7 +241,6 @@ def _tensors(
     model: PreTrainedModel, written: GgufFile, embeddings: str | None, kinds: Mapping[str, Kind]
 ) -> Iterator[tuple[str, Blocks]]:
     config = model.config.get_text_config()
-    arch = ARCHITECTURES[config.model_type]
     quantized = {} if (done := quantization_of(model)) is None else done.tensors
     bits = weights = 0
     lost, length = 0.0, 1e-300
@@ -261,10 +262,14 @@ def _tensors(
                 lost += (stored - part).square().sum().item()
                 length += part.square().sum().item()
             bits, weights = bits + data.nbytes * 8, weights + weight.numel()
-        if arch is LLAMA and theirs.split(".")[-2] in ("attn_q", "attn_k"):
+        if is_interleaved(config) and theirs.split(".")[-2] in ("attn_q", "attn_k"):
             order = np.arange(len(data)).reshape(-1, 2, head_size(config) // 2).swapaxes(1, 2)
             data = data[order.reshape(-1)]
+        if theirs.endswith("norm.weight"):
+            data = data + np.float32(norm_offset(config))
         yield theirs, Blocks(kind, data)
+    for name, factors in rope_tensors(config).items():
+        yield name, Blocks(Kind.F32, factors)
     written.bits_per_weight = bits / weights if weights else 16.0
     written.relative_error = (lost / length) ** 0.5
 
@@ -371,5 +376,9 @@ def _write_description(
     for key, value in described(config, cache_slots(model)).items():
         if isinstance(value, float):
             writer.add_float32(f"{prefix}.{key}", value)
+        elif isinstance(value, str):
+            writer.add_string(f"{prefix}.{key}", value)
+        elif isinstance(value, list):
+            writer.add_array(f"{prefix}.{key}", value)
         else:
             writer.add_uint32(f"{prefix}.{key}", value)
