@@ -38,9 +38,9 @@ import psutil
 from fuzz import ODD, dump, edited, flip
 
 from bitassay.audit.asking import Asking, Text, body_of
-from bitassay.audit.client import AnswerError, Endpoint
+from bitassay.audit.client import AnswerError, Endpoint, Target
 from bitassay.audit.judge import Reference, measure
-from bitassay.audit.session import Target, ask_once, positions_of
+from bitassay.audit.session import ask_once, positions_of
 from bitassay.audit.wire import Vocabulary
 from bitassay.engines.decode import generate, vocabulary_size
 from bitassay.engines.sampling import Sampler

@@ -38,6 +38,13 @@ SHAPES = {
         "num_hidden_layers": 1,
         "num_attention_heads": 16,
     },
+    "wide": {
+        "hidden_size": 2560,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 20,
+        "vocab_size": 512,
+    },
     "llama-32b": {
         "hidden_size": 5120,
         "intermediate_size": 27648,

@@ -34,13 +34,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 import bitassay
 from bitassay.audit.answering import Served, default_context
 from bitassay.audit.asking import Asking, texts
-from bitassay.audit.client import AnswerError, Endpoint
+from bitassay.audit.client import AnswerError, Endpoint, Target
 from bitassay.audit.judge import Reference, measure
 from bitassay.audit.server import Limits, make_app
-from bitassay.audit.session import Target, ask_all, positions_of, retokenized
+from bitassay.audit.session import ask_all, positions_of, retokenized
 from bitassay.audit.store import Store
-from bitassay.audit.wire import Position
-from bitassay.audit.words import words_of
+from bitassay.audit.wire import Position, words_of
 from bitassay.data.corpora import corpus
 from bitassay.models.identity import tokenizer
 from bitassay.models.walk import decoder_layers
@@ -183,7 +182,7 @@ def changed(model, name, change, stack):
 
 def fine_tune(model, name, steps=24, batch=4, length=64, rate=1e-5):
     """Take a few steps of AdamW on WikiText-2, in float32, as any fine-tune begins."""
-    trained = bitassay.load(name, dtype="float32")
+    trained = bitassay.load(name, dtype="float32").requires_grad_(True)
     text = corpus("wikitext2-raw").text[: 8 * steps * batch * length]
     ids = torch.tensor(tokenizer(trained)(text, verbose=False).input_ids)
     optimizer = torch.optim.AdamW(trained.parameters(), lr=rate)

@@ -4,8 +4,11 @@ The command line prints them without a traceback and exits with `exit_status` (2
 missing in the environment). Everything else that is raised is a bug.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class BitassayError(ValueError):
@@ -59,3 +62,11 @@ def suggestion(value: str, choices: Iterable[str], short: int = SHORT) -> str:
         return f"the nearest are {shown}"
     shown = nearest(value, names, short)
     return f"there are {shown}" if shown else f"none of the {len(names)} that there are is close"
+
+
+def find(choices: Mapping[str, T], name: str, what: str, remedy: str = "") -> T:
+    """Return the choice called `name`. Raises BitassayError that says `what` it is not and names the nearest
+    ones."""
+    if name not in choices:
+        raise BitassayError(f"no {what} is called {name!r}; {suggestion(name, choices)}", remedy)
+    return choices[name]

@@ -10,10 +10,10 @@ import torch
 
 from audit.conftest import serving
 from bitassay.audit.asking import texts
-from bitassay.audit.client import AnswerError, Endpoint
+from bitassay.audit.client import AnswerError, Endpoint, Target
 from bitassay.audit.judge import Reference
 from bitassay.audit.run import audit
-from bitassay.audit.session import Options, Target
+from bitassay.audit.session import Options
 from bitassay.errors import BitassayError
 from bitassay.models.identity import identity
 from bitassay.report.pages import write_report

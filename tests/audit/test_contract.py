@@ -26,7 +26,7 @@ from bitassay.audit.contract import (
     streamed_text,
 )
 from bitassay.audit.contract_run import Terms, _Asker, contract
-from bitassay.audit.words import words_of
+from bitassay.audit.wire import words_of
 from bitassay.report.pages import write_report
 from bitassay.testing.local_server import running
 

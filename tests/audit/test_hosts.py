@@ -7,12 +7,11 @@ import pytest
 
 from audit.conftest import serving
 from bitassay.audit.asking import Asking, Text, prompt_of
-from bitassay.audit.client import Endpoint
-from bitassay.audit.hosts import is_recipe, suspect
+from bitassay.audit.client import Endpoint, Target
 from bitassay.audit.judge import Reference
 from bitassay.audit.run import audit
-from bitassay.audit.session import Options, Target, retokenized
-from bitassay.audit.suspects import check_suspects
+from bitassay.audit.session import Options, retokenized
+from bitassay.audit.suspects import check_suspects, is_recipe, suspect
 from bitassay.errors import BitassayError
 
 CHAT = Asking("logprobs", "chat", "generation", 20, 12, 8, True)

@@ -14,8 +14,7 @@ from bitassay.audit.judge import Reference
 from bitassay.audit.run import audit
 from bitassay.audit.session import Options
 from bitassay.audit.watch import watch
-from bitassay.audit.wire import Vocabulary
-from bitassay.audit.words import words_of
+from bitassay.audit.wire import Vocabulary, words_of
 from bitassay.errors import BitassayError
 from bitassay.models.identity import identity
 from bitassay.record.result import read_run

@@ -125,6 +125,22 @@ def test_dry_run_plans_what_the_run_then_writes(out, capsys, recipe, dtype):
     assert planned["memory_bytes"] > 2 * planned["file_bytes"]
 
 
+def test_a_dry_run_needs_no_place_to_write_to(out, capsys):
+    dry = ["quantize", "stories260k", "--dry-run", "--format", "json", "--recipe", "w8"]
+    assert run(dry) == 0
+    without = row(capsys) | {"planned_seconds": 0}
+    assert run([*dry, "--out", str(out)]) == 0
+    assert row(capsys) | {"planned_seconds": 0} == without
+    assert run([*dry, "--for", "vllm"]) == 0
+    assert row(capsys)["layout"] == "vllm"
+    assert run([*dry, "--layout", "bitassay"]) == 0
+    assert row(capsys)["layout"] == "bitassay"
+    assert run([*dry[:-1], "w1"]) == 0
+    assert "the folder: " in capsys.readouterr().err
+    assert run([*dry, "--for", "llama.cpp"]) == 2
+    assert "add --gguf FILE" in capsys.readouterr().err
+
+
 def test_a_disk_that_is_too_small_is_refused_before_any_work(out, capsys, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**5))
     assert quantize(out) == 3

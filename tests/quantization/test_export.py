@@ -494,8 +494,10 @@ def test_the_memory_of_calibration_grows_with_its_text(stories):
         )
         return plan_export(stories, recipe).memory_bytes
 
-    hidden, widest = stories.config.hidden_size, max(max(w.shape) for w in matrices(stories).values())
-    one = 4 * 512 * (3 * widest + 3 * hidden)
-    assert memory(128, gptq={}) - memory(64, gptq={}) == 64 * one
-    assert memory(64, gptq={}, learned={}) - memory(64, gptq={}) == 64 * 4 * 512 * 4 * hidden
+    state = 4 * 512 * stories.config.hidden_size
+    # Of each sample what enters the layer and, where it runs as a whole, what it puts out.
+    assert memory(256, gptq={}) - memory(128, gptq={}) == 128 * 2 * state
+    assert memory(256, gptq={}, learned={}) - memory(128, gptq={}, learned={}) == 128 * 3 * state
+    weights = sum(w.numel() for w in matrices(stories).values())
+    assert memory(256, gptq={}, tune={}) - memory(256, gptq={}) == 4 * weights  # from which tuning goes on
     assert memory(128) == memory(64)  # nothing looks at it

@@ -16,7 +16,7 @@ from bitassay.quantization.recipe.solvers import Gptq
 from bitassay.quantization.recipe.weights import WeightScheme
 from bitassay.quantization.runtime.model import quantization_of
 from bitassay.quantization.solvers import layerwise
-from bitassay.quantization.solvers.gptq import gptq, inverse_factor
+from bitassay.quantization.solvers.gptq import _factor, gptq, inverse_factor
 from bitassay.quantization.solvers.layerwise import hessian_of
 
 
@@ -174,6 +174,18 @@ def test_wide_hessians_are_summed_and_factorised_in_fp32_and_in_fp64_where_that_
     assert torch.allclose(factor.double(), exact, rtol=1e-4, atol=1e-6)
     factor, damping = inverse_factor(nearly, 1e-12)
     assert (factor.dtype, damping) == (torch.float64, 1e-12)
+
+
+def test_the_factor_takes_the_memory_of_one_copy_of_the_hessian():
+    hessian = hessian_of(torch.randn(40, 24))
+    copy, before = hessian.clone(), hessian.clone()
+    factor = _factor(copy, 0.01)
+    assert factor.data_ptr() == copy.data_ptr()
+    wanted, _ = inverse_factor(hessian, 0.01)
+    assert torch.equal(factor, wanted)
+    assert torch.equal(hessian, before)
+    damped = before + 0.01 * before.diagonal().mean() * torch.eye(24)
+    torch.testing.assert_close(factor.T @ factor @ damped, torch.eye(24, dtype=factor.dtype))
 
 
 def test_inputs_that_are_not_finite_are_refused():

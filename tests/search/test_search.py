@@ -20,8 +20,7 @@ from bitassay.record.progress import silent
 from bitassay.search import evaluator as evaluator_module
 from bitassay.search import trials as trials_module
 from bitassay.search.evaluator import Measurement, TrialEvaluator, facts, known_facts
-from bitassay.search.objectives import FACTS
-from bitassay.search.plan import SearchPlan
+from bitassay.search.objectives import FACTS, SearchPlan
 from bitassay.search.search import search
 from bitassay.search.space import Space
 from bitassay.search.trials import ATTEMPTS

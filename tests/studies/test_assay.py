@@ -10,6 +10,7 @@ import pytest
 
 from bitassay.cli import run as command
 from bitassay.data.windows import Protocol
+from bitassay.engines import arithmetic
 from bitassay.errors import BitassayError
 from bitassay.models.opened import is_opened
 from bitassay.quantization.export.plan import LOADED, OPENED
@@ -139,14 +140,14 @@ def test_replicas_come_with_their_controls(tmp_path):
 
 def test_a_layer_at_a_time_gives_the_same_figures(finished, tmp_path, monkeypatch):
     plain = SMALL | {"bench_repeats": 0, "verification": None}
-    seen, load_model = [], assay_module.load
+    seen, load_model = [], arithmetic.load
 
     def loading(*given, **named):
         seen.append(load_model(*given, **named))
         return seen[-1]
 
     monkeypatch.setattr(assay_module, "chosen_way", lambda *_: (OPENED, 10**9))
-    monkeypatch.setattr(assay_module, "load", loading)
+    monkeypatch.setattr(arithmetic, "load", loading)
     opened, _ = assay("stories260k", ["w8", "w2"], out=tmp_path / "opened", **plain)
     assert [is_opened(model) for model in seen] == [True]
     for one, other in zip(opened["rows"], finished[0]["rows"], strict=True):
@@ -165,7 +166,7 @@ def test_a_layer_at_a_time_gives_the_same_figures(finished, tmp_path, monkeypatc
 def test_a_budget_that_cannot_be_kept_is_refused(tmp_path, monkeypatch, gigabytes, plan, match):
     monkeypatch.setattr(memory, "parameter_count", lambda _: 10**8)
     monkeypatch.setattr(memory, "memory_of", lambda *_: {LOADED: 10**9, OPENED: 580_000_000})
-    monkeypatch.setattr(assay_module, "load", None)
+    monkeypatch.setattr(arithmetic, "load", None)
     with pytest.raises(BitassayError, match=match) as error:
         assay("stories260k", ["w8"], out=tmp_path / "out", memory=int(gigabytes * 1e9), **SMALL | plan)
     assert error.value.remedy.startswith("--memory")

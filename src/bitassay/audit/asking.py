@@ -5,14 +5,16 @@ cannot know which texts come, and cannot tell them from others'.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
 from bitassay.audit.distance import Level
 from bitassay.audit.surprise import ASKED
+from bitassay.audit.wire import MOST_TOKENS, MOST_TOP, Id
 from bitassay.data.corpora import corpus
 from bitassay.errors import BitassayError
 
@@ -22,6 +24,7 @@ EXTRAS = {"return_token_ids": True, "return_tokens_as_token_ids": True}
 LLAMACPP = {"cache_prompt": False}  # what was read before would change the numerics of what comes now
 PLAIN = {"top_k": 0, "min_p": 0}  # llama.cpp's server would leave tokens out by these as well
 UNNAMED = ("tokens", "text", "sampled")  # levels that need no log-probabilities, only tokens
+Count = Annotated[int, Field(ge=0, le=2**16)]
 Form = Literal["ids", "text", "chat"]
 Through = Literal["prompt_logprobs", "echo", "generation"]
 
@@ -30,8 +33,8 @@ Through = Literal["prompt_logprobs", "echo", "generation"]
 class Text:
     """A text and its token ids, as the reference's tokenizer makes them."""
 
-    text: str
-    ids: tuple[int, ...]
+    text: Annotated[str, Field(max_length=2**20)]
+    ids: Annotated[tuple[Id, ...], Field(max_length=MOST_TOKENS)]
 
 
 @dataclass(frozen=True)
@@ -43,9 +46,9 @@ class Asking:
     level: Level
     form: Form
     through: Through
-    k: int
-    prompt_tokens: int
-    new_tokens: int
+    k: Annotated[int, Field(ge=0, le=MOST_TOP)]
+    prompt_tokens: Count
+    new_tokens: Count
     extras: bool
     llamacpp: bool = False
 
@@ -54,18 +57,9 @@ class Asking:
         """Return at how many positions a full answer is judged."""
         return self.new_tokens if self.through == "generation" else self.prompt_tokens - 1
 
-    @property
-    def cost_tokens(self) -> int:
-        """Return how many tokens of prompt and answer a request costs."""
-        return self.prompt_tokens + self.new_tokens
-
     def read_as(self, prompt: Sequence[int], tokens: Sequence[int]) -> tuple[list[int], int]:
         """Return the ids that a model reads to judge an answer of `tokens`, and from which on."""
         return ([*prompt], 1) if self.through != "generation" else ([*prompt, *tokens], len(prompt))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values."""
-        return asdict(self)
 
 
 def texts(

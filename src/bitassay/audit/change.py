@@ -22,6 +22,7 @@ numerics (another batch size, cache, GPU or load). A host that keeps its answers
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,10 @@ from jaxtyping import Float64
 from scipy.stats import rankdata
 
 from bitassay.audit.asking import Asking, Text
+from bitassay.audit.client import Target
 from bitassay.audit.distance import CAP
 from bitassay.audit.replay import Files, read_recorded
-from bitassay.audit.session import Target, ask_all, positions_of
+from bitassay.audit.session import ask_all, positions_of
 from bitassay.audit.wire import Position, Vocabulary
 from bitassay.errors import BitassayError
 from bitassay.record.environment import environment
@@ -94,7 +96,7 @@ def change(
     run = write_run(
         folder,
         model={"name": was.reference.name, "origin": target.endpoint.url, "asked_for": target.model},
-        settings={**work, "recorded_url": was.url, "asked_by": asking.to_dict()},
+        settings={**work, "recorded_url": was.url, "asked_by": asdict(asking)},
         environment=environment(),
         rows=rows,
         decision=_decision(groups, len(rows), repeats, alpha),

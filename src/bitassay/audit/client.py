@@ -12,6 +12,7 @@ import random
 import ssl
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,8 @@ class Endpoint:
             with self._web.stream(method, self.url + path, json=body, headers=headers) as answer:
                 return self._checked(answer, path, kind)
         except httpx2.TimeoutException as error:
-            raise _Again(AnswerError("timeout", f"{self.url}: no answer in {self.seconds:g} s")) from error
+            problem = f"{self.url}: no whole answer in {self.seconds:g} s"
+            raise _Again(AnswerError("timeout", problem, "--timeout with more seconds")) from error
         except httpx2.ConnectError as error:
             if isinstance(_cause(error), ssl.SSLError) or "SSL" in str(error) or "certificate" in str(error):
                 problem = f"{self.url}: TLS failed ({self._clean(str(error)):.{SHOWN}})"
@@ -131,7 +133,8 @@ class Endpoint:
         status, where = answer.status_code, f"{self.url}{path}"
         if 300 <= status < 400:
             raise AnswerError("redirect", f"{where}: a redirect, which is not followed", "give the final URL")
-        data = self._clean_bytes(self._bounded(answer, where))
+        data = self._bounded(answer, where)
+        data = data.replace(self._key.encode(), b"***") if self._key else data
         said = data.decode("utf-8", "replace")
         if status in AGAIN:
             problem = f"{where}: status {status}: {said:.{SHOWN}}"
@@ -164,8 +167,13 @@ class Endpoint:
     def _clean(self, text: str) -> str:
         return text.replace(self._key, "***") if self._key else text
 
-    def _clean_bytes(self, data: bytes) -> bytes:
-        return data.replace(self._key.encode(), b"***") if self._key else data
+
+@dataclass(frozen=True)
+class Target:
+    """A server: where it is, and the model's name there."""
+
+    endpoint: Endpoint
+    model: str
 
 
 class _Again(Exception):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bitassay.audit.asking import Asking, Text, body_of, prompt_of, texts
-from bitassay.audit.client import AnswerError
+from bitassay.audit.client import AnswerError, Target
 from bitassay.audit.contract import (
     Outcome,
     Said,
@@ -30,7 +30,7 @@ from bitassay.audit.contract import (
     tool_bodies,
 )
 from bitassay.audit.probe import probe
-from bitassay.audit.session import NOT_THEIR_FAULT, PROBE_TOKENS, PROMPT_TOKENS, Target, keep_all
+from bitassay.audit.session import NOT_THEIR_FAULT, PROBE_TOKENS, PROMPT_TOKENS, keep_all
 from bitassay.audit.wire import Vocabulary
 from bitassay.data.corpora import pinned
 from bitassay.errors import BitassayError
@@ -124,14 +124,13 @@ class _Asker:
 
     def _probed(self) -> dict[str, Any]:
         (text,) = self._texts(0, 1, PROBE_TOKENS)
-        where = self.target.endpoint, self.target.model, self.tokenizer, self.vocabulary
-        found = probe(*where, text, NEW_TOKENS, PROMPT_TOKENS, 5)
+        found = probe(self.target, self.vocabulary, text, NEW_TOKENS, PROMPT_TOKENS, 5)
         levels = [each for level, each in found.askings.items() if not level.startswith("prompt-")]
         if not levels:
             raise BitassayError(
                 f"{self.target.endpoint.url}: names no tokens, so nothing can be counted", "another server"
             )
-        return replace(levels[0], k=min(levels[0].k, 5)).to_dict()
+        return asdict(replace(levels[0], k=min(levels[0].k, 5)))
 
     def _texts(self, number: int, count: int, tokens: int) -> list[Text]:
         return texts(self.tokenizer, self.terms.corpus, (self.terms.seed, number), count, tokens)

@@ -17,14 +17,14 @@ those of one that was calibrated. It is an average over calibrations.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from jaxtyping import Float64
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 from transformers import PreTrainedModel
 
 from bitassay.audit.asking import Asking
@@ -37,6 +37,7 @@ from bitassay.errors import BitassayError
 from bitassay.models.precision import exact
 from bitassay.record.files import read_json, write_json
 from bitassay.record.hashing import digest_json
+from bitassay.record.schema import Fields
 from bitassay.verification.container import first_defect
 from bitassay.verification.ledger import Line, score_evidence
 from bitassay.verification.pooled import fail_count, pooled_p_value
@@ -75,10 +76,6 @@ class Measured:
     control: float
     score: float
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values."""
-        return asdict(self)
-
 
 def measure(
     reference: Reference, asking: Asking, prompt: Sequence[int], said: Sequence[Position], first: int = 0
@@ -114,11 +111,9 @@ def measure(
     return Measured(len(said), means[0], means[1], statistic(level, *means))
 
 
-class AuditProfile(BaseModel):
+class AuditProfile(Fields):
     """What honest servers' answers look like. servers: their URLs. scores: of each text, the largest over the
     servers. Dates are in UTC."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: Literal[1] = 1
     kind: Literal["audit profile"] = "audit profile"

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from bitassay.audit.asking import Asking, Form, Text, Through, body_of, prompt_of
-from bitassay.audit.client import AGAIN, AnswerError, Endpoint
+from bitassay.audit.client import AGAIN, AnswerError, Target
 from bitassay.audit.distance import LEVELS, Level
 from bitassay.audit.wire import Answered, Vocabulary, names_ids, read_answer
 from bitassay.errors import BitassayError
@@ -60,9 +60,7 @@ class Probe:
 
 
 def probe(
-    endpoint: Endpoint,
-    model: str,
-    tokenizer: PreTrainedTokenizerBase,
+    target: Target,
     vocabulary: Vocabulary,
     text: Text,
     tokens: int,
@@ -73,11 +71,12 @@ def probe(
     """Ask a server what it gives. text: a short one. tokens: how many positions a request is to have;
     prompt_tokens: of a prompt that is to be continued. chat: by messages alone. Raises AnswerError where it
     answers nothing."""
+    tokenizer = vocabulary.tokenizer
 
     def ask(asking: Asking, **changes: Any) -> Answered | None:
-        path, body = body_of(asking, model, text, **changes)
+        path, body = body_of(asking, target.model, text, **changes)
         try:
-            ids, value = prompt_of(text, asking.form, tokenizer), endpoint.post(path, body)
+            ids, value = prompt_of(text, asking.form, tokenizer), target.endpoint.post(path, body)
             spellings.add(names_ids(value))
             return read_answer(value, vocabulary, ids, asking.through == "echo")
         except AnswerError as error:
@@ -98,7 +97,8 @@ def probe(
         code, said = refused[0].code, refused[0].problem.removesuffix(f" [{refused[0].code}]")
         is_other = code in ("malformed", "not-json", "wrong-type")
         hint = "the URL of the API, mostly with /v1 at its end" if is_other else refused[0].remedy
-        raise AnswerError(code, said if endpoint.url in said else f"{endpoint.url}: {said}", hint)
+        url = target.endpoint.url
+        raise AnswerError(code, said if url in said else f"{url}: {said}", hint)
     if ask(replace(base, level="chosen", k=1)) is not None and True in spellings:
         base = replace(base, extras=False, llamacpp=True)
     row("prompt as token ids", base.form == "ids", f"asked as {base.form}")

@@ -7,43 +7,38 @@ run.json is read. Whether the server gave these answers a folder cannot show, bu
 """
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from bitassay.audit.asking import Asking, Text, prompt_of
-from bitassay.audit.client import AnswerError, Endpoint, checked_url
+from bitassay.audit.client import AnswerError, Endpoint, Target, checked_url
 from bitassay.audit.distance import Level
 from bitassay.audit.judge import AuditProfile, Reference, read_audit_profile
 from bitassay.audit.run import check_first, conclude
-from bitassay.audit.session import Options, Session, Target, checked_receipt
+from bitassay.audit.session import Options, Session, checked_receipt
 from bitassay.audit.suspects import NOBODY, Suspect
-from bitassay.audit.wire import ABOVE_ZERO, MOST_TOKENS, MOST_TOP, Answered, Position, Vocabulary
+from bitassay.audit.wire import MOST_TOKENS, Answered, Id, Part, Position, Vocabulary
 from bitassay.engines.decode import vocabulary_size
 from bitassay.errors import BitassayError
 from bitassay.models.identity import identity, tokenizer
 from bitassay.record.files import explained, read_json
 from bitassay.record.hashing import digest_json
 from bitassay.record.progress import Progress, silent
-from bitassay.record.run import RunFolder, default_folder, run_plan
+from bitassay.record.run import open_run_folder, run_plan
 from bitassay.verification.container import first_defect
 from bitassay.verification.trace import ModelClaim
 
 FOLDER_BYTES = 2**30
 REMEDY = "the folder of an audit, as `bitassay audit URL --out FOLDER` writes it"
-Id = Annotated[int, Field(ge=0, lt=2**31)]
 Ids = Annotated[list[Id], Field(max_length=MOST_TOKENS)]
-Logprob = Annotated[float, Field(le=ABOVE_ZERO, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=2**16)]
 Line = Annotated[str, Field(max_length=2048)]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="ignore", strict=True)
-
-
-class Recorded(_Part):
+class Recorded(Part):
     """The plan of a recorded audit, as far as it says what was asked."""
 
     kind: Literal["audit"]
@@ -61,56 +56,34 @@ class Recorded(_Part):
     seed: int
 
 
-class _Asking(_Part):
-    level: Level
-    form: Literal["ids", "text", "chat"]
-    through: Literal["prompt_logprobs", "echo", "generation"]
-    k: Annotated[int, Field(ge=0, le=MOST_TOP)]
-    prompt_tokens: Count
-    new_tokens: Annotated[int, Field(ge=0, le=2**16)]
-    extras: bool
-    llamacpp: bool = False
-
-    @model_validator(mode="after")
-    def _has_evidence(self) -> "_Asking":
-        generates = self.through == "generation"
-        if generates == self.level.startswith("prompt-") or not (self.new_tokens if generates else 1):
-            raise ValueError("a level of evidence that was not asked for")
-        if self.level.endswith("logprobs") and not self.k:
-            raise ValueError("no log-probability was asked for")
-        return self
-
-
-class _Row(_Part):
+class _Row(Part):
     evidence: Line
     given: bool
     detail: Line
 
 
-class _Probe(_Part):
-    asking: _Asking
+class _Probe(Part):
+    asking: Asking
     rows: Annotated[list[_Row], Field(max_length=64)]
 
-
-class _Text(_Part):
-    text: Annotated[str, Field(max_length=2**20)]
-    ids: Ids
-
-
-class _Position(_Part):
-    token: Id
-    logprob: Logprob | None
-    top: Annotated[list[Annotated[tuple[Id, Logprob], Field(strict=False)]], Field(max_length=MOST_TOP)]
+    @model_validator(mode="after")
+    def _has_evidence(self) -> "_Probe":
+        asking, generates = self.asking, self.asking.through == "generation"
+        if generates == asking.level.startswith("prompt-") or not (asking.new_tokens if generates else 1):
+            raise ValueError("a level of evidence that was not asked for")
+        if not asking.prompt_tokens or (asking.level.endswith("logprobs") and not asking.k):
+            raise ValueError("no token of a prompt, or no log-probability, was asked for")
+        return self
 
 
-class _Receipt(_Part):
+class _Receipt(Part):
     content: Annotated[str, Field(max_length=2**22)]
 
 
-_Positions = Annotated[list[_Position], Field(max_length=MOST_TOKENS)] | None
+_Positions = Annotated[list[Position], Field(max_length=MOST_TOKENS)] | None
 
 
-class _Answer(_Part):
+class _Answer(Part):
     prompt_ids: Ids
     error: Annotated[str, Field(pattern=r"^[a-z0-9-]{1,64}$")] | None = None
     problem: Line = ""
@@ -192,7 +165,7 @@ def replay(
         "seed": was.seed,
     }
     plan = run_plan("audit", work)
-    folder = RunFolder(out or default_folder("audit-replay", plan), plan)
+    folder = open_run_folder("audit-replay", plan, out)
     for name, value in parts.items():
         folder.part(name, lambda value=value: value)
     target = Target(NeverAsked(was.url), was.model)
@@ -213,7 +186,7 @@ class Files:
 
     def asking(self, index: int = 0) -> Asking:
         """Return how a server was asked."""
-        return Asking(**valid(_Probe, self.folder / f"probe-{index}.json").asking.model_dump())
+        return valid(_Probe, self.folder / f"probe-{index}.json").asking
 
     def has(self, index: int, count: int) -> bool:
         """Return whether all answers of a server are there."""
@@ -226,16 +199,15 @@ class Files:
             name = "honest" if index else "audited"
             count = self.was.calibration_requests if index else self.was.requests
             probe = valid(_Probe, self.folder / f"probe-{index}.json")
-            asking = Asking(**probe.asking.model_dump())
-            texts = valid(list[_Text], self.folder / f"texts-{name}.json")
+            texts = valid(list[Text], self.folder / f"texts-{name}.json")
             if len(texts) < count:
                 raise BitassayError(f"{self.folder}: {len(texts)} texts for {count} requests", REMEDY)
             found[f"probe-{index}"] = probe.model_dump()
-            found[f"texts-{name}"] = [text.model_dump() for text in texts]
+            found[f"texts-{name}"] = [asdict(text) for text in texts]
             for number, text in enumerate(texts[:count]):
                 key = f"answer-{index}-{number:05d}"
-                expected = prompt_of(Text(text.text, tuple(text.ids)), asking.form, self.vocabulary.tokenizer)
-                found[key] = self._answer(self.folder / f"{key}.json", expected, asking.level == "text")
+                expected = prompt_of(text, probe.asking.form, self.vocabulary.tokenizer)
+                found[key] = self._answer(self.folder / f"{key}.json", expected, probe.asking.level == "text")
         return found
 
     def _answer(self, path: Path, prompt: tuple[int, ...], is_text: bool) -> dict[str, Any]:
@@ -265,7 +237,7 @@ def valid(kind: Any, path: Path) -> Any:
     if not path.is_file():
         raise BitassayError(f"{path}: is missing", REMEDY)
     try:
-        return TypeAdapter(kind).validate_json(_plain(path))
+        return TypeAdapter(kind).validate_json(_plain(path), strict=True)
     except ValidationError as error:
         raise BitassayError(f"{path}: not as an audit writes it: {first_defect(error)}", REMEDY) from error
 

@@ -120,7 +120,12 @@ class Spelled:
             return None
         entries = [piece.entry for piece in pieces if piece.entry is not None]
         if self.is_chat:
-            return {"content": [self._chat_entry(entry) for entry in entries], "refusal": None}
+            content = [
+                self._with_bytes(entry.token, entry.logprob)
+                | {"top_logprobs": [self._with_bytes(token, value) for token, value in entry.top]}
+                for entry in entries
+            ]
+            return {"content": content, "refusal": None}
         listed: list[Entry | int] = [*entries]
         if with_prompt and self.echo:
             listed = [self.read.ids[0], *self.read.entries, *entries]
@@ -139,11 +144,6 @@ class Spelled:
                 for each in listed
             ],
             "text_offset": offsets,
-        }
-
-    def _chat_entry(self, entry: Entry) -> Json:
-        return self._with_bytes(entry.token, entry.logprob) | {
-            "top_logprobs": [self._with_bytes(token, value) for token, value in entry.top]
         }
 
     def _with_bytes(self, token: int, logprob: float) -> Json:

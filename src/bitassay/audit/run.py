@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bitassay.audit.asking import Asking
+from bitassay.audit.client import Target
 from bitassay.audit.judge import (
     AuditProfile,
     Reference,
@@ -20,7 +21,7 @@ from bitassay.audit.judge import (
     write_audit_profile,
 )
 from bitassay.audit.probe import WORDS
-from bitassay.audit.session import PROMPT_TOKENS, Options, Session, Target
+from bitassay.audit.session import PROMPT_TOKENS, Options, Session
 from bitassay.audit.suspects import NOBODY, Suspect, check_suspects, compare
 from bitassay.data.corpora import pinned
 from bitassay.errors import BitassayError
@@ -51,11 +52,11 @@ def audit(
     """Return the run of an audit and its folder. honest: servers that are known to be, to calibrate on.
     suspects: models that may answer instead, by name. Raises BitassayError where a server cannot be asked, or
     nothing can be judged."""
-    claim, corpus = ModelClaim.of(identity(reference.exact)), pinned(options.corpus)
+    claim = ModelClaim.of(identity(reference.exact))
     if profile is not None:
-        profile.check(claim, corpus)
+        profile.check(claim, pinned(options.corpus))
     check_first(reference, options, honest, profile)
-    folder = _folder(target, claim, options, corpus, honest, profile)
+    folder = _folder(planned(target, claim, options, honest, profile), options)
     session = Session(reference, options, folder, progress)
     return conclude(session, target, honest, profile, suspects), folder.path
 
@@ -99,7 +100,7 @@ def conclude(
             "concurrency": options.concurrency,
             "corpus": corpus,
             "evidence": WORDS[asking.level],
-            "asked_by": asking.to_dict(),
+            "asked_by": asdict(asking),
             "with_ledger": options.ledger is not None,
         },
         environment=environment(reference.exact.device),
@@ -137,24 +138,27 @@ def check_first(
         )
 
 
-def _folder(
+def planned(
     target: Target,
     claim: ModelClaim,
     options: Options,
-    corpus: str,
     honest: Sequence[Target],
     profile: AuditProfile | None,
-) -> RunFolder:
-    """The run's folder, with the seed that it has, or a new one."""
-    work = {
+) -> dict[str, Any]:
+    """Return what a folder of audits belongs to, without the seed."""
+    return {
         "url": target.endpoint.url,
         "model": target.model,
         "reference": claim.model_dump(mode="json"),
         **{key: value for key, value in asdict(options).items() if key not in NOT_PLANNED},
-        "corpus": corpus,
+        "corpus": pinned(options.corpus),
         "honest": [[each.endpoint.url, each.model] for each in honest],
         "profile": profile and profile.digest,
     }
+
+
+def _folder(work: dict[str, Any], options: Options) -> RunFolder:
+    """The run's folder, with the seed that it has, or a new one."""
     plan = run_plan("audit", work)
     path = options.out or default_folder("audit", plan)
     known = read_json(path / "plan.json") if (path / "plan.json").is_file() else {}

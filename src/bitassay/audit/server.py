@@ -212,27 +212,18 @@ def make_app(served: Served, limits: Limits = Limits(), api_key: str | None = No
             self.server = server
 
         async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-            if scope["type"] == "http" and not server.authorised(scope):
+            is_http = scope["type"] == "http"
+            if is_http and not server.authorised(scope):
                 refusal = JSONResponse(error_body(401, "a wrong API key, or none"), 401)
                 await refusal(scope, receive, send)
                 return
-            with_errors = _without_traceback(inner, scope["type"])
-            await with_errors(scope, receive, send)
+            try:
+                await inner(scope, receive, send)
+            except Exception:  # Starlette has answered with 500, and raises for the server to log
+                if not is_http:
+                    raise
 
     return App()
-
-
-def _without_traceback(inner: Starlette, kind: str) -> Any:
-    """Starlette answers an unknown error with 500 and then raises it for the server to log."""
-
-    async def call(scope: Any, receive: Any, send: Any) -> None:
-        try:
-            await inner(scope, receive, send)
-        except Exception:
-            if kind != "http":
-                raise
-
-    return call
 
 
 def explained(error: Exception) -> tuple[int, str]:

@@ -20,14 +20,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from bitassay.audit.asking import Asking, Text, body_of, prompt_of, texts
-from bitassay.audit.client import AnswerError, Endpoint
+from bitassay.audit.client import AnswerError, Target
 from bitassay.audit.distance import Level
-from bitassay.audit.judge import (
-    AuditProfile,
-    Reference,
-    answer_p_value,
-    measure,
-)
+from bitassay.audit.judge import AuditProfile, Reference, answer_p_value, measure
 from bitassay.audit.probe import FATAL, probe
 from bitassay.audit.wire import Answered, Position, Vocabulary, read_answer
 from bitassay.engines.decode import vocabulary_size
@@ -43,14 +38,6 @@ PROBE_TOKENS = 12
 PROMPT_TOKENS = 32
 BEHIND = 8  # tokens of a prompt with which the text behind it is split
 NOT_THEIR_FAULT = FATAL | {"status-500"}
-
-
-@dataclass(frozen=True)
-class Target:
-    """A server: where it is, and the model's name there."""
-
-    endpoint: Endpoint
-    model: str
 
 
 @dataclass(frozen=True)
@@ -110,19 +97,10 @@ class Session:
         def find() -> dict[str, Any]:
             self.progress(f"asking {target.endpoint.url} which evidence it gives")
             (text,) = self.texts("probe", 1, PROBE_TOKENS)
-            found = probe(
-                target.endpoint,
-                target.model,
-                self.tokenizer,
-                self.vocabulary,
-                text,
-                options.tokens,
-                PROMPT_TOKENS,
-                options.k,
-                options.chat,
-            )
+            sizes = options.tokens, PROMPT_TOKENS, options.k
+            found = probe(target, self.vocabulary, text, *sizes, options.chat)
             level = profile.level if profile else like.level if like else options.level
-            return {"asking": found.choose(level, target.endpoint.url).to_dict(), "rows": found.rows}
+            return {"asking": asdict(found.choose(level, target.endpoint.url)), "rows": found.rows}
 
         self.probes[index] = kept = self.folder.part(f"probe-{index}", find)
         asking = Asking(**kept["asking"])
@@ -165,7 +143,7 @@ class Session:
         if not positions:
             return {"error": "no-evidence"}
         try:
-            return measure(self.reference, asking, answer["prompt_ids"], positions).to_dict()
+            return asdict(measure(self.reference, asking, answer["prompt_ids"], positions))
         except AnswerError as error:
             return {"error": error.code}
 
@@ -222,11 +200,7 @@ def ask_all(
 
 
 def keep_all(
-    folder: RunFolder,
-    work: Mapping[str, Callable[[], Any]],
-    concurrency: int,
-    what: str,
-    progress: Progress,
+    folder: RunFolder, work: Mapping[str, Callable[[], Any]], concurrency: int, what: str, progress: Progress
 ) -> None:
     """Keep what each of `work` gives as the part of its name, several at a time; what is kept is not done
     again. The first error ends what has not begun, and is raised. what: progress says."""

@@ -13,17 +13,16 @@ cannot be reached when its time has come is asked again the next time; that is s
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from bitassay.audit.client import AGAIN, AnswerError
+from bitassay.audit.client import AGAIN, AnswerError, Target
 from bitassay.audit.judge import AuditProfile, Reference, read_audit_profile
-from bitassay.audit.run import NOT_PLANNED, audit
-from bitassay.audit.session import Options, Target
+from bitassay.audit.run import audit, planned
+from bitassay.audit.session import Options
 from bitassay.audit.suspects import NOBODY, Suspect
-from bitassay.data.corpora import pinned
 from bitassay.errors import BitassayError
 from bitassay.models.identity import identity
 from bitassay.record.environment import environment
@@ -59,18 +58,11 @@ def watch(
         raise BitassayError(
             "a watch needs to know what honest servers look like", "--calibrate-from URL, or --profile"
         )
-    work = {
-        "url": target.endpoint.url,
-        "model": target.model,
-        "reference": ModelClaim.of(identity(reference.exact)).model_dump(mode="json"),
-        **{key: value for key, value in asdict(options).items() if key not in NOT_PLANNED},
-        "corpus": pinned(options.corpus),
-        "honest": [[each.endpoint.url, each.model] for each in honest],
-        "profile": profile and profile.digest,
-        "seed": options.seed,
-    }
+    claim = ModelClaim.of(identity(reference.exact))
+    work = planned(target, claim, options, honest, profile) | {"seed": options.seed}
     folder = open_run_folder("watch", run_plan("watch", work), options.out)
     ledger = options.ledger or folder.path / "ledger"
+    first = folder.path / "audit-00001" / "profile.json"
     rows: list[dict[str, Any]] = []
     summary: dict[str, Any] = {}
     run: dict[str, Any] = {}
@@ -80,7 +72,7 @@ def watch(
         is_new = not (path / "run.json").is_file()
         if is_new:
             _wait(rows, interval_seconds, clock, sleep, is_begun=path.exists())
-            known = profile or (None if number == 1 else read_audit_profile(_first(folder.path)))
+            known = profile or (None if number == 1 else read_audit_profile(first))
             seed = None if options.seed is None else options.seed + number
             now = replace(options, watched=True, ledger=ledger, out=path, seed=seed)
             servers = () if known else honest
@@ -108,10 +100,6 @@ def watch(
         if rows[-1]["status"] == "FAIL":
             break
     return summary or _written(folder, rows, run, interval_seconds, reference), folder.path
-
-
-def _first(folder: Path) -> Path:
-    return folder / "audit-00001" / "profile.json"
 
 
 def _wait(

@@ -16,6 +16,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import PreTrainedTokenizerBase
 
 from bitassay.audit.client import AnswerError
+from bitassay.models.config import read_config
+from bitassay.models.identity import Identity
+from bitassay.models.load import read_tokenizer
+from bitassay.models.source import resolve
+from bitassay.record.progress import Progress, silent
 from bitassay.verification.container import first_defect
 
 MOST_TOKENS, MOST_TOP = 2**16, 2**10
@@ -23,13 +28,18 @@ ABOVE_ZERO = 1e-3  # by which rounding may lift a log-probability
 _ID = re.compile(r"token_id:(\d{1,9})")
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MOST_TOKENS)]
+Id = Annotated[int, Field(ge=0, lt=2**31)]
+Logprob = Annotated[float, Field(le=ABOVE_ZERO, allow_inf_nan=False)]
+Top = Annotated[tuple[tuple[Id, Logprob], ...], Field(max_length=MOST_TOP)]
 
 
-class _Part(BaseModel):
+class Part(BaseModel):
+    """A part of a JSON value from elsewhere: fields that are not known are ignored, types not converted."""
+
     model_config = ConfigDict(extra="ignore", strict=True)
 
 
-class _Top(_Part):
+class _Top(Part):
     token: str
     logprob: Number
     id: int | None = None
@@ -39,11 +49,11 @@ class _Entry(_Top):
     top_logprobs: Annotated[list[_Top], Field(max_length=MOST_TOP)] = []
 
 
-class _Ranked(_Part):
+class _Ranked(Part):
     logprob: Number
 
 
-class _Logprobs(_Part):
+class _Logprobs(Part):
     content: Annotated[list[_Entry], Field(max_length=MOST_TOKENS)] | None = None
     tokens: Annotated[list[str], Field(max_length=MOST_TOKENS)] | None = None
     token_logprobs: Annotated[list[Number | None], Field(max_length=MOST_TOKENS)] | None = None
@@ -53,11 +63,11 @@ class _Logprobs(_Part):
 _Prompt = Annotated[list[dict[str, _Ranked] | None], Field(max_length=MOST_TOKENS)]
 
 
-class _Message(_Part):
+class _Message(Part):
     content: str | None = None
 
 
-class _Choice(_Part):
+class _Choice(Part):
     text: str | None = None
     message: _Message | None = None
     logprobs: _Logprobs | None = None
@@ -66,16 +76,16 @@ class _Choice(_Part):
     prompt_logprobs: _Prompt | None = None
 
 
-class _Usage(_Part):
+class _Usage(Part):
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
 
 
-class _Receipt(_Part):
+class _Receipt(Part):
     content: Annotated[str, Field(max_length=2**22)]
 
 
-class _Body(_Part):
+class _Body(Part):
     choices: Annotated[list[_Choice], Field(min_length=1, max_length=8)]
     usage: _Usage | None = None
     system_fingerprint: Annotated[str, Field(max_length=512)] | None = None
@@ -87,9 +97,9 @@ class _Body(_Part):
 class Position:
     """What a server says of one token: its log-probability (None: not said) and those of most likely ones."""
 
-    token: int
-    logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
+    token: Id
+    logprob: Logprob | None = None
+    top: Top = ()
 
 
 @dataclass(frozen=True)
@@ -242,3 +252,15 @@ def _integer(text: str) -> int:
     if not re.fullmatch(r"\d{1,9}", text):
         raise AnswerError("malformed", f"{text!r:.40} is not a token id")
     return int(text)
+
+
+def words_of(
+    model: str, progress: Progress = silent, *, trust_remote_code: bool = False
+) -> tuple[Vocabulary, str]:
+    """Return the vocabulary of a model that `bitassay.load` finds, and the digest of its tokenizer. Raises
+    BitassayError where there is none."""
+    source = resolve(model, progress)
+    config = read_config(source.folder, trust_remote_code=trust_remote_code).get_text_config()
+    tokenizer = read_tokenizer(source.folder, trust_remote_code)
+    size = max(int(config.vocab_size), len(tokenizer))
+    return Vocabulary(tokenizer, size), Identity(source).tokenizer_digest

@@ -12,7 +12,7 @@ import math
 import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,13 @@ from bitassay.bench.roofline import Cost
 from bitassay.bench.timing import INTERVAL, ratio_of, spread, turns
 from bitassay.bench.worker import ProcessTimer, TimedModel
 from bitassay.bench.workload import Workload
+from bitassay.engines.arithmetic import Arithmetic
 from bitassay.engines.engine import ENGINES, TRANSFORMERS
 from bitassay.engines.hosted import check_engine
 from bitassay.errors import BitassayError, at_least
 from bitassay.models.config import layer_count
 from bitassay.models.identity import Identity
-from bitassay.models.options import AUTO, as_device, as_dtype
+from bitassay.models.options import as_device, as_dtype
 from bitassay.models.source import engine_and_model, resolve
 from bitassay.quantization.export.fits import check_fit
 from bitassay.quantization.recipe.recipe import BASE, Recipe, find_recipe, row_names
@@ -41,7 +42,7 @@ CONTEXTS = (512, 1024, 2048, 4096, 8192)
 
 
 @dataclass(frozen=True)
-class BenchPlan:
+class BenchPlan(Arithmetic):
     """What is timed: prompts of `prompt_tokens` in each of `batches`, and one prompt of each length of
     `contexts`; `repeats` rounds of all. engine: runs the model and those candidates that do not name another
     one, as ENGINE:MODEL."""
@@ -54,10 +55,8 @@ class BenchPlan:
     prompt_tokens: int = 128
     new_tokens: int = 16
     repeats: int = 5
-    dtype: str = "bfloat16"
-    device: str = "cpu"
+    dtype: str = field(default="bfloat16", kw_only=True)
     threads: int | None = None
-    attention: str = AUTO
     engine: str = TRANSFORMERS
 
     def __post_init__(self) -> None:
@@ -101,10 +100,6 @@ class BenchPlan:
             ENGINES[engine]
         return engine or self.engine, model
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the plan as a JSON value."""
-        return asdict(self) | {"recipes": [recipe.model_dump(mode="json") for recipe in self.recipes]}
-
 
 def bench(
     model: str,
@@ -120,8 +115,7 @@ def bench(
     run (the content of run.json) and its folder. controls: add those of recipes with copies, and `pairs` of
     each with them. Raises BitassayError for bad input."""
     plan = BenchPlan(model, tuple(find_recipe(recipe) for recipe in recipes), **options)
-    if out is not None:
-        check_folder(out)
+    check_folder(out)
     for name in plan.candidates:
         check_fit(plan.placed(name)[1], trust_remote_code=trust_remote_code, progress=progress)
     check_fit(model, plan.recipes, trust_remote_code=trust_remote_code, progress=progress)
@@ -133,8 +127,7 @@ def bench(
         plan = replace(plan, recipes=with_their_controls)
     digests = {name: Identity(source).weights_digest for name, source in sources.items()}
     work = {**plan.to_dict(), "weights_digests": digests}
-    folder = open_run_folder(f"bench-{sources[model].name}", run_plan("bench", work), out)
-    progress(f"run {folder.run_id} in {folder.path}")
+    folder = open_run_folder(f"bench-{sources[model].name}", run_plan("bench", work), out, progress)
     common = {
         "dtype": plan.dtype,
         "device": plan.device,

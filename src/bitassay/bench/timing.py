@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from jaxtyping import Int
@@ -30,6 +31,7 @@ from bitassay.models.cache import behind, last_logits, stored_bytes, takes_cache
 from bitassay.quantization.inputs.kv_cache import empty_cache
 from bitassay.record.progress import Progress, silent
 
+T = TypeVar("T")
 DECODE_TOKENS = 12
 RATIO = "Student's t, log scale, of the ratios within rounds"
 INTERVAL = f"95 %, {RATIO}; {NONE}"
@@ -54,8 +56,8 @@ def spread(times: Sequence[float]) -> float | None:
     return None if len(times) < 2 else (max(times) - min(times)) / statistics.median(times)
 
 
-def turns(names: Sequence[str], round_: int) -> list[str]:
-    """Return the order of a round: each round begins with another name."""
+def turns(names: Sequence[T], round_: int) -> list[T]:
+    """Return the order of a round: each round begins with another one."""
     start = round_ % len(names)
     return [*names[start:], *names[:start]]
 

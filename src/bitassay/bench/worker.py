@@ -2,7 +2,7 @@
 So what it takes of memory is its own, and several models can take turns."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,9 @@ from pydantic import TypeAdapter
 
 from bitassay.bench.engine_timer import EngineTimer
 from bitassay.bench.workload import ModelTimer, Workload
+from bitassay.engines.arithmetic import Arithmetic
 from bitassay.engines.engine import TRANSFORMERS
 from bitassay.engines.load import load
-from bitassay.models.options import AUTO
 from bitassay.models.source import resolve
 from bitassay.quantization.export.card import read_card
 from bitassay.quantization.pipeline import quantize_cached
@@ -22,17 +22,15 @@ from bitassay.record.progress import Progress, prefixed, silent
 
 
 @dataclass(frozen=True)
-class TimedModel:
+class TimedModel(Arithmetic):
     """`recipe` applied to `model`, packed; or `model` itself, with its codes where it is a quantized folder,
     in `engine`. threads: None leaves torch's own choice."""
 
     model: str
     recipe: Recipe | None = None
-    dtype: str = "bfloat16"
-    device: str = "cpu"
+    dtype: str = field(default="bfloat16", kw_only=True)
     threads: int | None = None
     trust_remote_code: bool = False
-    attention: str = AUTO
     engine: str = TRANSFORMERS
 
 
@@ -45,25 +43,11 @@ def model_timer(timed: TimedModel, progress: Progress = silent) -> ModelTimer:
 
     if timed.threads is not None:
         torch.set_num_threads(timed.threads)
+    loading: dict[str, Any] = {"trust_remote_code": timed.trust_remote_code, "progress": progress}
     if timed.engine != TRANSFORMERS:
-        return EngineTimer(
-            load(
-                timed.model,
-                engine=timed.engine,
-                trust_remote_code=timed.trust_remote_code,
-                progress=progress,
-            )
-        )
-    source = resolve(timed.model, progress)
-    model = load(
-        timed.model,
-        dtype=timed.dtype,
-        device=timed.device,
-        packed=timed.recipe is None and read_card(source.folder) is not None,
-        trust_remote_code=timed.trust_remote_code,
-        attention=timed.attention,
-        progress=progress,
-    )
+        return EngineTimer(load(timed.model, engine=timed.engine, **loading))
+    is_packed = timed.recipe is None and read_card(resolve(timed.model, progress).folder) is not None
+    model = timed.loaded(timed.model, packed=is_packed, **loading)
     if timed.recipe is not None:
         model = quantize_cached(model, timed.recipe, packed=True, progress=progress)
     return ModelTimer(model)

@@ -72,8 +72,7 @@ def run(arguments: list[str], debug: bool = False) -> int:
         # Left to cyclopts, an unknown verb imports all the others to describe them.
         if arguments and not arguments[0].startswith("-") and verb is None:
             raise BitassayError(
-                f"no verb is called {arguments[0]!r}; {suggestion(arguments[0], VERBS)}",
-                "bitassay --help",
+                f"no verb is called {arguments[0]!r}; {suggestion(arguments[0], VERBS)}", "bitassay --help"
             )
         with nullcontext() if debug else quiet():
             app = application(with_summaries=verb is None)

@@ -1,13 +1,24 @@
 """`bitassay audit`: which model answers behind a URL?"""
 
 import sys
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
 from bitassay.cli import options
-from bitassay.cli.audit_modes import ALPHA, Loader, changed, kept_contract, recipes_of, replayed, shown
+from bitassay.cli.audit_modes import (
+    ALPHA,
+    Connection,
+    Loader,
+    changed,
+    kept_contract,
+    mode_of,
+    recipes_of,
+    replayed,
+    shown,
+)
 from bitassay.cli.checks import check_words
 from bitassay.cli.progress import show_progress
 from bitassay.errors import BitassayError, suggestion
@@ -62,11 +73,7 @@ def audit(
             "nobody can know them)."
         ),
     ] = None,
-    concurrency: options.Count = 4,
-    timeout: options.Count = 120,
-    key_env: str | None = None,
-    calibrate_key_env: str | None = None,
-    ca_file: Path | None = None,
+    connection: Connection = Connection(),
     loading: options.Loading = options.Loading(),
     device: options.Device = "auto",
     output: options.RunOutput = options.RunOutput(),
@@ -114,147 +121,76 @@ def audit(
         text: Where the texts are cut from: a protocol's name or a file of your own, .txt or .jsonl.
         ledger: Keep the answers' scores in this file from call to call, and judge all of them in their order:
             the false-positive rate then holds however often you look.
-        concurrency: Requests at a time.
-        timeout: Seconds that an answer may take.
-        key_env: The environment variable that has the API key. Keys are never written anywhere.
-        calibrate_key_env: The same for --calibrate-from.
-        ca_file: Certificates (PEM) that may sign those of the servers, besides the public authorities.
     """
     named = [each for word in suspects or () for each in word.split(",") if each]
-    asked = {"--tokens": tokens if tokens != 128 else None, "--top": top if top != 20 else None}
+    given = {"--replay": replay, "--against": against, "--contract": contract or None, "--watch": watch}
+    given |= {"--times": times, "--repeats": repeats, "--context": context, "--chat": chat or None}
+    given |= {"a URL": url, "--model": model, "--recipe": recipe, "--suspects": suspects, "--seed": seed}
+    given |= {"--calibrate-from": calibrate_from, "--profile": profile, "--ledger": ledger}
+    given |= {"--evidence": evidence, "--requests": requests, "--budget": budget}
+    given |= {"--tokens": tokens if tokens != 128 else None, "--top": top if top != 20 else None}
+    mode = mode_of(given | {"--key-env": connection.key_env, "--ca-file": connection.ca_file})
+    loader = Loader(reference, recipe, loading, device)
     if replay is not None:
-        given = {"a URL": url, "--model": model, "--calibrate-from": calibrate_from, "--seed": seed}
-        given |= {"--evidence": evidence, "--requests": requests, "--budget": budget, "--key-env": key_env}
-        given |= {"--watch": watch, "--against": against, "--contract": contract or None} | asked
-        given |= {"--chat": chat or None, "--ca-file": ca_file}
-        if wrong := [name for name, value in given.items() if value is not None]:
-            raise BitassayError(f"--replay asks nothing, so {wrong[0]} says nothing", "leave it out")
-        return replayed(replay, reference, recipe, named, profile, alpha, ledger, loading, device, output)
-    for name, value, needs, given in (
-        ("--times", times, "--watch", watch),
-        ("--repeats", repeats, "--against", against),
-        ("--context", context, "--contract", contract),
-    ):
-        if value is not None and not given:
-            raise BitassayError(f"{name} says nothing without {needs}", f"add {needs}, or leave it out")
-    if url is not None and model is not None and against is not None:
-        given = {"--calibrate-from": calibrate_from, "--profile": profile, "--ledger": ledger}
-        given |= {"--evidence": evidence, "--requests": requests, "--budget": budget, "--watch": watch}
-        given |= {"--suspects": suspects, "--recipe": recipe, "--contract": contract or None} | asked
-        given |= {"--chat": chat or None}
-        if wrong := [name for name, value in given.items() if value is not None]:
-            raise BitassayError(f"--against needs no {wrong[0]}", "leave it out")
-        return changed(
-            url,
-            model,
-            reference,
-            against,
-            repeats,
-            alpha,
-            seed,
-            concurrency,
-            timeout,
-            key_env,
-            ca_file,
-            loading,
-            output,
-        )
-    if url is not None and model is not None and reference is not None and contract:
-        given = {"--profile": profile, "--ledger": ledger, "--evidence": evidence, "--budget": budget}
-        given |= {"--watch": watch, "--suspects": suspects, "--recipe": recipe, "--chat": chat or None}
-        if wrong := [name for name, value in given.items() if value is not None]:
-            raise BitassayError(f"--contract needs no {wrong[0]}", "leave it out")
-        servers = [(url, model, key_env)]
-        servers += [(each, calibrate_model or model, calibrate_key_env) for each in calibrate_from or ()]
-        return kept_contract(
-            servers,
-            reference,
-            text,
-            requests,
-            context,
-            alpha,
-            seed,
-            concurrency,
-            timeout,
-            ca_file,
-            loading,
-            output,
-        )
-    if url is None or model is None or reference is None:
+        return replayed(replay, loader, named, profile, alpha, ledger, output)
+    if url is None or model is None or (reference is None and against is None):
         missing = "a URL" if url is None else "--model" if model is None else "--reference"
         raise BitassayError(
             f"{missing} is missing", "bitassay audit https://host/v1 --model NAME --reference MODEL"
         )
-    from bitassay.audit.client import Endpoint, checked_url, require_variable
-    from bitassay.audit.distance import LEVELS
+    calibrating = calibrate_from or []
+    connection.check(url, *calibrating)
+    check_words([reference], [recipe, *recipes_of(named)], folder=output.out, file=ledger)
+    asked = {"alpha": ALPHA if alpha is None else alpha, "concurrency": connection.concurrency}
+    if against is not None:
+        asked |= {"seed": seed or 0} | ({} if repeats is None else {"repeats": repeats})
+        return changed(connection.target(url, model), reference, against, asked, loading, output)
+    assert reference is not None
     from bitassay.data.corpora import check_corpus
+
+    check_corpus(text)
+    honest = connection.honest(calibrating, calibrate_model or model)
+    if mode == "--contract":
+        asked |= {"corpus": text, "context": context, "seed": seed or 0}
+        asked |= {} if requests is None else {"requests": requests}
+        servers = [connection.target(url, model), *honest]
+        return kept_contract(servers, reference, asked, loading, output)
+    from bitassay.audit.distance import LEVELS
+    from bitassay.audit.judge import read_audit_profile
+    from bitassay.audit.run import audit
+    from bitassay.audit.session import PROMPT_TOKENS, Options
+    from bitassay.audit.watch import watch as watched
 
     if evidence is not None and evidence not in LEVELS:
         raise BitassayError(f"--evidence {evidence}: {suggestion(evidence, LEVELS)}", "leave it out")
     if requests is not None and budget is not None:
         raise BitassayError("--requests and --budget say the same", "leave one of them out")
-    if calibrate_from and profile is not None:
+    if calibrating and profile is not None:
         raise BitassayError("--calibrate-from makes a profile, --profile names one", "leave one of them out")
-    for each in (url, *(calibrate_from or ())):
-        checked_url(each)
-    for variable in (key_env, calibrate_key_env):
-        require_variable(variable)
-    check_words([reference], [recipe, *recipes_of(named)], folder=output.out, file=ledger)
-    check_corpus(text)
-    from bitassay.audit.judge import read_audit_profile
-    from bitassay.audit.run import audit
-    from bitassay.audit.session import PROMPT_TOKENS, Options, Target
-    from bitassay.audit.watch import watch as watched
-
+    cost = tokens + PROMPT_TOKENS  # of a request
+    if budget is not None and budget < cost:
+        raise BitassayError(f"--budget {budget}: one request takes {cost} tokens", "a larger one")
     known = None if profile is None else read_audit_profile(profile)
+    if watch is not None and not honest and known is None:
+        raise BitassayError("--watch needs to know what honest servers look like", "--calibrate-from URL")
     wanted = Options(
-        corpus=text,
         tokens=tokens,
-        requests=requests or max((budget or 16 * (tokens + PROMPT_TOKENS)) // (tokens + PROMPT_TOKENS), 1),
+        requests=requests or (16 if budget is None else budget // cost),
         calibration_requests=calibration_requests,
         k=top,
         level=evidence,  # type: ignore[arg-type]
-        alpha=ALPHA if alpha is None else alpha,
-        seed=seed,
         chat=chat,
-        concurrency=concurrency,
         ledger=ledger,
         out=output.out,
+        **asked | {"corpus": text, "seed": seed},
     )
-    if budget is not None and budget < tokens + PROMPT_TOKENS:
-        raise BitassayError(
-            f"--budget {budget}: one request takes {tokens + PROMPT_TOKENS} tokens", "a larger one"
-        )
-    target = Target(Endpoint(url, key_env, ca_file=ca_file, seconds=timeout), model)
-    honest = [
-        Target(Endpoint(each, calibrate_key_env, ca_file=ca_file, seconds=timeout), calibrate_model or model)
-        for each in calibrate_from or ()
-    ]
-    loaded = Loader(reference, recipe, loading, device)
-    if watch is not None and not honest and known is None:
-        raise BitassayError("--watch needs to know what honest servers look like", "--calibrate-from URL")
     with show_progress() as progress:
-        if watch is not None:
-            run, folder = watched(
-                target,
-                loaded.reference(progress),
-                wanted,
-                watch,
-                times=times,
-                honest=honest,
-                profile=known,
-                suspects=loaded.suspects(named, progress),
-                progress=progress,
-                tell=lambda text: print(text, file=sys.stderr, flush=True),
-            )
-            return shown(run, folder, output)
-        run, folder = audit(
-            target,
-            loaded.reference(progress),
-            wanted,
-            honest=honest,
-            profile=known,
-            suspects=loaded.suspects(named, progress),
-            progress=progress,
-        )
+        target, standard = connection.target(url, model), loader.reference(progress)
+        judging: dict[str, Any] = {"honest": honest, "profile": known, "progress": progress}
+        judging["suspects"] = loader.suspects(named, progress)
+        if watch is None:
+            run, folder = audit(target, standard, wanted, **judging)
+        else:
+            tell = partial(print, file=sys.stderr, flush=True)
+            run, folder = watched(target, standard, wanted, watch, times=times, tell=tell, **judging)
     return shown(run, folder, output)

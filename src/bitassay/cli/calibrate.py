@@ -125,9 +125,7 @@ def calibrate(
     with show_progress() as progress:
         loaded = verifier.load(model, recipe, tokens=max_new_tokens, progress=progress)
         prover = replace(
-            verifier,
-            dtype=prover_dtype or verifier.dtype,
-            attention=prover_attention or verifier.attention,
+            verifier, dtype=prover_dtype or verifier.dtype, attention=prover_attention or verifier.attention
         )
         same = not hosted and prover_dtype is None and prover_attention is None
         profile = calibrate(

@@ -33,7 +33,6 @@ def check_words(
     for path in texts:
         if path is not None:
             read_text(path)
-    if folder is not None:
-        check_folder(folder)
+    check_folder(folder)
     if file is not None:
         check_place(file)

@@ -308,22 +308,6 @@ class Machines:
 
 
 @group
-class Sampling:
-    """How tokens are chosen."""
-
-    temperature: float = 0.0
-    """0 takes the most likely token."""
-    top_p: float = 1.0
-    """Sample from the most likely tokens that have this probability together."""
-    seed: Seed = 0
-
-    @property
-    def sampler(self) -> "Sampler":
-        """Return the sampler. Raises BitassayError for values outside its range."""
-        return _sampler(self.temperature, self.top_p, self.seed)
-
-
-@group
 class ProvenSampling:
     """How tokens are chosen, in a way that a verifier can check."""
 
@@ -337,6 +321,13 @@ class ProvenSampling:
     def sampler(self) -> "Sampler":
         """Return the sampler. Raises BitassayError for values outside its range."""
         return _sampler(self.temperature, self.top_p, self.seed)
+
+
+@group
+class Sampling(ProvenSampling):
+    """How tokens are chosen where there are no requests with a nonce of their own."""
+
+    seed: Seed = 0
 
 
 @group

@@ -88,7 +88,7 @@ def quantize(
             other commands find the result too).
         check: Load the written files, with plain transformers where it can, and compare the logits.
         dry_run: Estimate the files, the disk that the work takes meanwhile, the memory, and the time by what
-            is timed on this machine now, and stop.
+            is timed on this machine now, and stop. Without --out and --gguf, those of a folder.
         analyze: Write no model. Show how hard each layer and each matrix is to quantize in the recipe's
             formats: a table, a heat map and a page in a run folder (--out, or runs/analysis-MODEL-RECIPE-ID).
         samples: With --analyze, the number of windows of the calibration text that are measured (default: 8).
@@ -110,11 +110,12 @@ def quantize(
             "without a recipe only the model as it is can be written, and only as a GGUF file",
             "--recipe R, or --gguf FILE alone",
         )
-    elif out is None and gguf is None:
+    elif out is None and gguf is None and not dry_run:
         raise BitassayError("no place to write to is named", "--out FOLDER, --gguf FILE, or both")
-    elif out is None and layout is not None:
+    elif out is None and layout is not None and gguf is not None:
         raise BitassayError("--layout belongs to the folder", "add --out FOLDER, or leave it out")
-    if engine is not None and (gguf if engine == "llama.cpp" else out) is None:
+    plans_folder = dry_run and gguf is None
+    if engine is not None and (gguf if engine == "llama.cpp" else out or plans_folder or None) is None:
         needed = "--gguf FILE" if engine == "llama.cpp" else "--out FOLDER"
         raise BitassayError(f"{engine} reads nothing that would be written", f"add {needed}")
     if engine is not None and layout is not None:
@@ -127,8 +128,7 @@ def quantize(
             "--like FILE --gguf NEW --recipe gguf-q4_0, without --out and --embeddings",
         )
     check_words([model], [recipe], folder=out, file=gguf)
-    if work is not None:
-        check_folder(work)
+    check_folder(work)
     if analyze:
         if recipe is None:
             raise BitassayError("--analyze needs a recipe, whose formats it measures", "--recipe R")

@@ -111,14 +111,7 @@ def verify(
         raise BitassayError(f"{signed.path}: no such file", "the receipt that the host sent")
     host = signer
     asked = Asked.of(
-        len(paths),
-        prompt,
-        prompts,
-        nonce,
-        max_new_tokens,
-        sampling.asked,
-        unanswered,
-        may_miss=not is_signed,
+        len(paths), prompt, prompts, nonce, max_new_tokens, sampling.asked, unanswered, may_miss=not is_signed
     )
     vouched = None if profile_signer is None else public_key(profile_signer)
     calibrated = read_profile(profile, vouched) if profile else None

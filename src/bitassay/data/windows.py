@@ -9,9 +9,11 @@ text is joined. With `windows`, that many windows evenly spaced over the text ar
 import re
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Annotated
 
 import torch
 from jaxtyping import Int
+from pydantic import BeforeValidator, PlainSerializer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -67,6 +69,10 @@ class Protocol:
             settings.append(value if digits is None else int(digits))
         length, count = settings
         return cls(pinned(parts[1]), 2048 if length is None else length, count)
+
+
+NamedProtocol = Annotated[Protocol, BeforeValidator(Protocol.parse), PlainSerializer(lambda p: p.id)]
+"""In files, a protocol is its id."""
 
 
 class TooShortError(BitassayError):

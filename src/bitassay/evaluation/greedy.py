@@ -6,7 +6,7 @@ it has ended. The text is the decoded continuation up to the first stop string, 
 returns it (lm-evaluation-harness 0.4.13, `models/huggingface.py`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, RepetitionPenaltyLogitsProcessor
@@ -63,14 +63,11 @@ def _continue(
 ) -> list[list[int]]:
     """Output token ids of prompts of equal length, which begin with what `prefix` has read."""
     model, cache, begun = prefix.model, prefix.cache, prefix.length
-    ends, penalty = end_tokens(model), model.generation_config.repetition_penalty  # type: ignore[union-attr]
+    penalty = model.generation_config.repetition_penalty  # type: ignore[union-attr]
     process = RepetitionPenaltyLogitsProcessor(penalty) if penalty not in (None, 1.0) else None
     outputs: list[list[int]] = [[] for _ in prompts]
 
-    def ended(output: list[int]) -> bool:
-        text = tokenizer.decode(output)
-        return output[-1] in ends or any(stop in text for stop in stops if stop)
-
+    ended = ending(tokenizer, end_tokens(model), stops)
     active = list(range(len(prompts)))  # indices of the rows that have not ended
     length, caches = len(prompts[0]), takes_cache(model)
     read_at = frequencies(model, length)
@@ -96,6 +93,19 @@ def _continue(
             select_rows(cache, kept, model.device)
         active = [active[item] for item in kept]
     return outputs
+
+
+def ending(
+    tokenizer: PreTrainedTokenizerBase, ends: Container[int], stops: Sequence[str]
+) -> Callable[[Sequence[int]], bool]:
+    """Return the function that says whether an output ends, by one of the tokens `ends` or by a stop
+    string."""
+
+    def ended(output: Sequence[int]) -> bool:
+        text = tokenizer.decode(list(output))
+        return output[-1] in ends or any(stop in text for stop in stops if stop)
+
+    return ended
 
 
 def cut(text: str, stops: Sequence[str]) -> str:

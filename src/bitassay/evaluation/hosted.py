@@ -16,7 +16,7 @@ from bitassay.engines.engine import engine_name, engine_of
 from bitassay.engines.one_by_one import OneByOneEngine
 from bitassay.engines.scores import token_logprobs
 from bitassay.errors import BitassayError
-from bitassay.evaluation.greedy import cut
+from bitassay.evaluation.greedy import cut, ending
 from bitassay.evaluation.likelihood import Score
 from bitassay.models.positions import context_length
 
@@ -72,12 +72,8 @@ def hosted_texts(
             f"the model asks for a repetition penalty of {penalty}, which {engine_name(model)} is not given",
             "tasks that compare likelihoods, or --engine transformers",
         )
-    engine, ends, texts = engine_of(model), end_tokens(model), list[str]()
-
-    def ended(output: Sequence[int]) -> bool:
-        text = tokenizer.decode(list(output))
-        return output[-1] in ends or any(stop in text for stop in stops if stop)
-
+    engine, texts = engine_of(model), list[str]()
+    ended = ending(tokenizer, end_tokens(model), stops)
     options: dict[str, Any] = {"until": ended} if isinstance(engine, OneByOneEngine) else {}
     for prompt in prompts:
         (made,) = engine.generate([prompt], max_new_tokens=max_new_tokens, **options)

@@ -151,10 +151,15 @@ def _sync(path: Path) -> None:
         os.fsync(stream.fileno())
 
 
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Write a file, completely or not at all."""
+    with atomic_file(Path(path)) as temporary:
+        temporary.write_bytes(data)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 file, completely or not at all."""
-    with atomic_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -162,8 +167,10 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def check_folder(path: Path) -> None:
-    """Raise BitassayError for a folder that could not be made or written into."""
+def check_folder(path: Path | None) -> None:
+    """Raise BitassayError for a folder that could not be made or written into; for None nothing."""
+    if path is None:
+        return
     if path.exists() and not path.is_dir():
         raise BitassayError(f"{path}: a file is where a folder should be", "choose another path")
     _check_writable(path, path)

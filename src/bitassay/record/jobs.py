@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from bitassay.errors import BitassayError, MissingError
-from bitassay.record.files import atomic_file
+from bitassay.record.files import write_bytes
 from bitassay.record.progress import Progress, silent
 
 ATTEMPTS = 3
@@ -279,8 +279,7 @@ class RayWorker:
         for name, content in files.items():
             path = (job.start.folder / name).resolve()
             assert path.is_relative_to(job.start.folder.resolve())
-            with atomic_file(path) as temporary:
-                temporary.write_bytes(content)
+            write_bytes(path, content)
         return _answer(job, message)
 
     def stop(self) -> None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from bitassay.errors import BitassayError
 from bitassay.record.files import atomic_file, explained, read_json, write_json
 from bitassay.record.hashing import canonical_json, digest_json
+from bitassay.record.progress import Progress, silent
 from bitassay.record.versions import versions
 
 if TYPE_CHECKING:
@@ -43,9 +44,13 @@ def run_plan(
     return {"kind": kind, "schema": SCHEMA, **work, "versions": versions(*packages)}
 
 
-def open_run_folder(name: str, plan: dict[str, Any], out: Path | None = None) -> "RunFolder":
+def open_run_folder(
+    name: str, plan: dict[str, Any], out: Path | None = None, progress: Progress = silent
+) -> "RunFolder":
     """Open the folder of a plan at `out`, by default runs/NAME-DIGEST. Raises BitassayError as RunFolder."""
-    return RunFolder(out or default_folder(name, plan), plan)
+    folder = RunFolder(out or default_folder(name, plan), plan)
+    progress(f"run {folder.run_id} in {folder.path}")
+    return folder
 
 
 class RunFolder:
@@ -64,8 +69,7 @@ class RunFolder:
             if changed == ["versions"]:
                 began = old.get("versions") or {}
                 raise BitassayError(
-                    f"{self.path}: holds a run that began with {differing(began, plan['versions'])}",
-                    AGAIN,
+                    f"{self.path}: holds a run that began with {differing(began, plan['versions'])}", AGAIN
                 )
             if changed:
                 raise BitassayError(
@@ -126,14 +130,8 @@ class RunFolder:
 
     def read_tensors(self, name: str) -> "dict[str, Tensor]":
         """Return the tensors of a finished part. Raises BitassayError that names a damaged file."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        path = self.path / "parts" / f"{name}.safetensors"
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise BitassayError(f"{path}: damaged ({error})", REMOVE) from error
+        with self._opened(name) as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  it is no mapping
 
 
 def differing(began: Mapping[str, str], here: Mapping[str, str]) -> str:

@@ -5,12 +5,24 @@ from collections.abc import Iterable
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bitassay.errors import suggestion
 
 MOST = 5  # defects that are named
 _PLAIN = {"dict_type": "not an object", "model_type": "not an object", "string_type": "not a text"}
+
+
+class Fields(BaseModel):
+    """Frozen fields of a file; unknown ones are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class StrictFields(Fields):
+    """The same, without any conversion of types."""
+
+    model_config = ConfigDict(strict=True)
 
 
 def defects(error: ValidationError, kind: type[BaseModel]) -> str:

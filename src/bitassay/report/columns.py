@@ -3,7 +3,7 @@ Also the formats that are named there, and the columns that depend on a run, suc
 attacks by detectors. Tables that are no run's, such as that of `bitassay verify`, are in `cli/`."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from bitassay.report.tables import (
     Cell,
     Column,
     Row,
+    Run,
     interval,
     number,
     percent,
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from bitassay.report.figures.heat_maps import HeatMap
 
 MOST_LETTERS = 10_000  # in a cell
-Run = Mapping[str, Any]
 _few = significant(3)
 
 

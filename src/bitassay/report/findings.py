@@ -1,12 +1,10 @@
 """What the intervals and verdicts of a run support, in sentences, and nothing more."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from bitassay.report.tables import Row, significant
+from bitassay.report.tables import Row, Run, significant
 
 ALPHA = 0.05
-Run = Mapping[str, Any]
 _few = significant(2)
 
 

@@ -15,12 +15,11 @@ from bitassay.errors import BitassayError
 from bitassay.record.files import write_text
 from bitassay.record.result import read_run
 from bitassay.report import columns, findings
-from bitassay.report.figures import assay, audit, bench, heat_maps, search, studies
+from bitassay.report.figures import assay, bench, heat_maps, studies
 from bitassay.report.figures.drawing import write_png
 from bitassay.report.page import MOST_ROWS, Page, Section, write_page
-from bitassay.report.tables import Column, UnshownError, percent, pivot, render, significant
+from bitassay.report.tables import Column, Run, UnshownError, percent, pivot, render, significant
 
-Run = Mapping[str, Any]
 DAMAGED = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError, TemplateError)
 
 
@@ -77,7 +76,7 @@ def _contents() -> dict[str, Any]:
 def _environment() -> Environment:
     """Where the texts and expressions are evaluated. Nothing is escaped here: the page does that."""
     environment = Environment(undefined=StrictUndefined, autoescape=False)
-    for module in (columns, findings, assay, audit, bench, heat_maps, search, studies):
+    for module in (columns, findings, assay, bench, heat_maps, studies):
         environment.globals |= {name: value for name, value in vars(module).items() if callable(value)}
     environment.globals |= {"pivot": pivot, "scalars": scalars, "nested": nested, "columns": columns.COLUMNS}
     environment.filters |= {"few": significant(3), "percent": percent(0)}

@@ -20,6 +20,7 @@ ROUNDING = 1e-9  # by so much, a value may be outside what holds it
 NO_INTERVAL = "[\N{EM DASH}]"
 DECIDED = {True: "yes", False: "no", None: "not decided"}
 Row = Mapping[str, Any]
+Run = Mapping[str, Any]
 Format = Callable[[Any], str]
 
 

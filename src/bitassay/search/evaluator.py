@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 
 from bitassay.bench.timing import throughput
 from bitassay.data.windows import Protocol
-from bitassay.engines.load import load
 from bitassay.errors import BitassayError
 from bitassay.evaluation.divergence import TokenScores, token_scores, window_logits
 from bitassay.evaluation.quality import TextDifference, score_windows, summarise, text_difference
@@ -26,8 +25,7 @@ from bitassay.quantization.pipeline import quantize_tensors
 from bitassay.quantization.recipe.recipe import BASE, Recipe
 from bitassay.quantization.runtime.model import Quantization, check_recipe, with_tensors
 from bitassay.record.progress import Progress, silent
-from bitassay.search.objectives import FACTS, QUALITY, SPEED, VERIFICATION
-from bitassay.search.plan import SearchPlan
+from bitassay.search.objectives import FACTS, QUALITY, SPEED, VERIFICATION, SearchPlan
 from bitassay.studies.assay import facts_of
 from bitassay.studies.verdicts import Verification, chosen_prompts, honest_profile, verdict_columns
 from bitassay.verification.profile import Profile
@@ -43,24 +41,15 @@ class TrialEvaluator:
     def __init__(self, plan: SearchPlan, progress: Progress = silent, trust_remote_code: bool = False):
         """Raises BitassayError where the text is too short."""
 
-        def loaded(dtype: str) -> PreTrainedModel:
-            return load(
-                plan.model,
-                dtype=dtype,
-                device=plan.device,
-                attention=plan.attention,
-                progress=progress,
-                trust_remote_code=trust_remote_code,
-            )
-
+        loading: dict[str, Any] = {"progress": progress, "trust_remote_code": trust_remote_code}
         self.plan, self.progress, self.trust_remote_code = plan, progress, trust_remote_code
-        self.base = loaded(plan.dtype)
+        self.base = plan.loaded(plan.model, **loading)
         twice = Protocol(plan.corpus, window_tokens=plan.window, windows=2 * plan.windows)
         every, self.corpus_source = model_windows(self.base, twice)
         self.windows, self.held_out = every[0::2], every[1::2]
         self.first = [index * plan.windows // plan.short for index in range(plan.short)]
 
-        self._half = cache(lambda: loaded("bfloat16"))  # timed and verified, as in an assay
+        self._half = cache(lambda: plan.loaded(plan.model, dtype="bfloat16", **loading))  # as in an assay
         self._profile: Profile | None = None
         self._kept: dict[int, tuple[Tensor, TokenScores]] = {}
         self._codes: tuple[str, Quantization] | None = None

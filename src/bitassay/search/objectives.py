@@ -1,4 +1,5 @@
-"""What a search makes small: sums of an assay's columns, how they compare, and which trials stop early.
+"""What a search is asked for, and what it makes small: sums of an assay's columns, how they compare, and
+which trials stop early.
 
     kl_mean                             one column
     ppl_delta + 0.01*size_bytes         a sum of several, with weights
@@ -11,16 +12,21 @@ smaller. What no other dominates is the Pareto front.
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from bitassay.errors import BitassayError, suggestion
+from bitassay.data.corpora import check_corpus
+from bitassay.engines.arithmetic import Arithmetic
+from bitassay.errors import BitassayError, at_least, find
+from bitassay.models.options import as_dtype
 from bitassay.quantization.recipe.recipe import Recipe, find_recipe, shipped_recipes
+from bitassay.search.space import Space
 
 FACTS = ("bits_per_weight", "checkpoint_bits_per_weight", "size_bytes")  # known before anything is run
 QUALITY = ("ppl", "ppl_delta", "kl_mean", "kl_median", "kl_p99", "top1_agreement")
 SPEED = ("prefill_tok_s", "decode_tok_s")
 VERIFICATION = ("hidden_distance",)
+SAMPLERS = ("tpe", "nsga2", "grid")
 COLUMNS = (*FACTS, *QUALITY, *SPEED, *VERIFICATION)
 
 _TERM = re.compile(r"(?:(?P<weight>[-+]?[\d.]+(?:e[-+]?\d+)?)\s*\*\s*)?(?P<column>[a-z]\w*)", re.ASCII)
@@ -60,12 +66,7 @@ class Objective:
 
 def known_column(name: str) -> str:
     """Return `name` if it is a column. Raises BitassayError that names the nearest columns."""
-    if name not in COLUMNS:
-        raise BitassayError(
-            f"no column is called {name!r}; {suggestion(name, COLUMNS)}",
-            f"one of {', '.join(COLUMNS)}",
-        )
-    return name
+    return find({column: column for column in COLUMNS}, name, "column", f"one of {', '.join(COLUMNS)}")
 
 
 def parse_limit(text: str) -> tuple[str, float | Recipe]:
@@ -111,3 +112,51 @@ def is_hopeless(
     dominate it (the median rule, where there is one objective). earlier: the number of recipes that may be
     within the limits. better: the points of those known to be. The first `least` recipes never stop."""
     return earlier >= least and 2 * sum(dominates(other, point) for other in better) >= earlier
+
+
+@dataclass(frozen=True)
+class SearchPlan(Arithmetic):
+    """What is searched: `space` over `model`, for the least of each of `objectives`, where no column of
+    `at_most` is larger. windows: how many of `window` tokens choose (as many are held out); short: how many
+    of them come first. seed: of the sampler."""
+
+    model: str
+    space: Space
+    objectives: tuple[str, ...] = ("kl_mean",)
+    at_most: Mapping[str, float] = field(default_factory=dict)
+    sampler: str = "tpe"
+    corpus: str = "wikitext2-raw"
+    window: int = 512
+    windows: int = 8
+    short: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.sampler not in SAMPLERS:
+            raise BitassayError(f"{self.sampler!r} is no sampler", f"one of {', '.join(SAMPLERS)}")
+        as_dtype(self.dtype)
+        at_least(1, windows=self.windows, short=self.short)
+        at_least(2, window=self.window)
+        at_least(0, seed=self.seed)
+        if self.short > self.windows:
+            raise BitassayError(
+                f"{self.short} of {self.windows} windows come first", f"--short 1 to {self.windows}"
+            )
+        check_corpus(self.corpus)
+        if not self.objectives:
+            raise BitassayError("there is no objective", "--objective kl_mean")
+        for text in self.objectives:
+            Objective.parse(text)
+        if self.sampler == "grid":
+            next(self.space.grid())
+
+    @property
+    def parsed(self) -> list[Objective]:
+        return [Objective.parse(text) for text in self.objectives]
+
+    def over(self, row: Mapping[str, Any]) -> str | None:
+        """Return the first limit that a recipe's columns, as far as they are known, break."""
+        for name, most in self.at_most.items():
+            if row.get(name, most) > most:
+                return f"{name} is {row[name]:.6g}"
+        return None

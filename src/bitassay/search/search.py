@@ -39,8 +39,7 @@ from bitassay.record.progress import Progress, silent
 from bitassay.record.result import write_run
 from bitassay.record.run import RunFolder, open_run_folder, run_plan
 from bitassay.search.evaluator import TrialEvaluator, limits
-from bitassay.search.objectives import pareto
-from bitassay.search.plan import SearchPlan
+from bitassay.search.objectives import SearchPlan, pareto
 from bitassay.search.space import Space, find_space
 from bitassay.search.trials import (
     ENDED,
@@ -82,8 +81,7 @@ def search(
         raise BitassayError(f"{taken[0]}: a recipe that this search finds may be called so", "rename it")
     if trials < 1 or jobs < 1:
         raise BitassayError(f"{min(trials, jobs)} trials or jobs", "at least 1")
-    if out is not None:
-        check_folder(out)
+    check_folder(out)
     check_fit(model, written, trust_remote_code=trust_remote_code, progress=progress)
     evaluator = TrialEvaluator(plan, progress, trust_remote_code)
     plan = evaluator.plan = replace(plan, at_most=limits(evaluator.base, at_most or {}))
@@ -95,8 +93,7 @@ def search(
         "corpus_source": evaluator.corpus_source,
     }
     described = run_plan("search", work, ("optuna", "torch", "transformers"))
-    folder = open_run_folder(f"search-{plan.space.name}", described, out)
-    progress(f"run {folder.run_id} in {folder.path}")
+    folder = open_run_folder(f"search-{plan.space.name}", described, out, progress)
     with _alone(folder.path):
         study = open_study(plan, folder.path)
         propose_first(plan, study, written)

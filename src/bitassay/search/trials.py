@@ -28,8 +28,7 @@ from bitassay.record.files import write_text
 from bitassay.record.jobs import ATTEMPTS, Job, Start, WorkerLost, local_workers, run_jobs
 from bitassay.record.progress import Progress
 from bitassay.search.evaluator import Measurement, Row, TrialEvaluator, facts, known_facts
-from bitassay.search.objectives import is_hopeless
-from bitassay.search.plan import SearchPlan
+from bitassay.search.objectives import SearchPlan, is_hopeless
 from bitassay.search.space import Range, Space, Value, label
 
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
@@ -211,11 +210,7 @@ def _tried(content: Any, folder: Path, evaluator: TrialEvaluator) -> Outcome:
 
 
 def _measured(
-    recipe: Recipe,
-    work: Path,
-    evaluator: TrialEvaluator,
-    better: Sequence[Sequence[float]],
-    earlier: int,
+    recipe: Recipe, work: Path, evaluator: TrialEvaluator, better: Sequence[Sequence[float]], earlier: int
 ) -> Outcome:
     """Measure a recipe. better, earlier: of `is_hopeless`."""
     plan = evaluator.plan

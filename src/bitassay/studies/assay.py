@@ -24,15 +24,15 @@ from transformers import PreTrainedModel
 
 from bitassay.bench.timing import DECODE_TOKENS, throughput
 from bitassay.data.corpora import check_corpus
-from bitassay.data.windows import Protocol
-from bitassay.engines.load import load
+from bitassay.data.windows import NamedProtocol, Protocol
+from bitassay.engines.arithmetic import Arithmetic
 from bitassay.errors import BitassayError, at_least
 from bitassay.evaluation.controls import pair
 from bitassay.evaluation.divergence import TokenScores
 from bitassay.evaluation.quality import INTERVAL, INTERVALS, score_windows, summarise
 from bitassay.models.empty import without_weights
 from bitassay.models.identity import identity
-from bitassay.models.options import AUTO, as_dtype
+from bitassay.models.options import as_dtype
 from bitassay.models.positions import context_length, model_windows
 from bitassay.models.source import resolve
 from bitassay.models.walk import decoder_layers
@@ -56,12 +56,7 @@ from bitassay.record.progress import Progress, silent
 from bitassay.record.result import write_run
 from bitassay.record.run import RunFolder, open_run_folder, run_plan
 from bitassay.studies.memory import chosen_way
-from bitassay.studies.verdicts import (
-    Verification,
-    chosen_prompts,
-    honest_profile,
-    verdict_columns,
-)
+from bitassay.studies.verdicts import Verification, chosen_prompts, honest_profile, verdict_columns
 from bitassay.verification.profile import Profile
 
 DEFAULT_PROTOCOL = Protocol(windows=16)
@@ -69,15 +64,12 @@ DEFAULT_VERIFICATION = Verification()
 
 
 @dataclass(frozen=True)
-class AssayPlan:
+class AssayPlan(Arithmetic):
     """What an assay does. `verification` None leaves the verdicts out, `bench_repeats` 0 the timings."""
 
     model: str
     recipes: tuple[Recipe, ...]
-    protocol: Protocol = DEFAULT_PROTOCOL
-    dtype: str = "float32"
-    device: str = "cpu"
-    attention: str = AUTO
+    protocol: NamedProtocol = DEFAULT_PROTOCOL
     seed: int = 0
     bench_repeats: int = 3
     bench_tokens: int = 256
@@ -96,13 +88,6 @@ class AssayPlan:
         """Return the plan with controls, for a model of so many layers, and which these are."""
         recipes, places = with_controls(self.recipes, layers)
         return replace(self, recipes=recipes), places
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            **asdict(self),
-            "protocol": self.protocol.id,
-            "recipes": [recipe.model_dump(mode="json") for recipe in self.recipes],
-        }
 
 
 def assay(
@@ -125,8 +110,7 @@ def assay(
     plan = AssayPlan(model, tuple(find_recipe(recipe) for recipe in recipes), **options)
     tokens = plan.verification.new_tokens if plan.verification else 0
     check_fit(model, plan.recipes, tokens=tokens, trust_remote_code=trust_remote_code, progress=progress)
-    if out is not None:
-        check_folder(out)
+    check_folder(out)
 
     empty = without_weights(
         resolve(model, progress), dtype=as_dtype(plan.dtype), trust_remote_code=trust_remote_code
@@ -138,18 +122,8 @@ def assay(
     way, peak = chosen_way(empty, plan.recipes, plan.protocol, memory, *steps)
     progress(f"the models are read {way}, in about {peak / 1e9:.1f} GB of memory")
 
-    def loaded(dtype: str, opened: bool = False) -> PreTrainedModel:
-        return load(
-            model,
-            dtype=dtype,
-            opened=opened,
-            device=plan.device,
-            attention=plan.attention,
-            progress=progress,
-            trust_remote_code=trust_remote_code,
-        )
-
-    base = loaded(plan.dtype, opened=way == OPENED)
+    loading: dict[str, Any] = {"progress": progress, "trust_remote_code": trust_remote_code}
+    base = plan.loaded(model, opened=way == OPENED, **loading)
     windows, corpus_source = model_windows(base, plan.protocol)
     if plan.verification:  # that there are so many short prompts depends on the tokenizer
         chosen_prompts(base, plan.verification.prompts + plan.verification.calibration_prompts, plan.seed)
@@ -161,8 +135,7 @@ def assay(
         "config_digest": model_identity.config_digest,
         "corpus_source": corpus_source,
     }
-    folder = open_run_folder(f"assay-{model_identity.name}", run_plan("assay", work), out)
-    progress(f"run {folder.run_id} in {folder.path}")
+    folder = open_run_folder(f"assay-{model_identity.name}", run_plan("assay", work), out, progress)
 
     stopwatch = _Stopwatch()
     quantizations = {recipe.name: quantize_tensors_cached(base, recipe, progress) for recipe in plan.recipes}
@@ -177,7 +150,7 @@ def assay(
 
     speed, verification, verdicts = {}, None, {}
     if plan.bench_repeats or plan.verification:
-        base = loaded("bfloat16")
+        base = plan.loaded(model, dtype="bfloat16", **loading)
         if plan.bench_repeats:
             room = (context_length(base) or sys.maxsize) - DECODE_TOKENS
             prompt = windows[0, : max(1, min(plan.bench_tokens, room))]

@@ -20,7 +20,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from bitassay.engines.load import load
+from bitassay.bench.timing import turns
 from bitassay.errors import BitassayError, MissingError
 from bitassay.evaluation.divergence import TokenScores, token_scores, window_logits
 from bitassay.evaluation.tasks.load import AskedTask, load_tasks
@@ -97,13 +97,7 @@ class CellRunner:
         self.plan = plan = VariantPlan.of(begun["plan"])
         if changed := differing(begun["versions"], plan.versions()):
             raise BitassayError(f"this study began with {changed}", AGAIN)
-        self.base = load(
-            plan.model,
-            dtype=plan.dtype,
-            device=plan.device,
-            attention=plan.attention,
-            trust_remote_code=plan.trust_remote_code,
-        )
+        self.base = plan.loaded(plan.model, trust_remote_code=plan.trust_remote_code)
         if identity(self.base).weights_digest != begun["weights_digest"]:
             raise BitassayError(
                 f"{plan.model}: its weights are not those that this study began with",
@@ -179,8 +173,7 @@ class CellRunner:
 def in_turn(variants: Sequence[Variant], block: int, blocks: int) -> list[Variant]:
     """Return the variants in the order of a block. Each block begins with another one, so that workers on
     several blocks do not wait for the same recipe's codes."""
-    first = block * len(variants) // blocks
-    return [*variants[first:], *variants[:first]]
+    return turns(variants, block * len(variants) // blocks)
 
 
 def keep_facts(folder: RunFolder, variant: Variant, model: PreTrainedModel) -> None:

@@ -28,7 +28,7 @@ from bitassay.quantization.codes import storage
 from bitassay.quantization.export import gguf_file, gguf_like, save
 from bitassay.quantization.export.card import read_card
 from bitassay.quantization.export.gguf_plan import check_llama_cpp, plan_gguf
-from bitassay.quantization.export.opened_memory import BASE_BYTES, gguf_memory
+from bitassay.quantization.export.opened_memory import base_bytes, gguf_memory
 from bitassay.quantization.export.plan import LOADED, OPENED, Plan, choose_way, plan_export
 from bitassay.quantization.export.registry import GROUPED, LAYOUTS, STANDARD
 from bitassay.quantization.pipeline import quantize, quantize_cached
@@ -62,12 +62,12 @@ REMEDIES = {
 @dataclass(frozen=True)
 class CheckpointJob:
     """What to write and where. model, source: its name, and the files behind it. folder, gguf: the outputs,
-    None for one that is not wanted. layout: of the folder (None: compressed-tensors where that is exact).
-    work: where a calibrated recipe keeps its finished layers (None: in the cache). check: load what was
-    written and compare logits. memory: bytes to work in (None: what is free). loading: keywords of `load`.
-    embeddings: the type of the embedding and the head in a GGUF file (None: 16 bits). engine: a name in
-    ENGINES that must be able to load what is written, or None. like: the type of every tensor of the GGUF
-    file, by its name there, or None."""
+    None for one that is not wanted; without both, `planned` plans a folder. layout: of the folder (None:
+    compressed-tensors where that is exact). work: where a calibrated recipe keeps its finished layers (None:
+    in the cache). check: load what was written and compare logits. memory: bytes to work in (None: what is
+    free). loading: keywords of `load`. embeddings: the type of the embedding and the head in a GGUF file
+    (None: 16 bits). engine: a name in ENGINES that must be able to load what is written, or None. like: the
+    type of every tensor of the GGUF file, by its name there, or None."""
 
     model: str
     source: Source
@@ -88,6 +88,25 @@ class CheckpointJob:
         """Return the layout that was asked for, by name or by engine; None where any will do."""
         return self.layout or ENGINES.get(self.engine or "")
 
+    @property
+    def shown_folder(self) -> str:
+        """Return the name of the folder, which a plan may be without."""
+        return "the folder" if self.folder is None else str(self.folder)
+
+    @property
+    def trust_remote_code(self) -> bool:
+        """Return whether code that comes with the model may run."""
+        return self.loading.get("trust_remote_code", False)
+
+    def empty(self) -> PreTrainedModel:
+        """Return the model without weights, on the meta device."""
+        dtype = as_dtype(self.loading["dtype"])
+        return without_weights(self.source, dtype=dtype, trust_remote_code=self.trust_remote_code)
+
+    def tokens(self, model: PreTrainedModel) -> Int[Tensor, "batch tokens"] | None:
+        """Return the text on which logits are compared; None where they are not."""
+        return tokenizer(model)(bundled_prompts()[0], return_tensors="pt").input_ids if self.check else None
+
     def row(
         self, layout: str, bits_per_weight: float | None, size_bytes: int, file_bytes: int | None = None
     ) -> Row:
@@ -106,10 +125,10 @@ def planned(job: CheckpointJob, progress: Progress = silent) -> list[Row]:
     """Return the rows of a finished job, or what is known before any weight is read, with `memory_bytes`, and
     `planned_seconds` by a short timing of this machine. Raises BitassayError for what could not be saved."""
     outputs = _finished(job, progress)
-    if None not in outputs.values():
+    if outputs and None not in outputs.values():
         return [row for row in outputs.values() if row]
     rows, device = _plan(job, progress), as_device(job.loading.get("device", "cpu"))
-    duration = quantize_seconds(_empty(job), job.recipe, device)
+    duration = quantize_seconds(job.empty(), job.recipe, device)
     progress(f"time: {duration}")
     return [row | {"planned_seconds": duration.seconds} for row in rows]
 
@@ -131,7 +150,7 @@ def _finished(job: CheckpointJob, progress: Progress) -> dict[str, Row | None]:
 def _plan(job: CheckpointJob, progress: Progress) -> list[Row]:
     """Return what is known before any weight is read. The size of a folder is that of its tensors and of the
     model's other files; that of a GGUF file the most that its tensors take, without the vocabulary."""
-    empty = _empty(job)
+    empty, plans_folder = job.empty(), job.folder is not None or job.gguf is None
     try:
         plan = plan_export(empty, job.recipe, job.wanted_layout)
     except save.LayoutError as error:
@@ -142,14 +161,16 @@ def _plan(job: CheckpointJob, progress: Progress) -> list[Row]:
         ) from error
     if job.engine == "vllm" and (widths := vllm_widths(empty, job.recipe)):
         which = " and ".join(map(str, widths))
-        progress(f"{job.folder}: {which}-bit codes, for which some builds of vLLM have no kernels ({VLLM})")
-    if job.folder is not None and plan.layout_reason is not None:
-        progress(f"{job.folder}: {plan.layout_reason}; bitassay.load reads it, {TRANSFORMERS} does not")
+        progress(
+            f"{job.shown_folder}: {which}-bit codes, for which some builds of vLLM have no kernels ({VLLM})"
+        )
+    if plans_folder and plan.layout_reason is not None:
+        progress(f"{job.shown_folder}: {plan.layout_reason}; bitassay.load reads it, {TRANSFORMERS} does not")
     file_bytes = plan.tensor_bytes + _size(job.source.folder, without=".safetensors")
     row = job.row(plan.layout, plan.bits_per_weight, plan.size_bytes, file_bytes)
     row["way"], row["memory_bytes"] = _way(plan, empty, job)
     row["work_bytes"] = work_bytes(empty, job.recipe, row["way"])
-    rows = [row] if job.folder is not None else []
+    rows = [row] if plans_folder else []
     if job.gguf is not None:
         file = plan_gguf(empty, job.recipe, job.embeddings)
         if job.engine == LLAMA_CPP:
@@ -162,11 +183,6 @@ def _plan(job: CheckpointJob, progress: Progress) -> list[Row]:
         said = {"bits_per_weight": file.bits_per_weight, "file_bytes": file_bytes}
         rows.append(row | {"layout": "gguf"} | said)
     return rows
-
-
-def _empty(job: CheckpointJob) -> PreTrainedModel:
-    trust = job.loading.get("trust_remote_code", False)
-    return without_weights(job.source, dtype=as_dtype(job.loading["dtype"]), trust_remote_code=trust)
 
 
 def vllm_widths(empty: PreTrainedModel, recipe: Recipe) -> list[int]:
@@ -215,7 +231,7 @@ def written(job: CheckpointJob, progress: Progress = silent) -> list[Row]:
         opened = rows[0]["way"] == OPENED
         base = load(job.model, progress=progress, opened=opened, **job.loading)
         quantized = _quantized(job, base, progress, is_finished=outputs.get("folder") is not None)
-        tokens = tokenizer(base)(bundled_prompts()[0], return_tensors="pt").input_ids if job.check else None
+        tokens = job.tokens(base)
         for name, write in (("folder", _write_folder), ("gguf", _write_gguf)):
             if name in outputs and outputs[name] is None:
                 row = write(job, quantized, tokens, progress)
@@ -252,9 +268,8 @@ def _write_folder(
     if tokens is not None:
         plain = LAYOUTS[card.layout].is_plain and not is_opened(quantized)
         progress(f"loading {job.folder} with {TRANSFORMERS if plain else 'bitassay.load'}")
-        trust = job.loading.get("trust_remote_code", False)
         row["max_logits_difference"] = save.reload_difference(
-            quantized, job.folder, tokens, trust_remote_code=trust
+            quantized, job.folder, tokens, trust_remote_code=job.trust_remote_code
         )
     return row
 
@@ -284,25 +299,22 @@ def write_base(job: CheckpointJob, progress: Progress = silent) -> Row:
     """Write the model as it is as a GGUF file, and return its row; the recipe of `job` says nothing. Raises
     BitassayError for a file that is there already, and for what llama.cpp would run as another model."""
     assert job.gguf is not None
-    started, trust = time.monotonic(), job.loading.get("trust_remote_code", False)
+    started = time.monotonic()
     if job.gguf.exists():
         raise BitassayError(f"{job.gguf}: exists already", "choose another file or remove this one first")
-    dtype = as_dtype(job.loading["dtype"])
-    empty = without_weights(job.source, dtype=dtype, trust_remote_code=trust)
+    empty = job.empty()
     gguf_file.check_gguf(empty, None)
-    loaded = BASE_BYTES + 2 * parameter_count(empty) * dtype.itemsize
+    loaded = base_bytes(empty) + 2 * parameter_count(empty) * as_dtype(job.loading["dtype"]).itemsize
     ways = {LOADED: loaded, OPENED: gguf_memory(empty)}
     way, _ = choose_way(ways, job.memory, f"{job.source.name} as GGUF")
     base = load(job.model, progress=progress, opened=way == OPENED, **job.loading)
-    tokens = tokenizer(base)(bundled_prompts()[0], return_tensors="pt").input_ids if job.check else None
-    row = _write_gguf(job, base, tokens, progress)
+    row = _write_gguf(job, base, job.tokens(base), progress)
     return row | {"recipe": "base", "seconds": time.monotonic() - started}
 
 
 def fitted(job: CheckpointJob, progress: Progress = silent) -> CheckpointJob:
     """Return the job with formats that the rows of the model's matrices can have, and say what changed."""
-    trust = job.loading.get("trust_remote_code", False)
-    recipe, said = fitted_to(without_weights(job.source, trust_remote_code=trust), job.recipe)
+    recipe, said = fitted_to(job.empty(), job.recipe)
     for line in said:
         progress(line)
     return replace(job, recipe=recipe)
@@ -311,9 +323,7 @@ def fitted(job: CheckpointJob, progress: Progress = silent) -> CheckpointJob:
 def like_file(job: CheckpointJob, path: Path) -> CheckpointJob:
     """Return the job with the types of a given GGUF file in place of the recipe's grids. Raises
     BitassayError for a file of another model, or of types that have no grid here."""
-    types = gguf_like.types_of(path)
-    trust = job.loading.get("trust_remote_code", False)
-    empty = without_weights(job.source, trust_remote_code=trust)
+    types, empty = gguf_like.types_of(path), job.empty()
     gguf_file.check_gguf(empty, None)
     try:
         recipe = gguf_like.recipe_like(job.recipe, types, empty)
@@ -334,10 +344,7 @@ def _finished_folder(job: CheckpointJob, folder: Path) -> Row | None:
             f"{folder}: holds something else than a model that `bitassay quantize` wrote",
             "give another --out",
         )
-    base, dtype = (
-        Identity(job.source, own_code=job.loading.get("trust_remote_code", False)),
-        job.loading["dtype"],
-    )
+    base, dtype = Identity(job.source, own_code=job.trust_remote_code), job.loading["dtype"]
     is_base = card.base.weights_digest == base.weights_digest
     is_base = is_base and card.base.config_digest in (None, base.config_digest)
     there, wanted = f"the {card.layout} layout", f"{job.layout}"

@@ -27,11 +27,12 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, TypeAdapter
+from pydantic import TypeAdapter
 
 from bitassay.evaluation.quality import text_difference
 from bitassay.evaluation.statistics import logit_interval, mean_of, paired_difference
 from bitassay.record.files import read_yaml
+from bitassay.record.schema import Fields
 from bitassay.studies.variants import Findings
 
 LEVEL = 0.95
@@ -48,10 +49,8 @@ class Quantity(NamedTuple):
     interval: Interval | None
 
 
-class Claim(BaseModel):
+class Claim(Fields):
     """within: the range, open at both ends."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     claim: str
     section: str = "-"

@@ -51,46 +51,28 @@ def estimate_assay(
     way, peak = chosen_way(empty, plan.recipes, plan.protocol, memory, *steps)
     device = as_device(plan.device)
     rate, rate16 = _flops(as_dtype(plan.dtype), device), _flops(torch.bfloat16, device)
-    rows = [
-        {
-            "step": f"quantize {recipe.name}",
-            "work": f"{', '.join(recipe.parts)}; once",
-            "memory_bytes": peak_of(plan_export(empty, recipe), way),
-            "seconds": _calibration_flops(recipe, parameters) / rate16,
-        }
-        for recipe in plan.recipes
-        if recipe.is_calibrated
-    ]
-    rows.append(
-        {
-            "step": "evaluate",
-            "work": f"{models} models x {tokens} tokens, {plan.protocol.id}; read {way}",
-            "memory_bytes": peak,
-            "seconds": 2 * parameters * tokens * models / rate,
-        }
-    )
+    rows: list[dict[str, Any]] = []
+
+    def needs(step: str, work: str, memory_bytes: int, seconds: float) -> None:
+        rows.append({"step": step, "work": work, "memory_bytes": memory_bytes, "seconds": seconds})
+
+    for recipe in plan.recipes:
+        if recipe.is_calibrated:
+            memory_bytes = peak_of(plan_export(empty, recipe), way)
+            seconds = _calibration_flops(recipe, parameters) / rate16
+            needs(f"quantize {recipe.name}", f"{', '.join(recipe.parts)}; once", memory_bytes, seconds)
+    work = f"{models} models x {tokens} tokens, {plan.protocol.id}; read {way}"
+    needs("evaluate", work, peak, 2 * parameters * tokens * models / rate)
     decode_s = parameters * 2 / stream_bandwidth(device, BUFFER_BYTES)
     if plan.bench_repeats:
         round_s = 2 * parameters * plan.bench_tokens / rate16 + 12 * decode_s
-        rows.append(
-            {
-                "step": "bench",
-                "work": f"{models} models x {plan.bench_repeats} rounds",
-                "memory_bytes": bench_bytes(empty, plan.recipes),
-                "seconds": round_s * models * plan.bench_repeats,
-            }
-        )
+        work = f"{models} models x {plan.bench_repeats} rounds"
+        needs("bench", work, bench_bytes(empty, plan.recipes), round_s * models * plan.bench_repeats)
     if v := plan.verification:
         traces = v.calibration_prompts + v.prompts * models
         prefill = 2 * parameters * (2 * PROMPT_TOKENS + v.new_tokens) * traces / rate16
-        rows.append(
-            {
-                "step": "verify",
-                "work": f"{traces} traces of {v.new_tokens} tokens",
-                "memory_bytes": verify_bytes(empty),
-                "seconds": prefill + v.new_tokens * traces * decode_s / 8,
-            }
-        )
+        seconds = prefill + v.new_tokens * traces * decode_s / 8
+        needs("verify", f"{traces} traces of {v.new_tokens} tokens", verify_bytes(empty), seconds)
     return rows
 
 

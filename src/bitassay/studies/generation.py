@@ -12,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from bitassay.data.corpora import bundled_prompts, prompts_from
+from bitassay.engines.arithmetic import Arithmetic
 from bitassay.engines.decode import vocabulary_size
 from bitassay.engines.engine import TRANSFORMERS
 from bitassay.engines.hosted import check_engine
@@ -30,7 +31,7 @@ from bitassay.evaluation.generation import (
     prefix_lengths,
 )
 from bitassay.models.identity import Identity, identity
-from bitassay.models.options import AUTO, as_dtype
+from bitassay.models.options import as_dtype
 from bitassay.models.positions import context_length
 from bitassay.models.source import resolve
 from bitassay.quantization.export.fits import check_fit
@@ -40,13 +41,13 @@ from bitassay.quantization.runtime.model import check_recipe
 from bitassay.record.environment import environment
 from bitassay.record.files import check_folder
 from bitassay.record.hashing import digest_json
-from bitassay.record.progress import Progress, silent
+from bitassay.record.progress import Progress, prefixed, silent
 from bitassay.record.result import write_run
 from bitassay.record.run import RunFolder, open_run_folder, run_plan
 
 
 @dataclass(frozen=True)
-class GenerationPlan:
+class GenerationPlan(Arithmetic):
     """What is written. recipes: of the base model; candidates: other models with its vocabulary, which
     `engine` runs. prompts: how many of the bundled ones, evenly spaced, or of `prompts_file`."""
 
@@ -58,9 +59,6 @@ class GenerationPlan:
     prompts_file: Path | None = None
     max_new_tokens: int = 64
     batch: int = BATCH
-    dtype: str = "float32"
-    device: str = "cpu"
-    attention: str = AUTO
 
     def __post_init__(self) -> None:
         if len(row_names(self.recipes, self.candidates)) == 1:
@@ -98,29 +96,20 @@ def generation(
         raise BitassayError(
             f"{plan.prompts} prompts were asked for, there are {there}", f"--prompts {there} or fewer"
         )
-    if out is not None:
-        check_folder(out)
+    check_folder(out)
     for name in plan.candidates:
         check_fit(name, trust_remote_code=trust_remote_code, progress=progress)
     tokens = plan.max_new_tokens + 1
     check_fit(model, plan.recipes, tokens=tokens, trust_remote_code=trust_remote_code, progress=progress)
 
-    def loaded(name: str) -> PreTrainedModel:
-        return load(
-            name,
-            dtype=plan.dtype,
-            device=plan.device,
-            attention=plan.attention,
-            progress=progress,
-            trust_remote_code=trust_remote_code,
-        )
+    loading: dict[str, Any] = {"progress": progress, "trust_remote_code": trust_remote_code}
 
     def candidate(name: str) -> PreTrainedModel:
         if plan.engine == TRANSFORMERS:
-            return loaded(name)
-        return load(name, engine=plan.engine, progress=progress, trust_remote_code=trust_remote_code)
+            return plan.loaded(name, **loading)
+        return load(name, engine=plan.engine, **loading)
 
-    base = loaded(model)
+    base = plan.loaded(model, **loading)
     for recipe in plan.recipes:
         check_recipe(base, recipe)
     texts, prompts = _prompts(base, plan)
@@ -133,14 +122,13 @@ def generation(
         "candidates_digests": [Identity(resolve(name)).weights_digest for name in plan.candidates],
         "prompts_digest": digest_json(texts),
     }
-    folder = open_run_folder(f"generation-{model_identity.name}", run_plan("generation", work), out)
-    progress(f"run {folder.run_id} in {folder.path}")
+    folder = open_run_folder(f"generation-{model_identity.name}", run_plan("generation", work), out, progress)
 
     makers: dict[str, Callable[[], PreTrainedModel]] = {BASE: lambda: base}
     makers |= {r.name: lambda r=r: quantize_cached(base, r, progress=progress) for r in plan.recipes}
     makers |= {name: lambda name=name: _checked(candidate(name), base, name) for name in plan.candidates}
     written = {
-        name: _written(folder, f"{number:02d}", make, prompts, plan, _named(name, progress))
+        name: _written(folder, f"{number:02d}", make, prompts, plan, prefixed(name, progress))
         for number, (name, make) in enumerate(makers.items())
     }
     rows = [
@@ -169,13 +157,6 @@ def generation(
         rows=rows,
     )
     return run, folder.path
-
-
-def _named(name: str, progress: Progress) -> Progress:
-    def say(what: str, done: int = 0, total: int = 0) -> None:
-        progress(f"{name}: {what}", done, total)
-
-    return say
 
 
 def _prompts(base: PreTrainedModel, plan: GenerationPlan) -> tuple[list[str], list[tuple[int, ...]]]:

@@ -13,7 +13,7 @@ from bitassay.data.windows import Protocol
 from bitassay.errors import BitassayError
 from bitassay.evaluation.memory import memory_of, plans_of
 from bitassay.models.config import text_config
-from bitassay.quantization.export.opened_memory import BASE_BYTES
+from bitassay.quantization.export.opened_memory import base_bytes
 from bitassay.quantization.export.plan import choose_way
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.runtime.model import parameter_count
@@ -51,9 +51,9 @@ def bench_bytes(empty: PreTrainedModel, recipes: Sequence[Recipe]) -> int:
     """Return the peak of timing: the base model and the quantized ones as codes, whose other parameters are
     the base model's."""
     codes = sum(plan.tensor_bytes for plan in plans_of(empty, recipes))
-    return BASE_BYTES + ITEM * parameter_count(empty) + codes
+    return base_bytes(empty) + ITEM * parameter_count(empty) + codes
 
 
 def verify_bytes(empty: PreTrainedModel) -> int:
     """Return the peak of reaching verdicts: the base model, and one that proves with decoded weights."""
-    return BASE_BYTES + 2 * ITEM * parameter_count(empty) + 4 * 1024 * text_config(empty).vocab_size
+    return base_bytes(empty) + 2 * ITEM * parameter_count(empty) + 4 * 1024 * text_config(empty).vocab_size

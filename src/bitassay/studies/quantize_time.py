@@ -59,7 +59,8 @@ def quantize_seconds(model: PreTrainedModel, recipe: Recipe, device: torch.devic
     names = [name for name in ways[0] if not is_replica(name)]
     weights = sum(math.prod(shapes[name]) for name in names)
     solves = recipe.is_calibrated and recipe.uses_calibrated_solver
-    rounded = _rounded_a_second(recipe, _commonest([ways[0][name].scheme for name in names]), solves, device)
+    schemes = [ways[0][name].scheme for name in names]
+    rounded = _rounded_a_second(recipe, max(schemes, key=schemes.count), solves, device)
     seconds = weights / rounded
     fast = "bfloat16" if fast_in_bf16(device) else "float32"
     precision = "float32" if recipe.text.precision is None else fast
@@ -91,10 +92,6 @@ def _inputs(model: PreTrainedModel, names: list[str]) -> dict[tuple[str, ...], l
         alone = key.startswith(("o_", "down", "c_proj", "dense", "out_", "fc2", "wo", "w2")) or key.isdigit()
         inputs.setdefault((owner.removeprefix(prefix), key if alone else ""), []).append(name)
     return inputs
-
-
-def _commonest(schemes: list[WeightScheme]) -> WeightScheme:
-    return max(schemes, key=schemes.count)
 
 
 @torch.no_grad()

@@ -42,8 +42,7 @@ def do_study(
         check_folder(source.folder, plan.protocol, trust_remote_code=plan.trust_remote_code)
     digest = Identity(source).weights_digest
     name = f"{plan.study}-{Path(source.name).name}"
-    folder = open_run_folder(name, plan.described(kind, digest), out)
-    progress(f"run {folder.run_id} in {folder.path}")
+    folder = open_run_folder(name, plan.described(kind, digest), out, progress)
     todo = [cell for cell in cells_of(plan) if not is_done(folder, plan, cell)]
     if todo:
         _do_cells(folder, plan, todo, source.folder, jobs, ray, progress)

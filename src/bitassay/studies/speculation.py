@@ -12,7 +12,6 @@ from typing import Any
 
 from bitassay.data.windows import Protocol
 from bitassay.engines.decode import generate
-from bitassay.engines.load import load
 from bitassay.engines.speculative import speculate
 from bitassay.models.positions import model_windows
 from bitassay.quantization.pipeline import quantize_cached
@@ -27,13 +26,7 @@ def check_speculation(plan: VariantPlan, recipe: Recipe, length: int) -> dict[st
     """Return for each text whether greedy decoding with drafts of `length` tokens gives what it gives without
     them; how many tokens were drafted and accepted; checks, bytes of weights a token, seconds."""
     assert plan.protocol is not None
-    base = load(
-        plan.model,
-        dtype="float32",
-        device=plan.device,
-        attention=plan.attention,
-        trust_remote_code=plan.trust_remote_code,
-    )
+    base = plan.loaded(plan.model, dtype="float32", trust_remote_code=plan.trust_remote_code)
     model, reader = with_any_precision(quantize_cached(base, recipe))
     protocol = Protocol(plan.protocol.corpus, window_tokens=PROMPT_TOKENS, windows=TEXTS)
     prompts = model_windows(base, protocol)[0].tolist()

@@ -4,17 +4,15 @@ What is asked of it is a plan, which is all that a process on any computer needs
 The first variant is the base model itself, which the others are compared with.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pydantic import TypeAdapter
-
-from bitassay.data.windows import Protocol
+from bitassay.data.windows import NamedProtocol
+from bitassay.engines.arithmetic import Arithmetic
 from bitassay.errors import BitassayError
 from bitassay.evaluation.divergence import TokenScores
 from bitassay.evaluation.tasks.mmlu import DIRECT, mmlu_subjects
-from bitassay.models.options import AUTO, as_dtype
+from bitassay.models.options import as_dtype
 from bitassay.quantization.recipe.recipe import BASE, Recipe
 from bitassay.quantization.recipe.replication import Chosen
 from bitassay.record.run import run_plan
@@ -51,7 +49,7 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class VariantPlan:
+class VariantPlan(Arithmetic):
     """What is asked of a study. protocol: None where no text is read; it says how many windows. questions: of
     MMLU in all, spread over its subjects. drafts: lengths of the drafts of self-speculative decoding. speed:
     whether models are timed. block: windows that the base model reads before the variants do. Raises
@@ -60,16 +58,14 @@ class VariantPlan:
     study: str
     model: str
     variants: tuple[Variant, ...]
-    protocol: Protocol | None
+    protocol: NamedProtocol | None
     questions: int = 0
     drafts: tuple[int, ...] = ()
     speed: bool = False
     block: int = 4
-    dtype: str = "bfloat16"
-    device: str = "cpu"
+    dtype: str = field(default="bfloat16", kw_only=True)
     seed: int = 0
     trust_remote_code: bool = False
-    attention: str = AUTO
 
     def __post_init__(self) -> None:
         as_dtype(self.dtype)
@@ -100,16 +96,6 @@ class VariantPlan:
             for index, name in enumerate(names)
         }
         return {name: count for name, count in counts.items() if count}
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the plan as JSON values."""
-        return _PLAN.dump_python(self, mode="json") | {"protocol": self.protocol and self.protocol.id}
-
-    @classmethod
-    def of(cls, content: Mapping[str, Any]) -> "VariantPlan":
-        """Return the plan that gave `to_dict`."""
-        protocol = None if content["protocol"] is None else Protocol.parse(content["protocol"])
-        return _PLAN.validate_python({**content, "protocol": protocol})
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -145,9 +131,6 @@ class VariantPlan:
                 "point BITASSAY_DATA at a folder that has mmlu/mmlu_test.jsonl, or --limit 285",
             )
         return {"source": data.source, "digest": data.digest, "whole": data.is_complete}
-
-
-_PLAN = TypeAdapter(VariantPlan)
 
 
 @dataclass

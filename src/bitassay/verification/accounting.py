@@ -57,10 +57,9 @@ def request_digest(
     model: ModelClaim, nonce: str | None, prompt_ids: Sequence[int], sampling: Sampling | None
 ) -> str:
     """Return what names a request. None: the verifier does not know what was asked for."""
-    if sampling and sampling.sampler == "greedy":
-        sampling = sampling.model_copy(update={"top_p": 1.0, "seed": 0})
     named = [model.weights_digest, model.tokenizer_digest, model.recipe_id]
-    return digest_json([named, nonce, list(prompt_ids), sampling and sampling.model_dump(mode="json")])
+    asked = sampling and sampling.in_effect.model_dump(mode="json")
+    return digest_json([named, nonce, list(prompt_ids), asked])
 
 
 def prompt_digest(prompt_ids: Sequence[int]) -> str:

@@ -29,7 +29,9 @@ from typing import Annotated
 
 import numpy as np
 from jaxtyping import Float64
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from bitassay.record.schema import Fields
 
 HONEST, NONE = "honest", "none of these"
 SMALLEST_SD = 0.25
@@ -40,11 +42,7 @@ _Count = Annotated[int, Field(ge=0, le=10**9)]
 _Row = Annotated[tuple[_Finite, ...], Field(min_length=1, max_length=4096)]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Gaussian(_Part):
+class Gaussian(Fields):
     """Of one kind of run at one length: mean [d] and covariance [d, d], in honest standard deviations."""
 
     mean: _Row
@@ -82,7 +80,7 @@ class Gaussian(_Part):
         return -(self.distance_squared(x) + float(np.linalg.slogdet(np.array(self.covariance))[1])) / 2
 
 
-class Library(_Part):
+class Library(Fields):
     """lengths: generated positions at which runs were cut, ascending; the rest follows it. kinds: a Gaussian
     for each length, by name, HONEST among them. plausible: the largest D^2 that is not "none of these".
     confusion: of runs that took no part in the fit, at the last length: what they were, what they were

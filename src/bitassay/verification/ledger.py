@@ -29,11 +29,12 @@ from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from bitassay.errors import BitassayError
 from bitassay.record.files import explained, locked
 from bitassay.record.hashing import canonical_json
+from bitassay.record.schema import Fields
 from bitassay.verification.container import TraceError, first_defect, strict_json
 from bitassay.verification.profile import Profile
 from bitassay.verification.scores import Finite
@@ -47,14 +48,10 @@ BUDGET = 0.1
 REMEDY = "put a copy of the file back, or begin a new --ledger FILE"
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+Kind = TypeVar("Kind", bound=Fields)
 
 
-Kind = TypeVar("Kind", bound=_Part)
-
-
-class Binding(_Part):
+class Binding(Fields):
     """What a ledger is about: the digest of the profile that scores, the host's public key in hex where it
     signs, and which rate of undecided requests is taken as an honest host's."""
 
@@ -64,7 +61,7 @@ class Binding(_Part):
     budget: Annotated[float, Field(gt=0, lt=1)] = BUDGET
 
 
-class Item(_Part):
+class Item(Fields):
     """One request. request, prompt, output, commitment: see `accounting.Answer`; None: not known. limit:
     generated positions, see `Profile.p_value`. undecided: why there is no score."""
 

@@ -8,11 +8,12 @@ nothing but a profile that the verifier already trusts.
 from collections.abc import Callable
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_serializer
+from pydantic import Field, model_serializer
 from transformers import PreTrainedModel
 
 from bitassay.engines.engine import engine_of
 from bitassay.models.options import DTYPES
+from bitassay.record.schema import StrictFields
 
 STATE_DTYPES = {name: DTYPES[name] for name in ("float32", "float16", "bfloat16")}
 
@@ -24,7 +25,7 @@ _Label = Annotated[str, Field(max_length=64, pattern=_PRINTABLE)]
 _Count = Annotated[int, Field(ge=1, le=2**16)]
 
 
-class Numerics(BaseModel):
+class Numerics(StrictFields):
     """kv_dtype: of cached keys and values, or how they are packed, such as int4/g32/asymmetric/bfloat16.
     device is its type (cpu, cuda, mps); threads and cpu_capability are those of PyTorch.
 
@@ -33,8 +34,6 @@ class Numerics(BaseModel):
     engine and engine_version, where another engine than transformers computes. Left out, it is written
     nowhere, so that what was signed without these fields keeps its digest.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     dtype: _Word
     kv_dtype: _Label

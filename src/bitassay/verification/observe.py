@@ -35,6 +35,14 @@ class Observation:
     layers: tuple[int, ...] = ()
     series: Mapping[str, tuple[Series, ...]] = field(default_factory=dict)
 
+    @classmethod
+    def of(
+        cls, comparison: Comparison, series: Mapping[str, tuple[Series, ...]], defects: tuple[str, ...] = ()
+    ) -> "Observation":
+        """Return these series of a comparison."""
+        positions = len(comparison.positions) - comparison.n_prompt
+        return cls(len(comparison.header.output_ids), defects, positions, comparison.header.layers, series)
+
 
 def observe(
     submissions: Sequence[Submission],
@@ -60,17 +68,12 @@ def observe(
 
 def reduced(comparison: Comparison, detectors: Sequence[str], defects: tuple[str, ...] = ()) -> Observation:
     """Return the observation of one comparison."""
-    return Observation(
-        tokens=len(comparison.header.output_ids),
-        defects=defects,
-        positions=len(comparison.positions) - comparison.n_prompt,
-        layers=comparison.header.layers,
-        series={
-            name: DETECTORS[name].measure(comparison)
-            for name in detectors
-            if comparison.replay is not None or not DETECTORS[name].whole
-        },
-    )
+    series = {
+        name: DETECTORS[name].measure(comparison)
+        for name in detectors
+        if comparison.replay is not None or not DETECTORS[name].whole
+    }
+    return Observation.of(comparison, series, defects)
 
 
 def compared(

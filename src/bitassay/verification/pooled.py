@@ -86,19 +86,14 @@ def fail_count_p_value(verdicts: Sequence[Verdict], alpha: float) -> float:
     hypergeometric under exchangeability. Each limit counts for itself (Bonferroni).
     """
     by_limit, n = _by_limit(verdicts)
-    m = floor(alpha * (n + 1) + 1e-9)
-    p_values = [_fail_count(sum(p <= alpha for p in alike), len(alike), m, n) for alike in by_limit.values()]
+    p_values = [fail_count(alike, n, alpha) for alike in by_limit.values()]
     return min(1.0, max(len(p_values), 1) * min(p_values, default=1.0))
 
 
 def fail_count(p_values: Sequence[float], n: int, alpha: float) -> float:
     """Return the p-value of how many of the conformal `p_values` against the same `n` honest scores are at
     most `alpha`."""
-    m = floor(alpha * (n + 1) + 1e-9)
-    return _fail_count(sum(p <= alpha for p in p_values), len(p_values), m, n)
-
-
-def _fail_count(f: int, k: int, m: int, n: int) -> float:
+    f, k, m = sum(p <= alpha for p in p_values), len(p_values), floor(alpha * (n + 1) + 1e-9)
     if not f:
         return 1.0
     worst = f + m - 1

@@ -16,21 +16,22 @@ positives.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from bitassay.errors import BitassayError
 from bitassay.evaluation.statistics import clopper_pearson_interval
 from bitassay.models.source import cache_folder
 from bitassay.record.files import read_json, write_json
 from bitassay.record.hashing import digest_json
+from bitassay.record.schema import Fields
 from bitassay.verification.attribution import Attribution, Library
 from bitassay.verification.container import first_defect
 from bitassay.verification.detectors.detector import Part
@@ -64,11 +65,9 @@ ALPHA = 0.01  # the default false-positive rate of a verdict on an honest run
 ScoreValue = Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False, strict=True)]
 
 
-class HeldOut(BaseModel):
+class HeldOut(Fields):
     """Honest runs that took no part in fit or calibration: how many were refused at the profile's alpha, with
     the 95 % Clopper-Pearson interval."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     n: int = Field(ge=1)
     rejected: int = Field(ge=0)
@@ -113,34 +112,26 @@ class Score:
         farthest = max(shown, key=lambda statistic: statistic.value, default=last)
         return cls(max(largest.values()), largest, layers[farthest.series], farthest.part)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values."""
-        return asdict(self)
-
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{0,63}$")]
 Fitted = Annotated[tuple[Fit, ...], Field(min_length=1, max_length=1024)]
 ByLength = Annotated[tuple[ScoreValue, ...], Field(min_length=1, max_length=TOKENS)]
 
 
-class Signature(BaseModel):
+class Signature(Fields):
     """Who vouches for a profile: an Ed25519 key and its signature of SIGNED and the digest, in hex."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     key: str = Field(pattern="^[0-9a-f]{64}$")
     value: str = Field(pattern="^[0-9a-f]{128}$")
 
 
-class Profile(BaseModel):
+class Profile(Fields):
     """layers: those sampled. detectors: the fits of all that decide, one a series. control: those of the
     control, by layer. scores: of each honest run, cut to as many positions as `generated_positions` begins
     with, one more, and so on up to all that the run has. unlike: of the same runs in the same way, how
     unusual the noise of the text is. left_out: honest runs of domains of text, each judged by the runs of all
     other domains (`left_out.py`). library: what suspects look like, which names and never decides. Dates
     are in UTC."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: Literal[4] = SCHEMA_VERSION
     model: ModelClaim

@@ -91,18 +91,12 @@ def observed(
     header: Header, signed: SignedProof, own: Prefill, precise: Prefill, model: PreTrainedModel
 ) -> Observation:
     """Return the series of the tokens, of the text's rounding noise, and of the proof."""
-    shown = {
-        layer: own.states[layer][list(header.positions)] for layer in header.layers
-    }  # none of the host's
+    # The host has shown no states: these are the verifier's.
+    shown = {layer: own.states[layer][list(header.positions)] for layer in header.layers}
     comparison = Comparison(header, header.positions, shown, own, model.dtype, precise)
     series = {name: DETECTORS[name].measure(comparison) for name in (*TOKEN_DETECTORS, ROUNDING.name)}
     series[detector_of(signed, header)] = (check_claimed(comparison, signed.proof, signed.commitment),)
-    return Observation(
-        tokens=len(header.output_ids),
-        positions=len(header.positions) - comparison.n_prompt,
-        layers=header.layers,
-        series=series,
-    )
+    return Observation.of(comparison, series)
 
 
 def proof_score(observation: Observation, profile: Profile, proof: str) -> Score:

@@ -20,13 +20,7 @@ from bitassay.verification.numerics import numerics
 from bitassay.verification.prove import BATCH, prove_many
 from bitassay.verification.receipts.proof import sign_proof, write_proof
 from bitassay.verification.receipts.receipt import commit, write_receipt
-from bitassay.verification.trace import (
-    ModelClaim,
-    Sampling,
-    Trace,
-    read_trace,
-    write_trace,
-)
+from bitassay.verification.trace import ModelClaim, Sampling, Trace, read_trace, write_trace
 
 CHUNK = 64  # traces in memory at a time
 

@@ -39,10 +39,11 @@ from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float64
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from scipy import stats
 
 from bitassay.errors import BitassayError
+from bitassay.record.schema import Fields
 from bitassay.verification.detectors.detector import Part, Series
 from bitassay.verification.detectors.registry import DETECTORS
 from bitassay.verification.observe import Observation
@@ -63,11 +64,9 @@ class Statistic(NamedTuple):
     value: float
 
 
-class Fit(BaseModel):
+class Fit(Fields):
     """Mean and standard deviation of a statistic over honest runs, by `lengths`: generated positions,
     ascending."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     lengths: tuple[Annotated[int, Field(ge=1, le=TOKENS)], ...] = Field(min_length=1, max_length=MAX_LENGTHS)
     mean: tuple[Finite, ...] = Field(max_length=MAX_LENGTHS)

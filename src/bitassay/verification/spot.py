@@ -32,8 +32,7 @@ from bitassay.errors import BitassayError, at_least
 from bitassay.models.identity import identity
 from bitassay.record.progress import Progress, silent
 from bitassay.verification.detectors.detector import Comparison, Pair
-from bitassay.verification.detectors.head_margin import HEAD_MARGIN
-from bitassay.verification.detectors.segment_distance import SEGMENT_DISTANCE
+from bitassay.verification.detectors.registry import DETECTORS, HEAD, SEGMENTS
 from bitassay.verification.observe import Observation, batches, check_verifier, replayed_pairs
 from bitassay.verification.profile import Profile, Score, read_profile
 from bitassay.verification.scores import standardise, statistics
@@ -43,7 +42,6 @@ from bitassay.verification.trace import Trace
 from bitassay.verification.verdict import Verdict
 from bitassay.verification.verify import concluded, profile_for, verify_many, why_undecided
 
-SEGMENTS, HEAD = SEGMENT_DISTANCE.name, HEAD_MARGIN.name
 Draw = Callable[[Sequence[int], int], Sequence[int]]
 
 
@@ -117,24 +115,14 @@ def observed(opened: OpenedStates, pair: Pair, ends: Sequence[int], model: PreTr
     comparison = Comparison(
         header, opened.positions, opened.states, own, model.dtype, replay=(own, precise, precise)
     )
-    return Observation(
-        tokens=len(header.output_ids),
-        positions=len(opened.positions) - comparison.n_prompt,
-        layers=header.layers,
-        series={
-            detector.name: tuple(detector.check(comparison, None))
-            for detector in (SEGMENT_DISTANCE, HEAD_MARGIN)
-        },
-    )
+    series = {name: tuple(DETECTORS[name].check(comparison, None)) for name in (SEGMENTS, HEAD)}
+    return Observation.of(comparison, series)
 
 
 def spot_score(observation: Observation, profile: Profile) -> Score:
     """Return the largest z of what a spot check has looked at, by the fits of a full check."""
     places = [profile.layers.index(layer) for layer in observation.layers]
-    fits = {
-        SEGMENTS: [profile.fits[SEGMENTS][place] for place in places],
-        HEAD: profile.fits[HEAD],
-    }
+    fits = {SEGMENTS: [profile.fits[SEGMENTS][place] for place in places], HEAD: profile.fits[HEAD]}
     computed = statistics(observation, [SEGMENTS, HEAD])
     assert computed is not None
     return Score.of(standardise(computed, fits, observation.tokens - 1), observation.layers)

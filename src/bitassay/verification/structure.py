@@ -172,9 +172,8 @@ def request_defects(header: Header, model: PreTrainedModel, request: Request) ->
         nonces = f"nonce {header.nonce!r} instead of {request.nonce!r}"
         defects["other-nonce"] = f"{nonces}: a trace of another request"
     if request.sampler is not None:
-        asked = Sampling.of(request.sampler, 1)
-        claimed = header.sampling.model_copy(update={"max_new_tokens": 1})
-        if claimed != asked and not claimed.sampler == asked.sampler == "greedy":
+        asked = Sampling.of(request.sampler, header.sampling.max_new_tokens).in_effect
+        if header.sampling.in_effect != asked:
             what = "sampler, temperature, top-p and seed"
             defects["other-sampler"] = f"tokens were not to be chosen by this {what}"
     most = header.sampling.max_new_tokens

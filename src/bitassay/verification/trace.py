@@ -17,22 +17,15 @@ from typing import Annotated, Any, Literal
 
 import safetensors.torch
 from jaxtyping import Float
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_serializer,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, ValidationError, model_serializer, model_validator
 from torch import Tensor
 
 from bitassay.engines.sampling import Sampler
 from bitassay.errors import BitassayError
 from bitassay.models.identity import Identity
-from bitassay.record.files import atomic_file
+from bitassay.record.files import write_bytes
 from bitassay.record.hashing import canonical_json
+from bitassay.record.schema import StrictFields
 from bitassay.record.text import check_line, one_line
 from bitassay.verification.container import (
     FILE_BYTES,
@@ -57,11 +50,7 @@ Version = Annotated[int, Field(ge=1, le=1)]  # as an int, 1 alone: a literal wou
 _Index = Annotated[int, Field(ge=0, lt=2**31)]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class ModelClaim(_Part):
+class ModelClaim(StrictFields):
     """Which model the prover says it ran. config_digest: of what the files beside the weights say
     (`models/config.py`); None in what was written before there was one, where it is left out."""
 
@@ -98,7 +87,7 @@ class ModelClaim(_Part):
         return self.model_dump(exclude=exclude) == other.model_dump(exclude=exclude)
 
 
-class Sampling(_Part):
+class Sampling(StrictFields):
     """How the prover says it chose tokens. Values are as in `generate.sampling.Sampler`."""
 
     sampler: Literal["greedy", "gumbel-max"]
@@ -123,6 +112,11 @@ class Sampling(_Part):
             raise ValueError(f"{self.sampler} at temperature {self.temperature} is a contradiction")
         return self
 
+    @property
+    def in_effect(self) -> "Sampling":
+        """Return it without what changes nothing: seed and top-p where nothing is sampled."""
+        return self.model_copy(update={"top_p": 1.0, "seed": 0}) if self.sampler == "greedy" else self
+
     def to_sampler(self) -> Sampler:
         return Sampler(self.temperature, self.top_p, self.seed)
 
@@ -139,7 +133,7 @@ def check_nonce(nonce: str) -> None:
         )
 
 
-class Header(_Part):
+class Header(StrictFields):
     """Everything in a trace but the states. `positions` are those of prompt and output but for the last
     token, from 0."""
 
@@ -181,8 +175,7 @@ def write_trace(path: str | Path, trace: Trace) -> None:
     """Write `trace` to `path`, whole or not at all."""
     tensors = {tensor_name(layer): states.contiguous().clone() for layer, states in trace.states.items()}
     metadata = {HEADER_KEY: canonical_json(trace.header.model_dump(mode="json"))}
-    with atomic_file(Path(path)) as temporary:
-        temporary.write_bytes(safetensors.torch.save(tensors, metadata))
+    write_bytes(path, safetensors.torch.save(tensors, metadata))
 
 
 Expecting = Callable[[Header, int], None]

@@ -49,14 +49,7 @@ from bitassay.verification.scores import checked_alpha
 from bitassay.verification.sequential import SequentialEvidence
 from bitassay.verification.spot import verify_segments
 from bitassay.verification.structure import Reason, Request, expecting
-from bitassay.verification.trace import (
-    Expecting,
-    Header,
-    ModelClaim,
-    Sampling,
-    Trace,
-    read_trace,
-)
+from bitassay.verification.trace import Expecting, Header, ModelClaim, Sampling, Trace, read_trace
 from bitassay.verification.verdict import Verdict
 from bitassay.verification.verify import failed, verify_many, verify_opening
 

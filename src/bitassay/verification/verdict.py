@@ -9,12 +9,7 @@ from bitassay.verification.attribution import Attribution
 from bitassay.verification.detectors.detector import Part
 from bitassay.verification.detectors.distance import DISTANCE
 from bitassay.verification.detectors.token_difr import TOKEN_DIFR
-from bitassay.verification.detectors.verillm import (
-    RULE_SETS,
-    CellStatistics,
-    accept_rate,
-    summary,
-)
+from bitassay.verification.detectors.verillm import RULE_SETS, CellStatistics, accept_rate, summary
 from bitassay.verification.observe import Observation
 from bitassay.verification.profile import Profile, Score
 from bitassay.verification.structure import Reason, Status
@@ -124,7 +119,7 @@ class Verdict:
             "refusal": self.refusal,
             "unlike": self.unlike,
             "alpha": self.alpha,
-            "score": self.score.to_dict() if self.score else None,
+            "score": asdict(self.score) if self.score else None,
             "ranked": self.ranked,
             "profile": self.profile,
             "n_calibration": self.n_calibration,

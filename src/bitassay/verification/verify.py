@@ -32,11 +32,7 @@ from bitassay.verification.detectors.detector import Comparison
 from bitassay.verification.detectors.distance import DISTANCE
 from bitassay.verification.detectors.excess_distance import ROUNDING
 from bitassay.verification.detectors.registry import BY_LAYER, DECIDING, HEAD, ROTARY, STATES, TOKEN_DETECTORS
-from bitassay.verification.detectors.verillm import (
-    FORMAT_OF_DTYPE,
-    CellStatistics,
-    run_statistics,
-)
+from bitassay.verification.detectors.verillm import FORMAT_OF_DTYPE, CellStatistics, run_statistics
 from bitassay.verification.numerics import numerics
 from bitassay.verification.observe import Observation, compared, reduced
 from bitassay.verification.profile import UNLIKE, Profile, Score, find_profile, profile_key, read_profile

@@ -113,8 +113,7 @@ def evaluate_tasks(
     damaged data, MissingError where lm-eval or the data are not here.
     """
     check_tasks(tasks, limit, include, trust_remote_code)
-    if out is not None:
-        check_folder(out)
+    check_folder(out)
     names = [candidate.name for candidate in candidates]
     if not names or len(set(names)) < len(names):
         raise BitassayError(f"a model is missing or named twice: {names}", "name each once")
@@ -127,8 +126,7 @@ def evaluate_tasks(
     }
     base = candidates[0].about
     plan = run_plan("tasks", work, (HARNESS, "torch", "transformers"))
-    folder = open_run_folder(f"tasks-{base['model']}", plan, out)
-    progress(f"run {folder.run_id} in {folder.path}")
+    folder = open_run_folder(f"tasks-{base['model']}", plan, out, progress)
     answers = {
         candidate.name: _ask(candidate, index, groups, folder, progress)
         for index, candidate in enumerate(candidates)

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from bitassay.data.windows import tokenizing_bytes
+from bitassay.models.config import text_config
 from bitassay.models.precision import short_products
 from bitassay.models.walk import decoder_layers, matrices, module_name, walk
 from bitassay.quantization.codes.storage import Stored
@@ -25,13 +26,14 @@ from bitassay.quantization.solvers.distillation import writing_bytes
 from bitassay.quantization.transforms.residual_stream import CHUNK_VALUES
 
 BASE_BYTES = 500 * 10**6  # the interpreter with torch and transformers
+TOKEN_BYTES = 1000  # of each entry of a vocabulary in a tokenizer
 # Copies of a matrix in fp32, measured: that rounding it to nearest holds at its peak, where it is rotated, as
 # binary planes, and for a second plane of all columns; that reading a folder's codes holds; decoding codes
 # that are kept; and such codes in FP8, or with something added to them.
 ROUNDING_COPIES, ROTATED_COPIES, PLANES_COPIES, SECOND_PLANE_COPIES = 2.8, 3.3, 7.5, 12
 BLOCKS_COPIES = 4  # of a tensor in fp32 that becomes blocks of a GGUF file, or is read from them
 READING_COPIES, KEPT_COPIES, FLOAT_COPIES, SUM_COPIES = 2.3, 1.3, 2, 3
-HESSIANS, SOLVING_COPIES = 3, 5  # that factorising and rounding hold
+PACKING_COPIES = 1.3  # of a matrix in fp32 that turning its solution into packed codes holds
 LEARNING_BYTES = 28  # of a weight of the layer that is learned: its position, gradient, two moments and value
 ROTATED_BYTES = 12  # of a rotated weight beside the layers: it, and the base model's as it is read
 FOLDING_BYTES = 4 + 8 + 8  # of a matrix of which the largest magnitudes are looked up
@@ -49,6 +51,11 @@ class Sizes:
     bits: int
 
 
+def base_bytes(model: PreTrainedModel) -> int:
+    """Return the bytes of a process that has a model's tokenizer, and nothing of the model."""
+    return BASE_BYTES + TOKEN_BYTES * text_config(model).vocab_size
+
+
 def opened_memory(sizes: Sizes, stored: Mapping[str, Stored], recipe: Recipe, solves: bool) -> int:
     """Return the bytes that it takes a layer at a time until all codes are known: the most of what rounding a
     matrix holds, what the parts of the recipe hold, of tokenizing its text and, where it `solves` layers, of
@@ -58,10 +65,11 @@ def opened_memory(sizes: Sizes, stored: Mapping[str, Stored], recipe: Recipe, so
     most = [item * shapes.owner + rounding]
     most += [memory_of(part, sizes, shapes, rounding) for memory_of, part in recipe.steps(OPENED_MEMORY)]
     if solves:
-        most.append(_solving(None, sizes, shapes, rounding))
+        layer = 4 * shapes.layer * (1 if recipe.learned is None and recipe.tune is None else 2)
+        most.append(layer + solving_memory(sizes, recipe.learned))
     if recipe.is_calibrated:
         most.append(tokenizing_bytes(recipe.text.corpus))
-    return BASE_BYTES + max(most)
+    return base_bytes(sizes.model) + max(most)
 
 
 def saving_memory(sizes: Sizes, stored: Mapping[str, Stored]) -> int:
@@ -71,7 +79,7 @@ def saving_memory(sizes: Sizes, stored: Mapping[str, Stored]) -> int:
     copies = max(READING_COPIES, *map(decoding_copies, stored.values()))
     codes = sizes.bits * shapes.layer // sum(map(math.prod, sizes.shapes)) // 8
     checking = item * shapes.layer + codes + int((4 * copies - item) * shapes.matrix)
-    return BASE_BYTES + max(checking, item * shapes.beside)
+    return base_bytes(sizes.model) + max(checking, item * shapes.beside)
 
 
 def gguf_memory(model: PreTrainedModel) -> int:
@@ -79,7 +87,7 @@ def gguf_memory(model: PreTrainedModel) -> int:
     with its blocks, or a layer that is run while a matrix is read."""
     item, shapes = model.dtype.itemsize, Shapes.of(model)
     running = item * shapes.layer + 4 * READING_COPIES * shapes.matrix
-    return BASE_BYTES + max(4 * BLOCKS_COPIES * max(shapes.matrix, shapes.beside), int(running))
+    return base_bytes(model) + max(4 * BLOCKS_COPIES * max(shapes.matrix, shapes.beside), int(running))
 
 
 def rounding_copies(stored: Stored) -> float:
@@ -131,7 +139,7 @@ class Watching(NamedTuple):
 
 def _watching(sizes: Sizes, shapes: "Shapes", each_batch: bool, sampled: int, decoding: int) -> Watching:
     """Return what `collect_ranges` holds with all samples between two layers."""
-    text, hidden = sizes.text, sizes.model.config.get_text_config().hidden_size
+    text, hidden = sizes.text, text_config(sizes.model).hidden_size
     columns = sum(linear.in_features for linear in walk(sizes.model).linears.values())
     kept = columns * (3 * 8 + 4 * sampled + 2 * 4 * (text.samples if each_batch else 1))
     states = 2 * 4 * text.samples * text.tokens * hidden
@@ -145,21 +153,22 @@ def _watching(sizes: Sizes, shapes: "Shapes", each_batch: bool, sampled: int, de
     )
 
 
-def _solving(spec: Learned | None, sizes: Sizes, shapes: "Shapes", rounding: int) -> int:
-    """Return the bytes of solving a layer in fp32: the layer, the states of all samples, and the most of one
-    batch with the statistics of an input, of factorising them and rounding what reads it, and of learning."""
-    text, hidden = sizes.text, sizes.model.config.get_text_config().hidden_size
+def solving_memory(sizes: Sizes, learned: Learned | None) -> int:
+    """Return the bytes of solving a layer beside the layer in fp32, and its weights before they were rounded
+    where learning goes on from them: the states of all samples, and the most of one batch with the statistics
+    of an input, of factorising them and rounding what reads it, and of learning. Experts see all samples at
+    once."""
+    text, hidden, shapes = sizes.text, text_config(sizes.model).hidden_size, Shapes.of(sizes.model)
     state = 4 * text.samples * text.tokens * hidden
-    batch = min(layerwise.BATCH_SAMPLES, text.samples) * text.tokens
-    passing = layerwise.memory_of(batch, hidden, shapes.widest, 0)
+    batch = text.samples if walk(sizes.model).experts else min(layerwise.BATCH_SAMPLES, text.samples)
+    passing = layerwise.memory_of(batch * text.tokens, hidden, shapes.widest, 0)
     largest = max(map(statistics_bytes, {columns for _, columns in sizes.shapes}))
     steps = [passing + largest, factorising_memory(sizes)]
-    if spec is not None:
-        learning = layerwise.memory_of(
-            spec.batch * text.tokens, hidden, shapes.widest, layerwise.LEARNED_STREAMS
-        )
-        steps.append(LEARNING_BYTES * shapes.layer + learning)
-    return 4 * shapes.layer + (1 if spec is None else 2) * state + max(*steps, state + passing)
+    if learned is not None:
+        streams = layerwise.LEARNED_STREAMS
+        at_once = layerwise.memory_of(learned.batch * text.tokens, hidden, shapes.widest, streams)
+        steps.append((LEARNING_BYTES - 4) * shapes.layer + at_once)
+    return (1 if learned is None else 2) * state + max(*steps, state + passing)
 
 
 def statistics_bytes(columns: int) -> int:
@@ -168,13 +177,16 @@ def statistics_bytes(columns: int) -> int:
 
 
 def factorising_memory(sizes: Sizes) -> int:
-    """Return the bytes of factorising the statistics of an input and rounding what reads it, at most."""
-    return max(
-        HESSIANS * statistics_bytes(columns)
-        # A gate and what it opens read the same input.
-        + 4 * SOLVING_COPIES * (2 if rows > columns else 1) * rows * columns
-        for rows, columns in set(sizes.shapes)
-    )
+    """Return the bytes of factorising the statistics of an input and rounding what reads it, at most. The
+    statistics stay; a factor takes as much, then as much as in fp32. Beside it are the weights and, as
+    rounding goes on, codes, each column at its turn and, without the factor, the columns in their order."""
+    most = 0
+    for rows, columns in set(sizes.shapes):
+        matrix, sums = 4 * rows * columns, statistics_bytes(columns)
+        together = matrix * (2 if rows > columns else 1)  # a gate and what it opens read the same input
+        rounding = max(sums + 2 * together, 4 * columns**2 + 3 * together)
+        most = max(most, sums + max(rounding, 4 * together + int(PACKING_COPIES * matrix)))
+    return most
 
 
 class Shapes(NamedTuple):
@@ -211,7 +223,7 @@ class Shapes(NamedTuple):
 def tuning_memory(spec: Tune, sizes: Sizes, opened: bool = False) -> int:
     """Return the bytes that tuning all layers together holds; of an opened model, a layer at a time. Or what
     it holds while the base model writes samples: the model in bf16 and, as a whole, as it is."""
-    config, layers = sizes.model.config.get_text_config(), len(decoder_layers(sizes.model))
+    config, layers = text_config(sizes.model), len(decoder_layers(sizes.model))
     writing = 0
     if spec.generated:
         read = 6 * Shapes.of(sizes.model).layer if opened else (4 + 2) * sizes.parameters
@@ -237,6 +249,5 @@ OPENED_MEMORY: dict[str, Callable[[Any, Sizes, Shapes, int], int]] = {
     "rotation": _rotating,
     "smoothing": _smoothing,
     "activations": _ranging,
-    "learned": _solving,
     "tune": lambda spec, sizes, *_: tuning_memory(spec, sizes, opened=True),
 }

@@ -13,12 +13,12 @@ from bitassay.errors import BitassayError
 from bitassay.models.walk import decoder_layers, walk
 from bitassay.quantization.codes.storage import Factors, Stored, expected_bytes, planned, planned_bits
 from bitassay.quantization.export.opened_memory import (
-    BASE_BYTES,
     Sizes,
+    base_bytes,
     decoding_copies,
-    factorising_memory,
     opened_memory,
     saving_memory,
+    solving_memory,
     tuning_memory,
 )
 from bitassay.quantization.export.registry import LAYOUTS, OWN
@@ -34,7 +34,6 @@ from bitassay.quantization.runtime.model import (
     parameter_count,
 )
 from bitassay.quantization.runtime.replicas import is_replica, original, replica_names
-from bitassay.quantization.solvers import layerwise
 
 LOADED, OPENED = "as a whole", "a layer at a time"  # how a model is read
 
@@ -97,7 +96,9 @@ def plan_export(model: PreTrainedModel, recipe: Recipe, layout: str | None = Non
     weighs = any((scheme := recipe.scheme_for(name)) and scheme.uses_importance for name in originals)
     solves = recipe.is_calibrated and (recipe.uses_calibrated_solver or weighs)
     if solves:
-        memory.append(_solving(sizes))
+        # The base model, its quantized matrices and, for tuning, these before they were rounded.
+        copies = 4 * (parameters + weights * (1 if recipe.tune is None else 2)) + bits // 8
+        memory.append(copies + solving_memory(sizes, recipe.learned))
     size_bytes = (parameters - weights) * 2 + bits // 8
     opened = None if obstacle_to_opening(recipe) else opened_memory(sizes, ways[0], recipe, solves)
     return Plan(
@@ -108,7 +109,7 @@ def plan_export(model: PreTrainedModel, recipe: Recipe, layout: str | None = Non
         checkpoint_bits_per_weight=size_bytes * 8 / parameters,
         size_bytes=size_bytes,
         tensor_bytes=(parameters - weights) * item + stored,
-        memory_bytes=BASE_BYTES + max(memory),
+        memory_bytes=base_bytes(model) + max(memory),
         opened_memory_bytes=None if opened is None else max(opened, saving_memory(sizes, ways[0])),
         opened_codes_bytes=opened,
         decoding_copies=max(map(decoding_copies, ways[0].values())),
@@ -144,14 +145,6 @@ def choose_way(ways: Mapping[str, int], memory: int | None, what: str, remedy: s
     )
 
 
-def _solving(sizes: Sizes, streams: int = 0) -> int:
-    """Return the bytes that it takes to solve layer by layer, with so many more hidden states."""
-    weights, widest = sum(map(math.prod, sizes.shapes)), max(map(max, sizes.shapes))
-    tokens, hidden = sizes.text.samples * sizes.text.tokens, sizes.model.config.get_text_config().hidden_size
-    passing = layerwise.memory_of(tokens, hidden, widest, streams)
-    return 4 * (sizes.parameters + weights) + sizes.bits // 8 + max(passing, factorising_memory(sizes))
-
-
 def _untied_head(model: PreTrainedModel, rotation: Rotation) -> int:
     """Return the size of a head that was the embedding, where a folded rotation makes a matrix of it."""
     if rotation.r1 != "folded" or rotation.layers == "none" or not model.config.tie_word_embeddings:
@@ -165,7 +158,6 @@ def _input_scales(model: PreTrainedModel, smoothing: Smoothing) -> int:
 
 # What parts of a recipe cost besides codes: bytes of memory while they run, and parameters that they add.
 MEMORY: dict[str, Callable[[Any, Sizes], int]] = {
-    "learned": lambda _, sizes: _solving(sizes, layerwise.LEARNED_STREAMS),
     "tune": tuning_memory,
 }
 ADDED_PARAMETERS: dict[str, Callable[[PreTrainedModel, Any], int]] = {

@@ -38,7 +38,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from bitassay.errors import BitassayError
-from bitassay.models.precision import exact
+from bitassay.models.precision import WITHOUT_FP64, exact
 from bitassay.quantization.codes.adaptive import adapted
 from bitassay.quantization.codes.binary import binarize, levels, on_planes
 from bitassay.quantization.codes.copies import digit_planes, merged, planes
@@ -210,19 +210,35 @@ def _compensated(
     factor, damping = inverse_factor(hessian, spec.damping, order)
     factor, number = factor.to(weight.device, torch.float32), order.tolist()
     # Column j of the weight is row j here, so that what is read together lies together.
-    w = weight.float().T[order].contiguous()
+    w = weight.float().T.index_select(0, order)
     for first, last in [(0, columns)] if begin is None else bounds:
         if begin is not None:
             begin(first, last, w[first:last].T.contiguous())
         for start in range(first, last, BLOCK_COLUMNS):
             stop = min(start + BLOCK_COLUMNS, last)
-            block, errors = w[start:stop], w.new_empty(stop - start, len(weight))
-            for j in range(stop - start):
-                u = factor[start + j, start:stop]
-                errors[j] = round_column(number[start + j], block[j]) / u[j]
-                block[j + 1 :].addr_(u[j + 1 :], errors[j], alpha=-1)
-            w[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
-    return w[order.argsort()].T.contiguous(), damping
+            block = slice(start, stop)
+            errors = _rounded_block(w[block], factor[block, block], number[block], round_column)
+            w[stop:].addmm_(factor[block, stop:].T, errors, alpha=-1)
+    del factor  # of which no view may be left
+    updated = torch.empty(weight.shape, device=weight.device)
+    updated.T.index_copy_(0, order, w)
+    return updated, damping
+
+
+def _rounded_block(
+    block: Float[Tensor, "size out"],
+    factor: Float[Tensor, "size size"],
+    numbers: Sequence[int],
+    round_column: Callable[[int, Float[Tensor, " out"]], Float[Tensor, " out"]],
+) -> Float[Tensor, "size out"]:
+    """Round a block's columns one after the other and return their errors, for which the later ones make up
+    in place."""
+    errors = torch.empty_like(block)
+    for j, number in enumerate(numbers):
+        u = factor[j]
+        errors[j] = round_column(number, block[j]) / u[j]
+        block[j + 1 :].addr_(u[j + 1 :], errors[j], alpha=-1)
+    return errors
 
 
 def inverse_factor(
@@ -230,33 +246,46 @@ def inverse_factor(
 ) -> tuple[Hessian, float]:
     """Return the upper Cholesky factor of `(H + c I)^-1`, columns in `order`, and the share c / mean(diag H)
     it took. In fp64, where a Hessian is so wide that it is not summed in it, only where fp32 fails."""
-    if not hessian.isfinite().all():
+    if not _is_finite(hessian):
         raise BitassayError("the calibration inputs are not finite", "check the model in a wider dtype")
     order = torch.arange(len(hessian), device=hessian.device) if order is None else order
     dtypes = dict.fromkeys((sums_dtype(len(hessian)), torch.float64))
     while True:
         for dtype in dtypes:
-            h = hessian[order][:, order]
-            h = exact(h) if dtype == torch.float64 else h.to(dtype)
-            if (factor := _factor(h, damping)) is not None:
+            factor = _factor(_in_order(hessian, order, dtype), damping)
+            if factor is not None:
                 return factor, damping
         damping *= 10
 
 
+def _in_order(hessian: Hessian, order: Int[Tensor, " in"], dtype: torch.dtype) -> Hessian:
+    """Return a copy in `dtype`, rows and columns in `order`; on the host, where the device has no fp64."""
+    device = torch.device("cpu") if hessian.device.type in WITHOUT_FP64 else hessian.device
+    h = torch.empty(hessian.shape, dtype=dtype, device=device)
+    for rows, part in zip(order.split(BLOCK_COLUMNS), h.split(BLOCK_COLUMNS), strict=True):
+        part.copy_(hessian[rows][:, order])
+    return h
+
+
 def _factor(h: Hessian, damping: float) -> Hessian | None:
-    """Return the factor, None where there is none; `h` is used up."""
+    """Return the factor in the memory of `h`, None where there is none."""
     diagonal = h.diagonal()
     mean = diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny)
     # A column without inputs is on its own: whatever is on its diagonal, it touches no other.
     diagonal.add_((diagonal <= 0) * mean).add_(damping * mean)
-    lower, failed = torch.linalg.cholesky_ex(h)
+    # LAPACK works in place of a matrix that lies column after column, as a symmetric one does transposed.
+    h, failed = h.mT, torch.empty((), dtype=torch.int32, device=h.device)
+    h, failed = torch.linalg.cholesky_ex(h, out=(h, failed))
     if failed:
         return None
-    del h, diagonal
-    inverse = torch.cholesky_inverse(lower)
-    del lower
-    factor, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-    return None if failed or not factor.isfinite().all() else factor
+    torch.cholesky_inverse(h, out=h)
+    h, failed = torch.linalg.cholesky_ex(h, upper=True, out=(h, failed))
+    return None if failed or not _is_finite(h.mT) else h
+
+
+def _is_finite(matrix: Matrix) -> bool:
+    """Return whether all values of a matrix that lies row after row are finite, without another one."""
+    return all(bool(bound.isfinite()) for bound in matrix.aminmax())
 
 
 def _static_grids(weight: Matrix, importance: Columns, schemes: Sequence[WeightScheme]) -> list[list[Grid]]:

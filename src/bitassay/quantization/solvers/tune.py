@@ -176,16 +176,18 @@ def divergence(
 ) -> tuple[float, Float[Tensor, "... hidden"]]:
     """Return the mean KL divergence from the base model and its gradient, CHUNK_TOKENS at a time."""
     flat, base = states.detach().reshape(-1, states.shape[-1]), base_states.reshape(-1, states.shape[-1])
-    total, gradients = 0.0, []
-    for part, base_part in zip(flat.split(CHUNK_TOKENS), base.split(CHUNK_TOKENS), strict=True):
+    # Made first, so that the system's heap has no holes between what the chunks take and leave.
+    total, gradient = 0.0, torch.empty(flat.shape, device=flat.device)
+    chunks = (tensor.split(CHUNK_TOKENS) for tensor in (flat, base, gradient))
+    for part, base_part, out in zip(*chunks, strict=True):
         wanted = (base_part.to(base_head.dtype) @ base_head.T).float().log_softmax(-1)
         log_p = (part.to(head.dtype) @ head.T).float().log_softmax(-1)
         p = wanted.exp()
-        total += (p * (wanted - log_p)).sum().item()
+        total += wanted.sub_(log_p).mul_(p).sum().item()
         # d KL / d logits = p' - p
-        gradients.append((log_p.exp_().sub_(p).to(head.dtype) @ head).float())
+        out.copy_(log_p.exp_().sub_(p).to(head.dtype) @ head)
     count = len(flat)
-    return total / count, (torch.cat(gradients) / count).view(states.shape)
+    return total / count, gradient.div_(count).view(states.shape)
 
 
 def tune(

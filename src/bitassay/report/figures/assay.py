@@ -1,7 +1,7 @@
 """The plots of an assay: quality against size, distance of hidden states by layer, speed."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -15,12 +15,11 @@ from bitassay.report.figures.drawing import (
     STYLE,
     Labels,
     label_points,
+    panel,
     short_name,
     style,
 )
-from bitassay.report.tables import Row
-
-Run = Mapping[str, Any]
+from bitassay.report.tables import Row, Run
 
 
 @mpl.rc_context(STYLE)
@@ -37,8 +36,7 @@ def layers_figure(run: Run) -> Figure | None:
     """Draw the relative distance of hidden states by layer; None where nothing was verified."""
     if not _verified(run):
         return None
-    figure = Figure(figsize=(9, 3.9), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = panel(9, 3.9)
     label_points(axes, draw_layers(axes, run))
     return figure
 

@@ -1,15 +1,12 @@
 """The plots of timings: speed by batch and by context, and the roofline."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from bitassay.report.figures.drawing import INK, STYLE, label_points, legend_outside, names_of, style
-from bitassay.report.tables import Row, printable
-
-Run = Mapping[str, Any]
+from bitassay.report.figures.drawing import INK, STYLE, label_points, legend_outside, names_of, panel, style
+from bitassay.report.tables import Row, Run, printable
 
 
 def throughput_figure(run: Run) -> Figure | None:
@@ -72,8 +69,7 @@ def roofline_figure(run: Run) -> Figure | None:
             points.setdefault((row["model"], phase), []).append(point)
     reached = [x for series in points.values() for x, _ in series]
     low, high = min(reached) / 3, max(reached) * 3
-    figure = Figure(figsize=(8, 4.2), layout="constrained")
-    axes = figure.add_subplot()
+    figure, axes = panel(8, 4.2)
     labels = []
     for dtype, peak in peaks.items():
         knee = peak / bandwidth

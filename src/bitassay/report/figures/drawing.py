@@ -46,6 +46,12 @@ STYLE: dict[Any, Any] = {
 }
 
 
+def panel(width: float, height: float) -> tuple[Figure, Axes]:
+    """Return a new figure of so many inches with one panel."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
 def svg(figure: Figure, prefix: str) -> str:
     """Return the figure as an SVG element for a page; equal figures give equal text. `prefix` keeps the ids
     of several figures in one page apart."""

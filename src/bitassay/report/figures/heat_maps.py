@@ -1,7 +1,6 @@
 """Heat maps of an analysis: a measure of every matrix, layers down and kinds of matrices across."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +12,9 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from bitassay.report.figures.drawing import STYLE, names_of
-from bitassay.report.tables import printable
+from bitassay.report.tables import Run, printable
 
 MOST_CELLS = 1_000_000
-Run = Mapping[str, Any]
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,15 @@
-"""The plots of studies.
+"""The plots of studies, searches and audits.
 Where generated texts diverge, accuracy by granularity, replicas against what they cost, accept rates and the
-statistics behind thresholds."""
+statistics behind thresholds; trials by objective, and which parameter mattered; each answer's log ratio and
+those of honest servers, and what a watch proves over time."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from bitassay.report.figures.drawing import (
     COLOURS,
@@ -17,18 +18,16 @@ from bitassay.report.figures.drawing import (
     label_points,
     legend_outside,
     names_of,
+    panel,
     style,
 )
-from bitassay.report.tables import Row, printable
-
-Run = Mapping[str, Any]
+from bitassay.report.tables import Row, Run, printable
 
 
 @mpl.rc_context(STYLE)
 def divergence_figure(run: Run) -> Figure:
     """Draw, for each model, the share of texts that are still the base model's after so many tokens."""
-    figure = Figure(figsize=(8, 3.6), layout="constrained")
-    axes = figure.add_subplot()
+    figure, axes = panel(8, 3.6)
     base, *others = run["texts"]
     tokens = np.arange(min(run["settings"]["max_new_tokens"], 100_000) + 1)
     for index, name in enumerate(others):
@@ -123,8 +122,7 @@ def _replica_and_controls(axes: Axes, rows: Sequence[Row], key: str, unit: float
 def experiment_figure(rows: Sequence[Row]) -> Figure:
     """Draw accept rates with their intervals, and the ranges that were expected."""
     entries = 2 + max(len(row["detection"]) for row in rows)  # of the legend
-    figure = Figure(figsize=(7.5, 0.7 + max(0.5 * len(rows), 0.2 * entries)), layout="constrained")
-    axes = figure.add_subplot()
+    figure, axes = panel(7.5, 0.7 + max(0.5 * len(rows), 0.2 * entries))
 
     def named(row_index: int, name: str) -> str | None:
         return printable(name) if row_index == 0 else None  # one entry of the legend for all rows
@@ -150,13 +148,7 @@ def experiment_figure(rows: Sequence[Row]) -> Figure:
 
 
 # A statistic of cells, and the threshold that limits it.
-LIMITS = {
-    "Pe": "Pe",
-    "Pm": "Pm",
-    "Pw": "Pw",
-    "mean_error": "mean_epsilon",
-    "accept_rate": "accept_rate_min",
-}
+LIMITS = {"Pe": "Pe", "Pm": "Pm", "Pw": "Pw", "mean_error": "mean_epsilon", "accept_rate": "accept_rate_min"}
 
 
 @mpl.rc_context(STYLE)
@@ -179,4 +171,95 @@ def distribution_figure(row: Row) -> Figure:
     handles, labels = grid[0].get_legend_handles_labels()
     grid[-1].axis("off")
     grid[-1].legend(handles, labels, frameon=False, title="prover", loc="center")
+    return figure
+
+
+@mpl.rc_context(STYLE)
+def pareto_figure(run: Run) -> Figure:
+    """Draw every complete trial by its first two objectives, or by size where there is one; the best
+    joined."""
+    objectives, space = run["settings"]["objectives"], run["settings"]["space"]["name"]
+    best: list[tuple[float, float]] = []
+    others: list[tuple[float, float]] = []
+
+    def point_of(trial: Row) -> tuple[float, float]:
+        values = trial["objectives"]
+        return (values[1] if len(objectives) > 1 else trial["row"]["bits_per_weight"]), values[0]
+
+    for trial in run["trials"]:
+        if trial["state"] == "complete":
+            chosen = f"{space}-{trial['number']:03d}" in run["best"]
+            (best if chosen else others).append(point_of(trial))
+    figure, axes = panel(7.5, 4)
+    if others:
+        axes.plot(*zip(*others, strict=True), "o", color=INK, alpha=0.45, label="complete trials")
+    if best:
+        axes.plot(*zip(*sorted(best), strict=True), "D-", color=COLOURS[2], label="best")
+    across = objectives[1] if len(objectives) > 1 else "bits_per_weight"
+    axes.set(xlabel=printable(across), ylabel=printable(objectives[0]))
+    axes.legend(frameon=False)
+    return figure
+
+
+@mpl.rc_context(STYLE)
+def importance_figure(run: Run) -> Figure | None:
+    """Draw the share of each parameter in each objective; None where no importance is known."""
+    known = {objective: shares for objective, shares in run["importance"].items() if shares}
+    if not known:
+        return None
+    names = list(next(iter(known.values())))
+    figure, axes = panel(7.5, 0.8 + 0.3 * len(names) * len(known))
+    height = 0.8 / len(known)
+    for index, (objective, shares) in enumerate(known.items()):
+        positions = [row + index * height for row in range(len(names))]
+        values = [shares.get(name, 0.0) for name in names]
+        colour = COLOURS[1 + index % (len(COLOURS) - 1)]
+        axes.barh(positions, values, height=height, color=colour, label=printable(objective))
+    axes.set_yticks([row + 0.4 - height / 2 for row in range(len(names))], list(map(printable, names)))
+    axes.invert_yaxis()
+    axes.set(xlabel="share of importance", xlim=(0, 1))
+    axes.legend(frameon=False)
+    return figure
+
+
+@mpl.rc_context(STYLE)
+def audit_figure(run: Run) -> Figure | None:
+    """Draw the audited answers in their order beside the band that honest answers span; None without
+    answers."""
+    rows = [row for row in run["rows"] if row["score"] is not None]
+    if not rows:
+        return None
+    figure, axes = panel(8, 3.4)
+    calibration = run["calibration"]
+    if calibration:
+        scores = np.array(calibration["scores"], dtype=np.float64)
+        axes.axhspan(scores.min(), scores.max(), color=INK, alpha=0.1, label="honest servers")
+        axes.axhline(float(np.median(scores)), color=INK, lw=0.8, ls="--")
+    axes.plot(
+        [row["request"] for row in rows],
+        [row["score"] for row in rows],
+        "o",
+        color=COLOURS[1],
+        ms=5,
+        label="audited",
+    )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set(xlabel="request", ylabel="log ratio to the control")
+    legend_outside(axes)
+    return figure
+
+
+@mpl.rc_context(STYLE)
+def watch_figure(run: Run) -> Figure | None:
+    """Draw the p-value of all requests after each audit, and alpha; None without audits."""
+    if not run["rows"]:
+        return None
+    figure, axes = panel(8, 2.8)
+    p_values = [max(row["p_value"], 1e-30) for row in run["rows"]]
+    audits = [row["audit"] for row in run["rows"]]
+    axes.step(audits, p_values, "o-", where="post", color=COLOURS[1], ms=4, label="all requests")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.axhline(run["decision"]["alpha"], color=INK, lw=0.8, ls="--", label="alpha")
+    axes.set(xlabel="audit", ylabel="p-value", yscale="log")
+    legend_outside(axes)
     return figure

@@ -20,13 +20,12 @@ from typing import Any
 from pydantic import TypeAdapter
 from transformers import PreTrainedModel
 
+from bitassay.engines.arithmetic import Arithmetic
 from bitassay.engines.decode import TokenIds
-from bitassay.engines.load import load
 from bitassay.engines.sampling import GREEDY, Sampler
-from bitassay.errors import BitassayError, MissingError, at_least, suggestion
+from bitassay.errors import BitassayError, MissingError, at_least, find
 from bitassay.models.config import text_config
 from bitassay.models.identity import identity
-from bitassay.models.options import AUTO
 from bitassay.quantization.export.fits import check_fit
 from bitassay.record.environment import environment
 from bitassay.record.files import check_folder
@@ -72,7 +71,7 @@ _OBSERVATIONS = TypeAdapter(list[Observation])
 
 
 @dataclass(frozen=True)
-class AttackPlan:
+class AttackPlan(Arithmetic):
     """sequences: requests that honest runs and attacks answer, each with an honest greedy output of `tokens`
     tokens (sampled ones may end sooner)."""
 
@@ -81,9 +80,7 @@ class AttackPlan:
     alpha: float = 0.01
     batch: int = 32
     seed: int = 0
-    attention: str = AUTO
-    dtype: str = "bfloat16"
-    device: str = "cpu"
+    dtype: str = field(default="bfloat16", kw_only=True)
     attacks: tuple[str, ...] = field(default_factory=lambda: tuple(ATTACKS))
     variants: tuple[str, ...] = field(default_factory=lambda: tuple(VARIANTS))
 
@@ -133,14 +130,8 @@ class RequestSet:
 
 
 def _eager(requests: RequestSet) -> list[Trace]:
-    model = load(
-        requests.name,
-        dtype=requests.plan.dtype,
-        device=requests.plan.device,
-        attention="eager",
-        trust_remote_code=requests.trust_remote_code,
-    )
-    return requests.prove(model)
+    trust = requests.trust_remote_code
+    return requests.prove(requests.plan.loaded(requests.name, attention="eager", trust_remote_code=trust))
 
 
 def _prefill(requests: RequestSet) -> list[Trace]:
@@ -229,21 +220,13 @@ def attack(
     MissingError where the verifier's own numerics cannot be computed.
     """
     check_plan(plan)
-    if out is not None:
-        check_folder(out)
+    check_folder(out)
     check_fit(model, tokens=plan.tokens, trust_remote_code=trust_remote_code, progress=progress)
     plan, other, left_out = runnable(plan, probe)
     for omission in left_out:
         progress(str(omission))
     check_plan(plan)
-    base = load(
-        model,
-        dtype=plan.dtype,
-        device=plan.device,
-        attention=plan.attention,
-        trust_remote_code=trust_remote_code,
-        progress=progress,
-    )
+    base = plan.loaded(model, trust_remote_code=trust_remote_code, progress=progress)
     known, here = identity(base), environment(base.device)
     settings = {**asdict(plan), "numerics": here["cpu_capability"], "threads": here["threads"]}
     # A run may be widened: what is attacked and what is pooled do not change the parts that are there.
@@ -295,11 +278,7 @@ def attack(
             row
             for name in plan.attacks
             for row in attack_rows(
-                name,
-                pools[ATTACKS[name].sampled],
-                attacked[name],
-                plan.tokens,
-                cost[ATTACKS[name].sampled],
+                name, pools[ATTACKS[name].sampled], attacked[name], plan.tokens, cost[ATTACKS[name].sampled]
             )
         ],
         timed=TIMED,
@@ -318,12 +297,10 @@ def attack(
 
 def check_plan(plan: AttackPlan) -> None:
     """Raise BitassayError for what the plan cannot mean."""
-    for names, known, kind in ((plan.attacks, ATTACKS, "attack"), (plan.variants, VARIANTS, "numerics")):
-        for name in names:
-            if name not in known:
-                raise BitassayError(
-                    f"no {kind} is called {name!r}; {suggestion(name, known)}", f"any of {', '.join(known)}"
-                )
+    for name in plan.attacks:
+        find(ATTACKS, name, "attack", f"any of {', '.join(ATTACKS)}")
+    for name in plan.variants:
+        find(VARIANTS, name, "numerics", f"any of {', '.join(VARIANTS)}")
     at_least(1, batch=plan.batch)
     at_least(0, seed=plan.seed)
     if not 0 < plan.alpha < 1:

@@ -26,7 +26,7 @@ from bitassay.record.progress import Progress, silent
 from bitassay.record.result import write_run
 from bitassay.studies.cells import METHODS, read_findings
 from bitassay.studies.claims import judged, read_claims
-from bitassay.studies.eight_bit.study import FORMATS, GRANULARITIES, find_study
+from bitassay.studies.eight_bit.study import FORMATS, GRANULARITIES, STUDIES
 from bitassay.studies.run import do_study, time_variants
 from bitassay.studies.torchao_models import require_torchao
 from bitassay.studies.variants import Findings, VariantPlan
@@ -52,7 +52,7 @@ def run_eight_bit(
     require_lm_eval()
     if any(variant.torchao for variant in plan.variants):
         require_torchao()
-    about = find_study(plan.study).about
+    about = STUDIES[plan.study].about
     folder, head = do_study(plan, "eight-bit", about, out=out, jobs=jobs, ray=ray, progress=progress)
     asked = folder.plan["questions"]
     findings = read_findings(folder, plan)

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bitassay.data.windows import Protocol
-from bitassay.errors import BitassayError, suggestion
+from bitassay.errors import BitassayError, find
 from bitassay.quantization.recipe.recipe import BASE, Recipe
 from bitassay.studies.parties import DTYPES
 from bitassay.studies.torchao_models import ALPHA, SAMPLES
@@ -130,7 +130,7 @@ def eight_bit_plan(
 ) -> VariantPlan:
     """Return the plan of a study; `options` are further fields of it. only: names of variants, or parts of
     them, such as "row" or "fp8"; the base is always there. Raises BitassayError for what makes no sense."""
-    row = find_study(study)
+    row = find(STUDIES, study, "INT8/FP8 study")
     if questions < 1:
         raise BitassayError(f"{questions} questions leave nothing to measure", "--limit 1 or more")
     text = protocol if row.text else None
@@ -147,10 +147,3 @@ def _named(variants: Sequence[Variant], only: Sequence[str]) -> tuple[Variant, .
             f"one of {', '.join(known)}, or a part of a name",
         )
     return tuple(v for v in variants if v.name == BASE or known[v.name] & set(only))
-
-
-def find_study(name: str) -> Study:
-    """Return the study of that name. Raises BitassayError that names the nearest."""
-    if name not in STUDIES:
-        raise BitassayError(f"no INT8/FP8 study is called {name!r}; {suggestion(name, STUDIES)}")
-    return STUDIES[name]

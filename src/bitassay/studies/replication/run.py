@@ -14,6 +14,7 @@ from typing import Any
 
 from bitassay.bench.timing import RATIO, ratio_of
 from bitassay.data.corpora import corpus
+from bitassay.errors import find
 from bitassay.evaluation.controls import pair
 from bitassay.evaluation.quality import INTERVAL, INTERVALS, PAIR_INTERVALS, summarise
 from bitassay.evaluation.statistics import LOG, LOGIT, log_interval, logit_interval, mean_of
@@ -27,7 +28,7 @@ from bitassay.record.result import write_run
 from bitassay.record.run import RunFolder
 from bitassay.studies.cells import Cell, read_findings
 from bitassay.studies.claims import judged, read_claims
-from bitassay.studies.replication.study import find_study, replication_plan
+from bitassay.studies.replication.study import STUDIES, replication_plan
 from bitassay.studies.run import do_study, time_variants
 from bitassay.studies.variants import Findings, VariantPlan
 
@@ -51,7 +52,7 @@ def run_replication(
 ) -> tuple[dict[str, Any], Path]:
     """Run a study on MODEL; return the run (the content of run.json) and its folder. repeats: rounds of
     timing. `options` go to `replication_plan`; the rest is as in `do_study`. Raises as these do."""
-    about = find_study(study).about
+    about = find(STUDIES, study, "study of replication").about
     source = resolve(model, progress)
     layers = layer_count(source.folder, trust_remote_code=options.get("trust_remote_code", False))
     plan, places = replication_plan(study, model, layers, **options)

@@ -22,7 +22,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from bitassay.data.windows import Protocol
-from bitassay.errors import BitassayError, suggestion
+from bitassay.errors import BitassayError, find, suggestion
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.replication.controls import REPLICA, Place, changes_nothing, controls
 from bitassay.record.files import read_yaml
@@ -105,7 +105,7 @@ def replication_plan(
 ) -> tuple[VariantPlan, list[Place]]:
     """Return the plan of a study and the places of its rows; with `only`, of these groups and the base alone.
     `options` are further fields of the plan. Raises BitassayError for an unknown study or group."""
-    row = find_study(study)
+    row = find(STUDIES, study, "study of replication")
     names = [group.name for group in row.groups]
     if unknown := [name for name in only if name not in names]:
         raise BitassayError(f"{study} has no group {unknown[0]!r}; {suggestion(unknown[0], names)}")
@@ -116,10 +116,3 @@ def replication_plan(
         study, model, variants, protocol, drafts=drafts, speed=row.speed, block=BLOCK, **options
     )
     return plan, places
-
-
-def find_study(name: str) -> Study:
-    """Return a study by its name. Raises BitassayError that names the nearest."""
-    if name not in STUDIES:
-        raise BitassayError(f"no study of replication is called {name!r}; {suggestion(name, STUDIES)}")
-    return STUDIES[name]

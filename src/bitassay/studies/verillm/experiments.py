@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from bitassay.errors import BitassayError, MissingError, suggestion
+from bitassay.errors import MissingError, find
 from bitassay.evaluation.statistics import logit_interval, mean_of
 from bitassay.record.environment import environment
 from bitassay.record.files import write_json
@@ -123,8 +123,7 @@ def directions(name: str, plan: ExperimentPlan) -> list[Direction]:
 def check_names(names: Sequence[str]) -> None:
     """Raise BitassayError for an unknown experiment."""
     for name in names:
-        if name not in EXPERIMENTS:
-            raise BitassayError(f"no experiment is called {name!r}; {suggestion(name, EXPERIMENTS)}")
+        find(EXPERIMENTS, name, "experiment")
 
 
 def run_experiments(

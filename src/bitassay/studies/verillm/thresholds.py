@@ -91,12 +91,7 @@ def optimise_thresholds(
     return new_run(
         "thresholds",
         model={"name": plan.model},
-        settings={
-            "tokens": plan.tokens,
-            "trials": plan.trials,
-            "alpha": alpha,
-            "percentile": percentile,
-        },
+        settings={"tokens": plan.tokens, "trials": plan.trials, "alpha": alpha, "percentile": percentile},
         environment=environment(plan.machines[0].device),
         rows=rows,
         missing=impossible,

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from bitassay.errors import BitassayError
 from bitassay.record.files import atomic_file
 from bitassay.record.progress import Progress
+from bitassay.record.schema import Fields
 from bitassay.studies.parties import ITEMS, load_party, timed
 from bitassay.verification.detectors.distance import cell_distances
 from bitassay.verification.detectors.token_difr import token_margins
@@ -31,9 +32,7 @@ VERIFIER = "bitassay.studies.verillm.verifier:verifier"
 STATISTICS = tuple(field.name for field in fields(CellStatistics))
 
 
-class _About(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class _About(Fields):
     layers: tuple[int, ...] = Field(min_length=1)
     n_prompt: int = Field(ge=0)
     seconds: float = Field(gt=0, allow_inf_nan=False)

@@ -37,7 +37,7 @@ from bitassay.verification.committee.rounds import (
 from bitassay.verification.receipts.challenge import GENERATED, PROMPT, Challenge, challenge, opened_positions
 from bitassay.verification.receipts.merkle import cell_leaf, merkle_proof, merkle_root
 from bitassay.verification.receipts.opening import Opening, cell_indices, encode_opening, open_trace
-from bitassay.verification.receipts.proof import SignedProof, SmallProof, small_proof
+from bitassay.verification.receipts.proof import SmallProof, small_proof
 from bitassay.verification.receipts.receipt import SIGNED, Receipt, commit, encode, trace_leaves
 from bitassay.verification.structure import Status
 from bitassay.verification.submissions import CommitteeRound, ReceiptResponse
@@ -347,6 +347,8 @@ def _ground_proof(trace: Trace, receipt: Receipt, size: int) -> SmallProof:
     return replace(near, residues=min(tries, key=far))
 
 
+# A forger has not computed the states of the receipt's tokens: of a trace each uses the size of states and
+# those of other positions or receipts alone.
 FORGED_PROOFS: dict[str, Callable[[Trace, Receipt, int], SmallProof]] = {
     "copied": _copied_proof,
     "mean": _mean_proof,
@@ -356,13 +358,6 @@ FORGED_PROOFS: dict[str, Callable[[Trace, Receipt, int], SmallProof]] = {
     "coarse": _coarse_proof,
     "ground": _ground_proof,
 }
-
-
-def forged_proof(name: str, trace: Trace, receipt: Receipt, size: int) -> SignedProof:
-    """Return a proof of FORGED_PROOFS, signed by the host. A forger has not computed the states of the
-    receipt's tokens: of `trace` it uses the size of states and those of other positions or receipts alone."""
-    unsigned = SignedProof(receipt.commitment, FORGED_PROOFS[name](trace, receipt, size), b"")
-    return replace(unsigned, signature=HOST.sign(unsigned.message))
 
 
 # --- verifiers ---

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bitassay.engines.decode import TokenIds, end_tokens, vocabulary_size
-from bitassay.engines.sampling import Sampler
+from bitassay.engines.sampling import GREEDY, Sampler
 from bitassay.models.hooks import hooked
 from bitassay.models.identity import identity
 from bitassay.models.walk import decoder_layers
@@ -93,16 +93,11 @@ def fine_tuned(setting: Setting, norm: float) -> list[Trace]:
         return answered(setting, setting.model)
 
 
+@attack("half-depth", "a smaller model: every other decoder layer", None)
 @attack("skip-1", "one decoder layer left out", 1)
 @attack("skip-4", "four decoder layers left out", 4)
-def skipped_layers(setting: Setting, count: int) -> list[Trace]:
-    with skip(setting.model, count):
-        return answered(setting, setting.model)
-
-
-@attack("half-depth", "a smaller model: every other decoder layer")
-def half_depth(setting: Setting) -> list[Trace]:
-    with skip(setting.model, len(decoder_layers(setting.model)) // 2):
+def skipped_layers(setting: Setting, count: int | None) -> list[Trace]:
+    with skip(setting.model, count or len(decoder_layers(setting.model)) // 2):
         return answered(setting, setting.model)
 
 
@@ -193,25 +188,19 @@ def _fitted(trace: Trace, honest: Trace) -> Trace:
 # --- other tokens ---
 
 
-@attack("temperature", "1.5 times the temperature that was asked for", sampled=True)
-def wrong_temperature(setting: Setting) -> list[Trace]:
-    sampler = replace(setting.sampler, temperature=1.5 * setting.sampler.temperature)
-    return answered(setting, setting.model, sampler=sampler)
-
-
-@attack("seed", "another seed", sampled=True)
-def wrong_seed(setting: Setting) -> list[Trace]:
-    return answered(setting, setting.model, sampler=replace(setting.sampler, seed=setting.sampler.seed + 1))
-
-
-@attack("top-p", "a nucleus half as large", sampled=True)
-def wrong_top_p(setting: Setting) -> list[Trace]:
-    return answered(setting, setting.model, sampler=replace(setting.sampler, top_p=setting.sampler.top_p / 2))
-
-
-@attack("greedy-instead", "the most likely token where sampling was asked for", sampled=True)
-def greedy_instead(setting: Setting) -> list[Trace]:
-    return answered(setting, setting.model, sampler=Sampler())
+@attack(
+    "greedy-instead", "the most likely token where sampling was asked for", lambda _: GREEDY, sampled=True
+)
+@attack("top-p", "a nucleus half as large", lambda s: replace(s, top_p=s.top_p / 2), sampled=True)
+@attack("seed", "another seed", lambda s: replace(s, seed=s.seed + 1), sampled=True)
+@attack(
+    "temperature",
+    "1.5 times the temperature that was asked for",
+    lambda s: replace(s, temperature=1.5 * s.temperature),
+    sampled=True,
+)
+def other_sampling(setting: Setting, change: Callable[[Sampler], Sampler]) -> list[Trace]:
+    return answered(setting, setting.model, sampler=change(setting.sampler))
 
 
 @attack("tokens-one", "one token altered, honest prefill", 0.0)

@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from bitassay.errors import BitassayError
 from bitassay.record.files import decode_text
 from bitassay.record.hashing import digest_json
+from bitassay.record.schema import StrictFields
 from bitassay.verification.committee.rounds import (
     ITEMS,
     Assignment,
@@ -50,9 +51,7 @@ Names = Annotated[tuple[Name, ...], Field(min_length=1, max_length=VERIFIERS, st
 _ITEMS = TypeAdapter(Items)
 
 
-class _File(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
+class _File(StrictFields):
     committee: Version = 1
     round: Round
 

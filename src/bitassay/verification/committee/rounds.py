@@ -43,11 +43,12 @@ from itertools import cycle, islice
 from math import ceil, comb, log
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 from scipy import stats
 
 from bitassay.errors import BitassayError
 from bitassay.record.hashing import canonical_json
+from bitassay.record.schema import StrictFields
 from bitassay.verification.container import first_defect
 from bitassay.verification.structure import Reason, Status
 from bitassay.verification.trace import Digest
@@ -61,21 +62,17 @@ Item = Annotated[str, Field(min_length=1, max_length=1024)]
 Items = Annotated[tuple[Item, ...], Field(max_length=ITEMS, strict=False)]
 
 
-class Report(BaseModel):
+class Report(StrictFields):
     """What one verifier found, by the names of its items; with the salt, what it reveals."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     verifier: str = Field(min_length=1, max_length=128)
     salt: Digest
     answers: dict[str, Status] = Field(max_length=ITEMS)
 
 
-class Assignment(BaseModel):
+class Assignment(StrictFields):
     """The items of one verifier in the order in which it gets them; `planted`, the canaries among them with
     their answers, is a secret until all have revealed."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     verifier: Name
     items: Items
@@ -83,11 +80,7 @@ class Assignment(BaseModel):
 
 
 def assign(
-    items: Sequence[str],
-    canaries: Mapping[str, Mapping[str, Expected]],
-    *,
-    each: int,
-    seed: bytes,
+    items: Sequence[str], canaries: Mapping[str, Mapping[str, Expected]], *, each: int, seed: bytes
 ) -> list[Assignment]:
     """Give each item to `each` of the verifiers that `canaries` names, together with these, shuffled.
 
@@ -171,10 +164,7 @@ def judge(
 
 
 def committee_status(
-    item: str,
-    revealed: Mapping[str, Report],
-    judged: Mapping[str, tuple[Reason, ...]],
-    quorum: int = 2,
+    item: str, revealed: Mapping[str, Report], judged: Mapping[str, tuple[Reason, ...]], quorum: int = 2
 ) -> Status:
     """Return what more than half of the sound verifiers that had `item` say; INCONCLUSIVE where there is no
     such majority, or there are fewer than `quorum` of them."""

@@ -24,7 +24,6 @@ would send them alone, by a seed from the request's nonce.
 
 import hashlib
 
-import numpy as np
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
@@ -32,6 +31,7 @@ from torch import Tensor
 from bitassay.errors import BitassayError
 from bitassay.verification.detectors.detector import Comparison, Detector, Series
 from bitassay.verification.detectors.distance import distance_floor, ratio
+from bitassay.verification.receipts.proof import philox_signs
 
 DIMENSIONS = 8
 SEED = 0
@@ -40,9 +40,7 @@ SEED = 0
 def signs(hidden: int, seed: int, k: int = DIMENSIONS) -> Float64[Tensor, "hidden k"]:
     """Return independent signs +1 and -1, a function of the three arguments alone."""
     key = hashlib.sha256(f"bitassay signs 1\0{seed}\0{hidden}\0{k}".encode()).digest()[:16]
-    words = np.random.Philox(key=int.from_bytes(key, "little")).random_raw(-(-hidden * k // 64))
-    bits = np.unpackbits(words.astype("<u8").view(np.uint8), bitorder="little")[: hidden * k]
-    return torch.from_numpy(1.0 - 2.0 * bits).reshape(hidden, k)
+    return torch.from_numpy(philox_signs(key, hidden * k)).reshape(hidden, k)
 
 
 def project(
@@ -63,9 +61,7 @@ def project(
 
 
 def projection_distances(
-    claimed: Float[Tensor, "positions k"],
-    states: Float[Tensor, "positions_ hidden"],
-    seed: int,
+    claimed: Float[Tensor, "positions k"], states: Float[Tensor, "positions_ hidden"], seed: int
 ) -> Float64[Tensor, " positions"]:
     """Return ||P x - P y|| / ||y|| of each position, from the claimed projections of x and the verifier's own
     states y, at most CEILING.

@@ -49,8 +49,12 @@ def cell_distances(comparison: Comparison) -> Float[Tensor, "layers positions"]:
 
 def check(comparison: Comparison, _: Any) -> list[Series]:
     """Return the log distances, one series a layer."""
-    logs, n_prompt = cell_distances(comparison).log().tolist(), comparison.n_prompt
-    return [Series(tuple(row[n_prompt:]), tuple(row[:n_prompt])) for row in logs]
+    return by_layer(cell_distances(comparison).log(), comparison.n_prompt)
+
+
+def by_layer(cells: Float[Tensor, "layers positions"], n_prompt: int) -> list[Series]:
+    """Return one series a layer."""
+    return [Series(tuple(row[n_prompt:]), tuple(row[:n_prompt])) for row in cells.tolist()]
 
 
 def commit(comparison: Comparison) -> bytes:

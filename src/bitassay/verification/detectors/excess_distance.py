@@ -22,6 +22,7 @@ from torch import Tensor
 
 from bitassay.verification.detectors.detector import Comparison, Detector, Pair, Series
 from bitassay.verification.detectors.distance import (
+    by_layer,
     commit,
     distance_floor,
     full_states,
@@ -53,11 +54,6 @@ def check_own(comparison: Comparison, _: Any) -> list[Series]:
     """Return the log distance of the verifier's own states, one series a layer."""
     _, own = rounding_distances(comparison, (comparison.verifier, comparison.reference))
     return by_layer(own.log(), comparison.n_prompt)
-
-
-def by_layer(cells: Float[Tensor, "layers positions"], n_prompt: int) -> list[Series]:
-    """Return one series a layer."""
-    return [Series(tuple(row[n_prompt:]), tuple(row[:n_prompt])) for row in cells.tolist()]
 
 
 EXCESS_DISTANCE = Detector(

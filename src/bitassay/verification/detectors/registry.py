@@ -23,7 +23,6 @@ from bitassay.registry import Registry
 from bitassay.verification.detectors.activation_difr import ACTIVATION_DIFR
 from bitassay.verification.detectors.detector import Detector
 from bitassay.verification.detectors.distance import DISTANCE
-from bitassay.verification.detectors.exact import STRUCTURE
 from bitassay.verification.detectors.excess_distance import EXCESS_DISTANCE, ROUNDING
 from bitassay.verification.detectors.head_margin import HEAD_MARGIN
 from bitassay.verification.detectors.rotary_base import ROTARY_BASE
@@ -34,6 +33,8 @@ from bitassay.verification.detectors.token_noise import TOKEN_FLIPS, TOKEN_OUTLI
 from bitassay.verification.detectors.toploc import TOPLOC
 from bitassay.verification.detectors.verillm import VERILLM_DOCUMENTS, VERILLM_PAPER
 
+# Exact checks (`structure.py`, `submissions.py`), which run before any prefill: one defect decides.
+STRUCTURE = Detector("structure", "exact checks", lambda comparison, proof: (), smallest_sd=1.0, exact=True)
 DETECTORS: Registry[Detector] = Registry(
     "detectors",
     {

@@ -17,8 +17,8 @@ A segment's attention reads all positions, so this needs the states of all: whol
 from typing import Any
 
 from bitassay.verification.detectors.detector import Comparison, Detector, Series
-from bitassay.verification.detectors.distance import commit, full_states
-from bitassay.verification.detectors.excess_distance import by_layer, rounding_distances
+from bitassay.verification.detectors.distance import by_layer, commit, full_states
+from bitassay.verification.detectors.excess_distance import rounding_distances
 
 
 def check(comparison: Comparison, _: Any) -> list[Series]:

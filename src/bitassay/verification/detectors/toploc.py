@@ -88,10 +88,7 @@ def prove_chunks(
 
 
 def check_chunks(
-    proofs: Sequence[bytes],
-    states: Float[Tensor, "positions hidden"],
-    chunk: int = CHUNK,
-    top: int = TOP,
+    proofs: Sequence[bytes], states: Float[Tensor, "positions hidden"], chunk: int = CHUNK, top: int = TOP
 ) -> list[ChunkStatistics]:
     """Return the statistics of each chunk of the verifier's own `states`. The proofs may come from anyone.
 

@@ -24,10 +24,11 @@ import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from bitassay.errors import BitassayError
 from bitassay.record.files import read_json, write_json
+from bitassay.record.schema import StrictFields
 from bitassay.verification.container import first_defect
 from bitassay.verification.receipts.receipt import Receipt
 from bitassay.verification.trace import TOKENS, Digest, Header, Version
@@ -37,11 +38,9 @@ SEED = b"bitassay challenge 1\0"
 CHALLENGE_BYTES = 2**12
 
 
-class Challenge(BaseModel):
+class Challenge(StrictFields):
     """commitment: of the receipt that is challenged. generated, prompt: how many positions of each to open;
     all where there are fewer."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     challenge: Version = 1
     commitment: Digest

@@ -51,11 +51,7 @@ def check_conflict(conflict: Conflict) -> None:
 
 
 def _request(receipt: Receipt) -> tuple[object, ...]:
-    """Return what was asked for: the model by its digests, nonce, prompt and sampling. Without sampling, seed
-    and top-p say nothing."""
+    """Return what was asked for: the model by its digests, nonce, prompt and sampling."""
     header = receipt.header
-    sampling = header.sampling
-    if sampling.sampler == "greedy":
-        sampling = sampling.model_copy(update={"top_p": 1.0, "seed": 0})
     model = header.model.model_copy(update={"name": ""})
-    return model, header.nonce, header.prompt_ids, sampling
+    return model, header.nonce, header.prompt_ids, header.sampling.in_effect

@@ -19,7 +19,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from bitassay.errors import BitassayError
-from bitassay.record.files import atomic_file
+from bitassay.record.files import write_bytes
 from bitassay.record.hashing import canonical_json
 from bitassay.verification.container import (
     FILE_BYTES,
@@ -42,13 +42,7 @@ from bitassay.verification.receipts.merkle import (
     root_from_proof,
 )
 from bitassay.verification.receipts.receipt import Receipt, commitment_of, trace_leaves
-from bitassay.verification.trace import (
-    HIDDEN,
-    Expecting,
-    Trace,
-    check_consistent,
-    tensor_name,
-)
+from bitassay.verification.trace import HIDDEN, Expecting, Trace, check_consistent, tensor_name
 
 PROOF = "proof"
 
@@ -86,8 +80,7 @@ def cell_indices(positions: Sequence[int], n_layers: int) -> list[int]:
 
 def write_opening(path: str | Path, opening: Opening) -> None:
     """Write an opening, whole or not at all."""
-    with atomic_file(Path(path)) as temporary:
-        temporary.write_bytes(encode_opening(opening))
+    write_bytes(path, encode_opening(opening))
 
 
 def encode_opening(opening: Opening) -> bytes:

@@ -47,7 +47,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from bitassay.errors import BitassayError
-from bitassay.record.files import atomic_file
+from bitassay.record.files import write_bytes
 from bitassay.record.hashing import canonical_json
 from bitassay.verification.container import TraceError, read_regular, strict_json
 from bitassay.verification.receipts.receipt import Receipt, base64_bytes, base64_text
@@ -158,9 +158,13 @@ def signs(
 ) -> Float64[np.ndarray, "k hidden"]:
     """Return the signs +1 and -1 of one position; those of fewer projections are the first of more."""
     seed = hashlib.sha256(SIGNS + commitment + position.to_bytes(4, "little") + nonce.encode()).digest()
-    words = np.random.Philox(key=int.from_bytes(seed[:16], "little")).random_raw(-(-hidden * k // 64))
-    bits = np.unpackbits(words.astype("<u8").view(np.uint8), bitorder="little")[: hidden * k]
-    return (1.0 - 2.0 * bits).reshape(k, hidden)
+    return philox_signs(seed[:16], hidden * k).reshape(k, hidden)
+
+
+def philox_signs(key: bytes, count: int) -> Float64[np.ndarray, " count"]:
+    """Return signs +1 and -1 from the bits of the Philox stream of a key of 16 bytes."""
+    words = np.random.Philox(key=int.from_bytes(key, "little")).random_raw(-(-count // 64))
+    return 1.0 - 2.0 * np.unpackbits(words.astype("<u8").view(np.uint8), bitorder="little")[:count]
 
 
 def projections(
@@ -205,8 +209,7 @@ def check_proof(signed: SignedProof, receipt: Receipt, where: str = "proof") -> 
 
 def write_proof(path: str | Path, signed: SignedProof) -> None:
     """Write a proof, whole or not at all."""
-    with atomic_file(Path(path)) as temporary:
-        temporary.write_bytes(encode_proof(signed))
+    write_bytes(path, encode_proof(signed))
 
 
 def read_proof(path: str | Path, receipt: Receipt) -> SignedProof:

@@ -29,7 +29,7 @@ import numpy as np
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from bitassay.record.files import atomic_file
+from bitassay.record.files import write_bytes
 from bitassay.record.hashing import canonical_json
 from bitassay.verification.container import TraceError, read_regular, strict_json
 from bitassay.verification.numerics import Numerics
@@ -102,8 +102,7 @@ def check_signature(receipt: Receipt, where: str = "receipt") -> None:
 
 def write_receipt(path: str | Path, receipt: Receipt) -> None:
     """Write a receipt, whole or not at all."""
-    with atomic_file(Path(path)) as temporary:
-        temporary.write_bytes(encode(receipt))
+    write_bytes(path, encode(receipt))
 
 
 def read_receipt(path: str | Path) -> Receipt:
