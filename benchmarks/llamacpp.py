@@ -22,7 +22,8 @@ import bitassay
 from bitassay.data.corpora import corpus
 from bitassay.data.windows import Protocol, token_windows
 from bitassay.evaluation.quality import score_windows
-from bitassay.quantization.export.gguf_file import reload_difference, write_gguf
+from bitassay.quantization.export.gguf_file import write_gguf
+from bitassay.quantization.export.gguf_reload import reload_difference
 from bitassay.quantization.recipe.recipe import BASE, Recipe
 from bitassay.record.environment import environment
 

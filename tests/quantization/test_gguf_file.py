@@ -15,9 +15,10 @@ from bitassay.errors import BitassayError, MissingError
 from bitassay.models.gguf_model import sources_of
 from bitassay.models.opened import weights_of
 from bitassay.quantization.export import save as export
-from bitassay.quantization.export.gguf_file import reload_difference, write_gguf, written_before
+from bitassay.quantization.export.gguf_file import write_gguf
 from bitassay.quantization.export.gguf_like import recipe_like, types_of
 from bitassay.quantization.export.gguf_plan import check_llama_cpp, plan_gguf
+from bitassay.quantization.export.gguf_reload import reload_difference, written_before
 from bitassay.quantization.export.gguf_schemes import MINIMUM
 from bitassay.quantization.pipeline import quantize
 from bitassay.quantization.recipe.recipe import Recipe

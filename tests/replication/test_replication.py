@@ -10,7 +10,8 @@ from bitassay.engines.load import load
 from bitassay.engines.taps import record_states
 from bitassay.errors import BitassayError
 from bitassay.models.walk import decoder_layers
-from bitassay.quantization.export.gguf_file import check_gguf, reload_difference, write_gguf
+from bitassay.quantization.export.gguf_file import check_gguf, write_gguf
+from bitassay.quantization.export.gguf_reload import reload_difference
 from bitassay.quantization.export.plan import plan_export
 from bitassay.quantization.export.save import choose_layout, save
 from bitassay.quantization.pipeline import quantize

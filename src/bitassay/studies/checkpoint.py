@@ -25,7 +25,7 @@ from bitassay.models.options import as_device, as_dtype
 from bitassay.models.source import Source
 from bitassay.models.walk import matrices
 from bitassay.quantization.codes import storage
-from bitassay.quantization.export import gguf_file, gguf_like, save
+from bitassay.quantization.export import gguf_file, gguf_like, gguf_reload, save
 from bitassay.quantization.export.card import read_card
 from bitassay.quantization.export.gguf_plan import check_llama_cpp, plan_gguf
 from bitassay.quantization.export.opened_memory import base_bytes, gguf_memory
@@ -291,7 +291,7 @@ def _write_gguf(
     row = job.row("gguf", file.bits_per_weight, job.gguf.stat().st_size)
     if tokens is not None:
         progress(f"loading {job.gguf} with {TRANSFORMERS}")
-        row["max_logits_difference"] = gguf_file.reload_difference(quantized, job.gguf, tokens)
+        row["max_logits_difference"] = gguf_reload.reload_difference(quantized, job.gguf, tokens)
     return row
 
 
@@ -361,7 +361,7 @@ def _finished_gguf(job: CheckpointJob, path: Path) -> Row | None:
         return None
     embeddings = job.embeddings or (gguf_file.LIKE if job.like else "")
     wanted = job.recipe.recipe_id, Identity(job.source).weights_digest, embeddings
-    if gguf_file.written_before(path) != wanted:
+    if gguf_reload.written_before(path) != wanted:
         raise BitassayError(
             f"{path}: holds something else than {job.source.name} by {job.recipe.name}, "
             f"with embeddings {embeddings or 'in 16 bits'}",

@@ -23,17 +23,14 @@ import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Kind
-from gguf import GGUFReader, GGUFWriter
-from jaxtyping import Int
+from gguf import GGUFWriter
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from bitassay.errors import BitassayError
-from bitassay.models.gguf_model import open_gguf, read_model
 from bitassay.models.gguf_types import FILE_TYPES
 from bitassay.models.identity import identity, tokenizer
-from bitassay.models.opened import is_opened, open_plain, weights_of
-from bitassay.models.options import LoadOptions, attention_of
+from bitassay.models.opened import weights_of
 from bitassay.models.walk import decoder_layers, module_name
 from bitassay.quantization.codes.tensor import QuantizedTensor
 from bitassay.quantization.export.gguf_blocks import Blocks, as_blocks, beside_codes
@@ -190,51 +187,12 @@ def check_gguf(model: PreTrainedModel, recipe: Recipe | None) -> None:
     check_description(model, [_named(model, name) for name in names])
 
 
-def reload_difference(model: PreTrainedModel, path: str | Path, tokens: Int[Tensor, "batch tokens"]) -> float:
-    """Return the largest difference between the logits of `model` and of the file, in the model's dtype. The
-    file is read a layer at a time where the model is."""
-    if is_opened(model):
-        reloaded = _opened(Path(path), model)
-    else:
-        reloaded = read_model(GGUFReader(path), model.dtype)
-        torch.nn.Module.to(reloaded, device=model.device)
-    with torch.inference_mode():
-        return (model(tokens).logits.float() - reloaded(tokens).logits.float()).abs().max().item()
-
-
-def _opened(path: Path, model: PreTrainedModel) -> PreTrainedModel:
-    """The model of a file, of which each weight is read when it is needed."""
-    file = open_gguf(GGUFReader(path))
-    reads = dict(file.weights)
-    reads.setdefault("lm_head.weight", reads["model.embed_tokens.weight"])
-    options = LoadOptions(model.dtype, model.device, attention_of(model))
-    made = [f"{name}.value" for name in reads]
-    opened = open_plain(path.parent, file.empty.config, options, entries={}, made=made)
-    weights = weights_of(opened)
-    assert weights is not None
-    for name, read in reads.items():
-        weights.changes[name] = lambda _, read=read: read().to(model.device, model.dtype)
-    return opened
-
-
 def more_bits(recipe: float, file: float) -> str:
     """Return the warning of a file that takes more bits a weight than its recipe."""
     return (
         f"{file:.2f} bits a weight in this file, {recipe:.2f} in the recipe: llama.cpp has no type that "
         "holds it in fewer; the recipes gguf-... are on its own grids"
     )
-
-
-def written_before(path: Path) -> tuple[str, str, str] | None:
-    """Return the recipe's id, the base model's weights digest and the type of the embeddings of a GGUF file
-    of ours; None for another."""
-    try:
-        fields = GGUFReader(path).fields
-        said = fields.get(EMBEDDINGS_KEY)
-        embeddings = "" if said is None else str(said.contents())
-        return str(fields[RECIPE_KEY].contents()), str(fields[BASE_KEY].contents()), embeddings
-    except (KeyError, ValueError, IndexError, OverflowError, OSError):
-        return None
 
 
 def _tensors(
