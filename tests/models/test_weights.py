@@ -1,6 +1,8 @@
 """The identity is of the weights that transformers loads, whatever else lies in the folder."""
 
 import json
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -251,3 +253,24 @@ def test_weight_files_are_those_of_the_index(folder):
     own = load_file(folder / WEIGHTS)
     in_shards(folder, own, own)
     assert [path.name for path in weight_files(folder)] == sorted(halves(own))
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+from bitassay.models.weights import check_files
+import safetensors.torch
+resource.setrlimit(resource.RLIMIT_DATA, (int(sys.argv[2]), resource.RLIM_INFINITY))
+print(check_files(Path(sys.argv[1]))["w"].size_bytes)
+"""
+
+
+def test_a_file_counts_nothing_against_a_limit_of_private_memory(tmp_path):
+    size, limit = 2**34, 2**33  # the file has holes alone
+    header = json.dumps({"w": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
+    with open(tmp_path / "model.safetensors", "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + size)
+    command = [sys.executable, "-c", LIMITED, str(tmp_path), str(limit)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == str(size), done.stderr

@@ -152,7 +152,7 @@ def check_files(folder: Path) -> dict[str, Entry]:
     where: dict[str, Entry] = {}
     for path in weight_files(folder):
         try:
-            with safe_open(path, framework="pt") as file:
+            with safe_open(path, framework="np") as file:
                 names = list(file.keys())
         except (SafetensorError, OSError) as error:
             raise BitassayError(
