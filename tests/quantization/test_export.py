@@ -261,7 +261,7 @@ def test_the_rest_goes_along(stories, saved, tmp_path):
 
 
 @pytest.mark.sample(12)
-@pytest.mark.parametrize("format", [name for name, fmt in FORMATS.items() if fmt.levels is None])
+@pytest.mark.parametrize("format", [name for name, fmt in FORMATS.items() if fmt.fixed_group is None])
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_planned_bits_are_the_stored_ones(format, granularity, symmetric):

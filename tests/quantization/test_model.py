@@ -23,12 +23,18 @@ def logits(model) -> torch.Tensor:
         return model(IDS).logits
 
 
+def scheme_of(name: str) -> WeightScheme:
+    """A format in groups of 64, or in its own."""
+    own = FORMATS[name].fixed_group
+    return WeightScheme(format=name, **({} if own else {"granularity": "g64"}))
+
+
 @pytest.mark.sample(5)
 @pytest.mark.parametrize("architecture", DENSE)
 @pytest.mark.parametrize("name", [name for name, fmt in FORMATS.items() if fmt.levels is None])
 def test_fake_and_real_models_give_the_same_logits(architecture, name):
     base = tiny_model(architecture)
-    recipe = Recipe(name=name, weights=WeightScheme(format=name, granularity="g64"))
+    recipe = Recipe(name=name, weights=scheme_of(name))
     fake = bitassay.quantize(base, recipe)
     real = bitassay.quantize(base, recipe, packed=True)
     assert torch.equal(logits(fake), logits(real))
@@ -150,7 +156,7 @@ def test_a_decode_step_uses_the_kernel_and_a_bias():
 def test_to_bf16_equals_quantizing_the_bf16_model(name):
     half = tiny_model("llama").to(torch.bfloat16)
     whole = copy.deepcopy(half).float()  # the same weights in another dtype
-    recipe = Recipe(name=name, weights={"format": name, "granularity": "g64"})
+    recipe = Recipe(name=name, weights=scheme_of(name))
     moved = bitassay.quantize(whole, recipe, packed=True).to(torch.bfloat16)
     made = bitassay.quantize(half, recipe, packed=True)
     assert torch.equal(logits(moved), logits(made))  # few rows: the kernels, where there are some

@@ -147,7 +147,7 @@ def test_a_scheme_comes_back_to_the_bit(tiny, tmp_path, scheme):
 
 
 @pytest.mark.sample(16)
-@pytest.mark.parametrize("format", [name for name, fmt in FORMATS.items() if fmt.levels is None])
+@pytest.mark.parametrize("format", [name for name, fmt in FORMATS.items() if fmt.fixed_group is None])
 @pytest.mark.parametrize("granularity", ["tensor", "channel", "g32", "g36"])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_what_is_expected_is_what_is_stored(format, granularity, symmetric):

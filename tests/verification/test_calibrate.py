@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
@@ -115,7 +116,7 @@ def test_score_is_the_largest_standardised_statistic():
     )
     far_prompt = scored(observation((-4.0, -3.0), prompt=(-9.0, -1.0)), FITS, TOKENS)
     assert (far_prompt.value, far_prompt.layer, far_prompt.part) == (8, 16, "prompt")
-    assert set(far_prompt.to_dict()) == {"value", "detectors", "layer", "part"}
+    assert set(asdict(far_prompt)) == {"value", "detectors", "layer", "part"}
     assert set(far_prompt.detectors) == set(DECIDING)
     tokens = scored(observation((-4.0, -3.0), margins=(OFFSET * (math.e - 1),) * 10), FITS, TOKENS)
     assert tokens.detectors["token-difr"] == pytest.approx(2)
