@@ -34,8 +34,12 @@ check: $(VENV)/.dev  ## linters, types, import rules, docstrings and the API ref
 	$(BIN)/lint-imports
 	$(BIN)/python docs/reference.py --check
 
-bench: $(VENV)/.dev  ## side-by-side comparisons (minutes); those that build other tools or need whole data sets run on their own
-	for f in $(filter-out $(addprefix benchmarks/,quality.py gptq.py llamacpp.py llamacpp_types.py vllm_folders.py engines.py engine_traces.py tasks.py), $(wildcard benchmarks/*.py)); do $(BIN)/python $$f || exit 1; done
+# Those that want arguments: files, other tools' programs, whole data sets.
+ON_THEIR_OWN := endpoints engine_exp2 engine_traces engines gguf_reading gptq k_types large llamacpp llamacpp_quality \
+  llamacpp_types padded quality server_tables servers spot tasks vllm_folders
+
+bench: $(VENV)/.dev  ## side-by-side comparisons (minutes) that run without arguments
+	for f in $(filter-out $(ON_THEIR_OWN:%=benchmarks/%.py), $(wildcard benchmarks/*.py)); do $(BIN)/python $$f || exit 1; done
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .ruff_cache .hypothesis
