@@ -13,21 +13,9 @@ from bitassay.errors import BitassayError
 from bitassay.quantization.export.gguf_description import ARCHITECTURES
 from bitassay.quantization.export.gguf_file import write_gguf
 from bitassay.testing.tiny import random_model
+from kinds import DENSE
 
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "vocab_size": 512,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.2,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 2,
-}
+SIZES = DENSE | {"initializer_range": 0.2, "pad_token_id": 2}
 ROPE = "rope_parameters"
 LLAMA3 = {
     "rope_type": "llama3",

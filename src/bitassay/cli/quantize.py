@@ -136,7 +136,8 @@ def quantize(
     from bitassay.models.source import resolve
     from bitassay.quantization.export.registry import LAYOUTS
     from bitassay.quantization.recipe.recipe import Recipe, find_recipe
-    from bitassay.studies.checkpoint import CheckpointJob, fitted, like_file, planned, write_base, written
+    from bitassay.studies.checkpoint import planned, write_base, written
+    from bitassay.studies.checkpoint_job import CheckpointJob, fitted, like_file
 
     if embeddings is not None:
         from bitassay.quantization.export.gguf_round import check_type

@@ -1,4 +1,5 @@
-"""Write a quantized model as a checkpoint folder, as a GGUF file, or as both: what `bitassay quantize` does.
+"""Write a quantized model as a checkpoint folder, as a GGUF file, or as both: what `bitassay quantize` does
+(`checkpoint_job.py` says what is wanted).
 
 What an earlier run of the same job finished is checked and kept, so an interrupted job continues. Every file
 is a row with its layout, bits and sizes: `planned` estimates the rows before any weight is read, `written`
@@ -6,119 +7,46 @@ returns them when everything is there.
 """
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bitassay.data.corpora import bundled_prompts
 from bitassay.engines.load import load
 from bitassay.errors import BitassayError
-from bitassay.models.empty import without_weights
-from bitassay.models.identity import Identity, tokenizer
+from bitassay.models.identity import Identity
 from bitassay.models.opened import is_opened
-from bitassay.models.options import as_device, as_dtype
-from bitassay.models.source import Source
+from bitassay.models.options import as_device
 from bitassay.models.walk import matrices
 from bitassay.quantization.codes import storage
-from bitassay.quantization.export import gguf_file, gguf_like, gguf_reload, save
+from bitassay.quantization.export import gguf_file, gguf_reload, save
 from bitassay.quantization.export.card import read_card
-from bitassay.quantization.export.gguf_plan import check_llama_cpp, plan_gguf
-from bitassay.quantization.export.opened_memory import base_bytes, gguf_memory
+from bitassay.quantization.export.gguf_plan import base_memory, check_llama_cpp, plan_gguf
+from bitassay.quantization.export.opened_memory import gguf_memory
 from bitassay.quantization.export.plan import LOADED, OPENED, Plan, choose_way, plan_export
-from bitassay.quantization.export.registry import GROUPED, LAYOUTS, STANDARD
+from bitassay.quantization.export.registry import LAYOUTS
 from bitassay.quantization.pipeline import quantize, quantize_cached
 from bitassay.quantization.recipe.formats import FORMATS
 from bitassay.quantization.recipe.recipe import Recipe
 from bitassay.quantization.runtime.model import (
-    fitted_to,
-    parameter_count,
     quantization_of,
     with_tensors,
 )
 from bitassay.quantization.solvers import tune
 from bitassay.record.files import explain_os_error
 from bitassay.record.progress import Progress, silent
+from bitassay.studies.checkpoint_job import LLAMA_CPP, CheckpointJob, Row
 from bitassay.studies.quantize_time import quantize_seconds
 
-Row = dict[str, Any]
 TRANSFORMERS = "plain transformers"
-# What `--for` takes, and the layout of the folder that such an engine loads.
-LLAMA_CPP = "llama.cpp"
 PACKED = ("integer", "ternary")  # kinds of codes that vLLM's format packs
 VLLM = "0.32: on a CPU 4 bits alone; on CUDA 4 and 8, and the others by the package humming"
 WORK_BYTES = {"tune": tune.work_bytes_a_weight}  # that parts of a recipe put into the work folder
-ENGINES: dict[str, str | None] = {"vllm": GROUPED, "transformers": STANDARD, LLAMA_CPP: None}
 REMEDIES = {
     "vllm": "integers with whole zero points or none, in groups that divide the rows: portable-4bit, w4",
     "transformers": "a recipe that the compressed-tensors format holds: portable-4bit, w4, w8",
 }
-
-
-@dataclass(frozen=True)
-class CheckpointJob:
-    """What to write and where. model, source: its name, and the files behind it. folder, gguf: the outputs,
-    None for one that is not wanted; without both, `planned` plans a folder. layout: of the folder (None:
-    compressed-tensors where that is exact). work: where a calibrated recipe keeps its finished layers (None:
-    in the cache). check: load what was written and compare logits. memory: bytes to work in (None: what is
-    free). loading: keywords of `load`. embeddings: the type of the embedding and the head in a GGUF file
-    (None: 16 bits). engine: a name in ENGINES that must be able to load what is written, or None. like: the
-    type of every tensor of the GGUF file, by its name there, or None."""
-
-    model: str
-    source: Source
-    recipe: Recipe
-    folder: Path | None
-    gguf: Path | None
-    layout: str | None = None
-    work: Path | None = None
-    check: bool = True
-    memory: int | None = None
-    loading: Mapping[str, Any] = field(default_factory=lambda: {"dtype": "float32"})
-    embeddings: str | None = None
-    engine: str | None = None
-    like: Mapping[str, Any] | None = None
-
-    @property
-    def wanted_layout(self) -> str | None:
-        """Return the layout that was asked for, by name or by engine; None where any will do."""
-        return self.layout or ENGINES.get(self.engine or "")
-
-    @property
-    def shown_folder(self) -> str:
-        """Return the name of the folder, which a plan may be without."""
-        return "the folder" if self.folder is None else str(self.folder)
-
-    @property
-    def trust_remote_code(self) -> bool:
-        """Return whether code that comes with the model may run."""
-        return self.loading.get("trust_remote_code", False)
-
-    def empty(self) -> PreTrainedModel:
-        """Return the model without weights, on the meta device."""
-        dtype = as_dtype(self.loading["dtype"])
-        return without_weights(self.source, dtype=dtype, trust_remote_code=self.trust_remote_code)
-
-    def tokens(self, model: PreTrainedModel) -> Int[Tensor, "batch tokens"] | None:
-        """Return the text on which logits are compared; None where they are not."""
-        return tokenizer(model)(bundled_prompts()[0], return_tensors="pt").input_ids if self.check else None
-
-    def row(
-        self, layout: str, bits_per_weight: float | None, size_bytes: int, file_bytes: int | None = None
-    ) -> Row:
-        return {
-            "recipe": self.recipe.name,
-            "layout": layout,
-            "bits_per_weight": bits_per_weight,
-            "size_bytes": size_bytes,
-            "file_bytes": size_bytes if file_bytes is None else file_bytes,
-            "seconds": None,
-            "max_logits_difference": None,
-        }
 
 
 def planned(job: CheckpointJob, progress: Progress = silent) -> list[Row]:
@@ -290,7 +218,7 @@ def _write_gguf(
         progress(f"{job.gguf.name}: {note}")
     row = job.row("gguf", file.bits_per_weight, job.gguf.stat().st_size)
     if tokens is not None:
-        progress(f"loading {job.gguf} with {TRANSFORMERS}")
+        progress(f"reading {job.gguf} back")
         row["max_logits_difference"] = gguf_reload.reload_difference(quantized, job.gguf, tokens)
     return row
 
@@ -304,33 +232,10 @@ def write_base(job: CheckpointJob, progress: Progress = silent) -> Row:
         raise BitassayError(f"{job.gguf}: exists already", "choose another file or remove this one first")
     empty = job.empty()
     gguf_file.check_gguf(empty, None)
-    loaded = base_bytes(empty) + 2 * parameter_count(empty) * as_dtype(job.loading["dtype"]).itemsize
-    ways = {LOADED: loaded, OPENED: gguf_memory(empty)}
-    way, _ = choose_way(ways, job.memory, f"{job.source.name} as GGUF")
+    way, _ = choose_way(base_memory(empty), job.memory, f"{job.source.name} as GGUF")
     base = load(job.model, progress=progress, opened=way == OPENED, **job.loading)
     row = _write_gguf(job, base, job.tokens(base), progress)
     return row | {"recipe": "base", "seconds": time.monotonic() - started}
-
-
-def fitted(job: CheckpointJob, progress: Progress = silent) -> CheckpointJob:
-    """Return the job with formats that the rows of the model's matrices can have, and say what changed."""
-    recipe, said = fitted_to(job.empty(), job.recipe)
-    for line in said:
-        progress(line)
-    return replace(job, recipe=recipe)
-
-
-def like_file(job: CheckpointJob, path: Path) -> CheckpointJob:
-    """Return the job with the types of a given GGUF file in place of the recipe's grids. Raises
-    BitassayError for a file of another model, or of types that have no grid here."""
-    types, empty = gguf_like.types_of(path), job.empty()
-    gguf_file.check_gguf(empty, None)
-    try:
-        recipe = gguf_like.recipe_like(job.recipe, types, empty)
-    except BitassayError as error:
-        raise BitassayError(f"{path}: {error.problem}", error.remedy) from error
-    kinds = {name: kind for name, (kind, _) in types.items()}
-    return replace(job, recipe=recipe, like=kinds, embeddings=None)
 
 
 def _finished_folder(job: CheckpointJob, folder: Path) -> Row | None:

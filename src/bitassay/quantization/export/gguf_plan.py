@@ -11,8 +11,10 @@ from bitassay.quantization.codes.storage import Stored
 from bitassay.quantization.export.gguf_blocks import PLAIN_BITS, bits_of, planned_kind
 from bitassay.quantization.export.gguf_file import check_gguf
 from bitassay.quantization.export.gguf_round import bits_of_type
-from bitassay.quantization.export.plan import planned_matrices
+from bitassay.quantization.export.opened_memory import base_bytes, gguf_memory
+from bitassay.quantization.export.plan import LOADED, OPENED, planned_matrices
 from bitassay.quantization.recipe.recipe import Recipe
+from bitassay.quantization.runtime.model import parameter_count
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,13 @@ def plan_gguf(model: PreTrainedModel, recipe: Recipe, embeddings: str | None = N
             width = bits_of_type(embeddings, value.shape[1])
         others += int(value.numel() * width / 8)
     return GgufPlan(bits / weights, int(bits / 8) + others, stored_as, without)
+
+
+def base_memory(model: PreTrainedModel) -> dict[str, int]:
+    """Return the peak in bytes of writing a model as it is, by the way in which it is read. It may be on the
+    meta device."""
+    loaded = base_bytes(model) + 2 * parameter_count(model) * model.dtype.itemsize
+    return {LOADED: loaded, OPENED: gguf_memory(model)}
 
 
 def check_llama_cpp(plan: GgufPlan) -> None:
