@@ -322,6 +322,27 @@ def test_clients_that_hang_up_leave_nothing_running(served, web):
     assert int(metrics["bitassay_answers_total"]) == int(known["bitassay_answers_total"]) + 1
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_error_of_the_servers_own_is_logged_without_what_the_client_sent(model, tmp_path, caplog, stream):
+    def failing():
+        raise ZeroDivisionError(f"secret {PROMPT}")
+        yield
+
+    def fail(job):
+        job.work = failing()
+        return inner(job)
+
+    with serving(model, tmp_path) as (url, app), httpx2.Client(trust_env=False) as web:
+        inner, app.server.scheduler._turn = app.server.scheduler._turn, fail
+        ask = {"prompt": PROMPT, "max_tokens": 2, "temperature": 0, "stream": stream}
+        answer = web.post(url + "/v1/completions", json=ask)
+    assert "ZeroDivisionError" in answer.text
+    assert answer.status_code == 500  # of a stream too, as nothing of it has been sent
+    (record,) = (each for each in caplog.records if each.name == "bitassay.audit.server")
+    assert record.getMessage().startswith(f"ZeroDivisionError at {__file__}:")
+    assert not any("secret" in said for said in (answer.text, caplog.text))
+
+
 def test_the_queue_is_bounded(model, tmp_path, web):
     with serving(model, tmp_path, Limits(together=1, waiting=1)) as (url, app):
         hold = threading.Event()

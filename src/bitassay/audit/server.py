@@ -15,8 +15,10 @@ server's own, one without details.
 import asyncio
 import hmac
 import json
+import logging
 import secrets
 import time
+import traceback
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
@@ -38,6 +40,7 @@ from bitassay.errors import BitassayError
 from bitassay.verification.receipts.challenge import CHALLENGE_BYTES, Challenge
 from bitassay.verification.receipts.opening import encode_opening, open_trace
 
+LOG = logging.getLogger(__name__)
 BODY_BYTES = 2**20
 BODY_SECONDS = 30.0
 NOT_RECEIVED = 499
@@ -109,6 +112,7 @@ class Server:
                     yield "data: [DONE]\n\n"
         except Exception as error:
             status, message = explained(error)
+            report(error, status)
             self.counts["failed_streams_total"] += 1
             yield _event(error_body(status, message))
         finally:
@@ -244,8 +248,17 @@ def explained(error: Exception) -> tuple[int, str]:
     return 500, f"an error of the server ({type(error).__name__})"
 
 
+def report(error: Exception, status: int) -> None:
+    """Log where an error of the server's own was raised, for whoever runs it. Its message is left out, which
+    could hold what a client sent."""
+    if status == 500:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        LOG.error("%s at %s:%s", type(error).__name__, where.filename, where.lineno)
+
+
 async def _handled(request: Request, error: Exception) -> Response:
     status, message = explained(error)
+    report(error, status)
     headers = {"retry-after": "1"} if status == 429 else None
     return JSONResponse(error_body(status, message), status, headers=headers)
 
