@@ -7,7 +7,8 @@ same command goes on where it stopped.
 
     llama-quantize    types as named, `--token-embedding-type q8_0`; TYPE:PART for the matrices of that part
                       alone (`--tensor-type PART=TYPE`, all others in F16), such as Q2_K:ffn_down
-    ours              recipes by name or file, embeddings in Q8_0; NAME=FILE.yaml calls one otherwise
+    ours              recipes by name or file, embeddings in Q8_0; NAME=FILE.yaml calls one otherwise, and
+                      RECIPE@TYPE takes the type of each tensor from llama-quantize's file (`--like`)
 
 Intervals are over windows, never tokens: a window's own mean follows from the running means that
 llama-perplexity prints, to 0.00001 times the window's number. Two files are compared window by window. Files
@@ -108,13 +109,18 @@ def theirs(said: argparse.Namespace, name: str, work: Path, base: Path, matrix: 
     return path
 
 
-def ours(said: argparse.Namespace, recipe: str, work: Path) -> Path:
+def ours(said: argparse.Namespace, recipe: str, work: Path, base: Path, matrix: Path) -> Path:
+    recipe, _, like = recipe.partition("@")
     name, _, file = recipe.rpartition("=")
-    path = work / f"ours-{name or Path(recipe).stem}.gguf"
+    path = work / f"ours-{name or Path(recipe).stem}{f'-like-{like}' if like else ''}.gguf"
     if not path.exists():
         command = [sys.executable, "-m", "bitassay.cli", "quantize", said.model, "--recipe", file]
         command += ["--gguf", path, "--no-check", "--work", path.with_suffix("")]
-        ran([*command, "--embeddings", said.embeddings], path.with_suffix(".log"))
+        if like:
+            command += ["--like", theirs(said, like, work, base, matrix)]
+        else:
+            command += ["--embeddings", said.embeddings]
+        ran(command, path.with_suffix(".log"))
     return path
 
 
@@ -244,7 +250,8 @@ def main() -> None:
     for name in (*said.recipes, *said.types):
         of_recipe = name in said.recipes
         try:
-            path = ours(said, name, work) if of_recipe else theirs(said, name, work, base, matrix)
+            make = ours if of_recipe else theirs
+            path = make(said, name, work, base, matrix)
         except Failed as error:
             print(f"{name}: {error}", file=sys.stderr)
             continue
