@@ -5,7 +5,9 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
 import time
+from pathlib import Path
 
 import pytest
 
@@ -225,3 +227,28 @@ def test_what_is_said_where_no_name_is_near():
     assert suggestion("zzz", ["b", "a"]) == "there are 'a', 'b'"
     assert suggestion("zzz", many) == "none of the 20 that there are is close"
     assert suggestion("zzz", many, short=20).count("'name-") == 20
+
+
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(
+    not HUGE_PAGES.exists() or "[madvise]" not in HUGE_PAGES.read_text(),
+    reason="this system has no pages of 2 MB on request",
+)
+def test_large_tensors_are_in_pages_of_two_megabytes():
+    script = textwrap.dedent("""
+        import sys
+        from pathlib import Path
+        from bitassay.cli import main
+        try:
+            main(["recipes", "list"])
+        except SystemExit:
+            import torch
+            tensor = torch.ones(2**26, dtype=torch.uint8)
+            memory = Path("/proc/self/smaps_rollup").read_text()
+            print(memory.partition("AnonHugePages:")[2].split()[0], file=sys.stderr)
+    """)
+    environment = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert int(done.stderr.split()[-1]) >= 2**15  # kB, of 2**16
