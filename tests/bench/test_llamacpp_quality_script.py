@@ -1,5 +1,8 @@
 """benchmarks/llamacpp_quality.py: each window's own mean, files paired by window, those of similar bytes only."""
 
+import argparse
+from pathlib import Path
+
 import pytest
 
 PRINTED = """
@@ -48,3 +51,23 @@ def test_files_are_paired_by_window_where_theirs_are_not_much_larger(script):
     assert compared[1].endswith("|  |")
     figure = script.pareto_figure(rows, "four files")
     assert {text.get_text() for text in figure.axes[0].texts} == {"a", "Q4_0", "Q4_1", "Q8_0"}
+
+
+def test_a_recipe_can_follow_the_types_of_a_file_of_llama_quantize(script, tmp_path, monkeypatch):
+    commands = []
+
+    def ran(command, log):
+        commands.append([str(part) for part in command])
+        if "--imatrix" in commands[-1]:
+            (tmp_path / "Q4_K_M.part").touch()
+
+    monkeypatch.setattr(script, "ran", ran)
+    said = argparse.Namespace(model="m", bin=Path("bin"), threads=1, embeddings="Q8_0")
+    path = script.ours(said, "short=short.yaml@Q4_K_M", tmp_path, Path("base.gguf"), Path("imatrix.gguf"))
+    assert path == tmp_path / "ours-short-like-Q4_K_M.gguf"
+    given, ours = commands
+    assert given[0] == "bin/llama-quantize"
+    assert "Q4_K_M" in given
+    assert ours[ours.index("--like") + 1] == str(tmp_path / "Q4_K_M.gguf")
+    assert ours[ours.index("--recipe") + 1] == "short.yaml"
+    assert "--embeddings" not in ours
