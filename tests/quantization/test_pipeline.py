@@ -103,6 +103,15 @@ def test_the_base_model_stays_as_it_is(base):
     assert any(not torch.equal(value, before[name]) for name, value in norms.items())
 
 
+def test_learning_that_makes_a_layer_worse_is_undone(base, made):
+    said = []
+    hasty = recipe("learned", learned={"steps": 2, "codes": 5.0})
+    tensors = quantization_of(quantize(base, hasty, progress=lambda text, *_: said.append(text))).tensors
+    assert len([text for text in said if text.endswith("and was undone")]) == len(decoder_layers(base))
+    for name, tensor in quantization_of(made("gptq")).tensors.items():
+        assert torch.equal(tensor.dequantize(), tensors[name].dequantize())
+
+
 @pytest.mark.sample(1)
 @pytest.mark.parametrize(("name", "at"), [("gptq", 0), ("gptq", 4), ("learned", 2)])
 def test_an_interrupted_run_goes_on(base, made, tmp_path, monkeypatch, name, at):

@@ -11,6 +11,9 @@ second term alone it would drown them, in the first alone nothing would hold it.
 through (`shadow_weight.py`). AutoRound (2309.05516) learns with signed gradients and rounding offsets of at
 most half a step; here weights may go further, and start where GPTQ left them. Learning all of a layer's
 weights so is the first phase of EfficientQAT (2407.11062). Products are in bf16 where that is faster.
+
+Adam moves all weights equally far, however little there is to gain: few steps, or codes that are nearly exact
+already, can end worse than they began. Such a layer keeps what it had.
 """
 
 import torch
@@ -24,6 +27,8 @@ from bitassay.quantization.solvers.layerwise import Hidden
 from bitassay.quantization.solvers.shadow_weight import shadow_linears
 from bitassay.quantization.solvers.solver import Layer, Solution
 
+COMPARED_SAMPLES = 32  # on which a layer is compared with what it was
+
 
 def relative_error(output: Hidden, target: Hidden) -> Float[Tensor, ""]:
     """Return the squared error relative to the square of the target: half by token, half of all tokens."""
@@ -34,24 +39,39 @@ def relative_error(output: Hidden, target: Hidden) -> Float[Tensor, ""]:
 
 
 def solve_layer(spec: Learned, layer: Layer) -> dict[str, Solution]:
-    """Return what learning makes of a layer's linears, by their names within it."""
+    """Return what learning makes of a layer's linears, by their names within it; where it makes the layer no
+    better, what they were."""
     shadows = {name: solution.shadow_weight() for name, solution in layer.linears.items()}
     codes = [shadow.u for shadow in shadows.values()]
     grids = [parameter for shadow in shadows.values() for parameter in shadow.grid_parameters()]
 
     short = short_products(layer.hidden.device, layer.hidden.dtype)
 
-    def backward(chosen: Int[Tensor, " chosen"]) -> float:
+    def loss_of(chosen: Int[Tensor, " chosen"]) -> Float[Tensor, ""]:
         here = chosen.to(layer.hidden.device)
         with torch.autocast(layer.hidden.device.type, torch.bfloat16, enabled=short):
             output = layer.arguments.call(layer.module, layer.hidden[here], chosen)
-        loss = relative_error(output, layer.targets[here])
+        return relative_error(output, layer.targets[here])
+
+    def backward(chosen: Int[Tensor, " chosen"]) -> float:
+        loss = loss_of(chosen)
         loss.backward()
         return loss.item()
 
+    @torch.no_grad()
+    def error() -> float:
+        batches = torch.arange(min(COMPARED_SAMPLES, len(layer.hidden))).split(spec.batch)
+        return sum(loss_of(chosen).item() * len(chosen) for chosen in batches) / sum(map(len, batches))
+
     kinds = [(codes, spec.codes), (grids, spec.scales)]
-    with shadow_linears(layer.module, shadows), torch.enable_grad():
-        steps = descend(kinds, list(shadows.values()), len(layer.hidden), spec, backward)
-        losses = [loss for _, loss in steps]
-    layer.progress(f"{layer.name}: error {losses[0]:.3g} -> {losses[-1]:.3g}")
+    with shadow_linears(layer.module, shadows):
+        before = error()
+        with torch.enable_grad():
+            for _ in descend(kinds, list(shadows.values()), len(layer.hidden), spec, backward):
+                pass
+        after = error()
+    if not after < before:
+        layer.progress(f"{layer.name}: error {before:.3g}; learning made it {after:.3g} and was undone")
+        return dict(layer.linears)
+    layer.progress(f"{layer.name}: error {before:.3g} -> {after:.3g}")
     return {name: Solution(shadow.quantized(), shadow.weight()) for name, shadow in shadows.items()}
